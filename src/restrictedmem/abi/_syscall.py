@@ -1,0 +1,27 @@
+"""The one handle on libc, and the one function that turns its failures into OSError."""
+
+import ctypes
+import os
+from typing import NoReturn
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.syscall.restype = ctypes.c_long
+
+
+def raise_errno(call: str, errno: int | None = None) -> NoReturn:
+    """Raise OSError for a failed call, named in the message; ``errno`` defaults to libc's."""
+    number = ctypes.get_errno() if errno is None else errno
+    raise OSError(number, f"{call}: {os.strerror(number)}")
+
+
+def syscall(name: str, number: int, *arguments: int | bytes | None) -> int:
+    """Make a system call that libc has no wrapper for (syscall(2)); integers are widened to ``long``.
+
+    Raises:
+        OSError: what the kernel answered, with ``name``.
+    """
+    wide = [ctypes.c_long(argument) if isinstance(argument, int) else argument for argument in arguments]
+    result: int = libc.syscall(ctypes.c_long(number), *wide)
+    if result < 0:
+        raise_errno(name)
+    return result

@@ -1,0 +1,136 @@
+"""prctl(2), unshare(2) and what else a process does to itself to be left alone."""
+
+import ctypes
+import os
+import resource
+import struct
+from typing import Final
+
+from restrictedmem.abi._struct import c_struct, u32
+from restrictedmem.abi._syscall import libc, raise_errno, syscall
+
+CLONE_NEWNS: Final = 0x0002_0000
+CLONE_NEWUSER: Final = 0x1000_0000
+
+PR_SET_PDEATHSIG: Final = 1
+PR_GET_DUMPABLE: Final = 3
+PR_SET_DUMPABLE: Final = 4
+PR_SET_KEEPCAPS: Final = 8
+PR_SET_NAME: Final = 15
+PR_CAPBSET_DROP: Final = 24
+PR_SET_NO_NEW_PRIVS: Final = 38
+PR_GET_NO_NEW_PRIVS: Final = 39
+PR_SET_CHILD_SUBREAPER: Final = 36
+
+CAP_IPC_LOCK: Final = 14
+CAP_SYS_ADMIN: Final = 21
+
+SYS_capset: Final = {"x86_64": 126, "aarch64": 91}
+SYS_close_range: Final = 436
+_LINUX_CAPABILITY_VERSION_3: Final = 0x2008_0522
+_SYS_SCHED_SETATTR: Final = {"x86_64": 314, "aarch64": 274}
+#: ``struct sched_attr``: size, policy, flags, nice, priority, runtime, deadline, period, util_min, util_max.
+_SCHED_ATTR: Final = struct.Struct("=IIQiIQQQII")
+
+libc.prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
+libc.unshare.argtypes = [ctypes.c_int]
+
+
+def prctl(option: int, argument: int = 0) -> int:
+    """prctl(2) with one integer argument.
+
+    Raises:
+        OSError: the kernel's errno.
+    """
+    result: int = libc.prctl(option, argument, 0, 0, 0)
+    if result < 0:
+        raise_errno(f"prctl({option})")
+    return result
+
+
+def set_name(name: str) -> None:
+    """Set what ps(1) and /proc/PID/comm show for this thread; at most 15 bytes count."""
+    buffer = ctypes.create_string_buffer(name.encode()[:15])
+    if libc.prctl(PR_SET_NAME, ctypes.addressof(buffer), 0, 0, 0):
+        raise_errno("prctl(PR_SET_NAME)")
+
+
+def unshare(flags: int) -> None:
+    """unshare(2).
+
+    Raises:
+        OSError: EPERM where namespaces are forbidden, ENOSPC over user.max_user_namespaces.
+    """
+    if libc.unshare(flags):
+        raise_errno("unshare")
+
+
+@c_struct(size=24)
+class cap_data(ctypes.Structure):
+    """Two ``struct __user_cap_data_struct``: capabilities 0 to 31, then 32 to 63."""
+
+    effective: u32 = 0
+    permitted: u32 = 0
+    inheritable: u32 = 0
+    effective_high: u32 = 0
+    permitted_high: u32 = 0
+    inheritable_high: u32 = 0
+
+
+@c_struct(size=8)
+class cap_header(ctypes.Structure):
+    """``struct __user_cap_header_struct``."""
+
+    version: u32 = 0
+    pid: u32 = 0
+
+
+def set_capabilities(mask: int) -> None:
+    """Keep only the capabilities of ``mask`` (a bit for each number), effective and permitted (capset(2)).
+
+    Raises:
+        OSError: EPERM when the mask has one that is not permitted now.
+    """
+    low, high = mask & 0xFFFF_FFFF, mask >> 32
+    data = cap_data(effective=low, permitted=low, effective_high=high, permitted_high=high)
+    header = cap_header(version=_LINUX_CAPABILITY_VERSION_3)
+    number = SYS_capset[os.uname().machine]
+    if libc.syscall(ctypes.c_long(number), ctypes.byref(header), ctypes.byref(data)):
+        raise_errno("capset")
+
+
+def effective_capabilities() -> int:
+    """Return the effective capabilities of this thread as a bit mask (/proc/thread-self/status)."""
+    with open("/proc/thread-self/status", encoding="ascii") as status:
+        return int(next(line for line in status if line.startswith("CapEff:")).split()[1], 16)
+
+
+def set_slice(nanoseconds: int) -> None:
+    """Ask for time slices of this length for the calling thread, 0.1 ms to 100 ms (sched_setattr(2), SCHED_OTHER).
+
+    Since Linux 6.12 a thread with a short slice that wakes need not wait out the slice of the one that runs; older kernels ignore it.
+
+    Raises:
+        OSError: EPERM where a security module forbids it.
+    """
+    nice = os.getpriority(os.PRIO_PROCESS, 0)
+    attributes = _SCHED_ATTR.pack(_SCHED_ATTR.size, os.SCHED_OTHER, 0, nice, 0, nanoseconds, 0, 0, 0, 0)
+    syscall("sched_setattr", _SYS_SCHED_SETATTR[os.uname().machine], 0, attributes, 0)
+
+
+def close_range(first: int, last: int) -> None:
+    """Close every descriptor from ``first`` to ``last`` (close_range(2), Linux 5.9)."""
+    syscall("close_range", SYS_close_range, first, last, 0)
+
+
+def tracer_pid() -> int:
+    """Return the pid of the process that traces this one, 0 when none does (/proc/self/status)."""
+    with open("/proc/self/status", encoding="ascii") as status:
+        return int(next(line for line in status if line.startswith("TracerPid:")).split()[1])
+
+
+def raise_fd_limit() -> int:
+    """Raise the soft limit on descriptors to the hard one and return it."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard

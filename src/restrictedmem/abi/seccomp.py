@@ -1,0 +1,185 @@
+"""<linux/seccomp.h>: filters, and the notifications by which another process answers a system call."""
+
+import ctypes
+import os
+from collections.abc import Sequence
+from enum import IntFlag
+from errno import EFAULT, EINVAL, EOPNOTSUPP
+from typing import Final
+
+from restrictedmem.abi._ioctl import Dir, Ioctl
+from restrictedmem.abi._struct import c_struct, s32, u8, u16, u32, u64
+from restrictedmem.abi._syscall import libc, raise_errno
+from restrictedmem.fd import OwnedFd
+
+SYS_seccomp: Final = {"x86_64": 317, "aarch64": 277}
+AUDIT_ARCH: Final = {"x86_64": 0xC000_003E, "aarch64": 0xC000_00B7}
+
+SECCOMP_SET_MODE_FILTER: Final = 1
+SECCOMP_GET_ACTION_AVAIL: Final = 2
+SECCOMP_GET_NOTIF_SIZES: Final = 3
+
+SECCOMP_RET_USER_NOTIF: Final = 0x7FC0_0000
+SECCOMP_RET_ALLOW: Final = 0x7FFF_0000
+
+SECCOMP_ADDFD_FLAG_SEND: Final = 1 << 1
+
+_BPF_LD_W_ABS: Final = 0x20
+_BPF_JMP_JEQ_K: Final = 0x15
+_BPF_RET_K: Final = 0x06
+
+
+class FilterFlag(IntFlag):
+    """``SECCOMP_FILTER_FLAG_*``."""
+
+    NEW_LISTENER = 1 << 3
+    WAIT_KILLABLE_RECV = 1 << 5
+
+
+@c_struct(size=8)
+class sock_filter(ctypes.Structure):
+    """One instruction of classic BPF."""
+
+    code: u16
+    jt: u8 = 0
+    jf: u8 = 0
+    k: u32
+
+
+@c_struct(size=16)
+class sock_fprog(ctypes.Structure):
+    """A program: its length in instructions and its address."""
+
+    len: u16
+    filter: u64
+
+
+@c_struct(size=6)
+class seccomp_notif_sizes(ctypes.Structure):
+    """Sizes in bytes that the running kernel gives its structs."""
+
+    seccomp_notif: u16 = 0
+    seccomp_notif_resp: u16 = 0
+    seccomp_data: u16 = 0
+
+
+@c_struct(size=64)
+class seccomp_data(ctypes.Structure):
+    """A system call as a filter sees it."""
+
+    nr: s32 = 0
+    arch: u32 = 0
+    instruction_pointer: u64 = 0
+    arg0: u64 = 0
+    arg1: u64 = 0
+    arg2: u64 = 0
+    arg3: u64 = 0
+    arg4: u64 = 0
+    arg5: u64 = 0
+
+
+@c_struct(size=80)
+class seccomp_notif(ctypes.Structure):
+    """A call that waits for an answer; to be zero when it is handed to the kernel."""
+
+    id: u64 = 0
+    pid: u32 = 0
+    flags: u32 = 0
+    data: seccomp_data
+
+
+@c_struct(size=24)
+class seccomp_notif_addfd(ctypes.Structure):
+    """A descriptor to put into the caller; with SECCOMP_ADDFD_FLAG_SEND its number is also what the call returns."""
+
+    id: u64
+    flags: u32
+    srcfd: u32
+    newfd: u32 = 0
+    newfd_flags: u32 = 0
+
+
+_MAGIC: Final = ord("!")
+SECCOMP_IOCTL_NOTIF_RECV: Final = Ioctl("SECCOMP_IOCTL_NOTIF_RECV", _MAGIC, 0, Dir.READ | Dir.WRITE, seccomp_notif)
+SECCOMP_IOCTL_NOTIF_ADDFD: Final = Ioctl("SECCOMP_IOCTL_NOTIF_ADDFD", _MAGIC, 3, Dir.WRITE, seccomp_notif_addfd)
+
+
+def _seccomp(operation: int, flags: int, argument: ctypes.Structure | ctypes.c_uint32 | None) -> int:
+    # -1 is no call at all: ENOSYS, which is what there is to say of a machine whose number is not known here.
+    number = ctypes.c_long(SYS_seccomp.get(os.uname().machine, -1))
+    pointer = None if argument is None else ctypes.byref(argument)
+    result: int = libc.syscall(number, ctypes.c_long(operation), ctypes.c_long(flags), pointer)
+    if result < 0:
+        raise_errno("seccomp")
+    return result
+
+
+def action_available(action: int) -> bool:
+    """Say whether the kernel knows a filter's return action (SECCOMP_GET_ACTION_AVAIL).
+
+    Raises:
+        OSError: ENOSYS without seccomp; EINVAL before Linux 4.14.
+    """
+    try:
+        _seccomp(SECCOMP_GET_ACTION_AVAIL, 0, ctypes.c_uint32(action))
+    except OSError as error:
+        if error.errno != EOPNOTSUPP:
+            raise
+        return False
+    return True
+
+
+def notif_sizes() -> seccomp_notif_sizes:
+    """Return the sizes of the notification structs in the running kernel (SECCOMP_GET_NOTIF_SIZES).
+
+    Raises:
+        OSError: EINVAL before Linux 5.0.
+    """
+    sizes = seccomp_notif_sizes()
+    _seccomp(SECCOMP_GET_NOTIF_SIZES, 0, sizes)
+    return sizes
+
+
+def flags_known(flags: FilterFlag) -> bool:
+    """Say whether the kernel knows the flags, without installing anything.
+
+    The kernel looks at flags before it reads the program, so that no program gives EFAULT where they are known (seccomp(2)).
+
+    Raises:
+        OSError: ENOSYS without seccomp.
+    """
+    try:
+        _seccomp(SECCOMP_SET_MODE_FILTER, flags, None)
+    except OSError as error:
+        if error.errno not in (EFAULT, EINVAL):
+            raise
+        return error.errno == EFAULT
+    raise AssertionError("seccomp took a filter without a program")
+
+
+def install(program: Sequence[sock_filter], flags: FilterFlag) -> OwnedFd:
+    """Put this thread and its future children under a filter, for good; returns its listener, which the caller owns.
+
+    Preconditions: PR_SET_NO_NEW_PRIVS or CAP_SYS_ADMIN; ``NEW_LISTENER`` among the flags.
+
+    Raises:
+        OSError: EACCES without the precondition; EBUSY when a filter above already has a listener; EINVAL for the program or flags.
+    """
+    instructions = (sock_filter * len(program))(*program)
+    fprog = sock_fprog(len=len(program), filter=ctypes.addressof(instructions))
+    return OwnedFd(_seccomp(SECCOMP_SET_MODE_FILTER, flags, fprog))
+
+
+def load(field: str) -> sock_filter:
+    """Load the low 32 bits of a field of ``struct seccomp_data``."""
+    return sock_filter(code=_BPF_LD_W_ABS, k=getattr(seccomp_data, field).offset)
+
+
+def skip_unless(value: int, count: int) -> sock_filter:
+    """Go on when what was loaded equals ``value``, else skip ``count`` instructions (at most 255)."""
+    return sock_filter(code=_BPF_JMP_JEQ_K, jf=count, k=value)
+
+
+def answer(action: int) -> sock_filter:
+    """End the filter with an action."""
+    return sock_filter(code=_BPF_RET_K, k=action)

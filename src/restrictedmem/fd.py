@@ -1,0 +1,107 @@
+"""Owned file descriptors, and descriptors in the ancillary data of a socket."""
+
+import array
+import os
+import socket
+import warnings
+from collections.abc import Sequence
+from errno import EMSGSIZE
+from types import TracebackType
+from typing import Self, final
+
+
+@final
+class OwnedFd:
+    """One file descriptor with one owner: closed on exit of ``with``, by ``close``, or (with a warning) when collected.
+
+    Everything in this package that returns a new descriptor internally returns one of these; only the public face hands out bare ints.
+    """
+
+    __slots__ = ("_fd",)
+
+    def __init__(self, fd: int) -> None:
+        if fd < 0:
+            raise ValueError("an owned descriptor is not negative")
+        self._fd = fd
+
+    def fileno(self) -> int:
+        """Return the number.
+
+        Raises:
+            ValueError: after close or detach.
+        """
+        if self._fd < 0:
+            raise ValueError("descriptor is closed")
+        return self._fd
+
+    @property
+    def closed(self) -> bool:
+        """Whether the descriptor was closed or given away."""
+        return self._fd < 0
+
+    def detach(self) -> int:
+        """Give the number away: the caller closes it from now on."""
+        fd, self._fd = self.fileno(), -1
+        return fd
+
+    def close(self) -> None:
+        """Close the descriptor; a second call does nothing."""
+        # The field goes first: a number that the kernel has handed out again must never be closed by us.
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            warnings.warn(f"descriptor {self._fd} was never closed", ResourceWarning, stacklevel=2)
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"OwnedFd({self._fd})"
+
+
+def send_with_fds(sock: socket.socket, data: bytes, fds: Sequence[int] = (), flags: int = 0) -> None:
+    """Send one message with copies of ``fds``; the caller keeps its own. ``flags`` are sendmsg's beside MSG_NOSIGNAL.
+
+    Raises:
+        OSError: as sendmsg(2); EPIPE when the peer is gone (no signal is raised).
+    """
+    if fds:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+        sock.sendmsg([data], rights, socket.MSG_NOSIGNAL | flags)
+    else:
+        sock.send(data, socket.MSG_NOSIGNAL | flags)
+
+
+def receive_with_fds(sock: socket.socket, size: int, max_fds: int = 4, flags: int = 0) -> tuple[bytes, list[OwnedFd]]:
+    """Receive one message of at most ``size`` bytes and the descriptors with it, which the caller then owns; ``flags`` are recvmsg's.
+
+    An empty message means that the peer is gone. A message or a set of descriptors that was cut short counts as malformed.
+
+    Raises:
+        OSError: as recvmsg(2); EMSGSIZE when something was cut off (what did arrive is closed).
+    """
+    unit = array.array("i").itemsize
+    data, ancillary, got, _ = sock.recvmsg(size, socket.CMSG_SPACE(max_fds * unit), socket.MSG_CMSG_CLOEXEC | flags)
+    fds: list[OwnedFd] = []
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            numbers = array.array("i")
+            numbers.frombytes(payload[: len(payload) - len(payload) % unit])
+            fds += [OwnedFd(number) for number in numbers]
+    if got & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        close_all(fds)
+        raise OSError(EMSGSIZE, "recvmsg: message or descriptors cut off")
+    return data, fds
+
+
+def close_all(fds: Sequence[OwnedFd]) -> None:
+    """Close every descriptor of a list."""
+    for fd in fds:
+        fd.close()

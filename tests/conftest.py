@@ -1,0 +1,52 @@
+"""What tests may assume about the machine, and how they say that it is not so.
+
+``@pytest.mark.requires("fuse", "root")`` skips a test where one of the features is missing, with the reason;
+``RESTRICTEDMEM_REQUIRE=fuse,root`` turns that skip into a failure, so that a run can promise what it covered.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+
+import pytest
+
+from restrictedmem.abi import process
+
+
+def _fuse() -> str:
+    return "" if os.access("/dev/fuse", os.R_OK | os.W_OK) else "/dev/fuse cannot be opened"
+
+
+def _kvm() -> str:
+    return "" if os.access("/dev/kvm", os.R_OK | os.W_OK) else "/dev/kvm cannot be opened"
+
+
+def _root() -> str:
+    everything = process.effective_capabilities() >> 21 & 1
+    return "" if os.geteuid() == 0 and everything else "not root with CAP_SYS_ADMIN"
+
+
+def _cc() -> str:
+    return "" if shutil.which("cc") or shutil.which("gcc") else "no C compiler"
+
+
+def _fusermount() -> str:
+    return "" if shutil.which("fusermount3") else "fusermount3 is not installed (package fuse3)"
+
+
+FEATURES: dict[str, Callable[[], str]] = {"fuse": _fuse, "kvm": _kvm, "root": _root, "cc": _cc, "fusermount": _fusermount}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "requires(*features): needs " + ", ".join(FEATURES))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    must = set(filter(None, os.environ.get("RESTRICTEDMEM_REQUIRE", "").split(",")))
+    for marker in item.iter_markers("requires"):
+        for feature in marker.args:
+            missing = FEATURES[feature]()
+            if missing and feature in must:
+                pytest.fail(f"{feature} is required here: {missing}", pytrace=False)
+            if missing:
+                pytest.skip(missing)

@@ -1,0 +1,51 @@
+"""What an operation came to, here or in a child: its value, its errno, or the signal that ended it."""
+
+import ctypes
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from errno import errorcode
+
+
+@dataclass(frozen=True, slots=True)
+class Errno:
+    """The outcome of an operation that was refused."""
+
+    number: int
+
+    def __repr__(self) -> str:
+        return errorcode[self.number]
+
+
+def outcome(operation: Callable[[], object]) -> object:
+    """Return what an operation returns, its errno when it is refused."""
+    try:
+        return operation()
+    except OSError as error:
+        return Errno(error.errno or 0)
+
+
+def checked(result: int) -> int:
+    """Raise what libc left in errno when a call returned -1."""
+    if result == -1:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+def in_child(body: Callable[[], object]) -> str:
+    """Run something in a child and return ``repr`` of its outcome, or the name of the signal that ended it."""
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(ours)
+            os.write(theirs, repr(outcome(body)).encode())
+        finally:
+            os._exit(0)
+    os.close(theirs)
+    with open(ours, "rb") as pipe:
+        said = pipe.read().decode()
+    _, status = os.waitpid(child, 0)
+    return signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else said

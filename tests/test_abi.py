@@ -1,0 +1,319 @@
+"""Every struct and number of ``abi`` against the C headers installed here.
+
+One generated C program prints sizes, offsets and values. A line the compiler refuses names something that the headers do not have; that
+must stand in ``RECORDED``, with the kernel version whose headers have it.
+"""
+
+import ctypes
+import errno
+import importlib
+import os
+import pkgutil
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from enum import IntEnum
+from errno import EBADF, EINVAL, ENOSYS, EOPNOTSUPP
+from pathlib import Path
+from types import ModuleType
+from typing import cast
+
+import pytest
+
+from outcomes import Errno, outcome
+from restrictedmem import abi
+from restrictedmem.abi import fuse, kvm, memory
+from restrictedmem.abi._ioctl import Ioctl, IoctlInt
+from restrictedmem.abi._struct import c_struct, codec, u16, u32, u64
+from restrictedmem.fd import OwnedFd
+from restrictedmem.units import PAGE_SIZE
+
+_LINUX = "audit capability falloc filter fs fuse io_uring kvm memfd mman mount prctl sched seccomp userfaultfd"
+HEADERS = [*(f"linux/{name}.h" for name in _LINUX.split()), "asm/unistd.h"]
+
+#: What each enumeration's members are called in C.
+PREFIXES = {
+    "Opcode": "FUSE_",
+    "InitFlag": "FUSE_",
+    "OpenFlag": "FOPEN_",
+    "AttrValid": "FATTR_",
+    "FallocMode": "FALLOC_FL_",
+    "Cap": "KVM_CAP_",
+    "ExitReason": "KVM_EXIT_",
+    "Category": "PAGE_IS_",
+    "FilterFlag": "SECCOMP_FILTER_FLAG_",
+}
+#: Python's name to C's, where they differ.
+C_NAMES = {
+    "KERNEL_VERSION": "FUSE_KERNEL_VERSION",
+    "ROOT_ID": "FUSE_ROOT_ID",
+    "MIN_READ_BUFFER": "FUSE_MIN_READ_BUFFER",
+    "AUDIT_ARCH": f"AUDIT_ARCH_{os.uname().machine.upper()}",
+    "PUNCH": "(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)",
+    "KVM_SET_USER_MEMORY_REGION_REQUEST": "KVM_SET_USER_MEMORY_REGION",
+    "cap_data": "struct { struct __user_cap_data_struct low, high; }",
+    "cap_header": "struct __user_cap_header_struct",
+    "fuse_statfs_out": "struct fuse_kstatfs",
+    "kvm_userspace_memory_region_ext": "struct kvm_userspace_memory_region",
+}
+#: Structs of which only the part before another struct is declared here, and one that is no kernel's.
+C_SIZES = {
+    "fuse_attr_out": "__builtin_offsetof(struct fuse_attr_out, attr)",
+    "fuse_entry_out": "__builtin_offsetof(struct fuse_entry_out, attr)",
+    "kvm_userspace_memory_region_ext": "sizeof(struct kvm_userspace_memory_region_ext)",
+}
+C_FIELDS = {
+    **{f"cap_data.{name}": f"low.{name}" for name in ("effective", "permitted", "inheritable")},
+    **{f"cap_data.{name}_high": f"high.{name}" for name in ("effective", "permitted", "inheritable")},
+    **{f"seccomp_data.arg{number}": f"args[{number}]" for number in range(6)},
+}
+#: This package's choices, which no header has.
+OURS = {"KERNEL_MINOR_VERSION", "OLDEST_MINOR_VERSION"}
+#: Names newer than some headers that are about, with their values and the kernel that has them.
+RECORDED = {
+    "cachestat": (40, "6.5"),
+    "cachestat.nr_cache": (0, "6.5"),
+    "cachestat.nr_dirty": (8, "6.5"),
+    "cachestat.nr_writeback": (16, "6.5"),
+    "cachestat.nr_evicted": (24, "6.5"),
+    "cachestat.nr_recently_evicted": (32, "6.5"),
+    "cachestat_range": (16, "6.5"),
+    "cachestat_range.off": (0, "6.5"),
+    "cachestat_range.len": (8, "6.5"),
+    "SYS_cachestat": (451, "6.5"),
+    "MFD_NOEXEC_SEAL": (8, "6.3"),
+    "fuse_open_out.backing_id": (12, "6.9"),
+    "fuse_init_out.max_stack_depth": (36, "6.9"),
+    "PAGEMAP_SCAN": (0xC060_6610, "6.7"),
+    "Category.FILE": (4, "6.7"),
+    "Category.PRESENT": (8, "6.7"),
+    "Category.SWAPPED": (16, "6.7"),
+    "Category.HUGE": (64, "6.7"),
+    "page_region": (24, "6.7"),
+    **{f"page_region.{name}": (at * 8, "6.7") for at, name in enumerate(("start", "end", "categories"))},
+    "pm_scan_arg": (96, "6.7"),
+    **{
+        f"pm_scan_arg.{name}": (at * 8, "6.7")
+        for at, name in enumerate(
+            (
+                "size",
+                "flags",
+                "start",
+                "end",
+                "walk_end",
+                "vec",
+                "vec_len",
+                "max_pages",
+                "category_inverted",
+                "category_mask",
+                "category_anyof_mask",
+                "return_mask",
+            )
+        )
+    },
+    "Cap.USER_MEMORY2": (231, "6.8"),
+    "Cap.MEMORY_FAULT_INFO": (232, "6.8"),
+    "Cap.MEMORY_ATTRIBUTES": (233, "6.8"),
+    "Cap.GUEST_MEMFD": (234, "6.8"),
+    "Cap.VM_TYPES": (235, "6.8"),
+    "Cap.PRE_FAULT_MEMORY": (236, "6.11"),
+    "Cap.GUEST_MEMFD_FLAGS": (244, "6.18"),
+    "ExitReason.MEMORY_FAULT": (39, "6.8"),
+    "KVM_CREATE_GUEST_MEMFD": (0xC040_AED4, "6.8"),
+    "kvm_create_guest_memfd": (64, "6.8"),
+    "kvm_create_guest_memfd.size": (0, "6.8"),
+    "kvm_create_guest_memfd.flags": (8, "6.8"),
+    "KVM_SET_MEMORY_ATTRIBUTES": (0x4020_AED2, "6.8"),
+    "kvm_memory_attributes": (32, "6.8"),
+    **{f"kvm_memory_attributes.{name}": (at * 8, "6.8") for at, name in enumerate(("address", "size", "attributes", "flags"))},
+    "KVM_MEMORY_ATTRIBUTE_PRIVATE": (8, "6.8"),
+    "KVM_MEMORY_EXIT_FLAG_PRIVATE": (8, "6.8"),
+    "GUEST_MEMFD_FLAG_MMAP": (1, "6.18"),
+    "GUEST_MEMFD_FLAG_INIT_SHARED": (2, "6.18"),
+    # Of the v9 and v10 postings, in no kernel.
+    "KVM_MEM_PRIVATE": (4, "v10"),
+    "kvm_userspace_memory_region_ext": (160, "v10"),
+    "kvm_userspace_memory_region_ext.restricted_offset": (32, "v10"),
+    "kvm_userspace_memory_region_ext.restricted_fd": (40, "v10"),
+}
+_FILLER = re.compile(r"(unused|reserved|spare|padding|pad|dummy|resv)\d*")
+
+
+def modules() -> list[ModuleType]:
+    names = sorted(found.name for found in pkgutil.iter_modules(abi.__path__))
+    return [importlib.import_module(f"restrictedmem.abi.{name}") for name in names if not name.startswith("_")]
+
+
+def structs() -> Iterator[type[ctypes.Structure]]:
+    for module in modules():
+        for found in vars(module).values():
+            if isinstance(found, type) and issubclass(found, ctypes.Structure) and found.__module__ == module.__name__:
+                yield found
+
+
+def declared() -> dict[str, tuple[int, str]]:
+    """Return name to (value, C expression) of every size, offset and number."""
+    found: dict[str, tuple[int, str]] = {}
+    for struct in structs():
+        name = struct.__name__
+        c_name = C_NAMES.get(name, f"struct {name}")
+        found[name] = ctypes.sizeof(struct), C_SIZES.get(name, f"sizeof({c_name})")
+        for field, *_ in cast("list[tuple[str, object]]", struct._fields_):
+            if not _FILLER.fullmatch(field):
+                key = f"{name}.{field}"
+                found[key] = getattr(struct, field).offset, f"__builtin_offsetof({c_name}, {C_FIELDS.get(key, field)})"
+    for module in modules():
+        for name, value in vars(module).items():
+            found |= _numbers(module, name, value)
+    return found
+
+
+def _numbers(module: ModuleType, name: str, value: object) -> dict[str, tuple[int, str]]:
+    c_name = C_NAMES.get(name, re.sub("^SYS_", "__NR_", name))
+    if name.startswith("_") or name in OURS or hasattr(errno, name):
+        return {}
+    if isinstance(value, type) and issubclass(value, int) and value.__module__ == module.__name__:
+        members = cast("type[IntEnum]", value)
+        return {f"{name}.{member.name}": (int(member), PREFIXES[name] + member.name) for member in members}
+    if isinstance(value, (Ioctl, IoctlInt)):
+        return {name: (value.request, c_name)}
+    if isinstance(value, dict) and os.uname().machine in value:
+        return {name: (cast("dict[str, int]", value)[os.uname().machine], c_name)}
+    if isinstance(value, int) and name.isupper() | name.startswith("SYS_"):
+        return {name: (value, c_name)}
+    return {}
+
+
+def ask_headers(expressions: dict[str, str], folder: Path) -> dict[str, int]:
+    """Return the value of every expression that compiles."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or ""
+    print_it = '#define P(name, value) printf("%s %llu\\n", name, (unsigned long long)(value))'
+    head = [line for header in HEADERS for line in (f"#if __has_include(<{header}>)", f"#include <{header}>", "#endif")]
+    source, program = folder / "abi.c", folder / "abi"
+    wanted = dict(expressions)
+    said = ""
+    for _ in range(5):
+        body = [f'P("{name}", {expression});' for name, expression in wanted.items()]
+        lines = ["#include <stdio.h>", *head, print_it, "int main(void) {", *body, "}"]
+        source.write_text("\n".join(lines) + "\n", encoding="ascii")
+        compiled = subprocess.run([compiler, "-w", "-o", program, source], capture_output=True, text=True, check=False)
+        if compiled.returncode == 0:
+            printed = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+            return {name: int(value) for name, value in (line.split() for line in printed.splitlines())}
+        bad = {int(number) for number in re.findall(r"abi\.c:(\d+):\d+: error", compiled.stderr)}
+        refused = [name for at, name in enumerate(wanted) if at + len(lines) - len(body) in bad]
+        said = compiled.stderr
+        assert refused, said
+        for name in refused:
+            del wanted[name]
+    pytest.fail(f"does not compile: {said}")
+
+
+@pytest.mark.requires("cc")
+def test_structs_and_numbers_are_the_headers(tmp_path: Path) -> None:
+    ours = declared()
+    assert len(ours) > 250
+    theirs = ask_headers({name: expression for name, (_, expression) in ours.items()}, tmp_path)
+    wrong = {name: (value, theirs[name]) for name, (value, _) in ours.items() if name in theirs and theirs[name] != value}
+    assert wrong == {}, "name: (here, header)"
+    absent = sorted(set(ours) - set(theirs) - set(RECORDED))
+    assert absent == [], "in no header here: record value and kernel version"
+    print(f"{len(theirs)} of {len(ours)} compared with the headers, {len(ours) - len(theirs)} with recorded values")
+
+
+@pytest.mark.requires("cc")
+def test_the_comparison_can_fail(tmp_path: Path) -> None:
+    found = ask_headers(
+        {"right": "FUSE_OPEN", "absent": "NO_SUCH_NAME", "offset": "__builtin_offsetof(struct fuse_attr, nofield)"}, tmp_path
+    )
+    assert found == {"right": 14}
+
+
+def test_recorded_values_are_those_declared() -> None:
+    ours = declared()
+    assert {name: ours[name][0] for name in RECORDED} == {name: value for name, (value, _) in RECORDED.items()}
+
+
+def test_a_struct_of_another_size_is_refused() -> None:
+    with pytest.raises(TypeError, match="8 bytes, the kernel's has 4"):
+
+        @c_struct(size=4)
+        class wrong(ctypes.Structure):  # pyright: ignore[reportUnusedClass]
+            a: u32
+            b: u32
+
+
+def test_codecs_agree_with_ctypes() -> None:
+    values = (1, 2, 3 << 40, 4, 5, 6, 7, 8, 9)
+    packed = fuse.IN_HEADER.pack(*values)
+    names = [field[0] for field in fuse.fuse_in_header._fields_]
+    assert bytes(fuse.fuse_in_header(**dict(zip(names, values, strict=True)))) == packed
+    assert codec(fuse.fuse_attr).size == ctypes.sizeof(fuse.fuse_attr)
+
+
+def test_codecs_refuse_what_struct_cannot_express() -> None:
+    @c_struct(size=8)
+    class holed(ctypes.Structure):
+        small: u16
+        large: u32
+
+    @c_struct(size=16)
+    class nested(ctypes.Structure):
+        inner: holed
+        last: u64
+
+    with pytest.raises(TypeError, match="padding"):
+        codec(holed)
+    with pytest.raises(TypeError, match="not plain integers"):
+        codec(nested)
+
+
+# The calls, on what they cannot do.
+
+
+def test_calls_on_a_closed_descriptor_are_ebadf() -> None:
+    closed = os.dup(0)
+    os.close(closed)
+    assert outcome(lambda: memory.fallocate(closed, 0, 0, PAGE_SIZE)) == Errno(EBADF)
+    assert outcome(lambda: memory.resident_pages(closed, 0, PAGE_SIZE)) in (Errno(EBADF), Errno(ENOSYS))
+    assert outcome(lambda: kvm.KVM_GET_API_VERSION(closed)) == Errno(EBADF)
+    asked = kvm.kvm_create_guest_memfd(size=PAGE_SIZE, flags=0)
+    assert outcome(lambda: kvm.KVM_CREATE_GUEST_MEMFD(closed, asked)) == Errno(EBADF)
+
+
+def test_errors_name_the_call() -> None:
+    closed = os.dup(0)
+    os.close(closed)
+    with pytest.raises(OSError, match=r"^\[Errno 9\] KVM_GET_API_VERSION: Bad file descriptor$"):
+        kvm.KVM_GET_API_VERSION(closed)
+    with pytest.raises(OSError, match=r"^\[Errno 9\] fallocate: Bad file descriptor$"):
+        memory.fallocate(closed, 0, 0, 1)
+
+
+def test_memfd_secret_refuses_flags() -> None:
+    assert outcome(lambda: memory.memfd_secret(1 << 20)) in (Errno(EINVAL), Errno(ENOSYS))
+
+
+def test_cachestat_counts_preallocated_pages_and_no_holes() -> None:
+    with memory.memfd_create("counted") as fd:
+        os.ftruncate(fd.fileno(), 16 * PAGE_SIZE)
+        memory.fallocate(fd.fileno(), 0, 4 * PAGE_SIZE, 2 * PAGE_SIZE)
+        try:
+            assert memory.resident_pages(fd.fileno(), 0, 16 * PAGE_SIZE) == 2
+        except OSError as error:
+            if error.errno != ENOSYS:
+                raise
+            pytest.skip("cachestat came with Linux 6.5")
+        assert memory.resident_pages(fd.fileno(), 5 * PAGE_SIZE, PAGE_SIZE) == 1
+        assert memory.resident_pages(fd.fileno(), 0, 4 * PAGE_SIZE) == 0
+    ours, theirs = (OwnedFd(number) for number in os.pipe())
+    with ours, theirs:
+        # A pipe has no page cache: EOPNOTSUPP since 6.17, nothing to count before.
+        assert outcome(lambda: memory.resident_pages(ours.fileno(), 0, PAGE_SIZE)) in (0, Errno(EOPNOTSUPP), Errno(EBADF))
+
+
+def test_memfds_are_close_on_exec_and_sealed_against_execution() -> None:
+    with memory.memfd_create("made") as fd:
+        assert not os.get_inheritable(fd.fileno())
+        assert os.fstat(fd.fileno()).st_mode & 0o111 in (0, 0o111), "sealed since Linux 6.3"
