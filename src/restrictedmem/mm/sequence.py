@@ -1,0 +1,88 @@
+"""The invalidation sequence of a file: what a fault path compares against before it installs a translation.
+
+KVM keeps ``mmu_invalidate_seq``, ``mmu_invalidate_in_progress`` and the range per VM; here they lie in one page per file that the shim
+writes and every consumer maps for reading, so that a fault costs no message. The rule (v10 4/9): a translation of page ``pgoff`` may be
+installed only when no invalidation is in progress over it and the sequence is still what it was before get_page was called.
+"""
+
+import mmap
+import os
+from typing import Final, Self, final
+
+from restrictedmem import sync
+from restrictedmem.abi import memory
+from restrictedmem.fd import OwnedFd
+from restrictedmem.units import PAGE_SIZE, pgoff_t
+
+_SEQ: Final = 0
+_IN_PROGRESS: Final = 1
+_START: Final = 2
+_END: Final = 3
+
+
+@final
+class InvalidationSequence:
+    """Sequence, count and range in shared memory: one writer (the shim), any number of readers."""
+
+    __slots__ = ("_mapping", "_memory", "_mutex", "_words", "fd")
+
+    def __init__(self, fd: OwnedFd, *, writable: bool) -> None:
+        """Map the page behind ``fd``, which this object owns from now on."""
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        self.fd = fd
+        self._mapping = mmap.mmap(fd.fileno(), PAGE_SIZE, mmap.MAP_SHARED, protection)
+        self._memory = memoryview(self._mapping)
+        self._words = sync.SharedWords(self._memory)
+        self._mutex = sync.mutex()
+
+    @classmethod
+    def create(cls) -> Self:
+        """Make a new page, with nothing in progress.
+
+        Raises:
+            OSError: EMFILE, ENFILE, ENOMEM.
+        """
+        fd = memory.memfd_create("restrictedmem-sequence")
+        os.ftruncate(fd.fileno(), PAGE_SIZE)
+        return cls(fd, writable=True)
+
+    def begin(self, start: pgoff_t, end: pgoff_t) -> None:
+        """Enter an invalidation; ranges that overlap in time merge to their hull until all have ended, as in KVM."""
+        words = self._words
+        with self._mutex:
+            in_progress = words.read(_IN_PROGRESS)
+            if in_progress:
+                start = min(start, pgoff_t(words.read(_START)))
+                end = max(end, pgoff_t(words.read(_END)))
+            words.write(_START, start)
+            words.write(_END, end)
+            words.write(_IN_PROGRESS, in_progress + 1)
+
+    def end(self) -> None:
+        """Leave an invalidation: the sequence rises before the count falls, so that a reader sees one or the other."""
+        words = self._words
+        with self._mutex:
+            words.write(_SEQ, words.read(_SEQ) + 1)
+            words.write(_IN_PROGRESS, words.read(_IN_PROGRESS) - 1)
+
+    def snapshot(self) -> int:
+        """Return the sequence, to be read before get_page."""
+        return self._words.read(_SEQ)
+
+    def busy(self) -> bool:
+        """Say whether any invalidation is in progress."""
+        return self._words.read(_IN_PROGRESS) > 0
+
+    def retry(self, snapshot: int, start: pgoff_t, end: pgoff_t) -> bool:
+        """Say whether translations of pages ``start`` to ``end`` must not be installed (``mmu_invalidate_retry_gfn``)."""
+        words = self._words
+        if words.read(_IN_PROGRESS) and start < words.read(_END) and end > words.read(_START):
+            return True
+        return words.read(_SEQ) != snapshot
+
+    def close(self) -> None:
+        """Unmap the page and close its descriptor."""
+        self._words.release()
+        self._memory.release()
+        self._mapping.close()
+        self.fd.close()

@@ -1,0 +1,448 @@
+"""The shim, its backing and the pages a consumer takes: examples."""
+
+import mmap
+import os
+import threading
+from collections.abc import Iterator
+from errno import EFAULT, EFBIG, EINVAL, ENOSPC, EOPNOTSUPP, EPERM
+from functools import partial
+from typing import final
+
+import pytest
+
+from outcomes import Errno, outcome
+from restrictedmem.abi import memory
+from restrictedmem.abi.memory import PUNCH, FallocMode
+from restrictedmem.fd import OwnedFd
+from restrictedmem.mm.backing import MemfdBacking
+from restrictedmem.mm.inode import Inode
+from restrictedmem.mm.notifier import Api
+from restrictedmem.mm.pages import Pages
+from restrictedmem.mm.restrictedmem import RestrictedFile
+from restrictedmem.mm.sequence import InvalidationSequence
+from restrictedmem.units import MAX_FILE_BYTES, PAGE_SIZE, PageRange, pgoff_t
+from waiting import wait_for, waits
+
+KEEP = int(FallocMode.KEEP_SIZE)
+
+
+def new_file(api: Api = Api.V10, limit: int | None = None) -> RestrictedFile:
+    return RestrictedFile(api, MemfdBacking(limit=limit), Inode.make(0, 0))
+
+
+@pytest.fixture
+def file() -> Iterator[RestrictedFile]:
+    made = new_file()
+    yield made
+    made.put()
+
+
+def pages(first: int, end: int) -> PageRange:
+    return PageRange(pgoff_t(first), pgoff_t(end))
+
+
+@final
+class Counting:
+    """Counts what a notifier hears."""
+
+    def __init__(self) -> None:
+        self.started = 0
+        self.ended = 0
+
+    def invalidate_start(self, start: pgoff_t, end: pgoff_t) -> None:
+        self.started += 1
+
+    def invalidate_end(self, start: pgoff_t, end: pgoff_t) -> None:
+        self.ended += 1
+
+
+# Size.
+
+
+def test_the_size_is_set_once(file: RestrictedFile) -> None:
+    assert outcome(lambda: file.ftruncate(1)) == Errno(EINVAL)
+    for _ in range(2):
+        file.ftruncate(0)
+    assert outcome(lambda: file.ftruncate(MAX_FILE_BYTES + PAGE_SIZE)) == Errno(EFBIG)
+    file.ftruncate(PAGE_SIZE)
+    for length in (0, 1, PAGE_SIZE, 2 * PAGE_SIZE, MAX_FILE_BYTES + PAGE_SIZE):
+        assert outcome(partial(file.ftruncate, length)) == Errno(EPERM), length
+    assert file.size == PAGE_SIZE
+
+
+def test_plain_fallocate_grows_a_size_that_was_fixed(file: RestrictedFile) -> None:
+    file.ftruncate(PAGE_SIZE)
+    file.fallocate(0, PAGE_SIZE, 100)
+    assert (file.size, file.backing.resident()) == (PAGE_SIZE + 100, PAGE_SIZE)
+    file.fallocate(0, 0, 1)
+    assert file.size == PAGE_SIZE + 100
+    file.fallocate(KEEP, 8 * PAGE_SIZE, 1)
+    assert (file.size, file.backing.resident()) == (PAGE_SIZE + 100, 3 * PAGE_SIZE)
+
+
+def test_a_fallocate_that_fails_leaves_size_and_pages() -> None:
+    file = new_file(limit=2 * PAGE_SIZE)
+    assert outcome(lambda: file.fallocate(0, 0, 3 * PAGE_SIZE)) == Errno(ENOSPC)
+    assert (file.size, file.backing.resident()) == (0, 0)
+    file.put()
+
+
+@pytest.mark.parametrize("mode", [0x08, 0x10, 0x20, 0x40, 0x02, PUNCH | 0x10])
+def test_other_modes_are_not_supported(file: RestrictedFile, mode: int) -> None:
+    file.fallocate(KEEP, 0, PAGE_SIZE)
+    before = file.inode.mtime
+    assert outcome(lambda: file.fallocate(mode, 0, PAGE_SIZE)) == Errno(EOPNOTSUPP)
+    assert file.backing.resident() == PAGE_SIZE
+    assert file.inode.mtime == before
+
+
+def test_operations_move_the_times(file: RestrictedFile) -> None:
+    file.inode.mtime = file.inode.ctime = 0
+    file.fallocate(KEEP, 0, PAGE_SIZE)
+    assert file.inode.mtime == file.inode.ctime > 0
+    file.inode.mtime = 0
+    file.fallocate(PUNCH, 0, PAGE_SIZE)
+    assert file.inode.mtime > 0
+    file.inode.mtime = 0
+    file.ftruncate(PAGE_SIZE)
+    assert file.inode.mtime > 0
+
+
+# The backing.
+
+
+def test_a_memfd_is_made_with_the_first_page_and_closed_with_the_file() -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    file = new_file()
+    file.fallocate(PUNCH, 0, PAGE_SIZE)
+    assert set(os.listdir("/proc/self/fd")) == before
+    file.fallocate(KEEP, 0, PAGE_SIZE)
+    fd = file.backing.fileno()
+    assert file.backing.fileno() == fd
+    assert os.fstat(fd).st_size == MAX_FILE_BYTES
+    file.put()
+    assert set(os.listdir("/proc/self/fd")) == before
+    assert file.backing.resident() == 0
+
+
+def test_the_limit_counts_pages_held_and_not_pages_asked_for() -> None:
+    backing = MemfdBacking(limit=4 * PAGE_SIZE)
+    backing.allocate(0, 3 * PAGE_SIZE)
+    # Two of them are there already.
+    backing.allocate(PAGE_SIZE, 3 * PAGE_SIZE)
+    assert backing.resident() == 4 * PAGE_SIZE
+    backing.allocate(0, 4 * PAGE_SIZE)
+    assert outcome(lambda: backing.allocate(4 * PAGE_SIZE, 1)) == Errno(ENOSPC)
+    assert outcome(lambda: backing.allocate(4 * PAGE_SIZE - 1, 2)) == Errno(ENOSPC)
+    assert backing.resident() == 4 * PAGE_SIZE
+    backing.punch(0, PAGE_SIZE)
+    backing.allocate(1 << 40, 1)
+    assert backing.resident() == 4 * PAGE_SIZE
+    backing.close()
+
+
+def test_fresh_and_reallocated_pages_are_zero(file: RestrictedFile) -> None:
+    window = Pages(file.backing, pages(0, 4))
+    assert window.get_page(pgoff_t(2)) == 0
+    with mmap.mmap(file.backing.fileno(), 4 * PAGE_SIZE) as memory_of:
+        at = slice(2 * PAGE_SIZE, 3 * PAGE_SIZE)
+        assert memory_of[at] == bytes(PAGE_SIZE)
+        memory_of[at] = b"\xa5" * PAGE_SIZE
+        # A page that is there keeps its content, whoever allocates it again.
+        file.fallocate(KEEP, 2 * PAGE_SIZE, PAGE_SIZE)
+        assert memory_of[at] == b"\xa5" * PAGE_SIZE
+        file.fallocate(PUNCH, 2 * PAGE_SIZE, PAGE_SIZE)
+        window.forget(pages(2, 3))
+        assert file.backing.resident() == 0
+        window.get_page(pgoff_t(2))
+        assert memory_of[at] == bytes(PAGE_SIZE)
+        assert file.backing.resident() == PAGE_SIZE
+
+
+# Pages that a consumer takes.
+
+
+def test_get_page_says_order_0(file: RestrictedFile) -> None:
+    window = Pages(file.backing, pages(0, 512))
+    window.get_pages(pages(0, 512))
+    assert {window.get_page(pgoff_t(page)) for page in range(512)} == {0}
+
+
+def test_get_page_ignores_the_size(file: RestrictedFile) -> None:
+    far = (1 << 40) // PAGE_SIZE
+    window = Pages(file.backing, pages(far, far + 2))
+    window.get_page(pgoff_t(far + 1))
+    assert (file.size, file.backing.resident(), window.taken) == (0, PAGE_SIZE, 1)
+
+
+def test_get_page_takes_each_page_once(file: RestrictedFile) -> None:
+    window = Pages(file.backing, pages(4, 8))
+    for _ in range(3):
+        window.get_page(pgoff_t(5))
+    window.get_pages(pages(4, 7))
+    window.get_pages(pages(4, 7))
+    window.get_pages(pages(6, 6))
+    assert (window.taken, file.backing.resident()) == (3, 3 * PAGE_SIZE)
+
+
+@pytest.mark.parametrize("page", [0, 3, 8, 1 << 40])
+def test_get_page_outside_the_window(file: RestrictedFile, page: int) -> None:
+    window = Pages(file.backing, pages(4, 8))
+    assert outcome(lambda: window.get_page(pgoff_t(page))) == Errno(EFAULT)
+    assert outcome(lambda: window.get_pages(pages(min(page, 4), max(page + 1, 8)))) == Errno(EFAULT)
+    assert (window.taken, file.backing.resident()) == (0, 0)
+
+
+def test_forget_clips_to_the_window(file: RestrictedFile) -> None:
+    window = Pages(file.backing, pages(4, 8))
+    window.get_pages(pages(4, 8))
+    assert window.forget(pages(0, 4)) == window.forget(pages(8, 1 << 40)) == window.forget(pages(5, 5)) == 0
+    assert window.forget(pages(0, 6)) == 2
+    assert window.forget(pages(0, 6)) == 0
+    assert window.forget(pages(0, 1 << 40)) == 2
+
+
+def test_a_page_over_the_limit_is_not_taken() -> None:
+    file = new_file(limit=2 * PAGE_SIZE)
+    window = Pages(file.backing, pages(0, 8))
+    window.get_pages(pages(0, 2))
+    for call in (lambda: window.get_page(pgoff_t(2)), lambda: window.get_pages(pages(1, 3))):
+        assert outcome(call) == Errno(ENOSPC)
+    assert window.taken == 2
+    # A refusal is not remembered: with a page freed there is room for another.
+    file.fallocate(PUNCH, 0, PAGE_SIZE)
+    window.forget(pages(0, 1))
+    window.get_page(pgoff_t(2))
+    assert (window.taken, file.backing.resident()) == (3, 2 * PAGE_SIZE)
+    file.put()
+
+
+def test_two_consumers_with_one_memfd_share_pages_and_limit() -> None:
+    file = new_file(limit=2 * PAGE_SIZE)
+    other = MemfdBacking(fd=OwnedFd(os.dup(file.backing.fileno())), limit=2 * PAGE_SIZE)
+    first, second = Pages(file.backing, pages(0, 4)), Pages(other, pages(0, 4))
+    first.get_page(pgoff_t(0))
+    second.get_page(pgoff_t(0))
+    second.get_page(pgoff_t(1))
+    assert outcome(lambda: first.get_page(pgoff_t(2))) == Errno(ENOSPC)
+    assert file.backing.resident() == 2 * PAGE_SIZE
+    other.close()
+    file.put()
+
+
+# Invalidation.
+
+
+def test_sequence_merges_ranges_that_overlap_in_time() -> None:
+    sequence = InvalidationSequence.create()
+    before = sequence.snapshot()
+    sequence.begin(pgoff_t(10), pgoff_t(20))
+    sequence.begin(pgoff_t(40), pgoff_t(50))
+    # The hull counts, as in KVM: 30 lies in neither.
+    assert sequence.retry(before, pgoff_t(30), pgoff_t(31))
+    assert not sequence.retry(before, pgoff_t(9), pgoff_t(10))
+    assert not sequence.retry(before, pgoff_t(50), pgoff_t(51))
+    sequence.end()
+    assert sequence.busy()
+    assert sequence.retry(sequence.snapshot(), pgoff_t(30), pgoff_t(31))
+    sequence.end()
+    assert not sequence.busy()
+    assert not sequence.retry(sequence.snapshot(), pgoff_t(30), pgoff_t(31))
+    # Whoever took the sequence before has to start again, wherever it was.
+    assert sequence.retry(before, pgoff_t(1000), pgoff_t(1001))
+    assert sequence.snapshot() == before + 2
+    sequence.close()
+
+
+def test_a_consumer_maps_the_sequence_for_reading() -> None:
+    writer = InvalidationSequence.create()
+    reader = InvalidationSequence(OwnedFd(os.dup(writer.fd.fileno())), writable=False)
+    writer.begin(pgoff_t(1), pgoff_t(2))
+    assert reader.busy()
+    assert reader.retry(0, pgoff_t(1), pgoff_t(2))
+    writer.end()
+    assert (reader.busy(), reader.snapshot()) == (False, 1)
+    with pytest.raises(TypeError):
+        reader.begin(pgoff_t(1), pgoff_t(2))
+    reader.close()
+    writer.close()
+
+
+def test_a_file_without_notifiers_has_no_sequence_page(file: RestrictedFile) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    file.fallocate(PUNCH, 0, PAGE_SIZE)
+    assert set(os.listdir("/proc/self/fd")) == before
+    notifier = Counting()
+    file.register_notifier(notifier)
+    file.fallocate(PUNCH, 0, PAGE_SIZE)
+    assert (notifier.started, notifier.ended, file.sequence().snapshot(), file.notifier_count) == (1, 1, 1, 1)
+
+
+def test_a_notifier_registered_twice_hears_twice_and_leaves_at_once(file: RestrictedFile) -> None:
+    notifier = Counting()
+    file.register_notifier(notifier)
+    file.register_notifier(notifier)
+    file.fallocate(PUNCH, 0, PAGE_SIZE)
+    assert notifier.started == notifier.ended == 2
+    file.unregister_notifier(notifier)
+    file.unregister_notifier(notifier)
+    assert file.notifier_count == 0
+
+
+@final
+class Gate:
+    """A notifier that stops in its start until it is let go."""
+
+    def __init__(self) -> None:
+        self.inside = threading.Event()
+        self.go = threading.Event()
+        self.ended = threading.Event()
+
+    def invalidate_start(self, start: pgoff_t, end: pgoff_t) -> None:
+        self.inside.set()
+        assert self.go.wait(10), "waited 10 s to be let go"
+
+    def invalidate_end(self, start: pgoff_t, end: pgoff_t) -> None:
+        self.ended.set()
+
+
+@pytest.mark.parametrize("leave", [False, True])
+def test_nobody_registers_or_unregisters_inside_an_invalidation(file: RestrictedFile, leave: bool) -> None:
+    gate, late = Gate(), Counting()
+    file.register_notifier(gate)
+    punch = threading.Thread(target=file.fallocate, args=(PUNCH, 0, PAGE_SIZE))
+    punch.start()
+    assert gate.inside.wait(10), "waited 10 s for invalidate_start"
+    done = threading.Event()
+
+    def change() -> None:
+        if leave:
+            file.unregister_notifier(gate)
+            # No callback runs any more, the end included.
+            assert gate.ended.is_set()
+        else:
+            file.register_notifier(late)
+        done.set()
+
+    other = threading.Thread(target=change)
+    other.start()
+    wait_for("the other thread to wait", lambda: waits(other) or done.is_set())
+    assert file.notifier_count == 1
+    assert not done.is_set()
+    gate.go.set()
+    punch.join()
+    other.join()
+    assert done.is_set()
+    assert (late.started, late.ended) == (0, 0)
+    assert file.notifier_count == (0 if leave else 2)
+
+
+def test_registering_while_punching_stays_balanced() -> None:
+    file = new_file(Api.V9)
+    keeper = Counting()
+    file.register_notifier(keeper)
+    failures: list[str] = []
+    rounds = 200
+
+    def punch(page: int) -> None:
+        for number in range(rounds):
+            # Every third fails, and must be as balanced as the others.
+            mode = int(FallocMode.ZERO_RANGE) if number % 3 == 0 else PUNCH
+            outcome(partial(file.fallocate, mode, page * PAGE_SIZE, PAGE_SIZE))
+
+    def come_and_go() -> None:
+        for _ in range(rounds):
+            notifier = Counting()
+            file.register_notifier(notifier)
+            file.unregister_notifier(notifier)
+            heard = notifier.started, notifier.ended
+            if heard[0] != heard[1]:
+                failures.append(f"{heard[0]} starts, {heard[1]} ends")
+
+    threads = [threading.Thread(target=punch, args=(page,)) for page in range(3)]
+    threads += [threading.Thread(target=come_and_go) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert file.notifier_count == 1
+    assert file.sequence().snapshot() == 3 * rounds
+    assert not file.sequence().busy()
+    file.put()
+
+
+# Lifetime and attributes.
+
+
+def test_put_is_silent_and_drops_the_pages_with_the_last_reference() -> None:
+    file, notifier = new_file(), Counting()
+    file.register_notifier(notifier)
+    file.fallocate(KEEP, 0, PAGE_SIZE)
+    file.get()
+    file.put()
+    assert file.backing.resident() == PAGE_SIZE
+    with OwnedFd(os.dup(file.backing.fileno())) as consumers:
+        file.put()
+        # A consumer that still holds the memfd keeps its pages, as a mapping would.
+        assert os.fstat(consumers.fileno()).st_blocks * 512 == PAGE_SIZE
+    assert (notifier.started, notifier.ended) == (0, 0)
+
+
+def test_inode_attributes() -> None:
+    inode = Inode.make(1000, 100)
+    inode.chmod(0o100640, 1000)
+    assert inode.mode == 0o100640
+    assert outcome(lambda: inode.chmod(0o600, 1001)) == Errno(EPERM)
+    assert outcome(lambda: inode.utimens(1, None, 1001)) == Errno(EPERM)
+    inode.utimens(1, None, 1000)
+    assert inode.atime == 1 != inode.mtime
+    inode.utimens(None, 2, 0)
+    assert (inode.atime, inode.mtime) == (1, 2)
+    inode.chown(None, 200, 1000, 200)
+    assert outcome(lambda: inode.chown(None, 300, 1000, 200)) == Errno(EPERM)
+    assert outcome(lambda: inode.chown(1001, None, 1000, 200)) == Errno(EPERM)
+    inode.chown(1, 2, 0, 0)
+    assert (inode.uid, inode.gid) == (1, 2)
+    assert outcome(lambda: inode.chmod(0o600, 1000)) == Errno(EPERM)
+
+
+def test_which_modes_notify() -> None:
+    modes = (0, KEEP, PUNCH, 0x08, 0x10, 0x20, 0x40)
+    assert [Api.V9.notifies(mode) for mode in modes] == [True] * 7
+    assert [Api.V10.notifies(mode) for mode in modes] == [mode == PUNCH for mode in modes]
+
+
+def test_a_bare_memfd_grows_as_the_restricted_file_does(file: RestrictedFile) -> None:
+    with memory.memfd_create("compared") as plain:
+        for mode, offset, length in ((0, PAGE_SIZE - 1, 2), (KEEP, 1 << 30, 1), (0, 0, 1), (PUNCH, 0, PAGE_SIZE)):
+            memory.fallocate(plain.fileno(), mode, offset, length)
+            file.fallocate(mode, offset, length)
+            found = os.fstat(plain.fileno())
+            assert (file.size, file.backing.resident()) == (found.st_size, found.st_blocks * 512)
+
+
+def test_threads_that_need_the_memfd_at_once_get_one() -> None:
+    for _ in range(50):
+        backing, barrier = MemfdBacking(), threading.Barrier(6)
+        numbers: list[int] = []
+
+        def use(backing: MemfdBacking = backing, barrier: threading.Barrier = barrier, numbers: list[int] = numbers) -> None:
+            barrier.wait()
+            numbers.append(backing.fileno())
+
+        threads = [threading.Thread(target=use) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(set(numbers)) == 1
+        backing.close()
+
+
+def test_a_reference_is_not_taken_after_the_last() -> None:
+    file = new_file()
+    assert file.get_unless_zero()
+    file.put()
+    file.put()
+    assert not file.get_unless_zero()
