@@ -1,0 +1,293 @@
+"""FUSE requests on restricted files: decode, do, encode.
+
+The file operations a restricted file lacks are refused the way the kernel refuses them for a file without those operations; the table
+of who refuses what, and what FUSE itself answers instead, is docs/divergences.md.
+"""
+
+import ctypes
+import os
+import stat
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from errno import EACCES, EINVAL, ENFILE, ENOENT, ENOSYS, ENOTTY, ENXIO, EPERM
+from typing import Final, NamedTuple, final
+
+from restrictedmem import sync
+from restrictedmem.abi import fuse
+from restrictedmem.abi.fuse import AttrValid, InitFlag, Opcode, OpenFlag
+from restrictedmem.mm.backing import MemfdBacking
+from restrictedmem.mm.inode import Inode
+from restrictedmem.mm.notifier import Api
+from restrictedmem.mm.restrictedmem import RestrictedFile
+from restrictedmem.units import PAGE_SIZE
+
+#: The only name that can be created. It shows in /proc/PID/fd as ``/restrictedmem (deleted)``.
+NAME: Final = b"restrictedmem"
+#: ioctl(fd, PROVE, token): show the service that the caller holds this descriptor; a 16-byte token, direction write, magic 'R'.
+TOKEN_BYTES: Final = 16
+PROVE: Final = 1 << 30 | TOKEN_BYTES << 16 | ord("R") << 8 | 1
+
+_HUGE_REQUEST: Final = 64 << 20
+_NANO: Final = 1_000_000_000
+# No DIRECT_IO_ALLOW_MMAP is negotiated, so MAP_SHARED is ENODEV; STREAM takes seeking and p-calls away, as a file without FMODE_LSEEK;
+# NOFLUSH keeps close() from waiting for this process.
+_OPEN_FLAGS: Final = OpenFlag.DIRECT_IO | OpenFlag.NONSEEKABLE | OpenFlag.STREAM | OpenFlag.NOFLUSH
+_ROOT_ATTR: Final = fuse.ATTR.pack(fuse.ROOT_ID, 0, 0, 0, 0, 0, 0, 0, 0, stat.S_IFDIR | 0o700, 2, 0, 0, 0, PAGE_SIZE, 0)
+_NO_REPLY: Final = None
+_EMPTY: Final = b""
+
+
+class Request(NamedTuple):
+    """One request: the header's fields that matter, and the bytes after it."""
+
+    opcode: int
+    unique: int
+    nodeid: int
+    uid: int
+    gid: int
+    body: bytes
+
+
+@final
+@dataclass(slots=True)
+class _Node:
+    file: RestrictedFile
+    open: bool = True
+
+
+@final
+class FileSystem:
+    """The nodes of one mount and what each request does to them; one request may run at the same time as another."""
+
+    def __init__(
+        self,
+        api: Api,
+        *,
+        memory_max: int | None = None,
+        max_files: int,
+        prove: Callable[[bytes, int, RestrictedFile], None] | None = None,
+    ) -> None:
+        """Make an empty file system.
+
+        ``memory_max`` bounds the bytes of each descriptor. ``max_files`` is how many descriptors may exist at once; creating one more
+        is ENFILE. ``prove`` hears of each token presented by ioctl, with the inode number and the file, and raises OSError for one it
+        does not know.
+        """
+        #: Called before a request waits for consumers, or for much memory; whoever serves others too lets them go on then.
+        self.before_waiting: Callable[[], None] = _go_on
+        self.api = api
+        self.memory_max = memory_max
+        self._max_files = max_files
+        self._prove = prove
+        self._nodes: dict[int, _Node] = {}
+        self._next_node = fuse.ROOT_ID + 1
+        self._mutex = sync.mutex()
+        self._handlers: dict[int, Callable[[Request], bytes | None]] = {
+            Opcode.INIT: self._init,
+            Opcode.LOOKUP: self._lookup,
+            Opcode.FORGET: self._forget,
+            Opcode.BATCH_FORGET: self._batch_forget,
+            Opcode.GETATTR: self._getattr,
+            Opcode.SETATTR: self._setattr,
+            Opcode.CREATE: self._create,
+            Opcode.UNLINK: self._unlink,
+            Opcode.OPEN: self._open,
+            Opcode.OPENDIR: self._opendir,
+            Opcode.RELEASE: self._release,
+            Opcode.STATFS: self._statfs,
+            Opcode.IOCTL: self._ioctl,
+            Opcode.FALLOCATE: self._fallocate,
+            Opcode.INTERRUPT: self._interrupt,
+            Opcode.READ: self._refuse,
+            Opcode.WRITE: self._refuse,
+            Opcode.FSYNC: self._refuse,
+        }
+
+    def handle(self, request: Request) -> bytes | None:
+        """Do what a request asks and return the reply's body, ``None`` when it wants no reply.
+
+        Raises:
+            OSError: the errno of the reply; EINVAL for a request too short for its opcode.
+        """
+        handler = self._handlers.get(request.opcode)
+        if handler is None:
+            raise OSError(ENOSYS, f"FUSE opcode {request.opcode}")
+        try:
+            return handler(request)
+        except struct.error as error:
+            raise OSError(EINVAL, f"FUSE opcode {request.opcode}: {error}") from None
+
+    def files(self) -> dict[int, RestrictedFile]:
+        """Return a snapshot of the open files by inode number."""
+        with self._mutex:
+            return {number: node.file for number, node in self._nodes.items() if node.open}
+
+    def _file(self, nodeid: int) -> RestrictedFile:
+        node = self._nodes.get(nodeid)
+        if node is None:
+            raise OSError(ENOENT if nodeid != fuse.ROOT_ID else EPERM, f"node {nodeid}")
+        return node.file
+
+    # The mount and its directory.
+
+    def _init(self, request: Request) -> bytes:
+        # Before 7.36 the kernel sent the first 16 bytes alone.
+        body = request.body.ljust(ctypes.sizeof(fuse.fuse_init_in), b"\0")
+        offered = fuse.fuse_init_in.from_buffer_copy(body)
+        if offered.major != fuse.KERNEL_VERSION or offered.minor < fuse.OLDEST_MINOR_VERSION:
+            raise OSError(EINVAL, f"FUSE protocol {offered.major}.{offered.minor} is not spoken here")
+        reply = fuse.fuse_init_out(
+            major=fuse.KERNEL_VERSION,
+            minor=min(offered.minor, fuse.KERNEL_MINOR_VERSION),
+            max_readahead=0,
+            flags=offered.flags & InitFlag.PARALLEL_DIROPS,
+            max_background=16,
+            congestion_threshold=12,
+            max_write=PAGE_SIZE,
+            time_gran=1,
+        )
+        return bytes(reply)
+
+    def _lookup(self, request: Request) -> bytes:
+        # Nothing can be found by name: the owner unlinks a file right after creating it, and names are never cached.
+        raise OSError(ENOENT, "lookup")
+
+    def _create(self, request: Request) -> bytes:
+        flags, _, _, _ = fuse.CREATE_IN.unpack_from(request.body)
+        name = request.body[fuse.CREATE_IN.size :].rstrip(b"\0")
+        if request.nodeid != fuse.ROOT_ID or name != NAME:
+            raise OSError(EACCES, "create: not a name of this file system")
+        if flags & os.O_ACCMODE != os.O_RDWR:
+            raise OSError(EINVAL, "create: a restricted file is opened for reading and writing")
+        with self._mutex:
+            if len(self._nodes) >= self._max_files:
+                raise OSError(ENFILE, "create: the service has no descriptor left for another file")
+            nodeid = self._next_node
+            self._next_node += 1
+            file = RestrictedFile(self.api, MemfdBacking(limit=self.memory_max), Inode.make(request.uid, request.gid))
+            self._nodes[nodeid] = _Node(file)
+        entry = fuse.ENTRY_OUT.pack(nodeid, 0, 0, 0, 0, 0)
+        return entry + _attributes(nodeid, file) + fuse.OPEN_OUT.pack(0, _OPEN_FLAGS, 0)
+
+    def _unlink(self, request: Request) -> bytes:
+        return _EMPTY
+
+    def _opendir(self, request: Request) -> bytes:
+        raise OSError(EACCES, "opendir: nothing to list")
+
+    def _statfs(self, request: Request) -> bytes:
+        return bytes(fuse.fuse_statfs_out(bsize=PAGE_SIZE, namelen=255, frsize=PAGE_SIZE))
+
+    # One file.
+
+    def _open(self, request: Request) -> bytes:
+        # An anonymous inode has no_open_fops: open("/proc/self/fd/N") finds nothing to open.
+        raise OSError(ENXIO, "open")
+
+    def _getattr(self, request: Request) -> bytes:
+        if request.nodeid == fuse.ROOT_ID:
+            return _ATTR_OUT_UNCACHED + _ROOT_ATTR
+        return _ATTR_OUT_UNCACHED + _attributes(request.nodeid, self._file(request.nodeid))
+
+    def _setattr(self, request: Request) -> bytes:
+        file = self._file(request.nodeid)
+        if len(request.body) < ctypes.sizeof(fuse.fuse_setattr_in):
+            raise OSError(EINVAL, "setattr: short request")
+        asked = fuse.fuse_setattr_in.from_buffer_copy(request.body)
+        if asked.valid & AttrValid.SIZE:
+            file.ftruncate(asked.size)
+        if asked.valid & AttrValid.MODE:
+            file.inode.chmod(asked.mode, request.uid)
+        if asked.valid & (AttrValid.UID | AttrValid.GID):
+            uid = asked.uid if asked.valid & AttrValid.UID else None
+            gid = asked.gid if asked.valid & AttrValid.GID else None
+            file.inode.chown(uid, gid, request.uid, request.gid)
+        if asked.valid & (AttrValid.ATIME | AttrValid.MTIME) and not asked.valid & AttrValid.SIZE:
+            atime = asked.atime * _NANO + asked.atimensec if asked.valid & AttrValid.ATIME else None
+            mtime = asked.mtime * _NANO + asked.mtimensec if asked.valid & AttrValid.MTIME else None
+            file.inode.utimens(atime, mtime, request.uid)
+        return _ATTR_OUT_UNCACHED + _attributes(request.nodeid, file)
+
+    def _fallocate(self, request: Request) -> bytes:
+        _, offset, length, mode, _ = fuse.FALLOCATE_IN.unpack_from(request.body)
+        file = self._file(request.nodeid)
+        if length > _HUGE_REQUEST or file.notifier_count:
+            self.before_waiting()
+        file.fallocate(mode, offset, length)
+        return _EMPTY
+
+    def _ioctl(self, request: Request) -> bytes:
+        _, _, command, _, in_size, _ = fuse.IOCTL_IN.unpack_from(request.body)
+        if command != PROVE or self._prove is None or in_size != TOKEN_BYTES:
+            raise OSError(ENOTTY, f"ioctl {command:#x}")
+        token = request.body[fuse.IOCTL_IN.size : fuse.IOCTL_IN.size + TOKEN_BYTES]
+        self._prove(token, request.nodeid, self._file(request.nodeid))
+        return fuse.IOCTL_OUT.pack(0, 0, 0, 0)
+
+    def _refuse(self, request: Request) -> bytes:
+        raise OSError(EINVAL, "the file has no such operation")
+
+    # Lifetimes. RELEASE comes at the last close, FORGET when the kernel drops the inode; FORGET, BATCH_FORGET and INTERRUPT have no reply.
+
+    def _release(self, request: Request) -> bytes:
+        with self._mutex:
+            node = self._nodes.get(request.nodeid)
+            if node is None or not node.open:
+                raise OSError(ENOENT, f"release: node {request.nodeid}")
+            node.open = False
+        node.file.put()
+        return _EMPTY
+
+    def _forget(self, request: Request) -> None:
+        self._drop(request.nodeid)
+
+    def _batch_forget(self, request: Request) -> None:
+        count, _ = fuse.BATCH_FORGET_IN.unpack_from(request.body)
+        pairs = request.body[fuse.BATCH_FORGET_IN.size :][: count * fuse.FORGET_ONE.size]
+        for nodeid, _ in fuse.FORGET_ONE.iter_unpack(pairs):
+            self._drop(nodeid)
+
+    def _drop(self, nodeid: int) -> None:
+        with self._mutex:
+            node = self._nodes.pop(nodeid, None)
+        # A create that was interrupted after our reply is forgotten without ever having been opened.
+        if node is not None and node.open:
+            node.open = False
+            node.file.put()
+
+    def _interrupt(self, request: Request) -> None:
+        # Nothing here can be interrupted half way: a punch waits for consumers, whose answers have a deadline of their own.
+        return _NO_REPLY
+
+
+_ATTR_OUT_UNCACHED: Final = fuse.ATTR_OUT.pack(0, 0, 0)
+
+
+def _go_on() -> None:
+    """Do nothing: there are no others."""
+
+
+def _attributes(nodeid: int, file: RestrictedFile) -> bytes:
+    inode = file.inode
+    atime, atimensec = divmod(inode.atime, _NANO)
+    mtime, mtimensec = divmod(inode.mtime, _NANO)
+    ctime, ctimensec = divmod(inode.ctime, _NANO)
+    return fuse.ATTR.pack(
+        nodeid,
+        file.size,
+        file.backing.resident() // 512,
+        atime,
+        mtime,
+        ctime,
+        atimensec,
+        mtimensec,
+        ctimensec,
+        inode.mode,
+        0,
+        inode.uid,
+        inode.gid,
+        0,
+        PAGE_SIZE,
+        0,
+    )

@@ -1,0 +1,111 @@
+"""Ways to make the mount. None leaves a mount point, and none opens a file on the mount in this process.
+
+Which is possible differs from machine to machine; ``Way`` lists them in the order in which they are tried.
+"""
+
+import array
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from enum import Enum
+from errno import EIO, ENOENT, EPERM
+from typing import Final
+
+from restrictedmem.abi import mount
+from restrictedmem.fd import OwnedFd, receive_with_fds
+
+DEVICE: Final = "/dev/fuse"
+_ATTRIBUTES: Final = mount.MOUNT_ATTR_NOSUID | mount.MOUNT_ATTR_NODEV | mount.MOUNT_ATTR_NOEXEC
+
+
+class Way(Enum):
+    """How the mount was made."""
+
+    OWN = "own mount"
+    """By fsopen and fsmount with CAP_SYS_ADMIN; ``allow_other``, so a descriptor works for whoever it is passed to."""
+
+    USERNS = "user namespace"
+    """The same inside a user namespace; a descriptor works for its owner's uid and gid alone."""
+
+    FUSERMOUNT = "fusermount3"
+    """By the set-uid helper of the fuse3 package; a descriptor works for its owner's uid and gid alone."""
+
+
+def mount_detached(*, allow_other: bool) -> tuple[OwnedFd, OwnedFd]:
+    """Mount by descriptors, in the namespaces this process is in; ``Way.OWN`` or ``Way.USERNS``.
+
+    /dev/fuse must be opened in the user namespace that the mount belongs to, so this opens it. Returns the device and the root of
+    the mount (``O_PATH``), both owned by the caller, who must hand the second on and keep none: a server that holds a file of its own
+    mount cannot be killed.
+
+    Raises:
+        OSError: EPERM without CAP_SYS_ADMIN over the user namespace; EACCES or ENOENT for /dev/fuse.
+    """
+    try:
+        device = OwnedFd(os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        raise OSError(error.errno, f"{DEVICE}: {error.strerror}") from None
+    try:
+        with mount.fsopen("fuse") as context:
+            mount.fsconfig(context, "source", "restrictedmem")
+            mount.fsconfig(context, "subtype", "restrictedmem")
+            mount.fsconfig(context, "fd", str(device.fileno()))
+            mount.fsconfig(context, "rootmode", "40000")
+            mount.fsconfig(context, "user_id", str(os.getuid()))
+            mount.fsconfig(context, "group_id", str(os.getgid()))
+            if allow_other:
+                mount.fsconfig(context, "allow_other")
+            mount.fsconfig_create(context)
+            return device, mount.fsmount(context, _ATTRIBUTES)
+    except BaseException:
+        device.close()
+        raise
+
+
+def mount_fusermount() -> tuple[OwnedFd, OwnedFd]:
+    """Mount through fusermount3 and detach at once; ``Way.FUSERMOUNT``. Returns what ``mount_detached`` does.
+
+    The mount point exists from one command to the next, in a directory of its own that is removed again.
+
+    Raises:
+        OSError: ENOENT without the helper; EPERM when it refuses, with its words.
+    """
+    helper = shutil.which("fusermount3")
+    if helper is None:
+        raise OSError(ENOENT, "fusermount3: not installed (package fuse3)")
+    point = tempfile.mkdtemp(prefix="restrictedmem-")
+    try:
+        device = _fusermount(helper, point)
+        try:
+            root = OwnedFd(os.open(point, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        except BaseException:
+            device.close()
+            raise
+        finally:
+            subprocess.run([helper, "-u", "-z", "--", point], check=False, capture_output=True)
+        return device, root
+    finally:
+        os.rmdir(point)
+
+
+def _fusermount(helper: str, point: str) -> OwnedFd:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours, theirs:
+        options = "nosuid,nodev,noexec,fsname=restrictedmem,subtype=restrictedmem"
+        done = subprocess.run(
+            [helper, "-o", options, "--", point],
+            check=False,
+            capture_output=True,
+            text=True,
+            pass_fds=[theirs.fileno()],
+            env={"_FUSE_COMMFD": str(theirs.fileno()), "PATH": os.defpath},
+        )
+        theirs.close()
+        if done.returncode:
+            raise OSError(EPERM, f"fusermount3: {done.stderr.strip() or 'refused'}")
+        _, fds = receive_with_fds(ours, array.array("i").itemsize, 1)
+    if not fds:
+        raise OSError(EIO, "fusermount3: sent no descriptor")
+    return fds[0]
