@@ -1,0 +1,251 @@
+"""The owner's side: start a service on first use, create descriptors, prove that one holds them, start consumers."""
+
+import atexit
+import fcntl
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from errno import EINVAL, ENOENT, ETIMEDOUT
+from pathlib import Path
+from typing import Any, Final, Self, final
+from weakref import WeakSet
+
+from restrictedmem import sync
+from restrictedmem.fd import OwnedFd, receive_with_fds
+from restrictedmem.fs.filesystem import NAME, PROVE
+from restrictedmem.service import wire
+from restrictedmem.service.start import Options
+from restrictedmem.service.wire import Channel
+
+#: Set to the socket of ``restrictedmem serve`` to use that instead of a private service.
+SERVER_VARIABLE: Final = "RESTRICTEDMEM_SERVER"
+#: Seconds that a service may take to come up.
+START_DEADLINE: Final = 10.0
+
+_START: Final = "import sys; sys.path.insert(0, sys.argv[1]); from restrictedmem.service.start import main; main(sys.argv[2:])"
+_PACKAGE_ROOT: Final = str(Path(__file__).resolve().parent.parent.parent)
+
+
+@final
+class Service:
+    """An owner's hold on a service: the mount, and a connection for each process that inherited it by fork.
+
+    The service lives as long as this, any descriptor it made, or any consumer, in whatever process; nothing has to be shut down.
+    """
+
+    def __init__(self, first: socket.socket) -> None:
+        """Take over a connected socket on which the service will say READY.
+
+        Raises:
+            OSError: what the service failed with; ETIMEDOUT when it says nothing; ECONNRESET when it died.
+        """
+        self._first = first
+        try:
+            body, fds = _receive_ready(first)
+        except BaseException:
+            first.close()
+            raise
+        self.info: dict[str, Any] = json.loads(body)
+        self._mount = fds[0]
+        self._channel: Channel | None = None
+        self._mutex = sync.mutex()
+        _services.add(self)
+
+    def after_fork_in_child(self) -> None:
+        """Let go of the parent's connection, for two readers on one socket steal each other's replies, and of a lock that a thread held."""
+        if self._channel is not None:
+            self._channel.close()
+        self._channel = None
+        self._mutex = sync.mutex()
+
+    @classmethod
+    def start(cls, options: Options | None = None) -> Self:
+        """Start a private service.
+
+        Raises:
+            OSError: what kept it from starting, for instance EACCES for /dev/fuse; ``restrictedmem doctor`` says what is missing.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs:
+                process = start_process(theirs, options or Options())
+        except BaseException:
+            ours.close()
+            raise
+        try:
+            return cls(ours)
+        finally:
+            # Its work is done, or it hangs.
+            process.kill()
+            process.wait()
+
+    @classmethod
+    def connect(cls, path: str) -> Self:
+        """Get a service from ``restrictedmem serve``.
+
+        Raises:
+            OSError: ENOENT, ECONNREFUSED, EACCES as connect(2).
+        """
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        try:
+            sock.connect(path)
+        except OSError as error:
+            sock.close()
+            raise OSError(error.errno, f"connect {path}: {os.strerror(error.errno or 0)}") from None
+        return cls(sock)
+
+    def memfd_restricted(self, flags: int = 0) -> int:
+        """Create a restricted descriptor, close-on-exec, which the caller owns; see ``restrictedmem.memfd_restricted``."""
+        if flags:
+            raise OSError(EINVAL, f"memfd_restricted: {os.strerror(EINVAL)}")
+        mount = self._mount.fileno()
+        try:
+            fd = os.open(NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, dir_fd=mount)
+        except OSError as error:
+            raise OSError(error.errno, f"memfd_restricted: {os.strerror(error.errno or 0)}") from None
+        try:
+            os.unlink(NAME, dir_fd=mount)
+        except OSError as error:
+            # Names are never cached, so the look-up that unlink begins with finds none, and drops the name for good.
+            if error.errno != ENOENT:
+                os.close(fd)
+                raise
+        return fd
+
+    def token_for(self, fd: int) -> bytes:
+        """Prove that this process holds a restricted descriptor; the token returned lets a consumer bind its file, once.
+
+        Raises:
+            OSError: EBADF; ENOTTY for another kind of file; EACCES for a descriptor of another service.
+        """
+        token, _ = self._call(wire.TOKEN)
+        try:
+            fcntl.ioctl(fd, PROVE, token)
+        except OSError as error:
+            raise OSError(error.errno, f"restricted descriptor {fd}: {os.strerror(error.errno or 0)}") from None
+        return token
+
+    def spawn(self, consumer: str) -> socket.socket:
+        """Start a consumer of a kind the service trusts; returns the socket it serves the caller on.
+
+        Raises:
+            OSError: EINVAL for a kind it does not know; ENOTCONN when the service is gone.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs:
+                self._call(wire.SPAWN, consumer.encode(), [theirs.fileno()])
+        except BaseException:
+            ours.close()
+            raise
+        return ours
+
+    def status(self) -> dict[str, Any]:
+        """Return what ``restrictedmem ps`` shows of this service.
+
+        Raises:
+            OSError: ENOTCONN when the service is gone.
+        """
+        _, fds = self._call(wire.STATUS)
+        return read_status(fds[0])
+
+    def close(self) -> None:
+        """Let go of the service; descriptors and consumers stay."""
+        if self._channel is not None:
+            self._channel.close()
+        self._first.close()
+        self._mount.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _call(self, call: wire.Call, body: bytes = b"", fds: list[int] | None = None) -> tuple[bytes, list[OwnedFd]]:
+        return self._own_channel().call(call, body, fds or ())
+
+    def _own_channel(self) -> Channel:
+        """Return this process's connection, made at the first call and again after an interrupted one."""
+        with self._mutex:
+            if self._channel is None or self._channel.fileno() < 0:
+                self._channel, theirs = Channel.pair("service")
+                # A service that is gone is the next call's to find out.
+                with theirs, suppress(BrokenPipeError):
+                    Channel(self._first, "service").post(wire.CONNECT, fds=[theirs.fileno()])
+            return self._channel
+
+
+def start_process(theirs: socket.socket, options: Options) -> subprocess.Popen[bytes]:
+    """Run ``service.start`` by exec, connected to ``theirs``; it ends as soon as the service runs.
+
+    Isolated, so that neither PYTHON* variables nor the current directory choose what a trusted process imports.
+    """
+    debug = {name: os.environ[name] for name in ("RESTRICTEDMEM_DEBUG",) if name in os.environ}
+    return subprocess.Popen(
+        [sys.executable, "-I", "-c", _START, _PACKAGE_ROOT, str(theirs.fileno()), options.dump()],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=None if debug else subprocess.DEVNULL,
+        pass_fds=[theirs.fileno()],
+        env={"PATH": os.environ.get("PATH", os.defpath), **debug},
+    )
+
+
+def read_status(fd: OwnedFd) -> dict[str, Any]:
+    """Read the JSON of a STATUS reply and close its descriptor."""
+    with open(fd.detach(), "rb") as file:
+        file.seek(0)
+        found: dict[str, Any] = json.load(file)
+        return found
+
+
+def _receive_ready(first: socket.socket) -> tuple[bytes, list[OwnedFd]]:
+    first.settimeout(START_DEADLINE)
+    try:
+        received = receive_with_fds(first, wire.MAX_MESSAGE)
+    except TimeoutError:
+        raise OSError(ETIMEDOUT, f"the service did not come up within {START_DEADLINE:g} s") from None
+    first.settimeout(None)
+    return wire.parse_ready(received)
+
+
+_services: Final = WeakSet[Service]()
+_default: Service | None = None
+_default_mutex = sync.mutex()
+
+
+def default_service() -> Service:
+    """Return this process's service, started (or connected to, see ``SERVER_VARIABLE``) at the first call; children inherit it by fork.
+
+    Raises:
+        OSError: what kept it from starting.
+    """
+    global _default
+    with _default_mutex:
+        if _default is None:
+            path = os.environ.get(SERVER_VARIABLE)
+            _default = Service.connect(path) if path else Service.start()
+            atexit.register(_default.close)
+        return _default
+
+
+def memfd_restricted(flags: int = 0) -> int:
+    """Create a descriptor with this process's service; the public face is ``restrictedmem.memfd_restricted``."""
+    if flags:
+        # Tested before anything else, as in v9 and v10.
+        raise OSError(EINVAL, f"memfd_restricted: {os.strerror(EINVAL)}")
+    return default_service().memfd_restricted()
+
+
+def _after_fork_in_child() -> None:
+    global _default_mutex
+    _default_mutex = sync.mutex()
+    for service in _services:
+        service.after_fork_in_child()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

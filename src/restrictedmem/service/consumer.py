@@ -1,0 +1,111 @@
+"""The service's side of a consumer process: its bindings, and the notifier that reaches it."""
+
+import socket
+from collections.abc import Callable
+from typing import Final, final
+
+from restrictedmem import sync
+from restrictedmem.mm.restrictedmem import RestrictedFile
+from restrictedmem.service import wire
+from restrictedmem.service.wire import Call, Channel
+from restrictedmem.units import pgoff_t
+
+#: Programs that may hold restricted memory: each a module with ``serve(owner, service, notify, options)``, imported in its own process.
+CONSUMERS: Final = {"kvm": "restrictedmem.kvm.engine"}
+
+
+@final
+class Binding:
+    """A consumer's use of one file; the ``Notifier`` that carries the file's invalidations to it."""
+
+    def __init__(self, consumer: "Consumer", number: int, ino: int, file: RestrictedFile) -> None:
+        self.number = number
+        self.ino = ino
+        self.file = file
+        self._consumer = consumer
+
+    def invalidate_start(self, start: pgoff_t, end: pgoff_t) -> None:
+        """Tell the consumer and wait until it uses no page of the range."""
+        self._consumer.invalidations += 1
+        self._consumer.notify(wire.INVALIDATE_START, wire.INVALIDATION.pack(self.number, start, end))
+
+    def invalidate_end(self, start: pgoff_t, end: pgoff_t) -> None:
+        """Tell the consumer that it may go on."""
+        self._consumer.notify(wire.INVALIDATE_END, wire.INVALIDATION.pack(self.number, start, end))
+
+
+@final
+class Consumer:
+    """One consumer process, reached over two sockets: it asks on one, and answers invalidations on the other.
+
+    Two, so that a consumer which waits for an answer of the service can still answer the service.
+    """
+
+    def __init__(self, name: str, number: int, deadline: float, failed: Callable[["Consumer", str], None]) -> None:
+        """Make both connections; ``failed`` is called once, with the reason, when the consumer breaks the protocol."""
+        self.name = name
+        self.number = number
+        self.report: dict[str, object] = {}
+        self.invalidations = 0
+        self.bindings: dict[int, Binding] = {}
+        self._failed = failed
+        self._next_binding = 1
+        self._mutex = sync.mutex()
+        self._gone = False
+        self.requests, self._their_requests = Channel.pair(str(self))
+        self._notify, self._their_notify = Channel.pair(str(self))
+        self._notify.sock.settimeout(deadline)
+        self._deadline = deadline
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.number}"
+
+    def give_sockets(self) -> tuple[socket.socket, socket.socket]:
+        """Return the consumer's ends; the caller closes them once the consumer has them."""
+        return self._their_requests, self._their_notify
+
+    def notify(self, call: Call, body: bytes) -> None:
+        """Make one round trip to the consumer; one that is late or gone loses its connection instead of holding the owner up."""
+        if self._gone:
+            return
+        try:
+            self._notify.call(call, body)
+        except OSError as error:
+            late = isinstance(error, TimeoutError)
+            self._fail(f"{self} did not answer {call.name} within {self._deadline:g} s" if late else f"{self}: {error.strerror}")
+
+    def _fail(self, reason: str) -> None:
+        with self._mutex:
+            if self._gone:
+                return
+            self._gone = True
+        self._failed(self, reason)
+
+    def bind(self, ino: int, file: RestrictedFile) -> Binding:
+        """Register a notifier on a file and hold the file for it."""
+        binding = Binding(self, self._next_binding, ino, file)
+        file.register_notifier(binding)
+        file.get()
+        self.bindings[binding.number] = binding
+        self._next_binding += 1
+        return binding
+
+    def unbind(self, number: int) -> None:
+        """Unregister one notifier and let its file go.
+
+        Raises:
+            KeyError: when there is no such binding.
+        """
+        binding = self.bindings.pop(number)
+        binding.file.unregister_notifier(binding)
+        binding.file.put()
+
+    def close(self) -> None:
+        """Unregister everything and close both connections, which ends the consumer."""
+        with self._mutex:
+            self._gone = True
+        self.requests.close()
+        self._notify.sock.shutdown(socket.SHUT_RDWR)
+        for number in list(self.bindings):
+            self.unbind(number)
+        self._notify.close()

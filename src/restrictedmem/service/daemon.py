@@ -1,0 +1,347 @@
+"""The service: FUSE in the main thread, everything that is asked over sockets in a second one.
+
+Neither thread is ever busy: both wait in system calls. A connection that sends something malformed gets an error and nobody else
+notices; one that breaks off takes with it what it had, and no more.
+"""
+
+import json
+import logging
+import os
+import secrets
+import selectors
+import signal
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from errno import EACCES, EINVAL, EIO, ENOENT, EPROTO
+from typing import TYPE_CHECKING, Final, final
+
+from restrictedmem import sync
+from restrictedmem.abi import memory, process
+from restrictedmem.fd import close_all
+from restrictedmem.fs.filesystem import TOKEN_BYTES, FileSystem
+from restrictedmem.fs.mount import Way, mount_detached, mount_fusermount
+from restrictedmem.fs.server import Server
+from restrictedmem.mm.notifier import Api
+from restrictedmem.mm.restrictedmem import RestrictedFile
+from restrictedmem.service import wire
+from restrictedmem.service.consumer import CONSUMERS, Consumer
+from restrictedmem.service.wire import Channel, Message
+
+if TYPE_CHECKING:
+    from restrictedmem.service.start import Options, Origin
+
+log = logging.getLogger(__name__)
+
+#: Where ``ps`` finds a service: an abstract socket of this name, which goes when the process does.
+STATUS_NAME: Final = "\0restrictedmem/{pid}"
+#: Descriptors that the service keeps free for sockets and sequence pages.
+_SPARE_FDS: Final = 256
+#: Tokens that one connection may have asked for and not used.
+_MAX_TOKENS: Final = 64
+
+
+def run(owner: Channel, spawner: Channel, options: "Options", origin: "Origin") -> None:
+    """Be the service until the mount and every consumer are gone.
+
+    Raises:
+        OSError: when the mount or a socket cannot be made; the owner was told.
+    """
+    way = origin.way
+    try:
+        device, root = mount_fusermount() if way is Way.FUSERMOUNT else mount_detached(allow_other=way is Way.OWN)
+        drop_privileges(options.become, keep=0)
+        # Another uid has reset it.
+        process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
+        service = Service(owner, spawner, options, origin, max_files=process.raise_fd_limit() - _SPARE_FDS)
+    except OSError as error:
+        owner.reply_error(error)
+        raise
+    with root:
+        owner.post(wire.READY, json.dumps({"pid": os.getpid(), "way": way.value, "api": options.api}).encode(), [root.fileno()])
+    threading.Thread(target=service.run, name="control", daemon=True).start()
+    with device:
+        Server(device, service.filesystem).run()
+        service.wait_idle()
+
+
+def drop_privileges(become: tuple[int, int] | None, keep: int) -> None:
+    """Become another user when asked, give up every capability that is not in the mask ``keep``, and gain none by exec."""
+    kept = process.effective_capabilities() & keep
+    if become is not None:
+        uid, gid = become
+        process.prctl(process.PR_SET_KEEPCAPS, 1)
+        os.setgroups([])
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)
+        # Another uid resets it (to fs.suid_dumpable).
+        process.prctl(process.PR_SET_DUMPABLE, 0)
+    process.set_capabilities(kept)
+    process.prctl(process.PR_SET_NO_NEW_PRIVS, 1)
+
+
+_NUMBER: Final = struct.Struct("=Q")
+_UCRED: Final = struct.Struct("=iII")
+
+
+def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
+    """Return pid, uid and gid of who made the other end of a connection (SO_PEERCRED)."""
+    pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return pid, uid, gid
+
+
+@final
+@dataclass(eq=False)
+class _Connection:
+    """An owner's connection and the tokens that were given out on it."""
+
+    channel: Channel
+    first: bool
+    tokens: set[bytes] = field(default_factory=set[bytes])
+
+
+@final
+class Service:
+    """What the control thread does: tokens, consumers, status."""
+
+    def __init__(self, owner: Channel, spawner: Channel, options: "Options", origin: "Origin", max_files: int) -> None:
+        self.filesystem = FileSystem(Api(options.api), memory_max=options.memory_max, max_files=max_files, prove=self._prove)
+        self._options = options
+        self._origin = origin
+        self._spawner = spawner
+        self._selector = selectors.DefaultSelector()
+        self._consumers: dict[int, Consumer] = {}
+        self._next_consumer = 1
+        self._last_error = ""
+        self._idle = threading.Condition(sync.mutex())
+        self._mutex = sync.mutex()
+        # Under _mutex: tokens given out and not bound yet, with the file whose holder presented one (held by a reference).
+        self._tokens: dict[bytes, tuple[int, RestrictedFile] | None] = {}
+        self._connect(owner, first=True)
+        self._listen()
+
+    def run(self) -> None:
+        """Serve every connection, one request at a time."""
+        while True:
+            for key, _ in self._selector.select():
+                ready: Callable[[], None] = key.data
+                try:
+                    ready()
+                except Exception as error:
+                    # One connection's trouble stays its own.
+                    log.exception("control")
+                    self._last_error = f"{type(error).__name__}: {error}"
+
+    def wait_idle(self) -> None:
+        """Wait until no consumer is left."""
+        with self._idle:
+            self._idle.wait_for(lambda: not self._consumers)
+
+    def _watch(self, sock: socket.socket | Channel, ready: Callable[[], None]) -> None:
+        self._selector.register(sock, selectors.EVENT_READ, ready)
+
+    def _serve(self, channel: Channel, dispatch: Callable[[Message], None], end: Callable[[], None]) -> None:
+        """Serve the next request of a connection: ``dispatch`` answers it; ``end`` is called when there will be no other."""
+        try:
+            # Never waits: whoever sent us our end may have kept a copy of it and take the request away from us.
+            message = channel.receive(socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            channel.reply_error(error)
+            message = None
+        if message is None:
+            self._selector.unregister(channel)
+            end()
+            return
+        try:
+            dispatch(message)
+        except OSError as error:
+            channel.reply_error(error)
+        except Exception as error:
+            # A bug must not hang the caller: it gets EIO, ps and the log have the rest.
+            log.exception("call %d", message.number)
+            self._last_error = f"call {message.number}: {error!r}"
+            channel.reply_error(OSError(EIO, os.strerror(EIO)))
+        finally:
+            close_all(message.fds)
+
+    # Owners.
+
+    def _connect(self, channel: Channel, *, first: bool) -> None:
+        connection = _Connection(channel, first)
+
+        def end() -> None:
+            channel.close()
+            for token in connection.tokens:
+                self._drop_token(token)
+
+        self._watch(channel, lambda: self._serve(channel, lambda message: self._dispatch_owner(connection, message), end))
+
+    def _dispatch_owner(self, connection: _Connection, message: Message) -> None:
+        if message.number == wire.CONNECT.number and connection.first:
+            self._connect(Channel(message.take_socket(), "owner"), first=False)
+        elif message.number == wire.TOKEN.number:
+            connection.channel.reply(self._token(connection))
+        elif message.number == wire.SPAWN.number:
+            number = self._spawn(message.body.decode(errors="replace"), message.take_socket())
+            connection.channel.reply(str(number).encode())
+        elif message.number == wire.STATUS.number:
+            self._reply_status(connection.channel)
+        else:
+            raise OSError(EPROTO, f"no such call: {message.number}")
+
+    def _token(self, connection: _Connection) -> bytes:
+        with self._mutex:
+            connection.tokens &= self._tokens.keys()
+            if len(connection.tokens) >= _MAX_TOKENS:
+                raise OSError(EINVAL, "too many tokens that were never bound")
+            token = secrets.token_bytes(TOKEN_BYTES)
+            connection.tokens.add(token)
+            self._tokens[token] = None
+        return token
+
+    def _prove(self, token: bytes, ino: int, file: RestrictedFile) -> None:
+        # Called by FUSE: whoever presents the token holds the descriptor.
+        with self._mutex:
+            if self._tokens.get(token, file) is not None:
+                raise OSError(EACCES, "prove: not a token of this service, or presented before")
+            self._tokens[token] = ino, file
+            file.get()
+
+    def _drop_token(self, token: bytes) -> None:
+        with self._mutex:
+            proved = self._tokens.pop(token, None)
+        if proved is not None:
+            proved[1].put()
+
+    # Consumers.
+
+    def _spawn(self, name: str, owner: socket.socket) -> int:
+        with owner:
+            if name not in CONSUMERS:
+                raise OSError(EINVAL, f"no such consumer: {name}")
+            number = self._next_consumer
+            self._next_consumer += 1
+            consumer = Consumer(name, number, self._options.deadline, self._consumer_failed)
+            self._consumers[number] = consumer
+            self._watch(
+                consumer.requests,
+                lambda: self._serve(
+                    consumer.requests,
+                    lambda message: self._dispatch_consumer(consumer, message),
+                    lambda: self._end_consumer(consumer),
+                ),
+            )
+            requests, notify = consumer.give_sockets()
+            with requests, notify:
+                self._spawner.post(wire.FORK, f"{number} {name}".encode(), [owner.fileno(), requests.fileno(), notify.fileno()])
+        return number
+
+    def _dispatch_consumer(self, consumer: Consumer, message: Message) -> None:
+        if message.number == wire.BIND.number:
+            self._bind(consumer, message.body)
+        elif message.number == wire.UNBIND.number:
+            (number,) = message.unpack(_NUMBER)
+            if number not in consumer.bindings:
+                raise OSError(ENOENT, f"no binding {number}")
+            consumer.unbind(number)
+            consumer.requests.reply()
+        elif message.number == wire.REPORT.number:
+            consumer.report = json.loads(message.body)
+            consumer.requests.reply()
+        else:
+            raise OSError(EPROTO, f"no such call: {message.number}")
+
+    def _bind(self, consumer: Consumer, token: bytes) -> None:
+        with self._mutex:
+            proved = self._tokens.get(token)
+            if proved is None:
+                raise OSError(EACCES, "the token was never presented on a descriptor")
+            del self._tokens[token]
+        ino, file = proved
+        try:
+            fds = [file.backing.fileno(), file.sequence().fd.fileno()]
+            binding = consumer.bind(ino, file)
+            consumer.requests.reply(wire.BINDING.pack(binding.number, ino, file.backing.limit or 0), fds)
+        finally:
+            file.put()
+
+    def _consumer_failed(self, consumer: Consumer, reason: str) -> None:
+        # Called by a FUSE thread in the middle of an invalidation, which holds the file's semaphore: the rest is the control thread's.
+        self._last_error = reason
+        self._spawner.post(wire.KILL, str(consumer.number).encode())
+
+    def _end_consumer(self, consumer: Consumer) -> None:
+        consumer.close()
+        with self._idle:
+            del self._consumers[consumer.number]
+            self._idle.notify_all()
+
+    # Status.
+
+    def _listen(self) -> None:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        try:
+            listener.bind(STATUS_NAME.format(pid=os.getpid()))
+        except OSError as error:
+            # Abstract names are anybody's to take. Who takes ours hides this service from ps, and must not keep it from starting.
+            listener.close()
+            self._last_error = f"ps cannot reach this service: {error.strerror}"
+            return
+        listener.listen(8)
+        self._watch(listener, lambda: self._accept(listener))
+
+    def _accept(self, listener: socket.socket) -> None:
+        sock, _ = listener.accept()
+        _, uid, _ = peer_credentials(sock)
+        if uid not in (os.getuid(), 0):
+            sock.close()
+            return
+        channel = Channel(sock, "ps")
+        self._watch(channel, lambda: self._serve(channel, lambda message: self._dispatch_status(channel, message), channel.close))
+
+    def _dispatch_status(self, channel: Channel, message: Message) -> None:
+        if message.number != wire.STATUS.number:
+            raise OSError(EPROTO, f"no such call: {message.number}")
+        self._reply_status(channel)
+
+    def _reply_status(self, channel: Channel) -> None:
+        text = json.dumps(self._status()).encode()
+        with memory.memfd_create("restrictedmem-status") as fd:
+            os.pwrite(fd.fileno(), text, 0)
+            channel.reply(fds=[fd.fileno()])
+
+    def _status(self) -> dict[str, object]:
+        files: list[dict[str, int]] = []
+        for ino, file in self.filesystem.files().items():
+            # It may be closed while we look.
+            if file.get_unless_zero():
+                try:
+                    resident = file.backing.resident()
+                finally:
+                    file.put()
+                files.append({"ino": ino, "size": file.size, "resident": resident, "notifiers": file.notifier_count})
+        consumers = [
+            {
+                "name": consumer.name,
+                "number": consumer.number,
+                "files": sorted(binding.ino for binding in consumer.bindings.values()),
+                "invalidations": consumer.invalidations,
+                "report": consumer.report,
+            }
+            for consumer in self._consumers.values()
+        ]
+        return {
+            "pid": os.getpid(),
+            "owner_pid": self._origin.pid,
+            "owner_uid": self._origin.uid,
+            "api": self._options.api,
+            "way": self._origin.way.value,
+            "memory_max": self._options.memory_max,
+            "descriptors": files,
+            "consumers": consumers,
+            "last_error": self._last_error,
+        }

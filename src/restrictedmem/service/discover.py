@@ -1,0 +1,58 @@
+"""Finding the services of this machine: each listens on an abstract socket that says its pid."""
+
+import os
+import re
+import socket
+from collections.abc import Generator
+from contextlib import contextmanager
+from errno import ESRCH
+from typing import Any
+
+from restrictedmem.service import wire
+from restrictedmem.service.client import read_status
+from restrictedmem.service.daemon import STATUS_NAME, peer_credentials
+from restrictedmem.service.wire import Channel
+
+#: Seconds to wait for a service's answer.
+_PATIENCE = 2.0
+
+
+def pids() -> list[int]:
+    """Return the pids that name themselves services, of any user (/proc/net/unix)."""
+    pattern = re.compile(re.escape(STATUS_NAME.replace("\0", "@")).replace(r"\{pid\}", r"(\d+)") + r"$")
+    with open("/proc/net/unix", encoding="utf-8", errors="replace") as table:
+        return sorted({int(found[1]) for line in table if (found := pattern.search(line.rstrip()))})
+
+
+def status_of(pid: int) -> dict[str, Any]:
+    """Ask one service for its state.
+
+    Raises:
+        OSError: ECONNREFUSED when it is gone; EACCES when it is another user's; ESRCH when the name is somebody else's.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as sock:
+        sock.settimeout(_PATIENCE)
+        with _as_user(_uid_of(pid)):
+            sock.connect(STATUS_NAME.format(pid=pid))
+        peer, uid, _ = peer_credentials(sock)
+        if peer != pid:
+            raise OSError(ESRCH, f"the name of service {pid} is held by process {peer}")
+        _, fds = Channel(sock, f"service {pid}").call(wire.STATUS)
+        return {**read_status(fds[0]), "uid": uid}
+
+
+def _uid_of(pid: int) -> int:
+    with open(f"/proc/{pid}/status", encoding="ascii") as status:
+        return int(next(line for line in status if line.startswith("Uid:")).split()[2])
+
+
+@contextmanager
+def _as_user(uid: int) -> Generator[None, None, None]:
+    """Connect as another user, which root may: a service in a user namespace cannot tell root from a stranger."""
+    mine = os.geteuid()
+    if mine == 0:
+        os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(mine)

@@ -1,0 +1,142 @@
+"""The parent of a service and of its consumers.
+
+It is undumpable and holds neither /dev/fuse nor memory, so what it forks is as safe as the service and starts without exec. When the
+service ends, for whatever reason, it kills the consumers; when it ends itself, the kernel kills all of them (PR_SET_PDEATHSIG).
+"""
+
+import importlib
+import os
+import select
+import signal
+import socket
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
+
+from restrictedmem.abi import process
+from restrictedmem.fd import OwnedFd, close_all
+from restrictedmem.service import daemon, wire
+from restrictedmem.service.consumer import CONSUMERS
+from restrictedmem.service.wire import Channel
+
+if TYPE_CHECKING:
+    from restrictedmem.service.start import Options, Origin
+
+
+def run(owner: Channel, options: "Options", origin: "Origin") -> NoReturn:
+    """Fork the service, then consumers as it asks, until it ends.
+
+    Preconditions: undumpable, leader of a process group, and no other thread.
+    """
+    process.set_name("rmem-spawner")
+    channel, theirs = Channel.pair("service")
+    service = _fork(lambda: _service(owner, Channel(theirs, "spawner"), channel, options, origin))
+    owner.close()
+    theirs.close()
+    _drop_stdio()
+    if options.become is not None:
+        # Whom it becomes may have no way to the interpreter's files, or to ours.
+        for module in CONSUMERS.values():
+            importlib.import_module(module)
+    daemon.drop_privileges(options.become, keep=1 << process.CAP_IPC_LOCK)
+    _Spawner(channel, service, options).loop()
+    os._exit(0)
+
+
+def _service(owner: Channel, spawner: Channel, parents: Channel, options: "Options", origin: "Origin") -> None:
+    parents.close()
+    process.set_name("rmem-service")
+    _drop_stdio()
+    daemon.run(owner, spawner, options, origin)
+
+
+class _Spawner:
+    def __init__(self, channel: Channel, service: int, options: "Options") -> None:
+        self._channel = channel
+        self._options = options
+        self._service = service
+        self._pidfds: dict[int, OwnedFd] = {}
+
+    def loop(self) -> None:
+        """Serve the service until its end of the channel closes, then kill and reap every child."""
+        poll = select.poll()
+        poll.register(self._channel.fileno(), select.POLLIN)
+        while True:
+            for fd, _ in poll.poll():
+                if fd == self._channel.fileno():
+                    if not self._serve(poll):
+                        self._end()
+                        return
+                else:
+                    poll.unregister(fd)
+                    self._reap(fd)
+
+    def _serve(self, poll: select.poll) -> bool:
+        message = self._channel.receive()
+        if message is None:
+            return False
+        if message.number == wire.FORK.number:
+            number, name = message.body.decode().split()
+            pidfd = self._consumer(name, message.fds)
+            self._pidfds[int(number)] = pidfd
+            poll.register(pidfd.fileno(), select.POLLIN)
+        elif message.number == wire.KILL.number and int(message.body) in self._pidfds:
+            signal.pidfd_send_signal(self._pidfds[int(message.body)].fileno(), signal.SIGKILL)
+        return True
+
+    def _consumer(self, name: str, fds: list[OwnedFd]) -> OwnedFd:
+        owner, service, notify = (socket.socket(fileno=fd.detach()) for fd in fds)
+
+        def serve() -> None:
+            self._channel.close()
+            close_all(list(self._pidfds.values()))
+            process.set_name(f"rmem-{name}")
+            # A scheduling group of its own (sched_autogroup): a guest that never rests must not share the service's.
+            os.setsid()
+            importlib.import_module(CONSUMERS[name]).serve(owner, service, notify, self._options)
+
+        child = _fork(serve)
+        for sock in (owner, service, notify):
+            sock.close()
+        return OwnedFd(os.pidfd_open(child))
+
+    def _reap(self, fd: int) -> None:
+        number = next(number for number, pidfd in self._pidfds.items() if pidfd.fileno() == fd)
+        os.waitid(os.P_PIDFD, fd, os.WEXITED)
+        self._pidfds.pop(number).close()
+
+    def _end(self) -> None:
+        for pidfd in self._pidfds.values():
+            signal.pidfd_send_signal(pidfd.fileno(), signal.SIGKILL)
+        for pidfd in self._pidfds.values():
+            os.waitid(os.P_PIDFD, pidfd.fileno(), os.WEXITED)
+        close_all(list(self._pidfds.values()))
+        os.waitpid(self._service, 0)
+
+
+def _fork(body: Callable[[], None]) -> int:
+    parent = os.getpid()
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
+        # The parent may have died before the prctl.
+        if os.getppid() == parent:
+            body()
+            status = 0
+    except BaseException:  # noqa: BLE001  the child must not go on as a second copy of its parent
+        # There is nobody to raise to, and the traceback of a trusted process is nobody else's to read.
+        if os.environ.get("RESTRICTEDMEM_DEBUG"):
+            traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def _drop_stdio() -> None:
+    """Let go of the owner's terminal and pipes, which must not stay open for as long as the service lives."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in range(2 if os.environ.get("RESTRICTEDMEM_DEBUG") else 3):
+        os.dup2(null, fd)
+    os.close(null)

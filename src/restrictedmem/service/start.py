@@ -1,0 +1,178 @@
+"""The order in which a service starts, so that its owner cannot look into it.
+
+The owner runs this by exec. Until PR_SET_DUMPABLE is 0 a process of the same user may open /proc/PID/mem or attach, and keeps what it
+opened; so this process takes neither /dev/fuse nor memory. It forks once it is undumpable and untraced: a child's memory is new, and
+nobody holds a way into it. The user namespace, where there is one, is entered after exec and never followed by another: who owns a
+namespace may trace what was exec'ed inside it, but not what only moved in.
+"""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from errno import EIO, EPERM
+from typing import Self
+
+from restrictedmem.abi import process
+from restrictedmem.fs.mount import Way, mount_detached
+from restrictedmem.service import daemon, spawner
+from restrictedmem.service.wire import Channel
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What an owner may ask of the service it starts."""
+
+    api: str = "v10"
+    memory_max: int | None = None
+    #: Seconds a consumer may take to answer an invalidation.
+    deadline: float = 5.0
+    #: User to become once the mount is made (``serve``); None stays.
+    become: tuple[int, int] | None = None
+
+    def dump(self) -> str:
+        """Return the options as one argument of a command line."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def load(cls, text: str) -> Self:
+        """Read what ``dump`` wrote."""
+        fields = json.loads(text)
+        if fields["become"] is not None:
+            fields["become"] = tuple(fields["become"])
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """How a service came to be: the way it mounts, and the process it was started for."""
+
+    way: Way
+    pid: int
+    uid: int
+
+
+def main(arguments: list[str]) -> None:
+    """Start a service: the number of a connected socket, then the options. Returns when it runs, in processes of its own.
+
+    What goes wrong is told to the owner over the socket, in place of READY.
+    """
+    # An owner that ignores SIGCHLD passes that on by exec, and nobody could wait for a child.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    channel = Channel(socket.socket(fileno=int(arguments[0])), "owner")
+    try:
+        options = Options.load(arguments[1])
+        # Before the user namespace, which knows the owner as root.
+        pid, uid, _ = daemon.peer_credentials(channel.sock)
+        way = choose_way()
+        harden(namespace=way is Way.USERNS)
+        refuse_tracer()
+        os.chdir("/")
+        os.umask(0o077)
+        if os.fork() == 0:
+            # A tracer that came between its permission check and ours has the child too (PTRACE_O_TRACEFORK). Later none can come.
+            refuse_tracer()
+            # A process group of its own: a terminal's interrupt is for its owner. But in the owner's session, and so in its scheduling
+            # group (sched_autogroup): each call of the owner waits for the service, which must not queue behind other sessions for it.
+            os.setpgid(0, 0)
+            spawner.run(channel, options, Origin(way, pid, uid))
+    except OSError as error:
+        channel.reply_error(error)
+        sys.exit(1)
+
+
+def refuse_tracer() -> None:
+    """Make sure that nobody traces this process.
+
+    Raises:
+        OSError: EPERM.
+    """
+    if process.tracer_pid():
+        raise OSError(EPERM, "the service is being traced")
+
+
+def harden(*, namespace: bool) -> None:
+    """Enter a user namespace when asked, then refuse dumps, traces and core files.
+
+    Not new privileges: ``Way.FUSERMOUNT`` has still to run a set-uid program.
+
+    Raises:
+        OSError: EPERM, EACCES, ENOSPC when the namespace cannot be had.
+    """
+    if namespace:
+        enter_user_namespace()
+    process.prctl(process.PR_SET_DUMPABLE, 0)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # The owner's limit on file sizes is the kernel's to apply, to the owner's calls; under it no memfd here could have its size.
+    _, largest = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+
+
+def enter_user_namespace() -> None:
+    """Become uid 0 of a new user namespace with a mount namespace of its own; only this user is mapped there.
+
+    Preconditions: dumpable still, for /proc/self/uid_map belongs to root afterwards.
+    """
+    uid, gid = os.geteuid(), os.getegid()
+    process.unshare(process.CLONE_NEWUSER | process.CLONE_NEWNS)
+    for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
+        with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
+            file.write(text)
+
+
+def choose_way() -> Way:
+    """Find the first way to mount that works for this process; of the last one only the helper is looked for.
+
+    Raises:
+        OSError: when there is none, with what is wrong with each.
+    """
+    number, words = EPERM, ""
+    for way, attempt in (Way.OWN, _try_own_mount), (Way.USERNS, _try_user_namespace):
+        failure = failure_in_child(attempt)
+        if failure is None:
+            return way
+        number = failure.errno or EPERM
+        words += f"{way.value}: {failure.strerror}; "
+    if shutil.which(Way.FUSERMOUNT.value):
+        return Way.FUSERMOUNT
+    raise OSError(number, f"{words}{Way.FUSERMOUNT.value}: not installed (package fuse3)")
+
+
+def _try_own_mount() -> None:
+    _try_mount(allow_other=True)
+
+
+def _try_user_namespace() -> None:
+    enter_user_namespace()
+    _try_mount(allow_other=False)
+
+
+def _try_mount(*, allow_other: bool) -> None:
+    device, root = mount_detached(allow_other=allow_other)
+    root.close()
+    device.close()
+
+
+def failure_in_child(attempt: Callable[[], None]) -> OSError | None:
+    """Return the OSError that something raises in a child that does nothing else; None when it works."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 0
+        try:
+            attempt()
+        except OSError as error:
+            status = error.errno or EIO
+            os.write(writer, (error.strerror or "").encode())
+        finally:
+            os._exit(status)
+    os.close(writer)
+    with open(reader, encoding="utf-8") as pipe:
+        words = pipe.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return OSError(status if status > 0 else EIO, words) if status else None

@@ -1,0 +1,243 @@
+"""Messages between owner, service and engine: one datagram each way over a ``SOCK_SEQPACKET`` socket (docs/wire-protocol.md).
+
+A request is a 32-bit call number, 32 bits of zero and a body; a reply is a 32-bit errno (0 for success), 32 bits of zero and a body,
+which on failure is text for a person. Descriptors travel in SCM_RIGHTS. Integers have the machine's byte order: both ends are one machine.
+"""
+
+import os
+import socket
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from errno import EAGAIN, ECONNRESET, EIO, ENOTCONN, EPIPE, EPROTO
+from typing import Final, Self, final
+
+from restrictedmem import sync
+from restrictedmem.fd import OwnedFd, close_all, receive_with_fds, send_with_fds
+
+_HEAD: Final = struct.Struct("=II")
+#: No message is longer, header included.
+MAX_MESSAGE: Final = 128 << 10
+#: The largest body of a message.
+MAX_BODY: Final = MAX_MESSAGE - _HEAD.size
+_GONE: Final = (ECONNRESET, EPIPE, ENOTCONN)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One kind of request: its name in errors, and its number."""
+
+    name: str
+    number: int
+
+
+# An owner to its service.
+CONNECT: Final = Call("CONNECT", 1)
+"""On the first socket alone: descriptor 0 is a new connection, for a process that inherited the first. No reply."""
+TOKEN: Final = Call("TOKEN", 2)
+"""Reply: a one-time token, to be presented by ioctl on a descriptor."""
+SPAWN: Final = Call("SPAWN", 3)
+"""Body: name of a consumer; descriptor 0 is the socket it serves its owner on. Reply: its number."""
+STATUS: Final = Call("STATUS", 4)
+"""Reply: descriptor 0 is a memfd with the service's state as JSON."""
+
+# The service to its owner, unasked, as the first message on the first socket.
+READY: Final = Call("READY", 1 << 16)
+"""Body: JSON that describes the service; descriptor 0 is the root of its mount."""
+
+# A consumer to the service.
+BIND: Final = Call("BIND", 16)
+"""Body: a token presented by ioctl. Reply: ``BINDING``; descriptors: the memfd, the sequence page. Registers a notifier."""
+UNBIND: Final = Call("UNBIND", 17)
+"""Body: the binding's number. Unregisters the notifier."""
+REPORT: Final = Call("REPORT", 18)
+"""Body: JSON for ``ps``: what the consumer holds."""
+
+# The service to a consumer.
+INVALIDATE_START: Final = Call("INVALIDATE_START", 32)
+"""Body: ``INVALIDATION``."""
+INVALIDATE_END: Final = Call("INVALIDATE_END", 33)
+"""Body: ``INVALIDATION``."""
+
+# The service to its spawner; neither has a reply.
+FORK: Final = Call("FORK", 48)
+"""Body: ``number name``. Descriptors: the owner's socket, the consumer's end to the service, the end it is notified on."""
+KILL: Final = Call("KILL", 49)
+"""Body: ``number``."""
+
+#: A binding: its number, the file's inode number, the limit on the file's bytes (0 for none).
+BINDING: Final = struct.Struct("=QQQ")
+#: A binding's number, first page, page after the last.
+INVALIDATION: Final = struct.Struct("=QQQ")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A request as it arrived; whoever takes a descriptor out of ``fds`` owns it, the rest is closed after the reply."""
+
+    number: int
+    body: bytes
+    fds: list[OwnedFd]
+
+    def take_fd(self) -> OwnedFd:
+        """Take the next descriptor.
+
+        Raises:
+            OSError: EPROTO when there is none.
+        """
+        if not self.fds:
+            raise OSError(EPROTO, "a descriptor is missing")
+        return self.fds.pop(0)
+
+    def take_socket(self) -> socket.socket:
+        """Take the next descriptor, one end of a connection such as these.
+
+        Raises:
+            OSError: EPROTO when there is none, or it is another kind of file.
+        """
+        fd = self.take_fd()
+        try:
+            sock = socket.socket(fileno=fd.fileno())
+        except OSError as error:
+            fd.close()
+            raise OSError(EPROTO, f"a descriptor is no socket: {error.strerror}") from None
+        fd.detach()
+        if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
+            sock.close()
+            raise OSError(EPROTO, "a socket is not of the kind that is spoken here")
+        return sock
+
+    def unpack(self, layout: struct.Struct) -> tuple[int, ...]:
+        """Decode a body of exactly one layout.
+
+        Raises:
+            OSError: EPROTO for another length.
+        """
+        if len(self.body) != layout.size:
+            raise OSError(EPROTO, f"body of {len(self.body)} bytes, {layout.size} expected")
+        return layout.unpack(self.body)
+
+
+@final
+class Channel:
+    """One end of a connection; owns its socket. Calls from several threads take turns."""
+
+    __slots__ = ("_mutex", "peer", "sock")
+
+    def __init__(self, sock: socket.socket, peer: str) -> None:
+        """Speak over ``sock``; ``peer`` names the other end in errors."""
+        self.sock = sock
+        self.peer = peer
+        self._mutex = sync.mutex()
+
+    @classmethod
+    def pair(cls, peer: str) -> tuple[Self, socket.socket]:
+        """Make a connection: this end, and the socket for the other."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        return cls(ours, peer), theirs
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor, -1 after close."""
+        return self.sock.fileno()
+
+    def call(self, call: Call, body: bytes = b"", fds: Sequence[int] = ()) -> tuple[bytes, list[OwnedFd]]:
+        """Send a request and wait for its reply; the caller owns the descriptors in it.
+
+        Raises:
+            OSError: the errno of the reply, with the call's name; ENOTCONN when the other end is gone; TimeoutError past the socket's
+                timeout.
+        """
+        with self._mutex:
+            if self.fileno() < 0:
+                raise OSError(ENOTCONN, f"{call.name}: the connection to {self.peer} is closed")
+            try:
+                send_with_fds(self.sock, _HEAD.pack(call.number, 0) + body, fds)
+                data, received = receive_with_fds(self.sock, MAX_MESSAGE)
+            except OSError as error:
+                if error.errno not in _GONE:
+                    raise
+                data, received = b"", []
+            except BaseException:
+                # A signal's handler raised. The reply is still to come, and the next call would take it for its own.
+                self.close()
+                raise
+        if len(data) < _HEAD.size:
+            close_all(received)
+            raise OSError(ENOTCONN, f"{call.name}: {self.peer} is gone")
+        error_number, _ = _HEAD.unpack_from(data)
+        if error_number:
+            close_all(received)
+            detail = data[_HEAD.size :].decode(errors="replace")
+            raise OSError(error_number, f"{call.name}: {os.strerror(error_number)}" + (f" ({detail})" if detail else ""))
+        return data[_HEAD.size :], received
+
+    def post(self, call: Call, body: bytes = b"", fds: Sequence[int] = ()) -> None:
+        """Send a request that has no reply.
+
+        Raises:
+            OSError: EPIPE when the other end is gone.
+        """
+        send_with_fds(self.sock, _HEAD.pack(call.number, 0) + body, fds)
+
+    def receive(self, flags: int = 0) -> Message | None:
+        """Wait for a request; None when the other end is gone. ``flags`` are recvmsg's.
+
+        Raises:
+            OSError: EPROTO for something that is no request; EMSGSIZE for one too long; EAGAIN with MSG_DONTWAIT.
+        """
+        try:
+            data, fds = receive_with_fds(self.sock, MAX_MESSAGE, flags=flags)
+        except OSError as error:
+            if error.errno in _GONE:
+                return None
+            raise
+        if not data:
+            close_all(fds)
+            return None
+        if len(data) < _HEAD.size:
+            close_all(fds)
+            raise OSError(EPROTO, f"message of {len(data)} bytes")
+        number, _ = _HEAD.unpack_from(data)
+        return Message(number, data[_HEAD.size :], fds)
+
+    def reply(self, body: bytes = b"", fds: Sequence[int] = ()) -> None:
+        """Answer a request with success; a peer that is gone is not an error."""
+        self._send_reply(_HEAD.pack(0, 0) + body, fds)
+
+    def reply_error(self, error: OSError) -> None:
+        """Answer a request with an errno and, for people, the error's own words."""
+        number = error.errno or EIO
+        text = error.strerror or ""
+        detail = b"" if text == os.strerror(number) else text.encode()[:1000]
+        self._send_reply(_HEAD.pack(number, 0) + detail, ())
+
+    def _send_reply(self, data: bytes, fds: Sequence[int]) -> None:
+        # Never waits: a peer that asks without reading the answers must not stop the process that serves others too.
+        try:
+            send_with_fds(self.sock, data, fds, socket.MSG_DONTWAIT)
+        except OSError as error:
+            if error.errno == EAGAIN:
+                self.sock.shutdown(socket.SHUT_RDWR)
+            elif error.errno not in _GONE:
+                raise
+
+    def close(self) -> None:
+        """Close the socket; the other end sees it once no thread waits in a call, and no child has a copy."""
+        self.sock.close()
+
+
+def parse_ready(received: tuple[bytes, list[OwnedFd]]) -> tuple[bytes, list[OwnedFd]]:
+    """Check the first message of a service and return its body and descriptors.
+
+    Raises:
+        OSError: the errno the service failed with; ECONNRESET when it died without a word.
+    """
+    data, fds = received
+    if len(data) < _HEAD.size:
+        raise OSError(ECONNRESET, "the service died while it started")
+    number, _ = _HEAD.unpack_from(data)
+    body = data[_HEAD.size :]
+    if number != READY.number or not fds:
+        close_all(fds)
+        raise OSError(number, f"the service cannot start: {body.decode(errors='replace') or os.strerror(number)}")
+    return body, fds
