@@ -1,0 +1,254 @@
+/*
+ * Guest ABI, version 1: everything a guest and its loader agree on.
+ *
+ * A guest is a static x86-64 ELF run in long mode at CPL3, identity mapped
+ * (guest virtual = guest physical).  It sees three ranges and nothing else:
+ *
+ *   HYPERCALL_PAGE              one page, read/execute, the engine's own
+ *   SHARED_BASE  + shared_size  visible to the guest and to the VMM
+ *   PRIVATE_BASE + private_size visible to the guest alone
+ *
+ * Private memory starts out zero, except for what the loader writes:
+ *
+ *   PRIVATE_BASE                struct boot_info, then the argument strings
+ *   PRIVATE_BASE + BOOT_SIZE    the ELF (IMAGE_BASE), bss included
+ *   heap_base                   free for the guest
+ *   PRIVATE_BASE + private_size the initial rsp; the stack grows down
+ *
+ * At _start rdi holds the address of struct boot_info, rsp is 16-byte aligned
+ * (nothing was pushed), the direction flag is clear and all other registers
+ * are unspecified.  Guests use no SSE or x87 state.
+ *
+ * A hypercall is a near call to HYPERCALL_PAGE with the number in rax and the
+ * arguments in rdi, rsi, rdx, r10, r8.  The result is in rax: a negative errno
+ * on failure.  rcx, r11 and the flags are clobbered, all else is preserved.
+ *
+ * Whatever comes back from the VMM, results as well as shared memory, may be
+ * wrong or change at any time: copy into private memory first, then look.
+ */
+#ifndef RESTRICTEDMEM_GUEST_H
+#define RESTRICTEDMEM_GUEST_H
+
+#define HYPERCALL_PAGE		0x00100000
+#define SHARED_BASE		0x10000000
+#define PRIVATE_BASE		0x40000000
+#define PRIVATE_SIZE_DEFAULT	0x04000000	/* 64 MiB */
+#define PRIVATE_SIZE_MIN	0x00100000	/* 1 MiB */
+#define BOOT_SIZE		0x00010000	/* kept for boot_info, arguments */
+#define IMAGE_BASE		0x40010000	/* PRIVATE_BASE + BOOT_SIZE */
+#define STACK_SIZE		0x00010000	/* what guest_heap_end() leaves */
+#define PAGE_SIZE		0x1000
+
+#define BOOT_MAGIC		0x544f4f424d454d52	/* "RMEMBOOT" */
+#define BOOT_VERSION		1
+
+/*
+ * exit(status)			0 to 255; never returns
+ * read(offset, length)		bytes the VMM put at SHARED_BASE + offset, at
+ *				most length; 0 only at the end of the input
+ * write(stream, offset, length) bytes the VMM took from SHARED_BASE + offset,
+ *				at least 1 unless length is 0
+ */
+#define HYPERCALL_EXIT		0
+#define HYPERCALL_READ		1
+#define HYPERCALL_WRITE		2
+
+#define STREAM_OUT		1
+#define STREAM_ERR		2
+
+#ifndef __ASSEMBLER__
+
+typedef unsigned char u8;
+typedef unsigned int u32;
+typedef unsigned long u64;
+typedef long s64;
+
+#define NULL	((void *)0)
+
+#define EIO	5			/* the VMM broke the contract above */
+
+struct boot_info {
+	u64 magic;			/* BOOT_MAGIC */
+	u32 version;			/* BOOT_VERSION */
+	u32 argc;			/* arguments, no program name */
+	u64 private_base;
+	u64 private_size;
+	u64 shared_base;
+	u64 shared_size;
+	u64 hypercall_page;
+	u64 heap_base;			/* first page after the ELF's bss */
+	u64 args;			/* argc NUL-terminated strings in a row */
+};
+
+_Static_assert(sizeof(struct boot_info) == 72, "boot_info is ABI");
+
+/* Words at any address, of whatever type: what a plain u64 * may not do. */
+typedef u64 __attribute__((may_alias, aligned(1))) any_u64;
+
+static inline void *memcpy(void *to, const void *from, u64 length)
+{
+	u8 *d = to;
+	const u8 *s = from;
+
+	/*
+	 * An emulated access costs the same for 8 bytes as for 1, and a turn of
+	 * a loop more than either: hence words, and eight of them a turn.
+	 */
+	for (; length >= 64; d += 64, s += 64, length -= 64)
+#pragma GCC unroll 8
+		for (int i = 0; i < 8; i++)
+			((any_u64 *)d)[i] = ((const any_u64 *)s)[i];
+	for (; length >= 8; d += 8, s += 8, length -= 8)
+		*(any_u64 *)d = *(const any_u64 *)s;
+	while (length--)
+		*d++ = *s++;
+	return to;
+}
+
+static inline void *memset(void *to, int byte, u64 length)
+{
+	u64 word = (u8)byte * 0x0101010101010101UL;
+	u8 *d = to;
+
+	for (; length >= 8; d += 8, length -= 8)
+		*(any_u64 *)d = word;
+	while (length--)
+		*d++ = (u8)byte;
+	return to;
+}
+
+static inline u64 string_length(const char *s)
+{
+	u64 n = 0;
+
+	while (s[n])
+		n++;
+	return n;
+}
+
+static inline int string_equal(const char *a, const char *b)
+{
+	while (*a && *a == *b)
+		a++, b++;
+	return *a == *b;
+}
+
+static inline s64 hypercall(u64 number, u64 a, u64 b, u64 c)
+{
+	s64 result;
+
+	/*
+	 * The call pushes its return address, so guests are compiled with
+	 * -mno-red-zone.  "memory": the VMM may write the shared window.
+	 */
+	asm volatile("call %P[page]"
+		     : "=a"(result)
+		     : [page] "i"(HYPERCALL_PAGE),
+		       "0"(number), "D"(a), "S"(b), "d"(c)
+		     : "rcx", "r11", "cc", "memory");
+	return result;
+}
+
+static inline void __attribute__((noreturn)) guest_exit(int status)
+{
+	for (;;)
+		hypercall(HYPERCALL_EXIT, (u64)status, 0, 0);
+}
+
+/* The VMM's count is only believed when it lies within what was asked for. */
+static inline s64 checked_count(s64 n, u64 length)
+{
+	return n > 0 && (u64)n > length ? -EIO : n;
+}
+
+/* Argument @i, counted from 0, or NULL. */
+static inline const char *guest_argument(const struct boot_info *boot, u32 i)
+{
+	const char *s = (const char *)boot->args;
+
+	if (i >= boot->argc)
+		return NULL;
+	while (i--)
+		s += string_length(s) + 1;
+	return s;
+}
+
+/* Ask for at most @length bytes at the start of the shared window. */
+static inline s64 shared_read(u64 length)
+{
+	return checked_count(hypercall(HYPERCALL_READ, 0, length, 0), length);
+}
+
+/* Hand over all of the first @length bytes of the shared window. */
+static inline s64 shared_write(int stream, u64 length)
+{
+	u64 done = 0;
+
+	while (done < length) {
+		s64 n = checked_count(hypercall(HYPERCALL_WRITE, (u64)stream,
+						done, length - done),
+				      length - done);
+		if (n <= 0)
+			return n ? n : -EIO;
+		done += (u64)n;
+	}
+	return 0;
+}
+
+/* Read up to @length bytes into private memory; 0 at the end of the input. */
+static inline s64 guest_read(const struct boot_info *boot, void *to, u64 length)
+{
+	s64 n;
+
+	if (length > boot->shared_size)
+		length = boot->shared_size;
+	n = shared_read(length);
+	if (n > 0)
+		memcpy(to, (const void *)boot->shared_base, (u64)n);
+	return n;
+}
+
+/* Write all @length bytes from private memory; 0 or a negative errno. */
+static inline s64 guest_write(const struct boot_info *boot, int stream,
+			      const void *from, u64 length)
+{
+	const u8 *s = from;
+
+	while (length) {
+		u64 n = length < boot->shared_size ? length : boot->shared_size;
+		s64 error;
+
+		memcpy((void *)boot->shared_base, s, n);
+		error = shared_write(stream, n);
+		if (error)
+			return error;
+		s += n;
+		length -= n;
+	}
+	return 0;
+}
+
+/* Say @message on the error stream; the value is the status to exit with. */
+static inline int guest_fail(const struct boot_info *boot, const char *message,
+			     int status)
+{
+	guest_write(boot, STREAM_ERR, message, string_length(message));
+	return status;
+}
+
+/* The heap ends, page aligned, STACK_SIZE below the initial rsp. */
+static inline u64 guest_heap_end(const struct boot_info *boot)
+{
+	return (boot->private_base + boot->private_size - STACK_SIZE) &
+	       ~(u64)(PAGE_SIZE - 1);
+}
+
+/* Whether this is a loader of our version, with at least a page of heap. */
+static inline int guest_boot_ok(const struct boot_info *boot)
+{
+	return boot->magic == BOOT_MAGIC && boot->version == BOOT_VERSION &&
+	       boot->shared_size && boot->heap_base < guest_heap_end(boot);
+}
+
+#endif /* __ASSEMBLER__ */
+#endif
