@@ -1,0 +1,130 @@
+"""Why a vCPU came back: one value for each kind, and their form on the wire (after ``struct kvm_run``)."""
+
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+from restrictedmem.abi.kvm import ExitReason
+
+#: exit_reason, flags, and six words whose meaning depends on the reason.
+LAYOUT: Final = struct.Struct("=II6Q")
+
+
+@dataclass(frozen=True, slots=True)
+class PortIn:
+    """The guest reads a port; the next run takes the value."""
+
+    port: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class PortOut:
+    """The guest wrote ``size`` bytes to a port."""
+
+    port: int
+    size: int
+    data: int
+
+
+@dataclass(frozen=True, slots=True)
+class MmioRead:
+    """The guest reads an address that no slot covers; the next run takes the value."""
+
+    gpa: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class MmioWrite:
+    """The guest wrote to an address that no slot covers."""
+
+    gpa: int
+    size: int
+    data: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hypercall:
+    """The guest called the hypercall page; the next run takes the result. Only these registers leave the engine."""
+
+    number: int
+    arguments: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryFault:
+    """A page could not be had (``KVM_EXIT_MEMORY_FAULT``): flags of ``KVM_MEMORY_EXIT_FLAG_*``, the page, its size, and why.
+
+    v9 and v10 would retry for ever when get_page fails; as guest_memfd does, the errno is reported instead.
+    """
+
+    flags: int
+    gpa: int
+    size: int
+    errno: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """The guest stopped for good: an exception it has no handler for (``vector``), at ``rip`` only if the VM may be debugged."""
+
+    vector: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """A reason this version has no name for."""
+
+    reason: int
+
+
+Exit = PortIn | PortOut | MmioRead | MmioWrite | Hypercall | MemoryFault | Shutdown | Unknown
+
+_IN: Final = 0
+_OUT: Final = 1
+
+
+def pack(exit_: Exit) -> bytes:
+    """Encode an exit."""
+    match exit_:
+        case PortIn(port, size):
+            return LAYOUT.pack(ExitReason.IO, _IN, port, size, 0, 0, 0, 0)
+        case PortOut(port, size, data):
+            return LAYOUT.pack(ExitReason.IO, _OUT, port, size, data, 0, 0, 0)
+        case MmioRead(gpa, size):
+            return LAYOUT.pack(ExitReason.MMIO, _IN, gpa, size, 0, 0, 0, 0)
+        case MmioWrite(gpa, size, data):
+            return LAYOUT.pack(ExitReason.MMIO, _OUT, gpa, size, data, 0, 0, 0)
+        case Hypercall(number, arguments):
+            return LAYOUT.pack(ExitReason.HYPERCALL, 0, number, *arguments, 0)
+        case MemoryFault(flags, gpa, size, errno):
+            return LAYOUT.pack(ExitReason.MEMORY_FAULT, 0, flags, gpa, size, errno, 0, 0)
+        case Shutdown(vector):
+            return LAYOUT.pack(ExitReason.SHUTDOWN, 0, vector, 0, 0, 0, 0, 0)
+        case Unknown(reason):
+            return LAYOUT.pack(ExitReason.UNKNOWN, 0, reason, 0, 0, 0, 0, 0)
+
+
+def unpack(data: bytes) -> Exit:
+    """Decode an exit; a reason that this version does not know becomes ``Unknown``."""
+    reason, flags, a, b, c, d, e, _ = LAYOUT.unpack(data)
+    match reason, flags:
+        case ExitReason.IO, 0:
+            return PortIn(a, b)
+        case ExitReason.IO, 1:
+            return PortOut(a, b, c)
+        case ExitReason.MMIO, 0:
+            return MmioRead(a, b)
+        case ExitReason.MMIO, 1:
+            return MmioWrite(a, b, c)
+        case ExitReason.HYPERCALL, _:
+            return Hypercall(a, (b, c, d, e))
+        case ExitReason.MEMORY_FAULT, _:
+            return MemoryFault(a, b, c, d)
+        case ExitReason.SHUTDOWN, _:
+            return Shutdown(a)
+        case ExitReason.UNKNOWN, _:
+            return Unknown(a)
+        case _:
+            return Unknown(reason)

@@ -1,0 +1,88 @@
+"""Memory-mapped I/O: how one instruction that touches pages without memory is carried out.
+
+Unicorn has no way to end a run before a store, nor to hand a load its value later. So the instruction is executed alone, with a device in
+place of every such page: the device knows the values that loads were given so far, and keeps what is stored. Where a value is still
+missing, registers go back to what they were and the VMM is asked; so a load is completed by executing the instruction again with the
+VMM's value. Where nothing is missing, the stores are the exits.
+"""
+
+from typing import Final, final
+
+from restrictedmem.kvm.exits import MmioRead, MmioWrite
+from restrictedmem.kvm.unicorn import Uc
+from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
+
+#: More than any instruction touches: two operands, each across a page boundary, and the stack.
+_PAGES: Final = 8
+#: The largest access of one exit, as ``kvm_run.mmio.data``.
+_LARGEST: Final = 8
+
+
+@final
+class Scratch:
+    """The device, at ``base`` in physical memory; its pages stand for guest pages in the order the instruction touches them."""
+
+    __slots__ = ("_base", "_known", "_pages", "stepping", "stores", "wanted")
+
+    def __init__(self, uc: Uc, base: int) -> None:
+        self._base = base
+        self._known: dict[int, int] = {}
+        self._pages: list[int] = []
+        #: Whether an instruction is being executed with the device in place.
+        self.stepping = False
+        #: What it stored, and the first load whose value is not known.
+        self.stores: list[MmioWrite] = []
+        self.wanted: MmioRead | None = None
+        uc.map_device(base, _PAGES * PAGE_SIZE, self._read, self._write)
+
+    def begin(self) -> None:
+        """Begin another try at the instruction."""
+        self._pages.clear()
+        self.stores = []
+        self.wanted = None
+        self.stepping = True
+
+    def forget(self) -> None:
+        """Forget the values: the next instruction loads anew."""
+        self._known.clear()
+
+    def answer(self, load: MmioRead, value: int) -> None:
+        """Give the value of a load."""
+        # An unaligned load comes as two aligned ones, of which bytes to either side are thrown away: they must not be asked for.
+        start = load.gpa & -load.size
+        for slack in range(start, start + 2 * load.size) if load.gpa != start else ():
+            self._known.setdefault(slack, 0)
+        for index in range(load.size):
+            self._known[load.gpa + index] = value >> 8 * index & 0xFF
+
+    def translate(self, page: int) -> int:
+        """Return the physical page that stands for a guest page, both by their addresses.
+
+        Raises:
+            RuntimeError: when an instruction touches more pages than any does.
+        """
+        if page not in self._pages:
+            if len(self._pages) == _PAGES:
+                raise RuntimeError("an instruction touched too many pages")
+            self._pages.append(page)
+        return self._base + (self._pages.index(page) << PAGE_SHIFT)
+
+    def _gpa(self, offset: int) -> int:
+        return self._pages[offset >> PAGE_SHIFT] + (offset & PAGE_MASK)
+
+    def _read(self, _uc: int, offset: int, size: int) -> int:
+        gpa = self._gpa(offset)
+        data = [self._known.get(gpa + index) for index in range(size)]
+        if None in data and self.wanted is None:
+            self.wanted = MmioRead(gpa, size)
+        return int.from_bytes(bytes(byte or 0 for byte in data), "little")
+
+    def _write(self, _uc: int, offset: int, size: int, value: int) -> None:
+        gpa = self._gpa(offset)
+        value &= (1 << 8 * size) - 1
+        # Unicorn takes stores apart (8 bytes into 4 and 4, unaligned ones into single bytes): they are put together again.
+        last = self.stores[-1] if self.stores else None
+        if last is not None and last.gpa + last.size == gpa and last.size + size <= _LARGEST:
+            self.stores[-1] = MmioWrite(last.gpa, last.size + size, last.data | value << 8 * last.size)
+        else:
+            self.stores.append(MmioWrite(gpa, size, value))

@@ -1,0 +1,76 @@
+"""What a vCPU is before its first instruction: long mode, CPL3, and an I/O breakpoint that only needs a port.
+
+The breakpoint is how IN and OUT become precise exits. Unicorn's own stop takes effect at the end of a block, some instructions later; a
+#DB that the instruction itself raises (DR7.RW0 = I/O, CR4.DE; Intel SDM 18.2.4) does so at once, and costs nothing where no IN or OUT is.
+"""
+
+import ctypes
+import mmap
+from typing import Final
+
+from restrictedmem.kvm import unicorn
+from restrictedmem.kvm.unicorn import Context, Uc
+from restrictedmem.units import PAGE_SIZE
+
+#: Where the page with the boot code is while it runs; the address is chosen by nothing but being free.
+_BOOT: Final = 1 << 45
+_GDT_POINTER: Final = 0x100
+_GDT: Final = 0x180
+_USER_CODE: Final = 0xC0
+
+# Null, kernel code, kernel data, user data, user code; flat, 64 bits.
+_DESCRIPTORS: Final = (0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF, 0x00CF_F300_0000_FFFF, 0x00AF_FB00_0000_FFFF)
+
+_CODE: Final = bytes.fromhex(
+    "0f019300010000"  # lgdt   [rbx + 0x100]
+    "0f20e0"  # mov    rax, cr4
+    "4883c808"  # or     rax, 8          (DE)
+    "0f22e0"  # mov    cr4, rax
+    "48c7c002040200"  # mov    rax, 0x20402    (G0, RW0 = I/O, one byte)
+    "0f23f8"  # mov    dr7, rax
+    "6a1b"  # push   0x1b            (ss: user data)
+    "6a00"  # push   0               (rsp)
+    "6802300000"  # push   0x3002          (rflags: IOPL 3)
+    "6a23"  # push   0x23            (cs: user code)
+    "488d83c0000000"  # lea    rax, [rbx + 0xc0]
+    "50"  # push   rax             (rip)
+    "48cf"  # iretq
+)
+_BREAKPOINT: Final = bytes.fromhex("cc")  # int3: nobody handles it, so it ends the run
+_USER: Final = 3
+
+
+def enter_user_mode(uc: Uc) -> Context:
+    """Bring a new emulator, without hooks yet, to the state; returns a copy of it, to start again from.
+
+    Raises:
+        RuntimeError: when this version of Unicorn does not get there.
+    """
+    with mmap.mmap(-1, PAGE_SIZE) as page:
+        _write_boot_page(page)
+        uc.map(_BOOT, PAGE_SIZE, ctypes.addressof(ctypes.c_char.from_buffer(page)))
+        uc.write(unicorn.RIP, _BOOT)
+        uc.write(unicorn.RBX, _BOOT)
+        uc.write(unicorn.RSP, _BOOT + PAGE_SIZE)
+        uc.start()
+        uc.unmap(_BOOT, PAGE_SIZE)
+    if uc.read(unicorn.CS) & _USER != _USER:
+        raise RuntimeError("could not enter CPL3")
+    # Selectors that the guest loads give #GP from here on, whatever it loads: the table is gone.
+    uc.forget_gdt()
+    for register in (unicorn.RAX, unicorn.RBX, unicorn.RSP):
+        uc.write(register, 0)
+    uc.flush_code()
+    uc.flush_tlb()
+    state = uc.context()
+    state.save()
+    return state
+
+
+def _write_boot_page(page: mmap.mmap) -> None:
+    page[: len(_CODE)] = _CODE
+    page[_USER_CODE : _USER_CODE + len(_BREAKPOINT)] = _BREAKPOINT
+    table = b"".join(descriptor.to_bytes(8, "little") for descriptor in _DESCRIPTORS)
+    page[_GDT : _GDT + len(table)] = table
+    pointer = (len(table) - 1).to_bytes(2, "little") + (_BOOT + _GDT).to_bytes(8, "little")
+    page[_GDT_POINTER : _GDT_POINTER + len(pointer)] = pointer

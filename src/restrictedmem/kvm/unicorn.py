@@ -1,0 +1,297 @@
+"""Unicorn 2.1 through its C interface: the numbers and calls of <unicorn/unicorn.h>, and ``Uc``, one emulated x86-64.
+
+The package's own binding is left alone: importing it takes five times as long (75 ms, not 15), and a TLB fill through it twice as long.
+"""
+
+import ctypes
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Final, final
+
+_ARCH_X86: Final = 4
+_MODE_64: Final = 8
+
+# uc_mem_type, as a TLB fill names the access; 1 << (access - MEM_READ) is the right it needs.
+MEM_READ: Final = 16
+MEM_WRITE: Final = 17
+MEM_FETCH: Final = 18
+
+PROT_ALL: Final = 7
+
+# uc_err, as far as it is told apart here.
+ERR_OK: Final = 0
+ERR_INSN_INVALID: Final = 10
+
+# uc_x86_reg
+RAX: Final = 35
+RDI: Final = 39
+RBX: Final = 37
+RDX: Final = 40
+RIP: Final = 41
+RSI: Final = 43
+RSP: Final = 44
+DR0: Final = 66
+R10: Final = 108
+CS: Final = 11
+GDTR: Final = 243
+RFLAGS: Final = 253
+
+# uc_hook_type and uc_x86_insn
+_HOOK_INTR: Final = 1 << 0
+_HOOK_INSN: Final = 1 << 1
+_HOOK_CODE: Final = 1 << 2
+_HOOK_MEM_READ_UNMAPPED: Final = 1 << 4
+_HOOK_TLB_FILL: Final = 1 << 17
+_INS_IN: Final = 218
+_INS_OUT: Final = 500
+_INS_SYSCALL: Final = 699
+_INS_SYSENTER: Final = 700
+
+# uc_ctl: number, count of arguments, direction (1: write).
+_CTL_USE_EXITS: Final = 4 | 1 << 26 | 1 << 30
+_CTL_REMOVE_CACHE: Final = 9 | 2 << 26 | 1 << 30
+_CTL_FLUSH_TB: Final = 10 | 1 << 30
+_CTL_FLUSH_TLB: Final = 11 | 1 << 30
+_CTL_TLB_TYPE: Final = 12 | 1 << 26 | 1 << 30
+_TLB_VIRTUAL: Final = 1
+
+# The hooks' prototypes, as cheap as ctypes converts them: the handle, which nobody needs, as an int, and the trailing user_data left out.
+_TlbFill = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_size_t, ctypes.c_int, ctypes.c_size_t)
+_Interrupt = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_uint32)
+_In = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_int, ctypes.c_uint32, ctypes.c_int)
+_Out = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint32)
+_Instruction = ctypes.CFUNCTYPE(None, ctypes.c_int)
+_Code = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_uint64, ctypes.c_uint32)
+_Unmapped = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_int64)
+_IoRead = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_int, ctypes.c_uint64, ctypes.c_uint)
+_IoWrite = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_uint64, ctypes.c_uint, ctypes.c_uint64)
+
+
+class _Segment(ctypes.Structure):
+    # uc_x86_mmr
+    _fields_ = (("selector", ctypes.c_uint16), ("base", ctypes.c_uint64), ("limit", ctypes.c_uint32), ("flags", ctypes.c_uint32))
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    package = importlib.util.find_spec("unicorn")
+    if package is None or package.origin is None:
+        raise RuntimeError("the package unicorn is not installed")
+    library = ctypes.CDLL(os.path.join(os.path.dirname(package.origin), "lib", "libunicorn.so.2"))
+    pointer, u64, size, number = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_int
+    library.uc_open.argtypes = [number, number, ctypes.POINTER(pointer)]
+    library.uc_close.argtypes = [pointer]
+    library.uc_mem_map_ptr.argtypes = [pointer, u64, size, ctypes.c_uint32, pointer]
+    library.uc_mem_unmap.argtypes = [pointer, u64, size]
+    library.uc_mmio_map.argtypes = [pointer, u64, size, _IoRead, pointer, _IoWrite, pointer]
+    library.uc_emu_start.argtypes = [pointer, u64, u64, u64, size]
+    library.uc_emu_stop.argtypes = [pointer]
+    library.uc_reg_read.argtypes = library.uc_reg_write.argtypes = [pointer, number, pointer]
+    library.uc_reg_read_batch.argtypes = library.uc_reg_write_batch.argtypes = [pointer, pointer, pointer, number]
+    library.uc_context_alloc.argtypes = [pointer, ctypes.POINTER(pointer)]
+    library.uc_context_save.argtypes = library.uc_context_restore.argtypes = [pointer, pointer]
+    library.uc_context_free.argtypes = [pointer]
+    library.uc_strerror.restype = ctypes.c_char_p
+    return library
+
+
+def error_text(call: str, error: int) -> str:
+    """Describe a uc_err as the failure of a call."""
+    return f"{call}: {_library().uc_strerror(error).decode()}"
+
+
+def _check(call: str, error: int) -> None:
+    if error:
+        raise RuntimeError(error_text(call, error))
+
+
+@final
+class Uc:
+    """One emulator. Only ``stop`` may be called by another thread, and only by the thread that made it outside ``start`` all the rest.
+
+    Every method raises RuntimeError with the name of Unicorn's call when that fails.
+    """
+
+    def __init__(self) -> None:
+        """Open an emulator in long mode whose TLB misses, once ``hook_tlb_fill`` was called, are the hook's to answer."""
+        self._library = _library()
+        handle = ctypes.c_void_p()
+        _check("uc_open", self._library.uc_open(_ARCH_X86, _MODE_64, ctypes.byref(handle)))
+        self._handle = handle
+        self._callbacks: list[object] = []
+        self._word = ctypes.c_uint64()
+        self._ctl(_CTL_TLB_TYPE, ctypes.c_int(_TLB_VIRTUAL))
+        # uc_emu_start's ``until`` counts no more, and no exits are set: no address ends a run by itself.
+        self._ctl(_CTL_USE_EXITS, ctypes.c_int(1))
+
+    def close(self) -> None:
+        """Free the emulator, its contexts first; the host's memory that was mapped stays the caller's."""
+        if self._handle:
+            _check("uc_close", self._library.uc_close(self._handle))
+            self._handle = ctypes.c_void_p()
+            self._callbacks.clear()
+
+    # Physical memory.
+
+    def map(self, address: int, size: int, host: int) -> None:
+        """Show ``size`` bytes of this process at ``host`` as physical memory, with every right; the fill hook decides on rights."""
+        _check("uc_mem_map_ptr", self._library.uc_mem_map_ptr(self._handle, address, size, PROT_ALL, host))
+
+    def unmap(self, address: int, size: int) -> None:
+        """Remove physical memory; asks the fill hook to translate ``address`` to itself, for a fetch."""
+        _check("uc_mem_unmap", self._library.uc_mem_unmap(self._handle, address, size))
+
+    def map_device(
+        self, address: int, size: int, read: Callable[[int, int, int], int], write: Callable[[int, int, int, int], None]
+    ) -> None:
+        """Let ``read(uc, offset, bytes)`` and ``write(uc, offset, bytes, value)`` stand for physical memory."""
+        on_read, on_write = _IoRead(read), _IoWrite(write)
+        self._callbacks += (on_read, on_write)
+        _check("uc_mmio_map", self._library.uc_mmio_map(self._handle, address, size, on_read, None, on_write, None))
+
+    # Hooks. What one raises is printed and lost (ctypes), so none may raise.
+
+    def hook_tlb_fill(self, hook: Callable[[int, int, int, int], int]) -> None:
+        """Call ``hook(uc, page, access, result)`` for each TLB miss.
+
+        It writes physical address and rights to the two 64-bit words at ``result`` and returns 1, or returns 0 and ends the run.
+        """
+        self._hook(_HOOK_TLB_FILL, _TlbFill(hook))
+
+    def hook_interrupt(self, hook: Callable[[int, int], None]) -> None:
+        """Call ``hook(uc, vector)`` for each exception and software interrupt, instead of delivering it."""
+        self._hook(_HOOK_INTR, _Interrupt(hook))
+
+    def hook_in(self, hook: Callable[[int, int, int], int]) -> None:
+        """Call ``hook(uc, port, size)`` for each IN and INS; it returns the value."""
+        self._hook(_HOOK_INSN, _In(hook), instruction=_INS_IN)
+
+    def hook_out(self, hook: Callable[[int, int, int, int], None]) -> None:
+        """Call ``hook(uc, port, size, value)`` for each OUT and OUTS."""
+        self._hook(_HOOK_INSN, _Out(hook), instruction=_INS_OUT)
+
+    def hook_system_calls(self, hook: Callable[[int], None]) -> None:
+        """Call ``hook(uc)`` for SYSCALL and SYSENTER, which do nothing else."""
+        for instruction in (_INS_SYSCALL, _INS_SYSENTER):
+            self._hook(_HOOK_INSN, _Instruction(hook), instruction=instruction)
+
+    def hook_code(self, address: int, hook: Callable[[int, int, int], None]) -> None:
+        """Call ``hook(uc, address, size)`` before the instruction at an address."""
+        self._hook(_HOOK_CODE, _Code(hook), address, address)
+
+    def hook_unmapped_read(self, begin: int, size: int, hook: Callable[[int, int, int, int, int], bool]) -> None:
+        """Call ``hook(uc, type, address, size, value)`` for each load from a hole in physical memory; False ends the run before it."""
+        self._hook(_HOOK_MEM_READ_UNMAPPED, _Unmapped(hook), begin, begin + size - 1)
+
+    def _hook(self, kind: int, callback: object, begin: int = 1, end: int = 0, instruction: int | None = None) -> None:
+        self._callbacks.append(callback)
+        variadic = () if instruction is None else (ctypes.c_int(instruction),)
+        span = ctypes.c_uint64(begin), ctypes.c_uint64(end)
+        hook = ctypes.byref(ctypes.c_void_p())
+        _check("uc_hook_add", self._library.uc_hook_add(self._handle, hook, ctypes.c_int(kind), callback, None, *span, *variadic))
+
+    # Registers.
+
+    def read(self, register: int) -> int:
+        """Return a register."""
+        _check("uc_reg_read", self._library.uc_reg_read(self._handle, register, ctypes.byref(self._word)))
+        return self._word.value
+
+    def write(self, register: int, value: int) -> None:
+        """Set a register."""
+        self._word.value = value
+        _check("uc_reg_write", self._library.uc_reg_write(self._handle, register, ctypes.byref(self._word)))
+
+    def forget_gdt(self) -> None:
+        """Set the GDTR to nothing, so that no selector can be loaded."""
+        _check("uc_reg_write", self._library.uc_reg_write(self._handle, GDTR, ctypes.byref(_Segment())))
+
+    def registers(self, *numbers: int) -> "Registers":
+        """Prepare reading and writing several registers at once."""
+        return Registers(self._library, self._handle, numbers)
+
+    def context(self) -> "Context":
+        """Make room to save every register in."""
+        return Context(self._library, self._handle)
+
+    # Running, and what is cached meanwhile.
+
+    def start(self) -> int:
+        """Run from RIP until a hook or ``stop`` ends it; returns the uc_err."""
+        error: int = self._library.uc_emu_start(self._handle, self.read(RIP), 0, 0, 0)
+        return error
+
+    def stop(self) -> None:
+        """Make ``start`` return at the end of a block; forgotten when it comes just before ``start`` or outside it."""
+        if self._handle:
+            self._library.uc_emu_stop(self._handle)
+
+    def flush_tlb(self) -> None:
+        """Forget every translation of an address (1 µs)."""
+        self._ctl(_CTL_FLUSH_TLB)
+
+    def flush_code(self) -> None:
+        """Forget all translated code (36 µs, and what it costs to translate again)."""
+        self._ctl(_CTL_FLUSH_TB)
+
+    def drop_code(self, begin: int, end: int) -> None:
+        """Forget the code translated from a range; only ``begin`` is translated, by asking the fill hook for a fetch."""
+        self._ctl(_CTL_REMOVE_CACHE, ctypes.c_uint64(begin), ctypes.c_uint64(end))
+
+    def _ctl(self, control: int, *arguments: object) -> None:
+        _check("uc_ctl", self._library.uc_ctl(self._handle, ctypes.c_int(control), *arguments))
+
+
+@final
+class Registers:
+    """Several registers of one emulator, read or written by one call."""
+
+    __slots__ = ("_call", "_handle", "_library", "_values")
+
+    def __init__(self, library: ctypes.CDLL, handle: ctypes.c_void_p, numbers: tuple[int, ...]) -> None:
+        count = len(numbers)
+        self._library = library
+        self._handle = handle
+        self._values = (ctypes.c_uint64 * count)()
+        first = ctypes.addressof(self._values)
+        addresses = (ctypes.c_void_p * count)(*range(first, first + 8 * count, 8))
+        self._call = (ctypes.c_int * count)(*numbers), addresses, count
+
+    def read(self) -> tuple[int, ...]:
+        """Return the registers."""
+        _check("uc_reg_read_batch", self._library.uc_reg_read_batch(self._handle, *self._call))
+        return tuple(self._values)
+
+    def write(self, values: tuple[int, ...]) -> None:
+        """Set the registers."""
+        self._values[:] = [*values]
+        _check("uc_reg_write_batch", self._library.uc_reg_write_batch(self._handle, *self._call))
+
+
+@final
+class Context:
+    """A copy of every register of one emulator, those without a number included; freed by ``close``."""
+
+    __slots__ = ("_context", "_handle", "_library")
+
+    def __init__(self, library: ctypes.CDLL, handle: ctypes.c_void_p) -> None:
+        self._library = library
+        self._handle = handle
+        self._context = ctypes.c_void_p()
+        _check("uc_context_alloc", library.uc_context_alloc(handle, ctypes.byref(self._context)))
+
+    def save(self) -> None:
+        """Copy the registers here."""
+        _check("uc_context_save", self._library.uc_context_save(self._handle, self._context))
+
+    def restore(self) -> None:
+        """Copy the registers back."""
+        _check("uc_context_restore", self._library.uc_context_restore(self._handle, self._context))
+
+    def close(self) -> None:
+        """Free the copy."""
+        if self._context:
+            self._library.uc_context_free(self._context)
+            self._context = ctypes.c_void_p()
