@@ -1,0 +1,5 @@
+"""``python -m restrictedmem`` is the command ``restrictedmem``."""
+
+from restrictedmem.cli.main import run
+
+run()

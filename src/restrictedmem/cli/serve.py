@@ -1,0 +1,88 @@
+"""``restrictedmem serve``: services for owners who are not to be trusted even while one starts."""
+
+import argparse
+import os
+import pwd
+import signal
+import socket
+import stat
+import sys
+
+from restrictedmem.cli.errors import CommandError
+from restrictedmem.units import parse_size
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "serve",
+        help="start services for other users",
+        description="Listen on a socket and start a service for each client, under a uid that is not the client's. A service "
+        "that its owner starts itself is safe from the owner only if the owner was honest when it started; one from here always "
+        "is. Clients set RESTRICTEDMEM_SERVER to the socket. Start it as root: only a mount made by root lets descriptors work "
+        "for other users.",
+    )
+    parser.add_argument("--socket", required=True, metavar="PATH", help="where to listen; made here, removed at the end")
+    parser.add_argument("--user", metavar="NAME", help="user that the services become once they have mounted (default: stay)")
+    parser.add_argument("--mode", type=lambda text: int(text, 8), default=0o666, metavar="OCTAL", help="who may connect (default 666)")
+    parser.add_argument("--api", choices=("v9", "v10"), default="v10", help="which posting of the series to follow (default v10)")
+    parser.add_argument("--memory-max", type=parse_size, metavar="SIZE", help="what a descriptor may hold at most")
+    parser.set_defaults(main=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Serve until interrupted; services that run by then go on."""
+    from restrictedmem.service.client import start_process
+    from restrictedmem.service.daemon import peer_credentials
+    from restrictedmem.service.start import Options
+
+    options = Options(api=args.api, memory_max=args.memory_max, become=_become(args.user))
+    # Both: a shell starts what runs in the background with SIGINT ignored.
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, signal.default_int_handler)
+    _remove_stale(args.socket)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as listener:
+        listener.bind(args.socket)
+        made = os.stat(args.socket).st_ino
+        try:
+            os.chmod(args.socket, args.mode)
+            listener.listen(64)
+            print(f"listening on {args.socket}", file=sys.stderr, flush=True)
+            while True:
+                client, _ = listener.accept()
+                with client:
+                    pid, uid, _ = peer_credentials(client)
+                    print(f"client {pid} of uid {uid}", file=sys.stderr, flush=True)
+                    try:
+                        start_process(client, options).wait()
+                    except OSError as error:
+                        # No process to be had now, say: this client's trouble, who is told by the hang-up.
+                        print(f"client {pid}: {error.strerror}", file=sys.stderr, flush=True)
+        except KeyboardInterrupt:
+            return 0
+        finally:
+            if os.path.exists(args.socket) and os.stat(args.socket).st_ino == made:
+                os.unlink(args.socket)
+
+
+def _become(name: str | None) -> tuple[int, int] | None:
+    if name is None:
+        return None
+    if os.geteuid():
+        raise CommandError("only root can become another user", "start it as root, or without --user")
+    try:
+        found = pwd.getpwnam(name)
+    except KeyError:
+        raise CommandError(f"no user named {name}", f"make one: useradd --system {name}") from None
+    return found.pw_uid, found.pw_gid
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket that nobody listens on any more; anything else in the way is an error of its own at bind."""
+    if not os.path.exists(path) or not stat.S_ISSOCK(os.stat(path).st_mode):
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)

@@ -1,0 +1,269 @@
+"""What the memory behind a descriptor can be: locked, huge, looked at, taken out of the direct map."""
+
+import ctypes
+import mmap
+import re
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from restrictedmem.abi import memory, pagemap, process
+from restrictedmem.machine.finding import Finding, State, in_child, reason, setting
+from restrictedmem.units import PAGE_SIZE, format_size
+
+_THP: Final = Path("/sys/kernel/mm/transparent_hugepage")
+_HUGETLB: Final = Path("/sys/kernel/mm/hugepages")
+#: What ``run`` gives a guest when nothing else is asked for.
+_USUAL_SLOT: Final = 64 << 20
+
+
+def probe() -> Iterator[Finding]:
+    """Yield the findings about memory."""
+    swapless = no_swap()
+    yield lockable(harmless=swapless.state is State.YES)
+    yield swapless
+    yield transparent_huge_pages()
+    yield collapse()
+    yield hugetlb()
+    yield populate()
+    yield cachestat()
+    yield memfd_secret()
+    yield pagemap_scan()
+    yield frame_numbers()
+
+
+def lockable(*, harmless: bool) -> Finding:
+    """Try to lock a slot of the usual size (no page of it is ever there), and say what the limit is; ``harmless`` when no swap exists."""
+    name = "locked memory"
+    soft, hard = (_limit(value) for value in resource.getrlimit(resource.RLIMIT_MEMLOCK))
+    capable = process.effective_capabilities() >> process.CAP_IPC_LOCK & 1
+    detail = f"RLIMIT_MEMLOCK {soft}, at most {hard}; {'with' if capable else 'no'} CAP_IPC_LOCK"
+    try:
+        in_child(_lock_usual_slot)
+    except OSError as error:
+        effect = "which matters little, for there is no swap" if harmless else "and can be swapped out"
+        return Finding(
+            name,
+            State.PARTLY,
+            f"{detail}; a slot of {format_size(_USUAL_SLOT)}: {reason(error)}",
+            f"a slot that does not fit the limit stays unlocked, {effect}",
+            "sudo prlimit --pid $$ --memlock=unlimited:unlimited (this shell)",
+        )
+    size = "any size" if capable or soft == "unlimited" else f"up to {soft} in all"
+    return Finding(name, State.YES, f"{size}; {detail}")
+
+
+def _limit(value: int) -> str:
+    return "unlimited" if value == resource.RLIM_INFINITY else format_size(value)
+
+
+def _lock_usual_slot() -> None:
+    # A private mapping with ONFAULT and nothing touched: the limit is asked, no memory is used.
+    mapping = mmap.mmap(-1, _USUAL_SLOT, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.mlock_onfault(_address(mapping), _USUAL_SLOT)
+
+
+def _address(mapping: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+
+
+def no_swap() -> Finding:
+    """Say whether pages that are not locked can leave the RAM."""
+    name = "no swap"
+    swaps = setting("/proc/swaps")
+    if swaps is None:
+        return Finding(name, State.UNKNOWN, "/proc/swaps cannot be read")
+    lines = [line.split() for line in swaps.splitlines()[1:]]
+    zswap = ", zswap on" if setting("/sys/module/zswap/parameters/enabled") == "Y" else ""
+    if not lines:
+        return Finding(name, State.YES, f"/proc/swaps is empty{zswap}: nothing is swapped, locked or not")
+    detail = "; ".join(f"{fields[0]} {format_size(int(fields[2]) << 10)}" for fields in lines)
+    return Finding(name, State.NO, detail + zswap, "what is not locked can be swapped out", "sudo swapoff -a")
+
+
+def transparent_huge_pages() -> Finding:
+    """Read the policy for huge pages in memfds: the one for all sizes, and the one for each size that can differ from it."""
+    name = "huge pages in memfds"
+    general = _chosen(setting(str(_THP / "shmem_enabled")))
+    if general is None:
+        return Finding(name, State.NO, "no transparent huge pages for shmem", "all pages are small", "CONFIG_TRANSPARENT_HUGEPAGE")
+    sizes = {
+        int(path.parent.name.removeprefix("hugepages-").removesuffix("kB")): _chosen(setting(str(path)))
+        for path in _THP.glob("hugepages-*kB/shmem_enabled")
+    }
+    effective = {size: general if policy == "inherit" else policy for size, policy in sizes.items()}
+    on = [f"{format_size(size << 10)} {policy}" for size, policy in sorted(effective.items()) if policy != "never"]
+    detail = f"shmem_enabled {general}; " + (
+        ", ".join(on) if on else f"never in each of {len(sizes)} sizes" if sizes else "no policy for single sizes"
+    )
+    if general in ("never", "deny") and not on:
+        return Finding(
+            name,
+            State.PARTLY,
+            detail,
+            "pages are small unless they are collapsed (see MADV_COLLAPSE)",
+            f"echo always | sudo tee {_THP}/shmem_enabled",
+        )
+    return Finding(name, State.YES, detail)
+
+
+def _chosen(text: str | None) -> str | None:
+    """Return the word in brackets."""
+    found = re.search(r"\[(\w+)]", text or "")
+    return found[1] if found else None
+
+
+def collapse() -> Finding:
+    """Make one huge page of a memfd's small ones, and look whether it is one."""
+    name = "MADV_COLLAPSE"
+    size = int(setting(str(_THP / "hpage_pmd_size")) or 0)
+    if not size:
+        return Finding(name, State.NO, "no transparent huge pages", "no huge page on demand", "a kernel with CONFIG_TRANSPARENT_HUGEPAGE")
+    try:
+        huge = in_child(lambda: _collapse(size))
+    except OSError as error:
+        return Finding(name, State.NO, reason(error), "no huge page on demand", "Linux 6.1 or later, or free memory that is less in pieces")
+    seen = {None: "not checked, for want of PAGEMAP_SCAN", True: "and seen to be mapped as one"}.get(
+        huge, "but not seen to be mapped as one"
+    )
+    state = State.PARTLY if huge is False else State.YES
+    return Finding(name, state, f"{format_size(size)} of a memfd made one page, {seen}")
+
+
+def _collapse(size: int) -> bool | None:
+    with memory.memfd_create("restrictedmem-doctor") as file:
+        room = mmap.mmap(-1, 2 * size)
+        base = _address(room)
+        start = -base % size
+        memory.fallocate(file.fileno(), 0, 0, size)
+        # Only a mapping whose address and offset in the file agree in alignment can be collapsed, hence one at an address.
+        memory.map_over(base + start, size, file.fileno())
+        room.madvise(memory.MADV_POPULATE_WRITE, start, size)
+        room.madvise(memory.MADV_COLLAPSE, start, size)
+        try:
+            return pagemap.bytes_in(pagemap.Category.HUGE, base + start, size) == size
+        except OSError:
+            return None
+
+
+def hugetlb() -> Finding:
+    """Read the pools of reserved huge pages."""
+    name = "hugetlb pools"
+    pools: list[str] = []
+    free = 0
+    for pool in sorted(_HUGETLB.glob("hugepages-*kB"), key=lambda path: len(path.name)):
+        size = int(pool.name.removeprefix("hugepages-").removesuffix("kB")) << 10
+        total, unused = (int(setting(str(pool / f)) or 0) for f in ("nr_hugepages", "free_hugepages"))
+        free += unused
+        pools.append(f"{format_size(size)}: {unused} free of {total}")
+    if not pools:
+        return Finding(
+            name, State.NO, "the kernel has no hugetlb", "only transparent huge pages can be compared", "a kernel with CONFIG_HUGETLBFS"
+        )
+    if not free:
+        return Finding(
+            name,
+            State.PARTLY,
+            "; ".join(pools),
+            "only transparent huge pages can be compared",
+            "sudo sysctl vm.nr_hugepages=64 (2 MiB pages)",
+        )
+    return Finding(name, State.YES, "; ".join(pools))
+
+
+def populate() -> Finding:
+    """Map pages of a memfd without touching them one by one."""
+    name = "MADV_POPULATE_WRITE"
+    try:
+        in_child(_populate)
+    except OSError as error:
+        return Finding(name, State.NO, reason(error), "mapping ahead has to touch page after page", "Linux 5.14 or later")
+    return Finding(name, State.YES, "pages of a memfd mapped ahead")
+
+
+def _populate() -> None:
+    with memory.memfd_create("restrictedmem-doctor") as file:
+        memory.fallocate(file.fileno(), 0, 0, PAGE_SIZE)
+        mmap.mmap(file.fileno(), PAGE_SIZE).madvise(memory.MADV_POPULATE_WRITE)
+
+
+def cachestat() -> Finding:
+    """Count a memfd's pages without mapping it."""
+    name = "cachestat"
+    try:
+        pages = in_child(allocated_pages)
+    except OSError as error:
+        return Finding(name, State.NO, reason(error), "resident pages are counted from st_blocks", "Linux 6.5 or later")
+    return Finding(
+        name, State.YES, f"counts {pages} page of a memfd that has 1" if pages != 1 else "counts a memfd's pages without mapping it"
+    )
+
+
+def allocated_pages() -> int:
+    """Return how many pages the kernel counts in a memfd that has one (number 451).
+
+    Raises:
+        OSError: ENOSYS where the kernel has no such call.
+    """
+    with memory.memfd_create("restrictedmem-doctor") as file:
+        memory.fallocate(file.fileno(), 0, 0, PAGE_SIZE)
+        return memory.resident_pages(file.fileno(), 0, PAGE_SIZE)
+
+
+def memfd_secret() -> Finding:
+    """Create secret memory, without touching a page: that would split the kernel's direct map, and nothing puts it together again."""
+    name = "memfd_secret"
+    try:
+        in_child(lambda: memory.memfd_secret().close())
+    except OSError as error:
+        return Finding(
+            name,
+            State.NO,
+            reason(error),
+            "the direct map's fragmentation cannot be measured",
+            "boot with secretmem.enable=1 (Linux 5.14, the default since 6.5), CONFIG_SECRETMEM",
+        )
+    return Finding(name, State.YES, "can be created; nothing of it was touched")
+
+
+def pagemap_scan() -> Finding:
+    """Ask which pages of a mapping are there."""
+    name = "PAGEMAP_SCAN"
+    try:
+        found = in_child(_scan_one_page)
+    except OSError as error:
+        return Finding(name, State.NO, reason(error), "whether a page is huge is not shown", "Linux 6.7 or later")
+    if found != PAGE_SIZE:
+        return Finding(name, State.PARTLY, f"reports {found} bytes of a page that is there", "whether a page is huge is not shown")
+    return Finding(name, State.YES, "for this user")
+
+
+def _touched_page() -> tuple[mmap.mmap, int]:
+    mapping = mmap.mmap(-1, PAGE_SIZE)
+    mapping[0] = 1
+    return mapping, _address(mapping)
+
+
+def _scan_one_page() -> int:
+    _mapping, address = _touched_page()
+    return pagemap.bytes_in(pagemap.Category.PRESENT, address, PAGE_SIZE)
+
+
+def _frame_of_one_page() -> int:
+    _mapping, address = _touched_page()
+    return pagemap.frame_number(address)
+
+
+def frame_numbers() -> Finding:
+    """Ask which physical page is behind a virtual one."""
+    name = "page frame numbers"
+    try:
+        frame = in_child(_frame_of_one_page)
+    except OSError as error:
+        detail = reason(error)
+    else:
+        if frame:
+            return Finding(name, State.YES, "/proc/self/pagemap shows them")
+        detail = "/proc/self/pagemap shows 0 for them"
+    return Finding(name, State.NO, detail, "physical contiguity is not measured; nothing else needs them", "run as root (CAP_SYS_ADMIN)")

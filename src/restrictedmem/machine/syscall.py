@@ -1,0 +1,117 @@
+"""What memfd_restricted(2) as a system call for unmodified programs needs: seccomp's user notification."""
+
+import os
+import signal
+import stat
+from collections.abc import Iterator
+from errno import EINVAL, ENOSYS, EPROTO
+from typing import Final, NoReturn
+
+from restrictedmem.abi import memory, process, seccomp
+from restrictedmem.abi._syscall import syscall
+from restrictedmem.machine.finding import Finding, State, in_child, reason
+from restrictedmem.machine.memory import allocated_pages
+
+#: The number that v9 and v10 gave memfd_restricted; cachestat's since Linux 6.5.
+SYS_memfd_restricted: Final = 451
+
+_CONSEQUENCE: Final = "unmodified programs cannot be given memfd_restricted(2)"
+
+
+def probe() -> Iterator[Finding]:
+    """Yield the findings about the system call."""
+    yield action()
+    yield flag(seccomp.FilterFlag.NEW_LISTENER, "Linux 5.0 or later")
+    yield flag(seccomp.FilterFlag.NEW_LISTENER | seccomp.FilterFlag.WAIT_KILLABLE_RECV, "Linux 5.19 or later")
+    yield answered_call()
+    yield number()
+
+
+def action() -> Finding:
+    """Ask for the filter's return action, and for the sizes of its structs."""
+    name = "user notification"
+    try:
+        if not seccomp.action_available(seccomp.SECCOMP_RET_USER_NOTIF):
+            return Finding(name, State.NO, "SECCOMP_RET_USER_NOTIF is unknown", _CONSEQUENCE, "Linux 5.0 or later")
+        sizes = seccomp.notif_sizes()
+    except OSError as error:
+        return Finding(name, State.NO, reason(error), _CONSEQUENCE, "a kernel with CONFIG_SECCOMP_FILTER")
+    return Finding(name, State.YES, f"structs of {sizes.seccomp_notif}, {sizes.seccomp_notif_resp} and {sizes.seccomp_data} bytes")
+
+
+def flag(flags: seccomp.FilterFlag, since: str) -> Finding:
+    """Ask whether a filter may have a flag; only WAIT_KILLABLE_RECV can be done without."""
+    optional = seccomp.FilterFlag.WAIT_KILLABLE_RECV in flags
+    name = "WAIT_KILLABLE_RECV" if optional else "NEW_LISTENER"
+    consequence = "a signal can make a program repeat a call that is half answered" if optional else _CONSEQUENCE
+    try:
+        known = seccomp.flags_known(flags)
+    except OSError:
+        known = False
+    return Finding(name, State.YES, "known") if known else Finding(name, State.NO, "unknown", consequence, since)
+
+
+def answered_call() -> Finding:
+    """Put a child under a filter and answer its call of number 451 with a descriptor, as the supervisor does."""
+    name = "answered call"
+    try:
+        in_child(_answer_one_call)
+    except OSError as error:
+        remedy = "Linux 5.14 or later (SECCOMP_ADDFD_FLAG_SEND), and no other listener above"
+        return Finding(name, State.NO, reason(error), _CONSEQUENCE, remedy)
+    return Finding(name, State.YES, "a child's call of number 451 was answered with a descriptor (SECCOMP_ADDFD_FLAG_SEND)")
+
+
+def _answer_one_call() -> None:
+    process.prctl(process.PR_SET_NO_NEW_PRIVS, 1)
+    program = [
+        seccomp.load("arch"),
+        seccomp.skip_unless(seccomp.AUDIT_ARCH.get(os.uname().machine, 0), 3),
+        seccomp.load("nr"),
+        seccomp.skip_unless(SYS_memfd_restricted, 1),
+        seccomp.answer(seccomp.SECCOMP_RET_USER_NOTIF),
+        seccomp.answer(seccomp.SECCOMP_RET_ALLOW),
+    ]
+    with memory.memfd_create("restrictedmem-doctor") as file, seccomp.install(program, seccomp.FilterFlag.NEW_LISTENER) as listener:
+        caller = os.fork()
+        if caller == 0:
+            _call(os.fstat(file.fileno()).st_ino)
+        notification = seccomp.seccomp_notif(data=seccomp.seccomp_data())
+        seccomp.SECCOMP_IOCTL_NOTIF_RECV(listener, notification)
+        answer = seccomp.seccomp_notif_addfd(id=notification.id, flags=seccomp.SECCOMP_ADDFD_FLAG_SEND, srcfd=file.fileno())
+        try:
+            seccomp.SECCOMP_IOCTL_NOTIF_ADDFD(listener, answer)
+        except BaseException:
+            os.kill(caller, signal.SIGKILL)
+            raise
+        _, status = os.waitpid(caller, 0)
+        if status:
+            raise OSError(EPROTO, "the call was answered with something else")
+
+
+def _call(expected: int) -> NoReturn:
+    """Make the call and end: with status 0 when it returned the file that was expected."""
+    try:
+        process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
+        status = os.fstat(syscall("memfd_restricted", SYS_memfd_restricted, 0))
+        os._exit(0 if stat.S_ISREG(status.st_mode) and status.st_ino == expected else 1)
+    finally:
+        os._exit(1)
+
+
+def number() -> Finding:
+    """Say what the kernel itself does with number 451."""
+    name = "number 451"
+    try:
+        in_child(allocated_pages)
+    except OSError as error:
+        if error.errno == ENOSYS:
+            return Finding(name, State.YES, "free: the kernel has no such call")
+        taken = "taken by something else" if error.errno == EINVAL else reason(error)
+        return Finding(name, State.UNKNOWN, taken)
+    return Finding(
+        name,
+        State.PARTLY,
+        "cachestat(2) in this kernel",
+        "under a supervisor a call of 451 with first argument 0 is memfd_restricted, so cachestat of descriptor 0 is not to be had",
+    )
