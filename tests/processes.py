@@ -1,0 +1,84 @@
+"""Looking at processes from outside: a service's relatives, what they hold, and whether they are gone."""
+
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from restrictedmem.service.client import Service
+
+#: Seconds after which something that was to happen did not.
+PATIENCE = 5.0
+
+
+def wait_until(condition: Callable[[], object], what: str, patience: float = PATIENCE) -> None:
+    """Poll until something holds; ``what`` is what a failure says was waited for."""
+    deadline = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {patience:g} s for {what}"
+        time.sleep(0.002)
+
+
+@dataclass(frozen=True)
+class Process:
+    """What /proc/PID/stat says: the start time tells a process from a later one of the same number."""
+
+    pid: int
+    name: str
+    state: str
+    parent: int
+    started: int
+
+
+def process(pid: int) -> Process | None:
+    """Look at a process; None when there is none, or only its exit status waits to be read."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    found = re.fullmatch(r"\d+ \((.*)\) (.*)\n", text, re.DOTALL)
+    assert found is not None
+    fields = found[2].split()
+    # A first thread that has ended is a zombie while others still hold what the process had.
+    return None if fields[0] in "ZX" and int(fields[17]) <= 1 else Process(pid, found[1], fields[0], int(fields[1]), int(fields[19]))
+
+
+def exists(known: Process) -> bool:
+    """Say whether a process still runs."""
+    now = process(known.pid)
+    return now is not None and now.started == known.started
+
+
+def children(pid: int) -> list[Process]:
+    """Return the children of a process (/proc/PID/task/TID/children is not in every kernel)."""
+    numbers = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return [found for number in numbers if (found := process(number)) is not None and found.parent == pid]
+
+
+def family(service: Service | int) -> list[Process]:
+    """Return the spawner of a service and all that it forked."""
+    pid = service if isinstance(service, int) else service.info["pid"]
+    itself = process(pid)
+    assert itself is not None, f"service {pid} is gone"
+    spawner = process(itself.parent)
+    assert spawner is not None, f"the spawner of service {pid} is gone"
+    assert spawner.name == "rmem-spawner", spawner
+    return [spawner, *children(spawner.pid)]
+
+
+def wait_gone(processes: list[Process], patience: float = PATIENCE) -> None:
+    """Wait until none of some processes is left."""
+    wait_until(lambda: not any(map(exists, processes)), f"the end of {[p for p in processes if exists(p)]}", patience)
+
+
+def descriptors(pid: int) -> list[str]:
+    """Return where a process's descriptors point to (/proc/PID/fd), but for a status that is just being sent."""
+    found: list[str] = []
+    for entry in os.scandir(f"/proc/{pid}/fd"):
+        try:
+            found.append(os.readlink(entry.path))
+        except FileNotFoundError:
+            continue
+    return [link for link in found if not link.startswith("/memfd:restrictedmem-status")]

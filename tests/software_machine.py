@@ -1,0 +1,130 @@
+"""A VM of one vCPU on the software engine, all in the test's process; guests are machine code, shown with its disassembly."""
+
+import contextlib
+import os
+import threading
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Final
+
+from restrictedmem.abi import memory
+from restrictedmem.abi.memory import PUNCH
+from restrictedmem.fd import OwnedFd
+from restrictedmem.kvm import guest_abi
+from restrictedmem.kvm.exits import Exit, Shutdown
+from restrictedmem.kvm.memslot import Half, Memslot, PrivateHalf
+from restrictedmem.kvm.mmu import Mmu
+from restrictedmem.kvm.software import SoftwareEngine
+from restrictedmem.kvm.vcpu import Vcpu
+from restrictedmem.mm.backing import MemfdBacking
+from restrictedmem.mm.inode import Inode
+from restrictedmem.mm.notifier import Api
+from restrictedmem.mm.restrictedmem import RestrictedFile
+from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t, pgoff_t
+
+PRIVATE: Final = guest_abi.PRIVATE_BASE
+SHARED: Final = guest_abi.SHARED_BASE
+PAGES: Final = 64
+#: Where guests start, the page that rdi points to, and the end of their stack.
+CODE: Final = PRIVATE + 0x1000
+DATA: Final = PRIVATE + 0x8000
+STACK: Final = PRIVATE + 0x7000
+#: No slot covers it.
+DEVICE: Final = 0xD000_0000
+HALTED: Final = Shutdown(13)
+DEADLINE: Final = 20.0
+
+
+def machine_code(*instructions: str) -> bytes:
+    return bytes.fromhex("".join(instructions))
+
+
+@dataclass
+class Machine:
+    """A VM of one vCPU in this process: private memory in a restricted file, a shared window, and the notifier between file and vCPU."""
+
+    file: RestrictedFile
+    mmu: Mmu
+    engine: SoftwareEngine
+    vcpu: Vcpu
+    private: Memslot
+    shared: Memslot
+
+    def invalidate_start(self, start: pgoff_t, end: pgoff_t) -> None:
+        self.vcpu.drop(*self.mmu.invalidate_start(self.private, PageRange(start, end)))
+
+    def invalidate_end(self, start: pgoff_t, end: pgoff_t) -> None:
+        self.mmu.invalidate_end(self.private, PageRange(start, end))
+
+    def punch(self, gpa: int, size: int = PAGE_SIZE) -> None:
+        self.file.fallocate(PUNCH, gpa - PRIVATE, size)
+
+    def put(self, gpa: int, data: bytes) -> None:
+        private = self.private.private
+        assert private is not None
+        private.half.write(gpa - PRIVATE, data)
+
+    def word(self, gpa: int) -> int:
+        slot = self.private if gpa >= PRIVATE else self.shared
+        half = slot.private.half if slot.private else slot.shared
+        assert half is not None
+        offset = gpa - (slot.base_gfn << PAGE_SHIFT)
+        return int.from_bytes(half.mapping[offset : offset + 8], "little")
+
+    def start(self, code: bytes, at: int = CODE) -> None:
+        self.put(at, code)
+        # What was translated there before: the host's stores go unnoticed.
+        self.engine.drop(gfn_t(at >> PAGE_SHIFT), gfn_t((at >> PAGE_SHIFT) + 1))
+        self.engine.set_entry(at, STACK, DATA)
+
+    def go_on(self, value: int = 0) -> Exit:
+        self.engine.complete(value)
+        return self.vcpu.run()
+
+    def run(self, code: bytes) -> Exit:
+        self.start(code)
+        return self.vcpu.run()
+
+
+def private_half(file: RestrictedFile, pages: int, limit: int | None = None) -> PrivateHalf:
+    """Bind to a file of this process, as a BIND reply lets an engine do."""
+    fd, sequence = (OwnedFd(os.dup(fd)) for fd in (file.backing.fileno(), file.sequence().fd.fileno()))
+    return PrivateHalf(1, 1, fd, sequence, PageRange(pgoff_t(0), pgoff_t(pages)), limit)
+
+
+def shared_half(pages: int) -> Half:
+    with memory.memfd_create("shared") as fd:
+        os.ftruncate(fd.fileno(), pages * PAGE_SIZE)
+        return Half(fd.fileno(), 0, pages * PAGE_SIZE)
+
+
+@contextlib.contextmanager
+def make_machine(pages: int = PAGES, limit: int | None = None) -> Generator[Machine, None, None]:
+    file = RestrictedFile(Api.V10, MemfdBacking(limit=limit), Inode.make(0, 0))
+    private = Memslot(0, gfn_t(PRIVATE >> PAGE_SHIFT), pages, private=private_half(file, pages, limit), shared=None)
+    private.attributes[:] = bytes([1]) * pages
+    shared = Memslot(1, gfn_t(SHARED >> PAGE_SHIFT), 4, private=None, shared=shared_half(4))
+    mmu = Mmu()
+    mmu.slots = (private, shared)
+    engine = SoftwareEngine(mmu)
+    engine.add_slot(private)
+    engine.add_slot(shared)
+    machine = Machine(file, mmu, engine, Vcpu(engine, mmu), private, shared)
+    file.register_notifier(machine)
+    yield machine
+    file.unregister_notifier(machine)
+    engine.close()
+    private.close()
+    shared.close()
+    file.put()
+
+
+@contextlib.contextmanager
+def running(machine: Machine) -> Generator[list[Exit], None, None]:
+    """Run the guest in a thread, to its first exit; that must come before the block's end plus the deadline."""
+    found: list[Exit] = []
+    thread = threading.Thread(target=lambda: found.append(machine.vcpu.run()), daemon=True)
+    thread.start()
+    yield found
+    thread.join(DEADLINE)
+    assert not thread.is_alive(), f"the guest did not exit within {DEADLINE:g} s"

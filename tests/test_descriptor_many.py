@@ -1,0 +1,406 @@
+"""The descriptor beyond one operation on one of them: many at once, passed to other users, punched while somebody listens, orphaned."""
+
+import os
+import resource
+import signal
+import socket
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from errno import EACCES, EINVAL, EMFILE, ENOSPC, ENOTCONN, EOPNOTSUPP, EOVERFLOW, EPERM
+from pathlib import Path
+
+import pytest
+
+import descriptor_operations as do
+from outcomes import Errno, in_child, outcome
+from own_server import Mount, OwnServer, mount_for_one_user, mount_in_user_namespace, mount_own, serving
+from restrictedmem.abi import memory
+from restrictedmem.abi.memory import PUNCH, FallocMode, fallocate
+from restrictedmem.fs.mount import mount_fusermount
+from restrictedmem.mm.notifier import Api
+from restrictedmem.service.client import Service
+from restrictedmem.service.start import Options
+from restrictedmem.units import PAGE_SIZE
+from waiting import wait_for
+
+OWNER, STRANGER = 65534, 65533
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    with Service.start() as started:
+        yield started
+
+
+@contextmanager
+def closing(fds: list[int]) -> Generator[list[int], None, None]:
+    """Close the descriptors that a list holds in the end."""
+    try:
+        yield fds
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def resident(pid: int) -> int:
+    pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
+    return pages * PAGE_SIZE
+
+
+# Many.
+
+
+@pytest.mark.requires("fuse")
+def test_threads_create_the_same_name(service: Service) -> None:
+    made: list[list[int]] = [[] for _ in range(8)]
+    failures: list[OSError] = []
+
+    def create(into: list[int]) -> None:
+        try:
+            into.extend(service.memfd_restricted() for _ in range(500))
+        except OSError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=create, args=(into,)) for into in made]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with closing([fd for into in made for fd in into]) as fds:
+        assert not failures
+        assert len(set(fds)) == 4000
+        assert len({os.fstat(fd).st_ino for fd in fds}) == 4000
+
+
+@pytest.mark.requires("fuse")
+def test_ten_thousand_descriptors(service: Service) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 10_500:
+        pytest.skip(f"the hard limit on descriptors is {hard}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    pid = service.info["pid"]
+    try:
+        with closing([service.memfd_restricted() for _ in range(100)]) as fds:
+            before = resident(pid)
+            fds += [service.memfd_restricted() for _ in range(10_000)]
+            each = (resident(pid) - before) / 10_000
+            print(f"service: {each:.0f} bytes a descriptor, {resident(pid) >> 20} MiB in all")
+            assert each < 2048
+            os.ftruncate(fds[-1], PAGE_SIZE)
+            assert [os.fstat(fd).st_size for fd in (fds[0], fds[-1])] == [0, PAGE_SIZE]
+        wait_for("the service to forget them", lambda: not service.status()["descriptors"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.requires("fuse")
+def test_emfile_at_the_callers_limit(service: Service) -> None:
+    def fill() -> object:
+        # The channel to the service is a descriptor too, made at the first call.
+        known = len(service.status()["descriptors"])
+        lowest = os.dup(0)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 10, lowest + 10))
+        made: list[int] = []
+        last: object = None
+        while not isinstance(last, Errno):
+            last = outcome(lambda: made.append(service.memfd_restricted()))
+        # Room for the answer of the service, which must know of no file that was refused. It hears of a close soon, not at once.
+        for _ in range(3):
+            os.close(made.pop())
+        wait_for("the service to know the rest alone", lambda: len(service.status()["descriptors"]) == known + len(made))
+        return last
+
+    assert in_child(fill) == repr(Errno(EMFILE))
+
+
+@pytest.mark.requires("fuse")
+def test_identity_over_time(service: Service) -> None:
+    with closing([service.memfd_restricted() for _ in range(50)]) as fds:
+        before = [(os.fstat(fd).st_dev, os.fstat(fd).st_ino) for fd in fds]
+        assert len(set(before)) == 50
+        for fd in fds[::2]:
+            os.ftruncate(fd, 4 * PAGE_SIZE)
+            fallocate(fd, 0, 0, 8 * PAGE_SIZE)
+            fallocate(fd, PUNCH, 0, PAGE_SIZE)
+        fds += [service.memfd_restricted() for _ in range(50)]
+        after = [(os.fstat(fd).st_dev, os.fstat(fd).st_ino) for fd in fds]
+        assert after[:50] == before
+        assert len(set(after)) == 100
+
+
+@pytest.mark.requires("fuse")
+def test_two_services_have_two_devices(service: Service) -> None:
+    with Service.start() as second, closing([service.memfd_restricted(), second.memfd_restricted()]) as fds:
+        first_stat, second_stat = (os.fstat(fd) for fd in fds)
+        assert first_stat.st_dev != second_stat.st_dev
+        assert first_stat.st_ino == second_stat.st_ino
+
+
+@pytest.mark.requires("fuse")
+def test_holes_are_never_allocated(service: Service) -> None:
+    with closing([service.memfd_restricted()]) as (fd,):
+        os.ftruncate(fd, 1 << 50)
+        for page in (0, 1 << 20, (1 << 38) - 1):
+            fallocate(fd, FallocMode.KEEP_SIZE, page * PAGE_SIZE, PAGE_SIZE)
+        assert do.held(fd) == (1 << 50, 3)
+        fallocate(fd, PUNCH, PAGE_SIZE, (1 << 50) - 2 * PAGE_SIZE)
+        assert do.held(fd) == (1 << 50, 2)
+
+
+# Limits.
+
+
+@pytest.mark.requires("fuse")
+def test_memory_limit() -> None:
+    with (
+        Service.start(Options(memory_max=4 * PAGE_SIZE)) as limited,
+        closing([limited.memfd_restricted() for _ in range(2)]) as (fd, other),
+    ):
+        fallocate(fd, 0, 0, 4 * PAGE_SIZE)
+        assert outcome(lambda: fallocate(fd, FallocMode.KEEP_SIZE, 8 * PAGE_SIZE, PAGE_SIZE)) == Errno(ENOSPC)
+        assert do.held(fd) == (4 * PAGE_SIZE, 4)
+        fallocate(fd, FallocMode.KEEP_SIZE, 0, 4 * PAGE_SIZE)
+        fallocate(fd, PUNCH, 0, PAGE_SIZE)
+        fallocate(fd, FallocMode.KEEP_SIZE, 8 * PAGE_SIZE, PAGE_SIZE)
+        # The limit is each descriptor's own.
+        fallocate(other, 0, 0, 4 * PAGE_SIZE)
+        assert outcome(lambda: fallocate(other, 0, 0, 5 * PAGE_SIZE)) == Errno(ENOSPC)
+        assert do.held(other) == (4 * PAGE_SIZE, 4)
+
+
+@pytest.mark.requires("fuse")
+def test_service_started_under_a_file_size_limit() -> None:
+    def start_under_limit() -> tuple[int, int]:
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (PAGE_SIZE, hard))
+        service = Service.start()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        fd = service.memfd_restricted()
+        fallocate(fd, 0, 0, 4 * PAGE_SIZE)
+        return do.held(fd)
+
+    assert in_child(start_under_limit) == repr((4 * PAGE_SIZE, 4))
+
+
+# The service is gone.
+
+
+@pytest.mark.requires("fuse", "root")
+def test_every_call_is_enotconn_when_the_service_is_dead(service: Service) -> None:
+    with closing([service.memfd_restricted()]) as (fd,):
+        os.kill(service.info["pid"], signal.SIGKILL)
+        wait_for("the mount to be aborted", lambda: outcome(lambda: os.fstat(fd)) == Errno(ENOTCONN))
+        calls: list[Callable[[], object]] = [
+            lambda: os.ftruncate(fd, PAGE_SIZE),
+            lambda: fallocate(fd, 0, 0, PAGE_SIZE),
+            lambda: fallocate(fd, PUNCH, 0, PAGE_SIZE),
+            lambda: os.read(fd, 1),
+            lambda: os.fchmod(fd, 0o600),
+            service.memfd_restricted,
+        ]
+        assert [outcome(call) for call in calls] == [Errno(ENOTCONN)] * len(calls)
+
+
+# Passed to somebody else.
+
+
+@contextmanager
+def passed(mount: Mount, owner: int | None, creator: int | None = None) -> Generator[int, None, None]:
+    """Give a descriptor, sized, on a mount that ``owner`` made (None: root); it was created by ``creator``, or else by the owner."""
+    uid = creator if creator is not None else owner
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs, serving(Api.V10, mount, owner) as server:
+
+        def create() -> None:
+            fd = server.create()
+            os.ftruncate(fd, PAGE_SIZE)
+            socket.send_fds(theirs, [b"descriptor"], [fd])
+
+        assert in_child(create if uid is None else as_user(uid, create)) == "None"
+        _, fds, _, _ = socket.recv_fds(ours, 100, 1)
+        with closing(fds) as (fd,):
+            yield fd
+
+
+def as_user(uid: int, body: Callable[[], object]) -> Callable[[], object]:
+    def with_uid() -> object:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+        return body()
+
+    return with_uid
+
+
+def what_works(fd: int) -> dict[str, object]:
+    """Try what a stranger might do with a descriptor."""
+    calls: dict[str, Callable[[], object]] = {
+        "fstat": lambda: os.fstat(fd).st_size,
+        "ftruncate": lambda: os.ftruncate(fd, PAGE_SIZE),
+        "fallocate": lambda: fallocate(fd, FallocMode.KEEP_SIZE, 0, PAGE_SIZE),
+        "punch": lambda: fallocate(fd, PUNCH, 0, PAGE_SIZE),
+        "read": lambda: os.read(fd, 1),
+        "fchmod": lambda: os.fchmod(fd, 0o600),
+        "fchown": lambda: os.fchown(fd, os.getuid(), -1),
+        "futimens": lambda: os.utime(fd, ns=(1, 1)),
+        "futimens now": lambda: os.utime(fd),
+        "truncate by path": lambda: os.truncate(f"/proc/self/fd/{fd}", PAGE_SIZE),
+        "dup": lambda: os.dup(fd) > 0,
+    }
+    return {name: outcome(call) for name, call in calls.items()}
+
+
+OWN_MOUNT: dict[str, object] = {
+    "fstat": PAGE_SIZE,
+    # It is sized already; that is the file's answer, not a refusal of the user.
+    "ftruncate": Errno(EPERM),
+    "fallocate": None,
+    "punch": None,
+    "read": Errno(EINVAL),
+    "fchmod": Errno(EPERM),
+    "fchown": Errno(EPERM),
+    "futimens": Errno(EPERM),
+    "futimens now": Errno(EPERM),
+    "truncate by path": Errno(EPERM),
+    "dup": True,
+}
+OWNER_ALONE: dict[str, object] = {
+    "fstat": Errno(EACCES),
+    "ftruncate": Errno(EACCES),
+    # The stranger's uid has no number in the namespace, so the request cannot even be written.
+    "fallocate": Errno(EOVERFLOW),
+    "punch": Errno(EOVERFLOW),
+    "read": Errno(EOVERFLOW),
+    "fchmod": Errno(EACCES),
+    "fchown": Errno(EACCES),
+    "futimens": Errno(EACCES),
+    "futimens now": Errno(EACCES),
+    "truncate by path": Errno(EACCES),
+    "dup": True,
+}
+
+
+@pytest.mark.requires("fuse", "root")
+def test_another_user_on_an_own_mount() -> None:
+    with passed(mount_own, None) as fd:
+        assert in_child(as_user(STRANGER, lambda: what_works(fd))) == repr(OWN_MOUNT)
+
+
+@pytest.mark.requires("root")
+def test_another_user_on_a_file_of_the_proposals_recipe() -> None:
+    with memory.memfd_secret() as secret:
+        fd = secret.fileno()
+        os.ftruncate(fd, PAGE_SIZE)
+        found = in_child(as_user(STRANGER, lambda: {name: what_works(fd)[name] for name in ("fstat", "futimens now", "truncate by path")}))
+        assert found == repr({"fstat": PAGE_SIZE, "futimens now": Errno(EACCES), "truncate by path": Errno(EACCES)})
+
+
+@pytest.mark.requires("fuse", "root")
+def test_another_user_on_a_user_namespace_mount() -> None:
+    with passed(mount_in_user_namespace, OWNER) as fd:
+        assert in_child(as_user(STRANGER, lambda: what_works(fd))) == repr(OWNER_ALONE)
+        # Not even root.
+        assert in_child(lambda: what_works(fd)) == repr(OWNER_ALONE)
+        works = in_child(as_user(OWNER, lambda: what_works(fd)["fallocate"]))
+        assert works == repr(None)
+
+
+# Without a user namespace in between, a stranger's requests are written, and only what looks at permissions refuses them.
+OWNER_ALONE_IN_INITIAL_NAMESPACE = {**OWNER_ALONE, "fallocate": None, "punch": None, "read": Errno(EINVAL)}
+
+
+@pytest.mark.requires("fuse", "root")
+def test_another_user_on_a_root_mount_for_one_user() -> None:
+    with passed(mount_for_one_user(OWNER), None, creator=OWNER) as fd:
+        assert in_child(as_user(STRANGER, lambda: what_works(fd))) == repr(OWNER_ALONE_IN_INITIAL_NAMESPACE)
+        assert in_child(lambda: what_works(fd)) == repr(OWNER_ALONE_IN_INITIAL_NAMESPACE)
+
+
+@pytest.mark.requires("fuse", "root", "fusermount")
+def test_another_user_on_a_fusermount_mount() -> None:
+    with passed(mount_fusermount, OWNER) as fd:
+        assert in_child(as_user(STRANGER, lambda: what_works(fd))) == repr(OWNER_ALONE_IN_INITIAL_NAMESPACE)
+
+
+# Somebody listens, and the kernel is in between.
+
+
+@contextmanager
+def listening(api: Api) -> Generator[tuple[OwnServer, int], None, None]:
+    with serving(api, mount_own) as server, closing([server.create()]) as (fd,):
+        os.ftruncate(fd, 8 * PAGE_SIZE)
+        server.watch(fd)
+        yield server, fd
+
+
+def callbacks(server: OwnServer, call: Callable[[], object]) -> tuple[object, list[str]]:
+    """Make a call in a thread, let every callback go on, and return the call's outcome and the callbacks."""
+    found: list[object] = []
+    heard: list[str] = []
+    thread = threading.Thread(target=lambda: found.append(outcome(call)), daemon=True)
+    thread.start()
+    while True:
+        wait_for("a callback or the call's end", lambda: server.has_event() or not thread.is_alive())
+        if not server.has_event():
+            break
+        heard.append(server.next_event())
+        server.go_on()
+    thread.join()
+    return found[0], heard
+
+
+@pytest.mark.requires("fuse", "root")
+@pytest.mark.parametrize(
+    ("mode", "errno", "v9", "v10"),
+    [
+        pytest.param(PUNCH, 0, True, True, id="punch"),
+        pytest.param(0, 0, True, False, id="allocate"),
+        pytest.param(int(FallocMode.KEEP_SIZE), 0, True, False, id="keep_size"),
+        pytest.param(int(FallocMode.ZERO_RANGE), EOPNOTSUPP, True, False, id="zero_range"),
+        # v9 as posted notifies for these three as well; FUSE answers them itself.
+        pytest.param(int(FallocMode.COLLAPSE_RANGE), EOPNOTSUPP, False, False, id="collapse_range"),
+        pytest.param(int(FallocMode.INSERT_RANGE), EOPNOTSUPP, False, False, id="insert_range"),
+        pytest.param(int(FallocMode.UNSHARE_RANGE), EOPNOTSUPP, False, False, id="unshare_range"),
+    ],
+)
+@pytest.mark.parametrize("api", list(Api))
+def test_which_modes_notify(api: Api, mode: int, errno: int, v9: bool, v10: bool) -> None:
+    with listening(api) as (server, fd):
+        result, heard = callbacks(server, lambda: fallocate(fd, mode, PAGE_SIZE, 2 * PAGE_SIZE))
+    assert result == (Errno(errno) if errno else None)
+    notifies = v9 if api is Api.V9 else v10
+    assert heard == (["start 1 3", "end 1 3"] if notifies else [])
+
+
+@pytest.mark.requires("fuse", "root")
+def test_one_fallocate_of_a_file_at_a_time() -> None:
+    with ExitStack() as stack, listening(Api.V10) as (server, fd):
+        tids: dict[int, int] = {}
+
+        def punch(page: int) -> None:
+            tids[page] = threading.get_native_id()
+            fallocate(fd, PUNCH, page * PAGE_SIZE, PAGE_SIZE)
+
+        def start(page: int) -> None:
+            thread = threading.Thread(target=punch, args=(page,))
+            thread.start()
+            stack.callback(thread.join)
+
+        start(1)
+        heard = [server.next_event()]
+        start(2)
+        wait_for("the second punch to wait for the inode's lock", lambda: 2 in tids and _state(tids[2]) == "D")
+        assert not server.has_event()
+        # Looking is not locked out meanwhile.
+        assert os.fstat(fd).st_size == 8 * PAGE_SIZE
+        for _ in range(3):
+            server.go_on()
+            heard.append(server.next_event())
+        server.go_on()
+    assert heard == ["start 1 2", "end 1 2", "start 2 3", "end 2 3"]
+
+
+def _state(tid: int) -> str:
+    text = Path(f"/proc/self/task/{tid}/stat").read_text(encoding="ascii")
+    return text.rpartition(")")[2].split()[0]

@@ -1,0 +1,69 @@
+"""Imports go down only, and the public face is what it says."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import restrictedmem
+
+SOURCE = Path(restrictedmem.__file__).parent
+#: From the top down; a module may import from its own layer and those below it.
+LAYERS = (("cli", "__main__"), ("kvm",), ("machine",), ("service",), ("guests",), ("fs",), ("mm",), ("abi", "fd", "units", "sync"))
+#: These meet nothing of the others in their own layer.
+ROOT = "restrictedmem"
+
+
+def layer_of(module: str) -> int:
+    parts = module.split(".")
+    if len(parts) == 1:
+        return -1
+    return next(index for index, names in enumerate(LAYERS) if parts[1] in names)
+
+
+def imports_of(path: Path) -> list[str]:
+    found: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(ROOT):
+            found += [f"{node.module}.{alias.name}" if node.module == ROOT else node.module for alias in node.names]
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.startswith(ROOT)]
+    return found
+
+
+def modules() -> list[tuple[str, Path]]:
+    return [
+        (".".join((ROOT, *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__"), path)
+        for path in sorted(SOURCE.rglob("*.py"))
+    ]
+
+
+@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda value: value if isinstance(value, str) else "")
+def test_imports_go_down(module: str, path: Path) -> None:
+    if module == ROOT:
+        # The package itself offers the public face; it may look anywhere, but only when called.
+        top = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        assert top == []
+        return
+    mine = layer_of(module)
+    upward = [name for name in imports_of(path) if name != f"{ROOT}.__version__" and layer_of(name) < mine]
+    assert not upward, f"{module} imports upward: {upward}"
+
+
+def test_mm_and_the_fault_path_take_locks_only_from_sync() -> None:
+    for path in [*sorted((SOURCE / "mm").glob("*.py")), SOURCE / "kvm" / "mmu.py", SOURCE / "kvm" / "vcpu.py"]:
+        names = {alias.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module or "" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
+        assert not names & {"threading", "multiprocessing", "queue", "select", "socket"}, path.name
+
+
+def test_the_public_face_is_documented() -> None:
+    for name in restrictedmem.__all__:
+        assert (getattr(restrictedmem, name).__doc__ or "").strip(), name
+
+
+def test_the_package_imports_nothing_heavy() -> None:
+    for module in ("cli.main", "cli.run", "cli.doctor", "cli.ps", "cli.serve"):
+        path = SOURCE.joinpath(*module.split(".")).with_suffix(".py")
+        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
+        assert not [node.module for node in top if node.module and node.module.split(".")[0] in ("rich", "unicorn")], module

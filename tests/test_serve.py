@@ -1,0 +1,276 @@
+"""``restrictedmem serve``: services under another uid for owners who are not trusted even while one starts."""
+
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from errno import EACCES, EINVAL, ENOTCONN, EPERM
+from pathlib import Path
+from typing import Any, final
+
+import pytest
+
+import restrictedmem
+from attacks import ATTACKS
+from outcomes import Errno, outcome
+from processes import PATIENCE, Process, exists, family, process, wait_gone
+from restrictedmem import guests
+from restrictedmem.abi import memory
+from restrictedmem.kvm import elf, exits, guest_abi
+from restrictedmem.kvm.vmm import Vmm
+from restrictedmem.service import client
+from restrictedmem.service.client import SERVER_VARIABLE, Service, default_service
+from restrictedmem.units import PAGE_SIZE as PAGE
+from users import ORDINARY, as_user
+
+pytestmark = pytest.mark.requires("fuse", "root")
+
+#: The user of the services, and of those who are served.
+SERVICE_USER = "nobody"
+CLIENT = ORDINARY - 1
+
+
+@final
+class Server:
+    """A running ``serve``: its socket, and what it says."""
+
+    def __init__(self, *arguments: str, socket_path: str) -> None:
+        self.socket = socket_path
+        command = [sys.executable, "-m", "restrictedmem", "serve", "--socket", socket_path, *arguments]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert self.said() == f"listening on {socket_path}"
+
+    def said(self) -> str:
+        """Return its next line."""
+        assert self.process.stderr is not None
+        ready, _, _ = select.select([self.process.stderr], [], [], PATIENCE)
+        assert ready, f"waited {PATIENCE:g} s for a line of serve"
+        return self.process.stderr.readline().rstrip()
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        status = self.process.wait(PATIENCE)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+        return status
+
+
+@pytest.fixture
+def place() -> Generator[str, None, None]:
+    """Name a socket in a directory that every user can enter."""
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        yield f"{directory}/socket"
+
+
+@pytest.fixture
+def server(place: str) -> Generator[Server, None, None]:
+    running = Server("--user", SERVICE_USER, socket_path=place)
+    try:
+        yield running
+    finally:
+        running.stop()
+
+
+@contextmanager
+def served(server: Server) -> Generator[tuple[Service, int], None, None]:
+    """Be a client and yield the service and a descriptor."""
+    with Service.connect(server.socket) as service:
+        fd = service.memfd_restricted()
+        yield service, fd
+        os.close(fd)
+
+
+def facts(pid: int) -> dict[str, str]:
+    """Return fields of /proc/PID/status."""
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def identity(found: Process) -> tuple[str, str, str, str]:
+    known = facts(found.pid)
+    return known["Uid"], known["Groups"], known["CapPrm"], known["NoNewPrivs"]
+
+
+def test_a_client_of_another_uid_can_do_everything(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not the service that another test may have left in this process.
+    monkeypatch.setattr(client, "_default", None)
+    monkeypatch.setenv(SERVER_VARIABLE, server.socket)
+
+    def body() -> tuple[int, int, dict[str, object]]:
+        fd = restrictedmem.memfd_restricted()
+        os.ftruncate(fd, 4 * PAGE)
+        os.posix_fallocate(fd, 0, 4 * PAGE)
+        memory.fallocate(fd, memory.PUNCH, 0, PAGE)
+        os.fchmod(fd, 0o600)
+        seen = os.fstat(fd)
+        assert (seen.st_size, seen.st_blocks * 512, seen.st_uid, seen.st_mode & 0o777) == (4 * PAGE, 3 * PAGE, CLIENT, 0o600)
+        assert outcome(lambda: os.ftruncate(fd, PAGE)) == Errno(EPERM)
+        assert outcome(lambda: os.read(fd, 1)) == Errno(EINVAL)
+        with Vmm(1 << 20) as vmm:
+            vmm.load(elf.parse(guests.path("spin").read_bytes()), ["exit", "7"])
+            ended = vmm.vcpu.run()
+            assert isinstance(ended, exits.Hypercall)
+            assert (ended.number, ended.arguments[0]) == (guest_abi.EXIT, 7)
+        status = default_service().status()
+        os.close(fd)
+        return os.getpid(), default_service().info["pid"], status
+
+    # Not even /dev/fuse is theirs to open.
+    pid, service, status = as_user(body, CLIENT, fuse=False)
+    assert server.said() == f"client {pid} of uid {CLIENT}"
+    assert (status["owner_pid"], status["owner_uid"], status["pid"]) == (pid, CLIENT, service)
+    assert status["way"] == "own mount"
+
+
+def test_it_runs_as_the_other_user_without_privileges(server: Server) -> None:
+    with served(server) as (service, fd), Vmm(16 << 20, service) as vmm:
+        engine = vmm.statistics()
+        relatives = {found.name: identity(found) for found in family(service)}
+        everyone = "\t".join([str(ORDINARY)] * 4)
+        none, lock_only = f"{0:016x}", f"{1 << 14:016x}"
+        assert relatives == {
+            "rmem-spawner": (everyone, "", lock_only, "1"),
+            "rmem-service": (everyone, "", none, "1"),
+            "rmem-kvm": (everyone, "", lock_only, "1"),
+        }
+        # CAP_IPC_LOCK is what an engine needs to lock more than RLIMIT_MEMLOCK.
+        assert engine["locked_bytes"] == 16 << 20, engine["unlocked_because"]
+        assert os.fstat(fd).st_size == 0
+
+
+@pytest.mark.parametrize("uid", [CLIENT, ORDINARY], ids=["its client", "its own user"])
+def test_nobody_looks_into_it(server: Server, uid: int) -> None:
+    with served(server) as (service, _), Vmm(1 << 20, service) as vmm:
+        assert vmm.statistics()
+        targets = family(service)
+
+        def body() -> dict[str, list[str]]:
+            refused = (Errno(EPERM), Errno(EACCES))
+            return {
+                target.name: [name for name, attack in ATTACKS.items() if outcome(lambda: attack(target.pid)) not in refused]  # noqa: B023
+                for target in targets
+            }
+
+        assert as_user(body, uid) == {"rmem-spawner": [], "rmem-service": [], "rmem-kvm": []}
+
+
+def test_one_service_for_each_client(server: Server) -> None:
+    with served(server) as (first, fd), served(server) as (second, _):
+        assert first.info["pid"] != second.info["pid"]
+        assert [len(service.status()["descriptors"]) for service in (first, second)] == [1, 1]
+        assert outcome(lambda: second.token_for(fd)) == Errno(EACCES)
+
+
+@pytest.mark.parametrize("victim", [0, 1], ids=["spawner", "service"])
+def test_a_killed_service_takes_one_client_alone(server: Server, victim: int) -> None:
+    with served(server) as (first, fd), served(server) as (second, others):
+        victims = family(first)
+        os.kill(victims[victim].pid, signal.SIGKILL)
+        wait_gone(victims)
+        assert outcome(lambda: os.fstat(fd)) == Errno(ENOTCONN)
+        os.posix_fallocate(others, 0, PAGE)
+        assert second.status()["descriptors"][0]["resident"] == PAGE
+        with served(server) as (third, _):
+            assert third.status()["last_error"] == ""
+
+
+def test_a_client_that_hangs_up_at_once_harms_no_one(server: Server) -> None:
+    for _ in range(3):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as caller:
+            caller.connect(server.socket)
+    with served(server) as (service, _):
+        assert service.status()["last_error"] == ""
+
+
+def test_clients_at_the_same_time(server: Server) -> None:
+    pids: list[int] = []
+
+    def connect() -> None:
+        with served(server) as (service, _):
+            pids.append(service.status()["pid"])
+
+    threads = [threading.Thread(target=connect) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(pids)) == 6
+
+
+def test_a_service_ends_with_its_client(server: Server) -> None:
+    with served(server) as (service, _):
+        relatives = family(service)
+    wait_gone(relatives)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("interrupts", [signal.default_int_handler, signal.SIG_IGN], ids=["foreground", "background"])
+def test_it_ends_cleanly_and_its_services_go_on(place: str, number: signal.Signals, interrupts: Any) -> None:
+    # A shell starts what runs in the background with SIGINT ignored; that is inherited, by exec too.
+    before = signal.signal(signal.SIGINT, interrupts)
+    server = Server("--user", SERVICE_USER, socket_path=place)
+    signal.signal(signal.SIGINT, before)
+    with served(server) as (service, fd):
+        assert server.stop(number) == 0
+        assert not os.path.exists(place)
+        os.posix_fallocate(fd, 0, PAGE)
+        assert all(map(exists, family(service)))
+
+
+def test_a_stale_socket_is_replaced(place: str) -> None:
+    server = Server(socket_path=place)
+    server.stop(signal.SIGKILL)
+    assert os.path.exists(place)
+    server = Server(socket_path=place)
+    with served(server) as (service, _):
+        assert process(service.info["pid"]) is not None
+    assert server.stop() == 0
+
+
+def _fails(*arguments: str) -> str:
+    command = [sys.executable, "-m", "restrictedmem", "serve", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    assert done.returncode == 1, done
+    return done.stderr
+
+
+def test_a_socket_in_use_stays_its_owners(server: Server) -> None:
+    assert "Address already in use" in _fails("--socket", server.socket)
+    with served(server) as (service, _):
+        assert service.status()["last_error"] == ""
+
+
+def test_a_file_in_the_way_stays(place: str) -> None:
+    Path(place).write_text("mine", encoding="ascii")
+    assert "Address already in use" in _fails("--socket", place)
+    assert Path(place).read_text(encoding="ascii") == "mine"
+
+
+def test_an_unknown_user(place: str) -> None:
+    said = _fails("--socket", place, "--user", "no-such-user")
+    assert re.search(r"error: no user named no-such-user\nhint: ", said)
+    assert not os.path.exists(place)
+
+
+def test_who_may_connect(place: str) -> None:
+    server = Server("--mode", "600", socket_path=place)
+    assert as_user(lambda: outcome(lambda: Service.connect(place)), CLIENT) == Errno(EACCES)
+    with served(server) as (service, _):
+        assert service.info["way"] == "own mount"
+    assert server.stop() == 0
+
+
+def test_options_reach_the_service(place: str) -> None:
+    server = Server("--api", "v9", "--memory-max", "16K", socket_path=place)
+    with served(server) as (service, fd):
+        assert (service.status()["api"], service.status()["memory_max"]) == ("v9", 16384)
+        assert outcome(lambda: os.posix_fallocate(fd, 0, 5 * PAGE)) == Errno(28)
+    assert server.stop() == 0

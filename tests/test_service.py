@@ -1,0 +1,443 @@
+"""The service: when it starts, who it serves, when it ends, and what no client can do to another."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from errno import EACCES, ECONNRESET, ENOTCONN, EPERM, ETIMEDOUT
+
+import pytest
+
+from processes import descriptors, exists, family, process, wait_gone, wait_until
+from restrictedmem.abi import memory
+from restrictedmem.fd import receive_with_fds, send_with_fds
+from restrictedmem.fs.filesystem import TOKEN_BYTES
+from restrictedmem.kvm import guest_abi
+from restrictedmem.kvm.vm import Vm
+from restrictedmem.service import client
+from restrictedmem.service.client import Service
+from restrictedmem.service.start import Options
+from restrictedmem.units import PAGE_SIZE as PAGE
+from users import as_user
+
+pytestmark = pytest.mark.requires("fuse")
+
+DEADLINE = 0.5
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    with Service.start(Options(deadline=DEADLINE)) as service:
+        yield service
+
+
+def in_fork(body: Callable[[], object]) -> Callable[[], object]:
+    """Run something in a child, which ends without the parent's clean-up; the function returned waits for its answer, as JSON."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    child = os.fork()
+    if child == 0:
+        try:
+            ours.close()
+            signal.alarm(20)
+            try:
+                answer: object = body()
+            except BaseException as error:
+                answer = repr(error)
+            theirs.send(json.dumps(answer).encode())
+        finally:
+            os._exit(0)
+    theirs.close()
+
+    def join() -> object:
+        with ours:
+            answer = ours.recv(1 << 16)
+        os.waitpid(child, 0)
+        return json.loads(answer) if answer else "the child died"
+
+    return join
+
+
+def works(fd: int) -> bool:
+    """Use a descriptor for everything that needs the service."""
+    os.posix_fallocate(fd, 0, PAGE)
+    memory.fallocate(fd, memory.PUNCH, 0, PAGE)
+    return os.fstat(fd).st_blocks == 0
+
+
+def error_of(operation: Callable[[], object]) -> int | None:
+    with pytest.raises(OSError) as caught:
+        operation()
+    return caught.value.errno
+
+
+# When it starts, and who has it.
+
+
+def test_it_starts_at_the_first_use_and_serves_all_later_ones() -> None:
+    script = (
+        "import os, restrictedmem; from restrictedmem.service import client\n"
+        "assert client._default is None\n"
+        "try: restrictedmem.memfd_restricted(1)\n"
+        "except OSError as error: assert error.errno == 22\n"
+        "assert client._default is None\n"
+        "fds = [restrictedmem.memfd_restricted() for _ in range(3)]\n"
+        "assert all(not os.get_inheritable(fd) for fd in fds)\n"
+        "print(client.default_service().info['pid'], len(client.default_service().status()['descriptors']))\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=True, timeout=30)
+    pid, count = map(int, done.stdout.split())
+    assert count == 3
+    assert done.stderr == ""
+    wait_until(lambda: process(pid) is None, "the end of the service after its owner's")
+
+
+def test_each_owner_has_its_own(service: Service) -> None:
+    with Service.start() as other:
+        assert other.info["pid"] != service.info["pid"]
+        fd = other.memfd_restricted()
+        assert service.status()["descriptors"] == []
+        assert [file["size"] for file in other.status()["descriptors"]] == [0]
+        os.close(fd)
+
+
+def test_an_owner_may_have_thousands_of_descriptors_open() -> None:
+    # select(2) takes no number from 1,024 on.
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        with Service.start() as service:
+            fd = service.memfd_restricted()
+            assert fd > 1024
+            assert works(fd)
+            os.close(fd)
+    finally:
+        for number in held:
+            os.close(number)
+
+
+def test_an_owner_may_ignore_its_children() -> None:
+    # SIG_IGN is inherited by exec, and takes away what wait(2) would return.
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        service = Service.start()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    with Vm(service) as vm:
+        assert vm.statistics()
+        engine = family(service)[2]
+    wait_gone([engine])
+    fd = service.memfd_restricted()
+    assert works(fd)
+    os.close(fd)
+    service.close()
+
+
+# When it ends.
+
+
+def test_gone_with_the_owners_hold() -> None:
+    service = Service.start()
+    relatives = family(service)
+    assert [found.name for found in relatives] == ["rmem-spawner", "rmem-service"]
+    service.close()
+    wait_gone(relatives)
+
+
+def test_a_descriptor_keeps_it() -> None:
+    service = Service.start()
+    fd, relatives = service.memfd_restricted(), family(service)
+    service.close()
+    assert works(fd)
+    assert all(map(exists, relatives))
+    os.close(fd)
+    wait_gone(relatives)
+
+
+def test_a_vm_keeps_it() -> None:
+    service = Service.start()
+    vm = Vm(service)
+    engine = vm.statistics()["pid"]
+    relatives = family(service)
+    assert [found.name for found in relatives] == ["rmem-spawner", "rmem-service", "rmem-kvm"]
+    assert relatives[2].pid == engine
+    service.close()
+    assert vm.statistics()["pid"] == engine
+    assert all(map(exists, relatives))
+    vm.close()
+    wait_gone(relatives)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_gone_with_a_killed_owner(number: signal.Signals) -> None:
+    ours, theirs = socket.socketpair()
+    child = os.fork()
+    if child == 0:
+        try:
+            service = Service.start()
+            service.memfd_restricted()
+            vm = Vm(service)
+            assert vm.statistics()
+            theirs.send(str(service.info["pid"]).encode())
+            signal.pause()
+        finally:
+            os._exit(1)
+    with ours, theirs:
+        relatives = family(int(ours.recv(20)))
+    assert len(relatives) == 3
+    os.kill(child, number)
+    os.waitpid(child, 0)
+    wait_gone(relatives)
+
+
+def test_a_terminals_interrupt_does_not_reach_it(service: Service) -> None:
+    spawner = family(service)[0].pid
+    assert {os.getpgid(found.pid) for found in family(service)} == {spawner}
+    # The session stays the owner's: with it goes the scheduling group, and a call must not wait behind other sessions' work.
+    assert {os.getsid(found.pid) for found in family(service)} == {os.getsid(0)}
+
+
+def test_an_engine_has_a_session_of_its_own(service: Service) -> None:
+    with Vm(service) as vm:
+        engine = vm.statistics()["pid"]
+        assert os.getsid(engine) == engine
+
+
+# Forks, threads and other processes.
+
+
+def test_children_share_it_and_outlive_their_parent() -> None:
+    ours, theirs = socket.socketpair()
+    child = os.fork()
+    if child == 0:
+        try:
+            ours.close()
+            service = Service.start()
+            fd = service.memfd_restricted()
+            if os.fork() == 0:
+                theirs.recv(1)
+                answer = works(fd), works(service.memfd_restricted()), len(service.status()["descriptors"])
+                theirs.send(json.dumps(answer).encode())
+                theirs.recv(1)
+            else:
+                theirs.send(str(service.info["pid"]).encode())
+        finally:
+            os._exit(0)
+    with ours:
+        theirs.close()
+        relatives = family(int(ours.recv(20)))
+        os.waitpid(child, 0)
+        ours.send(b".")
+        assert json.loads(ours.recv(200)) == [True, True, 2]
+        assert all(map(exists, relatives))
+    wait_gone(relatives)
+
+
+def test_a_passed_descriptor_keeps_it() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    child = os.fork()
+    if child == 0:
+        try:
+            ours.close()
+            service = Service.start()
+            send_with_fds(theirs, str(service.info["pid"]).encode(), [service.memfd_restricted()])
+            theirs.recv(1)
+        finally:
+            os._exit(0)
+    with ours:
+        theirs.close()
+        said, (fd,) = receive_with_fds(ours, 20)
+        relatives = family(int(said))
+    os.waitpid(child, 0)
+    with fd:
+        assert works(fd.fileno())
+        assert all(map(exists, relatives))
+    wait_gone(relatives)
+
+
+def test_a_descriptor_in_flight_keeps_it() -> None:
+    service = Service.start()
+    relatives = family(service)
+    ours, theirs = socket.socketpair()
+    fd = service.memfd_restricted()
+    send_with_fds(theirs, b".", [fd])
+    os.close(fd)
+    service.close()
+    assert all(map(exists, relatives))
+    _, (received,) = receive_with_fds(ours, 1)
+    with received:
+        assert works(received.fileno())
+    ours.close()
+    theirs.close()
+    wait_gone(relatives)
+
+
+def _create_many(service: Service, count: int) -> list[int]:
+    found: list[int] = []
+    for _ in range(count):
+        fd = service.memfd_restricted()
+        found.append(os.fstat(fd).st_ino)
+        assert os.readlink(f"/proc/self/fd/{fd}") == "/restrictedmem (deleted)"
+        os.close(fd)
+    return found
+
+
+def test_parent_and_children_create_at_the_same_time(service: Service) -> None:
+    joins = [in_fork(lambda: _create_many(service, 200)) for _ in range(3)]
+    inodes = _create_many(service, 200)
+    for join in joins:
+        found = join()
+        assert isinstance(found, list), found
+        inodes += found
+    assert len(set(inodes)) == 800
+    assert service.status()["descriptors"] == []
+
+
+def test_threads_create_at_the_same_time(service: Service) -> None:
+    inodes: list[int] = []
+    threads = [threading.Thread(target=lambda: inodes.extend(_create_many(service, 100))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(inodes)) == 800
+
+
+def test_parent_and_child_ask_at_the_same_time(service: Service) -> None:
+    def ask() -> int:
+        fd = service.memfd_restricted()
+        for _ in range(60):
+            assert len(service.token_for(fd)) == TOKEN_BYTES
+            assert service.status()["pid"] == service.info["pid"]
+        return os.fstat(fd).st_ino
+
+    join = in_fork(ask)
+    assert ask() != join()
+
+
+def test_a_child_may_be_forked_while_a_thread_asks(service: Service) -> None:
+    service.status()
+    # What another thread may hold at the moment of the fork.
+    with service._mutex:
+        join = in_fork(lambda: service.status()["pid"])
+    assert join() == service.info["pid"]
+
+
+def test_an_interrupted_call_leaves_no_reply_to_the_next(service: Service) -> None:
+    class InterruptError(Exception):
+        pass
+
+    def interrupt(*_: object) -> None:
+        raise InterruptError
+
+    fd = service.memfd_restricted()
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    os.kill(service.info["pid"], signal.SIGSTOP)
+    wait_until(lambda: (found := process(service.info["pid"])) and found.state == "T", "the service to stop")
+    alarm = threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    try:
+        alarm.start()
+        with pytest.raises(InterruptError):
+            service.status()
+    finally:
+        os.kill(service.info["pid"], signal.SIGCONT)
+        alarm.join()
+        signal.signal(signal.SIGUSR1, before)
+    assert len(service.token_for(fd)) == TOKEN_BYTES
+    assert service.status()["descriptors"] == [{"ino": os.fstat(fd).st_ino, "size": 0, "resident": 0, "notifiers": 0}]
+    os.close(fd)
+
+
+# What it leaves in sight, and what it holds.
+
+
+@pytest.mark.requires("root")
+def test_no_mount_point_anywhere(service: Service) -> None:
+    fd = service.memfd_restricted()
+    for pid in ("self", "1", *(str(found.pid) for found in family(service))):
+        with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+            assert "restrictedmem" not in table.read(), pid
+    os.close(fd)
+
+
+_HOLDS = {
+    "rmem-spawner": r"/dev/null|socket:\[\d+\]|anon_inode:\[pidfd\]|pidfd:.*",
+    "rmem-service": r"/dev/null|/dev/fuse|socket:\[\d+\]|anon_inode:\[eventpoll\]|/memfd:restrictedmem(-sequence)? \(deleted\)",
+    "rmem-kvm": r"/dev/null|socket:\[\d+\]|/memfd:(restrictedmem|restrictedmem-sequence|shared-window) \(deleted\)",
+}
+
+
+@pytest.mark.requires("root")
+def test_it_holds_no_file_of_its_own_mount(service: Service) -> None:
+    fd = service.memfd_restricted()
+    os.ftruncate(fd, 64 * PAGE)
+    with Vm(service) as vm:
+        vm.set_user_memory_region(slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=64 * PAGE, restricted_fd=fd)
+        assert works(fd)
+        held = {found.name: descriptors(found.pid) for found in family(service)}
+        assert held.keys() == _HOLDS.keys()
+        for name, links in held.items():
+            assert [link for link in links if not re.fullmatch(_HOLDS[name], link)] == [], name
+        assert held["rmem-service"].count("/dev/fuse") == 1
+    os.close(fd)
+
+
+@pytest.mark.requires("root")
+def test_descriptors_and_vms_leave_nothing_in_it(service: Service) -> None:
+    def used() -> int:
+        fd = service.memfd_restricted()
+        with Vm(service) as vm:
+            vm.set_user_memory_region(slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=PAGE, restricted_fd=fd)
+            engine = family(service)[2]
+        os.close(fd)
+        wait_gone([engine])
+        wait_until(lambda: not service.status()["consumers"] and not service.status()["descriptors"], "the end of VM and file")
+        return len(descriptors(service.info["pid"])) + len(descriptors(family(service)[0].pid))
+
+    assert [used() for _ in range(4)] == [used()] * 4
+
+
+# Errors of the start.
+
+
+@pytest.mark.requires("root")
+def test_without_a_way_to_mount_it_says_what_is_missing() -> None:
+    def body() -> tuple[int | None, str]:
+        with pytest.raises(OSError) as caught:
+            Service.start()
+        return caught.value.errno, str(caught.value)
+
+    number, words = as_user(body, fuse=False)
+    assert number in (EACCES, EPERM)
+    assert "the service cannot start" in words
+    assert "/dev/fuse: Permission denied" in words
+
+
+def test_a_service_that_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "START_DEADLINE", 0.2)
+    monkeypatch.setattr(client, "_START", "import time; time.sleep(60)")
+    began = time.monotonic()
+    assert error_of(Service.start) == ETIMEDOUT
+    assert time.monotonic() - began < 5
+
+
+def test_a_service_that_dies_while_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_START", "raise SystemExit")
+    assert error_of(Service.start) == ECONNRESET
+
+
+def test_connecting_to_nobody() -> None:
+    with pytest.raises(FileNotFoundError, match="connect /nonexistent"):
+        Service.connect("/nonexistent")
+
+
+def test_calls_on_a_service_that_is_gone_say_so(service: Service) -> None:
+    relatives = family(service)
+    os.kill(service.info["pid"], signal.SIGKILL)
+    wait_gone(relatives)
+    calls: list[Callable[[], object]] = [service.status, lambda: service.spawn("kvm"), service.memfd_restricted]
+    assert [error_of(call) for call in calls * 2] == [ENOTCONN] * 6

@@ -1,0 +1,124 @@
+"""What ``ps`` shows of services: all of it true, and to nobody whom it does not concern."""
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from errno import ENOTCONN, ESRCH
+
+import pytest
+
+from outcomes import Errno, outcome
+from processes import wait_until
+from restrictedmem.abi import memory
+from restrictedmem.kvm import guest_abi
+from restrictedmem.kvm.vm import Vm
+from restrictedmem.service import discover
+from restrictedmem.service.client import Service
+from restrictedmem.units import PAGE_SIZE as PAGE
+from users import as_user
+
+pytestmark = pytest.mark.requires("fuse")
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    with Service.start() as service:
+        yield service
+
+
+def test_status_is_truthful(service: Service) -> None:
+    first, second = service.memfd_restricted(), service.memfd_restricted()
+    os.ftruncate(first, 8 * PAGE)
+    os.posix_fallocate(first, 0, 3 * PAGE)
+    with Vm(service) as vm:
+        vm.set_user_memory_region(slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=8 * PAGE, restricted_fd=first)
+        memory.fallocate(first, memory.PUNCH, 0, PAGE)
+        found = discover.status_of(service.info["pid"])
+        engine = vm.statistics()["pid"]
+    assert service.info["pid"] in discover.pids()
+    inodes = [os.fstat(fd).st_ino for fd in (first, second)]
+    assert found["descriptors"] == [
+        {"ino": inodes[0], "size": 8 * PAGE, "resident": 2 * PAGE, "notifiers": 1},
+        {"ino": inodes[1], "size": 0, "resident": 0, "notifiers": 0},
+    ]
+    consumer = found["consumers"][0]
+    assert (consumer["name"], consumer["number"], consumer["files"], consumer["invalidations"]) == ("kvm", 1, [inodes[0]], 1)
+    assert consumer["report"]["pid"] == engine
+    assert consumer["report"]["private_bytes"] == 8 * PAGE
+    assert (found["pid"], found["owner_pid"], found["owner_uid"], found["uid"]) == (
+        service.info["pid"], os.getpid(), os.getuid(), os.getuid(),
+    )  # fmt: skip
+    assert (found["api"], found["memory_max"], found["last_error"]) == ("v10", None, "")
+    os.close(first)
+    os.close(second)
+    wait_until(lambda: service.status()["descriptors"] == [], "the files' end")
+
+
+def test_status_while_descriptors_come_and_go(service: Service) -> None:
+    def come_and_go() -> None:
+        for _ in range(10):
+            fds = [service.memfd_restricted() for _ in range(40)]
+            for fd in fds:
+                os.posix_fallocate(fd, 0, PAGE)
+            for fd in fds:
+                os.close(fd)
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    while thread.is_alive():
+        assert service.status()["last_error"] == ""
+    thread.join()
+
+
+@pytest.mark.requires("root")
+def test_another_user_learns_nothing(service: Service) -> None:
+    pid = service.info["pid"]
+    assert as_user(lambda: (pid in discover.pids(), outcome(lambda: discover.status_of(pid)))) == (True, Errno(ENOTCONN))
+
+
+@pytest.mark.requires("root")
+def test_root_can_ask_an_ordinary_users_service() -> None:
+    ours, theirs = socket.socketpair()
+
+    def owner() -> None:
+        service = Service.start()
+        theirs.send(str(service.info["pid"]).encode())
+        theirs.recv(1)
+
+    thread = threading.Thread(target=lambda: as_user(owner))
+    thread.start()
+    with ours:
+        pid = int(ours.recv(20))
+        found = discover.status_of(pid)
+        ours.send(b".")
+    thread.join()
+    theirs.close()
+    assert (found["pid"], found["owner_uid"], found["uid"]) == (pid, 65534, 65534)
+
+
+def test_a_borrowed_name_is_noticed() -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as squatter:
+        squatter.bind("\0restrictedmem/1")
+        squatter.listen()
+        assert 1 in discover.pids()
+        assert outcome(lambda: discover.status_of(1)) == Errno(ESRCH)
+
+
+def test_a_taken_name_keeps_no_service_from_starting() -> None:
+    with open("/proc/loadavg", encoding="ascii") as load:
+        newest = int(load.read().split()[4])
+    squatters = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(100)]
+    for pid, squatter in enumerate(squatters, newest + 1):
+        with suppress(OSError):
+            squatter.bind(f"\0restrictedmem/{pid}")
+    try:
+        with Service.start() as service:
+            assert "Address already in use" in service.status()["last_error"]
+            fd = service.memfd_restricted()
+            os.posix_fallocate(fd, 0, PAGE)
+            os.close(fd)
+    finally:
+        for squatter in squatters:
+            squatter.close()

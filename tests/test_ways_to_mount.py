@@ -1,0 +1,195 @@
+"""Each way to mount: the same descriptor, the same end, and nothing left in sight."""
+
+import glob
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import Callable
+from contextlib import closing
+from errno import EACCES, EINVAL, ENOTCONN, EPERM
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from outcomes import Errno, outcome
+from processes import exists, family, wait_gone
+from restrictedmem.abi import memory
+from restrictedmem.abi.memory import FallocMode
+from restrictedmem.abi.process import CLONE_NEWNS, CLONE_NEWUSER, unshare
+from restrictedmem.fd import receive_with_fds, send_with_fds
+from restrictedmem.fs.mount import Way
+from restrictedmem.kvm.vmm import Vmm
+from restrictedmem.service import start
+from restrictedmem.service.client import Service
+from restrictedmem.units import PAGE_SIZE as PAGE
+from users import ORDINARY, as_user
+
+pytestmark = pytest.mark.requires("fuse", "root")
+
+KEEP_SIZE = int(FallocMode.KEEP_SIZE)
+
+#: How to become somebody for whom this way is the first that works.
+WAYS = [
+    pytest.param(Way.OWN, 0, True, id="OWN"),
+    pytest.param(Way.USERNS, ORDINARY, True, id="USERNS"),
+    pytest.param(Way.FUSERMOUNT, ORDINARY, False, id="FUSERMOUNT", marks=pytest.mark.requires("fusermount")),
+]
+each_way = pytest.mark.parametrize(("way", "uid", "namespaces"), WAYS)
+
+
+def mounts() -> tuple[list[str], list[str]]:
+    """Return what shows of a mount: lines of mountinfo, and the ordinary user's mount points."""
+    lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    points = [path for path in glob.glob(f"{tempfile.gettempdir()}/restrictedmem-*") if os.stat(path).st_uid == ORDINARY]
+    return [line for line in lines if "restrictedmem" in line], points
+
+
+@each_way
+def test_the_descriptor_is_the_same(way: Way, uid: int, namespaces: bool) -> None:
+    def body() -> dict[str, object]:
+        with Service.start() as service:
+            assert service.info["way"] == service.status()["way"] == way.value
+            assert mounts() == ([], [])
+            fd = service.memfd_restricted()
+            found: dict[str, object] = {
+                "name": os.readlink(f"/proc/self/fd/{fd}"),
+                "created": (os.fstat(fd).st_size, os.fstat(fd).st_uid, os.fstat(fd).st_nlink),
+                "ftruncate": [outcome(partial(os.ftruncate, fd, size)) for size in (PAGE + 1, 4 * PAGE, 4 * PAGE)],
+                "fallocate": outcome(lambda: memory.fallocate(fd, KEEP_SIZE, 0, 3 * PAGE)),
+                "allocated": os.fstat(fd).st_blocks * 512,
+                "punch": outcome(lambda: memory.fallocate(fd, memory.PUNCH, 0, PAGE)),
+                "left": os.fstat(fd).st_blocks * 512,
+                "read": outcome(lambda: os.read(fd, 1)),
+                "write": outcome(lambda: os.write(fd, b"x")),
+                "size": os.fstat(fd).st_size,
+            }
+            os.close(fd)
+            return found
+
+    assert as_user(body, uid, namespaces=namespaces) == {
+        "name": "/restrictedmem (deleted)",
+        "created": (0, uid, 0),
+        "ftruncate": [Errno(EINVAL), None, Errno(EPERM)],
+        "fallocate": None,
+        "allocated": 3 * PAGE,
+        "punch": None,
+        "left": 2 * PAGE,
+        "read": Errno(EINVAL),
+        "write": Errno(EINVAL),
+        "size": 4 * PAGE,
+    }
+    assert mounts() == ([], [])
+
+
+@each_way
+def test_it_ends_with_the_last_descriptor(way: Way, uid: int, namespaces: bool) -> None:
+    def body() -> None:
+        service = Service.start()
+        fd, relatives = service.memfd_restricted(), family(service)
+        service.close()
+        os.posix_fallocate(fd, 0, PAGE)
+        assert all(map(exists, relatives))
+        os.close(fd)
+        wait_gone(relatives)
+
+    as_user(body, uid, namespaces=namespaces)
+
+
+@each_way
+@pytest.mark.parametrize("victim", [0, 1], ids=["spawner", "service"])
+def test_a_killed_service_leaves_enotconn(way: Way, uid: int, namespaces: bool, victim: int) -> None:
+    def body() -> dict[str, object]:
+        with Service.start() as service:
+            fd = service.memfd_restricted()
+            os.ftruncate(fd, PAGE)
+            relatives = family(service)
+            os.kill(relatives[victim].pid, signal.SIGKILL)
+            wait_gone(relatives, 1)
+            calls: dict[str, Callable[[], object]] = {
+                "fstat": lambda: os.fstat(fd),
+                "ftruncate": lambda: os.ftruncate(fd, PAGE),
+                "fallocate": lambda: memory.fallocate(fd, KEEP_SIZE, 0, PAGE),
+                "punch": lambda: memory.fallocate(fd, memory.PUNCH, 0, PAGE),
+                "prove": lambda: service.token_for(fd),
+                "create": service.memfd_restricted,
+                "close": lambda: os.close(fd),
+            }
+            return {name: outcome(call) for name, call in calls.items()}
+
+    names = ("fstat", "ftruncate", "fallocate", "punch", "prove", "create")
+    assert as_user(body, uid, namespaces=namespaces) == {**dict.fromkeys(names, Errno(ENOTCONN)), "close": None}
+    assert mounts() == ([], [])
+
+
+@each_way
+def test_a_vm_has_its_memory(way: Way, uid: int, namespaces: bool) -> None:
+    def body() -> tuple[str, int]:
+        with Service.start() as service, Vmm(1 << 20, service) as vmm:
+            memory.fallocate(vmm.restricted_fd, memory.PUNCH, 0, PAGE)
+            return vmm.way, vmm.statistics()["invalidations"]
+
+    assert as_user(body, uid, namespaces=namespaces) == (way.value, 1)
+
+
+@each_way
+@pytest.mark.parametrize("other", [0, ORDINARY, ORDINARY - 1], ids=["root", "nobody", "another"])
+def test_what_another_user_can_do_with_it(way: Way, uid: int, namespaces: bool, other: int) -> None:
+    """Root's own mount alone lets everybody in; the other ways let in the uid and gid that made it."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def owner() -> None:
+        with Service.start() as service:
+            fd = service.memfd_restricted()
+            send_with_fds(theirs, b".", [fd])
+            theirs.recv(1)
+            os.close(fd)
+
+    def receiver() -> object:
+        def use() -> int:
+            os.ftruncate(fd.fileno(), PAGE)
+            return os.fstat(fd.fileno()).st_size
+
+        return outcome(use)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            as_user(owner, uid, namespaces=namespaces)
+        finally:
+            os._exit(0)
+    with closing(ours), closing(theirs):
+        _, (fd,) = receive_with_fds(ours, 1)
+        with fd:
+            expected: object = PAGE if way is Way.OWN or other == uid else Errno(EACCES)
+            assert as_user(receiver, other) == expected
+            ours.send(b".")
+            os.waitpid(child, 0)
+
+
+def test_root_of_a_user_namespace_without_the_mounts_takes_the_next_way() -> None:
+    """CAP_SYS_ADMIN alone is not enough: it must be over the mount namespace (``unshare --user`` without ``--mount``)."""
+
+    def body() -> str:
+        uid = os.geteuid()
+        unshare(CLONE_NEWUSER)
+        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {uid} 1")):
+            Path(f"/proc/self/{name}").write_text(text, encoding="ascii")
+        return start.choose_way().name
+
+    assert as_user(body) == Way.USERNS.name
+
+
+def test_root_of_a_container_mounts_itself() -> None:
+    def body() -> tuple[str, int]:
+        uid = os.geteuid()
+        unshare(CLONE_NEWUSER | CLONE_NEWNS)
+        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {uid} 1")):
+            Path(f"/proc/self/{name}").write_text(text, encoding="ascii")
+        with Service.start() as service:
+            fd = service.memfd_restricted()
+            os.ftruncate(fd, PAGE)
+            return service.info["way"], os.fstat(fd).st_size
+
+    assert as_user(body) == (Way.OWN.value, PAGE)

@@ -1,0 +1,131 @@
+"""Running part of a test as a user who is not root, on a machine whose devices and interpreter may be root's alone."""
+
+import ctypes
+import os
+import pickle
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from errno import EPERM
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+from outcomes import checked
+from restrictedmem.abi import seccomp
+from restrictedmem.abi.process import CLONE_NEWNS, CLONE_NEWUSER, PR_SET_DUMPABLE, prctl, unshare
+from restrictedmem.fs.mount import DEVICE
+
+#: An ordinary user: nobody, in most systems' words.
+ORDINARY = 65534
+
+MS_BIND, MS_REC, MS_PRIVATE = 1 << 12, 1 << 14, 1 << 18
+_MNT_DETACH = 2
+_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, _SECCOMP_RET_ERRNO = 22, 2, 0x0005_0000
+_BPF_JMP_JSET_K = 0x45
+_SYS_UNSHARE = {"x86_64": 272, "aarch64": 97}
+_FUSE_DEVICE = os.makedev(10, 229)
+_PACKAGE_ROOT = Path(__file__).parent.parent / "src"
+_libc = ctypes.CDLL(None, use_errno=True)
+
+T = TypeVar("T")
+
+
+def as_user(body: Callable[[], T], uid: int = ORDINARY, *, fuse: bool = True, namespaces: bool = True) -> T:
+    """Return what ``body`` returns in a child that became another user, or raise what it raised; needs root.
+
+    With ``fuse`` the child can open /dev/fuse (the device itself stays as it is: the child has a mount namespace of its own); without
+    ``namespaces`` it can make no user namespace, as in a container with the usual seccomp profile.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        _answer(body, lambda: become(uid, fuse=fuse, namespaces=namespaces), writer)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        answer = pipe.read()
+    _, status = os.waitpid(child, 0)
+    assert answer, f"the user's process died of {status}"
+    failed, value = pickle.loads(answer)
+    if failed:
+        raise AssertionError(f"as uid {uid}: {value}")
+    result: T = value
+    return result
+
+
+def _answer(body: Callable[[], object], change: Callable[[], None], writer: int) -> NoReturn:
+    try:
+        change()
+        answer: tuple[bool, object] = False, body()
+    except BaseException:
+        answer = True, traceback.format_exc()
+    try:
+        os.write(writer, pickle.dumps(answer))
+    finally:
+        os._exit(0)
+
+
+def become(uid: int, *, fuse: bool, namespaces: bool = True) -> None:
+    """Turn this process into another user's, as one that logged in."""
+    unshare(CLONE_NEWNS)
+    mount(None, "/", None, MS_REC | MS_PRIVATE)
+    open_the_way({os.path.realpath(path) for path in (sys.base_prefix, sys.prefix, _PACKAGE_ROOT)})
+    if fuse:
+        widen_device()
+    if not namespaces:
+        forbid_user_namespaces()
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+    # Another uid took it away.
+    prctl(PR_SET_DUMPABLE, 1)
+
+
+def open_the_way(paths: set[str]) -> None:
+    """Cover directories that others may not search with ones that hold nothing but what leads to ``paths``."""
+    closed = {path: door for path in paths for door in [_closed_door(path)] if door is not None}
+    rooms = {path: os.open(path, os.O_PATH | os.O_DIRECTORY) for path in closed}
+    for door in set(closed.values()):
+        mount("tmpfs", door, "tmpfs", 0)
+    for path, room in rooms.items():
+        os.makedirs(path, exist_ok=True)
+        mount(f"/proc/self/fd/{room}", path, None, MS_BIND)
+        os.close(room)
+
+
+def _closed_door(path: str) -> str | None:
+    return next((str(parent) for parent in reversed(Path(path).parents) if not parent.stat().st_mode & 0o001), None)
+
+
+def widen_device() -> None:
+    """Put a /dev/fuse that everyone may open into this process's mount namespace."""
+    place = tempfile.mkdtemp()
+    mount("tmpfs", place, "tmpfs", 0)
+    node = os.path.join(place, "fuse")
+    os.mknod(node, 0o020666, _FUSE_DEVICE)
+    os.chmod(node, 0o666)
+    mount(node, DEVICE, None, MS_BIND)
+    checked(_libc.umount2(place.encode(), _MNT_DETACH))
+    os.rmdir(place)
+
+
+def forbid_user_namespaces() -> None:
+    """Make unshare(CLONE_NEWUSER) fail with EPERM in this process and what it starts; set-uid programs go on to work, for root asks."""
+    program = [
+        seccomp.load("nr"),
+        seccomp.skip_unless(_SYS_UNSHARE[os.uname().machine], 3),
+        seccomp.load("arg0"),
+        seccomp.sock_filter(code=_BPF_JMP_JSET_K, jf=1, k=CLONE_NEWUSER),
+        seccomp.answer(_SECCOMP_RET_ERRNO | EPERM),
+        seccomp.answer(seccomp.SECCOMP_RET_ALLOW),
+    ]
+    instructions = (seccomp.sock_filter * len(program))(*program)
+    fprog = seccomp.sock_fprog(len=len(program), filter=ctypes.addressof(instructions))
+    checked(_libc.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(_SECCOMP_MODE_FILTER), ctypes.byref(fprog), 0, 0))
+
+
+def mount(source: str | None, target: str, kind: str | None, flags: int) -> None:
+    """mount(2)."""
+    encoded = [text.encode() if text is not None else None for text in (source, target, kind)]
+    checked(_libc.mount(*encoded, ctypes.c_ulong(flags), None))
