@@ -1,0 +1,36 @@
+"""From shell to shell, beside a Python that does nothing."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from benchmarks.common import Figure, Lab, alternate, below
+
+_ROUNDS: Final = 15
+
+
+def _timed(*arguments: str) -> float:
+    """Return the milliseconds a fresh interpreter takes."""
+    started = time.perf_counter()
+    subprocess.run([sys.executable, *arguments], check=True, stdin=subprocess.DEVNULL, capture_output=True)
+    return (time.perf_counter() - started) * 1e3
+
+
+def _nothing() -> float:
+    return _timed("-c", "pass")
+
+
+def start(lab: Lab) -> Iterator[Figure]:
+    """Time the help, the import, and a guest that does nothing."""
+    rounds = lab.rounds(_ROUNDS)
+    helped = alternate(_nothing, lambda: _timed("-m", "restrictedmem", "--help"), rounds)
+    yield helped.figure("restrictedmem --help", "ms", below(150, "under 150 ms"))
+    imported = alternate(_nothing, lambda: _timed("-c", "import restrictedmem"), rounds)
+    yield imported.figure("import restrictedmem", "ms")
+    ran = alternate(_nothing, lambda: _timed("-m", "restrictedmem", "run", "--memory", "4M", "spin", "empty"), rounds)
+    yield ran.figure("restrictedmem run of an empty guest", "ms", below(1000, "under 1 s"))
+
+
+BENCHES: Final[dict[str, Callable[[Lab], Iterator[Figure]]]] = {"start": start}
