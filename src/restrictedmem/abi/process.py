@@ -13,11 +13,9 @@ CLONE_NEWNS: Final = 0x0002_0000
 CLONE_NEWUSER: Final = 0x1000_0000
 
 PR_SET_PDEATHSIG: Final = 1
-PR_GET_DUMPABLE: Final = 3
 PR_SET_DUMPABLE: Final = 4
 PR_SET_KEEPCAPS: Final = 8
 PR_SET_NAME: Final = 15
-PR_CAPBSET_DROP: Final = 24
 PR_SET_NO_NEW_PRIVS: Final = 38
 PR_GET_NO_NEW_PRIVS: Final = 39
 PR_SET_CHILD_SUBREAPER: Final = 36
@@ -26,7 +24,6 @@ CAP_IPC_LOCK: Final = 14
 CAP_SYS_ADMIN: Final = 21
 
 SYS_capset: Final = {"x86_64": 126, "aarch64": 91}
-SYS_close_range: Final = 436
 _LINUX_CAPABILITY_VERSION_3: Final = 0x2008_0522
 _SYS_SCHED_SETATTR: Final = {"x86_64": 314, "aarch64": 274}
 #: ``struct sched_attr``: size, policy, flags, nice, priority, runtime, deadline, period, util_min, util_max.
@@ -116,11 +113,6 @@ def set_slice(nanoseconds: int) -> None:
     nice = os.getpriority(os.PRIO_PROCESS, 0)
     attributes = _SCHED_ATTR.pack(_SCHED_ATTR.size, os.SCHED_OTHER, 0, nice, 0, nanoseconds, 0, 0, 0, 0)
     syscall("sched_setattr", _SYS_SCHED_SETATTR[os.uname().machine], 0, attributes, 0)
-
-
-def close_range(first: int, last: int) -> None:
-    """Close every descriptor from ``first`` to ``last`` (close_range(2), Linux 5.9)."""
-    syscall("close_range", SYS_close_range, first, last, 0)
 
 
 def tracer_pid() -> int:

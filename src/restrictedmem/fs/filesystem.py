@@ -34,7 +34,6 @@ _NANO: Final = 1_000_000_000
 # NOFLUSH keeps close() from waiting for this process.
 _OPEN_FLAGS: Final = OpenFlag.DIRECT_IO | OpenFlag.NONSEEKABLE | OpenFlag.STREAM | OpenFlag.NOFLUSH
 _ROOT_ATTR: Final = fuse.ATTR.pack(fuse.ROOT_ID, 0, 0, 0, 0, 0, 0, 0, 0, stat.S_IFDIR | 0o700, 2, 0, 0, 0, PAGE_SIZE, 0)
-_NO_REPLY: Final = None
 _EMPTY: Final = b""
 
 
@@ -257,8 +256,7 @@ class FileSystem:
             node.file.put()
 
     def _interrupt(self, request: Request) -> None:
-        # Nothing here can be interrupted half way: a punch waits for consumers, whose answers have a deadline of their own.
-        return _NO_REPLY
+        """Go on: a punch that waits for consumers cannot stop half way, and their answers have a deadline of their own."""
 
 
 _ATTR_OUT_UNCACHED: Final = fuse.ATTR_OUT.pack(0, 0, 0)

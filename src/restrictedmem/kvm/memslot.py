@@ -12,7 +12,7 @@ from restrictedmem.fd import OwnedFd
 from restrictedmem.mm.backing import MappedBacking, MemfdBacking
 from restrictedmem.mm.pages import Pages
 from restrictedmem.mm.sequence import InvalidationSequence
-from restrictedmem.units import PAGE_SHIFT, PageRange, gfn_t, gpa_t, pgoff_t
+from restrictedmem.units import PAGE_SHIFT, PageRange, gfn_t, pgoff_t
 
 # What an entry of the secondary page table says; 0 is no translation. The rights are numbered as Unicorn's UC_PROT_*.
 READ: Final = 1
@@ -135,11 +135,6 @@ class Memslot:
             self.private.close()
         if self.shared is not None:
             self.shared.close()
-
-
-def offset_in(slot: Memslot, gpa: gpa_t) -> int:
-    """Return how many bytes into a slot an address lies."""
-    return gpa - (slot.base_gfn << PAGE_SHIFT)
 
 
 def forbid_shrinking(fd: int) -> None:

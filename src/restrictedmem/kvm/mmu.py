@@ -10,7 +10,7 @@ from typing import Final, final
 
 from restrictedmem import sync
 from restrictedmem.kvm.memslot import PRIVATE, Memslot
-from restrictedmem.units import PAGE_SHIFT, PageRange, gfn_t, pgoff_t
+from restrictedmem.units import PageRange, gfn_t, pgoff_t
 
 
 class Fault(Enum):
@@ -147,8 +147,3 @@ def _around(slot: Memslot, index: int) -> tuple[int, int]:
     if slot.attributes.count(slot.attributes[index], first, last) == slot.entries.count(0, first, last) == last - first:
         return first, last
     return index, index + 1
-
-
-def gfn_of(gpa: int) -> gfn_t:
-    """Return the guest page that an address lies in."""
-    return gfn_t(gpa >> PAGE_SHIFT)
