@@ -14,12 +14,13 @@ import struct
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from errno import EINVAL, EIO, EPERM, EPROTO
 from typing import TYPE_CHECKING, Final, NoReturn, final
 
 from restrictedmem.abi import kvm
 from restrictedmem.fd import close_all
-from restrictedmem.kvm import exits, wire
+from restrictedmem.kvm import exits, unicorn, wire
 from restrictedmem.kvm.software import SoftwareEngine
 from restrictedmem.kvm.vcpu import Vcpu
 from restrictedmem.kvm.vm_memory import VmMemory
@@ -32,6 +33,13 @@ if TYPE_CHECKING:
     from restrictedmem.service.start import Options
 
 _MAX_VCPUS: Final = 1
+
+
+def preload() -> None:
+    """Read from files what ``serve`` needs later, for a process that is about to become a user who may not."""
+    with suppress(RuntimeError, OSError):
+        # Missing, it is the owner's first vCPU that says so.
+        unicorn.library()
 
 
 def serve(owner: socket.socket, service: socket.socket, notify: socket.socket, options: "Options") -> NoReturn:

@@ -75,31 +75,37 @@ class _Segment(ctypes.Structure):
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
+    """Load the shared library, once.
+
+    Raises:
+        RuntimeError: when the package is not installed.
+        OSError: when its library cannot be read.
+    """
     package = importlib.util.find_spec("unicorn")
     if package is None or package.origin is None:
         raise RuntimeError("the package unicorn is not installed")
-    library = ctypes.CDLL(os.path.join(os.path.dirname(package.origin), "lib", "libunicorn.so.2"))
+    loaded = ctypes.CDLL(os.path.join(os.path.dirname(package.origin), "lib", "libunicorn.so.2"))
     pointer, u64, size, number = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_int
-    library.uc_open.argtypes = [number, number, ctypes.POINTER(pointer)]
-    library.uc_close.argtypes = [pointer]
-    library.uc_mem_map_ptr.argtypes = [pointer, u64, size, ctypes.c_uint32, pointer]
-    library.uc_mem_unmap.argtypes = [pointer, u64, size]
-    library.uc_mmio_map.argtypes = [pointer, u64, size, _IoRead, pointer, _IoWrite, pointer]
-    library.uc_emu_start.argtypes = [pointer, u64, u64, u64, size]
-    library.uc_emu_stop.argtypes = [pointer]
-    library.uc_reg_read.argtypes = library.uc_reg_write.argtypes = [pointer, number, pointer]
-    library.uc_reg_read_batch.argtypes = library.uc_reg_write_batch.argtypes = [pointer, pointer, pointer, number]
-    library.uc_context_alloc.argtypes = [pointer, ctypes.POINTER(pointer)]
-    library.uc_context_save.argtypes = library.uc_context_restore.argtypes = [pointer, pointer]
-    library.uc_context_free.argtypes = [pointer]
-    library.uc_strerror.restype = ctypes.c_char_p
-    return library
+    loaded.uc_open.argtypes = [number, number, ctypes.POINTER(pointer)]
+    loaded.uc_close.argtypes = [pointer]
+    loaded.uc_mem_map_ptr.argtypes = [pointer, u64, size, ctypes.c_uint32, pointer]
+    loaded.uc_mem_unmap.argtypes = [pointer, u64, size]
+    loaded.uc_mmio_map.argtypes = [pointer, u64, size, _IoRead, pointer, _IoWrite, pointer]
+    loaded.uc_emu_start.argtypes = [pointer, u64, u64, u64, size]
+    loaded.uc_emu_stop.argtypes = [pointer]
+    loaded.uc_reg_read.argtypes = loaded.uc_reg_write.argtypes = [pointer, number, pointer]
+    loaded.uc_reg_read_batch.argtypes = loaded.uc_reg_write_batch.argtypes = [pointer, pointer, pointer, number]
+    loaded.uc_context_alloc.argtypes = [pointer, ctypes.POINTER(pointer)]
+    loaded.uc_context_save.argtypes = loaded.uc_context_restore.argtypes = [pointer, pointer]
+    loaded.uc_context_free.argtypes = [pointer]
+    loaded.uc_strerror.restype = ctypes.c_char_p
+    return loaded
 
 
 def error_text(call: str, error: int) -> str:
     """Describe a uc_err as the failure of a call."""
-    return f"{call}: {_library().uc_strerror(error).decode()}"
+    return f"{call}: {library().uc_strerror(error).decode()}"
 
 
 def _check(call: str, error: int) -> None:
@@ -116,7 +122,7 @@ class Uc:
 
     def __init__(self) -> None:
         """Open an emulator in long mode whose TLB misses, once ``hook_tlb_fill`` was called, are the hook's to answer."""
-        self._library = _library()
+        self._library = library()
         handle = ctypes.c_void_p()
         _check("uc_open", self._library.uc_open(_ARCH_X86, _MODE_64, ctypes.byref(handle)))
         self._handle = handle

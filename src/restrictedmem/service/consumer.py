@@ -10,7 +10,8 @@ from restrictedmem.service import wire
 from restrictedmem.service.wire import Call, Channel
 from restrictedmem.units import pgoff_t
 
-#: Programs that may hold restricted memory: each a module with ``serve(owner, service, notify, options)``, imported in its own process.
+#: Programs that may hold restricted memory: each a module with ``preload()`` and ``serve(owner, service, notify, options)``, imported in
+#: its own process, or before when that is to be another user's.
 CONSUMERS: Final = {"kvm": "restrictedmem.kvm.engine"}
 
 

@@ -37,7 +37,7 @@ def run(owner: Channel, options: "Options", origin: "Origin") -> NoReturn:
     if options.become is not None:
         # Whom it becomes may have no way to the interpreter's files, or to ours.
         for module in CONSUMERS.values():
-            importlib.import_module(module)
+            importlib.import_module(module).preload()
     daemon.drop_privileges(options.become, keep=1 << process.CAP_IPC_LOCK)
     _Spawner(channel, service, options).loop()
     os._exit(0)
