@@ -16,7 +16,7 @@ from restrictedmem import guests
 from restrictedmem.abi import memory
 from restrictedmem.kvm import elf, exits, guest_abi, wire
 from restrictedmem.kvm.memslot import ALL, READ, WRITE
-from restrictedmem.kvm.unicorn import MEM_FETCH
+from restrictedmem.kvm.software.unicorn import MEM_FETCH
 from restrictedmem.kvm.vmm import SHARED_SIZE, Vmm
 from restrictedmem.service.client import Service
 from restrictedmem.service.wire import Channel

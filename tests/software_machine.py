@@ -14,7 +14,7 @@ from restrictedmem.kvm import guest_abi
 from restrictedmem.kvm.exits import Exit, Shutdown
 from restrictedmem.kvm.memslot import Half, Memslot, PrivateHalf
 from restrictedmem.kvm.mmu import Mmu
-from restrictedmem.kvm.software import SoftwareEngine
+from restrictedmem.kvm.software.vcpu import SoftwareVcpu
 from restrictedmem.kvm.vcpu import Vcpu
 from restrictedmem.mm.backing import MemfdBacking
 from restrictedmem.mm.inode import Inode
@@ -45,7 +45,7 @@ class Machine:
 
     file: RestrictedFile
     mmu: Mmu
-    engine: SoftwareEngine
+    engine: SoftwareVcpu
     vcpu: Vcpu
     private: Memslot
     shared: Memslot
@@ -106,7 +106,7 @@ def make_machine(pages: int = PAGES, limit: int | None = None) -> Generator[Mach
     shared = Memslot(1, gfn_t(SHARED >> PAGE_SHIFT), 4, private=None, shared=shared_half(4))
     mmu = Mmu()
     mmu.slots = (private, shared)
-    engine = SoftwareEngine(mmu)
+    engine = SoftwareVcpu(mmu)
     engine.add_slot(private)
     engine.add_slot(shared)
     machine = Machine(file, mmu, engine, Vcpu(engine, mmu), private, shared)

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Final, NoReturn, final
 
 from restrictedmem.abi import kvm
 from restrictedmem.fd import close_all
-from restrictedmem.kvm import exits, unicorn, wire
-from restrictedmem.kvm.software import SoftwareEngine
+from restrictedmem.kvm import exits, wire
+from restrictedmem.kvm.software import unicorn
+from restrictedmem.kvm.software.vcpu import SoftwareVcpu
 from restrictedmem.kvm.vcpu import Vcpu
 from restrictedmem.kvm.vm_memory import VmMemory
 from restrictedmem.mm.notifier import Api
@@ -166,7 +167,7 @@ class Machine:
     def _create_vcpu(self) -> None:
         if len(self._vcpus) >= _MAX_VCPUS:
             raise OSError(EINVAL, f"a VM has {_MAX_VCPUS} vCPU here")
-        engine = SoftwareEngine(self._memory.mmu)
+        engine = SoftwareVcpu(self._memory.mmu)
         for slot in self._memory.mmu.slots:
             engine.add_slot(slot)
         channel, theirs = Channel.pair("owner")
@@ -212,7 +213,7 @@ class Machine:
 class VcpuThread:
     """A vCPU's socket and the thread that serves it: registers before the first run, then runs."""
 
-    def __init__(self, vcpu: Vcpu, engine: SoftwareEngine, owner: Channel) -> None:
+    def __init__(self, vcpu: Vcpu, engine: SoftwareVcpu, owner: Channel) -> None:
         self.vcpu = vcpu
         self._engine = engine
         self._owner = owner

@@ -9,7 +9,7 @@ VMM's value. Where nothing is missing, the stores are the exits.
 from typing import Final, final
 
 from restrictedmem.kvm.exits import MmioRead, MmioWrite
-from restrictedmem.kvm.unicorn import Uc
+from restrictedmem.kvm.software.unicorn import Uc
 from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 
 #: More than any instruction touches: two operands, each across a page boundary, and the stack.

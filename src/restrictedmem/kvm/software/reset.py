@@ -8,8 +8,8 @@ import ctypes
 import mmap
 from typing import Final
 
-from restrictedmem.kvm import unicorn
-from restrictedmem.kvm.unicorn import Context, Uc
+from restrictedmem.kvm.software import unicorn
+from restrictedmem.kvm.software.unicorn import Context, Uc
 from restrictedmem.units import PAGE_SIZE
 
 #: Where the page with the boot code is while it runs; the address is chosen by nothing but being free.

@@ -7,7 +7,7 @@ in quadratic time. Guest addresses do not lead here but through the TLB hook, so
 from typing import Final, final
 
 from restrictedmem.kvm.memslot import Half, Memslot
-from restrictedmem.kvm.unicorn import Uc
+from restrictedmem.kvm.software.unicorn import Uc
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, gfn_t
 
 #: Below lies what is the engine's own.

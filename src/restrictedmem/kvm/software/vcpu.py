@@ -15,15 +15,16 @@ from errno import EACCES, EFAULT
 from typing import Final, final
 
 from restrictedmem.abi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE, ExitReason
-from restrictedmem.kvm import exits, unicorn
+from restrictedmem.kvm import exits
 from restrictedmem.kvm.exits import Exit
 from restrictedmem.kvm.guest_abi import GPA_BITS, HYPERCALL_PAGE
 from restrictedmem.kvm.memslot import ALL, EXEC, READ, WRITE, Memslot
-from restrictedmem.kvm.mmio import Scratch
 from restrictedmem.kvm.mmu import Fault, Mmu
-from restrictedmem.kvm.physical import PhysicalMemory, Window
-from restrictedmem.kvm.reset import enter_user_mode
-from restrictedmem.kvm.unicorn import MEM_FETCH, MEM_READ, MEM_WRITE, Uc
+from restrictedmem.kvm.software import unicorn
+from restrictedmem.kvm.software.mmio import Scratch
+from restrictedmem.kvm.software.physical import PhysicalMemory, Window
+from restrictedmem.kvm.software.reset import enter_user_mode
+from restrictedmem.kvm.software.unicorn import MEM_FETCH, MEM_READ, MEM_WRITE, Uc
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, gfn_t
 
 # What is the engine's own in Unicorn's physical memory; the halves lie behind it.
@@ -62,7 +63,7 @@ class _Stop(Enum):
 
 
 @final
-class SoftwareEngine:
+class SoftwareVcpu:
     """One vCPU on Unicorn (``Engine``)."""
 
     def __init__(self, mmu: Mmu) -> None:
