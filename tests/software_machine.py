@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from restrictedmem.abi import memory
+from restrictedmem.abi.kvm import kvm_regs
 from restrictedmem.abi.memory import PUNCH
 from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm import guest_abi
+from restrictedmem.kvm.engine import Bound
 from restrictedmem.kvm.exits import Exit, Shutdown
-from restrictedmem.kvm.memslot import Half, Memslot, PrivateHalf
+from restrictedmem.kvm.memslot import Half, MemfdHalf, Memslot
 from restrictedmem.kvm.mmu import Mmu
 from restrictedmem.kvm.software.vcpu import SoftwareVcpu
 from restrictedmem.kvm.vcpu import Vcpu
@@ -60,13 +62,11 @@ class Machine:
         self.file.fallocate(PUNCH, gpa - PRIVATE, size)
 
     def put(self, gpa: int, data: bytes) -> None:
-        private = self.private.private
-        assert private is not None
-        private.half.write(gpa - PRIVATE, data)
+        self.private.memfd_half.half.write(gpa - PRIVATE, data)
 
     def word(self, gpa: int) -> int:
         slot = self.private if gpa >= PRIVATE else self.shared
-        half = slot.private.half if slot.private else slot.shared
+        half = slot.memfd_half.half if slot.private else slot.shared
         assert half is not None
         offset = gpa - (slot.base_gfn << PAGE_SHIFT)
         return int.from_bytes(half.mapping[offset : offset + 8], "little")
@@ -75,7 +75,7 @@ class Machine:
         self.put(at, code)
         # What was translated there before: the host's stores go unnoticed.
         self.engine.drop(gfn_t(at >> PAGE_SHIFT), gfn_t((at >> PAGE_SHIFT) + 1))
-        self.engine.set_entry(at, STACK, DATA)
+        self.engine.set_regs(kvm_regs(rip=at, rsp=STACK, rdi=DATA))
 
     def go_on(self, value: int = 0) -> Exit:
         self.engine.complete(value)
@@ -86,10 +86,10 @@ class Machine:
         return self.vcpu.run()
 
 
-def private_half(file: RestrictedFile, pages: int, limit: int | None = None) -> PrivateHalf:
+def private_half(file: RestrictedFile, pages: int, limit: int | None = None) -> MemfdHalf:
     """Bind to a file of this process, as a BIND reply lets an engine do."""
     fd, sequence = (OwnedFd(os.dup(fd)) for fd in (file.backing.fileno(), file.sequence().fd.fileno()))
-    return PrivateHalf(1, 1, fd, sequence, PageRange(pgoff_t(0), pgoff_t(pages)), limit)
+    return MemfdHalf(Bound(1, 1, limit, fd, sequence), PageRange(pgoff_t(0), pgoff_t(pages)), unbind=lambda: None)
 
 
 def shared_half(pages: int) -> Half:
@@ -109,7 +109,7 @@ def make_machine(pages: int = PAGES, limit: int | None = None) -> Generator[Mach
     engine = SoftwareVcpu(mmu)
     engine.add_slot(private)
     engine.add_slot(shared)
-    machine = Machine(file, mmu, engine, Vcpu(engine, mmu), private, shared)
+    machine = Machine(file, mmu, engine, Vcpu(engine), private, shared)
     file.register_notifier(machine)
     yield machine
     file.unregister_notifier(machine)

@@ -341,7 +341,7 @@ def test_shut_down_for_good(machine: Machine, code: str, vector: int) -> None:
     assert machine.word(DATA) == 0
 
 
-def test_set_entry_resets_all_other_registers(machine: Machine) -> None:
+def test_set_regs_resets_all_other_registers(machine: Machine) -> None:
     spoil = machine_code(
         "48ffc8",  # dec rax
         "4989c7",  # mov r15, rax

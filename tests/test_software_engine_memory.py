@@ -9,7 +9,7 @@ from typing import Final
 
 import pytest
 
-from restrictedmem.abi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE
+from restrictedmem.abi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE, kvm_regs
 from restrictedmem.kvm.exits import Hypercall, MemoryFault, MmioRead, PortOut, Shutdown
 from restrictedmem.kvm.memslot import ALL, READ, WRITE, Memslot
 from restrictedmem.mm.backing import MemfdBacking
@@ -61,7 +61,7 @@ def test_half_that_is_not_there(machine: Machine) -> None:
     assert machine.run(code) == MemoryFault(0, DATA, PAGE_SIZE, EFAULT)
     window = gfn_t(SHARED >> PAGE_SHIFT)
     machine.mmu.set_attributes(machine.shared, window, gfn_t(window + 1), private=True)
-    machine.engine.set_entry(CODE, STACK, SHARED + 8)
+    machine.engine.set_regs(kvm_regs(rip=CODE, rsp=STACK, rdi=SHARED + 8))
     assert machine.vcpu.run() == MemoryFault(KVM_MEMORY_EXIT_FLAG_PRIVATE, SHARED, PAGE_SIZE, EFAULT)
     machine.mmu.set_attributes(machine.shared, window, gfn_t(window + 1), private=False)
     assert machine.go_on() == HALTED
@@ -99,7 +99,7 @@ def test_fault_takes_an_aligned_block_of_like_pages(machine: Machine) -> None:
     odd = gfn_t((PRIVATE >> PAGE_SHIFT) + 40)
     machine.mmu.set_attributes(machine.private, odd, gfn_t(odd + 1), private=False)
     for page, mapped in ((8, 16), (31, 32), (33, 33)):
-        machine.engine.set_entry(CODE, STACK, PRIVATE + page * PAGE_SIZE)
+        machine.engine.set_regs(kvm_regs(rip=CODE, rsp=STACK, rdi=PRIVATE + page * PAGE_SIZE))
         assert machine.vcpu.run() == HALTED
         assert len(machine.private.entries) - machine.private.entries.count(0) == mapped
         assert machine.file.backing.resident() == mapped * PAGE_SIZE
@@ -224,7 +224,7 @@ def test_punch_from_inside_each_exits_handler(machine: Machine, instruction: str
     after = CODE + 18 + len(instruction) // 2
     match instruction:
         case "0f0b":
-            machine.engine.set_entry(after, STACK, DATA)
+            machine.engine.set_regs(kvm_regs(rip=after, rsp=STACK, rdi=DATA))
         case "8b1a":
             machine.mmu.set_attributes(machine.shared, machine.shared.base_gfn, machine.shared.end_gfn, private=False)
         case "ffd1":
@@ -268,8 +268,7 @@ def converted_meanwhile(machine: Machine) -> None:
 @pytest.mark.parametrize("meanwhile", [punched_meanwhile, converted_meanwhile])
 def test_change_between_get_page_and_the_lock(machine: Machine, meanwhile: Callable[[Machine], None]) -> None:
     """What get_page returned may be out of date by then: nothing of the block is mapped, although no invalidation is in progress."""
-    private = machine.private.private
-    assert private is not None
+    private = machine.private.memfd_half
 
     class Interrupted:
         def allocate(self, offset: int, length: int) -> None:
@@ -382,8 +381,8 @@ def test_attribute_decides_which_half_is_shown(machine: Machine) -> None:
     assert slot.shared is not None
     assert slot.private is not None
     slot.shared.write(0, machine_code("e680", "c3"))  # out 0x80, al; ret
-    slot.private.half.write(0, machine_code("e681", "c3"))  # out 0x81, al; ret
-    slot.private.half.write(PAGE_SIZE, b"\7")
+    slot.memfd_half.half.write(0, machine_code("e681", "c3"))  # out 0x81, al; ret
+    slot.memfd_half.half.write(PAGE_SIZE, b"\7")
     machine.mmu.slots = (*machine.mmu.slots, slot)
     machine.engine.add_slot(slot)
     code = machine_code(

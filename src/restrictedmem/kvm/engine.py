@@ -1,262 +1,126 @@
-"""The engine process: one VM, its memory and its vCPU, driven by the owner's messages.
+"""What runs guest code: the seam between a VM and its engine, of which there are two (``software``, ``kernel``).
 
-It is forked by the service's spawner, so it is undumpable from its first instruction, and it gets the memory behind restricted
-descriptors from the service, never the descriptors. Three kinds of threads, each waiting in a system call when it has nothing to do: the
-main one for the VM's socket, one for each vCPU, and one that answers the service's invalidations and nothing else, so that an owner's punch
-never waits for anything but the guest's exit.
+A VM keeps slots and attributes (``vm_memory``) and knows when vCPUs enter and leave the guest (``vcpu``). An engine knows where private
+memory lies, maps it into the guest as slots and attributes say, and runs one instruction after the other.
 """
 
-import json
-import os
-import select
-import socket
-import struct
-import threading
-from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
-from errno import EINVAL, EIO, EPERM, EPROTO
-from typing import TYPE_CHECKING, Final, NoReturn, final
+from dataclasses import dataclass
+from typing import Protocol
 
-from restrictedmem.abi import kvm
-from restrictedmem.fd import close_all
-from restrictedmem.kvm import exits, wire
-from restrictedmem.kvm.software import unicorn
-from restrictedmem.kvm.software.vcpu import SoftwareVcpu
-from restrictedmem.kvm.vcpu import Vcpu
-from restrictedmem.kvm.vm_memory import VmMemory
-from restrictedmem.mm.notifier import Api
-from restrictedmem.service import wire as service_wire
-from restrictedmem.service.wire import Channel, Message
-from restrictedmem.units import PageRange, pgoff_t
-
-if TYPE_CHECKING:
-    from restrictedmem.service.start import Options
-
-_MAX_VCPUS: Final = 1
+from restrictedmem.abi.kvm import kvm_regs
+from restrictedmem.fd import OwnedFd
+from restrictedmem.kvm.exits import Exit
+from restrictedmem.kvm.memslot import Memslot, PrivateHalf
+from restrictedmem.units import PageRange, gfn_t
 
 
-def preload() -> None:
-    """Read from files what ``serve`` needs later, for a process that is about to become a user who may not."""
-    with suppress(RuntimeError, OSError):
-        # Missing, it is the owner's first vCPU that says so.
-        unicorn.library()
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What the service answers to BIND: the binding's number, the file, its limit in bytes, and two descriptors that are the taker's."""
+
+    number: int
+    ino: int
+    limit: int | None
+    memfd: OwnedFd
+    sequence: OwnedFd
 
 
-def serve(owner: socket.socket, service: socket.socket, notify: socket.socket, options: "Options") -> NoReturn:
-    """Be the engine of one VM until its owner lets go of it or the service ends."""
-    requests = Channel(service, "service")
-    machine = Machine(Channel(owner, "owner"), VmMemory(requests, Api(options.api)))
-    threading.Thread(target=machine.answer_invalidations, args=(Channel(notify, "service"),), name="notify", daemon=True).start()
-    machine.serve()
-    # Threads may be inside the guest; the kernel ends them and frees everything.
-    os._exit(0)
+class Binder(Protocol):
+    """Registers and unregisters this process's notifiers with the service (BIND, UNBIND)."""
+
+    def bind(self, token: bytes) -> Bound:
+        """Register a notifier on the file whose holder presented ``token``.
+
+        Raises:
+            OSError: EINVAL for a token of no restricted descriptor.
+        """
+        ...
+
+    def unbind(self, number: int) -> None:
+        """Unregister it; the file may go."""
+        ...
 
 
-def _serve_one(channel: Channel, dispatch: Callable[[Message], None]) -> bool:
-    """Receive one request and have it answered, whatever goes wrong, so that nobody waits for ever; false when the owner is gone."""
-    try:
-        message = channel.receive()
-    except OSError as error:
-        channel.reply_error(error)
-        return False
-    if message is None:
-        return False
-    try:
-        dispatch(message)
-    except OSError as error:
-        channel.reply_error(error)
-    except (struct.error, ValueError) as error:
-        channel.reply_error(OSError(EPROTO, str(error)))
-    except Exception as error:  # noqa: BLE001 - the owner gets it.
-        channel.reply_error(OSError(EIO, f"{type(error).__name__}: {error}"))
-    finally:
-        close_all(message.fds)
-    return True
+class VcpuEngine(Protocol):
+    """Guest code on one vCPU. All but ``kick`` are called by the vCPU's thread, or while it is outside the guest and kept there."""
+
+    def set_regs(self, regs: kvm_regs) -> None:
+        """Set where the guest starts (rip, rsp, rdi, rsi); all other registers are what they are at reset."""
+        ...
+
+    def complete(self, value: int) -> None:
+        """Give the value that the last exit asked for; ignored when it asked for none."""
+        ...
+
+    def settle(self) -> None:
+        """Wait, outside the guest, until whatever made ``run`` return None is over."""
+        ...
+
+    def run(self) -> Exit | None:
+        """Run guest code until it exits; None when it was kicked, or ``settle`` has to be called."""
+        ...
+
+    def drop(self, start: gfn_t, end: gfn_t) -> None:
+        """Forget cached translations and translated code of a range of guest pages."""
+        ...
+
+    def kick(self) -> None:
+        """Make ``run`` return soon; called by any thread, with no effect outside ``run``."""
+        ...
 
 
-@final
-class Machine:
-    """One VM: what each message of its owner does."""
-
-    def __init__(self, owner: Channel, memory: VmMemory) -> None:
-        self._owner = owner
-        self._memory = memory
-        self._vcpus: list[VcpuThread] = []
-
-    def serve(self) -> None:
-        """Serve the VM's socket until it and every vCPU's socket are closed by the owner."""
-        poll = select.poll()
-        poll.register(self._owner.fileno(), select.POLLIN)
-        open_sockets = {self._owner.fileno()}
-        while open_sockets:
-            for fd, _ in poll.poll():
-                if fd == self._owner.fileno() and _serve_one(self._owner, self._dispatch):
-                    for vcpu in self._vcpus:
-                        if vcpu.fileno() not in open_sockets:
-                            open_sockets.add(vcpu.fileno())
-                            # Only the hang-up is of interest here; what is said is the vCPU thread's.
-                            poll.register(vcpu.fileno(), select.POLLRDHUP)
-                else:
-                    poll.unregister(fd)
-                    open_sockets.discard(fd)
-
-    def _dispatch(self, message: Message) -> None:
-        match message.number:
-            case wire.SET_USER_MEMORY_REGION.number:
-                self._set_user_memory_region(message)
-            case wire.CREATE_VCPU.number:
-                self._create_vcpu()
-            case wire.SET_MEMORY_ATTRIBUTES.number:
-                asked = kvm.kvm_memory_attributes.from_buffer_copy(message.body)
-                self._set_attributes(Api.V10, asked.address, asked.size, asked.attributes, asked.flags)
-                asked.address, asked.size = asked.address + asked.size, 0
-                self._owner.reply(bytes(asked))
-            case wire.ENCRYPT_REG_REGION.number | wire.ENCRYPT_UNREG_REGION.number:
-                region = kvm.kvm_enc_region.from_buffer_copy(message.body)
-                private = message.number == wire.ENCRYPT_REG_REGION.number
-                self._set_attributes(Api.V9, region.addr, region.size, kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0, 0)
-                self._owner.reply()
-            case wire.LAUNCH_UPDATE.number:
-                self._launch_update(message.body)
-            case wire.STATISTICS.number:
-                self._owner.reply(json.dumps(self.statistics()).encode())
-            case _:
-                raise OSError(EPROTO, f"no such call: {message.number:#x}")
-
-    # Slots and attributes.
-
-    def _set_user_memory_region(self, message: Message) -> None:
-        region = kvm.kvm_userspace_memory_region_ext.from_buffer_copy(message.body)
-        token = message.body[wire.TOKEN_OFFSET :]
-        held = [thread.vcpu for thread in self._vcpus]
-        for vcpu in held:
-            vcpu.hold()
-        try:
-            if region.memory_size:
-                slot = self._memory.create_slot(region, token, message.fds[0] if message.fds else None)
-                for vcpu in held:
-                    vcpu.engine.add_slot(slot)
-            else:
-                slot = self._memory.delete_slot(region.slot)
-                for vcpu in held:
-                    vcpu.engine.remove_slot(slot)
-                self._memory.release(slot)
-        finally:
-            for vcpu in held:
-                vcpu.release()
-        self._owner.reply()
-
-    def _set_attributes(self, api: Api, address: int, size: int, attributes: int, flags: int) -> None:
-        for start, end in self._memory.set_attributes(api, address, size, attributes, flags):
-            for thread in self._vcpus:
-                thread.vcpu.drop(start, end)
-
-    def _launch_update(self, body: bytes) -> None:
-        if self._started():
-            raise OSError(EPERM, "the guest has run: its memory is its own")
-        (gpa,) = wire.LAUNCH.unpack_from(body)
-        self._memory.launch_update(gpa, body[wire.LAUNCH.size :])
-        self._owner.reply()
-
-    def _started(self) -> bool:
-        return any(thread.started for thread in self._vcpus)
-
-    # vCPUs.
-
-    def _create_vcpu(self) -> None:
-        if len(self._vcpus) >= _MAX_VCPUS:
-            raise OSError(EINVAL, f"a VM has {_MAX_VCPUS} vCPU here")
-        engine = SoftwareVcpu(self._memory.mmu)
-        for slot in self._memory.mmu.slots:
-            engine.add_slot(slot)
-        channel, theirs = Channel.pair("owner")
-        with theirs:
-            thread = VcpuThread(Vcpu(engine, self._memory.mmu), engine, channel)
-            self._vcpus.append(thread)
-            self._owner.reply(fds=[theirs.fileno()])
-        threading.Thread(target=thread.serve, name="vcpu", daemon=True).start()
-
-    # Invalidations.
-
-    def answer_invalidations(self, notify: Channel) -> None:
-        """Serve the service's notifications; when the service is gone, so is the memory, and this process ends."""
-        while True:
-            message = notify.receive()
-            if message is None:
-                os._exit(0)
-            binding, start, end = message.unpack(service_wire.INVALIDATION)
-            span = PageRange(pgoff_t(start), pgoff_t(end))
-            slot = self._memory.slot_of_binding(binding)
-            if slot is not None and message.number == service_wire.INVALIDATE_START.number:
-                first, last = self._memory.mmu.invalidate_start(slot, span)
-                for thread in self._vcpus:
-                    thread.vcpu.drop(first, last)
-            elif slot is not None:
-                self._memory.mmu.invalidate_end(slot, span)
-            notify.reply()
-
-    def statistics(self) -> dict[str, object]:
-        """Return what ``run`` shows at the end."""
-        exit_counts: Counter[str] = Counter()
-        for thread in self._vcpus:
-            exit_counts.update(thread.exits)
-        return {
-            **self._memory.statistics(),
-            "tlb_fills": sum(thread.fills for thread in self._vcpus),
-            "exits": dict(exit_counts),
-            "time_in_guest_ns": sum(thread.vcpu.time_in_guest for thread in self._vcpus),
-        }
-
-
-@final
-class VcpuThread:
-    """A vCPU's socket and the thread that serves it: registers before the first run, then runs."""
-
-    def __init__(self, vcpu: Vcpu, engine: SoftwareVcpu, owner: Channel) -> None:
-        self.vcpu = vcpu
-        self._engine = engine
-        self._owner = owner
-        self.started = False
-        self.exits: Counter[str] = Counter()
-
-    def fileno(self) -> int:
-        """Return the descriptor of the vCPU's socket."""
-        return self._owner.fileno()
+class Engine(Protocol):
+    """One VM's memory and vCPUs. ``add_slot``, ``remove_slot`` and ``set_attributes`` are called by the VM's thread."""
 
     @property
-    def fills(self) -> int:
-        """TLB misses that reached the engine."""
-        return self._engine.fills
+    def name(self) -> str:
+        """What ``--engine`` calls it."""
+        ...
 
-    def serve(self) -> None:
-        """Serve the vCPU's socket until the owner closes it."""
-        while _serve_one(self._owner, self._dispatch):
-            pass
+    def bind(self, token: bytes, window: PageRange) -> PrivateHalf:
+        """Make the private half of a slot that shows ``window`` of a restricted file; its ``close`` unbinds it.
 
-    def _dispatch(self, message: Message) -> None:
-        match message.number:
-            case wire.RUN.number:
-                (value,) = message.unpack(wire.COMPLETION)
-                self._owner.reply(exits.pack(self._run(value)))
-            case wire.SET_REGS.number:
-                if self.started:
-                    raise OSError(EPERM, "the guest has run: its registers are its own")
-                self._set_regs(kvm.kvm_regs.from_buffer_copy(message.body))
-                self._owner.reply()
-            case _:
-                raise OSError(EPROTO, f"no such call: {message.number:#x}")
+        Raises:
+            OSError: EINVAL as ``Binder.bind``; ENOMEM.
+        """
+        ...
 
-    def _set_regs(self, regs: kvm.kvm_regs) -> None:
-        rest = kvm.kvm_regs(rip=regs.rip, rsp=regs.rsp, rdi=regs.rdi)
-        if bytes(rest) != bytes(regs):
-            raise OSError(EINVAL, "only rip, rsp and rdi can be set")
-        self._engine.set_entry(regs.rip, regs.rsp, regs.rdi)
+    def add_slot(self, slot: Memslot) -> None:
+        """Let the guest reach a slot. No vCPU is in the guest."""
+        ...
 
-    def _run(self, value: int) -> exits.Exit:
-        if self.started:
-            self._engine.complete(value)
-        self.started = True
-        exit_ = self.vcpu.run()
-        self.exits[type(exit_).__name__] += 1
-        return exit_
+    def remove_slot(self, slot: Memslot) -> None:
+        """Forget a slot and whatever was cached of it. No vCPU is in the guest."""
+        ...
+
+    def set_attributes(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:
+        """Write a range of ``slot.attributes`` and return when no vCPU reaches the other half of it any more. vCPUs may be running."""
+        ...
+
+    def invalidate_start(self, binding: int, span: PageRange) -> None:
+        """Return when no page of a range of a bound file is used any more; unknown bindings are ignored. Called by the notify thread."""
+        ...
+
+    def invalidate_end(self, binding: int, span: PageRange) -> None:
+        """Let faults on the range work again."""
+        ...
+
+    def launch_update(self, slot: Memslot, gpa: int, data: bytes) -> None:
+        """Write whole pages of content into the private half of a slot. No vCPU has run yet.
+
+        Raises:
+            OSError: ENOSPC, ENOMEM.
+        """
+        ...
+
+    def create_vcpu(self, number: int) -> VcpuEngine:
+        """Make a vCPU, which reaches all slots there are.
+
+        Raises:
+            OSError: what the machine lacks.
+        """
+        ...
+
+    def statistics(self) -> dict[str, object]:
+        """Return counts since the start, those that this engine can know."""
+        ...

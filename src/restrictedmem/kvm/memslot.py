@@ -4,15 +4,18 @@ import ctypes
 import fcntl
 import mmap
 import os
+from collections.abc import Callable
 from errno import EINVAL
-from typing import Final, final
+from typing import TYPE_CHECKING, Final, Protocol, final
 
 from restrictedmem.abi import memory
-from restrictedmem.fd import OwnedFd
 from restrictedmem.mm.backing import MappedBacking, MemfdBacking
 from restrictedmem.mm.pages import Pages
 from restrictedmem.mm.sequence import InvalidationSequence
 from restrictedmem.units import PAGE_SHIFT, PageRange, gfn_t, pgoff_t
+
+if TYPE_CHECKING:
+    from restrictedmem.kvm.engine import Bound
 
 # What an entry of the secondary page table says; 0 is no translation. The rights are numbered as Unicorn's UC_PROT_*.
 READ: Final = 1
@@ -63,24 +66,57 @@ class Half:
         self.mapping.close()
 
 
-@final
-class PrivateHalf:
-    """The half in a restricted file: its binding with the service, and what the fault path needs of it."""
+class PrivateHalf(Protocol):
+    """The half in a restricted file, whatever an engine keeps it in."""
 
-    __slots__ = ("binding", "half", "ino", "pages", "sequence", "window")
+    #: The binding with the service, and the part of the file that the slot shows.
+    binding: int
+    window: PageRange
 
-    def __init__(self, binding: int, ino: int, fd: OwnedFd, sequence: OwnedFd, window: PageRange, limit: int | None) -> None:
-        """Own both descriptors of a BIND reply; ``window`` is the part of the file that the slot shows."""
-        self.binding = binding
-        self.ino = ino
-        self.window = window
-        start = window.start << PAGE_SHIFT
-        self.half = Half(fd.fileno(), start, len(window) << PAGE_SHIFT)
-        self.pages = Pages(MappedBacking(MemfdBacking(fd=fd, limit=limit), self.half.mapping, start), window)
-        self.sequence = InvalidationSequence(sequence, writable=False)
+    @property
+    def locked(self) -> int:
+        """Bytes locked."""
+        ...
+
+    @property
+    def unlocked_because(self) -> str:
+        """Why nothing is locked, when nothing is."""
+        ...
 
     def close(self) -> None:
-        """Unmap the half and close its descriptors."""
+        """Unbind and let go of the half; nobody may use it any more."""
+        ...
+
+
+@final
+class MemfdHalf:
+    """A private half in the file's own memfd, mapped whole (``PrivateHalf``), and what the fault path needs of it."""
+
+    __slots__ = ("_unbind", "binding", "half", "pages", "sequence", "window")
+
+    def __init__(self, bound: "Bound", window: PageRange, unbind: Callable[[], None]) -> None:
+        """Own both descriptors of ``bound``; ``window`` is the part of the file that the slot shows."""
+        self.binding = bound.number
+        self.window = window
+        self._unbind = unbind
+        start = window.start << PAGE_SHIFT
+        self.half = Half(bound.memfd.fileno(), start, len(window) << PAGE_SHIFT)
+        self.pages = Pages(MappedBacking(MemfdBacking(fd=bound.memfd, limit=bound.limit), self.half.mapping, start), window)
+        self.sequence = InvalidationSequence(bound.sequence, writable=False)
+
+    @property
+    def locked(self) -> int:
+        """Bytes locked."""
+        return self.half.locked
+
+    @property
+    def unlocked_because(self) -> str:
+        """Why nothing is locked."""
+        return self.half.unlocked_because
+
+    def close(self) -> None:
+        """Unbind, unmap and close (``PrivateHalf``)."""
+        self._unbind()
         self.half.close()
         self.sequence.close()
         self.pages.close()
@@ -90,8 +126,8 @@ class PrivateHalf:
 class Memslot:
     """Guest pages ``base_gfn`` to ``end_gfn``; each shows its page of one half at a time, as its attribute says.
 
-    ``entries`` is the secondary page table of the slot and ``attributes`` says which pages are private, one byte a page each. Both are
-    written only under the MMU's lock.
+    ``attributes`` says which pages are private; ``entries`` is the secondary page table of an engine whose MMU is ours. One byte a page
+    each, written only under the MMU's lock.
     """
 
     __slots__ = ("attributes", "base_gfn", "end_gfn", "entries", "number", "private", "rights", "shared")
@@ -108,6 +144,12 @@ class Memslot:
         self.rights = rights
         self.entries = bytearray(npages)
         self.attributes = bytearray(npages)
+
+    @property
+    def memfd_half(self) -> MemfdHalf:
+        """The private half, of an engine that keeps it in the file's memfd."""
+        assert isinstance(self.private, MemfdHalf)
+        return self.private
 
     def clip(self, start: gfn_t, end: gfn_t) -> tuple[gfn_t, gfn_t]:
         """Return the part of a range of guest pages that lies in this slot, empty (start == end) when there is none."""

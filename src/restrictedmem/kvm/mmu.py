@@ -70,9 +70,9 @@ class Mmu:
         return self._fault_shared(slot, index)
 
     def _fault_private(self, slot: Memslot, index: int) -> Fault:
-        private = slot.private
-        if private is None:
+        if slot.private is None:
             return Fault.NO_HALF
+        private = slot.memfd_half
         snapshot = private.sequence.snapshot()
         first, last = _around(slot, index)
         shift = private.window.start
@@ -107,7 +107,7 @@ class Mmu:
     def wait_settled(self) -> None:
         """Wait until no invalidation is in progress over any slot, which is when a fault that had to retry may work."""
         with self._settled:
-            self._settled.wait_for(lambda: not any(slot.private and slot.private.sequence.busy() for slot in self.slots))
+            self._settled.wait_for(lambda: not any(slot.private and slot.memfd_half.sequence.busy() for slot in self.slots))
 
     def zap(self, slot: Memslot, start: gfn_t, end: gfn_t) -> None:
         """Remove the translations of guest pages of a slot; the caller makes every vCPU drop them before it relies on it."""
@@ -118,17 +118,15 @@ class Mmu:
 
     def invalidate_start(self, slot: Memslot, span: PageRange) -> tuple[gfn_t, gfn_t]:
         """Zap what shows a range of the private half's file and forget its pages; returns the guest pages."""
-        assert slot.private is not None
         start, end = slot.gfns_of(span)
         self.zap(slot, start, end)
-        self.counters.freed += slot.private.pages.forget(span)
+        self.counters.freed += slot.memfd_half.pages.forget(span)
         self.counters.invalidations += 1
         return start, end
 
     def invalidate_end(self, slot: Memslot, span: PageRange) -> None:
         """Let faults on the range work again."""
-        assert slot.private is not None
-        slot.private.pages.forget(span)
+        slot.memfd_half.pages.forget(span)
         with self._settled:
             self._settled.notify_all()
 

@@ -6,57 +6,25 @@ before it enters again.
 """
 
 import time
-from typing import Final, Protocol, final
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Final, final
 
 from restrictedmem import sync
+from restrictedmem.kvm.engine import VcpuEngine
 from restrictedmem.kvm.exits import Exit
-from restrictedmem.kvm.memslot import Memslot
-from restrictedmem.kvm.mmu import Mmu
 from restrictedmem.units import gfn_t
 
 #: Seconds between kicks. One kick may be lost (Unicorn forgets an emu_stop that comes just before emu_start), a second one is not.
 KICK_INTERVAL: Final = 0.0002
 
 
-class Engine(Protocol):
-    """Runs guest code on one vCPU. All but ``kick`` are called by the vCPU's thread, or while it waits outside the guest."""
-
-    def add_slot(self, slot: Memslot) -> None:
-        """Make a slot's halves reachable; nothing is mapped until the guest faults."""
-        ...
-
-    def remove_slot(self, slot: Memslot) -> None:
-        """Forget a slot and whatever was cached of it."""
-        ...
-
-    def set_entry(self, rip: int, rsp: int, rdi: int) -> None:
-        """Set where the guest starts, its stack and its argument."""
-        ...
-
-    def complete(self, value: int) -> None:
-        """Give the value that the last exit asked for."""
-        ...
-
-    def run(self) -> Exit | None:
-        """Run guest code until it exits; None when it was kicked, or has to wait for an invalidation."""
-        ...
-
-    def drop(self, start: gfn_t, end: gfn_t) -> None:
-        """Forget cached translations and translated code of a range of guest pages."""
-        ...
-
-    def kick(self) -> None:
-        """Make ``run`` return soon; called by any thread, with no effect outside ``run``."""
-        ...
-
-
 @final
 class Vcpu:
     """One vCPU: an engine, and the word that other threads leave for it."""
 
-    def __init__(self, engine: Engine, mmu: Mmu) -> None:
+    def __init__(self, engine: VcpuEngine) -> None:
         self.engine = engine
-        self._mmu = mmu
         self._lock = sync.mutex()
         self._changed = sync.condition(self._lock)
         self._in_guest = False
@@ -69,7 +37,7 @@ class Vcpu:
     def run(self) -> Exit:
         """Run the guest until it exits, waiting out invalidations and kicks on the way."""
         while True:
-            self._mmu.wait_settled()
+            self.engine.settle()
             self._enter()
             started = time.perf_counter_ns()
             try:
@@ -119,3 +87,28 @@ class Vcpu:
         with self._changed:
             self._holds -= 1
             self._changed.notify_all()
+
+
+@final
+class Vcpus:
+    """All vCPUs of a VM; appended to by the VM's thread, walked by any."""
+
+    def __init__(self) -> None:
+        self.all: tuple[Vcpu, ...] = ()
+
+    def drop(self, start: gfn_t, end: gfn_t) -> None:
+        """Return when no vCPU uses a translation of a range that was zapped before the call (``Vcpu.drop``)."""
+        for vcpu in self.all:
+            vcpu.drop(start, end)
+
+    @contextmanager
+    def held(self) -> Generator[None]:
+        """Keep every vCPU out of the guest meanwhile."""
+        held = self.all
+        for vcpu in held:
+            vcpu.hold()
+        try:
+            yield
+        finally:
+            for vcpu in held:
+                vcpu.release()

@@ -20,14 +20,18 @@ _NOT_RESTRICTED: Final = (EBADF, ENOTTY, EACCES)
 class Vm:
     """A VM in an engine process of its own; it lives as long as this or any of its vCPUs is open."""
 
-    def __init__(self, service: Service | None = None) -> None:
+    def __init__(self, service: Service | None = None, *, engine: str = "auto", debug: bool = False) -> None:
         """Start an engine (KVM_CREATE_VM), by the process's own service or another.
 
+        ``engine`` is ``software``, ``kernel``, or ``auto`` for the kernel's where it works. ``debug`` opens registers and private memory
+        to the owner, and is part of the measurement.
+
         Raises:
-            OSError: what kept the service or the engine from starting.
+            OSError: EINVAL for an unknown engine; what kept the service or the engine from starting.
         """
         self._service = service or default_service()
-        self._channel = Channel(self._service.spawn("kvm"), "engine")
+        creation = wire.Creation(engine, wire.POLICY_DEBUG if debug else 0)
+        self._channel = Channel(self._service.spawn("kvm", creation.dump()), "engine")
 
     def set_user_memory_region(
         self,
@@ -132,13 +136,13 @@ class Vcpu:
     def __init__(self, sock: socket.socket) -> None:
         self._channel = Channel(sock, "engine")
 
-    def set_regs(self, *, rip: int, rsp: int = 0, rdi: int = 0) -> None:
-        """Set where the guest starts, its stack and its argument, before the first run (KVM_SET_REGS).
+    def set_regs(self, *, rip: int, rsp: int = 0, rdi: int = 0, rsi: int = 0) -> None:
+        """Set where the guest starts, its stack and its arguments, before the first run (KVM_SET_REGS).
 
         Raises:
             OSError: EPERM after it: a private guest's registers are its own.
         """
-        self._channel.call(wire.SET_REGS, bytes(kvm.kvm_regs(rip=rip, rsp=rsp, rdi=rdi)))
+        self._channel.call(wire.SET_REGS, bytes(kvm.kvm_regs(rip=rip, rsp=rsp, rdi=rdi, rsi=rsi)))
 
     def run(self, value: int = 0) -> exits.Exit:
         """Run the guest until it needs its owner (KVM_RUN); ``value`` is what the exit before asked for, if it asked.

@@ -8,13 +8,13 @@ from typing import Final, final
 
 from restrictedmem.abi import kvm
 from restrictedmem.fd import OwnedFd
+from restrictedmem.kvm.engine import Engine
 from restrictedmem.kvm.guest_abi import GPA_BITS, HYPERCALL_PAGE
 from restrictedmem.kvm.memslot import ALL, EXEC, READ, Half, Memslot, PrivateHalf, forbid_shrinking
-from restrictedmem.kvm.mmu import Mmu
 from restrictedmem.mm.notifier import Api
 from restrictedmem.service import wire
 from restrictedmem.service.wire import Channel
-from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t, pgoff_t
+from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t
 
 #: KVM_CAP_NR_MEMSLOTS less KVM's own, as a stock x86 kernel reports it.
 MAX_SLOTS: Final = 32764
@@ -29,16 +29,17 @@ _U64_MAX: Final = (1 << 64) - 1
 class VmMemory:
     """Slots, attributes and the fault path of one VM; changed by the VM's thread alone."""
 
-    def __init__(self, service: Channel, api: Api) -> None:
-        self.mmu = Mmu()
+    def __init__(self, engine: Engine, service: Channel, api: Api) -> None:
+        self.slots: tuple[Memslot, ...] = ()
+        self._engine = engine
         self._api = api
         self._service = service
         self._attribute_changes: list[tuple[gfn_t, gfn_t, bool]] = []
 
     # Slots.
 
-    def create_slot(self, region: kvm.kvm_userspace_memory_region_ext, token: bytes, shared_fd: OwnedFd | None) -> Memslot:
-        """Make a slot (KVM_SET_USER_MEMORY_REGION), registering with the service for its private half.
+    def create_slot(self, region: kvm.kvm_userspace_memory_region_ext, token: bytes, shared_fd: OwnedFd | None) -> None:
+        """Make a slot (KVM_SET_USER_MEMORY_REGION), registering with the service for its private half; no vCPU is in the guest.
 
         Raises:
             OSError: EINVAL and EEXIST as v9 and v10 (docs/architecture.md has the rules); EINVAL for a descriptor that is not restricted.
@@ -54,20 +55,20 @@ class VmMemory:
                 shared = self._map_shared(shared_fd, region.userspace_addr, region.memory_size)
             rights = READ | EXEC if region.flags & kvm.KVM_MEM_READONLY else ALL
             slot = Memslot(region.slot, start, npages, private=private, shared=shared, rights=rights)
+            if private is not None and self._api is Api.V9:
+                slot.attributes[:] = bytes([1]) * npages
+            for *change, is_private in self._attribute_changes:
+                first, last = slot.clip(*change)
+                slot.attributes[first - start : last - start] = bytes([is_private]) * (last - first)
+            self._engine.add_slot(slot)
         except BaseException:
             if private is not None:
-                self._unbind(private)
+                private.close()
+            if shared is not None:
+                shared.close()
             raise
-        if private is not None:
-            private.half.lock()
-            if self._api is Api.V9:
-                slot.attributes[:] = bytes([1]) * npages
-        for *change, is_private in self._attribute_changes:
-            first, last = slot.clip(*change)
-            slot.attributes[first - start : last - start] = bytes([is_private]) * (last - first)
-        self.mmu.slots = (*self.mmu.slots, slot)
+        self.slots = (*self.slots, slot)
         self._report()
-        return slot
 
     def _check(self, region: kvm.kvm_userspace_memory_region_ext) -> None:
         gpa, size = region.guest_phys_addr, region.memory_size
@@ -79,25 +80,20 @@ class VmMemory:
             raise OSError(EINVAL, "slot number or guest address is out of range")
         if region.flags & kvm.KVM_MEM_PRIVATE and (region.restricted_offset & PAGE_MASK or region.restricted_offset > _U64_MAX - size):
             raise OSError(EINVAL, "restricted_offset is not page aligned, or wraps")
-        if any(slot.number == region.slot for slot in self.mmu.slots):
+        if any(slot.number == region.slot for slot in self.slots):
             raise OSError(EINVAL, f"slot {region.slot} exists: delete it first")
         start, end = gpa >> PAGE_SHIFT, (gpa + size) >> PAGE_SHIFT
-        taken = [(slot.base_gfn, slot.end_gfn) for slot in self.mmu.slots]
+        taken = [(slot.base_gfn, slot.end_gfn) for slot in self.slots]
         hypercall = HYPERCALL_PAGE >> PAGE_SHIFT
         if any(start < last and end > first for first, last in [*taken, (hypercall, hypercall + 1)]):
             raise OSError(EEXIST, "guest addresses overlap another slot")
 
     def _bind(self, token: bytes, window: PageRange) -> PrivateHalf:
         try:
-            body, fds = self._service.call(wire.BIND, token)
+            return self._engine.bind(token, window)
         except OSError as error:
             # As fget and file_is_restrictedmem failing: EINVAL for both.
             raise OSError(EINVAL if error.errno == EACCES else error.errno, error.strerror) from None
-        number, ino, limit = wire.BINDING.unpack(body)
-        return PrivateHalf(number, ino, fds[0], fds[1], window, limit or None)
-
-    def _unbind(self, private: PrivateHalf) -> None:
-        self._service.call(wire.UNBIND, private.binding.to_bytes(8, "little"))
 
     @staticmethod
     def _map_shared(fd: OwnedFd, offset: int, size: int) -> Half:
@@ -106,33 +102,28 @@ class VmMemory:
             raise OSError(EINVAL, "the shared half ends past its memfd")
         return Half(fd.fileno(), offset, size)
 
-    def delete_slot(self, number: int) -> Memslot:
-        """Take a slot out of the VM; the caller makes every vCPU forget it and then calls ``release``.
+    def delete_slot(self, number: int) -> None:
+        """Delete a slot and unregister its notifier; no vCPU is in the guest.
 
         Raises:
             OSError: EINVAL when there is none.
         """
-        slot = next((slot for slot in self.mmu.slots if slot.number == number), None)
+        slot = next((slot for slot in self.slots if slot.number == number), None)
         if slot is None:
             raise OSError(EINVAL, f"no slot {number}")
-        self.mmu.slots = tuple(other for other in self.mmu.slots if other is not slot)
-        return slot
-
-    def release(self, slot: Memslot) -> None:
-        """Unregister a deleted slot's notifier and unmap its halves."""
-        if slot.private is not None:
-            self._unbind(slot.private)
+        self.slots = tuple(other for other in self.slots if other is not slot)
+        self._engine.remove_slot(slot)
         slot.close()
         self._report()
 
-    def slot_of_binding(self, binding: int) -> Memslot | None:
-        """Return the slot that a binding belongs to; None while the slot is being made or after it was deleted: it has no entries then."""
-        return next((slot for slot in self.mmu.slots if slot.private is not None and slot.private.binding == binding), None)
+    def slot_of(self, gfn: int) -> Memslot | None:
+        """Return the slot that shows a guest page."""
+        return next((slot for slot in self.slots if slot.base_gfn <= gfn < slot.end_gfn), None)
 
     # Attributes.
 
-    def set_attributes(self, api: Api, address: int, size: int, attributes: int, flags: int) -> list[tuple[gfn_t, gfn_t]]:
-        """Make a range private or shared, slots or none; returns the guest pages that every vCPU must drop.
+    def set_attributes(self, api: Api, address: int, size: int, attributes: int, flags: int) -> None:
+        """Make a range private or shared, slots or none; on return no vCPU reaches the other half of it any more.
 
         Raises:
             OSError: EINVAL for unaligned, empty or wrapping ranges, unknown attributes or flags; EOPNOTSUPP for the other posting's call.
@@ -147,13 +138,10 @@ class VmMemory:
         private = bool(attributes)
         kept = [change for change in self._attribute_changes if not (start <= change[0] and change[1] <= end)]
         self._attribute_changes = [*kept, (start, end, private)]
-        changed: list[tuple[gfn_t, gfn_t]] = []
-        for slot in self.mmu.slots:
+        for slot in self.slots:
             first, last = slot.clip(start, end)
             if first < last:
-                self.mmu.set_attributes(slot, first, last, private=private)
-                changed.append((first, last))
-        return changed
+                self._engine.set_attributes(slot, first, last, private=private)
 
     # Launch and statistics.
 
@@ -163,31 +151,22 @@ class VmMemory:
         Raises:
             OSError: EFAULT where the range is not private pages of one slot; ENOSPC, ENOMEM when pages cannot be had.
         """
-        slot = self.mmu.slot_of(gpa >> PAGE_SHIFT)
+        slot = self.slot_of(gpa >> PAGE_SHIFT)
         if slot is None or slot.private is None or gpa + len(data) > slot.end_gfn << PAGE_SHIFT:
             raise OSError(EFAULT, "launch_update: not inside a private slot")
         start, end = gpa >> PAGE_SHIFT, (gpa + len(data) + PAGE_SIZE - 1) >> PAGE_SHIFT
         if slot.attributes.count(0, start - slot.base_gfn, end - slot.base_gfn):
             raise OSError(EFAULT, "launch_update: pages are shared")
-        slot.private.pages.get_pages(PageRange(slot.pgoff_of(start), pgoff_t(slot.pgoff_of(start) + end - start)))
-        slot.private.half.write(gpa - (slot.base_gfn << PAGE_SHIFT), data)
+        self._engine.launch_update(slot, gpa, data)
 
     def statistics(self) -> dict[str, object]:
-        """Return counts of pages, faults and invalidations, and what is locked."""
-        halves = [slot.private for slot in self.mmu.slots if slot.private is not None]
-        counters = self.mmu.counters
+        """Return sizes, what is locked, and who pays for it."""
+        halves = [slot.private for slot in self.slots if slot.private is not None]
         return {
             "pid": os.getpid(),
-            "pages_taken": sum(half.pages.taken for half in halves),
-            "faults_private": counters.faults_private,
-            "faults_shared": counters.faults_shared,
-            "fault_retries": counters.retries,
-            "invalidations": counters.invalidations,
-            "entries_zapped": counters.zapped,
-            "pages_freed": counters.freed,
-            "private_bytes": sum(half.half.size for half in halves),
-            "locked_bytes": sum(half.half.locked for half in halves),
-            "unlocked_because": next((half.half.unlocked_because for half in halves if half.half.unlocked_because), ""),
+            "private_bytes": sum(len(half.window) << PAGE_SHIFT for half in halves),
+            "locked_bytes": sum(half.locked for half in halves),
+            "unlocked_because": next((half.unlocked_because for half in halves if half.unlocked_because), ""),
             "memlock_limit": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
             "swap": swap_exists(),
             "cgroup": cgroup(),

@@ -5,8 +5,11 @@ address of the caller or a restricted descriptor, which mean nothing in another 
 """
 
 import ctypes
+import json
 import struct
-from typing import Final
+from dataclasses import asdict, dataclass
+from errno import EINVAL
+from typing import Final, Self
 
 from restrictedmem.abi import kvm
 from restrictedmem.service.wire import Call
@@ -38,3 +41,34 @@ COMPLETION: Final = struct.Struct("=Q")
 #: Guest physical address of the bytes that follow.
 LAUNCH: Final = struct.Struct("=Q")
 TOKEN_OFFSET: Final = ctypes.sizeof(kvm.kvm_userspace_memory_region_ext)
+
+#: Policy bit: registers and private memory are open to the owner. In the measurement, so that it cannot be hidden.
+POLICY_DEBUG: Final = 1 << 0
+ENGINES: Final = ("auto", "kernel", "software")
+
+
+@dataclass(frozen=True, slots=True)
+class Creation:
+    """What an owner decides when it makes a VM (KVM_CREATE_VM): the arguments of SPAWN, as JSON."""
+
+    engine: str = "auto"
+    policy: int = 0
+
+    def dump(self) -> str:
+        """Return the body of SPAWN after the consumer's name."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def load(cls, text: str) -> Self:
+        """Read what ``dump`` wrote.
+
+        Raises:
+            OSError: EINVAL for an unknown engine or policy, or another shape.
+        """
+        try:
+            found = cls(**json.loads(text or "{}"))
+        except (TypeError, ValueError) as error:
+            raise OSError(EINVAL, f"KVM_CREATE_VM: {error}") from None
+        if found.engine not in ENGINES or type(found.policy) is not int or found.policy & ~POLICY_DEBUG:
+            raise OSError(EINVAL, f"KVM_CREATE_VM: engine {found.engine!r}, policy {found.policy!r}")
+        return found

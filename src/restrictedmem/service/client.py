@@ -128,8 +128,8 @@ class Service:
             raise OSError(error.errno, f"restricted descriptor {fd}: {os.strerror(error.errno or 0)}") from None
         return token
 
-    def spawn(self, consumer: str) -> socket.socket:
-        """Start a consumer of a kind the service trusts; returns the socket it serves the caller on.
+    def spawn(self, consumer: str, arguments: str = "") -> socket.socket:
+        """Start a consumer of a kind the service trusts, with arguments that it understands; returns the socket it serves the caller on.
 
         Raises:
             OSError: EINVAL for a kind it does not know; ENOTCONN when the service is gone.
@@ -137,7 +137,7 @@ class Service:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
-                self._call(wire.SPAWN, consumer.encode(), [theirs.fileno()])
+                self._call(wire.SPAWN, f"{consumer} {arguments}".encode(), [theirs.fileno()])
         except BaseException:
             ours.close()
             raise

@@ -10,9 +10,10 @@ from restrictedmem.service import wire
 from restrictedmem.service.wire import Call, Channel
 from restrictedmem.units import pgoff_t
 
-#: Programs that may hold restricted memory: each a module with ``preload()`` and ``serve(owner, service, notify, options)``, imported in
+#: Programs that may hold restricted memory: each a module with ``preload()`` and ``serve(owner, service, notify, options,
+#: arguments)``, imported in
 #: its own process, or before when that is to be another user's.
-CONSUMERS: Final = {"kvm": "restrictedmem.kvm.engine"}
+CONSUMERS: Final = {"kvm": "restrictedmem.kvm.process"}
 
 
 @final

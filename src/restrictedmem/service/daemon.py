@@ -219,7 +219,8 @@ class Service:
 
     # Consumers.
 
-    def _spawn(self, name: str, owner: socket.socket) -> int:
+    def _spawn(self, name_and_arguments: str, owner: socket.socket) -> int:
+        name, _, arguments = name_and_arguments.partition(" ")
         with owner:
             if name not in CONSUMERS:
                 raise OSError(EINVAL, f"no such consumer: {name}")
@@ -237,7 +238,7 @@ class Service:
             )
             requests, notify = consumer.give_sockets()
             with requests, notify:
-                self._spawner.post(wire.FORK, f"{number} {name}".encode(), [owner.fileno(), requests.fileno(), notify.fileno()])
+                self._spawner.post(wire.FORK, f"{number} {name} {arguments}".encode(), [owner.fileno(), requests.fileno(), notify.fileno()])
         return number
 
     def _dispatch_consumer(self, consumer: Consumer, message: Message) -> None:

@@ -76,15 +76,15 @@ class _Spawner:
         if message is None:
             return False
         if message.number == wire.FORK.number:
-            number, name = message.body.decode().split()
-            pidfd = self._consumer(name, message.fds)
+            number, name, arguments = message.body.decode().split(" ", 2)
+            pidfd = self._consumer(name, arguments, message.fds)
             self._pidfds[int(number)] = pidfd
             poll.register(pidfd.fileno(), select.POLLIN)
         elif message.number == wire.KILL.number and int(message.body) in self._pidfds:
             signal.pidfd_send_signal(self._pidfds[int(message.body)].fileno(), signal.SIGKILL)
         return True
 
-    def _consumer(self, name: str, fds: list[OwnedFd]) -> OwnedFd:
+    def _consumer(self, name: str, arguments: str, fds: list[OwnedFd]) -> OwnedFd:
         owner, service, notify = (socket.socket(fileno=fd.detach()) for fd in fds)
 
         def serve() -> None:
@@ -93,7 +93,7 @@ class _Spawner:
             process.set_name(f"rmem-{name}")
             # A scheduling group of its own (sched_autogroup): a guest that never rests must not share the service's.
             os.setsid()
-            importlib.import_module(CONSUMERS[name]).serve(owner, service, notify, self._options)
+            importlib.import_module(CONSUMERS[name]).serve(owner, service, notify, self._options, arguments)
 
         child = _fork(serve)
         for sock in (owner, service, notify):

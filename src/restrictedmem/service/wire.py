@@ -37,7 +37,7 @@ CONNECT: Final = Call("CONNECT", 1)
 TOKEN: Final = Call("TOKEN", 2)
 """Reply: a one-time token, to be presented by ioctl on a descriptor."""
 SPAWN: Final = Call("SPAWN", 3)
-"""Body: name of a consumer; descriptor 0 is the socket it serves its owner on. Reply: its number."""
+"""Body: name of a consumer, a space, its arguments; descriptor 0 is the socket it serves its owner on. Reply: its number."""
 STATUS: Final = Call("STATUS", 4)
 """Reply: descriptor 0 is a memfd with the service's state as JSON."""
 
@@ -61,7 +61,7 @@ INVALIDATE_END: Final = Call("INVALIDATE_END", 33)
 
 # The service to its spawner; neither has a reply.
 FORK: Final = Call("FORK", 48)
-"""Body: ``number name``. Descriptors: the owner's socket, the consumer's end to the service, the end it is notified on."""
+"""Body: ``number name arguments``. Descriptors: the owner's socket, the consumer's end to the service, the end it is notified on."""
 KILL: Final = Call("KILL", 49)
 """Body: ``number``."""
 

@@ -77,7 +77,7 @@ class PhysicalMemory:
     def add(self, slot: Memslot) -> None:
         """Put a slot's halves into physical memory."""
         shared = None if slot.shared is None else self._map(slot.shared)
-        private = None if slot.private is None else self._map(slot.private.half)
+        private = None if slot.private is None else self._map(slot.memfd_half.half)
         self._windows.append(Window(slot, shared, private))
         self._uc.flush_tlb()
 

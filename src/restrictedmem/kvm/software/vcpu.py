@@ -14,7 +14,7 @@ from enum import Enum
 from errno import EACCES, EFAULT
 from typing import Final, final
 
-from restrictedmem.abi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE, ExitReason
+from restrictedmem.abi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE, ExitReason, kvm_regs
 from restrictedmem.kvm import exits
 from restrictedmem.kvm.exits import Exit
 from restrictedmem.kvm.guest_abi import GPA_BITS, HYPERCALL_PAGE
@@ -64,7 +64,7 @@ class _Stop(Enum):
 
 @final
 class SoftwareVcpu:
-    """One vCPU on Unicorn (``Engine``)."""
+    """One vCPU on Unicorn (``VcpuEngine``)."""
 
     def __init__(self, mmu: Mmu) -> None:
         """Make a vCPU in its reset state, without slots.
@@ -122,16 +122,16 @@ class SoftwareVcpu:
     # Slots.
 
     def add_slot(self, slot: Memslot) -> None:
-        """Make a slot's halves reachable (``Engine``)."""
+        """Make a slot's halves reachable."""
         self._memory.add(slot)
 
     def remove_slot(self, slot: Memslot) -> None:
-        """Forget a slot and whatever was cached of it (``Engine``)."""
+        """Forget a slot and whatever was cached of it."""
         self._memory.remove(slot)
         self._forget_window()
 
     def drop(self, start: gfn_t, end: gfn_t) -> None:
-        """Forget cached translations and translated code of a range of guest pages (``Engine``)."""
+        """Forget cached translations and translated code of a range of guest pages (``VcpuEngine``)."""
         self._memory.drop(start, end)
 
     # TLB misses.
@@ -271,18 +271,19 @@ class SoftwareVcpu:
 
     # Running.
 
-    def set_entry(self, rip: int, rsp: int, rdi: int) -> None:
-        """Set where the guest starts, its stack and its argument; every other register is what it is at reset (``Engine``)."""
+    def set_regs(self, regs: kvm_regs) -> None:
+        """Set where the guest starts; every other register is what it is at reset (``VcpuEngine``)."""
         self._reset.restore()
-        self._uc.write(unicorn.RIP, rip)
-        self._uc.write(unicorn.RSP, rsp)
-        self._uc.write(unicorn.RDI, rdi)
+        self._uc.write(unicorn.RIP, regs.rip)
+        self._uc.write(unicorn.RSP, regs.rsp)
+        self._uc.write(unicorn.RDI, regs.rdi)
+        self._uc.write(unicorn.RSI, regs.rsi)
         self._asked = self._io_answer = self._ended = None
         self._finish_instruction()
         self._stores.clear()
 
     def complete(self, value: int) -> None:
-        """Give the value that the last exit asked for; ignored when it asked for none (``Engine``)."""
+        """Give the value that the last exit asked for; ignored when it asked for none (``VcpuEngine``)."""
         asked, self._asked = self._asked, None
         match asked:
             case exits.Hypercall():
@@ -295,8 +296,12 @@ class SoftwareVcpu:
             case None:
                 pass
 
+    def settle(self) -> None:
+        """Wait until no invalidation is in progress (``VcpuEngine``)."""
+        self._mmu.wait_settled()
+
     def run(self) -> Exit | None:
-        """Run guest code until it exits (``Engine``); an exit that asked for a value and got none comes again."""
+        """Run guest code until it exits (``VcpuEngine``); an exit that asked for a value and got none comes again."""
         if self._ended is not None:
             return self._ended
         if self._unfinished:
@@ -309,7 +314,7 @@ class SoftwareVcpu:
         return self._stores.popleft()
 
     def kick(self) -> None:
-        """Make ``run`` return soon (``Engine``)."""
+        """Make ``run`` return soon (``VcpuEngine``)."""
         self._uc.stop()
 
     def _start(self) -> None:
