@@ -23,7 +23,7 @@ class RestrictedFile:
     operation and end (Sean Christopherson's order), so nobody can register or unregister in between and leave a pair unbalanced.
     """
 
-    __slots__ = ("_mutex", "_notifiers", "_notifiers_sem", "_references", "_sequence", "api", "backing", "inode", "size")
+    __slots__ = ("_mutex", "_notifiers", "_notifiers_sem", "_references", "_sequence", "api", "backing", "holder", "inode", "size")
 
     def __init__(self, api: Api, backing: Backing, inode: Inode) -> None:
         """Make an empty file of size 0, held by one reference: the caller's."""
@@ -32,6 +32,8 @@ class RestrictedFile:
         self.inode = inode
         #: Bytes; under ``_mutex`` for writing.
         self.size = 0
+        #: Whose content the pages hold: a number of whoever registers notifiers, None for nobody's yet.
+        self.holder: int | None = None
         self._mutex = sync.mutex()
         self._notifiers_sem = sync.RwSem()
         self._notifiers: tuple[Notifier, ...] = ()

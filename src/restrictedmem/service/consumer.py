@@ -1,14 +1,16 @@
 """The service's side of a consumer process: its bindings, and the notifier that reaches it."""
 
+import select
 import socket
 from collections.abc import Callable
+from errno import EINVAL
 from typing import Final, final
 
 from restrictedmem import sync
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.service import wire
 from restrictedmem.service.wire import Call, Channel
-from restrictedmem.units import pgoff_t
+from restrictedmem.units import MAX_FILE_BYTES, pgoff_t
 
 #: Programs that may hold restricted memory: each a module with ``preload()`` and ``serve(owner, service, notify, options,
 #: arguments)``, imported in
@@ -83,8 +85,29 @@ class Consumer:
             self._gone = True
         self._failed(self, reason)
 
+    def holds(self, file: RestrictedFile) -> bool:
+        """Say whether a file is bound here."""
+        return any(binding.file is file for binding in self.bindings.values())
+
+    def has_hung_up(self, timeout: float) -> bool:
+        """Wait for the consumer's process to end, at most so many seconds, and say whether it has."""
+        poll = select.poll()
+        poll.register(self.requests.fileno(), select.POLLRDHUP)
+        return bool(poll.poll(timeout * 1000))
+
     def bind(self, ino: int, file: RestrictedFile) -> Binding:
-        """Register a notifier on a file and hold the file for it."""
+        """Register a notifier on a file and hold the file for it.
+
+        A page is one VM's, as the RMP or a key of its own make it on hardware: what another consumer left in the file goes first.
+
+        Raises:
+            OSError: EINVAL while another consumer has the file.
+        """
+        if file.holder not in (None, self.number):
+            if file.notifier_count:
+                raise OSError(EINVAL, "another VM has the descriptor")
+            file.backing.punch(0, MAX_FILE_BYTES)
+        file.holder = self.number
         binding = Binding(self, self._next_binding, ino, file)
         file.register_notifier(binding)
         file.get()

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from errno import EACCES, EINVAL, EIO, ENOENT, EPROTO
+from functools import partial
 from typing import TYPE_CHECKING, Final, final
 
 from restrictedmem import sync
@@ -41,6 +42,8 @@ STATUS_NAME: Final = "\0restrictedmem/{pid}"
 _SPARE_FDS: Final = 256
 #: Tokens that one connection may have asked for and not used.
 _MAX_TOKENS: Final = 64
+#: Seconds that a consumer's process may take to end after its owner has let go of it.
+_LINGER: Final = 0.2
 
 
 def run(owner: Channel, spawner: Channel, options: "Options", origin: "Origin") -> None:
@@ -228,18 +231,17 @@ class Service:
             self._next_consumer += 1
             consumer = Consumer(name, number, self._options.deadline, self._consumer_failed)
             self._consumers[number] = consumer
-            self._watch(
-                consumer.requests,
-                lambda: self._serve(
-                    consumer.requests,
-                    lambda message: self._dispatch_consumer(consumer, message),
-                    lambda: self._end_consumer(consumer),
-                ),
-            )
+            self._watch(consumer.requests, lambda: self._serve_consumer(consumer))
             requests, notify = consumer.give_sockets()
             with requests, notify:
                 self._spawner.post(wire.FORK, f"{number} {name} {arguments}".encode(), [owner.fileno(), requests.fileno(), notify.fileno()])
         return number
+
+    def _serve_consumer(self, consumer: Consumer) -> None:
+        # Another request of the same round of the selector may have ended it.
+        if consumer.number in self._consumers:
+            dispatch = partial(self._dispatch_consumer, consumer)
+            self._serve(consumer.requests, dispatch, lambda: self._end_consumer(consumer))
 
     def _dispatch_consumer(self, consumer: Consumer, message: Message) -> None:
         if message.number == wire.BIND.number:
@@ -264,11 +266,19 @@ class Service:
             del self._tokens[token]
         ino, file = proved
         try:
+            self._end_those_gone(consumer, file)
             fds = [file.backing.fileno(), file.sequence().fd.fileno()]
             binding = consumer.bind(ino, file)
             consumer.requests.reply(wire.BINDING.pack(binding.number, ino, file.backing.limit or 0), fds)
         finally:
             file.put()
+
+    def _end_those_gone(self, consumer: Consumer, file: RestrictedFile) -> None:
+        """End other consumers of a file whose process ended, or is about to: their owner let go of them a moment ago."""
+        for other in list(self._consumers.values()):
+            if other is not consumer and other.holds(file) and other.has_hung_up(_LINGER):
+                self._selector.unregister(other.requests)
+                self._end_consumer(other)
 
     def _consumer_failed(self, consumer: Consumer, reason: str) -> None:
         # Called by a FUSE thread in the middle of an invalidation, which holds the file's semaphore: the rest is the control thread's.

@@ -1,0 +1,85 @@
+"""A page is one VM's: what hardware does by the RMP or a key for each VM, the service does by who may bind a file."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from restrictedmem.kvm import exits
+from restrictedmem.kvm.vm import Vm
+from restrictedmem.service.client import Service
+
+pytestmark = pytest.mark.requires("fuse")
+
+GPA = 0x4000_0000
+MIB = 1 << 20
+PAGE = 4096
+EINVAL = 22
+SECRET = 0x5A
+# mov al, 0x5a; mov [0x40001000], al; out 0x42, al
+WRITER = bytes.fromhex("b05a 8804 25 00100040 e642")
+# mov al, [0x40001000]; out 0x42, al
+READER = bytes.fromhex("8a04 25 00100040 e642")
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    with Service.start() as found:
+        yield found
+
+
+@pytest.fixture
+def fd(service: Service) -> Iterator[int]:
+    found = service.memfd_restricted()
+    os.ftruncate(found, MIB)
+    yield found
+    os.close(found)
+
+
+def bind(vm: Vm, fd: int) -> None:
+    vm.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=MIB, restricted_fd=fd)
+    vm.set_memory_attributes(GPA, MIB, private=True)
+
+
+def run(vm: Vm, code: bytes) -> exits.Exit:
+    vm.launch_update(GPA, code.ljust(PAGE, b"\0"))
+    with vm.create_vcpu() as vcpu:
+        vcpu.set_regs(rip=GPA)
+        return vcpu.run()
+
+
+def test_a_second_vm_is_refused_while_the_first_is_there(service: Service, fd: int) -> None:
+    with Vm(service, engine="software") as first, Vm(service, engine="software") as second:
+        bind(first, fd)
+        with pytest.raises(OSError) as caught:
+            bind(second, fd)
+        assert caught.value.errno == EINVAL
+        # The first one lost nothing by it.
+        assert run(first, WRITER) == exits.PortOut(0x42, 1, SECRET)
+
+
+def test_a_later_vm_finds_nothing_of_the_earlier(service: Service, fd: int) -> None:
+    with Vm(service, engine="software") as first:
+        bind(first, fd)
+        assert run(first, WRITER) == exits.PortOut(0x42, 1, SECRET)
+    with Vm(service, engine="software") as second:
+        bind(second, fd)
+        assert run(second, READER) == exits.PortOut(0x42, 1, 0)
+
+
+def test_a_slot_of_the_same_vm_finds_what_it_left(service: Service, fd: int) -> None:
+    with Vm(service, engine="software") as vm:
+        bind(vm, fd)
+        vm.launch_update(GPA, READER.ljust(PAGE, b"\0") + bytes([SECRET]) * PAGE)
+        vm.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=0)
+        bind(vm, fd)
+        with vm.create_vcpu() as vcpu:
+            vcpu.set_regs(rip=GPA)
+            assert vcpu.run() == exits.PortOut(0x42, 1, SECRET)
+
+
+def test_what_the_owner_allocated_stays(service: Service, fd: int) -> None:
+    os.posix_fallocate(fd, 0, MIB)
+    with Vm(service, engine="software") as vm:
+        bind(vm, fd)
+    assert os.fstat(fd).st_blocks * 512 == MIB
