@@ -29,7 +29,7 @@ from restrictedmem.abi._struct import c_struct, codec, u16, u32, u64
 from restrictedmem.fd import OwnedFd
 from restrictedmem.units import PAGE_SIZE
 
-_LINUX = "audit capability falloc filter fs fuse io_uring kvm memfd mman mount prctl sched seccomp userfaultfd"
+_LINUX = "audit capability falloc filter fs errno fuse io_uring kvm kvm_para memfd mman mount prctl sched seccomp userfaultfd"
 HEADERS = [*(f"linux/{name}.h" for name in _LINUX.split()), "asm/unistd.h"]
 
 #: What each enumeration's members are called in C.
@@ -56,6 +56,17 @@ C_NAMES = {
     "cap_header": "struct __user_cap_header_struct",
     "fuse_statfs_out": "struct fuse_kstatfs",
     "kvm_userspace_memory_region_ext": "struct kvm_userspace_memory_region",
+    **{
+        f"kvm_exit_{name}": f"__typeof__(((struct kvm_run *)0)->{member})"
+        for name, member in {
+            "unknown": "hw",
+            "exception": "ex",
+            **{
+                name: name for name in ("fail_entry", "io", "debug", "mmio", "hypercall", "internal", "system_event", "msr", "memory_fault")
+            },
+        }.items()
+    },
+    **{f"kvm_vcpu_{name}": f"__typeof__(((struct kvm_vcpu_events *)0)->{name})" for name in ("exception", "interrupt", "nmi", "smi")},
 }
 #: Structs of which only the part before another struct is declared here, and one that is no kernel's.
 C_SIZES = {
@@ -66,10 +77,13 @@ C_SIZES = {
 C_FIELDS = {
     **{f"cap_data.{name}": f"low.{name}" for name in ("effective", "permitted", "inheritable")},
     **{f"cap_data.{name}_high": f"high.{name}" for name in ("effective", "permitted", "inheritable")},
+    "kvm_guest_debug.debugreg": "arch.debugreg",
+    "kvm_run.exit": "hw",
+    "kvm_vcpu_events.triple_fault_pending": "triple_fault.pending",
     **{f"seccomp_data.arg{number}": f"args[{number}]" for number in range(6)},
 }
 #: This package's choices, which no header has.
-OURS = {"KERNEL_MINOR_VERSION", "OLDEST_MINOR_VERSION"}
+OURS = {"KERNEL_MINOR_VERSION", "OLDEST_MINOR_VERSION", "ZERO"}
 #: Names newer than some headers that are about, with their values and the kernel that has them.
 RECORDED = {
     "cachestat": (40, "6.5"),
@@ -127,12 +141,31 @@ RECORDED = {
     "KVM_SET_MEMORY_ATTRIBUTES": (0x4020_AED2, "6.8"),
     "kvm_memory_attributes": (32, "6.8"),
     **{f"kvm_memory_attributes.{name}": (at * 8, "6.8") for at, name in enumerate(("address", "size", "attributes", "flags"))},
+    "KVM_X86_QUIRK_SLOT_ZAP_ALL": (1 << 7, "6.12"),
+    "KVM_MEM_GUEST_MEMFD": (4, "6.8"),
+    "KVM_SET_USER_MEMORY_REGION2": (0x40A0_AE49, "6.8"),
+    "kvm_userspace_memory_region2": (160, "6.8"),
+    "kvm_userspace_memory_region2.slot": (0, "6.8"),
+    "kvm_userspace_memory_region2.flags": (4, "6.8"),
+    "kvm_userspace_memory_region2.guest_phys_addr": (8, "6.8"),
+    "kvm_userspace_memory_region2.memory_size": (16, "6.8"),
+    "kvm_userspace_memory_region2.userspace_addr": (24, "6.8"),
+    "kvm_userspace_memory_region2.guest_memfd_offset": (32, "6.8"),
+    "kvm_userspace_memory_region2.guest_memfd": (40, "6.8"),
+    "KVM_X86_DEFAULT_VM": (0, "6.8"),
+    "KVM_X86_SW_PROTECTED_VM": (1, "6.8"),
+    "KVM_PRE_FAULT_MEMORY": (0xC040_AED5, "6.11"),
+    "kvm_pre_fault_memory": (64, "6.11"),
+    **{f"kvm_pre_fault_memory.{name}": (at * 8, "6.11") for at, name in enumerate(("gpa", "size", "flags"))},
+    "kvm_exit_memory_fault": (24, "6.8"),
+    **{f"kvm_exit_memory_fault.{name}": (at * 8, "6.8") for at, name in enumerate(("flags", "gpa", "size"))},
     "KVM_MEMORY_ATTRIBUTE_PRIVATE": (8, "6.8"),
     "KVM_MEMORY_EXIT_FLAG_PRIVATE": (8, "6.8"),
     "GUEST_MEMFD_FLAG_MMAP": (1, "6.18"),
     "GUEST_MEMFD_FLAG_INIT_SHARED": (2, "6.18"),
     # Of the v9 and v10 postings, in no kernel.
     "KVM_MEM_PRIVATE": (4, "v10"),
+    "KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES_REQUEST": (0x8008_AED2, "v10"),
     "kvm_userspace_memory_region_ext": (160, "v10"),
     "kvm_userspace_memory_region_ext.restricted_offset": (32, "v10"),
     "kvm_userspace_memory_region_ext.restricted_fd": (40, "v10"),
@@ -213,7 +246,7 @@ def ask_headers(expressions: dict[str, str], folder: Path) -> dict[str, int]:
 @pytest.mark.requires("cc")
 def test_structs_and_numbers_are_the_headers(tmp_path: Path) -> None:
     ours = declared()
-    assert len(ours) > 250
+    assert len(ours) > 550
     theirs = ask_headers({name: expression for name, (_, expression) in ours.items()}, tmp_path)
     wrong = {name: (value, theirs[name]) for name, (value, _) in ours.items() if name in theirs and theirs[name] != value}
     assert wrong == {}, "name: (here, header)"

@@ -9,7 +9,18 @@ import restrictedmem
 
 SOURCE = Path(restrictedmem.__file__).parent
 #: From the top down; a module may import from its own layer and those below it.
-LAYERS = (("cli", "__main__"), ("kvm",), ("machine",), ("service",), ("guests",), ("fs",), ("mm",), ("abi", "fd", "units", "sync"))
+LAYERS = (
+    ("cli", "__main__"),
+    ("audit",),
+    ("kvm",),
+    ("machine",),
+    ("service",),
+    ("guests",),
+    ("fs",),
+    ("mm",),
+    ("devkvm",),
+    ("abi", "fd", "units", "sync"),
+)
 #: These meet nothing of the others in their own layer.
 ROOT = "restrictedmem"
 

@@ -7,10 +7,9 @@ import warnings
 from collections.abc import Sequence
 from errno import EMSGSIZE
 from types import TracebackType
-from typing import Self, final
+from typing import Self
 
 
-@final
 class OwnedFd:
     """One file descriptor with one owner: closed on exit of ``with``, by ``close``, or (with a warning) when collected.
 
@@ -63,7 +62,7 @@ class OwnedFd:
             self.close()
 
     def __repr__(self) -> str:
-        return f"OwnedFd({self._fd})"
+        return f"{type(self).__name__}({self._fd})"
 
 
 def send_with_fds(sock: socket.socket, data: bytes, fds: Sequence[int] = (), flags: int = 0) -> None:

@@ -1,12 +1,11 @@
 """ioctl requests, computed from magic, number, direction and argument size as <asm-generic/ioctl.h> does."""
 
 import ctypes
-import fcntl
-import os
 from dataclasses import dataclass
 from enum import IntFlag
-from errno import EIO
-from typing import Generic, Protocol, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
+
+from restrictedmem.abi._syscall import libc, raise_errno
 
 
 class HasFileno(Protocol):
@@ -24,6 +23,9 @@ class Dir(IntFlag):
     WRITE = 1
     READ = 2
 
+
+#: ioctl(2) itself, returning -1 with the errno in ``ctypes.get_errno()``. fcntl.ioctl would not do: it takes no integer beyond 31 bits.
+raw_ioctl: Final = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p, use_errno=True)(("ioctl", libc))
 
 A = TypeVar("A", bound=ctypes.Structure)
 
@@ -49,7 +51,7 @@ class Ioctl(Generic[A]):
         Raises:
             OSError: the kernel's errno, with the request's name.
         """
-        return _ioctl(self.name, fd, self.request, argument)
+        return _ioctl(self.name, fd, self.request, ctypes.byref(argument))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +76,8 @@ class IoctlInt:
         return _ioctl(self.name, fd, self.request, argument)
 
 
-def _ioctl(name: str, fd: HasFileno | int, request: int, argument: ctypes.Structure | int) -> int:
-    try:
-        # A ctypes struct is a writable buffer, so fcntl passes its own address for up to 1024 bytes through a copy it writes back.
-        return fcntl.ioctl(fd, request, argument)
-    except OSError as error:
-        number = error.errno or EIO
-        raise OSError(number, f"{name}: {os.strerror(number)}") from None
+def _ioctl(name: str, fd: HasFileno | int, request: int, argument: object) -> int:
+    result: int = raw_ioctl(fd if isinstance(fd, int) else fd.fileno(), request, argument)
+    if result < 0:
+        raise_errno(name)
+    return result

@@ -7,7 +7,7 @@ see, and refuses a layout whose size is not the one the kernel header has.
 import ctypes
 import struct
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Final, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
 u8 = Annotated[int, ctypes.c_uint8]
 u16 = Annotated[int, ctypes.c_uint16]
@@ -25,7 +25,10 @@ _CODES = {
     ctypes.c_int64: "q",
 }
 
-S = TypeVar("S", bound=ctypes.Structure)
+#: Default of a field that is a struct or an array and may be left out: zeroes.
+ZERO: Final[Any] = 0
+
+S = TypeVar("S", bound=ctypes.Structure | ctypes.Union)
 
 
 def _ctype(annotation: Any) -> Any:
@@ -34,7 +37,7 @@ def _ctype(annotation: Any) -> Any:
 
 @dataclass_transform(kw_only_default=True)
 def c_struct(*, size: int) -> Callable[[type[S]], type[S]]:
-    """Give a subclass of ``ctypes.Structure`` the fields its annotations name, in order.
+    """Give a subclass of ``ctypes.Structure`` or ``ctypes.Union`` the fields its annotations name, in order.
 
     ``size`` is ``sizeof`` in C, in bytes. A default of 0 in the class body says that the field may be left out.
 

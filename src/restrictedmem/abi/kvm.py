@@ -1,7 +1,7 @@
-"""<linux/kvm.h>: ioctls and structs of KVM, of guest_memfd, and of the v9 and v10 postings.
+"""<linux/kvm.h>: ioctls and structs of /dev/kvm, of VMs, of guest_memfd, and of the v9 and v10 postings.
 
-Numbers are those of the header, or of the posting where it never reached a header. The same numbers and structs are what an owner sends
-to an engine process (docs/wire-protocol.md).
+What is x86's is in ``kvm_x86``, what a vCPU shares with its process in ``kvm_run``. Numbers are those of the header, or of the posting
+where it never reached a header. The same numbers and structs are what an owner sends to an engine process (docs/wire-protocol.md).
 """
 
 import ctypes
@@ -9,13 +9,18 @@ from enum import IntEnum
 from typing import Annotated, Final
 
 from restrictedmem.abi._ioctl import Dir, Ioctl, IoctlInt
-from restrictedmem.abi._struct import c_struct, u32, u64
+from restrictedmem.abi._struct import ZERO, c_struct, u32, u64
 
 KVMIO: Final = 0xAE
 
+#: <errno.h>: memory that the machine has lost. Python has no name for it.
+EHWPOISON: Final = 133
+
 #: Slot flag of v9 and v10: the slot has a private half in a restricted descriptor. (guest_memfd reuses the bit: KVM_MEM_GUEST_MEMFD.)
 KVM_MEM_PRIVATE: Final = 1 << 2
+KVM_MEM_LOG_DIRTY_PAGES: Final = 1 << 0
 KVM_MEM_READONLY: Final = 1 << 1
+KVM_MEM_GUEST_MEMFD: Final = 1 << 2
 #: In ``kvm_memory_fault.flags``: the access was private (v10 and merged; bit 0 in v9).
 KVM_MEMORY_EXIT_FLAG_PRIVATE: Final = 1 << 3
 
@@ -24,10 +29,39 @@ KVM_MEMORY_ATTRIBUTE_PRIVATE: Final = 1 << 3
 GUEST_MEMFD_FLAG_MMAP: Final = 1 << 0
 GUEST_MEMFD_FLAG_INIT_SHARED: Final = 1 << 1
 
+#: Types of KVM_CREATE_VM; ``Cap.VM_TYPES`` has a bit for each that the kernel offers.
+KVM_X86_DEFAULT_VM: Final = 0
+KVM_X86_SW_PROTECTED_VM: Final = 1
+
+#: Number of the hypercall by which a guest asks for a conversion: gpa, pages, attributes (KVM_EXIT_HYPERCALL).
+KVM_HC_MAP_GPA_RANGE: Final = 12
+
+
+#: v9's capability of private memory, in whose place v10 put KVM_CAP_MEMORY_ATTRIBUTES; later kernels gave the number to another.
+KVM_CAP_PRIVATE_MEM: Final = 224
+
 
 class Cap(IntEnum):
-    """``KVM_CAP_*`` that decide what a machine can do here."""
+    """``KVM_CAP_*``: what KVM_CHECK_EXTENSION is asked for."""
 
+    USER_MEMORY = 3
+    SET_TSS_ADDR = 4
+    NR_VCPUS = 9
+    NR_MEMSLOTS = 10
+    MP_STATE = 14
+    INTERNAL_ERROR_DATA = 40
+    VCPU_EVENTS = 41
+    XSAVE = 55
+    XCRS = 56
+    MAX_VCPUS = 66
+    SYNC_REGS = 74
+    READONLY_MEM = 81
+    CHECK_EXTENSION_VM = 105
+    MAX_VCPU_ID = 128
+    IMMEDIATE_EXIT = 136
+    X86_USER_SPACE_MSR = 188
+    EXIT_HYPERCALL = 201
+    DISABLE_QUIRKS2 = 213
     USER_MEMORY2 = 231
     MEMORY_FAULT_INFO = 232
     MEMORY_ATTRIBUTES = 233
@@ -44,10 +78,17 @@ class ExitReason(IntEnum):
     EXCEPTION = 1
     IO = 2
     HYPERCALL = 3
+    DEBUG = 4
     HLT = 5
     MMIO = 6
+    IRQ_WINDOW_OPEN = 7
     SHUTDOWN = 8
+    FAIL_ENTRY = 9
+    INTR = 10
     INTERNAL_ERROR = 17
+    SYSTEM_EVENT = 24
+    X86_RDMSR = 29
+    X86_WRMSR = 30
     MEMORY_FAULT = 39
 
 
@@ -64,6 +105,32 @@ class kvm_userspace_memory_region_ext(ctypes.Structure):
     restricted_fd: u32 = 0
     pad1: u32 = 0
     pad2: Annotated[object, ctypes.c_uint64 * 14] = 0
+
+
+@c_struct(size=32)
+class kvm_userspace_memory_region(ctypes.Structure):
+    """A slot on memory of the caller; bytes."""
+
+    slot: u32
+    flags: u32
+    guest_phys_addr: u64
+    memory_size: u64
+    userspace_addr: u64
+
+
+@c_struct(size=160)
+class kvm_userspace_memory_region2(ctypes.Structure):
+    """A slot that may have a guest_memfd beside, or instead of, memory of the caller; bytes."""
+
+    slot: u32
+    flags: u32
+    guest_phys_addr: u64
+    memory_size: u64
+    userspace_addr: u64
+    guest_memfd_offset: u64 = 0
+    guest_memfd: u32 = 0
+    pad1: u32 = 0
+    pad2: Annotated[object, ctypes.c_uint64 * 14] = ZERO
 
 
 @c_struct(size=144)
@@ -114,6 +181,33 @@ class kvm_memory_attributes(ctypes.Structure):
     flags: u64 = 0
 
 
+@c_struct(size=64)
+class kvm_pre_fault_memory(ctypes.Structure):
+    """Bytes of guest physical memory to map; the kernel moves ``gpa`` and ``size`` on to what is left."""
+
+    gpa: u64
+    size: u64
+    flags: u64 = 0
+    padding: Annotated[object, ctypes.c_uint64 * 5] = ZERO
+
+
+@c_struct(size=104)
+class kvm_enable_cap(ctypes.Structure):
+    """A capability to turn on, and its arguments."""
+
+    cap: u32
+    flags: u32 = 0
+    args: Annotated[ctypes.Array[ctypes.c_uint64], ctypes.c_uint64 * 4] = ZERO
+    pad: Annotated[object, ctypes.c_uint8 * 64] = ZERO
+
+
+@c_struct(size=4)
+class kvm_signal_mask(ctypes.Structure):
+    """Head of a set of signals of ``len`` bytes, 8 for the kernel's own."""
+
+    len: u32
+
+
 @c_struct(size=16)
 class kvm_enc_region(ctypes.Structure):
     """v9 5/8 takes ``addr`` as a guest physical address."""
@@ -122,18 +216,35 @@ class kvm_enc_region(ctypes.Structure):
     size: u64
 
 
+# /dev/kvm.
 KVM_GET_API_VERSION: Final = IoctlInt("KVM_GET_API_VERSION", KVMIO, 0x00)
 KVM_CREATE_VM: Final = IoctlInt("KVM_CREATE_VM", KVMIO, 0x01)
 KVM_CHECK_EXTENSION: Final = IoctlInt("KVM_CHECK_EXTENSION", KVMIO, 0x03)
+"""Of /dev/kvm, and of a VM with KVM_CAP_CHECK_EXTENSION_VM (105)."""
+KVM_GET_VCPU_MMAP_SIZE: Final = IoctlInt("KVM_GET_VCPU_MMAP_SIZE", KVMIO, 0x04)
+
+# VMs.
 KVM_CREATE_VCPU: Final = IoctlInt("KVM_CREATE_VCPU", KVMIO, 0x41)
-KVM_RUN: Final = IoctlInt("KVM_RUN", KVMIO, 0x80)
-KVM_SET_REGS: Final = Ioctl("KVM_SET_REGS", KVMIO, 0x82, Dir.WRITE, kvm_regs)
+KVM_SET_NR_MMU_PAGES: Final = IoctlInt("KVM_SET_NR_MMU_PAGES", KVMIO, 0x44)
+KVM_SET_USER_MEMORY_REGION: Final = Ioctl("KVM_SET_USER_MEMORY_REGION", KVMIO, 0x46, Dir.WRITE, kvm_userspace_memory_region)
+KVM_SET_USER_MEMORY_REGION2: Final = Ioctl("KVM_SET_USER_MEMORY_REGION2", KVMIO, 0x49, Dir.WRITE, kvm_userspace_memory_region2)
+"""Needs KVM_CAP_USER_MEMORY2 (231) of the VM."""
+KVM_ENABLE_CAP: Final = Ioctl("KVM_ENABLE_CAP", KVMIO, 0xA3, Dir.WRITE, kvm_enable_cap)
 KVM_SET_MEMORY_ATTRIBUTES: Final = Ioctl("KVM_SET_MEMORY_ATTRIBUTES", KVMIO, 0xD2, Dir.WRITE, kvm_memory_attributes)
 """Needs KVM_CAP_MEMORY_ATTRIBUTES (233) of the VM."""
+#: v10 2/9, gone when it was merged: the attributes that can be set, as a u64 (_IOR(KVMIO, 0xd2, __u64)).
+KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES_REQUEST: Final = Dir.READ << 30 | 8 << 16 | KVMIO << 8 | 0xD2
 KVM_MEMORY_ENCRYPT_REG_REGION: Final = Ioctl("KVM_MEMORY_ENCRYPT_REG_REGION", KVMIO, 0xBB, Dir.READ, kvm_enc_region)
 KVM_MEMORY_ENCRYPT_UNREG_REGION: Final = Ioctl("KVM_MEMORY_ENCRYPT_UNREG_REGION", KVMIO, 0xBC, Dir.READ, kvm_enc_region)
 KVM_CREATE_GUEST_MEMFD: Final = Ioctl("KVM_CREATE_GUEST_MEMFD", KVMIO, 0xD4, Dir.READ | Dir.WRITE, kvm_create_guest_memfd)
-"""Needs KVM_CAP_GUEST_MEMFD (234) of the VM."""
+"""Needs KVM_CAP_GUEST_MEMFD (234) of the VM; flags of KVM_CAP_GUEST_MEMFD_FLAGS (244)."""
+
+# vCPUs.
+KVM_RUN: Final = IoctlInt("KVM_RUN", KVMIO, 0x80)
+KVM_SET_REGS: Final = Ioctl("KVM_SET_REGS", KVMIO, 0x82, Dir.WRITE, kvm_regs)
+KVM_SET_SIGNAL_MASK: Final = Ioctl("KVM_SET_SIGNAL_MASK", KVMIO, 0x8B, Dir.WRITE, kvm_signal_mask)
+KVM_PRE_FAULT_MEMORY: Final = Ioctl("KVM_PRE_FAULT_MEMORY", KVMIO, 0xD5, Dir.READ | Dir.WRITE, kvm_pre_fault_memory)
+"""Needs KVM_CAP_PRE_FAULT_MEMORY (236) of the VM."""
 
 #: KVM_SET_USER_MEMORY_REGION: v9 and v10 kept its number, which encodes the size of the base struct, and chose what to copy by the flag.
-KVM_SET_USER_MEMORY_REGION_REQUEST: Final = Dir.WRITE << 30 | 32 << 16 | KVMIO << 8 | 0x46
+KVM_SET_USER_MEMORY_REGION_REQUEST: Final = KVM_SET_USER_MEMORY_REGION.request

@@ -14,6 +14,7 @@ from restrictedmem.fd import OwnedFd
 SYS_memfd_secret: Final = 447
 SYS_cachestat: Final = 451
 
+MADV_POPULATE_READ: Final = 22
 MADV_POPULATE_WRITE: Final = 23
 MADV_COLLAPSE: Final = 25
 MLOCK_ONFAULT: Final = 1

@@ -24,6 +24,7 @@ CAP_IPC_LOCK: Final = 14
 CAP_SYS_ADMIN: Final = 21
 
 SYS_capset: Final = {"x86_64": 126, "aarch64": 91}
+SYS_tgkill: Final = {"x86_64": 234, "aarch64": 131}
 _LINUX_CAPABILITY_VERSION_3: Final = 0x2008_0522
 _SYS_SCHED_SETATTR: Final = {"x86_64": 314, "aarch64": 274}
 #: ``struct sched_attr``: size, policy, flags, nice, priority, runtime, deadline, period, util_min, util_max.
@@ -126,3 +127,12 @@ def raise_fd_limit() -> int:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard
+
+
+def tgkill(process: int, thread: int, signal: int) -> None:
+    """tgkill(2): send a signal to one thread, by its kernel number.
+
+    Raises:
+        OSError: EINVAL for thread 0, ESRCH when it has ended.
+    """
+    syscall("tgkill", SYS_tgkill[os.uname().machine], process, thread, signal)

@@ -26,6 +26,16 @@ _UC_MODE_64: Final = 1 << 3
 _UNICORN_FIRST: Final = (2, 1, 3)
 _UNICORN_AFTER: Final = (2, 2, 0)
 
+#: The capabilities that decide what guests can do here.
+_CAPABILITIES: Final = (
+    kvm.Cap.USER_MEMORY2,
+    kvm.Cap.MEMORY_FAULT_INFO,
+    kvm.Cap.MEMORY_ATTRIBUTES,
+    kvm.Cap.GUEST_MEMFD,
+    kvm.Cap.VM_TYPES,
+    kvm.Cap.PRE_FAULT_MEMORY,
+    kvm.Cap.GUEST_MEMFD_FLAGS,
+)
 #: Flags of KVM_CREATE_GUEST_MEMFD, each set tried for itself.
 _FLAGS: Final = {
     "guest_memfd": 0,
@@ -137,7 +147,7 @@ def _new_vm(device: OwnedFd) -> OwnedFd:
 def _capabilities() -> dict[str, int]:
     # A VM belongs to the address space that made it, so all of this has to be in one process.
     with OwnedFd(os.open(_KVM, os.O_RDWR | os.O_CLOEXEC)) as device, _new_vm(device) as vm:
-        return {cap.name: kvm.KVM_CHECK_EXTENSION(vm, cap) for cap in kvm.Cap}
+        return {cap.name: kvm.KVM_CHECK_EXTENSION(vm, cap) for cap in _CAPABILITIES}
 
 
 def kvm_capabilities(found: dict[str, int]) -> Finding:

@@ -1,0 +1,444 @@
+"""A guest_memfd of the real kernel, operation by operation and errno by errno, for each set of flags that the kernel offers.
+
+The assertions of the kernel's own selftest (guest_memfd_test.c) are here under what they assert; where that test asks for any error,
+the errno that Linux 6.18 gives is pinned.
+"""
+
+import ctypes
+import errno
+import mmap
+import os
+import signal
+from collections.abc import Callable, Generator
+from errno import EACCES, EBADF, EFAULT, EINVAL, EIO, ENODEV, ENOMEM, ENXIO, EOPNOTSUPP, EPERM, ESPIPE, EXDEV
+
+import pytest
+
+import descriptor_operations as op
+from descriptor_operations import PRIVATE, SHARED, R, W, X
+from devkvm_machine import COMPARE_AND_FILL, DATA, DONE, Machine, machine
+from outcomes import Errno, checked, in_child, outcome
+from restrictedmem.abi.kvm import GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, Cap, ExitReason
+from restrictedmem.abi.memory import MADV_COLLAPSE, MADV_POPULATE_WRITE, PUNCH, FallocMode, fallocate
+from restrictedmem.devkvm import GuestMemfd, Kvm, Vm, address_of
+from restrictedmem.units import PAGE_SIZE
+
+pytestmark = pytest.mark.requires("kvm")
+
+P = PAGE_SIZE
+SIZE = 4 * P
+MMAP, INIT_SHARED = GUEST_MEMFD_FLAG_MMAP, GUEST_MEMFD_FLAG_INIT_SHARED
+FLAGS = (0, MMAP, INIT_SHARED, MMAP | INIT_SHARED)
+MADV_COLD, MADV_WIPEONFORK = 20, 18
+SIGBUS = "SIGBUS"
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap64.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+libc.mmap64.restype = ctypes.c_void_p
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+libc.mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+libc.msync.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+@pytest.fixture
+def vm() -> Generator[Vm]:
+    with Kvm.open() as kvm, kvm.create_vm() as made:
+        yield made
+
+
+def offered(vm: Vm, flags: int) -> int:
+    """Return flags, or skip the test when the VM has no such guest_memfd."""
+    if not vm.check_extension(Cap.GUEST_MEMFD):
+        pytest.skip("KVM_CAP_GUEST_MEMFD is 0")
+    if flags & ~vm.check_extension(Cap.GUEST_MEMFD_FLAGS):
+        pytest.skip(f"KVM_CAP_GUEST_MEMFD_FLAGS has not {flags:#x}")
+    return flags
+
+
+@pytest.fixture(params=FLAGS, ids=lambda flags: f"flags{flags}")
+def memfd(request: pytest.FixtureRequest, vm: Vm) -> Generator[GuestMemfd]:
+    with vm.create_guest_memfd(SIZE, offered(vm, request.param)) as made:
+        yield made
+
+
+@pytest.fixture
+def shared(vm: Vm) -> Generator[GuestMemfd]:
+    with vm.create_guest_memfd(SIZE, offered(vm, MMAP | INIT_SHARED)) as made:
+        yield made
+
+
+@pytest.fixture
+def guest() -> Generator[Machine]:
+    with machine() as made:
+        offered(made.vm, MMAP | INIT_SHARED)
+        yield made
+
+
+# KVM_CREATE_GUEST_MEMFD.
+
+
+def create(vm: Vm, size: int, flags: int) -> object:
+    return outcome(lambda: vm.create_guest_memfd(size, flags).close())
+
+
+def test_each_flag_is_taken_or_einval(vm: Vm) -> None:
+    known = vm.check_extension(Cap.GUEST_MEMFD_FLAGS)
+    for bit in range(64):
+        assert create(vm, P, 1 << bit) == (None if known >> bit & 1 else Errno(EINVAL)), bit
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_a_size_is_a_whole_number_of_pages(vm: Vm, flags: int) -> None:
+    offered(vm, flags)
+    for size in (*range(P), P + 1, 1 << 63, (1 << 64) - P):
+        assert create(vm, size, flags) == Errno(EINVAL), size
+    with vm.create_guest_memfd(1 << 62, flags) as sparse:
+        assert sparse.size == 1 << 62
+
+
+def test_two_files_are_two_files(vm: Vm) -> None:
+    offered(vm, 0)
+    with vm.create_guest_memfd(P) as first, vm.create_guest_memfd(2 * P) as second:
+        assert (first.size, second.size, first.size) == (P, 2 * P, P)
+        assert first.fstat().st_ino != second.fstat().st_ino
+
+
+# The file operations.
+
+
+def mapped(then: Callable[[int, int], object], length: int = SIZE) -> op.Operation:
+    """Map ``length`` bytes and do something with (address, descriptor)."""
+
+    def operation(thing: op.Thing) -> object:
+        address = libc.mmap64(None, length, R | W, SHARED, thing.fd, 0)
+        if address == ctypes.c_void_p(-1).value:
+            checked(-1)
+        try:
+            return then(address, thing.fd)
+        finally:
+            checked(libc.munmap(address, length))
+
+    return operation
+
+
+def advise(advice: int) -> op.Operation:
+    return mapped(lambda address, _: checked(libc.madvise(address, SIZE, advice)))
+
+
+def write_at(offset: int) -> op.Operation:
+    def body(address: int, _: int) -> str:
+        def touch() -> int:
+            signal.signal(signal.SIGBUS, signal.SIG_DFL)
+            ctypes.c_ubyte.from_address(address + offset).value = 1
+            return ctypes.c_ubyte.from_address(address + offset).value
+
+        return in_child(touch)
+
+    return mapped(body, 16 * P)
+
+
+def read_own_memory(address: int, _: int) -> int:
+    fd = os.open("/proc/self/mem", os.O_RDONLY)
+    try:
+        return len(os.pread(fd, 1, address))
+    finally:
+        os.close(fd)
+
+
+def written_from(address: int, _: int) -> int:
+    reader, writer = os.pipe()
+    try:
+        return os.write(writer, memoryview((ctypes.c_char * 8).from_address(address)))
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def ftruncate(size: int) -> op.Operation:
+    return lambda thing: os.ftruncate(thing.fd, size)
+
+
+def by_flags(*, unmapped: object, private: object, shared: object) -> dict[int, object]:
+    """Return outcomes that depend on MMAP, and on INIT_SHARED with it."""
+    return {0: unmapped, INIT_SHARED: unmapped, MMAP: private, MMAP | INIT_SHARED: shared}
+
+
+def with_mmap(result: object) -> dict[int, object]:
+    return by_flags(unmapped=Errno(ENODEV), private=result, shared=result)
+
+
+OPERATIONS: dict[str, tuple[op.Operation, object]] = {
+    "read": (lambda thing: os.read(thing.fd, 64), Errno(EINVAL)),
+    "read nothing": (lambda thing: os.read(thing.fd, 0), Errno(EINVAL)),
+    "readv": (lambda thing: os.readv(thing.fd, [bytearray(8)]), Errno(EINVAL)),
+    "write": (lambda thing: os.write(thing.fd, bytes(64)), Errno(EINVAL)),
+    "writev": (lambda thing: os.writev(thing.fd, [b"content"]), Errno(EINVAL)),
+    "pread": (lambda thing: os.pread(thing.fd, 64, 0), Errno(ESPIPE)),
+    "pwrite": (lambda thing: os.pwrite(thing.fd, bytes(64), 0), Errno(ESPIPE)),
+    **{f"lseek {whence}": (op.lseek(whence), Errno(ESPIPE)) for whence in (os.SEEK_SET, os.SEEK_CUR, os.SEEK_END, os.SEEK_DATA)},
+    "splice out": (op.splice_out(None), Errno(EINVAL)),
+    "splice in": (op.splice_in(None), Errno(EINVAL)),
+    "sendfile from": (op.sendfile_from(None), Errno(EINVAL)),
+    "sendfile into": (op.sendfile_into, Errno(EINVAL)),
+    "copy_file_range": (op.copy_out, Errno(EXDEV)),
+    **{f"ftruncate {size}": (ftruncate(size), Errno(EINVAL)) for size in (0, SIZE, 2 * SIZE)},
+    "fchmod": (op.chmod, Errno(EINVAL)),
+    "fchown": (op.chown, Errno(EINVAL)),
+    "futimens": (op.utimens, Errno(EINVAL)),
+    "fsync": (lambda thing: os.fsync(thing.fd), Errno(EINVAL)),
+    "fdatasync": (lambda thing: os.fdatasync(thing.fd), Errno(EINVAL)),
+    "posix_fadvise": (lambda thing: os.posix_fadvise(thing.fd, 0, P, os.POSIX_FADV_DONTNEED), None),
+    "seals": (op.seals, Errno(EINVAL)),
+    "add seals": (op.add_seals, Errno(EINVAL)),
+    "reopen": (op.reopen(os.O_RDONLY), Errno(ENXIO)),
+    "dup": (lambda thing: op.duplicate(thing)[0], True),
+    "mmap shared": (op.map_(SHARED, R | W), with_mmap(0)),
+    "mmap private": (op.map_(PRIVATE, R | W), with_mmap(Errno(EINVAL))),
+    "mmap executable": (op.map_(SHARED, R | X), Errno(EPERM)),
+    "mmap huge": (op.map_(SHARED | op.MAP_HUGETLB, R), Errno(EINVAL)),
+    "mmap past the end": (op.map_(SHARED, R, offset=2 * SIZE), with_mmap(0)),
+    "touch": (write_at(0), by_flags(unmapped=Errno(ENODEV), private=SIGBUS, shared="1")),
+    "touch past the end": (write_at(SIZE), with_mmap(SIGBUS)),
+    "mlock": (
+        mapped(lambda address, _: checked(libc.mlock(address, SIZE))),
+        by_flags(unmapped=Errno(ENODEV), private=Errno(ENOMEM), shared=0),
+    ),
+    "MADV_POPULATE_WRITE": (advise(MADV_POPULATE_WRITE), by_flags(unmapped=Errno(ENODEV), private=Errno(EFAULT), shared=0)),
+    **{
+        f"madvise {advice}": (advise(advice), with_mmap(0))
+        for advice in (mmap.MADV_DONTNEED, mmap.MADV_REMOVE, mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK, mmap.MADV_DONTDUMP, MADV_COLD)
+    },
+    **{f"madvise {advice}": (advise(advice), with_mmap(Errno(EINVAL))) for advice in (mmap.MADV_FREE, MADV_WIPEONFORK, MADV_COLLAPSE)},
+    "mprotect executable": (mapped(lambda address, _: checked(libc.mprotect(address, P, R | X))), with_mmap(Errno(EACCES))),
+    "msync": (mapped(lambda address, _: checked(libc.msync(address, P, 4))), with_mmap(Errno(EINVAL))),
+    "/proc/self/mem": (mapped(read_own_memory), by_flags(unmapped=Errno(ENODEV), private=Errno(EIO), shared=1)),
+    "write(2) from it": (mapped(written_from), by_flags(unmapped=Errno(ENODEV), private=Errno(EFAULT), shared=8)),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operation(memfd: GuestMemfd, vm: Vm, name: str) -> None:
+    operation, expected = OPERATIONS[name]
+    thing = op.Thing(memfd.fileno(), lambda flags: vm.create_guest_memfd(SIZE, memfd.flags | flags).detach())
+    found = outcome(lambda: operation(thing))
+    assert found == (expected[memfd.flags] if isinstance(expected, dict) else expected)
+
+
+def test_what_fstat_says(memfd: GuestMemfd) -> None:
+    memfd.allocate(0, P)
+    found = memfd.fstat()
+    assert (found.st_mode, found.st_size, found.st_blksize, found.st_blocks, found.st_nlink) == (0o100600, SIZE, P, 0, 1)
+    assert memfd.size == SIZE
+    assert os.readlink(f"/proc/self/fd/{memfd.fileno()}") == "anon_inode:[kvm-gmem]"
+
+
+def test_a_mapping_past_the_end_is_refused_before_the_kernel_is_asked(shared: GuestMemfd) -> None:
+    with pytest.raises(ValueError, match="mmap"):
+        shared.mmap(0, SIZE + P)
+
+
+# fallocate.
+
+KEEP = FallocMode.KEEP_SIZE
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        0,
+        FallocMode.PUNCH_HOLE,
+        FallocMode.ZERO_RANGE | KEEP,
+        FallocMode.COLLAPSE_RANGE,
+        FallocMode.INSERT_RANGE,
+        FallocMode.UNSHARE_RANGE | KEEP,
+    ],
+)
+def test_other_modes_are_not_supported(memfd: GuestMemfd, mode: int) -> None:
+    assert outcome(lambda: fallocate(memfd.fileno(), mode, 0, P)) == Errno(EOPNOTSUPP)
+
+
+@pytest.mark.parametrize(
+    ("mode", "offset", "length", "expected"),
+    [
+        (KEEP, 0, SIZE, None),
+        (PUNCH, P - 1, P, Errno(EINVAL)),
+        (KEEP, SIZE, P, Errno(EINVAL)),
+        (KEEP, SIZE + P, P, Errno(EINVAL)),
+        (KEEP, SIZE - P, 2 * P, Errno(EINVAL)),
+        (PUNCH, SIZE, P, None),
+        (PUNCH, SIZE + P, P, None),
+        (PUNCH, SIZE - P, 2 * P, None),
+        (PUNCH, 1 << 40, P, None),
+        (PUNCH, P, P - 1, Errno(EINVAL)),
+        (PUNCH, P, P, None),
+        (KEEP, P, P, None),
+        (KEEP, 0, 0, Errno(EINVAL)),
+        (KEEP, -P, P, Errno(EINVAL)),
+        (KEEP, 1, P, Errno(EINVAL)),
+        *((PUNCH, offset, length, Errno(EINVAL)) for offset in (0, P) for length in (1, P - 1, P + 1)),
+        *((PUNCH, 1, length, Errno(EINVAL)) for length in (1, P - 1, P, P + 1)),
+    ],
+)
+def test_ranges(memfd: GuestMemfd, mode: int, offset: int, length: int, expected: object) -> None:
+    call = memfd.punch_hole if mode == PUNCH else memfd.allocate
+    assert outcome(lambda: call(offset, length)) == expected
+
+
+def test_pages_are_counted_whoever_may_see_them(memfd: GuestMemfd) -> None:
+    def resident() -> int:
+        try:
+            return memfd.resident_pages(0, SIZE)
+        except OSError as error:
+            if error.errno != errno.ENOSYS:
+                raise
+            pytest.skip("cachestat came with Linux 6.5")
+
+    assert resident() == 0
+    memfd.allocate(0, 3 * P)
+    assert resident() == 3
+    memfd.punch_hole(P, P)
+    assert resident() == 2
+    assert memfd.resident_pages(P, P) == 0
+
+
+# What is in a shared one.
+
+
+def test_a_punched_page_is_zero_and_its_neighbours_stay(shared: GuestMemfd) -> None:
+    with shared.mmap(0, SIZE) as view:
+        view[:] = b"\xaa" * SIZE
+        assert set(view[:]) == {0xAA}
+        shared.punch_hole(0, P)
+        assert set(view[:P]) == {0}
+        assert set(view[P:]) == {0xAA}
+        view[:P] = b"\xaa" * P
+        assert set(view[:]) == {0xAA}
+
+
+def test_a_mapping_longer_than_the_file_faults_at_its_end(shared: GuestMemfd) -> None:
+    thing = op.Thing(shared.fileno(), lambda _: -1)
+    with shared.mmap(0, SIZE) as view:
+        view[:] = bytes(SIZE)
+        write = ctypes.memset
+
+        def fill(address: int, _: int) -> str:
+            return in_child(lambda: write(address, 0xAA, 16 * P) and 0)
+
+        assert mapped(fill, 16 * P)(thing) == SIGBUS
+        assert set(view[:]) == {0xAA}
+
+
+def test_forgotten_ptes_lose_nothing_and_removed_pages_do(shared: GuestMemfd) -> None:
+    with shared.mmap(0, SIZE) as view:
+        view[:] = b"\x5a" * SIZE
+        view.madvise(mmap.MADV_DONTNEED)
+        assert view[0] == 0x5A
+        view.madvise(mmap.MADV_REMOVE)
+        assert view[0] == 0
+
+
+def test_huge_pages_are_never_made(vm: Vm) -> None:
+    size = 2 << 20
+    with vm.create_guest_memfd(size, offered(vm, MMAP | INIT_SHARED)) as memfd, memfd.mmap(0, size) as view:
+        for offset in range(0, size, P):
+            assert view[offset] == 0
+        view.madvise(mmap.MADV_HUGEPAGE)
+        with pytest.raises(OSError) as raised:
+            view.madvise(MADV_COLLAPSE)
+        assert raised.value.errno == EINVAL
+        view.madvise(mmap.MADV_DONTNEED)
+        assert view[0] == 0
+
+
+def test_mincore_and_cachestat_differ(shared: GuestMemfd) -> None:
+    shared.allocate(0, 2 * P)
+    residency = (ctypes.c_ubyte * 4)()
+    with shared.mmap(0, SIZE) as view:
+        assert view[P] == 0
+        checked(libc.mincore(address_of(view), SIZE, residency))
+        # Allocated but never cleared is not up to date, and so not in core.
+        assert [value & 1 for value in residency] == [0, 1, 0, 0]
+
+
+# With a guest.
+
+
+def test_the_guest_sees_what_the_host_wrote_and_the_other_way_round(guest: Machine) -> None:
+    with guest.vm.create_guest_memfd(P, MMAP | INIT_SHARED) as memfd:
+        guest.vm.set_user_memory_region2(1, DATA, P, 0, memfd)
+        with memfd.mmap(0, P) as view:
+            view[:] = b"\xaa" * P
+        guest.start(COMPARE_AND_FILL, rsi=P, rax=0xAA, rdx=0xFF)
+        assert guest.port() == DONE
+        with memfd.mmap(0, P) as view:
+            assert set(view[:]) == {0xFF}
+
+
+def test_private_memory_is_the_guests_alone(guest: Machine) -> None:
+    with guest.vm.create_guest_memfd(SIZE, MMAP) as memfd:
+        guest.vm.set_user_memory_region2(1, DATA, SIZE, 0, memfd)
+        guest.store(0x1234_5678_9ABC_DEF0, DATA + P)
+        assert guest.load(DATA + P) == 0x1234_5678_9ABC_DEF0
+        assert memfd.resident_pages(0, SIZE) == 1
+        with memfd.mmap(0, SIZE) as view:
+            assert in_child(lambda: view[P]) == SIGBUS
+            assert outcome(lambda: written_from(address_of(view) + P, 0)) == Errno(EFAULT)
+        memfd.punch_hole(P, P)
+        assert memfd.resident_pages(0, SIZE) == 0
+        assert guest.load(DATA + P) == 0
+
+
+def test_closing_the_last_descriptor_is_a_memory_fault(guest: Machine) -> None:
+    memfd = guest.vm.create_guest_memfd(SIZE, MMAP)
+    guest.vm.set_user_memory_region2(1, DATA, SIZE, 0, memfd)
+    guest.store(7)
+    memfd.close()
+    guest.start(bytes.fromhex("488b07 e610"), rdi=DATA + P + 8)
+    assert guest.vcpu.run() == ExitReason.MEMORY_FAULT
+    fault = guest.vcpu.kvm_run.exit.memory_fault
+    assert (fault.flags, fault.gpa, fault.size, guest.vcpu.run_errno) == (0, DATA + P, P, EFAULT)
+    # The slot is still there, and nothing but a slot can be put in its place.
+    guest.vm.delete_memory_region(1)
+    guest.start(bytes.fromhex("488b07 e610"))
+    assert guest.vcpu.run() == ExitReason.MMIO
+
+
+def test_without_mmap_the_guest_gets_the_other_half(guest: Machine) -> None:
+    if guest.vm.check_extension(Cap.MEMORY_ATTRIBUTES):
+        pytest.skip("with memory attributes the kernel serves both halves")
+    half = mmap.mmap(-1, SIZE)
+    with guest.vm.create_guest_memfd(SIZE) as memfd:
+        guest.vm.set_user_memory_region2(1, DATA, SIZE, address_of(half), memfd)
+        guest.store(0x42)
+        assert half[0] == 0x42
+        assert memfd.resident_pages(0, SIZE) == 0
+        guest.vm.delete_memory_region(1)
+        guest.vm.set_user_memory_region2(1, DATA, SIZE, 0, memfd)
+        guest.start(bytes.fromhex("488b07 e610"))
+        assert outcome(guest.vcpu.run) == Errno(EFAULT)
+        assert guest.vcpu.kvm_run.exit_reason != ExitReason.MEMORY_FAULT
+
+
+def test_the_file_outlives_the_vm(guest: Machine) -> None:
+    with guest.vm.create_guest_memfd(SIZE, MMAP | INIT_SHARED) as memfd:
+        guest.vm.set_user_memory_region2(1, DATA, SIZE, 0, memfd)
+        guest.store(5)
+        guest.vcpu.close()
+        guest.vm.close()
+        with memfd.mmap(0, SIZE) as view:
+            assert view[0] == 5
+            memfd.punch_hole(0, SIZE)
+            assert view[0] == 0
+        memfd.allocate(0, SIZE)
+        assert memfd.resident_pages(0, SIZE) == 4
+
+
+def test_a_closed_handle_is_closed(shared: GuestMemfd) -> None:
+    number = shared.fileno()
+    shared.close()
+    assert outcome(lambda: os.fstat(number)) == Errno(EBADF)
+    with pytest.raises(ValueError, match="closed"):
+        shared.allocate(0, P)
