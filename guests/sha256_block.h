@@ -21,7 +21,8 @@
 #include <restrictedmem/guest.h>
 
 #define SHA256_BLOCK	64	/* bytes */
-#define SHA256_HEX	64	/* digits of a digest */
+#define SHA256_SIZE	32	/* bytes of a digest */
+#define SHA256_HEX	64	/* its digits */
 
 struct sha256 {
 	u32 state[8];
@@ -248,9 +249,8 @@ sha256_blocks(struct sha256 *sha, const u8 *data, u64 length)
 	return whole;
 }
 
-/* Digest the last, partial block; @hex gets the digest, with no NUL. */
-static inline void sha256_finish(struct sha256 *sha, const u8 *tail, u64 length,
-				 char hex[SHA256_HEX])
+/* Digest the last, partial block; the digest is then sha->state. */
+static inline void sha256_last(struct sha256 *sha, const u8 *tail, u64 length)
 {
 	u64 bits = (sha->length + length) * 8;
 	u8 last[2 * SHA256_BLOCK];
@@ -262,7 +262,13 @@ static inline void sha256_finish(struct sha256 *sha, const u8 *tail, u64 length,
 	last[length] = 0x80;
 	*(any_u64 *)(last + padded - 8) = __builtin_bswap64(bits);
 	sha256_blocks(sha, last, padded);
+}
 
+/* The same; @hex gets the digest, with no NUL. */
+static inline void sha256_finish(struct sha256 *sha, const u8 *tail, u64 length,
+				 char hex[SHA256_HEX])
+{
+	sha256_last(sha, tail, length);
 	for (int i = 0; i < SHA256_HEX; i++)
 		hex[i] = "0123456789abcdef"[sha->state[i / 8] >>
 					    (28 - i % 8 * 4) & 15];

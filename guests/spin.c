@@ -6,17 +6,35 @@
  *   exit N	exit with status N, at most 255
  *   echo	copy stdin to stdout, all within the shared window
  *   touch	write one word in each page of the heap
- *   loop	do so over and over, for ever
+ *   loop	do so over and over, for ever, on every vCPU
  *   hash N	touch N MiB of the heap, then print their SHA-256; the heap is
  *		gone round as often as N takes, and as all its pages look alike
  *		(HEAP_WORD, then zeros) the digest does not depend on its size
+ *   smp N	N atomic increments of one counter and N plain ones of its own
+ *		on every vCPU; prints the sum
+ *   convert-steps N
+ *		touch the whole heap; then make it shared, 2 MiB at a time and N
+ *		of their pages touched; then private likewise.  Prints a line
+ *		after each of the three
+ *   hold SEED	fill the heap with a stream made of SEED, 16 hexadecimal digits,
+ *		and answer requests about it; see hold.h
  */
 #include <restrictedmem/guest.h>
 
+#include "hold.h"
 #include "sha256_block.h"
 
 #define HEAP_WORD	0x454741504d454d52	/* "RMEMPAGE" */
 #define NUMBER_MAX	0xffffffff		/* N MiB still fit a u64 */
+#define STEP		0x200000		/* 2 MiB */
+
+/* One vCPU's part of smp, on a page of its own, all at the heap's beginning. */
+struct turns {
+	volatile u64 count;
+	u8 padding[PAGE_SIZE - 8];
+};
+
+static volatile u64 total, finished;
 
 static void touch(u8 *start, u8 *end)
 {
@@ -52,6 +70,67 @@ static int echo(const struct boot_info *boot)
 	return n ? 1 : 0;
 }
 
+static void atomic_increment(volatile u64 *counter)
+{
+	asm volatile("lock incq %0" : "+m"(*counter) : : "cc");
+}
+
+static void take_turns(const struct boot_info *boot, u64 index, u64 n)
+{
+	struct turns *own = (struct turns *)boot->heap_base + index;
+
+	while (own->count < n) {
+		atomic_increment(&total);
+		own->count++;
+	}
+	atomic_increment(&finished);
+}
+
+static int smp(const struct boot_info *boot, u64 n)
+{
+	const struct turns *turns = (const struct turns *)boot->heap_base;
+	char line[64], *end;
+
+	if ((u64)(turns + boot->vcpus) > guest_heap_end(boot))
+		return guest_fail(boot, "spin: too little memory\n", 2);
+	take_turns(boot, 0, n);
+	while (finished < boot->vcpus)
+		;
+
+	end = put_decimal(line, total);
+	*end++ = '\n';
+	if (guest_write(boot, STREAM_OUT, line, (u64)(end - line)))
+		return 1;
+	for (u64 i = 0; i < boot->vcpus; i++)
+		if (turns[i].count != n)
+			return guest_fail(boot, "spin: wrong count\n", 1);
+	return total != n * boot->vcpus;
+}
+
+/* Make each whole STEP what @convert makes it and touch @n of its pages. */
+static int steps(const struct boot_info *boot, u8 *heap, u8 *end, u64 n,
+		 s64 (*convert)(const void *, u64), const char *line)
+{
+	heap = (u8 *)(((u64)heap + STEP - 1) & ~(u64)(STEP - 1));
+	for (; end - heap >= STEP; heap += STEP) {
+		if (convert(heap, STEP))
+			return guest_fail(boot, "spin: cannot convert\n", 1);
+		touch(heap, heap + n * PAGE_SIZE);
+	}
+	return guest_write(boot, STREAM_OUT, line, string_length(line)) ? 1 : 0;
+}
+
+static int convert_steps(const struct boot_info *boot, u8 *heap, u8 *end, u64 n)
+{
+	static const char line[] = "touched\n";
+
+	touch(heap, end);
+	if (guest_write(boot, STREAM_OUT, line, sizeof(line) - 1))
+		return 1;
+	return steps(boot, heap, end, n, guest_share, "shared\n") ||
+	       steps(boot, heap, end, n, guest_unshare, "private\n");
+}
+
 /* Whether @s is a decimal number; none given is 0. */
 static int parse(const char *s, u64 *number)
 {
@@ -70,9 +149,28 @@ static int parse(const char *s, u64 *number)
 	return 1;
 }
 
+static int mode_is(const struct boot_info *boot, const char *mode)
+{
+	const char *given = guest_argument(boot, 0);
+
+	return given && boot->argc <= 2 && string_equal(given, mode);
+}
+
+int secondary(const struct boot_info *boot, u64 index)
+{
+	u64 n;
+
+	if (mode_is(boot, "smp") && parse(guest_argument(boot, 1), &n))
+		take_turns(boot, index, n);
+	if (mode_is(boot, "loop"))
+		for (;;)
+			touch((u8 *)boot->heap_base,
+			      (u8 *)guest_heap_end(boot));
+	return 0;
+}
+
 int main(const struct boot_info *boot)
 {
-	const char *mode;
 	u8 *heap, *end;
 	u64 n;
 
@@ -81,24 +179,31 @@ int main(const struct boot_info *boot)
 
 	heap = (u8 *)boot->heap_base;
 	end = (u8 *)guest_heap_end(boot);
-	mode = guest_argument(boot, 0);
-	if (mode && boot->argc <= 2 && parse(guest_argument(boot, 1), &n)) {
-		if (string_equal(mode, "empty"))
+	if (mode_is(boot, "hold"))
+		return hold(boot, (u64 *)heap, (u64 *)end,
+			    guest_argument(boot, 1));
+	if (parse(guest_argument(boot, 1), &n)) {
+		if (mode_is(boot, "empty"))
 			return 0;
-		if (string_equal(mode, "exit") && n <= 255)
+		if (mode_is(boot, "exit") && n <= 255)
 			return (int)n;
-		if (string_equal(mode, "echo"))
+		if (mode_is(boot, "echo"))
 			return echo(boot);
-		if (string_equal(mode, "touch")) {
+		if (mode_is(boot, "touch")) {
 			touch(heap, end);
 			return 0;
 		}
-		if (string_equal(mode, "loop"))
+		if (mode_is(boot, "loop"))
 			for (;;)
 				touch(heap, end);
-		if (string_equal(mode, "hash"))
+		if (mode_is(boot, "hash"))
 			return hash(boot, heap, (u64)(end - heap), n << 20);
+		if (mode_is(boot, "smp"))
+			return smp(boot, n);
+		if (mode_is(boot, "convert-steps") && n <= STEP / PAGE_SIZE)
+			return convert_steps(boot, heap, end, n);
 	}
 	return guest_fail(boot, "usage: spin empty | exit N | echo | touch | "
-				"loop | hash N\n", 2);
+				"loop | hash N | smp N | convert-steps N | "
+				"hold SEED\n", 2);
 }

@@ -34,7 +34,18 @@ def _fusermount() -> str:
     return "" if shutil.which("fusermount3") else "fusermount3 is not installed (package fuse3)"
 
 
-FEATURES: dict[str, Callable[[], str]] = {"fuse": _fuse, "kvm": _kvm, "root": _root, "cc": _cc, "fusermount": _fusermount}
+def _gdb() -> str:
+    return "" if shutil.which("gdb") else "gdb is not installed (package gdb)"
+
+
+FEATURES: dict[str, Callable[[], str]] = {
+    "fuse": _fuse,
+    "kvm": _kvm,
+    "root": _root,
+    "cc": _cc,
+    "fusermount": _fusermount,
+    "gdb": _gdb,
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -290,7 +290,7 @@ class _Owner:
 
         def run() -> None:
             with suppress(OSError):
-                vmm.vcpu.run()
+                vmm.vcpus[0].run()
 
         self._guest = threading.Thread(target=run, daemon=True)
         self._guest.start()

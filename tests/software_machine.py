@@ -1,8 +1,10 @@
-"""A VM of one vCPU on the software engine, all in the test's process; guests are machine code, shown with its disassembly."""
+"""A VM on the software engine, all in the test's process; guests are machine code, shown with its disassembly."""
 
 import contextlib
+import mmap
 import os
 import threading
+import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Final
@@ -12,12 +14,15 @@ from restrictedmem.abi.kvm import kvm_regs
 from restrictedmem.abi.memory import PUNCH
 from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm import guest_abi
+from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine import Bound
 from restrictedmem.kvm.exits import Exit, Shutdown
 from restrictedmem.kvm.memslot import Half, MemfdHalf, Memslot
 from restrictedmem.kvm.mmu import Mmu
+from restrictedmem.kvm.software.code import CodePages
+from restrictedmem.kvm.software.turns import Turns
 from restrictedmem.kvm.software.vcpu import SoftwareVcpu
-from restrictedmem.kvm.vcpu import Vcpu
+from restrictedmem.kvm.vcpu import Vcpu, Vcpus
 from restrictedmem.mm.backing import MemfdBacking
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.notifier import Api
@@ -43,17 +48,26 @@ def machine_code(*instructions: str) -> bytes:
 
 @dataclass
 class Machine:
-    """A VM of one vCPU in this process: private memory in a restricted file, a shared window, and the notifier between file and vCPU."""
+    """A VM in this process: private memory in a restricted file, a shared window, and the notifier between file and vCPUs."""
 
     file: RestrictedFile
     mmu: Mmu
-    engine: SoftwareVcpu
-    vcpu: Vcpu
+    vcpus: Vcpus
+    engines: list[SoftwareVcpu]
     private: Memslot
     shared: Memslot
 
+    @property
+    def vcpu(self) -> Vcpu:
+        """The first vCPU."""
+        return self.vcpus.all[0]
+
+    @property
+    def engine(self) -> SoftwareVcpu:
+        return self.engines[0]
+
     def invalidate_start(self, start: pgoff_t, end: pgoff_t) -> None:
-        self.vcpu.drop(*self.mmu.invalidate_start(self.private, PageRange(start, end)))
+        self.vcpus.drop(*self.mmu.invalidate_start(self.private, PageRange(start, end)))
 
     def invalidate_end(self, start: pgoff_t, end: pgoff_t) -> None:
         self.mmu.invalidate_end(self.private, PageRange(start, end))
@@ -71,11 +85,22 @@ class Machine:
         offset = gpa - (slot.base_gfn << PAGE_SHIFT)
         return int.from_bytes(half.mapping[offset : offset + 8], "little")
 
-    def start(self, code: bytes, at: int = CODE) -> None:
+    def start(self, code: bytes, at: int = CODE, vcpu: int = 0) -> None:
         self.put(at, code)
         # What was translated there before: the host's stores go unnoticed.
-        self.engine.drop(gfn_t(at >> PAGE_SHIFT), gfn_t((at >> PAGE_SHIFT) + 1))
-        self.engine.set_regs(kvm_regs(rip=at, rsp=STACK, rdi=DATA))
+        self.engines[vcpu].drop(gfn_t(at >> PAGE_SHIFT), gfn_t((at >> PAGE_SHIFT) + 1))
+        self.engines[vcpu].set_regs(kvm_regs(rip=at, rsp=STACK - vcpu * 256, rdi=DATA, rsi=vcpu))
+
+    def run_once(self) -> Exit | None:
+        """Enter the guest once, whatever takes it out."""
+        self.engine.settle()
+        return self.engine.run()
+
+    def set_attributes(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:
+        """As ``SoftwareVm`` does it."""
+        self.mmu.set_attributes(slot, start, end, private=private)
+        slot.lpage.update(start, end)
+        self.vcpus.drop(start, end)
 
     def go_on(self, value: int = 0) -> Exit:
         self.engine.complete(value)
@@ -99,21 +124,25 @@ def shared_half(pages: int) -> Half:
 
 
 @contextlib.contextmanager
-def make_machine(pages: int = PAGES, limit: int | None = None) -> Generator[Machine, None, None]:
+def make_machine(pages: int = PAGES, limit: int | None = None, vcpus: int = 1) -> Generator[Machine, None, None]:
     file = RestrictedFile(Api.V10, MemfdBacking(limit=limit), Inode.make(0, 0))
     private = Memslot(0, gfn_t(PRIVATE >> PAGE_SHIFT), pages, private=private_half(file, pages, limit), shared=None)
     private.attributes[:] = bytes([1]) * pages
     shared = Memslot(1, gfn_t(SHARED >> PAGE_SHIFT), 4, private=None, shared=shared_half(4))
-    mmu = Mmu()
+    mmu = Mmu(Attributes(Api.V10))
     mmu.slots = (private, shared)
-    engine = SoftwareVcpu(mmu)
-    engine.add_slot(private)
-    engine.add_slot(shared)
-    machine = Machine(file, mmu, engine, Vcpu(engine), private, shared)
+    turns, code, report_page = Turns(), CodePages(), mmap.mmap(-1, PAGE_SIZE)
+    engines = [SoftwareVcpu(mmu, report_page, turns, code) for _ in range(vcpus)]
+    for engine in engines:
+        engine.add_slot(private)
+        engine.add_slot(shared)
+    machine = Machine(file, mmu, Vcpus(), engines, private, shared)
+    machine.vcpus.all = tuple(Vcpu(engine) for engine in engines)
     file.register_notifier(machine)
     yield machine
     file.unregister_notifier(machine)
-    engine.close()
+    for engine in engines:
+        engine.close()
     private.close()
     shared.close()
     file.put()
@@ -121,10 +150,17 @@ def make_machine(pages: int = PAGES, limit: int | None = None) -> Generator[Mach
 
 @contextlib.contextmanager
 def running(machine: Machine) -> Generator[list[Exit], None, None]:
-    """Run the guest in a thread, to its first exit; that must come before the block's end plus the deadline."""
+    """Run each vCPU in a thread, to its first exit; that must come before the block's end plus the deadline."""
     found: list[Exit] = []
-    thread = threading.Thread(target=lambda: found.append(machine.vcpu.run()), daemon=True)
-    thread.start()
+
+    def run(vcpu: Vcpu) -> None:
+        found.append(vcpu.run())
+
+    threads = [threading.Thread(target=run, args=[vcpu], daemon=True) for vcpu in machine.vcpus.all]
+    for thread in threads:
+        thread.start()
     yield found
-    thread.join(DEADLINE)
-    assert not thread.is_alive(), f"the guest did not exit within {DEADLINE:g} s"
+    deadline = time.monotonic() + DEADLINE
+    for thread in threads:
+        thread.join(deadline - time.monotonic())
+        assert not thread.is_alive(), f"a guest did not exit within {DEADLINE:g} s; those that did: {found}"

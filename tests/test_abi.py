@@ -165,6 +165,7 @@ RECORDED = {
     "GUEST_MEMFD_FLAG_INIT_SHARED": (2, "6.18"),
     # Of the v9 and v10 postings, in no kernel.
     "KVM_MEM_PRIVATE": (4, "v10"),
+    "KVM_CAP_PRIVATE_MEM": (224, "v9"),
     "KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES_REQUEST": (0x8008_AED2, "v10"),
     "kvm_userspace_memory_region_ext": (160, "v10"),
     "kvm_userspace_memory_region_ext.restricted_offset": (32, "v10"),

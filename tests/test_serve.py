@@ -116,7 +116,7 @@ def test_a_client_of_another_uid_can_do_everything(server: Server, monkeypatch: 
         assert outcome(lambda: os.read(fd, 1)) == Errno(EINVAL)
         with Vmm(1 << 20) as vmm:
             vmm.load(elf.parse(guests.path("spin").read_bytes()), ["exit", "7"])
-            ended = vmm.vcpu.run()
+            ended = vmm.vcpus[0].run()
             assert isinstance(ended, exits.Hypercall)
             assert (ended.number, ended.arguments[0]) == (guest_abi.EXIT, 7)
         status = default_service().status()

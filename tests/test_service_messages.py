@@ -296,7 +296,7 @@ def test_unused_tokens_are_bounded_for_each_connection(service: Service) -> None
 
 def test_used_tokens_are_not(service: Service) -> None:
     fd = service.memfd_restricted()
-    with Vm(service) as vm:
+    with Vm(service, engine="software") as vm:
         for slot in range(100):
             vm.set_user_memory_region(slot=slot, guest_phys_addr=guest_abi.PRIVATE_BASE + slot * PAGE, memory_size=PAGE, restricted_fd=fd)
     os.close(fd)

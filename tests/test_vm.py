@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from restrictedmem.abi import memory
+from restrictedmem.abi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE
 from restrictedmem.kvm import exits, wire
 from restrictedmem.kvm.vm import Vcpu, Vm
 from restrictedmem.service.client import Service
@@ -40,7 +41,7 @@ def fd(service: Service) -> Iterator[int]:
 
 @pytest.fixture
 def vm(service: Service) -> Iterator[Vm]:
-    with Vm(service) as found:
+    with Vm(service, engine="software") as found:
         yield found
 
 
@@ -51,7 +52,7 @@ def private_slot(vm: Vm, service: Service, fd: int, gpa: int = GPA, slot: int = 
 
 
 def start(vm: Vm, code: bytes, gpa: int = GPA) -> Vcpu:
-    vm.launch_update(gpa, code)
+    vm.launch_update(gpa, code.ljust(PAGE, b"\0"))
     vcpu = vm.create_vcpu()
     vcpu.set_regs(rip=gpa)
     return vcpu
@@ -77,22 +78,22 @@ def test_a_guest_runs_in_private_memory(service: Service, vm: Vm, fd: int) -> No
 def test_content_and_registers_are_the_owners_before_the_first_run_only(service: Service, vm: Vm, fd: int) -> None:
     private_slot(vm, service, fd)
     with start(vm, OUT_LOOP) as vcpu:
-        vm.launch_update(GPA + PAGE, b"more")
+        vm.launch_update(GPA + PAGE, bytes(PAGE))
         vcpu.set_regs(rip=GPA)
         vcpu.run()
-        assert errno_of(vm.launch_update, GPA, b"x") == EPERM
+        assert errno_of(vm.launch_update, GPA, bytes(PAGE)) == EPERM
         assert errno_of(vcpu.set_regs, rip=GPA) == EPERM
 
 
 def test_launch_update_is_for_private_memory(service: Service, vm: Vm, fd: int) -> None:
     private_slot(vm, service, fd)
-    assert errno_of(vm.launch_update, GPA - PAGE, b"x") == EFAULT
-    assert errno_of(vm.launch_update, GPA + MIB - 1, b"xy") == EFAULT
+    assert errno_of(vm.launch_update, GPA - PAGE, bytes(PAGE)) == EFAULT
+    assert errno_of(vm.launch_update, GPA + MIB - PAGE, bytes(2 * PAGE)) == EFAULT
     if service.info["api"] == "v10":
         vm.set_memory_attributes(GPA, PAGE, private=False)
     else:
         vm.memory_encrypt_region(GPA, PAGE, private=False)
-    assert errno_of(vm.launch_update, GPA, b"x") == EFAULT
+    assert errno_of(vm.launch_update, GPA, bytes(PAGE)) == EFAULT
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,9 @@ def test_a_slot_holds_the_file_until_it_is_deleted(service: Service, vm: Vm) -> 
     with start(vm, OUT_LOOP) as vcpu:
         assert vcpu.run() == exits.PortOut(0x42, 1, 0)
         vm.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=0)
-        assert vcpu.run() == exits.MemoryFault(0, GPA, PAGE, EFAULT)
+        # In v10 the page is private, slot or no slot; v9 asks only where there is one.
+        private = KVM_MEMORY_EXIT_FLAG_PRIVATE if service.info["api"] == "v10" else 0
+        assert vcpu.run() == exits.MemoryFault(private, GPA, PAGE, EFAULT)
     assert errno_of(vm.set_user_memory_region, slot=0, guest_phys_addr=GPA, memory_size=0) == EINVAL
 
 
@@ -169,7 +172,7 @@ def test_attributes_may_come_before_the_slot(service: Service, vm: Vm, fd: int) 
     if service.info["api"] == "v10":
         vm.set_memory_attributes(GPA, PAGE, private=True)
     vm.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=MIB, restricted_fd=fd)
-    vm.launch_update(GPA, b"x")
+    vm.launch_update(GPA, bytes(PAGE))
 
 
 def test_the_shared_window_is_seen_by_both(service: Service, vm: Vm, fd: int) -> None:
@@ -220,14 +223,8 @@ def test_allocation_invalidates_in_v9_alone(service: Service, vm: Vm, fd: int) -
     assert vm.statistics()["invalidations"] == (1 if service.info["api"] == "v9" else 0)
 
 
-def test_a_vm_has_one_vcpu(service: Service, vm: Vm, fd: int) -> None:
-    private_slot(vm, service, fd)
-    with start(vm, OUT_LOOP):
-        assert errno_of(vm.create_vcpu) == EINVAL
-
-
 def test_a_vcpu_alone_keeps_the_vm(service: Service, fd: int) -> None:
-    vm = Vm(service)
+    vm = Vm(service, engine="software")
     private_slot(vm, service, fd)
     with start(vm, OUT_LOOP) as vcpu:
         vm.close()

@@ -6,15 +6,17 @@ kernel reads with READ_ONCE and writes with WRITE_ONCE.
 """
 
 import threading
-from typing import final
+from typing import TypeAlias, final
+
+Mutex: TypeAlias = threading.Lock
 
 
-def mutex() -> threading.Lock:
+def mutex() -> Mutex:
     """Make a lock that is not recursive."""
     return threading.Lock()
 
 
-def condition(lock: threading.Lock) -> threading.Condition:
+def condition(lock: Mutex) -> threading.Condition:
     """Make a condition to wait on while ``lock`` is held."""
     return threading.Condition(lock)
 

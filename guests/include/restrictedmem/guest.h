@@ -1,23 +1,28 @@
 /*
- * Guest ABI, version 1: everything a guest and its loader agree on.
+ * Guest ABI, version 2: everything a guest and its loader agree on.
  *
  * A guest is a static x86-64 ELF run in long mode at CPL3, identity mapped
- * (guest virtual = guest physical).  It sees three ranges and nothing else:
+ * (guest virtual = guest physical).  It sees four ranges and nothing else:
  *
  *   HYPERCALL_PAGE              one page, read/execute, the engine's own
+ *   REPORT_PAGE                 one page, read/write, the engine's own
  *   SHARED_BASE  + shared_size  visible to the guest and to the VMM
- *   PRIVATE_BASE + private_size visible to the guest alone
+ *   PRIVATE_BASE + private_size visible to the guest alone, but for the pages
+ *                               that it has converted, see map_gpa_range()
  *
  * Private memory starts out zero, except for what the loader writes:
  *
  *   PRIVATE_BASE                struct boot_info, then the argument strings
  *   PRIVATE_BASE + BOOT_SIZE    the ELF (IMAGE_BASE), bss included
  *   heap_base                   free for the guest
- *   PRIVATE_BASE + private_size the initial rsp; the stack grows down
+ *   PRIVATE_BASE + private_size the stacks, which grow down: that of vCPU i
+ *                               begins i * STACK_SIZE below
  *
- * At _start rdi holds the address of struct boot_info, rsp is 16-byte aligned
- * (nothing was pushed), the direction flag is clear and all other registers
- * are unspecified.  Guests use no SSE or x87 state.
+ * Every vCPU begins at _start, all at the same time.  rdi holds the address of
+ * struct boot_info, rsi the vCPU's number, rsp is 16-byte aligned (nothing was
+ * pushed), the direction flag is clear and all other registers are unspecified.
+ * vCPU 0 calls main(), the others secondary(); the guest ends when any of them
+ * calls exit.  Guests use no SSE or x87 state.
  *
  * A hypercall is a near call to HYPERCALL_PAGE with the number in rax and the
  * arguments in rdi, rsi, rdx, r10, r8.  The result is in rax: a negative errno
@@ -30,17 +35,18 @@
 #define RESTRICTEDMEM_GUEST_H
 
 #define HYPERCALL_PAGE		0x00100000
+#define REPORT_PAGE		0x00101000
 #define SHARED_BASE		0x10000000
 #define PRIVATE_BASE		0x40000000
 #define PRIVATE_SIZE_DEFAULT	0x04000000	/* 64 MiB */
 #define PRIVATE_SIZE_MIN	0x00100000	/* 1 MiB */
 #define BOOT_SIZE		0x00010000	/* kept for boot_info, arguments */
 #define IMAGE_BASE		0x40010000	/* PRIVATE_BASE + BOOT_SIZE */
-#define STACK_SIZE		0x00010000	/* what guest_heap_end() leaves */
+#define STACK_SIZE		0x00010000	/* of each vCPU */
 #define PAGE_SIZE		0x1000
 
 #define BOOT_MAGIC		0x544f4f424d454d52	/* "RMEMBOOT" */
-#define BOOT_VERSION		1
+#define BOOT_VERSION		2
 
 /*
  * exit(status)			0 to 255; never returns
@@ -48,10 +54,33 @@
  *				most length; 0 only at the end of the input
  * write(stream, offset, length) bytes the VMM took from SHARED_BASE + offset,
  *				at least 1 unless length is 0
+ * report()			answered by the engine and not by the VMM: signs
+ *				the first REPORT_DATA bytes of REPORT_PAGE and
+ *				puts the report there; its length
+ * park()			never returns: this vCPU is not run again
+ * check(gpa, length, old, new)	the VMM looks at its half of a range of private
+ *				memory: 0 when each byte was old, and now each
+ *				is new; -EIO, and nothing changed, when not
+ * map_gpa_range(gpa, npages, attributes)
+ *				KVM_HC_MAP_GPA_RANGE: makes pages shared, or
+ *				private with MAP_GPA_RANGE_ENCRYPTED; their old
+ *				content is gone either way
  */
 #define HYPERCALL_EXIT		0
 #define HYPERCALL_READ		1
 #define HYPERCALL_WRITE		2
+#define HYPERCALL_REPORT	3
+#define HYPERCALL_PARK		4
+#define HYPERCALL_CHECK		5
+#define HYPERCALL_MAP_GPA_RANGE	12
+
+#define REPORT_DATA		64	/* bytes */
+
+/* As in Linux's <asm/kvm_para.h>. */
+#define MAP_GPA_RANGE_PAGE_SZ_4K	0
+#define MAP_GPA_RANGE_PAGE_SZ_2M	1
+#define MAP_GPA_RANGE_ENCRYPTED		0x10
+#define MAP_GPA_RANGE_DECRYPTED		0
 
 #define STREAM_OUT		1
 #define STREAM_ERR		2
@@ -66,6 +95,8 @@ typedef long s64;
 #define NULL	((void *)0)
 
 #define EIO	5			/* the VMM broke the contract above */
+#define EINVAL	22
+#define ENOSYS	38
 
 struct boot_info {
 	u64 magic;			/* BOOT_MAGIC */
@@ -78,9 +109,15 @@ struct boot_info {
 	u64 hypercall_page;
 	u64 heap_base;			/* first page after the ELF's bss */
 	u64 args;			/* argc NUL-terminated strings in a row */
+	u64 report_page;
+	u64 vcpus;
 };
 
-_Static_assert(sizeof(struct boot_info) == 72, "boot_info is ABI");
+_Static_assert(sizeof(struct boot_info) == 88, "boot_info is ABI");
+
+/* What a guest defines: main(), and secondary() if other vCPUs are to work. */
+int main(const struct boot_info *boot);
+int secondary(const struct boot_info *boot, u64 index);
 
 /* Words at any address, of whatever type: what a plain u64 * may not do. */
 typedef u64 __attribute__((may_alias, aligned(1))) any_u64;
@@ -133,8 +170,9 @@ static inline int string_equal(const char *a, const char *b)
 	return *a == *b;
 }
 
-static inline s64 hypercall(u64 number, u64 a, u64 b, u64 c)
+static inline s64 hypercall4(u64 number, u64 a, u64 b, u64 c, u64 d)
 {
+	register u64 r10 asm("r10") = d;
 	s64 result;
 
 	/*
@@ -144,9 +182,14 @@ static inline s64 hypercall(u64 number, u64 a, u64 b, u64 c)
 	asm volatile("call %P[page]"
 		     : "=a"(result)
 		     : [page] "i"(HYPERCALL_PAGE),
-		       "0"(number), "D"(a), "S"(b), "d"(c)
+		       "0"(number), "D"(a), "S"(b), "d"(c), "r"(r10)
 		     : "rcx", "r11", "cc", "memory");
 	return result;
+}
+
+static inline s64 hypercall(u64 number, u64 a, u64 b, u64 c)
+{
+	return hypercall4(number, a, b, c, 0);
 }
 
 static inline void __attribute__((noreturn)) guest_exit(int status)
@@ -236,11 +279,41 @@ static inline int guest_fail(const struct boot_info *boot, const char *message,
 	return status;
 }
 
-/* The heap ends, page aligned, STACK_SIZE below the initial rsp. */
+/* Ask for @npages pages from @gpa on to be shared or private; 0 or -errno. */
+static inline s64 map_gpa_range(u64 gpa, u64 npages, u64 attributes)
+{
+	return hypercall(HYPERCALL_MAP_GPA_RANGE, gpa, npages, attributes);
+}
+
+/* The same in bytes, whole pages, and said in words. */
+static inline s64 guest_share(const void *start, u64 length)
+{
+	return map_gpa_range((u64)start, length / PAGE_SIZE,
+			     MAP_GPA_RANGE_DECRYPTED);
+}
+
+static inline s64 guest_unshare(const void *start, u64 length)
+{
+	return map_gpa_range((u64)start, length / PAGE_SIZE,
+			     MAP_GPA_RANGE_ENCRYPTED);
+}
+
+/*
+ * Have the engine sign @data.  The report's length, and the report itself at
+ * boot->report_page until the next one; a negative errno on failure.
+ */
+static inline s64 guest_report(const struct boot_info *boot,
+			       const u8 data[REPORT_DATA])
+{
+	memcpy((void *)boot->report_page, data, REPORT_DATA);
+	return checked_count(hypercall(HYPERCALL_REPORT, 0, 0, 0), PAGE_SIZE);
+}
+
+/* The heap ends, page aligned, where the stack of the last vCPU may end. */
 static inline u64 guest_heap_end(const struct boot_info *boot)
 {
-	return (boot->private_base + boot->private_size - STACK_SIZE) &
-	       ~(u64)(PAGE_SIZE - 1);
+	return (boot->private_base + boot->private_size -
+		boot->vcpus * STACK_SIZE) & ~(u64)(PAGE_SIZE - 1);
 }
 
 /* Whether this is a loader of our version, with at least a page of heap. */

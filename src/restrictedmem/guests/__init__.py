@@ -1,6 +1,6 @@
 """The guest programs that come with the package.
 
-Static x86-64 ELFs for guest ABI v1, built from ``guests/`` in the source tree
+Static x86-64 ELFs for guest ABI version 2, built from ``guests/`` in the source tree
 by its Makefile; ``toolchain.json`` says with what.
 """
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from restrictedmem.abi.kvm import kvm_regs
+from restrictedmem.abi.kvm_x86 import kvm_sregs
 from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm.exits import Exit
 from restrictedmem.kvm.memslot import Memslot, PrivateHalf
@@ -48,12 +49,38 @@ class VcpuEngine(Protocol):
         """Set where the guest starts (rip, rsp, rdi, rsi); all other registers are what they are at reset."""
         ...
 
+    def get_regs(self) -> kvm_regs:
+        """Return the general registers. This and the next three only for a debug policy.
+
+        Raises:
+            OSError: EOPNOTSUPP when the engine cannot; so the next three.
+        """
+        ...
+
+    def change_regs(self, regs: kvm_regs) -> None:
+        """Set the general registers of a guest that may have run, and no others."""
+        ...
+
+    def get_sregs(self) -> kvm_sregs:
+        """Return selectors, the bases of FS and GS, and control registers, if no more."""
+        ...
+
+    def set_guest_debug(self, *, step: bool, breakpoints: frozenset[int]) -> None:
+        """Stop (``exits.Debug``) after each instruction, or before those at the addresses; the guest sees no other code for it.
+
+        A hypercall, port or MMIO instruction first exits as ever, and is a step once it was completed.
+
+        Raises:
+            OSError: EOPNOTSUPP; ENOSPC for more breakpoints than the engine has.
+        """
+        ...
+
     def complete(self, value: int) -> None:
         """Give the value that the last exit asked for; ignored when it asked for none."""
         ...
 
     def settle(self) -> None:
-        """Wait, outside the guest, until whatever made ``run`` return None is over."""
+        """Wait, outside the guest, until whatever made ``run`` return None is over, or until ``kick``."""
         ...
 
     def run(self) -> Exit | None:
@@ -65,7 +92,16 @@ class VcpuEngine(Protocol):
         ...
 
     def kick(self) -> None:
-        """Make ``run`` return soon; called by any thread, with no effect outside ``run``."""
+        """Make ``run`` or ``settle`` return soon; called by any thread, with no lasting effect outside them."""
+        ...
+
+    def prefault(self, start: gfn_t, end: gfn_t) -> int:
+        """Map pages from ``start`` on as a read would, and return how many were done: at least one. The vCPU is outside the guest.
+
+        Raises:
+            OSError: EOPNOTSUPP when the engine cannot; ENOENT where no slot is; EFAULT where the slot lacks the half; EHWPOISON; ENOSPC,
+                ENOMEM.
+        """
         ...
 
 
@@ -75,6 +111,16 @@ class Engine(Protocol):
     @property
     def name(self) -> str:
         """What ``--engine`` calls it."""
+        ...
+
+    @property
+    def hypercall_code(self) -> bytes:
+        """What the guest finds on the hypercall page; zeroes follow."""
+        ...
+
+    @property
+    def report_page(self) -> memoryview:
+        """What the guest finds at ``guest_abi.REPORT_PAGE``, to read and write: one page of this process, of all vCPUs."""
         ...
 
     def bind(self, token: bytes, window: PageRange) -> PrivateHalf:
@@ -109,8 +155,36 @@ class Engine(Protocol):
         """Write whole pages of content into the private half of a slot. No vCPU has run yet.
 
         Raises:
-            OSError: ENOSPC, ENOMEM.
+            OSError: ENOSPC, ENOMEM; nothing was written then, for it will not be measured.
         """
+        ...
+
+    def read_private(self, slot: Memslot, gpa: int, size: int) -> bytes:
+        """Return content of the private half of a slot, for a debug policy; pages that are missing read as zero and stay missing.
+
+        Raises:
+            OSError: EOPNOTSUPP when the engine cannot.
+        """
+        ...
+
+    def write_private(self, slot: Memslot, gpa: int, data: bytes) -> None:
+        """Change content of the private half of a slot, for a debug policy. No vCPU is in the guest.
+
+        Raises:
+            OSError: EOPNOTSUPP when the engine cannot; ENOSPC, ENOMEM.
+        """
+        ...
+
+    def inject_failure(self, slot: Memslot, gfn: gfn_t) -> None:
+        """Act as if the machine had lost the page of the private half that a slot shows there, until it is punched.
+
+        Raises:
+            OSError: EOPNOTSUPP when the engine cannot.
+        """
+        ...
+
+    def check_extension(self, cap: int) -> int:
+        """Answer KVM_CHECK_EXTENSION for what depends on the engine; 0 for what it does not know."""
         ...
 
     def create_vcpu(self, number: int) -> VcpuEngine:

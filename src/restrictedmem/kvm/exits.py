@@ -73,13 +73,35 @@ class Shutdown:
 
 
 @dataclass(frozen=True, slots=True)
+class Debug:
+    """KVM_SET_GUEST_DEBUG stopped the guest before the instruction at ``pc``; all three as ``kvm_debug_exit_arch`` has them.
+
+    A breakpoint is #BP (3), a single step #DB (1) with ``DR6_BS``.
+    """
+
+    exception: int
+    pc: int
+    dr6: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Interrupted:
+    """The owner asked for it (``Vcpu.interrupt``, KVM_EXIT_INTR); nothing of the guest is lost, and it goes on at the next run."""
+
+
+@dataclass(frozen=True, slots=True)
 class Unknown:
     """A reason this version has no name for."""
 
     reason: int
 
 
-Exit = PortIn | PortOut | MmioRead | MmioWrite | Hypercall | MemoryFault | Shutdown | Unknown
+Exit = PortIn | PortOut | MmioRead | MmioWrite | Hypercall | MemoryFault | Shutdown | Debug | Interrupted | Unknown
+
+#: Of ``Debug.dr6``: a single step.
+DR6_BS: Final = 1 << 14
+BREAKPOINT: Final = 3
+SINGLE_STEP: Final = 1
 
 _IN: Final = 0
 _OUT: Final = 1
@@ -102,6 +124,10 @@ def pack(exit_: Exit) -> bytes:
             return LAYOUT.pack(ExitReason.MEMORY_FAULT, 0, flags, gpa, size, errno, 0, 0)
         case Shutdown(vector):
             return LAYOUT.pack(ExitReason.SHUTDOWN, 0, vector, 0, 0, 0, 0, 0)
+        case Debug(exception, pc, dr6):
+            return LAYOUT.pack(ExitReason.DEBUG, 0, exception, pc, dr6, 0, 0, 0)
+        case Interrupted():
+            return LAYOUT.pack(ExitReason.INTR, 0, 0, 0, 0, 0, 0, 0)
         case Unknown(reason):
             return LAYOUT.pack(ExitReason.UNKNOWN, 0, reason, 0, 0, 0, 0, 0)
 
@@ -124,6 +150,10 @@ def unpack(data: bytes) -> Exit:
             return MemoryFault(a, b, c, d)
         case ExitReason.SHUTDOWN, _:
             return Shutdown(a)
+        case ExitReason.DEBUG, _:
+            return Debug(a, b, c)
+        case ExitReason.INTR, _:
+            return Interrupted()
         case ExitReason.UNKNOWN, _:
             return Unknown(a)
         case _:

@@ -4,32 +4,57 @@ import json
 import select
 import threading
 from collections import Counter
-from errno import EINVAL, EPERM, EPROTO
+from errno import EINVAL, EPROTO
 from typing import Final, final
 
 from restrictedmem.abi import kvm
-from restrictedmem.kvm import wire
+from restrictedmem.abi.kvm import Cap
+from restrictedmem.kvm import debug, trace, wire
+from restrictedmem.kvm.conversions import Conversions
 from restrictedmem.kvm.engine import Engine
+from restrictedmem.kvm.launch import Launch
+from restrictedmem.kvm.report import Reporter
 from restrictedmem.kvm.serving import serve_one
+from restrictedmem.kvm.trace import Trace
 from restrictedmem.kvm.vcpu import Vcpu, Vcpus
 from restrictedmem.kvm.vcpu_socket import VcpuSocket
-from restrictedmem.kvm.vm_memory import VmMemory
+from restrictedmem.kvm.vm_memory import MAX_SLOTS, VmMemory
 from restrictedmem.mm.notifier import Api
-from restrictedmem.service.wire import Channel, Message
+from restrictedmem.service.wire import MAX_BODY, Channel, Message
 
-_MAX_VCPUS: Final = 1
+#: What every engine has (KVM_CHECK_EXTENSION); the rest depends on posting and engine.
+_CAPABILITIES: Final = {
+    Cap.USER_MEMORY: 1,
+    Cap.NR_MEMSLOTS: MAX_SLOTS,
+    Cap.READONLY_MEM: 1,
+    Cap.CHECK_EXTENSION_VM: 1,
+    Cap.MEMORY_FAULT_INFO: 1,
+}
 
 
 @final
 class Machine:
     """A VM's socket, and what hangs on it."""
 
-    def __init__(self, owner: Channel, memory: VmMemory, engine: Engine, vcpus: Vcpus, creation: wire.Creation) -> None:
+    def __init__(
+        self,
+        owner: Channel,
+        memory: VmMemory,
+        engine: Engine,
+        vcpus: Vcpus,
+        creation: wire.Creation,
+        reporter: Reporter,
+        trace: Trace,
+    ) -> None:
         self._owner = owner
         self._memory = memory
         self._engine = engine
         self._vcpus = vcpus
         self._creation = creation
+        self._reporter = reporter
+        self._trace = trace
+        self._conversions = Conversions(memory, explicit=bool(creation.policy & wire.POLICY_EXPLICIT))
+        self._launch = Launch(creation.policy, self._conversions.launched, reporter.launched)
         self._sockets: list[VcpuSocket] = []
 
     def serve(self) -> None:
@@ -37,9 +62,10 @@ class Machine:
         poll = select.poll()
         poll.register(self._owner.fileno(), select.POLLIN)
         open_sockets = {self._owner.fileno()}
+        dispatch = self._trace.requests(self._dispatch)
         while open_sockets:
             for fd, _ in poll.poll():
-                if fd == self._owner.fileno() and serve_one(self._owner, self._dispatch):
+                if fd == self._owner.fileno() and serve_one(self._owner, dispatch):
                     for vcpu in self._sockets:
                         if vcpu.fileno() not in open_sockets:
                             open_sockets.add(vcpu.fileno())
@@ -57,48 +83,112 @@ class Machine:
                 self._create_vcpu()
             case wire.SET_MEMORY_ATTRIBUTES.number:
                 asked = kvm.kvm_memory_attributes.from_buffer_copy(message.body)
-                self._memory.set_attributes(Api.V10, asked.address, asked.size, asked.attributes, asked.flags)
-                asked.address, asked.size = asked.address + asked.size, 0
+                with self._conversions.converting(asked.address, asked.size, private=bool(asked.attributes)):
+                    done = self._memory.set_attributes(Api.V10, asked.address, asked.size, asked.attributes, asked.flags)
+                asked.address, asked.size = asked.address + done, asked.size - done
                 self._owner.reply(bytes(asked))
+            case wire.GET_SUPPORTED_MEMORY_ATTRIBUTES.number:
+                self._owner.reply(wire.ATTRIBUTES.pack(self._memory.supported_attributes()))
+            case wire.CHECK_EXTENSION.number:
+                (cap,) = message.unpack(wire.CAP)
+                self._owner.reply(wire.CAP.pack(self._check_extension(cap)))
             case wire.ENCRYPT_REG_REGION.number | wire.ENCRYPT_UNREG_REGION.number:
                 region = kvm.kvm_enc_region.from_buffer_copy(message.body)
                 private = message.number == wire.ENCRYPT_REG_REGION.number
-                self._memory.set_attributes(Api.V9, region.addr, region.size, kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0, 0)
+                with self._conversions.converting(region.addr, region.size, private=private):
+                    self._memory.set_attributes(Api.V9, region.addr, region.size, kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0, 0)
                 self._owner.reply()
+            case _:
+                self._dispatch_own(message)
+
+    def _dispatch_own(self, message: Message) -> None:
+        """Do what KVM has no ioctl of a VM for."""
+        match message.number:
             case wire.LAUNCH_UPDATE.number:
                 self._launch_update(message.body)
+            case wire.LAUNCH_FINISH.number:
+                self._owner.reply(self._launch.finish())
+            case wire.DBG_READ.number:
+                debug.check_policy(self._creation.policy)
+                gpa, size = message.unpack(wire.DBG)
+                self._owner.reply(debug.read_memory(self._memory, self._engine, gpa, min(size, MAX_BODY)))
+            case wire.DBG_WRITE.number:
+                debug.check_policy(self._creation.policy)
+                gpa, _ = wire.DBG.unpack_from(message.body)
+                with self._vcpus.held():
+                    debug.write_memory(self._memory, self._engine, gpa, message.body[wire.DBG.size :])
+                self._owner.reply()
+            case wire.INTERRUPT.number:
+                self._interrupt(message)
+            case wire.INJECT_FAILURE.number:
+                (gpa,) = message.unpack(wire.FAILURE)
+                self._memory.inject_failure(gpa)
+                self._owner.reply()
+            case wire.TRACE.number:
+                self._trace_to(message)
             case wire.STATISTICS.number:
                 self._owner.reply(json.dumps(self.statistics()).encode())
             case _:
                 raise OSError(EPROTO, f"no such call: {message.number:#x}")
 
+    def _trace_to(self, message: Message) -> None:
+        if message.fds:
+            self._trace.start(message.fds[0])
+            message.take_fd()
+            self._trace.emit("trace", version=trace.VERSION, side="engine", engine=self._engine.name, policy=self._creation.policy)
+            for slot in self._memory.slots:
+                for event, fields in trace.of_slot(slot):
+                    self._trace.emit(event, **fields)
+        else:
+            self._trace.emit("end")
+            self._trace.stop()
+        self._owner.reply()
+
     def _set_user_memory_region(self, message: Message) -> None:
         region = kvm.kvm_userspace_memory_region_ext.from_buffer_copy(message.body)
         token = message.body[wire.TOKEN_OFFSET :]
-        with self._vcpus.held():
-            if region.memory_size:
-                self._memory.create_slot(region, token, message.fds[0] if message.fds else None)
-            else:
-                self._memory.delete_slot(region.slot)
+        private = bool(region.memory_size and region.flags & kvm.KVM_MEM_PRIVATE)
+        with self._conversions.changing_slot(region.slot, private=private), self._vcpus.held():
+            self._memory.set_region(region, token, message.fds[0] if message.fds else None)
+        self._owner.reply()
+
+    def _check_extension(self, cap: int) -> int:
+        if cap == Cap.MEMORY_ATTRIBUTES:
+            return self._memory.supported_attributes() if self._memory.api is Api.V10 else 0
+        if cap == kvm.KVM_CAP_PRIVATE_MEM:
+            return int(self._memory.api is Api.V9)
+        return _CAPABILITIES.get(Cap(cap), 0) or self._engine.check_extension(cap) if cap in set(Cap) else 0
+
+    def _interrupt(self, message: Message) -> None:
+        (number,) = message.unpack(wire.VCPU)
+        if number >= len(self._sockets):
+            raise OSError(EINVAL, f"no vCPU {number}")
+        self._sockets[number].vcpu.interrupt()
         self._owner.reply()
 
     def _launch_update(self, body: bytes) -> None:
-        if any(vcpu.started for vcpu in self._sockets):
-            raise OSError(EPERM, "the guest has run: its memory is its own")
         (gpa,) = wire.LAUNCH.unpack_from(body)
-        self._memory.launch_update(gpa, body[wire.LAUNCH.size :])
+        content = body[wire.LAUNCH.size :]
+        with self._launch.opened() as measurement:
+            self._memory.launch_update(gpa, content)
+            self._conversions.put_in(gpa)
+            measurement.add_pages(gpa, content)
         self._owner.reply()
 
     def _create_vcpu(self) -> None:
         number = len(self._sockets)
-        if number >= _MAX_VCPUS:
-            raise OSError(EINVAL, f"a VM has {_MAX_VCPUS} vCPU here")
+        most = self._engine.check_extension(Cap.MAX_VCPUS)
+        if number >= most:
+            raise OSError(EINVAL, f"a VM of this engine has {most} vCPUs at most")
         channel, theirs = Channel.pair("owner")
-        with theirs:
+        with theirs, self._launch.opened() as measurement:
             vcpu = Vcpu(self._engine.create_vcpu(number))
             self._vcpus.all = (*self._vcpus.all, vcpu)
-            self._sockets.append(VcpuSocket(vcpu, channel))
-            self._owner.reply(fds=[theirs.fileno()])
+            measurement.set_registers(number, kvm.kvm_regs())
+            self._sockets.append(
+                VcpuSocket(number, vcpu, channel, self._creation.policy, self._launch, self._conversions, self._reporter, self._trace)
+            )
+            self._owner.reply(wire.VCPU.pack(number), [theirs.fileno()])
         threading.Thread(target=self._sockets[-1].serve, name=f"vcpu-{number}", daemon=True).start()
 
     def statistics(self) -> dict[str, object]:

@@ -9,6 +9,7 @@ from errno import EINVAL
 from typing import TYPE_CHECKING, Final, Protocol, final
 
 from restrictedmem.abi import memory
+from restrictedmem.kvm.lpage import LpageInfo
 from restrictedmem.mm.backing import MappedBacking, MemfdBacking
 from restrictedmem.mm.pages import Pages
 from restrictedmem.mm.sequence import InvalidationSequence
@@ -24,6 +25,8 @@ EXEC: Final = 4
 ALL: Final = READ | WRITE | EXEC
 #: The entry leads to the private half.
 PRIVATE: Final = 8
+#: Some vCPU may have translated code of the page; what lacks WRITE for it can be written all the same, with notice (``Mmu.protect_code``).
+CODE: Final = 16
 
 _F_ADD_SEALS: Final = 1033
 _F_SEAL_SHRINK: Final = 2
@@ -33,7 +36,7 @@ _F_SEAL_SHRINK: Final = 2
 class Half:
     """One half of a slot, mapped whole into this process."""
 
-    __slots__ = ("address", "locked", "mapping", "size", "unlocked_because")
+    __slots__ = ("address", "locked", "mapping", "size", "source", "unlocked_because")
 
     def __init__(self, fd: int, offset: int, size: int) -> None:
         """Map ``size`` bytes of ``fd`` from byte ``offset`` on; the descriptor stays the caller's.
@@ -42,6 +45,7 @@ class Half:
             OSError: ENOMEM.
         """
         self.size = size
+        self.source = source_of(fd, offset)
         self.mapping = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
         #: Where the half lies in this process.
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.mapping))
@@ -92,17 +96,25 @@ class PrivateHalf(Protocol):
 class MemfdHalf:
     """A private half in the file's own memfd, mapped whole (``PrivateHalf``), and what the fault path needs of it."""
 
-    __slots__ = ("_unbind", "binding", "half", "pages", "sequence", "window")
+    __slots__ = ("_memfd", "_unbind", "binding", "failed", "half", "ino", "pages", "sequence", "window")
 
     def __init__(self, bound: "Bound", window: PageRange, unbind: Callable[[], None]) -> None:
         """Own both descriptors of ``bound``; ``window`` is the part of the file that the slot shows."""
         self.binding = bound.number
+        self.ino = bound.ino
+        #: Pages of the file that the machine has lost, under the MMU's lock.
+        self.failed: set[int] = set()
         self.window = window
         self._unbind = unbind
+        self._memfd = bound.memfd
         start = window.start << PAGE_SHIFT
         self.half = Half(bound.memfd.fileno(), start, len(window) << PAGE_SHIFT)
         self.pages = Pages(MappedBacking(MemfdBacking(fd=bound.memfd, limit=bound.limit), self.half.mapping, start), window)
         self.sequence = InvalidationSequence(bound.sequence, writable=False)
+
+    def read(self, start: int, size: int) -> bytes:
+        """Return content from a byte offset of the half on, taking no page: one that is missing reads as zero."""
+        return os.pread(self._memfd.fileno(), size, (self.window.start << PAGE_SHIFT) + start)
 
     @property
     def locked(self) -> int:
@@ -130,7 +142,7 @@ class Memslot:
     each, written only under the MMU's lock.
     """
 
-    __slots__ = ("attributes", "base_gfn", "end_gfn", "entries", "number", "private", "rights", "shared")
+    __slots__ = ("attributes", "base_gfn", "end_gfn", "entries", "lpage", "number", "private", "rights", "shared")
 
     def __init__(
         self, number: int, base_gfn: gfn_t, npages: int, *, private: PrivateHalf | None, shared: Half | None, rights: int = ALL
@@ -144,6 +156,9 @@ class Memslot:
         self.rights = rights
         self.entries = bytearray(npages)
         self.attributes = bytearray(npages)
+        starts = [] if private is None else [int(private.window.start)]
+        starts += [] if shared is None else [shared.source[2] >> PAGE_SHIFT]
+        self.lpage = LpageInfo(self.base_gfn, self.end_gfn, tuple(starts), self.attributes)
 
     @property
     def memfd_half(self) -> MemfdHalf:
@@ -177,6 +192,12 @@ class Memslot:
             self.private.close()
         if self.shared is not None:
             self.shared.close()
+
+
+def source_of(fd: int, offset: int) -> tuple[int, int, int]:
+    """Return which bytes of which file a half shows: device, inode number, offset."""
+    found = os.fstat(fd)
+    return found.st_dev, found.st_ino, offset
 
 
 def forbid_shrinking(fd: int) -> None:

@@ -4,13 +4,21 @@ Whoever runs guest code asks ``fault`` for a missing page; whoever takes pages a
 cached. In between stands the retry protocol: what was looked up while a range was being invalidated is thrown away.
 """
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+from errno import EFAULT, ENOENT
 from typing import Final, final
 
 from restrictedmem import sync
-from restrictedmem.kvm.memslot import PRIVATE, Memslot
-from restrictedmem.units import PageRange, gfn_t, pgoff_t
+from restrictedmem.abi import memory
+from restrictedmem.abi.kvm import EHWPOISON
+from restrictedmem.kvm.attributes import Attributes
+from restrictedmem.kvm.lpage import Level
+from restrictedmem.kvm.memslot import CODE, PRIVATE, WRITE, MemfdHalf, Memslot
+from restrictedmem.kvm.trace import Trace, now
+from restrictedmem.units import PAGE_SHIFT, PageRange, gfn_t, pgoff_t
 
 
 class Fault(Enum):
@@ -45,7 +53,10 @@ FAULT_AROUND: Final = 16
 class Mmu:
     """The slots of one VM and their secondary page tables. ``_lock`` is mmu_lock: held for each change of an entry, never across a wait."""
 
-    def __init__(self) -> None:
+    def __init__(self, attributes: Attributes, trace: Trace | None = None) -> None:
+        """Make a VM without slots; ``attributes`` are those of its pages."""
+        self.attributes = attributes
+        self._trace = trace or Trace()
         self.slots: tuple[Memslot, ...] = ()
         self.counters = Counters()
         self._lock = sync.mutex()
@@ -65,9 +76,38 @@ class Mmu:
             OSError: what get_page failed with.
         """
         index = gfn - slot.base_gfn
+        if self._trace.on:
+            return self._traced_fault(slot, index)
         if slot.attributes[index]:
             return self._fault_private(slot, index)
         return self._fault_shared(slot, index)
+
+    def _traced_fault(self, slot: Memslot, index: int) -> Fault:
+        private = bool(slot.attributes[index])
+        first, last = _around(slot, index)
+        started, result, errno = now(), "", 0
+        try:
+            fault = self._fault_private(slot, index) if private else self._fault_shared(slot, index)
+            result = fault.name.lower()
+        except OSError as error:
+            result, errno = "error", error.errno or EFAULT
+            raise
+        finally:
+            self._trace.emit(
+                "fault",
+                gfn=slot.base_gfn + first,
+                npages=last - first - slot.entries.count(0, first, last),
+                private=private,
+                result=result,
+                errno=errno,
+                private_pages=self.private_pages(),
+                ns=now() - started,
+            )
+        return fault
+
+    def private_pages(self) -> int:
+        """Return how many pages were taken and not freed since, as far as this MMU knows."""
+        return sum(slot.memfd_half.pages.taken for slot in self.slots if slot.private) - self.counters.freed
 
     def _fault_private(self, slot: Memslot, index: int) -> Fault:
         if slot.private is None:
@@ -76,6 +116,8 @@ class Mmu:
         snapshot = private.sequence.snapshot()
         first, last = _around(slot, index)
         shift = private.window.start
+        if private.failed and last - first > 1 and not private.failed.isdisjoint(range(first + shift, last + shift)):
+            first, last = index, index + 1
         try:
             private.pages.get_pages(PageRange(pgoff_t(first + shift), pgoff_t(last + shift)))
         except OSError:
@@ -84,30 +126,119 @@ class Mmu:
             # Where a block cannot be had, the page alone may be.
             first, last = index, index + 1
             private.pages.get_page(pgoff_t(index + shift))
+        return self._install_private(slot, private, snapshot, first, last)
+
+    def _install_private(self, slot: Memslot, private: MemfdHalf, snapshot: int, first: int, last: int) -> Fault:
+        """Install what get_page returned since ``snapshot``, unless it may be out of date."""
+        span = PageRange(pgoff_t(first + private.window.start), pgoff_t(last + private.window.start))
         with self._lock:
-            if private.sequence.retry(snapshot, pgoff_t(first + shift), pgoff_t(last + shift)) or slot.attributes.count(0, first, last):
+            if private.failed and not private.failed.isdisjoint(range(span.start, span.end)):
+                raise OSError(EHWPOISON, "get_page: the machine has lost the page")
+            if private.sequence.retry(snapshot, span.start, span.end) or slot.attributes.count(0, first, last):
                 self.counters.retries += 1
                 return Fault.RETRY
-            slot.entries[first:last] = bytes((slot.rights | PRIVATE,)) * (last - first)
+            _install(slot, first, last, slot.rights | PRIVATE)
             self.counters.faults_private += 1
         return Fault.MAPPED
 
     def _fault_shared(self, slot: Memslot, index: int) -> Fault:
         if slot.shared is None:
             return Fault.NO_HALF
+        first, last = _around(slot, index)
+        return self._install_shared(slot, first, last)
+
+    def _install_shared(self, slot: Memslot, first: int, last: int) -> Fault:
         with self._lock:
-            if slot.attributes[index]:
+            if slot.attributes.count(1, first, last):
                 self.counters.retries += 1
                 return Fault.RETRY
-            first, last = _around(slot, index)
-            slot.entries[first:last] = bytes((slot.rights,)) * (last - first)
+            _install(slot, first, last, slot.rights)
             self.counters.faults_shared += 1
         return Fault.MAPPED
 
-    def wait_settled(self) -> None:
-        """Wait until no invalidation is in progress over any slot, which is when a fault that had to retry may work."""
+    def prefault(self, start: gfn_t, end: gfn_t) -> int:
+        """Map pages from ``start`` on as a read would (``kvm_arch_vcpu_pre_fault_memory``), up to the end of the 2 MiB they lie in.
+
+        Returns how many, 0 when an invalidation came between.
+
+        Raises:
+            OSError: ENOENT where no slot is; EFAULT where the slot lacks the half; EHWPOISON; ENOSPC, ENOMEM.
+        """
+        slot = self.slot_of(start)
+        if slot is None:
+            raise OSError(EFAULT if self.attributes.forbids_mmio(start) else ENOENT, f"prefault: no slot at {start << PAGE_SHIFT:#x}")
+        first = start - slot.base_gfn
+        private = slot.attributes[first]
+        # Beyond what can be one block, 16 pages that are alike, or one.
+        block = Level.PMD.pages if slot.lpage.max_level(start) > Level.PAGE else FAULT_AROUND
+        last = min(end, slot.end_gfn, gfn_t((start | block - 1) + 1)) - slot.base_gfn
+        if slot.attributes.count(private, first, last) < last - first:
+            last = first + 1
+        if (slot.private if private else slot.shared) is None:
+            raise OSError(EFAULT, f"prefault: the slot has no such half at {start << PAGE_SHIFT:#x}")
+        fault = self._prefault_private(slot, first, last) if private else self._prefault_shared(slot, first, last)
+        return last - first if fault is Fault.MAPPED else 0
+
+    def _prefault_private(self, slot: Memslot, first: int, last: int) -> Fault:
+        private = slot.memfd_half
+        snapshot = private.sequence.snapshot()
+        private.pages.get_pages(PageRange(pgoff_t(first + private.window.start), pgoff_t(last + private.window.start)))
+        return self._install_private(slot, private, snapshot, first, last)
+
+    def _prefault_shared(self, slot: Memslot, first: int, last: int) -> Fault:
+        assert slot.shared is not None
+        with suppress(OSError):
+            # A guest's first access does the same; the call came with Linux 5.14.
+            slot.shared.mapping.madvise(memory.MADV_POPULATE_READ, first << PAGE_SHIFT, (last - first) << PAGE_SHIFT)
+        return self._install_shared(slot, first, last)
+
+    def protect_code(self, slot: Memslot, gfn: int) -> tuple[int, bool]:
+        """Make a page that a vCPU fetches from lose WRITE for all; returns the entry, 0 when it was zapped, and whether it is new to it.
+
+        The caller makes every other vCPU drop its translation before that runs again.
+        """
+        index = gfn - slot.base_gfn
+        with self._lock:
+            entry = slot.entries[index]
+            if not entry or entry & CODE:
+                return entry, False
+            slot.entries[index] = entry = entry & ~WRITE | CODE
+            return entry, True
+
+    def wait_settled(self, unless: Callable[[], bool]) -> None:
+        """Wait until no invalidation is in progress over any slot, which is when a fault that had to retry may work.
+
+        Ends early when ``unless`` becomes true, followed by ``wake``.
+        """
+        if self._busy():
+            with self._settled:
+                self._settled.wait_for(lambda: unless() or not self._busy())
+
+    def _busy(self) -> bool:
+        return any(slot.private is not None and slot.memfd_half.sequence.busy() for slot in self.slots)
+
+    def wake(self) -> None:
+        """Make ``wait_settled`` look again."""
         with self._settled:
-            self._settled.wait_for(lambda: not any(slot.private and slot.memfd_half.sequence.busy() for slot in self.slots))
+            self._settled.notify_all()
+
+    def inject_failure(self, file: MemfdHalf, pgoff: pgoff_t) -> list[gfn_t]:
+        """Lose a page of a file until it is punched (``kvm_gmem_error_folio``); returns the guest pages that showed it, zapped.
+
+        Raises:
+            OSError: ENOSPC, ENOMEM when there is no page yet to be lost, and none can be had.
+        """
+        file.pages.get_page(pgoff)
+        shown: list[gfn_t] = []
+        for slot in self.slots:
+            if slot.private is not None and slot.memfd_half.ino == file.ino:
+                start, end = slot.gfns_of(PageRange(pgoff, pgoff_t(pgoff + 1)))
+                if start < end:
+                    with self._lock:
+                        slot.memfd_half.failed.add(pgoff)
+                    self.zap(slot, start, end)
+                    shown.append(start)
+        return shown
 
     def zap(self, slot: Memslot, start: gfn_t, end: gfn_t) -> None:
         """Remove the translations of guest pages of a slot; the caller makes every vCPU drop them before it relies on it."""
@@ -120,6 +251,8 @@ class Mmu:
         """Zap what shows a range of the private half's file and forget its pages; returns the guest pages."""
         start, end = slot.gfns_of(span)
         self.zap(slot, start, end)
+        with self._lock:
+            slot.memfd_half.failed -= {pgoff for pgoff in slot.memfd_half.failed if span.start <= pgoff < span.end}
         self.counters.freed += slot.memfd_half.pages.forget(span)
         self.counters.invalidations += 1
         return start, end
@@ -127,8 +260,7 @@ class Mmu:
     def invalidate_end(self, slot: Memslot, span: PageRange) -> None:
         """Let faults on the range work again."""
         slot.memfd_half.pages.forget(span)
-        with self._settled:
-            self._settled.notify_all()
+        self.wake()
 
     def set_attributes(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:
         """Say which half a range of guest pages of a slot shows, and zap it; the caller makes every vCPU drop it."""
@@ -145,3 +277,8 @@ def _around(slot: Memslot, index: int) -> tuple[int, int]:
     if slot.attributes.count(slot.attributes[index], first, last) == slot.entries.count(0, first, last) == last - first:
         return first, last
     return index, index + 1
+
+
+def _install(slot: Memslot, first: int, last: int, entry: int) -> None:
+    """Write the entries that are still missing."""
+    slot.entries[first:last] = slot.entries[first:last].replace(b"\0", bytes((entry,)))

@@ -8,17 +8,23 @@ never waits for anything but the guest's exit.
 
 import os
 import socket
+import sys
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING, NoReturn, final
+from typing import TYPE_CHECKING, Final, NoReturn, final
 
+from restrictedmem.devkvm import Kvm
+from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine import Bound, Engine
+from restrictedmem.kvm.kernel.vm import KernelVm
 from restrictedmem.kvm.machine import Machine
+from restrictedmem.kvm.report import Reporter
 from restrictedmem.kvm.software import unicorn
 from restrictedmem.kvm.software.vm import SoftwareVm
+from restrictedmem.kvm.trace import Trace, now
 from restrictedmem.kvm.vcpu import Vcpus
 from restrictedmem.kvm.vm_memory import VmMemory
-from restrictedmem.kvm.wire import Creation
+from restrictedmem.kvm.wire import POLICY_DEBUG, Creation
 from restrictedmem.mm.notifier import Api
 from restrictedmem.service import wire
 from restrictedmem.service.wire import Channel
@@ -28,39 +34,62 @@ if TYPE_CHECKING:
     from restrictedmem.service.start import Options
 
 
+#: Seconds after which a thread has to let others run Python: a vCPU that faults all the time would keep a stop request waiting for 5 ms.
+_SWITCH_INTERVAL: Final = 0.0002
+
+#: /dev/kvm, where it had to be opened early.
+_preloaded: Kvm | None = None
+
+
 def preload() -> None:
-    """Read from files what ``serve`` needs later, for a process that is about to become a user who may not."""
+    """Open and read what ``serve`` needs later, for a process that is about to become a user who may not."""
+    global _preloaded
+    # What is missing, the owner's first VM or vCPU says.
     with suppress(RuntimeError, OSError):
-        # Missing, it is the owner's first vCPU that says so.
         unicorn.library()
+    with suppress(OSError):
+        _preloaded = Kvm.open()
 
 
 def serve(owner: socket.socket, service: socket.socket, notify: socket.socket, options: "Options", arguments: str) -> NoReturn:
     """Be the engine of one VM until its owner lets go of it or the service ends."""
+    sys.setswitchinterval(_SWITCH_INTERVAL)
     requests = Channel(service, "service")
     vcpus = Vcpus()
+    trace = Trace()
     channel = Channel(owner, "owner")
     try:
         creation = Creation.load(arguments)
-        engine = make_engine(creation, Binding(requests), vcpus)
+        api = Api(options.api)
+        attributes = Attributes(api)
+        engine = make_engine(creation, Binding(requests), vcpus, attributes, trace)
     except OSError as error:
         channel.receive()
         channel.reply_error(error)
         os._exit(1)
-    machine = Machine(channel, VmMemory(engine, requests, Api(options.api)), engine, vcpus, creation)
-    threading.Thread(target=answer_invalidations, args=(Channel(notify, "service"), engine), name="notify", daemon=True).start()
+    reporter = Reporter(requests, engine.report_page, creation.policy, engine.name)
+    machine = Machine(channel, VmMemory(engine, requests, api, attributes), engine, vcpus, creation, reporter, trace)
+    threading.Thread(target=answer_invalidations, args=(Channel(notify, "service"), engine, trace), name="notify", daemon=True).start()
     machine.serve()
+    trace.emit("end")
     # Threads may be inside the guest; the kernel ends them and frees everything.
     os._exit(0)
 
 
-def make_engine(creation: Creation, binder: "Binding", vcpus: Vcpus) -> Engine:
+def make_engine(creation: Creation, binder: "Binding", vcpus: Vcpus, attributes: Attributes, trace: Trace) -> Engine:
     """Make the engine that the owner asked for; ``auto`` is the kernel's where it works, else the software's.
 
     Raises:
         OSError: why /dev/kvm cannot be used, when it was asked for by name.
     """
-    return SoftwareVm(binder, vcpus)
+    if creation.engine != "software":
+        try:
+            with _preloaded or Kvm.open() as kvm:
+                return KernelVm(binder, vcpus, attributes, kvm, debug=bool(creation.policy & POLICY_DEBUG))
+        except OSError:
+            if creation.engine == "kernel":
+                raise
+    return SoftwareVm(binder, vcpus, attributes, trace)
 
 
 @final
@@ -81,7 +110,7 @@ class Binding:
         self._service.call(wire.UNBIND, number.to_bytes(8, "little"))
 
 
-def answer_invalidations(notify: Channel, engine: Engine) -> None:
+def answer_invalidations(notify: Channel, engine: Engine, trace: Trace) -> None:
     """Serve the service's notifications; when the service is gone, so is the memory, and this process ends."""
     while True:
         message = notify.receive()
@@ -89,8 +118,22 @@ def answer_invalidations(notify: Channel, engine: Engine) -> None:
             os._exit(0)
         binding, start, end = message.unpack(wire.INVALIDATION)
         span = PageRange(pgoff_t(start), pgoff_t(end))
+        started = now()
         if message.number == wire.INVALIDATE_START.number:
             engine.invalidate_start(binding, span)
+            event = "invalidate_start"
         else:
             engine.invalidate_end(binding, span)
+            event = "invalidate_end"
+        if trace.on:
+            trace.emit(event, binding=binding, pgoff=start, npages=len(span), **_private_pages(engine), ns=now() - started)
         notify.reply()
+
+
+def _private_pages(engine: Engine) -> dict[str, int]:
+    """Return the trace's count of private pages, of an engine that can know it."""
+    match engine.statistics():
+        case {"pages_taken": int(taken), "pages_freed": int(freed)}:
+            return {"private_pages": taken - freed}
+        case _:
+            return {}

@@ -6,17 +6,21 @@ before it enters again.
 """
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Final, final
+from errno import EINTR
+from functools import partial
+from typing import Final, TypeVar, final
 
 from restrictedmem import sync
 from restrictedmem.kvm.engine import VcpuEngine
-from restrictedmem.kvm.exits import Exit
+from restrictedmem.kvm.exits import Exit, Interrupted
 from restrictedmem.units import gfn_t
 
 #: Seconds between kicks. One kick may be lost (Unicorn forgets an emu_stop that comes just before emu_start), a second one is not.
 KICK_INTERVAL: Final = 0.0002
+
+_T = TypeVar("_T")
 
 
 @final
@@ -27,30 +31,84 @@ class Vcpu:
         self.engine = engine
         self._lock = sync.mutex()
         self._changed = sync.condition(self._lock)
+        #: Whether a run is under way, and the guest's code with it.
+        self._running = False
         self._in_guest = False
         self._entries = 0
         self._holds = 0
+        self._interrupted = False
         self._stale: list[tuple[gfn_t, gfn_t]] = []
         #: Nanoseconds spent running guest code and its faults.
         self.time_in_guest = 0
 
+    # Its own thread.
+
     def run(self) -> Exit:
-        """Run the guest until it exits, waiting out invalidations and kicks on the way."""
-        while True:
-            self.engine.settle()
-            self._enter()
-            started = time.perf_counter_ns()
-            try:
-                exit_ = self.engine.run()
-            finally:
-                self.time_in_guest += time.perf_counter_ns() - started
-                self._leave()
-            if exit_ is not None:
-                return exit_
+        """Run the guest until it exits or is interrupted, waiting out invalidations and kicks on the way."""
+        try:
+            while self._goes_on():
+                exit_ = self._inside(self.engine.run)
+                if exit_ is not None:
+                    return exit_
+        finally:
+            self._running = False
+        return Interrupted()
+
+    def _goes_on(self) -> bool:
+        with self._changed:
+            self._running = True
+            if not self._interrupted:
+                return True
+            self._interrupted = False
+            self._changed.notify_all()
+            return False
+
+    def prefault(self, start: gfn_t, end: gfn_t) -> int:
+        """Map pages as a read would (KVM_PRE_FAULT_MEMORY), until it fails or the vCPU is interrupted; returns how many, at least one.
+
+        Raises:
+            OSError: EINTR; what ``VcpuEngine.prefault`` raises; each only before the first page.
+        """
+        done = start
+        try:
+            while done < end:
+                if self._interrupted:
+                    raise OSError(EINTR, "prefault: interrupted")
+                done = gfn_t(done + self._inside(partial(self.engine.prefault, done, end)))
+        except OSError:
+            if done == start:
+                raise
+        return done - start
+
+    def complete(self, value: int) -> None:
+        """Give the value that the last exit asked for."""
+        with self._changed:
+            while self._holds:
+                self._changed.wait()
+            self.engine.complete(value)
+
+    @contextmanager
+    def outside(self) -> Generator[None]:
+        """Keep slots from being changed while the vCPU's own thread has the engine do something outside the guest."""
+        with self._changed:
+            while self._holds:
+                self._changed.wait()
+            yield
+
+    def _inside(self, act: Callable[[], _T]) -> _T:
+        self.engine.settle()
+        self._enter()
+        started = time.perf_counter_ns()
+        try:
+            return act()
+        finally:
+            self.time_in_guest += time.perf_counter_ns() - started
+            self._leave()
 
     def _enter(self) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: not self._holds)
+            while self._holds:
+                self._changed.wait()
             for start, end in self._stale:
                 self.engine.drop(start, end)
             self._stale.clear()
@@ -61,6 +119,17 @@ class Vcpu:
         with self._changed:
             self._in_guest = False
             self._changed.notify_all()
+
+    # Any other.
+
+    def interrupt(self) -> None:
+        """Make ``run`` return ``Interrupted``: the one under way, or else the next; returns when it has left the guest for that."""
+        with self._changed:
+            self._interrupted = True
+            self.engine.kick()
+            while self._interrupted and self._running:
+                self._changed.wait(KICK_INTERVAL)
+                self.engine.kick()
 
     def drop(self, start: gfn_t, end: gfn_t) -> None:
         """Return when the vCPU uses no translation of a range that was zapped before the call.
@@ -75,7 +144,7 @@ class Vcpu:
                 self._changed.wait(KICK_INTERVAL)
 
     def hold(self) -> None:
-        """Stop the vCPU and keep it out of the guest until ``release``."""
+        """Stop the vCPU and keep it out of the guest until ``release``; other vCPUs may have to wait for their turn as long."""
         with self._changed:
             self._holds += 1
             while self._in_guest:

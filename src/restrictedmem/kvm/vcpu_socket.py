@@ -1,23 +1,48 @@
 """A vCPU's socket in the engine process: what its owner says to it, and the thread that listens."""
 
 from collections import Counter
-from errno import EINVAL, EPERM, EPROTO
-from typing import final
+from errno import EINVAL, EIO, EPROTO
+from typing import Final, final
 
 from restrictedmem.abi import kvm
-from restrictedmem.kvm import exits, wire
+from restrictedmem.kvm import debug, exits, guest_abi, wire
+from restrictedmem.kvm.conversions import Conversions
+from restrictedmem.kvm.launch import Launch
+from restrictedmem.kvm.report import Reporter
 from restrictedmem.kvm.serving import serve_one
+from restrictedmem.kvm.trace import Trace, of_exit
 from restrictedmem.kvm.vcpu import Vcpu
 from restrictedmem.service.wire import Channel, Message
+from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, gfn_t
+
+_WORD: Final = (1 << 64) - 1
 
 
 @final
 class VcpuSocket:
     """A vCPU and the thread that serves its socket: registers before the first run, then runs."""
 
-    def __init__(self, vcpu: Vcpu, owner: Channel) -> None:
+    def __init__(
+        self,
+        number: int,
+        vcpu: Vcpu,
+        owner: Channel,
+        policy: int,
+        launch: Launch,
+        conversions: Conversions,
+        reporter: Reporter,
+        trace: Trace,
+    ) -> None:
         self.vcpu = vcpu
+        self._trace = trace
+        self._number = number
+        self._launch = launch
+        self._conversions = conversions
+        #: The conversion that the guest asks for: the arguments of its hypercall.
+        self._converting: tuple[int, int, int] | None = None
+        self._reporter = reporter
         self._owner = owner
+        self._policy = policy
         self.started = False
         self.exits: Counter[str] = Counter()
 
@@ -35,24 +60,89 @@ class VcpuSocket:
             case wire.RUN.number:
                 (value,) = message.unpack(wire.COMPLETION)
                 self._owner.reply(exits.pack(self._run(value)))
+            case wire.PRE_FAULT_MEMORY.number:
+                self._pre_fault(kvm.kvm_pre_fault_memory.from_buffer_copy(message.body))
             case wire.SET_REGS.number:
-                if self.started:
-                    raise OSError(EPERM, "the guest has run: its registers are its own")
-                self._set_regs(kvm.kvm_regs.from_buffer_copy(message.body))
+                regs = kvm.kvm_regs.from_buffer_copy(message.body)
+                if self._launch.finished and self._policy & wire.POLICY_DEBUG:
+                    with self.vcpu.outside():
+                        self.vcpu.engine.change_regs(regs)
+                else:
+                    self._set_regs(regs)
+                self._owner.reply()
+            case wire.GET_REGS.number:
+                debug.check_policy(self._policy)
+                with self.vcpu.outside():
+                    regs = self.vcpu.engine.get_regs()
+                self._owner.reply(bytes(regs))
+            case wire.GET_SREGS.number:
+                debug.check_policy(self._policy)
+                with self.vcpu.outside():
+                    sregs = self.vcpu.engine.get_sregs()
+                self._owner.reply(bytes(sregs))
+            case wire.SET_GUEST_DEBUG.number:
+                debug.check_policy(self._policy)
+                step, breakpoints = debug.parse(message.body)
+                with self.vcpu.outside():
+                    self.vcpu.engine.set_guest_debug(step=step, breakpoints=breakpoints)
                 self._owner.reply()
             case _:
                 raise OSError(EPROTO, f"no such call: {message.number:#x}")
 
     def _set_regs(self, regs: kvm.kvm_regs) -> None:
         rest = kvm.kvm_regs(rip=regs.rip, rsp=regs.rsp, rdi=regs.rdi, rsi=regs.rsi)
-        if bytes(rest) != bytes(regs):
-            raise OSError(EINVAL, "only rip, rsp, rdi and rsi can be set")
-        self.vcpu.engine.set_regs(regs)
+        with self._launch.opened() as measurement:
+            if bytes(rest) != bytes(regs):
+                raise OSError(EINVAL, "only rip, rsp, rdi and rsi can be set")
+            with self.vcpu.outside():
+                self.vcpu.engine.set_regs(regs)
+            measurement.set_registers(self._number, regs)
+
+    def _pre_fault(self, asked: kvm.kvm_pre_fault_memory) -> None:
+        if asked.flags or (asked.gpa | asked.size) & PAGE_MASK or not asked.size or asked.gpa + asked.size >= 1 << 64:
+            raise OSError(EINVAL, "range is empty, unaligned or wraps, or flags are set")
+        start, end = gfn_t(asked.gpa >> PAGE_SHIFT), gfn_t((asked.gpa + asked.size) >> PAGE_SHIFT)
+        done = self.vcpu.prefault(start, end) << PAGE_SHIFT
+        asked.gpa, asked.size = asked.gpa + done, asked.size - done
+        self._owner.reply(bytes(asked))
 
     def _run(self, value: int) -> exits.Exit:
         if self.started:
-            self.vcpu.engine.complete(value)
-        self.started = True
-        exit_ = self.vcpu.run()
+            if self._converting is not None:
+                value = self._conversions.answered(*self._converting, value)
+                self._converting = None
+            self.vcpu.complete(value)
+        else:
+            self._launch.finish()
+            self.started = True
+        if self._trace.on:
+            self._trace.emit("enter", vcpu=self._number)
+        exit_ = self._run_to_an_exit()
+        if self._trace.on:
+            self._trace.emit("exit", vcpu=self._number, **of_exit(exit_))
         self.exits[type(exit_).__name__] += 1
         return exit_
+
+    def _run_to_an_exit(self) -> exits.Exit:
+        """Run the guest until it needs its owner, who learns nothing else about it."""
+        while True:
+            try:
+                exit_ = self.vcpu.run()
+            except OSError:
+                raise
+            except Exception as error:  # noqa: BLE001 - what a bug says may be made of registers or memory.
+                raise OSError(EIO, type(error).__name__) from None
+            match exit_:
+                case exits.Hypercall(guest_abi.REPORT):
+                    if self._trace.on:
+                        self._trace.emit("report", vcpu=self._number)
+                    self.vcpu.complete(self._reporter.answer() & _WORD)
+                case exits.Hypercall(number, arguments):
+                    if number == guest_abi.MAP_GPA_RANGE:
+                        self._converting = arguments[:3]
+                        self._conversions.asked(*self._converting)
+                    count = guest_abi.ARGUMENTS.get(number, len(arguments))
+                    a, b, c, d = (argument if index < count else 0 for index, argument in enumerate(arguments))
+                    return exits.Hypercall(number, (a, b, c, d))
+                case _:
+                    return exit_

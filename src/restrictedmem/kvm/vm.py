@@ -3,16 +3,20 @@
 import json
 import os
 import socket
+import struct
+from collections.abc import Collection
 from errno import EACCES, EBADF, EINVAL, ENOTTY
 from types import TracebackType
 from typing import Any, Final, Self, final
 
-from restrictedmem.abi import kvm
+from restrictedmem.abi import kvm, kvm_x86
 from restrictedmem.kvm import exits, wire
 from restrictedmem.service.client import Service, default_service
 from restrictedmem.service.wire import MAX_BODY, Channel
+from restrictedmem.units import PAGE_MASK
 
-_LAUNCH_CHUNK: Final = MAX_BODY - wire.LAUNCH.size
+_LAUNCH_CHUNK: Final = (MAX_BODY - wire.LAUNCH.size) & ~PAGE_MASK
+_DBG_CHUNK: Final = MAX_BODY - wire.DBG.size
 _NOT_RESTRICTED: Final = (EBADF, ENOTTY, EACCES)
 
 
@@ -20,17 +24,19 @@ _NOT_RESTRICTED: Final = (EBADF, ENOTTY, EACCES)
 class Vm:
     """A VM in an engine process of its own; it lives as long as this or any of its vCPUs is open."""
 
-    def __init__(self, service: Service | None = None, *, engine: str = "auto", debug: bool = False) -> None:
+    def __init__(self, service: Service | None = None, *, engine: str = "software", debug: bool = False, explicit: bool = False) -> None:
         """Start an engine (KVM_CREATE_VM), by the process's own service or another.
 
         ``engine`` is ``software``, ``kernel``, or ``auto`` for the kernel's where it works. ``debug`` opens registers and private memory
-        to the owner, and is part of the measurement.
+        to the owner; with ``explicit`` pages are converted only when the guest has asked for it (MAP_GPA_RANGE), and private memory lies
+        where it was at the launch. Both are part of the measurement.
 
         Raises:
             OSError: EINVAL for an unknown engine; what kept the service or the engine from starting.
         """
         self._service = service or default_service()
-        creation = wire.Creation(engine, wire.POLICY_DEBUG if debug else 0)
+        policy = (wire.POLICY_DEBUG if debug else 0) | (wire.POLICY_EXPLICIT if explicit else 0)
+        creation = wire.Creation(engine, policy)
         self._channel = Channel(self._service.spawn("kvm", creation.dump()), "engine")
 
     def set_user_memory_region(
@@ -45,10 +51,11 @@ class Vm:
         shared_offset: int = 0,
         readonly: bool = False,
     ) -> None:
-        """Create a slot, or delete it with ``memory_size=0`` (KVM_SET_USER_MEMORY_REGION); addresses and sizes in bytes.
+        """Create a slot, move one, or delete it with ``memory_size=0`` (KVM_SET_USER_MEMORY_REGION); addresses and sizes in bytes.
 
         ``restricted_fd`` gives the private half (``KVM_MEM_PRIVATE``); the slot holds the file until it is deleted. ``shared_fd`` gives
-        the shared half: a memfd, which is sealed against shrinking. Both stay the caller's.
+        the shared half: a memfd, which is sealed against shrinking. Both stay the caller's. A slot without private half moves to another
+        guest address when all else is given as it was; nothing else of a slot can be changed. vCPUs may be running.
 
         Raises:
             OSError: EINVAL, EEXIST as v9 and v10; EINVAL for a closed descriptor or one that is not restricted.
@@ -79,10 +86,38 @@ class Vm:
         """Make a range of guest memory private or shared (v10: KVM_SET_MEMORY_ATTRIBUTES); bytes.
 
         Raises:
-            OSError: EINVAL for an empty, unaligned or wrapping range; EOPNOTSUPP on a service that follows v9.
+            OSError: EINVAL for an empty, unaligned or wrapping range; EOPNOTSUPP on a service that follows v9; what the engine failed with,
+                and then a part at the start may be done.
         """
         attributes = kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0
-        self._channel.call(wire.SET_MEMORY_ATTRIBUTES, bytes(kvm.kvm_memory_attributes(address=address, size=size, attributes=attributes)))
+        left = kvm.kvm_memory_attributes(address=address, size=size, attributes=attributes)
+        while True:
+            body, _ = self._channel.call(wire.SET_MEMORY_ATTRIBUTES, bytes(left))
+            left = kvm.kvm_memory_attributes.from_buffer_copy(body)
+            if not left.size:
+                return
+
+    def get_supported_memory_attributes(self) -> int:
+        """Return what can be set: ``KVM_MEMORY_ATTRIBUTE_PRIVATE`` (v10: KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES).
+
+        Raises:
+            OSError: EOPNOTSUPP on a service that follows v9.
+        """
+        (found,) = wire.ATTRIBUTES.unpack(self._channel.call(wire.GET_SUPPORTED_MEMORY_ATTRIBUTES)[0])
+        return int(found)
+
+    def check_extension(self, cap: int) -> int:
+        """Return what this VM says to a ``KVM_CAP_*``, 0 for no (KVM_CHECK_EXTENSION)."""
+        (found,) = wire.CAP.unpack(self._channel.call(wire.CHECK_EXTENSION, wire.CAP.pack(cap))[0])
+        return int(found)
+
+    def inject_failure(self, gpa: int) -> None:
+        """Act as if the machine had lost a page of private memory: EHWPOISON for the guest, until it is punched. For tests.
+
+        Raises:
+            OSError: EINVAL unless aligned; EFAULT where no private half is; EOPNOTSUPP on an engine that cannot.
+        """
+        self._channel.call(wire.INJECT_FAILURE, wire.FAILURE.pack(gpa))
 
     def memory_encrypt_region(self, address: int, size: int, *, private: bool) -> None:
         """Make a range private or shared (v9: KVM_MEMORY_ENCRYPT_REG_REGION and UNREG); bytes.
@@ -94,23 +129,67 @@ class Vm:
         self._channel.call(call, bytes(kvm.kvm_enc_region(addr=address, size=size)))
 
     def launch_update(self, gpa: int, data: bytes) -> None:
-        """Put initial content into private memory, before the first run.
+        """Put whole pages of initial content into private memory, before the launch is finished, and extend the measurement by them.
+
+        What does not fit one message goes in several, which fail by themselves.
 
         Raises:
-            OSError: EPERM after it; EFAULT where the range is not private memory of one slot; ENOSPC, ENOMEM.
+            OSError: EPERM when it is finished; EINVAL for part of a page; EFAULT where the range is not private memory of one slot; ENOSPC,
+                ENOMEM.
         """
         for start in range(0, len(data), _LAUNCH_CHUNK):
             chunk = data[start : start + _LAUNCH_CHUNK]
             self._channel.call(wire.LAUNCH_UPDATE, wire.LAUNCH.pack(gpa + start) + chunk)
 
+    def launch_finish(self) -> bytes:
+        """Close the launch and return its measurement, 48 bytes; the first run of a vCPU does it too.
+
+        Raises:
+            OSError: ENOTCONN when the engine or its service is gone.
+        """
+        measurement, _ = self._channel.call(wire.LAUNCH_FINISH)
+        return measurement
+
     def create_vcpu(self) -> "Vcpu":
         """Make a vCPU (KVM_CREATE_VCPU).
 
         Raises:
+            OSError: EPERM when the launch is finished.
             OSError: EINVAL for one more than a VM can have.
         """
-        _, fds = self._channel.call(wire.CREATE_VCPU)
-        return Vcpu(socket.socket(fileno=fds[0].detach()))
+        body, fds = self._channel.call(wire.CREATE_VCPU)
+        (number,) = wire.VCPU.unpack(body)
+        return Vcpu(socket.socket(fileno=fds[0].detach()), self._channel, number)
+
+    def read_memory(self, gpa: int, size: int) -> bytes:
+        """Return memory as the guest has it, private pages too, of a VM made with ``debug``; a missing page reads as zero.
+
+        Raises:
+            OSError: EPERM without ``debug``; EFAULT where nothing is.
+        """
+        found = bytearray()
+        while len(found) < size:
+            piece, _ = self._channel.call(wire.DBG_READ, wire.DBG.pack(gpa + len(found), min(size - len(found), MAX_BODY)))
+            found += piece
+        return bytes(found)
+
+    def write_memory(self, gpa: int, data: bytes) -> None:
+        """Change memory as the guest has it, private pages too, of a VM made with ``debug``.
+
+        Raises:
+            OSError: as ``read_memory``; ENOSPC, ENOMEM.
+        """
+        for start in range(0, len(data), _DBG_CHUNK):
+            chunk = data[start : start + _DBG_CHUNK]
+            self._channel.call(wire.DBG_WRITE, wire.DBG.pack(gpa + start, len(chunk)) + chunk)
+
+    def trace(self, fd: int | None) -> None:
+        """Have the engine write its events (docs/trace.md) to a pipe or a file with O_APPEND, or no more; ``fd`` stays the caller's.
+
+        Raises:
+            OSError: EINVAL for another kind of file.
+        """
+        self._channel.call(wire.TRACE, fds=[] if fd is None else [fd])
 
     def statistics(self) -> dict[str, Any]:
         """Return the engine's counts: pages, faults, invalidations, exits, times."""
@@ -131,18 +210,47 @@ class Vm:
 
 @final
 class Vcpu:
-    """A vCPU; one thread at a time runs it."""
+    """A vCPU; one thread at a time runs it, any other may interrupt it."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, vm: Channel, number: int) -> None:
         self._channel = Channel(sock, "engine")
+        self._vm = vm
+        #: From 0 on, in the order they were made.
+        self.number: Final = number
 
     def set_regs(self, *, rip: int, rsp: int = 0, rdi: int = 0, rsi: int = 0) -> None:
         """Set where the guest starts, its stack and its arguments, before the first run (KVM_SET_REGS).
 
         Raises:
-            OSError: EPERM after it: a private guest's registers are its own.
+            OSError: EPERM after it, or when the launch is finished: a private guest's registers are its own.
         """
         self._channel.call(wire.SET_REGS, bytes(kvm.kvm_regs(rip=rip, rsp=rsp, rdi=rdi, rsi=rsi)))
+
+    def get_regs(self) -> kvm.kvm_regs:
+        """Return the general registers (KVM_GET_REGS), of a VM made with ``debug``, when the vCPU is not being run.
+
+        Raises:
+            OSError: EPERM without ``debug``; EOPNOTSUPP on an engine that cannot; so the next three.
+        """
+        body, _ = self._channel.call(wire.GET_REGS)
+        return kvm.kvm_regs.from_buffer_copy(body)
+
+    def change_regs(self, regs: kvm.kvm_regs) -> None:
+        """Set the general registers of a guest that has run (KVM_SET_REGS); before its first run, ``set_regs`` is what there is."""
+        self._channel.call(wire.SET_REGS, bytes(regs))
+
+    def get_sregs(self) -> kvm_x86.kvm_sregs:
+        """Return selectors, the bases of FS and GS, and control registers (KVM_GET_SREGS); the rest is 0."""
+        body, _ = self._channel.call(wire.GET_SREGS)
+        return kvm_x86.kvm_sregs.from_buffer_copy(body)
+
+    def set_guest_debug(self, *, step: bool = False, breakpoints: Collection[int] = ()) -> None:
+        """Exit with ``exits.Debug`` after each instruction, or before those at the addresses (KVM_SET_GUEST_DEBUG)."""
+        control = kvm_x86.KVM_GUESTDBG_SINGLESTEP if step else 0
+        control |= kvm_x86.KVM_GUESTDBG_USE_SW_BP if breakpoints else 0
+        control |= kvm_x86.KVM_GUESTDBG_ENABLE if control else 0
+        addresses = struct.pack(f"={len(breakpoints)}Q", *breakpoints)
+        self._channel.call(wire.SET_GUEST_DEBUG, bytes(kvm_x86.kvm_guest_debug(control=control)) + addresses)
 
     def run(self, value: int = 0) -> exits.Exit:
         """Run the guest until it needs its owner (KVM_RUN); ``value`` is what the exit before asked for, if it asked.
@@ -152,6 +260,27 @@ class Vcpu:
         """
         body, _ = self._channel.call(wire.RUN, wire.COMPLETION.pack(value & (1 << 64) - 1))
         return exits.unpack(body)
+
+    def interrupt(self) -> None:
+        """Make ``run`` return ``exits.Interrupted``: the one under way, or else the next; from any thread.
+
+        Raises:
+            OSError: ENOTCONN when the VM is closed or the engine gone.
+        """
+        self._vm.call(wire.INTERRUPT, wire.VCPU.pack(self.number))
+
+    def pre_fault_memory(self, gpa: int, size: int) -> int:
+        """Map guest memory as a read by the guest would, before it needs it (KVM_PRE_FAULT_MEMORY); returns how many bytes were done.
+
+        That may be fewer than asked for: ask for the rest, and if that cannot be had, the errno says why.
+
+        Raises:
+            OSError: EINVAL for an empty, unaligned or wrapping range; ENOENT where no slot is; EFAULT where the slot lacks the half that is
+                shown; EHWPOISON for a page that the machine has lost; ENOSPC, ENOMEM; EINTR when interrupted; EOPNOTSUPP on an engine that
+                cannot. Each only when nothing was done.
+        """
+        body, _ = self._channel.call(wire.PRE_FAULT_MEMORY, bytes(kvm.kvm_pre_fault_memory(gpa=gpa, size=size)))
+        return size - int(kvm.kvm_pre_fault_memory.from_buffer_copy(body).size)
 
     def close(self) -> None:
         """Let go of the vCPU."""

@@ -3,25 +3,25 @@
 import json
 import os
 import resource
-from errno import EACCES, EEXIST, EFAULT, EINVAL, ENOMEM, EOPNOTSUPP
+from errno import EACCES, EEXIST, EFAULT, EINVAL, EOPNOTSUPP
 from typing import Final, final
 
 from restrictedmem.abi import kvm
 from restrictedmem.fd import OwnedFd
+from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine import Engine
-from restrictedmem.kvm.guest_abi import GPA_BITS, HYPERCALL_PAGE
-from restrictedmem.kvm.memslot import ALL, EXEC, READ, Half, Memslot, PrivateHalf, forbid_shrinking
+from restrictedmem.kvm.guest_abi import GPA_BITS, HYPERCALL_PAGE, REPORT_PAGE
+from restrictedmem.kvm.lpage import Level
+from restrictedmem.kvm.memslot import ALL, EXEC, READ, WRITE, Half, Memslot, PrivateHalf, forbid_shrinking, source_of
 from restrictedmem.mm.notifier import Api
 from restrictedmem.service import wire
 from restrictedmem.service.wire import Channel
-from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t
+from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PageRange, gfn_t
 
 #: KVM_CAP_NR_MEMSLOTS less KVM's own, as a stock x86 kernel reports it.
 MAX_SLOTS: Final = 32764
 #: KVM_MEM_MAX_NR_PAGES.
 MAX_PAGES: Final = (1 << 31) - 1
-#: Attribute changes remembered for pages that no slot covers yet.
-_MAX_CHANGES: Final = 4096
 _U64_MAX: Final = (1 << 64) - 1
 
 
@@ -29,24 +29,45 @@ _U64_MAX: Final = (1 << 64) - 1
 class VmMemory:
     """Slots, attributes and the fault path of one VM; changed by the VM's thread alone."""
 
-    def __init__(self, engine: Engine, service: Channel, api: Api) -> None:
+    def __init__(self, engine: Engine, service: Channel, api: Api, attributes: Attributes) -> None:
         self.slots: tuple[Memslot, ...] = ()
+        self.api = api
         self._engine = engine
-        self._api = api
         self._service = service
-        self._attribute_changes: list[tuple[gfn_t, gfn_t, bool]] = []
+        self._attributes = attributes
 
     # Slots.
 
-    def create_slot(self, region: kvm.kvm_userspace_memory_region_ext, token: bytes, shared_fd: OwnedFd | None) -> None:
-        """Make a slot (KVM_SET_USER_MEMORY_REGION), registering with the service for its private half; no vCPU is in the guest.
+    def set_region(self, region: kvm.kvm_userspace_memory_region_ext, token: bytes, shared_fd: OwnedFd | None) -> None:
+        """Create, move or delete a slot (KVM_SET_USER_MEMORY_REGION); no vCPU is in the guest.
+
+        A slot with a private half can only be deleted, as v9 and v10 meant it: they let one lose its flag, and with it its notifier.
 
         Raises:
-            OSError: EINVAL and EEXIST as v9 and v10 (docs/architecture.md has the rules); EINVAL for a descriptor that is not restricted.
+            OSError: EINVAL and EEXIST as v9, v10 and KVM have them (tests/test_vm_slots.py asks the kernel): EINVAL for a descriptor that
+                is not restricted, a deletion of nothing, dirty logging, and every change but a move.
         """
-        self._check(region)
-        start = gfn_t(region.guest_phys_addr >> PAGE_SHIFT)
-        npages = region.memory_size >> PAGE_SHIFT
+        _check(region)
+        old = next((slot for slot in self.slots if slot.number == region.slot), None)
+        if not region.memory_size:
+            if old is None:
+                raise OSError(EINVAL, f"no slot {region.slot}")
+            self._replace(old, None)
+            old.close()
+        elif old is None:
+            self._check_overlap(region, None)
+            self._replace(None, self._create(region, token, shared_fd))
+        else:
+            _check_move(old, region, shared_fd)
+            gfn = gfn_t(region.guest_phys_addr >> PAGE_SHIFT)
+            if gfn != old.base_gfn:
+                self._check_overlap(region, old)
+                moved = Memslot(old.number, gfn, old.end_gfn - old.base_gfn, private=None, shared=old.shared, rights=old.rights)
+                self._replace(old, moved)
+        self._report()
+
+    def _create(self, region: kvm.kvm_userspace_memory_region_ext, token: bytes, shared_fd: OwnedFd | None) -> Memslot:
+        """Make a slot, registering with the service for its private half."""
         private = shared = None
         if region.flags & kvm.KVM_MEM_PRIVATE:
             private = self._bind(token, PageRange.of_bytes(region.restricted_offset, region.memory_size))
@@ -54,38 +75,42 @@ class VmMemory:
             if shared_fd is not None:
                 shared = self._map_shared(shared_fd, region.userspace_addr, region.memory_size)
             rights = READ | EXEC if region.flags & kvm.KVM_MEM_READONLY else ALL
-            slot = Memslot(region.slot, start, npages, private=private, shared=shared, rights=rights)
-            if private is not None and self._api is Api.V9:
-                slot.attributes[:] = bytes([1]) * npages
-            for *change, is_private in self._attribute_changes:
-                first, last = slot.clip(*change)
-                slot.attributes[first - start : last - start] = bytes([is_private]) * (last - first)
-            self._engine.add_slot(slot)
+            start, npages = gfn_t(region.guest_phys_addr >> PAGE_SHIFT), region.memory_size >> PAGE_SHIFT
+            return Memslot(region.slot, start, npages, private=private, shared=shared, rights=rights)
         except BaseException:
             if private is not None:
                 private.close()
             if shared is not None:
                 shared.close()
             raise
-        self.slots = (*self.slots, slot)
-        self._report()
 
-    def _check(self, region: kvm.kvm_userspace_memory_region_ext) -> None:
-        gpa, size = region.guest_phys_addr, region.memory_size
-        if region.flags & ~(kvm.KVM_MEM_PRIVATE | kvm.KVM_MEM_READONLY):
-            raise OSError(EINVAL, f"flags {region.flags:#x}")
-        if (gpa | size | region.userspace_addr) & PAGE_MASK or size >> PAGE_SHIFT > MAX_PAGES:
-            raise OSError(EINVAL, "address or size is not page aligned, or the slot is too large")
-        if region.slot >= MAX_SLOTS or gpa + size > 1 << GPA_BITS:
-            raise OSError(EINVAL, "slot number or guest address is out of range")
-        if region.flags & kvm.KVM_MEM_PRIVATE and (region.restricted_offset & PAGE_MASK or region.restricted_offset > _U64_MAX - size):
-            raise OSError(EINVAL, "restricted_offset is not page aligned, or wraps")
-        if any(slot.number == region.slot for slot in self.slots):
-            raise OSError(EINVAL, f"slot {region.slot} exists: delete it first")
-        start, end = gpa >> PAGE_SHIFT, (gpa + size) >> PAGE_SHIFT
-        taken = [(slot.base_gfn, slot.end_gfn) for slot in self.slots]
-        hypercall = HYPERCALL_PAGE >> PAGE_SHIFT
-        if any(start < last and end > first for first, last in [*taken, (hypercall, hypercall + 1)]):
+    def _replace(self, old: Memslot | None, new: Memslot | None) -> None:
+        """Take a slot away and put another in its place, or leave things as they were."""
+        if old is not None:
+            self._engine.remove_slot(old)
+        if new is not None:
+            try:
+                self._add(new)
+            except BaseException:
+                if old is not None:
+                    self._engine.add_slot(old)
+                else:
+                    new.close()
+                raise
+        kept = (slot for slot in self.slots if slot is not old)
+        self.slots = (*kept,) if new is None else (*kept, new)
+
+    def _add(self, new: Memslot) -> None:
+        for start, end in self._attributes.private_runs(new.base_gfn, new.end_gfn) if self._heeds_attributes(new) else ():
+            new.attributes[start - new.base_gfn : end - new.base_gfn] = b"\1" * (end - start)
+            new.lpage.update(start, end)
+        self._engine.add_slot(new)
+
+    def _check_overlap(self, region: kvm.kvm_userspace_memory_region_ext, itself: Memslot | None) -> None:
+        start, end = region.guest_phys_addr >> PAGE_SHIFT, (region.guest_phys_addr + region.memory_size) >> PAGE_SHIFT
+        taken = [(slot.base_gfn, slot.end_gfn) for slot in self.slots if slot is not itself]
+        engines_own = HYPERCALL_PAGE >> PAGE_SHIFT, (REPORT_PAGE >> PAGE_SHIFT) + 1
+        if any(start < last and end > first for first, last in [*taken, engines_own]):
             raise OSError(EEXIST, "guest addresses overlap another slot")
 
     def _bind(self, token: bytes, window: PageRange) -> PrivateHalf:
@@ -102,59 +127,90 @@ class VmMemory:
             raise OSError(EINVAL, "the shared half ends past its memfd")
         return Half(fd.fileno(), offset, size)
 
-    def delete_slot(self, number: int) -> None:
-        """Delete a slot and unregister its notifier; no vCPU is in the guest.
-
-        Raises:
-            OSError: EINVAL when there is none.
-        """
-        slot = next((slot for slot in self.slots if slot.number == number), None)
-        if slot is None:
-            raise OSError(EINVAL, f"no slot {number}")
-        self.slots = tuple(other for other in self.slots if other is not slot)
-        self._engine.remove_slot(slot)
-        slot.close()
-        self._report()
-
     def slot_of(self, gfn: int) -> Memslot | None:
         """Return the slot that shows a guest page."""
         return next((slot for slot in self.slots if slot.base_gfn <= gfn < slot.end_gfn), None)
 
     # Attributes.
 
-    def set_attributes(self, api: Api, address: int, size: int, attributes: int, flags: int) -> None:
-        """Make a range private or shared, slots or none; on return no vCPU reaches the other half of it any more.
+    def supported_attributes(self) -> int:
+        """Return what can be set (KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES).
 
         Raises:
-            OSError: EINVAL for unaligned, empty or wrapping ranges, unknown attributes or flags; EOPNOTSUPP for the other posting's call.
+            OSError: EOPNOTSUPP for v9, which had no such call.
         """
-        if api is not self._api:
-            raise OSError(EOPNOTSUPP, f"this VM follows {self._api.value}")
+        if self.api is not Api.V10:
+            raise OSError(EOPNOTSUPP, f"this VM follows {self.api.value}")
+        return kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE
+
+    def set_attributes(self, api: Api, address: int, size: int, attributes: int, flags: int) -> int:
+        """Make a range private or shared, slots or none; no vCPU reaches the other half of what was done any more.
+
+        Returns how many bytes were done, from the start: all, or up to the slot where an engine failed.
+
+        Raises:
+            OSError: EINVAL for unaligned, empty or wrapping ranges, unknown attributes or flags; EOPNOTSUPP for the other posting's call;
+                when nothing was done, what the engine failed with (v10 said 0 then, which its authors corrected later), or ENOMEM.
+        """
+        if api is not self.api:
+            raise OSError(EOPNOTSUPP, f"this VM follows {self.api.value}")
         if flags or attributes & ~kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE or not size or (address | size) & PAGE_MASK or address + size > _U64_MAX:
             raise OSError(EINVAL, "range is empty, unaligned or wraps, or an attribute or flag is unknown")
-        if len(self._attribute_changes) >= _MAX_CHANGES:
-            raise OSError(ENOMEM, "too many attribute changes")
-        start, end = gfn_t(address >> PAGE_SHIFT), gfn_t((address + size) >> PAGE_SHIFT)
-        private = bool(attributes)
-        kept = [change for change in self._attribute_changes if not (start <= change[0] and change[1] <= end)]
-        self._attribute_changes = [*kept, (start, end, private)]
-        for slot in self.slots:
-            first, last = slot.clip(start, end)
-            if first < last:
-                self._engine.set_attributes(slot, first, last, private=private)
+        start, end, private = gfn_t(address >> PAGE_SHIFT), gfn_t((address + size) >> PAGE_SHIFT), bool(attributes)
+        done = start
+        try:
+            for slot in sorted(self.slots, key=lambda slot: slot.base_gfn):
+                first, last = slot.clip(start, end)
+                if first < last and self._heeds_attributes(slot):
+                    self._set_attributes(done, first, private=private)
+                    done = first
+                    self._engine.set_attributes(slot, first, last, private=private)
+                    slot.lpage.update(first, last)
+                    self._set_attributes(first, last, private=private)
+                    done = last
+            self._set_attributes(done, end, private=private)
+        except OSError:
+            if done == start or api is Api.V9:
+                raise
+            return (done - start) << PAGE_SHIFT
+        return size
+
+    def _heeds_attributes(self, slot: Memslot) -> bool:
+        # v9 compared them with the access only where the slot could be private; v10 always.
+        return self.api is Api.V10 or slot.private is not None
+
+    def _set_attributes(self, start: gfn_t, end: gfn_t, *, private: bool) -> None:
+        if start < end:
+            self._attributes.set(start, end, private=private)
+
+    def inject_failure(self, gpa: int) -> None:
+        """Act as if the machine had lost a page of private memory, until it is punched; for tests.
+
+        Raises:
+            OSError: EINVAL unless aligned; EFAULT where no private half is; EOPNOTSUPP when the engine cannot.
+        """
+        slot = self.slot_of(gpa >> PAGE_SHIFT)
+        if gpa & PAGE_MASK:
+            raise OSError(EINVAL, "inject_failure: not a page's address")
+        if slot is None or slot.private is None:
+            raise OSError(EFAULT, "inject_failure: not inside a private slot")
+        self._engine.inject_failure(slot, gfn_t(gpa >> PAGE_SHIFT))
 
     # Launch and statistics.
 
     def launch_update(self, gpa: int, data: bytes) -> None:
-        """Put initial content into private memory.
+        """Put whole pages of initial content into private memory.
 
         Raises:
-            OSError: EFAULT where the range is not private pages of one slot; ENOSPC, ENOMEM when pages cannot be had.
+            OSError: EINVAL for part of a page; EFAULT where the range is not private pages of one slot; ENOSPC, ENOMEM when pages cannot
+                be had.
         """
+        if not data or (gpa | len(data)) & PAGE_MASK:
+            raise OSError(EINVAL, "launch_update: not whole pages")
         slot = self.slot_of(gpa >> PAGE_SHIFT)
         if slot is None or slot.private is None or gpa + len(data) > slot.end_gfn << PAGE_SHIFT:
             raise OSError(EFAULT, "launch_update: not inside a private slot")
-        start, end = gpa >> PAGE_SHIFT, (gpa + len(data) + PAGE_SIZE - 1) >> PAGE_SHIFT
+        start, end = gpa >> PAGE_SHIFT, (gpa + len(data)) >> PAGE_SHIFT
         if slot.attributes.count(0, start - slot.base_gfn, end - slot.base_gfn):
             raise OSError(EFAULT, "launch_update: pages are shared")
         self._engine.launch_update(slot, gpa, data)
@@ -170,6 +226,8 @@ class VmMemory:
             "memlock_limit": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
             "swap": swap_exists(),
             "cgroup": cgroup(),
+            "mixed_2m": sum(slot.lpage.mixed(Level.PMD) for slot in self.slots),
+            "mixed_1g": sum(slot.lpage.mixed(Level.PUD) for slot in self.slots),
         }
 
     def _report(self) -> None:
@@ -177,6 +235,31 @@ class VmMemory:
         keys = ("pid", "private_bytes", "locked_bytes", "unlocked_because")
         found = self.statistics()
         self._service.call(wire.REPORT, json.dumps({key: found[key] for key in keys}).encode())
+
+
+def _check(region: kvm.kvm_userspace_memory_region_ext) -> None:
+    """Check what does not depend on other slots, for a deletion too."""
+    gpa, size = region.guest_phys_addr, region.memory_size
+    if region.flags & ~(kvm.KVM_MEM_PRIVATE | kvm.KVM_MEM_READONLY):
+        raise OSError(EINVAL, f"flags {region.flags:#x}")
+    if (gpa | size | region.userspace_addr) & PAGE_MASK or size >> PAGE_SHIFT > MAX_PAGES:
+        raise OSError(EINVAL, "address or size is not page aligned, or the slot is too large")
+    if region.slot >= MAX_SLOTS or gpa + size > 1 << GPA_BITS:
+        raise OSError(EINVAL, "slot number or guest address is out of range")
+    if region.flags & kvm.KVM_MEM_PRIVATE and (region.restricted_offset & PAGE_MASK or region.restricted_offset > _U64_MAX - size):
+        raise OSError(EINVAL, "restricted_offset is not page aligned, or wraps")
+
+
+def _check_move(old: Memslot, region: kvm.kvm_userspace_memory_region_ext, shared_fd: OwnedFd | None) -> None:
+    """Check that all a request changes of a slot is its guest address."""
+    if old.private is not None or region.flags & kvm.KVM_MEM_PRIVATE:
+        raise OSError(EINVAL, f"slot {old.number} has a private half: it can only be deleted")
+    readonly = bool(region.flags & kvm.KVM_MEM_READONLY)
+    if region.memory_size >> PAGE_SHIFT != old.end_gfn - old.base_gfn or readonly is bool(old.rights & WRITE):
+        raise OSError(EINVAL, f"slot {old.number} has another size, or READONLY differs")
+    source = None if shared_fd is None else source_of(shared_fd.fileno(), region.userspace_addr)
+    if source != (old.shared and old.shared.source):
+        raise OSError(EINVAL, f"slot {old.number} shows other memory")
 
 
 def swap_exists() -> bool:

@@ -11,14 +11,18 @@ from dataclasses import asdict, dataclass
 from errno import EINVAL
 from typing import Final, Self
 
-from restrictedmem.abi import kvm
+from restrictedmem.abi import kvm, kvm_x86
 from restrictedmem.service.wire import Call
 
 SET_USER_MEMORY_REGION: Final = Call("KVM_SET_USER_MEMORY_REGION", kvm.KVM_SET_USER_MEMORY_REGION_REQUEST)
 """Body: ``kvm_userspace_memory_region_ext``, then 16 bytes: the token of the restricted descriptor, if ``KVM_MEM_PRIVATE``. Descriptor
 0, when there is one, is a memfd with the shared half from byte ``userspace_addr`` on."""
 CREATE_VCPU: Final = Call("KVM_CREATE_VCPU", kvm.KVM_CREATE_VCPU.request)
-"""Reply: descriptor 0 is the vCPU's socket."""
+"""Reply: ``VCPU``; descriptor 0 is the vCPU's socket. vCPUs are numbered from 0 on, in the order they are made."""
+CHECK_EXTENSION: Final = Call("KVM_CHECK_EXTENSION", kvm.KVM_CHECK_EXTENSION.request)
+"""Body: ``CAP``, a ``KVM_CAP_*``. Reply: ``CAP``, 0 for no."""
+GET_SUPPORTED_MEMORY_ATTRIBUTES: Final = Call("KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES", kvm.KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES_REQUEST)
+"""v10. Reply: ``ATTRIBUTES``."""
 SET_MEMORY_ATTRIBUTES: Final = Call("KVM_SET_MEMORY_ATTRIBUTES", kvm.KVM_SET_MEMORY_ATTRIBUTES.request)
 """v10. Body and reply: ``kvm_memory_attributes``, in the reply advanced to what was not done."""
 ENCRYPT_REG_REGION: Final = Call("KVM_MEMORY_ENCRYPT_REG_REGION", kvm.KVM_MEMORY_ENCRYPT_REG_REGION.request)
@@ -29,21 +33,55 @@ SET_REGS: Final = Call("KVM_SET_REGS", kvm.KVM_SET_REGS.request)
 """On a vCPU's socket, before the first run: ``kvm_regs``, of which rip, rsp and rdi may be other than 0."""
 RUN: Final = Call("KVM_RUN", kvm.KVM_RUN.request)
 """On a vCPU's socket. Body: ``COMPLETION``. Reply: ``exits.LAYOUT``."""
+PRE_FAULT_MEMORY: Final = Call("KVM_PRE_FAULT_MEMORY", kvm.KVM_PRE_FAULT_MEMORY.request)
+"""On a vCPU's socket. Body and reply: ``kvm_pre_fault_memory``, in the reply advanced to what was not done."""
 
 # What KVM has no single ioctl for.
 LAUNCH_UPDATE: Final = Call("LAUNCH_UPDATE", 1 << 16 | 1)
-"""Before the first run: ``LAUNCH``, then the bytes to put into private memory."""
+"""Before the first run: ``LAUNCH``, then whole pages to put into private memory; they extend the measurement."""
+LAUNCH_FINISH: Final = Call("LAUNCH_FINISH", 1 << 16 | 3)
+"""Reply: the measurement, 48 bytes. After it, or the first run, LAUNCH_UPDATE, KVM_SET_REGS and KVM_CREATE_VCPU are EPERM."""
 STATISTICS: Final = Call("STATISTICS", 1 << 16 | 2)
 """Reply: JSON."""
+INTERRUPT: Final = Call("INTERRUPT", 1 << 16 | 4)
+"""Body: ``VCPU``. Its KVM_RUN, under way or the next one, ends with KVM_EXIT_INTR; the reply comes when it has left the guest."""
+INJECT_FAILURE: Final = Call("INJECT_FAILURE", 1 << 16 | 5)
+"""For tests. Body: ``FAILURE``. The machine has lost the private page there: EHWPOISON for whoever touches it, until it is punched."""
+
+# For a VM with ``POLICY_DEBUG``; EPERM for any other.
+GET_REGS: Final = Call("KVM_GET_REGS", kvm_x86.KVM_GET_REGS.request)
+"""On a vCPU's socket. Reply: ``kvm_regs``. SET_REGS then takes all of it too, at any time."""
+GET_SREGS: Final = Call("KVM_GET_SREGS", kvm_x86.KVM_GET_SREGS.request)
+"""On a vCPU's socket. Reply: ``kvm_sregs``, of which selectors, the bases of FS and GS, CR0, CR2, CR3 and CR4 are filled in."""
+SET_GUEST_DEBUG: Final = Call("KVM_SET_GUEST_DEBUG", kvm_x86.KVM_SET_GUEST_DEBUG.request)
+"""On a vCPU's socket. Body: ``kvm_guest_debug``, then with KVM_GUESTDBG_USE_SW_BP u64 addresses to stop at, as if int3 were there."""
+DBG_READ: Final = Call("DBG_READ", 1 << 16 | 32)
+"""Body: ``DBG``. Reply: the bytes there, private or shared (SEV: KVM_SEV_DBG_DECRYPT)."""
+DBG_WRITE: Final = Call("DBG_WRITE", 1 << 16 | 33)
+"""Body: ``DBG``, then the bytes to put there (SEV: KVM_SEV_DBG_ENCRYPT)."""
+
+TRACE: Final = Call("TRACE", 1 << 16 | 34)
+"""Descriptor 0 is where events are written to from now on, a pipe or a file with O_APPEND; without one, tracing ends."""
 
 #: The value that the exit before asked for; ignored when it asked for none.
 COMPLETION: Final = struct.Struct("=Q")
 #: Guest physical address of the bytes that follow.
 LAUNCH: Final = struct.Struct("=Q")
+#: A vCPU's number.
+VCPU: Final = struct.Struct("=Q")
+CAP: Final = struct.Struct("=Q")
+#: ``KVM_MEMORY_ATTRIBUTE_*`` that can be set.
+ATTRIBUTES: Final = struct.Struct("=Q")
+#: Guest physical address of a page.
+FAILURE: Final = struct.Struct("=Q")
+#: Guest physical address, and bytes.
+DBG: Final = struct.Struct("=QQ")
 TOKEN_OFFSET: Final = ctypes.sizeof(kvm.kvm_userspace_memory_region_ext)
 
 #: Policy bit: registers and private memory are open to the owner. In the measurement, so that it cannot be hidden.
 POLICY_DEBUG: Final = 1 << 0
+#: Policy bit: pages are converted only when the guest asked for it, and private memory lies where it was at the launch.
+POLICY_EXPLICIT: Final = 1 << 1
 ENGINES: Final = ("auto", "kernel", "software")
 
 
@@ -51,7 +89,7 @@ ENGINES: Final = ("auto", "kernel", "software")
 class Creation:
     """What an owner decides when it makes a VM (KVM_CREATE_VM): the arguments of SPAWN, as JSON."""
 
-    engine: str = "auto"
+    engine: str = "software"
     policy: int = 0
 
     def dump(self) -> str:
@@ -69,6 +107,6 @@ class Creation:
             found = cls(**json.loads(text or "{}"))
         except (TypeError, ValueError) as error:
             raise OSError(EINVAL, f"KVM_CREATE_VM: {error}") from None
-        if found.engine not in ENGINES or type(found.policy) is not int or found.policy & ~POLICY_DEBUG:
+        if found.engine not in ENGINES or type(found.policy) is not int or found.policy & ~(POLICY_DEBUG | POLICY_EXPLICIT):
             raise OSError(EINVAL, f"KVM_CREATE_VM: engine {found.engine!r}, policy {found.policy!r}")
         return found

@@ -1,14 +1,16 @@
 """The service's side of a consumer process: its bindings, and the notifier that reaches it."""
 
+import secrets
 import select
 import socket
 from collections.abc import Callable
-from errno import EINVAL
+from errno import EINVAL, EPERM
 from typing import Final, final
 
-from restrictedmem import sync
+from restrictedmem import __version__, sync
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.service import wire
+from restrictedmem.service.report import REPORT_DATA_BYTES, Report
 from restrictedmem.service.wire import Call, Channel
 from restrictedmem.units import MAX_FILE_BYTES, pgoff_t
 
@@ -52,6 +54,8 @@ class Consumer:
         self.report: dict[str, object] = {}
         self.invalidations = 0
         self.bindings: dict[int, Binding] = {}
+        self._vm = secrets.token_bytes(16)
+        self._launch: tuple[int, str, bytes] | None = None
         self._failed = failed
         self._next_binding = 1
         self._mutex = sync.mutex()
@@ -88,6 +92,29 @@ class Consumer:
     def holds(self, file: RestrictedFile) -> bool:
         """Say whether a file is bound here."""
         return any(binding.file is file for binding in self.bindings.values())
+
+    def launched(self, policy: int, engine: bytes, measurement: bytes) -> None:
+        """Take note of how a guest was launched.
+
+        Raises:
+            OSError: EPERM when it was before.
+        """
+        if self._launch is not None:
+            raise OSError(EPERM, "launched before")
+        self._launch = policy, engine.rstrip(b"\0").decode("ascii"), measurement
+
+    def report_over(self, data: bytes, api: str, public_key: bytes) -> Report:
+        """Return what there is to say about the guest, over 64 bytes of its choice.
+
+        Raises:
+            OSError: EINVAL for another length; EPERM for a guest that was not launched.
+        """
+        if self._launch is None:
+            raise OSError(EPERM, "not launched")
+        if len(data) != REPORT_DATA_BYTES:
+            raise OSError(EINVAL, f"a report is over {REPORT_DATA_BYTES} bytes")
+        policy, engine, measurement = self._launch
+        return Report(policy, measurement, data, self._vm, engine, api, __version__, public_key)
 
     def has_hung_up(self, timeout: float) -> bool:
         """Wait for the consumer's process to end, at most so many seconds, and say whether it has."""

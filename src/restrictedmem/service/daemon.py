@@ -27,8 +27,9 @@ from restrictedmem.fs.mount import Way, mount_detached, mount_fusermount
 from restrictedmem.fs.server import Server
 from restrictedmem.mm.notifier import Api
 from restrictedmem.mm.restrictedmem import RestrictedFile
-from restrictedmem.service import wire
+from restrictedmem.service import signing, wire
 from restrictedmem.service.consumer import CONSUMERS, Consumer
+from restrictedmem.service.signing import Signer
 from restrictedmem.service.wire import Channel, Message
 
 if TYPE_CHECKING:
@@ -55,15 +56,20 @@ def run(owner: Channel, spawner: Channel, options: "Options", origin: "Origin") 
     way = origin.way
     try:
         device, root = mount_fusermount() if way is Way.FUSERMOUNT else mount_detached(allow_other=way is Way.OWN)
+        signer = Signer() if options.signing_key is None else Signer.load(options.signing_key)
+        if options.become is not None:
+            # Whom it becomes may have no way to the library's files.
+            signing.preload()
         drop_privileges(options.become, keep=0)
         # Another uid has reset it.
         process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
-        service = Service(owner, spawner, options, origin, max_files=process.raise_fd_limit() - _SPARE_FDS)
+        service = Service(owner, spawner, options, origin, signer, max_files=process.raise_fd_limit() - _SPARE_FDS)
     except OSError as error:
         owner.reply_error(error)
         raise
     with root:
-        owner.post(wire.READY, json.dumps({"pid": os.getpid(), "way": way.value, "api": options.api}).encode(), [root.fileno()])
+        about = {"pid": os.getpid(), "way": way.value, "api": options.api, "signing_key": service.signing_key()}
+        owner.post(wire.READY, json.dumps(about).encode(), [root.fileno()])
     threading.Thread(target=service.run, name="control", daemon=True).start()
     with device:
         Server(device, service.filesystem).run()
@@ -109,11 +115,12 @@ class _Connection:
 class Service:
     """What the control thread does: tokens, consumers, status."""
 
-    def __init__(self, owner: Channel, spawner: Channel, options: "Options", origin: "Origin", max_files: int) -> None:
+    def __init__(self, owner: Channel, spawner: Channel, options: "Options", origin: "Origin", signer: Signer, max_files: int) -> None:
         self.filesystem = FileSystem(Api(options.api), memory_max=options.memory_max, max_files=max_files, prove=self._prove)
         self._options = options
         self._origin = origin
         self._spawner = spawner
+        self._signer = signer
         self._selector = selectors.DefaultSelector()
         self._consumers: dict[int, Consumer] = {}
         self._next_consumer = 1
@@ -124,6 +131,11 @@ class Service:
         self._tokens: dict[bytes, tuple[int, RestrictedFile] | None] = {}
         self._connect(owner, first=True)
         self._listen()
+
+    def signing_key(self) -> str | None:
+        """Return the public key of reports, in hexadecimal; None while there is none."""
+        key = self._signer.public_key
+        return None if key is None else key.hex()
 
     def run(self) -> None:
         """Serve every connection, one request at a time."""
@@ -193,6 +205,8 @@ class Service:
             connection.channel.reply(str(number).encode())
         elif message.number == wire.STATUS.number:
             self._reply_status(connection.channel)
+        elif message.number == wire.SIGNING_KEY.number:
+            connection.channel.reply(self._signer.make_key())
         else:
             raise OSError(EPROTO, f"no such call: {message.number}")
 
@@ -255,6 +269,12 @@ class Service:
         elif message.number == wire.REPORT.number:
             consumer.report = json.loads(message.body)
             consumer.requests.reply()
+        elif message.number == wire.LAUNCHED.number:
+            consumer.launched(*wire.LAUNCH.unpack(message.body))
+            consumer.requests.reply()
+        elif message.number == wire.SIGN.number:
+            body = consumer.report_over(message.body, self._options.api, self._signer.make_key()).pack()
+            consumer.requests.reply(body + self._signer.sign(body))
         else:
             raise OSError(EPROTO, f"no such call: {message.number}")
 
@@ -352,6 +372,7 @@ class Service:
             "api": self._options.api,
             "way": self._origin.way.value,
             "memory_max": self._options.memory_max,
+            "signing_key": self.signing_key(),
             "descriptors": files,
             "consumers": consumers,
             "last_error": self._last_error,

@@ -34,6 +34,8 @@ class Options:
     deadline: float = 5.0
     #: User to become once the mount is made (``serve``); None stays.
     become: tuple[int, int] | None = None
+    #: File with the key that reports are signed with; None makes one when it is needed.
+    signing_key: str | None = None
 
     def dump(self) -> str:
         """Return the options as one argument of a command line."""

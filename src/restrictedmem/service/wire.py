@@ -40,6 +40,8 @@ SPAWN: Final = Call("SPAWN", 3)
 """Body: name of a consumer, a space, its arguments; descriptor 0 is the socket it serves its owner on. Reply: its number."""
 STATUS: Final = Call("STATUS", 4)
 """Reply: descriptor 0 is a memfd with the service's state as JSON."""
+SIGNING_KEY: Final = Call("SIGNING_KEY", 5)
+"""Reply: the public key that reports are signed with, made now if there is none yet."""
 
 # The service to its owner, unasked, as the first message on the first socket.
 READY: Final = Call("READY", 1 << 16)
@@ -52,6 +54,10 @@ UNBIND: Final = Call("UNBIND", 17)
 """Body: the binding's number. Unregisters the notifier."""
 REPORT: Final = Call("REPORT", 18)
 """Body: JSON for ``ps``: what the consumer holds."""
+LAUNCHED: Final = Call("LAUNCHED", 19)
+"""Body: ``LAUNCH``. Once, before a guest runs, so that whoever breaks out of one has no say in how it was measured."""
+SIGN: Final = Call("SIGN", 20)
+"""Body: 64 bytes of the guest's choice. Reply: a signed report over them (``report.Report``)."""
 
 # The service to a consumer.
 INVALIDATE_START: Final = Call("INVALIDATE_START", 32)
@@ -67,6 +73,8 @@ KILL: Final = Call("KILL", 49)
 
 #: A binding: its number, the file's inode number, the limit on the file's bytes (0 for none).
 BINDING: Final = struct.Struct("=QQQ")
+#: Policy, name of the engine, measurement.
+LAUNCH: Final = struct.Struct("=I16s48s")
 #: A binding's number, first page, page after the last.
 INVALIDATION: Final = struct.Struct("=QQQ")
 

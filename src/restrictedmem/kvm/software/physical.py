@@ -51,9 +51,9 @@ class Window:
         self.slot = slot
         self.start = slot.base_gfn << PAGE_SHIFT
         self.end = slot.end_gfn << PAGE_SHIFT
-        #: The shared half, the private half; and what leads there from a guest address.
+        #: The shared half, the private half; and what leads there from a guest address, by the bits PRIVATE and CODE of an entry.
         self.views = shared, private
-        self.offsets = tuple(0 if view is None else view.base - self.start for view in self.views)
+        self.offsets = tuple(0 if view is None else view.base - self.start for view in self.views) * 2
 
 
 @final
@@ -109,7 +109,7 @@ class PhysicalMemory:
         """Forget the code and the translations of a range of guest pages, in time that does not depend on its size."""
         for window in self._windows:
             first, last = (gfn << PAGE_SHIFT for gfn in window.slot.clip(start, end))
-            for view, offset in zip(window.views, window.offsets, strict=True):
+            for view, offset in zip(window.views, window.offsets, strict=False):
                 if view is not None:
                     self._drop_code(view, first + offset, last + offset)
         self._uc.flush_tlb()

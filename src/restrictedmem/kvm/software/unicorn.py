@@ -6,9 +6,14 @@ The package's own binding is left alone: importing it takes five times as long (
 import ctypes
 import functools
 import importlib.util
+import mmap
 import os
+import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final, final
+
+from restrictedmem.units import PAGE_SIZE
 
 _ARCH_X86: Final = 4
 _MODE_64: Final = 8
@@ -32,16 +37,31 @@ RDX: Final = 40
 RIP: Final = 41
 RSI: Final = 43
 RSP: Final = 44
+RBP: Final = 36
+RCX: Final = 38
 DR0: Final = 66
+R8: Final = 106
 R10: Final = 108
 CS: Final = 11
+DS: Final = 17
+ES: Final = 28
+FS: Final = 32
+GS: Final = 33
+SS: Final = 49
+CR0: Final = 50
+CR2: Final = 52
+CR3: Final = 53
+CR4: Final = 54
 GDTR: Final = 243
+FS_BASE: Final = 250
+GS_BASE: Final = 251
 RFLAGS: Final = 253
 
 # uc_hook_type and uc_x86_insn
 _HOOK_INTR: Final = 1 << 0
 _HOOK_INSN: Final = 1 << 1
 _HOOK_CODE: Final = 1 << 2
+_HOOK_BLOCK: Final = 1 << 3
 _HOOK_MEM_READ_UNMAPPED: Final = 1 << 4
 _HOOK_TLB_FILL: Final = 1 << 17
 _INS_IN: Final = 218
@@ -56,6 +76,10 @@ _CTL_FLUSH_TB: Final = 10 | 1 << 30
 _CTL_FLUSH_TLB: Final = 11 | 1 << 30
 _CTL_TLB_TYPE: Final = 12 | 1 << 26 | 1 << 30
 _TLB_VIRTUAL: Final = 1
+
+#: Bytes of ``struct uc_struct`` to search, which has more; and of those between qemu_real_host_page_size and hook_insert (2.1.3, 2.1.4).
+_UC_STRUCT_HEAD: Final = 8192
+_WORDS_BEFORE_FLAGS: Final = 24
 
 # The hooks' prototypes, as cheap as ctypes converts them: the handle, which nobody needs, as an int, and the trailing user_data left out.
 _TlbFill = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_size_t, ctypes.c_int, ctypes.c_size_t)
@@ -94,6 +118,7 @@ def library() -> ctypes.CDLL:
     loaded.uc_mmio_map.argtypes = [pointer, u64, size, _IoRead, pointer, _IoWrite, pointer]
     loaded.uc_emu_start.argtypes = [pointer, u64, u64, u64, size]
     loaded.uc_emu_stop.argtypes = [pointer]
+    loaded.uc_hook_del.argtypes = [pointer, pointer]
     loaded.uc_reg_read.argtypes = loaded.uc_reg_write.argtypes = [pointer, number, pointer]
     loaded.uc_reg_read_batch.argtypes = loaded.uc_reg_write_batch.argtypes = [pointer, pointer, pointer, number]
     loaded.uc_context_alloc.argtypes = [pointer, ctypes.POINTER(pointer)]
@@ -101,6 +126,21 @@ def library() -> ctypes.CDLL:
     loaded.uc_context_free.argtypes = [pointer]
     loaded.uc_strerror.restype = ctypes.c_char_p
     return loaded
+
+
+@functools.cache
+def _block_hook() -> tuple[mmap.mmap, int]:
+    """Return a page of machine code, and its address: a hook for each block, which stops the run when the byte at ``user_data`` is set.
+
+    uc_emu_stop itself, called by another thread, may end a run inside a block, in the middle of an instruction, which is then executed
+    a second time. Called by the run's own thread before a block, it is exact.
+    """
+    page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    stop = ctypes.cast(library().uc_emu_stop, ctypes.c_void_p).value or 0
+    code = bytes.fromhex("8039007501c348b8") + stop.to_bytes(8, "little") + bytes.fromhex("ffe0")
+    #     cmp byte [rcx], 0; jne 1f; ret; 1: mov rax, uc_emu_stop; jmp rax
+    page[: len(code)] = code
+    return page, ctypes.addressof(ctypes.c_char.from_buffer(page))
 
 
 def error_text(call: str, error: int) -> str:
@@ -113,9 +153,24 @@ def _check(call: str, error: int) -> None:
         raise RuntimeError(error_text(call, error))
 
 
+def _no_exit_request(handle: int) -> int:
+    """Return the address of ``uc_struct.no_exit_request``: the third of four flags that lie behind the host's page sizes and some words.
+
+    Raises:
+        RuntimeError: when they do not; tests/test_vcpus.py shows that the right one was found.
+    """
+    content = ctypes.string_at(handle, _UC_STRUCT_HEAD)
+    sizes = content.find(struct.pack("=QQ", PAGE_SIZE, PAGE_SIZE))
+    # hook_insert, first_tb, no_exit_request, init_done
+    flags = content.find(b"\0\0\0\1", sizes + 16 + _WORDS_BEFORE_FLAGS)
+    if sizes < 0 or flags != sizes + 16 + _WORDS_BEFORE_FLAGS:
+        raise RuntimeError("this version of unicorn has another layout")
+    return handle + flags + 2
+
+
 @final
 class Uc:
-    """One emulator. Only ``stop`` may be called by another thread, and only by the thread that made it outside ``start`` all the rest.
+    """One emulator. Only ``kick`` may be called by another thread, and only by the thread that made it outside ``start`` all the rest.
 
     Every method raises RuntimeError with the name of Unicorn's call when that fails.
     """
@@ -129,8 +184,20 @@ class Uc:
         self._callbacks: list[object] = []
         self._word = ctypes.c_uint64()
         self._ctl(_CTL_TLB_TYPE, ctypes.c_int(_TLB_VIRTUAL))
+        #: Unicorn's own flag against ending a run after any memory access of a block: what has read, changed and written memory would be
+        #: executed again then. (It is meant for Arm's IT blocks.) Instead, runs end where a block begins.
+        self._no_exit_request = ctypes.c_bool.from_address(_no_exit_request(handle.value or 0))
+        self._no_exit_request.value = True
         # uc_emu_start's ``until`` counts no more, and no exits are set: no address ends a run by itself.
         self._ctl(_CTL_USE_EXITS, ctypes.c_int(1))
+        self._kicked = ctypes.c_ubyte()
+
+    def stop_inside_blocks(self) -> None:
+        """Let a code hook's ``stop`` take effect before its instruction, from now on; all code then runs at half the speed."""
+        if self._no_exit_request.value:
+            self._no_exit_request.value = False
+            self._hook(_HOOK_BLOCK, ctypes.c_void_p(_block_hook()[1]), user_data=ctypes.addressof(self._kicked))
+            self.flush_code()
 
     def close(self) -> None:
         """Free the emulator, its contexts first; the host's memory that was mapped stays the caller's."""
@@ -183,20 +250,32 @@ class Uc:
         for instruction in (_INS_SYSCALL, _INS_SYSENTER):
             self._hook(_HOOK_INSN, _Instruction(hook), instruction=instruction)
 
-    def hook_code(self, address: int, hook: Callable[[int, int, int], None]) -> None:
-        """Call ``hook(uc, address, size)`` before the instruction at an address."""
-        self._hook(_HOOK_CODE, _Code(hook), address, address)
+    def hook_code(self, address: int, hook: Callable[[int, int, int], None]) -> "Hook":
+        """Call ``hook(uc, address, size)`` before the instruction at an address, as far as it is not translated yet."""
+        return self._hook(_HOOK_CODE, _Code(hook), address, address)
+
+    def unhook(self, hook: "Hook") -> None:
+        """Remove a hook; asks the fill hook to translate an address that it was called for, for a fetch."""
+        _check("uc_hook_del", self._library.uc_hook_del(self._handle, hook.number))
+        self._callbacks.remove(hook.callback)
 
     def hook_unmapped_read(self, begin: int, size: int, hook: Callable[[int, int, int, int, int], bool]) -> None:
         """Call ``hook(uc, type, address, size, value)`` for each load from a hole in physical memory; False ends the run before it."""
         self._hook(_HOOK_MEM_READ_UNMAPPED, _Unmapped(hook), begin, begin + size - 1)
 
-    def _hook(self, kind: int, callback: object, begin: int = 1, end: int = 0, instruction: int | None = None) -> None:
+    def _hook(
+        self, kind: int, callback: object, begin: int = 1, end: int = 0, instruction: int | None = None, user_data: int | None = None
+    ) -> "Hook":
         self._callbacks.append(callback)
         variadic = () if instruction is None else (ctypes.c_int(instruction),)
         span = ctypes.c_uint64(begin), ctypes.c_uint64(end)
-        hook = ctypes.byref(ctypes.c_void_p())
-        _check("uc_hook_add", self._library.uc_hook_add(self._handle, hook, ctypes.c_int(kind), callback, None, *span, *variadic))
+        number = ctypes.c_void_p()
+        hook = ctypes.byref(number)
+        _check(
+            "uc_hook_add",
+            self._library.uc_hook_add(self._handle, hook, ctypes.c_int(kind), callback, ctypes.c_void_p(user_data), *span, *variadic),
+        )
+        return Hook(number, callback)
 
     # Registers.
 
@@ -225,13 +304,20 @@ class Uc:
     # Running, and what is cached meanwhile.
 
     def start(self) -> int:
-        """Run from RIP until a hook or ``stop`` ends it; returns the uc_err."""
+        """Run from RIP until a hook or ``kick`` ends it; returns the uc_err."""
+        self._kicked.value = 0
         error: int = self._library.uc_emu_start(self._handle, self.read(RIP), 0, 0, 0)
         return error
 
     def stop(self) -> None:
-        """Make ``start`` return at the end of a block; forgotten when it comes just before ``start`` or outside it."""
-        if self._handle:
+        """Make ``start`` return; called by a hook."""
+        self._library.uc_emu_stop(self._handle)
+
+    def kick(self) -> None:
+        """Make ``start`` return before the next block, from any thread; forgotten when it comes just before ``start`` or outside it."""
+        if not self._no_exit_request.value:
+            self._kicked.value = 1
+        elif self._handle:
             self._library.uc_emu_stop(self._handle)
 
     def flush_tlb(self) -> None:
@@ -248,6 +334,14 @@ class Uc:
 
     def _ctl(self, control: int, *arguments: object) -> None:
         _check("uc_ctl", self._library.uc_ctl(self._handle, ctypes.c_int(control), *arguments))
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """A hook as Unicorn knows it, and the function it calls, which must live as long."""
+
+    number: ctypes.c_void_p
+    callback: object
 
 
 @final

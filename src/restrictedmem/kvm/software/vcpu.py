@@ -15,27 +15,33 @@ from errno import EACCES, EFAULT
 from typing import Final, final
 
 from restrictedmem.abi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE, ExitReason, kvm_regs
+from restrictedmem.abi.kvm_x86 import kvm_sregs
 from restrictedmem.kvm import exits
 from restrictedmem.kvm.exits import Exit
-from restrictedmem.kvm.guest_abi import GPA_BITS, HYPERCALL_PAGE
-from restrictedmem.kvm.memslot import ALL, EXEC, READ, WRITE, Memslot
+from restrictedmem.kvm.guest_abi import GPA_BITS, HYPERCALL_PAGE, REPORT_PAGE
+from restrictedmem.kvm.memslot import ALL, CODE, EXEC, READ, WRITE, Memslot
 from restrictedmem.kvm.mmu import Fault, Mmu
 from restrictedmem.kvm.software import unicorn
+from restrictedmem.kvm.software.code import CodePages
+from restrictedmem.kvm.software.debug import GuestDebug
 from restrictedmem.kvm.software.mmio import Scratch
 from restrictedmem.kvm.software.physical import PhysicalMemory, Window
 from restrictedmem.kvm.software.reset import enter_user_mode
+from restrictedmem.kvm.software.turns import Turns
 from restrictedmem.kvm.software.unicorn import MEM_FETCH, MEM_READ, MEM_WRITE, Uc
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, gfn_t
 
 # What is the engine's own in Unicorn's physical memory; the halves lie behind it.
 _GPA_END: Final = 1 << GPA_BITS
 _HYPERCALL_CODE: Final = 1 << 45
+_REPORT_PAGE: Final = _HYPERCALL_CODE + PAGE_SIZE
 _SCRATCH: Final = 1 << 46
 #: A load from nowhere is sent to its own address in this hole, for the hook that learns its exact address and size.
 _HOLE: Final = 1 << 47
 
-_HYPERCALL: Final = bytes.fromhex(
-    "e6f4"  # out    0xf4, al    (where a hypercall stops; on this engine it is never executed)
+#: An invalid opcode is what ends a run most precisely.
+HYPERCALL: Final = bytes.fromhex(
+    "0f0b"  # ud2
     "c3"  # ret
 )
 _RET: Final = HYPERCALL_PAGE + 2
@@ -66,22 +72,28 @@ class _Stop(Enum):
 class SoftwareVcpu:
     """One vCPU on Unicorn (``VcpuEngine``)."""
 
-    def __init__(self, mmu: Mmu) -> None:
-        """Make a vCPU in its reset state, without slots.
+    def __init__(self, mmu: Mmu, report_page: mmap.mmap, turns: Turns, code: CodePages) -> None:
+        """Make a vCPU in its reset state, without slots; all else is its VM's.
 
         Raises:
             RuntimeError: when Unicorn is missing or its version does not fit.
         """
         self._mmu = mmu
         self._uc = uc = Uc()
+        self._turns = turns
+        self._turn = turns.join(uc.kick)
+        self._code = code
+        self._number = code.add_vcpu()
         self._reset = enter_user_mode(uc)
         self._undo = uc.context()
         self._memory = PhysicalMemory(uc)
         self._scratch = Scratch(uc, _SCRATCH)
         self._hypercall_page = mmap.mmap(-1, PAGE_SIZE)
-        self._hypercall_page[: len(_HYPERCALL)] = _HYPERCALL
+        self._hypercall_page[: len(HYPERCALL)] = HYPERCALL
         uc.map(_HYPERCALL_CODE, PAGE_SIZE, ctypes.addressof(ctypes.c_char.from_buffer(self._hypercall_page)))
-        self._hypercall = uc.registers(unicorn.RAX, unicorn.RDI, unicorn.RSI, unicorn.RDX, unicorn.R10)
+        self._report_page = report_page
+        uc.map(_REPORT_PAGE, PAGE_SIZE, ctypes.addressof(ctypes.c_char.from_buffer(report_page)))
+        self._hypercall = uc.registers(unicorn.RIP, unicorn.RAX, unicorn.RDI, unicorn.RSI, unicorn.RDX, unicorn.R10)
         #: What IN, OUT, INS and OUTS may change.
         self._io = uc.registers(unicorn.RIP, unicorn.RAX, unicorn.RSI, unicorn.RDI)
         self._io_before: tuple[int, ...] = ()
@@ -97,6 +109,9 @@ class SoftwareVcpu:
         #: How the guest stopped for good. It is never entered again: Unicorn stands behind some instructions that raised an exception, and
         #: takes a second exception for one in the handler of the first, which makes it #DF.
         self._ended: exits.Shutdown | None = None
+        self._debug = GuestDebug(uc, self._on_breakpoint)
+        #: Whether an instruction was finished that a single step is still to be reported of.
+        self._stepped = False
 
         fill, self._forget_window, self._count_fills = self._make_fill()
         uc.hook_tlb_fill(fill)
@@ -104,7 +119,6 @@ class SoftwareVcpu:
         uc.hook_system_calls(self._on_system_call)
         uc.hook_in(self._on_in)
         uc.hook_out(self._on_out)
-        uc.hook_code(HYPERCALL_PAGE, self._on_hypercall)
         uc.hook_unmapped_read(_HOLE, _GPA_END, self._on_unmapped_read)
 
     def close(self) -> None:
@@ -189,8 +203,12 @@ class SoftwareVcpu:
     def _fault_around_slots(self, page: int, access: int) -> tuple[int, int] | Exit | _Stop:
         if page == HYPERCALL_PAGE and access != MEM_WRITE:
             return _HYPERCALL_CODE, READ | EXEC
+        if page == REPORT_PAGE and access != MEM_FETCH:
+            return _REPORT_PAGE, READ | WRITE
         if page >= _GPA_END:
             return (page, ALL) if self._memory.maintaining else _PAGE_FAULT
+        if self._mmu.attributes.forbids_mmio(page >> PAGE_SHIFT):
+            return exits.MemoryFault(KVM_MEMORY_EXIT_FLAG_PRIVATE, page, PAGE_SIZE, EFAULT)
         if access == MEM_FETCH:
             return exits.MemoryFault(0, page, PAGE_SIZE, EFAULT)
         if self._scratch.stepping:
@@ -208,10 +226,10 @@ class SoftwareVcpu:
             if fault is Fault.NO_HALF:
                 return self._memory_fault(window, page, EFAULT)
         # Read once: zapped meanwhile or never installed, it is 0.
-        entry = entries[index]
+        entry = self._protect_code(window.slot, page >> PAGE_SHIFT) if access == MEM_FETCH else entries[index]
         if not entry:
             return _Stop.AGAIN
-        view, physical = window.views[entry >> 3], page + window.offsets[entry >> 3]
+        view, physical = window.views[entry >> 3 & 1], page + window.offsets[entry >> 3]
         assert view is not None
         if entry & 1 << access - MEM_READ:
             if access == MEM_FETCH:
@@ -220,8 +238,19 @@ class SoftwareVcpu:
             return physical, entry & (READ | WRITE)
         if access != MEM_WRITE:
             return self._memory_fault(window, page, EACCES)
+        if entry & CODE and window.slot.rights & WRITE:
+            self._code.written(page >> PAGE_SHIFT, self._number)
+            return physical, READ | WRITE
         # A store to memory that is only to be read is MMIO (KVM_MEM_READONLY).
         return (self._scratch.translate(page), READ | WRITE) if self._scratch.stepping else _Stop.STEP
+
+    def _protect_code(self, slot: Memslot, gfn: int) -> int:
+        if not slot.rights & EXEC:
+            return slot.entries[gfn - slot.base_gfn]
+        entry, newly_protected = self._mmu.protect_code(slot, gfn)
+        if entry:
+            self._code.fetched(gfn, self._number, newly_protected=newly_protected)
+        return entry
 
     def _memory_fault(self, window: Window, page: int, errno: int) -> exits.MemoryFault:
         private = window.slot.attributes[(page - window.start) >> PAGE_SHIFT]
@@ -239,11 +268,11 @@ class SoftwareVcpu:
         self._why = _INVALID_OPCODE
         self._uc.stop()
 
-    def _on_hypercall(self, _uc: int, _address: int, _size: int) -> None:
-        number, *arguments = self._hypercall.read()
-        rdi, rsi, rdx, r10 = arguments
-        self._why = exits.Hypercall(number, (rdi, rsi, rdx, r10))
-        self._uc.stop()
+    def _on_breakpoint(self, _uc: int, address: int, _size: int) -> None:
+        # An instruction that is executed again, to be finished, was reported before.
+        if address in self._debug.breakpoints and not self._unfinished:
+            self._why = exits.Debug(exits.BREAKPOINT, address)
+            self._uc.stop()
 
     def _on_in(self, _uc: int, port: int, size: int) -> int:
         value = self._io_value(port)
@@ -282,6 +311,27 @@ class SoftwareVcpu:
         self._finish_instruction()
         self._stores.clear()
 
+    def get_regs(self) -> kvm_regs:
+        """Return the general registers (``VcpuEngine``)."""
+        return self._debug.get_regs()
+
+    def change_regs(self, regs: kvm_regs) -> None:
+        """Set the general registers of a guest on its way (``VcpuEngine``); elsewhere, it is done with the instruction it was at."""
+        if regs.rip != self._uc.read(unicorn.RIP):
+            self._asked = self._io_answer = None
+            self._finish_instruction()
+            self._stores.clear()
+        self._debug.set_regs(regs)
+
+    def get_sregs(self) -> kvm_sregs:
+        """Return selectors, bases and control registers (``VcpuEngine``)."""
+        return self._debug.get_sregs()
+
+    def set_guest_debug(self, *, step: bool, breakpoints: frozenset[int]) -> None:
+        """Say where to stop (``VcpuEngine``)."""
+        self._stepped = False
+        self._debug.set(step=step, breakpoints=breakpoints)
+
     def complete(self, value: int) -> None:
         """Give the value that the last exit asked for; ignored when it asked for none (``VcpuEngine``)."""
         asked, self._asked = self._asked, None
@@ -289,6 +339,7 @@ class SoftwareVcpu:
             case exits.Hypercall():
                 self._uc.write(unicorn.RAX, value & _WORD)
                 self._uc.write(unicorn.RIP, _RET)
+                self._stepped = self._debug.step
             case exits.PortIn(port, size):
                 self._io_answer = self._io_before[0], port, value & (1 << 8 * size) - 1
             case exits.MmioRead():
@@ -297,25 +348,62 @@ class SoftwareVcpu:
                 pass
 
     def settle(self) -> None:
-        """Wait until no invalidation is in progress (``VcpuEngine``)."""
-        self._mmu.wait_settled()
+        """Wait until no invalidation is in progress, and it is this vCPU's turn (``VcpuEngine``)."""
+        self._mmu.wait_settled(unless=lambda: self._turn.kicked)
+        self._turns.take(self._turn)
 
     def run(self) -> Exit | None:
-        """Run guest code until it exits (``VcpuEngine``); an exit that asked for a value and got none comes again."""
+        """Run guest code until it exits (``VcpuEngine``), if it is this vCPU's turn; an exit that got no value it asked for comes again."""
+        if not self._turns.has(self._turn):
+            return None
+        try:
+            for gfn in self._code.take_stale(self._number):
+                self._memory.drop(gfn_t(gfn), gfn_t(gfn + 1))
+            return self._run()
+        finally:
+            self._turns.give(self._turn)
+
+    def prefault(self, start: gfn_t, end: gfn_t) -> int:
+        """Map pages, if it is this vCPU's turn (``VcpuEngine``)."""
+        if not self._turns.has(self._turn):
+            return 0
+        try:
+            return self._mmu.prefault(start, end)
+        finally:
+            self._turns.give(self._turn)
+
+    def _run(self) -> Exit | None:
         if self._ended is not None:
             return self._ended
         if self._unfinished:
             exit_ = self._step()
             if exit_ is not None or self._unfinished:
                 return exit_
-        if not self._stores:
-            self._start()
-            return self._exit()
-        return self._stores.popleft()
+        if self._stores:
+            return self._stores.popleft()
+        if self._debug.step:
+            return self._single_step()
+        self._start()
+        return self._exit()
+
+    def _single_step(self) -> Exit | None:
+        if not self._stepped:
+            flags = unicorn.RFLAGS
+            self._uc.write(flags, self._uc.read(flags) | _TRAP_FLAG)
+            try:
+                self._start()
+            finally:
+                self._uc.write(flags, self._uc.read(flags) & ~_TRAP_FLAG)
+            if self._why != _DEBUG:
+                return self._exit()
+        self._stepped = False
+        return exits.Debug(exits.SINGLE_STEP, self._uc.read(unicorn.RIP), exits.DR6_BS)
 
     def kick(self) -> None:
-        """Make ``run`` return soon (``VcpuEngine``)."""
-        self._uc.stop()
+        """Make ``run`` or ``settle`` return soon (``VcpuEngine``)."""
+        self._uc.kick()
+        self._turns.kick(self._turn)
+        self._mmu.wake()
 
     def _start(self) -> None:
         self._why = None
@@ -324,9 +412,13 @@ class SoftwareVcpu:
         if failure is not None:
             raise failure
         if error == unicorn.ERR_INSN_INVALID:
-            self._why = _INVALID_OPCODE
+            self._why = self._invalid_opcode()
         if error and self._why is None:
             raise RuntimeError(unicorn.error_text("uc_emu_start", error))
+
+    def _invalid_opcode(self) -> Exit:
+        rip, number, rdi, rsi, rdx, r10 = self._hypercall.read()
+        return exits.Hypercall(number, (rdi, rsi, rdx, r10)) if rip == HYPERCALL_PAGE else _INVALID_OPCODE
 
     def _exit(self) -> Exit | None:
         """Turn the reason why the run ended into an exit, or into None when the guest is to go on."""
@@ -335,7 +427,7 @@ class SoftwareVcpu:
                 return None
             case _Stop.STEP:
                 self._unfinished = True
-                return self.run()
+                return self._run()
             case exits.MmioRead():
                 self._unfinished = True
                 self._asked = self._why
@@ -350,6 +442,8 @@ class SoftwareVcpu:
                     # OUTS: under a REP prefix the breakpoint came before the count, so it has to be executed again to be finished.
                     self._io.write(self._io_before)
                     self._io_answer = rip, port, 0
+                else:
+                    self._stepped = self._debug.step
             case exits.Shutdown():
                 self._ended = self._why
             case _:
@@ -372,6 +466,7 @@ class SoftwareVcpu:
             uc.write(unicorn.RFLAGS, uc.read(unicorn.RFLAGS) & ~_TRAP_FLAG)
             self._stores.extend(scratch.stores)
             self._finish_instruction()
+            self._stepped = self._debug.step
             return None
         self._undo.restore()
         if scratch.wanted is not None:

@@ -1,27 +1,52 @@
 """One VM on the software engine: private memory is the restricted file's own memfd, and the MMU is ours."""
 
+import mmap
 from typing import Final, final
 
+from restrictedmem.abi.kvm import Cap
+from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine import Binder
 from restrictedmem.kvm.memslot import MemfdHalf, Memslot
 from restrictedmem.kvm.mmu import Mmu
-from restrictedmem.kvm.software.vcpu import SoftwareVcpu
+from restrictedmem.kvm.software.code import CodePages
+from restrictedmem.kvm.software.turns import Turns
+from restrictedmem.kvm.software.vcpu import HYPERCALL, SoftwareVcpu
+from restrictedmem.kvm.trace import Trace
 from restrictedmem.kvm.vcpu import Vcpus
-from restrictedmem.units import PAGE_SHIFT, PageRange, gfn_t, pgoff_t
+from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t, pgoff_t
+
+#: Each is an emulator of its own, of some 4 MiB; and they take turns.
+_CAPABILITIES: Final = {Cap.NR_VCPUS: 1, Cap.MAX_VCPUS: 64, Cap.MAX_VCPU_ID: 64, Cap.PRE_FAULT_MEMORY: 1}
 
 
 @final
 class SoftwareVm:
     """Slots and vCPUs of one VM on Unicorn (``Engine``)."""
 
-    name: Final = "software"
-
-    def __init__(self, binder: Binder, vcpus: Vcpus) -> None:
-        """Make a VM without slots; ``vcpus`` is what to stop when memory goes away."""
-        self.mmu = Mmu()
+    def __init__(self, binder: Binder, vcpus: Vcpus, attributes: Attributes, trace: Trace) -> None:
+        """Make a VM without slots; ``vcpus`` is what to stop when memory goes away, and faults go to ``trace``."""
+        self.mmu = Mmu(attributes, trace)
+        self._turns = Turns()
+        self._code = CodePages()
+        self._report_page = mmap.mmap(-1, PAGE_SIZE)
         self._binder = binder
         self._vcpus = vcpus
         self._engines: list[SoftwareVcpu] = []
+
+    @property
+    def name(self) -> str:
+        """What ``--engine`` calls it (``Engine``)."""
+        return "software"
+
+    @property
+    def hypercall_code(self) -> bytes:
+        """What is executed there (``Engine``)."""
+        return HYPERCALL
+
+    @property
+    def report_page(self) -> memoryview:
+        """What every vCPU finds at the report page (``Engine``)."""
+        return memoryview(self._report_page)
 
     def bind(self, token: bytes, window: PageRange) -> MemfdHalf:
         """Map a window of the file's memfd (``Engine``)."""
@@ -76,10 +101,31 @@ class SoftwareVm:
         private.pages.get_pages(PageRange(start, pgoff_t(start + (len(data) >> PAGE_SHIFT))))
         private.half.write(gpa - (slot.base_gfn << PAGE_SHIFT), data)
 
+    def read_private(self, slot: Memslot, gpa: int, size: int) -> bytes:
+        """Read the memfd, where a hole is zero (``Engine``)."""
+        return slot.memfd_half.read(gpa - (slot.base_gfn << PAGE_SHIFT), size)
+
+    def write_private(self, slot: Memslot, gpa: int, data: bytes) -> None:
+        """Take pages of the memfd, write them, and forget what was translated from there (``Engine``)."""
+        private = slot.memfd_half
+        first, last = gfn_t(gpa >> PAGE_SHIFT), gfn_t((gpa + len(data) - 1 >> PAGE_SHIFT) + 1)
+        private.pages.get_pages(PageRange(slot.pgoff_of(first), slot.pgoff_of(last)))
+        private.half.write(gpa - (slot.base_gfn << PAGE_SHIFT), data)
+        self._vcpus.drop(first, last)
+
+    def inject_failure(self, slot: Memslot, gfn: gfn_t) -> None:
+        """Take a page from every slot that shows it, and refuse it (``Engine``)."""
+        for shown in self.mmu.inject_failure(slot.memfd_half, slot.pgoff_of(gfn)):
+            self._vcpus.drop(shown, gfn_t(shown + 1))
+
+    def check_extension(self, cap: int) -> int:
+        """Answer for this engine (``Engine``)."""
+        return _CAPABILITIES.get(Cap(cap), 0) if cap in set(Cap) else 0
+
     def create_vcpu(self, number: int) -> SoftwareVcpu:
         """Make a vCPU (``Engine``)."""
         del number
-        engine = SoftwareVcpu(self.mmu)
+        engine = SoftwareVcpu(self.mmu, self._report_page, self._turns, self._code)
         for slot in self.mmu.slots:
             engine.add_slot(slot)
         self._engines.append(engine)

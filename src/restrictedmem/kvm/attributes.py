@@ -1,0 +1,57 @@
+"""Which guest pages are private, whatever slots there are: v9 5/8, v10 2/9 (KVM keeps an xarray, one entry a page)."""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from errno import ENOMEM
+from itertools import pairwise
+from typing import Final, final
+
+from restrictedmem.mm.notifier import Api
+from restrictedmem.units import gfn_t
+
+#: More than a guest of 1 TiB has when every other 1 MiB is shared; 8 bytes each.
+_MAX_CHANGES: Final = 1 << 21
+
+
+@final
+class Attributes:
+    """The attribute of every guest page, kept as the pages at which it changes; written by the VM's thread alone."""
+
+    __slots__ = ("_api", "_changes")
+
+    def __init__(self, api: Api) -> None:
+        """Make every page shared (v10) or private (v9)."""
+        self._api = api
+        self._changes: list[int] = []
+
+    def _after(self, changes: int) -> bool:
+        """Say what pages are after so many changes."""
+        return (self._api is Api.V9) ^ bool(changes & 1)
+
+    def is_private(self, gfn: int) -> bool:
+        """Say what a page is."""
+        return self._after(bisect_right(self._changes, gfn))
+
+    def forbids_mmio(self, gfn: int) -> bool:
+        """Say whether an access without a slot is a memory fault: of a private page in v10; v9 asked only where a slot was."""
+        return self._api is Api.V10 and self.is_private(gfn)
+
+    def set(self, start: gfn_t, end: gfn_t, *, private: bool) -> None:
+        """Make a range private or shared.
+
+        Raises:
+            OSError: ENOMEM, and nothing is changed.
+        """
+        first, last = bisect_left(self._changes, start), bisect_right(self._changes, end)
+        edges = [*([start] if self._after(first) is not private else []), *([end] if self._after(last) is not private else [])]
+        if len(self._changes) + len(edges) - (last - first) > _MAX_CHANGES:
+            raise OSError(ENOMEM, "too many ranges of different attributes")
+        self._changes[first:last] = edges
+
+    def private_runs(self, start: gfn_t, end: gfn_t) -> Iterator[tuple[gfn_t, gfn_t]]:
+        """Yield the runs of private pages in a range."""
+        changes = self._changes[bisect_right(self._changes, start) : bisect_left(self._changes, end)]
+        edges = [start, *(gfn_t(gfn) for gfn in changes), end]
+        for first, last in pairwise(edges):
+            if first < last and self.is_private(first):
+                yield first, last

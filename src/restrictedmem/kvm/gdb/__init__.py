@@ -1,0 +1,1 @@
+"""A GDB remote stub on the owner's side, for a VM that was made with ``debug``."""

@@ -1,0 +1,1 @@
+"""The kernel engine: guest code on /dev/kvm, private memory in guest_memfd."""

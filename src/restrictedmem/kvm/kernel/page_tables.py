@@ -1,0 +1,103 @@
+"""The guest's page tables, which are the engine's: they lie in its own memory, and neither guest nor owner reaches them.
+
+A guest sees its slots where the owner put them, by linear address. Where that leads in guest physical memory is decided here, page by
+page; so an address that no slot covers is a #PF with its exact address, and a page changes halves by a change of its entry.
+
+KVM does not notice what the host writes here while it has an entry shadowed (it tracks the guest's own writes). So the entry of a page is
+only relied on after KVM's translation of the page was zapped, and an entry that leads to another table never changes again.
+"""
+
+import mmap
+import struct
+from array import array
+from errno import ENOMEM
+from typing import Final, final
+
+from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE
+
+# Bits of an entry (Intel SDM 4.5).
+PRESENT: Final = 1 << 0
+WRITABLE: Final = 1 << 1
+USER: Final = 1 << 2
+_ACCESSED: Final = 1 << 5
+_DIRTY: Final = 1 << 6
+NO_EXECUTE: Final = 1 << 63
+_ADDRESS: Final = ((1 << 52) - 1) & ~(PAGE_SIZE - 1)
+
+_ENTRIES: Final = 512
+_LEVELS: Final = (39, 30, 21)
+_ENTRY: Final = struct.Struct("=Q")
+
+
+@final
+class PageTables:
+    """A tree of tables in ``memory``, whose guest physical addresses are its offsets; tables come from the bytes ``start`` to ``end``."""
+
+    def __init__(self, memory: mmap.mmap, start: int, end: int) -> None:
+        """Make a tree without entries; the root is the first table."""
+        self._memory = memory
+        self._next = start
+        self._end = end
+        #: Guest physical address of the root, for CR3.
+        self.root = self._take()
+        self._leaves: dict[int, int] = {}
+
+    def _take(self) -> int:
+        if self._next == self._end:
+            raise OSError(ENOMEM, "no page tables left for more guest addresses")
+        self._next += PAGE_SIZE
+        return self._next - PAGE_SIZE
+
+    def _leaf(self, linear: int) -> int:
+        """Return the table with the entry of a page, made when there is none."""
+        table = self._leaves.get(linear >> _LEVELS[-1])
+        if table is None:
+            table = self.root
+            for shift in _LEVELS:
+                table = self._next_table(table + _ENTRY.size * (linear >> shift & _ENTRIES - 1))
+            self._leaves[linear >> _LEVELS[-1]] = table
+        return table
+
+    def _next_table(self, at: int) -> int:
+        entry: int = _ENTRY.unpack_from(self._memory, at)[0]
+        if not entry:
+            # Rights are decided by the last entry alone.
+            entry = self._take() | PRESENT | WRITABLE | USER | _ACCESSED
+            _ENTRY.pack_into(self._memory, at, entry)
+        return entry & _ADDRESS
+
+    def reserve(self, linear: int, npages: int) -> None:
+        """Make the tables of a range, so that ``map`` cannot fail there.
+
+        Raises:
+            OSError: ENOMEM.
+        """
+        for address in range(linear & -(1 << _LEVELS[-1]), linear + (npages << PAGE_SHIFT), 1 << _LEVELS[-1]):
+            self._leaf(address)
+
+    def map(self, linear: int, gpa: int, npages: int, rights: int) -> None:
+        """Let pages from ``linear`` on lead to those from ``gpa`` on."""
+        # Accessed and dirty: KVM would set them one by one, and map each page twice to learn of the first store.
+        flags = rights | PRESENT | _ACCESSED | _DIRTY
+        self._write(linear, array("Q", range(gpa | flags, (gpa | flags) + (npages << PAGE_SHIFT), PAGE_SIZE)).tobytes())
+
+    def unmap(self, linear: int, npages: int) -> None:
+        """Let pages lead nowhere."""
+        self._write(linear, bytes(_ENTRY.size * npages))
+
+    def _write(self, linear: int, entries: bytes) -> None:
+        done = 0
+        while done < len(entries):
+            at = _ENTRY.size * (linear >> PAGE_SHIFT & _ENTRIES - 1)
+            count = min(len(entries) - done, _ENTRIES * _ENTRY.size - at)
+            table = self._leaf(linear)
+            self._memory[table + at : table + at + count] = entries[done : done + count]
+            linear += count // _ENTRY.size << PAGE_SHIFT
+            done += count
+
+    def entry(self, linear: int) -> int:
+        """Return the entry of a page, 0 where there is none."""
+        table = self._leaves.get(linear >> _LEVELS[-1])
+        if table is None:
+            return 0
+        return int(_ENTRY.unpack_from(self._memory, table + _ENTRY.size * (linear >> PAGE_SHIFT & _ENTRIES - 1))[0])

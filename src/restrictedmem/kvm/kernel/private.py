@@ -1,0 +1,162 @@
+"""Private memory: one guest_memfd for each restricted file, with the file's offsets."""
+
+import mmap
+from errno import EINVAL, ENOSPC, EOPNOTSUPP
+from typing import Final, final
+
+from restrictedmem.abi.kvm import GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP
+from restrictedmem.devkvm import GuestMemfd, Vm, address_of
+from restrictedmem.kvm.engine import Binder
+from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PageRange
+
+#: Bytes of every guest_memfd, whose size is set for good while that of the restricted file is not.
+_SIZE: Final = 1 << 62
+
+
+@final
+class PrivateFile:
+    """A restricted file's content in this VM; kept until the VM ends, so that it outlives slots and every punch of the owner reaches it."""
+
+    def __init__(self, binding: int, memfd: GuestMemfd, limit: int | None) -> None:
+        self.binding = binding
+        self.memfd = memfd
+        self.limit = limit
+        #: Pages freed by the owner.
+        self.freed = 0
+        #: Bytes shown by slots.
+        self.shown = 0
+
+    def punch(self, span: PageRange) -> None:
+        """Free the pages of a range and take them from every vCPU."""
+        start, length = span.start << PAGE_SHIFT, len(span) << PAGE_SHIFT
+        self.freed += self.memfd.resident_pages(start, length)
+        self.memfd.punch_hole(start, length)
+
+
+@final
+class GuestMemfdHalf:
+    """A private half in a guest_memfd (``PrivateHalf``)."""
+
+    __slots__ = ("binding", "file", "mapping", "window")
+
+    def __init__(self, file: PrivateFile, window: PageRange) -> None:
+        self.file = file
+        self.binding = file.binding
+        self.window = window
+        #: Of the window, if the kernel lets it be mapped at all. To touch it is SIGBUS, unless the VM may be debugged.
+        self.mapping: mmap.mmap | None = None
+        if file.memfd.flags & GUEST_MEMFD_FLAG_MMAP:
+            self.mapping = file.memfd.mmap(window.start << PAGE_SHIFT, self.locked)
+        file.shown += self.locked
+
+    @property
+    def locked(self) -> int:
+        """Bytes locked: all, for guest_memfd is neither swapped nor moved."""
+        return len(self.window) << PAGE_SHIFT
+
+    @property
+    def unlocked_because(self) -> str:
+        """Why nothing is locked."""
+        return ""
+
+    @property
+    def address(self) -> int:
+        """Where the mapping lies in this process, 0 without one."""
+        return 0 if self.mapping is None else address_of(self.mapping)
+
+    def allocate(self, start: int, size: int) -> None:
+        """Allocate pages from a byte offset of the window on.
+
+        Raises:
+            OSError: ENOMEM.
+        """
+        self.file.memfd.allocate((self.window.start << PAGE_SHIFT) + start, size)
+
+    def _readable(self) -> mmap.mmap:
+        if self.mapping is None or not self.file.memfd.flags & GUEST_MEMFD_FLAG_INIT_SHARED:
+            raise OSError(EOPNOTSUPP, "private memory cannot be read by its engine")
+        return self.mapping
+
+    def read(self, start: int, size: int) -> bytes:
+        """Return content from a byte offset of the window on; pages that are missing stay so.
+
+        Raises:
+            OSError: EOPNOTSUPP unless the VM may be debugged.
+        """
+        mapping, found = self._readable(), bytearray()
+        first = self.window.start << PAGE_SHIFT
+        while size:
+            piece = min(size, PAGE_SIZE - (start & PAGE_MASK))
+            there = self.file.memfd.resident_pages(first + (start & ~PAGE_MASK), PAGE_SIZE)
+            found += mapping[start : start + piece] if there else bytes(piece)
+            start, size = start + piece, size - piece
+        return bytes(found)
+
+    def write(self, start: int, data: bytes) -> None:
+        """Change content from a byte offset of the window on.
+
+        Raises:
+            OSError: EOPNOTSUPP unless the VM may be debugged.
+        """
+        self._readable()[start : start + len(data)] = data
+
+    def close(self) -> None:
+        """Unmap the window; content and binding stay (``PrivateHalf``)."""
+        self.file.shown -= self.locked
+        if self.mapping is not None:
+            self.mapping.close()
+
+
+@final
+class PrivateFiles:
+    """The restricted files of one VM."""
+
+    def __init__(self, vm: Vm, binder: Binder, flags: int) -> None:
+        """``flags`` are those of every guest_memfd."""
+        self._vm = vm
+        self._binder = binder
+        self._flags = flags
+        self._by_ino: dict[int, PrivateFile] = {}
+
+    def bind(self, token: bytes, window: PageRange) -> GuestMemfdHalf:
+        """Make a half that shows ``window`` of a file (``Engine``).
+
+        Raises:
+            OSError: EINVAL as ``Binder.bind``, and for a window beyond what a guest_memfd holds; ENOSPC for more than the service's limit.
+        """
+        if window.end << PAGE_SHIFT > _SIZE:
+            raise OSError(EINVAL, "guest_memfd does not reach so far")
+        bound = self._binder.bind(token)
+        bound.memfd.close()
+        bound.sequence.close()
+        file = self._by_ino.get(bound.ino)
+        if file is not None:
+            self._binder.unbind(bound.number)
+        else:
+            file = PrivateFile(bound.number, self._vm.create_guest_memfd(_SIZE, self._flags), bound.limit)
+            self._by_ino[bound.ino] = file
+        if file.limit is not None and file.shown + (len(window) << PAGE_SHIFT) > file.limit:
+            raise OSError(ENOSPC, "guest_memfd grows without asking: slots must fit the service's limit")
+        return GuestMemfdHalf(file, window)
+
+    def close(self) -> None:
+        """Close every guest_memfd."""
+        for file in self._by_ino.values():
+            file.memfd.close()
+
+    def punch(self, binding: int, span: PageRange) -> bool:
+        """Free a range of the file of a binding; False when there is none."""
+        for file in tuple(self._by_ino.values()):
+            if file.binding == binding:
+                file.punch(span)
+                return True
+        return False
+
+    def resident_pages(self) -> int:
+        """Count the pages that the VM's files have."""
+        return sum(file.memfd.resident_pages(0, 0) for file in self._by_ino.values())
+
+    @property
+    def freed_pages(self) -> int:
+        """Count the pages that the owner has freed."""
+        return sum(file.freed for file in self._by_ino.values())

@@ -1,0 +1,213 @@
+"""Slots of the kernel's VM, and how each page of an owner's slot comes to show one half or the other."""
+
+import mmap
+from collections.abc import Iterator
+from typing import Final, Protocol, final
+
+from restrictedmem.abi.kvm import KVM_MEMORY_ATTRIBUTE_PRIVATE
+from restrictedmem.devkvm import Vm
+from restrictedmem.kvm.kernel import system
+from restrictedmem.kvm.kernel.page_tables import USER, WRITABLE, PageTables
+from restrictedmem.kvm.kernel.private import GuestMemfdHalf
+from restrictedmem.kvm.memslot import WRITE, Memslot
+from restrictedmem.units import PAGE_SHIFT, gfn_t
+
+#: The owner's halves lie from here on in guest physical memory: past the engine's own slot, and past the APIC's page.
+_HALVES: Final = 1 << 32
+_ENGINE_SLOT: Final = 0
+
+
+class KernelSlots:
+    """The slots of a VM, each at the first free guest physical address; the guest never sees these, its page tables lead there."""
+
+    def __init__(self, vm: Vm, own: system.System) -> None:
+        """Make the engine's own slot."""
+        self._vm = vm
+        self._taken: dict[int, tuple[int, int]] = {}
+        vm.set_user_memory_region(_ENGINE_SLOT, 0, system.SIZE, own.address)
+
+    def add(self, size: int, address: int, private: GuestMemfdHalf | None) -> int:
+        """Make a slot on memory of this process, on a guest_memfd, or both; returns its guest physical address.
+
+        Raises:
+            OSError: EINVAL for a range of a file that another slot shows, or without a free slot; ENOMEM.
+        """
+        base = _HALVES
+        for start, end in sorted(self._taken.values()):
+            if start - base >= size:
+                break
+            base = end
+        number = next(number for number in range(_ENGINE_SLOT + 1, len(self._taken) + 2) if number not in self._taken)
+        if private is None:
+            self._vm.set_user_memory_region(number, base, size, address)
+        else:
+            self._vm.set_user_memory_region2(number, base, size, address, private.file.memfd, private.window.start << PAGE_SHIFT)
+        self._taken[number] = base, base + size
+        return base
+
+    def remove(self, base: int) -> None:
+        """Delete the slot at an address."""
+        number = next(number for number, (start, _) in self._taken.items() if start == base)
+        self._vm.delete_memory_region(number)
+        del self._taken[number]
+
+
+class Conversion(Protocol):
+    """How pages change from one half of a slot to the other. No vCPU is in the guest."""
+
+    def add(self, slot: Memslot) -> None:
+        """Put the halves of a slot where the guest's page tables can lead, and let them.
+
+        Raises:
+            OSError: as ``KernelSlots.add``; ENOMEM.
+        """
+        ...
+
+    def convert(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:
+        """Let a range of pages, with ``slot.attributes`` written already, show one half."""
+        ...
+
+    def remove(self, slot: Memslot) -> None:
+        """Take a slot away."""
+        ...
+
+    def find(self, gpa: int) -> int | None:
+        """Return the owner's address of what lies at a guest physical address."""
+        ...
+
+
+def rights_of(slot: Memslot) -> int:
+    """Return what the page tables say of a slot's pages."""
+    return USER | (WRITABLE if slot.rights & WRITE else 0)
+
+
+def runs(slot: Memslot, start: gfn_t, end: gfn_t) -> Iterator[tuple[gfn_t, gfn_t, bool]]:
+    """Yield the runs of equal attributes in a range of a slot."""
+    base = slot.base_gfn
+    while start < end:
+        private = slot.attributes[start - base]
+        change = slot.attributes.find(1 - private, start - base, end - base)
+        stop = end if change < 0 else gfn_t(change + base)
+        yield start, stop, bool(private)
+        start = stop
+
+
+@final
+class ByAddress:
+    """Each half is a slot of its own, and the page tables lead to one of them: for kernels without memory attributes.
+
+    KVM's translation of a page goes with the mapping of that page in this process, which is taken away for a moment (MADV_DONTNEED: no
+    content is lost). That works for guest_memfd too, whose mapping nobody can touch. So a conversion zaps its own pages and no others.
+    """
+
+    def __init__(self, slots: KernelSlots, tables: PageTables) -> None:
+        self._slots = slots
+        self._tables = tables
+        #: Guest physical addresses of the shared and of the private half.
+        self._halves: dict[Memslot, tuple[int | None, int | None]] = {}
+
+    def add(self, slot: Memslot) -> None:
+        """Make a slot for each half (``Conversion``)."""
+        npages = slot.end_gfn - slot.base_gfn
+        size = npages << PAGE_SHIFT
+        self._tables.reserve(slot.base_gfn << PAGE_SHIFT, npages)
+        private = shared = None
+        if slot.private is not None:
+            half = guest_memfd_half(slot)
+            private = self._slots.add(size, half.address, half)
+        if slot.shared is not None:
+            try:
+                shared = self._slots.add(size, slot.shared.address, None)
+            except OSError:
+                if private is not None:
+                    self._slots.remove(private)
+                raise
+        self._halves[slot] = shared, private
+        for start, end, is_private in runs(slot, slot.base_gfn, slot.end_gfn):
+            self._lead(slot, start, end, private=is_private)
+
+    def convert(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:
+        """Lead to the other half, and zap the one that was shown (``Conversion``)."""
+        self._lead(slot, start, end, private=private)
+        if private:
+            before = None if slot.shared is None else slot.shared.mapping
+        else:
+            before = None if slot.private is None else guest_memfd_half(slot).mapping
+        if before is not None:
+            before.madvise(mmap.MADV_DONTNEED, start - slot.base_gfn << PAGE_SHIFT, end - start << PAGE_SHIFT)
+
+    def _lead(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:
+        half = self._halves[slot][private]
+        if half is None:
+            self._tables.unmap(start << PAGE_SHIFT, end - start)
+        else:
+            gpa = half + (start - slot.base_gfn << PAGE_SHIFT)
+            self._tables.map(start << PAGE_SHIFT, gpa, end - start, rights_of(slot))
+
+    def remove(self, slot: Memslot) -> None:
+        """Delete its slots, and with them KVM's translations (``Conversion``)."""
+        self._tables.unmap(slot.base_gfn << PAGE_SHIFT, slot.end_gfn - slot.base_gfn)
+        for half in self._halves.pop(slot):
+            if half is not None:
+                self._slots.remove(half)
+
+    def find(self, gpa: int) -> int | None:
+        """Return the owner's address of what lies at a guest physical address (``Conversion``)."""
+        return _find(gpa, [(base, slot) for slot, halves in self._halves.items() for base in halves if base is not None])
+
+
+@final
+class ByAttribute:
+    """Both halves are one slot of the kernel's, which picks one by the page's memory attribute (KVM_SET_MEMORY_ATTRIBUTES).
+
+    The page tables only say where there is a half to be seen; the kernel zaps what it converts.
+    """
+
+    def __init__(self, vm: Vm, slots: KernelSlots, tables: PageTables) -> None:
+        self._vm = vm
+        self._slots = slots
+        self._tables = tables
+        self._bases: dict[Memslot, int] = {}
+
+    def add(self, slot: Memslot) -> None:
+        """Make one slot, and write the attributes of its pages (``Conversion``)."""
+        npages = slot.end_gfn - slot.base_gfn
+        self._tables.reserve(slot.base_gfn << PAGE_SHIFT, npages)
+        private = guest_memfd_half(slot) if slot.private is not None else None
+        self._bases[slot] = self._slots.add(npages << PAGE_SHIFT, slot.shared.address if slot.shared else 0, private)
+        for start, end, is_private in runs(slot, slot.base_gfn, slot.end_gfn):
+            self.convert(slot, start, end, private=is_private)
+
+    def convert(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:
+        """Write the kernel's attributes (``Conversion``)."""
+        gpa = self._bases[slot] + (start - slot.base_gfn << PAGE_SHIFT)
+        self._vm.set_memory_attributes(gpa, end - start << PAGE_SHIFT, KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0)
+        if (slot.private if private else slot.shared) is None:
+            self._tables.unmap(start << PAGE_SHIFT, end - start)
+        else:
+            self._tables.map(start << PAGE_SHIFT, gpa, end - start, rights_of(slot))
+
+    def remove(self, slot: Memslot) -> None:
+        """Delete its slot; attributes belong to addresses and would stay (``Conversion``)."""
+        npages = slot.end_gfn - slot.base_gfn
+        self._tables.unmap(slot.base_gfn << PAGE_SHIFT, npages)
+        base = self._bases.pop(slot)
+        self._slots.remove(base)
+        self._vm.set_memory_attributes(base, npages << PAGE_SHIFT, 0)
+
+    def find(self, gpa: int) -> int | None:
+        """Return the owner's address of what lies at a guest physical address (``Conversion``)."""
+        return _find(gpa, [(base, slot) for slot, base in self._bases.items()])
+
+
+def guest_memfd_half(slot: Memslot) -> GuestMemfdHalf:
+    """Return the private half of a slot of this engine."""
+    assert isinstance(slot.private, GuestMemfdHalf)
+    return slot.private
+
+
+def _find(gpa: int, bases: list[tuple[int, Memslot]]) -> int | None:
+    for base, slot in bases:
+        if base <= gpa < base + (slot.end_gfn - slot.base_gfn << PAGE_SHIFT):
+            return gpa - base + (slot.base_gfn << PAGE_SHIFT)
+    return None

@@ -1,0 +1,286 @@
+"""A vCPU of the kernel engine: KVM_RUN, and what each of its exits is to the owner."""
+
+import struct
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from errno import EACCES, EFAULT, EOPNOTSUPP
+from typing import Final, final
+
+from restrictedmem.abi.kvm import ExitReason, kvm_regs
+from restrictedmem.abi.kvm_x86 import KVM_SYNC_X86_REGS, kvm_cpuid_entry2, kvm_sregs
+from restrictedmem.devkvm import Vcpu
+from restrictedmem.kvm import exits
+from restrictedmem.kvm.exits import Exit
+from restrictedmem.kvm.guest_abi import GPA_BITS, HYPERCALL_PAGE
+from restrictedmem.kvm.kernel import system
+from restrictedmem.kvm.kernel.page_tables import NO_EXECUTE, PRESENT, WRITABLE
+from restrictedmem.kvm.kernel.system import System
+from restrictedmem.units import PAGE_MASK, PAGE_SIZE, gfn_t
+
+# Read at every exit, for which ctypes would be slow: the general registers in ``kvm_run``, in the order of ``kvm_regs``. Between two runs
+# they are the vCPU's: a change there is taken in by the next run.
+_REGS: Final = struct.Struct("=18Q")
+_RAX, _RDX, _RSI, _RDI, _RSP, _R10, _RIP, _RFLAGS = 0, 3, 4, 5, 6, 10, 16, 17
+_WORD: Final = struct.Struct("=Q")
+_IO_OUT: Final = 1
+_HYPERCALL_OUT: Final = (HYPERCALL_PAGE, HYPERCALL_PAGE + 2)
+
+_RESERVED_FLAG: Final = 1 << 1
+_TRAP_FLAG: Final = 1 << 8
+_IOPL_3: Final = 3 << 12
+_U64: Final = (1 << 64) - 1
+
+# Exceptions (Intel SDM 6.15), and the error code of #PF (4.7).
+_DEBUG: Final = 1
+_INVALID_OPCODE: Final = 6
+_PAGE_FAULT: Final = 14
+_PF_WRITE: Final = 1 << 1
+_PF_FETCH: Final = 1 << 4
+
+_MSR_LSTAR: Final = 0xC000_0082
+
+
+@final
+class KernelVcpu:
+    """One vCPU on /dev/kvm (``VcpuEngine``)."""
+
+    def __init__(
+        self,
+        number: int,
+        vcpu: Vcpu,
+        own: System,
+        *,
+        cpuid: Iterable[kvm_cpuid_entry2],
+        find: Callable[[int], int | None],
+        flags_of: Callable[[int], int],
+    ) -> None:
+        """Own ``vcpu``, which is new; ``find`` knows what of the owner's lies at a guest physical address, ``flags_of`` what that is."""
+        self._number = number
+        self._system = own
+        self._find = find
+        self._flags_of = flags_of
+        self.vcpu = vcpu
+        self._base = vcpu.get_sregs()
+        own.add_vcpu(number)
+        vcpu.set_cpuid2(cpuid)
+        vcpu.set_msrs({_MSR_LSTAR: system.SYSCALL_TARGET})
+        self._run = vcpu.kvm_run
+        self._run.kvm_valid_regs = KVM_SYNC_X86_REGS
+        self._shared_regs = memoryview(self._run.s.regs.regs).cast("B")
+        self._start = kvm_regs()
+        self._entered = False
+        self._step = False
+        self._breakpoints: frozenset[int] = frozenset()
+        #: Whether a #DB is to come that the guest did not ask for; and whether OUT was carried out and is still to be reported as a step.
+        self._trapped = False
+        self._stepped = False
+        #: The exit that ``complete`` answers and where to; and what is left of one string instruction, each access with its place.
+        self._asked: exits.Hypercall | exits.PortIn | None = None
+        self._strings: deque[tuple[exits.PortIn | exits.PortOut, memoryview]] = deque()
+        self._answer_to: memoryview | None = None
+        self._ended: exits.Shutdown | None = None
+
+    # Registers.
+
+    def set_regs(self, regs: kvm_regs) -> None:
+        """Set where the guest starts (``VcpuEngine``); it is done when it starts."""
+        self._start = kvm_regs(rip=regs.rip, rsp=regs.rsp, rdi=regs.rdi, rsi=regs.rsi, rflags=_RESERVED_FLAG | _IOPL_3)
+        self._entered = False
+
+    def _enter(self) -> None:
+        if not self._entered:
+            self.vcpu.set_sregs(self._system.sregs(self._base, self._number))
+            self._put_regs(bytes(self._start))
+            self.vcpu.accept_kicks()
+            self._entered = True
+
+    def _put_regs(self, regs: bytes) -> None:
+        self._shared_regs[:] = regs
+        self._run.kvm_dirty_regs = KVM_SYNC_X86_REGS
+
+    def get_regs(self) -> kvm_regs:
+        """Return the general registers (``VcpuEngine``)."""
+        self._enter()
+        return kvm_regs.from_buffer_copy(self._shared_regs)
+
+    def change_regs(self, regs: kvm_regs) -> None:
+        """Set the general registers of a guest on its way (``VcpuEngine``); elsewhere, it is done with the instruction it was at."""
+        if regs.rip != self.get_regs().rip:
+            self._asked = None
+            self._strings.clear()
+        self._put_regs(bytes(regs))
+
+    def get_sregs(self) -> kvm_sregs:
+        """Return what KVM has (``VcpuEngine``)."""
+        self._enter()
+        return self.vcpu.get_sregs()
+
+    def set_guest_debug(self, *, step: bool, breakpoints: frozenset[int]) -> None:
+        """Say where to stop (``VcpuEngine``); with any breakpoint, every instruction is a step that is looked at."""
+        self._step = step
+        self._breakpoints = breakpoints
+        self._stepped = False
+
+    def copy(self, to: int, words: int) -> None:
+        """Copy 8-byte words from staging memory to the guest's linear address ``to``; what is in the registers is lost.
+
+        Raises:
+            OSError: EFAULT, EHWPOISON or ENOMEM as KVM_RUN, when a page cannot be had.
+        """
+        self.vcpu.set_sregs(self._system.sregs(self._base, self._number, copying=True))
+        self._put_regs(bytes(kvm_regs(rip=system.COPY, rdi=to, rsi=system.STAGING, rcx=words, rflags=_RESERVED_FLAG)))
+        self._entered = False
+        reason = _run_to_exit(self.vcpu)
+        if reason != ExitReason.IO or self._run.s.regs.regs.rip not in system.COPIED:
+            raise OSError(self.vcpu.run_errno or EFAULT, f"launch_update: KVM_RUN ended with {reason}")
+
+    def prefault(self, start: gfn_t, end: gfn_t) -> int:
+        """Refuse: KVM cannot with shadow paging, and was not tried with any other (``VcpuEngine``)."""
+        raise OSError(EOPNOTSUPP, "the kernel engine cannot prefault")
+
+    # Running.
+
+    def complete(self, value: int) -> None:
+        """Give the value that the last exit asked for (``VcpuEngine``)."""
+        asked, self._asked = self._asked, None
+        match asked:
+            case exits.Hypercall():
+                _WORD.pack_into(self._shared_regs, 8 * _RAX, value & _U64)
+                self._run.kvm_dirty_regs = KVM_SYNC_X86_REGS
+            case exits.PortIn(_, size):
+                assert self._answer_to is not None
+                self._answer_to[:] = (value & (1 << 8 * size) - 1).to_bytes(size, "little")
+            case None:
+                pass
+
+    def settle(self) -> None:
+        """Do nothing: KVM itself waits for what takes pages away (``VcpuEngine``)."""
+
+    def drop(self, start: gfn_t, end: gfn_t) -> None:
+        """Do nothing: KVM zaps what it has of a page when the page goes (``VcpuEngine``)."""
+
+    def kick(self) -> None:
+        """Make KVM_RUN return EINTR (``VcpuEngine``)."""
+        with suppress(OSError):
+            # Before the vCPU's first run there is nobody to signal.
+            self.vcpu.kick()
+
+    def run(self) -> Exit | None:
+        """Run guest code until it exits (``VcpuEngine``)."""
+        if self._ended is not None:
+            return self._ended
+        if self._strings:
+            return self._next_of_string()
+        self._enter()
+        if self._step or self._breakpoints:
+            return self._run_in_steps()
+        return self._run_once()
+
+    def _run_once(self) -> Exit | None:
+        try:
+            reason = self.vcpu.run()
+        except InterruptedError:
+            return None
+        match reason:
+            case ExitReason.IO:
+                return self._io()
+            case ExitReason.MEMORY_FAULT:
+                return self._memory_fault()
+            case _:
+                return exits.Unknown(reason)
+
+    def _run_in_steps(self) -> Exit | None:
+        """Run with the trap flag set, whose #DB our handler gets: PVM has no debug exits (KVM_SET_GUEST_DEBUG)."""
+        stepped, self._stepped = self._stepped, False
+        if stepped and self._step:
+            return exits.Debug(exits.SINGLE_STEP, self.get_regs().rip, exits.DR6_BS)
+        while True:
+            regs = self.get_regs()
+            if regs.rip in self._breakpoints:
+                return exits.Debug(exits.BREAKPOINT, regs.rip)
+            regs.rflags |= _TRAP_FLAG
+            self._put_regs(bytes(regs))
+            self._trapped = True
+            exit_ = self._run_once()
+            regs = self.get_regs()
+            regs.rflags &= ~_TRAP_FLAG
+            self._put_regs(bytes(regs))
+            if not isinstance(exit_, exits.Debug) or self._step:
+                # KVM emulates OUT, and forgets the trap flag over it.
+                self._stepped = isinstance(exit_, exits.Hypercall | exits.PortOut)
+                return exit_
+
+    def _io(self) -> Exit | None:
+        regs = _REGS.unpack(self._shared_regs)
+        rip = regs[_RIP]
+        vector = system.vector_at(rip)
+        if vector is not None:
+            return self._exception(vector, regs)
+        io = self._run.exit.io
+        direction, port, size, count = io.direction, io.port, io.size, io.count
+        if rip in _HYPERCALL_OUT and (direction, port, size, count) == (_IO_OUT, system.HYPERCALL_PORT, 1, 1):
+            self._asked = exits.Hypercall(regs[_RAX], (regs[_RDI], regs[_RSI], regs[_RDX], regs[_R10]))
+            return self._asked
+        data = self.vcpu.io_data()
+        for at in range(0, size * count, size):
+            one = data[at : at + size]
+            if direction == _IO_OUT:
+                self._strings.append((exits.PortOut(port, size, int.from_bytes(one, "little")), one))
+            else:
+                self._strings.append((exits.PortIn(port, size), one))
+        return self._next_of_string()
+
+    def _next_of_string(self) -> Exit:
+        exit_, data = self._strings.popleft()
+        if isinstance(exit_, exits.PortIn):
+            self._asked, self._answer_to = exit_, data
+        return exit_
+
+    def _memory_fault(self) -> Exit:
+        fault = self._run.exit.memory_fault
+        gpa = self._find(fault.gpa)
+        assert gpa is not None
+        return exits.MemoryFault(self._flags_of(gpa), gpa, fault.size, self.vcpu.run_errno)
+
+    # Exceptions.
+
+    def _exception(self, vector: int, regs: tuple[int, ...]) -> Exit | None:
+        """Put the vCPU back to where the exception happened, and say what it is to the owner."""
+        # rip, cs, rflags, rsp and ss, after the error code if there is one.
+        *code, rip, _, rflags, rsp, _ = self._system.read_stack(self._number, regs[_RSP])
+        sregs = self.vcpu.get_sregs()
+        address = sregs.cr2
+        system.enter_user_mode(sregs)
+        self.vcpu.set_sregs(sregs)
+        back = list(regs)
+        back[_RIP], back[_RFLAGS], back[_RSP] = rip, rflags, rsp
+        self._put_regs(_REGS.pack(*back))
+        if vector == _DEBUG and self._trapped:
+            self._trapped = False
+            return exits.Debug(exits.SINGLE_STEP, rip, exits.DR6_BS) if self._step or self._breakpoints else None
+        if vector == _PAGE_FAULT and code:
+            if address == system.SYSCALL_TARGET:
+                vector = _INVALID_OPCODE
+            elif address < 1 << GPA_BITS:
+                return self._page_fault(address, code[0])
+        self._ended = exits.Shutdown(vector)
+        return self._ended
+
+    def _page_fault(self, address: int, code: int) -> Exit | None:
+        """Say which page cannot be had and why; None when meanwhile it can."""
+        entry = self._system.tables.entry(address)
+        if entry & PRESENT:
+            if not ((code & _PF_WRITE and not entry & WRITABLE) or (code & _PF_FETCH and entry & NO_EXECUTE)):
+                return None
+            errno = EACCES
+        else:
+            errno = EFAULT
+        page = address & ~PAGE_MASK
+        return exits.MemoryFault(self._flags_of(page), page, PAGE_SIZE, errno)
+
+
+def _run_to_exit(vcpu: Vcpu) -> int:
+    while True:
+        with suppress(InterruptedError):
+            return vcpu.run()

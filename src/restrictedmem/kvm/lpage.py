@@ -1,0 +1,90 @@
+"""The largest block that may be mapped as one: ``kvm_lpage_info`` with v10's bit for mixed attributes (v10 6/9)."""
+
+from enum import IntEnum
+from typing import Final, final
+
+from restrictedmem.units import gfn_t
+
+
+class Level(IntEnum):
+    """``PG_LEVEL_*``."""
+
+    PAGE = 1
+    """4 KiB."""
+    PMD = 2
+    """2 MiB."""
+    PUD = 3
+    """1 GiB."""
+
+    @property
+    def pages(self) -> int:
+        """``KVM_PAGES_PER_HPAGE``."""
+        return 1 << 9 * (self - 1)
+
+
+_LARGE: Final = (Level.PMD, Level.PUD)
+
+
+@final
+class LpageInfo:
+    """For each 2 MiB and 1 GiB block of a slot: does it lie in the slot whole, and are its pages all private or all shared?"""
+
+    __slots__ = ("_attributes", "_base", "_disallowed", "_end", "_mixed")
+
+    def __init__(self, base: gfn_t, end: gfn_t, starts: tuple[int, ...], attributes: bytearray) -> None:
+        """Describe pages ``base`` to ``end``, all with the same attribute so far.
+
+        ``starts`` is the first page that each half shows of its file: a block whose guest pages and file pages are not equally aligned
+        cannot be mapped as one. ``attributes`` stays the slot's, one byte a page.
+        """
+        self._base = base
+        self._end = end
+        self._attributes = attributes
+        self._mixed: dict[Level, bytearray] = {}
+        self._disallowed: dict[Level, bytearray] = {}
+        for level in _LARGE:
+            blocks = (end - 1) // level.pages - base // level.pages + 1
+            self._mixed[level] = bytearray(blocks)
+            aligned = all((start - base) % level.pages == 0 for start in starts)
+            self._disallowed[level] = disallowed = bytearray(blocks) if aligned else bytearray(b"\1" * blocks)
+            disallowed[0] |= base % level.pages != 0
+            disallowed[-1] |= end % level.pages != 0
+
+    def _block(self, level: Level, gfn: int) -> int:
+        return gfn // level.pages - self._base // level.pages
+
+    def update(self, start: gfn_t, end: gfn_t) -> None:
+        """Take note that the attributes of a range were made equal: what lies between its first and its last block is not mixed."""
+        for level in _LARGE:
+            first, last = self._block(level, start), self._block(level, end - 1)
+            mixed = self._mixed[level]
+            mixed[first : last + 1] = bytes(last + 1 - first)
+            for block in {first, last}:
+                mixed[block] = self._is_mixed(level, block)
+
+    def _is_mixed(self, level: Level, block: int) -> bool:
+        """Look at a whole block, as far as it lies in the slot."""
+        start = (block + self._base // level.pages) * level.pages
+        first, last = max(start, self._base), min(start + level.pages, self._end)
+        step = 1
+        if level is Level.PUD:
+            children = self._mixed[Level.PMD][self._block(Level.PMD, first) : self._block(Level.PMD, last - 1) + 1]
+            if any(children):
+                return True
+            # None of them is mixed: one page speaks for each.
+            step = Level.PMD.pages
+        pages = self._attributes[first - self._base : last - self._base : step]
+        pages.append(self._attributes[last - 1 - self._base])
+        return 0 < pages.count(0) < len(pages)
+
+    def max_level(self, gfn: int) -> Level:
+        """Return the largest level at which a page may be mapped (``kvm_mmu_max_mapping_level``, without the order)."""
+        for level in reversed(_LARGE):
+            block = self._block(level, gfn)
+            if not self._disallowed[level][block] and not self._mixed[level][block]:
+                return level
+        return Level.PAGE
+
+    def mixed(self, level: Level) -> int:
+        """Count the blocks whose pages are neither all private nor all shared."""
+        return self._mixed[level].count(1)

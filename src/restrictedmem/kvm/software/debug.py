@@ -1,0 +1,83 @@
+"""Debugging one emulator: breakpoints, single steps, and the registers that a debugger sees (KVM_SET_GUEST_DEBUG).
+
+A breakpoint is a hook on an address, so nothing in the guest's memory is changed and there may be any number. A hook costs whenever its
+address is executed, set or not; but to put one back costs nothing, which debuggers do at each step away from a breakpoint.
+"""
+
+import struct
+from collections.abc import Callable
+from typing import Final, final
+
+from restrictedmem.abi.kvm import kvm_regs
+from restrictedmem.abi.kvm_x86 import kvm_sregs
+from restrictedmem.kvm.software import unicorn
+from restrictedmem.kvm.software.unicorn import Hook, Uc
+
+#: In the order of ``struct kvm_regs``.
+_REGS: Final = (
+    unicorn.RAX,
+    unicorn.RBX,
+    unicorn.RCX,
+    unicorn.RDX,
+    unicorn.RSI,
+    unicorn.RDI,
+    unicorn.RSP,
+    unicorn.RBP,
+    *range(unicorn.R8, unicorn.R8 + 8),
+    unicorn.RIP,
+    unicorn.RFLAGS,
+)
+_LAYOUT: Final = struct.Struct(f"={len(_REGS)}Q")
+_SEGMENTS: Final = {
+    "cs": unicorn.CS,
+    "ds": unicorn.DS,
+    "es": unicorn.ES,
+    "fs": unicorn.FS,
+    "gs": unicorn.GS,
+    "ss": unicorn.SS,
+}
+
+
+@final
+class GuestDebug:
+    """Where a vCPU is to stop, and its registers."""
+
+    def __init__(self, uc: Uc, on_breakpoint: Callable[[int, int, int], None]) -> None:
+        """Debug nothing yet; ``on_breakpoint(uc, address, size)`` is called before the instruction at each address ever set, set or not."""
+        self._uc = uc
+        self._on_breakpoint = on_breakpoint
+        self._hooks: dict[int, Hook] = {}
+        self._regs = uc.registers(*_REGS)
+        self.step = False
+        self.breakpoints: frozenset[int] = frozenset()
+
+    def set(self, *, step: bool, breakpoints: frozenset[int]) -> None:
+        """Stop after each instruction, or before those at the addresses, from now on."""
+        self.step = step
+        self.breakpoints = breakpoints
+        if not step and not breakpoints:
+            for hook in self._hooks.values():
+                self._uc.unhook(hook)
+            self._hooks.clear()
+        for address in breakpoints - self._hooks.keys():
+            self._hooks[address] = self._uc.hook_code(address, self._on_breakpoint)
+            self._uc.stop_inside_blocks()
+            # Hooks are part of translated code.
+            self._uc.flush_code()
+
+    def get_regs(self) -> kvm_regs:
+        """Return the general registers."""
+        return kvm_regs.from_buffer_copy(_LAYOUT.pack(*self._regs.read()))
+
+    def set_regs(self, regs: kvm_regs) -> None:
+        """Set the general registers."""
+        self._regs.write(_LAYOUT.unpack(bytes(regs)))
+
+    def get_sregs(self) -> kvm_sregs:
+        """Return selectors, the bases of FS and GS, and control registers; the rest is 0, for flat segments have nothing else to say."""
+        read = self._uc.read
+        sregs = kvm_sregs(cr0=read(unicorn.CR0), cr2=read(unicorn.CR2), cr3=read(unicorn.CR3), cr4=read(unicorn.CR4))
+        for name, number in _SEGMENTS.items():
+            getattr(sregs, name).selector = read(number)
+        sregs.fs.base, sregs.gs.base = read(unicorn.FS_BASE), read(unicorn.GS_BASE)
+        return sregs

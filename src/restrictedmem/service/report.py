@@ -1,0 +1,76 @@
+"""An attestation report: what a service says about one of its VMs, over 64 bytes of the guest's choice (docs/reports.md).
+
+The layout is fixed and little-endian, so that a report can be kept, sent and checked elsewhere. Texts are filled up with zero bytes.
+"""
+
+import struct
+from dataclasses import astuple, dataclass
+from errno import EBADMSG, ENOSYS
+from typing import Final, Self
+
+_MAGIC: Final = b"RMEMREPT"
+_VERSION: Final = 1
+#: Magic, version, policy, measurement, report data, VM, engine, api, software, public key; the signature over all of it follows.
+_BODY: Final = struct.Struct("<8sII48s64s16s16s16s16s32s")
+_SIGNATURE_BYTES: Final = 64
+#: Bytes of a report, and of what a guest can have it made over.
+REPORT_BYTES: Final = _BODY.size + _SIGNATURE_BYTES
+REPORT_DATA_BYTES: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What is signed: the VM's policy and measurement, the guest's own data, and by whom."""
+
+    policy: int
+    measurement: bytes
+    data: bytes
+    #: 16 random bytes that the service has given the VM.
+    vm: bytes
+    engine: str
+    api: str
+    #: Version of this package.
+    software: str
+    #: Of the key that signs (RFC 8032).
+    public_key: bytes
+
+    def pack(self) -> bytes:
+        """Return the bytes to sign."""
+        return _BODY.pack(_MAGIC, _VERSION, *(field.encode("ascii") if isinstance(field, str) else field for field in astuple(self)))
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        """Read a signed report, without looking at the signature.
+
+        Raises:
+            OSError: EBADMSG for anything that is not a report of this version.
+        """
+        if len(data) != REPORT_BYTES:
+            raise OSError(EBADMSG, f"a report has {REPORT_BYTES} bytes, this has {len(data)}")
+        magic, version, policy, measurement, report_data, vm, engine, api, software, public_key = _BODY.unpack_from(data)
+        if (magic, version) != (_MAGIC, _VERSION):
+            raise OSError(EBADMSG, f"not a report of version {_VERSION}")
+        try:
+            engine, api, software = (text.rstrip(b"\0").decode("ascii") for text in (engine, api, software))
+        except UnicodeDecodeError:
+            raise OSError(EBADMSG, "a text in the report is not ASCII") from None
+        return cls(policy, measurement, report_data, vm, engine, api, software, public_key)
+
+
+def signed_by_its_key(data: bytes) -> bool:
+    """Say whether a report's signature is that of the public key in it, whosever that is.
+
+    Raises:
+        OSError: EBADMSG as ``Report.unpack``; ENOSYS when the package ``cryptography`` is missing.
+    """
+    report = Report.unpack(data)
+    try:
+        from cryptography.exceptions import InvalidSignature
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    except ImportError:
+        raise OSError(ENOSYS, "reports need the package cryptography") from None
+    try:
+        Ed25519PublicKey.from_public_bytes(report.public_key).verify(data[_BODY.size :], data[: _BODY.size])
+    except (InvalidSignature, ValueError):
+        return False
+    return True

@@ -1,0 +1,119 @@
+"""The key that a service signs reports with: Ed25519 (RFC 8032), held by the service and by nobody it forks."""
+
+import importlib
+import os
+import stat
+from contextlib import suppress
+from errno import EACCES, EINVAL, ENOSYS
+from typing import TYPE_CHECKING, Final, Self, final
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+_OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
+#: More than any key file has.
+_LARGEST_FILE: Final = 64 << 10
+PUBLIC_KEY_BYTES: Final = 32
+_MISSING: Final = "reports need the package cryptography"
+
+
+def preload() -> None:
+    """Read the library from its files, for a process that is about to become a user who may not."""
+    with suppress(ImportError):
+        # Missing, it is the first report that says so.
+        importlib.import_module("cryptography.hazmat.primitives.asymmetric.ed25519")
+
+
+@final
+class Signer:
+    """A signing key: a lasting one from a file, or one that is made when it is first needed and goes with the process."""
+
+    def __init__(self, key: "Ed25519PrivateKey | None" = None) -> None:
+        self._key = key
+
+    @classmethod
+    def load(cls, path: str) -> Self:
+        """Take the key of a file: PKCS #8 in PEM, without a passphrase, and only its owner's to read.
+
+        Raises:
+            OSError: EACCES when others may read the file, or it is another user's; EINVAL for another kind of key or file; ENOSYS when
+                the package ``cryptography`` is missing; what open(2) says.
+        """
+        try:
+            from cryptography.exceptions import UnsupportedAlgorithm
+            from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+            from cryptography.hazmat.primitives.serialization import load_pem_private_key
+        except ImportError:
+            raise OSError(ENOSYS, _MISSING) from None
+        try:
+            key = load_pem_private_key(_read_private(path), password=None)
+        except (ValueError, TypeError, UnsupportedAlgorithm):
+            raise OSError(EINVAL, f"{path} is not a key in PEM, or has a passphrase") from None
+        if not isinstance(key, Ed25519PrivateKey):
+            raise OSError(EINVAL, f"{path} is not an Ed25519 key")
+        return cls(key)
+
+    @property
+    def public_key(self) -> bytes | None:
+        """The public key, 32 bytes; None while there is no key."""
+        return None if self._key is None else self._key.public_key().public_bytes_raw()
+
+    def make_key(self) -> bytes:
+        """Make a key unless there is one, and return the public key.
+
+        Raises:
+            OSError: ENOSYS when the package ``cryptography`` is missing.
+        """
+        if self._key is None:
+            try:
+                from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+            except ImportError:
+                raise OSError(ENOSYS, _MISSING) from None
+            self._key = Ed25519PrivateKey.generate()
+        return self._key.public_key().public_bytes_raw()
+
+    def sign(self, data: bytes) -> bytes:
+        """Return the signature over ``data``, 64 bytes.
+
+        Preconditions: there is a key.
+        """
+        assert self._key is not None
+        return self._key.sign(data)
+
+
+def read_public_key(path: str) -> bytes:
+    """Return the public key in a file, 32 bytes: in PEM, or 64 hexadecimal digits.
+
+    Raises:
+        OSError: EINVAL for another kind of key or file; ENOSYS when the package ``cryptography`` is missing; what open(2) says.
+    """
+    with open(path, "rb") as file:
+        text = file.read(_LARGEST_FILE)
+    with suppress(ValueError):
+        key = bytes.fromhex(text.decode("ascii"))
+        if len(key) == PUBLIC_KEY_BYTES:
+            return key
+    try:
+        from cryptography.exceptions import UnsupportedAlgorithm
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+        from cryptography.hazmat.primitives.serialization import load_pem_public_key
+    except ImportError:
+        raise OSError(ENOSYS, _MISSING) from None
+    try:
+        found = load_pem_public_key(text)
+    except (ValueError, UnsupportedAlgorithm):
+        raise OSError(EINVAL, f"{path} is no public key in PEM") from None
+    if not isinstance(found, Ed25519PublicKey):
+        raise OSError(EINVAL, f"{path} is not an Ed25519 key")
+    return found.public_bytes_raw()
+
+
+def _read_private(path: str) -> bytes:
+    # The file that is looked at is the one that is read.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_CLOEXEC | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(EINVAL, f"{path} is not a file")
+        if status.st_mode & _OTHERS or status.st_uid not in (os.geteuid(), 0):
+            raise OSError(EACCES, f"{path} is not private: chmod 600 {path}, and make it its reader's own")
+        return file.read(_LARGEST_FILE)

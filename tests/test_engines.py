@@ -1,0 +1,620 @@
+"""One contract over both engines: what an owner and a guest may rely on, whichever runs the guest.
+
+Where the engines differ, the difference has a key in ``DIFFERENCES`` and a row in docs/engines.md.
+"""
+
+import contextlib
+import mmap
+import os
+import re
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from restrictedmem.abi import memory
+from restrictedmem.kvm import exits, guest_abi
+from restrictedmem.kvm.exits import Exit, Hypercall, MemoryFault, MmioRead, MmioWrite, PortIn, PortOut, Shutdown
+from restrictedmem.kvm.vm import Vcpu, Vm
+from restrictedmem.service.client import Service
+from restrictedmem.service.start import Options
+from waiting import wait_for
+
+pytestmark = pytest.mark.requires("fuse")
+
+ENGINES_MD: Final = Path(__file__).parent.parent / "docs" / "engines.md"
+PAGE: Final = 4096
+MIB: Final = 1 << 20
+PRIVATE: Final = guest_abi.PRIVATE_BASE
+SHARED: Final = guest_abi.SHARED_BASE
+NOWHERE: Final = 0xD000_0000
+CODE: Final = PRIVATE
+DATA: Final = PRIVATE + 8 * PAGE
+STACK: Final = PRIVATE + 8 * PAGE
+EPERM, EACCES, EEXIST, EFAULT, EINVAL, ENOMEM, ENOSPC, EOPNOTSUPP = 1, 13, 17, 14, 22, 12, 28, 95
+DEADLINE: Final = 20.0
+
+#: What differs: by key, the software engine's answers and the kernel engine's.
+DIFFERENCES: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
+    "mmio": {
+        "software": (MmioRead(NOWHERE + 8, 4), MmioWrite(NOWHERE + 8, 4, 0x1234)),
+        "kernel": (MemoryFault(0, NOWHERE, PAGE, EFAULT), MemoryFault(0, NOWHERE, PAGE, EFAULT)),
+    },
+    "readonly-store": {
+        "software": (MmioWrite(SHARED + MIB, 4, 0x1234), MmioWrite(guest_abi.HYPERCALL_PAGE, 4, 0x1234)),
+        "kernel": (MemoryFault(0, SHARED + MIB, PAGE, EACCES), MemoryFault(0, guest_abi.HYPERCALL_PAGE, PAGE, EACCES)),
+    },
+    "port-in-private-code": {
+        "software": ({PortIn(0x80, 1)}, {PortOut(0x80, 1, 0)}),
+        "kernel": ({Shutdown(6), PortIn(0x80, 1)}, {Shutdown(6), PortOut(0x80, 1, 0)}),
+    },
+    "general-protection": {"software": ({13},), "kernel": ({6, 13},)},
+    "interrupt-number": {"software": ({0x80},), "kernel": ({6, 0x80},)},
+    "overlap": {"software": (0,), "kernel": (EINVAL,)},
+    "memory-max": {"software": (0,), "kernel": (ENOSPC,)},
+    "blocks": {"software": (True,), "kernel": (False,)},
+    "fault-counts": {"software": (True,), "kernel": (False,)},
+    "page-tables": {"software": (0,), "kernel": (ENOMEM,)},
+    "held-until-end": {"software": (True,), "kernel": (False,)},
+    "prefault": {"software": (PAGE,), "kernel": (EOPNOTSUPP,)},
+    "memory-failure": {"software": (0,), "kernel": (EOPNOTSUPP,)},
+}
+
+
+def assembled(*instructions: str) -> bytes:
+    return bytes.fromhex("".join(instructions))
+
+
+#: mov eax, 99; mov ecx, HYPERCALL_PAGE; call rcx: a number of no meaning, so that all four arguments come through.
+NUMBER: Final = 99
+CALL: Final = "b863000000b900001000ffd1"
+
+
+@dataclass
+class Machine:
+    """A VM with private memory of both halves and a shared window, and the owner's side of them."""
+
+    service: Service
+    engine: str
+    vm: Vm
+    fd: int
+    half: mmap.mmap
+    window: mmap.mmap
+    vcpu: Vcpu
+
+    def expect(self, key: str) -> tuple[Any, ...]:
+        return DIFFERENCES[key][self.engine]
+
+    def convert(self, gpa: int, size: int, *, private: bool) -> None:
+        change = self.vm.set_memory_attributes if self.service.info["api"] == "v10" else self.vm.memory_encrypt_region
+        change(gpa, size, private=private)
+
+    def start(self, *instructions: str, rsi: int = 0) -> Exit:
+        """Run code from private memory, with rdi at DATA, to its first exit."""
+        self.vm.launch_update(CODE, assembled(*instructions).ljust(PAGE, b"\xf4"))
+        self.vcpu.set_regs(rip=CODE, rsp=STACK, rdi=DATA, rsi=rsi)
+        return self.vcpu.run()
+
+    def start_shared(self, *instructions: str) -> Exit:
+        """The same from the shared window."""
+        code = assembled(*instructions)
+        self.window[: len(code)] = code
+        self.vcpu.set_regs(rip=SHARED, rsp=STACK, rdi=DATA)
+        return self.vcpu.run()
+
+    def punch(self, gpa: int, size: int) -> None:
+        memory.fallocate(self.fd, memory.PUNCH, gpa - PRIVATE, size)
+
+
+@pytest.fixture(scope="module", params=["v10", "v9"])
+def service(request: pytest.FixtureRequest) -> Iterator[Service]:
+    with Service.start(Options(api=request.param)) as found:
+        yield found
+
+
+@pytest.fixture(params=["software", pytest.param("kernel", marks=pytest.mark.requires("kvm"))])
+def engine(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@contextlib.contextmanager
+def shared_memory(size: int) -> Generator[tuple[int, mmap.mmap]]:
+    with memory.memfd_create("shared") as fd:
+        os.ftruncate(fd.fileno(), size)
+        with mmap.mmap(fd.fileno(), size) as mapping:
+            yield fd.fileno(), mapping
+
+
+@contextlib.contextmanager
+def make_machine(service: Service, engine: str, *, debug: bool = False) -> Generator[Machine]:
+    fd, size = service.memfd_restricted(), 4 * MIB
+    try:
+        os.ftruncate(fd, size)
+        with (
+            shared_memory(size) as (half_fd, half),
+            shared_memory(MIB) as (window_fd, window),
+            Vm(service, engine=engine, debug=debug) as vm,
+        ):
+            vm.set_user_memory_region(slot=0, guest_phys_addr=PRIVATE, memory_size=size, restricted_fd=fd, shared_fd=half_fd)
+            vm.set_user_memory_region(slot=1, guest_phys_addr=SHARED, memory_size=MIB, shared_fd=window_fd)
+            with vm.create_vcpu() as vcpu:
+                machine = Machine(service, engine, vm, fd, half, window, vcpu)
+                machine.convert(PRIVATE, size, private=True)
+                machine.convert(SHARED, MIB, private=False)
+                yield machine
+    finally:
+        os.close(fd)
+
+
+@pytest.fixture
+def machine(service: Service, engine: str) -> Iterator[Machine]:
+    with make_machine(service, engine) as found:
+        yield found
+
+
+def errno_of(call: object, *args: object, **kwargs: object) -> int:
+    assert callable(call)
+    try:
+        call(*args, **kwargs)
+    except OSError as error:
+        return error.errno or EINVAL
+    return 0
+
+
+def test_every_difference_has_its_row() -> None:
+    table = ENGINES_MD.read_text(encoding="utf-8").split("## Differences")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `([a-z-]+)` \|.*\| `test_engines\.py::(\w+)` \|$", table, re.MULTILINE)
+    assert sorted(key for key, _ in rows) == sorted(DIFFERENCES)
+    assert [test for _, test in rows if test not in globals()] == []
+
+
+# Hypercalls and registers.
+
+
+def test_hypercall(machine: Machine) -> None:
+    exit_ = machine.start(
+        "b807000000",  # mov eax, 7
+        "be02000000",  # mov esi, 2
+        "ba03000000",  # mov edx, 3
+        "41ba04000000",  # mov r10d, 4
+        "b900001000ffd1",  # mov ecx, HYPERCALL_PAGE; call rcx
+        "4889c7",  # mov rdi, rax
+        "4889e6",  # mov rsi, rsp
+        CALL,
+    )
+    assert exit_ == Hypercall(7, (DATA, 2, 3, 4))
+    assert machine.vcpu.run(-38) == Hypercall(NUMBER, ((1 << 64) - 38, STACK, 3, 4))
+
+
+def test_registers_are_what_they_are_at_reset(machine: Machine) -> None:
+    exit_ = machine.start(
+        "4c09fb",  # or rbx, r15
+        "4809eb",  # or rbx, rbp
+        "4809d8",  # or rax, rbx
+        "4889c2",  # mov rdx, rax
+        "4989f2",  # mov r10, rsi
+        CALL,
+        rsi=0x55,
+    )
+    assert exit_ == Hypercall(NUMBER, (DATA, 0x55, 0, 0x55))
+
+
+def test_ports_in_shared_code(machine: Machine) -> None:
+    exit_ = machine.start_shared(
+        "e680",  # out 0x80, al
+        "66ba8100",  # mov dx, 0x81
+        "ed",  # in eax, dx
+        "89c7",  # mov edi, eax
+        CALL,
+    )
+    assert exit_ == PortOut(0x80, 1, 0)
+    assert machine.vcpu.run() == PortIn(0x81, 4)
+    found = machine.vcpu.run(0xCAFE_BABE)
+    assert isinstance(found, Hypercall)
+    assert found.arguments[0] == 0xCAFE_BABE
+
+
+def test_string_instructions_on_ports_come_one_by_one(machine: Machine) -> None:
+    exit_ = machine.start_shared(
+        "bf00020010",  # mov edi, SHARED + 0x200
+        "66ba8000",  # mov dx, 0x80
+        "b903000000",  # mov ecx, 3
+        "f3666d",  # rep insw
+        "be00020010",  # mov esi, SHARED + 0x200
+        "b902000000",  # mov ecx, 2
+        "f3666f",  # rep outsw
+        CALL,
+    )
+    for value in (0x1111, 0x2222, 0x3333):
+        assert exit_ == PortIn(0x80, 2)
+        exit_ = machine.vcpu.run(value)
+    assert exit_ == PortOut(0x80, 2, 0x1111)
+    assert machine.vcpu.run() == PortOut(0x80, 2, 0x2222)
+    assert isinstance(machine.vcpu.run(), Hypercall)
+    assert machine.window[0x200:0x206] == bytes.fromhex("111122223333")
+
+
+@pytest.mark.parametrize(("instruction", "index"), [("e480", 0), ("e680", 1)])
+def test_ports_in_private_code(machine: Machine, instruction: str, index: int) -> None:
+    assert machine.start(instruction) in machine.expect("port-in-private-code")[index]
+
+
+# Exceptions.
+
+
+@pytest.mark.parametrize(
+    ("code", "vector"),
+    [
+        ("31c9f7f1", 0),  # xor ecx, ecx; div ecx
+        ("cc", 3),  # int3
+        ("0f0b", 6),  # ud2
+        ("06", 6),  # push es, which long mode has no more
+        ("0f05", 6),  # syscall
+        ("0f34", 6),  # sysenter
+        ("48b80000000000100000488b00", 14),  # mov rax, 1 << 44; mov rax, [rax]
+        ("f4", "general-protection"),  # hlt
+        ("0f20c0", "general-protection"),  # mov rax, cr0
+        ("0f0117", "general-protection"),  # lgdt [rdi]
+        ("66b81b008ed8", "general-protection"),  # mov ax, 0x1b; mov ds, ax
+        ("cd80", "interrupt-number"),  # int 0x80
+    ],
+)
+def test_exceptions(machine: Machine, code: str, vector: int | str) -> None:
+    exit_ = machine.start(code)
+    assert isinstance(exit_, Shutdown)
+    assert exit_.vector in (machine.expect(vector)[0] if isinstance(vector, str) else {vector})
+    # For good.
+    assert machine.vcpu.run() == exit_
+
+
+def test_hlt_in_shared_code(machine: Machine) -> None:
+    assert machine.start_shared("f4") == Shutdown(13)
+
+
+# Faults.
+
+
+@pytest.mark.parametrize(("code", "index"), [("8b08", 0), ("8908", 1)])  # mov ecx, [rax]; mov [rax], ecx
+def test_mmio(machine: Machine, code: str, index: int) -> None:
+    exit_ = machine.start("b8080000d0", "b934120000", code)  # mov eax, NOWHERE + 8; mov ecx, 0x1234
+    assert exit_ == machine.expect("mmio")[index]
+
+
+def test_code_where_no_slot_is(machine: Machine) -> None:
+    assert machine.start("b8080000d0", "ffe0") == MemoryFault(0, NOWHERE, PAGE, EFAULT)  # mov eax, NOWHERE + 8; jmp rax
+
+
+def test_store_to_read_only_memory(machine: Machine) -> None:
+    with shared_memory(PAGE) as (fd, mapping):
+        mapping[:4] = b"read"
+        machine.vm.set_user_memory_region(slot=2, guest_phys_addr=SHARED + MIB, memory_size=PAGE, shared_fd=fd, readonly=True)
+        machine.convert(SHARED + MIB, PAGE, private=False)
+        exit_ = machine.start(
+            "bb00001010",  # mov ebx, SHARED + MIB
+            "8b3b",  # mov edi, [rbx]
+            CALL,
+            "b934120000",  # mov ecx, 0x1234
+            "890b",  # mov [rbx], ecx
+        )
+        assert isinstance(exit_, Hypercall)
+        assert exit_.arguments[0] == int.from_bytes(b"read", "little")
+        assert machine.vcpu.run() == machine.expect("readonly-store")[0]
+        assert mapping[:4] == b"read"
+
+
+def test_store_to_the_hypercall_page(machine: Machine) -> None:
+    exit_ = machine.start("bb00001000", "b934120000", "890b")  # mov ebx, HYPERCALL_PAGE; mov ecx, 0x1234; mov [rbx], ecx
+    assert exit_ == machine.expect("readonly-store")[1]
+
+
+def test_a_fault_can_be_mended(machine: Machine) -> None:
+    """The attribute names a half that the slot lacks, until the owner changes it: the instruction is tried again."""
+    page = PRIVATE + 64 * MIB
+    fd = machine.service.memfd_restricted()
+    machine.vm.set_user_memory_region(slot=2, guest_phys_addr=page, memory_size=PAGE, restricted_fd=fd)
+    os.close(fd)
+    machine.convert(page, PAGE, private=False)
+    exit_ = machine.start(f"bb{page.to_bytes(4, 'little').hex()}", "c7032a000000", "8b3b", CALL)  # mov dword [page], 42; mov edi, [page]
+    assert exit_ == machine.vcpu.run() == MemoryFault(0, page, PAGE, EFAULT)
+    machine.convert(page, PAGE, private=True)
+    found = machine.vcpu.run()
+    assert isinstance(found, Hypercall)
+    assert found.arguments[0] == 42
+
+
+# Memory.
+
+
+READ_AND_WRITE: Final = (
+    "488b37",  # mov rsi, [rdi]          (rdi is DATA; the answer to a hypercall is what to write next)
+    CALL,
+    "488907",  # mov [rdi], rax
+    "ebec",  # jmp to the first
+)
+
+
+def word(exit_: Exit) -> int:
+    assert isinstance(exit_, Hypercall)
+    return exit_.arguments[1]
+
+
+def test_each_half_keeps_its_content(machine: Machine) -> None:
+    offset = DATA - PRIVATE
+    machine.half[offset : offset + 8] = (0x51).to_bytes(8, "little")
+    assert word(machine.start(*READ_AND_WRITE)) == 0
+    assert word(machine.vcpu.run(0x99)) == 0x99
+    machine.convert(DATA, PAGE, private=False)
+    assert word(machine.vcpu.run(0x52)) == 0x52
+    assert int.from_bytes(machine.half[offset : offset + 8], "little") == 0x52
+    machine.convert(DATA, PAGE, private=True)
+    assert word(machine.vcpu.run(0x53)) == 0x53
+    assert int.from_bytes(machine.half[offset : offset + 8], "little") == 0x52
+    machine.convert(DATA, PAGE, private=False)
+    assert word(machine.vcpu.run(0x54)) == 0x54
+
+
+def test_a_conversion_changes_what_the_next_load_sees(machine: Machine) -> None:
+    offset = DATA - PRIVATE
+    machine.half[offset : offset + 8] = (0x51).to_bytes(8, "little")
+    assert word(machine.start("488b37", CALL, "ebef")) == 0  # mov rsi, [rdi]; hypercall; jmp to the first
+    for private, value in ((False, 0x51), (True, 0), (False, 0x51)):
+        machine.convert(DATA, PAGE, private=private)
+        assert word(machine.vcpu.run()) == value
+
+
+@pytest.mark.parametrize("size", [PAGE, 64 << 10, 2 * MIB])
+def test_neighbours_of_a_conversion_are_left_alone(machine: Machine, size: int) -> None:
+    at = PRIVATE + 2 * MIB
+    exit_ = machine.start(
+        f"bb{at.to_bytes(4, 'little').hex()}",  # mov ebx, at
+        "c783fcffffff07000000",  # mov dword [rbx - 4], 7
+        f"c783{size.to_bytes(4, 'little').hex()}07000000" if size < 2 * MIB else "90",  # mov dword [rbx + size], 7
+        "c70307000000",  # mov dword [rbx], 7
+        CALL,
+        "8bbbfcffffff",  # mov edi, [rbx - 4]
+        "8b33",  # mov esi, [rbx]
+        f"8b93{size.to_bytes(4, 'little').hex()}" if size < 2 * MIB else "ba07000000",  # mov edx, [rbx + size]
+        CALL,
+    )
+    assert isinstance(exit_, Hypercall)
+    machine.convert(at, size, private=False)
+    found = machine.vcpu.run()
+    assert isinstance(found, Hypercall)
+    assert found.arguments[:3] == (7, 0, 7)
+
+
+def test_a_punch_leaves_zeroes(machine: Machine) -> None:
+    assert word(machine.start("c70799000000", "488b37", CALL, "ebef")) == 0x99  # mov dword [rdi], 0x99; mov rsi, [rdi]; hypercall; jmp
+    machine.punch(DATA, PAGE)
+    assert word(machine.vcpu.run()) == 0
+
+
+def test_content_outlives_its_slot(machine: Machine) -> None:
+    assert word(machine.start("488b37", CALL, "488907", "ebec")) == 0
+    assert word(machine.vcpu.run(0x77)) == 0x77
+    machine.vm.set_user_memory_region(slot=0, guest_phys_addr=PRIVATE, memory_size=0)
+    machine.vm.set_user_memory_region(slot=0, guest_phys_addr=PRIVATE, memory_size=4 * MIB, restricted_fd=machine.fd)
+    assert word(machine.vcpu.run(0x78)) == 0x78
+
+
+def test_a_slot_that_was_deleted_is_gone_for_the_guest(machine: Machine) -> None:
+    assert isinstance(machine.start("bb00000010", "8b3b", CALL, "ffe3"), Hypercall)  # mov ebx, SHARED; mov edi, [rbx]; hc; jmp rbx
+    machine.vm.set_user_memory_region(slot=1, guest_phys_addr=SHARED, memory_size=0)
+    assert machine.vcpu.run() == MemoryFault(0, SHARED, PAGE, EFAULT)
+
+
+def test_initial_content_comes_in_any_amount(machine: Machine) -> None:
+    content = bytes(range(256)) * (2 * MIB // 256)
+    machine.vm.launch_update(PRIVATE + 2 * MIB, content)
+    exit_ = machine.start(
+        "be00002040",  # mov esi, PRIVATE + 2 MIB
+        "bf00000010",  # mov edi, SHARED
+        "b900000400",  # mov ecx, 1 MIB / 4
+        "f3a5",  # rep movsd
+        CALL,
+    )
+    assert isinstance(exit_, Hypercall)
+    assert machine.window[:MIB] == content[:MIB]
+
+
+def test_overlapping_slots_are_refused(machine: Machine) -> None:
+    for at in (PRIVATE + MIB, guest_abi.HYPERCALL_PAGE, guest_abi.REPORT_PAGE):
+        with shared_memory(PAGE) as (fd, _):
+            assert errno_of(machine.vm.set_user_memory_region, slot=5, guest_phys_addr=at, memory_size=PAGE, shared_fd=fd) == EEXIST
+
+
+def test_two_slots_on_the_same_pages(machine: Machine) -> None:
+    make = machine.vm.set_user_memory_region
+    found = errno_of(make, slot=3, guest_phys_addr=PRIVATE + 64 * MIB, memory_size=MIB, restricted_fd=machine.fd, restricted_offset=MIB)
+    assert (found,) == machine.expect("overlap")
+
+
+def test_the_service_s_limit(engine: str) -> None:
+    with Service.start(Options(memory_max=MIB)) as limited, Vm(limited, engine=engine) as vm:
+        fd = limited.memfd_restricted()
+        os.ftruncate(fd, 2 * MIB)
+        found = errno_of(vm.set_user_memory_region, slot=0, guest_phys_addr=PRIVATE, memory_size=2 * MIB, restricted_fd=fd)
+        os.close(fd)
+    assert (found,) == DIFFERENCES["memory-max"][engine]
+
+
+def test_blocks_of_the_descriptor(machine: Machine) -> None:
+    assert isinstance(machine.start(CALL), Hypercall)
+    assert (os.fstat(machine.fd).st_blocks > 0,) == machine.expect("blocks")
+
+
+def test_room_for_page_tables(service: Service, engine: str) -> None:
+    with Vm(service, engine=engine) as vm:
+        found = 0
+        for number in range(40):
+            fd = service.memfd_restricted()
+            try:
+                at = (number + 4) << 30
+                found = errno_of(vm.set_user_memory_region, slot=number, guest_phys_addr=at, memory_size=1 << 30, restricted_fd=fd)
+            finally:
+                os.close(fd)
+            if found:
+                break
+    assert (found,) == DIFFERENCES["page-tables"][engine]
+
+
+def test_a_slot_holds_its_file(machine: Machine) -> None:
+    def consumers() -> int:
+        return sum(vm["files"] != [] for vm in machine.service.status()["consumers"])
+
+    assert consumers() == 1
+    machine.vm.set_user_memory_region(slot=0, guest_phys_addr=PRIVATE, memory_size=0)
+    assert (consumers() == 0,) == machine.expect("held-until-end")
+
+
+# Several vCPUs, and stopping them.
+
+
+def test_atomic_increments_of_all_vcpus_add_up(machine: Machine) -> None:
+    count = 200_000
+    code = assembled(
+        f"b9{count.to_bytes(4, 'little').hex()}",  # mov ecx, count
+        "f048ff07",  # lock inc qword [rdi]
+        "e2fa",  # loop
+        "488b37",  # mov rsi, [rdi]
+        CALL,
+    )
+    machine.vm.launch_update(CODE, code.ljust(PAGE, b"\xf4"))
+    with contextlib.ExitStack() as stack:
+        vcpus = [machine.vcpu, *(stack.enter_context(machine.vm.create_vcpu()) for _ in range(2))]
+        for index, vcpu in enumerate(vcpus):
+            vcpu.set_regs(rip=CODE, rsp=STACK - index * PAGE // 2, rdi=DATA)
+        with ThreadPoolExecutor(len(vcpus)) as pool:
+            runs = [pool.submit(vcpu.run) for vcpu in vcpus]
+            seen = [word(run.result(DEADLINE)) for run in runs]
+    assert max(seen) == count * len(vcpus)
+
+
+def test_a_stop_request_ends_an_endless_loop(machine: Machine) -> None:
+    machine.vm.launch_update(CODE, assembled("488b07", "4885c0", "74f8", "4889c6", CALL).ljust(PAGE, b"\xf4"))  # until [rdi] is not 0
+    machine.vcpu.set_regs(rip=CODE, rsp=STACK, rdi=SHARED)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(machine.vcpu.run)
+        machine.vcpu.interrupt()
+        assert running.result(DEADLINE) == exits.Interrupted()
+        # Before the run it is not lost, and one is enough for one.
+        machine.vcpu.interrupt()
+        assert machine.vcpu.run() == exits.Interrupted()
+        machine.window[0] = 7
+        assert word(pool.submit(machine.vcpu.run).result(DEADLINE)) == 7
+
+
+def test_conversions_and_punches_under_a_running_guest(machine: Machine) -> None:
+    """A guest that stores all over 2 MiB goes on while pages change halves and vanish under it."""
+    code = assembled(
+        "89fb",  # mov ebx, edi
+        "b900020000",  # mov ecx, 512
+        "c60301",  # mov byte [rbx], 1
+        "81c300100000",  # add ebx, 4096
+        "e2f5",  # loop
+        "a00000001000000000",  # mov al, [SHARED]
+        "84c0",  # test al, al
+        "74e1",  # jz the first
+        "89c6",  # mov esi, eax
+        CALL,
+    )
+    machine.vm.launch_update(CODE, code.ljust(PAGE, b"\xf4"))
+    at = PRIVATE + 2 * MIB
+    machine.vcpu.set_regs(rip=CODE, rsp=STACK, rdi=at)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(machine.vcpu.run)
+        for turn in range(20):
+            machine.convert(at + turn * 16 * PAGE, 64 * PAGE, private=bool(turn % 2))
+            machine.punch(at + MIB, 16 * PAGE)
+        machine.convert(at, 2 * MIB, private=False)
+        wait_for("the guest's stores to the shared half", lambda: all(machine.half[2 * MIB : 4 * MIB : PAGE]))
+        machine.window[0] = 1
+        assert isinstance(running.result(DEADLINE), Hypercall)
+
+
+# What only some engines can.
+
+
+def test_prefault(machine: Machine) -> None:
+    assert isinstance(machine.start(CALL), Hypercall)
+    try:
+        found = machine.vcpu.pre_fault_memory(DATA, PAGE)
+    except OSError as error:
+        found = error.errno or 0
+    assert (found,) == machine.expect("prefault")
+
+
+def test_memory_failure(machine: Machine) -> None:
+    assert (errno_of(machine.vm.inject_failure, DATA),) == machine.expect("memory-failure")
+
+
+# Launch, report and policy.
+
+
+def test_the_measurement_does_not_depend_on_the_engine(service: Service) -> None:
+    pytest.importorskip("unicorn")
+    found: set[bytes] = set()
+    for engine in ("software", *(["kernel"] if os.access("/dev/kvm", os.W_OK) else [])):
+        with make_machine(service, engine) as machine:
+            machine.vm.launch_update(CODE, assembled(CALL).ljust(PAGE, b"\xf4"))
+            machine.vcpu.set_regs(rip=CODE, rsp=STACK)
+            found.add(machine.vm.launch_finish())
+            assert errno_of(machine.vm.launch_update, CODE, bytes(PAGE)) == EPERM
+    assert len(found) == 1
+
+
+def test_the_report_page_is_the_guest_s_and_not_the_owner_s(machine: Machine) -> None:
+    exit_ = machine.start(
+        "bb00101000",  # mov ebx, REPORT_PAGE
+        "8b33",  # mov esi, [rbx]
+        "c7032a000000",  # mov dword [rbx], 42
+        "8b13",  # mov edx, [rbx]
+        CALL,
+    )
+    assert exit_ == Hypercall(NUMBER, (DATA, 0, 42, 0))
+    assert errno_of(machine.vm.read_memory, guest_abi.REPORT_PAGE, 4) == EPERM
+
+
+def test_registers_and_memory_are_open_under_a_debug_policy_alone(service: Service, engine: str) -> None:
+    for debug in (False, True):
+        with make_machine(service, engine, debug=debug) as machine:
+            assert isinstance(machine.start("c7072a000000", CALL), Hypercall)  # mov dword [rdi], 42
+            if not debug:
+                assert errno_of(machine.vm.read_memory, DATA, 4) == errno_of(machine.vcpu.get_regs) == EPERM
+                continue
+            assert machine.vm.read_memory(DATA, 4) == (42).to_bytes(4, "little")
+            machine.vm.write_memory(DATA + 1, b"\1")
+            assert machine.vm.read_memory(DATA, 2) == b"\x2a\1"
+            assert machine.vcpu.get_regs().rdi == DATA
+
+
+def test_steps_and_breakpoints(service: Service, engine: str) -> None:
+    with make_machine(service, engine, debug=True) as machine:
+        machine.vm.launch_update(CODE, assembled("90", "ffc7", "ffc7", CALL).ljust(PAGE, b"\xf4"))
+        machine.vcpu.set_regs(rip=CODE, rsp=STACK)
+        machine.vcpu.set_guest_debug(step=True)
+        assert machine.vcpu.run() == exits.Debug(exits.SINGLE_STEP, CODE + 1, exits.DR6_BS)
+        machine.vcpu.set_guest_debug(breakpoints=[CODE + 5])
+        assert machine.vcpu.run() == exits.Debug(exits.BREAKPOINT, CODE + 5)
+        machine.vcpu.set_guest_debug()
+        assert machine.vcpu.run() == Hypercall(NUMBER, (2, 0, 0, 0))
+
+
+def test_statistics(machine: Machine) -> None:
+    assert isinstance(machine.start("c647012a", CALL), Hypercall)  # mov byte [rdi + 1], 42
+    before = machine.vm.statistics()
+    machine.punch(PRIVATE, 4 * MIB)
+    after = machine.vm.statistics()
+    assert after["engine"] == machine.engine
+    assert after["invalidations"] - before["invalidations"] == 1
+    assert after["pages_freed"] - before["pages_freed"] >= 2
+    assert 2 <= after["pages_taken"] <= 64
+    assert ("faults_private" in after,) == machine.expect("fault-counts")
+
+
+def test_an_unknown_exit_has_a_value_of_its_own() -> None:
+    assert exits.unpack(exits.LAYOUT.pack(77, 0, 0, 0, 0, 0, 0, 0)) == exits.Unknown(77)

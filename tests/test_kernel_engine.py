@@ -1,0 +1,432 @@
+"""The kernel engine by itself: page tables, the state it gives a guest, and what it asks of the kernel."""
+
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, Final, cast
+
+import pytest
+
+from restrictedmem import guests
+from restrictedmem.abi import kvm, memory
+from restrictedmem.devkvm import Kvm, Vm
+from restrictedmem.fd import OwnedFd
+from restrictedmem.kvm import elf, guest_abi, process
+from restrictedmem.kvm.attributes import Attributes
+from restrictedmem.kvm.engine import Bound
+from restrictedmem.kvm.exits import Debug, Hypercall, MemoryFault
+from restrictedmem.kvm.kernel import system
+from restrictedmem.kvm.kernel.page_tables import USER, WRITABLE, PageTables
+from restrictedmem.kvm.kernel.private import GuestMemfdHalf, PrivateFile
+from restrictedmem.kvm.kernel.slots import ByAddress, ByAttribute, KernelSlots, runs
+from restrictedmem.kvm.kernel.system import System
+from restrictedmem.kvm.kernel.vm import KernelVm
+from restrictedmem.kvm.memslot import Half, Memslot
+from restrictedmem.kvm.trace import Trace
+from restrictedmem.kvm.vcpu import Vcpus
+from restrictedmem.kvm.vmm import Vmm
+from restrictedmem.kvm.wire import Creation
+from restrictedmem.mm.notifier import Api
+from restrictedmem.service import client
+from restrictedmem.units import PAGE_SHIFT, PageRange, gfn_t, pgoff_t
+from users import ORDINARY, as_user
+
+PAGE: Final = 4096
+MIB: Final = 1 << 20
+BASE: Final = guest_abi.PRIVATE_BASE
+PAGES: Final = 1024
+ENOENT, ENOMEM, EACCES, EFAULT, EINVAL, EOPNOTSUPP = 2, 12, 13, 14, 22, 95
+CALL: Final = "b863000000b900001000ffd1"
+
+
+# Page tables, walked here by hand.
+
+
+def walk(own: System, linear: int) -> int:
+    table = own.tables.root
+    for shift in (39, 30, 21, 12):
+        (entry,) = struct.unpack_from("=Q", own.memory, table + 8 * (linear >> shift & 511))
+        if not entry & 1:
+            return 0
+        table = entry & ((1 << 52) - 1) & ~0xFFF
+    return int(entry)
+
+
+@pytest.mark.parametrize("linear", [0x1000, 0x3FFF_F000, 0x7F_FFE0_0000, (1 << 44) - (3 << PAGE_SHIFT)])
+def test_page_tables_lead_where_they_were_told(linear: int) -> None:
+    own = System()
+    own.tables.reserve(linear, 3)
+    own.tables.map(linear, 0x12_3456_7000, 3, USER | WRITABLE)
+    assert [walk(own, linear + PAGE * index) & ~0xFFF for index in range(3)] == [0x12_3456_7000 + PAGE * index for index in range(3)]
+    assert walk(own, linear) & 0xFFF == 0x67
+    assert own.tables.entry(linear) == walk(own, linear)
+    assert own.tables.entry(linear - PAGE) == walk(own, linear - PAGE) == 0
+    own.tables.unmap(linear + PAGE, 1)
+    assert [bool(walk(own, linear + PAGE * index)) for index in range(3)] == [True, False, True]
+
+
+def test_an_entry_that_leads_to_a_table_stays() -> None:
+    own = System()
+    own.tables.map(BASE, 0, 1, USER)
+    before = bytes(own.memory[own.tables.root : own.tables.root + 4 * PAGE])
+    own.tables.unmap(BASE, 512)
+    own.tables.map(BASE, 1 << 32, 1, USER)
+    after = bytes(own.memory[own.tables.root : own.tables.root + 4 * PAGE])
+    changed = [at for at in range(0, len(after), 8) if before[at : at + 8] != after[at : at + 8]]
+    assert len(changed) <= 1
+
+
+def test_page_tables_run_out() -> None:
+    own = System()
+    tables = PageTables(own.memory, system.SIZE - 4 * PAGE, system.SIZE)
+    tables.reserve(0, 1)
+    with pytest.raises(OSError) as caught:
+        tables.reserve(1 << 30, 1)
+    assert caught.value.errno == ENOMEM
+
+
+def test_a_guest_reaches_nothing_of_the_engine_but_two_pages() -> None:
+    own = System()
+    own.add_vcpu(0)
+    for page in range(system.SIZE >> PAGE_SHIFT):
+        entry = walk(own, (1 << guest_abi.GPA_BITS) + (page << PAGE_SHIFT))
+        assert not entry & USER
+    hypercall, report = walk(own, guest_abi.HYPERCALL_PAGE), walk(own, guest_abi.REPORT_PAGE)
+    assert hypercall & (USER | WRITABLE) == USER
+    assert report & (USER | WRITABLE) == USER | WRITABLE
+    assert report >> 63 == 1
+    assert walk(own, system.STAGING) == walk(own, system.COPY) == 0
+
+
+# Conversions, against a recording of what is asked of the kernel.
+
+
+class Recorder:
+    """Stands for ``devkvm.Vm``."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def record(*arguments: Any) -> None:
+            self.calls.append((name, arguments))
+
+        return record
+
+    def take(self, name: str) -> list[tuple[Any, ...]]:
+        found = [arguments for called, arguments in self.calls if called == name]
+        self.calls = [call for call in self.calls if call[0] != name]
+        return found
+
+
+class NoFile:
+    """Stands for a guest_memfd made without MMAP."""
+
+    flags = 0
+
+
+def slot_of_both(own: System, private: bool = True, shared: bool = True) -> Memslot:
+    half = GuestMemfdHalf(PrivateFile(1, cast("Any", NoFile()), None), PageRange(pgoff_t(16), pgoff_t(16 + PAGES)))
+    return Memslot(0, gfn_t(BASE >> PAGE_SHIFT), PAGES, private=half if private else None, shared=memfd_half() if shared else None)
+
+
+def memfd_half() -> Half:
+    with memory.memfd_create("shared") as fd:
+        os.ftruncate(fd.fileno(), PAGES * PAGE)
+        return Half(fd.fileno(), 0, PAGES * PAGE)
+
+
+def test_with_memory_attributes_a_slot_is_one_and_the_kernel_converts() -> None:
+    own, vm = System(), Recorder()
+    by = ByAttribute(cast("Vm", vm), KernelSlots(cast("Vm", vm), own), own.tables)
+    slot = slot_of_both(own)
+    slot.attributes[8:16] = bytes([1]) * 8
+    assert vm.take("set_user_memory_region") == [(0, 0, system.SIZE, own.address)]
+    by.add(slot)
+    assert slot.shared is not None
+    assert isinstance(slot.private, GuestMemfdHalf)
+    gpa = 1 << 32
+    assert vm.take("set_user_memory_region2") == [(1, gpa, PAGES * PAGE, slot.shared.address, slot.private.file.memfd, 16 * PAGE)]
+    private = kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE
+    assert vm.take("set_memory_attributes") == [
+        (gpa, 8 * PAGE, 0),
+        (gpa + 8 * PAGE, 8 * PAGE, private),
+        (gpa + 16 * PAGE, (PAGES - 16) * PAGE, 0),
+    ]
+    assert walk(own, BASE) & ~0xFFF == gpa
+    assert walk(own, BASE + 9 * PAGE) & ~0xFFF == gpa + 9 * PAGE
+    by.convert(slot, gfn_t((BASE >> PAGE_SHIFT) + 1), gfn_t((BASE >> PAGE_SHIFT) + 3), private=True)
+    assert vm.take("set_memory_attributes") == [(gpa + PAGE, 2 * PAGE, private)]
+    assert by.find(gpa + 5) == BASE + 5
+    by.remove(slot)
+    assert vm.take("delete_memory_region") == [(1,)]
+    assert vm.take("set_memory_attributes") == [(gpa, PAGES * PAGE, 0)]
+    assert walk(own, BASE) == 0
+    assert by.find(gpa) is None
+
+
+def test_with_memory_attributes_a_half_that_is_missing_has_no_entry() -> None:
+    own, vm = System(), Recorder()
+    by = ByAttribute(cast("Vm", vm), KernelSlots(cast("Vm", vm), own), own.tables)
+    slot = slot_of_both(own, shared=False)
+    slot.attributes[1] = 1
+    by.add(slot)
+    assert [bool(walk(own, BASE + PAGE * index)) for index in range(3)] == [False, True, False]
+    (arguments,) = vm.take("set_user_memory_region2")
+    assert arguments[3] == 0
+
+
+def test_without_them_each_half_is_a_slot_and_only_pages_that_convert_are_zapped() -> None:
+    own, vm = System(), Recorder()
+    by = ByAddress(KernelSlots(cast("Vm", vm), own), own.tables)
+    slot = slot_of_both(own, private=False)
+    by.add(slot)
+    assert len(vm.take("set_user_memory_region")) == 2
+    assert slot.shared is not None
+    slot.shared.mapping[:] = b"x" * PAGES * PAGE
+    resident = resident_pages(slot.shared)
+    by.convert(slot, gfn_t((BASE >> PAGE_SHIFT) + 1), gfn_t((BASE >> PAGE_SHIFT) + 3), private=True)
+    assert [bool(walk(own, BASE + PAGE * index)) for index in range(4)] == [True, False, False, True]
+    # Gone from this process, and so from KVM, though not from the file.
+    assert resident - resident_pages(slot.shared) == 2
+    assert slot.shared.mapping[PAGE] == ord("x")
+    slot.close()
+
+
+def resident_pages(half: Half) -> int:
+    """Count the pages that this process maps (/proc/self/pagemap), which MADV_DONTNEED takes away."""
+    with open("/proc/self/pagemap", "rb") as pagemap:
+        pagemap.seek(half.address >> PAGE_SHIFT << 3)
+        return sum(entry >> 63 for (entry,) in struct.iter_unpack("=Q", pagemap.read(8 * (half.size >> PAGE_SHIFT))))
+
+
+def test_runs_of_attributes() -> None:
+    own = System()
+    slot = slot_of_both(own)
+    slot.attributes[2:5] = bytes([1]) * 3
+    base = slot.base_gfn
+    found = [(start - base, end - base, private) for start, end, private in runs(slot, gfn_t(base + 1), gfn_t(base + 8))]
+    assert found == [(1, 2, False), (2, 5, True), (5, 8, False)]
+
+
+# In this process, on /dev/kvm.
+
+
+class Files:
+    """Stands for the service: every token is a file of its own."""
+
+    def bind(self, token: bytes) -> Bound:
+        return Bound(token[0], token[0], None, memory.memfd_create("file"), OwnedFd(os.eventfd(0)))
+
+    def unbind(self, number: int) -> None:
+        del number
+
+
+@contextmanager
+def make_vm(*, debug: bool = False) -> Generator[KernelVm]:
+    with Kvm.open() as device:
+        vm = KernelVm(Files(), Vcpus(), Attributes(Api.V10), device, debug=debug)
+    with closing(vm):
+        yield vm
+
+
+@pytest.fixture
+def vm() -> Iterator[KernelVm]:
+    with make_vm() as made:
+        yield made
+
+
+@pytest.fixture
+def debugged() -> Iterator[KernelVm]:
+    with make_vm(debug=True) as made:
+        yield made
+
+
+def private_slot(vm: KernelVm, base: int = BASE, token: bytes = b"\1") -> Memslot:
+    half = vm.bind(token, PageRange(pgoff_t(0), pgoff_t(PAGES)))
+    slot = Memslot(0, gfn_t(base >> PAGE_SHIFT), PAGES, private=half, shared=None)
+    slot.attributes[:] = bytes([1]) * PAGES
+    vm.add_slot(slot)
+    return slot
+
+
+@pytest.mark.requires("kvm")
+def test_private_memory_is_readable_for_a_debug_policy(debugged: KernelVm) -> None:
+    slot = private_slot(debugged)
+    debugged.launch_update(slot, BASE, b"secret".ljust(PAGE, b"\0"))
+    half = slot.private
+    assert isinstance(half, GuestMemfdHalf)
+    assert half.mapping is not None
+    assert debugged.read_private(slot, BASE, 6) == b"secret"
+    assert debugged.read_private(slot, BASE + PAGE - 2, 4) == bytes(4)
+    assert half.file.memfd.resident_pages(0, 0) == 1
+    debugged.write_private(slot, BASE + 1, b"E")
+    assert half.mapping[:6] == b"sEcret"
+
+
+@pytest.mark.requires("kvm")
+def test_private_memory_is_readable_for_nobody_without_it(vm: KernelVm) -> None:
+    slot = private_slot(vm)
+    vm.launch_update(slot, BASE, b"secret".ljust(PAGE, b"\0"))
+    half = slot.private
+    assert isinstance(half, GuestMemfdHalf)
+    assert half.mapping is not None
+    with pytest.raises(OSError) as caught:
+        vm.read_private(slot, BASE, 6)
+    assert caught.value.errno == EOPNOTSUPP
+    reader, writer = os.pipe()
+    with OwnedFd(reader), OwnedFd(writer):
+        # As the kernel says to any access of this process.
+        with pytest.raises(OSError) as caught:
+            os.write(writer, memoryview(half.mapping)[:6])
+        assert caught.value.errno == EFAULT
+
+
+@pytest.mark.requires("kvm")
+def test_steps_and_breakpoints(debugged: KernelVm) -> None:
+    vm = debugged
+    slot = private_slot(vm)
+    code = bytes.fromhex("90ffc7ffc7" + CALL + "ebfe")
+    vm.launch_update(slot, BASE, code.ljust(PAGE, b"\0"))
+    vcpu = vm.create_vcpu(0)
+    vcpu.set_regs(kvm.kvm_regs(rip=BASE, rsp=BASE + MIB))
+    vcpu.set_guest_debug(step=True, breakpoints=frozenset())
+    assert [vcpu.run() for _ in range(3)] == [Debug(1, BASE + at, 1 << 14) for at in (1, 3, 5)]
+    regs = vcpu.get_regs()
+    assert (regs.rip, regs.rdi, regs.rflags & 0x100) == (BASE + 5, 2, 0)
+    regs.rdi = 40
+    vcpu.change_regs(regs)
+    vcpu.set_guest_debug(step=False, breakpoints=frozenset({BASE + 10}))
+    assert vcpu.run() == Debug(3, BASE + 10)
+    vcpu.set_guest_debug(step=False, breakpoints=frozenset())
+    assert vcpu.run() == Hypercall(99, (40, 0, 0, 0))
+    assert vcpu.get_sregs().cs.selector == 0x23
+
+
+@pytest.mark.requires("kvm")
+def test_a_step_over_a_hypercall_comes_after_it(debugged: KernelVm) -> None:
+    vm = debugged
+    slot = private_slot(vm)
+    vm.launch_update(slot, BASE, bytes.fromhex("b900001000ffd1" + CALL).ljust(PAGE, b"\0"))
+    vcpu = vm.create_vcpu(0)
+    vcpu.set_regs(kvm.kvm_regs(rip=BASE, rsp=BASE + MIB))
+    vcpu.set_guest_debug(step=True, breakpoints=frozenset())
+    assert vcpu.run() == Debug(1, BASE + 5, 1 << 14)
+    assert vcpu.run() == Debug(1, guest_abi.HYPERCALL_PAGE, 1 << 14)
+    assert vcpu.run() == Hypercall(0, (0, 0, 0, 0))
+    vcpu.complete(5)
+    assert vcpu.get_regs().rax == 5
+    assert vcpu.run() == Debug(1, guest_abi.HYPERCALL_PAGE + 2, 1 << 14)
+    # Turned off between an instruction and its #DB.
+    assert vcpu.run() == Debug(1, BASE + 7, 1 << 14)
+    vcpu.set_guest_debug(step=False, breakpoints=frozenset())
+    assert isinstance(vcpu.run(), Hypercall)
+
+
+@pytest.mark.requires("kvm")
+def test_a_page_that_cannot_be_had_is_a_memory_fault(vm: KernelVm) -> None:
+    slot = private_slot(vm)
+    vm.launch_update(slot, BASE, bytes.fromhex("bb000010408a03f4").ljust(PAGE, b"\0"))  # mov ebx, BASE + 1 MiB; mov al, [rbx]
+    vcpu = vm.create_vcpu(0)
+    vcpu.set_regs(kvm.kvm_regs(rip=BASE))
+    half = slot.private
+    assert isinstance(half, GuestMemfdHalf)
+    # The last descriptor gone, nothing is bound any more: guest_memfd's own way to refuse.
+    assert half.mapping is not None
+    half.mapping.close()
+    half.file.memfd.close()
+    assert vcpu.run() == MemoryFault(8, BASE, PAGE, EFAULT)
+
+
+@pytest.mark.requires("kvm")
+def test_registers_and_memory_of_a_vm_stay_in_its_process(vm: KernelVm) -> None:
+    slot = private_slot(vm)
+    assert vm.statistics() == {"pages_taken": 0, "pages_freed": 0, "invalidations": 0}
+    vm.launch_update(slot, BASE, b"x" * 2 * PAGE)
+    assert vm.statistics()["pages_taken"] == 2
+    vm.invalidate_start(1, PageRange(pgoff_t(0), pgoff_t(1)))
+    vm.invalidate_start(9, PageRange(pgoff_t(0), pgoff_t(1)))
+    assert vm.statistics() == {"pages_taken": 2, "pages_freed": 1, "invalidations": 1}
+
+
+@pytest.mark.requires("kvm")
+def test_a_window_past_what_a_guest_memfd_holds(vm: KernelVm) -> None:
+    with pytest.raises(OSError) as caught:
+        vm.bind(b"\1", PageRange(pgoff_t(1 << 50), pgoff_t((1 << 50) + 1)))
+    assert caught.value.errno == EINVAL
+
+
+@pytest.mark.requires("kvm")
+def test_kicks_are_not_lost(vm: KernelVm) -> None:
+    slot = private_slot(vm)
+    vm.launch_update(slot, BASE, bytes.fromhex("ebfe").ljust(PAGE, b"\0"))
+    engine = vm.create_vcpu(0)
+    engine.set_regs(kvm.kvm_regs(rip=BASE))
+    # One that comes before the first run has nobody to reach, and does no harm.
+    engine.kick()
+    engine.get_regs()
+    for _ in range(200):
+        engine.kick()
+        assert engine.run() is None
+
+
+# Which engine.
+
+
+class Nobody:
+    """Stands for a service that is not asked."""
+
+
+def test_without_the_device_auto_is_software_and_the_name_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> Kvm:
+        raise OSError(ENOENT, "open: No such file or directory: '/dev/kvm'")
+
+    monkeypatch.setattr(Kvm, "open", missing)
+    binder = cast("process.Binding", Nobody())
+    assert process.make_engine(Creation("auto"), binder, Vcpus(), Attributes(Api.V10), Trace()).name == "software"
+    with pytest.raises(OSError, match="/dev/kvm") as caught:
+        process.make_engine(Creation("kernel"), binder, Vcpus(), Attributes(Api.V10), Trace())
+    assert caught.value.errno == ENOENT
+
+
+@pytest.mark.requires("kvm")
+def test_with_the_device_auto_is_the_kernel() -> None:
+    binder = cast("process.Binding", Nobody())
+    made = process.make_engine(Creation("auto"), binder, Vcpus(), Attributes(Api.V10), Trace())
+    assert isinstance(made, KernelVm)
+    made.close()
+    assert made.name == "kernel"
+    assert process.make_engine(Creation("software"), binder, Vcpus(), Attributes(Api.V10), Trace()).name == "software"
+
+
+@pytest.mark.requires("fuse", "kvm", "root")
+def test_an_owner_that_may_not_open_the_device_gets_the_kernel_by_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = f"{tmp_path}/socket"
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    monkeypatch.setattr(client, "_default", None)
+    monkeypatch.setenv(client.SERVER_VARIABLE, path)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "restrictedmem", "serve", "--socket", path, "--user", "nobody"], stderr=subprocess.PIPE, text=True
+    )
+
+    def body() -> str:
+        with pytest.raises(OSError) as caught:
+            Kvm.open()
+        assert caught.value.errno == EACCES
+        with Vmm(MIB, engine="auto") as vmm:
+            vmm.load(elf.parse(guests.path("spin").read_bytes()), ["exit", "7"])
+            assert isinstance(vmm.vcpus[0].run(), Hypercall)
+            return str(vmm.statistics()["engine"])
+
+    try:
+        assert server.stderr is not None
+        assert server.stderr.readline() == f"listening on {path}\n"
+        assert as_user(body, ORDINARY - 1, fuse=False) == "kernel"
+    finally:
+        server.terminate()
+        server.communicate(timeout=20)

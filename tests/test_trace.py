@@ -1,0 +1,374 @@
+"""Events of a run: what is in them, where they go, and Perfetto's format."""
+
+import fcntl
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from restrictedmem import guests
+from restrictedmem.fd import OwnedFd
+from restrictedmem.kvm import elf, exits, perfetto
+from restrictedmem.kvm.recording import record
+from restrictedmem.kvm.trace import VERSION, Trace, of_exit
+from restrictedmem.kvm.vm import Vm
+from restrictedmem.kvm.vmm import Ended, Vmm
+from restrictedmem.service.client import Service
+from restrictedmem.service.start import Options
+
+ROOT = Path(__file__).parent.parent
+EINVAL = 22
+MIB = 1 << 20
+COMMON = {"ts", "pid", "tid", "event", "lost"}
+KINDS: dict[str, type] = {"event": str, "private": bool, "side": str, "engine": str, "reason": str, "call": str, "fatal": str}
+
+Event = dict[str, Any]
+
+
+def documented() -> dict[str, set[str]]:
+    """The table of docs/trace.md: event, and the fields it may have."""
+    rows = re.findall(r"^\| (\w+) \| (?:both|engine|owner) \| (.*) \|$", (ROOT / "docs" / "trace.md").read_text(), re.MULTILINE)
+    return {event: set(fields.split(", ")) for event, fields in rows}
+
+
+def check(events: list[Event]) -> None:
+    """Check the schema: documented events and fields, values of the right kind, time that goes forward in each thread."""
+    known = documented()
+    last: dict[int, int] = {}
+    for event in events:
+        assert event.keys() <= COMMON | known[event["event"]], event
+        assert {"ts", "pid", "tid", "event"} <= event.keys()
+        for name, value in event.items():
+            kind = str if (event["event"], name) == ("fault", "result") else KINDS.get(name, int)
+            assert type(value) is kind, event
+        assert event["ts"] >= last.get(event["tid"], 0)
+        last[event["tid"]] = event["ts"]
+        assert 0 <= event.get("ns", 0) <= event["ts"]
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    with Service.start(Options()) as found:
+        yield found
+
+
+ENGINES = ["software", pytest.param("kernel", marks=pytest.mark.requires("kvm"))]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def recorded(service: Service, engine: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the guest ``convert``."""
+    folder = tmp_path_factory.mktemp("trace")
+    path = folder / "run.jsonl"
+    with Vmm(8 * MIB, service, engine=engine) as vmm, record(vmm, path):
+        vmm.load(elf.parse(guests.path("convert").read_bytes()))
+        with open(os.devnull, "rb") as empty, (folder / "out").open("wb") as out:
+            assert vmm.run(empty, out, out) == Ended(0)
+    return path
+
+
+def lines(path: Path) -> list[Event]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# A process's own part.
+
+
+def test_exits_carry_what_they_are_and_nothing_of_the_guest() -> None:
+    assert of_exit(exits.Hypercall(2, (0x1111, 0x2222, 0x3333, 0x4444))) == {"reason": "Hypercall", "number": 2}
+    assert of_exit(exits.PortOut(0x42, 4, 0xDEAD)) == {"reason": "PortOut", "port": 0x42, "size": 4}
+    assert of_exit(exits.MmioWrite(0xD000_0000, 8, 0xDEAD)) == {"reason": "MmioWrite", "gpa": 0xD000_0000, "size": 8}
+    assert of_exit(exits.Debug(1, 0x4000_1234, 0)) == {"reason": "Debug"}
+    fault = exits.MemoryFault(8, 0x4000_0000, 4096, 14)
+    assert of_exit(fault) == {"reason": "MemoryFault", "flags": 8, "gpa": 0x4000_0000, "size": 4096, "errno": 14}
+
+
+def test_off_writes_nothing_and_says_so() -> None:
+    trace = Trace()
+    assert not trace.on
+    trace.emit("enter", vcpu=0)
+    assert trace.fileno() == -1
+
+
+def test_a_full_pipe_loses_events_and_counts_them() -> None:
+    reader, writer = os.pipe()
+    trace = Trace()
+    trace.start(OwnedFd(writer))
+    for number in range(2000):
+        trace.emit("enter", vcpu=number)
+    got = os.read(reader, 1 << 20).decode().splitlines()
+    trace.emit("enter", vcpu=-1)
+    (last,) = os.read(reader, 1 << 20).decode().splitlines()
+    os.close(reader)
+    events = [json.loads(line) for line in got]
+    assert [event["vcpu"] for event in events] == [*range(len(events))]
+    assert json.loads(last)["lost"] == 2000 - len(events) > 0
+    # Nobody reads any more.
+    trace.emit("enter", vcpu=0)
+    assert not trace.on
+
+
+@pytest.mark.parametrize("kind", ["no O_APPEND", "socket", "device"])
+def test_where_events_cannot_go(kind: str, tmp_path: Path) -> None:
+    if kind == "socket":
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        fd = OwnedFd(ours.detach())
+    else:
+        fd = OwnedFd(os.open(os.devnull if kind == "device" else tmp_path / "file", os.O_WRONLY | os.O_CREAT))
+    with fd, pytest.raises(OSError) as caught:
+        Trace().start(fd)
+    assert caught.value.errno == EINVAL
+
+
+def test_a_file_that_fails_ends_the_trace() -> None:
+    trace = Trace()
+    sealed = OwnedFd(os.memfd_create("sealed", os.MFD_ALLOW_SEALING))
+    fcntl.fcntl(sealed.fileno(), fcntl.F_SETFL, os.O_APPEND)
+    fcntl.fcntl(sealed.fileno(), fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    trace.start(sealed)
+    trace.emit("enter", vcpu=0)
+    assert not trace.on
+
+
+# A run.
+
+
+@pytest.mark.requires("fuse")
+def test_a_run_keeps_to_the_schema(recorded: Path, engine: str) -> None:
+    events = lines(recorded)
+    check(events)
+    found = {event["event"] for event in events}
+    elsewhere = {"vcpu", "report", "interrupt", "launch_finish"}
+    assert found == documented().keys() - elsewhere - ({"fault"} if engine == "kernel" else set())
+    theirs, owner = (next(event for event in events if event.get("side") == side) for side in ("engine", "owner"))
+    assert (theirs["version"], theirs["engine"], theirs["policy"] & 1) == (VERSION, engine, 0)
+    assert owner["version"] == VERSION
+    assert owner["pid"] == os.getpid() != theirs["pid"]
+
+
+@pytest.mark.requires("fuse")
+def test_a_run_says_what_happened(recorded: Path, engine: str) -> None:
+    events = lines(recorded)
+
+    def of(name: str) -> list[Event]:
+        return [event for event in events if event["event"] == name]
+
+    assert [(event["slot"], event["npages"]) for event in of("slot")] == [(0, 2048), (1, 256)]
+    assert len(of("enter")) == len(of("exit"))
+    assert len(of("answer")) + len(of("conversion")) == len(of("exit")) - 1
+    # Each conversion changes attributes, and one to shared punches; beside those, slots began private.
+    done = [event for event in of("conversion") if event["result"] == 0]
+    assert len(done) == sum(event["errno"] == 0 for event in of("attributes") if "ns" in event)
+    assert len(of("invalidate_start")) == len(of("invalidate_end")) == sum(not event["private"] for event in done)
+    if engine == "software":
+        assert {event["result"] for event in of("fault")} <= {"mapped", "retry"}
+        assert {event["private"] for event in of("fault")} == {True, False}
+    assert [event.get("status") for event in of("end")] == [0, None]
+
+
+@pytest.mark.requires("fuse")
+def test_requests_show_with_their_errno(service: Service, tmp_path: Path) -> None:
+    path = tmp_path / "vm.jsonl"
+    with OwnedFd(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)) as fd, Vm(service, engine="software") as vm:
+        vm.trace(fd.fileno())
+        with pytest.raises(OSError):
+            vm.set_user_memory_region(slot=7, guest_phys_addr=0, memory_size=1)
+        vm.set_memory_attributes(0x4000_0000, 8192, private=True)
+        with vm.create_vcpu() as vcpu:
+            vm.launch_finish()
+            vcpu.interrupt()
+        vm.trace(None)
+        vm.set_memory_attributes(0x4000_0000, 8192, private=False)
+    events = lines(path)
+    check(events)
+    assert [event["event"] for event in events] == ["trace", "slot", "attributes", "vcpu", "launch_finish", "interrupt", "end"]
+    assert events[5]["vcpu"] == 0
+    assert (events[1]["slot"], events[1]["errno"]) == (7, EINVAL)
+    assert (events[2]["gfn"], events[2]["npages"], events[2]["private"], events[2]["errno"]) == (0x40000, 2, True, 0)
+
+
+@pytest.mark.requires("fuse")
+def test_a_report_and_the_exits_around_it(service: Service, engine: str, tmp_path: Path) -> None:
+    path = tmp_path / "vm.jsonl"
+    code = bytes.fromhex(
+        "b900001000"  # mov    ecx, HYPERCALL_PAGE
+        "b803000000"  # mov    eax, 3    (report)
+        "ffd1"  # call   rcx
+        "31c0"  # xor    eax, eax    (exit)
+        "ffd1"  # call   rcx
+    )
+    fd = service.memfd_restricted()
+    os.ftruncate(fd, 8192)
+    with OwnedFd(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)) as file, Vm(service, engine=engine) as vm:
+        vm.set_user_memory_region(slot=0, guest_phys_addr=0x4000_0000, memory_size=8192, restricted_fd=fd)
+        os.close(fd)
+        vm.set_memory_attributes(0x4000_0000, 8192, private=True)
+        vm.launch_update(0x4000_0000, code.ljust(4096, b"\0"))
+        with vm.create_vcpu() as vcpu:
+            vcpu.set_regs(rip=0x4000_0000, rsp=0x4000_2000)
+            vm.trace(file.fileno())
+            assert vcpu.run() == exits.Hypercall(0, (0, 0, 0, 0))
+            vm.trace(None)
+    events = [event for event in lines(path) if "vcpu" in event]
+    check(events)
+    assert [event["event"] for event in events] == ["enter", "report", "exit"]
+
+
+@pytest.mark.requires("fuse")
+def test_a_trace_that_begins_late_says_what_there_is(service: Service) -> None:
+    reader, writer = os.pipe()
+    with Vmm(4 * MIB, service, engine="software") as vmm:
+        vmm.vm.set_memory_attributes(0x4000_0000 + MIB, MIB, private=False)
+        vmm.vm.trace(writer)
+        vmm.vm.trace(None)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        events = [json.loads(line) for line in pipe]
+    check(events)
+    slots = [(event["slot"], event["gfn"], event["npages"]) for event in events if event["event"] == "slot"]
+    assert slots == [(0, 0x40000, 1024), (1, 0x10000, 256)]
+    private = [(event["gfn"], event["npages"]) for event in events if event["event"] == "attributes"]
+    assert private == [(0x40000, 256), (0x40200, 512)]
+
+
+# Perfetto.
+
+
+def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Decode a protobuf message of integers and nested bytes."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while at < len(data):
+        key = varint()
+        if key & 7 == 0:
+            yield key >> 3, varint()
+        else:
+            assert key & 7 == 2, "a wire type that Perfetto's fields here do not have"
+            size = varint()
+            assert at + size <= len(data)
+            at += size
+            yield key >> 3, data[at - size : at]
+
+
+def message(data: int | bytes) -> dict[int, int | bytes]:
+    assert isinstance(data, bytes)
+    return dict(fields(data))
+
+
+BEGIN, END, INSTANT, COUNTER = 1, 2, 3, 4
+
+
+@pytest.mark.requires("fuse")
+def test_perfetto_gets_tracks_slices_and_a_counter(recorded: Path, engine: str) -> None:
+    with recorded.open() as file:
+        events = perfetto.read(file)
+    packets = [message(packet) for number, packet in fields(perfetto.convert(events)) if number == 1]
+    assert packets[0][13] == 1, "the sequence's first packet must say that there is no earlier state"
+    assert all(packet[10] == packets[0][10] for packet in packets)
+    descriptors = [message(packet[60]) for packet in packets if 60 in packet]
+    names = {descriptor[1]: descriptor for descriptor in descriptors}
+    assert len(names) == len(descriptors), "uuids are unique"
+    assert all(descriptor[5] in names for descriptor in descriptors if 5 in descriptor)
+    threads = {message(descriptor[4])[5] for descriptor in descriptors if 4 in descriptor}
+    assert {b"vCPU 0", b"invalidations", b"owner", f"{engine} engine".encode()} <= threads
+    depth: dict[int, int] = {}
+    last = 0
+    counted: list[int] = []
+    slices = 0
+    for packet in packets:
+        if 11 not in packet:
+            continue
+        event, ts = message(packet[11]), packet[8]
+        track, kind = event[11], event[9]
+        assert isinstance(ts, int)
+        assert isinstance(track, int)
+        assert ts >= last
+        last = ts
+        assert track in names
+        if kind == COUNTER:
+            value = event[30]
+            assert isinstance(value, int)
+            counted.append(value)
+            assert 8 in names[track]
+            continue
+        assert 4 in names[track]
+        slices += kind == BEGIN
+        depth[track] = depth.get(track, 0) + {BEGIN: 1, END: -1, INSTANT: 0}[kind if isinstance(kind, int) else 0]
+        assert depth[track] >= 0
+        assert (23 in event) == (kind != END)
+    assert set(depth.values()) == {0}
+    assert slices == sum("ns" in event or event["event"] == "enter" for event in events)
+    assert counted == [event["private_pages"] for event in events if "private_pages" in event]
+
+
+def test_a_slice_ends_where_the_one_around_it_does() -> None:
+    def line(**more: object) -> str:
+        return json.dumps({"pid": 1, "tid": 2, **more}) + "\n"
+
+    text = [
+        line(ts=1, event="trace", version=VERSION, side="engine"),
+        line(ts=10, event="enter", vcpu=3),
+        line(ts=20, event="fault", ns=5),
+        line(ts=30, event="fault", ns=10),
+        # The run was cut off: no exit.
+        '{"ts": 40, "pid": 1',
+    ]
+    packets = [message(packet) for _, packet in fields(perfetto.convert(perfetto.read(text)))]
+    told = [(packet[8], message(packet[11])[9]) for packet in packets if 11 in packet]
+    assert told == [(1, INSTANT), (10, BEGIN), (15, BEGIN), (20, END), (20, BEGIN), (30, END), (30, END)]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "no trace"),
+        ('{"ts":1,"pid":1,"tid":1,"event":"enter","vcpu":0}\n', "no trace"),
+        ('{"ts":1,"pid":1,"tid":1,"event":"trace","version":2,"side":"owner"}\n', "version 2"),
+        ('{"ts":1,"pid":1,"tid":1,"event":"trace","version":1,"side":"owner"}\n[]\n', "line 2"),
+        ('{"ts":"1","pid":1,"tid":1,"event":"trace","version":1}\n', "line 1"),
+        ("\x00\xff\n", "line 1"),
+    ],
+)
+def test_what_is_no_trace_is_refused(content: str, words: str, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.write_text(content, encoding="latin-1")
+    command = [sys.executable, "-m", "restrictedmem", "trace", "to-perfetto", str(source), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert str(source) in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.requires("fuse")
+def test_the_command_converts(recorded: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "restrictedmem", "trace", "to-perfetto", str(recorded), str(out)]
+    subprocess.run(command, check=True, capture_output=True)
+    with recorded.open() as file:
+        assert out.read_bytes() == perfetto.convert(perfetto.read(file))
