@@ -1,0 +1,168 @@
+"""``run --prove``: all routes, tried by an owner that gave up what would void the question, and the table of what came of them."""
+
+import json
+import os
+import secrets
+import sys
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from functools import partial
+from itertools import chain
+from typing import Any, Final, NoReturn
+
+from restrictedmem.audit import descriptor, host, processes, vm
+from restrictedmem.audit.attempt import Attempt, Outcome, Route, attempt
+from restrictedmem.audit.guest import HeldGuest, held_guest
+from restrictedmem.audit.memory import of_descriptors, of_process
+from restrictedmem.audit.owner import Owner, drop_capabilities, end_twin, fork_twin, trusted_processes
+from restrictedmem.audit.pattern import Pattern, content
+from restrictedmem.service.client import Service
+
+#: What the control holds, in bytes.
+_CONTROL_SIZE: Final = 1 << 16
+
+Progress = Callable[[Attempt], None]
+
+
+def prove(service: Service, guest: HeldGuest, seed: int, *, engine: str, as_root: bool, progress: Progress) -> list[Attempt]:
+    """Try every route to the memory of a guest that holds the pattern of ``seed``; ``progress`` hears of each attempt after it.
+
+    Preconditions: nobody else talks to the guest meanwhile.
+
+    Raises:
+        OSError: EIO when the trying process died.
+    """
+    found: list[Attempt] = []
+    # The owner's own memory comes last, in a process of which all that went before is a part.
+    for routes in (_routes, _last_routes):
+        for one in _as_owner(partial(_owner, service, guest, seed, engine, as_root), routes, as_root=as_root):
+            found.append(one)
+            progress(one)
+    found.append(_still_there(guest))
+    progress(found[-1])
+    return found
+
+
+def _routes() -> Iterator[Route]:
+    return chain(descriptor.ROUTES, processes.routes(), host.routes(), vm.routes())
+
+
+def _last_routes() -> Iterator[Route]:
+    yield Route("control", "a process that lets itself be read", lambda owner: of_process(owner.control), control=True)
+    yield Route("owner", "its files", lambda _: of_descriptors())
+    yield Route("owner", "its memory", lambda owner: of_process(owner.twin))
+
+
+def _still_there(guest: HeldGuest) -> Attempt:
+    """Ask the guest whether it held the pattern all the time, but for what it gave away."""
+    answer = guest.check(guest.start + vm.CONVERTED, guest.end)
+    outcome = Outcome.CONTROL if answer == "intact" else Outcome.FAILED
+    return Attempt("control", "the guest still holds it", outcome, detail=answer)
+
+
+@contextmanager
+def _owner(service: Service, guest: HeldGuest, seed: int, engine: str, as_root: bool) -> Generator[Owner]:
+    # Both before the pattern's words are in this process.
+    twin = fork_twin()
+    control = fork_twin(lambda: content(seed, guest.start, _CONTROL_SIZE))
+
+    try:
+        pattern = Pattern(seed, guest.start, guest.end)
+        yield Owner(service, guest, seed, engine, pattern, trusted_processes(service, guest), twin, control, as_root)
+    finally:
+        end_twin(twin)
+        end_twin(control)
+
+
+def _as_owner(
+    owner: Callable[[], AbstractContextManager[Owner]], routes: Callable[[], Iterable[Route]], *, as_root: bool
+) -> Iterator[Attempt]:
+    """Try routes in a child that holds all that this process holds, but for its capabilities."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        _try_all(owner, routes, writer, as_root=as_root)
+    os.close(writer)
+    try:
+        with open(reader, encoding="utf-8") as answers:
+            for line in answers:
+                fields: dict[str, Any] = json.loads(line)
+                yield Attempt(outcome=Outcome(fields.pop("outcome")), **fields)
+    finally:
+        _, status = os.waitpid(child, 0)
+    if status:
+        yield Attempt("control", "the trying process", Outcome.FAILED, detail=f"ended with {os.waitstatus_to_exitcode(status)}")
+
+
+def _try_all(
+    owner: Callable[[], AbstractContextManager[Owner]], routes: Callable[[], Iterable[Route]], writer: int, *, as_root: bool
+) -> NoReturn:
+    status = 1
+    try:
+        if not as_root:
+            drop_capabilities()
+        with owner() as found:
+            for route in routes():
+                line = json.dumps(_plain(attempt(route, found)))
+                os.write(writer, line.encode() + b"\n")
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _plain(one: Attempt) -> dict[str, Any]:
+    return {**asdict(one), "outcome": one.outcome.value}
+
+
+def prove_main(service: Service, *, memory: int, engine: str, as_root: bool, as_json: bool, quiet: bool) -> int:
+    """Prove it with a guest of ``memory`` bytes, write the table (or JSON) to stdout, and return the exit status.
+
+    Raises:
+        OSError: what kept the guest from running.
+    """
+    seed = secrets.randbits(64)
+    with held_guest(service, memory, seed, engine) as guest, _progress(show=sys.stderr.isatty() and not quiet) as progress:
+        found = prove(service, guest, seed, engine=engine, as_root=as_root, progress=progress)
+    if as_json:
+        print(json.dumps({"as_root": as_root, "proved": not any(one.outcome.bad for one in found), "attempts": [*map(_plain, found)]}))
+    else:
+        show(found)
+    return int(any(one.outcome.bad for one in found))
+
+
+@contextmanager
+def _progress(*, show: bool) -> Generator[Progress]:
+    if not show:
+        yield lambda _: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("the guest holds its pattern") as status:
+        yield lambda one: status.update(f"{one.target}: {one.name}")
+
+
+def show(found: list[Attempt]) -> None:
+    """Print what was tried, one line for all that came to the same; targets with the same lines share them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    names: dict[tuple[str, str], list[str]] = {}
+    for one in found:
+        # Of a refusal the errno says enough.
+        came = f"{one.outcome.value} {one.errno or one.detail}".rstrip()
+        names.setdefault((one.target, came), []).append(one.name)
+    targets: dict[tuple[str, str], list[str]] = {}
+    for (target, came), some in names.items():
+        targets.setdefault((came, ", ".join(some)), []).append(target)
+    table = Table(box=None, pad_edge=False)
+    for title in ("target", "outcome", "tried"):
+        table.add_column(title)
+    for (came, tried), of in targets.items():
+        table.add_row(", ".join(of), came, tried)
+    console = Console(highlight=False)
+    console.print(table)
+    counts = Counter(one.outcome for one in found)
+    console.print(", ".join(f"{counts[outcome]} {outcome.value}" for outcome in Outcome if counts[outcome]))

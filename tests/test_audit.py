@@ -1,0 +1,248 @@
+"""The tools of ``run --prove``, each shown to find what is there: a proof that could not fail would prove nothing."""
+
+import mmap
+import os
+import random
+import re
+import secrets
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from errno import EPERM
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from outcomes import in_child
+from restrictedmem.abi import memory
+from restrictedmem.audit import descriptor, host, processes, vm
+from restrictedmem.audit.attempt import Attempt, MeasurementTellsError, Outcome, Route, attempt
+from restrictedmem.audit.guest import HeldGuest, held_guest
+from restrictedmem.audit.memory import of_descriptors, of_file, of_process
+from restrictedmem.audit.owner import Owner, drop_capabilities, end_twin, fork_twin
+from restrictedmem.audit.pattern import Pattern, content, word
+from restrictedmem.fd import OwnedFd
+from restrictedmem.kvm import exits, guest_abi
+from restrictedmem.kvm.vm import Vm
+from restrictedmem.service.client import Service
+
+SEED = 0x0123_4567_89AB_CDEF
+START = 0x4002_6000
+MIB = 1 << 20
+THREAT_MODEL = Path(__file__).parent.parent / "docs" / "threat-model.md"
+
+
+@pytest.fixture(scope="module")
+def pattern() -> Pattern:
+    return Pattern(SEED, START, START + 16 * MIB)
+
+
+def owner_of(pattern: Pattern, **parts: object) -> Owner:
+    """An owner that has no more than a route under test asks for."""
+    return cast(Owner, SimpleNamespace(pattern=pattern, as_root=False, **parts))
+
+
+def holding(size: int) -> OwnedFd:
+    """A memfd with the pattern."""
+    fd = memory.memfd_create("pattern")
+    os.write(fd.fileno(), content(SEED, START, size))
+    return fd
+
+
+# The pattern.
+
+
+def test_words_are_the_outputs_of_splitmix64() -> None:
+    # The reference implementation's first outputs for the seed 1234567.
+    first = (6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821)
+    assert tuple(word(1234567, 8 * number) for number in range(1, 6)) == first
+
+
+@pytest.mark.parametrize("shift", range(16))
+def test_a_page_is_found_wherever_it_lies(pattern: Pattern, shift: int) -> None:
+    noise = random.Random(shift)
+    address = START + noise.randrange(4095) * 4096
+    found = pattern.find(noise.randbytes(4096 + shift) + content(SEED, address, 4096) + noise.randbytes(512))
+    assert found is not None
+    assert address <= found < address + 4096
+
+
+def test_noise_zeroes_and_another_seed_are_not_it(pattern: Pattern) -> None:
+    for data in (random.Random(1).randbytes(MIB), bytes(MIB), content(SEED + 1, START, 1 << 16), b"", b"1234567"):
+        assert pattern.find(data) is None
+
+
+def test_every_page_of_a_large_guest_has_a_sample() -> None:
+    large = Pattern(SEED, START, START + 256 * MIB)
+    for page in random.Random(2).choices(range(256 * MIB // 4096), k=20):
+        assert large.find(content(SEED, START + page * 4096, 4096)) is not None
+
+
+# Reading.
+
+
+def test_a_process_that_holds_it_is_convicted(pattern: Pattern) -> None:
+    # A twin of this process would not do: the searcher's own memory has the samples.
+    clean = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    holder = fork_twin(lambda: content(SEED, START + MIB, 8192))
+    try:
+        assert [found(pattern, of_process(pid)) for pid in (clean.pid, holder)] == [False, True]
+    finally:
+        end_twin(holder)
+        clean.kill()
+        clean.wait()
+
+
+def test_memory_that_is_shared_without_a_file_is_read_too() -> None:
+    with mmap.mmap(-1, 8192) as mapping:
+        twin = fork_twin()
+        mapping[:] = content(SEED + 2, START, 8192)
+        try:
+            assert any(content(SEED + 2, START, 4096) in bytes(chunk) for chunk in of_process(twin))
+        finally:
+            end_twin(twin)
+
+
+def found(pattern: Pattern, chunks: Iterable[Any]) -> bool:
+    return any(pattern.find(chunk) is not None for chunk in chunks)
+
+
+def test_a_file_is_read_at_its_data_and_not_at_its_holes(pattern: Pattern) -> None:
+    with memory.memfd_create("sparse") as fd:
+        os.ftruncate(fd.fileno(), 1 << 40)
+        os.pwrite(fd.fileno(), content(SEED, START, 4096), 1 << 39)
+        chunks = list(of_file(fd.fileno()))
+        assert sum(map(len, chunks)) == 4096
+        assert found(pattern, chunks)
+        assert found(pattern, of_descriptors())
+
+
+# Routes, at what is not protected.
+
+
+@pytest.mark.parametrize("route", descriptor.ROUTES, ids=lambda route: route.name)
+def test_an_ordinary_file_gives_its_content_by_every_route(route: Route, pattern: Pattern) -> None:
+    with holding(1 << 16) as fd:
+        came = attempt(route, owner_of(pattern, fd=fd.fileno()))
+    # Those without an offset of their own begin where writing ended.
+    at_the_end = {"read", "readv", "splice", "sendfile", "copy_file_range"}
+    assert came.outcome is (Outcome.NOTHING if route.name in at_the_end and came.searched == 0 else Outcome.FOUND), came
+    if route.name in at_the_end:
+        with holding(1 << 16) as fd:
+            os.lseek(fd.fileno(), 0, os.SEEK_SET)
+            assert attempt(route, owner_of(pattern, fd=fd.fileno())).outcome is Outcome.FOUND
+
+
+@pytest.mark.requires("root")
+def test_a_dumpable_process_is_convicted_by_every_way_in(pattern: Pattern) -> None:
+    holder = fork_twin(lambda: (holding(8192), content(SEED, START, 8192)))
+    victim = owner_of(pattern, processes=dict.fromkeys(processes.NAMES, holder))
+    try:
+        came = {route.name: attempt(route, victim) for route in processes.routes() if route.target.startswith("engine")}
+    finally:
+        end_twin(holder)
+    convicted = {name for name, one in came.items() if one.outcome is Outcome.FOUND}
+    ways = {"mem", "task/PID/mem", "fd/*", "process_vm_readv", "PTRACE_ATTACH", "PTRACE_SEIZE", "pidfd_getfd 0 to 63", "kcmp", "move_pages"}
+    assert convicted >= ways
+    assert not [one for one in came.values() if one.outcome is Outcome.FAILED]
+    assert came["maps"].searched > 0
+
+
+def test_code_of_the_owners_would_copy_it_out(pattern: Pattern) -> None:
+    """What is tried against a guest works where the owner is let: as a guest of its own."""
+    pytest.importorskip("unicorn")
+    size, code_at = MIB, guest_abi.PRIVATE_BASE + 0x10000
+    guest = cast(HeldGuest, SimpleNamespace(start=START))
+    with Service.start() as service, Vm(service, engine="software") as machine, memory.memfd_create("window") as window:
+        fd = service.memfd_restricted()
+        os.ftruncate(fd, size)
+        os.ftruncate(window.fileno(), vm.COPIED)
+        machine.set_user_memory_region(slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=size, restricted_fd=fd)
+        machine.set_user_memory_region(slot=1, guest_phys_addr=guest_abi.SHARED_BASE, memory_size=vm.COPIED, shared_fd=window.fileno())
+        machine.set_memory_attributes(guest_abi.PRIVATE_BASE, size, private=True)
+        machine.launch_update(START, content(SEED, START, vm.COPIED))
+        machine.launch_update(code_at, vm.code_page(guest))
+        with machine.create_vcpu() as vcpu:
+            vcpu.set_regs(rip=code_at + 123, rsp=guest_abi.PRIVATE_BASE + size)
+            left = vcpu.run()
+            assert isinstance(left, exits.Hypercall)
+            assert left.number == guest_abi.EXIT
+        assert found(pattern, of_file(window.fileno()))
+        os.close(fd)
+
+
+def test_a_guest_made_for_debugging_is_open() -> None:
+    """And says so in its measurement; the calls are those that any other guest refuses."""
+    seed = secrets.randbits(64)
+    routes = {route.name: route for route in vm.routes()}
+    with Service.start() as service, held_guest(service, 2 * MIB, seed, "software", debug=True) as guest:
+        owner = owner_of(Pattern(seed, guest.start, guest.end), guest=guest)
+        came = [attempt(routes[name], owner).outcome for name in ("DBG_READ", "DBG_WRITE")]
+    assert came == [Outcome.FOUND, Outcome.FOUND]
+
+
+# Capabilities.
+
+
+@pytest.mark.requires("root")
+def test_no_capability_is_left() -> None:
+    def body() -> dict[str, str]:
+        drop_capabilities()
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return dict(re.findall(r"^(Cap\w+|NoNewPrivs):\s(\w+)$", status, re.MULTILINE))
+
+    none = "0" * 16
+    expected = {"CapInh": none, "CapPrm": none, "CapEff": none, "CapBnd": none, "CapAmb": none, "NoNewPrivs": "1"}
+    assert in_child(body) == repr(expected)
+
+
+# Verdicts.
+
+
+def verdict(pattern: Pattern, chunks: Iterable[bytes] | Exception, **route: Any) -> Attempt:
+    def run(_: Owner) -> Iterator[bytes]:
+        if isinstance(chunks, Exception):
+            raise chunks
+        yield from chunks
+
+    as_root = route.pop("as_root", False)
+    return attempt(Route("target", "name", run, **route), cast(Owner, SimpleNamespace(pattern=pattern, as_root=as_root)))
+
+
+def test_verdicts(pattern: Pattern) -> None:
+    secret, refused = [content(SEED, START, 4096)], OSError(EPERM, "no")
+    assert verdict(pattern, refused) == Attempt("target", "name", Outcome.REFUSED, "EPERM", "no")
+    assert verdict(pattern, [b"", bytes(64)]) == Attempt("target", "name", Outcome.NOTHING, searched=64)
+    assert verdict(pattern, secret).outcome is Outcome.FOUND
+    assert verdict(pattern, MeasurementTellsError(), power=True) == Attempt("target", "name", Outcome.MEASURED)
+    assert verdict(pattern, [b""], power=True) == Attempt("target", "name", Outcome.FOUND, detail="accepted")
+    assert verdict(pattern, secret, open_by="Swap").outcome is Outcome.OPEN
+    assert verdict(pattern, secret, root=True).outcome is Outcome.FOUND
+    assert verdict(pattern, secret, root=True, as_root=True).outcome is Outcome.OPEN
+    assert verdict(pattern, secret, as_root=True).outcome is Outcome.FOUND
+    assert verdict(pattern, secret, control=True).outcome is Outcome.CONTROL
+    assert verdict(pattern, [b""], control=True).outcome is Outcome.FAILED
+    assert verdict(pattern, refused, control=True).outcome is Outcome.FAILED
+    assert [outcome for outcome in Outcome if outcome.bad] == [Outcome.FOUND, Outcome.FAILED]
+
+
+def test_an_attempt_that_dies_or_breaks_is_no_refusal(pattern: Pattern, capfd: pytest.CaptureFixture[str]) -> None:
+    def dies(_: Owner) -> Iterator[bytes]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        yield b""
+
+    def breaks(_: Owner) -> Iterator[bytes]:
+        raise AssertionError("broken")
+
+    for run in (dies, breaks):
+        assert attempt(Route("target", "name", run), owner_of(pattern)).outcome is Outcome.FAILED
+    capfd.readouterr()
+
+
+def test_what_is_open_by_design_is_in_the_threat_model() -> None:
+    items = set(re.findall(r"^- \*\*(.+?)\.\*\*", THREAT_MODEL.read_text(encoding="utf-8"), re.MULTILINE))
+    named = {route.open_by for route in (*host.routes(), *vm.routes(), *processes.routes(), *descriptor.ROUTES)} - {""}
+    assert {*named, "Root"} <= items
