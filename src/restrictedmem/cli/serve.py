@@ -11,6 +11,8 @@ import sys
 from restrictedmem.cli.errors import CommandError
 from restrictedmem.units import parse_size
 
+_KEY_HINT = "make one: umask 077; openssl genpkey -algorithm ed25519 -out FILE"
+
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command."""
@@ -26,6 +28,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--user", metavar="NAME", help="user that the services become once they have mounted (default: stay)")
     parser.add_argument("--mode", type=lambda text: int(text, 8), default=0o666, metavar="OCTAL", help="who may connect (default 666)")
     parser.add_argument("--api", choices=("v9", "v10"), default="v10", help="which posting of the series to follow (default v10)")
+    parser.add_argument(
+        "--signing-key", metavar="FILE", help="key to sign guests' reports with: Ed25519 in PEM, mode 600 (default: a new one each service)"
+    )
     parser.add_argument("--memory-max", type=parse_size, metavar="SIZE", help="what a descriptor may hold at most")
     parser.set_defaults(main=main)
 
@@ -36,7 +41,8 @@ def main(args: argparse.Namespace) -> int:
     from restrictedmem.service.daemon import peer_credentials
     from restrictedmem.service.start import Options
 
-    options = Options(api=args.api, memory_max=args.memory_max, become=_become(args.user))
+    signing_key = None if args.signing_key is None else _check_key(args.signing_key)
+    options = Options(api=args.api, memory_max=args.memory_max, become=_become(args.user), signing_key=signing_key)
     # Both: a shell starts what runs in the background with SIGINT ignored.
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, signal.default_int_handler)
@@ -63,6 +69,18 @@ def main(args: argparse.Namespace) -> int:
         finally:
             if os.path.exists(args.socket) and os.stat(args.socket).st_ino == made:
                 os.unlink(args.socket)
+
+
+def _check_key(path: str) -> str:
+    """Return the path for services to read the key from, once that has worked, and say what reports are to be checked with."""
+    from restrictedmem.service.signing import Signer
+
+    try:
+        key = Signer.load(path).make_key()
+    except OSError as error:
+        raise CommandError(f"--signing-key: {error.strerror}", _KEY_HINT) from None
+    print(f"reports are signed by {key.hex()}", file=sys.stderr, flush=True)
+    return os.path.abspath(path)
 
 
 def _become(name: str | None) -> tuple[int, int] | None:

@@ -1,0 +1,88 @@
+"""What ``restrictedmem run`` shows while a guest runs and when it has ended; all on stderr."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from restrictedmem.units import PAGE_SHIFT, format_size
+
+if TYPE_CHECKING:
+    from restrictedmem.kvm.vmm import Ended, Vmm
+
+_PROGRESS_INTERVAL = 0.1
+_NAME_WIDTH = 19
+
+
+@contextmanager
+def progress(vmm: "Vmm", *, show: bool) -> Generator[Callable[[], None] | None, None, None]:
+    """Show phase, bytes and rate on a terminal while the guest runs; yields what the VMM calls after each exit, or None."""
+    if not show:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+
+    phase, done = TextColumn("{task.description}"), DownloadColumn(binary_units=True)
+    columns = (SpinnerColumn(), phase, done, TransferSpeedColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
+        task = bar.add_task("guest runs", total=_input_size())
+        shown = time.monotonic()
+
+        def tick() -> None:
+            nonlocal shown
+            now = time.monotonic()
+            if now - shown >= _PROGRESS_INTERVAL:
+                shown = now
+                bar.update(task, completed=vmm.bytes_in, refresh=True)
+
+        yield tick
+
+
+def _input_size() -> int | None:
+    found = os.fstat(sys.stdin.fileno())
+    return found.st_size if found.st_size and os.lseek(sys.stdin.fileno(), 0, os.SEEK_CUR) == 0 else None
+
+
+def show(found: dict[str, Any], ended: "Ended", *, as_json: bool) -> None:
+    """Print the closing table, or the same as JSON."""
+    if as_json:
+        print(json.dumps({**found, "status": ended.status, "fatal": ended.fatal and str(ended.fatal)}), file=sys.stderr)
+        return
+    for name, value in _rows(found):
+        print(f"{name:{_NAME_WIDTH}}{value}", file=sys.stderr)
+
+
+def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    seconds = found["time_total_ns"] / 1e9
+    rate = f", {format_size(round(found['bytes_in'] / seconds))}/s" if found["bytes_in"] and seconds else ""
+    yield "engine, mount", f"{found['engine']}, {found['way']}"
+    yield "measurement", found["measurement"]
+    yield "input, output", f"{format_size(found['bytes_in'])} in, {format_size(found['bytes_out'])} out{rate}"
+    yield (
+        "pages taken",
+        f"{found['pages_taken']} ({format_size(found['pages_taken'] << PAGE_SHIFT)} of {format_size(found['private_bytes'])})",
+    )
+    if "faults_private" in found:
+        yield "faults", f"{found['faults_private']} private, {found['faults_shared']} shared, {found['fault_retries']} retried"
+    yield "invalidations", _invalidations(found)
+    yield "exits", ", ".join(f"{count} {name}" for name, count in sorted(found["exits"].items())) or "none"
+    if found["locked_bytes"] or found["unlocked_because"]:
+        yield "locked", _locked(found)
+    yield "memory charged to", found["cgroup"]
+    yield "time", f"{found['time_in_guest_ns'] / 1e9:.3f} s in the guest, {found['time_outside_ns'] / 1e9:.3f} s outside"
+
+
+def _invalidations(found: dict[str, Any]) -> str:
+    zapped = f": {found['entries_zapped']} entries zapped, {found['pages_freed']} pages freed" if "entries_zapped" in found else ""
+    return f"{found['invalidations']}{zapped}"
+
+
+def _locked(found: dict[str, Any]) -> str:
+    if found["locked_bytes"]:
+        return f"yes, {format_size(found['locked_bytes'])}"
+    swap = "swap exists, so pages may be written to it" if found["swap"] else "no swap exists, so nothing is written out"
+    return f"no ({found['unlocked_because']}: the limit is {format_size(found['memlock_limit'])}); {swap}"

@@ -1,0 +1,221 @@
+"""``restrictedmem verify`` and ``measure``: what a report says, and what a guest's measurement has to be."""
+
+import argparse
+import json
+import re
+import string
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from enum import Enum
+from errno import ENOSYS
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from restrictedmem.cli import guest
+from restrictedmem.cli.errors import CommandError
+
+if TYPE_CHECKING:
+    from restrictedmem.service.report import Report
+
+_KEY_BYTES = 32
+_MEASUREMENT_BYTES = 48
+_DATA_BYTES = 64
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add both commands."""
+    _add_measure(commands)
+    parser = commands.add_parser(
+        "verify",
+        help="check a guest's report",
+        description="Check the signature of a report that a guest asked for, and that it says what is expected. What was not asked for is "
+        "not checked, and said to be so. Exit status 0 when the signature and all that was asked for are right, else 1. What a "
+        "report is worth: docs/threat-model.md.",
+        epilog="examples:\n"
+        "  echo report 42 | restrictedmem run seal | restrictedmem verify - --guest seal\n"
+        "  restrictedmem verify seal.report --key service.pem --data 3432 --guest seal",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("report", metavar="REPORT", help="file with the report, as it is or in hexadecimal; - for stdin")
+    parser.add_argument("--key", metavar="KEY", help="the service's public key: 64 hexadecimal digits, or a file with PEM or the digits")
+    parser.add_argument("--data", type=_data, metavar="HEX", help="what the guest had it signed over, at most 64 bytes")
+    expected = parser.add_mutually_exclusive_group()
+    expected.add_argument("--measurement", type=_measurement, metavar="HEX", help="the measurement expected")
+    expected.add_argument(
+        "--guest",
+        nargs=argparse.REMAINDER,
+        metavar="GUEST",
+        help="the guest expected, and its arguments: all that follows on the command line",
+    )
+    _add_launch_options(parser)
+    parser.add_argument("--json", action="store_true", help="the report and each check, as JSON")
+    parser.set_defaults(main=main)
+
+
+def _add_measure(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "measure",
+        help="compute the measurement of a guest",
+        description="Print the measurement that a guest has when it is run with these arguments and this much memory, without running it.",
+    )
+    _add_launch_options(parser)
+    parser.add_argument("guest", metavar="GUEST", help=guest.KINDS)
+    parser.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS", help="arguments of the guest")
+    parser.set_defaults(main=measure)
+
+
+def _add_launch_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--memory", type=guest.memory_size, default="64M", metavar="SIZE", help="the guest's private memory (default 64M)")
+    parser.add_argument("--vcpus", type=int, default=1, metavar="N", help="its vCPUs (default 1)")
+    parser.add_argument("--debug", action="store_true", help="with a policy that opens registers and private memory to the owner")
+
+
+def _hex(text: str, size: int) -> bytes:
+    try:
+        found = bytes.fromhex(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError("not hexadecimal") from None
+    if len(found) > size:
+        raise argparse.ArgumentTypeError(f"{len(found)} bytes, at most {size} expected")
+    return found
+
+
+def _data(text: str) -> bytes:
+    return _hex(text, _DATA_BYTES).ljust(_DATA_BYTES, b"\0")
+
+
+def _measurement(text: str) -> bytes:
+    found = _hex(text, _MEASUREMENT_BYTES)
+    if len(found) != _MEASUREMENT_BYTES:
+        raise argparse.ArgumentTypeError(f"{len(found)} bytes, {_MEASUREMENT_BYTES} expected")
+    return found
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Run ``measure``."""
+    print(_expected(args, args.guest, args.args).hex())
+    return 0
+
+
+def _expected(args: argparse.Namespace, name: str, arguments: list[str]) -> bytes:
+    from restrictedmem.kvm.vmm import expected_measurement
+
+    return expected_measurement(guest.read(name), arguments, private_size=args.memory, vcpus=args.vcpus, policy=_policy(args))
+
+
+def _policy(args: argparse.Namespace) -> int:
+    from restrictedmem.kvm.wire import POLICY_DEBUG, POLICY_EXPLICIT
+
+    return POLICY_EXPLICIT | (POLICY_DEBUG if args.debug else 0)
+
+
+class State(Enum):
+    """How a check came out."""
+
+    GOOD = "good"
+    BAD = "bad"
+    NOT_CHECKED = "not checked"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at, or was not."""
+
+    name: str
+    state: State
+    detail: str
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run ``verify``."""
+    from restrictedmem.service.report import Report
+
+    if args.guest == []:
+        raise CommandError("--guest takes a guest, after it", "it and its arguments are the last on the command line")
+    data = _read(args.report)
+    try:
+        checks = list(_checks(args, data, Report.unpack(data)))
+    except OSError as error:
+        raise CommandError(error.strerror or str(error), "pip install cryptography" if error.errno == ENOSYS else "") from None
+    bad = [check.name for check in checks if check.state is State.BAD]
+    if args.json:
+        json.dump(
+            {"verified": not bad, "checks": [_as_data(check) for check in checks], "report": _fields(Report.unpack(data))}, sys.stdout
+        )
+        print()
+    else:
+        for check in checks:
+            print(f"{check.name:<12} {check.state.value:<12} {check.detail}")
+        open_ = [check.name for check in checks if check.state is State.NOT_CHECKED]
+        print(f"not verified: {', '.join(bad)}" if bad else "verified" + (f", except for: {', '.join(open_)}" if open_ else ""))
+    return 1 if bad else 0
+
+
+def _read(name: str) -> bytes:
+    """Read a report; one in hexadecimal may have white space anywhere."""
+    data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    digits = b"".join(data.split())
+    if digits and not digits.strip(string.hexdigits.encode()):
+        try:
+            return bytes.fromhex(digits.decode())
+        except ValueError:
+            raise CommandError("the report has an odd number of hexadecimal digits") from None
+    return data
+
+
+def _checks(args: argparse.Namespace, data: bytes, report: "Report") -> Iterator[Check]:
+    from restrictedmem.service.report import signed_by_its_key
+
+    right = signed_by_its_key(data)
+    key = report.public_key.hex()
+    yield Check("signature", State.GOOD if right else State.BAD, f"{'by' if right else 'not by'} the key that the report names")
+    if args.key is None:
+        yield Check("key", State.NOT_CHECKED, f"nobody vouched for {key}; anyone can make a key (--key)")
+    else:
+        yield _compare("key", _public_key(args.key), report.public_key)
+    expected = args.measurement if args.guest is None else _expected(args, args.guest[0], args.guest[1:])
+    if expected is None:
+        text = f"any program may have sent it; {report.measurement.hex()} (--guest, --measurement)"
+        yield Check("measurement", State.NOT_CHECKED, text)
+    else:
+        yield _compare("measurement", expected, report.measurement)
+    yield _check_policy(_policy(args), report.policy)
+    if args.data is None:
+        yield Check("data", State.NOT_CHECKED, f"it may be an old report; {report.data.hex()} (--data)")
+    else:
+        yield _compare("data", args.data, report.data)
+
+
+def _compare(name: str, expected: bytes, found: bytes) -> Check:
+    if expected == found:
+        return Check(name, State.GOOD, found.hex())
+    return Check(name, State.BAD, f"{found.hex()}, expected {expected.hex()}")
+
+
+def _check_policy(expected: int, found: int) -> Check:
+    from restrictedmem.kvm.wire import POLICY_DEBUG, POLICY_EXPLICIT
+
+    words = [
+        "the owner can look into the guest and change it" if found & POLICY_DEBUG else "no debugging",
+        "pages are shared only when the guest asks" if found & POLICY_EXPLICIT else "the owner can make any page shared",
+    ]
+    unknown = found & ~(POLICY_DEBUG | POLICY_EXPLICIT)
+    text = "; ".join([*words, *([f"bits that this version does not know: {unknown:#x}"] if unknown else [])])
+    return Check("policy", State.GOOD if found == expected else State.BAD, f"{found}: {text}")
+
+
+def _public_key(text: str) -> bytes:
+    if re.fullmatch(rf"[0-9a-fA-F]{{{2 * _KEY_BYTES}}}", text):
+        return bytes.fromhex(text)
+    from restrictedmem.service.signing import read_public_key
+
+    return read_public_key(text)
+
+
+def _as_data(check: Check) -> dict[str, str]:
+    return {**asdict(check), "state": check.state.value}
+
+
+def _fields(report: "Report") -> dict[str, object]:
+    return {name: value.hex() if isinstance(value, bytes) else value for name, value in asdict(report).items()}
