@@ -8,15 +8,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from benchmarks import descriptor, get_page, guest, memory, startup
+from benchmarks import conversion, descriptor, devkvm, get_page, guest, memory, seal, startup, vcpus
 from benchmarks.common import HEAD, BenchError, Figure, Lab, machine
 
 BENCHES: Final[dict[str, Callable[[Lab], Iterator[Figure]]]] = {
+    **conversion.BENCHES,
     **get_page.BENCHES,
     **descriptor.BENCHES,
     **guest.BENCHES,
+    **devkvm.BENCHES,
     **memory.BENCHES,
+    **seal.BENCHES,
     **startup.BENCHES,
+    **vcpus.BENCHES,
 }
 
 

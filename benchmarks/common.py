@@ -20,6 +20,7 @@ from typing import Any, Final
 from restrictedmem.service.client import Service
 
 FLOOR: Final = Path(__file__).parent / "floor"
+_INCLUDE: Final = FLOOR.parent.parent / "guests" / "include"
 #: The core that the parties of a round trip share while it is timed.
 _CORE: Final = 0
 
@@ -119,7 +120,8 @@ class Lab:
             compiler = shutil.which("cc") or shutil.which("gcc")
             if compiler is None:
                 raise BenchError("the floors are C programs and there is no C compiler", "apt-get install gcc libc6-dev")
-            done = subprocess.run([compiler, "-O2", "-Wall", "-o", built, FLOOR / f"{name}.c"], check=False, capture_output=True, text=True)
+            command = [compiler, "-O2", "-Wall", "-I", str(_INCLUDE), "-o", str(built), str(FLOOR / f"{name}.c")]
+            done = subprocess.run(command, check=False, capture_output=True, text=True)
             if done.returncode:
                 raise BenchError(f"{name}.c does not compile: {done.stderr.strip()}", "apt-get install gcc libc6-dev linux-libc-dev")
         return str(built)

@@ -68,7 +68,7 @@ def _be_owner(started: Service, heap: int, parent: socket.socket, *, punched: bo
     status = 1
     try:
         with spin(started, heap, "loop") as vmm:
-            threading.Thread(target=vmm.vcpu.run, daemon=True).start()
+            threading.Thread(target=vmm.vcpus[0].run, daemon=True).start()
             began = time.monotonic()
             send_with_fds(parent, b"running", [vmm.restricted_fd])
             parent.settimeout(_PUNCH_INTERVAL if punched else None)

@@ -4,7 +4,6 @@ import ctypes
 import importlib
 import mmap
 import socket
-import struct
 import subprocess
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -22,7 +21,6 @@ from restrictedmem.service.client import Service
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PAGE_MASK, PAGE_SHIFT
 
-_BOOT_INFO: Final = struct.Struct("=QII7Q")
 SPIN: Final = elf.parse(guests.path("spin").read_bytes())
 #: What a guest's private memory holds beside its heap.
 HEAP_OFFSET: Final = ((SPIN.end + PAGE_MASK) & ~PAGE_MASK) - guest_abi.PRIVATE_BASE
@@ -44,7 +42,7 @@ def run_to_hypercall(vmm: Vmm) -> float:
         BenchError: when it stops for another reason.
     """
     began = time.perf_counter()
-    found = vmm.vcpu.run()
+    found = vmm.vcpus[0].run()
     taken = time.perf_counter() - began
     if not isinstance(found, exits.Hypercall):
         raise BenchError(f"the guest stopped: {found}", "the guest programs may be broken: scripts/test tests/test_guests.py")
@@ -61,23 +59,11 @@ def plain_to_hypercall(heap: int, *arguments: str, identity: bool = False) -> fl
     unicorn: Any = importlib.import_module("unicorn")
     registers: Any = importlib.import_module("unicorn.x86_const")
     size = heap + OVERHEAD
-    strings = b"".join(argument.encode() + b"\0" for argument in arguments)
     content = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    content[: len(strings) + _BOOT_INFO.size] = (
-        _BOOT_INFO.pack(
-            guest_abi.BOOT_MAGIC,
-            guest_abi.BOOT_VERSION,
-            len(arguments),
-            guest_abi.PRIVATE_BASE,
-            size,
-            guest_abi.SHARED_BASE,
-            SHARED_SIZE,
-            guest_abi.HYPERCALL_PAGE,
-            guest_abi.PRIVATE_BASE + HEAP_OFFSET,
-            guest_abi.PRIVATE_BASE + _BOOT_INFO.size,
-        )
-        + strings
+    boot = guest_abi.boot_info(
+        private_size=size, shared_size=SHARED_SIZE, heap_base=guest_abi.PRIVATE_BASE + HEAP_OFFSET, vcpus=1, arguments=arguments
     )
+    content[: len(boot)] = boot
     for segment in SPIN.segments:
         start = segment.gpa - guest_abi.PRIVATE_BASE
         content[start : start + len(segment.data)] = segment.data
@@ -91,6 +77,7 @@ def plain_to_hypercall(heap: int, *arguments: str, identity: bool = False) -> fl
     emulator.mem_map(guest_abi.HYPERCALL_PAGE, 1 << PAGE_SHIFT)
     emulator.reg_write(registers.UC_X86_REG_RSP, guest_abi.PRIVATE_BASE + size)
     emulator.reg_write(registers.UC_X86_REG_RDI, guest_abi.PRIVATE_BASE)
+    emulator.reg_write(registers.UC_X86_REG_RSI, 0)
     began = time.perf_counter()
     emulator.emu_start(SPIN.entry, guest_abi.HYPERCALL_PAGE)
     taken = time.perf_counter() - began
@@ -184,7 +171,7 @@ def round_trip(lab: Lab) -> Iterator[Figure]:
             began = time.perf_counter()
             for _ in range(count):
                 # One byte read, one written: echo calls for each.
-                vmm.vcpu.run(1)
+                vmm.vcpus[0].run(1)
             return (time.perf_counter() - began) * 1e6 / count
 
         pairs = alternate(floor, ours, lab.rounds(9))
