@@ -177,7 +177,7 @@ def round_trip(lab: Lab) -> Iterator[Figure]:
         pairs = alternate(floor, ours, lab.rounds(9))
     channel.close()
     echo.wait()
-    yield pairs.figure("exit to the owner and back (floor: a socket's round trip)", "µs")
+    yield pairs.figure("exit to the owner and back (floor: a socket's round trip)", "µs", within(2))
 
 
 BENCHES: Final[dict[str, Callable[[Lab], Iterator[Figure]]]] = {
