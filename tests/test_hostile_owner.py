@@ -330,7 +330,7 @@ def test_a_race_with_the_start_is_never_won(attach: Callable[[int], None] | None
     least, most = 10, 60
 
     def body() -> tuple[int, int, int, int]:
-        started = caught = refused = 0
+        turn = started = caught = refused = 0
         for turn in range(most):
             # It has to be there in time to see something, and late enough to be turned away; when it is, is chance.
             if turn >= least and (refused if attach is None else started < turn):
