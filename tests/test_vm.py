@@ -66,6 +66,14 @@ def errno_of(call: object, *args: object, **kwargs: object) -> int:
     return caught.value.errno
 
 
+def test_a_vm_that_cannot_be_made(service: Service) -> None:
+    with pytest.raises(OSError, match=r"KVM_CREATE_VM: .*'nonsense'") as caught:
+        Vm(service, engine="nonsense")
+    assert caught.value.errno == EINVAL
+    with Vm(service, engine="software") as vm:
+        assert vm.engine == "software"
+
+
 def test_a_guest_runs_in_private_memory(service: Service, vm: Vm, fd: int) -> None:
     private_slot(vm, service, fd)
     with start(vm, OUT_LOOP) as vcpu:

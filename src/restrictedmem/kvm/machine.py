@@ -79,6 +79,8 @@ class Machine:
         match message.number:
             case wire.SET_USER_MEMORY_REGION.number:
                 self._set_user_memory_region(message)
+            case wire.CREATE_VM.number:
+                self._owner.reply(self._engine.name.encode())
             case wire.CREATE_VCPU.number:
                 self._create_vcpu()
             case wire.SET_MEMORY_ATTRIBUTES.number:

@@ -38,6 +38,13 @@ class Vm:
         policy = (wire.POLICY_DEBUG if debug else 0) | (wire.POLICY_EXPLICIT if explicit else 0)
         creation = wire.Creation(engine, policy)
         self._channel = Channel(self._service.spawn("kvm", creation.dump()), "engine")
+        try:
+            name, _ = self._channel.call(wire.CREATE_VM)
+        except BaseException:
+            self._channel.close()
+            raise
+        #: The engine it runs on: ``software`` or ``kernel``.
+        self.engine = name.decode()
 
     def set_user_memory_region(
         self,

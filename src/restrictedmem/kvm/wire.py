@@ -17,6 +17,8 @@ from restrictedmem.service.wire import Call
 SET_USER_MEMORY_REGION: Final = Call("KVM_SET_USER_MEMORY_REGION", kvm.KVM_SET_USER_MEMORY_REGION_REQUEST)
 """Body: ``kvm_userspace_memory_region_ext``, then 16 bytes: the token of the restricted descriptor, if ``KVM_MEM_PRIVATE``. Descriptor
 0, when there is one, is a memfd with the shared half from byte ``userspace_addr`` on."""
+CREATE_VM: Final = Call("KVM_CREATE_VM", kvm.KVM_CREATE_VM.request)
+"""First of all, or never: the VM was made by SPAWN, and this says early why it was not. Reply: the engine's name."""
 CREATE_VCPU: Final = Call("KVM_CREATE_VCPU", kvm.KVM_CREATE_VCPU.request)
 """Reply: ``VCPU``; descriptor 0 is the vCPU's socket. vCPUs are numbered from 0 on, in the order they are made."""
 CHECK_EXTENSION: Final = Call("KVM_CHECK_EXTENSION", kvm.KVM_CHECK_EXTENSION.request)
