@@ -61,6 +61,10 @@ int main(const struct boot_info *boot)
 	const char *args = (const char *)boot->args;
 	u64 sum = 0;
 
+	/* The others have their say before this one ends the guest. */
+	while (boot->vcpus > 1 && !seen)
+		;
+
 	if (boot->argc && args[0] == 's')
 		spin();
 	if (boot->argc && args[0] == 'd')
