@@ -36,11 +36,17 @@ class _Recorder:
         self._sock.send(f"{what} {start} {end}".encode())
         self._sock.recv(1)
 
-    def invalidate_start(self, start: pgoff_t, end: pgoff_t) -> None:
+    def invalidate_start(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
         self._tell("start", start, end)
 
-    def invalidate_end(self, start: pgoff_t, end: pgoff_t) -> None:
+    def invalidate_end(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
         self._tell("end", start, end)
+
+    def error(self, start: pgoff_t, end: pgoff_t) -> None:
+        raise AssertionError("no page was lost")
+
+    def page_count(self, start: pgoff_t, end: pgoff_t) -> int:
+        return 0
 
 
 @final
@@ -115,7 +121,7 @@ def _serve(sock: socket.socket, api: Api, mount: Mount, uid: int | None) -> None
     with root:
         rights = array.array("i", [root.fileno()])
         sock.sendmsg([b"root"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
-    Server(device, FileSystem(api, max_files=100, prove=register)).run()
+    Server(device, FileSystem(api.value, max_files=100, prove=register)).run()
     device.close()
 
 

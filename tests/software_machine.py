@@ -24,6 +24,7 @@ from restrictedmem.kvm.software.turns import Turns
 from restrictedmem.kvm.software.vcpu import SoftwareVcpu
 from restrictedmem.kvm.vcpu import Vcpu, Vcpus
 from restrictedmem.mm.backing import MemfdBacking
+from restrictedmem.mm.design import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.notifier import Api
 from restrictedmem.mm.restrictedmem import RestrictedFile
@@ -66,11 +67,17 @@ class Machine:
     def engine(self) -> SoftwareVcpu:
         return self.engines[0]
 
-    def invalidate_start(self, start: pgoff_t, end: pgoff_t) -> None:
+    def invalidate_start(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
         self.vcpus.drop(*self.mmu.invalidate_start(self.private, PageRange(start, end)))
 
-    def invalidate_end(self, start: pgoff_t, end: pgoff_t) -> None:
+    def invalidate_end(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
         self.mmu.invalidate_end(self.private, PageRange(start, end))
+
+    def error(self, start: pgoff_t, end: pgoff_t) -> None:
+        raise AssertionError("no page was lost")
+
+    def page_count(self, start: pgoff_t, end: pgoff_t) -> int:
+        return 0
 
     def punch(self, gpa: int, size: int = PAGE_SIZE) -> None:
         self.file.fallocate(PUNCH, gpa - PRIVATE, size)
@@ -125,7 +132,7 @@ def shared_half(pages: int) -> Half:
 
 @contextlib.contextmanager
 def make_machine(pages: int = PAGES, limit: int | None = None, vcpus: int = 1) -> Generator[Machine, None, None]:
-    file = RestrictedFile(Api.V10, MemfdBacking(limit=limit), Inode.make(0, 0))
+    file = RestrictedFile(make("v10"), MemfdBacking(limit=limit), Inode.make(0, 0))
     private = Memslot(0, gfn_t(PRIVATE >> PAGE_SHIFT), pages, private=private_half(file, pages, limit), shared=None)
     private.attributes[:] = bytes([1]) * pages
     shared = Memslot(1, gfn_t(SHARED >> PAGE_SHIFT), 4, private=None, shared=shared_half(4))

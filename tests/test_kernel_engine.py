@@ -219,7 +219,7 @@ def test_runs_of_attributes() -> None:
 class Files:
     """Stands for the service: every token is a file of its own."""
 
-    def bind(self, token: bytes) -> Bound:
+    def bind(self, token: bytes, window: PageRange) -> Bound:
         return Bound(token[0], token[0], None, memory.memfd_create("file"), OwnedFd(os.eventfd(0)))
 
     def unbind(self, number: int) -> None:
@@ -348,8 +348,8 @@ def test_registers_and_memory_of_a_vm_stay_in_its_process(vm: KernelVm) -> None:
     assert vm.statistics() == {"pages_taken": 0, "pages_freed": 0, "invalidations": 0}
     vm.launch_update(slot, BASE, b"x" * 2 * PAGE)
     assert vm.statistics()["pages_taken"] == 2
-    vm.invalidate_start(1, PageRange(pgoff_t(0), pgoff_t(1)))
-    vm.invalidate_start(9, PageRange(pgoff_t(0), pgoff_t(1)))
+    vm.invalidate_start(1, PageRange(pgoff_t(0), pgoff_t(1)), None)
+    vm.invalidate_start(9, PageRange(pgoff_t(0), pgoff_t(1)), None)
     assert vm.statistics() == {"pages_taken": 2, "pages_freed": 1, "invalidations": 1}
 
 

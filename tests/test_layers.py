@@ -12,7 +12,10 @@ SOURCE = Path(restrictedmem.__file__).parent
 LAYERS = (
     ("cli", "__main__"),
     ("audit",),
+    ("check",),
     ("kvm",),
+    ("platform",),
+    ("consumer",),
     ("machine",),
     ("service",),
     ("guests",),

@@ -15,6 +15,7 @@ from restrictedmem.abi import memory
 from restrictedmem.abi.memory import PUNCH, FallocMode
 from restrictedmem.fd import OwnedFd
 from restrictedmem.mm.backing import MemfdBacking
+from restrictedmem.mm.design import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.notifier import Api
 from restrictedmem.mm.pages import Pages
@@ -27,7 +28,7 @@ KEEP = int(FallocMode.KEEP_SIZE)
 
 
 def new_file(api: Api = Api.V10, limit: int | None = None) -> RestrictedFile:
-    return RestrictedFile(api, MemfdBacking(limit=limit), Inode.make(0, 0))
+    return RestrictedFile(make(api.value), MemfdBacking(limit=limit), Inode.make(0, 0))
 
 
 @pytest.fixture
@@ -49,11 +50,17 @@ class Counting:
         self.started = 0
         self.ended = 0
 
-    def invalidate_start(self, start: pgoff_t, end: pgoff_t) -> None:
+    def invalidate_start(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
         self.started += 1
 
-    def invalidate_end(self, start: pgoff_t, end: pgoff_t) -> None:
+    def invalidate_end(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
         self.ended += 1
+
+    def error(self, start: pgoff_t, end: pgoff_t) -> None:
+        raise AssertionError("no page was lost")
+
+    def page_count(self, start: pgoff_t, end: pgoff_t) -> int:
+        return 0
 
 
 # Size.
@@ -298,12 +305,18 @@ class Gate:
         self.go = threading.Event()
         self.ended = threading.Event()
 
-    def invalidate_start(self, start: pgoff_t, end: pgoff_t) -> None:
+    def invalidate_start(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
         self.inside.set()
         assert self.go.wait(10), "waited 10 s to be let go"
 
-    def invalidate_end(self, start: pgoff_t, end: pgoff_t) -> None:
+    def invalidate_end(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
         self.ended.set()
+
+    def error(self, start: pgoff_t, end: pgoff_t) -> None:
+        raise AssertionError("no page was lost")
+
+    def page_count(self, start: pgoff_t, end: pgoff_t) -> int:
+        return 0
 
 
 @pytest.mark.parametrize("leave", [False, True])
@@ -409,8 +422,8 @@ def test_inode_attributes() -> None:
 
 def test_which_modes_notify() -> None:
     modes = (0, KEEP, PUNCH, 0x08, 0x10, 0x20, 0x40)
-    assert [Api.V9.notifies(mode) for mode in modes] == [True] * 7
-    assert [Api.V10.notifies(mode) for mode in modes] == [mode == PUNCH for mode in modes]
+    assert [make("v9").notifies(mode) for mode in modes] == [True] * 7
+    assert [make("v10").notifies(mode) for mode in modes] == [mode == PUNCH for mode in modes]
 
 
 def test_a_bare_memfd_grows_as_the_restricted_file_does(file: RestrictedFile) -> None:

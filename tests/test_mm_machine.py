@@ -5,7 +5,7 @@ and blocks for what exists on it too (all but the rules that are the shim's own:
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from errno import EFAULT, EINVAL, EIO, ENOSPC, EOPNOTSUPP, EPERM
 from typing import final
@@ -18,6 +18,7 @@ from outcomes import Errno, outcome
 from restrictedmem.abi import memory
 from restrictedmem.abi.memory import PUNCH, FallocMode
 from restrictedmem.mm.backing import MemfdBacking
+from restrictedmem.mm.design import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.notifier import Api
 from restrictedmem.mm.pages import Pages
@@ -56,6 +57,15 @@ class Fallible:
         self._check()
         self.inner.punch(offset, length)
 
+    def order_of(self, pgoff: pgoff_t) -> int:
+        return self.inner.order_of(pgoff)
+
+    def release(self, offset: int, length: int) -> None:
+        self.inner.release(offset, length)
+
+    def folios(self, span: PageRange) -> Iterator[tuple[pgoff_t, pgoff_t, int | None]]:
+        return self.inner.folios(span)
+
     def resident(self) -> int:
         return self.inner.resident()
 
@@ -78,13 +88,19 @@ class Listener:
     heard: list[Callback] = field(default_factory=list[Callback])
     expected: list[Callback] = field(default_factory=list[Callback])
 
-    def invalidate_start(self, start: pgoff_t, end: pgoff_t) -> None:
+    def invalidate_start(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
         self.heard.append(("start", start, end))
         self.window.forget(PageRange(start, end))
 
-    def invalidate_end(self, start: pgoff_t, end: pgoff_t) -> None:
+    def invalidate_end(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
         self.heard.append(("end", start, end))
         self.window.forget(PageRange(start, end))
+
+    def error(self, start: pgoff_t, end: pgoff_t) -> None:
+        raise AssertionError("no page was lost")
+
+    def page_count(self, start: pgoff_t, end: pgoff_t) -> int:
+        return 0
 
 
 def touched(offset: int, length: int) -> range:
@@ -100,7 +116,7 @@ class Shim(RuleBasedStateMachine):
     def create(self, api: Api, limit: int | None) -> None:
         self.limit = limit
         self.backing = Fallible(None if limit is None else limit * PAGE_SIZE)
-        self.file = RestrictedFile(api, self.backing, Inode.make(0, 0))
+        self.file = RestrictedFile(make(api.value), self.backing, Inode.make(0, 0))
         self.plain = memory.memfd_create("compared")
         self.windows = [Pages(self.backing, window) for window in WINDOWS]
         self.listeners: list[Listener] = []
@@ -178,7 +194,7 @@ class Shim(RuleBasedStateMachine):
     def _heard(self, mode: int, offset: int, length: int) -> None:
         """Work out what an operation must tell whom, before it runs."""
         refused_early = mode & FallocMode.PUNCH_HOLE and (offset | length) & PAGE_MASK
-        notifies = self.file.api is Api.V9 or mode & FallocMode.PUNCH_HOLE
+        notifies = self.file.design.notifies(mode)
         if self.listeners and notifies and not refused_early:
             self.sequence += 1
             span = touched(offset, length)

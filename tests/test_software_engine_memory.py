@@ -13,8 +13,8 @@ from restrictedmem.abi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE, kvm_regs
 from restrictedmem.kvm.exits import Hypercall, MemoryFault, MmioRead, PortOut, Shutdown
 from restrictedmem.kvm.memslot import ALL, READ, WRITE, Memslot
 from restrictedmem.mm.backing import MemfdBacking
+from restrictedmem.mm.design import make
 from restrictedmem.mm.inode import Inode
-from restrictedmem.mm.notifier import Api
 from restrictedmem.mm.pages import Pages
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, gfn_t, pgoff_t
@@ -250,7 +250,7 @@ def test_fault_during_an_invalidation_waits_for_its_end(machine: Machine) -> Non
     with running(machine) as found:
         assert not any(machine.private.entries)
         sequence.end()
-        machine.invalidate_end(pgoff_t(0), pgoff_t(PAGES))
+        machine.invalidate_end(pgoff_t(0), pgoff_t(PAGES), None)
     assert found == [HALTED]
     assert machine.word(DATA) == 1
 
@@ -275,6 +275,12 @@ def test_change_between_get_page_and_the_lock(machine: Machine, meanwhile: Calla
         def allocate(self, offset: int, length: int) -> None:
             machine.file.backing.allocate(offset, length)
             meanwhile(machine)
+
+        def order_of(self, pgoff: pgoff_t) -> int:
+            return 0
+
+        def release(self, offset: int, length: int) -> None:
+            pass
 
         def close(self) -> None:
             pass
@@ -377,7 +383,7 @@ def test_stack_in_a_slot_that_goes(machine: Machine) -> None:
 
 def test_attribute_decides_which_half_is_shown(machine: Machine) -> None:
     """Data and code of the two halves of one slot, converted from one to the other and back."""
-    file = RestrictedFile(Api.V10, MemfdBacking(), Inode.make(0, 0))
+    file = RestrictedFile(make("v10"), MemfdBacking(), Inode.make(0, 0))
     slot = Memslot(2, gfn_t(0x20000), 2, private=private_half(file, 2), shared=shared_half(2))
     assert slot.shared is not None
     assert slot.private is not None

@@ -28,9 +28,11 @@ from restrictedmem.kvm.trace import Trace
 from restrictedmem.kvm.vcpu import Vcpu, Vcpus
 from restrictedmem.kvm.vm_memory import VmMemory
 from restrictedmem.mm.backing import MemfdBacking
+from restrictedmem.mm.design import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.notifier import Api
 from restrictedmem.mm.restrictedmem import RestrictedFile
+from restrictedmem.platform.host import NoPlatform
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PAGE_SIZE, PageRange, gfn_t, pgoff_t
 
@@ -78,11 +80,17 @@ class Notified:
     number: int
     engine: SoftwareVm
 
-    def invalidate_start(self, start: pgoff_t, end: pgoff_t) -> None:
-        self.engine.invalidate_start(self.number, PageRange(start, end))
+    def invalidate_start(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
+        self.engine.invalidate_start(self.number, PageRange(start, end), order)
 
-    def invalidate_end(self, start: pgoff_t, end: pgoff_t) -> None:
-        self.engine.invalidate_end(self.number, PageRange(start, end))
+    def invalidate_end(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
+        self.engine.invalidate_end(self.number, PageRange(start, end), order)
+
+    def error(self, start: pgoff_t, end: pgoff_t) -> None:
+        raise AssertionError("no page was lost")
+
+    def page_count(self, start: pgoff_t, end: pgoff_t) -> int:
+        return 0
 
 
 @dataclass
@@ -94,7 +102,7 @@ class Files:
     bound: dict[int, tuple[RestrictedFile, Notified]] = field(default_factory=dict[int, tuple[RestrictedFile, Notified]])
     count: int = 0
 
-    def bind(self, token: bytes) -> Bound:
+    def bind(self, token: bytes, window: PageRange) -> Bound:
         file = self.files[token]
         self.count += 1
         assert self.engine is not None
@@ -126,7 +134,7 @@ class VmMachine(RuleBasedStateMachine):
     @initialize(api=st.sampled_from(list(Api)))
     def make(self, api: Api) -> None:
         self.api = api
-        self.files = {number: RestrictedFile(api, MemfdBacking(), Inode.make(0, 0)) for number in (0, *NUMBERS)}
+        self.files = {number: RestrictedFile(make(api.value), MemfdBacking(), Inode.make(0, 0)) for number in (0, *NUMBERS)}
         self.windows = {number: memory.memfd_create("window") for number in NUMBERS}
         # Other content than the private half's zeroes, so that a page in the wrong half shows.
         self.shared = {number: [number << 8 | index for index in range(SLOT)] for number in NUMBERS}
@@ -137,7 +145,7 @@ class VmMachine(RuleBasedStateMachine):
         self.vcpus = Vcpus()
         attributes = Attributes(api)
         binder = Files({bytes([number]) * 16: file for number, file in self.files.items()})
-        self.engine = binder.engine = SoftwareVm(binder, self.vcpus, attributes, Trace())
+        self.engine = binder.engine = SoftwareVm(binder, self.vcpus, attributes, Trace(), NoPlatform())
         self.vm = VmMemory(self.engine, cast(Channel, Reports()), api, attributes)
         self.vm.set_region(region(0, CODE, PAGE_SIZE, KVM_MEM_PRIVATE), bytes(16), None)
         self.vm.set_attributes(api, CODE, PAGE_SIZE, KVM_MEMORY_ATTRIBUTE_PRIVATE, 0)

@@ -16,6 +16,11 @@ def mutex() -> Mutex:
     return threading.Lock()
 
 
+def shared_bytes(size: int) -> bytearray:
+    """Make so many zero bytes that threads read without a lock; each access is whole."""
+    return bytearray(size)
+
+
 def condition(lock: Mutex) -> threading.Condition:
     """Make a condition to wait on while ``lock`` is held."""
     return threading.Condition(lock)

@@ -16,9 +16,9 @@ from typing import Final, NamedTuple, final
 from restrictedmem import sync
 from restrictedmem.abi import fuse
 from restrictedmem.abi.fuse import AttrValid, InitFlag, Opcode, OpenFlag
+from restrictedmem.mm import design
 from restrictedmem.mm.backing import MemfdBacking
 from restrictedmem.mm.inode import Inode
-from restrictedmem.mm.notifier import Api
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.units import PAGE_SIZE
 
@@ -61,7 +61,7 @@ class FileSystem:
 
     def __init__(
         self,
-        api: Api,
+        design: str,
         *,
         memory_max: int | None = None,
         max_files: int,
@@ -69,13 +69,13 @@ class FileSystem:
     ) -> None:
         """Make an empty file system.
 
-        ``memory_max`` bounds the bytes of each descriptor. ``max_files`` is how many descriptors may exist at once; creating one more
-        is ENFILE. ``prove`` hears of each token presented by ioctl, with the inode number and the file, and raises OSError for one it
-        does not know.
+        ``design`` names that of each file (``mm.design``). ``memory_max`` bounds the bytes of each descriptor. ``max_files`` is how many
+        descriptors may exist at once; creating one more is ENFILE. ``prove`` hears of each token presented by ioctl, with the inode number
+        and the file, and raises OSError for one it does not know.
         """
         #: Called before a request waits for consumers, or for much memory; whoever serves others too lets them go on then.
         self.before_waiting: Callable[[], None] = _go_on
-        self.api = api
+        self._design = design
         self.memory_max = memory_max
         self._max_files = max_files
         self._prove = prove
@@ -164,7 +164,7 @@ class FileSystem:
                 raise OSError(ENFILE, "create: the service has no descriptor left for another file")
             nodeid = self._next_node
             self._next_node += 1
-            file = RestrictedFile(self.api, MemfdBacking(limit=self.memory_max), Inode.make(request.uid, request.gid))
+            file = RestrictedFile(design.make(self._design), MemfdBacking(limit=self.memory_max), Inode.make(request.uid, request.gid))
             self._nodes[nodeid] = _Node(file)
         entry = fuse.ENTRY_OUT.pack(nodeid, 0, 0, 0, 0, 0)
         return entry + _attributes(nodeid, file) + fuse.OPEN_OUT.pack(0, _OPEN_FLAGS, 0)

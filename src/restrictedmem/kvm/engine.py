@@ -29,8 +29,8 @@ class Bound:
 class Binder(Protocol):
     """Registers and unregisters this process's notifiers with the service (BIND, UNBIND)."""
 
-    def bind(self, token: bytes) -> Bound:
-        """Register a notifier on the file whose holder presented ``token``.
+    def bind(self, token: bytes, window: PageRange) -> Bound:
+        """Register a notifier on a range of the file whose holder presented ``token``.
 
         Raises:
             OSError: EINVAL for a token of no restricted descriptor.
@@ -143,12 +143,23 @@ class Engine(Protocol):
         """Write a range of ``slot.attributes`` and return when no vCPU reaches the other half of it any more. vCPUs may be running."""
         ...
 
-    def invalidate_start(self, binding: int, span: PageRange) -> None:
-        """Return when no page of a range of a bound file is used any more; unknown bindings are ignored. Called by the notify thread."""
+    def invalidate_start(self, binding: int, span: PageRange, order: int | None) -> None:
+        """Return when no page of a range of a bound file is used any more; unknown bindings are ignored.
+
+        ``order`` is that of the folio the range lies in, where the file's design tells it. Called by the notify thread, as the next three.
+        """
         ...
 
-    def invalidate_end(self, binding: int, span: PageRange) -> None:
+    def invalidate_end(self, binding: int, span: PageRange, order: int | None) -> None:
         """Let faults on the range work again."""
+        ...
+
+    def error(self, binding: int, span: PageRange) -> None:
+        """Give pages of a bound file up until they are punched: the machine has lost them. Ignored by an engine that cannot."""
+        ...
+
+    def page_count(self, binding: int, span: PageRange) -> int:
+        """Return how many pages of a range of a bound file are taken and were not let go of since."""
         ...
 
     def launch_update(self, slot: Memslot, gpa: int, data: bytes) -> None:

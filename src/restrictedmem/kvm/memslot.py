@@ -8,6 +8,7 @@ from collections.abc import Callable
 from errno import EINVAL
 from typing import TYPE_CHECKING, Final, Protocol, final
 
+from restrictedmem import sync
 from restrictedmem.abi import memory
 from restrictedmem.kvm.lpage import LpageInfo
 from restrictedmem.mm.backing import MappedBacking, MemfdBacking
@@ -154,8 +155,8 @@ class Memslot:
         self.private = private
         self.shared = shared
         self.rights = rights
-        self.entries = bytearray(npages)
-        self.attributes = bytearray(npages)
+        self.entries = sync.shared_bytes(npages)
+        self.attributes = sync.shared_bytes(npages)
         starts = [] if private is None else [int(private.window.start)]
         starts += [] if shared is None else [shared.source[2] >> PAGE_SHIFT]
         self.lpage = LpageInfo(self.base_gfn, self.end_gfn, tuple(starts), self.attributes)

@@ -18,6 +18,7 @@ from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.lpage import Level
 from restrictedmem.kvm.memslot import CODE, PRIVATE, WRITE, MemfdHalf, Memslot
 from restrictedmem.kvm.trace import Trace, now
+from restrictedmem.platform.host import NoPlatform, Platform
 from restrictedmem.units import PAGE_SHIFT, PageRange, gfn_t, pgoff_t
 
 
@@ -53,10 +54,11 @@ FAULT_AROUND: Final = 16
 class Mmu:
     """The slots of one VM and their secondary page tables. ``_lock`` is mmu_lock: held for each change of an entry, never across a wait."""
 
-    def __init__(self, attributes: Attributes, trace: Trace | None = None) -> None:
+    def __init__(self, attributes: Attributes, trace: Trace | None = None, platform: Platform | None = None) -> None:
         """Make a VM without slots; ``attributes`` are those of its pages."""
         self.attributes = attributes
         self._trace = trace or Trace()
+        self._platform = platform or NoPlatform()
         self.slots: tuple[Memslot, ...] = ()
         self.counters = Counters()
         self._lock = sync.mutex()
@@ -137,6 +139,7 @@ class Mmu:
             if private.sequence.retry(snapshot, span.start, span.end) or slot.attributes.count(0, first, last):
                 self.counters.retries += 1
                 return Fault.RETRY
+            self._platform.prepare(private.ino, span, gfn_t(slot.base_gfn + first), 0)
             _install(slot, first, last, slot.rights | PRIVATE)
             self.counters.faults_private += 1
         return Fault.MAPPED
@@ -222,22 +225,17 @@ class Mmu:
         with self._settled:
             self._settled.notify_all()
 
-    def inject_failure(self, file: MemfdHalf, pgoff: pgoff_t) -> list[gfn_t]:
-        """Lose a page of a file until it is punched (``kvm_gmem_error_folio``); returns the guest pages that showed it, zapped.
-
-        Raises:
-            OSError: ENOSPC, ENOMEM when there is no page yet to be lost, and none can be had.
-        """
-        file.pages.get_page(pgoff)
-        shown: list[gfn_t] = []
+    def lose(self, ino: int, span: PageRange) -> list[tuple[gfn_t, gfn_t]]:
+        """Refuse pages of a file until they are punched (``kvm_gmem_error_folio``); returns the guest pages that showed them, zapped."""
+        shown: list[tuple[gfn_t, gfn_t]] = []
         for slot in self.slots:
-            if slot.private is not None and slot.memfd_half.ino == file.ino:
-                start, end = slot.gfns_of(PageRange(pgoff, pgoff_t(pgoff + 1)))
+            if slot.private is not None and slot.memfd_half.ino == ino:
+                start, end = slot.gfns_of(span)
                 if start < end:
                     with self._lock:
-                        slot.memfd_half.failed.add(pgoff)
+                        slot.memfd_half.failed.update(pgoff_t(slot.pgoff_of(gfn)) for gfn in range(start, end))
                     self.zap(slot, start, end)
-                    shown.append(start)
+                    shown.append((start, end))
         return shown
 
     def zap(self, slot: Memslot, start: gfn_t, end: gfn_t) -> None:

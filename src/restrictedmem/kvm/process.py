@@ -26,6 +26,7 @@ from restrictedmem.kvm.vcpu import Vcpus
 from restrictedmem.kvm.vm_memory import VmMemory
 from restrictedmem.kvm.wire import POLICY_DEBUG, Creation
 from restrictedmem.mm.notifier import Api
+from restrictedmem.platform.host import NoPlatform
 from restrictedmem.service import wire
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PageRange, pgoff_t
@@ -89,7 +90,7 @@ def make_engine(creation: Creation, binder: "Binding", vcpus: Vcpus, attributes:
         except OSError:
             if creation.engine == "kernel":
                 raise
-    return SoftwareVm(binder, vcpus, attributes, trace)
+    return SoftwareVm(binder, vcpus, attributes, trace, NoPlatform())
 
 
 @final
@@ -99,10 +100,10 @@ class Binding:
     def __init__(self, service: Channel) -> None:
         self._service = service
 
-    def bind(self, token: bytes) -> Bound:
+    def bind(self, token: bytes, window: PageRange) -> Bound:
         """Register a notifier (``Binder``)."""
-        body, fds = self._service.call(wire.BIND, token)
-        number, ino, limit = wire.BINDING.unpack(body)
+        body, fds = self._service.call(wire.BIND, wire.BIND_REQUEST.pack(token, window.start, window.end))
+        number, ino, limit, _, _ = wire.BINDING.unpack(body)
         return Bound(number, ino, limit or None, fds[0], fds[1])
 
     def unbind(self, number: int) -> None:
@@ -116,18 +117,29 @@ def answer_invalidations(notify: Channel, engine: Engine, trace: Trace) -> None:
         message = notify.receive()
         if message is None:
             os._exit(0)
-        binding, start, end = message.unpack(wire.INVALIDATION)
+        binding, start, end, order = message.unpack(wire.INVALIDATION)
         span = PageRange(pgoff_t(start), pgoff_t(end))
         started = now()
-        if message.number == wire.INVALIDATE_START.number:
-            engine.invalidate_start(binding, span)
-            event = "invalidate_start"
-        else:
-            engine.invalidate_end(binding, span)
-            event = "invalidate_end"
+        event, reply = _answer(message.number, engine, binding, span, None if order == wire.NO_FOLIO else order)
         if trace.on:
             trace.emit(event, binding=binding, pgoff=start, npages=len(span), **_private_pages(engine), ns=now() - started)
-        notify.reply()
+        notify.reply(reply)
+
+
+def _answer(number: int, engine: Engine, binding: int, span: PageRange, order: int | None) -> tuple[str, bytes]:
+    """Do what the service says; returns the trace's word for it, and the reply."""
+    match number:
+        case wire.INVALIDATE_START.number:
+            engine.invalidate_start(binding, span, order)
+            return "invalidate_start", b""
+        case wire.INVALIDATE_END.number:
+            engine.invalidate_end(binding, span, order)
+            return "invalidate_end", b""
+        case wire.ERROR.number:
+            engine.error(binding, span)
+            return "error", b""
+        case _:
+            return "page_count", wire.COUNT.pack(engine.page_count(binding, span))
 
 
 def _private_pages(engine: Engine) -> dict[str, int]:

@@ -2,13 +2,14 @@
 
 import mmap
 import os
+from collections.abc import Iterator
 from errno import EINVAL, ENOSPC, ENOSYS
 from typing import Final, Protocol, final
 
 from restrictedmem import sync
 from restrictedmem.abi import memory
 from restrictedmem.fd import OwnedFd
-from restrictedmem.units import MAX_FILE_BYTES, PAGE_MASK, PAGE_SIZE
+from restrictedmem.units import MAX_FILE_BYTES, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
 
 SECTOR: Final = 512
 
@@ -22,6 +23,17 @@ class Allocator(Protocol):
         Raises:
             OSError: ENOSPC, ENOMEM, EINTR.
         """
+        ...
+
+    def order_of(self, pgoff: pgoff_t) -> int:
+        """Return the order of the folio that a page lies in now, as far as the kernel tells: 0, 9 or 18. The page is present.
+
+        The truth only while nobody else punches or collapses; who takes pages checks for that afterwards (the retry protocol).
+        """
+        ...
+
+    def release(self, offset: int, length: int) -> None:
+        """Let go of the pages of an aligned range, before somebody else frees them: no reference keeps them where they are."""
         ...
 
     def close(self) -> None:
@@ -39,6 +51,14 @@ class Backing(Allocator, Protocol):
 
     def punch(self, offset: int, length: int) -> None:
         """Free the pages of an aligned range; they read as zero when they are allocated again."""
+        ...
+
+    def folios(self, span: PageRange) -> Iterator[tuple[pgoff_t, pgoff_t, int | None]]:
+        """Yield what a range is made of, in order and without a gap: first page, page after the last, order of each folio.
+
+        Folios are whole even where the range begins or ends inside one. Neighbouring pages that are missing come as one run with None,
+        clipped to the range.
+        """
         ...
 
     def resident(self) -> int:
@@ -120,6 +140,27 @@ class MemfdBacking:
         if self._fd is not None:
             memory.fallocate(self._fd.fileno(), memory.PUNCH, offset, length)
 
+    def order_of(self, pgoff: pgoff_t) -> int:
+        """Return 0 (see ``Allocator``)."""
+        del pgoff
+        return 0
+
+    def release(self, offset: int, length: int) -> None:
+        """Do nothing: pages are not held (see ``Allocator``)."""
+
+    def folios(self, span: PageRange) -> Iterator[tuple[pgoff_t, pgoff_t, int | None]]:
+        """Yield single pages and holes (see ``Backing``)."""
+        fd = self.fileno()
+        start = span.start
+        for pgoff in range(span.start, span.end):
+            if memory.resident_pages(fd, pgoff << PAGE_SHIFT, PAGE_SIZE):
+                if start < pgoff:
+                    yield start, pgoff_t(pgoff), None
+                start = pgoff_t(pgoff + 1)
+                yield pgoff_t(pgoff), start, 0
+        if start < span.end:
+            yield start, span.end, None
+
     def resident(self) -> int:
         """Return the bytes held (see ``Backing``)."""
         return 0 if self._fd is None else os.fstat(self._fd.fileno()).st_blocks * SECTOR
@@ -154,6 +195,13 @@ class MappedBacking:
             if error.errno != EINVAL:
                 raise
             self._memfd.allocate(offset, length)
+
+    def order_of(self, pgoff: pgoff_t) -> int:
+        """Return 0 (see ``Allocator``)."""
+        return self._memfd.order_of(pgoff)
+
+    def release(self, offset: int, length: int) -> None:
+        """Do nothing: pages are not held (see ``Allocator``)."""
 
     def close(self) -> None:
         """Close the memfd."""

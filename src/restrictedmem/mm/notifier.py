@@ -1,9 +1,8 @@
-"""Who is told that a range goes away, and which calls tell."""
+"""Who is told that a range goes away (``struct restrictedmem_notifier_ops``)."""
 
 from enum import Enum
 from typing import Protocol
 
-from restrictedmem.abi.memory import FallocMode
 from restrictedmem.units import pgoff_t
 
 
@@ -16,23 +15,28 @@ class Api(Enum):
     V10 = "v10"
     """2 December 2022: only hole punching notifies; a VM's pages are shared until said otherwise."""
 
-    def notifies(self, mode: int) -> bool:
-        """Say whether fallocate with this mode issues invalidate_start and invalidate_end."""
-        return self is Api.V9 or bool(mode & FallocMode.PUNCH_HOLE)
-
 
 class Notifier(Protocol):
-    """``struct restrictedmem_notifier_ops``: what a consumer hears about a file.
+    """What a consumer hears about a file.
 
-    Ranges are half-open and in pages of the file. Callbacks run with the file's notifier semaphore held for reading: they may sleep and
-    may run at the same time as callbacks for another range, but must not register, unregister or punch on the same file. They cannot
-    refuse; whatever they raise would leave a pair unbalanced, so they must not raise.
+    Ranges are half-open and in pages of the file. ``order`` is that of the folio the whole range lies in, by designs that tell it
+    (``mm.design``), else None. Callbacks run with the file's notifier semaphore held: they may sleep and may run at the same time as
+    callbacks for another range, but must not register, unregister or punch on the same file. They cannot refuse; whatever they raise
+    would leave a pair unbalanced, so they must not raise.
     """
 
-    def invalidate_start(self, start: pgoff_t, end: pgoff_t) -> None:
+    def invalidate_start(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
         """Stop using the pages of a range, and map none of them until the matching end."""
         ...
 
-    def invalidate_end(self, start: pgoff_t, end: pgoff_t) -> None:
+    def invalidate_end(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
         """Go on: the range is what it will be, whether the operation worked or failed."""
+        ...
+
+    def error(self, start: pgoff_t, end: pgoff_t) -> None:
+        """Give up the pages of a range: the machine has lost them, and they stay lost until they are punched (v10 only)."""
+        ...
+
+    def page_count(self, start: pgoff_t, end: pgoff_t) -> int:
+        """Return how many pages of a range this consumer holds a reference to (``folio_ref_count``, as far as it is the consumer's)."""
         ...

@@ -78,6 +78,12 @@ class Pages:
             self._state[first:last] = bytes(len(span))
         return known
 
+    def count(self, span: PageRange) -> int:
+        """Return how many pages of a range are taken: the references this consumer holds."""
+        span = self._window.clip(span)
+        with self._mutex:
+            return self._state.count(_TAKEN, span.start - self._start, span.end - self._start)
+
     def close(self) -> None:
         """Close the backing."""
         self._backing.close()

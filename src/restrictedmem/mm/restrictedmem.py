@@ -1,21 +1,34 @@
 """A restricted file: what its owner may do to it, and who hears of it (mm/restrictedmem.c of v9 and v10)."""
 
+from collections.abc import Sequence
 from errno import EFBIG, EINVAL, EOPNOTSUPP, EPERM
-from typing import Final, final
+from functools import partial
+from typing import Final, NamedTuple, final
 
 from restrictedmem import sync
 from restrictedmem.abi.memory import PUNCH, FallocMode
 from restrictedmem.mm.backing import Backing
+from restrictedmem.mm.design import Design
 from restrictedmem.mm.inode import Inode
-from restrictedmem.mm.notifier import Api, Notifier
+from restrictedmem.mm.notifier import Notifier
 from restrictedmem.mm.sequence import InvalidationSequence
-from restrictedmem.units import MAX_FILE_BYTES, PAGE_MASK, PageRange
+from restrictedmem.units import MAX_FILE_BYTES, PAGE_MASK, PAGE_SHIFT, PageRange, pgoff_t
 
 _ALLOCATE: Final = (0, int(FallocMode.KEEP_SIZE))
 _PUNCH_HOLE: Final = int(FallocMode.PUNCH_HOLE)
+_WHOLE: Final = PageRange(pgoff_t(0), pgoff_t(MAX_FILE_BYTES >> PAGE_SHIFT))
 
 
 @final
+class Registration(NamedTuple):
+    """A notifier and the pages it hears of."""
+
+    notifier: Notifier
+    start: pgoff_t
+    end: pgoff_t
+    exclusive: bool
+
+
 class RestrictedFile:
     """One file: a size that is set once, a backing, an inode and the notifiers of its consumers.
 
@@ -23,11 +36,11 @@ class RestrictedFile:
     operation and end (Sean Christopherson's order), so nobody can register or unregister in between and leave a pair unbalanced.
     """
 
-    __slots__ = ("_mutex", "_notifiers", "_notifiers_sem", "_references", "_sequence", "api", "backing", "holder", "inode", "size")
+    __slots__ = ("_mutex", "_notifiers_sem", "_references", "_registrations", "_sequence", "backing", "design", "holder", "inode", "size")
 
-    def __init__(self, api: Api, backing: Backing, inode: Inode) -> None:
-        """Make an empty file of size 0, held by one reference: the caller's."""
-        self.api = api
+    def __init__(self, design: Design, backing: Backing, inode: Inode) -> None:
+        """Make an empty file of size 0, held by one reference: the caller's; ``design`` is its own."""
+        self.design = design
         self.backing = backing
         self.inode = inode
         #: Bytes; under ``_mutex`` for writing.
@@ -36,7 +49,7 @@ class RestrictedFile:
         self.holder: int | None = None
         self._mutex = sync.mutex()
         self._notifiers_sem = sync.RwSem()
-        self._notifiers: tuple[Notifier, ...] = ()
+        self._registrations: tuple[Registration, ...] = ()
         self._sequence: InvalidationSequence | None = None
         self._references = 1
 
@@ -63,7 +76,7 @@ class RestrictedFile:
         """Allocate or free pages; offset and length in bytes, as fallocate(2).
 
         Mode 0 and KEEP_SIZE allocate and know no alignment; mode 0 past the end grows the size, ftruncate or not. A punch must be
-        aligned, may lie beyond the end, and frees; in v10 it alone notifies, in v9 every mode does, those that fail included.
+        aligned, may lie beyond the end, and frees. Who is told of what is the design's business.
 
         Raises:
             OSError: EINVAL for an unaligned punch (nobody is notified); EOPNOTSUPP for other modes; ENOSPC, ENOMEM.
@@ -72,37 +85,27 @@ class RestrictedFile:
             raise OSError(EINVAL, "fallocate: hole is not page aligned")
         with self._mutex:
             # Nobody to tell, and nobody can register before this is over: no need of the semaphore, which costs three times as much.
-            if not self._notifiers:
+            if not self._registrations:
                 self._fallocate(mode, offset, length)
                 return
         self._notifiers_sem.down_read()
         try:
-            if self.api.notifies(mode):
-                self._fallocate_notifying(PageRange.around_bytes(offset, length), mode, offset, length)
+            if self.design.notifies(mode):
+                span = PageRange.around_bytes(offset, length)
+                self.design.invalidate(self, span, partial(self._fallocate_locked, mode, offset, length))
             else:
-                with self._mutex:
-                    self._fallocate(mode, offset, length)
+                self._fallocate_locked(mode, offset, length)
         finally:
             self._notifiers_sem.up_read()
 
-    def _fallocate_notifying(self, span: PageRange, mode: int, offset: int, length: int) -> None:
-        # Preconditions: _notifiers_sem held for reading, at least one notifier. Ends are delivered whatever the operation says.
-        sequence = self.sequence()
-        sequence.begin(span.start, span.end)
-        for notifier in self._notifiers:
-            notifier.invalidate_start(span.start, span.end)
-        try:
-            with self._mutex:
-                self._fallocate(mode, offset, length)
-        finally:
-            sequence.end()
-            for notifier in self._notifiers:
-                notifier.invalidate_end(span.start, span.end)
+    def _fallocate_locked(self, mode: int, offset: int, length: int) -> None:
+        with self._mutex:
+            self._fallocate(mode, offset, length)
 
     def _fallocate(self, mode: int, offset: int, length: int) -> None:
         # Preconditions: _mutex held. Allocations of one file take turns, as tmpfs makes them do under the inode's lock.
         if mode == PUNCH:
-            self.backing.punch(offset, length)
+            self.design.punch(self, PageRange.of_bytes(offset, length))
         elif mode in _ALLOCATE:
             self.backing.allocate(offset, length)
             if mode == 0:
@@ -119,29 +122,87 @@ class RestrictedFile:
         Does not hold the file: the consumer needs a reference of its own until it has unregistered.
 
         Raises:
-            OSError: EMFILE, ENFILE or ENOMEM when the file's sequence page cannot be made.
+            OSError: EINVAL where the design has consumers bind ranges; EMFILE, ENFILE or ENOMEM when the file's sequence page cannot be
+                made.
         """
+        if self.design.binds:
+            raise OSError(EINVAL, f"register_notifier: in the design {self.design} consumers bind ranges")
+        self._register(Registration(notifier, _WHOLE.start, _WHOLE.end, exclusive=False))
+
+    def bind(self, start: pgoff_t, end: pgoff_t, notifier: Notifier, *, exclusive: bool) -> None:
+        """Add a notifier for a range of pages (``restrictedmem_bind`` of Sean Christopherson's series).
+
+        Raises:
+            OSError: EINVAL where the design has no bindings, for an empty range, while others are bound that are not exclusive as this one
+                is or is not, and, if exclusive, when a page of the range is bound; EMFILE, ENFILE, ENOMEM as ``register_notifier``.
+        """
+        if not self.design.binds or start >= end:
+            raise OSError(EINVAL, f"bind: pages {start:#x} to {end:#x} in the design {self.design}")
+        self._register(Registration(notifier, start, end, exclusive))
+
+    def _register(self, new: Registration) -> None:
         self._notifiers_sem.down_write()
         try:
             self.sequence()
+            for other in self._registrations if self.design.binds else ():
+                if other.exclusive is not new.exclusive or (new.exclusive and new.start < other.end and new.end > other.start):
+                    raise OSError(EINVAL, f"bind: pages {new.start:#x} to {new.end:#x} are bound, or others not exclusive alike")
             with self._mutex:
-                self._notifiers = (notifier, *self._notifiers)
+                self._registrations = (new, *self._registrations)
         finally:
             self._notifiers_sem.up_write()
 
     def unregister_notifier(self, notifier: Notifier) -> None:
-        """Remove a notifier; when this returns, no callback of it runs or will run. Silent, as in v9 and v10."""
+        """Remove a notifier and its bindings; when this returns, no callback of it runs or will run.
+
+        Silent, as in v9 and v10, unless the design is one with invalidation at teardown.
+        """
         self._notifiers_sem.down_write()
         try:
+            for mine in self._registrations if self.design.teardown else ():
+                if mine.notifier is notifier:
+                    self.design.invalidate_all(self, notifier, PageRange(mine.start, mine.end))
             with self._mutex:
-                self._notifiers = tuple(other for other in self._notifiers if other is not notifier)
+                self._registrations = tuple(other for other in self._registrations if other.notifier is not notifier)
         finally:
             self._notifiers_sem.up_write()
 
+    def unbind(self, start: pgoff_t, end: pgoff_t, notifier: Notifier) -> None:
+        """Remove a notifier from exactly the range it was bound to (``restrictedmem_unbind``).
+
+        Raises:
+            OSError: EINVAL when there is no such binding.
+        """
+        self._notifiers_sem.down_write()
+        try:
+            mine = next((r for r in self._registrations if r.notifier is notifier and (r.start, r.end) == (start, end)), None)
+            if mine is None:
+                raise OSError(EINVAL, f"unbind: no binding of pages {start:#x} to {end:#x}")
+            if self.design.teardown:
+                self.design.invalidate_all(self, notifier, PageRange(start, end))
+            with self._mutex:
+                self._registrations = tuple(other for other in self._registrations if other is not mine)
+        finally:
+            self._notifiers_sem.up_write()
+
+    def notifiers(self, span: PageRange) -> Sequence[Notifier]:
+        """Return those who are to hear of a range, newest first; under the semaphore."""
+        start, end = span.start, span.end
+        return [r.notifier for r in self._registrations if start < r.end and end > r.start]
+
+    def error_page(self, start: pgoff_t, end: pgoff_t) -> None:
+        """Tell consumers that the machine has lost pages (``restrictedmem_error_page`` of v10, as it was meant)."""
+        self._notifiers_sem.down_read()
+        try:
+            for notifier in self.notifiers(PageRange(start, end)):
+                notifier.error(start, end)
+        finally:
+            self._notifiers_sem.up_read()
+
     @property
     def notifier_count(self) -> int:
-        """How many consumers an invalidation waits for."""
-        return len(self._notifiers)
+        """How many registrations there are: consumers of the whole file, or bindings."""
+        return len(self._registrations)
 
     def sequence(self) -> InvalidationSequence:
         """Return the page that fault paths check, made at the first call.

@@ -12,7 +12,7 @@ from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.service import wire
 from restrictedmem.service.report import REPORT_DATA_BYTES, Report
 from restrictedmem.service.wire import Call, Channel
-from restrictedmem.units import MAX_FILE_BYTES, pgoff_t
+from restrictedmem.units import MAX_FILE_BYTES, PageRange, pgoff_t
 
 #: Programs that may hold restricted memory: each a module with ``preload()`` and ``serve(owner, service, notify, options,
 #: arguments)``, imported in
@@ -30,14 +30,26 @@ class Binding:
         self.file = file
         self._consumer = consumer
 
-    def invalidate_start(self, start: pgoff_t, end: pgoff_t) -> None:
+    def invalidate_start(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
         """Tell the consumer and wait until it uses no page of the range."""
         self._consumer.invalidations += 1
-        self._consumer.notify(wire.INVALIDATE_START, wire.INVALIDATION.pack(self.number, start, end))
+        self._notify(wire.INVALIDATE_START, start, end, order)
 
-    def invalidate_end(self, start: pgoff_t, end: pgoff_t) -> None:
+    def invalidate_end(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
         """Tell the consumer that it may go on."""
-        self._consumer.notify(wire.INVALIDATE_END, wire.INVALIDATION.pack(self.number, start, end))
+        self._notify(wire.INVALIDATE_END, start, end, order)
+
+    def error(self, start: pgoff_t, end: pgoff_t) -> None:
+        """Tell the consumer and wait until it has given the pages up."""
+        self._notify(wire.ERROR, start, end, None)
+
+    def page_count(self, start: pgoff_t, end: pgoff_t) -> int:
+        """Ask the consumer; one that is late or gone holds nothing."""
+        reply = self._notify(wire.PAGE_COUNT, start, end, None)
+        return wire.COUNT.unpack(reply)[0] if reply else 0
+
+    def _notify(self, call: Call, start: pgoff_t, end: pgoff_t, order: int | None) -> bytes:
+        return self._consumer.notify(call, wire.INVALIDATION.pack(self.number, start, end, wire.NO_FOLIO if order is None else order))
 
 
 @final
@@ -72,15 +84,17 @@ class Consumer:
         """Return the consumer's ends; the caller closes them once the consumer has them."""
         return self._their_requests, self._their_notify
 
-    def notify(self, call: Call, body: bytes) -> None:
+    def notify(self, call: Call, body: bytes) -> bytes:
         """Make one round trip to the consumer; one that is late or gone loses its connection instead of holding the owner up."""
         if self._gone:
-            return
+            return b""
         try:
-            self._notify.call(call, body)
+            reply, _ = self._notify.call(call, body)
         except OSError as error:
             late = isinstance(error, TimeoutError)
             self._fail(f"{self} did not answer {call.name} within {self._deadline:g} s" if late else f"{self}: {error.strerror}")
+            return b""
+        return reply
 
     def _fail(self, reason: str) -> None:
         with self._mutex:
@@ -122,8 +136,8 @@ class Consumer:
         poll.register(self.requests.fileno(), select.POLLRDHUP)
         return bool(poll.poll(timeout * 1000))
 
-    def bind(self, ino: int, file: RestrictedFile) -> Binding:
-        """Register a notifier on a file and hold the file for it.
+    def bind(self, ino: int, file: RestrictedFile, span: PageRange) -> Binding:
+        """Register a notifier on a file, or bind a range of it where its design has that, and hold the file for it.
 
         A page is one VM's, as the RMP or a key of its own make it on hardware: what another consumer left in the file goes first.
 
@@ -136,7 +150,10 @@ class Consumer:
             file.backing.punch(0, MAX_FILE_BYTES)
         file.holder = self.number
         binding = Binding(self, self._next_binding, ino, file)
-        file.register_notifier(binding)
+        if file.design.binds:
+            file.bind(span.start, span.end, binding, exclusive=True)
+        else:
+            file.register_notifier(binding)
         file.get()
         self.bindings[binding.number] = binding
         self._next_binding += 1

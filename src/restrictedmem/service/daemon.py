@@ -25,12 +25,12 @@ from restrictedmem.fd import close_all
 from restrictedmem.fs.filesystem import TOKEN_BYTES, FileSystem
 from restrictedmem.fs.mount import Way, mount_detached, mount_fusermount
 from restrictedmem.fs.server import Server
-from restrictedmem.mm.notifier import Api
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.service import signing, wire
 from restrictedmem.service.consumer import CONSUMERS, Consumer
 from restrictedmem.service.signing import Signer
 from restrictedmem.service.wire import Channel, Message
+from restrictedmem.units import PageRange
 
 if TYPE_CHECKING:
     from restrictedmem.service.start import Options, Origin
@@ -116,7 +116,7 @@ class Service:
     """What the control thread does: tokens, consumers, status."""
 
     def __init__(self, owner: Channel, spawner: Channel, options: "Options", origin: "Origin", signer: Signer, max_files: int) -> None:
-        self.filesystem = FileSystem(Api(options.api), memory_max=options.memory_max, max_files=max_files, prove=self._prove)
+        self.filesystem = FileSystem(options.design or options.api, memory_max=options.memory_max, max_files=max_files, prove=self._prove)
         self._options = options
         self._origin = origin
         self._spawner = spawner
@@ -259,7 +259,7 @@ class Service:
 
     def _dispatch_consumer(self, consumer: Consumer, message: Message) -> None:
         if message.number == wire.BIND.number:
-            self._bind(consumer, message.body)
+            self._bind(consumer, message)
         elif message.number == wire.UNBIND.number:
             (number,) = message.unpack(_NUMBER)
             if number not in consumer.bindings:
@@ -278,7 +278,10 @@ class Service:
         else:
             raise OSError(EPROTO, f"no such call: {message.number}")
 
-    def _bind(self, consumer: Consumer, token: bytes) -> None:
+    def _bind(self, consumer: Consumer, message: Message) -> None:
+        if len(message.body) != wire.BIND_REQUEST.size:
+            raise OSError(EPROTO, f"body of {len(message.body)} bytes, {wire.BIND_REQUEST.size} expected")
+        token, start, end = wire.BIND_REQUEST.unpack(message.body)
         with self._mutex:
             proved = self._tokens.get(token)
             if proved is None:
@@ -288,8 +291,8 @@ class Service:
         try:
             self._end_those_gone(consumer, file)
             fds = [file.backing.fileno(), file.sequence().fd.fileno()]
-            binding = consumer.bind(ino, file)
-            consumer.requests.reply(wire.BINDING.pack(binding.number, ino, file.backing.limit or 0), fds)
+            binding = consumer.bind(ino, file, PageRange(start, end))
+            consumer.requests.reply(wire.BINDING.pack(binding.number, ino, file.backing.limit or 0, 0, 0), fds)
         finally:
             file.put()
 

@@ -29,7 +29,15 @@ class Options:
     """What an owner may ask of the service it starts."""
 
     api: str = "v10"
+    #: What consumers hear (``mm.design.NAMES``); None for that of the posting.
+    design: str | None = None
     memory_max: int | None = None
+    #: Where pages lie (``mm.backing``): memfd, thp, hugetlb-2m or hugetlb-1g.
+    backing: str = "memfd"
+    #: Whether consumers keep the pages they take where they are.
+    pin: bool = False
+    #: Consumers beside the library's own: name and path of the program.
+    consumers: tuple[tuple[str, str], ...] = ()
     #: Seconds a consumer may take to answer an invalidation.
     deadline: float = 5.0
     #: User to become once the mount is made (``serve``); None stays.
@@ -47,6 +55,7 @@ class Options:
         fields = json.loads(text)
         if fields["become"] is not None:
             fields["become"] = tuple(fields["become"])
+        fields["consumers"] = tuple((name, path) for name, path in fields["consumers"])
         return cls(**fields)
 
 

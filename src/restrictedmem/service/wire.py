@@ -9,6 +9,7 @@ import socket
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntFlag
 from errno import EAGAIN, ECONNRESET, EIO, ENOTCONN, EPIPE, EPROTO
 from typing import Final, Self, final
 
@@ -49,7 +50,7 @@ READY: Final = Call("READY", 1 << 16)
 
 # A consumer to the service.
 BIND: Final = Call("BIND", 16)
-"""Body: a token presented by ioctl. Reply: ``BINDING``; descriptors: the memfd, the sequence page. Registers a notifier."""
+"""Body: ``BIND_REQUEST``. Reply: ``BINDING``; descriptors: the memfd, the sequence page. Registers a notifier."""
 UNBIND: Final = Call("UNBIND", 17)
 """Body: the binding's number. Unregisters the notifier."""
 REPORT: Final = Call("REPORT", 18)
@@ -64,6 +65,10 @@ INVALIDATE_START: Final = Call("INVALIDATE_START", 32)
 """Body: ``INVALIDATION``."""
 INVALIDATE_END: Final = Call("INVALIDATE_END", 33)
 """Body: ``INVALIDATION``."""
+ERROR: Final = Call("ERROR", 34)
+"""Body: ``INVALIDATION``. The machine has lost the pages."""
+PAGE_COUNT: Final = Call("PAGE_COUNT", 35)
+"""Body: ``INVALIDATION``. Reply: ``COUNT``, the pages that the consumer holds a reference to."""
 
 # The service to its spawner; neither has a reply.
 FORK: Final = Call("FORK", 48)
@@ -71,12 +76,28 @@ FORK: Final = Call("FORK", 48)
 KILL: Final = Call("KILL", 49)
 """Body: ``number``."""
 
-#: A binding: its number, the file's inode number, the limit on the file's bytes (0 for none).
-BINDING: Final = struct.Struct("=QQQ")
+#: A token presented by ioctl; first page and page after the last of what the consumer will use.
+BIND_REQUEST: Final = struct.Struct("=16sQQ")
+
+
+class BindingFlag(IntFlag):
+    """How a file's pages are to be taken."""
+
+    HUGEPAGE = 1
+    """As folios of 2 MiB where a block is taken whole (RMFD_HUGEPAGE)."""
+    PIN = 2
+    """With a reference that keeps them where they are."""
+
+
+#: A binding: its number, the file's inode number, the limit on the file's bytes (0 for none), ``BindingFlag``, and the order of the
+#: smallest folio that the backing has.
+BINDING: Final = struct.Struct("=QQQII")
+COUNT: Final = struct.Struct("=Q")
 #: Policy, name of the engine, measurement.
 LAUNCH: Final = struct.Struct("=I16s48s")
-#: A binding's number, first page, page after the last.
-INVALIDATION: Final = struct.Struct("=QQQ")
+#: A binding's number, first page, page after the last, order of the folio they lie in or ``NO_FOLIO``.
+INVALIDATION: Final = struct.Struct("=QQQQ")
+NO_FOLIO: Final = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)

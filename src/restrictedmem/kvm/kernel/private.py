@@ -126,7 +126,7 @@ class PrivateFiles:
         """
         if window.end << PAGE_SHIFT > _SIZE:
             raise OSError(EINVAL, "guest_memfd does not reach so far")
-        bound = self._binder.bind(token)
+        bound = self._binder.bind(token, window)
         bound.memfd.close()
         bound.sequence.close()
         file = self._by_ino.get(bound.ino)
@@ -143,6 +143,11 @@ class PrivateFiles:
         """Close every guest_memfd."""
         for file in self._by_ino.values():
             file.memfd.close()
+
+    def resident(self, binding: int, span: PageRange) -> int:
+        """Count the pages held of a range of the file of a binding."""
+        start, length = span.start << PAGE_SHIFT, len(span) << PAGE_SHIFT
+        return sum(file.memfd.resident_pages(start, length) for file in tuple(self._by_ino.values()) if file.binding == binding)
 
     def punch(self, binding: int, span: PageRange) -> bool:
         """Free a range of the file of a binding; False when there is none."""

@@ -108,12 +108,19 @@ class KernelVm:
             slot.attributes[first:last] = bytes([private]) * (last - first)
             self._conversion.convert(slot, start, end, private=private)
 
-    def invalidate_start(self, binding: int, span: PageRange) -> None:
+    def invalidate_start(self, binding: int, span: PageRange, order: int | None) -> None:
         """Free the range in the guest_memfd, which takes it from every vCPU (``Engine``)."""
         self._invalidations += self._files.punch(binding, span)
 
-    def invalidate_end(self, binding: int, span: PageRange) -> None:
+    def invalidate_end(self, binding: int, span: PageRange, order: int | None) -> None:
         """Do nothing: what a guest touches after its pages were freed is new already (``Engine``)."""
+
+    def error(self, binding: int, span: PageRange) -> None:
+        """Do nothing: a guest_memfd's pages are the machine's to lose (``Engine``)."""
+
+    def page_count(self, binding: int, span: PageRange) -> int:
+        """Count the pages that the guest_memfd holds (``Engine``)."""
+        return self._files.resident(binding, span)
 
     def launch_update(self, slot: Memslot, gpa: int, data: bytes) -> None:
         """Let a vCPU copy pages in, as nobody else can write them (``Engine``)."""

@@ -13,6 +13,7 @@ from restrictedmem.kvm.software.turns import Turns
 from restrictedmem.kvm.software.vcpu import HYPERCALL, SoftwareVcpu
 from restrictedmem.kvm.trace import Trace
 from restrictedmem.kvm.vcpu import Vcpus
+from restrictedmem.platform.host import Platform
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t, pgoff_t
 
 #: Each is an emulator of its own, of some 4 MiB; and they take turns.
@@ -23,9 +24,10 @@ _CAPABILITIES: Final = {Cap.NR_VCPUS: 1, Cap.MAX_VCPUS: 64, Cap.MAX_VCPU_ID: 64,
 class SoftwareVm:
     """Slots and vCPUs of one VM on Unicorn (``Engine``)."""
 
-    def __init__(self, binder: Binder, vcpus: Vcpus, attributes: Attributes, trace: Trace) -> None:
+    def __init__(self, binder: Binder, vcpus: Vcpus, attributes: Attributes, trace: Trace, platform: Platform) -> None:
         """Make a VM without slots; ``vcpus`` is what to stop when memory goes away, and faults go to ``trace``."""
-        self.mmu = Mmu(attributes, trace)
+        self.mmu = Mmu(attributes, trace, platform)
+        self._platform = platform
         self._turns = Turns()
         self._code = CodePages()
         self._report_page = mmap.mmap(-1, PAGE_SIZE)
@@ -50,7 +52,7 @@ class SoftwareVm:
 
     def bind(self, token: bytes, window: PageRange) -> MemfdHalf:
         """Map a window of the file's memfd (``Engine``)."""
-        bound = self._binder.bind(token)
+        bound = self._binder.bind(token, window)
         try:
             half = MemfdHalf(bound, window, unbind=lambda: self._binder.unbind(bound.number))
         except BaseException:
@@ -78,17 +80,31 @@ class SoftwareVm:
         self.mmu.set_attributes(slot, start, end, private=private)
         self._vcpus.drop(start, end)
 
-    def invalidate_start(self, binding: int, span: PageRange) -> None:
-        """Zap what shows a range of the file (``Engine``)."""
+    def invalidate_start(self, binding: int, span: PageRange, order: int | None) -> None:
+        """Zap what shows a range of the file, then let the platform have it back (``Engine``)."""
         slot = self._slot_of(binding)
         if slot is not None:
             self._vcpus.drop(*self.mmu.invalidate_start(slot, span))
+            self._platform.invalidate(slot.memfd_half.ino, slot.memfd_half.window.clip(span), order)
 
-    def invalidate_end(self, binding: int, span: PageRange) -> None:
+    def invalidate_end(self, binding: int, span: PageRange, order: int | None) -> None:
         """Let faults work again (``Engine``)."""
         slot = self._slot_of(binding)
         if slot is not None:
+            self._platform.freed(slot.memfd_half.ino, slot.memfd_half.window.clip(span))
             self.mmu.invalidate_end(slot, span)
+
+    def error(self, binding: int, span: PageRange) -> None:
+        """Take pages from every slot that shows them, and refuse them (``Engine``)."""
+        slot = self._slot_of(binding)
+        if slot is not None:
+            for shown in self.mmu.lose(slot.memfd_half.ino, span):
+                self._vcpus.drop(*shown)
+
+    def page_count(self, binding: int, span: PageRange) -> int:
+        """Count (``Engine``)."""
+        slot = self._slot_of(binding)
+        return 0 if slot is None else slot.memfd_half.pages.count(span)
 
     def _slot_of(self, binding: int) -> Memslot | None:
         """Return the slot that a binding belongs to; None while the slot is being made or after it was deleted: it has no entries then."""
@@ -115,8 +131,10 @@ class SoftwareVm:
 
     def inject_failure(self, slot: Memslot, gfn: gfn_t) -> None:
         """Take a page from every slot that shows it, and refuse it (``Engine``)."""
-        for shown in self.mmu.inject_failure(slot.memfd_half, slot.pgoff_of(gfn)):
-            self._vcpus.drop(shown, gfn_t(shown + 1))
+        pgoff = slot.pgoff_of(gfn)
+        slot.memfd_half.pages.get_page(pgoff)
+        for shown in self.mmu.lose(slot.memfd_half.ino, PageRange(pgoff, pgoff_t(pgoff + 1))):
+            self._vcpus.drop(*shown)
 
     def check_extension(self, cap: int) -> int:
         """Answer for this engine (``Engine``)."""
