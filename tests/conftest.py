@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
+import hugetlb
 from restrictedmem.abi import process
 
 
@@ -45,6 +46,7 @@ FEATURES: dict[str, Callable[[], str]] = {
     "cc": _cc,
     "fusermount": _fusermount,
     "gdb": _gdb,
+    "hugetlb": hugetlb.missing,
 }
 
 

@@ -81,9 +81,10 @@ C_FIELDS = {
     "kvm_run.exit": "hw",
     "kvm_vcpu_events.triple_fault_pending": "triple_fault.pending",
     **{f"seccomp_data.arg{number}": f"args[{number}]" for number in range(6)},
+    **{f"uffdio_register.{name}": f"range.{name}" for name in ("start", "len")},
 }
 #: This package's choices, which no header has.
-OURS = {"KERNEL_MINOR_VERSION", "OLDEST_MINOR_VERSION", "ZERO"}
+OURS = {"KERNEL_MINOR_VERSION", "OLDEST_MINOR_VERSION", "PMD_ORDER", "PMD_SIZE", "PUD_ORDER", "ZERO"}
 #: Names newer than some headers that are about, with their values and the kernel that has them.
 RECORDED = {
     "cachestat": (40, "6.5"),
@@ -97,6 +98,7 @@ RECORDED = {
     "cachestat_range.len": (8, "6.5"),
     "SYS_cachestat": (451, "6.5"),
     "MFD_NOEXEC_SEAL": (8, "6.3"),
+    "IORING_MAX_REG_BUFFERS": (16384, "5.13, io_uring/rsrc.c"),
     "fuse_open_out.backing_id": (12, "6.9"),
     "fuse_init_out.max_stack_depth": (36, "6.9"),
     "PAGEMAP_SCAN": (0xC060_6610, "6.7"),
@@ -170,6 +172,8 @@ RECORDED = {
     "kvm_userspace_memory_region_ext": (160, "v10"),
     "kvm_userspace_memory_region_ext.restricted_offset": (32, "v10"),
     "kvm_userspace_memory_region_ext.restricted_fd": (40, "v10"),
+    # Of a series on top of v10, 18 February 2023.
+    "RMFD_HUGEPAGE": (2, "RFC"),
 }
 _FILLER = re.compile(r"(unused|reserved|spare|padding|pad|dummy|resv)\d*")
 

@@ -169,12 +169,6 @@ def test_fresh_and_reallocated_pages_are_zero(file: RestrictedFile) -> None:
 # Pages that a consumer takes.
 
 
-def test_get_page_says_order_0(file: RestrictedFile) -> None:
-    window = Pages(file.backing, pages(0, 512))
-    window.get_pages(pages(0, 512))
-    assert {window.get_page(pgoff_t(page)) for page in range(512)} == {0}
-
-
 def test_get_page_ignores_the_size(file: RestrictedFile) -> None:
     far = (1 << 40) // PAGE_SIZE
     window = Pages(file.backing, pages(far, far + 2))

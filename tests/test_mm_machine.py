@@ -43,6 +43,7 @@ class Fallible:
     def __init__(self, limit: int | None) -> None:
         self.inner = MemfdBacking(limit=limit)
         self.limit = limit
+        self.base_order, self.hugepage, self.blksize = 0, False, PAGE_SIZE
         self.fails = False
 
     def _check(self) -> None:
@@ -82,7 +83,7 @@ Callback = tuple[str, int, int]
 @final
 @dataclass(eq=False)
 class Listener:
-    """A consumer's notifier: it forgets at start and again at end, and notes each callback."""
+    """A consumer's notifier: it lets go of pages at start and again at end, and notes each callback."""
 
     window: Pages
     heard: list[Callback] = field(default_factory=list[Callback])
@@ -90,11 +91,11 @@ class Listener:
 
     def invalidate_start(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
         self.heard.append(("start", start, end))
-        self.window.forget(PageRange(start, end))
+        self.window.invalidate_start(PageRange(start, end))
 
     def invalidate_end(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
         self.heard.append(("end", start, end))
-        self.window.forget(PageRange(start, end))
+        self.window.invalidate_end(PageRange(start, end))
 
     def error(self, start: pgoff_t, end: pgoff_t) -> None:
         raise AssertionError("no page was lost")

@@ -3,8 +3,11 @@
 Layers, imports going down only: cli, kvm, service, fs, mm, and below them abi, fd, units, sync.
 """
 
-__all__ = ["memfd_restricted"]
+__all__ = ["RMFD_HUGEPAGE", "memfd_restricted"]
 __version__ = "0.1.0"
+
+#: Flag of ``memfd_restricted``: a hint to use folios of 2 MiB, whatever the machine's policy (docs/folios.md).
+RMFD_HUGEPAGE = 0x0002
 
 
 def memfd_restricted(flags: int = 0) -> int:
@@ -17,10 +20,10 @@ def memfd_restricted(flags: int = 0) -> int:
     The first call starts this process's service, which ends with the last descriptor; children inherit it by fork.
 
     Args:
-        flags: 0.
+        flags: 0, or ``RMFD_HUGEPAGE`` (neither posting had a flag; this one was proposed after them).
 
     Raises:
-        OSError: EINVAL for flags; EMFILE, ENFILE; whatever kept the service from starting (``restrictedmem doctor`` says more).
+        OSError: EINVAL for other flags; EMFILE, ENFILE; whatever kept the service from starting (``restrictedmem doctor`` says more).
     """
     # Late: --help and --version need none of it.
     from restrictedmem.service import client

@@ -6,9 +6,12 @@ kernel reads with READ_ONCE and writes with WRITE_ONCE.
 """
 
 import threading
-from typing import TypeAlias, final
+import time
+from typing import Final, TypeAlias, final
 
 Mutex: TypeAlias = threading.Lock
+#: Seconds.
+_RELAX: Final = 0.0001
 
 
 def mutex() -> Mutex:
@@ -19,6 +22,11 @@ def mutex() -> Mutex:
 def shared_bytes(size: int) -> bytearray:
     """Make so many zero bytes that threads read without a lock; each access is whole."""
     return bytearray(size)
+
+
+def relax() -> None:
+    """Let others go on for a moment (``cpu_relax``): for who has just read a shared word and will look at it again."""
+    time.sleep(_RELAX)
 
 
 def condition(lock: Mutex) -> threading.Condition:

@@ -1,13 +1,46 @@
-"""<linux/io_uring.h>: making a ring, no more; whoever has one can pin pages of a file."""
+"""<linux/io_uring.h>: a ring, and pages pinned by registering them as its buffers; no I/O."""
 
 import ctypes
+import struct
 from typing import Final
 
+from restrictedmem.abi._struct import c_struct, u32, u64
 from restrictedmem.abi._syscall import libc, raise_errno
 from restrictedmem.fd import OwnedFd
 
 SYS_io_uring_setup: Final = 425
+SYS_io_uring_register: Final = 427
+IORING_REGISTER_BUFFERS2: Final = 15
+IORING_REGISTER_BUFFERS_UPDATE: Final = 16
+IORING_RSRC_REGISTER_SPARSE: Final = 1
+#: Of a ring; in no header (io_uring/rsrc.c).
+IORING_MAX_REG_BUFFERS: Final = 1 << 14
 _PARAMS_BYTES: Final = 120
+#: ``struct iovec``: address and length.
+_IOVEC: Final = struct.Struct("@PN")
+
+
+@c_struct(size=32)
+class io_uring_rsrc_register(ctypes.Structure):
+    """How many buffers a ring is to have."""
+
+    nr: u32
+    flags: u32 = 0
+    resv2: u64 = 0
+    data: u64 = 0
+    tags: u64 = 0
+
+
+@c_struct(size=32)
+class io_uring_rsrc_update2(ctypes.Structure):
+    """Which of them are to be others, and where those lie (``data``: an array of ``iovec``)."""
+
+    offset: u32
+    resv: u32 = 0
+    data: u64
+    tags: u64 = 0
+    nr: u32
+    resv2: u32 = 0
 
 
 def io_uring_setup(entries: int) -> OwnedFd:
@@ -22,3 +55,31 @@ def io_uring_setup(entries: int) -> OwnedFd:
     if fd < 0:
         raise_errno("io_uring_setup")
     return OwnedFd(fd)
+
+
+def register_sparse_buffers(ring: OwnedFd, count: int) -> None:
+    """Give a ring a table of buffers, all of them empty (IORING_REGISTER_BUFFERS2, Linux 5.19).
+
+    Raises:
+        OSError: EINVAL for more than ``IORING_MAX_REG_BUFFERS``, and on older kernels; ENOMEM.
+    """
+    table = io_uring_rsrc_register(nr=count, flags=IORING_RSRC_REGISTER_SPARSE)
+    _register(ring, IORING_REGISTER_BUFFERS2, table)
+
+
+def update_buffer(ring: OwnedFd, index: int, address: int, length: int) -> None:
+    """Make one buffer of a ring a range of this process's memory, at most 1 GiB, or empty with address and length 0.
+
+    Its pages are faulted in and pinned (FOLL_LONGTERM) until the buffer is another or the ring is closed.
+
+    Raises:
+        OSError: ENOMEM over RLIMIT_MEMLOCK, which counts all rings of a user, unless CAP_IPC_LOCK; EFAULT; EINVAL.
+    """
+    iovec = ctypes.create_string_buffer(_IOVEC.pack(address, length), _IOVEC.size)
+    _register(ring, IORING_REGISTER_BUFFERS_UPDATE, io_uring_rsrc_update2(offset=index, data=ctypes.addressof(iovec), nr=1))
+
+
+def _register(ring: OwnedFd, opcode: int, argument: ctypes.Structure) -> None:
+    number, fd, size = ctypes.c_long(SYS_io_uring_register), ctypes.c_long(ring.fileno()), ctypes.c_long(ctypes.sizeof(argument))
+    if libc.syscall(number, fd, ctypes.c_long(opcode), ctypes.byref(argument), size) < 0:
+        raise_errno("io_uring_register")

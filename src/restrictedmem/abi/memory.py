@@ -5,7 +5,7 @@ import mmap
 import os
 from enum import IntFlag
 from errno import EINVAL
-from typing import Final
+from typing import Final, final
 
 from restrictedmem.abi._struct import c_struct, u64
 from restrictedmem.abi._syscall import libc, raise_errno, syscall
@@ -19,8 +19,19 @@ MADV_POPULATE_WRITE: Final = 23
 MADV_COLLAPSE: Final = 25
 MLOCK_ONFAULT: Final = 1
 
+#: Of memfd_restricted(2), proposed after v10; bit 0 was RMFD_TMPFILE.
+RMFD_HUGEPAGE: Final = 2
 MFD_CLOEXEC: Final = 1
+MFD_HUGETLB: Final = 4
 MFD_NOEXEC_SEAL: Final = 8
+MFD_HUGE_SHIFT: Final = 26
+
+#: Orders of the larger folios that a page table maps with one entry, and the bytes of the smaller one.
+PMD_ORDER: Final = 9
+PUD_ORDER: Final = 18
+PMD_SIZE: Final = mmap.PAGESIZE << PMD_ORDER
+
+_LAST_BYTE: Final = (1 << 63) - 1
 
 
 class FallocMode(IntFlag):
@@ -44,6 +55,7 @@ _mmap = libc.mmap64
 _mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
 _mmap.restype = ctypes.c_void_p
 _MAP_FIXED: Final = 0x10
+_MAP_NORESERVE: Final = 0x4000
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 
 
@@ -57,19 +69,19 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
         raise_errno("fallocate")
 
 
-def memfd_create(name: str) -> OwnedFd:
+def memfd_create(name: str, flags: int = 0) -> OwnedFd:
     """Create an empty memfd that is close-on-exec and can never be executed (the caller owns it).
 
     Raises:
-        OSError: EMFILE, ENFILE, ENOMEM.
+        OSError: EMFILE, ENFILE, ENOMEM; ENODEV for huge pages of a size that the kernel does not have.
     """
     try:
-        return OwnedFd(os.memfd_create(name, MFD_CLOEXEC | MFD_NOEXEC_SEAL))
+        return OwnedFd(os.memfd_create(name, flags | MFD_CLOEXEC | MFD_NOEXEC_SEAL))
     except OSError as error:
         # MFD_NOEXEC_SEAL came with Linux 6.3.
         if error.errno != EINVAL:
             raise
-        return OwnedFd(os.memfd_create(name, MFD_CLOEXEC))
+        return OwnedFd(os.memfd_create(name, flags | MFD_CLOEXEC))
 
 
 def memfd_secret(flags: int = 0) -> OwnedFd:
@@ -91,14 +103,64 @@ def mlock_onfault(address: int, length: int) -> None:
         raise_errno("mlock2")
 
 
-def map_over(address: int, length: int, fd: int) -> None:
-    """Map the first ``length`` bytes of a file, shared, over what this process has mapped at ``address`` (MAP_FIXED).
+def map_over(address: int, length: int, fd: int, offset: int = 0) -> None:
+    """Map ``length`` bytes of a file from byte ``offset`` on, shared, over what this process has mapped at ``address`` (MAP_FIXED).
+
+    Reserves no huge pages: they are taken as they are touched.
 
     Raises:
         OSError: as mmap(2).
     """
-    if _mmap(address, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED, fd, 0) == _MAP_FAILED:
+    flags = mmap.MAP_SHARED | _MAP_FIXED | _MAP_NORESERVE
+    if _mmap(address, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, offset) == _MAP_FAILED:
         raise_errno("mmap")
+
+
+@final
+class Mapping:
+    """Bytes of a file, mapped shared at an address as aligned as they are in the file, so that a huge page of it can be mapped as one.
+
+    The huge pages around the range are mapped too, whole; what is not the range's is nobody's to touch.
+    """
+
+    __slots__ = ("_area", "_offset", "address", "memory")
+
+    def __init__(self, fd: int, offset: int, length: int, alignment: int = PMD_SIZE) -> None:
+        """Map ``length`` bytes of ``fd`` from byte ``offset`` on; the descriptor stays the caller's. ``alignment`` is a power of 2.
+
+        Raises:
+            OSError: as mmap(2).
+        """
+        start = offset & -alignment
+        size = min((offset + length + alignment - 1) & -alignment, _LAST_BYTE & -mmap.PAGESIZE) - start
+        # The address must be known before the file is mapped: a mapping may not begin elsewhere once it has pages.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        self._area = mmap.mmap(-1, size + alignment, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+        try:
+            address = ctypes.addressof(ctypes.c_char.from_buffer(self._area))
+            padding = -address & alignment - 1
+            map_over(address + padding, size, fd, start)
+        except BaseException:
+            self._area.close()
+            raise
+        self._offset = padding + offset - start
+        #: Where byte ``offset`` of the file lies in this process.
+        self.address = address + self._offset
+        #: The range, to be read and written.
+        self.memory = memoryview(self._area)[self._offset : self._offset + length]
+
+    def madvise(self, option: int, start: int, length: int) -> None:
+        """madvise(2) for ``length`` bytes from byte ``start`` of the range on.
+
+        Raises:
+            OSError: the kernel's errno.
+        """
+        self._area.madvise(option, self._offset + start, length)
+
+    def close(self) -> None:
+        """Unmap everything; nobody may use the address any more."""
+        self.memory.release()
+        self._area.close()
 
 
 @c_struct(size=16)
@@ -121,12 +183,24 @@ class cachestat(ctypes.Structure):
 
 
 def resident_pages(fd: int, offset: int, length: int) -> int:
-    """Count the allocated pages of a byte range, those only preallocated included (cachestat(2), Linux 6.5).
+    """Count the allocated pages of a byte range, those only preallocated or swapped out included (cachestat(2), Linux 6.5).
 
     Raises:
-        OSError: ENOSYS on older kernels.
+        OSError: ENOSYS on older kernels; EOPNOTSUPP for hugetlbfs.
     """
     span, found = cachestat_range(off=offset, len=length), cachestat()
     if libc.syscall(ctypes.c_long(SYS_cachestat), ctypes.c_long(fd), ctypes.byref(span), ctypes.byref(found), ctypes.c_long(0)):
         raise_errno("cachestat")
-    return found.nr_cache
+    return found.nr_cache + found.nr_evicted
+
+
+def mincore(address: int, length: int) -> bytes:
+    """Say for each page of a mapping whether its file has it in memory: 1 or 0 (mincore(2)); hugetlbfs too.
+
+    Raises:
+        OSError: ENOMEM where nothing is mapped.
+    """
+    pages = (ctypes.c_ubyte * -(-length // mmap.PAGESIZE))()
+    if libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(length), pages):
+        raise_errno("mincore")
+    return bytes(page & 1 for page in pages)

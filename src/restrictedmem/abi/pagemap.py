@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from collections.abc import Iterator
 from enum import IntFlag
 from typing import Final
 
@@ -10,6 +11,7 @@ from restrictedmem.abi._struct import c_struct, u64
 
 _PATH: Final = "/proc/self/pagemap"
 _ENTRY_BYTES: Final = 8
+_REGIONS: Final = 64
 _PFN_MASK: Final = (1 << 55) - 1
 
 
@@ -52,13 +54,13 @@ class pm_scan_arg(ctypes.Structure):
 PAGEMAP_SCAN: Final = Ioctl("PAGEMAP_SCAN", ord("f"), 16, Dir.READ | Dir.WRITE, pm_scan_arg)
 
 
-def bytes_in(category: Category, address: int, length: int) -> int:
-    """Count the bytes of a range of this process that are in all of the categories, up to 64 runs of pages (Linux 6.7).
+def runs(category: Category, address: int, length: int) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of addresses of this process that are in all of the categories, each as its first byte and the one after its last.
 
     Raises:
-        OSError: ENOTTY where the kernel has no PAGEMAP_SCAN.
+        OSError: ENOTTY where the kernel has no PAGEMAP_SCAN (before Linux 6.7).
     """
-    regions = (page_region * 64)()
+    regions = (page_region * _REGIONS)()
     scan = pm_scan_arg(
         size=ctypes.sizeof(pm_scan_arg),
         start=address,
@@ -68,9 +70,19 @@ def bytes_in(category: Category, address: int, length: int) -> int:
         category_mask=category,
         return_mask=category,
     )
-    with open(_PATH, "rb", buffering=0) as pagemap:
-        count = PAGEMAP_SCAN(pagemap, scan)
-    return sum(region.end - region.start for region in regions[:count])
+    pagemap = os.open(_PATH, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        while scan.start < scan.end:
+            count = PAGEMAP_SCAN(pagemap, scan)
+            yield from [(region.start, region.end) for region in regions[:count]]
+            scan.start = scan.walk_end
+    finally:
+        os.close(pagemap)
+
+
+def bytes_in(category: Category, address: int, length: int) -> int:
+    """Count the bytes of a range of this process that are in all of the categories (``runs``)."""
+    return sum(end - start for start, end in runs(category, address, length))
 
 
 def frame_number(address: int) -> int:

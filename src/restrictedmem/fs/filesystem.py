@@ -17,13 +17,15 @@ from restrictedmem import sync
 from restrictedmem.abi import fuse
 from restrictedmem.abi.fuse import AttrValid, InitFlag, Opcode, OpenFlag
 from restrictedmem.mm import design
-from restrictedmem.mm.backing import MemfdBacking
+from restrictedmem.mm.backing import make_backing
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.units import PAGE_SIZE
 
 #: The only name that can be created. It shows in /proc/PID/fd as ``/restrictedmem (deleted)``.
 NAME: Final = b"restrictedmem"
+#: The bit of the mode to create with that asks for folios of 2 MiB (``RMFD_HUGEPAGE``): beside the name, what open(2) passes on whole.
+HUGEPAGE_MODE: Final = stat.S_ISVTX
 #: ioctl(fd, PROVE, token): show the service that the caller holds this descriptor; a 16-byte token, direction write, magic 'R'.
 TOKEN_BYTES: Final = 16
 PROVE: Final = 1 << 30 | TOKEN_BYTES << 16 | ord("R") << 8 | 1
@@ -63,19 +65,25 @@ class FileSystem:
         self,
         design: str,
         *,
+        backing: str = "memfd",
         memory_max: int | None = None,
         max_files: int,
         prove: Callable[[bytes, int, RestrictedFile], None] | None = None,
     ) -> None:
         """Make an empty file system.
 
-        ``design`` names that of each file (``mm.design``). ``memory_max`` bounds the bytes of each descriptor. ``max_files`` is how many
-        descriptors may exist at once; creating one more is ENFILE. ``prove`` hears of each token presented by ioctl, with the inode number
-        and the file, and raises OSError for one it does not know.
+        ``design`` and ``backing`` name those of each file (``mm.design``, ``mm.backing``). ``memory_max`` bounds the bytes of each
+        descriptor. ``max_files`` is how many descriptors may exist at once; creating one more is ENFILE. ``prove`` hears of each token
+        presented by ioctl, with the inode number and the file, and raises OSError for one it does not know.
+
+        Raises:
+            OSError: EINVAL for an unknown backing.
         """
+        make_backing(backing)
         #: Called before a request waits for consumers, or for much memory; whoever serves others too lets them go on then.
         self.before_waiting: Callable[[], None] = _go_on
         self._design = design
+        self._backing = backing
         self.memory_max = memory_max
         self._max_files = max_files
         self._prove = prove
@@ -153,7 +161,7 @@ class FileSystem:
         raise OSError(ENOENT, "lookup")
 
     def _create(self, request: Request) -> bytes:
-        flags, _, _, _ = fuse.CREATE_IN.unpack_from(request.body)
+        flags, mode, _, _ = fuse.CREATE_IN.unpack_from(request.body)
         name = request.body[fuse.CREATE_IN.size :].rstrip(b"\0")
         if request.nodeid != fuse.ROOT_ID or name != NAME:
             raise OSError(EACCES, "create: not a name of this file system")
@@ -164,7 +172,10 @@ class FileSystem:
                 raise OSError(ENFILE, "create: the service has no descriptor left for another file")
             nodeid = self._next_node
             self._next_node += 1
-            file = RestrictedFile(design.make(self._design), MemfdBacking(limit=self.memory_max), Inode.make(request.uid, request.gid))
+            # A hint: where every page is a huge one already, it says nothing.
+            kind = "thp" if mode & HUGEPAGE_MODE and self._backing == "memfd" else self._backing
+            backing = make_backing(kind, limit=self.memory_max)
+            file = RestrictedFile(design.make(self._design), backing, Inode.make(request.uid, request.gid))
             self._nodes[nodeid] = _Node(file)
         entry = fuse.ENTRY_OUT.pack(nodeid, 0, 0, 0, 0, 0)
         return entry + _attributes(nodeid, file) + fuse.OPEN_OUT.pack(0, _OPEN_FLAGS, 0)
@@ -286,6 +297,6 @@ def _attributes(nodeid: int, file: RestrictedFile) -> bytes:
         inode.uid,
         inode.gid,
         0,
-        PAGE_SIZE,
+        file.backing.blksize,
         0,
     )

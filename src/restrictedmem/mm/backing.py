@@ -1,15 +1,17 @@
 """The memory under a restricted file."""
 
-import mmap
+import functools
 import os
 from collections.abc import Iterator
-from errno import EINVAL, ENOSPC, ENOSYS
-from typing import Final, Protocol, final
+from errno import EFAULT, EINVAL, ENOSPC, ENOSYS
+from typing import Final, Protocol, TypeAlias, final
 
 from restrictedmem import sync
 from restrictedmem.abi import memory
 from restrictedmem.fd import OwnedFd
-from restrictedmem.units import MAX_FILE_BYTES, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
+from restrictedmem.mm.folios import Piece, folios_in, make_large, order_of
+from restrictedmem.mm.hugetlb import HugetlbBacking
+from restrictedmem.units import MAX_FILE_BYTES, PAGE_MASK, PAGE_SIZE, PageRange, pgoff_t
 
 SECTOR: Final = 512
 
@@ -26,9 +28,12 @@ class Allocator(Protocol):
         ...
 
     def order_of(self, pgoff: pgoff_t) -> int:
-        """Return the order of the folio that a page lies in now, as far as the kernel tells: 0, 9 or 18. The page is present.
+        """Return the order of the folio that a page lies in now, as far as the kernel tells: 0, 9 or 18. Allocates nothing.
 
-        The truth only while nobody else punches or collapses; who takes pages checks for that afterwards (the retry protocol).
+        The truth only while nobody punches; who takes pages checks for that afterwards (``Pages``).
+
+        Raises:
+            OSError: ENOENT for a page that is missing; ENOTTY, ENOSYS, EPERM where the kernel does not tell (docs/folios.md).
         """
         ...
 
@@ -49,11 +54,26 @@ class Backing(Allocator, Protocol):
         """The most bytes it may hold; None for no limit."""
         ...
 
+    @property
+    def base_order(self) -> int:
+        """The order of the smallest folio there can be."""
+        ...
+
+    @property
+    def hugepage(self) -> bool:
+        """Whether blocks of 2 MiB that are taken whole are made one folio."""
+        ...
+
+    @property
+    def blksize(self) -> int:
+        """The bytes that are best taken at once (``st_blksize``)."""
+        ...
+
     def punch(self, offset: int, length: int) -> None:
         """Free the pages of an aligned range; they read as zero when they are allocated again."""
         ...
 
-    def folios(self, span: PageRange) -> Iterator[tuple[pgoff_t, pgoff_t, int | None]]:
+    def folios(self, span: PageRange) -> Iterator[Piece]:
         """Yield what a range is made of, in order and without a gap: first page, page after the last, order of each folio.
 
         Folios are whole even where the range begins or ends inside one. Neighbouring pages that are missing come as one run with None,
@@ -79,16 +99,28 @@ class MemfdBacking:
     have one.
     """
 
-    __slots__ = ("_fd", "_mutex", "limit")
+    __slots__ = ("_fd", "_mutex", "hugepage", "limit")
 
-    def __init__(self, *, fd: OwnedFd | None = None, limit: int | None = None) -> None:
+    def __init__(self, *, fd: OwnedFd | None = None, limit: int | None = None, hugepage: bool = False) -> None:
         """Make an empty backing, or take over a memfd that another process made.
 
-        ``limit`` bounds the bytes held; every process that allocates must have the same.
+        ``limit`` bounds the bytes held; every process that allocates must have the same. ``hugepage`` asks for folios of 2 MiB whatever
+        the policy (``RMFD_HUGEPAGE``): the blocks that one allocation covers whole are made such, if the kernel can.
         """
         self._fd = fd
         self._mutex = sync.mutex()
         self.limit = limit
+        self.hugepage = hugepage
+
+    @property
+    def base_order(self) -> int:
+        """Return 0; larger folios come by the machine's policy for memfds (transparent_hugepage/shmem_enabled), or by ``hugepage``."""
+        return 0
+
+    @property
+    def blksize(self) -> int:
+        """Return 2 MiB where there may be folios of that size, by hint or by policy; else a page (see ``Backing``)."""
+        return memory.PMD_SIZE if self.hugepage else os.fstat((self._fd or _empty_memfd()).fileno()).st_blksize
 
     def fileno(self) -> int:
         """Return the memfd, made now when there was none.
@@ -100,14 +132,14 @@ class MemfdBacking:
             # A consumer may bind while the owner allocates for the first time: two memfds would be two contents.
             with self._mutex:
                 if self._fd is None:
-                    fd = memory.memfd_create("restrictedmem")
-                    os.ftruncate(fd.fileno(), MAX_FILE_BYTES)
-                    self._fd = fd
+                    self._fd = _make_memfd()
         return self._fd.fileno()
 
     def allocate(self, offset: int, length: int) -> None:
         """Make every page of the range present (see ``Backing``); ENOSPC beyond the limit, before anything is allocated."""
         self.charge(offset, length)
+        if self.hugepage:
+            make_large(self.fileno(), offset, length)
         # Never past the memfd's size, so posix_fallocate(3) is fallocate(2) with mode 0, a third cheaper than through ctypes.
         os.posix_fallocate(self.fileno(), offset, length)
 
@@ -141,25 +173,15 @@ class MemfdBacking:
             memory.fallocate(self._fd.fileno(), memory.PUNCH, offset, length)
 
     def order_of(self, pgoff: pgoff_t) -> int:
-        """Return 0 (see ``Allocator``)."""
-        del pgoff
-        return 0
+        """Return 9 or 0 (see ``Allocator``)."""
+        return order_of(self.fileno(), pgoff)
 
     def release(self, offset: int, length: int) -> None:
         """Do nothing: pages are not held (see ``Allocator``)."""
 
-    def folios(self, span: PageRange) -> Iterator[tuple[pgoff_t, pgoff_t, int | None]]:
-        """Yield single pages and holes (see ``Backing``)."""
-        fd = self.fileno()
-        start = span.start
-        for pgoff in range(span.start, span.end):
-            if memory.resident_pages(fd, pgoff << PAGE_SHIFT, PAGE_SIZE):
-                if start < pgoff:
-                    yield start, pgoff_t(pgoff), None
-                start = pgoff_t(pgoff + 1)
-                yield pgoff_t(pgoff), start, 0
-        if start < span.end:
-            yield start, span.end, None
+    def folios(self, span: PageRange) -> Iterator[Piece]:
+        """Yield folios of 2 MiB, pages and holes (see ``Backing``); what it costs: ``folios_in``."""
+        return folios_in(self.fileno(), span)
 
     def resident(self) -> int:
         """Return the bytes held (see ``Backing``)."""
@@ -173,13 +195,59 @@ class MemfdBacking:
             fd.close()
 
 
+def _make_memfd() -> OwnedFd:
+    fd = memory.memfd_create("restrictedmem")
+    os.ftruncate(fd.fileno(), MAX_FILE_BYTES)
+    return fd
+
+
+@functools.cache
+def _empty_memfd() -> OwnedFd:
+    """Return a memfd to ask for the policy of all."""
+    return _make_memfd()
+
+
+Memfd: TypeAlias = MemfdBacking | HugetlbBacking
+_HUGETLB_ORDERS: Final = {"hugetlb-2m": memory.PMD_ORDER, "hugetlb-1g": memory.PUD_ORDER}
+#: The kinds of backing by name; ``thp`` is a memfd with the hint ``RMFD_HUGEPAGE``.
+KINDS: Final = ("memfd", "thp", *_HUGETLB_ORDERS)
+
+
+def make_backing(kind: str, *, limit: int | None = None) -> Memfd:
+    """Make an empty backing of one of ``KINDS``.
+
+    Raises:
+        OSError: EINVAL for another name.
+    """
+    if kind not in KINDS:
+        raise OSError(EINVAL, f"no backing {kind!r}: one of {', '.join(KINDS)}")
+    if kind in _HUGETLB_ORDERS:
+        return HugetlbBacking(_HUGETLB_ORDERS[kind], limit=limit)
+    return MemfdBacking(limit=limit, hugepage=kind == "thp")
+
+
+def take_over(fd: OwnedFd, *, limit: int | None, base_order: int, hugepage: bool) -> Memfd:
+    """Make a consumer's backing of the memfd behind a file's, which it owns from now on, and of what the file's says of itself."""
+    if base_order:
+        return HugetlbBacking(base_order, fd=fd, limit=limit)
+    return MemfdBacking(fd=fd, limit=limit, hugepage=hugepage)
+
+
+class Mapped(Protocol):
+    """A mapping of the memfd: ``memory.Mapping``, or the standard library's."""
+
+    def madvise(self, option: int, start: int, length: int, /) -> None:
+        """madvise(2), bytes from the mapping's start on."""
+        ...
+
+
 @final
 class MappedBacking:
     """A memfd as a consumer has it that maps it: pages come allocated, zeroed and mapped, by one call for all three."""
 
     __slots__ = ("_mapping", "_memfd", "_start")
 
-    def __init__(self, memfd: MemfdBacking, mapping: mmap.mmap, start: int) -> None:
+    def __init__(self, memfd: Memfd, mapping: Mapped, start: int) -> None:
         """Own ``memfd``, but not the mapping of it, which begins at byte ``start`` of the file."""
         self._memfd = memfd
         self._mapping = mapping
@@ -188,16 +256,18 @@ class MappedBacking:
     def allocate(self, offset: int, length: int) -> None:
         """Make every page of an aligned range inside the mapping present (see ``Allocator``)."""
         self._memfd.charge(offset, length)
+        if self._memfd.hugepage:
+            make_large(self._memfd.fileno(), offset, length)
         try:
             self._mapping.madvise(memory.MADV_POPULATE_WRITE, offset - self._start, length)
         except OSError as error:
-            # MADV_POPULATE_WRITE came with Linux 5.14.
-            if error.errno != EINVAL:
+            # MADV_POPULATE_WRITE came with Linux 5.14; of an empty pool of huge pages it says EFAULT.
+            if error.errno not in (EINVAL, EFAULT):
                 raise
             self._memfd.allocate(offset, length)
 
     def order_of(self, pgoff: pgoff_t) -> int:
-        """Return 0 (see ``Allocator``)."""
+        """Return what the memfd's pages are made of (see ``Allocator``)."""
         return self._memfd.order_of(pgoff)
 
     def release(self, offset: int, length: int) -> None:

@@ -36,7 +36,19 @@ class RestrictedFile:
     operation and end (Sean Christopherson's order), so nobody can register or unregister in between and leave a pair unbalanced.
     """
 
-    __slots__ = ("_mutex", "_notifiers_sem", "_references", "_registrations", "_sequence", "backing", "design", "holder", "inode", "size")
+    __slots__ = (
+        "_mutex",
+        "_notifiers",
+        "_notifiers_sem",
+        "_references",
+        "_registrations",
+        "_sequence",
+        "backing",
+        "design",
+        "holder",
+        "inode",
+        "size",
+    )
 
     def __init__(self, design: Design, backing: Backing, inode: Inode) -> None:
         """Make an empty file of size 0, held by one reference: the caller's; ``design`` is its own."""
@@ -49,7 +61,9 @@ class RestrictedFile:
         self.holder: int | None = None
         self._mutex = sync.mutex()
         self._notifiers_sem = sync.RwSem()
+        #: Changed with the semaphore held for writing and ``_mutex`` held.
         self._registrations: tuple[Registration, ...] = ()
+        self._notifiers: tuple[Notifier, ...] = ()
         self._sequence: InvalidationSequence | None = None
         self._references = 1
 
@@ -76,7 +90,7 @@ class RestrictedFile:
         """Allocate or free pages; offset and length in bytes, as fallocate(2).
 
         Mode 0 and KEEP_SIZE allocate and know no alignment; mode 0 past the end grows the size, ftruncate or not. A punch must be
-        aligned, may lie beyond the end, and frees. Who is told of what is the design's business.
+        aligned, may lie beyond the end, and frees. Who is told of what, and what is freed when, is the design's business.
 
         Raises:
             OSError: EINVAL for an unaligned punch (nobody is notified); EOPNOTSUPP for other modes; ENOSPC, ENOMEM.
@@ -105,9 +119,9 @@ class RestrictedFile:
     def _fallocate(self, mode: int, offset: int, length: int) -> None:
         # Preconditions: _mutex held. Allocations of one file take turns, as tmpfs makes them do under the inode's lock.
         if mode == PUNCH:
-            self.design.punch(self, PageRange.of_bytes(offset, length))
+            self.design.punch(self, offset, length)
         elif mode in _ALLOCATE:
-            self.backing.allocate(offset, length)
+            self.design.allocate(self, offset, length)
             if mode == 0:
                 self.size = max(self.size, offset + length)
         else:
@@ -147,8 +161,7 @@ class RestrictedFile:
             for other in self._registrations if self.design.binds else ():
                 if other.exclusive is not new.exclusive or (new.exclusive and new.start < other.end and new.end > other.start):
                     raise OSError(EINVAL, f"bind: pages {new.start:#x} to {new.end:#x} are bound, or others not exclusive alike")
-            with self._mutex:
-                self._registrations = (new, *self._registrations)
+            self._set_registrations((new, *self._registrations))
         finally:
             self._notifiers_sem.up_write()
 
@@ -157,44 +170,55 @@ class RestrictedFile:
 
         Silent, as in v9 and v10, unless the design is one with invalidation at teardown.
         """
-        self._notifiers_sem.down_write()
-        try:
-            for mine in self._registrations if self.design.teardown else ():
-                if mine.notifier is notifier:
-                    self.design.invalidate_all(self, notifier, PageRange(mine.start, mine.end))
-            with self._mutex:
-                self._registrations = tuple(other for other in self._registrations if other.notifier is not notifier)
-        finally:
-            self._notifiers_sem.up_write()
+        self._remove(notifier, _WHOLE)
 
     def unbind(self, start: pgoff_t, end: pgoff_t, notifier: Notifier) -> None:
-        """Remove a notifier from exactly the range it was bound to (``restrictedmem_unbind``).
+        """Remove a notifier from a range, which may be a part of what it has bound (``restrictedmem_unbind``).
+
+        Others keep what they have bound there; the series stores nothing over the range, whoever has it.
 
         Raises:
-            OSError: EINVAL when there is no such binding.
+            OSError: EINVAL when it has no page of the range bound.
         """
+        if not self.design.binds or not self._remove(notifier, PageRange(start, end)):
+            raise OSError(EINVAL, f"unbind: no binding in pages {start:#x} to {end:#x}")
+
+    def _remove(self, notifier: Notifier, span: PageRange) -> bool:
+        """Cut a range out of a notifier's registrations, and say whether there was anything to cut."""
         self._notifiers_sem.down_write()
         try:
-            mine = next((r for r in self._registrations if r.notifier is notifier and (r.start, r.end) == (start, end)), None)
-            if mine is None:
-                raise OSError(EINVAL, f"unbind: no binding of pages {start:#x} to {end:#x}")
-            if self.design.teardown:
-                self.design.invalidate_all(self, notifier, PageRange(start, end))
-            with self._mutex:
-                self._registrations = tuple(other for other in self._registrations if other is not mine)
+            stay: list[Registration] = []
+            for mine in self._registrations:
+                gone = span.clip(PageRange(mine.start, mine.end))
+                if mine.notifier is not notifier or not gone:
+                    stay.append(mine)
+                    continue
+                self.design.leave(self, notifier, gone)
+                rest = mine._replace(end=gone.start), mine._replace(start=gone.end)
+                stay += [part for part in rest if part.start < part.end]
+            found = stay != list(self._registrations)
+            self._set_registrations(tuple(stay))
+            return found
         finally:
             self._notifiers_sem.up_write()
 
-    def notifiers(self, span: PageRange) -> Sequence[Notifier]:
-        """Return those who are to hear of a range, newest first; under the semaphore."""
-        start, end = span.start, span.end
+    def _set_registrations(self, registrations: tuple[Registration, ...]) -> None:
+        # Preconditions: _notifiers_sem held for writing. The mutex keeps out who found nobody registered and does without the semaphore.
+        with self._mutex:
+            self._registrations = registrations
+            self._notifiers = tuple(registration.notifier for registration in registrations)
+
+    def notifiers(self, start: pgoff_t, end: pgoff_t) -> Sequence[Notifier]:
+        """Return those who are to hear of a range of pages, newest first; under the semaphore."""
+        if not self.design.binds:
+            return self._notifiers
         return [r.notifier for r in self._registrations if start < r.end and end > r.start]
 
     def error_page(self, start: pgoff_t, end: pgoff_t) -> None:
-        """Tell consumers that the machine has lost pages (``restrictedmem_error_page`` of v10, as it was meant)."""
+        """Tell consumers that the machine has lost pages (``restrictedmem_error_page`` of v10, as it was meant); in v9 nobody is told."""
         self._notifiers_sem.down_read()
         try:
-            for notifier in self.notifiers(PageRange(start, end)):
+            for notifier in self.notifiers(start, end) if self.design.tells_errors else ():
                 notifier.error(start, end)
         finally:
             self._notifiers_sem.up_read()
@@ -210,6 +234,11 @@ class RestrictedFile:
         Raises:
             OSError: EMFILE, ENFILE, ENOMEM.
         """
+        made = self._sequence
+        # Set once, before there is a consumer: whoever holds the semaphore for reading finds it, and saves the mutex at each punch.
+        return made if made is not None else self._make_sequence()
+
+    def _make_sequence(self) -> InvalidationSequence:
         with self._mutex:
             if self._sequence is None:
                 self._sequence = InvalidationSequence.create()

@@ -73,12 +73,14 @@ class InvalidationSequence:
         """Say whether any invalidation is in progress."""
         return self._words.read(_IN_PROGRESS) > 0
 
+    def busy_over(self, start: pgoff_t, end: pgoff_t) -> bool:
+        """Say whether an invalidation is in progress over any of pages ``start`` to ``end``."""
+        words = self._words
+        return words.read(_IN_PROGRESS) > 0 and start < words.read(_END) and end > words.read(_START)
+
     def retry(self, snapshot: int, start: pgoff_t, end: pgoff_t) -> bool:
         """Say whether translations of pages ``start`` to ``end`` must not be installed (``mmu_invalidate_retry_gfn``)."""
-        words = self._words
-        if words.read(_IN_PROGRESS) and start < words.read(_END) and end > words.read(_START):
-            return True
-        return words.read(_SEQ) != snapshot
+        return self.busy_over(start, end) or self._words.read(_SEQ) != snapshot
 
     def close(self) -> None:
         """Unmap the page and close its descriptor."""

@@ -14,8 +14,9 @@ from typing import Any, Final, Self, final
 from weakref import WeakSet
 
 from restrictedmem import sync
+from restrictedmem.abi.memory import RMFD_HUGEPAGE
 from restrictedmem.fd import OwnedFd, receive_with_fds
-from restrictedmem.fs.filesystem import NAME, PROVE
+from restrictedmem.fs.filesystem import HUGEPAGE_MODE, NAME, PROVE
 from restrictedmem.service import wire
 from restrictedmem.service.start import Options
 from restrictedmem.service.wire import Channel
@@ -99,11 +100,11 @@ class Service:
 
     def memfd_restricted(self, flags: int = 0) -> int:
         """Create a restricted descriptor, close-on-exec, which the caller owns; see ``restrictedmem.memfd_restricted``."""
-        if flags:
-            raise OSError(EINVAL, f"memfd_restricted: {os.strerror(EINVAL)}")
+        _check_flags(flags)
         mount = self._mount.fileno()
+        mode = HUGEPAGE_MODE if flags & RMFD_HUGEPAGE else 0
         try:
-            fd = os.open(NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, dir_fd=mount)
+            fd = os.open(NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode, dir_fd=mount)
         except OSError as error:
             raise OSError(error.errno, f"memfd_restricted: {os.strerror(error.errno or 0)}") from None
         try:
@@ -142,6 +143,16 @@ class Service:
             ours.close()
             raise
         return ours
+
+    def error_page(self, fd: int, start: int, end: int) -> None:
+        """Act as if the machine had lost pages ``start`` to ``end`` of a descriptor (``restrictedmem_error_page``), at most a folio's.
+
+        Its consumers are told, and refuse them until they are punched.
+
+        Raises:
+            OSError: as ``token_for``; EINVAL for another range.
+        """
+        self._call(wire.ERROR_PAGE, wire.ERROR_REQUEST.pack(self.token_for(fd), start, end))
 
     def signing_key(self) -> bytes:
         """Return the public key that reports on this service's VMs are signed with, 32 bytes; made now if there is none yet.
@@ -244,10 +255,14 @@ def default_service() -> Service:
 
 def memfd_restricted(flags: int = 0) -> int:
     """Create a descriptor with this process's service; the public face is ``restrictedmem.memfd_restricted``."""
-    if flags:
-        # Tested before anything else, as in v9 and v10.
+    # Tested before anything else, as in v9 and v10.
+    _check_flags(flags)
+    return default_service().memfd_restricted(flags)
+
+
+def _check_flags(flags: int) -> None:
+    if flags & ~RMFD_HUGEPAGE:
         raise OSError(EINVAL, f"memfd_restricted: {os.strerror(EINVAL)}")
-    return default_service().memfd_restricted()
 
 
 def _after_fork_in_child() -> None:

@@ -1,0 +1,53 @@
+"""Huge pages for tests: reserved as root through sysfs, and given back. Tests that want some take turns, in whatever process they run."""
+
+import fcntl
+import functools
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+#: Bytes of a huge page by the kind of backing (``mm.backing``).
+SIZES = {"hugetlb-2m": 2 << 20, "hugetlb-1g": 1 << 30}
+
+
+def _pool(size: int) -> Path:
+    return Path(f"/sys/kernel/mm/hugepages/hugepages-{size >> 10}kB")
+
+
+def free_pages(size: int) -> int:
+    return int((_pool(size) / "free_hugepages").read_text())
+
+
+@contextmanager
+def reserved(size: int, count: int) -> Generator[None, None, None]:
+    """Have exactly ``count`` huge pages of ``size`` bytes free at the start; not recursive for one size.
+
+    Raises:
+        OSError: EACCES without root; ENOMEM where so much memory cannot be had in one piece.
+    """
+    setting = _pool(size) / "nr_hugepages"
+    with setting.open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = int(setting.read_text())
+        try:
+            setting.write_text(str(before - free_pages(size) + count))
+            if free_pages(size) != count:
+                raise OSError(12, f"only {free_pages(size)} of {count} huge pages of {size >> 20} MiB can be had")
+            yield
+        finally:
+            setting.write_text(str(before))
+
+
+@functools.cache
+def missing() -> str:
+    """Say why huge pages of both sizes cannot be had, with an empty word where they can."""
+    if not all(os.access(_pool(size) / "nr_hugepages", os.W_OK) for size in SIZES.values()):
+        return "huge pages of 2 MiB and 1 GiB cannot be reserved: not root, or the kernel has none"
+    try:
+        for size in SIZES.values():
+            with reserved(size, 1):
+                pass
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""

@@ -1,0 +1,274 @@
+"""Pinned pages stay where they are, until they are punched; the page tables of the kernel say so."""
+
+import ctypes
+import mmap
+import os
+import resource
+import struct
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from errno import EAGAIN, EBUSY, ENOBUFS, ENOMEM, ENOSPC
+from typing import Final
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from outcomes import Errno, outcome
+from restrictedmem.abi import io_uring, memory, process
+from restrictedmem.mm import pin
+from restrictedmem.mm.backing import MemfdBacking
+from restrictedmem.mm.pin import BLOCK, PinnedBacking
+from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
+from waiting import wait_for
+
+BLOCK_BYTES: Final = BLOCK * PAGE_SIZE
+_PFN: Final = (1 << 55) - 1
+
+
+@dataclass
+class Rig:
+    """A memfd of some blocks, mapped as a consumer maps it, 2 MiB-congruent, and its pages pinned."""
+
+    memfd: MemfdBacking
+    mapping: mmap.mmap
+    start: int
+    pinned: PinnedBacking
+    window: PageRange
+
+    def allocate(self, first: int, count: int = 1) -> None:
+        self.pinned.allocate(first << PAGE_SHIFT, count << PAGE_SHIFT)
+
+    def punch(self, first: int, count: int = 1) -> None:
+        self.pinned.release(first << PAGE_SHIFT, count << PAGE_SHIFT)
+        self.memfd.punch(first << PAGE_SHIFT, count << PAGE_SHIFT)
+
+    def frames(self, first: int, count: int) -> list[int]:
+        return frames(self.start + (first << PAGE_SHIFT), count)
+
+    def resident(self) -> int:
+        return self.memfd.resident() >> PAGE_SHIFT
+
+
+def frames(address: int, count: int) -> list[int]:
+    """Return the page frames behind some pages of this process; of CAP_SYS_ADMIN only are they other than 0."""
+    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+        entries = os.pread(pagemap.fileno(), count * 8, (address >> PAGE_SHIFT) * 8)
+    return [entry & _PFN for (entry,) in struct.iter_unpack("=Q", entries)]
+
+
+@contextmanager
+def rig(blocks: int = 2, limit: int | None = None) -> Generator[Rig]:
+    memfd = MemfdBacking(limit=limit)
+    size = blocks * BLOCK_BYTES
+    # As much as is needed to find 2 MiB-congruent addresses in it.
+    mapping = mmap.mmap(memfd.fileno(), size + BLOCK_BYTES, mmap.MAP_SHARED)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+    shift = -address % BLOCK_BYTES
+    memory.map_over(address + shift, size, memfd.fileno())
+    window = PageRange(pgoff_t(0), pgoff_t(blocks * BLOCK))
+
+    class Mapped:
+        """MADV_POPULATE_WRITE on the inner mapping."""
+
+        def allocate(self, offset: int, length: int) -> None:
+            memfd.charge(offset, length)
+            mapping.madvise(memory.MADV_POPULATE_WRITE, shift + offset, length)
+
+        def order_of(self, pgoff: pgoff_t) -> int:
+            return memfd.order_of(pgoff)
+
+        def release(self, offset: int, length: int) -> None:
+            memfd.release(offset, length)
+
+        def close(self) -> None:
+            memfd.close()
+
+    made = PinnedBacking(Mapped(), address + shift, window)
+    try:
+        yield Rig(memfd, mapping, address + shift, made, window)
+    finally:
+        made.close()
+
+
+def compact() -> None:
+    with open("/proc/sys/vm/compact_memory", "w", encoding="ascii") as setting:
+        setting.write("1")
+
+
+def collapse(found: Rig, block: int) -> object:
+    """Try to move a block's pages into one huge page, as anybody may."""
+    offset = found.start - ctypes.addressof(ctypes.c_char.from_buffer(found.mapping)) + block * BLOCK_BYTES
+    return outcome(lambda: found.mapping.madvise(memory.MADV_COLLAPSE, offset, BLOCK_BYTES))
+
+
+def pinned_by_rings() -> int:
+    """Return how much the kernel says is pinned by this process, in bytes (VmPin: io_uring counts what it registers)."""
+    with open("/proc/self/status", encoding="ascii") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmPin:"))
+
+
+def test_a_page_brings_its_block_and_pins_it() -> None:
+    with rig() as found:
+        found.allocate(5)
+        assert (found.pinned.pinned, found.resident()) == (BLOCK_BYTES, BLOCK)
+        found.allocate(7, 16)
+        assert found.resident() == BLOCK
+        found.allocate(BLOCK - 1, 2)
+        assert (found.pinned.pinned, found.resident()) == (2 * BLOCK_BYTES, 2 * BLOCK)
+
+
+@pytest.mark.requires("root")
+def test_frames_stay_across_compaction() -> None:
+    """Every other page of a lot of memory is freed, so that compaction has cause and room to move the others."""
+    with rig(blocks=64) as pinned, rig(blocks=64) as control:
+        for found in (pinned, control):
+            found.allocate(0, len(found.window))
+        # The control's pages are mapped, present and not pinned.
+        control.pinned.release(0, len(control.window) << PAGE_SHIFT)
+        for page in range(0, len(pinned.window), 2):
+            pinned.punch(page)
+            control.punch(page)
+        assert (pinned.pinned.unpinned, pinned.pinned.pinned) == (0, pinned.resident() << PAGE_SHIFT)
+        before = [found.frames(0, len(found.window))[1::2] for found in (pinned, control)]
+        assert all(before[0])
+        compact()
+        after = [found.frames(0, len(found.window))[1::2] for found in (pinned, control)]
+        assert after[0] == before[0]
+        assert after[1] != before[1], "compaction moved nothing, so nothing was shown"
+
+
+def test_what_is_pinned_cannot_be_collapsed() -> None:
+    """A witness that needs no privilege: MADV_COLLAPSE must move pages, and cannot while somebody else holds them."""
+    with rig() as found:
+        found.allocate(0)
+        assert collapse(found, 0) in (Errno(EAGAIN), Errno(EBUSY))
+        found.pinned.release(0, BLOCK_BYTES)
+        assert collapse(found, 0) is None
+
+
+def test_a_punch_frees_and_the_rest_stays_pinned() -> None:
+    with rig() as found:
+        found.allocate(0)
+        found.punch(100, 3)
+        assert (found.pinned.pinned >> PAGE_SHIFT, found.resident()) == (BLOCK - 3, BLOCK - 3)
+        found.allocate(101)
+        assert (found.pinned.pinned >> PAGE_SHIFT, found.resident()) == (BLOCK - 2, BLOCK - 2)
+        found.punch(0, BLOCK)
+        assert (found.pinned.pinned, found.resident()) == (0, 0)
+
+
+@pytest.mark.requires("root")
+def test_a_partial_punch_moves_no_neighbour() -> None:
+    with rig() as found:
+        found.allocate(0)
+        before = found.frames(0, BLOCK)
+        found.punch(7)
+        compact()
+        after = found.frames(0, BLOCK)
+        assert (after[:7], after[8:]) == (before[:7], before[8:])
+        assert after[7] == 0
+
+
+def test_close_lets_go() -> None:
+    """The ring goes with it: no page is held any more when the file's are gone, and its memory can be moved."""
+    with rig() as found:
+        found.allocate(0)
+        before = pinned_by_rings()
+        fd = os.dup(found.memfd.fileno())
+    try:
+        wait_for("the ring to let go", lambda: pinned_by_rings() <= before - BLOCK_BYTES)
+        os.ftruncate(fd, 0)
+        assert os.fstat(fd).st_blocks == 0
+    finally:
+        os.close(fd)
+
+
+def test_under_a_limit_the_page_alone() -> None:
+    with rig(limit=4 * PAGE_SIZE) as found:
+        found.allocate(9, 2)
+        assert (found.pinned.pinned, found.resident()) == (2 * PAGE_SIZE, 2)
+        found.allocate(8, 4)
+        assert (found.pinned.pinned, found.resident()) == (4 * PAGE_SIZE, 4)
+        assert outcome(lambda: found.allocate(20)) == Errno(ENOSPC)
+        assert found.pinned.pinned == 4 * PAGE_SIZE
+
+
+def test_no_buffer_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(io_uring, "IORING_MAX_REG_BUFFERS", 2)
+    with rig(blocks=3) as found:
+        found.allocate(0)
+        found.allocate(BLOCK)
+        assert outcome(lambda: found.allocate(2 * BLOCK)) == Errno(ENOBUFS)
+        # Cut in two: one half finds the buffer of the whole, the other none.
+        found.punch(10)
+        assert (found.pinned.unpinned, found.pinned.pinned >> PAGE_SHIFT) == (BLOCK - 11, BLOCK + 10)
+        found.punch(0, 2 * BLOCK)
+        assert found.pinned.pinned == 0
+        found.allocate(2 * BLOCK)
+
+
+def test_the_limit_on_locked_memory() -> None:
+    """Without CAP_IPC_LOCK a user pins no more than RLIMIT_MEMLOCK, with all rings together."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            if os.geteuid() == 0:
+                os.setresuid(65534, 65534, 65534)
+            process.set_capabilities(0)
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (3 << 20, 3 << 20))
+            with rig() as found:
+                found.allocate(0)
+                try:
+                    found.allocate(BLOCK)
+                except OSError as error:
+                    status = 0 if error.errno == ENOMEM and "RLIMIT_MEMLOCK" in str(error) and found.pinned.pinned == BLOCK_BYTES else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+class PinMachine(RuleBasedStateMachine):
+    """Random takes and punches, against the set of pages that must be pinned; the memfd says which of them there are."""
+
+    @initialize()
+    def create(self) -> None:
+        self.context = rig(blocks=2)
+        self.found = self.context.__enter__()
+        self.model: set[int] = set()
+
+    def teardown(self) -> None:
+        if hasattr(self, "context"):
+            self.context.__exit__(None, None, None)
+
+    @rule(first=st.integers(0, 2 * BLOCK - 1), count=st.integers(1, 700))
+    def take(self, first: int, count: int) -> None:
+        count = min(count, 2 * BLOCK - first)
+        self.found.allocate(first, count)
+        for block in range(first // BLOCK, (first + count - 1) // BLOCK + 1):
+            pages = set(range(block * BLOCK, (block + 1) * BLOCK))
+            self.model |= pages & set(range(first, first + count)) if self.model & pages else pages
+
+    @rule(first=st.integers(0, 2 * BLOCK - 1), count=st.integers(1, 700))
+    def punch(self, first: int, count: int) -> None:
+        count = min(count, 2 * BLOCK - first)
+        self.found.punch(first, count)
+        self.model -= set(range(first, first + count))
+
+    @invariant()
+    def agrees(self) -> None:
+        if hasattr(self, "found"):
+            assert self.found.pinned.pinned >> PAGE_SHIFT == self.found.resident() == len(self.model)
+            assert self.found.pinned.unpinned == 0
+
+
+TestPinMachine = PinMachine.TestCase
+TestPinMachine.settings = settings(max_examples=30, stateful_step_count=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def test_blocks_are_two_mebibytes() -> None:
+    assert pin.BLOCK << PAGE_SHIFT == 2 << 20
+    assert io_uring.IORING_MAX_REG_BUFFERS * (pin.BLOCK << PAGE_SHIFT) == 32 << 30
