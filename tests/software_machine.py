@@ -12,10 +12,10 @@ from typing import Final
 from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import kvm_regs
 from restrictedmem.abi.memory import PUNCH
+from restrictedmem.consumer import Bound
 from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm import guest_abi
 from restrictedmem.kvm.attributes import Attributes
-from restrictedmem.kvm.engine import Bound
 from restrictedmem.kvm.exits import Exit, Shutdown
 from restrictedmem.kvm.memslot import Half, MemfdHalf, Memslot
 from restrictedmem.kvm.mmu import Mmu
@@ -68,10 +68,12 @@ class Machine:
         return self.engines[0]
 
     def invalidate_start(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
+        self.mmu.begin(self.private.memfd_half)
         self.vcpus.drop(*self.mmu.invalidate_start(self.private, PageRange(start, end)))
 
     def invalidate_end(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
         self.mmu.invalidate_end(self.private, PageRange(start, end))
+        self.mmu.end(self.private.memfd_half)
 
     def error(self, start: pgoff_t, end: pgoff_t) -> None:
         raise AssertionError("no page was lost")
@@ -90,7 +92,7 @@ class Machine:
         half = slot.memfd_half.half if slot.private else slot.shared
         assert half is not None
         offset = gpa - (slot.base_gfn << PAGE_SHIFT)
-        return int.from_bytes(half.mapping[offset : offset + 8], "little")
+        return int.from_bytes(half.mapping.memory[offset : offset + 8], "little")
 
     def start(self, code: bytes, at: int = CODE, vcpu: int = 0) -> None:
         self.put(at, code)
@@ -105,9 +107,9 @@ class Machine:
 
     def set_attributes(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:
         """As ``SoftwareVm`` does it."""
-        self.mmu.set_attributes(slot, start, end, private=private)
+        zapped = self.mmu.set_attributes(slot, start, end, private=private)
         slot.lpage.update(start, end)
-        self.vcpus.drop(start, end)
+        self.vcpus.drop(*zapped)
 
     def go_on(self, value: int = 0) -> Exit:
         self.engine.complete(value)

@@ -13,11 +13,11 @@ import pytest
 
 from restrictedmem import guests
 from restrictedmem.abi import kvm, memory
+from restrictedmem.consumer import Bound
 from restrictedmem.devkvm import Kvm, Vm
 from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm import elf, guest_abi, process
 from restrictedmem.kvm.attributes import Attributes
-from restrictedmem.kvm.engine import Bound
 from restrictedmem.kvm.exits import Debug, Hypercall, MemoryFault
 from restrictedmem.kvm.kernel import system
 from restrictedmem.kvm.kernel.page_tables import USER, WRITABLE, PageTables
@@ -130,7 +130,8 @@ class NoFile:
 
 
 def slot_of_both(own: System, private: bool = True, shared: bool = True) -> Memslot:
-    half = GuestMemfdHalf(PrivateFile(1, cast("Any", NoFile()), None), PageRange(pgoff_t(16), pgoff_t(16 + PAGES)))
+    window = PageRange(pgoff_t(16), pgoff_t(16 + PAGES))
+    half = GuestMemfdHalf(PrivateFile(1, cast("Any", NoFile()), None), window, binding=1, unbind=lambda: None)
     return Memslot(0, gfn_t(BASE >> PAGE_SHIFT), PAGES, private=half if private else None, shared=memfd_half() if shared else None)
 
 
@@ -187,13 +188,13 @@ def test_without_them_each_half_is_a_slot_and_only_pages_that_convert_are_zapped
     by.add(slot)
     assert len(vm.take("set_user_memory_region")) == 2
     assert slot.shared is not None
-    slot.shared.mapping[:] = b"x" * PAGES * PAGE
+    slot.shared.mapping.memory[:] = b"x" * PAGES * PAGE
     resident = resident_pages(slot.shared)
     by.convert(slot, gfn_t((BASE >> PAGE_SHIFT) + 1), gfn_t((BASE >> PAGE_SHIFT) + 3), private=True)
     assert [bool(walk(own, BASE + PAGE * index)) for index in range(4)] == [True, False, False, True]
     # Gone from this process, and so from KVM, though not from the file.
     assert resident - resident_pages(slot.shared) == 2
-    assert slot.shared.mapping[PAGE] == ord("x")
+    assert slot.shared.mapping.memory[PAGE] == ord("x")
     slot.close()
 
 

@@ -299,7 +299,7 @@ def test_no_kick_is_lost(machine: Machine) -> None:
     with running(machine) as found:
         for attempt in range(2000):
             begun = time.perf_counter()
-            machine.vcpu.drop(gfn_t(0), gfn_t(0))
+            machine.vcpus.drop(gfn_t(0), gfn_t(0))
             slowest = max(slowest, time.perf_counter() - begun)
             # Every phase of leaving and entering is met.
             for _ in itertools.repeat(None, attempt % 50):
@@ -401,7 +401,7 @@ def test_attribute_decides_which_half_is_shown(machine: Machine) -> None:
     machine.start(code)
     for private in (False, True, False, True):
         machine.mmu.set_attributes(slot, slot.base_gfn, slot.end_gfn, private=private)
-        machine.vcpu.drop(slot.base_gfn, slot.end_gfn)
+        machine.vcpus.drop(slot.base_gfn, slot.end_gfn)
         for _ in range(2):
             assert machine.vcpu.run() == (PortOut(0x81, 1, 7) if private else PortOut(0x80, 1, 0))
     machine.engine.remove_slot(slot)

@@ -3,15 +3,18 @@
 import os
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
-from typing import Final
+from typing import Final, cast
 
 import pytest
 
 from restrictedmem.abi.kvm import kvm_regs
 from restrictedmem.abi.memory import PUNCH
-from restrictedmem.kvm.exits import Hypercall, Interrupted, PortOut, Shutdown
+from restrictedmem.kvm.engine import VcpuEngine
+from restrictedmem.kvm.exits import Exit, Hypercall, Interrupted, PortOut, Shutdown
 from restrictedmem.kvm.software.turns import SLICE, Turns
+from restrictedmem.kvm.vcpu import Vcpu, Vcpus
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, gfn_t, pgoff_t
 from software_machine import CODE, DATA, HALTED, PRIVATE, STACK, Machine, machine_code, make_machine, running
 from waiting import wait_for, waits
@@ -333,3 +336,55 @@ def test_each_vcpu_has_registers_of_its_own() -> None:
             pass
         assert [machine.word(DATA + 8 * number) for number in range(4)] == [0, 1, 2, 3]
         assert machine.word(DATA + 256 + 24) == STACK - 99
+
+
+# Dropping translations.
+
+
+class OneStay:
+    """A guest (``VcpuEngine``, as much of it as a run needs) that stays until it is kicked or told to go."""
+
+    def __init__(self, on_kick: Callable[[], None] = lambda: None) -> None:
+        self.entered, self.go = threading.Event(), threading.Event()
+        self.kicks = 0
+        self.dropped: list[tuple[int, int]] = []
+        self._on_kick = on_kick
+
+    def settle(self) -> None:
+        pass
+
+    def drop(self, start: gfn_t, end: gfn_t) -> None:
+        self.dropped.append((start, end))
+
+    def run(self) -> Exit:
+        self.entered.set()
+        assert self.go.wait(10), "waited 10 s for a kick, or to be told to go"
+        return HALTED
+
+    def kick(self) -> None:
+        self.kicks += 1
+        self._on_kick()
+        self.go.set()
+
+
+def test_a_vcpu_that_enters_after_it_was_told_is_not_sent_out() -> None:
+    """Where vCPUs take turns, each that is sent out lets the next in: one kick has to be enough for all."""
+
+    def let_the_other_in() -> None:
+        if not second.entered.is_set():
+            threads[1].start()
+            assert second.entered.wait(10), "waited 10 s for the second vCPU to enter"
+
+    first, second = OneStay(let_the_other_in), OneStay()
+    vcpus = Vcpus()
+    vcpus.all = tuple(Vcpu(cast("VcpuEngine", engine)) for engine in (first, second))
+    threads = [threading.Thread(target=vcpu.run, daemon=True) for vcpu in vcpus.all]
+    threads[0].start()
+    assert first.entered.wait(10), "waited 10 s for the first vCPU to enter"
+    vcpus.drop(gfn_t(3), gfn_t(5))
+    assert (second.kicks, second.dropped) == (0, [(3, 5)])
+    assert first.kicks >= 1
+    second.go.set()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive(), "waited 10 s for a vCPU to leave"

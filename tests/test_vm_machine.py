@@ -19,9 +19,9 @@ from restrictedmem.abi.kvm import (
     kvm_userspace_memory_region_ext,
 )
 from restrictedmem.abi.memory import PUNCH
+from restrictedmem.consumer import Bound
 from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm.attributes import Attributes
-from restrictedmem.kvm.engine import Bound
 from restrictedmem.kvm.exits import Exit, MemoryFault, MmioRead, MmioWrite, PortIn, PortOut
 from restrictedmem.kvm.software.vm import SoftwareVm
 from restrictedmem.kvm.trace import Trace

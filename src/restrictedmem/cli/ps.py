@@ -44,6 +44,14 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def _locked(report: dict[str, Any]) -> str:
+    """Say what a VM has locked; another consumer does not report it."""
+    if "locked_bytes" not in report:
+        return ""
+    locked = report["locked_bytes"]
+    return f", {format_size(locked)} locked" if locked else f", unlocked ({report['unlocked_because'] or 'no private slot'})"
+
+
 def _lines(service: dict[str, Any]) -> list[str]:
     if "error" in service:
         return [f"service {service['pid']}: {service['error']}"]
@@ -60,11 +68,9 @@ def _lines(service: dict[str, Any]) -> list[str]:
         lines.append(f"  … {len(files) - 20} more (--json lists all)")
     for vm in service["consumers"]:
         report = vm["report"]
-        locked = report.get("locked_bytes", 0)
-        state = f"{format_size(locked)} locked" if locked else f"unlocked ({report.get('unlocked_because') or 'no private slot'})"
         files_of = " ".join(map(str, vm["files"])) or "none"
         name = f"{vm['name']} {vm['number']}: pid {report.get('pid', '?')}"
-        lines.append(f"  {name}, descriptors {files_of}, {state}, {vm['invalidations']} invalidations")
+        lines.append(f"  {name}, descriptors {files_of}{_locked(report)}, {vm['invalidations']} invalidations")
     if service["last_error"]:
         lines.append(f"  last error: {service['last_error']}")
     return lines

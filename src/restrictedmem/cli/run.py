@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from restrictedmem.cli import guest as guest_option
 from restrictedmem.cli import table
 from restrictedmem.cli.errors import CommandError
+from restrictedmem.mm import design
+from restrictedmem.platform import host
 
 if TYPE_CHECKING:
     from restrictedmem.kvm.vmm import Ended, Vmm
@@ -29,6 +31,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "  restrictedmem run sha256 </usr/bin/python3      digest a file inside private memory\n"
         "  restrictedmem run --memory 2M sha256 <big.iso   the input may be far larger than the memory\n"
         "  restrictedmem run --engine software convert     pages turned shared and private, on emulated vCPUs\n"
+        "  restrictedmem run --platform snp --design folio+teardown convert\n"
+        "                                                  what comes back of the host's direct map\n"
         "  restrictedmem run --prove                       every way to the guest's memory, tried\n"
         "  restrictedmem run --gdb 1234 ./my.elf           debug a guest of one's own\n"
         "  restrictedmem run --json ./my.elf arg 2>run.json",
@@ -45,6 +49,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="what runs guest code: /dev/kvm with guest_memfd, Unicorn, or the first of them that works here (default auto; a --memory-max "
         "below --memory is for Unicorn alone, and --gdb is far faster there)",
     )
+    _add_memory(parser)
     parser.add_argument("--vcpus", type=_vcpus, default=1, metavar="N", help="vCPUs of the guest (default 1)")
     parser.add_argument("--trace", metavar="FILE", help="write the events of the run as JSON lines (docs/trace.md)")
     parser.add_argument(
@@ -72,6 +77,42 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.set_defaults(main=main, error=parser.error)
 
 
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    """Add what the thread argued about: who hears what of a punch, where pages lie, and what the host has to put right after it."""
+    parser.add_argument(
+        "--design",
+        type=_design,
+        metavar="NAME",
+        help=f"what of a punch the VM hears, and when pages go: {', '.join(design.NAMES)} (docs/designs.md; default: that of --api). With "
+        f"{design.TEARDOWN} behind it, a VM that ends hears that everything goes, which no posting did",
+    )
+    parser.add_argument(
+        "--backing",
+        choices=("memfd", "thp", "hugetlb-2m", "hugetlb-1g"),
+        default="memfd",
+        help="what the pages are: of 4 KiB; of 2 MiB where shmem has them, which a punch splits; or huge pages that the machine has set "
+        "aside, which nothing splits (default memfd; all others on the software engine)",
+    )
+    parser.add_argument(
+        "--pin", action="store_true", help="keep each page at its physical address once the guest has it (docs/pinning.md; software engine)"
+    )
+    parser.add_argument(
+        "--platform",
+        choices=host.NAMES,
+        default="",
+        help="model a SEV-SNP host under the guest, say at the end what is left of its direct map and RMP, and exit with 1 if a rule was "
+        "violated: snp keeps private pages in the direct map, split where it must be; snp-unmapped takes them out (docs/platform.md; "
+        "software engine)",
+    )
+
+
+def _design(text: str) -> str:
+    try:
+        return str(design.make(text))
+    except OSError as error:
+        raise argparse.ArgumentTypeError(error.strerror) from None
+
+
 def _vcpus(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text} is not a number of vCPUs")
@@ -92,15 +133,36 @@ def main(args: argparse.Namespace) -> int:
     if (args.guest is None) == (args.prove is None):
         args.error("name a guest, or --prove")
     server = os.environ.get(SERVER_VARIABLE)
-    with Service.connect(server) if server else Service.start(Options(api=args.api, memory_max=args.memory_max)) as service:
+    _check(args, server)
+    options = Options(api=args.api, design=args.design, memory_max=args.memory_max, backing=args.backing, pin=args.pin)
+    with Service.connect(server) if server else Service.start(options) as service:
         return _run(args, service) if args.prove is None else _prove(args, service)
+
+
+def _check(args: argparse.Namespace, server: str | None) -> None:
+    """End the program for options that do not go together."""
+    if args.engine == "kernel" and (word := _software_alone(args)):
+        args.error(f"{word} is for the software engine: the kernel's keeps private memory in a guest_memfd")
+    if server and (args.design or args.backing != "memfd" or args.pin):
+        args.error("--design, --backing and --pin are for a service of one's own: RESTRICTEDMEM_SERVER is set")
+    if args.prove is not None and args.platform:
+        args.error("--platform goes with a guest, not with --prove")
+
+
+def _software_alone(args: argparse.Namespace) -> str:
+    """Return the option that only the software engine has, if one was given."""
+    given = {"--platform": args.platform, "--pin": args.pin, "--backing": args.backing != "memfd"}
+    return next((name for name, value in given.items() if value), "")
 
 
 def _run(args: argparse.Namespace, service: "Service") -> int:
     from restrictedmem.kvm.vmm import Vmm
 
     image = guest_option.read(args.guest)
-    with Vmm(args.memory, service, vcpus=args.vcpus, engine=_engine(args), debug=args.gdb is not None) as vmm, ExitStack() as stack:
+    with ExitStack() as stack:
+        vmm = stack.enter_context(
+            Vmm(args.memory, service, vcpus=args.vcpus, engine=_engine(args), debug=args.gdb is not None, platform=args.platform)
+        )
         if args.trace is not None:
             from restrictedmem.kvm import recording
 
@@ -117,8 +179,15 @@ def _run(args: argparse.Namespace, service: "Service") -> int:
 
             stack.enter_context(stub.serve(vmm, args.gdb, str(guest_option.find(args.guest))))
         ended = _to_its_end(vmm, quiet=args.quiet)
+        found = {**vmm.statistics(), "measurement": measurement}
+        # After the statistics, for the VM that they are of is gone then.
+        platform = vmm.destroy() if args.platform else {}
         if not args.quiet:
-            table.show({**vmm.statistics(), "measurement": measurement}, ended, as_json=args.json)
+            table.show({**found, "platform": platform}, ended, as_json=args.json)
+    if platform.get("violated_pages"):
+        # Before what stopped the guest, which may have come of it.
+        story = "\n  ".join(table.story(platform))
+        raise CommandError(f"rules of the platform were violated for {platform['violated_pages']} pages; the first:\n  {story}")
     if ended.fatal is not None:
         raise CommandError(f"the guest stopped: {ended.fatal}")
     return ended.status
@@ -127,7 +196,7 @@ def _run(args: argparse.Namespace, service: "Service") -> int:
 def _engine(args: argparse.Namespace) -> str:
     # A guest_memfd has no limit but its size, and the kernel engine steps through all code while there is a breakpoint.
     bounded = args.memory_max is not None and args.memory_max < args.memory
-    return "software" if args.engine == "auto" and (bounded or args.gdb is not None) else str(args.engine)
+    return "software" if args.engine == "auto" and (bounded or args.gdb is not None or _software_alone(args)) else str(args.engine)
 
 
 def _to_its_end(vmm: "Vmm", *, quiet: bool) -> "Ended":
@@ -139,4 +208,4 @@ def _prove(args: argparse.Namespace, service: "Service") -> int:
     from restrictedmem.audit.prove import prove_main
 
     as_root = args.prove == "as-root"
-    return prove_main(service, memory=args.memory, engine=args.engine, as_root=as_root, as_json=args.json, quiet=args.quiet)
+    return prove_main(service, memory=args.memory, engine=_engine(args), as_root=as_root, as_json=args.json, quiet=args.quiet)

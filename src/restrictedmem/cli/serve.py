@@ -7,9 +7,15 @@ import signal
 import socket
 import stat
 import sys
+from typing import TYPE_CHECKING
 
 from restrictedmem.cli.errors import CommandError
+from restrictedmem.mm import design
+from restrictedmem.mm.backing import KINDS, make_backing
 from restrictedmem.units import parse_size
+
+if TYPE_CHECKING:
+    from restrictedmem.service.start import Options
 
 _KEY_HINT = "make one: umask 077; openssl genpkey -algorithm ed25519 -out FILE"
 
@@ -32,6 +38,23 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--signing-key", metavar="FILE", help="key to sign guests' reports with: Ed25519 in PEM, mode 600 (default: a new one each service)"
     )
     parser.add_argument("--memory-max", type=parse_size, metavar="SIZE", help="what a descriptor may hold at most")
+    parser.add_argument(
+        "--design",
+        metavar="NAME",
+        help=f"what consumers hear of a punch: {', '.join(design.NAMES)}, each also with {design.TEARDOWN} behind it (docs/designs.md; "
+        "default: that of --api)",
+    )
+    parser.add_argument("--backing", choices=KINDS, default="memfd", help="what pages are made of (docs/folios.md; default memfd)")
+    parser.add_argument("--pin", action="store_true", help="have consumers keep pages at their physical addresses (docs/pinning.md)")
+    parser.add_argument(
+        "--consumer",
+        type=_named,
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="a Python program that may have the content of descriptors, of whoever asks for NAME (docs/consumers.md); it is trusted as "
+        "this command is. Can be repeated",
+    )
     parser.set_defaults(main=main)
 
 
@@ -41,8 +64,17 @@ def main(args: argparse.Namespace) -> int:
     from restrictedmem.service.daemon import peer_credentials
     from restrictedmem.service.start import Options
 
-    signing_key = None if args.signing_key is None else _check_key(args.signing_key)
-    options = Options(api=args.api, memory_max=args.memory_max, become=_become(args.user), signing_key=signing_key)
+    options = Options(
+        api=args.api,
+        design=args.design,
+        memory_max=args.memory_max,
+        backing=args.backing,
+        pin=args.pin,
+        consumers=tuple(args.consumer),
+        become=_become(args.user),
+        signing_key=None if args.signing_key is None else _check_key(args.signing_key),
+    )
+    _check(options)
     # Both: a shell starts what runs in the background with SIGINT ignored.
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, signal.default_int_handler)
@@ -69,6 +101,26 @@ def main(args: argparse.Namespace) -> int:
         finally:
             if os.path.exists(args.socket) and os.stat(args.socket).st_ino == made:
                 os.unlink(args.socket)
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, found, path = text.partition("=")
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text}: write NAME=PATH")
+    return name, os.path.abspath(path)
+
+
+def _check(options: "Options") -> None:
+    """Find out now what every client would be told later: an option that is none, a machine or a program that will not do."""
+    from restrictedmem.service import program
+
+    try:
+        options.check()
+        make_backing(options.backing).close()
+        for name, path in options.consumers:
+            program.load(name, path)
+    except OSError as error:
+        raise CommandError(error.strerror or str(error)) from None
 
 
 def _check_key(path: str) -> str:

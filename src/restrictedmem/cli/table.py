@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _PROGRESS_INTERVAL = 0.1
 _NAME_WIDTH = 19
+_VERBS = {"splits": "split", "merges": "put together", "removals": "taken out", "restores": "put back"}
 
 
 @contextmanager
@@ -73,7 +74,31 @@ def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if found["locked_bytes"] or found["unlocked_because"]:
         yield "locked", _locked(found)
     yield "memory charged to", found["cgroup"]
+    yield from _platform_rows(found)
     yield "time", f"{found['time_in_guest_ns'] / 1e9:.3f} s in the guest, {found['time_outside_ns'] / 1e9:.3f} s outside"
+
+
+def _platform_rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Say what a design left behind of the host's state, if there is any."""
+    platform = found["platform"]
+    if not platform:
+        return
+    counts = platform["direct_map"]
+    yield "platform, design", f"{platform['platform']}, {found['design']}"
+    yield "direct map", ", ".join(f"{counts['entries'][size]} of {size}" for size in counts["entries"])
+    changes = [f"{count} of {size} {verb}" for name, verb in _VERBS.items() for size, count in counts[name].items() if count]
+    yield "", ", ".join(changes) or "as it was"
+    yield "RMP", ", ".join(f"{count} {name}" for name, count in sorted(platform["rmp_operations"].items())) or "nothing"
+    left, leaked = platform["assigned_pages"], platform["leaked_pages"]
+    yield "left assigned", f"{left} pages ({format_size(left << PAGE_SHIFT)})" + (f", {leaked} of them leaked" if leaked else "")
+    if platform["violated_pages"]:
+        yield "rules violated", f"for {platform['violated_pages']} pages"
+
+
+def story(platform: dict[str, Any]) -> list[str]:
+    """Tell what befell the first page for which a rule of the platform was violated."""
+    first = platform["violations"][0]
+    return [f"{first['rule']}: page {first['start']:#x} of file {first['ino']}, {first['npages']} pages alike", *first["story"]]
 
 
 def _invalidations(found: dict[str, Any]) -> str:

@@ -83,7 +83,7 @@ def read_memory(memory: VmMemory, engine: Engine, gpa: int, size: int) -> bytes:
         else:
             assert slot.shared is not None
             base = slot.base_gfn << PAGE_SHIFT
-            found += slot.shared.mapping[start - base : end - base]
+            found += slot.shared.mapping.memory[start - base : end - base]
     return bytes(found)
 
 

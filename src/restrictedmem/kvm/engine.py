@@ -4,26 +4,14 @@ A VM keeps slots and attributes (``vm_memory``) and knows when vCPUs enter and l
 memory lies, maps it into the guest as slots and attributes say, and runs one instruction after the other.
 """
 
-from dataclasses import dataclass
 from typing import Protocol
 
 from restrictedmem.abi.kvm import kvm_regs
 from restrictedmem.abi.kvm_x86 import kvm_sregs
-from restrictedmem.fd import OwnedFd
+from restrictedmem.consumer import Bound
 from restrictedmem.kvm.exits import Exit
 from restrictedmem.kvm.memslot import Memslot, PrivateHalf
 from restrictedmem.units import PageRange, gfn_t
-
-
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """What the service answers to BIND: the binding's number, the file, its limit in bytes, and two descriptors that are the taker's."""
-
-    number: int
-    ino: int
-    limit: int | None
-    memfd: OwnedFd
-    sequence: OwnedFd
 
 
 class Binder(Protocol):
@@ -208,4 +196,8 @@ class Engine(Protocol):
 
     def statistics(self) -> dict[str, object]:
         """Return counts since the start, those that this engine can know."""
+        ...
+
+    def platform_report(self) -> dict[str, object]:
+        """Return what the platform under the engine reports (``Platform.report``); nothing when there is none."""
         ...

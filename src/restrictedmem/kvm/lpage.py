@@ -19,10 +19,21 @@ class Level(IntEnum):
     @property
     def pages(self) -> int:
         """``KVM_PAGES_PER_HPAGE``."""
-        return 1 << 9 * (self - 1)
+        return 1 << self.order
+
+    @property
+    def order(self) -> int:
+        """The order of the smallest folio that can be mapped at this level."""
+        return 9 * (self - 1)
+
+    @classmethod
+    def of_order(cls, order: int) -> "Level":
+        """Return the largest level at which a folio of an order can be mapped."""
+        return cls(min(order // 9, 2) + 1)
 
 
-_LARGE: Final = (Level.PMD, Level.PUD)
+#: Levels of more than a page.
+LARGE: Final = (Level.PMD, Level.PUD)
 
 
 @final
@@ -42,7 +53,7 @@ class LpageInfo:
         self._attributes = attributes
         self._mixed: dict[Level, bytearray] = {}
         self._disallowed: dict[Level, bytearray] = {}
-        for level in _LARGE:
+        for level in LARGE:
             blocks = (end - 1) // level.pages - base // level.pages + 1
             self._mixed[level] = bytearray(blocks)
             aligned = all((start - base) % level.pages == 0 for start in starts)
@@ -55,7 +66,7 @@ class LpageInfo:
 
     def update(self, start: gfn_t, end: gfn_t) -> None:
         """Take note that the attributes of a range were made equal: what lies between its first and its last block is not mixed."""
-        for level in _LARGE:
+        for level in LARGE:
             first, last = self._block(level, start), self._block(level, end - 1)
             mixed = self._mixed[level]
             mixed[first : last + 1] = bytes(last + 1 - first)
@@ -79,7 +90,7 @@ class LpageInfo:
 
     def max_level(self, gfn: int) -> Level:
         """Return the largest level at which a page may be mapped (``kvm_mmu_max_mapping_level``, without the order)."""
-        for level in reversed(_LARGE):
+        for level in reversed(LARGE):
             block = self._block(level, gfn)
             if not self._disallowed[level][block] and not self._mixed[level][block]:
                 return level

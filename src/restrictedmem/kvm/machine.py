@@ -4,7 +4,7 @@ import json
 import select
 import threading
 from collections import Counter
-from errno import EINVAL, EPROTO
+from errno import EBADF, EINVAL, EPROTO
 from typing import Final, final
 
 from restrictedmem.abi import kvm
@@ -56,6 +56,7 @@ class Machine:
         self._conversions = Conversions(memory, explicit=bool(creation.policy & wire.POLICY_EXPLICIT))
         self._launch = Launch(creation.policy, self._conversions.launched, reporter.launched)
         self._sockets: list[VcpuSocket] = []
+        self._destroyed = False
 
     def serve(self) -> None:
         """Serve the VM's socket until it and every vCPU's socket are closed by the owner."""
@@ -76,6 +77,8 @@ class Machine:
                     open_sockets.discard(fd)
 
     def _dispatch(self, message: Message) -> None:
+        if self._destroyed:
+            raise OSError(EBADF, "the VM was destroyed")
         match message.number:
             case wire.SET_USER_MEMORY_REGION.number:
                 self._set_user_memory_region(message)
@@ -130,8 +133,19 @@ class Machine:
                 self._trace_to(message)
             case wire.STATISTICS.number:
                 self._owner.reply(json.dumps(self.statistics()).encode())
+            case wire.DESTROY_VM.number:
+                self._destroy()
+                self._owner.reply(json.dumps(self._engine.platform_report()).encode())
             case _:
                 raise OSError(EPROTO, f"no such call: {message.number:#x}")
+
+    def _destroy(self) -> None:
+        """Do what the end of this process does without a word, with the service still there to tell of what goes."""
+        self._destroyed = True
+        for vcpu in self._sockets:
+            vcpu.retire()
+        with self._vcpus.held():
+            self._memory.clear()
 
     def _trace_to(self, message: Message) -> None:
         if message.fds:

@@ -1,8 +1,6 @@
 """Memory slots: a range of guest pages, its two halves, and which pages the guest has mapped."""
 
-import ctypes
 import fcntl
-import mmap
 import os
 from collections.abc import Callable
 from errno import EINVAL
@@ -10,14 +8,16 @@ from typing import TYPE_CHECKING, Final, Protocol, final
 
 from restrictedmem import sync
 from restrictedmem.abi import memory
-from restrictedmem.kvm.lpage import LpageInfo
-from restrictedmem.mm.backing import MappedBacking, MemfdBacking
+from restrictedmem.kvm.lpage import LARGE, Level, LpageInfo
+from restrictedmem.mm.backing import Allocator, MappedBacking, take_over
 from restrictedmem.mm.pages import Pages
+from restrictedmem.mm.pin import PinnedBacking
 from restrictedmem.mm.sequence import InvalidationSequence
-from restrictedmem.units import PAGE_SHIFT, PageRange, gfn_t, pgoff_t
+from restrictedmem.service.wire import BindingFlag
+from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t, pgoff_t
 
 if TYPE_CHECKING:
-    from restrictedmem.kvm.engine import Bound
+    from restrictedmem.consumer import Bound
 
 # What an entry of the secondary page table says; 0 is no translation. The rights are numbered as Unicorn's UC_PROT_*.
 READ: Final = 1
@@ -28,28 +28,32 @@ ALL: Final = READ | WRITE | EXEC
 PRIVATE: Final = 8
 #: Some vCPU may have translated code of the page; what lacks WRITE for it can be written all the same, with notice (``Mmu.protect_code``).
 CODE: Final = 16
+#: Bits of an entry below its level, which is ``Level`` less 1; all entries of a 2 MiB or 1 GiB mapping are equal, and none has CODE.
+LEVEL_SHIFT: Final = 5
 
+# At hand: to look up a member of an enumeration takes as long as to count the entries of a fault.
+_PAGE: Final = int(Level.PAGE)
 _F_ADD_SEALS: Final = 1033
 _F_SEAL_SHRINK: Final = 2
 
 
 @final
 class Half:
-    """One half of a slot, mapped whole into this process."""
+    """One half of a slot, mapped whole into this process, and so that huge pages of its file can be mapped as one."""
 
     __slots__ = ("address", "locked", "mapping", "size", "source", "unlocked_because")
 
-    def __init__(self, fd: int, offset: int, size: int) -> None:
-        """Map ``size`` bytes of ``fd`` from byte ``offset`` on; the descriptor stays the caller's.
+    def __init__(self, fd: int, offset: int, size: int, alignment: int = memory.PMD_SIZE) -> None:
+        """Map ``size`` bytes of ``fd`` from byte ``offset`` on; the descriptor stays the caller's. ``alignment``: ``memory.Mapping``.
 
         Raises:
             OSError: ENOMEM.
         """
         self.size = size
         self.source = source_of(fd, offset)
-        self.mapping = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
+        self.mapping = memory.Mapping(fd, offset, size, alignment)
         #: Where the half lies in this process.
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.mapping))
+        self.address = self.mapping.address
         #: Bytes locked; when 0, why.
         self.locked = 0
         self.unlocked_because = ""
@@ -64,7 +68,7 @@ class Half:
 
     def write(self, start: int, data: bytes) -> None:
         """Write content at a byte offset of the half."""
-        self.mapping[start : start + len(data)] = data
+        self.mapping.memory[start : start + len(data)] = data
 
     def close(self) -> None:
         """Unmap the half; nobody may use its address any more."""
@@ -97,7 +101,7 @@ class PrivateHalf(Protocol):
 class MemfdHalf:
     """A private half in the file's own memfd, mapped whole (``PrivateHalf``), and what the fault path needs of it."""
 
-    __slots__ = ("_memfd", "_unbind", "binding", "failed", "half", "ino", "pages", "sequence", "window")
+    __slots__ = ("_memfd", "_unbind", "binding", "failed", "half", "ino", "may_have_folios", "order", "pages", "sequence", "told", "window")
 
     def __init__(self, bound: "Bound", window: PageRange, unbind: Callable[[], None]) -> None:
         """Own both descriptors of ``bound``; ``window`` is the part of the file that the slot shows."""
@@ -105,13 +109,27 @@ class MemfdHalf:
         self.ino = bound.ino
         #: Pages of the file that the machine has lost, under the MMU's lock.
         self.failed: set[int] = set()
+        #: Invalidations that were told of and have not ended, under the MMU's lock.
+        self.told = 0
         self.window = window
         self._unbind = unbind
         self._memfd = bound.memfd
+        hugepage = bool(bound.flags & BindingFlag.HUGEPAGE)
+        #: The order of the folio that a block becomes when it is taken whole, and whether a page may lie in a larger one at all.
+        self.order = max(bound.order, memory.PMD_ORDER if hugepage else 0)
+        taken = take_over(bound.memfd, limit=bound.limit, base_order=bound.order, hugepage=hugepage)
+        self.may_have_folios = taken.blksize > PAGE_SIZE
         start = window.start << PAGE_SHIFT
-        self.half = Half(bound.memfd.fileno(), start, len(window) << PAGE_SHIFT)
-        self.pages = Pages(MappedBacking(MemfdBacking(fd=bound.memfd, limit=bound.limit), self.half.mapping, start), window)
+        self.half = Half(bound.memfd.fileno(), start, len(window) << PAGE_SHIFT, PAGE_SIZE << max(bound.order, memory.PMD_ORDER))
+        backing: Allocator = MappedBacking(taken, self.half.mapping, start)
+        if bound.flags & BindingFlag.PIN:
+            backing = PinnedBacking(backing, self.half.address, window)
         self.sequence = InvalidationSequence(bound.sequence, writable=False)
+        self.pages = Pages(backing, window, self.sequence)
+
+    def lost(self, span: PageRange) -> bool:
+        """Say whether the machine has lost a page of a range of the file."""
+        return any(span.start <= pgoff < span.end for pgoff in tuple(self.failed))
 
     def read(self, start: int, size: int) -> bytes:
         """Return content from a byte offset of the half on, taking no page: one that is missing reads as zero."""
@@ -143,7 +161,7 @@ class Memslot:
     each, written only under the MMU's lock.
     """
 
-    __slots__ = ("attributes", "base_gfn", "end_gfn", "entries", "lpage", "number", "private", "rights", "shared")
+    __slots__ = ("attributes", "base_gfn", "end_gfn", "entries", "lpage", "mapped", "number", "private", "rights", "shared")
 
     def __init__(
         self, number: int, base_gfn: gfn_t, npages: int, *, private: PrivateHalf | None, shared: Half | None, rights: int = ALL
@@ -157,6 +175,8 @@ class Memslot:
         self.rights = rights
         self.entries = sync.shared_bytes(npages)
         self.attributes = sync.shared_bytes(npages)
+        #: By level, how many translations ``entries`` holds (KVM's statistics pages_4k, pages_2m and pages_1g).
+        self.mapped = [0] * (Level.PUD + 1)
         starts = [] if private is None else [int(private.window.start)]
         starts += [] if shared is None else [shared.source[2] >> PAGE_SHIFT]
         self.lpage = LpageInfo(self.base_gfn, self.end_gfn, tuple(starts), self.attributes)
@@ -182,10 +202,72 @@ class Memslot:
         shift = self.base_gfn - self.private.window.start
         return gfn_t(inside.start + shift), gfn_t(inside.end + shift)
 
+    def span_of(self, first: int, last: int) -> PageRange:
+        """Return the range of the private half's file that a range of the slot's pages shows, by their numbers in the slot."""
+        assert self.private is not None
+        start = self.private.window.start
+        return PageRange(pgoff_t(start + first), pgoff_t(start + last))
+
     def pgoff_of(self, gfn: int) -> pgoff_t:
         """Return the page of the private half's file that a guest page shows."""
         assert self.private is not None
         return pgoff_t(gfn - self.base_gfn + self.private.window.start)
+
+    # Translations, by the numbers of the pages in the slot; all under the MMU's lock but ``leaf``.
+
+    def _private_entry(self, level: Level) -> int:
+        return self.rights | PRIVATE | level - 1 << LEVEL_SHIFT
+
+    def block(self, index: int, level: Level) -> tuple[int, int]:
+        """Return the first page of the aligned block that a page lies in, and the page after its last; it may not lie in the slot."""
+        first = (self.base_gfn + index & -level.pages) - self.base_gfn
+        return first, first + level.pages
+
+    def leaf(self, index: int) -> tuple[int, int]:
+        """Return the pages that are translated as one with a page: the page alone unless its translation is a large one."""
+        return self.block(index, Level((self.entries[index] >> LEVEL_SHIFT) + 1))
+
+    def has_code(self, first: int, last: int) -> bool:
+        """Say whether any private page of a range is protected for the code on it."""
+        return self.entries.find(self.rights & ~WRITE | PRIVATE | CODE, first, last) >= 0
+
+    def install(self, first: int, last: int, entry: int) -> None:
+        """Translate the pages of a range that have no translation, each by itself."""
+        missing = self.entries.count(0, first, last)
+        new = bytes((entry,))
+        self.entries[first:last] = new * missing if missing == last - first else self.entries[first:last].replace(b"\0", new)
+        self.mapped[_PAGE] += missing
+
+    def install_large(self, first: int, level: Level) -> None:
+        """Translate a private block as one, in place of what smaller ones it has."""
+        last = first + level.pages
+        self.remove(first, last)
+        self.entries[first:last] = bytes((self._private_entry(level),)) * level.pages
+        self.mapped[level] += 1
+
+    def split(self, index: int) -> int:
+        """Make the translation of a page one of that page alone (demote); returns how many large ones that took."""
+        splits = 0
+        while (level := Level((self.entries[index] >> LEVEL_SHIFT) + 1)) in LARGE:
+            first, last = self.block(index, level)
+            smaller = Level(level - 1)
+            self.entries[first:last] = bytes((self._private_entry(smaller),)) * level.pages
+            self.mapped[level] -= 1
+            self.mapped[smaller] += level.pages // smaller.pages
+            splits += 1
+        return splits
+
+    def remove(self, first: int, last: int) -> int:
+        """Remove the translations of a range that cuts no large one; returns of how many pages."""
+        removed = small = last - first - self.entries.count(0, first, last)
+        for level in LARGE:
+            if self.mapped[level]:
+                large = self.entries.count(self._private_entry(level), first, last)
+                self.mapped[level] -= large // level.pages
+                small -= large
+        self.mapped[Level.PAGE] -= small
+        self.entries[first:last] = bytes(last - first)
+        return removed
 
     def close(self) -> None:
         """Unmap both halves; no vCPU may know the slot any more."""

@@ -16,7 +16,7 @@ from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import EHWPOISON
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.lpage import Level
-from restrictedmem.kvm.memslot import CODE, PRIVATE, WRITE, MemfdHalf, Memslot
+from restrictedmem.kvm.memslot import CODE, LEVEL_SHIFT, PRIVATE, WRITE, MemfdHalf, Memslot
 from restrictedmem.kvm.trace import Trace, now
 from restrictedmem.platform.host import NoPlatform, Platform
 from restrictedmem.units import PAGE_SHIFT, PageRange, gfn_t, pgoff_t
@@ -44,6 +44,8 @@ class Counters:
     invalidations: int = 0
     zapped: int = 0
     freed: int = 0
+    splits: int = 0
+    """Large translations of which a part had to go or to lose a right; translations."""
 
 
 #: Pages mapped at one fault, an aligned block: 64 KiB, what the kernel maps around a file fault (fault_around_bytes).
@@ -95,10 +97,14 @@ class Mmu:
             result, errno = "error", error.errno or EFAULT
             raise
         finally:
+            entry = slot.entries[index]
+            if entry >> LEVEL_SHIFT:
+                first, last = slot.leaf(index)
             self._trace.emit(
                 "fault",
                 gfn=slot.base_gfn + first,
                 npages=last - first - slot.entries.count(0, first, last),
+                level=(entry >> LEVEL_SHIFT) + 1 if entry else 0,
                 private=private,
                 result=result,
                 errno=errno,
@@ -114,33 +120,70 @@ class Mmu:
     def _fault_private(self, slot: Memslot, index: int) -> Fault:
         if slot.private is None:
             return Fault.NO_HALF
-        private = slot.memfd_half
+        try:
+            return self._faultin_private(slot, slot.memfd_half, index)
+        except BlockingIOError:
+            # EAGAIN of get_page. KVM looks so early, too, since 6.8 (mmu_invalidate_retry_gfn_unsafe).
+            self.counters.retries += 1
+            return Fault.RETRY
+
+    def _faultin_private(self, slot: Memslot, private: MemfdHalf, index: int) -> Fault:
+        if private.may_have_folios:
+            fault = self._fault_large(slot, private, index)
+            if fault is not None:
+                return fault
         snapshot = private.sequence.snapshot()
         first, last = _around(slot, index)
-        shift = private.window.start
-        if private.failed and last - first > 1 and not private.failed.isdisjoint(range(first + shift, last + shift)):
-            first, last = index, index + 1
+        span = slot.span_of(first, last)
+        if private.failed and private.lost(span):
+            first, span = index, slot.span_of(index, index + 1)
         try:
-            private.pages.get_pages(PageRange(pgoff_t(first + shift), pgoff_t(last + shift)))
+            private.pages.get_pages(span)
         except OSError:
-            if last - first == 1:
+            if len(span) == 1:
                 raise
             # Where a block cannot be had, the page alone may be.
-            first, last = index, index + 1
-            private.pages.get_page(pgoff_t(index + shift))
-        return self._install_private(slot, private, snapshot, first, last)
+            first, span = index, slot.span_of(index, index + 1)
+            private.pages.get_pages(span)
+        return self._install_private(slot, snapshot, first, span, Level.PAGE)
 
-    def _install_private(self, slot: Memslot, private: MemfdHalf, snapshot: int, first: int, last: int) -> Fault:
-        """Install what get_page returned since ``snapshot``, unless it may be out of date."""
-        span = PageRange(pgoff_t(first + private.window.start), pgoff_t(last + private.window.start))
+    def _fault_large(self, slot: Memslot, private: MemfdHalf, index: int) -> Fault | None:
+        """Map the largest block around a page that alignment, attributes and its folio's order allow; None when that is the page.
+
+        The order is the truth as long as nothing of the block is invalidated, which the retry protocol finds out.
+        """
+        highest = slot.lpage.max_level(slot.base_gfn + index)
+        if highest is Level.PAGE:
+            return None
+        snapshot = private.sequence.snapshot()
+        try:
+            found = _take_large(slot, private, index, highest)
+        except OSError:
+            # The page alone may be had, or fails with an errno of its own.
+            return None
+        return None if found is None else self._install_private(slot, snapshot, *found)
+
+    def _install_private(self, slot: Memslot, snapshot: int, first: int, span: PageRange, level: Level) -> Fault:
+        """Install what get_page returned since ``snapshot``, the file's pages ``span`` from the slot's ``first`` on, unless out of date."""
+        private, last = slot.memfd_half, first + len(span)
+        large = level is not Level.PAGE
         with self._lock:
-            if private.failed and not private.failed.isdisjoint(range(span.start, span.end)):
+            lost = private.failed and private.lost(span)
+            if lost and last - first == 1:
                 raise OSError(EHWPOISON, "get_page: the machine has lost the page")
-            if private.sequence.retry(snapshot, span.start, span.end) or slot.attributes.count(0, first, last):
+            if (
+                lost
+                or private.sequence.retry(snapshot, span.start, span.end)
+                or slot.attributes.count(0, first, last)
+                or (large and slot.has_code(first, last))
+            ):
                 self.counters.retries += 1
                 return Fault.RETRY
-            self._platform.prepare(private.ino, span, gfn_t(slot.base_gfn + first), 0)
-            _install(slot, first, last, slot.rights | PRIVATE)
+            self._platform.prepare(private.ino, span, gfn_t(slot.base_gfn + first), level.order if large else 0)
+            if large:
+                slot.install_large(first, level)
+            else:
+                slot.install(first, last, slot.rights | PRIVATE)
             self.counters.faults_private += 1
         return Fault.MAPPED
 
@@ -155,7 +198,7 @@ class Mmu:
             if slot.attributes.count(1, first, last):
                 self.counters.retries += 1
                 return Fault.RETRY
-            _install(slot, first, last, slot.rights)
+            slot.install(first, last, slot.rights)
             self.counters.faults_shared += 1
         return Fault.MAPPED
 
@@ -179,14 +222,27 @@ class Mmu:
             last = first + 1
         if (slot.private if private else slot.shared) is None:
             raise OSError(EFAULT, f"prefault: the slot has no such half at {start << PAGE_SHIFT:#x}")
-        fault = self._prefault_private(slot, first, last) if private else self._prefault_shared(slot, first, last)
-        return last - first if fault is Fault.MAPPED else 0
+        if not private:
+            return last - first if self._prefault_shared(slot, first, last) is Fault.MAPPED else 0
+        done = self._prefault_private(slot, first, last)
+        return min(done, end - slot.base_gfn) - first
 
-    def _prefault_private(self, slot: Memslot, first: int, last: int) -> Fault:
+    def _prefault_private(self, slot: Memslot, first: int, last: int) -> int:
+        """Map pages from ``first`` on; returns the one after the last that is mapped."""
         private = slot.memfd_half
+        if private.may_have_folios:
+            fault = self._fault_large(slot, private, first)
+            if fault is not None:
+                return slot.leaf(first)[1] if fault is Fault.MAPPED else first
         snapshot = private.sequence.snapshot()
-        private.pages.get_pages(PageRange(pgoff_t(first + private.window.start), pgoff_t(last + private.window.start)))
-        return self._install_private(slot, private, snapshot, first, last)
+        span = slot.span_of(first, last)
+        if private.failed and private.lost(span):
+            span = slot.span_of(first, first + 1)
+        try:
+            private.pages.get_pages(span)
+        except BlockingIOError:
+            return first
+        return first + len(span) if self._install_private(slot, snapshot, first, span, Level.PAGE) is Fault.MAPPED else first
 
     def _prefault_shared(self, slot: Memslot, first: int, last: int) -> Fault:
         assert slot.shared is not None
@@ -205,20 +261,39 @@ class Mmu:
             entry = slot.entries[index]
             if not entry or entry & CODE:
                 return entry, False
-            slot.entries[index] = entry = entry & ~WRITE | CODE
+            # What is protected is the page alone: the rest of a large translation keeps its rights (KVM splits for write tracking, too).
+            self.counters.splits += slot.split(index)
+            slot.entries[index] = entry = slot.entries[index] & ~WRITE | CODE
             return entry, True
 
     def wait_settled(self, unless: Callable[[], bool]) -> None:
         """Wait until no invalidation is in progress over any slot, which is when a fault that had to retry may work.
 
-        Ends early when ``unless`` becomes true, followed by ``wake``.
+        Ends early when ``unless`` becomes true, followed by ``wake``; and soon where nobody will tell of the end, for a design may leave a
+        punch untold, or tell of its end before it is over.
         """
-        if self._busy():
-            with self._settled:
-                self._settled.wait_for(lambda: unless() or not self._busy())
+        halves = [slot.memfd_half for slot in self.slots if slot.private is not None]
+        if not any(half.sequence.busy() for half in halves):
+            return
+        with self._settled:
+            told = self._told()
+            self._settled.wait_for(lambda: unless() or not self._told())
+        if not told:
+            sync.relax()
 
-    def _busy(self) -> bool:
-        return any(slot.private is not None and slot.memfd_half.sequence.busy() for slot in self.slots)
+    def _told(self) -> bool:
+        return any(slot.private is not None and slot.memfd_half.told for slot in self.slots)
+
+    def begin(self, half: MemfdHalf) -> None:
+        """Take note that an invalidation of a half's file was told of."""
+        with self._lock:
+            half.told += 1
+
+    def end(self, half: MemfdHalf) -> None:
+        """Take note that it has ended, and let those who wait for it go on."""
+        with self._settled:
+            half.told -= 1
+            self._settled.notify_all()
 
     def wake(self) -> None:
         """Make ``wait_settled`` look again."""
@@ -234,37 +309,50 @@ class Mmu:
                 if start < end:
                     with self._lock:
                         slot.memfd_half.failed.update(pgoff_t(slot.pgoff_of(gfn)) for gfn in range(start, end))
-                    self.zap(slot, start, end)
-                    shown.append((start, end))
+                    shown.append(self.zap(slot, start, end))
         return shown
 
-    def zap(self, slot: Memslot, start: gfn_t, end: gfn_t) -> None:
-        """Remove the translations of guest pages of a slot; the caller makes every vCPU drop them before it relies on it."""
-        first, last = start - slot.base_gfn, end - slot.base_gfn
+    def zap(self, slot: Memslot, start: gfn_t, end: gfn_t) -> tuple[gfn_t, gfn_t]:
+        """Remove the translations of guest pages of a slot, large ones whole; returns which pages that were, at least those asked for.
+
+        The caller makes every vCPU drop them before it relies on it.
+        """
         with self._lock:
-            self.counters.zapped += (last - first) - slot.entries.count(0, first, last)
-            slot.entries[first:last] = bytes(last - first)
+            return self._zap(slot, start, end)
+
+    def _zap(self, slot: Memslot, start: gfn_t, end: gfn_t) -> tuple[gfn_t, gfn_t]:
+        if start == end:
+            return start, end
+        first, last = start - slot.base_gfn, end - slot.base_gfn
+        if slot.mapped[Level.PMD] or slot.mapped[Level.PUD]:
+            edges = {slot.leaf(first), slot.leaf(last - 1)}
+            self.counters.splits += sum(leaf[0] < first or leaf[1] > last for leaf in edges)
+            first, last = min(leaf[0] for leaf in edges), max(leaf[1] for leaf in edges)
+        self.counters.zapped += slot.remove(first, last)
+        return gfn_t(slot.base_gfn + first), gfn_t(slot.base_gfn + last)
 
     def invalidate_start(self, slot: Memslot, span: PageRange) -> tuple[gfn_t, gfn_t]:
-        """Zap what shows a range of the private half's file and forget its pages; returns the guest pages."""
-        start, end = slot.gfns_of(span)
-        self.zap(slot, start, end)
+        """Zap what shows a range of the private half's file and forget its pages; returns the guest pages zapped."""
         with self._lock:
+            zapped = self._zap(slot, *slot.gfns_of(span))
             slot.memfd_half.failed -= {pgoff for pgoff in slot.memfd_half.failed if span.start <= pgoff < span.end}
-        self.counters.freed += slot.memfd_half.pages.forget(span)
+        self.counters.freed += slot.memfd_half.pages.invalidate_start(span)
         self.counters.invalidations += 1
-        return start, end
+        return zapped
 
     def invalidate_end(self, slot: Memslot, span: PageRange) -> None:
         """Let faults on the range work again."""
-        slot.memfd_half.pages.forget(span)
-        self.wake()
+        slot.memfd_half.pages.invalidate_end(span)
 
-    def set_attributes(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:
-        """Say which half a range of guest pages of a slot shows, and zap it; the caller makes every vCPU drop it."""
+    def set_attributes(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> tuple[gfn_t, gfn_t]:
+        """Say which half a range of guest pages of a slot shows, and zap it; returns the pages that every vCPU has to drop."""
         with self._lock:
             slot.attributes[start - slot.base_gfn : end - slot.base_gfn] = bytes([private]) * (end - start)
-        self.zap(slot, start, end)
+            return self._zap(slot, start, end)
+
+    def mapped(self, level: Level) -> int:
+        """Return how many translations of a level there are."""
+        return sum(slot.mapped[level] for slot in self.slots)
 
 
 def _around(slot: Memslot, index: int) -> tuple[int, int]:
@@ -277,6 +365,25 @@ def _around(slot: Memslot, index: int) -> tuple[int, int]:
     return index, index + 1
 
 
-def _install(slot: Memslot, first: int, last: int, entry: int) -> None:
-    """Write the entries that are still missing."""
-    slot.entries[first:last] = slot.entries[first:last].replace(b"\0", bytes((entry,)))
+def _take_large(slot: Memslot, private: MemfdHalf, index: int, highest: Level) -> tuple[int, PageRange, Level] | None:
+    """Take the largest block around a page that can be mapped as one: its first page, those of the file, its level."""
+    block = slot.span_of(*slot.block(index, min(highest, Level.of_order(private.order))))
+    # As in shmem, pages that came one by one, or remain of a folio that was split, do not become a folio at a fault.
+    if not private.pages.count(block):
+        private.pages.get_pages(block)
+    level = min(highest, Level.of_order(private.pages.get_page(slot.span_of(index, index + 1).start)))
+    while level > Level.PAGE:
+        first, last = slot.block(index, level)
+        if _may_be_one(slot, first, last):
+            span = slot.span_of(first, last)
+            private.pages.get_pages(span)
+            return first, span, level
+        level = Level(level - 1)
+    return None
+
+
+def _may_be_one(slot: Memslot, first: int, last: int) -> bool:
+    """Say whether a block can be mapped as one: all of it private (``lpage`` may be behind), none of it lost or protected for its code."""
+    private = slot.memfd_half
+    lost = private.failed and private.lost(slot.span_of(first, last))
+    return not lost and not slot.attributes.count(0, first, last) and not slot.has_code(first, last)

@@ -9,13 +9,14 @@ never waits for anything but the guest's exit.
 import os
 import socket
 import sys
-import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NoReturn, final
 
+from restrictedmem.consumer import Bound, Consumer
 from restrictedmem.devkvm import Kvm
 from restrictedmem.kvm.attributes import Attributes
-from restrictedmem.kvm.engine import Bound, Engine
+from restrictedmem.kvm.engine import Engine
 from restrictedmem.kvm.kernel.vm import KernelVm
 from restrictedmem.kvm.machine import Machine
 from restrictedmem.kvm.report import Reporter
@@ -26,8 +27,7 @@ from restrictedmem.kvm.vcpu import Vcpus
 from restrictedmem.kvm.vm_memory import VmMemory
 from restrictedmem.kvm.wire import POLICY_DEBUG, Creation
 from restrictedmem.mm.notifier import Api
-from restrictedmem.platform.host import NoPlatform
-from restrictedmem.service import wire
+from restrictedmem.platform import host
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PageRange, pgoff_t
 
@@ -55,7 +55,7 @@ def preload() -> None:
 def serve(owner: socket.socket, service: socket.socket, notify: socket.socket, options: "Options", arguments: str) -> NoReturn:
     """Be the engine of one VM until its owner lets go of it or the service ends."""
     sys.setswitchinterval(_SWITCH_INTERVAL)
-    requests = Channel(service, "service")
+    consumer = Consumer(service, notify)
     vcpus = Vcpus()
     trace = Trace()
     channel = Channel(owner, "owner")
@@ -63,83 +63,87 @@ def serve(owner: socket.socket, service: socket.socket, notify: socket.socket, o
         creation = Creation.load(arguments)
         api = Api(options.api)
         attributes = Attributes(api)
-        engine = make_engine(creation, Binding(requests), vcpus, attributes, trace)
+        binder = Binding(consumer, trace)
+        binder.engine = engine = make_engine(creation, binder, vcpus, attributes, trace)
     except OSError as error:
         channel.receive()
         channel.reply_error(error)
         os._exit(1)
-    reporter = Reporter(requests, engine.report_page, creation.policy, engine.name)
-    machine = Machine(channel, VmMemory(engine, requests, api, attributes), engine, vcpus, creation, reporter, trace)
-    threading.Thread(target=answer_invalidations, args=(Channel(notify, "service"), engine, trace), name="notify", daemon=True).start()
+    reporter = Reporter(consumer.requests, engine.report_page, creation.policy, engine.name)
+    machine = Machine(channel, VmMemory(engine, consumer.requests, api, attributes), engine, vcpus, creation, reporter, trace)
     machine.serve()
-    trace.emit("end")
-    # Threads may be inside the guest; the kernel ends them and frees everything.
-    os._exit(0)
+    with vcpus.held():
+        consumer.close()
+        trace.emit("end")
+        # The kernel ends the other threads, which are outside the guest, and frees everything.
+        os._exit(0)
 
 
 def make_engine(creation: Creation, binder: "Binding", vcpus: Vcpus, attributes: Attributes, trace: Trace) -> Engine:
-    """Make the engine that the owner asked for; ``auto`` is the kernel's where it works, else the software's.
+    """Make the engine that the owner asked for; ``auto`` is the kernel's where it works, else the software's, as for a platform.
 
     Raises:
         OSError: why /dev/kvm cannot be used, when it was asked for by name.
     """
-    if creation.engine != "software":
+    if creation.engine != "software" and not creation.platform:
         try:
             with _preloaded or Kvm.open() as kvm:
                 return KernelVm(binder, vcpus, attributes, kvm, debug=bool(creation.policy & POLICY_DEBUG))
         except OSError:
             if creation.engine == "kernel":
                 raise
-    return SoftwareVm(binder, vcpus, attributes, trace, NoPlatform())
+    return SoftwareVm(binder, vcpus, attributes, trace, host.make(creation.platform))
 
 
 @final
 class Binding:
-    """The service's BIND and UNBIND (``Binder``)."""
+    """The engine's bindings (``Binder``), and what the service says of them on its way to the engine and the trace."""
 
-    def __init__(self, service: Channel) -> None:
-        self._service = service
+    def __init__(self, consumer: Consumer, trace: Trace) -> None:
+        self._consumer = consumer
+        self._trace = trace
+        #: Made after this, and before anything is bound.
+        self.engine: Engine
 
     def bind(self, token: bytes, window: PageRange) -> Bound:
         """Register a notifier (``Binder``)."""
-        body, fds = self._service.call(wire.BIND, wire.BIND_REQUEST.pack(token, window.start, window.end))
-        number, ino, limit, _, _ = wire.BINDING.unpack(body)
-        return Bound(number, ino, limit or None, fds[0], fds[1])
+        return self._consumer.bind(token, window, lambda bound: _Notifier(bound, self.engine, self._trace)).bound
 
     def unbind(self, number: int) -> None:
         """Unregister it (``Binder``)."""
-        self._service.call(wire.UNBIND, number.to_bytes(8, "little"))
+        self._consumer.unbind(number)
 
 
-def answer_invalidations(notify: Channel, engine: Engine, trace: Trace) -> None:
-    """Serve the service's notifications; when the service is gone, so is the memory, and this process ends."""
-    while True:
-        message = notify.receive()
-        if message is None:
-            os._exit(0)
-        binding, start, end, order = message.unpack(wire.INVALIDATION)
-        span = PageRange(pgoff_t(start), pgoff_t(end))
-        started = now()
-        event, reply = _answer(message.number, engine, binding, span, None if order == wire.NO_FOLIO else order)
-        if trace.on:
-            trace.emit(event, binding=binding, pgoff=start, npages=len(span), **_private_pages(engine), ns=now() - started)
-        notify.reply(reply)
+@final
+class _Notifier:
+    """One binding's callbacks (``Notifier``)."""
 
+    def __init__(self, bound: Bound, engine: Engine, trace: Trace) -> None:
+        self.bound = bound
+        self._engine = engine
+        self._trace = trace
 
-def _answer(number: int, engine: Engine, binding: int, span: PageRange, order: int | None) -> tuple[str, bytes]:
-    """Do what the service says; returns the trace's word for it, and the reply."""
-    match number:
-        case wire.INVALIDATE_START.number:
-            engine.invalidate_start(binding, span, order)
-            return "invalidate_start", b""
-        case wire.INVALIDATE_END.number:
-            engine.invalidate_end(binding, span, order)
-            return "invalidate_end", b""
-        case wire.ERROR.number:
-            engine.error(binding, span)
-            return "error", b""
-        case _:
-            return "page_count", wire.COUNT.pack(engine.page_count(binding, span))
+    def invalidate_start(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
+        """Let the engine stop using a range."""
+        self._tell("invalidate_start", PageRange(start, end), lambda binding, span: self._engine.invalidate_start(binding, span, order))
+
+    def invalidate_end(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
+        """Let the engine go on."""
+        self._tell("invalidate_end", PageRange(start, end), lambda binding, span: self._engine.invalidate_end(binding, span, order))
+
+    def error(self, start: pgoff_t, end: pgoff_t) -> None:
+        """Let the engine give pages up."""
+        self._tell("error", PageRange(start, end), self._engine.error)
+
+    def page_count(self, start: pgoff_t, end: pgoff_t) -> int:
+        """Ask the engine."""
+        return self._engine.page_count(self.bound.number, PageRange(start, end))
+
+    def _tell(self, event: str, span: PageRange, act: Callable[[int, PageRange], None]) -> None:
+        binding, started = self.bound.number, now()
+        act(binding, span)
+        if self._trace.on:
+            self._trace.emit(event, binding=binding, pgoff=span.start, npages=len(span), **_private_pages(self._engine), ns=now() - started)
 
 
 def _private_pages(engine: Engine) -> dict[str, int]:

@@ -131,15 +131,19 @@ class Vcpu:
                 self._changed.wait(KICK_INTERVAL)
                 self.engine.kick()
 
-    def drop(self, start: gfn_t, end: gfn_t) -> None:
-        """Return when the vCPU uses no translation of a range that was zapped before the call.
+    def request_drop(self, start: gfn_t, end: gfn_t) -> int | None:
+        """Have the vCPU drop a range before it enters again; returns the stay in the guest that has to end first, if there is one."""
+        with self._changed:
+            self._stale.append((start, end))
+            return self._entries if self._in_guest else None
+
+    def send_out(self, stay: int) -> None:
+        """Return when the vCPU has left the guest that it was in.
 
         Preconditions: not the vCPU's own thread; no lock held that a fault needs.
         """
         with self._changed:
-            self._stale.append((start, end))
-            entries = self._entries
-            while self._in_guest and self._entries == entries:
+            while self._in_guest and self._entries == stay:
                 self.engine.kick()
                 self._changed.wait(KICK_INTERVAL)
 
@@ -166,9 +170,15 @@ class Vcpus:
         self.all: tuple[Vcpu, ...] = ()
 
     def drop(self, start: gfn_t, end: gfn_t) -> None:
-        """Return when no vCPU uses a translation of a range that was zapped before the call (``Vcpu.drop``)."""
-        for vcpu in self.all:
-            vcpu.drop(start, end)
+        """Return when no vCPU uses a translation of a range that was zapped before the call.
+
+        Preconditions: not a vCPU's own thread; no lock held that a fault needs.
+        """
+        # All are told before the first is sent out (kvm_make_all_cpus_request): where they take turns, who leaves lets another in, and one
+        # that was told before it came in need not leave.
+        for vcpu, stay in [(vcpu, vcpu.request_drop(start, end)) for vcpu in self.all]:
+            if stay is not None:
+                vcpu.send_out(stay)
 
     @contextmanager
     def held(self) -> Generator[None]:

@@ -1,7 +1,7 @@
 """A vCPU's socket in the engine process: what its owner says to it, and the thread that listens."""
 
 from collections import Counter
-from errno import EINVAL, EIO, EPROTO
+from errno import EBADF, EINVAL, EIO, EPROTO
 from typing import Final, final
 
 from restrictedmem.abi import kvm
@@ -44,11 +44,17 @@ class VcpuSocket:
         self._owner = owner
         self._policy = policy
         self.started = False
+        self._retired = False
         self.exits: Counter[str] = Counter()
 
     def fileno(self) -> int:
         """Return the descriptor of the vCPU's socket."""
         return self._owner.fileno()
+
+    def retire(self) -> None:
+        """Make the vCPU leave the guest, and refuse whatever its owner asks for from now on."""
+        self._retired = True
+        self.vcpu.interrupt()
 
     def serve(self) -> None:
         """Serve the vCPU's socket until the owner closes it."""
@@ -56,6 +62,8 @@ class VcpuSocket:
             pass
 
     def _dispatch(self, message: Message) -> None:
+        if self._retired:
+            raise OSError(EBADF, "the VM was destroyed")
         match message.number:
             case wire.RUN.number:
                 (value,) = message.unpack(wire.COMPLETION)

@@ -24,19 +24,29 @@ _NOT_RESTRICTED: Final = (EBADF, ENOTTY, EACCES)
 class Vm:
     """A VM in an engine process of its own; it lives as long as this or any of its vCPUs is open."""
 
-    def __init__(self, service: Service | None = None, *, engine: str = "software", debug: bool = False, explicit: bool = False) -> None:
+    def __init__(
+        self,
+        service: Service | None = None,
+        *,
+        engine: str = "software",
+        debug: bool = False,
+        explicit: bool = False,
+        platform: str = "",
+    ) -> None:
         """Start an engine (KVM_CREATE_VM), by the process's own service or another.
 
         ``engine`` is ``software``, ``kernel``, or ``auto`` for the kernel's where it works. ``debug`` opens registers and private memory
         to the owner; with ``explicit`` pages are converted only when the guest has asked for it (MAP_GPA_RANGE), and private memory lies
-        where it was at the launch. Both are part of the measurement.
+        where it was at the launch. Both are part of the measurement. ``platform`` names what the host keeps in step with private memory
+        (``platform.host.NAMES``); ``auto`` is then ``software``.
 
         Raises:
-            OSError: EINVAL for an unknown engine; what kept the service or the engine from starting.
+            OSError: EINVAL for an unknown engine or platform; EOPNOTSUPP for a platform under ``kernel``; what kept the service or the
+                engine from starting.
         """
         self._service = service or default_service()
         policy = (wire.POLICY_DEBUG if debug else 0) | (wire.POLICY_EXPLICIT if explicit else 0)
-        creation = wire.Creation(engine, policy)
+        creation = wire.Creation(engine, policy, platform)
         self._channel = Channel(self._service.spawn("kvm", creation.dump()), "engine")
         try:
             name, _ = self._channel.call(wire.CREATE_VM)
@@ -201,6 +211,16 @@ class Vm:
     def statistics(self) -> dict[str, Any]:
         """Return the engine's counts: pages, faults, invalidations, exits, times."""
         body, _ = self._channel.call(wire.STATISTICS)
+        found: dict[str, Any] = json.loads(body)
+        return found
+
+    def destroy(self) -> dict[str, Any]:
+        """End the VM now: vCPUs leave the guest, slots go, files are unbound; returns what its platform reports, {} without one.
+
+        What a run under way gets is ``exits.Interrupted``; every later call of the VM and its vCPUs is EBADF. Closing them ends a VM too,
+        but says nothing, and not when.
+        """
+        body, _ = self._channel.call(wire.DESTROY_VM)
         found: dict[str, Any] = json.loads(body)
         return found
 

@@ -3,7 +3,7 @@
 import json
 import os
 import resource
-from errno import EACCES, EEXIST, EFAULT, EINVAL, EOPNOTSUPP
+from errno import EEXIST, EFAULT, EINVAL, EOPNOTSUPP
 from typing import Final, final
 
 from restrictedmem.abi import kvm
@@ -12,7 +12,7 @@ from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine import Engine
 from restrictedmem.kvm.guest_abi import GPA_BITS, HYPERCALL_PAGE, REPORT_PAGE
 from restrictedmem.kvm.lpage import Level
-from restrictedmem.kvm.memslot import ALL, EXEC, READ, WRITE, Half, Memslot, PrivateHalf, forbid_shrinking, source_of
+from restrictedmem.kvm.memslot import ALL, EXEC, READ, WRITE, Half, Memslot, forbid_shrinking, source_of
 from restrictedmem.mm.notifier import Api
 from restrictedmem.service import wire
 from restrictedmem.service.wire import Channel
@@ -66,11 +66,18 @@ class VmMemory:
                 self._replace(old, moved)
         self._report()
 
+    def clear(self) -> None:
+        """Delete every slot, as the end of a VM does; no vCPU is in the guest."""
+        for slot in self.slots:
+            self._replace(slot, None)
+            slot.close()
+        self._report()
+
     def _create(self, region: kvm.kvm_userspace_memory_region_ext, token: bytes, shared_fd: OwnedFd | None) -> Memslot:
         """Make a slot, registering with the service for its private half."""
         private = shared = None
         if region.flags & kvm.KVM_MEM_PRIVATE:
-            private = self._bind(token, PageRange.of_bytes(region.restricted_offset, region.memory_size))
+            private = self._engine.bind(token, PageRange.of_bytes(region.restricted_offset, region.memory_size))
         try:
             if shared_fd is not None:
                 shared = self._map_shared(shared_fd, region.userspace_addr, region.memory_size)
@@ -112,13 +119,6 @@ class VmMemory:
         engines_own = HYPERCALL_PAGE >> PAGE_SHIFT, (REPORT_PAGE >> PAGE_SHIFT) + 1
         if any(start < last and end > first for first, last in [*taken, engines_own]):
             raise OSError(EEXIST, "guest addresses overlap another slot")
-
-    def _bind(self, token: bytes, window: PageRange) -> PrivateHalf:
-        try:
-            return self._engine.bind(token, window)
-        except OSError as error:
-            # As fget and file_is_restrictedmem failing: EINVAL for both.
-            raise OSError(EINVAL if error.errno == EACCES else error.errno, error.strerror) from None
 
     @staticmethod
     def _map_shared(fd: OwnedFd, offset: int, size: int) -> Half:

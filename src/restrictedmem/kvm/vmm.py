@@ -57,9 +57,16 @@ class Vmm:
     """One guest from descriptor to exit status."""
 
     def __init__(
-        self, private_size: int, service: Service | None = None, *, vcpus: int = 1, engine: str = "software", debug: bool = False
+        self,
+        private_size: int,
+        service: Service | None = None,
+        *,
+        vcpus: int = 1,
+        engine: str = "software",
+        debug: bool = False,
+        platform: str = "",
     ) -> None:
-        """Make descriptor and VM with ``private_size`` bytes of private memory; ``engine`` and ``debug`` are those of ``Vm``.
+        """Make descriptor and VM with ``private_size`` bytes of private memory; ``engine``, ``debug``, ``platform`` are those of ``Vm``.
 
         Raises:
             OSError: EINVAL for a size that is not whole pages or under the guest ABI's minimum, or more vCPUs than a VM can have;
@@ -71,6 +78,7 @@ class Vmm:
         service = service or default_service()
         self.way: str = service.info["way"]
         self._api: str = service.info["api"]
+        self._design: str = service.info["design"]
         with ExitStack() as stack:
             self.restricted_fd = service.memfd_restricted()
             stack.callback(os.close, self.restricted_fd)
@@ -78,7 +86,7 @@ class Vmm:
             # Of both ranges that the guest shares, the owner's side: the window, and the shared half of private memory.
             window, self._shared = self._memory(stack, "shared-window", SHARED_SIZE)
             self._half_fd, self._half = self._memory(stack, "shared-half", private_size)
-            self.vm = stack.enter_context(Vm(service, engine=engine, debug=debug, explicit=True))
+            self.vm = stack.enter_context(Vm(service, engine=engine, debug=debug, explicit=True, platform=platform))
             self.vm.set_user_memory_region(
                 slot=_PRIVATE_SLOT,
                 guest_phys_addr=guest_abi.PRIVATE_BASE,
@@ -319,11 +327,16 @@ class Vmm:
         return {
             **found,
             "way": self.way,
+            "design": self._design,
             "bytes_in": self.bytes_in,
             "bytes_out": self.bytes_out,
             "time_total_ns": self.elapsed,
             "time_outside_ns": outside,
         }
+
+    def destroy(self) -> dict[str, Any]:
+        """End the VM while its descriptor is still there; returns what the platform reports (``Vm.destroy``)."""
+        return self.vm.destroy()
 
     def close(self) -> None:
         """Let go of the VM and the descriptor."""

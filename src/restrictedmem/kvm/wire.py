@@ -8,10 +8,11 @@ import ctypes
 import json
 import struct
 from dataclasses import asdict, dataclass
-from errno import EINVAL
+from errno import EINVAL, EOPNOTSUPP
 from typing import Final, Self
 
 from restrictedmem.abi import kvm, kvm_x86
+from restrictedmem.platform import host
 from restrictedmem.service.wire import Call
 
 SET_USER_MEMORY_REGION: Final = Call("KVM_SET_USER_MEMORY_REGION", kvm.KVM_SET_USER_MEMORY_REGION_REQUEST)
@@ -47,6 +48,9 @@ STATISTICS: Final = Call("STATISTICS", 1 << 16 | 2)
 """Reply: JSON."""
 INTERRUPT: Final = Call("INTERRUPT", 1 << 16 | 4)
 """Body: ``VCPU``. Its KVM_RUN, under way or the next one, ends with KVM_EXIT_INTR; the reply comes when it has left the guest."""
+DESTROY_VM: Final = Call("DESTROY_VM", 1 << 16 | 6)
+"""Reply, when vCPUs have left the guest for good, slots are gone and files unbound: what the platform has to say (``Platform.report``),
+JSON. Every later call, on a vCPU's socket too, is EBADF."""
 INJECT_FAILURE: Final = Call("INJECT_FAILURE", 1 << 16 | 5)
 """For tests. Body: ``FAILURE``. The machine has lost the private page there: EHWPOISON for whoever touches it, until it is punched."""
 
@@ -93,6 +97,8 @@ class Creation:
 
     engine: str = "software"
     policy: int = 0
+    #: What the host keeps in step (``platform.host.NAMES``); empty for nothing.
+    platform: str = ""
 
     def dump(self) -> str:
         """Return the body of SPAWN after the consumer's name."""
@@ -103,7 +109,8 @@ class Creation:
         """Read what ``dump`` wrote.
 
         Raises:
-            OSError: EINVAL for an unknown engine or policy, or another shape.
+            OSError: EINVAL for an unknown engine, policy or platform, or another shape; EOPNOTSUPP for a platform under the kernel's
+                engine, which does not tell what it maps.
         """
         try:
             found = cls(**json.loads(text or "{}"))
@@ -111,4 +118,8 @@ class Creation:
             raise OSError(EINVAL, f"KVM_CREATE_VM: {error}") from None
         if found.engine not in ENGINES or type(found.policy) is not int or found.policy & ~(POLICY_DEBUG | POLICY_EXPLICIT):
             raise OSError(EINVAL, f"KVM_CREATE_VM: engine {found.engine!r}, policy {found.policy!r}")
+        if found.platform and found.platform not in host.NAMES:
+            raise OSError(EINVAL, f"KVM_CREATE_VM: platform {found.platform!r}")
+        if found.platform and found.engine == "kernel":
+            raise OSError(EOPNOTSUPP, f"KVM_CREATE_VM: platform {found.platform} needs the software engine")
         return found

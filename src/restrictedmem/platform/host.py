@@ -1,14 +1,17 @@
 """The seam between an engine and the state of the host that has to follow its private memory."""
 
-from typing import Protocol, final
+from errno import EINVAL
+from typing import Final, Protocol, final
 
+from restrictedmem.platform.snp import Snp
 from restrictedmem.units import PageRange, gfn_t
 
 
 class Platform(Protocol):
     """A host's state, told by an engine. Files are named by inode number, pages by their number in the file.
 
-    Not thread-safe: called under the engine's MMU lock (``prepare``), or by its notify thread (the others) while no fault is let in.
+    For any thread: ``prepare`` is called under the engine's MMU lock, the others by its notify thread while no fault is let in on the
+    range; faults on other ranges go on.
     """
 
     def prepare(self, ino: int, span: PageRange, gfn: gfn_t, order: int) -> None:
@@ -50,3 +53,22 @@ class NoPlatform:
     def report(self) -> dict[str, object]:
         """Return nothing."""
         return {}
+
+
+#: The platforms that can be asked for.
+NAMES: Final = ("snp", "snp-unmapped")
+
+
+def make(name: str) -> Platform:
+    """Make a platform by its name; none for an empty one.
+
+    Raises:
+        OSError: EINVAL for a name that is not one of ``NAMES``.
+    """
+    match name:
+        case "":
+            return NoPlatform()
+        case "snp" | "snp-unmapped":
+            return Snp(unmap=name == "snp-unmapped")
+        case _:
+            raise OSError(EINVAL, f"no platform {name!r}: one of {', '.join(NAMES)}")

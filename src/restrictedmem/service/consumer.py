@@ -5,19 +5,15 @@ import select
 import socket
 from collections.abc import Callable
 from errno import EINVAL, EPERM
-from typing import Final, final
+from typing import final
 
 from restrictedmem import __version__, sync
+from restrictedmem.fd import close_all
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.service import wire
 from restrictedmem.service.report import REPORT_DATA_BYTES, Report
 from restrictedmem.service.wire import Call, Channel
 from restrictedmem.units import MAX_FILE_BYTES, PageRange, pgoff_t
-
-#: Programs that may hold restricted memory: each a module with ``preload()`` and ``serve(owner, service, notify, options,
-#: arguments)``, imported in
-#: its own process, or before when that is to be another user's.
-CONSUMERS: Final = {"kvm": "restrictedmem.kvm.process"}
 
 
 @final
@@ -33,11 +29,13 @@ class Binding:
     def invalidate_start(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
         """Tell the consumer and wait until it uses no page of the range."""
         self._consumer.invalidations += 1
+        self._consumer.in_progress += 1
         self._notify(wire.INVALIDATE_START, start, end, order)
 
     def invalidate_end(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
-        """Tell the consumer that it may go on."""
-        self._notify(wire.INVALIDATE_END, start, end, order)
+        """Tell the consumer that it may go on; when it does is its own affair, so nobody waits for it."""
+        self._consumer.tell(wire.INVALIDATE_END, self._pack(start, end, order))
+        self._consumer.in_progress -= 1
 
     def error(self, start: pgoff_t, end: pgoff_t) -> None:
         """Tell the consumer and wait until it has given the pages up."""
@@ -45,11 +43,14 @@ class Binding:
 
     def page_count(self, start: pgoff_t, end: pgoff_t) -> int:
         """Ask the consumer; one that is late or gone holds nothing."""
-        reply = self._notify(wire.PAGE_COUNT, start, end, None)
+        reply = self._notify(wire.PAGE_COUNT, start, end, None, wire.COUNT.size)
         return wire.COUNT.unpack(reply)[0] if reply else 0
 
-    def _notify(self, call: Call, start: pgoff_t, end: pgoff_t, order: int | None) -> bytes:
-        return self._consumer.notify(call, wire.INVALIDATION.pack(self.number, start, end, wire.NO_FOLIO if order is None else order))
+    def _notify(self, call: Call, start: pgoff_t, end: pgoff_t, order: int | None, size: int = 0) -> bytes:
+        return self._consumer.notify(call, self._pack(start, end, order), size)
+
+    def _pack(self, start: pgoff_t, end: pgoff_t, order: int | None) -> bytes:
+        return wire.INVALIDATION.pack(self.number, start, end, wire.NO_FOLIO if order is None else order)
 
 
 @final
@@ -65,6 +66,8 @@ class Consumer:
         self.number = number
         self.report: dict[str, object] = {}
         self.invalidations = 0
+        #: Of them, those whose end is still to come.
+        self.in_progress = 0
         self.bindings: dict[int, Binding] = {}
         self._vm = secrets.token_bytes(16)
         self._launch: tuple[int, str, bytes] | None = None
@@ -84,17 +87,32 @@ class Consumer:
         """Return the consumer's ends; the caller closes them once the consumer has them."""
         return self._their_requests, self._their_notify
 
-    def notify(self, call: Call, body: bytes) -> bytes:
-        """Make one round trip to the consumer; one that is late or gone loses its connection instead of holding the owner up."""
+    def notify(self, call: Call, body: bytes, size: int) -> bytes:
+        """Make one round trip to the consumer, whose reply has ``size`` bytes.
+
+        One that is late or gone, or answers anything else, is ended instead of holding the owner up; nothing is returned then.
+        """
         if self._gone:
             return b""
         try:
-            reply, _ = self._notify.call(call, body)
+            reply, fds = self._notify.call(call, body)
         except OSError as error:
             late = isinstance(error, TimeoutError)
             self._fail(f"{self} did not answer {call.name} within {self._deadline:g} s" if late else f"{self}: {error.strerror}")
             return b""
+        close_all(fds)
+        if len(reply) != size or fds:
+            self._fail(f"{self} answered {call.name} with {len(reply)} bytes and {len(fds)} descriptors")
+            return b""
         return reply
+
+    def tell(self, call: Call, body: bytes) -> None:
+        """Say something that has no reply; a consumer that takes no messages any more is ended as by ``notify``."""
+        if not self._gone:
+            try:
+                self._notify.post(call, body)
+            except OSError as error:
+                self._fail(f"{self} takes no {call.name}: {error.strerror or 'its socket is full'}")
 
     def _fail(self, reason: str) -> None:
         with self._mutex:
@@ -130,28 +148,29 @@ class Consumer:
         policy, engine, measurement = self._launch
         return Report(policy, measurement, data, self._vm, engine, api, __version__, public_key)
 
-    def has_hung_up(self, timeout: float) -> bool:
-        """Wait for the consumer's process to end, at most so many seconds, and say whether it has."""
+    def has_word(self, timeout: float) -> bool:
+        """Wait for a request of the consumer or for its end, at most so many seconds, and say whether one is there."""
         poll = select.poll()
-        poll.register(self.requests.fileno(), select.POLLRDHUP)
+        poll.register(self.requests.fileno(), select.POLLIN | select.POLLRDHUP)
         return bool(poll.poll(timeout * 1000))
 
-    def bind(self, ino: int, file: RestrictedFile, span: PageRange) -> Binding:
+    def bind(self, ino: int, file: RestrictedFile, span: PageRange, *, exclusive: bool) -> Binding:
         """Register a notifier on a file, or bind a range of it where its design has that, and hold the file for it.
 
-        A page is one VM's, as the RMP or a key of its own make it on hardware: what another consumer left in the file goes first.
+        An empty range asks for a notifier whatever the design. A page is one consumer's, as the RMP or a key of its own make it on
+        hardware: what another one left in the file goes first.
 
         Raises:
-            OSError: EINVAL while another consumer has the file.
+            OSError: EINVAL while another consumer has the file, and as ``RestrictedFile`` has it.
         """
         if file.holder not in (None, self.number):
             if file.notifier_count:
-                raise OSError(EINVAL, "another VM has the descriptor")
+                raise OSError(EINVAL, "another consumer has the descriptor")
             file.backing.punch(0, MAX_FILE_BYTES)
         file.holder = self.number
         binding = Binding(self, self._next_binding, ino, file)
-        if file.design.binds:
-            file.bind(span.start, span.end, binding, exclusive=True)
+        if file.design.binds and len(span):
+            file.bind(span.start, span.end, binding, exclusive=exclusive)
         else:
             file.register_notifier(binding)
         file.get()

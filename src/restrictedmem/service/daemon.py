@@ -13,11 +13,12 @@ import signal
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from errno import EACCES, EINVAL, EIO, ENOENT, EPROTO
 from functools import partial
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 from restrictedmem import sync
 from restrictedmem.abi import memory, process
@@ -27,10 +28,11 @@ from restrictedmem.fs.mount import Way, mount_detached, mount_fusermount
 from restrictedmem.fs.server import Server
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.service import signing, wire
-from restrictedmem.service.consumer import CONSUMERS, Consumer
+from restrictedmem.service.consumer import Consumer
+from restrictedmem.service.program import Programs
 from restrictedmem.service.signing import Signer
-from restrictedmem.service.wire import Channel, Message
-from restrictedmem.units import PageRange
+from restrictedmem.service.wire import BindFlag, BindingFlag, Channel, Message
+from restrictedmem.units import PAGE_SHIFT, PageRange, pgoff_t
 
 if TYPE_CHECKING:
     from restrictedmem.service.start import Options, Origin
@@ -45,6 +47,8 @@ _SPARE_FDS: Final = 256
 _MAX_TOKENS: Final = 64
 #: Seconds that a consumer's process may take to end after its owner has let go of it.
 _LINGER: Final = 0.2
+#: Pages of the largest folio there is, 1 GiB.
+_LARGEST_FOLIO: Final = 1 << 30 - PAGE_SHIFT
 
 
 def run(owner: Channel, spawner: Channel, options: "Options", origin: "Origin") -> None:
@@ -68,7 +72,13 @@ def run(owner: Channel, spawner: Channel, options: "Options", origin: "Origin") 
         owner.reply_error(error)
         raise
     with root:
-        about = {"pid": os.getpid(), "way": way.value, "api": options.api, "signing_key": service.signing_key()}
+        about = {
+            "pid": os.getpid(),
+            "way": way.value,
+            "api": options.api,
+            "design": options.design or options.api,
+            "signing_key": service.signing_key(),
+        }
         owner.post(wire.READY, json.dumps(about).encode(), [root.fileno()])
     threading.Thread(target=service.run, name="control", daemon=True).start()
     with device:
@@ -91,7 +101,6 @@ def drop_privileges(become: tuple[int, int] | None, keep: int) -> None:
     process.prctl(process.PR_SET_NO_NEW_PRIVS, 1)
 
 
-_NUMBER: Final = struct.Struct("=Q")
 _UCRED: Final = struct.Struct("=iII")
 
 
@@ -99,6 +108,17 @@ def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
     """Return pid, uid and gid of who made the other end of a connection (SO_PEERCRED)."""
     pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     return pid, uid, gid
+
+
+def _unpack(message: Message, layout: struct.Struct) -> tuple[Any, ...]:
+    """Decode a body that is not of numbers alone.
+
+    Raises:
+        OSError: EPROTO for another length.
+    """
+    if len(message.body) != layout.size:
+        raise OSError(EPROTO, f"body of {len(message.body)} bytes, {layout.size} expected")
+    return layout.unpack(message.body)
 
 
 @final
@@ -116,8 +136,15 @@ class Service:
     """What the control thread does: tokens, consumers, status."""
 
     def __init__(self, owner: Channel, spawner: Channel, options: "Options", origin: "Origin", signer: Signer, max_files: int) -> None:
-        self.filesystem = FileSystem(options.design or options.api, memory_max=options.memory_max, max_files=max_files, prove=self._prove)
+        self.filesystem = FileSystem(
+            options.design or options.api,
+            backing=options.backing,
+            memory_max=options.memory_max,
+            max_files=max_files,
+            prove=self._prove,
+        )
         self._options = options
+        self._programs = Programs(options.consumers)
         self._origin = origin
         self._spawner = spawner
         self._signer = signer
@@ -207,6 +234,9 @@ class Service:
             self._reply_status(connection.channel)
         elif message.number == wire.SIGNING_KEY.number:
             connection.channel.reply(self._signer.make_key())
+        elif message.number == wire.ERROR_PAGE.number:
+            self._error_page(message)
+            connection.channel.reply()
         else:
             raise OSError(EPROTO, f"no such call: {message.number}")
 
@@ -239,7 +269,7 @@ class Service:
     def _spawn(self, name_and_arguments: str, owner: socket.socket) -> int:
         name, _, arguments = name_and_arguments.partition(" ")
         with owner:
-            if name not in CONSUMERS:
+            if name not in self._programs:
                 raise OSError(EINVAL, f"no such consumer: {name}")
             number = self._next_consumer
             self._next_consumer += 1
@@ -261,7 +291,7 @@ class Service:
         if message.number == wire.BIND.number:
             self._bind(consumer, message)
         elif message.number == wire.UNBIND.number:
-            (number,) = message.unpack(_NUMBER)
+            (number,) = message.unpack(wire.NUMBER)
             if number not in consumer.bindings:
                 raise OSError(ENOENT, f"no binding {number}")
             consumer.unbind(number)
@@ -279,29 +309,54 @@ class Service:
             raise OSError(EPROTO, f"no such call: {message.number}")
 
     def _bind(self, consumer: Consumer, message: Message) -> None:
-        if len(message.body) != wire.BIND_REQUEST.size:
-            raise OSError(EPROTO, f"body of {len(message.body)} bytes, {wire.BIND_REQUEST.size} expected")
-        token, start, end = wire.BIND_REQUEST.unpack(message.body)
+        token, start, end, flags = _unpack(message, wire.BIND_REQUEST)
+        ino, file = self._take(token)
+        try:
+            self._let_end(consumer, file)
+            backing = file.backing
+            fds = [backing.fileno(), file.sequence().fd.fileno()]
+            span = PageRange(pgoff_t(start), pgoff_t(end))
+            binding = consumer.bind(ino, file, span, exclusive=bool(flags & BindFlag.EXCLUSIVE))
+            how = (
+                (BindingFlag.HUGEPAGE if backing.hugepage else 0)
+                | (BindingFlag.PIN if self._options.pin else 0)
+                | (BindingFlag.RANGE if file.design.binds else 0)
+            )
+            consumer.requests.reply(wire.BINDING.pack(binding.number, ino, backing.limit or 0, how, backing.base_order), fds)
+        finally:
+            file.put()
+
+    def _let_end(self, consumer: Consumer, file: RestrictedFile) -> None:
+        """Serve other consumers of a file that are about to end: their owner let go of them a moment ago."""
+        for other in list(self._consumers.values()):
+            deadline = time.monotonic() + _LINGER
+            while other is not consumer and other.number in self._consumers and other.holds(file):
+                if not other.has_word(max(0.0, deadline - time.monotonic())):
+                    break
+                self._serve_consumer(other)
+
+    def _take(self, token: bytes) -> tuple[int, RestrictedFile]:
+        """Use up a token; the caller has the file's reference from now on.
+
+        Raises:
+            OSError: EACCES for one that was never presented.
+        """
         with self._mutex:
             proved = self._tokens.get(token)
             if proved is None:
                 raise OSError(EACCES, "the token was never presented on a descriptor")
             del self._tokens[token]
-        ino, file = proved
+        return proved
+
+    def _error_page(self, message: Message) -> None:
+        token, start, end = _unpack(message, wire.ERROR_REQUEST)
+        _, file = self._take(token)
         try:
-            self._end_those_gone(consumer, file)
-            fds = [file.backing.fileno(), file.sequence().fd.fileno()]
-            binding = consumer.bind(ino, file, PageRange(start, end))
-            consumer.requests.reply(wire.BINDING.pack(binding.number, ino, file.backing.limit or 0, 0, 0), fds)
+            if not 0 < end - start <= _LARGEST_FOLIO:
+                raise OSError(EINVAL, f"pages {start:#x} to {end:#x} are no folio")
+            file.error_page(pgoff_t(start), pgoff_t(end))
         finally:
             file.put()
-
-    def _end_those_gone(self, consumer: Consumer, file: RestrictedFile) -> None:
-        """End other consumers of a file whose process ended, or is about to: their owner let go of them a moment ago."""
-        for other in list(self._consumers.values()):
-            if other is not consumer and other.holds(file) and other.has_hung_up(_LINGER):
-                self._selector.unregister(other.requests)
-                self._end_consumer(other)
 
     def _consumer_failed(self, consumer: Consumer, reason: str) -> None:
         # Called by a FUSE thread in the middle of an invalidation, which holds the file's semaphore: the rest is the control thread's.
@@ -364,6 +419,7 @@ class Service:
                 "number": consumer.number,
                 "files": sorted(binding.ino for binding in consumer.bindings.values()),
                 "invalidations": consumer.invalidations,
+                "in_progress": consumer.in_progress,
                 "report": consumer.report,
             }
             for consumer in self._consumers.values()

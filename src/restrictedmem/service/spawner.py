@@ -4,7 +4,6 @@ It is undumpable and holds neither /dev/fuse nor memory, so what it forks is as 
 service ends, for whatever reason, it kills the consumers; when it ends itself, the kernel kills all of them (PR_SET_PDEATHSIG).
 """
 
-import importlib
 import os
 import select
 import signal
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 from restrictedmem.abi import process
 from restrictedmem.fd import OwnedFd, close_all
 from restrictedmem.service import daemon, wire
-from restrictedmem.service.consumer import CONSUMERS
+from restrictedmem.service.program import Programs
 from restrictedmem.service.wire import Channel
 
 if TYPE_CHECKING:
@@ -34,12 +33,12 @@ def run(owner: Channel, options: "Options", origin: "Origin") -> NoReturn:
     owner.close()
     theirs.close()
     _drop_stdio()
+    programs = Programs(options.consumers)
     if options.become is not None:
         # Whom it becomes may have no way to the interpreter's files, or to ours.
-        for module in CONSUMERS.values():
-            importlib.import_module(module).preload()
+        programs.preload()
     daemon.drop_privileges(options.become, keep=1 << process.CAP_IPC_LOCK)
-    _Spawner(channel, service, options).loop()
+    _Spawner(channel, service, programs, options).loop()
     os._exit(0)
 
 
@@ -51,8 +50,9 @@ def _service(owner: Channel, spawner: Channel, parents: Channel, options: "Optio
 
 
 class _Spawner:
-    def __init__(self, channel: Channel, service: int, options: "Options") -> None:
+    def __init__(self, channel: Channel, service: int, programs: Programs, options: "Options") -> None:
         self._channel = channel
+        self._programs = programs
         self._options = options
         self._service = service
         self._pidfds: dict[int, OwnedFd] = {}
@@ -93,7 +93,12 @@ class _Spawner:
             process.set_name(f"rmem-{name}")
             # A scheduling group of its own (sched_autogroup): a guest that never rests must not share the service's.
             os.setsid()
-            importlib.import_module(CONSUMERS[name]).serve(owner, service, notify, self._options, arguments)
+            try:
+                program = self._programs.find(name)
+            except OSError as error:
+                _refuse(Channel(owner, "owner"), error)
+                raise
+            program(owner, service, notify, self._options, arguments)
 
         child = _fork(serve)
         for sock in (owner, service, notify):
@@ -112,6 +117,12 @@ class _Spawner:
             os.waitid(os.P_PIDFD, pidfd.fileno(), os.WEXITED)
         close_all(list(self._pidfds.values()))
         os.waitpid(self._service, 0)
+
+
+def _refuse(owner: Channel, error: OSError) -> None:
+    """Answer the first request of a consumer's owner, if one comes, with why there is no consumer."""
+    if owner.receive() is not None:
+        owner.reply_error(error)
 
 
 def _fork(body: Callable[[], None]) -> int:

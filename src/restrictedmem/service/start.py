@@ -20,7 +20,8 @@ from typing import Self
 
 from restrictedmem.abi import process
 from restrictedmem.fs.mount import Way, mount_detached
-from restrictedmem.service import daemon, spawner
+from restrictedmem.mm import design
+from restrictedmem.service import daemon, program, spawner
 from restrictedmem.service.wire import Channel
 
 
@@ -49,13 +50,22 @@ class Options:
         """Return the options as one argument of a command line."""
         return json.dumps(asdict(self))
 
+    def check(self) -> None:
+        """Check what can be known without a file or a consumer.
+
+        Raises:
+            OSError: EINVAL for a design, or for consumers' names.
+        """
+        design.make(self.design or self.api)
+        program.check_names(self.consumers)
+
     @classmethod
     def load(cls, text: str) -> Self:
         """Read what ``dump`` wrote."""
         fields = json.loads(text)
         if fields["become"] is not None:
             fields["become"] = tuple(fields["become"])
-        fields["consumers"] = tuple((name, path) for name, path in fields["consumers"])
+        fields["consumers"] = tuple((name, path) for name, path in fields.get("consumers", ()))
         return cls(**fields)
 
 
@@ -78,6 +88,7 @@ def main(arguments: list[str]) -> None:
     channel = Channel(socket.socket(fileno=int(arguments[0])), "owner")
     try:
         options = Options.load(arguments[1])
+        options.check()
         # Before the user namespace, which knows the owner as root.
         pid, uid, _ = daemon.peer_credentials(channel.sock)
         way = choose_way()

@@ -43,6 +43,8 @@ STATUS: Final = Call("STATUS", 4)
 """Reply: descriptor 0 is a memfd with the service's state as JSON."""
 SIGNING_KEY: Final = Call("SIGNING_KEY", 5)
 """Reply: the public key that reports are signed with, made now if there is none yet."""
+ERROR_PAGE: Final = Call("ERROR_PAGE", 6)
+"""Body: ``ERROR_REQUEST``. The machine has lost pages of the file (``restrictedmem_error_page``): its consumers are told."""
 
 # The service to its owner, unasked, as the first message on the first socket.
 READY: Final = Call("READY", 1 << 16)
@@ -52,7 +54,7 @@ READY: Final = Call("READY", 1 << 16)
 BIND: Final = Call("BIND", 16)
 """Body: ``BIND_REQUEST``. Reply: ``BINDING``; descriptors: the memfd, the sequence page. Registers a notifier."""
 UNBIND: Final = Call("UNBIND", 17)
-"""Body: the binding's number. Unregisters the notifier."""
+"""Body: ``NUMBER`` of the binding. Unregisters the notifier."""
 REPORT: Final = Call("REPORT", 18)
 """Body: JSON for ``ps``: what the consumer holds."""
 LAUNCHED: Final = Call("LAUNCHED", 19)
@@ -64,7 +66,7 @@ SIGN: Final = Call("SIGN", 20)
 INVALIDATE_START: Final = Call("INVALIDATE_START", 32)
 """Body: ``INVALIDATION``."""
 INVALIDATE_END: Final = Call("INVALIDATE_END", 33)
-"""Body: ``INVALIDATION``."""
+"""Body: ``INVALIDATION``. No reply: the sequence has risen already."""
 ERROR: Final = Call("ERROR", 34)
 """Body: ``INVALIDATION``. The machine has lost the pages."""
 PAGE_COUNT: Final = Call("PAGE_COUNT", 35)
@@ -76,17 +78,30 @@ FORK: Final = Call("FORK", 48)
 KILL: Final = Call("KILL", 49)
 """Body: ``number``."""
 
-#: A token presented by ioctl; first page and page after the last of what the consumer will use.
-BIND_REQUEST: Final = struct.Struct("=16sQQ")
+#: A token presented by ioctl; first page and page after the last of what the consumer will use, none to register a notifier for the
+#: whole file; ``BindFlag``.
+BIND_REQUEST: Final = struct.Struct("=16sQQQ")
+#: A token presented by ioctl; first page and page after the last of what the machine has lost.
+ERROR_REQUEST: Final = struct.Struct("=16sQQ")
+NUMBER: Final = struct.Struct("=Q")
+
+
+class BindFlag(IntFlag):
+    """How a range is bound, where the file's design has bindings."""
+
+    EXCLUSIVE = 1
+    """No other binding may have a page of it."""
 
 
 class BindingFlag(IntFlag):
-    """How a file's pages are to be taken."""
+    """How a file's pages are to be taken, and what is told of them."""
 
     HUGEPAGE = 1
     """As folios of 2 MiB where a block is taken whole (RMFD_HUGEPAGE)."""
     PIN = 2
     """With a reference that keeps them where they are."""
+    RANGE = 4
+    """Callbacks come for the bound range alone (design ``bindings``), else for the whole file."""
 
 
 #: A binding: its number, the file's inode number, the limit on the file's bytes (0 for none), ``BindingFlag``, and the order of the

@@ -1,23 +1,28 @@
 """Private memory: one guest_memfd for each restricted file, with the file's offsets."""
 
 import mmap
+from collections.abc import Callable
 from errno import EINVAL, ENOSPC, EOPNOTSUPP
+from functools import partial
 from typing import Final, final
 
 from restrictedmem.abi.kvm import GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP
 from restrictedmem.devkvm import GuestMemfd, Vm, address_of
 from restrictedmem.kvm.engine import Binder
-from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PageRange
+from restrictedmem.service.wire import BindingFlag
+from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
 
 #: Bytes of every guest_memfd, whose size is set for good while that of the restricted file is not.
 _SIZE: Final = 1 << 62
+_WHOLE: Final = PageRange(pgoff_t(0), pgoff_t(_SIZE >> PAGE_SHIFT))
 
 
 @final
 class PrivateFile:
-    """A restricted file's content in this VM; kept until the VM ends, so that it outlives slots and every punch of the owner reaches it."""
+    """A restricted file's content in this VM, kept until the VM ends."""
 
     def __init__(self, binding: int, memfd: GuestMemfd, limit: int | None) -> None:
+        #: The first one.
         self.binding = binding
         self.memfd = memfd
         self.limit = limit
@@ -37,12 +42,14 @@ class PrivateFile:
 class GuestMemfdHalf:
     """A private half in a guest_memfd (``PrivateHalf``)."""
 
-    __slots__ = ("binding", "file", "mapping", "window")
+    __slots__ = ("_unbind", "binding", "file", "mapping", "window")
 
-    def __init__(self, file: PrivateFile, window: PageRange) -> None:
+    def __init__(self, file: PrivateFile, window: PageRange, binding: int, unbind: Callable[[], None]) -> None:
+        """Show ``window`` of a file; ``unbind`` is called when the half is closed."""
         self.file = file
-        self.binding = file.binding
+        self.binding = binding
         self.window = window
+        self._unbind = unbind
         #: Of the window, if the kernel lets it be mapped at all. To touch it is SIGBUS, unless the VM may be debugged.
         self.mapping: mmap.mmap | None = None
         if file.memfd.flags & GUEST_MEMFD_FLAG_MMAP:
@@ -101,7 +108,8 @@ class GuestMemfdHalf:
         self._readable()[start : start + len(data)] = data
 
     def close(self) -> None:
-        """Unmap the window; content and binding stay (``PrivateHalf``)."""
+        """Unmap the window (``PrivateHalf``)."""
+        self._unbind()
         self.file.shown -= self.locked
         if self.mapping is not None:
             self.mapping.close()
@@ -109,7 +117,12 @@ class GuestMemfdHalf:
 
 @final
 class PrivateFiles:
-    """The restricted files of one VM."""
+    """The restricted files of one VM.
+
+    A notifier of a whole file stays for as long as its content, so that every punch of the owner reaches it: slots come and go. Where a
+    binding is told of its range alone (design ``bindings``), each slot has its own; with it goes what the range holds, for whoever
+    punches that later is not heard here.
+    """
 
     def __init__(self, vm: Vm, binder: Binder, flags: int) -> None:
         """``flags`` are those of every guest_memfd."""
@@ -117,6 +130,8 @@ class PrivateFiles:
         self._binder = binder
         self._flags = flags
         self._by_ino: dict[int, PrivateFile] = {}
+        # By binding, also what it is told of.
+        self._bindings: dict[int, tuple[PrivateFile, PageRange]] = {}
 
     def bind(self, token: bytes, window: PageRange) -> GuestMemfdHalf:
         """Make a half that shows ``window`` of a file (``Engine``).
@@ -129,15 +144,28 @@ class PrivateFiles:
         bound = self._binder.bind(token, window)
         bound.memfd.close()
         bound.sequence.close()
+        ranged = bool(bound.flags & BindingFlag.RANGE)
         file = self._by_ino.get(bound.ino)
-        if file is not None:
-            self._binder.unbind(bound.number)
-        else:
+        if file is None:
             file = PrivateFile(bound.number, self._vm.create_guest_memfd(_SIZE, self._flags), bound.limit)
             self._by_ino[bound.ino] = file
-        if file.limit is not None and file.shown + (len(window) << PAGE_SHIFT) > file.limit:
-            raise OSError(ENOSPC, "guest_memfd grows without asking: slots must fit the service's limit")
-        return GuestMemfdHalf(file, window)
+        elif not ranged:
+            self._binder.unbind(bound.number)
+        binding = bound.number if ranged else file.binding
+        self._bindings[binding] = file, window if ranged else _WHOLE
+        try:
+            if file.limit is not None and file.shown + (len(window) << PAGE_SHIFT) > file.limit:
+                raise OSError(ENOSPC, "guest_memfd grows without asking: slots must fit the service's limit")
+            return GuestMemfdHalf(file, window, binding, partial(self._let_go, binding) if ranged else _keep)
+        except BaseException:
+            if ranged:
+                self._let_go(binding)
+            raise
+
+    def _let_go(self, binding: int) -> None:
+        self._binder.unbind(binding)
+        file, window = self._bindings.pop(binding)
+        file.punch(window)
 
     def close(self) -> None:
         """Close every guest_memfd."""
@@ -146,16 +174,22 @@ class PrivateFiles:
 
     def resident(self, binding: int, span: PageRange) -> int:
         """Count the pages held of a range of the file of a binding."""
-        start, length = span.start << PAGE_SHIFT, len(span) << PAGE_SHIFT
-        return sum(file.memfd.resident_pages(start, length) for file in tuple(self._by_ino.values()) if file.binding == binding)
+        found = self._bindings.get(binding)
+        if found is None:
+            return 0
+        file, window = found
+        inside = window.clip(span)
+        return file.memfd.resident_pages(inside.start << PAGE_SHIFT, len(inside) << PAGE_SHIFT) if len(inside) else 0
 
     def punch(self, binding: int, span: PageRange) -> bool:
         """Free a range of the file of a binding; False when there is none."""
-        for file in tuple(self._by_ino.values()):
-            if file.binding == binding:
-                file.punch(span)
-                return True
-        return False
+        found = self._bindings.get(binding)
+        if found is None:
+            return False
+        file, window = found
+        if len(inside := window.clip(span)):
+            file.punch(inside)
+        return True
 
     def resident_pages(self) -> int:
         """Count the pages that the VM's files have."""
@@ -165,3 +199,7 @@ class PrivateFiles:
     def freed_pages(self) -> int:
         """Count the pages that the owner has freed."""
         return sum(file.freed for file in self._by_ino.values())
+
+
+def _keep() -> None:
+    """Leave a notifier of a whole file where it is."""

@@ -129,12 +129,13 @@ class ByAddress:
     def convert(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:
         """Lead to the other half, and zap the one that was shown (``Conversion``)."""
         self._lead(slot, start, end, private=private)
-        if private:
-            before = None if slot.shared is None else slot.shared.mapping
-        else:
-            before = None if slot.private is None else guest_memfd_half(slot).mapping
-        if before is not None:
-            before.madvise(mmap.MADV_DONTNEED, start - slot.base_gfn << PAGE_SHIFT, end - start << PAGE_SHIFT)
+        first, length = start - slot.base_gfn << PAGE_SHIFT, end - start << PAGE_SHIFT
+        if private and slot.shared is not None:
+            slot.shared.mapping.madvise(mmap.MADV_DONTNEED, first, length)
+        elif not private and slot.private is not None:
+            mapping = guest_memfd_half(slot).mapping
+            if mapping is not None:
+                mapping.madvise(mmap.MADV_DONTNEED, first, length)
 
     def _lead(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:
         half = self._halves[slot][private]

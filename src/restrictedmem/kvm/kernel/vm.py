@@ -157,6 +157,10 @@ class KernelVm:
         """Make a vCPU (``Engine``)."""
         return self._make_vcpu(number) if number else self._first
 
+    def platform_report(self) -> dict[str, object]:
+        """Return nothing: what KVM maps, it does not tell (``Engine``)."""
+        return {}
+
     def statistics(self) -> dict[str, object]:
         """Return what the kernel tells; it does not count faults for us (``Engine``)."""
         freed = self._files.freed_pages

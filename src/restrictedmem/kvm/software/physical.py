@@ -51,9 +51,9 @@ class Window:
         self.slot = slot
         self.start = slot.base_gfn << PAGE_SHIFT
         self.end = slot.end_gfn << PAGE_SHIFT
-        #: The shared half, the private half; and what leads there from a guest address, by the bits PRIVATE and CODE of an entry.
+        #: The shared half, the private half; and what leads there from a guest address, by an entry without its rights.
         self.views = shared, private
-        self.offsets = tuple(0 if view is None else view.base - self.start for view in self.views) * 2
+        self.offsets = tuple(0 if view is None else view.base - self.start for view in self.views) * 8
 
 
 @final

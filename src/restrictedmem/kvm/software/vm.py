@@ -1,11 +1,15 @@
 """One VM on the software engine: private memory is the restricted file's own memfd, and the MMU is ours."""
 
 import mmap
+from collections.abc import Iterator
+from functools import partial
 from typing import Final, final
 
 from restrictedmem.abi.kvm import Cap
+from restrictedmem.abi.memory import mincore
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine import Binder
+from restrictedmem.kvm.lpage import Level
 from restrictedmem.kvm.memslot import MemfdHalf, Memslot
 from restrictedmem.kvm.mmu import Mmu
 from restrictedmem.kvm.software.code import CodePages
@@ -13,7 +17,7 @@ from restrictedmem.kvm.software.turns import Turns
 from restrictedmem.kvm.software.vcpu import HYPERCALL, SoftwareVcpu
 from restrictedmem.kvm.trace import Trace
 from restrictedmem.kvm.vcpu import Vcpus
-from restrictedmem.platform.host import Platform
+from restrictedmem.platform.host import NoPlatform, Platform
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t, pgoff_t
 
 #: Each is an emulator of its own, of some 4 MiB; and they take turns.
@@ -34,6 +38,8 @@ class SoftwareVm:
         self._binder = binder
         self._vcpus = vcpus
         self._engines: list[SoftwareVcpu] = []
+        #: By binding, from BIND until UNBIND has been answered: longer than there is a slot.
+        self._halves: dict[int, MemfdHalf] = {}
 
     @property
     def name(self) -> str:
@@ -54,14 +60,22 @@ class SoftwareVm:
         """Map a window of the file's memfd (``Engine``)."""
         bound = self._binder.bind(token, window)
         try:
-            half = MemfdHalf(bound, window, unbind=lambda: self._binder.unbind(bound.number))
+            half = MemfdHalf(bound, window, unbind=partial(self._unbind, bound.number))
         except BaseException:
             bound.memfd.close()
             bound.sequence.close()
             self._binder.unbind(bound.number)
             raise
         half.half.lock()
+        self._halves[bound.number] = half
         return half
+
+    def _unbind(self, binding: int) -> None:
+        half = self._halves[binding]
+        self._find_freed(half, half.window)
+        # With a design that invalidates at teardown, invalidations come meanwhile.
+        self._binder.unbind(binding)
+        del self._halves[binding]
 
     def add_slot(self, slot: Memslot) -> None:
         """Let every vCPU reach a slot (``Engine``)."""
@@ -72,27 +86,43 @@ class SoftwareVm:
     def remove_slot(self, slot: Memslot) -> None:
         """Make every vCPU forget a slot (``Engine``)."""
         self.mmu.slots = tuple(other for other in self.mmu.slots if other is not slot)
+        # Who waits for the end of an invalidation of this slot will not hear of it.
+        self.mmu.wake()
         for engine in self._engines:
             engine.remove_slot(slot)
 
     def set_attributes(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:
         """Write attributes and zap (``Engine``)."""
-        self.mmu.set_attributes(slot, start, end, private=private)
-        self._vcpus.drop(start, end)
+        self._vcpus.drop(*self.mmu.set_attributes(slot, start, end, private=private))
 
     def invalidate_start(self, binding: int, span: PageRange, order: int | None) -> None:
         """Zap what shows a range of the file, then let the platform have it back (``Engine``)."""
-        slot = self._slot_of(binding)
+        half, slot = self._halves.get(binding), self._slot_of(binding)
+        if half is None:
+            return
+        self.mmu.begin(half)
+        shown = half.window.clip(span)
+        self._find_freed(half, shown)
         if slot is not None:
             self._vcpus.drop(*self.mmu.invalidate_start(slot, span))
-            self._platform.invalidate(slot.memfd_half.ino, slot.memfd_half.window.clip(span), order)
+        self._platform.invalidate(half.ino, shown, order)
+        # Not at the end: faults are let in again a moment before that is heard, and what they map is the guest's.
+        self._platform.freed(half.ino, shown)
 
     def invalidate_end(self, binding: int, span: PageRange, order: int | None) -> None:
         """Let faults work again (``Engine``)."""
-        slot = self._slot_of(binding)
+        half, slot = self._halves.get(binding), self._slot_of(binding)
         if slot is not None:
-            self._platform.freed(slot.memfd_half.ino, slot.memfd_half.window.clip(span))
             self.mmu.invalidate_end(slot, span)
+        if half is not None:
+            self.mmu.end(half)
+
+    def _find_freed(self, half: MemfdHalf, span: PageRange) -> None:
+        """Tell the platform of pages that were freed, and that nobody was told of."""
+        if not isinstance(self._platform, NoPlatform):
+            for gone in _gone(half, span):
+                self._platform.freed(half.ino, gone)
+                half.pages.forget(gone)
 
     def error(self, binding: int, span: PageRange) -> None:
         """Take pages from every slot that shows them, and refuse them (``Engine``)."""
@@ -116,6 +146,8 @@ class SoftwareVm:
         start = slot.pgoff_of(gpa >> PAGE_SHIFT)
         private.pages.get_pages(PageRange(start, pgoff_t(start + (len(data) >> PAGE_SHIFT))))
         private.half.write(gpa - (slot.base_gfn << PAGE_SHIFT), data)
+        # By 4 KiB, whatever the folio, as SNP_LAUNCH_UPDATE has it.
+        self._platform.prepare(private.ino, PageRange(start, pgoff_t(start + (len(data) >> PAGE_SHIFT))), gfn_t(gpa >> PAGE_SHIFT), 0)
 
     def read_private(self, slot: Memslot, gpa: int, size: int) -> bytes:
         """Read the memfd, where a hole is zero (``Engine``)."""
@@ -149,6 +181,10 @@ class SoftwareVm:
         self._engines.append(engine)
         return engine
 
+    def platform_report(self) -> dict[str, object]:
+        """Return what the platform reports (``Engine``)."""
+        return self._platform.report()
+
     def statistics(self) -> dict[str, object]:
         """Return counts of pages, faults and invalidations (``Engine``)."""
         counters = self.mmu.counters
@@ -160,6 +196,38 @@ class SoftwareVm:
             "fault_retries": counters.retries,
             "invalidations": counters.invalidations,
             "entries_zapped": counters.zapped,
+            "mapped_4k": self.mmu.mapped(Level.PAGE),
+            "mapped_2m": self.mmu.mapped(Level.PMD),
+            "mapped_1g": self.mmu.mapped(Level.PUD),
+            "splits": counters.splits,
             "pages_freed": counters.freed,
             "tlb_fills": sum(engine.fills for engine in self._engines),
         }
+
+
+def _gone(half: MemfdHalf, span: PageRange) -> Iterator[PageRange]:
+    """Yield the pages of a range that were taken, never given up, and are not in the file any more.
+
+    A page that was swapped out looks the same to mincore(2); ``lock`` keeps them in, and where it could not, it says so.
+    """
+    start, pages = half.window.start, half.pages
+    present = mincore(half.half.address + (span.start - start << PAGE_SHIFT), len(span) << PAGE_SHIFT)
+    first = present.find(0)
+    while first >= 0:
+        end = present.find(1, first)
+        last = len(span) if end < 0 else end
+        hole = PageRange(pgoff_t(span.start + first), pgoff_t(span.start + last))
+        if pages.count(hole):
+            yield from _taken(half, hole)
+        first = present.find(0, last)
+
+
+def _taken(half: MemfdHalf, span: PageRange) -> Iterator[PageRange]:
+    """Yield the runs of pages of a range that are taken."""
+    start = span.start
+    for pgoff in (*range(span.start, span.end), None):
+        if pgoff is None or not half.pages.count(PageRange(pgoff_t(pgoff), pgoff_t(pgoff + 1))):
+            end = span.end if pgoff is None else pgoff_t(pgoff)
+            if start < end:
+                yield PageRange(start, end)
+            start = pgoff_t(end + 1)

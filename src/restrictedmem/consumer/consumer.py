@@ -1,0 +1,177 @@
+"""A consumer's two connections to its service: it asks on one, and answers on the other, so that neither waits for the other."""
+
+import json
+import os
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from errno import EACCES, EINVAL
+from typing import Final, TypeVar, final
+
+from restrictedmem import sync
+from restrictedmem.fd import OwnedFd
+from restrictedmem.mm.notifier import Notifier
+from restrictedmem.service import wire
+from restrictedmem.service.wire import BindFlag, Channel, Message
+from restrictedmem.units import PageRange, pgoff_t
+
+_N = TypeVar("_N", bound=Notifier)
+_NOTHING: Final = PageRange(pgoff_t(0), pgoff_t(0))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What the service answers to BIND: the binding's number, the file, its limit in bytes, and two descriptors that are the taker's.
+
+    ``flags`` is a ``wire.BindingFlag``, ``order`` that of the smallest folio the backing has.
+    """
+
+    number: int
+    ino: int
+    limit: int | None
+    memfd: OwnedFd
+    sequence: OwnedFd
+    flags: int = 0
+    order: int = 0
+
+
+@final
+class Consumer:
+    """This process's hold on restricted files; a thread of its own answers what the service says of them.
+
+    When the service is gone so is the memory, and the process ends.
+    """
+
+    def __init__(self, service: socket.socket, notify: socket.socket) -> None:
+        """Take over both sockets that ``serve`` was given for the service."""
+        self.requests = Channel(service, "service")
+        self._notify = Channel(notify, "service")
+        self._known = sync.condition(sync.mutex())
+        self._notifiers: dict[int, Notifier] = {}
+        threading.Thread(target=self._answer_all, name="notify", daemon=True).start()
+
+    def register_notifier(self, token: bytes, make: Callable[[Bound], _N]) -> _N:
+        """Register a notifier for the whole file whose holder presented ``token`` (``restrictedmem_register_notifier``).
+
+        ``make`` gets what came of it, descriptors included, and returns the notifier, which hears of nothing before.
+
+        Raises:
+            OSError: EINVAL for a token of no restricted descriptor, while another consumer has the file, and where its design has
+                bindings; what ``make`` raises.
+        """
+        return self._bind(token, _NOTHING, BindFlag(0), make)
+
+    def bind(self, token: bytes, span: PageRange, make: Callable[[Bound], _N], *, exclusive: bool = True) -> _N:
+        """Bind pages of a file to a notifier, in the design ``bindings`` (``restrictedmem_bind``), else as ``register_notifier``.
+
+        Raises:
+            OSError: EINVAL for a token of no restricted descriptor, while another consumer has the file, for an empty range, and as
+                ``RestrictedFile.bind``; what ``make`` raises.
+        """
+        if not len(span):
+            raise OSError(EINVAL, f"bind: no pages in {span}")
+        return self._bind(token, span, BindFlag.EXCLUSIVE if exclusive else BindFlag(0), make)
+
+    def _bind(self, token: bytes, span: PageRange, flags: BindFlag, make: Callable[[Bound], _N]) -> _N:
+        try:
+            body, fds = self.requests.call(wire.BIND, wire.BIND_REQUEST.pack(token, span.start, span.end, flags))
+        except OSError as error:
+            # As fget and file_is_restrictedmem failing: EINVAL for both.
+            raise OSError(EINVAL if error.errno == EACCES else error.errno, error.strerror) from None
+        number, ino, limit, how, order = wire.BINDING.unpack(body)
+        memfd, sequence = fds
+        bound = Bound(number, ino, limit or None, memfd, sequence, how, order)
+        try:
+            notifier = make(bound)
+        except BaseException:
+            self._remember(number, _Deaf())
+            self.unbind(number)
+            raise
+        self._remember(number, notifier)
+        return notifier
+
+    def _remember(self, number: int, notifier: Notifier) -> None:
+        with self._known:
+            self._notifiers[number] = notifier
+            self._known.notify_all()
+
+    def unbind(self, number: int) -> None:
+        """Unregister a notifier; with invalidation at teardown it hears once more before this returns, and then of nothing.
+
+        Raises:
+            OSError: ENOENT for no binding; ENOTCONN.
+        """
+        self.requests.call(wire.UNBIND, wire.NUMBER.pack(number))
+        del self._notifiers[number]
+
+    def report(self, report: dict[str, object]) -> None:
+        """Tell ``ps`` of this process; the pid is added.
+
+        Raises:
+            OSError: ENOTCONN.
+        """
+        self.requests.call(wire.REPORT, json.dumps({"pid": os.getpid(), **report}).encode())
+
+    def close(self) -> None:
+        """Unregister everything. The process holds no page of any file by then, and is about to end."""
+        with suppress(OSError):
+            for number in tuple(self._notifiers):
+                self.unbind(number)
+
+    # The thread.
+
+    def _answer_all(self) -> None:
+        try:
+            while message := self._notify.receive():
+                reply = self._answer(message)
+                if reply is not None:
+                    self._notify.reply(reply)
+        finally:
+            # Gone, or told something that this process cannot do: whoever goes on using pages then uses freed ones.
+            os._exit(1)
+
+    def _answer(self, message: Message) -> bytes | None:
+        """Do what a message says, and return the reply; None for one that has none."""
+        number, first, last, folio = message.unpack(wire.INVALIDATION)
+        start, end, order = pgoff_t(first), pgoff_t(last), None if folio == wire.NO_FOLIO else folio
+        if message.number == wire.INVALIDATE_END.number:
+            # One that was unbound meanwhile has nothing to go on with.
+            if number in self._notifiers:
+                self._notifiers[number].invalidate_end(start, end, order)
+            return None
+        notifier = self._find(number)
+        match message.number:
+            case wire.INVALIDATE_START.number:
+                notifier.invalidate_start(start, end, order)
+            case wire.ERROR.number:
+                notifier.error(start, end)
+            case _:
+                return wire.COUNT.pack(notifier.page_count(start, end))
+        return b""
+
+    def _find(self, number: int) -> Notifier:
+        """Return a binding's notifier; one that was just made may be heard of before BIND has returned, which it will."""
+        with self._known:
+            self._known.wait_for(lambda: number in self._notifiers)
+            return self._notifiers[number]
+
+
+@final
+class _Deaf:
+    """The notifier of a binding that nobody came to use (``Notifier``)."""
+
+    def invalidate_start(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
+        """Do nothing."""
+
+    def invalidate_end(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
+        """Do nothing."""
+
+    def error(self, start: pgoff_t, end: pgoff_t) -> None:
+        """Do nothing."""
+
+    def page_count(self, start: pgoff_t, end: pgoff_t) -> int:
+        """Hold nothing."""
+        return 0

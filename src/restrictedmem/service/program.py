@@ -1,0 +1,94 @@
+"""The programs that may hold restricted memory: the library's own, and those that whoever starts a service names (docs/consumers.md)."""
+
+import importlib
+import re
+import socket
+import sys
+from collections.abc import Callable, Iterable
+from errno import EINVAL, ENOEXEC
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Final, TypeAlias, final
+
+if TYPE_CHECKING:
+    from restrictedmem.service.start import Options
+
+#: What a program offers as ``serve``: the owner's socket, the two to the service, the service's options, the owner's arguments.
+Serve: TypeAlias = Callable[[socket.socket, socket.socket, socket.socket, "Options", str], object]
+
+#: Modules with ``preload()`` and ``serve``.
+_OWN: Final = {"kvm": "restrictedmem.kvm.process"}
+_NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,9}")
+
+
+def check_names(named: Iterable[tuple[str, str]]) -> None:
+    """Check that each of some programs, name and path, has a name of its own that fits into a process's (``rmem-NAME``).
+
+    Raises:
+        OSError: EINVAL.
+    """
+    taken = set(_OWN)
+    for name, _ in named:
+        if not _NAME.fullmatch(name) or name in taken:
+            raise OSError(EINVAL, f"consumer {name!r}: taken, or not 1 to 10 of a-z, 0-9 and - with a letter first")
+        taken.add(name)
+
+
+def load(name: str, path: str) -> Serve:
+    """Run a program's top level and return its ``serve``; no bytecode is read or written, so that PATH alone says what is trusted.
+
+    Raises:
+        OSError: ENOENT, EACCES, EISDIR as open(2); ENOEXEC when it fails, or has no function ``serve``.
+    """
+    try:
+        source = Path(path).read_bytes()
+    except OSError as error:
+        raise OSError(error.errno, f"consumer {name}: {path}: {error.strerror}") from None
+    module = ModuleType(f"consumer {name}")
+    module.__file__ = path
+    # Dataclasses look their module up.
+    sys.modules[module.__name__] = module
+    try:
+        exec(compile(source, path, "exec"), module.__dict__)  # noqa: S102  a program is what it is
+    except (Exception, SystemExit) as error:  # noqa: BLE001
+        raise OSError(ENOEXEC, f"consumer {name}: {path}: {type(error).__name__}: {error}") from None
+    serve: Serve | None = getattr(module, "serve", None)
+    if not callable(serve):
+        raise OSError(ENOEXEC, f"consumer {name}: {path} has no function serve")
+    return serve
+
+
+@final
+class Programs:
+    """What a service's spawner can start, by name."""
+
+    def __init__(self, named: Iterable[tuple[str, str]]) -> None:
+        self._paths = dict(named)
+        self._loaded: dict[str, Serve | OSError] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in _OWN or name in self._paths
+
+    def preload(self) -> None:
+        """Read all of them now, for a process that is about to become a user who may not; what fails, ``find`` says."""
+        for module in _OWN.values():
+            importlib.import_module(module).preload()
+        for name, path in self._paths.items():
+            try:
+                self._loaded[name] = load(name, path)
+            except OSError as error:
+                self._loaded[name] = error
+
+    def find(self, name: str) -> Serve:
+        """Return what to call in a process of its own.
+
+        Raises:
+            OSError: as ``load``.
+        """
+        if name in _OWN:
+            serve: Serve = importlib.import_module(_OWN[name]).serve
+            return serve
+        found = self._loaded.get(name) or load(name, self._paths[name])
+        if isinstance(found, OSError):
+            raise found
+        return found

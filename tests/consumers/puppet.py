@@ -1,0 +1,106 @@
+"""A consumer that does what a test says, in JSON, and may break each rule that a consumer can break."""
+
+import json
+import os
+import signal
+import socket
+import threading
+from typing import Any
+
+from restrictedmem.consumer import BoundFile, Consumer
+from restrictedmem.service.start import Options
+from restrictedmem.service.wire import Channel
+from restrictedmem.units import PageRange, pgoff_t
+
+
+class Ops:
+    """Notes what it hears; ``manner`` is what it does at the next invalidate_start."""
+
+    def __init__(self, notify: socket.socket) -> None:
+        self.heard: list[list[object]] = []
+        self.balanced = threading.Condition()
+        self.manner = ""
+        self.notify = notify
+
+    def invalidate_start(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
+        self.heard.append(["start", start, end, order])
+        match self.manner:
+            case "stop":
+                # To this very thread, which so cannot answer first.
+                signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+            case "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "raise":
+                raise RuntimeError("a bug")
+            case "garbage" | "refuse" | "short" | "empty":
+                answers = {"garbage": bytes(8) + b"more", "refuse": (22).to_bytes(8, "little"), "short": b"x", "empty": b""}
+                self.notify.send(answers[self.manner])
+            case _:
+                pass
+
+    def invalidate_end(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
+        with self.balanced:
+            self.heard.append(["end", start, end, order])
+            self.balanced.notify_all()
+
+    def error(self, start: pgoff_t, end: pgoff_t) -> None:
+        self.heard.append(["error", start, end])
+
+
+class Puppet:
+    def __init__(self, consumer: Consumer, notify: socket.socket) -> None:
+        self.consumer = consumer
+        self.notify = notify
+        self.files: list[BoundFile] = []
+        self.ops: list[Ops] = []
+
+    def bind(self, token: str, start: int, end: int, exclusive: bool = True) -> int:
+        ops, window = Ops(self.notify), PageRange(pgoff_t(start), pgoff_t(end))
+        self.files.append(BoundFile.bind(self.consumer, bytes.fromhex(token), window, ops, exclusive=exclusive))
+        self.ops.append(ops)
+        return len(self.files) - 1
+
+    def register_notifier(self, token: str, start: int, end: int) -> int:
+        ops, window = Ops(self.notify), PageRange(pgoff_t(start), pgoff_t(end))
+        self.files.append(BoundFile.register_notifier(self.consumer, bytes.fromhex(token), window, ops))
+        self.ops.append(ops)
+        return len(self.files) - 1
+
+    def call(self, file: int, name: str, *arguments: int) -> object:
+        """Call a method of a bound file."""
+        return getattr(self.files[file], name)(*arguments)
+
+    def manner(self, file: int, manner: str) -> None:
+        self.ops[file].manner = manner
+
+    def heard(self, file: int) -> list[list[object]]:
+        """Return what was heard, when each start has had its end, for which the service does not wait."""
+        ops = self.ops[file]
+        with ops.balanced:
+            if not ops.balanced.wait_for(lambda: sum({"start": 1, "end": -1}.get(str(what[0]), 0) for what in ops.heard) == 0, 5):
+                raise TimeoutError("waited 5 s for the end of an invalidation")
+        return ops.heard
+
+    def read(self, file: int, pgoff: int) -> int:
+        return self.files[file].page(pgoff_t(pgoff))[0]
+
+    def write(self, file: int, pgoff: int, byte: int) -> None:
+        page = self.files[file].page(pgoff_t(pgoff))
+        page[:] = bytes([byte]) * len(page)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+def serve(owner: socket.socket, service: socket.socket, notify: socket.socket, options: Options, arguments: str) -> None:
+    channel, consumer = Channel(owner, "owner"), Consumer(service, notify)
+    puppet = Puppet(consumer, notify)
+    while message := channel.receive():
+        name, *values = json.loads(message.body)
+        try:
+            result: Any = getattr(puppet, name)(*values)
+            channel.reply(json.dumps(result).encode())
+        except OSError as error:
+            channel.reply_error(error)
+    if arguments != "careless":
+        consumer.close()

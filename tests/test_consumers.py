@@ -1,0 +1,844 @@
+"""A third party's consumer: the library it is written with, docs/consumers.md's device, and what its mistakes cost others: nothing."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from errno import EACCES, EAGAIN, EEXIST, EFAULT, EINVAL, EISDIR, ENOENT, ENOEXEC, ENOTCONN, EPROTO
+from pathlib import Path
+from random import Random
+from typing import Any, final
+
+import dma
+import pytest
+
+import hugetlb
+from outcomes import Errno, outcome
+from processes import family, process, wait_gone, wait_until
+from restrictedmem import sync
+from restrictedmem.abi import memory
+from restrictedmem.abi.kvm import EHWPOISON
+from restrictedmem.consumer import Bound, BoundFile, file_is_restrictedmem
+from restrictedmem.fd import OwnedFd
+from restrictedmem.kvm import exits
+from restrictedmem.kvm.vm import Vm
+from restrictedmem.mm.backing import MemfdBacking
+from restrictedmem.mm.design import make
+from restrictedmem.mm.inode import Inode
+from restrictedmem.mm.restrictedmem import RestrictedFile
+from restrictedmem.service import consumer as service_consumer
+from restrictedmem.service import program, wire
+from restrictedmem.service.client import Service
+from restrictedmem.service.start import Options
+from restrictedmem.service.wire import Call, Channel
+from restrictedmem.units import PAGE_SIZE as PAGE
+from restrictedmem.units import PageRange, pgoff_t
+from waiting import wait_for
+
+ROOT = Path(__file__).parent.parent
+DMA = ROOT / "clients" / "dma" / "dma.py"
+PUPPET = Path(__file__).parent / "consumers" / "puppet.py"
+DOCUMENT = (ROOT / "docs" / "consumers.md").read_text(encoding="utf-8")
+DEADLINE = 1.0
+
+
+@contextmanager
+def serving(*programs: tuple[str, Path], **options: Any) -> Generator[Service, None, None]:
+    named = tuple((name, str(path)) for name, path in programs or (("dma", DMA), ("puppet", PUPPET)))
+    backing = str(options.get("backing"))
+    with ExitStack() as stack:
+        if backing in hugetlb.SIZES:
+            stack.enter_context(hugetlb.reserved(hugetlb.SIZES[backing], 4))
+        yield stack.enter_context(Service.start(Options(consumers=named, deadline=DEADLINE, **options)))
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    with serving() as found:
+        yield found
+
+
+@pytest.fixture
+def fd(service: Service) -> Iterator[int]:
+    found = service.memfd_restricted()
+    yield found
+    os.close(found)
+
+
+def punch(fd: int, start: int, npages: int = 1) -> None:
+    memory.fallocate(fd, memory.PUNCH, start * PAGE, npages * PAGE)
+
+
+def resident(fd: int) -> int:
+    return os.fstat(fd).st_blocks * 512 // PAGE
+
+
+@final
+class Device:
+    """The owner's side of a DMA device."""
+
+    def __init__(self, service: Service, name: str = "dma") -> None:
+        self.service = service
+        self.channel = Channel(service.spawn(name), "the device")
+
+    def __enter__(self) -> "Device":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.channel.close()
+
+    def attach(self, fd: int, address: int, start: int, end: int) -> None:
+        self.channel.call(dma.ATTACH, dma.ATTACH_BODY.pack(self.service.token_for(fd), address, start, end))
+
+    def detach(self, address: int) -> None:
+        self.channel.call(dma.DETACH, dma.DETACH_BODY.pack(address))
+
+    def copy(self, source: int, destination: int, length: int) -> None:
+        self.channel.call(dma.COPY, dma.COPY_BODY.pack(source, destination, length))
+
+    def fill(self, address: int, length: int, byte: int) -> None:
+        self.channel.call(dma.FILL, dma.FILL_BODY.pack(address, length, byte))
+
+    def equal(self, one: int, other: int, length: int) -> int:
+        reply, _ = self.channel.call(dma.COMPARE, dma.COMPARE_BODY.pack(one, other, length))
+        found: int = dma.EQUAL.unpack(reply)[0]
+        return found
+
+    def status(self) -> dict[str, int]:
+        found: dict[str, int] = json.loads(self.channel.call(dma.STATUS)[0])
+        return found
+
+
+@final
+class Puppet:
+    """A consumer that does what it is told (consumers/puppet.py)."""
+
+    def __init__(self, service: Service, arguments: str = "") -> None:
+        self.service = service
+        self.channel = Channel(service.spawn("puppet", arguments), "the puppet")
+
+    def __enter__(self) -> "Puppet":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.channel.close()
+
+    def __call__(self, name: str, *arguments: object) -> Any:
+        return json.loads(self.channel.call(Call(name, 1), json.dumps([name, *arguments]).encode())[0])
+
+    def bind(self, fd: int, start: int, end: int, *, exclusive: bool = True) -> int:
+        found: int = self("bind", self.service.token_for(fd).hex(), start, end, exclusive)
+        return found
+
+
+# The document.
+
+
+def test_the_document_shows_the_whole_device() -> None:
+    section = DOCUMENT[DOCUMENT.index("## The device") : DOCUMENT.index("## Its owner")]
+    shown = "\n".join(re.findall(r"^```python\n(.*?)^```\n", section, re.MULTILINE | re.DOTALL))
+    code = [line for line in DMA.read_text(encoding="utf-8").splitlines() if line]
+    assert [line for line in shown.splitlines() if line] == code
+    assert len(code) < 170
+
+
+@pytest.mark.requires("fuse")
+def test_the_documents_owner_runs() -> None:
+    section = DOCUMENT[DOCUMENT.index("## Its owner") :]
+    found = re.search(r"^```python\n(.*?)^```\n.*?^```text\n(.*?)^```\n", section, re.MULTILINE | re.DOTALL)
+    assert found is not None
+    done = subprocess.run([sys.executable, "-c", found[1], str(DMA)], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout == found[2]
+
+
+# The device.
+
+
+@pytest.mark.requires("fuse")
+@pytest.mark.parametrize("design", ["v9", "v10", "v10+teardown", "bindings", "bindings+teardown"])
+def test_the_device_moves_bytes_and_obeys(design: str) -> None:
+    with serving(design=design) as service, Device(service) as device:
+        fd, other = service.memfd_restricted(), service.memfd_restricted()
+        device.attach(fd, 0x10000, 0, 16)
+        # Another file, from page 1000 on.
+        device.attach(other, 0x80000, 1000, 1016)
+        device.fill(0x10000, 3 * PAGE, 0x5A)
+        device.copy(0x10000, 0x80000 + 100, 2 * PAGE)
+        assert device.equal(0x10000, 0x80000 + 100, 2 * PAGE) == 2 * PAGE
+        assert device.equal(0x10000, 0x80000 + 100, 3 * PAGE) == 2 * PAGE
+        assert (resident(fd), resident(other), device.status()["mapped"]) == (3, 3, 6)
+        punch(other, 1000)
+        assert (resident(other), device.status()["mapped"]) == (2, 5)
+        assert device.equal(0x10000, 0x80000 + 100, 1) == 0
+        told = device.status()["invalidations"]
+        assert told == 1
+        # A hole in nobody's window is told in designs without ranges, and takes nothing.
+        punch(other, 0, 1000)
+        assert device.status()["invalidations"] - told == (0 if design.startswith("bindings") else 1)
+        assert device.status()["mapped"] == 6
+        told = device.status()["invalidations"]
+        device.detach(0x80000)
+        assert device.status()["invalidations"] - told == (1 if design.endswith("+teardown") else 0)
+        punch(other, 1000, 16)
+        assert resident(other) == 0
+        assert service.status()["last_error"] == ""
+        os.close(fd)
+        os.close(other)
+
+
+@pytest.mark.requires("fuse")
+def test_the_device_refuses(service: Service, fd: int) -> None:
+    with Device(service) as device:
+        device.attach(fd, 0x10000, 0, 16)
+        assert outcome(lambda: device.attach(fd, 0x1F000, 0, 1)) == Errno(EEXIST)
+        assert outcome(lambda: device.attach(fd, 0x20001, 0, 1)) == Errno(EINVAL)
+        assert outcome(lambda: device.attach(fd, 0x20000, 1, 1)) == Errno(EINVAL)
+        assert outcome(lambda: device.fill(0x1F000, PAGE + 1, 1)) == Errno(EFAULT)
+        assert outcome(lambda: device.detach(0x11000)) == Errno(ENOENT)
+        assert outcome(lambda: device.channel.call(dma.COPY, b"short")) == Errno(EPROTO)
+        assert outcome(lambda: device.channel.call(Call("none", 99))) == Errno(EPROTO)
+        assert outcome(lambda: device.channel.call(dma.ATTACH, dma.ATTACH_BODY.pack(bytes(16), 0x20000, 0, 1))) == Errno(EINVAL)
+        device.fill(0x10000, 1, 1)
+
+
+@pytest.mark.requires("fuse")
+def test_ps_shows_it(service: Service, fd: int) -> None:
+    with Device(service) as device:
+        device.attach(fd, 0, 0, 4)
+        device.fill(0, 1, 1)
+        punch(fd, 0)
+        device.status()
+        (found,) = service.status()["consumers"]
+        assert (found["name"], found["invalidations"], len(found["files"])) == ("dma", 1, 1)
+        assert (found["report"]["windows"], found["report"]["mapped"]) == (1, 0)
+        known = process(found["report"]["pid"])
+        assert known is not None
+        assert known.name == "rmem-dma"
+        shown = subprocess.run([sys.executable, "-m", "restrictedmem", "ps"], capture_output=True, text=True, check=True, timeout=20).stdout
+        assert f"dma {found['number']}: pid {known.pid}, descriptors {found['files'][0]}, 1 invalidations" in shown
+    wait_gone([known])
+
+
+@pytest.mark.requires("fuse")
+@pytest.mark.parametrize(
+    ("backing", "pin", "around"),
+    [
+        ("memfd", False, 1),
+        ("thp", False, 1),
+        ("memfd", True, 512),
+        pytest.param("hugetlb-2m", False, 512, marks=pytest.mark.requires("hugetlb")),
+    ],
+)
+def test_the_device_on_every_backing(backing: str, pin: bool, around: int) -> None:
+    with serving(backing=backing, pin=pin) as service, Device(service) as device:
+        fd = service.memfd_restricted()
+        device.attach(fd, 0, 0, 1024)
+        device.fill(0, PAGE, 9)
+        assert resident(fd) == around
+        assert (device.equal(0, PAGE, PAGE), device.equal(PAGE, 2 * PAGE, PAGE)) == (0, PAGE)
+        punch(fd, 0, 1024)
+        assert (resident(fd), device.status()["mapped"]) == (0, 0)
+        assert device.equal(0, PAGE, PAGE) == PAGE
+        os.close(fd)
+
+
+@pytest.mark.requires("fuse", "hugetlb")
+def test_a_lazy_file_asks_who_holds_its_pages() -> None:
+    with serving(backing="hugetlb-2m", design="lazy") as service, Puppet(service) as puppet:
+        fd = service.memfd_restricted()
+        file = puppet.bind(fd, 0, 512)
+        puppet("call", file, "get_page", 0)
+        punch(fd, 0, 5)
+        # Taken once more: this consumer's answer to PAGE_COUNT keeps the huge page, though all of it was punched.
+        puppet("call", file, "get_page", 0)
+        punch(fd, 5, 507)
+        told = [["start", 0, 5, None], ["end", 0, 5, None], ["start", 5, 512, None], ["end", 5, 512, None]]
+        assert (resident(fd), puppet("heard", file)) == (512, told)
+        puppet("call", file, "put_page", 0)
+        punch(fd, 3)
+        assert resident(fd) == 0
+        exact, whole = [3, 4, None], [0, 512, 9]
+        assert puppet("heard", file)[4:] == [["start", *exact], ["start", *whole], ["end", *exact], ["end", *whole]]
+        os.close(fd)
+
+
+#: A device that takes its time between get_page and the table, and does not ask what happened meanwhile.
+_NO_RETRY = """
+import time
+
+take = BoundFile.get_page
+
+
+def get_page(file, pgoff):
+    order = take(file, pgoff)
+    time.sleep(0.002)
+    return order
+
+
+BoundFile.get_page, BoundFile.retry = get_page, lambda *_: False
+
+
+"""
+#: What a device without one of the rules looks like: what is replaced in its program, and by what.
+_SLIPS = {
+    "none": ("", ""),
+    "deaf": ("            self.unmap(start, end)\n\n    def invalidate_end", "\n    def invalidate_end"),
+    "no retry": ("class Window:", _NO_RETRY + "class Window:"),
+}
+
+
+@pytest.mark.requires("fuse")
+@pytest.mark.parametrize("slip", _SLIPS)
+def test_a_storm_of_punches(slip: str, tmp_path: Path) -> None:
+    """Punch pages that a device uses: it maps none that it has not, and what it reads was never punched. Without a rule this shows."""
+    source = DMA.read_text(encoding="utf-8")
+    old, new = _SLIPS[slip]
+    assert old in source
+    (tmp_path / "dma.py").write_text(source.replace(old, new, 1), encoding="utf-8")
+    with serving(("dma", tmp_path / "dma.py")) as service, Device(service) as device:
+        found = _storm(service, device, rounds=12 if slip == "none" else 200)
+    assert found == "" if slip == "none" else found.startswith("mapped "), found
+
+
+def _storm(service: Service, device: Device, rounds: int) -> str:
+    """Return the rule that was broken first."""
+    fd, still = service.memfd_restricted(), service.memfd_restricted()
+    npages, random = 32, Random(1)
+    window, marks = 0x100000, 0x400000
+    device.attach(fd, window, 0, npages)
+    device.attach(still, marks, 0, 256)
+    told = 0
+    for mark in range(1, rounds + 1):
+        device.fill(marks + mark % 256 * PAGE, PAGE, mark % 256)
+        filling = threading.Thread(target=device.fill, args=(window, npages * PAGE, mark % 256))
+        filling.start()
+        while filling.is_alive():
+            punch(fd, random.randrange(npages))
+            told += 1
+        filling.join()
+        status = device.status()
+        if not status["mapped"] == status["taken"] == resident(fd) + resident(still) or status["invalidations"] != told:
+            return f"mapped {status}, resident {resident(fd)} and {resident(still)}, told {told} times"
+        for page in range(window, window + npages * PAGE, PAGE):
+            # Mark 0 is no mark: a page of zeroes.
+            if PAGE not in (device.equal(page, marks + mark % 256 * PAGE, PAGE), device.equal(page, marks, PAGE)):
+                return f"stale: page at {page:#x} in round {mark}"
+    os.close(fd)
+    os.close(still)
+    return ""
+
+
+# The interface.
+
+
+@pytest.mark.requires("fuse")
+def test_file_is_restrictedmem(service: Service, fd: int) -> None:
+    assert file_is_restrictedmem(fd)
+    with Service.start() as other:
+        theirs = other.memfd_restricted()
+        assert file_is_restrictedmem(theirs)
+        os.close(theirs)
+    pipe = os.pipe()
+    with memory.memfd_create("plain") as plain, socket.socket() as sock:
+        assert not any(file_is_restrictedmem(number) for number in (plain.fileno(), sock.fileno(), *pipe))
+    closed, last = pipe
+    os.close(closed)
+    os.close(last)
+    assert outcome(lambda: file_is_restrictedmem(last)) == Errno(9)
+
+
+@pytest.mark.requires("fuse")
+def test_pages_are_taken_and_given_back(service: Service, fd: int) -> None:
+    with Puppet(service) as puppet:
+        file = puppet.bind(fd, 4, 12)
+        assert outcome(lambda: puppet("call", file, "get_page_noalloc", 4)) == Errno(ENOENT)
+        assert resident(fd) == 0
+        assert puppet("call", file, "get_page", 4) == 0
+        puppet("write", file, 4, 7)
+        assert puppet("call", file, "get_page_noalloc", 4) == 0
+        assert (puppet("call", file, "page_count", 0, 100), resident(fd)) == (1, 1)
+        puppet("call", file, "put_page", 4)
+        assert (puppet("call", file, "page_count", 0, 100), resident(fd)) == (0, 1)
+        assert (puppet("call", file, "get_page", 4), puppet("read", file, 4)) == (0, 7)
+        for outside in (3, 12):
+            assert outcome(lambda: puppet("call", file, "get_page", outside)) == Errno(EFAULT)  # noqa: B023
+
+
+@pytest.mark.requires("fuse")
+def test_what_was_taken_before_a_punch_has_to_be_taken_again(service: Service, fd: int) -> None:
+    with Puppet(service) as puppet:
+        file = puppet.bind(fd, 0, 8)
+        before = puppet("call", file, "snapshot")
+        puppet("call", file, "get_page", 1)
+        assert not puppet("call", file, "retry", before, 1)
+        punch(fd, 1)
+        assert puppet("call", file, "retry", before, 1)
+        assert not puppet("call", file, "retry", puppet("call", file, "snapshot"), 1)
+        assert puppet("call", file, "page_count", 0, 8) == 0
+        assert puppet("heard", file) == [["start", 1, 2, None], ["end", 1, 2, None]]
+
+
+def test_a_page_taken_before_the_end_was_heard_stays_taken() -> None:
+    """The sequence rises before invalidate_end comes; what is installed in between is in use, and must be accounted for."""
+    file = RestrictedFile(make("v10"), MemfdBacking(), Inode.make(0, 0))
+    memfd, sequence = (OwnedFd(os.dup(number)) for number in (file.backing.fileno(), file.sequence().fd.fileno()))
+    span = PageRange(pgoff_t(0), pgoff_t(8))
+    bound = BoundFile(Bound(1, 1, None, memfd, sequence), span, Heard(), lambda: None)
+    first, lock, told = span.start, sync.mutex(), list[object]()
+
+    def invalidate_start(start: pgoff_t, end: pgoff_t, order: int | None) -> None:
+        BoundFile.invalidate_start(bound, start, end, order)
+        told.append(outcome(lambda: bound.get_page(first)))
+
+    def invalidate_end(start: pgoff_t, end: pgoff_t, order: int | None) -> None:
+        told.append(bound.fault(first, lock, lambda _: None))
+        BoundFile.invalidate_end(bound, start, end, order)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bound, "invalidate_start", invalidate_start)
+        patch.setattr(bound, "invalidate_end", invalidate_end)
+        file.register_notifier(bound)
+        file.fallocate(memory.PUNCH, 0, PAGE)
+    assert told == [Errno(EAGAIN), 0]
+    assert bound.page_count(span.start, span.end) == 1
+    file.unregister_notifier(bound)
+    bound.close()
+    file.put()
+
+
+class Heard:
+    """Ops that do nothing."""
+
+    def invalidate_start(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None: ...
+
+    def invalidate_end(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None: ...
+
+    def error(self, start: pgoff_t, end: pgoff_t) -> None: ...
+
+
+@pytest.mark.requires("fuse")
+def test_each_window_of_a_file_has_its_own_notifier(service: Service, fd: int) -> None:
+    with Puppet(service) as puppet:
+        files = [puppet.bind(fd, 0, 8), puppet.bind(fd, 4, 12), puppet("register_notifier", service.token_for(fd).hex(), 0, 4)]
+        punch(fd, 100)
+        assert [puppet("heard", file) for file in files] == [[["start", 100, 101, None], ["end", 100, 101, None]]] * 3
+        puppet("call", files[0], "close")
+        punch(fd, 5)
+        assert [len(puppet("heard", file)) for file in files] == [2, 4, 4]
+        puppet("call", files[1], "get_page", 5)
+        assert service.status()["descriptors"][0]["notifiers"] == 2
+
+
+@pytest.mark.requires("fuse")
+def test_bindings_are_exclusive_or_not() -> None:
+    with serving(design="bindings") as service, Puppet(service) as puppet:
+        fd = service.memfd_restricted()
+        first, last = puppet.bind(fd, 0, 8), puppet.bind(fd, 8, 16)
+        assert outcome(lambda: puppet.bind(fd, 7, 8)) == Errno(EINVAL)
+        assert outcome(lambda: puppet.bind(fd, 15, 17)) == Errno(EINVAL)
+        assert outcome(lambda: puppet.bind(fd, 16, 20, exclusive=False)) == Errno(EINVAL)
+        assert outcome(lambda: puppet.bind(fd, 16, 16)) == Errno(EINVAL)
+        assert outcome(lambda: puppet("register_notifier", service.token_for(fd).hex(), 16, 20)) == Errno(EINVAL)
+        punch(fd, 7)
+        punch(fd, 7, 2)
+        punch(fd, 100)
+        assert [len(puppet("heard", file)) // 2 for file in (first, last)] == [2, 1]
+        # A range is free again once it is unbound.
+        puppet("call", last, "close")
+        assert puppet("heard", puppet.bind(fd, 9, 20)) == []
+        shared = service.memfd_restricted()
+        both = [puppet.bind(shared, 0, 8, exclusive=False), puppet.bind(shared, 0, 8, exclusive=False)]
+        assert outcome(lambda: puppet.bind(shared, 20, 24)) == Errno(EINVAL)
+        punch(shared, 0)
+        assert [len(puppet("heard", file)) for file in both] == [2, 2]
+        os.close(fd)
+        os.close(shared)
+
+
+@pytest.mark.requires("fuse")
+def test_one_consumer_a_file(service: Service, fd: int) -> None:
+    with Puppet(service) as first, Device(service) as device:
+        file = first.bind(fd, 0, 8)
+        first("call", file, "get_page", 0)
+        first("write", file, 0, 9)
+        assert outcome(lambda: device.attach(fd, 0, 0, 8)) == Errno(EINVAL)
+        first("call", file, "close")
+        assert resident(fd) == 1
+        device.attach(fd, 0, 0, 8)
+        assert device.equal(0, PAGE, PAGE) == PAGE
+        assert outcome(lambda: first.bind(fd, 0, 8)) == Errno(EINVAL)
+
+
+@pytest.mark.requires("fuse")
+@pytest.mark.parametrize("arguments", ["", "careless"], ids=["unbinds", "just ends"])
+@pytest.mark.parametrize("design", ["v10", "v10+teardown"])
+def test_the_next_consumer_need_not_wait_for_the_last_ones_end(design: str, arguments: str) -> None:
+    with serving(design=design) as service:
+        fd = service.memfd_restricted()
+        for _ in range(5):
+            with Puppet(service, arguments) as puppet:
+                for start in range(0, 64, 8):
+                    puppet("call", puppet.bind(fd, start, start + 8), "get_page", start)
+                assert resident(fd) == 8
+        wait_until(lambda: not service.status()["consumers"], "the consumers' end")
+        assert service.status()["last_error"] == ""
+        os.close(fd)
+
+
+# Memory errors.
+
+
+@pytest.mark.requires("fuse")
+def test_a_lost_page_is_refused_until_it_is_punched(service: Service, fd: int) -> None:
+    with Puppet(service) as puppet, Device(service) as device:
+        file = puppet.bind(fd, 0, 8)
+        puppet("call", file, "get_page", 2)
+        service.error_page(fd, 2, 4)
+        assert puppet("heard", file) == [["error", 2, 4]]
+        for lost in (2, 3):
+            for name in ("get_page", "get_page_noalloc"):
+                assert outcome(lambda: puppet("call", file, name, lost)) == Errno(EHWPOISON)  # noqa: B023
+        assert puppet("call", file, "get_page", 4) == 0
+        punch(fd, 2)
+        assert puppet("call", file, "get_page", 2) == 0
+        assert outcome(lambda: puppet("call", file, "get_page", 3)) == Errno(EHWPOISON)
+        puppet("call", file, "close")
+        # The device's fault path.
+        device.attach(fd, 0, 0, 8)
+        device.fill(0, 4 * PAGE, 1)
+        service.error_page(fd, 1, 2)
+        assert (device.status()["mapped"], device.status()["errors"]) == (3, 1)
+        assert outcome(lambda: device.fill(0, 2 * PAGE, 2)) == Errno(EHWPOISON)
+        punch(fd, 1)
+        device.fill(0, 2 * PAGE, 2)
+
+
+@pytest.mark.requires("fuse")
+def test_who_may_say_that_a_page_is_lost(service: Service, fd: int) -> None:
+    with Service.start() as other:
+        assert outcome(lambda: other.error_page(fd, 0, 1)) == Errno(EACCES)
+    for start, end in ((1, 1), (2, 1), (0, (1 << 18) + 1)):
+        assert outcome(lambda: service.error_page(fd, start, end)) == Errno(EINVAL)  # noqa: B023
+    forged = wire.ERROR_REQUEST.pack(bytes(16), 0, 1)
+    assert outcome(lambda: service._call(wire.ERROR_PAGE, forged)) == Errno(EACCES)
+    assert outcome(lambda: service._call(wire.ERROR_PAGE, forged[:-1])) == Errno(EPROTO)
+    # Nobody is there to hear of it.
+    service.error_page(fd, 0, 1 << 18)
+
+
+# The engines.
+
+ENGINES = ["software", pytest.param("kernel", marks=pytest.mark.requires("kvm"))]
+GPA = 0x4000_0000
+#: mov al, [0x40001000]; test al, al; jz 1f; ud2; 1: xor ecx, ecx; div ecx
+READER = bytes.fromhex("8a04 25 00100040 84c0 7402 0f0b 31c9 f7f1").ljust(PAGE, b"\0")
+#: How it ends: the byte was zero, or not.
+ZERO, NOT_ZERO = exits.Shutdown(0), exits.Shutdown(6)
+
+
+def slot(vm: Vm, fd: int, number: int, gpa: int, start: int, npages: int) -> None:
+    vm.set_user_memory_region(slot=number, guest_phys_addr=gpa, memory_size=npages * PAGE, restricted_fd=fd, restricted_offset=start * PAGE)
+    vm.set_memory_attributes(gpa, npages * PAGE, private=True)
+
+
+@pytest.mark.requires("fuse")
+def test_a_guest_that_touches_a_lost_page_exits_until_it_is_punched(service: Service, fd: int) -> None:
+    with Vm(service, engine="software") as vm:
+        slot(vm, fd, 0, GPA, 0, 8)
+        vm.launch_update(GPA, READER + bytes([7]) * PAGE)
+        with vm.create_vcpu() as vcpu:
+            vcpu.set_regs(rip=GPA)
+            service.error_page(fd, 1, 2)
+            lost = vcpu.run()
+            assert isinstance(lost, exits.MemoryFault)
+            assert (lost.gpa, lost.errno) == (GPA + PAGE, EHWPOISON)
+            punch(fd, 1)
+            assert vcpu.run() == ZERO
+
+
+@pytest.mark.requires("fuse")
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("design", ["v10", "bindings", "bindings+teardown"])
+def test_a_punch_reaches_every_slot_of_a_file(design: str, engine: str) -> None:
+    with serving(design=design) as service, Vm(service, engine=engine) as vm:
+        fd = service.memfd_restricted()
+        for number in range(3):
+            slot(vm, fd, number, GPA + number * 0x10_0000, 8 * number, 8)
+            vm.launch_update(GPA + number * 0x10_0000, bytes([number + 1]) * PAGE * 2)
+        before = freed(vm)
+        for number in range(3):
+            punch(fd, 8 * number)
+            assert freed(vm) - before == number + 1
+        # Two at once, and what no slot shows.
+        punch(fd, 1, 9)
+        punch(fd, 100)
+        assert freed(vm) - before == 5
+        assert service.status()["descriptors"][0]["notifiers"] == (1 if engine == "kernel" and design == "v10" else 3)
+        os.close(fd)
+
+
+@pytest.mark.requires("fuse")
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("design", ["bindings", "bindings+teardown"])
+def test_a_bound_range_is_one_slots(design: str, engine: str) -> None:
+    with serving(design=design) as service, Vm(service, engine=engine) as vm:
+        fd = service.memfd_restricted()
+        slot(vm, fd, 0, GPA, 0, 8)
+        assert outcome(lambda: slot(vm, fd, 1, GPA + 0x10_0000, 7, 1)) == Errno(EINVAL)
+        vm.launch_update(GPA, READER + bytes([7]) * PAGE)
+        # The slot may go and come back: it is not in its own way.
+        vm.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=0)
+        assert service.status()["descriptors"][0]["notifiers"] == 0
+        slot(vm, fd, 0, GPA, 0, 8)
+        vm.launch_update(GPA, READER)
+        with vm.create_vcpu() as vcpu:
+            vcpu.set_regs(rip=GPA)
+            # A guest_memfd keeps nothing that its owner could punch unheard.
+            assert vcpu.run() == (NOT_ZERO if engine == "software" else ZERO)
+        os.close(fd)
+
+
+def freed(vm: Vm) -> int:
+    found = vm.statistics()["pages_freed"]
+    assert isinstance(found, int)
+    return found
+
+
+# Mistakes.
+
+
+def _punch_while(fd: int, during: Callable[[], object]) -> float:
+    """Punch page 0 while something else goes on; returns the seconds it took."""
+    took: list[float] = []
+
+    def body() -> None:
+        began = time.monotonic()
+        punch(fd, 0)
+        took.append(time.monotonic() - began)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    during()
+    thread.join()
+    return took[0]
+
+
+#: Nothing, when its end was noticed before its silence.
+_GONE = r"(puppet 1: INVALIDATE_START: puppet 1 is gone)?"
+_MISTAKES = {
+    # manner: whether the deadline has to pass, what ps says
+    "stop": (True, rf"puppet 1 did not answer INVALIDATE_START within {DEADLINE:g} s"),
+    "die": (False, _GONE),
+    "raise": (False, _GONE),
+    "garbage": (False, r"puppet 1 answered INVALIDATE_START with 4 bytes and 0 descriptors"),
+    "refuse": (False, r"puppet 1: INVALIDATE_START: Invalid argument"),
+    "short": (False, r"puppet 1: INVALIDATE_START: puppet 1 is gone"),
+    "empty": (False, r"puppet 1: INVALIDATE_START: puppet 1 is gone"),
+}
+
+
+@pytest.mark.requires("fuse")
+@pytest.mark.parametrize("manner", _MISTAKES)
+def test_a_mistake_ends_a_consumer_and_nothing_else(service: Service, fd: int, manner: str) -> None:
+    late, words = _MISTAKES[manner]
+    puppet, other = Puppet(service), service.memfd_restricted()
+    with Device(service) as device:
+        device.attach(other, 0, 0, 8)
+        device.fill(0, PAGE, 3)
+        file = puppet.bind(fd, 0, 8)
+        puppet("call", file, "get_page", 0)
+        victim = next(found for found in family(service) if found.name == "rmem-puppet")
+        puppet("manner", file, manner)
+        took = _punch_while(fd, lambda: None)
+        assert took >= DEADLINE if late else took < DEADLINE
+        assert resident(fd) == 0
+        wait_gone([victim])
+        wait_until(lambda: [found["name"] for found in service.status()["consumers"]] == ["dma"], "the consumer's end")
+        assert re.fullmatch(words, service.status()["last_error"])
+        assert outcome(lambda: puppet("pid")) == Errno(ENOTCONN)
+        # Nobody else was harmed, and the file is the next one's.
+        assert device.equal(0, 0, PAGE) == PAGE
+        device.attach(fd, 0x100000, 0, 8)
+        device.fill(0x100000, PAGE, 1)
+        punch(fd, 0)
+        assert device.status()["invalidations"] == 1
+    puppet.channel.close()
+    os.close(other)
+
+
+@pytest.mark.requires("fuse")
+def test_a_late_answer_is_waited_for(service: Service, fd: int) -> None:
+    with Puppet(service) as puppet:
+        file, pid = puppet.bind(fd, 0, 8), puppet("pid")
+        puppet("manner", file, "stop")
+
+        def let_go_on() -> None:
+            wait_for("the consumer to stop", lambda: (found := process(pid)) is not None and found.state == "T")
+            os.kill(pid, signal.SIGCONT)
+
+        assert _punch_while(fd, let_go_on) < DEADLINE
+        assert puppet("heard", file) == [["start", 0, 1, None], ["end", 0, 1, None]]
+        assert service.status()["last_error"] == ""
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [((3).to_bytes(8, "little"), 3), (b"", 0), (bytes(9), 0)],
+    ids=["a count", "nothing", "too much"],
+)
+def test_a_count_of_pages_is_a_count(answer: bytes, expected: int) -> None:
+    failures: list[str] = []
+    consumer = service_consumer.Consumer("third", 7, 1.0, lambda _, reason: failures.append(reason))
+    binding = service_consumer.Binding(consumer, 1, 1, None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    requests, notify = consumer.give_sockets()
+    theirs = Channel(notify, "service")
+
+    def respond() -> None:
+        assert theirs.receive() is not None
+        theirs.reply(answer)
+
+    thread = threading.Thread(target=respond)
+    thread.start()
+    assert binding.page_count(0, 8) == expected  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    thread.join()
+    assert bool(failures) == (expected == 0)
+    requests.close()
+    notify.close()
+    consumer.close()
+
+
+# Programs.
+
+
+@pytest.mark.requires("fuse")
+@pytest.mark.parametrize(
+    ("source", "errno", "words"),
+    [
+        (None, ENOENT, "No such file"),
+        ("x = 1\n", ENOEXEC, "has no function serve"),
+        ("serve = 1\n", ENOEXEC, "has no function serve"),
+        ("def serve(:\n", ENOEXEC, "SyntaxError"),
+        ("import no_such_module\n", ENOEXEC, "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("raise SystemExit(3)\n", ENOEXEC, "SystemExit: 3"),
+        ("\0", ENOEXEC, "null bytes"),
+    ],
+    ids=["missing", "no serve", "serve is a number", "no Python", "import", "exit", "binary"],
+)
+def test_a_program_that_will_not_do(source: str | None, errno: int, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "program.py"
+    if source is not None:
+        path.write_text(source, encoding="utf-8")
+    with pytest.raises(OSError) as caught:
+        program.load("third", str(path))
+    assert caught.value.errno == errno
+    with serving(("third", path)) as service:
+        channel = Channel(service.spawn("third"), "the consumer")
+        with pytest.raises(OSError, match=words) as caught:
+            channel.call(Call("HELLO", 1))
+        assert caught.value.errno == errno
+        assert str(path) in str(caught.value)
+        channel.close()
+        wait_until(lambda: not service.status()["consumers"], "its end")
+        assert service.status()["last_error"] == ""
+    said = serve_fails(tmp_path, "--consumer", f"third={path}")
+    assert str(path) in said
+    assert "Traceback" not in said
+
+
+def test_a_directory_is_no_program(tmp_path: Path) -> None:
+    assert outcome(lambda: program.load("third", str(tmp_path))) == Errno(EISDIR)
+
+
+def test_no_bytecode_is_trusted(tmp_path: Path) -> None:
+    path = tmp_path / "program.py"
+    path.write_text("def serve(): pass\n", encoding="utf-8")
+    program.load("third", str(path))
+    assert [found.name for found in tmp_path.iterdir()] == ["program.py"]
+
+
+@pytest.mark.parametrize("name", ["kvm", "", "Dma", "a b", "9p", "-x", "a=b", "elevenchars"])
+def test_names(name: str) -> None:
+    assert outcome(Options(consumers=((name, "/x"),)).check) == Errno(EINVAL)
+
+
+def test_a_name_is_one_programs() -> None:
+    assert outcome(Options(consumers=(("a", "/x"), ("a", "/y"))).check) == Errno(EINVAL)
+    Options(consumers=(("a", "/x"), ("b-2", "/x"))).check()
+
+
+@pytest.mark.requires("fuse")
+def test_options_are_checked_before_a_service_starts() -> None:
+    for options in (Options(consumers=(("kvm", "/x"),)), Options(design="v11")):
+        with pytest.raises(OSError) as caught:
+            Service.start(options)
+        assert caught.value.errno == EINVAL
+
+
+@pytest.mark.requires("fuse")
+def test_only_who_starts_the_service_names_programs(service: Service) -> None:
+    for name in (str(DMA), f"x={DMA}", "qemu"):
+        assert outcome(lambda: service.spawn(name)) == Errno(EINVAL)  # noqa: B023
+
+
+# serve.
+
+
+def serve_fails(place: Path, *arguments: str) -> str:
+    command = [sys.executable, "-m", "restrictedmem", "serve", "--socket", str(place / "socket"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    assert done.returncode in (1, 2), done
+    assert not (place / "socket").exists()
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--consumer", "dma"], "write NAME=PATH"),
+        (["--consumer", f"kvm={DMA}"], "consumer 'kvm': taken"),
+        (["--design", "v11"], "no design 'v11'"),
+        (["--backing", "disk"], "invalid choice: 'disk'"),
+    ],
+)
+def test_serve_says_early_what_will_not_do(arguments: list[str], words: str, tmp_path: Path) -> None:
+    assert words in serve_fails(tmp_path, *arguments)
+
+
+@pytest.mark.requires("fuse", "root")
+def test_serve_has_a_program_that_its_user_cannot_read(tmp_path: Path) -> None:
+    (tmp_path / "dma.py").write_bytes(DMA.read_bytes())
+    os.chmod(tmp_path, 0o700)
+    place = f"/tmp/restrictedmem-{os.getpid()}"
+    command = [sys.executable, "-m", "restrictedmem", "serve", "--socket", place, "--user", "nobody"]
+    command += ["--consumer", f"dma={tmp_path / 'dma.py'}", "--design", "v10+teardown", "--backing", "memfd"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            assert server.stderr.readline() == f"listening on {place}\n"
+            with Service.connect(place) as service, Device(service) as device:
+                fd = service.memfd_restricted()
+                device.attach(fd, 0, 0, 8)
+                device.fill(0, PAGE, 1)
+                found = next(found for found in family(service) if found.name == "rmem-dma")
+                assert re.search(r"^Uid:\s+65534", Path(f"/proc/{found.pid}/status").read_text(encoding="utf-8"), re.MULTILINE)
+                device.detach(0)
+                assert device.status()["invalidations"] == 1
+                os.close(fd)
+        finally:
+            server.terminate()
+
+
+# The wire's document.
+
+
+def test_every_option_of_a_service_is_in_the_wires_document() -> None:
+    text = (ROOT / "docs" / "wire-protocol.md").read_text(encoding="utf-8")
+    table = text[text.index("OPTIONS is a JSON") : text.index("The process that was started")]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(Options.__dataclass_fields__)
