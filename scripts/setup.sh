@@ -37,9 +37,9 @@ setup_venv() {
     echo "installing into .venv"
     .venv/bin/pip --quiet --disable-pip-version-check install --upgrade "pip>=25.1"
     if [ -n "$group" ]; then
-        .venv/bin/pip --quiet --disable-pip-version-check install --editable '.[report]' --group "$group"
+        .venv/bin/pip --quiet --disable-pip-version-check install --editable '.[check,report]' --group "$group"
     else
-        .venv/bin/pip --quiet --disable-pip-version-check install --editable '.[report]'
+        .venv/bin/pip --quiet --disable-pip-version-check install --editable '.[check,report]'
     fi
     touch "$stamp"
 }

@@ -1,0 +1,170 @@
+"""A file's page frames without a kernel: the backing of the checker's worlds.
+
+What tmpfs and hugetlbfs do to frames, and nothing else: who may still use one is ``invariants``' business. A frame is known by its page
+and by a number that grows with each allocation, so one that was freed and came back is another one.
+"""
+
+from collections.abc import Hashable, Iterator
+from errno import ENOMEM, ENOSPC
+from typing import TYPE_CHECKING, Final, final
+
+from restrictedmem.check.control import saw, touch
+from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
+
+if TYPE_CHECKING:
+    from restrictedmem.check.invariants import Invariants
+
+HUGE: Final = 9
+#: Pages of a huge folio.
+HUGE_PAGES: Final = 1 << HUGE
+#: The one name that all frames of a world have for the explorer: their operations conflict unless both only read.
+MEMORY: Final = "memory"
+
+
+@final
+class Frames:
+    """Frames of one file (``Backing`` for the shim, ``Allocator`` for a consumer).
+
+    ``kind`` is ``memfd`` (single pages), ``thp`` (2 MiB folios, which a punch inside splits) or ``hugetlb`` (2 MiB folios, of which a
+    punch inside zeroes what it covers and frees nothing).
+    """
+
+    def __init__(self, invariants: "Invariants", npages: int, kind: str) -> None:
+        self._invariants = invariants
+        self.kind = kind
+        #: By page: 0 is a hole, else the number of its frame.
+        self.numbers = bytearray(npages)
+        self._births = bytearray(npages)
+        #: By page: what the guest wrote last; a page that is not here is zero.
+        self.content: dict[int, int] = {}
+        #: Huge folios that are whole, by their first page.
+        self._huge: set[int] = set()
+        self.limit: int | None = None
+        self.base_order = HUGE if kind == "hugetlb" else 0
+        self.hugepage = kind == "thp"
+        self.blksize = PAGE_SIZE << (0 if kind == "memfd" else HUGE)
+        #: Whether there is no memory, and whether a punch fails.
+        self.exhausted = False
+        self.refuses = False
+
+    def state(self) -> Hashable:
+        """Return all of it."""
+        return bytes(self.numbers), bytes(self._births), tuple(sorted(self.content.items())), tuple(sorted(self._huge)), self.exhausted
+
+    def fileno(self) -> int:
+        """Return no descriptor (``Backing``): nobody maps it."""
+        return -1
+
+    def allocate(self, offset: int, length: int) -> None:
+        """Make pages present (``Allocator``)."""
+        # Two that allocate may do so in either order.
+        touch(MEMORY, write=False)
+        saw(None)
+        first, last = offset >> PAGE_SHIFT, -(-(offset + length) >> PAGE_SHIFT)
+        if self.kind != "memfd":
+            first, last = self._round(first, last)
+        missing = [pgoff for pgoff in range(first, last) if not self.numbers[pgoff]]
+        if not missing:
+            return
+        if self.exhausted:
+            raise OSError(ENOSPC, "allocate: no memory")
+        if self.kind != "memfd":
+            self._huge.update(head for head in range(first, last, HUGE_PAGES) if not any(self.numbers[head : head + HUGE_PAGES]))
+        for pgoff in missing:
+            self._births[pgoff] += 1
+            self.numbers[pgoff] = self._births[pgoff]
+
+    def _round(self, first: int, last: int) -> tuple[int, int]:
+        """Widen a range to the huge folios that would be allocated for it."""
+        start, end = first & -HUGE_PAGES, -(-last // HUGE_PAGES) * HUGE_PAGES
+        return (start, end) if self.kind == "hugetlb" or not any(self.numbers[start:end]) else (first, last)
+
+    def refill(self) -> None:
+        """Let there be memory again."""
+        touch(MEMORY, write=True)
+        self.exhausted = False
+
+    def punch(self, offset: int, length: int) -> None:
+        """Free what the kernel would free of a range (``Backing``)."""
+        span = PageRange.of_bytes(offset, length)
+        span = PageRange(pgoff_t(0), pgoff_t(len(self.numbers))).clip(span)
+        if self.kind != "hugetlb":
+            self._free(span)
+            return
+        whole = PageRange(pgoff_t(-(-span.start // HUGE_PAGES) * HUGE_PAGES), pgoff_t(span.end & -HUGE_PAGES))
+        if len(whole):
+            self._zero(PageRange(span.start, whole.start))
+            self._free(whole)
+            self._zero(PageRange(whole.end, span.end))
+        else:
+            self._zero(span)
+
+    def _free(self, span: PageRange) -> None:
+        self._invariants.before_free(span)
+        touch(MEMORY, write=True)
+        saw(None)
+        if self.refuses:
+            raise OSError(ENOMEM, "punch: no memory to split a folio")
+        self._invariants.freed(span)
+        self.numbers[span.start : span.end] = bytes(len(span))
+        self._huge -= {head for head in self._huge if span.start < head + HUGE_PAGES and head < span.end}
+        self._forget(span)
+
+    def _zero(self, span: PageRange) -> None:
+        if len(span):
+            touch(MEMORY, write=True)
+            saw(None)
+            self._invariants.zeroed(span)
+            self._forget(span)
+
+    def _forget(self, span: PageRange) -> None:
+        for pgoff in [pgoff for pgoff in self.content if span.start <= pgoff < span.end]:
+            del self.content[pgoff]
+
+    def order_of(self, pgoff: pgoff_t) -> int:
+        """Return the order of a page's folio (``Allocator``)."""
+        touch(MEMORY, write=False)
+        order = self.order(pgoff)
+        saw(order)
+        return order
+
+    def order(self, pgoff: int) -> int:
+        """Return the order of a page's folio, which is no step of anybody."""
+        return HUGE if pgoff & -HUGE_PAGES in self._huge else 0
+
+    def folios(self, span: PageRange) -> Iterator[tuple[pgoff_t, pgoff_t, int | None]]:
+        """Yield folios and holes (``Backing``)."""
+        touch(MEMORY, write=False)
+        found = tuple(self._folios(span))
+        saw(found)
+        return iter(found)
+
+    def _folios(self, span: PageRange) -> Iterator[tuple[pgoff_t, pgoff_t, int | None]]:
+        pgoff: int = span.start
+        while pgoff < span.end:
+            head = pgoff & -HUGE_PAGES
+            if head in self._huge:
+                yield pgoff_t(head), pgoff_t(head + HUGE_PAGES), HUGE
+                pgoff = head + HUGE_PAGES
+            elif pgoff < len(self.numbers) and self.numbers[pgoff]:
+                yield pgoff_t(pgoff), pgoff_t(pgoff + 1), 0
+                pgoff += 1
+            else:
+                start = pgoff
+                while pgoff < span.end and not (pgoff < len(self.numbers) and self.numbers[pgoff]):
+                    pgoff += 1
+                yield pgoff_t(start), pgoff_t(pgoff), None
+
+    def release(self, offset: int, length: int) -> None:
+        """Do nothing: frames are not pinned (``Allocator``)."""
+
+    def resident(self) -> int:
+        """Return the bytes held (``Backing``)."""
+        return (len(self.numbers) - self.numbers.count(0)) << PAGE_SHIFT
+
+    def close(self) -> None:
+        """Free everything (``Backing``)."""
+        whole = PageRange(pgoff_t(0), pgoff_t(len(self.numbers)))
+        self._invariants.dying()
+        self.refuses = False
+        self._free(whole)

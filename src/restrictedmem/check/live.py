@@ -1,0 +1,441 @@
+"""``check --random``: the scenarios with real processes and a real guest, for as long as asked.
+
+A service, an engine for each VM, a guest that tells stale and lost content from what it must find (guests/churn.c), its owner and a second
+process with the descriptor (``check.owner``). This process only watches, so whatever hangs cannot keep it from saying so.
+"""
+
+import json
+import os
+import random
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from errno import EINVAL
+from pathlib import Path
+from typing import Any, Final, final
+
+from restrictedmem.check.board import Progress
+from restrictedmem.check.explorer import Violation
+from restrictedmem.check.owner import NAMES, OPERATIONS, PATIENCE, Ground, Plan, be_owner, be_second, wait_for
+from restrictedmem.kvm.vm import Vm
+from restrictedmem.mm.design import make
+from restrictedmem.platform import host
+from restrictedmem.service.client import Service
+from restrictedmem.service.start import Options
+
+#: Which operations make a scenario of ``check.scenarios`` with real processes; faults are always there.
+MIXES: Final[dict[str, tuple[str, ...]]] = {
+    "punch-fault": ("punch",),
+    "punch-block-fault": ("punch", "punch-block"),
+    "huge-page-in-parts": ("punch", "punch-block", "allocate"),
+    "allocate-fault": ("punch", "allocate"),
+    "punch-register": ("punch", "slot"),
+    "punch-unregister": ("punch", "slot"),
+    "convert-fault": ("convert",),
+    "punch-convert-fault": ("punch", "convert"),
+    "error-fault": ("error",),
+    "error-punch-fault": ("punch", "error"),
+    "interrupt-fault": ("interrupt",),
+    "interrupt-punch-fault": ("punch", "interrupt"),
+}
+
+_VCPUS: Final = (1, 2, 4, 8)
+_PAGES: Final = (64, 512, 2048)
+_CONVERTING: Final = (0, 2, 10)
+#: Seconds that one VM lives; one in so many is killed.
+_LIFE: Final = (2.0, 6.0)
+_KILLED: Final = 4
+_TICK: Final = 0.1
+
+
+@dataclass(slots=True)
+class Total:
+    """What was done, over all VMs."""
+
+    vms: int = 0
+    killed: int = 0
+    reused: int = 0
+    operations: int = 0
+    punches: int = 0
+    pages_punched: int = 0
+    slowest_punch: float = 0.0
+    guest_steps: int = 0
+    faults: int = 0
+    #: Seconds of the VMs that the faults were counted of.
+    counted_seconds: float = 0.0
+    by_engine: dict[str, int] = field(default_factory=dict[str, int])
+
+    @property
+    def faults_a_second(self) -> float:
+        """Private faults a second, of the VMs on the software engine that ended by themselves."""
+        return self.faults / self.counted_seconds if self.counted_seconds else 0.0
+
+
+def main(seconds: float, design: str | None = None, scenario: str | None = None, seed: int | None = None, as_json: bool = False) -> int:
+    """Run for so many seconds, print what was done and found, and return 1 when a rule was broken.
+
+    Raises:
+        OSError: EINVAL for an unknown design or scenario; what kept the service from starting.
+    """
+    if scenario is not None and scenario not in MIXES:
+        raise OSError(EINVAL, f"the scenario {scenario!r} has no meaning with real processes; those that have: {', '.join(MIXES)}")
+    if seed is None:
+        seed = random.SystemRandom().randrange(1 << 32)
+    run = _Run(Options(design=design), scenario, seed)
+    show = _Line(sys.stderr if sys.stderr.isatty() else None)
+    failure = ""
+    try:
+        with run:
+            run.until(time.monotonic() + seconds, show.update)
+        run.look_for_remains()
+    except Violation as violation:
+        failure = str(violation)
+    finally:
+        show.close()
+    _print(run, failure, seconds, design, scenario, as_json=as_json)
+    return 1 if failure else 0
+
+
+def plan_of(seed: int, number: int, *, before: Plan | None, engines: Mapping[str, tuple[str, ...]], left: float) -> Plan:
+    """Plan the VM of a number: on an engine of those, with the operations that are done there, and for no more than ``left`` seconds."""
+    words = f"{seed}/{number}"
+    chosen = random.Random(words)
+    engine = chosen.choice(list(engines))
+    reused = before is not None and bool(chosen.randrange(2))
+    return Plan(
+        seed=words,
+        engine=engine,
+        platform=chosen.choice(("", *host.NAMES)) if engine == "software" else "",
+        vcpus=before.vcpus if before and reused else chosen.choice(_VCPUS),
+        pages=before.pages if before and reused else chosen.choice(_PAGES),
+        reused=reused,
+        converting=chosen.choice(_CONVERTING) if "convert" in engines[engine] else 0,
+        operations=engines[engine],
+        seconds=min(chosen.uniform(*_LIFE), left),
+        killed=not chosen.randrange(_KILLED),
+    )
+
+
+@final
+class _Line:
+    """One line of a terminal, written again once a second."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._next = 0.0
+
+    def update(self, text: Callable[[], str]) -> None:
+        if self._file is not None and time.monotonic() >= self._next:
+            self._next = time.monotonic() + 1
+            self._file.write(f"\r\x1b[K{text()}")
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.write("\r\x1b[K")
+
+
+def _print(run: "_Run", failure: str, seconds: float, design: str | None, scenario: str | None, *, as_json: bool) -> None:
+    total = run.total
+    words = [f"restrictedmem check --random {seconds:g}", f"--seed {run.seed}"]
+    words += [f"--design {design}"] if design else []
+    words += [f"--scenario {scenario}"] if scenario else []
+    again = " ".join(words)
+    if as_json:
+        found = {name: getattr(total, name) for name in Total.__slots__}
+        about = {"seed": run.seed, "design": design, "scenario": scenario, "seconds": round(run.elapsed, 3)}
+        print(json.dumps({**about, **found, "faults_a_second": total.faults_a_second, "failure": failure or None, "again": again}))
+        return
+    engines = ", ".join(f"{count} {name}" for name, count in total.by_engine.items())
+    print(f"seed         {run.seed}, {run.elapsed:.0f} s, design {design or 'v10'}, scenario {scenario or 'all'}")
+    print(f"VMs          {total.vms} ({engines}), {total.killed} killed, {total.reused} on a descriptor that had another before")
+    print(f"operations   {total.operations}, {total.punches} of them punches of {total.pages_punched} pages; slowest {_ms(total)}")
+    print(f"guest        {total.guest_steps} steps, {total.faults_a_second:,.0f} private faults a second (software engine)")
+    if not failure:
+        print("holds        no stale read, nothing lost, no hang, callbacks in balance, nothing left behind")
+        return
+    print(f"FAILED       {failure}")
+    print(f"again        {again}")
+    if run.plan is not None:
+        print(f"the VM       {run.plan}")
+
+
+def _ms(total: Total) -> str:
+    return f"{total.slowest_punch * 1e3:.1f} ms"
+
+
+@final
+class _Child:
+    """One process of a VM's life, as its parent sees it."""
+
+    def __init__(self, name: str, run: Callable[[Progress, socket.socket], None]) -> None:
+        """Fork it; ``run`` is what it does and does not return from."""
+        self.name = name
+        self.progress = Progress(NAMES)
+        self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.report: dict[str, Any] | None = None
+        self._pid = os.fork()
+        if self._pid == 0:
+            try:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                self.sock.close()
+                run(self.progress, theirs)
+            finally:
+                os._exit(1)
+        theirs.close()
+
+    def poll(self) -> None:
+        """Take its report, if there is one.
+
+        Raises:
+            Violation: what it found; that it died.
+        """
+        if self.report is None and select.select([self.sock], [], [], 0)[0]:
+            self.take_report()
+
+    def take_report(self) -> None:
+        """Wait for its report.
+
+        Raises:
+            Violation: what it found; that it died, or says nothing.
+        """
+        if self.report is not None:
+            return
+        # Its own deadlines come first, and say more.
+        self.sock.settimeout(3 * PATIENCE)
+        try:
+            data = self.sock.recv(1 << 16)
+        except TimeoutError:
+            raise Violation(f"hang: waited {3 * PATIENCE:g} s for the {self.name} to end") from None
+        if not data:
+            raise Violation(f"the {self.name} died")
+        report = self.report = json.loads(data)
+        if "failure" in report:
+            raise Violation(f"{self.name}: {report['failure']}")
+
+    def stop(self) -> None:
+        """Tell it to come to an end."""
+        with suppress(BrokenPipeError):
+            self.sock.send(b".")
+
+    def end(self) -> None:
+        """Kill it, if it still runs, and wait for it."""
+        self.sock.close()
+        if self._pid:
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+            self._pid = 0
+
+    def close(self) -> None:
+        """End it, and let go of what it did."""
+        self.end()
+        self.progress.close()
+
+
+@final
+class _Run:
+    """A service, and one VM after the other."""
+
+    def __init__(self, options: Options, scenario: str | None, seed: int) -> None:
+        self.seed = seed
+        self.total = Total()
+        self.plan: Plan | None = None
+        self.elapsed = 0.0
+        # A guest_memfd loses no page by a call; and what it is told of it frees, even where a design tells of an allocation.
+        told_of_allocation = make(options.design or options.api).notifies(0)
+        operations = MIXES[scenario] if scenario else tuple(OPERATIONS)
+        left_out = ("error", "allocate") if told_of_allocation else ("error",)
+        #: What is done on which engine.
+        self._engines = {"software": operations}
+        if any(name not in left_out for name in operations):
+            self._engines["kernel"] = tuple(name for name in operations if name not in left_out)
+        self._began = time.monotonic()
+        self._resources = ExitStack()
+        self._service = self._resources.enter_context(Service.start(options))
+        self._processes: set[tuple[int, str]] = set()
+        self._said = ""
+        self._ground: Ground | None = None
+        self._line: Callable[[Callable[[], str]], None] = lambda _: None
+
+    def __enter__(self) -> None:
+        if "kernel" in self._engines and not self._has_kernel():
+            del self._engines["kernel"]
+
+    def __exit__(self, *_: object) -> None:
+        if self._ground is not None:
+            self._ground.close()
+        self._note_processes()
+        self._resources.close()
+        self.elapsed = time.monotonic() - self._began
+
+    def _has_kernel(self) -> bool:
+        try:
+            Vm(self._service, engine="kernel").close()
+        except OSError:
+            return False
+        return True
+
+    def until(self, deadline: float, line: Callable[[Callable[[], str]], None]) -> None:
+        """Run VMs until then; ``line`` is called often, with what makes a line of it.
+
+        Raises:
+            Violation: a rule was broken.
+        """
+        self._line = line
+        while (left := deadline - time.monotonic()) > 0:
+            self.plan = plan_of(self.seed, self.total.vms, before=self.plan, engines=self._engines, left=left)
+            self._live(self.plan, self._next_ground(self.plan))
+            self.total.vms += 1
+            self._look_at_the_service(killed=self.plan.killed)
+
+    def _next_ground(self, plan: Plan) -> Ground:
+        """Make a descriptor, or take the one of the VM before: what that left must not be seen."""
+        if self._ground is not None and plan.reused:
+            self.total.reused += 1
+            self._ground.renew()
+            return self._ground
+        if self._ground is not None:
+            self._ground.close()
+        self._ground = Ground(self._service, plan)
+        return self._ground
+
+    def _live(self, plan: Plan, ground: Ground) -> None:
+        with _children(self._service, ground, plan) as children:
+            began = time.monotonic()
+            watch = _Watch(ground, plan)
+            try:
+                while time.monotonic() < began + plan.seconds:
+                    select.select([child.sock for child in children], [], [], _TICK)
+                    for child in children:
+                        child.poll()
+                    watch.look(children)
+                    self._line(lambda: self._say(children))
+                self._note_processes()
+                self._end(plan, children, time.monotonic() - began)
+            finally:
+                self._count(ground, plan, children)
+
+    def _end(self, plan: Plan, children: "tuple[_Child, _Child]", seconds: float) -> None:
+        owner, second = children
+        if plan.killed:
+            owner.end()
+            self.total.killed += 1
+        second.stop()
+        second.take_report()
+        if plan.killed:
+            return
+        # The guest ends alone, and the books are looked at when nobody else writes in them.
+        owner.stop()
+        owner.take_report()
+        assert owner.report is not None
+        statistics = owner.report["statistics"]
+        if "faults_private" in statistics:
+            self.total.faults += statistics["faults_private"]
+            self.total.counted_seconds += seconds
+
+    def _count(self, ground: Ground, plan: Plan, children: "tuple[_Child, _Child]") -> None:
+        total = self.total
+        total.by_engine[plan.engine] = total.by_engine.get(plan.engine, 0) + 1
+        total.guest_steps += sum(ground.board.steps(vcpu) for vcpu in range(plan.vcpus))
+        for child in children:
+            total.operations += child.progress.operations
+            total.punches += child.progress.punches
+            total.pages_punched += child.progress.pages
+            total.slowest_punch = max(total.slowest_punch, child.progress.slowest)
+
+    def _say(self, children: "tuple[_Child, _Child]") -> str:
+        plan, total = self.plan, self.total
+        assert plan is not None
+        punches = total.punches + sum(child.progress.punches for child in children)
+        operations = total.operations + sum(child.progress.operations for child in children)
+        seconds = time.monotonic() - self._began
+        vm = f"VM {total.vms + 1}: {plan.engine}, {plan.vcpus} vCPUs, {plan.pages} pages"
+        return f"{seconds:5.0f} s  seed {self.seed}  {vm}; {operations} operations, {punches} punches"
+
+    # What must be true when a VM, or all of it, is over.
+
+    def _look_at_the_service(self, *, killed: bool) -> None:
+        def engines_gone() -> bool:
+            return not self._service.status()["consumers"]
+
+        wait_for("the engine to end with its owner", engines_gone)
+        said, before = self._service.status()["last_error"], self._said
+        self._said = said
+        # Of an engine that was killed it says that it is gone, if anybody punched just then.
+        if said != before and not (killed and said.endswith(" is gone")):
+            raise Violation(f"the service says: {said}")
+        wait_for("descriptors that nobody has to go", lambda: len(self._service.status()["descriptors"]) <= 1)
+        for descriptor in self._service.status()["descriptors"]:
+            if descriptor["notifiers"]:
+                raise Violation(f"a consumer is gone and a notifier of it is left: {descriptor}")
+
+    def _note_processes(self) -> None:
+        """Remember every process of the service, by number and start."""
+        pid = self._service.info["pid"]
+        spawner = _stat(pid)[0]
+        for number in (int(name) for name in os.listdir("/proc") if name.isdigit()):
+            parent, started = _stat(number)
+            if spawner and started and spawner in (number, parent):
+                self._processes.add((number, started))
+
+    def look_for_remains(self) -> None:
+        """Look whether every process of the service is gone, and its memory with them: it has no other place than their descriptors.
+
+        Raises:
+            Violation: what is left.
+        """
+
+        def gone() -> bool:
+            return not any(_stat(pid)[1] == started for pid, started in self._processes)
+
+        wait_for(f"the service's processes to end: {sorted(pid for pid, _ in self._processes)}", gone)
+
+
+def _stat(pid: int) -> tuple[int, str]:
+    """Return a process's parent and when it began; 0 and nothing when it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0, ""
+    return int(fields[1]), "" if fields[0] in "ZX" else fields[19]
+
+
+@contextmanager
+def _children(service: Service, ground: Ground, plan: Plan) -> "Generator[tuple[_Child, _Child]]":
+    with ExitStack() as stack:
+        second = _Child("second process", lambda progress, sock: be_second(ground, plan, progress, sock))
+        stack.callback(second.close)
+        owner = _Child("owner", lambda progress, sock: be_owner(service, ground, plan, progress, sock))
+        stack.callback(owner.close)
+        yield owner, second
+
+
+@final
+class _Watch:
+    """Says when something has not gone on for too long."""
+
+    def __init__(self, ground: Ground, plan: Plan) -> None:
+        self._board = ground.board
+        self._steps = [(0, time.monotonic())] * plan.vcpus
+
+    def look(self, children: "tuple[_Child, _Child]") -> None:
+        """Look once.
+
+        Raises:
+            Violation: what is stuck.
+        """
+        for child in children:
+            stuck = child.progress.stuck(PATIENCE)
+            if stuck is not None:
+                raise Violation(f"hang: the {child.name} waited {PATIENCE:g} s for the operation {stuck!r} to end")
+        now = time.monotonic()
+        for vcpu, (steps, since) in enumerate(self._steps):
+            if self._board.steps(vcpu) != steps:
+                self._steps[vcpu] = self._board.steps(vcpu), now
+            elif now - since > PATIENCE:
+                raise Violation(f"hang: waited {PATIENCE:g} s for vCPU {vcpu} to go on after its step {steps}")

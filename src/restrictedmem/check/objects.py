@@ -1,0 +1,369 @@
+"""What stands in for the objects of ``sync`` while their steps are under control."""
+
+from collections.abc import Callable, Generator, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, SupportsIndex, cast, final
+
+from restrictedmem import sync
+from restrictedmem.check.control import (
+    ASKS_WRITE,
+    LOOKS,
+    NOTIFIES,
+    READS,
+    RELEASES,
+    RELEASES_READ,
+    RELEASES_WRITE,
+    TAKES,
+    TAKES_READ,
+    TAKES_WRITE,
+    TRIES,
+    WAITS,
+    WAKES,
+    WRITES,
+    Actor,
+    Operation,
+    current,
+    enter,
+)
+
+_TO_A_MUTEX: Final = (TAKES, TRIES, RELEASES, LOOKS)
+_ON_A_CONDITION: Final = (WAITS, WAKES, NOTIFIES)
+
+
+@final
+class Mutex:
+    """``sync.mutex()``."""
+
+    __slots__ = ("_looks", "_releases", "_takes", "_tries", "_world", "owner", "slot")
+    owner: Actor | None
+
+    def __init__(self) -> None:
+        self._world = current()
+        self.slot = slot = self._world.new_slot()
+        self.owner = None
+        self._world.values[slot] = -1
+        self._takes, self._tries, self._releases, self._looks = self._world.names.operations(slot, _TO_A_MUTEX)
+
+    def free(self) -> bool:
+        """Say whether nobody holds it."""
+        return self.owner is None
+
+    def give(self, owner: Actor | None) -> None:
+        """Make somebody, or nobody, the owner; no point."""
+        if owner is not None:
+            owner.held |= {self.slot}
+        elif self.owner is not None:
+            self.owner.held -= {self.slot}
+        self.owner = owner
+        self._world.values[self.slot] = -1 if owner is None else owner.index
+
+    def acquire(self, blocking: bool = True) -> bool:
+        """Take it; waits unless told not to."""
+        actor = self._world.running
+        if actor is None:
+            return True
+        if blocking:
+            self._world.point(self._takes, self.free)
+        else:
+            self._world.names.tried.add(self.slot)
+            self._world.point(self._tries)
+            actor.value = self.owner is None
+            if not actor.value:
+                return False
+        self.give(actor)
+        return True
+
+    def release(self) -> None:
+        """Release it."""
+        if self._world.running is None:
+            return
+        self._world.point(self._releases)
+        if self.owner is None:
+            raise RuntimeError("release unlocked lock")
+        self.give(None)
+
+    def locked(self) -> bool:
+        """Say whether somebody holds it."""
+        actor = self._world.running
+        if actor is not None:
+            self._world.names.tried.add(self.slot)
+            self._world.point(self._looks)
+            actor.value = self.owner is not None
+        return self.owner is not None
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+@final
+class Condition:
+    """``sync.condition(lock)``: wakes in the order of waiting, as ``threading.Condition`` does; a timeout never runs out."""
+
+    __slots__ = ("_mutex", "_notifies", "_slot", "_waiters", "_waits", "_wakes", "_world")
+
+    _waiters: tuple[Actor, ...]
+
+    def __init__(self, lock: Mutex) -> None:
+        self._world = current()
+        self._mutex = lock
+        self._slot = self._world.new_slot()
+        self._set_waiters(())
+        # Waiting and waking are things done to the mutex, too.
+        self._waits, self._wakes, self._notifies = self._world.names.operations(lock.slot, _ON_A_CONDITION, self._slot)
+
+    def _set_waiters(self, waiters: tuple[Actor, ...]) -> None:
+        self._waiters = waiters
+        self._world.values[self._slot] = tuple(actor.index for actor in waiters)
+
+    def __enter__(self) -> bool:
+        return self._mutex.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._mutex.release()
+
+    def acquire(self) -> bool:
+        """Take the lock."""
+        return self._mutex.acquire()
+
+    def release(self) -> None:
+        """Release the lock."""
+        self._mutex.release()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Release the lock, wait to be notified, take the lock."""
+        actor = self._world.running
+        if actor is None or self._mutex.owner is not actor:
+            raise RuntimeError("cannot wait on un-acquired lock")
+        self._world.point(self._waits)
+        self._mutex.give(None)
+        self._set_waiters((*self._waiters, actor))
+        self._world.point(self._wakes, lambda: self._mutex.owner is None and actor not in self._waiters)
+        self._mutex.give(actor)
+        return True
+
+    def wait_for(self, predicate: Callable[[], bool], timeout: float | None = None) -> bool:
+        """Wait until something is true."""
+        while not predicate():
+            self.wait(timeout)
+        return True
+
+    def notify(self, n: int = 1) -> None:
+        """Wake who has waited longest."""
+        world = self._world
+        if world.running is None:
+            return
+        if self._mutex.owner is not world.running:
+            raise RuntimeError("cannot notify on un-acquired lock")
+        world.point(self._notifies)
+        self._set_waiters(self._waiters[n:])
+
+    def notify_all(self) -> None:
+        """Wake all."""
+        self.notify(len(self._world.actors))
+
+
+@final
+class RwSem:
+    """``sync.RwSem`` as one object: taken and released in one step, or in two by a writer that has to wait."""
+
+    __slots__ = ("_readers", "_slot", "_world", "_writers", "_writing")
+    _readers: int
+    _writers: int
+    _writing: bool
+
+    def __init__(self) -> None:
+        self._world = current()
+        self._slot = self._world.new_slot()
+        self._set(0, 0, writing=False)
+
+    def _point(self, verb: str, gate: Callable[[], bool] | None = None) -> None:
+        self._world.point((verb, self._slot, None), gate)
+
+    def _set(self, readers: int, writers: int, *, writing: bool) -> None:
+        self._readers, self._writers, self._writing = readers, writers, writing
+        self._world.values[self._slot] = (readers, writers, writing)
+
+    def _no_writers(self) -> bool:
+        return not self._writers
+
+    def _free(self) -> bool:
+        return not self._writing and not self._readers
+
+    def down_read(self) -> None:
+        """Take the read side, after every writer that waits."""
+        if self._world.running is not None:
+            self._point(TAKES_READ, self._no_writers)
+            self._set(self._readers + 1, self._writers, writing=False)
+
+    def up_read(self) -> None:
+        """Release the read side."""
+        if self._world.running is not None:
+            self._point(RELEASES_READ)
+            self._set(self._readers - 1, self._writers, writing=False)
+
+    def down_write(self) -> None:
+        """Take the write side."""
+        actor = self._world.running
+        if actor is None:
+            return
+        self._point(ASKS_WRITE)
+        if not self._free():
+            self._set(self._readers, self._writers + 1, writing=self._writing)
+            self._point(TAKES_WRITE, self._free)
+            self._writers -= 1
+        actor.held |= {self._slot}
+        self._set(0, self._writers + 1, writing=True)
+
+    def up_write(self) -> None:
+        """Release the write side."""
+        actor = self._world.running
+        if actor is not None:
+            self._point(RELEASES_WRITE)
+            actor.held -= {self._slot}
+            self._set(0, self._writers - 1, writing=False)
+
+
+@final
+class SharedWords:
+    """``sync.SharedWords``: each load and each store is a step of its own.
+
+    Two of these may lie over the same memory, so words of the same index count as the same object.
+    """
+
+    __slots__ = ("_number", "_words", "_world")
+
+    def __init__(self, memory: memoryview) -> None:
+        self._world = current()
+        self._number = self._world.new_slot()
+        self._words = memory.cast("B").cast("Q")
+
+    def _operation(self, verb: str, index: int) -> Operation:
+        return verb, self._world.names.place(("word", index)), (self._number, index)
+
+    def read(self, index: int) -> int:
+        """Read one word."""
+        actor = self._world.running
+        if actor is None:
+            return self._words[index]
+        operation, words = self._operation(READS, index), self._words
+        self._world.point(operation)
+        actor.value = value = words[index]
+        actor.polled = operation, lambda: words[index] != value
+        return value
+
+    def write(self, index: int, value: int) -> None:
+        """Write one word."""
+        world = self._world
+        if world.running is not None:
+            world.point(self._operation(WRITES, index))
+            world.running.value = value
+        self._words[index] = value
+        world.values[world.slot((self._number, index))] = value
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self._words.release()
+
+
+@final
+class SharedBytes(bytearray):
+    """``sync.shared_bytes``: each index, slice, count, search, iteration and assignment is a step of its own."""
+
+    __slots__ = ("_slot", "_world")
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self._world = current()
+        self._slot = self._world.new_slot()
+        self._world.values[self._slot] = bytes(size)
+
+    def _reads(self, where: Hashable) -> None:
+        if self._world.running is not None:
+            self._world.point((READS, self._slot, where))
+
+    def _found(self, value: int) -> int:
+        if self._world.running is not None:
+            self._world.running.value = value
+        return value
+
+    def __getitem__(self, where: Any) -> Any:
+        self._reads(_place(where))
+        value = cast("int | bytearray", super().__getitem__(where))
+        if self._world.running is not None:
+            self._world.running.value = bytes(value) if isinstance(value, bytearray) else value
+        return value
+
+    def __setitem__(self, where: Any, value: Any) -> None:
+        world = self._world
+        if world.running is not None:
+            world.point((WRITES, self._slot, _place(where)))
+            world.running.value = value if isinstance(value, int) else bytes(value)
+        super().__setitem__(where, value)
+        # Not bytes(self), which would be one more step.
+        world.values[self._slot] = bytes(memoryview(self))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self[:])
+
+    def __contains__(self, key: object) -> bool:
+        return key in self[:]
+
+    def __bytes__(self) -> bytes:
+        return bytes(self[:])
+
+    def count(self, *args: Any) -> int:
+        """Count, in one step."""
+        self._reads(("count", *args))
+        return self._found(super().count(*args))
+
+    def find(self, *args: Any) -> int:
+        """Find, in one step."""
+        self._reads(("find", *args))
+        return self._found(super().find(*args))
+
+    def index(self, *args: Any) -> int:
+        """Find or raise, in one step."""
+        if (found := self.find(*args)) < 0:
+            raise ValueError("subsection not found")
+        return found
+
+
+def relax() -> None:
+    """Wait until the shared word that was read last is another: who polls may be passed over at each look that finds nothing new."""
+    world = current()
+    actor = world.running
+    if actor is not None and actor.polled is not None:
+        world.point(*actor.polled)
+        actor.value = True
+
+
+def _place(where: SupportsIndex | slice) -> Hashable:
+    return ("slice", where.start, where.stop, where.step) if isinstance(where, slice) else where.__index__()
+
+
+_FACTORIES: Final[dict[str, Callable[..., object]]] = {
+    "mutex": Mutex,
+    "condition": Condition,
+    "RwSem": RwSem,
+    "SharedWords": SharedWords,
+    "shared_bytes": SharedBytes,
+    "relax": relax,
+}
+
+
+@contextmanager
+def controlled() -> Generator[None]:
+    """Put these objects in the place of ``sync``'s own; the real ones are back afterwards, whatever happened."""
+    replaced = {name: getattr(sync, name) for name in _FACTORIES}
+    assert Mutex not in replaced.values(), "explorations do not nest"
+    try:
+        for name, factory in _FACTORIES.items():
+            setattr(sync, name, factory)
+        yield
+    finally:
+        for name, original in replaced.items():
+            setattr(sync, name, original)
+        enter(None)

@@ -1,0 +1,449 @@
+"""The processes of a live run: an owner that drives a VM and does to its memory what an owner may, and another that has its descriptor.
+
+What they do, in which order and to which pages, follows from a seed; when it meets what the guest does is the machine's to decide.
+"""
+
+import json
+import mmap
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from errno import EIO
+from typing import Any, Final, NoReturn, final
+
+from restrictedmem import guests
+from restrictedmem.abi import memory
+from restrictedmem.abi.kvm import EHWPOISON
+from restrictedmem.check.board import EXTRA_BASE, EXTRA_PAGES, Board, Lane, Progress, place
+from restrictedmem.check.explorer import Violation
+from restrictedmem.kvm import elf, exits, guest_abi
+from restrictedmem.kvm.vm import Vcpu, Vm
+from restrictedmem.kvm.vmm import SHARED_SIZE, launch_pages, launch_regs
+from restrictedmem.service.client import Service
+from restrictedmem.units import PAGE_SHIFT
+
+#: Seconds after which something that was to happen has not.
+PATIENCE: Final = 20.0
+#: Everything an owner does by its own will, and how often beside the others.
+OPERATIONS: Final = {"punch": 60, "punch-block": 3, "allocate": 10, "convert": 6, "slot": 3, "interrupt": 10, "error": 4}
+#: Of these, what needs no more than a descriptor.
+WITH_A_DESCRIPTOR: Final = ("punch", "punch-block", "allocate")
+NAMES: Final = (*OPERATIONS, "wait", "account", "destroy")
+
+_CHURN: Final = elf.parse(guests.path("churn").read_bytes())
+_PRIVATE_SLOT, _WINDOW_SLOT, _EXTRA_SLOT = range(3)
+_BLOCK_PAGES: Final = 512
+_MOST: Final = 32
+#: One pause in so many operations, of at most so many seconds: a guest that is punched all the time holds nothing.
+_PAUSE_EVERY, _PAUSE = 8, 0.002
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One VM's life, as the seed has it."""
+
+    seed: str
+    engine: str
+    #: What the host keeps in step, if anything (``platform.host.NAMES``).
+    platform: str
+    vcpus: int
+    pages: int
+    #: Whether on the descriptor of the VM before.
+    reused: bool
+    #: Of 1000 steps of the guest, so many convert their page.
+    converting: int
+    operations: tuple[str, ...]
+    seconds: float
+    #: Whether its owner is killed at the end, in the middle of whatever it does.
+    killed: bool
+
+
+@final
+class Ground:
+    """A descriptor and the owner's memfds that go with it: what a VM is made on, and a later one again."""
+
+    def __init__(self, service: Service, plan: Plan) -> None:
+        """Make them; they are closed together.
+
+        Raises:
+            OSError: EMFILE, ENFILE, ENOMEM.
+        """
+        self.pages, self.vcpus = plan.pages, plan.vcpus
+        self.private_size, self.offset = place(plan.pages, image_end=_CHURN.end, vcpus=plan.vcpus)
+        with ExitStack() as stack:
+            self.fd = service.memfd_restricted()
+            stack.callback(os.close, self.fd)
+            os.ftruncate(self.fd, self.private_size)
+            self.window_fd = _memfd(stack, "window", SHARED_SIZE)
+            self.half_fd = _memfd(stack, "half", self.private_size)
+            self.window = stack.enter_context(mmap.mmap(self.window_fd, SHARED_SIZE))
+            self.board = Board(self.window)
+            stack.callback(self.board.close)
+            self._resources = stack.pop_all()
+
+    def renew(self) -> None:
+        """Say that whatever is in the pages is gone, as it has to be for another VM."""
+        self.board.begin_anew(self.pages)
+        with self.board.lane(0).taking(range(self.pages)):
+            os.ftruncate(self.half_fd, self.private_size)
+            memory.fallocate(self.half_fd, memory.PUNCH, 0, self.private_size)
+
+    def close(self) -> None:
+        """Let go of all of it."""
+        self._resources.close()
+
+
+def _memfd(stack: ExitStack, name: str, size: int) -> int:
+    fd = stack.enter_context(memory.memfd_create(name)).fileno()
+    os.ftruncate(fd, size)
+    return fd
+
+
+@final
+class Puncher:
+    """Someone who has the descriptor, with a lane of its own: enough to take pages away and to allocate them."""
+
+    def __init__(self, ground: Ground, lane: Lane, progress: Progress, seed: str) -> None:
+        self.ground = ground
+        self.lane = lane
+        self.progress = progress
+        self.random = random.Random(seed)
+
+    def some(self, most: int = _MOST) -> range:
+        """Pick a few pages in a row; one, more often than not."""
+        count = self.random.choice((1, 1, 1, 2, 8, most))
+        start = self.random.randrange(self.ground.pages)
+        return range(start, min(start + count, self.ground.pages))
+
+    def punch(self) -> None:
+        """Punch a few pages."""
+        self.take(self.some())
+
+    def punch_block(self) -> None:
+        """Punch 2 MiB, or all there is."""
+        blocks = -(-self.ground.pages // _BLOCK_PAGES)
+        start = self.random.randrange(blocks) * _BLOCK_PAGES
+        self.take(range(start, min(start + _BLOCK_PAGES, self.ground.pages)))
+
+    def take(self, pages: range) -> None:
+        """Punch pages, and say so before and after."""
+        with self.lane.taking(pages), self.progress.punching(len(pages)):
+            memory.fallocate(self.ground.fd, memory.PUNCH, self._at(pages), len(pages) << PAGE_SHIFT)
+
+    def allocate(self) -> None:
+        """Allocate a few pages, which leaves what is there."""
+        pages = self.some()
+        memory.fallocate(self.ground.fd, memory.FallocMode.KEEP_SIZE, self._at(pages), len(pages) << PAGE_SHIFT)
+
+    def _at(self, pages: range) -> int:
+        return self.ground.offset + (pages.start << PAGE_SHIFT)
+
+    def go_on(self, methods: Mapping[str, Callable[[], None]], over: Callable[[], bool]) -> None:
+        """Do one operation after the other until it is over."""
+        names = list(methods)
+        weights = [OPERATIONS[name] for name in names]
+        while not over():
+            (name,) = self.random.choices(names, weights)
+            with self.progress.doing(name):
+                methods[name]()
+            if not self.random.randrange(_PAUSE_EVERY):
+                time.sleep(self.random.random() * _PAUSE)
+
+
+@final
+class Owner:
+    """A VM with a guest that watches its pages, and its owner's operations on it."""
+
+    def __init__(self, service: Service, ground: Ground, plan: Plan, puncher: Puncher, stack: ExitStack) -> None:
+        """Make the VM and load the guest; ``stack`` closes it.
+
+        Raises:
+            OSError: what kept the engine from starting.
+        """
+        self._service = service
+        self._ground = ground
+        self._plan = plan
+        self._puncher = puncher
+        self._board = ground.board
+        # A conversion and its punch are one thing: the guest's and the owner's own must not get between each other.
+        self._converting = threading.Lock()
+        self._extra_fd = -1
+        self._extra_half = _memfd(stack, "extra", EXTRA_PAGES << PAGE_SHIFT)
+        self._epoch = 0
+        #: What the guest said, and why a vCPU stopped that should not have.
+        self.said = ""
+        self.failure = ""
+        self.vm = stack.enter_context(Vm(service, engine=plan.engine, platform=plan.platform))
+        self.vm.set_user_memory_region(
+            slot=_PRIVATE_SLOT,
+            guest_phys_addr=guest_abi.PRIVATE_BASE,
+            memory_size=ground.private_size,
+            restricted_fd=ground.fd,
+            shared_fd=ground.half_fd,
+        )
+        self.vm.set_user_memory_region(
+            slot=_WINDOW_SLOT, guest_phys_addr=guest_abi.SHARED_BASE, memory_size=SHARED_SIZE, shared_fd=ground.window_fd
+        )
+        self.vm.set_memory_attributes(guest_abi.PRIVATE_BASE, ground.private_size, private=True)
+        self._vcpus = tuple(stack.enter_context(self.vm.create_vcpu()) for _ in range(plan.vcpus))
+        self._load()
+        self._threads = tuple(threading.Thread(target=self._drive, args=[vcpu], daemon=True) for vcpu in self._vcpus)
+
+    def _load(self) -> None:
+        plan, size = self._plan, self._ground.private_size
+        arguments = [str(random.Random(plan.seed).randrange(1 << 31)), str(plan.pages), "0", str(plan.converting)]
+        for gpa, content in launch_pages(_CHURN, arguments, private_size=size, vcpus=plan.vcpus):
+            self.vm.launch_update(gpa, content)
+        for index, vcpu in enumerate(self._vcpus):
+            regs = launch_regs(_CHURN, private_size=size, index=index)
+            vcpu.set_regs(rip=regs.rip, rsp=regs.rsp, rdi=regs.rdi, rsi=regs.rsi)
+
+    @property
+    def methods(self) -> dict[str, Callable[[], None]]:
+        """What it does, by name, as far as the plan has it."""
+        puncher = self._puncher
+        found: dict[str, Callable[[], None]] = {
+            "punch": puncher.punch,
+            "punch-block": puncher.punch_block,
+            "allocate": puncher.allocate,
+            "convert": self._convert,
+            "slot": self._change_slot,
+            "interrupt": self._interrupt,
+            "error": self._lose_page,
+        }
+        return {name: found[name] for name in self._plan.operations}
+
+    # The guest.
+
+    def start(self) -> None:
+        """Let every vCPU run."""
+        for thread in self._threads:
+            thread.start()
+
+    def _drive(self, vcpu: Vcpu) -> None:
+        try:
+            value: int | None = 0
+            while value is not None:
+                value = self._answer(vcpu.run(value))
+        except OSError as error:
+            self.failure = self.failure or f"vCPU {vcpu.number}: {error.strerror}"
+
+    def _answer(self, exit_: exits.Exit) -> int | None:
+        """Answer an exit; None when the vCPU has ended."""
+        match exit_:
+            case exits.Interrupted():
+                return 0
+            case exits.MemoryFault(_, gpa, _, errno) if errno == EHWPOISON:
+                page = (gpa - guest_abi.PRIVATE_BASE - self._ground.offset) >> PAGE_SHIFT
+                self._puncher.take(range(page, page + 1))
+                return 0
+            case exits.Hypercall(guest_abi.MAP_GPA_RANGE, (gpa, npages, attributes, _)):
+                return self._map_gpa_range(gpa, npages << PAGE_SHIFT, private=bool(attributes & guest_abi.MAP_GPA_RANGE_ENCRYPTED))
+            case exits.Hypercall(guest_abi.WRITE, (_, offset, length, _)):
+                self.said += bytes(self._ground.window[offset : offset + length]).decode()
+                return length
+            case exits.Hypercall(guest_abi.EXIT, (status, _, _, _)):
+                if status:
+                    self.failure = self.failure or f"the guest ended with {status}: {self.said.strip()}"
+                return None
+            case exits.Hypercall(guest_abi.PARK):
+                return None
+            case other:
+                self.failure = self.failure or f"a vCPU stopped: {other}"
+                return None
+
+    def _map_gpa_range(self, gpa: int, size: int, *, private: bool) -> int:
+        half = self._ground.half_fd if private else self._ground.fd
+        try:
+            with self._converting:
+                self.vm.set_memory_attributes(gpa, size, private=private)
+                memory.fallocate(half, memory.PUNCH, gpa - guest_abi.PRIVATE_BASE, size)
+        except OSError as error:
+            return -(error.errno or EIO)
+        return 0
+
+    def join(self) -> None:
+        """Wait for every vCPU to end.
+
+        Raises:
+            Violation: one does not.
+        """
+        for thread in self._threads:
+            thread.join(PATIENCE)
+            if thread.is_alive():
+                raise Violation(self.failure or f"hang: waited {PATIENCE:g} s for every vCPU to end")
+
+    # What the owner does beside.
+
+    def _convert(self) -> None:
+        """Make pages shared and private again, which the guest did not ask for."""
+        pages = self._puncher.some()
+        start, size = self._ground.offset + (pages.start << PAGE_SHIFT), len(pages) << PAGE_SHIFT
+        with self._converting, self._puncher.lane.taking(pages), self._board.exposing(pages):
+            self.vm.set_memory_attributes(guest_abi.PRIVATE_BASE + start, size, private=False)
+            memory.fallocate(self._ground.fd, memory.PUNCH, start, size)
+            self.vm.set_memory_attributes(guest_abi.PRIVATE_BASE + start, size, private=True)
+            memory.fallocate(self._ground.half_fd, memory.PUNCH, start, size)
+
+    def _change_slot(self) -> None:
+        """Put another file where the guest looks now and then, or none; now and then punch it."""
+        if self._extra_fd >= 0 and self._puncher.random.randrange(2):
+            start = self._puncher.random.randrange(EXTRA_PAGES)
+            memory.fallocate(self._extra_fd, memory.PUNCH, start << PAGE_SHIFT, (EXTRA_PAGES - start) << PAGE_SHIFT)
+            return
+        if self._extra_fd >= 0:
+            self._remove_extra()
+            return
+        size = EXTRA_PAGES << PAGE_SHIFT
+        self._extra_fd = self._service.memfd_restricted()
+        os.ftruncate(self._extra_fd, size)
+        self.vm.set_user_memory_region(
+            slot=_EXTRA_SLOT, guest_phys_addr=EXTRA_BASE, memory_size=size, restricted_fd=self._extra_fd, shared_fd=self._extra_half
+        )
+        self.vm.set_memory_attributes(EXTRA_BASE, size, private=True)
+        self._epoch += 1
+        self._board.extra = self._epoch
+
+    def _remove_extra(self) -> None:
+        if self._extra_fd < 0:
+            return
+        self._board.extra = 0
+        # A system call: no vCPU reads the old word from here on, or it is counted.
+        os.sched_yield()
+        wait_for("the guest to leave the slot that is to be deleted", lambda: not self._board.extra_users or bool(self.failure))
+        self.vm.set_user_memory_region(slot=_EXTRA_SLOT, guest_phys_addr=EXTRA_BASE, memory_size=0)
+        os.close(self._extra_fd)
+        self._extra_fd = -1
+
+    def _interrupt(self) -> None:
+        """End a vCPU's run, which goes on at once."""
+        self._puncher.random.choice(self._vcpus).interrupt()
+
+    def _lose_page(self) -> None:
+        """Have the machine lose a page; it is punched when the guest finds out."""
+        page = self._puncher.random.randrange(self._ground.pages)
+        self.vm.inject_failure(guest_abi.PRIVATE_BASE + self._ground.offset + (page << PAGE_SHIFT))
+
+    # The end.
+
+    def end(self) -> None:
+        """Have the guest end, and look whether all is in balance when nothing is under way any more.
+
+        Raises:
+            Violation: what is not.
+        """
+        with self._puncher.progress.doing("slot"):
+            if not self.failure:
+                self._remove_extra()
+        self._board.stop()
+        with self._puncher.progress.doing("wait"):
+            self.join()
+        if self.failure:
+            raise Violation(self.failure)
+        with self._puncher.progress.doing("account"):
+            if self.vm.engine == "software":
+                self._account()
+            in_progress = sum(consumer["in_progress"] for consumer in self._service.status()["consumers"])
+            if in_progress:
+                raise Violation(f"accounting: {in_progress} callbacks are without their end, and nobody does anything any more")
+
+    def destroy(self) -> None:
+        """End the VM, and look at what its platform has to say.
+
+        Raises:
+            Violation: a rule of it was violated.
+        """
+        with self._puncher.progress.doing("destroy"):
+            found = self.vm.destroy()
+        if found.get("violated_pages"):
+            raise Violation(f"{self._plan.platform}: {found['violated_pages']} pages, the first: {found['violations'][0]}")
+
+    def _account(self) -> None:
+        """Map every page, which no invalidation may hinder now, punch some, and compare what the engine gave back with what was taken."""
+        ground, vcpu = self._ground, self._vcpus[0]
+        # Pages that are lost would refuse.
+        self._puncher.take(range(ground.pages))
+        gpa, left = guest_abi.PRIVATE_BASE + ground.offset, ground.pages << PAGE_SHIFT
+        while left:
+            done = vcpu.pre_fault_memory(gpa, left)
+            gpa, left = gpa + done, left - done
+        before = self.vm.statistics()["pages_freed"]
+        some = self._puncher.random.sample(range(ground.pages), min(ground.pages, _MOST))
+        for page in some:
+            self._puncher.take(range(page, page + 1))
+        freed = self.vm.statistics()["pages_freed"] - before
+        if freed != len(some):
+            raise Violation(f"accounting: {len(some)} pages were punched, and the engine gave up {freed} of them")
+
+
+def wait_for(what: str, holds: Callable[[], bool]) -> None:
+    """Wait for something to hold.
+
+    Raises:
+        Violation: when it does not in time.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while not holds():
+        if time.monotonic() > deadline:
+            raise Violation(f"hang: waited {PATIENCE:g} s for {what}")
+        time.sleep(0.0005)
+
+
+def be_owner(service: Service, ground: Ground, plan: Plan, progress: Progress, parent: socket.socket) -> NoReturn:
+    """Drive a VM until the parent says stop; say what came of it; in a process of its own, which ends."""
+    with _reporting(parent) as report, ExitStack() as stack:
+        puncher = Puncher(ground, ground.board.lane(0), progress, plan.seed + " owner")
+        owner = Owner(service, ground, plan, puncher, stack)
+        owner.start()
+        try:
+            puncher.go_on(owner.methods, lambda: bool(owner.failure) or _told(parent))
+        except OSError as error:
+            raise Violation(owner.failure or f"{error.strerror}") from error
+        owner.end()
+        report["statistics"] = owner.vm.statistics()
+        owner.destroy()
+    os._exit(0)
+
+
+def be_second(ground: Ground, plan: Plan, progress: Progress, parent: socket.socket) -> NoReturn:
+    """Do what a descriptor is enough for until the parent says stop; in a process of its own, which ends."""
+    with _reporting(parent):
+        puncher = Puncher(ground, ground.board.lane(1), progress, plan.seed + " second")
+        methods: dict[str, Callable[[], None]] = {
+            "punch": puncher.punch,
+            "punch-block": puncher.punch_block,
+            "allocate": puncher.allocate,
+        }
+        chosen = {name: method for name, method in methods.items() if name in plan.operations}
+        if chosen:
+            puncher.go_on(chosen, lambda: _told(parent))
+        else:
+            parent.recv(1)
+    os._exit(0)
+
+
+@contextmanager
+def _reporting(parent: socket.socket) -> Generator[dict[str, Any]]:
+    """Send the parent what the block has put into the report, and why it failed, if it did."""
+    report: dict[str, Any] = {}
+    try:
+        yield report
+    except Violation as failure:
+        report["failure"] = str(failure)
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the parent has to hear of it.
+        report["failure"] = f"{type(error).__name__}: {error}"
+    parent.send(json.dumps(report).encode())
+
+
+def _told(parent: socket.socket) -> bool:
+    """Say whether the parent has said stop, or is gone."""
+    try:
+        parent.recv(1, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,516 @@
+"""What is searched: who does what at the same moment, for which designs, and what is known to come of it.
+
+A scenario is a function that makes a world; its docstring says for a person what meets what. A design that a scenario convicts by its
+nature is listed with the reason: that is a finding about the design (docs/findings.md), and its absence would be news.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from errno import ENOMEM, ENOSPC
+from functools import partial
+from typing import Final, Protocol, final
+
+from restrictedmem.abi.kvm import EHWPOISON
+from restrictedmem.check.explorer import Program
+from restrictedmem.check.frames import HUGE_PAGES
+from restrictedmem.check.guest import load, store
+from restrictedmem.check.invariants import Rule
+from restrictedmem.check.world import Parts, World
+from restrictedmem.kvm.exits import MemoryFault
+from restrictedmem.kvm.vcpu import Vcpu
+from restrictedmem.mm.design import NAMES, TEARDOWN
+from restrictedmem.platform.snp import Snp
+
+#: Guest pages of the first and the second slot.
+FIRST: Final = 0x10
+SECOND: Final = 0x20
+#: Of a slot that may be mapped large.
+ALIGNED: Final = 2 * HUGE_PAGES
+
+
+class Make(Protocol):
+    """Makes a world of the design, and with the slip, that is searched."""
+
+    def __call__(self, *, npages: int = 1, kind: str = "memfd", platform: Snp | None = None) -> World:
+        """Make one without slots."""
+        ...
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a design does wrong by its nature: the rule, and why."""
+
+    rule: Rule
+    reason: str
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """Something to search."""
+
+    name: str
+    description: str
+    #: How many act: with two every interleaving is searched, with three every one that may differ, with four up to three preemptions.
+    actors: int
+    build: Callable[[Make], World]
+    #: Names of designs, without ``TEARDOWN``, for which it makes sense.
+    designs: tuple[str, ...] = NAMES
+    #: By the same names.
+    findings: Mapping[str, Finding] = field(default_factory=dict[str, Finding])
+    #: Whether it belongs to the part that the test suite runs.
+    quick: bool = False
+
+    def program(self, design: str, parts: Parts | None = None) -> Callable[[], Program]:
+        """Return what makes its world for a design, ``TEARDOWN`` included."""
+        exact = design.removesuffix(TEARDOWN) not in ("batched", "lazy")
+
+        def make(*, npages: int = 1, kind: str = "memfd", platform: Snp | None = None) -> World:
+            return World(design, npages=npages, kind=kind, platform=platform, parts=parts, exact=exact)
+
+        return partial(self.build, make)
+
+    def finding(self, design: str) -> Finding | None:
+        """Return what it is known to find about a design; None where it holds."""
+        return self.findings.get(design.removesuffix(TEARDOWN))
+
+
+SCENARIOS: Final[dict[str, Scenario]] = {}
+
+_UNHEARD: Final = Finding(
+    Rule.FREED, "a part of 2 MiB is freed without a word, while the guest has it mapped: pages must be converted before they are punched"
+)
+_OPEN: Final = Finding(Rule.FREED, "start and end come before the operation, and nothing is in progress while it frees")
+_BY_NATURE: Final = {"batched": _UNHEARD, "folio-poc": _OPEN}
+_DEAF: Final = Finding(Rule.POISON, "consumers do not hear of pages that the machine has lost")
+
+
+def scenario(
+    actors: int, *, designs: tuple[str, ...] = NAMES, findings: Mapping[str, Finding] | None = None, quick: bool = False
+) -> Callable[[Callable[[Make], World]], Callable[[Make], World]]:
+    """Put a function that makes a world among ``SCENARIOS``."""
+
+    def add(build: Callable[[Make], World]) -> Callable[[Make], World]:
+        name = build.__name__.replace("_", "-")
+        assert build.__doc__
+        SCENARIOS[name] = Scenario(name, build.__doc__, actors, build, designs, findings or {}, quick)
+        return build
+
+    return add
+
+
+# Two.
+
+
+@scenario(2, findings=_BY_NATURE, quick=True)
+def punch_fault(new: Make) -> World:
+    """The owner punches a page that the guest has mapped, while the guest reads, writes and reads it."""
+    world = new()
+    world.add_slot(FIRST, 1)
+    world.touched(store(FIRST, 1))
+    world.guest(load(FIRST), store(FIRST, 2), load(FIRST))
+    world.actor("owner", partial(world.punch, 0, 1))
+    return world
+
+
+@scenario(2, findings=_BY_NATURE)
+def punch_block_fault(new: Make) -> World:
+    """The owner punches the second of two pages; the guest touches both, and the fault of one maps the other."""
+    world = new(npages=2)
+    world.add_slot(FIRST, 2)
+    world.guest(store(FIRST, 1), store(FIRST + 1, 2), load(FIRST))
+    world.actor("owner", partial(world.punch, 1, 2))
+    return world
+
+
+@scenario(2, findings={"batched": _UNHEARD})
+def punch_punch(new: Make) -> World:
+    """Two threads of the owner punch ranges that overlap, of pages that the guest has mapped."""
+    world = new(npages=3)
+    world.add_slot(FIRST, 3)
+    world.touched(store(FIRST, 1), store(FIRST + 1, 2), store(FIRST + 2, 3))
+    world.actor("owner 1", partial(world.punch, 0, 2))
+    world.actor("owner 2", partial(world.punch, 1, 3))
+    return world
+
+
+@scenario(2, findings=_BY_NATURE, quick=True)
+def punch_register(new: Make) -> World:
+    """A slot is made and the guest runs on it, while the owner punches the file."""
+    world = new()
+    world.fallocate(0, 1)
+    view = world.make_slot(FIRST, 1)
+    vcpu = world.add_vcpu(store(FIRST, 1), load(FIRST))
+    world.actor("VM", partial(world.register, view), partial(world.run, vcpu))
+    world.actor("owner", partial(world.punch, 0, 1))
+    return world
+
+
+@scenario(2, findings={"batched": _UNHEARD}, quick=True)
+def punch_unregister(new: Make) -> World:
+    """A slot that the guest has mapped is deleted, while the owner punches the file."""
+    world = new()
+    view = world.add_slot(FIRST, 1)
+    world.touched(store(FIRST, 1))
+    world.actor("VM", partial(world.unregister, view))
+    world.actor("owner", partial(world.punch, 0, 1))
+    return world
+
+
+@scenario(2, designs=("v10",))
+def convert_fault(new: Make) -> World:
+    """The owner makes a page shared and private again, while the guest reads and writes it."""
+    world = new()
+    world.add_slot(FIRST, 1)
+    world.guest(store(FIRST, 1), load(FIRST))
+    world.actor("owner", partial(world.convert, FIRST, FIRST + 1, private=False), partial(world.convert, FIRST, FIRST + 1, private=True))
+    return world
+
+
+@scenario(2, quick=True)
+def convert_then_punch(new: Make) -> World:
+    """The owner makes a page shared, and only then punches what it held: what batched callbacks ask for. The guest goes on touching it."""
+    world = new()
+    world.add_slot(FIRST, 1)
+    world.touched(store(FIRST, 1))
+    world.guest(load(FIRST), store(FIRST, 2))
+    world.actor("owner", partial(world.convert, FIRST, FIRST + 1, private=False), partial(world.punch, 0, 1))
+    return world
+
+
+@scenario(2, findings=_BY_NATURE)
+def punch_then_convert(new: Make) -> World:
+    """The owner punches a page that is still private, and makes it shared then: the order of KVM's selftests. The guest touches it."""
+    world = new()
+    world.add_slot(FIRST, 1)
+    world.touched(store(FIRST, 1))
+    world.guest(store(FIRST, 2))
+    world.actor("owner", partial(world.punch, 0, 1), partial(world.convert, FIRST, FIRST + 1, private=False))
+    return world
+
+
+@scenario(2, designs=("bindings",))
+def bind_punch(new: Make) -> World:
+    """A second range is bound, beside one that was bound before, while the owner punches both."""
+    world = new(npages=2)
+    world.add_slot(FIRST, 1)
+    world.touched(store(FIRST, 1))
+    view = world.make_slot(SECOND, 1, start=1)
+    vcpu = world.add_vcpu(store(SECOND, 2), load(FIRST))
+    world.actor("VM", partial(world.register, view), partial(world.run, vcpu))
+    world.actor("owner", partial(world.punch, 0, 2))
+    return world
+
+
+@scenario(2, designs=("bindings",))
+def unbind_punch(new: Make) -> World:
+    """One of two bound ranges is unbound while the owner punches both; then the guest touches what is left."""
+    world = new(npages=2)
+    world.add_slot(FIRST, 1)
+    view = world.add_slot(SECOND, 1, start=1)
+    world.touched(store(FIRST, 1), store(SECOND, 2))
+    vcpu = world.add_vcpu(load(FIRST))
+    world.actor("VM", partial(world.unregister, view), partial(world.run, vcpu))
+    world.actor("owner", partial(world.punch, 0, 2))
+    return world
+
+
+@scenario(2, designs=("bindings",), quick=True)
+def punch_unbound(new: Make) -> World:
+    """The owner punches pages that nobody has bound, while the guest touches one that it has."""
+    world = new(npages=2)
+    world.add_slot(FIRST, 1)
+    world.guest(store(FIRST, 1), load(FIRST))
+    world.actor("owner", partial(world.punch, 1, 2))
+    return world
+
+
+@scenario(2, findings=_BY_NATURE)
+def punch_beside(new: Make) -> World:
+    """Two slots show a page each of a file, at guest pages below its own; the owner punches one, and the guest touches both."""
+    world = new(npages=4)
+    world.add_slot(0, 1, start=3)
+    world.add_slot(1, 1, start=1)
+    world.touched(store(0, 1), store(1, 2))
+    world.guest(load(1), load(0))
+    world.actor("owner", partial(world.punch, 1, 2))
+    return world
+
+
+@scenario(2, quick=True)
+def no_memory_fault(new: Make) -> World:
+    """The guest touches a page that cannot be had, beside one that it has written; the owner preallocates once there is memory again."""
+    world = new(npages=2)
+    world.add_slot(FIRST, 2)
+    # The fault of one maps both.
+    world.touched(store(FIRST, 1))
+    world.convert(FIRST + 1, FIRST + 2, private=False)
+    world.punch(1, 2)
+    world.convert(FIRST + 1, FIRST + 2, private=True)
+    world.frames.exhausted = True
+    vcpu = world.add_vcpu(store(FIRST + 1, 2), load(FIRST))
+
+    def owner() -> None:
+        world.frames.refill()
+        world.fallocate(1, 2)
+
+    world.actor("vCPU", partial(_until_memory, world, vcpu))
+    world.actor("owner", owner)
+    return world
+
+
+def _until_memory(world: World, vcpu: Vcpu) -> None:
+    # What a VMM does of an ENOSPC that its owner can do something about, once.
+    found = vcpu.run()
+    if isinstance(found, MemoryFault):
+        assert found.errno == ENOSPC, found
+        return
+    world.expect_done(found)
+
+
+@scenario(2, findings={"folio-poc": _OPEN, "batched": _UNHEARD}, quick=True)
+def failing_punch(new: Make) -> World:
+    """A punch fails, for want of memory to split a folio, while the guest reads and writes the page."""
+    world = new()
+    world.add_slot(FIRST, 1)
+    world.touched(store(FIRST, 1))
+    world.frames.refuses = True
+
+    world.guest(load(FIRST), store(FIRST, 2))
+    world.actor("owner", partial(_fail_to_punch, world))
+    return world
+
+
+def _fail_to_punch(world: World) -> None:
+    errno = None
+    try:
+        world.punch(0, 1)
+    except OSError as error:
+        errno = error.errno
+    assert errno == ENOMEM, f"the punch was to fail for want of memory, not with {errno}"
+
+
+@scenario(2, quick=True)
+def allocate_fault(new: Make) -> World:
+    """The owner preallocates pages that the guest takes at the same moment; v9 tells consumers of that, too."""
+    world = new(npages=2)
+    world.add_slot(FIRST, 2)
+    world.guest(store(FIRST, 1), load(FIRST), store(FIRST + 1, 2))
+    world.actor("owner", partial(world.fallocate, 0, 2))
+    return world
+
+
+@scenario(2, findings={"v9": _DEAF, "folio-poc": _DEAF}, quick=True)
+def error_fault(new: Make) -> World:
+    """The machine loses a page that the guest reads and writes."""
+    world = new()
+    world.add_slot(FIRST, 1)
+    world.touched(store(FIRST, 1))
+    vcpu = world.add_vcpu(load(FIRST), store(FIRST, 2), load(FIRST))
+    world.actor("vCPU", partial(_until_poison, world, vcpu))
+    world.actor("machine", partial(world.error, 0, 1))
+    return world
+
+
+def _until_poison(world: World, vcpu: Vcpu) -> None:
+    found = vcpu.run()
+    if isinstance(found, MemoryFault):
+        assert found.errno == EHWPOISON, found
+        return
+    world.expect_done(found)
+
+
+@scenario(2, quick=True)
+def interrupt_fault(new: Make) -> World:
+    """Another thread stops the vCPU while it faults and reads."""
+    world = new()
+    world.add_slot(FIRST, 1)
+    vcpu = world.guest(store(FIRST, 1), load(FIRST))
+    world.actor("VM", vcpu.interrupt)
+    return world
+
+
+# Two, with huge folios.
+
+
+@scenario(2, findings=_BY_NATURE)
+def folios_fault(new: Make) -> World:
+    """The owner punches across the ends of two huge folios, while the guest writes into the first, which it has mapped as one."""
+    world = new(npages=2 * HUGE_PAGES, kind="thp")
+    world.add_slot(ALIGNED, 2 * HUGE_PAGES)
+    world.touched(store(ALIGNED + 1, 1), store(ALIGNED + HUGE_PAGES, 2))
+    world.guest(load(ALIGNED + 1), store(ALIGNED + 1, 3))
+    world.actor("owner", partial(world.punch, 0, HUGE_PAGES + 1))
+    return world
+
+
+@scenario(2, findings=_BY_NATURE, quick=True)
+def sub_page_fault(new: Make) -> World:
+    """The owner punches a page inside a huge folio, which splits it; the guest writes to that page and to another."""
+    world = new(npages=HUGE_PAGES, kind="thp")
+    world.add_slot(ALIGNED, HUGE_PAGES)
+    world.touched(store(ALIGNED, 1))
+    world.guest(store(ALIGNED, 2), store(ALIGNED + 1, 3))
+    world.actor("owner", partial(world.punch, 0, 1))
+    return world
+
+
+@scenario(2, findings={"folio-poc": _OPEN})
+def huge_page_in_parts(new: Make) -> World:
+    """The owner punches a huge page of hugetlb in two parts; the guest writes to the first again, before, between or after them."""
+    world = new(npages=HUGE_PAGES, kind="hugetlb")
+    world.add_slot(ALIGNED, HUGE_PAGES)
+    world.touched(store(ALIGNED, 1))
+    world.guest(store(ALIGNED, 2))
+    world.actor("owner", partial(world.punch, 0, HUGE_PAGES - 1), partial(world.punch, HUGE_PAGES - 1, HUGE_PAGES))
+    return world
+
+
+@scenario(2, findings=_BY_NATURE)
+def punch_fault_snp(new: Make) -> World:
+    """As ``punch-fault``, and the host keeps its RMP and direct map in step."""
+    world = new(platform=Snp(unmap=False))
+    world.add_slot(FIRST, 1)
+    world.touched(store(FIRST, 1))
+    world.guest(load(FIRST), store(FIRST, 2))
+    world.actor("owner", partial(world.punch, 0, 1))
+    return world
+
+
+# Three.
+
+
+@scenario(3, findings=_BY_NATURE)
+def punch_convert_fault(new: Make) -> World:
+    """One thread of the owner punches a page, another makes it shared, and the guest writes it."""
+    world = new()
+    world.add_slot(FIRST, 1)
+    world.guest(store(FIRST, 1))
+    world.actor("owner", partial(world.punch, 0, 1))
+    world.actor("VM", partial(world.convert, FIRST, FIRST + 1, private=False))
+    return world
+
+
+@scenario(3, findings=_BY_NATURE)
+def punch_punch_fault(new: Make) -> World:
+    """Two threads of the owner punch neighbouring pages, and the guest touches one, which maps both."""
+    world = new(npages=2)
+    world.add_slot(FIRST, 2)
+    world.guest(store(FIRST, 1))
+    world.actor("owner 1", partial(world.punch, 0, 1))
+    world.actor("owner 2", partial(world.punch, 1, 2))
+    return world
+
+
+@scenario(3, findings=_BY_NATURE)
+def punch_two_vcpus(new: Make) -> World:
+    """Two vCPUs fault the same page while the owner punches it."""
+    world = new()
+    world.add_slot(FIRST, 1)
+    world.guest(store(FIRST, 1))
+    world.guest(load(FIRST))
+    world.actor("owner", partial(world.punch, 0, 1))
+    return world
+
+
+@scenario(3, findings=_BY_NATURE)
+def punch_unregister_fault(new: Make) -> World:
+    """The guest touches a page while the owner punches it and the slot is deleted."""
+    world = new()
+    view = world.add_slot(FIRST, 1)
+    vcpu = world.add_vcpu(store(FIRST, 1))
+    world.actor("vCPU", partial(world.run_until_gone, vcpu))
+    world.actor("VM", partial(world.unregister, view))
+    world.actor("owner", partial(world.punch, 0, 1))
+    return world
+
+
+@scenario(3, findings={**_BY_NATURE, "v9": _DEAF})
+def error_punch_fault(new: Make) -> World:
+    """The machine loses a page while the owner punches it and the guest reads it."""
+    world = new()
+    world.add_slot(FIRST, 1)
+    world.touched(store(FIRST, 1))
+    vcpu = world.add_vcpu(load(FIRST))
+    world.actor("vCPU", partial(_until_poison, world, vcpu))
+    world.actor("machine", partial(world.error, 0, 1))
+    world.actor("owner", partial(world.punch, 0, 1))
+    return world
+
+
+@scenario(3, findings=_BY_NATURE)
+def teardown(new: Make) -> World:
+    """The VM ends, its owner closes the file, and who has a reference of its own punches it: one of them is the last to let go."""
+    world = new()
+    view = world.add_slot(FIRST, 1)
+    world.touched(store(FIRST, 1))
+    world.file.get()
+    vcpu = world.add_vcpu(load(FIRST))
+    world.actor("VM", partial(world.run, vcpu), partial(world.unregister, view))
+    world.actor("owner", world.close)
+    world.actor("other", partial(world.punch, 0, 1), world.close)
+    return world
+
+
+@scenario(3, findings=_BY_NATURE)
+def interrupt_punch_fault(new: Make) -> World:
+    """A vCPU is stopped while the owner punches the page that it faults."""
+    world = new()
+    world.add_slot(FIRST, 1)
+    vcpu = world.guest(store(FIRST, 1))
+    world.actor("VM", vcpu.interrupt)
+    world.actor("owner", partial(world.punch, 0, 1))
+    return world
+
+
+@scenario(3, findings={"batched": _UNHEARD})
+def unregister_one_of_two(new: Make) -> World:
+    """One of two slots of a file is deleted; the guest goes on with the other, and the owner punches a page of that."""
+    world = new(npages=2)
+    gone = world.add_slot(FIRST, 1)
+    world.add_slot(SECOND, 1, start=1)
+    world.touched(store(FIRST, 1), store(SECOND, 2))
+    world.guest(load(SECOND))
+    world.actor("VM", partial(world.unregister, gone))
+    world.actor("owner", partial(world.punch, 1, 2))
+    return world
+
+
+@scenario(3, designs=("batched", "lazy", "v10"))
+def huge_page_in_turn(new: Make) -> World:
+    """Two threads of the owner punch one half each of a huge page of hugetlb, while the guest writes to the first."""
+    world = new(npages=HUGE_PAGES, kind="hugetlb")
+    world.add_slot(ALIGNED, HUGE_PAGES)
+    world.guest(store(ALIGNED, 1))
+    world.actor("owner 1", partial(world.punch, 0, HUGE_PAGES // 2))
+    world.actor("owner 2", partial(world.punch, HUGE_PAGES // 2, HUGE_PAGES))
+    return world
+
+
+# Four.
+
+
+@scenario(4, findings=_BY_NATURE)
+def four_at_once(new: Make) -> World:
+    """Two vCPUs on one page, while one thread of the owner punches it and another makes it shared."""
+    world = new()
+    world.add_slot(FIRST, 1)
+    world.guest(store(FIRST, 1))
+    world.guest(load(FIRST))
+    world.actor("owner", partial(world.punch, 0, 1))
+    world.actor("VM", partial(world.convert, FIRST, FIRST + 1, private=False))
+    return world
+
+
+@scenario(4, findings=_BY_NATURE)
+def four_with_unregister(new: Make) -> World:
+    """A vCPU faults, two threads of the owner punch, and the slot is deleted."""
+    world = new(npages=2)
+    view = world.add_slot(FIRST, 2)
+    vcpu = world.add_vcpu(store(FIRST, 1), load(FIRST + 1))
+    world.actor("vCPU", partial(world.run_until_gone, vcpu))
+    world.actor("VM", partial(world.unregister, view))
+    world.actor("owner 1", partial(world.punch, 0, 1))
+    world.actor("owner 2", partial(world.punch, 1, 2))
+    return world

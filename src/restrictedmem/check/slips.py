@@ -1,0 +1,323 @@
+"""Mistakes that the postings made, each put back into production's code for the checker, and nowhere else.
+
+A search that finds nothing has shown something only if it would have found these. Each is a class in the place of production's, the
+scenario that convicts it, and the rule that it breaks. Section numbers are those of the project's notes on the postings; mails are those of
+the series' thread.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, final
+
+from restrictedmem.check.explorer import Program
+from restrictedmem.check.invariants import Rule
+from restrictedmem.check.scenarios import SCENARIOS
+from restrictedmem.check.world import Parts
+from restrictedmem.kvm.memslot import Memslot
+from restrictedmem.mm.design import Bindings, Callback, Design, File, Folio, Lazy
+from restrictedmem.mm.notifier import Notifier
+from restrictedmem.mm.restrictedmem import RestrictedFile
+from restrictedmem.mm.sequence import InvalidationSequence
+from restrictedmem.units import PAGE_SHIFT, PageRange, gfn_t, pgoff_t
+
+_IN_PROGRESS: Final = 1
+_START: Final = 2
+_END: Final = 3
+_U64: Final = (1 << 64) - 1
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Slip:
+    """A mistake of a posting."""
+
+    name: str
+    description: str
+    #: Where it is known from.
+    source: str
+    parts: Parts
+    #: What convicts it, with this design, and by which rule.
+    scenario: str
+    design: str
+    rule: Rule
+
+    def program(self) -> Callable[[], Program]:
+        """Return what makes the world of its scenario, with the slip in it."""
+        return SCENARIOS[self.scenario].program(self.design, self.parts)
+
+
+class BytesAsPages(Design):
+    """Callbacks get byte offsets where they take pages for granted (v9)."""
+
+    name = "v9"
+    __slots__ = ()
+
+    def callbacks(self, file: File, span: PageRange) -> Sequence[Callback]:
+        """Yield the range as v9's restrictedmem_fallocate passed it."""
+        del file
+        return ((pgoff_t(span.start << PAGE_SHIFT), pgoff_t(span.end << PAGE_SHIFT), None),)
+
+    def kept_out(self, file: File, span: PageRange) -> PageRange:
+        """Return the same: consumers kept faults out of what they were told."""
+        start, end, _ = self.callbacks(file, span)[0]
+        return PageRange(start, end)
+
+
+class SlotThatUnderflows(Memslot):  # type: ignore[misc] # a slip
+    """A hole that ends below the slot's window wraps around, and all of the slot counts as hit (v9 and v10)."""
+
+    def gfns_of(self, span: PageRange) -> tuple[gfn_t, gfn_t]:
+        """Compute as kvm_restrictedmem_invalidate_start did, in 64 bits."""
+        assert self.private is not None
+        base = self.private.window.start
+        start = self.base_gfn + (span.start - base if span.start > base else 0)
+        end = self.base_gfn + span.end - base & _U64
+        # Beyond the slot, where KVM went on to zap, there is nothing here.
+        start, end = min(start, self.end_gfn), min(end, self.end_gfn)
+        return gfn_t(start), gfn_t(max(start, end))
+
+
+class SlotWithoutIndex(Memslot):  # type: ignore[misc] # a slip
+    """The slot's first page of the file is not subtracted (Sean Christopherson's branch)."""
+
+    def gfns_of(self, span: PageRange) -> tuple[gfn_t, gfn_t]:
+        """Compute ``base_gfn + max(start, index)``, and the end likewise."""
+        assert self.private is not None
+        inside = self.private.window.clip(span)
+        if not len(inside):
+            return self.base_gfn, self.base_gfn
+        return self.clip(gfn_t(self.base_gfn + inside.start), gfn_t(self.base_gfn + inside.end))
+
+
+class FileThatLocksTwice(RestrictedFile):
+    """The pass over notifiers for start and the one for end each take the lock, and let it go in between (v9 and v10)."""
+
+    __slots__ = ()
+
+    def fallocate(self, mode: int, offset: int, length: int) -> None:
+        """Do what restrictedmem_fallocate did; the sequence is what each consumer had for itself."""
+        span = PageRange.around_bytes(offset, length)
+        self.sequence().begin(span.start, span.end)
+        self._notifiers_sem.down_read()
+        for notifier in self.notifiers(span.start, span.end):
+            notifier.invalidate_start(span.start, span.end, None)
+        self._notifiers_sem.up_read()
+        try:
+            self._fallocate_locked(mode, offset, length)
+        finally:
+            self.sequence().end()
+            self._notifiers_sem.down_read()
+            for notifier in self.notifiers(span.start, span.end):
+                notifier.invalidate_end(span.start, span.end, None)
+            self._notifiers_sem.up_read()
+
+
+class SequenceThatOverwrites(InvalidationSequence):  # type: ignore[misc] # a slip
+    """One begin and then each range by itself: as long as one invalidation is in progress, the last range is all there is (v10)."""
+
+    __slots__ = ()
+
+    def range_add(self, start: pgoff_t, end: pgoff_t) -> None:
+        """Add a range as kvm_mmu_invalidate_range_add did."""
+        words = self._words
+        with self._mutex:
+            if words.read(_IN_PROGRESS) != 1:
+                start, end = min(start, pgoff_t(words.read(_START))), max(end, pgoff_t(words.read(_END)))
+            words.write(_START, start)
+            words.write(_END, end)
+
+
+class FoliosAddedOneByOne(Folio):  # type: ignore[misc] # a slip
+    """Folio by folio, each added to the invalidation under way by ``range_add``."""
+
+    __slots__ = ()
+
+    def kept_out(self, file: File, span: PageRange) -> PageRange:
+        """Return nothing: ranges are added later."""
+        del file
+        return PageRange(span.start, span.start)
+
+    def callbacks(self, file: File, span: PageRange) -> Iterator[Callback]:
+        """Add all ranges before the first is told."""
+        sequence = file.sequence()
+        assert isinstance(sequence, SequenceThatOverwrites)
+        found = list(super().callbacks(file, span))
+        for start, end, _ in found:
+            sequence.range_add(start, end)
+        return iter(found)
+
+
+class FileWithInclusiveEnds(RestrictedFile):
+    """Bindings end with the page after the last, which xa_store_range takes for one of theirs (Sean Christopherson's series)."""
+
+    __slots__ = ()
+
+    def notifiers(self, start: pgoff_t, end: pgoff_t) -> Sequence[Notifier]:
+        """Return those whose range, end included, meets this one, end included."""
+        return [r.notifier for r in self._registrations if start <= r.end and end >= r.start]
+
+
+class BindingsThatLeak(Bindings):  # type: ignore[misc] # a slip
+    """The count rises for each punch, and falls only if somebody had bound the range (kvm_rmem)."""
+
+    __slots__ = ()
+
+    def invalidate(self, file: File, span: PageRange, operate: Callable[[], None]) -> None:
+        """End only what somebody heard of."""
+        if file.notifiers(span.start, span.end):
+            super().invalidate(file, span, operate)
+        else:
+            file.sequence().begin(span.start, span.end)
+            operate()
+
+
+class SequenceWithoutRetry(InvalidationSequence):  # type: ignore[misc] # a slip
+    """Nobody looks whether what get_page returned is still true."""
+
+    __slots__ = ()
+
+    def busy_over(self, start: pgoff_t, end: pgoff_t) -> bool:
+        """Say no."""
+        return False
+
+    def retry(self, snapshot: int, start: pgoff_t, end: pgoff_t) -> bool:
+        """Say no."""
+        return False
+
+
+class FileThatTellsAll(RestrictedFile):
+    """Whoever unregisters has every consumer of the file told that all of it goes (the SNP trees' cleanup)."""
+
+    __slots__ = ()
+
+    def unregister_notifier(self, notifier: Notifier) -> None:
+        """Tell all, then remove one."""
+        self._notifiers_sem.down_read()
+        everything = pgoff_t(0), pgoff_t(1 << 20)
+        self.sequence().begin(*everything)
+        for other in self.notifiers(*everything):
+            other.invalidate_start(*everything, None)
+        self.sequence().end()
+        for other in self.notifiers(*everything):
+            other.invalidate_end(*everything, None)
+        self._notifiers_sem.up_read()
+        super().unregister_notifier(notifier)
+
+
+class LazyByItsBits(Lazy):  # type: ignore[misc] # a slip
+    """A huge page goes when every part of it was punched once, whoever has touched it since."""
+
+    __slots__ = ()
+
+    def _goes(self, file: File, rest: Sequence[PageRange]) -> bool:
+        del file
+        return self._punched.has(rest)
+
+
+def _designed(kind: type[Design]) -> Callable[[str], Design]:
+    return lambda name: kind(teardown=name.endswith("+teardown"))
+
+
+_ALL: Final = (
+    Slip(
+        "bytes-as-pages",
+        "v9 passes byte offsets to callbacks that take pages: from the second page on nothing is zapped",
+        "semantics 2.2; Michael Roth, 28 November 2022",
+        Parts(design=_designed(BytesAsPages)),
+        "punch-block-fault",
+        "v9",
+        Rule.RANGE,
+    ),
+    Slip(
+        "clip-underflow",
+        "a hole that ends below a slot's window wraps around and hits all of the slot",
+        "semantics 3.3; Vishal Annapurve on v10",
+        Parts(slot=SlotThatUnderflows),
+        "punch-beside",
+        "v10",
+        Rule.RANGE,
+    ),
+    Slip(
+        "no-index",
+        "guest pages are computed without subtracting the slot's first page of the file: the wrong ones are zapped",
+        "semantics 3.3; Sean Christopherson's branch",
+        Parts(slot=SlotWithoutIndex),
+        "punch-beside",
+        "v10",
+        Rule.FREED,
+    ),
+    Slip(
+        "two-locks-register",
+        "the lock is dropped between start and end: who registers meanwhile hears an end without a start",
+        "semantics 2.3; Sean Christopherson, January 2023",
+        Parts(file=FileThatLocksTwice),
+        "punch-register",
+        "v10",
+        Rule.BALANCE,
+    ),
+    Slip(
+        "two-locks-unregister",
+        "the lock is dropped between start and end: who unregisters meanwhile never hears the end",
+        "semantics 2.3; Sean Christopherson, January 2023",
+        Parts(file=FileThatLocksTwice),
+        "punch-unregister",
+        "v10",
+        Rule.BALANCE,
+    ),
+    Slip(
+        "range-add-overwrites",
+        "of several ranges added to one invalidation the last is all that faults are kept out of",
+        "semantics 3.5; v10 4/9, repaired in v13",
+        Parts(design=_designed(FoliosAddedOneByOne), sequence=SequenceThatOverwrites),
+        "folios-fault",
+        "folio",
+        Rule.WINDOW,
+    ),
+    Slip(
+        "inclusive-end",
+        "a binding counts the page after its last as its own, and hears of it",
+        "semantics 2.10; Michael Roth and Chao Peng on Sean Christopherson's series",
+        Parts(file=FileWithInclusiveEnds),
+        "punch-unbound",
+        "bindings",
+        Rule.RANGE,
+    ),
+    Slip(
+        "begin-without-end",
+        "the count of invalidations rises for a range that nobody bound, and does not fall again",
+        "semantics 3.5; kvm_rmem",
+        Parts(design=_designed(BindingsThatLeak)),
+        "punch-unbound",
+        "bindings",
+        Rule.DEADLOCK,
+    ),
+    Slip(
+        "no-retry",
+        "a fault installs what get_page returned without looking whether it was invalidated since",
+        "semantics 3.5: what the retry protocol is for",
+        Parts(sequence=SequenceWithoutRetry),
+        "punch-fault",
+        "v10",
+        Rule.WINDOW,
+    ),
+    Slip(
+        "unregister-tells-all",
+        "one slot's deletion has the pages of every slot of the file given back",
+        "semantics 4.4; the SNP trees of December 2022",
+        Parts(file=FileThatTellsAll),
+        "unregister-one-of-two",
+        "v10",
+        Rule.RANGE,
+    ),
+    Slip(
+        "lazy-by-bits",
+        "a huge page is freed once each part was punched, though the guest has touched one again",
+        "semantics 4.1, point 3, taken at its word",
+        Parts(design=_designed(LazyByItsBits)),
+        "huge-page-in-parts",
+        "lazy",
+        Rule.LOST,
+    ),
+)
+
+SLIPS: Final[dict[str, Slip]] = {slip.name: slip for slip in _ALL}

@@ -1,0 +1,417 @@
+"""A world small enough to search: one restricted file, one VM on it, made of the objects of production.
+
+Only what no search could take along is a model: frames (``frames``), the guest with its TLB (``GuestCpu``), and the sockets between
+service and engine, of which a mutex is left, for a consumer answers one notification at a time.
+"""
+
+from collections.abc import Callable, Generator, Hashable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, cast, final
+
+from restrictedmem import sync
+from restrictedmem.abi.memory import PUNCH
+from restrictedmem.check.control import saw, touch
+from restrictedmem.check.explorer import Violation
+from restrictedmem.check.frames import HUGE, MEMORY, Frames
+from restrictedmem.check.guest import DONE, Access, GuestCpu
+from restrictedmem.check.invariants import Invariants, Rule, View, acting
+from restrictedmem.kvm.attributes import Attributes
+from restrictedmem.kvm.engine import Binder, VcpuEngine
+from restrictedmem.kvm.exits import Exit, Interrupted, MmioRead
+from restrictedmem.kvm.memslot import Half, MemfdHalf, Memslot
+from restrictedmem.kvm.mmu import Mmu
+from restrictedmem.kvm.software.vm import SoftwareVm
+from restrictedmem.kvm.trace import Trace
+from restrictedmem.kvm.vcpu import Vcpu, Vcpus
+from restrictedmem.kvm.vm_memory import VmMemory
+from restrictedmem.mm import design as designs
+from restrictedmem.mm.design import Design
+from restrictedmem.mm.inode import Inode
+from restrictedmem.mm.notifier import Api
+from restrictedmem.mm.pages import Pages
+from restrictedmem.mm.punched import Punched
+from restrictedmem.mm.restrictedmem import RestrictedFile
+from restrictedmem.mm.sequence import InvalidationSequence
+from restrictedmem.platform.host import NoPlatform, Platform
+from restrictedmem.platform.snp import Snp
+from restrictedmem.service.wire import Channel
+from restrictedmem.units import PAGE_SHIFT, PageRange, gfn_t, pgoff_t
+
+_INO: Final = 1
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The classes a world is made of: production's, or with a slip of a posting in one of them (``slips``)."""
+
+    design: Callable[[str], Design] = designs.make
+    file: type[RestrictedFile] = RestrictedFile
+    sequence: type[InvalidationSequence] = InvalidationSequence
+    slot: type[Memslot] = Memslot
+
+
+@final
+class Mapping:
+    """The file as the engine has it mapped (``Allocator``)."""
+
+    def __init__(self, world: "World") -> None:
+        self._world = world
+
+    def allocate(self, offset: int, length: int) -> None:
+        """Make pages present and mapped."""
+        self._world.frames.allocate(offset, length)
+        self._world.invariants.take(PageRange.of_bytes(offset, length))
+
+    def order_of(self, pgoff: pgoff_t) -> int:
+        """Return the order of a page's folio."""
+        return self._world.frames.order_of(pgoff)
+
+    def release(self, offset: int, length: int) -> None:
+        """Do nothing: frames are not pinned."""
+
+    def close(self) -> None:
+        """Let the mapping go; the frames are the file's."""
+
+
+@final
+class Host:
+    """The platform of a world (``Platform``): what is asked of the real one passes the rules first."""
+
+    def __init__(self, world: "World", inner: Platform) -> None:
+        self._world = world
+        self.inner = inner
+
+    def prepare(self, ino: int, span: PageRange, gfn: gfn_t, order: int) -> None:
+        """Check what is about to be mapped."""
+        view = self._world.view_of(gfn)
+        self._world.invariants.install(view, span, gfn)
+        folio = self._world.frames.order(span.start)
+        if order > folio:
+            self._world.invariants.violate(Rule.LEVEL, f"pages {span} are mapped as order {order}, and their folio is of {folio}")
+        self.inner.prepare(ino, span, gfn, order)
+
+    def invalidate(self, ino: int, span: PageRange, order: int | None) -> None:
+        """Pass it on."""
+        self.inner.invalidate(ino, span, order)
+
+    def freed(self, ino: int, span: PageRange) -> None:
+        """Pass it on."""
+        self.inner.freed(ino, span)
+
+    def report(self) -> dict[str, object]:
+        """Pass it on."""
+        return self.inner.report()
+
+
+@final
+class SlotNotifier:
+    """What the service has for a slot of the VM (``Notifier``): a round trip to the engine, which does what its notify thread does."""
+
+    def __init__(self, world: "World", view: View) -> None:
+        self._world = world
+        self._view = view
+
+    def invalidate_start(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
+        """Stop using a range."""
+        span = PageRange(start, end)
+        with self._world.reaching_engine():
+            self._world.vm.invalidate_start(self._view.slot.memfd_half.binding, span, order)
+        self._world.invariants.start(self._view, span)
+
+    def invalidate_end(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
+        """Go on."""
+        span = PageRange(start, end)
+        self._world.invariants.end(self._view, span)
+        with self._world.reaching_engine():
+            self._world.vm.invalidate_end(self._view.slot.memfd_half.binding, span, order)
+
+    def error(self, start: pgoff_t, end: pgoff_t) -> None:
+        """Give pages up."""
+        with self._world.reaching_engine():
+            self._world.vm.error(self._view.slot.memfd_half.binding, PageRange(start, end))
+
+    def page_count(self, start: pgoff_t, end: pgoff_t) -> int:
+        """Count references."""
+        with self._world.reaching_engine():
+            return self._world.vm.page_count(self._view.slot.memfd_half.binding, PageRange(start, end))
+
+
+@final
+class World:
+    """One file, one VM with slots on it, and actors (``Program``). The file's pages 0 to ``npages`` are all there are."""
+
+    def __init__(
+        self,
+        design: str,
+        *,
+        npages: int = 1,
+        kind: str = "memfd",
+        platform: Platform | None = None,
+        parts: Parts | None = None,
+        exact: bool = True,
+    ) -> None:
+        self.parts = parts or Parts()
+        self.design = self.parts.design(design)
+        self.invariants = Invariants(exact=exact, large=kind != "memfd", binds=self.design.binds)
+        self.frames = Frames(self.invariants, npages, kind)
+        self.invariants.frames = self.frames
+        self.invariants.taken = bytearray(npages)
+        self.file = self.parts.file(self.design, self.frames, Inode.make(0, 0))
+        self.sequence = self._make_sequence()
+        # The file would make a page of shared memory for it.
+        self.file._sequence = self.sequence
+        attributes, self.vcpus = Attributes(Api.V10), Vcpus()
+        self.vm = SoftwareVm(cast("Binder", None), self.vcpus, attributes, Trace(), platform or NoPlatform())
+        self.vm.mmu = Mmu(attributes, Trace(), Host(self, platform or NoPlatform()))
+        self.platform = platform
+        # mincore(2) of production, which needs a mapping.
+        self.vm._find_freed = self._find_freed  # type: ignore[method-assign]
+        self.memory = VmMemory(self.vm, cast("Channel", None), Api.V10, attributes)
+        self._channel = sync.mutex()
+        self._notifiers: dict[int, SlotNotifier] = {}
+        self._cpus: list[GuestCpu] = []
+        self._actors: list[tuple[str, Callable[[], None]]] = []
+
+    def _make_sequence(self) -> InvalidationSequence:
+        """Make what the service and the engine share, without a page of memory for it."""
+        invariants = self.invariants
+
+        class Sequence(self.parts.sequence):  # type: ignore[name-defined, misc] # of whichever class, it tells the rules when it opens
+            __slots__ = ()
+
+            def end(self) -> None:
+                invariants.opened()
+                super().end()
+
+            def close(self) -> None:
+                pass
+
+        sequence = object.__new__(Sequence)
+        sequence._words = sync.SharedWords(memoryview(bytearray(4 * 8)))
+        sequence._mutex = sync.mutex()
+        return sequence
+
+    def _find_freed(self, half: MemfdHalf, span: PageRange) -> None:
+        if self.platform is not None:
+            touch(MEMORY, write=False)
+            for pgoff in [pgoff for pgoff in range(span.start, span.end) if not self.frames.numbers[pgoff]]:
+                gone = PageRange(pgoff_t(pgoff), pgoff_t(pgoff + 1))
+                if half.pages.count(gone):
+                    self.platform.freed(half.ino, gone)
+                    half.pages.forget(gone)
+
+    # Making it.
+
+    def add_vcpu(self, *program: Access) -> Vcpu:
+        """Make a vCPU with guest code on it."""
+        cpu = GuestCpu(self, len(self._cpus))
+        cpu.program = list(program)
+        # Of an engine, a run needs no more than it has.
+        vcpu = Vcpu(cast("VcpuEngine", cpu))
+        self._cpus.append(cpu)
+        self.vcpus.all = (*self.vcpus.all, vcpu)
+        return vcpu
+
+    def make_slot(self, base: int, npages: int, start: int = 0, *, private: bool = True) -> View:
+        """Make a slot at guest page ``base`` that shows the file from page ``start`` on; nobody knows it yet."""
+        window = PageRange(pgoff_t(start), pgoff_t(start + npages))
+        half = object.__new__(MemfdHalf)
+        half.binding, half.ino, half.failed, half.window = len(self.invariants.views) + 1, _INO, set(), window
+        half.told = 0
+        half.pages, half.sequence = Pages(Mapping(self), window, self.sequence), self.sequence
+        half.order, half.may_have_folios = (HUGE, True) if self.frames.kind != "memfd" else (0, False)
+        self.vm._halves[half.binding] = half
+        shared = object.__new__(Half)
+        shared.source = 0, 0, start << PAGE_SHIFT
+        slot = self.parts.slot(half.binding, gfn_t(base), npages, private=half, shared=shared)
+        slot.attributes[:] = bytes((private,)) * npages
+        view = View(slot, window, bytearray(npages))
+        self.invariants.views.append(view)
+        self._notifiers[half.binding] = SlotNotifier(self, view)
+        return view
+
+    def add_slot(self, base: int, npages: int, start: int = 0, *, private: bool = True) -> View:
+        """Make a slot, register its notifier, and let the guest reach it."""
+        view = self.make_slot(base, npages, start, private=private)
+        self.register(view)
+        return view
+
+    def touched(self, *accesses: Access) -> None:
+        """Have a vCPU do something before anything else happens, and forget it."""
+        before, self.vcpus.all = self.vcpus.all, ()
+        self.run(self.add_vcpu(*accesses))
+        self._cpus.pop()
+        self.vcpus.all = before
+
+    def actor(self, name: str, *steps: Callable[[], None]) -> None:
+        """Add an actor that does one thing after the other."""
+        number = len(self._actors)
+
+        def act() -> None:
+            acting.set(number)
+            for step in steps:
+                step()
+
+        self._actors.append((name, act))
+
+    def guest(self, *program: Access) -> Vcpu:
+        """Add a vCPU and the thread that runs it to its end."""
+        vcpu = self.add_vcpu(*program)
+        self.actor(f"vCPU {len(self._cpus) - 1}", partial(self.run, vcpu))
+        return vcpu
+
+    def run(self, vcpu: Vcpu) -> None:
+        """Run a vCPU until its guest has done all it came for."""
+        while isinstance(found := vcpu.run(), Interrupted):
+            pass
+        self.expect_done(found)
+
+    def run_until_gone(self, vcpu: Vcpu) -> None:
+        """Run a vCPU until its guest is done, or finds no slot where there was one."""
+        found = vcpu.run()
+        if not isinstance(found, MmioRead):
+            self.expect_done(found)
+
+    @staticmethod
+    def expect_done(found: Exit) -> None:
+        """See that a guest had no reason to exit."""
+        assert found is DONE, f"the guest left with {found}"
+
+    # What actors do.
+
+    @contextmanager
+    def reaching_engine(self) -> Generator[None]:
+        """Hold the engine's notify thread; which slots there are it finds out when it has been reached."""
+        with self._channel:
+            touch("slots", write=False)
+            saw(tuple(slot.number for slot in self.vm.mmu.slots))
+            yield
+
+    def register(self, view: View) -> None:
+        """Register a slot's notifier and let the guest reach the slot, as KVM_SET_USER_MEMORY_REGION does."""
+        notifier = self._notifiers[view.slot.memfd_half.binding]
+        with self.vcpus.held():
+            if self.design.binds:
+                self.file.bind(view.window.start, view.window.end, notifier, exclusive=True)
+            else:
+                self.file.register_notifier(notifier)
+            self.file.get()
+            touch("slots", write=True)
+            saw(None)
+            self.vm.add_slot(view.slot)
+            self.memory.slots = (*self.memory.slots, view.slot)
+
+    def unregister(self, view: View) -> None:
+        """Take a slot away, its notifier and its reference, in production's order."""
+        with self.vcpus.held():
+            touch("slots", write=True)
+            saw(None)
+            view.live = False
+            self.vm.remove_slot(view.slot)
+            self.memory.slots = tuple(slot for slot in self.memory.slots if slot is not view.slot)
+            for cpu in self._cpus:
+                cpu.flush()
+            view.leaving = True
+            self.file.unregister_notifier(self._notifiers[view.slot.memfd_half.binding])
+            view.leaving = False
+            self.file.put()
+
+    def punch(self, start: int, end: int) -> None:
+        """Punch a hole (fallocate(2)); pages of the file."""
+        span = PageRange(pgoff_t(start), pgoff_t(end))
+        with self.invariants.punching(span):
+            self.file.fallocate(PUNCH, start << PAGE_SHIFT, (end - start) << PAGE_SHIFT)
+
+    def fallocate(self, start: int, end: int) -> None:
+        """Preallocate (fallocate(2) with mode 0); pages of the file."""
+        with self.invariants.allocating(PageRange(pgoff_t(start), pgoff_t(end))):
+            self.file.fallocate(0, start << PAGE_SHIFT, (end - start) << PAGE_SHIFT)
+
+    def convert(self, start: int, end: int, *, private: bool) -> None:
+        """Make guest pages private or shared (KVM_SET_MEMORY_ATTRIBUTES)."""
+        with self.invariants.converting(gfn_t(start), gfn_t(end)):
+            self.memory.set_attributes(Api.V10, start << PAGE_SHIFT, (end - start) << PAGE_SHIFT, 8 if private else 0, 0)
+
+    def error(self, start: int, end: int) -> None:
+        """Have the machine lose pages of the file."""
+        span = PageRange(pgoff_t(start), pgoff_t(end))
+        with self.invariants.losing(span):
+            self.file.error_page(span.start, span.end)
+
+    def close(self) -> None:
+        """Drop the owner's reference to the file."""
+        self.file.put()
+
+    # What the explorer asks (Program).
+
+    def view_of(self, gfn: int) -> View:
+        """Return the slot that shows a guest page."""
+        return next(view for view in self.invariants.views if view.slot.base_gfn <= gfn < view.slot.end_gfn)
+
+    def actors(self) -> Sequence[tuple[str, Callable[[], None]]]:
+        """Return who acts."""
+        return self._actors
+
+    def state(self) -> Hashable:
+        """Return what is shared and behind no object of ``sync``."""
+        return (
+            self.frames.state(),
+            self.invariants.state(),
+            tuple(cpu.state() for cpu in self._cpus),
+            tuple(_vcpu_state(vcpu) for vcpu in self.vcpus.all),
+            self.file._references,
+            tuple(
+                (list(self._notifiers.values()).index(cast("SlotNotifier", r.notifier)), r.start, r.end) for r in self.file._registrations
+            ),
+            tuple(slot.number for slot in self.vm.mmu.slots),
+            tuple(_half_state(view.slot.memfd_half) for view in self.invariants.views),
+            _plain(self.design),
+        )
+
+    def check(self) -> None:
+        """Raise what the last step broke.
+
+        Raises:
+            Violation: with the rule and the story.
+        """
+        self.invariants.check()
+        if isinstance(self.platform, Snp):
+            found = self.platform._violations
+            if found:
+                raise Violation(f"{Rule.PLATFORM.value}: {found[0].rule}, page {found[0].start:#x}")
+
+    def finish(self) -> None:
+        """Raise what does not hold at the end.
+
+        Raises:
+            Violation: with the rule and the story.
+        """
+        self.invariants.finish()
+
+
+def _vcpu_state(vcpu: Vcpu) -> Hashable:
+    flags = vcpu._running, vcpu._in_guest, vcpu._entries, vcpu._holds, vcpu._interrupted
+    return flags, tuple(vcpu._stale)
+
+
+def _half_state(half: MemfdHalf) -> Hashable:
+    return tuple(sorted(half.failed)), bytes(half.pages._state), half.told
+
+
+def _plain(thing: object) -> Hashable:
+    """Return what a design remembers, whatever that is; its locks are the explorer's."""
+    match thing:
+        case int() | str() | PageRange():
+            return thing
+        case dict():
+            return tuple(sorted(cast("dict[int, int]", thing).items()))
+        case set():
+            return tuple(sorted(cast("set[int]", thing)))
+        case Design() | Punched():
+            names = (name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ()))
+            return tuple(_plain(getattr(thing, name)) for name in names)
+        case _:
+            return None

@@ -1,0 +1,258 @@
+"""``restrictedmem check``: races, searched over production code; and the same with real processes."""
+
+import argparse
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from enum import Enum
+from errno import EINVAL
+from typing import TYPE_CHECKING, Any, Final, TextIO
+
+from restrictedmem.abi.process import PR_SET_PDEATHSIG, prctl
+from restrictedmem.cli.errors import CommandError
+
+if TYPE_CHECKING:
+    from restrictedmem.check.explorer import Result
+    from restrictedmem.check.scenarios import Scenario
+
+_CLEAR: Final = "\r\x1b[K"
+
+
+class Verdict(Enum):
+    """How a search came out."""
+
+    HOLDS = "holds"
+    KNOWN = "known"
+    """A counterexample, which the scenario says this design has by its nature."""
+    VIOLATED = "violated"
+    MISSING = "holds, and should not"
+    """No counterexample, although the scenario says that there is one."""
+    UNFINISHED = "not finished"
+
+
+#: The design searched in every interleaving even where fewer would do.
+_DEFAULT: Final = "v10"
+_GOOD: Final = (Verdict.HOLDS, Verdict.KNOWN)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One scenario and one design, or one slip, searched."""
+
+    scenario: str
+    design: str
+    #: What was searched: all interleavings, or which.
+    search: str
+    #: Which rule it is expected to break, and why, if it is.
+    expected: tuple[str, str] | None
+    result: "Result"
+
+    @property
+    def verdict(self) -> Verdict:
+        """How it came out."""
+        if self.result.counterexample is not None:
+            known = self.expected is not None and self.result.counterexample.violation.startswith(self.expected[0])
+            return Verdict.KNOWN if known else Verdict.VIOLATED
+        if not self.result.complete:
+            return Verdict.UNFINISHED
+        return Verdict.HOLDS if self.expected is None else Verdict.MISSING
+
+    def as_data(self) -> dict[str, Any]:
+        """Return it as JSON shows it."""
+        found = asdict(self)
+        return {**found, **found.pop("result"), "verdict": self.verdict.value}
+
+    def line(self) -> str:
+        """Write it in one line."""
+        result = self.result
+        numbers = f"{result.states:>9} states {result.seconds:>7.1f} s"
+        return f"{self.scenario:<28} {self.design:<20} {numbers}   {self.verdict.value}"
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "check",
+        help="search for races between punches, faults, conversions and the rest",
+        description="Run the production code of fault path, notifiers, conversions and teardown in every order of its steps, for each "
+        "design of the notifications, and say whether what must hold always does, or show the shortest schedule in which it does not. "
+        "Exit status 1 when something was found that is not known of a design, else 0. How to read a schedule: docs/check.md.",
+        epilog="examples:\n"
+        "  restrictedmem check                                          everything, a few minutes\n"
+        "  restrictedmem check --design v10                             what is the default\n"
+        "  restrictedmem check --design folio-poc --scenario punch-fault\n"
+        "                                                               one search, and the schedule\n"
+        "  restrictedmem check --list                                   scenarios, and designs for each\n"
+        "  restrictedmem check --random 60                              real processes and a real guest",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--design", metavar="NAME", help="this one alone, or a known slip; +teardown: told of everything at unregister")
+    parser.add_argument("--scenario", metavar="NAME", help="this one alone")
+    parser.add_argument("--list", action="store_true", help="list the scenarios, and search nothing")
+    parser.add_argument("--json", action="store_true", help="each search as JSON")
+    parser.add_argument("--jobs", type=_jobs, metavar="N", help="searches at the same time (default: one for each CPU)")
+    parser.add_argument("--random", type=float, metavar="SECONDS", help="run service, engine and guest at random instead, for so long")
+    parser.add_argument("--seed", type=int, metavar="N", help="for --random: do what another run did")
+    parser.set_defaults(main=main)
+
+
+def _jobs(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("at least one")
+    return number
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command."""
+    try:
+        from restrictedmem.check.scenarios import SCENARIOS
+    except ModuleNotFoundError as error:
+        raise CommandError(f"the check needs {error.name}", "pip install 'restrictedmem[check]'") from None
+    if args.random is not None:
+        from restrictedmem.check import live
+
+        return live.main(args.random, args.design, args.scenario, args.seed, args.json)
+    if args.scenario is not None and args.scenario not in SCENARIOS:
+        raise CommandError(f"no scenario {args.scenario!r}", "restrictedmem check --list")
+    chosen = [scenario for scenario in SCENARIOS.values() if args.scenario in (None, scenario.name)]
+    cases = [(scenario, design) for scenario in chosen for design in _designs(scenario, args.design)]
+    if args.list:
+        _list(cases, as_json=args.json)
+        return 0
+    if not cases:
+        raise CommandError(f"{args.scenario} makes no sense for {args.design}", "restrictedmem check --list")
+    jobs = args.jobs or len(os.sched_getaffinity(0))
+    found: list[Case] = []
+    with _progress(len(cases), sys.stderr) as show:
+        for case in _search_all(cases, min(jobs, len(cases))):
+            found.append(case)
+            show(found, [] if args.json else list(_lines(case, in_full=len(cases) == 1)))
+    if args.json:
+        json.dump([case.as_data() for case in found], sys.stdout, indent=2)
+        print()
+    elif len(found) > 1:
+        print(_summary(found))
+    return 0 if all(case.verdict in _GOOD for case in found) else 1
+
+
+def _designs(scenario: "Scenario", wanted: str | None) -> list[str]:
+    """Return the designs to search a scenario for, and the slips that it convicts; of all these, one may be asked for."""
+    from restrictedmem.check.slips import SLIPS
+    from restrictedmem.mm.design import TEARDOWN, make
+
+    if wanted is not None and wanted not in SLIPS:
+        try:
+            wanted = str(make(wanted))
+        except OSError as error:
+            if error.errno == EINVAL:
+                raise CommandError(error.strerror or str(error)) from None
+            raise
+    names = [name + ending for name in scenario.designs for ending in ("", TEARDOWN)]
+    names += [slip.name for slip in SLIPS.values() if slip.scenario == scenario.name]
+    return [name for name in names if wanted in (None, name)]
+
+
+def _list(cases: Sequence[tuple["Scenario", str]], *, as_json: bool) -> None:
+    """Print which scenarios there are, and for which designs."""
+    scenarios = {scenario.name: scenario for scenario, _ in cases}
+    designs = {name: [design for scenario, design in cases if scenario.name == name] for name in scenarios}
+    if as_json:
+        json.dump(
+            [
+                {"scenario": name, "actors": each.actors, "description": each.description, "designs": designs[name]}
+                for name, each in scenarios.items()
+            ],
+            sys.stdout,
+            indent=2,
+        )
+        print()
+        return
+    for name, each in scenarios.items():
+        print(f"{name} ({each.actors} actors)\n  {each.description}\n  for {', '.join(designs[name])}")
+
+
+def _search_one(name: str, design: str) -> Case:
+    """Search one scenario, in a process of its own."""
+    from restrictedmem.check.explorer import effort, explore
+    from restrictedmem.check.scenarios import SCENARIOS
+    from restrictedmem.check.slips import SLIPS
+
+    scenario = SCENARIOS[name]
+    preemptions, reduce, words = effort(scenario.actors, default=design == _DEFAULT)
+    expected: tuple[str, str] | None = None
+    if (slip := SLIPS.get(design)) is not None:
+        program, expected = slip.program(), (slip.rule.value, f"{slip.description} ({slip.source})")
+    else:
+        program = scenario.program(design)
+        if (finding := scenario.finding(design)) is not None:
+            expected = finding.rule.value, finding.reason
+    return Case(name, design, words, expected, explore(program, preemptions=preemptions, reduce=reduce))
+
+
+def _begin() -> None:
+    """End with whoever started the search, and without a word at Ctrl-C."""
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _search_all(cases: Sequence[tuple["Scenario", str]], jobs: int) -> Iterator[Case]:
+    """Search, those with most actors first, for they take longest; yields what is ready."""
+    executor = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork"), initializer=_begin)
+    ordered = sorted(cases, key=lambda case: -case[0].actors)
+    try:
+        # What runs at a fork would swallow the exception.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        futures: list[Future[Case]] = [executor.submit(_search_one, scenario.name, design) for scenario, design in ordered]
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        for future in as_completed(futures):
+            yield future.result()
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.kill()
+        raise
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _lines(case: Case, *, in_full: bool) -> Iterator[str]:
+    """Write a case: its line, the schedule of a counterexample that is news or was asked for, and why it is none."""
+    yield case.line()
+    counterexample = case.result.counterexample
+    if counterexample is not None and (in_full or case.verdict is Verdict.VIOLATED):
+        yield from ("    " + line for line in counterexample.lines())
+    if case.expected is not None and case.verdict is not Verdict.UNFINISHED:
+        yield f"    expected of this design: {': '.join(case.expected)}"
+
+
+def _summary(found: Sequence[Case]) -> str:
+    """Write how many searches came out how."""
+    counts = [f"{number} {verdict.value}" for verdict in Verdict if (number := sum(case.verdict is verdict for case in found))]
+    return f"{len(found)} searches, {sum(case.result.states for case in found)} states: {'; '.join(counts)}"
+
+
+@contextmanager
+def _progress(total: int, stream: TextIO) -> Generator[Callable[[Sequence[Case], Sequence[str]], None]]:
+    """Give what prints lines and, on a terminal, says below them how far it is."""
+    clear = _CLEAR if stream.isatty() else ""
+
+    def show(found: Sequence[Case], lines: Sequence[str]) -> None:
+        print(clear, end="", file=stream, flush=True)
+        for line in lines:
+            print(line, flush=True)
+        if clear:
+            bad = sum(case.verdict not in _GOOD for case in found)
+            print(f"{len(found)} of {total} searched, {bad} bad", end="", file=stream, flush=True)
+
+    show([], [])
+    try:
+        yield show
+    finally:
+        print(clear, end="", file=stream, flush=True)

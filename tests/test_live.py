@@ -1,0 +1,249 @@
+"""The random mode of ``check``: it runs, it convicts what is broken, and it leaves nothing behind, however it ends."""
+
+import json
+import mmap
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from errno import EINVAL
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from processes import process, wait_until
+from restrictedmem.abi import memory
+from restrictedmem.check import live
+from restrictedmem.check.board import MAX_PAGES, Board, Progress
+from restrictedmem.check.owner import NAMES, OPERATIONS, Ground, Owner, Plan, Puncher
+from restrictedmem.check.scenarios import SCENARIOS
+from restrictedmem.kvm.vmm import SHARED_SIZE
+from restrictedmem.service import client
+from restrictedmem.units import PAGE_SIZE
+
+ROOT = Path(__file__).parent.parent
+SECONDS = 2.5
+
+
+def on_engine(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+    """Let every VM run on one engine, and end in good order after two seconds: what is counted then, must be right."""
+    plan = live.plan_of
+
+    def fixed(seed: int, number: int, **options: Any) -> Plan:
+        options["engines"] = {engine: options["engines"][engine]}
+        return replace(plan(seed, number, **options), seconds=2.0, killed=False)
+
+    monkeypatch.setattr(live, "plan_of", fixed)
+
+
+def run(capsys: pytest.CaptureFixture[str], **options: Any) -> tuple[int, dict[str, Any]]:
+    status = live.main(SECONDS, as_json=True, **options)
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return status, found
+
+
+@pytest.mark.requires("fuse")
+@pytest.mark.parametrize("design", ["v10", "v9+teardown", "folio", "lazy"])
+def test_a_sound_design_holds(design: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, found = run(capsys, design=design, seed=5)
+    assert (status, found["failure"], found["seed"], found["design"]) == (0, None, 5, design)
+    assert found["vms"] >= 1
+    assert found["punches"] > 0
+    assert found["guest_steps"] > 0
+
+
+@pytest.mark.requires("fuse")
+def test_a_scenario_is_a_mix_of_operations(capsys: pytest.CaptureFixture[str]) -> None:
+    status, found = run(capsys, scenario="interrupt-fault", seed=6)
+    assert (status, found["failure"]) == (0, None)
+    assert found["operations"] > 0
+
+
+def test_scenarios_and_operations_exist() -> None:
+    assert live.MIXES.keys() <= SCENARIOS.keys()
+    assert {name for mix in live.MIXES.values() for name in mix} == OPERATIONS.keys()
+
+
+def test_what_does_not_exist_is_refused() -> None:
+    for design, scenario in ((None, "nonsense"), ("nonsense", None)):
+        with pytest.raises(OSError, match="nonsense") as caught:
+            live.main(SECONDS, design, scenario)
+        assert caught.value.errno == EINVAL
+
+
+def test_the_same_seed_makes_the_same_plans() -> None:
+    def plans(seed: int) -> list[Plan]:
+        engines = {"software": ("punch", "convert"), "kernel": ("punch",)}
+        found: list[Plan] = []
+        for number in range(9):
+            found.append(live.plan_of(seed, number, before=found[-1] if found else None, engines=engines, left=60))
+        return found
+
+    first = plans(1)
+    assert first == plans(1) != plans(2)
+    assert {(plan.engine, plan.operations) for plan in first} == {("software", ("punch", "convert")), ("kernel", ("punch",))}
+    assert all(not plan.platform and not plan.converting for plan in first if plan.engine == "kernel")
+    assert all((plan.pages, plan.vcpus) == (before.pages, before.vcpus) for before, plan in pairwise(first) if plan.reused)
+
+
+# The guest, with an owner that does not do what it says.
+
+
+@contextmanager
+def owner_of_a_guest(converting: int = 0) -> Generator[tuple[Owner, Ground, Puncher]]:
+    plan = Plan("words", "software", "", 2, 32, reused=False, converting=converting, operations=(), seconds=0, killed=False)
+    with client.Service.start() as service, ExitStack() as stack:
+        ground = Ground(service, plan)
+        stack.callback(ground.close)
+        progress = Progress(NAMES)
+        stack.callback(progress.close)
+        puncher = Puncher(ground, ground.board.lane(0), progress, "words")
+        owner = Owner(service, ground, plan, puncher, stack)
+        owner.start()
+        wait_until(lambda: min(ground.board.steps(0), ground.board.steps(1)) > 2000, "the guest to touch all its pages", 20)
+        yield owner, ground, puncher
+        ground.board.stop()
+        owner.join()
+
+
+@pytest.mark.requires("fuse")
+def test_the_guest_finds_nothing_where_nothing_is_wrong() -> None:
+    with owner_of_a_guest(converting=20) as (owner, ground, puncher):
+        puncher.take(range(ground.pages))
+        steps = ground.board.steps(0)
+        wait_until(lambda: ground.board.steps(0) > steps + 2000 or owner.failure, "the guest to go on", 20)
+    assert (owner.failure, owner.said) == ("", "")
+
+
+@pytest.mark.requires("fuse")
+def test_the_guest_finds_what_was_said_to_be_gone() -> None:
+    with owner_of_a_guest() as (owner, _, puncher):
+        with puncher.lane.taking(range(7, 8)):
+            pass
+        wait_until(lambda: owner.failure, "the guest to find page 7", 20)
+    assert owner.failure == "the guest ended with 1: stale: page 7 holds 0x800000000, expected 0x800000001"
+
+
+@pytest.mark.requires("fuse")
+def test_the_guest_finds_what_is_gone_without_a_word() -> None:
+    with owner_of_a_guest() as (owner, ground, _):
+        memory.fallocate(ground.fd, memory.PUNCH, ground.offset + 7 * PAGE_SIZE, PAGE_SIZE)
+        wait_until(lambda: owner.failure, "the guest to find page 7", 20)
+    assert owner.failure == "the guest ended with 1: lost: page 7 holds 0x0, expected 0x800000000"
+
+
+# What is broken is convicted.
+
+
+def breaking(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    """Have the service's processes, engines among them, run something of ours first: what they fork has it too."""
+    monkeypatch.setattr(client, "_START", f"import sys; sys.path.insert(0, sys.argv[1])\n{source}\n{client._START}")  # pyright: ignore[reportPrivateUsage]
+
+
+DEAF = """
+from restrictedmem.service.consumer import Binding
+tell, told = Binding._notify, [0]
+def notify(self, call, start, end, order, size=0):
+    told[0] += call.name == "INVALIDATE_START"
+    return bytes(size) if told[0] % 3 == 0 and call.name.startswith("INVALIDATE") else tell(self, call, start, end, order, size)
+Binding._notify = notify
+"""
+NO_END = """
+from restrictedmem.service.consumer import Binding
+Binding.invalidate_end = lambda self, start, end, order: None
+"""
+BUSY = """
+from restrictedmem.mm.sequence import InvalidationSequence
+end, ends = InvalidationSequence.end, [0]
+def lose_one(self):
+    ends[0] += 1
+    if ends[0] != 40:
+        end(self)
+InvalidationSequence.end = lose_one
+"""
+
+
+@pytest.mark.requires("fuse", "kvm")
+def test_callbacks_that_do_not_come_are_stale_reads(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    breaking(monkeypatch, DEAF)
+    on_engine(monkeypatch, "kernel")
+    status, found = run(capsys, scenario="punch-fault", seed=7)
+    assert status == 1
+    assert re.search(r"the guest ended with 1: stale: page \d+ holds 0x[0-9a-f]+, expected 0x[0-9a-f]+", found["failure"])
+    assert found["again"] == "restrictedmem check --random 2.5 --seed 7 --scenario punch-fault"
+
+
+@pytest.mark.requires("fuse")
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [(DEAF, r"punched, and the engine gave up"), (NO_END, r"hang: waited|without their end"), (BUSY, r"hang: waited")],
+    ids=["deaf", "no end", "busy"],
+)
+def test_books_that_do_not_balance_are_found(
+    source: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    breaking(monkeypatch, source)
+    monkeypatch.setattr("restrictedmem.check.owner.PATIENCE", 3.0)
+    monkeypatch.setattr(live, "PATIENCE", 3.0)
+    on_engine(monkeypatch, "software")
+    status, found = run(capsys, scenario="punch-fault", seed=8)
+    assert status == 1
+    assert re.search(words, found["failure"])
+
+
+# The end.
+
+
+def relatives() -> set[int]:
+    """Return the processes of services, by their names."""
+    numbers = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return {number for number in numbers if (found := process(number)) is not None and found.name.startswith("rmem-")}
+
+
+@pytest.mark.requires("fuse")
+def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+    before = relatives()
+    code = "from restrictedmem.check import live; live.main(60, seed=9)"
+    out = tmp_path / "out"
+    with out.open("w", encoding="utf-8") as file:
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        wait_until(lambda: any(has_guest(number) for number in relatives() - before), "an engine to run a guest", 20)
+        started = relatives() - before
+        os.killpg(child.pid, signal.SIGINT)
+        assert child.wait(20) == -signal.SIGINT
+    finally:
+        child.kill()
+        child.wait()
+    wait_until(lambda: not started & relatives(), "the service's processes to end", 20)
+
+
+def has_guest(number: int) -> bool:
+    found = process(number)
+    return found is not None and found.name == "rmem-kvm"
+
+
+def test_the_board_keeps_generations_and_forgets_the_rest() -> None:
+    with mmap.mmap(-1, SHARED_SIZE) as window:
+
+        def words() -> list[int]:
+            with memoryview(window).cast("I") as found:
+                return [word for word in found if word]
+
+        board = Board(window)
+        with board.lane(1).taking(range(3, 5)):
+            assert words() == [1, 1]
+        with board.exposing(range(1)), board.lane(1).taking(range(3, 4)):
+            board.extra = 9
+            assert sorted(words()) == [1, 1, 1, 1, 2, 9]
+            board.begin_anew(MAX_PAGES)
+            assert words() == [2, 1, 1, 1]
+        board.stop()
+        assert board.steps(0) == 0
+        board.close()
