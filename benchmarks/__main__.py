@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from benchmarks import conversion, descriptor, devkvm, get_page, guest, memory, seal, startup, vcpus
+from benchmarks import conversion, descriptor, devkvm, get_page, guest, levels, memory, notifier, punched, seal, startup, vcpus
 from benchmarks.common import HEAD, BenchError, Figure, Lab, machine
 
 BENCHES: Final[dict[str, Callable[[Lab], Iterator[Figure]]]] = {
@@ -16,8 +16,11 @@ BENCHES: Final[dict[str, Callable[[Lab], Iterator[Figure]]]] = {
     **get_page.BENCHES,
     **descriptor.BENCHES,
     **guest.BENCHES,
+    **levels.BENCHES,
     **devkvm.BENCHES,
     **memory.BENCHES,
+    **notifier.BENCHES,
+    **punched.BENCHES,
     **seal.BENCHES,
     **startup.BENCHES,
     **vcpus.BENCHES,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from restrictedmem.service.client import Service
+from restrictedmem.service.start import Options
 
 FLOOR: Final = Path(__file__).parent / "floor"
 _INCLUDE: Final = FLOOR.parent.parent / "guests" / "include"
@@ -176,14 +177,14 @@ def one_core(*pids: int) -> Generator[None]:
 
 
 @contextmanager
-def service() -> Generator[Service]:
+def service(options: Options | None = None) -> Generator[Service]:
     """Start a service of its own for one benchmark.
 
     Raises:
         BenchError: when it cannot start.
     """
     try:
-        started = Service.start()
+        started = Service.start(options)
     except OSError as error:
         raise BenchError(f"the service does not start: {error.strerror}", "restrictedmem doctor says what is missing") from None
     with started:

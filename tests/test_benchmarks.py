@@ -17,15 +17,20 @@ COMPARED = (
     "descriptor-idle",
     "descriptor-busy",
     "first-touch",
+    "first-touch-levels",
     "digest",
     "punch-mapped",
     "exit",
     "start",
     "turns",
+    "faults-punched",
+    "punch-unheard",
+    "punch-heard",
+    "design-punch",
 )
 #: Compared too, on /dev/kvm.
-KVM = ("kvm-exit", "kvm-machine", "conversion", "seal")
-ABSOLUTE = ("memory", "interrupt")
+KVM = ("kvm-exit", "kvm-machine", "conversion", "seal", "kvm-faults-punched")
+ABSOLUTE = ("memory", "interrupt", "notifier")
 
 
 def bench(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
