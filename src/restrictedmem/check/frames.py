@@ -151,8 +151,10 @@ class Frames:
                 pgoff += 1
             else:
                 start = pgoff
-                while pgoff < span.end and not (pgoff < len(self.numbers) and self.numbers[pgoff]):
+                while pgoff < min(span.end, len(self.numbers)) and not self.numbers[pgoff]:
                     pgoff += 1
+                # Beyond all frames there is nothing as far as the file goes.
+                pgoff = span.end if pgoff >= len(self.numbers) else pgoff
                 yield pgoff_t(start), pgoff_t(pgoff), None
 
     def release(self, offset: int, length: int) -> None:

@@ -61,6 +61,8 @@ class Scenario:
     findings: Mapping[str, Finding] = field(default_factory=dict[str, Finding])
     #: Whether it belongs to the part that the test suite runs.
     quick: bool = False
+    #: Whether a consumer leaves the file: where none does, invalidation at teardown changes nothing.
+    leaves: bool = False
 
     def program(self, design: str, parts: Parts | None = None) -> Callable[[], Program]:
         """Return what makes its world for a design, ``TEARDOWN`` included."""
@@ -87,14 +89,19 @@ _DEAF: Final = Finding(Rule.POISON, "consumers do not hear of pages that the mac
 
 
 def scenario(
-    actors: int, *, designs: tuple[str, ...] = NAMES, findings: Mapping[str, Finding] | None = None, quick: bool = False
+    actors: int,
+    *,
+    designs: tuple[str, ...] = NAMES,
+    findings: Mapping[str, Finding] | None = None,
+    quick: bool = False,
+    leaves: bool = False,
 ) -> Callable[[Callable[[Make], World]], Callable[[Make], World]]:
     """Put a function that makes a world among ``SCENARIOS``."""
 
     def add(build: Callable[[Make], World]) -> Callable[[Make], World]:
         name = build.__name__.replace("_", "-")
         assert build.__doc__
-        SCENARIOS[name] = Scenario(name, build.__doc__, actors, build, designs, findings or {}, quick)
+        SCENARIOS[name] = Scenario(name, build.__doc__, actors, build, designs, findings or {}, quick, leaves)
         return build
 
     return add
@@ -147,7 +154,7 @@ def punch_register(new: Make) -> World:
     return world
 
 
-@scenario(2, findings={"batched": _UNHEARD}, quick=True)
+@scenario(2, findings={"batched": _UNHEARD}, quick=True, leaves=True)
 def punch_unregister(new: Make) -> World:
     """A slot that the guest has mapped is deleted, while the owner punches the file."""
     world = new()
@@ -203,7 +210,7 @@ def bind_punch(new: Make) -> World:
     return world
 
 
-@scenario(2, designs=("bindings",))
+@scenario(2, designs=("bindings",), leaves=True)
 def unbind_punch(new: Make) -> World:
     """One of two bound ranges is unbound while the owner punches both; then the guest touches what is left."""
     world = new(npages=2)
@@ -414,7 +421,7 @@ def punch_two_vcpus(new: Make) -> World:
     return world
 
 
-@scenario(3, findings=_BY_NATURE)
+@scenario(3, findings=_BY_NATURE, leaves=True)
 def punch_unregister_fault(new: Make) -> World:
     """The guest touches a page while the owner punches it and the slot is deleted."""
     world = new()
@@ -439,7 +446,7 @@ def error_punch_fault(new: Make) -> World:
     return world
 
 
-@scenario(3, findings=_BY_NATURE)
+@scenario(3, findings=_BY_NATURE, leaves=True)
 def teardown(new: Make) -> World:
     """The VM ends, its owner closes the file, and who has a reference of its own punches it: one of them is the last to let go."""
     world = new()
@@ -464,7 +471,7 @@ def interrupt_punch_fault(new: Make) -> World:
     return world
 
 
-@scenario(3, findings={"batched": _UNHEARD})
+@scenario(3, findings={"batched": _UNHEARD}, leaves=True)
 def unregister_one_of_two(new: Make) -> World:
     """One of two slots of a file is deleted; the guest goes on with the other, and the owner punches a page of that."""
     world = new(npages=2)
@@ -503,7 +510,7 @@ def four_at_once(new: Make) -> World:
     return world
 
 
-@scenario(4, findings=_BY_NATURE)
+@scenario(4, findings=_BY_NATURE, leaves=True)
 def four_with_unregister(new: Make) -> World:
     """A vCPU faults, two threads of the owner punch, and the slot is deleted."""
     world = new(npages=2)
