@@ -99,10 +99,11 @@ class GuestCpu:
 
     def _fill(self, view: View, gfn: int) -> Exit | None:
         index = gfn - view.slot.base_gfn
+        # Slots come and go only while every vCPU is held, so that looking is no step.
+        if self._world.vm.mmu.slot_of(gfn) is None:
+            return MmioRead(gfn << PAGE_SHIFT, 8)
         entry = view.slot.entries[index]
         if not entry:
-            if self._world.vm.mmu.slot_of(gfn) is None:
-                return MmioRead(gfn << PAGE_SHIFT, 8)
             try:
                 fault = self._world.vm.mmu.fault(view.slot, gfn)
             except OSError as error:
