@@ -741,9 +741,9 @@ def test_the_command_lists_and_refuses(capsys: pytest.CaptureFixture[str]) -> No
 def test_the_command_searches_in_processes_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     import json
 
-    assert main(["check", "--scenario", "punch-punch", "--design", "v10+teardown", "--json"]) == 0
+    assert main(["check", "--scenario", "punch-unregister", "--design", "v10+teardown", "--json"]) == 0
     (case,) = json.loads(capsys.readouterr().out)
-    assert (case["scenario"], case["design"], case["verdict"]) == ("punch-punch", "v10+teardown", "holds")
+    assert (case["scenario"], case["design"], case["verdict"]) == ("punch-unregister", "v10+teardown", "holds")
     assert case["complete"]
     assert case["states"] > 100
 

@@ -125,14 +125,14 @@ def explore(
     return Result(search.states, search.transitions, search.executions, time.perf_counter() - started, complete, counterexample)
 
 
-def effort(actors: int, *, default: bool) -> tuple[int | None, bool, str]:
+def effort(actors: int, *, exhaustive: bool) -> tuple[int | None, bool, str]:
     """Return how much is searched with so many actors: preemptions and whether to reduce, as ``explore`` takes them, and in words.
 
-    With two, all interleavings of the default design; with two or three, all that may differ; with four, three preemptions.
+    With two, all interleavings if that is asked for; with two or three, all that may differ; with four, three preemptions.
     """
     if actors > 3:
         return 3, False, "up to 3 preemptions"
-    return (None, False, "all interleavings") if actors == 2 and default else (None, True, "all interleavings that may differ")
+    return (None, False, "all interleavings") if actors == 2 and exhaustive else (None, True, "all interleavings that may differ")
 
 
 @contextmanager

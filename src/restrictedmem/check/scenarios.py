@@ -86,7 +86,7 @@ _UNHEARD: Final = Finding(
 _OPEN: Final = Finding(Rule.FREED, "start and end come before the operation, and nothing is in progress while it frees")
 _STILL_TAKEN: Final = Finding(
     Rule.FREED,
-    "a page that was converted still counts as taken, so that after a punch which nobody heard of it is mapped without being there",
+    "a page that was converted still counts as taken: after a punch that nobody heard of it is mapped without being there",
 )
 _BY_NATURE: Final = {"batched": _UNHEARD, "folio-poc": _OPEN}
 _DEAF: Final = Finding(Rule.POISON, "consumers do not hear of pages that the machine has lost")
