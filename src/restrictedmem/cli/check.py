@@ -41,7 +41,7 @@ class Verdict(Enum):
 _DEFAULT: Final = "v10"
 _GOOD: Final = (Verdict.HOLDS, Verdict.KNOWN, Verdict.UNFINISHED)
 #: Seconds for a search, of two actors and of more, so that all of them together take a few minutes.
-_LIMITS: Final = (10.0, 4.0)
+_LIMITS: Final = (10.0, 3.0)
 
 
 @dataclass(frozen=True, slots=True)
