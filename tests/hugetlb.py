@@ -3,10 +3,14 @@
 import fcntl
 import functools
 import os
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from errno import ENOMEM
 from pathlib import Path
 
+#: Seconds in which the pages of processes that end come back.
+_PATIENCE = 5
 #: Bytes of a huge page by the kind of backing (``mm.backing``).
 SIZES = {"hugetlb-2m": 2 << 20, "hugetlb-1g": 1 << 30}
 
@@ -31,9 +35,12 @@ def reserved(size: int, count: int) -> Generator[None, None, None]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         before = int(setting.read_text())
         try:
-            setting.write_text(str(before - free_pages(size) + count))
-            if free_pages(size) != count:
-                raise OSError(12, f"only {free_pages(size)} of {count} huge pages of {size >> 20} MiB can be had")
+            deadline = time.monotonic() + _PATIENCE
+            # A process that has just ended gives its pages back a moment later.
+            while free_pages(size) != count:
+                if time.monotonic() > deadline:
+                    raise OSError(ENOMEM, f"only {free_pages(size)} of {count} huge pages of {size >> 20} MiB can be had")
+                setting.write_text(str(int(setting.read_text()) - free_pages(size) + count))
             yield
         finally:
             setting.write_text(str(before))
