@@ -3,17 +3,15 @@
 import functools
 import os
 from collections.abc import Iterator
-from errno import EFAULT, EINVAL, ENOSPC, ENOSYS
+from errno import EFAULT, EINVAL, ENOSYS
 from typing import Final, Protocol, TypeAlias, final
 
-from restrictedmem import sync
 from restrictedmem.abi import memory
 from restrictedmem.fd import OwnedFd
 from restrictedmem.mm.folios import Piece, folios_in, make_large, order_of
 from restrictedmem.mm.hugetlb import HugetlbBacking
-from restrictedmem.units import MAX_FILE_BYTES, PAGE_MASK, PAGE_SIZE, PageRange, pgoff_t
-
-SECTOR: Final = 512
+from restrictedmem.mm.memfd import InMemfd
+from restrictedmem.units import MAX_FILE_BYTES, PAGE_SIZE, PageRange, pgoff_t
 
 
 class Allocator(Protocol):
@@ -91,25 +89,18 @@ class Backing(Allocator, Protocol):
 
 
 @final
-class MemfdBacking:
-    """Pages in a memfd (tmpfs), as the proposal's inner file.
+class MemfdBacking(InMemfd):
+    """Pages in a memfd (tmpfs), as the proposal's inner file (``Backing``)."""
 
-    The memfd's own size is the largest tmpfs takes, for the length of its life: a restricted file's size is a number of the shim alone,
-    and get_page ignores it (``SGP_WRITE`` in v9 and v10). The memfd is made when the first page is, for most of many descriptors never
-    have one.
-    """
-
-    __slots__ = ("_fd", "_mutex", "hugepage", "limit")
+    __slots__ = ("hugepage",)
 
     def __init__(self, *, fd: OwnedFd | None = None, limit: int | None = None, hugepage: bool = False) -> None:
-        """Make an empty backing, or take over a memfd that another process made.
+        """Make an empty backing, or take over a memfd (``InMemfd``).
 
-        ``limit`` bounds the bytes held; every process that allocates must have the same. ``hugepage`` asks for folios of 2 MiB whatever
-        the policy (``RMFD_HUGEPAGE``): the blocks that one allocation covers whole are made such, if the kernel can.
+        ``hugepage`` asks for folios of 2 MiB whatever the policy (``RMFD_HUGEPAGE``): the blocks that one allocation covers whole are made
+        such, if the kernel can.
         """
-        self._fd = fd
-        self._mutex = sync.mutex()
-        self.limit = limit
+        super().__init__(fd, limit)
         self.hugepage = hugepage
 
     @property
@@ -122,18 +113,8 @@ class MemfdBacking:
         """Return 2 MiB where there may be folios of that size, by hint or by policy; else a page (see ``Backing``)."""
         return memory.PMD_SIZE if self.hugepage else os.fstat((self._fd or _empty_memfd()).fileno()).st_blksize
 
-    def fileno(self) -> int:
-        """Return the memfd, made now when there was none.
-
-        Raises:
-            OSError: EMFILE, ENFILE, ENOMEM.
-        """
-        if self._fd is None:
-            # A consumer may bind while the owner allocates for the first time: two memfds would be two contents.
-            with self._mutex:
-                if self._fd is None:
-                    self._fd = _make_memfd()
-        return self._fd.fileno()
+    def _make(self) -> OwnedFd:
+        return _make_memfd()
 
     def allocate(self, offset: int, length: int) -> None:
         """Make every page of the range present (see ``Backing``); ENOSPC beyond the limit, before anything is allocated."""
@@ -143,56 +124,22 @@ class MemfdBacking:
         # Never past the memfd's size, so posix_fallocate(3) is fallocate(2) with mode 0, a third cheaper than through ctypes.
         os.posix_fallocate(self.fileno(), offset, length)
 
-    def charge(self, offset: int, length: int) -> None:
-        """Check that the pages of a range may be held.
-
-        Raises:
-            OSError: ENOSPC beyond the limit.
-        """
-        limit = self.limit
-        if limit is None:
-            return
-        fd = self.fileno()
-        start = offset & ~PAGE_MASK
-        wanted = -(-(offset + length - start) // PAGE_SIZE) * PAGE_SIZE
-        held = os.fstat(fd).st_blocks * SECTOR
-        if held + wanted <= limit:
-            return
+    def _held_of(self, start: int, length: int) -> int:
         try:
-            wanted -= memory.resident_pages(fd, start, wanted) * PAGE_SIZE
+            return memory.resident_pages(self.fileno(), start, length) * PAGE_SIZE
         except OSError as error:
             # Before Linux 6.5 nothing counts preallocated pages of a range: all of it is charged.
             if error.errno != ENOSYS:
                 raise
-        if held + wanted > limit:
-            raise OSError(ENOSPC, f"descriptor would hold {held + wanted} bytes, the limit is {limit}")
-
-    def punch(self, offset: int, length: int) -> None:
-        """Free the pages of an aligned range (see ``Backing``)."""
-        if self._fd is not None:
-            memory.fallocate(self._fd.fileno(), memory.PUNCH, offset, length)
+            return 0
 
     def order_of(self, pgoff: pgoff_t) -> int:
         """Return 9 or 0 (see ``Allocator``)."""
         return order_of(self.fileno(), pgoff)
 
-    def release(self, offset: int, length: int) -> None:
-        """Do nothing: pages are not held (see ``Allocator``)."""
-
     def folios(self, span: PageRange) -> Iterator[Piece]:
         """Yield folios of 2 MiB, pages and holes (see ``Backing``); what it costs: ``folios_in``."""
         return folios_in(self.fileno(), span)
-
-    def resident(self) -> int:
-        """Return the bytes held (see ``Backing``)."""
-        return 0 if self._fd is None else os.fstat(self._fd.fileno()).st_blocks * SECTOR
-
-    def close(self) -> None:
-        """Close the memfd; nothing is held from then on."""
-        # An O_PATH descriptor goes on asking for the attributes of a file whose last open descriptor is closed.
-        fd, self._fd = self._fd, None
-        if fd is not None:
-            fd.close()
 
 
 def _make_memfd() -> OwnedFd:

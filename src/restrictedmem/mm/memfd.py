@@ -1,0 +1,94 @@
+"""What backings have in common whose pages lie in a memfd, small ones or huge."""
+
+import os
+from abc import ABC, abstractmethod
+from errno import ENOSPC
+from typing import Final
+
+from restrictedmem import sync
+from restrictedmem.abi import memory
+from restrictedmem.fd import OwnedFd
+from restrictedmem.units import PAGE_SIZE
+
+_SECTOR: Final = 512
+
+
+class InMemfd(ABC):
+    """A memfd that is made when it is first asked for, and how much of it there may be.
+
+    Its own size is the largest there is, for the length of its life: a restricted file's size is a number of the shim alone, and get_page
+    ignores it (``SGP_WRITE`` in v9 and v10). Most of many descriptors never have a page, and so no memfd.
+    """
+
+    __slots__ = ("_fd", "_mutex", "limit")
+
+    def __init__(self, fd: OwnedFd | None, limit: int | None) -> None:
+        """Make an empty backing, or take over a memfd that another process made.
+
+        ``limit`` bounds the bytes held; every process that allocates must have the same.
+        """
+        self._fd = fd
+        self._mutex = sync.mutex()
+        self.limit = limit
+
+    @property
+    @abstractmethod
+    def base_order(self) -> int:
+        """Return the order of the smallest folio."""
+
+    @abstractmethod
+    def _make(self) -> OwnedFd:
+        """Make the memfd, of its full size and empty."""
+
+    @abstractmethod
+    def _held_of(self, start: int, length: int) -> int:
+        """Return the bytes held of a range of whole smallest folios."""
+
+    def fileno(self) -> int:
+        """Return the memfd, made now when there was none.
+
+        Raises:
+            OSError: EMFILE, ENFILE, ENOMEM; ENODEV where the kernel has no huge pages of the size.
+        """
+        if self._fd is None:
+            # A consumer may bind while the owner allocates for the first time: two memfds would be two contents.
+            with self._mutex:
+                if self._fd is None:
+                    self._fd = self._make()
+        return self._fd.fileno()
+
+    def charge(self, offset: int, length: int) -> None:
+        """Check that the pages which a byte range touches may be held.
+
+        Raises:
+            OSError: ENOSPC beyond the limit.
+        """
+        limit = self.limit
+        if limit is None:
+            return
+        size = PAGE_SIZE << self.base_order
+        start = offset & -size
+        held, wanted = self.resident(), -(-(offset + length - start) // size) * size
+        if held + wanted > limit:
+            wanted -= self._held_of(start, wanted)
+        if held + wanted > limit:
+            raise OSError(ENOSPC, f"descriptor would hold {held + wanted} bytes, the limit is {limit}")
+
+    def punch(self, offset: int, length: int) -> None:
+        """Free what an aligned range covers whole, and zero what it has of the rest (see ``Backing``)."""
+        if self._fd is not None:
+            memory.fallocate(self._fd.fileno(), memory.PUNCH, offset, length)
+
+    def release(self, offset: int, length: int) -> None:  # noqa: B027 not for a subclass to fill
+        """Do nothing: pages are not held (see ``Allocator``)."""
+
+    def resident(self) -> int:
+        """Return the bytes held (see ``Backing``)."""
+        return 0 if self._fd is None else os.fstat(self._fd.fileno()).st_blocks * _SECTOR
+
+    def close(self) -> None:
+        """Close the memfd; nothing is held from then on."""
+        # An O_PATH descriptor goes on asking for the attributes of a file whose last open descriptor is closed.
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            fd.close()
