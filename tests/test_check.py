@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from restrictedmem.check.explorer import Program, Result, Violation, explore
-from restrictedmem.check.scenarios import SCENARIOS, Scenario
+from restrictedmem.check.scenario import Scenario
+from restrictedmem.check.scenarios import SCENARIOS
 from restrictedmem.check.slips import SLIPS
 from restrictedmem.check.world import World
 from restrictedmem.kvm.mmu import Mmu

@@ -1,84 +1,31 @@
-"""What is searched: who does what at the same moment, for which designs, and what is known to come of it.
+"""The scenarios that are searched (``scenario``), two actors first.
 
 A scenario is a function that makes a world; its docstring says for a person what meets what. A design that a scenario convicts by its
 nature is listed with the reason: that is a finding about the design (docs/findings.md), and its absence would be news.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from errno import ENOMEM, ENOSPC
 from functools import partial
-from typing import Final, Protocol, final
+from typing import Final
 
 from restrictedmem.abi.kvm import EHWPOISON
-from restrictedmem.check.explorer import Program
 from restrictedmem.check.frames import HUGE_PAGES
 from restrictedmem.check.guest import load, store
 from restrictedmem.check.invariants import Rule
-from restrictedmem.check.world import Parts, World
+from restrictedmem.check.scenario import SCENARIOS, Finding, Make, scenario
+from restrictedmem.check.world import World
 from restrictedmem.kvm.exits import MemoryFault
 from restrictedmem.kvm.vcpu import Vcpu
-from restrictedmem.mm.design import NAMES, TEARDOWN
 from restrictedmem.platform.snp import Snp
+
+#: Whoever looks a scenario up needs this module for it to be there.
+__all__ = ["SCENARIOS"]
 
 #: Guest pages of the first and the second slot.
 FIRST: Final = 0x10
 SECOND: Final = 0x20
 #: Of a slot that may be mapped large.
 ALIGNED: Final = 2 * HUGE_PAGES
-
-
-class Make(Protocol):
-    """Makes a world of the design, and with the slip, that is searched."""
-
-    def __call__(self, *, npages: int = 1, kind: str = "memfd", platform: Snp | None = None) -> World:
-        """Make one without slots."""
-        ...
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What a design does wrong by its nature: the rule, and why."""
-
-    rule: Rule
-    reason: str
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Scenario:
-    """Something to search."""
-
-    name: str
-    description: str
-    #: How many act: with two every interleaving is searched, with three every one that may differ, with four up to three preemptions.
-    actors: int
-    build: Callable[[Make], World]
-    #: Names of designs, without ``TEARDOWN``, for which it makes sense.
-    designs: tuple[str, ...] = NAMES
-    #: By the same names.
-    findings: Mapping[str, Finding] = field(default_factory=dict[str, Finding])
-    #: Whether it belongs to the part that the test suite runs.
-    quick: bool = False
-    #: Whether a consumer leaves the file: where none does, invalidation at teardown changes nothing.
-    leaves: bool = False
-
-    def program(self, design: str, parts: Parts | None = None) -> Callable[[], Program]:
-        """Return what makes its world for a design, ``TEARDOWN`` included."""
-        exact = design.removesuffix(TEARDOWN) not in ("batched", "lazy")
-
-        def make(*, npages: int = 1, kind: str = "memfd", platform: Snp | None = None) -> World:
-            return World(design, npages=npages, kind=kind, platform=platform, parts=parts, exact=exact)
-
-        return partial(self.build, make)
-
-    def finding(self, design: str) -> Finding | None:
-        """Return what it is known to find about a design; None where it holds."""
-        return self.findings.get(design.removesuffix(TEARDOWN))
-
-
-SCENARIOS: Final[dict[str, Scenario]] = {}
 
 _UNHEARD: Final = Finding(
     Rule.FREED, "a part of 2 MiB is freed without a word, while the guest has it mapped: pages must be converted before they are punched"
@@ -90,25 +37,6 @@ _STILL_TAKEN: Final = Finding(
 )
 _BY_NATURE: Final = {"batched": _UNHEARD, "folio-poc": _OPEN}
 _DEAF: Final = Finding(Rule.POISON, "consumers do not hear of pages that the machine has lost")
-
-
-def scenario(
-    actors: int,
-    *,
-    designs: tuple[str, ...] = NAMES,
-    findings: Mapping[str, Finding] | None = None,
-    quick: bool = False,
-    leaves: bool = False,
-) -> Callable[[Callable[[Make], World]], Callable[[Make], World]]:
-    """Put a function that makes a world among ``SCENARIOS``."""
-
-    def add(build: Callable[[Make], World]) -> Callable[[Make], World]:
-        name = build.__name__.replace("_", "-")
-        assert build.__doc__
-        SCENARIOS[name] = Scenario(name, build.__doc__, actors, build, designs, findings or {}, quick, leaves)
-        return build
-
-    return add
 
 
 # Two.

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import Enum
 from errno import EINVAL
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from restrictedmem.abi.process import PR_SET_PDEATHSIG, prctl
@@ -19,7 +20,7 @@ from restrictedmem.cli.errors import CommandError
 
 if TYPE_CHECKING:
     from restrictedmem.check.explorer import Result
-    from restrictedmem.check.scenarios import Scenario
+    from restrictedmem.check.scenario import Scenario
 
 _CLEAR: Final = "\r\x1b[K"
 
@@ -37,8 +38,6 @@ class Verdict(Enum):
     """No counterexample in the time there was."""
 
 
-#: The design searched in every interleaving, even where fewer would do, by who has the time.
-_DEFAULT: Final = "v10"
 _GOOD: Final = (Verdict.HOLDS, Verdict.KNOWN, Verdict.UNFINISHED)
 #: Seconds for a search, of two actors and of more, so that all of them together take a few minutes.
 _LIMITS: Final = (10.0, 3.0)
@@ -106,8 +105,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--limit",
         type=float,
         metavar="SECONDS",
-        help=f"for each search (default: {_LIMITS[0]:g} with two actors, {_LIMITS[1]:g} with more); two actors of "
-        f"{_DEFAULT} are then searched in all interleavings, not only in those that may differ",
+        help=f"for each search (default: {_LIMITS[0]:g} with two actors, {_LIMITS[1]:g} with more)",
+    )
+    parser.add_argument(
+        "--exhaustive", action="store_true", help="search two actors in all interleavings, not only in those that may differ"
     )
     parser.add_argument("--random", type=float, metavar="SECONDS", help="run service, engine and guest at random instead, for so long")
     parser.add_argument("--seed", type=int, metavar="N", help="for --random: do what another run did")
@@ -143,7 +144,7 @@ def main(args: argparse.Namespace) -> int:
     jobs = args.jobs or len(os.sched_getaffinity(0))
     found: list[Case] = []
     with _progress(len(cases), sys.stderr) as show:
-        for case in _search_all(cases, min(jobs, len(cases)), args.limit):
+        for case in _search_all(cases, min(jobs, len(cases)), partial(_search_one, limit=args.limit, exhaustive=args.exhaustive)):
             found.append(case)
             show(found, [] if args.json else list(_lines(case, in_full=len(cases) == 1)))
     if args.json:
@@ -190,14 +191,14 @@ def _list(cases: Sequence[tuple["Scenario", str]], *, as_json: bool) -> None:
         print(f"{name} ({each.actors} actors)\n  {each.description}\n  for {', '.join(designs[name])}")
 
 
-def _search_one(name: str, design: str, limit: float | None) -> Case:
+def _search_one(name: str, design: str, *, limit: float | None, exhaustive: bool) -> Case:
     """Search one scenario, in a process of its own."""
     from restrictedmem.check.explorer import effort, explore
     from restrictedmem.check.scenarios import SCENARIOS
     from restrictedmem.check.slips import SLIPS
 
     scenario = SCENARIOS[name]
-    preemptions, reduce, words = effort(scenario.actors, exhaustive=design == _DEFAULT and limit is not None)
+    preemptions, reduce, words = effort(scenario.actors, exhaustive=exhaustive)
     seconds = _LIMITS[scenario.actors > 2] if limit is None else limit
     expected: tuple[str, str] | None = None
     if (slip := SLIPS.get(design)) is not None:
@@ -216,14 +217,14 @@ def _begin() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-def _search_all(cases: Sequence[tuple["Scenario", str]], jobs: int, limit: float | None) -> Iterator[Case]:
+def _search_all(cases: Sequence[tuple["Scenario", str]], jobs: int, search: Callable[[str, str], Case]) -> Iterator[Case]:
     """Search, those with most actors first, for they take longest; yields what is ready."""
     executor = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork"), initializer=_begin)
     ordered = sorted(cases, key=lambda case: -case[0].actors)
     try:
         # What runs at a fork would swallow the exception.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        futures: list[Future[Case]] = [executor.submit(_search_one, scenario.name, design, limit) for scenario, design in ordered]
+        futures: list[Future[Case]] = [executor.submit(search, scenario.name, design) for scenario, design in ordered]
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for future in as_completed(futures):
             yield future.result()

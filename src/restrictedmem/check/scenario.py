@@ -1,0 +1,84 @@
+"""What a scenario is: who does what at the same moment, for which designs, and what is known to come of it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final, Protocol, final
+
+from restrictedmem.check.explorer import Program
+from restrictedmem.check.invariants import Rule
+from restrictedmem.check.world import Parts, World
+from restrictedmem.mm.design import NAMES, TEARDOWN
+from restrictedmem.platform.snp import Snp
+
+
+class Make(Protocol):
+    """Makes a world of the design, and with the slip, that is searched."""
+
+    def __call__(self, *, npages: int = 1, kind: str = "memfd", platform: Snp | None = None) -> World:
+        """Make one without slots."""
+        ...
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a design does wrong by its nature: the rule, and why."""
+
+    rule: Rule
+    reason: str
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """Something to search."""
+
+    name: str
+    description: str
+    #: How many act; how much is searched depends on it (``explorer.effort``).
+    actors: int
+    build: Callable[[Make], World]
+    #: Names of designs, without ``TEARDOWN``, for which it makes sense.
+    designs: tuple[str, ...] = NAMES
+    #: By the same names.
+    findings: Mapping[str, Finding] = field(default_factory=dict[str, Finding])
+    #: Whether it belongs to the part that the test suite runs.
+    quick: bool = False
+    #: Whether a consumer leaves the file: where none does, invalidation at teardown changes nothing.
+    leaves: bool = False
+
+    def program(self, design: str, parts: Parts | None = None) -> Callable[[], Program]:
+        """Return what makes its world for a design, ``TEARDOWN`` included."""
+        exact = design.removesuffix(TEARDOWN) not in ("batched", "lazy")
+
+        def make(*, npages: int = 1, kind: str = "memfd", platform: Snp | None = None) -> World:
+            return World(design, npages=npages, kind=kind, platform=platform, parts=parts, exact=exact)
+
+        return partial(self.build, make)
+
+    def finding(self, design: str) -> Finding | None:
+        """Return what it is known to find about a design; None where it holds."""
+        return self.findings.get(design.removesuffix(TEARDOWN))
+
+
+SCENARIOS: Final[dict[str, Scenario]] = {}
+
+
+def scenario(
+    actors: int,
+    *,
+    designs: tuple[str, ...] = NAMES,
+    findings: Mapping[str, Finding] | None = None,
+    quick: bool = False,
+    leaves: bool = False,
+) -> Callable[[Callable[[Make], World]], Callable[[Make], World]]:
+    """Put a function that makes a world among ``SCENARIOS``."""
+
+    def add(build: Callable[[Make], World]) -> Callable[[Make], World]:
+        name = build.__name__.replace("_", "-")
+        assert build.__doc__
+        SCENARIOS[name] = Scenario(name, build.__doc__, actors, build, designs, findings or {}, quick, leaves)
+        return build
+
+    return add
