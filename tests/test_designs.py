@@ -11,10 +11,10 @@ import pytest
 from design_files import ALL, KEEP, huge, make_file, pages, punch, register
 from model_backing import ModelBacking, Recorder
 from outcomes import Errno, outcome
-from restrictedmem.abi.memory import FallocMode
-from restrictedmem.mm.backing import MemfdBacking, make_backing
+from restrictedmem.abi.memory import PUNCH, FallocMode
+from restrictedmem.mm.backing import Backing, MemfdBacking, make_backing
 from restrictedmem.mm.design import NAMES, TEARDOWN, make
-from restrictedmem.units import PAGE_SIZE, pgoff_t
+from restrictedmem.units import MAX_FILE_BYTES, PAGE_SIZE, pgoff_t
 from waiting import wait_for, waits
 
 #: A folio's first page, its order, and how many there are; where all are huge, they are the backing's, which cannot split them.
@@ -408,6 +408,25 @@ def test_punches_meet_in_their_callbacks_unless_the_design_remembers(design: str
         thread.join()
     assert any(meeting.met) is not remembers
     assert not file.sequence().busy()
+    file.put()
+
+
+@pytest.mark.parametrize("registered", [False, True])
+@pytest.mark.parametrize("backing", [huge, partial(make_backing, "memfd")])
+@pytest.mark.parametrize("design", NAMES)
+def test_a_punch_of_all_there_can_be_walks_through_what_there_is(design: str, backing: Callable[[], Backing], registered: bool) -> None:
+    file = make_file(design, backing())
+    recorder = register(file) if registered else None
+    file.fallocate(KEEP, 0, 0x400 * PAGE_SIZE)
+    punch(file, 0x300, 0x400)
+    file.fallocate(PUNCH, 0, MAX_FILE_BYTES)
+    assert file.backing.resident() == 0
+    assert recorder is None or len(recorder.callbacks()) < 0x1000
+    # Nothing is remembered of what was there before.
+    file.fallocate(KEEP, 0x200 * PAGE_SIZE, 0x100 * PAGE_SIZE)
+    resident = file.backing.resident()
+    punch(file, 0x300, 0x400)
+    assert file.backing.resident() == resident
     file.put()
 
 

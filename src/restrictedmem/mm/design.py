@@ -243,6 +243,10 @@ class FolioPoc(Design):
         self._tell(file, PageRange(pgoff_t(0), pgoff_t(file.size >> PAGE_SHIFT)))
 
 
+#: Blocks that a punch is walked through one by one.
+_MANY: Final = 1 << 12
+
+
 class _Remembering(Design):
     """A design that remembers what was punched. Punches of one file take turns, or two halves would each wait for the other."""
 
@@ -264,6 +268,16 @@ class _Remembering(Design):
         super().allocate(file, offset, length)
         self._punched.discard(PageRange.around_bytes(offset, length))
 
+    def _blocks(self, file: File, span: PageRange, order: int) -> Iterable[PageRange]:
+        """Return the blocks that a punch touches; of very many those at its ends, and those in which something is or was."""
+        around, size = round_out(span, order), 1 << order
+        if len(around) <= _MANY << order:
+            return blocks(span, order)
+        starts = {around.start, pgoff_t(around.end - size)}
+        starts.update(pgoff_t(start & -size) for start, _, found in file.backing.folios(span) if found is not None)
+        starts.update(pgoff_t(block.start & -size) for block in self._punched.touched(span))
+        return [PageRange(start, pgoff_t(start + size)) for start in sorted(starts)]
+
 
 @final
 class Batched(_Remembering):
@@ -281,15 +295,16 @@ class Batched(_Remembering):
 
     def callbacks(self, file: File, span: PageRange) -> Iterator[Callback]:
         """Yield the blocks that the punch completes, each of the order it has if it was one folio."""
-        for block in blocks(span):
+        for block in self._blocks(file, span, BLOCK_ORDER):
             if self._punched.has(outside(block, span)):
                 yield block.start, block.end, BLOCK_ORDER
 
     def punch(self, file: File, offset: int, length: int) -> None:
         """Free at once, and remember which part of its block is gone."""
-        super().punch(file, offset, length)
         span = PageRange.of_bytes(offset, length)
-        for block in blocks(span):
+        touched = self._blocks(file, span, BLOCK_ORDER)
+        super().punch(file, offset, length)
+        for block in touched:
             if self._punched.has(outside(block, span)):
                 self._punched.discard(block)
             else:
@@ -323,7 +338,8 @@ class Lazy(_Remembering):
         yield span.start, span.end, None
         if not file.backing.base_order:
             return
-        going = {folio.start for folio in blocks(span, file.backing.base_order) if self._goes(file, outside(folio, span))}
+        touched = self._blocks(file, span, file.backing.base_order)
+        going = {folio.start for folio in touched if self._goes(file, outside(folio, span))}
         for start, end, order in file.backing.folios(span) if going else ():
             if order is not None and start in going:
                 self._told.add(start)
@@ -342,9 +358,10 @@ class Lazy(_Remembering):
 
     def punch(self, file: File, offset: int, length: int) -> None:
         """Free the huge pages that the punch covers, and those of which it was the last part."""
-        super().punch(file, offset, length)
         span, order = PageRange.of_bytes(offset, length), file.backing.base_order
-        for folio in blocks(span, order) if order else ():
+        touched = self._blocks(file, span, order) if order else ()
+        super().punch(file, offset, length)
+        for folio in touched:
             rest = outside(folio, span)
             told = folio.start in self._told or not file.notifiers(folio.start, folio.end)
             if rest and not (told and self._punched.has(rest)):

@@ -8,6 +8,7 @@ from errno import EINVAL, EPERM
 from typing import final
 
 from restrictedmem import __version__, sync
+from restrictedmem.abi.memory import PUNCH
 from restrictedmem.fd import close_all
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.service import wire
@@ -166,7 +167,7 @@ class Consumer:
         if file.holder not in (None, self.number):
             if file.notifier_count:
                 raise OSError(EINVAL, "another consumer has the descriptor")
-            file.backing.punch(0, MAX_FILE_BYTES)
+            file.fallocate(PUNCH, 0, MAX_FILE_BYTES)
         file.holder = self.number
         binding = Binding(self, self._next_binding, ino, file)
         if file.design.binds and len(span):
