@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from restrictedmem.check.explorer import Program, Result, Violation, explore
+from restrictedmem.check.explorer import Result, Violation
 from restrictedmem.check.scenario import Scenario
 from restrictedmem.check.scenarios import SCENARIOS
 from restrictedmem.check.slips import SLIPS
@@ -26,17 +26,13 @@ SOUND = [scenario for scenario in SCENARIOS.values() if "v10" in scenario.design
 FINDINGS = [("punch-fault", "batched"), ("punch-fault", "folio-poc"), ("error-fault", "v9")]
 
 
-def search(program: Callable[[], Program]) -> Result:
-    return explore(program, reduce=True, limit_seconds=LIMIT)
-
-
 def violation(result: Result) -> str:
     return "" if result.counterexample is None else result.counterexample.violation
 
 
 @pytest.mark.parametrize("scenario", QUICK, ids=lambda scenario: scenario.name)
 def test_the_default_design_holds(scenario: Scenario) -> None:
-    result = search(scenario.program("v10"))
+    result = scenario.search("v10", limit_seconds=LIMIT)
     assert result.complete
     assert violation(result) == ""
 
@@ -44,18 +40,18 @@ def test_the_default_design_holds(scenario: Scenario) -> None:
 @pytest.mark.parametrize("name", SLIPS)
 def test_a_slip_is_convicted(name: str) -> None:
     slip = SLIPS[name]
-    assert violation(search(slip.program())).startswith(slip.rule.value)
+    assert violation(slip.search(limit_seconds=LIMIT)).startswith(slip.rule.value)
 
 
 @pytest.mark.parametrize(("name", "design"), FINDINGS)
 def test_a_design_is_convicted_of_its_nature(name: str, design: str) -> None:
     finding = SCENARIOS[name].finding(design)
     assert finding is not None
-    assert violation(search(SCENARIOS[name].program(design))).startswith(finding.rule.value)
+    assert violation(SCENARIOS[name].search(design, limit_seconds=LIMIT)).startswith(finding.rule.value)
 
 
 def test_what_is_asked_before_the_punch_makes_batched_callbacks_sound() -> None:
-    assert search(SCENARIOS["convert-then-punch"].program("batched")).holds
+    assert SCENARIOS["convert-then-punch"].search("batched", limit_seconds=LIMIT).holds
 
 
 # Production code, broken on purpose.
@@ -95,7 +91,7 @@ BROKEN: dict[str, tuple[type, str, Callable[..., object]]] = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_production_code_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(*BROKEN[name])
-    assert violation(search(SCENARIOS["punch-fault"].program("v10"))) != ""
+    assert violation(SCENARIOS["punch-fault"].search("v10", limit_seconds=LIMIT)) != ""
 
 
 def test_a_fault_that_was_waiting_goes_on_when_its_slot_is_deleted() -> None:

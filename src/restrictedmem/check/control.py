@@ -4,11 +4,18 @@ Each actor is a greenlet. It stops *before* each operation on an object made by 
 one are a single step. What runs outside the actors (making the program, its checks) passes through without points.
 """
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Final, Protocol, TypeAlias, final
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
+from contextlib import contextmanager
+from functools import partial, wraps
+from typing import Any, Final, ParamSpec, Protocol, TypeAlias, TypeVar, final
 
 from greenlet import GreenletExit, getcurrent, greenlet
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T", bound=Hashable)
+
+#: Says by the state of all objects whether something can be done.
+Gate: TypeAlias = Callable[[Sequence[Any]], bool]
 #: What an actor is about to do: a verb, the number of the object, and where in it.
 Operation: TypeAlias = tuple[str, int, Hashable]
 
@@ -73,24 +80,19 @@ class Actor:
         self.value: Hashable = None
         self.pending: Operation | None = None
         #: Says whether the operation can be done now; None: always.
-        self.gate: Callable[[], bool] | None = None
+        self.gate: Gate | None = None
         #: Slots of what it holds that only one can hold.
         self.held: frozenset[int] = frozenset()
-        #: The read of a shared word that it did last, and whether the word is another now.
-        self.polled: tuple[Operation, Callable[[], bool]] | None = None
+        #: How to wait until the shared word that it read last is another.
+        self.polled: tuple[Operation, Gate] | None = None
         self.done = False
         self.made = 0
-
-    @property
-    def enabled(self) -> bool:
-        """Whether this actor can go on."""
-        return not self.done and (self.gate is None or self.gate())
 
 
 class Names:
     """What stays from one execution to the next: numbers of objects and of actors' pasts, and the greenlets, which cost more to make."""
 
-    __slots__ = ("_operations", "_pasts", "_places", "slots", "tried", "workers")
+    __slots__ = ("_gates", "_operations", "_pasts", "_places", "_watched", "slots", "tried", "workers")
 
     def __init__(self) -> None:
         self.workers: list[greenlet] = []
@@ -98,9 +100,19 @@ class Names:
         self.slots: dict[Hashable, int] = {}
         self._places: dict[Hashable, int] = {}
         self._operations: dict[tuple[int, tuple[str, ...], Hashable], tuple[Operation, ...]] = {}
+        self._gates: dict[tuple[Hashable, ...], Gate] = {}
         #: Mutexes that somebody looks at, or tries to take, without waiting.
         self.tried: set[int] = set()
         self._pasts: dict[tuple[int, Hashable, Operation | None], int] = {}
+        self._watched: set[int] | None = None
+
+    def watch(self, place: int) -> None:
+        """Say that the program's check looks at an object; if this is never said, it may look at any."""
+        self._watched = {place} | (self._watched or set())
+
+    def visible(self, operation: Operation | None) -> bool:
+        """Say whether an operation may change what the program's check looks at."""
+        return operation is not None and operation[0] in VISIBLE and (self._watched is None or operation[1] in self._watched)
 
     def slot(self, name: Hashable) -> int:
         """Return the number of an object with a state."""
@@ -118,6 +130,13 @@ class Names:
             found = self._operations[key] = tuple((verb, slot, where) for verb in verbs)
         return found
 
+    def gate(self, says: Callable[..., bool], *about: Hashable) -> Gate:
+        """Return ``says`` about something, to be asked with the state of all objects."""
+        found = self._gates.get((says, *about))
+        if found is None:
+            found = self._gates[says, *about] = partial(says, *about)
+        return found
+
     def past(self, before: int, value: Hashable, operation: Operation | None) -> int:
         """Return the number of a past: an earlier one, what its last operation returned, and what comes now."""
         return self._pasts.setdefault((before, value, operation), len(self._pasts) + 1)
@@ -132,6 +151,7 @@ class World:
         "_failure",
         "_hub",
         "_made",
+        "_memories",
         "_over",
         "_plan",
         "_story",
@@ -141,7 +161,6 @@ class World:
         "running",
         "step",
         "values",
-        "versions",
     )
 
     def __init__(self, names: Names, arrive: Callable[["World"], Actor | None], story: Story | None = None) -> None:
@@ -154,6 +173,7 @@ class World:
         self._over = False
         self._failure: BaseException | None = None
         self._made = 0
+        self._memories: dict[int, int] = {}
         self.actors: tuple[Actor, ...] = ()
         #: Whose turn it is; None while code outside the actors runs.
         self.running: Actor | None = None
@@ -161,8 +181,6 @@ class World:
         self.step = 0
         #: The state of each object behind ``sync``, by slot; None for one that is not made yet.
         self.values: list[Hashable] = [None] * len(names.slots)
-        #: Who changed a model's object last, by its number, as the past of the actor that did.
-        self.versions: dict[int, int] = {}
         #: What an actor raised.
         self.broken: tuple[Actor, Exception] | None = None
 
@@ -203,6 +221,10 @@ class World:
         actor.pending = actor.gate = None
         self.running = self._hub if self.broken else self._next()
 
+    def enabled(self, actor: Actor) -> bool:
+        """Say whether an actor can go on."""
+        return not actor.done and (actor.gate is None or actor.gate(self.values))
+
     def _next(self) -> Actor:
         step = self.step + len(self.actors)
         if step < len(self._plan):
@@ -222,7 +244,7 @@ class World:
         self.step += 1
         return following
 
-    def point(self, operation: Operation, gate: Callable[[], bool] | None = None) -> None:
+    def point(self, operation: Operation, gate: Gate | None = None) -> None:
         """Stop the running actor before an operation until it is chosen to do it."""
         actor = self.running
         if self._over or actor is None:
@@ -236,7 +258,7 @@ class World:
         self.running = following = self._next()
         if following is not actor:
             following.switch()
-        if gate is not None and not gate():
+        if gate is not None and not gate(self.values):
             raise UnsoundError(f"{actor.name} did not have to wait in an earlier execution")
         if self._story is not None:
             self._story.performs(actor)
@@ -258,6 +280,13 @@ class World:
         slot = self.names.slot(name)
         if slot >= len(self.values):
             self.values.extend([None] * (slot + 1 - len(self.values)))
+        return slot
+
+    def memory(self, memory: object) -> int:
+        """Return the slot of some memory in which objects lie; it must be kept as long as the world."""
+        slot = self._memories.get(id(memory))
+        if slot is None:
+            slot = self._memories[id(memory)] = self.new_slot()
         return slot
 
     def new_slot(self) -> int:
@@ -303,29 +332,76 @@ def enter(world: World | None) -> None:
 def touch(name: Hashable, *, write: bool) -> None:
     """Mark an access to an object of a model: a point for each actor, and nothing outside an exploration.
 
-    Call it right before the access. What an actor learns from it counts as everything that was ever done to the object, until ``saw``.
+    Call it right before the access, and ``saw`` after it if the actor learned something.
     """
     world = _world
-    if world is None or (actor := world.running) is None:
-        return
-    place = world.names.place(("model", name))
-    world.point((CHANGES if write else TOUCHES, place, name))
-    actor.value = world.versions.get(place)
-    if write:
-        world.versions[place] = actor.history
+    if world is not None and world.running is not None:
+        world.point((CHANGES if write else TOUCHES, world.names.place(("model", name)), name))
 
 
 def saw(value: Hashable) -> None:
-    """Say what exactly the access after ``touch`` learned, so that equal findings are equal states."""
+    """Say what the running actor's last access to plain data told it; equal findings are equal states."""
     if _world is not None and _world.running is not None:
         _world.running.value = value
+
+
+def watch(name: Hashable) -> None:
+    """Say that the program's check looks at a model's object (``Names.watch``)."""
+    if _world is not None:
+        _world.names.watch(_world.names.place(("model", name)))
 
 
 def forget(where: Hashable) -> None:
     """Say that the running actor's code keeps nothing of what it has read: of its past only matters that it is at ``where``.
 
-    Joins states that differ in the way only. What the actor changes from here on, others learn by ``saw`` alone.
+    Joins states that differ in the way only.
     """
     if _world is not None and (actor := _world.running) is not None:
         actor.value = None
         actor.history = _world.names.past(0, where, None)
+
+
+#: A class and the name of one of its methods.
+Method: TypeAlias = tuple[type, str]
+
+
+@contextmanager
+def summarized(methods: Iterable[Method]) -> Generator[None]:
+    """Have actors forget what they read in these methods once they return: what stays with the caller is what they return or raise.
+
+    Joins most of all states, for code is made of calls that have come by different ways to the same end. It is sound for a method that
+    keeps nothing in plain data that the program's ``state`` does not show; results have to be hashable.
+    """
+    replaced = [(kind, name, vars(kind)[name]) for kind, name in methods]
+    try:
+        for kind, name, method in replaced:
+            setattr(kind, name, _summary(method))
+        yield
+    finally:
+        for kind, name, method in reversed(replaced):
+            setattr(kind, name, method)
+
+
+def _summary(method: Callable[_P, _T]) -> Callable[_P, _T]:
+    name = method.__qualname__
+
+    @wraps(method)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        world = _world
+        if world is None or (actor := world.running) is None:
+            return method(*args, **kwargs)
+        before, value = actor.history, actor.value
+
+        def sum_up(learned: Hashable) -> None:
+            actor.history = world.names.past(before, value, (name, 0, learned))
+            actor.value = None
+
+        try:
+            result = method(*args, **kwargs)
+        except OSError as error:
+            sum_up((OSError, error.errno))
+            raise
+        sum_up(result)
+        return result
+
+    return call

@@ -1,79 +1,48 @@
 """Every interleaving of a program's actors, or every one that may differ, over production code.
 
-Executions are repeated from the start, for a greenlet cannot be copied; a state is known again by the objects behind ``sync``, what the
-program says of its own, and each actor's past: all that it did and read.
+The search goes through a model of the program that executions fill (``model``), breadth first, so that what it finds is short. A state is
+known again by the objects behind ``sync``, what the program says of its own, and each actor's past: all that it did and read, as far as
+it has not forgotten it (``control.forget``, ``control.summarized``).
 
-Reduced search leaves out what only swaps neighbours that do not meet on an object:
+Reduced search leaves out what only swaps neighbours that do not meet. In each state it goes on with a persistent set: actors such that
+nothing the others may do, before one of these moves, meets what they do next. Two accesses meet when they are to one object and not both
+of a kind that commutes, unless a lock that both actors hold keeps them apart; and when ``Program.check`` may see both. What an actor may
+still do after each of its pasts is learned on the way (``futures``). When it turns out to be more than some state relied upon, that state
+is gone on from again.
 
-- Sleep sets, with stored states as in Godefroid, Holzmann and Pirottin, "State-space caching revisited" (1995): a state met again with a
-  smaller sleep set is taken up for the difference. By themselves they leave out no state.
-- A step that nobody can meet goes first and alone: a persistent set of one (Godefroid, 1996, definition 4.1). That is what an owner does
-  to its own mutex, and what is done to an object under a lock that all others hold, too, when they do anything to it that does not commute.
-  Who does what under which locks is learned on the way (``_Accesses``); when it turns out that a step went alone wrongly, the search starts
-  anew with what is known by then. At its end nothing is left to learn: take the shortest execution to an access that the search has not
-  seen, and the first step gone alone on its way. Until that actor moves, all in the execution commutes with the step, which then could as
-  well have come first, and so on; or something does not, and is an access not seen that a shorter execution leads to.
-- Violations survive: every order of what conflicts is kept, and a step that may change what ``Program.check`` looks at never goes alone
-  (``control.VISIBLE``). So a program must ``touch`` what its check looks at, and plain data must be behind a lock or ``touch``.
+At the end nothing is left to learn. For take the shortest execution to a step that the search has not seen, and the first state on its
+way in which it leaves the search, by a step of somebody who had to wait there. What happens from there until one of the persistent set
+moves is known but for the last step of all. If all of it commutes with the step of the set that comes next, that one could as well have
+come first, and so on. If not, then the last step is an access that the state relied upon not to come.
 
-Neither is done in searches of all interleavings, or of those with so many preemptions.
+With ``preemptions`` an actor that could go on is left that often. Of the reduction remains that a step that nobody can meet follows the
+last without a choice: whoever would have run before it may as well run after it, for no more preemptions.
 """
 
 import gc
-import math
-import random
 import time
-from collections.abc import Callable, Generator, Hashable, Sequence, Set
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final, Protocol, TypeAlias, final
+from typing import Final, TypeAlias, final
 
-from restrictedmem.check import control, objects
-from restrictedmem.check.control import COMMUTE, OWNERS, VISIBLE, Actor, Names, Operation, UnsoundError, World
+from restrictedmem.check import objects
+from restrictedmem.check.control import Method, World, summarized
+from restrictedmem.check.futures import conflict
+from restrictedmem.check.model import ENDLESS, Model, Program, State, Violation
 from restrictedmem.check.schedule import Counterexample, Teller, straightened
 
-_NOBODY: Final[frozenset[int]] = frozenset()
-_NEVER: Final[tuple[frozenset[int] | None, int]] = None, 0
-#: Executions at random after a complete search, which must end in states that it has seen.
+__all__ = ["Program", "Result", "Violation", "effort", "explore"]
+
+#: Executions at random after a complete search, in which nothing may be new.
 _SAMPLES: Final = 50
-#: Executions after which what they left behind is collected.
-_COLLECTED: Final = 256
-#: Steps after which an execution counts as one without an end.
-_ENDLESS: Final = 10_000
-#: Seconds to look for a shorter counterexample than the first, in each of the two searches for it.
-_SHORTENING: Final = 5.0
+#: Seconds to look for a shorter counterexample than the first.
+_SHORTENING: Final = 3.0
+_NOBODY: Final = -1
 
-
-class Violation(Exception):  # noqa: N818 what a program raises is a finding, not an error
-    """A rule that was broken, and the story."""
-
-
-class Program(Protocol):
-    """Actors over production objects, made anew for each execution."""
-
-    def actors(self) -> Sequence[tuple[str, Callable[[], None]]]:
-        """Return names and bodies; what a body does before its first point happens before anything else."""
-        ...
-
-    def state(self) -> Hashable:
-        """Return the shared state that is behind no object of ``sync``: a model's backing, content, counters that matter."""
-        ...
-
-    def check(self) -> None:
-        """Look at what must always hold; called after each step.
-
-        Raises:
-            Violation: it does not.
-        """
-        ...
-
-    def finish(self) -> None:
-        """Look at what must hold when all actors have ended.
-
-        Raises:
-            Violation: it does not.
-        """
-        ...
+#: A state, and who ran last if that one could go on and it matters.
+_Place: TypeAlias = tuple[State, int]
 
 
 @final
@@ -100,44 +69,47 @@ def explore(
     *,
     preemptions: int | None = None,
     reduce: bool = False,
+    calls: Iterable[Method] = (),
     limit_seconds: float = 600,
 ) -> Result:
     """Search the interleavings of a program for a violation, and for the shortest one if there is any.
 
     All of them; with ``reduce``, all that may differ; with ``preemptions``, those in which an actor that could go on is left that often.
+    ``calls`` are forgotten once they have returned (``control.summarized``).
     """
-    deadline = time.monotonic() + limit_seconds
-    started = time.perf_counter()
-    with objects.controlled(), _without_collections():
-        search = _Search(make, preemptions, sleep=reduce, eager=reduce)
+    started = time.monotonic()
+    deadline = started + limit_seconds
+    with objects.controlled(), summarized(calls), _without_collections():
+        model = Model(make)
+        search = _Search(model, preemptions, reduce=reduce)
         complete = search.run(deadline)
-        found = search.found
-        if found is not None and reduce:
-            # Steps gone alone may have made it longer.
-            again = _Search(make, None, sleep=True, eager=False, cutoff=len(found) - 1)
+        found, transitions, executions = search.found, model.transitions, model.executions
+        if found is not None and (reduce or preemptions is not None):
+            again = _Search(model, None, reduce=False)
             complete = again.run(min(deadline, time.monotonic() + _SHORTENING))
             found = found if again.found is None else again.found
-            search.executions += again.executions
-            search.transitions += again.transitions
         elif found is None and complete and preemptions is None:
-            search.sample(_SAMPLES)
-        counterexample = None if found is None else search.tell(found, shortest=complete)
-    return Result(search.states, search.transitions, search.executions, time.perf_counter() - started, complete, counterexample)
+            model.sample(_SAMPLES, lambda state: reduce or search.has(state))
+        counterexample = None if found is None else _tell(model, found, shortest=complete)
+    return Result(search.states, transitions, executions, time.monotonic() - started, complete, counterexample)
 
 
 def effort(actors: int, *, exhaustive: bool) -> tuple[int | None, bool, str]:
     """Return how much is searched with so many actors: preemptions and whether to reduce, as ``explore`` takes them, and in words.
 
-    With two, all interleavings if that is asked for; with two or three, all that may differ; with four, three preemptions.
+    With two or three, all interleavings that may differ; with four, those of three preemptions. ``exhaustive``: all with two, and with
+    four all that may differ.
     """
-    if actors > 3:
-        return 3, False, "up to 3 preemptions"
-    return (None, False, "all interleavings") if actors == 2 and exhaustive else (None, True, "all interleavings that may differ")
+    if actors == 2 and exhaustive:
+        return None, False, "all interleavings"
+    if actors > 3 and not exhaustive:
+        return 3, True, "up to 3 preemptions"
+    return None, True, "all interleavings that may differ"
 
 
 @contextmanager
 def _without_collections() -> Generator[None]:
-    """Keep the garbage collector from walking over all states again and again; the searches call it for what is new."""
+    """Keep the garbage collector from walking over all states again and again; the model calls it for what is new."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -148,330 +120,159 @@ def _without_collections() -> Generator[None]:
 
 
 @final
-class _Node:
-    """A step of the execution under way: who does it, and who else is still to be tried in its place."""
-
-    __slots__ = ("budget", "choice", "explored", "last", "pending", "sleep", "todo")
-
-    def __init__(self, todo: list[int], sleep: frozenset[int], pending: tuple[Operation | None, ...]) -> None:
-        self.todo = todo
-        self.sleep = sleep
-        self.pending = pending
-        #: How many preemptions are left, and who ran last, if it still can.
-        self.budget = 0
-        self.last: int | None = None
-        self.choice = todo.pop(0)
-        #: Who was tried here before.
-        self.explored: tuple[int, ...] = ()
-
-    def next(self) -> None:
-        """Go to the next choice."""
-        self.explored += (self.choice,)
-        self.choice = self.todo.pop(0)
-
-    def sleep_after(self) -> frozenset[int]:
-        """Return whose next step was searched already from a neighbour, and does not meet the chosen one."""
-        chosen = self.pending[self.choice]
-        return frozenset(
-            other for other in (*self.sleep, *self.explored) if other != self.choice and not conflict(self.pending[other], chosen)
-        )
-
-
-def conflict(one: Operation | None, other: Operation | None) -> bool:
-    """Say whether the order of two operations matters: same object, and not both of a kind that commutes."""
-    return one is not None and other is not None and one[1] == other[1] and not (one[0] in COMMUTE and other[0] in COMMUTE)
-
-
-#: An actor, whether what it does commutes with its like, and the locks it holds meanwhile.
-_Access: TypeAlias = tuple[int, bool, frozenset[int]]
-
-
-@final
-class _Accesses:
-    """Who does what to an object under which locks, as far as a search has seen; and what was decided on it."""
-
-    def __init__(self) -> None:
-        self._seen: dict[int, set[_Access]] = {}
-        self._alone: dict[int, dict[tuple[_Access, tuple[int, ...]], bool]] = {}
-
-    def see(self, actor: Actor) -> bool:
-        """Take note of what an actor is about to do; returns whether a step went alone that could have met it."""
-        if actor.pending is None:
-            return False
-        verb, place, _ = actor.pending
-        access = actor.index, verb in COMMUTE, actor.held
-        seen = self._seen.setdefault(place, set())
-        if access in seen:
-            return False
-        seen.add(access)
-        decided = self._alone.get(place, {})
-        if not any(alone and actor.index in others and _meet(access, before) for (before, others), alone in decided.items()):
-            return False
-        self._alone.clear()
-        return True
-
-    def alone(self, actor: Actor, others: tuple[int, ...], tried: Set[int]) -> bool:
-        """Say whether none of the others can meet an actor's next step before it is done.
-
-        ``tried`` are mutexes that somebody may look at while another holds them.
-        """
-        if actor.pending is None or actor.pending[0] in VISIBLE:
-            return False
-        verb, place, _ = actor.pending
-        if verb in OWNERS and place in actor.held and place not in tried:
-            return True
-        access = actor.index, verb in COMMUTE, actor.held
-        decided = self._alone.setdefault(place, {})
-        found = decided.get((access, others))
-        if found is None:
-            met = (other for other in self._seen.get(place, ()) if other[0] in others and _meet(access, other))
-            found = decided[access, others] = not any(met)
-        return found
-
-
-def _meet(one: _Access, other: _Access) -> bool:
-    return one[0] != other[0] and not (one[1] and other[1]) and one[2].isdisjoint(other[2])
-
-
-@final
 class _Search:
-    """One search, depth first."""
+    """One search, by preemptions first and then by steps."""
 
-    def __init__(
-        self,
-        make: Callable[[], Program],
-        preemptions: int | None,
-        *,
-        sleep: bool,
-        eager: bool,
-        cutoff: int | None = None,
-    ) -> None:
-        self._make = make
-        self._bound = preemptions
-        self._sleeps = sleep
-        self._eager = eager
-        #: No execution is followed beyond so many steps: a violation of one more is known.
-        self._cutoff = cutoff
-        self._names = Names()
-        self._program: Program
-        self._stack: list[_Node] = []
-        self._accesses = _Accesses()
+    def __init__(self, model: Model, preemptions: int | None, *, reduce: bool) -> None:
+        self._model = model
+        self._bounded = preemptions is not None
+        self._reduces = reduce
+        #: By place: how many preemptions it took to come there, and from where by how many steps of whom.
+        self._spent: dict[_Place, int] = {}
+        self._came: dict[_Place, tuple[_Place, int, int] | None] = {}
+        #: By preemptions: places to go on from.
+        self._queues = tuple(deque[_Place]() for _ in range(1 + (preemptions or 0)))
+        #: How many mutexes somebody is known to try or look at.
         self._tried = 0
-        self._shorten_until = math.inf
-        #: Whether a step went alone that must not.
-        self._stale = False
-        #: What is behind ``sync`` and in the program's own state, numbered.
-        self._shared: dict[Hashable, int] = {}
-        #: By state: who slept there, and after how many steps it was met.
-        self.visited: dict[Hashable, tuple[frozenset[int] | None, int]] = {}
-        #: By state and who ran last: how many preemptions were left, and after how many steps.
-        self.budgets: dict[Hashable, tuple[int, int]] = {}
-        self._ends: set[Hashable] = set()
-        self.transitions = 0
-        self.executions = 0
-        #: The shortest schedule so far that ends in a violation.
+        #: The schedule that ends in a violation.
         self.found: list[int] | None = None
 
     @property
     def states(self) -> int:
-        """How many states there were, each counted once for each actor that could have gone on without a preemption."""
-        return len(self.visited) + len(self.budgets)
+        """How many states there were to choose in, each counted once for each actor that could have gone on without a preemption."""
+        return len(self._came)
+
+    def has(self, state: State) -> bool:
+        """Say whether an unbounded search has seen a state."""
+        return (state, _NOBODY) in self._came
 
     def run(self, deadline: float) -> bool:
-        """Search; returns whether all was."""
-        while True:
-            self._stale = False
-            self._stack.clear()
-            self.visited.clear()
-            if not self._search(deadline):
+        """Search until something is found; returns whether all was searched up to there."""
+        start = self._model.start()
+        if isinstance(start, str):
+            self.found = []
+            return True
+        self._reach((start, _NOBODY), 0, None)
+        while (place := self._take()) is not None and self.found is None:
+            if time.monotonic() > deadline:
                 return False
-            if not self._stale:
-                return True
+            self._go_on(place)
+            self._look_again()
+        return True
 
-    def _search(self, deadline: float) -> bool:
-        stack = self._stack
-        while True:
-            world = self._execute([node.choice for node in stack], self._arrive)
-            self.executions += 1
-            self.transitions += world.step
-            if not self.executions % _COLLECTED:
-                gc.collect(0)
-            if self._stale:
-                return True
-            if world.broken is not None:
-                self._violated()
-            while stack and (not stack[-1].todo or (self._cutoff is not None and len(stack) > self._cutoff)):
-                stack.pop()
-            if not stack:
-                return True
-            stack[-1].next()
-            if time.monotonic() > min(deadline, self._shorten_until):
-                return False
-
-    def _execute(self, schedule: Sequence[int], arrive: Callable[[World], Actor | None], story: Teller | None = None) -> World:
-        world = World(self._names, arrive, story)
-        control.enter(world)
-        self._program = self._make()
-        world.run(self._program.actors(), schedule)
-        if world.broken is not None and isinstance(world.broken[1], UnsoundError):
-            raise world.broken[1]
-        return world
-
-    def _violated(self) -> None:
-        """Take note of the schedule under way, which is shorter than any before."""
-        if self.found is None:
-            self._shorten_until = time.monotonic() + _SHORTENING
-        self.found = [node.choice for node in self._stack]
-        self._cutoff = len(self.found) - 1
-
-    def _arrive(self, world: World) -> Actor | None:
-        """Judge the state arrived at, and choose who goes on; None to stop there."""
-        stack, actors = self._stack, world.actors
-        if self._cutoff is not None and len(stack) > self._cutoff:
-            return None
-        enabled = [actor.index for actor in actors if actor.enabled]
-        if self._verdict(world, enabled) is not None:
-            self._violated()
-            return None
-        if self._eager and self._learns(world):
-            self._stale = True
-            return None
-        if not enabled:
-            key = self._key(world)
-            self._ends.add(key)
-            self.visited[key] = _NOBODY, 0
-            return None
-        if len(stack) == self._cutoff:
-            return None
-        node = self._unbounded(world, enabled) if self._bound is None else self._bounded(world, enabled, self._bound)
-        if node is None:
-            return None
-        stack.append(node)
-        return actors[node.choice]
-
-    def _learns(self, world: World) -> bool:
-        """Take note of what is about to be done; returns whether what is known from now on makes the search so far worthless."""
-        tried, self._tried = self._tried, len(world.names.tried)
-        movers = (world.actors[self._stack[-1].choice],) if self._stack else world.actors
-        return any(self._accesses.see(actor) for actor in movers) or self._tried > tried
-
-    def _verdict(self, world: World, enabled: Sequence[int]) -> str | None:
-        """Return what is wrong with a state."""
-        if world.broken is not None:
-            actor, error = world.broken
-            return str(error) if isinstance(error, Violation) else f"{actor.name} raised {error!r}"
-        try:
-            self._program.check()
-            if world.step > _ENDLESS:
-                return f"no end after {_ENDLESS} steps"
-            if not enabled:
-                stuck = [actor.name for actor in world.actors if not actor.done]
-                if stuck:
-                    return f"deadlock: {' and '.join(stuck)} wait"
-                self._program.finish()
-        except Violation as violation:
-            return str(violation)
+    def _take(self) -> _Place | None:
+        """Return the next place to go on from."""
+        for spent, queue in enumerate(self._queues):
+            while queue:
+                place = queue.popleft()
+                if self._spent[place] == spent:
+                    return place
         return None
 
-    def _key(self, world: World) -> Hashable:
-        values = world.values
-        known = len(values)
-        while known and values[known - 1] is None:
-            # Which objects will be made shows only on the way, and must not tell states apart before.
-            known -= 1
-        shared = self._shared.setdefault((self._program.state(), *values[:known]), len(self._shared))
-        return (shared, *[actor.history for actor in world.actors])
+    def _reach(self, place: _Place, spent: int, came: tuple[_Place, int, int] | None) -> None:
+        if spent < self._spent.get(place, len(self._queues)):
+            self._spent[place], self._came[place] = spent, came
+            self._queues[spent].append(place)
 
-    def _unbounded(self, world: World, enabled: list[int]) -> _Node | None:
-        pending = tuple(actor.pending for actor in world.actors)
-        sleep = self._stack[-1].sleep_after() if self._sleeps and self._stack else _NOBODY
-        enabled = self._last_first(enabled)
-        if self._eager and (alone := self._alone(world, enabled)) is not None:
-            return None if alone in sleep else _Node([alone], sleep, pending)
-        key, depth = self._key(world), len(self._stack)
-        slept, before = self.visited.get(key, _NEVER)
-        if self._cutoff is not None and depth < before:
-            # Whatever was beyond the end then may not be now.
-            slept = None
-        if slept is None:
-            self.visited[key] = sleep, depth
-            todo = [index for index in enabled if index not in sleep]
-        else:
-            self.visited[key] = slept & sleep, before
-            todo = [index for index in enabled if index in slept and index not in sleep]
-            sleep &= slept
-        return _Node(todo, sleep, pending) if todo else None
+    def _go_on(self, place: _Place) -> None:
+        """Take all steps from a place that are to be taken."""
+        state, last = place
+        enabled = self._model.enabled(state)
+        if not enabled and self._model.end(state, self._schedule(place)) is not None:
+            self.found = self._schedule(place)
+        for index in self._choose(state, enabled):
+            spent = self._spent[place] + (last not in (_NOBODY, index))
+            if spent < len(self._queues):
+                after, steps = self._follow(place, index)
+                if after is None:
+                    self.found = self._schedule(place) + [index] * steps
+                    return
+                following = index if self._bounded and self._model.can_go(after, index) else _NOBODY
+                self._reach((after, following), spent, (place, index, steps))
 
-    def _alone(self, world: World, enabled: Sequence[int]) -> int | None:
-        """Return an actor whose next step nobody can meet."""
-        going = tuple(actor.index for actor in world.actors if not actor.done)
-        return next((index for index in enabled if self._accesses.alone(world.actors[index], going, world.names.tried)), None)
+    def _choose(self, state: State, enabled: list[int]) -> Sequence[int]:
+        """Return who has to be tried next, and remember what that relies upon."""
+        if not self._reduces or self._bounded or len(enabled) < 2:
+            return enabled
+        futures, pasts = self._model.futures, tuple(enumerate(state[1:]))
+        group = futures.fewest(pasts, enabled)
+        futures.rely(pasts, group)
+        return [index for index in enabled if index in group]
 
-    def _bounded(self, world: World, enabled: list[int], bound: int) -> _Node | None:
-        last, budget, depth = None, bound, len(self._stack)
-        if self._stack:
-            before = self._stack[-1]
-            budget = before.budget - (before.last is not None and before.choice != before.last)
-            # Who ran last matters only while it could go on.
-            last = before.choice if before.choice in enabled else None
-        key = self._key(world), last
-        known, earlier = self.budgets.get(key, (-1, 0))
-        if known >= budget and (self._cutoff is None or earlier <= depth):
-            return None
-        self.budgets[key] = budget, depth
-        node = _Node([last] if last is not None and not budget else self._last_first(enabled), _NOBODY, ())
-        node.budget, node.last = budget, last
-        return node
+    def _follow(self, place: _Place, index: int) -> tuple[State | None, int]:
+        """Take an actor's step and all of its next that nobody can meet; returns what they lead to, None for a violation, and how many."""
+        state, steps = place[0], 0
+        while True:
+            after = self._model.after(state, index)
+            if after is None:
+                self._model.learn(self._schedule(place) + [index] * steps, state, index, self._interesting)
+                after = self._model.after(state, index)
+            steps += 1
+            if after is None or isinstance(after, str) or steps > ENDLESS:
+                return None, steps
+            state = after
+            if not self._alone(state, index):
+                return state, steps
 
-    def _last_first(self, todo: list[int]) -> list[int]:
-        if self._stack and (last := self._stack[-1].choice) in todo:
-            todo.remove(last)
-            todo.insert(0, last)
-        return todo
+    def _alone(self, state: State, index: int) -> bool:
+        """Say whether an actor has a next step that nobody can meet, and remember what that relies upon."""
+        if not self._reduces or not self._model.can_go(state, index):
+            return False
+        futures, pasts = self._model.futures, tuple(enumerate(state[1:]))
+        if not futures.alone(pasts, index):
+            return False
+        futures.rely(pasts, {index})
+        return True
 
-    # Beside the search.
+    def _interesting(self, state: State) -> Sequence[int]:
+        """Return who is worth executing on the way."""
+        enabled = self._model.enabled(state)
+        if not self._reduces or self._bounded or len(enabled) < 2:
+            return enabled
+        group = self._model.futures.fewest(tuple(enumerate(state[1:])), enabled)
+        return [index for index in enabled if index in group]
 
-    def sample(self, executions: int) -> None:
-        """Execute at random.
+    def _look_again(self) -> None:
+        """Go on once more from places that relied on a future without what is known of it now."""
+        wrong, tried = self._model.futures.wrong, len(self._model.names.tried)
+        if not wrong and tried == self._tried:
+            return
+        # With mutexes that only their owner was thought to touch, any may have.
+        places = [place for place in self._came if tried > self._tried or not wrong.isdisjoint(enumerate(place[0][1:]))]
+        self._tried = tried
+        wrong.clear()
+        for place in places:
+            self._queues[self._spent[place]].append(place)
 
-        Raises:
-            UnsoundError: an execution came to a state that a complete search had not seen.
-        """
-        chance = random.Random(executions)
+    def _schedule(self, place: _Place) -> list[int]:
+        """Return whose steps lead to a place."""
+        runs: list[tuple[int, int]] = []
+        while (came := self._came[place]) is not None:
+            place, index, steps = came
+            runs.append((index, steps))
+        return [index for index, steps in reversed(runs) for _ in range(steps)]
 
-        def arrive(world: World) -> Actor | None:
-            enabled = [actor for actor in world.actors if actor.enabled]
-            wrong = self._verdict(world, [actor.index for actor in enabled])
-            key = self._key(world)
-            if wrong is not None or (key not in self._ends if not enabled else not self._eager and key not in self.visited):
-                raise UnsoundError(
-                    f"state() does not show all that matters, or not each execution does the same: {wrong or 'a state was missed'}"
-                )
-            return chance.choice(enabled) if enabled else None
 
-        for _ in range(executions):
-            self._execute((), arrive)
+def _tell(model: Model, schedule: Sequence[int], *, shortest: bool) -> Counterexample:
+    """Execute a schedule once more, with as few changes of actors as it can be told with."""
+    teller, _ = _retell(model, schedule)
+    order = straightened(schedule[: len(teller.steps)], teller.operations, conflict)
+    straight, violation = _retell(model, order)
+    if violation is None:
+        # Plain data made a difference that no operation shows.
+        straight, violation = _retell(model, schedule)
+    assert violation is not None, "what was found is found again"
+    return Counterexample(violation, tuple(straight.steps), shortest, straight.waiting)
 
-    def tell(self, schedule: Sequence[int], *, shortest: bool) -> Counterexample:
-        """Execute a schedule once more, with as few changes of actors as it can be told with."""
-        teller, _ = self._retell(schedule)
-        order = straightened(schedule[: len(teller.steps)], teller.operations, conflict)
-        straight, violation = self._retell(order)
-        if violation is None:
-            # Plain data made a difference that no operation shows.
-            straight, violation = self._retell(schedule)
-        assert violation is not None, "what was found is found again"
-        return Counterexample(violation, tuple(straight.steps), shortest, straight.waiting)
 
-    def _retell(self, schedule: Sequence[int]) -> tuple[Teller, str | None]:
-        teller = Teller()
-        found: list[str | None] = []
+def _retell(model: Model, schedule: Sequence[int]) -> tuple[Teller, str | None]:
+    teller = Teller()
+    found: list[str | None] = []
 
-        def arrive(world: World) -> None:
-            enabled = [actor.index for actor in world.actors if actor.enabled]
-            found.append(self._verdict(world, enabled))
-            if not enabled:
-                teller.tell_waiting(world.actors, world.values)
+    def arrive(world: World) -> None:
+        found.append(model.wrong(world))
+        if not any(world.enabled(actor) for actor in world.actors):
+            teller.tell_waiting(world.actors, world.values)
 
-        world = self._execute(schedule, arrive, teller)
-        return teller, self._verdict(world, ()) if world.broken is not None else found[-1]
+    world = model.execute(schedule, arrive, teller)
+    return teller, model.wrong(world) if world.broken is not None else found[-1]

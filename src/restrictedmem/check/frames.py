@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 HUGE: Final = 9
 #: Pages of a huge folio.
 HUGE_PAGES: Final = 1 << HUGE
+_PRESENT: Final = bytes([0]) + bytes([1]) * 255
 #: The one name that all frames of a world have for the explorer: their operations conflict unless both only read.
 MEMORY: Final = "memory"
 
@@ -48,8 +49,15 @@ class Frames:
         self.refuses = False
 
     def state(self) -> Hashable:
-        """Return all of it."""
-        return bytes(self.numbers), bytes(self._births), tuple(sorted(self.content.items())), tuple(sorted(self._huge)), self.exhausted
+        """Return all of it but the frames' numbers, of which it matters only whether others are the same (``against``)."""
+        return self.against(self.numbers), tuple(sorted(self.content.items())), tuple(sorted(self._huge)), self.exhausted
+
+    def against(self, remembered: bytes | bytearray, start: int = 0) -> bytes:
+        """Return for each number, remembered of a page from ``start`` on, whether it is none, the page's present one, or a past one."""
+        present = self.numbers[start : start + len(remembered)]
+        if remembered == present:
+            return bytes(present.translate(_PRESENT))
+        return bytes(number and 1 + (number != now) for number, now in zip(remembered, present, strict=True))
 
     def fileno(self) -> int:
         """Return no descriptor (``Backing``): nobody maps it."""
@@ -82,6 +90,7 @@ class Frames:
     def refill(self) -> None:
         """Let there be memory again."""
         touch(MEMORY, write=True)
+        saw(None)
         self.exhausted = False
 
     def punch(self, offset: int, length: int) -> None:

@@ -6,12 +6,14 @@ from errno import EFAULT
 from typing import TYPE_CHECKING, Final, final
 
 from restrictedmem.abi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE
-from restrictedmem.check.control import saw, touch
+from restrictedmem.check.control import forget, saw, touch
 from restrictedmem.check.frames import MEMORY
-from restrictedmem.check.invariants import View
+from restrictedmem.check.invariants import View, acting
+from restrictedmem.kvm.engine import VcpuEngine
 from restrictedmem.kvm.exits import Exit, Hypercall, MemoryFault, MmioRead
-from restrictedmem.kvm.memslot import READ, WRITE
+from restrictedmem.kvm.memslot import PRIVATE, READ, WRITE
 from restrictedmem.kvm.mmu import Fault
+from restrictedmem.kvm.vcpu import Vcpu
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, gfn_t
 
 if TYPE_CHECKING:
@@ -57,11 +59,20 @@ class GuestCpu:
         self.kicked = False
 
     def state(self) -> Hashable:
-        """Return all of it."""
-        return self._next, tuple(sorted(self.tlb.items())), self.kicked
+        """Return all of it, as far as the guest will need it."""
+        if self._next == len(self.program):
+            return None
+        tlb = sorted((gfn, entry, self._leads_to(gfn, number)) for gfn, (entry, number) in self.tlb.items())
+        return self._next, tuple(tlb), self.kicked
+
+    def _leads_to(self, gfn: int, number: int) -> bytes:
+        view = self._world.view_of(gfn)
+        return self._world.frames.against(bytes([number]), gfn - view.slot.base_gfn + view.window.start)
 
     def settle(self) -> None:
         """Wait until no invalidation is in progress, or until ``kick``."""
+        # Whoever comes here has nothing in mind but to go on with the guest.
+        forget(("settle", self._name, acting.get()))
         self._world.vm.mmu.wait_settled(unless=self._was_kicked)
 
     def _was_kicked(self) -> bool:
@@ -113,7 +124,7 @@ class GuestCpu:
             entry = view.slot.entries[index]
             if not entry:
                 return None
-        self.tlb[gfn] = entry, view.led[index]
+        self.tlb[gfn] = entry, view.led[index] if entry & PRIVATE else 0
         return DONE
 
     @staticmethod
@@ -136,3 +147,34 @@ class GuestCpu:
     def flush(self) -> None:
         """Forget everything, as when a slot goes; the vCPU is held."""
         self.tlb.clear()
+
+
+@final
+class WatchedVcpu(Vcpu):  # type: ignore[misc] # production's, and what it takes to tell its states apart
+    """A vCPU of which a search knows who waits for it to leave the guest, instead of how often it has been there."""
+
+    def __init__(self, engine: VcpuEngine) -> None:
+        super().__init__(engine)
+        self._asked: set[int] = set()
+
+    def state(self) -> Hashable:
+        """Return all of it."""
+        flags = self._running, self._in_guest, self._holds, self._interrupted
+        return flags, frozenset(self._stale), frozenset(self._asked)
+
+    def _enter(self) -> None:
+        super()._enter()
+        self._asked.clear()
+
+    def request_drop(self, start: gfn_t, end: gfn_t) -> int | None:
+        """Note who has to see this stay end."""
+        stay = super().request_drop(start, end)
+        saw(stay is not None)
+        if stay is not None:
+            self._asked.add(acting.get())
+        return stay
+
+    def send_out(self, stay: int) -> None:
+        """Note that somebody has seen it end."""
+        super().send_out(stay)
+        self._asked.discard(acting.get())

@@ -94,6 +94,10 @@ def _mask(memory: bytes | bytearray, table: bytes, first: int, last: int) -> int
     return int.from_bytes(bytes(memoryview(memory)[first:last]).translate(table), "big")
 
 
+def _told(told: list[Told]) -> tuple[tuple[int, int, int], ...]:
+    return tuple(sorted((one.actor, one.span.start, one.span.end) for one in told))
+
+
 def _blocks(span: PageRange) -> PageRange:
     return PageRange(pgoff_t(span.start & -HUGE_PAGES), pgoff_t(-(-span.end // HUGE_PAGES) * HUGE_PAGES))
 
@@ -125,10 +129,20 @@ class Invariants:
         self._dead = False
 
     def state(self) -> tuple[object, ...]:
-        """Return what is remembered."""
-        views = tuple((bytes(view.led), tuple(view.told), tuple(view.closed), view.leaving, view.live) for view in self.views)
+        """Return what is remembered, as far as a rule may still ask for it."""
+        against = self.frames.against
+        views = tuple((self._led(view), _told(view.told), _told(view.closed), view.leaving, view.live) for view in self.views)
         owner = tuple(self._punching), tuple(self._converting)
-        return bytes(self.taken), views, owner, tuple(sorted(self._written)), tuple(self.poisoned.items()), self._dead
+        poisoned = tuple((pgoff, against(bytes([number]), pgoff)) for pgoff, number in sorted(self.poisoned.items()))
+        return against(self.taken), views, owner, tuple(sorted(self._written)), poisoned, self._dead
+
+    def _led(self, view: View) -> bytes:
+        """Return which entries lead to the frames that their pages have."""
+        entries = bytes(memoryview(view.slot.entries)).translate(_PRIVATE_ENTRIES)
+        if not entries.strip(b"\0"):
+            return b""
+        led = self.frames.against(view.led, view.window.start)
+        return bytes(entry and one for entry, one in zip(entries, led, strict=True))
 
     def _live(self) -> list[View]:
         return [view for view in self.views if view.live]

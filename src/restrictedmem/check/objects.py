@@ -1,6 +1,6 @@
 """What stands in for the objects of ``sync`` while their steps are under control."""
 
-from collections.abc import Callable, Generator, Hashable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, SupportsIndex, cast, final
 
@@ -26,6 +26,31 @@ from restrictedmem.check.control import (
     enter,
 )
 
+# When an operation can be done, by the states of all objects.
+
+
+def _is_free(mutex: int, values: Sequence[Any]) -> bool:
+    return bool(values[mutex] == -1)
+
+
+def _is_woken(mutex: int, condition: int, actor: int, values: Sequence[Any]) -> bool:
+    return values[mutex] == -1 and actor not in values[condition]
+
+
+def _has_no_writers(semaphore: int, values: Sequence[Any]) -> bool:
+    return not values[semaphore][1]
+
+
+def _is_unused(semaphore: int, values: Sequence[Any]) -> bool:
+    readers, _, writing = values[semaphore]
+    return not writing and not readers
+
+
+def _is_another(word: int, value: int, values: Sequence[Any]) -> bool:
+    # A word that has no state yet was never written.
+    return word < len(values) and values[word] not in (None, value)
+
+
 _TO_A_MUTEX: Final = (TAKES, TRIES, RELEASES, LOOKS)
 _ON_A_CONDITION: Final = (WAITS, WAKES, NOTIFIES)
 
@@ -34,7 +59,7 @@ _ON_A_CONDITION: Final = (WAITS, WAKES, NOTIFIES)
 class Mutex:
     """``sync.mutex()``."""
 
-    __slots__ = ("_looks", "_releases", "_takes", "_tries", "_world", "owner", "slot")
+    __slots__ = ("_free", "_looks", "_releases", "_takes", "_tries", "_world", "owner", "slot")
     owner: Actor | None
 
     def __init__(self) -> None:
@@ -43,10 +68,7 @@ class Mutex:
         self.owner = None
         self._world.values[slot] = -1
         self._takes, self._tries, self._releases, self._looks = self._world.names.operations(slot, _TO_A_MUTEX)
-
-    def free(self) -> bool:
-        """Say whether nobody holds it."""
-        return self.owner is None
+        self._free = self._world.names.gate(_is_free, slot)
 
     def give(self, owner: Actor | None) -> None:
         """Make somebody, or nobody, the owner; no point."""
@@ -63,7 +85,7 @@ class Mutex:
         if actor is None:
             return True
         if blocking:
-            self._world.point(self._takes, self.free)
+            self._world.point(self._takes, self._free)
         else:
             self._world.names.tried.add(self.slot)
             self._world.point(self._tries)
@@ -140,7 +162,7 @@ class Condition:
         self._world.point(self._waits)
         self._mutex.give(None)
         self._set_waiters((*self._waiters, actor))
-        self._world.point(self._wakes, lambda: self._mutex.owner is None and actor not in self._waiters)
+        self._world.point(self._wakes, self._world.names.gate(_is_woken, self._mutex.slot, self._slot, actor.index))
         self._mutex.give(actor)
         return True
 
@@ -179,23 +201,17 @@ class RwSem:
         self._slot = self._world.new_slot()
         self._set(0, 0, writing=False)
 
-    def _point(self, verb: str, gate: Callable[[], bool] | None = None) -> None:
-        self._world.point((verb, self._slot, None), gate)
+    def _point(self, verb: str, gate: Callable[..., bool] | None = None) -> None:
+        self._world.point((verb, self._slot, None), None if gate is None else self._world.names.gate(gate, self._slot))
 
     def _set(self, readers: int, writers: int, *, writing: bool) -> None:
         self._readers, self._writers, self._writing = readers, writers, writing
         self._world.values[self._slot] = (readers, writers, writing)
 
-    def _no_writers(self) -> bool:
-        return not self._writers
-
-    def _free(self) -> bool:
-        return not self._writing and not self._readers
-
     def down_read(self) -> None:
         """Take the read side, after every writer that waits."""
         if self._world.running is not None:
-            self._point(TAKES_READ, self._no_writers)
+            self._point(TAKES_READ, _has_no_writers)
             self._set(self._readers + 1, self._writers, writing=False)
 
     def up_read(self) -> None:
@@ -210,9 +226,9 @@ class RwSem:
         if actor is None:
             return
         self._point(ASKS_WRITE)
-        if not self._free():
+        if self._writing or self._readers:
             self._set(self._readers, self._writers + 1, writing=self._writing)
-            self._point(TAKES_WRITE, self._free)
+            self._point(TAKES_WRITE, _is_unused)
             self._writers -= 1
         actor.held |= {self._slot}
         self._set(0, self._writers + 1, writing=True)
@@ -230,14 +246,14 @@ class RwSem:
 class SharedWords:
     """``sync.SharedWords``: each load and each store is a step of its own.
 
-    Two of these may lie over the same memory, so words of the same index count as the same object.
+    Two of these may lie over the same memory, and have the same words then. To the explorer, words of the same index are one object.
     """
 
     __slots__ = ("_number", "_words", "_world")
 
     def __init__(self, memory: memoryview) -> None:
         self._world = current()
-        self._number = self._world.new_slot()
+        self._number = self._world.memory(memory.obj)
         self._words = memory.cast("B").cast("Q")
 
     def _operation(self, verb: str, index: int) -> Operation:
@@ -248,10 +264,10 @@ class SharedWords:
         actor = self._world.running
         if actor is None:
             return self._words[index]
-        operation, words = self._operation(READS, index), self._words
+        operation = verb, place, where = self._operation(READS, index)
         self._world.point(operation)
-        actor.value = value = words[index]
-        actor.polled = operation, lambda: words[index] != value
+        actor.value = value = self._words[index]
+        actor.polled = (verb, place, (where, value)), self._world.names.gate(_is_another, self._world.slot(where), value)
         return value
 
     def write(self, index: int, value: int) -> None:
@@ -272,17 +288,21 @@ class SharedWords:
 class SharedBytes(bytearray):
     """``sync.shared_bytes``: each index, slice, count, search, iteration and assignment is a step of its own."""
 
-    __slots__ = ("_slot", "_world")
+    __slots__ = ("_world", "slot")
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
         self._world = current()
-        self._slot = self._world.new_slot()
-        self._world.values[self._slot] = bytes(size)
+        self.slot = self._world.new_slot()
+        self._world.values[self.slot] = bytes(size)
+
+    def watch(self) -> None:
+        """Say that the program's check looks at it (``Names.watch``)."""
+        self._world.names.watch(self.slot)
 
     def _reads(self, where: Hashable) -> None:
         if self._world.running is not None:
-            self._world.point((READS, self._slot, where))
+            self._world.point((READS, self.slot, where))
 
     def _found(self, value: int) -> int:
         if self._world.running is not None:
@@ -299,11 +319,11 @@ class SharedBytes(bytearray):
     def __setitem__(self, where: Any, value: Any) -> None:
         world = self._world
         if world.running is not None:
-            world.point((WRITES, self._slot, _place(where)))
+            world.point((WRITES, self.slot, _place(where)))
             world.running.value = value if isinstance(value, int) else bytes(value)
         super().__setitem__(where, value)
         # Not bytes(self), which would be one more step.
-        world.values[self._slot] = bytes(memoryview(self))
+        world.values[self.slot] = bytes(memoryview(self))
 
     def __iter__(self) -> Iterator[int]:
         return iter(self[:])

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, Protocol, final
 
-from restrictedmem.check.explorer import Program
+from restrictedmem.check.calls import calls
+from restrictedmem.check.explorer import Program, Result, effort, explore
 from restrictedmem.check.invariants import Rule
 from restrictedmem.check.world import Parts, World
 from restrictedmem.mm.design import NAMES, TEARDOWN
@@ -56,6 +57,12 @@ class Scenario:
             return World(design, npages=npages, kind=kind, platform=platform, parts=parts, exact=exact)
 
         return partial(self.build, make)
+
+    def search(self, design: str, *, parts: Parts | None = None, exhaustive: bool = False, limit_seconds: float = 600) -> Result:
+        """Search it for a design as far as ``effort`` says."""
+        preemptions, reduce, _ = effort(self.actors, exhaustive=exhaustive)
+        program = self.program(design, parts)
+        return explore(program, preemptions=preemptions, reduce=reduce, calls=calls(), limit_seconds=limit_seconds)
 
     def finding(self, design: str) -> Finding | None:
         """Return what it is known to find about a design; None where it holds."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, final
 
-from restrictedmem.check.explorer import Program
+from restrictedmem.check.explorer import Result
 from restrictedmem.check.invariants import Rule
 from restrictedmem.check.scenarios import SCENARIOS
 from restrictedmem.check.world import Parts
@@ -41,9 +41,9 @@ class Slip:
     design: str
     rule: Rule
 
-    def program(self) -> Callable[[], Program]:
-        """Return what makes the world of its scenario, with the slip in it."""
-        return SCENARIOS[self.scenario].program(self.design, self.parts)
+    def search(self, *, exhaustive: bool = False, limit_seconds: float = 600) -> Result:
+        """Search its scenario, with the slip in it."""
+        return SCENARIOS[self.scenario].search(self.design, parts=self.parts, exhaustive=exhaustive, limit_seconds=limit_seconds)
 
 
 class BytesAsPages(Design):

@@ -7,16 +7,17 @@ service and engine, of which a mutex is left, for a consumer answers one notific
 from collections.abc import Callable, Generator, Hashable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Final, cast, final
 
 from restrictedmem import sync
 from restrictedmem.abi.memory import PUNCH
-from restrictedmem.check.control import saw, touch
+from restrictedmem.check.control import forget, saw, touch, watch
 from restrictedmem.check.explorer import Violation
 from restrictedmem.check.frames import HUGE, MEMORY, Frames
-from restrictedmem.check.guest import DONE, Access, GuestCpu
+from restrictedmem.check.guest import DONE, Access, GuestCpu, WatchedVcpu
 from restrictedmem.check.invariants import Invariants, Rule, View, acting
+from restrictedmem.check.objects import SharedBytes
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine import Binder, VcpuEngine
 from restrictedmem.kvm.exits import Exit, Interrupted, MmioRead
@@ -51,6 +52,23 @@ class Parts:
     file: type[RestrictedFile] = RestrictedFile
     sequence: type[InvalidationSequence] = InvalidationSequence
     slot: type[Memslot] = Memslot
+
+
+@cache
+def _telling(parts: Parts) -> type[InvalidationSequence]:
+    """Return the class of a world's sequence, which tells the rules when it opens."""
+
+    class Sequence(parts.sequence):  # type: ignore[name-defined, misc]
+        __slots__ = ("_invariants",)
+
+        def end(self) -> None:
+            self._invariants.opened()
+            super().end()
+
+        def close(self) -> None:
+            pass
+
+    return Sequence
 
 
 @final
@@ -107,6 +125,24 @@ class Host:
 
 
 @final
+class WatchedMmu(Mmu):  # type: ignore[misc] # production's, with a point where it looks at slots that may be going
+    """The MMU. Everywhere else slots stay while somebody looks: every vCPU is held when they go, and the engine's thread was reached."""
+
+    def wait_settled(self, unless: Callable[[], bool]) -> None:
+        """Wait for the invalidations of the slots that there are."""
+        self._look()
+        super().wait_settled(unless)
+
+    def _told(self) -> bool:
+        self._look()
+        return super()._told()
+
+    def _look(self) -> None:
+        touch("slots", write=False)
+        saw(tuple(slot.number for slot in self.slots))
+
+
+@final
 class SlotNotifier:
     """What the service has for a slot of the VM (``Notifier``): a round trip to the engine, which does what its notify thread does."""
 
@@ -157,6 +193,9 @@ class World:
         self.design = self.parts.design(design)
         self.invariants = Invariants(exact=exact, large=kind != "memfd", binds=self.design.binds)
         self.frames = Frames(self.invariants, npages, kind)
+        watch(MEMORY)
+        # By ``View.live``.
+        watch("slots")
         self.invariants.frames = self.frames
         self.invariants.taken = bytearray(npages)
         self.file = self.parts.file(self.design, self.frames, Inode.make(0, 0))
@@ -165,7 +204,7 @@ class World:
         self.file._sequence = self.sequence
         attributes, self.vcpus = Attributes(Api.V10), Vcpus()
         self.vm = SoftwareVm(cast("Binder", None), self.vcpus, attributes, Trace(), platform or NoPlatform())
-        self.vm.mmu = Mmu(attributes, Trace(), Host(self, platform or NoPlatform()))
+        self.vm.mmu = WatchedMmu(attributes, Trace(), Host(self, platform or NoPlatform()))
         self.platform = platform
         # mincore(2) of production, which needs a mapping.
         self.vm._find_freed = self._find_freed  # type: ignore[method-assign]
@@ -173,23 +212,13 @@ class World:
         self._channel = sync.mutex()
         self._notifiers: dict[int, SlotNotifier] = {}
         self._cpus: list[GuestCpu] = []
+        self._vcpus: list[WatchedVcpu] = []
         self._actors: list[tuple[str, Callable[[], None]]] = []
 
     def _make_sequence(self) -> InvalidationSequence:
         """Make what the service and the engine share, without a page of memory for it."""
-        invariants = self.invariants
-
-        class Sequence(self.parts.sequence):  # type: ignore[name-defined, misc] # of whichever class, it tells the rules when it opens
-            __slots__ = ()
-
-            def end(self) -> None:
-                invariants.opened()
-                super().end()
-
-            def close(self) -> None:
-                pass
-
-        sequence = object.__new__(Sequence)
+        sequence = object.__new__(_telling(self.parts))
+        sequence._invariants = self.invariants  # type: ignore[attr-defined]
         sequence._words = sync.SharedWords(memoryview(bytearray(4 * 8)))
         sequence._mutex = sync.mutex()
         return sequence
@@ -210,8 +239,9 @@ class World:
         cpu = GuestCpu(self, len(self._cpus))
         cpu.program = list(program)
         # Of an engine, a run needs no more than it has.
-        vcpu = Vcpu(cast("VcpuEngine", cpu))
+        vcpu = WatchedVcpu(cast("VcpuEngine", cpu))
         self._cpus.append(cpu)
+        self._vcpus.append(vcpu)
         self.vcpus.all = (*self.vcpus.all, vcpu)
         return vcpu
 
@@ -228,6 +258,8 @@ class World:
         shared.source = 0, 0, start << PAGE_SHIFT
         slot = self.parts.slot(half.binding, gfn_t(base), npages, private=half, shared=shared)
         slot.attributes[:] = bytes((private,)) * npages
+        if isinstance(slot.entries, SharedBytes):
+            slot.entries.watch()
         view = View(slot, window, bytearray(npages))
         self.invariants.views.append(view)
         self._notifiers[half.binding] = SlotNotifier(self, view)
@@ -244,6 +276,7 @@ class World:
         before, self.vcpus.all = self.vcpus.all, ()
         self.run(self.add_vcpu(*accesses))
         self._cpus.pop()
+        self._vcpus.pop()
         self.vcpus.all = before
 
     def actor(self, name: str, *steps: Callable[[], None]) -> None:
@@ -252,7 +285,8 @@ class World:
 
         def act() -> None:
             acting.set(number)
-            for step in steps:
+            for index, step in enumerate(steps):
+                forget(("step", number, index))
                 step()
 
         self._actors.append((name, act))
@@ -361,7 +395,7 @@ class World:
             self.frames.state(),
             self.invariants.state(),
             tuple(cpu.state() for cpu in self._cpus),
-            tuple(_vcpu_state(vcpu) for vcpu in self.vcpus.all),
+            tuple(vcpu.state() for vcpu in self._vcpus),
             self.file._references,
             tuple(
                 (list(self._notifiers.values()).index(cast("SlotNotifier", r.notifier)), r.start, r.end) for r in self.file._registrations
@@ -392,13 +426,9 @@ class World:
         self.invariants.finish()
 
 
-def _vcpu_state(vcpu: Vcpu) -> Hashable:
-    flags = vcpu._running, vcpu._in_guest, vcpu._entries, vcpu._holds, vcpu._interrupted
-    return flags, tuple(vcpu._stale)
-
-
 def _half_state(half: MemfdHalf) -> Hashable:
-    return tuple(sorted(half.failed)), bytes(half.pages._state), half.told
+    pages = half.pages
+    return tuple(sorted(half.failed)), bytes(pages._state), bytes(pages._orders), tuple(pages._changing), half.told
 
 
 def _plain(thing: object) -> Hashable:
