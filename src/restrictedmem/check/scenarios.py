@@ -394,7 +394,7 @@ def teardown(new: Make) -> World:
     return world
 
 
-@scenario(3, designs=_APART, findings=_BY_NATURE)
+@scenario(3, designs=("v10",))
 def interrupt_punch_fault(new: Make) -> World:
     """A vCPU is stopped while the owner punches the page that it faults."""
     world = new()
@@ -405,7 +405,7 @@ def interrupt_punch_fault(new: Make) -> World:
     return world
 
 
-@scenario(3, designs=("bindings", *_APART), findings=_BY_NATURE)
+@scenario(3, designs=("v10", "bindings", "folio"))
 def unregister_one_of_two(new: Make) -> World:
     """One of two slots of a file is deleted; the guest goes on with the other, and the owner punches a page of that."""
     world = new(npages=2)
