@@ -153,11 +153,10 @@ class Teller:
             return _SIDES[verb].format(self._labels[slot])
         if where is None or slot in self._labels:
             return f"{verb} {self._labels[slot]}{_place(where)}"
-        if isinstance(where, tuple) and isinstance(where[0], tuple):
-            # A wait until the word is another.
-            where, _ = where
-        assert isinstance(where, tuple)
-        return f"{verb} {_argument(frame) or f'word {where[1]}'} of {self._labels[where[0]]}"
+        word: Any = where
+        # Of a wait until the word is another, it comes with the value.
+        memory, index = word[0] if isinstance(word[0], tuple) else word
+        return f"{verb} {_argument(frame) or f'word {index}'} of {self._labels[memory]}"
 
 
 def _words(name: Any) -> str:
