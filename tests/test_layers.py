@@ -16,7 +16,7 @@ LAYERS = (
     ("kvm",),
     ("platform",),
     ("consumer",),
-    ("machine",),
+    ("machine", "syscall"),
     ("service",),
     ("guests",),
     ("fs",),

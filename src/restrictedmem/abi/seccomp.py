@@ -8,24 +8,30 @@ from errno import EFAULT, EINVAL, EOPNOTSUPP
 from typing import Final
 
 from restrictedmem.abi._ioctl import Dir, Ioctl
-from restrictedmem.abi._struct import c_struct, s32, u8, u16, u32, u64
+from restrictedmem.abi._struct import c_struct, s32, s64, u8, u16, u32, u64
 from restrictedmem.abi._syscall import libc, raise_errno
 from restrictedmem.fd import OwnedFd
 
 SYS_seccomp: Final = {"x86_64": 317, "aarch64": 277}
-AUDIT_ARCH: Final = {"x86_64": 0xC000_003E, "aarch64": 0xC000_00B7}
+AUDIT_ARCH: Final = {"x86_64": 0xC000_003E, "aarch64": 0xC000_00B7, "i386": 0x4000_0003}
+#: Set in the number of an x32 call (__X32_SYSCALL_BIT), whose architecture is x86-64's.
+X32_BIT: Final = 0x4000_0000
 
 SECCOMP_SET_MODE_FILTER: Final = 1
 SECCOMP_GET_ACTION_AVAIL: Final = 2
 SECCOMP_GET_NOTIF_SIZES: Final = 3
 
+SECCOMP_RET_ERRNO: Final = 0x0005_0000
 SECCOMP_RET_USER_NOTIF: Final = 0x7FC0_0000
 SECCOMP_RET_ALLOW: Final = 0x7FFF_0000
 
+SECCOMP_USER_NOTIF_FLAG_CONTINUE: Final = 1 << 0
 SECCOMP_ADDFD_FLAG_SEND: Final = 1 << 1
 
 _BPF_LD_W_ABS: Final = 0x20
 _BPF_JMP_JEQ_K: Final = 0x15
+_BPF_JMP_JSET_K: Final = 0x45
+_BPF_ALU_AND_K: Final = 0x54
 _BPF_RET_K: Final = 0x06
 
 
@@ -88,6 +94,23 @@ class seccomp_notif(ctypes.Structure):
     data: seccomp_data
 
 
+@c_struct(size=8)
+class seccomp_notif_id(ctypes.Structure):
+    """Which call is meant; bare in the kernel's header."""
+
+    id: u64
+
+
+@c_struct(size=24)
+class seccomp_notif_resp(ctypes.Structure):
+    """An answer: what the call returns, or minus the errno it fails with, or SECCOMP_USER_NOTIF_FLAG_CONTINUE."""
+
+    id: u64
+    val: s64 = 0
+    error: s32 = 0
+    flags: u32 = 0
+
+
 @c_struct(size=24)
 class seccomp_notif_addfd(ctypes.Structure):
     """A descriptor to put into the caller; with SECCOMP_ADDFD_FLAG_SEND its number is also what the call returns."""
@@ -101,6 +124,8 @@ class seccomp_notif_addfd(ctypes.Structure):
 
 _MAGIC: Final = ord("!")
 SECCOMP_IOCTL_NOTIF_RECV: Final = Ioctl("SECCOMP_IOCTL_NOTIF_RECV", _MAGIC, 0, Dir.READ | Dir.WRITE, seccomp_notif)
+SECCOMP_IOCTL_NOTIF_SEND: Final = Ioctl("SECCOMP_IOCTL_NOTIF_SEND", _MAGIC, 1, Dir.READ | Dir.WRITE, seccomp_notif_resp)
+SECCOMP_IOCTL_NOTIF_ID_VALID: Final = Ioctl("SECCOMP_IOCTL_NOTIF_ID_VALID", _MAGIC, 2, Dir.WRITE, seccomp_notif_id)
 SECCOMP_IOCTL_NOTIF_ADDFD: Final = Ioctl("SECCOMP_IOCTL_NOTIF_ADDFD", _MAGIC, 3, Dir.WRITE, seccomp_notif_addfd)
 
 
@@ -178,6 +203,16 @@ def load(field: str) -> sock_filter:
 def skip_unless(value: int, count: int) -> sock_filter:
     """Go on when what was loaded equals ``value``, else skip ``count`` instructions (at most 255)."""
     return sock_filter(code=_BPF_JMP_JEQ_K, jf=count, k=value)
+
+
+def skip_if_any(bits: int, count: int) -> sock_filter:
+    """Skip ``count`` instructions when what was loaded has any of some bits, else go on."""
+    return sock_filter(code=_BPF_JMP_JSET_K, jt=count, k=bits)
+
+
+def keep(bits: int) -> sock_filter:
+    """Clear all other bits of what was loaded."""
+    return sock_filter(code=_BPF_ALU_AND_K, k=bits)
 
 
 def answer(action: int) -> sock_filter:

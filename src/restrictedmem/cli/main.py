@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from restrictedmem import __version__
 from restrictedmem.cli import check, doctor, ps, serve, trace, verify
+from restrictedmem.cli import exec as exec_command
 from restrictedmem.cli import run as run_command
 from restrictedmem.cli.errors import CommandError
 
@@ -30,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"restrictedmem {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (run_command, doctor, check, ps, serve, trace, verify):
+    for module in (run_command, exec_command, doctor, check, ps, serve, trace, verify):
         module.add_parser(commands)
     return top
 

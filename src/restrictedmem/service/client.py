@@ -55,6 +55,11 @@ class Service:
         self._mutex = sync.mutex()
         _services.add(self)
 
+    @property
+    def device(self) -> int:
+        """Device number (``st_dev``) of this service's descriptors, and of no other files."""
+        return os.fstat(self._mount.fileno()).st_dev
+
     def after_fork_in_child(self) -> None:
         """Let go of the parent's connection, for two readers on one socket steal each other's replies, and of a lock that a thread held."""
         if self._channel is not None:

@@ -1,0 +1,87 @@
+"""Which calls of a program stop for the supervisor: as few as classic BPF can tell apart.
+
+A filter sees the architecture, the number and the arguments of a call, and no memory. Number 451 is that of v9 and v10 in both tables of
+x86; since Linux 6.5 it is cachestat's, which the supervisor tells apart.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from errno import ENOSYS
+from typing import Final
+
+from restrictedmem.abi.seccomp import (
+    AUDIT_ARCH,
+    SECCOMP_RET_ALLOW,
+    SECCOMP_RET_ERRNO,
+    SECCOMP_RET_USER_NOTIF,
+    X32_BIT,
+    answer,
+    keep,
+    load,
+    skip_if_any,
+    skip_unless,
+    sock_filter,
+)
+
+SYS_memfd_restricted: Final = 451
+
+_MAP_PRIVATE: Final = 0x02
+_MAP_TYPE: Final = 0x0F
+_MAP_ANONYMOUS: Final = 0x20
+#: Set by glibc's loader on everything that it maps, and ignored by the kernel: so programs start even if the supervisor is gone.
+_MAP_DENYWRITE: Final = 0x0800
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The numbers of one architecture's calls that are of interest."""
+
+    arch: int
+    mmap: int
+    fstatfs: int
+    #: i386 has a second one, with the size of the struct between its arguments.
+    fstatfs64: int | None = None
+
+
+#: By machine, the tables of the programs it runs. aarch64 is untried.
+TABLES: Final[dict[str, tuple[Table, ...]]] = {
+    "x86_64": (Table(AUDIT_ARCH["x86_64"], mmap=9, fstatfs=138), Table(AUDIT_ARCH["i386"], mmap=192, fstatfs=100, fstatfs64=269)),
+    "aarch64": (Table(AUDIT_ARCH["aarch64"], mmap=222, fstatfs=44),),
+}
+
+
+def program(machine: str, number: int) -> list[sock_filter]:
+    """Build the filter of a machine, with memfd_restricted's number.
+
+    Raises:
+        KeyError: for a machine whose numbers are not known.
+    """
+    found = [load("arch")]
+    for table in TABLES[machine]:
+        block = [load("nr"), *_calls(table, number), answer(SECCOMP_RET_ALLOW)]
+        found += [skip_unless(table.arch, len(block)), *block]
+    return [*found, answer(SECCOMP_RET_ALLOW)]
+
+
+def _calls(table: Table, number: int) -> Iterator[sock_filter]:
+    stop = [answer(SECCOMP_RET_USER_NOTIF)]
+    private = [
+        load("arg3"),
+        skip_if_any(_MAP_ANONYMOUS | _MAP_DENYWRITE, 3),
+        keep(_MAP_TYPE),
+        skip_unless(_MAP_PRIVATE, 1),
+        *stop,
+        answer(SECCOMP_RET_ALLOW),
+    ]
+    rules: list[tuple[int | None, list[sock_filter]]] = [
+        (number, stop),
+        (table.fstatfs, stop),
+        (table.fstatfs64, stop),
+        (table.mmap, private),
+    ]
+    if table.arch == AUDIT_ARCH["x86_64"]:
+        # No kernel had it in the table of x32, and what such a program passes by reference would have to be read otherwise.
+        rules.append((number | X32_BIT, [answer(SECCOMP_RET_ERRNO | ENOSYS)]))
+    for call, body in rules:
+        if call is not None:
+            yield from (skip_unless(call, len(body)), *body)

@@ -1,0 +1,138 @@
+"""Become a program that has the system call: the filter stays with this process, the supervisor is another.
+
+The program is exec'ed by the process that was asked for it, so that its terminal, signals and status are its own. The supervisor is a child
+of nobody's: a program that waits for any child must not meet one that it does not know.
+"""
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from errno import EBUSY, ENOSYS, ENOTSUP
+from typing import NoReturn
+
+from restrictedmem.abi import process, seccomp
+from restrictedmem.abi._syscall import syscall
+from restrictedmem.fd import OwnedFd, receive_with_fds, send_with_fds
+from restrictedmem.service.client import Service
+from restrictedmem.service.start import Options
+from restrictedmem.syscall.filter import TABLES, SYS_memfd_restricted, program
+from restrictedmem.syscall.supervisor import Supervisor
+
+#: Seconds that the supervisor may take to say that it has the listener.
+_DEADLINE = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a program's calls of memfd_restricted come to."""
+
+    number: int = SYS_memfd_restricted
+    #: Whether a call of the number that is none of memfd_restricted's may be cachestat's.
+    cachestat: bool = True
+    #: For the service, which is started at the first call.
+    options: Options = field(default_factory=Options)
+
+
+def replace(arguments: Sequence[str]) -> NoReturn:
+    """Execute a program in this one's place, found as a shell finds it.
+
+    Raises:
+        OSError: as execvp(3).
+    """
+    # Python ignores them from its start on, and exec would pass that on.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    os.execvp(arguments[0], list(arguments))
+
+
+def install(call: Call) -> None:
+    """Put this thread and its future children under a supervisor of its own, or leave it to the one it is under already.
+
+    Raises:
+        OSError: ENOTSUP for a machine whose numbers are not known; as seccomp(2), EBUSY when a filter above has a listener that is none of
+            this program's.
+    """
+    machine = os.uname().machine
+    if machine not in TABLES:
+        raise OSError(ENOTSUP, f"numbers of system calls on {machine} are not known here")
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        # Before the filter, which children inherit.
+        _fork_supervisor(theirs, machine, call)
+        theirs.close()
+        process.prctl(process.PR_SET_NO_NEW_PRIVS, 1)
+        flags = seccomp.FilterFlag.NEW_LISTENER
+        if seccomp.flags_known(flags | seccomp.FilterFlag.WAIT_KILLABLE_RECV):
+            flags |= seccomp.FilterFlag.WAIT_KILLABLE_RECV
+        try:
+            listener = seccomp.install(program(machine, call.number), flags)
+        except OSError as error:
+            if error.errno == EBUSY and _is_present(call.number):
+                return
+            raise
+        with listener:
+            send_with_fds(ours, b"listener", [listener.fileno()])
+        ours.settimeout(_DEADLINE)
+        if not ours.recv(1):
+            raise OSError(ENOSYS, "the supervisor has ended")
+
+
+def _is_present(number: int) -> bool:
+    """Say whether a call of the number already gives a restricted descriptor."""
+    try:
+        OwnedFd(syscall("memfd_restricted", number, 0)).close()
+    except OSError:
+        return False
+    return True
+
+
+def _fork_supervisor(channel: socket.socket, machine: str, call: Call) -> None:
+    """Start the supervisor, as a grandchild that init inherits."""
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        return
+    status = 1
+    try:
+        if os.fork() == 0:
+            _supervise(channel.detach(), machine, call)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _supervise(channel: int, machine: str, call: Call) -> None:
+    # What a terminal sends is for the program, and so are its descriptors: who waits for the end of a pipe waits for the program alone.
+    os.setpgid(0, 0)
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP):
+        signal.signal(number, signal.SIG_IGN)
+    process.set_name("rmem-supervisor")
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    channel = _keep_only(channel)
+    os.chdir("/")
+    with socket.socket(fileno=channel) as asked:
+        _, fds = receive_with_fds(asked, 16)
+        if not fds:
+            return
+        supervisor = Supervisor(fds[0], TABLES[machine], call.number, lambda: Service.start(call.options), cachestat=call.cachestat)
+        asked.send(b"1")
+    supervisor.run()
+
+
+def _keep_only(fd: int) -> int:
+    """Close all descriptors above the standard ones but one, and return its number from now on."""
+    if fd != 3:
+        os.dup2(fd, 3)
+    os.closerange(4, os.sysconf("SC_OPEN_MAX"))
+    return 3
+
+
+def error_status(error: OSError, name: str) -> int:
+    """Say as a shell does why a program could not be executed, and return the status that goes with it."""
+    print(f"restrictedmem exec: {name}: {os.strerror(error.errno or 0)}", file=sys.stderr)
+    return 127 if isinstance(error, FileNotFoundError) else 126

@@ -1,0 +1,304 @@
+"""Programs that know nothing of this project, under ``restrictedmem exec``: what their calls of number 451 come to."""
+
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from errno import EBADF, EINVAL, EMFILE, ENODEV, ENOSYS
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from restrictedmem.abi import memory, seccomp
+from restrictedmem.syscall.filter import TABLES, program
+from waiting import wait_for
+
+pytestmark = pytest.mark.requires("fuse")
+
+#: What every program under test has: the bare call, as libc makes it, and whatever it returns or minus the errno.
+PRELUDE = """
+import ctypes, errno, fcntl, mmap, os, resource, subprocess, sys, threading
+libc = ctypes.CDLL(None, use_errno=True)
+def call(*arguments):
+    result = libc.syscall(ctypes.c_long(451), *map(ctypes.c_long, arguments))
+    return result if result >= 0 else -ctypes.get_errno()
+def opened():
+    return sorted(map(int, os.listdir("/proc/self/fd")))
+"""
+EXEC = [sys.executable, "-m", "restrictedmem", "exec"]
+MAGIC = 0x5245534D
+
+
+def under(code: str, *options: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start Python code under exec; it says on stdout what it found."""
+    command = [*EXEC, *options, "--", sys.executable, "-c", PRELUDE + code]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **(environment or {})})
+
+
+def said(code: str, *options: str) -> Any:
+    """Return the value that Python code prints under exec."""
+    out, err = (process := under(code, *options)).communicate(timeout=60)
+    assert (process.returncode, err) == (0, ""), err
+    return eval(out)
+
+
+def test_a_descriptor_is_the_lowest_free_and_stays_open_across_exec() -> None:
+    found = said("before = opened(); fd = call(0); print((before, fd, os.get_inheritable(fd), os.fstat(fd).st_size))")
+    # The listing itself has one open.
+    assert found == ([0, 1, 2, 3], 3, True, 0)
+
+
+def test_its_owner_may_size_and_allocate_it_and_not_read_it() -> None:
+    code = "fd = call(0); os.ftruncate(fd, 8192); os.posix_fallocate(fd, 0, 4096)\n"
+    code += "try: os.read(fd, 1)\nexcept OSError as error: print((os.fstat(fd).st_size, os.fstat(fd).st_blocks, error.errno))"
+    assert said(code) == (8192, 8, EINVAL)
+
+
+def test_what_stands_in_other_registers_does_not_matter() -> None:
+    assert said("print([call(0, 1, 2, 3, 4), call(0, 0xFFFFFFFFFFFF), call(2, 5)])") == [3, 4, 5]
+
+
+def test_unknown_flags_take_no_descriptor() -> None:
+    assert said("print(([call(flags) for flags in (1, 4, 0x80000000, 0xFFFFFFFF)], opened()))") == ([-EINVAL] * 4, [0, 1, 2, 3])
+
+
+def test_a_table_that_is_full() -> None:
+    code = "resource.setrlimit(resource.RLIMIT_NOFILE, (6, 6)); print([call(0) for _ in range(5)])"
+    assert said(code) == [3, 4, 5, -EMFILE, -EMFILE]
+
+
+def test_another_number() -> None:
+    code = "print((libc.syscall(ctypes.c_long(1234), ctypes.c_long(0)), call(0, 0, 0, 0)))"
+    number, other = said(code, "--syscall-number", "1234")
+    assert number == 3
+    assert other < 0
+
+
+# cachestat, whose number it is.
+
+CACHESTAT = """
+fd = os.open(sys.executable, os.O_RDONLY)
+span, result = (ctypes.c_uint64 * 2)(0, 0), (ctypes.c_uint64 * 6)(*[7] * 6)
+at, to = ctypes.addressof(span), ctypes.addressof(result)
+"""
+
+
+def _has_cachestat() -> bool:
+    try:
+        with memory.memfd_create("test") as fd:
+            memory.resident_pages(fd.fileno(), 0, 4096)
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not _has_cachestat(), reason="Linux before 6.5 has no cachestat")
+def test_cachestat_is_what_it_is_outside() -> None:
+    code = CACHESTAT + "os.pread(fd, 1 << 20, 0); print((call(fd, at, to, 0), list(result)))"
+    outside = subprocess.run([sys.executable, "-c", PRELUDE + code], capture_output=True, text=True, check=True).stdout
+    status, result = eval(outside)
+    assert (status, result[-1]) == (0, 7)
+    assert said(code) == (status, result)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "fd, at, to, 1",
+        "fd, at + 1, to, 0",
+        "fd, at, to + 4, 0",
+        "fd, 0, to, 0",
+        "fd, at, 0, 0",
+        "fd, at, 8, 0",
+        "fd, -8, to, 0",
+        "1000, at, to, 0",
+        "-1, at, to, 0",
+    ],
+)
+def test_a_call_that_may_be_none_of_cachestats_writes_nothing(arguments: str) -> None:
+    code = CACHESTAT + f"print((call({arguments}), list(result)))"
+    assert said(code) == (-EINVAL, [7] * 6)
+
+
+def test_flags_can_be_judged_strictly() -> None:
+    code = CACHESTAT + "print((call(fd, at, to, 0), list(result), call(0) > 0))"
+    assert said(code, "--no-cachestat") == (-EINVAL, [7] * 6, True)
+
+
+# What FUSE cannot say.
+
+
+def test_it_cannot_be_mapped_privately_either() -> None:
+    code = (
+        "fd = call(0); os.posix_fallocate(fd, 0, 4096)\n"
+        "def map(fd, flags):\n"
+        "    libc.mmap.restype = ctypes.c_void_p\n"
+        "    found = libc.mmap(None, ctypes.c_size_t(4096), mmap.PROT_READ, flags, fd, ctypes.c_long(0))\n"
+        "    return ctypes.get_errno() if found == ctypes.c_void_p(-1).value else 0\n"
+        "plain = os.open(sys.executable, os.O_RDONLY)\n"
+        "print([map(fd, mmap.MAP_PRIVATE), map(fd, mmap.MAP_SHARED), map(plain, mmap.MAP_PRIVATE), map(99, mmap.MAP_PRIVATE)])"
+    )
+    assert said(code) == [ENODEV, ENODEV, 0, EBADF]
+
+
+def test_its_file_system_is_the_proposals() -> None:
+    code = (
+        "fd = call(0); found = (ctypes.c_uint64 * 15)()\n"
+        "status = libc.fstatfs(fd, found)\n"
+        "bad = libc.fstatfs(fd, ctypes.c_void_p(8)), ctypes.get_errno()\n"
+        "plain = (ctypes.c_uint64 * 15)(); libc.fstatfs(os.open('/proc', os.O_RDONLY), plain)\n"
+        "print((status, found[0], found[1], found[8], bad, plain[0]))"
+    )
+    assert said(code) == (0, MAGIC, 4096, 255, (-1, 14), 0x9FA0)
+
+
+# Whose process it is.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["/no/such/program"], 127, "restrictedmem exec: /no/such/program: No such file or directory\n"),
+        (["/etc/passwd"], 126, "restrictedmem exec: /etc/passwd: Permission denied\n"),
+        (["sh", "-c", "exit 7"], 7, ""),
+        (["sh", "-c", "kill -TERM $$"], -signal.SIGTERM, ""),
+        (["sh", "-c", "kill -PIPE $$"], -signal.SIGPIPE, ""),
+    ],
+)
+def test_the_status_is_the_programs(arguments: list[str], status: int, message: str) -> None:
+    found = subprocess.run([*EXEC, "--", *arguments], check=False, capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stderr) == (status, message)
+
+
+def test_the_process_and_its_children_are_the_programs() -> None:
+    process = under("print((os.getpid(), os.getpgid(0), os.getsid(0)))\ntry: os.wait()\nexcept ChildProcessError: print('none')")
+    out, _ = process.communicate(timeout=60)
+    assert out == f"({process.pid}, {os.getpgid(0)}, {os.getsid(0)})\nnone\n"
+
+
+def test_a_nested_exec_uses_the_outer_supervisor() -> None:
+    code = (
+        "fd = call(0)\n"
+        "inner = 'import ctypes, os; print(os.fstat(ctypes.CDLL(None).syscall(451, 0)).st_dev)'\n"
+        "command = [sys.executable, '-m', 'restrictedmem', 'exec', '--', sys.executable, '-c', inner]\n"
+        "print(os.fstat(fd).st_dev == int(subprocess.run(command, capture_output=True, check=True).stdout))"
+    )
+    assert said(code) is True
+
+
+def test_another_listener_and_new_privileges_are_refused() -> None:
+    code = (
+        "from restrictedmem.abi import process, seccomp\n"
+        "program = [seccomp.answer(seccomp.SECCOMP_RET_ALLOW)]\n"
+        "try: seccomp.install(program, seccomp.FilterFlag.NEW_LISTENER)\n"
+        "except OSError as error: print((error.errno, process.prctl(process.PR_GET_NO_NEW_PRIVS)))"
+    )
+    assert said(code) == (16, 1)
+
+
+def test_threads_and_children_call_at_once() -> None:
+    code = (
+        "found = []\n"
+        "def many():\n"
+        "    for _ in range(25): found.append(call(0))\n"
+        "threads = [threading.Thread(target=many) for _ in range(16)]\n"
+        "[thread.start() for thread in threads]; [thread.join() for thread in threads]\n"
+        "if (child := os.fork()) == 0: os._exit(call(0) != 403)\n"
+        "print((sorted(found) == list(range(3, 403)), os.waitpid(child, 0)[1]))"
+    )
+    assert said(code) == (True, 0)
+
+
+# How long it lives.
+
+
+def supervisor_of(mark: str) -> int | None:
+    """Find a supervisor by a variable that it was started with."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if (entry / "comm").read_text() == "rmem-supervisor\n" and mark.encode() in (entry / "environ").read_bytes():
+                    return int(entry.name)
+            except OSError:
+                continue
+    return None
+
+
+def test_the_supervisor_ends_with_the_last_process() -> None:
+    mark = str(uuid.uuid4())
+    code = (
+        "call(0)\n"
+        "if os.fork() == 0:\n"
+        "    os.setsid(); os.close(1); os.close(2); sys.stdin.readline(); os._exit(call(0) < 0)\n"
+        "print('left behind')"
+    )
+    with under(code, environment={"MARK": mark}) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout.read() == "left behind\n"
+        assert process.wait() == 0
+        assert supervisor_of(mark) is not None
+        process.stdin.write("end\n")
+    wait_for("the supervisor to end", lambda: supervisor_of(mark) is None)
+
+
+def test_without_a_supervisor_the_call_is_not_there_and_programs_start() -> None:
+    mark = str(uuid.uuid4())
+    code = (
+        "fd = call(0); print('ready', flush=True); sys.stdin.readline()\n"
+        "print((call(0), subprocess.run(['true']).returncode, os.fstat(fd).st_size))"
+    )
+    with under(code, environment={"MARK": mark}) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        supervisor = supervisor_of(mark)
+        assert supervisor is not None
+        os.kill(supervisor, signal.SIGKILL)
+        wait_for("the supervisor to be gone", lambda: supervisor_of(mark) is None)
+        out, err = process.communicate("go\n", timeout=60)
+    assert (out, err) == (f"{(-ENOSYS, 0, 0)}\n", "")
+
+
+# The filter.
+
+
+def test_the_filter_stops_what_it_must() -> None:
+    """Interpret it, call by call: classic BPF has four kinds of instructions here."""
+
+    def judged(machine: str, arch: int, nr: int, flags: int = 0) -> int:
+        found, at, instructions = 0, 0, program(machine, 451)
+        data = seccomp.seccomp_data(nr=nr, arch=arch, arg3=flags)
+        raw = bytes(data)
+        while True:
+            one = instructions[at]
+            at += 1
+            match one.code:
+                case 0x20:
+                    found = int.from_bytes(raw[one.k : one.k + 4], "little")
+                case 0x54:
+                    found &= one.k
+                case 0x15:
+                    at += one.jt if found == one.k else one.jf
+                case 0x45:
+                    at += one.jt if found & one.k else one.jf
+                case 0x06:
+                    return int(one.k)
+                case _:
+                    pytest.fail(f"instruction {one.code:#x}")
+
+    stop, allow = seccomp.SECCOMP_RET_USER_NOTIF, seccomp.SECCOMP_RET_ALLOW
+    for machine, tables in TABLES.items():
+        for table in tables:
+            assert judged(machine, table.arch, 451) == stop
+            assert judged(machine, table.arch, table.fstatfs) == stop
+            assert [judged(machine, table.arch, table.mmap, flags) for flags in (0x02, 0x12, 0x4002)] == [stop] * 3
+            assert [judged(machine, table.arch, table.mmap, flags) for flags in (0x01, 0x03, 0x22, 0x802)] == [allow] * 4
+            assert judged(machine, table.arch, 0) == allow
+        assert judged(machine, 0xDEAD, 451) == allow
+    x86 = seccomp.AUDIT_ARCH["x86_64"]
+    assert judged("x86_64", x86, 451 | seccomp.X32_BIT) == seccomp.SECCOMP_RET_ERRNO | ENOSYS
+    assert judged("x86_64", x86, 9 | seccomp.X32_BIT, 0x02) == allow
+    assert judged("x86_64", seccomp.AUDIT_ARCH["i386"], 269) == stop
