@@ -1,5 +1,6 @@
 """Programs that know nothing of this project, under ``restrictedmem exec``: what their calls of number 451 come to."""
 
+import json
 import os
 import signal
 import subprocess
@@ -68,6 +69,15 @@ def test_unknown_flags_take_no_descriptor() -> None:
 def test_a_table_that_is_full() -> None:
     code = "resource.setrlimit(resource.RLIMIT_NOFILE, (6, 6)); print([call(0) for _ in range(5)])"
     assert said(code) == [3, 4, 5, -EMFILE, -EMFILE]
+
+
+def test_doctor_says_where_the_call_is_present() -> None:
+    doctor = [sys.executable, "-m", "restrictedmem", "doctor", "--json"]
+    states: list[str] = []
+    for command in (doctor, [*EXEC, "--", *doctor]):
+        findings = json.loads(subprocess.run(command, check=False, capture_output=True, timeout=60).stdout)["findings"]
+        states.append({finding["name"]: finding["state"] for finding in findings}["memfd_restricted(2)"])
+    assert states == ["no", "yes"]
 
 
 def test_another_number() -> None:

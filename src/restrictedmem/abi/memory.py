@@ -19,6 +19,8 @@ MADV_POPULATE_WRITE: Final = 23
 MADV_COLLAPSE: Final = 25
 MLOCK_ONFAULT: Final = 1
 
+#: memfd_restricted's number in v9 and v10, in both tables of x86; since Linux 6.5 it is cachestat's.
+SYS_memfd_restricted: Final = 451
 #: Of memfd_restricted(2), proposed after v10; bit 0 was RMFD_TMPFILE.
 RMFD_HUGEPAGE: Final = 2
 MFD_CLOEXEC: Final = 1

@@ -95,9 +95,8 @@ class seccomp_notif(ctypes.Structure):
 
 
 @c_struct(size=8)
-class seccomp_notif_id(ctypes.Structure):
-    """Which call is meant; bare in the kernel's header."""
-
+class _notif_id(ctypes.Structure):
+    # Bare in the kernel's header.
     id: u64
 
 
@@ -125,7 +124,7 @@ class seccomp_notif_addfd(ctypes.Structure):
 _MAGIC: Final = ord("!")
 SECCOMP_IOCTL_NOTIF_RECV: Final = Ioctl("SECCOMP_IOCTL_NOTIF_RECV", _MAGIC, 0, Dir.READ | Dir.WRITE, seccomp_notif)
 SECCOMP_IOCTL_NOTIF_SEND: Final = Ioctl("SECCOMP_IOCTL_NOTIF_SEND", _MAGIC, 1, Dir.READ | Dir.WRITE, seccomp_notif_resp)
-SECCOMP_IOCTL_NOTIF_ID_VALID: Final = Ioctl("SECCOMP_IOCTL_NOTIF_ID_VALID", _MAGIC, 2, Dir.WRITE, seccomp_notif_id)
+SECCOMP_IOCTL_NOTIF_ID_VALID: Final = Ioctl("SECCOMP_IOCTL_NOTIF_ID_VALID", _MAGIC, 2, Dir.WRITE, _notif_id)
 SECCOMP_IOCTL_NOTIF_ADDFD: Final = Ioctl("SECCOMP_IOCTL_NOTIF_ADDFD", _MAGIC, 3, Dir.WRITE, seccomp_notif_addfd)
 
 
@@ -193,6 +192,15 @@ def install(program: Sequence[sock_filter], flags: FilterFlag) -> OwnedFd:
     instructions = (sock_filter * len(program))(*program)
     fprog = sock_fprog(len=len(program), filter=ctypes.addressof(instructions))
     return OwnedFd(_seccomp(SECCOMP_SET_MODE_FILTER, flags, fprog))
+
+
+def check_waiting(listener: OwnedFd, notification: seccomp_notif) -> None:
+    """Check that a call still waits for its answer: what was opened of its caller before is the caller's.
+
+    Raises:
+        OSError: ENOENT.
+    """
+    SECCOMP_IOCTL_NOTIF_ID_VALID(listener, _notif_id(id=notification.id))
 
 
 def load(field: str) -> sock_filter:

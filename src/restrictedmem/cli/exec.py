@@ -1,11 +1,9 @@
 """``restrictedmem exec``: a program nobody changed, with memfd_restricted(2) present."""
 
 import argparse
-from typing import Final
 
+from restrictedmem.abi.memory import SYS_memfd_restricted
 from restrictedmem.units import parse_size
-
-_NUMBER: Final = 451
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -25,7 +23,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--api", choices=("v9", "v10"), default="v10", help="which posting of the series to follow (default v10)")
     parser.add_argument("--memory-max", type=parse_size, metavar="SIZE", help="what a descriptor may hold at most")
     parser.add_argument(
-        "--syscall-number", type=int, default=_NUMBER, metavar="N", help=f"number of the call (default {_NUMBER}, as in both postings)"
+        "--syscall-number",
+        type=int,
+        default=SYS_memfd_restricted,
+        metavar="N",
+        help="number of the call (default %(default)s, as in both postings)",
     )
     parser.add_argument(
         "--no-cachestat",

@@ -4,16 +4,14 @@ import os
 import signal
 import stat
 from collections.abc import Iterator
-from errno import EINVAL, ENOSYS, EPROTO
+from errno import EBUSY, EINVAL, ENOSYS, EPROTO
 from typing import Final, NoReturn
 
 from restrictedmem.abi import memory, process, seccomp
 from restrictedmem.abi._syscall import syscall
+from restrictedmem.fd import OwnedFd
 from restrictedmem.machine.finding import Finding, State, in_child, reason
 from restrictedmem.machine.memory import allocated_pages
-
-#: The number that v9 and v10 gave memfd_restricted; cachestat's since Linux 6.5.
-SYS_memfd_restricted: Final = 451
 
 _CONSEQUENCE: Final = "unmodified programs cannot be given memfd_restricted(2)"
 
@@ -25,6 +23,7 @@ def probe() -> Iterator[Finding]:
     yield flag(seccomp.FilterFlag.NEW_LISTENER | seccomp.FilterFlag.WAIT_KILLABLE_RECV, "Linux 5.19 or later")
     yield answered_call()
     yield number()
+    yield presence()
 
 
 def action() -> Finding:
@@ -57,6 +56,8 @@ def answered_call() -> Finding:
     try:
         in_child(_answer_one_call)
     except OSError as error:
+        if error.errno == EBUSY:
+            return Finding(name, State.UNKNOWN, "a filter above has a listener already, that of restrictedmem exec for instance")
         remedy = "Linux 5.14 or later (SECCOMP_ADDFD_FLAG_SEND), and no other listener above"
         return Finding(name, State.NO, reason(error), _CONSEQUENCE, remedy)
     return Finding(name, State.YES, "a child's call of number 451 was answered with a descriptor (SECCOMP_ADDFD_FLAG_SEND)")
@@ -68,7 +69,7 @@ def _answer_one_call() -> None:
         seccomp.load("arch"),
         seccomp.skip_unless(seccomp.AUDIT_ARCH.get(os.uname().machine, 0), 3),
         seccomp.load("nr"),
-        seccomp.skip_unless(SYS_memfd_restricted, 1),
+        seccomp.skip_unless(memory.SYS_memfd_restricted, 1),
         seccomp.answer(seccomp.SECCOMP_RET_USER_NOTIF),
         seccomp.answer(seccomp.SECCOMP_RET_ALLOW),
     ]
@@ -93,7 +94,7 @@ def _call(expected: int) -> NoReturn:
     """Make the call and end: with status 0 when it returned the file that was expected."""
     try:
         process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
-        status = os.fstat(syscall("memfd_restricted", SYS_memfd_restricted, 0))
+        status = os.fstat(syscall("memfd_restricted", memory.SYS_memfd_restricted, 0))
         os._exit(0 if stat.S_ISREG(status.st_mode) and status.st_ino == expected else 1)
     finally:
         os._exit(1)
@@ -115,3 +116,13 @@ def number() -> Finding:
         "cachestat(2) in this kernel",
         "under a supervisor a call of 451 with first argument 0 is memfd_restricted, so cachestat of descriptor 0 is not to be had",
     )
+
+
+def presence() -> Finding:
+    """Call it: where 451 is cachestat's, that is one of descriptor 0 with pointers to nothing, which fails."""
+    name = "memfd_restricted(2)"
+    try:
+        OwnedFd(syscall("memfd_restricted", memory.SYS_memfd_restricted, 0, 0, 0, 0)).close()
+    except OSError:
+        return Finding(name, State.NO, "absent", "a program that calls it gets an error here", "restrictedmem exec -- PROGRAM")
+    return Finding(name, State.YES, f"present: syscall({memory.SYS_memfd_restricted}, 0) gave a descriptor")

@@ -23,8 +23,6 @@ from restrictedmem.abi.seccomp import (
     sock_filter,
 )
 
-SYS_memfd_restricted: Final = 451
-
 _MAP_PRIVATE: Final = 0x02
 _MAP_TYPE: Final = 0x0F
 _MAP_ANONYMOUS: Final = 0x20

@@ -15,10 +15,11 @@ from typing import NoReturn
 
 from restrictedmem.abi import process, seccomp
 from restrictedmem.abi._syscall import syscall
+from restrictedmem.abi.memory import SYS_memfd_restricted
 from restrictedmem.fd import OwnedFd, receive_with_fds, send_with_fds
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
-from restrictedmem.syscall.filter import TABLES, SYS_memfd_restricted, program
+from restrictedmem.syscall.filter import TABLES, program
 from restrictedmem.syscall.supervisor import Supervisor
 
 #: Seconds that the supervisor may take to say that it has the listener.

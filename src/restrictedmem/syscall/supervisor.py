@@ -17,14 +17,13 @@ from restrictedmem.abi.memory import RMFD_HUGEPAGE
 from restrictedmem.abi.seccomp import (
     SECCOMP_ADDFD_FLAG_SEND,
     SECCOMP_IOCTL_NOTIF_ADDFD,
-    SECCOMP_IOCTL_NOTIF_ID_VALID,
     SECCOMP_IOCTL_NOTIF_RECV,
     SECCOMP_IOCTL_NOTIF_SEND,
     SECCOMP_USER_NOTIF_FLAG_CONTINUE,
+    check_waiting,
     seccomp_data,
     seccomp_notif,
     seccomp_notif_addfd,
-    seccomp_notif_id,
     seccomp_notif_resp,
 )
 from restrictedmem.fd import OwnedFd
@@ -170,7 +169,7 @@ class Supervisor:
             raise
         with OwnedFd(memory):
             # What was opened is the caller's if the caller still waits.
-            SECCOMP_IOCTL_NOTIF_ID_VALID(self._listener, seccomp_notif_id(id=notification.id))
+            check_waiting(self._listener, notification)
             try:
                 written = os.pwrite(memory, content, address)
             except (OSError, OverflowError):
