@@ -133,6 +133,32 @@ def test_a_call_that_may_be_none_of_cachestats_writes_nothing(arguments: str) ->
     assert said(code) == (-EINVAL, [7] * 6)
 
 
+def test_every_pattern_of_arguments_is_answered_by_the_rule() -> None:
+    code = (
+        CACHESTAT
+        + """
+firsts = [0, 2, 1, 3, fd, 99, 1 << 31, 1 << 32, (1 << 32) + 2, (1 << 32) + fd, (1 << 63) - 1, -1]
+pointers = [0, 8, at, at + 1, to, to + 4, 1 << 40, (1 << 47) - 8, -8]
+mapped, bad = {at, to}, []
+for first in firsts:
+    for one in pointers:
+        for other in pointers:
+            for fourth in (0, 1, 1 << 32, -1):
+                found, low = call(first, one, other, fourth), first & 0xFFFFFFFF
+                if low in (0, 2):
+                    right = found > 2 and os.close(found) is None
+                elif fourth & 0xFFFFFFFF == 0 and low in (1, 3) and {one, other} <= mapped:
+                    # To the kernel, which knows whether the file has a page cache.
+                    right = found in (0, -errno.EOPNOTSUPP)
+                else:
+                    right = found == -errno.EINVAL
+                if not right: bad.append((first, one, other, fourth, found))
+print(bad)
+"""
+    )
+    assert said(code) == []
+
+
 def test_flags_can_be_judged_strictly() -> None:
     code = CACHESTAT + "print((call(fd, at, to, 0), list(result), call(0) > 0))"
     assert said(code, "--no-cachestat") == (-EINVAL, [7] * 6, True)
@@ -220,6 +246,22 @@ def test_threads_and_children_call_at_once() -> None:
         "print((sorted(found) == list(range(3, 403)), os.waitpid(child, 0)[1]))"
     )
     assert said(code) == (True, 0)
+
+
+def test_signals_lose_no_descriptor_and_double_none() -> None:
+    # With SA_RESTART: until the supervisor has heard of it, a call can be interrupted like any that waits.
+    code = """
+import signal
+ticks = []
+signal.signal(signal.SIGALRM, lambda *_: ticks.append(1))
+signal.siginterrupt(signal.SIGALRM, False)
+before = opened()
+signal.setitimer(signal.ITIMER_REAL, 0.0001, 0.0001)
+found = [(fd := call(0)) > 2 and os.close(fd) is None for _ in range(3000)]
+signal.setitimer(signal.ITIMER_REAL, 0)
+print((all(found), opened() == before, len(ticks) > 100))
+"""
+    assert said(code) == (True, True, True)
 
 
 # How long it lives.
