@@ -115,6 +115,20 @@ def test_a_fault_that_was_waiting_goes_on_when_its_slot_is_deleted() -> None:
     assert not waiting.is_alive()
 
 
+def test_what_an_owner_takes_waits_for_the_end_of_a_punch() -> None:
+    world = World("v10")
+    view = world.add_slot(0x10, 1)
+    world.sequence.begin(pgoff_t(0), pgoff_t(1))
+    taking = threading.Thread(target=SoftwareVm.inject_failure, args=[world.vm, view.slot, gfn_t(0x10)], daemon=True)
+    taking.start()
+    taking.join(0.1)
+    assert taking.is_alive()
+    world.sequence.end()
+    taking.join(10)
+    assert not taking.is_alive()
+    assert view.slot.memfd_half.failed == {0}
+
+
 # The scenarios themselves.
 
 

@@ -144,7 +144,7 @@ class SoftwareVm:
         """Take pages of the memfd and write them (``Engine``)."""
         private = slot.memfd_half
         start = slot.pgoff_of(gpa >> PAGE_SHIFT)
-        private.pages.get_pages(PageRange(start, pgoff_t(start + (len(data) >> PAGE_SHIFT))))
+        self._take(private, PageRange(start, pgoff_t(start + (len(data) >> PAGE_SHIFT))))
         private.half.write(gpa - (slot.base_gfn << PAGE_SHIFT), data)
         # By 4 KiB, whatever the folio, as SNP_LAUNCH_UPDATE has it.
         self._platform.prepare(private.ino, PageRange(start, pgoff_t(start + (len(data) >> PAGE_SHIFT))), gfn_t(gpa >> PAGE_SHIFT), 0)
@@ -157,16 +157,27 @@ class SoftwareVm:
         """Take pages of the memfd, write them, and forget what was translated from there (``Engine``)."""
         private = slot.memfd_half
         first, last = gfn_t(gpa >> PAGE_SHIFT), gfn_t((gpa + len(data) - 1 >> PAGE_SHIFT) + 1)
-        private.pages.get_pages(PageRange(slot.pgoff_of(first), slot.pgoff_of(last)))
+        self._take(private, PageRange(slot.pgoff_of(first), slot.pgoff_of(last)))
         private.half.write(gpa - (slot.base_gfn << PAGE_SHIFT), data)
         self._vcpus.drop(first, last)
 
     def inject_failure(self, slot: Memslot, gfn: gfn_t) -> None:
         """Take a page from every slot that shows it, and refuse it (``Engine``)."""
         pgoff = slot.pgoff_of(gfn)
-        slot.memfd_half.pages.get_page(pgoff)
-        for shown in self.mmu.lose(slot.memfd_half.ino, PageRange(pgoff, pgoff_t(pgoff + 1))):
+        span = PageRange(pgoff, pgoff_t(pgoff + 1))
+        self._take(slot.memfd_half, span)
+        for shown in self.mmu.lose(slot.memfd_half.ino, span):
             self._vcpus.drop(*shown)
+
+    def _take(self, half: MemfdHalf, span: PageRange) -> None:
+        """Take pages for the owner, who waits for a punch as it would for the file's lock (filemap_invalidate_lock)."""
+        while True:
+            try:
+                half.pages.get_pages(span)
+            except BlockingIOError:
+                self.mmu.wait_settled(unless=lambda: False)
+            else:
+                return
 
     def check_extension(self, cap: int) -> int:
         """Answer for this engine (``Engine``)."""
