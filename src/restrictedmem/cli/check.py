@@ -2,12 +2,10 @@
 
 import argparse
 import json
-import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -19,6 +17,8 @@ from restrictedmem.abi.process import PR_SET_PDEATHSIG, prctl
 from restrictedmem.cli.errors import CommandError
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from restrictedmem.check.explorer import Result
     from restrictedmem.check.scenario import Scenario
 
@@ -221,6 +221,10 @@ def _begin() -> None:
 
 def _search_all(cases: Sequence[tuple["Scenario", str]], jobs: int, search: Callable[[str, str], Case]) -> Iterator[Case]:
     """Search, those with most actors first, for they take longest; yields what is ready."""
+    # Late, for they take longer to import than most commands to run.
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+
     executor = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork"), initializer=_begin)
     ordered = sorted(cases, key=lambda case: -case[0].actors)
     try:

@@ -43,10 +43,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def main(args: argparse.Namespace) -> int:
     """Become the program."""
-    from restrictedmem.service.start import Options
     from restrictedmem.syscall.launch import Call, error_status, install, replace
 
-    install(Call(args.syscall_number, args.cachestat, Options(api=args.api, memory_max=args.memory_max)))
+    install(Call(args.syscall_number, args.cachestat, args.api, args.memory_max))
     try:
         replace([args.program, *args.arguments])
     except OSError as error:

@@ -9,21 +9,15 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from errno import EBUSY, ENOSYS, ENOTSUP
+from dataclasses import dataclass
+from errno import EBUSY, ENOTSUP
 from typing import NoReturn
 
 from restrictedmem.abi import process, seccomp
 from restrictedmem.abi._syscall import syscall
 from restrictedmem.abi.memory import SYS_memfd_restricted
 from restrictedmem.fd import OwnedFd, receive_with_fds, send_with_fds
-from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
 from restrictedmem.syscall.filter import TABLES, program
-from restrictedmem.syscall.supervisor import Supervisor
-
-#: Seconds that the supervisor may take to say that it has the listener.
-_DEADLINE = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +27,9 @@ class Call:
     number: int = SYS_memfd_restricted
     #: Whether a call of the number that is none of memfd_restricted's may be cachestat's.
     cachestat: bool = True
-    #: For the service, which is started at the first call.
-    options: Options = field(default_factory=Options)
+    #: What the service is asked for that is started at the first call (``service.start.Options``).
+    api: str = "v10"
+    memory_max: int | None = None
 
 
 def replace(arguments: Sequence[str]) -> NoReturn:
@@ -75,10 +70,8 @@ def install(call: Call) -> None:
                 return
             raise
         with listener:
+            # It need not have been received before a program begins, whose calls wait for that.
             send_with_fds(ours, b"listener", [listener.fileno()])
-        ours.settimeout(_DEADLINE)
-        if not ours.recv(1):
-            raise OSError(ENOSYS, "the supervisor has ended")
 
 
 def _is_present(number: int) -> bool:
@@ -118,11 +111,15 @@ def _supervise(channel: int, machine: str, call: Call) -> None:
     os.chdir("/")
     with socket.socket(fileno=channel) as asked:
         _, fds = receive_with_fds(asked, 16)
-        if not fds:
-            return
-        supervisor = Supervisor(fds[0], TABLES[machine], call.number, lambda: Service.start(call.options), cachestat=call.cachestat)
-        asked.send(b"1")
-    supervisor.run()
+    if not fds:
+        return
+    # Late: the program's start does not wait for this.
+    from restrictedmem.service.client import Service
+    from restrictedmem.service.start import Options
+    from restrictedmem.syscall.supervisor import Supervisor
+
+    options = Options(api=call.api, memory_max=call.memory_max)
+    Supervisor(fds[0], TABLES[machine], call.number, lambda: Service.start(options), cachestat=call.cachestat).run()
 
 
 def _keep_only(fd: int) -> int:
