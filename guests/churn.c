@@ -259,13 +259,16 @@ static int run(const struct boot_info *boot, u64 index, u64 steps)
 	return 0;
 }
 
+/* What it stores is used by vCPUs that came here before, and is the same. */
 static int parse(const char *s, u64 *number)
 {
-	*number = 0;
+	u64 n = 0;
+
 	if (!s || !*s)
 		return 0;
 	for (; *s >= '0' && *s <= '9'; s++)
-		*number = *number * 10 + (u64)(*s - '0');
+		n = n * 10 + (u64)(*s - '0');
+	*number = n;
 	return !*s;
 }
 
