@@ -5,7 +5,7 @@ import socket
 import stat
 import struct
 from collections.abc import Callable, Iterator
-from errno import EACCES, EFBIG, EINVAL, EIO, ENFILE, ENOENT, ENOSYS, ENOTTY, ENXIO, EOPNOTSUPP, EPERM
+from errno import EACCES, EFBIG, EINVAL, EIO, ENFILE, ENODEV, ENOENT, ENOSYS, ENOTTY, ENXIO, EOPNOTSUPP, EPERM
 from functools import partial
 from typing import Final, Self, final
 
@@ -395,6 +395,23 @@ def test_the_server_survives_whatever_it_reads(caplog: pytest.LogCaptureFixture)
     assert [(unique, -error) for _, error, unique in replies] == [(unique, errno) for unique, (*_, errno) in enumerate(requests)]
     # Only the bug is worth a line.
     assert [record.getMessage() for record in caplog.records] == [f"FUSE opcode {Opcode.IOCTL:d} on node {first}"]
+
+
+def test_who_waited_to_lead_when_the_mount_went_leaves_the_device_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = 0
+
+    def read(_fd: int, _size: int) -> bytes:
+        nonlocal reads
+        reads += 1
+        raise OSError(ENODEV, os.strerror(ENODEV))
+
+    monkeypatch.setattr("restrictedmem.fs.server.os.read", read)
+    with OwnedFd(os.open("/dev/null", os.O_RDWR)) as device:
+        server = Server(device, Mount().filesystem)
+        server.run()
+    # As another thread of the server, after the first has returned and its caller closed the device.
+    server.run()
+    assert reads == 1
 
 
 # Notification.

@@ -39,6 +39,8 @@ class Server:
         self._leading = threading.Lock()
         #: The thread that holds ``_leading``; 0 when it has stepped aside.
         self._leader = 0
+        #: Whether the mount is gone; who waits to lead, or to answer, may not touch the device from then on.
+        self._gone = False
         self._counts = threading.Lock()
         self._threads = 1
         self._idle = 1
@@ -65,8 +67,9 @@ class Server:
             self._idle -= 1
         self._leader = me
         while self._leader == me:
-            request = self._read()
+            request = None if self._gone else self._read()
             if request is None:
+                self._gone = True
                 return False
             self._answer(request)
         return True
@@ -118,7 +121,7 @@ class Server:
             # A bug must not hang the caller: it gets EIO, and the log has the rest.
             log.exception("FUSE opcode %d on node %d", request.opcode, request.nodeid)
             error = EIO
-        if body is None:
+        if body is None or self._gone:
             return
         reply = fuse.OUT_HEADER.pack(_OUT_SIZE + len(body), -error, request.unique) + body
         try:
