@@ -72,8 +72,7 @@ class Machine:
         self.vcpus.drop(*self.mmu.invalidate_start(self.private, PageRange(start, end)))
 
     def invalidate_end(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
-        self.mmu.invalidate_end(self.private, PageRange(start, end))
-        self.mmu.end(self.private.memfd_half)
+        self.mmu.invalidate_end(self.private.memfd_half, PageRange(start, end))
 
     def error(self, start: pgoff_t, end: pgoff_t) -> None:
         raise AssertionError("no page was lost")

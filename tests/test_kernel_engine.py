@@ -4,10 +4,10 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 
 import pytest
 
@@ -40,6 +40,7 @@ MIB: Final = 1 << 20
 BASE: Final = guest_abi.PRIVATE_BASE
 PAGES: Final = 1024
 ENOENT, ENOMEM, EACCES, EFAULT, EINVAL, EOPNOTSUPP = 2, 12, 13, 14, 22, 95
+_T = TypeVar("_T")
 CALL: Final = "b863000000b900001000ffd1"
 
 
@@ -220,8 +221,8 @@ def test_runs_of_attributes() -> None:
 class Files:
     """Stands for the service: every token is a file of its own."""
 
-    def bind(self, token: bytes, window: PageRange) -> Bound:
-        return Bound(token[0], token[0], None, memory.memfd_create("file"), OwnedFd(os.eventfd(0)))
+    def bind(self, token: bytes, window: PageRange, take: Callable[[Bound], _T]) -> _T:
+        return take(Bound(token[0], token[0], None, memory.memfd_create("file"), OwnedFd(os.eventfd(0))))
 
     def unbind(self, number: int) -> None:
         del number

@@ -159,12 +159,13 @@ class Vm:
 
     def invalidate_start(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
         del order
+        self.mmu.begin(self.half)
         self.drop(*self.mmu.invalidate_start(self.slot, PageRange(start, end)))
         self.folios.punch(PageRange(start, end))
 
     def invalidate_end(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
         del order
-        self.mmu.invalidate_end(self.slot, PageRange(start, end))
+        self.mmu.invalidate_end(self.half, PageRange(start, end))
 
     def error(self, start: pgoff_t, end: pgoff_t) -> None:
         raise AssertionError("losses are told to the MMU here")

@@ -2,8 +2,9 @@
 
 import mmap
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -60,6 +61,7 @@ GUEST: Final = bytes.fromhex(
     "ebe6"  # jmp again
 )
 ANSWER: Final = 0x77
+_T = TypeVar("_T")
 
 
 def gpa_of(page: int) -> int:
@@ -101,8 +103,10 @@ class Files:
     engine: SoftwareVm | None = None
     bound: dict[int, tuple[RestrictedFile, Notified]] = field(default_factory=dict[int, tuple[RestrictedFile, Notified]])
     count: int = 0
+    #: What happens when a binding is there, and its slot is not yet.
+    when_bound: Callable[[Notified], None] = lambda _: None
 
-    def bind(self, token: bytes, window: PageRange) -> Bound:
+    def bind(self, token: bytes, window: PageRange, take: Callable[[Bound], _T]) -> _T:
         file = self.files[token]
         self.count += 1
         assert self.engine is not None
@@ -110,7 +114,9 @@ class Files:
         file.register_notifier(notified)
         self.bound[self.count] = file, notified
         fd, sequence = (OwnedFd(os.dup(fd)) for fd in (file.backing.fileno(), file.sequence().fd.fileno()))
-        return Bound(self.count, token[0], None, fd, sequence)
+        taken = take(Bound(self.count, token[0], None, fd, sequence))
+        self.when_bound(notified)
+        return taken
 
     def unbind(self, number: int) -> None:
         file, notified = self.bound.pop(number)
@@ -340,3 +346,25 @@ def region(slot: int, gpa: int, size: int, flags: int = 0) -> kvm_userspace_memo
 
 TestVmMachine = VmMachine.TestCase
 TestVmMachine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+
+
+def test_a_punch_that_is_under_way_when_a_slot_is_made_has_its_end_there() -> None:
+    punched = PageRange(pgoff_t(0), pgoff_t(SLOT))
+    heard: list[Notified] = []
+
+    def begin(notified: Notified) -> None:
+        notified.invalidate_start(punched.start, punched.end, None)
+        heard.append(notified)
+
+    file = RestrictedFile(make("v10"), MemfdBacking(), Inode.make(0, 0))
+    binder = Files({bytes(16): file}, when_bound=begin)
+    attributes = Attributes(Api.V10)
+    engine = binder.engine = SoftwareVm(binder, Vcpus(), attributes, Trace(), NoPlatform())
+    vm = VmMemory(engine, cast(Channel, Reports()), Api.V10, attributes)
+    vm.set_region(region(0, CODE, SLOT * PAGE_SIZE, KVM_MEM_PRIVATE), bytes(16), None)
+    half = vm.slots[0].memfd_half
+    assert half.told == 1
+    heard[0].invalidate_end(punched.start, punched.end, None)
+    assert half.told == 0
+    vm.clear()
+    file.put()

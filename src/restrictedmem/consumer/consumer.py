@@ -139,8 +139,9 @@ class Consumer:
         start, end, order = pgoff_t(first), pgoff_t(last), None if folio == wire.NO_FOLIO else folio
         if message.number == wire.INVALIDATE_END.number:
             # One that was unbound meanwhile has nothing to go on with.
-            if number in self._notifiers:
-                self._notifiers[number].invalidate_end(start, end, order)
+            found = self._notifiers.get(number)
+            if found is not None:
+                found.invalidate_end(start, end, order)
             return None
         notifier = self._find(number)
         match message.number:

@@ -4,7 +4,8 @@ A VM keeps slots and attributes (``vm_memory``) and knows when vCPUs enter and l
 memory lies, maps it into the guest as slots and attributes say, and runs one instruction after the other.
 """
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 from restrictedmem.abi.kvm import kvm_regs
 from restrictedmem.abi.kvm_x86 import kvm_sregs
@@ -13,15 +14,19 @@ from restrictedmem.kvm.exits import Exit
 from restrictedmem.kvm.memslot import Memslot, PrivateHalf
 from restrictedmem.units import PageRange, gfn_t
 
+_T = TypeVar("_T")
+
 
 class Binder(Protocol):
     """Registers and unregisters this process's notifiers with the service (BIND, UNBIND)."""
 
-    def bind(self, token: bytes, window: PageRange) -> Bound:
+    def bind(self, token: bytes, window: PageRange, take: Callable[[Bound], _T]) -> _T:
         """Register a notifier on a range of the file whose holder presented ``token``.
 
+        ``take`` gets what came of it, descriptors included, and returns what the engine makes of it, which hears of nothing before.
+
         Raises:
-            OSError: EINVAL for a token of no restricted descriptor.
+            OSError: EINVAL for a token of no restricted descriptor; what ``take`` raises, and then nothing is registered.
         """
         ...
 

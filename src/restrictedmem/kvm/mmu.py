@@ -289,12 +289,6 @@ class Mmu:
         with self._lock:
             half.told += 1
 
-    def end(self, half: MemfdHalf) -> None:
-        """Take note that it has ended, and let those who wait for it go on."""
-        with self._settled:
-            half.told -= 1
-            self._settled.notify_all()
-
     def wake(self) -> None:
         """Make ``wait_settled`` look again."""
         with self._settled:
@@ -340,9 +334,12 @@ class Mmu:
         self.counters.invalidations += 1
         return zapped
 
-    def invalidate_end(self, slot: Memslot, span: PageRange) -> None:
-        """Let faults on the range work again."""
-        slot.memfd_half.pages.invalidate_end(span)
+    def invalidate_end(self, half: MemfdHalf, span: PageRange) -> None:
+        """Take note that an invalidation of a half's file has ended, and let those who wait for it go on."""
+        half.pages.invalidate_end(span)
+        with self._settled:
+            half.told -= 1
+            self._settled.notify_all()
 
     def set_attributes(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> tuple[gfn_t, gfn_t]:
         """Say which half a range of guest pages of a slot shows, and zap it; returns the pages that every vCPU has to drop."""

@@ -11,7 +11,7 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final, NoReturn, final
+from typing import TYPE_CHECKING, Final, Generic, NoReturn, TypeVar, final
 
 from restrictedmem.consumer import Bound, Consumer
 from restrictedmem.devkvm import Kvm
@@ -34,6 +34,8 @@ from restrictedmem.units import PageRange, pgoff_t
 if TYPE_CHECKING:
     from restrictedmem.service.start import Options
 
+
+_T = TypeVar("_T")
 
 #: Seconds after which a thread has to let others run Python: a vCPU that faults all the time would keep a stop request waiting for 5 ms.
 _SWITCH_INTERVAL: Final = 0.0002
@@ -105,9 +107,9 @@ class Binding:
         #: Made after this, and before anything is bound.
         self.engine: Engine
 
-    def bind(self, token: bytes, window: PageRange) -> Bound:
+    def bind(self, token: bytes, window: PageRange, take: Callable[[Bound], _T]) -> _T:
         """Register a notifier (``Binder``)."""
-        return self._consumer.bind(token, window, lambda bound: _Notifier(bound, self.engine, self._trace)).bound
+        return self._consumer.bind(token, window, lambda bound: _Notifier(bound.number, take(bound), self.engine, self._trace)).taken
 
     def unbind(self, number: int) -> None:
         """Unregister it (``Binder``)."""
@@ -115,11 +117,12 @@ class Binding:
 
 
 @final
-class _Notifier:
-    """One binding's callbacks (``Notifier``)."""
+class _Notifier(Generic[_T]):
+    """One binding's callbacks (``Notifier``), and what the engine made of it."""
 
-    def __init__(self, bound: Bound, engine: Engine, trace: Trace) -> None:
-        self.bound = bound
+    def __init__(self, binding: int, taken: _T, engine: Engine, trace: Trace) -> None:
+        self.taken = taken
+        self._binding = binding
         self._engine = engine
         self._trace = trace
 
@@ -137,13 +140,14 @@ class _Notifier:
 
     def page_count(self, start: pgoff_t, end: pgoff_t) -> int:
         """Ask the engine."""
-        return self._engine.page_count(self.bound.number, PageRange(start, end))
+        return self._engine.page_count(self._binding, PageRange(start, end))
 
     def _tell(self, event: str, span: PageRange, act: Callable[[int, PageRange], None]) -> None:
-        binding, started = self.bound.number, now()
-        act(binding, span)
+        started = now()
+        act(self._binding, span)
         if self._trace.on:
-            self._trace.emit(event, binding=binding, pgoff=span.start, npages=len(span), **_private_pages(self._engine), ns=now() - started)
+            private_pages = _private_pages(self._engine)
+            self._trace.emit(event, binding=self._binding, pgoff=span.start, npages=len(span), **private_pages, ns=now() - started)
 
 
 def _private_pages(engine: Engine) -> dict[str, int]:

@@ -70,8 +70,11 @@ class InvalidationSequence:
         return self._words.read(_SEQ)
 
     def busy(self) -> bool:
-        """Say whether any invalidation is in progress."""
-        return self._words.read(_IN_PROGRESS) > 0
+        """Say whether any invalidation is in progress; for a reader whom the file was taken from meanwhile (``close``), none is."""
+        try:
+            return self._words.read(_IN_PROGRESS) > 0
+        except ValueError:
+            return False
 
     def busy_over(self, start: pgoff_t, end: pgoff_t) -> bool:
         """Say whether an invalidation is in progress over any of pages ``start`` to ``end``."""

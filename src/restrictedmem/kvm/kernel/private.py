@@ -141,7 +141,7 @@ class PrivateFiles:
         """
         if window.end << PAGE_SHIFT > _SIZE:
             raise OSError(EINVAL, "guest_memfd does not reach so far")
-        bound = self._binder.bind(token, window)
+        bound = self._binder.bind(token, window, lambda bound: bound)
         bound.memfd.close()
         bound.sequence.close()
         ranged = bool(bound.flags & BindingFlag.RANGE)

@@ -7,6 +7,7 @@ from typing import Final, final
 
 from restrictedmem.abi.kvm import Cap
 from restrictedmem.abi.memory import mincore
+from restrictedmem.consumer import Bound
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine import Binder
 from restrictedmem.kvm.lpage import Level
@@ -58,13 +59,14 @@ class SoftwareVm:
 
     def bind(self, token: bytes, window: PageRange) -> MemfdHalf:
         """Map a window of the file's memfd (``Engine``)."""
-        bound = self._binder.bind(token, window)
+        return self._binder.bind(token, window, partial(self._take_over, window))
+
+    def _take_over(self, window: PageRange, bound: Bound) -> MemfdHalf:
         try:
             half = MemfdHalf(bound, window, unbind=partial(self._unbind, bound.number))
         except BaseException:
             bound.memfd.close()
             bound.sequence.close()
-            self._binder.unbind(bound.number)
             raise
         half.half.lock()
         self._halves[bound.number] = half
@@ -97,25 +99,24 @@ class SoftwareVm:
 
     def invalidate_start(self, binding: int, span: PageRange, order: int | None) -> None:
         """Zap what shows a range of the file, then let the platform have it back (``Engine``)."""
-        half, slot = self._halves.get(binding), self._slot_of(binding)
-        if half is None:
-            return
+        half, slot = self._halves[binding], self._slot_of(binding)
         self.mmu.begin(half)
         shown = half.window.clip(span)
         self._find_freed(half, shown)
         if slot is not None:
             self._vcpus.drop(*self.mmu.invalidate_start(slot, span))
+        else:
+            half.pages.invalidate_start(span)
         self._platform.invalidate(half.ino, shown, order)
         # Not at the end: faults are let in again a moment before that is heard, and what they map is the guest's.
         self._platform.freed(half.ino, shown)
 
     def invalidate_end(self, binding: int, span: PageRange, order: int | None) -> None:
         """Let faults work again (``Engine``)."""
-        half, slot = self._halves.get(binding), self._slot_of(binding)
-        if slot is not None:
-            self.mmu.invalidate_end(slot, span)
+        half = self._halves.get(binding)
+        # An end is not waited for: the binding may have gone before it was heard.
         if half is not None:
-            self.mmu.end(half)
+            self.mmu.invalidate_end(half, span)
 
     def _find_freed(self, half: MemfdHalf, span: PageRange) -> None:
         """Tell the platform of pages that were freed, and that nobody was told of."""
