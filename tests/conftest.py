@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 import hugetlb
-from restrictedmem.abi import process
+from restrictedmem.abi import process, seccomp
 
 
 def _fuse() -> str:
@@ -35,6 +35,18 @@ def _fusermount() -> str:
     return "" if shutil.which("fusermount3") else "fusermount3 is not installed (package fuse3)"
 
 
+def _seccomp() -> str:
+    return "" if seccomp.flags_known(seccomp.FilterFlag.NEW_LISTENER) else "the kernel has no seccomp listeners (CONFIG_SECCOMP_FILTER)"
+
+
+def _go() -> str:
+    return "" if shutil.which("go") else "go is not installed (package golang-go)"
+
+
+def _qemu() -> str:
+    return "" if shutil.which("qemu-system-x86_64") else "qemu-system-x86_64 is not installed (package qemu-system-x86)"
+
+
 def _gdb() -> str:
     return "" if shutil.which("gdb") else "gdb is not installed (package gdb)"
 
@@ -46,6 +58,9 @@ FEATURES: dict[str, Callable[[], str]] = {
     "cc": _cc,
     "fusermount": _fusermount,
     "gdb": _gdb,
+    "seccomp": _seccomp,
+    "go": _go,
+    "qemu": _qemu,
     "hugetlb": hugetlb.missing,
 }
 

@@ -7,43 +7,17 @@ import subprocess
 import sys
 import uuid
 from errno import EBADF, EINVAL, EMFILE, ENODEV, ENOSYS
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from restrictedmem.abi import memory, seccomp
 from restrictedmem.syscall.filter import TABLES, program
+from under_exec import EXEC, PRELUDE, said, supervisor_of, under
 from waiting import wait_for
 
-pytestmark = pytest.mark.requires("fuse")
+pytestmark = pytest.mark.requires("fuse", "seccomp")
 
-#: What every program under test has: the bare call, as libc makes it, and whatever it returns or minus the errno.
-PRELUDE = """
-import ctypes, errno, fcntl, mmap, os, resource, subprocess, sys, threading
-libc = ctypes.CDLL(None, use_errno=True)
-def call(*arguments):
-    result = libc.syscall(ctypes.c_long(451), *map(ctypes.c_long, arguments))
-    return result if result >= 0 else -ctypes.get_errno()
-def opened():
-    return sorted(map(int, os.listdir("/proc/self/fd")))
-"""
-EXEC = [sys.executable, "-m", "restrictedmem", "exec"]
 MAGIC = 0x5245534D
-
-
-def under(code: str, *options: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """Start Python code under exec; it says on stdout what it found."""
-    command = [*EXEC, *options, "--", sys.executable, "-c", PRELUDE + code]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **(environment or {})})
-
-
-def said(code: str, *options: str) -> Any:
-    """Return the value that Python code prints under exec."""
-    out, err = (process := under(code, *options)).communicate(timeout=60)
-    assert (process.returncode, err) == (0, ""), err
-    return eval(out)
 
 
 def test_a_descriptor_is_the_lowest_free_and_stays_open_across_exec() -> None:
@@ -265,18 +239,6 @@ print((all(found), opened() == before, len(ticks) > 100))
 
 
 # How long it lives.
-
-
-def supervisor_of(mark: str) -> int | None:
-    """Find a supervisor by a variable that it was started with."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if (entry / "comm").read_text() == "rmem-supervisor\n" and mark.encode() in (entry / "environ").read_bytes():
-                    return int(entry.name)
-            except OSError:
-                continue
-    return None
 
 
 def test_the_supervisor_ends_with_the_last_process() -> None:

@@ -31,7 +31,7 @@ from restrictedmem.kvm.vcpu import Vcpus
 from restrictedmem.kvm.vmm import Vmm
 from restrictedmem.kvm.wire import Creation
 from restrictedmem.mm.notifier import Api
-from restrictedmem.service import client
+from restrictedmem.service import SERVER_VARIABLE, client
 from restrictedmem.units import PAGE_SHIFT, PageRange, gfn_t, pgoff_t
 from users import ORDINARY, as_user
 
@@ -411,7 +411,7 @@ def test_an_owner_that_may_not_open_the_device_gets_the_kernel_by_serve(tmp_path
     for folder in (tmp_path, *tmp_path.parents[:2]):
         folder.chmod(0o755)
     monkeypatch.setattr(client, "_default", None)
-    monkeypatch.setenv(client.SERVER_VARIABLE, path)
+    monkeypatch.setenv(SERVER_VARIABLE, path)
     server = subprocess.Popen(
         [sys.executable, "-m", "restrictedmem", "serve", "--socket", path, "--user", "nobody"], stderr=subprocess.PIPE, text=True
     )

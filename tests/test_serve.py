@@ -25,8 +25,8 @@ from restrictedmem import guests
 from restrictedmem.abi import memory
 from restrictedmem.kvm import elf, exits, guest_abi
 from restrictedmem.kvm.vmm import Vmm
-from restrictedmem.service import client
-from restrictedmem.service.client import SERVER_VARIABLE, Service, default_service
+from restrictedmem.service import SERVER_VARIABLE, client
+from restrictedmem.service.client import Service, default_service
 from restrictedmem.units import PAGE_SIZE as PAGE
 from users import ORDINARY, as_user
 

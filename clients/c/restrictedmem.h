@@ -23,6 +23,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -468,7 +469,8 @@ static inline void rmem_service_init(struct rmem_service *service,
 
 /*
  * Get a service from `restrictedmem serve --socket path`, under another uid:
- * what an owner needs whom nobody should have to trust.
+ * what an owner needs whom nobody should have to trust.  Or be let into that
+ * of `restrictedmem exec`: a path that begins with @ is an abstract name.
  *
  * -ENAMETOOLONG; -ENOENT, -ECONNREFUSED, -EACCES as connect(2); -ETIMEDOUT
  * after RMEM_START_SECONDS; what kept the service from starting.
@@ -477,6 +479,7 @@ static inline int rmem_service_connect(struct rmem_service *service,
 				       const char *path)
 {
 	struct sockaddr_un name;
+	socklen_t size;
 	int fd, rc;
 
 	rmem_service_init(service, "connect");
@@ -485,10 +488,16 @@ static inline int rmem_service_connect(struct rmem_service *service,
 	if (strlen(path) >= sizeof(name.sun_path))
 		return rmem_fail(&service->socket, ENAMETOOLONG, path);
 	strcpy(name.sun_path, path);
+	size = (socklen_t)sizeof(name);
+	if (path[0] == '@') {
+		name.sun_path[0] = 0;
+		size = (socklen_t)(offsetof(struct sockaddr_un, sun_path) +
+				   strlen(path));
+	}
 	fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
 	if (fd < 0)
 		return rmem_fail(&service->socket, errno, "socket");
-	if (connect(fd, (const struct sockaddr *)&name, sizeof(name))) {
+	if (connect(fd, (const struct sockaddr *)&name, size)) {
 		rc = rmem_fail(&service->socket, errno, path);
 		close(fd);
 		return rc;

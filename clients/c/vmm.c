@@ -2,10 +2,12 @@
  * A VMM in C: runs a guest of this package on restricted memory, by way of
  * restrictedmem.h alone, and exits with the guest's status.
  *
- *	vmm [-s SOCKET | -p PYTHON] [-e ENGINE] [-m MIB] GUEST.elf [ARGUMENT...]
+ *	vmm [-s SOCKET | -p PYTHON | -x] [-e ENGINE] [-m MIB] GUEST.elf
+ *	    [ARGUMENT...]
  *
  * -s uses `restrictedmem serve --socket SOCKET`; -p, or nothing, starts a
- * private service with that interpreter.  What a VMM is for here: it makes the
+ * private service with that interpreter; -x, under `restrictedmem exec`, makes
+ * the descriptor by the system call and uses the service behind it.  What a VMM is for here: it makes the
  * descriptor, hands it to the VM, loads the guest, prints the measurement (to
  * stderr) and answers hypercalls (docs/guests.md).  The private memory it
  * cannot see.
@@ -24,6 +26,7 @@
 #include <restrictedmem/guest.h>
 #undef __ASSEMBLER__
 
+#define SYS_MEMFD_RESTRICTED	451
 #define SHARED_SIZE	(1UL << 20)
 #define PRIVATE_SLOT	0
 #define SHARED_SLOT	1
@@ -42,6 +45,7 @@ struct vmm {
 	struct rmem_vm vm;
 	struct rmem_vcpu vcpu;
 	uint64_t size;			/* of private memory */
+	bool by_system_call;
 	int restricted_fd;
 	int converted_fd;		/* what is shown of it once shared */
 	unsigned char *converted;
@@ -117,8 +121,11 @@ static void make_slots(struct vmm *v)
 	unsigned char token[RMEM_TOKEN_SIZE];
 	int window_fd;
 
-	must(&v->service.socket,
-	     rmem_memfd_restricted(&v->service, &v->restricted_fd));
+	if (!v->by_system_call)
+		must(&v->service.socket,
+		     rmem_memfd_restricted(&v->service, &v->restricted_fd));
+	else if ((v->restricted_fd = (int)syscall(SYS_MEMFD_RESTRICTED, 0)) < 0)
+		die("memfd_restricted: %m");
 	if (ftruncate(v->restricted_fd, (off_t)v->size))
 		die("ftruncate: %m");
 	v->converted = shared_memory(v->size, &v->converted_fd);
@@ -379,13 +386,19 @@ int main(int argc, char *argv[])
 	int option, status;
 
 	/* "+": what follows the guest's name is the guest's. */
-	while ((option = getopt(argc, argv, "+s:p:e:m:")) != -1) {
+	while ((option = getopt(argc, argv, "+s:p:xe:m:")) != -1) {
 		switch (option) {
 		case 's':
 			server = optarg;
 			break;
 		case 'p':
 			python = optarg;
+			break;
+		case 'x':
+			server = getenv("RESTRICTEDMEM_SERVER");
+			v.by_system_call = true;
+			if (!server)
+				die("-x is for programs of restrictedmem exec");
 			break;
 		case 'e':
 			engine = optarg;
@@ -398,8 +411,8 @@ int main(int argc, char *argv[])
 		}
 	}
 	if (optind == argc || v.size < PRIVATE_SIZE_MIN)
-		die("usage: vmm [-s SOCKET | -p PYTHON] [-e ENGINE] [-m MIB] "
-		    "GUEST.elf [ARGUMENT...]");
+		die("usage: vmm [-s SOCKET | -p PYTHON | -x] [-e ENGINE] "
+		    "[-m MIB] GUEST.elf [ARGUMENT...]");
 
 	must(&v.service.socket,
 	     server ? rmem_service_connect(&v.service, server)

@@ -1,9 +1,18 @@
 """``restrictedmem exec``: a program nobody changed, with memfd_restricted(2) present."""
 
 import argparse
+import json
+import os
+import time
+from errno import EBUSY
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from restrictedmem.abi.memory import SYS_memfd_restricted
+from restrictedmem.cli.errors import CommandError
 from restrictedmem.units import parse_size
+
+if TYPE_CHECKING:
+    from restrictedmem.syscall.launch import Call
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -14,9 +23,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Run a program and all its descendants with memfd_restricted(2) present: syscall(451, 0) returns a restricted "
         "descriptor, lowest free number and not close-on-exec. The program takes this process's place, so its terminal, signals and exit "
         "status are its own; 126 and 127 as a shell. A nested exec uses the outer supervisor. What the program cannot do: gain privileges "
-        "by exec (sudo, ping), or have a seccomp listener of its own (EBUSY).",
+        "by exec (sudo, ping), or have a seccomp listener of its own (EBUSY). RESTRICTEDMEM_SERVER names, to the program, the socket of "
+        "the service behind its descriptors, for the C client and restrictedmem run; set before, the server it names is used, with the "
+        "server's own options.",
         epilog="examples:\n"
         "  restrictedmem exec -- ./vmm --memory 64M\n"
+        "  restrictedmem exec --json used.json -- ./vmm --memory 64M\n"
         "  restrictedmem exec -- python3 -c 'import ctypes; print(ctypes.CDLL(None).syscall(451, 0))'",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -36,17 +48,71 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="judge flags strictly; without this, a call of the number with other flags goes to the kernel if it can only be cachestat(2), "
         "whose number it is since Linux 6.5",
     )
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write, when the program has ended, what was created, sized and punched, and the most memory that descriptors had at once; "
+        "the program is then a child, which gets the signals sent to this process and is killed with it",
+    )
     parser.add_argument("program", metavar="PROG", help="found as a shell finds it")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARG")
     parser.set_defaults(main=main)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Become the program."""
-    from restrictedmem.syscall.launch import Call, error_status, install, replace
+    """Become the program, or its parent if there is something to say at its end."""
+    from restrictedmem.syscall.launch import Call, install
 
-    install(Call(args.syscall_number, args.cachestat, args.api, args.memory_max))
+    call = Call(args.syscall_number, args.cachestat, args.api, args.memory_max)
+    command = [args.program, *args.arguments]
+    if args.json is None:
+        install(call)
+        _become(command)
+    with open(args.json, "w", encoding="utf-8") as file:
+        return _run_and_say(command, call, file)
+
+
+def _become(command: list[str]) -> NoReturn:
+    from restrictedmem.syscall.launch import error_status, replace
+
     try:
-        replace([args.program, *args.arguments])
+        replace(command)
     except OSError as error:
-        return error_status(error, args.program)
+        os._exit(error_status(error, command[0]))
+
+
+def _run_and_say(command: list[str], call: "Call", file: TextIO) -> int:
+    from restrictedmem.syscall.attend import attend, end_as
+    from restrictedmem.syscall.launch import install
+
+    if not install(call):
+        raise CommandError(f"--json: {os.strerror(EBUSY)}", "the outer restrictedmem exec is the one that knows: give it --json")
+    began = time.monotonic()
+    status = attend(lambda: _become(command))
+    report: dict[str, Any] = {"program": command, "seconds": round(time.monotonic() - began, 3)}
+    if os.WIFSIGNALED(status):
+        report |= {"status": None, "signal": os.WTERMSIG(status)}
+    else:
+        report |= {"status": os.WEXITSTATUS(status), "signal": None}
+    try:
+        report |= _usage()
+    except OSError as error:
+        report["error"] = f"what was done is not known: {error.strerror}"
+    json.dump(report, file)
+    file.write("\n")
+    file.flush()
+    return end_as(status)
+
+
+def _usage() -> dict[str, int]:
+    """Ask the service what its owners have done.
+
+    Raises:
+        OSError: supervisor or service are gone.
+    """
+    from restrictedmem.service import SERVER_VARIABLE
+    from restrictedmem.service.client import Service
+
+    with Service.connect(os.environ[SERVER_VARIABLE]) as service:
+        found: dict[str, int] = service.status()["usage"]
+        return found

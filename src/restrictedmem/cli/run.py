@@ -127,7 +127,8 @@ def _port(text: str) -> int:
 
 def main(args: argparse.Namespace) -> int:
     """Run the command and return the guest's exit status, or that of the proof."""
-    from restrictedmem.service.client import SERVER_VARIABLE, Service
+    from restrictedmem.service import SERVER_VARIABLE
+    from restrictedmem.service.client import Service
     from restrictedmem.service.start import Options
 
     if (args.guest is None) == (args.prove is None):

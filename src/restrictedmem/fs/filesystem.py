@@ -16,6 +16,8 @@ from typing import Final, NamedTuple, final
 from restrictedmem import sync
 from restrictedmem.abi import fuse
 from restrictedmem.abi.fuse import AttrValid, InitFlag, Opcode, OpenFlag
+from restrictedmem.abi.memory import FallocMode
+from restrictedmem.fs.usage import Usage
 from restrictedmem.mm import design
 from restrictedmem.mm.backing import make_backing
 from restrictedmem.mm.inode import Inode
@@ -85,6 +87,7 @@ class FileSystem:
         self._design = design
         self._backing = backing
         self.memory_max = memory_max
+        self.usage = Usage()
         self._max_files = max_files
         self._prove = prove
         self._nodes: dict[int, _Node] = {}
@@ -177,6 +180,7 @@ class FileSystem:
             backing = make_backing(kind, limit=self.memory_max)
             file = RestrictedFile(design.make(self._design), backing, Inode.make(request.uid, request.gid))
             self._nodes[nodeid] = _Node(file)
+        self.usage.create(file)
         entry = fuse.ENTRY_OUT.pack(nodeid, 0, 0, 0, 0, 0)
         return entry + _attributes(nodeid, file) + fuse.OPEN_OUT.pack(0, _OPEN_FLAGS, 0)
 
@@ -207,6 +211,7 @@ class FileSystem:
         asked = fuse.fuse_setattr_in.from_buffer_copy(request.body)
         if asked.valid & AttrValid.SIZE:
             file.ftruncate(asked.size)
+            self.usage.size(asked.size)
         if asked.valid & AttrValid.MODE:
             file.inode.chmod(asked.mode, request.uid)
         if asked.valid & (AttrValid.UID | AttrValid.GID):
@@ -224,7 +229,12 @@ class FileSystem:
         file = self._file(request.nodeid)
         if length > _HUGE_REQUEST or file.notifier_count:
             self.before_waiting()
-        file.fallocate(mode, offset, length)
+        if mode & FallocMode.PUNCH_HOLE:
+            self.usage.punch(file, length)
+            file.fallocate(mode, offset, length)
+        else:
+            file.fallocate(mode, offset, length)
+            self.usage.allocate(file)
         return _EMPTY
 
     def _ioctl(self, request: Request) -> bytes:
@@ -246,6 +256,7 @@ class FileSystem:
             if node is None or not node.open:
                 raise OSError(ENOENT, f"release: node {request.nodeid}")
             node.open = False
+        self.usage.close(node.file)
         node.file.put()
         return _EMPTY
 
@@ -264,6 +275,7 @@ class FileSystem:
         # A create that was interrupted after our reply is forgotten without ever having been opened.
         if node is not None and node.open:
             node.open = False
+            self.usage.close(node.file)
             node.file.put()
 
     def _interrupt(self, request: Request) -> None:

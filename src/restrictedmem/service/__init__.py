@@ -4,3 +4,8 @@
 two processes: the ``spawner``, which forks consumers and ends with the service, and the ``daemon``, which is FUSE and the shim. ``wire``
 is what travels between all of them.
 """
+
+from typing import Final
+
+#: Set to the socket of ``restrictedmem serve`` to use that instead of a private service; ``exec`` sets it for its programs.
+SERVER_VARIABLE: Final = "RESTRICTEDMEM_SERVER"

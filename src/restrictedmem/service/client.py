@@ -17,12 +17,10 @@ from restrictedmem import sync
 from restrictedmem.abi.memory import RMFD_HUGEPAGE
 from restrictedmem.fd import OwnedFd, receive_with_fds
 from restrictedmem.fs.filesystem import HUGEPAGE_MODE, NAME, PROVE
-from restrictedmem.service import wire
+from restrictedmem.service import SERVER_VARIABLE, wire
 from restrictedmem.service.start import Options
 from restrictedmem.service.wire import Channel
 
-#: Set to the socket of ``restrictedmem serve`` to use that instead of a private service.
-SERVER_VARIABLE: Final = "RESTRICTEDMEM_SERVER"
 #: Seconds that a service may take to come up.
 START_DEADLINE: Final = 10.0
 
@@ -90,18 +88,27 @@ class Service:
 
     @classmethod
     def connect(cls, path: str) -> Self:
-        """Get a service from ``restrictedmem serve``.
+        """Get a service from ``restrictedmem serve``, or be let into that of ``restrictedmem exec``.
 
         Raises:
             OSError: ENOENT, ECONNREFUSED, EACCES as connect(2).
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         try:
-            sock.connect(path)
+            sock.connect(address(path))
         except OSError as error:
             sock.close()
             raise OSError(error.errno, f"connect {path}: {os.strerror(error.errno or 0)}") from None
         return cls(sock)
+
+    def share(self, sock: socket.socket) -> None:
+        """Make whoever is at the other end of ``sock`` an owner of this service, too: there it is as from ``connect``.
+
+        Raises:
+            OSError: EPIPE when either end is gone.
+        """
+        Channel(sock, "another owner").post(wire.READY, json.dumps(self.info).encode(), [self._mount.fileno()])
+        Channel(self._first, "service").post(wire.CONNECT, fds=[sock.fileno()])
 
     def memfd_restricted(self, flags: int = 0) -> int:
         """Create a restricted descriptor, close-on-exec, which the caller owns; see ``restrictedmem.memfd_restricted``."""
@@ -202,6 +209,11 @@ class Service:
                 with theirs, suppress(BrokenPipeError):
                     Channel(self._first, "service").post(wire.CONNECT, fds=[theirs.fileno()])
             return self._channel
+
+
+def address(path: str) -> str:
+    """Return the address of a socket by its path, or, where that begins with ``@``, by its name in the abstract namespace (unix(7))."""
+    return "\0" + path[1:] if path.startswith("@") else path
 
 
 def start_process(theirs: socket.socket, options: Options) -> subprocess.Popen[bytes]:

@@ -127,7 +127,6 @@ class _Connection:
     """An owner's connection and the tokens that were given out on it."""
 
     channel: Channel
-    first: bool
     tokens: set[bytes] = field(default_factory=set[bytes])
 
 
@@ -156,7 +155,7 @@ class Service:
         self._mutex = sync.mutex()
         # Under _mutex: tokens given out and not bound yet, with the file whose holder presented one (held by a reference).
         self._tokens: dict[bytes, tuple[int, RestrictedFile] | None] = {}
-        self._connect(owner, first=True)
+        self._connect(owner)
         self._listen()
 
     def signing_key(self) -> str | None:
@@ -212,8 +211,8 @@ class Service:
 
     # Owners.
 
-    def _connect(self, channel: Channel, *, first: bool) -> None:
-        connection = _Connection(channel, first)
+    def _connect(self, channel: Channel) -> None:
+        connection = _Connection(channel)
 
         def end() -> None:
             channel.close()
@@ -223,8 +222,8 @@ class Service:
         self._watch(channel, lambda: self._serve(channel, lambda message: self._dispatch_owner(connection, message), end))
 
     def _dispatch_owner(self, connection: _Connection, message: Message) -> None:
-        if message.number == wire.CONNECT.number and connection.first:
-            self._connect(Channel(message.take_socket(), "owner"), first=False)
+        if message.number == wire.CONNECT.number:
+            self._connect(Channel(message.take_socket(), "owner"))
         elif message.number == wire.TOKEN.number:
             connection.channel.reply(self._token(connection))
         elif message.number == wire.SPAWN.number:
@@ -404,15 +403,17 @@ class Service:
             channel.reply(fds=[fd.fileno()])
 
     def _status(self) -> dict[str, object]:
-        files: list[dict[str, int]] = []
-        for ino, file in self.filesystem.files().items():
-            # It may be closed while we look.
-            if file.get_unless_zero():
-                try:
-                    resident = file.backing.resident()
-                finally:
-                    file.put()
-                files.append({"ino": ino, "size": file.size, "resident": resident, "notifiers": file.notifier_count})
+        # They may be closed while we look.
+        held = {ino: file for ino, file in self.filesystem.files().items() if file.get_unless_zero()}
+        try:
+            files = [
+                {"ino": ino, "size": file.size, "resident": file.backing.resident(), "notifiers": file.notifier_count}
+                for ino, file in held.items()
+            ]
+            usage = self.filesystem.usage.report(list(held.values()))
+        finally:
+            for file in held.values():
+                file.put()
         consumers = [
             {
                 "name": consumer.name,
@@ -433,6 +434,7 @@ class Service:
             "memory_max": self._options.memory_max,
             "signing_key": self.signing_key(),
             "descriptors": files,
+            "usage": usage,
             "consumers": consumers,
             "last_error": self._last_error,
         }

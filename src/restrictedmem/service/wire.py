@@ -34,7 +34,7 @@ class Call:
 
 # An owner to its service.
 CONNECT: Final = Call("CONNECT", 1)
-"""On the first socket alone: descriptor 0 is a new connection, for a process that inherited the first. No reply."""
+"""Descriptor 0 is a new connection, for a process that inherited this one or gets its own from us. No reply."""
 TOKEN: Final = Call("TOKEN", 2)
 """Reply: a one-time token, to be presented by ioctl on a descriptor."""
 SPAWN: Final = Call("SPAWN", 3)

@@ -1,1 +1,4 @@
-"""memfd_restricted(2) for programs that nobody changed: a filter that stops their call, and a supervisor that answers it."""
+"""memfd_restricted(2) for programs that nobody changed: a filter that stops their call, and a supervisor that answers it.
+
+``popen`` starts such a program, ``launch`` becomes one. ``filter`` says which calls stop, and ``supervisor`` what they come to.
+"""

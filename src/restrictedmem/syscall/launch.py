@@ -5,19 +5,26 @@ of nobody's: a program that waits for any child must not meet one that it does n
 """
 
 import os
+import secrets
 import signal
 import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from errno import EBUSY, ENOTSUP
-from typing import NoReturn
+from itertools import pairwise
+from typing import Final, NoReturn
 
 from restrictedmem.abi import process, seccomp
 from restrictedmem.abi._syscall import syscall
 from restrictedmem.abi.memory import SYS_memfd_restricted
 from restrictedmem.fd import OwnedFd, receive_with_fds, send_with_fds
+from restrictedmem.service import SERVER_VARIABLE
 from restrictedmem.syscall.filter import TABLES, program
+
+#: The name, in the abstract namespace, of the socket where programs reach their service; behind it a word that nobody can guess.
+_DOOR_NAME: Final = "restrictedmem-exec/{pid}/{secret}"
+_BACKLOG: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +34,7 @@ class Call:
     number: int = SYS_memfd_restricted
     #: Whether a call of the number that is none of memfd_restricted's may be cachestat's.
     cachestat: bool = True
-    #: What the service is asked for that is started at the first call (``service.start.Options``).
+    #: What the service is asked for that is started at the first call (``service.start.Options``), unless there is a server.
     api: str = "v10"
     memory_max: int | None = None
 
@@ -44,8 +51,11 @@ def replace(arguments: Sequence[str]) -> NoReturn:
     os.execvp(arguments[0], list(arguments))
 
 
-def install(call: Call) -> None:
+def install(call: Call) -> bool:
     """Put this thread and its future children under a supervisor of its own, or leave it to the one it is under already.
+
+    Returns whether it is its own; ``SERVER_VARIABLE`` then names the socket on which programs reach the service behind their descriptors.
+    The supervisor uses the server that this variable named before, if it did.
 
     Raises:
         OSError: ENOTSUP for a machine whose numbers are not known; as seccomp(2), EBUSY when a filter above has a listener that is none of
@@ -55,9 +65,13 @@ def install(call: Call) -> None:
     if machine not in TABLES:
         raise OSError(ENOTSUP, f"numbers of system calls on {machine} are not known here")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, theirs:
+    name = _DOOR_NAME.format(pid=os.getpid(), secret=secrets.token_hex(8))
+    with ours, theirs, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
+        # It leaves nothing behind, as a path would if the supervisor were killed.
+        door.bind("\0" + name)
+        door.listen(_BACKLOG)
         # Before the filter, which children inherit.
-        _fork_supervisor(theirs, machine, call)
+        _fork_supervisor(theirs, door, machine, call)
         theirs.close()
         process.prctl(process.PR_SET_NO_NEW_PRIVS, 1)
         flags = seccomp.FilterFlag.NEW_LISTENER
@@ -67,11 +81,13 @@ def install(call: Call) -> None:
             listener = seccomp.install(program(machine, call.number), flags)
         except OSError as error:
             if error.errno == EBUSY and _is_present(call.number):
-                return
+                return False
             raise
         with listener:
             # It need not have been received before a program begins, whose calls wait for that.
             send_with_fds(ours, b"listener", [listener.fileno()])
+    os.environ[SERVER_VARIABLE] = "@" + name
+    return True
 
 
 def _is_present(number: int) -> bool:
@@ -83,7 +99,7 @@ def _is_present(number: int) -> bool:
     return True
 
 
-def _fork_supervisor(channel: socket.socket, machine: str, call: Call) -> None:
+def _fork_supervisor(channel: socket.socket, door: socket.socket, machine: str, call: Call) -> None:
     """Start the supervisor, as a grandchild that init inherits."""
     child = os.fork()
     if child:
@@ -92,13 +108,13 @@ def _fork_supervisor(channel: socket.socket, machine: str, call: Call) -> None:
     status = 1
     try:
         if os.fork() == 0:
-            _supervise(channel.detach(), machine, call)
+            _supervise(channel, door, machine, call)
         status = 0
     finally:
         os._exit(status)
 
 
-def _supervise(channel: int, machine: str, call: Call) -> None:
+def _supervise(channel: socket.socket, door: socket.socket, machine: str, call: Call) -> None:
     # What a terminal sends is for the program, and so are its descriptors: who waits for the end of a pipe waits for the program alone.
     os.setpgid(0, 0)
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP):
@@ -107,10 +123,12 @@ def _supervise(channel: int, machine: str, call: Call) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
-    channel = _keep_only(channel)
+    for below, above in pairwise((2, *sorted((channel.fileno(), door.fileno())), os.sysconf("SC_OPEN_MAX"))):
+        os.closerange(below + 1, above)
+    server = os.environ.get(SERVER_VARIABLE)
     os.chdir("/")
-    with socket.socket(fileno=channel) as asked:
-        _, fds = receive_with_fds(asked, 16)
+    with channel:
+        _, fds = receive_with_fds(channel, 16)
     if not fds:
         return
     # Late: the program's start does not wait for this.
@@ -118,16 +136,10 @@ def _supervise(channel: int, machine: str, call: Call) -> None:
     from restrictedmem.service.start import Options
     from restrictedmem.syscall.supervisor import Supervisor
 
-    options = Options(api=call.api, memory_max=call.memory_max)
-    Supervisor(fds[0], TABLES[machine], call.number, lambda: Service.start(options), cachestat=call.cachestat).run()
+    def start() -> Service:
+        return Service.connect(server) if server else Service.start(Options(api=call.api, memory_max=call.memory_max))
 
-
-def _keep_only(fd: int) -> int:
-    """Close all descriptors above the standard ones but one, and return its number from now on."""
-    if fd != 3:
-        os.dup2(fd, 3)
-    os.closerange(4, os.sysconf("SC_OPEN_MAX"))
-    return 3
+    Supervisor(fds[0], door, TABLES[machine], call.number, start, cachestat=call.cachestat).run()
 
 
 def error_status(error: OSError, name: str) -> int:

@@ -7,6 +7,7 @@ before a byte is written, the process is known to be still the one that waits.
 
 import os
 import select
+import socket
 import struct
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,6 +29,7 @@ from restrictedmem.abi.seccomp import (
 )
 from restrictedmem.fd import OwnedFd
 from restrictedmem.service.client import Service
+from restrictedmem.service.daemon import peer_credentials
 from restrictedmem.syscall.filter import Table
 
 #: ``RESTRICTEDMEM_MAGIC`` of v9 and v10: "RESM".
@@ -50,12 +52,22 @@ class _Continue(Exception):  # noqa: N818 not an error
 class Supervisor:
     """One filter's listener, and the service whose descriptors it hands out."""
 
-    def __init__(self, listener: OwnedFd, tables: tuple[Table, ...], number: int, start: Callable[[], Service], *, cachestat: bool) -> None:
-        """Answer for ``listener``, which this owns; ``start`` makes the service at the first call.
+    def __init__(
+        self,
+        listener: OwnedFd,
+        door: socket.socket,
+        tables: tuple[Table, ...],
+        number: int,
+        start: Callable[[], Service],
+        *,
+        cachestat: bool,
+    ) -> None:
+        """Answer for ``listener``, and let processes of this user into the service at ``door``; ``start`` makes it at the first call.
 
         ``cachestat``: a call of the number that cannot be memfd_restricted's may be cachestat's.
         """
         self._listener = listener
+        self._door = door
         self._tables = {table.arch: table for table in tables}
         self._number = number
         self._start = start
@@ -66,18 +78,39 @@ class Supervisor:
         """Answer until no process is left under the filter."""
         poll = select.poll()
         poll.register(self._listener.fileno(), select.POLLIN)
-        while not any(events & (select.POLLHUP | select.POLLERR) for _, events in poll.poll()):
-            notification = seccomp_notif(data=seccomp_data())
-            try:
-                SECCOMP_IOCTL_NOTIF_RECV(self._listener, notification)
-            except OSError as error:
-                # The caller was killed before it was heard.
-                if error.errno in (ENOENT, EINTR):
-                    continue
-                raise
-            # It may be gone at any time.
-            with suppress(FileNotFoundError):
-                self._answer(notification)
+        poll.register(self._door.fileno(), select.POLLIN)
+        while True:
+            for fd, events in poll.poll():
+                if fd == self._door.fileno():
+                    self._let_in()
+                elif events & (select.POLLHUP | select.POLLERR):
+                    return
+                else:
+                    self._serve()
+
+    def _serve(self) -> None:
+        notification = seccomp_notif(data=seccomp_data())
+        try:
+            SECCOMP_IOCTL_NOTIF_RECV(self._listener, notification)
+        except OSError as error:
+            # The caller was killed before it was heard.
+            if error.errno in (ENOENT, EINTR):
+                return
+            raise
+        # It may be gone at any time.
+        with suppress(FileNotFoundError):
+            self._answer(notification)
+
+    def _let_in(self) -> None:
+        """Make who knocks an owner of the service; one that nothing can be done for finds the connection closed."""
+        with suppress(OSError), self._door.accept()[0] as sock:
+            if peer_credentials(sock)[1] == os.geteuid():
+                self._started().share(sock)
+
+    def _started(self) -> Service:
+        if self._service is None:
+            self._service = self._start()
+        return self._service
 
     def _answer(self, notification: seccomp_notif) -> None:
         response = seccomp_notif_resp(id=notification.id)
@@ -112,9 +145,7 @@ class Supervisor:
 
     def _give(self, notification: seccomp_notif, flags: int) -> None:
         """Create a descriptor and put it into the caller, as the call's result: lowest free number, not close-on-exec."""
-        if self._service is None:
-            self._service = self._start()
-        with OwnedFd(self._service.memfd_restricted(flags)) as fd:
+        with OwnedFd(self._started().memfd_restricted(flags)) as fd:
             answer = seccomp_notif_addfd(id=notification.id, flags=SECCOMP_ADDFD_FLAG_SEND, srcfd=fd.fileno())
             SECCOMP_IOCTL_NOTIF_ADDFD(self._listener, answer)
 

@@ -1,0 +1,43 @@
+"""Start a program that has the system call, as ``subprocess.Popen`` starts any."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from errno import EACCES, ENOENT
+from pathlib import Path
+from typing import Any, Final
+
+from restrictedmem.syscall.launch import Call
+
+_START: Final = "import sys; sys.path.insert(0, sys.argv.pop(1)); from restrictedmem.cli.main import run; run()"
+_PACKAGE_ROOT: Final = str(Path(__file__).resolve().parent.parent.parent)
+
+
+def popen(arguments: Sequence[str | os.PathLike[str]], call: Call | None = None, **options: Any) -> subprocess.Popen[Any]:
+    """Start a program under a supervisor of its own; ``options`` are those of ``subprocess.Popen``, and so is what is returned.
+
+    It is ``restrictedmem exec`` that is started, and that the program replaces: so ``pid`` is the program's, and this process may have any
+    number of threads. The program finds the service behind its descriptors by ``service.SERVER_VARIABLE``.
+
+    Raises:
+        OSError: ENOENT, EACCES as ``subprocess.Popen`` for a program that is not found or cannot be executed; EAGAIN, ENOMEM.
+    """
+    call = call or Call()
+    words = [os.fspath(argument) for argument in arguments]
+    _check(words[0], options)
+    own = ["--api", call.api, "--syscall-number", str(call.number)]
+    own += [] if call.cachestat else ["--no-cachestat"]
+    own += [] if call.memory_max is None else ["--memory-max", str(call.memory_max)]
+    return subprocess.Popen([sys.executable, "-I", "-c", _START, _PACKAGE_ROOT, "exec", *own, "--", *words], **options)
+
+
+def _check(program: str, options: dict[str, Any]) -> None:
+    named = bool(os.path.dirname(program))
+    # What is relative is so to where the program is to run.
+    place = os.path.join(options.get("cwd") or "", program) if named else program
+    environment = options.get("env")
+    if shutil.which(place, path=(os.environ if environment is None else environment).get("PATH")) is None:
+        number = EACCES if named and os.path.exists(place) else ENOENT
+        raise OSError(number, f"popen: {os.strerror(number)}", program)

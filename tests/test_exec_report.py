@@ -1,0 +1,203 @@
+"""``restrictedmem exec --json``: what was done, by a program that is a child and behaves as if it were not; and ``popen``."""
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+from errno import EACCES, ENOENT
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from outcomes import Errno, outcome
+from restrictedmem.syscall.launch import Call
+from restrictedmem.syscall.popen import popen
+from under_exec import EXEC, PRELUDE, supervisor_of, under
+from waiting import wait_for
+
+pytestmark = pytest.mark.requires("fuse", "seccomp")
+
+NOTHING = {"created": 0, "sized": 0, "sized_bytes": 0, "punched": 0, "punched_bytes": 0, "peak_bytes": 0}
+PAGE = 4096
+
+
+def reported(path: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    assert report.pop("seconds") >= 0
+    return report
+
+
+def test_what_was_created_sized_and_punched_and_the_most_memory(tmp_path: Path) -> None:
+    code = """
+one, two = call(0), call(2)
+os.ftruncate(one, 1 << 20); os.ftruncate(two, 1 << 21)
+os.posix_fallocate(one, 0, 8 << 12)
+libc.fallocate(one, 3, ctypes.c_long(0), ctypes.c_long(4 << 12))
+os.posix_fallocate(two, 0, 3 << 12)
+os.close(one)
+os.posix_fallocate(two, 0, 6 << 12)
+if os.fork() == 0: os._exit(call(0) < 0)
+os.wait(); sys.exit(3)
+"""
+    process = under(code, "--json", str(tmp_path / "report"))
+    # It is there when the command has ended.
+    assert (process.communicate(timeout=60), process.returncode) == (("", ""), 3)
+    program = [sys.executable, "-c", PRELUDE + code]
+    bytes_ = {"sized_bytes": 3 << 20, "punched_bytes": 4 * PAGE, "peak_bytes": 8 * PAGE}
+    counts = {"created": 3, "sized": 2, "punched": 1}
+    assert reported(tmp_path / "report") == {"program": program, "status": 3, "signal": None, **counts, **bytes_}
+
+
+def test_memory_that_a_guest_took(tmp_path: Path) -> None:
+    run = [sys.executable, "-m", "restrictedmem", "run", "--engine", "software", "--json", "sha256"]
+    done = subprocess.run(
+        [*EXEC, "--json", str(tmp_path / "report"), "--", *run], input=bytes(PAGE), capture_output=True, check=True, timeout=60
+    )
+    report = reported(tmp_path / "report")
+    assert report["created"] == report["sized"] == 1
+    assert report["peak_bytes"] >= json.loads(done.stderr or done.stdout.splitlines()[-1])["pages_taken"] * PAGE > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "signal_", "message"),
+    [
+        (["/no/such/program"], 127, None, "restrictedmem exec: /no/such/program: No such file or directory\n"),
+        (["/etc/passwd"], 126, None, "restrictedmem exec: /etc/passwd: Permission denied\n"),
+        (["sh", "-c", "exit 7"], 7, None, ""),
+        (["sh", "-c", "kill -TERM $$"], None, signal.SIGTERM, ""),
+        (["sh", "-c", "kill -KILL $$"], None, signal.SIGKILL, ""),
+        (["sh", "-c", "kill -SEGV $$"], None, signal.SIGSEGV, ""),
+        (["sh", "-c", "kill -PIPE $$"], None, signal.SIGPIPE, ""),
+    ],
+)
+def test_the_status_is_the_programs(tmp_path: Path, arguments: list[str], status: int | None, signal_: int | None, message: str) -> None:
+    path = tmp_path / "report"
+    found = subprocess.run([*EXEC, "--json", str(path), "--", *arguments], check=False, capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stderr) == (status if signal_ is None else -signal_, message)
+    assert reported(path) == {"program": arguments, "status": status, "signal": signal_, **NOTHING}
+
+
+def test_a_report_that_cannot_be_written_keeps_the_program_from_starting(tmp_path: Path) -> None:
+    command = [*EXEC, "--json", str(tmp_path / "none" / "report"), "--", "touch", str(tmp_path / "started")]
+    found = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stderr) == (1, f"error: {tmp_path}/none/report: No such file or directory\n")
+    assert not (tmp_path / "started").exists()
+
+
+def test_a_nested_one_is_not_the_one_that_knows(tmp_path: Path) -> None:
+    inner = [*EXEC, "--json", str(tmp_path / "report"), "--", "touch", str(tmp_path / "started")]
+    found = subprocess.run([*EXEC, "--", *inner], check=False, capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stderr.splitlines()[0]) == (1, "error: --json: Device or resource busy")
+    assert not (tmp_path / "started").exists()
+
+
+def test_without_a_supervisor_the_status_is_still_the_programs(tmp_path: Path) -> None:
+    mark = tmp_path.name + "-supervisor"
+    code = "print(call(0) < 0, flush=True); sys.stdin.readline(); sys.exit(5)"
+    with under(code, "--json", str(tmp_path / "report"), environment={"MARK": mark}) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "False\n"
+        supervisor = supervisor_of(mark)
+        assert supervisor is not None
+        os.kill(supervisor, signal.SIGKILL)
+        wait_for("the supervisor to be gone", lambda: supervisor_of(mark) is None)
+        assert (process.communicate("\n", timeout=60), process.returncode) == (("", ""), 5)
+    assert reported(tmp_path / "report")["error"].startswith("what was done is not known: ")
+
+
+# As if it ran in that process's place.
+
+
+def start(tmp_path: Path, script: str) -> subprocess.Popen[str]:
+    """Start a shell script that says "ready"."""
+    command = [*EXEC, "--json", str(tmp_path / "report"), "--", "sh", "-c", script]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT], ids=lambda s: s.name)
+def test_what_is_sent_to_the_command_reaches_the_program(tmp_path: Path, number: signal.Signals) -> None:
+    with start(tmp_path, f"trap 'exit 9' {number.name[3:]}; echo ready; while read line; do :; done") as process:
+        process.send_signal(number)
+        assert process.wait(timeout=10) == 9
+    assert reported(tmp_path / "report")["status"] == 9
+
+
+def test_both_stop_and_go_on_together(tmp_path: Path) -> None:
+    with start(tmp_path, "echo ready; kill -STOP $$; exit 4") as process:
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(timeout=10) == 4
+
+
+def test_the_program_is_killed_with_the_command(tmp_path: Path) -> None:
+    with start(tmp_path, "echo ready; echo $$; exec cat") as process:
+        assert process.stdout is not None
+        program = int(process.stdout.readline())
+        process.kill()
+        wait_for("the program to be gone", lambda: not Path(f"/proc/{program}").exists())
+
+
+def test_a_terminals_interrupt_comes_once(tmp_path: Path) -> None:
+    code = """
+import signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGUSR1])
+print("ready", flush=True)
+found = [signal.sigwait([signal.SIGINT, signal.SIGUSR1]).name]
+while (info := signal.sigtimedwait([signal.SIGINT, signal.SIGUSR1], 1)): found.append(signal.Signals(info.si_signo).name)
+print(*found)
+"""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [*EXEC, "--json", str(tmp_path / "report"), "--", sys.executable, "-c", code])
+    output = b""
+
+    def printed() -> bytes:
+        nonlocal output
+        if select.select([terminal], [], [], 0.05)[0]:
+            output += os.read(terminal, 1000)
+        return output
+
+    wait_for("the program to be ready", lambda: b"ready\r\n" in printed(), 60)
+    os.write(terminal, b"\x03")
+    wait_for("what it got", lambda: printed().endswith(b"SIGINT\r\n"), 60)
+    assert b"SIGINT SIGINT" not in output
+    assert os.waitpid(pid, 0)[1] == 0
+    os.close(terminal)
+
+
+# popen.
+
+
+def test_popen_starts_the_program_itself() -> None:
+    code = PRELUDE + "print((os.getpid(), call(0), sys.stdin.read()))"
+    with popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        out, _ = process.communicate("word", timeout=60)
+    # The test's own standard error is descriptor 2 there.
+    assert eval(out) == (process.pid, 3, "word")
+
+
+def test_popen_takes_what_exec_takes() -> None:
+    code = PRELUDE + "fd = libc.syscall(ctypes.c_long(1234), ctypes.c_long(0)); os.posix_fallocate(fd, 0, 8192)"
+    call = Call(number=1234, cachestat=False, api="v9", memory_max=4096)
+    with popen([sys.executable, "-c", code], call, stderr=subprocess.PIPE, text=True) as process:
+        assert "No space left on device" in process.communicate(timeout=60)[1]
+
+
+def test_popen_of_what_cannot_be_executed(tmp_path: Path) -> None:
+    (tmp_path / "script").write_text("true\n")
+    assert outcome(lambda: popen(["/no/such/program"])) == Errno(ENOENT)
+    assert outcome(lambda: popen(["no-such-program"])) == Errno(ENOENT)
+    assert outcome(lambda: popen([tmp_path / "script"])) == Errno(EACCES)
+    assert outcome(lambda: popen(["true"], env={"PATH": "/nowhere"})) == Errno(ENOENT)
+    (tmp_path / "script").chmod(0o755)
+    (tmp_path / "script").write_text("#!/bin/sh\nexit 6\n")
+    with popen(["./script"], cwd=tmp_path) as process:
+        assert process.wait(timeout=60) == 6
