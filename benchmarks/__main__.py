@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from benchmarks import conversion, descriptor, devkvm, get_page, guest, levels, memory, notifier, punched, seal, startup, vcpus
+from benchmarks import conversion, descriptor, devkvm, get_page, guest, levels, memory, notifier, punched, seal, startup, syscall, vcpus
 from benchmarks.common import HEAD, BenchError, Figure, Lab, machine
 
 BENCHES: Final[dict[str, Callable[[Lab], Iterator[Figure]]]] = {
@@ -23,6 +23,7 @@ BENCHES: Final[dict[str, Callable[[Lab], Iterator[Figure]]]] = {
     **punched.BENCHES,
     **seal.BENCHES,
     **startup.BENCHES,
+    **syscall.BENCHES,
     **vcpus.BENCHES,
 }
 

@@ -23,12 +23,29 @@ _AMONG: Final = 500
 
 
 @contextmanager
-def _floor(lab: Lab, *, real: bool = False) -> Generator[tuple[int, int]]:
-    """Mount as the service does, served by C, which does nothing or the ``real`` thing; yields the server's pid and a descriptor.
+def served_by_c(lab: Lab, *, real: bool = False) -> Generator[int]:
+    """Mount as the service does, served by C, which does nothing or the ``real`` thing; yields a descriptor of the mount's root.
 
     Raises:
         BenchError: where this process may not mount.
     """
+    with _mounted(lab, real=real) as (_, root):
+        yield root
+
+
+@contextmanager
+def _floor(lab: Lab, *, real: bool = False) -> Generator[tuple[int, int]]:
+    """Yield the pid of such a server and a restricted descriptor of it."""
+    with _mounted(lab, real=real) as (pid, root):
+        fd = os.open(NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, dir_fd=root)
+        try:
+            yield pid, fd
+        finally:
+            os.close(fd)
+
+
+@contextmanager
+def _mounted(lab: Lab, *, real: bool) -> Generator[tuple[int, int]]:
     program = lab.program("fuse")
     try:
         device, root = mount_detached(allow_other=True)
@@ -39,11 +56,7 @@ def _floor(lab: Lab, *, real: bool = False) -> Generator[tuple[int, int]]:
             os.ftruncate(backing.fileno(), _SIZE)
             inherited = [device.fileno(), backing.fileno()][: 1 + real]
             server = subprocess.Popen([program, *map(str, inherited)], pass_fds=inherited)
-        fd = os.open(NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, dir_fd=root.fileno())
-        try:
-            yield server.pid, fd
-        finally:
-            os.close(fd)
+        yield server.pid, root.fileno()
     server.wait()
 
 

@@ -1,5 +1,6 @@
 """From shell to shell, beside a Python that does nothing."""
 
+import statistics
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ def _nothing() -> float:
 
 
 def start(lab: Lab) -> Iterator[Figure]:
-    """Time the help, the import, and a guest that does nothing."""
+    """Time the help, the import, a guest that does nothing, and a program that does nothing under exec."""
     rounds = lab.rounds(_ROUNDS)
     helped = alternate(_nothing, lambda: _timed("-m", "restrictedmem", "--help"), rounds)
     yield helped.figure("restrictedmem --help", "ms", below(150, "under 150 ms"))
@@ -31,6 +32,10 @@ def start(lab: Lab) -> Iterator[Figure]:
     yield imported.figure("import restrictedmem", "ms")
     ran = alternate(_nothing, lambda: _timed("-m", "restrictedmem", "run", "--memory", "4M", "spin", "empty"), rounds)
     yield ran.figure("restrictedmem run of an empty guest", "ms", below(1000, "under 1 s"))
+    executed = alternate(_nothing, lambda: _timed("-m", "restrictedmem", "exec", "--", "true"), rounds)
+    above = statistics.median(ours - floor for floor, ours in zip(executed.floor, executed.ours, strict=True))
+    yield executed.figure("restrictedmem exec of true", "ms")
+    yield Figure("  above Python's own start", "ms", None, above, None, below(100, "under 100 ms"))
 
 
 BENCHES: Final[dict[str, Callable[[Lab], Iterator[Figure]]]] = {"start": start}

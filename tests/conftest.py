@@ -43,6 +43,10 @@ def _go() -> str:
     return "" if shutil.which("go") else "go is not installed (package golang-go)"
 
 
+def _musl() -> str:
+    return "" if shutil.which("musl-gcc") else "musl-gcc is not installed (package musl-tools)"
+
+
 def _qemu() -> str:
     return "" if shutil.which("qemu-system-x86_64") else "qemu-system-x86_64 is not installed (package qemu-system-x86)"
 
@@ -61,6 +65,7 @@ FEATURES: dict[str, Callable[[], str]] = {
     "seccomp": _seccomp,
     "go": _go,
     "qemu": _qemu,
+    "musl": _musl,
     "hugetlb": hugetlb.missing,
 }
 

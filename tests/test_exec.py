@@ -6,18 +6,21 @@ import signal
 import subprocess
 import sys
 import uuid
-from errno import EBADF, EINVAL, EMFILE, ENODEV, ENOSYS
+from errno import EBADF, EINVAL, EMFILE, ENFILE, ENODEV, ENOSYS
+from pathlib import Path
 
 import pytest
 
 from restrictedmem.abi import memory, seccomp
 from restrictedmem.syscall.filter import TABLES, program
 from under_exec import EXEC, PRELUDE, said, supervisor_of, under
+from users import as_user
 from waiting import wait_for
 
 pytestmark = pytest.mark.requires("fuse", "seccomp")
 
 MAGIC = 0x5245534D
+FUSE_MAGIC = 0x65735546
 
 
 def test_a_descriptor_is_the_lowest_free_and_stays_open_across_exec() -> None:
@@ -165,6 +168,21 @@ def test_its_file_system_is_the_proposals() -> None:
     assert said(code) == (0, MAGIC, 4096, 255, (-1, 14), 0x9FA0)
 
 
+@pytest.mark.requires("root")
+@pytest.mark.parametrize(("dumpable", "expected"), [(1, (MAGIC, ENODEV)), (0, (FUSE_MAGIC, 0))])
+def test_where_nobody_may_look_into_the_program_the_file_system_answers(dumpable: int, expected: tuple[int, int]) -> None:
+    """An ordinary user's supervisor is refused what Yama would refuse it, too."""
+    code = (
+        "from restrictedmem.abi import process\n"
+        f"process.prctl(process.PR_SET_DUMPABLE, {dumpable})\n"
+        "fd = call(0); os.ftruncate(fd, 4096); found = (ctypes.c_uint64 * 15)(); libc.fstatfs(fd, found)\n"
+        "libc.mmap.restype = ctypes.c_void_p\n"
+        "at = libc.mmap(None, ctypes.c_size_t(4096), mmap.PROT_READ, mmap.MAP_PRIVATE, fd, ctypes.c_long(0))\n"
+        "print((found[0], ctypes.get_errno() if at == ctypes.c_void_p(-1).value else 0))"
+    )
+    assert as_user(lambda: said(code)) == expected
+
+
 # Whose process it is.
 
 
@@ -274,6 +292,45 @@ def test_without_a_supervisor_the_call_is_not_there_and_programs_start() -> None
         wait_for("the supervisor to be gone", lambda: supervisor_of(mark) is None)
         out, err = process.communicate("go\n", timeout=60)
     assert (out, err) == (f"{(-ENOSYS, 0, 0)}\n", "")
+
+
+def test_a_call_that_waits_when_the_supervisor_is_killed_is_not_there_either() -> None:
+    mark = str(uuid.uuid4())
+    code = "print(os.getpid(), flush=True); sys.stdin.readline(); print(call(0))"
+    with under(code, environment={"MARK": mark}) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        pid = int(process.stdout.readline())
+        supervisor = supervisor_of(mark)
+        assert supervisor is not None
+        os.kill(supervisor, signal.SIGSTOP)
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        wait_for("the call to wait", lambda: Path(f"/proc/{pid}/syscall").read_text().startswith("451 "))
+        os.kill(supervisor, signal.SIGKILL)
+        out, err = process.communicate(timeout=60)
+    assert (out, err) == (f"{-ENOSYS}\n", "")
+
+
+def test_vfork_and_a_chain_of_execs() -> None:
+    inner = "import ctypes, os; fd = ctypes.CDLL(None).syscall(451, 0); print(fd, os.fstat(fd).st_size)"
+    code = (
+        f"command = ['sh', '-c', 'exec env exec=1 nice \"$0\" -c \"$1\"', sys.executable, {inner!r}]\n"
+        # Without pass_fds and the like, subprocess and posix_spawn use vfork.
+        "pid = os.posix_spawnp('sh', command, os.environ); status = os.waitpid(pid, 0)[1]\n"
+        "print((status, subprocess.run(command, capture_output=True, text=True, close_fds=False).stdout))"
+    )
+    process = under(code)
+    out, err = process.communicate(timeout=60)
+    assert (out, err) == ("3 0\n(0, '3 0\\n')\n", "")
+
+
+def test_a_service_that_is_full_says_so() -> None:
+    # Its descriptors are as many as its hard limit lets it have, less what it keeps for itself.
+    code = "found = [call(0) for _ in range(100)]; print((found.index(-errno.ENFILE), {fd for fd in found if fd < 0}, call(0)))"
+    command = ["sh", "-c", 'ulimit -n 300 && exec "$@"', "sh", *EXEC, "--", sys.executable, "-c", PRELUDE + code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert eval(done.stdout) == (300 - 256, {-ENFILE}, -ENFILE)
 
 
 # The filter.

@@ -3,7 +3,7 @@
  * fuse DEVICE [MEMFD]
  *
  * Speaks the kernel's protocol over the /dev/fuse that it inherits as
- * descriptor DEVICE, lets one file be created, and answers FALLOCATE with 0
+ * descriptor DEVICE, lets files be created, and answers FALLOCATE with 0
  * without doing anything, or after doing it to MEMFD.  Ends with the mount.
  */
 #define _GNU_SOURCE
@@ -17,7 +17,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define FILE_ID 2	/* the node after the root's */
+/* One for each file: the kernel waits for a node of the same number to go. */
+static uint64_t next_node = FUSE_ROOT_ID + 1;
 
 static union {
 	struct {
@@ -76,8 +77,8 @@ static int answer(void)
 		struct fuse_entry_out *entry = put(sizeof(*entry));
 		struct fuse_open_out *open;
 
-		entry->nodeid = FILE_ID;
-		put_attr(&entry->attr, FILE_ID);
+		entry->nodeid = next_node++;
+		put_attr(&entry->attr, entry->nodeid);
 		open = put(sizeof(*open));
 		open->open_flags = FOPEN_DIRECT_IO | FOPEN_NONSEEKABLE | FOPEN_STREAM | FOPEN_NOFLUSH;
 		return 0;

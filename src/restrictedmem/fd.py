@@ -3,11 +3,15 @@
 import array
 import os
 import socket
+import struct
 import warnings
 from collections.abc import Sequence
 from errno import EMSGSIZE
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
+
+#: ``struct ucred``.
+_UCRED: Final = struct.Struct("=iII")
 
 
 class OwnedFd:
@@ -104,3 +108,9 @@ def close_all(fds: Sequence[OwnedFd]) -> None:
     """Close every descriptor of a list."""
     for fd in fds:
         fd.close()
+
+
+def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
+    """Return pid, uid and gid of who made the other end of a connection (SO_PEERCRED)."""
+    pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return pid, uid, gid

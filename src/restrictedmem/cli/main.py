@@ -4,17 +4,18 @@ Exit status: 0, or the guest's own; 1 after ``error:``; 2 for a wrong command li
 """
 
 import argparse
+import importlib
 import os
 import signal
 import sys
 from errno import EACCES, EPERM, EPIPE
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from restrictedmem import __version__
-from restrictedmem.cli import check, doctor, ps, serve, trace, verify
-from restrictedmem.cli import exec as exec_command
-from restrictedmem.cli import run as run_command
 from restrictedmem.cli.errors import CommandError
+
+#: Modules of this package. Each is imported when it is wanted: ``exec`` is to start as fast as it can.
+_COMMANDS: Final = ("run", "exec", "doctor", "check", "ps", "serve", "trace", "verify")
 
 _HINTS = {
     EACCES: "restrictedmem doctor says which way to mount is open here, and how to open one",
@@ -22,8 +23,8 @@ _HINTS = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    """Build the parser; the help texts in it are the only source of docs/cli.md."""
+def parser(command: str | None = None) -> argparse.ArgumentParser:
+    """Build the parser, of one command alone when it is named; the help texts in it are the only source of docs/cli.md."""
     top = argparse.ArgumentParser(
         prog="restrictedmem",
         description="Memory that its owner can create, size, preallocate, punch and close, but never read, write or map: "
@@ -31,8 +32,8 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"restrictedmem {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (run_command, exec_command, doctor, check, ps, serve, trace, verify):
-        module.add_parser(commands)
+    for name in (command,) if command in _COMMANDS else _COMMANDS:
+        importlib.import_module(f"restrictedmem.cli.{name}").add_parser(commands)
     return top
 
 
@@ -43,7 +44,7 @@ def run() -> NoReturn:
 
 def main(arguments: list[str]) -> int:
     """Run one command and return its exit status."""
-    args = parser().parse_args(arguments)
+    args = parser(arguments[0] if arguments else None).parse_args(arguments)
     try:
         status: int = args.main(args)
         sys.stdout.flush()

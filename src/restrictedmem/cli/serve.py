@@ -60,8 +60,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def main(args: argparse.Namespace) -> int:
     """Serve until interrupted; services that run by then go on."""
+    from restrictedmem.fd import peer_credentials
     from restrictedmem.service.client import start_process
-    from restrictedmem.service.daemon import peer_credentials
     from restrictedmem.service.start import Options
 
     options = Options(

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from restrictedmem import sync
 from restrictedmem.abi import memory, process
-from restrictedmem.fd import close_all
+from restrictedmem.fd import close_all, peer_credentials
 from restrictedmem.fs.filesystem import TOKEN_BYTES, FileSystem
 from restrictedmem.fs.mount import Way, mount_detached, mount_fusermount
 from restrictedmem.fs.server import Server
@@ -99,15 +99,6 @@ def drop_privileges(become: tuple[int, int] | None, keep: int) -> None:
         process.prctl(process.PR_SET_DUMPABLE, 0)
     process.set_capabilities(kept)
     process.prctl(process.PR_SET_NO_NEW_PRIVS, 1)
-
-
-_UCRED: Final = struct.Struct("=iII")
-
-
-def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
-    """Return pid, uid and gid of who made the other end of a connection (SO_PEERCRED)."""
-    pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    return pid, uid, gid
 
 
 def _unpack(message: Message, layout: struct.Struct) -> tuple[Any, ...]:

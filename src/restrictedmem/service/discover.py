@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from errno import ESRCH
 from typing import Any
 
+from restrictedmem.fd import peer_credentials
 from restrictedmem.service import wire
 from restrictedmem.service.client import read_status
-from restrictedmem.service.daemon import STATUS_NAME, peer_credentials
+from restrictedmem.service.daemon import STATUS_NAME
 from restrictedmem.service.wire import Channel
 
 #: Seconds to wait for a service's answer.

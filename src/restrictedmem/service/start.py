@@ -19,9 +19,10 @@ from errno import EIO, EPERM
 from typing import Self
 
 from restrictedmem.abi import process
+from restrictedmem.fd import peer_credentials
 from restrictedmem.fs.mount import Way, mount_detached
 from restrictedmem.mm import design
-from restrictedmem.service import daemon, program, spawner
+from restrictedmem.service import program, spawner
 from restrictedmem.service.wire import Channel
 
 
@@ -90,7 +91,7 @@ def main(arguments: list[str]) -> None:
         options = Options.load(arguments[1])
         options.check()
         # Before the user namespace, which knows the owner as root.
-        pid, uid, _ = daemon.peer_credentials(channel.sock)
+        pid, uid, _ = peer_credentials(channel.sock)
         way = choose_way()
         harden(namespace=way is Way.USERNS)
         refuse_tracer()

@@ -5,7 +5,6 @@ of nobody's: a program that waits for any child must not meet one that it does n
 """
 
 import os
-import secrets
 import signal
 import socket
 import sys
@@ -13,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from errno import EBUSY, ENOTSUP
 from itertools import pairwise
-from typing import Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from restrictedmem.abi import process, seccomp
 from restrictedmem.abi._syscall import syscall
@@ -21,6 +20,10 @@ from restrictedmem.abi.memory import SYS_memfd_restricted
 from restrictedmem.fd import OwnedFd, receive_with_fds, send_with_fds
 from restrictedmem.service import SERVER_VARIABLE
 from restrictedmem.syscall.filter import TABLES, program
+from restrictedmem.syscall.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from restrictedmem.service.client import Service
 
 #: The name, in the abstract namespace, of the socket where programs reach their service; behind it a word that nobody can guess.
 _DOOR_NAME: Final = "restrictedmem-exec/{pid}/{secret}"
@@ -65,7 +68,7 @@ def install(call: Call) -> bool:
     if machine not in TABLES:
         raise OSError(ENOTSUP, f"numbers of system calls on {machine} are not known here")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    name = _DOOR_NAME.format(pid=os.getpid(), secret=secrets.token_hex(8))
+    name = _DOOR_NAME.format(pid=os.getpid(), secret=os.urandom(8).hex())
     with ours, theirs, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
         # It leaves nothing behind, as a path would if the supervisor were killed.
         door.bind("\0" + name)
@@ -131,12 +134,12 @@ def _supervise(channel: socket.socket, door: socket.socket, machine: str, call: 
         _, fds = receive_with_fds(channel, 16)
     if not fds:
         return
-    # Late: the program's start does not wait for this.
-    from restrictedmem.service.client import Service
-    from restrictedmem.service.start import Options
-    from restrictedmem.syscall.supervisor import Supervisor
 
-    def start() -> Service:
+    def start() -> "Service":
+        # Late: a program's start makes calls that stop, and waits for no more than it must.
+        from restrictedmem.service.client import Service
+        from restrictedmem.service.start import Options
+
         return Service.connect(server) if server else Service.start(Options(api=call.api, memory_max=call.memory_max))
 
     Supervisor(fds[0], door, TABLES[machine], call.number, start, cachestat=call.cachestat).run()

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable
 from contextlib import suppress
 from errno import EACCES, EFAULT, EINTR, EINVAL, EIO, ENODEV, ENOENT, EPERM
-from typing import Final, final
+from typing import TYPE_CHECKING, Final, final
 
 from restrictedmem.abi.memory import RMFD_HUGEPAGE
 from restrictedmem.abi.seccomp import (
@@ -27,10 +27,11 @@ from restrictedmem.abi.seccomp import (
     seccomp_notif_addfd,
     seccomp_notif_resp,
 )
-from restrictedmem.fd import OwnedFd
-from restrictedmem.service.client import Service
-from restrictedmem.service.daemon import peer_credentials
+from restrictedmem.fd import OwnedFd, peer_credentials
 from restrictedmem.syscall.filter import Table
+
+if TYPE_CHECKING:
+    from restrictedmem.service.client import Service
 
 #: ``RESTRICTEDMEM_MAGIC`` of v9 and v10: "RESM".
 RESTRICTEDMEM_MAGIC: Final = 0x5245_534D
@@ -58,7 +59,7 @@ class Supervisor:
         door: socket.socket,
         tables: tuple[Table, ...],
         number: int,
-        start: Callable[[], Service],
+        start: Callable[[], "Service"],
         *,
         cachestat: bool,
     ) -> None:
@@ -107,7 +108,7 @@ class Supervisor:
             if peer_credentials(sock)[1] == os.geteuid():
                 self._started().share(sock)
 
-    def _started(self) -> Service:
+    def _started(self) -> "Service":
         if self._service is None:
             self._service = self._start()
         return self._service
