@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from outcomes import Errno, outcome
 from restrictedmem.abi import memory, seccomp
+from restrictedmem.service.client import Service
 from restrictedmem.syscall.filter import TABLES, program
 from under_exec import EXEC, PRELUDE, said, supervisor_of, under
 from users import as_user
@@ -169,16 +171,18 @@ def test_its_file_system_is_the_proposals() -> None:
 
 
 @pytest.mark.requires("root")
-@pytest.mark.parametrize(("dumpable", "expected"), [(1, (MAGIC, ENODEV)), (0, (FUSE_MAGIC, 0))])
-def test_where_nobody_may_look_into_the_program_the_file_system_answers(dumpable: int, expected: tuple[int, int]) -> None:
-    """An ordinary user's supervisor is refused what Yama would refuse it, too."""
+@pytest.mark.parametrize(("dumpable", "expected"), [(1, (MAGIC, ENODEV, 0)), (0, (FUSE_MAGIC, 0, signal.SIGBUS))])
+def test_where_nobody_may_look_into_the_program_the_file_system_answers(dumpable: int, expected: tuple[int, int, int]) -> None:
+    """An ordinary user's supervisor is refused what Yama would refuse it, too; who maps the file so, or by a race, finds no data in it."""
     code = (
         "from restrictedmem.abi import process\n"
         f"process.prctl(process.PR_SET_DUMPABLE, {dumpable})\n"
-        "fd = call(0); os.ftruncate(fd, 4096); found = (ctypes.c_uint64 * 15)(); libc.fstatfs(fd, found)\n"
+        "fd = call(0); os.posix_fallocate(fd, 0, 4096); found = (ctypes.c_uint64 * 15)(); libc.fstatfs(fd, found)\n"
         "libc.mmap.restype = ctypes.c_void_p\n"
         "at = libc.mmap(None, ctypes.c_size_t(4096), mmap.PROT_READ, mmap.MAP_PRIVATE, fd, ctypes.c_long(0))\n"
-        "print((found[0], ctypes.get_errno() if at == ctypes.c_void_p(-1).value else 0))"
+        "refused = ctypes.get_errno() if at == ctypes.c_void_p(-1).value else 0\n"
+        "if (child := os.fork()) == 0: os._exit(0 if refused else ctypes.string_at(at, 1)[0])\n"
+        "print((found[0], refused, os.waitpid(child, 0)[1] & 0x7F))"
     )
     assert as_user(lambda: said(code)) == expected
 
@@ -323,6 +327,13 @@ def test_vfork_and_a_chain_of_execs() -> None:
     process = under(code)
     out, err = process.communicate(timeout=60)
     assert (out, err) == ("3 0\n(0, '3 0\\n')\n", "")
+
+
+@pytest.mark.requires("root")
+def test_what_keeps_the_service_from_starting_is_the_calls_errno() -> None:
+    expected = as_user(lambda: outcome(Service.start), fuse=False)
+    assert isinstance(expected, Errno)
+    assert as_user(lambda: said("print([call(0), call(0), call(1)])"), fuse=False) == [-expected.number, -expected.number, -EINVAL]
 
 
 def test_a_service_that_is_full_says_so() -> None:

@@ -2,7 +2,8 @@
 
 What is read of a process, from its memory or from /proc, may be another's or changed by the time it is used. So nothing that is granted
 rests on it: a descriptor is given for the flags in the notification alone; the kernel judges once more whatever is let through to it; and
-before a byte is written, the process is known to be still the one that waits.
+before a byte is written, the process is known to be still the one that waits. If that is gone, and another of its number was looked at,
+the kernel refuses the answer, for nobody waits for it.
 """
 
 import os
