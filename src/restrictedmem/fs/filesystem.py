@@ -32,6 +32,8 @@ HUGEPAGE_MODE: Final = stat.S_ISVTX
 TOKEN_BYTES: Final = 16
 PROVE: Final = 1 << 30 | TOKEN_BYTES << 16 | ord("R") << 8 | 1
 
+# Not the member itself: an operation on an enumeration's costs as much as the rest of a punch.
+_PUNCH_HOLE: Final = int(FallocMode.PUNCH_HOLE)
 _HUGE_REQUEST: Final = 64 << 20
 _NANO: Final = 1_000_000_000
 # No DIRECT_IO_ALLOW_MMAP is negotiated, so MAP_SHARED is ENODEV; STREAM takes seeking and p-calls away, as a file without FMODE_LSEEK;
@@ -229,7 +231,7 @@ class FileSystem:
         file = self._file(request.nodeid)
         if length > _HUGE_REQUEST or file.notifier_count:
             self.before_waiting()
-        if mode & FallocMode.PUNCH_HOLE:
+        if mode & _PUNCH_HOLE:
             self.usage.punch(file, length)
             file.fallocate(mode, offset, length)
         else:

@@ -1,5 +1,6 @@
 """What the owners of a mount's files have done, and the most memory that the files had at once."""
 
+from itertools import chain
 from typing import final
 
 from restrictedmem import sync
@@ -65,10 +66,12 @@ class Usage:
 
     def _look(self, *files: RestrictedFile) -> None:
         # Preconditions: _mutex held. Those that were punched first: they make the sum smaller.
-        for file in {*self._stale, *files} & self._known.keys():
-            found = file.backing.resident()
-            self._bytes += found - self._known[file]
-            self._known[file] = found
+        for file in chain(self._stale, files):
+            known = self._known.get(file)
+            # None of one that was closed meanwhile.
+            if known is not None:
+                found = self._known[file] = file.backing.resident()
+                self._bytes += found - known
         self._stale.clear()
         self.peak_bytes = max(self.peak_bytes, self._bytes)
 
