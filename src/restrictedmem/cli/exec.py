@@ -8,8 +8,8 @@ from errno import EBUSY
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from restrictedmem.abi.memory import SYS_memfd_restricted
+from restrictedmem.cli import values
 from restrictedmem.cli.errors import CommandError
-from restrictedmem.units import parse_size
 
 if TYPE_CHECKING:
     from restrictedmem.syscall.launch import Call
@@ -33,10 +33,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--api", choices=("v9", "v10"), default="v10", help="which posting of the series to follow (default v10)")
-    parser.add_argument("--memory-max", type=parse_size, metavar="SIZE", help="what a descriptor may hold at most")
+    parser.add_argument("--memory-max", type=values.size, metavar="SIZE", help="what a descriptor may hold at most")
     parser.add_argument(
         "--syscall-number",
-        type=int,
+        type=values.call_number,
         default=SYS_memfd_restricted,
         metavar="N",
         help="number of the call (default %(default)s, as in both postings)",

@@ -1,30 +1,17 @@
 """What commands that take a guest have in common: finding and reading it, and the size of its memory."""
 
-import argparse
 from errno import ENOEXEC
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from restrictedmem import guests
 from restrictedmem.cli.errors import CommandError
-from restrictedmem.units import PAGE_MASK, parse_size
 
 if TYPE_CHECKING:
     from restrictedmem.kvm.elf import Image
 
 #: For ``help=``.
 KINDS = "one of: " + ", ".join(guests.names()) + "; or a path to an ELF"
-
-
-def memory_size(text: str) -> int:
-    """Read a size that is whole pages (for ``type=``)."""
-    try:
-        size = parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    if not size or size & PAGE_MASK:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of pages")
-    return size
 
 
 def read(name: str) -> "Image":

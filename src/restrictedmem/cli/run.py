@@ -8,7 +8,7 @@ from errno import ENOSPC
 from typing import TYPE_CHECKING
 
 from restrictedmem.cli import guest as guest_option
-from restrictedmem.cli import table
+from restrictedmem.cli import table, values
 from restrictedmem.cli.errors import CommandError
 from restrictedmem.mm import design
 from restrictedmem.platform import host
@@ -38,7 +38,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "  restrictedmem run --json ./my.elf arg 2>run.json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    size = guest_option.memory_size
+    size = values.memory_size
     parser.add_argument("--memory", type=size, default="64M", metavar="SIZE", help="private memory of the guest (default 64M)")
     parser.add_argument("--memory-max", type=size, metavar="SIZE", help="what a descriptor may hold at most; beyond it, ENOSPC")
     parser.add_argument("--api", choices=("v9", "v10"), default="v10", help="which posting of the series to follow (default v10)")

@@ -9,10 +9,10 @@ import stat
 import sys
 from typing import TYPE_CHECKING
 
+from restrictedmem.cli import values
 from restrictedmem.cli.errors import CommandError
 from restrictedmem.mm import design
 from restrictedmem.mm.backing import KINDS, make_backing
-from restrictedmem.units import parse_size
 
 if TYPE_CHECKING:
     from restrictedmem.service.start import Options
@@ -37,7 +37,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--signing-key", metavar="FILE", help="key to sign guests' reports with: Ed25519 in PEM, mode 600 (default: a new one each service)"
     )
-    parser.add_argument("--memory-max", type=parse_size, metavar="SIZE", help="what a descriptor may hold at most")
+    parser.add_argument("--memory-max", type=values.size, metavar="SIZE", help="what a descriptor may hold at most")
     parser.add_argument(
         "--design",
         metavar="NAME",

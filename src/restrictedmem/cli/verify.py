@@ -12,7 +12,7 @@ from errno import ENOSYS
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from restrictedmem.cli import guest
+from restrictedmem.cli import guest, values
 from restrictedmem.cli.errors import CommandError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _add_measure(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _add_launch_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--memory", type=guest.memory_size, default="64M", metavar="SIZE", help="the guest's private memory (default 64M)")
+    parser.add_argument("--memory", type=values.memory_size, default="64M", metavar="SIZE", help="the guest's private memory (default 64M)")
     parser.add_argument("--vcpus", type=int, default=1, metavar="N", help="its vCPUs (default 1)")
     parser.add_argument("--debug", action="store_true", help="with a policy that opens registers and private memory to the owner")
 
