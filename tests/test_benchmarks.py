@@ -27,6 +27,9 @@ COMPARED = (
     "punch-unheard",
     "punch-heard",
     "design-punch",
+    "exec-create",
+    "exec-others",
+    "exec-programs",
 )
 #: Compared too, on /dev/kvm.
 KVM = ("kvm-exit", "kvm-machine", "conversion", "seal", "kvm-faults-punched")
