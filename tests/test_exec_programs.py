@@ -65,7 +65,9 @@ before, created = sizes(), service.status()["usage"]["created"]
 out = storm({MANY})
 print((out, service.status()["usage"]["created"] - created, [after - was for was, after in zip(before, sizes())]))
 """
-    out, created, (supervisor, service, descriptors) = said(code, environment={"MARK": tmp_path.name + "-storm"}, patience=300)
+    out, created, (supervisor, service, descriptors) = said(
+        code, "--json", str(tmp_path / "report"), environment={"MARK": tmp_path.name + "-storm"}, patience=300
+    )
     assert (out, created) == ("failed 0, left open 0, interrupted often\n", MANY)
     assert (max(supervisor, service) < 512, descriptors) == (True, 0), f"grew by {supervisor} and {service} KiB"
 

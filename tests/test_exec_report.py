@@ -109,6 +109,21 @@ def test_without_a_supervisor_the_status_is_still_the_programs(tmp_path: Path) -
     assert reported(tmp_path / "report")["error"].startswith("what was done is not known: ")
 
 
+@pytest.mark.requires("root")
+def test_a_servers_service_does_not_count(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    serve = [sys.executable, "-m", "restrictedmem", "serve", "--socket", path]
+    with subprocess.Popen(serve, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        assert server.stderr.readline() == f"listening on {path}\n"
+        code = "print((call(0), os.environ['RESTRICTEDMEM_SERVER'][0]))"
+        process = under(code, "--json", str(tmp_path / "report"), environment={"RESTRICTEDMEM_SERVER": path})
+        assert (process.communicate(timeout=60), process.returncode) == (("(3, '@')\n", ""), 0)
+        server.terminate()
+        server.stderr.read()
+    assert reported(tmp_path / "report")["error"] == "what was done is not known: a server's services do not count"
+
+
 # As if it ran in that process's place.
 
 

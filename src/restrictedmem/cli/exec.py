@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import time
-from errno import EBUSY
+from errno import EBUSY, EOPNOTSUPP
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from restrictedmem.abi.memory import SYS_memfd_restricted
@@ -85,7 +85,7 @@ def _run_and_say(command: list[str], call: "Call", file: TextIO) -> int:
     from restrictedmem.syscall.attend import attend, end_as
     from restrictedmem.syscall.launch import install
 
-    if not install(call):
+    if not install(call, usage=True):
         raise CommandError(f"--json: {os.strerror(EBUSY)}", "the outer restrictedmem exec is the one that knows: give it --json")
     began = time.monotonic()
     status = attend(lambda: _become(command))
@@ -108,11 +108,13 @@ def _usage() -> dict[str, int]:
     """Ask the service what its owners have done.
 
     Raises:
-        OSError: supervisor or service are gone.
+        OSError: supervisor or service are gone; EOPNOTSUPP for a server, whose services do not count.
     """
     from restrictedmem.service import SERVER_VARIABLE
     from restrictedmem.service.client import Service
 
     with Service.connect(os.environ[SERVER_VARIABLE]) as service:
-        found: dict[str, int] = service.status()["usage"]
-        return found
+        found: dict[str, int] | None = service.status()["usage"]
+    if found is None:
+        raise OSError(EOPNOTSUPP, "a server's services do not count")
+    return found

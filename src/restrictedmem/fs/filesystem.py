@@ -32,8 +32,6 @@ HUGEPAGE_MODE: Final = stat.S_ISVTX
 TOKEN_BYTES: Final = 16
 PROVE: Final = 1 << 30 | TOKEN_BYTES << 16 | ord("R") << 8 | 1
 
-# Not the member itself: an operation on an enumeration's costs as much as the rest of a punch.
-_PUNCH_HOLE: Final = int(FallocMode.PUNCH_HOLE)
 _HUGE_REQUEST: Final = 64 << 20
 _NANO: Final = 1_000_000_000
 # No DIRECT_IO_ALLOW_MMAP is negotiated, so MAP_SHARED is ENODEV; STREAM takes seeking and p-calls away, as a file without FMODE_LSEEK;
@@ -73,12 +71,14 @@ class FileSystem:
         memory_max: int | None = None,
         max_files: int,
         prove: Callable[[bytes, int, RestrictedFile], None] | None = None,
+        usage: Usage | None = None,
     ) -> None:
         """Make an empty file system.
 
         ``design`` and ``backing`` name those of each file (``mm.design``, ``mm.backing``). ``memory_max`` bounds the bytes of each
         descriptor. ``max_files`` is how many descriptors may exist at once; creating one more is ENFILE. ``prove`` hears of each token
-        presented by ioctl, with the inode number and the file, and raises OSError for one it does not know.
+        presented by ioctl, with the inode number and the file, and raises OSError for one it does not know. ``usage`` counts, if it is to
+        be known what was done: that takes a quarter of an allocation's time.
 
         Raises:
             OSError: EINVAL for an unknown backing.
@@ -89,7 +89,7 @@ class FileSystem:
         self._design = design
         self._backing = backing
         self.memory_max = memory_max
-        self.usage = Usage()
+        self._usage = usage
         self._max_files = max_files
         self._prove = prove
         self._nodes: dict[int, _Node] = {}
@@ -182,7 +182,8 @@ class FileSystem:
             backing = make_backing(kind, limit=self.memory_max)
             file = RestrictedFile(design.make(self._design), backing, Inode.make(request.uid, request.gid))
             self._nodes[nodeid] = _Node(file)
-        self.usage.create(file)
+        if self._usage is not None:
+            self._usage.create(file)
         entry = fuse.ENTRY_OUT.pack(nodeid, 0, 0, 0, 0, 0)
         return entry + _attributes(nodeid, file) + fuse.OPEN_OUT.pack(0, _OPEN_FLAGS, 0)
 
@@ -213,7 +214,8 @@ class FileSystem:
         asked = fuse.fuse_setattr_in.from_buffer_copy(request.body)
         if asked.valid & AttrValid.SIZE:
             file.ftruncate(asked.size)
-            self.usage.size(asked.size)
+            if self._usage is not None:
+                self._usage.size(asked.size)
         if asked.valid & AttrValid.MODE:
             file.inode.chmod(asked.mode, request.uid)
         if asked.valid & (AttrValid.UID | AttrValid.GID):
@@ -231,12 +233,14 @@ class FileSystem:
         file = self._file(request.nodeid)
         if length > _HUGE_REQUEST or file.notifier_count:
             self.before_waiting()
-        if mode & _PUNCH_HOLE:
-            self.usage.punch(file, length)
+        if self._usage is None:
+            file.fallocate(mode, offset, length)
+        elif mode & FallocMode.PUNCH_HOLE:
+            self._usage.punch(file, length)
             file.fallocate(mode, offset, length)
         else:
             file.fallocate(mode, offset, length)
-            self.usage.allocate(file)
+            self._usage.allocate(file)
         return _EMPTY
 
     def _ioctl(self, request: Request) -> bytes:
@@ -258,8 +262,7 @@ class FileSystem:
             if node is None or not node.open:
                 raise OSError(ENOENT, f"release: node {request.nodeid}")
             node.open = False
-        self.usage.close(node.file)
-        node.file.put()
+        self._put(node.file)
         return _EMPTY
 
     def _forget(self, request: Request) -> None:
@@ -277,8 +280,13 @@ class FileSystem:
         # A create that was interrupted after our reply is forgotten without ever having been opened.
         if node is not None and node.open:
             node.open = False
-            self.usage.close(node.file)
-            node.file.put()
+            self._put(node.file)
+
+    def _put(self, file: RestrictedFile) -> None:
+        """Let go of a file that no owner has any more."""
+        if self._usage is not None:
+            self._usage.close(file)
+        file.put()
 
     def _interrupt(self, request: Request) -> None:
         """Go on: a punch that waits for consumers cannot stop half way, and their answers have a deadline of their own."""

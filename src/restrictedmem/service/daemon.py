@@ -26,6 +26,7 @@ from restrictedmem.fd import close_all, peer_credentials
 from restrictedmem.fs.filesystem import TOKEN_BYTES, FileSystem
 from restrictedmem.fs.mount import Way, mount_detached, mount_fusermount
 from restrictedmem.fs.server import Server
+from restrictedmem.fs.usage import Usage
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.service import signing, wire
 from restrictedmem.service.consumer import Consumer
@@ -126,12 +127,14 @@ class Service:
     """What the control thread does: tokens, consumers, status."""
 
     def __init__(self, owner: Channel, spawner: Channel, options: "Options", origin: "Origin", signer: Signer, max_files: int) -> None:
+        self._usage = Usage() if options.usage else None
         self.filesystem = FileSystem(
             options.design or options.api,
             backing=options.backing,
             memory_max=options.memory_max,
             max_files=max_files,
             prove=self._prove,
+            usage=self._usage,
         )
         self._options = options
         self._programs = Programs(options.consumers)
@@ -401,7 +404,7 @@ class Service:
                 {"ino": ino, "size": file.size, "resident": file.backing.resident(), "notifiers": file.notifier_count}
                 for ino, file in held.items()
             ]
-            usage = self.filesystem.usage.report(list(held.values()))
+            usage = None if self._usage is None else self._usage.report(list(held.values()))
         finally:
             for file in held.values():
                 file.put()

@@ -40,6 +40,8 @@ class Options:
     pin: bool = False
     #: Consumers beside the library's own: name and path of the program.
     consumers: tuple[tuple[str, str], ...] = ()
+    #: Whether to count what owners do, for STATUS.
+    usage: bool = False
     #: Seconds a consumer may take to answer an invalidation.
     deadline: float = 5.0
     #: User to become once the mount is made (``serve``); None stays.

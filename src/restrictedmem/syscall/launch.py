@@ -54,11 +54,11 @@ def replace(arguments: Sequence[str]) -> NoReturn:
     os.execvp(arguments[0], list(arguments))
 
 
-def install(call: Call) -> bool:
+def install(call: Call, *, usage: bool = False) -> bool:
     """Put this thread and its future children under a supervisor of its own, or leave it to the one it is under already.
 
     Returns whether it is its own; ``SERVER_VARIABLE`` then names the socket on which programs reach the service behind their descriptors.
-    The supervisor uses the server that this variable named before, if it did.
+    The supervisor uses the server that this variable named before, if it did. ``usage`` has its own service count what is done.
 
     Raises:
         OSError: ENOTSUP for a machine whose numbers are not known; as seccomp(2), EBUSY when a filter above has a listener that is none of
@@ -74,7 +74,7 @@ def install(call: Call) -> bool:
         door.bind("\0" + name)
         door.listen(_BACKLOG)
         # Before the filter, which children inherit.
-        _fork_supervisor(theirs, door, machine, call)
+        _fork_supervisor(theirs, door, machine, call, usage=usage)
         theirs.close()
         process.prctl(process.PR_SET_NO_NEW_PRIVS, 1)
         flags = seccomp.FilterFlag.NEW_LISTENER
@@ -102,7 +102,7 @@ def _is_present(number: int) -> bool:
     return True
 
 
-def _fork_supervisor(channel: socket.socket, door: socket.socket, machine: str, call: Call) -> None:
+def _fork_supervisor(channel: socket.socket, door: socket.socket, machine: str, call: Call, *, usage: bool) -> None:
     """Start the supervisor, as a grandchild that init inherits."""
     child = os.fork()
     if child:
@@ -111,13 +111,13 @@ def _fork_supervisor(channel: socket.socket, door: socket.socket, machine: str, 
     status = 1
     try:
         if os.fork() == 0:
-            _supervise(channel, door, machine, call)
+            _supervise(channel, door, machine, call, usage=usage)
         status = 0
     finally:
         os._exit(status)
 
 
-def _supervise(channel: socket.socket, door: socket.socket, machine: str, call: Call) -> None:
+def _supervise(channel: socket.socket, door: socket.socket, machine: str, call: Call, *, usage: bool) -> None:
     # What a terminal sends is for the program, and so are its descriptors: who waits for the end of a pipe waits for the program alone.
     os.setpgid(0, 0)
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP):
@@ -140,7 +140,8 @@ def _supervise(channel: socket.socket, door: socket.socket, machine: str, call: 
         from restrictedmem.service.client import Service
         from restrictedmem.service.start import Options
 
-        return Service.connect(server) if server else Service.start(Options(api=call.api, memory_max=call.memory_max))
+        options = Options(api=call.api, memory_max=call.memory_max, usage=usage)
+        return Service.connect(server) if server else Service.start(options)
 
     Supervisor(fds[0], door, TABLES[machine], call.number, start, cachestat=call.cachestat).run()
 
