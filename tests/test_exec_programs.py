@@ -80,7 +80,7 @@ print((out, service.status()["usage"]["created"] - created, [after - was for was
         code, "--json", str(tmp_path / "report"), environment={"MARK": tmp_path.name + "-storm"}, patience=300
     )
     assert (out, created) == ("failed 0, left open 0, interrupted often\n", MANY)
-    assert (max(supervisor, service) < 512, descriptors) == (True, 0), f"grew by {supervisor} and {service} KiB"
+    assert (max(supervisor, service) < 1024, descriptors) == (True, 0), f"grew by {supervisor} and {service} KiB"
 
 
 @pytest.mark.requires("cc")
@@ -140,18 +140,18 @@ def test_a_vmm_in_c_runs_a_guest_on_a_descriptor_of_the_system_call(tmp_path: Pa
 # From distributions' packages.
 
 SIZE = 65536
-#: Descriptor 3 is restricted. What each says of it is what it says of a guest_memfd, or the words beside it: of the one, and of the other.
-COMMANDS: dict[str, tuple[str, str] | None] = {
+#: Descriptor 3 is restricted. What each says of it is what it says of a guest_memfd, or else the words beside it.
+COMMANDS: dict[str, str | None] = {
     "stat -c %s - <&3": None,
     "stat -L -c %F /dev/fd/3": None,
     # guest_memfd counts no blocks.
-    "stat -L -c %b /dev/fd/3": ("8", "0"),
+    "stat -L -c %b /dev/fd/3": "8",
     # By path, statfs is FUSE's.
-    "stat -f -L -c %t /dev/fd/3": ("65735546", "9041934"),
+    "stat -f -L -c %t /dev/fd/3": "65735546",
     "fallocate -l 4096 /dev/fd/3": None,
     "truncate -s 8192 /dev/fd/3": None,
     # Sized once, against a size that cannot be changed.
-    "perl -e 'truncate(STDIN, 4096) or die \"$!\\n\"' <&3": ("Operation not permitted", "Invalid argument"),
+    "perl -e 'truncate(STDIN, 4096) or die \"$!\\n\"' <&3": "Operation not permitted",
     "perl -e 'sysread(STDIN, $x, 1) // die \"$!\\n\"' <&3": None,
     "cat <&3": None,
     "cat /dev/fd/3": None,
@@ -214,9 +214,10 @@ def test_a_distributions_program_says_what_it_says_of_a_guest_memfd(
         pytest.skip(f"{command.split(maxsplit=1)[0]} is not installed")
     ours, theirs = under_exec[command], says(command, successor)
     words = COMMANDS[command]
-    assert ours[1].strip() if words else ours
-    assert (words and (ours[1].strip(), theirs[1].strip())) == words
-    assert words or ours == theirs
+    if words is None:
+        assert ours == theirs
+    else:
+        assert ours[1].strip() == words != theirs[1].strip()
 
 
 @pytest.mark.requires("qemu")
