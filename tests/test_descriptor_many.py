@@ -377,15 +377,16 @@ def test_which_modes_notify(api: Api, mode: int, errno: int, v9: bool, v10: bool
 def test_one_fallocate_of_a_file_at_a_time() -> None:
     with ExitStack() as stack, listening(Api.V10) as (server, fd):
         tids: dict[int, int] = {}
+        threads: list[threading.Thread] = []
 
         def punch(page: int) -> None:
             tids[page] = threading.get_native_id()
             fallocate(fd, PUNCH, page * PAGE_SIZE, PAGE_SIZE)
 
         def start(page: int) -> None:
-            thread = threading.Thread(target=punch, args=(page,))
-            thread.start()
-            stack.callback(thread.join)
+            threads.append(threading.Thread(target=punch, args=(page,)))
+            threads[-1].start()
+            stack.callback(threads[-1].join)
 
         start(1)
         heard = [server.next_event()]
@@ -398,6 +399,9 @@ def test_one_fallocate_of_a_file_at_a_time() -> None:
             server.go_on()
             heard.append(server.next_event())
         server.go_on()
+        # Before the server is killed, they have their answers.
+        for thread in threads:
+            thread.join(10)
     assert heard == ["start 1 2", "end 1 2", "start 2 3", "end 2 3"]
 
 
