@@ -324,10 +324,12 @@ def test_a_call_that_waits_when_the_supervisor_is_killed_is_not_there_either() -
         supervisor = supervisor_of(mark)
         assert supervisor is not None
         os.kill(supervisor, signal.SIGSTOP)
-        process.stdin.write("go\n")
-        process.stdin.flush()
-        wait_for("the call to wait", lambda: Path(f"/proc/{pid}/syscall").read_text().startswith("451 "))
-        os.kill(supervisor, signal.SIGKILL)
+        try:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            wait_for("the call to wait", lambda: Path(f"/proc/{pid}/syscall").read_text().startswith("451 "))
+        finally:
+            os.kill(supervisor, signal.SIGKILL)
         out, err = process.communicate(timeout=60)
     assert (out, err) == (f"{-ENOSYS}\n", "")
 
