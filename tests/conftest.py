@@ -6,7 +6,11 @@
 
 import os
 import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable
+from functools import cache
+from typing import Final
 
 import pytest
 
@@ -43,6 +47,23 @@ def _go() -> str:
     return "" if shutil.which("go") else "go is not installed (package golang-go)"
 
 
+#: Options for a program of i386 that needs no library.
+I386: Final = ("-m32", "-static", "-nostdlib", "-ffreestanding", "-fno-pie", "-no-pie", "-fno-stack-protector")
+
+
+@cache
+def _i386() -> str:
+    with tempfile.TemporaryDirectory() as place:
+        source = 'void _start(void) { asm volatile("int $0x80" : : "a"(1), "b"(7)); }'
+        command = [shutil.which("cc") or "gcc", *I386, "-x", "c", "-o", f"{place}/program", "-"]
+        try:
+            subprocess.run(command, input=source, text=True, check=True, capture_output=True)
+            ended = subprocess.run([f"{place}/program"], check=False).returncode
+        except (OSError, subprocess.CalledProcessError) as error:
+            return f"programs of i386 cannot be built or run: {error}"
+    return "" if ended == 7 else "the kernel runs no programs of i386"
+
+
 def _musl() -> str:
     return "" if shutil.which("musl-gcc") else "musl-gcc is not installed (package musl-tools)"
 
@@ -66,6 +87,7 @@ FEATURES: dict[str, Callable[[], str]] = {
     "go": _go,
     "qemu": _qemu,
     "musl": _musl,
+    "i386": _i386,
     "hugetlb": hugetlb.missing,
 }
 

@@ -15,7 +15,7 @@ from outcomes import Errno, outcome
 from restrictedmem.abi import memory, seccomp
 from restrictedmem.service.client import Service
 from restrictedmem.syscall.filter import TABLES, program
-from under_exec import EXEC, PRELUDE, said, supervisor_of, under
+from under_exec import EXEC, PRELUDE, kill_supervisor_of, said, supervisor_of, under
 from users import as_user
 from waiting import wait_for
 
@@ -306,10 +306,7 @@ def test_without_a_supervisor_the_call_is_not_there_and_programs_start() -> None
     with under(code, environment={"MARK": mark}) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        supervisor = supervisor_of(mark)
-        assert supervisor is not None
-        os.kill(supervisor, signal.SIGKILL)
-        wait_for("the supervisor to be gone", lambda: supervisor_of(mark) is None)
+        kill_supervisor_of(mark)
         out, err = process.communicate("go\n", timeout=60)
     assert (out, err) == (f"{(-ENOSYS, 0, 0)}\n", "")
 

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from conftest import I386
 from restrictedmem import guests
 from restrictedmem.abi import memory
 from restrictedmem.devkvm import Kvm
-from under_exec import EXEC, said, supervisor_of
-from waiting import wait_for
+from under_exec import EXEC, kill_supervisor_of, said
 
 pytestmark = pytest.mark.requires("fuse", "seccomp")
 
@@ -112,14 +111,9 @@ def test_a_go_program(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "report").read_text())["created"] == MANY
 
 
-@pytest.mark.requires("cc")
+@pytest.mark.requires("i386")
 def test_an_i386_program(tmp_path: Path) -> None:
-    options = ["-m32", "-static", "-nostdlib", "-ffreestanding", "-fno-pie", "-no-pie", "-fno-stack-protector"]
-    try:
-        program = compiled(tmp_path, *options, PROGRAMS / "i386.c")
-        subprocess.run([program], check=False, capture_output=True)
-    except (AssertionError, OSError) as error:
-        pytest.skip(f"no i386 programs here: {error}")
+    program = compiled(tmp_path, *I386, PROGRAMS / "i386.c")
     done = subprocess.run([*EXEC, "--", program], capture_output=True, text=True, check=False, timeout=60)
     fd, bad, mapped, *statuses = map(int, done.stdout.split())
     assert (fd, bad, mapped, done.returncode) == (3, -22, -19, 0)
@@ -246,8 +240,5 @@ def test_a_program_of_another_c_library(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env={**os.environ, "MARK": mark}) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "0\n"
-        supervisor = supervisor_of(mark)
-        assert supervisor is not None
-        os.kill(supervisor, signal.SIGKILL)
-        wait_for("the supervisor to be gone", lambda: supervisor_of(mark) is None)
+        kill_supervisor_of(mark)
         assert process.communicate("\n", timeout=60)[0] == "127\n"

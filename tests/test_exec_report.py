@@ -16,7 +16,7 @@ import pytest
 from outcomes import Errno, outcome
 from restrictedmem.syscall.launch import Call
 from restrictedmem.syscall.popen import popen
-from under_exec import EXEC, PRELUDE, supervisor_of, under
+from under_exec import EXEC, PRELUDE, kill_supervisor_of, under
 from waiting import wait_for
 
 pytestmark = pytest.mark.requires("fuse", "seccomp")
@@ -89,9 +89,11 @@ def test_a_report_that_cannot_be_written_keeps_the_program_from_starting(tmp_pat
 
 
 def test_a_nested_one_is_not_the_one_that_knows(tmp_path: Path) -> None:
+    (tmp_path / "report").write_text("the outer one's")
     inner = [*EXEC, "--json", str(tmp_path / "report"), "--", "touch", str(tmp_path / "started")]
     found = subprocess.run([*EXEC, "--", *inner], check=False, capture_output=True, text=True, timeout=60)
     assert (found.returncode, found.stderr.splitlines()[0]) == (1, "error: --json: Device or resource busy")
+    assert (tmp_path / "report").read_text() == "the outer one's"
     assert not (tmp_path / "started").exists()
 
 
@@ -101,10 +103,7 @@ def test_without_a_supervisor_the_status_is_still_the_programs(tmp_path: Path) -
     with under(code, "--json", str(tmp_path / "report"), environment={"MARK": mark}) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "False\n"
-        supervisor = supervisor_of(mark)
-        assert supervisor is not None
-        os.kill(supervisor, signal.SIGKILL)
-        wait_for("the supervisor to be gone", lambda: supervisor_of(mark) is None)
+        kill_supervisor_of(mark)
         assert (process.communicate("\n", timeout=60), process.returncode) == (("", ""), 5)
     assert reported(tmp_path / "report")["error"].startswith("what was done is not known: ")
 

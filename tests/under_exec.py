@@ -1,10 +1,13 @@
 """Programs under ``restrictedmem exec``, and what they say they found."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from waiting import wait_for
 
 #: What every program under test has: the bare call, as libc makes it, and whatever it returns or minus the errno.
 PRELUDE = """
@@ -31,6 +34,14 @@ def said(code: str, *options: str, environment: dict[str, str] | None = None, pa
     out, err = (process := under(code, *options, environment=environment)).communicate(timeout=patience)
     assert (process.returncode, err) == (0, ""), err
     return eval(out)
+
+
+def kill_supervisor_of(mark: str) -> None:
+    """Kill the supervisor that was started with a variable of this value, and return when it is gone."""
+    supervisor = supervisor_of(mark)
+    assert supervisor is not None
+    os.kill(supervisor, signal.SIGKILL)
+    wait_for("the supervisor to be gone", lambda: supervisor_of(mark) is None)
 
 
 def supervisor_of(mark: str) -> int | None:

@@ -3,16 +3,14 @@
 import argparse
 import json
 import os
+import sys
 import time
 from errno import EBUSY, EOPNOTSUPP
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from restrictedmem.abi.memory import SYS_memfd_restricted
 from restrictedmem.cli import values
 from restrictedmem.cli.errors import CommandError
-
-if TYPE_CHECKING:
-    from restrictedmem.syscall.launch import Call
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -65,28 +63,30 @@ def main(args: argparse.Namespace) -> int:
 
     call = Call(args.syscall_number, args.cachestat, args.api, args.memory_max)
     command = [args.program, *args.arguments]
+    own = install(call, usage=args.json is not None)
     if args.json is None:
-        install(call)
         _become(command)
+    # Before the file is opened, which empties it.
+    if not own:
+        raise CommandError(f"--json: {os.strerror(EBUSY)}", "the outer restrictedmem exec is the one that knows: give it --json")
     with open(args.json, "w", encoding="utf-8") as file:
-        return _run_and_say(command, call, file)
+        return _run_and_say(command, file)
 
 
 def _become(command: list[str]) -> NoReturn:
-    from restrictedmem.syscall.launch import error_status, replace
+    """Become a program, or say as a shell does why not, and end with the status that goes with it."""
+    from restrictedmem.syscall.launch import replace
 
     try:
         replace(command)
     except OSError as error:
-        os._exit(error_status(error, command[0]))
+        print(f"restrictedmem exec: {command[0]}: {os.strerror(error.errno or 0)}", file=sys.stderr)
+        os._exit(127 if isinstance(error, FileNotFoundError) else 126)
 
 
-def _run_and_say(command: list[str], call: "Call", file: TextIO) -> int:
+def _run_and_say(command: list[str], file: TextIO) -> int:
     from restrictedmem.syscall.attend import attend, end_as
-    from restrictedmem.syscall.launch import install
 
-    if not install(call, usage=True):
-        raise CommandError(f"--json: {os.strerror(EBUSY)}", "the outer restrictedmem exec is the one that knows: give it --json")
     began = time.monotonic()
     status = attend(lambda: _become(command))
     report: dict[str, Any] = {"program": command, "seconds": round(time.monotonic() - began, 3)}

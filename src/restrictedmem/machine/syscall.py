@@ -8,8 +8,6 @@ from errno import EBUSY, EINVAL, ENOSYS, EPROTO
 from typing import Final, NoReturn
 
 from restrictedmem.abi import memory, process, seccomp
-from restrictedmem.abi._syscall import syscall
-from restrictedmem.fd import OwnedFd
 from restrictedmem.machine.finding import Finding, State, in_child, reason
 from restrictedmem.machine.memory import allocated_pages
 
@@ -94,7 +92,7 @@ def _call(expected: int) -> NoReturn:
     """Make the call and end: with status 0 when it returned the file that was expected."""
     try:
         process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
-        status = os.fstat(syscall("memfd_restricted", memory.SYS_memfd_restricted, 0))
+        status = os.fstat(memory.memfd_restricted().detach())
         os._exit(0 if stat.S_ISREG(status.st_mode) and status.st_ino == expected else 1)
     finally:
         os._exit(1)
@@ -119,10 +117,10 @@ def number() -> Finding:
 
 
 def presence() -> Finding:
-    """Call it: where 451 is cachestat's, that is one of descriptor 0 with pointers to nothing, which fails."""
+    """Call it."""
     name = "memfd_restricted(2)"
     try:
-        OwnedFd(syscall("memfd_restricted", memory.SYS_memfd_restricted, 0, 0, 0, 0)).close()
+        memory.memfd_restricted().close()
     except OSError:
         return Finding(name, State.NO, "absent", "a program that calls it gets an error here", "restrictedmem exec -- PROGRAM")
     return Finding(name, State.YES, f"present: syscall({memory.SYS_memfd_restricted}, 0) gave a descriptor")

@@ -25,7 +25,8 @@ from restrictedmem.service.wire import Channel
 START_DEADLINE: Final = 10.0
 
 _START: Final = "import sys; sys.path.insert(0, sys.argv[1]); from restrictedmem.service.start import main; main(sys.argv[2:])"
-_PACKAGE_ROOT: Final = str(Path(__file__).resolve().parent.parent.parent)
+#: What an interpreter has to have on its path to find this package.
+PACKAGE_ROOT: Final = str(Path(__file__).resolve().parent.parent.parent)
 
 
 @final
@@ -223,7 +224,7 @@ def start_process(theirs: socket.socket, options: Options) -> subprocess.Popen[b
     """
     debug = {name: os.environ[name] for name in ("RESTRICTEDMEM_DEBUG",) if name in os.environ}
     return subprocess.Popen(
-        [sys.executable, "-I", "-c", _START, _PACKAGE_ROOT, str(theirs.fileno()), options.dump()],
+        [sys.executable, "-I", "-c", _START, PACKAGE_ROOT, str(theirs.fileno()), options.dump()],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=None if debug else subprocess.DEVNULL,

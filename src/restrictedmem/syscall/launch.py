@@ -7,7 +7,6 @@ of nobody's: a program that waits for any child must not meet one that it does n
 import os
 import signal
 import socket
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from errno import EBUSY, ENOTSUP
@@ -15,9 +14,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from restrictedmem.abi import process, seccomp
-from restrictedmem.abi._syscall import syscall
-from restrictedmem.abi.memory import SYS_memfd_restricted
-from restrictedmem.fd import OwnedFd, receive_with_fds, send_with_fds
+from restrictedmem.abi.memory import SYS_memfd_restricted, memfd_restricted
+from restrictedmem.fd import receive_with_fds, send_with_fds
 from restrictedmem.service import SERVER_VARIABLE
 from restrictedmem.syscall.filter import TABLES, program
 from restrictedmem.syscall.supervisor import Supervisor
@@ -96,7 +94,7 @@ def install(call: Call, *, usage: bool = False) -> bool:
 def _is_present(number: int) -> bool:
     """Say whether a call of the number already gives a restricted descriptor."""
     try:
-        OwnedFd(syscall("memfd_restricted", number, 0)).close()
+        memfd_restricted(number=number).close()
     except OSError:
         return False
     return True
@@ -144,9 +142,3 @@ def _supervise(channel: socket.socket, door: socket.socket, machine: str, call: 
         return Service.connect(server) if server else Service.start(options)
 
     Supervisor(fds[0], door, TABLES[machine], call.number, start, cachestat=call.cachestat).run()
-
-
-def error_status(error: OSError, name: str) -> int:
-    """Say as a shell does why a program could not be executed, and return the status that goes with it."""
-    print(f"restrictedmem exec: {name}: {os.strerror(error.errno or 0)}", file=sys.stderr)
-    return 127 if isinstance(error, FileNotFoundError) else 126

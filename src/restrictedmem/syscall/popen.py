@@ -6,13 +6,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from errno import EACCES, ENOENT
-from pathlib import Path
 from typing import Any, Final
 
+from restrictedmem.service.client import PACKAGE_ROOT
 from restrictedmem.syscall.launch import Call
 
 _START: Final = "import sys; sys.path.insert(0, sys.argv.pop(1)); from restrictedmem.cli.main import run; run()"
-_PACKAGE_ROOT: Final = str(Path(__file__).resolve().parent.parent.parent)
 
 
 def popen(arguments: Sequence[str | os.PathLike[str]], call: Call | None = None, **options: Any) -> subprocess.Popen[Any]:
@@ -30,7 +29,7 @@ def popen(arguments: Sequence[str | os.PathLike[str]], call: Call | None = None,
     own = ["--api", call.api, "--syscall-number", str(call.number)]
     own += [] if call.cachestat else ["--no-cachestat"]
     own += [] if call.memory_max is None else ["--memory-max", str(call.memory_max)]
-    return subprocess.Popen([sys.executable, "-I", "-c", _START, _PACKAGE_ROOT, "exec", *own, "--", *words], **options)
+    return subprocess.Popen([sys.executable, "-I", "-c", _START, PACKAGE_ROOT, "exec", *own, "--", *words], **options)
 
 
 def _check(program: str, options: dict[str, Any]) -> None:
