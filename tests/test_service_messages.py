@@ -45,7 +45,7 @@ def service() -> Iterator[Service]:
 
 def connect(service: Service) -> Channel:
     """Make one more connection, as a child after fork does."""
-    channel, theirs = Channel.pair("service")
+    channel, theirs = Channel.pair("service", takes_fds=True)
     channel.sock.settimeout(10)
     with theirs:
         Channel(service._first, "service").post(wire.CONNECT, fds=[theirs.fileno()])
@@ -194,7 +194,7 @@ def test_a_client_that_takes_no_answers_is_dropped(service: Service) -> None:
 
 
 def test_a_client_that_takes_its_own_requests_back_stops_no_one(service: Service) -> None:
-    channel, theirs = Channel.pair("service")
+    channel, theirs = Channel.pair("service", takes_fds=True)
     with theirs, closing(channel), closing(connect(service)) as other:
         Channel(service._first, "service").post(wire.CONNECT, fds=[theirs.fileno()])
         thief = os.fork()

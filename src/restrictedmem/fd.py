@@ -6,12 +6,14 @@ import socket
 import struct
 import warnings
 from collections.abc import Sequence
-from errno import EMSGSIZE
+from contextlib import suppress
+from errno import EMSGSIZE, EPROTO
 from types import TracebackType
 from typing import Final, Self
 
 #: ``struct ucred``.
 _UCRED: Final = struct.Struct("=iII")
+_SO_PASSRIGHTS: Final = 83
 
 
 class OwnedFd:
@@ -80,6 +82,32 @@ def send_with_fds(sock: socket.socket, data: bytes, fds: Sequence[int] = (), fla
         sock.sendmsg([data], rights, socket.MSG_NOSIGNAL | flags)
     else:
         sock.send(data, socket.MSG_NOSIGNAL | flags)
+
+
+def receive_without_fds(sock: socket.socket, size: int, flags: int = 0) -> bytes:
+    """Receive one message of at most ``size`` bytes; ``flags`` are recvmsg's.
+
+    The kernel drops descriptors that came with it, and this process never has them: to close the
+    descriptor of a stranger's file may mean to wait for that stranger for ever (FUSE_FLUSH).
+
+    Raises:
+        OSError: as recvmsg(2); EPROTO for descriptors; EMSGSIZE when the message was cut off.
+    """
+    data, _, got, _ = sock.recvmsg(size, 0, flags)
+    if got & socket.MSG_CTRUNC:
+        raise OSError(EPROTO, "recvmsg: no descriptors are taken here")
+    if got & socket.MSG_TRUNC:
+        raise OSError(EMSGSIZE, "recvmsg: message cut off")
+    return data
+
+
+def refuse_fds(sock: socket.socket) -> None:
+    """Have the kernel refuse descriptors to whoever sends them here (SO_PASSRIGHTS, Linux 6.16).
+
+    Otherwise they lie in the queue until the message is received. Older kernels lack the option.
+    """
+    with suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
 
 
 def receive_with_fds(sock: socket.socket, size: int, max_fds: int = 4, flags: int = 0) -> tuple[bytes, list[OwnedFd]]:

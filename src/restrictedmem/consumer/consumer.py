@@ -47,7 +47,7 @@ class Consumer:
 
     def __init__(self, service: socket.socket, notify: socket.socket) -> None:
         """Take over both sockets that ``serve`` was given for the service."""
-        self.requests = Channel(service, "service")
+        self.requests = Channel(service, "service", takes_fds=True)
         self._notify = Channel(notify, "service")
         self._known = sync.condition(sync.mutex())
         self._notifiers: dict[int, Notifier] = {}

@@ -196,7 +196,7 @@ class Machine:
         most = self._engine.check_extension(Cap.MAX_VCPUS)
         if number >= most:
             raise OSError(EINVAL, f"a VM of this engine has {most} vCPUs at most")
-        channel, theirs = Channel.pair("owner")
+        channel, theirs = Channel.pair("owner", takes_fds=True)
         with theirs, self._launch.opened() as measurement:
             vcpu = Vcpu(self._engine.create_vcpu(number))
             self._vcpus.all = (*self._vcpus.all, vcpu)

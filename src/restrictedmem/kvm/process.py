@@ -60,7 +60,7 @@ def serve(owner: socket.socket, service: socket.socket, notify: socket.socket, o
     consumer = Consumer(service, notify)
     vcpus = Vcpus()
     trace = Trace()
-    channel = Channel(owner, "owner")
+    channel = Channel(owner, "owner", takes_fds=True)
     try:
         creation = Creation.load(arguments)
         api = Api(options.api)

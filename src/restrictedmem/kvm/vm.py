@@ -47,7 +47,7 @@ class Vm:
         self._service = service or default_service()
         policy = (wire.POLICY_DEBUG if debug else 0) | (wire.POLICY_EXPLICIT if explicit else 0)
         creation = wire.Creation(engine, policy, platform)
-        self._channel = Channel(self._service.spawn("kvm", creation.dump()), "engine")
+        self._channel = Channel(self._service.spawn("kvm", creation.dump()), "engine", takes_fds=True)
         try:
             name, _ = self._channel.call(wire.CREATE_VM)
         except BaseException:

@@ -205,7 +205,7 @@ class Service:
         """Return this process's connection, made at the first call and again after an interrupted one."""
         with self._mutex:
             if self._channel is None or self._channel.fileno() < 0:
-                self._channel, theirs = Channel.pair("service")
+                self._channel, theirs = Channel.pair("service", takes_fds=True)
                 # A service that is gone is the next call's to find out.
                 with theirs, suppress(BrokenPipeError):
                     Channel(self._first, "service").post(wire.CONNECT, fds=[theirs.fileno()])

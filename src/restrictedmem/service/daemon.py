@@ -217,7 +217,7 @@ class Service:
 
     def _dispatch_owner(self, connection: _Connection, message: Message) -> None:
         if message.number == wire.CONNECT.number:
-            self._connect(Channel(message.take_socket(), "owner"))
+            self._connect(Channel(message.take_socket(), "owner", takes_fds=True))
         elif message.number == wire.TOKEN.number:
             connection.channel.reply(self._token(connection))
         elif message.number == wire.SPAWN.number:

@@ -38,7 +38,7 @@ def status_of(pid: int) -> dict[str, Any]:
         peer, uid, _ = peer_credentials(sock)
         if peer != pid:
             raise OSError(ESRCH, f"the name of service {pid} is held by process {peer}")
-        _, fds = Channel(sock, f"service {pid}").call(wire.STATUS)
+        _, fds = Channel(sock, f"service {pid}", takes_fds=True).call(wire.STATUS)
         return {**read_status(fds[0]), "uid": uid}
 
 

@@ -28,7 +28,7 @@ def run(owner: Channel, options: "Options", origin: "Origin") -> NoReturn:
     Preconditions: undumpable, leader of a process group, and no other thread.
     """
     process.set_name("rmem-spawner")
-    channel, theirs = Channel.pair("service")
+    channel, theirs = Channel.pair("service", takes_fds=True)
     service = _fork(lambda: _service(owner, Channel(theirs, "spawner"), channel, options, origin))
     owner.close()
     theirs.close()

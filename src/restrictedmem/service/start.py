@@ -88,7 +88,7 @@ def main(arguments: list[str]) -> None:
     """
     # An owner that ignores SIGCHLD passes that on by exec, and nobody could wait for a child.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    channel = Channel(socket.socket(fileno=int(arguments[0])), "owner")
+    channel = Channel(socket.socket(fileno=int(arguments[0])), "owner", takes_fds=True)
     try:
         options = Options.load(arguments[1])
         options.check()

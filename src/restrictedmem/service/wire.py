@@ -14,7 +14,7 @@ from errno import EAGAIN, ECONNRESET, EIO, ENOTCONN, EPIPE, EPROTO
 from typing import Final, Self, final
 
 from restrictedmem import sync
-from restrictedmem.fd import OwnedFd, close_all, receive_with_fds, send_with_fds
+from restrictedmem.fd import OwnedFd, close_all, receive_with_fds, receive_without_fds, refuse_fds, send_with_fds
 
 _HEAD: Final = struct.Struct("=II")
 #: No message is longer, header included.
@@ -166,19 +166,33 @@ class Message:
 class Channel:
     """One end of a connection; owns its socket. Calls from several threads take turns."""
 
-    __slots__ = ("_mutex", "peer", "sock")
+    __slots__ = ("_mutex", "peer", "sock", "takes_fds")
 
-    def __init__(self, sock: socket.socket, peer: str) -> None:
-        """Speak over ``sock``; ``peer`` names the other end in errors."""
+    def __init__(self, sock: socket.socket, peer: str, *, takes_fds: bool = False) -> None:
+        """Speak over ``sock``; ``peer`` names the other end in errors.
+
+        Set ``takes_fds`` for a peer that this process trusts. Descriptors of any other peer never
+        get here: to close one may mean to wait for that peer for ever.
+        """
         self.sock = sock
         self.peer = peer
+        self.takes_fds = takes_fds
         self._mutex = sync.mutex()
 
     @classmethod
-    def pair(cls, peer: str) -> tuple[Self, socket.socket]:
+    def pair(cls, peer: str, *, takes_fds: bool = False) -> tuple[Self, socket.socket]:
         """Make a connection: this end, and the socket for the other."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        return cls(ours, peer), theirs
+        return cls(ours, peer, takes_fds=takes_fds), theirs
+
+    def refuse_fds(self) -> None:
+        """Have the kernel refuse descriptors to the sender (``fd.refuse_fds``)."""
+        refuse_fds(self.sock)
+
+    def _receive(self, flags: int = 0) -> tuple[bytes, list[OwnedFd]]:
+        if self.takes_fds:
+            return receive_with_fds(self.sock, MAX_MESSAGE, flags=flags)
+        return receive_without_fds(self.sock, MAX_MESSAGE, flags), []
 
     def fileno(self) -> int:
         """Return the socket's descriptor, -1 after close."""
@@ -196,7 +210,7 @@ class Channel:
                 raise OSError(ENOTCONN, f"{call.name}: the connection to {self.peer} is closed")
             try:
                 send_with_fds(self.sock, _HEAD.pack(call.number, 0) + body, fds)
-                data, received = receive_with_fds(self.sock, MAX_MESSAGE)
+                data, received = self._receive()
             except OSError as error:
                 if error.errno not in _GONE:
                     raise
@@ -227,10 +241,11 @@ class Channel:
         """Wait for a request; None when the other end is gone. ``flags`` are recvmsg's.
 
         Raises:
-            OSError: EPROTO for something that is no request; EMSGSIZE for one too long; EAGAIN with MSG_DONTWAIT.
+            OSError: EPROTO for something that is no request, or has descriptors that are not taken; EMSGSIZE for one too long; EAGAIN with
+                MSG_DONTWAIT.
         """
         try:
-            data, fds = receive_with_fds(self.sock, MAX_MESSAGE, flags=flags)
+            data, fds = self._receive(flags)
         except OSError as error:
             if error.errno in _GONE:
                 return None
