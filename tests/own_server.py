@@ -15,13 +15,14 @@ from contextlib import contextmanager, suppress
 from typing import final
 
 import users
+from restrictedmem.abi.process import CLONE_NEWNS
 from restrictedmem.fd import OwnedFd, receive_with_fds
 from restrictedmem.fs.filesystem import NAME, PROVE, TOKEN_BYTES, FileSystem
 from restrictedmem.fs.mount import mount_detached
+from restrictedmem.fs.mounter import enter_user_namespace
 from restrictedmem.fs.server import Server
 from restrictedmem.mm.notifier import Api
 from restrictedmem.mm.restrictedmem import RestrictedFile
-from restrictedmem.service.start import enter_user_namespace
 from restrictedmem.units import pgoff_t
 
 
@@ -130,7 +131,7 @@ def mount_own() -> tuple[OwnedFd, OwnedFd]:
 
 
 def mount_in_user_namespace() -> tuple[OwnedFd, OwnedFd]:
-    enter_user_namespace()
+    enter_user_namespace(CLONE_NEWNS)
     return mount_detached(allow_other=False)
 
 

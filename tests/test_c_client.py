@@ -87,6 +87,7 @@ NUMBERS = {
     "PAGE_SIZE": PAGE_SIZE,
     "TOKEN_SIZE": filesystem.TOKEN_BYTES,
     "MEASUREMENT_SIZE": launch.MEASUREMENT_BYTES,
+    "CONNECT_KEY_SIZE": service_wire.KEY_BYTES,
     "KEY_SIZE": 32,
     "MAX_MESSAGE": service_wire.MAX_MESSAGE,
     "START_SECONDS": int(client.START_DEADLINE),
@@ -264,8 +265,8 @@ def test_peers_that_answer_nonsense(programs: Path) -> None:
         "a closed handle": (EBADF, "STATISTICS: sendmsg"),
         "not ready": (EACCES, "start: /dev/fuse"),
         "ready without its mount": (EPROTO, 'start: {"api": "v10"}'),
-        "ready": (0, ""),
-        "its api": (0, "v10"),
+        "ready without its key": (EPROTO, "start: no key"),
+        "ready, and gone": (ENOTCONN, "CONNECT: the service is gone"),
         "descriptors left": (0, ""),
     }
 

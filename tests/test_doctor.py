@@ -20,11 +20,11 @@ import pytest
 from restrictedmem.abi import fuse, kvm, memory, pagemap, process, seccomp
 from restrictedmem.cli import doctor
 from restrictedmem.fs.mount import Way
+from restrictedmem.fs.mounter import enter_user_namespace
 from restrictedmem.machine import descriptor, examination, finding, guests, host, laboratory, syscall
 from restrictedmem.machine import memory as memory_probes
 from restrictedmem.machine.examination import Conclusion, Examination, Group, conclude
 from restrictedmem.machine.finding import Finding, State, in_child
-from restrictedmem.service import start
 from restrictedmem.units import PAGE_SIZE
 
 T = TypeVar("T")
@@ -195,7 +195,7 @@ def test_the_protocol_needed_is_7_35(minors: list[int], state: State) -> None:
 def test_a_limit_of_no_user_namespaces_is_found_and_named() -> None:
     # The limit belongs to a user namespace, so one of our own can have it without anyone else being touched.
     def limited() -> Finding:
-        start.enter_user_namespace()
+        enter_user_namespace()
         Path("/proc/sys/user/max_user_namespaces").write_text("0")
         return descriptor.user_namespaces()
 

@@ -24,7 +24,7 @@ from restrictedmem.service import client
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
 from restrictedmem.units import PAGE_SIZE as PAGE
-from users import as_user
+from users import ORDINARY, as_user
 
 pytestmark = pytest.mark.requires("fuse")
 
@@ -369,6 +369,38 @@ _HOLDS = {
     "rmem-service": r"/dev/null|/dev/fuse|socket:\[\d+\]|anon_inode:\[eventpoll\]|/memfd:restrictedmem(-sequence)? \(deleted\)",
     "rmem-kvm": r"/dev/null|socket:\[\d+\]|/memfd:(restrictedmem|restrictedmem-sequence|shared-window) \(deleted\)|anon_inode:.?kvm-.*",
 }
+
+
+@pytest.mark.requires("root")
+@pytest.mark.parametrize("uid", [0, ORDINARY])
+def test_it_stays_in_its_owners_namespaces(uid: int) -> None:
+    """Only what mounts, and has ended, was in the user namespace of the mount."""
+    reader, writer = os.pipe()
+
+    def body() -> None:
+        with Service.start() as service, Vm(service):
+            os.write(writer, f"{os.getpid()} {service.info['pid']} {service.info['way']}\n".encode())
+            os.read(hold, 1)
+
+    hold, release = os.pipe()
+    owner = threading.Thread(target=lambda: as_user(body) if uid else body())
+    owner.start()
+    with open(reader, encoding="ascii") as said:
+        os.set_blocking(writer, False)
+        mine, pid, way = said.readline().rstrip().split(" ", 2)
+    everybody = {found.name: namespaces(found.pid) for found in family(int(pid))}
+    expected = namespaces(int(mine))
+    os.write(release, b".")
+    owner.join()
+    for fd in (writer, hold, release):
+        os.close(fd)
+    assert everybody.keys() == {"rmem-spawner", "rmem-service", "rmem-kvm"}
+    assert everybody == dict.fromkeys(everybody, expected)
+    assert way == ("user namespace" if uid else "own mount")
+
+
+def namespaces(pid: int) -> dict[str, str]:
+    return {name: os.readlink(f"/proc/{pid}/ns/{name}") for name in ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup")}
 
 
 @pytest.mark.requires("root")

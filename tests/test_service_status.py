@@ -4,8 +4,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
-from errno import ENOTCONN, ESRCH
+from errno import EACCES, ESRCH
 
 import pytest
 
@@ -75,7 +74,7 @@ def test_status_while_descriptors_come_and_go(service: Service) -> None:
 @pytest.mark.requires("root")
 def test_another_user_learns_nothing(service: Service) -> None:
     pid = service.info["pid"]
-    assert as_user(lambda: (pid in discover.pids(), outcome(lambda: discover.status_of(pid)))) == (True, Errno(ENOTCONN))
+    assert as_user(lambda: (pid in discover.pids(), outcome(lambda: discover.status_of(pid)))) == (True, Errno(EACCES))
 
 
 @pytest.mark.requires("root")
@@ -100,25 +99,7 @@ def test_root_can_ask_an_ordinary_users_service() -> None:
 
 def test_a_borrowed_name_is_noticed() -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as squatter:
-        squatter.bind("\0restrictedmem/1")
+        squatter.bind("\0restrictedmem/1/0123456789abcdef")
         squatter.listen()
         assert 1 in discover.pids()
         assert outcome(lambda: discover.status_of(1)) == Errno(ESRCH)
-
-
-def test_a_taken_name_keeps_no_service_from_starting() -> None:
-    with open("/proc/loadavg", encoding="ascii") as load:
-        newest = int(load.read().split()[4])
-    squatters = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(100)]
-    for pid, squatter in enumerate(squatters, newest + 1):
-        with suppress(OSError):
-            squatter.bind(f"\0restrictedmem/{pid}")
-    try:
-        with Service.start() as service:
-            assert "Address already in use" in service.status()["last_error"]
-            fd = service.memfd_restricted()
-            os.posix_fallocate(fd, 0, PAGE)
-            os.close(fd)
-    finally:
-        for squatter in squatters:
-            squatter.close()

@@ -19,9 +19,9 @@ from restrictedmem.abi import memory
 from restrictedmem.abi.memory import FallocMode
 from restrictedmem.abi.process import CLONE_NEWNS, CLONE_NEWUSER, unshare
 from restrictedmem.fd import receive_with_fds, send_with_fds
+from restrictedmem.fs import mounter
 from restrictedmem.fs.mount import Way
 from restrictedmem.kvm.vmm import Vmm
-from restrictedmem.service import start
 from restrictedmem.service.client import Service
 from restrictedmem.units import PAGE_SIZE as PAGE
 from users import ORDINARY, as_user
@@ -176,7 +176,10 @@ def test_root_of_a_user_namespace_without_the_mounts_takes_the_next_way() -> Non
         unshare(CLONE_NEWUSER)
         for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {uid} 1")):
             Path(f"/proc/self/{name}").write_text(text, encoding="ascii")
-        return start.choose_way().name
+        way, device, root = mounter.mount_first()
+        root.close()
+        device.close()
+        return way.name
 
     assert as_user(body) == Way.USERNS.name
 

@@ -86,9 +86,6 @@ static void take(const char *what, uint32_t number, const char *words, int fd)
 	rmem_service_init(&service, "start");
 	rc = rmem_service_take(&service, pair[0]);
 	tell(what, rc, &service.socket);
-	if (!rc)
-		printf("its api|0|%s\n", service.api);
-	rmem_service_close(&service);
 	close(pair[1]);
 }
 
@@ -128,7 +125,10 @@ static void check_peers(void)
 
 	take("not ready", EACCES, "/dev/fuse", -1);
 	take("ready without its mount", RMEM_READY, "{\"api\": \"v10\"}", -1);
-	take("ready", RMEM_READY, "{\"pid\": 1, \"api\": \"v10\"}", 0);
+	take("ready without its key", RMEM_READY, "{\"socket\": \"@nobody\"}", 0);
+	take("ready, and gone", RMEM_READY,
+	     "{\"key\": \"00112233445566778899aabbccddeeff\", "
+	     "\"socket\": \"@nobody\"}", 0);
 }
 
 /* A service and a VM. */

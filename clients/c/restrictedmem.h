@@ -81,9 +81,10 @@
 #define RMEM_PAGE_SIZE			4096
 #define RMEM_TOKEN_SIZE			16
 #define RMEM_MEASUREMENT_SIZE		48
+#define RMEM_CONNECT_KEY_SIZE		16
 #define RMEM_KEY_SIZE			32
 #define RMEM_MAX_MESSAGE		(128 << 10)
-#define RMEM_START_SECONDS		10
+#define RMEM_START_SECONDS		30
 
 /* v10's struct kvm_userspace_memory_region_ext. */
 struct rmem_userspace_memory_region_ext {
@@ -175,9 +176,10 @@ struct rmem_socket {
 /* Its service lives while this, a descriptor or a VM of it is open. */
 struct rmem_service {
 	struct rmem_socket socket;
-	int first;			/* where the service said READY */
 	int root;			/* its mount, O_PATH */
 	char api[8];			/* "v9" or "v10" */
+	char address[108];		/* where it listens, and the key */
+	unsigned char key[RMEM_CONNECT_KEY_SIZE];
 };
 
 /* A VM lives while this or any of its vCPUs is open. */
@@ -379,29 +381,65 @@ static inline int rmem_call(struct rmem_socket *s, const char *call,
 static inline void rmem_service_close(struct rmem_service *service)
 {
 	rmem_close(&service->socket.fd);
-	rmem_close(&service->first);
 	rmem_close(&service->root);
+}
+
+/* Connect to a socket by its path, or by its abstract name after an @. */
+static inline int rmem_connect(struct rmem_socket *s, const char *path)
+{
+	struct sockaddr_un name;
+	socklen_t size = (socklen_t)sizeof(name);
+	int rc;
+
+	memset(&name, 0, sizeof(name));
+	name.sun_family = AF_UNIX;
+	if (strlen(path) >= sizeof(name.sun_path))
+		return rmem_fail(s, ENAMETOOLONG, path);
+	strcpy(name.sun_path, path);
+	if (path[0] == '@') {
+		name.sun_path[0] = 0;
+		size = (socklen_t)(offsetof(struct sockaddr_un, sun_path) +
+				   strlen(path));
+	}
+	s->fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+	if (s->fd < 0)
+		return rmem_fail(s, errno, "socket");
+	if (!connect(s->fd, (const struct sockaddr *)&name, size))
+		return 0;
+	rc = rmem_fail(s, errno, path);
+	rmem_close(&s->fd);
+	return rc;
 }
 
 /*
  * Take a connection of this process's own (CONNECT).  For a child that has
  * inherited the handle by fork: two readers of one socket would take each
  * other's replies.
+ *
+ * -ENOTCONN when the service is gone.
  */
 static inline int rmem_service_after_fork(struct rmem_service *service)
 {
-	struct rmem_socket first = { service->first, "", "" };
-	int pair[2], rc;
+	struct rmem_socket *s = &service->socket;
+	int rc = 0, tries;
 
-	service->socket.call = "CONNECT";
-	rmem_close(&service->socket.fd);
-	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair))
-		return rmem_fail(&service->socket, errno, "socketpair");
-	rc = rmem_send(&first, "CONNECT", RMEM_CONNECT, NULL, 0, NULL, 0,
-		       pair[1]);
-	close(pair[1]);
-	service->socket.fd = pair[0];
-	return rc ? rmem_fail(&service->socket, -rc, "the service is gone") : 0;
+	/* Connections of others, without the key, may push this one out. */
+	for (tries = 0; tries < 8; tries++) {
+		rmem_close(&s->fd);
+		s->call = "CONNECT";
+		rc = rmem_connect(s, service->address);
+		if (rc == -ECONNREFUSED)
+			rc = rmem_fail(s, ENOTCONN, "the service is gone");
+		if (rc)
+			return rc;
+		rc = rmem_call(s, "CONNECT", RMEM_CONNECT, service->key,
+			       sizeof(service->key), NULL, 0);
+		if (rc != -ENOTCONN)
+			break;
+	}
+	if (rc)
+		rmem_close(&s->fd);
+	return rc;
 }
 
 /* Find a string in the JSON object that READY carries; "" without it. */
@@ -423,7 +461,23 @@ static inline void rmem_json_string(const char *json, const char *name,
 	}
 }
 
-/* Take over a socket on which a service will say READY. */
+/* Read the key, in hexadecimal digits. */
+static inline int rmem_read_key(struct rmem_service *service, const char *json)
+{
+	char digits[2 * RMEM_CONNECT_KEY_SIZE + 1];
+	unsigned int byte;
+	size_t at;
+
+	rmem_json_string(json, "\"key\"", digits, sizeof(digits));
+	for (at = 0; at < RMEM_CONNECT_KEY_SIZE; at++) {
+		if (sscanf(digits + 2 * at, "%2x", &byte) != 1)
+			return rmem_fail(&service->socket, EPROTO, "no key");
+		service->key[at] = (unsigned char)byte;
+	}
+	return 0;
+}
+
+/* Wait on a socket, which this closes, for a service to say READY. */
 static inline int rmem_service_take(struct rmem_service *service, int first)
 {
 	struct pollfd ready = { first, POLLIN, 0 };
@@ -432,7 +486,7 @@ static inline int rmem_service_take(struct rmem_service *service, int first)
 	uint32_t number;
 	int rc;
 
-	service->socket.fd = service->first = first;
+	service->socket.fd = first;
 	service->root = -1;
 	do
 		rc = poll(&ready, 1, RMEM_START_SECONDS * 1000);
@@ -443,8 +497,6 @@ static inline int rmem_service_take(struct rmem_service *service, int first)
 	else
 		rc = rmem_receive(&service->socket, &number, json, &size, spill,
 				  &spilt, &service->root);
-	/* From here on first is only CONNECT's. */
-	service->socket.fd = -1;
 	if (!rc && (number != RMEM_READY || service->root < 0))
 		rc = rmem_refused(&service->socket, number, json, size, spill,
 				  spilt);
@@ -452,8 +504,12 @@ static inline int rmem_service_take(struct rmem_service *service, int first)
 		json[size] = 0;
 		rmem_json_string(json, "\"api\"", service->api,
 				 sizeof(service->api));
-		rc = rmem_service_after_fork(service);
+		rmem_json_string(json, "\"socket\"", service->address,
+				 sizeof(service->address));
+		rc = rmem_read_key(service, json);
 	}
+	if (!rc)
+		rc = rmem_service_after_fork(service);
 	if (rc)
 		rmem_service_close(service);
 	return rc;
@@ -464,7 +520,7 @@ static inline void rmem_service_init(struct rmem_service *service,
 {
 	memset(service, 0, sizeof(*service));
 	service->socket.call = call;
-	service->socket.fd = service->first = service->root = -1;
+	service->socket.fd = service->root = -1;
 }
 
 /*
@@ -478,31 +534,11 @@ static inline void rmem_service_init(struct rmem_service *service,
 static inline int rmem_service_connect(struct rmem_service *service,
 				       const char *path)
 {
-	struct sockaddr_un name;
-	socklen_t size;
-	int fd, rc;
+	int rc;
 
 	rmem_service_init(service, "connect");
-	memset(&name, 0, sizeof(name));
-	name.sun_family = AF_UNIX;
-	if (strlen(path) >= sizeof(name.sun_path))
-		return rmem_fail(&service->socket, ENAMETOOLONG, path);
-	strcpy(name.sun_path, path);
-	size = (socklen_t)sizeof(name);
-	if (path[0] == '@') {
-		name.sun_path[0] = 0;
-		size = (socklen_t)(offsetof(struct sockaddr_un, sun_path) +
-				   strlen(path));
-	}
-	fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-	if (fd < 0)
-		return rmem_fail(&service->socket, errno, "socket");
-	if (connect(fd, (const struct sockaddr *)&name, size)) {
-		rc = rmem_fail(&service->socket, errno, path);
-		close(fd);
-		return rc;
-	}
-	return rmem_service_take(service, fd);
+	rc = rmem_connect(&service->socket, path);
+	return rc ? rc : rmem_service_take(service, service->socket.fd);
 }
 
 /* The child of rmem_service_start: async-signal-safe calls only, then exec. */
@@ -602,7 +638,7 @@ static inline int rmem_memfd_restricted(struct rmem_service *service, int *fd)
  * makes one slot of it, once, of whichever VM it is given to.
  *
  * -EBADF; -ENOTTY for another kind of file; -EACCES for a descriptor of
- * another service; -EINVAL for too many tokens that were never used.
+ * another service.  The oldest of 64 that were never used makes room.
  */
 static inline int rmem_token(struct rmem_service *service, int fd,
 			     unsigned char token[RMEM_TOKEN_SIZE])
@@ -642,7 +678,8 @@ static inline void rmem_vm_close(struct rmem_vm *vm)
  * RMEM_POLICY_EXPLICIT: after the launch, pages become shared only when the
  * guest has asked (MAP_GPA_RANGE), and slots with a private half stay.
  *
- * -ENOTCONN when the service is gone.  What the engine cannot do, -EINVAL for
+ * -EAGAIN, -ENOMEM or -EMFILE when there can be no further process; -ENOTCONN
+ * when the service is gone.  What the engine cannot do, -EINVAL for
  * an unknown one among it, is the answer to the VM's first call.
  */
 static inline int rmem_vm_create(struct rmem_service *service,
@@ -651,25 +688,16 @@ static inline int rmem_vm_create(struct rmem_service *service,
 {
 	char body[128], number[32];
 	size_t size = sizeof(number);
-	int pair[2], rc;
+	int rc;
 
 	memset(vm, 0, sizeof(*vm));
 	vm->socket.fd = -1;
 	snprintf(body, sizeof(body), "kvm {\"engine\": \"%s\", \"policy\": %u}",
 		 engine, policy);
-	service->socket.call = "SPAWN";
-	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair))
-		return rmem_fail(&service->socket, errno, "socketpair");
 	rc = rmem_send(&service->socket, "SPAWN", RMEM_SPAWN, body,
-		       strlen(body), NULL, 0, pair[1]);
-	close(pair[1]);
-	if (!rc)
-		rc = rmem_reply_upto(&service->socket, number, &size, NULL);
-	if (rc)
-		close(pair[0]);
-	else
-		vm->socket.fd = pair[0];
-	return rc;
+		       strlen(body), NULL, 0, -1);
+	return rc ? rc : rmem_reply_upto(&service->socket, number, &size,
+					 &vm->socket.fd);
 }
 
 /*

@@ -8,7 +8,7 @@ use std::ffi::{c_char, c_int, c_ulong, c_void};
 use std::fs::File;
 use std::io::{Error, Result};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::ptr::{null, null_mut};
+use std::ptr::null;
 
 const PAGE: u64 = 4096;
 const GPA: u64 = 0x4000_0000;
@@ -26,9 +26,8 @@ struct Rights(usize, c_int, c_int, c_int);
 
 extern "C" {
     fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int;
-    fn socketpair(domain: c_int, kind: c_int, protocol: c_int, pair: *mut c_int) -> c_int;
     fn connect(socket: c_int, name: *const c_void, size: u32) -> c_int;
-    fn sendmsg(socket: c_int, message: *const MsgHdr, flags: c_int) -> isize;
+    fn send(socket: c_int, message: *const c_void, size: usize, flags: c_int) -> isize;
     fn recvmsg(socket: c_int, message: *mut MsgHdr, flags: c_int) -> isize;
     fn openat(directory: c_int, name: *const c_char, flags: c_int, mode: u32) -> c_int;
     fn unlinkat(directory: c_int, name: *const c_char, flags: c_int) -> c_int;
@@ -47,21 +46,6 @@ fn owned(fd: RawFd) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
-fn pair() -> Result<(OwnedFd, OwnedFd)> {
-    let mut fds = [0; 2];
-    checked(unsafe { socketpair(AF_UNIX, SEQPACKET, 0, fds.as_mut_ptr()) })?;
-    Ok((owned(fds[0]), owned(fds[1])))
-}
-
-fn send(to: &OwnedFd, call: u32, body: &[u8], fd: Option<&OwnedFd>) -> Result<()> {
-    let message = [&call.to_ne_bytes(), &[0; 4], body].concat();
-    let piece = IoVec(message.as_ptr().cast(), message.len());
-    let mut rights = Rights(20, 1, 1, fd.map_or(-1, AsRawFd::as_raw_fd));
-    let control: *mut c_void = if fd.is_some() { (&raw mut rights).cast() } else { null_mut() };
-    let header = MsgHdr(null(), 0, &piece, 1, control, if fd.is_some() { RIGHTS_SIZE } else { 0 }, 0);
-    checked(unsafe { sendmsg(to.as_raw_fd(), &header, 0x4000) } as c_int).map(drop)
-}
-
 /// Receive a message: its first word, its body, and its descriptor.
 fn receive(from: &OwnedFd) -> Result<(u32, Vec<u8>, Option<OwnedFd>)> {
     let mut message = vec![0u8; 128 << 10];
@@ -78,8 +62,9 @@ fn receive(from: &OwnedFd) -> Result<(u32, Vec<u8>, Option<OwnedFd>)> {
     Ok((u32::from_ne_bytes(message[..4].try_into().unwrap()), body, fd))
 }
 
-fn call(to: &OwnedFd, number: u32, body: &[u8], fd: Option<&OwnedFd>) -> Result<(Vec<u8>, Option<OwnedFd>)> {
-    send(to, number, body, fd)?;
+fn call(to: &OwnedFd, number: u32, body: &[u8]) -> Result<(Vec<u8>, Option<OwnedFd>)> {
+    let message = [&number.to_ne_bytes(), &[0; 4], body].concat();
+    checked(unsafe { send(to.as_raw_fd(), message.as_ptr().cast(), message.len(), 0x4000) } as c_int)?;
     let (error, reply, got) = receive(to)?;
     if error != 0 {
         return Err(Error::other(format!("{}: {}", Error::from_raw_os_error(error as i32), String::from_utf8_lossy(&reply))));
@@ -91,44 +76,62 @@ fn words(values: &[u64]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_ne_bytes()).collect()
 }
 
-fn main() -> Result<()> {
-    let path = std::env::args().nth(1).ok_or(Error::other("usage: first_exit SOCKET"))?;
+/// Connect to a socket by its path, or by its abstract name after an @.
+fn dial(path: &str) -> Result<OwnedFd> {
     let mut name = [0u8; 110];
     name[0] = AF_UNIX as u8;
     name[2..2 + path.len()].copy_from_slice(path.as_bytes());
-    let first = owned(checked(unsafe { socket(AF_UNIX, SEQPACKET, 0) })?);
-    checked(unsafe { connect(first.as_raw_fd(), name.as_ptr().cast(), 110) })?;
-    let (READY, _, Some(root)) = receive(&first)? else { return Err(Error::other("the service cannot start")) };
+    let mut size = 110;
+    if path.starts_with('@') {
+        name[2] = 0;
+        size = 2 + path.len() as u32;
+    }
+    let to = owned(checked(unsafe { socket(AF_UNIX, SEQPACKET, 0) })?);
+    checked(unsafe { connect(to.as_raw_fd(), name.as_ptr().cast(), size) })?;
+    Ok(to)
+}
 
-    let (service, theirs) = pair()?;
-    send(&first, CONNECT, &[], Some(&theirs))?;
+/// Find a string in the JSON object that READY carries.
+fn string(json: &[u8], name: &str) -> String {
+    let text = String::from_utf8_lossy(json);
+    let after = text.split_once(&format!("\"{name}\": \"")).map_or("", |(_, after)| after);
+    after.split('"').next().unwrap_or("").to_string()
+}
+
+fn main() -> Result<()> {
+    let path = std::env::args().nth(1).ok_or(Error::other("usage: first_exit SOCKET"))?;
+    let first = dial(&path)?;
+    let (READY, ready, Some(root)) = receive(&first)? else { return Err(Error::other("the service cannot start")) };
+
+    let (socket, key) = (string(&ready, "socket"), string(&ready, "key"));
+    let service = dial(&socket)?;
+    let key: Vec<u8> = (0..16).map(|at| u8::from_str_radix(&key[2 * at..2 * at + 2], 16).unwrap()).collect();
+    call(&service, CONNECT, &key)?;
     let file = unsafe {
         let fd = owned(checked(openat(root.as_raw_fd(), c"restrictedmem".as_ptr(), 0o2 | 0o100 | 0o200 | 0o2000000, 0o600))?);
         unlinkat(root.as_raw_fd(), c"restrictedmem".as_ptr(), 0);
         File::from(fd)
     };
     file.set_len(PAGE)?;
-    let (token, _) = call(&service, TOKEN, &[], None)?;
+    let (token, _) = call(&service, TOKEN, &[])?;
     checked(unsafe { ioctl(file.as_raw_fd(), PROVE, token.as_ptr().cast()) })?;
 
-    let (vm, theirs) = pair()?;
-    call(&service, SPAWN, br#"kvm {"engine": "software"}"#, Some(&theirs))?;
-    drop(theirs);
+    let (_, Some(vm)) = call(&service, SPAWN, br#"kvm {"engine": "software"}"#)? else { return Err(Error::other("no VM")) };
     let mut region = words(&[4 << 32, GPA, PAGE, 0, 0]); // slot 0, KVM_MEM_PRIVATE
     region.resize(160, 0);
     region.extend_from_slice(&token);
-    call(&vm, SET_USER_MEMORY_REGION, &region, None)?;
-    call(&vm, SET_MEMORY_ATTRIBUTES, &words(&[GPA, PAGE, 1 << 3, 0]), None)?;
-    let (_, Some(vcpu)) = call(&vm, CREATE_VCPU, &[], None)? else { return Err(Error::other("no vCPU")) };
+    call(&vm, SET_USER_MEMORY_REGION, &region)?;
+    call(&vm, SET_MEMORY_ATTRIBUTES, &words(&[GPA, PAGE, 1 << 3, 0]))?;
+    let (_, Some(vcpu)) = call(&vm, CREATE_VCPU, &[])? else { return Err(Error::other("no vCPU")) };
 
     let mut content = words(&[GPA]);
     content.extend_from_slice(&[0xb0, 0x2a, 0xe6, 0x42]); // mov al, 42; out 0x42, al
     content.resize(8 + PAGE as usize, 0);
-    call(&vm, LAUNCH_UPDATE, &content, None)?;
+    call(&vm, LAUNCH_UPDATE, &content)?;
     let mut regs = [0; 18];
     regs[16] = GPA; // rip
-    call(&vcpu, SET_REGS, &words(&regs), None)?;
-    let (exit, _) = call(&vcpu, RUN, &words(&[0]), None)?;
+    call(&vcpu, SET_REGS, &words(&regs))?;
+    let (exit, _) = call(&vcpu, RUN, &words(&[0]))?;
     let exit: Vec<u64> = exit.chunks(8).map(|word| u64::from_ne_bytes(word.try_into().unwrap())).collect();
     assert_eq!((exit.len(), exit[0]), (7, 1 << 32 | 2), "an out (KVM_EXIT_IO)");
     println!("{:#x} {} {}", exit[1], exit[2], exit[3]);

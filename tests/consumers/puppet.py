@@ -9,7 +9,7 @@ from typing import Any
 
 from restrictedmem.consumer import BoundFile, Consumer
 from restrictedmem.service.start import Options
-from restrictedmem.service.wire import Channel
+from restrictedmem.service.wire import Call, Channel
 from restrictedmem.units import PageRange, pgoff_t
 
 
@@ -87,6 +87,10 @@ class Puppet:
     def write(self, file: int, pgoff: int, byte: int) -> None:
         page = self.files[file].page(pgoff_t(pgoff))
         page[:] = bytes([byte]) * len(page)
+
+    def ask(self, number: int, body: str) -> str:
+        """Make a request of the service that the library would not make; the body is in hexadecimal digits."""
+        return self.consumer.requests.call(Call("ASK", number), bytes.fromhex(body))[0].hex()
 
     def pid(self) -> int:
         return os.getpid()

@@ -63,6 +63,16 @@ def unshare(flags: int) -> None:
         raise_errno("unshare")
 
 
+def setns(fd: int, kind: int) -> None:
+    """setns(2): move this process into a namespace; ``kind`` is its CLONE_NEW*.
+
+    Raises:
+        OSError: EPERM without CAP_SYS_ADMIN in it, EINVAL for a namespace of another kind.
+    """
+    if libc.setns(fd, kind):
+        raise_errno("setns")
+
+
 @c_struct(size=24)
 class cap_data(ctypes.Structure):
     """Two ``struct __user_cap_data_struct``: capabilities 0 to 31, then 32 to 63."""

@@ -8,12 +8,13 @@ from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Final, NoReturn
 
+from restrictedmem.abi.process import CLONE_NEWNS
 from restrictedmem.audit import calls
 from restrictedmem.audit.attempt import Buffer, Route
 from restrictedmem.audit.memory import of_process
 from restrictedmem.audit.owner import Owner
 from restrictedmem.fd import OwnedFd
-from restrictedmem.service import start
+from restrictedmem.fs.mounter import enter_user_namespace
 from restrictedmem.service.client import Service
 
 _MOST: Final = 1 << 20
@@ -70,7 +71,7 @@ def _namespace_above(owner: Owner) -> Iterator[Buffer]:
 
 def _inside(owner: Owner, writer: int, hold: int) -> NoReturn:
     try:
-        start.enter_user_namespace()
+        enter_user_namespace(CLONE_NEWNS)
         with Service.start() as service, owner.another(service) as guest:
             os.write(writer, b"%d\n" % guest.vmm.vm.statistics()["pid"])
             os.read(hold, 1)

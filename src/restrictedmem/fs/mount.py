@@ -1,6 +1,7 @@
-"""Ways to make the mount. None leaves a mount point, and none opens a file on the mount in this process.
+"""Ways to make the mount. None leaves a mount point, and none opens a file on the mount.
 
-Which is possible differs from machine to machine; ``Way`` lists them in the order in which they are tried.
+Which is possible differs from machine to machine; ``Way`` lists them in the order in which they are tried. A process that does nothing
+else makes it (``mounter``).
 """
 
 import array

@@ -44,14 +44,15 @@ _SWITCH_INTERVAL: Final = 0.0002
 _preloaded: Kvm | None = None
 
 
-def preload() -> None:
-    """Open and read what ``serve`` needs later, for a process that is about to become a user who may not."""
+def preload(*, devices: bool) -> None:
+    """Load what ``serve`` needs later; with ``devices`` open /dev/kvm, too."""
     global _preloaded
     # What is missing, the owner's first VM or vCPU says.
     with suppress(RuntimeError, OSError):
         unicorn.library()
-    with suppress(OSError):
-        _preloaded = Kvm.open()
+    if devices:
+        with suppress(OSError):
+            _preloaded = Kvm.open()
 
 
 def serve(owner: socket.socket, service: socket.socket, notify: socket.socket, options: "Options", arguments: str) -> NoReturn:

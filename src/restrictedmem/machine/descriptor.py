@@ -16,8 +16,8 @@ from typing import Final
 
 from restrictedmem.abi import fuse, process
 from restrictedmem.fs.mount import DEVICE, Way, mount_detached, mount_fusermount
+from restrictedmem.fs.mounter import enter_user_namespace
 from restrictedmem.machine.finding import Finding, State, in_child, reason, setting
-from restrictedmem.service import start
 
 _CLONE_SYSCTL: Final = "/proc/sys/kernel/unprivileged_userns_clone"
 _NAMESPACES_SYSCTL: Final = "/proc/sys/user/max_user_namespaces"
@@ -98,7 +98,7 @@ def try_way(way: Way) -> int | OSError:
 
 def _offered_minor(way: Way) -> int:
     if way is Way.USERNS:
-        start.enter_user_namespace()
+        enter_user_namespace(process.CLONE_NEWNS)
     device, root = mount_fusermount() if way is Way.FUSERMOUNT else mount_detached(allow_other=way is Way.OWN)
     with root, device:
         # INIT is queued as the mount is made. A server that read without looking could wait for ever.
@@ -196,7 +196,7 @@ def user_namespaces() -> Finding:
     else:
         detail += "; no AppArmor"
     try:
-        in_child(start.enter_user_namespace)
+        in_child(enter_user_namespace)
     except OSError as error:
         return Finding(
             name,

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from contextlib import suppress
-from errno import EINVAL, ENOENT, ETIMEDOUT
+from errno import ECONNRESET, EINVAL, ENOENT, ENOTCONN, ETIMEDOUT
 from pathlib import Path
 from typing import Any, Final, Self, final
 from weakref import WeakSet
@@ -21,8 +21,10 @@ from restrictedmem.service import SERVER_VARIABLE, wire
 from restrictedmem.service.start import Options
 from restrictedmem.service.wire import Channel
 
+#: Connections that the service may drop before this process gives up.
+_TRIES: Final = 8
 #: Seconds that a service may take to come up.
-START_DEADLINE: Final = 10.0
+START_DEADLINE: Final = 30.0
 
 _START: Final = "import sys; sys.path.insert(0, sys.argv[1]); from restrictedmem.service.start import main; main(sys.argv[2:])"
 #: What an interpreter has to have on its path to find this package.
@@ -37,17 +39,13 @@ class Service:
     """
 
     def __init__(self, first: socket.socket) -> None:
-        """Take over a connected socket on which the service will say READY.
+        """Wait on a connected socket, which this closes, for the service to say READY.
 
         Raises:
             OSError: what the service failed with; ETIMEDOUT when it says nothing; ECONNRESET when it died.
         """
-        self._first = first
-        try:
+        with first:
             body, fds = _receive_ready(first)
-        except BaseException:
-            first.close()
-            raise
         self.info: dict[str, Any] = json.loads(body)
         self._mount = fds[0]
         self._channel: Channel | None = None
@@ -106,10 +104,9 @@ class Service:
         """Make whoever is at the other end of ``sock`` an owner of this service, too: there it is as from ``connect``.
 
         Raises:
-            OSError: EPIPE when either end is gone.
+            OSError: EPIPE when the other end is gone.
         """
         Channel(sock, "another owner").post(wire.READY, json.dumps(self.info).encode(), [self._mount.fileno()])
-        Channel(self._first, "service").post(wire.CONNECT, fds=[sock.fileno()])
 
     def memfd_restricted(self, flags: int = 0) -> int:
         """Create a restricted descriptor, close-on-exec, which the caller owns; see ``restrictedmem.memfd_restricted``."""
@@ -146,16 +143,11 @@ class Service:
         """Start a consumer of a kind the service trusts, with arguments that it understands; returns the socket it serves the caller on.
 
         Raises:
-            OSError: EINVAL for a kind it does not know; ENOTCONN when the service is gone.
+            OSError: EINVAL for a kind it does not know; E2BIG for longer arguments than a message has room for; EAGAIN, ENOMEM or EMFILE
+                when there can be no further process; what a program cannot be loaded with; ENOTCONN when the service is gone.
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            with theirs:
-                self._call(wire.SPAWN, f"{consumer} {arguments}".encode(), [theirs.fileno()])
-        except BaseException:
-            ours.close()
-            raise
-        return ours
+        _, fds = self._call(wire.SPAWN, f"{consumer} {arguments}".encode())
+        return socket.socket(fileno=fds.pop().detach())
 
     def error_page(self, fd: int, start: int, end: int) -> None:
         """Act as if the machine had lost pages ``start`` to ``end`` of a descriptor (``restrictedmem_error_page``), at most a folio's.
@@ -189,7 +181,6 @@ class Service:
         """Let go of the service; descriptors and consumers stay."""
         if self._channel is not None:
             self._channel.close()
-        self._first.close()
         self._mount.close()
 
     def __enter__(self) -> Self:
@@ -198,18 +189,46 @@ class Service:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _call(self, call: wire.Call, body: bytes = b"", fds: list[int] | None = None) -> tuple[bytes, list[OwnedFd]]:
-        return self._own_channel().call(call, body, fds or ())
+    def _call(self, call: wire.Call, body: bytes = b"") -> tuple[bytes, list[OwnedFd]]:
+        return self._own_channel().call(call, body)
 
     def _own_channel(self) -> Channel:
         """Return this process's connection, made at the first call and again after an interrupted one."""
         with self._mutex:
             if self._channel is None or self._channel.fileno() < 0:
-                self._channel, theirs = Channel.pair("service", takes_fds=True)
-                # A service that is gone is the next call's to find out.
-                with theirs, suppress(BrokenPipeError):
-                    Channel(self._first, "service").post(wire.CONNECT, fds=[theirs.fileno()])
+                self._channel = self._connect()
             return self._channel
+
+    def _connect(self) -> Channel:
+        """Connect, again where others without the key came between and had this connection dropped."""
+        for _ in range(_TRIES):
+            with suppress(ConnectionResetError):
+                return self._knock()
+        raise OSError(ENOTCONN, f"connect {self.info['socket']}: the service drops every connection")
+
+    def _knock(self) -> Channel:
+        """Connect, and show the key that READY brought.
+
+        Raises:
+            OSError: ENOTCONN when nobody listens: the service is gone, or this process is in another network namespace; ECONNRESET when
+                the service has dropped the connection.
+        """
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        channel = Channel(sock, "service", takes_fds=True)
+        try:
+            sock.connect(address(self.info["socket"]))
+            channel.call(wire.CONNECT, bytes.fromhex(self.info["key"]))
+        except ConnectionRefusedError:
+            channel.close()
+            words = "nobody listens: the service is gone, or in another network namespace"
+            raise OSError(ENOTCONN, f"connect {self.info['socket']}: {words}") from None
+        except OSError as error:
+            channel.close()
+            raise OSError(ECONNRESET if error.errno == ENOTCONN else error.errno, error.strerror) from None
+        except BaseException:
+            channel.close()
+            raise
+        return channel
 
 
 def address(path: str) -> str:

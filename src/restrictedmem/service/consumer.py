@@ -78,6 +78,8 @@ class Consumer:
         self._gone = False
         self.requests, self._their_requests = Channel.pair(str(self))
         self._notify, self._their_notify = Channel.pair(str(self))
+        for channel in (self.requests, self._notify):
+            channel.refuse_fds()
         self._notify.sock.settimeout(deadline)
         self._deadline = deadline
 

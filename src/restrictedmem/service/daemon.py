@@ -1,5 +1,8 @@
 """The service: FUSE in the main thread, everything that is asked over sockets in a second one.
 
+It takes descriptors from nobody: with a stranger's FUSE file in its hands it could not even be killed (FUSE_FLUSH). Owners connect to it,
+and it makes the connections to consumers itself.
+
 Neither thread is ever busy: both wait in system calls. A connection that sends something malformed gets an error and nobody else
 notices; one that breaks off takes with it what it had, and no more.
 """
@@ -7,31 +10,35 @@ notices; one that breaks off takes with it what it had, and no more.
 import json
 import logging
 import os
-import secrets
 import selectors
 import signal
 import socket
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from errno import EACCES, EINVAL, EIO, ENOENT, EPROTO
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from errno import E2BIG, EACCES, EINVAL, EIO, ENOENT, EPERM, EPROTO
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, final
 
 from restrictedmem import sync
 from restrictedmem.abi import memory, process
-from restrictedmem.fd import close_all, peer_credentials
-from restrictedmem.fs.filesystem import TOKEN_BYTES, FileSystem
-from restrictedmem.fs.mount import Way, mount_detached, mount_fusermount
+from restrictedmem.fd import close_all
+from restrictedmem.fs.filesystem import FileSystem
+from restrictedmem.fs.mount import Way
+from restrictedmem.fs.mounter import mount_first
 from restrictedmem.fs.server import Server
 from restrictedmem.fs.usage import Usage
 from restrictedmem.mm.restrictedmem import RestrictedFile
-from restrictedmem.service import signing, wire
+from restrictedmem.service import program, sealing, signing, wire
 from restrictedmem.service.consumer import Consumer
+from restrictedmem.service.door import Connection, Door
 from restrictedmem.service.program import Programs
 from restrictedmem.service.signing import Signer
+from restrictedmem.service.tokens import Tokens
 from restrictedmem.service.wire import BindFlag, BindingFlag, Channel, Message
 from restrictedmem.units import PAGE_SHIFT, PageRange, pgoff_t
 
@@ -40,14 +47,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Where ``ps`` finds a service: an abstract socket of this name, which goes when the process does.
-STATUS_NAME: Final = "\0restrictedmem/{pid}"
 #: Descriptors that the service keeps free for sockets and sequence pages.
 _SPARE_FDS: Final = 256
-#: Tokens that one connection may have asked for and not used.
-_MAX_TOKENS: Final = 64
 #: Seconds that a consumer's process may take to end after its owner has let go of it.
 _LINGER: Final = 0.2
+#: What consumers that are VMs may ask for alone.
+_OF_VMS: Final = (wire.LAUNCHED.number, wire.SIGN.number)
 #: Pages of the largest folio there is, 1 GiB.
 _LARGEST_FOLIO: Final = 1 << 30 - PAGE_SHIFT
 
@@ -58,28 +63,30 @@ def run(owner: Channel, spawner: Channel, options: "Options", origin: "Origin") 
     Raises:
         OSError: when the mount or a socket cannot be made; the owner was told.
     """
-    way = origin.way
     try:
-        device, root = mount_fusermount() if way is Way.FUSERMOUNT else mount_detached(allow_other=way is Way.OWN)
+        way, device, root = mount_first()
+        signing.preload()
         signer = Signer() if options.signing_key is None else Signer.load(options.signing_key)
-        if options.become is not None:
-            # Whom it becomes may have no way to the library's files.
-            signing.preload()
         drop_privileges(options.become, keep=0)
         # Another uid has reset it.
         process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
-        service = Service(owner, spawner, options, origin, signer, max_files=process.raise_fd_limit() - _SPARE_FDS)
+        max_files = process.raise_fd_limit() - _SPARE_FDS
+        service = Service(spawner, options, origin, way, signer, max_files)
+        sealing.seal()
+        service.wait_loaded()
     except OSError as error:
         owner.reply_error(error)
         raise
-    with root:
-        about = {
-            "pid": os.getpid(),
-            "way": way.value,
-            "api": options.api,
-            "design": options.design or options.api,
-            "signing_key": service.signing_key(),
-        }
+    about = {
+        "pid": os.getpid(),
+        "way": way.value,
+        "api": options.api,
+        "design": options.design or options.api,
+        "signing_key": service.signing_key(),
+        **service.address(),
+    }
+    # Nobody waits for more on this socket, and the owner may be gone.
+    with root, closing(owner), suppress(OSError):
         owner.post(wire.READY, json.dumps(about).encode(), [root.fileno()])
     threading.Thread(target=service.run, name="control", daemon=True).start()
     with device:
@@ -114,43 +121,69 @@ def _unpack(message: Message, layout: struct.Struct) -> tuple[Any, ...]:
 
 
 @final
-@dataclass(eq=False)
-class _Connection:
-    """An owner's connection and the tokens that were given out on it."""
+@dataclass(eq=False, slots=True)
+class _Spawn:
+    """A consumer that was asked for: by whom, the body of SPAWN, and both ends of its socket."""
 
-    channel: Channel
-    tokens: set[bytes] = field(default_factory=set[bytes])
+    connection: Connection
+    consumer: Consumer
+    body: bytes
+    owners: socket.socket
+    consumers: socket.socket
 
 
 @final
 class Service:
     """What the control thread does: tokens, consumers, status."""
 
-    def __init__(self, owner: Channel, spawner: Channel, options: "Options", origin: "Origin", signer: Signer, max_files: int) -> None:
+    def __init__(
+        self,
+        spawner: Channel,
+        options: "Options",
+        origin: "Origin",
+        way: Way,
+        signer: Signer,
+        max_files: int,
+    ) -> None:
         self._usage = Usage() if options.usage else None
+        self._tokens = Tokens()
         self.filesystem = FileSystem(
             options.design or options.api,
             backing=options.backing,
             memory_max=options.memory_max,
             max_files=max_files,
-            prove=self._prove,
+            prove=self._tokens.prove,
             usage=self._usage,
         )
         self._options = options
         self._programs = Programs(options.consumers)
         self._origin = origin
+        self._way = way
         self._spawner = spawner
         self._signer = signer
         self._selector = selectors.DefaultSelector()
         self._consumers: dict[int, Consumer] = {}
         self._next_consumer = 1
+        #: Those that the spawner has still to fork; it is asked for the first.
+        self._spawns: deque[_Spawn] = deque()
         self._last_error = ""
         self._idle = threading.Condition(sync.mutex())
-        self._mutex = sync.mutex()
-        # Under _mutex: tokens given out and not bound yet, with the file whose holder presented one (held by a reference).
-        self._tokens: dict[bytes, tuple[int, RestrictedFile] | None] = {}
-        self._connect(owner)
-        self._listen()
+        self._door = Door()
+        self._watch(self._door.listener, self._accept)
+        self._watch(spawner, self._forked)
+
+    def address(self) -> dict[str, str]:
+        """Return what READY says of the listening socket."""
+        return {"socket": f"@{self._door.name}", "key": self._door.key.hex()}
+
+    def wait_loaded(self) -> None:
+        """Wait until the spawner has loaded all that consumers execute.
+
+        Raises:
+            OSError: EIO when it has died.
+        """
+        if self._spawner.receive() is None:
+            raise OSError(EIO, "the process that forks consumers died")
 
     def signing_key(self) -> str | None:
         """Return the public key of reports, in hexadecimal; None while there is none."""
@@ -203,76 +236,114 @@ class Service:
         finally:
             close_all(message.fds)
 
-    # Owners.
+    # Connections.
 
-    def _connect(self, channel: Channel) -> None:
-        connection = _Connection(channel)
+    def _accept(self) -> None:
+        connection = self._door.accept()
+        if connection is None:
+            return
+        dispatch, end = partial(self._dispatch, connection), partial(self._end, connection)
+        self._watch(connection.channel, lambda: self._serve(connection.channel, dispatch, end))
+        surplus = self._door.surplus(connection.uid)
+        if surplus is not None:
+            self._selector.unregister(surplus.channel)
+            self._end(surplus)
 
-        def end() -> None:
-            channel.close()
-            for token in connection.tokens:
-                self._drop_token(token)
+    def _end(self, connection: Connection) -> None:
+        self._door.forget(connection)
+        connection.channel.close()
+        for token in connection.tokens:
+            self._tokens.drop(token)
 
-        self._watch(channel, lambda: self._serve(channel, lambda message: self._dispatch_owner(connection, message), end))
-
-    def _dispatch_owner(self, connection: _Connection, message: Message) -> None:
-        if message.number == wire.CONNECT.number:
-            self._connect(Channel(message.take_socket(), "owner", takes_fds=True))
-        elif message.number == wire.TOKEN.number:
-            connection.channel.reply(self._token(connection))
-        elif message.number == wire.SPAWN.number:
-            number = self._spawn(message.body.decode(errors="replace"), message.take_socket())
-            connection.channel.reply(str(number).encode())
-        elif message.number == wire.STATUS.number:
-            self._reply_status(connection.channel)
-        elif message.number == wire.SIGNING_KEY.number:
-            connection.channel.reply(self._signer.make_key())
-        elif message.number == wire.ERROR_PAGE.number:
-            self._error_page(message)
+    def _dispatch(self, connection: Connection, message: Message) -> None:
+        if connection.owner:
+            self._dispatch_owner(connection, message)
+        elif message.number == wire.CONNECT.number and self._door.admit(connection, message.body):
             connection.channel.reply()
+        elif message.number == wire.STATUS.number and connection.uid in (os.getuid(), 0):
+            self._reply_status(connection.channel)
         else:
-            raise OSError(EPROTO, f"no such call: {message.number}")
+            raise OSError(EACCES, "the key of this service was not shown")
 
-    def _token(self, connection: _Connection) -> bytes:
-        with self._mutex:
-            connection.tokens &= self._tokens.keys()
-            if len(connection.tokens) >= _MAX_TOKENS:
-                raise OSError(EINVAL, "too many tokens that were never bound")
-            token = secrets.token_bytes(TOKEN_BYTES)
-            connection.tokens.add(token)
-            self._tokens[token] = None
-        return token
-
-    def _prove(self, token: bytes, ino: int, file: RestrictedFile) -> None:
-        # Called by FUSE: whoever presents the token holds the descriptor.
-        with self._mutex:
-            if self._tokens.get(token, file) is not None:
-                raise OSError(EACCES, "prove: not a token of this service, or presented before")
-            self._tokens[token] = ino, file
-            file.get()
-
-    def _drop_token(self, token: bytes) -> None:
-        with self._mutex:
-            proved = self._tokens.pop(token, None)
-        if proved is not None:
-            proved[1].put()
+    def _dispatch_owner(self, connection: Connection, message: Message) -> None:
+        match message.number:
+            case wire.TOKEN.number:
+                connection.channel.reply(self._tokens.issue(connection.tokens))
+            case wire.SPAWN.number:
+                self._spawn(connection, message.body)
+            case wire.STATUS.number:
+                self._reply_status(connection.channel)
+            case wire.SIGNING_KEY.number:
+                connection.channel.reply(self._signer.make_key())
+            case wire.ERROR_PAGE.number:
+                self._error_page(message)
+                connection.channel.reply()
+            case _:
+                raise OSError(EPROTO, f"no such call: {message.number}")
 
     # Consumers.
 
-    def _spawn(self, name_and_arguments: str, owner: socket.socket) -> int:
-        name, _, arguments = name_and_arguments.partition(" ")
-        with owner:
-            if name not in self._programs:
-                raise OSError(EINVAL, f"no such consumer: {name}")
-            number = self._next_consumer
-            self._next_consumer += 1
-            consumer = Consumer(name, number, self._options.deadline, self._consumer_failed)
-            self._consumers[number] = consumer
+    def _spawn(self, connection: Connection, body: bytes) -> None:
+        """Have a consumer forked; the reply comes once it was, or could not be.
+
+        Raises:
+            OSError: EINVAL for one that is not known; E2BIG for arguments that are too long; EMFILE.
+        """
+        name = body.partition(b" ")[0].decode(errors="replace")
+        if name not in self._programs:
+            raise OSError(EINVAL, f"no such consumer: {name}")
+        if len(body) > wire.MAX_BODY - wire.NUMBER.size:
+            raise OSError(E2BIG, f"arguments of {len(body)} bytes")
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            consumer = Consumer(name, self._next_consumer, self._options.deadline, self._consumer_failed)
+        except OSError:
+            ours.close()
+            theirs.close()
+            raise
+        self._next_consumer += 1
+        self._consumers[consumer.number] = consumer
+        self._spawns.append(_Spawn(connection, consumer, body, ours, theirs))
+        if len(self._spawns) == 1:
+            self._ask_spawner()
+
+    def _ask_spawner(self) -> None:
+        """Have the first of the consumers forked that wait for it."""
+        while self._spawns:
+            spawn = self._spawns[0]
+            requests, notify = spawn.consumer.give_sockets()
+            fds = [spawn.consumers.fileno(), requests.fileno(), notify.fileno()]
+            with spawn.consumers, requests, notify:
+                try:
+                    self._spawner.post(wire.FORK, wire.NUMBER.pack(spawn.consumer.number) + spawn.body, fds)
+                    return
+                except OSError as error:
+                    self._spawned(self._spawns.popleft(), error)
+
+    def _forked(self) -> None:
+        """Hear from the spawner what came of the first consumer that waits."""
+        message = self._spawner.receive(socket.MSG_DONTWAIT)
+        if message is None:
+            # The kernel kills this process, too.
+            self._selector.unregister(self._spawner)
+            return
+        number = message.number
+        words = message.body.decode(errors="replace") or os.strerror(number)
+        self._spawned(self._spawns.popleft(), OSError(number, words) if number else None)
+        self._ask_spawner()
+
+    def _spawned(self, spawn: _Spawn, failure: OSError | None) -> None:
+        """Answer whoever asked for a consumer, if that has not gone meanwhile."""
+        channel, consumer = spawn.connection.channel, spawn.consumer
+        if failure is None:
             self._watch(consumer.requests, lambda: self._serve_consumer(consumer))
-            requests, notify = consumer.give_sockets()
-            with requests, notify:
-                self._spawner.post(wire.FORK, f"{number} {name} {arguments}".encode(), [owner.fileno(), requests.fileno(), notify.fileno()])
-        return number
+        else:
+            self._end_consumer(consumer)
+        with spawn.owners:
+            if channel.fileno() >= 0 and failure is None:
+                channel.reply(str(consumer.number).encode(), [spawn.owners.fileno()])
+            elif channel.fileno() >= 0 and failure is not None:
+                channel.reply_error(failure)
 
     def _serve_consumer(self, consumer: Consumer) -> None:
         # Another request of the same round of the selector may have ended it.
@@ -292,6 +363,8 @@ class Service:
         elif message.number == wire.REPORT.number:
             consumer.report = json.loads(message.body)
             consumer.requests.reply()
+        elif message.number in _OF_VMS and consumer.name != program.VM:
+            raise OSError(EPERM, "reports are about VMs, and this consumer is none")
         elif message.number == wire.LAUNCHED.number:
             consumer.launched(*wire.LAUNCH.unpack(message.body))
             consumer.requests.reply()
@@ -303,7 +376,7 @@ class Service:
 
     def _bind(self, consumer: Consumer, message: Message) -> None:
         token, start, end, flags = _unpack(message, wire.BIND_REQUEST)
-        ino, file = self._take(token)
+        ino, file = self._tokens.take(token)
         try:
             self._let_end(consumer, file)
             backing = file.backing
@@ -328,22 +401,9 @@ class Service:
                     break
                 self._serve_consumer(other)
 
-    def _take(self, token: bytes) -> tuple[int, RestrictedFile]:
-        """Use up a token; the caller has the file's reference from now on.
-
-        Raises:
-            OSError: EACCES for one that was never presented.
-        """
-        with self._mutex:
-            proved = self._tokens.get(token)
-            if proved is None:
-                raise OSError(EACCES, "the token was never presented on a descriptor")
-            del self._tokens[token]
-        return proved
-
     def _error_page(self, message: Message) -> None:
         token, start, end = _unpack(message, wire.ERROR_REQUEST)
-        _, file = self._take(token)
+        _, file = self._tokens.take(token)
         try:
             if not 0 < end - start <= _LARGEST_FOLIO:
                 raise OSError(EINVAL, f"pages {start:#x} to {end:#x} are no folio")
@@ -354,7 +414,7 @@ class Service:
     def _consumer_failed(self, consumer: Consumer, reason: str) -> None:
         # Called by a FUSE thread in the middle of an invalidation, which holds the file's semaphore: the rest is the control thread's.
         self._last_error = reason
-        self._spawner.post(wire.KILL, str(consumer.number).encode())
+        self._spawner.post(wire.KILL, wire.NUMBER.pack(consumer.number))
 
     def _end_consumer(self, consumer: Consumer) -> None:
         consumer.close()
@@ -363,32 +423,6 @@ class Service:
             self._idle.notify_all()
 
     # Status.
-
-    def _listen(self) -> None:
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        try:
-            listener.bind(STATUS_NAME.format(pid=os.getpid()))
-        except OSError as error:
-            # Abstract names are anybody's to take. Who takes ours hides this service from ps, and must not keep it from starting.
-            listener.close()
-            self._last_error = f"ps cannot reach this service: {error.strerror}"
-            return
-        listener.listen(8)
-        self._watch(listener, lambda: self._accept(listener))
-
-    def _accept(self, listener: socket.socket) -> None:
-        sock, _ = listener.accept()
-        _, uid, _ = peer_credentials(sock)
-        if uid not in (os.getuid(), 0):
-            sock.close()
-            return
-        channel = Channel(sock, "ps")
-        self._watch(channel, lambda: self._serve(channel, lambda message: self._dispatch_status(channel, message), channel.close))
-
-    def _dispatch_status(self, channel: Channel, message: Message) -> None:
-        if message.number != wire.STATUS.number:
-            raise OSError(EPROTO, f"no such call: {message.number}")
-        self._reply_status(channel)
 
     def _reply_status(self, channel: Channel) -> None:
         text = json.dumps(self._status()).encode()
@@ -424,7 +458,7 @@ class Service:
             "owner_pid": self._origin.pid,
             "owner_uid": self._origin.uid,
             "api": self._options.api,
-            "way": self._origin.way.value,
+            "way": self._way.value,
             "memory_max": self._options.memory_max,
             "signing_key": self.signing_key(),
             "descriptors": files,

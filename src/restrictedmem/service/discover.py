@@ -9,9 +9,8 @@ from errno import ESRCH
 from typing import Any
 
 from restrictedmem.fd import peer_credentials
-from restrictedmem.service import wire
+from restrictedmem.service import door, wire
 from restrictedmem.service.client import read_status
-from restrictedmem.service.daemon import STATUS_NAME
 from restrictedmem.service.wire import Channel
 
 #: Seconds to wait for a service's answer.
@@ -19,10 +18,15 @@ _PATIENCE = 2.0
 
 
 def pids() -> list[int]:
-    """Return the pids that name themselves services, of any user (/proc/net/unix)."""
-    pattern = re.compile(re.escape(STATUS_NAME.replace("\0", "@")).replace(r"\{pid\}", r"(\d+)") + r"$")
+    """Return the pids that name themselves services, of any user."""
+    return sorted(_names())
+
+
+def _names() -> dict[int, str]:
+    """Return the sockets that are named as a service's, by pid (/proc/net/unix)."""
+    pattern = re.compile(r"@(" + door.NAME.format(pid=r"(\d+)", word=r"[0-9a-f]+") + r")$")
     with open("/proc/net/unix", encoding="utf-8", errors="replace") as table:
-        return sorted({int(found[1]) for line in table if (found := pattern.search(line.rstrip()))})
+        return {int(found[2]): found[1] for line in table if (found := pattern.search(line.rstrip()))}
 
 
 def status_of(pid: int) -> dict[str, Any]:
@@ -33,8 +37,9 @@ def status_of(pid: int) -> dict[str, Any]:
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as sock:
         sock.settimeout(_PATIENCE)
+        name = _names().get(pid, "")
         with _as_user(_uid_of(pid)):
-            sock.connect(STATUS_NAME.format(pid=pid))
+            sock.connect("\0" + name)
         peer, uid, _ = peer_credentials(sock)
         if peer != pid:
             raise OSError(ESRCH, f"the name of service {pid} is held by process {peer}")

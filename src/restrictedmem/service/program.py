@@ -1,4 +1,7 @@
-"""The programs that may hold restricted memory: the library's own, and those that whoever starts a service names (docs/consumers.md)."""
+"""The programs that may hold restricted memory: the library's own, and those that whoever starts a service names (docs/consumers.md).
+
+All are loaded before the service is ready. The owner's files may be other files later.
+"""
 
 import importlib
 import re
@@ -16,8 +19,10 @@ if TYPE_CHECKING:
 #: What a program offers as ``serve``: the owner's socket, the two to the service, the service's options, the owner's arguments.
 Serve: TypeAlias = Callable[[socket.socket, socket.socket, socket.socket, "Options", str], object]
 
+#: The consumer that is a VM's engine.
+VM: Final = "kvm"
 #: Modules with ``preload()`` and ``serve``.
-_OWN: Final = {"kvm": "restrictedmem.kvm.process"}
+_OWN: Final = {VM: "restrictedmem.kvm.process"}
 _NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,9}")
 
 
@@ -69,10 +74,15 @@ class Programs:
     def __contains__(self, name: str) -> bool:
         return name in _OWN or name in self._paths
 
-    def preload(self) -> None:
-        """Read all of them now, for a process that is about to become a user who may not; what fails, ``find`` says."""
-        for module in _OWN.values():
-            importlib.import_module(module).preload()
+    def load(self, *, devices: bool) -> None:
+        """Load all of them, for a process that will load nothing later; what fails, ``find`` says.
+
+        ``devices``: open theirs too, for a process that is about to become a user who may not.
+        """
+        for name, module in _OWN.items():
+            program = importlib.import_module(module)
+            program.preload(devices=devices)
+            self._loaded[name] = program.serve
         for name, path in self._paths.items():
             try:
                 self._loaded[name] = load(name, path)
@@ -83,12 +93,9 @@ class Programs:
         """Return what to call in a process of its own.
 
         Raises:
-            OSError: as ``load``.
+            OSError: as ``load`` of this module.
         """
-        if name in _OWN:
-            serve: Serve = importlib.import_module(_OWN[name]).serve
-            return serve
-        found = self._loaded.get(name) or load(name, self._paths[name])
+        found = self._loaded[name]
         if isinstance(found, OSError):
-            raise found
+            raise OSError(found.errno, found.strerror)
         return found

@@ -18,10 +18,11 @@ _MISSING: Final = "reports need the package cryptography"
 
 
 def preload() -> None:
-    """Read the library from its files, for a process that is about to become a user who may not."""
+    """Load all of the library that a service uses, for a process that will load nothing later."""
     with suppress(ImportError):
-        # Missing, it is the first report that says so.
-        importlib.import_module("cryptography.hazmat.primitives.asymmetric.ed25519")
+        # Missing, it is the first report that says so. The library aborts where it finds no exceptions.
+        for module in ("exceptions", "hazmat.primitives.asymmetric.ed25519"):
+            importlib.import_module(f"cryptography.{module}")
 
 
 @final

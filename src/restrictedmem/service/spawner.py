@@ -1,7 +1,8 @@
 """The parent of a service and of its consumers.
 
-It is undumpable and holds neither /dev/fuse nor memory, so what it forks is as safe as the service and starts without exec. When the
-service ends, for whatever reason, it kills the consumers; when it ends itself, the kernel kills all of them (PR_SET_PDEATHSIG).
+It is undumpable and holds neither /dev/fuse nor memory, so what it forks is as safe as the service and starts without exec. It loads all
+that consumers will execute, and nothing later. When the service ends, for whatever reason, it kills the consumers; when it ends itself,
+the kernel kills all of them (PR_SET_PDEATHSIG).
 """
 
 import os
@@ -10,13 +11,14 @@ import signal
 import socket
 import traceback
 from collections.abc import Callable
+from errno import EMFILE, EMSGSIZE
 from typing import TYPE_CHECKING, NoReturn
 
 from restrictedmem.abi import process
 from restrictedmem.fd import OwnedFd, close_all
-from restrictedmem.service import daemon, wire
-from restrictedmem.service.program import Programs
-from restrictedmem.service.wire import Channel
+from restrictedmem.service import daemon, sealing, wire
+from restrictedmem.service.program import Programs, Serve
+from restrictedmem.service.wire import Channel, Message
 
 if TYPE_CHECKING:
     from restrictedmem.service.start import Options, Origin
@@ -28,16 +30,18 @@ def run(owner: Channel, options: "Options", origin: "Origin") -> NoReturn:
     Preconditions: undumpable, leader of a process group, and no other thread.
     """
     process.set_name("rmem-spawner")
+    # Descriptors come from the service alone, which has made them itself.
     channel, theirs = Channel.pair("service", takes_fds=True)
     service = _fork(lambda: _service(owner, Channel(theirs, "spawner"), channel, options, origin))
     owner.close()
     theirs.close()
     _drop_stdio()
     programs = Programs(options.consumers)
-    if options.become is not None:
-        # Whom it becomes may have no way to the interpreter's files, or to ours.
-        programs.preload()
+    programs.load(devices=options.become is not None)
     daemon.drop_privileges(options.become, keep=1 << process.CAP_IPC_LOCK)
+    process.raise_fd_limit()
+    sealing.seal()
+    channel.reply()
     _Spawner(channel, service, programs, options).loop()
     os._exit(0)
 
@@ -55,55 +59,74 @@ class _Spawner:
         self._programs = programs
         self._options = options
         self._service = service
+        self._poll = select.poll()
         self._pidfds: dict[int, OwnedFd] = {}
 
     def loop(self) -> None:
         """Serve the service until its end of the channel closes, then kill and reap every child."""
-        poll = select.poll()
-        poll.register(self._channel.fileno(), select.POLLIN)
+        self._poll.register(self._channel.fileno(), select.POLLIN)
         while True:
-            for fd, _ in poll.poll():
+            for fd, _ in self._poll.poll():
                 if fd == self._channel.fileno():
-                    if not self._serve(poll):
+                    if not self._serve():
                         self._end()
                         return
                 else:
-                    poll.unregister(fd)
+                    self._poll.unregister(fd)
                     self._reap(fd)
 
-    def _serve(self, poll: select.poll) -> bool:
-        message = self._channel.receive()
+    def _serve(self) -> bool:
+        """Do what the service asks for next, if that can be done: a limit of this process is one consumer's trouble, and no other's."""
+        try:
+            message = self._channel.receive()
+        except OSError as error:
+            # Without a free number the kernel cuts descriptors off. Only FORK has any.
+            number = EMFILE if error.errno == EMSGSIZE else error.errno
+            self._channel.reply_error(OSError(number, error.strerror))
+            return True
         if message is None:
             return False
         if message.number == wire.FORK.number:
-            number, name, arguments = message.body.decode().split(" ", 2)
-            pidfd = self._consumer(name, arguments, message.fds)
-            self._pidfds[int(number)] = pidfd
-            poll.register(pidfd.fileno(), select.POLLIN)
-        elif message.number == wire.KILL.number and int(message.body) in self._pidfds:
-            signal.pidfd_send_signal(self._pidfds[int(message.body)].fileno(), signal.SIGKILL)
+            try:
+                self._consumer(message)
+                self._channel.reply()
+            except OSError as error:
+                self._channel.reply_error(error)
+            finally:
+                close_all(message.fds)
+        elif message.number == wire.KILL.number:
+            (number,) = message.unpack(wire.NUMBER)
+            if number in self._pidfds:
+                signal.pidfd_send_signal(self._pidfds[number].fileno(), signal.SIGKILL)
         return True
 
-    def _consumer(self, name: str, arguments: str, fds: list[OwnedFd]) -> OwnedFd:
+    def _consumer(self, message: Message) -> None:
+        """Fork a consumer.
+
+        Raises:
+            OSError: EAGAIN, ENOMEM, EMFILE as fork(2) and pidfd_open(2); what its program could not be loaded with.
+        """
+        (number,) = wire.NUMBER.unpack_from(message.body)
+        name, _, arguments = message.body[wire.NUMBER.size :].decode(errors="replace").partition(" ")
+        program = self._programs.find(name)
+        child = _fork(lambda: self._be(name, program, message.fds, arguments))
+        try:
+            pidfd = OwnedFd(os.pidfd_open(child))
+        except OSError:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise
+        self._pidfds[number] = pidfd
+        self._poll.register(pidfd.fileno(), select.POLLIN)
+
+    def _be(self, name: str, program: Serve, fds: list[OwnedFd], arguments: str) -> None:
+        self._channel.close()
+        close_all(list(self._pidfds.values()))
+        process.set_name(f"rmem-{name}")
+        # A scheduling group of its own (sched_autogroup): a guest that never rests must not share the service's.
+        os.setsid()
         owner, service, notify = (socket.socket(fileno=fd.detach()) for fd in fds)
-
-        def serve() -> None:
-            self._channel.close()
-            close_all(list(self._pidfds.values()))
-            process.set_name(f"rmem-{name}")
-            # A scheduling group of its own (sched_autogroup): a guest that never rests must not share the service's.
-            os.setsid()
-            try:
-                program = self._programs.find(name)
-            except OSError as error:
-                _refuse(Channel(owner, "owner"), error)
-                raise
-            program(owner, service, notify, self._options, arguments)
-
-        child = _fork(serve)
-        for sock in (owner, service, notify):
-            sock.close()
-        return OwnedFd(os.pidfd_open(child))
+        program(owner, service, notify, self._options, arguments)
 
     def _reap(self, fd: int) -> None:
         number = next(number for number, pidfd in self._pidfds.items() if pidfd.fileno() == fd)
@@ -117,12 +140,6 @@ class _Spawner:
             os.waitid(os.P_PIDFD, pidfd.fileno(), os.WEXITED)
         close_all(list(self._pidfds.values()))
         os.waitpid(self._service, 0)
-
-
-def _refuse(owner: Channel, error: OSError) -> None:
-    """Answer the first request of a consumer's owner, if one comes, with why there is no consumer."""
-    if owner.receive() is not None:
-        owner.reply_error(error)
 
 
 def _fork(body: Callable[[], None]) -> int:

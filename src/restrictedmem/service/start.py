@@ -2,25 +2,21 @@
 
 The owner runs this by exec. Until PR_SET_DUMPABLE is 0 a process of the same user may open /proc/PID/mem or attach, and keeps what it
 opened; so this process takes neither /dev/fuse nor memory. It forks once it is undumpable and untraced: a child's memory is new, and
-nobody holds a way into it. The user namespace, where there is one, is entered after exec and never followed by another: who owns a
-namespace may trace what was exec'ed inside it, but not what only moved in.
+nobody holds a way into it. No process of a service enters a user namespace but those that mount, for a moment (``fs.mounter``).
 """
 
 import json
 import os
 import resource
-import shutil
 import signal
 import socket
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from errno import EIO, EPERM
+from errno import EPERM
 from typing import Self
 
 from restrictedmem.abi import process
 from restrictedmem.fd import peer_credentials
-from restrictedmem.fs.mount import Way, mount_detached
 from restrictedmem.mm import design
 from restrictedmem.service import program, spawner
 from restrictedmem.service.wire import Channel
@@ -74,9 +70,8 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """How a service came to be: the way it mounts, and the process it was started for."""
+    """The process that a service was started for."""
 
-    way: Way
     pid: int
     uid: int
 
@@ -88,14 +83,12 @@ def main(arguments: list[str]) -> None:
     """
     # An owner that ignores SIGCHLD passes that on by exec, and nobody could wait for a child.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    channel = Channel(socket.socket(fileno=int(arguments[0])), "owner", takes_fds=True)
+    channel = Channel(socket.socket(fileno=int(arguments[0])), "owner")
     try:
         options = Options.load(arguments[1])
         options.check()
-        # Before the user namespace, which knows the owner as root.
         pid, uid, _ = peer_credentials(channel.sock)
-        way = choose_way()
-        harden(namespace=way is Way.USERNS)
+        harden()
         refuse_tracer()
         os.chdir("/")
         os.umask(0o077)
@@ -105,7 +98,7 @@ def main(arguments: list[str]) -> None:
             # A process group of its own: a terminal's interrupt is for its owner. But in the owner's session, and so in its scheduling
             # group (sched_autogroup): each call of the owner waits for the service, which must not queue behind other sessions for it.
             os.setpgid(0, 0)
-            spawner.run(channel, options, Origin(way, pid, uid))
+            spawner.run(channel, options, Origin(pid, uid))
     except OSError as error:
         channel.reply_error(error)
         sys.exit(1)
@@ -121,83 +114,13 @@ def refuse_tracer() -> None:
         raise OSError(EPERM, "the service is being traced")
 
 
-def harden(*, namespace: bool) -> None:
-    """Enter a user namespace when asked, then refuse dumps, traces and core files.
+def harden() -> None:
+    """Refuse dumps, traces and core files.
 
     Not new privileges: ``Way.FUSERMOUNT`` has still to run a set-uid program.
-
-    Raises:
-        OSError: EPERM, EACCES, ENOSPC when the namespace cannot be had.
     """
-    if namespace:
-        enter_user_namespace()
     process.prctl(process.PR_SET_DUMPABLE, 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # The owner's limit on file sizes is the kernel's to apply, to the owner's calls; under it no memfd here could have its size.
     _, largest = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-
-
-def enter_user_namespace() -> None:
-    """Become uid 0 of a new user namespace with a mount namespace of its own; only this user is mapped there.
-
-    Preconditions: dumpable still, for /proc/self/uid_map belongs to root afterwards.
-    """
-    uid, gid = os.geteuid(), os.getegid()
-    process.unshare(process.CLONE_NEWUSER | process.CLONE_NEWNS)
-    for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
-        with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
-            file.write(text)
-
-
-def choose_way() -> Way:
-    """Find the first way to mount that works for this process; of the last one only the helper is looked for.
-
-    Raises:
-        OSError: when there is none, with what is wrong with each.
-    """
-    number, words = EPERM, ""
-    for way, attempt in (Way.OWN, _try_own_mount), (Way.USERNS, _try_user_namespace):
-        failure = failure_in_child(attempt)
-        if failure is None:
-            return way
-        number = failure.errno or EPERM
-        words += f"{way.value}: {failure.strerror}; "
-    if shutil.which(Way.FUSERMOUNT.value):
-        return Way.FUSERMOUNT
-    raise OSError(number, f"{words}{Way.FUSERMOUNT.value}: not installed (package fuse3)")
-
-
-def _try_own_mount() -> None:
-    _try_mount(allow_other=True)
-
-
-def _try_user_namespace() -> None:
-    enter_user_namespace()
-    _try_mount(allow_other=False)
-
-
-def _try_mount(*, allow_other: bool) -> None:
-    device, root = mount_detached(allow_other=allow_other)
-    root.close()
-    device.close()
-
-
-def failure_in_child(attempt: Callable[[], None]) -> OSError | None:
-    """Return the OSError that something raises in a child that does nothing else; None when it works."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        status = 0
-        try:
-            attempt()
-        except OSError as error:
-            status = error.errno or EIO
-            os.write(writer, (error.strerror or "").encode())
-        finally:
-            os._exit(status)
-    os.close(writer)
-    with open(reader, encoding="utf-8") as pipe:
-        words = pipe.read()
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return OSError(status if status > 0 else EIO, words) if status else None

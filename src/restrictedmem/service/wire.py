@@ -21,6 +21,7 @@ _HEAD: Final = struct.Struct("=II")
 MAX_MESSAGE: Final = 128 << 10
 #: The largest body of a message.
 MAX_BODY: Final = MAX_MESSAGE - _HEAD.size
+KEY_BYTES: Final = 16
 _GONE: Final = (ECONNRESET, EPIPE, ENOTCONN)
 
 
@@ -32,13 +33,13 @@ class Call:
     number: int
 
 
-# An owner to its service.
+# An owner to its service, over a connection to the listening socket that READY names.
 CONNECT: Final = Call("CONNECT", 1)
-"""Descriptor 0 is a new connection, for a process that inherited this one or gets its own from us. No reply."""
+"""First of all. Body: the key of READY. The connection is an owner's from then on."""
 TOKEN: Final = Call("TOKEN", 2)
 """Reply: a one-time token, to be presented by ioctl on a descriptor."""
 SPAWN: Final = Call("SPAWN", 3)
-"""Body: name of a consumer, a space, its arguments; descriptor 0 is the socket it serves its owner on. Reply: its number."""
+"""Body: name of a consumer, a space, its arguments. Reply: its number; descriptor 0 is the socket it serves its owner on."""
 STATUS: Final = Call("STATUS", 4)
 """Reply: descriptor 0 is a memfd with the service's state as JSON."""
 SIGNING_KEY: Final = Call("SIGNING_KEY", 5)
@@ -46,9 +47,9 @@ SIGNING_KEY: Final = Call("SIGNING_KEY", 5)
 ERROR_PAGE: Final = Call("ERROR_PAGE", 6)
 """Body: ``ERROR_REQUEST``. The machine has lost pages of the file (``restrictedmem_error_page``): its consumers are told."""
 
-# The service to its owner, unasked, as the first message on the first socket.
+# The service to its owner, unasked, on the socket that it was started with.
 READY: Final = Call("READY", 1 << 16)
-"""Body: JSON that describes the service; descriptor 0 is the root of its mount."""
+"""Body: JSON that describes the service, ``socket`` and ``key`` for CONNECT in it; descriptor 0 is the root of its mount."""
 
 # A consumer to the service.
 BIND: Final = Call("BIND", 16)
@@ -72,11 +73,12 @@ ERROR: Final = Call("ERROR", 34)
 PAGE_COUNT: Final = Call("PAGE_COUNT", 35)
 """Body: ``INVALIDATION``. Reply: ``COUNT``, the pages that the consumer holds a reference to."""
 
-# The service to its spawner; neither has a reply.
+# The service to its spawner, which says once unasked, as a reply, that it has loaded all programs.
 FORK: Final = Call("FORK", 48)
-"""Body: ``number name arguments``. Descriptors: the owner's socket, the consumer's end to the service, the end it is notified on."""
+"""Body: ``NUMBER``, then that of SPAWN. Descriptors: the consumer's ends to its owner, to the service, and the end it is notified on. One
+at a time."""
 KILL: Final = Call("KILL", 49)
-"""Body: ``number``."""
+"""Body: ``NUMBER``. No reply."""
 
 #: A token presented by ioctl; first page and page after the last of what the consumer will use, none to register a notifier for the
 #: whole file; ``BindFlag``.
@@ -132,24 +134,6 @@ class Message:
         if not self.fds:
             raise OSError(EPROTO, "a descriptor is missing")
         return self.fds.pop(0)
-
-    def take_socket(self) -> socket.socket:
-        """Take the next descriptor, one end of a connection such as these.
-
-        Raises:
-            OSError: EPROTO when there is none, or it is another kind of file.
-        """
-        fd = self.take_fd()
-        try:
-            sock = socket.socket(fileno=fd.fileno())
-        except OSError as error:
-            fd.close()
-            raise OSError(EPROTO, f"a descriptor is no socket: {error.strerror}") from None
-        fd.detach()
-        if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
-            sock.close()
-            raise OSError(EPROTO, "a socket is not of the kind that is spoken here")
-        return sock
 
     def unpack(self, layout: struct.Struct) -> tuple[int, ...]:
         """Decode a body of exactly one layout.

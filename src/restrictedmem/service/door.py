@@ -1,0 +1,104 @@
+"""Where a service is reached: a listening socket, and the connections that have not shown the key.
+
+Whoever shows the key that came with READY is an owner from then on. Others may ask for the state of
+a service of their own. Anybody can connect, so connections without the key are few, for each user
+and in all: a further one takes the place of the oldest.
+"""
+
+import os
+import secrets
+import socket
+from contextlib import suppress
+from dataclasses import dataclass, field
+from errno import EMFILE, ENFILE
+from typing import Final, final
+
+from restrictedmem.fd import OwnedFd, peer_credentials, refuse_fds
+from restrictedmem.service.wire import KEY_BYTES, Channel
+
+#: Abstract, so that it goes with the process; random, so that nobody can take it beforehand, nor
+#: two PID namespaces meet.
+NAME: Final = "restrictedmem/{pid}/{word}"
+#: Connections without the key.
+_MOST_OF_A_USER: Final = 8
+_MOST: Final = 64
+_BACKLOG: Final = 128
+
+
+@final
+@dataclass(eq=False, slots=True)
+class Connection:
+    """A connection to the listening socket: the uid of its other end, and what it has shown."""
+
+    channel: Channel
+    uid: int
+    #: Whether it has shown the key.
+    owner: bool = False
+    #: Tokens that were given out on it, oldest first.
+    tokens: list[bytes] = field(default_factory=list[bytes])
+
+
+@final
+class Door:
+    """The listening socket, for the control thread."""
+
+    def __init__(self) -> None:
+        self.key = secrets.token_bytes(KEY_BYTES)
+        self.name = NAME.format(pid=os.getpid(), word=secrets.token_hex(8))
+        kind = socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+        self.listener = socket.socket(socket.AF_UNIX, kind)
+        # What is accepted inherits it.
+        refuse_fds(self.listener)
+        self.listener.bind("\0" + self.name)
+        self.listener.listen(_BACKLOG)
+        self._outside: list[Connection] = []
+        self._spare = _spare()
+
+    def accept(self) -> Connection | None:
+        """Take a connection, if there is one to be had."""
+        try:
+            sock, _ = self.listener.accept()
+        except OSError as error:
+            if error.errno in (EMFILE, ENFILE):
+                self._turn_away()
+            return None
+        sock.setblocking(True)
+        _, uid, _ = peer_credentials(sock)
+        connection = Connection(Channel(sock, "owner"), uid)
+        self._outside.append(connection)
+        return connection
+
+    def _turn_away(self) -> None:
+        """Close the connection that comes next, for which no descriptor is left.
+
+        It would wait for ever otherwise, and the listener would be ready for ever.
+        """
+        self._spare.close()
+        with suppress(OSError):
+            self.listener.accept()[0].close()
+        with suppress(OSError):
+            self._spare = _spare()
+
+    def surplus(self, uid: int) -> Connection | None:
+        """Return the connection that has to go, now that a user has one more."""
+        same = [other for other in self._outside if other.uid == uid]
+        if len(same) > _MOST_OF_A_USER:
+            return same[0]
+        return self._outside[0] if len(self._outside) > _MOST else None
+
+    def admit(self, connection: Connection, key: bytes) -> bool:
+        """Make a connection an owner's if it shows the key."""
+        if not secrets.compare_digest(key, self.key):
+            return False
+        self.forget(connection)
+        connection.owner = True
+        return True
+
+    def forget(self, connection: Connection) -> None:
+        """Note that a connection has ended."""
+        if not connection.owner:
+            self._outside.remove(connection)
+
+
+def _spare() -> OwnedFd:
+    return OwnedFd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))

@@ -1,0 +1,69 @@
+"""Tokens: one-time words by which the holder of a descriptor shows it to the service.
+
+No descriptor of its own mount ever travels to the service, which could not be killed if it held one.
+Its holder asks for a token, presents it on the descriptor by ioctl, and names it to a consumer.
+"""
+
+import secrets
+from errno import EACCES
+from typing import Final, final
+
+from restrictedmem import sync
+from restrictedmem.fs.filesystem import TOKEN_BYTES
+from restrictedmem.mm.restrictedmem import RestrictedFile
+
+#: Tokens of one connection that are not used up; a further one takes the oldest one's place.
+MAX_TOKENS: Final = 64
+
+
+@final
+class Tokens:
+    """All tokens that were given out and not used, with the file on which one was presented."""
+
+    def __init__(self) -> None:
+        self._mutex = sync.mutex()
+        # Under the mutex. A file is held by a reference.
+        self._files: dict[bytes, tuple[int, RestrictedFile] | None] = {}
+
+    def issue(self, issued: list[bytes]) -> bytes:
+        """Make a token for a connection and append it to those the connection has, oldest first."""
+        token = secrets.token_bytes(TOKEN_BYTES)
+        with self._mutex:
+            issued[:] = [old for old in issued if old in self._files]
+            self._files[token] = None
+        while len(issued) >= MAX_TOKENS:
+            self.drop(issued.pop(0))
+        issued.append(token)
+        return token
+
+    def prove(self, token: bytes, ino: int, file: RestrictedFile) -> None:
+        """Note that whoever presents a token holds a file's descriptor; called by FUSE.
+
+        Raises:
+            OSError: EACCES for a token that is none, or was presented before.
+        """
+        with self._mutex:
+            if self._files.get(token, file) is not None:
+                raise OSError(EACCES, "prove: not a token of this service, or presented before")
+            self._files[token] = ino, file
+            file.get()
+
+    def take(self, token: bytes) -> tuple[int, RestrictedFile]:
+        """Use up a token: returns inode number and file; the caller has the file's reference.
+
+        Raises:
+            OSError: EACCES for one that was never presented.
+        """
+        with self._mutex:
+            proved = self._files.get(token)
+            if proved is None:
+                raise OSError(EACCES, "the token was never presented on a descriptor")
+            del self._files[token]
+        return proved
+
+    def drop(self, token: bytes) -> None:
+        """Forget a token that nobody will use."""
+        with self._mutex:
+            proved = self._files.pop(token, None)
+        if proved is not None:
+            proved[1].put()

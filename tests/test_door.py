@@ -1,0 +1,143 @@
+"""Who is let into a service, and what a crowd before its door can do."""
+
+import os
+import resource
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from errno import EACCES, ENOTCONN, EPROTO
+from functools import partial
+
+import pytest
+
+from outcomes import Errno, outcome
+from processes import descriptors, wait_until
+from restrictedmem.fd import OwnedFd, receive_without_fds, send_with_fds
+from restrictedmem.service import wire
+from restrictedmem.service.client import Service, address
+from restrictedmem.service.wire import Call, Channel
+from restrictedmem.units import PAGE_SIZE as PAGE
+from users import as_user
+
+pytestmark = pytest.mark.requires("fuse")
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    with Service.start() as service:
+        yield service
+
+
+def knock(service: Service) -> Channel:
+    """Connect without the key."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    sock.settimeout(10)
+    sock.connect(address(service.info["socket"]))
+    return Channel(sock, "service", takes_fds=True)
+
+
+def works(service: Service) -> bool:
+    fd = service.memfd_restricted()
+    os.posix_fallocate(fd, 0, PAGE)
+    os.close(fd)
+    with OwnedFd(service.memfd_restricted()) as other:
+        return bool(service.token_for(other.fileno()))
+
+
+@pytest.mark.parametrize("call", [wire.TOKEN, wire.SPAWN, wire.SIGNING_KEY, wire.ERROR_PAGE, wire.READY], ids=lambda call: call.name)
+def test_without_the_key_nothing_is_done(service: Service, call: Call) -> None:
+    with closing(knock(service)) as channel:
+        assert outcome(lambda: channel.call(call, b"kvm {}")) == Errno(EACCES)
+    assert works(service)
+
+
+@pytest.mark.parametrize("size", [0, wire.KEY_BYTES - 1, wire.KEY_BYTES, 1000])
+def test_a_wrong_key_opens_nothing(service: Service, size: int) -> None:
+    with closing(knock(service)) as channel:
+        assert outcome(lambda: channel.call(wire.CONNECT, bytes(size))) == Errno(EACCES)
+        assert outcome(lambda: channel.call(wire.TOKEN)) == Errno(EACCES)
+        channel.call(wire.CONNECT, bytes.fromhex(service.info["key"]))
+        channel.call(wire.TOKEN)
+
+
+def test_the_user_may_ask_how_a_service_is(service: Service) -> None:
+    with closing(knock(service)) as channel:
+        _, fds = channel.call(wire.STATUS)
+        for fd in fds:
+            fd.close()
+
+
+@pytest.mark.requires("root")
+def test_another_user_has_a_few_connections_and_no_answers(service: Service) -> None:
+    def crowd() -> tuple[object, bytes]:
+        with ExitStack() as stack:
+            channels = [stack.enter_context(closing(knock(service))) for _ in range(30)]
+            # The first had to go for the others.
+            return outcome(lambda: channels[-1].call(wire.STATUS)), channels[0].sock.recv(10)
+
+    assert works(service)
+    before = len(descriptors(service.info["pid"]))
+    assert as_user(crowd) == (Errno(EACCES), b"")
+    wait_until(lambda: len(descriptors(service.info["pid"])) == before, "the crowd's end in the service")
+    assert works(service)
+
+
+def test_a_crowd_of_the_same_user_keeps_nobody_out(service: Service) -> None:
+    """Connections come all the time and say nothing; whoever has the key is let in all the same."""
+    crowd = os.fork()
+    if crowd == 0:
+        held: list[socket.socket] = []
+        while True:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            sock.connect(address(service.info["socket"]))
+            held = [*held[-100:], sock]
+    try:
+        for _ in range(50):
+            service.after_fork_in_child()
+            assert works(service)
+    finally:
+        os.kill(crowd, 9)
+        os.waitpid(crowd, 0)
+
+
+@pytest.mark.requires("root")
+def test_a_service_without_free_descriptors_turns_away_and_goes_on(service: Service) -> None:
+    assert works(service)
+    pid, key = service.info["pid"], bytes.fromhex(service.info["key"])
+    limit = len(descriptors(pid)) + 3
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, before[1]))
+    with ExitStack() as stack:
+        channels = [stack.enter_context(closing(knock(service))) for _ in range(10)]
+        answers = [outcome(partial(channel.call, wire.CONNECT, key)) for channel in channels]
+        assert answers.count(Errno(ENOTCONN)) >= 7
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+    assert works(service)
+
+
+# Descriptors.
+
+
+def test_a_channel_without_descriptors_never_has_them() -> None:
+    channel, theirs = Channel.pair("stranger")
+    reader, writer = os.pipe()
+    with closing(channel), theirs:
+        held = len(os.listdir("/proc/self/fd"))
+        send_with_fds(theirs, struct.pack("=II", 1, 0), [writer] * 5)
+        os.close(writer)
+        assert outcome(channel.receive) == Errno(EPROTO)
+        assert len(os.listdir("/proc/self/fd")) == held - 1
+        # Nobody has the pipe's other end any more.
+        assert os.read(reader, 1) == b""
+        os.close(reader)
+
+
+def test_the_sender_is_refused_where_the_kernel_can(service: Service) -> None:
+    with closing(knock(service)) as channel:
+        try:
+            send_with_fds(channel.sock, struct.pack("=II", wire.STATUS.number, 0), [0])
+        except PermissionError:
+            return
+        number, _ = struct.unpack_from("=II", receive_without_fds(channel.sock, 1000))
+        assert number == EPROTO

@@ -1,0 +1,104 @@
+"""A limit that the spawner meets is one request's trouble: its caller gets an errno, and all else goes on."""
+
+import os
+import resource
+from collections.abc import Callable, Generator
+from contextlib import closing, contextmanager
+from errno import E2BIG, EAGAIN, EINVAL, EMFILE
+
+import pytest
+
+from outcomes import Errno, outcome
+from processes import descriptors, family, wait_gone, wait_until
+from restrictedmem.kvm.vm import Vm
+from restrictedmem.service import wire
+from restrictedmem.service.client import Service
+from users import as_user
+
+pytestmark = pytest.mark.requires("fuse", "root")
+
+
+@contextmanager
+def limited(pid: int, kind: int, value: int) -> Generator[None]:
+    """Set a process's soft limit meanwhile."""
+    before = resource.prlimit(pid, kind)
+    resource.prlimit(pid, kind, (value, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, kind, before)
+
+
+def goes_on(service: Service, vm: Vm) -> None:
+    """Check that a VM that was there before is there, and that another can be made."""
+    assert vm.statistics()["engine"] == "software"
+    os.close(service.memfd_restricted())
+    with Vm(service) as another:
+        assert another.statistics()["engine"] == "software"
+    assert service.status()["last_error"] == ""
+
+
+@pytest.mark.parametrize("free", [0, 1, 2, 3])
+def test_without_free_descriptors_there_is_no_vm(free: int) -> None:
+    with Service.start() as service, Vm(service) as vm:
+        spawner = family(service)[0].pid
+        before = len(descriptors(service.info["pid"]))
+        with limited(spawner, resource.RLIMIT_NOFILE, len(descriptors(spawner)) + free):
+            for _ in range(5):
+                assert outcome(lambda: Vm(service)) == Errno(EMFILE)
+        wait_until(lambda: len(descriptors(service.info["pid"])) == before, "the service to close what it made")
+        goes_on(service, vm)
+
+
+def test_without_free_processes_there_is_no_vm() -> None:
+    def body() -> object:
+        with Service.start() as service, Vm(service) as vm:
+            with limited(family(service)[0].pid, resource.RLIMIT_NPROC, 1):
+                came = [outcome(lambda: Vm(service)) for _ in range(5)]
+            goes_on(service, vm)
+            return came
+
+    assert as_user(body) == [Errno(EAGAIN)] * 5
+
+
+@pytest.mark.parametrize(
+    ("size", "errno"), [(wire.MAX_BODY, E2BIG), (wire.MAX_BODY - wire.NUMBER.size + 1, E2BIG), (wire.MAX_BODY - wire.NUMBER.size, 0)]
+)
+def test_arguments_of_any_length(size: int, errno: int) -> None:
+    with Service.start() as service, Vm(service) as vm:
+        spawn: Callable[[], object] = lambda: service.spawn("kvm", "x" * (size - len("kvm ")))  # noqa: E731
+        if errno:
+            assert outcome(spawn) == Errno(errno)
+        else:
+            # The engine refuses them.
+            with closing(service.spawn("kvm", "x" * (size - len("kvm ")))) as sock:
+                channel = wire.Channel(sock, "engine")
+                assert outcome(lambda: channel.call(wire.Call("FIRST", 1))) == Errno(EINVAL)
+        goes_on(service, vm)
+
+
+def test_many_at_once() -> None:
+    """Requests of several connections wait for the spawner in turn; one that nobody waits for any more ends."""
+    with Service.start() as service, Vm(service) as vm:
+        connections = [service._connect() for _ in range(20)]
+        for connection in connections:
+            connection.post(wire.SPAWN, b'kvm {"engine": "software"}')
+        for connection in connections[::2]:
+            connection.close()
+        for connection in connections[1::2]:
+            # The VM's socket, which came along, is dropped.
+            assert connection.sock.recv(8) == bytes(8)
+            connection.close()
+        wait_until(lambda: len(family(service)) == 3, "the end of all engines but one")
+        goes_on(service, vm)
+
+
+def test_it_ends_while_a_consumer_is_asked_for() -> None:
+    service = Service.start()
+    everybody = family(service)
+    connection = service._connect()
+    connection.post(wire.SPAWN, b'kvm {"engine": "software"}')
+    os.kill(everybody[0].pid, 9)
+    wait_gone(everybody)
+    connection.close()
+    service.close()
