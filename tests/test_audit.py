@@ -18,16 +18,19 @@ import pytest
 
 from outcomes import in_child
 from restrictedmem.abi import memory
-from restrictedmem.audit import descriptor, host, processes, vm
+from restrictedmem.abi.process import CLONE_NEWNS
+from restrictedmem.audit import calls, descriptor, host, namespaces, processes, vm
 from restrictedmem.audit.attempt import Attempt, MeasurementTellsError, Outcome, Route, attempt
 from restrictedmem.audit.guest import HeldGuest, held_guest
 from restrictedmem.audit.memory import of_descriptors, of_file, of_process
 from restrictedmem.audit.owner import Owner, drop_capabilities, end_twin, fork_twin
 from restrictedmem.audit.pattern import Pattern, content, word
 from restrictedmem.fd import OwnedFd
+from restrictedmem.fs.mounter import enter_user_namespace
 from restrictedmem.kvm import exits, guest_abi
 from restrictedmem.kvm.vm import Vm
 from restrictedmem.service.client import Service
+from users import as_user
 
 SEED = 0x0123_4567_89AB_CDEF
 START = 0x4002_6000
@@ -149,6 +152,30 @@ def test_a_dumpable_process_is_convicted_by_every_way_in(pattern: Pattern) -> No
     assert convicted >= ways
     assert not [one for one in came.values() if one.outcome is Outcome.FAILED]
     assert came["maps"].searched > 0
+
+
+@pytest.mark.requires("root")
+def test_a_process_in_a_user_namespace_is_convicted_by_its_handles(pattern: Pattern) -> None:
+    """As a service was once that lived in the namespace of its mount."""
+
+    def body() -> Attempt:
+        def inside() -> None:
+            enter_user_namespace(CLONE_NEWNS)
+
+        holder = fork_twin(inside)
+        drop_capabilities()
+        try:
+            route = next(route for route in namespaces.routes() if "user namespaces" in route.name)
+            return attempt(route, owner_of(pattern, processes=dict.fromkeys(processes.NAMES, holder)))
+        finally:
+            end_twin(holder)
+
+    try:
+        calls.namespace_handle("/proc/self/ns/user")
+    except OSError:
+        pytest.skip("namespaces have no handles before Linux 6.18")
+    came = as_user(body)
+    assert (came.outcome, came.detail) == (Outcome.FOUND, "accepted")
 
 
 def test_code_of_the_owners_would_copy_it_out(pattern: Pattern) -> None:

@@ -24,6 +24,13 @@ _SYS_IO_URING_ENTER: Final = 426
 _SYS_PIDFD_GETFD: Final = 438
 _SYS_PROCESS_MADVISE: Final = 440
 _MADV_PAGEOUT: Final = 21
+_AT_FDCWD: Final = -100
+_AT_SYMLINK_FOLLOW: Final = 0x400
+_FD_NSFS_ROOT: Final = -10003
+#: ``struct file_handle`` with ``struct nsfs_file_handle``: bytes, type; number, CLONE_NEW*, inode number.
+_NAMESPACE: Final = struct.Struct("=IiQII")
+_NAMESPACE_BYTES: Final = 16
+_FILEID_NSFS: Final = 0xF1
 _BPF_PROG_LOAD: Final = 5
 _BPF_PROG_TYPE_KPROBE: Final = 2
 
@@ -69,6 +76,32 @@ def pidfd_getfd(pid: int, number: int) -> OwnedFd:
     """
     with OwnedFd(os.pidfd_open(pid)) as pidfd:
         return OwnedFd(syscall("pidfd_getfd", _SYS_PIDFD_GETFD, pidfd.fileno(), number, 0))
+
+
+def namespace_handle(path: str) -> tuple[int, int]:
+    """Return the number and the inode number by which a namespace can be opened (Linux 6.18).
+
+    Raises:
+        OSError: EOPNOTSUPP on older kernels.
+    """
+    handle, mount = ctypes.create_string_buffer(_NAMESPACE.pack(_NAMESPACE_BYTES, 0, 0, 0, 0)), ctypes.c_int()
+    if libc.name_to_handle_at(_AT_FDCWD, path.encode(), handle, ctypes.byref(mount), _AT_SYMLINK_FOLLOW):
+        raise_errno("name_to_handle_at")
+    _, _, number, _, inode = _NAMESPACE.unpack(handle.raw[: _NAMESPACE.size])
+    return number, inode
+
+
+def open_namespace(number: int, kind: int, inode: int) -> OwnedFd:
+    """Open a namespace by its handle (open_by_handle_at(2), Linux 6.18); the caller owns the descriptor.
+
+    Raises:
+        OSError: ESTALE where there is none of these numbers, EPERM where it is another user's, EBADF on older kernels.
+    """
+    handle = _NAMESPACE.pack(_NAMESPACE_BYTES, _FILEID_NSFS, number, kind, inode)
+    fd: int = libc.open_by_handle_at(_FD_NSFS_ROOT, handle, os.O_RDONLY | os.O_CLOEXEC)
+    if fd < 0:
+        raise_errno("open_by_handle_at")
+    return OwnedFd(fd)
 
 
 def setns(pid: int, kind: int) -> None:

@@ -123,7 +123,8 @@ def _calls() -> Iterator[tuple[str, Look]]:
     yield "process_vm_readv", by_process_vm_readv
 
 
-def _powers() -> Iterator[tuple[str, Look]]:
+def powers() -> Iterator[tuple[str, Look]]:
+    """Yield calls that give power over a process, or a look into it that nobody should have."""
     yield "PTRACE_ATTACH", _nothing(_attach)
     yield "PTRACE_SEIZE", _nothing(partial(calls.ptrace, calls.PTRACE_SEIZE))
     yield f"pidfd_getfd 0 to {_DESCRIPTORS - 1}", _getfd
@@ -145,7 +146,7 @@ def _setns(kind: int, pid: int) -> None:
 def routes() -> Iterator[Route]:
     """Yield what is tried on each of the trusted processes."""
     for process in NAMES:
-        for target, power, found in ((f"{process} /proc", False, _proc()), (process, False, _calls()), (process, True, _powers())):
+        for target, power, found in ((f"{process} /proc", False, _proc()), (process, False, _calls()), (process, True, powers())):
             for name, look in found:
                 yield Route(target, name, partial(_at, process, look), power=power, root=True)
 
