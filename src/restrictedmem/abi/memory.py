@@ -24,6 +24,7 @@ SYS_memfd_restricted: Final = 451
 #: Of memfd_restricted(2), proposed after v10; bit 0 was RMFD_TMPFILE.
 RMFD_HUGEPAGE: Final = 2
 MFD_CLOEXEC: Final = 1
+MFD_ALLOW_SEALING: Final = 2
 MFD_HUGETLB: Final = 4
 MFD_NOEXEC_SEAL: Final = 8
 MFD_HUGE_SHIFT: Final = 26
@@ -81,7 +82,7 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 
 
 def memfd_create(name: str, flags: int = 0) -> OwnedFd:
-    """Create an empty memfd that is close-on-exec and can never be executed (the caller owns it).
+    """Create an empty memfd that is close-on-exec and can be sealed (the caller owns it); from Linux 6.3 on it can never be executed.
 
     Raises:
         OSError: EMFILE, ENFILE, ENOMEM; ENODEV for huge pages of a size that the kernel does not have.
@@ -89,10 +90,10 @@ def memfd_create(name: str, flags: int = 0) -> OwnedFd:
     try:
         return OwnedFd(os.memfd_create(name, flags | MFD_CLOEXEC | MFD_NOEXEC_SEAL))
     except OSError as error:
-        # MFD_NOEXEC_SEAL came with Linux 6.3.
+        # MFD_NOEXEC_SEAL came with Linux 6.3; it implies MFD_ALLOW_SEALING.
         if error.errno != EINVAL:
             raise
-        return OwnedFd(os.memfd_create(name, flags | MFD_CLOEXEC))
+        return OwnedFd(os.memfd_create(name, flags | MFD_CLOEXEC | MFD_ALLOW_SEALING))
 
 
 def memfd_secret(flags: int = 0) -> OwnedFd:

@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import Iterator
-from errno import EFAULT, EINVAL, ENOSYS
+from errno import EFAULT, EINVAL, ENOSYS, EPERM
 from typing import Final, Protocol, TypeAlias, final
 
 from restrictedmem.abi import memory
@@ -128,8 +128,9 @@ class MemfdBacking(InMemfd):
         try:
             return memory.resident_pages(self.fileno(), start, length) * PAGE_SIZE
         except OSError as error:
-            # Before Linux 6.5 nothing counts preallocated pages of a range: all of it is charged.
-            if error.errno != ENOSYS:
+            # Before Linux 6.5, or where a container's filter does not know the call, nothing counts
+            # preallocated pages of a range: all of it is charged.
+            if error.errno not in (ENOSYS, EPERM):
                 raise
             return 0
 
