@@ -18,13 +18,14 @@ from typing import TypeVar
 import pytest
 
 from restrictedmem.abi import fuse, kvm, memory, pagemap, process, seccomp
+from restrictedmem.child import in_child
 from restrictedmem.cli import doctor
 from restrictedmem.fs.mount import Way
 from restrictedmem.fs.mounter import enter_user_namespace
 from restrictedmem.machine import descriptor, examination, finding, guests, host, laboratory, syscall
 from restrictedmem.machine import memory as memory_probes
 from restrictedmem.machine.examination import Conclusion, Examination, Group, conclude
-from restrictedmem.machine.finding import Finding, State, in_child
+from restrictedmem.machine.finding import Finding, State
 from restrictedmem.units import PAGE_SIZE
 
 T = TypeVar("T")

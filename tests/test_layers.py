@@ -22,7 +22,7 @@ LAYERS = (
     ("fs",),
     ("mm",),
     ("devkvm",),
-    ("abi", "fd", "units", "sync"),
+    ("abi", "child", "fd", "units", "sync"),
 )
 #: These meet nothing of the others in their own layer.
 ROOT = "restrictedmem"

@@ -6,7 +6,7 @@ from enum import Enum
 from errno import ECHILD, ETIMEDOUT, errorcode
 from typing import TYPE_CHECKING, Final
 
-from restrictedmem.machine.finding import in_child
+from restrictedmem.child import in_child
 
 if TYPE_CHECKING:
     from restrictedmem.audit.owner import Owner

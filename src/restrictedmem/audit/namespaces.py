@@ -17,8 +17,8 @@ from restrictedmem.audit import calls
 from restrictedmem.audit.attempt import Buffer, Route
 from restrictedmem.audit.owner import Owner
 from restrictedmem.audit.processes import NAMES, powers
+from restrictedmem.child import in_child
 from restrictedmem.fd import OwnedFd
-from restrictedmem.machine.finding import in_child
 
 #: Namespaces that were made before the newest and are looked for, by their number.
 _LAST: Final = 3000

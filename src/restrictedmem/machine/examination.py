@@ -6,10 +6,11 @@ from enum import Enum
 from typing import Final
 
 from restrictedmem.abi import memory
+from restrictedmem.child import in_child
 from restrictedmem.fs.mount import DEVICE
 from restrictedmem.machine import descriptor, guests, host, laboratory, syscall
 from restrictedmem.machine import memory as memory_probes
-from restrictedmem.machine.finding import Finding, State, in_child, reason
+from restrictedmem.machine.finding import Finding, State, reason
 from restrictedmem.service import client
 from restrictedmem.units import PAGE_SIZE
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from restrictedmem.abi import memory, pagemap, process
-from restrictedmem.machine.finding import Finding, State, in_child, reason, setting
+from restrictedmem.child import in_child
+from restrictedmem.machine.finding import Finding, State, reason, setting
 from restrictedmem.units import PAGE_SIZE, format_size
 
 _THP: Final = Path("/sys/kernel/mm/transparent_hugepage")

@@ -8,7 +8,8 @@ from errno import EBUSY, EINVAL, ENOSYS, EPROTO
 from typing import Final, NoReturn
 
 from restrictedmem.abi import memory, process, seccomp
-from restrictedmem.machine.finding import Finding, State, in_child, reason
+from restrictedmem.child import in_child
+from restrictedmem.machine.finding import Finding, State, reason
 from restrictedmem.machine.memory import allocated_pages
 
 _CONSEQUENCE: Final = "unmodified programs cannot be given memfd_restricted(2)"
