@@ -1,4 +1,4 @@
-"""The main job where the kernel lacks what came after Linux 5.16 (``older_kernel``).
+"""The main job where the kernel lacks what came after Linux 5.16 (``other_kernel``).
 
 Not ``exec``: what a filter refuses, no listener hears, and memfd_restricted's number is cachestat's.
 """
@@ -13,7 +13,7 @@ from errno import ENOSPC, EPERM
 
 import pytest
 
-from older_kernel import OLDER
+from other_kernel import OLD
 from restrictedmem.abi import memory
 from restrictedmem.mm.backing import make_backing
 from restrictedmem.units import PAGE_SIZE
@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(platform.machine() != "x86_64", reason="the filter knows the numbers of x86-64"),
 ]
 
-COMMAND = [*OLDER, sys.executable, "-m", "restrictedmem"]
+COMMAND = [*OLD, sys.executable, "-m", "restrictedmem"]
 DATA = bytes(range(256)) * 1000
 
 
@@ -49,7 +49,7 @@ def test_the_filter_makes_the_kernel_older() -> None:
         "    outcome(lambda: pagemap.bytes_in(pagemap.Category.PRESENT, page.address, 4096)),\n"
         "    seccomp.flags_known(seccomp.FilterFlag.NEW_LISTENER | seccomp.FilterFlag.WAIT_KILLABLE_RECV)])\n"
     )
-    done = subprocess.run([*OLDER, sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([*OLD, sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "['EINVAL', 'ENOSYS', 'EINVAL', 'ENOTTY', False]\n"
 
 
@@ -60,7 +60,7 @@ def test_every_memfd_can_be_sealed() -> None:
         "with memory.memfd_create('made') as made:\n"
         "    forbid_shrinking(made.fileno())\n"
     )
-    subprocess.run([*OLDER, sys.executable, "-c", code], check=True)
+    subprocess.run([*OLD, sys.executable, "-c", code], check=True)
 
 
 def test_a_limit_holds_where_a_filter_forbids_cachestat(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,5 +100,5 @@ def test_the_descriptor() -> None:
         "os.posix_fallocate(fd, 0, 65536)\n"
         "print(os.fstat(fd).st_size, os.fstat(fd).st_blocks * 512)\n"
     )
-    done = subprocess.run([*OLDER, sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([*OLD, sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "1048576 65536\n"

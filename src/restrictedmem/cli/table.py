@@ -61,6 +61,8 @@ def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     seconds = found["time_total_ns"] / 1e9
     rate = f", {format_size(round(found['bytes_in'] / seconds))}/s" if found["bytes_in"] and seconds else ""
     yield "engine, mount", f"{found['engine']}, {found['way']}"
+    if "not_kernel" in found:
+        yield "kernel engine", f"not taken, a trial guest did not run: {found['not_kernel']}"
     yield "measurement", found["measurement"]
     yield "input, output", f"{format_size(found['bytes_in'])} in, {format_size(found['bytes_out'])} out{rate}"
     yield (

@@ -13,8 +13,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Generic, NoReturn, TypeVar, final
 
+from restrictedmem.child import in_child
 from restrictedmem.consumer import Bound, Consumer
 from restrictedmem.devkvm import Kvm
+from restrictedmem.kvm import trial
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine import Engine
 from restrictedmem.kvm.kernel.vm import KernelVm
@@ -40,6 +42,9 @@ _T = TypeVar("_T")
 #: Seconds after which a thread has to let others run Python: a vCPU that faults all the time would keep a stop request waiting for 5 ms.
 _SWITCH_INTERVAL: Final = 0.0002
 
+#: Seconds that a trial guest may take, which needs some milliseconds; a KVM that hangs holds the owner's VM up as long.
+_TRIAL_DEADLINE: Final = 5.0
+
 #: /dev/kvm, where it had to be opened early.
 _preloaded: Kvm | None = None
 
@@ -58,16 +63,18 @@ def preload(*, devices: bool) -> None:
 def serve(owner: socket.socket, service: socket.socket, notify: socket.socket, options: "Options", arguments: str) -> NoReturn:
     """Be the engine of one VM until its owner lets go of it or the service ends."""
     sys.setswitchinterval(_SWITCH_INTERVAL)
-    consumer = Consumer(service, notify)
     vcpus = Vcpus()
     trace = Trace()
     channel = Channel(owner, "owner", takes_fds=True)
     try:
         creation = Creation.load(arguments)
+        # First, while this process has no other thread.
+        refusal = refuse_kernel(creation, owner, service, notify)
+        consumer = Consumer(service, notify)
         api = Api(options.api)
         attributes = Attributes(api)
         binder = Binding(consumer, trace)
-        binder.engine = engine = make_engine(creation, binder, vcpus, attributes, trace)
+        binder.engine = engine = make_engine(creation, binder, vcpus, attributes, trace, refusal)
     except OSError as error:
         channel.receive()
         channel.reply_error(error)
@@ -82,20 +89,49 @@ def serve(owner: socket.socket, service: socket.socket, notify: socket.socket, o
         os._exit(0)
 
 
-def make_engine(creation: Creation, binder: "Binding", vcpus: Vcpus, attributes: Attributes, trace: Trace) -> Engine:
-    """Make the engine that the owner asked for; ``auto`` is the kernel's where it works, else the software's, as for a platform.
+def refuse_kernel(creation: Creation, *sockets: socket.socket) -> str:
+    """Say why ``auto`` does not take the kernel engine; empty when a guest has just run on it (``trial``), or nobody asked.
+
+    A child tries it, which lets go of this process's sockets, and which is left behind when the kernel holds it up.
+    """
+    if creation.engine != "auto" or creation.platform:
+        return ""
+
+    def attempt() -> None:
+        for sock in sockets:
+            sock.close()
+        with _preloaded or Kvm.open() as kvm:
+            trial.run_guest(kvm, debug=bool(creation.policy & POLICY_DEBUG))
+
+    try:
+        in_child(attempt, _TRIAL_DEADLINE)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def make_engine(
+    creation: Creation,
+    binder: "Binding",
+    vcpus: Vcpus,
+    attributes: Attributes,
+    trace: Trace,
+    refusal: str = "",
+) -> Engine:
+    """Make the engine that the owner asked for; ``auto`` is the kernel's unless there is a ``refusal``, the software's for a platform.
 
     Raises:
         OSError: why /dev/kvm cannot be used, when it was asked for by name.
     """
-    if creation.engine != "software" and not creation.platform:
+    if creation.engine != "software" and not creation.platform and not refusal:
         try:
             with _preloaded or Kvm.open() as kvm:
                 return KernelVm(binder, vcpus, attributes, kvm, debug=bool(creation.policy & POLICY_DEBUG))
-        except OSError:
+        except OSError as error:
             if creation.engine == "kernel":
                 raise
-    return SoftwareVm(binder, vcpus, attributes, trace, host.make(creation.platform))
+            refusal = error.strerror or str(error)
+    return SoftwareVm(binder, vcpus, attributes, trace, host.make(creation.platform), refusal)
 
 
 @final

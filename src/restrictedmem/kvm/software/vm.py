@@ -29,8 +29,20 @@ _CAPABILITIES: Final = {Cap.NR_VCPUS: 1, Cap.MAX_VCPUS: 64, Cap.MAX_VCPU_ID: 64,
 class SoftwareVm:
     """Slots and vCPUs of one VM on Unicorn (``Engine``)."""
 
-    def __init__(self, binder: Binder, vcpus: Vcpus, attributes: Attributes, trace: Trace, platform: Platform) -> None:
-        """Make a VM without slots; ``vcpus`` is what to stop when memory goes away, and faults go to ``trace``."""
+    def __init__(
+        self,
+        binder: Binder,
+        vcpus: Vcpus,
+        attributes: Attributes,
+        trace: Trace,
+        platform: Platform,
+        not_kernel: str = "",
+    ) -> None:
+        """Make a VM without slots; ``vcpus`` is what to stop when memory goes away, and faults go to ``trace``.
+
+        ``not_kernel`` is why ``auto`` did not take the kernel engine, for the statistics.
+        """
+        self._not_kernel = not_kernel
         self.mmu = Mmu(attributes, trace, platform)
         self._platform = platform
         self._turns = Turns()
@@ -214,6 +226,7 @@ class SoftwareVm:
             "splits": counters.splits,
             "pages_freed": counters.freed,
             "tlb_fills": sum(engine.fills for engine in self._engines),
+            **({"not_kernel": self._not_kernel} if self._not_kernel else {}),
         }
 
 
