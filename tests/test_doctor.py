@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import errno
+import hashlib
 import json
 import mmap
 import os
@@ -22,6 +23,7 @@ from restrictedmem.child import in_child
 from restrictedmem.cli import doctor
 from restrictedmem.fs.mount import Way
 from restrictedmem.fs.mounter import enter_user_namespace
+from restrictedmem.kvm.vmm import Vmm
 from restrictedmem.machine import descriptor, examination, finding, guests, host, laboratory, syscall
 from restrictedmem.machine import memory as memory_probes
 from restrictedmem.machine.examination import Conclusion, Examination, Group, conclude
@@ -34,6 +36,10 @@ T = TypeVar("T")
 def always(answer: T) -> Callable[[object], T]:
     """Make a function that gives the same answer to everything."""
     return lambda _: answer
+
+
+def do_nothing(*_: object) -> None:
+    """Take anything, and do nothing."""
 
 
 def without_capabilities(probe: Callable[[], T]) -> T:
@@ -453,44 +459,79 @@ def everything(**changed: Finding) -> dict[str, Finding]:
 
 MADE = Finding("descriptor", State.YES, "made")
 NOT_MADE = Finding("descriptor", State.NO, "refused")
+RAN = {engine: Finding(f"{engine} engine", State.YES, "ran") for engine in ("software", "kernel")}
+RAN_NOT = {engine: Finding(f"{engine} engine", State.NO, "no guest ran: why") for engine in ("software", "kernel")}
 
 
 def test_everything_there_is_everything_possible() -> None:
-    assert {part.state for part in conclude(everything(), MADE).parts().values()} == {State.YES}
+    assert {part.state for part in conclude(everything(), MADE, RAN).parts().values()} == {State.YES}
 
 
 def test_no_descriptor_names_the_first_obstacle() -> None:
     closed = Finding("/dev/fuse", State.NO, "closed", "nothing", "open it")
-    found = conclude(everything(device=closed), NOT_MADE)
+    not_tried = {engine: examination.run_guest(engine, NOT_MADE) for engine in ("software", "kernel")}
+    found = conclude(everything(device=closed), NOT_MADE, not_tried)
     assert (found.descriptor.remedy, found.exec.state, found.usable) == ("open it", State.NO, False)
+    assert (found.software_engine.state, found.kernel_engine.state) == (State.UNKNOWN, State.UNKNOWN)
 
 
 def test_a_way_that_is_not_needed_is_no_obstacle() -> None:
     ways = {name: Finding(name, State.NO, "refused", "", f"mend {name}") for name in ("own mount", "user namespace mount", "fusermount3")}
     few = Finding("descriptors at once", State.PARTLY, "RLIMIT_NOFILE 12", "few", "raise it")
-    assert conclude(everything(few=few, missing=ways["fusermount3"]), NOT_MADE).descriptor.remedy == "raise it"
-    assert conclude(everything(few=few, **ways), NOT_MADE).descriptor.remedy == "mend fusermount3"
+    assert conclude(everything(few=few, missing=ways["fusermount3"]), NOT_MADE, RAN_NOT).descriptor.remedy == "raise it"
+    assert conclude(everything(few=few, **ways), NOT_MADE, RAN_NOT).descriptor.remedy == "mend fusermount3"
 
 
-def test_no_unicorn_is_not_usable() -> None:
-    missing = Finding("Unicorn", State.NO, "not installed", "no guest", "install it")
-    found = conclude(everything(unicorn=missing), MADE)
-    assert (found.descriptor.state, found.software_engine.state, found.usable) == (State.YES, State.NO, False)
+def test_an_engine_is_believed_in_after_a_guest_has_run_on_it_and_not_before() -> None:
+    found = conclude(everything(), MADE, RAN_NOT)
+    for part in (found.software_engine, found.kernel_engine):
+        assert (part.state, part.detail, part.consequence) == (State.NO, "no guest ran: why", f"no guest runs on the {part.name}")
+    assert not found.usable
+    assert conclude(everything(), MADE, {**RAN_NOT, "kernel": RAN["kernel"]}).usable
+    assert conclude(everything(), MADE, {**RAN_NOT, "software": RAN["software"]}).usable
 
 
 @pytest.mark.parametrize("name", ["/dev/kvm", "KVM capabilities", "guest_memfd"])
-def test_the_kernel_engine_needs(name: str) -> None:
-    found = conclude(everything(missing=Finding(name, State.UNKNOWN, "not there")), MADE)
-    assert (found.kernel_engine.state, name in found.kernel_engine.detail, found.usable) == (State.NO, True, True)
+def test_what_the_kernel_engine_lacks_is_its_remedy(name: str) -> None:
+    missing = Finding(name, State.UNKNOWN, "not there", "", f"get {name}")
+    found = conclude(everything(missing=missing), MADE, {**RAN, "kernel": RAN_NOT["kernel"]})
+    assert (found.kernel_engine.state, found.kernel_engine.remedy, found.usable) == (State.NO, f"get {name}", True)
 
 
-@pytest.mark.parametrize(("attributes", "mappable", "state"), [("yes", "no", "yes"), ("no", "yes", "yes"), ("no", "no", "no")])
-def test_the_kernel_engine_needs_attributes_or_mmap(attributes: str, mappable: str, state: str) -> None:
+def test_what_the_software_engine_lacks_is_its_remedy() -> None:
+    missing = Finding("Unicorn", State.NO, "not installed", "no guest", "install it")
+    found = conclude(everything(unicorn=missing), MADE, {**RAN, "software": RAN_NOT["software"]})
+    assert (found.software_engine.state, found.software_engine.remedy, found.usable) == (State.NO, "install it", True)
+
+
+@pytest.mark.parametrize(("attributes", "mappable", "remedy"), [("yes", "no", ""), ("no", "yes", ""), ("no", "no", "get it")])
+def test_the_kernel_engine_needs_attributes_or_mmap(attributes: str, mappable: str, remedy: str) -> None:
     changed = {
         "attributes": Finding("memory attributes", State(attributes), ""),
-        "mappable": Finding("guest_memfd, MMAP", State(mappable), ""),
+        "mappable": Finding("guest_memfd, MMAP", State(mappable), "", remedy="get it"),
     }
-    assert conclude(everything(**changed), MADE).kernel_engine.state is State(state)
+    assert conclude(everything(**changed), MADE, RAN_NOT).kernel_engine.remedy == remedy
+
+
+@pytest.mark.requires("fuse")
+def test_a_guest_runs_on_the_software_engine(examined: Examination) -> None:
+    found = examined.conclusion.software_engine
+    assert (found.state, "digested 256 KiB" in found.detail) == (State.YES, True)
+
+
+@pytest.mark.requires("fuse")
+@pytest.mark.parametrize("engine", ["software", "kernel"])
+def test_a_guest_that_does_not_run_right_is_no_guest_that_ran(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Vmm, "load", do_nothing)
+    found = examination.run_guest(engine, MADE)
+    assert found.state is State.NO
+    assert found.detail.startswith("no guest ran: ")
+
+
+@pytest.mark.requires("fuse")
+def test_a_digest_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examination, "sha256", always(hashlib.sha256(b"other")))
+    assert examination.run_guest("software", MADE).detail == "no guest ran: the guest's digest is wrong"
 
 
 # Output.

@@ -1,4 +1,4 @@
-"""``auto`` believes in the kernel engine after a guest has run on it, and not before."""
+"""``auto`` and ``doctor`` believe in the kernel engine after a guest has run on it, and not before."""
 
 import hashlib
 import json
@@ -160,6 +160,11 @@ class TestNoGuestRunsOnKvm:
         done = run(BROKEN_KVM, "run", "--memory", "4M", "--engine", "kernel", "sha256", status=1)
         assert done.stderr.decode().startswith("error: LAUNCH_UPDATE: ")
         assert done.stdout == b""
+
+    def test_doctor_tells_the_truth(self) -> None:
+        found = json.loads(run(BROKEN_KVM, "doctor", "--json").stdout)["conclusion"]
+        assert (found["usable"], found["software_engine"]["state"], found["kernel_engine"]["state"]) == (True, "yes", "no")
+        assert found["kernel_engine"]["detail"].startswith("no guest ran: LAUNCH_UPDATE: ")
 
     def test_a_kvm_that_hangs_does_not_hang_run(self) -> None:
         done = run(STUCK_KVM, "run", "--memory", "4M", "--json", "sha256")

@@ -26,8 +26,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "doctor",
         help="say what this machine offers and how to get what is missing",
-        description="Try what restrictedmem needs, each thing for itself and without leaving anything behind; say what follows, and "
-        "how to get what is missing. Exit status 0 when guests can run in restricted memory here, else 1.",
+        description="Try what restrictedmem needs, each thing for itself and without leaving anything behind, and run a guest on each "
+        "engine; say what follows, and how to get what is missing. Exit status 0 when a guest ran in restricted memory here, else 1.",
     )
     parser.add_argument("--json", action="store_true", help="the findings and the conclusion, as JSON")
     parser.set_defaults(main=main)
@@ -89,12 +89,12 @@ def _finding_lines(finding: "Finding", column: int, width: int, *, colour: bool)
 
 
 def _verdict(conclusion: "Conclusion") -> str:
+    engines = (conclusion.software_engine, conclusion.kernel_engine)
     if conclusion.usable:
-        return "Guests can run in restricted memory here: restrictedmem run sha256 </bin/sh"
-    missing = " and ".join(
-        f"the {part.name}" for part in (conclusion.descriptor, conclusion.software_engine) if part.state.value not in ("yes", "partly")
-    )
-    return f"No guest can run in restricted memory here: {missing} will not work."
+        on = " and on ".join(f"the {part.name}" for part in engines if part.state.value == "yes")
+        return f"A guest ran in restricted memory here, on {on}: restrictedmem run sha256 </bin/sh"
+    missing = [part.name for part in (conclusion.descriptor,) if part.state.value != "yes"] or [part.name for part in engines]
+    return f"No guest can run in restricted memory here: {' and '.join(f'the {name}' for name in missing)} will not work."
 
 
 def _styled(text: str, style: str, *, colour: bool) -> str:

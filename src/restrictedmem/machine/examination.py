@@ -1,18 +1,31 @@
 """All findings together, and what of restrictedmem a machine can carry."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
+from errno import EIO
+from functools import partial
+from hashlib import sha256
 from typing import Final
 
+from restrictedmem import guests as programs
 from restrictedmem.abi import memory
 from restrictedmem.child import in_child
 from restrictedmem.fs.mount import DEVICE
+from restrictedmem.kvm import elf
+from restrictedmem.kvm.guest_abi import PRIVATE_SIZE_MIN
+from restrictedmem.kvm.vmm import Vmm
 from restrictedmem.machine import descriptor, guests, host, laboratory, syscall
 from restrictedmem.machine import memory as memory_probes
 from restrictedmem.machine.finding import Finding, State, reason
 from restrictedmem.service import client
-from restrictedmem.units import PAGE_SIZE
+from restrictedmem.units import PAGE_SIZE, format_size
+
+_ENGINES: Final = ("software", "kernel")
+#: What a guest digests, and seconds that it may take, the service's start included.
+_INPUT: Final = bytes(range(256)) * 1024
+_GUEST_DEADLINE: Final = client.START_DEADLINE + 20
 
 
 class Group(Enum):
@@ -37,8 +50,8 @@ class Conclusion:
 
     @property
     def usable(self) -> bool:
-        """Whether guests can run in restricted memory: the descriptor and the software engine are enough."""
-        return self.descriptor.state is State.YES and self.software_engine.state in (State.YES, State.PARTLY)
+        """Whether a guest ran in restricted memory, on either engine."""
+        return self.descriptor.state is State.YES and State.YES in (self.software_engine.state, self.kernel_engine.state)
 
     def parts(self) -> dict[str, Finding]:
         """Return the parts by stable names."""
@@ -69,9 +82,12 @@ _PROBES: Final = {
 
 
 def examine() -> Examination:
-    """Try everything, which takes about a second, and draw the conclusion."""
+    """Try everything, which takes some seconds, and draw the conclusion."""
     groups = {group: tuple(probe()) for group, probe in _PROBES.items()}
-    return Examination(groups, conclude({finding.name: finding for findings in groups.values() for finding in findings}, make_descriptor()))
+    found = {finding.name: finding for findings in groups.values() for finding in findings}
+    made = make_descriptor()
+    ran = {engine: run_guest(engine, made) for engine in _ENGINES}
+    return Examination(groups, conclude(found, made, ran))
 
 
 def make_descriptor() -> Finding:
@@ -93,12 +109,42 @@ def _make_descriptor() -> str:
     return str(service.info["way"])
 
 
-def conclude(found: dict[str, Finding], made: Finding) -> Conclusion:
-    """Draw the conclusion from the findings by name, and from the attempt to make a descriptor."""
+def run_guest(engine: str, made: Finding) -> Finding:
+    """Run a guest to its end on an engine as ``run`` does, with a service that is a child's and ends with it."""
+    name = f"{engine} engine"
+    if made.state is not State.YES:
+        return Finding(name, State.UNKNOWN, "it could not be tried without a descriptor")
+    try:
+        in_child(partial(_run_guest, engine), _GUEST_DEADLINE)
+    except OSError as error:
+        return Finding(name, State.NO, f"no guest ran: {reason(error)}")
+    return Finding(name, State.YES, f"a guest ran to its end and digested {format_size(len(_INPUT))} right")
+
+
+def _run_guest(engine: str) -> None:
+    image = elf.parse(programs.path("sha256").read_bytes())
+    with (
+        open(memory.memfd_create("restrictedmem-doctor-in").detach(), "r+b") as stdin,
+        open(memory.memfd_create("restrictedmem-doctor-out").detach(), "r+b") as stdout,
+        Vmm(PRIVATE_SIZE_MIN, engine=engine) as vmm,
+    ):
+        vmm.load(image)
+        stdin.write(_INPUT)
+        stdin.seek(0)
+        ended = vmm.run(stdin, stdout, stdout)
+        if ended.fatal is not None or ended.status:
+            raise OSError(EIO, f"the guest stopped: {ended.fatal or f'status {ended.status}'}")
+        stdout.seek(0)
+        if stdout.read().split()[:1] != [sha256(_INPUT).hexdigest().encode()]:
+            raise OSError(EIO, "the guest's digest is wrong")
+
+
+def conclude(found: dict[str, Finding], made: Finding, ran: dict[str, Finding]) -> Conclusion:
+    """Draw the conclusion from the findings by name, and from the attempts to make a descriptor and to run a guest on each engine."""
     return Conclusion(
         descriptor=_descriptor(found, made),
-        software_engine=_software_engine(found),
-        kernel_engine=_kernel_engine(found),
+        software_engine=_engine(ran["software"], [found["Unicorn"]]),
+        kernel_engine=_engine(ran["kernel"], _needed_by_kernel_engine(found)),
         exec=_exec(found, made),
     )
 
@@ -114,22 +160,18 @@ def _descriptor(found: dict[str, Finding], made: Finding) -> Finding:
     return Finding(made.name, made.state, made.detail, consequence, remedy)
 
 
-def _software_engine(found: dict[str, Finding]) -> Finding:
-    unicorn = found["Unicorn"]
-    return Finding("software engine", unicorn.state, f"Unicorn {unicorn.detail}", unicorn.consequence, unicorn.remedy)
+def _engine(ran: Finding, needed: Iterable[Finding]) -> Finding:
+    """Judge an attempt to run a guest; where it failed, the remedy is that of the first thing that is missing."""
+    if ran.state is State.YES:
+        return ran
+    missing = next((one for one in needed if one.state is not State.YES), None)
+    remedy = missing.remedy if missing else ""
+    return Finding(ran.name, ran.state, ran.detail, f"no guest runs on the {ran.name}", remedy)
 
 
-def _kernel_engine(found: dict[str, Finding]) -> Finding:
-    name = "kernel engine"
-    mappable, attributes = found["guest_memfd, MMAP"], found["memory attributes"]
-    for needed in (found["/dev/kvm"], found["KVM capabilities"], found["guest_memfd"]):
-        if needed.state is not State.YES:
-            return Finding(name, State.NO, f"{needed.name}: {needed.detail}", needed.consequence, needed.remedy)
-    if attributes.state is State.YES:
-        return Finding(name, State.YES, "guest_memfd, with memory attributes kept by the kernel")
-    if mappable.state is State.YES:
-        return Finding(name, State.YES, "guest_memfd on a default VM")
-    return Finding(name, State.NO, f"{mappable.name}: {mappable.detail}", mappable.consequence, mappable.remedy)
+def _needed_by_kernel_engine(found: dict[str, Finding]) -> list[Finding]:
+    needed = [found["/dev/kvm"], found["KVM capabilities"], found["guest_memfd"]]
+    return needed if found["memory attributes"].state is State.YES else [*needed, found["guest_memfd, MMAP"]]
 
 
 def _exec(found: dict[str, Finding], made: Finding) -> Finding:
