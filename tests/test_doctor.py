@@ -8,6 +8,7 @@ import json
 import mmap
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import pytest
 from restrictedmem.abi import fuse, kvm, memory, pagemap, process, seccomp
 from restrictedmem.child import in_child
 from restrictedmem.cli import doctor
+from restrictedmem.fd import OwnedFd
 from restrictedmem.fs.mount import Way
 from restrictedmem.fs.mounter import enter_user_namespace
 from restrictedmem.kvm.vmm import Vmm
@@ -88,6 +90,29 @@ def test_in_child_does_not_wait_for_a_probe_that_hangs() -> None:
     assert caught.value.errno == errno.ETIMEDOUT
     assert time.monotonic() - began < 5
     assert os.waitpid(-1, 0)[1] == signal.SIGKILL
+
+
+def test_in_child_does_not_wait_for_a_child_that_hangs_once_it_has_answered() -> None:
+    def probe() -> str:
+        os._exit = lambda status: signal.pause()  # type: ignore[assignment,return-value]
+        return "answer"
+
+    with pytest.raises(OSError) as caught:
+        in_child(probe, deadline=0.1)
+    assert caught.value.errno == errno.ETIMEDOUT
+    assert os.waitpid(-1, 0)[1] == signal.SIGKILL
+
+
+def test_the_child_ends_with_who_asked() -> None:
+    code = (
+        "import os, signal; from restrictedmem.child import in_child; "
+        "in_child(lambda: (print(os.getpid(), flush=True), signal.pause()), 100)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as asking:
+        assert asking.stdout is not None
+        with OwnedFd(os.pidfd_open(int(asking.stdout.readline()))) as child:
+            asking.kill()
+            assert select.select([child], [], [], 10)[0], "waited 10 s for the child to end"
 
 
 def test_a_bug_in_a_probe_stays_in_its_child(capfd: pytest.CaptureFixture[str]) -> None:

@@ -157,7 +157,9 @@ def kvm_capabilities(found: dict[str, int]) -> Finding:
     missing = sorted(name for name in needed if not found[name])
     detail = ", ".join(f"{name} {value}" for name, value in found.items())
     if missing:
-        return Finding("KVM capabilities", State.NO, detail, f"no kernel engine without {' and '.join(missing)}", "Linux 6.8 or later")
+        return Finding(
+            "KVM capabilities", State.NO, detail, f"no kernel engine without {' and '.join(missing)}", "Linux 6.18, on which guests ran"
+        )
     return Finding("KVM capabilities", State.YES, detail)
 
 
