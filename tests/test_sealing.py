@@ -28,7 +28,7 @@ from restrictedmem.service.start import Options
 from watching import opens
 
 DMA = Path(__file__).parent.parent / "clients" / "dma" / "dma.py"
-ENGINES = ["software", *(["kernel"] if os.access("/dev/kvm", os.R_OK | os.W_OK) else [])]
+ENGINES = ["software", *(["kernel", "auto"] if os.access("/dev/kvm", os.R_OK | os.W_OK) else [])]
 
 Scenario = Callable[[Service, str, Path], int]
 
