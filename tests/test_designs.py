@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from errno import EINVAL, EIO, EOPNOTSUPP
 from functools import partial
+from itertools import pairwise
 from typing import final
 
 import pytest
@@ -228,8 +229,8 @@ def test_exclusive_bindings_share_no_page_and_others_share_all() -> None:
         assert bind(start, end, other, exclusive=True) == Errno(EINVAL), (start, end)
     # All of one kind, wherever they are.
     assert bind(20, 24, other, exclusive=False) == Errno(EINVAL)
-    for start, end in ((8, 8), (9, 8)):
-        assert bind(start, end, other, exclusive=True) == Errno(EINVAL), "empty"
+    for start, end in ((8, 8), (9, 8), (-1, 8), (0, ALL.end + 1), (ALL.end, ALL.end + 1), (1 << 63, 1 << 64)):
+        assert bind(start, end, other, exclusive=True) == Errno(EINVAL), "empty, or beyond the largest file"
     assert outcome(lambda: file.register_notifier(other)) == Errno(EINVAL)
     assert file.notifier_count == 1
     file.unregister_notifier(mine)
@@ -338,6 +339,63 @@ def test_who_hears_what_when_a_consumer_unregisters(design: str, teardown: bool)
     file.unregister_notifier(leaving)
     punch(file, 0, 0x400)
     assert leaving.callbacks() == []
+    file.put()
+
+
+@pytest.mark.parametrize("looks", range(6))
+@pytest.mark.parametrize("design", NAMES)
+def test_a_consumer_goes_whatever_looking_comes_to(design: str, looks: int) -> None:
+    backing = folio_and_pages()
+    file = make_file(design + TEARDOWN, backing)
+    file.ftruncate(0x301 * PAGE_SIZE)
+    recorder = register(file)
+    backing.looks = looks
+    file.unregister_notifier(recorder)
+    told = recorder.callbacks()
+    # All of it, once, in order; only the proof of concept passes over what is missing.
+    end = 0x301 if design == "folio-poc" else ALL.end
+    assert (told[0][0], told[-1][1]) == (0, end)
+    if design != "folio-poc":
+        assert all(before[1] == after[0] for before, after in pairwise(told))
+    full = EVERYTHING.get(design, told)
+    assert told in [full, *([*full[:count], (full[count - 1][1] if count else 0, end, None)] for count in range(len(full)))]
+    assert (file.notifier_count, file.sequence().busy()) == (0, False)
+    backing.looks = None
+    assert register(file).heard == []
+    file.put()
+
+
+@pytest.mark.parametrize("design", NAMES)
+def test_a_consumer_that_raises_at_its_last_words_goes_all_the_same(design: str) -> None:
+    """Callbacks must not raise. One that does costs nobody else the file."""
+    file = make_file(design + TEARDOWN, folio_and_pages())
+    file.ftruncate(0x301 * PAGE_SIZE)
+    recorder = register(file)
+
+    def fail(start: pgoff_t, end: pgoff_t) -> None:
+        raise OSError(EIO, f"{start} to {end}")
+
+    recorder.at_start = fail
+    assert outcome(lambda: file.unregister_notifier(recorder)) == Errno(EIO)
+    assert (file.notifier_count, file.sequence().busy()) == (0, False)
+    register(file)
+    punch(file, 0, 0x400)
+    file.put()
+
+
+@pytest.mark.parametrize("design", ["batched", "lazy"])
+def test_a_punch_that_nobody_hears_of_looks_at_nothing(design: str) -> None:
+    backing = folio_and_pages()
+    file = make_file(design, backing)
+    backing.looks = 0
+    punch(file, 0, 0x180)
+    file.fallocate(PUNCH, 0, MAX_FILE_BYTES)
+    assert backing.resident() == 0
+    # Nor does it remember what is gone: the other half of a block does not complete it.
+    backing.looks = None
+    recorder = register(file)
+    punch(file, 0x180, 0x200)
+    assert recorder.callbacks() == ([] if design == "batched" else [(0x180, 0x200, None)])
     file.put()
 
 

@@ -368,8 +368,10 @@ def test_short_requests_are_einval(mount: Mount, opcode: int, size: int) -> None
 def test_the_server_survives_whatever_it_reads(caplog: pytest.LogCaptureFixture) -> None:
     """A socket in place of /dev/fuse: every request has one reply, the last is answered as well as the first."""
 
-    def broken(_token: bytes, _ino: int, _file: RestrictedFile) -> None:
-        raise RuntimeError("a bug")
+    failures = {number: OSError(number, "an errno") for number in (ENOSYS, 0, 511, 512, 1 << 31, (1 << 32) - 1, -5)}
+
+    def broken(token: bytes, _ino: int, _file: RestrictedFile) -> None:
+        raise failures.get(int.from_bytes(token, "little", signed=True), RuntimeError("a bug"))
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     filesystem = FileSystem("v10", max_files=10, prove=broken)
@@ -381,6 +383,16 @@ def test_the_server_survives_whatever_it_reads(caplog: pytest.LogCaptureFixture)
         (Opcode.CREATE, root, b"", EINVAL),
         (Opcode.INIT, root, b"", EINVAL),
         (Opcode.IOCTL, first, fuse.IOCTL_IN.pack(0, 0, PROVE, 0, TOKEN_BYTES, 0) + TOKEN, EIO),
+        # The kernel never asks again for what was ENOSYS once, and does not take what is no errno.
+        *(
+            (
+                Opcode.IOCTL,
+                first,
+                fuse.IOCTL_IN.pack(0, 0, PROVE, 0, TOKEN_BYTES, 0) + number.to_bytes(TOKEN_BYTES, "little", signed=True),
+                {ENOSYS: EOPNOTSUPP, 511: 511}.get(number, EIO),
+            )
+            for number in failures
+        ),
         (77, root, b"", ENOSYS),
         (Opcode.STATFS, root, b"", 0),
     ]

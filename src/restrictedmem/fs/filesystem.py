@@ -130,6 +130,10 @@ class FileSystem:
         except struct.error as error:
             raise OSError(EINVAL, f"FUSE opcode {request.opcode}: {error}") from None
 
+    def knows(self, opcode: int) -> bool:
+        """Say whether there is such an operation; ``handle`` answers ENOSYS to all others."""
+        return opcode in self._handlers
+
     def files(self) -> dict[int, RestrictedFile]:
         """Return a snapshot of the open files by inode number."""
         with self._mutex:

@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 from contextlib import suppress
-from errno import EINTR, EIO, ENODEV, ENOENT
+from errno import EINTR, EIO, ENODEV, ENOENT, ENOSYS, EOPNOTSUPP
 from typing import Final, final
 
 from restrictedmem.abi import fuse, process
@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 MAX_THREADS: Final = 8
 #: Nanoseconds. Requests are short, and their callers wait: they should not also wait for a guest's slice to end.
 _SLICE: Final = 100_000
+
+#: Larger ones are between parts of the kernel.
+_LAST_ERRNO: Final = 511
 
 _IN_SIZE: Final = fuse.IN_HEADER.size
 _OUT_SIZE: Final = fuse.OUT_HEADER.size
@@ -116,7 +119,7 @@ class Server:
         try:
             body = self._filesystem.handle(request)
         except OSError as failure:
-            error = failure.errno or EIO
+            error = self._number(request, failure)
         except Exception:
             # A bug must not hang the caller: it gets EIO, and the log has the rest.
             log.exception("FUSE opcode %d on node %d", request.opcode, request.nodeid)
@@ -130,3 +133,14 @@ class Server:
             # ENOENT: the caller was killed meanwhile; ENODEV: the mount is gone, which the next read says too.
             if failure.errno not in (ENOENT, ENODEV):
                 raise
+
+    def _number(self, request: Request, failure: OSError) -> int:
+        """Return the errno that the kernel is told.
+
+        It takes ENOSYS for "never ask again", for all of the mount: what exists must not fail with it, whatever it failed of. Of a
+        number that is none of its own it refuses the whole reply, and the caller would wait for ever.
+        """
+        number = failure.errno or EIO
+        if number == ENOSYS and self._filesystem.knows(request.opcode):
+            return EOPNOTSUPP
+        return number if 0 < number <= _LAST_ERRNO else EIO

@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import Iterator
-from errno import EFAULT, EINVAL, ENOSYS, EPERM
+from errno import EFAULT, EINVAL
 from typing import Final, Protocol, TypeAlias, final
 
 from restrictedmem.abi import memory
@@ -125,14 +125,7 @@ class MemfdBacking(InMemfd):
         os.posix_fallocate(self.fileno(), offset, length)
 
     def _held_of(self, start: int, length: int) -> int:
-        try:
-            return memory.resident_pages(self.fileno(), start, length) * PAGE_SIZE
-        except OSError as error:
-            # Before Linux 6.5, or where a container's filter does not know the call, nothing counts
-            # preallocated pages of a range: all of it is charged.
-            if error.errno not in (ENOSYS, EPERM):
-                raise
-            return 0
+        return memory.resident_pages(self.fileno(), start, length) * PAGE_SIZE
 
     def order_of(self, pgoff: pgoff_t) -> int:
         """Return 9 or 0 (see ``Allocator``)."""

@@ -128,7 +128,7 @@ class Design:
         told: list[Callback] = []
         sequence.begin(span.start, span.end)
         try:
-            for callback in self.everything(file, span):
+            for callback in _to_the_end(self.everything(file, span), span):
                 told.append(callback)
                 notifier.invalidate_start(*callback)
         finally:
@@ -137,12 +137,27 @@ class Design:
                 notifier.invalidate_end(*callback)
 
     def everything(self, file: File, span: PageRange) -> Iterable[Callback]:
-        """Yield what a consumer hears that loses all of ``span``.
+        """Yield what a consumer hears that loses all of ``span``, in order and without a gap.
 
         Raises:
-            OSError: what looking at the backing failed with.
+            OSError: what looking at the backing failed with; the consumer hears of the rest without an order then.
         """
         return ((span.start, span.end, None),)
+
+
+def _to_the_end(callbacks: Iterable[Callback], span: PageRange) -> Iterator[Callback]:
+    """Yield callbacks of all of ``span``: where looking at the backing fails, one without an order for what is left.
+
+    A consumer that goes cannot stay because the kernel does not tell what its pages are made of.
+    """
+    told = span.start
+    try:
+        for callback in callbacks:
+            yield callback
+            told = callback[1]
+    except OSError:
+        if told < span.end:
+            yield told, span.end, None
 
 
 @final
@@ -209,14 +224,14 @@ class FolioPoc(Design):
 
     def invalidate(self, file: File, span: PageRange, operate: Callable[[], None]) -> None:
         """Tell consumers, start and end of each chunk, and then do ``operate``."""
-        self._tell(file, span)
+        self._tell(file, span, self.callbacks(file, span))
         operate()
 
-    def _tell(self, file: File, span: PageRange) -> None:
+    def _tell(self, file: File, span: PageRange, callbacks: Iterable[Callback]) -> None:
         sequence = file.sequence()
         sequence.begin(span.start, span.end)
         try:
-            for start, end, order in self.callbacks(file, span):
+            for start, end, order in callbacks:
                 notifiers = file.notifiers(start, end)
                 for notifier in notifiers:
                     notifier.invalidate_start(start, end, order)
@@ -240,7 +255,8 @@ class FolioPoc(Design):
 
     def invalidate_all(self, file: File, notifier: Notifier, span: PageRange) -> None:
         """Tell every consumer, as its TODO admits, of the pages below the file's size: of none, if nobody ever set that."""
-        self._tell(file, PageRange(pgoff_t(0), pgoff_t(file.size >> PAGE_SHIFT)))
+        below = PageRange(pgoff_t(0), pgoff_t(file.size >> PAGE_SHIFT))
+        self._tell(file, below, _to_the_end(self.callbacks(file, below), below))
 
 
 #: Blocks that a punch is walked through one by one.
@@ -268,14 +284,15 @@ class _Remembering(Design):
         super().allocate(file, offset, length)
         self._punched.discard(PageRange.around_bytes(offset, length))
 
-    def _blocks(self, file: File, span: PageRange, order: int) -> Iterable[PageRange]:
-        """Return the blocks that a punch touches; of very many those at its ends, and those in which something is or was."""
+    def _blocks(self, span: PageRange, order: int, there: Backing | None = None) -> Iterable[PageRange]:
+        """Return the blocks that a punch touches; of very many those at its ends, those in which something was, and what is ``there``."""
         around, size = round_out(span, order), 1 << order
         if len(around) <= _MANY << order:
             return blocks(span, order)
         starts = {around.start, pgoff_t(around.end - size)}
-        starts.update(pgoff_t(start & -size) for start, _, found in file.backing.folios(span) if found is not None)
         starts.update(pgoff_t(block.start & -size) for block in self._punched.touched(span))
+        if there is not None:
+            starts.update(pgoff_t(start & -size) for start, _, found in there.folios(span) if found is not None)
         return [PageRange(start, pgoff_t(start + size)) for start in sorted(starts)]
 
 
@@ -295,14 +312,14 @@ class Batched(_Remembering):
 
     def callbacks(self, file: File, span: PageRange) -> Iterator[Callback]:
         """Yield the blocks that the punch completes, each of the order it has if it was one folio."""
-        for block in self._blocks(file, span, BLOCK_ORDER):
+        for block in self._blocks(span, BLOCK_ORDER, file.backing):
             if self._punched.has(outside(block, span)):
                 yield block.start, block.end, BLOCK_ORDER
 
     def punch(self, file: File, offset: int, length: int) -> None:
         """Free at once, and remember which part of its block is gone."""
         span = PageRange.of_bytes(offset, length)
-        touched = self._blocks(file, span, BLOCK_ORDER)
+        touched = self._blocks(span, BLOCK_ORDER)
         super().punch(file, offset, length)
         for block in touched:
             if self._punched.has(outside(block, span)):
@@ -338,7 +355,7 @@ class Lazy(_Remembering):
         yield span.start, span.end, None
         if not file.backing.base_order:
             return
-        touched = self._blocks(file, span, file.backing.base_order)
+        touched = self._blocks(span, file.backing.base_order, file.backing)
         going = {folio.start for folio in touched if self._goes(file, outside(folio, span))}
         for start, end, order in file.backing.folios(span) if going else ():
             if order is not None and start in going:
@@ -359,7 +376,7 @@ class Lazy(_Remembering):
     def punch(self, file: File, offset: int, length: int) -> None:
         """Free the huge pages that the punch covers, and those of which it was the last part."""
         span, order = PageRange.of_bytes(offset, length), file.backing.base_order
-        touched = self._blocks(file, span, order) if order else ()
+        touched = self._blocks(span, order) if order else ()
         super().punch(file, offset, length)
         for folio in touched:
             rest = outside(folio, span)

@@ -7,13 +7,15 @@ userfaultfd, which makes such a fault fail.
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
-from errno import EAGAIN, EFAULT, EINVAL, ENOENT, ENOMEM
+from errno import EACCES, EAGAIN, EFAULT, EINVAL, ENOENT, ENOMEM, ENOSYS, ENOTTY, EPERM
 from typing import Final
 
 from restrictedmem.abi import memory, pagemap, userfaultfd
 from restrictedmem.abi.memory import PMD_ORDER, PMD_SIZE, Mapping
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
 
+#: What a kernel answers that cannot tell what pages are made of (docs/folios.md).
+NOT_TOLD: Final = (EACCES, EINVAL, ENOSYS, ENOTTY, EPERM)
 #: Pages of the folio that a 2 MiB entry maps.
 BLOCK: Final = 1 << PMD_ORDER
 #: First page, page after the last, order; None for pages that are missing.

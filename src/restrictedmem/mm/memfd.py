@@ -8,6 +8,7 @@ from typing import Final
 from restrictedmem import sync
 from restrictedmem.abi import memory
 from restrictedmem.fd import OwnedFd
+from restrictedmem.mm.folios import NOT_TOLD
 from restrictedmem.units import PAGE_SIZE
 
 _SECTOR: Final = 512
@@ -42,7 +43,11 @@ class InMemfd(ABC):
 
     @abstractmethod
     def _held_of(self, start: int, length: int) -> int:
-        """Return the bytes held of a range of whole smallest folios."""
+        """Return the bytes held of a range of whole smallest folios.
+
+        Raises:
+            OSError: one of ``NOT_TOLD`` where the kernel does not tell.
+        """
 
     def fileno(self) -> int:
         """Return the memfd, made now when there was none.
@@ -70,7 +75,12 @@ class InMemfd(ABC):
         start = offset & -size
         held, wanted = self.resident(), -(-(offset + length - start) // size) * size
         if held + wanted > limit:
-            wanted -= self._held_of(start, wanted)
+            try:
+                wanted -= self._held_of(start, wanted)
+            except OSError as error:
+                # Nothing else counts preallocated pages of a range: all of it is charged.
+                if error.errno not in NOT_TOLD:
+                    raise
         if held + wanted > limit:
             raise OSError(ENOSPC, f"descriptor would hold {held + wanted} bytes, the limit is {limit}")
 

@@ -1,12 +1,13 @@
 """get_page: how a consumer takes pages of a restricted file."""
 
 from contextlib import suppress
-from errno import EACCES, EAGAIN, EFAULT, EINVAL, ENOENT, ENOSYS, ENOTTY, EPERM
+from errno import EAGAIN, EFAULT, ENOENT
 from typing import Final, final
 
 from restrictedmem import sync
 from restrictedmem.abi.memory import PMD_ORDER
 from restrictedmem.mm.backing import Allocator
+from restrictedmem.mm.folios import NOT_TOLD
 from restrictedmem.mm.sequence import InvalidationSequence
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
 
@@ -15,8 +16,6 @@ _TAKEN: Final = 1
 _ORDER: Final = 2
 _UNKNOWN: Final = 0xFF
 _WITHOUT_ORDER: Final = bytes([0]) + bytes([_TAKEN]) * 255
-# What a kernel answers that cannot tell a folio's order (docs/folios.md).
-_NOT_TOLD: Final = (EACCES, EINVAL, ENOSYS, ENOTTY, EPERM)
 
 
 @final
@@ -164,7 +163,7 @@ class Pages:
                 if error.errno == ENOENT:
                     # Punched by now, as whoever checks for a retry finds out.
                     return 0
-                if error.errno not in _NOT_TOLD:
+                if error.errno not in NOT_TOLD:
                     raise
                 order = 0
             self._orders[block] = order

@@ -147,10 +147,11 @@ class RestrictedFile:
         """Add a notifier for a range of pages (``restrictedmem_bind`` of Sean Christopherson's series).
 
         Raises:
-            OSError: EINVAL where the design has no bindings, for an empty range, while others are bound that are not exclusive as this one
-                is or is not, and, if exclusive, when a page of the range is bound; EMFILE, ENFILE, ENOMEM as ``register_notifier``.
+            OSError: EINVAL where the design has no bindings, for a range that is empty or beyond the largest file, while others are
+                bound that are not exclusive as this one is or is not, and, if exclusive, when a page of the range is bound; EMFILE,
+                ENFILE, ENOMEM as ``register_notifier``.
         """
-        if not self.design.binds or start >= end:
+        if not self.design.binds or not 0 <= start < end <= _WHOLE.end:
             raise OSError(EINVAL, f"bind: pages {start:#x} to {end:#x} in the design {self.design}")
         self._register(Registration(notifier, start, end, exclusive))
 
@@ -188,17 +189,22 @@ class RestrictedFile:
         self._notifiers_sem.down_write()
         try:
             stay: list[Registration] = []
+            going: list[PageRange] = []
             for mine in self._registrations:
                 gone = span.clip(PageRange(mine.start, mine.end))
                 if mine.notifier is not notifier or not gone:
                     stay.append(mine)
                     continue
-                self.design.leave(self, notifier, gone)
+                going.append(gone)
                 rest = mine._replace(end=gone.start), mine._replace(start=gone.end)
                 stay += [part for part in rest if part.start < part.end]
-            found = stay != list(self._registrations)
-            self._set_registrations(tuple(stay))
-            return found
+            try:
+                for gone in going:
+                    self.design.leave(self, notifier, gone)
+            finally:
+                # Whatever became of the last words: a registration that stayed would keep the file from everybody else.
+                self._set_registrations(tuple(stay))
+            return bool(going)
         finally:
             self._notifiers_sem.up_write()
 

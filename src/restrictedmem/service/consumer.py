@@ -188,8 +188,10 @@ class Consumer:
             KeyError: when there is no such binding.
         """
         binding = self.bindings.pop(number)
-        binding.file.unregister_notifier(binding)
-        binding.file.put()
+        try:
+            binding.file.unregister_notifier(binding)
+        finally:
+            binding.file.put()
 
     def close(self) -> None:
         """Unregister everything and close both connections, which ends the consumer."""
