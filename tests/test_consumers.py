@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from errno import EACCES, EAGAIN, EEXIST, EFAULT, EINVAL, EISDIR, ENOENT, ENOEXEC, ENOTCONN, EPERM, EPROTO
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, final
@@ -26,7 +27,7 @@ from restrictedmem import sync
 from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import EHWPOISON
 from restrictedmem.consumer import Bound, BoundFile, file_is_restrictedmem
-from restrictedmem.fd import OwnedFd
+from restrictedmem.fd import OwnedFd, send_with_fds
 from restrictedmem.kvm import exits
 from restrictedmem.kvm.vm import Vm
 from restrictedmem.mm.backing import MemfdBacking
@@ -38,8 +39,8 @@ from restrictedmem.service import program, wire
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
 from restrictedmem.service.wire import Call, Channel
+from restrictedmem.units import MAX_FILE_BYTES, PageRange, pgoff_t
 from restrictedmem.units import PAGE_SIZE as PAGE
-from restrictedmem.units import PageRange, pgoff_t
 from waiting import wait_for
 
 ROOT = Path(__file__).parent.parent
@@ -637,9 +638,10 @@ _MISTAKES = {
     "stop": (True, rf"puppet 1 did not answer INVALIDATE_START within {DEADLINE:g} s"),
     "die": (False, _GONE),
     "raise": (False, _GONE),
-    "garbage": (False, r"puppet 1 answered INVALIDATE_START with 4 bytes and 0 descriptors"),
-    "refuse": (False, r"puppet 1: INVALIDATE_START: Invalid argument"),
-    "short": (False, r"puppet 1: INVALIDATE_START: puppet 1 is gone"),
+    "garbage": (False, r"puppet 1 answered INVALIDATE_START with a reply of another size"),
+    "refuse": (False, r"puppet 1 answered INVALIDATE_START with EINVAL"),
+    "refuse in numbers": (False, r"puppet 1 answered INVALIDATE_START with errno 2147483653"),
+    "short": (False, r"puppet 1 answered INVALIDATE_START with what is no reply"),
     "empty": (False, r"puppet 1: INVALIDATE_START: puppet 1 is gone"),
 }
 
@@ -688,27 +690,64 @@ def test_a_late_answer_is_waited_for(service: Service, fd: int) -> None:
         assert service.status()["last_error"] == ""
 
 
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [((3).to_bytes(8, "little"), 3), (b"", 0), (bytes(9), 0)],
-    ids=["a count", "nothing", "too much"],
-)
-def test_a_count_of_pages_is_a_count(answer: bytes, expected: int) -> None:
+#: The head of a reply: errno, and zero.
+_FINE = bytes(8)
+_START, _COUNT = wire.INVALIDATE_START, wire.PAGE_COUNT
+_ANSWERS: dict[str, tuple[Call, bytes, bool, str]] = {
+    # name: what is asked, of 8 pages; what is answered, and whether with a descriptor; what is said of that
+    "done": (_START, _FINE, False, ""),
+    "a count": (_COUNT, _FINE + (3).to_bytes(8, "little"), False, ""),
+    "a count of all": (_COUNT, _FINE + (8).to_bytes(8, "little"), False, ""),
+    "the smallest errno": (_START, (1).to_bytes(8, "little"), False, "EPERM"),
+    "no errno that there is": (_START, (0x7FFF_FFFF).to_bytes(8, "little"), False, "errno 2147483647"),
+    "an errno that is no int": (_START, (0x8000_0000).to_bytes(8, "little"), False, "errno 2147483648"),
+    "the largest errno": (_START, (0xFFFF_FFFF).to_bytes(8, "little"), False, "errno 4294967295"),
+    "an errno and a text": (_START, (5).to_bytes(8, "little") + b"\x1b[2J", False, "EIO"),
+    "an errno for a count": (_COUNT, (0xFFFF_FFFF).to_bytes(8, "little") + bytes(8), False, "errno 4294967295"),
+    "one byte": (_START, b"x", False, "what is no reply"),
+    "half a head": (_COUNT, bytes(7), False, "what is no reply"),
+    "a byte more": (_START, _FINE + b"x", False, "a reply of another size"),
+    "100 KiB": (_START, bytes(100 << 10), False, "a reply of another size"),
+    "no count": (_COUNT, _FINE, False, "a reply of another size"),
+    "half a count": (_COUNT, _FINE + bytes(4), False, "a reply of another size"),
+    "more than a count": (_COUNT, _FINE + bytes(9), False, "a reply of another size"),
+    "a count of one more": (_COUNT, _FINE + (9).to_bytes(8, "little"), False, "9 of 8 pages"),
+    "the largest count": (_COUNT, _FINE + b"\xff" * 8, False, f"{(1 << 64) - 1} of 8 pages"),
+    "a descriptor": (_START, _FINE, True, "descriptors"),
+    "a count and a descriptor": (_COUNT, _FINE + bytes(8), True, "descriptors"),
+}
+
+
+@pytest.mark.parametrize("name", _ANSWERS)
+def test_a_malformed_answer_ends_who_gave_it(name: str) -> None:
+    call, answer, with_descriptor, wrong = _ANSWERS[name]
     failures: list[str] = []
-    consumer = service_consumer.Consumer("third", 7, 1.0, lambda _, reason: failures.append(reason))
+    consumer = service_consumer.Consumer("third", 7, 5.0, lambda _, reason: failures.append(reason))
     binding = service_consumer.Binding(consumer, 1, 1, None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    start, end = pgoff_t(0), pgoff_t(8)
+    asking: dict[Call, Callable[[], object]] = {
+        _START: lambda: binding.invalidate_start(start, end, None),
+        _COUNT: lambda: binding.page_count(start, end),
+    }
     requests, notify = consumer.give_sockets()
-    theirs = Channel(notify, "service")
 
     def respond() -> None:
-        assert theirs.receive() is not None
-        theirs.reply(answer)
+        assert notify.recv(100)
+        send_with_fds(notify, answer, [notify.fileno()] if with_descriptor else [])
 
+    before = len(os.listdir("/proc/self/fd"))
     thread = threading.Thread(target=respond)
     thread.start()
-    assert binding.page_count(0, 8) == expected  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    expected = None if call is _START else 0 if wrong else int.from_bytes(answer[8:], "little")
+    assert asking[call]() == expected
     thread.join()
-    assert bool(failures) == (expected == 0)
+    # What came with it was never this process's.
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert failures == ([f"third 7 answered {call.name} with {wrong}"] if wrong else [])
+    if wrong:
+        # It is asked nothing any more, and hears that it has lost its connection.
+        assert (binding.page_count(start, end), requests.recv(1)) == (0, b"")
+    binding.invalidate_end(start, end, None)
     requests.close()
     notify.close()
     consumer.close()
@@ -718,8 +757,94 @@ def test_a_count_of_pages_is_a_count(answer: bytes, expected: int) -> None:
 def test_only_a_vm_has_reports_signed() -> None:
     launch = wire.LAUNCH.pack(2, b"kernel", bytes(48))
     with serving(("puppet", PUPPET)) as service, Puppet(service) as puppet:
-        assert outcome(lambda: puppet("ask", wire.LAUNCHED.number, launch.hex())) == Errno(EPERM)
-        assert outcome(lambda: puppet("ask", wire.SIGN.number, bytes(64).hex())) == Errno(EPERM)
+        assert outcome(lambda: puppet("request", wire.LAUNCHED.number, launch.hex())) == Errno(EPERM)
+        assert outcome(lambda: puppet("request", wire.SIGN.number, bytes(64).hex())) == Errno(EPERM)
+
+
+_DEEP = b'{"a":' * 100 + b"1" + b"}" * 100
+_REPORTS = {
+    "nothing": b"",
+    "no JSON": b"{",
+    "no UTF-8": b'{"a": "\xff"}',
+    "a list": b"[1]",
+    "a number": b"1",
+    "nested": _DEEP,
+    "nested without end": b"[" * 50_000,
+    "nested in lists": b'{"a":' + b"[" * 9 + b"]" * 9 + b"}",
+    "no number": b'{"a": NaN}',
+    "a number too large": b'{"a": 1e999}',
+    "a number of 50,000 digits": b'{"a": ' + b"1" * 50_000 + b"}",
+    "half a character": b'{"a": "\\ud800"}',
+    "words for a terminal": b'{"a": "\\u001b[2J"}',
+    "words for a terminal in a key": b'{"\\u001b[2J": 1}',
+}
+
+
+@pytest.mark.requires("fuse")
+def test_a_malformed_report_is_refused_and_no_one_else_sees_it(service: Service) -> None:
+    with Puppet(service) as puppet:
+        good: dict[str, object] = {"pid": 1, "text": "a text", "list": [[1.5, None]]}
+        puppet("request", wire.REPORT.number, json.dumps(good).encode().hex())
+        for name, body in _REPORTS.items():
+            assert outcome(partial(puppet, "request", wire.REPORT.number, body.hex())) == Errno(EPROTO), name
+            status = service.status()
+            assert (status["consumers"][0]["report"], status["last_error"]) == (good, ""), name
+
+
+@pytest.mark.parametrize("engine", [b"\xc3\xa9", b"\xff" * 16, b"soft\0ware", b"\x1b[2J", b"\n"])
+def test_an_engine_has_a_name_in_printable_ascii(engine: bytes) -> None:
+    consumer = service_consumer.Consumer("kvm", 1, 1.0, lambda _, reason: None)
+    assert outcome(lambda: consumer.launched(0, engine.ljust(16, b"\0"), bytes(48))) == Errno(EPROTO)
+    consumer.launched(0, b"software".ljust(16, b"\0"), bytes(48))
+    assert consumer.report_over(bytes(64), "v10", bytes(32)).engine == "software"
+    for sock in consumer.give_sockets():
+        sock.close()
+    consumer.close()
+
+
+@pytest.mark.requires("fuse")
+@pytest.mark.parametrize("design", ["v10", "bindings"])
+def test_a_binding_of_no_range_is_refused(design: str) -> None:
+    with serving(design=design) as service, Puppet(service) as puppet:
+        fd = service.memfd_restricted()
+        os.posix_fallocate(fd, 0, PAGE)
+        last = MAX_FILE_BYTES // PAGE
+        for start, end in ((5, 3), (0, last + 1), (last, last + 1), (1 << 63, (1 << 63) + 1), (0, (1 << 64) - 1), ((1 << 64) - 1, 0)):
+            body = wire.BIND_REQUEST.pack(service.token_for(fd), start, end, 0)
+            assert outcome(partial(puppet, "request", wire.BIND.number, body.hex())) == Errno(EINVAL), (start, end)
+            assert outcome(lambda: puppet("request", wire.BIND.number, "00")) == Errno(EPROTO)
+            assert service.status()["descriptors"][0]["notifiers"] == 0
+        assert (resident(fd), service.status()["last_error"]) == (1, "")
+        assert puppet.bind(fd, last - 1, last) == 0
+        os.close(fd)
+
+
+# Time in which nobody ran.
+
+
+def _stop(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+    wait_for(f"process {pid} to stop", lambda: (found := process(pid)) is not None and found.state == "T")
+
+
+@pytest.mark.requires("fuse")
+def test_time_in_which_the_service_did_not_run_is_no_consumers_fault(service: Service, fd: int) -> None:
+    with Puppet(service) as puppet:
+        file, pid, service_pid = puppet.bind(fd, 0, 8), puppet("pid"), service.info["pid"]
+        puppet("manner", file, "stop")
+
+        def freeze_and_thaw() -> None:
+            wait_for("the consumer to stop", lambda: (found := process(pid)) is not None and found.state == "T")
+            _stop(service_pid)
+            thaw = time.monotonic() + 2 * DEADLINE
+            wait_for("twice the deadline to pass", lambda: time.monotonic() > thaw)
+            # Whatever is thawed first.
+            os.kill(service_pid, signal.SIGCONT)
+            os.kill(pid, signal.SIGCONT)
+
+        assert _punch_while(fd, freeze_and_thaw) > 2 * DEADLINE
+        assert puppet("heard", file) == [["start", 0, 1, None], ["end", 0, 1, None]]
+        assert service.status()["last_error"] == ""
 
 
 # Programs.

@@ -12,7 +12,7 @@ import pytest
 from outcomes import Errno, checked, outcome
 from processes import wait_until
 from restrictedmem.abi import memory, process, seccomp, userfaultfd
-from restrictedmem.machine.finding import in_child
+from restrictedmem.child import in_child
 from restrictedmem.mm.backing import MemfdBacking
 from restrictedmem.mm.design import NAMES, TEARDOWN
 from restrictedmem.mm.folios import NOT_TOLD

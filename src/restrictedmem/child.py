@@ -11,6 +11,7 @@ from typing import Final, NoReturn, TypeVar
 
 from restrictedmem.abi import process
 from restrictedmem.fd import OwnedFd
+from restrictedmem.patience import Patience
 
 #: Seconds that a probe in a child may take.
 DEADLINE: Final = 5.0
@@ -56,9 +57,7 @@ def _ends(child: int, deadline: float) -> bool:
         os.kill(child, signal.SIGKILL)
         raise
     with pidfd:
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        return bool(poll.poll(deadline * 1000))
+        return Patience(deadline).wait(pidfd.fileno(), select.POLLIN)
 
 
 def _answer(probe: Callable[[], object], writer: int) -> NoReturn:

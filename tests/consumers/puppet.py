@@ -32,8 +32,9 @@ class Ops:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "raise":
                 raise RuntimeError("a bug")
-            case "garbage" | "refuse" | "short" | "empty":
+            case "garbage" | "refuse" | "refuse in numbers" | "short" | "empty":
                 answers = {"garbage": bytes(8) + b"more", "refuse": (22).to_bytes(8, "little"), "short": b"x", "empty": b""}
+                answers["refuse in numbers"] = (0x8000_0005).to_bytes(8, "little")
                 self.notify.send(answers[self.manner])
             case _:
                 pass
@@ -88,9 +89,9 @@ class Puppet:
         page = self.files[file].page(pgoff_t(pgoff))
         page[:] = bytes([byte]) * len(page)
 
-    def ask(self, number: int, body: str) -> str:
-        """Make a request of the service that the library would not make; the body is in hexadecimal digits."""
-        return self.consumer.requests.call(Call("ASK", number), bytes.fromhex(body))[0].hex()
+    def request(self, number: int, body: str) -> str:
+        """Ask the service for something, as it is; bodies are in hexadecimal digits."""
+        return self.consumer.requests.call(Call("REQUEST", number), bytes.fromhex(body))[0].hex()
 
     def pid(self) -> int:
         return os.getpid()

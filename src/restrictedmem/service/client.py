@@ -4,6 +4,7 @@ import atexit
 import fcntl
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from restrictedmem import sync
 from restrictedmem.abi.memory import RMFD_HUGEPAGE
 from restrictedmem.fd import OwnedFd, receive_with_fds
 from restrictedmem.fs.filesystem import HUGEPAGE_MODE, NAME, PROVE
+from restrictedmem.patience import Patience
 from restrictedmem.service import SERVER_VARIABLE, wire
 from restrictedmem.service.start import Options
 from restrictedmem.service.wire import Channel
@@ -261,13 +263,9 @@ def read_status(fd: OwnedFd) -> dict[str, Any]:
 
 
 def _receive_ready(first: socket.socket) -> tuple[bytes, list[OwnedFd]]:
-    first.settimeout(START_DEADLINE)
-    try:
-        received = receive_with_fds(first, wire.MAX_MESSAGE)
-    except TimeoutError:
-        raise OSError(ETIMEDOUT, f"the service did not come up within {START_DEADLINE:g} s") from None
-    first.settimeout(None)
-    return wire.parse_ready(received)
+    if not Patience(START_DEADLINE).wait(first.fileno(), select.POLLIN):
+        raise OSError(ETIMEDOUT, f"the service did not come up within {START_DEADLINE:g} s")
+    return wire.parse_ready(receive_with_fds(first, wire.MAX_MESSAGE))
 
 
 _services: Final = WeakSet[Service]()

@@ -1,20 +1,30 @@
 """The service's side of a consumer process: its bindings, and the notifier that reaches it."""
 
+import json
+import math
 import secrets
 import select
 import socket
+import struct
 from collections.abc import Callable
-from errno import EINVAL, EPERM
-from typing import final
+from errno import EINVAL, EPERM, EPROTO, errorcode
+from typing import Final, cast, final
 
 from restrictedmem import __version__, sync
 from restrictedmem.abi.memory import PUNCH
-from restrictedmem.fd import close_all
+from restrictedmem.fd import refuse_fds
 from restrictedmem.mm.restrictedmem import RestrictedFile
+from restrictedmem.patience import Patience
 from restrictedmem.service import wire
 from restrictedmem.service.report import REPORT_DATA_BYTES, Report
 from restrictedmem.service.wire import Call, Channel
-from restrictedmem.units import MAX_FILE_BYTES, PageRange, pgoff_t
+from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PageRange, pgoff_t
+
+#: The head of a message: number of the call or errno, and zero (``wire``).
+_HEAD: Final = struct.Struct("=II")
+_LARGEST: Final = PageRange(pgoff_t(0), pgoff_t(MAX_FILE_BYTES >> PAGE_SHIFT))
+#: How deep a report may be nested; what shows it to people nests it a little deeper.
+_MAX_DEPTH: Final = 8
 
 
 @final
@@ -45,7 +55,11 @@ class Binding:
     def page_count(self, start: pgoff_t, end: pgoff_t) -> int:
         """Ask the consumer; one that is late or gone holds nothing."""
         reply = self._notify(wire.PAGE_COUNT, start, end, None, wire.COUNT.size)
-        return wire.COUNT.unpack(reply)[0] if reply else 0
+        count: int = wire.COUNT.unpack(reply)[0] if reply else 0
+        if count > end - start:
+            self._consumer.fail(f"{self._consumer} answered PAGE_COUNT with {count} of {end - start} pages")
+            return 0
+        return count
 
     def _notify(self, call: Call, start: pgoff_t, end: pgoff_t, order: int | None, size: int = 0) -> bytes:
         return self._consumer.notify(call, self._pack(start, end, order), size)
@@ -76,12 +90,14 @@ class Consumer:
         self._next_binding = 1
         self._mutex = sync.mutex()
         self._gone = False
-        self.requests, self._their_requests = Channel.pair(str(self))
-        self._notify, self._their_notify = Channel.pair(str(self))
-        for channel in (self.requests, self._notify):
-            channel.refuse_fds()
-        self._notify.sock.settimeout(deadline)
         self._deadline = deadline
+        self.requests, self._their_requests = Channel.pair(str(self))
+        self._notify, self._their_notify = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.requests.refuse_fds()
+        refuse_fds(self._notify)
+        self._notify.setblocking(False)
+        # One round trip at a time.
+        self._turn = sync.mutex()
 
     def __str__(self) -> str:
         return f"{self.name} {self.number}"
@@ -95,48 +111,85 @@ class Consumer:
 
         One that is late or gone, or answers anything else, is ended instead of holding the owner up; nothing is returned then.
         """
-        if self._gone:
+        with self._turn:
+            if self._gone:
+                return b""
+            patience = Patience(self._deadline)
+            try:
+                self._send(call, body, patience)
+                if not patience.wait(self._notify.fileno(), select.POLLIN):
+                    raise TimeoutError
+                # Without a control buffer: the kernel drops descriptors that it brings, and says so.
+                reply, _, flags, _ = self._notify.recvmsg(_HEAD.size + size + 1)
+            except TimeoutError:
+                self.fail(f"{self} did not answer {call.name} within {self._deadline:g} s")
+            except OSError as error:
+                self.fail(f"{self}: {call.name}: {error.strerror}")
+            else:
+                wrong = _wrong(reply, flags, size)
+                if not wrong:
+                    return reply[_HEAD.size :]
+                self.fail(f"{self} answered {call.name} with {wrong}" if reply else f"{self}: {call.name}: {self} is gone")
             return b""
-        try:
-            reply, fds = self._notify.call(call, body)
-        except OSError as error:
-            late = isinstance(error, TimeoutError)
-            self._fail(f"{self} did not answer {call.name} within {self._deadline:g} s" if late else f"{self}: {error.strerror}")
-            return b""
-        close_all(fds)
-        if len(reply) != size or fds:
-            self._fail(f"{self} answered {call.name} with {len(reply)} bytes and {len(fds)} descriptors")
-            return b""
-        return reply
 
     def tell(self, call: Call, body: bytes) -> None:
         """Say something that has no reply; a consumer that takes no messages any more is ended as by ``notify``."""
         if not self._gone:
             try:
-                self._notify.post(call, body)
+                self._send(call, body, Patience(self._deadline))
             except OSError as error:
-                self._fail(f"{self} takes no {call.name}: {error.strerror or 'its socket is full'}")
+                self.fail(f"{self} takes no {call.name}: {error.strerror or 'its socket is full'}")
 
-    def _fail(self, reason: str) -> None:
+    def _send(self, call: Call, body: bytes, patience: Patience) -> None:
+        message = _HEAD.pack(call.number, 0) + body
+        while True:
+            try:
+                self._notify.send(message, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                if not patience.wait(self._notify.fileno(), select.POLLOUT):
+                    raise TimeoutError from None
+            else:
+                return
+
+    def fail(self, reason: str) -> None:
+        """End a consumer that broke the protocol. Nobody waits for it any more, and its bindings go with its connection."""
         with self._mutex:
             if self._gone:
                 return
             self._gone = True
+            self.requests.sock.shutdown(socket.SHUT_RDWR)
         self._failed(self, reason)
 
     def holds(self, file: RestrictedFile) -> bool:
         """Say whether a file is bound here."""
         return any(binding.file is file for binding in self.bindings.values())
 
+    def take_report(self, body: bytes) -> None:
+        """Take note of what the consumer says of itself for ``ps``: an object in JSON.
+
+        Raises:
+            OSError: EPROTO for anything else, and for what could not be shown.
+        """
+        try:
+            report: object = json.loads(body)
+        except (ValueError, RecursionError):
+            report = None
+        if not isinstance(report, dict) or not _can_be_shown(cast(object, report), _MAX_DEPTH):
+            raise OSError(EPROTO, "a report is an object in JSON, of numbers and printable texts")
+        self.report = cast(dict[str, object], report)
+
     def launched(self, policy: int, engine: bytes, measurement: bytes) -> None:
         """Take note of how a guest was launched.
 
         Raises:
-            OSError: EPERM when it was before.
+            OSError: EPERM when it was before; EPROTO for an engine whose name is not printable ASCII.
         """
         if self._launch is not None:
             raise OSError(EPERM, "launched before")
-        self._launch = policy, engine.rstrip(b"\0").decode("ascii"), measurement
+        name = engine.rstrip(b"\0").decode("latin-1")
+        if not (name.isascii() and name.isprintable()):
+            raise OSError(EPROTO, "the engine's name is not printable ASCII")
+        self._launch = policy, name, measurement
 
     def report_over(self, data: bytes, api: str, public_key: bytes) -> Report:
         """Return what there is to say about the guest, over 64 bytes of its choice.
@@ -151,11 +204,9 @@ class Consumer:
         policy, engine, measurement = self._launch
         return Report(policy, measurement, data, self._vm, engine, api, __version__, public_key)
 
-    def has_word(self, timeout: float) -> bool:
-        """Wait for a request of the consumer or for its end, at most so many seconds, and say whether one is there."""
-        poll = select.poll()
-        poll.register(self.requests.fileno(), select.POLLIN | select.POLLRDHUP)
-        return bool(poll.poll(timeout * 1000))
+    def has_word(self, patience: Patience) -> bool:
+        """Wait for a request of the consumer or for its end, and say whether one is there."""
+        return patience.wait(self.requests.fileno(), select.POLLIN | select.POLLRDHUP)
 
     def bind(self, ino: int, file: RestrictedFile, span: PageRange, *, exclusive: bool) -> Binding:
         """Register a notifier on a file, or bind a range of it where its design has that, and hold the file for it.
@@ -164,8 +215,10 @@ class Consumer:
         hardware: what another one left in the file goes first.
 
         Raises:
-            OSError: EINVAL while another consumer has the file, and as ``RestrictedFile`` has it.
+            OSError: EINVAL while another consumer has the file, for what is no range of a file, and as ``RestrictedFile`` has it.
         """
+        if not _LARGEST.start <= span.start <= span.end <= _LARGEST.end:
+            raise OSError(EINVAL, f"{span} is no range of a file")
         if file.holder not in (None, self.number):
             if file.notifier_count:
                 raise OSError(EINVAL, "another consumer has the descriptor")
@@ -198,7 +251,33 @@ class Consumer:
         with self._mutex:
             self._gone = True
         self.requests.close()
-        self._notify.sock.shutdown(socket.SHUT_RDWR)
+        self._notify.shutdown(socket.SHUT_RDWR)
         for number in list(self.bindings):
             self.unbind(number)
         self._notify.close()
+
+
+def _wrong(reply: bytes, flags: int, size: int) -> str:
+    """Say what is wrong with a consumer's answer, which is to have so many bytes; nothing when it is right."""
+    if flags & socket.MSG_CTRUNC:
+        return "descriptors"
+    if len(reply) < _HEAD.size:
+        return "what is no reply"
+    number, _ = _HEAD.unpack_from(reply)
+    if number:
+        return errorcode.get(number, f"errno {number}")
+    return "" if len(reply) == _HEAD.size + size else "a reply of another size"
+
+
+def _can_be_shown(value: object, depth: int) -> bool:
+    """Say whether a value out of JSON can be put into JSON again, a little deeper, and on a terminal."""
+    match value:
+        case str():
+            return value.isprintable()
+        case float():
+            return math.isfinite(value)
+        case list() | dict():
+            items = cast(list[object], [*value, *value.values()] if isinstance(value, dict) else value)
+            return depth > 0 and all(_can_be_shown(item, depth - 1) for item in items)
+        case _:
+            return True

@@ -15,7 +15,6 @@ import signal
 import socket
 import struct
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -33,6 +32,7 @@ from restrictedmem.fs.mounter import mount_first
 from restrictedmem.fs.server import Server
 from restrictedmem.fs.usage import Usage
 from restrictedmem.mm.restrictedmem import RestrictedFile
+from restrictedmem.patience import Patience
 from restrictedmem.service import program, sealing, signing, wire
 from restrictedmem.service.consumer import Consumer
 from restrictedmem.service.door import Connection, Door
@@ -361,12 +361,12 @@ class Service:
             consumer.unbind(number)
             consumer.requests.reply()
         elif message.number == wire.REPORT.number:
-            consumer.report = json.loads(message.body)
+            consumer.take_report(message.body)
             consumer.requests.reply()
         elif message.number in _OF_VMS and consumer.name != program.VM:
             raise OSError(EPERM, "reports are about VMs, and this consumer is none")
         elif message.number == wire.LAUNCHED.number:
-            consumer.launched(*wire.LAUNCH.unpack(message.body))
+            consumer.launched(*_unpack(message, wire.LAUNCH))
             consumer.requests.reply()
         elif message.number == wire.SIGN.number:
             body = consumer.report_over(message.body, self._options.api, self._signer.make_key()).pack()
@@ -395,9 +395,9 @@ class Service:
     def _let_end(self, consumer: Consumer, file: RestrictedFile) -> None:
         """Serve other consumers of a file that are about to end: their owner let go of them a moment ago."""
         for other in list(self._consumers.values()):
-            deadline = time.monotonic() + _LINGER
+            patience = Patience(_LINGER)
             while other is not consumer and other.number in self._consumers and other.holds(file):
-                if not other.has_word(max(0.0, deadline - time.monotonic())):
+                if not other.has_word(patience):
                     break
                 self._serve_consumer(other)
 
@@ -414,7 +414,9 @@ class Service:
     def _consumer_failed(self, consumer: Consumer, reason: str) -> None:
         # Called by a FUSE thread in the middle of an invalidation, which holds the file's semaphore: the rest is the control thread's.
         self._last_error = reason
-        self._spawner.post(wire.KILL, wire.NUMBER.pack(consumer.number))
+        # It has lost its connections. One that cannot be killed is no reason to fail the invalidation.
+        with suppress(OSError):
+            self._spawner.post(wire.KILL, wire.NUMBER.pack(consumer.number))
 
     def _end_consumer(self, consumer: Consumer) -> None:
         consumer.close()
