@@ -103,7 +103,11 @@ class _OnlyPunches:
     def __init__(self, memfd: OwnedFd) -> None:
         self._inner = FileSystem("v10", max_files=10)
         self._memfd = memfd.fileno()
-        self.before_waiting: Callable[[], None] = lambda: None
+        self.before_waiting: Callable[[int | None], bool] = lambda consumer: True
+
+    def knows(self, opcode: int) -> bool:
+        """Say whether there is such an operation."""
+        return self._inner.knows(opcode)
 
     def handle(self, request: Request) -> bytes | None:
         """Answer a request."""

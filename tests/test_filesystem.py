@@ -561,14 +561,22 @@ def test_release_is_silent(watched: Watched) -> None:
 def test_what_waits_says_so_before(watched: Watched) -> None:
     mount, node, _, _ = watched
     plain = mount.create()
-    said: list[int] = []
+    mount.file(node).holder = 7
+    said: list[int | None] = []
+
+    def before_waiting(consumer: int | None) -> bool:
+        said.append(consumer)
+        return True
+
+    mount.filesystem.before_waiting = before_waiting
 
     def waits(node: int, length: int) -> bool:
         said.clear()
-        mount.filesystem.before_waiting = lambda: said.append(length)
         mount.filesystem.handle(Request(Opcode.FALLOCATE, 1, node, 0, 0, fuse.FALLOCATE_IN.pack(0, 0, length, PUNCH, 0)))
         return bool(said)
 
     assert waits(node, PAGE_SIZE)
+    assert said == [7]
     assert not waits(plain, PAGE_SIZE)
     assert waits(plain, 1 << 30)
+    assert said == [None]

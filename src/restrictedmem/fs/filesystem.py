@@ -84,8 +84,9 @@ class FileSystem:
             OSError: EINVAL for an unknown backing.
         """
         make_backing(backing)
-        #: Called before a request waits for consumers, or for much memory; whoever serves others too lets them go on then.
-        self.before_waiting: Callable[[], None] = _go_on
+        #: Called before a request waits: for a consumer, with its number, or for much memory, with None. Whoever serves others too lets
+        #: them go on then. False when the request was put off instead: it will be handled again, and has no reply yet.
+        self.before_waiting: Callable[[int | None], bool] = _go_on
         self._design = design
         self._backing = backing
         self.memory_max = memory_max
@@ -232,18 +233,20 @@ class FileSystem:
             file.inode.utimens(atime, mtime, request.uid)
         return _ATTR_OUT_UNCACHED + _attributes(request.nodeid, file)
 
-    def _fallocate(self, request: Request) -> bytes:
+    def _fallocate(self, request: Request) -> bytes | None:
         _, offset, length, mode, _ = fuse.FALLOCATE_IN.unpack_from(request.body)
         file = self._file(request.nodeid)
-        if length > _HUGE_REQUEST or file.notifier_count:
-            self.before_waiting()
-        if self._usage is None:
-            file.fallocate(mode, offset, length)
-        elif mode & FallocMode.PUNCH_HOLE:
+        heard = file.notifier_count > 0
+        if (heard or length > _HUGE_REQUEST) and not self.before_waiting(file.holder if heard else None):
+            return None
+        if self._usage is not None and mode & FallocMode.PUNCH_HOLE:
             self._usage.punch(file, length)
+        if not file.fallocate_unheard(mode, offset, length):
+            # A consumer may have come this moment.
+            if not heard and not self.before_waiting(file.holder):
+                return None
             file.fallocate(mode, offset, length)
-        else:
-            file.fallocate(mode, offset, length)
+        if self._usage is not None and not mode & FallocMode.PUNCH_HOLE:
             self._usage.allocate(file)
         return _EMPTY
 
@@ -260,9 +263,11 @@ class FileSystem:
 
     # Lifetimes. RELEASE comes at the last close, FORGET when the kernel drops the inode; FORGET, BATCH_FORGET and INTERRUPT have no reply.
 
-    def _release(self, request: Request) -> bytes:
+    def _release(self, request: Request) -> bytes | None:
+        node = self._nodes.get(request.nodeid)
+        if node is not None and node.open and node.file.backing.resident() > _HUGE_REQUEST and not self.before_waiting(None):
+            return None
         with self._mutex:
-            node = self._nodes.get(request.nodeid)
             if node is None or not node.open:
                 raise OSError(ENOENT, f"release: node {request.nodeid}")
             node.open = False
@@ -299,8 +304,9 @@ class FileSystem:
 _ATTR_OUT_UNCACHED: Final = fuse.ATTR_OUT.pack(0, 0, 0)
 
 
-def _go_on() -> None:
-    """Do nothing: there are no others."""
+def _go_on(_consumer: int | None) -> bool:
+    """Let the request wait: there are no others."""
+    return True
 
 
 def _attributes(nodeid: int, file: RestrictedFile) -> bytes:

@@ -1,12 +1,14 @@
 """The loop between /dev/fuse and the file system.
 
 One thread reads at a time. Before it does something that may wait (for a consumer, or for gigabytes), it lets another thread read: so the
-common request costs one read and one write with no hand-over, and a slow one delays nobody else (leader and followers).
+common request costs one read and one write with no hand-over, and a slow one delays nobody else (leader and followers). What would wait for
+something that enough threads wait for already is put off, without a thread, until one of those is done.
 """
 
 import logging
 import os
 import threading
+from collections import deque
 from contextlib import suppress
 from errno import EINTR, EIO, ENODEV, ENOENT, ENOSYS, EOPNOTSUPP
 from typing import Final, final
@@ -17,8 +19,10 @@ from restrictedmem.fs.filesystem import FileSystem, Request
 
 log = logging.getLogger(__name__)
 
-#: Requests that may wait at the same time; further ones queue in the kernel.
+#: Threads that may wait for memory at the same time.
 MAX_THREADS: Final = 8
+#: Threads that stay when there is nothing to wait for any more.
+_SPARE: Final = 8
 #: Nanoseconds. Requests are short, and their callers wait: they should not also wait for a guest's slice to end.
 _SLICE: Final = 100_000
 
@@ -40,26 +44,34 @@ class Server:
         self._filesystem = filesystem
         filesystem.before_waiting = self._step_aside
         self._leading = threading.Lock()
-        #: The thread that holds ``_leading``; 0 when it has stepped aside.
+        #: The thread that holds ``_leading``, 0 when it has stepped aside; and what it is answering.
         self._leader = 0
+        self._request: Request | None = None
         #: Whether the mount is gone; who waits to lead, or to answer, may not touch the device from then on.
         self._gone = False
         self._counts = threading.Lock()
-        self._threads = 1
+        # Under _counts: threads that wait to lead; how many wait for each consumer, and for memory (None); who waits for what; and
+        # requests that are to wait for something which enough threads wait for.
         self._idle = 1
+        self._waiting: dict[int | None, int] = {}
+        self._waits: dict[int, int | None] = {}
+        self._put_off: deque[tuple[int | None, Request]] = deque()
 
     def run(self) -> None:
         """Serve until the mount is gone."""
+        self._serve(may_end=False)
+
+    def _serve(self, *, may_end: bool) -> None:
         me = threading.get_ident()
         with suppress(OSError):
             # A matter of speed alone, where it is allowed.
             process.set_slice(_SLICE)
         try:
-            while self._lead(me):
-                with self._counts:
-                    self._idle += 1
+            while self._lead(me) and self._work_off(me, may_end=may_end):
+                pass
         finally:
             if self._leader == me:
+                self._gone = True
                 self._leader = 0
                 self._leading.release()
 
@@ -68,35 +80,76 @@ class Server:
         self._leading.acquire()
         with self._counts:
             self._idle -= 1
+            if not (self._idle or self._gone):
+                # Before one is needed, when there may be none to be had (RLIMIT_NPROC, say).
+                self._start_thread()
         self._leader = me
         while self._leader == me:
-            request = None if self._gone else self._read()
+            request = self._request = None if self._gone else self._read()
             if request is None:
                 self._gone = True
                 return False
             self._answer(request)
         return True
 
-    def _step_aside(self) -> None:
-        """Let another thread read while this one waits, unless all of them wait already."""
-        if self._leader == threading.get_ident() and self._successor():
-            self._leader = 0
-            self._leading.release()
+    def _step_aside(self, what: int | None) -> bool:
+        """Let another thread read while this one waits for a consumer, or (None) for memory; false when it is not to wait now.
 
-    def _successor(self) -> bool:
-        """Make sure that another thread waits to lead; false when all of them are busy."""
+        One thread waits for a consumer: round trips to it take turns anyway. So a consumer that does not answer holds up its own file's
+        owner alone, and takes no more than a thread.
+        """
+        me = threading.get_ident()
+        if self._leader != me:
+            # A second time, or what was put off.
+            return True
         with self._counts:
-            if self._idle:
-                return True
-            if self._threads == MAX_THREADS:
+            if self._waiting.get(what, 0) >= _most(what) or not (self._idle or self._start_thread()):
+                if not self._waiting:
+                    # Nobody would come back to it: there is this thread alone.
+                    return True
+                assert self._request is not None
+                self._put_off.append((what, self._request))
                 return False
-            try:
-                threading.Thread(target=self.run, name=f"fuse-{self._threads}", daemon=True).start()
-            except RuntimeError:
-                # RLIMIT_NPROC, say: then the leader does it itself, and others wait meanwhile.
-                return False
-            self._threads += 1
-            self._idle += 1
+            self._wait_for(me, what)
+        self._leader = 0
+        self._leading.release()
+        return True
+
+    def _work_off(self, me: int, *, may_end: bool) -> bool:
+        """Answer what was put off while this thread waited; false when it is to end, as there are enough others."""
+        while True:
+            with self._counts:
+                self._waited(me)
+                index = next((i for i, (what, _) in enumerate(self._put_off) if self._waiting.get(what, 0) < _most(what)), None)
+                if index is None:
+                    if may_end and self._idle >= _SPARE:
+                        return False
+                    self._idle += 1
+                    return True
+                what, request = self._put_off[index]
+                del self._put_off[index]
+                self._wait_for(me, what)
+            self._answer(request)
+
+    # Preconditions of these: _counts held.
+
+    def _wait_for(self, me: int, what: int | None) -> None:
+        self._waiting[what] = self._waiting.get(what, 0) + 1
+        self._waits[me] = what
+
+    def _waited(self, me: int) -> None:
+        what = self._waits.pop(me)
+        self._waiting[what] -= 1
+        if not self._waiting[what]:
+            del self._waiting[what]
+
+    def _start_thread(self) -> bool:
+        """Start one more thread; false when there cannot be one."""
+        try:
+            threading.Thread(target=self._serve, kwargs={"may_end": True}, name="fuse", daemon=True).start()
+        except RuntimeError:
+            return False
+        self._idle += 1
         return True
 
     def _read(self) -> Request | None:
@@ -132,7 +185,7 @@ class Server:
         except OSError as failure:
             # ENOENT: the caller was killed meanwhile; ENODEV: the mount is gone, which the next read says too.
             if failure.errno not in (ENOENT, ENODEV):
-                raise
+                log.exception("the reply to FUSE opcode %d", request.opcode)
 
     def _number(self, request: Request, failure: OSError) -> int:
         """Return the errno that the kernel is told.
@@ -144,3 +197,8 @@ class Server:
         if number == ENOSYS and self._filesystem.knows(request.opcode):
             return EOPNOTSUPP
         return number if 0 < number <= _LAST_ERRNO else EIO
+
+
+def _most(what: int | None) -> int:
+    """Return how many threads may wait for a consumer, or for memory."""
+    return MAX_THREADS if what is None else 1

@@ -41,6 +41,7 @@ class RestrictedFile:
         "_notifiers",
         "_notifiers_sem",
         "_references",
+        "_references_lock",
         "_registrations",
         "_sequence",
         "backing",
@@ -66,6 +67,8 @@ class RestrictedFile:
         self._notifiers: tuple[Notifier, ...] = ()
         self._sequence: InvalidationSequence | None = None
         self._references = 1
+        # Of its own: who takes a reference must not wait for gigabytes under ``_mutex``.
+        self._references_lock = sync.mutex()
 
     # What the owner does.
 
@@ -95,13 +98,8 @@ class RestrictedFile:
         Raises:
             OSError: EINVAL for an unaligned punch (nobody is notified); EOPNOTSUPP for other modes; ENOSPC, ENOMEM.
         """
-        if mode & _PUNCH_HOLE and (offset | length) & PAGE_MASK:
-            raise OSError(EINVAL, "fallocate: hole is not page aligned")
-        with self._mutex:
-            # Nobody to tell, and nobody can register before this is over: no need of the semaphore, which costs three times as much.
-            if not self._registrations:
-                self._fallocate(mode, offset, length)
-                return
+        if self.fallocate_unheard(mode, offset, length):
+            return
         self._notifiers_sem.down_read()
         try:
             if self.design.notifies(mode):
@@ -111,6 +109,21 @@ class RestrictedFile:
                 self._fallocate_locked(mode, offset, length)
         finally:
             self._notifiers_sem.up_read()
+
+    def fallocate_unheard(self, mode: int, offset: int, length: int) -> bool:
+        """Do ``fallocate`` if there is nobody to tell, which waits for no consumer; false when there is somebody.
+
+        Raises:
+            OSError: as ``fallocate``.
+        """
+        if mode & _PUNCH_HOLE and (offset | length) & PAGE_MASK:
+            raise OSError(EINVAL, "fallocate: hole is not page aligned")
+        with self._mutex:
+            # Nobody can register before this is over: no need of the semaphore, which costs three times as much.
+            if self._registrations:
+                return False
+            self._fallocate(mode, offset, length)
+            return True
 
     def _fallocate_locked(self, mode: int, offset: int, length: int) -> None:
         with self._mutex:
@@ -254,18 +267,18 @@ class RestrictedFile:
 
     def get(self) -> None:
         """Take a reference (``get_file``)."""
-        with self._mutex:
+        with self._references_lock:
             self._references += 1
 
     def get_unless_zero(self) -> bool:
         """Take a reference unless the last one is gone (``kref_get_unless_zero``); say whether there is one now."""
-        with self._mutex:
+        with self._references_lock:
             self._references += self._references > 0
             return self._references > 0
 
     def put(self) -> None:
         """Drop a reference (``fput``); with the last one the pages go, and nobody is notified."""
-        with self._mutex:
+        with self._references_lock:
             self._references -= 1
             last = not self._references
         if last:
