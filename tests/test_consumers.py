@@ -305,7 +305,7 @@ def test_a_storm_of_punches(slip: str, tmp_path: Path) -> None:
     (tmp_path / "dma.py").write_text(source.replace(old, new, 1), encoding="utf-8")
     with serving(("dma", tmp_path / "dma.py")) as service, Device(service) as device:
         found = _storm(service, device, rounds=12 if slip == "none" else 2000)
-    assert found == "" if slip == "none" else found.startswith("mapped "), found
+    assert (found == "") is (slip == "none"), found
 
 
 def _storm(service: Service, device: Device, rounds: int) -> str:
@@ -719,7 +719,9 @@ _ANSWERS: dict[str, tuple[Call, bytes, bool, str]] = {
 
 
 @pytest.mark.parametrize("name", _ANSWERS)
-def test_a_malformed_answer_ends_who_gave_it(name: str) -> None:
+def test_a_malformed_answer_ends_who_gave_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on a kernel that cannot refuse descriptors to the sender.
+    monkeypatch.setattr(service_consumer, "refuse_fds", lambda _: None)
     call, answer, with_descriptor, wrong = _ANSWERS[name]
     failures: list[str] = []
     consumer = service_consumer.Consumer("third", 7, 5.0, lambda _, reason: failures.append(reason))

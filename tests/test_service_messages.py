@@ -305,7 +305,8 @@ def test_many_that_wait_for_it_wait_once(service: Service) -> None:
         punch.start()
     for punch in punches:
         punch.join()
-    assert max(punch.took for punch in punches) < 2 * DEADLINE
+    # One after the other they would take twice as long.
+    assert max(punch.took for punch in punches) < MAX_THREADS * DEADLINE
     vm.close()
     os.close(fd)
 
