@@ -352,6 +352,8 @@ def test_a_slice_ends_where_the_one_around_it_does() -> None:
         ('{"ts":1,"pid":1,"tid":1,"event":"trace","version":1,"side":"owner"}\n[]\n', "line 2"),
         ('{"ts":"1","pid":1,"tid":1,"event":"trace","version":1}\n', "line 1"),
         ("\x00\xff\n", "line 1"),
+        ("[" * 100_000 + "\n", "line 1"),
+        ("0" * 100_000, "line 1"),
     ],
 )
 def test_what_is_no_trace_is_refused(content: str, words: str, tmp_path: Path) -> None:
@@ -363,6 +365,14 @@ def test_what_is_no_trace_is_refused(content: str, words: str, tmp_path: Path) -
     assert words in done.stderr
     assert str(source) in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_half_a_character_is_converted() -> None:
+    text = [
+        '{"ts":1,"pid":1,"tid":1,"event":"trace","version":1}\n',
+        '{"ts":2,"pid":1,"tid":1,"event":"\\ud800"}\n',
+    ]
+    assert perfetto.convert(perfetto.read(text)).count(b"?") == 1
 
 
 @pytest.mark.requires("fuse")

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from restrictedmem import guests
+from restrictedmem.cli import guest
 from restrictedmem.cli.main import main
 from restrictedmem.kvm import elf
 from restrictedmem.kvm.vmm import expected_measurement
@@ -199,6 +200,22 @@ def test_what_is_no_report(verify: Verify, data: bytes, words: str) -> None:
     assert (status, out) == (1, "")
     assert err.startswith("error: ")
     assert words in err
+
+
+@pytest.mark.parametrize("arguments", [("verify",), ("measure",)])
+def test_what_never_ends_is_not_read_to_its_end(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    for path in "/dev/zero", "/dev/urandom":
+        assert main([*arguments, path]) == 1
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_guest_of_a_terabyte_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guest, "_LARGEST", MIB)
+    path = tmp_path / "guest"
+    path.write_bytes(b"\x7fELF")
+    os.truncate(path, 1 << 40)
+    assert main(["measure", str(path)]) == 1
+    assert capsys.readouterr().err == f"error: {path}: File too large\n"
 
 
 def test_keys_in_files(verify: Verify, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import time
 from errno import EBUSY, EOPNOTSUPP
 from typing import Any, NoReturn, TextIO
 
+from restrictedmem import paths
 from restrictedmem.abi.memory import SYS_memfd_restricted
 from restrictedmem.cli import values
 from restrictedmem.cli.errors import CommandError
@@ -69,7 +70,7 @@ def main(args: argparse.Namespace) -> int:
     # Before the file is opened, which empties it.
     if not own:
         raise CommandError(f"--json: {os.strerror(EBUSY)}", "the outer restrictedmem exec is the one that knows: give it --json")
-    with open(args.json, "w", encoding="utf-8") as file:
+    with open(paths.create(args.json).detach(), "w", encoding="utf-8") as file:
         return _run_and_say(command, file)
 
 

@@ -1,6 +1,7 @@
 """What commands that take a guest have in common: finding and reading it, and the size of its memory."""
 
-from errno import ENOEXEC
+import os
+from errno import EFBIG, ENOEXEC
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ from restrictedmem.cli.errors import CommandError
 if TYPE_CHECKING:
     from restrictedmem.kvm.elf import Image
 
+#: Bytes of the largest file that is read as a guest.
+_LARGEST = 1 << 30
 #: For ``help=``.
 KINDS = "one of: " + ", ".join(guests.names()) + "; or a path to an ELF"
 
@@ -24,7 +27,13 @@ def read(name: str) -> "Image":
 
     path = find(name)
     try:
-        return elf.parse(path.read_bytes())
+        with path.open("rb") as file:
+            content = file.read(len(elf.MAGIC))
+            # Nothing is read of what goes on for ever, such as a device.
+            content += file.read(_LARGEST) if content == elf.MAGIC else b""
+        if len(content) > _LARGEST:
+            raise OSError(EFBIG, os.strerror(EFBIG))
+        return elf.parse(content)
     except OSError as error:
         hint = "docs/guests.md says how to build one" if error.errno == ENOEXEC else ""
         raise CommandError(f"{path}: {error.strerror}", hint) from None

@@ -2,7 +2,14 @@
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
+
+from restrictedmem import paths
+
+#: More than any event has.
+_LONGEST_LINE = 1 << 16
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -24,15 +31,23 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     to_perfetto.set_defaults(main=main)
 
 
+def _lines(file: TextIO) -> Iterator[str]:
+    """Yield lines; one that is longer than any event's comes in parts, which are none."""
+    while line := file.readline(_LONGEST_LINE):
+        yield line if line.endswith("\n") or len(line) < _LONGEST_LINE else f"{line}\n"
+
+
 def main(args: argparse.Namespace) -> int:
     """Run the command."""
     from restrictedmem.kvm import perfetto
 
     with args.source.open(encoding="utf-8", errors="replace") as lines:
         try:
-            events = perfetto.read(lines)
+            events = perfetto.read(_lines(lines))
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(args.source)) from None
-    args.target.write_bytes(perfetto.convert(events))
+    converted = perfetto.convert(events)
+    with open(paths.create(str(args.target)).detach(), "wb") as target:
+        target.write(converted)
     print(f"{len(events)} events", file=sys.stderr)
     return 0

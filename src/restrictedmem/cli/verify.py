@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from enum import Enum
 from errno import ENOSYS
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from restrictedmem.cli import guest, values
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
 _KEY_BYTES = 32
 _MEASUREMENT_BYTES = 48
 _DATA_BYTES = 64
+#: More than a report has in hexadecimal, with white space.
+_LARGEST_REPORT = 1 << 16
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -154,7 +155,11 @@ def main(args: argparse.Namespace) -> int:
 
 def _read(name: str) -> bytes:
     """Read a report; one in hexadecimal may have white space anywhere."""
-    data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    if name == "-":
+        data = sys.stdin.buffer.read(_LARGEST_REPORT)
+    else:
+        with open(name, "rb") as file:
+            data = file.read(_LARGEST_REPORT)
     digits = b"".join(data.split())
     if digits and not digits.strip(string.hexdigits.encode()):
         try:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from errno import ENOEXEC
 from typing import Final
 
+MAGIC: Final = b"\x7fELF"
 _EHDR: Final = struct.Struct("<4s5B7xHHIQQQIHHHHHH")
 _PHDR: Final = struct.Struct("<IIQQQQQQ")
 _PT_LOAD: Final = 1
@@ -43,7 +44,7 @@ def parse(data: bytes) -> Image:
     """
     try:
         magic, klass, _, _, _, _, kind, machine, _, entry, phoff, _, _, _, phentsize, phnum, _, _, _ = _EHDR.unpack_from(data)
-        if magic != b"\x7fELF" or klass != _CLASS64 or kind != _ET_EXEC or machine != _EM_X86_64 or phentsize != _PHDR.size:
+        if magic != MAGIC or klass != _CLASS64 or kind != _ET_EXEC or machine != _EM_X86_64 or phentsize != _PHDR.size:
             raise OSError(ENOEXEC, "not a static x86-64 ELF")
         segments: list[Segment] = []
         for index in range(phnum):

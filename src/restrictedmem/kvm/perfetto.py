@@ -74,7 +74,7 @@ def _varint(value: int) -> bytes:
 def _field(number: int, value: int | str | bytes) -> bytes:
     if isinstance(value, int):
         return _varint(number << 3) + _varint(value)
-    data = value.encode() if isinstance(value, str) else value
+    data = value.encode(errors="replace") if isinstance(value, str) else value
     return _varint(number << 3 | _LENGTH_DELIMITED) + _varint(len(data)) + data
 
 
@@ -130,7 +130,7 @@ def _parse(line: str) -> Event | None:
     try:
         event: Event = json.loads(line)
         valid = event.keys() >= _ALWAYS and isinstance(event["event"], str) and all(type(event.get(name, 0)) is int for name in _NUMBERS)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return None
     return event if valid else None
 

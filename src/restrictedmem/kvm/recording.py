@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from restrictedmem.fd import OwnedFd
+from restrictedmem import paths
 from restrictedmem.kvm import exits, guest_abi, trace
 from restrictedmem.kvm.trace import Fields, Trace, now
 from restrictedmem.kvm.vm import Vcpu
@@ -28,10 +28,10 @@ def record(vmm: Vmm, path: str | Path) -> Generator[None]:
     """Write the events of a VMM, its VM and its vCPUs to a file, made anew; to be entered before the guest is loaded and run.
 
     Raises:
-        OSError: what the file cannot be opened with.
+        OSError: as ``paths.create``.
     """
     mine = Trace()
-    mine.start(OwnedFd(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o666)))
+    mine.start(paths.create(os.fspath(path)))
     before = vmm.enter
     try:
         mine.emit("trace", version=trace.VERSION, side="owner")

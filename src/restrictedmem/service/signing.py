@@ -7,6 +7,8 @@ from contextlib import suppress
 from errno import EACCES, EINVAL, ENOSYS
 from typing import TYPE_CHECKING, Final, Self, final
 
+from restrictedmem import paths
+
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -111,10 +113,8 @@ def read_public_key(path: str) -> bytes:
 
 def _read_private(path: str) -> bytes:
     # The file that is looked at is the one that is read.
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_CLOEXEC | os.O_NONBLOCK)) as file:
+    with open(paths.open_regular(path).detach(), "rb") as file:
         status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(EINVAL, f"{path} is not a file")
         if status.st_mode & _OTHERS or status.st_uid not in (os.geteuid(), 0):
             raise OSError(EACCES, f"{path} is not private: chmod 600 {path}, and make it its reader's own")
         return file.read(_LARGEST_FILE)

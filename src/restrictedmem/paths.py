@@ -1,0 +1,154 @@
+"""Paths that lead through directories where others may write.
+
+Whoever may write to a directory can put a symbolic link, a FIFO or a second name of a foreign file
+there, at any moment. So a path is walked one name at a time, each in a directory that is held open,
+and what was looked at is what is used.
+"""
+
+import os
+import stat
+from collections.abc import Iterator
+from errno import EACCES, EINVAL, EISDIR, ELOOP, EMLINK
+from pathlib import Path
+from typing import Final
+
+from restrictedmem.fd import OwnedFd
+
+_LOOK: Final = os.O_PATH | os.O_CLOEXEC
+#: As many as the kernel follows (MAXSYMLINKS).
+_MOST_LINKS: Final = 40
+_OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
+
+
+def trusted() -> set[int]:
+    """Return the uids whose doings are no danger: root, this process, and the owner of /.
+
+    The last is what root looks like from a user namespace that has none.
+    """
+    return {0, os.geteuid(), os.stat("/").st_uid}
+
+
+def resolve(path: str, *, last: bool) -> tuple[OwnedFd, str, int]:
+    """Open the directory of a path's last name (``O_PATH``); only links of ``trusted`` users count.
+
+    Returns the directory, which the caller owns, the name, and O_NOFOLLOW; or 0 in its place for a
+    link that the kernel itself made (/proc/self/fd/1). The last name is followed with ``last``,
+    else it is whatever stands there.
+
+    Raises:
+        OSError: ELOOP for another user's link; EISDIR for a path without a last name; as openat(2).
+    """
+    good, proc = trusted(), os.stat("/proc").st_dev
+    names, links = _names(path), 0
+    directory = _root(path)
+    try:
+        while names:
+            name = names.pop()
+            target, follow = None, os.O_NOFOLLOW
+            if names or last:
+                target, follow = _link(directory, name, good, proc)
+            if target is not None:
+                links += 1
+                if links > _MOST_LINKS:
+                    raise OSError(ELOOP, os.strerror(ELOOP))
+                names += _names(target)
+                before = directory
+                directory = _root(target) if target.startswith("/") else directory
+            elif names:
+                flags = _LOOK | os.O_DIRECTORY | follow
+                before = directory
+                directory = OwnedFd(os.open(name, flags, dir_fd=before.fileno()))
+            else:
+                return directory, name, follow
+            if before is not directory:
+                before.close()
+        raise OSError(EISDIR, os.strerror(EISDIR))
+    except OSError as error:
+        directory.close()
+        raise OSError(error.errno, error.strerror, path) from None
+
+
+def _names(path: str) -> list[str]:
+    return [name for name in reversed(path.split("/")) if name not in ("", ".")]
+
+
+def _root(path: str) -> OwnedFd:
+    return OwnedFd(os.open("/" if path.startswith("/") else ".", _LOOK | os.O_DIRECTORY))
+
+
+def _link(directory: OwnedFd, name: str, good: set[int], proc: int) -> tuple[str | None, int]:
+    """Return where a name leads if it is a symbolic link; O_NOFOLLOW unless it is the kernel's."""
+    try:
+        fd = OwnedFd(os.open(name, _LOOK | os.O_NOFOLLOW, dir_fd=directory.fileno()))
+    except FileNotFoundError:
+        return None, os.O_NOFOLLOW
+    with fd:
+        found = os.fstat(fd.fileno())
+        if not stat.S_ISLNK(found.st_mode):
+            return None, os.O_NOFOLLOW
+        if found.st_uid not in good:
+            words = f"{name} is a symbolic link of uid {found.st_uid}, which is not followed"
+            raise OSError(ELOOP, words)
+        if found.st_dev == proc:
+            return None, 0
+        return os.readlink("", dir_fd=fd.fileno()), os.O_NOFOLLOW
+
+
+def create(path: str) -> OwnedFd:
+    """Open a file to write to its end, made anew or emptied; the caller owns it.
+
+    Raises:
+        OSError: as ``resolve``; EMLINK for a file that has another name, too; EACCES for another
+            user's FIFO or device; as open(2).
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
+    directory, name, follow = resolve(path, last=True)
+    with directory:
+        try:
+            new = flags | os.O_CREAT | os.O_EXCL
+            return OwnedFd(os.open(name, new, 0o666, dir_fd=directory.fileno()))
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, path) from None
+        try:
+            with OwnedFd(os.open(name, _LOOK | follow, dir_fd=directory.fileno())) as there:
+                _check_target(os.fstat(there.fileno()))
+                # By its inode: another may have the name by now.
+                return OwnedFd(os.open(f"/proc/self/fd/{there.fileno()}", flags | os.O_TRUNC))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, path) from None
+
+
+def _check_target(found: os.stat_result) -> None:
+    if stat.S_ISLNK(found.st_mode):
+        raise OSError(ELOOP, os.strerror(ELOOP))
+    if stat.S_ISREG(found.st_mode):
+        if found.st_nlink > 1:
+            raise OSError(EMLINK, "the file has another name, too, and is not emptied")
+    elif found.st_uid not in trusted():
+        raise OSError(EACCES, f"not a file, and uid {found.st_uid}'s")
+
+
+def open_regular(path: str, flags: int = os.O_RDONLY) -> OwnedFd:
+    """Open a file whose opening does nothing to a device and waits for no FIFO; the caller owns it.
+
+    Raises:
+        OSError: EINVAL for anything but a regular file; as open(2).
+    """
+    with OwnedFd(os.open(path, _LOOK)) as there:
+        if not stat.S_ISREG(os.fstat(there.fileno()).st_mode):
+            raise OSError(EINVAL, f"{path} is not a file")
+        return OwnedFd(os.open(f"/proc/self/fd/{there.fileno()}", flags | os.O_CLOEXEC))
+
+
+def dangers(directory: OwnedFd) -> Iterator[str]:
+    """Say of a directory and those above it what lets other users change where its path leads."""
+    path = Path(os.readlink(f"/proc/self/fd/{directory.fileno()}"))
+    good = trusted()
+    for each in (path, *path.parents):
+        found = each.stat()
+        if found.st_uid not in good:
+            yield f"{each} is uid {found.st_uid}'s"
+        elif found.st_mode & _OTHERS_WRITE and not found.st_mode & stat.S_ISVTX:
+            yield f"others may write to {each}"

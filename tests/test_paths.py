@@ -1,0 +1,227 @@
+"""Paths through directories of others: whatever they put there, and whenever, root's files stay."""
+
+import os
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from errno import EACCES, EINVAL, EISDIR, ELOOP, EMLINK, ENOENT
+from pathlib import Path
+
+import pytest
+
+from outcomes import Errno, outcome
+from restrictedmem import paths
+from restrictedmem.fd import OwnedFd
+from restrictedmem.service import signing
+from users import ORDINARY
+
+pytestmark = pytest.mark.requires("root")
+
+SECRET = "root:x:0:0"
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Path:
+    """Make a file that is root's alone."""
+    file = tmp_path / "victim"
+    file.write_text(SECRET, encoding="ascii")
+    file.chmod(0o600)
+    return file
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    """Make a directory of another user."""
+    place = tmp_path / "theirs"
+    place.mkdir()
+    os.chown(place, ORDINARY, ORDINARY)
+    return place
+
+
+def plant(link: Path, target: Path, uid: int = ORDINARY) -> None:
+    """Put a symbolic link of another user's into the place of whatever has the name."""
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
+    os.chown(link, uid, uid, follow_symlinks=False)
+
+
+def intact(victim: Path) -> bool:
+    found = victim.stat()
+    kept = (found.st_uid, stat.S_IMODE(found.st_mode)) == (0, 0o600)
+    return kept and victim.read_text(encoding="ascii") == SECRET
+
+
+def close(fd: OwnedFd) -> str:
+    with fd:
+        return os.readlink(f"/proc/self/fd/{fd.fileno()}")
+
+
+# Files that are written.
+
+
+def test_a_file_is_made_or_emptied(tmp_path: Path) -> None:
+    file = tmp_path / "new"
+    for content in ("first", "2"):
+        with open(paths.create(str(file)).detach(), "w", encoding="ascii") as opened:
+            opened.write(content)
+        assert file.read_text(encoding="ascii") == content
+    assert stat.S_IMODE(file.stat().st_mode) == 0o644
+
+
+def test_a_relative_path_and_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert close(paths.create("a/..//./a/file")) == str(tmp_path / "a/file")
+    assert outcome(lambda: paths.create("")) == Errno(EISDIR)
+    assert outcome(lambda: paths.create("missing/file")) == Errno(ENOENT)
+    assert outcome(lambda: paths.create("a")) == Errno(EISDIR)
+
+
+def test_links_of_ones_own_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here").symlink_to("there")
+    (tmp_path / "there/link").symlink_to(tmp_path / "here/file")
+    assert close(paths.create(str(tmp_path / "here/link"))) == str(tmp_path / "there/file")
+    (tmp_path / "loop").symlink_to("loop")
+    assert outcome(lambda: paths.create(str(tmp_path / "loop"))) == Errno(ELOOP)
+
+
+def test_links_of_the_kernel_are_followed() -> None:
+    reader, writer = os.pipe()
+    with open(reader, "rb") as output:
+        with open(writer, "wb"), paths.create(f"/dev/fd/{writer}") as again:
+            os.write(again.fileno(), b"through")
+        assert output.read() == b"through"
+    assert close(paths.create("/dev/null")) == "/dev/null"
+
+
+def test_a_planted_link_is_not_followed(theirs: Path, victim: Path) -> None:
+    plant(theirs / "file", victim)
+    plant(theirs / "directory", victim.parent)
+    for path in "file", "directory/victim", "directory/new":
+        assert outcome(lambda: paths.create(str(theirs / path))) == Errno(ELOOP)  # noqa: B023
+    assert intact(victim)
+    assert not (victim.parent / "new").exists()
+
+
+def test_a_second_name_of_a_file_is_not_emptied(theirs: Path, victim: Path) -> None:
+    (theirs / "file").hardlink_to(victim)
+    assert outcome(lambda: paths.create(str(theirs / "file"))) == Errno(EMLINK)
+    assert intact(victim)
+
+
+def test_another_users_fifo_is_not_waited_for(theirs: Path) -> None:
+    os.mkfifo(theirs / "file")
+    os.chown(theirs / "file", ORDINARY, ORDINARY)
+    assert outcome(lambda: paths.create(str(theirs / "file"))) == Errno(EACCES)
+
+
+def racing(monkeypatch: pytest.MonkeyPatch, module: object, name: str, deed: Callable[[], None]) -> None:
+    """Do something once, right after the first call of a function."""
+    honest, todo = getattr(module, name), [deed]
+
+    def call(*arguments: object, **options: object) -> object:
+        result = honest(*arguments, **options)
+        if todo:
+            todo.pop()()
+        return result
+
+    monkeypatch.setattr(module, name, call)
+
+
+def test_a_link_that_comes_after_the_look(monkeypatch: pytest.MonkeyPatch, theirs: Path, victim: Path) -> None:
+    (theirs / "file").write_text("old", encoding="ascii")
+    swap = lambda: plant(theirs / "file", victim)  # noqa: E731
+    racing(monkeypatch, paths, "_check_target", swap)
+    # What was looked at is what is opened.
+    assert close(paths.create(str(theirs / "file"))).startswith(str(theirs))
+    assert intact(victim)
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["no file", "a file"])
+def test_a_link_that_comes_after_the_walk(monkeypatch: pytest.MonkeyPatch, theirs: Path, victim: Path, *, there: bool) -> None:
+    if there:
+        (theirs / "file").write_text("old", encoding="ascii")
+    swap = lambda: plant(theirs / "file", victim)  # noqa: E731
+    racing(monkeypatch, paths, "resolve", swap)
+    assert outcome(lambda: paths.create(str(theirs / "file"))) == Errno(ELOOP)
+    assert intact(victim)
+
+
+def test_a_directory_that_is_exchanged(monkeypatch: pytest.MonkeyPatch, theirs: Path, victim: Path) -> None:
+    room = theirs / "room"
+    room.mkdir()
+
+    def swap() -> None:
+        room.rename(theirs / "old")
+        plant(room, victim.parent)
+
+    racing(monkeypatch, paths, "resolve", swap)
+    assert close(paths.create(str(room / "victim"))) == str(theirs / "old/victim")
+    assert intact(victim)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(["exec", "--json", "FILE", "true"], marks=pytest.mark.requires("seccomp")),
+        pytest.param(["run", "--trace", "FILE", "probe"], marks=pytest.mark.requires("fuse")),
+        ["trace", "to-perfetto", "TRACE", "FILE"],
+    ],
+    ids=["exec --json", "run --trace", "trace to-perfetto"],
+)
+def test_no_command_writes_through_a_planted_link(tmp_path: Path, theirs: Path, victim: Path, command: list[str]) -> None:
+    plant(theirs / "file", victim)
+    trace = tmp_path / "trace"
+    event = '{"ts": 1, "pid": 1, "tid": 1, "event": "trace", "version": 1}\n'
+    trace.write_text(event, encoding="ascii")
+    words = {"FILE": str(theirs / "file"), "TRACE": str(trace)}
+    done = subprocess.run(
+        [sys.executable, "-m", "restrictedmem", *(words.get(word, word) for word in command)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+        stdin=subprocess.DEVNULL,
+    )
+    assert intact(victim)
+    line = f"error: {theirs}/file: file is a symbolic link of uid {ORDINARY}, which is not followed"
+    assert (done.returncode, done.stderr) == (1, f"{line}\n")
+
+
+# Keys that are read.
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "device", "directory", "socket"])
+def test_a_key_is_a_file(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "key"
+    match kind:
+        case "FIFO":
+            os.mkfifo(path, 0o600)
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "directory":
+            path.mkdir()
+        case _:
+            with socket.socket(socket.AF_UNIX) as made:
+                made.bind(str(path))
+    assert outcome(lambda: signing.Signer.load(str(path))) == Errno(EINVAL)
+
+
+def test_the_key_that_was_looked_at_is_read(monkeypatch: pytest.MonkeyPatch, theirs: Path, victim: Path) -> None:
+    path = theirs / "key"
+    path.write_text("no key", encoding="ascii")
+    path.chmod(0o600)
+    os.chown(path, ORDINARY, ORDINARY)
+    swap = lambda: plant(path, victim)  # noqa: E731
+    racing(monkeypatch, paths, "open_regular", swap)
+    assert outcome(lambda: signing.Signer.load(str(path))) == Errno(EACCES)
+
+
+def test_a_huge_key_is_not_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.touch(0o600)
+    os.truncate(path, 1 << 40)
+    assert outcome(lambda: signing.Signer.load(str(path))) == Errno(EINVAL)
