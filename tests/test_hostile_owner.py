@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from errno import EACCES, EPERM
 from functools import partial
@@ -273,8 +273,8 @@ def caught_at_exec(spy: Spy) -> Generator[None, None, None]:
     """Show the spy the first process of a service right after its exec."""
     honest = client.start_process
 
-    def start_process(theirs: socket.socket, options: Options) -> "subprocess.Popen[bytes]":
-        started = honest(theirs, options)
+    def start_process(theirs: socket.socket, options: Options, inherited: Sequence[int] = ()) -> "subprocess.Popen[bytes]":
+        started = honest(theirs, options, inherited)
         spy.catch(started.pid)
         return started
 

@@ -6,7 +6,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
-from errno import EACCES, EINVAL, EISDIR, ELOOP, EMLINK, ENOENT
+from errno import EACCES, EADDRINUSE, EEXIST, EINVAL, EISDIR, ELOOP, EMLINK, ENOENT
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ import pytest
 from outcomes import Errno, outcome
 from restrictedmem import paths
 from restrictedmem.fd import OwnedFd
-from restrictedmem.service import signing
+from restrictedmem.service import listener, signing
 from users import ORDINARY
 
 pytestmark = pytest.mark.requires("root")
@@ -225,3 +225,124 @@ def test_a_huge_key_is_not_read_whole(tmp_path: Path) -> None:
     path.touch(0o600)
     os.truncate(path, 1 << 40)
     assert outcome(lambda: signing.Signer.load(str(path))) == Errno(EINVAL)
+
+
+# Sockets.
+
+
+@pytest.fixture
+def bound(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
+    """Return what others do right before and right after bind(2)."""
+    deeds: list[Callable[[], None]] = [lambda: None, lambda: None]
+
+    class Racing(socket.socket):
+        def bind(self, address: object) -> None:
+            deeds[0]()
+            super().bind(address)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+            deeds[1]()
+
+    monkeypatch.setattr(socket, "socket", Racing)
+    return deeds
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.lstat().st_mode)
+
+
+def test_a_socket_is_born_with_its_permissions(tmp_path: Path, bound: list[Callable[[], None]]) -> None:
+    path, seen = tmp_path / "socket", list[int]()
+    bound[1] = lambda: seen.append(mode(path))
+    before = os.umask(0o077)
+    try:
+        for wanted in 0o600, 0o666, 0o777, 0o000:
+            with listener.listen(str(path), wanted):
+                assert seen.pop() == mode(path) == wanted
+            assert not path.exists()
+        assert os.umask(0o077) == 0o077
+    finally:
+        os.umask(before)
+
+
+def test_a_link_planted_after_bind_opens_no_file(theirs: Path, victim: Path, bound: list[Callable[[], None]]) -> None:
+    path = theirs / "socket"
+    bound[1] = lambda: plant(path, victim)
+    assert outcome(lambda: listener.listen(str(path), 0o666).__enter__()) == Errno(EEXIST)
+    assert intact(victim)
+    # It is not ours to remove.
+    assert path.is_symlink()
+
+
+def test_a_directory_exchanged_before_bind_gets_no_socket(theirs: Path, victim: Path, bound: list[Callable[[], None]]) -> None:
+    room = theirs / "room"
+    room.mkdir()
+
+    def swap() -> None:
+        room.rename(theirs / "old")
+        plant(room, victim.parent)
+
+    bound[0] = swap
+    with listener.listen(str(room / "socket"), 0o666):
+        assert not (victim.parent / "socket").exists()
+        assert stat.S_ISSOCK((theirs / "old/socket").stat().st_mode)
+    assert not (theirs / "old/socket").exists()
+
+
+def test_a_link_in_the_way_is_not_followed(theirs: Path, victim: Path) -> None:
+    plant(theirs / "socket", victim)
+    assert outcome(lambda: listener.listen(str(theirs / "socket"), 0o666).__enter__()) == Errno(EADDRINUSE)
+    plant(theirs / "room", victim.parent)
+    path = str(theirs / "room/socket")
+    assert outcome(lambda: listener.listen(path, 0o666).__enter__()) == Errno(ELOOP)
+    assert intact(victim)
+
+
+def test_what_took_the_sockets_place_stays(theirs: Path, victim: Path) -> None:
+    for kind in "socket", "link":
+        path = theirs / kind
+        with listener.listen(str(path), 0o666), socket.socket(socket.AF_UNIX) as other:
+            path.unlink()
+            if kind == "socket":
+                other.bind(str(path))
+            else:
+                plant(path, victim)
+        assert path.is_symlink() or path.is_socket()
+    assert intact(victim)
+
+
+def test_a_stale_socket_is_replaced_if_it_is_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    for owner in 0, ORDINARY:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stale:
+            stale.bind(str(path))
+        os.chown(path, owner, owner)
+        made = path.lstat().st_ino
+        if owner:
+            assert outcome(lambda: listener.listen(str(path), 0o600).__enter__()) == Errno(EADDRINUSE)
+            assert path.lstat().st_ino == made
+        else:
+            with listener.listen(str(path), 0o600), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+                client.connect(str(path))
+
+
+def test_a_socket_whose_queue_is_full_is_in_use(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    kind = socket.AF_UNIX, socket.SOCK_SEQPACKET
+    with socket.socket(*kind) as busy, socket.socket(*kind) as first, socket.socket(*kind) as second:
+        busy.bind(str(path))
+        busy.listen(0)
+        for each in first, second:
+            each.setblocking(False)
+            each.connect_ex(str(path))
+        assert outcome(lambda: listener.listen(str(path), 0o600).__enter__()) == Errno(EADDRINUSE)
+
+
+def test_who_else_could_exchange_the_socket_is_said(tmp_path: Path, theirs: Path) -> None:
+    os.chmod(tmp_path, 0o755)
+    room = theirs / "room"
+    room.mkdir()
+    os.chmod(room, 0o777)
+    with listener.listen(str(room / "socket"), 0o666) as (_, dangers):
+        assert dangers[:2] == [f"others may write to {room}", f"{theirs} is uid {ORDINARY}'s"]
+    os.chmod(room, 0o1777)
+    with listener.listen(str(room / "socket"), 0o666) as (_, dangers):
+        assert dangers[0] == f"{theirs} is uid {ORDINARY}'s"

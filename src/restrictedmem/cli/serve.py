@@ -3,10 +3,11 @@
 import argparse
 import os
 import pwd
+import re
 import signal
 import socket
-import stat
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from restrictedmem.cli import values
@@ -17,6 +18,9 @@ from restrictedmem.mm.backing import KINDS, make_backing
 if TYPE_CHECKING:
     from restrictedmem.service.start import Options
 
+#: Services of one uid.
+_PLACES = 64
+_MOST_MODE = 0o777
 _KEY_HINT = "make one: umask 077; openssl genpkey -algorithm ed25519 -out FILE"
 
 
@@ -32,7 +36,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--socket", required=True, metavar="PATH", help="where to listen; made here, removed at the end")
     parser.add_argument("--user", metavar="NAME", help="user that the services become once they have mounted (default: stay)")
-    parser.add_argument("--mode", type=lambda text: int(text, 8), default=0o666, metavar="OCTAL", help="who may connect (default 666)")
+    parser.add_argument("--mode", type=_mode, default=0o666, metavar="OCTAL", help="who may connect (default 666)")
+    parser.add_argument(
+        "--max-per-user",
+        type=_count,
+        default=_PLACES,
+        metavar="N",
+        help="services that clients of one uid may have at the same time; beyond it, EAGAIN (default %(default)s)",
+    )
     parser.add_argument("--api", choices=("v9", "v10"), default="v10", help="which posting of the series to follow (default v10)")
     parser.add_argument(
         "--signing-key", metavar="FILE", help="key to sign guests' reports with: Ed25519 in PEM, mode 600 (default: a new one each service)"
@@ -60,8 +71,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def main(args: argparse.Namespace) -> int:
     """Serve until interrupted; services that run by then go on."""
-    from restrictedmem.fd import peer_credentials
-    from restrictedmem.service.client import start_process
+    from restrictedmem.abi import process
+    from restrictedmem.service.listener import listen
+    from restrictedmem.service.server import Server
     from restrictedmem.service.start import Options
 
     options = Options(
@@ -75,32 +87,53 @@ def main(args: argparse.Namespace) -> int:
         signing_key=None if args.signing_key is None else _check_key(args.signing_key),
     )
     _check(options)
-    # Both: a shell starts what runs in the background with SIGINT ignored.
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, signal.default_int_handler)
-    _remove_stale(args.socket)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as listener:
-        listener.bind(args.socket)
-        made = os.stat(args.socket).st_ino
-        try:
-            os.chmod(args.socket, args.mode)
-            listener.listen(64)
-            print(f"listening on {args.socket}", file=sys.stderr, flush=True)
-            while True:
-                client, _ = listener.accept()
-                with client:
-                    pid, uid, _ = peer_credentials(client)
-                    print(f"client {pid} of uid {uid}", file=sys.stderr, flush=True)
-                    try:
-                        start_process(client, options).wait()
-                    except OSError as error:
-                        # No process to be had now, say: this client's trouble, who is told by the hang-up.
-                        print(f"client {pid}: {error.strerror}", file=sys.stderr, flush=True)
-        except KeyboardInterrupt:
-            return 0
-        finally:
-            if os.path.exists(args.socket) and os.stat(args.socket).st_ino == made:
-                os.unlink(args.socket)
+    process.raise_fd_limit()
+    stop = _stop_at(signal.SIGINT, signal.SIGTERM)
+    with listen(args.socket, args.mode) as (listener, dangers):
+        for danger in dangers:
+            _say(f"warning: {danger}, who can put another socket in the place of this one")
+        server = Server(listener, options, args.max_per_user, _say)
+        _say(f"listening on {args.socket}")
+        server.run(stop.fileno())
+    return 0
+
+
+def _say(line: str) -> None:
+    # Whoever read this may be gone; clients are not.
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _do_nothing(*_: object) -> None:
+    """Let a signal end no more than a wait."""
+
+
+def _stop_at(*numbers: signal.Signals) -> socket.socket:
+    """Return a socket that can be read once one of some signals has come.
+
+    An exception, which Python's own handlers raise, would cut short what has to be done at the end.
+    """
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    signal.set_wakeup_fd(theirs.detach(), warn_on_full_buffer=False)
+    # All of them: a shell starts what runs in the background with SIGINT ignored.
+    for number in numbers:
+        signal.signal(number, _do_nothing)
+    # Whoever ignores it passes that on by exec, and nobody could wait for a child.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return ours
+
+
+def _mode(text: str) -> int:
+    if not re.fullmatch("[0-7]{1,4}", text) or int(text, 8) > _MOST_MODE:
+        raise argparse.ArgumentTypeError(f"{text} is not 000 to 777")
+    return int(text, 8)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of services")
+    return int(text)
 
 
 def _named(text: str) -> tuple[str, str]:
@@ -145,14 +178,3 @@ def _become(name: str | None) -> tuple[int, int] | None:
     except KeyError:
         raise CommandError(f"no user named {name}", f"make one: useradd --system {name}") from None
     return found.pw_uid, found.pw_gid
-
-
-def _remove_stale(path: str) -> None:
-    """Remove a socket that nobody listens on any more; anything else in the way is an error of its own at bind."""
-    if not os.path.exists(path) or not stat.S_ISSOCK(os.stat(path).st_mode):
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)

@@ -8,6 +8,7 @@ import select
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from errno import ECONNRESET, EINVAL, ENOENT, ENOTCONN, ETIMEDOUT
 from pathlib import Path
@@ -238,9 +239,14 @@ def address(path: str) -> str:
     return "\0" + path[1:] if path.startswith("@") else path
 
 
-def start_process(theirs: socket.socket, options: Options) -> subprocess.Popen[bytes]:
+def start_process(
+    theirs: socket.socket,
+    options: Options,
+    inherited: Sequence[int] = (),
+) -> subprocess.Popen[bytes]:
     """Run ``service.start`` by exec, connected to ``theirs``; it ends as soon as the service runs.
 
+    Descriptors in ``inherited`` stay open in all that it forks: service, spawner and consumers.
     Isolated, so that neither PYTHON* variables nor the current directory choose what a trusted process imports.
     """
     debug = {name: os.environ[name] for name in ("RESTRICTEDMEM_DEBUG",) if name in os.environ}
@@ -249,7 +255,7 @@ def start_process(theirs: socket.socket, options: Options) -> subprocess.Popen[b
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=None if debug else subprocess.DEVNULL,
-        pass_fds=[theirs.fileno()],
+        pass_fds=[theirs.fileno(), *inherited],
         env={"PATH": os.environ.get("PATH", os.defpath), **debug},
     )
 

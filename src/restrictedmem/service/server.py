@@ -1,0 +1,264 @@
+"""What ``serve`` does for its clients: a service for each, without one waiting for another user's.
+
+A uid has so many places, and a client of it holds one from its connection until nothing of its
+service is left. Of a uid's clients a few are started at once; the rest wait for those. All of it is
+one thread that waits in one call alone, so nobody can hold it up.
+"""
+
+import os
+import select
+import socket
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from errno import EAGAIN, ETIMEDOUT
+from functools import partial
+from math import inf
+from typing import TYPE_CHECKING, Final, Protocol, final
+
+from restrictedmem.fd import OwnedFd, peer_credentials
+from restrictedmem.service.client import START_DEADLINE, start_process
+from restrictedmem.service.wire import Channel
+
+if TYPE_CHECKING:
+    from restrictedmem.service.start import Options
+
+#: Services of one uid that are started at the same time.
+_AT_ONCE: Final = 2
+#: Seconds without accept(2) after it failed for want of descriptors or memory.
+_PAUSE: Final = 0.1
+
+
+class _HasFd(Protocol):
+    def fileno(self) -> int: ...
+
+
+@final
+@dataclass(eq=False)
+class _User:
+    """The clients of one uid."""
+
+    waiting: "deque[_Client]" = field(default_factory=deque["_Client"])
+    starting: int = 0
+    #: Clients that wait, start, or have a service.
+    places: int = 0
+    #: Whether it was said that there is no place left.
+    full: bool = False
+
+
+@final
+@dataclass(eq=False)
+class _Client:
+    """One client's place."""
+
+    pid: int
+    uid: int
+    #: Open until its service has started.
+    sock: socket.socket
+    #: The process that starts the service, and its pidfd, until it has ended.
+    process: subprocess.Popen[bytes] | None = None
+    pidfd: OwnedFd | None = None
+    deadline: float = inf
+    #: The write end of a pipe. All that belongs to the service has inherited the other; without a
+    #: reader, nothing of it is left.
+    life: OwnedFd | None = None
+
+
+@final
+class Server:
+    """Serves the clients of a listening socket that does not wait.
+
+    Each uid has ``most`` places; ``say`` is told what happens.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        options: "Options",
+        most: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self._listener = listener
+        self._options = options
+        self._most = most
+        self._say = say
+        self._users: dict[int, _User] = {}
+        #: In the order of their deadlines.
+        self._starting: dict[_Client, None] = {}
+        self._epoll = select.epoll()
+        self._ready: dict[int, Callable[[], None]] = {}
+        self._resume = inf
+        #: Whether it was said that accept(2) fails.
+        self._short = False
+
+    def run(self, stop: int) -> None:
+        """Serve until the descriptor ``stop`` can be read; services that run by then go on."""
+        self._epoll.register(stop, select.EPOLLIN)
+        self._watch(self._listener, select.EPOLLIN, self._accept)
+        while True:
+            # One at a time: what it does may close another's descriptor, or have its number used
+            # again.
+            for fd, _ in self._epoll.poll(self._patience(), 1):
+                if fd == stop:
+                    return
+                self._ready[fd]()
+            self._expire()
+
+    def _watch(self, file: _HasFd, events: int, ready: Callable[[], None]) -> None:
+        """Call ``ready`` at some events, and at a hang-up or an error in any case."""
+        self._ready[file.fileno()] = ready
+        self._epoll.register(file.fileno(), events)
+
+    def _forget(self, file: _HasFd) -> None:
+        if self._ready.pop(file.fileno(), None) is not None:
+            self._epoll.unregister(file.fileno())
+
+    # Time.
+
+    def _patience(self) -> float | None:
+        first = next((client.deadline for client in self._starting), inf)
+        until = min(first, self._resume)
+        return None if until == inf else max(0.0, until - time.monotonic())
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        if now >= self._resume:
+            self._resume = inf
+            self._watch(self._listener, select.EPOLLIN, self._accept)
+        for client in [client for client in self._starting if client.deadline <= now]:
+            self._kill(client)
+            words = f"it did not come up within {START_DEADLINE:g} s"
+            self._refuse(client, OSError(ETIMEDOUT, words))
+
+    # One client, from its connection to the end of its service.
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionError):
+            return
+        except OSError as error:
+            # The connection stays in its queue, and the event would come again at once.
+            if not self._short:
+                self._say(f"clients have to wait: {error.strerror}")
+            self._short = True
+            self._forget(self._listener)
+            self._resume = time.monotonic() + _PAUSE
+            return
+        self._short = False
+        pid, uid, _ = peer_credentials(sock)
+        user = self._users.setdefault(uid, _User())
+        client = _Client(pid, uid, sock)
+        if user.places >= self._most:
+            with sock:
+                self._turn_away(client, user)
+            return
+        self._say(f"client {pid} of uid {uid}")
+        user.places += 1
+        user.waiting.append(client)
+        self._watch(sock, 0, partial(self._hung_up, client))
+        self._start_next(user)
+
+    def _turn_away(self, client: _Client, user: _User) -> None:
+        words = f"uid {client.uid} has {user.places} services here, as many as it may"
+        _answer(client.sock, OSError(EAGAIN, words))
+        if not user.full:
+            self._say(f"client {client.pid}: {words}")
+        user.full = True
+
+    def _start_next(self, user: _User) -> None:
+        while user.waiting and user.starting < _AT_ONCE:
+            client = user.waiting.popleft()
+            try:
+                self._start(client)
+            except OSError as error:
+                # No process to be had now, say: this client's trouble.
+                self._refuse(client, error)
+                self._hang_up(client)
+                self._leave(client)
+            else:
+                user.starting += 1
+                self._starting[client] = None
+
+    def _start(self, client: _Client) -> None:
+        reader, writer = map(OwnedFd, os.pipe())
+        try:
+            with reader:
+                process = start_process(client.sock, self._options, [reader.fileno()])
+            try:
+                pidfd = OwnedFd(os.pidfd_open(process.pid))
+            except OSError:
+                process.kill()
+                process.wait()
+                raise
+        except BaseException:
+            writer.close()
+            raise
+        client.process, client.pidfd, client.life = process, pidfd, writer
+        client.deadline = time.monotonic() + START_DEADLINE
+        self._watch(pidfd, select.EPOLLIN, partial(self._started, client))
+        self._watch(writer, 0, partial(self._ended, client))
+
+    def _refuse(self, client: _Client, error: OSError) -> None:
+        self._say(f"client {client.pid}: {error.strerror}")
+        _answer(client.sock, error)
+
+    def _kill(self, client: _Client) -> None:
+        """End the start of a service; what it has forked by then finds no client, and ends."""
+        self._starting.pop(client, None)
+        if client.process is not None:
+            client.process.kill()
+
+    def _hung_up(self, client: _Client) -> None:
+        self._hang_up(client)
+        if client.process is not None:
+            self._kill(client)
+            return
+        self._users[client.uid].waiting.remove(client)
+        self._leave(client)
+
+    def _hang_up(self, client: _Client) -> None:
+        self._forget(client.sock)
+        client.sock.close()
+
+    def _started(self, client: _Client) -> None:
+        """The starting process has ended: the service runs, or will not."""
+        assert client.process is not None
+        assert client.pidfd is not None
+        self._forget(client.pidfd)
+        client.pidfd.close()
+        client.process.wait()
+        client.process = client.pidfd = None
+        self._starting.pop(client, None)
+        if client.sock.fileno() >= 0:
+            self._hang_up(client)
+        user = self._users[client.uid]
+        user.starting -= 1
+        if client.life is None:
+            self._leave(client)
+        self._start_next(user)
+
+    def _ended(self, client: _Client) -> None:
+        """Nothing of the service is left."""
+        assert client.life is not None
+        self._forget(client.life)
+        client.life.close()
+        client.life = None
+        if client.process is None:
+            self._leave(client)
+
+    def _leave(self, client: _Client) -> None:
+        user = self._users[client.uid]
+        user.places -= 1
+        user.full = False
+        if not user.places:
+            del self._users[client.uid]
+
+
+def _answer(sock: socket.socket, error: OSError) -> None:
+    """Say an error in the place of READY; a client that does not hear it has the hang-up."""
+    with suppress(OSError):
+        Channel(sock, "client").reply_error(error)

@@ -1,0 +1,306 @@
+"""``serve`` under many clients: none waits for another user's, a uid has so many places, and nothing is left behind."""
+
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack
+from errno import EAGAIN, EMFILE, ETIMEDOUT
+from pathlib import Path
+from typing import Any, final
+
+import pytest
+
+from outcomes import Errno, outcome
+from processes import PATIENCE, children, descriptors, exists, family, wait_until
+from restrictedmem.fd import peer_credentials
+from restrictedmem.kvm.vm import Vm
+from restrictedmem.service import server as serving
+from restrictedmem.service import wire
+from restrictedmem.service.client import Service, start_process
+from restrictedmem.service.listener import listen
+from restrictedmem.service.server import Server
+from restrictedmem.service.start import Options
+from users import ORDINARY, as_user
+
+pytestmark = pytest.mark.requires("fuse", "root")
+
+#: Whose handshakes never end.
+STUCK = ORDINARY - 2
+OTHER = ORDINARY - 1
+PLACES = 3
+
+
+class Accepting(socket.socket):
+    """A listening socket that can be out of descriptors."""
+
+    fails = False
+    calls = 0
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        Accepting.calls += 1
+        if Accepting.fails:
+            raise OSError(EMFILE, os.strerror(EMFILE))
+        return super().accept()
+
+
+@final
+class Running:
+    """A ``Server`` in a thread of this process, whose starts for the uid ``STUCK`` never end."""
+
+    def __init__(self, path: str, listener: socket.socket) -> None:
+        self.path = path
+        self.said: list[str] = []
+        self.stuck: list[subprocess.Popen[bytes]] = []
+        self.server = Server(listener, Options(), PLACES, self.said.append)
+        self._honest = start_process
+        self._stop = os.pipe()
+        self._thread = threading.Thread(target=lambda: self.server.run(self._stop[0]))
+        self._thread.start()
+
+    def start(self, theirs: socket.socket, options: Options, inherited: Sequence[int]) -> subprocess.Popen[bytes]:
+        if peer_credentials(theirs)[1] != STUCK:
+            return self._honest(theirs, options, inherited)
+        keep = [theirs.fileno(), *inherited]
+        self.stuck.append(subprocess.Popen(["sleep", "1000"], pass_fds=keep))
+        return self.stuck[-1]
+
+    def places(self) -> dict[int, int]:
+        return {uid: user.places for uid, user in list(self.server._users.items())}
+
+    def starting(self, uid: int) -> int:
+        user = self.server._users.get(uid)
+        return user.starting if user else 0
+
+    def end(self) -> None:
+        """Stop, when nothing of any client is left."""
+        try:
+            wait_until(lambda: not self.places(), f"the end of {self.places()}")
+        finally:
+            os.write(self._stop[1], b".")
+            self._thread.join()
+            for fd in self._stop:
+                os.close(fd)
+        assert not self.server._starting
+        # The listener's alone is left.
+        assert len(self.server._ready) == 1
+
+
+@pytest.fixture
+def running(place: str, monkeypatch: pytest.MonkeyPatch) -> Generator[Running, None, None]:
+    with listen(place, 0o666) as (made, _), Accepting(fileno=os.dup(made.fileno())) as listener:
+        listener.setblocking(False)
+        found = Running(place, listener)
+        monkeypatch.setattr(serving, "start_process", found.start)
+        try:
+            yield found
+        finally:
+            for process_ in found.stuck:
+                process_.kill()
+            found.end()
+
+
+@pytest.fixture
+def place() -> Generator[str, None, None]:
+    """Name a socket in a directory that every user can enter."""
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        yield f"{directory}/socket"
+
+
+def connect_as(uid: int, path: str, stack: ExitStack) -> socket.socket:
+    """Return a socket that another user connected, which hears nothing yet."""
+    ours, theirs = socket.socketpair()
+
+    def body() -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as made:
+            made.connect(path)
+            socket.send_fds(theirs, [b"."], [made.fileno()])
+
+    as_user(body, uid, fuse=False)
+    with ours, theirs:
+        _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+    made = stack.enter_context(socket.socket(fileno=fds[0]))
+    made.settimeout(PATIENCE)
+    return made
+
+
+def answer(sock: socket.socket) -> tuple[int, str]:
+    """Return the errno, or call number, and the words that came in the place of READY."""
+    data = sock.recv(4096)
+    return int.from_bytes(data[:4], sys.byteorder), data[8:].decode()
+
+
+def test_handshakes_that_never_end_delay_nobody_else(running: Running) -> None:
+    with ExitStack() as stack:
+        for _ in range(PLACES):
+            connect_as(STUCK, running.path, stack)
+        wait_until(lambda: running.starting(STUCK) == serving._AT_ONCE, "handshakes under way")
+        # No more at once, however many wait.
+        assert len(running.stuck) == serving._AT_ONCE < PLACES
+        for _ in range(2):
+            sock = connect_as(OTHER, running.path, stack)
+            assert answer(sock)[0] == wire.READY.number
+        assert len(running.stuck) == serving._AT_ONCE
+        assert all(each.poll() is None for each in running.stuck)
+
+
+def test_a_handshake_that_never_ends_is_ended(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "START_DEADLINE", 0.2)
+    with ExitStack() as stack:
+        clients = [connect_as(STUCK, running.path, stack) for _ in range(PLACES)]
+        words = "it did not come up within 0.2 s"
+        # The third, too: it is started when there is room.
+        assert [answer(client) for client in clients] == [(ETIMEDOUT, words)] * PLACES
+        wait_until(lambda: STUCK not in running.places(), "the places")
+    assert [each.returncode for each in running.stuck] == [-signal.SIGKILL] * PLACES
+
+
+def test_a_client_that_dies_in_the_handshake_frees_its_place(running: Running) -> None:
+    with ExitStack() as stack:
+        for _ in range(PLACES):
+            connect_as(STUCK, running.path, stack)
+        wait_until(lambda: running.places() == {STUCK: PLACES}, "the clients")
+    # Those that waited too.
+    wait_until(lambda: running.places() == {}, "the places")
+    with ExitStack() as stack:
+        connect_as(STUCK, running.path, stack)
+        wait_until(lambda: running.places() == {STUCK: 1}, "a client")
+
+
+def test_a_uid_has_so_many_places(running: Running) -> None:
+    with ExitStack() as stack:
+        services = [Service.connect(running.path) for _ in range(PLACES)]
+        for service in services:
+            stack.enter_context(service)
+        with pytest.raises(OSError) as caught:
+            Service.connect(running.path)
+        assert caught.value.errno == EAGAIN
+        words = f"uid 0 has {PLACES} services here, as many as it may"
+        assert str(caught.value).endswith(words)
+        assert outcome(lambda: Service.connect(running.path)) == Errno(EAGAIN)
+        assert sum(line.endswith(words) for line in running.said) == 1
+        # Another user has its own.
+        assert answer(connect_as(OTHER, running.path, stack))[0] == wire.READY.number
+        # A descriptor holds a service, and the service its place.
+        fd = services[0].memfd_restricted()
+        services[0].close()
+        assert outcome(lambda: Service.connect(running.path)) == Errno(EAGAIN)
+        os.close(fd)
+        wait_until(lambda: running.places()[0] == PLACES - 1, "a place")
+        stack.enter_context(Service.connect(running.path))
+
+
+def test_a_killed_service_frees_its_place(running: Running) -> None:
+    with Service.connect(running.path) as service, Vm(service) as vm:
+        assert vm.statistics()
+        wait_until(lambda: running.places() == {0: 1}, "a place")
+        os.kill(family(service)[0].pid, signal.SIGKILL)
+        wait_until(lambda: running.places() == {}, "the place")
+
+
+def test_a_start_that_fails_is_told_and_frees_its_place(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(EMFILE, os.strerror(EMFILE))
+
+    for module, name in (serving, "start_process"), (os, "pidfd_open"):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, fail)
+            assert outcome(lambda: Service.connect(running.path)) == Errno(EMFILE)
+        wait_until(lambda: running.places() == {}, "the place")
+    with Service.connect(running.path) as service:
+        assert service.status()["last_error"] == ""
+
+
+def test_no_descriptor_for_a_client_neither_ends_nor_spins_it(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Accepting, "fails", True)
+    before, began = Accepting.calls, time.monotonic()
+    with ExitStack() as stack:
+        sock = connect_as(OTHER, running.path, stack)
+        wait_until(lambda: Accepting.calls == before + 4, "further attempts")
+        assert time.monotonic() - began > 3 * serving._PAUSE
+        assert running.said == [f"clients have to wait: {os.strerror(EMFILE)}"]
+        monkeypatch.setattr(Accepting, "fails", False)
+        assert answer(sock)[0] == wire.READY.number
+
+
+# The command.
+
+
+@pytest.fixture
+def command(place: str) -> Generator[subprocess.Popen[str], None, None]:
+    arguments = ["serve", "--socket", place, "--max-per-user", "2"]
+    started = subprocess.Popen([sys.executable, "-m", "restrictedmem", *arguments], stderr=subprocess.PIPE, text=True)
+    with started:
+        assert started.stderr is not None
+        assert started.stderr.readline() == f"listening on {place}\n"
+        try:
+            yield started
+        finally:
+            started.kill()
+
+
+def test_nothing_piles_up(place: str, command: subprocess.Popen[str]) -> None:
+    before = sorted(descriptors(command.pid))
+    for _ in range(5):
+        with Service.connect(place), Service.connect(place):
+            assert outcome(lambda: Service.connect(place)) == Errno(EAGAIN)
+
+        def free() -> bool:
+            try:
+                Service.connect(place).close()
+            except BlockingIOError:
+                return False
+            return True
+
+        wait_until(free, "a place")
+        for _ in range(5):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as caller:
+                caller.connect(place)
+        wait_until(free, "a place")
+    wait_until(lambda: sorted(descriptors(command.pid)) == before, "the end of descriptors")
+    # Zombies included, which ``children`` leaves out.
+    stats = (entry / "stat" for entry in Path("/proc").iterdir() if entry.name.isdigit())
+    parents = [text.rsplit(")", 1)[1].split()[1] for stat in stats if (text := _text(stat))]
+    assert str(command.pid) not in parents
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def test_out_of_descriptors_it_goes_on(place: str, command: subprocess.Popen[str]) -> None:
+    limits = resource.prlimit(command.pid, resource.RLIMIT_NOFILE)
+    low = len(descriptors(command.pid)) + 1
+    resource.prlimit(command.pid, resource.RLIMIT_NOFILE, (low, limits[1]))
+    # One more can be accepted, and not started.
+    assert outcome(lambda: Service.connect(place)) == Errno(EMFILE)
+    resource.prlimit(command.pid, resource.RLIMIT_NOFILE, limits)
+    with Service.connect(place) as service:
+        assert service.status()["last_error"] == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_ends_in_the_middle_of_a_handshake(place: str, command: subprocess.Popen[str], number: signal.Signals) -> None:
+    with Service.connect(place) as service, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as caller:
+        wait_until(lambda: not children(command.pid), "the end of the first start")
+        caller.connect(place)
+        wait_until(lambda: children(command.pid), "a handshake")
+        starter = children(command.pid)[0]
+        os.kill(starter.pid, signal.SIGSTOP)
+        try:
+            command.send_signal(number)
+            assert command.wait(PATIENCE) == 0
+            assert not os.path.exists(place)
+        finally:
+            os.kill(starter.pid, signal.SIGKILL)
+        assert all(map(exists, family(service)))
