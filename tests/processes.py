@@ -74,11 +74,11 @@ def wait_gone(processes: list[Process], patience: float = PATIENCE) -> None:
 
 
 def descriptors(pid: int) -> list[str]:
-    """Return where a process's descriptors point to (/proc/PID/fd), but for a status that is just being sent."""
+    """Return where a process's descriptors point to (/proc/PID/fd)."""
     found: list[str] = []
     for entry in os.scandir(f"/proc/{pid}/fd"):
         try:
             found.append(os.readlink(entry.path))
         except FileNotFoundError:
             continue
-    return [link for link in found if not link.startswith("/memfd:restrictedmem-status")]
+    return found

@@ -3,9 +3,15 @@
 import argparse
 import json
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
+from restrictedmem.cli.text import plain
 from restrictedmem.units import format_size
+
+#: Lines of one kind.
+_SHOWN = 20
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -22,52 +28,72 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def main(args: argparse.Namespace) -> int:
     """Run the command."""
+    from restrictedmem.abi import process
     from restrictedmem.service import discover
 
-    found: list[dict[str, Any]] = []
-    for pid in discover.pids():
-        try:
-            found.append(discover.status_of(pid))
-        except (ConnectionRefusedError, FileNotFoundError):
-            # It ended between the list and the question.
-            continue
-        except OSError as error:
-            found.append({"pid": pid, "error": error.strerror})
+    # One for each service that is asked.
+    process.raise_fd_limit()
+    found = discover.statuses()
     if args.json:
         json.dump({"services": found}, sys.stdout)
         print()
         return 0
-    for service in found:
-        print("\n".join(_lines(service)))
+    for line in _all_lines(found):
+        print(plain(line))
     if not found:
         print("no service runs")
     return 0
 
 
 def _locked(report: dict[str, Any]) -> str:
-    """Say what a VM has locked; another consumer does not report it."""
-    if "locked_bytes" not in report:
+    """Say what a VM has locked; another consumer does not report it, or what it likes."""
+    locked = report.get("locked_bytes")
+    if type(locked) is not int or not 0 <= locked < 1 << 64:
         return ""
-    locked = report["locked_bytes"]
-    return f", {format_size(locked)} locked" if locked else f", unlocked ({report['unlocked_because'] or 'no private slot'})"
+    why = report.get("unlocked_because") or "no private slot"
+    return f", {format_size(locked)} locked" if locked else f", unlocked ({why})"
+
+
+def _whose(service: dict[str, Any]) -> str:
+    """Say the uid that the kernel knows it by, and the owner's where the service says another."""
+    uid, owner = service["uid"], service["owner_uid"]
+    return f"uid {uid}" if uid == owner else f"uid {uid} for uid {owner}"
+
+
+def _all_lines(found: list[dict[str, Any]]) -> Iterator[str]:
+    """Write all services, and of those that say nothing useful the first of each uid."""
+    bad: Counter[int | None] = Counter()
+    for service in found:
+        if "error" not in service:
+            yield from _lines(service)
+            continue
+        bad[service["uid"]] += 1
+        if bad[service["uid"]] <= _SHOWN:
+            yield f"service {service['pid']}: {service['error']}{_of(service)}"
+    for uid, count in bad.items():
+        if count > _SHOWN:
+            yield f"… {count - _SHOWN} more that say no state, of uid {uid} (--json lists all)"
+
+
+def _of(service: dict[str, Any]) -> str:
+    return "" if service["uid"] is None else f" (uid {service['uid']})"
 
 
 def _lines(service: dict[str, Any]) -> list[str]:
-    if "error" in service:
-        return [f"service {service['pid']}: {service['error']}"]
     files = service["descriptors"]
     resident = sum(file["resident"] for file in files)
     lines = [
-        f"service {service['pid']}: uid {service['owner_uid']}, owner {service['owner_pid']}, {service['way']}, {service['api']}, "
+        f"service {service['pid']}: {_whose(service)}, owner {service['owner_pid']}, {service['way']}, {service['api']}, "
         f"{len(files)} descriptors, {format_size(resident)} resident"
     ]
-    for file in files[:20]:
+    for file in files[:_SHOWN]:
         size, held = format_size(file["size"]), format_size(file["resident"])
         lines.append(f"  descriptor {file['ino']}: {size}, {held} resident, {file['notifiers']} notifiers")
-    if len(files) > 20:
-        lines.append(f"  … {len(files) - 20} more (--json lists all)")
+    if len(files) > _SHOWN:
+        lines.append(f"  … {len(files) - _SHOWN} more (--json lists all)")
     for vm in service["consumers"]:
-        report = vm["report"]
+        # A third party's consumer reports what it likes.
+        report: dict[str, Any] = vm["report"] if type(vm["report"]) is dict else {}
         files_of = " ".join(map(str, vm["files"])) or "none"
         name = f"{vm['name']} {vm['number']}: pid {report.get('pid', '?')}"
         lines.append(f"  {name}, descriptors {files_of}{_locked(report)}, {vm['invalidations']} invalidations")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from errno import ECONNRESET, EINVAL, ENOENT, ENOTCONN, ETIMEDOUT
+from errno import ECONNRESET, EINVAL, ENOENT, ENOTCONN, EPROTO, ETIMEDOUT
 from pathlib import Path
 from typing import Any, Final, Self, final
 from weakref import WeakSet
@@ -53,6 +53,8 @@ class Service:
         self._mount = fds[0]
         self._channel: Channel | None = None
         self._mutex = sync.mutex()
+        #: Held from the first piece of a status to the last.
+        self._status_mutex = sync.mutex()
         _services.add(self)
 
     @property
@@ -66,6 +68,7 @@ class Service:
             self._channel.close()
         self._channel = None
         self._mutex = sync.mutex()
+        self._status_mutex = sync.mutex()
 
     @classmethod
     def start(cls, options: Options | None = None) -> Self:
@@ -177,8 +180,16 @@ class Service:
         Raises:
             OSError: ENOTCONN when the service is gone.
         """
-        _, fds = self._call(wire.STATUS)
-        return read_status(fds[0])
+        text, total = b"", 1
+        with self._status_mutex:
+            while len(text) < total:
+                body, _ = self._call(wire.STATUS, wire.NUMBER.pack(len(text)))
+                if len(body) <= wire.NUMBER.size:
+                    raise OSError(EPROTO, "STATUS: no state in the reply")
+                (total,) = wire.NUMBER.unpack_from(body)
+                text += body[wire.NUMBER.size :]
+        found: dict[str, Any] = json.loads(text)
+        return found
 
     def close(self) -> None:
         """Let go of the service; descriptors and consumers stay."""
@@ -258,14 +269,6 @@ def start_process(
         pass_fds=[theirs.fileno(), *inherited],
         env={"PATH": os.environ.get("PATH", os.defpath), **debug},
     )
-
-
-def read_status(fd: OwnedFd) -> dict[str, Any]:
-    """Read the JSON of a STATUS reply and close its descriptor."""
-    with open(fd.detach(), "rb") as file:
-        file.seek(0)
-        found: dict[str, Any] = json.load(file)
-        return found
 
 
 def _receive_ready(first: socket.socket) -> tuple[bytes, list[OwnedFd]]:

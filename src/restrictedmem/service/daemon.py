@@ -24,7 +24,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, final
 
 from restrictedmem import sync
-from restrictedmem.abi import memory, process
+from restrictedmem.abi import process
 from restrictedmem.fd import close_all
 from restrictedmem.fs.filesystem import FileSystem
 from restrictedmem.fs.mount import Way
@@ -261,7 +261,7 @@ class Service:
         elif message.number == wire.CONNECT.number and self._door.admit(connection, message.body):
             connection.channel.reply()
         elif message.number == wire.STATUS.number and connection.uid in (os.getuid(), 0):
-            self._reply_status(connection.channel)
+            self._reply_status(connection, message)
         else:
             raise OSError(EACCES, "the key of this service was not shown")
 
@@ -272,7 +272,7 @@ class Service:
             case wire.SPAWN.number:
                 self._spawn(connection, message.body)
             case wire.STATUS.number:
-                self._reply_status(connection.channel)
+                self._reply_status(connection, message)
             case wire.SIGNING_KEY.number:
                 connection.channel.reply(self._signer.make_key())
             case wire.ERROR_PAGE.number:
@@ -426,11 +426,18 @@ class Service:
 
     # Status.
 
-    def _reply_status(self, channel: Channel) -> None:
-        text = json.dumps(self._status()).encode()
-        with memory.memfd_create("restrictedmem-status") as fd:
-            os.pwrite(fd.fileno(), text, 0)
-            channel.reply(fds=[fd.fileno()])
+    def _reply_status(self, connection: Connection, message: Message) -> None:
+        # In messages: whoever asks should have no descriptor of ours to look into, and none to close.
+        (start,) = message.unpack(wire.NUMBER) if message.body else (0,)
+        if start == 0:
+            connection.status = json.dumps(self._status()).encode()
+        text = connection.status
+        if start and start >= len(text):
+            raise OSError(EINVAL, f"there are {len(text)} bytes, none from {start} on")
+        piece = text[start : start + wire.MAX_BODY - wire.NUMBER.size]
+        if start + len(piece) == len(text):
+            connection.status = b""
+        connection.channel.reply(wire.NUMBER.pack(len(text)) + piece)
 
     def _status(self) -> dict[str, object]:
         # They may be closed while we look.

@@ -1,64 +1,331 @@
-"""Finding the services of this machine: each listens on an abstract socket that says its pid."""
+"""Finding the services of this machine: each listens on an abstract socket whose name has its pid.
 
+Such a name is anybody's to take, and whoever took it answers what it likes, or nothing. So all are
+asked side by side within one time, nobody's descriptor is received, each answer is checked, and
+what is known of a process comes from the kernel.
+"""
+
+import json
 import os
 import re
+import select
 import socket
-from collections.abc import Generator
-from contextlib import contextmanager
-from errno import ESRCH
-from typing import Any
+import struct
+import time
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from errno import EMSGSIZE, ENOTCONN, EPROTO, ESRCH, ETIMEDOUT
+from typing import Any, Final, cast, final
 
 from restrictedmem.fd import peer_credentials
-from restrictedmem.service import door, wire
-from restrictedmem.service.client import read_status
-from restrictedmem.service.wire import Channel
+from restrictedmem.service import wire
 
-#: Seconds to wait for a service's answer.
-_PATIENCE = 2.0
+#: Seconds in which all services answer.
+PATIENCE: Final = 2.0
+#: Seconds until a socket without room for one more connection is asked again.
+_AGAIN: Final = 0.05
+#: Bytes that the services of one uid may say altogether.
+_MOST_BYTES: Final = 32 << 20
+_LARGEST_ERRNO: Final = 4095
+#: A line of /proc/net/unix of a listening SOCK_SEQPACKET socket; behind the pid what makes the name
+#: one that nobody can take first.
+_NAME: Final = rb"(restrictedmem/(\d{1,10})(?:/[0-9a-f]{1,64})?)"
+_ROW: Final = re.compile(rb"\S+: \S+ \S+ 00010000 0005 01 +\d+ @" + _NAME)
+_HEAD: Final = struct.Struct("=II")
+
+#: What a state has at least: the type of a value, of a list's members, or of a dictionary's.
+_SHAPE: Final[dict[str, object]] = {
+    "owner_pid": int,
+    "owner_uid": int,
+    "api": str,
+    "way": str,
+    "descriptors": [{"ino": int, "size": int, "resident": int, "notifiers": int}],
+    "consumers": [
+        {"name": str, "number": int, "files": [int], "invalidations": int, "report": object}
+    ],
+    "last_error": str,
+}  # fmt: skip
+
+
+def names() -> dict[str, int]:
+    """Return the names that services of any user listen on, each with the pid in it."""
+    # A name may hold any byte, a line's end too: what is no service's is found out when it is
+    # asked.
+    with open("/proc/net/unix", "rb") as table:
+        rows = (_ROW.fullmatch(line.rstrip(b"\n")) for line in table)
+        return {row[1].decode(): int(row[2]) for row in rows if row}
 
 
 def pids() -> list[int]:
     """Return the pids that name themselves services, of any user."""
-    return sorted(_names())
-
-
-def _names() -> dict[int, str]:
-    """Return the sockets that are named as a service's, by pid (/proc/net/unix)."""
-    pattern = re.compile(r"@(" + door.NAME.format(pid=r"(\d+)", word=r"[0-9a-f]+") + r")$")
-    with open("/proc/net/unix", encoding="utf-8", errors="replace") as table:
-        return {int(found[2]): found[1] for line in table if (found := pattern.search(line.rstrip()))}
+    return sorted(set(names().values()))
 
 
 def status_of(pid: int) -> dict[str, Any]:
     """Ask one service for its state.
 
     Raises:
-        OSError: ECONNREFUSED when it is gone; EACCES when it is another user's; ESRCH when the name is somebody else's.
+        OSError: ESRCH when there is none, or the name is somebody else's; ENOTCONN when it is
+            another user's; ETIMEDOUT; EPROTO for an answer that is none.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as sock:
-        sock.settimeout(_PATIENCE)
-        name = _names().get(pid, "")
-        with _as_user(_uid_of(pid)):
-            sock.connect("\0" + name)
-        peer, uid, _ = peer_credentials(sock)
-        if peer != pid:
-            raise OSError(ESRCH, f"the name of service {pid} is held by process {peer}")
-        _, fds = Channel(sock, f"service {pid}", takes_fds=True).call(wire.STATUS)
-        return {**read_status(fds[0]), "uid": uid}
+    mine = [_Question(name, number) for name, number in names().items() if number == pid]
+    error = OSError(ESRCH, f"there is no service {pid}")
+    for question in _ask_all(mine):
+        if question.error is None:
+            return question.state
+        error = question.error
+    raise error
 
 
-def _uid_of(pid: int) -> int:
-    with open(f"/proc/{pid}/status", encoding="ascii") as status:
-        return int(next(line for line in status if line.startswith("Uid:")).split()[2])
+def statuses() -> list[dict[str, Any]]:
+    """Return the state of each service, in the order of their pids.
+
+    Of one that does not say it there is ``pid``, ``uid`` (None when unknown), and ``error``.
+    """
+    found = _ask_all([_Question(name, pid) for name, pid in names().items()])
+    return sorted((each.entry() for each in found if not each.gone), key=lambda entry: entry["pid"])
+
+
+@final
+@dataclass(eq=False)
+class _Question:
+    """One name, and what came of asking there."""
+
+    name: str
+    #: That of the name, then that of who listens there.
+    pid: int
+    uid: int | None = None
+    sock: socket.socket | None = None
+    said: bytearray = field(default_factory=bytearray)
+    #: Whether all was said.
+    whole: bool = False
+    state: dict[str, Any] = field(default_factory=dict[str, Any])
+    error: OSError | None = None
+    #: Whether it ended before it was asked.
+    gone: bool = False
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more is to come."""
+        return self.whole or self.error is not None
+
+    def entry(self) -> dict[str, Any]:
+        """Return what ``ps`` shows."""
+        if self.error is None:
+            return self.state
+        return {"pid": self.pid, "uid": self.uid, "error": self.error.strerror or str(self.error)}
+
+    def fail(self, number: int, words: str) -> None:
+        """End without a state."""
+        self.error = OSError(number, words)
+
+    def check(self) -> None:
+        """Look at what was said, once nothing more is waited for."""
+        try:
+            if self.whole:
+                self.state = {**_check(self.said), "pid": self.pid, "uid": self.uid}
+            elif self.error is None:
+                self.fail(ETIMEDOUT, f"did not answer within {PATIENCE:g} s")
+        except OSError as error:
+            self.error = error
+
+    def connect(self) -> bool:
+        """Connect and send the first request; False when there is no room for now.
+
+        The first connection shows whose the socket is. The second is made as that user: a service
+        in a user namespace of its own cannot tell root from a stranger, and nobody gets a
+        connection that is another's.
+        """
+        try:
+            with self._connected() as first:
+                peer, uid, _ = peer_credentials(first)
+            self.uid = uid
+            if self.pid not in _numbers_of(peer):
+                holder = f"process {peer}" if peer else "a process of another PID namespace"
+                self.fail(ESRCH, f"the name is held by {holder}, of uid {uid}")
+                return True
+            with _as_user(uid):
+                self.sock = self._connected()
+            if peer_credentials(self.sock)[:2] != (peer, uid):
+                self.fail(ESRCH, "the name changes hands")
+                return True
+            self.pid = peer
+            self._request()
+        except BlockingIOError:
+            return False
+        except (ConnectionRefusedError, BrokenPipeError, ConnectionResetError):
+            self.gone = self.uid is None
+            self.fail(ENOTCONN, "ended, or answers nobody of this user")
+        except OSError as error:
+            self.error = error
+        return True
+
+    def _connected(self) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        try:
+            sock.setblocking(False)
+            sock.connect(f"\0{self.name}")
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def _request(self) -> None:
+        assert self.sock is not None
+        message = _HEAD.pack(wire.STATUS.number, 0) + wire.NUMBER.pack(len(self.said))
+        self.sock.send(message, socket.MSG_NOSIGNAL)
+
+    def receive(self, budget: dict[int, int]) -> None:
+        """Take one piece of the answer, and ask for the next."""
+        assert self.sock is not None
+        assert self.uid is not None
+        try:
+            # Without room for descriptors, which so never become ours: to close one may take for
+            # ever.
+            data = self.sock.recv(wire.MAX_MESSAGE + 1)
+            if not data:
+                self.fail(ENOTCONN, "ended, or answers nobody of this user")
+                return
+            total, piece = _parse(data)
+            budget[self.uid] = budget.get(self.uid, _MOST_BYTES) - len(piece)
+            if budget[self.uid] < 0:
+                self.fail(EMSGSIZE, f"uid {self.uid}'s services say more than {_MOST_BYTES} bytes")
+                return
+            self.said += piece
+            if len(self.said) < total:
+                self._request()
+            else:
+                self.whole = True
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            self.fail(ENOTCONN, "ended, or answers nobody of this user")
+        except OSError as error:
+            self.error = error
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
+
+
+def _ask_all(questions: list[_Question]) -> list[_Question]:
+    """Ask side by side, within one time; checked afterwards, as that takes time of its own."""
+    _hear(questions)
+    for question in questions:
+        question.check()
+    return questions
+
+
+def _hear(questions: Iterable[_Question]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    waiting, budget = list(questions), dict[int, int]()
+    asked: dict[int, _Question] = {}
+    with select.epoll() as epoll:
+        try:
+            while (waiting or asked) and (left := deadline - time.monotonic()) > 0:
+                waiting = [each for each in waiting if not _begin(each, asked, epoll)]
+                for fd, _ in epoll.poll(min(left, _AGAIN) if waiting else left):
+                    question = asked[fd]
+                    question.receive(budget)
+                    if question.over:
+                        del asked[fd]
+                        question.close()
+        finally:
+            for question in asked.values():
+                question.close()
+
+
+def _begin(question: _Question, asked: dict[int, _Question], epoll: select.epoll) -> bool:
+    if not question.connect():
+        question.close()
+        return False
+    if not question.over and question.sock is not None:
+        epoll.register(question.sock.fileno(), select.EPOLLIN)
+        asked[question.sock.fileno()] = question
+    else:
+        question.close()
+    return True
+
+
+def _numbers_of(pid: int) -> set[int]:
+    """Return a process's pids, here and in its own PID namespace; none for one not seen here."""
+    if not pid:
+        return set()
+    try:
+        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
+            line = next((line for line in status if line.startswith("NSpid:")), "")
+    except OSError:
+        line = ""
+    return {pid, *map(int, line.split()[1:])}
 
 
 @contextmanager
 def _as_user(uid: int) -> Generator[None, None, None]:
-    """Connect as another user, which root may: a service in a user namespace cannot tell root from a stranger."""
+    """Be another user for a moment, which root may, unless its user namespace has no such user."""
     mine = os.geteuid()
     if mine == 0:
-        os.seteuid(uid)
+        with suppress(OSError):
+            os.seteuid(uid)
     try:
         yield
     finally:
         os.seteuid(mine)
+
+
+def _parse(data: bytes) -> tuple[int, bytes]:
+    """Return the bytes of a state in all, and those in one reply.
+
+    Raises:
+        OSError: the errno of the reply; EPROTO for what is none.
+    """
+    if _HEAD.size <= len(data) <= wire.MAX_MESSAGE:
+        number, _ = _HEAD.unpack_from(data)
+        if 0 < number <= _LARGEST_ERRNO:
+            words = data[_HEAD.size :].decode(errors="replace")[:200]
+            raise OSError(number, words or os.strerror(number))
+        body = data[_HEAD.size :]
+        if number == 0 and len(body) > wire.NUMBER.size:
+            (total,) = wire.NUMBER.unpack_from(body)
+            return total, body[wire.NUMBER.size :]
+    raise OSError(EPROTO, "its answer is no service's")
+
+
+def _check(text: bytearray) -> dict[str, Any]:
+    """Return the state in a service's JSON.
+
+    Raises:
+        OSError: EPROTO for anything else.
+    """
+    try:
+        found = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+    except (ValueError, RecursionError):
+        raise OSError(EPROTO, "its answer is no JSON") from None
+    if not _fits(found, _SHAPE):
+        raise OSError(EPROTO, "its answer is no service's state")
+    state: dict[str, Any] = found
+    return state
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(constant)
+
+
+def _finite(text: str) -> float:
+    found = float(text)
+    return found if abs(found) < float("inf") else _refuse(text)
+
+
+def _fits(value: Any, shape: Any) -> bool:
+    if type(shape) is dict:
+        members = cast("dict[str, Any]", shape)
+        return type(value) is dict and all(name in value and _fits(value[name], inner) for name, inner in members.items())
+    if type(shape) is list:
+        items: list[Any] = value
+        return type(value) is list and all(_fits(each, shape[0]) for each in items)
+    if shape is int:
+        # Not bool, which is an int to Python; and no number here has more than 64 bits.
+        return type(value) is int and 0 <= value < 1 << 64
+    return shape is object or type(value) is shape

@@ -41,7 +41,8 @@ TOKEN: Final = Call("TOKEN", 2)
 SPAWN: Final = Call("SPAWN", 3)
 """Body: name of a consumer, a space, its arguments. Reply: its number; descriptor 0 is the socket it serves its owner on."""
 STATUS: Final = Call("STATUS", 4)
-"""Reply: descriptor 0 is a memfd with the service's state as JSON."""
+"""Body: none, or ``NUMBER``, the bytes of the state that the caller has. Reply: ``NUMBER``, the
+bytes of the state in all, and the next of them. The state is JSON, as it was at the first piece."""
 SIGNING_KEY: Final = Call("SIGNING_KEY", 5)
 """Reply: the public key that reports are signed with, made now if there is none yet."""
 ERROR_PAGE: Final = Call("ERROR_PAGE", 6)

@@ -1,0 +1,324 @@
+"""``ps`` among strangers: names are anybody's to take, and whoever took one answers what it likes, or never."""
+
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager, suppress
+from errno import EPROTO, ESRCH, ETIMEDOUT
+from typing import Any, NoReturn
+
+import pytest
+
+from outcomes import Errno, outcome
+from processes import wait_until
+from restrictedmem.fd import send_with_fds
+from restrictedmem.service import discover, wire
+from restrictedmem.service.client import Service
+
+pytestmark = pytest.mark.requires("fuse", "root")
+
+ROGUE = 64001
+GOOD: dict[str, Any] = {
+    "pid": 1,
+    "owner_pid": 1,
+    "owner_uid": 0,
+    "way": "own mount",
+    "api": "v10",
+    "descriptors": [],
+    "consumers": [],
+    "last_error": "",
+}
+_HEAD = struct.Struct("=II")
+#: Far above what it takes, far below what one after the other would.
+SOON = discover.PATIENCE + 28
+
+
+def said(text: bytes, total: int | None = None) -> bytes:
+    """Return a reply to STATUS."""
+    return _HEAD.pack(0, 0) + wire.NUMBER.pack(len(text) if total is None else total) + text
+
+
+def state(**changes: object) -> bytes:
+    return said(json.dumps({**GOOD, **changes}).encode())
+
+
+def answers(*replies: bytes) -> Callable[[socket.socket], None]:
+    """Answer each request with the next of some replies, the last of them again and again."""
+
+    def serve(sock: socket.socket) -> None:
+        left = list(replies)
+        while sock.recv(100):
+            sock.send(left.pop(0) if len(left) > 1 else left[0])
+
+    return serve
+
+
+def with_a_pipe(sock: socket.socket) -> None:
+    sock.recv(100)
+    reader, _ = os.pipe()
+    send_with_fds(sock, _HEAD.pack(0, 0), [reader])
+    sock.recv(1)
+
+
+def silent(sock: socket.socket) -> None:
+    while sock.recv(100):
+        pass
+
+
+NO_STATE = "its answer is no service's state"
+NO_JSON = "its answer is no JSON"
+NO_ANSWER = "its answer is no service's"
+LATE = f"did not answer within {discover.PATIENCE:g} s"
+ESCAPES = "\x1b]0;owned\x07\x1b[2J\x1b[31m\r\nservice 1: uid 0, all is well\u202e\ud800"
+
+MODES: dict[str, tuple[Callable[[socket.socket], None], str]] = {
+    "no key": (answers(said(b"{}")), NO_STATE),
+    "a list": (answers(said(b"[1,2]")), NO_STATE),
+    "a key of another type": (answers(state(descriptors={})), NO_STATE),
+    "a number without an end": (answers(state(owner_uid=10**400)), NO_STATE),
+    "a negative number": (answers(state(owner_pid=-1)), NO_STATE),
+    "a bool": (answers(state(owner_pid=True)), NO_STATE),
+    "a descriptor without a size": (answers(state(descriptors=[{"ino": 1}])), NO_STATE),
+    "deep": (answers(said(b"[" * 100_000)), NO_JSON),
+    "not a number": (answers(state(other=float("nan"))), NO_JSON),
+    "infinity": (answers(said(b'{"a": 1e999}')), NO_JSON),
+    "no text": (answers(said(b"\xff\xfe")), NO_JSON),
+    "an errno": (answers(_HEAD.pack(0xFFFF_FFFF, 0)), NO_ANSWER),
+    "an error with escapes": (answers(_HEAD.pack(13, 0) + b"\x1b[2J"), r"\x1b[2J"),
+    "a head alone": (answers(_HEAD.pack(0, 0)), NO_ANSWER),
+    "half a head": (answers(b"xyz"), NO_ANSWER),
+    "too long": (answers(bytes(wire.MAX_MESSAGE + 100)), NO_ANSWER),
+    "no state": (answers(said(b"")), NO_ANSWER),
+    "a pipe": (with_a_pipe, NO_ANSWER),
+    "a hang-up": (lambda _: None, "ended, or answers nobody of this user"),
+    "silent": (silent, LATE),
+    "byte by byte": (answers(said(b" ", 1 << 60)), LATE),
+    "without an end": (answers(said(bytes(100_000), 1 << 63)), "say more than"),
+}
+
+
+@contextmanager
+def rogue(serve: Callable[[socket.socket], None], name: str = "restrictedmem/{pid}", uid: int = ROGUE) -> Generator[int, None, None]:
+    """Run a process of another user that listens on a name like a service's; yields its pid."""
+    ready, said_ready = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _be_rogue(serve, name.format(pid=os.getpid()), uid, said_ready)
+    try:
+        os.close(said_ready)
+        with open(ready, "rb") as pipe:
+            assert pipe.read() == b"."
+        yield child
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def _be_rogue(serve: Callable[[socket.socket], None], name: str, uid: int, ready: int) -> NoReturn:
+    try:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener.bind(f"\0{name}")
+        listener.listen(9)
+        os.write(ready, b".")
+        os.close(ready)
+        while True:
+            sock, _ = listener.accept()
+            with sock, suppress(OSError):
+                serve(sock)
+    finally:
+        os._exit(1)
+
+
+@pytest.fixture
+def service() -> Generator[Service, None, None]:
+    with Service.start() as service:
+        yield service
+
+
+def ps(*arguments: str) -> str:
+    """Return what the command writes to a terminal that knows UTF-8."""
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "restrictedmem", "ps", *arguments],
+        capture_output=True,
+        check=True,
+        timeout=60,
+        env={**os.environ, "PYTHONUTF8": "1"},
+    )
+    assert time.monotonic() - began < SOON
+    return done.stdout.decode()
+
+
+def real(service: Service) -> str:
+    """Return how the line of a service of this process begins."""
+    return f"service {service.info['pid']}: uid 0, owner {os.getpid()}, "
+
+
+def lines_of(pid: int, shown: str) -> list[str]:
+    return [line for line in shown.splitlines() if line.startswith(f"service {pid}:")]
+
+
+def test_every_service_and_one_line_for_each_stranger(service: Service) -> None:
+    with ExitStack() as stack:
+        # Each of its own uid: one's flood is not another's.
+        pids = {name: stack.enter_context(rogue(serve, uid=ROGUE + number)) for number, (name, (serve, _)) in enumerate(MODES.items())}
+        shown, data = ps(), json.loads(ps("--json"))
+    assert real(service) in shown
+    entries = {entry["pid"]: entry for entry in data["services"]}
+    assert entries[service.info["pid"]]["owner_pid"] == os.getpid()
+    for number, (name, pid) in enumerate(pids.items()):
+        (line,) = lines_of(pid, shown)
+        assert MODES[name][1] in line, name
+        assert line.endswith(f" (uid {ROGUE + number})"), name
+        assert entries[pid].keys() == {"pid", "uid", "error"}, name
+    assert all(line.isprintable() for line in shown.splitlines())
+
+
+def test_what_a_stranger_says_of_itself_is_shown_as_text(service: Service) -> None:
+    files = [{"ino": 1, "size": 2, "resident": (1 << 64) - 1, "notifiers": 0}] * 2
+    report = {"pid": ESCAPES, "locked_bytes": 0, "unlocked_because": ESCAPES}
+    vm: dict[str, Any] = {"name": ESCAPES, "number": 1, "files": [], "invalidations": 0, "report": report}
+    reports: list[object] = [[], None, 7, {"locked_bytes": "x"}, {"locked_bytes": -1}]
+    odd = [{**vm, "report": each} for each in reports]
+    said_so = state(last_error=ESCAPES, way=ESCAPES, consumers=[vm, *odd], descriptors=files)
+    with rogue(answers(said_so)) as pid:
+        shown = ps()
+        entry = next(each for each in json.loads(ps("--json"))["services"] if each["pid"] == pid)
+    assert real(service) in shown
+    # Whose it is says the kernel.
+    (line,) = lines_of(pid, shown)
+    assert line.startswith(f"service {pid}: uid {ROGUE} for uid 0, ")
+    assert (entry["pid"], entry["uid"]) == (pid, ROGUE)
+    assert not lines_of(1, shown)
+    assert all(each.isprintable() for each in shown.splitlines())
+
+
+def test_a_name_of_another_process(service: Service) -> None:
+    pid = service.info["pid"]
+    with ExitStack() as stack:
+        for secret in "00", "ff":
+            name = f"restrictedmem/{pid}/{secret}"
+            squatter = stack.enter_context(rogue(answers(state()), name))
+            assert name in discover.names()
+        assert discover.status_of(pid)["owner_pid"] == os.getpid()
+        shown = ps()
+    lines = lines_of(pid, shown)
+    held = f"the name is held by process {squatter}, of uid {ROGUE} (uid {ROGUE})"
+    assert lines.count(f"service {pid}: {held}") == 1
+    assert len(lines) == 3
+    assert sum(line.startswith(real(service)) for line in lines) == 1
+
+
+def test_both_forms_of_a_name() -> None:
+    with rogue(answers(state()), "restrictedmem/{pid}/0123456789abcdef") as pid:
+        assert discover.names()[f"restrictedmem/{pid}/0123456789abcdef"] == pid
+        assert discover.status_of(pid)["uid"] == ROGUE
+
+
+def test_names_with_junk_are_nobodys(service: Service) -> None:
+    junk = [
+        b"restrictedmem/",
+        b"restrictedmem/x",
+        b"restrictedmem/-1",
+        b"restrictedmem/1 ",
+        b"restrictedmem/1/",
+        b"restrictedmem/1/XYZ",
+        b"restrictedmem/1/00/00",
+        b"restrictedmem/99999999999",
+        "restrictedmem/\u0661".encode(),
+        b"restrictedmem/1\n",
+        b"x@restrictedmem/1",
+        b"x\n0: 2 0 00010000 0005 01 1 @restrictedmem/1",
+        b"\xff\xfe\x1b[2J@restrictedmem/1",
+    ]
+    with ExitStack() as stack:
+        for name in junk:
+            sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            sock.bind(b"\0" + name)
+            sock.listen()
+        stream = stack.enter_context(socket.socket(socket.AF_UNIX))
+        stream.bind("\0restrictedmem/1")
+        stream.listen()
+        shown = ps()
+    assert real(service) in shown
+    assert not lines_of(1, shown)
+
+
+def test_thousands_of_names_in_bounded_time(service: Service) -> None:
+    count = 3000
+    with ExitStack() as stack:
+        pid = os.getpid()
+        for number in range(count):
+            sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            sock.bind(f"\0restrictedmem/{pid}/{number:x}")
+            # A backlog that is full at once for a third of them; nobody ever accepts.
+            sock.listen(0 if number % 3 else 9)
+        shown = ps()
+    assert real(service) in shown
+    assert len(lines_of(pid, shown)) <= discover_shown()
+    assert re.search(r"^… \d+ more that say no state, of uid 0 ", shown, re.MULTILINE)
+
+
+def discover_shown() -> int:
+    from restrictedmem.cli import ps as command
+
+    return command._SHOWN
+
+
+def test_no_descriptor_of_a_stranger_becomes_ours() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    reader, writer = os.pipe()
+    with ours, theirs:
+        question = discover._Question("x", 1, uid=ROGUE, sock=ours)
+        send_with_fds(theirs, said(b" ", 100), [reader])
+        os.close(reader)
+        question.receive({})
+        assert not question.over
+        # The only copy was in the message.
+        with pytest.raises(BrokenPipeError):
+            os.write(writer, b"x")
+    os.close(writer)
+
+
+def test_errors_of_one() -> None:
+    for serve, number in (answers(said(b"{}")), EPROTO), (silent, ETIMEDOUT):
+        with rogue(serve) as pid:
+            assert outcome(lambda: discover.status_of(pid)) == Errno(number)
+    assert outcome(lambda: discover.status_of(pid)) == Errno(ESRCH)
+
+
+def test_a_state_longer_than_a_message(service: Service) -> None:
+    fds = [service.memfd_restricted() for _ in range(6000)]
+    before = service.status()["descriptors"]
+    assert len(before) == 6000
+    assert len(json.dumps(before)) > 2 * wire.MAX_MESSAGE
+    assert discover.status_of(service.info["pid"])["descriptors"] == before
+    for fd in fds:
+        os.close(fd)
+    wait_until(lambda: service.status()["descriptors"] == [], "the files' end")
+
+
+def test_a_state_is_that_of_its_first_piece(service: Service) -> None:
+    fds = [service.memfd_restricted() for _ in range(6000)]
+    channel = service._own_channel()
+    first, _ = channel.call(wire.STATUS)
+    (total,) = wire.NUMBER.unpack_from(first)
+    text = first[wire.NUMBER.size :]
+    for fd in fds:
+        os.close(fd)
+    while len(text) < total:
+        text += channel.call(wire.STATUS, wire.NUMBER.pack(len(text)))[0][wire.NUMBER.size :]
+    assert len(json.loads(text)["descriptors"]) == 6000
+    # It was kept to its end, and no longer.
+    assert outcome(lambda: channel.call(wire.STATUS, wire.NUMBER.pack(len(text)))) == Errno(22)
+    assert outcome(lambda: channel.call(wire.STATUS, b"x")) == Errno(EPROTO)
