@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from restrictedmem.cli.text import plain
+
 if TYPE_CHECKING:
     from restrictedmem.machine.examination import Conclusion, Examination
     from restrictedmem.machine.finding import Finding
@@ -39,7 +41,7 @@ def main(args: argparse.Namespace) -> int:
 
     examination = examine()
     if args.json:
-        json.dump(as_data(examination), sys.stdout, indent=2, ensure_ascii=False)
+        json.dump(as_data(examination), sys.stdout, indent=2)
         print()
     else:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -79,7 +81,9 @@ def _finding_lines(finding: "Finding", column: int, width: int, *, colour: bool)
     mark, style = _MARKS[finding.state.value]
     head = _INDENT + _styled(mark.ljust(_MARK_WIDTH), style, colour=colour) + finding.name.ljust(column - len(_INDENT) - _MARK_WIDTH)
     blank = " " * column
-    wrapped = textwrap.wrap(finding.detail, width - column, break_long_words=False, break_on_hyphens=False) or [""]
+    # Words of other programs, fusermount3 for one.
+    detail = plain(" ".join(finding.detail.split()))
+    wrapped = textwrap.wrap(detail, width - column, break_long_words=False, break_on_hyphens=False) or [""]
     yield head + wrapped[0]
     yield from (blank + line for line in wrapped[1:])
     for text in filter(None, (finding.consequence, finding.remedy)):

@@ -13,6 +13,7 @@ from typing import Final, NoReturn
 
 from restrictedmem import __version__
 from restrictedmem.cli.errors import CommandError
+from restrictedmem.cli.text import plain
 
 #: Modules of this package. Each is imported when it is wanted: ``exec`` is to start as fast as it can.
 _COMMANDS: Final = ("run", "exec", "doctor", "check", "ps", "serve", "trace", "verify")
@@ -62,10 +63,16 @@ def main(arguments: list[str]) -> int:
 
 
 def complain(message: str, hint: str = "") -> int:
-    """Write one error line and perhaps a hint, and return the exit status that goes with them."""
-    print(f"error: {message}", file=sys.stderr)
+    """Write one error and perhaps a hint, and return the exit status that goes with them.
+
+    Further lines of the error are indented, so that no words of another party look like ours.
+    """
+    first, *others = message.split("\n")
+    print(f"error: {plain(first)}", file=sys.stderr)
+    for line in others:
+        print(plain(line if line.startswith("  ") else f"  {line}"), file=sys.stderr)
     if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+        print(f"hint: {plain(hint)}", file=sys.stderr)
     return 1
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from restrictedmem.cli.text import plain
 from restrictedmem.units import PAGE_SHIFT, format_size
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def show(found: dict[str, Any], ended: "Ended", *, as_json: bool) -> None:
         print(json.dumps({**found, "status": ended.status, "fatal": ended.fatal and str(ended.fatal)}), file=sys.stderr)
         return
     for name, value in _rows(found):
-        print(f"{name:{_NAME_WIDTH}}{value}", file=sys.stderr)
+        # The engine says most of it, and a guest may have broken out into that.
+        print(f"{name:{_NAME_WIDTH}}{plain(value)}", file=sys.stderr)
 
 
 def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
