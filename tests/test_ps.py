@@ -8,6 +8,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,7 +18,8 @@ from typing import Any, NoReturn
 import pytest
 
 from outcomes import Errno, outcome
-from processes import wait_until
+from processes import PATIENCE, wait_until
+from restrictedmem.abi import process
 from restrictedmem.fd import send_with_fds
 from restrictedmem.service import discover, wire
 from restrictedmem.service.client import Service
@@ -35,6 +37,7 @@ GOOD: dict[str, Any] = {
     "consumers": [],
     "last_error": "",
 }
+_CLONE_NEWPID = 0x2000_0000
 _HEAD = struct.Struct("=II")
 #: Far above what it takes, far below what one after the other would.
 SOON = discover.PATIENCE + 28
@@ -105,16 +108,22 @@ MODES: dict[str, tuple[Callable[[socket.socket], None], str]] = {
 
 
 @contextmanager
-def rogue(serve: Callable[[socket.socket], None], name: str = "restrictedmem/{pid}", uid: int = ROGUE) -> Generator[int, None, None]:
+def rogue(
+    serve: Callable[[socket.socket], None],
+    name: str = "restrictedmem/{pid}",
+    uid: int = ROGUE,
+    first: Callable[[], object] = os.getpid,
+) -> Generator[int, None, None]:
     """Run a process of another user that listens on a name like a service's; yields its pid."""
     ready, said_ready = os.pipe()
     child = os.fork()
     if child == 0:
+        first()
         _be_rogue(serve, name.format(pid=os.getpid()), uid, said_ready)
     try:
         os.close(said_ready)
         with open(ready, "rb") as pipe:
-            assert pipe.read() == b"."
+            assert pipe.read(1) == b"."
         yield child
     finally:
         os.kill(child, signal.SIGKILL)
@@ -225,6 +234,53 @@ def test_both_forms_of_a_name() -> None:
         assert discover.status_of(pid)["uid"] == ROGUE
 
 
+def test_a_service_in_a_pid_namespace_of_its_own() -> None:
+    def inside() -> None:
+        process.unshare(_CLONE_NEWPID)
+        if os.fork():
+            os.wait()
+            os._exit(0)
+        process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
+        assert os.getpid() == 1
+
+    secret = f"restrictedmem/1/{os.getpid():x}"
+    with rogue(answers(state(api="inside")), secret, uid=0, first=inside) as outer:
+        (entry,) = [each for each in discover.statuses() if each.get("api") == "inside"]
+        assert entry["pid"] > outer
+        assert discover.status_of(1)["pid"] == entry["pid"]
+
+
+def test_a_service_without_room_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = threading.Event()
+    honest = discover._Question.connect
+
+    def connect(question: Any) -> bool:
+        done = honest(question)
+        if not done:
+            refused.set()
+        return done
+
+    monkeypatch.setattr(discover._Question, "connect", connect)
+    kind = socket.AF_UNIX, socket.SOCK_SEQPACKET
+    found: list[dict[str, Any]] = []
+    with socket.socket(*kind) as listener, socket.socket(*kind) as guest:
+        name = f"\0restrictedmem/{os.getpid()}/ab"
+        listener.bind(name)
+        listener.listen(0)
+        guest.connect(name)
+        asking = threading.Thread(target=lambda: found.append(discover.status_of(os.getpid())))
+        asking.start()
+        assert refused.wait(PATIENCE)
+        listener.settimeout(0.1)
+        while asking.is_alive():
+            with suppress(TimeoutError), listener.accept()[0] as sock:
+                sock.settimeout(0.1)
+                if sock.recv(100):
+                    sock.send(state())
+                    asking.join()
+    assert [each["pid"] for each in found] == [os.getpid()]
+
+
 def test_names_with_junk_are_nobodys(service: Service) -> None:
     junk = [
         b"restrictedmem/",
@@ -252,6 +308,14 @@ def test_names_with_junk_are_nobodys(service: Service) -> None:
         shown = ps()
     assert real(service) in shown
     assert not lines_of(1, shown)
+    with ExitStack() as stack:
+        before = discover.names()
+        for name in junk:
+            if b"\n" not in name:
+                sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+                sock.bind(b"\0" + name)
+                sock.listen()
+        assert "restrictedmem/1" not in discover.names().keys() - before.keys()
 
 
 def test_thousands_of_names_in_bounded_time(service: Service) -> None:
