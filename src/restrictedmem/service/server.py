@@ -45,7 +45,7 @@ class _User:
     starting: int = 0
     #: Clients that wait, start, or have a service.
     places: int = 0
-    #: Whether it was said that there is no place left.
+    #: Whether it was said, since the last start, that there is no place left.
     full: bool = False
 
 
@@ -156,7 +156,6 @@ class Server:
             with sock:
                 self._turn_away(client, user)
             return
-        self._say(f"client {pid} of uid {uid}")
         user.places += 1
         user.waiting.append(client)
         self._watch(sock, 0, partial(self._hung_up, client))
@@ -172,6 +171,9 @@ class Server:
     def _start_next(self, user: _User) -> None:
         while user.waiting and user.starting < _AT_ONCE:
             client = user.waiting.popleft()
+            # Not before: who connects and hangs up, again and again, writes no log.
+            self._say(f"client {client.pid} of uid {client.uid}")
+            user.full = False
             try:
                 self._start(client)
             except OSError as error:
@@ -253,7 +255,6 @@ class Server:
     def _leave(self, client: _Client) -> None:
         user = self._users[client.uid]
         user.places -= 1
-        user.full = False
         if not user.places:
             del self._users[client.uid]
 
