@@ -133,23 +133,25 @@ class _Question:
     def connect(self) -> bool:
         """Connect and send the first request; False when there is no room for now.
 
-        The first connection shows whose the socket is. The second is made as that user: a service
+        The connection shows whose the socket is. Root then makes another as that user: a service
         in a user namespace of its own cannot tell root from a stranger, and nobody gets a
         connection that is another's.
         """
         try:
-            with self._connected() as first:
-                peer, uid, _ = peer_credentials(first)
+            self.sock = self._connected()
+            peer, uid, _ = peer_credentials(self.sock)
             self.uid = uid
             if self.pid not in _numbers_of(peer):
                 holder = f"process {peer}" if peer else "a process of another PID namespace"
                 self.fail(ESRCH, f"the name is held by {holder}, of uid {uid}")
                 return True
-            with _as_user(uid):
-                self.sock = self._connected()
-            if peer_credentials(self.sock)[:2] != (peer, uid):
-                self.fail(ESRCH, "the name changes hands")
-                return True
+            if os.geteuid() == 0 != uid:
+                self.sock.close()
+                with _as_user(uid):
+                    self.sock = self._connected()
+                if peer_credentials(self.sock)[:2] != (peer, uid):
+                    self.fail(ESRCH, "the name changes hands")
+                    return True
             self.pid = peer
             self._request()
         except BlockingIOError:
@@ -264,15 +266,13 @@ def _numbers_of(pid: int) -> set[int]:
 
 @contextmanager
 def _as_user(uid: int) -> Generator[None, None, None]:
-    """Be another user for a moment, which root may, unless its user namespace has no such user."""
-    mine = os.geteuid()
-    if mine == 0:
-        with suppress(OSError):
-            os.seteuid(uid)
+    """Be another user than root for a moment, if the user namespace has such a user."""
+    with suppress(OSError):
+        os.seteuid(uid)
     try:
         yield
     finally:
-        os.seteuid(mine)
+        os.seteuid(0)
 
 
 def _parse(data: bytes) -> tuple[int, bytes]:
