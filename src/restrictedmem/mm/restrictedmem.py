@@ -49,6 +49,7 @@ class RestrictedFile:
         "holder",
         "inode",
         "size",
+        "taking",
     )
 
     def __init__(self, design: Design, backing: Backing, inode: Inode) -> None:
@@ -60,6 +61,8 @@ class RestrictedFile:
         self.size = 0
         #: Whose content the pages hold: a number of whoever registers notifiers, None for nobody's yet.
         self.holder: int | None = None
+        #: Held while that changes, until whoever takes the file has registered.
+        self.taking = sync.mutex()
         self._mutex = sync.mutex()
         self._notifiers_sem = sync.RwSem()
         #: Changed with the semaphore held for writing and ``_mutex`` held.

@@ -160,9 +160,13 @@ class Consumer:
             self.requests.sock.shutdown(socket.SHUT_RDWR)
         self._failed(self, reason)
 
+    def all_bindings(self) -> list[Binding]:
+        """Return the bindings there are now; for any thread."""
+        return list(self.bindings.values())
+
     def holds(self, file: RestrictedFile) -> bool:
-        """Say whether a file is bound here."""
-        return any(binding.file is file for binding in self.bindings.values())
+        """Say whether a file is bound here; for any thread."""
+        return any(binding.file is file for binding in self.all_bindings())
 
     def take_report(self, body: bytes) -> None:
         """Take note of what the consumer says of itself for ``ps``: an object in JSON.
@@ -204,10 +208,6 @@ class Consumer:
         policy, engine, measurement = self._launch
         return Report(policy, measurement, data, self._vm, engine, api, __version__, public_key)
 
-    def has_word(self, patience: Patience) -> bool:
-        """Wait for a request of the consumer or for its end, and say whether one is there."""
-        return patience.wait(self.requests.fileno(), select.POLLIN | select.POLLRDHUP)
-
     def bind(self, ino: int, file: RestrictedFile, span: PageRange, *, exclusive: bool) -> Binding:
         """Register a notifier on a file, or bind a range of it where its design has that, and hold the file for it.
 
@@ -219,16 +219,18 @@ class Consumer:
         """
         if not _LARGEST.start <= span.start <= span.end <= _LARGEST.end:
             raise OSError(EINVAL, f"{span} is no range of a file")
-        if file.holder not in (None, self.number):
-            if file.notifier_count:
-                raise OSError(EINVAL, "another consumer has the descriptor")
-            file.fallocate(PUNCH, 0, MAX_FILE_BYTES)
-        file.holder = self.number
         binding = Binding(self, self._next_binding, ino, file)
-        if file.design.binds and len(span):
-            file.bind(span.start, span.end, binding, exclusive=exclusive)
-        else:
-            file.register_notifier(binding)
+        # Two consumers that come at the same time: one of them finds the other's notifier.
+        with file.taking:
+            if file.holder not in (None, self.number):
+                if file.notifier_count:
+                    raise OSError(EINVAL, "another consumer has the descriptor")
+                file.fallocate(PUNCH, 0, MAX_FILE_BYTES)
+            file.holder = self.number
+            if file.design.binds and len(span):
+                file.bind(span.start, span.end, binding, exclusive=exclusive)
+            else:
+                file.register_notifier(binding)
         file.get()
         self.bindings[binding.number] = binding
         self._next_binding += 1

@@ -1,9 +1,9 @@
-"""The service: FUSE in the main thread, everything that is asked over sockets in a second one.
+"""The service: FUSE in the main thread, what owners ask in a second one, and a thread for what each consumer asks.
 
 It takes descriptors from nobody: with a stranger's FUSE file in its hands it could not even be killed (FUSE_FLUSH). Owners connect to it,
 and it makes the connections to consumers itself.
 
-Neither thread is ever busy: both wait in system calls. A connection that sends something malformed gets an error and nobody else
+No thread is ever busy: all wait in system calls. A connection that sends something malformed gets an error and nobody else
 notices; one that breaks off takes with it what it had, and no more.
 """
 
@@ -19,20 +19,18 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from errno import E2BIG, EACCES, EINVAL, EIO, ENOENT, EPERM, EPROTO
+from errno import E2BIG, EACCES, EAGAIN, EBUSY, EINVAL, EIO, ENOENT, EPERM, EPROTO
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, final
 
 from restrictedmem import sync
 from restrictedmem.abi import process
-from restrictedmem.fd import close_all
 from restrictedmem.fs.filesystem import FileSystem
 from restrictedmem.fs.mount import Way
 from restrictedmem.fs.mounter import mount_first
 from restrictedmem.fs.server import Server
 from restrictedmem.fs.usage import Usage
 from restrictedmem.mm.restrictedmem import RestrictedFile
-from restrictedmem.patience import Patience
 from restrictedmem.service import program, sealing, signing, wire
 from restrictedmem.service.consumer import Consumer
 from restrictedmem.service.door import Connection, Door
@@ -49,8 +47,9 @@ log = logging.getLogger(__name__)
 
 #: Descriptors that the service keeps free for sockets and sequence pages.
 _SPARE_FDS: Final = 256
-#: Seconds that a consumer's process may take to end after its owner has let go of it.
+#: Seconds that a consumer's process may take to end after its owner has let go of it, and how they are waited.
 _LINGER: Final = 0.2
+_LINGER_SLICES: Final = 4
 #: What consumers that are VMs may ask for alone.
 _OF_VMS: Final = (wire.LAUNCHED.number, wire.SIGN.number)
 #: Pages of the largest folio there is, 1 GiB.
@@ -213,7 +212,7 @@ class Service:
     def _serve(self, channel: Channel, dispatch: Callable[[Message], None], end: Callable[[], None]) -> None:
         """Serve the next request of a connection: ``dispatch`` answers it; ``end`` is called when there will be no other."""
         try:
-            # Never waits: whoever sent us our end may have kept a copy of it and take the request away from us.
+            # Never waits: another request of the same round of the selector may have ended it.
             message = channel.receive(socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
@@ -224,6 +223,9 @@ class Service:
             self._selector.unregister(channel)
             end()
             return
+        self._answer(channel, dispatch, message)
+
+    def _answer(self, channel: Channel, dispatch: Callable[[Message], None], message: Message) -> None:
         try:
             dispatch(message)
         except OSError as error:
@@ -233,8 +235,6 @@ class Service:
             log.exception("call %d", message.number)
             self._last_error = f"call {message.number}: {error!r}"
             channel.reply_error(OSError(EIO, os.strerror(EIO)))
-        finally:
-            close_all(message.fds)
 
     # Connections.
 
@@ -276,10 +276,37 @@ class Service:
             case wire.SIGNING_KEY.number:
                 connection.channel.reply(self._signer.make_key())
             case wire.ERROR_PAGE.number:
-                self._error_page(message)
-                connection.channel.reply()
+                self._aside(connection, partial(self._error_page, message))
             case _:
                 raise OSError(EPROTO, f"no such call: {message.number}")
+
+    def _aside(self, connection: Connection, act: Callable[[], None]) -> None:
+        """Do what may wait for consumers in a thread of its own, one for a connection, and answer it then.
+
+        Raises:
+            OSError: EBUSY while there is one; EAGAIN when there can be none.
+        """
+        if connection.busy:
+            raise OSError(EBUSY, "the call before it is under way")
+        connection.busy = True
+
+        def answer() -> None:
+            failure: OSError | None = None
+            try:
+                act()
+            except OSError as error:
+                failure = error
+            connection.busy = False
+            if failure is None:
+                connection.channel.reply()
+            else:
+                connection.channel.reply_error(failure)
+
+        try:
+            threading.Thread(target=answer, name="aside", daemon=True).start()
+        except RuntimeError:
+            connection.busy = False
+            raise OSError(EAGAIN, "no thread to be had") from None
 
     # Consumers.
 
@@ -302,7 +329,8 @@ class Service:
             theirs.close()
             raise
         self._next_consumer += 1
-        self._consumers[consumer.number] = consumer
+        with self._idle:
+            self._consumers[consumer.number] = consumer
         self._spawns.append(_Spawn(connection, consumer, body, ours, theirs))
         if len(self._spawns) == 1:
             self._ask_spawner()
@@ -336,8 +364,12 @@ class Service:
         """Answer whoever asked for a consumer, if that has not gone meanwhile."""
         channel, consumer = spawn.connection.channel, spawn.consumer
         if failure is None:
-            self._watch(consumer.requests, lambda: self._serve_consumer(consumer))
-        else:
+            try:
+                threading.Thread(target=self._serve_consumer, args=(consumer,), name=str(consumer), daemon=True).start()
+            except RuntimeError:
+                # The consumer ends with its connections.
+                failure = OSError(EAGAIN, "no thread to be had")
+        if failure is not None:
             self._end_consumer(consumer)
         with spawn.owners:
             if channel.fileno() >= 0 and failure is None:
@@ -346,10 +378,15 @@ class Service:
                 channel.reply_error(failure)
 
     def _serve_consumer(self, consumer: Consumer) -> None:
-        # Another request of the same round of the selector may have ended it.
-        if consumer.number in self._consumers:
-            dispatch = partial(self._dispatch_consumer, consumer)
-            self._serve(consumer.requests, dispatch, lambda: self._end_consumer(consumer))
+        """Serve a consumer until it ends; in a thread of its own, for what it asks may wait for other consumers, or free gigabytes."""
+        dispatch = partial(self._dispatch_consumer, consumer)
+        try:
+            while message := consumer.requests.receive():
+                self._answer(consumer.requests, dispatch, message)
+        except OSError as error:
+            consumer.requests.reply_error(error)
+        finally:
+            self._end_consumer(consumer)
 
     def _dispatch_consumer(self, consumer: Consumer, message: Message) -> None:
         if message.number == wire.BIND.number:
@@ -393,13 +430,16 @@ class Service:
             file.put()
 
     def _let_end(self, consumer: Consumer, file: RestrictedFile) -> None:
-        """Serve other consumers of a file that are about to end: their owner let go of them a moment ago."""
-        for other in list(self._consumers.values()):
-            patience = Patience(_LINGER)
-            while other is not consumer and other.number in self._consumers and other.holds(file):
-                if not other.has_word(patience):
-                    break
-                self._serve_consumer(other)
+        """Wait for other consumers of a file that are about to end: their owner let go of them a moment ago."""
+
+        def alone() -> bool:
+            return not any(other.holds(file) for other in self._consumers.values() if other is not consumer)
+
+        with self._idle:
+            # Slices, as time in which this process did not run does not count.
+            for _ in range(_LINGER_SLICES):
+                if self._idle.wait_for(alone, _LINGER / _LINGER_SLICES):
+                    return
 
     def _error_page(self, message: Message) -> None:
         token, start, end = _unpack(message, wire.ERROR_REQUEST)
@@ -412,11 +452,16 @@ class Service:
             file.put()
 
     def _consumer_failed(self, consumer: Consumer, reason: str) -> None:
-        # Called by a FUSE thread in the middle of an invalidation, which holds the file's semaphore: the rest is the control thread's.
+        # Called by a FUSE thread in the middle of an invalidation, which holds the file's semaphore. The rest
+        # is left to the thread that serves the consumer.
         self._last_error = reason
         # It has lost its connections. One that cannot be killed is no reason to fail the invalidation.
         with suppress(OSError):
             self._spawner.post(wire.KILL, wire.NUMBER.pack(consumer.number))
+
+    def _all_consumers(self) -> list[Consumer]:
+        with self._idle:
+            return list(self._consumers.values())
 
     def _end_consumer(self, consumer: Consumer) -> None:
         consumer.close()
@@ -455,12 +500,12 @@ class Service:
             {
                 "name": consumer.name,
                 "number": consumer.number,
-                "files": sorted(binding.ino for binding in consumer.bindings.values()),
+                "files": sorted(binding.ino for binding in consumer.all_bindings()),
                 "invalidations": consumer.invalidations,
                 "in_progress": consumer.in_progress,
                 "report": consumer.report,
             }
-            for consumer in self._consumers.values()
+            for consumer in self._all_consumers()
         ]
         return {
             "pid": os.getpid(),

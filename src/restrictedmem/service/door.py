@@ -36,6 +36,8 @@ class Connection:
     owner: bool = False
     #: Tokens that were given out on it, oldest first.
     tokens: list[bytes] = field(default_factory=list[bytes])
+    #: Whether a call of it is under way in a thread of its own.
+    busy: bool = False
     #: The state it is being told in pieces, as it was at the first.
     status: bytes = b""
 

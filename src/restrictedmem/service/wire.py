@@ -10,7 +10,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntFlag
-from errno import EAGAIN, ECONNRESET, EIO, ENOTCONN, EPIPE, EPROTO
+from errno import EAGAIN, EBADF, ECONNRESET, EIO, ENOTCONN, EPIPE, EPROTO
 from typing import Final, Self, final
 
 from restrictedmem import sync
@@ -262,7 +262,7 @@ class Channel:
         except OSError as error:
             if error.errno == EAGAIN:
                 self.sock.shutdown(socket.SHUT_RDWR)
-            elif error.errno not in _GONE:
+            elif error.errno not in (*_GONE, EBADF):
                 raise
 
     def close(self) -> None:
