@@ -4,7 +4,7 @@ import os
 import resource
 from collections.abc import Callable, Generator
 from contextlib import closing, contextmanager
-from errno import E2BIG, EAGAIN, EINVAL, EMFILE
+from errno import E2BIG, EAGAIN, EBUSY, EINVAL, EMFILE
 
 import pytest
 
@@ -90,6 +90,15 @@ def test_many_at_once() -> None:
             assert connection.sock.recv(8) == bytes(8)
             connection.close()
         wait_until(lambda: len(family(service)) == 3, "the end of all engines but one")
+        goes_on(service, vm)
+
+
+def test_a_connection_asks_for_one_at_a_time() -> None:
+    with Service.start() as service, Vm(service) as vm, closing(service._connect()) as connection:
+        for _ in range(100):
+            connection.post(wire.SPAWN, b'kvm {"engine": "software"}')
+        numbers = [int.from_bytes(connection.sock.recv(4), "little") for _ in range(100)]
+        assert set(numbers) == {0, EBUSY}
         goes_on(service, vm)
 
 

@@ -314,8 +314,11 @@ class Service:
         """Have a consumer forked; the reply comes once it was, or could not be.
 
         Raises:
-            OSError: EINVAL for one that is not known; E2BIG for arguments that are too long; EMFILE.
+            OSError: EINVAL for one that is not known; E2BIG for arguments that are too long; EMFILE; EBUSY while the call before it is
+                under way.
         """
+        if connection.busy:
+            raise OSError(EBUSY, "the call before it is under way")
         name = body.partition(b" ")[0].decode(errors="replace")
         if name not in self._programs:
             raise OSError(EINVAL, f"no such consumer: {name}")
@@ -331,6 +334,7 @@ class Service:
         self._next_consumer += 1
         with self._idle:
             self._consumers[consumer.number] = consumer
+        connection.busy = True
         self._spawns.append(_Spawn(connection, consumer, body, ours, theirs))
         if len(self._spawns) == 1:
             self._ask_spawner()
@@ -363,6 +367,7 @@ class Service:
     def _spawned(self, spawn: _Spawn, failure: OSError | None) -> None:
         """Answer whoever asked for a consumer, if that has not gone meanwhile."""
         channel, consumer = spawn.connection.channel, spawn.consumer
+        spawn.connection.busy = False
         if failure is None:
             try:
                 threading.Thread(target=self._serve_consumer, args=(consumer,), name=str(consumer), daemon=True).start()

@@ -36,7 +36,7 @@ class Connection:
     owner: bool = False
     #: Tokens that were given out on it, oldest first.
     tokens: list[bytes] = field(default_factory=list[bytes])
-    #: Whether a call of it is under way in a thread of its own.
+    #: Whether a call of it is under way elsewhere: with the spawner, or in a thread.
     busy: bool = False
     #: The state it is being told in pieces, as it was at the first.
     status: bytes = b""
