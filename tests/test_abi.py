@@ -29,7 +29,7 @@ from restrictedmem.abi._struct import c_struct, codec, u16, u32, u64
 from restrictedmem.fd import OwnedFd
 from restrictedmem.units import PAGE_SIZE
 
-_LINUX = "audit capability falloc filter fs errno fuse io_uring kvm kvm_para memfd mman mount prctl sched seccomp userfaultfd"
+_LINUX = "audit capability falloc fcntl filter fs errno fuse io_uring kvm kvm_para memfd mman mount prctl sched seccomp userfaultfd"
 HEADERS = [*(f"linux/{name}.h" for name in _LINUX.split()), "asm/unistd.h"]
 
 #: What each enumeration's members are called in C.
@@ -51,7 +51,7 @@ C_NAMES = {
     "MIN_READ_BUFFER": "FUSE_MIN_READ_BUFFER",
     "AUDIT_ARCH": f"AUDIT_ARCH_{os.uname().machine.upper()}",
     "X32_BIT": "__X32_SYSCALL_BIT",
-    "_notif_id": "struct { __u64 id; }",
+    "_word": "struct { __u64 value; }",
     "PUNCH": "(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)",
     "KVM_SET_USER_MEMORY_REGION_REQUEST": "KVM_SET_USER_MEMORY_REGION",
     "cap_data": "struct { struct __user_cap_data_struct low, high; }",
@@ -101,6 +101,8 @@ RECORDED = {
     "SYS_cachestat": (451, "6.5"),
     "SYS_memfd_restricted": (451, "none: v9 3/8, v10 1/9"),
     "MFD_NOEXEC_SEAL": (8, "6.3"),
+    "SECCOMP_IOCTL_NOTIF_SET_FLAGS": (0x4008_2104, "6.6"),
+    "SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP": (1, "6.6"),
     "IORING_MAX_REG_BUFFERS": (16384, "5.13, io_uring/rsrc.c"),
     "fuse_open_out.backing_id": (12, "6.9"),
     "fuse_init_out.max_stack_depth": (36, "6.9"),

@@ -10,14 +10,15 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from errno import EBUSY, ENOTSUP
-from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from restrictedmem.abi import process, seccomp
 from restrictedmem.abi.memory import SYS_memfd_restricted, memfd_restricted
 from restrictedmem.fd import receive_with_fds, send_with_fds
 from restrictedmem.service import SERVER_VARIABLE
+from restrictedmem.syscall.child import close_others
 from restrictedmem.syscall.filter import TABLES, program
+from restrictedmem.syscall.porter import Porter
 from restrictedmem.syscall.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -124,8 +125,9 @@ def _supervise(channel: socket.socket, door: socket.socket, machine: str, call: 
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
-    for below, above in pairwise((2, *sorted((channel.fileno(), door.fileno())), os.sysconf("SC_OPEN_MAX"))):
-        os.closerange(below + 1, above)
+    close_others((channel.fileno(), door.fileno()))
+    # Or a child would not be there to wait for.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     server = os.environ.get(SERVER_VARIABLE)
     os.chdir("/")
     with channel:
@@ -141,4 +143,4 @@ def _supervise(channel: socket.socket, door: socket.socket, machine: str, call: 
         options = Options(api=call.api, memory_max=call.memory_max, usage=usage)
         return Service.connect(server) if server else Service.start(options)
 
-    Supervisor(fds[0], door, TABLES[machine], call.number, start, cachestat=call.cachestat).run()
+    Supervisor(fds[0], Porter(fds[0], door, start), TABLES[machine], call.number, cachestat=call.cachestat).run()

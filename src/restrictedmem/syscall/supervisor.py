@@ -1,5 +1,7 @@
 """Answers the calls that a filter stops, of all processes under it, until the last of them has ended.
 
+It waits for nobody while it does. What may have to is another's work: the porter has the service, and scouts look into programs.
+
 What is read of a process, from its memory or from /proc, may be another's or changed by the time it is used. So nothing that is granted
 rests on it: a descriptor is given for the flags in the notification alone; the kernel judges once more whatever is let through to it; and
 before a byte is written, the process is known to be still the one that waits. If that is gone, and another of its number was looked at,
@@ -8,90 +10,113 @@ the kernel refuses the answer, for nobody waits for it.
 
 import os
 import select
-import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Generator
 from contextlib import suppress
-from errno import EACCES, EFAULT, EINTR, EINVAL, EIO, ENODEV, ENOENT, EPERM
-from typing import TYPE_CHECKING, Final, final
+from dataclasses import dataclass
+from errno import EINTR, EINVAL, EIO, ENODEV, ENOENT
+from typing import Final, final
 
 from restrictedmem.abi.memory import RMFD_HUGEPAGE
 from restrictedmem.abi.seccomp import (
-    SECCOMP_ADDFD_FLAG_SEND,
-    SECCOMP_IOCTL_NOTIF_ADDFD,
     SECCOMP_IOCTL_NOTIF_RECV,
-    SECCOMP_IOCTL_NOTIF_SEND,
     SECCOMP_USER_NOTIF_FLAG_CONTINUE,
     check_waiting,
-    seccomp_data,
+    respond,
     seccomp_notif,
-    seccomp_notif_addfd,
-    seccomp_notif_resp,
+    wake_up_synchronously,
 )
-from restrictedmem.fd import OwnedFd, peer_credentials
+from restrictedmem.fd import OwnedFd
 from restrictedmem.syscall.filter import Table
-
-if TYPE_CHECKING:
-    from restrictedmem.service.client import Service
+from restrictedmem.syscall.porter import Porter
+from restrictedmem.syscall.scout import Question, Scout
 
 #: ``RESTRICTEDMEM_MAGIC`` of v9 and v10: "RESM".
 RESTRICTEDMEM_MAGIC: Final = 0x5245_534D
 
+#: Calls that are looked into at the same time; for a further one, the oldest is given up.
+_SCOUTS: Final = 64
+#: Scouts kept for the next call.
+_IDLE: Final = 4
+#: Milliseconds to wait for a busy scout before there is another: an answer takes a hundredth of that, a new one half of it.
+_PATIENCE: Final = 2
+#: Milliseconds after which, with nothing else to do, the calls under way are checked for callers that were killed.
+_SWEEP: Final = 1000
+
 _U32: Final = 0xFFFF_FFFF
-_RANGE_BYTES: Final = 16
-_CACHESTAT_BYTES: Final = 40
 # struct statfs of 64-bit machines; of i386, and its statfs64, which is packed there.
 _STATFS: Final = struct.Struct("=7q2i7q")
 _STATFS_I386: Final = struct.Struct("=2i5I2i7i")
 _STATFS64_I386: Final = struct.Struct("=2I5Q2i7I")
+
+#: What a call comes to, step by step: questions to its scout, whose answers it is sent, until it returns (0) or raises.
+_Steps = Generator[Question, bool, None]
 
 
 class _Continue(Exception):  # noqa: N818 not an error
     """The kernel is to do the call as if nobody had looked."""
 
 
+@dataclass(slots=True)
+class _Call:
+    """A call that a scout looks into."""
+
+    notification: seccomp_notif
+    steps: _Steps
+    scout: Scout
+
+
 @final
 class Supervisor:
-    """One filter's listener, and the service whose descriptors it hands out."""
+    """One filter's listener, and who works for it."""
 
-    def __init__(
-        self,
-        listener: OwnedFd,
-        door: socket.socket,
-        tables: tuple[Table, ...],
-        number: int,
-        start: Callable[[], "Service"],
-        *,
-        cachestat: bool,
-    ) -> None:
-        """Answer for ``listener``, and let processes of this user into the service at ``door``; ``start`` makes it at the first call.
+    def __init__(self, listener: OwnedFd, porter: Porter, tables: tuple[Table, ...], number: int, *, cachestat: bool) -> None:
+        """Answer for ``listener``, with descriptors that ``porter`` makes.
 
         ``cachestat``: a call of the number that cannot be memfd_restricted's may be cachestat's.
         """
         self._listener = listener
-        self._door = door
+        self._porter = porter
         self._tables = {table.arch: table for table in tables}
         self._number = number
-        self._start = start
         self._cachestat = cachestat
-        self._service: Service | None = None
+        self._poll = select.poll()
+        #: Scouts alone, even while they are idle, for to take one out and in again costs more.
+        self._scouts = select.poll()
+        #: By the number of their scout's socket, the oldest first.
+        self._calls: dict[int, _Call] = {}
+        self._idle: list[Scout] = []
+        #: Processes that were killed, and are to be reaped.
+        self._killed: set[int] = set()
 
     def run(self) -> None:
-        """Answer until no process is left under the filter."""
-        poll = select.poll()
-        poll.register(self._listener.fileno(), select.POLLIN)
-        poll.register(self._door.fileno(), select.POLLIN)
-        while True:
-            for fd, events in poll.poll():
-                if fd == self._door.fileno():
-                    self._let_in()
-                elif events & (select.POLLHUP | select.POLLERR):
-                    return
-                else:
-                    self._serve()
+        """Answer until no process is left under the filter, or the porter is gone, without which there are no descriptors."""
+        wake_up_synchronously(self._listener)
+        self._poll.register(self._listener.fileno(), select.POLLIN)
+        # It says nothing; but that it is gone is always reported.
+        self._poll.register(self._porter.fileno(), 0)
+        while self._turn():
+            pass
 
-    def _serve(self) -> None:
-        notification = seccomp_notif(data=seccomp_data())
+    def _turn(self) -> bool:
+        """Wait, and do what there is to do; false when no process is left, or the porter is gone."""
+        waits = self._calls or self._killed
+        found = self._poll.poll(_SWEEP if waits else None)
+        if waits and not found:
+            self._sweep()
+        for fd, events in found:
+            if fd == self._listener.fileno():
+                if events & (select.POLLHUP | select.POLLERR):
+                    return False
+                self._hear()
+            elif fd == self._porter.fileno():
+                return False
+            else:
+                self._go_on(fd)
+        return True
+
+    def _hear(self) -> None:
+        notification = seccomp_notif()
         try:
             SECCOMP_IOCTL_NOTIF_RECV(self._listener, notification)
         except OSError as error:
@@ -99,59 +124,126 @@ class Supervisor:
             if error.errno in (ENOENT, EINTR):
                 return
             raise
-        # It may be gone at any time.
-        with suppress(FileNotFoundError):
-            self._answer(notification)
-
-    def _let_in(self) -> None:
-        """Make who knocks an owner of the service; one that nothing can be done for finds the connection closed."""
-        with suppress(OSError), self._door.accept()[0] as sock:
-            if peer_credentials(sock)[1] == os.geteuid():
-                self._started().share(sock)
-
-    def _started(self) -> "Service":
-        if self._service is None:
-            self._service = self._start()
-        return self._service
-
-    def _answer(self, notification: seccomp_notif) -> None:
-        response = seccomp_notif_resp(id=notification.id)
-        try:
-            if self._handle(notification):
-                return
-        except _Continue:
-            response.flags = SECCOMP_USER_NOTIF_FLAG_CONTINUE
-        except OSError as error:
-            response.error = -(error.errno or EIO)
-        SECCOMP_IOCTL_NOTIF_SEND(self._listener, response)
-
-    def _handle(self, notification: seccomp_notif) -> bool:
-        """Do a call; returns whether it has been answered, else it returns 0."""
         data, table = notification.data, self._tables[notification.data.arch]
         if data.nr == self._number:
             flags = data.arg0 & _U32
             if flags & ~RMFD_HUGEPAGE:
-                self._pass_cachestat(notification)
-            self._give(notification, flags)
-            return True
-        if data.nr == table.mmap:
-            if self._is_ours(notification, data.arg4):
-                raise OSError(ENODEV, "mmap: restricted memory cannot be mapped")
-            raise _Continue
-        if not self._is_ours(notification, data.arg0):
-            raise _Continue
-        self._tell_file_system(notification, table)
-        return False
+                self._begin(notification, self._pass_cachestat(notification))
+            else:
+                self._ask_porter(notification.id, flags)
+        elif not self._porter.device:
+            # Nobody has a descriptor yet.
+            respond(self._listener, notification.id, flags=SECCOMP_USER_NOTIF_FLAG_CONTINUE)
+        elif data.nr == table.mmap:
+            self._begin(notification, self._refuse_mmap(notification))
+        else:
+            self._begin(notification, self._tell_file_system(notification, table))
 
-    # memfd_restricted, and cachestat.
+    def _ask_porter(self, call: int, flags: int) -> None:
+        try:
+            self._porter.ask(call, flags)
+        except OSError as error:
+            respond(self._listener, call, error.errno or EIO)
 
-    def _give(self, notification: seccomp_notif, flags: int) -> None:
-        """Create a descriptor and put it into the caller, as the call's result: lowest free number, not close-on-exec."""
-        with OwnedFd(self._started().memfd_restricted(flags)) as fd:
-            answer = seccomp_notif_addfd(id=notification.id, flags=SECCOMP_ADDFD_FLAG_SEND, srcfd=fd.fileno())
-            SECCOMP_IOCTL_NOTIF_ADDFD(self._listener, answer)
+    # Calls that are looked into.
 
-    def _pass_cachestat(self, notification: seccomp_notif) -> None:
+    def _begin(self, notification: seccomp_notif, steps: _Steps) -> None:
+        question = self._step(notification, steps, None)
+        if question is None:
+            return
+        if len(self._calls) == _SCOUTS:
+            self._give_up(next(iter(self._calls.values())))
+        try:
+            scout = self._sent_out(question)
+        except OSError as error:
+            self._step(notification, steps, error)
+        else:
+            self._calls[scout.fileno()] = _Call(notification, steps, scout)
+
+    def _sent_out(self, question: Question) -> Scout:
+        if self._calls and not self._idle:
+            for fd, _ in self._scouts.poll(_PATIENCE):
+                self._go_on(fd)
+        while self._idle:
+            scout = self._idle.pop()
+            try:
+                scout.ask(question)
+            except BrokenPipeError:
+                self._kill(scout)
+            else:
+                return scout
+        # All of them are busy: for callers that are still there?
+        self._sweep()
+        scout = Scout()
+        for poll in (self._poll, self._scouts):
+            poll.register(scout.fileno(), select.POLLIN)
+        scout.ask(question)
+        return scout
+
+    def _go_on(self, fd: int) -> None:
+        call = self._calls.get(fd)
+        if call is None:
+            # An idle one has ended, or one that was killed a moment ago had an answer.
+            for scout in [scout for scout in self._idle if scout.fileno() == fd]:
+                self._idle.remove(scout)
+                self._kill(scout)
+            return
+        try:
+            answer: bool | OSError = call.scout.answer()
+        except BlockingIOError:
+            # It was another's, of the same number, who has ended since.
+            return
+        except OSError as error:
+            answer = error
+        question = self._step(call.notification, call.steps, answer)
+        if question is not None:
+            # One that has ended is heard of next.
+            with suppress(BrokenPipeError):
+                call.scout.ask(question)
+            return
+        del self._calls[fd]
+        if len(self._idle) < _IDLE:
+            self._idle.append(call.scout)
+        else:
+            self._kill(call.scout)
+
+    def _step(self, notification: seccomp_notif, steps: _Steps, answer: bool | OSError | None) -> Question | None:
+        """Take a call's next step, with the answer to its last question or what that failed with; None when the call was answered."""
+        try:
+            if isinstance(answer, OSError):
+                return steps.throw(answer)
+            return next(steps) if answer is None else steps.send(answer)
+        except StopIteration:
+            respond(self._listener, notification.id)
+        except _Continue:
+            respond(self._listener, notification.id, flags=SECCOMP_USER_NOTIF_FLAG_CONTINUE)
+        except OSError as error:
+            respond(self._listener, notification.id, error.errno or EIO)
+        return None
+
+    def _give_up(self, call: _Call) -> None:
+        """Answer a call without knowing more."""
+        del self._calls[call.scout.fileno()]
+        self._kill(call.scout)
+        question = self._step(call.notification, call.steps, OSError(EIO, "given up"))
+        assert question is None
+
+    def _kill(self, scout: Scout) -> None:
+        for poll in (self._poll, self._scouts):
+            poll.unregister(scout.fileno())
+        scout.kill()
+        self._killed.add(scout.pid)
+
+    def _sweep(self) -> None:
+        """Let go of scouts whose callers were killed, and of what is left of those that were killed themselves."""
+        for call in list(self._calls.values()):
+            try:
+                check_waiting(self._listener, call.notification)
+            except FileNotFoundError:
+                self._give_up(call)
+        self._killed = {pid for pid in self._killed if not os.waitpid(pid, os.WNOHANG)[0]}
+
+    def _pass_cachestat(self, notification: seccomp_notif) -> _Steps:
         """Let a call through that can only be cachestat: the kernel writes to memory that the caller named, and to no other.
 
         Raises:
@@ -160,31 +252,36 @@ class Supervisor:
         """
         data = notification.data
         if self._cachestat and not data.arg3 & _U32 and (data.arg1 | data.arg2) & 7 == 0:
-            opened = os.path.lexists(f"/proc/{notification.pid}/fd/{data.arg0 & _U32}")
-            if opened and _is_mapped(notification.pid, (data.arg1, _RANGE_BYTES), (data.arg2, _CACHESTAT_BYTES)):
-                raise _Continue
+            with suppress(OSError):
+                if (yield "may_be_cachestat", (notification.pid, data.arg0 & _U32, data.arg1, data.arg2)):
+                    raise _Continue
         raise OSError(EINVAL, "memfd_restricted: unknown flags")
 
-    # What FUSE cannot say.
+    # What FUSE cannot say, of the descriptors of this supervisor's service; of others, and where nobody may look, the kernel says it.
 
-    def _is_ours(self, notification: seccomp_notif, fd: int) -> bool:
-        """Say whether a descriptor of the caller's is one that this supervisor's service has made."""
-        if self._service is None:
-            return False
+    def _refuse_mmap(self, notification: seccomp_notif) -> _Steps:
         try:
-            return os.stat(f"/proc/{notification.pid}/fd/{fd & _U32}").st_dev == self._service.device
+            ours = yield "is_restricted", (notification.pid, notification.data.arg4 & _U32, self._porter.device)
         except OSError:
-            # None, or of a process that nobody may look into.
-            return False
+            ours = False
+        if ours:
+            raise OSError(ENODEV, "mmap: restricted memory cannot be mapped")
+        raise _Continue
 
-    def _tell_file_system(self, notification: seccomp_notif, table: Table) -> None:
+    def _tell_file_system(self, notification: seccomp_notif, table: Table) -> _Steps:
         """Answer fstatfs as the proposal's file system would (simple_statfs).
 
         Raises:
-            _Continue: nobody may write to the caller (Yama): it gets what FUSE says.
-            OSError: EFAULT; EINVAL for another size of the struct.
+            _Continue: it is another file, or nobody can write to the caller (Yama, say): it gets what its file system says.
+            OSError: EINVAL for another size of the struct.
         """
         data = notification.data
+        try:
+            ours = yield "open_memory", (notification.pid, data.arg0 & _U32, self._porter.device)
+        except OSError:
+            raise _Continue from None
+        if not ours:
+            raise _Continue
         head, tail = (RESTRICTEDMEM_MAGIC, 4096, 0, 0, 0, 0, 0, 0, 0), (255, 4096, 0, 0, 0, 0, 0)
         if data.nr == table.fstatfs64:
             if data.arg1 & _U32 != _STATFS64_I386.size:
@@ -194,35 +291,12 @@ class Supervisor:
             address, content = data.arg1 & _U32, _STATFS_I386.pack(*head, *tail)
         else:
             address, content = data.arg1, _STATFS.pack(*head, *tail)
+        # What was opened is the caller's if the caller still waits.
+        check_waiting(self._listener, notification)
         try:
-            memory = os.open(f"/proc/{notification.pid}/mem", os.O_WRONLY | os.O_CLOEXEC)
-        except OSError as error:
-            if error.errno in (EACCES, EPERM):
-                raise _Continue from None
-            raise
-        with OwnedFd(memory):
-            # What was opened is the caller's if the caller still waits.
-            check_waiting(self._listener, notification)
-            try:
-                written = os.pwrite(memory, content, address)
-            except (OSError, OverflowError):
-                written = 0
-            if written < len(content):
-                raise OSError(EFAULT, "fstatfs: not all of the struct is mapped")
-
-
-def _is_mapped(pid: int, *wanted: tuple[int, int]) -> bool:
-    """Say whether ranges of a process's addresses, as start and bytes, are mapped whole."""
-    try:
-        with open(f"/proc/{pid}/maps", encoding="ascii", errors="replace") as maps:
-            spans = [tuple(int(edge, 16) for edge in line.split(" ", 1)[0].split("-")) for line in maps]
-    except OSError:
-        return False
-    for start, size in wanted:
-        at = start
-        for first, last in spans:
-            if first <= at < last:
-                at = last
-        if at < start + size:
-            return False
-    return True
+            written = yield "write", (address, content)
+        except OSError:
+            written = False
+        if not written:
+            # The kernel says EFAULT, or waits as long as there is somebody to bring the page (userfaultfd), and then says what FUSE does.
+            raise _Continue

@@ -1,0 +1,111 @@
+"""Has the service behind a supervisor: starts it at first need, makes descriptors, and lets in who knocks at the door.
+
+It is a process of its own, for all of that waits for others: for a service that starts or was stopped, for a server that does not answer,
+for a queue that is full. The supervisor meanwhile answers calls that need no service.
+"""
+
+import mmap
+import os
+import select
+import socket
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from errno import EIO
+from typing import TYPE_CHECKING, Final, final
+
+from restrictedmem.abi.seccomp import SECCOMP_ADDFD_FLAG_SEND, SECCOMP_IOCTL_NOTIF_ADDFD, respond, seccomp_notif_addfd
+from restrictedmem.fd import OwnedFd, peer_credentials
+from restrictedmem.syscall.child import fork
+
+if TYPE_CHECKING:
+    from restrictedmem.service.client import Service
+
+#: A notification's id, and the flags of the call.
+_REQUEST: Final = struct.Struct("=QI")
+
+
+@final
+class Porter:
+    """The supervisor's hold on it."""
+
+    def __init__(self, listener: OwnedFd, door: socket.socket, start: Callable[[], "Service"]) -> None:
+        """Fork it; it answers calls at ``listener``, lets processes of this user in at ``door``, and ``start`` makes the service.
+
+        Raises:
+            OSError: EAGAIN, ENOMEM: no process is to be had.
+        """
+        self._device = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")
+        theirs, ours = os.pipe()
+        self._pipe: Final = OwnedFd(ours)
+        with OwnedFd(theirs) as requests:
+            os.set_blocking(ours, False)
+            work = _Work(requests, listener, door, start, self._device)
+            fork("rmem-porter", [fd.fileno() for fd in (requests, listener, door)], work.run)
+
+    @property
+    def device(self) -> int:
+        """Device number of the service's descriptors; 0 as long as there are none, and nobody who could make one."""
+        return self._device[0]
+
+    def fileno(self) -> int:
+        """Return what has an error (POLLERR) when the porter has ended."""
+        return self._pipe.fileno()
+
+    def ask(self, call: int, flags: int) -> None:
+        """Have a call answered with a descriptor; does not wait.
+
+        Raises:
+            OSError: EAGAIN when some four thousand calls wait; EPIPE when the porter has ended.
+        """
+        os.write(self._pipe.fileno(), _REQUEST.pack(call, flags))
+
+
+@final
+class _Work:
+    def __init__(
+        self, requests: OwnedFd, listener: OwnedFd, door: socket.socket, start: Callable[[], "Service"], device: "memoryview[int]"
+    ) -> None:
+        self._requests = requests
+        self._listener = listener
+        self._door = door
+        self._start = start
+        self._device = device
+        self._service: Service | None = None
+
+    def run(self) -> None:
+        """Serve one request and one who knocks, in turn, until the supervisor is gone."""
+        poll = select.poll()
+        poll.register(self._requests.fileno(), select.POLLIN)
+        poll.register(self._door.fileno(), select.POLLIN)
+        while True:
+            for fd, _ in poll.poll():
+                if fd == self._door.fileno():
+                    self._let_in()
+                elif request := os.read(fd, _REQUEST.size):
+                    self._give(*_REQUEST.unpack(request))
+                else:
+                    return
+
+    def _give(self, call: int, flags: int) -> None:
+        """Create a descriptor and put it into the caller, as the call's result: lowest free number, not close-on-exec."""
+        try:
+            with OwnedFd(self._started().memfd_restricted(flags)) as fd:
+                answer = seccomp_notif_addfd(id=call, flags=SECCOMP_ADDFD_FLAG_SEND, srcfd=fd.fileno())
+                SECCOMP_IOCTL_NOTIF_ADDFD(self._listener, answer)
+        except OSError as error:
+            respond(self._listener, call, error.errno or EIO)
+
+    def _let_in(self) -> None:
+        """Make who knocks an owner of the service; one that nothing can be done for finds the connection closed."""
+        with suppress(OSError), self._door.accept()[0] as sock:
+            if peer_credentials(sock)[1] == os.geteuid():
+                self._started().share(sock)
+
+    def _started(self) -> "Service":
+        if self._service is None:
+            service = self._start()
+            # Before anybody has a descriptor: its first mmap already has to be seen.
+            self._device[0] = service.device
+            self._service = service
+        return self._service

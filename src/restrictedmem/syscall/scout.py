@@ -1,0 +1,145 @@
+"""Looks into programs, and writes to them, in processes that can be spared.
+
+To look at a program can take as long as somebody likes. Its memory may be backed by a file system whose server was stopped; what keeps its
+mappings still, or the directory of its descriptors, may be held by a thread that waits for such memory. And if it closes a descriptor while
+somebody looks, that one has the last hold on the file, and releases it in the program's place.
+
+So the supervisor has a scout do it, one for each call under way, and kills a scout that nobody waits for any more. One that waits for a
+file system's server may outlive that; it holds nothing then but its end of a socket, and the file in question.
+"""
+
+import marshal
+import os
+import signal
+import socket
+from collections.abc import Callable
+from errno import EIO
+from typing import Final, final
+
+from restrictedmem.abi.stat import device
+from restrictedmem.syscall.child import fork
+
+_MESSAGE: Final = 512
+#: What is in the path of every restricted descriptor, whoever has mounted its file system where.
+_NAME: Final = "/restrictedmem"
+_RANGE_BYTES: Final = 16
+_CACHESTAT_BYTES: Final = 40
+
+#: A question's name and its arguments: see ``_Looks``.
+Question = tuple[str, tuple[int | bytes, ...]]
+
+
+@final
+class Scout:
+    """The supervisor's hold on one: a question, its answer, the next question."""
+
+    def __init__(self) -> None:
+        """Fork one.
+
+        Raises:
+            OSError: EAGAIN, ENOMEM, EMFILE.
+        """
+        self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs:
+                self.pid: Final = fork("rmem-scout", [theirs.fileno()], lambda: _serve(theirs))
+        except BaseException:
+            self._sock.close()
+            raise
+
+    def fileno(self) -> int:
+        """Return what becomes readable when there is an answer, or when the scout has ended."""
+        return self._sock.fileno()
+
+    def ask(self, question: Question) -> None:
+        """Ask a question; the one before has been answered, so this does not wait.
+
+        Raises:
+            BrokenPipeError: it has ended.
+        """
+        self._sock.send(marshal.dumps(question), socket.MSG_NOSIGNAL)
+
+    def answer(self) -> bool:
+        """Return the answer to the last question.
+
+        Raises:
+            BlockingIOError: there is none yet.
+            OSError: what the question failed with; EIO when the scout has ended.
+        """
+        message = self._sock.recv(_MESSAGE, socket.MSG_DONTWAIT)
+        errno, found = marshal.loads(message) if message else (EIO, 0)
+        if errno:
+            raise OSError(errno, f"scout: {os.strerror(errno)}")
+        return bool(found)
+
+    def kill(self) -> None:
+        """Let go of it, whatever it waits for; its ``pid`` is still to be reaped."""
+        self._sock.close()
+        os.kill(self.pid, signal.SIGKILL)
+
+
+def _serve(sock: socket.socket) -> None:
+    looks = _Looks()
+    while message := sock.recv(_MESSAGE):
+        name, arguments = marshal.loads(message)
+        look: Callable[..., bool] = getattr(looks, name)
+        try:
+            answer = 0, look(*arguments)
+        except OSError as error:
+            answer = error.errno or EIO, False
+        sock.send(marshal.dumps(answer), socket.MSG_NOSIGNAL)
+
+
+class _Looks:
+    """What a scout can be asked about a process or one of its threads; each raises OSError for one that may not be looked into."""
+
+    def __init__(self) -> None:
+        self._memory = -1
+
+    def is_restricted(self, pid: int, fd: int, wanted: int) -> bool:
+        """Say whether a descriptor is a restricted one, of the service whose device is ``wanted``, without a word to any file system.
+
+        The name is not enough, for anybody may give it to a file; but it is what is had fastest, and what most files have not.
+        """
+        path = f"/proc/{pid}/fd/{fd}"
+        return _NAME in os.readlink(path) and device(path) == wanted
+
+    def may_be_cachestat(self, pid: int, fd: int, span: int, result: int) -> bool:
+        """Say whether the arguments are cachestat's: an open descriptor, and two structs that are mapped whole."""
+        return os.path.lexists(f"/proc/{pid}/fd/{fd}") and _is_mapped(pid, (span, _RANGE_BYTES), (result, _CACHESTAT_BYTES))
+
+    def open_memory(self, pid: int, fd: int, wanted: int) -> bool:
+        """Say as ``is_restricted`` whose descriptor it is; if it is, open the process's memory for ``write``."""
+        self._let_go()
+        if not self.is_restricted(pid, fd, wanted):
+            return False
+        self._memory = os.open(f"/proc/{pid}/mem", os.O_WRONLY | os.O_CLOEXEC)
+        return True
+
+    def write(self, address: int, content: bytes) -> bool:
+        """Write to the memory that was opened last; false when not all of it is there."""
+        try:
+            return os.pwrite(self._memory, content, address) == len(content)
+        except (OSError, OverflowError):
+            return False
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        memory, self._memory = self._memory, -1
+        if memory >= 0:
+            os.close(memory)
+
+
+def _is_mapped(pid: int, *wanted: tuple[int, int]) -> bool:
+    """Say whether ranges of a process's addresses, as start and bytes, are mapped whole."""
+    with open(f"/proc/{pid}/maps", encoding="ascii", errors="replace") as maps:
+        spans = [tuple(int(edge, 16) for edge in line.split(" ", 1)[0].split("-")) for line in maps]
+    for start, size in wanted:
+        at = start
+        for first, last in spans:
+            if first <= at < last:
+                at = last
+        if at < start + size:
+            return False
+    return True
