@@ -132,7 +132,7 @@ class NoFile:
 
 def slot_of_both(own: System, private: bool = True, shared: bool = True) -> Memslot:
     window = PageRange(pgoff_t(16), pgoff_t(16 + PAGES))
-    half = GuestMemfdHalf(PrivateFile(1, cast("Any", NoFile()), None), window, binding=1, unbind=lambda: None)
+    half = GuestMemfdHalf(PrivateFile(1, 1, cast("Any", NoFile()), None), window, binding=1, unbind=lambda: None)
     return Memslot(0, gfn_t(BASE >> PAGE_SHIFT), PAGES, private=half if private else None, shared=memfd_half() if shared else None)
 
 

@@ -5,11 +5,16 @@ says which half an access means, and where the attribute says otherwise, it exit
 shared behind a guest's back would read what the guest puts there next, or have it run the owner's code; one who deleted its slot would have
 it store to MMIO; one who showed private pages at another address, say in the shared window, would have it overwrite or tell them. So under
 this policy a page becomes what the guest asked for by MAP_GPA_RANGE, and private memory lies where it was at the launch.
+
+The owner also answers the call, and the guest goes by what it is told. So the engine tells the guest nothing that is not so: neither that
+pages are private which the owner can read, nor that pages stayed private which the owner has made shared.
 """
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from errno import EIO, EPERM
+from dataclasses import dataclass
+from errno import EINVAL, EIO, EPERM
+from itertools import pairwise
 from typing import Final, final
 
 from restrictedmem import sync
@@ -17,11 +22,24 @@ from restrictedmem.abi.kvm import KVM_MEM_READONLY
 from restrictedmem.kvm.guest_abi import MAP_GPA_RANGE_ENCRYPTED
 from restrictedmem.kvm.launch import Run
 from restrictedmem.kvm.memslot import WRITE, Memslot
+from restrictedmem.kvm.memslots import Memslots
 from restrictedmem.kvm.vm_memory import VmMemory
 from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, gfn_t
 
 _WORD: Final = (1 << 64) - 1
 _FAILED: Final = -EIO & _WORD
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A conversion that the guest has asked for, and its owner has not answered yet."""
+
+    gpa: int
+    npages: int
+    private: bool
+    #: Of each slot in the range: the first page, and what the guest held pages to be before.
+    before: list[tuple[Memslot, int, bytes]]
 
 
 @final
@@ -34,17 +52,24 @@ class Conversions:
         self._mutex = sync.mutex()
         #: From the launch on, under the mutex: a byte a page of each slot with a private half, 1 where the guest holds it to be private.
         self._held: dict[Memslot, bytearray] = {}
+        self._slots = Memslots()
         self._launched = False
         #: Slots that content was put into: showing other pages, they would make the measurement untrue.
         self._filled: set[int] = set()
 
     def launched(self) -> list[Run]:
-        """Take what is private now for what the guest holds to be; returns its runs."""
+        """Take what is private now for what the guest holds to be; returns its runs.
+
+        Raises:
+            OSError: EINVAL when two slots show one page of a restricted file.
+        """
         with self._mutex:
             slots = [slot for slot in self._memory.slots if slot.private is not None]
             if self._explicit:
+                _refuse_aliases(slots)
                 self._launched = True
                 self._held = {slot: bytearray(slot.attributes) for slot in slots}
+                self._slots = Memslots(slots)
             return [run for slot in slots for run in _private_runs(slot)]
 
     def put_in(self, gpa: int) -> None:
@@ -61,7 +86,7 @@ class Conversions:
             OSError: EPERM, once launched, for pages of which the guest has asked for something else.
         """
         with self._mutex:
-            if any(held.count(not private, first, last) for held, first, last in self._parts(address, size)):
+            if any(self._held[slot].count(not private, first, last) for slot, first, last in self._parts(address, size)):
                 raise OSError(EPERM, f"the guest has not asked for pages to be {'private' if private else 'shared'}")
             yield
 
@@ -77,34 +102,74 @@ class Conversions:
                 raise OSError(EPERM, "the guest was launched: it gets no other private memory")
             if number in self._filled:
                 raise OSError(EPERM, "what was put in there has been measured where it is")
-            if any(slot.number == number for slot in self._held):
+            if self._slots.get(number) is not None:
                 raise OSError(EPERM, "the guest was launched with private memory there")
             yield
 
-    def asked(self, gpa: int, npages: int, attributes: int) -> None:
+    def asked(self, gpa: int, npages: int, attributes: int) -> Asked:
         """Take the guest's word (MAP_GPA_RANGE), before its owner hears it: nothing can be made shared any more that is to be private."""
-        if gpa & PAGE_MASK:
-            return
-        with self._mutex:
-            for held, first, last in self._parts(gpa, npages << PAGE_SHIFT):
-                held[first:last] = bytes([bool(attributes & MAP_GPA_RANGE_ENCRYPTED)]) * (last - first)
-
-    def answered(self, gpa: int, npages: int, attributes: int, result: int) -> int:
-        """Return what the guest is told: that pages are private only if they are."""
-        if result == 0 and attributes & MAP_GPA_RANGE_ENCRYPTED:
-            start, end = gfn_t(gpa >> PAGE_SHIFT), gfn_t((gpa >> PAGE_SHIFT) + npages)
+        private, parts = bool(attributes & MAP_GPA_RANGE_ENCRYPTED), list[tuple[Memslot, int, bytes]]()
+        if not gpa & PAGE_MASK:
             with self._mutex:
-                for slot in self._held:
-                    first, last = slot.clip(start, end)
-                    if slot.attributes.count(0, first - slot.base_gfn, last - slot.base_gfn):
-                        return _FAILED
+                for slot, first, last in self._parts(gpa, npages << PAGE_SHIFT):
+                    held = self._held[slot]
+                    parts.append((slot, first, bytes(held[first:last])))
+                    held[first:last] = bytes([private]) * (last - first)
+        return Asked(gpa, npages, private, parts)
+
+    def answered(self, asked: Asked, result: int) -> int:
+        """Return what the guest is told of a conversion that its owner has answered.
+
+        Raises:
+            OSError: EPERM when the owner says that pages did not become shared, and some did: it makes the others shared, too.
+        """
+        if not self._launched:
+            return result
+        with self._mutex:
+            if asked.private:
+                return _FAILED if result == 0 and not self._are_private(asked) else result
+            return result if result == 0 else self._refused(asked, result)
+
+    def _are_private(self, asked: Asked) -> bool:
+        """Say whether all pages are private memory that can be written: what is stored elsewhere, the owner gets."""
+        gfn = asked.gpa >> PAGE_SHIFT
+        end = gfn + asked.npages
+        for slot, first, last in self._parts(asked.gpa, asked.npages << PAGE_SHIFT):
+            if first != gfn - slot.base_gfn or not slot.rights & WRITE or slot.attributes.count(0, first, last):
+                return False
+            gfn = slot.base_gfn + last
+        return gfn == end and asked.npages > 0 and not asked.gpa & PAGE_MASK
+
+    def _refused(self, asked: Asked, result: int) -> int:
+        """Let the guest hold to be private again what its owner has not made shared; 0 when all that it gave up is shared."""
+        gave_up = [(slot, first, len(before), _word(before)) for slot, first, before in asked.before]
+        still = [_word(slot.attributes[first : first + length]) for slot, first, length, _ in gave_up]
+        if any(before & ~private for (*_, before), private in zip(gave_up, still, strict=True)):
+            if any(before & private for (*_, before), private in zip(gave_up, still, strict=True)):
+                raise OSError(EPERM, "some of the pages were made shared: the guest is not told that none was")
+            return 0
+        for slot, first, length, before in gave_up:
+            held = self._held[slot]
+            held[first : first + length] = (_word(held[first : first + length]) | before).to_bytes(length)
         return result
 
-    def _parts(self, address: int, size: int) -> Iterator[tuple[bytearray, int, int]]:
+    def _parts(self, address: int, size: int) -> Iterator[tuple[Memslot, int, int]]:
+        """Yield the held slots that a range lies in, each with the pages of it, by their numbers in the slot."""
         start, end = gfn_t(address >> PAGE_SHIFT), gfn_t((address + size + PAGE_MASK) >> PAGE_SHIFT)
-        for slot, held in self._held.items():
+        for slot in self._slots.overlapping(start, end):
             first, last = slot.clip(start, end)
-            yield held, first - slot.base_gfn, last - slot.base_gfn
+            yield slot, first - slot.base_gfn, last - slot.base_gfn
+
+
+def _refuse_aliases(slots: list[Memslot]) -> None:
+    """Refuse a page at two addresses: the guest would overwrite its own memory where it asked for other."""
+    windows = sorted((half.ino, half.window.start, half.window.end) for slot in slots if (half := slot.private) is not None)
+    if any(ino == other and start < end for (ino, _, end), (other, start, _) in pairwise(windows)):
+        raise OSError(EINVAL, "two slots show one page of a restricted file")
+
+
+def _word(pages: bytes | bytearray) -> int:
+    return int.from_bytes(pages)
 
 
 def _private_runs(slot: Memslot) -> Iterator[Run]:

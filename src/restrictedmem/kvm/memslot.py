@@ -78,8 +78,9 @@ class Half:
 class PrivateHalf(Protocol):
     """The half in a restricted file, whatever an engine keeps it in."""
 
-    #: The binding with the service, and the part of the file that the slot shows.
+    #: The binding with the service, the file's inode number, and the part of the file that the slot shows.
     binding: int
+    ino: int
     window: PageRange
 
     @property

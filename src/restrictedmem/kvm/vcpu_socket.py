@@ -6,7 +6,7 @@ from typing import Final, final
 
 from restrictedmem.abi import kvm
 from restrictedmem.kvm import debug, exits, guest_abi, wire
-from restrictedmem.kvm.conversions import Conversions
+from restrictedmem.kvm.conversions import Asked, Conversions
 from restrictedmem.kvm.launch import Launch
 from restrictedmem.kvm.report import Reporter
 from restrictedmem.kvm.serving import serve_one
@@ -38,8 +38,8 @@ class VcpuSocket:
         self._number = number
         self._launch = launch
         self._conversions = conversions
-        #: The conversion that the guest asks for: the arguments of its hypercall.
-        self._converting: tuple[int, int, int] | None = None
+        #: The conversion that the guest asks for.
+        self._converting: Asked | None = None
         self._reporter = reporter
         self._owner = owner
         self._policy = policy
@@ -117,7 +117,7 @@ class VcpuSocket:
     def _run(self, value: int) -> exits.Exit:
         if self.started:
             if self._converting is not None:
-                value = self._conversions.answered(*self._converting, value)
+                value = self._conversions.answered(self._converting, value)
                 self._converting = None
             self.vcpu.complete(value)
         else:
@@ -147,8 +147,7 @@ class VcpuSocket:
                     self.vcpu.complete(self._reporter.answer() & _WORD)
                 case exits.Hypercall(number, arguments):
                     if number == guest_abi.MAP_GPA_RANGE:
-                        self._converting = arguments[:3]
-                        self._conversions.asked(*self._converting)
+                        self._converting = self._conversions.asked(*arguments[:3])
                     count = guest_abi.ARGUMENTS.get(number, len(arguments))
                     a, b, c, d = (argument if index < count else 0 for index, argument in enumerate(arguments))
                     return exits.Hypercall(number, (a, b, c, d))

@@ -21,7 +21,8 @@ _WHOLE: Final = PageRange(pgoff_t(0), pgoff_t(_SIZE >> PAGE_SHIFT))
 class PrivateFile:
     """A restricted file's content in this VM, kept until the VM ends."""
 
-    def __init__(self, binding: int, memfd: GuestMemfd, limit: int | None) -> None:
+    def __init__(self, ino: int, binding: int, memfd: GuestMemfd, limit: int | None) -> None:
+        self.ino = ino
         #: The first one.
         self.binding = binding
         self.memfd = memfd
@@ -42,11 +43,12 @@ class PrivateFile:
 class GuestMemfdHalf:
     """A private half in a guest_memfd (``PrivateHalf``)."""
 
-    __slots__ = ("_unbind", "binding", "file", "mapping", "window")
+    __slots__ = ("_unbind", "binding", "file", "ino", "mapping", "window")
 
     def __init__(self, file: PrivateFile, window: PageRange, binding: int, unbind: Callable[[], None]) -> None:
         """Show ``window`` of a file; ``unbind`` is called when the half is closed."""
         self.file = file
+        self.ino = file.ino
         self.binding = binding
         self.window = window
         self._unbind = unbind
@@ -147,7 +149,7 @@ class PrivateFiles:
         ranged = bool(bound.flags & BindingFlag.RANGE)
         file = self._by_ino.get(bound.ino)
         if file is None:
-            file = PrivateFile(bound.number, self._vm.create_guest_memfd(_SIZE, self._flags), bound.limit)
+            file = PrivateFile(bound.ino, bound.number, self._vm.create_guest_memfd(_SIZE, self._flags), bound.limit)
             self._by_ino[bound.ino] = file
         elif not ranged:
             self._binder.unbind(bound.number)
