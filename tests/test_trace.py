@@ -1,6 +1,5 @@
 """Events of a run: what is in them, where they go, and Perfetto's format."""
 
-import fcntl
 import json
 import os
 import re
@@ -8,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,11 @@ def lines(path: Path) -> list[Event]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def drain(reader: OwnedFd) -> list[Event]:
+    with open(reader.detach(), encoding="ascii") as pipe:
+        return [json.loads(line) for line in pipe]
+
+
 # A process's own part.
 
 
@@ -121,27 +126,24 @@ def test_a_full_pipe_loses_events_and_counts_them() -> None:
     assert not trace.on
 
 
-@pytest.mark.parametrize("kind", ["no O_APPEND", "socket", "device"])
+@pytest.mark.parametrize("kind", ["file", "socket", "device", "memfd", "the end to read from"])
 def test_where_events_cannot_go(kind: str, tmp_path: Path) -> None:
-    if kind == "socket":
-        ours, theirs = socket.socketpair()
-        theirs.close()
-        fd = OwnedFd(ours.detach())
-    else:
-        fd = OwnedFd(os.open(os.devnull if kind == "device" else tmp_path / "file", os.O_WRONLY | os.O_CREAT))
-    with fd, pytest.raises(OSError) as caught:
-        Trace().start(fd)
-    assert caught.value.errno == EINVAL
-
-
-def test_a_file_that_fails_ends_the_trace() -> None:
-    trace = Trace()
-    sealed = OwnedFd(os.memfd_create("sealed", os.MFD_ALLOW_SEALING))
-    fcntl.fcntl(sealed.fileno(), fcntl.F_SETFL, os.O_APPEND)
-    fcntl.fcntl(sealed.fileno(), fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
-    trace.start(sealed)
-    trace.emit("enter", vcpu=0)
-    assert not trace.on
+    with ExitStack() as held:
+        if kind == "socket":
+            ours, theirs = socket.socketpair()
+            theirs.close()
+            fd = OwnedFd(ours.detach())
+        elif kind == "memfd":
+            fd = OwnedFd(os.memfd_create("memfd"))
+        elif kind == "the end to read from":
+            reader, writer = os.pipe()
+            held.callback(os.close, writer)
+            fd = OwnedFd(reader)
+        else:
+            fd = OwnedFd(os.open(os.devnull if kind == "device" else tmp_path / "file", os.O_WRONLY | os.O_CREAT | os.O_APPEND))
+        with fd, pytest.raises(OSError) as caught:
+            Trace().start(fd)
+        assert caught.value.errno == EINVAL
 
 
 # A run.
@@ -181,10 +183,10 @@ def test_a_run_says_what_happened(recorded: Path, engine: str) -> None:
 
 
 @pytest.mark.requires("fuse")
-def test_requests_show_with_their_errno(service: Service, tmp_path: Path) -> None:
-    path = tmp_path / "vm.jsonl"
-    with OwnedFd(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)) as fd, Vm(service, engine="software") as vm:
-        vm.trace(fd.fileno())
+def test_requests_show_with_their_errno(service: Service) -> None:
+    reader, writer = (OwnedFd(end) for end in os.pipe())
+    with writer, Vm(service, engine="software") as vm:
+        vm.trace(writer.fileno())
         with pytest.raises(OSError):
             vm.set_user_memory_region(slot=7, guest_phys_addr=0, memory_size=1)
         vm.set_memory_attributes(0x4000_0000, 8192, private=True)
@@ -193,7 +195,7 @@ def test_requests_show_with_their_errno(service: Service, tmp_path: Path) -> Non
             vcpu.interrupt()
         vm.trace(None)
         vm.set_memory_attributes(0x4000_0000, 8192, private=False)
-    events = lines(path)
+    events = drain(reader)
     check(events)
     assert [event["event"] for event in events] == ["trace", "slot", "attributes", "vcpu", "launch_finish", "interrupt", "end"]
     assert events[5]["vcpu"] == 0
@@ -202,8 +204,8 @@ def test_requests_show_with_their_errno(service: Service, tmp_path: Path) -> Non
 
 
 @pytest.mark.requires("fuse")
-def test_a_report_and_the_exits_around_it(service: Service, engine: str, tmp_path: Path) -> None:
-    path = tmp_path / "vm.jsonl"
+def test_a_report_and_the_exits_around_it(service: Service, engine: str) -> None:
+    reader, writer = (OwnedFd(end) for end in os.pipe())
     code = bytes.fromhex(
         "b900001000"  # mov    ecx, HYPERCALL_PAGE
         "b803000000"  # mov    eax, 3    (report)
@@ -213,17 +215,17 @@ def test_a_report_and_the_exits_around_it(service: Service, engine: str, tmp_pat
     )
     fd = service.memfd_restricted()
     os.ftruncate(fd, 8192)
-    with OwnedFd(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)) as file, Vm(service, engine=engine) as vm:
+    with writer, Vm(service, engine=engine) as vm:
         vm.set_user_memory_region(slot=0, guest_phys_addr=0x4000_0000, memory_size=8192, restricted_fd=fd)
         os.close(fd)
         vm.set_memory_attributes(0x4000_0000, 8192, private=True)
         vm.launch_update(0x4000_0000, code.ljust(4096, b"\0"))
         with vm.create_vcpu() as vcpu:
             vcpu.set_regs(rip=0x4000_0000, rsp=0x4000_2000)
-            vm.trace(file.fileno())
+            vm.trace(writer.fileno())
             assert vcpu.run() == exits.Hypercall(0, (0, 0, 0, 0))
             vm.trace(None)
-    events = [event for event in lines(path) if "vcpu" in event]
+    events = [event for event in drain(reader) if "vcpu" in event]
     check(events)
     assert [event["event"] for event in events] == ["enter", "report", "exit"]
 
@@ -243,6 +245,34 @@ def test_a_trace_that_begins_late_says_what_there_is(service: Service) -> None:
     assert slots == [(0, 0x40000, 1024), (1, 0x10000, 256)]
     private = [(event["gfn"], event["npages"]) for event in events if event["event"] == "attributes"]
     assert private == [(0x40000, 256), (0x40200, 512)]
+
+
+@pytest.mark.requires("fuse")
+@pytest.mark.parametrize("platform", ["", "snp"])
+def test_a_trace_that_cannot_be_written_fails_the_command(platform: str) -> None:
+    command = [sys.executable, "-m", "restrictedmem", "run", "--memory", "4M", "--trace", "/dev/full", "sha256"]
+    command[4:4] = ["--platform", platform] if platform else []
+    done = subprocess.run(command, input="", capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert done.stdout.startswith("e3b0c442"), "the guest runs all the same"
+    assert [line for line in done.stderr.splitlines() if "/dev/full" in line] == [
+        "error: /dev/full: the trace could not be written: No space left on device"
+    ]
+
+
+@pytest.mark.requires("fuse")
+def test_a_child_that_has_the_pipe_too_does_not_keep_a_trace_from_ending(service: Service, tmp_path: Path) -> None:
+    held = os.pipe()
+    with Vmm(8 * MIB, service, engine="software") as vmm, record(vmm, tmp_path / "run.jsonl"):
+        child = os.fork()
+        if child == 0:
+            os.close(held[1])
+            os.read(held[0], 1)
+            os._exit(0)
+    os.close(held[1])
+    os.waitpid(child, 0)
+    os.close(held[0])
+    assert lines(tmp_path / "run.jsonl")[-1]["event"] == "end"
 
 
 # Perfetto.

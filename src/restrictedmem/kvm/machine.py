@@ -2,19 +2,20 @@
 
 import json
 import select
-import threading
 from collections import Counter
+from contextlib import ExitStack
 from errno import EBADF, EINVAL, EPROTO
 from typing import Final, final
 
 from restrictedmem.abi import kvm
 from restrictedmem.abi.kvm import Cap
 from restrictedmem.kvm import debug, trace, wire
+from restrictedmem.kvm.checker import Intake
 from restrictedmem.kvm.conversions import Conversions
 from restrictedmem.kvm.engine import Engine
 from restrictedmem.kvm.launch import Launch
 from restrictedmem.kvm.report import Reporter
-from restrictedmem.kvm.serving import serve_one
+from restrictedmem.kvm.serving import hang_up, serve_one
 from restrictedmem.kvm.trace import Trace
 from restrictedmem.kvm.vcpu import Vcpu, Vcpus
 from restrictedmem.kvm.vcpu_socket import VcpuSocket
@@ -39,6 +40,7 @@ class Machine:
     def __init__(
         self,
         owner: Channel,
+        intake: Intake,
         memory: VmMemory,
         engine: Engine,
         vcpus: Vcpus,
@@ -47,6 +49,7 @@ class Machine:
         trace: Trace,
     ) -> None:
         self._owner = owner
+        self._intake = intake
         self._memory = memory
         self._engine = engine
         self._vcpus = vcpus
@@ -56,25 +59,28 @@ class Machine:
         self._conversions = Conversions(memory, explicit=bool(creation.policy & wire.POLICY_EXPLICIT))
         self._launch = Launch(creation.policy, self._conversions.launched, reporter.launched)
         self._sockets: list[VcpuSocket] = []
+        self._watched = select.epoll()
+        #: Those of them whose owner has not let go, by descriptor.
+        self._open: dict[int, VcpuSocket] = {}
         self._destroyed = False
 
     def serve(self) -> None:
         """Serve the VM's socket until it and every vCPU's socket are closed by the owner."""
-        poll = select.poll()
-        poll.register(self._owner.fileno(), select.POLLIN)
-        open_sockets = {self._owner.fileno()}
         dispatch = self._trace.requests(self._dispatch)
-        while open_sockets:
-            for fd, _ in poll.poll():
-                if fd == self._owner.fileno() and serve_one(self._owner, dispatch):
-                    for vcpu in self._sockets:
-                        if vcpu.fileno() not in open_sockets:
-                            open_sockets.add(vcpu.fileno())
-                            # Only the hang-up is of interest here; what is said is the vCPU thread's.
-                            poll.register(vcpu.fileno(), select.POLLRDHUP)
-                else:
-                    poll.unregister(fd)
-                    open_sockets.discard(fd)
+        vm_fd = self._owner.fileno()
+        self._watched.register(vm_fd, select.EPOLLIN)
+        vm_open = True
+        while vm_open or self._open:
+            for fd, _ in self._watched.poll():
+                if fd in self._open:
+                    # The owner hung up, or it spoke while its last call was being answered.
+                    self._watched.unregister(fd)
+                    self._open.pop(fd).let_go()
+                elif fd == vm_fd and not serve_one(self._owner, self._intake.receive, dispatch):
+                    self._watched.unregister(vm_fd)
+                    vm_open = False
+                    hang_up(self._owner)
+                    self._intake.close()
 
     def _dispatch(self, message: Message) -> None:
         if self._destroyed:
@@ -146,6 +152,7 @@ class Machine:
             vcpu.retire()
         with self._vcpus.held():
             self._memory.clear()
+        self._end_trace()
 
     def _trace_to(self, message: Message) -> None:
         if message.fds:
@@ -156,9 +163,12 @@ class Machine:
                 for event, fields in trace.of_slot(slot):
                     self._trace.emit(event, **fields)
         else:
-            self._trace.emit("end")
-            self._trace.stop()
+            self._end_trace()
         self._owner.reply()
+
+    def _end_trace(self) -> None:
+        self._trace.emit("end")
+        self._trace.stop()
 
     def _set_user_memory_region(self, message: Message) -> None:
         region = kvm.kvm_userspace_memory_region_ext.from_buffer_copy(message.body)
@@ -196,16 +206,26 @@ class Machine:
         most = self._engine.check_extension(Cap.MAX_VCPUS)
         if number >= most:
             raise OSError(EINVAL, f"a VM of this engine has {most} vCPUs at most")
-        channel, theirs = Channel.pair("owner", takes_fds=True)
-        with theirs, self._launch.opened() as measurement:
+        channel, theirs = Channel.pair("owner")
+        channel.refuse_fds()
+        with theirs, ExitStack() as undo, self._launch.opened() as measurement:
+            undo.callback(channel.close)
+            made = VcpuSocket(
+                number, channel, self._watched, self._creation.policy, self._launch, self._conversions, self._reporter, self._trace
+            )
+            # From here on its thread closes the socket.
+            undo.pop_all()
+            undo.callback(made.abandon)
             vcpu = Vcpu(self._engine.create_vcpu(number))
+            self._watched.register(channel.fileno(), select.EPOLLRDHUP)
+            undo.callback(self._watched.unregister, channel.fileno())
+            self._owner.reply(wire.VCPU.pack(number), [theirs.fileno()])
+            undo.pop_all()
             self._vcpus.all = (*self._vcpus.all, vcpu)
             measurement.set_registers(number, kvm.kvm_regs())
-            self._sockets.append(
-                VcpuSocket(number, vcpu, channel, self._creation.policy, self._launch, self._conversions, self._reporter, self._trace)
-            )
-            self._owner.reply(wire.VCPU.pack(number), [theirs.fileno()])
-        threading.Thread(target=self._sockets[-1].serve, name=f"vcpu-{number}", daemon=True).start()
+            self._sockets.append(made)
+            self._open[channel.fileno()] = made
+            made.begin(vcpu)
 
     def statistics(self) -> dict[str, object]:
         """Return what ``run`` shows at the end."""

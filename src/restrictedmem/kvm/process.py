@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, Generic, NoReturn, TypeVar, final
 from restrictedmem.child import in_child
 from restrictedmem.consumer import Bound, Consumer
 from restrictedmem.devkvm import Kvm
-from restrictedmem.kvm import trial
+from restrictedmem.kvm import checker, trial
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine import Engine
 from restrictedmem.kvm.kernel.vm import KernelVm
@@ -62,13 +62,15 @@ def preload(*, devices: bool) -> None:
 
 def serve(owner: socket.socket, service: socket.socket, notify: socket.socket, options: "Options", arguments: str) -> NoReturn:
     """Be the engine of one VM until its owner lets go of it or the service ends."""
-    sys.setswitchinterval(_SWITCH_INTERVAL)
-    vcpus = Vcpus()
-    trace = Trace()
-    channel = Channel(owner, "owner", takes_fds=True)
+    channel = Channel(owner, "owner")
     try:
+        # First of all: the checker must have nothing that this process is about to get.
+        intake = checker.start(channel)
+        sys.setswitchinterval(_SWITCH_INTERVAL)
+        vcpus = Vcpus()
+        trace = Trace()
         creation = Creation.load(arguments)
-        # First, while this process has no other thread.
+        # While this process has no other thread.
         refusal = refuse_kernel(creation, owner, service, notify)
         consumer = Consumer(service, notify)
         api = Api(options.api)
@@ -76,11 +78,13 @@ def serve(owner: socket.socket, service: socket.socket, notify: socket.socket, o
         binder = Binding(consumer, trace)
         binder.engine = engine = make_engine(creation, binder, vcpus, attributes, trace, refusal)
     except OSError as error:
-        channel.receive()
+        with suppress(OSError):
+            # What it says does not matter, as long as it said something.
+            channel.receive()
         channel.reply_error(error)
         os._exit(1)
     reporter = Reporter(consumer.requests, engine.report_page, creation.policy, engine.name)
-    machine = Machine(channel, VmMemory(engine, consumer.requests, api, attributes), engine, vcpus, creation, reporter, trace)
+    machine = Machine(channel, intake, VmMemory(engine, consumer.requests, api, attributes), engine, vcpus, creation, reporter, trace)
     machine.serve()
     with vcpus.held():
         consumer.close()

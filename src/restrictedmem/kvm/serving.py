@@ -1,20 +1,32 @@
 """Serving one socket of the engine process."""
 
+import socket
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from errno import EIO, EPROTO
 
 from restrictedmem.fd import close_all
-from restrictedmem.service.wire import Channel, Message
+from restrictedmem.service.wire import MAX_MESSAGE, Channel, Message
 
 
-def serve_one(channel: Channel, dispatch: Callable[[Message], None]) -> bool:
-    """Receive one request and have it answered, whatever goes wrong, so that nobody waits for ever; false when the owner is gone."""
+class RefusedError(OSError):
+    """A call that cannot be done for what came with it; other than after a malformed message, the connection goes on."""
+
+
+def serve_one(channel: Channel, receive: Callable[[], Message | None], dispatch: Callable[[Message], None]) -> bool:
+    """Receive one request and have it answered, whatever goes wrong, so that nobody waits for ever.
+
+    False when there will be no other: the owner is gone, or what it sent was no request. ``hang_up`` is then due.
+    """
     try:
-        message = channel.receive()
+        message = receive()
+    except BlockingIOError:
+        # Whoever gave us our end may have kept a copy of it, and taken the request away.
+        return True
     except OSError as error:
         channel.reply_error(error)
-        return False
+        return isinstance(error, RefusedError)
     if message is None:
         return False
     try:
@@ -28,3 +40,12 @@ def serve_one(channel: Channel, dispatch: Callable[[Message], None]) -> bool:
     finally:
         close_all(message.fds)
     return True
+
+
+def hang_up(channel: Channel) -> None:
+    """Let the owner find the end of the stream behind the last reply, even where a copy of the socket stays open."""
+    with suppress(OSError):
+        channel.sock.shutdown(socket.SHUT_RDWR)
+        # Closed with messages unread, it would be ECONNRESET in place of that reply. None can be added any more.
+        while channel.sock.recvmsg(MAX_MESSAGE, 0, socket.MSG_DONTWAIT)[0]:
+            pass

@@ -1,13 +1,13 @@
 """Events of a run as JSON lines (docs/trace.md): one schema for owner and engine, and for both engines.
 
-Owner and engine write to the same file, each line by one write with O_APPEND, so that lines of both stay whole. What is in them is
-metadata that a host has of every guest: numbers of pages, kinds of exits, times; no content, no register, no argument of a hypercall.
+Owner and engine write to one pipe, each line by one write, so that lines of both stay whole; the owner carries them on to a file
+(``recording``). What is in them is metadata that a host has of every guest: numbers of pages, kinds of exits, times; no content, no
+register, no argument of a hypercall.
 """
 
 import fcntl
 import json
 import os
-import stat
 import struct
 import threading
 import time
@@ -41,12 +41,11 @@ def now() -> int:
 class Trace:
     """Where a process writes its events, if anywhere; for any thread."""
 
-    __slots__ = ("_fd", "_lock", "_lost", "_pipe", "on")
+    __slots__ = ("_fd", "_lock", "_lost", "on")
 
     def __init__(self) -> None:
         self._lock = sync.mutex()
         self._fd: OwnedFd | None = None
-        self._pipe = False
         self._lost = 0
         #: Whether anybody wants events; to be asked before one is put together.
         self.on = False
@@ -54,15 +53,22 @@ class Trace:
     def start(self, fd: OwnedFd) -> None:
         """Write events to ``fd`` from now on, and own it.
 
+        A pipe alone, for a write to a file may wait for its file system as long as that likes.
+
         Raises:
-            OSError: EINVAL unless it is a pipe, or a file with O_APPEND.
+            OSError: EINVAL unless it is a pipe that can be written to.
         """
-        mode = os.fstat(fd.fileno()).st_mode
-        if not stat.S_ISFIFO(mode) and not (stat.S_ISREG(mode) and fcntl.fcntl(fd.fileno(), fcntl.F_GETFL) & os.O_APPEND):
-            raise OSError(EINVAL, "events go to a pipe, or to a file with O_APPEND")
+        try:
+            # Asks no file system, other than fstat(2).
+            fcntl.fcntl(fd.fileno(), fcntl.F_GETPIPE_SZ)
+            writable = fcntl.fcntl(fd.fileno(), fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+        except OSError:
+            writable = False
+        if not writable:
+            raise OSError(EINVAL, "events go to a pipe")
         self.stop()
         with self._lock:
-            self._fd, self._pipe, self._lost = fd, stat.S_ISFIFO(mode), 0
+            self._fd, self._lost = fd, 0
             self.on = True
 
     def fileno(self) -> int:
@@ -81,7 +87,7 @@ class Trace:
             self._fd = None
 
     def emit(self, event: str, **fields: Value) -> None:
-        """Write an event. One that finds its pipe full is lost, and counted in the next; a file that fails ends the trace."""
+        """Write an event. One that finds its pipe full is lost, and counted in the next; one that nobody reads ends the trace."""
         line = f'{{"ts":{now()},"pid":{os.getpid()},"tid":{threading.get_native_id()},"event":"{event}"'
         with self._lock:
             if self._fd is None:
@@ -92,11 +98,8 @@ class Trace:
                 line += f',"{name}":{value if type(value) is int else json.dumps(value)}'
             data = (line + "}\n").encode()
             try:
-                if self._pipe:
-                    # An engine that waited for its owner here could not answer the service either.
-                    os.pwritev(self._fd.fileno(), [data], -1, _RWF_NOWAIT)
-                else:
-                    os.write(self._fd.fileno(), data)
+                # An engine that waited for its owner here could not answer the service either.
+                os.pwritev(self._fd.fileno(), [data], -1, _RWF_NOWAIT)
                 self._lost = 0
             except BlockingIOError:
                 self._lost += 1

@@ -1,7 +1,11 @@
 """A vCPU's socket in the engine process: what its owner says to it, and the thread that listens."""
 
+import select
+import threading
 from collections import Counter
-from errno import EBADF, EINVAL, EIO, EPROTO
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from errno import EAGAIN, EBADF, EINVAL, EIO, EPROTO
 from typing import Final, final
 
 from restrictedmem.abi import kvm
@@ -9,7 +13,7 @@ from restrictedmem.kvm import debug, exits, guest_abi, wire
 from restrictedmem.kvm.conversions import Asked, Conversions
 from restrictedmem.kvm.launch import Launch
 from restrictedmem.kvm.report import Reporter
-from restrictedmem.kvm.serving import serve_one
+from restrictedmem.kvm.serving import hang_up, serve_one
 from restrictedmem.kvm.trace import Trace, of_exit
 from restrictedmem.kvm.vcpu import Vcpu
 from restrictedmem.service.wire import Channel, Message
@@ -25,15 +29,21 @@ class VcpuSocket:
     def __init__(
         self,
         number: int,
-        vcpu: Vcpu,
         owner: Channel,
+        watched: select.epoll,
         policy: int,
         launch: Launch,
         conversions: Conversions,
         reporter: Reporter,
         trace: Trace,
     ) -> None:
-        self.vcpu = vcpu
+        """Serve ``owner`` once there is a vCPU; what ``watched`` has to say of it, its waiter answers with ``let_go``.
+
+        Raises:
+            OSError: EAGAIN when no thread can be started.
+        """
+        #: Set by ``begin``, before anybody asks.
+        self.vcpu: Vcpu
         self._trace = trace
         self._number = number
         self._launch = launch
@@ -42,24 +52,71 @@ class VcpuSocket:
         self._converting: Asked | None = None
         self._reporter = reporter
         self._owner = owner
+        self._watched = watched
         self._policy = policy
         self.started = False
         self._retired = False
+        self._ended = False
+        self._begun, self._let_go = threading.Event(), threading.Event()
         self.exits: Counter[str] = Counter()
+        try:
+            threading.Thread(target=self._serve, name=f"vcpu-{number}", daemon=True).start()
+        except RuntimeError as error:
+            raise OSError(EAGAIN, str(error)) from None
 
-    def fileno(self) -> int:
-        """Return the descriptor of the vCPU's socket."""
-        return self._owner.fileno()
+    def begin(self, vcpu: Vcpu) -> None:
+        """Let the owner drive a vCPU from now on."""
+        self.vcpu = vcpu
+        self._begun.set()
+
+    def abandon(self) -> None:
+        """End without a vCPU, in place of ``begin``."""
+        self._ended = True
+        self._let_go.set()
+        self._begun.set()
+
+    def let_go(self) -> None:
+        """End, for the owner hung up or did not wait for its answer; the socket is not watched any more."""
+        self._ended = True
+        self._let_go.set()
+        self.vcpu.interrupt()
 
     def retire(self) -> None:
         """Make the vCPU leave the guest, and refuse whatever its owner asks for from now on."""
         self._retired = True
         self.vcpu.interrupt()
 
-    def serve(self) -> None:
+    def _serve(self) -> None:
         """Serve the vCPU's socket until the owner closes it."""
-        while serve_one(self._owner, self._dispatch):
+        self._begun.wait()
+        while not self._ended and serve_one(self._owner, self._owner.receive, self._dispatch):
             pass
+        hang_up(self._owner)
+        # Closed before, its number could be another's while it is watched.
+        self._let_go.wait()
+        self._owner.close()
+
+    @contextmanager
+    def _listening(self) -> Generator[None]:
+        """Have the VM's thread notice meanwhile what the owner sends; it has to wait for its answer.
+
+        A message that nobody reads may hold the owner's own end of the socket, which then never hangs up.
+
+        Raises:
+            OSError: EPROTO when something came.
+        """
+        self._listen_for(select.EPOLLIN | select.EPOLLRDHUP)
+        try:
+            yield
+        finally:
+            # Before the answer goes out, which the owner's next message may follow at once.
+            self._listen_for(select.EPOLLRDHUP)
+        if self._ended:
+            raise OSError(EPROTO, "a message came before the last one was answered")
+
+    def _listen_for(self, events: int) -> None:
+        with suppress(FileNotFoundError):
+            self._watched.modify(self._owner.fileno(), events)
 
     def _dispatch(self, message: Message) -> None:
         if self._retired:
@@ -67,7 +124,9 @@ class VcpuSocket:
         match message.number:
             case wire.RUN.number:
                 (value,) = message.unpack(wire.COMPLETION)
-                self._owner.reply(exits.pack(self._run(value)))
+                with self._listening():
+                    exit_ = self._run(value)
+                self._owner.reply(exits.pack(exit_))
             case wire.PRE_FAULT_MEMORY.number:
                 self._pre_fault(kvm.kvm_pre_fault_memory.from_buffer_copy(message.body))
             case wire.SET_REGS.number:
@@ -110,7 +169,8 @@ class VcpuSocket:
         if asked.flags or (asked.gpa | asked.size) & PAGE_MASK or not asked.size or asked.gpa + asked.size >= 1 << 64:
             raise OSError(EINVAL, "range is empty, unaligned or wraps, or flags are set")
         start, end = gfn_t(asked.gpa >> PAGE_SHIFT), gfn_t((asked.gpa + asked.size) >> PAGE_SHIFT)
-        done = self.vcpu.prefault(start, end) << PAGE_SHIFT
+        with self._listening():
+            done = self.vcpu.prefault(start, end) << PAGE_SHIFT
         asked.gpa, asked.size = asked.gpa + done, asked.size - done
         self._owner.reply(bytes(asked))
 

@@ -201,7 +201,7 @@ class Vm:
             self._channel.call(wire.DBG_WRITE, wire.DBG.pack(gpa + start, len(chunk)) + chunk)
 
     def trace(self, fd: int | None) -> None:
-        """Have the engine write its events (docs/trace.md) to a pipe or a file with O_APPEND, or no more; ``fd`` stays the caller's.
+        """Have the engine write its events (docs/trace.md) to a pipe, or no more; ``fd`` stays the caller's.
 
         Raises:
             OSError: EINVAL for another kind of file.

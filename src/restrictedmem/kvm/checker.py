@@ -1,0 +1,186 @@
+"""Descriptors of the owner are looked at by a process that nobody needs, before the engine has them.
+
+To close a file of the owner's FUSE file system asks the owner's server (FUSE_FLUSH). One that does not answer keeps whoever closes in state
+D, where SIGKILL does not reach. So the engine receives without a control buffer, and what comes with descriptors is left to the checker. It
+takes the message, asks the descriptor what it is in ways that no file system hears of, and passes on what the kernel alone answers for: a
+memfd or a pipe. Only when the engine has its answer, the checker closes what it has. It may hang there for ever: it holds the VM's socket,
+its own to the engine, and nothing else.
+"""
+
+import array
+import fcntl
+import os
+import select
+import signal
+import socket
+import struct
+from contextlib import suppress
+from errno import EAGAIN, EINVAL, EMFILE, EMSGSIZE, EPROTO, ETIMEDOUT
+from typing import Final, NoReturn, final
+
+from restrictedmem.abi import process
+from restrictedmem.fd import OwnedFd, close_all, receive_with_fds, send_with_fds
+from restrictedmem.kvm.serving import RefusedError
+from restrictedmem.service.wire import MAX_MESSAGE, Channel, Message
+
+#: How often, and how many milliseconds each time, the engine waits for the checker: time in which neither ran counts once at most.
+_PATIENCE: Final = (20, 100)
+#: Milliseconds in which a checker that was killed ends, unless it is held.
+_REAP: Final = 100
+#: The checker's answer: an errno, whether the message was malformed, and then the message or what is wrong with it.
+_ANSWER: Final = struct.Struct("=II")
+#: How a request begins: its number, 0.
+_HEAD: Final = struct.Struct("=II")
+_F_GET_SEALS: Final = 1034
+
+
+@final
+class Intake:
+    """The VM's socket: its messages, of which the checker takes those that bring descriptors."""
+
+    def __init__(self, owner: Channel, checker: socket.socket, pid: int) -> None:
+        self._owner = owner
+        self._checker: socket.socket | None = checker
+        self._pid = pid
+
+    def receive(self) -> Message | None:
+        """Take the next request, if there is one; None when the owner is gone.
+
+        Raises:
+            OSError: EAGAIN when there is none; EMSGSIZE for more than one descriptor; else as ``Channel.receive``.
+            RefusedError: EINVAL for a descriptor of neither a memfd nor a pipe; EMFILE; ETIMEDOUT when the checker is late or gone.
+        """
+        if not self._brings_fds():
+            return self._owner.receive(socket.MSG_DONTWAIT)
+        answer = self._ask()
+        if answer is None:
+            if self._brings_fds():
+                # The kernel drops them.
+                self._owner.sock.recvmsg(MAX_MESSAGE, 0, socket.MSG_DONTWAIT)
+            raise RefusedError(ETIMEDOUT, "descriptors are not taken any more: the process that looks at them did not answer")
+        data, fds = answer
+        errno, malformed = _ANSWER.unpack_from(data)
+        content = data[_ANSWER.size :]
+        if not errno and len(content) >= _HEAD.size:
+            number, _ = _HEAD.unpack_from(content)
+            return Message(number, content[_HEAD.size :], fds)
+        close_all(fds)
+        if not errno:
+            raise OSError(EPROTO, f"message of {len(content)} bytes")
+        raise (OSError if malformed else RefusedError)(errno, content.decode())
+
+    def _brings_fds(self) -> bool:
+        """Say whether descriptors come with the next message; an end of the stream brings none."""
+        return bool(self._owner.sock.recvmsg(1, 0, socket.MSG_PEEK | socket.MSG_DONTWAIT)[2] & socket.MSG_CTRUNC)
+
+    def _ask(self) -> tuple[bytes, list[OwnedFd]] | None:
+        """Have the checker take the next message; None when it does not answer, now or ever."""
+        if self._checker is None:
+            return None
+        try:
+            self._checker.send(b"\0", socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+            poll = select.poll()
+            poll.register(self._checker, select.POLLIN)
+            times, milliseconds = _PATIENCE
+            if any(poll.poll(milliseconds) for _ in range(times)):
+                answer = receive_with_fds(self._checker, _ANSWER.size + MAX_MESSAGE)
+                if answer[0]:
+                    return answer
+        except OSError as error:
+            if error.errno == EMSGSIZE:
+                raise RefusedError(EMFILE, "there is no room for one more descriptor") from None
+        self.close()
+        return None
+
+    def close(self) -> None:
+        """End the checker. One that a server of the owner's holds for ever is left to it."""
+        if self._checker is None:
+            return
+        self._checker.close()
+        self._checker = None
+        # Not reaped yet, so the number is its own.
+        os.kill(self._pid, signal.SIGKILL)
+        with suppress(OSError), OwnedFd(os.pidfd_open(self._pid)) as pidfd:
+            poll = select.poll()
+            poll.register(pidfd.fileno(), select.POLLIN)
+            if poll.poll(_REAP):
+                os.waitpid(self._pid, 0)
+
+
+def start(owner: Channel) -> Intake:
+    """Fork the checker of the VM's socket.
+
+    Preconditions: no other thread, and nothing in this process that the checker must not have.
+
+    Raises:
+        OSError: EAGAIN, ENOMEM as fork(2); EMFILE.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    engine = os.getpid()
+    try:
+        pid = os.fork()
+    except BaseException:
+        ours.close()
+        theirs.close()
+        raise
+    if pid == 0:
+        try:
+            _be_checker(owner.sock, theirs, engine)
+        finally:
+            os._exit(1)
+    theirs.close()
+    return Intake(owner, ours, pid)
+
+
+def _be_checker(owner: socket.socket, engine: socket.socket, parent: int) -> NoReturn:
+    process.set_name("rmem-checker")
+    process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    _close_all_but(owner.fileno(), engine.fileno())
+    while engine.recv(1):
+        fds = _answer(owner, engine)
+        # Here it may hang, and for ever.
+        for fd in fds:
+            os.close(fd)
+    os._exit(0)
+
+
+def _close_all_but(*kept: int) -> None:
+    start = 0
+    for fd in (*sorted(kept), os.sysconf("SC_OPEN_MAX")):
+        os.closerange(start, fd)
+        start = fd + 1
+
+
+def _answer(owner: socket.socket, engine: socket.socket) -> list[int]:
+    """Take the next message and pass it on, or say what is wrong with it; returns the descriptors that came with it."""
+    fds: list[int] = []
+    try:
+        # Room for one: the kernel drops the others, and they never are this process's to close.
+        room = socket.CMSG_LEN(array.array("i").itemsize)
+        data, ancillary, flags, _ = owner.recvmsg(MAX_MESSAGE, room, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+    except OSError as error:
+        engine.send(_ANSWER.pack(error.errno or EAGAIN, 1) + (error.strerror or "").encode())
+        return fds
+    for level, kind, payload in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds += array.array("i", payload)
+    if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+        engine.send(_ANSWER.pack(EMSGSIZE, 1) + b"recvmsg: message or descriptors cut off")
+    elif all(_is_memfd_or_pipe(fd) for fd in fds):
+        send_with_fds(engine, _ANSWER.pack(0, 0) + data, fds)
+    else:
+        engine.send(_ANSWER.pack(EINVAL, 0) + b"a descriptor is neither a memfd nor a pipe")
+    return fds
+
+
+def _is_memfd_or_pipe(fd: int) -> bool:
+    """Say what a descriptor is, asking the kernel alone: fstat(2) and fstatfs(2) would ask its file system."""
+    for command in (_F_GET_SEALS, fcntl.F_GETPIPE_SZ):
+        try:
+            fcntl.fcntl(fd, command)
+        except OSError:
+            continue
+        return True
+    return False

@@ -1,0 +1,331 @@
+"""What an owner may send to a VM's and a vCPU's socket beside proper requests, and that it harms nobody but itself."""
+
+import os
+import socket
+import struct
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+from mute_server import mute_file
+from processes import children, descriptors, family, process, wait_gone, wait_until
+from restrictedmem.abi import kvm
+from restrictedmem.kvm import exits, wire
+from restrictedmem.kvm import process as kvm_process
+from restrictedmem.kvm.checker import _is_memfd_or_pipe
+from restrictedmem.kvm.vm import Vcpu, Vm
+from restrictedmem.service.client import Service
+from restrictedmem.service.start import Options
+from restrictedmem.service.wire import MAX_MESSAGE, Call
+
+pytestmark = pytest.mark.requires("fuse")
+
+GPA = 0x4000_0000
+PAGE = 4096
+EPERM, EINVAL, ETIMEDOUT, EPROTO, EMSGSIZE = 1, 22, 110, 71, 90
+OUT_LOOP = bytes.fromhex("e642 ebfc")  # out %al, $0x42; jmp back
+SPIN = bytes.fromhex("ebfe")
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    with Service.start() as found:
+        yield found
+
+
+@pytest.fixture
+def vm(service: Service) -> Iterator[Vm]:
+    with Vm(service, engine="software") as found:
+        found._channel.sock.settimeout(10)
+        yield found
+
+
+def started(service: Service, vm: Vm, code: bytes) -> Vcpu:
+    fd = service.memfd_restricted()
+    os.ftruncate(fd, PAGE)
+    vm.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=PAGE, restricted_fd=fd)
+    os.close(fd)
+    vm.set_memory_attributes(GPA, PAGE, private=True)
+    vm.launch_update(GPA, code.ljust(PAGE, b"\0"))
+    vcpu = vm.create_vcpu()
+    vcpu._channel.sock.settimeout(10)
+    vcpu.set_regs(rip=GPA)
+    return vcpu
+
+
+def request(number: int, body: bytes = b"") -> bytes:
+    return struct.pack("=II", number, 0) + body
+
+
+Send = Callable[[socket.socket], object]
+STATISTICS = request(wire.STATISTICS.number)
+
+
+def with_fds(count: int, data: bytes = STATISTICS) -> Send:
+    return lambda sock: socket.send_fds(sock, [data], [0] * count)
+
+
+#: By name: how it is sent, and the errno. An empty message is the end of the stream.
+MALFORMED: dict[str, tuple[Send, int | None]] = {
+    "nothing": (lambda sock: sock.send(b""), None),
+    "one byte": (lambda sock: sock.send(b"1"), EPROTO),
+    "seven bytes": (lambda sock: sock.send(b"1234567"), EPROTO),
+    "too long": (lambda sock: sock.send(bytes(MAX_MESSAGE + 1)), EMSGSIZE),
+    "two descriptors": (with_fds(2), EMSGSIZE),
+    "five descriptors": (with_fds(5), EMSGSIZE),
+    "253 descriptors": (with_fds(253), EMSGSIZE),
+}
+
+
+def errno_of_reply(sock: socket.socket) -> int:
+    (errno,) = struct.unpack_from("=I", sock.recv(MAX_MESSAGE))
+    return int(errno)
+
+
+def checker_of(vm: Vm) -> int:
+    (found,) = children(int(vm.statistics()["pid"]))
+    wait_until(lambda: (now := process(found.pid)) is not None and now.name == "rmem-checker", "the checker to say its name")
+    return found.pid
+
+
+@pytest.mark.parametrize("malformed", [*MALFORMED, "seven bytes and a descriptor"])
+@pytest.mark.parametrize("target", ["vm", "vcpu"])
+def test_a_malformed_message_is_answered_and_ends_the_connection(service: Service, vm: Vm, target: str, malformed: str) -> None:
+    pipe = os.pipe()
+    send, errno = MALFORMED.get(malformed, (lambda sock: socket.send_fds(sock, [b"1234567"], [pipe[1]]), EPROTO))
+    with Vm(service, engine="software") as bad, bad.create_vcpu() as vcpu:
+        channel, other = (bad._channel, vcpu._channel) if target == "vm" else (vcpu._channel, bad._channel)
+        channel.sock.settimeout(10)
+        engine = process(int(bad.statistics()["pid"]))
+        assert engine is not None
+        try:
+            send(channel.sock)
+        except PermissionError:
+            # The kernel refuses descriptors on a vCPU's socket (Linux 6.16).
+            assert target == "vcpu"
+            assert "descriptor" in malformed
+        else:
+            if errno is not None:
+                assert errno_of_reply(channel.sock) == (EPROTO if target == "vcpu" and "descriptor" in malformed else errno)
+            assert channel.sock.recv(1) == b""
+            with pytest.raises(BrokenPipeError):
+                channel.sock.send(STATISTICS)
+        # The other socket goes on, and so does every other VM.
+        other.sock.settimeout(10)
+        other.sock.send(request(0xDEAD))
+        assert errno_of_reply(other.sock) == EPROTO
+        assert vm.statistics()["pid"] != engine.pid
+    for end in pipe:
+        os.close(end)
+    wait_gone([engine])
+
+
+def test_no_descriptor_of_any_message_stays(service: Service) -> None:
+    with Vm(service, engine="software") as vm:
+        engine = int(vm.statistics()["pid"])
+        both = (engine, checker_of(vm))
+        before = [len(descriptors(pid)) for pid in both]
+        with tempfile.TemporaryFile() as file, ExitStack() as held:
+            ends = os.pipe()
+            for end in ends:
+                held.callback(os.close, end)
+            for fd in (file.fileno(), vm._channel.fileno(), *ends):
+                with suppress(OSError):
+                    vm._channel.call(wire.TRACE, fds=[fd])
+                with suppress(OSError):
+                    vm._channel.call(wire.STATISTICS, fds=[fd])
+        vm.trace(None)
+        wait_until(lambda: [len(descriptors(pid)) for pid in both] == before, "descriptors to be closed")
+
+
+def test_messages_sent_at_once_are_answered_in_turn(vm: Vm) -> None:
+    ends = os.pipe()
+    sock = vm._channel.sock
+    for number in range(3):
+        socket.send_fds(sock, [request(wire.TRACE.number)], [ends[1]])
+        sock.send(request(wire.CHECK_EXTENSION.number, wire.CAP.pack(number)))
+        socket.send_fds(sock, [request(wire.TRACE.number)], [0])
+    for _ in range(3):
+        assert [len(sock.recv(100)), len(sock.recv(100))] == [8, 16]
+        assert errno_of_reply(sock) == EINVAL
+    for end in ends:
+        os.close(end)
+
+
+def test_a_message_while_the_vcpu_runs_ends_the_connection(service: Service, vm: Vm) -> None:
+    with started(service, vm, SPIN) as vcpu:
+        sock = vcpu._channel.sock
+        engine = int(vm.statistics()["pid"])
+        before = len(descriptors(engine))
+        sock.send(request(wire.RUN.number, wire.COMPLETION.pack(0)))
+        sock.send(request(wire.GET_REGS.number))
+        assert errno_of_reply(sock) == EPROTO
+        assert sock.recv(1) == b""
+        # The VM goes on, and the vCPU is no more: it has let go of its socket, unread messages and all.
+        wait_until(lambda: len(descriptors(engine)) == before - 1, "the vCPU's socket to be closed")
+        assert vm.statistics()["exits"] == {"Interrupted": 1}
+
+
+def test_a_vcpu_whose_owner_hangs_up_stops(service: Service, vm: Vm) -> None:
+    with started(service, vm, SPIN) as vcpu:
+        vcpu._channel.sock.send(request(wire.RUN.number, wire.COMPLETION.pack(0)))
+        wait_until(lambda: vm.statistics()["private_bytes"] and vm.statistics()["tlb_fills"], "the guest to run")
+    wait_until(lambda: vm.statistics()["exits"] == {"Interrupted": 1}, "the guest to stop")
+
+
+def test_an_engine_ends_whose_socket_holds_its_own_peer() -> None:
+    def owner() -> None:
+        # An owner of its own, which is killed and closes nothing.
+        service = Service.start()
+        vm = Vm(service, engine="software")
+        sock = started(service, vm, SPIN)._channel.sock
+        sock.send(request(wire.RUN.number, wire.COMPLETION.pack(0)))
+        with suppress(PermissionError):
+            socket.send_fds(sock, [request(wire.GET_REGS.number)], [sock.fileno()])
+        for end in (sock, vm._channel.sock):
+            socket.send_fds(vm._channel.sock, [STATISTICS], [end.fileno()])
+            assert errno_of_reply(vm._channel.sock) == EINVAL
+        for end in (sock, vm._channel.sock):
+            socket.send_fds(vm._channel.sock, [STATISTICS], [end.fileno()])
+        os.write(result[1], str(service.info["pid"]).encode())
+        os.read(os.pipe()[0], 1)
+
+    result = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            owner()
+        finally:
+            os._exit(0)
+    try:
+        found = family(int(os.read(result[0], 100)))
+        every = [*found, *(child for one in found for child in children(one.pid))]
+    finally:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+        for end in result:
+            os.close(end)
+    assert {"rmem-kvm", "rmem-checker"} <= {one.name for one in every}, every
+    wait_gone(every)
+
+
+def test_the_checker_holds_two_sockets_and_ends_with_its_engine(service: Service) -> None:
+    with Vm(service, engine="software") as vm:
+        pid = checker_of(vm)
+        held = descriptors(pid)
+        assert len(held) == 2, held
+        assert all(link.startswith("socket:") for link in held)
+        checker = process(pid)
+        assert checker is not None
+    wait_gone([checker])
+
+
+def test_a_vm_goes_on_without_its_checker(service: Service) -> None:
+    with Vm(service, engine="software") as vm, started(service, vm, OUT_LOOP) as vcpu:
+        vm._channel.sock.settimeout(10)
+        os.kill(checker_of(vm), 9)
+        ends = os.pipe()
+        for _ in range(2):
+            with pytest.raises(OSError) as caught:
+                vm.trace(ends[1])
+            assert caught.value.errno == ETIMEDOUT
+        assert vcpu.run() == exits.PortOut(0x42, 1, 0)
+        vm.set_memory_attributes(GPA, PAGE, private=False)
+        for end in ends:
+            os.close(end)
+
+
+def test_a_vm_goes_on_without_a_checker_that_is_late(service: Service) -> None:
+    with Vm(service, engine="software") as vm:
+        vm._channel.sock.settimeout(30)
+        os.kill(checker_of(vm), 19)
+        ends = os.pipe()
+        # What came behind it is answered in its turn.
+        socket.send_fds(vm._channel.sock, [request(wire.TRACE.number)], [ends[1]])
+        vm._channel.sock.send(request(wire.CHECK_EXTENSION.number, wire.CAP.pack(0)))
+        assert errno_of_reply(vm._channel.sock) == ETIMEDOUT
+        assert errno_of_reply(vm._channel.sock) == 0
+        for end in ends:
+            os.close(end)
+
+
+@pytest.mark.requires("root")
+@pytest.mark.parametrize("call", [wire.TRACE, wire.SET_USER_MEMORY_REGION, wire.STATISTICS], ids=lambda call: call.name)
+def test_a_file_that_cannot_be_closed_holds_no_engine(call: Call) -> None:
+    region = kvm.kvm_userspace_memory_region_ext(slot=1, flags=0, guest_phys_addr=0x1000_0000, memory_size=PAGE, userspace_addr=0)
+    body = bytes(region) if call is wire.SET_USER_MEMORY_REGION else b""
+    # No program can be started while it is open: exec would close it there.
+    with Service.start() as own, mute_file() as file:
+        vm = Vm(own, engine="software")
+        vm._channel.sock.settimeout(30)
+        with started(own, vm, OUT_LOOP) as vcpu:
+            with pytest.raises(OSError) as caught:
+                vm._channel.call(call, body, [file])
+            assert caught.value.errno == EINVAL
+            # Its checker is held from now on, and nobody else is.
+            with pytest.raises(OSError) as caught:
+                vm._channel.call(call, body, [file])
+            assert caught.value.errno == ETIMEDOUT
+            assert vcpu.run() == exits.PortOut(0x42, 1, 0)
+        with Vm(own, engine="software") as other:
+            reader, writer = os.pipe()
+            other.trace(writer)
+            other.trace(None)
+            os.close(reader)
+            os.close(writer)
+        found = family(own)
+        vm.close()
+        wait_gone([one for one in found if one.name == "rmem-kvm"])
+    wait_gone(found)
+
+
+def test_pipes_and_memfds_are_told_without_their_file_systems(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    opened = os.open(fifo, os.O_RDWR)
+    ours, theirs = socket.socketpair()
+    memfd, file, path = os.memfd_create("m"), os.open(tmp_path / "file", os.O_CREAT | os.O_RDWR), os.open(tmp_path, os.O_PATH)
+    try:
+        assert [_is_memfd_or_pipe(fd) for fd in (reader, writer, opened, memfd)] == [True] * 4
+        assert [_is_memfd_or_pipe(fd) for fd in (ours.fileno(), path)] == [False] * 2
+        # A plain file of tmpfs is as good as a memfd; one of another file system is not.
+        assert _is_memfd_or_pipe(file) is _on_tmpfs(tmp_path)
+    finally:
+        for fd in (reader, writer, opened, memfd, file, path):
+            os.close(fd)
+        ours.close()
+        theirs.close()
+
+
+def _on_tmpfs(path: Path) -> bool:
+    mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()]
+    inside = [fields for fields in mounts if path.is_relative_to(fields[4])]
+    return max(inside, key=lambda fields: len(fields[4]))[-3] == "tmpfs"
+
+
+def test_a_checker_that_cannot_be_forked_is_the_vms_errno() -> None:
+    owner, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            owner.close()
+
+            def refuse() -> int:
+                raise BlockingIOError(11, "Resource temporarily unavailable")
+
+            os.fork = refuse
+            ends = socket.socketpair(), socket.socketpair()
+            kvm_process.serve(theirs, ends[0][0], ends[1][0], Options(), wire.Creation("software", 0, "").dump())
+        finally:
+            os._exit(9)
+    theirs.close()
+    owner.settimeout(10)
+    owner.send(request(wire.CREATE_VM.number))
+    assert errno_of_reply(owner) == 11
+    assert owner.recv(1) == b""
+    assert os.waitpid(pid, 0) == (pid, 256)
+    owner.close()
