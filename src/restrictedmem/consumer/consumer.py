@@ -76,6 +76,9 @@ class Consumer:
         return self._bind(token, span, BindFlag.EXCLUSIVE if exclusive else BindFlag(0), make)
 
     def _bind(self, token: bytes, span: PageRange, flags: BindFlag, make: Callable[[Bound], _N]) -> _N:
+        # A reply that this process has no room for is lost, and with it the binding's number.
+        with OwnedFd(os.dup(self.requests.fileno())), OwnedFd(os.dup(self.requests.fileno())):
+            pass
         try:
             body, fds = self.requests.call(wire.BIND, wire.BIND_REQUEST.pack(token, span.start, span.end, flags))
         except OSError as error:

@@ -192,10 +192,10 @@ class Engine(Protocol):
         ...
 
     def create_vcpu(self, number: int) -> VcpuEngine:
-        """Make a vCPU, which reaches all slots there are.
+        """Make a vCPU, which reaches all slots there are, or return one that was made in vain: numbers are used in turn.
 
         Raises:
-            OSError: what the machine lacks.
+            OSError: what the machine lacks, ENOMEM for one.
         """
         ...
 

@@ -196,7 +196,14 @@ class Machine:
         (gpa,) = wire.LAUNCH.unpack_from(body)
         content = body[wire.LAUNCH.size :]
         with self._launch.opened() as measurement:
-            self._memory.launch_update(gpa, content)
+            try:
+                self._memory.launch_update(gpa, content)
+            except OSError:
+                # Nothing was put in.
+                raise
+            except BaseException:
+                measurement.add_pages(gpa, content)
+                raise
             self._conversions.put_in(gpa)
             measurement.add_pages(gpa, content)
         self._owner.reply()

@@ -1,10 +1,11 @@
 """Serving one socket of the engine process."""
 
+import os
 import socket
 import struct
 from collections.abc import Callable
 from contextlib import suppress
-from errno import EIO, EPROTO
+from errno import EIO, ENOMEM, EPROTO
 
 from restrictedmem.fd import close_all
 from restrictedmem.service.wire import MAX_MESSAGE, Channel, Message
@@ -33,6 +34,8 @@ def serve_one(channel: Channel, receive: Callable[[], Message | None], dispatch:
         dispatch(message)
     except OSError as error:
         channel.reply_error(error)
+    except MemoryError:
+        channel.reply_error(OSError(ENOMEM, os.strerror(ENOMEM)))
     except (struct.error, ValueError) as error:
         channel.reply_error(OSError(EPROTO, str(error)))
     except Exception as error:  # noqa: BLE001 - the owner gets it.

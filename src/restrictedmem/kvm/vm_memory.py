@@ -122,9 +122,10 @@ class VmMemory:
 
     @staticmethod
     def _map_shared(fd: OwnedFd, offset: int, size: int) -> Half:
+        # Before the seal, which would stay, and again after it: until then the memfd can be shrunk.
+        _check_size(fd, offset + size)
         forbid_shrinking(fd.fileno())
-        if offset + size > os.fstat(fd.fileno()).st_size:
-            raise OSError(EINVAL, "the shared half ends past its memfd")
+        _check_size(fd, offset + size)
         return Half(fd.fileno(), offset, size)
 
     def slot_of(self, gfn: int) -> Memslot | None:
@@ -260,6 +261,11 @@ def _check_move(old: Memslot, region: kvm.kvm_userspace_memory_region_ext, share
     source = None if shared_fd is None else source_of(shared_fd.fileno(), region.userspace_addr)
     if source != (old.shared and old.shared.source):
         raise OSError(EINVAL, f"slot {old.number} shows other memory")
+
+
+def _check_size(fd: OwnedFd, end: int) -> None:
+    if end > os.fstat(fd.fileno()).st_size:
+        raise OSError(EINVAL, "the shared half ends past its memfd")
 
 
 def swap_exists() -> bool:

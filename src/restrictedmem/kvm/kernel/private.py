@@ -111,10 +111,10 @@ class GuestMemfdHalf:
 
     def close(self) -> None:
         """Unmap the window (``PrivateHalf``)."""
-        self._unbind()
         self.file.shown -= self.locked
         if self.mapping is not None:
             self.mapping.close()
+        self._unbind()
 
 
 @final
@@ -148,26 +148,37 @@ class PrivateFiles:
         bound.sequence.close()
         ranged = bool(bound.flags & BindingFlag.RANGE)
         file = self._by_ino.get(bound.ino)
-        if file is None:
-            file = PrivateFile(bound.ino, bound.number, self._vm.create_guest_memfd(_SIZE, self._flags), bound.limit)
-            self._by_ino[bound.ino] = file
-        elif not ranged:
+        try:
+            if file is None:
+                file = PrivateFile(bound.ino, bound.number, self._vm.create_guest_memfd(_SIZE, self._flags), bound.limit)
+                self._by_ino[bound.ino] = file
+        except BaseException:
+            self._binder.unbind(bound.number)
+            raise
+        if not ranged and file.binding != bound.number:
             self._binder.unbind(bound.number)
         binding = bound.number if ranged else file.binding
         self._bindings[binding] = file, window if ranged else _WHOLE
+        let_go = partial(self._let_go, binding) if ranged else partial(self._let_go_if_empty, file)
         try:
             if file.limit is not None and file.shown + (len(window) << PAGE_SHIFT) > file.limit:
                 raise OSError(ENOSPC, "guest_memfd grows without asking: slots must fit the service's limit")
-            return GuestMemfdHalf(file, window, binding, partial(self._let_go, binding) if ranged else _keep)
+            return GuestMemfdHalf(file, window, binding, let_go)
         except BaseException:
-            if ranged:
-                self._let_go(binding)
+            let_go()
             raise
 
     def _let_go(self, binding: int) -> None:
         self._binder.unbind(binding)
         file, window = self._bindings.pop(binding)
         file.punch(window)
+
+    def _let_go_if_empty(self, file: PrivateFile) -> None:
+        """Forget a file without slots and content, as one whose first slot could not be made."""
+        if not file.shown and not file.memfd.resident_pages(0, 0):
+            self._binder.unbind(file.binding)
+            del self._bindings[file.binding], self._by_ino[file.ino]
+            file.memfd.close()
 
     def close(self) -> None:
         """Close every guest_memfd."""
@@ -201,7 +212,3 @@ class PrivateFiles:
     def freed_pages(self) -> int:
         """Count the pages that the owner has freed."""
         return sum(file.freed for file in self._by_ino.values())
-
-
-def _keep() -> None:
-    """Leave a notifier of a whole file where it is."""

@@ -176,8 +176,12 @@ class ByAttribute:
         self._tables.reserve(slot.base_gfn << PAGE_SHIFT, npages)
         private = guest_memfd_half(slot) if slot.private is not None else None
         self._bases[slot] = self._slots.add(npages << PAGE_SHIFT, slot.shared.address if slot.shared else 0, private)
-        for start, end, is_private in runs(slot, slot.base_gfn, slot.end_gfn):
-            self.convert(slot, start, end, private=is_private)
+        try:
+            for start, end, is_private in runs(slot, slot.base_gfn, slot.end_gfn):
+                self.convert(slot, start, end, private=is_private)
+        except BaseException:
+            self.remove(slot)
+            raise
 
     def convert(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:
         """Write the kernel's attributes (``Conversion``)."""

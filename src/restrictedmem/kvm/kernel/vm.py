@@ -13,7 +13,7 @@ from restrictedmem.abi.kvm import (
     Cap,
 )
 from restrictedmem.abi.kvm_x86 import KVM_X86_QUIRK_SLOT_ZAP_ALL
-from restrictedmem.devkvm import Kvm, Vm
+from restrictedmem.devkvm import Kvm, Vcpu, Vm
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine import Binder
 from restrictedmem.kvm.kernel.private import GuestMemfdHalf, PrivateFiles
@@ -51,8 +51,10 @@ class KernelVm:
             self._files = PrivateFiles(self._vm, binder, flags)
             stack.callback(self._files.close)
             self._made = stack.enter_context(ExitStack())
+            self._numbers: dict[int, Vcpu] = {}
             # It copies the owner's content in before it is anybody's.
             self._first = self._make_vcpu(0)
+            self._engines = [self._first]
             self._resources = stack.pop_all()
 
     def close(self) -> None:
@@ -75,8 +77,12 @@ class KernelVm:
         return self._system.report_page
 
     def _make_vcpu(self, number: int) -> KernelVcpu:
-        vcpu = self._made.enter_context(self._vm.create_vcpu(number))
-        return KernelVcpu(number, vcpu, self._system, cpuid=self._cpuid, find=self._conversion.find, flags_of=self._flags_of)
+        # KVM gives each number once, whatever came of it here.
+        if number not in self._numbers:
+            self._numbers[number] = self._made.enter_context(self._vm.create_vcpu(number))
+        return KernelVcpu(
+            number, self._numbers[number], self._system, cpuid=self._cpuid, find=self._conversion.find, flags_of=self._flags_of
+        )
 
     def _flags_of(self, gpa: int) -> int:
         """Return the flags of a memory fault at an owner's address."""
@@ -129,7 +135,11 @@ class KernelVm:
         for start in range(0, len(data), STAGING_SIZE):
             part = data[start : start + STAGING_SIZE]
             self._system.stage(part)
-            self._first.copy(gpa + start, len(part) // 8)
+            try:
+                self._first.copy(gpa + start, len(part) // 8)
+            except OSError as error:
+                # No errno of the call's: a part of it may be there.
+                raise RuntimeError(str(error)) from None
 
     def read_private(self, slot: Memslot, gpa: int, size: int) -> bytes:
         """Read the mapping, where it can be read (``Engine``)."""
@@ -155,7 +165,9 @@ class KernelVm:
 
     def create_vcpu(self, number: int) -> KernelVcpu:
         """Make a vCPU (``Engine``)."""
-        return self._make_vcpu(number) if number else self._first
+        if number == len(self._engines):
+            self._engines.append(self._make_vcpu(number))
+        return self._engines[number]
 
     def platform_report(self) -> dict[str, object]:
         """Return nothing: what KVM maps, it does not tell (``Engine``)."""

@@ -92,8 +92,10 @@ class PhysicalMemory:
         return self._views[-1]
 
     def remove(self, slot: Memslot) -> None:
-        """Take a slot's halves out of physical memory, with their code and translations."""
-        window = next(window for window in self._windows if window.slot is slot)
+        """Take a slot's halves out of physical memory, with their code and translations; one that never got there is nothing."""
+        window = next((window for window in self._windows if window.slot is slot), None)
+        if window is None:
+            return
         self._windows.remove(window)
         self.maintaining = True
         try:

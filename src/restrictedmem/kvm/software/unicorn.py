@@ -11,12 +11,18 @@ import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from errno import ENOMEM
 from typing import Final, final
 
 from restrictedmem.units import PAGE_SIZE
 
 _ARCH_X86: Final = 4
 _MODE_64: Final = 8
+
+#: DEFAULT_CODE_GEN_BUFFER_SIZE, and more than an emulator takes beside it; bytes of address space.
+_CODE_BUFFER: Final = 1 << 30
+_OTHER_MEMORY: Final = 64 << 20
+_MAP_NORESERVE: Final = 0x4000
 
 # uc_mem_type, as a TLB fill names the access; 1 << (access - MEM_READ) is the right it needs.
 MEM_READ: Final = 16
@@ -143,6 +149,19 @@ def _block_hook() -> tuple[mmap.mmap, int]:
     return page, ctypes.addressof(ctypes.c_char.from_buffer(page))
 
 
+def _try_memory() -> None:
+    """See that an emulator's memory can be had: it takes a buffer for code first, and calls exit(3) when there is none.
+
+    Raises:
+        OSError: ENOMEM, also where memory may not be writable and executable at once (SELinux, PR_SET_MDWE).
+    """
+    flags, rights = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
+    try:
+        mmap.mmap(-1, _CODE_BUFFER + _OTHER_MEMORY, flags, rights).close()
+    except OSError as error:
+        raise OSError(ENOMEM, f"no memory for an emulator's code: {error.strerror}") from None
+
+
 def error_text(call: str, error: int) -> str:
     """Describe a uc_err as the failure of a call."""
     return f"{call}: {library().uc_strerror(error).decode()}"
@@ -176,8 +195,13 @@ class Uc:
     """
 
     def __init__(self) -> None:
-        """Open an emulator in long mode whose TLB misses, once ``hook_tlb_fill`` was called, are the hook's to answer."""
+        """Open an emulator in long mode whose TLB misses, once ``hook_tlb_fill`` was called, are the hook's to answer.
+
+        Raises:
+            OSError: ENOMEM.
+        """
         self._library = library()
+        _try_memory()
         handle = ctypes.c_void_p()
         _check("uc_open", self._library.uc_open(_ARCH_X86, _MODE_64, ctypes.byref(handle)))
         self._handle = handle

@@ -77,13 +77,23 @@ class SoftwareVcpu:
 
         Raises:
             RuntimeError: when Unicorn is missing or its version does not fit.
+            OSError: ENOMEM.
         """
         self._mmu = mmu
-        self._uc = uc = Uc()
         self._turns = turns
-        self._turn = turns.join(uc.kick)
         self._code = code
+        self._report_page = report_page
+        self._uc = Uc()
+        try:
+            self._set_up(self._uc)
+        except BaseException:
+            self._uc.close()
+            raise
+        self._turn = turns.join(self._uc.kick)
         self._number = code.add_vcpu()
+
+    def _set_up(self, uc: Uc) -> None:
+        """Bring a new emulator to where a guest can run on it."""
         self._reset = enter_user_mode(uc)
         self._undo = uc.context()
         self._memory = PhysicalMemory(uc)
@@ -91,8 +101,7 @@ class SoftwareVcpu:
         self._hypercall_page = mmap.mmap(-1, PAGE_SIZE)
         self._hypercall_page[: len(HYPERCALL)] = HYPERCALL
         uc.map(_HYPERCALL_CODE, PAGE_SIZE, ctypes.addressof(ctypes.c_char.from_buffer(self._hypercall_page)))
-        self._report_page = report_page
-        uc.map(_REPORT_PAGE, PAGE_SIZE, ctypes.addressof(ctypes.c_char.from_buffer(report_page)))
+        uc.map(_REPORT_PAGE, PAGE_SIZE, ctypes.addressof(ctypes.c_char.from_buffer(self._report_page)))
         self._hypercall = uc.registers(unicorn.RIP, unicorn.RAX, unicorn.RDI, unicorn.RSI, unicorn.RDX, unicorn.R10)
         #: What IN, OUT, INS and OUTS may change.
         self._io = uc.registers(unicorn.RIP, unicorn.RAX, unicorn.RSI, unicorn.RDI)

@@ -94,8 +94,12 @@ class SoftwareVm:
     def add_slot(self, slot: Memslot) -> None:
         """Let every vCPU reach a slot (``Engine``)."""
         self.mmu.slots = (*self.mmu.slots, slot)
-        for engine in self._engines:
-            engine.add_slot(slot)
+        try:
+            for engine in self._engines:
+                engine.add_slot(slot)
+        except BaseException:
+            self.remove_slot(slot)
+            raise
 
     def remove_slot(self, slot: Memslot) -> None:
         """Make every vCPU forget a slot (``Engine``)."""
@@ -198,12 +202,16 @@ class SoftwareVm:
 
     def create_vcpu(self, number: int) -> SoftwareVcpu:
         """Make a vCPU (``Engine``)."""
-        del number
-        engine = SoftwareVcpu(self.mmu, self._report_page, self._turns, self._code)
-        for slot in self.mmu.slots:
-            engine.add_slot(slot)
-        self._engines.append(engine)
-        return engine
+        if number == len(self._engines):
+            engine = SoftwareVcpu(self.mmu, self._report_page, self._turns, self._code)
+            try:
+                for slot in self.mmu.slots:
+                    engine.add_slot(slot)
+            except BaseException:
+                engine.close()
+                raise
+            self._engines.append(engine)
+        return self._engines[number]
 
     def platform_report(self) -> dict[str, object]:
         """Return what the platform reports (``Engine``)."""
