@@ -17,7 +17,7 @@ from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm import guest_abi
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.exits import Exit, Shutdown
-from restrictedmem.kvm.memslot import Half, MemfdHalf, Memslot
+from restrictedmem.kvm.memslot import Half, MemfdFile, MemfdHalf, Memslot
 from restrictedmem.kvm.mmu import Mmu
 from restrictedmem.kvm.software.code import CodePages
 from restrictedmem.kvm.software.turns import Turns
@@ -122,7 +122,7 @@ class Machine:
 def private_half(file: RestrictedFile, pages: int, limit: int | None = None) -> MemfdHalf:
     """Bind to a file of this process, as a BIND reply lets an engine do."""
     fd, sequence = (OwnedFd(os.dup(fd)) for fd in (file.backing.fileno(), file.sequence().fd.fileno()))
-    return MemfdHalf(Bound(1, 1, limit, fd, sequence), PageRange(pgoff_t(0), pgoff_t(pages)), unbind=lambda: None)
+    return MemfdHalf(MemfdFile(Bound(1, 1, limit, fd, sequence)), 1, PageRange(pgoff_t(0), pgoff_t(pages)), unbind=lambda: None)
 
 
 def shared_half(pages: int) -> Half:
@@ -138,7 +138,8 @@ def make_machine(pages: int = PAGES, limit: int | None = None, vcpus: int = 1) -
     private.attributes[:] = bytes([1]) * pages
     shared = Memslot(1, gfn_t(SHARED >> PAGE_SHIFT), 4, private=None, shared=shared_half(4))
     mmu = Mmu(Attributes(Api.V10))
-    mmu.slots = (private, shared)
+    mmu.add_slot(private)
+    mmu.add_slot(shared)
     turns, code, report_page = Turns(), CodePages(), mmap.mmap(-1, PAGE_SIZE)
     engines = [SoftwareVcpu(mmu, report_page, turns, code) for _ in range(vcpus)]
     for engine in engines:

@@ -24,7 +24,7 @@ from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm import elf, exits
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.lpage import Level
-from restrictedmem.kvm.memslot import ALL, CODE, LEVEL_SHIFT, PRIVATE, WRITE, MemfdHalf, Memslot
+from restrictedmem.kvm.memslot import ALL, CODE, LEVEL_SHIFT, PRIVATE, WRITE, MemfdFile, MemfdHalf, Memslot
 from restrictedmem.kvm.mmu import FAULT_AROUND, Fault, Mmu
 from restrictedmem.kvm.trace import Trace
 from restrictedmem.kvm.vm import Vcpu
@@ -193,7 +193,7 @@ def made(
     file = RestrictedFile(make("v10"), MemfdBacking(), Inode.make(0, 0))
     fd, sequence = (OwnedFd(os.dup(fd)) for fd in (file.backing.fileno(), file.sequence().fd.fileno()))
     window = PageRange(pgoff_t(first + shift), pgoff_t(first + shift + pages))
-    half = MemfdHalf(Bound(1, 1, None, fd, sequence, order=order), window, unbind=lambda: None)
+    half = MemfdHalf(MemfdFile(Bound(1, 1, None, fd, sequence, order=order)), 1, window, unbind=lambda: None)
     folios = Folios(order if offered is None else offered, window.end)
     half.pages.close()
     half.pages = Pages(folios, window)
@@ -201,7 +201,7 @@ def made(
     slot.attributes[:] = b"\1" * pages
     host = Host()
     mmu = Mmu(Attributes(Api.V10), trace, host)
-    mmu.slots = (slot,)
+    mmu.add_slot(slot)
     vm = Vm(file, folios, host, mmu, slot)
     file.register_notifier(vm)
     try:

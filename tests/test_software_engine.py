@@ -281,7 +281,7 @@ def test_read_only_memory(machine: Machine) -> None:
     slot = Memslot(2, gfn_t(0x20000), 1, private=None, shared=shared_half(1), rights=READ | EXEC)
     assert slot.shared is not None
     slot.shared.write(0, machine_code("05000000", "c3"))  # 5, and at 4: ret
-    machine.mmu.slots = (*machine.mmu.slots, slot)
+    machine.mmu.add_slot(slot)
     machine.engine.add_slot(slot)
     code = machine_code(
         "be00000020",  # mov esi, 0x20000000

@@ -354,10 +354,10 @@ def test_slots_come_and_go(machine: Machine) -> None:
         slot = Memslot(2, gfn_t(0x20000), 1, private=None, shared=shared_half(1))
         assert slot.shared is not None
         slot.shared.write(0, bytes([value]))
-        machine.mmu.slots = (machine.private, machine.shared, slot)
+        machine.mmu.add_slot(slot)
         machine.engine.add_slot(slot)
         assert machine.go_on(0) == PortOut(0x80, 4, value)
-        machine.mmu.slots = (machine.private, machine.shared)
+        machine.mmu.remove_slot(slot)
         machine.engine.remove_slot(slot)
         slot.close()
         assert machine.go_on() == MmioRead(0x2000_0000, 4)
@@ -365,7 +365,7 @@ def test_slots_come_and_go(machine: Machine) -> None:
 
 def test_stack_in_a_slot_that_goes(machine: Machine) -> None:
     slot = Memslot(2, gfn_t(0x20000), 1, private=None, shared=shared_half(1))
-    machine.mmu.slots = (*machine.mmu.slots, slot)
+    machine.mmu.add_slot(slot)
     machine.engine.add_slot(slot)
     code = machine_code(
         "bc00080020",  # mov esp, 0x20000800
@@ -374,7 +374,7 @@ def test_stack_in_a_slot_that_goes(machine: Machine) -> None:
         "f4",  # hlt
     )
     assert machine.run(code) == Hypercall(0, (DATA, 0, 0, 0))
-    machine.mmu.slots = machine.mmu.slots[:2]
+    machine.mmu.remove_slot(slot)
     machine.engine.remove_slot(slot)
     slot.close()
     assert machine.go_on() == MmioRead(0x2000_07F8, 8)
@@ -390,7 +390,7 @@ def test_attribute_decides_which_half_is_shown(machine: Machine) -> None:
     slot.shared.write(0, machine_code("e680", "c3"))  # out 0x80, al; ret
     slot.memfd_half.half.write(0, machine_code("e681", "c3"))  # out 0x81, al; ret
     slot.memfd_half.half.write(PAGE_SIZE, b"\7")
-    machine.mmu.slots = (*machine.mmu.slots, slot)
+    machine.mmu.add_slot(slot)
     machine.engine.add_slot(slot)
     code = machine_code(
         "be00000020",  # mov esi, 0x20000000

@@ -362,7 +362,8 @@ def test_a_punch_that_is_under_way_when_a_slot_is_made_has_its_end_there() -> No
     engine = binder.engine = SoftwareVm(binder, Vcpus(), attributes, Trace(), NoPlatform())
     vm = VmMemory(engine, cast(Channel, Reports()), Api.V10, attributes)
     vm.set_region(region(0, CODE, SLOT * PAGE_SIZE, KVM_MEM_PRIVATE), bytes(16), None)
-    half = vm.slots[0].memfd_half
+    (slot,) = vm.slots
+    half = slot.memfd_half
     assert half.told == 1
     heard[0].invalidate_end(punched.start, punched.end, None)
     assert half.told == 0

@@ -147,7 +147,7 @@ class Mapping:
         size = min((offset + length + alignment - 1) & -alignment, _LAST_BYTE & -mmap.PAGESIZE) - start
         # The address must be known before the file is mapped: a mapping may not begin elsewhere once it has pages.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        self._area = mmap.mmap(-1, size + alignment, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+        self._area = mmap.mmap(-1, size + alignment - mmap.PAGESIZE, flags, mmap.PROT_READ | mmap.PROT_WRITE)
         try:
             address = ctypes.addressof(ctypes.c_char.from_buffer(self._area))
             padding = -address & alignment - 1

@@ -336,7 +336,7 @@ class World:
             touch("slots", write=True)
             saw(None)
             self.vm.add_slot(view.slot)
-            self.memory.slots = (*self.memory.slots, view.slot)
+            self.memory.slots.add(view.slot)
 
     def unregister(self, view: View) -> None:
         """Take a slot away, its notifier and its reference, in production's order."""
@@ -345,7 +345,7 @@ class World:
             saw(None)
             view.live = False
             self.vm.remove_slot(view.slot)
-            self.memory.slots = tuple(slot for slot in self.memory.slots if slot is not view.slot)
+            self.memory.slots.remove(view.slot)
             for cpu in self._cpus:
                 cpu.flush()
             view.leaving = True

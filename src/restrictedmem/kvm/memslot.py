@@ -43,7 +43,7 @@ class Half:
 
     __slots__ = ("address", "locked", "mapping", "size", "source", "unlocked_because")
 
-    def __init__(self, fd: int, offset: int, size: int, alignment: int = memory.PMD_SIZE) -> None:
+    def __init__(self, fd: int, offset: int, size: int, alignment: int = 0) -> None:
         """Map ``size`` bytes of ``fd`` from byte ``offset`` on; the descriptor stays the caller's. ``alignment``: ``memory.Mapping``.
 
         Raises:
@@ -51,7 +51,7 @@ class Half:
         """
         self.size = size
         self.source = source_of(fd, offset)
-        self.mapping = memory.Mapping(fd, offset, size, alignment)
+        self.mapping = memory.Mapping(fd, offset, size, alignment or _alignment_for(size))
         #: Where the half lies in this process.
         self.address = self.mapping.address
         #: Bytes locked; when 0, why.
@@ -73,6 +73,11 @@ class Half:
     def close(self) -> None:
         """Unmap the half; nobody may use its address any more."""
         self.mapping.close()
+
+
+def _alignment_for(size: int) -> int:
+    """Return how a half is to be aligned: a small one has no huge page, and of many the padding would use up vm.max_map_count."""
+    return memory.PMD_SIZE if size >= memory.PMD_SIZE else PAGE_SIZE
 
 
 class PrivateHalf(Protocol):
@@ -99,34 +104,79 @@ class PrivateHalf(Protocol):
 
 
 @final
+class MemfdFile:
+    """The memfd of a restricted file and the page with its sequence, for all slots of a VM that show it; closed with the last."""
+
+    __slots__ = ("_users", "ino", "memfd", "order", "pinned", "sequence")
+
+    def __init__(self, bound: "Bound") -> None:
+        """Own both descriptors of ``bound``.
+
+        Raises:
+            OSError: ENOMEM.
+        """
+        self._users = 0
+        self.ino = bound.ino
+        self.pinned = bool(bound.flags & BindingFlag.PIN)
+        hugepage = bool(bound.flags & BindingFlag.HUGEPAGE)
+        #: The order of the folio that a block becomes when it is taken whole.
+        self.order = max(bound.order, memory.PMD_ORDER if hugepage else 0)
+        self.sequence = InvalidationSequence(bound.sequence, writable=False)
+        self.memfd = take_over(bound.memfd, limit=bound.limit, base_order=bound.order, hugepage=hugepage)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the last user has gone."""
+        return self.sequence.fd.closed
+
+    def get(self) -> None:
+        """Use it."""
+        self._users += 1
+
+    def put(self) -> None:
+        """Use it no more."""
+        self._users -= 1
+        if not self._users:
+            self.sequence.close()
+            self.memfd.close()
+
+
+@final
 class MemfdHalf:
     """A private half in the file's own memfd, mapped whole (``PrivateHalf``), and what the fault path needs of it."""
 
-    __slots__ = ("_memfd", "_unbind", "binding", "failed", "half", "ino", "may_have_folios", "order", "pages", "sequence", "told", "window")
+    __slots__ = ("_file", "_unbind", "binding", "failed", "half", "ino", "may_have_folios", "order", "pages", "sequence", "told", "window")
 
-    def __init__(self, bound: "Bound", window: PageRange, unbind: Callable[[], None]) -> None:
-        """Own both descriptors of ``bound``; ``window`` is the part of the file that the slot shows."""
-        self.binding = bound.number
-        self.ino = bound.ino
+    def __init__(self, file: MemfdFile, binding: int, window: PageRange, unbind: Callable[[], None]) -> None:
+        """Use ``file``, which no other half does if it is pinned; ``window`` is the part of it that the slot shows.
+
+        Raises:
+            OSError: ENOMEM.
+        """
+        self.binding = binding
+        self.ino = file.ino
         #: Pages of the file that the machine has lost, under the MMU's lock.
         self.failed: set[int] = set()
         #: Invalidations that were told of and have not ended, under the MMU's lock.
         self.told = 0
         self.window = window
         self._unbind = unbind
-        self._memfd = bound.memfd
-        hugepage = bool(bound.flags & BindingFlag.HUGEPAGE)
-        #: The order of the folio that a block becomes when it is taken whole, and whether a page may lie in a larger one at all.
-        self.order = max(bound.order, memory.PMD_ORDER if hugepage else 0)
-        taken = take_over(bound.memfd, limit=bound.limit, base_order=bound.order, hugepage=hugepage)
-        self.may_have_folios = taken.blksize > PAGE_SIZE
-        start = window.start << PAGE_SHIFT
-        self.half = Half(bound.memfd.fileno(), start, len(window) << PAGE_SHIFT, PAGE_SIZE << max(bound.order, memory.PMD_ORDER))
-        backing: Allocator = MappedBacking(taken, self.half.mapping, start)
-        if bound.flags & BindingFlag.PIN:
-            backing = PinnedBacking(backing, self.half.address, window)
-        self.sequence = InvalidationSequence(bound.sequence, writable=False)
+        self._file = file
+        self.order = file.order
+        #: Whether a page may lie in a folio larger than itself.
+        self.may_have_folios = file.memfd.blksize > PAGE_SIZE
+        self.sequence = file.sequence
+        start, size = window.start << PAGE_SHIFT, len(window) << PAGE_SHIFT
+        self.half = Half(file.memfd.fileno(), start, size, max(_alignment_for(size), file.memfd.blksize))
+        backing: Allocator = MappedBacking(file.memfd, self.half.mapping, start)
+        if file.pinned:
+            try:
+                backing = PinnedBacking(backing, self.half.address, window)
+            except BaseException:
+                self.half.close()
+                raise
         self.pages = Pages(backing, window, self.sequence)
+        file.get()
 
     def lost(self, span: PageRange) -> bool:
         """Say whether the machine has lost a page of a range of the file."""
@@ -134,7 +184,7 @@ class MemfdHalf:
 
     def read(self, start: int, size: int) -> bytes:
         """Return content from a byte offset of the half on, taking no page: one that is missing reads as zero."""
-        return os.pread(self._memfd.fileno(), size, (self.window.start << PAGE_SHIFT) + start)
+        return os.pread(self._file.memfd.fileno(), size, (self.window.start << PAGE_SHIFT) + start)
 
     @property
     def locked(self) -> int:
@@ -150,8 +200,9 @@ class MemfdHalf:
         """Unbind, unmap and close (``PrivateHalf``)."""
         self._unbind()
         self.half.close()
-        self.sequence.close()
-        self.pages.close()
+        if self._file.pinned:
+            self.pages.close()
+        self._file.put()
 
 
 @final

@@ -17,7 +17,9 @@ from restrictedmem.abi.kvm import EHWPOISON
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.lpage import Level
 from restrictedmem.kvm.memslot import CODE, LEVEL_SHIFT, PRIVATE, WRITE, MemfdHalf, Memslot
+from restrictedmem.kvm.memslots import Memslots
 from restrictedmem.kvm.trace import Trace, now
+from restrictedmem.mm.sequence import InvalidationSequence
 from restrictedmem.platform.host import NoPlatform, Platform
 from restrictedmem.units import PAGE_SHIFT, PageRange, gfn_t, pgoff_t
 
@@ -61,17 +63,44 @@ class Mmu:
         self.attributes = attributes
         self._trace = trace or Trace()
         self._platform = platform or NoPlatform()
-        self.slots: tuple[Memslot, ...] = ()
+        self.slots = Memslots()
+        #: Those with a private half, by its binding.
+        self._bound: dict[int, Memslot] = {}
+        #: The sequences of their files, each with how many slots have it.
+        self._sequences: dict[InvalidationSequence, int] = {}
+        #: Halves with an invalidation that was told of and has not ended, under the lock; slots of some may be gone, or yet to come.
+        self._told_halves: set[MemfdHalf] = set()
         self.counters = Counters()
         self._lock = sync.mutex()
         self._settled = sync.condition(self._lock)
 
     def slot_of(self, gfn: int) -> Memslot | None:
         """Return the slot that shows a guest page."""
-        for slot in self.slots:
-            if slot.base_gfn <= gfn < slot.end_gfn:
-                return slot
-        return None
+        return self.slots.at(gfn)
+
+    def slot_of_binding(self, binding: int) -> Memslot | None:
+        """Return the slot that a binding belongs to; None while the slot is being made or after it was deleted: it has no entries then."""
+        return self._bound.get(binding)
+
+    def add_slot(self, slot: Memslot) -> None:
+        """Know a slot from now on. No vCPU is in the guest."""
+        self.slots.add(slot)
+        if slot.private is not None:
+            half = slot.memfd_half
+            self._bound[half.binding] = slot
+            self._sequences[half.sequence] = self._sequences.get(half.sequence, 0) + 1
+
+    def remove_slot(self, slot: Memslot) -> None:
+        """Forget a slot. No vCPU is in the guest."""
+        self.slots.remove(slot)
+        if slot.private is not None:
+            half = slot.memfd_half
+            del self._bound[half.binding]
+            self._sequences[half.sequence] -= 1
+            if not self._sequences[half.sequence]:
+                del self._sequences[half.sequence]
+        # Who waits for the end of an invalidation of this slot will not hear of it.
+        self.wake()
 
     def fault(self, slot: Memslot, gfn: int) -> Fault:
         """Install the translation of a page of a slot.
@@ -272,8 +301,7 @@ class Mmu:
         Ends early when ``unless`` becomes true, followed by ``wake``; and soon where nobody will tell of the end, for a design may leave a
         punch untold, or tell of its end before it is over.
         """
-        halves = [slot.memfd_half for slot in self.slots if slot.private is not None]
-        if not any(half.sequence.busy() for half in halves):
+        if not any(sequence.busy() for sequence in self._sequences.copy()):
             return
         with self._settled:
             told = self._told()
@@ -282,12 +310,13 @@ class Mmu:
             sync.relax()
 
     def _told(self) -> bool:
-        return any(slot.private is not None and slot.memfd_half.told for slot in self.slots)
+        return any(half.binding in self._bound for half in self._told_halves)
 
     def begin(self, half: MemfdHalf) -> None:
         """Take note that an invalidation of a half's file was told of."""
         with self._lock:
             half.told += 1
+            self._told_halves.add(half)
 
     def wake(self) -> None:
         """Make ``wait_settled`` look again."""
@@ -339,6 +368,8 @@ class Mmu:
         half.pages.invalidate_end(span)
         with self._settled:
             half.told -= 1
+            if not half.told:
+                self._told_halves.discard(half)
             self._settled.notify_all()
 
     def set_attributes(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> tuple[gfn_t, gfn_t]:

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+from collections import Counter
 from errno import EEXIST, EFAULT, EINVAL, EOPNOTSUPP
 from typing import Final, final
 
@@ -12,7 +13,8 @@ from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine import Engine
 from restrictedmem.kvm.guest_abi import GPA_BITS, HYPERCALL_PAGE, REPORT_PAGE
 from restrictedmem.kvm.lpage import Level
-from restrictedmem.kvm.memslot import ALL, EXEC, READ, WRITE, Half, Memslot, forbid_shrinking, source_of
+from restrictedmem.kvm.memslot import ALL, EXEC, READ, WRITE, Half, Memslot, PrivateHalf, forbid_shrinking, source_of
+from restrictedmem.kvm.memslots import Memslots
 from restrictedmem.mm.notifier import Api
 from restrictedmem.service import wire
 from restrictedmem.service.wire import Channel
@@ -30,7 +32,10 @@ class VmMemory:
     """Slots, attributes and the fault path of one VM; changed by the VM's thread alone."""
 
     def __init__(self, engine: Engine, service: Channel, api: Api, attributes: Attributes) -> None:
-        self.slots: tuple[Memslot, ...] = ()
+        self.slots = Memslots()
+        #: Of the private halves, as ``statistics`` has them: sizes, and how many are not locked, by the reason.
+        self._private_bytes = self._locked_bytes = 0
+        self._unlocked: Counter[str] = Counter()
         self.api = api
         self._engine = engine
         self._service = service
@@ -48,15 +53,20 @@ class VmMemory:
                 is not restricted, a deletion of nothing, dirty logging, and every change but a move.
         """
         _check(region)
-        old = next((slot for slot in self.slots if slot.number == region.slot), None)
+        old = self.slots.get(region.slot)
         if not region.memory_size:
             if old is None:
                 raise OSError(EINVAL, f"no slot {region.slot}")
             self._replace(old, None)
             old.close()
+            if old.private is not None:
+                self._report()
         elif old is None:
             self._check_overlap(region, None)
-            self._replace(None, self._create(region, token, shared_fd))
+            new = self._create(region, token, shared_fd)
+            self._replace(None, new)
+            if new.private is not None:
+                self._report()
         else:
             _check_move(old, region, shared_fd)
             gfn = gfn_t(region.guest_phys_addr >> PAGE_SHIFT)
@@ -64,7 +74,6 @@ class VmMemory:
                 self._check_overlap(region, old)
                 moved = Memslot(old.number, gfn, old.end_gfn - old.base_gfn, private=None, shared=old.shared, rights=old.rights)
                 self._replace(old, moved)
-        self._report()
 
     def clear(self) -> None:
         """Delete every slot, as the end of a VM does; no vCPU is in the guest."""
@@ -104,8 +113,14 @@ class VmMemory:
                 else:
                     new.close()
                 raise
-        kept = (slot for slot in self.slots if slot is not old)
-        self.slots = (*kept,) if new is None else (*kept, new)
+        if old is not None:
+            self.slots.remove(old)
+            if old.private is not None:
+                self._account(old.private, -1)
+        if new is not None:
+            self.slots.add(new)
+            if new.private is not None:
+                self._account(new.private, 1)
 
     def _add(self, new: Memslot) -> None:
         for start, end in self._attributes.private_runs(new.base_gfn, new.end_gfn) if self._heeds_attributes(new) else ():
@@ -115,9 +130,8 @@ class VmMemory:
 
     def _check_overlap(self, region: kvm.kvm_userspace_memory_region_ext, itself: Memslot | None) -> None:
         start, end = region.guest_phys_addr >> PAGE_SHIFT, (region.guest_phys_addr + region.memory_size) >> PAGE_SHIFT
-        taken = [(slot.base_gfn, slot.end_gfn) for slot in self.slots if slot is not itself]
-        engines_own = HYPERCALL_PAGE >> PAGE_SHIFT, (REPORT_PAGE >> PAGE_SHIFT) + 1
-        if any(start < last and end > first for first, last in [*taken, engines_own]):
+        engines_own = start < (REPORT_PAGE >> PAGE_SHIFT) + 1 and end > HYPERCALL_PAGE >> PAGE_SHIFT
+        if engines_own or any(slot is not itself for slot in self.slots.overlapping(start, end)):
             raise OSError(EEXIST, "guest addresses overlap another slot")
 
     @staticmethod
@@ -130,7 +144,7 @@ class VmMemory:
 
     def slot_of(self, gfn: int) -> Memslot | None:
         """Return the slot that shows a guest page."""
-        return next((slot for slot in self.slots if slot.base_gfn <= gfn < slot.end_gfn), None)
+        return self.slots.at(gfn)
 
     # Attributes.
 
@@ -160,9 +174,9 @@ class VmMemory:
         start, end, private = gfn_t(address >> PAGE_SHIFT), gfn_t((address + size) >> PAGE_SHIFT), bool(attributes)
         done = start
         try:
-            for slot in sorted(self.slots, key=lambda slot: slot.base_gfn):
+            for slot in self.slots.overlapping(start, end):
                 first, last = slot.clip(start, end)
-                if first < last and self._heeds_attributes(slot):
+                if self._heeds_attributes(slot):
                     self._set_attributes(done, first, private=private)
                     done = first
                     self._engine.set_attributes(slot, first, last, private=private)
@@ -218,12 +232,8 @@ class VmMemory:
 
     def statistics(self) -> dict[str, object]:
         """Return sizes, what is locked, and who pays for it."""
-        halves = [slot.private for slot in self.slots if slot.private is not None]
         return {
-            "pid": os.getpid(),
-            "private_bytes": sum(len(half.window) << PAGE_SHIFT for half in halves),
-            "locked_bytes": sum(half.locked for half in halves),
-            "unlocked_because": next((half.unlocked_because for half in halves if half.unlocked_because), ""),
+            **self._locking(),
             "memlock_limit": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
             "swap": swap_exists(),
             "cgroup": cgroup(),
@@ -231,11 +241,24 @@ class VmMemory:
             "mixed_1g": sum(slot.lpage.mixed(Level.PUD) for slot in self.slots),
         }
 
+    def _account(self, half: PrivateHalf, sign: int) -> None:
+        self._private_bytes += sign * (len(half.window) << PAGE_SHIFT)
+        self._locked_bytes += sign * half.locked
+        if half.unlocked_because:
+            self._unlocked[half.unlocked_because] += sign
+
+    def _locking(self) -> dict[str, object]:
+        reason = next((reason for reason, count in self._unlocked.items() if count), "")
+        return {
+            "pid": os.getpid(),
+            "private_bytes": self._private_bytes,
+            "locked_bytes": self._locked_bytes,
+            "unlocked_because": reason,
+        }
+
     def _report(self) -> None:
         # For ps, which asks the service and not us.
-        keys = ("pid", "private_bytes", "locked_bytes", "unlocked_because")
-        found = self.statistics()
-        self._service.call(wire.REPORT, json.dumps({key: found[key] for key in keys}).encode())
+        self._service.call(wire.REPORT, json.dumps(self._locking()).encode())
 
 
 def _check(region: kvm.kvm_userspace_memory_region_ext) -> None:

@@ -1,6 +1,7 @@
 """Slots of the kernel's VM, and how each page of an owner's slot comes to show one half or the other."""
 
 import mmap
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from typing import Final, Protocol, final
 
@@ -17,13 +18,19 @@ _HALVES: Final = 1 << 32
 _ENGINE_SLOT: Final = 0
 
 
+@final
 class KernelSlots:
     """The slots of a VM, each at the first free guest physical address; the guest never sees these, its page tables lead there."""
 
     def __init__(self, vm: Vm, own: system.System) -> None:
         """Make the engine's own slot."""
         self._vm = vm
-        self._taken: dict[int, tuple[int, int]] = {}
+        # In the order of their addresses: where each begins and ends; and below which address there is no gap.
+        self._bases: list[int] = []
+        self._ends: list[int] = []
+        self._full_below = _HALVES
+        self._numbers: dict[int, int] = {}
+        self._free_numbers: list[int] = []
         vm.set_user_memory_region(_ENGINE_SLOT, 0, system.SIZE, own.address)
 
     def add(self, size: int, address: int, private: GuestMemfdHalf | None) -> int:
@@ -32,24 +39,39 @@ class KernelSlots:
         Raises:
             OSError: EINVAL for a range of a file that another slot shows, or without a free slot; ENOMEM.
         """
-        base = _HALVES
-        for start, end in sorted(self._taken.values()):
-            if start - base >= size:
-                break
-            base = end
-        number = next(number for number in range(_ENGINE_SLOT + 1, len(self._taken) + 2) if number not in self._taken)
+        base = self._full_below
+        place = bisect_left(self._bases, base)
+        while place < len(self._bases) and self._bases[place] - base < size:
+            base = self._ends[place]
+            place += 1
+        number = self._free_numbers[-1] if self._free_numbers else _ENGINE_SLOT + 1 + len(self._numbers)
         if private is None:
             self._vm.set_user_memory_region(number, base, size, address)
         else:
             self._vm.set_user_memory_region2(number, base, size, address, private.file.memfd, private.window.start << PAGE_SHIFT)
-        self._taken[number] = base, base + size
+        if self._free_numbers:
+            self._free_numbers.pop()
+        self._numbers[base] = number
+        self._bases.insert(place, base)
+        self._ends.insert(place, base + size)
+        if base == self._full_below:
+            self._full_below = base + size
         return base
 
     def remove(self, base: int) -> None:
         """Delete the slot at an address."""
-        number = next(number for number, (start, _) in self._taken.items() if start == base)
+        number = self._numbers[base]
         self._vm.delete_memory_region(number)
-        del self._taken[number]
+        del self._numbers[base]
+        self._free_numbers.append(number)
+        place = bisect_left(self._bases, base)
+        del self._bases[place], self._ends[place]
+        self._full_below = min(self._full_below, base)
+
+    def base_below(self, gpa: int) -> int:
+        """Return where the last slot begins that does so at an address or before it; 0 without one."""
+        place = bisect_right(self._bases, gpa)
+        return self._bases[place - 1] if place else 0
 
 
 class Conversion(Protocol):
@@ -103,8 +125,9 @@ class ByAddress:
     def __init__(self, slots: KernelSlots, tables: PageTables) -> None:
         self._slots = slots
         self._tables = tables
-        #: Guest physical addresses of the shared and of the private half.
+        #: Guest physical addresses of the shared and of the private half, and whose each is.
         self._halves: dict[Memslot, tuple[int | None, int | None]] = {}
+        self._owners: dict[int, Memslot] = {}
 
     def add(self, slot: Memslot) -> None:
         """Make a slot for each half (``Conversion``)."""
@@ -123,6 +146,7 @@ class ByAddress:
                     self._slots.remove(private)
                 raise
         self._halves[slot] = shared, private
+        self._owners.update({base: slot for base in (shared, private) if base is not None})
         for start, end, is_private in runs(slot, slot.base_gfn, slot.end_gfn):
             self._lead(slot, start, end, private=is_private)
 
@@ -151,10 +175,11 @@ class ByAddress:
         for half in self._halves.pop(slot):
             if half is not None:
                 self._slots.remove(half)
+                del self._owners[half]
 
     def find(self, gpa: int) -> int | None:
         """Return the owner's address of what lies at a guest physical address (``Conversion``)."""
-        return _find(gpa, [(base, slot) for slot, halves in self._halves.items() for base in halves if base is not None])
+        return _find(gpa, self._slots.base_below(gpa), self._owners)
 
 
 @final
@@ -169,13 +194,15 @@ class ByAttribute:
         self._slots = slots
         self._tables = tables
         self._bases: dict[Memslot, int] = {}
+        self._owners: dict[int, Memslot] = {}
 
     def add(self, slot: Memslot) -> None:
         """Make one slot, and write the attributes of its pages (``Conversion``)."""
         npages = slot.end_gfn - slot.base_gfn
         self._tables.reserve(slot.base_gfn << PAGE_SHIFT, npages)
         private = guest_memfd_half(slot) if slot.private is not None else None
-        self._bases[slot] = self._slots.add(npages << PAGE_SHIFT, slot.shared.address if slot.shared else 0, private)
+        base = self._slots.add(npages << PAGE_SHIFT, slot.shared.address if slot.shared else 0, private)
+        self._bases[slot], self._owners[base] = base, slot
         try:
             for start, end, is_private in runs(slot, slot.base_gfn, slot.end_gfn):
                 self.convert(slot, start, end, private=is_private)
@@ -198,11 +225,12 @@ class ByAttribute:
         self._tables.unmap(slot.base_gfn << PAGE_SHIFT, npages)
         base = self._bases.pop(slot)
         self._slots.remove(base)
+        del self._owners[base]
         self._vm.set_memory_attributes(base, npages << PAGE_SHIFT, 0)
 
     def find(self, gpa: int) -> int | None:
         """Return the owner's address of what lies at a guest physical address (``Conversion``)."""
-        return _find(gpa, [(base, slot) for slot, base in self._bases.items()])
+        return _find(gpa, self._slots.base_below(gpa), self._owners)
 
 
 def guest_memfd_half(slot: Memslot) -> GuestMemfdHalf:
@@ -211,8 +239,9 @@ def guest_memfd_half(slot: Memslot) -> GuestMemfdHalf:
     return slot.private
 
 
-def _find(gpa: int, bases: list[tuple[int, Memslot]]) -> int | None:
-    for base, slot in bases:
-        if base <= gpa < base + (slot.end_gfn - slot.base_gfn << PAGE_SHIFT):
-            return gpa - base + (slot.base_gfn << PAGE_SHIFT)
-    return None
+def _find(gpa: int, base: int, owners: dict[int, Memslot]) -> int | None:
+    """Return the owner's address of what lies at a guest physical address, at ``base`` or behind it."""
+    slot = owners.get(base)
+    if slot is None or gpa >= base + (slot.end_gfn - slot.base_gfn << PAGE_SHIFT):
+        return None
+    return gpa - base + (slot.base_gfn << PAGE_SHIFT)

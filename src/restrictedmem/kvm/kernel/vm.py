@@ -21,6 +21,7 @@ from restrictedmem.kvm.kernel.slots import ByAddress, ByAttribute, Conversion, K
 from restrictedmem.kvm.kernel.system import HYPERCALL_CODE, MAX_VCPUS, STAGING_SIZE, System
 from restrictedmem.kvm.kernel.vcpu import KernelVcpu
 from restrictedmem.kvm.memslot import Memslot
+from restrictedmem.kvm.memslots import Memslots
 from restrictedmem.kvm.vcpu import Vcpus
 from restrictedmem.units import PAGE_SHIFT, PageRange, gfn_t
 
@@ -40,7 +41,7 @@ class KernelVm:
         """
         self._vcpus = vcpus
         self._attributes = attributes
-        self._slots: tuple[Memslot, ...] = ()
+        self._slots = Memslots()
         self._invalidations = 0
         self._cpuid = kvm.get_supported_cpuid()
         self._system = System()
@@ -87,7 +88,7 @@ class KernelVm:
     def _flags_of(self, gpa: int) -> int:
         """Return the flags of a memory fault at an owner's address."""
         gfn = gpa >> PAGE_SHIFT
-        slot = next((slot for slot in self._slots if slot.base_gfn <= gfn < slot.end_gfn), None)
+        slot = self._slots.at(gfn)
         private = self._attributes.forbids_mmio(gfn) if slot is None else slot.attributes[gfn - slot.base_gfn]
         return KVM_MEMORY_EXIT_FLAG_PRIVATE if private else 0
 
@@ -98,11 +99,11 @@ class KernelVm:
     def add_slot(self, slot: Memslot) -> None:
         """Let the guest's page tables lead to a slot (``Engine``)."""
         self._conversion.add(slot)
-        self._slots = (*self._slots, slot)
+        self._slots.add(slot)
 
     def remove_slot(self, slot: Memslot) -> None:
         """Delete a slot (``Engine``)."""
-        self._slots = tuple(other for other in self._slots if other is not slot)
+        self._slots.remove(slot)
         self._conversion.remove(slot)
 
     def set_attributes(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:

@@ -1,9 +1,11 @@
 """Unicorn's physical memory: where the halves of the slots lie in it, and what was translated into code from there.
 
-Each half lies there once and whole, whatever of it the guest may see; so no page is ever mapped or unmapped by itself, which Unicorn does
-in quadratic time. Guest addresses do not lead here but through the TLB hook, so everything lies beyond them.
+Each half that was touched lies there once and whole, whatever of it the guest may see; so no page is ever mapped or unmapped by itself,
+which Unicorn does in quadratic time. Guest addresses do not lead here but through the TLB hook, so everything lies beyond them.
 """
 
+from bisect import bisect_left, bisect_right
+from operator import attrgetter
 from typing import Final, final
 
 from restrictedmem.kvm.memslot import Half, Memslot
@@ -14,6 +16,8 @@ from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, gfn_t
 _HALVES: Final = 1 << 48
 #: From this size on, dropping the translated code of a range costs more than dropping all of it.
 _MUCH_CODE: Final = 16 << 20
+_START: Final = attrgetter("start")
+_WINDOW_END: Final = attrgetter("end")
 
 
 @final
@@ -43,25 +47,30 @@ class View:
 
 @final
 class Window:
-    """A slot in the guest's addresses, from ``start`` to ``end``, and its halves in physical memory."""
+    """A slot in the guest's addresses, from ``start`` to ``end``, and its halves in physical memory, from the first touch on."""
 
     __slots__ = ("end", "offsets", "slot", "start", "views")
 
-    def __init__(self, slot: Memslot, shared: View | None, private: View | None) -> None:
+    def __init__(self, slot: Memslot) -> None:
         self.slot = slot
         self.start = slot.base_gfn << PAGE_SHIFT
         self.end = slot.end_gfn << PAGE_SHIFT
         #: The shared half, the private half; and what leads there from a guest address, by an entry without its rights.
-        self.views = shared, private
-        self.offsets = tuple(0 if view is None else view.base - self.start for view in self.views) * 8
+        self.views: tuple[View | None, View | None] = None, None
+        self.offsets: tuple[int, ...] = ()
 
 
 @final
 class PhysicalMemory:
-    """The halves of all slots of one emulator."""
+    """The halves of all slots of one emulator.
+
+    A slot's halves come here when the guest first touches it: Unicorn takes as long to map one as there are others, and a guest may
+    have thousands of slots that this vCPU never touches.
+    """
 
     def __init__(self, uc: Uc) -> None:
         self._uc = uc
+        # Both in the order of their addresses.
         self._windows: list[Window] = []
         self._views: list[View] = []
         #: Whether Unicorn is at work on physical memory itself: a TLB miss then asks for the page of the same number.
@@ -69,51 +78,66 @@ class PhysicalMemory:
 
     def find(self, gpa: int) -> Window | None:
         """Return the window that a guest address lies in."""
-        for window in self._windows:
-            if window.start <= gpa < window.end:
-                return window
-        return None
+        index = bisect_right(self._windows, gpa, key=_START)
+        return self._windows[index - 1] if index and gpa < self._windows[index - 1].end else None
 
     def add(self, slot: Memslot) -> None:
-        """Put a slot's halves into physical memory."""
-        shared = None if slot.shared is None else self._map(slot.shared)
-        private = None if slot.private is None else self._map(slot.memfd_half.half)
-        self._windows.append(Window(slot, shared, private))
+        """Take note of a slot."""
+        window = Window(slot)
+        self._windows.insert(bisect_right(self._windows, window.start, key=_START), window)
         self._uc.flush_tlb()
 
+    def show(self, window: Window) -> None:
+        """Put the halves of a window into physical memory; a TLB miss may be under way."""
+        slot = window.slot
+        shared = None if slot.shared is None else self._map(slot.shared)
+        try:
+            private = None if slot.private is None else self._map(slot.memfd_half.half)
+        except BaseException:
+            self._unmap(shared)
+            raise
+        window.views = shared, private
+        window.offsets = tuple(0 if view is None else view.base - window.start for view in window.views) * 8
+
     def _map(self, half: Half) -> View:
-        base = _HALVES
-        for view in sorted(self._views, key=lambda view: view.base):
+        base, place = _HALVES, len(self._views)
+        for index, view in enumerate(self._views):
             if view.base - base >= half.size:
+                place = index
                 break
             base = view.end
         self._uc.map(base, half.size, half.address)
-        self._views.append(View(base, half.size))
-        return self._views[-1]
+        self._views.insert(place, View(base, half.size))
+        return self._views[place]
+
+    def _unmap(self, view: View | None) -> None:
+        if view is not None:
+            self.maintaining = True
+            try:
+                self._uc.unmap(view.base, view.end - view.base)
+                self._views.remove(view)
+            finally:
+                self.maintaining = False
 
     def remove(self, slot: Memslot) -> None:
         """Take a slot's halves out of physical memory, with their code and translations; one that never got there is nothing."""
-        window = next((window for window in self._windows if window.slot is slot), None)
-        if window is None:
+        window = self.find(slot.base_gfn << PAGE_SHIFT)
+        if window is None or window.slot is not slot:
             return
-        self._windows.remove(window)
-        self.maintaining = True
-        try:
-            for view in window.views:
-                if view is not None:
-                    self._uc.unmap(view.base, view.end - view.base)
-                    self._views.remove(view)
-        finally:
-            self.maintaining = False
+        del self._windows[bisect_left(self._windows, window.start, key=_START)]
+        for view in window.views:
+            self._unmap(view)
         self._uc.flush_tlb()
 
     def drop(self, start: gfn_t, end: gfn_t) -> None:
         """Forget the code and the translations of a range of guest pages, in time that does not depend on its size."""
-        for window in self._windows:
-            first, last = (gfn << PAGE_SHIFT for gfn in window.slot.clip(start, end))
+        first = bisect_right(self._windows, start << PAGE_SHIFT, key=_WINDOW_END)
+        last = bisect_left(self._windows, end << PAGE_SHIFT, key=_START)
+        for window in self._windows[first:last]:
+            clipped = [gfn << PAGE_SHIFT for gfn in window.slot.clip(start, end)]
             for view, offset in zip(window.views, window.offsets, strict=False):
                 if view is not None:
-                    self._drop_code(view, first + offset, last + offset)
+                    self._drop_code(view, clipped[0] + offset, clipped[1] + offset)
         self._uc.flush_tlb()
 
     def _drop_code(self, view: View, start: int, end: int) -> None:

@@ -179,8 +179,8 @@ class SoftwareVcpu:
                 last_result = result
             if not start <= page < end:
                 window = find(page)
-                if window is None:
-                    answer[0], answer[1] = refill(page, access, None)
+                if window is None or not window.offsets:
+                    answer[0], answer[1] = refill(page, access, window)
                     return answer[1]
                 start, end, entries, offsets = window.start, window.end, window.slot.entries, window.offsets
             entry = entries[(page - start) >> PAGE_SHIFT]
@@ -225,6 +225,8 @@ class SoftwareVcpu:
         return (_HOLE + page, READ) if access == MEM_READ else _Stop.STEP
 
     def _fault(self, window: Window, page: int, access: int) -> tuple[int, int] | Exit | _Stop:
+        if not window.offsets:
+            self._memory.show(window)
         index = (page - window.start) >> PAGE_SHIFT
         entries = window.slot.entries
         if not entries[index]:

@@ -11,7 +11,7 @@ from restrictedmem.consumer import Bound
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine import Binder
 from restrictedmem.kvm.lpage import Level
-from restrictedmem.kvm.memslot import MemfdHalf, Memslot
+from restrictedmem.kvm.memslot import MemfdFile, MemfdHalf, Memslot
 from restrictedmem.kvm.mmu import Mmu
 from restrictedmem.kvm.software.code import CodePages
 from restrictedmem.kvm.software.turns import Turns
@@ -51,6 +51,8 @@ class SoftwareVm:
         self._binder = binder
         self._vcpus = vcpus
         self._engines: list[SoftwareVcpu] = []
+        #: By inode number, those that slots show; one that is closed may stay.
+        self._files: dict[int, MemfdFile] = {}
         #: By binding, from BIND until UNBIND has been answered: longer than there is a slot.
         self._halves: dict[int, MemfdHalf] = {}
 
@@ -74,12 +76,24 @@ class SoftwareVm:
         return self._binder.bind(token, window, partial(self._take_over, window))
 
     def _take_over(self, window: PageRange, bound: Bound) -> MemfdHalf:
-        try:
-            half = MemfdHalf(bound, window, unbind=partial(self._unbind, bound.number))
-        except BaseException:
+        file = self._files.get(bound.ino)
+        if file is None or file.closed or file.pinned:
+            try:
+                file = MemfdFile(bound)
+            except BaseException:
+                bound.memfd.close()
+                bound.sequence.close()
+                raise
+        else:
             bound.memfd.close()
             bound.sequence.close()
-            raise
+        file.get()
+        try:
+            half = MemfdHalf(file, bound.number, window, unbind=partial(self._unbind, bound.number))
+        finally:
+            # What the half uses, it has got by now.
+            file.put()
+        self._files[bound.ino] = file
         half.half.lock()
         self._halves[bound.number] = half
         return half
@@ -93,7 +107,7 @@ class SoftwareVm:
 
     def add_slot(self, slot: Memslot) -> None:
         """Let every vCPU reach a slot (``Engine``)."""
-        self.mmu.slots = (*self.mmu.slots, slot)
+        self.mmu.add_slot(slot)
         try:
             for engine in self._engines:
                 engine.add_slot(slot)
@@ -103,9 +117,7 @@ class SoftwareVm:
 
     def remove_slot(self, slot: Memslot) -> None:
         """Make every vCPU forget a slot (``Engine``)."""
-        self.mmu.slots = tuple(other for other in self.mmu.slots if other is not slot)
-        # Who waits for the end of an invalidation of this slot will not hear of it.
-        self.mmu.wake()
+        self.mmu.remove_slot(slot)
         for engine in self._engines:
             engine.remove_slot(slot)
 
@@ -115,7 +127,7 @@ class SoftwareVm:
 
     def invalidate_start(self, binding: int, span: PageRange, order: int | None) -> None:
         """Zap what shows a range of the file, then let the platform have it back (``Engine``)."""
-        half, slot = self._halves[binding], self._slot_of(binding)
+        half, slot = self._halves[binding], self.mmu.slot_of_binding(binding)
         self.mmu.begin(half)
         shown = half.window.clip(span)
         self._find_freed(half, shown)
@@ -143,19 +155,15 @@ class SoftwareVm:
 
     def error(self, binding: int, span: PageRange) -> None:
         """Take pages from every slot that shows them, and refuse them (``Engine``)."""
-        slot = self._slot_of(binding)
+        slot = self.mmu.slot_of_binding(binding)
         if slot is not None:
             for shown in self.mmu.lose(slot.memfd_half.ino, span):
                 self._vcpus.drop(*shown)
 
     def page_count(self, binding: int, span: PageRange) -> int:
         """Count (``Engine``)."""
-        slot = self._slot_of(binding)
+        slot = self.mmu.slot_of_binding(binding)
         return 0 if slot is None else slot.memfd_half.pages.count(span)
-
-    def _slot_of(self, binding: int) -> Memslot | None:
-        """Return the slot that a binding belongs to; None while the slot is being made or after it was deleted: it has no entries then."""
-        return next((slot for slot in self.mmu.slots if slot.private is not None and slot.private.binding == binding), None)
 
     def launch_update(self, slot: Memslot, gpa: int, data: bytes) -> None:
         """Take pages of the memfd and write them (``Engine``)."""
