@@ -353,6 +353,32 @@ def test_an_update_that_finds_no_memory_writes_and_measures_nothing() -> None:
 
 
 @pytest.mark.requires("fuse")
+@pytest.mark.parametrize("platform", ["", "snp", "snp-unmapped"])
+def test_what_a_platform_refuses_was_never_there(platform: str) -> None:
+    """The same page of the file at a second address: content that came in there would be in no measurement."""
+    honest, other = bytes.fromhex("b048e642").ljust(PAGE, b"\0"), bytes.fromhex("b045e642").ljust(PAGE, b"\0")
+    with Service.start() as service, Vm(service, explicit=True, platform=platform) as vm:
+        fd = service.memfd_restricted()
+        private_slot(vm, service, fd)
+        vm.launch_update(GPA, honest)
+        alias = GPA + (1 << 28)
+        vm.set_user_memory_region(slot=1, guest_phys_addr=alias, memory_size=MIB, restricted_fd=fd)
+        vm.set_memory_attributes(alias, MIB, private=True)
+        if platform:
+            assert errno_of(vm.launch_update, alias, other) == EFAULT
+            vm.set_user_memory_region(slot=1, guest_phys_addr=alias, memory_size=0)
+            with vm.create_vcpu() as vcpu:
+                vcpu.set_regs(rip=GPA, rsp=STACK)
+                assert vcpu.run() == exits.PortOut(0x42, 1, ord("H"))
+        else:
+            # It went in, so the slot stays, and such a launch has no end.
+            vm.launch_update(alias, other)
+            assert errno_of(vm.set_user_memory_region, slot=1, guest_phys_addr=alias, memory_size=0) == EPERM
+            assert errno_of(vm.launch_finish) == EINVAL
+        os.close(fd)
+
+
+@pytest.mark.requires("fuse")
 @pytest.mark.parametrize("by_run", [False, True])
 def test_after_the_launch_everything_is_the_guests_own(vm: Vm, by_run: bool) -> None:
     with start(vm, code(hypercall(guest_abi.EXIT, 7))) as vcpu:

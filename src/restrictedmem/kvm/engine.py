@@ -159,7 +159,7 @@ class Engine(Protocol):
         """Write whole pages of content into the private half of a slot. No vCPU has run yet.
 
         Raises:
-            OSError: ENOSPC, ENOMEM; nothing was written then, for it will not be measured.
+            OSError: ENOSPC, ENOMEM, EFAULT as the platform has it; nothing was written then, for it will not be measured.
         """
         ...
 

@@ -196,16 +196,17 @@ class Machine:
         (gpa,) = wire.LAUNCH.unpack_from(body)
         content = body[wire.LAUNCH.size :]
         with self._launch.opened() as measurement:
+            put_in = True
             try:
                 self._memory.launch_update(gpa, content)
             except OSError:
-                # Nothing was put in.
+                # Of nothing else it is known that nothing was put in.
+                put_in = False
                 raise
-            except BaseException:
-                measurement.add_pages(gpa, content)
-                raise
-            self._conversions.put_in(gpa)
-            measurement.add_pages(gpa, content)
+            finally:
+                if put_in:
+                    self._conversions.put_in(gpa)
+                    measurement.add_pages(gpa, content)
         self._owner.reply()
 
     def _create_vcpu(self) -> None:

@@ -169,10 +169,12 @@ class SoftwareVm:
         """Take pages of the memfd and write them (``Engine``)."""
         private = slot.memfd_half
         start = slot.pgoff_of(gpa >> PAGE_SHIFT)
-        self._take(private, PageRange(start, pgoff_t(start + (len(data) >> PAGE_SHIFT))))
-        private.half.write(gpa - (slot.base_gfn << PAGE_SHIFT), data)
+        span = PageRange(start, pgoff_t(start + (len(data) >> PAGE_SHIFT)))
+        # What can fail comes first: content of a call that failed would not be measured.
+        self._take(private, span)
         # By 4 KiB, whatever the folio, as SNP_LAUNCH_UPDATE has it.
-        self._platform.prepare(private.ino, PageRange(start, pgoff_t(start + (len(data) >> PAGE_SHIFT))), gfn_t(gpa >> PAGE_SHIFT), 0)
+        self._platform.prepare(private.ino, span, gfn_t(gpa >> PAGE_SHIFT), 0)
+        private.half.write(gpa - (slot.base_gfn << PAGE_SHIFT), data)
 
     def read_private(self, slot: Memslot, gpa: int, size: int) -> bytes:
         """Read the memfd, where a hole is zero (``Engine``)."""
