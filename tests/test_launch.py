@@ -1,22 +1,31 @@
 """The launch: what is measured and how, when it is over, and that nothing of a guest leaves its engine afterwards."""
 
 import os
+import select
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha384
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from outcomes import Errno, in_child
 from restrictedmem import guests
 from restrictedmem.abi import kvm, memory
 from restrictedmem.abi.kvm import kvm_regs
 from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm import elf, exits, guest_abi, wire
+from restrictedmem.kvm.conversions import Conversions
 from restrictedmem.kvm.launch import Launch, Measurement, measure
+from restrictedmem.kvm.machine import _whole
+from restrictedmem.kvm.report import Reporter
+from restrictedmem.kvm.trace import Trace
+from restrictedmem.kvm.vcpu import Vcpu as KvmVcpu
+from restrictedmem.kvm.vcpu_socket import VcpuSocket
 from restrictedmem.kvm.vm import Vcpu, Vm
 from restrictedmem.kvm.vmm import Vmm, expected_measurement
 from restrictedmem.service.client import Service
@@ -27,7 +36,7 @@ GPA = 0x4000_0000
 STACK = GPA + 0x8000
 MIB = 1 << 20
 PAGE = 4096
-EPERM, EIO, EFAULT, EINVAL, ENOSPC = 1, 5, 14, 22, 28
+EPERM, EIO, ENOMEM, EFAULT, EINVAL, ENOSPC = 1, 5, 12, 14, 22, 28
 
 
 @pytest.fixture(scope="module", params=["v10", "v9"])
@@ -556,3 +565,55 @@ def test_a_port_shows_as_many_bytes_as_it_is_wide(vm: Vm, engine: str) -> None:
         pytest.skip("ports in private memory: docs/engines.md")
     with start(vm, code(_FULL, mov(RAX, SECRET), "e642", "66e742", "e742")) as vcpu:
         assert [vcpu.run() for _ in range(3)] == [exits.PortOut(0x42, size, SECRET & (1 << 8 * size) - 1) for size in (1, 2, 4)]
+
+
+# An engine without memory, which its owner can see to (prlimit).
+
+
+class _Failing:
+    """Conversions for which the memory does not suffice."""
+
+    def asked(self, *_: int) -> None:
+        raise MemoryError
+
+    def answered(self, _: object, result: int) -> int:
+        return result
+
+
+def test_a_vcpu_that_lost_an_exit_runs_no_more() -> None:
+    """Or its owner would answer a conversion that nobody has noted."""
+    told: list[int] = []
+    vcpu = SimpleNamespace(
+        run=lambda: exits.Hypercall(guest_abi.MAP_GPA_RANGE, (GPA, 1, guest_abi.MAP_GPA_RANGE_ENCRYPTED, 0)), complete=told.append
+    )
+    channel, theirs = Channel.pair("owner")
+    with theirs, select.epoll() as watched:
+        watched.register(channel.fileno(), 0)
+        made = VcpuSocket(
+            0, channel, watched, wire.POLICY_EXPLICIT, cast(Launch, _launch()), cast(Conversions, _Failing()), cast(Reporter, None), Trace()
+        )
+        made.begin(cast(KvmVcpu, vcpu))
+        for expected in (ENOMEM, EIO, EIO):
+            theirs.send(struct.pack("=IIQ", wire.RUN.number, 0, 0))
+            assert struct.unpack_from("=I", theirs.recv(1000)) == (expected,)
+        assert told == []
+        watched.unregister(channel.fileno())
+        vcpu.interrupt = lambda: None
+        made.let_go()
+
+
+def _launch() -> SimpleNamespace:
+    return SimpleNamespace(finish=lambda: b"", finished=True)
+
+
+def test_half_a_conversion_ends_the_engine() -> None:
+    def convert() -> None:
+        with _whole():
+            raise MemoryError
+
+    def refuse() -> None:
+        with _whole():
+            raise OSError(EINVAL, "a range")
+
+    assert in_child(refuse) == repr(Errno(EINVAL))
+    assert in_child(convert) == ""

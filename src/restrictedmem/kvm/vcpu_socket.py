@@ -59,6 +59,7 @@ class VcpuSocket:
         self._ended = False
         self._begun, self._let_go = threading.Event(), threading.Event()
         self.exits: Counter[str] = Counter()
+        self._lost = False
         try:
             threading.Thread(target=self._serve, name=f"vcpu-{number}", daemon=True).start()
         except RuntimeError as error:
@@ -175,6 +176,18 @@ class VcpuSocket:
         self._owner.reply(bytes(asked))
 
     def _run(self, value: int) -> exits.Exit:
+        if self._lost:
+            raise OSError(EIO, "this vCPU has lost an exit, and with it what the guest may be told")
+        try:
+            return self._run_guest(value)
+        except OSError:
+            raise
+        except BaseException:
+            # An exit may have been taken from the guest, and what it asks for not been noted.
+            self._lost = True
+            raise
+
+    def _run_guest(self, value: int) -> exits.Exit:
         if self.started:
             if self._converting is not None:
                 value = self._conversions.answered(self._converting, value)
@@ -196,10 +209,10 @@ class VcpuSocket:
         while True:
             try:
                 exit_ = self.vcpu.run()
-            except OSError:
+            except (OSError, MemoryError):
                 raise
             except Exception as error:  # noqa: BLE001 - what a bug says may be made of registers or memory.
-                raise OSError(EIO, type(error).__name__) from None
+                raise RuntimeError(type(error).__name__) from None
             match exit_:
                 case exits.Hypercall(guest_abi.REPORT):
                     if self._trace.on:
