@@ -466,6 +466,7 @@ def test_a_slot_holds_its_file(machine: Machine) -> None:
     def consumers() -> int:
         return sum(vm["files"] != [] for vm in machine.service.status()["consumers"])
 
+    machine.vm.launch_update(PRIVATE, bytes(PAGE))
     assert consumers() == 1
     machine.vm.set_user_memory_region(slot=0, guest_phys_addr=PRIVATE, memory_size=0)
     assert (consumers() == 0,) == machine.expect("held-until-end")
