@@ -50,6 +50,15 @@ def test_without_free_descriptors_there_is_no_vm(free: int) -> None:
         goes_on(service, vm)
 
 
+def test_a_limit_below_what_it_watches_ends_nobody() -> None:
+    """poll(2) is EINVAL then, epoll_wait(2) is not."""
+    with Service.start() as service, Vm(service) as vm:
+        with limited(family(service)[0].pid, resource.RLIMIT_NOFILE, 1):
+            for _ in range(3):
+                assert outcome(lambda: Vm(service)) == Errno(EMFILE)
+        goes_on(service, vm)
+
+
 def test_without_free_processes_there_is_no_vm() -> None:
     def body() -> object:
         with Service.start() as service, Vm(service) as vm:

@@ -59,12 +59,13 @@ class _Spawner:
         self._programs = programs
         self._options = options
         self._service = service
-        self._poll = select.poll()
+        # Not poll(2), which fails where the limit on descriptors is below what it is to watch.
+        self._poll = select.epoll()
         self._pidfds: dict[int, OwnedFd] = {}
 
     def loop(self) -> None:
         """Serve the service until its end of the channel closes, then kill and reap every child."""
-        self._poll.register(self._channel.fileno(), select.POLLIN)
+        self._poll.register(self._channel.fileno(), select.EPOLLIN)
         while True:
             for fd, _ in self._poll.poll():
                 if fd == self._channel.fileno():
@@ -117,10 +118,11 @@ class _Spawner:
             os.waitpid(child, 0)
             raise
         self._pidfds[number] = pidfd
-        self._poll.register(pidfd.fileno(), select.POLLIN)
+        self._poll.register(pidfd.fileno(), select.EPOLLIN)
 
     def _be(self, name: str, program: Serve, fds: list[OwnedFd], arguments: str) -> None:
         self._channel.close()
+        self._poll.close()
         close_all(list(self._pidfds.values()))
         process.set_name(f"rmem-{name}")
         # A scheduling group of its own (sched_autogroup): a guest that never rests must not share the service's.
