@@ -1,13 +1,23 @@
 """A page is one VM's: what hardware does by the RMP or a key for each VM, the service does by who may bind a file."""
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
+from functools import partial
+from typing import cast
 
 import pytest
 
+from outcomes import Errno, outcome
+from processes import family, process, wait_gone, wait_until
+from restrictedmem.abi import memory
+from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm import exits
 from restrictedmem.kvm.vm import Vm
 from restrictedmem.service.client import Service
+from restrictedmem.service.consumer import Binding, Consumer
+from restrictedmem.service.start import Options
 
 pytestmark = pytest.mark.requires("fuse")
 
@@ -83,3 +93,60 @@ def test_what_the_owner_allocated_stays(service: Service, fd: int) -> None:
     with Vm(service, engine="software") as vm:
         bind(vm, fd)
     assert os.fstat(fd).st_blocks * 512 == MIB
+
+
+@pytest.mark.requires("fuse", "root")
+@pytest.mark.parametrize("spawner_too", [False, True])
+def test_a_stopped_engine_keeps_its_file_until_it_is_dead(spawner_too: bool) -> None:
+    """It does not answer a punch, and is killed. If it could go on first, its guest would write to the next VM's memory."""
+    with Service.start(Options(deadline=0.3)) as service, Vm(service) as first, Vm(service) as second:
+        fd = service.memfd_restricted()
+        first.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=PAGE, restricted_fd=fd)
+        spawner = family(service)[0].pid
+        engine = process(int(str(first.statistics()["pid"])))
+        assert engine is not None
+        if spawner_too:
+            os.kill(spawner, signal.SIGSTOP)
+        os.kill(engine.pid, signal.SIGSTOP)
+        os.posix_fallocate(fd, 0, PAGE)
+        memory.fallocate(fd, memory.PUNCH, 0, PAGE)
+        # The kernel kills what is stopped; nobody else has to run for that.
+        wait_gone([engine])
+        wait_until(lambda: takes(second, fd), "the file to be free")
+        if spawner_too:
+            os.kill(spawner, signal.SIGCONT)
+        os.close(fd)
+
+
+def takes(vm: Vm, fd: int) -> bool:
+    region = partial(vm.set_user_memory_region, slot=0, guest_phys_addr=GPA, memory_size=PAGE, restricted_fd=fd)
+    came = outcome(region)
+    assert came in (None, Errno(EINVAL))
+    return came is None
+
+
+@pytest.mark.requires("fuse", "root")
+def test_a_file_is_not_free_before_the_process_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service's own side: a consumer that broke the protocol is unbound once its pidfd says so."""
+    child = os.fork()
+    if child == 0:
+        while True:
+            signal.pause()
+    failures: list[str] = []
+    consumer = Consumer("kvm", 1, 1.0, lambda _, reason: failures.append(reason))
+    consumer.process = OwnedFd(os.pidfd_open(child))
+    monkeypatch.setattr(consumer, "kill", lambda: None)
+    unbound: list[int] = []
+    monkeypatch.setattr(consumer, "unbind", unbound.append)
+    consumer.bindings[7] = cast(Binding, None)
+    closing = threading.Thread(target=consumer.close)
+    closing.start()
+    closing.join(0.1)
+    assert closing.is_alive()
+    assert unbound == []
+    os.kill(child, signal.SIGKILL)
+    closing.join(5)
+    assert unbound == [7]
+    os.waitpid(child, 0)
+    for sock in consumer.give_sockets():
+        sock.close()

@@ -8,11 +8,13 @@ from errno import E2BIG, EAGAIN, EBUSY, EINVAL, EMFILE
 
 import pytest
 
+from mute_server import mute_file
 from outcomes import Errno, outcome
-from processes import descriptors, family, wait_gone, wait_until
+from processes import descriptors, family, process, wait_gone, wait_until
 from restrictedmem.kvm.vm import Vm
 from restrictedmem.service import wire
 from restrictedmem.service.client import Service
+from restrictedmem.service.start import Options
 from users import as_user
 
 pytestmark = pytest.mark.requires("fuse", "root")
@@ -84,6 +86,28 @@ def test_arguments_of_any_length(size: int, errno: int) -> None:
                 channel = wire.Channel(sock, "engine")
                 assert outcome(lambda: channel.call(wire.Call("FIRST", 1))) == Errno(EINVAL)
         goes_on(service, vm)
+
+
+def test_a_service_has_so_many_consumers() -> None:
+    with Service.start(Options(max_consumers=2)) as service, Vm(service) as vm:
+        with Vm(service):
+            assert outcome(lambda: Vm(service)) == Errno(EAGAIN)
+        wait_until(lambda: outcome(lambda: Vm(service).close()) is None, "the place of the VM that ended")
+        assert vm.statistics()["engine"] == "software"
+
+
+def test_a_process_that_cannot_end_counts_as_a_consumer() -> None:
+    """Or an owner would fill the machine with them: one for each VM to which it gives a file of a server that does not answer."""
+    with Service.start(Options(max_consumers=1)) as service:
+        with mute_file() as file:
+            with Vm(service) as vm:
+                given = outcome(lambda: vm.set_user_memory_region(slot=0, guest_phys_addr=0, memory_size=4096, shared_fd=file))
+                assert given == Errno(EINVAL)
+                engine = process(int(str(vm.statistics()["pid"])))
+                assert engine is not None
+            wait_gone([engine])
+            assert outcome(lambda: Vm(service)) == Errno(EAGAIN)
+        wait_until(lambda: outcome(lambda: Vm(service).close()) is None, "the end of what the server held")
 
 
 def test_many_at_once() -> None:

@@ -44,6 +44,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="N",
         help="services that clients of one uid may have at the same time; beyond it, EAGAIN (default %(default)s)",
     )
+    parser.add_argument(
+        "--max-vms",
+        type=_count,
+        default=64,
+        metavar="N",
+        help="VMs and other consumers that one service may have at the same time; beyond it, EAGAIN (default 64)",
+    )
     parser.add_argument("--api", choices=("v9", "v10"), default="v10", help="which posting of the series to follow (default v10)")
     parser.add_argument(
         "--signing-key", metavar="FILE", help="key to sign guests' reports with: Ed25519 in PEM, mode 600 (default: a new one each service)"
@@ -83,6 +90,7 @@ def main(args: argparse.Namespace) -> int:
         backing=args.backing,
         pin=args.pin,
         consumers=tuple(args.consumer),
+        max_consumers=args.max_vms,
         become=_become(args.user),
         signing_key=None if args.signing_key is None else _check_key(args.signing_key),
     )

@@ -14,6 +14,7 @@ import select
 import signal
 import socket
 import struct
+from collections.abc import Sequence
 from contextlib import suppress
 from errno import EAGAIN, EINVAL, EMFILE, EMSGSIZE, EPROTO, ETIMEDOUT
 from typing import Final, NoReturn, final
@@ -107,10 +108,12 @@ class Intake:
                 os.waitpid(self._pid, 0)
 
 
-def start(owner: Channel) -> Intake:
-    """Fork the checker of the VM's socket.
+def start(owner: Channel, others: Sequence[socket.socket]) -> Intake:
+    """Fork the checker of the VM's socket, which does not keep ``others``.
 
-    Preconditions: no other thread, and nothing in this process that the checker must not have.
+    What says that a client of ``serve`` still has something, it does keep: one that cannot end counts.
+
+    Preconditions: no other thread, and nothing else in this process that the checker must not have.
 
     Raises:
         OSError: EAGAIN, ENOMEM as fork(2); EMFILE.
@@ -125,6 +128,8 @@ def start(owner: Channel) -> Intake:
         raise
     if pid == 0:
         try:
+            for sock in (ours, *others):
+                sock.close()
             _be_checker(owner.sock, theirs, engine)
         finally:
             os._exit(1)
@@ -137,20 +142,12 @@ def _be_checker(owner: socket.socket, engine: socket.socket, parent: int) -> NoR
     process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    _close_all_but(owner.fileno(), engine.fileno())
     while engine.recv(1):
         fds = _answer(owner, engine)
         # Here it may hang, and for ever.
         for fd in fds:
             os.close(fd)
     os._exit(0)
-
-
-def _close_all_but(*kept: int) -> None:
-    start = 0
-    for fd in (*sorted(kept), os.sysconf("SC_OPEN_MAX")):
-        os.closerange(start, fd)
-        start = fd + 1
 
 
 def _answer(owner: socket.socket, engine: socket.socket) -> list[int]:

@@ -65,7 +65,7 @@ def serve(owner: socket.socket, service: socket.socket, notify: socket.socket, o
     channel = Channel(owner, "owner")
     try:
         # First of all: the checker must have nothing that this process is about to get.
-        intake = checker.start(channel)
+        intake = checker.start(channel, (service, notify))
         sys.setswitchinterval(_SWITCH_INTERVAL)
         vcpus = Vcpus()
         trace = Trace()

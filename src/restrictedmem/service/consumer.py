@@ -4,15 +4,17 @@ import json
 import math
 import secrets
 import select
+import signal
 import socket
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from errno import EINVAL, EPERM, EPROTO, errorcode
 from typing import Final, cast, final
 
 from restrictedmem import __version__, sync
 from restrictedmem.abi.memory import PUNCH
-from restrictedmem.fd import refuse_fds
+from restrictedmem.fd import OwnedFd, refuse_fds
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.patience import Patience
 from restrictedmem.service import wire
@@ -91,6 +93,8 @@ class Consumer:
         self._mutex = sync.mutex()
         self._gone = False
         self._deadline = deadline
+        #: Its process, from the fork on.
+        self.process: OwnedFd | None = None
         self.requests, self._their_requests = Channel.pair(str(self))
         self._notify, self._their_notify = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.requests.refuse_fds()
@@ -248,15 +252,26 @@ class Consumer:
         finally:
             binding.file.put()
 
+    def kill(self) -> None:
+        """Kill the process; one that is stopped, too."""
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.process.fileno(), signal.SIGKILL)
+
     def close(self) -> None:
-        """Unregister everything and close both connections, which ends the consumer."""
+        """End the consumer, and unregister everything once its process has ended: until then it may use what it has mapped."""
         with self._mutex:
             self._gone = True
         self.requests.close()
         self._notify.shutdown(socket.SHUT_RDWR)
+        if self.process is not None:
+            self.kill()
+            select.select([self.process], [], [])
         for number in list(self.bindings):
             self.unbind(number)
         self._notify.close()
+        if self.process is not None:
+            self.process.close()
 
 
 def _wrong(reply: bytes, flags: int, size: int) -> str:

@@ -361,6 +361,8 @@ class Service:
             return
         number = message.number
         words = message.body.decode(errors="replace") or os.strerror(number)
+        if not number:
+            self._spawns[0].consumer.process = message.take_fd()
         self._spawned(self._spawns.popleft(), OSError(number, words) if number else None)
         self._ask_spawner()
 
@@ -460,9 +462,7 @@ class Service:
         # Called by a FUSE thread in the middle of an invalidation, which holds the file's semaphore. The rest
         # is left to the thread that serves the consumer.
         self._last_error = reason
-        # It has lost its connections. One that cannot be killed is no reason to fail the invalidation.
-        with suppress(OSError):
-            self._spawner.post(wire.KILL, wire.NUMBER.pack(consumer.number))
+        consumer.kill()
 
     def _all_consumers(self) -> list[Consumer]:
         with self._idle:

@@ -11,7 +11,7 @@ import signal
 import socket
 import traceback
 from collections.abc import Callable
-from errno import EMFILE, EMSGSIZE
+from errno import EAGAIN, EMFILE, EMSGSIZE
 from typing import TYPE_CHECKING, NoReturn
 
 from restrictedmem.abi import process
@@ -32,7 +32,7 @@ def run(owner: Channel, options: "Options", origin: "Origin") -> NoReturn:
     process.set_name("rmem-spawner")
     # Descriptors come from the service alone, which has made them itself.
     channel, theirs = Channel.pair("service", takes_fds=True)
-    service = _fork(lambda: _service(owner, Channel(theirs, "spawner"), channel, options, origin))
+    service = _fork(lambda: _service(owner, Channel(theirs, "spawner", takes_fds=True), channel, options, origin))
     owner.close()
     theirs.close()
     _drop_stdio()
@@ -40,6 +40,8 @@ def run(owner: Channel, options: "Options", origin: "Origin") -> NoReturn:
     programs.load(devices=options.become is not None)
     daemon.drop_privileges(options.become, keep=1 << process.CAP_IPC_LOCK)
     process.raise_fd_limit()
+    # What a consumer leaves is this process's to count.
+    process.prctl(process.PR_SET_CHILD_SUBREAPER, 1)
     sealing.seal()
     channel.reply()
     _Spawner(channel, service, programs, options).loop()
@@ -89,25 +91,24 @@ class _Spawner:
             return False
         if message.number == wire.FORK.number:
             try:
-                self._consumer(message)
-                self._channel.reply()
+                pidfd = self._consumer(message)
+                self._channel.reply(fds=[pidfd.fileno()])
             except OSError as error:
                 self._channel.reply_error(error)
             finally:
                 close_all(message.fds)
-        elif message.number == wire.KILL.number:
-            (number,) = message.unpack(wire.NUMBER)
-            if number in self._pidfds:
-                signal.pidfd_send_signal(self._pidfds[number].fileno(), signal.SIGKILL)
         return True
 
-    def _consumer(self, message: Message) -> None:
-        """Fork a consumer.
+    def _consumer(self, message: Message) -> OwnedFd:
+        """Fork a consumer; returns its pidfd, which stays this process's.
 
         Raises:
-            OSError: EAGAIN, ENOMEM, EMFILE as fork(2) and pidfd_open(2); what its program could not be loaded with.
+            OSError: EAGAIN beyond the service's limit; EAGAIN, ENOMEM, EMFILE as fork(2) and pidfd_open(2); what its program could not be
+                loaded with.
         """
-        (number,) = wire.NUMBER.unpack_from(message.body)
+        limit = self._options.max_consumers
+        if limit is not None and self._descendants() >= limit:
+            raise OSError(EAGAIN, f"this service has {limit} consumers, those counted that cannot end")
         name, _, arguments = message.body[wire.NUMBER.size :].decode(errors="replace").partition(" ")
         program = self._programs.find(name)
         child = _fork(lambda: self._be(name, program, message.fds, arguments))
@@ -117,8 +118,22 @@ class _Spawner:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             raise
-        self._pidfds[number] = pidfd
+        self._pidfds[child] = pidfd
         self._poll.register(pidfd.fileno(), select.EPOLLIN)
+        return pidfd
+
+    def _descendants(self) -> int:
+        """Count consumers, and what ended ones have left (``run``): a checker that a server of the owner's holds in state D."""
+        known = {self._service, *self._pidfds}
+        # Of several that have ended, only the first is told. A known one is reaped elsewhere.
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid not in known:
+            os.waitpid(ended.si_pid, 0)
+        try:
+            with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as children:
+                return len(set(map(int, children.read().split())) - {self._service})
+        except FileNotFoundError:
+            # A kernel without CONFIG_PROC_CHILDREN.
+            return len(self._pidfds)
 
     def _be(self, name: str, program: Serve, fds: list[OwnedFd], arguments: str) -> None:
         self._channel.close()
@@ -131,9 +146,9 @@ class _Spawner:
         program(owner, service, notify, self._options, arguments)
 
     def _reap(self, fd: int) -> None:
-        number = next(number for number, pidfd in self._pidfds.items() if pidfd.fileno() == fd)
+        child = next(child for child, pidfd in self._pidfds.items() if pidfd.fileno() == fd)
         os.waitid(os.P_PIDFD, fd, os.WEXITED)
-        self._pidfds.pop(number).close()
+        self._pidfds.pop(child).close()
 
     def _end(self) -> None:
         for pidfd in self._pidfds.values():

@@ -36,6 +36,8 @@ class Options:
     pin: bool = False
     #: Consumers beside the library's own: name and path of the program.
     consumers: tuple[tuple[str, str], ...] = ()
+    #: How many consumers there may be at once, those counted that have ended and left a process; None for no limit.
+    max_consumers: int | None = None
     #: Whether to count what owners do, for STATUS.
     usage: bool = False
     #: Seconds a consumer may take to answer an invalidation.

@@ -74,12 +74,10 @@ ERROR: Final = Call("ERROR", 34)
 PAGE_COUNT: Final = Call("PAGE_COUNT", 35)
 """Body: ``INVALIDATION``. Reply: ``COUNT``, the pages that the consumer holds a reference to."""
 
-# The service to its spawner, which says once unasked, as a reply, that it has loaded all programs.
+# The service to its spawner, which says once, unasked, as a reply, that it has loaded all programs.
 FORK: Final = Call("FORK", 48)
 """Body: ``NUMBER``, then that of SPAWN. Descriptors: the consumer's ends to its owner, to the service, and the end it is notified on. One
-at a time."""
-KILL: Final = Call("KILL", 49)
-"""Body: ``NUMBER``. No reply."""
+at a time. Reply: descriptor 0 is a pidfd of the consumer's process."""
 
 #: A token presented by ioctl; first page and page after the last of what the consumer will use, none to register a notifier for the
 #: whole file; ``BindFlag``.
