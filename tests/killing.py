@@ -1,174 +1,370 @@
-"""Killing a service, its spawner or an engine at a random moment, and looking at what is left: one round of it, for test and script.
+"""Killing, stopping and freezing a service's processes at a random moment, and what that leaves.
 
-The owner is a child that uses descriptors as fast as it can, and a VM perhaps, until the first call fails. It is the subreaper of what it
-starts, so that every process of the service is found below it from the first moment on.
+One round of it, for test and script. The owner (``killed_owner``) is a child that uses descriptors
+as fast as it can, and a VM perhaps. It is the subreaper of what it starts, so that every process of
+the service is found below it from the first moment on.
 """
 
-import fcntl
 import json
 import os
 import random
 import signal
 import socket
-import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
-from errno import EACCES, ECONNABORTED, ECONNRESET, EIO, ENOTCONN, EPERM, errorcode
-from functools import partial
+from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any, Final
 
-from processes import Process, children, exists, process
-from restrictedmem import guests
-from restrictedmem.abi import memory
-from restrictedmem.abi.memory import FallocMode
-from restrictedmem.abi.process import PR_SET_CHILD_SUBREAPER, prctl
-from restrictedmem.fs.filesystem import PROVE, TOKEN_BYTES
-from restrictedmem.kvm import elf
-from restrictedmem.kvm.vmm import Vmm
-from restrictedmem.service.client import Service
-from restrictedmem.units import PAGE_SIZE as PAGE
+import mute_server
+from processes import Process, exists, process
 
 #: Seconds within which every blocked call has to return, and everything has to be gone.
 LIMIT: Final = 1.0
-#: Private memory of the guest, all of which it touches.
-GUEST_SIZE: Final = 4 << 20
-_HELD: Final = 6
-# What a call gets that waits while the service dies: aborted with the connection; or EIO, when the kernel was just copying the request into
-# the dying process (fuse_dev_do_read).
-_DYING: Final = (ECONNABORTED, EIO)
+#: Seconds that a consumer may take to answer where processes are stopped, and how much longer than that they are.
+DEADLINE: Final = 0.4
+_LONGER: Final = (0.1, 0.2)
 
-#: Who may be killed: with a guest, and without one. ``start`` is whatever there is while a service comes up.
-VICTIMS: Final = {True: ("service", "spawner", "engine"), False: ("service", "spawner", "start")}
+
+class Act(Enum):
+    """What is done to some process."""
+
+    KILL = "kill"
+    STOP = "stop"
+    """SIGSTOP for longer than a consumer may take to answer, then SIGCONT: everything goes on, but
+    for an engine that alone was stopped and was waited for."""
+    FREEZE = "freeze"
+    """The same by the freezer of cgroup v2; by signals where there is none."""
+    LAUNCH = "end of the owner"
+    """The owner is killed in the middle of a VM's launch."""
+    FOREIGN = "kill, with foreign descriptors in flight"
+    """Files whose FUSE server never answers were sent wherever an owner can send to."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What happens in a round; ``guest``: while a guest runs."""
+
+    act: Act
+    victim: str
+    guest: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.act.value}: {self.victim}{', a guest runs' * self.guest}"
+
+
+#: Calls of a launch in which the owner is killed.
+STEPS: Final = ("KVM_CREATE_VM", "KVM_SET_USER_MEMORY_REGION", "LAUNCH_UPDATE", "KVM_CREATE_VCPU", "KVM_RUN")
+#: ``start`` is whatever there is while a service comes up, ``all`` the owner and everything below
+#: it, ``server`` the FUSE server that does not answer.
+KINDS: Final = (
+    *(Kind(Act.KILL, victim) for victim in ("service", "spawner", "engine")),
+    *(Kind(Act.KILL, victim, guest=False) for victim in ("service", "spawner", "start")),
+    *(Kind(Act.STOP, victim) for victim in ("service", "spawner", "engine", "all")),
+    Kind(Act.STOP, "start", guest=False),
+    Kind(Act.FREEZE, "all"),
+    *(Kind(Act.LAUNCH, step) for step in STEPS),
+    *(Kind(Act.FOREIGN, victim) for victim in ("service", "spawner", "engine", "server")),
+)
+_NAMES: Final = {"service": "rmem-service", "spawner": "rmem-spawner", "engine": "rmem-kvm", "server": mute_server.NAME}
 
 
 @dataclass(frozen=True)
 class Round:
-    """What to kill, when, and what the owner does meanwhile: all of it follows from a seed."""
+    """What to do to whom, when, and what the owner does meanwhile: all of it follows from a seed."""
 
     seed: int
-    victim: str
-    guest: bool
+    kind: Kind
     delay: float
 
     @classmethod
     def of(cls, seed: int) -> "Round":
-        dice = random.Random(seed)
-        guest = seed % 2 == 0
-        victim = dice.choice(VICTIMS[guest])
-        return cls(seed, victim, guest, dice.uniform(0, 0.15 if victim == "start" else 0.02))
+        kind, dice = KINDS[seed % len(KINDS)], random.Random(seed)
+        if kind.act is Act.LAUNCH:
+            # Calls take from a few microseconds to some milliseconds.
+            return cls(seed, kind, 10 ** dice.uniform(-5, -2))
+        return cls(seed, kind, dice.uniform(0, 0.15 if kind.victim == "start" else 0.02))
+
+    @property
+    def fatal(self) -> bool:
+        """Whether the service ends by it."""
+        return self.kind.act in (Act.KILL, Act.FOREIGN) and self.kind.victim in ("service", "spawner")
+
+    @property
+    def deadline(self) -> float | None:
+        """Seconds that a consumer may take to answer, where that is not what it is always."""
+        return DEADLINE if self.kind.act in (Act.STOP, Act.FREEZE) else None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Outcome:
     """What came of a round; ``faults`` is empty when all was well. Seconds."""
 
     round: Round
-    faults: list[str]
-    blocked: float
-    """From the kill to the return of the last call."""
-    gone: float
-    """From the kill, or from the owner's last close where the kill left the service alive, to the end of everything."""
-    calls: int
+    faults: list[str] = field(default_factory=list[str])
+    #: From the kill to the return of the last call.
+    blocked: float = 0.0
+    #: From the kill, or from the owner's last close where that left the service alive, to the end of everything.
+    gone: float = 0.0
+    calls: int = 0
+    #: What was done how often.
+    done: Counter[str] = field(default_factory=Counter[str])
+    #: What was still there when nothing should have been.
+    left: list[str] = field(default_factory=list[str])
 
 
 def play(round: Round) -> Outcome:
     """Play one round."""
+    # It knows this module.
+    import killed_owner
+
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    cgroup = _Cgroup.make() if round.kind.act is Act.FREEZE else None
     owner = os.fork()
     if owner == 0:
         try:
             ours.close()
-            _Owner(round, theirs).live()
+            if cgroup is not None:
+                cgroup.enter()
+            killed_owner.live(round, theirs)
         finally:
             os._exit(1)
     theirs.close()
+    watcher = _Watcher(round, owner, ours, cgroup)
     with ours:
         try:
-            return _watch(round, owner, ours)
+            watcher.watch()
+        except TimeoutError:
+            watcher.fault(f"the owner hangs: {_where(owner)}", *(f"{found.name}: {_where(found.pid)}" for found in watcher.known))
+        except ConnectionError:
+            watcher.fault("the owner died")
         finally:
-            os.kill(owner, signal.SIGKILL)
-            os.waitpid(owner, 0)
+            watcher.end()
+    return watcher.outcome
 
 
-def _watch(round: Round, owner: int, sock: socket.socket) -> Outcome:
-    sock.settimeout(30)
-    if round.victim != "start":
-        assert sock.recv(10) == b"ready"
-    time.sleep(round.delay)
-    known = _family(owner)
-    victim = _victim(round, known)
-    killed = time.monotonic()
-    if victim is not None:
-        # It is not waited for by anyone, so the number is its own or nobody's.
-        with suppress(ProcessLookupError):
-            os.kill(victim.pid, signal.SIGKILL)
-    fatal = round.victim in ("service", "spawner")
-    if not fatal:
-        sock.send(b"stop")
-    gone = 0.0
-    try:
-        report: dict[str, Any] = json.loads(sock.recv(1 << 16))
-        known += [found for found in _family(owner) if found not in known]
-        blocked = report["returned"] - killed
-        faults: list[str] = report["faults"]
-        if fatal:
-            # While the owner has every descriptor still.
-            faults += _wait_gone(owner, known)
-            gone = time.monotonic() - killed
-        sock.send(b"close")
-        assert sock.recv(10) == b"closed"
-    except TimeoutError:
-        return Outcome(round, [f"the owner hangs: {_where(owner)}", *(f"{found.name}: {_where(found.pid)}" for found in known)], 0, 0, 0)
-    if blocked > LIMIT and (fatal or round.victim == "engine"):
-        faults.append(f"a call returned {blocked:.2f} s after the kill")
-    if not fatal:
+class _Watcher:
+    def __init__(self, round: Round, owner: int, sock: socket.socket, cgroup: "_Cgroup | None") -> None:
+        self.outcome = Outcome(round)
+        self.known: list[Process] = []
+        self._round = round
+        self._owner = owner
+        self._sock = sock
+        self._cgroup = cgroup
+        self._dice = random.Random(round.seed + 2)
+        self._killed = 0.0
+        sock.settimeout(30)
+
+    def fault(self, *faults: str) -> None:
+        self.outcome.faults += faults
+
+    def watch(self) -> None:
+        act, victim = self._round.kind.act, self._round.kind.victim
+        if victim != "start":
+            assert self._hear() == b"ready"
+        if act is Act.LAUNCH:
+            self._owner_dies()
+            return
+        time.sleep(self._round.delay)
+        self.known = _below({self._owner})
+        if act in (Act.KILL, Act.FOREIGN):
+            self._kill()
+        elif act is Act.FREEZE and self._cgroup is not None:
+            self._freeze(self._cgroup)
+        else:
+            self._stop()
+        self._finish()
+
+    def _hear(self) -> bytes:
+        said = self._sock.recv(1 << 16)
+        if not said:
+            raise ConnectionError
+        return said
+
+    # What is done.
+
+    def _victims(self) -> list[Process]:
+        if self._round.kind.victim == "all":
+            return [*self.known, *filter(None, [process(self._owner)])]
+        candidates = self.known
+        if self._round.kind.victim != "start":
+            every = _below({self._owner}, everyone=True)
+            candidates = [found for found in every if found.name == _NAMES[self._round.kind.victim]]
+        return [self._dice.choice(candidates)] if candidates else []
+
+    def _kill(self) -> None:
+        self._killed = time.monotonic()
+        for victim in self._victims():
+            _send(victim, signal.SIGKILL)
+            self._did("killed", victim)
+            if victim.name != mute_server.NAME:
+                self._wait_gone([victim])
+
+    def _stop(self) -> None:
+        victims = self._victims()
+        for signal_ in (signal.SIGSTOP, signal.SIGCONT):
+            for victim in self._dice.sample(victims, len(victims)):
+                _send(victim, signal_)
+            if signal_ == signal.SIGSTOP:
+                time.sleep(DEADLINE + self._dice.uniform(*_LONGER))
+        if self._round.kind.victim == "all":
+            self.outcome.done["stopped all"] += 1
+        else:
+            for victim in victims:
+                self._did("stopped", victim)
+
+    def _freeze(self, cgroup: "_Cgroup") -> None:
+        cgroup.freeze("1")
+        time.sleep(DEADLINE + self._dice.uniform(*_LONGER))
+        cgroup.freeze("0")
+        self.outcome.done["froze all"] += 1
+
+    def _owner_dies(self) -> None:
+        self.known = _below({self._owner})
+        self._sock.send(b"go")
         began = time.monotonic()
-        faults += _wait_gone(owner, known)
-        gone = time.monotonic() - began
-    return Outcome(round, faults, blocked, gone, report["calls"])
+        self._wait(lambda: [] if process(self._owner) is None else [f"left: the owner, {_where(self._owner)}"], 30)
+        self.outcome.done[f"ended the owner in {self._round.kind.victim}"] += 1
+        self._wait_gone(self.known)
+        self.outcome.gone = time.monotonic() - began
 
+    def _did(self, what: str, victim: Process) -> None:
+        names = {name: role for role, name in _NAMES.items()}
+        self.outcome.done[f"{what} {names.get(victim.name, 'at the start')}"] += 1
 
-def _wait_gone(owner: int, known: list[Process]) -> list[str]:
-    began = time.monotonic()
-    while left := _left(owner, known):
-        if time.monotonic() - began > LIMIT:
+    # What came of it.
+
+    def _finish(self) -> None:
+        """Hear what the owner found, have it close all it has, and look for what is left."""
+        outcome = self.outcome
+        if not self._round.fatal:
+            self._sock.send(b"stop")
+        report: dict[str, Any] = json.loads(self._hear())
+        outcome.calls = report["calls"]
+        outcome.done.update(report["done"])
+        self.fault(*report["faults"])
+        self.known += [found for found in _below({self._owner}) if found not in self.known]
+        if self._killed and self._round.kind.victim != "start":
+            outcome.blocked = report["returned"] - self._killed
+        if outcome.blocked > LIMIT:
+            self.fault(f"a call returned {outcome.blocked:.2f} s after the kill")
+        if self._round.fatal:
+            # While the owner has every descriptor still, and a server that does not answer.
+            self._wait_gone(self.known, stuck=True)
+            outcome.gone = time.monotonic() - self._killed
+        self._sock.send(b"close")
+        assert self._hear() == b"closed"
+        began = time.monotonic()
+        self._wait_gone(self.known)
+        if not self._round.fatal:
+            outcome.gone = time.monotonic() - began
+
+    def _wait_gone(self, processes: list[Process], *, stuck: bool = False) -> None:
+        """Wait for the end of some processes; if they are all known ones, of whatever they left."""
+        everything = processes is self.known
+        self._wait(lambda: self._left(processes, everything=everything, stuck=stuck), LIMIT)
+
+    def _wait(self, look: Callable[[], list[str]], limit: float) -> None:
+        began = time.monotonic()
+        while left := look():
+            if time.monotonic() - began > limit:
+                self.fault(*left)
+                self.outcome.left += left
+                return
+            time.sleep(0.001)
+
+    def _left(self, processes: list[Process], *, everything: bool, stuck: bool) -> list[str]:
+        there = [found for found in processes if exists(found)]
+        if everything:
+            there += [found for found in _below({self._owner, *(found.pid for found in there)}) if found not in there]
+        left = [f"left: {found} {_where(found.pid)}" for found in there if not (stuck and _is_held_checker(found))]
+        if left or not everything:
             return left
-        time.sleep(0.001)
-    return []
+        names = Path("/proc/net/unix").read_text(encoding="utf-8", errors="replace").split()
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+        ours = tuple(f"@restrictedmem/{found.pid}/" for found in processes)
+        return [f"left: {name}" for name in names if name.startswith(ours)] + ["left: a mount"] * ("restrictedmem" in mounts)
+
+    def end(self) -> None:
+        """End the owner, and what it may wait for when it ends."""
+        below = _below({self._owner}, everyone=True)
+        for found in below:
+            if found.name == mute_server.NAME:
+                _send(found, signal.SIGKILL)
+        os.kill(self._owner, signal.SIGKILL)
+        os.waitpid(self._owner, 0)
+        if self._cgroup is not None:
+            self._wait(self._cgroup.remove, LIMIT)
 
 
-def _left(owner: int, known: list[Process]) -> list[str]:
-    left = [f"left: {found} {_where(found.pid)}" for found in {*known, *_family(owner)} if exists(found)]
-    if left:
-        return left
-    sockets = Path("/proc/net/unix").read_text(encoding="utf-8", errors="replace").split()
-    mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
-    left += [f"left: socket of {found.pid}" for found in known if f"@restrictedmem/{found.pid}" in sockets]
-    return left + ["left: a mount"] * ("restrictedmem" in mounts)
+class _Cgroup:
+    """A cgroup of its own for a round, where cgroup v2 can be had."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @classmethod
+    def make(cls) -> "_Cgroup | None":
+        mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()]
+        places = [fields[4] for fields in mounts if fields[fields.index("-") + 1] == "cgroup2"]
+        own = [line[3:] for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines() if line.startswith("0::")]
+        for place in places:
+            path = Path(f"{place}{own[0] if own else ''}") / f"restrictedmem-kill-test-{os.getpid()}"
+            with suppress(OSError):
+                path.mkdir()
+                if os.access(path / "cgroup.freeze", os.W_OK):
+                    return cls(path)
+                path.rmdir()
+        return None
+
+    def enter(self) -> None:
+        (self._path / "cgroup.procs").write_text(str(os.getpid()), encoding="ascii")
+
+    def freeze(self, value: str) -> None:
+        (self._path / "cgroup.freeze").write_text(value, encoding="ascii")
+
+    def remove(self) -> list[str]:
+        """Remove it, when nobody is in it any more; returns what is left."""
+        try:
+            self._path.rmdir()
+        except OSError as error:
+            return [f"left: the cgroup: {error}"]
+        return []
 
 
-def _family(owner: int) -> list[Process]:
-    found = children(owner)
-    for parent in found:
-        found += children(parent.pid)
-    return found
+def _send(victim: Process, number: signal.Signals) -> None:
+    # It is not waited for by anyone, so the number is its own or nobody's.
+    with suppress(ProcessLookupError):
+        os.kill(victim.pid, number)
 
 
-def _victim(round: Round, known: list[Process]) -> Process | None:
-    names = {"service": "rmem-service", "spawner": "rmem-spawner", "engine": "rmem-kvm"}
-    candidates = known if round.victim == "start" else [found for found in known if found.name == names[round.victim]]
-    return random.Random(round.seed).choice(candidates) if candidates else None
+def _below(roots: Iterable[int], *, everyone: bool = False) -> list[Process]:
+    """Return the descendants of some processes, the mute FUSE server left out unless ``everyone`` is meant."""
+    every = [found for name in os.listdir("/proc") if name.isdigit() and (found := process(int(name))) is not None]
+    pids, below = set(roots), list[Process]()
+    while more := [found for found in every if found.parent in pids and found.pid not in pids]:
+        pids |= {found.pid for found in more}
+        below += more
+    return [found for found in below if everyone or found.name != mute_server.NAME]
+
+
+def _is_held_checker(found: Process) -> bool:
+    """Say whether a process is an engine's checker that the owner's own FUSE server holds."""
+    now = process(found.pid)
+    return now is not None and now.name == "rmem-checker" and now.state == "D"
 
 
 def _where(pid: int) -> str:
     found = process(pid)
     stacks: list[str] = []
-    for task in Path(f"/proc/{pid}/task").glob("*/stack"):
-        with suppress(OSError):
-            stacks.append(" < ".join(line.split()[-1] for line in task.read_text(encoding="ascii").splitlines()))
+    # It may be about to end.
+    with suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            lines = Path(f"/proc/{pid}/task/{task}/stack").read_text(encoding="ascii").splitlines()
+            stacks.append(" < ".join(line.split()[-1] for line in lines))
     return f"state {found.state if found else '-'}, {'; '.join(stacks)}"
 
 
@@ -193,139 +389,3 @@ def _in_d_state(path: Path) -> bool:
         name, rest = path.read_text(encoding="utf-8", errors="replace").split(" (", 1)[1].rsplit(") ", 1)
         return rest[0] == "D" and name.startswith(("rmem", "python"))
     return False
-
-
-_CALLS: Final[dict[str, Callable[[int], object]]] = {
-    "fstat": os.fstat,
-    "ftruncate": lambda fd: os.ftruncate(fd, PAGE),
-    "fallocate": lambda fd: memory.fallocate(fd, FallocMode.KEEP_SIZE, GUEST_SIZE // 2, PAGE),
-    "punch": lambda fd: memory.fallocate(fd, memory.PUNCH, GUEST_SIZE // 2, PAGE),
-    "ioctl": lambda fd: fcntl.ioctl(fd, PROVE, bytes(TOKEN_BYTES)),
-}
-
-
-def _errno(call: Callable[[], object]) -> int:
-    try:
-        call()
-    except OSError as error:
-        return error.errno or -1
-    return 0
-
-
-def _create(service: Service) -> None:
-    os.close(service.memfd_restricted())
-
-
-class _Owner:
-    """The child: uses a service until it fails or all is said to be over, then tries every call on every descriptor that it has."""
-
-    def __init__(self, round: Round, sock: socket.socket) -> None:
-        self._round = round
-        self._sock = sock
-        self._dice = random.Random(round.seed + 1)
-        self._service: Service | None = None
-        self._vmm: Vmm | None = None
-        self._guest: threading.Thread | None = None
-        self._fds: list[int] = []
-        self._faults: list[str] = []
-        self._calls = 0
-
-    def live(self) -> None:
-        prctl(PR_SET_CHILD_SUBREAPER, 1)
-        try:
-            self._use()
-        except OSError as error:
-            returned = time.monotonic()
-            if error.errno not in (ENOTCONN, *_DYING) and not (error.errno == ECONNRESET and self._service is None):
-                self._faults.append(f"a call failed with {error!r}")
-            self._check(ENOTCONN)
-        else:
-            returned = time.monotonic()
-            # The kill may take a moment to arrive where it may hit anything.
-            self._check(0 if self._round.victim == "engine" else None)
-        if self._guest is not None:
-            self._guest.join(LIMIT)
-            if self._guest.is_alive():
-                self._faults.append("KVM_RUN did not return")
-        self._sock.send(json.dumps({"faults": self._faults, "returned": returned, "calls": self._calls}).encode())
-        self._sock.recv(10)
-        self._close()
-        self._sock.send(b"closed")
-        signal.pause()
-
-    def _use(self) -> None:
-        self._service = Service.start()
-        if self._round.guest:
-            self._start_guest(self._service)
-        if self._round.victim != "start":
-            self._sock.send(b"ready")
-        while not self._told_to_stop():
-            self._calls += 1
-            if not self._fds or (len(self._fds) < _HELD and self._dice.random() < 0.3):
-                self._fds.append(self._service.memfd_restricted())
-            else:
-                self._touch(self._dice.choice(self._fds))
-
-    def _touch(self, fd: int) -> None:
-        assert self._service is not None
-        # Beyond the guest's image and below its stack.
-        offset, length = GUEST_SIZE // 2 + self._dice.randrange(64) * PAGE, self._dice.randint(1, 64) * PAGE
-        match self._dice.randrange(6):
-            case 0:
-                os.fstat(fd)
-            case 1:
-                memory.fallocate(fd, FallocMode.KEEP_SIZE, offset, length)
-            case 2 | 3:
-                memory.fallocate(fd, memory.PUNCH, offset, length)
-            case 4 if fd != self._fds[0]:
-                self._fds.remove(fd)
-                os.close(fd)
-            case _:
-                self._service.status()
-
-    def _start_guest(self, service: Service) -> None:
-        self._vmm = vmm = Vmm(GUEST_SIZE, service)
-        self._fds.append(os.dup(vmm.restricted_fd))
-        vmm.load(elf.parse(guests.path("spin").read_bytes()), ["loop"])
-
-        def run() -> None:
-            with suppress(OSError):
-                vmm.vcpus[0].run()
-
-        self._guest = threading.Thread(target=run, daemon=True)
-        self._guest.start()
-
-    def _told_to_stop(self) -> bool:
-        with suppress(BlockingIOError):
-            return self._sock.recv(10, socket.MSG_DONTWAIT) == b"stop"
-        return False
-
-    def _check(self, expected: int | None) -> None:
-        """Make every call on every descriptor, and expect one errno of all (0: success; None: either)."""
-        for fd in self._fds:
-            for name, call in _CALLS.items():
-                self._expect(f"{name} on {fd}", partial(call, fd), expected)
-        if self._service is not None:
-            self._expect("create", partial(_create, self._service), expected)
-            self._expect("status", self._service.status, expected)
-
-    def _expect(self, name: str, call: Callable[[], object], expected: int | None) -> None:
-        began = time.monotonic()
-        found = _errno(call)
-        while expected and found in _DYING and time.monotonic() - began < LIMIT:
-            found = _errno(call)
-        if time.monotonic() - began > LIMIT:
-            self._faults.append(f"{name} took {time.monotonic() - began:.2f} s")
-        # What a service refuses because it is the wrong moment or the wrong token is an answer of one that works.
-        if found in (EPERM, EACCES):
-            found = 0
-        if expected is not None and found != expected:
-            self._faults.append(f"{name}: {errorcode.get(found, 'worked')}, expected {errorcode.get(expected, 'to work')}")
-
-    def _close(self) -> None:
-        for fd in self._fds:
-            os.close(fd)
-        if self._vmm is not None:
-            self._vmm.close()
-        if self._service is not None:
-            self._service.close()

@@ -4,71 +4,116 @@ import os
 import signal
 import socket
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
+from typing import Final, final
 
-from restrictedmem.abi import fuse
-from restrictedmem.fd import receive_with_fds, send_with_fds
-from restrictedmem.fs.mount import mount_detached
+from restrictedmem.abi import fuse, process
+from restrictedmem.abi.fuse import Opcode
+from restrictedmem.fd import OwnedFd, receive_with_fds, send_with_fds
+from restrictedmem.fs.mounter import mount_first
 
-_KNOWN = 3600
-
-
-def _attr(ino: int) -> bytes:
-    return fuse.ATTR.pack(ino, 0, 0, 0, 0, 0, 0, 0, 0, 0o100644, 1, 0, 0, 0, 4096, 0)
-
-
-def _answer(operation: int) -> bytes | None:
-    match operation:
-        case 26:
-            init = {"major": 7, "minor": 31, "max_readahead": 0, "flags": 0, "max_background": 16, "congestion_threshold": 12}
-            return bytes(fuse.fuse_init_out(**init, max_write=4096, time_gran=1))
-        case 1:
-            return fuse.ENTRY_OUT.pack(2, 0, _KNOWN, _KNOWN, 0, 0) + _attr(2)
-        case 14:
-            return fuse.OPEN_OUT.pack(0, 1, 0)
-        case _:
-            return None
+#: What the server is called among processes.
+NAME: Final = "mute-server"
+_KNOWN: Final = 3600
+_FILE: Final = 2
 
 
-def _serve(sock: socket.socket) -> None:
-    device, root = mount_detached(allow_other=True)
-    with root:
-        # A file of the own mount it must not have: its end would wait for itself.
-        send_with_fds(sock, b"root", [root.fileno()])
-    while True:
-        request = os.read(device.fileno(), 1 << 20)
-        _, operation, unique, *_ = fuse.IN_HEADER.unpack_from(request)
-        answer = _answer(operation)
-        if answer is not None:
-            os.write(device.fileno(), fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + len(answer), 0, unique) + answer)
+@final
+class MuteServer:
+    """A child that serves the mount; it holds what this process holds now, and ends with the thread that makes it.
 
+    Nobody can close a file of it as long as it lives: not by ``close``, nor by ``exec``, nor by ending.
+    """
 
-def _close_dead(file: int) -> None:
-    with suppress(OSError):
-        os.close(file)
+    def __init__(self) -> None:
+        """Mount in the first way that works.
+
+        Raises:
+            OSError: EPERM where none does.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                ours.close()
+                _serve(theirs)
+            finally:
+                os._exit(1)
+        theirs.close()
+        self._files: list[int] = []
+        with ours:
+            _, fds = receive_with_fds(ours, 10)
+        if not fds:
+            os.waitpid(self.pid, 0)
+            raise PermissionError(1, "the mute server could not mount")
+        self._root = fds[0]
+        #: The root of its mount, which this closes in the end.
+        self.root = fds[0].fileno()
+
+    def open(self) -> int:
+        """Return a descriptor of a file, which this closes in the end."""
+        self._files.append(os.open("f", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, dir_fd=self.root))
+        return self._files[-1]
+
+    def kill(self) -> None:
+        """End the server: every call that waits for it fails."""
+        os.kill(self.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """End the server and close its files."""
+        self.kill()
+        os.waitpid(self.pid, 0)
+        for file in self._files:
+            # With the server gone FLUSH fails, and does not wait.
+            with suppress(OSError):
+                os.close(file)
+        self._root.close()
 
 
 @contextmanager
 def mute_file() -> Generator[int]:
     """Yield a file that nobody can close as long as this lasts, a child that exits or runs a program neither."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    child = os.fork()
-    if child == 0:
-        try:
-            ours.close()
-            _serve(theirs)
-        finally:
-            os._exit(0)
-    theirs.close()
-    with ExitStack() as after:
-        try:
-            with ours:
-                _, fds = receive_with_fds(ours, 10)
-            with fds[0]:
-                file = os.open("f", os.O_WRONLY | os.O_APPEND, dir_fd=fds[0].fileno())
-            # With the server gone FLUSH fails, and does not wait.
-            after.callback(_close_dead, file)
-            yield file
-        finally:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+    server = MuteServer()
+    try:
+        yield server.open()
+    finally:
+        server.close()
+
+
+def _serve(sock: socket.socket) -> None:
+    process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
+    process.set_name(NAME)
+    _, device, root = mount_first()
+    with root:
+        # A file of the own mount it must not have: its end would wait for itself.
+        send_with_fds(sock, b"root", [root.fileno()])
+    sock.close()
+    while True:
+        request = os.read(device.fileno(), 1 << 20)
+        _, operation, unique, *_ = fuse.IN_HEADER.unpack_from(request)
+        answer = _answer(operation)
+        if answer is not None:
+            _reply(device, unique, answer)
+
+
+def _reply(device: OwnedFd, unique: int, answer: bytes) -> None:
+    # Whoever asked may have been killed.
+    with suppress(FileNotFoundError):
+        os.write(device.fileno(), fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + len(answer), 0, unique) + answer)
+
+
+def _answer(operation: int) -> bytes | None:
+    match operation:
+        case Opcode.INIT:
+            init = {"major": 7, "minor": 31, "max_readahead": 0, "flags": 0, "max_background": 16, "congestion_threshold": 12}
+            return bytes(fuse.fuse_init_out(**init, max_write=4096, time_gran=1))
+        case Opcode.LOOKUP:
+            return fuse.ENTRY_OUT.pack(_FILE, 0, _KNOWN, _KNOWN, 0, 0) + _attr(_FILE)
+        case Opcode.OPEN:
+            return fuse.OPEN_OUT.pack(0, 1, 0)
+        case _:
+            return None
+
+
+def _attr(ino: int) -> bytes:
+    return fuse.ATTR.pack(ino, 0, 0, 0, 0, 0, 0, 0, 0, 0o100644, 1, 0, 0, 0, 4096, 0)
