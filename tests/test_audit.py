@@ -6,9 +6,12 @@ import random
 import re
 import secrets
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from errno import EPERM
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,17 +22,19 @@ import pytest
 from outcomes import in_child
 from restrictedmem.abi import memory
 from restrictedmem.abi.process import CLONE_NEWNS
-from restrictedmem.audit import calls, descriptor, host, namespaces, processes, vm
+from restrictedmem.audit import calls, descriptor, host, namespaces, processes, sockets, vm
 from restrictedmem.audit.attempt import Attempt, MeasurementTellsError, Outcome, Route, attempt
 from restrictedmem.audit.guest import HeldGuest, held_guest
 from restrictedmem.audit.memory import of_descriptors, of_file, of_process
 from restrictedmem.audit.owner import Owner, drop_capabilities, end_twin, fork_twin
 from restrictedmem.audit.pattern import Pattern, content, word
-from restrictedmem.fd import OwnedFd
+from restrictedmem.fd import OwnedFd, send_with_fds
 from restrictedmem.fs.mounter import enter_user_namespace
 from restrictedmem.kvm import exits, guest_abi
 from restrictedmem.kvm.vm import Vm
+from restrictedmem.service import wire
 from restrictedmem.service.client import Service
+from restrictedmem.service.wire import Channel
 from users import as_user
 
 SEED = 0x0123_4567_89AB_CDEF
@@ -175,6 +180,67 @@ def test_a_process_in_a_user_namespace_is_convicted_by_its_handles(pattern: Patt
     except OSError:
         pytest.skip("namespaces have no handles before Linux 6.18")
     came = as_user(body)
+    assert (came.outcome, came.detail) == (Outcome.FOUND, "accepted")
+
+
+@contextmanager
+def yes(pattern: Pattern) -> Generator[Owner]:
+    """Yield an owner whose service and engine say yes to everything, and give the memory to whoever binds it."""
+
+    def answer(sock: socket.socket) -> None:
+        with sock:
+            # Descriptors are taken as well.
+            while message := socket.recv_fds(sock, wire.MAX_MESSAGE, 4):
+                if not message[0]:
+                    return
+                number = int.from_bytes(message[0][:4], sys.byteorder)
+                send_with_fds(sock, bytes(8), [held.fileno()] if number == wire.BIND.number else [])
+                for fd in message[1]:
+                    os.close(fd)
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=answer, args=(listener.accept()[0],), daemon=True).start()
+
+    def token_for(_: int) -> bytes:
+        return bytes(16)
+
+    name = f"restrictedmem/{os.getpid()}/ab"
+    with holding(1 << 16) as held, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(f"\0{name}")
+        listener.listen(9)
+        threading.Thread(target=serve, daemon=True).start()
+        service = SimpleNamespace(info={"socket": f"@{name}", "key": "00" * wire.KEY_BYTES}, token_for=token_for)
+        engine, theirs = Channel.pair("engine")
+        threading.Thread(target=answer, args=(theirs,), daemon=True).start()
+        guest = SimpleNamespace(vmm=SimpleNamespace(vm=SimpleNamespace(_channel=engine)))
+        yield owner_of(pattern, service=service, guest=guest, fd=held.fileno(), processes={"service": os.getpid()})
+        engine.close()
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_service_that_says_yes_is_convicted_by_every_question(pattern: Pattern) -> None:
+    with yes(pattern) as owner:
+        came = {f"{route.target}: {route.name}": attempt(route, owner) for route in sockets.routes()}
+    assert {name: one.outcome for name, one in came.items() if one.outcome is not Outcome.FOUND} == {}
+    # The memory itself, and no mere yes.
+    assert came["service's socket: BIND"].detail.startswith("the guest's ")
+
+
+def test_a_name_that_nobody_has_is_refused(pattern: Pattern) -> None:
+    route = next(route for route in sockets.routes() if route.name == "names of /proc/net/unix")
+    came = attempt(route, owner_of(pattern, processes={"service": os.getpid()}))
+    assert (came.outcome, came.errno) == (Outcome.REFUSED, "ECONNREFUSED")
+
+
+def test_memory_that_is_not_restricted_can_be_shared(pattern: Pattern) -> None:
+    """Where the engine takes it, the owner has what the guest writes there."""
+    pytest.importorskip("unicorn")
+    route = next(route for route in vm.routes() if route.name == "the descriptor as shared memory")
+    with Service.start() as service, Vm(service, engine="software") as machine, holding(1 << 16) as fd:
+        guest = SimpleNamespace(vmm=SimpleNamespace(vm=machine))
+        came = attempt(route, owner_of(pattern, guest=guest, fd=fd.fileno()))
     assert (came.outcome, came.detail) == (Outcome.FOUND, "accepted")
 
 

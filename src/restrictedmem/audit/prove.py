@@ -12,7 +12,7 @@ from functools import partial
 from itertools import chain
 from typing import Any, Final, NoReturn
 
-from restrictedmem.audit import descriptor, host, namespaces, processes, vm
+from restrictedmem.audit import descriptor, host, namespaces, processes, sockets, vm
 from restrictedmem.audit.attempt import Attempt, Outcome, Route, attempt
 from restrictedmem.audit.guest import HeldGuest, held_guest
 from restrictedmem.audit.memory import of_descriptors, of_process
@@ -46,7 +46,7 @@ def prove(service: Service, guest: HeldGuest, seed: int, *, engine: str, as_root
 
 
 def _routes() -> Iterator[Route]:
-    return chain(descriptor.ROUTES, processes.routes(), namespaces.routes(), host.routes(), vm.routes())
+    return chain(descriptor.ROUTES, processes.routes(), namespaces.routes(), sockets.routes(), host.routes(), vm.routes())
 
 
 def _last_routes() -> Iterator[Route]:

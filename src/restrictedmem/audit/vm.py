@@ -22,6 +22,8 @@ from restrictedmem.units import PAGE_MASK, PAGE_SIZE
 
 #: A slot's number that the VMM does not use.
 _SLOT: Final = 100
+#: A guest address at which the VMM has nothing.
+_ELSEWHERE: Final = 1 << guest_abi.GPA_BITS - 1
 #: The VMM's slot of private memory.
 _PRIVATE_SLOT: Final = 0
 #: What the guest takes as one line, in bytes.
@@ -68,6 +70,11 @@ def _second_vm(owner: Owner) -> None:
         second.set_user_memory_region(slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=size, restricted_fd=owner.fd)
 
 
+def _descriptor_as_shared(owner: Owner) -> None:
+    """Give the restricted file to the engine as if it were the owner's own memory."""
+    owner.guest.vmm.vm.set_user_memory_region(slot=_SLOT, guest_phys_addr=_ELSEWHERE, memory_size=PAGE_SIZE, shared_fd=owner.fd)
+
+
 _POWERS: Final[dict[str, Callable[[Owner], None]]] = {
     "KVM_SET_REGS after the launch": partial(_on_vcpu, lambda vcpu, address: vcpu.set_regs(rip=address)),
     "KVM_GET_REGS": partial(_on_vcpu, lambda vcpu, _: vcpu.get_regs()),
@@ -82,6 +89,7 @@ _POWERS: Final[dict[str, Callable[[Owner], None]]] = {
     "slot over the page tables": partial(_slot_over, 1 << guest_abi.GPA_BITS, PAGE_SIZE),
     "slot over private memory": partial(_slot_over, guest_abi.PRIVATE_BASE, guest_abi.PRIVATE_SIZE_MIN),
     "the descriptor in a second VM": _second_vm,
+    "the descriptor as shared memory": _descriptor_as_shared,
 }
 
 
