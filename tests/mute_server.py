@@ -88,10 +88,12 @@ def _serve(sock: socket.socket) -> None:
         # A file of the own mount it must not have: its end would wait for itself.
         send_with_fds(sock, b"root", [root.fileno()])
     sock.close()
+    opened = False
     while True:
         request = os.read(device.fileno(), 1 << 20)
-        _, operation, unique, *_ = fuse.IN_HEADER.unpack_from(request)
-        answer = _answer(operation)
+        _, operation, unique, node, *_ = fuse.IN_HEADER.unpack_from(request)
+        answer = _answer(operation, node, opened=opened)
+        opened |= operation == Opcode.OPEN
         if answer is not None:
             _reply(device, unique, answer)
 
@@ -102,13 +104,16 @@ def _reply(device: OwnedFd, unique: int, answer: bytes) -> None:
         os.write(device.fileno(), fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + len(answer), 0, unique) + answer)
 
 
-def _answer(operation: int) -> bytes | None:
+def _answer(operation: int, node: int, *, opened: bool) -> bytes | None:
     match operation:
         case Opcode.INIT:
             init = {"major": 7, "minor": 31, "max_readahead": 0, "flags": 0, "max_background": 16, "congestion_threshold": 12}
             return bytes(fuse.fuse_init_out(**init, max_write=4096, time_gran=1))
         case Opcode.LOOKUP:
-            return fuse.ENTRY_OUT.pack(_FILE, 0, _KNOWN, _KNOWN, 0, 0) + _attr(_FILE)
+            # Who asks for attributes asks the server.
+            return fuse.ENTRY_OUT.pack(_FILE, 0, _KNOWN, 0, 0, 0) + _attr(_FILE)
+        case Opcode.GETATTR if not opened:
+            return fuse.ATTR_OUT.pack(0, 0, 0) + _attr(node)
         case Opcode.OPEN:
             return fuse.OPEN_OUT.pack(0, 1, 0)
         case _:
@@ -116,4 +121,5 @@ def _answer(operation: int) -> bytes | None:
 
 
 def _attr(ino: int) -> bytes:
-    return fuse.ATTR.pack(ino, 0, 0, 0, 0, 0, 0, 0, 0, 0o100644, 1, 0, 0, 0, 4096, 0)
+    mode = 0o100666 if ino == _FILE else 0o40777
+    return fuse.ATTR.pack(ino, 0, 0, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0)

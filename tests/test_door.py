@@ -11,13 +11,13 @@ from functools import partial
 
 import pytest
 
+from field import knock, works
 from outcomes import Errno, outcome
 from processes import descriptors, wait_until
-from restrictedmem.fd import OwnedFd, receive_without_fds, send_with_fds
+from restrictedmem.fd import receive_without_fds, send_with_fds
 from restrictedmem.service import wire
 from restrictedmem.service.client import Service, address
 from restrictedmem.service.wire import Call, Channel
-from restrictedmem.units import PAGE_SIZE as PAGE
 from users import as_user
 
 pytestmark = pytest.mark.requires("fuse")
@@ -27,22 +27,6 @@ pytestmark = pytest.mark.requires("fuse")
 def service() -> Iterator[Service]:
     with Service.start() as service:
         yield service
-
-
-def knock(service: Service) -> Channel:
-    """Connect without the key."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-    sock.settimeout(10)
-    sock.connect(address(service.info["socket"]))
-    return Channel(sock, "service", takes_fds=True)
-
-
-def works(service: Service) -> bool:
-    fd = service.memfd_restricted()
-    os.posix_fallocate(fd, 0, PAGE)
-    os.close(fd)
-    with OwnedFd(service.memfd_restricted()) as other:
-        return bool(service.token_for(other.fileno()))
 
 
 @pytest.mark.parametrize("call", [wire.TOKEN, wire.SPAWN, wire.SIGNING_KEY, wire.ERROR_PAGE, wire.READY], ids=lambda call: call.name)

@@ -1,17 +1,15 @@
 """Kernels and containers that do not tell what pages are made of: no descriptor, no file and no service is lost to that."""
 
-import ctypes
 import os
-from collections.abc import Sequence
 from errno import ENOSYS, EOPNOTSUPP, EPERM
 from pathlib import Path
 
 import dma
 import pytest
 
-from outcomes import Errno, checked, outcome
+from outcomes import Errno, outcome
 from processes import wait_until
-from restrictedmem.abi import memory, process, seccomp, userfaultfd
+from restrictedmem.abi import memory, userfaultfd
 from restrictedmem.child import in_child
 from restrictedmem.mm.backing import MemfdBacking
 from restrictedmem.mm.design import NAMES, TEARDOWN
@@ -20,23 +18,10 @@ from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PAGE_SIZE as PAGE
+from users import forbid
 
 DMA = Path(__file__).parent.parent / "clients" / "dma" / "dma.py"
-PR_SET_SECCOMP = 22
 LOOKS = ("folio", "folio-poc")
-
-
-def forbid(number: int, calls: Sequence[int]) -> None:
-    """Have system calls fail in this process and whatever it runs, as in a container or on an older kernel."""
-    program = [seccomp.load("nr")]
-    for call in calls:
-        program += [seccomp.skip_unless(call, 1), seccomp.answer(seccomp.SECCOMP_RET_ERRNO | number)]
-    program.append(seccomp.answer(seccomp.SECCOMP_RET_ALLOW))
-    instructions = (seccomp.sock_filter * len(program))(*program)
-    fprog = seccomp.sock_fprog(len=len(program), filter=ctypes.addressof(instructions))
-    process.prctl(process.PR_SET_NO_NEW_PRIVS, 1)
-    libc = ctypes.CDLL(None, use_errno=True)
-    checked(libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(fprog), 0, 0))
 
 
 def device(service: Service, fd: int) -> Channel:

@@ -6,14 +6,14 @@ import pickle
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from errno import EPERM
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from outcomes import checked
 from restrictedmem.abi import seccomp
-from restrictedmem.abi.process import CLONE_NEWNS, CLONE_NEWUSER, PR_SET_DUMPABLE, prctl, unshare
+from restrictedmem.abi.process import CLONE_NEWNS, CLONE_NEWUSER, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, prctl, unshare
 from restrictedmem.fs.mount import DEVICE
 
 #: An ordinary user: nobody, in most systems' words.
@@ -120,6 +120,19 @@ def forbid_user_namespaces() -> None:
         seccomp.answer(_SECCOMP_RET_ERRNO | EPERM),
         seccomp.answer(seccomp.SECCOMP_RET_ALLOW),
     ]
+    _install(program)
+
+
+def forbid(number: int, calls: Sequence[int]) -> None:
+    """Have system calls fail in this process and whatever it runs, as in a container or on an older kernel."""
+    program = [seccomp.load("nr")]
+    for call in calls:
+        program += [seccomp.skip_unless(call, 1), seccomp.answer(seccomp.SECCOMP_RET_ERRNO | number)]
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+    _install([*program, seccomp.answer(seccomp.SECCOMP_RET_ALLOW)])
+
+
+def _install(program: list[seccomp.sock_filter]) -> None:
     instructions = (seccomp.sock_filter * len(program))(*program)
     fprog = seccomp.sock_fprog(len=len(program), filter=ctypes.addressof(instructions))
     checked(_libc.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(_SECCOMP_MODE_FILTER), ctypes.byref(fprog), 0, 0))

@@ -1,0 +1,483 @@
+"""Attacks on others' service: what one owner does must neither end, nor block, nor slow down another's."""
+
+import os
+import random
+import resource
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
+from errno import E2BIG, EACCES, EAGAIN, EINVAL, EMFILE, EMSGSIZE, ENOMEM, ENOSYS, EOPNOTSUPP, EPROTO, ETIMEDOUT
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from field import SIZE, Attack, Field, knock, started, stopped, with_private_memory, works
+from outcomes import Errno, outcome
+from processes import PATIENCE, family, process, wait_gone, wait_until
+from restrictedmem.abi import memory, userfaultfd
+from restrictedmem.audit.owner import parent_of
+from restrictedmem.fd import send_with_fds
+from restrictedmem.kvm import wire as kvm_wire
+from restrictedmem.kvm.vm import Vm
+from restrictedmem.service import wire
+from restrictedmem.service.client import PACKAGE_ROOT, Service
+from restrictedmem.service.start import Options
+from restrictedmem.units import PAGE_SIZE as PAGE
+from under_exec import PRELUDE
+from users import ORDINARY, as_user, forbid
+
+#: jmp to itself
+_SPIN: Final = bytes.fromhex("ebfe")
+#: Seconds that a consumer may take in attacks that stop processes for longer.
+_DEADLINE: Final = 0.4
+
+
+def _request(number: int, body: bytes = b"") -> bytes:
+    return number.to_bytes(4, "little") + bytes(4) + body
+
+
+# Messages and limits.
+
+
+def long_spawn(field: Field) -> Iterator[None]:
+    service, _ = field.start()
+    yield
+    for size in (wire.MAX_BODY, wire.MAX_BODY - 7):
+        assert outcome(partial(service.spawn, "kvm", "x" * (size - 4))) == Errno(E2BIG)
+    # One that the engine refuses.
+    with closing(service.spawn("kvm", "x" * (wire.MAX_BODY - 12))) as sock:
+        assert outcome(lambda: wire.Channel(sock, "engine").call(kvm_wire.CREATE_VM)) == Errno(EINVAL)
+
+
+def limits(field: Field) -> Iterator[None]:
+    service, party = field.start()
+    yield
+    for victim in family(service)[:2]:
+        for kind, values in ((resource.RLIMIT_NOFILE, range(30)), (resource.RLIMIT_NPROC, (1,))):
+            before = resource.prlimit(victim.pid, kind)
+            for value in values:
+                resource.prlimit(victim.pid, kind, (value, before[1]))
+                came = outcome(lambda: Vm(service).close())
+                assert came in (None, Errno(EMFILE), Errno(EAGAIN)), (victim.name, value, came)
+            resource.prlimit(victim.pid, kind, before)
+            party.goes_on()
+
+
+#: Message, and errno; what ends the connection comes before what does not.
+_MALFORMED: Final = {
+    "one byte": (b"x", EPROTO),
+    "half a head": (bytes(7), EPROTO),
+    "too long": (bytes(wire.MAX_MESSAGE + 1), EMSGSIZE),
+    "number 0": (_request(0), EPROTO),
+    "another's call": (_request(wire.BIND.number, bytes(16)), EPROTO),
+    "largest number": (_request(0xFFFF_FFFF), EPROTO),
+}
+
+
+def malformed_messages(field: Field) -> Iterator[None]:
+    service, party = field.start()
+    yield
+    for name, (message, errno) in _MALFORMED.items():
+        ends = len(message) < 8 or errno == EMSGSIZE
+        with ExitStack() as stack:
+            vm = stack.enter_context(Vm(service))
+            vcpu = stack.enter_context(vm.create_vcpu())
+            inside, outside = service._connect(), knock(service)
+            stack.callback(inside.close)
+            stack.callback(outside.close)
+            for channel in (inside, outside, vcpu._channel, vm._channel):
+                channel.sock.settimeout(10)
+                channel.sock.send(message)
+                said = int.from_bytes(channel.sock.recv(wire.MAX_MESSAGE)[:4], "little")
+                assert said == (EACCES if channel is outside and not ends else errno), name
+                if ends:
+                    assert channel.sock.recv(1) == b"", name
+        party.goes_on()
+
+
+# Descriptors of a file that nobody can close.
+
+
+def _foreign_to_service(field: Field) -> Iterator[None]:
+    mute = field.mute()
+    service, party = field.start()
+    yield
+    file = mute.open()
+    for connect in (service._connect, partial(knock, service)):
+        for count in (1, 5, 200):
+            with closing(connect()) as channel, suppress(PermissionError):
+                # The kernel refuses it to the sender (Linux 6.16), or the service does.
+                send_with_fds(channel.sock, _request(wire.STATUS.number), [file] * count)
+                assert int.from_bytes(channel.sock.recv(8)[:4], "little") == EPROTO
+    party.goes_on()
+
+
+def _foreign_to_vm(field: Field) -> Iterator[None]:
+    mute = field.mute()
+    service, party = field.start()
+    vm = Vm(service)
+    engine = process(vm.statistics()["pid"])
+    assert engine is not None
+    yield
+    file = mute.open()
+    vm._channel.sock.settimeout(30)
+    for errno in (EINVAL, ETIMEDOUT):
+        assert outcome(lambda: vm._channel.call(kvm_wire.TRACE, fds=[file])) == Errno(errno)
+    assert vm.statistics()
+    party.goes_on()
+    vm.close()
+    # While the file's server lives.
+    wait_gone([engine])
+
+
+def _foreign_to_vcpu(field: Field) -> Iterator[None]:
+    mute = field.mute()
+    service, party = field.start()
+    vm = Vm(service)
+    os.close(with_private_memory(service, vm))
+    vcpu = started(vm, _SPIN)
+    engine = process(vm.statistics()["pid"])
+    assert engine is not None
+    yield
+    file = mute.open()
+    vcpu._channel.sock.send(_request(kvm_wire.RUN.number, kvm_wire.COMPLETION.pack(0)))
+    with suppress(PermissionError):
+        send_with_fds(vcpu._channel.sock, _request(kvm_wire.RUN.number), [file])
+    party.goes_on()
+    vcpu.close()
+    vm.close()
+    wait_gone([engine])
+
+
+def own_peer_in_a_vcpu_socket(field: Field) -> Iterator[None]:
+    """The owner is killed: nothing but its end tells the engine."""
+    reader, writer = os.pipe()
+    owner = os.fork()
+    if owner == 0:
+        try:
+            _hold_own_peer(writer)
+        finally:
+            os._exit(1)
+    os.close(writer)
+    with open(reader, encoding="ascii") as pipe:
+        everybody = family(int(pipe.readline()))
+        yield
+        os.kill(owner, signal.SIGKILL)
+        os.waitpid(owner, 0)
+        wait_gone(everybody)
+
+
+def _hold_own_peer(ready: int) -> None:
+    with Service.start() as service, Vm(service) as vm:
+        os.close(with_private_memory(service, vm))
+        sock = started(vm, _SPIN)._channel.sock
+        sock.send(_request(kvm_wire.RUN.number, kvm_wire.COMPLETION.pack(0)))
+        # What is refused is as good.
+        for end in (vm._channel.sock, sock):
+            for through in (sock, vm._channel.sock):
+                with suppress(PermissionError):
+                    send_with_fds(through, _request(kvm_wire.STATISTICS.number), [end.fileno()])
+        os.write(ready, f"{service.info['pid']}\n".encode())
+        signal.pause()
+
+
+# A VM's own calls.
+
+
+def refused_slots(field: Field) -> Iterator[None]:
+    service, _ = field.start()
+    yield
+    fd = service.memfd_restricted()
+    os.ftruncate(fd, SIZE)
+    with Vm(service) as vm:
+        region = partial(vm.set_user_memory_region, slot=0, guest_phys_addr=0, memory_size=PAGE, restricted_fd=fd)
+        for _ in range(64):
+            assert outcome(lambda: region(restricted_offset=1)) == Errno(EINVAL)
+        region()
+    os.close(fd)
+
+
+def no_memory_for_a_vcpu(field: Field) -> Iterator[None]:
+    service, _ = field.start()
+    yield
+    with Vm(service) as vm:
+        engine: int = vm.statistics()["pid"]
+        pages = int(Path(f"/proc/{engine}/statm").read_text(encoding="ascii").split()[0])
+        before = resource.prlimit(engine, resource.RLIMIT_AS)
+        resource.prlimit(engine, resource.RLIMIT_AS, (pages * PAGE + (32 << 20), before[1]))
+        for _ in range(3):
+            assert outcome(vm.create_vcpu) == Errno(ENOMEM)
+        resource.prlimit(engine, resource.RLIMIT_AS, before)
+        os.close(with_private_memory(service, vm))
+        with started(vm, bytes.fromhex("e642")) as vcpu:
+            assert vcpu.run()
+
+
+def a_thousand_slots(field: Field) -> Iterator[None]:
+    service, party = field.start()
+    yield
+    with Vm(service) as vm, memory.memfd_create("window") as window:
+        os.ftruncate(window.fileno(), PAGE)
+        region = partial(vm.set_user_memory_region, shared_fd=window.fileno())
+        for number in range(1000):
+            region(slot=number, guest_phys_addr=0x1_0000_0000 + 2 * number * PAGE, memory_size=PAGE)
+            if number % 250 == 0:
+                party.goes_on()
+        for number in range(1000):
+            vm.set_user_memory_region(slot=number, guest_phys_addr=0, memory_size=0)
+
+
+def folios_without_cachestat(field: Field) -> Iterator[None]:
+    forbid(ENOSYS, [memory.SYS_cachestat, userfaultfd.SYS_userfaultfd[os.uname().machine]])
+    services = [field.service(Options(design=design)) for design in ("folio", "folio-poc", "folio+teardown")]
+    yield
+    for service in services:
+        others = service.memfd_restricted()
+        with Vm(service) as vm:
+            fd = with_private_memory(service, vm)
+            assert outcome(partial(memory.fallocate, fd, memory.PUNCH, 0, PAGE)) == Errno(EOPNOTSUPP)
+            # The mount still has the operation.
+            os.posix_fallocate(others, 0, PAGE)
+            memory.fallocate(others, memory.PUNCH, 0, PAGE)
+        wait_until(lambda: not service.status()["consumers"], "the engine's end")  # noqa: B023
+        # The file is the next VM's.
+        with Vm(service) as vm:
+            vm.set_user_memory_region(slot=0, guest_phys_addr=0, memory_size=SIZE, restricted_fd=fd)
+        for each in (fd, others):
+            os.close(each)
+        assert service.status()["last_error"] == ""
+
+
+# Silence.
+
+
+def stopped_for_long(field: Field) -> Iterator[None]:
+    service, party = field.start(Options(deadline=_DEADLINE))
+    yield
+    dice = random.Random(1)
+    pid, engine = service.info["pid"], party.vm.statistics()["pid"]
+    spawner = parent_of(pid)
+    # An engine alone is ended for that.
+    for pids in ([pid], [spawner], [pid, engine], [spawner, pid, engine]):
+        punch = threading.Thread(target=memory.fallocate, args=(party.fd, memory.PUNCH, SIZE - PAGE, PAGE))
+        for victim in dice.sample(pids, len(pids)):
+            stopped(victim)
+        punch.start()
+        over = time.monotonic() + 2 * _DEADLINE
+        wait_until(lambda: time.monotonic() > over, "twice the deadline to pass")  # noqa: B023
+        for victim in dice.sample(pids, len(pids)):
+            os.kill(victim, signal.SIGCONT)
+        punch.join(PATIENCE)
+        assert not punch.is_alive(), "waited for a punch to return"
+        party.goes_on()
+
+
+def eight_silent_consumers(field: Field) -> Iterator[None]:
+    service, party = field.start(Options(deadline=30.0))
+    yield
+    with ExitStack() as stack:
+        vms = [stack.enter_context(Vm(service)) for _ in range(8)]
+        fds = [with_private_memory(service, vm) for vm in vms]
+        engines: list[int] = [vm.statistics()["pid"] for vm in vms]
+        for engine in engines:
+            stopped(engine)
+        punches = [threading.Thread(target=memory.fallocate, args=(fd, memory.PUNCH, 0, PAGE)) for fd in fds]
+        for punch in punches:
+            punch.start()
+        wait_until(lambda: sum(bool(one["in_progress"]) for one in service.status()["consumers"]) == 8, "the punches to be told")
+        for _ in range(5):
+            party.goes_on()
+        # None of that waited for them.
+        assert all(punch.is_alive() for punch in punches)
+        for engine in engines:
+            os.kill(engine, signal.SIGCONT)
+        for punch in punches:
+            punch.join(PATIENCE)
+            assert not punch.is_alive(), "waited for a punch to return"
+        for fd in fds:
+            os.close(fd)
+
+
+# Connections to ``serve``, and to names like a service's.
+
+
+@contextmanager
+def _forks(count: int, body: Callable[[], None]) -> Generator[None]:
+    """Run something in some children, again and again, which are killed at the end."""
+    pids: list[int] = []
+    for _ in range(count):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            try:
+                while True:
+                    body()
+            finally:
+                os._exit(1)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def connect_loops(field: Field) -> Iterator[None]:
+    yield
+
+    def connect() -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock, suppress(OSError):
+            sock.connect(str(field.place / "socket"))
+
+    with _forks(2, connect):
+        for _ in field.until_over():
+            os.sched_yield()
+
+
+def _serve(place: Path) -> None:
+    command = [sys.executable, "-m", "restrictedmem", "serve", "--socket", str(place / "socket")]
+    with open(place / "log", "wb") as log, subprocess.Popen(command, stderr=log) as server:
+        try:
+            wait_until((place / "socket").exists, "the server", 20)
+            for _ in range(5):
+                # Another uid than the attacker's, root's or not.
+                assert as_user(lambda: _served(place / "socket"), ORDINARY - 1, fuse=False)
+            assert server.poll() is None
+        finally:
+            server.terminate()
+            server.wait(PATIENCE)
+
+
+def _served(path: Path) -> bool:
+    began = time.monotonic()
+    with Service.connect(str(path)) as service:
+        found = works(service)
+    assert time.monotonic() - began < 20
+    return found
+
+
+def rogue_status_sockets(field: Field) -> Iterator[None]:
+    yield
+    words = b"\x1b[2J\x1b]0;owned\x07"
+    replies: Sequence[bytes | None] = (
+        None,
+        b"x",
+        _request(13) + words,
+        _request(0) + bytes(8),
+        _request(0, b"\xff" * 9),
+        bytes(wire.MAX_MESSAGE),
+    )
+    with ExitStack() as stack:
+        for number, reply in enumerate(replies):
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            listener.bind(f"\0restrictedmem/{os.getpid()}/{number:x}")
+            listener.listen(9)
+            stack.enter_context(_forks(1, partial(_answer, listener, reply)))
+        for _ in field.until_over():
+            os.sched_yield()
+
+
+def _answer(listener: socket.socket, reply: bytes | None) -> None:
+    with listener.accept()[0] as sock:
+        while sock.recv(100):
+            if reply is not None:
+                sock.send(reply)
+
+
+def _ps(_: Path) -> None:
+    with Service.start() as service:
+        done = subprocess.run([sys.executable, "-m", "restrictedmem", "ps"], capture_output=True, check=True, timeout=60)
+        shown = done.stdout.decode()
+        assert f"service {service.info['pid']}: uid 0" in shown
+        assert all(line.isprintable() for line in shown.splitlines()), shown
+
+
+# The supervisor of ``exec``.
+
+
+def a_file_under_exec(field: Field) -> Iterator[None]:
+    mute = field.mute()
+    root = mute.root
+    command = [sys.executable, "-m", "restrictedmem", "exec", "--", sys.executable, "-c", PRELUDE + _UNDER_EXEC, PACKAGE_ROOT, str(root)]
+    pipe = subprocess.PIPE
+    program = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, pass_fds=[root], start_new_session=True)
+    with program:
+        try:
+            # It gives its capabilities up itself: before that it needs a service.
+            assert _line(program) == "ready"
+            yield
+            assert program.stdin is not None
+            program.stdin.write("go\n")
+            program.stdin.flush()
+            assert _line(program) == "0"
+        finally:
+            # What waits for the file ends with its server.
+            field.end_mutes()
+            os.killpg(program.pid, signal.SIGKILL)
+
+
+def _line(program: "subprocess.Popen[str]") -> str:
+    assert program.stdout is not None
+    assert select.select([program.stdout], [], [], 20)[0], "waited 20 s for a line of the program"
+    return program.stdout.readline().rstrip()
+
+
+_UNDER_EXEC: Final = """
+sys.path.insert(0, sys.argv[1])
+from restrictedmem.audit.owner import drop_capabilities
+def private(fd):
+    libc.mmap.restype = ctypes.c_void_p
+    at = libc.mmap(None, ctypes.c_size_t(4096), 1, 2, fd, ctypes.c_long(0))
+    return ctypes.get_errno() if at == ctypes.c_void_p(-1).value else 0
+def forked(body):
+    pid = os.fork()
+    if pid == 0:
+        try: body()
+        finally: os._exit(0)
+    return pid
+plain = os.open(sys.executable, os.O_RDONLY)
+assert call(0) > 0
+drop_capabilities()
+print("ready", flush=True)
+sys.stdin.readline()
+reader, writer = os.pipe()
+def map_mute():
+    file = os.open("f", os.O_RDWR, dir_fd=int(sys.argv[2]))
+    os.write(writer, b".")
+    private(file)
+forked(map_mute)
+os.read(reader, 1)
+# Whenever it comes to the mapping, the others' go on.
+for _ in range(300):
+    assert private(plain) == 0
+    other = forked(lambda: os.write(writer, b"0" if private(plain) == 0 else b"1"))
+    os.waitpid(other, 0)
+    assert os.read(reader, 1) == b"0"
+print(0, flush=True)
+sys.stdin.readline()
+"""
+
+
+ATTACKS: Final = {
+    "a long SPAWN": Attack("E2BIG", long_spawn),
+    "limits of the spawner and the service": Attack("a VM that cannot be made is EMFILE or EAGAIN", limits, seconds=120),
+    "malformed messages": Attack("each gets an errno, and ends its connection where it was no message", malformed_messages, seconds=120),
+    "a foreign descriptor for the service": Attack("EPERM, or EPROTO, and nobody is held", _foreign_to_service),
+    "a foreign descriptor for a VM": Attack("EINVAL, and the engine ends all the same", _foreign_to_vm),
+    "a foreign descriptor for a vCPU": Attack("EPERM, or the vCPU's end, and the engine ends all the same", _foreign_to_vcpu),
+    "its own peer in a vCPU's socket": Attack("the engine ends with its owner", own_peer_in_a_vcpu_socket),
+    "64 refused slots": Attack("the next one is granted", refused_slots),
+    "no memory for a vCPU": Attack("ENOMEM, and the VM goes on", no_memory_for_a_vcpu),
+    "a thousand slots": Attack("they come and go, and delay nobody", a_thousand_slots),
+    "folios without cachestat": Attack("EOPNOTSUPP, and no other file loses an operation", folios_without_cachestat),
+    "stopped for longer than the deadline": Attack("all go on", stopped_for_long),
+    "eight silent consumers": Attack("others' calls return before theirs", eight_silent_consumers),
+    "two connect loops at serve": Attack("another user is served", connect_loops, _serve, seconds=150),
+    "a FUSE file under exec": Attack("other programs' calls go on", a_file_under_exec, seconds=100),
+    "rogue status sockets": Attack("ps shows the others, and no escape sequence", rogue_status_sockets, _ps, seconds=100),
+}
