@@ -212,11 +212,11 @@ def test_an_engine_ends_whose_socket_holds_its_own_peer() -> None:
     wait_gone(every)
 
 
-def test_the_checker_holds_two_sockets_and_ends_with_its_engine(service: Service) -> None:
+def test_the_checker_holds_one_socket_and_ends_with_its_engine(service: Service) -> None:
     with Vm(service, engine="software") as vm:
         pid = checker_of(vm)
         held = descriptors(pid)
-        assert sorted(link.partition(":")[0] for link in held) == [os.devnull] * 3 + ["socket"] * 2
+        assert sorted(link.partition(":")[0] for link in held) == [os.devnull] * 3 + ["socket"]
         checker = process(pid)
         assert checker is not None
     wait_gone([checker])
@@ -279,6 +279,21 @@ def test_a_file_that_cannot_be_closed_holds_no_engine(call: Call) -> None:
         vm.close()
         wait_gone([one for one in found if one.name == "rmem-kvm"])
     wait_gone(found)
+
+
+@pytest.mark.requires("root")
+@pytest.mark.parametrize("asked", [1, 2])
+def test_a_checker_that_is_held_keeps_no_owner_waiting(asked: int) -> None:
+    """What it holds of the VM's would stay open when the engine is gone."""
+    with Service.start() as own, mute_file() as file, Vm(own, engine="software") as vm:
+        vm._channel.sock.settimeout(30)
+        engine = int(vm.statistics()["pid"])
+        for errno in (EINVAL, ETIMEDOUT)[:asked]:
+            with pytest.raises(OSError) as caught:
+                vm._channel.call(wire.TRACE, fds=[file])
+            assert caught.value.errno == errno
+        os.kill(engine, 9)
+        assert vm._channel.sock.recv(1) == b""
 
 
 def test_pipes_and_memfds_are_told_without_their_file_systems(tmp_path: Path) -> None:

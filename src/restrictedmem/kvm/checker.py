@@ -3,8 +3,8 @@
 To close a file of the owner's FUSE file system asks the owner's server (FUSE_FLUSH). One that does not answer keeps whoever closes in state
 D, where SIGKILL does not reach. So the engine receives without a control buffer, and what comes with descriptors is left to the checker. It
 takes the message, asks the descriptor what it is in ways that no file system hears of, and passes on what the kernel alone answers for: a
-memfd or a pipe. Only when the engine has its answer, the checker closes what it has. It may hang there for ever: it holds the VM's socket,
-its own to the engine, and nothing else.
+memfd or a pipe. Only when the engine has its answer, the checker closes what it has. It may hang there for ever, and so it has let go of
+the VM's socket before, of which it gets a copy with each question: with the engine gone, the owner is not to wait for it.
 """
 
 import array
@@ -16,6 +16,7 @@ import socket
 import struct
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from errno import EAGAIN, EINVAL, EMFILE, EMSGSIZE, EPROTO, ETIMEDOUT
 from typing import Final, NoReturn, final
 
@@ -28,6 +29,9 @@ from restrictedmem.service.wire import MAX_MESSAGE, Channel, Message
 _PATIENCE: Final = (20, 100)
 #: Milliseconds in which a checker that was killed ends, unless it is held.
 _REAP: Final = 100
+#: What the checker says whenever it has nothing to close, and what the engine asks it then.
+_READY: Final = b"r"
+_TAKE: Final = b"t"
 #: The checker's answer: an errno, whether the message was malformed, and then the message or what is wrong with it.
 _ANSWER: Final = struct.Struct("=II")
 #: How a request begins: its number, 0.
@@ -79,14 +83,13 @@ class Intake:
         if self._checker is None:
             return None
         try:
-            self._checker.send(b"\0", socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
-            poll = select.poll()
-            poll.register(self._checker, select.POLLIN)
-            times, milliseconds = _PATIENCE
-            if any(poll.poll(milliseconds) for _ in range(times)):
-                answer = receive_with_fds(self._checker, _ANSWER.size + MAX_MESSAGE)
-                if answer[0]:
-                    return answer
+            # While it is held, a question would wait with the VM's socket in it.
+            if _speaks(self._checker) and self._checker.recv(1):
+                send_with_fds(self._checker, _TAKE, [self._owner.fileno()], socket.MSG_DONTWAIT)
+                if _speaks(self._checker):
+                    answer = receive_with_fds(self._checker, _ANSWER.size + MAX_MESSAGE)
+                    if answer[0]:
+                        return answer
         except OSError as error:
             if error.errno == EMSGSIZE:
                 raise RefusedError(EMFILE, "there is no room for one more descriptor") from None
@@ -108,8 +111,16 @@ class Intake:
                 os.waitpid(self._pid, 0)
 
 
+def _speaks(checker: socket.socket) -> bool:
+    """Wait for a word of the checker's, or its end."""
+    poll = select.poll()
+    poll.register(checker, select.POLLIN)
+    times, milliseconds = _PATIENCE
+    return any(poll.poll(milliseconds) for _ in range(times))
+
+
 def start(owner: Channel, others: Sequence[socket.socket]) -> Intake:
-    """Fork the checker of the VM's socket, which does not keep ``others``.
+    """Fork the checker of the VM's socket, which keeps neither that nor ``others``.
 
     What says that a client of ``serve`` still has something, it does keep: one that cannot end counts.
 
@@ -128,48 +139,72 @@ def start(owner: Channel, others: Sequence[socket.socket]) -> Intake:
         raise
     if pid == 0:
         try:
-            for sock in (ours, *others):
+            for sock in (ours, owner.sock, *others):
                 sock.close()
-            _be_checker(owner.sock, theirs, engine)
+            _be_checker(theirs, engine)
         finally:
             os._exit(1)
     theirs.close()
     return Intake(owner, ours, pid)
 
 
-def _be_checker(owner: socket.socket, engine: socket.socket, parent: int) -> NoReturn:
+def _be_checker(engine: socket.socket, parent: int) -> NoReturn:
+    _die_with(parent)
     process.set_name("rmem-checker")
-    process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-    while engine.recv(1):
-        fds = _answer(owner, engine)
+    engine.send(_READY)
+    while (question := receive_with_fds(engine, len(_TAKE)))[0]:
+        # Killed with both in its hands, it would keep the VM's socket for as long as it is held.
+        process.prctl(process.PR_SET_PDEATHSIG, 0)
+        with socket.socket(fileno=question[1].pop().detach()) as owner:
+            taken = _take(owner)
+        _die_with(parent)
+        _answer(taken, engine)
         # Here it may hang, and for ever.
-        for fd in fds:
+        for fd in taken.fds:
             os.close(fd)
+        engine.send(_READY)
     os._exit(0)
 
 
-def _answer(owner: socket.socket, engine: socket.socket) -> list[int]:
-    """Take the next message and pass it on, or say what is wrong with it; returns the descriptors that came with it."""
-    fds: list[int] = []
+def _die_with(parent: int) -> None:
+    process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """A message of the owner's, the descriptors with it, and recvmsg's flags; or why there is none."""
+
+    data: bytes = b""
+    fds: tuple[int, ...] = ()
+    flags: int = 0
+    error: OSError | None = None
+
+
+def _take(owner: socket.socket) -> _Taken:
+    # Room for one: the kernel drops the others, and they never are this process's to close.
+    fds, room = array.array("i"), socket.CMSG_LEN(array.array("i").itemsize)
     try:
-        # Room for one: the kernel drops the others, and they never are this process's to close.
-        room = socket.CMSG_LEN(array.array("i").itemsize)
         data, ancillary, flags, _ = owner.recvmsg(MAX_MESSAGE, room, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
     except OSError as error:
-        engine.send(_ANSWER.pack(error.errno or EAGAIN, 1) + (error.strerror or "").encode())
-        return fds
+        return _Taken(error=error)
     for level, kind, payload in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            fds += array.array("i", payload)
-    if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+            fds.frombytes(payload)
+    return _Taken(data, tuple(fds), flags)
+
+
+def _answer(taken: _Taken, engine: socket.socket) -> None:
+    """Pass a message on, or say what is wrong with it."""
+    if taken.error is not None:
+        engine.send(_ANSWER.pack(taken.error.errno or EAGAIN, 1) + (taken.error.strerror or "").encode())
+    elif taken.flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
         engine.send(_ANSWER.pack(EMSGSIZE, 1) + b"recvmsg: message or descriptors cut off")
-    elif all(_is_memfd_or_pipe(fd) for fd in fds):
-        send_with_fds(engine, _ANSWER.pack(0, 0) + data, fds)
+    elif all(_is_memfd_or_pipe(fd) for fd in taken.fds):
+        send_with_fds(engine, _ANSWER.pack(0, 0) + taken.data, taken.fds)
     else:
         engine.send(_ANSWER.pack(EINVAL, 0) + b"a descriptor is neither a memfd nor a pipe")
-    return fds
 
 
 def _is_memfd_or_pipe(fd: int) -> bool:
