@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import pytest
 
+from hugetlb import reserved
 from restrictedmem.abi import memory
 from restrictedmem.kvm import exits, guest_abi
 from restrictedmem.kvm.exits import Exit, Hypercall, MemoryFault, MmioRead, MmioWrite, PortIn, PortOut, Shutdown
@@ -54,6 +55,7 @@ DIFFERENCES: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
     "general-protection": {"software": ({13},), "kernel": ({6, 13},)},
     "interrupt-number": {"software": ({0x80},), "kernel": ({6, 0x80},)},
     "overlap": {"software": (0,), "kernel": (EINVAL,)},
+    "huge-shared": {"software": (0,), "kernel": (EINVAL,)},
     "memory-max": {"software": (0,), "kernel": (ENOSPC,)},
     "blocks": {"software": (True,), "kernel": (False,)},
     "fault-counts": {"software": (True,), "kernel": (False,)},
@@ -470,6 +472,17 @@ def test_a_slot_holds_its_file(machine: Machine) -> None:
     assert consumers() == 1
     machine.vm.set_user_memory_region(slot=0, guest_phys_addr=PRIVATE, memory_size=0)
     assert (consumers() == 0,) == machine.expect("held-until-end")
+
+
+@pytest.mark.requires("hugetlb")
+def test_a_shared_half_of_huge_pages(machine: Machine) -> None:
+    """Part of one cannot be taken from KVM: a page made private would stay what its owner reads."""
+    size = 2 << 20
+    with reserved(size, 1), memory.memfd_create("huge", memory.MFD_HUGETLB | 21 << memory.MFD_HUGE_SHIFT) as fd:
+        os.ftruncate(fd.fileno(), size)
+        make = machine.vm.set_user_memory_region
+        found = errno_of(make, slot=7, guest_phys_addr=1 << 32, memory_size=size, shared_fd=fd.fileno())
+    assert (found,) == machine.expect("huge-shared")
 
 
 # Several vCPUs, and stopping them.

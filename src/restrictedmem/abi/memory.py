@@ -34,6 +34,7 @@ PMD_ORDER: Final = 9
 PUD_ORDER: Final = 18
 PMD_SIZE: Final = mmap.PAGESIZE << PMD_ORDER
 
+_HUGETLBFS_MAGIC: Final = 0x9584_58F6
 _LAST_BYTE: Final = (1 << 63) - 1
 
 
@@ -204,6 +205,15 @@ def resident_pages(fd: int, offset: int, length: int) -> int:
     if libc.syscall(ctypes.c_long(SYS_cachestat), ctypes.c_long(fd), ctypes.byref(span), ctypes.byref(found), ctypes.c_long(0)):
         raise_errno("cachestat")
     return found.nr_cache + found.nr_evicted
+
+
+def is_hugetlbfs(fd: int) -> bool:
+    """Say whether a file lies on hugetlbfs, whose pages are taken and dropped whole (fstatfs(2))."""
+    # struct statfs: f_type is its first word.
+    found = (ctypes.c_long * 32)()
+    if libc.fstatfs(fd, found):
+        raise_errno("fstatfs")
+    return found[0] == _HUGETLBFS_MAGIC
 
 
 def mincore(address: int, length: int) -> bytes:

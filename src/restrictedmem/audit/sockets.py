@@ -30,7 +30,6 @@ _CONSUMERS: Final = (
     (wire.REPORT, b"{}"),
     (wire.UNBIND, wire.NUMBER.pack(1)),
     (wire.FORK, wire.NUMBER.pack(1) + b"kvm {}"),
-    (wire.KILL, wire.NUMBER.pack(1)),
 )
 
 

@@ -41,7 +41,7 @@ _F_SEAL_SHRINK: Final = 2
 class Half:
     """One half of a slot, mapped whole into this process, and so that huge pages of its file can be mapped as one."""
 
-    __slots__ = ("address", "locked", "mapping", "size", "source", "unlocked_because")
+    __slots__ = ("address", "hugetlb", "locked", "mapping", "size", "source", "unlocked_because")
 
     def __init__(self, fd: int, offset: int, size: int, alignment: int = 0) -> None:
         """Map ``size`` bytes of ``fd`` from byte ``offset`` on; the descriptor stays the caller's. ``alignment``: ``memory.Mapping``.
@@ -51,6 +51,8 @@ class Half:
         """
         self.size = size
         self.source = source_of(fd, offset)
+        #: Whether its pages are huge ones, of which a part cannot be dropped.
+        self.hugetlb = memory.is_hugetlbfs(fd)
         self.mapping = memory.Mapping(fd, offset, size, alignment or _alignment_for(size))
         #: Where the half lies in this process.
         self.address = self.mapping.address

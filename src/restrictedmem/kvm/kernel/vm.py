@@ -1,7 +1,7 @@
 """One VM on /dev/kvm: its slots, its private memory and its vCPUs (``Engine``)."""
 
 from contextlib import ExitStack
-from errno import ENODEV, EOPNOTSUPP
+from errno import EINVAL, ENODEV, EOPNOTSUPP
 from typing import Final, final
 
 from restrictedmem.abi.kvm import (
@@ -97,7 +97,14 @@ class KernelVm:
         return self._files.bind(token, window)
 
     def add_slot(self, slot: Memslot) -> None:
-        """Let the guest's page tables lead to a slot (``Engine``)."""
+        """Let the guest's page tables lead to a slot (``Engine``).
+
+        Raises:
+            OSError: EINVAL for a shared half of huge pages: KVM's translations are dropped by MADV_DONTNEED, which does nothing to a part
+                of one. The guest would go on to reach what its pages no longer are.
+        """
+        if slot.shared is not None and slot.shared.hugetlb:
+            raise OSError(EINVAL, "the shared half must not be of huge pages (hugetlbfs) on the kernel engine")
         self._conversion.add(slot)
         self._slots.add(slot)
 
