@@ -112,6 +112,8 @@ class Outcome:
     calls: int = 0
     #: What was done how often.
     done: Counter[str] = field(default_factory=Counter[str])
+    #: All that there was of the service.
+    processes: list[Process] = field(default_factory=list[Process])
     #: What was still there when nothing should have been.
     left: list[str] = field(default_factory=list[str])
 
@@ -143,6 +145,7 @@ def play(round: Round) -> Outcome:
             watcher.fault("the owner died")
         finally:
             watcher.end()
+    watcher.outcome.processes = watcher.known
     return watcher.outcome
 
 
@@ -163,8 +166,9 @@ class _Watcher:
 
     def watch(self) -> None:
         act, victim = self._round.kind.act, self._round.kind.victim
-        if victim != "start":
-            assert self._hear() == b"ready"
+        if victim != "start" and (said := self._hear()) != b"ready":
+            self.fault(f"the owner was not ready: {said.decode(errors='replace')}")
+            return
         if act is Act.LAUNCH:
             self._owner_dies()
             return
@@ -368,14 +372,14 @@ def _where(pid: int) -> str:
     return f"state {found.state if found else '-'}, {'; '.join(stacks)}"
 
 
-def stuck_tasks() -> list[str]:
-    """Return the tasks of the machine that are in D state now and still are a moment later, and belong to this project."""
-    found: set[int] = set()
+def stuck_tasks(outcomes: Iterable[Outcome]) -> list[str]:
+    """Return what is left of some rounds and is in D state, now and a moment later."""
+    left = [found for outcome in outcomes for found in outcome.processes if exists(found)]
     for look in range(2):
-        now = {int(path.parts[4]) for path in Path("/proc").glob("[0-9]*/task/*/stat") if _in_d_state(path)}
-        found = now if look == 0 else found & now
-        time.sleep(0.2)
-    return [f"{pid}: {_where(pid)}" for pid in found]
+        if look and left:
+            time.sleep(0.2)
+        left = [found for found in left if exists(found) and _in_d_state(found.pid)]
+    return [f"{found}: {_where(found.pid)}" for found in left]
 
 
 def shared_memory() -> int:
@@ -384,8 +388,10 @@ def shared_memory() -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Shmem:"))
 
 
-def _in_d_state(path: Path) -> bool:
+def _in_d_state(pid: int) -> bool:
     with suppress(OSError):
-        name, rest = path.read_text(encoding="utf-8", errors="replace").split(" (", 1)[1].rsplit(") ", 1)
-        return rest[0] == "D" and name.startswith(("rmem", "python"))
+        for task in os.listdir(f"/proc/{pid}/task"):
+            text = Path(f"/proc/{pid}/task/{task}/stat").read_text(encoding="utf-8", errors="replace")
+            if text.rsplit(") ", 1)[1][0] == "D":
+                return True
     return False

@@ -35,7 +35,7 @@ def test_every_round_ends_as_it_should(played: _Played) -> None:
 
 def test_no_task_is_stuck(played: _Played) -> None:
     assert len(played.outcomes) == ROUNDS
-    assert stuck_tasks() == []
+    assert stuck_tasks(played.outcomes) == []
 
 
 def test_all_kinds_of_rounds_did_what_they_are_for(played: _Played) -> None:
