@@ -6,7 +6,7 @@ import random
 import struct
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
-from errno import EINVAL, ENOENT, ENOMEM, ENOSPC
+from errno import EINVAL, ENOENT, ENOMEM, ENOSPC, ENOSYS
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -239,6 +239,16 @@ def test_a_punch_splits_what_it_cuts(thp: MemfdBacking, name: str) -> None:
                     assert pagemap.bytes_in(pagemap.Category.HUGE, mapping.address, PMD_SIZE) == PMD_SIZE
         wanted = [first <= page < first + count for page in range(2 * BLOCK)]
         assert zero_pages(thp.fileno(), 0, 2 * BLOCK, PMD_SIZE) == zero_pages(twin.fileno(), 0, 2 * BLOCK, PMD_SIZE) == wanted
+
+
+@needs_pool
+def test_huge_pages_that_lie_far_apart_are_not_looked_for() -> None:
+    """One page at 2^62: an owner that punches all before it would keep the service for hours."""
+    far = 1 << 62 - PAGE_SHIFT
+    with backing_of("hugetlb-2m", 1) as backing:
+        backing.allocate(far << PAGE_SHIFT, PAGE_SIZE)
+        assert outcome(lambda: pieces(backing, 0, far + 1)) == Errno(ENOSYS)
+        assert [order for _, _, order in pieces(backing, far - BLOCK, far + BLOCK)] == [None, 9]
 
 
 @needs_pool

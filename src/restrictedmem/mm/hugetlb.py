@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from errno import ENOENT
+from errno import ENOENT, ENOSYS
 from typing import Final, final
 
 from restrictedmem.abi import memory
@@ -13,6 +13,8 @@ from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PageRange, pgoff_t
 
 # Bytes that are mapped at once to look at them; at least one huge page.
 _AT_ONCE: Final = 1 << 30
+#: Huge pages that one walk looks for at most.
+_MOST_LOOKS: Final = 1 << 17
 
 
 @final
@@ -76,13 +78,20 @@ class HugetlbBacking(InMemfd):
         """Yield huge pages and holes (see ``Backing``).
 
         Costs a fault for each huge page that there may be, up to the last that the file has: no call counts those of a range.
+
+        Raises:
+            OSError: ENOSYS where that would be more than ``_MOST_LOOKS``; whoever punches must not keep the service for hours.
         """
         size, told, step = 1 << self.base_order, span.start, max(1 << self.base_order, _AT_ONCE >> PAGE_SHIFT)
         left = self.resident() // self.blksize
         # Where a range is longer than what lies before it, the last huge page may be found sooner from the beginning on.
         first = 0 if len(span) > span.start else span.start & -size
         last = min(span.end, MAX_FILE_BYTES // self.blksize << self.base_order)
+        looks = _MOST_LOOKS
         while left and first < last:
+            if looks <= 0:
+                raise OSError(ENOSYS, "huge pages lie too far apart to be looked for")
+            looks -= max(step >> self.base_order, 1)
             for pgoff in self._present(first, min(last, first + step)):
                 left -= 1
                 if pgoff + size > span.start:
