@@ -57,6 +57,21 @@ def test_batched_remembers_what_was_punched_before_anybody_registered() -> None:
     file.put()
 
 
+@pytest.mark.parametrize("design", ["batched", "lazy"])
+def test_a_renewed_file_remembers_no_punch(design: str) -> None:
+    backing = huge(1)
+    file = make_file(design, backing)
+    punch(file, 0, 0x1FF)
+    file.renew()
+    backing.place(0, 9)
+    recorder = register(file)
+    punch(file, 0x1FF, 0x200)
+    assert recorder.callbacks() == ([] if design == "batched" else [(0x1FF, 0x200, None)])
+    punch(file, 0, 0x1FF)
+    assert (0, 0x200, 9) in recorder.callbacks()
+    file.put()
+
+
 def test_batched_tells_of_whole_blocks_at_once_and_of_two_that_a_punch_completes() -> None:
     file = make_file("batched")
     recorder = register(file)

@@ -3,8 +3,8 @@
 import mmap
 import os
 import threading
-from collections.abc import Iterator
-from errno import EFAULT, EFBIG, EINVAL, ENOSPC, EOPNOTSUPP, EPERM
+from collections.abc import Callable, Iterator
+from errno import EFAULT, EFBIG, EINTR, EINVAL, ENOSPC, EOPNOTSUPP, EPERM
 from functools import partial
 from typing import final
 
@@ -14,7 +14,7 @@ from outcomes import Errno, outcome
 from restrictedmem.abi import memory
 from restrictedmem.abi.memory import PUNCH, FallocMode
 from restrictedmem.fd import OwnedFd
-from restrictedmem.mm.backing import MemfdBacking
+from restrictedmem.mm.backing import MemfdBacking, make_backing
 from restrictedmem.mm.design import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.notifier import Api
@@ -397,6 +397,81 @@ def test_put_is_silent_and_drops_the_pages_with_the_last_reference() -> None:
         # A consumer that still holds the memfd keeps its pages, as a mapping would.
         assert os.fstat(consumers.fileno()).st_blocks * 512 == PAGE_SIZE
     assert (notifier.started, notifier.ended) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", ["memfd", "thp"])
+def test_a_renewed_file_leaves_nothing_to_who_kept_its_descriptors(kind: str) -> None:
+    file, notifier = RestrictedFile(make("v10"), make_backing(kind), Inode.make(0, 0)), Counting()
+    before = set(os.listdir("/proc/self/fd"))
+    # There is nothing yet.
+    file.renew()
+    assert set(os.listdir("/proc/self/fd")) == before
+    file.register_notifier(notifier)
+    file.fallocate(KEEP, 0, PAGE_SIZE)
+    assert outcome(file.renew) == Errno(EINVAL)
+    assert file.backing.resident() == PAGE_SIZE
+    with OwnedFd(os.dup(file.backing.fileno())) as memfd, OwnedFd(os.dup(file.sequence().fd.fileno())) as sequence:
+        file.fallocate(PUNCH, PAGE_SIZE, PAGE_SIZE)
+        file.unregister_notifier(notifier)
+        inode_was = file.inode.mtime
+        file.renew()
+        assert file.inode.mtime > inode_was
+        assert (os.fstat(memfd.fileno()).st_blocks, file.backing.resident(), notifier.started) == (0, 0, 1)
+        file.register_notifier(notifier)
+        assert file.sequence().snapshot() == 0
+        file.fallocate(KEEP, 0, PAGE_SIZE)
+        os.pwrite(file.backing.fileno(), b"secret", 0)
+        assert os.fstat(file.backing.fileno()).st_size == MAX_FILE_BYTES
+        assert os.pread(memfd.fileno(), 6, 0) == bytes(6)
+        file.fallocate(PUNCH, 0, PAGE_SIZE)
+        assert (file.sequence().snapshot(), os.pread(sequence.fileno(), 8, 0)) == (1, (1).to_bytes(8, "little"))
+    file.put()
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_file_that_cannot_be_renewed_stays_as_it_is(monkeypatch: pytest.MonkeyPatch, file: RestrictedFile) -> None:
+    file.fallocate(KEEP, 0, PAGE_SIZE)
+    memfd, sequence = file.backing.fileno(), file.sequence()
+
+    def fail(*_: int) -> None:
+        raise OSError(EINTR, "made to fail")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MemfdBacking, "punch", fail)
+        assert outcome(file.renew) == Errno(EINTR)
+    assert (file.backing.fileno(), file.backing.resident()) == (memfd, PAGE_SIZE)
+    assert file.sequence() is sequence
+    file.fallocate(PUNCH, 0, PAGE_SIZE)
+
+
+def test_a_file_is_renewed_between_punches_and_under_looks() -> None:
+    """Who looks at st_blocks and st_blksize, allocates or punches meanwhile, uses one memfd or the other, and never a closed one."""
+    file, failed, stop = new_file(), list[BaseException](), threading.Event()
+
+    def again(*acts: Callable[[], object]) -> None:
+        try:
+            while not stop.is_set():
+                for act in acts:
+                    act()
+        except BaseException as error:
+            failed.append(error)
+
+    punch, allocate = partial(file.fallocate, PUNCH, 0, PAGE_SIZE), partial(file.fallocate, KEEP, 0, PAGE_SIZE)
+    looks = (file.backing.resident, lambda: file.backing.blksize)
+    threads = [threading.Thread(target=again, args=acts) for acts in ((allocate, punch), looks, looks)]
+    for thread in threads:
+        thread.start()
+    notifier = Counting()
+    for _ in range(300):
+        file.renew()
+        file.register_notifier(notifier)
+        file.unregister_notifier(notifier)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert notifier.started == notifier.ended
+    file.put()
 
 
 def test_inode_attributes() -> None:

@@ -4,7 +4,9 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -75,6 +77,47 @@ def test_a_later_vm_finds_nothing_of_the_earlier(service: Service, fd: int) -> N
     with Vm(service, engine="software") as second:
         bind(second, fd)
         assert run(second, READER) == exits.PortOut(0x42, 1, 0)
+
+
+def descriptors(vm: Vm, name: str) -> list[int]:
+    """Open what the VM's engine has of a name, as a guest that broke out of it would keep it."""
+    directory = Path(f"/proc/{vm.statistics()['pid']}/fd")
+    return [os.open(link, os.O_RDWR) for link in directory.iterdir() if os.readlink(link) == f"/memfd:{name} (deleted)"]
+
+
+@pytest.mark.requires("fuse", "root")
+def test_what_an_earlier_engine_keeps_reaches_nothing_of_a_later_vm(service: Service, fd: int) -> None:
+    with Vm(service, engine="software") as first, Vm(service, engine="software") as second, ExitStack() as kept:
+        other = service.memfd_restricted()
+        os.posix_fallocate(other, 0, PAGE)
+        bind(first, fd)
+        memfds, sequences = descriptors(first, "restrictedmem"), descriptors(first, "restrictedmem-sequence")
+        for number in memfds + sequences:
+            kept.callback(os.close, number)
+        assert memfds
+        assert sequences
+        first.launch_update(GPA, bytes([SECRET]) * MIB)
+        first.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=0)
+        os.posix_fallocate(fd, 0, MIB)
+        before = os.pread(sequences[0], PAGE, 0)
+        # The service has a lower number free, and so none of the new descriptors gets the number of the one that it replaces.
+        os.close(other)
+        wait_until(lambda: len(cast("list[object]", service.status()["descriptors"])) == 1, "the other file to be gone")
+        bind(second, fd)
+        # What the first had is gone, and the machine has its memory back, whoever keeps the memfd.
+        assert (os.fstat(memfds[0]).st_blocks, os.fstat(fd).st_blocks) == (0, 0)
+        assert run(second, WRITER) == exits.PortOut(0x42, 1, SECRET)
+        assert os.pread(memfds[0], MIB, 0) == bytes(MIB)
+        os.pwrite(memfds[0], b"\xff" * MIB, 0)
+        assert 0 < os.fstat(fd).st_blocks * 512 < MIB
+        memory.fallocate(fd, memory.PUNCH, 0, MIB)
+        assert os.pread(sequences[0], PAGE, 0) == before
+        assert os.fstat(fd).st_blocks == 0
+        # The first gets what the second has got, and not what it had.
+        second.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=0)
+        bind(first, fd)
+        first.launch_update(GPA, bytes(PAGE))
+        assert 0 < os.fstat(fd).st_blocks * 512 < MIB
 
 
 def test_a_slot_of_the_same_vm_finds_what_it_left(service: Service, fd: int) -> None:

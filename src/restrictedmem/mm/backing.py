@@ -40,7 +40,7 @@ class Allocator(Protocol):
         ...
 
     def close(self) -> None:
-        """Free everything, as far as no consumer still maps it."""
+        """Free everything, as far as no consumer still has it; what is allocated afterwards is out of such a consumer's reach."""
         ...
 
 
@@ -111,7 +111,10 @@ class MemfdBacking(InMemfd):
     @property
     def blksize(self) -> int:
         """Return 2 MiB where there may be folios of that size, by hint or by policy; else a page (see ``Backing``)."""
-        return memory.PMD_SIZE if self.hugepage else os.fstat((self._fd or _empty_memfd()).fileno()).st_blksize
+        if self.hugepage:
+            return memory.PMD_SIZE
+        with self._mutex:
+            return os.fstat((self._fd or _empty_memfd()).fileno()).st_blksize
 
     def _make(self) -> OwnedFd:
         return _make_memfd()

@@ -117,6 +117,9 @@ class Design:
         """
         file.backing.punch(offset, length)
 
+    def forget(self) -> None:
+        """Forget what was punched: nothing of the file is left, and nobody is registered. Both locks of the file are held."""
+
     def leave(self, file: File, notifier: Notifier, span: PageRange) -> None:
         """Let a consumer go from ``span``, which it had bound; the semaphore is held for writing."""
         if self.teardown:
@@ -283,6 +286,10 @@ class _Remembering(Design):
         """Allocate, and forget that the pages were punched. What consumers allocate is not known here."""
         super().allocate(file, offset, length)
         self._punched.discard(PageRange.around_bytes(offset, length))
+
+    def forget(self) -> None:
+        """Begin again with no page punched."""
+        self._punched = Punched()
 
     def _blocks(self, span: PageRange, order: int, there: Backing | None = None) -> Iterable[PageRange]:
         """Return the blocks that a punch touches; of very many those at its ends, those in which something was, and what is ``there``."""

@@ -93,12 +93,14 @@ class InMemfd(ABC):
         """Do nothing: pages are not held (see ``Allocator``)."""
 
     def resident(self) -> int:
-        """Return the bytes held (see ``Backing``)."""
-        return 0 if self._fd is None else os.fstat(self._fd.fileno()).st_blocks * _SECTOR
+        """Return the bytes held (see ``Backing``); for any thread, under no lock of the file."""
+        with self._mutex:
+            return 0 if self._fd is None else os.fstat(self._fd.fileno()).st_blocks * _SECTOR
 
     def close(self) -> None:
-        """Close the memfd; nothing is held from then on."""
-        # An O_PATH descriptor goes on asking for the attributes of a file whose last open descriptor is closed.
-        fd, self._fd = self._fd, None
+        """Close the memfd; nothing is held from then on, until another one is asked for."""
+        # Somebody may just look at what it holds: an O_PATH descriptor asks for the attributes of a file that is closed, too.
+        with self._mutex:
+            fd, self._fd = self._fd, None
         if fd is not None:
             fd.close()

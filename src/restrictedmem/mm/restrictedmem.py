@@ -230,6 +230,28 @@ class RestrictedFile:
             self._registrations = registrations
             self._notifiers = tuple(registration.notifier for registration in registrations)
 
+    def renew(self) -> None:
+        """Free every page, and drop the memfd and the sequence page: who kept a descriptor of either reaches nothing that comes after.
+
+        Raises:
+            OSError: EINVAL while anybody is registered; what the backing's punch failed with. Memfd and sequence page stay then.
+        """
+        self._notifiers_sem.down_write()
+        try:
+            with self._mutex:
+                if self._registrations:
+                    raise OSError(EINVAL, "renew: a consumer has the file")
+                # Who kept the memfd would keep its pages, and the machine their memory.
+                self.backing.punch(0, MAX_FILE_BYTES)
+                self.backing.close()
+                self.design.forget()
+                sequence, self._sequence = self._sequence, None
+                if sequence is not None:
+                    sequence.close()
+                self.inode.modified()
+        finally:
+            self._notifiers_sem.up_write()
+
     def notifiers(self, start: pgoff_t, end: pgoff_t) -> Sequence[Notifier]:
         """Return those who are to hear of a range of pages, newest first; under the semaphore."""
         if not self.design.binds:
@@ -251,13 +273,13 @@ class RestrictedFile:
         return len(self._registrations)
 
     def sequence(self) -> InvalidationSequence:
-        """Return the page that fault paths check, made at the first call.
+        """Return the page that fault paths check, made at the first call, and at the first one after ``renew``.
 
         Raises:
             OSError: EMFILE, ENFILE, ENOMEM.
         """
         made = self._sequence
-        # Set once, before there is a consumer: whoever holds the semaphore for reading finds it, and saves the mutex at each punch.
+        # Never another while there is a consumer: whoever holds the semaphore for reading finds it, and saves the mutex at each punch.
         return made if made is not None else self._make_sequence()
 
     def _make_sequence(self) -> InvalidationSequence:

@@ -13,7 +13,6 @@ from errno import EINVAL, EPERM, EPROTO, errorcode
 from typing import Final, cast, final
 
 from restrictedmem import __version__, sync
-from restrictedmem.abi.memory import PUNCH
 from restrictedmem.fd import OwnedFd, refuse_fds
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.patience import Patience
@@ -216,10 +215,11 @@ class Consumer:
         """Register a notifier on a file, or bind a range of it where its design has that, and hold the file for it.
 
         An empty range asks for a notifier whatever the design. A page is one consumer's, as the RMP or a key of its own make it on
-        hardware: what another one left in the file goes first.
+        hardware: what another one left in the file goes first, and so do the memfd and the sequence page that it was given.
 
         Raises:
-            OSError: EINVAL while another consumer has the file, for what is no range of a file, and as ``RestrictedFile`` has it.
+            OSError: EINVAL while another consumer has the file, for what is no range of a file, and as ``RestrictedFile`` has it;
+                EMFILE, ENFILE, ENOMEM when there is no memfd or sequence page.
         """
         if not _LARGEST.start <= span.start <= span.end <= _LARGEST.end:
             raise OSError(EINVAL, f"{span} is no range of a file")
@@ -227,9 +227,10 @@ class Consumer:
         # Two consumers that come at the same time: one of them finds the other's notifier.
         with file.taking:
             if file.holder not in (None, self.number):
-                if file.notifier_count:
-                    raise OSError(EINVAL, "another consumer has the descriptor")
-                file.fallocate(PUNCH, 0, MAX_FILE_BYTES)
+                file.renew()
+            # What the consumer is sent: there is no binding without it.
+            file.backing.fileno()
+            file.sequence()
             file.holder = self.number
             if file.design.binds and len(span):
                 file.bind(span.start, span.end, binding, exclusive=exclusive)

@@ -424,9 +424,10 @@ class Service:
         try:
             self._let_end(consumer, file)
             backing = file.backing
-            fds = [backing.fileno(), file.sequence().fd.fileno()]
             span = PageRange(pgoff_t(start), pgoff_t(end))
             binding = consumer.bind(ino, file, span, exclusive=bool(flags & BindFlag.EXCLUSIVE))
+            # Those that the binding holds: before it, they may be those of who had the file last.
+            fds = [backing.fileno(), file.sequence().fd.fileno()]
             how = (
                 (BindingFlag.HUGEPAGE if backing.hugepage else 0)
                 | (BindingFlag.PIN if self._options.pin else 0)
