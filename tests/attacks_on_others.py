@@ -1,7 +1,6 @@
 """Attacks on others' service: what one owner does must neither end, nor block, nor slow down another's."""
 
 import os
-import random
 import resource
 import select
 import signal
@@ -260,18 +259,23 @@ def folios_without_cachestat(field: Field) -> Iterator[None]:
 def stopped_for_long(field: Field) -> Iterator[None]:
     service, party = field.start(Options(deadline=_DEADLINE))
     yield
-    dice = random.Random(1)
     pid, engine = service.info["pid"], party.vm.statistics()["pid"]
-    spawner = parent_of(pid)
     # An engine alone is ended for that.
-    for pids in ([pid], [spawner], [pid, engine], [spawner, pid, engine]):
+    for pids in ([pid], [parent_of(pid)], [engine, pid], [engine, parent_of(pid), pid]):
         punch = threading.Thread(target=memory.fallocate, args=(party.fd, memory.PUNCH, SIZE - PAGE, PAGE))
-        for victim in dice.sample(pids, len(pids)):
+        if engine in pids:
+            # The service waits for its answer when it is stopped itself.
+            stopped(engine)
+            punch.start()
+            wait_until(lambda: any(one["in_progress"] for one in service.status()["consumers"]), "a punch to wait for the engine")
+        for victim in pids:
             stopped(victim)
-        punch.start()
+        if engine not in pids:
+            punch.start()
         over = time.monotonic() + 2 * _DEADLINE
         wait_until(lambda: time.monotonic() > over, "twice the deadline to pass")  # noqa: B023
-        for victim in dice.sample(pids, len(pids)):
+        # The service first, which looks at the clock.
+        for victim in reversed(pids):
             os.kill(victim, signal.SIGCONT)
         punch.join(PATIENCE)
         assert not punch.is_alive(), "waited for a punch to return"
