@@ -21,7 +21,7 @@ from restrictedmem.child import in_child
 from restrictedmem.fd import OwnedFd
 
 #: Namespaces that were made before the newest and are looked for, by their number.
-_LAST: Final = 3000
+_LAST: Final = 1000
 #: The inode number of the first namespace that is not the kernel's own (PROC_DYNAMIC_FIRST), less some.
 _FIRST_INODE: Final = 0xF000_0000 - 10
 
