@@ -6,7 +6,6 @@ import socket
 import struct
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from errno import EMSGSIZE, EPROTO
 from types import TracebackType
 from typing import Final, Self
@@ -87,13 +86,13 @@ def send_with_fds(sock: socket.socket, data: bytes, fds: Sequence[int] = (), fla
 def receive_without_fds(sock: socket.socket, size: int, flags: int = 0) -> bytes:
     """Receive one message of at most ``size`` bytes; ``flags`` are recvmsg's.
 
-    The kernel drops descriptors that came with it, and this process never has them: to close the
-    descriptor of a stranger's file may mean to wait for that stranger for ever (FUSE_FLUSH).
+    This process never has descriptors that come with it: to close the descriptor of a stranger's
+    file may mean to wait for that stranger for ever (FUSE_FLUSH). See ``receive_flags``.
 
     Raises:
         OSError: as recvmsg(2); EPROTO for descriptors; EMSGSIZE when the message was cut off.
     """
-    data, _, got, _ = sock.recvmsg(size, 0, flags)
+    data, got = receive_flags(sock, size, flags)
     if got & socket.MSG_CTRUNC:
         raise OSError(EPROTO, "recvmsg: no descriptors are taken here")
     if got & socket.MSG_TRUNC:
@@ -101,13 +100,53 @@ def receive_without_fds(sock: socket.socket, size: int, flags: int = 0) -> bytes
     return data
 
 
+def receive_flags(sock: socket.socket, size: int, flags: int = 0) -> tuple[bytes, int]:
+    """Receive one message of at most ``size`` bytes without its descriptors, and what recvmsg says.
+
+    With MSG_CTRUNC it had descriptors, and the connection is of no more use. Where the kernel
+    cannot refuse them, the message then stays in the queue: to drop a socket that lingers
+    (SO_LINGER) takes as long as its owner likes. ``bury`` closes such a connection.
+
+    Raises:
+        OSError: as recvmsg(2).
+    """
+    if not KERNEL_REFUSES and brings_fds(sock, flags):
+        return b"", socket.MSG_CTRUNC
+    data, _, got, _ = sock.recvmsg(size, 0, flags)
+    return data, got
+
+
+def brings_fds(sock: socket.socket, flags: int = 0) -> bool:
+    """Say whether descriptors come with the next message, which stays; an end of the stream brings none.
+
+    Raises:
+        OSError: as recvmsg(2).
+    """
+    return bool(sock.recvmsg(1, 0, socket.MSG_PEEK | flags)[2] & socket.MSG_CTRUNC)
+
+
 def refuse_fds(sock: socket.socket) -> None:
     """Have the kernel refuse descriptors to whoever sends them here (SO_PASSRIGHTS, Linux 6.16).
 
     Otherwise they lie in the queue until the message is received. Older kernels lack the option.
+    What a listening socket accepts inherits it.
     """
-    with suppress(OSError):
+    if KERNEL_REFUSES:
         sock.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
+
+
+def _kernel_refuses() -> bool:
+    try:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, theirs:
+            ours.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
+    except OSError:
+        return False
+    return True
+
+
+#: Whether ``refuse_fds`` does anything.
+KERNEL_REFUSES: Final = _kernel_refuses()
 
 
 def receive_with_fds(sock: socket.socket, size: int, max_fds: int = 4, flags: int = 0) -> tuple[bytes, list[OwnedFd]]:

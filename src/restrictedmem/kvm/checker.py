@@ -14,19 +14,23 @@ import select
 import signal
 import socket
 import struct
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from errno import EAGAIN, EINVAL, EMFILE, EMSGSIZE, EPROTO, ETIMEDOUT
+from functools import partial
 from typing import Final, NoReturn, final
 
 from restrictedmem.abi import process
-from restrictedmem.fd import OwnedFd, close_all, receive_with_fds, send_with_fds
+from restrictedmem.fd import OwnedFd, brings_fds, close_all, receive_with_fds, send_with_fds
 from restrictedmem.kvm.serving import RefusedError
 from restrictedmem.service.wire import MAX_MESSAGE, Channel, Message
 
 #: How often, and how many milliseconds each time, the engine waits for the checker: time in which neither ran counts once at most.
 _PATIENCE: Final = (20, 100)
+#: Seconds in which the kernel drops descriptors, unless one lingers.
+_DROP: Final = 2.0
 #: Milliseconds in which a checker that was killed ends, unless it is held.
 _REAP: Final = 100
 #: What the checker says whenever it has nothing to close, and what the engine asks it then.
@@ -55,13 +59,12 @@ class Intake:
             OSError: EAGAIN when there is none; EMSGSIZE for more than one descriptor; else as ``Channel.receive``.
             RefusedError: EINVAL for a descriptor of neither a memfd nor a pipe; EMFILE; ETIMEDOUT when the checker is late or gone.
         """
-        if not self._brings_fds():
+        if not brings_fds(self._owner.sock, socket.MSG_DONTWAIT):
             return self._owner.receive(socket.MSG_DONTWAIT)
         answer = self._ask()
         if answer is None:
-            if self._brings_fds():
-                # The kernel drops them.
-                self._owner.sock.recvmsg(MAX_MESSAGE, 0, socket.MSG_DONTWAIT)
+            if brings_fds(self._owner.sock, socket.MSG_DONTWAIT):
+                self._drop()
             raise RefusedError(ETIMEDOUT, "descriptors are not taken any more: the process that looks at them did not answer")
         data, fds = answer
         errno, malformed = _ANSWER.unpack_from(data)
@@ -74,9 +77,20 @@ class Intake:
             raise OSError(EPROTO, f"message of {len(content)} bytes")
         raise (OSError if malformed else RefusedError)(errno, content.decode())
 
-    def _brings_fds(self) -> bool:
-        """Say whether descriptors come with the next message; an end of the stream brings none."""
-        return bool(self._owner.sock.recvmsg(1, 0, socket.MSG_PEEK | socket.MSG_DONTWAIT)[2] & socket.MSG_CTRUNC)
+    def _drop(self) -> None:
+        """Have the kernel drop the next message. One that lingers (SO_LINGER) ends the engine.
+
+        In a thread: this one would not find out that the owner is gone.
+        """
+        take = partial(self._owner.sock.recvmsg, MAX_MESSAGE, 0, socket.MSG_DONTWAIT)
+        try:
+            thread = threading.Thread(target=take, name="drop", daemon=True)
+            thread.start()
+        except RuntimeError:
+            os._exit(1)
+        thread.join(_DROP)
+        if thread.is_alive():
+            os._exit(1)
 
     def _ask(self) -> tuple[bytes, list[OwnedFd]] | None:
         """Have the checker take the next message; None when it does not answer, now or ever."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, Generic, NoReturn, TypeVar, final
 from restrictedmem.child import in_child
 from restrictedmem.consumer import Bound, Consumer
 from restrictedmem.devkvm import Kvm
+from restrictedmem.fd import brings_fds
 from restrictedmem.kvm import checker, trial
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine import Engine
@@ -79,8 +80,10 @@ def serve(owner: socket.socket, service: socket.socket, notify: socket.socket, o
         binder.engine = engine = make_engine(creation, binder, vcpus, attributes, trace, refusal)
     except OSError as error:
         with suppress(OSError):
-            # What it says does not matter, as long as it said something.
-            channel.receive()
+            # What it says does not matter, as long as it said something. Descriptors stay where they
+            # are, for to drop them may take for ever.
+            if not brings_fds(owner):
+                channel.receive()
         channel.reply_error(error)
         os._exit(1)
     reporter = Reporter(consumer.requests, engine.report_page, creation.policy, engine.name)

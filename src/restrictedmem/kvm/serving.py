@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from errno import EIO, ENOMEM, EPROTO
 
-from restrictedmem.fd import close_all
+from restrictedmem.fd import brings_fds, close_all
 from restrictedmem.service.wire import MAX_MESSAGE, Channel, Message
 
 
@@ -50,5 +50,6 @@ def hang_up(channel: Channel) -> None:
     with suppress(OSError):
         channel.sock.shutdown(socket.SHUT_RDWR)
         # Closed with messages unread, it would be ECONNRESET in place of that reply. None can be added any more.
-        while channel.sock.recvmsg(MAX_MESSAGE, 0, socket.MSG_DONTWAIT)[0]:
+        # Descriptors stay: to drop a socket that lingers (SO_LINGER) takes as long as the owner likes.
+        while not brings_fds(channel.sock, socket.MSG_DONTWAIT) and channel.sock.recv(MAX_MESSAGE, socket.MSG_DONTWAIT):
             pass

@@ -13,7 +13,8 @@ from errno import EINVAL, EPERM, EPROTO, errorcode
 from typing import Final, cast, final
 
 from restrictedmem import __version__, sync
-from restrictedmem.fd import OwnedFd, refuse_fds
+from restrictedmem.burial import bury
+from restrictedmem.fd import OwnedFd, receive_flags, refuse_fds
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.patience import Patience
 from restrictedmem.service import wire
@@ -122,8 +123,7 @@ class Consumer:
                 self._send(call, body, patience)
                 if not patience.wait(self._notify.fileno(), select.POLLIN):
                     raise TimeoutError
-                # Without a control buffer: the kernel drops descriptors that it brings, and says so.
-                reply, _, flags, _ = self._notify.recvmsg(_HEAD.size + size + 1)
+                reply, flags = receive_flags(self._notify, _HEAD.size + size + 1)
             except TimeoutError:
                 self.fail(f"{self} did not answer {call.name} within {self._deadline:g} s")
             except OSError as error:
@@ -132,7 +132,8 @@ class Consumer:
                 wrong = _wrong(reply, flags, size)
                 if not wrong:
                     return reply[_HEAD.size :]
-                self.fail(f"{self} answered {call.name} with {wrong}" if reply else f"{self}: {call.name}: {self} is gone")
+                said = reply or flags & socket.MSG_CTRUNC
+                self.fail(f"{self} answered {call.name} with {wrong}" if said else f"{self}: {call.name}: {self} is gone")
             return b""
 
     def tell(self, call: Call, body: bytes) -> None:
@@ -263,14 +264,14 @@ class Consumer:
         """End the consumer, and unregister everything once its process has ended: until then it may use what it has mapped."""
         with self._mutex:
             self._gone = True
-        self.requests.close()
+        bury(self.requests.sock)
         self._notify.shutdown(socket.SHUT_RDWR)
         if self.process is not None:
             self.kill()
             select.select([self.process], [], [])
         for number in list(self.bindings):
             self.unbind(number)
-        self._notify.close()
+        bury(self._notify)
         if self.process is not None:
             self.process.close()
 

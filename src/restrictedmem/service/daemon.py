@@ -17,7 +17,7 @@ import struct
 import threading
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from errno import E2BIG, EACCES, EAGAIN, EBUSY, EINVAL, EIO, ENOENT, EPERM, EPROTO
 from functools import partial
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from restrictedmem import sync
 from restrictedmem.abi import process
+from restrictedmem.burial import bury, bury_elsewhere
 from restrictedmem.fs.filesystem import FileSystem
 from restrictedmem.fs.mount import Way
 from restrictedmem.fs.mounter import mount_first
@@ -73,6 +74,8 @@ def run(owner: Channel, spawner: Channel, options: "Options", origin: "Origin") 
         service = Service(spawner, options, origin, way, signer, max_files)
         sealing.seal()
         service.wait_loaded()
+        # This process has threads, and /dev/fuse.
+        bury_elsewhere(lambda fd: spawner.post(wire.BURY, fds=[fd]))
     except OSError as error:
         owner.reply_error(error)
         raise
@@ -85,8 +88,9 @@ def run(owner: Channel, spawner: Channel, options: "Options", origin: "Origin") 
         **service.address(),
     }
     # Nobody waits for more on this socket, and the owner may be gone.
-    with root, closing(owner), suppress(OSError):
+    with root, suppress(OSError):
         owner.post(wire.READY, json.dumps(about).encode(), [root.fileno()])
+    bury(owner.sock)
     threading.Thread(target=service.run, name="control", daemon=True).start()
     with device:
         Server(device, service.filesystem).run()
@@ -251,7 +255,7 @@ class Service:
 
     def _end(self, connection: Connection) -> None:
         self._door.forget(connection)
-        connection.channel.close()
+        bury(connection.channel.sock)
         for token in connection.tokens:
             self._tokens.drop(token)
 

@@ -18,9 +18,11 @@ from dataclasses import dataclass, field
 from errno import EMSGSIZE, ENOTCONN, EPROTO, ESRCH, ETIMEDOUT
 from typing import Any, Final, cast, final
 
-from restrictedmem.fd import peer_credentials
+from restrictedmem.burial import bury
+from restrictedmem.fd import peer_credentials, receive_flags, refuse_fds
 from restrictedmem.service import wire
 
+_NO_ANSWER: Final = "its answer is no service's"
 #: Seconds in which all services answer.
 PATIENCE: Final = 2.0
 #: Seconds until a socket without room for one more connection is asked again.
@@ -146,7 +148,7 @@ class _Question:
                 self.fail(ESRCH, f"the name is held by {holder}, of uid {uid}")
                 return True
             if os.geteuid() == 0 != uid:
-                self.sock.close()
+                bury(self.sock)
                 with _as_user(uid):
                     self.sock = self._connected()
                 if peer_credentials(self.sock)[:2] != (peer, uid):
@@ -167,6 +169,7 @@ class _Question:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         try:
             sock.setblocking(False)
+            refuse_fds(sock)
             sock.connect(f"\0{self.name}")
         except BaseException:
             sock.close()
@@ -183,9 +186,9 @@ class _Question:
         assert self.sock is not None
         assert self.uid is not None
         try:
-            # Without room for descriptors, which so never become ours: to close one may take for
-            # ever.
-            data = self.sock.recv(wire.MAX_MESSAGE + 1)
+            data, flags = receive_flags(self.sock, wire.MAX_MESSAGE + 1)
+            if flags & socket.MSG_CTRUNC:
+                raise OSError(EPROTO, _NO_ANSWER)
             if not data:
                 self.fail(ENOTCONN, "ended, or answers nobody of this user")
                 return
@@ -209,7 +212,7 @@ class _Question:
     def close(self) -> None:
         """Let go of the connection."""
         if self.sock is not None:
-            self.sock.close()
+            bury(self.sock)
             self.sock = None
 
 
@@ -234,6 +237,8 @@ def _hear(questions: Iterable[_Question]) -> None:
                     question.receive(budget)
                     if question.over:
                         del asked[fd]
+                        # A child may have a copy for a moment (``bury``), which would be heard of.
+                        epoll.unregister(fd)
                         question.close()
         finally:
             for question in asked.values():
@@ -290,7 +295,7 @@ def _parse(data: bytes) -> tuple[int, bytes]:
         if number == 0 and len(body) > wire.NUMBER.size:
             (total,) = wire.NUMBER.unpack_from(body)
             return total, body[wire.NUMBER.size :]
-    raise OSError(EPROTO, "its answer is no service's")
+    raise OSError(EPROTO, _NO_ANSWER)
 
 
 def _check(text: bytearray) -> dict[str, Any]:

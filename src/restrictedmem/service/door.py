@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from errno import EMFILE, ENFILE
 from typing import Final, final
 
+from restrictedmem.burial import bury
 from restrictedmem.fd import OwnedFd, peer_credentials, refuse_fds
 from restrictedmem.service.wire import KEY_BYTES, Channel
 
@@ -79,7 +80,7 @@ class Door:
         """
         self._spare.close()
         with suppress(OSError):
-            self.listener.accept()[0].close()
+            bury(self.listener.accept()[0])
         with suppress(OSError):
             self._spare = _spare()
 

@@ -9,7 +9,8 @@ from errno import EEXIST
 from typing import Final
 
 from restrictedmem import paths
-from restrictedmem.fd import OwnedFd
+from restrictedmem.burial import bury
+from restrictedmem.fd import OwnedFd, refuse_fds
 
 _BACKLOG: Final = 64
 _LOOK: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -51,12 +52,16 @@ def listen(path: str, mode: int) -> Generator[tuple[socket.socket, list[str]]]:
                 yield listener, list(paths.dangers(directory))
             finally:
                 _remove(directory, name, made)
+                # Not all who are in its queue were let in.
+                bury(listener)
 
 
 def _socket() -> socket.socket:
     made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     # Whoever listens may have no room for us, and whoever connects may be gone.
     made.setblocking(False)
+    # To drop a stranger's socket may take as long as it lingers (SO_LINGER).
+    refuse_fds(made)
     return made
 
 

@@ -19,6 +19,7 @@ from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Final, Protocol, final
 
+from restrictedmem.burial import bury
 from restrictedmem.fd import OwnedFd, peer_credentials
 from restrictedmem.service.client import START_DEADLINE, start_process
 from restrictedmem.service.wire import Channel
@@ -86,6 +87,8 @@ class Server:
         self._most = most
         self._say = say
         self._users: dict[int, _User] = {}
+        #: Those whose socket is open.
+        self._clients: set[_Client] = set()
         #: In the order of their deadlines.
         self._starting: dict[_Client, None] = {}
         self._epoll = select.epoll()
@@ -103,6 +106,8 @@ class Server:
             # again.
             for fd, _ in self._epoll.poll(self._patience(), 1):
                 if fd == stop:
+                    for client in list(self._clients):
+                        self._hang_up(client, shared=True)
                     return
                 self._ready[fd]()
             self._expire()
@@ -153,10 +158,11 @@ class Server:
         user = self._users.setdefault(uid, _User())
         client = _Client(pid, uid, sock)
         if user.places >= self._most:
-            with sock:
-                self._turn_away(client, user)
+            self._turn_away(client, user)
+            bury(sock)
             return
         user.places += 1
+        self._clients.add(client)
         user.waiting.append(client)
         self._watch(sock, 0, partial(self._hung_up, client))
         self._start_next(user)
@@ -222,9 +228,10 @@ class Server:
         self._users[client.uid].waiting.remove(client)
         self._leave(client)
 
-    def _hang_up(self, client: _Client) -> None:
+    def _hang_up(self, client: _Client, *, shared: bool = False) -> None:
         self._forget(client.sock)
-        client.sock.close()
+        self._clients.discard(client)
+        bury(client.sock, shared=shared)
 
     def _started(self, client: _Client) -> None:
         """The starting process has ended: the service runs, or will not."""
@@ -236,7 +243,8 @@ class Server:
         client.process = client.pidfd = None
         self._starting.pop(client, None)
         if client.sock.fileno() >= 0:
-            self._hang_up(client)
+            # What it has forked answers the client.
+            self._hang_up(client, shared=True)
         user = self._users[client.uid]
         user.starting -= 1
         if client.life is None:

@@ -15,6 +15,7 @@ from errno import EAGAIN, EMFILE, EMSGSIZE
 from typing import TYPE_CHECKING, NoReturn
 
 from restrictedmem.abi import process
+from restrictedmem.burial import bury
 from restrictedmem.fd import OwnedFd, close_all
 from restrictedmem.service import daemon, sealing, wire
 from restrictedmem.service.program import Programs, Serve
@@ -83,7 +84,8 @@ class _Spawner:
         try:
             message = self._channel.receive()
         except OSError as error:
-            # Without a free number the kernel cuts descriptors off. Only FORK has any.
+            # Without a free number the kernel cuts descriptors off. They are FORK's: BURY has one, and
+            # a FORK leaves more free.
             number = EMFILE if error.errno == EMSGSIZE else error.errno
             self._channel.reply_error(OSError(number, error.strerror))
             return True
@@ -97,6 +99,8 @@ class _Spawner:
                 self._channel.reply_error(error)
             finally:
                 close_all(message.fds)
+        elif message.number == wire.BURY.number:
+            bury(socket.socket(fileno=message.take_fd().detach()))
         return True
 
     def _consumer(self, message: Message) -> OwnedFd:

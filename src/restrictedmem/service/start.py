@@ -87,6 +87,7 @@ def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     channel = Channel(socket.socket(fileno=int(arguments[0])), "owner")
     try:
+        channel.refuse_fds()
         options = Options.load(arguments[1])
         options.check()
         pid, uid, _ = peer_credentials(channel.sock)

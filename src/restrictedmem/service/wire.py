@@ -78,6 +78,8 @@ PAGE_COUNT: Final = Call("PAGE_COUNT", 35)
 FORK: Final = Call("FORK", 48)
 """Body: ``NUMBER``, then that of SPAWN. Descriptors: the consumer's ends to its owner, to the service, and the end it is notified on. One
 at a time. Reply: descriptor 0 is a pidfd of the consumer's process."""
+BURY: Final = Call("BURY", 50)
+"""Descriptor 0 is a socket to close, whose queue may hold what lingers (``burial``). No reply."""
 
 #: A token presented by ioctl; first page and page after the last of what the consumer will use, none to register a notifier for the
 #: whole file; ``BindFlag``.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from restrictedmem.abi import process, seccomp
 from restrictedmem.abi.memory import SYS_memfd_restricted, memfd_restricted
-from restrictedmem.fd import receive_with_fds, send_with_fds
+from restrictedmem.fd import receive_with_fds, refuse_fds, send_with_fds
 from restrictedmem.service import SERVER_VARIABLE
 from restrictedmem.syscall.child import close_others
 from restrictedmem.syscall.filter import TABLES, program
@@ -69,6 +69,8 @@ def install(call: Call, *, usage: bool = False) -> bool:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     name = _DOOR_NAME.format(pid=os.getpid(), secret=os.urandom(8).hex())
     with ours, theirs, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
+        # Anybody can connect. To drop a stranger's socket may take as long as it lingers (SO_LINGER).
+        refuse_fds(door)
         # It leaves nothing behind, as a path would if the supervisor were killed.
         door.bind("\0" + name)
         door.listen(_BACKLOG)

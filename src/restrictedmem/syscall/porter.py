@@ -10,11 +10,12 @@ import select
 import socket
 import struct
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from errno import EIO
 from typing import TYPE_CHECKING, Final, final
 
 from restrictedmem.abi.seccomp import SECCOMP_ADDFD_FLAG_SEND, SECCOMP_IOCTL_NOTIF_ADDFD, respond, seccomp_notif_addfd
+from restrictedmem.burial import bury
 from restrictedmem.fd import OwnedFd, peer_credentials
 from restrictedmem.syscall.child import fork
 
@@ -98,7 +99,9 @@ class _Work:
 
     def _let_in(self) -> None:
         """Make who knocks an owner of the service; one that nothing can be done for finds the connection closed."""
-        with suppress(OSError), self._door.accept()[0] as sock:
+        with suppress(OSError), ExitStack() as undo:
+            sock, _ = self._door.accept()
+            undo.callback(bury, sock)
             if peer_credentials(sock)[1] == os.geteuid():
                 self._started().share(sock)
 

@@ -1,0 +1,111 @@
+"""Closing a socket in whose queue a stranger may have left a descriptor.
+
+Whoever closes it drops the descriptor, and waits as long as the stranger likes if that is a socket
+that lingers (SO_LINGER): a signal alone ends the wait. A process that exits does not linger. So a
+child that does nothing gets the last copy of the socket, and is killed.
+
+Where the kernel refuses descriptors (``fd.refuse_fds``), and where no message is left, ``bury`` is
+close(2).
+"""
+
+import os
+import signal
+import socket
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final, NoReturn
+
+from restrictedmem import fd
+from restrictedmem.abi import process
+
+#: Sockets for which no child was to be had so far. Numbers, which Python does not close at its end.
+_unburied: Final = deque[int]()
+#: Children that were killed, and may not have ended yet.
+_dying: Final = set[int]()
+
+
+def bury(sock: socket.socket, *, shared: bool = False) -> None:
+    """Close a socket that takes no descriptors, and never wait for what is in its queue.
+
+    Other processes go on with a ``shared`` one; any other is shut down.
+
+    Preconditions: no other thread receives from it.
+    """
+    if fd.KERNEL_REFUSES or sock.fileno() < 0 or not (shared or _holds_messages(sock)):
+        sock.close()
+        return
+    _unburied.append(sock.detach())
+    with suppress(IndexError):
+        while True:
+            oldest = _unburied.popleft()
+            try:
+                _take(oldest)
+            except OSError:
+                # The next burial tries again.
+                _unburied.appendleft(oldest)
+                return
+
+
+def bury_elsewhere(send: Callable[[int], None]) -> None:
+    """Have ``send`` give another process a copy of each socket to bury: this one must not fork.
+
+    It raises OSError when it cannot.
+    """
+    global _take
+
+    def take(number: int) -> None:
+        send(number)
+        os.close(number)
+
+    _take = take
+
+
+def _holds_messages(sock: socket.socket) -> bool:
+    """End a connection, and say whether messages are left; no other can come then."""
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+        # With it every message looks as if it brought descriptors, an empty one too. The end of
+        # the stream does not.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        return fd.brings_fds(sock, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        # A listening socket: those that it has not accepted have queues.
+        return True
+
+
+def _leave_to_child(number: int) -> None:
+    """Close a socket that a child still has, and kill the child.
+
+    Raises:
+        OSError: EAGAIN, ENOMEM as fork(2).
+    """
+    for pid in list(_dying):
+        # Never waited for: what else it has inherited may hold it up.
+        with suppress(ChildProcessError):
+            if os.waitpid(pid, os.WNOHANG) == (0, 0):
+                continue
+        _dying.discard(pid)
+    parent = os.getpid()
+    child = os.fork()
+    if child == 0:
+        _wait_for_death(parent)
+    try:
+        os.close(number)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        _dying.add(child)
+
+
+def _wait_for_death(parent: int) -> NoReturn:
+    try:
+        process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
+        while os.getppid() == parent:
+            signal.pause()
+    finally:
+        os._exit(0)
+
+
+_take: Callable[[int], None] = _leave_to_child
