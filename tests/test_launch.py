@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outcomes import Errno, in_child
 from restrictedmem import guests
 from restrictedmem.abi import kvm, memory
 from restrictedmem.abi.kvm import kvm_regs
@@ -21,7 +20,6 @@ from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm import elf, exits, guest_abi, wire
 from restrictedmem.kvm.conversions import Conversions
 from restrictedmem.kvm.launch import Launch, Measurement, measure
-from restrictedmem.kvm.machine import _whole
 from restrictedmem.kvm.report import Reporter
 from restrictedmem.kvm.trace import Trace
 from restrictedmem.kvm.vcpu import Vcpu as KvmVcpu
@@ -604,16 +602,3 @@ def test_a_vcpu_that_lost_an_exit_runs_no_more() -> None:
 
 def _launch() -> SimpleNamespace:
     return SimpleNamespace(finish=lambda: b"", finished=True)
-
-
-def test_half_a_conversion_ends_the_engine() -> None:
-    def convert() -> None:
-        with _whole():
-            raise MemoryError
-
-    def refuse() -> None:
-        with _whole():
-            raise OSError(EINVAL, "a range")
-
-    assert in_child(refuse) == repr(Errno(EINVAL))
-    assert in_child(convert) == ""

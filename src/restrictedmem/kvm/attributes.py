@@ -12,6 +12,9 @@ from restrictedmem.units import gfn_t
 #: More than a guest of 1 TiB has when every other 1 MiB is shared; 8 bytes each.
 _MAX_CHANGES: Final = 1 << 21
 
+#: Which of the pages at which attributes change go, by their numbers, and those that come in their place.
+Change = tuple[int, int, list[gfn_t]]
+
 
 @final
 class Attributes:
@@ -36,16 +39,25 @@ class Attributes:
         """Say whether an access without a slot is a memory fault: of a private page in v10; v9 asked only where a slot was."""
         return self._api is Api.V10 and self.is_private(gfn)
 
-    def set(self, start: gfn_t, end: gfn_t, *, private: bool) -> None:
-        """Make a range private or shared.
+    def prepare(self, start: gfn_t, end: gfn_t, *, private: bool) -> Change:
+        """Return what makes a range private or shared, for ``apply`` before anything else is changed.
 
         Raises:
-            OSError: ENOMEM, and nothing is changed.
+            OSError: ENOMEM.
         """
         first, last = bisect_left(self._changes, start), bisect_right(self._changes, end)
         edges = [*([start] if self._after(first) is not private else []), *([end] if self._after(last) is not private else [])]
         if len(self._changes) + len(edges) - (last - first) > _MAX_CHANGES:
             raise OSError(ENOMEM, "too many ranges of different attributes")
+        return first, last, edges
+
+    def set(self, start: gfn_t, end: gfn_t, *, private: bool) -> None:
+        """Make a range private or shared, as ``prepare`` and ``apply`` do."""
+        self.apply(self.prepare(start, end, private=private))
+
+    def apply(self, change: Change) -> None:
+        """Make the change."""
+        first, last, edges = change
         self._changes[first:last] = edges
 
     def private_runs(self, start: gfn_t, end: gfn_t) -> Iterator[tuple[gfn_t, gfn_t]]:

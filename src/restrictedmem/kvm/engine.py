@@ -133,7 +133,11 @@ class Engine(Protocol):
         ...
 
     def set_attributes(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:
-        """Write a range of ``slot.attributes`` and return when no vCPU reaches the other half of it any more. vCPUs may be running."""
+        """Write a range of ``slot.attributes`` and return when no vCPU reaches the other half of it any more. vCPUs may be running.
+
+        Raises:
+            OSError: ENOMEM, and nothing was changed; after any other exception anything may have been.
+        """
         ...
 
     def invalidate_start(self, binding: int, span: PageRange, order: int | None) -> None:

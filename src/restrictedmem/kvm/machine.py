@@ -1,11 +1,9 @@
 """One VM in its engine process: what each message of its owner does."""
 
 import json
-import os
 import select
 from collections import Counter
-from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from errno import EBADF, EINVAL, EPROTO
 from typing import Final, final
 
@@ -22,6 +20,7 @@ from restrictedmem.kvm.trace import Trace
 from restrictedmem.kvm.vcpu import Vcpu, Vcpus
 from restrictedmem.kvm.vcpu_socket import VcpuSocket
 from restrictedmem.kvm.vm_memory import MAX_SLOTS, VmMemory
+from restrictedmem.kvm.whole import whole
 from restrictedmem.mm.notifier import Api
 from restrictedmem.service.wire import MAX_BODY, Channel, Message
 
@@ -33,22 +32,6 @@ _CAPABILITIES: Final = {
     Cap.CHECK_EXTENSION_VM: 1,
     Cap.MEMORY_FAULT_INFO: 1,
 }
-
-
-@contextmanager
-def _whole() -> Generator[None]:
-    """Convert pages, or end this process.
-
-    An engine that failed half way, for want of memory, may have told the attributes and left a vCPU the other half. The owner, who can
-    limit the memory, would have the guest believe that pages are private.
-    """
-    try:
-        yield
-    except OSError:
-        # Foreseen: what was not done is told.
-        raise
-    except BaseException:  # noqa: BLE001  there is nobody to raise to
-        os._exit(1)
 
 
 @final
@@ -112,7 +95,7 @@ class Machine:
                 self._create_vcpu()
             case wire.SET_MEMORY_ATTRIBUTES.number:
                 asked = kvm.kvm_memory_attributes.from_buffer_copy(message.body)
-                with self._conversions.converting(asked.address, asked.size, private=bool(asked.attributes)), _whole():
+                with self._conversions.converting(asked.address, asked.size, private=bool(asked.attributes)), whole():
                     done = self._memory.set_attributes(Api.V10, asked.address, asked.size, asked.attributes, asked.flags)
                 asked.address, asked.size = asked.address + done, asked.size - done
                 self._owner.reply(bytes(asked))
@@ -124,7 +107,7 @@ class Machine:
             case wire.ENCRYPT_REG_REGION.number | wire.ENCRYPT_UNREG_REGION.number:
                 region = kvm.kvm_enc_region.from_buffer_copy(message.body)
                 private = message.number == wire.ENCRYPT_REG_REGION.number
-                with self._conversions.converting(region.addr, region.size, private=private), _whole():
+                with self._conversions.converting(region.addr, region.size, private=private), whole():
                     self._memory.set_attributes(Api.V9, region.addr, region.size, kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0, 0)
                 self._owner.reply()
             case _:

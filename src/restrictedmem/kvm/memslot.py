@@ -313,6 +313,7 @@ class Memslot:
 
     def remove(self, first: int, last: int) -> int:
         """Remove the translations of a range that cuts no large one; returns of how many pages."""
+        nothing = bytes(last - first)
         removed = small = last - first - self.entries.count(0, first, last)
         for level in LARGE:
             if self.mapped[level]:
@@ -320,7 +321,7 @@ class Memslot:
                 self.mapped[level] -= large // level.pages
                 small -= large
         self.mapped[Level.PAGE] -= small
-        self.entries[first:last] = bytes(last - first)
+        self.entries[first:last] = nothing
         return removed
 
     def close(self) -> None:

@@ -374,9 +374,12 @@ class Mmu:
 
     def set_attributes(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> tuple[gfn_t, gfn_t]:
         """Say which half a range of guest pages of a slot shows, and zap it; returns the pages that every vCPU has to drop."""
+        attributes = bytes([private]) * (end - start)
         with self._lock:
-            slot.attributes[start - slot.base_gfn : end - slot.base_gfn] = bytes([private]) * (end - start)
-            return self._zap(slot, start, end)
+            # Attributes come last: where they say private, no entry leads to the shared half.
+            zapped = self._zap(slot, start, end)
+            slot.attributes[start - slot.base_gfn : end - slot.base_gfn] = attributes
+            return zapped
 
     def mapped(self, level: Level) -> int:
         """Return how many translations of a level there are."""

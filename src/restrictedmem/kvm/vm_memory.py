@@ -15,6 +15,7 @@ from restrictedmem.kvm.guest_abi import GPA_BITS, HYPERCALL_PAGE, REPORT_PAGE
 from restrictedmem.kvm.lpage import Level
 from restrictedmem.kvm.memslot import ALL, EXEC, READ, WRITE, Half, Memslot, PrivateHalf, forbid_shrinking, source_of
 from restrictedmem.kvm.memslots import Memslots
+from restrictedmem.kvm.whole import begun
 from restrictedmem.mm.notifier import Api
 from restrictedmem.service import wire
 from restrictedmem.service.wire import Channel
@@ -179,9 +180,11 @@ class VmMemory:
                 if self._heeds_attributes(slot):
                     self._set_attributes(done, first, private=private)
                     done = first
+                    change = self._attributes.prepare(first, last, private=private)
                     self._engine.set_attributes(slot, first, last, private=private)
-                    slot.lpage.update(first, last)
-                    self._set_attributes(first, last, private=private)
+                    with begun():
+                        slot.lpage.update(first, last)
+                        self._attributes.apply(change)
                     done = last
             self._set_attributes(done, end, private=private)
         except OSError:

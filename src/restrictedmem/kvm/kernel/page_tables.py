@@ -29,6 +29,18 @@ _LEVELS: Final = (39, 30, 21)
 _ENTRY: Final = struct.Struct("=Q")
 
 
+def entries(gpa: int, npages: int, rights: int) -> bytes:
+    """Return entries that lead to pages from ``gpa`` on."""
+    # Accessed and dirty: KVM would set them one by one, and map each page twice to learn of the first store.
+    flags = rights | PRESENT | _ACCESSED | _DIRTY
+    return array("Q", range(gpa | flags, (gpa | flags) + (npages << PAGE_SHIFT), PAGE_SIZE)).tobytes()
+
+
+def no_entries(npages: int) -> bytes:
+    """Return entries that lead nowhere."""
+    return bytes(_ENTRY.size * npages)
+
+
 @final
 class PageTables:
     """A tree of tables in ``memory``, whose guest physical addresses are its offsets; tables come from the bytes ``start`` to ``end``."""
@@ -77,15 +89,14 @@ class PageTables:
 
     def map(self, linear: int, gpa: int, npages: int, rights: int) -> None:
         """Let pages from ``linear`` on lead to those from ``gpa`` on."""
-        # Accessed and dirty: KVM would set them one by one, and map each page twice to learn of the first store.
-        flags = rights | PRESENT | _ACCESSED | _DIRTY
-        self._write(linear, array("Q", range(gpa | flags, (gpa | flags) + (npages << PAGE_SHIFT), PAGE_SIZE)).tobytes())
+        self.write(linear, entries(gpa, npages, rights))
 
     def unmap(self, linear: int, npages: int) -> None:
         """Let pages lead nowhere."""
-        self._write(linear, bytes(_ENTRY.size * npages))
+        self.write(linear, no_entries(npages))
 
-    def _write(self, linear: int, entries: bytes) -> None:
+    def write(self, linear: int, entries: bytes) -> None:
+        """Write the entries of pages from ``linear`` on, whose tables there are (``reserve``)."""
         done = 0
         while done < len(entries):
             at = _ENTRY.size * (linear >> PAGE_SHIFT & _ENTRIES - 1)

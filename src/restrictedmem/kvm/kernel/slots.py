@@ -8,9 +8,10 @@ from typing import Final, Protocol, final
 from restrictedmem.abi.kvm import KVM_MEMORY_ATTRIBUTE_PRIVATE
 from restrictedmem.devkvm import Vm
 from restrictedmem.kvm.kernel import system
-from restrictedmem.kvm.kernel.page_tables import USER, WRITABLE, PageTables
+from restrictedmem.kvm.kernel.page_tables import USER, WRITABLE, PageTables, entries, no_entries
 from restrictedmem.kvm.kernel.private import GuestMemfdHalf
 from restrictedmem.kvm.memslot import WRITE, Memslot
+from restrictedmem.kvm.whole import begun
 from restrictedmem.units import PAGE_SHIFT, gfn_t
 
 #: The owner's halves lie from here on in guest physical memory: past the engine's own slot, and past the APIC's page.
@@ -86,7 +87,11 @@ class Conversion(Protocol):
         ...
 
     def convert(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:
-        """Let a range of pages, with ``slot.attributes`` written already, show one half."""
+        """Let a range of pages show one half, and write ``slot.attributes``.
+
+        Raises:
+            OSError: ENOMEM, and nothing was changed; after any other exception anything may have been.
+        """
         ...
 
     def remove(self, slot: Memslot) -> None:
@@ -147,12 +152,23 @@ class ByAddress:
                 raise
         self._halves[slot] = shared, private
         self._owners.update({base: slot for base in (shared, private) if base is not None})
-        for start, end, is_private in runs(slot, slot.base_gfn, slot.end_gfn):
-            self._lead(slot, start, end, private=is_private)
+        try:
+            for start, end, is_private in runs(slot, slot.base_gfn, slot.end_gfn):
+                self._tables.write(start << PAGE_SHIFT, self._entries(slot, start, end, private=is_private))
+        except BaseException:
+            self.remove(slot)
+            raise
 
     def convert(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:
         """Lead to the other half, and zap the one that was shown (``Conversion``)."""
-        self._lead(slot, start, end, private=private)
+        leading, attributes = self._entries(slot, start, end, private=private), bytes([private]) * (end - start)
+        with begun():
+            self._tables.write(start << PAGE_SHIFT, leading)
+            self._zap(slot, start, end, private=private)
+            slot.attributes[start - slot.base_gfn : end - slot.base_gfn] = attributes
+
+    @staticmethod
+    def _zap(slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:
         first, length = start - slot.base_gfn << PAGE_SHIFT, end - start << PAGE_SHIFT
         if private and slot.shared is not None:
             slot.shared.mapping.madvise(mmap.MADV_DONTNEED, first, length)
@@ -161,13 +177,11 @@ class ByAddress:
             if mapping is not None:
                 mapping.madvise(mmap.MADV_DONTNEED, first, length)
 
-    def _lead(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:
+    def _entries(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> bytes:
         half = self._halves[slot][private]
         if half is None:
-            self._tables.unmap(start << PAGE_SHIFT, end - start)
-        else:
-            gpa = half + (start - slot.base_gfn << PAGE_SHIFT)
-            self._tables.map(start << PAGE_SHIFT, gpa, end - start, rights_of(slot))
+            return no_entries(end - start)
+        return entries(half + (start - slot.base_gfn << PAGE_SHIFT), end - start, rights_of(slot))
 
     def remove(self, slot: Memslot) -> None:
         """Delete its slots, and with them KVM's translations (``Conversion``)."""
@@ -212,12 +226,14 @@ class ByAttribute:
 
     def convert(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:
         """Write the kernel's attributes (``Conversion``)."""
-        gpa = self._bases[slot] + (start - slot.base_gfn << PAGE_SHIFT)
+        gpa, attributes = self._bases[slot] + (start - slot.base_gfn << PAGE_SHIFT), bytes([private]) * (end - start)
+        missing = (slot.private if private else slot.shared) is None
+        leading = no_entries(end - start) if missing else entries(gpa, end - start, rights_of(slot))
+        # ENOMEM comes before the kernel changes anything.
         self._vm.set_memory_attributes(gpa, end - start << PAGE_SHIFT, KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0)
-        if (slot.private if private else slot.shared) is None:
-            self._tables.unmap(start << PAGE_SHIFT, end - start)
-        else:
-            self._tables.map(start << PAGE_SHIFT, gpa, end - start, rights_of(slot))
+        with begun():
+            self._tables.write(start << PAGE_SHIFT, leading)
+            slot.attributes[start - slot.base_gfn : end - slot.base_gfn] = attributes
 
     def remove(self, slot: Memslot) -> None:
         """Delete its slot; attributes belong to addresses and would stay (``Conversion``)."""

@@ -23,6 +23,7 @@ from restrictedmem.kvm.kernel.vcpu import KernelVcpu
 from restrictedmem.kvm.memslot import Memslot
 from restrictedmem.kvm.memslots import Memslots
 from restrictedmem.kvm.vcpu import Vcpus
+from restrictedmem.kvm.whole import begun
 from restrictedmem.units import PAGE_SHIFT, PageRange, gfn_t
 
 #: What no VM here does without.
@@ -106,12 +107,16 @@ class KernelVm:
         if slot.shared is not None and slot.shared.hugetlb:
             raise OSError(EINVAL, "the shared half must not be of huge pages (hugetlbfs) on the kernel engine")
         self._conversion.add(slot)
-        self._slots.add(slot)
+        try:
+            self._slots.add(slot)
+        except BaseException:
+            self._conversion.remove(slot)
+            raise
 
     def remove_slot(self, slot: Memslot) -> None:
         """Delete a slot (``Engine``)."""
-        self._slots.remove(slot)
         self._conversion.remove(slot)
+        self._slots.remove(slot)
 
     def set_attributes(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:
         """Let pages change halves, with every vCPU out of the guest meanwhile (``Engine``)."""
@@ -119,7 +124,6 @@ class KernelVm:
         if slot.attributes.count(private, first, last) == last - first:
             return
         with self._vcpus.held():
-            slot.attributes[first:last] = bytes([private]) * (last - first)
             self._conversion.convert(slot, start, end, private=private)
 
     def invalidate_start(self, binding: int, span: PageRange, order: int | None) -> None:
@@ -143,11 +147,8 @@ class KernelVm:
         for start in range(0, len(data), STAGING_SIZE):
             part = data[start : start + STAGING_SIZE]
             self._system.stage(part)
-            try:
+            with begun():
                 self._first.copy(gpa + start, len(part) // 8)
-            except OSError as error:
-                # No errno of the call's: a part of it may be there.
-                raise RuntimeError(str(error)) from None
 
     def read_private(self, slot: Memslot, gpa: int, size: int) -> bytes:
         """Read the mapping, where it can be read (``Engine``)."""

@@ -18,6 +18,7 @@ from restrictedmem.kvm.software.turns import Turns
 from restrictedmem.kvm.software.vcpu import HYPERCALL, SoftwareVcpu
 from restrictedmem.kvm.trace import Trace
 from restrictedmem.kvm.vcpu import Vcpus
+from restrictedmem.kvm.whole import begun
 from restrictedmem.platform.host import NoPlatform, Platform
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t, pgoff_t
 
@@ -123,7 +124,9 @@ class SoftwareVm:
 
     def set_attributes(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:
         """Write attributes and zap (``Engine``)."""
-        self._vcpus.drop(*self.mmu.set_attributes(slot, start, end, private=private))
+        zapped = self.mmu.set_attributes(slot, start, end, private=private)
+        with begun():
+            self._vcpus.drop(*zapped)
 
     def invalidate_start(self, binding: int, span: PageRange, order: int | None) -> None:
         """Zap what shows a range of the file, then let the platform have it back (``Engine``)."""

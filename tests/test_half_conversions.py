@@ -1,0 +1,268 @@
+"""Conversions that fail half way, as an owner can have them do who limits its engine's memory (prlimit)."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count
+from types import FrameType
+from typing import Any, Final, TypeVar, cast
+
+import pytest
+
+from outcomes import Errno, in_child
+from restrictedmem.abi import kvm, memory
+from restrictedmem.devkvm import Vm
+from restrictedmem.fd import OwnedFd
+from restrictedmem.kvm import attributes as attributes_module
+from restrictedmem.kvm.attributes import Attributes
+from restrictedmem.kvm.kernel.page_tables import PRESENT
+from restrictedmem.kvm.kernel.private import GuestMemfdHalf, PrivateFile
+from restrictedmem.kvm.kernel.slots import ByAddress, ByAttribute, Conversion, KernelSlots
+from restrictedmem.kvm.kernel.system import System
+from restrictedmem.kvm.memslot import Half, Memslot
+from restrictedmem.kvm.software.vm import SoftwareVm
+from restrictedmem.kvm.trace import Trace
+from restrictedmem.kvm.vcpu import Vcpus
+from restrictedmem.kvm.vm_memory import VmMemory
+from restrictedmem.kvm.whole import begun, whole
+from restrictedmem.mm.notifier import Api
+from restrictedmem.platform.host import NoPlatform
+from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t, pgoff_t
+
+GPA: Final = 0x4000_0000
+BASE: Final = gfn_t(GPA >> PAGE_SHIFT)
+PAGES: Final = 1024
+START, END = gfn_t(BASE + 500), gfn_t(BASE + 600)
+ENOMEM, EINVAL = 12, 22
+_T = TypeVar("_T")
+
+
+def failing_at(number: int, act: Callable[[], object]) -> bool:
+    """Do something whose call of a number finds no memory; False when it has fewer calls."""
+    left = number
+
+    def profile(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal left
+        if event in ("call", "c_call") and argument is not sys.setprofile:
+            left -= 1
+            if left < 0:
+                sys.setprofile(None)
+                raise MemoryError
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        act()
+    except MemoryError:
+        return True
+    finally:
+        sys.setprofile(before)
+    return False
+
+
+def each_failure(make: Callable[[], _T], act: Callable[[_T], object]) -> Iterator[_T]:
+    """Yield what became of one after another as each call of ``act`` found no memory; then what becomes of one where all do."""
+    for number in count():
+        made = make()
+        failed = failing_at(number, partial(act, made))
+        yield made
+        if not failed:
+            return
+
+
+class KvmVm:
+    """What slots need of the kernel's VM: its attributes, and whether it has memory for them."""
+
+    def __init__(self) -> None:
+        self.private: set[int] = set()
+        self.error = 0
+
+    def set_user_memory_region(self, *_: object) -> None:
+        pass
+
+    set_user_memory_region2 = set_user_memory_region
+    delete_memory_region = set_user_memory_region
+
+    def set_memory_attributes(self, address: int, size: int, attributes: int) -> None:
+        if self.error:
+            raise OSError(self.error, "KVM_SET_MEMORY_ATTRIBUTES")
+        pages = range(address >> PAGE_SHIFT, address + size >> PAGE_SHIFT)
+        (self.private.update if attributes else self.private.difference_update)(pages)
+
+
+class NoFile:
+    """A guest_memfd made without MMAP."""
+
+    flags = 0
+
+
+class Engine:
+    """The part of the kernel's engine that converts, and one slot in it with a shared half."""
+
+    def __init__(self, by: str) -> None:
+        self.own, self.kvm = System(), KvmVm()
+        vm = cast("Vm", self.kvm)
+        slots, tables = KernelSlots(vm, self.own), self.own.tables
+        private = None
+        if by == "attribute":
+            file = PrivateFile(1, 1, cast("Any", NoFile()), None)
+            private = GuestMemfdHalf(file, PageRange(pgoff_t(0), pgoff_t(PAGES)), binding=1, unbind=lambda: None)
+        self.conversion: Conversion = ByAttribute(vm, slots, tables) if by == "attribute" else ByAddress(slots, tables)
+        with memory.memfd_create("shared") as fd:
+            os.ftruncate(fd.fileno(), PAGES * PAGE_SIZE)
+            shared = Half(fd.fileno(), 0, PAGES * PAGE_SIZE)
+        self.slot = Memslot(0, BASE, PAGES, private=private, shared=shared)
+        self.conversion.add(self.slot)
+
+    def convert(self, private: bool = True) -> None:
+        self.conversion.convert(self.slot, START, END, private=private)
+
+    def shown(self) -> list[bool]:
+        """Return which pages lead to their shared half."""
+        own, leads = self.own.tables, list[bool]()
+        for gfn in range(BASE, BASE + PAGES):
+            entry = own.entry(gfn << PAGE_SHIFT)
+            leads.append(bool(entry & PRESENT) and (entry & (1 << 52) - 1) >> PAGE_SHIFT not in self.kvm.private)
+        return leads
+
+
+@pytest.fixture(params=["address", "attribute"])
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    made = Engine(request.param)
+    yield made
+    made.slot.close()
+
+
+def told_private(engine: Engine) -> list[bool]:
+    return [bool(private) for private in engine.slot.attributes]
+
+
+@pytest.mark.parametrize("by", ["address", "attribute"])
+def test_no_page_is_told_to_be_private_that_leads_to_the_shared_half(by: str) -> None:
+    converted: list[int] = []
+    for engine in each_failure(partial(Engine, by), Engine.convert):
+        pages = zip(told_private(engine), engine.shown(), strict=True)
+        assert not any(private and shown for private, shown in pages), len(converted)
+        converted.append(sum(told_private(engine)))
+        engine.slot.close()
+    assert len(converted) > 5
+    assert converted[-1] == END - START
+
+
+def test_what_the_kernel_has_no_memory_for_changes_nothing() -> None:
+    engine = Engine("attribute")
+    engine.kvm.error = ENOMEM
+    before = engine.shown()
+    with pytest.raises(OSError) as caught:
+        engine.convert()
+    assert caught.value.errno == ENOMEM
+    assert (told_private(engine), engine.shown()) == ([False] * PAGES, before)
+    engine.slot.close()
+
+
+def test_an_errno_in_the_middle_is_not_one_of_a_call_that_changed_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(EINVAL, "madvise")
+
+    # After the tables are written, or while they are.
+    if isinstance(engine.conversion, ByAddress):
+        monkeypatch.setattr(type(engine.conversion), "_zap", staticmethod(fail))
+    else:
+        monkeypatch.setattr(engine.own.tables, "write", fail)
+    with pytest.raises(RuntimeError):
+        engine.convert()
+    assert told_private(engine) == [False] * PAGES
+
+
+@pytest.mark.parametrize("by", ["address", "attribute"])
+def test_a_slot_that_finds_no_memory_leaves_no_entries(by: str) -> None:
+    def make() -> Engine:
+        made = Engine(by)
+        made.conversion.remove(made.slot)
+        return made
+
+    shown: list[bool] = []
+    for engine in each_failure(make, lambda engine: engine.conversion.add(engine.slot)):
+        shown.append(any(engine.shown()))
+        engine.slot.close()
+    assert len(shown) > 5
+    assert shown == [False] * (len(shown) - 1) + [True]
+
+
+# The software engine, under the VM's own list of attributes.
+
+
+class Window:
+    """A VM of the software engine with one slot, of shared memory that the guest has mapped."""
+
+    def __init__(self) -> None:
+        self.attributes = Attributes(Api.V10)
+        self.engine = SoftwareVm(cast("Any", None), Vcpus(), self.attributes, Trace(), NoPlatform())
+        self.memory = VmMemory(self.engine, cast("Any", None), Api.V10, self.attributes)
+        with OwnedFd(os.memfd_create("window", os.MFD_ALLOW_SEALING)) as fd:
+            os.ftruncate(fd.fileno(), PAGES * PAGE_SIZE)
+            region = kvm.kvm_userspace_memory_region_ext(
+                slot=0, flags=0, userspace_addr=0, guest_phys_addr=GPA, memory_size=PAGES * PAGE_SIZE
+            )
+            self.memory.set_region(region, b"", fd)
+        (self.slot,) = self.memory.slots
+        for gfn in range(BASE, BASE + PAGES):
+            self.engine.mmu.fault(self.slot, gfn)
+
+    def convert(self) -> None:
+        size = (END - START) << PAGE_SHIFT
+        assert self.memory.set_attributes(Api.V10, START << PAGE_SHIFT, size, kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE, 0) == size
+
+    def state(self) -> tuple[bytes, bytes, list[bool]]:
+        listed = [self.attributes.is_private(gfn) for gfn in range(BASE, BASE + PAGES)]
+        return bytes(self.slot.attributes), bytes(self.slot.entries), listed
+
+
+def test_the_softwares_entries_go_before_pages_are_told_to_be_private() -> None:
+    converted: list[int] = []
+    for window in each_failure(Window, Window.convert):
+        attributes, entries, listed = window.state()
+        pages = zip(attributes, entries, listed, strict=True)
+        assert not any((private or claimed) and (entry or not private) for private, entry, claimed in pages), len(converted)
+        converted.append(sum(attributes))
+    assert len(converted) > 20
+    assert converted[-1] == END - START
+
+
+def test_a_list_that_is_full_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    window = Window()
+    before = window.state()
+    monkeypatch.setattr(attributes_module, "_MAX_CHANGES", 1)
+    with pytest.raises(OSError) as caught:
+        window.convert()
+    assert caught.value.errno == ENOMEM
+    assert window.state() == before
+
+
+def test_a_vcpu_that_cannot_be_sent_out_is_no_errno_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(EINVAL, "kick")
+
+    window = Window()
+    monkeypatch.setattr(Vcpus, "drop", fail)
+    with pytest.raises(RuntimeError):
+        window.convert()
+
+
+def test_what_is_done_by_half_ends_the_engine() -> None:
+    def refuse() -> None:
+        with whole():
+            raise OSError(EINVAL, "a range")
+
+    def find_no_memory() -> None:
+        with whole():
+            raise MemoryError
+
+    def fail_half_way() -> None:
+        with whole(), begun():
+            raise OSError(EINVAL, "madvise")
+
+    assert in_child(refuse) == repr(Errno(EINVAL))
+    assert in_child(find_no_memory) == ""
+    assert in_child(fail_half_way) == ""
