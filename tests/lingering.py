@@ -45,7 +45,8 @@ def let_linger(sock: socket.socket, data: bytes = b"", before: tuple[bytes, ...]
             sock.send(message)
         try:
             sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [lingers.fileno()]))])
-        except PermissionError:
+        except (PermissionError, BrokenPipeError):
+            # Refused, or the receiver has hung up.
             yield False
             return
         lingers.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, LINGER))

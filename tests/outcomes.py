@@ -3,9 +3,11 @@
 import ctypes
 import os
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from errno import errorcode
+from types import FrameType
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,3 +51,26 @@ def in_child(body: Callable[[], object]) -> str:
         said = pipe.read().decode()
     _, status = os.waitpid(child, 0)
     return signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else said
+
+
+def failing_at(number: int, act: Callable[[], object]) -> bool:
+    """Do something whose call of a number finds no memory; False when it has fewer calls."""
+    left = number
+
+    def profile(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal left
+        if event in ("call", "c_call") and argument is not sys.setprofile:
+            left -= 1
+            if left < 0:
+                sys.setprofile(None)
+                raise MemoryError
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        act()
+    except MemoryError:
+        return True
+    finally:
+        sys.setprofile(before)
+    return False

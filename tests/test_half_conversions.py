@@ -1,16 +1,14 @@
 """Conversions that fail half way, as an owner can have them do who limits its engine's memory (prlimit)."""
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
-from types import FrameType
 from typing import Any, Final, TypeVar, cast
 
 import pytest
 
-from outcomes import Errno, in_child
+from outcomes import Errno, failing_at, in_child
 from restrictedmem.abi import kvm, memory
 from restrictedmem.devkvm import Vm
 from restrictedmem.fd import OwnedFd
@@ -36,29 +34,6 @@ PAGES: Final = 1024
 START, END = gfn_t(BASE + 500), gfn_t(BASE + 600)
 ENOMEM, EINVAL = 12, 22
 _T = TypeVar("_T")
-
-
-def failing_at(number: int, act: Callable[[], object]) -> bool:
-    """Do something whose call of a number finds no memory; False when it has fewer calls."""
-    left = number
-
-    def profile(frame: FrameType, event: str, argument: object) -> None:
-        nonlocal left
-        if event in ("call", "c_call") and argument is not sys.setprofile:
-            left -= 1
-            if left < 0:
-                sys.setprofile(None)
-                raise MemoryError
-
-    before = sys.getprofile()
-    sys.setprofile(profile)
-    try:
-        act()
-    except MemoryError:
-        return True
-    finally:
-        sys.setprofile(before)
-    return False
 
 
 def each_failure(make: Callable[[], _T], act: Callable[[_T], object]) -> Iterator[_T]:

@@ -5,6 +5,7 @@ import select
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha384
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from outcomes import failing_at, in_child
 from restrictedmem import guests
 from restrictedmem.abi import kvm, memory
 from restrictedmem.abi.kvm import kvm_regs
@@ -20,6 +22,7 @@ from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm import elf, exits, guest_abi, wire
 from restrictedmem.kvm.conversions import Conversions
 from restrictedmem.kvm.launch import Launch, Measurement, measure
+from restrictedmem.kvm.machine import Machine
 from restrictedmem.kvm.report import Reporter
 from restrictedmem.kvm.trace import Trace
 from restrictedmem.kvm.vcpu import Vcpu as KvmVcpu
@@ -357,6 +360,60 @@ def test_an_update_that_finds_no_memory_writes_and_measures_nothing() -> None:
             assert errno_of(vm.launch_update, GPA, b"b" * 8 * PAGE) == ENOSPC
             assert vm.read_memory(GPA, 8 * PAGE) == b"a" * PAGE + bytes(7 * PAGE)
             assert vm.launch_finish() == measure(1, [(GPA, b"a" * PAGE)], [], [(GPA, MIB, 0, 0)])
+
+
+@pytest.mark.requires("fuse", "kvm")
+def test_a_read_only_slot_is_not_written_and_may_go() -> None:
+    with Service.start() as service, OwnedFd(service.memfd_restricted()) as fd, Vm(service, engine="kernel", explicit=True) as vm:
+        os.ftruncate(fd.fileno(), MIB)
+        vm.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=MIB, restricted_fd=fd.fileno(), readonly=True)
+        vm.set_memory_attributes(GPA, MIB, private=True)
+        assert errno_of(vm.launch_update, GPA, b"a" * PAGE) == EFAULT
+        vm.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=0)
+        assert vm.launch_finish() == measure(2, [], [], [])
+
+
+class _Update:
+    """A machine, as far as LAUNCH_UPDATE needs one, whose call of a number finds no memory, or whose write fails."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.written = error, False
+        slot = SimpleNamespace(number=0)
+        memory = SimpleNamespace(slot_of={GPA >> 12: slot}.get, launch_update=self._write, slots=[])
+        reporter = SimpleNamespace(launched=None)
+        owner, creation = SimpleNamespace(reply=lambda: None), SimpleNamespace(policy=wire.POLICY_EXPLICIT)
+        none = cast(Any, None)
+        self.machine = Machine(cast(Any, owner), none, cast(Any, memory), none, none, cast(Any, creation), cast(Any, reporter), none)
+
+    def _write(self, *_: object) -> None:
+        if self.error is not None:
+            raise self.error
+        self.written = True
+
+    def update(self, failing: int) -> tuple[bool, bool, bool, bool]:
+        """Say whether memory was missing, and whether content was written, was measured, and keeps its slot."""
+        content = wire.LAUNCH.pack(GPA) + b"a" * PAGE
+        failed = failing_at(failing, lambda: self.machine._launch_update(content))
+        # Not by ``finish``: a call that found no memory may have been the one to let go of the mutex.
+        value = self.machine._launch._measurement.finish(())
+        measured = {measure(2, [], [], []): False, measure(2, [(GPA, b"a" * PAGE)], [], []): True}[value]
+        return failed, self.written, measured, 0 in self.machine._conversions._filled
+
+
+def test_what_is_put_in_is_measured_whatever_fails() -> None:
+    """Its owner may limit the engine's memory at every moment (prlimit)."""
+    done, outcomes = repr((False, True, True, True)), list[str]()
+    while done not in outcomes:
+        outcomes.append(in_child(partial(_Update().update, len(outcomes))))
+    # "": the engine ended.
+    assert set(outcomes) == {"", repr((True, False, False, False)), repr((True, True, True, True)), done}
+    assert in_child(partial(_Update(RuntimeError("a part may be there")).update, 1000)) == ""
+
+
+def test_what_was_not_put_in_is_neither_measured_nor_kept() -> None:
+    update = _Update(OSError(EFAULT, "refused"))
+    assert errno_of(update.machine._launch_update, wire.LAUNCH.pack(GPA) + bytes(PAGE)) == EFAULT
+    assert update.update(0) == (True, False, False, False)
 
 
 @pytest.mark.requires("fuse")

@@ -72,11 +72,17 @@ class Conversions:
                 self._slots = Memslots(slots)
             return [run for slot in slots for run in _private_runs(slot)]
 
-    def put_in(self, gpa: int) -> None:
-        """Note that content was put into the slot of a guest address (launch_update)."""
+    @contextmanager
+    def putting_in(self, gpa: int) -> Generator[None]:
+        """Note that content is put into the slot of a guest address meanwhile (launch_update); nothing was, when that raises OSError."""
         slot = self._memory.slot_of(gpa >> PAGE_SHIFT)
-        if self._explicit and slot is not None:
-            self._filled.add(slot.number)
+        first = {slot.number} - self._filled if self._explicit and slot is not None else set[int]()
+        self._filled |= first
+        try:
+            yield
+        except OSError:
+            self._filled -= first
+            raise
 
     @contextmanager
     def converting(self, address: int, size: int, *, private: bool) -> Generator[None]:

@@ -43,10 +43,20 @@ class Measurement:
         self._value = sha384(_BEGIN.pack(_NAME, policy, 0)).digest()
         self._registers: dict[int, bytes] = {}
 
+    def extended(self, gpa: int, content: bytes) -> bytes:
+        """Return the chain with whole pages that are to be put in at a guest physical address, for ``extend``."""
+        value = self._value
+        for offset in range(0, len(content), PAGE_SIZE):
+            value = _extended(value, _PAGE, gpa + offset, content[offset : offset + PAGE_SIZE])
+        return value
+
+    def extend(self, value: bytes) -> None:
+        """Go on from what ``extended`` returned: the pages were put in."""
+        self._value = value
+
     def add_pages(self, gpa: int, content: bytes) -> None:
         """Extend by whole pages that were put in at a guest physical address."""
-        for offset in range(0, len(content), PAGE_SIZE):
-            self._value = _extended(self._value, _PAGE, gpa + offset, content[offset : offset + PAGE_SIZE])
+        self.extend(self.extended(gpa, content))
 
     def set_registers(self, vcpu: int, regs: kvm_regs) -> None:
         """Note what a vCPU starts with: what was set last counts."""

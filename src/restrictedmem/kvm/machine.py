@@ -197,17 +197,11 @@ class Machine:
         (gpa,) = wire.LAUNCH.unpack_from(body)
         content = body[wire.LAUNCH.size :]
         with self._launch.opened() as measurement:
-            put_in = True
-            try:
+            # What needs memory comes first: what is put in is measured, and what is measured was put in.
+            extended = measurement.extended(gpa, content)
+            with whole(), self._conversions.putting_in(gpa):
                 self._memory.launch_update(gpa, content)
-            except OSError:
-                # Of nothing else it is known that nothing was put in.
-                put_in = False
-                raise
-            finally:
-                if put_in:
-                    self._conversions.put_in(gpa)
-                    measurement.add_pages(gpa, content)
+                measurement.extend(extended)
         self._owner.reply()
 
     def _create_vcpu(self) -> None:

@@ -16,6 +16,7 @@ from restrictedmem.kvm.report import Reporter
 from restrictedmem.kvm.serving import hang_up, serve_one
 from restrictedmem.kvm.trace import Trace, of_exit
 from restrictedmem.kvm.vcpu import Vcpu
+from restrictedmem.kvm.whole import whole
 from restrictedmem.service.wire import Channel, Message
 from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, gfn_t
 
@@ -162,9 +163,10 @@ class VcpuSocket:
         with self._launch.opened() as measurement:
             if bytes(rest) != bytes(regs):
                 raise OSError(EINVAL, "only rip, rsp, rdi and rsi can be set")
-            with self.vcpu.outside():
-                self.vcpu.engine.set_regs(regs)
-            measurement.set_registers(self._number, regs)
+            with whole():
+                with self.vcpu.outside():
+                    self.vcpu.engine.set_regs(regs)
+                measurement.set_registers(self._number, regs)
 
     def _pre_fault(self, asked: kvm.kvm_pre_fault_memory) -> None:
         if asked.flags or (asked.gpa | asked.size) & PAGE_MASK or not asked.size or asked.gpa + asked.size >= 1 << 64:
