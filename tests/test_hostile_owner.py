@@ -23,14 +23,14 @@ from typing import Any, final
 import pytest
 
 from attacks import ATTACKS, PTRACE_CONT, WALL, attach_and_stop, ptrace, search, seize
-from outcomes import Errno, outcome
+from outcomes import Errno, in_child, outcome
 from processes import family, wait_gone
 from restrictedmem.abi import process as this_process
 from restrictedmem.kvm import guest_abi
 from restrictedmem.kvm.vm import Vm
 from restrictedmem.service import client
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
+from restrictedmem.service.start import Options, harden
 from restrictedmem.units import PAGE_SIZE as PAGE
 from users import as_user
 
@@ -379,3 +379,15 @@ def test_root_finds_the_secret_in_the_engine_and_nowhere_else() -> None:
         ours.send(b".")
         owner.join()
     assert found == {"rmem-spawner": False, "rmem-service": False, "rmem-kvm": True}
+
+
+def test_a_process_that_stays_dumpable_does_not_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a seccomp filter says 0 in the kernel's place (SECCOMP_RET_ERRNO)."""
+    prctl = this_process.prctl
+
+    def lie(option: int, argument: int = 0) -> int:
+        return 0 if option == this_process.PR_SET_DUMPABLE else prctl(option, argument)
+
+    assert in_child(harden) == repr(None)
+    monkeypatch.setattr(this_process, "prctl", lie)
+    assert in_child(harden) == "EPERM"

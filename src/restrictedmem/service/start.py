@@ -121,8 +121,14 @@ def harden() -> None:
     """Refuse dumps, traces and core files.
 
     Not new privileges: ``Way.FUSERMOUNT`` has still to run a set-uid program.
+
+    Raises:
+        OSError: EPERM when this process is dumpable all the same.
     """
     process.prctl(process.PR_SET_DUMPABLE, 0)
+    # Against accidents: a seccomp filter may have answered in the kernel's place, and could here, too.
+    if process.prctl(process.PR_GET_DUMPABLE):
+        raise OSError(EPERM, "prctl(PR_SET_DUMPABLE): the process is dumpable still")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # The owner's limit on file sizes is the kernel's to apply, to the owner's calls; under it no memfd here could have its size.
     _, largest = resource.getrlimit(resource.RLIMIT_FSIZE)
