@@ -1,7 +1,9 @@
 """The shim, its backing and the pages a consumer takes: examples."""
 
+import fcntl
 import mmap
 import os
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from errno import EFAULT, EFBIG, EINTR, EINVAL, ENOSPC, EOPNOTSUPP, EPERM
@@ -270,6 +272,42 @@ def test_a_consumer_maps_the_sequence_for_reading() -> None:
     # A vCPU may look at the slots when one of them goes.
     assert not reader.busy()
     writer.close()
+
+
+def test_only_who_made_the_sequence_writes_it() -> None:
+    """A consumer that writes could keep the faults of other consumers out for ever, or let stale ones in."""
+    sequence = InvalidationSequence.create()
+    fd = sequence.fd.fileno()
+    reader = mmap.mmap(fd, PAGE_SIZE, mmap.MAP_SHARED, mmap.PROT_READ)
+
+    def try_all(fd: int) -> None:
+        assert outcome(lambda: mmap.mmap(fd, PAGE_SIZE)) == Errno(EPERM)
+        assert outcome(lambda: os.pwrite(fd, b"\xff" * 32, 0)) == Errno(EPERM)
+        assert outcome(lambda: os.ftruncate(fd, 0)) == Errno(EPERM)
+        assert outcome(lambda: os.ftruncate(fd, 2 * PAGE_SIZE)) == Errno(EPERM)
+        assert outcome(lambda: memory.fallocate(fd, PUNCH, 0, PAGE_SIZE)) == Errno(EPERM)
+        assert outcome(lambda: fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)) == Errno(EPERM)
+
+    try_all(fd)
+    again = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
+    try_all(again)
+    os.close(again)
+    sequence.begin(pgoff_t(1), pgoff_t(2))
+    assert struct.unpack_from("=4Q", reader) == (0, 1, 1, 2)
+    sequence.end()
+    assert struct.unpack_from("=4Q", reader) == (1, 0, 1, 2)
+    reader.close()
+    sequence.close()
+
+
+def test_a_sequence_that_cannot_be_sealed_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: int) -> None:
+        raise OSError(EINVAL, "made to fail")
+
+    before = set(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(fcntl, "fcntl", fail)
+    assert outcome(InvalidationSequence.create) == Errno(EINVAL)
+    assert set(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_file_without_notifiers_has_no_sequence_page(file: RestrictedFile) -> None:

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.requires("fuse")
 GPA = 0x4000_0000
 MIB = 1 << 20
 PAGE = 4096
-EINVAL = 22
+EPERM, EINVAL = 1, 22
 SECRET = 0x5A
 # mov al, 0x5a; mov [0x40001000], al; out 0x42, al
 WRITER = bytes.fromhex("b05a 8804 25 00100040 e642")
@@ -96,6 +96,7 @@ def test_what_an_earlier_engine_keeps_reaches_nothing_of_a_later_vm(service: Ser
             kept.callback(os.close, number)
         assert memfds
         assert sequences
+        assert outcome(partial(os.pwrite, sequences[0], bytes(32), 0)) == Errno(EPERM)
         first.launch_update(GPA, bytes([SECRET]) * MIB)
         first.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=0)
         os.posix_fallocate(fd, 0, MIB)

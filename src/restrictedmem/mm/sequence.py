@@ -5,6 +5,7 @@ writes and every consumer maps for reading, so that a fault costs no message. Th
 installed only when no invalidation is in progress over it and the sequence is still what it was before get_page was called.
 """
 
+import fcntl
 import mmap
 import os
 from typing import Final, Self, final
@@ -14,6 +15,8 @@ from restrictedmem.abi import memory
 from restrictedmem.fd import OwnedFd
 from restrictedmem.units import PAGE_SIZE, pgoff_t
 
+_F_SEAL_FUTURE_WRITE: Final = 0x10
+_SEALS: Final = _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _SEQ: Final = 0
 _IN_PROGRESS: Final = 1
 _START: Final = 2
@@ -37,14 +40,20 @@ class InvalidationSequence:
 
     @classmethod
     def create(cls) -> Self:
-        """Make a new page, with nothing in progress.
+        """Make a new page, with nothing in progress, that this object alone can write: whoever else has its descriptor reads.
 
         Raises:
-            OSError: EMFILE, ENFILE, ENOMEM.
+            OSError: EMFILE, ENFILE, ENOMEM; EINVAL before Linux 5.1.
         """
         fd = memory.memfd_create("restrictedmem-sequence")
-        os.ftruncate(fd.fileno(), PAGE_SIZE)
-        return cls(fd, writable=True)
+        try:
+            os.ftruncate(fd.fileno(), PAGE_SIZE)
+            made = cls(fd, writable=True)
+            fcntl.fcntl(fd.fileno(), fcntl.F_ADD_SEALS, _SEALS)
+        except BaseException:
+            fd.close()
+            raise
+        return made
 
     def begin(self, start: pgoff_t, end: pgoff_t) -> None:
         """Enter an invalidation; ranges that overlap in time merge to their hull until all have ended, as in KVM."""
