@@ -550,3 +550,36 @@ def test_the_example_of_the_thread_on_real_folios() -> None:
     expected = EXAMPLES["three folios, from inside the first into the third"][2]
     whole = [(0x1, 0x402, None)]
     assert told == {design: expected[design] if design in ("folio", "folio-poc", "batched") else whole for design in NAMES}
+
+
+def test_the_newest_registration_hears_first() -> None:
+    """Whoever came and went in between, and whichever of its bindings a notifier cut."""
+    file, order = make_file("bindings"), list[str]()
+    of = {name: Recorder(file.backing) for name in "abc"}
+
+    def note(name: str, *_: pgoff_t) -> None:
+        order.append(name)
+
+    for name, recorder in of.items():
+        recorder.at_start = partial(note, name)
+
+    def heard() -> str:
+        order.clear()
+        punch(file, 0, 100)
+        return "".join(order)
+
+    for name, start in (("a", 0), ("b", 20), ("a", 40), ("c", 60)):
+        file.bind(pgoff_t(start), pgoff_t(start + 10), of[name], exclusive=True)
+    assert heard() == "caba"
+    # Two pieces are left of the older one, where it was.
+    file.unbind(pgoff_t(4), pgoff_t(6), of["a"])
+    assert heard() == "cabaa"
+    assert file.notifier_count == 5
+    file.unregister_notifier(of["b"])
+    assert heard() == "caaa"
+    file.bind(pgoff_t(20), pgoff_t(30), of["b"], exclusive=True)
+    assert heard() == "bcaaa"
+    for recorder in of.values():
+        file.unregister_notifier(recorder)
+    assert (heard(), file.notifier_count) == ("", 0)
+    file.put()

@@ -12,6 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from design_files import make_file, punch
+from model_backing import Recorder
 from restrictedmem.abi.kvm import kvm_userspace_memory_region_ext
 from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm import exits
@@ -27,7 +29,7 @@ from restrictedmem.kvm.vm_memory import VmMemory
 from restrictedmem.mm.notifier import Api
 from restrictedmem.platform.host import NoPlatform
 from restrictedmem.service.client import Service
-from restrictedmem.units import PAGE_SHIFT, gfn_t
+from restrictedmem.units import PAGE_SHIFT, gfn_t, pgoff_t
 from software_machine import HALTED, machine_code, make_machine, shared_half
 
 GPA = 0x4000_0000
@@ -193,6 +195,36 @@ def test_no_call_takes_longer_for_the_slots_there_are() -> None:
         assert calls(500) == [pytest.approx(cost, abs=50) for cost in first]
         for number in range(1, 500):
             change(number, GPA, 0)
+
+
+@pytest.mark.parametrize("design", ["v10", "bindings"])
+def test_no_registration_of_a_file_takes_longer_for_those_there_are(design: str) -> None:
+    """Each slot of a VM is one, and when the VM ends each of them goes."""
+    file = make_file(design)
+    recorders = [Recorder(file.backing) for _ in range(501)]
+
+    def register(recorder: Recorder) -> None:
+        if file.design.binds:
+            start = 2 * recorders.index(recorder)
+            file.bind(pgoff_t(start), pgoff_t(start + 1), recorder, exclusive=True)
+        else:
+            file.register_notifier(recorder)
+
+    def calls(recorder: Recorder) -> list[int]:
+        unregister = partial(file.unregister_notifier, recorder)
+        return [cost_of(partial(register, recorder)), cost_of(lambda: file.notifier_count), cost_of(unregister)]
+
+    file.sequence()
+    first = calls(recorders[0])
+    for recorder in recorders[1:]:
+        register(recorder)
+    assert calls(recorders[0]) == [pytest.approx(cost, abs=50) for cost in first]
+    punch(file, 0, 2000)
+    assert calls(recorders[0]) == [pytest.approx(cost, abs=50) for cost in first]
+    for recorder in recorders[1:]:
+        file.unregister_notifier(recorder)
+    assert [len(recorder.heard) for recorder in recorders] == [0] + 500 * [2]
+    file.put()
 
 
 class NoVm:

@@ -154,7 +154,7 @@ class FileWithInclusiveEnds(RestrictedFile):
 
     def notifiers(self, start: pgoff_t, end: pgoff_t) -> Sequence[Notifier]:
         """Return those whose range, end included, meets this one, end included."""
-        return [r.notifier for r in self._registrations if start <= r.end and end >= r.start]
+        return [r.notifier for r in self.registrations() if start <= r.end and end >= r.start]
 
 
 class BindingsThatLeak(Bindings):  # type: ignore[misc] # a slip

@@ -398,7 +398,7 @@ class World:
             tuple(vcpu.state() for vcpu in self._vcpus),
             self.file._references,
             tuple(
-                (list(self._notifiers.values()).index(cast("SlotNotifier", r.notifier)), r.start, r.end) for r in self.file._registrations
+                (list(self._notifiers.values()).index(cast("SlotNotifier", r.notifier)), r.start, r.end) for r in self.file.registrations()
             ),
             tuple(slot.number for slot in self.vm.mmu.slots),
             tuple(_half_state(view.slot.memfd_half) for view in self.invariants.views),

@@ -1,8 +1,10 @@
 """A restricted file: what its owner may do to it, and who hears of it (mm/restrictedmem.c of v9 and v10)."""
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from errno import EFBIG, EINVAL, EOPNOTSUPP, EPERM
 from functools import partial
+from itertools import chain
 from typing import Final, NamedTuple, final
 
 from restrictedmem import sync
@@ -27,6 +29,8 @@ class Registration(NamedTuple):
     start: pgoff_t
     end: pgoff_t
     exclusive: bool
+    #: Grows with each registration of the file: what is newest.
+    number: int
 
 
 class RestrictedFile:
@@ -37,7 +41,11 @@ class RestrictedFile:
     """
 
     __slots__ = (
+        "_count",
+        "_exclusive",
+        "_last",
         "_mutex",
+        "_newest_first",
         "_notifiers",
         "_notifiers_sem",
         "_references",
@@ -65,8 +73,14 @@ class RestrictedFile:
         self.taking = sync.mutex()
         self._mutex = sync.mutex()
         self._notifiers_sem = sync.RwSem()
-        #: Changed with the semaphore held for writing and ``_mutex`` held.
-        self._registrations: tuple[Registration, ...] = ()
+        #: By id of the notifier, newest first, and how many in all; changed with the semaphore held for writing and ``_mutex`` held.
+        self._registrations: dict[int, tuple[Registration, ...]] = {}
+        self._count = 0
+        #: The exclusive bindings, which are all or none and do not overlap, as they lie in the file.
+        self._exclusive: list[tuple[pgoff_t, pgoff_t]] = []
+        self._last = 0
+        #: All of them and whose they are, for who walks them; None from a change to the next walk (``registrations``).
+        self._newest_first: tuple[Registration, ...] | None = ()
         self._notifiers: tuple[Notifier, ...] = ()
         self._sequence: InvalidationSequence | None = None
         self._references = 1
@@ -157,7 +171,7 @@ class RestrictedFile:
         """
         if self.design.binds:
             raise OSError(EINVAL, f"register_notifier: in the design {self.design} consumers bind ranges")
-        self._register(Registration(notifier, _WHOLE.start, _WHOLE.end, exclusive=False))
+        self._register(notifier, _WHOLE, exclusive=False)
 
     def bind(self, start: pgoff_t, end: pgoff_t, notifier: Notifier, *, exclusive: bool) -> None:
         """Add a notifier for a range of pages (``restrictedmem_bind`` of Sean Christopherson's series).
@@ -169,16 +183,19 @@ class RestrictedFile:
         """
         if not self.design.binds or not 0 <= start < end <= _WHOLE.end:
             raise OSError(EINVAL, f"bind: pages {start:#x} to {end:#x} in the design {self.design}")
-        self._register(Registration(notifier, start, end, exclusive))
+        self._register(notifier, PageRange(start, end), exclusive=exclusive)
 
-    def _register(self, new: Registration) -> None:
+    def _register(self, notifier: Notifier, span: PageRange, *, exclusive: bool) -> None:
         self._notifiers_sem.down_write()
         try:
             self.sequence()
-            for other in self._registrations if self.design.binds else ():
-                if other.exclusive is not new.exclusive or (new.exclusive and new.start < other.end and new.end > other.start):
-                    raise OSError(EINVAL, f"bind: pages {new.start:#x} to {new.end:#x} are bound, or others not exclusive alike")
-            self._set_registrations((new, *self._registrations))
+            # Of those that begin before this one's end, the last reaches farthest.
+            before = bisect_left(self._exclusive, (span.end, span.end))
+            if len(self._exclusive) != exclusive * self._count or (before and self._exclusive[before - 1][1] > span.start):
+                raise OSError(EINVAL, f"bind: pages {span.start:#x} to {span.end:#x} are bound, or others not exclusive alike")
+            self._last += 1
+            new = Registration(notifier, span.start, span.end, exclusive, self._last)
+            self._set_registrations(notifier, (new, *self._registrations.get(id(notifier), ())))
         finally:
             self._notifiers_sem.up_write()
 
@@ -206,9 +223,9 @@ class RestrictedFile:
         try:
             stay: list[Registration] = []
             going: list[PageRange] = []
-            for mine in self._registrations:
+            for mine in self._registrations.get(id(notifier), ()):
                 gone = span.clip(PageRange(mine.start, mine.end))
-                if mine.notifier is not notifier or not gone:
+                if not gone:
                     stay.append(mine)
                     continue
                 going.append(gone)
@@ -219,16 +236,35 @@ class RestrictedFile:
                     self.design.leave(self, notifier, gone)
             finally:
                 # Whatever became of the last words: a registration that stayed would keep the file from everybody else.
-                self._set_registrations(tuple(stay))
+                self._set_registrations(notifier, tuple(stay))
             return bool(going)
         finally:
             self._notifiers_sem.up_write()
 
-    def _set_registrations(self, registrations: tuple[Registration, ...]) -> None:
+    def _set_registrations(self, notifier: Notifier, registrations: tuple[Registration, ...]) -> None:
         # Preconditions: _notifiers_sem held for writing. The mutex keeps out who found nobody registered and does without the semaphore.
         with self._mutex:
-            self._registrations = registrations
-            self._notifiers = tuple(registration.notifier for registration in registrations)
+            before = self._registrations.pop(id(notifier), ())
+            for old in before if before and before[0].exclusive else ():
+                del self._exclusive[bisect_left(self._exclusive, (old.start, old.end))]
+            for new in registrations if registrations and registrations[0].exclusive else ():
+                insort(self._exclusive, (new.start, new.end))
+            if registrations:
+                self._registrations[id(notifier)] = registrations
+            self._count += len(registrations) - len(before)
+            # A walk makes these: thousands may come or go before the next one.
+            self._newest_first = None
+
+    def registrations(self) -> tuple[Registration, ...]:
+        """Return all registrations, newest first; under the semaphore."""
+        found = self._newest_first
+        if found is None:
+            # Two readers at once make the same. What is left of a binding that was cut has one number, and stays in order.
+            every = chain.from_iterable(self._registrations.values())
+            found = tuple(sorted(every, key=lambda registration: -registration.number))
+            self._notifiers = tuple(registration.notifier for registration in found)
+            self._newest_first = found
+        return found
 
     def renew(self) -> None:
         """Free every page, and drop the memfd and the sequence page: who kept a descriptor of either reaches nothing that comes after.
@@ -254,9 +290,10 @@ class RestrictedFile:
 
     def notifiers(self, start: pgoff_t, end: pgoff_t) -> Sequence[Notifier]:
         """Return those who are to hear of a range of pages, newest first; under the semaphore."""
+        every = self.registrations()
         if not self.design.binds:
             return self._notifiers
-        return [r.notifier for r in self._registrations if start < r.end and end > r.start]
+        return [r.notifier for r in every if start < r.end and end > r.start]
 
     def error_page(self, start: pgoff_t, end: pgoff_t) -> None:
         """Tell consumers that the machine has lost pages (``restrictedmem_error_page`` of v10, as it was meant); in v9 nobody is told."""
@@ -270,7 +307,7 @@ class RestrictedFile:
     @property
     def notifier_count(self) -> int:
         """How many registrations there are: consumers of the whole file, or bindings."""
-        return len(self._registrations)
+        return self._count
 
     def sequence(self) -> InvalidationSequence:
         """Return the page that fault paths check, made at the first call, and at the first one after ``renew``.
