@@ -1,11 +1,13 @@
 """The loop between /dev/fuse and the file system: who waits for whom, and for nobody else."""
 
 import os
+import select
+import signal
 import socket
-import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
+from errno import EIO, ENODEV, ENOMEM
 from typing import Self, final
 
 import pytest
@@ -15,6 +17,7 @@ from restrictedmem.abi.fuse import Opcode
 from restrictedmem.abi.memory import PUNCH
 from restrictedmem.fd import OwnedFd
 from restrictedmem.fs import filesystem as filesystem_module
+from restrictedmem.fs import server as server_module
 from restrictedmem.fs.filesystem import NAME, FileSystem, Request
 from restrictedmem.fs.server import MAX_THREADS, Server
 from restrictedmem.mm.restrictedmem import RestrictedFile
@@ -72,10 +75,9 @@ class Served:
         read = self.server._read
 
         def read_or_end() -> Request | None:
-            # The end of a socket reads as nothing, which is no FUSE header; /dev/fuse says ENODEV instead.
-            with suppress(struct.error):
-                return read()
-            return None
+            # The end of a socket reads as nothing; /dev/fuse says ENODEV instead.
+            request = read()
+            return request if request and request.unique else None
 
         self.server._read = read_or_end  # type: ignore[method-assign]
         self._thread = threading.Thread(target=self.server.run)
@@ -276,3 +278,86 @@ def test_a_reference_is_taken_while_memory_is(served: Served) -> None:
         taken.start()
         taken.join(PATIENCE)
         assert not taken.is_alive(), "waited 10 s for a reference"
+
+
+@pytest.mark.parametrize(("failure", "errno"), [(MemoryError, ENOMEM), (ValueError, EIO)])
+def test_what_a_request_fails_of_is_its_own(monkeypatch: pytest.MonkeyPatch, failure: type[Exception], errno: int) -> None:
+    def fail(*_: object) -> bytes:
+        raise failure
+
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    with Served() as served:
+        with monkeypatch.context() as patch:
+            patch.setattr(served.filesystem, "handle", fail)
+            # Nor does the log have any.
+            patch.setattr(server_module.log, "exception", no_memory)
+            assert served.ask(Opcode.GETATTR, body=bytes(16)) == errno
+        served.create()
+
+
+@pytest.mark.parametrize(("call", "done"), [("readv", False), ("readv", True), ("write", False)])
+def test_no_request_is_lost_while_memory_is_short(monkeypatch: pytest.MonkeyPatch, call: str, done: bool) -> None:
+    """Memory runs out before a call of the server's, or after it has read."""
+    real = getattr(os, call)
+    short = [3]
+
+    def scarce(fd: int, data: object) -> object:
+        if fd != device or not short[0]:
+            return real(fd, data)
+        short[0] -= 1
+        if done:
+            real(fd, data)
+        raise MemoryError
+
+    with Served() as served:
+        device = served.server._device
+        monkeypatch.setattr(os, call, scarce)
+        while short[0]:
+            served.create()
+        served.create()
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("failure", [OSError(EIO, "readv"), MemoryError(), ValueError()], ids=repr)
+def test_a_thread_that_cannot_go_on_ends_the_process(failure: Exception) -> None:
+    """Another thread reads, and the main one waits: /dev/fuse would stay open, with nobody who reads it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            _serve_until(failure)
+        finally:
+            os._exit(2)
+    with OwnedFd(os.pidfd_open(child)) as ended:
+        done, _, _ = select.select([ended], [], [], PATIENCE)
+    if not done:
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert done, "waited 10 s for the end of a process that cannot serve"
+    assert os.waitstatus_to_exitcode(status) == 1
+
+
+def _serve_until(failure: Exception) -> None:
+    def fail(*_: object) -> int:
+        raise failure
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    os.readv = fail
+    server = Server(OwnedFd(theirs.detach()), FileSystem("v10", max_files=10))
+    threading.Thread(target=server.run).start()
+    assert not ours.recv(1), "a word of a server that cannot read"
+    signal.pause()
+
+
+def test_only_enodev_ends_serving(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: object) -> int:
+        raise OSError(ENODEV, "readv")
+
+    monkeypatch.setattr(os, "readv", gone)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, OwnedFd(theirs.detach()) as device:
+        thread = threading.Thread(target=Server(device, FileSystem("v10", max_files=10)).run)
+        thread.start()
+        thread.join(PATIENCE)
+        assert not thread.is_alive(), "waited 10 s for the end of the mount"

@@ -8,10 +8,12 @@ something that enough threads wait for already is put off, without a thread, unt
 import logging
 import os
 import threading
+import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
-from errno import EINTR, EIO, ENODEV, ENOENT, ENOSYS, EOPNOTSUPP
-from typing import Final, final
+from errno import EINTR, EIO, ENODEV, ENOENT, ENOMEM, ENOSYS, EOPNOTSUPP
+from typing import Final, TypeVar, final
 
 from restrictedmem.abi import fuse, process
 from restrictedmem.fd import OwnedFd
@@ -25,13 +27,19 @@ MAX_THREADS: Final = 8
 _SPARE: Final = 8
 #: Nanoseconds. Requests are short, and their callers wait: they should not also wait for a guest's slice to end.
 _SLICE: Final = 100_000
+#: How often reading or a reply is tried while memory is short, and the seconds between two tries.
+_TRIES: Final = 100
+_PAUSE: Final = 0.01
 
 #: Larger ones are between parts of the kernel.
 _LAST_ERRNO: Final = 511
 
 _IN_SIZE: Final = fuse.IN_HEADER.size
 _OUT_SIZE: Final = fuse.OUT_HEADER.size
+_NOTHING: Final = bytes(_IN_SIZE)
 _BUFFER: Final = max(fuse.MIN_READ_BUFFER, 2 * os.sysconf("SC_PAGE_SIZE"))
+
+_T = TypeVar("_T")
 
 
 @final
@@ -41,6 +49,8 @@ class Server:
     def __init__(self, device: OwnedFd, filesystem: FileSystem) -> None:
         """Serve requests of ``device`` (an open /dev/fuse, which the caller keeps until ``run`` has returned)."""
         self._device = device.fileno()
+        #: The leader's.
+        self._buffer = bytearray(_BUFFER)
         self._filesystem = filesystem
         filesystem.before_waiting = self._step_aside
         self._leading = threading.Lock()
@@ -58,7 +68,7 @@ class Server:
         self._put_off: deque[tuple[int | None, Request]] = deque()
 
     def run(self) -> None:
-        """Serve until the mount is gone."""
+        """Serve until the mount is gone; a thread that fails otherwise ends the process."""
         self._serve(may_end=False)
 
     def _serve(self, *, may_end: bool) -> None:
@@ -69,11 +79,15 @@ class Server:
         try:
             while self._lead(me) and self._work_off(me, may_end=may_end):
                 pass
-        finally:
-            if self._leader == me:
-                self._gone = True
-                self._leader = 0
-                self._leading.release()
+        except BaseException:
+            with suppress(BaseException):
+                log.exception("a FUSE thread cannot go on")
+            # The device would stay open with nobody to read it: whoever waits for the mount would
+            # wait for ever. With the process they get ENOTCONN.
+            os._exit(1)
+        if self._leader == me:
+            self._leader = 0
+            self._leading.release()
 
     def _lead(self, me: int) -> bool:
         """Read and answer requests until one had to wait; false when the mount is gone."""
@@ -134,8 +148,9 @@ class Server:
     # Preconditions of these: _counts held.
 
     def _wait_for(self, me: int, what: int | None) -> None:
-        self._waiting[what] = self._waiting.get(what, 0) + 1
+        # Counted last: that needs no memory to be taken back.
         self._waits[me] = what
+        self._waiting[what] = self._waiting.get(what, 0) + 1
 
     def _waited(self, me: int) -> None:
         what = self._waits.pop(me)
@@ -147,15 +162,16 @@ class Server:
         """Start one more thread; false when there cannot be one."""
         try:
             threading.Thread(target=self._serve, kwargs={"may_end": True}, name="fuse", daemon=True).start()
-        except RuntimeError:
+        except (RuntimeError, MemoryError):
             return False
         self._idle += 1
         return True
 
     def _read(self) -> Request | None:
+        self._buffer[:_IN_SIZE] = _NOTHING
         while True:
             try:
-                data = os.read(self._device, _BUFFER)
+                return _patiently(self._read_one)
             except OSError as error:
                 # ENOENT: the request was interrupted before it was read. ENODEV: the mount is gone.
                 if error.errno in (ENOENT, EINTR):
@@ -163,8 +179,13 @@ class Server:
                 if error.errno == ENODEV:
                     return None
                 raise
-            _, opcode, unique, nodeid, uid, gid, _, _, _ = fuse.IN_HEADER.unpack_from(data)
-            return Request(opcode, unique, nodeid, uid, gid, data[_IN_SIZE:])
+
+    def _read_one(self) -> Request:
+        # What had been read when memory ran out is still there.
+        if not fuse.IN_HEADER.unpack_from(self._buffer)[0]:
+            os.readv(self._device, (self._buffer,))
+        size, opcode, unique, nodeid, uid, gid, _, _, _ = fuse.IN_HEADER.unpack_from(self._buffer)
+        return Request(opcode, unique, nodeid, uid, gid, bytes(self._buffer[_IN_SIZE:size]))
 
     def _answer(self, request: Request) -> None:
         error = 0
@@ -173,19 +194,24 @@ class Server:
             body = self._filesystem.handle(request)
         except OSError as failure:
             error = self._number(request, failure)
-        except Exception:
+        except MemoryError:
+            error = ENOMEM
+        except Exception:  # noqa: BLE001  logged in a function of its own
             # A bug must not hang the caller: it gets EIO, and the log has the rest.
-            log.exception("FUSE opcode %d on node %d", request.opcode, request.nodeid)
+            _log_failure("FUSE opcode %d on node %d", request)
             error = EIO
         if body is None or self._gone:
             return
+        _patiently(lambda: self._reply(request, error, body))
+
+    def _reply(self, request: Request, error: int, body: bytes) -> None:
         reply = fuse.OUT_HEADER.pack(_OUT_SIZE + len(body), -error, request.unique) + body
         try:
             os.write(self._device, reply)
         except OSError as failure:
             # ENOENT: the caller was killed meanwhile; ENODEV: the mount is gone, which the next read says too.
             if failure.errno not in (ENOENT, ENODEV):
-                log.exception("the reply to FUSE opcode %d", request.opcode)
+                _log_failure("the reply to FUSE opcode %d on node %d", request)
 
     def _number(self, request: Request, failure: OSError) -> int:
         """Return the errno that the kernel is told.
@@ -202,3 +228,19 @@ class Server:
 def _most(what: int | None) -> int:
     """Return how many threads may wait for a consumer, or for memory."""
     return MAX_THREADS if what is None else 1
+
+
+def _patiently(act: Callable[[], _T]) -> _T:
+    """Do something again while memory is short; the last MemoryError is raised."""
+    for _ in range(_TRIES - 1):
+        try:
+            return act()
+        except MemoryError:
+            time.sleep(_PAUSE)
+    return act()
+
+
+def _log_failure(words: str, request: Request) -> None:
+    # The caller gets its answer whatever becomes of the log.
+    with suppress(Exception):
+        log.exception(words, request.opcode, request.nodeid)
