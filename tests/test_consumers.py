@@ -724,7 +724,7 @@ def test_a_malformed_answer_ends_who_gave_it(name: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(service_consumer, "refuse_fds", lambda _: None)
     call, answer, with_descriptor, wrong = _ANSWERS[name]
     failures: list[str] = []
-    consumer = service_consumer.Consumer("third", 7, 5.0, lambda _, reason: failures.append(reason))
+    consumer = service_consumer.Consumer("third", 7, 5.0, lambda consumer, reason: failures.append(reason))
     binding = service_consumer.Binding(consumer, 1, 1, None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     start, end = pgoff_t(0), pgoff_t(8)
     asking: dict[Call, Callable[[], object]] = {

@@ -50,6 +50,13 @@ def test_a_table_that_is_full() -> None:
     assert said(code) == [3, 4, 5, -EMFILE, -EMFILE]
 
 
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_a_program_without_standard_descriptors(closed: str) -> None:
+    code = PRELUDE + "sys.exit(call(0) < 0)"
+    shell = ["sh", "-c", f'exec "$@" {closed}', "sh", *EXEC, "--", sys.executable, "-c", code]
+    assert subprocess.run(shell, check=False, timeout=60).returncode == 0
+
+
 def test_doctor_says_where_the_call_is_present() -> None:
     doctor = [sys.executable, "-m", "restrictedmem", "doctor", "--json"]
     states: list[str] = []

@@ -137,6 +137,17 @@ def test_an_owner_may_ignore_its_children() -> None:
     service.close()
 
 
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)], ids=repr)
+def test_an_owner_may_have_closed_its_standard_descriptors(closed: tuple[int, ...]) -> None:
+    def start() -> bool:
+        for fd in closed:
+            os.close(fd)
+        with Service.start() as service:
+            return works(service.memfd_restricted())
+
+    assert in_fork(start)() is True
+
+
 # When it ends.
 
 

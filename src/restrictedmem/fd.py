@@ -1,6 +1,7 @@
 """Owned file descriptors, and descriptors in the ancillary data of a socket."""
 
 import array
+import fcntl
 import os
 import socket
 import struct
@@ -169,6 +170,15 @@ def receive_with_fds(sock: socket.socket, size: int, max_fds: int = 4, flags: in
         close_all(fds)
         raise OSError(EMSGSIZE, "recvmsg: message or descriptors cut off")
     return data, fds
+
+
+def above_standard(fd: int) -> OwnedFd:
+    """Return a duplicate that standard descriptors cannot take the place of, as they do where they were closed before.
+
+    Raises:
+        OSError: EMFILE.
+    """
+    return OwnedFd(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3))
 
 
 def close_all(fds: Sequence[OwnedFd]) -> None:

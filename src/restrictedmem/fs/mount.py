@@ -15,7 +15,7 @@ from errno import EIO, ENOENT, EPERM
 from typing import Final
 
 from restrictedmem.abi import mount
-from restrictedmem.fd import OwnedFd, receive_with_fds
+from restrictedmem.fd import OwnedFd, above_standard, receive_with_fds
 
 DEVICE: Final = "/dev/fuse"
 _ATTRIBUTES: Final = mount.MOUNT_ATTR_NOSUID | mount.MOUNT_ATTR_NODEV | mount.MOUNT_ATTR_NOEXEC
@@ -93,17 +93,18 @@ def mount_fusermount() -> tuple[OwnedFd, OwnedFd]:
 
 def _fusermount(helper: str, point: str) -> OwnedFd:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    with ours, theirs:
+    with ours, above_standard(theirs.fileno()) as passed:
+        theirs.close()
         options = "nosuid,nodev,noexec,fsname=restrictedmem,subtype=restrictedmem"
         done = subprocess.run(
             [helper, "-o", options, "--", point],
             check=False,
             capture_output=True,
             text=True,
-            pass_fds=[theirs.fileno()],
-            env={"_FUSE_COMMFD": str(theirs.fileno()), "PATH": os.defpath},
+            pass_fds=[passed.fileno()],
+            env={"_FUSE_COMMFD": str(passed.fileno()), "PATH": os.defpath},
         )
-        theirs.close()
+        passed.close()
         if done.returncode:
             raise OSError(EPERM, f"fusermount3: {done.stderr.strip() or 'refused'}")
         _, fds = receive_with_fds(ours, array.array("i").itemsize, 1)

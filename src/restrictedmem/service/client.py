@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from errno import ECONNRESET, EINVAL, ENOENT, ENOTCONN, EPROTO, ETIMEDOUT
 from pathlib import Path
 from typing import Any, Final, Self, final
@@ -17,7 +17,7 @@ from weakref import WeakSet
 
 from restrictedmem import sync
 from restrictedmem.abi.memory import RMFD_HUGEPAGE
-from restrictedmem.fd import OwnedFd, receive_with_fds
+from restrictedmem.fd import OwnedFd, above_standard, receive_with_fds
 from restrictedmem.fs.filesystem import HUGEPAGE_MODE, NAME, PROVE
 from restrictedmem.patience import Patience
 from restrictedmem.service import SERVER_VARIABLE, wire
@@ -261,14 +261,17 @@ def start_process(
     Isolated, so that neither PYTHON* variables nor the current directory choose what a trusted process imports.
     """
     debug = {name: os.environ[name] for name in ("RESTRICTEDMEM_DEBUG",) if name in os.environ}
-    return subprocess.Popen(
-        [sys.executable, "-I", "-c", _START, PACKAGE_ROOT, str(theirs.fileno()), options.dump()],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=None if debug else subprocess.DEVNULL,
-        pass_fds=[theirs.fileno(), *inherited],
-        env={"PATH": os.environ.get("PATH", os.defpath), **debug},
-    )
+    # Where the owner has closed standard descriptors, theirs may be one of those; /dev/null takes its place.
+    with ExitStack() as stack:
+        first, *others = [stack.enter_context(above_standard(fd)) for fd in (theirs.fileno(), *inherited)]
+        return subprocess.Popen(
+            [sys.executable, "-I", "-c", _START, PACKAGE_ROOT, str(first.fileno()), options.dump()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=None if debug else subprocess.DEVNULL,
+            pass_fds=[first.fileno(), *(fd.fileno() for fd in others)],
+            env={"PATH": os.environ.get("PATH", os.defpath), **debug},
+        )
 
 
 def _receive_ready(first: socket.socket) -> tuple[bytes, list[OwnedFd]]:

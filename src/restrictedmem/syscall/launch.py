@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from restrictedmem.abi import process, seccomp
 from restrictedmem.abi.memory import SYS_memfd_restricted, memfd_restricted
-from restrictedmem.fd import receive_with_fds, refuse_fds, send_with_fds
+from restrictedmem.fd import above_standard, receive_with_fds, refuse_fds, send_with_fds
 from restrictedmem.service import SERVER_VARIABLE
 from restrictedmem.syscall.child import close_others
 from restrictedmem.syscall.filter import TABLES, program
@@ -124,6 +124,8 @@ def _supervise(channel: socket.socket, door: socket.socket, machine: str, call: 
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP):
         signal.signal(number, signal.SIG_IGN)
     process.set_name("rmem-supervisor")
+    # The program may have closed its standard descriptors; these are not to be in their place.
+    channel, door = (socket.socket(fileno=above_standard(sock.fileno()).detach()) for sock in (channel, door))
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
