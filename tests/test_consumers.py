@@ -721,7 +721,10 @@ _ANSWERS: dict[str, tuple[Call, bytes, bool, str]] = {
 @pytest.mark.parametrize("name", _ANSWERS)
 def test_a_malformed_answer_ends_who_gave_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # As on a kernel that cannot refuse descriptors to the sender.
-    monkeypatch.setattr(service_consumer, "refuse_fds", lambda _: None)
+    def let_through(_: socket.socket) -> None:
+        """Refuse nothing."""
+
+    monkeypatch.setattr(service_consumer, "refuse_fds", let_through)
     call, answer, with_descriptor, wrong = _ANSWERS[name]
     failures: list[str] = []
     consumer = service_consumer.Consumer("third", 7, 5.0, lambda consumer, reason: failures.append(reason))
