@@ -1,5 +1,6 @@
 """``restrictedmem serve``: services under another uid for owners who are not trusted even while one starts."""
 
+import fcntl
 import os
 import re
 import select
@@ -10,7 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from errno import EACCES, EINVAL, ENOTCONN, EPERM
 from pathlib import Path
 from typing import Any, final
@@ -23,6 +24,8 @@ from outcomes import Errno, outcome
 from processes import PATIENCE, Process, exists, family, process, wait_gone
 from restrictedmem import guests
 from restrictedmem.abi import memory
+from restrictedmem.cli.said import Said
+from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm import elf, exits, guest_abi
 from restrictedmem.kvm.vmm import Vmm
 from restrictedmem.service import SERVER_VARIABLE, client
@@ -223,6 +226,48 @@ def test_it_ends_cleanly_and_its_services_go_on(place: str, number: signal.Signa
         assert not os.path.exists(place)
         os.posix_fallocate(fd, 0, PAGE)
         assert all(map(exists, family(service)))
+
+
+def _fill(pipe: int) -> None:
+    """Write into a pipe, any end of it, what there is room for."""
+    with OwnedFd(os.open(f"/proc/self/fd/{pipe}", os.O_WRONLY | os.O_NONBLOCK)) as writer, suppress(BlockingIOError):
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PAGE)
+        while True:
+            os.write(writer.fileno(), b"\n")
+
+
+def test_who_does_not_read_what_it_says_holds_up_nobody(place: str) -> None:
+    server = Server("--user", SERVICE_USER, socket_path=place)
+    try:
+        assert server.process.stderr is not None
+        _fill(server.process.stderr.fileno())
+        for _ in range(2):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+                sock.settimeout(PATIENCE)
+                sock.connect(place)
+                assert sock.recv(1), "no service"
+        assert server.stop() == 0
+    finally:
+        server.process.kill()
+
+
+def test_lines_that_nobody_reads_are_dropped_which_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    with open(reader, encoding="ascii") as lines, open(writer, "w", encoding="ascii") as stderr:
+        _fill(reader)
+        monkeypatch.setattr(sys, "__stderr__", stderr)
+        say = Said()
+        for number in range(1000):
+            say(f"line {number}")
+        numbers = [line for line in (lines.readline() for _ in range(PAGE + 256)) if line != "\n"]
+        say.flush(PATIENCE)
+        say("the last")
+        rest = iter(lines.readline, "the last\n")
+        said = numbers + list(rest)
+    assert said[:256] == [f"line {number}\n" for number in range(256)]
+    dropped = re.fullmatch("([0-9]+) lines were dropped: nobody read them\n", said[-1])
+    assert dropped
+    assert len(said) - 1 + int(dropped[1]) == 1000
 
 
 def test_a_stale_socket_is_replaced(place: str) -> None:

@@ -7,11 +7,11 @@ import re
 import signal
 import socket
 import sys
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from restrictedmem.cli import values
 from restrictedmem.cli.errors import CommandError
+from restrictedmem.cli.said import Said
 from restrictedmem.mm import design
 from restrictedmem.mm.backing import KINDS, make_backing
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 #: Services of one uid.
 _PLACES = 64
+#: Seconds for the reader of stderr at the end.
+_LAST_WORDS = 1.0
 _MOST_MODE = 0o777
 _KEY_HINT = "make one: umask 077; openssl genpkey -algorithm ed25519 -out FILE"
 
@@ -96,20 +98,16 @@ def main(args: argparse.Namespace) -> int:
     )
     _check(options)
     process.raise_fd_limit()
+    say = Said()
     stop = _stop_at(signal.SIGINT, signal.SIGTERM)
     with listen(args.socket, args.mode) as (listener, dangers):
         for danger in dangers:
-            _say(f"warning: {danger}, who can put another socket in the place of this one")
-        server = Server(listener, options, args.max_per_user, _say)
-        _say(f"listening on {args.socket}")
+            say(f"warning: {danger}, who can put another socket in the place of this one")
+        server = Server(listener, options, args.max_per_user, say)
+        say(f"listening on {args.socket}")
         server.run(stop.fileno())
+    say.flush(_LAST_WORDS)
     return 0
-
-
-def _say(line: str) -> None:
-    # Whoever read this may be gone; clients are not.
-    with suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
 
 
 def _do_nothing(*_: object) -> None:
