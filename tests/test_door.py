@@ -6,17 +6,20 @@ import socket
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from errno import EACCES, ENOTCONN, EPROTO
+from errno import EACCES, EMFILE, ENOTCONN, EPROTO
 from functools import partial
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from field import knock, works
-from outcomes import Errno, outcome
+from outcomes import Errno, in_child, outcome
 from processes import descriptors, wait_until
-from restrictedmem.fd import receive_without_fds, send_with_fds
+from restrictedmem.fd import OwnedFd, receive_without_fds, send_with_fds
 from restrictedmem.service import wire
 from restrictedmem.service.client import Service, address
+from restrictedmem.service.door import Connection, Door
 from restrictedmem.service.wire import Call, Channel
 from users import as_user
 
@@ -97,6 +100,61 @@ def test_a_service_without_free_descriptors_turns_away_and_goes_on(service: Serv
         answers = [outcome(partial(channel.call, wire.CONNECT, key)) for channel in channels]
         assert answers.count(Errno(ENOTCONN)) >= 7
     resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+    assert works(service)
+
+
+def test_a_newcomer_for_whom_nothing_is_left_is_no_reason_to_spin() -> None:
+    """Another thread has taken the number that was kept to turn newcomers away."""
+
+    def body() -> tuple[object, object]:
+        door = Door(1)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.connect("\0" + door.name)
+            # The lowest number is taken first: no hole is left below the last.
+            while (last := os.open(os.devnull, os.O_RDONLY)) < 100:
+                pass
+            resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1, last + 1))
+            spare = door._spare
+            door._spare = cast(OwnedFd, SimpleNamespace(close=lambda: None))
+            first = outcome(door.accept)
+            spare.close()
+            return first, isinstance(door.accept(), Connection)
+
+    assert in_child(body) == repr((Errno(EMFILE), True))
+
+
+def test_so_many_connections_have_the_key() -> None:
+    door = Door(1)
+    made: list[Connection] = []
+    with ExitStack() as stack:
+        for _ in range(2):
+            sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            sock.connect("\0" + door.name)
+            connection = door.accept()
+            assert connection is not None
+            stack.enter_context(closing(connection.channel))
+            made.append(connection)
+        assert door.admit(made[0], door.key)
+        assert outcome(partial(door.admit, made[1], door.key)) == Errno(EMFILE)
+        door.forget(made[0])
+        assert door.admit(made[1], door.key)
+    door.listener.close()
+    door._spare.close()
+
+
+@pytest.mark.requires("root")
+def test_a_paused_door_opens_again(service: Service) -> None:
+    """Descriptors are gone for a moment, the spare one too."""
+    assert works(service)
+    pid = service.info["pid"]
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    # Below what is in use: not even a spare one helps.
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, before[1]))
+    late = knock(service)
+    wait_until(lambda: outcome(service.status) != Errno(ENOTCONN), "the service to go on")
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+    with closing(late):
+        late.call(wire.CONNECT, bytes.fromhex(service.info["key"]))
     assert works(service)
 
 

@@ -15,6 +15,7 @@ import signal
 import socket
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -46,8 +47,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Descriptors that the service keeps free for sockets and sequence pages.
+#: Descriptors that the service keeps free for sockets and sequence pages: so many, or a quarter of all.
 _SPARE_FDS: Final = 256
+#: Seconds until a newcomer is asked in again for whom there is no descriptor.
+_PAUSE: Final = 0.1
 #: Seconds that a consumer's process may take to end after its owner has let go of it, and how they are waited.
 _LINGER: Final = 0.2
 _LINGER_SLICES: Final = 4
@@ -70,8 +73,7 @@ def run(owner: Channel, spawner: Channel, options: "Options", origin: "Origin") 
         drop_privileges(options.become, keep=0)
         # Another uid has reset it.
         process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
-        max_files = process.raise_fd_limit() - _SPARE_FDS
-        service = Service(spawner, options, origin, way, signer, max_files)
+        service = Service(spawner, options, origin, way, signer, process.raise_fd_limit())
         sealing.seal()
         service.wait_loaded()
         # This process has threads, and /dev/fuse.
@@ -146,15 +148,16 @@ class Service:
         origin: "Origin",
         way: Way,
         signer: Signer,
-        max_files: int,
+        most_fds: int,
     ) -> None:
+        spare = max(_SPARE_FDS, most_fds // 4)
         self._usage = Usage() if options.usage else None
         self._tokens = Tokens()
         self.filesystem = FileSystem(
             options.design or options.api,
             backing=options.backing,
             memory_max=options.memory_max,
-            max_files=max_files,
+            max_files=most_fds - spare,
             prove=self._tokens.prove,
             usage=self._usage,
         )
@@ -171,7 +174,9 @@ class Service:
         self._spawns: deque[_Spawn] = deque()
         self._last_error = ""
         self._idle = threading.Condition(sync.mutex())
-        self._door = Door()
+        # Half of them for owners' connections, the rest for what consumers need.
+        self._door = Door(spare // 2)
+        self._paused_until: float | None = None
         self._watch(self._door.listener, self._accept)
         self._watch(spawner, self._forked)
 
@@ -196,7 +201,7 @@ class Service:
     def run(self) -> None:
         """Serve every connection, one request at a time."""
         while True:
-            for key, _ in self._selector.select():
+            for key, _ in self._selector.select(self._pause()):
                 ready: Callable[[], None] = key.data
                 try:
                     ready()
@@ -204,6 +209,17 @@ class Service:
                     # One connection's trouble stays its own.
                     log.exception("control")
                     self._last_error = f"{type(error).__name__}: {error}"
+
+    def _pause(self) -> float | None:
+        """Return for how long newcomers are left waiting; they are asked in again when that is over."""
+        if self._paused_until is None:
+            return None
+        left = self._paused_until - time.monotonic()
+        if left > 0:
+            return left
+        self._paused_until = None
+        self._watch(self._door.listener, self._accept)
+        return None
 
     def wait_idle(self) -> None:
         """Wait until no consumer is left."""
@@ -243,7 +259,12 @@ class Service:
     # Connections.
 
     def _accept(self) -> None:
-        connection = self._door.accept()
+        try:
+            connection = self._door.accept()
+        except OSError:
+            self._selector.unregister(self._door.listener)
+            self._paused_until = time.monotonic() + _PAUSE
+            return
         if connection is None:
             return
         dispatch, end = partial(self._dispatch, connection), partial(self._end, connection)

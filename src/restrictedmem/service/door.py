@@ -47,7 +47,10 @@ class Connection:
 class Door:
     """The listening socket, for the control thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        """Listen; ``most`` connections may have shown the key at once."""
+        self._most = most
+        self._inside = 0
         self.key = secrets.token_bytes(KEY_BYTES)
         self.name = NAME.format(pid=os.getpid(), word=secrets.token_hex(8))
         kind = socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
@@ -60,12 +63,17 @@ class Door:
         self._spare = _spare()
 
     def accept(self) -> Connection | None:
-        """Take a connection, if there is one to be had."""
+        """Take a connection, if there is one to be had.
+
+        Raises:
+            OSError: EMFILE, ENFILE when it could not even be turned away: it waits, and whoever asks
+                again at once asks for ever.
+        """
         try:
             sock, _ = self.listener.accept()
         except OSError as error:
-            if error.errno in (EMFILE, ENFILE):
-                self._turn_away()
+            if error.errno in (EMFILE, ENFILE) and not self._turn_away():
+                raise
             return None
         sock.setblocking(True)
         _, uid, _ = peer_credentials(sock)
@@ -73,16 +81,19 @@ class Door:
         self._outside.append(connection)
         return connection
 
-    def _turn_away(self) -> None:
-        """Close the connection that comes next, for which no descriptor is left.
+    def _turn_away(self) -> bool:
+        """Close the connection that comes next, for which no descriptor is left; false when that cannot be done now.
 
-        It would wait for ever otherwise, and the listener would be ready for ever.
+        The number that is kept for that may be lost: another thread is faster.
         """
+        done = False
         self._spare.close()
         with suppress(OSError):
             bury(self.listener.accept()[0])
+            done = True
         with suppress(OSError):
             self._spare = _spare()
+        return done
 
     def surplus(self, uid: int) -> Connection | None:
         """Return the connection that has to go, now that a user has one more."""
@@ -92,16 +103,25 @@ class Door:
         return self._outside[0] if len(self._outside) > _MOST else None
 
     def admit(self, connection: Connection, key: bytes) -> bool:
-        """Make a connection an owner's if it shows the key."""
+        """Make a connection an owner's if it shows the key.
+
+        Raises:
+            OSError: EMFILE while there are too many: pages need descriptors, too.
+        """
         if not secrets.compare_digest(key, self.key):
             return False
+        if self._inside >= self._most:
+            raise OSError(EMFILE, f"this service has {self._most} connections")
         self.forget(connection)
+        self._inside += 1
         connection.owner = True
         return True
 
     def forget(self, connection: Connection) -> None:
         """Note that a connection has ended."""
-        if not connection.owner:
+        if connection.owner:
+            self._inside -= 1
+        else:
             self._outside.remove(connection)
 
 
