@@ -377,7 +377,8 @@ def test_no_mount_point_anywhere(service: Service) -> None:
 
 _HOLDS = {
     "rmem-spawner": r"/dev/null|socket:\[\d+\]|anon_inode:\[(pidfd|eventpoll)\]|pidfd:.*",
-    "rmem-service": r"/dev/null|/dev/fuse|socket:\[\d+\]|anon_inode:\[eventpoll\]|/memfd:restrictedmem(-sequence)? \(deleted\)",
+    "rmem-service": r"/dev/null|/dev/fuse|anon_inode:\[(eventpoll|pidfd)\]|pidfd:.*|socket:\[\d+\]"
+    r"|/memfd:restrictedmem(-sequence)? \(deleted\)",
     "rmem-kvm": r"/dev/null|socket:\[\d+\]|anon_inode:(\[eventpoll\]|.?kvm-.*)|"
     r"/memfd:(restrictedmem|restrictedmem-sequence|shared-window) \(deleted\)",
 }

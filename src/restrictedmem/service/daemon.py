@@ -200,15 +200,21 @@ class Service:
 
     def run(self) -> None:
         """Serve every connection, one request at a time."""
-        while True:
-            for key, _ in self._selector.select(self._pause()):
-                ready: Callable[[], None] = key.data
-                try:
-                    ready()
-                except Exception as error:
-                    # One connection's trouble stays its own.
-                    log.exception("control")
-                    self._last_error = f"{type(error).__name__}: {error}"
+        try:
+            while True:
+                for key, _ in self._selector.select(self._pause()):
+                    self._do(key.data)
+        finally:
+            # For want of memory, say. Whoever asks would wait for ever.
+            os._exit(1)
+
+    def _do(self, ready: Callable[[], None]) -> None:
+        try:
+            ready()
+        except Exception as error:
+            # One connection's trouble stays its own.
+            log.exception("control")
+            self._last_error = f"{type(error).__name__}: {error}"
 
     def _pause(self) -> float | None:
         """Return for how long newcomers are left waiting; they are asked in again when that is over."""
