@@ -33,9 +33,10 @@ from restrictedmem.fs.mounter import mount_first
 from restrictedmem.fs.server import Server
 from restrictedmem.fs.usage import Usage
 from restrictedmem.mm.restrictedmem import RestrictedFile
-from restrictedmem.service import program, sealing, signing, wire
+from restrictedmem.service import program, sealing, signing, status, wire
 from restrictedmem.service.consumer import Consumer
 from restrictedmem.service.door import Connection, Door
+from restrictedmem.service.privileges import drop_privileges
 from restrictedmem.service.program import Programs
 from restrictedmem.service.signing import Signer
 from restrictedmem.service.tokens import Tokens
@@ -97,21 +98,6 @@ def run(owner: Channel, spawner: Channel, options: "Options", origin: "Origin") 
     with device:
         Server(device, service.filesystem).run()
         service.wait_idle()
-
-
-def drop_privileges(become: tuple[int, int] | None, keep: int) -> None:
-    """Become another user when asked, give up every capability that is not in the mask ``keep``, and gain none by exec."""
-    kept = process.effective_capabilities() & keep
-    if become is not None:
-        uid, gid = become
-        process.prctl(process.PR_SET_KEEPCAPS, 1)
-        os.setgroups([])
-        os.setresgid(gid, gid, gid)
-        os.setresuid(uid, uid, uid)
-        # Another uid resets it (to fs.suid_dumpable).
-        process.prctl(process.PR_SET_DUMPABLE, 0)
-    process.set_capabilities(kept)
-    process.prctl(process.PR_SET_NO_NEW_PRIVS, 1)
 
 
 def _unpack(message: Message, layout: struct.Struct) -> tuple[Any, ...]:
@@ -522,28 +508,6 @@ class Service:
         connection.channel.reply(wire.NUMBER.pack(len(text)) + piece)
 
     def _status(self) -> dict[str, object]:
-        # They may be closed while we look.
-        held = {ino: file for ino, file in self.filesystem.files().items() if file.get_unless_zero()}
-        try:
-            files = [
-                {"ino": ino, "size": file.size, "resident": file.backing.resident(), "notifiers": file.notifier_count}
-                for ino, file in held.items()
-            ]
-            usage = None if self._usage is None else self._usage.report(list(held.values()))
-        finally:
-            for file in held.values():
-                file.put()
-        consumers = [
-            {
-                "name": consumer.name,
-                "number": consumer.number,
-                "files": sorted(binding.ino for binding in consumer.all_bindings()),
-                "invalidations": consumer.invalidations,
-                "in_progress": consumer.in_progress,
-                "report": consumer.report,
-            }
-            for consumer in self._all_consumers()
-        ]
         return {
             "pid": os.getpid(),
             "owner_pid": self._origin.pid,
@@ -552,8 +516,7 @@ class Service:
             "way": self._way.value,
             "memory_max": self._options.memory_max,
             "signing_key": self.signing_key(),
-            "descriptors": files,
-            "usage": usage,
-            "consumers": consumers,
+            **status.of_files(self.filesystem, self._usage),
+            "consumers": [status.of_consumer(consumer) for consumer in self._all_consumers()],
             "last_error": self._last_error,
         }

@@ -18,6 +18,7 @@ from restrictedmem.abi import process
 from restrictedmem.burial import bury
 from restrictedmem.fd import OwnedFd, close_all
 from restrictedmem.service import daemon, sealing, wire
+from restrictedmem.service.privileges import drop_privileges
 from restrictedmem.service.program import Programs, Serve
 from restrictedmem.service.wire import Channel, Message
 
@@ -39,7 +40,7 @@ def run(owner: Channel, options: "Options", origin: "Origin") -> NoReturn:
     _drop_stdio()
     programs = Programs(options.consumers)
     programs.load(devices=options.become is not None)
-    daemon.drop_privileges(options.become, keep=1 << process.CAP_IPC_LOCK)
+    drop_privileges(options.become, keep=1 << process.CAP_IPC_LOCK)
     process.raise_fd_limit()
     # What a consumer leaves is this process's to count.
     process.prctl(process.PR_SET_CHILD_SUBREAPER, 1)

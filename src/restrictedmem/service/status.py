@@ -1,0 +1,38 @@
+"""What a service says of itself (STATUS): its files and its consumers, for ``ps``."""
+
+from restrictedmem.fs.filesystem import FileSystem
+from restrictedmem.fs.usage import Usage
+from restrictedmem.service.consumer import Consumer
+
+
+def of_files(filesystem: FileSystem, usage: Usage | None) -> dict[str, object]:
+    """Return the descriptors that there are, and what owners did with them if that is counted."""
+    # They may be closed while we look.
+    held = {ino: file for ino, file in filesystem.files().items() if file.get_unless_zero()}
+    try:
+        files = [
+            {
+                "ino": ino,
+                "size": file.size,
+                "resident": file.backing.resident(),
+                "notifiers": file.notifier_count,
+            }
+            for ino, file in held.items()
+        ]
+        used = None if usage is None else usage.report(list(held.values()))
+    finally:
+        for file in held.values():
+            file.put()
+    return {"descriptors": files, "usage": used}
+
+
+def of_consumer(consumer: Consumer) -> dict[str, object]:
+    """Return a consumer's bindings and numbers, and its own report."""
+    return {
+        "name": consumer.name,
+        "number": consumer.number,
+        "files": sorted(binding.ino for binding in consumer.all_bindings()),
+        "invalidations": consumer.invalidations,
+        "in_progress": consumer.in_progress,
+        "report": consumer.report,
+    }
