@@ -245,7 +245,7 @@ ATTRIBUTES = [
     row("fstat by O_PATH after the last close", do.after_close, (PAGE, 0), key="path-after-close", memfd=(PAGE, 1)),
     row("fstatfs", do.statfs, ("0x5245534d", PAGE, 255), key="statfs", here=("0x65735546", PAGE, 255), secret=("0x5345434d", PAGE, 255)),
     row("fchmod", do.chmod, "-rw-r-----", memfd=SAME, gmem=Errno(EINVAL)),
-    row("fchown", do.chown, (12, 34), memfd=SAME, gmem=Errno(EINVAL)),
+    row("fchown", do.chown, (0, 0), memfd=SAME, gmem=Errno(EINVAL)),
     row("futimens", do.utimens, (1_000_000_001, 2_000_000_002), memfd=SAME, gmem=Errno(EINVAL)),
     row("flistxattr", do.listxattr, 0, key="listxattr", here=Errno(EOPNOTSUPP), secret=SAME),
     row("fsetxattr", do.setxattr, Errno(EOPNOTSUPP), all_same=True),

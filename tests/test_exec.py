@@ -92,7 +92,8 @@ def test_a_wrong_command_line(options: list[str], message: str) -> None:
 # cachestat, whose number it is.
 
 CACHESTAT = """
-fd = os.open(sys.executable, os.O_RDONLY)
+fd = os.memfd_create("one's own", 0)
+os.write(fd, bytes(1 << 20))
 span, result = (ctypes.c_uint64 * 2)(0, 0), (ctypes.c_uint64 * 6)(*[7] * 6)
 at, to = ctypes.addressof(span), ctypes.addressof(result)
 """

@@ -123,6 +123,7 @@ def test_a_malformed_message_is_answered_and_ends_the_connection(service: Servic
     wait_gone([engine])
 
 
+@pytest.mark.requires("root")
 def test_no_descriptor_of_any_message_stays(service: Service) -> None:
     with Vm(service, engine="software") as vm:
         engine = int(vm.statistics()["pid"])
@@ -155,6 +156,7 @@ def test_messages_sent_at_once_are_answered_in_turn(vm: Vm) -> None:
         os.close(end)
 
 
+@pytest.mark.requires("root")
 def test_a_message_while_the_vcpu_runs_ends_the_connection(service: Service, vm: Vm) -> None:
     with started(service, vm, SPIN) as vcpu:
         sock = vcpu._channel.sock
@@ -212,6 +214,7 @@ def test_an_engine_ends_whose_socket_holds_its_own_peer() -> None:
     wait_gone(every)
 
 
+@pytest.mark.requires("root")
 def test_the_checker_holds_one_socket_and_ends_with_its_engine(service: Service) -> None:
     with Vm(service, engine="software") as vm:
         pid = checker_of(vm)
