@@ -31,7 +31,8 @@ class Allocator(Protocol):
         The truth only while nobody punches; who takes pages checks for that afterwards (``Pages``).
 
         Raises:
-            OSError: ENOENT for a page that is missing; ENOTTY, ENOSYS, EPERM where the kernel does not tell (docs/folios.md).
+            OSError: ENOENT for a page that is missing; EACCES, ENOSYS, ENOTTY, EPERM where the kernel does not tell
+                (docs/folios.md).
         """
         ...
 

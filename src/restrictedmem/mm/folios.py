@@ -61,7 +61,8 @@ def order_of(fd: int, pgoff: pgoff_t) -> int:
     """Return 9 for a page in a 2 MiB folio of a memfd, 0 for another; folios between the two count as pages.
 
     Raises:
-        OSError: ENOENT for a page that is missing; ENOTTY where there is no PAGEMAP_SCAN (before Linux 6.7); as ``looking``.
+        OSError: ENOENT for a page that is missing; EACCES where the process may not open its own pagemap (undumpable, not
+            root); ENOTTY where there is no PAGEMAP_SCAN (before Linux 6.7); as ``looking``.
     """
     start = (pgoff & -BLOCK) << PAGE_SHIFT
     length = min(PMD_SIZE, MAX_FILE_BYTES - start)

@@ -74,8 +74,8 @@ class Pages:
         found nothing; here the size does not matter, as for get_page. A page that was only preallocated is not pinned by this.
 
         Raises:
-            OSError: EAGAIN while the page is being invalidated; EFAULT outside the window; ENOENT for a hole; ENOSYS, ENOTTY, EPERM where
-                the kernel does not tell.
+            OSError: EAGAIN while the page is being invalidated; EFAULT outside the window; ENOENT for a hole; EACCES, ENOSYS, ENOTTY,
+                EPERM where the kernel does not tell (docs/folios.md).
         """
         if pgoff not in range(self._start, self._window.end):
             raise OSError(EFAULT, "get_page: outside the window")
