@@ -129,8 +129,8 @@ def test_wrong_usage_is_status_2() -> None:
     run("run", "--memory", "1000", "sha256", status=2)
     run("run", "--vcpus", "0", "sha256", status=2)
     run("run", "--gdb", "65536", "sha256", status=2)
-    run("run", status=2)
-    run("run", "--prove", "as-root", "sha256", status=2)
+    assert b"name a guest" in run("run", status=2).stderr
+    assert b"leave out the guest" in run("run", "--prove", "as-root", "sha256", status=2).stderr
 
 
 def test_a_reader_that_leaves_ends_it_quietly() -> None:

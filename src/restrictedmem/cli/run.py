@@ -132,7 +132,7 @@ def main(args: argparse.Namespace) -> int:
     from restrictedmem.service.start import Options
 
     if (args.guest is None) == (args.prove is None):
-        args.error("name a guest, or --prove")
+        args.error("name a guest, or --prove" if args.guest is None else "--prove runs a guest of its own: leave out the guest, or --prove")
     server = os.environ.get(SERVER_VARIABLE)
     _check(args, server)
     options = Options(api=args.api, design=args.design, memory_max=args.memory_max, backing=args.backing, pin=args.pin)
