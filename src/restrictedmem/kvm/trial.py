@@ -66,7 +66,13 @@ def run_guest(kvm: Kvm, *, debug: bool) -> None:
             engine.add_slot(slot)
             vcpu = Vcpu(engine.create_vcpu(0))
             vcpus.all = (vcpu,)
-            _run(engine, slot, shared, vcpu)
+            try:
+                _run(engine, slot, shared, vcpu)
+            except RuntimeError as error:
+                # The VM ends here all the same; what the kernel refused is what the caller asks for.
+                if isinstance(error.__cause__, OSError):
+                    raise error.__cause__ from None
+                raise
 
 
 def _run(engine: Engine, slot: Memslot, shared: Half, vcpu: Vcpu) -> None:

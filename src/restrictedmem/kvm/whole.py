@@ -26,9 +26,9 @@ def begun() -> Generator[None]:
     """Do what nothing can take back: an OSError in the middle is not one of a call that changed nothing.
 
     Raises:
-        RuntimeError: in place of OSError.
+        RuntimeError: in place of OSError, which is its cause.
     """
     try:
         yield
     except OSError as error:
-        raise RuntimeError(str(error)) from None
+        raise RuntimeError(str(error)) from error
