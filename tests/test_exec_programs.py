@@ -61,9 +61,12 @@ service = Service.connect(os.environ["RESTRICTEDMEM_SERVER"])
 def sizes():
     found = []
     for name in os.listdir("/proc"):
-        if name.isdigit() and open(f"/proc/{{name}}/comm").read() == "rmem-supervisor\\n":
-            environment = open(f"/proc/{{name}}/environ").read()
-            if os.environ["MARK"] in environment: found = [int(name)]
+        try:
+            if name.isdigit() and open(f"/proc/{{name}}/comm").read() == "rmem-supervisor\\n":
+                environment = open(f"/proc/{{name}}/environ").read()
+                if os.environ["MARK"] in environment: found = [int(name)]
+        except (FileNotFoundError, ProcessLookupError):
+            pass  # Another test's, which has ended by now.
     (supervisor,) = found
     def resident(pid):
         return next(int(line.split()[1]) for line in open(f"/proc/{{pid}}/status") if line.startswith("VmRSS"))

@@ -265,9 +265,10 @@ def test_lines_that_nobody_reads_are_dropped_which_is_said(monkeypatch: pytest.M
         rest = iter(lines.readline, "the last\n")
         said = numbers + list(rest)
     assert said[:256] == [f"line {number}\n" for number in range(256)]
-    dropped = re.fullmatch("([0-9]+) lines were dropped: nobody read them\n", said[-1])
+    # More than once where the thread that writes was between two lines as the queue filled up.
+    dropped = [int(line.split()[0]) for line in said if re.fullmatch("[0-9]+ lines were dropped: nobody read them\n", line)]
     assert dropped
-    assert len(said) - 1 + int(dropped[1]) == 1000
+    assert len(said) - len(dropped) + sum(dropped) == 1000
 
 
 def test_a_stale_socket_is_replaced(place: str) -> None:

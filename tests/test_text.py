@@ -1,5 +1,6 @@
 """What other parties say reaches a terminal as text, wherever it is shown."""
 
+import importlib
 import json
 from typing import Any
 
@@ -39,7 +40,7 @@ def test_errors(
     def fail(_: object) -> int:
         raise error
 
-    monkeypatch.setattr("restrictedmem.cli.ps.main", fail)
+    monkeypatch.setattr(importlib.import_module("restrictedmem.cli.ps"), "main", fail)
     assert main.main(["ps"]) == 1
     assert capsys.readouterr().err == words
 
