@@ -1,4 +1,4 @@
-"""The service: FUSE in the main thread, what owners ask in a second one, and a thread for what each consumer asks.
+"""The service: FUSE in the main thread, what owners ask in a second one, and a thread for each consumer (``consumers``).
 
 It takes descriptors from nobody: with a stranger's FUSE file in its hands it could not even be killed (FUSE_FLUSH). Owners connect to it,
 and it makes the connections to consumers itself.
@@ -13,18 +13,16 @@ import os
 import selectors
 import signal
 import socket
-import struct
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from errno import E2BIG, EACCES, EAGAIN, EBUSY, EINVAL, EIO, ENOENT, EPERM, EPROTO
+from errno import E2BIG, EACCES, EAGAIN, EBUSY, EINVAL, EIO, EPROTO
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Final, final
 
-from restrictedmem import sync
 from restrictedmem.abi import process
 from restrictedmem.burial import bury, bury_elsewhere
 from restrictedmem.fs.filesystem import FileSystem
@@ -32,16 +30,16 @@ from restrictedmem.fs.mount import Way
 from restrictedmem.fs.mounter import mount_first
 from restrictedmem.fs.server import Server
 from restrictedmem.fs.usage import Usage
-from restrictedmem.mm.restrictedmem import RestrictedFile
-from restrictedmem.service import program, sealing, signing, status, wire
+from restrictedmem.service import sealing, signing, status, wire
 from restrictedmem.service.consumer import Consumer
+from restrictedmem.service.consumers import Consumers, Troubles
 from restrictedmem.service.door import Connection, Door
 from restrictedmem.service.privileges import drop_privileges
 from restrictedmem.service.program import Programs
 from restrictedmem.service.signing import Signer
 from restrictedmem.service.tokens import Tokens
-from restrictedmem.service.wire import BindFlag, BindingFlag, Channel, Message
-from restrictedmem.units import PAGE_SHIFT, PageRange, pgoff_t
+from restrictedmem.service.wire import Channel, Message
+from restrictedmem.units import PAGE_SHIFT, pgoff_t
 
 if TYPE_CHECKING:
     from restrictedmem.service.start import Options, Origin
@@ -52,11 +50,6 @@ log = logging.getLogger(__name__)
 _SPARE_FDS: Final = 256
 #: Seconds until a newcomer is asked in again for whom there is no descriptor.
 _PAUSE: Final = 0.1
-#: Seconds that a consumer's process may take to end after its owner has let go of it, and how they are waited.
-_LINGER: Final = 0.2
-_LINGER_SLICES: Final = 4
-#: What consumers that are VMs may ask for alone.
-_OF_VMS: Final = (wire.LAUNCHED.number, wire.SIGN.number)
 #: Pages of the largest folio there is, 1 GiB.
 _LARGEST_FOLIO: Final = 1 << 30 - PAGE_SHIFT
 
@@ -97,18 +90,7 @@ def run(owner: Channel, spawner: Channel, options: "Options", origin: "Origin") 
     threading.Thread(target=service.run, name="control", daemon=True).start()
     with device:
         Server(device, service.filesystem).run()
-        service.wait_idle()
-
-
-def _unpack(message: Message, layout: struct.Struct) -> tuple[Any, ...]:
-    """Decode a body that is not of numbers alone.
-
-    Raises:
-        OSError: EPROTO for another length.
-    """
-    if len(message.body) != layout.size:
-        raise OSError(EPROTO, f"body of {len(message.body)} bytes, {layout.size} expected")
-    return layout.unpack(message.body)
+        service.consumers.wait_idle()
 
 
 @final
@@ -125,7 +107,7 @@ class _Spawn:
 
 @final
 class Service:
-    """What the control thread does: tokens, consumers, status."""
+    """What the control thread does: connections, tokens, status, and consumers until they are there (``Consumers``)."""
 
     def __init__(
         self,
@@ -154,12 +136,10 @@ class Service:
         self._spawner = spawner
         self._signer = signer
         self._selector = selectors.DefaultSelector()
-        self._consumers: dict[int, Consumer] = {}
-        self._next_consumer = 1
+        self._troubles = Troubles()
+        self.consumers = Consumers(self._tokens, options, signer, self._troubles)
         #: Those that the spawner has still to fork; it is asked for the first.
         self._spawns: deque[_Spawn] = deque()
-        self._last_error = ""
-        self._idle = threading.Condition(sync.mutex())
         # Half of them for owners' connections, the rest for what consumers need.
         self._door = Door(spare // 2)
         self._paused_until: float | None = None
@@ -200,7 +180,7 @@ class Service:
         except Exception as error:
             # One connection's trouble stays its own.
             log.exception("control")
-            self._last_error = f"{type(error).__name__}: {error}"
+            self._troubles.last = f"{type(error).__name__}: {error}"
 
     def _pause(self) -> float | None:
         """Return for how long newcomers are left waiting; they are asked in again when that is over."""
@@ -212,11 +192,6 @@ class Service:
         self._paused_until = None
         self._watch(self._door.listener, self._accept)
         return None
-
-    def wait_idle(self) -> None:
-        """Wait until no consumer is left."""
-        with self._idle:
-            self._idle.wait_for(lambda: not self._consumers)
 
     def _watch(self, sock: socket.socket | Channel, ready: Callable[[], None]) -> None:
         self._selector.register(sock, selectors.EVENT_READ, ready)
@@ -235,18 +210,7 @@ class Service:
             self._selector.unregister(channel)
             end()
             return
-        self._answer(channel, dispatch, message)
-
-    def _answer(self, channel: Channel, dispatch: Callable[[Message], None], message: Message) -> None:
-        try:
-            dispatch(message)
-        except OSError as error:
-            channel.reply_error(error)
-        except Exception as error:
-            # A bug must not hang the caller: it gets EIO, ps and the log have the rest.
-            log.exception("call %d", message.number)
-            self._last_error = f"call {message.number}: {error!r}"
-            channel.reply_error(OSError(EIO, os.strerror(EIO)))
+        self._troubles.answer(channel, dispatch, message)
 
     # Connections.
 
@@ -343,14 +307,11 @@ class Service:
             raise OSError(E2BIG, f"arguments of {len(body)} bytes")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            consumer = Consumer(name, self._next_consumer, self._options.deadline, self._consumer_failed)
+            consumer = self.consumers.add(name)
         except OSError:
             ours.close()
             theirs.close()
             raise
-        self._next_consumer += 1
-        with self._idle:
-            self._consumers[consumer.number] = consumer
         connection.busy = True
         self._spawns.append(_Spawn(connection, consumer, body, ours, theirs))
         if len(self._spawns) == 1:
@@ -389,85 +350,20 @@ class Service:
         spawn.connection.busy = False
         if failure is None:
             try:
-                threading.Thread(target=self._serve_consumer, args=(consumer,), name=str(consumer), daemon=True).start()
+                threading.Thread(target=self.consumers.serve, args=(consumer,), name=str(consumer), daemon=True).start()
             except RuntimeError:
                 # The consumer ends with its connections.
                 failure = OSError(EAGAIN, "no thread to be had")
         if failure is not None:
-            self._end_consumer(consumer)
+            self.consumers.end(consumer)
         with spawn.owners:
             if channel.fileno() >= 0 and failure is None:
                 channel.reply(str(consumer.number).encode(), [spawn.owners.fileno()])
             elif channel.fileno() >= 0 and failure is not None:
                 channel.reply_error(failure)
 
-    def _serve_consumer(self, consumer: Consumer) -> None:
-        """Serve a consumer until it ends; in a thread of its own, for what it asks may wait for other consumers, or free gigabytes."""
-        dispatch = partial(self._dispatch_consumer, consumer)
-        try:
-            while message := consumer.requests.receive():
-                self._answer(consumer.requests, dispatch, message)
-        except OSError as error:
-            consumer.requests.reply_error(error)
-        finally:
-            self._end_consumer(consumer)
-
-    def _dispatch_consumer(self, consumer: Consumer, message: Message) -> None:
-        if message.number == wire.BIND.number:
-            self._bind(consumer, message)
-        elif message.number == wire.UNBIND.number:
-            (number,) = message.unpack(wire.NUMBER)
-            if number not in consumer.bindings:
-                raise OSError(ENOENT, f"no binding {number}")
-            consumer.unbind(number)
-            consumer.requests.reply()
-        elif message.number == wire.REPORT.number:
-            consumer.take_report(message.body)
-            consumer.requests.reply()
-        elif message.number in _OF_VMS and consumer.name != program.VM:
-            raise OSError(EPERM, "reports are about VMs, and this consumer is none")
-        elif message.number == wire.LAUNCHED.number:
-            consumer.launched(*_unpack(message, wire.LAUNCH))
-            consumer.requests.reply()
-        elif message.number == wire.SIGN.number:
-            body = consumer.report_over(message.body, self._options.api, self._signer.make_key()).pack()
-            consumer.requests.reply(body + self._signer.sign(body))
-        else:
-            raise OSError(EPROTO, f"no such call: {message.number}")
-
-    def _bind(self, consumer: Consumer, message: Message) -> None:
-        token, start, end, flags = _unpack(message, wire.BIND_REQUEST)
-        ino, file = self._tokens.take(token)
-        try:
-            self._let_end(consumer, file)
-            backing = file.backing
-            span = PageRange(pgoff_t(start), pgoff_t(end))
-            binding = consumer.bind(ino, file, span, exclusive=bool(flags & BindFlag.EXCLUSIVE))
-            # Those that the binding holds: before it, they may be those of who had the file last.
-            fds = [backing.fileno(), file.sequence().fd.fileno()]
-            how = (
-                (BindingFlag.HUGEPAGE if backing.hugepage else 0)
-                | (BindingFlag.PIN if self._options.pin else 0)
-                | (BindingFlag.RANGE if file.design.binds else 0)
-            )
-            consumer.requests.reply(wire.BINDING.pack(binding.number, ino, backing.limit or 0, how, backing.base_order), fds)
-        finally:
-            file.put()
-
-    def _let_end(self, consumer: Consumer, file: RestrictedFile) -> None:
-        """Wait for other consumers of a file that are about to end: their owner let go of them a moment ago."""
-
-        def alone() -> bool:
-            return not any(other.holds(file) for other in self._consumers.values() if other is not consumer)
-
-        with self._idle:
-            # Slices, as time in which this process did not run does not count.
-            for _ in range(_LINGER_SLICES):
-                if self._idle.wait_for(alone, _LINGER / _LINGER_SLICES):
-                    return
-
     def _error_page(self, message: Message) -> None:
-        token, start, end = _unpack(message, wire.ERROR_REQUEST)
+        token, start, end = message.unpack(wire.ERROR_REQUEST)
         _, file = self._tokens.take(token)
         try:
             if not 0 < end - start <= _LARGEST_FOLIO:
@@ -475,22 +371,6 @@ class Service:
             file.error_page(pgoff_t(start), pgoff_t(end))
         finally:
             file.put()
-
-    def _consumer_failed(self, consumer: Consumer, reason: str) -> None:
-        # Called by a FUSE thread in the middle of an invalidation, which holds the file's semaphore. The rest
-        # is left to the thread that serves the consumer.
-        self._last_error = reason
-        consumer.kill()
-
-    def _all_consumers(self) -> list[Consumer]:
-        with self._idle:
-            return list(self._consumers.values())
-
-    def _end_consumer(self, consumer: Consumer) -> None:
-        consumer.close()
-        with self._idle:
-            del self._consumers[consumer.number]
-            self._idle.notify_all()
 
     # Status.
 
@@ -517,6 +397,6 @@ class Service:
             "memory_max": self._options.memory_max,
             "signing_key": self.signing_key(),
             **status.of_files(self.filesystem, self._usage),
-            "consumers": [status.of_consumer(consumer) for consumer in self._all_consumers()],
-            "last_error": self._last_error,
+            "consumers": [status.of_consumer(consumer) for consumer in self.consumers.all()],
+            "last_error": self._troubles.last,
         }

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntFlag
 from errno import EAGAIN, EBADF, ECONNRESET, EIO, ENOTCONN, EPIPE, EPROTO
-from typing import Final, Self, final
+from typing import Any, Final, Self, final
 
 from restrictedmem import sync
 from restrictedmem.fd import OwnedFd, close_all, receive_with_fds, receive_without_fds, refuse_fds, send_with_fds
@@ -136,7 +136,7 @@ class Message:
             raise OSError(EPROTO, "a descriptor is missing")
         return self.fds.pop(0)
 
-    def unpack(self, layout: struct.Struct) -> tuple[int, ...]:
+    def unpack(self, layout: struct.Struct) -> tuple[Any, ...]:
         """Decode a body of exactly one layout.
 
         Raises:

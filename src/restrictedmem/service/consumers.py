@@ -1,0 +1,166 @@
+"""The consumers of a service: a thread for each serves what it asks.
+
+The control thread (``daemon``) adds them, and asks for their numbers.
+"""
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from errno import EIO, ENOENT, EPERM, EPROTO
+from functools import partial
+from typing import TYPE_CHECKING, Final, final
+
+from restrictedmem import sync
+from restrictedmem.mm.restrictedmem import RestrictedFile
+from restrictedmem.service import program, wire
+from restrictedmem.service.consumer import Consumer
+from restrictedmem.service.signing import Signer
+from restrictedmem.service.tokens import Tokens
+from restrictedmem.service.wire import BindFlag, BindingFlag, Channel, Message
+from restrictedmem.units import PageRange, pgoff_t
+
+if TYPE_CHECKING:
+    from restrictedmem.service.start import Options
+
+log = logging.getLogger(__name__)
+
+#: Seconds that a consumer's process may take to end after its owner has let go of it, and how they are waited.
+_LINGER: Final = 0.2
+_LINGER_SLICES: Final = 4
+#: What consumers that are VMs may ask for alone.
+_OF_VMS: Final = (wire.LAUNCHED.number, wire.SIGN.number)
+
+
+@final
+class Troubles:
+    """Answers requests whatever happens to them, and keeps the last trouble for ``ps``; for any thread."""
+
+    def __init__(self) -> None:
+        self.last = ""
+
+    def answer(self, channel: Channel, dispatch: Callable[[Message], None], message: Message) -> None:
+        """Let ``dispatch`` answer a request; what it raises is the answer."""
+        try:
+            dispatch(message)
+        except OSError as error:
+            channel.reply_error(error)
+        except Exception as error:
+            # A bug must not hang the caller: it gets EIO, ps and the log have the rest.
+            log.exception("call %d", message.number)
+            self.last = f"call {message.number}: {error!r}"
+            channel.reply_error(OSError(EIO, os.strerror(EIO)))
+
+
+@final
+class Consumers:
+    """All consumers of a service, by number; for any thread."""
+
+    def __init__(self, tokens: Tokens, options: "Options", signer: Signer, troubles: Troubles) -> None:
+        self._troubles = troubles
+        self._tokens = tokens
+        self._options = options
+        self._signer = signer
+        self._all: dict[int, Consumer] = {}
+        self._next = 1
+        self._idle = threading.Condition(sync.mutex())
+
+    def add(self, name: str) -> Consumer:
+        """Make the service's end of a consumer; only the control thread does.
+
+        Raises:
+            OSError: EMFILE, ENFILE.
+        """
+        consumer = Consumer(name, self._next, self._options.deadline, self._failed)
+        self._next += 1
+        with self._idle:
+            self._all[consumer.number] = consumer
+        return consumer
+
+    def all(self) -> list[Consumer]:
+        """Return those that there are."""
+        with self._idle:
+            return list(self._all.values())
+
+    def wait_idle(self) -> None:
+        """Wait until no consumer is left."""
+        with self._idle:
+            self._idle.wait_for(lambda: not self._all)
+
+    def serve(self, consumer: Consumer) -> None:
+        """Serve a consumer until it ends; in a thread of its own, for what it asks may wait for other consumers, or free gigabytes."""
+        dispatch = partial(self._dispatch, consumer)
+        try:
+            while message := consumer.requests.receive():
+                self._troubles.answer(consumer.requests, dispatch, message)
+        except OSError as error:
+            consumer.requests.reply_error(error)
+        finally:
+            self.end(consumer)
+
+    def _dispatch(self, consumer: Consumer, message: Message) -> None:
+        if message.number == wire.BIND.number:
+            self._bind(consumer, message)
+        elif message.number == wire.UNBIND.number:
+            (number,) = message.unpack(wire.NUMBER)
+            if number not in consumer.bindings:
+                raise OSError(ENOENT, f"no binding {number}")
+            consumer.unbind(number)
+            consumer.requests.reply()
+        elif message.number == wire.REPORT.number:
+            consumer.take_report(message.body)
+            consumer.requests.reply()
+        elif message.number in _OF_VMS and consumer.name != program.VM:
+            raise OSError(EPERM, "reports are about VMs, and this consumer is none")
+        elif message.number == wire.LAUNCHED.number:
+            consumer.launched(*message.unpack(wire.LAUNCH))
+            consumer.requests.reply()
+        elif message.number == wire.SIGN.number:
+            body = consumer.report_over(message.body, self._options.api, self._signer.make_key()).pack()
+            consumer.requests.reply(body + self._signer.sign(body))
+        else:
+            raise OSError(EPROTO, f"no such call: {message.number}")
+
+    def _bind(self, consumer: Consumer, message: Message) -> None:
+        token, start, end, flags = message.unpack(wire.BIND_REQUEST)
+        ino, file = self._tokens.take(token)
+        try:
+            self._let_end(consumer, file)
+            backing = file.backing
+            span = PageRange(pgoff_t(start), pgoff_t(end))
+            binding = consumer.bind(ino, file, span, exclusive=bool(flags & BindFlag.EXCLUSIVE))
+            # Those that the binding holds: before it, they may be those of who had the file last.
+            fds = [backing.fileno(), file.sequence().fd.fileno()]
+            how = (
+                (BindingFlag.HUGEPAGE if backing.hugepage else 0)
+                | (BindingFlag.PIN if self._options.pin else 0)
+                | (BindingFlag.RANGE if file.design.binds else 0)
+            )
+            consumer.requests.reply(wire.BINDING.pack(binding.number, ino, backing.limit or 0, how, backing.base_order), fds)
+        finally:
+            file.put()
+
+    def end(self, consumer: Consumer) -> None:
+        """Close a consumer's connections and forget it."""
+        consumer.close()
+        with self._idle:
+            del self._all[consumer.number]
+            self._idle.notify_all()
+
+    def _let_end(self, consumer: Consumer, file: RestrictedFile) -> None:
+        """Wait for other consumers of a file that are about to end: their owner let go of them a moment ago."""
+
+        def alone() -> bool:
+            return not any(other.holds(file) for other in self._all.values() if other is not consumer)
+
+        with self._idle:
+            # Slices, as time in which this process did not run does not count.
+            for _ in range(_LINGER_SLICES):
+                if self._idle.wait_for(alone, _LINGER / _LINGER_SLICES):
+                    return
+
+    def _failed(self, consumer: Consumer, reason: str) -> None:
+        # Called by a FUSE thread in the middle of an invalidation, which holds the file's semaphore. The rest
+        # is left to the thread that serves the consumer.
+        self._troubles.last = reason
+        consumer.kill()
