@@ -25,7 +25,7 @@ _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, _SECCOMP_RET_ERRNO = 22, 2, 0x0005_0000
 _BPF_JMP_JSET_K = 0x45
 _SYS_UNSHARE = {"x86_64": 272, "aarch64": 97}
 _FUSE_DEVICE = os.makedev(10, 229)
-_PACKAGE_ROOT = Path(__file__).parent.parent / "src"
+_ROOT = Path(__file__).parent.parent
 _libc = ctypes.CDLL(None, use_errno=True)
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ def become(uid: int, *, fuse: bool, namespaces: bool = True) -> None:
     """Turn this process into another user's, as one that logged in."""
     unshare(CLONE_NEWNS)
     mount(None, "/", None, MS_REC | MS_PRIVATE)
-    open_the_way({os.path.realpath(path) for path in (sys.base_prefix, sys.prefix, _PACKAGE_ROOT)})
+    open_the_way({os.path.realpath(path) for path in (sys.base_prefix, sys.prefix, _ROOT)})
     if fuse:
         widen_device()
     if not namespaces:
