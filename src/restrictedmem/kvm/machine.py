@@ -187,7 +187,7 @@ class Machine:
         return _CAPABILITIES.get(Cap(cap), 0) or self._engine.check_extension(cap) if cap in set(Cap) else 0
 
     def _interrupt(self, message: Message) -> None:
-        (number,) = message.unpack(wire.VCPU)
+        number: int = message.unpack(wire.VCPU)[0]
         if number >= len(self._sockets):
             raise OSError(EINVAL, f"no vCPU {number}")
         self._sockets[number].vcpu.interrupt()
