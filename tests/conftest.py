@@ -47,6 +47,16 @@ def _go() -> str:
     return "" if shutil.which("go") else "go is not installed (package golang-go)"
 
 
+@cache
+def _rust() -> str:
+    # A command rustc may be rustup's, which knows no compiler in another HOME.
+    try:
+        asked = subprocess.run(["rustc", "--version"], check=False, capture_output=True, text=True)
+    except FileNotFoundError:
+        return "rustc is not installed"
+    return f"rustc does not run: {asked.stderr[:60]!r}" if asked.returncode else ""
+
+
 #: Options for a program of i386 that needs no library.
 I386: Final = ("-m32", "-static", "-nostdlib", "-ffreestanding", "-fno-pie", "-no-pie", "-fno-stack-protector")
 
@@ -85,6 +95,7 @@ FEATURES: dict[str, Callable[[], str]] = {
     "gdb": _gdb,
     "seccomp": _seccomp,
     "go": _go,
+    "rust": _rust,
     "qemu": _qemu,
     "musl": _musl,
     "i386": _i386,

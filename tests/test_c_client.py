@@ -398,15 +398,16 @@ def test_what_is_no_guest_is_said(programs: Path, tmp_path: Path) -> None:
 # Another language, from the document alone.
 
 
-@pytest.mark.requires("fuse", "root")
+@pytest.mark.requires("fuse", "root", "rust")
 def test_a_client_in_rust(tmp_path: Path, server: str) -> None:
-    rustc = shutil.which("rustc")
-    if rustc is None:
-        pytest.skip("no rustc")
     program = tmp_path / "first_exit"
     source = ROOT / "clients" / "rust" / "first_exit.rs"
     built = subprocess.run(
-        [rustc, "--edition", "2021", "-D", "warnings", "-o", program, source], capture_output=True, text=True, timeout=PATIENCE, check=False
+        ["rustc", "--edition", "2021", "-D", "warnings", "-o", program, source],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
     )
     assert built.returncode == 0, built.stderr
     done = run(program, server)

@@ -433,7 +433,7 @@ def test_it_holds_no_file_of_its_own_mount(service: Service) -> None:
 
 @pytest.mark.requires("root")
 def test_descriptors_and_vms_leave_nothing_in_it(service: Service) -> None:
-    def used() -> int:
+    def use() -> None:
         fd = service.memfd_restricted()
         with Vm(service) as vm:
             vm.set_user_memory_region(slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=PAGE, restricted_fd=fd)
@@ -441,9 +441,16 @@ def test_descriptors_and_vms_leave_nothing_in_it(service: Service) -> None:
         os.close(fd)
         wait_gone([engine])
         wait_until(lambda: not service.status()["consumers"] and not service.status()["descriptors"], "the end of VM and file")
+
+    def held() -> int:
         return len(descriptors(service.info["pid"])) + len(descriptors(family(service)[0].pid))
 
-    assert [used() for _ in range(4)] == [used()] * 4
+    # The service may still be closing the connection of the question that was just answered.
+    use()
+    fewest = min(held() for _ in range(20))
+    for _ in range(4):
+        use()
+        wait_until(lambda: held() <= fewest, "the descriptors of a VM and a file to be closed")
 
 
 # Errors of the start.
