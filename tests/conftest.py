@@ -13,9 +13,14 @@ from functools import cache
 from typing import Final
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import hugetlb
 from restrictedmem.abi import process, seccomp
+
+# How fast examples come depends on what else the machine does.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 def _fuse() -> str:

@@ -15,7 +15,7 @@ from restrictedmem.kvm.guest_abi import GPA_BITS, HYPERCALL_PAGE, REPORT_PAGE
 from restrictedmem.kvm.lpage import Level
 from restrictedmem.kvm.memslot import ALL, EXEC, READ, WRITE, Half, Memslot, PrivateHalf, forbid_shrinking, source_of
 from restrictedmem.kvm.memslots import Memslots
-from restrictedmem.kvm.whole import begun
+from restrictedmem.kvm.whole import begun, whole
 from restrictedmem.mm.notifier import Api
 from restrictedmem.service import wire
 from restrictedmem.service.wire import Channel
@@ -59,7 +59,8 @@ class VmMemory:
             if old is None:
                 raise OSError(EINVAL, f"no slot {region.slot}")
             self._replace(old, None)
-            old.close()
+            with whole():
+                old.close()
             if old.private is not None:
                 self._report()
         elif old is None:
@@ -102,26 +103,31 @@ class VmMemory:
             raise
 
     def _replace(self, old: Memslot | None, new: Memslot | None) -> None:
-        """Take a slot away and put another in its place, or leave things as they were."""
-        if old is not None:
-            self._engine.remove_slot(old)
-        if new is not None:
-            try:
-                self._add(new)
-            except BaseException:
-                if old is not None:
-                    self._engine.add_slot(old)
-                else:
-                    new.close()
-                raise
-        if old is not None:
-            self.slots.remove(old)
-            if old.private is not None:
-                self._account(old.private, -1)
-        if new is not None:
-            self.slots.add(new)
-            if new.private is not None:
-                self._account(new.private, 1)
+        """Take a slot away and put another in its place, or leave things as they were.
+
+        A slot that the engine has and this list has not would be in no measurement, and be held by nobody.
+        """
+        with whole():
+            if old is not None:
+                self._engine.remove_slot(old)
+            if new is not None:
+                try:
+                    self._add(new)
+                except OSError:
+                    with begun():
+                        if old is not None:
+                            self._engine.add_slot(old)
+                        else:
+                            new.close()
+                    raise
+            if old is not None:
+                self.slots.remove(old)
+                if old.private is not None:
+                    self._account(old.private, -1)
+            if new is not None:
+                self.slots.add(new)
+                if new.private is not None:
+                    self._account(new.private, 1)
 
     def _add(self, new: Memslot) -> None:
         for start, end in self._attributes.private_runs(new.base_gfn, new.end_gfn) if self._heeds_attributes(new) else ():
