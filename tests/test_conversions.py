@@ -147,7 +147,50 @@ def test_an_owner_that_answers_0_is_not_believed(guest: Guest, lie: str) -> None
         for page in range(min(npages, 2)):
             with suppress(OSError):
                 guest.convert(gpa + page * PAGE, PAGE, private=True)
+        if gpa == READONLY:
+            assert errno_of(vcpu.run, 0) == EPERM, "the page is private, and not what the guest asked for"
+            guest.convert(gpa, PAGE, private=False)
         assert told(vcpu) == FAILED
+
+
+@pytest.mark.parametrize(
+    ("gpa", "npages"), [(GPA + 4 * PAGE, 1), (SHARED_PAGE - PAGE, 3), (GPA + 4 * PAGE + 8, 1), (GPA + 4 * PAGE, 0), (SECOND - PAGE, 2)]
+)
+def test_an_owner_that_answers_0_has_shared_all_pages(guest: Guest, gpa: int, npages: int) -> None:
+    with guest.start(hypercall(guest_abi.MAP_GPA_RANGE, gpa, npages, 0), TELL) as vcpu:
+        vcpu.run()
+        assert told(vcpu) == FAILED
+        # Nor does it do later what it did not do then.
+        assert errno_of(guest.convert, GPA + 4 * PAGE, PAGE, private=False) == EPERM
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_owner_that_refused_does_not_convert(guest: Guest, *, first: bool) -> None:
+    with guest.start(hypercall(guest_abi.MAP_GPA_RANGE, SHARED_PAGE, 1, PRIVATE), TELL) as vcpu:
+        vcpu.run()
+        if first:
+            guest.convert(SHARED_PAGE, PAGE, private=True)
+        assert told(vcpu, -EIO) == (0 if first else FAILED)
+        assert errno_of(guest.convert, SHARED_PAGE, PAGE, private=not first) == EPERM
+
+
+def test_what_was_refused_may_be_undone_first(guest: Guest) -> None:
+    with guest.start(hypercall(guest_abi.MAP_GPA_RANGE, GPA + 4 * PAGE, 2, 0), TELL) as vcpu:
+        vcpu.run()
+        guest.convert(GPA + 4 * PAGE, PAGE, private=False)
+        assert errno_of(vcpu.run, -EIO) == EPERM
+        guest.convert(GPA + 4 * PAGE, PAGE, private=True)
+        assert told(vcpu, -EIO) == FAILED
+
+
+def test_pages_that_the_guest_does_not_want_changed_stay_meanwhile(guest: Guest) -> None:
+    with guest.start(hypercall(guest_abi.MAP_GPA_RANGE, GPA, 2 * PAGES, PRIVATE), TELL) as vcpu:
+        vcpu.run()
+        for page in range(0, 2 * PAGES * PAGE, PAGE):
+            if GPA + page != SHARED_PAGE:
+                assert errno_of(guest.convert, GPA + page, PAGE, private=False) == EPERM
+        guest.convert(SHARED_PAGE, PAGE, private=True)
+        assert told(vcpu) == 0
 
 
 def test_a_secret_is_not_written_to_the_window(guest: Guest) -> None:
@@ -175,9 +218,13 @@ def test_private_pages_of_one_slot_or_two_are_told(guest: Guest, gpa: int, npage
     with guest.start(hypercall(guest_abi.MAP_GPA_RANGE, gpa, npages, PRIVATE), TELL) as vcpu:
         vcpu.run()
         guest.convert(gpa, npages * PAGE, private=True)
-        # Nor does the owner take it back before the guest hears of it.
-        assert errno_of(guest.convert, gpa, PAGE, private=False) == EPERM
-        assert told(vcpu) == 0
+        if gpa == SHARED_PAGE:
+            # What the owner takes back before it answers, the guest does not take for done.
+            guest.convert(gpa, PAGE, private=False)
+            assert told(vcpu) == FAILED
+        else:
+            assert told(vcpu) == 0
+        assert errno_of(guest.convert, gpa, PAGE, private=gpa == SHARED_PAGE) == EPERM
 
 
 def test_what_the_owner_refuses_to_share_stays_private(guest: Guest) -> None:

@@ -502,12 +502,11 @@ def test_pages_become_shared_only_when_the_guest_asks(service: Service, explicit
         assert errno_of(set_shared, service, explicit, SHARED_PAGE, 3 * PAGE) == EPERM
         assert errno_of(set_shared, service, explicit, SHARED_PAGE - PAGE, 2 * PAGE) == EPERM
         set_shared(service, explicit, SHARED_PAGE, 2 * PAGE)
-        assert errno_of(private, SHARED_PAGE, PAGE, private=True) == EPERM
         vcpu.run(0)
-        # From here on it wants them back, whether or not the owner has done it.
-        assert errno_of(set_shared, service, explicit, SHARED_PAGE) == EPERM
         private(SHARED_PAGE, PAGE, private=True)
-        assert vcpu.run(0) == exits.Hypercall(guest_abi.EXIT, ((1 << 64) - EIO, 0, 0, 0)), "one page is shared still"
+        assert errno_of(vcpu.run, 0) == EPERM, "one page is shared still"
+        set_shared(service, explicit, SHARED_PAGE, 2 * PAGE)
+        assert vcpu.run(0) == exits.Hypercall(guest_abi.EXIT, ((1 << 64) - EIO, 0, 0, 0)), "both are shared still"
         vcpu.run(0)
         private(SHARED_PAGE, 2 * PAGE, private=True)
         assert vcpu.run(0) == exits.Hypercall(guest_abi.EXIT, (0, 0, 0, 0))

@@ -6,8 +6,9 @@ shared behind a guest's back would read what the guest puts there next, or have 
 it store to MMIO; one who showed private pages at another address, say in the shared window, would have it overwrite or tell them. So under
 this policy a page becomes what the guest asked for by MAP_GPA_RANGE, and private memory lies where it was at the launch.
 
-The owner also answers the call, and the guest goes by what it is told. So the engine tells the guest nothing that is not so: neither that
-pages are private which the owner can read, nor that pages stayed private which the owner has made shared.
+The owner also answers the call, and the guest goes by what it is told. So the engine looks at the pages that the guest wants changed. It
+tells the guest 0 when all that it asked for is so, and a failure when none of them changed. Until then the owner may convert these pages
+both ways, and so finish or undo what it began.
 """
 
 from collections.abc import Generator, Iterator
@@ -28,6 +29,8 @@ from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, gfn_t
 
 _WORD: Final = (1 << 64) - 1
 _FAILED: Final = -EIO & _WORD
+#: Exchanges 0 and 1.
+_OTHER: Final = bytes((1, 0)) + bytes(254)
 
 
 @final
@@ -35,11 +38,11 @@ _FAILED: Final = -EIO & _WORD
 class Asked:
     """A conversion that the guest has asked for, and its owner has not answered yet."""
 
-    gpa: int
-    npages: int
+    start: gfn_t
+    end: gfn_t
     private: bool
-    #: Of each slot in the range: the first page, and what the guest held pages to be before.
-    before: list[tuple[Memslot, int, bytes]]
+    #: Of each slot with a private half in the range: the first page, by its number in the slot, and a byte a page, 1 for one to change.
+    changes: list[tuple[Memslot, int, bytes]]
 
 
 @final
@@ -50,9 +53,9 @@ class Conversions:
         self._memory = memory
         self._explicit = explicit
         self._mutex = sync.mutex()
-        #: From the launch on, under the mutex: a byte a page of each slot with a private half, 1 where the guest holds it to be private.
-        self._held: dict[Memslot, bytearray] = {}
+        #: From the launch on, under the mutex: the slots with a private half, and a byte a page of each, 1 where the guest wants a change.
         self._slots = Memslots()
+        self._changing: dict[Memslot, bytearray] = {}
         self._launched = False
         #: Slots that content was put into: showing other pages, they would make the measurement untrue.
         self._filled: set[int] = set()
@@ -68,7 +71,7 @@ class Conversions:
             if self._explicit:
                 _refuse_aliases(slots)
                 self._launched = True
-                self._held = {slot: bytearray(slot.attributes) for slot in slots}
+                self._changing = {slot: bytearray(len(slot.attributes)) for slot in slots}
                 self._slots = Memslots(slots)
             return [run for slot in slots for run in _private_runs(slot)]
 
@@ -92,8 +95,10 @@ class Conversions:
             OSError: EPERM, once launched, for pages of which the guest has asked for something else.
         """
         with self._mutex:
-            if any(self._held[slot].count(not private, first, last) for slot, first, last in self._parts(address, size)):
-                raise OSError(EPERM, f"the guest has not asked for pages to be {'private' if private else 'shared'}")
+            for slot, first, last in self._parts(*_pages(address, size)):
+                others = _word(_others(slot, first, last, private=private))
+                if others & ~_word(self._changing[slot][first:last]):
+                    raise OSError(EPERM, f"the guest has not asked for pages to be {'private' if private else 'shared'}")
             yield
 
     @contextmanager
@@ -113,58 +118,67 @@ class Conversions:
             yield
 
     def asked(self, gpa: int, npages: int, attributes: int) -> Asked:
-        """Take the guest's word (MAP_GPA_RANGE), before its owner hears it: nothing can be made shared any more that is to be private."""
-        private, parts = bool(attributes & MAP_GPA_RANGE_ENCRYPTED), list[tuple[Memslot, int, bytes]]()
-        if not gpa & PAGE_MASK:
-            with self._mutex:
-                for slot, first, last in self._parts(gpa, npages << PAGE_SHIFT):
-                    held = self._held[slot]
-                    parts.append((slot, first, bytes(held[first:last])))
-                    held[first:last] = bytes([private]) * (last - first)
-        return Asked(gpa, npages, private, parts)
+        """Take the guest's word (MAP_GPA_RANGE), before its owner hears it; no page is asked for at an address inside of one."""
+        private, changes = bool(attributes & MAP_GPA_RANGE_ENCRYPTED), list[tuple[Memslot, int, bytes]]()
+        start, end = (gfn_t(0), gfn_t(0)) if gpa & PAGE_MASK else _pages(gpa, npages << PAGE_SHIFT)
+        with self._mutex:
+            for slot, first, last in self._parts(start, end):
+                change = _others(slot, first, last, private=private)
+                changes.append((slot, first, change))
+                changing = self._changing[slot]
+                changing[first:last] = (_word(changing[first:last]) | _word(change)).to_bytes(last - first)
+        return Asked(start, end, private, changes)
 
     def answered(self, asked: Asked, result: int) -> int:
         """Return what the guest is told of a conversion that its owner has answered.
 
         Raises:
-            OSError: EPERM when the owner says that pages did not become shared, and some did: it makes the others shared, too.
+            OSError: EPERM when some of the pages were converted and others not: the owner has to finish or to undo it first.
         """
         if not self._launched:
             return result
         with self._mutex:
-            if asked.private:
-                return _FAILED if result == 0 and not self._are_private(asked) else result
-            return result if result == 0 else self._refused(asked, result)
+            told = self._truth(asked, result)
+            for slot, first, change in asked.changes:
+                self._changing[slot][first : first + len(change)] = bytes(len(change))
+        return told
 
-    def _are_private(self, asked: Asked) -> bool:
+    def _truth(self, asked: Asked, result: int) -> int:
+        changed = any(
+            _word(change) & ~_word(_others(slot, first, first + len(change), private=asked.private))
+            for slot, first, change in asked.changes
+        )
+        if self._is_private(asked) if asked.private else self._is_shared(asked):
+            return 0 if changed else result
+        if changed:
+            raise OSError(EPERM, "some of the pages were converted and others not: the guest can be told neither")
+        return result or _FAILED
+
+    def _is_private(self, asked: Asked) -> bool:
         """Say whether all pages are private memory that can be written: what is stored elsewhere, the owner gets."""
-        gfn = asked.gpa >> PAGE_SHIFT
-        end = gfn + asked.npages
-        for slot, first, last in self._parts(asked.gpa, asked.npages << PAGE_SHIFT):
+        gfn = asked.start
+        for slot, first, last in self._parts(asked.start, asked.end):
             if first != gfn - slot.base_gfn or not slot.rights & WRITE or slot.attributes.count(0, first, last):
                 return False
-            gfn = slot.base_gfn + last
-        return gfn == end and asked.npages > 0 and not asked.gpa & PAGE_MASK
+            gfn = gfn_t(slot.base_gfn + last)
+        return gfn == asked.end > asked.start
 
-    def _refused(self, asked: Asked, result: int) -> int:
-        """Let the guest hold to be private again what its owner has not made shared; 0 when all that it gave up is shared."""
-        gave_up = [(slot, first, len(before), _word(before)) for slot, first, before in asked.before]
-        still = [_word(slot.attributes[first : first + length]) for slot, first, length, _ in gave_up]
-        if any(before & ~private for (*_, before), private in zip(gave_up, still, strict=True)):
-            if any(before & private for (*_, before), private in zip(gave_up, still, strict=True)):
-                raise OSError(EPERM, "some of the pages were made shared: the guest is not told that none was")
-            return 0
-        for slot, first, length, before in gave_up:
-            held = self._held[slot]
-            held[first : first + length] = (_word(held[first : first + length]) | before).to_bytes(length)
-        return result
+    def _is_shared(self, asked: Asked) -> bool:
+        parts = self._parts(asked.start, asked.end)
+        return asked.start < asked.end and not any(slot.attributes.count(1, first, last) for slot, first, last in parts)
 
-    def _parts(self, address: int, size: int) -> Iterator[tuple[Memslot, int, int]]:
-        """Yield the held slots that a range lies in, each with the pages of it, by their numbers in the slot."""
-        start, end = gfn_t(address >> PAGE_SHIFT), gfn_t((address + size + PAGE_MASK) >> PAGE_SHIFT)
+    def _parts(self, start: gfn_t, end: gfn_t) -> Iterator[tuple[Memslot, int, int]]:
+        """Yield the slots that the guest was launched with in a range, each with the pages of it, by their numbers in the slot."""
+        if start >= end:
+            return
         for slot in self._slots.overlapping(start, end):
             first, last = slot.clip(start, end)
             yield slot, first - slot.base_gfn, last - slot.base_gfn
+
+
+def _pages(address: int, size: int) -> tuple[gfn_t, gfn_t]:
+    """Return the guest pages that a range of bytes touches."""
+    return gfn_t(address >> PAGE_SHIFT), gfn_t((address + size + PAGE_MASK) >> PAGE_SHIFT)
 
 
 def _refuse_aliases(slots: list[Memslot]) -> None:
@@ -172,6 +186,12 @@ def _refuse_aliases(slots: list[Memslot]) -> None:
     windows = sorted((half.ino, half.window.start, half.window.end) for slot in slots if (half := slot.private) is not None)
     if any(ino == other and start < end for (ino, _, end), (other, start, _) in pairwise(windows)):
         raise OSError(EINVAL, "two slots show one page of a restricted file")
+
+
+def _others(slot: Memslot, first: int, last: int, *, private: bool) -> bytes:
+    """Return a byte for each of a slot's pages, 1 for one that is not as ``private`` says."""
+    attributes = bytes(slot.attributes[first:last])
+    return attributes.translate(_OTHER) if private else attributes
 
 
 def _word(pages: bytes | bytearray) -> int:
