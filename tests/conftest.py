@@ -52,6 +52,10 @@ def _go() -> str:
     return "" if shutil.which("go") else "go is not installed (package golang-go)"
 
 
+def _orders() -> str:
+    return "" if os.geteuid() == 0 else "without root a service cannot learn the order of a folio (docs/folios.md)"
+
+
 @cache
 def _rust() -> str:
     # A command rustc may be rustup's, which knows no compiler in another HOME.
@@ -101,6 +105,7 @@ FEATURES: dict[str, Callable[[], str]] = {
     "seccomp": _seccomp,
     "go": _go,
     "rust": _rust,
+    "orders": _orders,
     "qemu": _qemu,
     "musl": _musl,
     "i386": _i386,

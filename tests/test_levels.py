@@ -636,7 +636,9 @@ def mapped(vmm: Vmm) -> tuple[int, int, int]:
 
 
 @pytest.mark.requires("fuse")
-@pytest.mark.parametrize("backing", ["memfd", "thp", pytest.param("hugetlb-2m", marks=HUGETLB)])
+@pytest.mark.parametrize(
+    "backing", ["memfd", pytest.param("thp", marks=pytest.mark.requires("orders")), pytest.param("hugetlb-2m", marks=HUGETLB)]
+)
 def test_a_punch_under_a_guest_that_goes_on_computing(backing: str) -> None:
     """sha256 goes round its heap: the page was digested when it is punched, and is written again later."""
     data = bytes(range(251)) * (24 * MIB // 251)

@@ -49,7 +49,7 @@ def run(capsys: pytest.CaptureFixture[str], **options: Any) -> tuple[int, dict[s
 
 
 @pytest.mark.requires("fuse")
-@pytest.mark.parametrize("design", ["v10", "v9+teardown", "folio", "lazy"])
+@pytest.mark.parametrize("design", ["v10", "v9+teardown", pytest.param("folio", marks=pytest.mark.requires("orders")), "lazy"])
 def test_a_sound_design_holds(design: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, found = run(capsys, design=design, seed=5)
     assert (status, found["failure"], found["seed"], found["design"]) == (0, None, 5, design)

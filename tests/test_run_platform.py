@@ -168,7 +168,7 @@ def test_its_file_is_free_for_another_vm_at_once() -> None:
 # What each design leaves behind, of a memfd's pages of 4 KiB.
 
 
-@pytest.mark.parametrize("design", ["v9", "v10", "bindings", "folio", "lazy"])
+@pytest.mark.parametrize("design", ["v9", "v10", "bindings", pytest.param("folio", marks=pytest.mark.requires("orders")), "lazy"])
 def test_what_was_punched_is_the_hosts_and_the_rest_stays_assigned(design: str) -> None:
     with guest(design) as by:
         by.touch()

@@ -166,6 +166,7 @@ FAILURES: dict[str, tuple[Call, int]] = {
 }
 
 
+@pytest.mark.requires("root")
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_call_that_fails_leaves_nothing_behind(service: Service, vm: Vm, fd: int, name: str) -> None:
     call, errno = FAILURES[name]
