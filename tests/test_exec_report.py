@@ -151,6 +151,15 @@ def test_both_stop_and_go_on_together(tmp_path: Path) -> None:
         assert process.wait(timeout=10) == 4
 
 
+def test_who_continues_the_program_alone_continues_the_command(tmp_path: Path) -> None:
+    with start(tmp_path, "echo ready; echo $$; kill -STOP $$; exit 4") as process:
+        assert process.stdout is not None
+        program = int(process.stdout.readline())
+        assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+        os.kill(program, signal.SIGCONT)
+        assert process.wait(timeout=10) == 4
+
+
 def test_the_program_is_killed_with_the_command(tmp_path: Path) -> None:
     with start(tmp_path, "echo ready; echo $$; exec cat") as process:
         assert process.stdout is not None

@@ -10,14 +10,16 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from errno import EINVAL, ENODEV, ENOSYS
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from foreign_fuse import Foreign, foreign
 from restrictedmem.abi.fuse import Opcode
+from restrictedmem.fd import OwnedFd
 from restrictedmem.fs.filesystem import NAME
 from restrictedmem.syscall import scout
+from restrictedmem.syscall.supervisor import Supervisor
 from under_exec import EXEC, PRELUDE, supervisor_of
 from waiting import wait_for
 
@@ -386,6 +388,21 @@ print(other.goes_on(), flush=True); sys.stdin.readline()
         go_on(process)
         assert heard(process) == WELL
         wait_for("scouts to end", lambda: len(children(supervisor)["rmem-scout"]) <= 4)
+
+
+def test_a_scout_that_dies_before_its_first_question_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(asked: scout.Scout, _question: object) -> None:
+        os.kill(asked.pid, signal.SIGKILL)
+        raise BrokenPipeError
+
+    monkeypatch.setattr(scout.Scout, "ask", ask)
+    with OwnedFd(os.memfd_create("listener")) as listener:
+        supervisor = Supervisor(listener, cast("Any", None), (), 451, cachestat=False)
+        with pytest.raises(BrokenPipeError):
+            supervisor._sent_out(("open_memory", (0, 0, 0)))  # pyright: ignore[reportPrivateUsage]
+        assert supervisor._poll.poll(0) == []  # pyright: ignore[reportPrivateUsage]
+        (pid,) = supervisor._killed  # pyright: ignore[reportPrivateUsage]
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
 
 
 def test_a_scout_that_nobody_can_kill_keeps_nobody_and_nothing(mark: str) -> None:

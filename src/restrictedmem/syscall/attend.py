@@ -1,12 +1,13 @@
 """Wait for a program as if it ran in this process's place: for who has something to say when it has ended.
 
 Both are of one process group, so a terminal's signals reach both and are not passed on; what somebody sends to this process is. When the
-program stops, so does this process, for the shell that looks at it; and it ends as the program did.
+program stops, so does this process, for the shell that looks at it; it goes on with the program, and ends as the program did.
 """
 
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, NoReturn
@@ -15,6 +16,8 @@ from restrictedmem.abi import process
 
 #: Sent by kill(2) and the like, not by the kernel (SI_USER, SI_QUEUE, SI_TKILL).
 _SENT: Final = (0, -1, -6)
+#: Seconds between two looks at a program that is stopped.
+_LOOK: Final = 0.05
 _UNBLOCKABLE: Final = {signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 
 
@@ -59,8 +62,38 @@ def _wait(child: int, awaited: set[signal.Signals]) -> int:
             continue
         if not os.WIFSTOPPED(status):
             return status
-        os.kill(os.getpid(), signal.SIGSTOP)
-        os.kill(child, signal.SIGCONT)
+        _stop_with(child)
+
+
+def _stop_with(child: int) -> None:
+    """Stop until somebody continues this process, or the program alone, which another process has to see."""
+    parent, watcher = os.getpid(), -1
+    # Without another process, only who continues this one ends the stop.
+    with suppress(OSError):
+        watcher = os.fork()
+    if not watcher:
+        _watch(parent, child)
+    os.kill(parent, signal.SIGSTOP)
+    if watcher > 0:
+        os.kill(watcher, signal.SIGKILL)
+        os.waitpid(watcher, 0)
+    os.kill(child, signal.SIGCONT)
+
+
+def _watch(parent: int, child: int) -> NoReturn:
+    try:
+        process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
+        while os.getppid() == parent:
+            if _is_stopped(parent) and not _is_stopped(child):
+                os.kill(parent, signal.SIGCONT)
+            time.sleep(_LOOK)
+    finally:
+        os._exit(0)
+
+
+def _is_stopped(pid: int) -> bool:
+    with open(f"/proc/{pid}/stat", "rb") as stat:
+        return stat.read().rpartition(b") ")[2][:1] in b"Tt"
 
 
 def end_as(status: int) -> int:

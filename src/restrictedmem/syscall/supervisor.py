@@ -177,7 +177,11 @@ class Supervisor:
         scout = Scout()
         for poll in (self._poll, self._scouts):
             poll.register(scout.fileno(), select.POLLIN)
-        scout.ask(question)
+        try:
+            scout.ask(question)
+        except OSError:
+            self._kill(scout)
+            raise
         return scout
 
     def _go_on(self, fd: int) -> None:
