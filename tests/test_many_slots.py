@@ -16,7 +16,7 @@ from design_files import make_file, punch
 from model_backing import Recorder
 from restrictedmem.abi.kvm import kvm_userspace_memory_region_ext
 from restrictedmem.fd import OwnedFd
-from restrictedmem.kvm import exits
+from restrictedmem.kvm import exits, vm_memory
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.kernel.slots import KernelSlots
 from restrictedmem.kvm.memslot import Memslot
@@ -195,6 +195,46 @@ def test_no_call_takes_longer_for_the_slots_there_are() -> None:
         assert calls(500) == [pytest.approx(cost, abs=50) for cost in first]
         for number in range(1, 500):
             change(number, GPA, 0)
+
+
+class Reports:
+    """The service, as far as a VM tells it for ``ps``, at times of the test's choice."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.heard = 0
+        self.error = 0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def call(self, *_: object) -> None:
+        self.heard += 1
+        if self.error:
+            raise OSError(self.error, "REPORT")
+
+
+def test_ps_hears_of_many_changes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    service, attributes = Reports(), Attributes(Api.V10)
+    monkeypatch.setattr(vm_memory, "time", service)
+    memory = VmMemory(cast("Any", None), cast("Any", service), Api.V10, attributes)
+    assert memory.report_due_in() is None
+    for _ in range(1000):
+        memory._changed()
+    assert service.heard == 1
+    due = memory.report_due_in()
+    assert due is not None
+    assert 0 < due <= 0.05
+    memory.report_if_due()
+    assert service.heard == 1
+    service.now += due
+    assert memory.report_due_in() == 0
+    memory.report_if_due()
+    assert (service.heard, memory.report_due_in()) == (2, None)
+    # Later, the next change is told at once. No slot fails for it.
+    service.now, service.error = service.now + 1, 107
+    memory._changed()
+    assert (service.heard, memory.report_due_in()) == (3, None)
 
 
 @pytest.mark.parametrize("design", ["v10", "bindings"])

@@ -55,6 +55,23 @@ def test_status_is_truthful(service: Service) -> None:
     wait_until(lambda: service.status()["descriptors"] == [], "the files' end")
 
 
+def test_ps_hears_of_the_last_of_many_slots(service: Service) -> None:
+    fd, base, count = service.memfd_restricted(), guest_abi.PRIVATE_BASE, 50
+
+    def told() -> int:
+        (consumer,) = service.status()["consumers"]
+        return int(consumer["report"]["private_bytes"])
+
+    with Vm(service) as vm:
+        for number in range(count):
+            vm.set_user_memory_region(slot=number, guest_phys_addr=base + number * PAGE, memory_size=PAGE, restricted_fd=fd)
+        wait_until(lambda: told() == count * PAGE, "the last slot to be told of")
+        for number in range(count):
+            vm.set_user_memory_region(slot=number, guest_phys_addr=base, memory_size=0)
+        wait_until(lambda: told() == 0, "the last deletion to be told of")
+    os.close(fd)
+
+
 def test_status_while_descriptors_come_and_go(service: Service) -> None:
     def come_and_go() -> None:
         for _ in range(10):

@@ -72,7 +72,7 @@ class Machine:
         self._watched.register(vm_fd, select.EPOLLIN)
         vm_open = True
         while vm_open or self._open:
-            for fd, _ in self._watched.poll():
+            for fd, _ in self._watched.poll(self._memory.report_due_in()):
                 if fd in self._open:
                     # The owner hung up, or it spoke while its last call was being answered.
                     self._watched.unregister(fd)
@@ -82,6 +82,7 @@ class Machine:
                     vm_open = False
                     hang_up(self._owner)
                     self._intake.close()
+            self._memory.report_if_due()
 
     def _dispatch(self, message: Message) -> None:
         if self._destroyed:

@@ -3,7 +3,9 @@
 import json
 import os
 import resource
+import time
 from collections import Counter
+from contextlib import suppress
 from errno import EEXIST, EFAULT, EINVAL, EOPNOTSUPP
 from typing import Final, final
 
@@ -26,6 +28,8 @@ MAX_SLOTS: Final = 32764
 #: KVM_MEM_MAX_NR_PAGES.
 MAX_PAGES: Final = (1 << 31) - 1
 _U64_MAX: Final = (1 << 64) - 1
+#: Seconds from one report for ``ps`` to the next at least: each of thousands of slots would wait for the service.
+_REPORT_INTERVAL: Final = 0.05
 
 
 @final
@@ -41,6 +45,9 @@ class VmMemory:
         self._engine = engine
         self._service = service
         self._attributes = attributes
+        #: Whether ``ps`` is to hear of something, and when it may (``time.monotonic``).
+        self._unreported = False
+        self._next_report = 0.0
 
     # Slots.
 
@@ -62,13 +69,13 @@ class VmMemory:
             with whole():
                 old.close()
             if old.private is not None:
-                self._report()
+                self._changed()
         elif old is None:
             self._check_overlap(region, None)
             new = self._create(region, token, shared_fd)
             self._replace(None, new)
             if new.private is not None:
-                self._report()
+                self._changed()
         else:
             _check_move(old, region, shared_fd)
             gfn = gfn_t(region.guest_phys_addr >> PAGE_SHIFT)
@@ -265,9 +272,27 @@ class VmMemory:
             "unlocked_because": reason,
         }
 
+    # For ps, which asks the service and not us.
+
+    def _changed(self) -> None:
+        self._unreported = True
+        self.report_if_due()
+
+    def report_due_in(self) -> float | None:
+        """Return the seconds until ``report_if_due`` has something to do; None for never, as things are."""
+        return max(0.0, self._next_report - time.monotonic()) if self._unreported else None
+
+    def report_if_due(self) -> None:
+        """Tell the service what changed since the last report, if that was long enough ago."""
+        if self._unreported and time.monotonic() >= self._next_report:
+            self._report()
+
     def _report(self) -> None:
-        # For ps, which asks the service and not us.
-        self._service.call(wire.REPORT, json.dumps(self._locking()).encode())
+        # No call fails for it: the slot is there, or gone.
+        with suppress(OSError):
+            self._service.call(wire.REPORT, json.dumps(self._locking()).encode())
+        self._unreported = False
+        self._next_report = time.monotonic() + _REPORT_INTERVAL
 
 
 def _check(region: kvm.kvm_userspace_memory_region_ext) -> None:
