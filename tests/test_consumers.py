@@ -826,6 +826,44 @@ def test_a_binding_of_no_range_is_refused(design: str) -> None:
         os.close(fd)
 
 
+@pytest.mark.requires("fuse")
+@pytest.mark.parametrize("design", ["v10", "bindings"])
+def test_a_file_is_bound_again_by_a_binding_of_ones_own(design: str) -> None:
+    with serving(design=design) as service, Puppet(service) as puppet, Puppet(service) as other:
+        fd = service.memfd_restricted()
+        os.posix_fallocate(fd, 0, 16 * PAGE)
+
+        def again(who: Puppet, number: int, start: int = 8, end: int = 16) -> object:
+            body = wire.BIND_REQUEST.pack(wire.NUMBER.pack(number), start, end, wire.BindFlag.AGAIN | wire.BindFlag.EXCLUSIVE)
+            return outcome(partial(who, "request", wire.BIND.number, body.hex()))
+
+        def unbind(number: int) -> object:
+            return outcome(partial(puppet, "request", wire.UNBIND.number, wire.NUMBER.pack(number).hex()))
+
+        def notifiers() -> int:
+            return int(service.status()["descriptors"][0]["notifiers"])
+
+        assert again(puppet, 1) == Errno(ENOENT)
+        assert puppet.bind(fd, 0, 8) == 0
+        assert again(other, 1) == again(puppet, 2) == Errno(ENOENT)
+        assert notifiers() == 1
+        found = again(puppet, 1)
+        assert isinstance(found, str)
+        assert wire.BINDING.unpack(bytes.fromhex(found))[:2] == (2, os.fstat(fd).st_ino)
+        assert notifiers() == 2
+        if design == "bindings":
+            assert again(puppet, 2, 15, 17) == again(puppet, 1, 0, 1) == again(puppet, 1, 5, 3) == Errno(EINVAL)
+        assert unbind(2) == ""
+        assert unbind(2) == again(puppet, 2) == Errno(ENOENT)
+        assert notifiers() == 1
+        assert puppet("call", 0, "get_page", 0) == 0
+        puppet("call", 0, "close")
+        assert again(puppet, 1) == Errno(ENOENT)
+        assert (resident(fd), notifiers(), service.status()["last_error"]) == (16, 0, "")
+        os.close(fd)
+        wait_until(lambda: service.status()["descriptors"] == [], "the file's end")
+
+
 # Time in which nobody ran.
 
 

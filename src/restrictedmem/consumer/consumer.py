@@ -64,21 +64,25 @@ class Consumer:
         """
         return self._bind(token, _NOTHING, BindFlag(0), make)
 
-    def bind(self, token: bytes, span: PageRange, make: Callable[[Bound], _N], *, exclusive: bool = True) -> _N:
+    def bind(self, token: bytes | int, span: PageRange, make: Callable[[Bound], _N], *, exclusive: bool = True) -> _N:
         """Bind pages of a file to a notifier, in the design ``bindings`` (``restrictedmem_bind``), else as ``register_notifier``.
+
+        Of a file that this consumer has, the number of a binding does instead of a token: nobody has to show it again.
 
         Raises:
             OSError: EINVAL for a token of no restricted descriptor, while another consumer has the file, for an empty range, and as
-                ``RestrictedFile.bind``; what ``make`` raises.
+                ``RestrictedFile.bind``; ENOENT for no binding; what ``make`` raises.
         """
         if not len(span):
             raise OSError(EINVAL, f"bind: no pages in {span}")
         return self._bind(token, span, BindFlag.EXCLUSIVE if exclusive else BindFlag(0), make)
 
-    def _bind(self, token: bytes, span: PageRange, flags: BindFlag, make: Callable[[Bound], _N]) -> _N:
+    def _bind(self, token: bytes | int, span: PageRange, flags: BindFlag, make: Callable[[Bound], _N]) -> _N:
         # A reply that this process has no room for is lost, and with it the binding's number.
         with OwnedFd(os.dup(self.requests.fileno())), OwnedFd(os.dup(self.requests.fileno())):
             pass
+        if isinstance(token, int):
+            token, flags = wire.NUMBER.pack(token), flags | BindFlag.AGAIN
         try:
             body, fds = self.requests.call(wire.BIND, wire.BIND_REQUEST.pack(token, span.start, span.end, flags))
         except OSError as error:

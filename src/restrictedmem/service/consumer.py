@@ -9,7 +9,7 @@ import socket
 import struct
 from collections.abc import Callable
 from contextlib import suppress
-from errno import EINVAL, EPERM, EPROTO, errorcode
+from errno import EINVAL, ENOENT, EPERM, EPROTO, errorcode
 from typing import Final, cast, final
 
 from restrictedmem import __version__, sync
@@ -242,13 +242,24 @@ class Consumer:
         self._next_binding += 1
         return binding
 
+    def binding(self, number: int) -> Binding:
+        """Return the binding of a number.
+
+        Raises:
+            OSError: ENOENT when there is none.
+        """
+        if number not in self.bindings:
+            raise OSError(ENOENT, f"no binding {number}")
+        return self.bindings[number]
+
     def unbind(self, number: int) -> None:
         """Unregister one notifier and let its file go.
 
         Raises:
-            KeyError: when there is no such binding.
+            OSError: ENOENT when there is no such binding.
         """
-        binding = self.bindings.pop(number)
+        binding = self.binding(number)
+        del self.bindings[number]
         try:
             binding.file.unregister_notifier(binding)
         finally:

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from errno import EIO, ENOENT, EPERM, EPROTO
+from errno import EIO, EPERM, EPROTO
 from functools import partial
 from typing import TYPE_CHECKING, Final, final
 
@@ -103,8 +103,6 @@ class Consumers:
             self._bind(consumer, message)
         elif message.number == wire.UNBIND.number:
             (number,) = message.unpack(wire.NUMBER)
-            if number not in consumer.bindings:
-                raise OSError(ENOENT, f"no binding {number}")
             consumer.unbind(number)
             consumer.requests.reply()
         elif message.number == wire.REPORT.number:
@@ -123,7 +121,7 @@ class Consumers:
 
     def _bind(self, consumer: Consumer, message: Message) -> None:
         token, start, end, flags = message.unpack(wire.BIND_REQUEST)
-        ino, file = self._tokens.take(token)
+        ino, file = _bound_to(consumer, token) if flags & BindFlag.AGAIN else self._tokens.take(token)
         try:
             self._let_end(consumer, file)
             backing = file.backing
@@ -164,3 +162,11 @@ class Consumers:
         # is left to the thread that serves the consumer.
         self._troubles.last = reason
         consumer.kill()
+
+
+def _bound_to(consumer: Consumer, token: bytes) -> tuple[int, RestrictedFile]:
+    """Return inode number and file of a binding that is named in a token's place; the caller has the file's reference, as of a token."""
+    (number,) = wire.NUMBER.unpack_from(token)
+    binding = consumer.binding(number)
+    binding.file.get()
+    return binding.ino, binding.file

@@ -81,8 +81,8 @@ at a time. Reply: descriptor 0 is a pidfd of the consumer's process."""
 BURY: Final = Call("BURY", 50)
 """Descriptor 0 is a socket to close, whose queue may hold what lingers (``burial``). No reply."""
 
-#: A token presented by ioctl; first page and page after the last of what the consumer will use, none to register a notifier for the
-#: whole file; ``BindFlag``.
+#: A token presented by ioctl, or as ``BindFlag.AGAIN`` has it; first page and page after the last of what the consumer will use, none
+#: to register a notifier for the whole file; ``BindFlag``.
 BIND_REQUEST: Final = struct.Struct("=16sQQQ")
 #: A token presented by ioctl; first page and page after the last of what the machine has lost.
 ERROR_REQUEST: Final = struct.Struct("=16sQQ")
@@ -94,6 +94,8 @@ class BindFlag(IntFlag):
 
     EXCLUSIVE = 1
     """No other binding may have a page of it."""
+    AGAIN = 2
+    """Of a file that the consumer has: ``NUMBER`` of a binding of its own stands in the token's place."""
 
 
 class BindingFlag(IntFlag):
