@@ -3,11 +3,12 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import cast
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
@@ -19,7 +20,13 @@ from restrictedmem.kvm import exits
 from restrictedmem.kvm.vm import Vm
 from restrictedmem.service.client import Service
 from restrictedmem.service.consumer import Binding, Consumer
+from restrictedmem.service.consumers import Consumers, Troubles
 from restrictedmem.service.start import Options
+
+if TYPE_CHECKING:
+    from restrictedmem.mm.restrictedmem import RestrictedFile
+    from restrictedmem.service.signing import Signer
+    from restrictedmem.service.tokens import Tokens
 
 pytestmark = pytest.mark.requires("fuse")
 
@@ -194,3 +201,32 @@ def test_a_file_is_not_free_before_the_process_has_ended(monkeypatch: pytest.Mon
     os.waitpid(child, 0)
     for sock in consumer.give_sockets():
         sock.close()
+
+
+class Looks:
+    """A condition that nobody waits for: what would be waited for is told."""
+
+    def __init__(self) -> None:
+        self.found: list[bool] = []
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def wait_for(self, predicate: Callable[[], bool], _: float) -> bool:
+        self.found.append(predicate())
+        return self.found[-1]
+
+
+@pytest.mark.parametrize(("holder", "notifiers", "waits"), [(None, 0, False), (1, 9, False), (2, 0, False), (2, 9, True)])
+def test_who_binds_a_file_waits_for_another_holder_alone(
+    holder: int | None, notifiers: int, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    consumers, looks = Consumers(cast("Tokens", None), Options(), cast("Signer", None), Troubles()), Looks()
+    monkeypatch.setattr(consumers, "_idle", looks)
+    file = SimpleNamespace(holder=holder, notifier_count=notifiers)
+    consumers._let_end(cast(Consumer, SimpleNamespace(number=1)), cast("RestrictedFile", file))
+    assert looks.found[0] is not waits
+    assert len(looks.found) == (4 if waits else 1)

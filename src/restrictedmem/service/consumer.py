@@ -168,10 +168,6 @@ class Consumer:
         """Return the bindings there are now; for any thread."""
         return list(self.bindings.values())
 
-    def holds(self, file: RestrictedFile) -> bool:
-        """Say whether a file is bound here; for any thread."""
-        return any(binding.file is file for binding in self.all_bindings())
-
     def take_report(self, body: bytes) -> None:
         """Take note of what the consumer says of itself for ``ps``: an object in JSON.
 

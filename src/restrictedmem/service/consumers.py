@@ -149,7 +149,8 @@ class Consumers:
         """Wait for other consumers of a file that are about to end: their owner let go of them a moment ago."""
 
         def alone() -> bool:
-            return not any(other.holds(file) for other in self._all.values() if other is not consumer)
+            # All notifiers of a file are its holder's, of which there may be thousands.
+            return file.holder == consumer.number or not file.notifier_count
 
         with self._idle:
             # Slices, as time in which this process did not run does not count.
