@@ -17,7 +17,8 @@ from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm import guest_abi
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.exits import Exit, Shutdown
-from restrictedmem.kvm.memslot import Half, MemfdFile, MemfdHalf, Memslot
+from restrictedmem.kvm.half import SharedFiles, SharedHalf
+from restrictedmem.kvm.memslot import MemfdFile, MemfdHalf, Memslot
 from restrictedmem.kvm.mmu import Mmu
 from restrictedmem.kvm.software.code import CodePages
 from restrictedmem.kvm.software.turns import Turns
@@ -125,10 +126,10 @@ def private_half(file: RestrictedFile, pages: int, limit: int | None = None) -> 
     return MemfdHalf(MemfdFile(Bound(1, 1, limit, fd, sequence)), 1, PageRange(pgoff_t(0), pgoff_t(pages)), unbind=lambda: None)
 
 
-def shared_half(pages: int) -> Half:
+def shared_half(pages: int) -> SharedHalf:
     with memory.memfd_create("shared") as fd:
         os.ftruncate(fd.fileno(), pages * PAGE_SIZE)
-        return Half(fd.fileno(), 0, pages * PAGE_SIZE)
+        return SharedHalf(SharedFiles().of_fd(fd.fileno(), pages * PAGE_SIZE), 0, pages * PAGE_SIZE)
 
 
 @contextlib.contextmanager

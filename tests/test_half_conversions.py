@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar, cast
 import pytest
 
 from outcomes import Errno, failing_at, in_child
-from restrictedmem.abi import kvm, memory
+from restrictedmem.abi import kvm
 from restrictedmem.devkvm import Vm
 from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm import attributes as attributes_module
@@ -18,7 +18,7 @@ from restrictedmem.kvm.kernel.page_tables import PRESENT
 from restrictedmem.kvm.kernel.private import GuestMemfdHalf, PrivateFile
 from restrictedmem.kvm.kernel.slots import ByAddress, ByAttribute, Conversion, KernelSlots
 from restrictedmem.kvm.kernel.system import System
-from restrictedmem.kvm.memslot import Half, Memslot
+from restrictedmem.kvm.memslot import Memslot
 from restrictedmem.kvm.software.vm import SoftwareVm
 from restrictedmem.kvm.trace import Trace
 from restrictedmem.kvm.vcpu import Vcpus
@@ -27,6 +27,7 @@ from restrictedmem.kvm.whole import begun, whole
 from restrictedmem.mm.notifier import Api
 from restrictedmem.platform.host import NoPlatform
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t, pgoff_t
+from software_machine import shared_half
 
 GPA: Final = 0x4000_0000
 BASE: Final = gfn_t(GPA >> PAGE_SHIFT)
@@ -84,10 +85,7 @@ class Engine:
             file = PrivateFile(1, 1, cast("Any", NoFile()), None)
             private = GuestMemfdHalf(file, PageRange(pgoff_t(0), pgoff_t(PAGES)), binding=1, unbind=lambda: None)
         self.conversion: Conversion = ByAttribute(vm, slots, tables) if by == "attribute" else ByAddress(slots, tables)
-        with memory.memfd_create("shared") as fd:
-            os.ftruncate(fd.fileno(), PAGES * PAGE_SIZE)
-            shared = Half(fd.fileno(), 0, PAGES * PAGE_SIZE)
-        self.slot = Memslot(0, BASE, PAGES, private=private, shared=shared)
+        self.slot = Memslot(0, BASE, PAGES, private=private, shared=shared_half(PAGES))
         self.conversion.add(self.slot)
 
     def convert(self, private: bool = True) -> None:
@@ -201,6 +199,7 @@ def test_the_softwares_entries_go_before_pages_are_told_to_be_private() -> None:
         pages = zip(attributes, entries, listed, strict=True)
         assert not any((private or claimed) and (entry or not private) for private, entry, claimed in pages), len(converted)
         converted.append(sum(attributes))
+        window.slot.close()
     assert len(converted) > 20
     assert converted[-1] == END - START
 
@@ -237,6 +236,7 @@ def test_a_list_that_is_full_changes_nothing(monkeypatch: pytest.MonkeyPatch) ->
         window.convert()
     assert caught.value.errno == ENOMEM
     assert window.state() == before
+    window.slot.close()
 
 
 def test_a_vcpu_that_cannot_be_sent_out_is_no_errno_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,6 +247,7 @@ def test_a_vcpu_that_cannot_be_sent_out_is_no_errno_of_the_call(monkeypatch: pyt
     monkeypatch.setattr(Vcpus, "drop", fail)
     with pytest.raises(RuntimeError):
         window.convert()
+    window.slot.close()
 
 
 def test_what_is_done_by_half_ends_the_engine() -> None:

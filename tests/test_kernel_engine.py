@@ -19,13 +19,14 @@ from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm import elf, guest_abi, process
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.exits import Debug, Hypercall, MemoryFault
+from restrictedmem.kvm.half import Half
 from restrictedmem.kvm.kernel import system
 from restrictedmem.kvm.kernel.page_tables import USER, WRITABLE, PageTables
 from restrictedmem.kvm.kernel.private import GuestMemfdHalf, PrivateFile
 from restrictedmem.kvm.kernel.slots import ByAddress, ByAttribute, KernelSlots, runs
 from restrictedmem.kvm.kernel.system import System
 from restrictedmem.kvm.kernel.vm import KernelVm
-from restrictedmem.kvm.memslot import Half, Memslot
+from restrictedmem.kvm.memslot import Memslot
 from restrictedmem.kvm.trace import Trace
 from restrictedmem.kvm.vcpu import Vcpus
 from restrictedmem.kvm.vmm import Vmm
@@ -33,6 +34,7 @@ from restrictedmem.kvm.wire import Creation
 from restrictedmem.mm.notifier import Api
 from restrictedmem.service import SERVER_VARIABLE, client
 from restrictedmem.units import PAGE_SHIFT, PageRange, gfn_t, pgoff_t
+from software_machine import shared_half
 from users import ORDINARY, as_user
 
 PAGE: Final = 4096
@@ -133,13 +135,7 @@ class NoFile:
 def slot_of_both(own: System, private: bool = True, shared: bool = True) -> Memslot:
     window = PageRange(pgoff_t(16), pgoff_t(16 + PAGES))
     half = GuestMemfdHalf(PrivateFile(1, 1, cast("Any", NoFile()), None), window, binding=1, unbind=lambda: None)
-    return Memslot(0, gfn_t(BASE >> PAGE_SHIFT), PAGES, private=half if private else None, shared=memfd_half() if shared else None)
-
-
-def memfd_half() -> Half:
-    with memory.memfd_create("shared") as fd:
-        os.ftruncate(fd.fileno(), PAGES * PAGE)
-        return Half(fd.fileno(), 0, PAGES * PAGE)
+    return Memslot(0, gfn_t(BASE >> PAGE_SHIFT), PAGES, private=half if private else None, shared=shared_half(PAGES) if shared else None)
 
 
 def test_with_memory_attributes_a_slot_is_one_and_the_kernel_converts() -> None:
@@ -169,6 +165,7 @@ def test_with_memory_attributes_a_slot_is_one_and_the_kernel_converts() -> None:
     assert vm.take("set_memory_attributes") == [(gpa, PAGES * PAGE, 0)]
     assert walk(own, BASE) == 0
     assert by.find(gpa) is None
+    slot.close()
 
 
 def test_with_memory_attributes_a_half_that_is_missing_has_no_entry() -> None:
@@ -213,6 +210,7 @@ def test_runs_of_attributes() -> None:
     base = slot.base_gfn
     found = [(start - base, end - base, private) for start, end, private in runs(slot, gfn_t(base + 1), gfn_t(base + 8))]
     assert found == [(1, 2, False), (2, 5, True), (5, 8, False)]
+    slot.close()
 
 
 # In this process, on /dev/kvm.
@@ -221,7 +219,8 @@ def test_runs_of_attributes() -> None:
 class Files:
     """Stands for the service: every token is a file of its own."""
 
-    def bind(self, token: bytes, window: PageRange, take: Callable[[Bound], _T]) -> _T:
+    def bind(self, token: bytes | int, window: PageRange, take: Callable[[Bound], _T]) -> _T:
+        assert isinstance(token, bytes)
         return take(Bound(token[0], token[0], None, memory.memfd_create("file"), OwnedFd(os.eventfd(0))))
 
     def unbind(self, number: int) -> None:

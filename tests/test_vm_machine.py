@@ -106,15 +106,16 @@ class Files:
     #: What happens when a binding is there, and its slot is not yet.
     when_bound: Callable[[Notified], None] = lambda _: None
 
-    def bind(self, token: bytes, window: PageRange, take: Callable[[Bound], _T]) -> _T:
-        file = self.files[token]
+    def bind(self, token: bytes | int, window: PageRange, take: Callable[[Bound], _T]) -> _T:
+        file = self.files[token] if isinstance(token, bytes) else self.bound[token][0]
         self.count += 1
         assert self.engine is not None
         notified = Notified(self.count, self.engine)
         file.register_notifier(notified)
         self.bound[self.count] = file, notified
         fd, sequence = (OwnedFd(os.dup(fd)) for fd in (file.backing.fileno(), file.sequence().fd.fileno()))
-        taken = take(Bound(self.count, token[0], None, fd, sequence))
+        ino = next(known[0] for known, other in self.files.items() if other is file)
+        taken = take(Bound(self.count, ino, None, fd, sequence))
         self.when_bound(notified)
         return taken
 

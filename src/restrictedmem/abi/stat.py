@@ -9,14 +9,21 @@ from restrictedmem.abi._syscall import libc, raise_errno
 
 SYS_statx: Final = {"x86_64": 332, "aarch64": 291}
 
+#: Device and inode number, which no two files have at the same time.
+Identity = tuple[int, int]
+
 AT_STATX_DONT_SYNC: Final = 0x4000
+_AT_EMPTY_PATH: Final = 0x1000
 
 _STATX_BYTES: Final = 256
 #: ``stx_dev_major`` and ``stx_dev_minor``.
 _DEVICE: Final = struct.Struct("=136x2I")
+#: ``stx_ino``, and the device.
+_IDENTITY: Final = struct.Struct("=32xQ96x2I")
 _AT_FDCWD: Final = -100
 _number: Final = ctypes.c_long(SYS_statx.get(os.uname().machine, -1))
 _here, _flags, _nothing = ctypes.c_long(_AT_FDCWD), ctypes.c_long(AT_STATX_DONT_SYNC), ctypes.c_long(0)
+_open_flags: Final = ctypes.c_long(AT_STATX_DONT_SYNC | _AT_EMPTY_PATH)
 
 
 def device(path: str) -> int:
@@ -31,3 +38,16 @@ def device(path: str) -> int:
     if libc.syscall(_number, _here, path.encode(), _flags, _nothing, found) < 0:
         raise_errno("statx")
     return os.makedev(*_DEVICE.unpack_from(found))
+
+
+def identity(fd: int) -> Identity:
+    """Return which file is open, of whatever kind, without asking its file system (``device``).
+
+    Raises:
+        OSError: EBADF.
+    """
+    found = ctypes.create_string_buffer(_STATX_BYTES)
+    if libc.syscall(_number, ctypes.c_long(fd), b"", _open_flags, _nothing, found) < 0:
+        raise_errno("statx")
+    ino, major, minor = _IDENTITY.unpack_from(found)
+    return os.makedev(major, minor), ino

@@ -21,7 +21,8 @@ from restrictedmem.check.objects import SharedBytes
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine import Binder, VcpuEngine
 from restrictedmem.kvm.exits import Exit, Interrupted, MmioRead
-from restrictedmem.kvm.memslot import Half, MemfdHalf, Memslot
+from restrictedmem.kvm.half import SharedHalf
+from restrictedmem.kvm.memslot import MemfdHalf, Memslot
 from restrictedmem.kvm.mmu import Mmu
 from restrictedmem.kvm.software.vm import SoftwareVm
 from restrictedmem.kvm.trace import Trace
@@ -254,8 +255,8 @@ class World:
         half.pages, half.sequence = Pages(Mapping(self), window, self.sequence), self.sequence
         half.order, half.may_have_folios = (HUGE, True) if self.frames.kind != "memfd" else (0, False)
         self.vm._halves[half.binding] = half
-        shared = object.__new__(Half)
-        shared.source = 0, 0, start << PAGE_SHIFT
+        shared = object.__new__(SharedHalf)
+        shared.offset = start << PAGE_SHIFT
         slot = self.parts.slot(half.binding, gfn_t(base), npages, private=half, shared=shared)
         slot.attributes[:] = bytes((private,)) * npages
         if isinstance(slot.entries, SharedBytes):

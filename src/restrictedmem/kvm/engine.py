@@ -20,8 +20,8 @@ _T = TypeVar("_T")
 class Binder(Protocol):
     """Registers and unregisters this process's notifiers with the service (BIND, UNBIND)."""
 
-    def bind(self, token: bytes, window: PageRange, take: Callable[[Bound], _T]) -> _T:
-        """Register a notifier on a range of the file whose holder presented ``token``.
+    def bind(self, token: bytes | int, window: PageRange, take: Callable[[Bound], _T]) -> _T:
+        """Register a notifier on a range of a file: whose holder presented a token, or that this process has by a binding's number.
 
         ``take`` gets what came of it, descriptors included, and returns what the engine makes of it, which hears of nothing before.
 
@@ -121,6 +121,14 @@ class Engine(Protocol):
 
         Raises:
             OSError: EINVAL as ``Binder.bind``; ENOMEM.
+        """
+        ...
+
+    def bind_again(self, ino: int, window: PageRange) -> PrivateHalf:
+        """Make the private half of a further slot, of the file with an inode number.
+
+        Raises:
+            OSError: ESTALE when no slot shows the file; else as ``bind``.
         """
         ...
 

@@ -174,10 +174,10 @@ class Machine:
 
     def _set_user_memory_region(self, message: Message) -> None:
         region = kvm.kvm_userspace_memory_region_ext.from_buffer_copy(message.body)
-        token = message.body[wire.TOKEN_OFFSET :]
+        token = message.body[wire.TOKEN_OFFSET : wire.NAMES_OFFSET]
         private = bool(region.memory_size and region.flags & kvm.KVM_MEM_PRIVATE)
         with self._conversions.changing_slot(region.slot, private=private), self._vcpus.held():
-            self._memory.set_region(region, token, message.fds[0] if message.fds else None)
+            self._memory.set_region(region, token, message.fds[0] if message.fds else None, wire.Names.of_body(message.body))
         self._owner.reply()
 
     def _check_extension(self, cap: int) -> int:

@@ -1,13 +1,12 @@
 """Memory slots: a range of guest pages, its two halves, and which pages the guest has mapped."""
 
-import fcntl
 import os
 from collections.abc import Callable
-from errno import EINVAL
 from typing import TYPE_CHECKING, Final, Protocol, final
 
 from restrictedmem import sync
 from restrictedmem.abi import memory
+from restrictedmem.kvm.half import Half, SharedHalf, alignment_for
 from restrictedmem.kvm.lpage import LARGE, Level, LpageInfo
 from restrictedmem.mm.backing import Allocator, MappedBacking, take_over
 from restrictedmem.mm.pages import Pages
@@ -33,53 +32,6 @@ LEVEL_SHIFT: Final = 5
 
 # At hand: to look up a member of an enumeration takes as long as to count the entries of a fault.
 _PAGE: Final = int(Level.PAGE)
-_F_ADD_SEALS: Final = 1033
-_F_SEAL_SHRINK: Final = 2
-
-
-@final
-class Half:
-    """One half of a slot, mapped whole into this process, and so that huge pages of its file can be mapped as one."""
-
-    __slots__ = ("address", "hugetlb", "locked", "mapping", "size", "source", "unlocked_because")
-
-    def __init__(self, fd: int, offset: int, size: int, alignment: int = 0) -> None:
-        """Map ``size`` bytes of ``fd`` from byte ``offset`` on; the descriptor stays the caller's. ``alignment``: ``memory.Mapping``.
-
-        Raises:
-            OSError: ENOMEM.
-        """
-        self.size = size
-        self.source = source_of(fd, offset)
-        #: Whether its pages are huge ones, of which a part cannot be dropped.
-        self.hugetlb = memory.is_hugetlbfs(fd)
-        self.mapping = memory.Mapping(fd, offset, size, alignment or _alignment_for(size))
-        #: Where the half lies in this process.
-        self.address = self.mapping.address
-        #: Bytes locked; when 0, why.
-        self.locked = 0
-        self.unlocked_because = ""
-
-    def lock(self) -> None:
-        """Lock the half as its pages come, all of it or nothing; where the limit forbids it, remember why."""
-        try:
-            memory.mlock_onfault(self.address, self.size)
-            self.locked = self.size
-        except OSError as error:
-            self.unlocked_because = os.strerror(error.errno or 0)
-
-    def write(self, start: int, data: bytes) -> None:
-        """Write content at a byte offset of the half."""
-        self.mapping.memory[start : start + len(data)] = data
-
-    def close(self) -> None:
-        """Unmap the half; nobody may use its address any more."""
-        self.mapping.close()
-
-
-def _alignment_for(size: int) -> int:
-    """Return how a half is to be aligned: a small one has no huge page, and of many the padding would use up vm.max_map_count."""
-    return memory.PMD_SIZE if size >= memory.PMD_SIZE else PAGE_SIZE
 
 
 class PrivateHalf(Protocol):
@@ -169,7 +121,7 @@ class MemfdHalf:
         self.may_have_folios = file.memfd.blksize > PAGE_SIZE
         self.sequence = file.sequence
         start, size = window.start << PAGE_SHIFT, len(window) << PAGE_SHIFT
-        self.half = Half(file.memfd.fileno(), start, size, max(_alignment_for(size), file.memfd.blksize))
+        self.half = Half(file.memfd.fileno(), start, size, max(alignment_for(size), file.memfd.blksize))
         backing: Allocator = MappedBacking(file.memfd, self.half.mapping, start)
         if file.pinned:
             try:
@@ -218,7 +170,7 @@ class Memslot:
     __slots__ = ("attributes", "base_gfn", "end_gfn", "entries", "lpage", "mapped", "number", "private", "rights", "shared")
 
     def __init__(
-        self, number: int, base_gfn: gfn_t, npages: int, *, private: PrivateHalf | None, shared: Half | None, rights: int = ALL
+        self, number: int, base_gfn: gfn_t, npages: int, *, private: PrivateHalf | None, shared: SharedHalf | None, rights: int = ALL
     ) -> None:
         """Make a slot of one or two halves, each of ``npages`` pages, with every page shared."""
         self.number = number
@@ -232,7 +184,7 @@ class Memslot:
         #: By level, how many translations ``entries`` holds (KVM's statistics pages_4k, pages_2m and pages_1g).
         self.mapped = [0] * (Level.PUD + 1)
         starts = [] if private is None else [int(private.window.start)]
-        starts += [] if shared is None else [shared.source[2] >> PAGE_SHIFT]
+        starts += [] if shared is None else [shared.offset >> PAGE_SHIFT]
         self.lpage = LpageInfo(self.base_gfn, self.end_gfn, tuple(starts), self.attributes)
 
     @property
@@ -330,21 +282,3 @@ class Memslot:
             self.private.close()
         if self.shared is not None:
             self.shared.close()
-
-
-def source_of(fd: int, offset: int) -> tuple[int, int, int]:
-    """Return which bytes of which file a half shows: device, inode number, offset."""
-    found = os.fstat(fd)
-    return found.st_dev, found.st_ino, offset
-
-
-def forbid_shrinking(fd: int) -> None:
-    """Seal a memfd of the owner's against shrinking: a mapping past its end would be SIGBUS for whoever touches it.
-
-    Raises:
-        OSError: EINVAL when it is no memfd, or is sealed against seals.
-    """
-    try:
-        fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK)
-    except OSError:
-        raise OSError(EINVAL, "shared memory must be a memfd that can be sealed against shrinking") from None

@@ -151,7 +151,7 @@ class Binding:
         #: Made after this, and before anything is bound.
         self.engine: Engine
 
-    def bind(self, token: bytes, window: PageRange, take: Callable[[Bound], _T]) -> _T:
+    def bind(self, token: bytes | int, window: PageRange, take: Callable[[Bound], _T]) -> _T:
         """Register a notifier (``Binder``)."""
         return self._consumer.bind(token, window, lambda bound: _Notifier(bound.number, take(bound), self.engine, self._trace)).taken
 

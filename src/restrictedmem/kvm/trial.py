@@ -18,8 +18,9 @@ from restrictedmem.kvm import exits
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine import Engine
 from restrictedmem.kvm.guest_abi import EXIT, PRIVATE_BASE
+from restrictedmem.kvm.half import SharedFiles, SharedHalf
 from restrictedmem.kvm.kernel.vm import KernelVm
-from restrictedmem.kvm.memslot import Half, Memslot
+from restrictedmem.kvm.memslot import Memslot
 from restrictedmem.kvm.vcpu import Vcpu, Vcpus
 from restrictedmem.mm.notifier import Api
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t, pgoff_t
@@ -59,7 +60,7 @@ def run_guest(kvm: Kvm, *, debug: bool) -> None:
         memory.memfd_create("trial-shared") as fd,
     ):
         memory.fallocate(fd.fileno(), 0, 0, _PAGES * PAGE_SIZE)
-        shared = Half(fd.fileno(), 0, _PAGES * PAGE_SIZE)
+        shared = SharedHalf(SharedFiles().of_fd(fd.fileno(), _PAGES * PAGE_SIZE), 0, _PAGES * PAGE_SIZE)
         private = engine.bind(b"", PageRange(pgoff_t(0), pgoff_t(_PAGES)))
         with closing(Memslot(0, _GFN, _PAGES, private=private, shared=shared)) as slot:
             slot.attributes[:] = b"\1" * _PAGES
@@ -75,7 +76,7 @@ def run_guest(kvm: Kvm, *, debug: bool) -> None:
                 raise
 
 
-def _run(engine: Engine, slot: Memslot, shared: Half, vcpu: Vcpu) -> None:
+def _run(engine: Engine, slot: Memslot, shared: SharedHalf, vcpu: Vcpu) -> None:
     start = PRIVATE_BASE + _DATA * PAGE_SIZE
     span, first, last = PageRange(pgoff_t(_DATA), pgoff_t(_DATA + 1)), gfn_t(_GFN + _DATA), gfn_t(_GFN + _DATA + 1)
     content = _GUEST.ljust(PAGE_SIZE, b"\0") + _word(5).ljust(PAGE_SIZE, b"\0")
@@ -122,7 +123,7 @@ def _word(value: int) -> bytes:
 class _File:
     """Stands for the service, which this VM has nothing to do with (``Binder``): the engine keeps its pages in a guest_memfd."""
 
-    def bind(self, token: bytes, window: PageRange, take: Callable[[Bound], _T]) -> _T:
+    def bind(self, token: bytes | int, window: PageRange, take: Callable[[Bound], _T]) -> _T:
         """Bind to a file that has nothing in it."""
         return take(Bound(1, 1, None, memory.memfd_create("trial"), memory.memfd_create("trial-sequence")))
 

@@ -1,15 +1,19 @@
 """The owner's side of a VM, in KVM's words: a VM, its slots, its vCPU, and exits as values."""
 
+import fcntl
 import json
 import os
 import socket
 import struct
+from collections import deque
 from collections.abc import Collection
-from errno import EACCES, EBADF, EINVAL, ENOTTY
+from errno import EACCES, EBADF, EINVAL, ENOTTY, ESTALE
 from types import TracebackType
 from typing import Any, Final, Self, final
 
-from restrictedmem.abi import kvm, kvm_x86
+from restrictedmem.abi import kvm, kvm_x86, stat
+from restrictedmem.abi.stat import Identity
+from restrictedmem.fs.filesystem import TOKEN_BYTES
 from restrictedmem.kvm import exits, wire
 from restrictedmem.service.client import Service, default_service
 from restrictedmem.service.wire import MAX_BODY, Channel
@@ -18,6 +22,8 @@ from restrictedmem.units import PAGE_MASK
 _LAUNCH_CHUNK: Final = (MAX_BODY - wire.LAUNCH.size) & ~PAGE_MASK
 _DBG_CHUNK: Final = MAX_BODY - wire.DBG.size
 _NOT_RESTRICTED: Final = (EBADF, ENOTTY, EACCES)
+#: Files that a VM may name; most have two for all their slots.
+_SHOWN: Final = 8
 
 
 @final
@@ -53,6 +59,8 @@ class Vm:
         except BaseException:
             self._channel.close()
             raise
+        #: Files of slots, the last ones. The engine says whether one still is: a slot may be gone, and others may have this VM too.
+        self._shown = deque[Identity](maxlen=_SHOWN)
         #: The engine it runs on: ``software`` or ``kernel``.
         self.engine = name.decode()
 
@@ -71,8 +79,9 @@ class Vm:
         """Create a slot, move one, or delete it with ``memory_size=0`` (KVM_SET_USER_MEMORY_REGION); addresses and sizes in bytes.
 
         ``restricted_fd`` gives the private half (``KVM_MEM_PRIVATE``); the slot holds the file until it is deleted. ``shared_fd`` gives
-        the shared half: a memfd, which is sealed against shrinking. Both stay the caller's. A slot without private half moves to another
-        guest address when all else is given as it was; nothing else of a slot can be changed. vCPUs may be running.
+        the shared half: a memfd, which is sealed against shrinking. Both stay the caller's; while a slot shows
+        the file, further ones only name it. A slot without private half moves to another guest address when all else is given as it was;
+        nothing else of a slot can be changed. vCPUs may be running.
 
         Raises:
             OSError: EINVAL, EEXIST as v9 and v10; EINVAL for a closed descriptor or one that is not restricted.
@@ -87,8 +96,29 @@ class Vm:
             userspace_addr=shared_offset,
             restricted_offset=restricted_offset,
         )
-        token = b"" if restricted_fd is None or not memory_size else self._token(restricted_fd)
-        self._channel.call(wire.SET_USER_MEMORY_REGION, bytes(region) + token, [] if shared_fd is None else [shared_fd])
+        named = [_identity(fd) if fd is not None and memory_size else None for fd in (restricted_fd, shared_fd)]
+        private, shared = (one if one in self._shown else None for one in named)
+        try:
+            self._set_region(region, restricted_fd, shared_fd, private, shared)
+        except OSError as error:
+            if error.errno != ESTALE or not (private or shared):
+                raise
+            self._set_region(region, restricted_fd, shared_fd, None, None)
+        self._shown.extend(one for one in named if one is not None and one not in self._shown)
+
+    def _set_region(
+        self,
+        region: kvm.kvm_userspace_memory_region_ext,
+        restricted_fd: int | None,
+        shared_fd: int | None,
+        private: Identity | None,
+        shared: Identity | None,
+    ) -> None:
+        """Make the call; ``private`` and ``shared`` name what a slot shows already, in place of token and descriptor."""
+        token = b"" if restricted_fd is None or private or not region.memory_size else self._token(restricted_fd)
+        if private or shared:
+            token = token.ljust(TOKEN_BYTES, b"\0") + wire.Names(private[1] if private else 0, *(shared or (0, 0))).pack()
+        self._channel.call(wire.SET_USER_MEMORY_REGION, bytes(region) + token, [] if shared_fd is None or shared else [shared_fd])
 
     def _token(self, restricted_fd: int) -> bytes:
         try:
@@ -233,6 +263,15 @@ class Vm:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _identity(fd: int) -> Identity | None:
+    """Return which file a descriptor is of; None where it may not be written to, or is closed: then its name would do what it cannot."""
+    try:
+        found = stat.identity(fd)
+        return found if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR else None
+    except OSError:
+        return None
 
 
 @final

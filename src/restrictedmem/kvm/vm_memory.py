@@ -10,14 +10,17 @@ from errno import EEXIST, EFAULT, EINVAL, EOPNOTSUPP
 from typing import Final, final
 
 from restrictedmem.abi import kvm
+from restrictedmem.abi.stat import Identity
 from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine import Engine
 from restrictedmem.kvm.guest_abi import GPA_BITS, HYPERCALL_PAGE, REPORT_PAGE
+from restrictedmem.kvm.half import SharedFiles, SharedHalf, identity_of
 from restrictedmem.kvm.lpage import Level
-from restrictedmem.kvm.memslot import ALL, EXEC, READ, WRITE, Half, Memslot, PrivateHalf, forbid_shrinking, source_of
+from restrictedmem.kvm.memslot import ALL, EXEC, READ, WRITE, Memslot, PrivateHalf
 from restrictedmem.kvm.memslots import Memslots
 from restrictedmem.kvm.whole import begun, whole
+from restrictedmem.kvm.wire import NO_NAMES, Names
 from restrictedmem.mm.notifier import Api
 from restrictedmem.service import wire
 from restrictedmem.service.wire import Channel
@@ -38,6 +41,7 @@ class VmMemory:
 
     def __init__(self, engine: Engine, service: Channel, api: Api, attributes: Attributes) -> None:
         self.slots = Memslots()
+        self._shared_files = SharedFiles()
         #: Of the private halves, as ``statistics`` has them: sizes, and how many are not locked, by the reason.
         self._private_bytes = self._locked_bytes = 0
         self._unlocked: Counter[str] = Counter()
@@ -51,14 +55,22 @@ class VmMemory:
 
     # Slots.
 
-    def set_region(self, region: kvm.kvm_userspace_memory_region_ext, token: bytes, shared_fd: OwnedFd | None) -> None:
+    def set_region(
+        self,
+        region: kvm.kvm_userspace_memory_region_ext,
+        token: bytes,
+        shared_fd: OwnedFd | None,
+        names: Names = NO_NAMES,
+    ) -> None:
         """Create, move or delete a slot (KVM_SET_USER_MEMORY_REGION); no vCPU is in the guest.
 
-        A slot with a private half can only be deleted, as v9 and v10 meant it: they let one lose its flag, and with it its notifier.
+        ``names`` say what the token or the descriptor would, of files that slots show already. A slot with a private half can only be
+        deleted, as v9 and v10 meant it: they let one lose its flag, and with it its notifier.
 
         Raises:
             OSError: EINVAL and EEXIST as v9, v10 and KVM have them (tests/test_vm_slots.py asks the kernel): EINVAL for a descriptor that
-                is not restricted, a deletion of nothing, dirty logging, and every change but a move.
+                is not restricted, a deletion of nothing, dirty logging, and every change but a move; ESTALE for a name of nothing that a
+                slot shows, and then the token is as it was.
         """
         _check(region)
         old = self.slots.get(region.slot)
@@ -72,12 +84,12 @@ class VmMemory:
                 self._changed()
         elif old is None:
             self._check_overlap(region, None)
-            new = self._create(region, token, shared_fd)
+            new = self._create(region, token, shared_fd, names)
             self._replace(None, new)
             if new.private is not None:
                 self._changed()
         else:
-            _check_move(old, region, shared_fd)
+            _check_move(old, region, names.shared if shared_fd is None else identity_of(shared_fd.fileno()))
             gfn = gfn_t(region.guest_phys_addr >> PAGE_SHIFT)
             if gfn != old.base_gfn:
                 self._check_overlap(region, old)
@@ -91,14 +103,26 @@ class VmMemory:
             slot.close()
         self._report()
 
-    def _create(self, region: kvm.kvm_userspace_memory_region_ext, token: bytes, shared_fd: OwnedFd | None) -> Memslot:
+    def _create(
+        self,
+        region: kvm.kvm_userspace_memory_region_ext,
+        token: bytes,
+        shared_fd: OwnedFd | None,
+        names: Names,
+    ) -> Memslot:
         """Make a slot, registering with the service for its private half."""
         private = shared = None
+        end = region.userspace_addr + region.memory_size
+        # Before the token is used up.
+        file = None if shared_fd is not None or names.shared is None else self._shared_files.of_name(names.shared, end)
         if region.flags & kvm.KVM_MEM_PRIVATE:
-            private = self._engine.bind(token, PageRange.of_bytes(region.restricted_offset, region.memory_size))
+            window = PageRange.of_bytes(region.restricted_offset, region.memory_size)
+            private = self._engine.bind_again(names.restricted, window) if names.restricted else self._engine.bind(token, window)
         try:
             if shared_fd is not None:
-                shared = self._map_shared(shared_fd, region.userspace_addr, region.memory_size)
+                file = self._shared_files.of_fd(shared_fd.fileno(), end)
+            if file is not None:
+                shared = SharedHalf(file, region.userspace_addr, region.memory_size)
             rights = READ | EXEC if region.flags & kvm.KVM_MEM_READONLY else ALL
             start, npages = gfn_t(region.guest_phys_addr >> PAGE_SHIFT), region.memory_size >> PAGE_SHIFT
             return Memslot(region.slot, start, npages, private=private, shared=shared, rights=rights)
@@ -147,14 +171,6 @@ class VmMemory:
         engines_own = start < (REPORT_PAGE >> PAGE_SHIFT) + 1 and end > HYPERCALL_PAGE >> PAGE_SHIFT
         if engines_own or any(slot is not itself for slot in self.slots.overlapping(start, end)):
             raise OSError(EEXIST, "guest addresses overlap another slot")
-
-    @staticmethod
-    def _map_shared(fd: OwnedFd, offset: int, size: int) -> Half:
-        # Before the seal, which would stay, and again after it: until then the memfd can be shrunk.
-        _check_size(fd, offset + size)
-        forbid_shrinking(fd.fileno())
-        _check_size(fd, offset + size)
-        return Half(fd.fileno(), offset, size)
 
     def slot_of(self, gfn: int) -> Memslot | None:
         """Return the slot that shows a guest page."""
@@ -308,21 +324,16 @@ def _check(region: kvm.kvm_userspace_memory_region_ext) -> None:
         raise OSError(EINVAL, "restricted_offset is not page aligned, or wraps")
 
 
-def _check_move(old: Memslot, region: kvm.kvm_userspace_memory_region_ext, shared_fd: OwnedFd | None) -> None:
-    """Check that all a request changes of a slot is its guest address."""
+def _check_move(old: Memslot, region: kvm.kvm_userspace_memory_region_ext, shown: Identity | None) -> None:
+    """Check that all a request changes of a slot is its guest address; ``shown`` is the memfd that it means."""
     if old.private is not None or region.flags & kvm.KVM_MEM_PRIVATE:
         raise OSError(EINVAL, f"slot {old.number} has a private half: it can only be deleted")
     readonly = bool(region.flags & kvm.KVM_MEM_READONLY)
     if region.memory_size >> PAGE_SHIFT != old.end_gfn - old.base_gfn or readonly is bool(old.rights & WRITE):
         raise OSError(EINVAL, f"slot {old.number} has another size, or READONLY differs")
-    source = None if shared_fd is None else source_of(shared_fd.fileno(), region.userspace_addr)
-    if source != (old.shared and old.shared.source):
+    source = None if shown is None else (shown, region.userspace_addr)
+    if source != (old.shared and (old.shared.file.identity, old.shared.offset)):
         raise OSError(EINVAL, f"slot {old.number} shows other memory")
-
-
-def _check_size(fd: OwnedFd, end: int) -> None:
-    if end > os.fstat(fd.fileno()).st_size:
-        raise OSError(EINVAL, "the shared half ends past its memfd")
 
 
 def swap_exists() -> bool:

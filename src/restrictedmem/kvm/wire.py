@@ -9,15 +9,17 @@ import json
 import struct
 from dataclasses import asdict, dataclass
 from errno import EINVAL, EOPNOTSUPP
-from typing import Final, Self
+from typing import Final, NamedTuple, Self, final
 
 from restrictedmem.abi import kvm, kvm_x86
+from restrictedmem.abi.stat import Identity
+from restrictedmem.fs.filesystem import TOKEN_BYTES
 from restrictedmem.platform import host
 from restrictedmem.service.wire import Call
 
 SET_USER_MEMORY_REGION: Final = Call("KVM_SET_USER_MEMORY_REGION", kvm.KVM_SET_USER_MEMORY_REGION_REQUEST)
 """Body: ``kvm_userspace_memory_region_ext``, then 16 bytes: the token of the restricted descriptor, if ``KVM_MEM_PRIVATE``. Descriptor
-0, when there is one, is a memfd with the shared half from byte ``userspace_addr`` on."""
+0, when there is one, is a memfd with the shared half from byte ``userspace_addr`` on. ``Names`` may follow the token's place."""
 CREATE_VM: Final = Call("KVM_CREATE_VM", kvm.KVM_CREATE_VM.request)
 """First of all, or never: the VM was made by SPAWN, and this says early why it was not. Reply: the engine's name."""
 CREATE_VCPU: Final = Call("KVM_CREATE_VCPU", kvm.KVM_CREATE_VCPU.request)
@@ -83,12 +85,41 @@ FAILURE: Final = struct.Struct("=Q")
 #: Guest physical address, and bytes.
 DBG: Final = struct.Struct("=QQ")
 TOKEN_OFFSET: Final = ctypes.sizeof(kvm.kvm_userspace_memory_region_ext)
+NAMES_OFFSET: Final = TOKEN_OFFSET + TOKEN_BYTES
+
+_NAMES: Final = struct.Struct("=QQQ")
 
 #: Policy bit: registers and private memory are open to the owner. In the measurement, so that it cannot be hidden.
 POLICY_DEBUG: Final = 1 << 0
 #: Policy bit: pages are converted only when the guest asked for it, and private memory lies where it was at the launch.
 POLICY_EXPLICIT: Final = 1 << 1
 ENGINES: Final = ("auto", "kernel", "software")
+
+
+@final
+class Names(NamedTuple):
+    """Files that slots show, by their inode numbers: a request that names one brings neither token nor descriptor of it. 0 for none."""
+
+    restricted: int = 0
+    device: int = 0
+    memfd: int = 0
+
+    @property
+    def shared(self) -> Identity | None:
+        """Device and inode number of the memfd."""
+        return (self.device, self.memfd) if self.memfd else None
+
+    def pack(self) -> bytes:
+        """Return what follows the token's place."""
+        return _NAMES.pack(*self)
+
+    @classmethod
+    def of_body(cls, body: bytes) -> Self:
+        """Read the names of a request, which may have none."""
+        return cls(*_NAMES.unpack_from(body, NAMES_OFFSET)) if len(body) >= NAMES_OFFSET + _NAMES.size else cls()
+
+
+NO_NAMES: Final = Names()
 
 
 @dataclass(frozen=True, slots=True)

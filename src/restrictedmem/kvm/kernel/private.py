@@ -2,7 +2,7 @@
 
 import mmap
 from collections.abc import Callable
-from errno import EINVAL, ENOSPC, EOPNOTSUPP
+from errno import EINVAL, ENOSPC, EOPNOTSUPP, ESTALE
 from functools import partial
 from typing import Final, final
 
@@ -21,16 +21,22 @@ _WHOLE: Final = PageRange(pgoff_t(0), pgoff_t(_SIZE >> PAGE_SHIFT))
 class PrivateFile:
     """A restricted file's content in this VM, kept until the VM ends."""
 
-    def __init__(self, ino: int, binding: int, memfd: GuestMemfd, limit: int | None) -> None:
+    def __init__(self, ino: int, binding: int, memfd: GuestMemfd, limit: int | None, *, ranged: bool = False) -> None:
         self.ino = ino
-        #: The first one.
-        self.binding = binding
+        #: Whether each slot has a binding of its own; else the first one stays, for all.
+        self.ranged = ranged
+        self.bindings = {binding}
         self.memfd = memfd
         self.limit = limit
         #: Pages freed by the owner.
         self.freed = 0
         #: Bytes shown by slots.
         self.shown = 0
+
+    @property
+    def binding(self) -> int:
+        """Any of its bindings."""
+        return next(iter(self.bindings))
 
     def punch(self, span: PageRange) -> None:
         """Free the pages of a range and take them from every vCPU."""
@@ -135,32 +141,48 @@ class PrivateFiles:
         # By binding, also what it is told of.
         self._bindings: dict[int, tuple[PrivateFile, PageRange]] = {}
 
-    def bind(self, token: bytes, window: PageRange) -> GuestMemfdHalf:
-        """Make a half that shows ``window`` of a file (``Engine``).
+    def bind(self, token: bytes | int, window: PageRange) -> GuestMemfdHalf:
+        """Make a half that shows ``window`` of a file (``Engine``), by a token or the number of a binding.
 
         Raises:
             OSError: EINVAL as ``Binder.bind``, and for a window beyond what a guest_memfd holds; ENOSPC for more than the service's limit.
         """
-        if window.end << PAGE_SHIFT > _SIZE:
-            raise OSError(EINVAL, "guest_memfd does not reach so far")
         bound = self._binder.bind(token, window, lambda bound: bound)
         bound.memfd.close()
         bound.sequence.close()
-        ranged = bool(bound.flags & BindingFlag.RANGE)
         file = self._by_ino.get(bound.ino)
         try:
             if file is None:
-                file = PrivateFile(bound.ino, bound.number, self._vm.create_guest_memfd(_SIZE, self._flags), bound.limit)
+                ranged = bool(bound.flags & BindingFlag.RANGE)
+                file = PrivateFile(bound.ino, bound.number, self._vm.create_guest_memfd(_SIZE, self._flags), bound.limit, ranged=ranged)
                 self._by_ino[bound.ino] = file
         except BaseException:
             self._binder.unbind(bound.number)
             raise
-        if not ranged and file.binding != bound.number:
+        if file.ranged:
+            return self._show(file, bound.number, window)
+        if bound.number not in file.bindings:
             self._binder.unbind(bound.number)
-        binding = bound.number if ranged else file.binding
-        self._bindings[binding] = file, window if ranged else _WHOLE
-        let_go = partial(self._let_go, binding) if ranged else partial(self._let_go_if_empty, file)
+        return self._show(file, file.binding, window)
+
+    def bind_again(self, ino: int, window: PageRange) -> GuestMemfdHalf:
+        """Make a half that shows ``window`` of a file that a slot shows (``Engine``).
+
+        Raises:
+            OSError: ESTALE when none does; else as ``bind``.
+        """
+        file = self._by_ino.get(ino)
+        if file is None or not file.shown:
+            raise OSError(ESTALE, "no slot shows that restricted file: a token has to say which")
+        return self.bind(file.binding, window) if file.ranged else self._show(file, file.binding, window)
+
+    def _show(self, file: PrivateFile, binding: int, window: PageRange) -> GuestMemfdHalf:
+        self._bindings[binding] = file, window if file.ranged else _WHOLE
+        file.bindings.add(binding)
+        let_go = partial(self._let_go, binding) if file.ranged else partial(self._let_go_if_empty, file)
         try:
+            if window.end << PAGE_SHIFT > _SIZE:
+                raise OSError(EINVAL, "guest_memfd does not reach so far")
             if file.limit is not None and file.shown + (len(window) << PAGE_SHIFT) > file.limit:
                 raise OSError(ENOSPC, "guest_memfd grows without asking: slots must fit the service's limit")
             return GuestMemfdHalf(file, window, binding, let_go)
@@ -171,6 +193,7 @@ class PrivateFiles:
     def _let_go(self, binding: int) -> None:
         self._binder.unbind(binding)
         file, window = self._bindings.pop(binding)
+        file.bindings.remove(binding)
         file.punch(window)
 
     def _let_go_if_empty(self, file: PrivateFile) -> None:

@@ -97,6 +97,10 @@ class KernelVm:
         """Show a window of the file's guest_memfd (``Engine``)."""
         return self._files.bind(token, window)
 
+    def bind_again(self, ino: int, window: PageRange) -> GuestMemfdHalf:
+        """Show a further window of a file's guest_memfd (``Engine``)."""
+        return self._files.bind_again(ino, window)
+
     def add_slot(self, slot: Memslot) -> None:
         """Let the guest's page tables lead to a slot (``Engine``).
 
@@ -104,7 +108,7 @@ class KernelVm:
             OSError: EINVAL for a shared half of huge pages: KVM's translations are dropped by MADV_DONTNEED, which does nothing to a part
                 of one. The guest would go on to reach what its pages no longer are.
         """
-        if slot.shared is not None and slot.shared.hugetlb:
+        if slot.shared is not None and slot.shared.file.hugetlb:
             raise OSError(EINVAL, "the shared half must not be of huge pages (hugetlbfs) on the kernel engine")
         self._conversion.add(slot)
         try:

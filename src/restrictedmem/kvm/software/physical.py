@@ -8,7 +8,8 @@ from bisect import bisect_left, bisect_right
 from operator import attrgetter
 from typing import Final, final
 
-from restrictedmem.kvm.memslot import Half, Memslot
+from restrictedmem.kvm.half import Half
+from restrictedmem.kvm.memslot import Memslot
 from restrictedmem.kvm.software.unicorn import Uc
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, gfn_t
 

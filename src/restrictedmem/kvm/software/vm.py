@@ -2,6 +2,7 @@
 
 import mmap
 from collections.abc import Iterator
+from errno import ESTALE
 from functools import partial
 from typing import Final, final
 
@@ -56,6 +57,8 @@ class SoftwareVm:
         self._files: dict[int, MemfdFile] = {}
         #: By binding, from BIND until UNBIND has been answered: longer than there is a slot.
         self._halves: dict[int, MemfdHalf] = {}
+        #: Of them, those of each file, by its inode number.
+        self._bindings: dict[int, set[int]] = {}
 
     @property
     def name(self) -> str:
@@ -75,6 +78,13 @@ class SoftwareVm:
     def bind(self, token: bytes, window: PageRange) -> MemfdHalf:
         """Map a window of the file's memfd (``Engine``)."""
         return self._binder.bind(token, window, partial(self._take_over, window))
+
+    def bind_again(self, ino: int, window: PageRange) -> MemfdHalf:
+        """Map a further window of a file's memfd (``Engine``)."""
+        bindings = self._bindings.get(ino)
+        if not bindings:
+            raise OSError(ESTALE, "no slot shows that restricted file: a token has to say which")
+        return self._binder.bind(next(iter(bindings)), window, partial(self._take_over, window))
 
     def _take_over(self, window: PageRange, bound: Bound) -> MemfdHalf:
         file = self._files.get(bound.ino)
@@ -97,6 +107,7 @@ class SoftwareVm:
         self._files[bound.ino] = file
         half.half.lock()
         self._halves[bound.number] = half
+        self._bindings.setdefault(bound.ino, set()).add(bound.number)
         return half
 
     def _unbind(self, binding: int) -> None:
@@ -105,6 +116,9 @@ class SoftwareVm:
         # With a design that invalidates at teardown, invalidations come meanwhile.
         self._binder.unbind(binding)
         del self._halves[binding]
+        self._bindings[half.ino].remove(binding)
+        if not self._bindings[half.ino]:
+            del self._bindings[half.ino]
 
     def add_slot(self, slot: Memslot) -> None:
         """Let every vCPU reach a slot (``Engine``)."""
