@@ -204,28 +204,29 @@ def test_the_softwares_entries_go_before_pages_are_told_to_be_private() -> None:
     assert converted[-1] == END - START
 
 
-def test_a_slot_is_known_everywhere_or_nowhere_whatever_fails() -> None:
+def change_slot(window: Window, number: int, gpa: int, size: int, failing: int) -> tuple[bool, tuple[set[int], ...]]:
+    """Say whether memory was missing, and which slots the VM and its engine know, by their numbers and by their pages."""
+    with OwnedFd(os.memfd_create("other", os.MFD_ALLOW_SEALING)) as fd:
+        os.ftruncate(fd.fileno(), PAGE_SIZE)
+        region = kvm.kvm_userspace_memory_region_ext(slot=number, flags=0, userspace_addr=0, guest_phys_addr=gpa, memory_size=size)
+        failed = failing_at(failing, partial(window.memory.set_region, region, b"", fd))
+    lists = (window.memory.slots, window.engine.mmu.slots)
+    by_number = [{slot.number for slot in slots} for slots in lists]
+    by_page = [{slot.number for slot in slots.overlapping(0, 1 << 52)} for slots in lists]
+    return failed, (*by_number, *by_page)
+
+
+@pytest.mark.parametrize(("number", "gpa", "size", "after"), [(1, 0x8000_0000, PAGE_SIZE, {0, 1}), (0, GPA, 0, set[int]())])
+def test_a_slot_is_known_everywhere_or_nowhere_whatever_fails(number: int, gpa: int, size: int, after: set[int]) -> None:
     """One that the engine had and the VM's own list had not would be in no measurement, and be held by nobody."""
-
-    def change(failing: int, number: int, gpa: int, size: int) -> tuple[bool, tuple[set[int], ...]]:
-        with OwnedFd(os.memfd_create("other", os.MFD_ALLOW_SEALING)) as fd:
-            os.ftruncate(fd.fileno(), PAGE_SIZE)
-            region = kvm.kvm_userspace_memory_region_ext(slot=number, flags=0, userspace_addr=0, guest_phys_addr=gpa, memory_size=size)
-            failed = failing_at(failing, partial(window.memory.set_region, region, b"", fd))
-        # One that could not be made may be known by neither its number nor its pages.
-        lists = (window.memory.slots, window.engine.mmu.slots)
-        by_number = [{slot.number for slot in slots} for slots in lists]
-        by_page = [{slot.number for slot in slots.overlapping(0, 1 << 52)} for slots in lists]
-        return failed, (*by_number, *by_page)
-
     window = Window()
-    for number, gpa, size, after in ((1, 0x8000_0000, PAGE_SIZE, {0, 1}), (0, GPA, 0, set[int]())):
-        done, outcomes = repr((False, (after,) * 4)), list[str]()
-        while done not in outcomes:
-            outcomes.append(in_child(partial(change, len(outcomes), number, gpa, size)))
-        # "": the engine ended.
-        assert set(outcomes) <= {"", done, repr((True, ({0},) * 4)), repr((True, (after,) * 4))}
-        assert "" in outcomes
+    done, outcomes = repr((False, (after,) * 4)), list[str]()
+    while done not in outcomes:
+        outcomes.append(in_child(partial(change_slot, window, number, gpa, size, len(outcomes))))
+    # "": the engine ended.
+    assert set(outcomes) <= {"", done, repr((True, ({0},) * 4)), repr((True, (after,) * 4))}
+    assert "" in outcomes
+    window.slot.close()
 
 
 def test_a_list_that_is_full_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
