@@ -269,6 +269,20 @@ def test_what_was_mapped_small_is_mapped_as_one_once_it_is_a_folio() -> None:
         assert vm.mapped() == (0, 1, 0)
 
 
+def test_a_block_that_becomes_a_folio_behind_a_remembered_order_is_mapped_small_once_more() -> None:
+    with made() as vm:
+        vm.fetch(PMD)
+        vm.punch(0, 730)
+        # Order 0 is remembered of the block.
+        assert vm.mmu.prefault(gfn_t(BASE + 763), gfn_t(BASE + 764)) == 1
+        vm.folios.folios[9].add(1)
+        vm.touch(PMD)
+        assert (vm.level(PMD), vm.level(800)) == (Level.PAGE, Level.PAGE)
+        # Pages were taken anew, so the order is asked for again.
+        vm.touch(PMD + FAULT_AROUND)
+        assert (vm.level(PMD), vm.level(800)) == (Level.PMD, Level.PMD)
+
+
 def test_where_a_block_cannot_be_had_less_is_mapped() -> None:
     with made() as vm:
         vm.folios.room = FAULT_AROUND
@@ -482,6 +496,20 @@ def naive_level(vm: Vm, index: int, order: int) -> Level:
     return Level.PAGE
 
 
+@contextmanager
+def orders_told() -> Generator[list[int]]:
+    """Collect what get_page answers."""
+    get_page, told = Pages.get_page, list[int]()
+
+    def collecting(pages: Pages, pgoff: pgoff_t) -> int:
+        told.append(get_page(pages, pgoff))
+        return told[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pages, "get_page", collecting)
+        yield told
+
+
 class Levels(RuleBasedStateMachine):
     """Faults, zaps, conversions, punches, losses and code on a slot whose folios come and go."""
 
@@ -529,11 +557,13 @@ class Levels(RuleBasedStateMachine):
                 vm.touch(index)
             assert caught.value.errno == EHWPOISON
             return
-        fault = vm.touch(index)
+        with orders_told() as told:
+            fault = vm.touch(index)
         assert fault is (Fault.MAPPED if vm.slot.attributes[index] else Fault.NO_HALF)
         if fault is Fault.MAPPED and missing:
-            # Pages may not know yet that a block became a folio.
-            assert vm.level(index) is naive_level(vm, index, vm.half.pages.get_page(vm.slot.pgoff_of(vm.base + index)))
+            # Pages may not know yet that a block became a folio; the fault itself may make them ask the next time.
+            order = told[0] if told else vm.folios.order_of(vm.slot.pgoff_of(vm.base + index))
+            assert vm.level(index) is naive_level(vm, index, order)
 
     @rule(data=st.data())
     def fetch(self, data: st.DataObject) -> None:
