@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import mute_server
-from processes import Process, exists, process
+from processes import Process, descendants, exists, process
 
 #: Seconds within which every blocked call has to return, and everything has to be gone.
 LIMIT: Final = 1.0
@@ -357,12 +357,7 @@ def _send(victim: Process, number: signal.Signals) -> None:
 
 def _below(roots: Iterable[int], *, everyone: bool = False) -> list[Process]:
     """Return the descendants of some processes, the mute FUSE server left out unless ``everyone`` is meant."""
-    every = [found for name in os.listdir("/proc") if name.isdigit() and (found := process(int(name))) is not None]
-    pids, below = set(roots), list[Process]()
-    while more := [found for found in every if found.parent in pids and found.pid not in pids]:
-        pids |= {found.pid for found in more}
-        below += more
-    return [found for found in below if everyone or found.name != mute_server.NAME]
+    return [found for found in descendants(roots) if everyone or found.name != mute_server.NAME]
 
 
 def _is_held_checker(found: Process) -> bool:

@@ -3,7 +3,7 @@
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,9 +52,21 @@ def exists(known: Process) -> bool:
 
 
 def children(pid: int) -> list[Process]:
-    """Return the children of a process (/proc/PID/task/TID/children is not in every kernel)."""
-    numbers = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    return [found for number in numbers if (found := process(number)) is not None and found.parent == pid]
+    """Return the children of a process, the oldest first (/proc/PID/task/TID/children is not in every kernel)."""
+    return sorted((found for found in _every() if found.parent == pid), key=lambda found: found.started)
+
+
+def descendants(roots: Iterable[int]) -> list[Process]:
+    """Return all that descends from some processes; those above whom somebody ended may have other parents by now."""
+    every, pids, below = _every(), set(roots), list[Process]()
+    while more := [found for found in every if found.parent in pids and found.pid not in pids]:
+        pids |= {found.pid for found in more}
+        below += more
+    return below
+
+
+def _every() -> list[Process]:
+    return [found for name in os.listdir("/proc") if name.isdigit() and (found := process(int(name))) is not None]
 
 
 def family(service: Service | int) -> list[Process]:

@@ -56,18 +56,12 @@ def test_a_hundred_thousand_descriptors_under_signals(tmp_path: Path) -> None:
     """None is lost and none made twice by ten thousand signals a second, and neither supervisor nor service grows."""
     storm = compiled(tmp_path, "-pthread", PROGRAMS / "storm.c")
     code = f"""
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 from restrictedmem.service.client import Service
+from under_exec import supervisor_of
 service = Service.connect(os.environ["RESTRICTEDMEM_SERVER"])
+supervisor = supervisor_of(os.environ["MARK"])
 def sizes():
-    found = []
-    for name in os.listdir("/proc"):
-        try:
-            if name.isdigit() and open(f"/proc/{{name}}/comm").read() == "rmem-supervisor\\n":
-                environment = open(f"/proc/{{name}}/environ").read()
-                if os.environ["MARK"] in environment: found = [int(name)]
-        except (FileNotFoundError, ProcessLookupError):
-            pass  # Another test's, which has ended by now.
-    (supervisor,) = found
     def resident(pid):
         return next(int(line.split()[1]) for line in open(f"/proc/{{pid}}/status") if line.startswith("VmRSS"))
     return resident(supervisor), resident(service.info["pid"]), len(os.listdir(f"/proc/{{supervisor}}/fd"))
@@ -79,7 +73,7 @@ out = storm({MANY})
 print((out, service.status()["usage"]["created"] - created, [after - was for was, after in zip(before, sizes())]))
 """
     out, created, (supervisor, service, descriptors) = said(
-        code, "--json", str(tmp_path / "report"), environment={"MARK": tmp_path.name + "-storm"}, patience=300
+        code, "--json", str(tmp_path / "report"), environment={"MARK": f"{tmp_path}-storm"}, patience=300
     )
     assert (out, created) == ("failed 0, left open 0, interrupted often\n", MANY)
     assert (max(supervisor, service) < 1024, descriptors) == (True, 0), f"grew by {supervisor} and {service} KiB"
@@ -238,7 +232,7 @@ def test_a_program_of_another_c_library(tmp_path: Path) -> None:
     built(tmp_path, ["musl-gcc", "-shared", "-fPIC", "-o", "libthree.so", "three.c"])
     program = built(tmp_path, ["musl-gcc", "-w", "-o", "program", "program.c", "-L.", "-lthree", f"-Wl,-rpath,{tmp_path}"])
     script = f"{program}; echo $?; read supervisor; {program} 2>/dev/null; echo $?"
-    mark = tmp_path.name + "-musl"
+    mark = f"{tmp_path}-musl"
     command, pipe = [*EXEC, "--", "sh", "-c", script], subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env={**os.environ, "MARK": mark}) as process:
         assert process.stdout is not None

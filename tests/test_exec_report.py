@@ -98,7 +98,7 @@ def test_a_nested_one_is_not_the_one_that_knows(tmp_path: Path) -> None:
 
 
 def test_without_a_supervisor_the_status_is_still_the_programs(tmp_path: Path) -> None:
-    mark = tmp_path.name + "-supervisor"
+    mark = f"{tmp_path}-supervisor"
     code = "print(call(0) < 0, flush=True); sys.stdin.readline(); sys.exit(5)"
     with under(code, "--json", str(tmp_path / "report"), environment={"MARK": mark}) as process:
         assert process.stdout is not None

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from processes import process, wait_until
+from processes import descendants, wait_gone, wait_until
 from restrictedmem.abi import memory
 from restrictedmem.check import live
 from restrictedmem.check.board import MAX_PAGES, Board, Progress
@@ -214,33 +214,25 @@ def test_books_that_do_not_balance_are_found(
 # The end.
 
 
-def relatives() -> set[int]:
-    """Return the processes of services, by their names."""
-    numbers = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    return {number for number in numbers if (found := process(number)) is not None and found.name.startswith("rmem-")}
-
-
 @pytest.mark.requires("fuse")
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
-    before = relatives()
-    code = "from restrictedmem.check import live; live.main(60, seed=9)"
+    # What it started is below it, a service too, whose first parent ends.
+    code = (
+        "from restrictedmem.abi.process import PR_SET_CHILD_SUBREAPER, prctl; prctl(PR_SET_CHILD_SUBREAPER, 1)\n"
+        "from restrictedmem.check import live; live.main(60, seed=9)"
+    )
     out = tmp_path / "out"
     with out.open("w", encoding="utf-8") as file:
         child = subprocess.Popen([sys.executable, "-c", code], stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        wait_until(lambda: any(has_guest(number) for number in relatives() - before), "an engine to run a guest", 20)
-        started = relatives() - before
+        wait_until(lambda: any(found.name == "rmem-kvm" for found in descendants([child.pid])), "an engine to run a guest", 20)
+        started = descendants([child.pid])
         os.killpg(child.pid, signal.SIGINT)
         assert child.wait(20) == -signal.SIGINT
     finally:
         child.kill()
         child.wait()
-    wait_until(lambda: not started & relatives(), "the service's processes to end", 20)
-
-
-def has_guest(number: int) -> bool:
-    found = process(number)
-    return found is not None and found.name == "rmem-kvm"
+    wait_gone(started, 20)
 
 
 def test_the_board_keeps_generations_and_forgets_the_rest() -> None:
