@@ -189,7 +189,11 @@ def _listen_until_replaced(path: Path) -> None:
 
 
 ATTACKS: Final = {
-    "namespace handles": Attack("no namespace that leads into the service can be opened by handle", namespace_handles),
+    "namespace handles": Attack(
+        "no namespace that leads into the service can be opened by handle",
+        namespace_handles,
+        alone="enters every namespace of its user's on the machine",
+    ),
     "late imports": Attack("service and engine execute no file that was put there after READY", late_imports, seconds=100),
     "an explicit lie": Attack("the guest is told that the page did not become private, and keeps its secret", explicit_lie),
     "a measurement of no VM": Attack("no measurement is taken or signed but for a VM's engine", measurement_of_no_vm),

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import secrets
 import select
 import signal
 import socket
@@ -379,7 +380,7 @@ def rogue_status_sockets(field: Field) -> Iterator[None]:
     with ExitStack() as stack:
         for number, reply in enumerate(replies):
             listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-            listener.bind(f"\0restrictedmem/{os.getpid()}/{number:x}")
+            listener.bind(f"\0restrictedmem/{os.getpid()}/{secrets.token_hex(8)}{number:x}")
             listener.listen(9)
             stack.enter_context(_forks(1, partial(_answer, listener, reply)))
         for _ in field.until_over():
@@ -479,7 +480,7 @@ ATTACKS: Final = {
     "no memory for a vCPU": Attack("ENOMEM, and the VM goes on", no_memory_for_a_vcpu),
     "a thousand slots": Attack("they come and go, and delay nobody", a_thousand_slots),
     "folios without cachestat": Attack("EOPNOTSUPP, and no other file loses an operation", folios_without_cachestat),
-    "stopped for longer than the deadline": Attack("all go on", stopped_for_long),
+    "stopped for longer than the deadline": Attack("all go on", stopped_for_long, alone="nobody else may be late by 0.4 seconds"),
     "eight silent consumers": Attack("others' calls return before theirs", eight_silent_consumers),
     "two connect loops at serve": Attack("another user is served", connect_loops, _serve, seconds=150),
     "a FUSE file under exec": Attack("other programs' calls go on", a_file_under_exec, seconds=100),

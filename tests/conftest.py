@@ -2,14 +2,17 @@
 
 ``@pytest.mark.requires("fuse", "root")`` skips a test where one of the features is missing, with the reason;
 ``RESTRICTEDMEM_REQUIRE=fuse,root`` turns that skip into a failure, so that a run can promise what it covered.
+``@pytest.mark.alone("why")`` keeps all other tests of the machine away (``turns``).
 """
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import cache
+from types import FrameType
 from typing import Final
 
 import pytest
@@ -17,6 +20,7 @@ from hypothesis import HealthCheck, settings
 
 import hugetlb
 from restrictedmem.abi import process, seccomp
+from turns import Turns
 
 # How fast examples come depends on what else the machine does.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -113,8 +117,51 @@ FEATURES: dict[str, Callable[[], str]] = {
 }
 
 
+_turns = Turns()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "requires(*features): needs " + ", ".join(FEATURES))
+    config.addinivalue_line("markers", "alone(why): no other test may run on the machine meanwhile")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Together, so that others wait for them once.
+    items.sort(key=_is_alone)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, object, object]:
+    # Around the time that a test may take.
+    _turns.begin(alone=_is_alone(item))
+    try:
+        return (yield)
+    finally:
+        _turns.end(more=nextitem is not None and _is_alone(nextitem))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _programs_hear_all_signals() -> None:
+    hear_all_signals()
+
+
+def hear_all_signals() -> None:
+    """Have programs that this process starts ignore no signal that it was told to ignore itself, and still not end of one.
+
+    Python ignores SIGPIPE and SIGXFSZ on its own, and subprocess undoes that.
+    """
+    for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            # exec keeps what is ignored, and no handler.
+            signal.signal(number, _go_on)
+
+
+def _go_on(number: int, frame: FrameType | None) -> None:
+    del number, frame
+
+
+def _is_alone(item: pytest.Item) -> bool:
+    return item.get_closest_marker("alone") is not None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -154,6 +154,8 @@ class Attack:
     #: What the test does meanwhile, as root: it is what is attacked.
     beside: Callable[[Path], None] | None = None
     seconds: int = 60
+    #: Why no other test may run meanwhile, where none may.
+    alone: str = ""
 
 
 def carry_out(attack: Attack, uid: int, bystander: Party) -> None:

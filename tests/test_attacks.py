@@ -9,13 +9,17 @@ import pytest
 
 import attacks_on_isolation
 import attacks_on_others
-from field import Party, carry_out
+from field import Attack, Party, carry_out
 from restrictedmem.service.client import Service
 from users import ORDINARY
 
 pytestmark = [pytest.mark.requires("fuse", "root", "seccomp"), pytest.mark.timeout(200)]
 
 ATTACKS = {**attacks_on_isolation.ATTACKS, **attacks_on_others.ATTACKS}
+
+
+def _marks(attack: Attack) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.alone(attack.alone)] if attack.alone else []
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +31,7 @@ def bystander() -> Iterator[Party]:
 
 
 @pytest.mark.parametrize("uid", [pytest.param(ORDINARY, id="user"), pytest.param(0, id="root")])
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=_marks(attack)) for name, attack in ATTACKS.items()])
 def test_an_attack_comes_to_what_is_right(name: str, uid: int, bystander: Party) -> None:
     pytest.importorskip("unicorn")
     carry_out(ATTACKS[name], uid, bystander)

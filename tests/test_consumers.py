@@ -649,6 +649,7 @@ _MISTAKES = {
 
 
 @pytest.mark.requires("fuse")
+@pytest.mark.alone("who answers may not be late by a second")
 @pytest.mark.parametrize("manner", _MISTAKES)
 def test_a_mistake_ends_a_consumer_and_nothing_else(service: Service, fd: int, manner: str) -> None:
     late, words = _MISTAKES[manner]
@@ -677,6 +678,7 @@ def test_a_mistake_ends_a_consumer_and_nothing_else(service: Service, fd: int, m
     os.close(other)
 
 
+@pytest.mark.alone("who answers may not be late by a second")
 @pytest.mark.requires("fuse")
 def test_a_late_answer_is_waited_for(service: Service, fd: int) -> None:
     with Puppet(service) as puppet:
@@ -872,6 +874,7 @@ def _stop(pid: int) -> None:
     wait_for(f"process {pid} to stop", lambda: (found := process(pid)) is not None and found.state == "T")
 
 
+@pytest.mark.alone("who answers may not be late by a second")
 @pytest.mark.requires("fuse")
 def test_time_in_which_the_service_did_not_run_is_no_consumers_fault(service: Service, fd: int) -> None:
     with Puppet(service) as puppet:

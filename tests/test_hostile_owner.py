@@ -124,6 +124,7 @@ def test_addresses_are_not_told() -> None:
     assert as_user(body) == [["1", "1", "0", "0", "0"]] * 2
 
 
+@pytest.mark.alone("where the kernel writes core files is one setting")
 @pytest.mark.parametrize("number", [signal.SIGABRT, signal.SIGSEGV, signal.SIGQUIT])
 def test_no_signal_leaves_a_core_file(number: signal.Signals) -> None:
     def body() -> None:
@@ -171,7 +172,7 @@ def core_files() -> Generator[str, None, None]:
 
 @final
 class Spy:
-    """A process of the owner's user that looks into each new one it finds: keeps its memory open, and attaches, where it can."""
+    """A process of the owner's user that looks into each new one of its session: keeps its memory open, and attaches, where it can."""
 
     def __init__(self, attach: Callable[[int], None] | None, *, scan: bool) -> None:
         """Start it; with ``scan`` it looks for new processes all the time, else only at those it is told of."""
@@ -265,7 +266,15 @@ class _SpyProcess:
 
 
 def _pids() -> set[int]:
-    return {int(name) for name in os.listdir("/proc") if name.isdigit()}
+    """Return the processes of this session: other tests have the same user."""
+    return {int(name) for name in os.listdir("/proc") if name.isdigit() and _session_of(int(name)) == os.getsid(0)}
+
+
+def _session_of(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
 
 
 @contextmanager
@@ -330,6 +339,7 @@ def test_a_race_with_the_start_is_never_won(attach: Callable[[int], None] | None
     least, most = 10, 60
 
     def body() -> tuple[int, int, int, int]:
+        os.setsid()
         turn = started = caught = refused = 0
         for turn in range(most):
             # It has to be there in time to see something, and late enough to be turned away; when it is, is chance.
@@ -388,6 +398,7 @@ def test_a_process_that_stays_dumpable_does_not_go_on(monkeypatch: pytest.Monkey
     def lie(option: int, argument: int = 0) -> int:
         return 0 if option == this_process.PR_SET_DUMPABLE else prctl(option, argument)
 
+    assert prctl(this_process.PR_GET_DUMPABLE) == 1
     assert in_child(harden) == repr(None)
     monkeypatch.setattr(this_process, "prctl", lie)
     assert in_child(harden) == "EPERM"

@@ -12,6 +12,8 @@ from processes import process, wait_until
 from restrictedmem.child import in_child
 from restrictedmem.patience import Patience
 
+pytestmark = pytest.mark.alone("measures tenths of a second")
+
 SECONDS = 0.4
 
 

@@ -11,7 +11,11 @@ import pytest
 from killed_owner import GUEST_SIZE
 from killing import KINDS, Act, Outcome, Round, play, shared_memory, stuck_tasks
 
-pytestmark = [pytest.mark.requires("fuse", "root"), pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.requires("fuse", "root"),
+    pytest.mark.timeout(300),
+    pytest.mark.alone("counts the memory of all, and everything has to be gone within a second"),
+]
 
 ROUNDS = 2 * len(KINDS)
 

@@ -141,6 +141,7 @@ def test_noise(service: Service, messages: list[bytes]) -> None:
     assert service.status()["last_error"] == ""
 
 
+@pytest.mark.alone("nobody may be late by half a second")
 def test_a_client_that_takes_no_answers_is_dropped(service: Service) -> None:
     with closing(connect(service)) as greedy, closing(connect(service)) as other:
         greedy.sock.setblocking(False)
@@ -274,6 +275,7 @@ def _stopped_vm(service: Service, fd: int) -> tuple[Vm, int]:
     return vm, pid
 
 
+@pytest.mark.alone("nobody may be late by half a second")
 def test_a_consumer_that_does_not_answer_is_named_and_ended(service: Service) -> None:
     fd = service.memfd_restricted()
     os.posix_fallocate(fd, 0, PAGE)
@@ -298,6 +300,7 @@ def test_a_consumer_that_does_not_answer_is_named_and_ended(service: Service) ->
     os.close(fd)
 
 
+@pytest.mark.alone("nobody may be late by half a second")
 def test_many_that_wait_for_it_wait_once(service: Service) -> None:
     fd = service.memfd_restricted()
     vm, _ = _stopped_vm(service, fd)
@@ -312,6 +315,7 @@ def test_many_that_wait_for_it_wait_once(service: Service) -> None:
     os.close(fd)
 
 
+@pytest.mark.alone("nobody may be late by half a second")
 def test_what_owners_ask_goes_on_while_it_is_waited_for(service: Service) -> None:
     """A lost page of its file, and another VM that would have its file: only who asked for them waits."""
     fd = service.memfd_restricted()
@@ -353,6 +357,7 @@ def test_of_vms_that_come_together_one_has_the_file(service: Service) -> None:
         os.close(fd)
 
 
+@pytest.mark.alone("nobody may be late by half a second")
 def test_others_go_on_while_it_is_waited_for(service: Service) -> None:
     healthy, other = service.memfd_restricted(), service.memfd_restricted()
     # More than threads that a server might have to spare.

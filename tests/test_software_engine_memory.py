@@ -293,6 +293,7 @@ def test_change_between_get_page_and_the_lock(machine: Machine, meanwhile: Calla
     assert machine.vcpu.run() == HALTED
 
 
+@pytest.mark.alone("measures how soon a vCPU stops")
 def test_no_kick_is_lost(machine: Machine) -> None:
     machine.start(LOOP)
     slowest = 0.0

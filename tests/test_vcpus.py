@@ -170,6 +170,7 @@ def test_code_that_another_vcpu_wrote_is_executed() -> None:
 # Turns.
 
 
+@pytest.mark.alone("measures shares of a CPU")
 def test_turns_are_fair() -> None:
     """Of three vCPUs that never leave, each gets its share."""
     with make_machine(vcpus=3) as machine:
