@@ -10,19 +10,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from errno import EPROTO, ESRCH, ETIMEDOUT
+from functools import partial
 from typing import Any, NoReturn
 
 import pytest
 
-from outcomes import Errno, outcome
+from outcomes import Errno, in_child, outcome
 from processes import PATIENCE, wait_until
 from restrictedmem.abi import process
 from restrictedmem.fd import send_with_fds
 from restrictedmem.service import discover, wire
 from restrictedmem.service.client import Service
+from users import own_network
 
 pytestmark = pytest.mark.requires("fuse", "root")
 
@@ -149,6 +151,13 @@ def _be_rogue(serve: Callable[[socket.socket], None], name: str, uid: int, ready
         os._exit(1)
 
 
+@pytest.fixture(autouse=True)
+def alone_by_name() -> Iterator[None]:
+    """Other tests' services are not listed, and their names not taken."""
+    with own_network():
+        yield
+
+
 @pytest.fixture
 def service() -> Generator[Service, None, None]:
     with Service.start() as service:
@@ -233,6 +242,16 @@ def test_both_forms_of_a_name() -> None:
     with rogue(answers(state()), "restrictedmem/{pid}/0123456789abcdef") as pid:
         assert discover.names()[f"restrictedmem/{pid}/0123456789abcdef"] == pid
         assert discover.status_of(pid)["uid"] == ROGUE
+
+
+def test_who_asks_stays_as_dumpable_as_it_was() -> None:
+    def ask(dumpable: int) -> int:
+        process.prctl(process.PR_SET_DUMPABLE, dumpable)
+        assert discover.status_of(pid)["uid"] == ROGUE
+        return process.prctl(process.PR_GET_DUMPABLE)
+
+    with rogue(answers(state())) as pid:
+        assert [in_child(partial(ask, dumpable)) for dumpable in (0, 1)] == ["0", "1"]
 
 
 def test_a_service_in_a_pid_namespace_of_its_own() -> None:

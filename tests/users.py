@@ -6,14 +6,16 @@ import pickle
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from errno import EPERM
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from outcomes import checked
 from restrictedmem.abi import seccomp
-from restrictedmem.abi.process import CLONE_NEWNS, CLONE_NEWUSER, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, prctl, unshare
+from restrictedmem.abi.process import CLONE_NEWNS, CLONE_NEWUSER, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, prctl, setns, unshare
+from restrictedmem.fd import OwnedFd
 from restrictedmem.fs.mount import DEVICE
 
 #: An ordinary user: nobody, in most systems' words.
@@ -21,6 +23,7 @@ ORDINARY = 65534
 
 MS_BIND, MS_REC, MS_PRIVATE = 1 << 12, 1 << 14, 1 << 18
 _MNT_DETACH = 2
+_CLONE_NEWNET = 0x4000_0000
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, _SECCOMP_RET_ERRNO = 22, 2, 0x0005_0000
 _BPF_JMP_JSET_K = 0x45
 _SYS_UNSHARE = {"x86_64": 272, "aarch64": 97}
@@ -80,6 +83,17 @@ def become(uid: int, *, fuse: bool, namespaces: bool = True) -> None:
     os.setresuid(uid, uid, uid)
     # Another uid took it away.
     prctl(PR_SET_DUMPABLE, 1)
+
+
+@contextmanager
+def own_network() -> Generator[None]:
+    """Be in a network namespace of one's own, and with it whatever is started: nobody else's abstract sockets are there; needs root."""
+    with OwnedFd(os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)) as before:
+        unshare(_CLONE_NEWNET)
+        try:
+            yield
+        finally:
+            setns(before.fileno(), _CLONE_NEWNET)
 
 
 def open_the_way(paths: set[str]) -> None:

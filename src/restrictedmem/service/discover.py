@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from errno import EMSGSIZE, ENOTCONN, EPROTO, ESRCH, ETIMEDOUT
 from typing import Any, Final, cast, final
 
+from restrictedmem.abi import process
 from restrictedmem.burial import bury
 from restrictedmem.fd import peer_credentials, receive_flags, refuse_fds
 from restrictedmem.service import wire
@@ -272,12 +273,16 @@ def _numbers_of(pid: int) -> set[int]:
 @contextmanager
 def _as_user(uid: int) -> Generator[None, None, None]:
     """Be another user than root for a moment, if the user namespace has such a user."""
+    dumpable = process.prctl(process.PR_GET_DUMPABLE)
     with suppress(OSError):
         os.seteuid(uid)
     try:
         yield
     finally:
         os.seteuid(0)
+        # Another uid took it away, from a process that is the caller's.
+        if dumpable == 1:
+            process.prctl(process.PR_SET_DUMPABLE, dumpable)
 
 
 def _parse(data: bytes) -> tuple[int, bytes]:
