@@ -20,8 +20,10 @@ from restrictedmem.audit.processes import NAMES, powers
 from restrictedmem.child import in_child
 from restrictedmem.fd import OwnedFd
 
-#: Namespaces that were made before the newest and are looked for, by their number.
+#: Namespaces that were made before the newest and are looked for, by their number: in all, and on
+#: each CPU at least. A CPU takes numbers out of a batch of its own (DEFINE_COOKIE).
 _LAST: Final = 1000
+_LEAST: Final = 100
 #: The inode number of the first namespace that is not the kernel's own (PROC_DYNAMIC_FIRST), less some.
 _FIRST_INODE: Final = 0xF000_0000 - 10
 
@@ -32,21 +34,24 @@ def find(kind: int, name: str) -> Iterator[OwnedFd]:
     Raises:
         OSError: EOPNOTSUPP where namespaces have no handles; EPERM where none can be made.
     """
-    # A new one tells how far numbers go.
-    newest, newest_inode = in_child(lambda: _made(name))
     mine = os.readlink(f"/proc/self/ns/{name}")
-    for number in range(newest, max(0, newest - _LAST), -1):
-        for inode in range(_FIRST_INODE, newest_inode + 10):
-            with suppress(OSError):
+    cpus = os.sched_getaffinity(0)
+    for cpu in cpus:
+        # A new one tells how far its numbers go.
+        newest, newest_inode = in_child(partial(_made, name, cpu))
+        for number in range(newest, max(0, newest - max(_LEAST, _LAST // len(cpus))), -1):
+            for inode in range(_FIRST_INODE, newest_inode + 10):
                 fd = calls.open_namespace(number, kind, inode)
-                if os.readlink(f"/proc/self/fd/{fd.fileno()}") == mine:
-                    fd.close()
-                    continue
-                yield fd
-                break
+                if fd is not None:
+                    if os.readlink(f"/proc/self/fd/{fd.fileno()}") == mine:
+                        fd.close()
+                    else:
+                        yield fd
+                    break
 
 
-def _made(name: str) -> tuple[int, int]:
+def _made(name: str, cpu: int) -> tuple[int, int]:
+    os.sched_setaffinity(0, {cpu})
     unshare(CLONE_NEWUSER | CLONE_NEWNS)
     return calls.namespace_handle(f"/proc/self/ns/{name}")
 
