@@ -10,7 +10,7 @@ from pathlib import Path
 from restrictedmem.service.client import Service
 
 #: Seconds after which something that was to happen did not.
-PATIENCE = 5.0
+PATIENCE = 20.0
 
 
 def wait_until(condition: Callable[[], object], what: str, patience: float = PATIENCE) -> None:

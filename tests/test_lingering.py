@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import signal
 import socket
 import struct
@@ -319,7 +320,7 @@ def test_exec(older: bool) -> None:
 
 def answer_with_it(hold: ExitStack) -> None:
     listener = hold.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-    listener.bind(f"\0restrictedmem/{os.getpid()}/ab")
+    listener.bind(f"\0restrictedmem/{os.getpid()}/{secrets.token_hex(8)}")
     listener.listen()
 
     def serve() -> None:

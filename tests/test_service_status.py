@@ -1,6 +1,7 @@
 """What ``ps`` shows of services: all of it true, and to nobody whom it does not concern."""
 
 import os
+import secrets
 import socket
 import threading
 from collections.abc import Iterator
@@ -116,7 +117,9 @@ def test_root_can_ask_an_ordinary_users_service() -> None:
 
 def test_a_borrowed_name_is_noticed() -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as squatter:
-        squatter.bind("\0restrictedmem/1/0123456789abcdef")
+        # No process has such a number, and no other run this one.
+        number = (1 << 22) + secrets.randbelow(1 << 30)
+        squatter.bind(f"\0restrictedmem/{number}/0123456789abcdef")
         squatter.listen()
-        assert 1 in discover.pids()
-        assert outcome(lambda: discover.status_of(1)) == Errno(ESRCH)
+        assert number in discover.pids()
+        assert outcome(lambda: discover.status_of(number)) == Errno(ESRCH)

@@ -28,7 +28,8 @@ class Opens:
         """Return pid and path of each."""
         found: list[tuple[int, str]] = []
         with suppress(BlockingIOError):
-            while data := os.read(self._fd, 1 << 16):
+            # Each event comes with a descriptor: on a busy machine a large buffer takes more than there may be.
+            while data := os.read(self._fd, 1 << 12):
                 at = 0
                 while at < len(data):
                     size, _, _, _, mask, fd, pid = _EVENT.unpack_from(data, at)
