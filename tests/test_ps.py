@@ -270,6 +270,19 @@ def test_a_service_in_a_pid_namespace_of_its_own() -> None:
         assert discover.status_of(1)["pid"] == entry["pid"]
 
 
+def test_a_number_is_first_of_all_one_of_this_pid_namespace(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers_of = discover._numbers_of
+
+    def two_for_one(peer: int) -> set[int]:
+        return {peer, pid} if peer == below else numbers_of(peer)
+
+    with rogue(answers(state(api="here"))) as pid, rogue(answers(state(api="below")), f"restrictedmem/{pid}/ab") as below:
+        monkeypatch.setattr(discover, "_numbers_of", two_for_one)
+        for names in [f"restrictedmem/{pid}", f"restrictedmem/{pid}/ab"], [f"restrictedmem/{pid}/ab", f"restrictedmem/{pid}"]:
+            monkeypatch.setattr(discover, "names", lambda: dict.fromkeys(names, pid))  # noqa: B023  called at once
+            assert discover.status_of(pid)["api"] == "here"
+
+
 def test_a_service_without_room_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     refused = threading.Event()
     honest = discover._Question.connect

@@ -72,9 +72,11 @@ def status_of(pid: int) -> dict[str, Any]:
         OSError: ESRCH when there is none, or the name is somebody else's; ENOTCONN when it is
             another user's; ETIMEDOUT; EPROTO for an answer that is none.
     """
-    mine = [_Question(name, number) for name, number in names().items() if number == pid]
+    asked = _ask_all([_Question(name, number) for name, number in names().items() if number == pid])
+    # Another, in a PID namespace below, may have the same number there.
+    asked.sort(key=lambda question: question.pid != pid)
     error = OSError(ESRCH, f"there is no service {pid}")
-    for question in _ask_all(mine):
+    for question in asked:
         if question.error is None:
             return question.state
         error = question.error
