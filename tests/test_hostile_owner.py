@@ -132,6 +132,7 @@ def test_no_signal_leaves_a_core_file(number: signal.Signals) -> None:
         # One that is not protected shows that a core file would be written.
         if os.fork() == 0:
             faulthandler.disable()
+            signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         _, status = os.wait()
         assert os.WCOREDUMP(status)

@@ -4,9 +4,9 @@ import os
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
 import pytest
@@ -404,11 +404,17 @@ def test_with_the_device_auto_is_the_kernel() -> None:
     assert process.make_engine(Creation("software"), binder, Vcpus(), Attributes(Api.V10), Trace()).name == "software"
 
 
+@pytest.fixture
+def place() -> Iterator[str]:
+    """Name a directory that every user can enter."""
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        yield directory
+
+
 @pytest.mark.requires("fuse", "kvm", "root")
-def test_an_owner_that_may_not_open_the_device_gets_the_kernel_by_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = f"{tmp_path}/socket"
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+def test_an_owner_that_may_not_open_the_device_gets_the_kernel_by_serve(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = f"{place}/socket"
     monkeypatch.setattr(client, "_default", None)
     monkeypatch.setenv(SERVER_VARIABLE, path)
     server = subprocess.Popen(
