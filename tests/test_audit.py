@@ -144,14 +144,25 @@ def test_an_ordinary_file_gives_its_content_by_every_route(route: Route, pattern
             assert attempt(route, owner_of(pattern, fd=fd.fileno())).outcome is Outcome.FOUND
 
 
+HOLDER = """
+import signal, sys
+sys.path.insert(0, sys.argv[1])
+from test_audit import SEED, START, content, holding
+kept = holding(8192), content(SEED, START, 8192)
+print(end=".", flush=True)
+signal.pause()
+"""
+
+
 @pytest.mark.requires("root")
 def test_a_dumpable_process_is_convicted_by_every_way_in(pattern: Pattern) -> None:
-    holder = fork_twin(lambda: (holding(8192), content(SEED, START, 8192)))
-    victim = owner_of(pattern, processes=dict.fromkeys(processes.NAMES, holder))
-    try:
+    # Its memory is searched again and again, so it is a small process.
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(Path(__file__).parent)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.read(1) == b"."
+        victim = owner_of(pattern, processes=dict.fromkeys(processes.NAMES, holder.pid))
         came = {route.name: attempt(route, victim) for route in processes.routes() if route.target.startswith("engine")}
-    finally:
-        end_twin(holder)
+        holder.kill()
     convicted = {name for name, one in came.items() if one.outcome is Outcome.FOUND}
     ways = {"mem", "task/PID/mem", "fd/*", "process_vm_readv", "PTRACE_ATTACH", "PTRACE_SEIZE", "pidfd_getfd 0 to 63", "kcmp", "move_pages"}
     assert convicted >= ways
