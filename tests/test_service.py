@@ -23,6 +23,7 @@ from restrictedmem.kvm.vm import Vm
 from restrictedmem.service import client
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
+from restrictedmem.service.wire import Channel
 from restrictedmem.units import PAGE_SIZE as PAGE
 from users import ORDINARY, as_user
 
@@ -362,6 +363,17 @@ def test_an_interrupted_call_leaves_no_reply_to_the_next(service: Service) -> No
     assert len(service.token_for(fd)) == TOKEN_BYTES
     assert service.status()["descriptors"] == [{"ino": os.fstat(fd).st_ino, "size": 0, "resident": 0, "notifiers": 0}]
     os.close(fd)
+
+
+def test_a_call_that_waited_for_an_interrupted_one_goes_on(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed_by_another(client: Service) -> Channel:
+        monkeypatch.undo()
+        channel = client._own_channel()
+        channel.close()
+        return channel
+
+    monkeypatch.setattr(Service, "_own_channel", closed_by_another)
+    assert service.status()["pid"] == service.info["pid"]
 
 
 # What it leaves in sight, and what it holds.

@@ -204,7 +204,14 @@ class Service:
         self.close()
 
     def _call(self, call: wire.Call, body: bytes = b"") -> tuple[bytes, list[OwnedFd]]:
-        return self._own_channel().call(call, body)
+        while True:
+            channel = self._own_channel()
+            try:
+                return channel.call(call, body)
+            except OSError as error:
+                # Another thread's call was interrupted and has closed it, before this one was sent.
+                if error.errno != ENOTCONN or channel.fileno() >= 0:
+                    raise
 
     def _own_channel(self) -> Channel:
         """Return this process's connection, made at the first call and again after an interrupted one."""
