@@ -129,6 +129,14 @@ def test_levels_and_mixed_blocks(data: st.DataObject) -> None:
         assert info.max_level(gfn) is naive_level(base, end, starts, attributes, gfn), gfn
 
 
+@pytest.mark.parametrize(
+    ("starts", "level"),
+    [((), Level.PUD), ((GIB, 0), Level.PUD), ((512,), Level.PMD), ((0, 512), Level.PMD), ((1024, GIB), Level.PMD), ((512, 1), Level.PAGE)],
+)
+def test_a_block_is_as_large_as_all_halves_are_aligned(starts: tuple[int, ...], level: Level) -> None:
+    assert LpageInfo(gfn_t(GIB), gfn_t(2 * GIB), starts, bytearray(GIB)).max_level(GIB + 700) is level
+
+
 def test_a_block_that_becomes_equal_again_can_be_mapped_as_one() -> None:
     attributes = bytearray(GIB)
     info = LpageInfo(gfn_t(0), gfn_t(GIB), (0,), attributes)

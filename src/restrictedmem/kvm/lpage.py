@@ -16,15 +16,11 @@ class Level(IntEnum):
     PUD = 3
     """1 GiB."""
 
-    @property
-    def pages(self) -> int:
-        """``KVM_PAGES_PER_HPAGE``."""
-        return 1 << self.order
-
-    @property
-    def order(self) -> int:
-        """The order of the smallest folio that can be mapped at this level."""
-        return 9 * (self - 1)
+    def __init__(self, level: int) -> None:
+        #: The order of the smallest folio that can be mapped at this level.
+        self.order = 9 * (level - 1)
+        #: ``KVM_PAGES_PER_HPAGE``.
+        self.pages = 1 << self.order
 
     @classmethod
     def of_order(cls, order: int) -> "Level":
@@ -34,13 +30,14 @@ class Level(IntEnum):
 
 #: Levels of more than a page.
 LARGE: Final = (Level.PMD, Level.PUD)
+_NO_BLOCKS: Final = bytearray()
 
 
 @final
 class LpageInfo:
     """For each 2 MiB and 1 GiB block of a slot: does it lie in the slot whole, and are its pages all private or all shared?"""
 
-    __slots__ = ("_attributes", "_base", "_disallowed", "_end", "_mixed")
+    __slots__ = ("_attributes", "_base", "_end", "_levels", "_mixed")
 
     def __init__(self, base: gfn_t, end: gfn_t, starts: tuple[int, ...], attributes: bytearray) -> None:
         """Describe pages ``base`` to ``end``, all with the same attribute so far.
@@ -51,18 +48,20 @@ class LpageInfo:
         self._base = base
         self._end = end
         self._attributes = attributes
-        self._mixed: dict[Level, bytearray] = {}
-        self._disallowed: dict[Level, bytearray] = {}
-        for level in LARGE:
-            blocks = (end - 1) // level.pages - base // level.pages + 1
-            self._mixed[level] = bytearray(blocks)
-            aligned = all((start - base) % level.pages == 0 for start in starts)
-            self._disallowed[level] = disallowed = bytearray(blocks) if aligned else bytearray(b"\1" * blocks)
-            disallowed[0] |= base % level.pages != 0
-            disallowed[-1] |= end % level.pages != 0
+        shifts = 0
+        for start in starts:
+            shifts |= start - base
+        #: Levels at which they are, the largest first.
+        self._levels: tuple[Level, ...] = ()
+        if not shifts & Level.PUD.pages - 1:
+            self._levels = Level.PUD, Level.PMD
+        elif not shifts & Level.PMD.pages - 1:
+            self._levels = (Level.PMD,)
+        #: By level, a byte for each block.
+        self._mixed = (_NO_BLOCKS, _NO_BLOCKS, *(bytearray(self._block(level, end - 1) + 1) for level in LARGE))
 
     def _block(self, level: Level, gfn: int) -> int:
-        return gfn // level.pages - self._base // level.pages
+        return (gfn >> level.order) - (self._base >> level.order)
 
     def update(self, start: gfn_t, end: gfn_t) -> None:
         """Take note that the attributes of a range were made equal: what lies between its first and its last block is not mixed."""
@@ -90,9 +89,9 @@ class LpageInfo:
 
     def max_level(self, gfn: int) -> Level:
         """Return the largest level at which a page may be mapped (``kvm_mmu_max_mapping_level``, without the order)."""
-        for level in reversed(LARGE):
-            block = self._block(level, gfn)
-            if not self._disallowed[level][block] and not self._mixed[level][block]:
+        for level in self._levels:
+            start = gfn & -level.pages
+            if self._base <= start and start + level.pages <= self._end and not self._mixed[level][self._block(level, gfn)]:
                 return level
         return Level.PAGE
 
