@@ -14,6 +14,15 @@ from typing import Final, Self
 #: ``struct ucred``.
 _UCRED: Final = struct.Struct("=iII")
 _SO_PASSRIGHTS: Final = 83
+#: For a call that is not to wait. This and the next are plain numbers: to combine two members of an enumeration takes as long as to send.
+MSG_DONTWAIT: Final = int(socket.MSG_DONTWAIT)
+_MSG_NOSIGNAL: Final = int(socket.MSG_NOSIGNAL)
+_MSG_PEEK: Final = int(socket.MSG_PEEK)
+_MSG_CMSG_CLOEXEC: Final = int(socket.MSG_CMSG_CLOEXEC)
+#: What recvmsg says of a message that was cut off, and of descriptors.
+MSG_TRUNC: Final = int(socket.MSG_TRUNC)
+MSG_CTRUNC: Final = int(socket.MSG_CTRUNC)
+_INT: Final = array.array("i").itemsize
 
 
 class OwnedFd:
@@ -79,9 +88,9 @@ def send_with_fds(sock: socket.socket, data: bytes, fds: Sequence[int] = (), fla
     """
     if fds:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-        sock.sendmsg([data], rights, socket.MSG_NOSIGNAL | flags)
+        sock.sendmsg([data], rights, _MSG_NOSIGNAL | flags)
     else:
-        sock.send(data, socket.MSG_NOSIGNAL | flags)
+        sock.send(data, _MSG_NOSIGNAL | flags)
 
 
 def receive_without_fds(sock: socket.socket, size: int, flags: int = 0) -> bytes:
@@ -94,9 +103,9 @@ def receive_without_fds(sock: socket.socket, size: int, flags: int = 0) -> bytes
         OSError: as recvmsg(2); EPROTO for descriptors; EMSGSIZE when the message was cut off.
     """
     data, got = receive_flags(sock, size, flags)
-    if got & socket.MSG_CTRUNC:
+    if got & MSG_CTRUNC:
         raise OSError(EPROTO, "recvmsg: no descriptors are taken here")
-    if got & socket.MSG_TRUNC:
+    if got & MSG_TRUNC:
         raise OSError(EMSGSIZE, "recvmsg: message cut off")
     return data
 
@@ -112,7 +121,7 @@ def receive_flags(sock: socket.socket, size: int, flags: int = 0) -> tuple[bytes
         OSError: as recvmsg(2).
     """
     if not KERNEL_REFUSES and brings_fds(sock, flags):
-        return b"", socket.MSG_CTRUNC
+        return b"", MSG_CTRUNC
     data, _, got, _ = sock.recvmsg(size, 0, flags)
     return data, got
 
@@ -123,7 +132,7 @@ def brings_fds(sock: socket.socket, flags: int = 0) -> bool:
     Raises:
         OSError: as recvmsg(2).
     """
-    return bool(sock.recvmsg(1, 0, socket.MSG_PEEK | flags)[2] & socket.MSG_CTRUNC)
+    return bool(sock.recvmsg(1, 0, _MSG_PEEK | flags)[2] & MSG_CTRUNC)
 
 
 def refuse_fds(sock: socket.socket) -> None:
@@ -158,15 +167,14 @@ def receive_with_fds(sock: socket.socket, size: int, max_fds: int = 4, flags: in
     Raises:
         OSError: as recvmsg(2); EMSGSIZE when something was cut off (what did arrive is closed).
     """
-    unit = array.array("i").itemsize
-    data, ancillary, got, _ = sock.recvmsg(size, socket.CMSG_SPACE(max_fds * unit), socket.MSG_CMSG_CLOEXEC | flags)
+    data, ancillary, got, _ = sock.recvmsg(size, socket.CMSG_SPACE(max_fds * _INT), _MSG_CMSG_CLOEXEC | flags)
     fds: list[OwnedFd] = []
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             numbers = array.array("i")
-            numbers.frombytes(payload[: len(payload) - len(payload) % unit])
+            numbers.frombytes(payload[: len(payload) - len(payload) % _INT])
             fds += [OwnedFd(number) for number in numbers]
-    if got & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+    if got & (MSG_TRUNC | MSG_CTRUNC):
         close_all(fds)
         raise OSError(EMSGSIZE, "recvmsg: message or descriptors cut off")
     return data, fds

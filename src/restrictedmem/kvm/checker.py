@@ -23,7 +23,7 @@ from functools import partial
 from typing import Final, NoReturn, final
 
 from restrictedmem.abi import process
-from restrictedmem.fd import OwnedFd, brings_fds, close_all, receive_with_fds, send_with_fds
+from restrictedmem.fd import MSG_CTRUNC, MSG_DONTWAIT, MSG_TRUNC, OwnedFd, brings_fds, close_all, receive_with_fds, send_with_fds
 from restrictedmem.kvm.serving import RefusedError
 from restrictedmem.service.wire import MAX_MESSAGE, Channel, Message
 
@@ -59,11 +59,11 @@ class Intake:
             OSError: EAGAIN when there is none; EMSGSIZE for more than one descriptor; else as ``Channel.receive``.
             RefusedError: EINVAL for a descriptor of neither a memfd nor a pipe; EMFILE; ETIMEDOUT when the checker is late or gone.
         """
-        if not brings_fds(self._owner.sock, socket.MSG_DONTWAIT):
-            return self._owner.receive(socket.MSG_DONTWAIT)
+        if not brings_fds(self._owner.sock, MSG_DONTWAIT):
+            return self._owner.receive(MSG_DONTWAIT)
         answer = self._ask()
         if answer is None:
-            if brings_fds(self._owner.sock, socket.MSG_DONTWAIT):
+            if brings_fds(self._owner.sock, MSG_DONTWAIT):
                 self._drop()
             raise RefusedError(ETIMEDOUT, "descriptors are not taken any more: the process that looks at them did not answer")
         data, fds = answer
@@ -82,7 +82,7 @@ class Intake:
 
         In a thread: this one would not find out that the owner is gone.
         """
-        take = partial(self._owner.sock.recvmsg, MAX_MESSAGE, 0, socket.MSG_DONTWAIT)
+        take = partial(self._owner.sock.recvmsg, MAX_MESSAGE, 0, MSG_DONTWAIT)
         try:
             thread = threading.Thread(target=take, name="drop", daemon=True)
             thread.start()
@@ -99,7 +99,7 @@ class Intake:
         try:
             # While it is held, a question would wait with the VM's socket in it.
             if _speaks(self._checker) and self._checker.recv(1):
-                send_with_fds(self._checker, _TAKE, [self._owner.fileno()], socket.MSG_DONTWAIT)
+                send_with_fds(self._checker, _TAKE, [self._owner.fileno()], MSG_DONTWAIT)
                 if _speaks(self._checker):
                     answer = receive_with_fds(self._checker, _ANSWER.size + MAX_MESSAGE)
                     if answer[0]:
@@ -200,7 +200,7 @@ def _take(owner: socket.socket) -> _Taken:
     # Room for one: the kernel drops the others, and they never are this process's to close.
     fds, room = array.array("i"), socket.CMSG_LEN(array.array("i").itemsize)
     try:
-        data, ancillary, flags, _ = owner.recvmsg(MAX_MESSAGE, room, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, flags, _ = owner.recvmsg(MAX_MESSAGE, room, MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
     except OSError as error:
         return _Taken(error=error)
     for level, kind, payload in ancillary:
@@ -213,7 +213,7 @@ def _answer(taken: _Taken, engine: socket.socket) -> None:
     """Pass a message on, or say what is wrong with it."""
     if taken.error is not None:
         engine.send(_ANSWER.pack(taken.error.errno or EAGAIN, 1) + (taken.error.strerror or "").encode())
-    elif taken.flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+    elif taken.flags & (MSG_CTRUNC | MSG_TRUNC):
         engine.send(_ANSWER.pack(EMSGSIZE, 1) + b"recvmsg: message or descriptors cut off")
     elif all(_is_memfd_or_pipe(fd) for fd in taken.fds):
         send_with_fds(engine, _ANSWER.pack(0, 0) + taken.data, taken.fds)

@@ -14,7 +14,7 @@ from typing import Final, cast, final
 
 from restrictedmem import __version__, sync
 from restrictedmem.burial import bury
-from restrictedmem.fd import OwnedFd, receive_flags, refuse_fds
+from restrictedmem.fd import MSG_CTRUNC, OwnedFd, receive_flags, refuse_fds
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.patience import Patience
 from restrictedmem.service import wire
@@ -132,7 +132,7 @@ class Consumer:
                 wrong = _wrong(reply, flags, size)
                 if not wrong:
                     return reply[_HEAD.size :]
-                said = reply or flags & socket.MSG_CTRUNC
+                said = reply or flags & MSG_CTRUNC
                 self.fail(f"{self} answered {call.name} with {wrong}" if said else f"{self}: {call.name}: {self} is gone")
             return b""
 
@@ -285,7 +285,7 @@ class Consumer:
 
 def _wrong(reply: bytes, flags: int, size: int) -> str:
     """Say what is wrong with a consumer's answer, which is to have so many bytes; nothing when it is right."""
-    if flags & socket.MSG_CTRUNC:
+    if flags & MSG_CTRUNC:
         return "descriptors"
     if len(reply) < _HEAD.size:
         return "what is no reply"

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Final, final
 
 from restrictedmem.abi import process
 from restrictedmem.burial import bury, bury_elsewhere
+from restrictedmem.fd import MSG_DONTWAIT
 from restrictedmem.fs.filesystem import FileSystem
 from restrictedmem.fs.mount import Way
 from restrictedmem.fs.mounter import mount_first
@@ -200,7 +201,7 @@ class Service:
         """Serve the next request of a connection: ``dispatch`` answers it; ``end`` is called when there will be no other."""
         try:
             # Never waits: another request of the same round of the selector may have ended it.
-            message = channel.receive(socket.MSG_DONTWAIT)
+            message = channel.receive(MSG_DONTWAIT)
         except BlockingIOError:
             return
         except OSError as error:
@@ -332,7 +333,7 @@ class Service:
 
     def _forked(self) -> None:
         """Hear from the spawner what came of the first consumer that waits."""
-        message = self._spawner.receive(socket.MSG_DONTWAIT)
+        message = self._spawner.receive(MSG_DONTWAIT)
         if message is None:
             # The kernel kills this process, too.
             self._selector.unregister(self._spawner)

@@ -14,7 +14,7 @@ from errno import EAGAIN, EBADF, ECONNRESET, EIO, ENOTCONN, EPIPE, EPROTO
 from typing import Any, Final, Self, final
 
 from restrictedmem import sync
-from restrictedmem.fd import OwnedFd, close_all, receive_with_fds, receive_without_fds, refuse_fds, send_with_fds
+from restrictedmem.fd import MSG_DONTWAIT, OwnedFd, close_all, receive_with_fds, receive_without_fds, refuse_fds, send_with_fds
 
 _HEAD: Final = struct.Struct("=II")
 #: No message is longer, header included.
@@ -260,7 +260,7 @@ class Channel:
     def _send_reply(self, data: bytes, fds: Sequence[int]) -> None:
         # Never waits: a peer that asks without reading the answers must not stop the process that serves others too.
         try:
-            send_with_fds(self.sock, data, fds, socket.MSG_DONTWAIT)
+            send_with_fds(self.sock, data, fds, MSG_DONTWAIT)
         except OSError as error:
             if error.errno == EAGAIN:
                 self.sock.shutdown(socket.SHUT_RDWR)
