@@ -15,7 +15,7 @@ from errno import EACCES, EAGAIN, EEXIST, EFAULT, EINVAL, EISDIR, ENOENT, ENOEXE
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, cast, final
 
 import dma
 import pytest
@@ -27,21 +27,26 @@ from restrictedmem import sync
 from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import EHWPOISON
 from restrictedmem.consumer import Bound, BoundFile, file_is_restrictedmem
-from restrictedmem.fd import OwnedFd, send_with_fds
+from restrictedmem.fd import OwnedFd, close_all, receive_with_fds, send_with_fds
 from restrictedmem.kvm import exits
 from restrictedmem.kvm.vm import Vm
-from restrictedmem.mm.backing import MemfdBacking
+from restrictedmem.mm.backing import MemfdBacking, make_backing
 from restrictedmem.mm.design import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.service import consumer as service_consumer
 from restrictedmem.service import program, wire
 from restrictedmem.service.client import Service
+from restrictedmem.service.consumers import Consumers, Troubles
 from restrictedmem.service.start import Options
+from restrictedmem.service.tokens import Tokens
 from restrictedmem.service.wire import Call, Channel
 from restrictedmem.units import MAX_FILE_BYTES, PageRange, pgoff_t
 from restrictedmem.units import PAGE_SIZE as PAGE
 from waiting import wait_for
+
+if TYPE_CHECKING:
+    from restrictedmem.service.signing import Signer
 
 ROOT = Path(__file__).parent.parent
 DMA = ROOT / "clients" / "dma" / "dma.py"
@@ -864,6 +869,28 @@ def test_a_file_is_bound_again_by_a_binding_of_ones_own(design: str) -> None:
         assert (resident(fd), notifiers(), service.status()["last_error"]) == (16, 0, "")
         os.close(fd)
         wait_until(lambda: service.status()["descriptors"] == [], "the file's end")
+
+
+@pytest.mark.parametrize(("options", "flags"), [(Options(), 0), (Options(pin=True), 2), (Options(design="bindings"), 4)])
+@pytest.mark.parametrize(("kind", "hugepage"), [("memfd", 0), ("thp", 1)])
+def test_what_a_binding_says_of_its_file_and_brings_once(options: Options, flags: int, kind: str, hugepage: int) -> None:
+    tokens = Tokens()
+    consumers = Consumers(tokens, options, cast("Signer", None), Troubles())
+    consumer = consumers.add("kvm")
+    file = RestrictedFile(make(options.design or options.api), make_backing(kind), Inode.make(0, 0))
+    token = tokens.issue([])
+    tokens.prove(token, 7, file)
+    requests, notify = consumer.give_sockets()
+    with requests, notify:
+        for number, (proof, flag, descriptors) in enumerate(((token, 1, 2), (wire.NUMBER.pack(1), 3, 0), (wire.NUMBER.pack(2), 3, 0)), 1):
+            body = wire.BIND_REQUEST.pack(proof, 8 * number, 8 * number + 8, flag)
+            consumers._dispatch(consumer, wire.Message(wire.BIND.number, body, []))
+            reply, fds = receive_with_fds(requests, 100)
+            assert wire.BINDING.unpack(reply[8:]) == (number, 7, 0, flags | hugepage, 0)
+            assert len(fds) == descriptors
+            close_all(fds)
+    consumers.end(consumer)
+    file.put()
 
 
 # Time in which nobody ran.

@@ -219,9 +219,11 @@ def test_runs_of_attributes() -> None:
 class Files:
     """Stands for the service: every token is a file of its own."""
 
-    def bind(self, token: bytes | int, window: PageRange, take: Callable[[Bound], _T]) -> _T:
-        assert isinstance(token, bytes)
+    def bind(self, token: bytes, window: PageRange, take: Callable[[Bound], _T]) -> _T:
         return take(Bound(token[0], token[0], None, memory.memfd_create("file"), OwnedFd(os.eventfd(0))))
+
+    def bind_again(self, binding: int, window: PageRange, take: Callable[[int], _T]) -> _T:
+        raise AssertionError("of a file whose binding is told of all ranges there is one")
 
     def unbind(self, number: int) -> None:
         del number

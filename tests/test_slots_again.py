@@ -387,9 +387,12 @@ def test_each_slot_has_a_notifier_that_goes_with_it(vm: Vm, service: Service) ->
     for slot in (0, 3, 7, 5):
         delete(vm, slot)
     assert notifiers(service, fd) == 4
+    for slot in (1, 2, 4, 6):
+        vm.write_memory(GPA + slot * PAGE, bytes([1, slot]))
     for slot in (7, 0):
         show_private(vm, slot, fd, slot)
     assert notifiers(service, fd) == 6
+    assert [seen(vm, slot) for slot in (1, 2, 4, 6)] == [bytes([1, slot]) for slot in (1, 2, 4, 6)]
     os.close(fd)
 
 

@@ -106,16 +106,21 @@ class Files:
     #: What happens when a binding is there, and its slot is not yet.
     when_bound: Callable[[Notified], None] = lambda _: None
 
-    def bind(self, token: bytes | int, window: PageRange, take: Callable[[Bound], _T]) -> _T:
-        file = self.files[token] if isinstance(token, bytes) else self.bound[token][0]
+    def bind(self, token: bytes, window: PageRange, take: Callable[[Bound], _T]) -> _T:
+        file = self.files[token]
+        fd, sequence = (OwnedFd(os.dup(fd)) for fd in (file.backing.fileno(), file.sequence().fd.fileno()))
+        return self._register(file, lambda number: take(Bound(number, token[0], None, fd, sequence)))
+
+    def bind_again(self, binding: int, window: PageRange, take: Callable[[int], _T]) -> _T:
+        return self._register(self.bound[binding][0], take)
+
+    def _register(self, file: RestrictedFile, take: Callable[[int], _T]) -> _T:
         self.count += 1
         assert self.engine is not None
         notified = Notified(self.count, self.engine)
         file.register_notifier(notified)
         self.bound[self.count] = file, notified
-        fd, sequence = (OwnedFd(os.dup(fd)) for fd in (file.backing.fileno(), file.sequence().fd.fileno()))
-        ino = next(known[0] for known, other in self.files.items() if other is file)
-        taken = take(Bound(self.count, ino, None, fd, sequence))
+        taken = take(self.count)
         self.when_bound(notified)
         return taken
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from errno import EACCES, EINVAL
+from functools import partial
 from typing import Final, TypeVar, final
 
 from restrictedmem import sync
@@ -18,6 +19,8 @@ from restrictedmem.service.wire import BindFlag, Channel, Message
 from restrictedmem.units import PageRange, pgoff_t
 
 _N = TypeVar("_N", bound=Notifier)
+_EXCLUSIVE: Final = int(BindFlag.EXCLUSIVE)
+_AGAIN: Final = int(BindFlag.AGAIN)
 _NOTHING: Final = PageRange(pgoff_t(0), pgoff_t(0))
 
 
@@ -62,27 +65,34 @@ class Consumer:
             OSError: EINVAL for a token of no restricted descriptor, while another consumer has the file, and where its design has
                 bindings; what ``make`` raises.
         """
-        return self._bind(token, _NOTHING, BindFlag(0), make)
+        return self._bind(token, _NOTHING, 0, make)
 
-    def bind(self, token: bytes | int, span: PageRange, make: Callable[[Bound], _N], *, exclusive: bool = True) -> _N:
+    def bind(self, token: bytes, span: PageRange, make: Callable[[Bound], _N], *, exclusive: bool = True) -> _N:
         """Bind pages of a file to a notifier, in the design ``bindings`` (``restrictedmem_bind``), else as ``register_notifier``.
-
-        Of a file that this consumer has, the number of a binding does instead of a token: nobody has to show it again.
 
         Raises:
             OSError: EINVAL for a token of no restricted descriptor, while another consumer has the file, for an empty range, and as
-                ``RestrictedFile.bind``; ENOENT for no binding; what ``make`` raises.
+                ``RestrictedFile.bind``; what ``make`` raises.
         """
         if not len(span):
             raise OSError(EINVAL, f"bind: no pages in {span}")
-        return self._bind(token, span, BindFlag.EXCLUSIVE if exclusive else BindFlag(0), make)
+        return self._bind(token, span, _EXCLUSIVE if exclusive else 0, make)
 
-    def _bind(self, token: bytes | int, span: PageRange, flags: BindFlag, make: Callable[[Bound], _N]) -> _N:
+    def bind_again(self, binding: int, span: PageRange, make: Callable[[int], _N], *, exclusive: bool = True) -> _N:
+        """Bind further pages of a file, of which this consumer has a binding; ``make`` gets the number of the new one.
+
+        Raises:
+            OSError: ENOENT for no binding of this consumer; EINVAL as ``bind``; what ``make`` raises.
+        """
+        flags = _AGAIN | _EXCLUSIVE if exclusive else _AGAIN
+        body, _ = self.requests.call(wire.BIND, wire.BIND_REQUEST.pack(wire.NUMBER.pack(binding), span.start, span.end, flags))
+        number: int = wire.BINDING.unpack(body)[0]
+        return self._register(number, partial(make, number))
+
+    def _bind(self, token: bytes, span: PageRange, flags: int, make: Callable[[Bound], _N]) -> _N:
         # A reply that this process has no room for is lost, and with it the binding's number.
         with OwnedFd(os.dup(self.requests.fileno())), OwnedFd(os.dup(self.requests.fileno())):
             pass
-        if isinstance(token, int):
-            token, flags = wire.NUMBER.pack(token), flags | BindFlag.AGAIN
         try:
             body, fds = self.requests.call(wire.BIND, wire.BIND_REQUEST.pack(token, span.start, span.end, flags))
         except OSError as error:
@@ -90,9 +100,11 @@ class Consumer:
             raise OSError(EINVAL if error.errno == EACCES else error.errno, error.strerror) from None
         number, ino, limit, how, order = wire.BINDING.unpack(body)
         memfd, sequence = fds
-        bound = Bound(number, ino, limit or None, memfd, sequence, how, order)
+        return self._register(number, partial(make, Bound(number, ino, limit or None, memfd, sequence, how, order)))
+
+    def _register(self, number: int, make: Callable[[], _N]) -> _N:
         try:
-            notifier = make(bound)
+            notifier = make()
         except BaseException:
             self._remember(number, _Deaf())
             self.unbind(number)

@@ -20,13 +20,21 @@ _T = TypeVar("_T")
 class Binder(Protocol):
     """Registers and unregisters this process's notifiers with the service (BIND, UNBIND)."""
 
-    def bind(self, token: bytes | int, window: PageRange, take: Callable[[Bound], _T]) -> _T:
-        """Register a notifier on a range of a file: whose holder presented a token, or that this process has by a binding's number.
+    def bind(self, token: bytes, window: PageRange, take: Callable[[Bound], _T]) -> _T:
+        """Register a notifier on a range of the file whose holder presented ``token``.
 
         ``take`` gets what came of it, descriptors included, and returns what the engine makes of it, which hears of nothing before.
 
         Raises:
             OSError: EINVAL for a token of no restricted descriptor; what ``take`` raises, and then nothing is registered.
+        """
+        ...
+
+    def bind_again(self, binding: int, window: PageRange, take: Callable[[int], _T]) -> _T:
+        """Register a further notifier on a file, of which this process has a binding; ``take`` gets the number of the new one.
+
+        Raises:
+            OSError: as ``bind``.
         """
         ...
 

@@ -2,10 +2,13 @@
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Protocol, final
 
 from restrictedmem import sync
 from restrictedmem.abi import memory
+from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm.half import Half, SharedHalf, alignment_for
 from restrictedmem.kvm.lpage import LARGE, Level, LpageInfo
 from restrictedmem.mm.backing import Allocator, MappedBacking, take_over
@@ -61,7 +64,7 @@ class PrivateHalf(Protocol):
 class MemfdFile:
     """The memfd of a restricted file and the page with its sequence, for all slots of a VM that show it; closed with the last."""
 
-    __slots__ = ("_users", "ino", "memfd", "order", "pinned", "sequence")
+    __slots__ = ("_bound", "_users", "blksize", "ino", "memfd", "order", "pinned", "sequence")
 
     def __init__(self, bound: "Bound") -> None:
         """Own both descriptors of ``bound``.
@@ -70,6 +73,7 @@ class MemfdFile:
             OSError: ENOMEM.
         """
         self._users = 0
+        self._bound = bound
         self.ino = bound.ino
         self.pinned = bool(bound.flags & BindingFlag.PIN)
         hugepage = bool(bound.flags & BindingFlag.HUGEPAGE)
@@ -77,6 +81,25 @@ class MemfdFile:
         self.order = max(bound.order, memory.PMD_ORDER if hugepage else 0)
         self.sequence = InvalidationSequence(bound.sequence, writable=False)
         self.memfd = take_over(bound.memfd, limit=bound.limit, base_order=bound.order, hugepage=hugepage)
+        #: Bytes of the largest folio that there may be.
+        self.blksize = self.memfd.blksize
+
+    def copy(self) -> "MemfdFile":
+        """Return another of the same file, for a half that shares its own with no other.
+
+        Raises:
+            OSError: EMFILE, ENOMEM.
+        """
+        with ExitStack() as undo:
+            memfd, sequence = (undo.enter_context(OwnedFd(os.dup(fd))) for fd in (self.memfd.fileno(), self.sequence.fd.fileno()))
+            made = MemfdFile(replace(self._bound, memfd=memfd, sequence=sequence))
+            undo.pop_all()
+        return made
+
+    @property
+    def used(self) -> bool:
+        """Whether a half shows it."""
+        return self._users > 0
 
     @property
     def closed(self) -> bool:
@@ -99,7 +122,7 @@ class MemfdFile:
 class MemfdHalf:
     """A private half in the file's own memfd, mapped whole (``PrivateHalf``), and what the fault path needs of it."""
 
-    __slots__ = ("_file", "_unbind", "binding", "failed", "half", "ino", "may_have_folios", "order", "pages", "sequence", "told", "window")
+    __slots__ = ("_unbind", "binding", "failed", "file", "half", "ino", "may_have_folios", "order", "pages", "sequence", "told", "window")
 
     def __init__(self, file: MemfdFile, binding: int, window: PageRange, unbind: Callable[[], None]) -> None:
         """Use ``file``, which no other half does if it is pinned; ``window`` is the part of it that the slot shows.
@@ -115,13 +138,13 @@ class MemfdHalf:
         self.told = 0
         self.window = window
         self._unbind = unbind
-        self._file = file
+        self.file = file
         self.order = file.order
         #: Whether a page may lie in a folio larger than itself.
-        self.may_have_folios = file.memfd.blksize > PAGE_SIZE
+        self.may_have_folios = file.blksize > PAGE_SIZE
         self.sequence = file.sequence
         start, size = window.start << PAGE_SHIFT, len(window) << PAGE_SHIFT
-        self.half = Half(file.memfd.fileno(), start, size, max(alignment_for(size), file.memfd.blksize))
+        self.half = Half(file.memfd.fileno(), start, size, max(alignment_for(size), file.blksize))
         backing: Allocator = MappedBacking(file.memfd, self.half.mapping, start)
         if file.pinned:
             try:
@@ -138,7 +161,7 @@ class MemfdHalf:
 
     def read(self, start: int, size: int) -> bytes:
         """Return content from a byte offset of the half on, taking no page: one that is missing reads as zero."""
-        return os.pread(self._file.memfd.fileno(), size, (self.window.start << PAGE_SHIFT) + start)
+        return os.pread(self.file.memfd.fileno(), size, (self.window.start << PAGE_SHIFT) + start)
 
     @property
     def locked(self) -> int:
@@ -154,9 +177,9 @@ class MemfdHalf:
         """Unbind, unmap and close (``PrivateHalf``)."""
         self._unbind()
         self.half.close()
-        if self._file.pinned:
+        if self.file.pinned:
             self.pages.close()
-        self._file.put()
+        self.file.put()
 
 
 @final

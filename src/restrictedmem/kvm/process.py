@@ -151,9 +151,13 @@ class Binding:
         #: Made after this, and before anything is bound.
         self.engine: Engine
 
-    def bind(self, token: bytes | int, window: PageRange, take: Callable[[Bound], _T]) -> _T:
+    def bind(self, token: bytes, window: PageRange, take: Callable[[Bound], _T]) -> _T:
         """Register a notifier (``Binder``)."""
         return self._consumer.bind(token, window, lambda bound: _Notifier(bound.number, take(bound), self.engine, self._trace)).taken
+
+    def bind_again(self, binding: int, window: PageRange, take: Callable[[int], _T]) -> _T:
+        """Register a further one (``Binder``)."""
+        return self._consumer.bind_again(binding, window, lambda number: _Notifier(number, take(number), self.engine, self._trace)).taken
 
     def unbind(self, number: int) -> None:
         """Unregister it (``Binder``)."""

@@ -123,9 +123,13 @@ def _word(value: int) -> bytes:
 class _File:
     """Stands for the service, which this VM has nothing to do with (``Binder``): the engine keeps its pages in a guest_memfd."""
 
-    def bind(self, token: bytes | int, window: PageRange, take: Callable[[Bound], _T]) -> _T:
+    def bind(self, token: bytes, window: PageRange, take: Callable[[Bound], _T]) -> _T:
         """Bind to a file that has nothing in it."""
         return take(Bound(1, 1, None, memory.memfd_create("trial"), memory.memfd_create("trial-sequence")))
+
+    def bind_again(self, binding: int, window: PageRange, take: Callable[[int], _T]) -> _T:
+        """Show more of it."""
+        return take(binding + 1)
 
     def unbind(self, number: int) -> None:
         """Do nothing: nobody would be told of."""

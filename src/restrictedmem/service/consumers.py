@@ -28,6 +28,12 @@ log = logging.getLogger(__name__)
 #: Seconds that a consumer's process may take to end after its owner has let go of it, and how they are waited.
 _LINGER: Final = 0.2
 _LINGER_SLICES: Final = 4
+# At hand: to combine members of an enumeration takes as long as a message.
+_EXCLUSIVE: Final = int(BindFlag.EXCLUSIVE)
+_AGAIN: Final = int(BindFlag.AGAIN)
+_HUGEPAGE: Final = int(BindingFlag.HUGEPAGE)
+_PIN: Final = int(BindingFlag.PIN)
+_RANGE: Final = int(BindingFlag.RANGE)
 #: What consumers that are VMs may ask for alone.
 _OF_VMS: Final = (wire.LAUNCHED.number, wire.SIGN.number)
 
@@ -121,19 +127,16 @@ class Consumers:
 
     def _bind(self, consumer: Consumer, message: Message) -> None:
         token, start, end, flags = message.unpack(wire.BIND_REQUEST)
-        ino, file = _bound_to(consumer, token) if flags & BindFlag.AGAIN else self._tokens.take(token)
+        again = flags & _AGAIN
+        ino, file = _bound_to(consumer, token) if again else self._tokens.take(token)
         try:
             self._let_end(consumer, file)
             backing = file.backing
             span = PageRange(pgoff_t(start), pgoff_t(end))
-            binding = consumer.bind(ino, file, span, exclusive=bool(flags & BindFlag.EXCLUSIVE))
+            binding = consumer.bind(ino, file, span, exclusive=bool(flags & _EXCLUSIVE))
             # Those that the binding holds: before it, they may be those of who had the file last.
-            fds = [backing.fileno(), file.sequence().fd.fileno()]
-            how = (
-                (BindingFlag.HUGEPAGE if backing.hugepage else 0)
-                | (BindingFlag.PIN if self._options.pin else 0)
-                | (BindingFlag.RANGE if file.design.binds else 0)
-            )
+            fds = [] if again else [backing.fileno(), file.sequence().fd.fileno()]
+            how = (_HUGEPAGE if backing.hugepage else 0) | (_PIN if self._options.pin else 0) | (_RANGE if file.design.binds else 0)
             consumer.requests.reply(wire.BINDING.pack(binding.number, ino, backing.limit or 0, how, backing.base_order), fds)
         finally:
             file.put()

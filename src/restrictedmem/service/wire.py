@@ -95,7 +95,7 @@ class BindFlag(IntFlag):
     EXCLUSIVE = 1
     """No other binding may have a page of it."""
     AGAIN = 2
-    """Of a file that the consumer has: ``NUMBER`` of a binding of its own stands in the token's place."""
+    """Of a file that the consumer has: ``NUMBER`` of a binding of its own stands in the token's place, and no descriptors come back."""
 
 
 class BindingFlag(IntFlag):

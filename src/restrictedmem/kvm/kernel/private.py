@@ -141,8 +141,8 @@ class PrivateFiles:
         # By binding, also what it is told of.
         self._bindings: dict[int, tuple[PrivateFile, PageRange]] = {}
 
-    def bind(self, token: bytes | int, window: PageRange) -> GuestMemfdHalf:
-        """Make a half that shows ``window`` of a file (``Engine``), by a token or the number of a binding.
+    def bind(self, token: bytes, window: PageRange) -> GuestMemfdHalf:
+        """Make a half that shows ``window`` of a file (``Engine``).
 
         Raises:
             OSError: EINVAL as ``Binder.bind``, and for a window beyond what a guest_memfd holds; ENOSPC for more than the service's limit.
@@ -174,7 +174,10 @@ class PrivateFiles:
         file = self._by_ino.get(ino)
         if file is None or not file.shown:
             raise OSError(ESTALE, "no slot shows that restricted file: a token has to say which")
-        return self.bind(file.binding, window) if file.ranged else self._show(file, file.binding, window)
+        binding = file.binding
+        if file.ranged:
+            binding = self._binder.bind_again(binding, window, lambda number: number)
+        return self._show(file, binding, window)
 
     def _show(self, file: PrivateFile, binding: int, window: PageRange) -> GuestMemfdHalf:
         self._bindings[binding] = file, window if file.ranged else _WHOLE

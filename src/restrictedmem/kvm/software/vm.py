@@ -84,7 +84,8 @@ class SoftwareVm:
         bindings = self._bindings.get(ino)
         if not bindings:
             raise OSError(ESTALE, "no slot shows that restricted file: a token has to say which")
-        return self._binder.bind(next(iter(bindings)), window, partial(self._take_over, window))
+        binding = next(iter(bindings))
+        return self._binder.bind_again(binding, window, partial(self._show, self._halves[binding].file, window))
 
     def _take_over(self, window: PageRange, bound: Bound) -> MemfdHalf:
         file = self._files.get(bound.ino)
@@ -98,16 +99,21 @@ class SoftwareVm:
         else:
             bound.memfd.close()
             bound.sequence.close()
+        return self._show(file, window, bound.number)
+
+    def _show(self, file: MemfdFile, window: PageRange, binding: int) -> MemfdHalf:
+        if file.pinned and file.used:
+            file = file.copy()
         file.get()
         try:
-            half = MemfdHalf(file, bound.number, window, unbind=partial(self._unbind, bound.number))
+            half = MemfdHalf(file, binding, window, unbind=partial(self._unbind, binding))
         finally:
             # What the half uses, it has got by now.
             file.put()
-        self._files[bound.ino] = file
+        self._files[file.ino] = file
         half.half.lock()
-        self._halves[bound.number] = half
-        self._bindings.setdefault(bound.ino, set()).add(bound.number)
+        self._halves[binding] = half
+        self._bindings.setdefault(file.ino, set()).add(binding)
         return half
 
     def _unbind(self, binding: int) -> None:
