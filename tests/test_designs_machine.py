@@ -309,6 +309,7 @@ def pool(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.mark.no_cover
 @pytest.mark.usefixtures("pool")
 @pytest.mark.parametrize("design", NAMES)
 @pytest.mark.parametrize(

@@ -584,6 +584,7 @@ class Random(Base):
         self.ends.add((*self.now(), tuple(self.reads)))
 
 
+@pytest.mark.no_cover
 @settings(max_examples=80, deadline=None)
 @given(st.lists(_body, min_size=2, max_size=3), st.integers(0, 1 << 16))
 def test_searches_find_what_every_interleaving_one_by_one_does(bodies: list[list[Item]], which: int) -> None:
@@ -612,6 +613,7 @@ def test_searches_find_what_every_interleaving_one_by_one_does(bodies: list[list
         assert len(lengths) == 1
 
 
+@pytest.mark.no_cover
 @settings(max_examples=60, deadline=None)
 @given(st.lists(_body, min_size=2, max_size=3), st.integers(0, 1 << 16), st.integers(0, 2))
 def test_with_so_many_preemptions_reduction_misses_nothing(bodies: list[list[Item]], which: int, preemptions: int) -> None:

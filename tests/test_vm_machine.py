@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar, cast
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -350,7 +351,7 @@ def region(slot: int, gpa: int, size: int, flags: int = 0) -> kvm_userspace_memo
     return kvm_userspace_memory_region_ext(slot=slot, flags=flags, guest_phys_addr=gpa, memory_size=size, userspace_addr=0)
 
 
-TestVmMachine = VmMachine.TestCase
+TestVmMachine = pytest.mark.no_cover(VmMachine.TestCase)
 TestVmMachine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 
 
