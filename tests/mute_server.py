@@ -1,4 +1,7 @@
-"""A FUSE server of an owner's own that opens files and then does not answer: neither FLUSH, nor STATFS, GETATTR or WRITE."""
+"""A FUSE server of an owner's own that opens files and then does not answer: neither FLUSH, nor STATFS, GETATTR or WRITE.
+
+A file of the name ``fifo`` is one, and nobody is told its attributes.
+"""
 
 import os
 import signal
@@ -16,6 +19,7 @@ from restrictedmem.fs.mounter import mount_first
 NAME: Final = "mute-server"
 _KNOWN: Final = 3600
 _FILE: Final = 2
+_FIFO: Final = 3
 
 
 @final
@@ -55,6 +59,11 @@ class MuteServer:
         self._files.append(os.open("f", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, dir_fd=self.root))
         return self._files[-1]
 
+    def fifo(self) -> int:
+        """Return a descriptor of a FIFO, which this closes in the end."""
+        self._files.append(os.open("fifo", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self.root))
+        return self._files[-1]
+
     def kill(self) -> None:
         """End the server: every call that waits for it fails."""
         os.kill(self.pid, signal.SIGKILL)
@@ -92,7 +101,8 @@ def _serve(sock: socket.socket) -> None:
     while True:
         request = os.read(device.fileno(), 1 << 20)
         _, operation, unique, node, *_ = fuse.IN_HEADER.unpack_from(request)
-        answer = _answer(operation, node, opened=opened)
+        name = request[fuse.IN_HEADER.size :] if operation == Opcode.LOOKUP else b""
+        answer = _answer(operation, node, name, opened=opened)
         opened |= operation == Opcode.OPEN
         if answer is not None:
             _reply(device, unique, answer)
@@ -104,15 +114,16 @@ def _reply(device: OwnedFd, unique: int, answer: bytes) -> None:
         os.write(device.fileno(), fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + len(answer), 0, unique) + answer)
 
 
-def _answer(operation: int, node: int, *, opened: bool) -> bytes | None:
+def _answer(operation: int, node: int, name: bytes, *, opened: bool) -> bytes | None:
     match operation:
         case Opcode.INIT:
             init = {"major": 7, "minor": 31, "max_readahead": 0, "flags": 0, "max_background": 16, "congestion_threshold": 12}
             return bytes(fuse.fuse_init_out(**init, max_write=4096, time_gran=1))
         case Opcode.LOOKUP:
             # Who asks for attributes asks the server.
-            return fuse.ENTRY_OUT.pack(_FILE, 0, _KNOWN, 0, 0, 0) + _attr(_FILE)
-        case Opcode.GETATTR if not opened:
+            ino = _FIFO if name == b"fifo\0" else _FILE
+            return fuse.ENTRY_OUT.pack(ino, 0, _KNOWN, 0, 0, 0) + _attr(ino)
+        case Opcode.GETATTR if node != _FIFO and not opened:
             return fuse.ATTR_OUT.pack(0, 0, 0) + _attr(node)
         case Opcode.OPEN:
             return fuse.OPEN_OUT.pack(0, 1, 0)
@@ -121,5 +132,5 @@ def _answer(operation: int, node: int, *, opened: bool) -> bytes | None:
 
 
 def _attr(ino: int) -> bytes:
-    mode = 0o100666 if ino == _FILE else 0o40777
+    mode = {_FILE: 0o100666, _FIFO: 0o010666}.get(ino, 0o40777)
     return fuse.ATTR.pack(ino, 0, 0, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0)

@@ -9,13 +9,14 @@ import pytest
 
 import attacks_on_isolation
 import attacks_on_others
+import attacks_with_files
 from field import Attack, Party, carry_out
 from restrictedmem.service.client import Service
 from users import ORDINARY
 
 pytestmark = [pytest.mark.requires("fuse", "root", "seccomp"), pytest.mark.timeout(200)]
 
-ATTACKS = {**attacks_on_isolation.ATTACKS, **attacks_on_others.ATTACKS}
+ATTACKS = {**attacks_on_isolation.ATTACKS, **attacks_on_others.ATTACKS, **attacks_with_files.ATTACKS}
 
 
 def _marks(attack: Attack) -> list[pytest.MarkDecorator]:

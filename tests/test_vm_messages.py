@@ -15,7 +15,7 @@ from processes import children, descriptors, family, process, wait_gone, wait_un
 from restrictedmem.abi import kvm
 from restrictedmem.kvm import exits, wire
 from restrictedmem.kvm import process as kvm_process
-from restrictedmem.kvm.checker import _is_memfd_or_pipe
+from restrictedmem.kvm.checker import _is_wanted
 from restrictedmem.kvm.vm import Vcpu, Vm
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
@@ -307,10 +307,12 @@ def test_pipes_and_memfds_are_told_without_their_file_systems(tmp_path: Path) ->
     ours, theirs = socket.socketpair()
     memfd, file, path = os.memfd_create("m"), os.open(tmp_path / "file", os.O_CREAT | os.O_RDWR), os.open(tmp_path, os.O_PATH)
     try:
-        assert [_is_memfd_or_pipe(fd) for fd in (reader, writer, opened, memfd)] == [True] * 4
-        assert [_is_memfd_or_pipe(fd) for fd in (ours.fileno(), path)] == [False] * 2
+        pipes, others = (reader, writer), (opened, ours.fileno(), path)
+        for call, right, wrong in ((wire.TRACE, pipes, (memfd, file)), (wire.SET_USER_MEMORY_REGION, (memfd,), pipes)):
+            assert [_is_wanted(request(call.number), fd) for fd in right] == [True] * len(right)
+            assert [_is_wanted(request(call.number), fd) for fd in (*wrong, *others)] == [False] * len((*wrong, *others))
         # A plain file of tmpfs is as good as a memfd; one of another file system is not.
-        assert _is_memfd_or_pipe(file) is _on_tmpfs(tmp_path)
+        assert _is_wanted(request(wire.SET_USER_MEMORY_REGION.number), file) is _on_tmpfs(tmp_path)
     finally:
         for fd in (reader, writer, opened, memfd, file, path):
             os.close(fd)

@@ -8,6 +8,7 @@ import threading
 from typing import Any
 
 from restrictedmem.consumer import BoundFile, Consumer
+from restrictedmem.fd import OwnedFd
 from restrictedmem.service.start import Options
 from restrictedmem.service.wire import Call, Channel
 from restrictedmem.units import PageRange, pgoff_t
@@ -98,9 +99,11 @@ class Puppet:
 
 
 def serve(owner: socket.socket, service: socket.socket, notify: socket.socket, options: Options, arguments: str) -> None:
-    channel, consumer = Channel(owner, "owner"), Consumer(service, notify)
+    channel, consumer = Channel(owner, "owner", takes_fds=arguments == "trusting"), Consumer(service, notify)
     puppet = Puppet(consumer, notify)
+    held: list[OwnedFd] = []
     while message := channel.receive():
+        held += message.fds
         name, *values = json.loads(message.body)
         try:
             result: Any = getattr(puppet, name)(*values)

@@ -3,8 +3,9 @@
 To close a file of the owner's FUSE file system asks the owner's server (FUSE_FLUSH). One that does not answer keeps whoever closes in state
 D, where SIGKILL does not reach. So the engine receives without a control buffer, and what comes with descriptors is left to the checker. It
 takes the message, asks the descriptor what it is in ways that no file system hears of, and passes on what the kernel alone answers for: a
-memfd or a pipe. Only when the engine has its answer, the checker closes what it has. It may hang there for ever, and so it has let go of
-the VM's socket before, of which it gets a copy with each question: with the engine gone, the owner is not to wait for it.
+memfd, or for TRACE a pipe, but no FIFO of a file system. Only when the engine has its answer, the checker closes what it has. It may hang
+there for ever, and so it has let go of the VM's socket before, of which it gets a copy with each question: with the engine gone, the owner
+is not to wait for it.
 """
 
 import array
@@ -23,8 +24,10 @@ from functools import partial
 from typing import Final, NoReturn, final
 
 from restrictedmem.abi import process
+from restrictedmem.abi.stat import identity
 from restrictedmem.fd import MSG_CTRUNC, MSG_DONTWAIT, MSG_TRUNC, OwnedFd, brings_fds, close_all, receive_with_fds, send_with_fds
 from restrictedmem.kvm.serving import RefusedError
+from restrictedmem.kvm.wire import TRACE
 from restrictedmem.service.wire import MAX_MESSAGE, Channel, Message
 
 #: How often, and how many milliseconds each time, the engine waits for the checker: time in which neither ran counts once at most.
@@ -57,7 +60,8 @@ class Intake:
 
         Raises:
             OSError: EAGAIN when there is none; EMSGSIZE for more than one descriptor; else as ``Channel.receive``.
-            RefusedError: EINVAL for a descriptor of neither a memfd nor a pipe; EMFILE; ETIMEDOUT when the checker is late or gone.
+            RefusedError: EINVAL for a descriptor of anything but a memfd, for TRACE a pipe; EMFILE; ETIMEDOUT when the checker is late or
+                gone.
         """
         if not brings_fds(self._owner.sock, MSG_DONTWAIT):
             return self._owner.receive(MSG_DONTWAIT)
@@ -69,12 +73,10 @@ class Intake:
         data, fds = answer
         errno, malformed = _ANSWER.unpack_from(data)
         content = data[_ANSWER.size :]
-        if not errno and len(content) >= _HEAD.size:
+        if not errno:
             number, _ = _HEAD.unpack_from(content)
             return Message(number, content[_HEAD.size :], fds)
         close_all(fds)
-        if not errno:
-            raise OSError(EPROTO, f"message of {len(content)} bytes")
         raise (OSError if malformed else RefusedError)(errno, content.decode())
 
     def _drop(self) -> None:
@@ -215,18 +217,40 @@ def _answer(taken: _Taken, engine: socket.socket) -> None:
         engine.send(_ANSWER.pack(taken.error.errno or EAGAIN, 1) + (taken.error.strerror or "").encode())
     elif taken.flags & (MSG_CTRUNC | MSG_TRUNC):
         engine.send(_ANSWER.pack(EMSGSIZE, 1) + b"recvmsg: message or descriptors cut off")
-    elif all(_is_memfd_or_pipe(fd) for fd in taken.fds):
+    elif len(taken.data) < _HEAD.size:
+        engine.send(_ANSWER.pack(EPROTO, 1) + f"message of {len(taken.data)} bytes".encode())
+    elif all(_is_wanted(taken.data, fd) for fd in taken.fds):
         send_with_fds(engine, _ANSWER.pack(0, 0) + taken.data, taken.fds)
     else:
-        engine.send(_ANSWER.pack(EINVAL, 0) + b"a descriptor is neither a memfd nor a pipe")
+        engine.send(_ANSWER.pack(EINVAL, 0) + b"the descriptor is not a memfd, or for TRACE a pipe")
 
 
-def _is_memfd_or_pipe(fd: int) -> bool:
-    """Say what a descriptor is, asking the kernel alone: fstat(2) and fstatfs(2) would ask its file system."""
-    for command in (_F_GET_SEALS, fcntl.F_GETPIPE_SZ):
+# What a descriptor is, said by the kernel alone: fstat(2) and fstatfs(2) would ask its file system.
+
+
+def _is_wanted(request: bytes, fd: int) -> bool:
+    """Say whether a descriptor is of the kind that the request takes."""
+    number, _ = _HEAD.unpack_from(request)
+    return _is_pipe(fd) if number == TRACE.number else _is_memfd(fd)
+
+
+def _is_memfd(fd: int) -> bool:
+    try:
+        fcntl.fcntl(fd, _F_GET_SEALS)
+    except OSError:
+        return False
+    return True
+
+
+def _is_pipe(fd: int) -> bool:
+    """Say whether pipe(2) made it; a FIFO is its file system's, which hears of every write."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
+        ends = os.pipe()
         try:
-            fcntl.fcntl(fd, command)
-        except OSError:
-            continue
-        return True
-    return False
+            return identity(fd)[0] == identity(ends[0])[0]
+        finally:
+            for end in ends:
+                os.close(end)
+    except OSError:
+        return False

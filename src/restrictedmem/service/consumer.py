@@ -25,6 +25,8 @@ from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PageRange, pgoff_t
 #: The head of a message: number of the call or errno, and zero (``wire``).
 _HEAD: Final = struct.Struct("=II")
 _LARGEST: Final = PageRange(pgoff_t(0), pgoff_t(MAX_FILE_BYTES >> PAGE_SHIFT))
+#: Seconds that a process which was killed may take to end. The kernel may hold it for as long as a file system's server likes.
+_END: Final = 5.0
 #: How deep a report may be nested; what shows it to people nests it a little deeper.
 _MAX_DEPTH: Final = 8
 
@@ -78,7 +80,7 @@ class Consumer:
     """
 
     def __init__(self, name: str, number: int, deadline: float, failed: Callable[["Consumer", str], None]) -> None:
-        """Make both connections; ``failed`` is called once, with the reason, when the consumer breaks the protocol."""
+        """Make both connections; ``failed`` is called with the reason when the consumer breaks the protocol, or does not end."""
         self.name = name
         self.number = number
         self.report: dict[str, object] = {}
@@ -268,14 +270,18 @@ class Consumer:
                 signal.pidfd_send_signal(self.process.fileno(), signal.SIGKILL)
 
     def close(self) -> None:
-        """End the consumer, and unregister everything once its process has ended: until then it may use what it has mapped."""
+        """End the consumer, and unregister everything once its process has ended: until then it may use what it has mapped.
+
+        One that the kernel holds executes nothing any more. Its files are another's after a while, in another memfd than its own.
+        """
         with self._mutex:
             self._gone = True
         bury(self.requests.sock)
         self._notify.shutdown(socket.SHUT_RDWR)
         if self.process is not None:
             self.kill()
-            select.select([self.process], [], [])
+            if not Patience(_END).wait(self.process.fileno(), select.POLLIN):
+                self._failed(self, f"{self} was killed, and does not end")
         for number in list(self.bindings):
             self.unbind(number)
         bury(self._notify)

@@ -12,11 +12,12 @@ import socket
 import traceback
 from collections.abc import Callable
 from errno import EAGAIN, EMFILE, EMSGSIZE
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from restrictedmem.abi import process
 from restrictedmem.burial import bury
 from restrictedmem.fd import OwnedFd, close_all
+from restrictedmem.patience import Patience
 from restrictedmem.service import daemon, sealing, wire
 from restrictedmem.service.privileges import drop_privileges
 from restrictedmem.service.program import Programs, Serve
@@ -24,6 +25,9 @@ from restrictedmem.service.wire import Channel, Message
 
 if TYPE_CHECKING:
     from restrictedmem.service.start import Options, Origin
+
+#: Seconds that consumers may take to end, once they were killed. The kernel may hold one for as long as a file system's server likes.
+_END: Final = 5.0
 
 
 def run(owner: Channel, options: "Options", origin: "Origin") -> NoReturn:
@@ -68,7 +72,7 @@ class _Spawner:
         self._pidfds: dict[int, OwnedFd] = {}
 
     def loop(self) -> None:
-        """Serve the service until its end of the channel closes, then kill and reap every child."""
+        """Serve the service until its end of the channel closes, then kill every child, and reap those that end in time."""
         self._poll.register(self._channel.fileno(), select.EPOLLIN)
         while True:
             for fd, _ in self._poll.poll():
@@ -158,8 +162,10 @@ class _Spawner:
     def _end(self) -> None:
         for pidfd in self._pidfds.values():
             signal.pidfd_send_signal(pidfd.fileno(), signal.SIGKILL)
+        patience = Patience(_END)
         for pidfd in self._pidfds.values():
-            os.waitid(os.P_PIDFD, pidfd.fileno(), os.WEXITED)
+            if patience.wait(pidfd.fileno(), select.POLLIN):
+                os.waitid(os.P_PIDFD, pidfd.fileno(), os.WEXITED)
         close_all(list(self._pidfds.values()))
         os.waitpid(self._service, 0)
 
