@@ -96,6 +96,15 @@ def own_network() -> Generator[None]:
             setns(before.fileno(), _CLONE_NEWNET)
 
 
+def enter_user_namespace(inside: int | None) -> None:
+    """Enter a user namespace where this process's uid alone is mapped, to the uid ``inside``, or not even that."""
+    own = os.geteuid(), os.getegid()
+    unshare(CLONE_NEWUSER)
+    if inside is not None:
+        for name, text in (("setgroups", "deny"), ("uid_map", f"{inside} {own[0]} 1"), ("gid_map", f"{inside} {own[1]} 1")):
+            Path(f"/proc/self/{name}").write_text(text, encoding="ascii")
+
+
 def open_the_way(paths: set[str]) -> None:
     """Cover directories that others may not search with ones that hold nothing but what leads to ``paths``."""
     closed = {path: door for path in paths for door in [_closed_door(path)] if door is not None}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from restrictedmem.fd import OwnedFd
+from restrictedmem.users import is_known
 
 _LOOK: Final = os.O_PATH | os.O_CLOEXEC
 #: As many as the kernel follows (MAXSYMLINKS).
@@ -20,16 +21,21 @@ _MOST_LINKS: Final = 40
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
-def trusted() -> set[int]:
-    """Return the uids whose doings are no danger: root, this process, and the owner of /.
+def _is_trusted(found: os.stat_result, room: os.stat_result) -> bool:
+    """Say whether what stands in a directory is of a user whose doings are no danger.
 
-    The last is what root looks like from a user namespace that has none.
+    That is root, this process, and the owner of /, which is what root looks like from a user
+    namespace that has none. Strangers look the same there (``users``): then a thing counts where
+    nobody but such an owner may put one.
     """
-    return {0, os.geteuid(), os.stat("/").st_uid}
+    good = {0, os.geteuid(), os.stat("/").st_uid}
+    if found.st_uid not in good:
+        return False
+    return is_known(found.st_uid) or (room.st_uid in good and not room.st_mode & _OTHERS_WRITE)
 
 
 def resolve(path: str, *, last: bool) -> tuple[OwnedFd, str, int]:
-    """Open the directory of a path's last name (``O_PATH``); only links of ``trusted`` users count.
+    """Open the directory of a path's last name (``O_PATH``); only links of trusted users count.
 
     Returns the directory, which the caller owns, the name, and O_NOFOLLOW; or 0 in its place for a
     link that the kernel itself made (/proc/self/fd/1). The last name is followed with ``last``,
@@ -38,7 +44,7 @@ def resolve(path: str, *, last: bool) -> tuple[OwnedFd, str, int]:
     Raises:
         OSError: ELOOP for another user's link; EISDIR for a path without a last name; as openat(2).
     """
-    good, proc = trusted(), os.stat("/proc").st_dev
+    proc = os.stat("/proc").st_dev
     names, links = _names(path), 0
     directory = _root(path)
     try:
@@ -46,7 +52,7 @@ def resolve(path: str, *, last: bool) -> tuple[OwnedFd, str, int]:
             name = names.pop()
             target, follow = None, os.O_NOFOLLOW
             if names or last:
-                target, follow = _link(directory, name, good, proc)
+                target, follow = _link(directory, name, proc)
             if target is not None:
                 links += 1
                 if links > _MOST_LINKS:
@@ -76,7 +82,7 @@ def _root(path: str) -> OwnedFd:
     return OwnedFd(os.open("/" if path.startswith("/") else ".", _LOOK | os.O_DIRECTORY))
 
 
-def _link(directory: OwnedFd, name: str, good: set[int], proc: int) -> tuple[str | None, int]:
+def _link(directory: OwnedFd, name: str, proc: int) -> tuple[str | None, int]:
     """Return where a name leads if it is a symbolic link; O_NOFOLLOW unless it is the kernel's."""
     try:
         fd = OwnedFd(os.open(name, _LOOK | os.O_NOFOLLOW, dir_fd=directory.fileno()))
@@ -86,7 +92,7 @@ def _link(directory: OwnedFd, name: str, good: set[int], proc: int) -> tuple[str
         found = os.fstat(fd.fileno())
         if not stat.S_ISLNK(found.st_mode):
             return None, os.O_NOFOLLOW
-        if found.st_uid not in good:
+        if not _is_trusted(found, os.fstat(directory.fileno())):
             words = f"{name} is a symbolic link of uid {found.st_uid}, which is not followed"
             raise OSError(ELOOP, words)
         if found.st_dev == proc:
@@ -113,20 +119,20 @@ def create(path: str) -> OwnedFd:
             raise OSError(error.errno, error.strerror, path) from None
         try:
             with OwnedFd(os.open(name, _LOOK | follow, dir_fd=directory.fileno())) as there:
-                _check_target(os.fstat(there.fileno()))
+                _check_target(os.fstat(there.fileno()), os.fstat(directory.fileno()))
                 # By its inode: another may have the name by now.
                 return OwnedFd(os.open(f"/proc/self/fd/{there.fileno()}", flags | os.O_TRUNC))
         except OSError as error:
             raise OSError(error.errno, error.strerror, path) from None
 
 
-def _check_target(found: os.stat_result) -> None:
+def _check_target(found: os.stat_result, room: os.stat_result) -> None:
     if stat.S_ISLNK(found.st_mode):
         raise OSError(ELOOP, os.strerror(ELOOP))
     if stat.S_ISREG(found.st_mode):
         if found.st_nlink > 1:
             raise OSError(EMLINK, "the file has another name, too, and is not emptied")
-    elif found.st_uid not in trusted():
+    elif not _is_trusted(found, room):
         raise OSError(EACCES, f"not a file, and uid {found.st_uid}'s")
 
 
@@ -145,10 +151,9 @@ def open_regular(path: str, flags: int = os.O_RDONLY) -> OwnedFd:
 def dangers(directory: OwnedFd) -> Iterator[str]:
     """Say of a directory and those above it what lets other users change where its path leads."""
     path = Path(os.readlink(f"/proc/self/fd/{directory.fileno()}"))
-    good = trusted()
     for each in (path, *path.parents):
         found = each.stat()
-        if found.st_uid not in good:
+        if not _is_trusted(found, each.parent.stat()):
             yield f"{each} is uid {found.st_uid}'s"
         elif found.st_mode & _OTHERS_WRITE and not found.st_mode & stat.S_ISVTX:
             yield f"others may write to {each}"

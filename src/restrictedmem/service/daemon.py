@@ -41,6 +41,7 @@ from restrictedmem.service.signing import Signer
 from restrictedmem.service.tokens import Tokens
 from restrictedmem.service.wire import Channel, Message
 from restrictedmem.units import PAGE_SHIFT, pgoff_t
+from restrictedmem.users import is_own
 
 if TYPE_CHECKING:
     from restrictedmem.service.start import Options, Origin
@@ -242,7 +243,7 @@ class Service:
             self._dispatch_owner(connection, message)
         elif message.number == wire.CONNECT.number and self._door.admit(connection, message.body):
             connection.channel.reply()
-        elif message.number == wire.STATUS.number and connection.uid in (os.getuid(), 0):
+        elif message.number == wire.STATUS.number and (connection.uid == 0 or is_own(connection.uid)):
             self._reply_status(connection, message)
         else:
             raise OSError(EACCES, "the key of this service was not shown")

@@ -23,6 +23,7 @@ from restrictedmem.burial import bury
 from restrictedmem.fd import OwnedFd, peer_credentials
 from restrictedmem.service.client import START_DEADLINE, start_process
 from restrictedmem.service.wire import Channel
+from restrictedmem.users import is_known
 
 if TYPE_CHECKING:
     from restrictedmem.service.start import Options
@@ -40,7 +41,7 @@ class _HasFd(Protocol):
 @final
 @dataclass(eq=False)
 class _User:
-    """The clients of one uid."""
+    """The clients of one uid; those whose uids are not known here are one user (``users``)."""
 
     waiting: "deque[_Client]" = field(default_factory=deque["_Client"])
     starting: int = 0
@@ -168,7 +169,7 @@ class Server:
         self._start_next(user)
 
     def _turn_away(self, client: _Client, user: _User) -> None:
-        words = f"uid {client.uid} has {user.places} services here, as many as it may"
+        words = f"{_whose(client.uid)} has {user.places} services here, as many as it may"
         _answer(client.sock, OSError(EAGAIN, words))
         if not user.full:
             self._say(f"client {client.pid}: {words}")
@@ -178,7 +179,7 @@ class Server:
         while user.waiting and user.starting < _AT_ONCE:
             client = user.waiting.popleft()
             # Not before: who connects and hangs up, again and again, writes no log.
-            self._say(f"client {client.pid} of uid {client.uid}")
+            self._say(f"client {client.pid} of {_whose(client.uid)}")
             user.full = False
             try:
                 self._start(client)
@@ -265,6 +266,10 @@ class Server:
         user.places -= 1
         if not user.places:
             del self._users[client.uid]
+
+
+def _whose(uid: int) -> str:
+    return f"uid {uid}" if is_known(uid) else "an unknown uid"
 
 
 def _answer(sock: socket.socket, error: OSError) -> None:

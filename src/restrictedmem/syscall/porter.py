@@ -18,6 +18,7 @@ from restrictedmem.abi.seccomp import SECCOMP_ADDFD_FLAG_SEND, SECCOMP_IOCTL_NOT
 from restrictedmem.burial import bury
 from restrictedmem.fd import OwnedFd, peer_credentials
 from restrictedmem.syscall.child import fork
+from restrictedmem.users import is_own
 
 if TYPE_CHECKING:
     from restrictedmem.service.client import Service
@@ -102,7 +103,7 @@ class _Work:
         with suppress(OSError), ExitStack() as undo:
             sock, _ = self._door.accept()
             undo.callback(bury, sock)
-            if peer_credentials(sock)[1] == os.geteuid():
+            if is_own(peer_credentials(sock)[1]):
                 self._started().share(sock)
 
     def _started(self) -> "Service":
