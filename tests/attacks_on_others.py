@@ -3,7 +3,6 @@
 import os
 import resource
 import secrets
-import select
 import signal
 import socket
 import subprocess
@@ -22,7 +21,7 @@ from outcomes import Errno, outcome
 from processes import PATIENCE, family, process, wait_gone, wait_until
 from restrictedmem.abi import memory, userfaultfd
 from restrictedmem.audit.owner import parent_of
-from restrictedmem.fd import send_with_fds
+from restrictedmem.fd import readable, send_with_fds
 from restrictedmem.kvm import wire as kvm_wire
 from restrictedmem.kvm.vm import Vm
 from restrictedmem.service import wire
@@ -428,7 +427,7 @@ def a_file_under_exec(field: Field) -> Iterator[None]:
 
 def _line(program: "subprocess.Popen[str]") -> str:
     assert program.stdout is not None
-    assert select.select([program.stdout], [], [], 20)[0], "waited 20 s for a line of the program"
+    assert readable([program.stdout], 20), "waited 20 s for a line of the program"
     return program.stdout.readline().rstrip()
 
 

@@ -7,7 +7,6 @@ mount exists and holds no file of it, so it can be killed.
 import array
 import fcntl
 import os
-import select
 import signal
 import socket
 from collections.abc import Callable, Generator
@@ -16,7 +15,7 @@ from typing import final
 
 import users
 from restrictedmem.abi.process import CLONE_NEWNS
-from restrictedmem.fd import OwnedFd, receive_with_fds
+from restrictedmem.fd import OwnedFd, readable, receive_with_fds
 from restrictedmem.fs.filesystem import NAME, PROVE, TOKEN_BYTES, FileSystem
 from restrictedmem.fs.mount import mount_detached
 from restrictedmem.fs.mounter import enter_user_namespace
@@ -70,7 +69,7 @@ class OwnServer:
         fcntl.ioctl(fd, PROVE, bytes(TOKEN_BYTES))
 
     def has_event(self) -> bool:
-        return bool(select.select([self._events], [], [], 0)[0])
+        return bool(readable([self._events], 0))
 
     def next_event(self) -> str:
         """Return the next callback, which waits until ``go_on``."""

@@ -1,12 +1,16 @@
 """Looking at processes from outside: a service's relatives, what they hold, and whether they are gone."""
 
+import fcntl
 import os
 import re
+import resource
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from restrictedmem.fd import OwnedFd
 from restrictedmem.service.client import Service
 
 #: Seconds after which something that was to happen did not.
@@ -94,3 +98,15 @@ def descriptors(pid: int) -> list[str]:
         except FileNotFoundError:
             continue
     return found
+
+
+@contextmanager
+def high(fd: int) -> Generator[OwnedFd]:
+    """Duplicate a descriptor to a number that a process with many descriptors hands out."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(2048, before[0]), before[1]))
+    try:
+        with OwnedFd(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 1024)) as found:
+            yield found
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -22,12 +22,12 @@ import pytest
 
 import hugetlb
 from outcomes import Errno, outcome
-from processes import family, process, wait_gone, wait_until
+from processes import family, high, process, wait_gone, wait_until
 from restrictedmem import sync
 from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import EHWPOISON
 from restrictedmem.consumer import Bound, BoundFile, file_is_restrictedmem
-from restrictedmem.fd import OwnedFd, close_all, receive_with_fds, send_with_fds
+from restrictedmem.fd import OwnedFd, close_all, readable, receive_with_fds, send_with_fds
 from restrictedmem.kvm import exits
 from restrictedmem.kvm.vm import Vm
 from restrictedmem.mm.backing import MemfdBacking, make_backing
@@ -38,6 +38,7 @@ from restrictedmem.service import consumer as service_consumer
 from restrictedmem.service import program, wire
 from restrictedmem.service.client import Service
 from restrictedmem.service.consumers import Consumers, Troubles
+from restrictedmem.service.signing import Signer
 from restrictedmem.service.start import Options
 from restrictedmem.service.tokens import Tokens
 from restrictedmem.service.wire import Call, Channel
@@ -773,6 +774,51 @@ def test_only_a_vm_has_reports_signed() -> None:
     with serving(("puppet", PUPPET)) as service, Puppet(service) as puppet:
         assert outcome(lambda: puppet("request", wire.LAUNCHED.number, launch.hex())) == Errno(EPERM)
         assert outcome(lambda: puppet("request", wire.SIGN.number, bytes(64).hex())) == Errno(EPERM)
+
+
+def _bound_to_a_child() -> tuple[Consumers, service_consumer.Consumer, RestrictedFile, int]:
+    """Make a consumer that has bound a file twice, and whose process is a child that does nothing."""
+    consumers = Consumers(Tokens(), Options(), Signer(), Troubles())
+    consumer = consumers.add("third")
+    for sock in consumer.give_sockets():
+        sock.close()
+    file = RestrictedFile(make("v10"), MemfdBacking(), Inode.make(0, 0))
+    for ino in range(2):
+        consumer.bind(ino, file, PageRange(pgoff_t(0), pgoff_t(0)), exclusive=False)
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+    return consumers, consumer, file, child
+
+
+def test_a_consumer_whose_pidfd_has_a_high_number_is_forgotten() -> None:
+    consumers, consumer, file, child = _bound_to_a_child()
+    with OwnedFd(os.pidfd_open(child)) as pidfd, high(pidfd.fileno()) as copy:
+        consumer.process = OwnedFd(copy.detach())
+        consumers.end(consumer)
+        # Its end was waited for.
+        assert readable([pidfd], 0)
+    assert (file.notifier_count, consumers.all()) == (0, [])
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    file.put()
+
+
+def test_a_consumer_that_cannot_be_waited_for_is_forgotten_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(EINVAL, "poll")
+
+    def fail_at_first(*_: object) -> None:
+        if file.notifier_count > 1:
+            fail()
+
+    consumers, consumer, file, child = _bound_to_a_child()
+    consumer.process = OwnedFd(os.pidfd_open(child))
+    monkeypatch.setattr(service_consumer, "readable", fail)
+    monkeypatch.setattr(type(file.design), "leave", fail_at_first)
+    assert outcome(lambda: consumers.end(consumer)) == Errno(EINVAL)
+    assert (file.notifier_count, consumers.all(), consumer.process.closed) == (0, [], True)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    file.put()
 
 
 _DEEP = b'{"a":' * 100 + b"1" + b"}" * 100

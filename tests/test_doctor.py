@@ -8,7 +8,6 @@ import json
 import mmap
 import os
 import resource
-import select
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ import pytest
 from restrictedmem.abi import fuse, kvm, memory, pagemap, process, seccomp
 from restrictedmem.child import in_child
 from restrictedmem.cli import doctor
-from restrictedmem.fd import OwnedFd
+from restrictedmem.fd import OwnedFd, readable
 from restrictedmem.fs.mount import Way
 from restrictedmem.fs.mounter import enter_user_namespace
 from restrictedmem.kvm.vmm import Vmm
@@ -112,7 +111,7 @@ def test_the_child_ends_with_who_asked() -> None:
         assert asking.stdout is not None
         with OwnedFd(os.pidfd_open(int(asking.stdout.readline()))) as child:
             asking.kill()
-            assert select.select([child], [], [], 10)[0], "waited 10 s for the child to end"
+            assert readable([child], 10), "waited 10 s for the child to end"
 
 
 def test_a_bug_in_a_probe_stays_in_its_child(capfd: pytest.CaptureFixture[str]) -> None:

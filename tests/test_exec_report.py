@@ -3,7 +3,6 @@
 import json
 import os
 import pty
-import select
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 
 from outcomes import Errno, outcome
+from restrictedmem.fd import readable
 from restrictedmem.syscall.launch import Call
 from restrictedmem.syscall.popen import popen
 from under_exec import EXEC, PRELUDE, kill_supervisor_of, under
@@ -184,7 +184,7 @@ print(*found)
 
     def printed() -> bytes:
         nonlocal output
-        if select.select([terminal], [], [], 0.05)[0]:
+        if readable([terminal], 0.05):
             output += os.read(terminal, 1000)
         return output
 

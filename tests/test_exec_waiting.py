@@ -1,7 +1,6 @@
 """One program under exec that waits, for a file system or for its own memory, keeps no other program's system call waiting."""
 
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -16,7 +15,7 @@ import pytest
 
 from foreign_fuse import Foreign, foreign
 from restrictedmem.abi.fuse import Opcode
-from restrictedmem.fd import OwnedFd
+from restrictedmem.fd import OwnedFd, readable
 from restrictedmem.fs.filesystem import NAME
 from restrictedmem.syscall import scout
 from restrictedmem.syscall.supervisor import Supervisor
@@ -156,7 +155,7 @@ def said(code: str, mark: str, server: Foreign | None = None, first: str = FIRST
 def heard(process: subprocess.Popen[str]) -> Any:
     """Return the value of the next line that a program prints; what it does not say within its patience, it never says."""
     assert process.stdout is not None
-    ready, _, _ = select.select([process.stdout], [], [], 30)
+    ready = readable([process.stdout], 30)
     assert ready, "the program says nothing for 30 s"
     return eval(process.stdout.readline())
 

@@ -1,7 +1,6 @@
 """The loop between /dev/fuse and the file system: who waits for whom, and for nobody else."""
 
 import os
-import select
 import signal
 import socket
 import threading
@@ -15,7 +14,7 @@ import pytest
 from restrictedmem.abi import fuse
 from restrictedmem.abi.fuse import Opcode
 from restrictedmem.abi.memory import PUNCH
-from restrictedmem.fd import OwnedFd
+from restrictedmem.fd import OwnedFd, readable
 from restrictedmem.fs import filesystem as filesystem_module
 from restrictedmem.fs import server as server_module
 from restrictedmem.fs.filesystem import NAME, FileSystem, Request
@@ -330,7 +329,7 @@ def test_a_thread_that_cannot_go_on_ends_the_process(failure: Exception) -> None
         finally:
             os._exit(2)
     with OwnedFd(os.pidfd_open(child)) as ended:
-        done, _, _ = select.select([ended], [], [], PATIENCE)
+        done = readable([ended], PATIENCE)
     if not done:
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)

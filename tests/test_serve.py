@@ -3,7 +3,6 @@
 import fcntl
 import os
 import re
-import select
 import signal
 import socket
 import subprocess
@@ -25,7 +24,7 @@ from processes import PATIENCE, Process, exists, family, process, wait_gone
 from restrictedmem import guests
 from restrictedmem.abi import memory
 from restrictedmem.cli.said import Said
-from restrictedmem.fd import OwnedFd
+from restrictedmem.fd import OwnedFd, readable
 from restrictedmem.kvm import elf, exits, guest_abi
 from restrictedmem.kvm.vmm import Vmm
 from restrictedmem.service import SERVER_VARIABLE, client
@@ -53,7 +52,7 @@ class Server:
     def said(self) -> str:
         """Return its next line."""
         assert self.process.stderr is not None
-        ready, _, _ = select.select([self.process.stderr], [], [], PATIENCE)
+        ready = readable([self.process.stderr], PATIENCE)
         assert ready, f"waited {PATIENCE:g} s for a line of serve"
         return self.process.stderr.readline().rstrip()
 

@@ -3,7 +3,6 @@
 import array
 import mmap
 import os
-import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -16,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outcomes import Errno, outcome
+from processes import high
 from restrictedmem import sync
-from restrictedmem.fd import OwnedFd, close_all, receive_with_fds, send_with_fds
+from restrictedmem.fd import OwnedFd, close_all, readable, receive_with_fds, send_with_fds
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, format_size, parse_size, pgoff_t
 from waiting import wait_for, waits
 
@@ -197,6 +197,20 @@ def test_what_was_cut_off_is_an_error_and_leaks_nothing(pair: tuple[socket.socke
         assert open_fds() == before
 
 
+def test_what_can_be_read_whatever_its_number(pair: tuple[socket.socket, socket.socket]) -> None:
+    """select(2) knows no number above 1023, and says so to whoever has many descriptors."""
+    ours, theirs = pair
+    with high(ours.fileno()) as reader, high(theirs.fileno()) as writer:
+        assert min(reader.fileno(), writer.fileno()) > 1023
+        assert readable([reader, writer], 0) == []
+        os.write(writer.fileno(), b".")
+        assert readable([reader, writer]) == [reader]
+        assert readable([writer.fileno(), reader.fileno()], 10) == [reader.fileno()]
+        os.read(reader.fileno(), 1)
+        ours.shutdown(socket.SHUT_RDWR)
+        assert readable([writer]) == [writer]
+
+
 def test_other_ancillary_data_is_passed_over(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
     theirs.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -321,7 +335,7 @@ def test_words_are_seen_by_another_process() -> None:
         for value in (1, 1 << 62, (1 << 63) - 1):
             words.write(0, value)
             ours.send(b".")
-            assert select.select([ours], [], [], 10)[0], "waited 10 s for the other process"
+            assert readable([ours], 10), "waited 10 s for the other process"
             ours.recv(1)
             assert words.read(1) == value * 2
         os.waitpid(child, 0)

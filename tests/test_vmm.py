@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from processes import high
 from restrictedmem import guests
 from restrictedmem.abi import memory
 from restrictedmem.kvm import elf, exits, guest_abi
@@ -434,6 +435,15 @@ def test_stop_ends_a_wait_for_input(service: Service, engine: str) -> None:
         assert len(guest.ask("sign abc")) == 64
         vmm.stop()
         assert guest.end().interrupted
+
+
+def test_stop_by_a_descriptor_with_a_high_number(service: Service) -> None:
+    with Vmm(MIB, service) as vmm, high(vmm._over) as over:
+        low, vmm._over = vmm._over, over.fileno()
+        guest = talk(load(vmm, "spin", "loop"))
+        vmm.stop()
+        assert guest.end().interrupted
+        vmm._over = low
 
 
 def test_stop_before_the_run(service: Service, engine: str) -> None:

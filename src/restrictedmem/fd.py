@@ -3,13 +3,14 @@
 import array
 import fcntl
 import os
+import select
 import socket
 import struct
 import warnings
 from collections.abc import Sequence
 from errno import EMSGSIZE, EPROTO
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Protocol, Self, TypeAlias, TypeVar
 
 #: ``struct ucred``.
 _UCRED: Final = struct.Struct("=iII")
@@ -23,6 +24,18 @@ _MSG_CMSG_CLOEXEC: Final = int(socket.MSG_CMSG_CLOEXEC)
 MSG_TRUNC: Final = int(socket.MSG_TRUNC)
 MSG_CTRUNC: Final = int(socket.MSG_CTRUNC)
 _INT: Final = array.array("i").itemsize
+
+
+class HasFileno(Protocol):
+    """What owns a descriptor."""
+
+    def fileno(self) -> int:
+        """Return the number."""
+        ...
+
+
+Waited: TypeAlias = HasFileno | int
+_W = TypeVar("_W", bound=Waited)
 
 
 class OwnedFd:
@@ -178,6 +191,18 @@ def receive_with_fds(sock: socket.socket, size: int, max_fds: int = 4, flags: in
         close_all(fds)
         raise OSError(EMSGSIZE, "recvmsg: message or descriptors cut off")
     return data, fds
+
+
+def readable(files: Sequence[_W], seconds: float | None = None) -> list[_W]:
+    """Wait until some of ``files`` can be read or have hung up, and return those; none after ``seconds``.
+
+    Not by select(2), which knows no number above 1023.
+    """
+    poll = select.poll()
+    for file in files:
+        poll.register(file, select.POLLIN)
+    ready = {number for number, _ in poll.poll(None if seconds is None else 1000 * seconds)}
+    return [file for file in files if (file if isinstance(file, int) else file.fileno()) in ready]
 
 
 def above_standard(fd: int) -> OwnedFd:

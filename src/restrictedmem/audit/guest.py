@@ -7,10 +7,10 @@ from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from errno import EIO, ETIMEDOUT
 from pathlib import Path
-from select import select
 from typing import Final, final
 
 from restrictedmem import guests
+from restrictedmem.fd import readable
 from restrictedmem.kvm import elf
 from restrictedmem.kvm.vmm import Vmm
 from restrictedmem.service.client import Service
@@ -81,7 +81,7 @@ class HeldGuest:
     def _answer(self) -> str:
         answer = b""
         while not answer.endswith(b"\n"):
-            if not select([self._replies], [], [], DEADLINE)[0]:
+            if not readable([self._replies], DEADLINE):
                 raise OSError(ETIMEDOUT, f"the guest did not answer within {DEADLINE:g} s")
             got = os.read(self._replies, 4096)
             if not got:

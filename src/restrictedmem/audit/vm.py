@@ -2,7 +2,6 @@
 
 import mmap
 import os
-import select
 import signal
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +13,7 @@ from restrictedmem.audit.attempt import Buffer, MeasurementTellsError, Route
 from restrictedmem.audit.guest import HeldGuest, image
 from restrictedmem.audit.memory import of_descriptors, of_file
 from restrictedmem.audit.owner import SMALL, Owner
-from restrictedmem.fd import OwnedFd
+from restrictedmem.fd import OwnedFd, readable
 from restrictedmem.kvm import exits, guest_abi
 from restrictedmem.kvm.vm import Vcpu, Vm
 from restrictedmem.kvm.vmm import Vmm
@@ -296,7 +295,7 @@ def _killed(number: signal.Signals, owner: Owner) -> Iterator[Buffer]:
         pid: int = guest.vmm.vm.statistics()["pid"]
         with OwnedFd(os.pidfd_open(pid)) as pidfd:
             os.kill(pid, number)
-            select.select([pidfd], [], [])
+            readable([pidfd])
         for place in places:
             for entry in os.scandir(place):
                 if entry.path not in before and entry.is_file(follow_symlinks=False):

@@ -7,7 +7,6 @@ process with the descriptor (``check.owner``). This process only watches, so wha
 import json
 import os
 import random
-import select
 import signal
 import socket
 import sys
@@ -22,6 +21,7 @@ from typing import Any, Final, final
 from restrictedmem.check.board import Progress
 from restrictedmem.check.explorer import Violation
 from restrictedmem.check.owner import NAMES, OPERATIONS, PATIENCE, Ground, Plan, be_owner, be_second, wait_for
+from restrictedmem.fd import readable
 from restrictedmem.kvm.vm import Vm
 from restrictedmem.mm.design import make
 from restrictedmem.platform import host
@@ -195,7 +195,7 @@ class _Child:
         Raises:
             Violation: what it found; that it died.
         """
-        if self.report is None and select.select([self.sock], [], [], 0)[0]:
+        if self.report is None and readable([self.sock], 0):
             self.take_report()
 
     def take_report(self) -> None:
@@ -310,7 +310,7 @@ class _Run:
             watch = _Watch(ground, plan)
             try:
                 while time.monotonic() < began + plan.seconds:
-                    select.select([child.sock for child in children], [], [], _TICK)
+                    readable([child.sock for child in children], _TICK)
                     for child in children:
                         child.poll()
                     watch.look(children)

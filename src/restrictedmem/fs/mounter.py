@@ -11,7 +11,6 @@ stays where its owner is. Two children enter the namespace for it, and they hold
 """
 
 import os
-import select
 import signal
 import socket
 from collections.abc import Callable, Generator
@@ -20,11 +19,11 @@ from errno import EIO, ENOENT, EPERM, ETIMEDOUT
 from typing import Final, NoReturn
 
 from restrictedmem.abi import process
-from restrictedmem.fd import OwnedFd, close_all, receive_with_fds, receive_without_fds, send_with_fds
+from restrictedmem.fd import OwnedFd, close_all, readable, receive_with_fds, receive_without_fds, send_with_fds
 from restrictedmem.fs.mount import Way, mount_detached, mount_fusermount
 
-#: Milliseconds that a child may take for its part.
-_DEADLINE: Final = 5000
+#: Seconds that a child may take for its part.
+_DEADLINE: Final = 5
 _LONGEST: Final = 2000
 #: What a child says when all went well; else its errno and words.
 _DONE: Final = b"0 "
@@ -145,8 +144,8 @@ def _hear(sock: socket.socket, what: str, max_fds: int) -> list[OwnedFd]:
     Raises:
         OSError: its errno and words; EIO when it died; ETIMEDOUT.
     """
-    if not select.select([sock], [], [], _DEADLINE / 1000)[0]:
-        raise OSError(ETIMEDOUT, f"{what}: no end within {_DEADLINE // 1000} s")
+    if not readable([sock], _DEADLINE):
+        raise OSError(ETIMEDOUT, f"{what}: no end within {_DEADLINE} s")
     if max_fds:
         said, fds = receive_with_fds(sock, _LONGEST, max_fds)
     else:

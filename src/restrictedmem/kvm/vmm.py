@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Final, Self, final
 
 from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import kvm_regs
+from restrictedmem.fd import readable
 from restrictedmem.kvm import elf, exits, guest_abi
 from restrictedmem.kvm.launch import measure
 from restrictedmem.kvm.vm import Vcpu, Vm
@@ -202,7 +203,7 @@ class Vmm:
 
     def _interrupt_at_the_end(self) -> None:
         # A thread of its own, since a signal's handler may wait for none of the locks that a request needs.
-        select.select([self._over], [], [])
+        readable([self._over])
         if self._outcome is None:
             self._end(Ended(1, exits.Interrupted()))
         with self._lock:

@@ -5,7 +5,6 @@ import os
 import pwd
 import re
 import resource
-import select
 import shutil
 import stat
 import struct
@@ -16,6 +15,7 @@ from typing import Final
 
 from restrictedmem.abi import fuse, process
 from restrictedmem.child import in_child
+from restrictedmem.fd import readable
 from restrictedmem.fs.mount import DEVICE, Way, mount_detached, mount_fusermount
 from restrictedmem.fs.mounter import enter_user_namespace
 from restrictedmem.machine.finding import Finding, State, reason, setting
@@ -103,8 +103,7 @@ def _offered_minor(way: Way) -> int:
     device, root = mount_fusermount() if way is Way.FUSERMOUNT else mount_detached(allow_other=way is Way.OWN)
     with root, device:
         # INIT is queued as the mount is made. A server that read without looking could wait for ever.
-        ready, _, _ = select.select([device], [], [], 1)
-        if not ready:
+        if not readable([device], 1):
             raise OSError(EAGAIN, "the kernel sent no INIT")
         request = os.read(device.fileno(), 2 * fuse.MIN_READ_BUFFER)
     _, minor = struct.unpack_from("=II", request, fuse.IN_HEADER.size)

@@ -8,7 +8,7 @@ import signal
 import socket
 import struct
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from errno import EINVAL, ENOENT, EPERM, EPROTO, errorcode
 from typing import Final, cast, final
 
@@ -273,20 +273,22 @@ class Consumer:
         """End the consumer, and unregister everything once its process has ended: until then it may use what it has mapped.
 
         One that the kernel holds executes nothing any more. Its files are another's after a while, in another memfd than its own.
+        Whatever fails, the rest is done: a binding that stayed would keep its file from everybody else.
         """
         with self._mutex:
             self._gone = True
-        bury(self.requests.sock)
-        self._notify.shutdown(socket.SHUT_RDWR)
-        if self.process is not None:
-            self.kill()
-            if not Patience(_END).wait(self.process.fileno(), select.POLLIN):
-                self._failed(self, f"{self} was killed, and does not end")
-        for number in list(self.bindings):
-            self.unbind(number)
-        bury(self._notify)
-        if self.process is not None:
-            self.process.close()
+        with ExitStack() as rest:
+            if self.process is not None:
+                rest.callback(self.process.close)
+            rest.callback(bury, self._notify)
+            for number in list(self.bindings):
+                rest.callback(self.unbind, number)
+            bury(self.requests.sock)
+            self._notify.shutdown(socket.SHUT_RDWR)
+            if self.process is not None:
+                self.kill()
+                if not Patience(_END).wait(self.process.fileno(), select.POLLIN):
+                    self._failed(self, f"{self} was killed, and does not end")
 
 
 def _wrong(reply: bytes, flags: int, size: int) -> str:

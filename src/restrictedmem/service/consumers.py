@@ -143,10 +143,12 @@ class Consumers:
 
     def end(self, consumer: Consumer) -> None:
         """Close a consumer's connections and forget it."""
-        consumer.close()
-        with self._idle:
-            del self._all[consumer.number]
-            self._idle.notify_all()
+        try:
+            consumer.close()
+        finally:
+            with self._idle:
+                del self._all[consumer.number]
+                self._idle.notify_all()
 
     def _let_end(self, consumer: Consumer, file: RestrictedFile) -> None:
         """Wait for other consumers of a file that are about to end: their owner let go of them a moment ago."""

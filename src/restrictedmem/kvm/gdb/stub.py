@@ -4,7 +4,6 @@ All vCPUs stop together and go on as gdb names them (its all-stop mode). When gd
 """
 
 import os
-import select
 import socket
 import sys
 import threading
@@ -13,6 +12,7 @@ from contextlib import contextmanager, suppress
 from errno import EFAULT, EINVAL, EIO
 from typing import Final, TextIO, final
 
+from restrictedmem.fd import readable
 from restrictedmem.kvm import exits
 from restrictedmem.kvm.gdb import target
 from restrictedmem.kvm.gdb.gates import Gate, Gates
@@ -92,7 +92,7 @@ class Stub:
             self._gates.remove()
 
     def _ready(self, *waited: socket.socket | Connection | int) -> list[socket.socket | Connection | int | Vmm]:
-        found, _, _ = select.select([*waited, self._vmm], [], [])
+        found = readable([*waited, self._vmm])
         if self._vmm in found:
             self._gates.end()
         return found
