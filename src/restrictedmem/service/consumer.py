@@ -265,9 +265,11 @@ class Consumer:
 
     def kill(self) -> None:
         """Kill the process; one that is stopped, too."""
-        if self.process is not None:
-            with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self.process.fileno(), signal.SIGKILL)
+        with self._mutex:
+            # Its number may be another's once it is closed.
+            if self.process is not None and not self.process.closed:
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(self.process.fileno(), signal.SIGKILL)
 
     def close(self) -> None:
         """End the consumer, and unregister everything once its process has ended: until then it may use what it has mapped.
@@ -278,8 +280,7 @@ class Consumer:
         with self._mutex:
             self._gone = True
         with ExitStack() as rest:
-            if self.process is not None:
-                rest.callback(self.process.close)
+            rest.callback(self._close_process)
             rest.callback(bury, self._notify)
             for number in list(self.bindings):
                 rest.callback(self.unbind, number)
@@ -289,6 +290,11 @@ class Consumer:
                 self.kill()
                 if not Patience(_END).wait(self.process.fileno(), select.POLLIN):
                     self._failed(self, f"{self} was killed, and does not end")
+
+    def _close_process(self) -> None:
+        with self._mutex:
+            if self.process is not None:
+                self.process.close()
 
 
 def _wrong(reply: bytes, flags: int, size: int) -> str:

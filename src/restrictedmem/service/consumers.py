@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from errno import EIO, EPERM, EPROTO
+from errno import EIO, ENOMEM, EPERM, EPROTO
 from functools import partial
 from typing import TYPE_CHECKING, Final, final
 
@@ -49,13 +49,18 @@ class Troubles:
         """Let ``dispatch`` answer a request; what it raises is the answer."""
         try:
             dispatch(message)
-        except OSError as error:
-            channel.reply_error(error)
-        except Exception as error:
-            # A bug must not hang the caller: it gets EIO, ps and the log have the rest.
-            log.exception("call %d", message.number)
-            self.last = f"call {message.number}: {error!r}"
-            channel.reply_error(OSError(EIO, os.strerror(EIO)))
+        except Exception as error:  # noqa: BLE001  a bug must not hang the caller
+            channel.reply_error(self.of(f"call {message.number}", error))
+
+    def of(self, what: str, error: Exception) -> OSError:
+        """Return what a caller is told of a failure: of a bug EIO, ps and the log have the rest."""
+        if isinstance(error, OSError):
+            return error
+        if isinstance(error, MemoryError):
+            return OSError(ENOMEM, os.strerror(ENOMEM))
+        log.error(what, exc_info=error)
+        self.last = f"{what}: {error!r}"
+        return OSError(EIO, os.strerror(EIO))
 
 
 @final

@@ -15,10 +15,8 @@ import signal
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from errno import E2BIG, EACCES, EAGAIN, EBUSY, EINVAL, EIO, EPROTO
 from functools import partial
 from typing import TYPE_CHECKING, Final, final
@@ -32,12 +30,12 @@ from restrictedmem.fs.mounter import mount_first
 from restrictedmem.fs.server import Server
 from restrictedmem.fs.usage import Usage
 from restrictedmem.service import sealing, signing, status, wire
-from restrictedmem.service.consumer import Consumer
 from restrictedmem.service.consumers import Consumers, Troubles
 from restrictedmem.service.door import Connection, Door
 from restrictedmem.service.privileges import drop_privileges
 from restrictedmem.service.program import Programs
 from restrictedmem.service.signing import Signer
+from restrictedmem.service.spawns import Spawns
 from restrictedmem.service.tokens import Tokens
 from restrictedmem.service.wire import Channel, Message
 from restrictedmem.units import PAGE_SHIFT, pgoff_t
@@ -96,18 +94,6 @@ def run(owner: Channel, spawner: Channel, options: "Options", origin: "Origin") 
 
 
 @final
-@dataclass(eq=False, slots=True)
-class _Spawn:
-    """A consumer that was asked for: by whom, the body of SPAWN, and both ends of its socket."""
-
-    connection: Connection
-    consumer: Consumer
-    body: bytes
-    owners: socket.socket
-    consumers: socket.socket
-
-
-@final
 class Service:
     """What the control thread does: connections, tokens, status, and consumers until they are there (``Consumers``)."""
 
@@ -140,8 +126,7 @@ class Service:
         self._selector = selectors.DefaultSelector()
         self._troubles = Troubles()
         self.consumers = Consumers(self._tokens, options, signer, self._troubles)
-        #: Those that the spawner has still to fork; it is asked for the first.
-        self._spawns: deque[_Spawn] = deque()
+        self._spawns = Spawns(spawner, self.consumers, self._troubles)
         # Half of them for owners' connections, the rest for what consumers need.
         self._door = Door(spare // 2)
         self._paused_until: float | None = None
@@ -259,11 +244,11 @@ class Service:
             case wire.SIGNING_KEY.number:
                 connection.channel.reply(self._signer.make_key())
             case wire.ERROR_PAGE.number:
-                self._aside(connection, partial(self._error_page, message))
+                self._aside(connection, self._error_page, message)
             case _:
                 raise OSError(EPROTO, f"no such call: {message.number}")
 
-    def _aside(self, connection: Connection, act: Callable[[], None]) -> None:
+    def _aside(self, connection: Connection, act: Callable[[Message], None], message: Message) -> None:
         """Do what may wait for consumers in a thread of its own, one for a connection, and answer it then.
 
         Raises:
@@ -273,20 +258,15 @@ class Service:
             raise OSError(EBUSY, "the call before it is under way")
         connection.busy = True
 
-        def answer() -> None:
-            failure: OSError | None = None
+        def done(message: Message) -> None:
             try:
-                act()
-            except OSError as error:
-                failure = error
-            connection.busy = False
-            if failure is None:
-                connection.channel.reply()
-            else:
-                connection.channel.reply_error(failure)
+                act(message)
+            finally:
+                connection.busy = False
+            connection.channel.reply()
 
         try:
-            threading.Thread(target=answer, name="aside", daemon=True).start()
+            threading.Thread(target=self._troubles.answer, args=(connection.channel, done, message), name="aside", daemon=True).start()
         except RuntimeError:
             connection.busy = False
             raise OSError(EAGAIN, "no thread to be had") from None
@@ -307,62 +287,12 @@ class Service:
             raise OSError(EINVAL, f"no such consumer: {name}")
         if len(body) > wire.MAX_BODY - wire.NUMBER.size:
             raise OSError(E2BIG, f"arguments of {len(body)} bytes")
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            consumer = self.consumers.add(name)
-        except OSError:
-            ours.close()
-            theirs.close()
-            raise
-        connection.busy = True
-        self._spawns.append(_Spawn(connection, consumer, body, ours, theirs))
-        if len(self._spawns) == 1:
-            self._ask_spawner()
-
-    def _ask_spawner(self) -> None:
-        """Have the first of the consumers forked that wait for it."""
-        while self._spawns:
-            spawn = self._spawns[0]
-            requests, notify = spawn.consumer.give_sockets()
-            fds = [spawn.consumers.fileno(), requests.fileno(), notify.fileno()]
-            with spawn.consumers, requests, notify:
-                try:
-                    self._spawner.post(wire.FORK, wire.NUMBER.pack(spawn.consumer.number) + spawn.body, fds)
-                    return
-                except OSError as error:
-                    self._spawned(self._spawns.popleft(), error)
+        self._spawns.add(connection, name, body)
 
     def _forked(self) -> None:
-        """Hear from the spawner what came of the first consumer that waits."""
-        message = self._spawner.receive(MSG_DONTWAIT)
-        if message is None:
+        if not self._spawns.hear():
             # The kernel kills this process, too.
             self._selector.unregister(self._spawner)
-            return
-        number = message.number
-        words = message.body.decode(errors="replace") or os.strerror(number)
-        if not number:
-            self._spawns[0].consumer.process = message.take_fd()
-        self._spawned(self._spawns.popleft(), OSError(number, words) if number else None)
-        self._ask_spawner()
-
-    def _spawned(self, spawn: _Spawn, failure: OSError | None) -> None:
-        """Answer whoever asked for a consumer, if that has not gone meanwhile."""
-        channel, consumer = spawn.connection.channel, spawn.consumer
-        spawn.connection.busy = False
-        if failure is None:
-            try:
-                threading.Thread(target=self.consumers.serve, args=(consumer,), name=str(consumer), daemon=True).start()
-            except RuntimeError:
-                # The consumer ends with its connections.
-                failure = OSError(EAGAIN, "no thread to be had")
-        if failure is not None:
-            self.consumers.end(consumer)
-        with spawn.owners:
-            if channel.fileno() >= 0 and failure is None:
-                channel.reply(str(consumer.number).encode(), [spawn.owners.fileno()])
-            elif channel.fileno() >= 0 and failure is not None:
-                channel.reply_error(failure)
 
     def _error_page(self, message: Message) -> None:
         token, start, end = message.unpack(wire.ERROR_REQUEST)

@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntFlag
 from errno import EAGAIN, EBADF, ECONNRESET, EIO, ENOTCONN, EPIPE, EPROTO
@@ -251,11 +252,16 @@ class Channel:
         self._send_reply(_HEAD.pack(0, 0) + body, fds)
 
     def reply_error(self, error: OSError) -> None:
-        """Answer a request with an errno and, for people, the error's own words."""
+        """Answer a request with an errno and, for people, the error's own words; where even that fails, hang up."""
         number = error.errno or EIO
         text = error.strerror or ""
-        detail = b"" if text == os.strerror(number) else text.encode()[:1000]
-        self._send_reply(_HEAD.pack(number, 0) + detail, ())
+        try:
+            detail = b"" if text == os.strerror(number) else text.encode()[:1000]
+            self._send_reply(_HEAD.pack(number, 0) + detail, ())
+        except (OSError, MemoryError):
+            # Whoever asked would wait for ever.
+            with suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
 
     def _send_reply(self, data: bytes, fds: Sequence[int]) -> None:
         # Never waits: a peer that asks without reading the answers must not stop the process that serves others too.

@@ -1,0 +1,119 @@
+"""Consumers that owners have asked for, until each is there: the spawner forks one at a time.
+
+Whatever fails of one is the answer to whoever asked for it, and the next one's turn comes.
+"""
+
+import os
+import socket
+import threading
+from collections import deque
+from dataclasses import dataclass
+from errno import EAGAIN
+from typing import final
+
+from restrictedmem.service import wire
+from restrictedmem.service.consumer import Consumer
+from restrictedmem.service.consumers import Consumers, Troubles
+from restrictedmem.service.door import Connection
+from restrictedmem.service.wire import Channel, Message
+
+
+@final
+@dataclass(eq=False, slots=True)
+class _Spawn:
+    """A consumer that was asked for: by whom, the body of SPAWN, and both ends of its socket."""
+
+    connection: Connection
+    consumer: Consumer
+    body: bytes
+    owners: socket.socket
+    consumers: socket.socket
+
+
+@final
+class Spawns:
+    """What the spawner has still to fork, for the control thread; it is asked for the first."""
+
+    def __init__(self, spawner: Channel, consumers: Consumers, troubles: Troubles) -> None:
+        self._spawner = spawner
+        self._consumers = consumers
+        self._troubles = troubles
+        self._waiting: deque[_Spawn] = deque()
+
+    def add(self, connection: Connection, name: str, body: bytes) -> None:
+        """Have a consumer forked for a connection, which is busy until it was, or could not be: then it has its answer.
+
+        Raises:
+            OSError: EMFILE, ENFILE.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            consumer = self._consumers.add(name)
+        except BaseException:
+            ours.close()
+            theirs.close()
+            raise
+        connection.busy = True
+        self._waiting.append(_Spawn(connection, consumer, body, ours, theirs))
+        if len(self._waiting) == 1:
+            self._ask()
+
+    def _ask(self) -> None:
+        """Have the first one forked of those that can be asked for."""
+        while self._waiting:
+            spawn = self._waiting[0]
+            try:
+                requests, notify = spawn.consumer.give_sockets()
+                with spawn.consumers, requests, notify:
+                    body = wire.NUMBER.pack(spawn.consumer.number) + spawn.body
+                    fds = [spawn.consumers.fileno(), requests.fileno(), notify.fileno()]
+                    self._spawner.post(wire.FORK, body, fds)
+            except Exception as error:  # noqa: BLE001  whatever it is, whoever asked has to hear it
+                self._waiting.popleft()
+                self._refuse(spawn, error)
+            else:
+                return
+
+    def hear(self) -> bool:
+        """Hear from the spawner what came of the first one; false when there is no spawner any more."""
+        try:
+            message = self._spawner.receive(socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        if message is None:
+            return False
+        spawn = self._waiting.popleft()
+        try:
+            self._settle(spawn, message)
+        except Exception as error:  # noqa: BLE001  whatever it is, whoever asked has to hear it
+            self._refuse(spawn, error)
+        finally:
+            self._ask()
+        return True
+
+    def _settle(self, spawn: _Spawn, message: Message) -> None:
+        """Have a consumer served that was forked, and give whoever asked for it its socket, unless that has gone meanwhile."""
+        if message.number:
+            raise OSError(message.number, message.body.decode(errors="replace") or os.strerror(message.number))
+        channel, consumer = spawn.connection.channel, spawn.consumer
+        consumer.process = message.take_fd()
+        try:
+            threading.Thread(target=self._consumers.serve, args=(consumer,), name=str(consumer), daemon=True).start()
+        except RuntimeError:
+            raise OSError(EAGAIN, "no thread to be had") from None
+        spawn.connection.busy = False
+        with spawn.owners:
+            try:
+                if channel.fileno() >= 0:
+                    channel.reply(str(consumer.number).encode(), [spawn.owners.fileno()])
+            except Exception as error:  # noqa: BLE001  as in ``hear``, but its thread ends the consumer
+                consumer.kill()
+                channel.reply_error(self._troubles.of("SPAWN", error))
+
+    def _refuse(self, spawn: _Spawn, error: Exception) -> None:
+        """End a consumer that cannot be, and say why to whoever asked for it."""
+        spawn.connection.busy = False
+        self._consumers.end(spawn.consumer)
+        with spawn.owners:
+            if spawn.connection.channel.fileno() >= 0:
+                spawn.connection.channel.reply_error(self._troubles.of("SPAWN", error))
