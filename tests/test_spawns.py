@@ -4,17 +4,19 @@ The test is the spawner.
 """
 
 import os
+import resource
 import signal
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from errno import EAGAIN, EIO, ENOBUFS, ENOMEM, EPERM, EPROTO
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from errno import EAGAIN, EIO, EMFILE, ENOBUFS, ENOMEM, EPERM, EPROTO
 from typing import final
 
 import pytest
 
 from processes import wait_until
-from restrictedmem.fd import KERNEL_REFUSES, OwnedFd, close_all, readable
+from restrictedmem.fd import KERNEL_REFUSES, OwnedFd, close_all, readable, spare
+from restrictedmem.service import spawns as spawns_module
 from restrictedmem.service import wire
 from restrictedmem.service.client import Service
 from restrictedmem.service.consumers import Consumers, Troubles
@@ -59,8 +61,12 @@ class Spawning:
         self.troubles = Troubles()
         self.consumers = Consumers(Tokens(), Options(), Signer(), self.troubles)
         self.spawns = Spawns(self._spawns, self.consumers, self.troubles)
+        stack.callback(self._close_spare)
         self._given: list[OwnedFd] = []
         self._stack = stack
+
+    def _close_spare(self) -> None:
+        self.spawns._spare.close()
 
     def add(self, asker: Asker) -> None:
         self.spawns.add(asker.connection, "kvm", b"kvm {}")
@@ -92,6 +98,16 @@ class Spawning:
     def keep_none(self) -> None:
         """Close what came with the last FORK."""
         close_all(self._given)
+
+    def goes_on(self, asker: Asker, number: int) -> None:
+        """Check that the turn of another asker has come; no consumer is left then."""
+        assert self.asked() == number
+        self.refuse()
+        assert self.spawns.hear()
+        assert (asker.answer(), asker.connection.busy) == (EAGAIN, False)
+        for consumer in self.consumers.all():
+            consumer.requests.sock.shutdown(socket.SHUT_RDWR)
+        self.forgotten()
 
     def forgotten(self) -> None:
         wait_until(lambda: not self.consumers.all(), "the consumers to be forgotten")
@@ -189,6 +205,94 @@ def test_what_cannot_be_asked_for_is_one_askers_trouble(
     assert spawning.spawns.hear()
     assert second.answer() == EAGAIN
     spawning.forgotten()
+
+
+@contextmanager
+def no_number_free() -> Generator[None]:
+    """Use up this process's descriptors."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ExitStack() as held:
+        # The lowest number is taken first: no hole is left below the last.
+        while (last := held.enter_context(spare()).fileno()) < 200:
+            pass
+        resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_number_is_kept_for_the_pidfd(spawning: Spawning, stack: ExitStack) -> None:
+    first, second = Asker(stack), Asker(stack)
+    for asker in (first, second):
+        spawning.add(asker)
+    assert spawning.asked() == 1
+    spawning.fork()
+    with no_number_free():
+        assert spawning.spawns.hear()
+    assert (first.answer(), first.connection.busy) == (0, False)
+    spawning.goes_on(second, 2)
+
+
+def test_a_pidfd_for_which_no_number_is_left_is_one_askers_trouble(spawning: Spawning, stack: ExitStack) -> None:
+    first, second = Asker(stack), Asker(stack)
+    for asker in (first, second):
+        spawning.add(asker)
+    assert spawning.asked() == 1
+    spawning.fork()
+    # Another thread was faster.
+    spawning.spawns._spare.close()
+    with no_number_free():
+        assert spawning.spawns.hear()
+    assert (first.answer(), first.connection.busy) == (EMFILE, False)
+    spawning.goes_on(second, 2)
+    assert not spawning.spawns._spare.closed
+
+
+@pytest.mark.parametrize("taken", [False, True], ids=["before", "after"])
+def test_memory_that_is_short_while_the_spawner_is_heard(
+    taken: bool, spawning: Spawning, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = Asker(stack), Asker(stack)
+    for asker in (first, second):
+        spawning.add(asker)
+    assert spawning.asked() == 1
+    spawning.fork()
+    receive, short = Channel.receive, 1
+
+    def scarce(channel: Channel, flags: int = 0) -> wire.Message | None:
+        nonlocal short
+        if channel is not spawning._spawns or not short:
+            return receive(channel, flags)
+        short -= 1
+        if taken:
+            message = receive(channel, flags)
+            assert message is not None
+            close_all(message.fds)
+        raise MemoryError
+
+    monkeypatch.setattr(Channel, "receive", scarce)
+    assert spawning.spawns.hear()
+    if not taken:
+        assert first.connection.busy
+        assert spawning.spawns.hear()
+    assert (first.answer(), first.connection.busy) == (ENOMEM if taken else 0, False)
+    spawning.goes_on(second, 2)
+
+
+def test_where_it_is_not_known_what_the_spawner_said_the_service_ends(spawning: Spawning, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    child = os.fork()
+    if child == 0:
+        try:
+            monkeypatch.setattr(Channel, "receive", no_memory)
+            monkeypatch.setattr(spawns_module, "speaks", no_memory)
+            spawning.spawns.hear()
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 
 @pytest.mark.parametrize("failure", [OSError(ENOBUFS, "send"), MemoryError()], ids=repr)

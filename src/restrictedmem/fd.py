@@ -205,6 +205,24 @@ def readable(files: Sequence[_W], seconds: float | None = None) -> list[_W]:
     return [file for file in files if (file if isinstance(file, int) else file.fileno()) in ready]
 
 
+def speaks(sock: socket.socket) -> bool:
+    """Say whether a message, or the end of the stream, can be received at once; it stays."""
+    try:
+        sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def spare() -> OwnedFd:
+    """Return a descriptor to close when its number is needed.
+
+    Raises:
+        OSError: EMFILE, ENFILE.
+    """
+    return OwnedFd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+
+
 def above_standard(fd: int) -> OwnedFd:
     """Return a duplicate that standard descriptors cannot take the place of, as they do where they were closed before.
 

@@ -1,11 +1,17 @@
-"""Waiting for another process, with a deadline that counts only time in which this one runs."""
+"""Waiting for another process, with a deadline that counts only time in which this one runs; and for memory."""
 
 import select
 import time
-from typing import Final, final
+from collections.abc import Callable
+from typing import Final, TypeVar, final
 
 #: Seconds that one look may count.
 _SLICE: Final = 0.05
+#: How often something is tried while memory is short, and the seconds between two tries.
+_TRIES: Final = 100
+_PAUSE: Final = 0.01
+
+_T = TypeVar("_T")
 
 
 @final
@@ -33,3 +39,13 @@ class Patience:
             self._last = now
             if ready or self._left <= 0:
                 return bool(ready)
+
+
+def patiently(act: Callable[[], _T]) -> _T:
+    """Do something again while memory is short; the last MemoryError is raised."""
+    for _ in range(_TRIES - 1):
+        try:
+            return act()
+        except MemoryError:
+            time.sleep(_PAUSE)
+    return act()

@@ -8,16 +8,15 @@ something that enough threads wait for already is put off, without a thread, unt
 import logging
 import os
 import threading
-import time
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
 from errno import EINTR, EIO, ENODEV, ENOENT, ENOMEM, ENOSYS, EOPNOTSUPP
-from typing import Final, TypeVar, final
+from typing import Final, final
 
 from restrictedmem.abi import fuse, process
 from restrictedmem.fd import OwnedFd
 from restrictedmem.fs.filesystem import FileSystem, Request
+from restrictedmem.patience import patiently
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +26,6 @@ MAX_THREADS: Final = 8
 _SPARE: Final = 8
 #: Nanoseconds. Requests are short, and their callers wait: they should not also wait for a guest's slice to end.
 _SLICE: Final = 100_000
-#: How often reading or a reply is tried while memory is short, and the seconds between two tries.
-_TRIES: Final = 100
-_PAUSE: Final = 0.01
-
 #: Larger ones are between parts of the kernel.
 _LAST_ERRNO: Final = 511
 
@@ -38,8 +33,6 @@ _IN_SIZE: Final = fuse.IN_HEADER.size
 _OUT_SIZE: Final = fuse.OUT_HEADER.size
 _NOTHING: Final = bytes(_IN_SIZE)
 _BUFFER: Final = max(fuse.MIN_READ_BUFFER, 2 * os.sysconf("SC_PAGE_SIZE"))
-
-_T = TypeVar("_T")
 
 
 @final
@@ -171,7 +164,7 @@ class Server:
         self._buffer[:_IN_SIZE] = _NOTHING
         while True:
             try:
-                return _patiently(self._read_one)
+                return patiently(self._read_one)
             except OSError as error:
                 # ENOENT: the request was interrupted before it was read. ENODEV: the mount is gone.
                 if error.errno in (ENOENT, EINTR):
@@ -202,7 +195,7 @@ class Server:
             error = EIO
         if body is None or self._gone:
             return
-        _patiently(lambda: self._reply(request, error, body))
+        patiently(lambda: self._reply(request, error, body))
 
     def _reply(self, request: Request, error: int, body: bytes) -> None:
         reply = fuse.OUT_HEADER.pack(_OUT_SIZE + len(body), -error, request.unique) + body
@@ -228,16 +221,6 @@ class Server:
 def _most(what: int | None) -> int:
     """Return how many threads may wait for a consumer, or for memory."""
     return MAX_THREADS if what is None else 1
-
-
-def _patiently(act: Callable[[], _T]) -> _T:
-    """Do something again while memory is short; the last MemoryError is raised."""
-    for _ in range(_TRIES - 1):
-        try:
-            return act()
-        except MemoryError:
-            time.sleep(_PAUSE)
-    return act()
 
 
 def _log_failure(words: str, request: Request) -> None:

@@ -14,7 +14,7 @@ from errno import EMFILE, ENFILE
 from typing import Final, final
 
 from restrictedmem.burial import bury
-from restrictedmem.fd import OwnedFd, peer_credentials, refuse_fds
+from restrictedmem.fd import peer_credentials, refuse_fds, spare
 from restrictedmem.service.wire import KEY_BYTES, Channel
 
 #: Abstract, so that it goes with the process; random, so that nobody can take it beforehand, nor
@@ -60,7 +60,7 @@ class Door:
         self.listener.bind("\0" + self.name)
         self.listener.listen(_BACKLOG)
         self._outside: list[Connection] = []
-        self._spare = _spare()
+        self._spare = spare()
 
     def accept(self) -> Connection | None:
         """Take a connection, if there is one to be had.
@@ -92,7 +92,7 @@ class Door:
             bury(self.listener.accept()[0])
             done = True
         with suppress(OSError):
-            self._spare = _spare()
+            self._spare = spare()
         return done
 
     def surplus(self, uid: int) -> Connection | None:
@@ -123,7 +123,3 @@ class Door:
             self._inside -= 1
         else:
             self._outside.remove(connection)
-
-
-def _spare() -> OwnedFd:
-    return OwnedFd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))

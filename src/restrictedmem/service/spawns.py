@@ -7,10 +7,13 @@ import os
 import socket
 import threading
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
-from errno import EAGAIN
+from errno import EAGAIN, EIO, EMFILE, EMSGSIZE, ENOMEM
 from typing import final
 
+from restrictedmem.fd import spare, speaks
+from restrictedmem.patience import patiently
 from restrictedmem.service import wire
 from restrictedmem.service.consumer import Consumer
 from restrictedmem.service.consumers import Consumers, Troubles
@@ -39,6 +42,7 @@ class Spawns:
         self._consumers = consumers
         self._troubles = troubles
         self._waiting: deque[_Spawn] = deque()
+        self._spare = spare()
 
     def add(self, connection: Connection, name: str, body: bytes) -> None:
         """Have a consumer forked for a connection, which is busy until it was, or could not be: then it has its answer.
@@ -76,27 +80,59 @@ class Spawns:
 
     def hear(self) -> bool:
         """Hear from the spawner what came of the first one; false when there is no spawner any more."""
+        heard: Message | OSError | None
         try:
-            message = self._spawner.receive(socket.MSG_DONTWAIT)
+            heard = self._receive()
         except BlockingIOError:
             return True
-        if message is None:
+        except OSError as error:
+            heard = error
+        except MemoryError:
+            # What became of the first one is not known, and no other's turn would ever come.
+            os._exit(1)
+        if heard is None:
             return False
         spawn = self._waiting.popleft()
         try:
-            self._settle(spawn, message)
+            self._settle(spawn, heard)
         except Exception as error:  # noqa: BLE001  whatever it is, whoever asked has to hear it
             self._refuse(spawn, error)
         finally:
             self._ask()
         return True
 
-    def _settle(self, spawn: _Spawn, message: Message) -> None:
+    def _receive(self) -> Message | None:
+        """Take what the spawner says; None when it is gone.
+
+        Raises:
+            OSError: EAGAIN when it says nothing now; EMFILE, ENOMEM when it did, and that is lost.
+            MemoryError: when neither can be told.
+        """
+        # Its number is for the pidfd, unless another thread is faster.
+        self._spare.close()
+        try:
+            return self._spawner.receive(socket.MSG_DONTWAIT)
+        except OSError as error:
+            # The kernel has cut the pidfd off.
+            number = EMFILE if error.errno == EMSGSIZE else error.errno or EIO
+            raise OSError(number, os.strerror(number)) from None
+        except MemoryError:
+            # What was not taken yet is still there, and nothing else can be: one FORK at a time.
+            if patiently(lambda: speaks(self._spawner.sock)):
+                raise BlockingIOError from None
+            raise OSError(ENOMEM, os.strerror(ENOMEM)) from None
+        finally:
+            with suppress(OSError, MemoryError):
+                self._spare = spare()
+
+    def _settle(self, spawn: _Spawn, heard: Message | OSError) -> None:
         """Have a consumer served that was forked, and give whoever asked for it its socket, unless that has gone meanwhile."""
-        if message.number:
-            raise OSError(message.number, message.body.decode(errors="replace") or os.strerror(message.number))
+        if isinstance(heard, OSError):
+            raise heard
+        if heard.number:
+            raise OSError(heard.number, heard.body.decode(errors="replace") or os.strerror(heard.number))
         channel, consumer = spawn.connection.channel, spawn.consumer
-        consumer.process = message.take_fd()
+        consumer.process = heard.take_fd()
         try:
             threading.Thread(target=self._consumers.serve, args=(consumer,), name=str(consumer), daemon=True).start()
         except RuntimeError:
