@@ -11,6 +11,7 @@ from typing import Final, final
 from restrictedmem.abi.kvm import kvm_regs
 from restrictedmem.abi.kvm_x86 import kvm_sregs
 from restrictedmem.kvm.software import unicorn
+from restrictedmem.kvm.software.physical import PhysicalMemory
 from restrictedmem.kvm.software.unicorn import Hook, Uc
 
 #: In the order of ``struct kvm_regs``.
@@ -42,9 +43,10 @@ _SEGMENTS: Final = {
 class GuestDebug:
     """Where a vCPU is to stop, and its registers."""
 
-    def __init__(self, uc: Uc, on_breakpoint: Callable[[int, int, int], None]) -> None:
+    def __init__(self, uc: Uc, memory: PhysicalMemory, on_breakpoint: Callable[[int, int, int], None]) -> None:
         """Debug nothing yet; ``on_breakpoint(uc, address, size)`` is called before the instruction at each address ever set, set or not."""
         self._uc = uc
+        self._memory = memory
         self._on_breakpoint = on_breakpoint
         self._hooks: dict[int, Hook] = {}
         self._regs = uc.registers(*_REGS)
@@ -55,15 +57,21 @@ class GuestDebug:
         """Stop after each instruction, or before those at the addresses, from now on."""
         self.step = step
         self.breakpoints = breakpoints
-        if not step and not breakpoints:
-            for hook in self._hooks.values():
-                self._uc.unhook(hook)
+        if self._hooks and not step and not breakpoints:
+            with self._memory.maintenance():
+                for hook in self._hooks.values():
+                    self._uc.unhook(hook)
             self._hooks.clear()
+            self._uc.flush_code()
         for address in breakpoints - self._hooks.keys():
             self._hooks[address] = self._uc.hook_code(address, self._on_breakpoint)
             self._uc.stop_inside_blocks()
             # Hooks are part of translated code.
             self._uc.flush_code()
+
+    def has_hook(self, address: int) -> bool:
+        """Say whether the instruction at an address has a hook."""
+        return address in self._hooks
 
     def get_regs(self) -> kvm_regs:
         """Return the general registers."""

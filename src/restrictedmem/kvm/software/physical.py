@@ -5,6 +5,8 @@ which Unicorn does in quadratic time. Guest addresses do not lead here but throu
 """
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Generator
+from contextlib import contextmanager
 from operator import attrgetter
 from typing import Final, final
 
@@ -25,11 +27,12 @@ _WINDOW_END: Final = attrgetter("end")
 class View:
     """A half in physical memory at ``base``, and the hull of where the guest has fetched code from it."""
 
-    __slots__ = ("_code_end", "_code_start", "base", "end")
+    __slots__ = ("_code_end", "_code_start", "base", "end", "half")
 
-    def __init__(self, base: int, size: int) -> None:
+    def __init__(self, base: int, half: Half) -> None:
+        self.half = half
         self.base = base
-        self.end = base + size
+        self.end = base + half.size
         self.forget_code()
 
     def forget_code(self) -> None:
@@ -74,8 +77,19 @@ class PhysicalMemory:
         # Both in the order of their addresses.
         self._windows: list[Window] = []
         self._views: list[View] = []
-        #: Whether Unicorn is at work on physical memory itself: a TLB miss then asks for the page of the same number.
+        #: Whether Unicorn is at work on physical memory itself: a TLB miss then asks for the page
+        #: of the same
+        #: number, if it is none of the guest's.
         self.maintaining = False
+
+    @contextmanager
+    def maintenance(self) -> Generator[None]:
+        """Let nothing be taken for the guest meanwhile."""
+        self.maintaining = True
+        try:
+            yield
+        finally:
+            self.maintaining = False
 
     def find(self, gpa: int) -> Window | None:
         """Return the window that a guest address lies in."""
@@ -108,17 +122,14 @@ class PhysicalMemory:
                 break
             base = view.end
         self._uc.map(base, half.size, half.address)
-        self._views.insert(place, View(base, half.size))
+        self._views.insert(place, View(base, half))
         return self._views[place]
 
     def _unmap(self, view: View | None) -> None:
         if view is not None:
-            self.maintaining = True
-            try:
+            with self.maintenance():
                 self._uc.unmap(view.base, view.end - view.base)
                 self._views.remove(view)
-            finally:
-                self.maintaining = False
 
     def remove(self, slot: Memslot) -> None:
         """Take a slot's halves out of physical memory, with their code and translations; one that never got there is nothing."""
@@ -150,10 +161,7 @@ class PhysicalMemory:
             for other in self._views:
                 other.forget_code()
             return
-        self.maintaining = True
-        try:
+        with self.maintenance():
             self._uc.drop_code(first, last)
-        finally:
-            self.maintaining = False
         if (first, last) == view.code_in(view.base, view.end):
             view.forget_code()

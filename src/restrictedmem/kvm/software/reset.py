@@ -9,14 +9,16 @@ import mmap
 from typing import Final
 
 from restrictedmem.kvm.software import unicorn
+from restrictedmem.kvm.software.flags import MARK_FLAGS, RFLAGS, find_source
 from restrictedmem.kvm.software.unicorn import Context, Uc
+from restrictedmem.kvm.software.wide import ASK_PROCESSOR, ASKED, WideExchange
 from restrictedmem.units import PAGE_SIZE
 
 #: Where the page with the boot code is while it runs; the address is chosen by nothing but being free.
 _BOOT: Final = 1 << 45
 _GDT_POINTER: Final = 0x100
 _GDT: Final = 0x180
-_USER_CODE: Final = 0xC0
+_USER_CODE: Final = 0x1C0
 
 # Null, kernel code, kernel data, user data, user code; flat, 64 bits.
 _DESCRIPTORS: Final = (0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF, 0x00CF_F300_0000_FFFF, 0x00AF_FB00_0000_FFFF)
@@ -32,7 +34,7 @@ _CODE: Final = bytes.fromhex(
     "6a00"  # push   0               (rsp)
     "6802300000"  # push   0x3002          (rflags: IOPL 3)
     "6a23"  # push   0x23            (cs: user code)
-    "488d83c0000000"  # lea    rax, [rbx + 0xc0]
+    "488d83c0010000"  # lea    rax, [rbx + 0x1c0]
     "50"  # push   rax             (rip)
     "48cf"  # iretq
 )
@@ -40,8 +42,11 @@ _BREAKPOINT: Final = bytes.fromhex("cc")  # int3: nobody handles it, so it ends 
 _USER: Final = 3
 
 
-def enter_user_mode(uc: Uc) -> Context:
-    """Bring a new emulator, without hooks yet, to the state; returns a copy of it, to start again from.
+def enter_user_mode(uc: Uc) -> tuple[Context, int, WideExchange]:
+    """Bring a new emulator, without hooks yet, to the state.
+
+    Returns a copy of it, to start again from; where flags are in a copy (``flags.find_source``);
+    and what the emulator had to lose.
 
     Raises:
         RuntimeError: when this version of Unicorn does not get there.
@@ -56,20 +61,25 @@ def enter_user_mode(uc: Uc) -> Context:
         uc.unmap(_BOOT, PAGE_SIZE)
     if uc.read(unicorn.CS) & _USER != _USER:
         raise RuntimeError("could not enter CPL3")
+    state = Context(uc)
+    state.save()
+    source = find_source(state)
+    wide = WideExchange(uc, tuple(uc.read(register) for register in ASKED))
     # Selectors that the guest loads give #GP from here on, whatever it loads: the table is gone.
     uc.forget_gdt()
-    for register in (unicorn.RAX, unicorn.RBX, unicorn.RSP):
+    for register in (unicorn.RAX, unicorn.RBX, unicorn.RDX, unicorn.RSP, *ASKED):
         uc.write(register, 0)
+    uc.write(unicorn.RFLAGS, RFLAGS)
     uc.flush_code()
     uc.flush_tlb()
-    state = uc.context()
     state.save()
-    return state
+    return state, source, wide
 
 
 def _write_boot_page(page: mmap.mmap) -> None:
     page[: len(_CODE)] = _CODE
-    page[_USER_CODE : _USER_CODE + len(_BREAKPOINT)] = _BREAKPOINT
+    code = ASK_PROCESSOR + MARK_FLAGS + _BREAKPOINT
+    page[_USER_CODE : _USER_CODE + len(code)] = code
     table = b"".join(descriptor.to_bytes(8, "little") for descriptor in _DESCRIPTORS)
     page[_GDT : _GDT + len(table)] = table
     pointer = (len(table) - 1).to_bytes(2, "little") + (_BOOT + _GDT).to_bytes(8, "little")

@@ -9,7 +9,8 @@ import importlib.util
 import mmap
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import ENOMEM
 from typing import Final, final
@@ -47,6 +48,7 @@ RBP: Final = 36
 RCX: Final = 38
 DR0: Final = 66
 R8: Final = 106
+R9: Final = 107
 R10: Final = 108
 CS: Final = 11
 DS: Final = 17
@@ -74,6 +76,7 @@ _INS_IN: Final = 218
 _INS_OUT: Final = 500
 _INS_SYSCALL: Final = 699
 _INS_SYSENTER: Final = 700
+_INS_CPUID: Final = 113
 
 # uc_ctl: number, count of arguments, direction (1: write).
 _CTL_USE_EXITS: Final = 4 | 1 << 26 | 1 << 30
@@ -83,6 +86,8 @@ _CTL_FLUSH_TLB: Final = 11 | 1 << 30
 _CTL_TLB_TYPE: Final = 12 | 1 << 26 | 1 << 30
 _TLB_VIRTUAL: Final = 1
 
+#: Bytes of ``struct uc_context`` before the registers.
+_CONTEXT_HEAD: Final = 40
 #: Bytes of ``struct uc_struct`` to search, which has more; and of those between qemu_real_host_page_size and hook_insert (2.1.3, 2.1.4).
 _UC_STRUCT_HEAD: Final = 8192
 _WORDS_BEFORE_FLAGS: Final = 24
@@ -93,6 +98,7 @@ _Interrupt = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_uint32)
 _In = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_int, ctypes.c_uint32, ctypes.c_int)
 _Out = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint32)
 _Instruction = ctypes.CFUNCTYPE(None, ctypes.c_int)
+_Cpuid = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)
 _Code = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_uint64, ctypes.c_uint32)
 _Unmapped = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_int64)
 _IoRead = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_int, ctypes.c_uint64, ctypes.c_uint)
@@ -135,18 +141,21 @@ def library() -> ctypes.CDLL:
 
 
 @functools.cache
-def _block_hook() -> tuple[mmap.mmap, int]:
-    """Return a page of machine code, and its address: a hook for each block, which stops the run when the byte at ``user_data`` is set.
+def _machine_code() -> tuple[mmap.mmap, int, int]:
+    """Return a page of machine code, and the addresses of two hooks in it.
 
-    uc_emu_stop itself, called by another thread, may end a run inside a block, in the middle of an instruction, which is then executed
-    a second time. Called by the run's own thread before a block, it is exact.
+    The first, for each block, stops the run when the byte at ``user_data`` is set. uc_emu_stop
+    itself, called by another thread, may end a run inside a block, in the middle of an
+    instruction, which is then executed a second time. Called by the run's own thread before a
+    block, it is exact. The second does nothing.
     """
     page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
     stop = ctypes.cast(library().uc_emu_stop, ctypes.c_void_p).value or 0
     code = bytes.fromhex("8039007501c348b8") + stop.to_bytes(8, "little") + bytes.fromhex("ffe0")
-    #     cmp byte [rcx], 0; jne 1f; ret; 1: mov rax, uc_emu_stop; jmp rax
+    #     cmp byte [rcx], 0; jne 1f; 2: ret; 1: mov rax, uc_emu_stop; jmp rax
     page[: len(code)] = code
-    return page, ctypes.addressof(ctypes.c_char.from_buffer(page))
+    address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    return page, address, address + code.index(b"\xc3")
 
 
 def _try_memory() -> None:
@@ -214,17 +223,18 @@ class Uc:
         self._no_exit_request.value = True
         # uc_emu_start's ``until`` counts no more, and no exits are set: no address ends a run by itself.
         self._ctl(_CTL_USE_EXITS, ctypes.c_int(1))
+        self._until = 0
         self._kicked = ctypes.c_ubyte()
 
     def stop_inside_blocks(self) -> None:
         """Let a code hook's ``stop`` take effect before its instruction, from now on; all code then runs at half the speed."""
         if self._no_exit_request.value:
             self._no_exit_request.value = False
-            self._hook(_HOOK_BLOCK, ctypes.c_void_p(_block_hook()[1]), user_data=ctypes.addressof(self._kicked))
+            self._hook(_HOOK_BLOCK, ctypes.c_void_p(_machine_code()[1]), user_data=ctypes.addressof(self._kicked))
             self.flush_code()
 
     def close(self) -> None:
-        """Free the emulator, its contexts first; the host's memory that was mapped stays the caller's."""
+        """Free the emulator; the host's memory that was mapped stays the caller's."""
         if self._handle:
             _check("uc_close", self._library.uc_close(self._handle))
             self._handle = ctypes.c_void_p()
@@ -274,12 +284,27 @@ class Uc:
         for instruction in (_INS_SYSCALL, _INS_SYSENTER):
             self._hook(_HOOK_INSN, _Instruction(hook), instruction=instruction)
 
+    def hook_cpuid(self, hook: Callable[[int], int]) -> None:
+        """Call ``hook(uc)`` for each CPUID; it returns 1 when it has set the registers."""
+        self._hook(_HOOK_INSN, _Cpuid(hook), instruction=_INS_CPUID)
+
     def hook_code(self, address: int, hook: Callable[[int, int, int], None]) -> "Hook":
         """Call ``hook(uc, address, size)`` before the instruction at an address, as far as it is not translated yet."""
         return self._hook(_HOOK_CODE, _Code(hook), address, address)
 
+    def hook_for_flags(self, first: int, last: int) -> "Hook":
+        """Have flags computed into ``cc_src`` before each instruction of a range (23 ns).
+
+        That is, before those that are not translated yet.
+        """
+        return self._hook(_HOOK_CODE, ctypes.c_void_p(_machine_code()[2]), first, last)
+
     def unhook(self, hook: "Hook") -> None:
-        """Remove a hook; asks the fill hook to translate an address that it was called for, for a fetch."""
+        """Remove a hook.
+
+        Asks the fill hook to translate, for a fetch, addresses that it was called for. Where that
+        is refused, translated code stays as it was.
+        """
         _check("uc_hook_del", self._library.uc_hook_del(self._handle, hook.number))
         self._callbacks.remove(hook.callback)
 
@@ -321,17 +346,30 @@ class Uc:
         """Prepare reading and writing several registers at once."""
         return Registers(self._library, self._handle, numbers)
 
-    def context(self) -> "Context":
-        """Make room to save every register in."""
-        return Context(self._library, self._handle)
+    def for_context(self) -> tuple[ctypes.CDLL, ctypes.c_void_p]:
+        """Return what ``Context`` needs."""
+        return self._library, self._handle
 
     # Running, and what is cached meanwhile.
 
     def start(self) -> int:
         """Run from RIP until a hook or ``kick`` ends it; returns the uc_err."""
         self._kicked.value = 0
-        error: int = self._library.uc_emu_start(self._handle, self.read(RIP), 0, 0, 0)
+        error: int = self._library.uc_emu_start(self._handle, self.read(RIP), self._until, 0, 0)
         return error
+
+    @contextmanager
+    def stop_at(self, address: int) -> Generator[None]:
+        """Let a run end before the instruction at an address, too, if that is not translated yet.
+
+        At the run's end Unicorn forgets what was translated to end there.
+        """
+        self._ctl(_CTL_USE_EXITS, ctypes.c_int(0))
+        self._until = address
+        try:
+            yield
+        finally:
+            self._ctl(_CTL_USE_EXITS, ctypes.c_int(1))
 
     def stop(self) -> None:
         """Make ``start`` return; called by a hook."""
@@ -396,26 +434,42 @@ class Registers:
 
 @final
 class Context:
-    """A copy of every register of one emulator, those without a number included; freed by ``close``."""
+    """A copy of every register of one emulator, those without a number included."""
 
-    __slots__ = ("_context", "_handle", "_library")
+    __slots__ = ("_content", "_handle", "_library")
 
-    def __init__(self, library: ctypes.CDLL, handle: ctypes.c_void_p) -> None:
-        self._library = library
-        self._handle = handle
-        self._context = ctypes.c_void_p()
-        _check("uc_context_alloc", library.uc_context_alloc(handle, ctypes.byref(self._context)))
+    def __init__(self, uc: Uc, more: int = 0) -> None:
+        """Make room for a copy, with so many bytes behind what Unicorn would copy."""
+        self._library, self._handle = uc.for_context()
+        made = ctypes.c_void_p()
+        _check("uc_context_alloc", self._library.uc_context_alloc(self._handle, ctypes.byref(made)))
+        assert made.value is not None
+        # struct uc_context: the size of what follows the head comes first.
+        head = bytearray(ctypes.string_at(made.value, _CONTEXT_HEAD))
+        (size,) = struct.unpack_from("=Q", head)
+        struct.pack_into("=Q", head, 0, size + more)
+        self._content = head + bytes(size + more)
+        self._library.uc_context_free(made)
+
+    def _address(self) -> ctypes.c_void_p:
+        return ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(self._content)))
 
     def save(self) -> None:
         """Copy the registers here."""
-        _check("uc_context_save", self._library.uc_context_save(self._handle, self._context))
+        _check("uc_context_save", self._library.uc_context_save(self._handle, self._address()))
 
     def restore(self) -> None:
         """Copy the registers back."""
-        _check("uc_context_restore", self._library.uc_context_restore(self._handle, self._context))
+        _check("uc_context_restore", self._library.uc_context_restore(self._handle, self._address()))
 
-    def close(self) -> None:
-        """Free the copy."""
-        if self._context:
-            self._library.uc_context_free(self._context)
-            self._context = ctypes.c_void_p()
+    def find(self, content: bytes) -> int:
+        """Return where some bytes are in the copy, -1 when they are not."""
+        return self._content.find(content)
+
+    def word(self, at: int) -> int:
+        """Return the 64-bit word at a place of the copy."""
+        return int.from_bytes(self._content[at : at + 8], "little")
+
+    def set_word(self, at: int, value: int) -> None:
+        """Set the 64-bit word at a place of the copy."""
+        self._content[at : at + 8] = value.to_bytes(8, "little")

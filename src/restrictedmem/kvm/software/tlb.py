@@ -1,0 +1,217 @@
+"""TLB misses of one emulator: each is a fault of the secondary MMU, to be answered or refused.
+
+Guest addresses are identity mapped. Both halves of a slot lie in Unicorn's physical memory
+(``physical``); which one a guest page shows, and with what rights, the slot's entry decides at
+each miss (UC_HOOK_TLB_FILL). So to take pages away is to zap entries and flush the TLB.
+"""
+
+import ctypes
+from collections.abc import Callable
+from enum import Enum
+from errno import EACCES, EFAULT
+from typing import Final, final
+
+from restrictedmem.abi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE
+from restrictedmem.kvm import exits
+from restrictedmem.kvm.exits import Exit
+from restrictedmem.kvm.guest_abi import GPA_BITS, HYPERCALL_PAGE, REPORT_PAGE
+from restrictedmem.kvm.memslot import ALL, CODE, EXEC, READ, WRITE, Memslot
+from restrictedmem.kvm.mmu import Fault, Mmu
+from restrictedmem.kvm.software.code import CodePages
+from restrictedmem.kvm.software.fetched import FetchedCode
+from restrictedmem.kvm.software.flags import LateFlags
+from restrictedmem.kvm.software.mmio import Scratch
+from restrictedmem.kvm.software.physical import PhysicalMemory, Window
+from restrictedmem.kvm.software.unicorn import MEM_FETCH, MEM_READ, MEM_WRITE
+from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE
+
+# What is the engine's own in Unicorn's physical memory; the halves lie behind it.
+GPA_END: Final = 1 << GPA_BITS
+HYPERCALL_CODE: Final = 1 << 45
+REPORT: Final = HYPERCALL_CODE + PAGE_SIZE
+SCRATCH: Final = 1 << 46
+#: A load from nowhere is sent to its own address in this hole, for the hook that learns its exact
+#: address and size.
+HOLE: Final = 1 << 47
+
+_PAGE_FAULT: Final = exits.Shutdown(14)
+
+
+class Stop(Enum):
+    """Why a run ended that is no exit."""
+
+    AGAIN = 1
+    """A fault has to be tried again, after an invalidation."""
+    STEP = 2
+    """The instruction stores to a page without memory to write to."""
+    ALONE = 3
+    """The instruction has to be executed alone."""
+
+
+@final
+class Tlb:
+    """What fills the TLB of one emulator."""
+
+    def __init__(
+        self,
+        mmu: Mmu,
+        code: CodePages,
+        memory: PhysicalMemory,
+        fetched: FetchedCode,
+        scratch: Scratch,
+        flags: LateFlags,
+    ) -> None:
+        """``mmu`` and ``code`` are the VM's, the rest is the emulator's."""
+        self._mmu = mmu
+        self._code = code
+        #: The vCPU's, in ``code``.
+        self.number = 0
+        self._memory = memory
+        self._fetched = fetched
+        self._scratch = scratch
+        self._flags = flags
+        self._refusal: Exit | Stop | None = None
+        self._failure: BaseException | None = None
+        #: What was refused: MEM_READ, MEM_WRITE or MEM_FETCH.
+        self.access = 0
+        #: The hook; to be called when a slot is gone; how many misses there were.
+        self.fill, self.forget_window, self.count = self._make_fill()
+
+    def begin(self) -> None:
+        """Take note that a run begins."""
+        self._refusal = None
+
+    def refused(self) -> Exit | Stop | None:
+        """Return why an access was refused, which ended the run; None when that ended otherwise.
+
+        Raises:
+            BaseException: what the fault path raised.
+        """
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+        return self._refusal
+
+    def _refuse(self, why: Exit | Stop, access: int) -> None:
+        self._refusal, self.access = why, access
+        if access != MEM_FETCH:
+            self._flags.refused()
+
+    def on_unmapped_read(self, _uc: int, _kind: int, address: int, size: int, _value: int) -> bool:
+        """Refuse a load from the hole, now that it is known what it loads."""
+        self._refuse(exits.MmioRead(address - HOLE, size), MEM_READ)
+        return False
+
+    def _make_fill(self) -> tuple[Callable[[int, int, int, int], int], Callable[[], None], Callable[[], int]]:
+        # Called a million times a second: what it needs is in local variables, the slot of the
+        # last miss at hand.
+        refill, find = self._refill, self._memory.find
+        start = end = fills = last_result = 0
+        entries = bytearray()
+        offsets: tuple[int, ...] = ()
+        answer = memoryview(bytearray(16)).cast("Q")
+        # By access; a fetch always goes the long way, which notes where there is code.
+        needed = [0] * (MEM_FETCH + 1)
+        needed[MEM_READ], needed[MEM_WRITE] = READ, WRITE
+
+        def fill(_uc: int, page: int, access: int, result: int) -> int:
+            nonlocal start, end, entries, offsets, fills, answer, last_result
+            fills += 1
+            if result != last_result:
+                # The two words lie on Unicorn's stack, nearly always at the same place.
+                answer = memoryview((ctypes.c_uint64 * 2).from_address(result)).cast("B").cast("Q")
+                last_result = result
+            if not start <= page < end:
+                window = find(page)
+                if window is None or not window.offsets:
+                    answer[0], answer[1] = refill(page, access, window)
+                    return answer[1]
+                start, end, entries, offsets = window.start, window.end, window.slot.entries, window.offsets
+            entry = entries[(page - start) >> PAGE_SHIFT]
+            if entry & needed[access]:
+                answer[0] = page + offsets[entry >> 3]
+                answer[1] = entry & (READ | WRITE)
+                return 1
+            answer[0], answer[1] = refill(page, access, find(page))
+            return answer[1]
+
+        def forget() -> None:
+            nonlocal start, end
+            start = end = 0
+
+        return fill, forget, lambda: fills
+
+    def _refill(self, page: int, access: int, window: Window | None) -> tuple[int, int]:
+        """Answer a miss: physical page and rights; no rights refuse it, which ends the run."""
+        if self._memory.maintaining:
+            # Its own pages are what they are, and the guest's are not to be taken for it.
+            return (page, ALL) if page >= GPA_END else (0, 0)
+        try:
+            answer = self._around_slots(page, access) if window is None else self._fault(window, page, access)
+        except BaseException as error:  # noqa: BLE001 - ctypes would drop it; the run raises it instead.
+            self._failure = error
+            return 0, 0
+        if isinstance(answer, tuple):
+            return answer
+        self._refuse(answer, access)
+        return 0, 0
+
+    def _around_slots(self, page: int, access: int) -> tuple[int, int] | Exit | Stop:
+        if page == HYPERCALL_PAGE and access != MEM_WRITE:
+            return HYPERCALL_CODE, READ | EXEC
+        if page == REPORT_PAGE and access != MEM_FETCH:
+            return REPORT, READ | WRITE
+        if page >= GPA_END:
+            return _PAGE_FAULT
+        if self._mmu.attributes.forbids_mmio(page >> PAGE_SHIFT):
+            return exits.MemoryFault(KVM_MEMORY_EXIT_FLAG_PRIVATE, page, PAGE_SIZE, EFAULT)
+        if access == MEM_FETCH:
+            return exits.MemoryFault(0, page, PAGE_SIZE, EFAULT)
+        if self._scratch.stepping:
+            return self._scratch.translate(page), READ | WRITE
+        return (HOLE + page, READ) if access == MEM_READ else Stop.STEP
+
+    def _fault(self, window: Window, page: int, access: int) -> tuple[int, int] | Exit | Stop:
+        if not window.offsets:
+            self._memory.show(window)
+        index = (page - window.start) >> PAGE_SHIFT
+        entries = window.slot.entries
+        if not entries[index]:
+            try:
+                fault = self._mmu.fault(window.slot, page >> PAGE_SHIFT)
+            except OSError as error:
+                return _memory_fault(window, page, error.errno or EFAULT)
+            if fault is Fault.NO_HALF:
+                return _memory_fault(window, page, EFAULT)
+        # Read once: zapped meanwhile or never installed, it is 0.
+        entry = self._protect_code(window.slot, page >> PAGE_SHIFT) if access == MEM_FETCH else entries[index]
+        if not entry:
+            return Stop.AGAIN
+        view, physical = window.views[entry >> 3 & 1], page + window.offsets[entry >> 3]
+        assert view is not None
+        if entry & 1 << access - MEM_READ:
+            if access == MEM_FETCH:
+                view.fetched(physical)
+                anew = self._fetched.fetched(page, view.half, physical - view.base)
+                return Stop.AGAIN if anew else (physical, entry & ALL)
+            return physical, entry & (READ | WRITE)
+        if access != MEM_WRITE:
+            return _memory_fault(window, page, EACCES)
+        if entry & CODE and window.slot.rights & WRITE:
+            self._code.written(page >> PAGE_SHIFT, self.number)
+            return physical, READ | WRITE
+        # A store to memory that is only to be read is MMIO (KVM_MEM_READONLY).
+        return (self._scratch.translate(page), READ | WRITE) if self._scratch.stepping else Stop.STEP
+
+    def _protect_code(self, slot: Memslot, gfn: int) -> int:
+        if not slot.rights & EXEC:
+            return slot.entries[gfn - slot.base_gfn]
+        entry, newly_protected = self._mmu.protect_code(slot, gfn)
+        if entry:
+            self._code.fetched(gfn, self.number, newly_protected=newly_protected)
+        return entry
+
+
+def _memory_fault(window: Window, page: int, errno: int) -> exits.MemoryFault:
+    private = window.slot.attributes[(page - window.start) >> PAGE_SHIFT]
+    return exits.MemoryFault(KVM_MEMORY_EXIT_FLAG_PRIVATE if private else 0, page, PAGE_SIZE, errno)
