@@ -5,12 +5,14 @@
 ``@pytest.mark.alone("why")`` keeps all other tests of the machine away (``turns``).
 """
 
+import mmap
 import os
 import shutil
 import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Generator
+from contextlib import closing
 from functools import cache
 from types import FrameType
 from typing import Final
@@ -18,8 +20,9 @@ from typing import Final
 import pytest
 from hypothesis import HealthCheck, settings
 
+import emulation
 import hugetlb
-from restrictedmem.abi import process, seccomp
+from restrictedmem.abi import memory, process, seccomp
 from turns import Turns
 
 # How fast examples come depends on what else the machine does.
@@ -33,6 +36,19 @@ def _fuse() -> str:
 
 def _kvm() -> str:
     return "" if os.access("/dev/kvm", os.R_OK | os.W_OK) else "/dev/kvm cannot be opened"
+
+
+def _debug_registers() -> str:
+    return _kvm() or ("QEMU's TCG loads no breakpoints with a guest" if emulation.hypervisor() == emulation.TCG else "")
+
+
+def _guard() -> str:
+    with memory.memfd_create("guard") as fd, closing(memory.Mapping(fd.fileno(), 0, mmap.PAGESIZE, mmap.PAGESIZE)) as mapping:
+        try:
+            mapping.madvise(memory.MADV_GUARD_INSTALL, 0, mmap.PAGESIZE)
+        except OSError:
+            return "the kernel has no MADV_GUARD_INSTALL for files (Linux 6.15)"
+    return ""
 
 
 def _root() -> str:
@@ -102,6 +118,8 @@ def _gdb() -> str:
 FEATURES: dict[str, Callable[[], str]] = {
     "fuse": _fuse,
     "kvm": _kvm,
+    "debug-registers": _debug_registers,
+    "guard": _guard,
     "root": _root,
     "cc": _cc,
     "fusermount": _fusermount,

@@ -17,6 +17,8 @@ SYS_cachestat: Final = 451
 MADV_POPULATE_READ: Final = 22
 MADV_POPULATE_WRITE: Final = 23
 MADV_COLLAPSE: Final = 25
+MADV_GUARD_INSTALL: Final = 102
+MADV_GUARD_REMOVE: Final = 103
 MLOCK_ONFAULT: Final = 1
 
 #: memfd_restricted's number in v9 and v10, in both tables of x86; since Linux 6.5 it is cachestat's.

@@ -89,7 +89,7 @@ class Vm(OwnedFd):
 
         Raises:
             OSError: EBADF for a bad ``guest_memfd``; EEXIST where another slot is; EINVAL unless aligned, for a file of another kind
-                or VM, for a range past its end or bound already, and for changing a slot.
+                or VM, for a range past its end or (since Linux 7.2 EEXIST) bound already, and for changing a slot.
         """
         fd = guest_memfd if isinstance(guest_memfd, int) else guest_memfd.fileno()
         region = kvm.kvm_userspace_memory_region2(
@@ -115,7 +115,8 @@ class Vm(OwnedFd):
         """Make a range private (``KVM_MEMORY_ATTRIBUTE_PRIVATE``) or shared (0); what is in it stays where it was.
 
         Raises:
-            OSError: ENOTTY without KVM_CAP_MEMORY_ATTRIBUTES; EINVAL for attributes that it does not have, or unless aligned.
+            OSError: ENOTTY when the device lacks KVM_CAP_MEMORY_ATTRIBUTES; EINVAL for attributes that the VM's does not have, which may
+                be none, or unless aligned.
         """
         kvm.KVM_SET_MEMORY_ATTRIBUTES(self, kvm.kvm_memory_attributes(address=address, size=size, attributes=attributes))
 
