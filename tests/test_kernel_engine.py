@@ -11,6 +11,7 @@ from typing import Any, Final, TypeVar, cast
 
 import pytest
 
+from outcomes import Errno, outcome
 from restrictedmem import guests
 from restrictedmem.abi import kvm, memory
 from restrictedmem.consumer import Bound
@@ -177,6 +178,54 @@ def test_with_memory_attributes_a_half_that_is_missing_has_no_entry() -> None:
     assert [bool(walk(own, BASE + PAGE * index)) for index in range(3)] == [False, True, False]
     (arguments,) = vm.take("set_user_memory_region2")
     assert arguments[3] == 0
+
+
+def within_reach(half: Half, page: int) -> bool:
+    """Say whether the kernel may read a page of a half for this process, as KVM would."""
+    reader, writer = os.pipe()
+    with OwnedFd(reader), OwnedFd(writer):
+        found = outcome(lambda: os.write(writer, half.mapping.memory[page * PAGE : page * PAGE + 1]))
+        assert found in (1, Errno(EFAULT))
+        return found == 1
+
+
+@pytest.mark.requires("guard")
+def test_with_memory_attributes_the_shared_half_of_private_pages_is_out_of_reach() -> None:
+    own, vm = System(), Recorder()
+    by = ByAttribute(cast("Vm", vm), KernelSlots(cast("Vm", vm), own), own.tables)
+    slot = slot_of_both(own)
+    assert slot.shared is not None
+    slot.shared.mapping.memory[9 * PAGE] = 0x55
+    slot.attributes[8:16] = bytes([1]) * 8
+    by.add(slot)
+    assert [within_reach(slot.shared, page) for page in (7, 8, 15, 16)] == [True, False, False, True]
+    first = gfn_t(BASE >> PAGE_SHIFT)
+    by.convert(slot, gfn_t(first + 7), gfn_t(first + 8), private=True)
+    by.convert(slot, gfn_t(first + 9), gfn_t(first + 10), private=False)
+    assert [within_reach(slot.shared, page) for page in (6, 7, 8, 9, 10)] == [True, False, False, True, False]
+    assert slot.shared.mapping.memory[9 * PAGE] == 0x55
+
+    def refuse(*_: object) -> None:
+        raise OSError(ENOMEM, "no memory for attributes")
+
+    vars(vm)["set_memory_attributes"] = refuse
+    with pytest.raises(OSError, match="no memory for attributes"):
+        by.convert(slot, gfn_t(first + 8), gfn_t(first + 18), private=True)
+    assert [within_reach(slot.shared, page) for page in (8, 9, 10, 16, 17)] == [False, True, False, True, True]
+    del vars(vm)["set_memory_attributes"]
+    by.remove(slot)
+    assert all(within_reach(slot.shared, page) for page in range(20))
+
+
+def test_before_guards_a_shared_half_stays_within_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, vm = System(), Recorder()
+    by = ByAttribute(cast("Vm", vm), KernelSlots(cast("Vm", vm), own), own.tables)
+    slot = slot_of_both(own)
+    slot.attributes[:] = bytes([1]) * PAGES
+    assert slot.shared is not None
+    monkeypatch.setattr(memory, "MADV_GUARD_INSTALL", 1000)
+    by.add(slot)
+    assert within_reach(slot.shared, 0)
 
 
 def test_without_them_each_half_is_a_slot_and_only_pages_that_convert_are_zapped() -> None:

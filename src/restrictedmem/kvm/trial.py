@@ -5,6 +5,7 @@ writes a page that was launched, converted to the shared half and back, and free
 memory go away with the process that tries it, a child (``in_child``), and so does what hangs.
 """
 
+import os
 from collections.abc import Callable
 from contextlib import closing
 from errno import EIO
@@ -68,7 +69,7 @@ def run_guest(kvm: Kvm, *, debug: bool) -> None:
             vcpu = Vcpu(engine.create_vcpu(0))
             vcpus.all = (vcpu,)
             try:
-                _run(engine, slot, shared, vcpu)
+                _run(engine, slot, fd.fileno(), vcpu)
             except RuntimeError as error:
                 # The VM ends here all the same; what the kernel refused is what the caller asks for.
                 if isinstance(error.__cause__, OSError):
@@ -76,17 +77,18 @@ def run_guest(kvm: Kvm, *, debug: bool) -> None:
                 raise
 
 
-def _run(engine: Engine, slot: Memslot, shared: SharedHalf, vcpu: Vcpu) -> None:
+def _run(engine: Engine, slot: Memslot, shared: int, vcpu: Vcpu) -> None:
     start = PRIVATE_BASE + _DATA * PAGE_SIZE
     span, first, last = PageRange(pgoff_t(_DATA), pgoff_t(_DATA + 1)), gfn_t(_GFN + _DATA), gfn_t(_GFN + _DATA + 1)
     content = _GUEST.ljust(PAGE_SIZE, b"\0") + _word(5).ljust(PAGE_SIZE, b"\0")
     engine.launch_update(slot, PRIVATE_BASE, content)
     vcpu.engine.set_regs(kvm_regs(rip=PRIVATE_BASE, rsp=PRIVATE_BASE + _PAGES * PAGE_SIZE, rdi=start))
     _expect("launched", 5, vcpu)
-    shared.write(_DATA * PAGE_SIZE, _word(50))
+    # As an owner would: this process may be kept from its own mapping.
+    os.pwrite(shared, _word(50), _DATA * PAGE_SIZE)
     engine.set_attributes(slot, first, last, private=False)
     _expect("shared", 50, vcpu)
-    _check("the guest stored", 51, int.from_bytes(shared.mapping.memory[_DATA * PAGE_SIZE :][:_W], "little"))
+    _check("the guest stored", 51, int.from_bytes(os.pread(shared, _W, _DATA * PAGE_SIZE), "little"))
     engine.set_attributes(slot, first, last, private=True)
     _expect("private again", 6, vcpu)
     assert slot.private is not None

@@ -3,8 +3,10 @@
 import mmap
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
+from errno import EINVAL
 from typing import Final, Protocol, final
 
+from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import KVM_MEMORY_ATTRIBUTE_PRIVATE
 from restrictedmem.devkvm import Vm
 from restrictedmem.kvm.kernel import system
@@ -49,7 +51,11 @@ class KernelSlots:
         if private is None:
             self._vm.set_user_memory_region(number, base, size, address)
         else:
-            self._vm.set_user_memory_region2(number, base, size, address, private.file.memfd, private.window.start << PAGE_SHIFT)
+            try:
+                self._vm.set_user_memory_region2(number, base, size, address, private.file.memfd, private.window.start << PAGE_SHIFT)
+            except FileExistsError as error:
+                # The word of Linux 7.2 and later for a range that is bound; no slot lies at an address that was chosen here.
+                raise OSError(EINVAL, error.strerror) from error
         if self._free_numbers:
             self._free_numbers.pop()
         self._numbers[base] = number
@@ -200,7 +206,8 @@ class ByAddress:
 class ByAttribute:
     """Both halves are one slot of the kernel's, which picks one by the page's memory attribute (KVM_SET_MEMORY_ATTRIBUTES).
 
-    The page tables only say where there is a half to be seen; the kernel zaps what it converts.
+    The page tables only say where there is a half to be seen; the kernel zaps what it converts. Where KVM emulates an instruction it reads
+    the shared half even if the page is private: an owner could put other instructions there. So that half is out of reach as long.
     """
 
     def __init__(self, vm: Vm, slots: KernelSlots, tables: PageTables) -> None:
@@ -230,8 +237,18 @@ class ByAttribute:
         missing = (slot.private if private else slot.shared) is None
         leading = no_entries(end - start) if missing else entries(gpa, end - start, rights_of(slot))
         # ENOMEM comes before the kernel changes anything.
-        self._vm.set_memory_attributes(gpa, end - start << PAGE_SHIFT, KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0)
+        if private:
+            _hide(slot, start, end)
+        try:
+            self._vm.set_memory_attributes(gpa, end - start << PAGE_SHIFT, KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0)
+        except OSError:
+            for first, last, was_private in runs(slot, start, end):
+                if not was_private:
+                    _show(slot, first, last)
+            raise
         with begun():
+            if not private:
+                _show(slot, start, end)
             self._tables.write(start << PAGE_SHIFT, leading)
             slot.attributes[start - slot.base_gfn : end - slot.base_gfn] = attributes
 
@@ -243,10 +260,34 @@ class ByAttribute:
         self._slots.remove(base)
         del self._owners[base]
         self._vm.set_memory_attributes(base, npages << PAGE_SHIFT, 0)
+        _show(slot, slot.base_gfn, slot.end_gfn)
 
     def find(self, gpa: int) -> int | None:
         """Return the owner's address of what lies at a guest physical address (``Conversion``)."""
         return _find(gpa, self._slots.base_below(gpa), self._owners)
+
+
+def _hide(slot: Memslot, start: gfn_t, end: gfn_t) -> None:
+    """Keep this process, and KVM in it, from the shared half of pages; in vain before Linux 6.15.
+
+    Raises:
+        OSError: ENOMEM.
+    """
+    _guard(slot, start, end, memory.MADV_GUARD_INSTALL)
+
+
+def _show(slot: Memslot, start: gfn_t, end: gfn_t) -> None:
+    """Let it reach them again."""
+    _guard(slot, start, end, memory.MADV_GUARD_REMOVE)
+
+
+def _guard(slot: Memslot, start: gfn_t, end: gfn_t, advice: int) -> None:
+    if slot.shared is not None:
+        try:
+            slot.shared.mapping.madvise(advice, start - slot.base_gfn << PAGE_SHIFT, end - start << PAGE_SHIFT)
+        except OSError as error:
+            if error.errno != EINVAL:
+                raise
 
 
 def guest_memfd_half(slot: Memslot) -> GuestMemfdHalf:
