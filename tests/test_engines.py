@@ -618,6 +618,50 @@ def test_steps_and_breakpoints(service: Service, engine: str) -> None:
         assert machine.vcpu.run() == Hypercall(NUMBER, (2, 0, 0, 0))
 
 
+def test_steps_over_ports(service: Service, engine: str) -> None:
+    with make_machine(service, engine, debug=True) as machine:
+        code = assembled("e680", "e481", "90", CALL)  # out 0x80, al; in al, 0x81; nop
+        machine.window[: len(code)] = code
+        machine.vcpu.set_regs(rip=SHARED, rsp=STACK)
+        machine.vcpu.set_guest_debug(step=True)
+        assert machine.vcpu.run() == PortOut(0x80, 1, 0)
+        assert machine.vcpu.get_regs().rip == SHARED + 2
+        assert machine.vcpu.run() == exits.Debug(exits.SINGLE_STEP, SHARED + 2, exits.DR6_BS)
+        assert machine.vcpu.run() == PortIn(0x81, 1)
+        assert machine.vcpu.run(5) == exits.Debug(exits.SINGLE_STEP, SHARED + 4, exits.DR6_BS)
+        assert machine.vcpu.get_regs().rax == 5
+        assert machine.vcpu.run() == exits.Debug(exits.SINGLE_STEP, SHARED + 5, exits.DR6_BS)
+
+
+def test_registers_changed_and_steps_begun_while_a_port_is_read(service: Service, engine: str) -> None:
+    with make_machine(service, engine, debug=True) as machine:
+        code = assembled("e481", "90", CALL)  # in al, 0x81; nop
+        machine.window[: len(code)] = code
+        machine.vcpu.set_regs(rip=SHARED, rsp=STACK)
+        assert machine.vcpu.run() == PortIn(0x81, 1)
+        regs = machine.vcpu.get_regs()
+        regs.rbx = 7
+        machine.vcpu.change_regs(regs)
+        machine.vcpu.set_guest_debug(step=True)
+        assert machine.vcpu.run(5) == exits.Debug(exits.SINGLE_STEP, SHARED + 2, exits.DR6_BS)
+        regs = machine.vcpu.get_regs()
+        assert (regs.rax, regs.rbx, regs.rip) == (5, 7, SHARED + 2)
+        assert machine.vcpu.run() == exits.Debug(exits.SINGLE_STEP, SHARED + 3, exits.DR6_BS)
+
+
+def test_a_breakpoint_on_a_port_stops_once(service: Service, engine: str) -> None:
+    with make_machine(service, engine, debug=True) as machine:
+        code = assembled("e680", "e680", CALL)  # out 0x80, al; out 0x80, al
+        machine.window[: len(code)] = code
+        machine.vcpu.set_regs(rip=SHARED, rsp=STACK)
+        machine.vcpu.set_guest_debug(breakpoints=[SHARED])
+        assert machine.vcpu.run() == exits.Debug(exits.BREAKPOINT, SHARED)
+        machine.vcpu.set_guest_debug()
+        assert machine.vcpu.run() == PortOut(0x80, 1, 0)
+        machine.vcpu.set_guest_debug(breakpoints=[SHARED, SHARED + 2])
+        assert machine.vcpu.run() == exits.Debug(exits.BREAKPOINT, SHARED + 2)
+
+
 def test_statistics(machine: Machine) -> None:
     assert isinstance(machine.start("c647012a", CALL), Hypercall)  # mov byte [rdi + 1], 42
     before = machine.vm.statistics()

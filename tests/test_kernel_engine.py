@@ -14,18 +14,21 @@ import pytest
 from outcomes import Errno, outcome
 from restrictedmem import guests
 from restrictedmem.abi import kvm, memory
+from restrictedmem.abi.kvm_x86 import kvm_sregs
 from restrictedmem.consumer import Bound
 from restrictedmem.devkvm import Kvm, Vm
 from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm import elf, guest_abi, process
 from restrictedmem.kvm.attributes import Attributes
-from restrictedmem.kvm.exits import Debug, Hypercall, MemoryFault
+from restrictedmem.kvm.engine import VcpuEngine
+from restrictedmem.kvm.exits import Debug, Hypercall, MemoryFault, Shutdown
 from restrictedmem.kvm.half import Half
 from restrictedmem.kvm.kernel import system
 from restrictedmem.kvm.kernel.page_tables import USER, WRITABLE, PageTables
 from restrictedmem.kvm.kernel.private import GuestMemfdHalf, PrivateFile
 from restrictedmem.kvm.kernel.slots import ByAddress, ByAttribute, KernelSlots, runs
 from restrictedmem.kvm.kernel.system import System
+from restrictedmem.kvm.kernel.vcpu import KernelVcpu
 from restrictedmem.kvm.kernel.vm import KernelVm
 from restrictedmem.kvm.memslot import Memslot
 from restrictedmem.kvm.trace import Trace
@@ -42,7 +45,7 @@ PAGE: Final = 4096
 MIB: Final = 1 << 20
 BASE: Final = guest_abi.PRIVATE_BASE
 PAGES: Final = 1024
-ENOENT, ENOMEM, EACCES, EFAULT, EINVAL, EOPNOTSUPP = 2, 12, 13, 14, 22, 95
+ENOENT, ENOMEM, EACCES, EFAULT, ENODEV, EINVAL, EOPNOTSUPP = 2, 12, 13, 14, 19, 22, 95
 _T = TypeVar("_T")
 CALL: Final = "b863000000b900001000ffd1"
 
@@ -215,6 +218,7 @@ def test_with_memory_attributes_the_shared_half_of_private_pages_is_out_of_reach
     del vars(vm)["set_memory_attributes"]
     by.remove(slot)
     assert all(within_reach(slot.shared, page) for page in range(20))
+    slot.close()
 
 
 def test_before_guards_a_shared_half_stays_within_reach(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,6 +230,7 @@ def test_before_guards_a_shared_half_stays_within_reach(monkeypatch: pytest.Monk
     monkeypatch.setattr(memory, "MADV_GUARD_INSTALL", 1000)
     by.add(slot)
     assert within_reach(slot.shared, 0)
+    slot.close()
 
 
 def test_without_them_each_half_is_a_slot_and_only_pages_that_convert_are_zapped() -> None:
@@ -326,10 +331,15 @@ def test_private_memory_is_readable_for_nobody_without_it(vm: KernelVm) -> None:
     vm.launch_update(slot, BASE, b"secret".ljust(PAGE, b"\0"))
     half = slot.private
     assert isinstance(half, GuestMemfdHalf)
-    assert half.mapping is not None
     with pytest.raises(OSError) as caught:
         vm.read_private(slot, BASE, 6)
     assert caught.value.errno == EOPNOTSUPP
+    if half.mapping is None:
+        # With memory attributes there is none to be had.
+        with pytest.raises(OSError) as caught:
+            half.file.memfd.mmap(0, PAGE)
+        assert caught.value.errno == ENODEV
+        return
     reader, writer = os.pipe()
     with OwnedFd(reader), OwnedFd(writer):
         # As the kernel says to any access of this process.
@@ -379,6 +389,95 @@ def test_a_step_over_a_hypercall_comes_after_it(debugged: KernelVm) -> None:
     assert isinstance(vcpu.run(), Hypercall)
 
 
+# Flags.
+
+#: pushf; pop rsi; hypercall
+PUSHF: Final = "9c5e" + CALL
+
+
+def start(vm: KernelVm, code: str) -> VcpuEngine:
+    """Put a guest at the start of code in private memory."""
+    slot = private_slot(vm)
+    vm.launch_update(slot, BASE, bytes.fromhex(code).ljust(PAGE, b"\xf4"))
+    vcpu = vm.create_vcpu(0)
+    vcpu.set_regs(kvm.kvm_regs(rip=BASE, rsp=BASE + MIB))
+    return vcpu
+
+
+@pytest.mark.requires("kvm")
+def test_a_guest_starts_with_the_flags_of_a_process(debugged: KernelVm) -> None:
+    vcpu = start(debugged, PUSHF)
+    flags = 0x3202 if needs_iopl(debugged) else 0x202
+    assert vcpu.get_regs().rflags == flags
+    assert vcpu.run() == Hypercall(99, (0, flags, 0, 0))
+    assert vcpu.get_regs().rflags == flags
+
+
+def needs_iopl(vm: KernelVm) -> bool:
+    """Say whether this machine's processors refuse ports by the TSS (QEMU's TCG)."""
+    vcpu = vm.create_vcpu(vm.create_vcpu(0) is not None)
+    assert isinstance(vcpu, KernelVcpu)
+    return vcpu.needs_iopl()
+
+
+@pytest.mark.requires("kvm")
+@pytest.mark.parametrize("code", ["fa", "fb"], ids=["cli", "sti"])
+def test_a_guest_does_not_touch_the_interrupt_flag(vm: KernelVm, code: str) -> None:
+    exit_ = start(vm, code + PUSHF).run()
+    if needs_iopl(vm):
+        assert exit_ == Hypercall(99, (0, 0x3002 if code == "fa" else 0x3202, 0, 0))
+    else:
+        assert exit_ in (Shutdown(6), Shutdown(13))
+
+
+@pytest.mark.requires("kvm")
+def test_popf_changes_no_privilege(vm: KernelVm) -> None:
+    exit_ = start(vm, "6a029d" + PUSHF).run()  # push 2; popf
+    assert exit_ == Hypercall(99, (0, 0x3002 if needs_iopl(vm) else 0x202, 0, 0))
+
+
+@pytest.mark.requires("kvm")
+def test_a_processor_that_refuses_ports_by_the_tss_gets_iopl_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    def add_vcpu(own: System, number: int) -> None:
+        """Refuse every port: a bit each, behind the TSS."""
+        as_ever(own, number)
+        tss = own.sregs(kvm_sregs(), number).tr.base - (1 << guest_abi.GPA_BITS)
+        own.memory[tss + 0x68 : tss + 0x68 + (1 << 13)] = b"\xff" * (1 << 13)
+
+    as_ever = System.add_vcpu
+    monkeypatch.setattr(System, "add_vcpu", add_vcpu)
+    with make_vm(debug=True) as vm:
+        vcpu = vm.create_vcpu(0)
+        vcpu.set_regs(kvm.kvm_regs(rip=BASE))
+        assert vcpu.get_regs().rflags == 0x3202
+
+
+@pytest.mark.requires("kvm")
+@pytest.mark.parametrize("code", ["0f01e6", "0f00ce", "0f00c6", "0f010424", "0f014c24f0"], ids=["smsw", "str", "sldt", "sgdt", "sidt"])
+def test_a_guest_learns_nothing_of_the_engine_s_tables(vm: KernelVm, code: str) -> None:
+    with Kvm.open() as device:
+        umip = any((leaf.function, leaf.index, leaf.ecx >> 2 & 1) == (7, 0, 1) for leaf in device.get_supported_cpuid())
+    if not umip:
+        pytest.skip("this processor has no UMIP")
+    assert start(vm, code + CALL).run() in (Shutdown(6), Shutdown(13))
+
+
+@pytest.mark.requires("kvm", "guard")
+def test_what_an_owner_puts_into_the_other_half_is_not_executed(vm: KernelVm) -> None:
+    """Where KVM emulates an instruction it might read there."""
+    shared = shared_half(PAGES)
+    shared.mapping.memory[:7] = bytes.fromhex("48c7c72a000000")  # mov rdi, 42
+    private = vm.bind(b"\1", PageRange(pgoff_t(0), pgoff_t(PAGES)))
+    slot = Memslot(0, gfn_t(BASE >> PAGE_SHIFT), PAGES, private=private, shared=shared)
+    slot.attributes[:] = bytes([1]) * PAGES
+    vm.add_slot(slot)
+    vm.launch_update(slot, BASE, bytes.fromhex("6e" + "90" * 6 + CALL).ljust(PAGE, b"\xf4"))  # outsb
+    vcpu = vm.create_vcpu(0)
+    vcpu.set_regs(kvm.kvm_regs(rip=BASE, rsi=BASE))
+    assert vcpu.run() == Shutdown(6)
+    shared.close()
+
+
 @pytest.mark.requires("kvm")
 def test_a_page_that_cannot_be_had_is_a_memory_fault(vm: KernelVm) -> None:
     slot = private_slot(vm)
@@ -388,8 +487,8 @@ def test_a_page_that_cannot_be_had_is_a_memory_fault(vm: KernelVm) -> None:
     half = slot.private
     assert isinstance(half, GuestMemfdHalf)
     # The last descriptor gone, nothing is bound any more: guest_memfd's own way to refuse.
-    assert half.mapping is not None
-    half.mapping.close()
+    if half.mapping is not None:
+        half.mapping.close()
     half.file.memfd.close()
     assert vcpu.run() == MemoryFault(8, BASE, PAGE, EFAULT)
 

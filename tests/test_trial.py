@@ -158,13 +158,13 @@ class TestNoGuestRunsOnKvm:
 
     def test_by_name_it_is_tried_and_its_error_told(self) -> None:
         done = run(BROKEN_KVM, "run", "--memory", "4M", "--engine", "kernel", "sha256", status=1)
-        assert done.stderr.decode().startswith("error: LAUNCH_UPDATE: ")
+        assert done.stderr.decode().startswith("error: KVM_CREATE_VM: ")
         assert done.stdout == b""
 
     def test_doctor_tells_the_truth(self) -> None:
         found = json.loads(run(BROKEN_KVM, "doctor", "--json").stdout)["conclusion"]
         assert (found["usable"], found["software_engine"]["state"], found["kernel_engine"]["state"]) == (True, "yes", "no")
-        assert found["kernel_engine"]["detail"].startswith("no guest ran: LAUNCH_UPDATE: ")
+        assert found["kernel_engine"]["detail"].startswith("no guest ran: KVM_CREATE_VM: ")
 
     def test_a_kvm_that_hangs_does_not_hang_run(self) -> None:
         done = run(STUCK_KVM, "run", "--memory", "4M", "--json", "sha256")

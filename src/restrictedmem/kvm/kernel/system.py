@@ -10,9 +10,10 @@ engine learns vector, error code and stack frame. Nothing ever returns from ther
 
 import mmap
 import struct
+from collections.abc import Iterable
 from typing import Final, final
 
-from restrictedmem.abi.kvm_x86 import kvm_dtable, kvm_segment, kvm_sregs
+from restrictedmem.abi.kvm_x86 import kvm_cpuid_entry2, kvm_dtable, kvm_segment, kvm_sregs
 from restrictedmem.devkvm import address_of
 from restrictedmem.kvm.guest_abi import GPA_BITS, HYPERCALL_PAGE, REPORT_PAGE
 from restrictedmem.kvm.kernel.page_tables import NO_EXECUTE, USER, WRITABLE, PageTables
@@ -51,8 +52,6 @@ HYPERCALL_CODE: Final = bytes.fromhex("e6f4c3")
 HYPERCALL_PORT: Final = 0xF4
 #: ``rep movsq; out 0xf4, al``: copies, and says so.
 _COPY_CODE: Final = bytes.fromhex("f348a5e6f4")
-#: Where the copying stops: behind OUT if KVM emulates it, else at it.
-COPIED: Final = (COPY + 3, COPY + 5)
 
 _KERNEL_CODE: Final = 0x08
 _USER_DATA: Final = 0x1B
@@ -69,10 +68,15 @@ _GATE_TYPE: Final = 0xEE
 #: Where SYSCALL leads on a host that cannot turn it off: nowhere at CPL3, so a #PF with this address.
 SYSCALL_TARGET: Final = _SYSTEM + _HANDLERS + 6 * _HANDLER_SIZE
 
-# Registers (Intel SDM 2.5, 2.2.1).
-_CR0: Final = 0x8001_0033  # PG, WP, NE, ET, MP, PE
+# Registers (Intel SDM 2.5, 2.2.1), as Linux has them for its processes: under PVM a guest is one, and sees no others.
+_CR0: Final = 0x8005_0033  # PG, AM, WP, NE, ET, MP, PE
 _CR4: Final = 0x620  # OSXMMEXCPT, OSFXSR, PAE
+_UMIP: Final = 1 << 11
+_FSGSBASE: Final = 1 << 16
 _EFER: Final = 0xD00  # NXE, LMA, LME
+#: RFLAGS of a guest at its start, as of every process: nothing but IF. No interrupt ever comes.
+USER_FLAGS: Final = 0x202
+IOPL_3: Final = 3 << 12
 
 
 def vector_at(rip: int) -> int | None:
@@ -93,6 +97,9 @@ class System:
         #: What the guest finds at REPORT_PAGE.
         self.report_page = memoryview(self.memory)[_REPORT : _REPORT + PAGE_SIZE]
         self.tables = PageTables(self.memory, _TABLES, SIZE)
+        #: RFLAGS that a guest starts with, and CR4.
+        self.user_flags = USER_FLAGS
+        self.cr4 = _CR4
         self._fill()
         for page, rights in ((_GDT, 0), (_IDT, 0), (_HANDLERS, 0)):
             self._map(_SYSTEM + page, page, 1, rights)
@@ -120,6 +127,12 @@ class System:
         self.memory[_HYPERCALL : _HYPERCALL + len(HYPERCALL_CODE)] = HYPERCALL_CODE
         self.memory[_COPY : _COPY + len(_COPY_CODE)] = _COPY_CODE
 
+    def use(self, cpuid: Iterable[kvm_cpuid_entry2]) -> None:
+        """Turn on what the processor has: UMIP, which hides the engine's tables from SGDT and its like, and FSGSBASE."""
+        for leaf in cpuid:
+            if (leaf.function, leaf.index) == (7, 0):
+                self.cr4 |= (_UMIP if leaf.ecx >> 2 & 1 else 0) | (_FSGSBASE if leaf.ebx & 1 else 0)
+
     def stage(self, data: bytes) -> None:
         """Put content where a vCPU with ``copy_sregs`` copies it from, and show it the guest's memory."""
         self.memory[_STAGING : _STAGING + len(data)] = data
@@ -146,12 +159,12 @@ class System:
         """Return the state of a vCPU in long mode at CPL3; what is not said here is as in ``base``."""
         sregs = kvm_sregs.from_buffer_copy(base)
         enter_user_mode(sregs)
-        sregs.ds = sregs.es = sregs.fs = sregs.gs = sregs.ss
+        sregs.ds = sregs.es = sregs.fs = sregs.gs = kvm_segment(type=3, unusable=1)
         sregs.tr = kvm_segment(base=_SYSTEM + _tss(number), limit=_TSS_SIZE + _IO_MAP_SIZE, selector=0x28, type=11, present=1)
         sregs.ldt = kvm_segment(type=2, unusable=1)
         sregs.gdt = kvm_dtable(base=_SYSTEM + _GDT, limit=8 * len(_DESCRIPTORS) - 1)
         sregs.idt = kvm_dtable(base=_SYSTEM + _IDT, limit=_GATE.size * _VECTORS - 1)
-        sregs.cr0, sregs.cr4, sregs.efer = _CR0, _CR4, _EFER
+        sregs.cr0, sregs.cr4, sregs.efer = _CR0, self.cr4, _EFER
         sregs.cr3 = self._copy_tables.root if copying else self.tables.root
         return sregs
 

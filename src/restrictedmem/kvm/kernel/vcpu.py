@@ -26,14 +26,13 @@ _WORD: Final = struct.Struct("=Q")
 _IO_OUT: Final = 1
 _HYPERCALL_OUT: Final = (HYPERCALL_PAGE, HYPERCALL_PAGE + 2)
 
-_RESERVED_FLAG: Final = 1 << 1
 _TRAP_FLAG: Final = 1 << 8
-_IOPL_3: Final = 3 << 12
 _U64: Final = (1 << 64) - 1
 
 # Exceptions (Intel SDM 6.15), and the error code of #PF (4.7).
 _DEBUG: Final = 1
 _INVALID_OPCODE: Final = 6
+_GENERAL_PROTECTION: Final = 13
 _PAGE_FAULT: Final = 14
 _PF_WRITE: Final = 1 << 1
 _PF_FETCH: Final = 1 << 4
@@ -80,16 +79,21 @@ class KernelVcpu:
         self._strings: deque[tuple[exits.PortIn | exits.PortOut, memoryview]] = deque()
         self._answer_to: memoryview | None = None
         self._ended: exits.Shutdown | None = None
+        #: Whether KVM may still have to carry out the IN or OUT that it exited for; and the registers at that exit.
+        self._in_pending = self._out_pending = False
+        self._regs_at_io: tuple[int, ...] = ()
 
     # Registers.
 
     def set_regs(self, regs: kvm_regs) -> None:
         """Set where the guest starts (``VcpuEngine``); it is done when it starts."""
-        self._start = kvm_regs(rip=regs.rip, rsp=regs.rsp, rdi=regs.rdi, rsi=regs.rsi, rflags=_RESERVED_FLAG | _IOPL_3)
+        self._start = kvm_regs(rip=regs.rip, rsp=regs.rsp, rdi=regs.rdi, rsi=regs.rsi, rflags=self._system.user_flags)
         self._entered = False
 
     def _enter(self) -> None:
         if not self._entered:
+            if self._in_pending or self._out_pending:
+                self._finish_io()
             self.vcpu.set_sregs(self._system.sregs(self._base, self._number))
             self._put_regs(bytes(self._start))
             self.vcpu.accept_kicks()
@@ -99,9 +103,29 @@ class KernelVcpu:
         self._shared_regs[:] = regs
         self._run.kvm_dirty_regs = KVM_SYNC_X86_REGS
 
+    def _finish_io(self) -> None:
+        """Have KVM carry out the IN or OUT that it exited for, and enter no guest; registers may have been changed meanwhile.
+
+        KVM's emulator, which changes registers only now, would forget what IN has read if it saw such a change.
+        """
+        self._in_pending = self._out_pending = False
+        changed, wanted = self._run.kvm_dirty_regs, bytes(self._shared_regs)
+        self._run.kvm_dirty_regs = 0
+        self._run.immediate_exit = 1
+        try:
+            with suppress(InterruptedError):
+                self.vcpu.run()
+        finally:
+            self._run.immediate_exit = 0
+        if changed:
+            each = zip(_REGS.unpack(wanted), self._regs_at_io, _REGS.unpack(self._shared_regs), strict=True)
+            self._put_regs(_REGS.pack(*(now if then == given else given for given, then, now in each)))
+
     def get_regs(self) -> kvm_regs:
-        """Return the general registers (``VcpuEngine``)."""
+        """Return the general registers (``VcpuEngine``), behind an OUT that has exited."""
         self._enter()
+        if self._out_pending:
+            self._finish_io()
         return kvm_regs.from_buffer_copy(self._shared_regs)
 
     def change_regs(self, regs: kvm_regs) -> None:
@@ -128,12 +152,28 @@ class KernelVcpu:
         Raises:
             OSError: EFAULT, EHWPOISON or ENOMEM as KVM_RUN, when a page cannot be had.
         """
+        if self._run_copy(to, words, system.IOPL_3) is not None:
+            raise OSError(EFAULT, "the vCPU that copies ended with an exception")
+
+    def needs_iopl(self) -> bool:
+        """Return whether CPL3 may use ports with IOPL 3 alone, whatever the TSS says: it tries. What is in the registers is lost.
+
+        Raises:
+            OSError: as KVM_RUN.
+        """
+        self._system.stage(b"")
+        return self._run_copy(0, 0, 0) == _GENERAL_PROTECTION
+
+    def _run_copy(self, to: int, words: int, flags: int) -> int | None:
+        """Copy, and return None, or the vector of the exception that it ended with."""
         self.vcpu.set_sregs(self._system.sregs(self._base, self._number, copying=True))
-        self._put_regs(bytes(kvm_regs(rip=system.COPY, rdi=to, rsi=system.STAGING, rcx=words, rflags=_RESERVED_FLAG)))
+        regs = kvm_regs(rip=system.COPY, rdi=to, rsi=system.STAGING, rcx=words, rflags=system.USER_FLAGS | flags)
+        self._put_regs(bytes(regs))
         self._entered = False
         reason = _run_to_exit(self.vcpu)
-        if reason != ExitReason.IO or self._run.s.regs.regs.rip not in system.COPIED:
-            raise OSError(self.vcpu.run_errno or EFAULT, f"launch_update: KVM_RUN ended with {reason}")
+        if reason != ExitReason.IO:
+            raise OSError(self.vcpu.run_errno or EFAULT, f"KVM_RUN ended with {reason}")
+        return system.vector_at(self._run.s.regs.regs.rip)
 
     def prefault(self, start: gfn_t, end: gfn_t) -> int:
         """Refuse: KVM cannot with shadow paging, and was not tried with any other (``VcpuEngine``)."""
@@ -178,6 +218,9 @@ class KernelVcpu:
         return self._run_once()
 
     def _run_once(self) -> Exit | None:
+        if self._in_pending and self._run.kvm_dirty_regs:
+            self._finish_io()
+        self._in_pending = self._out_pending = False
         try:
             reason = self.vcpu.run()
         except InterruptedError:
@@ -193,6 +236,11 @@ class KernelVcpu:
     def _run_in_steps(self) -> Exit | None:
         """Run with the trap flag set, whose #DB our handler gets: PVM has no debug exits (KVM_SET_GUEST_DEBUG)."""
         stepped, self._stepped = self._stepped, False
+        if self._in_pending:
+            self._finish_io()
+            # With the trap flag at its exit it has its #DB, which goes when registers are set, without it none.
+            self._put_regs(bytes(self._shared_regs))
+            stepped = True
         if stepped and self._step:
             return exits.Debug(exits.SINGLE_STEP, self.get_regs().rip, exits.DR6_BS)
         while True:
@@ -219,6 +267,7 @@ class KernelVcpu:
             return self._exception(vector, regs)
         io = self._run.exit.io
         direction, port, size, count = io.direction, io.port, io.size, io.count
+        self._out_pending, self._in_pending, self._regs_at_io = direction == _IO_OUT, direction != _IO_OUT, regs
         if rip in _HYPERCALL_OUT and (direction, port, size, count) == (_IO_OUT, system.HYPERCALL_PORT, 1, 1):
             self._asked = exits.Hypercall(regs[_RAX], (regs[_RDI], regs[_RSI], regs[_RDX], regs[_R10]))
             return self._asked

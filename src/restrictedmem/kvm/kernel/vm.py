@@ -18,7 +18,7 @@ from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine import Binder
 from restrictedmem.kvm.kernel.private import GuestMemfdHalf, PrivateFiles
 from restrictedmem.kvm.kernel.slots import ByAddress, ByAttribute, Conversion, KernelSlots, guest_memfd_half
-from restrictedmem.kvm.kernel.system import HYPERCALL_CODE, MAX_VCPUS, STAGING_SIZE, System
+from restrictedmem.kvm.kernel.system import HYPERCALL_CODE, IOPL_3, MAX_VCPUS, STAGING_SIZE, System
 from restrictedmem.kvm.kernel.vcpu import KernelVcpu
 from restrictedmem.kvm.memslot import WRITE, Memslot
 from restrictedmem.kvm.memslots import Memslots
@@ -46,6 +46,7 @@ class KernelVm:
         self._invalidations = 0
         self._cpuid = kvm.get_supported_cpuid()
         self._system = System()
+        self._system.use(self._cpuid)
         with ExitStack() as stack:
             self._vm, flags = _new_vm(kvm, debug=debug)
             stack.enter_context(self._vm)
@@ -56,6 +57,8 @@ class KernelVm:
             self._numbers: dict[int, Vcpu] = {}
             # It copies the owner's content in before it is anybody's.
             self._first = self._make_vcpu(0)
+            if self._first.needs_iopl():
+                self._system.user_flags |= IOPL_3
             self._engines = [self._first]
             self._resources = stack.pop_all()
 
