@@ -38,6 +38,8 @@ from restrictedmem.kvm.vmm import Vmm
 from restrictedmem.service import client
 from restrictedmem.service import wire as service_wire
 from restrictedmem.units import PAGE_SIZE
+from strangers import listening
+from users import ORDINARY
 
 pytestmark = pytest.mark.requires("cc")
 
@@ -266,7 +268,10 @@ def test_peers_that_answer_nonsense(programs: Path) -> None:
         "not ready": (EACCES, "start: /dev/fuse"),
         "ready without its mount": (EPROTO, 'start: {"api": "v10"}'),
         "ready without its key": (EPROTO, "start: no key"),
+        "ready without its witness": (EPROTO, 'start: {"api": "v9"}'),
         "ready, and gone": (ENOTCONN, "CONNECT: the service is gone"),
+        "ready, and a stranger has its name": (ENOTCONN, "CONNECT: the service is gone"),
+        "what the stranger got": (0, ""),
         "descriptors left": (0, ""),
     }
 
@@ -393,6 +398,15 @@ def test_what_is_no_guest_is_said(programs: Path, tmp_path: Path) -> None:
         done = run(programs / "vmm", "-p", sys.executable, path)
         assert (done.returncode, done.stdout) == (1, b"")
         assert words in done.stderr
+
+
+@pytest.mark.requires("root")
+def test_another_users_name_is_not_taken_for_execs(programs: Path) -> None:
+    name = f"restrictedmem-test/{os.getpid()}/{os.urandom(4).hex()}"
+    with listening(name, ORDINARY) as heard:
+        done = run(programs / "vmm", "-s", "@" + name, guests.path("sha256"))
+    assert (done.returncode, heard) == (1, [b""])
+    assert b"connect: another user's name" in done.stderr
 
 
 # Another language, from the document alone.

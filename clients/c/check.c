@@ -89,11 +89,81 @@ static void take(const char *what, uint32_t number, const char *words, int fd)
 	close(pair[1]);
 }
 
+/* Say READY with the root of a mount, and this process for a witness. */
+static void take_ready(const char *what, const char *json)
+{
+	uint32_t head[2] = { RMEM_READY, 0 };
+	struct iovec pieces[2] = { { head, sizeof(head) },
+				   { (void *)(uintptr_t)json, strlen(json) } };
+	union {
+		struct cmsghdr header;
+		char space[CMSG_SPACE(2 * sizeof(int))];
+	} rights;
+	struct rmem_service service;
+	struct msghdr message;
+	int pair[2], fds[2] = { 0, -1 }, rc;
+
+	connect_to(pair);
+	fds[1] = pair[0];
+	memset(&rights, 0, sizeof(rights));
+	memset(&message, 0, sizeof(message));
+	message.msg_iov = pieces;
+	message.msg_iovlen = 2;
+	message.msg_control = rights.space;
+	message.msg_controllen = sizeof(rights.space);
+	rights.header.cmsg_level = SOL_SOCKET;
+	rights.header.cmsg_type = SCM_RIGHTS;
+	rights.header.cmsg_len = CMSG_LEN(sizeof(fds));
+	memcpy(CMSG_DATA(&rights.header), fds, sizeof(fds));
+	if (sendmsg(pair[1], &message, 0) < 0)
+		abort();
+	rmem_service_init(&service, "start");
+	rc = rmem_service_take(&service, pair[0]);
+	tell(what, rc, &service.socket);
+	close(pair[1]);
+}
+
+/* Somebody else has the name; returns how many bytes the client has sent. */
+static int stranger(const char *name, const char *json)
+{
+	struct sockaddr_un address;
+	socklen_t size = (socklen_t)(offsetof(struct sockaddr_un, sun_path) +
+				     strlen(name));
+	int listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+	int go[2], status;
+	char byte;
+	pid_t child;
+
+	memset(&address, 0, sizeof(address));
+	address.sun_family = AF_UNIX;
+	strcpy(address.sun_path, name);
+	address.sun_path[0] = 0;
+	if (bind(listener, (struct sockaddr *)&address, size) || pipe(go))
+		abort();
+	fflush(stdout);
+	child = fork();
+	if (!child) {
+		/* Whoever listens is the other end. */
+		if (listen(listener, 1) || write(go[1], "", 1) != 1)
+			abort();
+		_exit((int)recv(accept(listener, NULL, NULL), &byte, 1, 0));
+	}
+	if (read(go[0], &byte, 1) != 1)
+		abort();
+	take_ready("ready, and a stranger has its name", json);
+	if (waitpid(child, &status, 0) != child)
+		abort();
+	close(listener);
+	close(go[0]);
+	close(go[1]);
+	return WEXITSTATUS(status);
+}
+
 static void check_peers(void)
 {
 	struct rmem_vm vm = { { -1, "", "" } };
 	struct rmem_vcpu vcpu;
-	char small[8];
+	char small[8], name[64], json[200];
 	int pair[2];
 
 	ask("a reply", 0, 16, -1);
@@ -125,10 +195,16 @@ static void check_peers(void)
 
 	take("not ready", EACCES, "/dev/fuse", -1);
 	take("ready without its mount", RMEM_READY, "{\"api\": \"v10\"}", -1);
-	take("ready without its key", RMEM_READY, "{\"socket\": \"@nobody\"}", 0);
-	take("ready, and gone", RMEM_READY,
-	     "{\"key\": \"00112233445566778899aabbccddeeff\", "
-	     "\"socket\": \"@nobody\"}", 0);
+	take("ready without its witness", RMEM_READY, "{\"api\": \"v9\"}", 0);
+	take_ready("ready without its key", "{\"socket\": \"@nobody\"}");
+	take_ready("ready, and gone",
+		   "{\"key\": \"00112233445566778899aabbccddeeff\", "
+		   "\"socket\": \"@nobody\"}");
+	snprintf(name, sizeof(name), "@restrictedmem-check-%d", (int)getpid());
+	snprintf(json, sizeof(json),
+		 "{\"key\": \"00112233445566778899aabbccddeeff\", "
+		 "\"socket\": \"%s\"}", name);
+	printf("what the stranger got|%d|\n", stranger(name, json));
 }
 
 /* A service and a VM. */

@@ -30,6 +30,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/types.h>
 #include <sys/uio.h>
@@ -85,6 +86,10 @@
 #define RMEM_KEY_SIZE			32
 #define RMEM_MAX_MESSAGE		(128 << 10)
 #define RMEM_START_SECONDS		30
+
+#ifndef SO_PEERPIDFD
+#define SO_PEERPIDFD			77	/* Linux 6.5 */
+#endif
 
 /* v10's struct kvm_userspace_memory_region_ext. */
 struct rmem_userspace_memory_region_ext {
@@ -177,6 +182,7 @@ struct rmem_socket {
 struct rmem_service {
 	struct rmem_socket socket;
 	int root;			/* its mount, O_PATH */
+	int witness;			/* a socket: SO_PEERCRED is its own */
 	char api[8];			/* "v9" or "v10" */
 	char address[108];		/* where it listens, and the key */
 	unsigned char key[RMEM_CONNECT_KEY_SIZE];
@@ -248,11 +254,11 @@ static inline int rmem_send(struct rmem_socket *s, const char *call,
 	return 0;
 }
 
-/* Take the descriptors of a message: the first is the caller's, if wanted. */
-static inline void rmem_take_fds(struct msghdr *message, int *fd)
+/* Take the descriptors of a message: the first are the caller's, if wanted. */
+static inline void rmem_take_fds(struct msghdr *message, int *fds, int wanted)
 {
 	struct cmsghdr *c;
-	int got;
+	int got, taken = 0;
 
 	for (c = CMSG_FIRSTHDR(message); c; c = CMSG_NXTHDR(message, c)) {
 		unsigned char *data = CMSG_DATA(c);
@@ -262,8 +268,8 @@ static inline void rmem_take_fds(struct msghdr *message, int *fd)
 			continue;
 		for (; data + sizeof(int) <= end; data += sizeof(int)) {
 			memcpy(&got, data, sizeof(int));
-			if (fd && *fd < 0)
-				*fd = got;
+			if (taken < wanted)
+				fds[taken++] = got;
 			else
 				close(got);
 		}
@@ -272,12 +278,13 @@ static inline void rmem_take_fds(struct msghdr *message, int *fd)
 
 /*
  * Receive a message: its first word, at most *size bytes of body (*size
- * becomes their number), and a descriptor if fd is not NULL.  What does not
- * fit the body goes to spill, which is large enough for the words of an error.
+ * becomes their number), and as many descriptors as are wanted, -1 for those
+ * that did not come.  What does not fit the body goes to spill, which is large
+ * enough for the words of an error.
  */
 static inline int rmem_receive(struct rmem_socket *s, uint32_t *number,
 			       void *body, size_t *size, char spill[1024],
-			       size_t *spilt, int *fd)
+			       size_t *spilt, int *fds, int wanted)
 {
 	uint32_t head[2] = { 0, 0 };
 	struct iovec pieces[3] = {
@@ -289,9 +296,10 @@ static inline int rmem_receive(struct rmem_socket *s, uint32_t *number,
 	} rights;
 	struct msghdr message;
 	ssize_t got;
+	int i;
 
-	if (fd)
-		*fd = -1;
+	for (i = 0; i < wanted; i++)
+		fds[i] = -1;
 	memset(&message, 0, sizeof(message));
 	message.msg_iov = pieces;
 	message.msg_iovlen = 3;
@@ -304,11 +312,11 @@ static inline int rmem_receive(struct rmem_socket *s, uint32_t *number,
 		return rmem_fail(s, ENOTCONN, "the other end is gone");
 	if (got < 0)
 		return rmem_fail(s, errno, "recvmsg");
-	rmem_take_fds(&message, fd);
+	rmem_take_fds(&message, fds, wanted);
 	if (got < (ssize_t)sizeof(head) ||
 	    message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) {
-		if (fd)
-			rmem_close(fd);
+		for (i = 0; i < wanted; i++)
+			rmem_close(&fds[i]);
 		return rmem_fail(s, EPROTO, "message of another length");
 	}
 	*number = head[0];
@@ -337,7 +345,7 @@ static inline int rmem_reply_upto(struct rmem_socket *s, void *body,
 	char spill[1024];
 	uint32_t error;
 	size_t spilt;
-	int rc = rmem_receive(s, &error, body, size, spill, &spilt, fd);
+	int rc = rmem_receive(s, &error, body, size, spill, &spilt, fd, !!fd);
 
 	if (rc)
 		return rc;
@@ -382,6 +390,87 @@ static inline void rmem_service_close(struct rmem_service *service)
 {
 	rmem_close(&service->socket.fd);
 	rmem_close(&service->root);
+	rmem_close(&service->witness);
+}
+
+/*
+ * Whether a uid is one user's.  In a user namespace all that are not mapped
+ * there look like the overflow uid.
+ */
+static inline int rmem_uid_is_known(uid_t uid)
+{
+	unsigned long long overflow = 65534, count, mapped = 0;
+	FILE *file = fopen("/proc/sys/kernel/overflowuid", "re");
+
+	if (file) {
+		if (fscanf(file, "%llu", &overflow) != 1)
+			overflow = 65534;
+		fclose(file);
+	}
+	if (uid != overflow)
+		return 1;
+	file = fopen("/proc/self/uid_map", "re");
+	if (!file)
+		return 0;
+	while (fscanf(file, "%*u %*u %llu", &count) == 1)
+		mapped += count;
+	fclose(file);
+	return mapped >= 0xffffffffULL;
+}
+
+/* struct ucred, which libc hides. */
+struct rmem_peer {
+	int32_t pid;
+	uint32_t uid, gid;
+};
+
+static inline int rmem_peer_of(int fd, struct rmem_peer *peer)
+{
+	socklen_t size = (socklen_t)sizeof(*peer);
+
+	memset(peer, 0, sizeof(*peer));
+	return getsockopt(fd, SOL_SOCKET, SO_PEERCRED, peer, &size);
+}
+
+/* The inode of a pidfd, which this closes; 0 where there is none. */
+static inline ino_t rmem_pidfd_inode(int pidfd)
+{
+	struct stat found;
+	int rc = fstat(pidfd, &found);
+
+	rmem_close(&pidfd);
+	return rc ? 0 : found.st_ino;
+}
+
+static inline ino_t rmem_peer_inode(int fd)
+{
+	socklen_t size = (socklen_t)sizeof(int);
+	int pidfd = -1;
+
+	if (getsockopt(fd, SOL_SOCKET, SO_PEERPIDFD, &pidfd, &size))
+		return 0;
+	return rmem_pidfd_inode(pidfd);
+}
+
+/*
+ * Whether one user's process has made the other ends of two connections.  If
+ * that user's uid is not known here, pidfds have to tell (Linux 6.9): before,
+ * all have one inode.
+ */
+static inline int rmem_is_same_peer(int one, int other)
+{
+	struct rmem_peer ones, others;
+	ino_t inode;
+
+	if (rmem_peer_of(one, &ones) || rmem_peer_of(other, &others) ||
+	    memcmp(&ones, &others, sizeof(ones)))
+		return 0;
+	if (rmem_uid_is_known(ones.uid))
+		return 1;
+	inode = rmem_peer_inode(one);
+	return inode && inode == rmem_peer_inode(other) &&
+	       inode != rmem_pidfd_inode((int)syscall(SYS_pidfd_open,
+						      getpid(), 0));
 }
 
 /* Connect to a socket by its path, or by its abstract name after an @. */
@@ -428,10 +517,13 @@ static inline int rmem_service_after_fork(struct rmem_service *service)
 		rmem_close(&s->fd);
 		s->call = "CONNECT";
 		rc = rmem_connect(s, service->address);
-		if (rc == -ECONNREFUSED)
+		if (rc == -ECONNREFUSED ||
+		    (!rc && !rmem_is_same_peer(s->fd, service->witness)))
 			rc = rmem_fail(s, ENOTCONN, "the service is gone");
-		if (rc)
+		if (rc) {
+			rmem_close(&s->fd);
 			return rc;
+		}
 		rc = rmem_call(s, "CONNECT", RMEM_CONNECT, service->key,
 			       sizeof(service->key), NULL, 0);
 		if (rc != -ENOTCONN)
@@ -483,11 +575,10 @@ static inline int rmem_service_take(struct rmem_service *service, int first)
 	struct pollfd ready = { first, POLLIN, 0 };
 	char json[4096], spill[1024];
 	size_t size = sizeof(json) - 1, spilt;
-	uint32_t number;
-	int rc;
+	uint32_t number = 0;
+	int rc, fds[2] = { -1, -1 };
 
 	service->socket.fd = first;
-	service->root = -1;
 	do
 		rc = poll(&ready, 1, RMEM_START_SECONDS * 1000);
 	while (rc < 0 && errno == EINTR);
@@ -496,8 +587,10 @@ static inline int rmem_service_take(struct rmem_service *service, int first)
 			       "the service says nothing");
 	else
 		rc = rmem_receive(&service->socket, &number, json, &size, spill,
-				  &spilt, &service->root);
-	if (!rc && (number != RMEM_READY || service->root < 0))
+				  &spilt, fds, 2);
+	service->root = fds[0];
+	service->witness = fds[1];
+	if (!rc && (number != RMEM_READY || service->witness < 0))
 		rc = rmem_refused(&service->socket, number, json, size, spill,
 				  spilt);
 	if (!rc) {
@@ -520,24 +613,33 @@ static inline void rmem_service_init(struct rmem_service *service,
 {
 	memset(service, 0, sizeof(*service));
 	service->socket.call = call;
-	service->socket.fd = service->root = -1;
+	service->socket.fd = service->root = service->witness = -1;
 }
 
 /*
  * Get a service from `restrictedmem serve --socket path`, under another uid:
  * what an owner needs whom nobody should have to trust.  Or be let into that
- * of `restrictedmem exec`: a path that begins with @ is an abstract name.
+ * of `restrictedmem exec`: a path that begins with @ is an abstract name, which
+ * has to be this user's.
  *
- * -ENAMETOOLONG; -ENOENT, -ECONNREFUSED, -EACCES as connect(2); -ETIMEDOUT
- * after RMEM_START_SECONDS; what kept the service from starting.
+ * -ENAMETOOLONG; -ENOENT, -ECONNREFUSED, -EACCES as connect(2); -EACCES for
+ * another user's name; -ETIMEDOUT after RMEM_START_SECONDS; what kept the
+ * service from starting.
  */
 static inline int rmem_service_connect(struct rmem_service *service,
 				       const char *path)
 {
+	struct rmem_peer peer;
 	int rc;
 
 	rmem_service_init(service, "connect");
 	rc = rmem_connect(&service->socket, path);
+	if (!rc && path[0] == '@' &&
+	    (rmem_peer_of(service->socket.fd, &peer) || peer.uid != geteuid() ||
+	     !rmem_uid_is_known(peer.uid))) {
+		rmem_close(&service->socket.fd);
+		rc = rmem_fail(&service->socket, EACCES, "another user's name");
+	}
 	return rc ? rc : rmem_service_take(service, service->socket.fd);
 }
 

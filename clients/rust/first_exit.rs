@@ -20,12 +20,13 @@ struct IoVec(*const c_void, usize);
 #[repr(C)]
 struct MsgHdr(*const c_void, u32, *const IoVec, usize, *mut c_void, usize, c_int);
 
-/// `struct cmsghdr` with one descriptor: SCM_RIGHTS.
+/// `struct cmsghdr` with two descriptors: SCM_RIGHTS.
 #[repr(C, align(8))]
-struct Rights(usize, c_int, c_int, c_int);
+struct Rights(usize, c_int, c_int, [c_int; 2]);
 
 extern "C" {
     fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int;
+    fn getsockopt(socket: c_int, level: c_int, name: c_int, value: *mut c_void, size: *mut u32) -> c_int;
     fn connect(socket: c_int, name: *const c_void, size: u32) -> c_int;
     fn send(socket: c_int, message: *const c_void, size: usize, flags: c_int) -> isize;
     fn recvmsg(socket: c_int, message: *mut MsgHdr, flags: c_int) -> isize;
@@ -46,11 +47,18 @@ fn owned(fd: RawFd) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
-/// Receive a message: its first word, its body, and its descriptor.
-fn receive(from: &OwnedFd) -> Result<(u32, Vec<u8>, Option<OwnedFd>)> {
+/// Return pid, uid and gid of who made the other end (SO_PEERCRED).
+fn peer(of: &OwnedFd) -> Result<[u32; 3]> {
+    let (mut found, mut size) = ([0; 3], 12);
+    checked(unsafe { getsockopt(of.as_raw_fd(), 1, 17, found.as_mut_ptr().cast(), &mut size) })?;
+    Ok(found)
+}
+
+/// Receive a message: its first word, its body, and its descriptors.
+fn receive(from: &OwnedFd) -> Result<(u32, Vec<u8>, Vec<OwnedFd>)> {
     let mut message = vec![0u8; 128 << 10];
     let piece = IoVec(message.as_mut_ptr().cast(), message.len());
-    let mut rights = Rights(0, 0, 0, -1);
+    let mut rights = Rights(0, 0, 0, [-1; 2]);
     let mut header = MsgHdr(null(), 0, &piece, 1, (&raw mut rights).cast(), RIGHTS_SIZE, 0);
     let size = checked(unsafe { recvmsg(from.as_raw_fd(), &mut header, 0x4000_0000) } as c_int)? as usize;
     if size < 8 {
@@ -58,11 +66,11 @@ fn receive(from: &OwnedFd) -> Result<(u32, Vec<u8>, Option<OwnedFd>)> {
     }
     message.truncate(size);
     let body = message.split_off(8);
-    let fd = (header.5 >= 20).then(|| owned(rights.3));
-    Ok((u32::from_ne_bytes(message[..4].try_into().unwrap()), body, fd))
+    let fds = if header.5 >= 20 { rights.3[..(rights.0 - 16) / 4].iter().map(|fd| owned(*fd)).collect() } else { vec![] };
+    Ok((u32::from_ne_bytes(message[..4].try_into().unwrap()), body, fds))
 }
 
-fn call(to: &OwnedFd, number: u32, body: &[u8]) -> Result<(Vec<u8>, Option<OwnedFd>)> {
+fn call(to: &OwnedFd, number: u32, body: &[u8]) -> Result<(Vec<u8>, Vec<OwnedFd>)> {
     let message = [&number.to_ne_bytes(), &[0; 4], body].concat();
     checked(unsafe { send(to.as_raw_fd(), message.as_ptr().cast(), message.len(), 0x4000) } as c_int)?;
     let (error, reply, got) = receive(to)?;
@@ -101,10 +109,14 @@ fn string(json: &[u8], name: &str) -> String {
 fn main() -> Result<()> {
     let path = std::env::args().nth(1).ok_or(Error::other("usage: first_exit SOCKET"))?;
     let first = dial(&path)?;
-    let (READY, ready, Some(root)) = receive(&first)? else { return Err(Error::other("the service cannot start")) };
+    let (READY, ready, fds) = receive(&first)? else { return Err(Error::other("the service cannot start")) };
+    let [root, witness] = &fds[..] else { return Err(Error::other("READY without its descriptors")) };
 
     let (socket, key) = (string(&ready, "socket"), string(&ready, "key"));
     let service = dial(&socket)?;
+    if peer(&service)? != peer(witness)? {
+        return Err(Error::other("the service is gone, and another process listens there"));
+    }
     let key: Vec<u8> = (0..16).map(|at| u8::from_str_radix(&key[2 * at..2 * at + 2], 16).unwrap()).collect();
     call(&service, CONNECT, &key)?;
     let file = unsafe {
@@ -116,22 +128,24 @@ fn main() -> Result<()> {
     let (token, _) = call(&service, TOKEN, &[])?;
     checked(unsafe { ioctl(file.as_raw_fd(), PROVE, token.as_ptr().cast()) })?;
 
-    let (_, Some(vm)) = call(&service, SPAWN, br#"kvm {"engine": "software"}"#)? else { return Err(Error::other("no VM")) };
+    let (_, fds) = call(&service, SPAWN, br#"kvm {"engine": "software"}"#)?;
+    let [vm] = &fds[..] else { return Err(Error::other("no VM")) };
     let mut region = words(&[4 << 32, GPA, PAGE, 0, 0]); // slot 0, KVM_MEM_PRIVATE
     region.resize(160, 0);
     region.extend_from_slice(&token);
-    call(&vm, SET_USER_MEMORY_REGION, &region)?;
-    call(&vm, SET_MEMORY_ATTRIBUTES, &words(&[GPA, PAGE, 1 << 3, 0]))?;
-    let (_, Some(vcpu)) = call(&vm, CREATE_VCPU, &[])? else { return Err(Error::other("no vCPU")) };
+    call(vm, SET_USER_MEMORY_REGION, &region)?;
+    call(vm, SET_MEMORY_ATTRIBUTES, &words(&[GPA, PAGE, 1 << 3, 0]))?;
+    let (_, fds) = call(vm, CREATE_VCPU, &[])?;
+    let [vcpu] = &fds[..] else { return Err(Error::other("no vCPU")) };
 
     let mut content = words(&[GPA]);
     content.extend_from_slice(&[0xb0, 0x2a, 0xe6, 0x42]); // mov al, 42; out 0x42, al
     content.resize(8 + PAGE as usize, 0);
-    call(&vm, LAUNCH_UPDATE, &content)?;
+    call(vm, LAUNCH_UPDATE, &content)?;
     let mut regs = [0; 18];
     regs[16] = GPA; // rip
-    call(&vcpu, SET_REGS, &words(&regs))?;
-    let (exit, _) = call(&vcpu, RUN, &words(&[0]))?;
+    call(vcpu, SET_REGS, &words(&regs))?;
+    let (exit, _) = call(vcpu, RUN, &words(&[0]))?;
     let exit: Vec<u64> = exit.chunks(8).map(|word| u64::from_ne_bytes(word.try_into().unwrap())).collect();
     assert_eq!((exit.len(), exit[0]), (7, 1 << 32 | 2), "an out (KVM_EXIT_IO)");
     println!("{:#x} {} {}", exit[1], exit[2], exit[3]);

@@ -12,8 +12,11 @@ from errno import EMSGSIZE, EPROTO
 from types import TracebackType
 from typing import Final, Protocol, Self, TypeAlias, TypeVar
 
+from restrictedmem.users import is_known
+
 #: ``struct ucred``.
 _UCRED: Final = struct.Struct("=iII")
+_SO_PEERPIDFD: Final = 77
 _SO_PASSRIGHTS: Final = 83
 #: For a call that is not to wait. This and the next are plain numbers: to combine two members of an enumeration takes as long as to send.
 MSG_DONTWAIT: Final = int(socket.MSG_DONTWAIT)
@@ -242,3 +245,31 @@ def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
     """Return pid, uid and gid of who made the other end of a connection (SO_PEERCRED)."""
     pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     return pid, uid, gid
+
+
+def is_same_peer(one: socket.socket, other: socket.socket) -> bool:
+    """Say whether one user's process has made the other ends of two connections (SO_PEERCRED).
+
+    Where that user's uid is not known here (``users``), nobody else's process may have its number again: only pidfs tells processes
+    apart for good (Linux 6.9), and before it the answer is no.
+    """
+    found = peer_credentials(one)
+    if found != peer_credentials(other):
+        return False
+    if is_known(found[1]):
+        return True
+    try:
+        mine, ones, others = map(_inode, (os.pidfd_open(os.getpid()), *(_peer_pidfd(sock) for sock in (one, other))))
+    except OSError:
+        return False
+    # Before pidfs all pidfds have one inode.
+    return ones == others != mine
+
+
+def _peer_pidfd(sock: socket.socket) -> int:
+    return sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+
+
+def _inode(fd: int) -> int:
+    with OwnedFd(fd) as owned:
+        return os.fstat(owned.fileno()).st_ino

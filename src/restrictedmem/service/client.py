@@ -10,19 +10,20 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from errno import ECONNRESET, EINVAL, ENOENT, ENOTCONN, EPROTO, ETIMEDOUT
+from errno import EACCES, ECONNRESET, EINVAL, ENOENT, ENOTCONN, EPROTO, ETIMEDOUT
 from pathlib import Path
 from typing import Any, Final, Self, final
 from weakref import WeakSet
 
 from restrictedmem import sync
 from restrictedmem.abi.memory import RMFD_HUGEPAGE
-from restrictedmem.fd import OwnedFd, above_standard, receive_with_fds
+from restrictedmem.fd import OwnedFd, above_standard, is_same_peer, peer_credentials, receive_with_fds
 from restrictedmem.fs.filesystem import HUGEPAGE_MODE, NAME, PROVE
 from restrictedmem.patience import Patience
 from restrictedmem.service import SERVER_VARIABLE, wire
 from restrictedmem.service.start import Options
 from restrictedmem.service.wire import Channel
+from restrictedmem.users import is_own
 
 #: Connections that the service may drop before this process gives up.
 _TRIES: Final = 8
@@ -50,7 +51,9 @@ class Service:
         with first:
             body, fds = _receive_ready(first)
         self.info: dict[str, Any] = json.loads(body)
-        self._mount = fds[0]
+        self._mount, witness = fds
+        #: SO_PEERCRED of it is the service's.
+        self._witness = socket.socket(fileno=witness.detach())
         self._channel: Channel | None = None
         self._mutex = sync.mutex()
         #: Held from the first piece of a status to the last.
@@ -93,10 +96,11 @@ class Service:
 
     @classmethod
     def connect(cls, path: str) -> Self:
-        """Get a service from ``restrictedmem serve``, or be let into that of ``restrictedmem exec``.
+        """Get a service from ``restrictedmem serve``, or be let into that of ``restrictedmem exec``, which is one of this user.
 
         Raises:
-            OSError: ENOENT, ECONNREFUSED, EACCES as connect(2).
+            OSError: ENOENT, ECONNREFUSED, EACCES as connect(2); EACCES for an abstract name that is not this user's, or cannot be known
+                to be (``users``).
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         try:
@@ -104,6 +108,10 @@ class Service:
         except OSError as error:
             sock.close()
             raise OSError(error.errno, f"connect {path}: {os.strerror(error.errno or 0)}") from None
+        # Of a path the directory says whose it is. A name is anybody's, once the supervisor is gone.
+        if path.startswith("@") and not is_own(uid := peer_credentials(sock)[1]):
+            sock.close()
+            raise OSError(EACCES, f"connect {path}: it is uid {uid}'s, not this user's")
         return cls(sock)
 
     def share(self, sock: socket.socket) -> None:
@@ -112,7 +120,7 @@ class Service:
         Raises:
             OSError: EPIPE when the other end is gone.
         """
-        Channel(sock, "another owner").post(wire.READY, json.dumps(self.info).encode(), [self._mount.fileno()])
+        Channel(sock, "another owner").post(wire.READY, json.dumps(self.info).encode(), [self._mount.fileno(), self._witness.fileno()])
 
     def memfd_restricted(self, flags: int = 0) -> int:
         """Create a restricted descriptor, close-on-exec, which the caller owns; see ``restrictedmem.memfd_restricted``."""
@@ -195,6 +203,7 @@ class Service:
         """Let go of the service; descriptors and consumers stay."""
         if self._channel is not None:
             self._channel.close()
+        self._witness.close()
         self._mount.close()
 
     def __enter__(self) -> Self:
@@ -228,20 +237,22 @@ class Service:
         raise OSError(ENOTCONN, f"connect {self.info['socket']}: the service drops every connection")
 
     def _knock(self) -> Channel:
-        """Connect, and show the key that READY brought.
+        """Connect, and show the key that READY brought, to nobody but the service.
 
         Raises:
-            OSError: ENOTCONN when nobody listens: the service is gone, or this process is in another network namespace; ECONNRESET when
-                the service has dropped the connection.
+            OSError: ENOTCONN when nobody listens, or somebody else: the service is gone, or this process is in another network
+                namespace; ECONNRESET when the service has dropped the connection.
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         channel = Channel(sock, "service", takes_fds=True)
         try:
             sock.connect(address(self.info["socket"]))
+            if not is_same_peer(sock, self._witness):
+                raise ConnectionRefusedError
             channel.call(wire.CONNECT, bytes.fromhex(self.info["key"]))
         except ConnectionRefusedError:
             channel.close()
-            words = "nobody listens: the service is gone, or in another network namespace"
+            words = "the service does not listen there: it is gone, or in another network namespace"
             raise OSError(ENOTCONN, f"connect {self.info['socket']}: {words}") from None
         except OSError as error:
             channel.close()

@@ -85,7 +85,10 @@ def run(owner: Channel, spawner: Channel, options: "Options", origin: "Origin") 
     }
     # Nobody waits for more on this socket, and the owner may be gone.
     with root, suppress(OSError):
-        owner.post(wire.READY, json.dumps(about).encode(), [root.fileno()])
+        # Both ends are this process's, and say so to whoever asks.
+        witness, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with witness, other:
+            owner.post(wire.READY, json.dumps(about).encode(), [root.fileno(), witness.fileno()])
     bury(owner.sock)
     threading.Thread(target=service.run, name="control", daemon=True).start()
     with device:

@@ -23,6 +23,7 @@ MAX_MESSAGE: Final = 128 << 10
 #: The largest body of a message.
 MAX_BODY: Final = MAX_MESSAGE - _HEAD.size
 KEY_BYTES: Final = 16
+_READY_FDS: Final = 2
 _GONE: Final = (ECONNRESET, EPIPE, ENOTCONN)
 
 
@@ -51,7 +52,8 @@ ERROR_PAGE: Final = Call("ERROR_PAGE", 6)
 
 # The service to its owner, unasked, on the socket that it was started with.
 READY: Final = Call("READY", 1 << 16)
-"""Body: JSON that describes the service, ``socket`` and ``key`` for CONNECT in it; descriptor 0 is the root of its mount."""
+"""Body: JSON that describes the service, ``socket`` and ``key`` for CONNECT in it. Descriptor 0 is the root of its mount, 1 its witness:
+a socket of which SO_PEERCRED says who the service is."""
 
 # A consumer to the service.
 BIND: Final = Call("BIND", 16)
@@ -279,17 +281,20 @@ class Channel:
 
 
 def parse_ready(received: tuple[bytes, list[OwnedFd]]) -> tuple[bytes, list[OwnedFd]]:
-    """Check the first message of a service and return its body and descriptors.
+    """Check the first message of a service and return its body and both descriptors.
 
     Raises:
-        OSError: the errno the service failed with; ECONNRESET when it died without a word.
+        OSError: the errno the service failed with; ECONNRESET when it died without a word; EPROTO without a descriptor.
     """
     data, fds = received
     if len(data) < _HEAD.size:
         raise OSError(ECONNRESET, "the service died while it started")
     number, _ = _HEAD.unpack_from(data)
     body = data[_HEAD.size :]
-    if number != READY.number or not fds:
+    if number != READY.number:
         close_all(fds)
         raise OSError(number, f"the service cannot start: {body.decode(errors='replace') or os.strerror(number)}")
+    if len(fds) != _READY_FDS:
+        close_all(fds)
+        raise OSError(EPROTO, f"READY with {len(fds)} descriptors")
     return body, fds
