@@ -328,6 +328,77 @@ def test_a_fault_can_be_mended(machine: Machine) -> None:
     assert found.arguments[0] == 42
 
 
+def missing_page(machine: Machine, at: int, content: bytes) -> MemoryFault:
+    """Make a slot of one private page, which shows the half that it lacks; returns what comes of a touch."""
+    fd = machine.service.memfd_restricted()
+    machine.vm.set_user_memory_region(slot=2, guest_phys_addr=at, memory_size=PAGE, restricted_fd=fd)
+    os.close(fd)
+    machine.convert(at, PAGE, private=True)
+    machine.vm.launch_update(at, content.ljust(PAGE, b"\xf4"))
+    machine.convert(at, PAGE, private=False)
+    return MemoryFault(0, at, PAGE, EFAULT)
+
+
+def test_what_precedes_the_end_of_a_page_is_executed(machine: Machine) -> None:
+    """The store and OUT come first, then the fault of the next page."""
+    missing = missing_page(machine, SHARED + MIB, assembled("8b37", CALL))  # mov esi, [rdi]
+    code = assembled("c7072a000000", "e642")  # mov dword [rdi], 42; out 0x42, al
+    machine.window[MIB - len(code) : MIB] = code
+    machine.vcpu.set_regs(rip=SHARED + MIB - len(code), rsp=STACK, rdi=DATA)
+    assert machine.vcpu.run() == PortOut(0x42, 1, 0)
+    assert [machine.vcpu.run(), machine.vcpu.run()] == [missing, missing]
+    machine.convert(SHARED + MIB, PAGE, private=True)
+    assert word(machine.vcpu.run()) == 42
+
+
+@pytest.mark.parametrize(
+    ("instruction", "result"),
+    [
+        ("0f9003", 1),  # seto [rbx]
+        ("0f9403", 0),  # sete [rbx]
+        ("0f9803", 1),  # sets [rbx]
+        ("0f9c03", 0),  # setl [rbx]
+        ("d113", 21),  # rcl dword [rbx], 1
+        ("d11b", 0x8000_0005),  # rcr dword [rbx], 1
+    ],
+)
+def test_an_instruction_that_faulted_has_its_flags(machine: Machine, instruction: str, result: int) -> None:
+    """Behind a comparison that overflows and borrows; the page has no half at first."""
+    page = PRIVATE + 64 * MIB
+    missing = missing_page(machine, page, (10).to_bytes(4, "little"))
+    exit_ = machine.start(
+        f"bb{page.to_bytes(4, 'little').hex()}",  # mov ebx, page
+        "b801000000",  # mov eax, 1
+        "b900000080",  # mov ecx, 1 << 31
+        "39c8",  # cmp eax, ecx
+        instruction,
+        "8b33",  # mov esi, [rbx]
+        CALL,
+    )
+    assert exit_ == missing
+    machine.convert(page, PAGE, private=True)
+    assert word(machine.vcpu.run()) == result
+
+
+@pytest.mark.parametrize("instruction", ["f00fc70f", "f0480fc70f"])  # lock cmpxchg8b [rdi], cmpxchg16b [rdi]
+@pytest.mark.parametrize("equal", [False, True])
+def test_cmpxchg8b_and_16b_keep_other_flags(machine: Machine, instruction: str, equal: bool) -> None:
+    exit_ = machine.start(
+        "31d2",  # xor edx, edx
+        f"b8{'00' if equal else '01'}000000",  # mov eax, 0 or 1
+        "bb01000000",  # mov ebx, 1
+        "31c9",  # xor ecx, ecx
+        "4885ff",  # test rdi, rdi
+        instruction,
+        "9c",  # pushf
+        "5e",  # pop rsi
+        "81e6c5080000",  # and esi, 0x8c5
+        CALL,
+    )
+    # The lowest byte of DATA is 0: PF.
+    assert word(exit_) == 4 | equal * 0x40
+
+
 # Memory.
 
 

@@ -1,4 +1,4 @@
-"""Instructions executed one by one: at a device, for a debugger."""
+"""Instructions executed one by one: at the end of a page, at a device, for a debugger."""
 
 from collections.abc import Iterator
 from errno import EFAULT
@@ -6,9 +6,12 @@ from typing import Final
 
 import pytest
 
-from restrictedmem.kvm.exits import DR6_BS, SINGLE_STEP, Debug, MemoryFault, MmioRead, MmioWrite, Shutdown
+from restrictedmem.abi.kvm import kvm_regs
+from restrictedmem.kvm.exits import DR6_BS, SINGLE_STEP, Debug, Hypercall, MemoryFault, MmioRead, MmioWrite, PortIn, PortOut, Shutdown
+from restrictedmem.kvm.guest_abi import GPA_BITS
+from restrictedmem.kvm.memslot import Memslot
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, gfn_t
-from software_machine import CODE, DATA, DEVICE, HALTED, STACK, Machine, machine_code, make_machine
+from software_machine import CODE, DATA, DEVICE, HALTED, STACK, Machine, machine_code, make_machine, shared_half
 
 #: The page behind CODE, which has no half in these tests until they give it one.
 NEXT: Final = CODE + PAGE_SIZE
@@ -34,12 +37,126 @@ def start_at_the_end(machine: Machine, code: bytes, beyond: bytes = b"") -> None
     show(machine, NEXT, private=False)
 
 
+# The end of a page whose next one cannot be fetched.
+
+
+@pytest.mark.parametrize(
+    ("code", "exits"),
+    [
+        (("e642",), [PortOut(0x42, 1, 0)]),  # out 0x42, al
+        (("e442", "8907"), [PortIn(0x42, 1)]),  # in al, 0x42; mov [rdi], eax
+        (("be000000d0", "8936"), [MmioWrite(DEVICE, 4, DEVICE)]),  # mov esi, DEVICE; mov [rsi], esi
+        (("be000000d0", "0f9806"), [MmioWrite(DEVICE, 1, 0)]),  # mov esi, DEVICE; sets [rsi]
+        (("be000000d0", "8b06", "8907"), [MmioRead(DEVICE, 4)]),  # mov esi, DEVICE; mov eax, [rsi]; mov [rdi], eax
+        (("e642", "e643"), [PortOut(0x42, 1, 0), PortOut(0x43, 1, 0)]),
+    ],
+)
+def test_what_precedes_the_end_of_a_page_exits_first(machine: Machine, code: tuple[str, ...], exits: list[object]) -> None:
+    start_at_the_end(machine, machine_code("ff4708", *code))  # inc dword [rdi + 8]
+    assert machine.vcpu.run() == exits[0]
+    assert machine.word(DATA + 8) == 1
+    for exit_ in exits[1:]:
+        assert machine.go_on(7) == exit_
+    assert machine.go_on(7) == machine.vcpu.run() == MISSING
+    assert machine.engine.get_regs().rip == NEXT
+    assert machine.word(DATA) == (7 if len(code) > 1 and code[-1] == "8907" else 0)
+    show(machine, NEXT, private=True)
+    assert machine.go_on() == HALTED
+    assert machine.word(DATA + 8) == 1
+
+
+@pytest.mark.parametrize("inside", range(1, 7))
+def test_an_instruction_across_the_end(machine: Machine, inside: int) -> None:
+    """What precedes it is done, it is not, and where it begins is where the guest stands."""
+    code = machine_code("48ff07", "b805000000", "81470811000000", "f4")  # inc qword [rdi]; mov eax, 5; add dword [rdi + 8], 0x11
+    before = 8 + inside
+    start_at_the_end(machine, code[:before], code[before:])
+    for _ in range(2):
+        assert machine.vcpu.run() == MISSING
+        assert (machine.word(DATA), machine.word(DATA + 8)) == (1, 0)
+        registers = machine.engine.get_regs()
+        assert (registers.rip, registers.rax, registers.rflags) == (NEXT - inside, 5, 0x3002)
+    show(machine, NEXT, private=True)
+    assert machine.vcpu.run() == HALTED
+    assert (machine.word(DATA), machine.word(DATA + 8)) == (1, 0x11)
+
+
+def test_a_long_block_before_the_end(machine: Machine) -> None:
+    """Up to what touches another page that is missing; flags, stack and DF are as they would be."""
+    code = machine_code(
+        "fd",  # std
+        *["48ff07"] * 40,  # inc qword [rdi]
+        "9c",  # pushf
+        "669c",  # pushf, of 16 bits
+        "4839ff",  # cmp rdi, rdi
+        "9c",  # pushf
+        "58",  # pop rax
+        "8b0e",  # mov ecx, [rsi]
+        "9d",  # popf
+    )
+    start_at_the_end(machine, code)
+    registers = machine.engine.get_regs()
+    registers.rsi = DATA + PAGE_SIZE
+    machine.engine.change_regs(registers)
+    show(machine, DATA + PAGE_SIZE, private=False)
+    assert machine.vcpu.run() == MemoryFault(0, DATA + PAGE_SIZE, PAGE_SIZE, EFAULT)
+    show(machine, DATA + PAGE_SIZE, private=True)
+    registers = machine.engine.get_regs()
+    # No trap flag in what was pushed.
+    assert (machine.word(DATA), registers.rax, registers.rsp) == (40, 0x3446, STACK - 10)
+    assert (machine.word(STACK - 8), machine.word(STACK - 10) & 0xFFFF) == (0x3406, 0x3406)
+    assert machine.vcpu.run() == MISSING
+    registers = machine.engine.get_regs()
+    assert (registers.rip, registers.rsp) == (NEXT, STACK - 2)
+    assert registers.rflags & 0xD00 == 0x400
+
+
+def test_other_reasons_at_the_end(machine: Machine) -> None:
+    """An exception, a hypercall, a branch and an interrupt come first, as they do elsewhere."""
+    start_at_the_end(machine, machine_code("31c9f7f1"))  # xor ecx, ecx; div ecx
+    assert machine.vcpu.run() == Shutdown(0)
+    start_at_the_end(machine, machine_code("90", "cd01"))  # int 1
+    assert machine.vcpu.run() == Shutdown(1)
+    start_at_the_end(machine, machine_code("b900001000", "ffd1"))  # mov ecx, HYPERCALL_PAGE; call rcx
+    assert machine.vcpu.run() == Hypercall(0, (DATA, 0, 0, 0))
+    assert machine.vcpu.run() == Hypercall(0, (DATA, 0, 0, 0))
+    assert machine.go_on() == MISSING
+    start_at_the_end(machine, machine_code("eb02", "e642"))  # jmp to NEXT
+    assert machine.vcpu.run() == MISSING
+    assert machine.engine.get_regs().rip == NEXT
+
+
+def test_the_end_of_the_last_page(machine: Machine) -> None:
+    """Behind it is no memory fault but a page fault, for good."""
+    last = (1 << GPA_BITS) - PAGE_SIZE
+    slot = Memslot(2, gfn_t(last >> PAGE_SHIFT), 1, private=None, shared=shared_half(1))
+    assert slot.shared is not None
+    slot.shared.write(PAGE_SIZE - 4, machine_code("ff07", "e642"))  # inc dword [rdi]; out 0x42, al
+    machine.mmu.add_slot(slot)
+    machine.engine.add_slot(slot)
+    machine.engine.set_regs(kvm_regs(rip=last + PAGE_SIZE - 4, rdi=DATA))
+    assert machine.vcpu.run() == PortOut(0x42, 1, 0)
+    assert machine.word(DATA) == 1
+    assert machine.go_on() == machine.go_on() == Shutdown(14)
+    slot.shared.write(PAGE_SIZE - 4, machine_code("ff07", "4883"))  # inc dword [rdi]; sub, without its end
+    machine.engine.drop(slot.base_gfn, slot.end_gfn)
+    machine.engine.set_regs(kvm_regs(rip=last + PAGE_SIZE - 4, rdi=DATA))
+    assert machine.vcpu.run() == Shutdown(14)
+    assert machine.word(DATA) == 2
+    slot.close()
+
+
 def test_the_trap_flag_of_the_guest_itself(machine: Machine) -> None:
     """What a guest pops into its flags is its own, also where the engine had set the same."""
     code = machine_code("6802010000", "9d", "48ff07", "48ff07")  # push 0x102; popf; inc qword [rdi], twice
-    machine.start(code)
-    assert machine.vcpu.run() == Shutdown(1)
-    assert machine.word(DATA) == 1
+    for ending in (False, True):
+        machine.put(DATA, bytes(8))
+        if ending:
+            start_at_the_end(machine, code)
+        else:
+            machine.start(code)
+        assert machine.vcpu.run() == Shutdown(1)
+        assert machine.word(DATA) == 1
 
 
 # A device.

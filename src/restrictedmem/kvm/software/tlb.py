@@ -23,7 +23,7 @@ from restrictedmem.kvm.software.flags import LateFlags
 from restrictedmem.kvm.software.mmio import Scratch
 from restrictedmem.kvm.software.physical import PhysicalMemory, Window
 from restrictedmem.kvm.software.unicorn import MEM_FETCH, MEM_READ, MEM_WRITE
-from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE
+from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 
 # What is the engine's own in Unicorn's physical memory; the halves lie behind it.
 GPA_END: Final = 1 << GPA_BITS
@@ -72,8 +72,9 @@ class Tlb:
         self._flags = flags
         self._refusal: Exit | Stop | None = None
         self._failure: BaseException | None = None
-        #: What was refused: MEM_READ, MEM_WRITE or MEM_FETCH.
+        #: What was refused: MEM_READ, MEM_WRITE or MEM_FETCH; and of which guest page.
         self.access = 0
+        self.page = 0
         #: The hook; to be called when a slot is gone; how many misses there were.
         self.fill, self.forget_window, self.count = self._make_fill()
 
@@ -92,14 +93,14 @@ class Tlb:
             raise failure
         return self._refusal
 
-    def _refuse(self, why: Exit | Stop, access: int) -> None:
-        self._refusal, self.access = why, access
+    def _refuse(self, why: Exit | Stop, access: int, page: int) -> None:
+        self._refusal, self.access, self.page = why, access, page
         if access != MEM_FETCH:
             self._flags.refused()
 
     def on_unmapped_read(self, _uc: int, _kind: int, address: int, size: int, _value: int) -> bool:
         """Refuse a load from the hole, now that it is known what it loads."""
-        self._refuse(exits.MmioRead(address - HOLE, size), MEM_READ)
+        self._refuse(exits.MmioRead(address - HOLE, size), MEM_READ, address - HOLE & ~PAGE_MASK)
         return False
 
     def _make_fill(self) -> tuple[Callable[[int, int, int, int], int], Callable[[], None], Callable[[], int]]:
@@ -153,7 +154,7 @@ class Tlb:
             return 0, 0
         if isinstance(answer, tuple):
             return answer
-        self._refuse(answer, access)
+        self._refuse(answer, access, page)
         return 0, 0
 
     def _around_slots(self, page: int, access: int) -> tuple[int, int] | Exit | Stop:

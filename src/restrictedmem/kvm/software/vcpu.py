@@ -28,7 +28,7 @@ from restrictedmem.kvm.software.tlb import GPA_END, HOLE, HYPERCALL_CODE, REPORT
 from restrictedmem.kvm.software.turns import Turns
 from restrictedmem.kvm.software.unicorn import MEM_FETCH, Context, Uc
 from restrictedmem.kvm.software.wide import is_wide
-from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, gfn_t
+from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, gfn_t
 
 #: An invalid opcode is what ends a run most precisely.
 HYPERCALL: Final = bytes.fromhex(
@@ -318,13 +318,18 @@ class SoftwareVcpu:
             return exits.Hypercall(number, (rdi, rsi, rdx, r10))
         return Stop.ALONE if is_wide(self._fetched.instruction(rip)) else _INVALID_OPCODE
 
-    def _exit(self) -> Exit | None:
-        """Turn the reason why the run ended into an exit, or into None when the guest is to go on."""
+    def _exit(self, *, alone: bool = False) -> Exit | None:
+        """Turn the reason why the run ended into an exit, or into None when the guest is to go on.
+
+        ``alone`` says that it was an instruction that was executed alone.
+        """
         match self._why:
             case None | Stop.AGAIN:
                 return None
             case Stop.ALONE:
                 return self._go_alone()
+            case exits.MemoryFault() | exits.Shutdown() if not alone and self._may_need_no_page():
+                return self._go_alone(to_the_end=True)
             case Stop.STEP:
                 self._unfinished = True
                 return self._run()
@@ -350,9 +355,24 @@ class SoftwareVcpu:
                 pass
         return self._why
 
-    def _go_alone(self) -> Exit | None:
-        """Execute the instruction at RIP alone."""
-        return None if self._alone.execute() else self._exit()
+    def _may_need_no_page(self) -> bool:
+        """Say whether a page could not be fetched that the instruction at RIP may not need.
+
+        Unicorn translates a block whole before it executes the first instruction.
+        """
+        if self._tlb.access != MEM_FETCH or self._tlb.refused() is None:
+            return False
+        return self._tlb.page != self._uc.read(unicorn.RIP) & ~PAGE_MASK
+
+    def _go_alone(self, *, to_the_end: bool = False) -> Exit | None:
+        """Execute the instruction at RIP alone; ``to_the_end`` of its page, those that follow, too."""
+        before = self._uc.read(unicorn.RIP)
+        while self._alone.execute():
+            rip = self._uc.read(unicorn.RIP)
+            if not to_the_end or not before < rip <= before | PAGE_MASK:
+                return None
+            before = rip
+        return self._exit(alone=True)
 
     def _step(self) -> Exit | None:
         """Try the one instruction at RIP that touches MMIO; ``_unfinished`` says whether it is done."""
