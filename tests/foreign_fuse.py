@@ -6,7 +6,8 @@ Every name is a file of one page; attributes are never cached.
 import os
 import signal
 import socket
-from collections.abc import Callable, Generator
+import struct
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from errno import ENOSYS
@@ -21,6 +22,8 @@ _FILE: Final = 2
 _PAGE: Final = 4096
 _SILENT: Final = {Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT}
 _EMPTY: Final = {Opcode.FLUSH, Opcode.RELEASE, Opcode.UNLINK}
+#: Offset of the length in a request to write, header included.
+_WRITE_SIZE: Final = fuse.IN_HEADER.size + 16
 
 
 @dataclass
@@ -50,13 +53,16 @@ class Foreign:
 
 
 @contextmanager
-def foreign(before: Callable[[int], object] = lambda opcode: None) -> Generator[Foreign]:
-    """Mount one, detached, as root; its server calls ``before`` with each request's opcode first, and is killed at the end."""
+def foreign(before: Callable[[int], object] = lambda opcode: None, failing: Mapping[int, int] | None = None) -> Generator[Foreign]:
+    """Mount one, detached, as root; its server calls ``before`` with each request's opcode first, and is killed at the end.
+
+    What is written goes nowhere. Opcodes in ``failing`` are answered with its errnos.
+    """
     events, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
     if pid == 0:
         events.close()
-        _run(theirs, before)
+        _run(theirs, before, failing or {})
     theirs.close()
     try:
         events.settimeout(10)
@@ -70,17 +76,17 @@ def foreign(before: Callable[[int], object] = lambda opcode: None) -> Generator[
         events.close()
 
 
-def _run(events: socket.socket, before: Callable[[int], object]) -> NoReturn:
+def _run(events: socket.socket, before: Callable[[int], object], failing: Mapping[int, int]) -> NoReturn:
     try:
         device, root = mount_detached(allow_other=False)
         with root:
             send_with_fds(events, b"root", [root.fileno()])
-        _serve(device, events, before)
+        _serve(device, events, before, failing)
     finally:
         os._exit(1)
 
 
-def _serve(device: OwnedFd, events: socket.socket, before: Callable[[int], object]) -> None:
+def _serve(device: OwnedFd, events: socket.socket, before: Callable[[int], object], failing: Mapping[int, int]) -> None:
     while data := os.read(device.fileno(), 1 << 20):
         _, opcode, unique, node, *_ = fuse.IN_HEADER.unpack_from(data)
         with suppress(BlockingIOError):
@@ -88,14 +94,15 @@ def _serve(device: OwnedFd, events: socket.socket, before: Callable[[int], objec
         if opcode in _SILENT:
             continue
         before(opcode)
-        body = _answer(opcode, node)
-        header = fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + len(body or b""), -ENOSYS if body is None else 0, unique)
+        body = None if opcode in failing else _answer(opcode, node, data)
+        errno = failing.get(opcode, ENOSYS) if body is None else 0
+        header = fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + len(body or b""), -errno, unique)
         # Whoever asked may have been killed.
         with suppress(FileNotFoundError):
             os.write(device.fileno(), header + (body or b""))
 
 
-def _answer(opcode: int, node: int) -> bytes | None:
+def _answer(opcode: int, node: int, request: bytes) -> bytes | None:
     match opcode:
         case Opcode.INIT:
             init = fuse.fuse_init_out(
@@ -104,12 +111,15 @@ def _answer(opcode: int, node: int) -> bytes | None:
             return bytes(init)
         case Opcode.LOOKUP:
             return fuse.ENTRY_OUT.pack(_FILE, 0, 0, 0, 0, 0) + _attributes(_FILE)
-        case Opcode.GETATTR:
+        case Opcode.GETATTR | Opcode.SETATTR:
             return fuse.ATTR_OUT.pack(0, 0, 0) + _attributes(node)
         case Opcode.OPEN:
             return fuse.OPEN_OUT.pack(0, 0, 0)
         case Opcode.READ:
             return bytes(_PAGE)
+        case Opcode.WRITE:
+            (size,) = struct.unpack_from("=I", request, _WRITE_SIZE)
+            return struct.pack("=II", size, 0)
         case Opcode.STATFS:
             return bytes(80)
         case _:

@@ -84,7 +84,7 @@ def test_the_status_is_the_programs(tmp_path: Path, arguments: list[str], status
 def test_a_report_that_cannot_be_written_keeps_the_program_from_starting(tmp_path: Path) -> None:
     command = [*EXEC, "--json", str(tmp_path / "none" / "report"), "--", "touch", str(tmp_path / "started")]
     found = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
-    assert (found.returncode, found.stderr) == (1, f"error: {tmp_path}/none/report: No such file or directory\n")
+    assert (found.returncode, found.stderr) == (1, f"error: {tmp_path}/none/report: open: No such file or directory\n")
     assert not (tmp_path / "started").exists()
 
 

@@ -177,9 +177,9 @@ def test_no_command_writes_through_a_planted_link(tmp_path: Path, theirs: Path, 
     trace = tmp_path / "trace"
     event = '{"ts": 1, "pid": 1, "tid": 1, "event": "trace", "version": 1}\n'
     trace.write_text(event, encoding="ascii")
-    words = {"FILE": str(theirs / "file"), "TRACE": str(trace)}
+    places = {"FILE": str(theirs / "file"), "TRACE": str(trace)}
     done = subprocess.run(
-        [sys.executable, "-m", "restrictedmem", *(words.get(word, word) for word in command)],
+        [sys.executable, "-m", "restrictedmem", *(places.get(word, word) for word in command)],
         capture_output=True,
         text=True,
         check=False,
@@ -187,8 +187,8 @@ def test_no_command_writes_through_a_planted_link(tmp_path: Path, theirs: Path, 
         stdin=subprocess.DEVNULL,
     )
     assert intact(victim)
-    line = f"error: {theirs}/file: file is a symbolic link of uid {ORDINARY}, which is not followed"
-    assert (done.returncode, done.stderr) == (1, f"{line}\n")
+    words = f"open: {os.strerror(ELOOP)} (file is a symbolic link of uid {ORDINARY}, which is not followed)"
+    assert (done.returncode, done.stderr) == (1, f"error: {theirs}/file: {words}\n")
 
 
 # Keys that are read.

@@ -187,7 +187,7 @@ def test_a_run_says_what_happened(recorded: Path, engine: str) -> None:
     if engine == "software":
         assert {event["result"] for event in of("fault")} <= {"mapped", "retry"}
         assert {event["private"] for event in of("fault")} == {True, False}
-    assert [event.get("status") for event in of("end")] == [0, None]
+    assert [event.get("status") for event in of("end")] == [None, 0]
 
 
 @pytest.mark.requires("fuse")
@@ -263,9 +263,7 @@ def test_a_trace_that_cannot_be_written_fails_the_command(platform: str) -> None
     done = subprocess.run(command, input="", capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
     assert done.stdout.startswith("e3b0c442"), "the guest runs all the same"
-    assert [line for line in done.stderr.splitlines() if "/dev/full" in line] == [
-        "error: /dev/full: the trace could not be written: No space left on device"
-    ]
+    assert [line for line in done.stderr.splitlines() if "/dev/full" in line] == ["error: /dev/full: write: No space left on device"]
 
 
 @pytest.mark.requires("fuse")
@@ -324,7 +322,7 @@ BEGIN, END, INSTANT, COUNTER = 1, 2, 3, 4
 @pytest.mark.requires("fuse")
 def test_perfetto_gets_tracks_slices_and_a_counter(excerpt: Path, engine: str) -> None:
     with excerpt.open() as file:
-        events = perfetto.read(file)
+        events = perfetto.read(file).events
     packets = [message(packet) for number, packet in fields(perfetto.convert(events)) if number == 1]
     assert packets[0][13] == 1, "the sequence's first packet must say that there is no earlier state"
     assert all(packet[10] == packets[0][10] for packet in packets)
@@ -376,7 +374,7 @@ def test_a_slice_ends_where_the_one_around_it_does() -> None:
         # The run was cut off: no exit.
         '{"ts": 40, "pid": 1',
     ]
-    packets = [message(packet) for _, packet in fields(perfetto.convert(perfetto.read(text)))]
+    packets = [message(packet) for _, packet in fields(perfetto.convert(perfetto.read(text).events))]
     told = [(packet[8], message(packet[11])[9]) for packet in packets if 11 in packet]
     assert told == [(1, INSTANT), (10, BEGIN), (15, BEGIN), (20, END), (20, BEGIN), (30, END), (30, END)]
 
@@ -410,7 +408,7 @@ def test_half_a_character_is_converted() -> None:
         '{"ts":1,"pid":1,"tid":1,"event":"trace","version":1}\n',
         '{"ts":2,"pid":1,"tid":1,"event":"\\ud800"}\n',
     ]
-    assert perfetto.convert(perfetto.read(text)).count(b"?") == 1
+    assert perfetto.convert(perfetto.read(text).events).count(b"?") == 1
 
 
 @pytest.mark.requires("fuse")
@@ -419,4 +417,4 @@ def test_the_command_converts(excerpt: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "restrictedmem", "trace", "to-perfetto", str(excerpt), str(out)]
     subprocess.run(command, check=True, capture_output=True)
     with excerpt.open() as file:
-        assert out.read_bytes() == perfetto.convert(perfetto.read(file))
+        assert out.read_bytes() == perfetto.convert(perfetto.read(file).events)

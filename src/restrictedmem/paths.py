@@ -8,10 +8,11 @@ and what was looked at is what is used.
 import os
 import stat
 from collections.abc import Iterator
-from errno import EACCES, EINVAL, EISDIR, ELOOP, EMLINK
+from errno import EACCES, EINVAL, EISDIR, ELOOP, EMLINK, ENOENT
 from pathlib import Path
-from typing import Final
+from typing import Final, Self, final
 
+from restrictedmem.failure import failed, named
 from restrictedmem.fd import OwnedFd
 from restrictedmem.users import is_known
 
@@ -44,7 +45,7 @@ def resolve(path: str, *, last: bool) -> tuple[OwnedFd, str, int]:
     Raises:
         OSError: ELOOP for another user's link; EISDIR for a path without a last name; as openat(2).
     """
-    proc = os.stat("/proc").st_dev
+    proc = _proc()
     names, links = _names(path), 0
     directory = _root(path)
     try:
@@ -56,7 +57,7 @@ def resolve(path: str, *, last: bool) -> tuple[OwnedFd, str, int]:
             if target is not None:
                 links += 1
                 if links > _MOST_LINKS:
-                    raise OSError(ELOOP, os.strerror(ELOOP))
+                    raise failed("open", ELOOP)
                 names += _names(target)
                 before = directory
                 directory = _root(target) if target.startswith("/") else directory
@@ -68,10 +69,18 @@ def resolve(path: str, *, last: bool) -> tuple[OwnedFd, str, int]:
                 return directory, name, follow
             if before is not directory:
                 before.close()
-        raise OSError(EISDIR, os.strerror(EISDIR))
+        raise failed("open", EISDIR)
     except OSError as error:
         directory.close()
-        raise OSError(error.errno, error.strerror, path) from None
+        raise named("open", error, path) from None
+
+
+def _proc() -> int:
+    """Return the device of /proc; -1, which no file has, where none is mounted."""
+    try:
+        return os.stat("/proc/self").st_dev
+    except FileNotFoundError:
+        return -1
 
 
 def _names(path: str) -> list[str]:
@@ -94,7 +103,7 @@ def _link(directory: OwnedFd, name: str, proc: int) -> tuple[str | None, int]:
             return None, os.O_NOFOLLOW
         if not _is_trusted(found, os.fstat(directory.fileno())):
             words = f"{name} is a symbolic link of uid {found.st_uid}, which is not followed"
-            raise OSError(ELOOP, words)
+            raise failed("open", ELOOP, words)
         if found.st_dev == proc:
             return None, 0
         return os.readlink("", dir_fd=fd.fileno()), os.O_NOFOLLOW
@@ -116,24 +125,77 @@ def create(path: str) -> OwnedFd:
         except FileExistsError:
             pass
         except OSError as error:
-            raise OSError(error.errno, error.strerror, path) from None
+            raise named("open", error, path) from None
         try:
             with OwnedFd(os.open(name, _LOOK | follow, dir_fd=directory.fileno())) as there:
                 _check_target(os.fstat(there.fileno()), os.fstat(directory.fileno()))
-                # By its inode: another may have the name by now.
-                return OwnedFd(os.open(f"/proc/self/fd/{there.fileno()}", flags | os.O_TRUNC))
+                return _reopen(there, flags | os.O_TRUNC)
         except OSError as error:
-            raise OSError(error.errno, error.strerror, path) from None
+            raise named("open", error, path) from None
+
+
+def _reopen(there: OwnedFd, flags: int) -> OwnedFd:
+    """Open a file that is held (``O_PATH``), by its inode: another may have the name by now.
+
+    Raises:
+        OSError: ENOENT without /proc; as open(2).
+    """
+    try:
+        return OwnedFd(os.open(f"/proc/self/fd/{there.fileno()}", flags))
+    except FileNotFoundError:
+        raise failed("open", ENOENT, "/proc is not mounted") from None
 
 
 def _check_target(found: os.stat_result, room: os.stat_result) -> None:
     if stat.S_ISLNK(found.st_mode):
-        raise OSError(ELOOP, os.strerror(ELOOP))
+        raise failed("open", ELOOP)
     if stat.S_ISREG(found.st_mode):
         if found.st_nlink > 1:
-            raise OSError(EMLINK, "the file has another name, too, and is not emptied")
+            raise failed("open", EMLINK, "the file has another name, too, and is not emptied")
     elif not _is_trusted(found, room):
-        raise OSError(EACCES, f"not a file, and uid {found.st_uid}'s")
+        raise failed("open", EACCES, f"not a file, and uid {found.st_uid}'s")
+
+
+@final
+class NewFile:
+    """A file that is written once, from its beginning to its end; every error has its path.
+
+    What writes too little, or fails at close (a quota, a network's file system), is an error.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Open it as ``create`` does, which raises what this raises."""
+        self._path = path
+        self._fd = create(path)
+
+    def write(self, data: bytes) -> None:
+        """Write all of ``data``.
+
+        Raises:
+            OSError: as write(2).
+        """
+        try:
+            while data:
+                data = data[os.write(self._fd.fileno(), data) :]
+        except OSError as error:
+            raise named("write", error, self._path) from None
+
+    def close(self) -> None:
+        """Close it; a second call does nothing.
+
+        Raises:
+            OSError: as close(2).
+        """
+        try:
+            self._fd.close()
+        except OSError as error:
+            raise named("close", error, self._path) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def open_regular(path: str, flags: int = os.O_RDONLY) -> OwnedFd:
@@ -142,10 +204,13 @@ def open_regular(path: str, flags: int = os.O_RDONLY) -> OwnedFd:
     Raises:
         OSError: EINVAL for anything but a regular file; as open(2).
     """
-    with OwnedFd(os.open(path, _LOOK)) as there:
-        if not stat.S_ISREG(os.fstat(there.fileno()).st_mode):
-            raise OSError(EINVAL, f"{path} is not a file")
-        return OwnedFd(os.open(f"/proc/self/fd/{there.fileno()}", flags | os.O_CLOEXEC))
+    try:
+        with OwnedFd(os.open(path, _LOOK)) as there:
+            if not stat.S_ISREG(os.fstat(there.fileno()).st_mode):
+                raise failed("open", EINVAL, "not a file")
+            return _reopen(there, flags | os.O_CLOEXEC)
+    except OSError as error:
+        raise named("open", error, path) from None
 
 
 def dangers(directory: OwnedFd) -> Iterator[str]:

@@ -6,12 +6,12 @@ import os
 import sys
 import time
 from errno import EBUSY, EOPNOTSUPP
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
-from restrictedmem import paths
 from restrictedmem.abi.memory import SYS_memfd_restricted
 from restrictedmem.cli import values
-from restrictedmem.cli.errors import CommandError
+from restrictedmem.cli.errors import CommandError, complain, words_of
+from restrictedmem.paths import NewFile
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -51,7 +51,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--json",
         metavar="FILE",
         help="write, when the program has ended, what was created, sized and punched, and the most memory that descriptors had at once; "
-        "the program is then a child, which gets the signals sent to this process and is killed with it",
+        "the program is then a child, which gets the signals sent to this process and is killed with it. If it cannot be written, that "
+        "is said, and the exit status is the program's, or 1 in place of 0",
     )
     parser.add_argument("program", metavar="PROG", help="found as a shell finds it")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARG")
@@ -70,7 +71,7 @@ def main(args: argparse.Namespace) -> int:
     # Before the file is opened, which empties it.
     if not own:
         raise CommandError(f"--json: {os.strerror(EBUSY)}", "the outer restrictedmem exec is the one that knows: give it --json")
-    with open(paths.create(args.json).detach(), "w", encoding="utf-8") as file:
+    with NewFile(args.json) as file:
         return _run_and_say(command, file)
 
 
@@ -85,7 +86,7 @@ def _become(command: list[str]) -> NoReturn:
         os._exit(127 if isinstance(error, FileNotFoundError) else 126)
 
 
-def _run_and_say(command: list[str], file: TextIO) -> int:
+def _run_and_say(command: list[str], file: NewFile) -> int:
     from restrictedmem.syscall.attend import attend, end_as
 
     began = time.monotonic()
@@ -99,9 +100,13 @@ def _run_and_say(command: list[str], file: TextIO) -> int:
         report |= _usage()
     except OSError as error:
         report["error"] = f"what was done is not known: {error.strerror}"
-    json.dump(report, file)
-    file.write("\n")
-    file.flush()
+    try:
+        file.write(json.dumps(report).encode() + b"\n")
+        file.close()
+    except OSError as error:
+        complain(f"--json: {words_of(error)}")
+        # What the program came to is still to be told, but not that all is well.
+        return end_as(status) or 1
     return end_as(status)
 
 

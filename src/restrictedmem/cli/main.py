@@ -5,15 +5,14 @@ Exit status: 0, or the guest's own; 1 after ``error:``; 2 for a wrong command li
 
 import argparse
 import importlib
-import os
 import signal
 import sys
-from errno import EACCES, EPERM, EPIPE
+from errno import EACCES, ENOMEM, EPERM, EPIPE
 from typing import Final, NoReturn
 
 from restrictedmem import __version__
-from restrictedmem.cli.errors import CommandError
-from restrictedmem.cli.text import plain
+from restrictedmem.cli import streams
+from restrictedmem.cli.errors import CommandError, complain, words_of
 
 #: Modules of this package. Each is imported when it is wanted: ``exec`` is to start as fast as it can.
 _COMMANDS: Final = ("run", "exec", "doctor", "check", "ps", "serve", "trace", "verify")
@@ -21,6 +20,7 @@ _COMMANDS: Final = ("run", "exec", "doctor", "check", "ps", "serve", "trace", "v
 _HINTS = {
     EACCES: "restrictedmem doctor says which way to mount is open here, and how to open one",
     EPERM: "restrictedmem doctor says which way to mount is open here, and how to open one",
+    ENOMEM: "a limit of this process (ulimit -v), of its cgroup (memory.max), or of the machine",
 }
 
 
@@ -40,42 +40,38 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
 
 def run() -> NoReturn:
     """Be the console script."""
+    streams.prepare()
     sys.exit(main(sys.argv[1:]))
 
 
 def main(arguments: list[str]) -> int:
     """Run one command and return its exit status."""
-    args = parser(arguments[0] if arguments else None).parse_args(arguments)
     try:
-        status: int = args.main(args)
-        sys.stdout.flush()
+        status = _run(arguments)
+        streams.finish()
     except CommandError as error:
-        return complain(str(error), error.hint)
+        status = complain(str(error), error.hint, error.status)
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        status = 128 + signal.SIGINT
+    except MemoryError:
+        status = complain("this process cannot have more memory", _HINTS[ENOMEM])
     except OSError as error:
-        if error.errno == EPIPE:
-            # The reader of our output is gone: end as a signal would have ended us. Nothing may be flushed to it at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            return 128 + signal.SIGPIPE
-        return complain(_words(error), _HINTS.get(error.errno or 0, ""))
+        if error.errno == EPIPE and streams.reader_is_gone():
+            # End as a signal would have ended us.
+            status = 128 + signal.SIGPIPE
+        else:
+            status = complain(words_of(error), _HINTS.get(error.errno or 0, ""))
+    else:
+        return status
+    streams.give_up()
     return status
 
 
-def complain(message: str, hint: str = "") -> int:
-    """Write one error and perhaps a hint, and return the exit status that goes with them.
-
-    Further lines of the error are indented, so that no words of another party look like ours.
-    """
-    first, *others = message.split("\n")
-    print(f"error: {plain(first)}", file=sys.stderr)
-    for line in others:
-        print(plain(line if line.startswith("  ") else f"  {line}"), file=sys.stderr)
-    if hint:
-        print(f"hint: {plain(hint)}", file=sys.stderr)
-    return 1
-
-
-def _words(error: OSError) -> str:
-    text = error.strerror or str(error)
-    return text if error.filename is None else f"{error.filename}: {text}"
+def _run(arguments: list[str]) -> int:
+    try:
+        args = parser(arguments[0] if arguments else None).parse_args(arguments)
+        status: int = args.main(args)
+    except SystemExit as ended:
+        # argparse: it has said all, be it help or what is wrong.
+        return ended.code if isinstance(ended.code, int) else 0
+    return status

@@ -5,15 +5,16 @@ import os
 import sys
 from contextlib import ExitStack
 from errno import ENOSPC
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from restrictedmem.cli import guest as guest_option
 from restrictedmem.cli import table, values
-from restrictedmem.cli.errors import CommandError
+from restrictedmem.cli.errors import CommandError, words_of
 from restrictedmem.mm import design
 from restrictedmem.platform import host
 
 if TYPE_CHECKING:
+    from restrictedmem.kvm.elf import Image
     from restrictedmem.kvm.vmm import Ended, Vmm
     from restrictedmem.service.client import Service
 
@@ -51,7 +52,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     _add_memory(parser)
     parser.add_argument("--vcpus", type=_vcpus, default=1, metavar="N", help="vCPUs of the guest (default 1)")
-    parser.add_argument("--trace", metavar="FILE", help="write the events of the run as JSON lines (docs/trace.md)")
+    parser.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="write the events of the run as JSON lines (docs/trace.md); what cannot be written is said, with "
+        "the guest's exit status, or 1 in place of 0",
+    )
     parser.add_argument(
         "--gdb",
         type=_port,
@@ -157,34 +163,23 @@ def _software_alone(args: argparse.Namespace) -> str:
 
 
 def _run(args: argparse.Namespace, service: "Service") -> int:
-    from restrictedmem.kvm.vmm import Vmm
-
     image = guest_option.read(args.guest)
-    with ExitStack() as stack:
-        vmm = stack.enter_context(
-            Vmm(args.memory, service, vcpus=args.vcpus, engine=_engine(args), debug=args.gdb is not None, platform=args.platform)
-        )
-        if args.trace is not None:
-            from restrictedmem.kvm import recording
-
-            stack.enter_context(recording.record(vmm, args.trace))
-        try:
-            vmm.load(image, args.args)
-        except OSError as error:
-            if error.errno != ENOSPC:
-                raise
-            raise CommandError(f"loading {args.guest}: {error.strerror}", "raise --memory-max") from None
-        measurement = vmm.launch_finish().hex()
-        if args.gdb is not None:
-            from restrictedmem.kvm.gdb import stub
-
-            stack.enter_context(stub.serve(vmm, args.gdb, str(guest_option.find(args.guest))))
-        ended = _to_its_end(vmm, quiet=args.quiet)
-        found = {**vmm.statistics(), "measurement": measurement}
-        # After the statistics, for the VM that they are of is gone then.
-        platform = vmm.destroy() if args.platform else {}
-        if not args.quiet:
-            table.show({**found, "platform": platform}, ended, as_json=args.json)
+    ended: Ended | None = None
+    platform: dict[str, Any] = {}
+    try:
+        with ExitStack() as stack:
+            vmm, measurement = _launched(args, service, image, stack)
+            ended = _to_its_end(vmm, quiet=args.quiet)
+            found = {**vmm.statistics(), "measurement": measurement}
+            # After the statistics, for the VM that they are of is gone then.
+            platform = vmm.destroy() if args.platform else {}
+            if not args.quiet:
+                table.show({**found, "platform": platform}, ended, as_json=args.json)
+    except OSError as error:
+        if ended is None or ended.fatal is not None:
+            raise
+        # What the guest came to is still to be told, but not that all is well.
+        raise CommandError(words_of(error), status=ended.status or 1) from None
     if platform.get("violated_pages"):
         # Before what stopped the guest, which may have come of it.
         story = "\n  ".join(table.story(platform))
@@ -192,6 +187,35 @@ def _run(args: argparse.Namespace, service: "Service") -> int:
     if ended.fatal is not None:
         raise CommandError(f"the guest stopped: {ended.fatal}")
     return ended.status
+
+
+def _launched(args: argparse.Namespace, service: "Service", image: "Image", stack: ExitStack) -> tuple["Vmm", str]:
+    """Return a guest that is ready to run, and its measurement; what belongs to it ends with ``stack``."""
+    from restrictedmem.kvm.vmm import Vmm
+
+    vmm = stack.enter_context(
+        Vmm(args.memory, service, vcpus=args.vcpus, engine=_engine(args), debug=args.gdb is not None, platform=args.platform)
+    )
+    if args.trace is not None:
+        from restrictedmem.kvm import recording
+
+        stack.enter_context(recording.record(vmm, args.trace, lambda count: _tell_lost(args.trace, count)))
+    try:
+        vmm.load(image, args.args)
+    except OSError as error:
+        if error.errno != ENOSPC:
+            raise
+        raise CommandError(f"loading {args.guest}: {error.strerror}", "raise --memory-max") from None
+    measurement = vmm.launch_finish().hex()
+    if args.gdb is not None:
+        from restrictedmem.kvm.gdb import stub
+
+        stack.enter_context(stub.serve(vmm, args.gdb, str(guest_option.find(args.guest))))
+    return vmm, measurement
+
+
+def _tell_lost(path: str, count: int) -> None:
+    print(f"{path}: {count} events are missing, which found the pipe full (docs/trace.md)", file=sys.stderr)
 
 
 def _engine(args: argparse.Namespace) -> str:

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from restrictedmem import paths
+from restrictedmem.cli.errors import CommandError
+from restrictedmem.failure import named
+from restrictedmem.paths import NewFile
 
 #: More than any event has.
 _LONGEST_LINE = 1 << 16
+_CUT_OFF = "what there is was converted; the run was killed or is under way, its disk was full, or its pipe was (docs/trace.md)"
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -38,16 +41,18 @@ def _lines(file: TextIO) -> Iterator[str]:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command."""
+    """Run the command; a trace that is not all is converted too, and is an error."""
     from restrictedmem.kvm import perfetto
 
-    with args.source.open(encoding="utf-8", errors="replace") as lines:
-        try:
-            events = perfetto.read(_lines(lines))
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(args.source)) from None
-    converted = perfetto.convert(events)
-    with open(paths.create(str(args.target)).detach(), "wb") as target:
-        target.write(converted)
-    print(f"{len(events)} events", file=sys.stderr)
+    source = str(args.source)
+    try:
+        with args.source.open(encoding="utf-8", errors="replace") as lines:
+            trace = perfetto.read(_lines(lines))
+    except OSError as error:
+        raise named("read", error, source) from None
+    with NewFile(str(args.target)) as target:
+        target.write(perfetto.convert(trace.events))
+    if trace.missing:
+        raise CommandError(f"{source}: missing of the trace: {trace.missing}", _CUT_OFF)
+    print(f"{len(trace.events)} events", file=sys.stderr)
     return 0

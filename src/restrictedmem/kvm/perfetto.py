@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from errno import EINVAL
 from typing import Any, Final, final
 
+from restrictedmem.failure import failed
 from restrictedmem.kvm.trace import VERSION
 
 # Field numbers of Perfetto's .proto files.
@@ -56,7 +57,7 @@ _LENGTH_DELIMITED: Final = 2
 _NO_ANNOTATION: Final = ("ts", "pid", "tid", "event", "ns")
 
 _ALWAYS: Final = {"ts", "pid", "tid", "event"}
-_NUMBERS: Final = ("ts", "pid", "tid", "vcpu", "ns", "private_pages")
+_NUMBERS: Final = ("ts", "pid", "tid", "vcpu", "ns", "private_pages", "lost")
 
 Event = dict[str, Any]
 
@@ -105,25 +106,45 @@ class _Thread:
         return self.pid << 32 | self.tid
 
 
-def read(lines: Iterable[str]) -> list[Event]:
-    """Read events, in the order of their time; a last line that was cut off is left out.
+@final
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A trace as it was read: its events in the order of their time, and what of it is missing, in words."""
+
+    events: list[Event]
+    missing: str
+
+
+def read(lines: Iterable[str]) -> Read:
+    """Read a trace; a last line that was cut off is left out.
 
     Raises:
         OSError: EINVAL for what is no trace, or one of another version.
     """
     events: list[Event] = []
+    running: dict[int, str] = {}
+    lost, cut = 0, False
     for number, line in enumerate(lines, 1):
         event = _parse(line)
         if event is None:
-            if not line.endswith("\n"):
+            cut = not line.endswith("\n")
+            if cut:
                 break
-            raise OSError(EINVAL, f"line {number} is no event")
-        if event["event"] == "trace" and event.get("version") != VERSION:
-            raise OSError(EINVAL, f"a trace of version {event.get('version')}, and this reads {VERSION}")
+            raise failed("read", EINVAL, f"line {number} is no event")
+        if event["event"] == "trace":
+            if event.get("version") != VERSION:
+                raise failed("read", EINVAL, f"a trace of version {event.get('version')}, and this reads {VERSION}")
+            running[event["pid"]] = str(event.get("side", "?"))
+        elif event["event"] == "end":
+            running.pop(event["pid"], None)
+        lost += event.get("lost", 0)
         events.append(event)
     if not any(event["event"] == "trace" for event in events):
-        raise OSError(EINVAL, "no trace: no event says of which version it is")
-    return sorted(events, key=lambda event: event["ts"])
+        raise failed("read", EINVAL, "no trace: no event says of which version it is")
+    missing = ["its last line was cut off"] if cut else []
+    missing += [f"the {side}'s end ({pid})" for pid, side in running.items()]
+    missing += [f"{lost} events"] if lost else []
+    return Read(sorted(events, key=lambda event: event["ts"]), ", ".join(missing))
 
 
 def _parse(line: str) -> Event | None:

@@ -2,25 +2,30 @@
 
 import fcntl
 import os
+import re
 import threading
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager, suppress
-from errno import EIO, EPIPE
+from functools import partial
 from pathlib import Path
 from typing import Final, final
 
-from restrictedmem import paths
 from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm import exits, guest_abi, trace
 from restrictedmem.kvm.trace import Fields, Trace, now
 from restrictedmem.kvm.vm import Vcpu
 from restrictedmem.kvm.vmm import Ended, Vmm
+from restrictedmem.paths import NewFile
 from restrictedmem.units import PAGE_SHIFT
 
 #: The most that an ordinary user gets (/proc/sys/fs/pipe-max-size).
 _PIPE_BYTES: Final = 1 << 20
 #: What no event has in it.
 _END: Final = b"\0"
+#: Of the bytes of events: how many before one were lost; each writer's first, and its last.
+_LOST: Final = re.compile(rb',"lost":(\d+)')
+_FIRST: Final = b',"event":"trace"'
+_LAST: Final = b',"event":"end"'
 _NAMES: Final = {
     guest_abi.EXIT: "exit",
     guest_abi.READ: "read",
@@ -32,11 +37,14 @@ _NAMES: Final = {
 
 
 @contextmanager
-def record(vmm: Vmm, path: str | Path) -> Generator[None]:
+def record(vmm: Vmm, path: str | Path, lost: Callable[[int], object] | None = None) -> Generator[None]:
     """Write the events of a VMM, its VM and its vCPUs to a file, made anew; to be entered before the guest is loaded and run.
 
+    The owner's ``end`` is the file's last line: without it, the file is not all. ``lost`` is told at the end how many events found
+    the pipe full, if any did.
+
     Raises:
-        OSError: as ``paths.create``; at the end, what the file could not be written with.
+        OSError: as ``paths.create``; at the end, what the file could not be written or closed with.
     """
     pump = _Pump(path)
     mine = Trace()
@@ -47,15 +55,16 @@ def record(vmm: Vmm, path: str | Path) -> Generator[None]:
         vmm.vm.trace(mine.fileno())
         vmm.enter = _answering(mine, vmm)
         yield
-        mine.emit("end", **_how(vmm.outcome))
     finally:
         vmm.enter = before
         with suppress(OSError):
             # The engine may be gone, and its last words with it.
             vmm.vm.trace(None)
-        mine.stop()
+        mine.end(**_how(vmm.outcome))
         pump.end()
     pump.check()
+    if lost is not None and pump.lost:
+        lost(pump.lost)
 
 
 @final
@@ -63,10 +72,11 @@ class _Pump:
     """A pipe, and the thread that carries what comes out of it to a file: an engine writes to no file, which might keep it waiting."""
 
     def __init__(self, path: str | Path) -> None:
-        self._path = path
         self._failure: OSError | None = None
+        #: Events that found the pipe full.
+        self.lost = 0
         with ExitStack() as undo:
-            self._file = undo.enter_context(paths.create(os.fspath(path)))
+            self._file = undo.enter_context(NewFile(os.fspath(path)))
             self._reader, self._writer = (undo.enter_context(OwnedFd(end)) for end in os.pipe())
             with suppress(OSError):
                 # Room for thousands of events, so that few are lost while this process waits for a processor.
@@ -81,16 +91,20 @@ class _Pump:
 
     def _carry(self) -> None:
         rest = b""
-        with self._reader, self._file:
+        with self._reader:
             while _END not in rest:
                 whole, newline, rest = (rest + os.read(self._reader.fileno(), _PIPE_BYTES)).rpartition(b"\n")
-                self._write(whole + newline)
+                self.lost += sum(map(int, _LOST.findall(whole)))
+                # An engine's end may be among what is lost.
+                self.lost += whole.count(_FIRST) - whole.count(_LAST)
+                self._try(partial(self._file.write, whole + newline))
+        self._try(self._file.close)
 
-    def _write(self, lines: bytes) -> None:
+    def _try(self, act: Callable[[], None]) -> None:
         # After a failure the pipe is still read: writers would count as lost what finds it full.
         try:
-            while lines and self._failure is None:
-                lines = lines[os.write(self._file.fileno(), lines) :]
+            if self._failure is None:
+                act()
         except OSError as error:
             self._failure = error
 
@@ -104,11 +118,10 @@ class _Pump:
         """Raise what the file failed with.
 
         Raises:
-            OSError: as write(2), but EIO for EPIPE, which commands take for the end of their own output.
+            OSError: as write(2) and close(2).
         """
         if self._failure is not None:
-            errno = EIO if self._failure.errno == EPIPE else self._failure.errno
-            raise OSError(errno, f"{self._path}: the trace could not be written: {self._failure.strerror}")
+            raise self._failure
 
 
 def _answering(mine: Trace, vmm: Vmm) -> Callable[[Vcpu, int], exits.Exit]:

@@ -88,23 +88,35 @@ class Trace:
 
     def emit(self, event: str, **fields: Value) -> None:
         """Write an event. One that finds its pipe full is lost, and counted in the next; one that nobody reads ends the trace."""
-        line = f'{{"ts":{now()},"pid":{os.getpid()},"tid":{threading.get_native_id()},"event":"{event}"'
         with self._lock:
-            if self._fd is None:
-                return
-            if self._lost:
-                fields["lost"] = self._lost
-            for name, value in fields.items():
-                line += f',"{name}":{value if type(value) is int else json.dumps(value)}'
-            data = (line + "}\n").encode()
-            try:
-                # An engine that waited for its owner here could not answer the service either.
-                os.pwritev(self._fd.fileno(), [data], -1, _RWF_NOWAIT)
-                self._lost = 0
-            except BlockingIOError:
-                self._lost += 1
-            except OSError:
-                self._close()
+            # An engine that waited for its owner here could not answer the service either.
+            self._write(event, fields, _RWF_NOWAIT)
+
+    def end(self, **fields: Value) -> None:
+        """Write the last event, and wait until the pipe has room for it; then write no more.
+
+        For who is sure of a reader: behind it comes no event that could say what was lost.
+        """
+        with self._lock:
+            self._write("end", fields, 0)
+            self._close()
+
+    def _write(self, event: str, fields: Fields, flags: int) -> None:
+        if self._fd is None:
+            return
+        line = f'{{"ts":{now()},"pid":{os.getpid()},"tid":{threading.get_native_id()},"event":"{event}"'
+        if self._lost:
+            fields["lost"] = self._lost
+        for name, value in fields.items():
+            line += f',"{name}":{value if type(value) is int else json.dumps(value)}'
+        data = (line + "}\n").encode()
+        try:
+            os.pwritev(self._fd.fileno(), [data], -1, flags)
+            self._lost = 0
+        except BlockingIOError:
+            self._lost += 1
+        except OSError:
+            self._close()
 
     def requests(self, dispatch: Callable[[Message], None]) -> Callable[[Message], None]:
         """Return ``dispatch`` with an event for each request of the owner that the schema knows, errno and duration in it."""

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Final, Self, final
 
 from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import kvm_regs
+from restrictedmem.failure import named
 from restrictedmem.fd import readable
 from restrictedmem.kvm import elf, exits, guest_abi
 from restrictedmem.kvm.launch import measure
@@ -274,7 +275,10 @@ class Vmm:
                 # Where nobody has said yet why it is over, it was stopped; the thread that is to say so may come later than this one.
                 self._end(Ended(1, exits.Interrupted()))
                 return -EIO
-            count = os.readv(streams.stdin.fileno(), [window])
+            try:
+                count = os.readv(streams.stdin.fileno(), [window])
+            except OSError as error:
+                raise named("read", error, _name(streams.stdin)) from None
         with self._lock:
             self.bytes_in += count
         return count
@@ -284,7 +288,10 @@ class Vmm:
         if window is None or stream is None:
             return -EINVAL
         with window:
-            count = os.writev(stream.fileno(), [window])
+            try:
+                count = os.writev(stream.fileno(), [window])
+            except OSError as error:
+                raise named("write", error, _name(stream)) from None
         with self._lock:
             self.bytes_out += count
         return count
@@ -348,6 +355,11 @@ class Vmm:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _name(stream: BinaryIO) -> str:
+    """Return what an error calls a stream: Python's own are ``<stdin>`` and the like."""
+    return str(stream.name).strip("<>")
 
 
 def launch_pages(image: elf.Image, arguments: Sequence[str], *, private_size: int, vcpus: int) -> Iterator[tuple[int, bytes]]:

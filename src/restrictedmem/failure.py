@@ -1,0 +1,42 @@
+"""Errors in the one form that they all have: ``CALL: strerror (detail)``, the path in ``filename``."""
+
+import os
+from errno import EIO
+
+
+def failed(call: str, errno: int | None, detail: str = "", path: str | None = None) -> OSError:
+    """Return the error of a call: its name, the errno's words, and what else is known of it.
+
+    ``errno`` is that of an OSError at hand, for which None is EIO; ``path`` is what the call was about.
+    """
+    number = errno or EIO
+    words = f"{call}: {os.strerror(number)}" + (f" ({detail})" if detail else "")
+    return OSError(number, words) if path is None else OSError(number, words, path)
+
+
+def named(call: str, error: OSError, path: str | None = None) -> OSError:
+    """Return an error of Python's, or of a part of a call, as that of ``call``.
+
+    What it says beside the errno's words becomes the detail. Its own path stays, unless another is given.
+    """
+    known = error.filename if isinstance(error.filename, str) else None
+    detail = detail_of(error)
+    # It may have been made for this call.
+    detail = detail.removeprefix(f"{call}: ") if detail != call else ""
+    return failed(call, error.errno, detail, known if path is None else path)
+
+
+def detail_of(error: OSError) -> str:
+    """Return what an error says beside its errno's words; empty when that is nothing.
+
+    Of one in the form above, the call and its detail.
+    """
+    text = error.strerror or str(error)
+    if error.errno is None:
+        return text
+    words = os.strerror(error.errno)
+    if text == words:
+        return ""
+    call, found, detail = text.partition(f": {words}")
+    inner = detail.removeprefix(" (").removesuffix(")")
+    return f"{call}: {inner}" if found and inner else call
