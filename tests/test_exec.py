@@ -79,6 +79,7 @@ def test_another_number() -> None:
         (["--syscall-number", "-1"], "argument --syscall-number: -1 is not a system call's number"),
         (["--syscall-number", "0x1c3"], "argument --syscall-number: 0x1c3 is not a system call's number"),
         (["--syscall-number", str(1 << 30)], f"argument --syscall-number: {1 << 30} is not a system call's number"),
+        (["--syscall-number", "9"], "argument --syscall-number: 9 may be another system call's: take one from 451 on"),
         (["--memory-max", "1Q"], "argument --memory-max: not a size: '1Q' (write 4096, 64K, 64M or 1G)"),
         ([], "the following arguments are required: PROG, ARG"),
     ],
@@ -86,7 +87,7 @@ def test_another_number() -> None:
 def test_a_wrong_command_line(options: list[str], message: str) -> None:
     program = ["--", "true"] if options else []
     done = subprocess.run([*EXEC, *options, *program], check=False, capture_output=True, text=True)
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, f"restrictedmem exec: error: {message}")
+    assert (done.returncode, done.stderr) == (2, f"error: {message}\nhint: restrictedmem exec --help\n")
 
 
 # cachestat, whose number it is.

@@ -52,6 +52,34 @@ os.wait(); sys.exit(3)
     assert reported(tmp_path / "report") == {"program": program, "status": 3, "signal": None, **counts, **bytes_}
 
 
+def test_what_was_refused_is_not_counted(tmp_path: Path) -> None:
+    code = """
+def punch(start, length): return libc.fallocate(fd, 3, ctypes.c_long(start), ctypes.c_long(length))
+fd = call(0)
+refused = call(1), punch(1, 4096), punch(0, 0), punch(0, 1), punch(-4096, 4096)
+for size in (1, 1 << 63, 4096, 8192):
+    try: os.ftruncate(fd, size)
+    except (OSError, OverflowError): refused += (-1,)
+try: os.posix_fallocate(fd, 0, 4 << 12)
+except OSError: refused += (-1,)
+print(refused, punch(0, 4096))
+"""
+    process = under(code, "--memory-max", "8K", "--json", str(tmp_path / "report"))
+    assert process.communicate(timeout=60) == ("(-22, -1, -1, -1, -1, -1, -1, -1, -1) 0\n", "")
+    counts = {"created": 1, "sized": 1, "sized_bytes": PAGE, "punched": 1, "punched_bytes": PAGE, "peak_bytes": 0}
+    assert reported(tmp_path / "report").items() >= counts.items()
+
+
+@pytest.mark.parametrize(
+    "options", [["--api", "v9"], ["--memory-max", "4K"], ["--no-cachestat"], ["--syscall-number", "451"]], ids=" ".join
+)
+def test_what_an_outer_one_decides_is_not_an_inner_ones(options: list[str]) -> None:
+    inner = ["env", "-u", "RESTRICTEDMEM_SERVER", *EXEC, *options, "--", "true"]
+    found = subprocess.run([*EXEC, "--", *inner], check=False, capture_output=True, text=True, timeout=60)
+    hint = f"an outer restrictedmem exec does the work: give it {options[0]}"
+    assert (found.returncode, found.stderr) == (1, f"error: {options[0]}: Device or resource busy\nhint: {hint}\n")
+
+
 def test_memory_that_a_guest_took(tmp_path: Path) -> None:
     run = [sys.executable, "-m", "restrictedmem", "run", "--engine", "software", "--json", "sha256"]
     done = subprocess.run(

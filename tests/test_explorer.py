@@ -806,9 +806,7 @@ def test_the_command_lists_and_refuses(capsys: pytest.CaptureFixture[str]) -> No
     assert "no scenario 'no-such'" in capsys.readouterr().err
     assert main(["check", "--design", "v8"]) == 1
     assert "no design 'v8'" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as wrong:
-        main(["check", "--jobs", "0"])
-    assert wrong.value.code == 2
+    assert main(["check", "--jobs", "0"]) == 2
 
 
 def test_the_command_searches_in_processes_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:

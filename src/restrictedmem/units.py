@@ -59,6 +59,8 @@ class PageRange:
 
 
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+#: Characters of a text that is none, in an error.
+_SHOWN = 40
 _SUFFIXES = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
@@ -66,12 +68,16 @@ def parse_size(text: str) -> int:
     """Read a size in bytes such as ``4096``, ``64K``, ``64M`` or ``1G`` (powers of 1024).
 
     Raises:
-        ValueError: when the text is not a size.
+        ValueError: when the text is not a size, or the size is larger than any file's.
     """
-    found = re.fullmatch(r"(\d+)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    # Not more digits than any size has, for which int() would take its time, or fail.
+    found = re.fullmatch(r"([0-9]{1,20})([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if found is None:
-        raise ValueError(f"not a size: {text!r} (write 4096, 64K, 64M or 1G)")
-    return int(found[1]) << _SUFFIXES[found[2].upper()]
+        raise ValueError(f"not a size: {text[:_SHOWN]!r} (write 4096, 64K, 64M or 1G)")
+    size = int(found[1]) << _SUFFIXES[found[2].upper()]
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"{text}: larger than any file ({MAX_FILE_BYTES})")
+    return size
 
 
 def format_size(count: int) -> str:

@@ -93,6 +93,8 @@ def main(seconds: float, design: str | None = None, scenario: str | None = None,
         with run:
             run.until(time.monotonic() + seconds, show.update)
         run.look_for_remains()
+        if not run.total.operations:
+            failure = "nothing was done in that time, so nothing is known"
     except Violation as violation:
         failure = str(violation)
     finally:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from restrictedmem.abi.process import PR_SET_PDEATHSIG, prctl
+from restrictedmem.cli import values
 from restrictedmem.cli.errors import CommandError
 
 if TYPE_CHECKING:
@@ -100,33 +101,40 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--scenario", metavar="NAME", help="this one alone")
     parser.add_argument("--list", action="store_true", help="list the scenarios, and search nothing")
     parser.add_argument("--json", action="store_true", help="each search as JSON")
-    parser.add_argument("--jobs", type=_jobs, metavar="N", help="searches at the same time (default: one for each CPU)")
+    parser.add_argument("--jobs", type=values.count_of("jobs"), metavar="N", help="searches at the same time (default: one for each CPU)")
     parser.add_argument(
         "--limit",
-        type=float,
-        default=_LIMIT,
+        type=values.seconds,
         metavar="SECONDS",
-        help="for each search (default: %(default)g)",
+        help=f"for each search (default: {_LIMIT:g})",
     )
     parser.add_argument(
         "--exhaustive",
         action="store_true",
         help="search two actors in all interleavings, not only in those that may differ, and four with any number of preemptions",
     )
-    parser.add_argument("--random", type=float, metavar="SECONDS", help="run service, engine and guest at random instead, for so long")
-    parser.add_argument("--seed", type=int, metavar="N", help="for --random: do what another run did")
-    parser.set_defaults(main=main)
+    parser.add_argument(
+        "--random", type=values.seconds, metavar="SECONDS", help="run service, engine and guest at random instead, for so long"
+    )
+    parser.add_argument("--seed", type=values.seed, metavar="N", help="for --random: do what another run did")
+    parser.set_defaults(main=main, error=parser.error)
 
 
-def _jobs(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("at least one")
-    return number
+def _check(args: argparse.Namespace) -> None:
+    """End the program for options that would do nothing."""
+    search = {"--jobs": args.jobs is not None, "--limit": args.limit is not None, "--exhaustive": args.exhaustive}
+    given = next((name for name, value in search.items() if value), None)
+    if args.random is not None and args.list:
+        args.error("--list goes without --random")
+    if args.random is None and args.seed is not None:
+        args.error("--seed goes with --random")
+    if given is not None and (args.random is not None or args.list):
+        args.error(f"{given} is for searches, not for {'--list' if args.list else '--random'}")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the command."""
+    _check(args)
     try:
         from restrictedmem.check.scenarios import SCENARIOS
     except ModuleNotFoundError as error:
@@ -147,7 +155,7 @@ def main(args: argparse.Namespace) -> int:
     jobs = args.jobs or len(os.sched_getaffinity(0))
     found: list[Case] = []
     with _progress(len(cases), sys.stderr) as show:
-        for case in _search_all(cases, min(jobs, len(cases)), partial(_search_one, limit=args.limit, exhaustive=args.exhaustive)):
+        for case in _search_all(cases, min(jobs, len(cases)), partial(_search_one, limit=args.limit or _LIMIT, exhaustive=args.exhaustive)):
             found.append(case)
             show(found, [] if args.json else list(_lines(case, in_full=len(cases) == 1)))
     if args.json:

@@ -6,12 +6,13 @@ import os
 import sys
 import time
 from errno import EBUSY, EOPNOTSUPP
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from restrictedmem.abi.memory import SYS_memfd_restricted
 from restrictedmem.cli import values
 from restrictedmem.cli.errors import CommandError, complain, words_of
 from restrictedmem.paths import NewFile
+from restrictedmem.service import SERVER_VARIABLE
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -31,14 +32,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "  restrictedmem exec -- python3 -c 'import ctypes; print(ctypes.CDLL(None).syscall(451, 0))'",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--api", choices=("v9", "v10"), default="v10", help="which posting of the series to follow (default v10)")
-    parser.add_argument("--memory-max", type=values.size, metavar="SIZE", help="what a descriptor may hold at most")
+    parser.add_argument("--api", choices=("v9", "v10"), help="which posting of the series to follow (default v10)")
+    parser.add_argument("--memory-max", type=values.memory_size, metavar="SIZE", help="what a descriptor may hold at most")
     parser.add_argument(
         "--syscall-number",
         type=values.call_number,
-        default=SYS_memfd_restricted,
         metavar="N",
-        help="number of the call (default %(default)s, as in both postings)",
+        help=f"number of the call (default {SYS_memfd_restricted}, as in both postings)",
     )
     parser.add_argument(
         "--no-cachestat",
@@ -56,23 +56,39 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("program", metavar="PROG", help="found as a shell finds it")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARG")
-    parser.set_defaults(main=main)
+    parser.set_defaults(main=main, error=parser.error)
+
+
+#: Options by their names here, with what they are when they were not given.
+_OF_SERVICE: Final = {"api": None, "memory_max": None}
+_OF_SUPERVISOR: Final = {"syscall_number": None, "cachestat": True, **_OF_SERVICE, "json": None}
+_SPELLED: Final = {"cachestat": "--no-cachestat"}
 
 
 def main(args: argparse.Namespace) -> int:
     """Become the program, or its parent if there is something to say at its end."""
     from restrictedmem.syscall.launch import Call, install
 
-    call = Call(args.syscall_number, args.cachestat, args.api, args.memory_max)
+    service = _first_given(args, _OF_SERVICE)
+    if service and os.environ.get(SERVER_VARIABLE):
+        args.error(f"{service} is for a service of one's own, and {SERVER_VARIABLE} names another")
+    number = SYS_memfd_restricted if args.syscall_number is None else args.syscall_number
+    call = Call(number, args.cachestat, args.api or "v10", args.memory_max)
     command = [args.program, *args.arguments]
     own = install(call, usage=args.json is not None)
+    # Before the file is opened, which empties it.
+    if not own and (outers := _first_given(args, _OF_SUPERVISOR)):
+        raise CommandError(f"{outers}: {os.strerror(EBUSY)}", f"an outer restrictedmem exec does the work: give it {outers}")
     if args.json is None:
         _become(command)
-    # Before the file is opened, which empties it.
-    if not own:
-        raise CommandError(f"--json: {os.strerror(EBUSY)}", "the outer restrictedmem exec is the one that knows: give it --json")
     with NewFile(args.json) as file:
         return _run_and_say(command, file)
+
+
+def _first_given(args: argparse.Namespace, options: dict[str, Any]) -> str:
+    """Return the first of some options that was given, empty when none was."""
+    given = (name for name, default in options.items() if getattr(args, name) != default)
+    return next((_SPELLED.get(name, f"--{name.replace('_', '-')}") for name in given), "")
 
 
 def _become(command: list[str]) -> NoReturn:
@@ -116,7 +132,6 @@ def _usage() -> dict[str, int]:
     Raises:
         OSError: supervisor or service are gone; EOPNOTSUPP for a server, whose services do not count.
     """
-    from restrictedmem.service import SERVER_VARIABLE
     from restrictedmem.service.client import Service
 
     with Service.connect(os.environ[SERVER_VARIABLE]) as service:

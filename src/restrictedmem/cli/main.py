@@ -8,7 +8,7 @@ import importlib
 import signal
 import sys
 from errno import EACCES, ENOMEM, EPERM, EPIPE
-from typing import Final, NoReturn
+from typing import Final, NoReturn, final
 
 from restrictedmem import __version__
 from restrictedmem.cli import streams
@@ -24,9 +24,18 @@ _HINTS = {
 }
 
 
+@final
+class _Parser(argparse.ArgumentParser):
+    """A parser whose error is one line, as all others are; subcommands' are of the same kind."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the command line, and end."""
+        self.exit(complain(message, f"{self.prog} --help", 2))
+
+
 def parser(command: str | None = None) -> argparse.ArgumentParser:
     """Build the parser, of one command alone when it is named; the help texts in it are the only source of docs/cli.md."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="restrictedmem",
         description="Memory that its owner can create, size, preallocate, punch and close, but never read, write or map: "
         "memfd_restricted(2) as proposed for Linux in 2022, and guests that run on it, on a stock kernel.",

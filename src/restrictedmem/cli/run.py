@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from restrictedmem.kvm.vmm import Ended, Vmm
     from restrictedmem.service.client import Service
 
-_MOST_PORT = 65535
-
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command."""
@@ -42,7 +40,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     size = values.memory_size
     parser.add_argument("--memory", type=size, default="64M", metavar="SIZE", help="private memory of the guest (default 64M)")
     parser.add_argument("--memory-max", type=size, metavar="SIZE", help="what a descriptor may hold at most; beyond it, ENOSPC")
-    parser.add_argument("--api", choices=("v9", "v10"), default="v10", help="which posting of the series to follow (default v10)")
+    parser.add_argument("--api", choices=("v9", "v10"), help="which posting of the series to follow (default v10)")
     parser.add_argument(
         "--engine",
         choices=("auto", "kernel", "software"),
@@ -51,7 +49,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "below --memory is for Unicorn alone, and --gdb is far faster there)",
     )
     _add_memory(parser)
-    parser.add_argument("--vcpus", type=_vcpus, default=1, metavar="N", help="vCPUs of the guest (default 1)")
+    parser.add_argument("--vcpus", type=values.count_of("vCPUs"), metavar="N", help="vCPUs of the guest (default 1)")
     parser.add_argument(
         "--trace",
         metavar="FILE",
@@ -60,7 +58,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument(
         "--gdb",
-        type=_port,
+        type=values.port,
         metavar="PORT",
         help="wait for gdb on this port of 127.0.0.1, 0 for a free one; the VM's policy then allows its owner everything, "
         "and its measurement says so",
@@ -95,7 +93,6 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backing",
         choices=("memfd", "thp", "hugetlb-2m", "hugetlb-1g"),
-        default="memfd",
         help="what the pages are: of 4 KiB; of 2 MiB where shmem has them, which a punch splits; or huge pages that the machine has set "
         "aside, which nothing splits (default memfd; all others on the software engine)",
     )
@@ -105,7 +102,6 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--platform",
         choices=host.NAMES,
-        default="",
         help="model a SEV-SNP host under the guest, say at the end what is left of its direct map and RMP, and exit with 1 if a rule was "
         "violated: snp keeps private pages in the direct map, split where it must be; snp-unmapped takes them out (docs/platform.md; "
         "software engine)",
@@ -119,18 +115,6 @@ def _design(text: str) -> str:
         raise argparse.ArgumentTypeError(error.strerror) from None
 
 
-def _vcpus(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of vCPUs")
-    return int(text)
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > _MOST_PORT:
-        raise argparse.ArgumentTypeError(f"{text} is not a port")
-    return int(text)
-
-
 def main(args: argparse.Namespace) -> int:
     """Run the command and return the guest's exit status, or that of the proof."""
     from restrictedmem.service import SERVER_VARIABLE
@@ -141,25 +125,33 @@ def main(args: argparse.Namespace) -> int:
         args.error("name a guest, or --prove" if args.guest is None else "--prove runs a guest of its own: leave out the guest, or --prove")
     server = os.environ.get(SERVER_VARIABLE)
     _check(args, server)
-    options = Options(api=args.api, design=args.design, memory_max=args.memory_max, backing=args.backing, pin=args.pin)
+    options = Options(api=args.api or "v10", design=args.design, memory_max=args.memory_max, backing=args.backing or "memfd", pin=args.pin)
     with Service.connect(server) if server else Service.start(options) as service:
         return _run(args, service) if args.prove is None else _prove(args, service)
 
 
 def _check(args: argparse.Namespace, server: str | None) -> None:
-    """End the program for options that do not go together."""
+    """End the program for options that do not go together, or would do nothing."""
     if args.engine == "kernel" and (word := _software_alone(args)):
         args.error(f"{word} is for the software engine: the kernel's keeps private memory in a guest_memfd")
-    if server and (args.design or args.backing != "memfd" or args.pin):
-        args.error("--design, --backing and --pin are for a service of one's own: RESTRICTEDMEM_SERVER is set")
-    if args.prove is not None and args.platform:
-        args.error("--platform goes with a guest, not with --prove")
+    services = _first(args, "api", "design", "backing", "memory_max", "pin")
+    if server and services:
+        args.error(f"{services} is for a service of one's own, and RESTRICTEDMEM_SERVER names another")
+    guests = _first(args, "vcpus", "trace", "gdb", "platform")
+    if args.prove is not None and guests:
+        args.error(f"{guests} goes with a guest, not with --prove")
+
+
+def _first(args: argparse.Namespace, *names: str) -> str:
+    """Return the first of some options that was given, empty when none was."""
+    # Not by comparison: port 0 is one.
+    given = (name for name in names if getattr(args, name) is not None and getattr(args, name) is not False)
+    return next((f"--{name.replace('_', '-')}" for name in given), "")
 
 
 def _software_alone(args: argparse.Namespace) -> str:
     """Return the option that only the software engine has, if one was given."""
-    given = {"--platform": args.platform, "--pin": args.pin, "--backing": args.backing != "memfd"}
-    return next((name for name, value in given.items() if value), "")
+    return "" if args.backing == "memfd" and not args.platform and not args.pin else _first(args, "platform", "pin", "backing")
 
 
 def _run(args: argparse.Namespace, service: "Service") -> int:
@@ -194,7 +186,7 @@ def _launched(args: argparse.Namespace, service: "Service", image: "Image", stac
     from restrictedmem.kvm.vmm import Vmm
 
     vmm = stack.enter_context(
-        Vmm(args.memory, service, vcpus=args.vcpus, engine=_engine(args), debug=args.gdb is not None, platform=args.platform)
+        Vmm(args.memory, service, vcpus=args.vcpus or 1, engine=_engine(args), debug=args.gdb is not None, platform=args.platform or "")
     )
     if args.trace is not None:
         from restrictedmem.kvm import recording

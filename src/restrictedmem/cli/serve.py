@@ -41,14 +41,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--mode", type=_mode, default=0o666, metavar="OCTAL", help="who may connect (default 666)")
     parser.add_argument(
         "--max-per-user",
-        type=_count,
+        type=values.count_of("services"),
         default=_PLACES,
         metavar="N",
         help="services that clients of one uid may have at the same time; beyond it, EAGAIN (default %(default)s)",
     )
     parser.add_argument(
         "--max-vms",
-        type=_count,
+        type=values.count_of("VMs"),
         default=64,
         metavar="N",
         help="VMs and other consumers that one service may have at the same time; beyond it, EAGAIN (default 64)",
@@ -57,7 +57,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--signing-key", metavar="FILE", help="key to sign guests' reports with: Ed25519 in PEM, mode 600 (default: a new one each service)"
     )
-    parser.add_argument("--memory-max", type=values.size, metavar="SIZE", help="what a descriptor may hold at most")
+    parser.add_argument("--memory-max", type=values.memory_size, metavar="SIZE", help="what a descriptor may hold at most")
     parser.add_argument(
         "--design",
         metavar="NAME",
@@ -134,12 +134,6 @@ def _mode(text: str) -> int:
     if not re.fullmatch("[0-7]{1,4}", text) or int(text, 8) > _MOST_MODE:
         raise argparse.ArgumentTypeError(f"{text} is not 000 to 777")
     return int(text, 8)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of services")
-    return int(text)
 
 
 def _named(text: str) -> tuple[str, str]:

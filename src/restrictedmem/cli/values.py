@@ -1,31 +1,81 @@
 """What stands behind an option, read for argparse (``type=``)."""
 
 import argparse
+import math
+import re
+from collections.abc import Callable
 
+from restrictedmem.abi.memory import SYS_memfd_restricted
 from restrictedmem.units import PAGE_MASK, parse_size
 
 #: Of x32, which has numbers of its own.
 _CALL_BITS = 30
-
-
-def size(text: str) -> int:
-    """Read a size in bytes."""
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+_MOST_PORT = 65535
+_MOST_COUNT = 1 << 31
+#: Characters of a text that is none, in an error.
+_SHOWN = 40
 
 
 def memory_size(text: str) -> int:
-    """Read a size that is whole pages, and not none."""
-    found = size(text)
+    """Read a size in bytes that is whole pages, and not none."""
+    try:
+        found = parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     if not found or found & PAGE_MASK:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of pages")
     return found
 
 
+def count_of(what: str) -> Callable[[str], int]:
+    """Return what reads a number of something, from 1 on."""
+
+    def read(text: str) -> int:
+        found = _number(text)
+        if found is None or not 0 < found < _MOST_COUNT:
+            raise argparse.ArgumentTypeError(f"{text[:_SHOWN]} is not a number of {what}")
+        return found
+
+    return read
+
+
+def seconds(text: str) -> float:
+    """Read a time, longer than none."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"{text[:_SHOWN]} is not a number of seconds")
+    return found
+
+
+def seed(text: str) -> int:
+    """Read what random numbers begin with."""
+    found = _number(text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text[:_SHOWN]} is not a seed: a number that another run said")
+    return found
+
+
+def port(text: str) -> int:
+    """Read the number of a port, 0 for a free one."""
+    found = _number(text)
+    if found is None or found > _MOST_PORT:
+        raise argparse.ArgumentTypeError(f"{text[:_SHOWN]} is not a port")
+    return found
+
+
 def call_number(text: str) -> int:
-    """Read the number of a system call."""
-    if not text.isdecimal() or int(text) >> _CALL_BITS:
-        raise argparse.ArgumentTypeError(f"{text} is not a system call's number")
-    return int(text)
+    """Read the number of a system call that programs do not make for something else."""
+    found = _number(text)
+    if found is None or found >> _CALL_BITS:
+        raise argparse.ArgumentTypeError(f"{text[:_SHOWN]} is not a system call's number")
+    if found < SYS_memfd_restricted:
+        raise argparse.ArgumentTypeError(f"{text} may be another system call's: take one from {SYS_memfd_restricted} on")
+    return found
+
+
+def _number(text: str) -> int | None:
+    """Return a number in decimal digits, of no more than 64 bits have."""
+    return int(text) if re.fullmatch("[0-9]{1,20}", text) else None

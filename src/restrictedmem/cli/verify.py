@@ -17,6 +17,8 @@ from restrictedmem.cli.errors import CommandError
 if TYPE_CHECKING:
     from restrictedmem.service.report import Report
 
+#: Bytes of a guest's memory, unless it is said.
+_MEMORY = 64 << 20
 _KEY_BYTES = 32
 _MEASUREMENT_BYTES = 48
 _DATA_BYTES = 64
@@ -51,7 +53,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     _add_launch_options(parser)
     parser.add_argument("--json", action="store_true", help="the report and each check, as JSON")
-    parser.set_defaults(main=main)
+    parser.set_defaults(main=main, error=parser.error)
 
 
 def _add_measure(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -67,8 +69,8 @@ def _add_measure(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _add_launch_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--memory", type=values.memory_size, default="64M", metavar="SIZE", help="the guest's private memory (default 64M)")
-    parser.add_argument("--vcpus", type=int, default=1, metavar="N", help="its vCPUs (default 1)")
+    parser.add_argument("--memory", type=values.memory_size, metavar="SIZE", help="the guest's private memory (default 64M)")
+    parser.add_argument("--vcpus", type=values.count_of("vCPUs"), metavar="N", help="its vCPUs (default 1)")
     parser.add_argument("--debug", action="store_true", help="with a policy that opens registers and private memory to the owner")
 
 
@@ -102,7 +104,8 @@ def measure(args: argparse.Namespace) -> int:
 def _expected(args: argparse.Namespace, name: str, arguments: list[str]) -> bytes:
     from restrictedmem.kvm.vmm import expected_measurement
 
-    return expected_measurement(guest.read(name), arguments, private_size=args.memory, vcpus=args.vcpus, policy=_policy(args))
+    size = _MEMORY if args.memory is None else args.memory
+    return expected_measurement(guest.read(name), arguments, private_size=size, vcpus=args.vcpus or 1, policy=_policy(args))
 
 
 def _policy(args: argparse.Namespace) -> int:
@@ -133,7 +136,9 @@ def main(args: argparse.Namespace) -> int:
     from restrictedmem.service.report import Report
 
     if args.guest == []:
-        raise CommandError("--guest takes a guest, after it", "it and its arguments are the last on the command line")
+        args.error("--guest takes a guest, after it: it and its arguments are the last on the command line")
+    if args.guest is None and (args.memory is not None or args.vcpus is not None):
+        args.error("--memory and --vcpus are a guest's, and go with --guest")
     data = _read(args.report)
     try:
         checks = list(_checks(args, data, Report.unpack(data)))

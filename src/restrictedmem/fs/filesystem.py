@@ -239,15 +239,19 @@ class FileSystem:
         heard = file.notifier_count > 0
         if (heard or length > _HUGE_REQUEST) and not self.before_waiting(file.holder if heard else None):
             return None
-        if self._usage is not None and mode & FallocMode.PUNCH_HOLE:
-            self._usage.punch(file, length)
+        punches = bool(mode & FallocMode.PUNCH_HOLE)
+        if self._usage is not None and punches:
+            self._usage.before_punch(file)
         if not file.fallocate_unheard(mode, offset, length):
             # A consumer may have come this moment.
             if not heard and not self.before_waiting(file.holder):
                 return None
             file.fallocate(mode, offset, length)
-        if self._usage is not None and not mode & FallocMode.PUNCH_HOLE:
-            self._usage.allocate(file)
+        if self._usage is not None:
+            if punches:
+                self._usage.punch(file, length)
+            else:
+                self._usage.allocate(file)
         return _EMPTY
 
     def _ioctl(self, request: Request) -> bytes:

@@ -42,13 +42,17 @@ class Usage:
             self.sized += 1
             self.sized_bytes += length
 
+    def before_punch(self, file: RestrictedFile) -> None:
+        """Look at the memory of a file that consumers have, who take theirs without a word, before a hole is punched."""
+        with self._mutex:
+            if file.holder is not None:
+                self._look(file)
+
     def punch(self, file: RestrictedFile, length: int) -> None:
-        """Count a hole that is about to be punched."""
+        """Count a hole that was punched."""
         with self._mutex:
             self.punched += 1
             self.punched_bytes += length
-            if file.holder is not None:
-                self._look(file)
             self._stale.add(file)
 
     def allocate(self, file: RestrictedFile) -> None:

@@ -26,7 +26,10 @@ def popen(arguments: Sequence[str | os.PathLike[str]], call: Call | None = None,
     call = call or Call()
     words = [os.fspath(argument) for argument in arguments]
     _check(words[0], options)
-    own = ["--api", call.api, "--syscall-number", str(call.number)]
+    # What was not asked for is not given: exec refuses what a server or an outer exec decides.
+    usual = Call()
+    own = [] if call.api == usual.api else ["--api", call.api]
+    own += [] if call.number == usual.number else ["--syscall-number", str(call.number)]
     own += [] if call.cachestat else ["--no-cachestat"]
     own += [] if call.memory_max is None else ["--memory-max", str(call.memory_max)]
     return subprocess.Popen([sys.executable, "-I", "-c", _START, PACKAGE_ROOT, "exec", *own, "--", *words], **options)
