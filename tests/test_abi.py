@@ -168,6 +168,8 @@ RECORDED = {
     **{f"kvm_exit_memory_fault.{name}": (at * 8, "6.8") for at, name in enumerate(("flags", "gpa", "size"))},
     "KVM_MEMORY_ATTRIBUTE_PRIVATE": (8, "6.8"),
     "KVM_MEMORY_EXIT_FLAG_PRIVATE": (8, "6.8"),
+    "MADV_GUARD_INSTALL": (102, "6.13"),
+    "MADV_GUARD_REMOVE": (103, "6.13"),
     "GUEST_MEMFD_FLAG_MMAP": (1, "6.18"),
     "GUEST_MEMFD_FLAG_INIT_SHARED": (2, "6.18"),
     # Of the v9 and v10 postings, in no kernel.

@@ -34,6 +34,7 @@ from restrictedmem.mm.backing import MemfdBacking, make_backing
 from restrictedmem.mm.design import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.restrictedmem import RestrictedFile
+from restrictedmem.patience import Patience
 from restrictedmem.service import consumer as service_consumer
 from restrictedmem.service import program, wire
 from restrictedmem.service.client import Service
@@ -813,7 +814,7 @@ def test_a_consumer_that_cannot_be_waited_for_is_forgotten_all_the_same(monkeypa
 
     consumers, consumer, file, child = _bound_to_a_child()
     consumer.process = OwnedFd(os.pidfd_open(child))
-    monkeypatch.setattr(service_consumer, "readable", fail)
+    monkeypatch.setattr(Patience, "wait", fail)
     monkeypatch.setattr(type(file.design), "leave", fail_at_first)
     assert outcome(lambda: consumers.end(consumer)) == Errno(EINVAL)
     assert (file.notifier_count, consumers.all(), consumer.process.closed) == (0, [], True)
