@@ -1,16 +1,18 @@
 """The loop between /dev/fuse and the file system: who waits for whom, and for nobody else."""
 
+import _thread
 import os
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from errno import EIO, ENODEV, ENOMEM
+from errno import EAGAIN, EIO, ENODEV, ENOMEM
 from typing import Self, final
 
 import pytest
 
+from restrictedmem import threads
 from restrictedmem.abi import fuse
 from restrictedmem.abi.fuse import Opcode
 from restrictedmem.abi.memory import PUNCH
@@ -54,6 +56,10 @@ class Consumer:
         return 0
 
 
+def _threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
 @final
 class Served:
     """A file system that is served from a socket in place of /dev/fuse."""
@@ -65,7 +71,7 @@ class Served:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        self._before = threading.active_count()
+        self._before = _threads()
         self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._ours.settimeout(PATIENCE)
         self._stack.enter_context(self._ours)
@@ -87,7 +93,7 @@ class Served:
         self._ours.shutdown(socket.SHUT_WR)
         self._thread.join(PATIENCE)
         assert not self._thread.is_alive(), "waited 10 s for the server's end"
-        wait_for("the end of the server's threads", lambda: threading.active_count() == self._before)
+        wait_for("the end of the server's threads", lambda: _threads() == self._before)
         self._device.close()
         self._stack.close()
         for file in self.filesystem.files().values():
@@ -95,7 +101,7 @@ class Served:
 
     @property
     def threads(self) -> int:
-        return threading.active_count() - self._before
+        return _threads() - self._before
 
     def send(self, opcode: int, nodeid: int = fuse.ROOT_ID, body: bytes = b"") -> int:
         """Send a request and return its number."""
@@ -178,18 +184,27 @@ def test_a_consumer_that_does_not_answer_takes_one_thread(served: Served) -> Non
 
 
 @pytest.mark.parametrize("at_all", [True, False], ids=["one thread", "no thread"])
-def test_no_thread_to_be_had(at_all: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    start, started = threading.Thread.start, 0
+@pytest.mark.parametrize("dies", [False, True], ids=["refused", "died"])
+def test_no_thread_to_be_had(at_all: bool, dies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, started = threads.start, 0
 
-    def refuse(thread: threading.Thread) -> None:
+    def refuse(run: Callable[[], object]) -> None:
         nonlocal started
-        if thread.name == "fuse":
-            started += 1
-            if not at_all or started > 1:
-                raise RuntimeError("can't start new thread")
-        start(thread)
+        started += 1
+        if at_all and started == 1:
+            start(run)
+            return
+        if not dies:
+            raise OSError(EAGAIN, "no thread to be had")
+        with monkeypatch.context() as patch:
+            patch.setattr(threads, "_PATIENCE", (1, 0.01))
+            patch.setattr(_thread, "start_new_thread", forget)
+            start(run)
 
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    def forget(*_: object) -> None:
+        """Have a thread that dies at once."""
+
+    monkeypatch.setattr(threads, "start", refuse)
     with Served() as served:
         first, second = Consumer(), Consumer()
         nodes = [served.create(first, 1), served.create(second, 2), served.create(second, 2)]

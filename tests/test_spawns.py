@@ -15,6 +15,7 @@ from typing import final
 import pytest
 
 from processes import wait_until
+from restrictedmem import threads
 from restrictedmem.fd import KERNEL_REFUSES, OwnedFd, close_all, readable, spare
 from restrictedmem.service import spawns as spawns_module
 from restrictedmem.service import wire
@@ -158,6 +159,29 @@ def test_a_reply_that_fails_is_one_askers_trouble(
     for consumer in spawning.consumers.all():
         consumer.requests.sock.shutdown(socket.SHUT_RDWR)
     spawning.forgotten()
+
+
+@pytest.mark.parametrize(
+    ("failure", "errno"), [(OSError(EAGAIN, "no thread"), EAGAIN), (MemoryError(), ENOMEM), (ValueError("a bug"), EIO)], ids=repr
+)
+def test_a_consumer_that_nobody_serves_is_one_askers_trouble(
+    failure: Exception, errno: int, spawning: Spawning, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = Asker(stack), Asker(stack)
+    for asker in (first, second):
+        spawning.add(asker)
+    assert spawning.asked() == 1
+    killed = spawning.fork()
+
+    def fail(*_: object) -> None:
+        raise failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threads, "start", fail)
+        assert spawning.spawns.hear()
+    assert (first.answer(), first.connection.busy) == (errno, False)
+    assert readable([killed], 0)
+    spawning.goes_on(second, 2)
 
 
 @pytest.mark.parametrize("errno", [0, EAGAIN], ids=["without a process", "EAGAIN"])

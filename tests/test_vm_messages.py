@@ -16,16 +16,17 @@ from restrictedmem.abi import kvm
 from restrictedmem.kvm import exits, wire
 from restrictedmem.kvm import process as kvm_process
 from restrictedmem.kvm.checker import _is_wanted
+from restrictedmem.kvm.serving import serve_one
 from restrictedmem.kvm.vm import Vcpu, Vm
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
-from restrictedmem.service.wire import MAX_MESSAGE, Call
+from restrictedmem.service.wire import MAX_MESSAGE, Call, Channel, Message
 
 pytestmark = pytest.mark.requires("fuse")
 
 GPA = 0x4000_0000
 PAGE = 4096
-EPERM, EINVAL, ETIMEDOUT, EPROTO, EMSGSIZE = 1, 22, 110, 71, 90
+EPERM, ENOMEM, EINVAL, ETIMEDOUT, EPROTO, EMSGSIZE = 1, 12, 22, 110, 71, 90
 OUT_LOOP = bytes.fromhex("e642 ebfc")  # out %al, $0x42; jmp back
 SPIN = bytes.fromhex("ebfe")
 
@@ -348,3 +349,16 @@ def test_a_checker_that_cannot_be_forked_is_the_vms_errno() -> None:
     assert owner.recv(1) == b""
     assert os.waitpid(pid, 0) == (pid, 256)
     owner.close()
+
+
+def test_a_message_that_memory_was_short_for_is_answered_and_ends_its_socket() -> None:
+    def no_memory() -> Message | None:
+        raise MemoryError
+
+    dispatched: list[Message] = []
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        theirs.settimeout(10)
+        assert not serve_one(Channel(ours, "owner"), no_memory, dispatched.append)
+        assert dispatched == []
+        assert theirs.recv(1000)[0] == ENOMEM

@@ -3,7 +3,6 @@
 import json
 import os
 import socket
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from errno import EACCES, EINVAL
 from functools import partial
 from typing import Final, TypeVar, final
 
-from restrictedmem import sync
+from restrictedmem import sync, threads
 from restrictedmem.fd import OwnedFd
 from restrictedmem.mm.notifier import Notifier
 from restrictedmem.service import wire
@@ -49,12 +48,16 @@ class Consumer:
     """
 
     def __init__(self, service: socket.socket, notify: socket.socket) -> None:
-        """Take over both sockets that ``serve`` was given for the service."""
+        """Take over both sockets that ``serve`` was given for the service.
+
+        Raises:
+            OSError: EAGAIN when there is no thread to be had.
+        """
         self.requests = Channel(service, "service", takes_fds=True)
         self._notify = Channel(notify, "service")
         self._known = sync.condition(sync.mutex())
         self._notifiers: dict[int, Notifier] = {}
-        threading.Thread(target=self._answer_all, name="notify", daemon=True).start()
+        threads.start(self._answer_all)
 
     def register_notifier(self, token: bytes, make: Callable[[Bound], _N]) -> _N:
         """Register a notifier for the whole file whose holder presented ``token`` (``restrictedmem_register_notifier``).

@@ -11,8 +11,10 @@ import threading
 from collections import deque
 from contextlib import suppress
 from errno import EINTR, EIO, ENODEV, ENOENT, ENOMEM, ENOSYS, EOPNOTSUPP
+from functools import partial
 from typing import Final, final
 
+from restrictedmem import threads
 from restrictedmem.abi import fuse, process
 from restrictedmem.fd import OwnedFd
 from restrictedmem.fs.filesystem import FileSystem, Request
@@ -154,8 +156,8 @@ class Server:
     def _start_thread(self) -> bool:
         """Start one more thread; false when there cannot be one."""
         try:
-            threading.Thread(target=self._serve, kwargs={"may_end": True}, name="fuse", daemon=True).start()
-        except (RuntimeError, MemoryError):
+            threads.start(partial(self._serve, may_end=True))
+        except OSError:
             return False
         self._idle += 1
         return True

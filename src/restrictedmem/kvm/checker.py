@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from errno import EAGAIN, EINVAL, EMFILE, EMSGSIZE, EPROTO, ETIMEDOUT
-from functools import partial
 from typing import Final, NoReturn, final
 
+from restrictedmem import threads
 from restrictedmem.abi import process
 from restrictedmem.abi.stat import identity
 from restrictedmem.fd import MSG_CTRUNC, MSG_DONTWAIT, MSG_TRUNC, OwnedFd, brings_fds, close_all, receive_with_fds, send_with_fds
@@ -84,14 +84,18 @@ class Intake:
 
         In a thread: this one would not find out that the owner is gone.
         """
-        take = partial(self._owner.sock.recvmsg, MAX_MESSAGE, 0, MSG_DONTWAIT)
+        dropped = threading.Event()
+
+        def drop() -> None:
+            with suppress(OSError):
+                self._owner.sock.recvmsg(MAX_MESSAGE, 0, MSG_DONTWAIT)
+            dropped.set()
+
         try:
-            thread = threading.Thread(target=take, name="drop", daemon=True)
-            thread.start()
-        except RuntimeError:
+            threads.start(drop)
+        except OSError:
             os._exit(1)
-        thread.join(_DROP)
-        if thread.is_alive():
+        if not dropped.wait(_DROP):
             os._exit(1)
 
     def _ask(self) -> tuple[bytes, list[OwnedFd]] | None:

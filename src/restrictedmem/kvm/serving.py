@@ -28,6 +28,10 @@ def serve_one(channel: Channel, receive: Callable[[], Message | None], dispatch:
     except OSError as error:
         channel.reply_error(error)
         return isinstance(error, RefusedError)
+    except MemoryError:
+        # What was asked may be lost.
+        channel.reply_error(OSError(ENOMEM, os.strerror(ENOMEM)))
+        return False
     if message is None:
         return False
     try:

@@ -5,9 +5,10 @@ import threading
 from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from errno import EAGAIN, EBADF, EINVAL, EIO, EPROTO
+from errno import EBADF, EINVAL, EIO, EPROTO
 from typing import Final, final
 
+from restrictedmem import threads
 from restrictedmem.abi import kvm
 from restrictedmem.kvm import debug, exits, guest_abi, wire
 from restrictedmem.kvm.conversions import Asked, Conversions
@@ -61,10 +62,7 @@ class VcpuSocket:
         self._begun, self._let_go = threading.Event(), threading.Event()
         self.exits: Counter[str] = Counter()
         self._lost = False
-        try:
-            threading.Thread(target=self._serve, name=f"vcpu-{number}", daemon=True).start()
-        except RuntimeError as error:
-            raise OSError(EAGAIN, str(error)) from None
+        threads.start(self._serve)
 
     def begin(self, vcpu: Vcpu) -> None:
         """Let the owner drive a vCPU from now on."""

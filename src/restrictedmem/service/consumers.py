@@ -104,8 +104,9 @@ class Consumers:
         try:
             while message := consumer.requests.receive():
                 self._troubles.answer(consumer.requests, dispatch, message)
-        except OSError as error:
-            consumer.requests.reply_error(error)
+        except (OSError, MemoryError) as error:
+            # What it asked for may be lost.
+            consumer.requests.reply_error(self._troubles.of(str(consumer), error))
         finally:
             self.end(consumer)
 
@@ -150,6 +151,8 @@ class Consumers:
         """Close a consumer's connections and forget it."""
         try:
             consumer.close()
+        except OSError as error:
+            self._troubles.last = f"{consumer}: {error}"
         finally:
             with self._idle:
                 del self._all[consumer.number]

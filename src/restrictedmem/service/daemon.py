@@ -13,14 +13,14 @@ import os
 import selectors
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from errno import E2BIG, EACCES, EAGAIN, EBUSY, EINVAL, EIO, EPROTO
+from errno import E2BIG, EACCES, EBUSY, EINVAL, EIO, EPROTO
 from functools import partial
 from typing import TYPE_CHECKING, Final, final
 
+from restrictedmem import threads
 from restrictedmem.abi import process
 from restrictedmem.burial import bury, bury_elsewhere
 from restrictedmem.fd import MSG_DONTWAIT
@@ -90,7 +90,7 @@ def run(owner: Channel, spawner: Channel, options: "Options", origin: "Origin") 
         with witness, other:
             owner.post(wire.READY, json.dumps(about).encode(), [root.fileno(), witness.fileno()])
     bury(owner.sock)
-    threading.Thread(target=service.run, name="control", daemon=True).start()
+    threads.start(service.run)
     with device:
         Server(device, service.filesystem).run()
         service.consumers.wait_idle()
@@ -193,8 +193,9 @@ class Service:
             message = channel.receive(MSG_DONTWAIT)
         except BlockingIOError:
             return
-        except OSError as error:
-            channel.reply_error(error)
+        except (OSError, MemoryError) as error:
+            # What was asked may be lost.
+            channel.reply_error(self._troubles.of("a request", error))
             message = None
         if message is None:
             self._selector.unregister(channel)
@@ -269,10 +270,10 @@ class Service:
             connection.channel.reply()
 
         try:
-            threading.Thread(target=self._troubles.answer, args=(connection.channel, done, message), name="aside", daemon=True).start()
-        except RuntimeError:
+            threads.start(partial(self._troubles.answer, connection.channel, done, message))
+        except OSError:
             connection.busy = False
-            raise OSError(EAGAIN, "no thread to be had") from None
+            raise
 
     # Consumers.
 

@@ -5,13 +5,14 @@ Whatever fails of one is the answer to whoever asked for it, and the next one's 
 
 import os
 import socket
-import threading
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
-from errno import EAGAIN, EIO, EMFILE, EMSGSIZE, ENOMEM
+from errno import EIO, EMFILE, EMSGSIZE, ENOMEM
+from functools import partial
 from typing import final
 
+from restrictedmem import threads
 from restrictedmem.fd import spare, speaks
 from restrictedmem.patience import patiently
 from restrictedmem.service import wire
@@ -133,10 +134,7 @@ class Spawns:
             raise OSError(heard.number, heard.body.decode(errors="replace") or os.strerror(heard.number))
         channel, consumer = spawn.connection.channel, spawn.consumer
         consumer.process = heard.take_fd()
-        try:
-            threading.Thread(target=self._consumers.serve, args=(consumer,), name=str(consumer), daemon=True).start()
-        except RuntimeError:
-            raise OSError(EAGAIN, "no thread to be had") from None
+        threads.start(partial(self._consumers.serve, consumer))
         spawn.connection.busy = False
         with spawn.owners:
             try:
@@ -149,7 +147,9 @@ class Spawns:
     def _refuse(self, spawn: _Spawn, error: Exception) -> None:
         """End a consumer that cannot be, and say why to whoever asked for it."""
         spawn.connection.busy = False
-        self._consumers.end(spawn.consumer)
-        with spawn.owners:
-            if spawn.connection.channel.fileno() >= 0:
-                spawn.connection.channel.reply_error(self._troubles.of("SPAWN", error))
+        try:
+            self._consumers.end(spawn.consumer)
+        finally:
+            with spawn.owners:
+                if spawn.connection.channel.fileno() >= 0:
+                    spawn.connection.channel.reply_error(self._troubles.of("SPAWN", error))

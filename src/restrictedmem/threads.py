@@ -1,0 +1,64 @@
+"""Threads in processes whose memory may run out at any time.
+
+threading.Thread.start() waits until the thread says that it runs. One that finds no memory before that never says so, and its starter waits
+for ever, with the locks that it holds. Here the starter waits a while.
+"""
+
+import _thread
+import logging
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from errno import EAGAIN
+from typing import Final, final
+
+log = logging.getLogger(__name__)
+
+#: How often a starter looks for its thread, and the seconds each time: time in which this process did not run counts once at most.
+_PATIENCE: Final = (20, 0.05)
+
+
+def start(run: Callable[[], object]) -> None:
+    """Have a thread do something; what it fails with ends the process, for somebody may wait for what the thread was to do.
+
+    Raises:
+        OSError: EAGAIN when there is no thread to be had; ``run`` is not called then.
+    """
+    try:
+        thread = _Thread(run)
+        _thread.start_new_thread(thread.be, ())
+    except (RuntimeError, MemoryError):
+        raise OSError(EAGAIN, "no thread to be had") from None
+    if not thread.comes():
+        raise OSError(EAGAIN, "no thread to be had: it died for want of memory")
+
+
+@final
+class _Thread:
+    """A thread that its starter may have given up."""
+
+    __slots__ = ("_begun", "_run", "_taken")
+
+    def __init__(self, run: Callable[[], object]) -> None:
+        self._run = run
+        #: Taken by the thread, or by a starter that has given up.
+        self._taken = _thread.allocate_lock()
+        #: Held until the thread has begun.
+        self._begun = _thread.allocate_lock()
+        self._begun.acquire()
+
+    def comes(self) -> bool:
+        """Wait until the thread has begun; false when it did not, and never will."""
+        times, seconds = _PATIENCE
+        return any(self._begun.acquire(timeout=seconds) for _ in range(times)) or not self._taken.acquire(blocking=False)
+
+    def be(self) -> None:
+        """Be the thread."""
+        try:
+            if self._taken.acquire(blocking=False):
+                self._begun.release()
+                self._run()
+        except BaseException:
+            with suppress(BaseException):
+                log.exception("a thread cannot go on")
+            os._exit(1)
