@@ -406,6 +406,46 @@ def test_looking_never_allocates_even_against_a_punch(thp: MemfdBacking) -> None
     assert thp.resident() == 0
 
 
+def test_a_page_that_comes_meanwhile_hides_no_other(thp: MemfdBacking) -> None:
+    """A consumer's fault allocates one while the service counts."""
+    allocate(thp, 300, 1)
+    real, counts = memory.resident_pages, 0
+
+    def count(fd: int, offset: int, length: int) -> int:
+        nonlocal counts
+        counts += 1
+        found = real(fd, offset, length)
+        if counts == 1:
+            allocate(thp, 0, 1)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "resident_pages", count)
+        found = [*thp.folios(span(0, BLOCK))]
+    assert (300, 301, 0) in found
+
+
+@needs_pool
+def test_a_huge_page_that_comes_meanwhile_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    with backing_of("hugetlb-2m") as backing:
+        far = 1000 * BLOCK
+        allocate(backing, far, BLOCK)
+        real, counts = type(backing).resident, 0
+
+        def resident(self: Memfd) -> int:
+            nonlocal counts
+            counts += 1
+            found = real(self)  # pyright: ignore[reportArgumentType]
+            if counts == 1:
+                allocate(backing, 0, BLOCK)
+            return found
+
+        monkeypatch.setattr(type(backing), "resident", resident)
+        found = [*backing.folios(span(0, far + BLOCK))]
+        monkeypatch.undo()
+    assert (far, far + BLOCK, 9) in found
+
+
 @pytest.mark.parametrize("kind", HUGETLB)
 def test_huge_pages_of_a_range(kind: str) -> None:
     order = ORDERS[kind]

@@ -116,7 +116,7 @@ def folios_in(fd: int, span: PageRange) -> Iterator[Piece]:
         return
     start, end = span.start & -BLOCK, min(span.end + BLOCK - 1 & -BLOCK, MAX_FILE_BYTES >> PAGE_SHIFT)
     told = span.start
-    for first, last, order in _pieces(fd, start, end, _count(fd, start, end)):
+    for first, last, order in _pieces(fd, start, end):
         run = PageRange(pgoff_t(first), pgoff_t(last))
         if not order:
             run = span.clip(run)
@@ -131,19 +131,16 @@ def folios_in(fd: int, span: PageRange) -> Iterator[Piece]:
         yield told, span.end, None
 
 
-def _count(fd: int, start: int, end: int) -> int:
-    return memory.resident_pages(fd, start << PAGE_SHIFT, (end - start) << PAGE_SHIFT)
-
-
-def _pieces(fd: int, start: int, end: int, count: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the runs of folios of one order, 0 or 9, in a range that has ``count`` pages and begins at a block, or lies inside one."""
-    if count <= 0:
+def _pieces(fd: int, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the runs of folios of one order, 0 or 9, in a range that begins at a block, or lies inside one."""
+    # Of each part by itself: what a count of both leaves for the other is of two moments, and pages come and go.
+    count = memory.resident_pages(fd, start << PAGE_SHIFT, (end - start) << PAGE_SHIFT)
+    if not count:
         return
     if count < end - start:
         middle = start + (1 << (end - start - 1).bit_length() - 1)
-        left = _count(fd, start, middle)
-        yield from _pieces(fd, start, middle, left)
-        yield from _pieces(fd, middle, end, count - left)
+        yield from _pieces(fd, start, middle)
+        yield from _pieces(fd, middle, end)
     elif end - start < BLOCK:
         yield start, end, 0
     else:

@@ -83,17 +83,18 @@ class HugetlbBacking(InMemfd):
             OSError: ENOSYS where that would be more than ``_MOST_LOOKS``; whoever punches must not keep the service for hours.
         """
         size, told, step = 1 << self.base_order, span.start, max(1 << self.base_order, _AT_ONCE >> PAGE_SHIFT)
-        left = self.resident() // self.blksize
+        found = 0
         # Where a range is longer than what lies before it, the last huge page may be found sooner from the beginning on.
         first = 0 if len(span) > span.start else span.start & -size
         last = min(span.end, MAX_FILE_BYTES // self.blksize << self.base_order)
         looks = _MOST_LOOKS
-        while left and first < last:
+        # Counted each time: pages that came meanwhile must not stand for others.
+        while first < last and found < self.resident() // self.blksize:
             if looks <= 0:
                 raise OSError(ENOSYS, "huge pages lie too far apart to be looked for")
             looks -= max(step >> self.base_order, 1)
             for pgoff in self._present(first, min(last, first + step)):
-                left -= 1
+                found += 1
                 if pgoff + size > span.start:
                     if told < pgoff:
                         yield told, pgoff_t(pgoff), None
