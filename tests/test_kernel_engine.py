@@ -1,12 +1,14 @@
 """The kernel engine by itself: page tables, the state it gives a guest, and what it asks of the kernel."""
 
 import os
+import re
 import struct
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
 import pytest
@@ -14,6 +16,7 @@ import pytest
 from outcomes import Errno, outcome
 from restrictedmem import guests
 from restrictedmem.abi import kvm, memory
+from restrictedmem.abi.kvm import ExitReason
 from restrictedmem.abi.kvm_x86 import kvm_sregs
 from restrictedmem.consumer import Bound
 from restrictedmem.devkvm import Kvm, Vm
@@ -21,7 +24,7 @@ from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm import elf, guest_abi, process
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine import VcpuEngine
-from restrictedmem.kvm.exits import Debug, Hypercall, MemoryFault, Shutdown
+from restrictedmem.kvm.exits import Debug, Hypercall, MemoryFault, Shutdown, Unknown
 from restrictedmem.kvm.half import Half
 from restrictedmem.kvm.kernel import system
 from restrictedmem.kvm.kernel.page_tables import USER, WRITABLE, PageTables
@@ -461,6 +464,34 @@ def test_a_guest_learns_nothing_of_the_engine_s_tables(vm: KernelVm, code: str) 
     if not umip:
         pytest.skip("this processor has no UMIP")
     assert start(vm, code + CALL).run() in (Shutdown(6), Shutdown(13))
+
+
+#: Instructions in private code, and what may come of it: an exit, or the value in rsi if the guest goes on.
+BY_KERNEL: Final[dict[str, tuple[str, set[object]]]] = {
+    "pushf": ("9c5e", {0x202, 0x3202}),
+    "cli": ("fa9c5e", {Shutdown(6), Shutdown(13), 0x3002}),
+    "cpuid": ("0fa2", {Shutdown(6), Unknown(ExitReason.INTERNAL_ERROR), 0}),
+    "vmcall": ("0f01c1", {0, Shutdown(6)}),
+    "vmmcall": ("0f01d9", {0, Unknown(ExitReason.INTERNAL_ERROR)}),
+    # push 0x40202; popf; mov rdx, [rsp + 1]
+    "ac": ("68020204009d488b542401", {Shutdown(17), 0}),
+    "sgdt": ("0f014424f0", {Shutdown(6), Shutdown(13)}),
+    "xgetbv": ("31c90f01d0", {Shutdown(6), 0}),
+    "cs": ("8cce", {0x33, 0x23}),
+}
+
+
+@pytest.mark.requires("kvm", "guard")
+@pytest.mark.parametrize("key", BY_KERNEL)
+def test_what_differs_from_kernel_to_kernel(vm: KernelVm, key: str) -> None:
+    code, expected = BY_KERNEL[key]
+    found = start(vm, code + CALL).run()
+    assert (found.arguments[1] if isinstance(found, Hypercall) else found) in expected
+
+
+def test_every_difference_of_kernels_has_its_row() -> None:
+    table = (Path(__file__).parent.parent / "docs" / "engines.md").read_text(encoding="utf-8").split("## From kernel to kernel")[1]
+    assert re.findall(r"^\| `([a-z]+)` \|", table.split("\n## ")[0], re.MULTILINE) == list(BY_KERNEL)
 
 
 @pytest.mark.requires("kvm", "guard")
