@@ -285,7 +285,7 @@ def test_what_does_not_go_together_is_said_before_anything_starts(arguments: lis
 
 def test_a_server_has_its_own_design(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RESTRICTEDMEM_SERVER", "/nowhere")
-    assert "RESTRICTEDMEM_SERVER is set" in run("--design", "v10", "sha256", status=2)
+    assert "RESTRICTEDMEM_SERVER names another" in run("--design", "v10", "sha256", status=2)
 
 
 def test_a_proof_has_no_platform() -> None:
