@@ -1,12 +1,13 @@
 """Programs that know nothing of this project, under ``restrictedmem exec``: what their calls of number 451 come to."""
 
 import json
+import mmap
 import os
 import signal
 import subprocess
 import sys
 import uuid
-from errno import EBADF, EINVAL, EMFILE, ENFILE, ENODEV, ENOSYS
+from errno import EBADF, EFAULT, EINVAL, EMFILE, ENFILE, ENODEV, ENOSYS
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,22 @@ def test_its_file_system_is_the_proposals() -> None:
         "print((status, found[0], found[1], found[8], bad, plain[0]))"
     )
     assert said(code) == (0, MAGIC, 4096, 255, (-1, 14), 0x9FA0)
+
+
+@pytest.mark.parametrize("protection", [0, mmap.PROT_READ, mmap.PROT_READ | mmap.PROT_EXEC], ids=["none", "read", "text"])
+def test_it_writes_nothing_that_the_program_may_not_write(protection: int) -> None:
+    """The second of two pages is protected; the struct begins there, and before it."""
+    code = (
+        "fd = call(0); libc.mmap.restype = ctypes.c_void_p\n"
+        "at = libc.mmap(None, ctypes.c_size_t(8192), 3, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, ctypes.c_long(0))\n"
+        "ctypes.memset(at, 0x5A, 8192)\n"
+        "def protect(wanted): libc.mprotect(ctypes.c_void_p(at + 4096), ctypes.c_size_t(4096), wanted)\n"
+        f"protect({protection})\n"
+        "tried = [(libc.fstatfs(fd, ctypes.c_void_p(at + where)), ctypes.get_errno()) for where in (4096, 4096 - 56)]\n"
+        "protect(3)\n"
+        "print((tried, ctypes.string_at(at + 4096, 4096) == b'Z' * 4096, libc.fstatfs(fd, ctypes.c_void_p(at + 4096))))"
+    )
+    assert said(code) == ([(-1, EFAULT)] * 2, True, 0)
 
 
 @pytest.mark.requires("root")

@@ -12,11 +12,13 @@ import marshal
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from errno import EIO
-from typing import Final, final
+from typing import Final, TextIO, final
 
 from restrictedmem.abi.stat import device
+from restrictedmem.fd import OwnedFd
 from restrictedmem.syscall.child import fork
 
 _MESSAGE: Final = 512
@@ -94,7 +96,8 @@ class _Looks:
     """What a scout can be asked about a process or one of its threads; each raises OSError for one that may not be looked into."""
 
     def __init__(self) -> None:
-        self._memory = -1
+        #: A process's memory and its mappings, both of the same one, whoever has its number by now.
+        self._memory: tuple[OwnedFd, TextIO] | None = None
 
     def is_restricted(self, pid: int, fd: int, wanted: int) -> bool:
         """Say whether a descriptor is a restricted one, of the service whose device is ``wanted``, without a word to any file system.
@@ -106,40 +109,63 @@ class _Looks:
 
     def may_be_cachestat(self, pid: int, fd: int, span: int, result: int) -> bool:
         """Say whether the arguments are cachestat's: an open descriptor, and two structs that are mapped whole."""
-        return os.path.lexists(f"/proc/{pid}/fd/{fd}") and _is_mapped(pid, (span, _RANGE_BYTES), (result, _CACHESTAT_BYTES))
+        if not os.path.lexists(f"/proc/{pid}/fd/{fd}"):
+            return False
+        with _mappings(pid) as maps:
+            spans = list(_spans(maps))
+        return _covers(spans, span, _RANGE_BYTES) and _covers(spans, result, _CACHESTAT_BYTES)
 
     def open_memory(self, pid: int, fd: int, wanted: int) -> bool:
         """Say as ``is_restricted`` whose descriptor it is; if it is, open the process's memory for ``write``."""
         self._let_go()
         if not self.is_restricted(pid, fd, wanted):
             return False
-        self._memory = os.open(f"/proc/{pid}/mem", os.O_WRONLY | os.O_CLOEXEC)
+        with ExitStack() as undo:
+            memory = undo.enter_context(OwnedFd(os.open(f"/proc/{pid}/mem", os.O_WRONLY | os.O_CLOEXEC)))
+            self._memory = memory, _mappings(pid)
+            undo.pop_all()
         return True
 
     def write(self, address: int, content: bytes) -> bool:
-        """Write to the memory that was opened last; false when not all of it is there."""
+        """Write to the memory that was opened last; false when not all of it is there, or the process may not write to it itself.
+
+        /proc/PID/mem minds no protection. process_vm_writev(2) does, but takes a number, which may be another process's by then.
+        """
+        assert self._memory is not None
+        memory, maps = self._memory
         try:
-            return os.pwrite(self._memory, content, address) == len(content)
+            # Closed before the write, which may take as long as somebody likes.
+            with maps:
+                writable = _covers(list(_spans(maps, "w")), address, len(content))
+            return writable and os.pwrite(memory.fileno(), content, address) == len(content)
         except (OSError, OverflowError):
             return False
         finally:
             self._let_go()
 
     def _let_go(self) -> None:
-        memory, self._memory = self._memory, -1
-        if memory >= 0:
-            os.close(memory)
+        opened, self._memory = self._memory, None
+        for each in opened or ():
+            each.close()
 
 
-def _is_mapped(pid: int, *wanted: tuple[int, int]) -> bool:
-    """Say whether ranges of a process's addresses, as start and bytes, are mapped whole."""
-    with open(f"/proc/{pid}/maps", encoding="ascii", errors="replace") as maps:
-        spans = [tuple(int(edge, 16) for edge in line.split(" ", 1)[0].split("-")) for line in maps]
-    for start, size in wanted:
-        at = start
-        for first, last in spans:
-            if first <= at < last:
-                at = last
-        if at < start + size:
-            return False
-    return True
+def _mappings(pid: int) -> TextIO:
+    return open(f"/proc/{pid}/maps", encoding="ascii", errors="replace")
+
+
+def _spans(maps: TextIO, right: str = "") -> Iterator[tuple[int, int]]:
+    """Return the ranges of addresses that are mapped, with a right, in their order."""
+    for line in maps:
+        edges, rights, _ = line.split(" ", 2)
+        if right in rights:
+            first, last = edges.split("-")
+            yield int(first, 16), int(last, 16)
+
+
+def _covers(spans: list[tuple[int, int]], start: int, size: int) -> bool:
+    """Say whether a range of so many bytes lies in ``spans`` whole."""
+    at = start
+    for first, last in spans:
+        if first <= at < last:
+            at = last
+    return at >= start + size
