@@ -27,7 +27,10 @@ def listening(name: str, uid: int, said: bytes = b"", fds: tuple[int, ...] = ())
                     # Who does not want it hangs up.
                     with suppress(BrokenPipeError):
                         send_with_fds(sock, said, fds)
-                return sock.recv(100)
+                # With what was said still unread, the end is a reset.
+                with suppress(ConnectionResetError):
+                    return sock.recv(100)
+                return b""
 
     thread = threading.Thread(target=lambda: heard.append(as_user(listen, uid)))
     thread.start()
