@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Generator
 from errno import (
     EACCES,
+    EAGAIN,
     EBADF,
     ECONNRESET,
     EEXIST,
@@ -260,6 +261,8 @@ def test_peers_that_answer_nonsense(programs: Path) -> None:
         "an error": (EPERM, "TOKEN: some words"),
         "an error of many words": (EPERM, "TOKEN: some words"),
         "an error that is none": (EPROTO, "TOKEN: some words"),
+        "a late reply": (EAGAIN, "STATISTICS: recvmsg"),
+        "a call after it": (EBADF, "STATISTICS: sendmsg"),
         "less than a message": (EPROTO, "STATISTICS: message of another length"),
         "no room for a string": (EPROTO, "STATISTICS: reply is too long"),
         "a descriptor missing": (EPROTO, "KVM_CREATE_VCPU: reply without its descriptor"),

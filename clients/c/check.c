@@ -163,6 +163,7 @@ static void check_peers(void)
 {
 	struct rmem_vm vm = { { -1, "", "" } };
 	struct rmem_vcpu vcpu;
+	const struct timeval soon = { 0, 10000 };
 	char small[8], name[64], json[200];
 	int pair[2];
 
@@ -174,6 +175,17 @@ static void check_peers(void)
 	ask("an error", EPERM, 10, -1);
 	ask("an error of many words", EPERM, 1000, -1);
 	ask("an error that is none", 5000, 10, -1);
+
+	/* It gives up, and what comes then is no other call's reply. */
+	connect_to(pair);
+	vm.socket.fd = pair[0];
+	if (setsockopt(pair[0], SOL_SOCKET, SO_RCVTIMEO, &soon, sizeof(soon)))
+		abort();
+	tell("a late reply", rmem_statistics(&vm, small, sizeof(small)),
+	     &vm.socket);
+	tell("a call after it", rmem_statistics(&vm, small, sizeof(small)),
+	     &vm.socket);
+	close(pair[1]);
 
 	connect_to(pair);
 	vm.socket.fd = pair[0];

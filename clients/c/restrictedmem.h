@@ -296,7 +296,7 @@ static inline int rmem_receive(struct rmem_socket *s, uint32_t *number,
 	} rights;
 	struct msghdr message;
 	ssize_t got;
-	int i;
+	int i, rc;
 
 	for (i = 0; i < wanted; i++)
 		fds[i] = -1;
@@ -310,8 +310,12 @@ static inline int rmem_receive(struct rmem_socket *s, uint32_t *number,
 	while (got < 0 && errno == EINTR);
 	if (!got || (got < 0 && errno == ECONNRESET))
 		return rmem_fail(s, ENOTCONN, "the other end is gone");
-	if (got < 0)
-		return rmem_fail(s, errno, "recvmsg");
+	if (got < 0) {
+		rc = rmem_fail(s, errno, "recvmsg");
+		/* It may still come, and is no later call's reply. */
+		rmem_close(&s->fd);
+		return rc;
+	}
 	rmem_take_fds(&message, fds, wanted);
 	if (got < (ssize_t)sizeof(head) ||
 	    message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) {

@@ -73,21 +73,18 @@ class Design:
         """Do ``operate`` on a range, with consumers told before and after, whatever it raises. The semaphore is held for reading."""
         sequence = file.sequence()
         kept_out = self.kept_out(file, span)
-        told: list[tuple[Callback, Sequence[Notifier]]] = []
+        told: list[tuple[Callback, Notifier]] = []
         sequence.begin(kept_out.start, kept_out.end)
         try:
             for callback in self.callbacks(file, span):
-                start, end, order = callback
-                notifiers = file.notifiers(start, end)
-                told.append((callback, notifiers))
-                for notifier in notifiers:
-                    notifier.invalidate_start(start, end, order)
+                for notifier in file.notifiers(*callback[:2]):
+                    told.append((callback, notifier))
+                    notifier.invalidate_start(*callback)
             operate()
         finally:
             sequence.end()
-            for (start, end, order), notifiers in told:
-                for notifier in notifiers:
-                    notifier.invalidate_end(start, end, order)
+            for callback, notifier in told:
+                notifier.invalidate_end(*callback)
 
     def kept_out(self, file: File, span: PageRange) -> PageRange:
         """Return the range in which no fault maps anything while a punch of ``span`` is under way: at least what ``callbacks`` tells of."""
@@ -234,12 +231,15 @@ class FolioPoc(Design):
         sequence = file.sequence()
         sequence.begin(span.start, span.end)
         try:
-            for start, end, order in callbacks:
-                notifiers = file.notifiers(start, end)
-                for notifier in notifiers:
-                    notifier.invalidate_start(start, end, order)
-                for notifier in notifiers:
-                    notifier.invalidate_end(start, end, order)
+            for callback in callbacks:
+                told: list[Notifier] = []
+                try:
+                    for notifier in file.notifiers(*callback[:2]):
+                        told.append(notifier)
+                        notifier.invalidate_start(*callback)
+                finally:
+                    for notifier in told:
+                        notifier.invalidate_end(*callback)
         finally:
             sequence.end()
 

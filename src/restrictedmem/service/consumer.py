@@ -27,6 +27,8 @@ _HEAD: Final = struct.Struct("=II")
 _LARGEST: Final = PageRange(pgoff_t(0), pgoff_t(MAX_FILE_BYTES >> PAGE_SHIFT))
 #: Seconds that a process which was killed may take to end. The kernel may hold it for as long as a file system's server likes.
 _END: Final = 5.0
+#: Put together beforehand, for then there may be no memory.
+_BROKEN_OFF: Final = "what was said to a consumer was broken off"
 #: How deep a report may be nested; what shows it to people nests it a little deeper.
 _MAX_DEPTH: Final = 8
 
@@ -49,7 +51,11 @@ class Binding:
 
     def invalidate_end(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
         """Tell the consumer that it may go on; when it does is its own affair, so nobody waits for it."""
-        self._consumer.tell(wire.INVALIDATE_END, self._pack(start, end, order))
+        try:
+            self._consumer.tell(wire.INVALIDATE_END, self._pack(start, end, order))
+        except MemoryError:
+            # It would wait for that for ever, and the other consumers have still to be told.
+            self._consumer.fail(_BROKEN_OFF)
         self._consumer.in_progress -= 1
 
     def error(self, start: pgoff_t, end: pgoff_t) -> None:
@@ -120,23 +126,31 @@ class Consumer:
         with self._turn:
             if self._gone:
                 return b""
-            patience = Patience(self._deadline)
             try:
-                self._send(call, body, patience)
-                if not patience.wait(self._notify.fileno(), select.POLLIN):
-                    raise TimeoutError
-                reply, flags = receive_flags(self._notify, _HEAD.size + size + 1)
-            except TimeoutError:
-                self.fail(f"{self} did not answer {call.name} within {self._deadline:g} s")
-            except OSError as error:
-                self.fail(f"{self}: {call.name}: {error.strerror}")
-            else:
-                wrong = _wrong(reply, flags, size)
-                if not wrong:
-                    return reply[_HEAD.size :]
-                said = reply or flags & MSG_CTRUNC
-                self.fail(f"{self} answered {call.name} with {wrong}" if said else f"{self}: {call.name}: {self} is gone")
-            return b""
+                return self._make_round_trip(call, body, size)
+            except BaseException:
+                # For want of memory, say. The next call would take the answer for its own, if it is still to come.
+                self.fail(_BROKEN_OFF)
+                raise
+
+    def _make_round_trip(self, call: Call, body: bytes, size: int) -> bytes:
+        patience = Patience(self._deadline)
+        try:
+            self._send(call, body, patience)
+            if not patience.wait(self._notify.fileno(), select.POLLIN):
+                raise TimeoutError
+            reply, flags = receive_flags(self._notify, _HEAD.size + size + 1)
+        except TimeoutError:
+            self.fail(f"{self} did not answer {call.name} within {self._deadline:g} s")
+        except OSError as error:
+            self.fail(f"{self}: {call.name}: {error.strerror}")
+        else:
+            wrong = _wrong(reply, flags, size)
+            if not wrong:
+                return reply[_HEAD.size :]
+            said = reply or flags & MSG_CTRUNC
+            self.fail(f"{self} answered {call.name} with {wrong}" if said else f"{self}: {call.name}: {self} is gone")
+        return b""
 
     def tell(self, call: Call, body: bytes) -> None:
         """Say something that has no reply; a consumer that takes no messages any more is ended as by ``notify``."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntFlag
-from errno import EAGAIN, EBADF, ECONNRESET, EIO, ENOTCONN, EPIPE, EPROTO
+from errno import EAGAIN, EBADF, ECONNRESET, EIO, EMSGSIZE, ENOTCONN, EPIPE, EPROTO
 from typing import Any, Final, Self, final
 
 from restrictedmem import sync
@@ -193,22 +193,12 @@ class Channel:
 
         Raises:
             OSError: the errno of the reply, with the call's name; ENOTCONN when the other end is gone; TimeoutError past the socket's
-                timeout.
+                timeout. The connection is closed when the reply may still come.
         """
         with self._mutex:
             if self.fileno() < 0:
                 raise OSError(ENOTCONN, f"{call.name}: the connection to {self.peer} is closed")
-            try:
-                send_with_fds(self.sock, _HEAD.pack(call.number, 0) + body, fds)
-                data, received = self._receive()
-            except OSError as error:
-                if error.errno not in _GONE:
-                    raise
-                data, received = b"", []
-            except BaseException:
-                # A signal's handler raised. The reply is still to come, and the next call would take it for its own.
-                self.close()
-                raise
+            data, received = self._make_round_trip(_HEAD.pack(call.number, 0) + body, fds)
         if len(data) < _HEAD.size:
             close_all(received)
             raise OSError(ENOTCONN, f"{call.name}: {self.peer} is gone")
@@ -218,6 +208,25 @@ class Channel:
             detail = data[_HEAD.size :].decode(errors="replace")
             raise OSError(error_number, f"{call.name}: {os.strerror(error_number)}" + (f" ({detail})" if detail else ""))
         return data[_HEAD.size :], received
+
+    def _make_round_trip(self, message: bytes, fds: Sequence[int]) -> tuple[bytes, list[OwnedFd]]:
+        """Send a request and wait for its reply; an empty one when the other end is gone."""
+        sent = False
+        try:
+            send_with_fds(self.sock, message, fds)
+            sent = True
+            return self._receive()
+        except OSError as error:
+            if error.errno in _GONE:
+                return b"", []
+            # A reply that was cut off has come.
+            if sent and error.errno != EMSGSIZE:
+                self.close()
+            raise
+        except BaseException:
+            # For want of memory, or a signal's handler raised. The reply is still to come, and the next call would take it for its own.
+            self.close()
+            raise
 
     def post(self, call: Call, body: bytes = b"", fds: Sequence[int] = ()) -> None:
         """Send a request that has no reply.
