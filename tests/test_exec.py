@@ -420,6 +420,7 @@ def test_the_filter_stops_what_it_must() -> None:
             assert [judged(machine, table.arch, table.mmap, flags) for flags in (0x02, 0x12, 0x4002)] == [stop] * 3
             assert [judged(machine, table.arch, table.mmap, flags) for flags in (0x01, 0x03, 0x22, 0x802)] == [allow] * 4
             assert judged(machine, table.arch, 0) == allow
+            assert table.old_mmap is None or judged(machine, table.arch, table.old_mmap, 0x22) == stop
         assert judged(machine, 0xDEAD, 451) == allow
     x86 = seccomp.AUDIT_ARCH["x86_64"]
     assert judged("x86_64", x86, 451 | seccomp.X32_BIT) == seccomp.SECCOMP_RET_ERRNO | ENOSYS

@@ -1,8 +1,19 @@
 /*
- * A program of i386, without a library: what memfd_restricted, mmap, fstatfs
- * and fstatfs64 return there; a number a line.
+ * A program of i386, without a library: what memfd_restricted, both mmaps,
+ * fstatfs and fstatfs64 return there; a number a line.
  */
-enum { WRITE = 4, EXIT = 1, MMAP = 192, FSTATFS = 100, FSTATFS64 = 269 };
+enum {
+	EXIT = 1, WRITE = 4, OPEN = 5, OLD_MMAP = 90, MPROTECT = 125,
+	MMAP = 192, FSTATFS = 100, FSTATFS64 = 269,
+};
+
+enum { SHARED = 1, PRIVATE = 2, ANONYMOUS = 0x20 };
+
+struct arguments {
+	unsigned int address, length, protection, flags;
+	int fd;
+	unsigned int offset;
+};
 
 static int call(int nr, unsigned int a, unsigned int b, unsigned int c,
 		unsigned int d, unsigned int e)
@@ -30,6 +41,38 @@ static void say(int number)
 	call(WRITE, 1, (unsigned int)(line + at), sizeof(line) - at, 0, 0);
 }
 
+/* The first mmap, whose arguments are in memory. */
+static int old_mmap(struct arguments *at, unsigned int flags, int fd)
+{
+	struct arguments wanted = { 0, 4096, 3, flags, fd, 0 };
+
+	*at = wanted;
+	return call(OLD_MMAP, (unsigned int)at, 0, 0, 0, 0);
+}
+
+/* 0 for an address, else minus the errno. */
+static void say_whether(int mapped)
+{
+	say(mapped < 0 && mapped > -4096 ? mapped : 0);
+}
+
+static void say_old_mmap(int fd)
+{
+	int plain = call(OPEN, (unsigned int)"/proc/self/exe", 0, 0, 0, 0);
+	struct arguments arguments, *page;
+
+	page = (void *)old_mmap(&arguments, PRIVATE | ANONYMOUS, -1);
+	say_whether((int)page);
+	say_whether(old_mmap(&arguments, PRIVATE, plain));
+	say_whether(old_mmap(&arguments, PRIVATE | ANONYMOUS, fd));
+	say_whether(old_mmap(&arguments, SHARED, fd));
+	say_whether(old_mmap(&arguments, PRIVATE, fd));
+	say_whether(old_mmap(page, PRIVATE, fd));
+	call(MPROTECT, (unsigned int)page, 4096, 0, 0, 0);
+	say_whether(call(OLD_MMAP, (unsigned int)page, 0, 0, 0, 0));
+	say_whether(call(OLD_MMAP, 8, 0, 0, 0, 0));
+}
+
 void _start(void)
 {
 	unsigned int buffer[32] = { 0 };
@@ -45,5 +88,6 @@ void _start(void)
 	say(call(FSTATFS64, (unsigned int)fd, 84, (unsigned int)buffer, 0, 0));
 	say((int)buffer[0]);
 	say(call(FSTATFS64, (unsigned int)fd, 80, (unsigned int)buffer, 0, 0));
+	say_old_mmap(fd);
 	call(EXIT, 0, 0, 0, 0, 0);
 }

@@ -23,9 +23,9 @@ from restrictedmem.abi.seccomp import (
     sock_filter,
 )
 
-_MAP_PRIVATE: Final = 0x02
-_MAP_TYPE: Final = 0x0F
-_MAP_ANONYMOUS: Final = 0x20
+MAP_PRIVATE: Final = 0x02
+MAP_TYPE: Final = 0x0F
+MAP_ANONYMOUS: Final = 0x20
 #: Set by glibc's loader on everything that it maps, and ignored by the kernel: so programs start even if the supervisor is gone.
 _MAP_DENYWRITE: Final = 0x0800
 
@@ -39,11 +39,16 @@ class Table:
     fstatfs: int
     #: i386 has a second one, with the size of the struct between its arguments.
     fstatfs64: int | None = None
+    #: And a first mmap, whose arguments are in a struct, where no filter sees them: it always stops.
+    old_mmap: int | None = None
 
 
 #: By machine, the tables of the programs it runs. aarch64 is untried.
 TABLES: Final[dict[str, tuple[Table, ...]]] = {
-    "x86_64": (Table(AUDIT_ARCH["x86_64"], mmap=9, fstatfs=138), Table(AUDIT_ARCH["i386"], mmap=192, fstatfs=100, fstatfs64=269)),
+    "x86_64": (
+        Table(AUDIT_ARCH["x86_64"], mmap=9, fstatfs=138),
+        Table(AUDIT_ARCH["i386"], mmap=192, fstatfs=100, fstatfs64=269, old_mmap=90),
+    ),
     "aarch64": (Table(AUDIT_ARCH["aarch64"], mmap=222, fstatfs=44),),
 }
 
@@ -65,9 +70,9 @@ def _calls(table: Table, number: int) -> Iterator[sock_filter]:
     stop = [answer(SECCOMP_RET_USER_NOTIF)]
     private = [
         load("arg3"),
-        skip_if_any(_MAP_ANONYMOUS | _MAP_DENYWRITE, 3),
-        keep(_MAP_TYPE),
-        skip_unless(_MAP_PRIVATE, 1),
+        skip_if_any(MAP_ANONYMOUS | _MAP_DENYWRITE, 3),
+        keep(MAP_TYPE),
+        skip_unless(MAP_PRIVATE, 1),
         *stop,
         answer(SECCOMP_RET_ALLOW),
     ]
@@ -75,6 +80,7 @@ def _calls(table: Table, number: int) -> Iterator[sock_filter]:
         (number, stop),
         (table.fstatfs, stop),
         (table.fstatfs64, stop),
+        (table.old_mmap, stop),
         (table.mmap, private),
     ]
     if table.arch == AUDIT_ARCH["x86_64"]:

@@ -12,6 +12,7 @@ import marshal
 import os
 import signal
 import socket
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from errno import EIO
@@ -20,12 +21,15 @@ from typing import Final, TextIO, final
 from restrictedmem.abi.stat import device
 from restrictedmem.fd import OwnedFd
 from restrictedmem.syscall.child import fork
+from restrictedmem.syscall.filter import MAP_ANONYMOUS, MAP_PRIVATE, MAP_TYPE
 
 _MESSAGE: Final = 512
 #: What is in the path of every restricted descriptor, whoever has mounted its file system where.
 _NAME: Final = "/restrictedmem"
 _RANGE_BYTES: Final = 16
 _CACHESTAT_BYTES: Final = 40
+#: Flags and descriptor of i386's ``struct mmap_arg_struct``, behind address, length and protection, before the offset.
+_OLD_MMAP: Final = struct.Struct("=12xIi4x")
 
 #: A question's name and its arguments: see ``_Looks``.
 Question = tuple[str, tuple[int | bytes, ...]]
@@ -114,6 +118,18 @@ class _Looks:
         with _mappings(pid) as maps:
             spans = list(_spans(maps))
         return _covers(spans, span, _RANGE_BYTES) and _covers(spans, result, _CACHESTAT_BYTES)
+
+    def is_mapped_privately(self, pid: int, arguments: int, wanted: int) -> bool:
+        """Say whether the arguments of i386's first mmap, at an address, map such a descriptor privately."""
+        with OwnedFd(os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)) as memory, _mappings(pid) as maps:
+            # What the process may not read itself, the kernel is to refuse.
+            if not _covers(list(_spans(maps, "r")), arguments, _OLD_MMAP.size):
+                return False
+            content = os.pread(memory.fileno(), _OLD_MMAP.size, arguments)
+        if len(content) < _OLD_MMAP.size:
+            return False
+        flags, fd = _OLD_MMAP.unpack(content)
+        return flags & (MAP_TYPE | MAP_ANONYMOUS) == MAP_PRIVATE and self.is_restricted(pid, fd, wanted)
 
     def open_memory(self, pid: int, fd: int, wanted: int) -> bool:
         """Say as ``is_restricted`` whose descriptor it is; if it is, open the process's memory for ``write``."""

@@ -135,7 +135,9 @@ class Supervisor:
             # Nobody has a descriptor yet.
             respond(self._listener, notification.id, flags=SECCOMP_USER_NOTIF_FLAG_CONTINUE)
         elif data.nr == table.mmap:
-            self._begin(notification, self._refuse_mmap(notification))
+            self._begin(notification, self._refuse_mmap(notification, "is_restricted", notification.data.arg4))
+        elif data.nr == table.old_mmap:
+            self._begin(notification, self._refuse_mmap(notification, "is_mapped_privately", notification.data.arg0))
         else:
             self._begin(notification, self._tell_file_system(notification, table))
 
@@ -263,9 +265,9 @@ class Supervisor:
 
     # What FUSE cannot say, of the descriptors of this supervisor's service; of others, and where nobody may look, the kernel says it.
 
-    def _refuse_mmap(self, notification: seccomp_notif) -> _Steps:
+    def _refuse_mmap(self, notification: seccomp_notif, question: str, about: int) -> _Steps:
         try:
-            ours = yield "is_restricted", (notification.pid, notification.data.arg4 & _U32, self._porter.device)
+            ours = yield question, (notification.pid, about & _U32, self._porter.device)
         except OSError:
             ours = False
         if ours:
