@@ -1,12 +1,17 @@
 """Paths through directories of others: whatever they put there, and whenever, root's files stay."""
 
+import fcntl
 import os
+import signal
 import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
-from errno import EACCES, EADDRINUSE, EEXIST, EINVAL, EISDIR, ELOOP, EMLINK, ENOENT
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from errno import EACCES, EADDRINUSE, EAGAIN, EEXIST, EINVAL, EISDIR, ELOOP, EMLINK, ENOENT
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +21,7 @@ from restrictedmem import paths
 from restrictedmem.fd import OwnedFd
 from restrictedmem.service import listener, signing
 from users import ORDINARY
+from waiting import wait_for
 
 pytestmark = pytest.mark.requires("root")
 
@@ -116,6 +122,83 @@ def test_another_users_fifo_is_not_waited_for(theirs: Path) -> None:
     os.mkfifo(theirs / "file")
     os.chown(theirs / "file", ORDINARY, ORDINARY)
     assert outcome(lambda: paths.create(str(theirs / "file"))) == Errno(EACCES)
+
+
+@pytest.mark.parametrize("mode", [0o1777, 0o1770])
+def test_another_users_file_is_not_written_where_all_may_put_theirs(tmp_path: Path, mode: int) -> None:
+    """fs.protected_regular minds O_CREAT alone."""
+    tmp_path.chmod(mode)
+    for uid, right in ((ORDINARY, Errno(EACCES)), (0, None)):
+        file = tmp_path / str(uid)
+        file.write_text("old", encoding="ascii")
+        os.chown(file, uid, uid)
+        assert outcome(lambda: paths.create(str(file)).close()) == right  # noqa: B023
+        assert file.read_text(encoding="ascii") == ("" if right is None else "old")
+
+
+@pytest.mark.parametrize("mode", [0o1755, 0o777])
+def test_another_users_file_is_written_elsewhere(theirs: Path, mode: int) -> None:
+    """Where nobody else may put files, or everybody may take them away."""
+    theirs.chmod(mode)
+    file = theirs / "file"
+    file.write_text("old", encoding="ascii")
+    os.chown(file, ORDINARY, ORDINARY)
+    with paths.create(str(file)) as opened:
+        assert os.get_blocking(opened.fileno())
+    assert file.read_text(encoding="ascii") == ""
+
+
+@contextmanager
+def leased(file: Path, uid: int) -> Generator[None]:
+    """Have a process of a user hold a lease on a file of its, and not give it back."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            fd = os.open(file, os.O_RDWR)
+            os.setresuid(uid, uid, uid)
+            signal.signal(signal.SIGIO, signal.SIG_IGN)
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            os.write(writer, b".")
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(writer)
+    try:
+        with open(reader, "rb") as pipe:
+            assert pipe.read(1) == b".", "no lease is to be had here"
+        yield
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_another_users_lease_is_not_waited_for(theirs: Path) -> None:
+    file = theirs / "file"
+    file.write_text("old", encoding="ascii")
+    os.chown(file, ORDINARY, ORDINARY)
+    with leased(file, ORDINARY):
+        for act in (paths.create, paths.open_regular):
+            assert outcome(partial(act, str(file))) == Errno(EAGAIN)
+    assert file.read_text(encoding="ascii") == "old"
+
+
+def test_a_lease_of_ones_own_is_waited_for(tmp_path: Path) -> None:
+    """A file server holds such, and gives them back when it is asked to."""
+    file = tmp_path / "file"
+    file.write_text("old", encoding="ascii")
+    done: list[object] = []
+    thread = threading.Thread(target=lambda: done.append(outcome(lambda: paths.create(str(file)).close())))
+    with leased(file, 0):
+        thread.start()
+        wait_for("the file to be waited for", lambda: _is_waited_for(thread))
+    thread.join(10)
+    assert done == [None]
+
+
+def _is_waited_for(thread: threading.Thread) -> bool:
+    with open(f"/proc/self/task/{thread.native_id}/wchan", encoding="ascii") as file:
+        return "break_lease" in file.read()
 
 
 def racing(monkeypatch: pytest.MonkeyPatch, module: object, name: str, deed: Callable[[], None]) -> None:

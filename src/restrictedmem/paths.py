@@ -114,7 +114,8 @@ def create(path: str) -> OwnedFd:
 
     Raises:
         OSError: as ``resolve``; EMLINK for a file that has another name, too; EACCES for another
-            user's FIFO or device; as open(2).
+            user's FIFO or device, and for its file where all may put theirs; EAGAIN when a lease
+            keeps another's file; as open(2).
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
     directory, name, follow = resolve(path, last=True)
@@ -128,32 +129,47 @@ def create(path: str) -> OwnedFd:
             raise named("open", error, path) from None
         try:
             with OwnedFd(os.open(name, _LOOK | follow, dir_fd=directory.fileno())) as there:
-                _check_target(os.fstat(there.fileno()), os.fstat(directory.fileno()))
-                return _reopen(there, flags | os.O_TRUNC)
+                waits = _check_target(os.fstat(there.fileno()), os.fstat(directory.fileno()))
+                return _reopen(there, flags | os.O_TRUNC, waits=waits)
         except OSError as error:
             raise named("open", error, path) from None
 
 
-def _reopen(there: OwnedFd, flags: int) -> OwnedFd:
+def _reopen(there: OwnedFd, flags: int, *, waits: bool) -> OwnedFd:
     """Open a file that is held (``O_PATH``), by its inode: another may have the name by now.
+
+    Unless this ``waits``, an owner's lease (fcntl(2)) is EAGAIN.
 
     Raises:
         OSError: ENOENT without /proc; as open(2).
     """
+    wait = 0 if waits else os.O_NONBLOCK
     try:
-        return OwnedFd(os.open(f"/proc/self/fd/{there.fileno()}", flags))
+        opened = OwnedFd(os.open(f"/proc/self/fd/{there.fileno()}", flags | wait))
     except FileNotFoundError:
         raise failed("open", ENOENT, "/proc is not mounted") from None
+    os.set_blocking(opened.fileno(), True)
+    return opened
 
 
-def _check_target(found: os.stat_result, room: os.stat_result) -> None:
+def _check_target(found: os.stat_result, room: os.stat_result) -> bool:
+    """Check that what stands in a directory may be written; returns whether to wait for its owner.
+
+    Other than with O_CREAT, the kernel takes no file in a sticky directory for planted
+    (fs.protected_regular).
+    """
+    trusted = _is_trusted(found, room)
     if stat.S_ISLNK(found.st_mode):
         raise failed("open", ELOOP)
-    if stat.S_ISREG(found.st_mode):
-        if found.st_nlink > 1:
-            raise failed("open", EMLINK, "the file has another name, too, and is not emptied")
-    elif not _is_trusted(found, room):
-        raise failed("open", EACCES, f"not a file, and uid {found.st_uid}'s")
+    if not stat.S_ISREG(found.st_mode):
+        if not trusted:
+            raise failed("open", EACCES, f"not a file, and uid {found.st_uid}'s")
+    elif found.st_nlink > 1:
+        raise failed("open", EMLINK, "the file has another name, too, and is not emptied")
+    elif not trusted and room.st_mode & stat.S_ISVTX and room.st_mode & _OTHERS_WRITE:
+        words = f"uid {found.st_uid}'s file, where others may put theirs"
+        raise failed("open", EACCES, words)
+    return trusted
 
 
 @final
@@ -199,16 +215,16 @@ class NewFile:
 
 
 def open_regular(path: str, flags: int = os.O_RDONLY) -> OwnedFd:
-    """Open a file whose opening does nothing to a device and waits for no FIFO; the caller owns it.
+    """Open a file whose opening does nothing to a device and waits for nobody; the caller owns it.
 
     Raises:
-        OSError: EINVAL for anything but a regular file; as open(2).
+        OSError: EINVAL for anything but a regular file; EAGAIN for one with a lease; as open(2).
     """
     try:
         with OwnedFd(os.open(path, _LOOK)) as there:
             if not stat.S_ISREG(os.fstat(there.fileno()).st_mode):
                 raise failed("open", EINVAL, "not a file")
-            return _reopen(there, flags | os.O_CLOEXEC)
+            return _reopen(there, flags | os.O_CLOEXEC, waits=False)
     except OSError as error:
         raise named("open", error, path) from None
 
