@@ -1,23 +1,33 @@
 """A limit that the spawner meets is one request's trouble: its caller gets an errno, and all else goes on."""
 
+import json
 import os
 import resource
+import signal
 from collections.abc import Callable, Generator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from errno import E2BIG, EAGAIN, EBUSY, EINVAL, EMFILE
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from mute_server import mute_file
 from outcomes import Errno, outcome
 from processes import descriptors, family, process, wait_gone, wait_until
+from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm.vm import Vm
 from restrictedmem.service import wire
 from restrictedmem.service.client import Service
+from restrictedmem.service.spawner import _Spawner
 from restrictedmem.service.start import Options
 from users import as_user
 
 pytestmark = pytest.mark.requires("fuse", "root")
+
+PUPPET = Path(__file__).parent / "consumers" / "puppet.py"
 
 
 @contextmanager
@@ -108,6 +118,50 @@ def test_a_process_that_cannot_end_counts_as_a_consumer() -> None:
             wait_gone([engine])
             assert outcome(lambda: Vm(service)) == Errno(EAGAIN)
         wait_until(lambda: outcome(lambda: Vm(service).close()) is None, "the end of what the server held")
+
+
+def test_what_consumers_leave_does_not_pile_up() -> None:
+    """An engine leaves its checker, which ends when a server lets go of it, and nothing else happens."""
+    with Service.start() as service:
+        spawner = family(service)[0]
+        with mute_file() as file:
+            with Vm(service) as vm:
+                region = partial(vm.set_user_memory_region, slot=0, guest_phys_addr=0, memory_size=4096, shared_fd=file)
+                assert outcome(region) == Errno(EINVAL)
+            wait_until(lambda: [one.name for one in family(service)[2:]] == ["rmem-checker"], "the engine to leave its checker")
+        wait_until(lambda: not _zombies_of(spawner.pid) and len(family(service)) == 2, "the spawner to reap it")
+
+
+def _zombies_of(parent: int) -> list[str]:
+    found: list[str] = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            text = path.read_text(encoding="utf-8", errors="replace")
+            state, ppid = text.rpartition(")")[2].split()[:2]
+            found += [text] if (state, int(ppid)) == ("Z", parent) else []
+    return found
+
+
+def test_a_consumer_hears_of_its_children_as_any_process() -> None:
+    options = Options(consumers=(("puppet", str(PUPPET)),))
+    with Service.start(options) as service, closing(wire.Channel(service.spawn("puppet"), "the puppet")) as puppet:
+        pid, wakes = (json.loads(puppet.call(wire.Call(name, 1), json.dumps([name]).encode())[0]) for name in ("pid", "wakes"))
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+        caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+        assert (wakes, int(caught, 16) >> signal.SIGCHLD - 1 & 1) == (-1, 0)
+        assert not [one for one in descriptors(pid) if one.startswith("pipe:")]
+
+
+def test_a_consumer_that_was_reaped_by_its_number_is_forgotten() -> None:
+    """A burial reaps by numbers, and a consumer may have one that was a burial's."""
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    pidfd = OwnedFd(os.pidfd_open(child))
+    os.waitpid(child, 0)
+    pidfds = {child: pidfd}
+    _Spawner._reap(cast(_Spawner, SimpleNamespace(_pidfds=pidfds)), pidfd.fileno())
+    assert (pidfds, pidfd.closed) == ({}, True)
 
 
 def test_many_at_once() -> None:

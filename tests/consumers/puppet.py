@@ -97,6 +97,10 @@ class Puppet:
     def pid(self) -> int:
         return os.getpid()
 
+    def wakes(self) -> int:
+        """Return the descriptor that signals are written to, -1 for none."""
+        return signal.set_wakeup_fd(-1)
+
 
 def serve(owner: socket.socket, service: socket.socket, notify: socket.socket, options: Options, arguments: str) -> None:
     channel, consumer = Channel(owner, "owner", takes_fds=arguments == "trusting"), Consumer(service, notify)

@@ -11,7 +11,9 @@ import signal
 import socket
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from errno import EAGAIN, EMFILE, EMSGSIZE
+from types import FrameType
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from restrictedmem.abi import process
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 #: Seconds that consumers may take to end, once they were killed. The kernel may hold one for as long as a file system's server likes.
 _END: Final = 5.0
+#: Ends of children that are told at once.
+_ENDED_AT_ONCE: Final = 4096
 
 
 def run(owner: Channel, options: "Options", origin: "Origin") -> NoReturn:
@@ -70,19 +74,29 @@ class _Spawner:
         # Not poll(2), which fails where the limit on descriptors is below what it is to watch.
         self._poll = select.epoll()
         self._pidfds: dict[int, OwnedFd] = {}
+        # A byte for each child that ends: what consumers leave has no pidfd here.
+        self._ended, self._ends = map(OwnedFd, os.pipe())
+        for end in (self._ended, self._ends):
+            os.set_blocking(end.fileno(), False)
+        signal.signal(signal.SIGCHLD, _note)
+        signal.set_wakeup_fd(self._ends.fileno(), warn_on_full_buffer=False)
 
     def loop(self) -> None:
         """Serve the service until its end of the channel closes, then kill every child, and reap those that end in time."""
-        self._poll.register(self._channel.fileno(), select.EPOLLIN)
+        for fd in (self._channel.fileno(), self._ended.fileno()):
+            self._poll.register(fd, select.EPOLLIN)
         while True:
             for fd, _ in self._poll.poll():
                 if fd == self._channel.fileno():
                     if not self._serve():
                         self._end()
                         return
+                elif fd == self._ended.fileno():
+                    os.read(fd, _ENDED_AT_ONCE)
                 else:
                     self._poll.unregister(fd)
                     self._reap(fd)
+            self._reap_left()
 
     def _serve(self) -> bool:
         """Do what the service asks for next, if that can be done: a limit of this process is one consumer's trouble, and no other's."""
@@ -133,10 +147,7 @@ class _Spawner:
 
     def _descendants(self) -> int:
         """Count consumers, and what ended ones have left (``run``): a checker that a server of the owner's holds in state D."""
-        known = {self._service, *self._pidfds}
-        # Of several that have ended, only the first is told. A known one is reaped elsewhere.
-        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid not in known:
-            os.waitpid(ended.si_pid, 0)
+        self._reap_left()
         try:
             with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as children:
                 return len(set(map(int, children.read().split())) - {self._service})
@@ -144,10 +155,19 @@ class _Spawner:
             # A kernel without CONFIG_PROC_CHILDREN.
             return len(self._pidfds)
 
+    def _reap_left(self) -> None:
+        """Reap what ended consumers have left, and what sockets were buried with."""
+        known = {self._service, *self._pidfds}
+        # Of several that have ended, only the first is told. A known one is reaped elsewhere, in another turn.
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid not in known:
+            os.waitpid(ended.si_pid, 0)
+
     def _be(self, name: str, program: Serve, fds: list[OwnedFd], arguments: str) -> None:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._channel.close()
         self._poll.close()
-        close_all(list(self._pidfds.values()))
+        close_all([*self._pidfds.values(), self._ended, self._ends])
         process.set_name(f"rmem-{name}")
         # A scheduling group of its own (sched_autogroup): a guest that never rests must not share the service's.
         os.setsid()
@@ -156,7 +176,9 @@ class _Spawner:
 
     def _reap(self, fd: int) -> None:
         child = next(child for child, pidfd in self._pidfds.items() if pidfd.fileno() == fd)
-        os.waitid(os.P_PIDFD, fd, os.WEXITED)
+        # It may have had the number of one that a burial was about to reap.
+        with suppress(ChildProcessError):
+            os.waitid(os.P_PIDFD, fd, os.WEXITED)
         self._pidfds.pop(child).close()
 
     def _end(self) -> None:
@@ -168,6 +190,10 @@ class _Spawner:
                 os.waitid(os.P_PIDFD, pidfd.fileno(), os.WEXITED)
         close_all(list(self._pidfds.values()))
         os.waitpid(self._service, 0)
+
+
+def _note(_number: int, _frame: FrameType | None) -> None:
+    """Let the signal be written to the wake-up descriptor, as one that is ignored is not."""
 
 
 def _fork(body: Callable[[], None]) -> int:
