@@ -4,12 +4,15 @@ import fcntl
 import os
 import re
 import resource
+import signal
 import time
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
+from restrictedmem.abi.process import PR_SET_PDEATHSIG, prctl
 from restrictedmem.fd import OwnedFd
 from restrictedmem.service.client import Service
 
@@ -98,6 +101,13 @@ def descriptors(pid: int) -> list[str]:
         except FileNotFoundError:
             continue
     return found
+
+
+def be_idle() -> NoReturn:
+    """Do nothing, in a child, for as long as its parent is there."""
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    while True:
+        signal.pause()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
-from errno import EACCES, EAGAIN, EEXIST, EFAULT, EINVAL, EISDIR, ENOENT, ENOEXEC, ENOTCONN, EPERM, EPROTO
+from errno import EACCES, EAGAIN, EEXIST, EFAULT, EINVAL, EISDIR, ENOENT, ENOEXEC, ENOMEM, ENOTCONN, EPERM, EPROTO
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -22,7 +22,7 @@ import pytest
 
 import hugetlb
 from outcomes import Errno, outcome
-from processes import family, high, process, wait_gone, wait_until
+from processes import be_idle, family, high, process, wait_gone, wait_until
 from restrictedmem import sync
 from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import EHWPOISON
@@ -788,7 +788,7 @@ def _bound_to_a_child() -> tuple[Consumers, service_consumer.Consumer, Restricte
         consumer.bind(ino, file, PageRange(pgoff_t(0), pgoff_t(0)), exclusive=False)
     child = os.fork()
     if child == 0:
-        signal.pause()
+        be_idle()
     return consumers, consumer, file, child
 
 
@@ -820,6 +820,21 @@ def test_a_consumer_that_cannot_be_waited_for_is_forgotten_all_the_same(monkeypa
     assert (file.notifier_count, consumers.all(), consumer.process.closed) == (0, [], True)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     file.put()
+
+
+def test_a_request_that_memory_was_short_for_ends_its_consumer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    consumers = Consumers(Tokens(), Options(), Signer(), Troubles())
+    consumer = consumers.add("third")
+    requests, notify = consumer.give_sockets()
+    with requests, notify:
+        requests.settimeout(10)
+        monkeypatch.setattr(Channel, "receive", no_memory)
+        consumers.serve(consumer)
+        assert (requests.recv(1000)[0], requests.recv(1)) == (ENOMEM, b"")
+    assert consumers.all() == []
 
 
 _DEEP = b'{"a":' * 100 + b"1" + b"}" * 100

@@ -14,7 +14,7 @@ from typing import final
 
 import pytest
 
-from processes import wait_until
+from processes import be_idle, wait_until
 from restrictedmem import threads
 from restrictedmem.fd import KERNEL_REFUSES, OwnedFd, close_all, readable, spare
 from restrictedmem.service import spawns as spawns_module
@@ -84,7 +84,7 @@ class Spawning:
         """Answer with a process that does nothing; returns its pidfd."""
         child = os.fork()
         if child == 0:
-            signal.pause()
+            be_idle()
         self.keep_none()
         self._stack.callback(os.waitpid, child, 0)
         self._stack.callback(os.kill, child, signal.SIGKILL)
