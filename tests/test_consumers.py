@@ -5,13 +5,14 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
-from errno import EACCES, EAGAIN, EEXIST, EFAULT, EINVAL, EISDIR, ENOENT, ENOEXEC, ENOMEM, ENOTCONN, EPERM, EPROTO
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from errno import EACCES, EAGAIN, EEXIST, EFAULT, EINVAL, EIO, EISDIR, ENOENT, ENOEXEC, ENOMEM, ENOTCONN, EPERM, EPROTO, ETOOMANYREFS
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -21,12 +22,12 @@ import dma
 import pytest
 
 import hugetlb
-from outcomes import Errno, outcome
+from outcomes import Errno, in_child, outcome
 from processes import be_idle, family, high, process, wait_gone, wait_until
 from restrictedmem import sync
 from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import EHWPOISON
-from restrictedmem.consumer import Bound, BoundFile, file_is_restrictedmem
+from restrictedmem.consumer import Bound, BoundFile, Consumer, file_is_restrictedmem
 from restrictedmem.fd import OwnedFd, close_all, readable, receive_with_fds, send_with_fds
 from restrictedmem.kvm import exits
 from restrictedmem.kvm.vm import Vm
@@ -820,6 +821,87 @@ def test_a_consumer_that_cannot_be_waited_for_is_forgotten_all_the_same(monkeypa
     assert (file.notifier_count, consumers.all(), consumer.process.closed) == (0, [], True)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     file.put()
+
+
+@pytest.mark.parametrize(
+    ("failure", "errno"), [(OSError(ETOOMANYREFS, "sendmsg"), ETOOMANYREFS), (MemoryError(), ENOMEM), (ValueError("a bug"), EIO)], ids=repr
+)
+def test_a_binding_that_its_consumer_is_not_told_of_goes(failure: Exception, errno: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The consumer hears of it first: a punch may be waiting for its answer, which it gives once it knows."""
+    tokens = Tokens()
+    consumers = Consumers(tokens, Options(), Signer(), Troubles())
+    consumer = consumers.add("third")
+    file = RestrictedFile(make("v10"), MemfdBacking(), Inode.make(0, 0))
+    token = tokens.issue([])
+    tokens.prove(token, 1, file)
+    reply = Channel.reply
+
+    def fail(channel: Channel, body: bytes = b"", fds: Sequence[int] = ()) -> None:
+        if channel is not consumer.requests:
+            reply(channel, body, fds)
+            return
+        assert (file.notifier_count, len(fds)) == (1, 2)
+        # A punch begins.
+        file._notifiers_sem.down_read()
+        raise failure
+
+    monkeypatch.setattr(Channel, "reply", fail)
+    requests, notify = consumer.give_sockets()
+    serving = threading.Thread(target=consumers.serve, args=[consumer], daemon=True)
+    with requests, notify:
+        requests.settimeout(10)
+        requests.send(struct.pack("=II", wire.BIND.number, 0) + wire.BIND_REQUEST.pack(token, 0, 0, 0))
+        serving.start()
+        assert requests.recv(1000)[0] == errno
+        file._notifiers_sem.up_read()
+        wait_until(lambda: not (file.notifier_count or consumer.bindings), "the binding to go")
+    serving.join()
+    assert file._references == 1
+    file.put()
+
+
+def test_a_bind_that_fails_holds_nothing() -> None:
+    consumer = service_consumer.Consumer("third", 7, 5.0, lambda _, reason: None)
+    file = RestrictedFile(make("v10"), MemfdBacking(), Inode.make(0, 0))
+    file.register_notifier(service_consumer.Binding(consumer, 99, 1, file))
+    file.holder = 8
+    assert outcome(lambda: consumer.bind(1, file, PageRange(pgoff_t(0), pgoff_t(0)), exclusive=False)) == Errno(EINVAL)
+    assert (consumer.bindings, file._references) == ({}, 1)
+    for sock in consumer.give_sockets():
+        sock.close()
+    consumer.close()
+    file.put()
+
+
+def test_a_consumer_answers_for_a_binding_that_it_was_not_told_of() -> None:
+    """The service has made it, and its descriptors could not be sent; meanwhile a punch came."""
+
+    requests, theirs = Channel.pair("consumer")
+    notify, answers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def refuse(_: Bound) -> BoundFile:
+        raise AssertionError("bound all the same")
+
+    def body() -> object:
+        consumer = Consumer(theirs, answers)
+        came: list[object] = []
+        asking = threading.Thread(target=lambda: came.append(outcome(lambda: consumer.register_notifier(bytes(16), refuse))))
+        asking.start()
+        message = requests.receive()
+        assert message is not None
+        assert message.number == wire.BIND.number
+        invalidation = wire.INVALIDATION.pack(1, 0, 1, wire.NO_FOLIO)
+        notify.send(struct.pack("=II", wire.INVALIDATE_START.number, 0) + invalidation)
+        frames = sys._current_frames  # pyright: ignore[reportPrivateUsage]
+        wait_for("the consumer to wait for its BIND", lambda: any(f.f_code.co_name == "wait" for f in frames().values()))
+        requests.reply_error(OSError(ETOOMANYREFS, "sendmsg"))
+        asking.join()
+        answer = readable([notify], 10) and notify.recv(100)
+        notify.send(struct.pack("=II", wire.PAGE_COUNT.number, 0) + invalidation)
+        return came, answer, readable([notify], 10) and notify.recv(100)
+
+    with closing(requests), theirs, notify, answers:
+        assert in_child(body) == repr(([Errno(ETOOMANYREFS)], bytes(8), bytes(16)))
 
 
 def test_a_request_that_memory_was_short_for_ends_its_consumer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,8 @@
 import json
 import os
 import socket
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from errno import EACCES, EINVAL
 from functools import partial
@@ -57,6 +57,8 @@ class Consumer:
         self._notify = Channel(notify, "service")
         self._known = sync.condition(sync.mutex())
         self._notifiers: dict[int, Notifier] = {}
+        #: How many calls are under way whose binding this process does not know yet.
+        self._binding = 0
         threads.start(self._answer_all)
 
     def register_notifier(self, token: bytes, make: Callable[[Bound], _N]) -> _N:
@@ -88,28 +90,41 @@ class Consumer:
             OSError: ENOENT for no binding of this consumer; EINVAL as ``bind``; what ``make`` raises.
         """
         flags = _AGAIN | _EXCLUSIVE if exclusive else _AGAIN
-        body, _ = self.requests.call(wire.BIND, wire.BIND_REQUEST.pack(wire.NUMBER.pack(binding), span.start, span.end, flags))
-        number: int = wire.BINDING.unpack(body)[0]
-        return self._register(number, partial(make, number))
+        with self._asking():
+            body, _ = self.requests.call(wire.BIND, wire.BIND_REQUEST.pack(wire.NUMBER.pack(binding), span.start, span.end, flags))
+            number: int = wire.BINDING.unpack(body)[0]
+            return self._register(number, partial(make, number))
 
     def _bind(self, token: bytes, span: PageRange, flags: int, make: Callable[[Bound], _N]) -> _N:
         # A reply that this process has no room for is lost, and with it the binding's number.
         with OwnedFd(os.dup(self.requests.fileno())), OwnedFd(os.dup(self.requests.fileno())):
             pass
+        with self._asking():
+            try:
+                body, fds = self.requests.call(wire.BIND, wire.BIND_REQUEST.pack(token, span.start, span.end, flags))
+            except OSError as error:
+                # As fget and file_is_restrictedmem failing: EINVAL for both.
+                raise OSError(EINVAL if error.errno == EACCES else error.errno, error.strerror) from None
+            number, ino, limit, how, order = wire.BINDING.unpack(body)
+            memfd, sequence = fds
+            return self._register(number, partial(make, Bound(number, ino, limit or None, memfd, sequence, how, order)))
+
+    @contextmanager
+    def _asking(self) -> Generator[None]:
+        with self._known:
+            self._binding += 1
         try:
-            body, fds = self.requests.call(wire.BIND, wire.BIND_REQUEST.pack(token, span.start, span.end, flags))
-        except OSError as error:
-            # As fget and file_is_restrictedmem failing: EINVAL for both.
-            raise OSError(EINVAL if error.errno == EACCES else error.errno, error.strerror) from None
-        number, ino, limit, how, order = wire.BINDING.unpack(body)
-        memfd, sequence = fds
-        return self._register(number, partial(make, Bound(number, ino, limit or None, memfd, sequence, how, order)))
+            yield
+        finally:
+            with self._known:
+                self._binding -= 1
+                self._known.notify_all()
 
     def _register(self, number: int, make: Callable[[], _N]) -> _N:
         try:
             notifier = make()
         except BaseException:
-            self._remember(number, _Deaf())
+            self._remember(number, _DEAF)
             self.unbind(number)
             raise
         self._remember(number, notifier)
@@ -176,10 +191,13 @@ class Consumer:
         return b""
 
     def _find(self, number: int) -> Notifier:
-        """Return a binding's notifier; one that was just made may be heard of before BIND has returned, which it will."""
+        """Return a binding's notifier; one that was just made may be heard of before BIND has returned, which it will.
+
+        Where the service made it, and then could not say so, nobody here has a page of it.
+        """
         with self._known:
-            self._known.wait_for(lambda: number in self._notifiers)
-            return self._notifiers[number]
+            self._known.wait_for(lambda: number in self._notifiers or not self._binding)
+            return self._notifiers.get(number, _DEAF)
 
 
 @final
@@ -198,3 +216,6 @@ class _Deaf:
     def page_count(self, start: pgoff_t, end: pgoff_t) -> int:
         """Hold nothing."""
         return 0
+
+
+_DEAF: Final = _Deaf()

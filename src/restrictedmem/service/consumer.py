@@ -237,6 +237,19 @@ class Consumer:
         if not _LARGEST.start <= span.start <= span.end <= _LARGEST.end:
             raise OSError(EINVAL, f"{span} is no range of a file")
         binding = Binding(self, self._next_binding, ino, file)
+        file.get()
+        self.bindings[binding.number] = binding
+        try:
+            self._register(binding, span, exclusive=exclusive)
+        except BaseException:
+            del self.bindings[binding.number]
+            file.put()
+            raise
+        self._next_binding += 1
+        return binding
+
+    def _register(self, binding: Binding, span: PageRange, *, exclusive: bool) -> None:
+        file = binding.file
         # Two consumers that come at the same time: one of them finds the other's notifier.
         with file.taking:
             if file.holder not in (None, self.number):
@@ -249,10 +262,6 @@ class Consumer:
                 file.bind(span.start, span.end, binding, exclusive=exclusive)
             else:
                 file.register_notifier(binding)
-        file.get()
-        self.bindings[binding.number] = binding
-        self._next_binding += 1
-        return binding
 
     def binding(self, number: int) -> Binding:
         """Return the binding of a number.

@@ -140,10 +140,15 @@ class Consumers:
             backing = file.backing
             span = PageRange(pgoff_t(start), pgoff_t(end))
             binding = consumer.bind(ino, file, span, exclusive=bool(flags & _EXCLUSIVE))
-            # Those that the binding holds: before it, they may be those of who had the file last.
-            fds = [] if again else [backing.fileno(), file.sequence().fd.fileno()]
-            how = (_HUGEPAGE if backing.hugepage else 0) | (_PIN if self._options.pin else 0) | (_RANGE if file.design.binds else 0)
-            consumer.requests.reply(wire.BINDING.pack(binding.number, ino, backing.limit or 0, how, backing.base_order), fds)
+            try:
+                # Those that the binding holds: before it, they may be those of who had the file last.
+                fds = [] if again else [backing.fileno(), file.sequence().fd.fileno()]
+                how = (_HUGEPAGE if backing.hugepage else 0) | (_PIN if self._options.pin else 0) | (_RANGE if file.design.binds else 0)
+                consumer.requests.reply(wire.BINDING.pack(binding.number, ino, backing.limit or 0, how, backing.base_order), fds)
+            except Exception as error:  # noqa: BLE001  whatever it is, nobody knows of the binding
+                # Told first: a punch may wait for the consumer, which waits for this.
+                consumer.requests.reply_error(self._troubles.of("BIND", error))
+                consumer.unbind(binding.number)
         finally:
             file.put()
 
