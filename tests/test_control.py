@@ -3,20 +3,23 @@
 import os
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack
-from errno import EAGAIN, EBUSY, EIO, ENOMEM
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from errno import EAGAIN, EBUSY, EIO, ENOMEM, ETOOMANYREFS
+from types import SimpleNamespace
 
 import pytest
 
-from outcomes import Errno, outcome
+from outcomes import Errno, in_child, outcome
 from restrictedmem import threads
+from restrictedmem.fd import OwnedFd, readable, spare
 from restrictedmem.fs.mount import Way
+from restrictedmem.service import daemon, sealing, wire
 from restrictedmem.service.daemon import Service
 from restrictedmem.service.door import Connection
 from restrictedmem.service.signing import Signer
 from restrictedmem.service.start import Options, Origin
-from restrictedmem.service.wire import Channel, Message
+from restrictedmem.service.wire import Call, Channel, Message
 
 PATIENCE = 10.0
 ASKED = Message(6, b"", [])
@@ -41,6 +44,63 @@ def asker() -> Iterator[tuple[Connection, socket.socket]]:
     theirs.settimeout(PATIENCE)
     with ours, theirs:
         yield Connection(Channel(ours, "owner"), os.getuid(), owner=True), theirs
+
+
+def start(owner: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start a service in this process, on a device and a root that are none."""
+
+    def mounted() -> tuple[Way, OwnedFd, OwnedFd]:
+        return Way.OWN, spare(), spare()
+
+    def nothing(*_: object, **__: object) -> None:
+        """Keep this process as it is."""
+
+    monkeypatch.setattr(daemon, "mount_first", mounted)
+    monkeypatch.setattr(daemon, "drop_privileges", nothing)
+    monkeypatch.setattr(sealing, "seal", nothing)
+    spawner, theirs = Channel.pair("spawner", takes_fds=True)
+    Channel(theirs, "service").reply()
+    daemon.run(owner, spawner, Options(), Origin(1, 0))
+
+
+@pytest.mark.parametrize(
+    ("place", "call", "errno"), [(threads, "start", EAGAIN), (Channel, "post", ETOOMANYREFS)], ids=["no thread", "too much in flight"]
+)
+def test_what_a_start_fails_of_is_said_in_the_place_of_ready(place: object, call: str, errno: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno, os.strerror(errno))
+
+    owner, ours = Channel.pair("owner")
+    ours.settimeout(PATIENCE)
+
+    def body() -> None:
+        monkeypatch.setattr(place, call, fail)
+        start(owner, monkeypatch)
+
+    with closing(owner), ours:
+        assert in_child(body) == repr(Errno(errno))
+        owner.close()
+        assert (ours.recv(1000)[0], ours.recv(1)) == (errno, b"")
+
+
+def test_ready_is_said_when_there_is_somebody_to_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, ours = Channel.pair("owner")
+    ours.settimeout(PATIENCE)
+    began: list[bool] = []
+
+    def begin(_: Callable[[], object]) -> None:
+        began.append(not readable([ours], 0))
+
+    def body() -> object:
+        monkeypatch.setattr(threads, "start", begin)
+        monkeypatch.setattr(daemon, "Server", lambda *_: SimpleNamespace(run=bool))  # pyright: ignore
+        start(owner, monkeypatch)
+        return began
+
+    with closing(owner), ours:
+        assert in_child(body) == "[True]"
+        owner.close()
+        assert Call("READY", int.from_bytes(ours.recv(1000)[:4], "little")) == wire.READY
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from errno import E2BIG, EACCES, EBUSY, EINVAL, EIO, EPROTO
 from functools import partial
 from typing import TYPE_CHECKING, Final, final
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Final, final
 from restrictedmem import threads
 from restrictedmem.abi import process
 from restrictedmem.burial import bury, bury_elsewhere
-from restrictedmem.fd import MSG_DONTWAIT
+from restrictedmem.fd import MSG_DONTWAIT, OwnedFd
 from restrictedmem.fs.filesystem import FileSystem
 from restrictedmem.fs.mount import Way
 from restrictedmem.fs.mounter import mount_first
@@ -58,7 +57,7 @@ def run(owner: Channel, spawner: Channel, options: "Options", origin: "Origin") 
     """Be the service until the mount and every consumer are gone.
 
     Raises:
-        OSError: when the mount or a socket cannot be made; the owner was told.
+        OSError: when the mount, a socket or a thread cannot be made, or READY not be said; the owner was told.
     """
     try:
         way, device, root = mount_first()
@@ -72,28 +71,33 @@ def run(owner: Channel, spawner: Channel, options: "Options", origin: "Origin") 
         service.wait_loaded()
         # This process has threads, and /dev/fuse.
         bury_elsewhere(lambda fd: spawner.post(wire.BURY, fds=[fd]))
+        about = {
+            "pid": os.getpid(),
+            "way": way.value,
+            "api": options.api,
+            "design": options.design or options.api,
+            "signing_key": service.signing_key(),
+            **service.address(),
+        }
+        # Before READY: it may find no memory, and the owner would find nobody.
+        threads.start(service.run)
+        with root:
+            _say_ready(owner, about, root)
     except OSError as error:
         owner.reply_error(error)
         raise
-    about = {
-        "pid": os.getpid(),
-        "way": way.value,
-        "api": options.api,
-        "design": options.design or options.api,
-        "signing_key": service.signing_key(),
-        **service.address(),
-    }
-    # Nobody waits for more on this socket, and the owner may be gone.
-    with root, suppress(OSError):
-        # Both ends are this process's, and say so to whoever asks.
-        witness, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with witness, other:
-            owner.post(wire.READY, json.dumps(about).encode(), [root.fileno(), witness.fileno()])
+    # Nobody waits for more on it.
     bury(owner.sock)
-    threads.start(service.run)
     with device:
         Server(device, service.filesystem).run()
         service.consumers.wait_idle()
+
+
+def _say_ready(owner: Channel, about: dict[str, str | int | None], root: OwnedFd) -> None:
+    # Both ends are this process's, and say so to whoever asks.
+    witness, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with witness, other:
+        owner.post(wire.READY, json.dumps(about).encode(), [root.fileno(), witness.fileno()])
 
 
 @final
