@@ -119,6 +119,10 @@ class ModelBacking:
                 yield pgoff_t(start), end, order
             page = end
 
+    def renew(self) -> Callable[[], None]:
+        self.close()
+        return lambda: None
+
     def resident(self) -> int:
         return sum(PAGE_SIZE << order for order in self._folios.values())
 

@@ -467,18 +467,41 @@ def test_a_renewed_file_leaves_nothing_to_who_kept_its_descriptors(kind: str) ->
     assert set(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_file_that_cannot_be_renewed_stays_as_it_is(monkeypatch: pytest.MonkeyPatch, file: RestrictedFile) -> None:
+def test_what_a_renewed_file_had_is_freed_under_no_lock(monkeypatch: pytest.MonkeyPatch, file: RestrictedFile) -> None:
+    """They may be gigabytes; meanwhile the file is used as any other."""
+    file.fallocate(KEEP, 0, 2 * PAGE_SIZE)
+    free, freed = memory.fallocate, list[int]()
+
+    def use_and_free(fd: int, mode: int, offset: int, length: int) -> None:
+        if not freed:
+            freed.append(os.fstat(fd).st_blocks * 512)
+            notifier = Counting()
+            file.register_notifier(notifier)
+            file.fallocate(KEEP, 0, PAGE_SIZE)
+            file.fallocate(PUNCH, PAGE_SIZE, PAGE_SIZE)
+            file.unregister_notifier(notifier)
+        free(fd, mode, offset, length)
+
+    monkeypatch.setattr(memory, "fallocate", use_and_free)
+    renewing = threading.Thread(target=file.renew, daemon=True)
+    renewing.start()
+    renewing.join(10)
+    assert not renewing.is_alive(), "waited 10 s for a lock"
+    assert (freed, file.backing.resident()) == ([2 * PAGE_SIZE], PAGE_SIZE)
+
+
+def test_a_renewed_file_is_empty_whatever_becomes_of_the_pages(monkeypatch: pytest.MonkeyPatch, file: RestrictedFile) -> None:
     file.fallocate(KEEP, 0, PAGE_SIZE)
-    memfd, sequence = file.backing.fileno(), file.sequence()
+    before, sequence = len(os.listdir("/proc/self/fd")), file.sequence()
 
     def fail(*_: int) -> None:
         raise OSError(EINTR, "made to fail")
 
     with monkeypatch.context() as patched:
-        patched.setattr(MemfdBacking, "punch", fail)
+        patched.setattr(memory, "fallocate", fail)
         assert outcome(file.renew) == Errno(EINTR)
-    assert (file.backing.fileno(), file.backing.resident()) == (memfd, PAGE_SIZE)
-    assert file.sequence() is sequence
+    assert (file.backing.resident(), len(os.listdir("/proc/self/fd"))) == (0, before - 1)
+    assert file.sequence() is not sequence
     file.fallocate(PUNCH, 0, PAGE_SIZE)
 
 

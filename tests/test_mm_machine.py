@@ -68,6 +68,9 @@ class Fallible:
     def folios(self, span: PageRange) -> Iterator[tuple[pgoff_t, pgoff_t, int | None]]:
         return self.inner.folios(span)
 
+    def renew(self) -> Callable[[], None]:
+        return self.inner.renew()
+
     def resident(self) -> int:
         return self.inner.resident()
 

@@ -4,7 +4,7 @@ What tmpfs and hugetlbfs do to frames, and nothing else: who may still use one i
 and by a number that grows with each allocation, so one that was freed and came back is another one.
 """
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from errno import ENOMEM, ENOSPC
 from typing import TYPE_CHECKING, Final, final
 
@@ -168,6 +168,11 @@ class Frames:
 
     def release(self, offset: int, length: int) -> None:
         """Do nothing: frames are not pinned (``Allocator``)."""
+
+    def renew(self) -> Callable[[], None]:
+        """Free everything, with nothing left for later (``Backing``)."""
+        self.punch(0, len(self.numbers) << PAGE_SHIFT)
+        return lambda: None
 
     def resident(self) -> int:
         """Return the bytes held (``Backing``)."""

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from errno import EFAULT, EINVAL
 from typing import Final, Protocol, TypeAlias, final
 
@@ -70,6 +70,13 @@ class Backing(Allocator, Protocol):
 
     def punch(self, offset: int, length: int) -> None:
         """Free the pages of an aligned range; they read as zero when they are allocated again."""
+        ...
+
+    def renew(self) -> Callable[[], None]:
+        """Begin anew, empty and in a memfd of its own; returns what frees the pages there were, from whoever has kept the other, too.
+
+        That takes as long as the pages are many, and needs no lock.
+        """
         ...
 
     def folios(self, span: PageRange) -> Iterator[Piece]:

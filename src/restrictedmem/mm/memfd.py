@@ -2,6 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from errno import ENOSPC
 from typing import Final
 
@@ -9,7 +10,7 @@ from restrictedmem import sync
 from restrictedmem.abi import memory
 from restrictedmem.fd import OwnedFd
 from restrictedmem.mm.folios import NOT_TOLD
-from restrictedmem.units import PAGE_SIZE
+from restrictedmem.units import MAX_FILE_BYTES, PAGE_SIZE
 
 _SECTOR: Final = 512
 
@@ -89,6 +90,17 @@ class InMemfd(ABC):
         if self._fd is not None:
             memory.fallocate(self._fd.fileno(), memory.PUNCH, offset, length)
 
+    def renew(self) -> Callable[[], None]:
+        """Begin anew, and return what frees the pages there were (see ``Backing``)."""
+        fd = self._leave()
+
+        def free() -> None:
+            if fd is not None:
+                with fd:
+                    memory.fallocate(fd.fileno(), memory.PUNCH, 0, MAX_FILE_BYTES)
+
+        return free
+
     def release(self, offset: int, length: int) -> None:  # noqa: B027 not for a subclass to fill
         """Do nothing: pages are not held (see ``Allocator``)."""
 
@@ -99,8 +111,12 @@ class InMemfd(ABC):
 
     def close(self) -> None:
         """Close the memfd; nothing is held from then on, until another one is asked for."""
+        fd = self._leave()
+        if fd is not None:
+            fd.close()
+
+    def _leave(self) -> OwnedFd | None:
         # Somebody may just look at what it holds: an O_PATH descriptor asks for the attributes of a file that is closed, too.
         with self._mutex:
             fd, self._fd = self._fd, None
-        if fd is not None:
-            fd.close()
+        return fd

@@ -270,16 +270,14 @@ class RestrictedFile:
         """Free every page, and drop the memfd and the sequence page: who kept a descriptor of either reaches nothing that comes after.
 
         Raises:
-            OSError: EINVAL while anybody is registered; what the backing's punch failed with. Memfd and sequence page stay then.
+            OSError: EINVAL while anybody is registered; what the pages could not be freed with, which nobody reaches by the file any more.
         """
         self._notifiers_sem.down_write()
         try:
             with self._mutex:
                 if self._registrations:
                     raise OSError(EINVAL, "renew: a consumer has the file")
-                # Who kept the memfd would keep its pages, and the machine their memory.
-                self.backing.punch(0, MAX_FILE_BYTES)
-                self.backing.close()
+                free = self.backing.renew()
                 self.design.forget()
                 sequence, self._sequence = self._sequence, None
                 if sequence is not None:
@@ -287,6 +285,8 @@ class RestrictedFile:
                 self.inode.modified()
         finally:
             self._notifiers_sem.up_write()
+        # They may be gigabytes, and whoever waits for a lock may be who serves the whole mount.
+        free()
 
     def notifiers(self, start: pgoff_t, end: pgoff_t) -> Sequence[Notifier]:
         """Return those who are to hear of a range of pages, newest first; under the semaphore."""
