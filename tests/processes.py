@@ -1,10 +1,13 @@
 """Looking at processes from outside: a service's relatives, what they hold, and whether they are gone."""
 
+import array
 import fcntl
 import os
 import re
 import resource
 import signal
+import socket
+import termios
 import time
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
@@ -101,6 +104,13 @@ def descriptors(pid: int) -> list[str]:
         except FileNotFoundError:
             continue
     return found
+
+
+def queued(sock: socket.socket) -> int:
+    """Return the bytes of all messages that a socket has in its queue (SIOCINQ)."""
+    found = array.array("i", [0])
+    fcntl.ioctl(sock.fileno(), termios.FIONREAD, found)
+    return found[0]
 
 
 def be_idle() -> NoReturn:

@@ -20,7 +20,7 @@ import pytest
 import restrictedmem
 from attacks import ATTACKS
 from outcomes import Errno, outcome
-from processes import PATIENCE, Process, exists, family, process, wait_gone
+from processes import PATIENCE, Process, exists, family, process, wait_gone, wait_until
 from restrictedmem import guests
 from restrictedmem.abi import memory
 from restrictedmem.cli.said import Said
@@ -297,6 +297,51 @@ def test_a_file_in_the_way_stays(place: str) -> None:
     Path(place).write_text("mine", encoding="ascii")
     assert "Address already in use" in _fails("--socket", place)
     assert Path(place).read_text(encoding="ascii") == "mine"
+
+
+@pytest.mark.parametrize("text", ["0-5", "7-6", "5-4294967295"])
+def test_no_range_of_uids(place: str, text: str) -> None:
+    said = _fails("--socket", place, "--user", text)
+    assert re.search(rf"error: --user: {text} is no range of uids\nhint: ", said)
+
+
+def test_each_user_has_services_of_a_uid_of_its_own(place: str) -> None:
+    """What the kernel counts for a uid is counted apart, descriptors in flight for one (unix(7))."""
+    server = Server("--user", "200001-200003", socket_path=place)
+
+    def uids() -> list[str]:
+        with served(server) as (service, fd), Vmm(1 << 20, service) as vmm:
+            assert vmm.statistics()
+            os.posix_fallocate(fd, 0, PAGE)
+            return [facts(found.pid)[kind] for found in family(service) for kind in ("Uid", "Gid")]
+
+    def of(uid: int) -> list[str]:
+        return ["\t".join([str(uid)] * 4)] * 6
+
+    # Where it begins to look follows from the uid.
+    assert as_user(uids, 1001) == of(200003)
+    with served(server) as (service, _):
+        assert [facts(found.pid)["Uid"] for found in family(service)] == of(200001)[:2]
+        assert as_user(uids, 1002) == of(200002)
+        assert as_user(uids, 1001) == of(200003)
+    assert server.stop() == 0
+
+
+def test_a_user_for_whom_no_uid_is_left_is_turned_away(place: str) -> None:
+    server = Server("--user", "200001-200001", socket_path=place)
+    words = "all 1 uids of services are taken"
+    try:
+        with served(server):
+            assert server.said().endswith(" of uid 0")
+            for _ in range(2):
+                with pytest.raises(AssertionError, match=words):
+                    as_user(lambda: Service.connect(place), CLIENT)
+            assert server.said().endswith(words)
+        wait_until(lambda: as_user(lambda: outcome(lambda: Service.connect(place).close()), CLIENT) is None, "the uid")
+        # While it was still taken nothing more was said.
+        assert server.said().endswith(f" of uid {CLIENT}")
+    finally:
+        assert server.stop() == 0
 
 
 def test_an_unknown_user(place: str) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from mute_server import mute_file
 from outcomes import Errno, outcome
-from processes import descriptors, family, process, wait_gone, wait_until
+from processes import descriptors, family, process, queued, wait_gone, wait_until
 from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm.vm import Vm
 from restrictedmem.service import wire
@@ -162,6 +162,20 @@ def test_a_consumer_that_was_reaped_by_its_number_is_forgotten() -> None:
     pidfds = {child: pidfd}
     _Spawner._reap(cast(_Spawner, SimpleNamespace(_pidfds=pidfds)), pidfd.fileno())
     assert (pidfds, pidfd.closed) == ({}, True)
+
+
+def test_a_consumer_is_made_for_who_reads_the_answers() -> None:
+    """Each that is left has a descriptor in flight, and they are counted for all services of a uid together."""
+    with Service.start() as service, closing(service._connect()) as connection:
+        sock = connection.sock
+        connection.post(wire.SPAWN, b"kvm {}")
+        wait_until(lambda: queued(sock), "the first answer")
+        first = queued(sock)
+        connection.post(wire.SPAWN, b"kvm {}")
+        wait_until(lambda: queued(sock) > first, "the second answer")
+        assert [sock.recv(1000)[0] for _ in range(2)] == [0, EAGAIN]
+        connection.post(wire.SPAWN, b"kvm {}")
+        assert sock.recv(1000)[0] == 0
 
 
 def test_many_at_once() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mute_server import mute_file
-from processes import children, descriptors, family, process, wait_gone, wait_until
+from processes import children, descriptors, family, process, queued, wait_gone, wait_until
 from restrictedmem.abi import kvm
 from restrictedmem.kvm import exits, wire
 from restrictedmem.kvm import process as kvm_process
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.requires("fuse")
 
 GPA = 0x4000_0000
 PAGE = 4096
-EPERM, ENOMEM, EINVAL, ETIMEDOUT, EPROTO, EMSGSIZE = 1, 12, 22, 110, 71, 90
+EPERM, EAGAIN, ENOMEM, EINVAL, ETIMEDOUT, EPROTO, EMSGSIZE = 1, 11, 12, 22, 110, 71, 90
 OUT_LOOP = bytes.fromhex("e642 ebfc")  # out %al, $0x42; jmp back
 SPIN = bytes.fromhex("ebfe")
 
@@ -349,6 +349,19 @@ def test_a_checker_that_cannot_be_forked_is_the_vms_errno() -> None:
     assert owner.recv(1) == b""
     assert os.waitpid(pid, 0) == (pid, 256)
     owner.close()
+
+
+def test_a_vcpu_is_made_for_who_reads_the_answers(vm: Vm) -> None:
+    """Each that is left has a descriptor in flight, and they are counted for all engines of a uid together."""
+    sock, ask = vm._channel.sock, struct.pack("=II", wire.CREATE_VCPU.number, 0)
+    sock.send(ask)
+    wait_until(lambda: queued(sock), "the first answer")
+    first = queued(sock)
+    sock.send(ask)
+    wait_until(lambda: queued(sock) > first, "the second answer")
+    assert [errno_of_reply(sock) for _ in range(2)] == [0, EAGAIN]
+    sock.send(ask)
+    assert errno_of_reply(sock) == 0
 
 
 def test_a_message_that_memory_was_short_for_is_answered_and_ends_its_socket() -> None:

@@ -6,6 +6,7 @@ import os
 import select
 import socket
 import struct
+import termios
 import warnings
 from collections.abc import Sequence
 from errno import EMSGSIZE, EPROTO
@@ -215,6 +216,13 @@ def speaks(sock: socket.socket) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def all_read(sock: socket.socket) -> bool:
+    """Say whether the other end of a connected socket has taken every message (SIOCOUTQ)."""
+    waiting = array.array("i", [0])
+    fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, waiting)
+    return not waiting[0]
 
 
 def spare() -> OwnedFd:

@@ -23,6 +23,8 @@ _PLACES = 64
 #: Seconds for the reader of stderr at the end.
 _LAST_WORDS = 1.0
 _MOST_MODE = 0o777
+#: The next is no uid.
+_LAST_UID = (1 << 32) - 2
 _KEY_HINT = "make one: umask 077; openssl genpkey -algorithm ed25519 -out FILE"
 
 
@@ -37,7 +39,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "for other users.",
     )
     parser.add_argument("--socket", required=True, metavar="PATH", help="where to listen; made here, removed at the end")
-    parser.add_argument("--user", metavar="NAME", help="user that the services become once they have mounted (default: stay)")
+    parser.add_argument(
+        "--user",
+        metavar="NAME|FIRST-LAST",
+        help="user that the services become once they have mounted, or uids that nobody else has, of which the services of each client's "
+        "uid get one for themselves (default: stay)",
+    )
     parser.add_argument("--mode", type=_mode, default=0o666, metavar="OCTAL", help="who may connect (default 666)")
     parser.add_argument(
         "--max-per-user",
@@ -85,6 +92,7 @@ def main(args: argparse.Namespace) -> int:
     from restrictedmem.service.server import Server
     from restrictedmem.service.start import Options
 
+    uids = _uids(args.user)
     options = Options(
         api=args.api,
         design=args.design,
@@ -93,7 +101,7 @@ def main(args: argparse.Namespace) -> int:
         pin=args.pin,
         consumers=tuple(args.consumer),
         max_consumers=args.max_vms,
-        become=_become(args.user),
+        become=_become(args.user) if not uids else (uids[0], uids[0]),
         signing_key=None if args.signing_key is None else _check_key(args.signing_key),
     )
     _check(options)
@@ -103,7 +111,7 @@ def main(args: argparse.Namespace) -> int:
     with listen(args.socket, args.mode) as (listener, dangers):
         for danger in dangers:
             say(f"warning: {danger}, who can put another socket in the place of this one")
-        server = Server(listener, options, args.max_per_user, say)
+        server = Server(listener, options, args.max_per_user, say, uids)
         say(f"listening on {args.socket}")
         server.run(stop.fileno())
     say.flush(_LAST_WORDS)
@@ -168,11 +176,27 @@ def _check_key(path: str) -> str:
     return os.path.abspath(path)
 
 
+def _uids(text: str | None) -> range:
+    """Return a range of uids, empty when ``--user`` is none."""
+    found = re.fullmatch(r"(\d{1,10})-(\d{1,10})", text or "")
+    if not found:
+        return range(0)
+    first, last = map(int, found.groups())
+    if not 0 < first <= last <= _LAST_UID:
+        raise CommandError(f"--user: {text} is no range of uids", f"1 to {_LAST_UID}, without root's and those of others")
+    _check_root()
+    return range(first, last + 1)
+
+
+def _check_root() -> None:
+    if os.geteuid():
+        raise CommandError("only root can become another user", "start it as root, or without --user")
+
+
 def _become(name: str | None) -> tuple[int, int] | None:
     if name is None:
         return None
-    if os.geteuid():
-        raise CommandError("only root can become another user", "start it as root, or without --user")
+    _check_root()
     try:
         found = pwd.getpwnam(name)
     except KeyError:

@@ -210,6 +210,7 @@ class Machine:
         most = self._engine.check_extension(Cap.MAX_VCPUS)
         if number >= most:
             raise OSError(EINVAL, f"a VM of this engine has {most} vCPUs at most")
+        self._owner.check_read()
         channel, theirs = Channel.pair("owner")
         channel.refuse_fds()
         with theirs, ExitStack() as undo, self._launch.opened() as measurement:

@@ -286,7 +286,7 @@ class Service:
 
         Raises:
             OSError: EINVAL for one that is not known; E2BIG for arguments that are too long; EMFILE; EBUSY while the call before it is
-                under way.
+                under way; EAGAIN while answers have not been read.
         """
         if connection.busy:
             raise OSError(EBUSY, "the call before it is under way")
@@ -295,6 +295,7 @@ class Service:
             raise OSError(EINVAL, f"no such consumer: {name}")
         if len(body) > wire.MAX_BODY - wire.NUMBER.size:
             raise OSError(E2BIG, f"arguments of {len(body)} bytes")
+        connection.channel.check_read()
         self._spawns.add(connection, name, body)
 
     def _forked(self) -> None:

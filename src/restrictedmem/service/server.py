@@ -11,11 +11,12 @@ import socket
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from errno import EAGAIN, ETIMEDOUT
 from functools import partial
+from itertools import chain
 from math import inf
 from typing import TYPE_CHECKING, Final, Protocol, final
 
@@ -43,6 +44,8 @@ class _HasFd(Protocol):
 class _User:
     """The clients of one uid; those whose uids are not known here are one user (``users``)."""
 
+    #: The uid, and gid, that their services have and no other user's; None for that of all.
+    own: int | None = None
     waiting: "deque[_Client]" = field(default_factory=deque["_Client"])
     starting: int = 0
     #: Clients that wait, start, or have a service.
@@ -73,7 +76,9 @@ class _Client:
 class Server:
     """Serves the clients of a listening socket that does not wait.
 
-    Each uid has ``most`` places; ``say`` is told what happens.
+    Each uid has ``most`` places; ``say`` is told what happens. Where there are ``uids``, the
+    services of each uid become one of them, which no other uid's are: what the kernel counts for a
+    uid, descriptors in flight for one (unix(7)), is not shared.
     """
 
     def __init__(
@@ -82,11 +87,15 @@ class Server:
         options: "Options",
         most: int,
         say: Callable[[str], None],
+        uids: Sequence[int] = (),
     ) -> None:
         self._listener = listener
         self._options = options
         self._most = most
         self._say = say
+        self._uids = uids
+        #: Whether it was said, since one came free, that all of them are taken.
+        self._crowded = False
         self._users: dict[int, _User] = {}
         #: Those whose socket is open.
         self._clients: set[_Client] = set()
@@ -156,9 +165,9 @@ class Server:
             return
         self._short = False
         pid, uid, _ = peer_credentials(sock)
-        user = self._users.setdefault(uid, _User())
         client = _Client(pid, uid, sock)
-        if user.places >= self._most:
+        user = self._users.get(uid) or self._new_user(client)
+        if user is None or user.places >= self._most:
             self._turn_away(client, user)
             bury(sock)
             return
@@ -168,12 +177,31 @@ class Server:
         self._watch(sock, 0, partial(self._hung_up, client))
         self._start_next(user)
 
-    def _turn_away(self, client: _Client, user: _User) -> None:
-        words = f"{_whose(client.uid)} has {user.places} services here, as many as it may"
+    def _new_user(self, client: _Client) -> _User | None:
+        """Make a user; None when all uids for services are taken."""
+        own = None
+        if self._uids:
+            taken = {user.own for user in self._users.values()}
+            # Where those of a server before this one may have left services: the same, most often.
+            first = client.uid % len(self._uids)
+            every = chain(self._uids[first:], self._uids[:first])
+            if (own := next((uid for uid in every if uid not in taken), None)) is None:
+                return None
+        self._users[client.uid] = user = _User(own)
+        return user
+
+    def _turn_away(self, client: _Client, user: _User | None) -> None:
+        if user is None:
+            words = f"all {len(self._uids)} uids of services are taken"
+        else:
+            words = f"{_whose(client.uid)} has {user.places} services here, as many as it may"
         _answer(client.sock, OSError(EAGAIN, words))
-        if not user.full:
+        if not (self._crowded if user is None else user.full):
             self._say(f"client {client.pid}: {words}")
-        user.full = True
+        if user is None:
+            self._crowded = True
+        else:
+            user.full = True
 
     def _start_next(self, user: _User) -> None:
         while user.waiting and user.starting < _AT_ONCE:
@@ -196,7 +224,7 @@ class Server:
         reader, writer = map(OwnedFd, os.pipe())
         try:
             with reader:
-                process = start_process(client.sock, self._options, [reader.fileno()])
+                process = start_process(client.sock, self._options_for(client), [reader.fileno()])
             try:
                 pidfd = OwnedFd(os.pidfd_open(process.pid))
             except OSError:
@@ -210,6 +238,10 @@ class Server:
         client.deadline = time.monotonic() + START_DEADLINE
         self._watch(pidfd, select.EPOLLIN, partial(self._started, client))
         self._watch(writer, 0, partial(self._ended, client))
+
+    def _options_for(self, client: _Client) -> "Options":
+        own = self._users[client.uid].own
+        return self._options if own is None else replace(self._options, become=(own, own))
 
     def _refuse(self, client: _Client, error: OSError) -> None:
         self._say(f"client {client.pid}: {error.strerror}")
@@ -266,6 +298,7 @@ class Server:
         user.places -= 1
         if not user.places:
             del self._users[client.uid]
+            self._crowded = False
 
 
 def _whose(uid: int) -> str:

@@ -15,7 +15,7 @@ from errno import EAGAIN, EBADF, ECONNRESET, EIO, EMSGSIZE, ENOTCONN, EPIPE, EPR
 from typing import Any, Final, Self, final
 
 from restrictedmem import sync
-from restrictedmem.fd import MSG_DONTWAIT, OwnedFd, close_all, receive_with_fds, receive_without_fds, refuse_fds, send_with_fds
+from restrictedmem.fd import MSG_DONTWAIT, OwnedFd, all_read, close_all, receive_with_fds, receive_without_fds, refuse_fds, send_with_fds
 
 _HEAD: Final = struct.Struct("=II")
 #: No message is longer, header included.
@@ -273,6 +273,18 @@ class Channel:
             # Whoever asked would wait for ever.
             with suppress(OSError):
                 self.sock.shutdown(socket.SHUT_RDWR)
+
+    def check_read(self) -> None:
+        """Check that the peer has taken every answer before one that brings a descriptor.
+
+        Descriptors in flight are counted for the uid of who sent them (unix(7)): a peer that leaves
+        them there would fail everybody else's.
+
+        Raises:
+            OSError: EAGAIN while it has not.
+        """
+        if not all_read(self.sock):
+            raise OSError(EAGAIN, "the answers before this one have not been read")
 
     def _send_reply(self, data: bytes, fds: Sequence[int]) -> None:
         # Never waits: a peer that asks without reading the answers must not stop the process that serves others too.
