@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from field import SIZE, Attack, Field, knock, started, stopped, with_private_memory, works
+from field import SIZE, Attack, Field, knock, started, with_private_memory, works
 from outcomes import Errno, outcome
-from processes import PATIENCE, family, process, wait_gone, wait_until
+from processes import PATIENCE, family, process, stop, wait_gone, wait_until
 from restrictedmem.abi import memory, userfaultfd
 from restrictedmem.audit.owner import parent_of
 from restrictedmem.fd import readable, send_with_fds
@@ -265,11 +265,11 @@ def stopped_for_long(field: Field) -> Iterator[None]:
         punch = threading.Thread(target=memory.fallocate, args=(party.fd, memory.PUNCH, SIZE - PAGE, PAGE))
         if engine in pids:
             # The service waits for its answer when it is stopped itself.
-            stopped(engine)
+            stop(engine)
             punch.start()
             wait_until(lambda: any(one["in_progress"] for one in service.status()["consumers"]), "a punch to wait for the engine")
         for victim in pids:
-            stopped(victim)
+            stop(victim)
         if engine not in pids:
             punch.start()
         over = time.monotonic() + 2 * _DEADLINE
@@ -290,7 +290,7 @@ def eight_silent_consumers(field: Field) -> Iterator[None]:
         fds = [with_private_memory(service, vm) for vm in vms]
         engines: list[int] = [vm.statistics()["pid"] for vm in vms]
         for engine in engines:
-            stopped(engine)
+            stop(engine)
         punches = [threading.Thread(target=memory.fallocate, args=(fd, memory.PUNCH, 0, PAGE)) for fd in fds]
         for punch in punches:
             punch.start()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final, Self, final
 
 from mute_server import MuteServer
-from processes import Process, children, descriptors, process, wait_until
+from processes import Process, children, descriptors, wait_until
 from restrictedmem.abi import memory
 from restrictedmem.abi.process import PR_SET_CHILD_SUBREAPER, prctl
 from restrictedmem.audit.owner import drop_capabilities
@@ -200,12 +200,6 @@ def _attack(attack: Attack, place: Path) -> None:
 def _below(pid: int) -> list[Process]:
     found = children(pid)
     return [*found, *(other for child in found for other in _below(child.pid))]
-
-
-def stopped(pid: int) -> None:
-    """Stop a process, and wait until it is."""
-    os.kill(pid, signal.SIGSTOP)
-    wait_until(lambda: (found := process(pid)) is not None and found.state in "Tt", f"process {pid} to stop")
 
 
 @final

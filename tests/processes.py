@@ -61,6 +61,20 @@ def exists(known: Process) -> bool:
     return now is not None and now.started == known.started
 
 
+def stop(pid: int) -> None:
+    """Stop a process, and wait until all its threads are: before that one of them may answer yet."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: all(_is_stopped(task) for task in Path(f"/proc/{pid}/task").iterdir()), f"process {pid} to stop")
+
+
+def _is_stopped(task: Path) -> bool:
+    try:
+        return (task / "stat").read_text(encoding="utf-8", errors="replace").rpartition(") ")[2][0] in "Tt"
+    except (FileNotFoundError, ProcessLookupError):
+        # It has ended meanwhile.
+        return True
+
+
 def children(pid: int) -> list[Process]:
     """Return the children of a process, the oldest first (/proc/PID/task/TID/children is not in every kernel)."""
     return sorted((found for found in _every() if found.parent == pid), key=lambda found: found.started)

@@ -23,7 +23,7 @@ import pytest
 
 import hugetlb
 from outcomes import Errno, in_child, outcome
-from processes import be_idle, family, high, process, wait_gone, wait_until
+from processes import be_idle, family, high, process, stop, wait_gone, wait_until
 from restrictedmem import sync
 from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import EHWPOISON
@@ -1040,11 +1040,6 @@ def test_what_a_binding_says_of_its_file_and_brings_once(options: Options, flags
 # Time in which nobody ran.
 
 
-def _stop(pid: int) -> None:
-    os.kill(pid, signal.SIGSTOP)
-    wait_for(f"process {pid} to stop", lambda: (found := process(pid)) is not None and found.state == "T")
-
-
 @pytest.mark.alone("who answers may not be late by a second")
 @pytest.mark.requires("fuse")
 def test_time_in_which_the_service_did_not_run_is_no_consumers_fault(service: Service, fd: int) -> None:
@@ -1054,7 +1049,7 @@ def test_time_in_which_the_service_did_not_run_is_no_consumers_fault(service: Se
 
         def freeze_and_thaw() -> None:
             wait_for("the consumer to stop", lambda: (found := process(pid)) is not None and found.state == "T")
-            _stop(service_pid)
+            stop(service_pid)
             thaw = time.monotonic() + 2 * DEADLINE
             wait_for("twice the deadline to pass", lambda: time.monotonic() > thaw)
             # Whatever is thawed first.

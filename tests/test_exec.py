@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from outcomes import Errno, outcome
+from processes import stop
 from restrictedmem.abi import memory, seccomp
 from restrictedmem.service.client import Service
 from restrictedmem.syscall.filter import TABLES, program
@@ -346,8 +347,8 @@ def test_a_call_that_waits_when_the_supervisor_is_killed_is_not_there_either() -
         pid = int(process.stdout.readline())
         supervisor = supervisor_of(mark)
         assert supervisor is not None
-        os.kill(supervisor, signal.SIGSTOP)
         try:
+            stop(supervisor)
             process.stdin.write("go\n")
             process.stdin.flush()
             wait_for("the call to wait", lambda: Path(f"/proc/{pid}/syscall").read_text().startswith("451 "))

@@ -1,6 +1,7 @@
 """One program under exec that waits, for a file system or for its own memory, keeps no other program's system call waiting."""
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -436,10 +437,12 @@ print(call(0), flush=True); sys.stdin.readline()
 
 def test_a_stopped_service_keeps_no_other_call(mark: str) -> None:
     code = """
+sys.path.insert(0, TESTS)
+from processes import stop
 from restrictedmem.service.client import Service
 service = Service.connect(os.environ["RESTRICTEDMEM_SERVER"])
-os.kill(service.info["pid"], signal.SIGSTOP)
 try:
+    stop(service.info["pid"])
     waiting = threading.Thread(target=call, args=(0,))
     waiting.start()
     enters(waiting.native_id, 451)
@@ -451,11 +454,11 @@ finally:
 waiting.join(10)
 print((os.waitstatus_to_exitcode(status), before, waiting.is_alive()))
 """
-    assert said(code, mark) == (7, True, False)
+    assert said(code.replace("TESTS", repr(str(Path(__file__).parent))), mark) == (7, True, False)
 
 
 def test_a_server_that_does_not_answer_keeps_no_other_call(mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = f"restrictedmem-test-{os.getpid()}"
+    name = f"restrictedmem-test-{secrets.token_hex(8)}"
     monkeypatch.setenv("RESTRICTEDMEM_SERVER", "@" + name)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
         silent.bind("\0" + name)

@@ -24,7 +24,7 @@ import pytest
 
 from attacks import ATTACKS, PTRACE_CONT, WALL, attach_and_stop, ptrace, search, seize
 from outcomes import Errno, in_child, outcome
-from processes import family, wait_gone
+from processes import family, stop, wait_gone
 from restrictedmem.abi import process as this_process
 from restrictedmem.kvm import guest_abi
 from restrictedmem.kvm.vm import Vm
@@ -87,7 +87,7 @@ def test_every_attack_is_refused(namespaces: bool) -> None:
             found: dict[str, dict[str, str]] = {}
             for target in family(service):
                 found[target.name] = allowed(target.pid)
-                os.kill(target.pid, signal.SIGSTOP)
+                stop(target.pid)
                 found[f"{target.name} stopped"] = allowed(target.pid)
                 os.kill(target.pid, signal.SIGCONT)
             if not any(found.values()):

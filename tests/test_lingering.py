@@ -21,7 +21,7 @@ import pytest
 
 from lingering import LINGER, SOON, let_linger
 from outcomes import Errno, outcome
-from processes import children, process, wait_gone, wait_until
+from processes import children, process, stop, wait_gone, wait_until
 from restrictedmem import burial, fd
 from restrictedmem.burial import bury
 from restrictedmem.fd import receive_without_fds
@@ -219,9 +219,8 @@ def stranger(act: Callable[[ExitStack], object]) -> Generator[None]:
 
 @contextmanager
 def stopped(pid: int) -> Generator[None]:
-    os.kill(pid, signal.SIGSTOP)
     try:
-        wait_until(lambda: (found := process(pid)) is not None and found.state == "T", "it to stop")
+        stop(pid)
         yield
     finally:
         os.kill(pid, signal.SIGCONT)

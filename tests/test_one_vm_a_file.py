@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 import pytest
 
 from outcomes import Errno, outcome
-from processes import family, process, wait_gone, wait_until
+from processes import family, process, stop, wait_gone, wait_until
 from restrictedmem.abi import memory
 from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm import exits
@@ -157,8 +157,8 @@ def test_a_stopped_engine_keeps_its_file_until_it_is_dead(spawner_too: bool) -> 
         engine = process(int(str(first.statistics()["pid"])))
         assert engine is not None
         if spawner_too:
-            os.kill(spawner, signal.SIGSTOP)
-        os.kill(engine.pid, signal.SIGSTOP)
+            stop(spawner)
+        stop(engine.pid)
         os.posix_fallocate(fd, 0, PAGE)
         memory.fallocate(fd, memory.PUNCH, 0, PAGE)
         # The kernel kills what is stopped; nobody else has to run for that.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from processes import process, wait_until
+from processes import stop, wait_until
 from restrictedmem.child import in_child
 from restrictedmem.patience import Patience
 
@@ -70,8 +70,7 @@ def _while_it_waits(wait: Callable[[], float], said: int, stopped: float) -> flo
     if helper == 0:
         pid = int.from_bytes(os.read(said, 4), "little")
         if stopped:
-            os.kill(pid, signal.SIGSTOP)
-            wait_until(lambda: (found := process(pid)) is not None and found.state == "T", "the child to stop")
+            stop(pid)
             thaw = time.monotonic() + stopped
             wait_until(lambda: time.monotonic() > thaw, "the deadline to pass", 10 * stopped)
             os.kill(pid, signal.SIGCONT)

@@ -18,7 +18,7 @@ from typing import Any, final
 import pytest
 
 from outcomes import Errno, outcome
-from processes import PATIENCE, children, descriptors, exists, family, wait_until
+from processes import PATIENCE, children, descriptors, exists, family, stop, wait_until
 from restrictedmem.fd import peer_credentials
 from restrictedmem.kvm.vm import Vm
 from restrictedmem.service import server as serving
@@ -296,8 +296,8 @@ def test_it_ends_in_the_middle_of_a_handshake(place: str, command: subprocess.Po
         caller.connect(place)
         wait_until(lambda: children(command.pid), "a handshake")
         starter = children(command.pid)[0]
-        os.kill(starter.pid, signal.SIGSTOP)
         try:
+            stop(starter.pid)
             command.send_signal(number)
             assert command.wait(PATIENCE) == 0
             assert not os.path.exists(place)

@@ -14,7 +14,7 @@ from errno import EACCES, ECONNRESET, ENOTCONN, EPERM, ETIMEDOUT
 
 import pytest
 
-from processes import descriptors, exists, family, process, wait_gone, wait_until
+from processes import descriptors, exists, family, process, stop, wait_gone, wait_until
 from restrictedmem.abi import memory
 from restrictedmem.fd import receive_with_fds, send_with_fds
 from restrictedmem.fs.filesystem import TOKEN_BYTES
@@ -349,8 +349,7 @@ def test_an_interrupted_call_leaves_no_reply_to_the_next(service: Service) -> No
 
     fd = service.memfd_restricted()
     before = signal.signal(signal.SIGUSR1, interrupt)
-    os.kill(service.info["pid"], signal.SIGSTOP)
-    wait_until(lambda: (found := process(service.info["pid"])) and found.state == "T", "the service to stop")
+    stop(service.info["pid"])
     alarm = threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGUSR1))
     try:
         alarm.start()

@@ -3,7 +3,6 @@
 import fcntl
 import os
 import random
-import signal
 import struct
 import threading
 import time
@@ -18,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from outcomes import Errno, outcome
-from processes import descriptors, exists, family, process, wait_gone, wait_until
+from processes import descriptors, exists, family, stop, wait_gone, wait_until
 from restrictedmem.abi import kvm, memory
 from restrictedmem.fd import close_all, receive_with_fds, send_with_fds
 from restrictedmem.fs.filesystem import PROVE, TOKEN_BYTES
@@ -269,9 +268,7 @@ def _stopped_vm(service: Service, fd: int) -> tuple[Vm, int]:
     vm = Vm(service, engine="software")
     vm.set_user_memory_region(slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=PAGE, restricted_fd=fd)
     pid: int = vm.statistics()["pid"]
-    os.kill(pid, signal.SIGSTOP)
-    # Until then a thread of it may answer.
-    wait_until(lambda: (found := process(pid)) is not None and found.state == "T", "the engine to stop")
+    stop(pid)
     return vm, pid
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 import pytest
 
 from outcomes import Errno, in_child, outcome
-from processes import children, descriptors, wait_until
+from processes import children, descriptors, stop, wait_until
 from restrictedmem.abi import kvm, memory, stat
 from restrictedmem.kvm import wire
 from restrictedmem.kvm.vm import Vm
@@ -217,8 +217,8 @@ def test_which_file_it_is_no_server_is_asked() -> None:
         fd = own.memfd_restricted()
         expected, pid = (os.fstat(fd).st_dev, os.fstat(fd).st_ino), own.info["pid"]
         thread = threading.Thread(target=lambda: found.append(stat.identity(fd)))
-        os.kill(pid, signal.SIGSTOP)
         try:
+            stop(pid)
             thread.start()
             wait_until(lambda: found, "the kernel alone to answer")
         finally:
