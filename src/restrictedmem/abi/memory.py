@@ -63,6 +63,9 @@ _mmap.restype = ctypes.c_void_p
 _MAP_FIXED: Final = 0x10
 _MAP_NORESERVE: Final = 0x4000
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
+_RESERVED: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+_OVER: Final = mmap.MAP_SHARED | _MAP_FIXED | _MAP_NORESERVE
+_READ_WRITE: Final = mmap.PROT_READ | mmap.PROT_WRITE
 
 
 def memfd_restricted(flags: int = 0, number: int = SYS_memfd_restricted) -> OwnedFd:
@@ -126,8 +129,7 @@ def map_over(address: int, length: int, fd: int, offset: int = 0) -> None:
     Raises:
         OSError: as mmap(2).
     """
-    flags = mmap.MAP_SHARED | _MAP_FIXED | _MAP_NORESERVE
-    if _mmap(address, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, offset) == _MAP_FAILED:
+    if _mmap(address, length, _READ_WRITE, _OVER, fd, offset) == _MAP_FAILED:
         raise_errno("mmap")
 
 
@@ -149,8 +151,7 @@ class Mapping:
         start = offset & -alignment
         size = min((offset + length + alignment - 1) & -alignment, _LAST_BYTE & -mmap.PAGESIZE) - start
         # The address must be known before the file is mapped: a mapping may not begin elsewhere once it has pages.
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        self._area = mmap.mmap(-1, size + alignment - mmap.PAGESIZE, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+        self._area = mmap.mmap(-1, size + alignment - mmap.PAGESIZE, _RESERVED, _READ_WRITE)
         try:
             address = ctypes.addressof(ctypes.c_char.from_buffer(self._area))
             padding = -address & alignment - 1

@@ -15,7 +15,8 @@ Identity = tuple[int, int]
 AT_STATX_DONT_SYNC: Final = 0x4000
 _AT_EMPTY_PATH: Final = 0x1000
 
-_STATX_BYTES: Final = 256
+#: ``struct statx``.
+_Statx = ctypes.c_char * 256
 #: ``stx_dev_major`` and ``stx_dev_minor``.
 _DEVICE: Final = struct.Struct("=136x2I")
 #: ``stx_ino``, and the device.
@@ -34,7 +35,7 @@ def device(path: str) -> int:
     Raises:
         OSError: as statx(2).
     """
-    found = ctypes.create_string_buffer(_STATX_BYTES)
+    found = _Statx()
     if libc.syscall(_number, _here, path.encode(), _flags, _nothing, found) < 0:
         raise_errno("statx")
     return os.makedev(*_DEVICE.unpack_from(found))
@@ -46,7 +47,7 @@ def identity(fd: int) -> Identity:
     Raises:
         OSError: EBADF.
     """
-    found = ctypes.create_string_buffer(_STATX_BYTES)
+    found = _Statx()
     if libc.syscall(_number, ctypes.c_long(fd), b"", _open_flags, _nothing, found) < 0:
         raise_errno("statx")
     ino, major, minor = _IDENTITY.unpack_from(found)

@@ -62,8 +62,8 @@ class Attributes:
 
     def private_runs(self, start: gfn_t, end: gfn_t) -> Iterator[tuple[gfn_t, gfn_t]]:
         """Yield the runs of private pages in a range."""
-        changes = self._changes[bisect_right(self._changes, start) : bisect_left(self._changes, end)]
-        edges = [start, *(gfn_t(gfn) for gfn in changes), end]
-        for first, last in pairwise(edges):
-            if first < last and self.is_private(first):
+        before, after = bisect_right(self._changes, start), bisect_left(self._changes, end)
+        edges = [start, *(gfn_t(gfn) for gfn in self._changes[before:after]), end]
+        for changes, (first, last) in enumerate(pairwise(edges), before):
+            if first < last and self._after(changes):
                 yield first, last

@@ -11,7 +11,7 @@ tells the guest 0 when all that it asked for is so, and a failure when none of t
 both ways, and so finish or undo what it began.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EINVAL, EIO, EPERM
@@ -101,9 +101,8 @@ class Conversions:
                     raise OSError(EPERM, f"the guest has not asked for pages to be {'private' if private else 'shared'}")
             yield
 
-    @contextmanager
-    def changing_slot(self, number: int, *, private: bool) -> Generator[None]:
-        """Let the owner create, delete or change a slot meanwhile, into one with a private half or without.
+    def change_slot(self, number: int, change: Callable[[], None], *, private: bool) -> None:
+        """Let the owner create, delete or change a slot by ``change``, into one with a private half or without.
 
         Raises:
             OSError: EPERM for one with a private half, once launched or with content that was measured.
@@ -115,7 +114,7 @@ class Conversions:
                 raise OSError(EPERM, "what was put in there has been measured where it is")
             if self._slots.get(number) is not None:
                 raise OSError(EPERM, "the guest was launched with private memory there")
-            yield
+            change()
 
     def asked(self, gpa: int, npages: int, attributes: int) -> Asked:
         """Take the guest's word (MAP_GPA_RANGE), before its owner hears it; no page is asked for at an address inside of one."""

@@ -58,7 +58,7 @@ class LpageInfo:
         elif not shifts & Level.PMD.pages - 1:
             self._levels = (Level.PMD,)
         #: By level, a byte for each block.
-        self._mixed = (_NO_BLOCKS, _NO_BLOCKS, *(bytearray(self._block(level, end - 1) + 1) for level in LARGE))
+        self._mixed = _NO_BLOCKS, _NO_BLOCKS, bytearray(self._block(Level.PMD, end - 1) + 1), bytearray(self._block(Level.PUD, end - 1) + 1)
 
     def _block(self, level: Level, gfn: int) -> int:
         return (gfn >> level.order) - (self._base >> level.order)

@@ -176,8 +176,12 @@ class Machine:
         region = kvm.kvm_userspace_memory_region_ext.from_buffer_copy(message.body)
         token = message.body[wire.TOKEN_OFFSET : wire.NAMES_OFFSET]
         private = bool(region.memory_size and region.flags & kvm.KVM_MEM_PRIVATE)
-        with self._conversions.changing_slot(region.slot, private=private), self._vcpus.held():
-            self._memory.set_region(region, token, message.fds[0] if message.fds else None, wire.Names.of_body(message.body))
+
+        def change() -> None:
+            with self._vcpus.held():
+                self._memory.set_region(region, token, message.fds[0] if message.fds else None, wire.Names.of_body(message.body))
+
+        self._conversions.change_slot(region.slot, change, private=private)
         self._owner.reply()
 
     def _check_extension(self, cap: int) -> int:

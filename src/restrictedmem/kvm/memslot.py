@@ -35,6 +35,7 @@ LEVEL_SHIFT: Final = 5
 
 # At hand: to look up a member of an enumeration takes as long as to count the entries of a fault.
 _PAGE: Final = int(Level.PAGE)
+_LEVELS: Final = int(Level.PUD) + 1
 
 
 class PrivateHalf(Protocol):
@@ -205,10 +206,10 @@ class Memslot:
         self.entries = sync.shared_bytes(npages)
         self.attributes = sync.shared_bytes(npages)
         #: By level, how many translations ``entries`` holds (KVM's statistics pages_4k, pages_2m and pages_1g).
-        self.mapped = [0] * (Level.PUD + 1)
-        starts = [] if private is None else [int(private.window.start)]
-        starts += [] if shared is None else [shared.offset >> PAGE_SHIFT]
-        self.lpage = LpageInfo(self.base_gfn, self.end_gfn, tuple(starts), self.attributes)
+        self.mapped = [0] * _LEVELS
+        starts: tuple[int, ...] = () if private is None else (int(private.window.start),)
+        starts += () if shared is None else (shared.offset >> PAGE_SHIFT,)
+        self.lpage = LpageInfo(base_gfn, self.end_gfn, starts, self.attributes)
 
     @property
     def memfd_half(self) -> MemfdHalf:

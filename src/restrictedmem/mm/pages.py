@@ -40,7 +40,7 @@ class Pages:
         self._sequence = sequence
         self._window = window
         self._start = window.start
-        self._state = bytearray(len(window))
+        self._state = bytearray(window.end - window.start)
         self._first_block = window.start >> PMD_ORDER
         self._orders = bytearray([_UNKNOWN]) * ((window.end - 1 >> PMD_ORDER) + 1 - self._first_block)
         # Blocks, as indices of _orders, whose pages are being invalidated.

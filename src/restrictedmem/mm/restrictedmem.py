@@ -229,8 +229,10 @@ class RestrictedFile:
                     stay.append(mine)
                     continue
                 going.append(gone)
-                rest = mine._replace(end=gone.start), mine._replace(start=gone.end)
-                stay += [part for part in rest if part.start < part.end]
+                if mine.start < gone.start:
+                    stay.append(mine._replace(end=gone.start))
+                if gone.end < mine.end:
+                    stay.append(mine._replace(start=gone.end))
             try:
                 for gone in going:
                     self.design.leave(self, notifier, gone)
