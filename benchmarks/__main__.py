@@ -8,7 +8,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from benchmarks import conversion, descriptor, devkvm, get_page, guest, levels, memory, notifier, punched, seal, startup, syscall, vcpus
+from benchmarks import (
+    conversion,
+    descriptor,
+    devkvm,
+    get_page,
+    guest,
+    levels,
+    memory,
+    notifier,
+    punched,
+    seal,
+    slots,
+    startup,
+    syscall,
+    vcpus,
+)
 from benchmarks.common import HEAD, BenchError, Figure, Lab, machine
 
 BENCHES: Final[dict[str, Callable[[Lab], Iterator[Figure]]]] = {
@@ -22,6 +37,7 @@ BENCHES: Final[dict[str, Callable[[Lab], Iterator[Figure]]]] = {
     **notifier.BENCHES,
     **punched.BENCHES,
     **seal.BENCHES,
+    **slots.BENCHES,
     **startup.BENCHES,
     **syscall.BENCHES,
     **vcpus.BENCHES,

@@ -30,6 +30,7 @@ COMPARED = (
     "exec-create",
     "exec-others",
     "exec-programs",
+    "slots",
 )
 #: Compared too, on /dev/kvm.
 KVM = ("kvm-exit", "kvm-machine", "conversion", "seal", "kvm-faults-punched")
