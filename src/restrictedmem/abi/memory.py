@@ -148,8 +148,10 @@ class Mapping:
         Raises:
             OSError: as mmap(2).
         """
-        start = offset & -alignment
-        size = min((offset + length + alignment - 1) & -alignment, _LAST_BYTE & -mmap.PAGESIZE) - start
+        start, size = offset, length
+        if alignment > mmap.PAGESIZE:
+            start = offset & -alignment
+            size = min((offset + length + alignment - 1) & -alignment, _LAST_BYTE & -mmap.PAGESIZE) - start
         # The address must be known before the file is mapped: a mapping may not begin elsewhere once it has pages.
         self._area = mmap.mmap(-1, size + alignment - mmap.PAGESIZE, _RESERVED, _READ_WRITE)
         try:

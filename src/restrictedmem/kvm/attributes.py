@@ -63,7 +63,12 @@ class Attributes:
     def private_runs(self, start: gfn_t, end: gfn_t) -> Iterator[tuple[gfn_t, gfn_t]]:
         """Yield the runs of private pages in a range."""
         before, after = bisect_right(self._changes, start), bisect_left(self._changes, end)
+        if before >= after:
+            # No change in there, as in most slots.
+            if start < end and self._after(before):
+                yield start, end
+            return
         edges = [start, *(gfn_t(gfn) for gfn in self._changes[before:after]), end]
         for changes, (first, last) in enumerate(pairwise(edges), before):
-            if first < last and self._after(changes):
+            if self._after(changes):
                 yield first, last

@@ -31,6 +31,9 @@ class Level(IntEnum):
 #: Levels of more than a page.
 LARGE: Final = (Level.PMD, Level.PUD)
 _NO_BLOCKS: Final = bytearray()
+# At hand: to look up a member of an enumeration takes as long as to count blocks.
+_PMD, _PUD = Level.PMD.order, Level.PUD.order
+_PMD_ALONE, _BOTH = (Level.PMD,), (Level.PUD, Level.PMD)
 
 
 @final
@@ -52,13 +55,15 @@ class LpageInfo:
         for start in starts:
             shifts |= start - base
         #: Levels at which they are, the largest first.
-        self._levels: tuple[Level, ...] = ()
-        if not shifts & Level.PUD.pages - 1:
-            self._levels = Level.PUD, Level.PMD
-        elif not shifts & Level.PMD.pages - 1:
-            self._levels = (Level.PMD,)
+        self._levels: tuple[Level, ...] = () if shifts & (1 << _PMD) - 1 else _PMD_ALONE if shifts & (1 << _PUD) - 1 else _BOTH
+        last = end - 1
         #: By level, a byte for each block.
-        self._mixed = _NO_BLOCKS, _NO_BLOCKS, bytearray(self._block(Level.PMD, end - 1) + 1), bytearray(self._block(Level.PUD, end - 1) + 1)
+        self._mixed = (
+            _NO_BLOCKS,
+            _NO_BLOCKS,
+            bytearray((last >> _PMD) - (base >> _PMD) + 1),
+            bytearray((last >> _PUD) - (base >> _PUD) + 1),
+        )
 
     def _block(self, level: Level, gfn: int) -> int:
         return (gfn >> level.order) - (self._base >> level.order)

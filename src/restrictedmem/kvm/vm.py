@@ -96,15 +96,20 @@ class Vm:
             userspace_addr=shared_offset,
             restricted_offset=restricted_offset,
         )
-        named = [_identity(fd) if fd is not None and memory_size else None for fd in (restricted_fd, shared_fd)]
-        private, shared = (one if one in self._shown else None for one in named)
+        private = None if restricted_fd is None or not memory_size else _identity(restricted_fd)
+        shared = None if shared_fd is None or not memory_size else _identity(shared_fd)
+        shown = self._shown
         try:
-            self._set_region(region, restricted_fd, shared_fd, private, shared)
+            named = private if private in shown else None, shared if shared in shown else None
+            self._set_region(region, restricted_fd, shared_fd, *named)
         except OSError as error:
-            if error.errno != ESTALE or not (private or shared):
+            if error.errno != ESTALE:
                 raise
             self._set_region(region, restricted_fd, shared_fd, None, None)
-        self._shown.extend(one for one in named if one is not None and one not in self._shown)
+        if private is not None and private not in shown:
+            shown.append(private)
+        if shared is not None and shared not in shown:
+            shown.append(shared)
 
     def _set_region(
         self,
