@@ -199,7 +199,8 @@ def test_a_connection_asks_for_one_at_a_time() -> None:
         for _ in range(100):
             connection.post(wire.SPAWN, b'kvm {"engine": "software"}')
         numbers = [int.from_bytes(connection.sock.recv(4), "little") for _ in range(100)]
-        assert set(numbers) == {0, EBUSY}
+        # One is under way, or its answer has not been read.
+        assert {0} < set(numbers) <= {0, EBUSY, EAGAIN}
         goes_on(service, vm)
 
 
