@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import pytest
 
+import emulation
 from hugetlb import reserved
 from restrictedmem.abi import memory
 from restrictedmem.kvm import exits, guest_abi
@@ -364,6 +365,8 @@ def test_what_precedes_the_end_of_a_page_is_executed(machine: Machine) -> None:
 )
 def test_an_instruction_that_faulted_has_its_flags(machine: Machine, instruction: str, result: int) -> None:
     """Behind a comparison that overflows and borrows; the page has no half at first."""
+    if machine.engine == "kernel" and emulation.hypervisor() == emulation.TCG:
+        pytest.skip("QEMU's TCG executes what faulted again, with flags of the first time")
     page = PRIVATE + 64 * MIB
     missing = missing_page(machine, page, (10).to_bytes(4, "little"))
     exit_ = machine.start(
