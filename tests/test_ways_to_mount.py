@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import tempfile
+import traceback
 from collections.abc import Callable
 from contextlib import closing
 from errno import EACCES, EINVAL, ENOTCONN, EPERM
@@ -156,12 +157,18 @@ def test_what_another_user_can_do_with_it(way: Way, uid: int, namespaces: bool, 
     child = os.fork()
     if child == 0:
         try:
+            ours.close()
             as_user(owner, uid, namespaces=namespaces)
+        except BaseException:
+            # The end of the stream tells that it failed.
+            traceback.print_exc()
         finally:
             os._exit(0)
-    with closing(ours), closing(theirs):
-        _, (fd,) = receive_with_fds(ours, 1)
-        with fd:
+    theirs.close()
+    with closing(ours):
+        word, fds = receive_with_fds(ours, 1)
+        assert word, "the owner ended without a descriptor"
+        with fds[0] as fd:
             expected: object = PAGE if way is Way.OWN or other == uid else Errno(EACCES)
             assert as_user(receiver, other) == expected
             ours.send(b".")
