@@ -7,6 +7,7 @@ from errno import EIO, ENOSPC, ENOTSUP
 from typing import final
 
 from restrictedmem.mm.backing import Backing
+from restrictedmem.mm.memfd import never
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
 
 Heard = tuple[str, int, int, int | None]
@@ -50,7 +51,7 @@ class ModelBacking:
         if self.failures and self.failures.pop(0):
             raise OSError(EIO, "made to fail")
 
-    def allocate(self, offset: int, length: int) -> None:
+    def allocate(self, offset: int, length: int, abandoned: Callable[[], bool] = never) -> None:
         self._step()
         span = PageRange.around_bytes(offset, length)
         missing = [(start, end) for start, end, order in self._walk(span) if order is None]

@@ -17,6 +17,7 @@ from outcomes import Errno, in_child, outcome
 from own_server import Mount, OwnServer, mount_for_one_user, mount_in_user_namespace, mount_own, serving
 from restrictedmem.abi import memory
 from restrictedmem.abi.memory import PUNCH, FallocMode, fallocate
+from restrictedmem.abi.process import tgkill
 from restrictedmem.fs.mount import mount_fusermount
 from restrictedmem.mm.notifier import Api
 from restrictedmem.service.client import Service
@@ -25,6 +26,8 @@ from restrictedmem.units import PAGE_SIZE
 from waiting import wait_for
 
 OWNER, STRANGER = 65534, 65533
+#: Bytes; more than are allocated at once.
+LARGE = (256 << 20) + PAGE_SIZE
 
 
 @pytest.fixture
@@ -403,6 +406,35 @@ def test_one_fallocate_of_a_file_at_a_time() -> None:
         for thread in threads:
             thread.join(10)
     assert heard == ["start 1 2", "end 1 2", "start 2 3", "end 2 3"]
+
+
+@pytest.mark.requires("fuse", "root")
+@pytest.mark.parametrize(
+    ("number", "status", "allocated"), [(signal.SIGKILL, -signal.SIGKILL, 0), (signal.SIGUSR1, 0, LARGE)], ids=["killed", "handled"]
+)
+def test_a_large_allocation_is_given_up_for_a_caller_that_dies(number: int, status: int, allocated: int) -> None:
+    """As tmpfs does (Linux 6.18); on older kernels any signal ended it."""
+    with listening(Api.V9) as (server, fd):
+        child = os.fork()
+        if child == 0:
+            try:
+                signal.signal(signal.SIGUSR1, _ignore)
+                fallocate(fd, FallocMode.KEEP_SIZE, PAGE_SIZE, LARGE)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        heard = [server.next_event()]
+        tgkill(child, child, number)
+        server.go_on()
+        heard.append(server.next_event())
+        server.go_on()
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
+        assert os.fstat(fd).st_blocks * 512 == allocated
+    assert heard == ["start 1 65538", "end 1 65538"]
+
+
+def _ignore(number: int, frame: object) -> None:
+    """Handle a signal."""
 
 
 def _state(tid: int) -> str:

@@ -45,7 +45,7 @@ class Mount:
         self.proved.append((token, ino, file))
 
     def ask(self, opcode: int, nodeid: int = fuse.ROOT_ID, body: bytes = b"", uid: int = 1000, gid: int = 1000) -> bytes | None:
-        return self.filesystem.handle(Request(opcode, 1, nodeid, uid, gid, body))
+        return self.filesystem.handle(Request(opcode, 1, nodeid, uid, gid, 0, body))
 
     def create(self, name: bytes = NAME, flags: int = os.O_RDWR | os.O_CREAT, nodeid: int = fuse.ROOT_ID) -> int:
         """Create a file and return its node."""
@@ -359,7 +359,7 @@ def test_short_requests_are_einval(mount: Mount, opcode: int, size: int) -> None
     node = mount.create()
     nodeid = fuse.ROOT_ID if opcode == Opcode.CREATE else node
     for length in range(size):
-        request = Request(opcode, 1, nodeid, 1000, 1000, bytes(length))
+        request = Request(opcode, 1, nodeid, 1000, 1000, 0, bytes(length))
         assert outcome(partial(mount.filesystem.handle, request)) == Errno(EINVAL), length
     assert list(mount.filesystem.files()) == [node]
 
@@ -578,7 +578,7 @@ def test_what_waits_says_so_before(watched: Watched) -> None:
 
     def waits(node: int, length: int) -> bool:
         said.clear()
-        mount.filesystem.handle(Request(Opcode.FALLOCATE, 1, node, 0, 0, fuse.FALLOCATE_IN.pack(0, 0, length, PUNCH, 0)))
+        mount.filesystem.handle(Request(Opcode.FALLOCATE, 1, node, 0, 0, 0, fuse.FALLOCATE_IN.pack(0, 0, length, PUNCH, 0)))
         return bool(said)
 
     assert waits(node, PAGE_SIZE)

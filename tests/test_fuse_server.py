@@ -262,11 +262,11 @@ def test_a_consumer_that_comes_in_the_middle_is_waited_for_aside(served: Served,
     file = served.filesystem.files()[node]
     unheard = RestrictedFile.fallocate_unheard
 
-    def register_first(self: RestrictedFile, mode: int, offset: int, length: int) -> bool:
+    def register_first(self: RestrictedFile, mode: int, offset: int, length: int, abandoned: Callable[[], bool]) -> bool:
         if self is file and not self.notifier_count:
             self.holder = 1
             self.register_notifier(consumer)
-        return unheard(self, mode, offset, length)
+        return unheard(self, mode, offset, length, abandoned)
 
     monkeypatch.setattr(RestrictedFile, "fallocate_unheard", register_first)
     punch = served.punch(node)

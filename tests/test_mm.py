@@ -16,6 +16,7 @@ from outcomes import Errno, outcome
 from restrictedmem.abi import memory
 from restrictedmem.abi.memory import PUNCH, FallocMode
 from restrictedmem.fd import OwnedFd
+from restrictedmem.mm import memfd
 from restrictedmem.mm.backing import MemfdBacking, make_backing
 from restrictedmem.mm.design import make
 from restrictedmem.mm.inode import Inode
@@ -90,6 +91,25 @@ def test_plain_fallocate_grows_a_size_that_was_fixed(file: RestrictedFile) -> No
 
 
 def test_a_fallocate_that_fails_leaves_size_and_pages() -> None:
+    file = new_file(limit=2 * PAGE_SIZE)
+    assert outcome(lambda: file.fallocate(0, 0, 3 * PAGE_SIZE)) == Errno(ENOSPC)
+    assert (file.size, file.backing.resident()) == (0, 0)
+    file.put()
+
+
+def test_an_allocation_that_is_abandoned_keeps_the_pieces_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memfd, "_PIECE", 4 * PAGE_SIZE)
+    file, asked = new_file(), iter([False, False, True])
+    # Pieces end where the file's do, not where the range begins: no folio lies in two.
+    assert outcome(lambda: file.fallocate(0, 3 * PAGE_SIZE, 9 * PAGE_SIZE, lambda: next(asked))) == Errno(EINTR)
+    assert (file.size, file.backing.resident()) == (0, 5 * PAGE_SIZE)
+    file.fallocate(0, 0, 4 * PAGE_SIZE, lambda: True)
+    assert (file.size, file.backing.resident()) == (4 * PAGE_SIZE, 8 * PAGE_SIZE)
+    file.put()
+
+
+def test_a_large_allocation_beyond_the_limit_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memfd, "_PIECE", PAGE_SIZE)
     file = new_file(limit=2 * PAGE_SIZE)
     assert outcome(lambda: file.fallocate(0, 0, 3 * PAGE_SIZE)) == Errno(ENOSPC)
     assert (file.size, file.backing.resident()) == (0, 0)

@@ -21,6 +21,7 @@ from restrictedmem.abi.memory import PUNCH, FallocMode
 from restrictedmem.mm.backing import MemfdBacking
 from restrictedmem.mm.design import make
 from restrictedmem.mm.inode import Inode
+from restrictedmem.mm.memfd import never
 from restrictedmem.mm.notifier import Api
 from restrictedmem.mm.pages import Pages
 from restrictedmem.mm.restrictedmem import RestrictedFile
@@ -51,9 +52,9 @@ class Fallible:
         if self.fails:
             raise OSError(EIO, "made to fail")
 
-    def allocate(self, offset: int, length: int) -> None:
+    def allocate(self, offset: int, length: int, abandoned: Callable[[], bool] = never) -> None:
         self._check()
-        self.inner.allocate(offset, length)
+        self.inner.allocate(offset, length, abandoned)
 
     def punch(self, offset: int, length: int) -> None:
         self._check()

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import resource
+import signal
 import struct
 from typing import Final
 
@@ -133,6 +134,19 @@ def tracer_pid() -> int:
         return int(next(line for line in status if line.startswith("TracerPid:")).split()[1])
 
 
+def is_dying(thread: int) -> bool:
+    """Say whether a thread has SIGKILL pending, as a process's threads have once any fatal signal came (/proc/TID/status); else False.
+
+    False too for a thread that cannot be looked at, and for 0.
+    """
+    try:
+        with open(f"/proc/{thread}/status", encoding="ascii", errors="replace") as status:
+            pending = next(line for line in status if line.startswith("SigPnd:"))
+    except (OSError, StopIteration):
+        return False
+    return bool(int(pending.split()[1], 16) & 1 << signal.SIGKILL - 1)
+
+
 def raise_fd_limit() -> int:
     """Raise the soft limit on descriptors to the hard one and return it."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -140,10 +154,10 @@ def raise_fd_limit() -> int:
     return hard
 
 
-def tgkill(process: int, thread: int, signal: int) -> None:
+def tgkill(process: int, thread: int, number: int) -> None:
     """tgkill(2): send a signal to one thread, by its kernel number.
 
     Raises:
         OSError: EINVAL for thread 0, ESRCH when it has ended.
     """
-    syscall("tgkill", SYS_tgkill[os.uname().machine], process, thread, signal)
+    syscall("tgkill", SYS_tgkill[os.uname().machine], process, thread, number)

@@ -9,6 +9,7 @@ from errno import ENOMEM, ENOSPC
 from typing import TYPE_CHECKING, Final, final
 
 from restrictedmem.check.control import saw, touch
+from restrictedmem.mm.memfd import never
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
 
 if TYPE_CHECKING:
@@ -63,8 +64,8 @@ class Frames:
         """Return no descriptor (``Backing``): nobody maps it."""
         return -1
 
-    def allocate(self, offset: int, length: int) -> None:
-        """Make pages present (``Allocator``)."""
+    def allocate(self, offset: int, length: int, abandoned: Callable[[], bool] = never) -> None:
+        """Make pages present (``Backing``)."""
         # Two that allocate may do so in either order.
         touch(MEMORY, write=False)
         saw(None)

@@ -15,6 +15,7 @@ from restrictedmem.check.scenarios import SCENARIOS
 from restrictedmem.check.world import Parts
 from restrictedmem.kvm.memslot import Memslot
 from restrictedmem.mm.design import Bindings, Callback, Design, File, Folio, Lazy
+from restrictedmem.mm.memfd import never
 from restrictedmem.mm.notifier import Notifier
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.mm.sequence import InvalidationSequence
@@ -94,7 +95,7 @@ class FileThatLocksTwice(RestrictedFile):
 
     __slots__ = ()
 
-    def fallocate(self, mode: int, offset: int, length: int) -> None:
+    def fallocate(self, mode: int, offset: int, length: int, abandoned: Callable[[], bool] = never) -> None:
         """Do what restrictedmem_fallocate did; the sequence is what each consumer had for itself."""
         span = PageRange.around_bytes(offset, length)
         self.sequence().begin(span.start, span.end)
@@ -103,7 +104,7 @@ class FileThatLocksTwice(RestrictedFile):
             notifier.invalidate_start(span.start, span.end, None)
         self._notifiers_sem.up_read()
         try:
-            self._fallocate_locked(mode, offset, length)
+            self._fallocate_locked(mode, offset, length, abandoned)
         finally:
             self.sequence().end()
             self._notifiers_sem.down_read()

@@ -11,10 +11,11 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from errno import EACCES, EINVAL, ENFILE, ENOENT, ENOSYS, ENOTTY, ENXIO, EPERM
+from functools import partial
 from typing import Final, NamedTuple, final
 
 from restrictedmem import sync
-from restrictedmem.abi import fuse
+from restrictedmem.abi import fuse, process
 from restrictedmem.abi.fuse import AttrValid, InitFlag, Opcode, OpenFlag
 from restrictedmem.abi.memory import FallocMode
 from restrictedmem.fs.usage import Usage
@@ -49,6 +50,8 @@ class Request(NamedTuple):
     nodeid: int
     uid: int
     gid: int
+    #: The calling thread, as the process that mounted numbers it; 0 when it cannot.
+    pid: int
     body: bytes
 
 
@@ -242,11 +245,13 @@ class FileSystem:
         punches = bool(mode & FallocMode.PUNCH_HOLE)
         if self._usage is not None and punches:
             self._usage.before_punch(file)
-        if not file.fallocate_unheard(mode, offset, length):
+        # A thread that waits for a reply cannot end: its number is its own.
+        abandoned = partial(process.is_dying, request.pid)
+        if not file.fallocate_unheard(mode, offset, length, abandoned):
             # A consumer may have come this moment.
             if not heard and not self.before_waiting(file.holder):
                 return None
-            file.fallocate(mode, offset, length)
+            file.fallocate(mode, offset, length, abandoned)
         if self._usage is not None:
             if punches:
                 self._usage.punch(file, length)
@@ -302,7 +307,7 @@ class FileSystem:
         file.put()
 
     def _interrupt(self, request: Request) -> None:
-        """Go on: a punch that waits for consumers cannot stop half way, and their answers have a deadline of their own."""
+        """Go on: a punch cannot stop half way. An allocation looks for itself whether its caller dies, whom any signal interrupts."""
 
 
 _ATTR_OUT_UNCACHED: Final = fuse.ATTR_OUT.pack(0, 0, 0)

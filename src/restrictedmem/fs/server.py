@@ -179,8 +179,8 @@ class Server:
         # What had been read when memory ran out is still there.
         if not fuse.IN_HEADER.unpack_from(self._buffer)[0]:
             os.readv(self._device, (self._buffer,))
-        size, opcode, unique, nodeid, uid, gid, _, _, _ = fuse.IN_HEADER.unpack_from(self._buffer)
-        return Request(opcode, unique, nodeid, uid, gid, bytes(self._buffer[_IN_SIZE:size]))
+        size, opcode, unique, nodeid, uid, gid, pid, _, _ = fuse.IN_HEADER.unpack_from(self._buffer)
+        return Request(opcode, unique, nodeid, uid, gid, pid, bytes(self._buffer[_IN_SIZE:size]))
 
     def _answer(self, request: Request) -> None:
         error = 0

@@ -10,7 +10,7 @@ from restrictedmem.abi import memory
 from restrictedmem.fd import OwnedFd
 from restrictedmem.mm.folios import Piece, folios_in, make_large, order_of
 from restrictedmem.mm.hugetlb import HugetlbBacking
-from restrictedmem.mm.memfd import InMemfd
+from restrictedmem.mm.memfd import InMemfd, never
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SIZE, PageRange, pgoff_t
 
 
@@ -47,6 +47,14 @@ class Allocator(Protocol):
 
 class Backing(Allocator, Protocol):
     """Where a restricted file's pages lie, for the shim, which frees them too."""
+
+    def allocate(self, offset: int, length: int, abandoned: Callable[[], bool] = never) -> None:
+        """Make every page that the range touches present (see ``Allocator``); ``abandoned`` is asked before each large piece.
+
+        Raises:
+            OSError: also EINTR when it said yes. The pieces before stay.
+        """
+        ...
 
     @property
     def limit(self) -> int | None:
@@ -127,9 +135,7 @@ class MemfdBacking(InMemfd):
     def _make(self) -> OwnedFd:
         return _make_memfd()
 
-    def allocate(self, offset: int, length: int) -> None:
-        """Make every page of the range present (see ``Backing``); ENOSPC beyond the limit, before anything is allocated."""
-        self.charge(offset, length)
+    def _allocate(self, offset: int, length: int) -> None:
         if self.hugepage:
             make_large(self.fileno(), offset, length)
         # Never past the memfd's size, so posix_fallocate(3) is fallocate(2) with mode 0, a third cheaper than through ctypes.

@@ -98,13 +98,13 @@ class Design:
         """
         return ((span.start, span.end, None),)
 
-    def allocate(self, file: File, offset: int, length: int) -> None:
-        """Make present what an owner allocates, in bytes; called with the file's mutex held.
+    def allocate(self, file: File, offset: int, length: int, abandoned: Callable[[], bool]) -> None:
+        """Make present what an owner allocates, in bytes, unless it is ``abandoned``; called with the file's mutex held.
 
         Raises:
             OSError: what the backing failed with.
         """
-        file.backing.allocate(offset, length)
+        file.backing.allocate(offset, length, abandoned)
 
     def punch(self, file: File, offset: int, length: int) -> None:
         """Free what an owner's punch frees, in bytes; called with the file's mutex held, by ``operate`` or with nobody to tell.
@@ -282,9 +282,9 @@ class _Remembering(Design):
         with self._turn:
             super().invalidate(file, span, operate)
 
-    def allocate(self, file: File, offset: int, length: int) -> None:
+    def allocate(self, file: File, offset: int, length: int, abandoned: Callable[[], bool]) -> None:
         """Allocate, and forget that the pages were punched. What consumers allocate is not known here."""
-        super().allocate(file, offset, length)
+        super().allocate(file, offset, length, abandoned)
         self._punched.discard(PageRange.around_bytes(offset, length))
 
     def forget(self) -> None:

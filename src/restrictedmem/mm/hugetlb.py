@@ -54,13 +54,8 @@ class HugetlbBacking(InMemfd):
         os.ftruncate(fd.fileno(), MAX_FILE_BYTES & -self.blksize)
         return fd
 
-    def allocate(self, offset: int, length: int) -> None:
-        """Take every huge page that a byte range touches (see ``Allocator``).
-
-        Raises:
-            OSError: ENOSPC beyond the limit, before anything is taken, and from an empty pool; EINVAL beyond the last whole huge page.
-        """
-        self.charge(offset, length)
+    def _allocate(self, offset: int, length: int) -> None:
+        # ENOSPC from an empty pool; EINVAL beyond the last whole huge page.
         os.posix_fallocate(self.fileno(), offset, length)
 
     def _held_of(self, start: int, length: int) -> int:

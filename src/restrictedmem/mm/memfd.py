@@ -3,7 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from errno import ENOSPC
+from errno import EINTR, ENOSPC
 from typing import Final
 
 from restrictedmem import sync
@@ -13,6 +13,13 @@ from restrictedmem.mm.folios import NOT_TOLD
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SIZE
 
 _SECTOR: Final = 512
+#: Bytes that are allocated at once: a tenth of a second. No folio crosses a multiple of it, or it is as large.
+_PIECE: Final = 256 << 20
+
+
+def never() -> bool:
+    """Say no: somebody waits."""
+    return False
 
 
 class InMemfd(ABC):
@@ -41,6 +48,14 @@ class InMemfd(ABC):
     @abstractmethod
     def _make(self) -> OwnedFd:
         """Make the memfd, of its full size and empty."""
+
+    @abstractmethod
+    def _allocate(self, offset: int, length: int) -> None:
+        """Make the pages of a range present, all or as many as there are.
+
+        Raises:
+            OSError: ENOSPC, ENOMEM; EINVAL.
+        """
 
     @abstractmethod
     def _held_of(self, start: int, length: int) -> int:
@@ -84,6 +99,23 @@ class InMemfd(ABC):
                     raise
         if held + wanted > limit:
             raise OSError(ENOSPC, f"descriptor would hold {held + wanted} bytes, the limit is {limit}")
+
+    def allocate(self, offset: int, length: int, abandoned: Callable[[], bool] = never) -> None:
+        """Make every page that the range touches present, piece by piece (see ``Backing``).
+
+        Raises:
+            OSError: ENOSPC beyond the limit, before anything is allocated; EINTR when it was ``abandoned``.
+        """
+        self.charge(offset, length)
+        end = offset + length
+        while offset < end:
+            # The kernel would notice by itself, and undo all, if the caller's own thread were in it. Before the first piece too: there
+            # may have been a long wait.
+            if length > _PIECE and abandoned():
+                raise OSError(EINTR, "fallocate: its caller was killed")
+            after = min((offset & -_PIECE) + _PIECE, end)
+            self._allocate(offset, after - offset)
+            offset = after
 
     def punch(self, offset: int, length: int) -> None:
         """Free what an aligned range covers whole, and zero what it has of the rest (see ``Backing``)."""

@@ -1,7 +1,7 @@
 """A restricted file: what its owner may do to it, and who hears of it (mm/restrictedmem.c of v9 and v10)."""
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from errno import EFBIG, EINVAL, EOPNOTSUPP, EPERM
 from functools import partial
 from itertools import chain
@@ -12,6 +12,7 @@ from restrictedmem.abi.memory import PUNCH, FallocMode
 from restrictedmem.mm.backing import Backing
 from restrictedmem.mm.design import Design
 from restrictedmem.mm.inode import Inode
+from restrictedmem.mm.memfd import never
 from restrictedmem.mm.notifier import Notifier
 from restrictedmem.mm.sequence import InvalidationSequence
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_MASK, PAGE_SHIFT, PageRange, pgoff_t
@@ -106,28 +107,30 @@ class RestrictedFile:
             self.size = length
             self.inode.modified()
 
-    def fallocate(self, mode: int, offset: int, length: int) -> None:
+    def fallocate(self, mode: int, offset: int, length: int, abandoned: Callable[[], bool] = never) -> None:
         """Allocate or free pages; offset and length in bytes, as fallocate(2).
 
         Mode 0 and KEEP_SIZE allocate and know no alignment; mode 0 past the end grows the size, ftruncate or not. A punch must be
-        aligned, may lie beyond the end, and frees. Who is told of what, and what is freed when, is the design's business.
+        aligned, may lie beyond the end, and frees. Who is told of what, and what is freed when, is the design's business. ``abandoned``
+        says, now and then, whether nobody waits for an allocation any more.
 
         Raises:
-            OSError: EINVAL for an unaligned punch (nobody is notified); EOPNOTSUPP for other modes; ENOSPC, ENOMEM.
+            OSError: EINVAL for an unaligned punch (nobody is notified); EOPNOTSUPP for other modes; ENOSPC, ENOMEM; EINTR for an allocation
+                that was abandoned.
         """
-        if self.fallocate_unheard(mode, offset, length):
+        if self.fallocate_unheard(mode, offset, length, abandoned):
             return
         self._notifiers_sem.down_read()
         try:
             if self.design.notifies(mode):
                 span = PageRange.around_bytes(offset, length)
-                self.design.invalidate(self, span, partial(self._fallocate_locked, mode, offset, length))
+                self.design.invalidate(self, span, partial(self._fallocate_locked, mode, offset, length, abandoned))
             else:
-                self._fallocate_locked(mode, offset, length)
+                self._fallocate_locked(mode, offset, length, abandoned)
         finally:
             self._notifiers_sem.up_read()
 
-    def fallocate_unheard(self, mode: int, offset: int, length: int) -> bool:
+    def fallocate_unheard(self, mode: int, offset: int, length: int, abandoned: Callable[[], bool] = never) -> bool:
         """Do ``fallocate`` if there is nobody to tell, which waits for no consumer; false when there is somebody.
 
         Raises:
@@ -139,19 +142,19 @@ class RestrictedFile:
             # Nobody can register before this is over: no need of the semaphore, which costs three times as much.
             if self._registrations:
                 return False
-            self._fallocate(mode, offset, length)
+            self._fallocate(mode, offset, length, abandoned)
             return True
 
-    def _fallocate_locked(self, mode: int, offset: int, length: int) -> None:
+    def _fallocate_locked(self, mode: int, offset: int, length: int, abandoned: Callable[[], bool]) -> None:
         with self._mutex:
-            self._fallocate(mode, offset, length)
+            self._fallocate(mode, offset, length, abandoned)
 
-    def _fallocate(self, mode: int, offset: int, length: int) -> None:
+    def _fallocate(self, mode: int, offset: int, length: int, abandoned: Callable[[], bool]) -> None:
         # Preconditions: _mutex held. Allocations of one file take turns, as tmpfs makes them do under the inode's lock.
         if mode == PUNCH:
             self.design.punch(self, offset, length)
         elif mode in _ALLOCATE:
-            self.design.allocate(self, offset, length)
+            self.design.allocate(self, offset, length, abandoned)
             if mode == 0:
                 self.size = max(self.size, offset + length)
         else:
