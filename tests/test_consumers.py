@@ -46,6 +46,7 @@ from restrictedmem.service.tokens import Tokens
 from restrictedmem.service.wire import Call, Channel
 from restrictedmem.units import MAX_FILE_BYTES, PageRange, pgoff_t
 from restrictedmem.units import PAGE_SIZE as PAGE
+from users import as_user
 from waiting import wait_for
 
 if TYPE_CHECKING:
@@ -394,6 +395,19 @@ def test_what_was_taken_before_a_punch_has_to_be_taken_again(service: Service, f
         assert not puppet("call", file, "retry", puppet("call", file, "snapshot"), 1)
         assert puppet("call", file, "page_count", 0, 8) == 0
         assert puppet("heard", file) == [["start", 1, 2, None], ["end", 1, 2, None]]
+
+
+def _heard_of_two_folios() -> object:
+    with serving(design="folio", backing="thp") as service, Puppet(service) as puppet, OwnedFd(service.memfd_restricted()) as fd:
+        file = puppet.bind(fd.fileno(), 0, 1024)
+        memory.fallocate(fd.fileno(), 0, 0, 1024 * PAGE)
+        punch(fd.fileno(), 0, 513)
+        return puppet("heard", file)
+
+
+@pytest.mark.requires("fuse", "root")
+def test_the_service_of_an_ordinary_user_tells_folios() -> None:
+    assert as_user(_heard_of_two_folios) == [[what, *folio, 9] for what in ("start", "end") for folio in ((0, 512), (512, 513))]
 
 
 def test_a_page_taken_before_the_end_was_heard_stays_taken() -> None:

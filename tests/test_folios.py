@@ -6,7 +6,7 @@ import random
 import struct
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
-from errno import EINVAL, ENOENT, ENOMEM, ENOSPC, ENOSYS
+from errno import EACCES, EINVAL, ENOENT, ENOMEM, ENOSPC, ENOSYS
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -16,10 +16,11 @@ import pytest
 
 import hugetlb
 import restrictedmem
-from outcomes import Errno, outcome
+from outcomes import Errno, in_child, outcome
 from restrictedmem.abi import fuse, memory, pagemap
 from restrictedmem.abi.fuse import Opcode
 from restrictedmem.abi.memory import PMD_SIZE, PUNCH, Mapping
+from restrictedmem.abi.process import PR_SET_DUMPABLE, prctl
 from restrictedmem.fd import OwnedFd
 from restrictedmem.fs.filesystem import HUGEPAGE_MODE, NAME, FileSystem, Request
 from restrictedmem.mm.backing import KINDS, MappedBacking, Memfd, MemfdBacking, make_backing, take_over
@@ -368,6 +369,27 @@ def test_folios_are_whole_where_a_range_begins_inside_one(thp: MemfdBacking) -> 
     ]
     assert pieces(thp, 5, 5) == []
     assert pieces(thp, 7 * BLOCK, 7 * BLOCK + 9) == [(7 * BLOCK, 7 * BLOCK + 9, None)]
+
+
+@pytest.mark.requires("root")
+def test_an_undumpable_process_without_root_tells_folios_too(thp: MemfdBacking) -> None:
+    """As the service of an ordinary user is."""
+    for block in (1, 2, 4):
+        allocate(thp, block * BLOCK, BLOCK)
+    for page in range(3 * BLOCK, 4 * BLOCK):
+        allocate(thp, page, 1)
+    # The rest are pages, those of a whole block too, and the last block's mapping is shorter than two.
+    assert [(start // BLOCK, order) for start, _, order in pieces(thp, 0, 5 * BLOCK) if not start % BLOCK] == [
+        *((0, None), (1, 9), (2, 9), (3, 0), (4, 9)),
+    ]
+
+    def look() -> tuple[object, list[Piece]]:
+        os.setresuid(65534, 65534, 65534)
+        prctl(PR_SET_DUMPABLE, 0)
+        return outcome(lambda: thp.order_of(pgoff_t(BLOCK))), pieces(thp, 0, 5 * BLOCK)
+
+    expected = Errno(EACCES), pieces(thp, 0, 5 * BLOCK)
+    assert in_child(lambda: look() == expected) == "True"
 
 
 def test_the_largest_file_is_one_hole_and_its_folios(thp: MemfdBacking) -> None:

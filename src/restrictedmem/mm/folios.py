@@ -5,12 +5,13 @@ anybody. Looking must not change what is looked at, and a read fault on a hole o
 userfaultfd, which makes such a fault fail.
 """
 
+import mmap
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from errno import EACCES, EAGAIN, EFAULT, EINVAL, ENOENT, ENOMEM, ENOSYS, ENOTTY, EPERM
 from typing import Final
 
-from restrictedmem.abi import memory, pagemap, userfaultfd
+from restrictedmem.abi import memory, pagemap, smaps, userfaultfd
 from restrictedmem.abi.memory import PMD_ORDER, PMD_SIZE, Mapping
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
 
@@ -110,7 +111,7 @@ def folios_in(fd: int, span: PageRange) -> Iterator[Piece]:
     fault for each 2 MiB that is all there, and a mapping and a scan for each GiB of those.
 
     Raises:
-        OSError: ENOSYS where there is no cachestat(2) (before Linux 6.5); as ``order_of``, save ENOENT.
+        OSError: ENOSYS where there is no cachestat(2) (before Linux 6.5); as ``order_of``, save ENOENT and EACCES.
     """
     if not span:
         return
@@ -155,5 +156,20 @@ def _large(fd: int, start: int, end: int) -> set[int]:
     with looking(fd, start << PAGE_SHIFT, (end - start) << PAGE_SHIFT, PMD_SIZE) as mapping:
         for block in range(0, mapping.memory.nbytes, PMD_SIZE):
             is_present(mapping, block)
-        found = pagemap.runs(pagemap.Category.HUGE, mapping.address, mapping.memory.nbytes)
-        return {start + (at - mapping.address >> PAGE_SHIFT) for first, last in found for at in range(first, last, PMD_SIZE)}
+        try:
+            found = pagemap.runs(pagemap.Category.HUGE, mapping.address, mapping.memory.nbytes)
+            large = [at for first, last in found for at in range(first, last, PMD_SIZE)]
+        except OSError as error:
+            # A process that has little else mapped, as the service, can look in another place.
+            if error.errno != EACCES:
+                raise
+            large = _large_by_smaps(mapping)
+        return {start + (at - mapping.address >> PAGE_SHIFT) for at in large}
+
+
+def _large_by_smaps(mapping: Mapping) -> list[int]:
+    """Return where 2 MiB of a mapping are mapped by one entry; smaps counts those of a mapping, so each block is made one of its own."""
+    length = mapping.memory.nbytes
+    for block in range(0, length, 2 * PMD_SIZE):
+        mapping.madvise(mmap.MADV_DONTFORK, block, min(PMD_SIZE, length - block))
+    return list(smaps.large_mappings(mapping.address, mapping.address + length))
