@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
@@ -447,6 +448,37 @@ def test_the_guest_may_be_stopped_before_gdb_comes_and_while_it_looks(host: Host
             ended = run.ended()
         assert isinstance(ended, Ended)
         assert ended.interrupted
+
+
+@pytest.mark.requires("fuse", "cc")
+@pytest.mark.parametrize("first", [b"?", b"c"], ids=["stopped", "running"])
+def test_a_gdb_that_does_not_read_keeps_no_guest(first: bytes, host: Host, guest: Path, tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        with debugged(host, guest, tmp_path, "s", vcpus=2) as run:
+            client = stack.enter_context(Gdb(run.port))
+            client.send(first)
+            client.sock.setblocking(False)
+            # Each asks for the last reply once more.
+            wait_for("the stub to wait for a reader", lambda: not _sends(client.sock, b"-" * 4096) and _writes("gdb"), DEADLINE)
+            run.vmm.stop()
+            ended = run.ended()
+        # The stub has ended too.
+        assert not _writes("gdb")
+    assert isinstance(ended, Ended)
+    assert ended.interrupted
+
+
+def _sends(sock: socket.socket, data: bytes) -> bool:
+    try:
+        return sock.send(data) > 0
+    except BlockingIOError:
+        return False
+
+
+def _writes(name: str) -> bool:
+    """Say whether a thread is inside ``Connection._write``."""
+    frames = sys._current_frames()  # pyright: ignore[reportPrivateUsage]
+    return any(thread.name == name and frames[thread.ident or 0].f_code.co_name == "_write" for thread in threading.enumerate())
 
 
 @pytest.mark.requires("fuse", "cc")

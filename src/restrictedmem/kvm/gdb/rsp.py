@@ -1,5 +1,6 @@
 """GDB's remote serial protocol: packets and their framing (GDB manual, appendix E), nothing of what they mean."""
 
+import select
 import socket
 from collections.abc import Iterator
 from enum import Enum
@@ -83,8 +84,13 @@ class Parser:
 class Connection:
     """One gdb; owns the socket."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, over: int) -> None:
+        """Speak on ``sock``; from when the descriptor ``over`` (the caller's) is readable, nothing waits for a gdb that does not read."""
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setblocking(False)
+        self._writable = select.poll()
+        self._writable.register(sock, select.POLLOUT)
+        self._writable.register(over, select.POLLIN)
         self._sock = sock
         self._parser = Parser()
         self._last = b""
@@ -96,17 +102,18 @@ class Connection:
         return self._sock.fileno()
 
     def receive(self) -> Iterator[bytes | Sign]:
-        """Wait for bytes; yields the payloads and signs in them.
+        """Take the bytes that are there; yields the payloads and signs in them.
 
         Raises:
-            ConnectionError: when gdb is gone.
+            ConnectionError: when gdb is gone, or does not read.
+            BlockingIOError: when there are none.
         """
         data = self._sock.recv(PACKET_SIZE)
         if not data:
             raise ConnectionError("gdb is gone")
         for item in self._parser.feed(data):
             if item is Sign.AGAIN:
-                self._sock.sendall(self._last)
+                self._write(self._last)
             elif item is Sign.BROKEN:
                 self._acknowledge(b"-")
             else:
@@ -116,16 +123,25 @@ class Connection:
 
     def _acknowledge(self, sign: bytes) -> None:
         if self.acknowledge:
-            self._sock.sendall(sign)
+            self._write(sign)
 
     def send(self, payload: bytes) -> None:
         """Send a packet; ``payload`` must be escaped.
 
         Raises:
-            ConnectionError: when gdb is gone.
+            ConnectionError: when gdb is gone, or does not read.
         """
         self._last = frame(payload)
-        self._sock.sendall(self._last)
+        self._write(self._last)
+
+    def _write(self, data: bytes) -> None:
+        left = memoryview(data)
+        while left:
+            try:
+                left = left[self._sock.send(left) :]
+            except BlockingIOError:
+                if all(number != self._sock.fileno() for number, _ in self._writable.poll()):
+                    raise ConnectionError("gdb does not read, and the guest is over") from None
 
     def __enter__(self) -> Self:
         return self

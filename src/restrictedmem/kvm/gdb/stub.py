@@ -86,7 +86,7 @@ class Stub:
     def _speak(self) -> None:
         try:
             if self._listener in self._ready(self._listener):
-                with Connection(self._listener.accept()[0]) as gdb, suppress(OSError, _Detached):
+                with Connection(self._listener.accept()[0], self._vmm.fileno()) as gdb, suppress(OSError, _Detached):
                     self._session(gdb)
         finally:
             self._gates.remove()
