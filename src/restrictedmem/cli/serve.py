@@ -64,7 +64,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--signing-key", metavar="FILE", help="key to sign guests' reports with: Ed25519 in PEM, mode 600 (default: a new one each service)"
     )
-    parser.add_argument("--memory-max", type=values.memory_size, metavar="SIZE", help="what a descriptor may hold at most")
+    parser.add_argument(
+        "--memory-max",
+        type=values.memory_size,
+        metavar="SIZE",
+        help="what a descriptor may hold at most; a client may have many, and all pages are charged to this command's cgroup",
+    )
     parser.add_argument(
         "--design",
         metavar="NAME",
