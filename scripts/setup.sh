@@ -3,7 +3,8 @@
 find_python() {
     local python
     for python in python3.14 python3.13 python3.12 python3.11 python3; do
-        if command -v "$python" >/dev/null && "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        # A shim of pyenv's stands for versions that are not there, and says so.
+        if command -v "$python" >/dev/null && "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             echo "$python"
             return
         fi
