@@ -95,3 +95,12 @@ def test_what_it_fails_with_ends_the_process(failure: BaseException, monkeypatch
         finally:
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+
+def test_one_that_is_joined_cannot_be_had_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    with pytest.raises(BlockingIOError, match=r"pthread_create: .* \(no thread to be had: .*\)"):
+        threads.begin(threading.Thread())

@@ -2,14 +2,18 @@
 
 import os
 from errno import EIO
+from typing import Final
+
+#: MAX_ERRNO of the kernel.
+_LARGEST: Final = 4095
 
 
 def failed(call: str, errno: int | None, detail: str = "", path: str | None = None) -> OSError:
     """Return the error of a call: its name, the errno's words, and what else is known of it.
 
-    ``errno`` is that of an OSError at hand, for which None is EIO; ``path`` is what the call was about.
+    ``errno`` is that of an OSError at hand, or another process's word; what is none is EIO. ``path`` is what the call was about.
     """
-    number = errno or EIO
+    number = errno if errno is not None and 0 < errno <= _LARGEST else EIO
     words = f"{call}: {os.strerror(number)}" + (f" ({detail})" if detail else "")
     return OSError(number, words) if path is None else OSError(number, words, path)
 
@@ -24,6 +28,12 @@ def named(call: str, error: OSError, path: str | None = None) -> OSError:
     # It may have been made for this call.
     detail = detail.removeprefix(f"{call}: ") if detail != call else ""
     return failed(call, error.errno, detail, known if path is None else path)
+
+
+def line_of(error: OSError) -> str:
+    """Return an error in one line: the path, if it has one, the call, the errno's words, and what else is known."""
+    text = error.strerror or str(error)
+    return text if error.filename is None else f"{error.filename}: {text}"
 
 
 def detail_of(error: OSError) -> str:

@@ -13,6 +13,7 @@ from errno import EMSGSIZE, EPROTO
 from types import TracebackType
 from typing import Final, Protocol, Self, TypeAlias, TypeVar
 
+from restrictedmem.failure import failed
 from restrictedmem.users import is_known
 
 #: ``struct ucred``.
@@ -121,9 +122,9 @@ def receive_without_fds(sock: socket.socket, size: int, flags: int = 0) -> bytes
     """
     data, got = receive_flags(sock, size, flags)
     if got & MSG_CTRUNC:
-        raise OSError(EPROTO, "recvmsg: no descriptors are taken here")
+        raise failed("recvmsg", EPROTO, "no descriptors are taken here")
     if got & MSG_TRUNC:
-        raise OSError(EMSGSIZE, "recvmsg: message cut off")
+        raise failed("recvmsg", EMSGSIZE, "message cut off")
     return data
 
 
@@ -193,7 +194,7 @@ def receive_with_fds(sock: socket.socket, size: int, max_fds: int = 4, flags: in
             fds += [OwnedFd(number) for number in numbers]
     if got & (MSG_TRUNC | MSG_CTRUNC):
         close_all(fds)
-        raise OSError(EMSGSIZE, "recvmsg: message or descriptors cut off")
+        raise failed("recvmsg", EMSGSIZE, "message or descriptors cut off")
     return data, fds
 
 

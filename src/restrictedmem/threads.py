@@ -7,10 +7,13 @@ for ever, with the locks that it holds. Here the starter waits a while.
 import _thread
 import logging
 import os
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from errno import EAGAIN
 from typing import Final, final
+
+from restrictedmem.failure import failed
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +31,26 @@ def start(run: Callable[[], object]) -> None:
         thread = _Thread(run)
         _thread.start_new_thread(thread.be, ())
     except (RuntimeError, MemoryError):
-        raise OSError(EAGAIN, "no thread to be had") from None
+        raise _none_to_be_had() from None
     if not thread.comes():
-        raise OSError(EAGAIN, "no thread to be had: it died for want of memory")
+        raise _none_to_be_had()
+
+
+def begin(thread: threading.Thread) -> None:
+    """Start a thread that somebody joins, in a process whose memory is its owner's affair.
+
+    Raises:
+        OSError: EAGAIN when there is no thread to be had.
+    """
+    try:
+        thread.start()
+    except RuntimeError:
+        raise _none_to_be_had() from None
+
+
+def _none_to_be_had() -> OSError:
+    # Python does not say which limit it was.
+    return failed("pthread_create", EAGAIN, "no thread to be had: ulimit -u, ulimit -v, pids.max, or the machine's memory")
 
 
 @final

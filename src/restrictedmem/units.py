@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from errno import EINVAL
 from typing import Final, NewType, Self
 
+from restrictedmem.failure import failed
+
 loff_t = NewType("loff_t", int)
 pgoff_t = NewType("pgoff_t", int)
 gpa_t = NewType("gpa_t", int)
@@ -38,7 +40,7 @@ class PageRange:
             OSError: EINVAL when either number is not a multiple of the page size.
         """
         if (offset | length) & PAGE_MASK:
-            raise OSError(EINVAL, "range is not page aligned")
+            raise failed("range", EINVAL, "not page aligned")
         return cls(pgoff_t(offset >> PAGE_SHIFT), pgoff_t((offset + length) >> PAGE_SHIFT))
 
     @classmethod

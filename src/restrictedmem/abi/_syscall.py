@@ -1,8 +1,9 @@
 """The one handle on libc, and the one function that turns its failures into OSError."""
 
 import ctypes
-import os
 from typing import NoReturn
+
+from restrictedmem.failure import failed
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
@@ -11,7 +12,7 @@ libc.syscall.restype = ctypes.c_long
 def raise_errno(call: str, errno: int | None = None) -> NoReturn:
     """Raise OSError for a failed call, named in the message; ``errno`` defaults to libc's."""
     number = ctypes.get_errno() if errno is None else errno
-    raise OSError(number, f"{call}: {os.strerror(number)}")
+    raise failed(call, number)
 
 
 def syscall(name: str, number: int, *arguments: int | bytes | None) -> int:

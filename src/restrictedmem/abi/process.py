@@ -9,6 +9,7 @@ from typing import Final
 
 from restrictedmem.abi._struct import c_struct, u32
 from restrictedmem.abi._syscall import libc, raise_errno, syscall
+from restrictedmem.failure import failed
 
 CLONE_NEWNS: Final = 0x0002_0000
 CLONE_NEWUSER: Final = 0x1000_0000
@@ -110,9 +111,12 @@ def set_capabilities(mask: int) -> None:
 
 
 def effective_capabilities() -> int:
-    """Return the effective capabilities of this thread as a bit mask (/proc/thread-self/status)."""
-    with open("/proc/thread-self/status", encoding="ascii") as status:
-        return int(next(line for line in status if line.startswith("CapEff:")).split()[1], 16)
+    """Return the effective capabilities of this thread as a bit mask (/proc/thread-self/status).
+
+    Raises:
+        OSError: ENOENT without /proc.
+    """
+    return int(_status("thread-self", "CapEff:"), 16)
 
 
 def set_slice(nanoseconds: int) -> None:
@@ -129,9 +133,21 @@ def set_slice(nanoseconds: int) -> None:
 
 
 def tracer_pid() -> int:
-    """Return the pid of the process that traces this one, 0 when none does (/proc/self/status)."""
-    with open("/proc/self/status", encoding="ascii") as status:
-        return int(next(line for line in status if line.startswith("TracerPid:")).split()[1])
+    """Return the pid of the process that traces this one, 0 when none does (/proc/self/status).
+
+    Raises:
+        OSError: ENOENT without /proc.
+    """
+    return int(_status("self", "TracerPid:"))
+
+
+def _status(whose: str, name: str) -> str:
+    path = f"/proc/{whose}/status"
+    try:
+        with open(path, encoding="utf-8", errors="replace") as status:
+            return next(line for line in status if line.startswith(name)).split()[1]
+    except FileNotFoundError as error:
+        raise failed("open", error.errno, "/proc is not mounted", path) from None
 
 
 def is_dying(thread: int) -> bool:

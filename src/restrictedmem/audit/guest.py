@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Final, final
 
 from restrictedmem import guests
+from restrictedmem.failure import failed
 from restrictedmem.fd import readable
 from restrictedmem.kvm import elf
 from restrictedmem.kvm.vmm import Vmm
 from restrictedmem.service.client import Service
+from restrictedmem.threads import begin
 
 #: Seconds that the guest may take to fill its memory, to answer, or to end.
 DEADLINE: Final = 30.0
@@ -41,7 +43,7 @@ class HeldGuest:
         self._runs = runs
         word, *heap = self._answer().split()
         if word != "ready" or len(heap) != 2:
-            raise OSError(EIO, f"the guest is not ready: {word}")
+            raise failed("prove", EIO, f"the guest is not ready: {word}")
         self.start, self.end = (int(address, 16) for address in heap)
 
     def ask(self, request: str | bytes) -> str:
@@ -71,7 +73,7 @@ class HeldGuest:
         # The vCPU's thread waits for the engine in recvmsg(2), and for the guest's input in poll(2).
         while not Path(f"/proc/self/task/{self._runs.native_id}/syscall").read_text(encoding="ascii").startswith(f"{_SYS_POLL} "):
             if time.monotonic() > deadline:
-                raise OSError(ETIMEDOUT, f"the guest did not wait for a line within {DEADLINE:g} s")
+                raise failed("prove", ETIMEDOUT, f"the guest did not wait for a line within {DEADLINE:g} s")
             time.sleep(0.001)
 
     def wait_end(self) -> None:
@@ -82,10 +84,10 @@ class HeldGuest:
         answer = b""
         while not answer.endswith(b"\n"):
             if not readable([self._replies], DEADLINE):
-                raise OSError(ETIMEDOUT, f"the guest did not answer within {DEADLINE:g} s")
+                raise failed("prove", ETIMEDOUT, f"the guest did not answer within {DEADLINE:g} s")
             got = os.read(self._replies, 4096)
             if not got:
-                raise OSError(EIO, "the guest ended")
+                raise failed("prove", EIO, "the guest ended")
             answer += got
         return answer.decode(errors="replace").rstrip("\n")
 
@@ -113,7 +115,7 @@ def held_guest(service: Service, size: int, seed: int, engine: str, *, debug: bo
             stdout.close()
 
         runs = threading.Thread(target=run, name="guest", daemon=True)
-        runs.start()
+        begin(runs)
         try:
             yield HeldGuest(vmm, requests, replies, runs)
         finally:

@@ -14,12 +14,6 @@ class CommandError(Exception):
         self.status = status
 
 
-def words_of(error: OSError) -> str:
-    """Return an error in one line: the path, if it has one, the call, the errno's words, and what else is known."""
-    text = error.strerror or str(error)
-    return text if error.filename is None else f"{error.filename}: {text}"
-
-
 def complain(message: str, hint: str = "", status: int = 1) -> int:
     """Write one error and perhaps a hint, and return the exit status that goes with them.
 

@@ -10,7 +10,8 @@ from typing import Any, Final, NoReturn
 
 from restrictedmem.abi.memory import SYS_memfd_restricted
 from restrictedmem.cli import values
-from restrictedmem.cli.errors import CommandError, complain, words_of
+from restrictedmem.cli.errors import CommandError, complain
+from restrictedmem.failure import line_of
 from restrictedmem.paths import NewFile
 from restrictedmem.service import SERVER_VARIABLE
 
@@ -120,7 +121,7 @@ def _run_and_say(command: list[str], file: NewFile) -> int:
         file.write(json.dumps(report).encode() + b"\n")
         file.close()
     except OSError as error:
-        complain(f"--json: {words_of(error)}")
+        complain(f"--json: {line_of(error)}")
         # What the program came to is still to be told, but not that all is well.
         return end_as(status) or 1
     return end_as(status)

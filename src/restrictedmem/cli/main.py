@@ -12,7 +12,8 @@ from typing import Final, NoReturn, final
 
 from restrictedmem import __version__
 from restrictedmem.cli import streams
-from restrictedmem.cli.errors import CommandError, complain, words_of
+from restrictedmem.cli.errors import CommandError, complain
+from restrictedmem.failure import line_of
 
 #: Modules of this package. Each is imported when it is wanted: ``exec`` is to start as fast as it can.
 _COMMANDS: Final = ("run", "exec", "doctor", "check", "ps", "serve", "trace", "verify")
@@ -69,7 +70,7 @@ def main(arguments: list[str]) -> int:
             # End as a signal would have ended us.
             status = 128 + signal.SIGPIPE
         else:
-            status = complain(words_of(error), _HINTS.get(error.errno or 0, ""))
+            status = complain(line_of(error), _HINTS.get(error.errno or 0, ""))
     else:
         return status
     streams.give_up()

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from restrictedmem.cli import guest as guest_option
 from restrictedmem.cli import table, values
-from restrictedmem.cli.errors import CommandError, words_of
+from restrictedmem.cli.errors import CommandError
+from restrictedmem.failure import line_of
 from restrictedmem.mm import design
 from restrictedmem.platform import host
 
@@ -171,7 +172,7 @@ def _run(args: argparse.Namespace, service: "Service") -> int:
         if ended is None or ended.fatal is not None:
             raise
         # What the guest came to is still to be told, but not that all is well.
-        raise CommandError(words_of(error), status=ended.status or 1) from None
+        raise CommandError(line_of(error), status=ended.status or 1) from None
     if platform.get("violated_pages"):
         # Before what stopped the guest, which may have come of it.
         story = "\n  ".join(table.story(platform))

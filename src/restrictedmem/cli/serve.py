@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from restrictedmem.cli import values
 from restrictedmem.cli.errors import CommandError
 from restrictedmem.cli.said import Said
+from restrictedmem.failure import line_of
 from restrictedmem.mm import design
 from restrictedmem.mm.backing import KINDS, make_backing
 
@@ -166,7 +167,7 @@ def _check(options: "Options") -> None:
         for name, path in options.consumers:
             program.load(name, path)
     except OSError as error:
-        raise CommandError(error.strerror or str(error)) from None
+        raise CommandError(line_of(error)) from None
 
 
 def _check_key(path: str) -> str:
@@ -176,7 +177,7 @@ def _check_key(path: str) -> str:
     try:
         key = Signer.load(path).make_key()
     except OSError as error:
-        raise CommandError(f"--signing-key: {error.strerror}", _KEY_HINT) from None
+        raise CommandError(f"--signing-key: {line_of(error)}", _KEY_HINT) from None
     print(f"reports are signed by {key.hex()}", file=sys.stderr, flush=True)
     return os.path.abspath(path)
 

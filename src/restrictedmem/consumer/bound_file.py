@@ -10,6 +10,7 @@ from restrictedmem import sync
 from restrictedmem.abi.kvm import EHWPOISON
 from restrictedmem.abi.memory import PMD_SIZE, Mapping
 from restrictedmem.consumer.consumer import Bound, Consumer
+from restrictedmem.failure import failed
 from restrictedmem.fs.filesystem import PROVE, TOKEN_BYTES
 from restrictedmem.mm.backing import Allocator, MappedBacking, take_over
 from restrictedmem.mm.pages import Pages
@@ -125,7 +126,7 @@ class BoundFile:
 
     def _check(self, pgoff: pgoff_t) -> None:
         if pgoff in self._lost:
-            raise OSError(EHWPOISON, "get_page: the machine has lost the page")
+            raise failed("get_page", EHWPOISON, "the machine has lost the page")
 
     def page(self, pgoff: pgoff_t) -> memoryview:
         """Return a page's content, to be read or written while the page is installed (``fault``), and then released."""

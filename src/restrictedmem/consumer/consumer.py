@@ -11,6 +11,7 @@ from functools import partial
 from typing import Final, TypeVar, final
 
 from restrictedmem import sync, threads
+from restrictedmem.failure import detail_of, failed
 from restrictedmem.fd import OwnedFd
 from restrictedmem.mm.notifier import Notifier
 from restrictedmem.service import wire
@@ -80,7 +81,7 @@ class Consumer:
                 ``RestrictedFile.bind``; what ``make`` raises.
         """
         if not len(span):
-            raise OSError(EINVAL, f"bind: no pages in {span}")
+            raise failed("bind", EINVAL, f"no pages in {span}")
         return self._bind(token, span, _EXCLUSIVE if exclusive else 0, make)
 
     def bind_again(self, binding: int, span: PageRange, make: Callable[[int], _N], *, exclusive: bool = True) -> _N:
@@ -104,7 +105,7 @@ class Consumer:
                 body, fds = self.requests.call(wire.BIND, wire.BIND_REQUEST.pack(token, span.start, span.end, flags))
             except OSError as error:
                 # As fget and file_is_restrictedmem failing: EINVAL for both.
-                raise OSError(EINVAL if error.errno == EACCES else error.errno, error.strerror) from None
+                raise failed("bind", EINVAL if error.errno == EACCES else error.errno, detail_of(error)) from None
             number, ino, limit, how, order = wire.BINDING.unpack(body)
             memfd, sequence = fds
             return self._register(number, partial(make, Bound(number, ino, limit or None, memfd, sequence, how, order)))

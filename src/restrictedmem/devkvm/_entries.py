@@ -1,13 +1,13 @@
 """The structs of KVM that end in an array of no fixed length, with room for as many entries as the kernel ever takes."""
 
 import ctypes
-import os
 from collections.abc import Iterable, Mapping
 from errno import E2BIG
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from restrictedmem.abi.kvm import kvm_signal_mask
 from restrictedmem.abi.kvm_x86 import kvm_cpuid2, kvm_cpuid_entry2, kvm_msr_entry, kvm_msrs
+from restrictedmem.failure import failed
 
 #: KVM_MAX_CPUID_ENTRIES, and MAX_IO_MSRS, of the kernel's source.
 MOST: Final = 256
@@ -93,5 +93,5 @@ def fitting(entries: list[E], call: str) -> list[E]:
         OSError: E2BIG, as the kernel's.
     """
     if len(entries) > MOST:
-        raise OSError(E2BIG, f"{call}: {os.strerror(E2BIG)}")
+        raise failed(call, E2BIG)
     return entries

@@ -14,6 +14,7 @@ from restrictedmem.abi import kvm_run as shared
 from restrictedmem.abi._ioctl import raw_ioctl
 from restrictedmem.abi._syscall import raise_errno
 from restrictedmem.devkvm._entries import CpuidEntries, MsrEntries, SignalSet
+from restrictedmem.failure import failed
 from restrictedmem.fd import OwnedFd
 
 #: Sent by ``Vcpu.kick``: ignored by default, so that it does no harm to a thread that does not expect it.
@@ -251,4 +252,4 @@ class Vcpu(OwnedFd):
 
 def _all_msrs(call: str, entries: MsrEntries, done: int) -> None:
     if done < entries.nmsrs:
-        raise OSError(EINVAL, f"{call}: {os.strerror(EINVAL)}: MSR {entries.entries[done].index:#x}")
+        raise failed(call, EINVAL, f"MSR {entries.entries[done].index:#x}")

@@ -100,7 +100,8 @@ def _fusermount(helper: str, point: str) -> OwnedFd:
             [helper, "-o", options, "--", point],
             check=False,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             pass_fds=[passed.fileno()],
             env={"_FUSE_COMMFD": str(passed.fileno()), "PATH": os.defpath},
         )

@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import TypedDict, cast
 
+from restrictedmem.failure import failed
+
 __all__ = ["Image", "Toolchain", "names", "path", "toolchain"]
 
 _DIRECTORY = Path(__file__).parent
@@ -50,7 +52,7 @@ def path(name: str) -> Path:
     when there is no such guest; a name is never taken for a path.
     """
     if name not in names():
-        raise OSError(errno.ENOENT, "No such guest", name)
+        raise failed("guest", errno.ENOENT, path=name)
     return _DIRECTORY / f"{name}.elf"
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from errno import ENOEXEC
 from typing import Final
 
+from restrictedmem.failure import failed
+
 MAGIC: Final = b"\x7fELF"
 _EHDR: Final = struct.Struct("<4s5B7xHHIQQQIHHHHHH")
 _PHDR: Final = struct.Struct("<IIQQQQQQ")
@@ -12,6 +14,8 @@ _PT_LOAD: Final = 1
 _ET_EXEC: Final = 2
 _EM_X86_64: Final = 62
 _CLASS64: Final = 2
+#: What errors call this.
+_CALL: Final = "exec"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +46,29 @@ def parse(data: bytes) -> Image:
     Raises:
         OSError: ENOEXEC for anything that is not one.
     """
+    if not data.startswith(MAGIC):
+        raise failed(_CALL, ENOEXEC, "not a static x86-64 ELF")
     try:
-        magic, klass, _, _, _, _, kind, machine, _, entry, phoff, _, _, _, phentsize, phnum, _, _, _ = _EHDR.unpack_from(data)
-        if magic != MAGIC or klass != _CLASS64 or kind != _ET_EXEC or machine != _EM_X86_64 or phentsize != _PHDR.size:
-            raise OSError(ENOEXEC, "not a static x86-64 ELF")
-        segments: list[Segment] = []
-        for index in range(phnum):
-            kind, _, offset, _, gpa, filesz, memsz, _ = _PHDR.unpack_from(data, phoff + index * _PHDR.size)
-            if kind == _PT_LOAD and memsz:
-                content = data[offset : offset + filesz]
-                if len(content) != filesz or memsz < filesz:
-                    raise OSError(ENOEXEC, "ELF is cut short")
-                segments.append(Segment(gpa, content, memsz))
+        _, klass, _, _, _, _, kind, machine, _, entry, phoff, _, _, _, phentsize, phnum, _, _, _ = _EHDR.unpack_from(data)
+        if klass != _CLASS64 or kind != _ET_EXEC or machine != _EM_X86_64 or phentsize != _PHDR.size:
+            raise failed(_CALL, ENOEXEC, "not a static x86-64 ELF")
+        # Numbers beyond the file, up to 2^64, are for no slice and no offset.
+        headers = data[min(phoff, len(data)) :][: phnum * _PHDR.size]
+        if len(headers) != phnum * _PHDR.size:
+            raise failed(_CALL, ENOEXEC, "ELF is cut short")
+        segments = [segment for header in _PHDR.iter_unpack(headers) if (segment := _segment(data, *header)) is not None]
     except struct.error:
-        raise OSError(ENOEXEC, "ELF is cut short") from None
+        raise failed(_CALL, ENOEXEC, "ELF is cut short") from None
     if not segments:
-        raise OSError(ENOEXEC, "ELF has nothing to load")
+        raise failed(_CALL, ENOEXEC, "ELF has nothing to load")
     return Image(entry, tuple(segments))
+
+
+def _segment(data: bytes, kind: int, flags: int, offset: int, vaddr: int, gpa: int, filesz: int, memsz: int, align: int) -> Segment | None:
+    """Return what a program header says is to be loaded."""
+    if kind != _PT_LOAD or not memsz:
+        return None
+    content = data[offset : offset + filesz]
+    if len(content) != filesz or memsz < filesz:
+        raise failed(_CALL, ENOEXEC, "ELF is cut short")
+    return Segment(gpa, content, memsz)

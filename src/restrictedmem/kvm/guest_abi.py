@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from errno import E2BIG
 from typing import Final
 
+from restrictedmem.failure import failed
+
 #: Guest physical addresses have this many bits; a guest is identity mapped, and #PF is what it gets beyond.
 GPA_BITS: Final = 44
 
@@ -52,7 +54,7 @@ def boot_info(*, private_size: int, shared_size: int, heap_base: int, vcpus: int
     """
     strings = b"".join(os.fsencode(argument) + b"\0" for argument in arguments)
     if BOOT_INFO.size + len(strings) > BOOT_SIZE:
-        raise OSError(E2BIG, "arguments are too long")
+        raise failed("exec", E2BIG, "arguments are too long")
     head = BOOT_INFO.pack(
         BOOT_MAGIC,
         BOOT_VERSION,

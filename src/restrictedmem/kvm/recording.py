@@ -16,6 +16,7 @@ from restrictedmem.kvm.trace import Fields, Trace, now
 from restrictedmem.kvm.vm import Vcpu
 from restrictedmem.kvm.vmm import Ended, Vmm
 from restrictedmem.paths import NewFile
+from restrictedmem.threads import begin
 from restrictedmem.units import PAGE_SHIFT
 
 #: The most that an ordinary user gets (/proc/sys/fs/pipe-max-size).
@@ -82,7 +83,7 @@ class _Pump:
                 # Room for thousands of events, so that few are lost while this process waits for a processor.
                 fcntl.fcntl(self._writer.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
             self._thread = threading.Thread(target=self._carry, name="trace", daemon=True)
-            self._thread.start()
+            begin(self._thread)
             undo.pop_all()
 
     def writer(self) -> OwnedFd:

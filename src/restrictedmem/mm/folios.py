@@ -13,6 +13,7 @@ from typing import Final
 
 from restrictedmem.abi import memory, pagemap, smaps, userfaultfd
 from restrictedmem.abi.memory import PMD_ORDER, PMD_SIZE, Mapping
+from restrictedmem.failure import failed
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
 
 #: What a kernel answers that cannot tell what pages are made of (docs/folios.md).
@@ -69,7 +70,7 @@ def order_of(fd: int, pgoff: pgoff_t) -> int:
     length = min(PMD_SIZE, MAX_FILE_BYTES - start)
     with looking(fd, start, length, PMD_SIZE) as mapping:
         if not is_present(mapping, (pgoff << PAGE_SHIFT) - start):
-            raise OSError(ENOENT, "get_page: no page")
+            raise failed("get_page", ENOENT, "no page")
         return PMD_ORDER if pagemap.bytes_in(pagemap.Category.HUGE, mapping.address, length) else 0
 
 

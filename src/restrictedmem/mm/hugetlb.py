@@ -6,6 +6,7 @@ from errno import ENOENT, ENOSYS
 from typing import Final, final
 
 from restrictedmem.abi import memory
+from restrictedmem.failure import failed
 from restrictedmem.fd import OwnedFd
 from restrictedmem.mm.folios import Piece, is_present, looking
 from restrictedmem.mm.memfd import InMemfd
@@ -66,7 +67,7 @@ class HugetlbBacking(InMemfd):
         start = (pgoff << PAGE_SHIFT) & -self.blksize
         with looking(self.fileno(), start, self.blksize, self.blksize) as mapping:
             if not is_present(mapping, 0):
-                raise OSError(ENOENT, "get_page: no page")
+                raise failed("get_page", ENOENT, "no page")
         return self.base_order
 
     def folios(self, span: PageRange) -> Iterator[Piece]:
@@ -86,7 +87,7 @@ class HugetlbBacking(InMemfd):
         # Counted each time: pages that came meanwhile must not stand for others.
         while first < last and found < self.resident() // self.blksize:
             if looks <= 0:
-                raise OSError(ENOSYS, "huge pages lie too far apart to be looked for")
+                raise failed("folios", ENOSYS, "huge pages lie too far apart to be looked for")
             looks -= max(step >> self.base_order, 1)
             for pgoff in self._present(first, min(last, first + step)):
                 found += 1

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from errno import EPERM
 from typing import final
 
+from restrictedmem.failure import failed
+
 
 @final
 @dataclass(slots=True)
@@ -49,7 +51,7 @@ class Inode:
             OSError: EPERM; who is not root may only name itself and the group it acts with.
         """
         if fsuid and (uid not in (None, self.uid) or gid not in (None, self.gid, fsgid)):
-            raise OSError(EPERM, "fchown: not the owner's to give")
+            raise failed("fchown", EPERM, "not the owner's to give")
         self._require_owner(fsuid)
         self.uid = self.uid if uid is None else uid
         self.gid = self.gid if gid is None else gid
@@ -68,4 +70,4 @@ class Inode:
 
     def _require_owner(self, fsuid: int) -> None:
         if fsuid not in (0, self.uid):
-            raise OSError(EPERM, "setattr: not the owner")
+            raise failed("setattr", EPERM, "not the owner")

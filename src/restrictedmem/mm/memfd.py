@@ -8,6 +8,7 @@ from typing import Final
 
 from restrictedmem import sync
 from restrictedmem.abi import memory
+from restrictedmem.failure import failed
 from restrictedmem.fd import OwnedFd
 from restrictedmem.mm.folios import NOT_TOLD
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SIZE
@@ -98,7 +99,7 @@ class InMemfd(ABC):
                 if error.errno not in NOT_TOLD:
                     raise
         if held + wanted > limit:
-            raise OSError(ENOSPC, f"descriptor would hold {held + wanted} bytes, the limit is {limit}")
+            raise failed("fallocate", ENOSPC, f"descriptor would hold {held + wanted} bytes, the limit is {limit}")
 
     def allocate(self, offset: int, length: int, abandoned: Callable[[], bool] = never) -> None:
         """Make every page that the range touches present, piece by piece (see ``Backing``).

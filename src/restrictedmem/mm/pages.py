@@ -6,6 +6,7 @@ from typing import Final, final
 
 from restrictedmem import sync
 from restrictedmem.abi.memory import PMD_ORDER
+from restrictedmem.failure import failed
 from restrictedmem.mm.backing import Allocator
 from restrictedmem.mm.folios import NOT_TOLD
 from restrictedmem.mm.sequence import InvalidationSequence
@@ -59,13 +60,13 @@ class Pages:
         """
         index = pgoff - self._start
         if index < 0:
-            raise OSError(EFAULT, "get_page: outside the window")
+            raise failed("get_page", EFAULT, "outside the window")
         try:
             with self._mutex:
                 state = self._state[index]
                 return state - _ORDER if state >= _ORDER else self._take(pgoff, index)
         except IndexError:
-            raise OSError(EFAULT, "get_page: outside the window") from None
+            raise failed("get_page", EFAULT, "outside the window") from None
 
     def get_page_noalloc(self, pgoff: pgoff_t) -> int:
         """Take one page that is there, and return the order of its folio (``restrictedmem_get_page_noalloc`` of Michael Roth's tree).
@@ -78,7 +79,7 @@ class Pages:
                 EPERM where the kernel does not tell (docs/folios.md).
         """
         if pgoff not in range(self._start, self._window.end):
-            raise OSError(EFAULT, "get_page: outside the window")
+            raise failed("get_page", EFAULT, "outside the window")
         with self._mutex:
             order = self._backing.order_of(pgoff)
             if not self._state[pgoff - self._start]:
@@ -94,7 +95,7 @@ class Pages:
             OSError: EAGAIN while a part is being invalidated; EFAULT when a part lies outside the window; ENOSPC, ENOMEM from the backing.
         """
         if span.start < self._start or span.end > self._window.end:
-            raise OSError(EFAULT, "get_pages: outside the window")
+            raise failed("get_pages", EFAULT, "outside the window")
         first, last = span.start - self._start, span.end - self._start
         with self._mutex:
             missing = self._state.count(0, first, last)
@@ -112,7 +113,7 @@ class Pages:
             OSError: EFAULT outside the window.
         """
         if pgoff not in range(self._start, self._window.end):
-            raise OSError(EFAULT, "put_page: outside the window")
+            raise failed("put_page", EFAULT, "outside the window")
         with self._mutex:
             self._put(PageRange(pgoff, pgoff_t(pgoff + 1)))
 
@@ -177,7 +178,7 @@ class Pages:
         the operation, or is let go of there.
         """
         if self._sequence is not None and self._sequence.busy_over(start, end):
-            raise OSError(EAGAIN, "get_page: the page is being invalidated")
+            raise failed("get_page", EAGAIN, "the page is being invalidated")
 
     def _changes(self, pgoff: pgoff_t) -> bool:
         """Say whether a part of a page's block is being invalidated."""

@@ -5,13 +5,13 @@ an address space whose pages cannot migrate; from user space it is a reference t
 anybody can take is that of a buffer registered with a ring (docs/pinning.md).
 """
 
-import os
 from collections.abc import Iterator
 from errno import ENOBUFS, ENOSPC
 from typing import Final, NamedTuple, final
 
 from restrictedmem import sync
 from restrictedmem.abi import io_uring
+from restrictedmem.failure import failed
 from restrictedmem.mm.backing import Allocator
 from restrictedmem.units import PAGE_SHIFT, PageRange, pgoff_t
 
@@ -90,12 +90,12 @@ class PinnedBacking:
 
     def _pin(self, start: pgoff_t, end: pgoff_t) -> _Run:
         if not self._free:
-            raise OSError(ENOBUFS, "get_page: the ring has no buffer left to pin with")
+            raise failed("get_page", ENOBUFS, "the ring has no buffer left to pin with")
         address = self._address + ((start - self._window.start) << PAGE_SHIFT)
         try:
             io_uring.update_buffer(self._ring, self._free[-1], address, (end - start) << PAGE_SHIFT)
         except OSError as error:
-            raise OSError(error.errno, f"get_page: cannot pin: {os.strerror(error.errno or 0)} (RLIMIT_MEMLOCK, CAP_IPC_LOCK)") from None
+            raise failed("get_page", error.errno, "cannot pin: RLIMIT_MEMLOCK, CAP_IPC_LOCK") from None
         return _Run(start, end, self._free.pop())
 
     def release(self, offset: int, length: int) -> None:

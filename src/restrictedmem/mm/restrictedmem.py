@@ -9,6 +9,7 @@ from typing import Final, NamedTuple, final
 
 from restrictedmem import sync
 from restrictedmem.abi.memory import PUNCH, FallocMode
+from restrictedmem.failure import failed
 from restrictedmem.mm.backing import Backing
 from restrictedmem.mm.design import Design
 from restrictedmem.mm.inode import Inode
@@ -99,11 +100,11 @@ class RestrictedFile:
         """
         with self._mutex:
             if self.size:
-                raise OSError(EPERM, "ftruncate: size is already set")
+                raise failed("ftruncate", EPERM, "size is already set")
             if length & PAGE_MASK:
-                raise OSError(EINVAL, "ftruncate: size is not page aligned")
+                raise failed("ftruncate", EINVAL, "size is not page aligned")
             if length > MAX_FILE_BYTES:
-                raise OSError(EFBIG, "ftruncate: larger than any file")
+                raise failed("ftruncate", EFBIG, "larger than any file")
             self.size = length
             self.inode.modified()
 
@@ -137,7 +138,7 @@ class RestrictedFile:
             OSError: as ``fallocate``.
         """
         if mode & _PUNCH_HOLE and (offset | length) & PAGE_MASK:
-            raise OSError(EINVAL, "fallocate: hole is not page aligned")
+            raise failed("fallocate", EINVAL, "hole is not page aligned")
         with self._mutex:
             # Nobody can register before this is over: no need of the semaphore, which costs three times as much.
             if self._registrations:
@@ -158,7 +159,7 @@ class RestrictedFile:
             if mode == 0:
                 self.size = max(self.size, offset + length)
         else:
-            raise OSError(EOPNOTSUPP, f"fallocate: mode {mode:#x}")
+            raise failed("fallocate", EOPNOTSUPP, f"mode {mode:#x}")
         self.inode.modified()
 
     # What consumers do.
@@ -173,7 +174,7 @@ class RestrictedFile:
                 made.
         """
         if self.design.binds:
-            raise OSError(EINVAL, f"register_notifier: in the design {self.design} consumers bind ranges")
+            raise failed("register_notifier", EINVAL, f"in the design {self.design} consumers bind ranges")
         self._register(notifier, _WHOLE, exclusive=False)
 
     def bind(self, start: pgoff_t, end: pgoff_t, notifier: Notifier, *, exclusive: bool) -> None:
@@ -185,7 +186,7 @@ class RestrictedFile:
                 ENFILE, ENOMEM as ``register_notifier``.
         """
         if not self.design.binds or not 0 <= start < end <= _WHOLE.end:
-            raise OSError(EINVAL, f"bind: pages {start:#x} to {end:#x} in the design {self.design}")
+            raise failed("bind", EINVAL, f"pages {start:#x} to {end:#x} in the design {self.design}")
         self._register(notifier, PageRange(start, end), exclusive=exclusive)
 
     def _register(self, notifier: Notifier, span: PageRange, *, exclusive: bool) -> None:
@@ -195,7 +196,7 @@ class RestrictedFile:
             # Of those that begin before this one's end, the last reaches farthest.
             before = bisect_left(self._exclusive, (span.end, span.end))
             if len(self._exclusive) != exclusive * self._count or (before and self._exclusive[before - 1][1] > span.start):
-                raise OSError(EINVAL, f"bind: pages {span.start:#x} to {span.end:#x} are bound, or others not exclusive alike")
+                raise failed("bind", EINVAL, f"pages {span.start:#x} to {span.end:#x} are bound, or others not exclusive alike")
             self._last += 1
             new = Registration(notifier, span.start, span.end, exclusive, self._last)
             self._set_registrations(notifier, (new, *self._registrations.get(id(notifier), ())))
@@ -218,7 +219,7 @@ class RestrictedFile:
             OSError: EINVAL when it has no page of the range bound.
         """
         if not self.design.binds or not self._remove(notifier, PageRange(start, end)):
-            raise OSError(EINVAL, f"unbind: no binding in pages {start:#x} to {end:#x}")
+            raise failed("unbind", EINVAL, f"no binding in pages {start:#x} to {end:#x}")
 
     def _remove(self, notifier: Notifier, span: PageRange) -> bool:
         """Cut a range out of a notifier's registrations, and say whether there was anything to cut."""
@@ -281,7 +282,7 @@ class RestrictedFile:
         try:
             with self._mutex:
                 if self._registrations:
-                    raise OSError(EINVAL, "renew: a consumer has the file")
+                    raise failed("renew", EINVAL, "a consumer has the file")
                 free = self.backing.renew()
                 self.design.forget()
                 sequence, self._sequence = self._sequence, None

@@ -20,6 +20,7 @@ from typing import Any, Final, cast, final
 
 from restrictedmem.abi import process
 from restrictedmem.burial import bury
+from restrictedmem.failure import named
 from restrictedmem.fd import peer_credentials, receive_flags, refuse_fds
 from restrictedmem.service import wire
 
@@ -55,9 +56,12 @@ def names() -> dict[str, int]:
     """Return the names that services of any user listen on, each with the pid in it."""
     # A name may hold any byte, a line's end too: what is no service's is found out when it is
     # asked.
-    with open("/proc/net/unix", "rb") as table:
-        rows = (_ROW.fullmatch(line.rstrip(b"\n")) for line in table)
-        return {row[1].decode(): int(row[2]) for row in rows if row}
+    try:
+        with open("/proc/net/unix", "rb") as table:
+            rows = (_ROW.fullmatch(line.rstrip(b"\n")) for line in table)
+            return {row[1].decode(): int(row[2]) for row in rows if row}
+    except OSError as error:
+        raise named("open", error) from None
 
 
 def pids() -> list[int]:

@@ -5,11 +5,12 @@ import socket
 import stat
 from collections.abc import Generator
 from contextlib import contextmanager
-from errno import EEXIST
+from errno import EEXIST, ENAMETOOLONG, ENOENT
 from typing import Final
 
 from restrictedmem import paths
 from restrictedmem.burial import bury
+from restrictedmem.failure import failed
 from restrictedmem.fd import OwnedFd, refuse_fds
 
 _BACKLOG: Final = 64
@@ -40,13 +41,15 @@ def listen(path: str, mode: int) -> Generator[tuple[socket.socket, list[str]]]:
         try:
             listener.bind(f"/proc/self/fd/{directory.fileno()}/{name}")
         except OSError as error:
-            raise OSError(error.errno, error.strerror or str(error), path) from None
+            # Python says what does not fit into the address without an errno. The directory is held.
+            detail = "/proc is not mounted" if error.errno == ENOENT else ""
+            raise failed("bind", error.errno or ENAMETOOLONG, detail, path) from None
         finally:
             os.umask(before)
         # Held, so that nobody else's inode can have its number.
         with OwnedFd(os.open(name, _LOOK, dir_fd=directory.fileno())) as made:
             if not _is_own_socket(made):
-                raise OSError(EEXIST, "somebody has put something else in the socket's place", path)
+                raise failed("bind", EEXIST, "somebody has put something else in the socket's place", path)
             try:
                 listener.listen(_BACKLOG)
                 yield listener, list(paths.dangers(directory))

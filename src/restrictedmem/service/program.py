@@ -8,10 +8,11 @@ import re
 import socket
 import sys
 from collections.abc import Callable, Iterable
-from errno import EINVAL, ENOEXEC
-from pathlib import Path
+from errno import EFBIG, EINVAL, ENOEXEC
 from types import ModuleType
 from typing import TYPE_CHECKING, Final, TypeAlias, final
+
+from restrictedmem.failure import failed, named
 
 if TYPE_CHECKING:
     from restrictedmem.service.start import Options
@@ -23,6 +24,8 @@ Serve: TypeAlias = Callable[[socket.socket, socket.socket, socket.socket, "Optio
 VM: Final = "kvm"
 #: Modules with ``preload()`` and ``serve``.
 _OWN: Final = {VM: "restrictedmem.kvm.process"}
+#: Bytes of the largest program that is read.
+_LARGEST: Final = 1 << 20
 _NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,9}")
 
 
@@ -35,7 +38,7 @@ def check_names(named: Iterable[tuple[str, str]]) -> None:
     taken = set(_OWN)
     for name, _ in named:
         if not _NAME.fullmatch(name) or name in taken:
-            raise OSError(EINVAL, f"consumer {name!r}: taken, or not 1 to 10 of a-z, 0-9 and - with a letter first")
+            raise failed(f"consumer {name!r}", EINVAL, "taken, or not 1 to 10 of a-z, 0-9 and - with a letter first")
         taken.add(name)
 
 
@@ -43,12 +46,15 @@ def load(name: str, path: str) -> Serve:
     """Run a program's top level and return its ``serve``; no bytecode is read or written, so that PATH alone says what is trusted.
 
     Raises:
-        OSError: ENOENT, EACCES, EISDIR as open(2); ENOEXEC when it fails, or has no function ``serve``.
+        OSError: ENOENT, EACCES, EISDIR as open(2); EFBIG beyond 1 MiB; ENOEXEC when it fails, or has no function ``serve``.
     """
     try:
-        source = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            source = file.read(_LARGEST + 1)
     except OSError as error:
-        raise OSError(error.errno, f"consumer {name}: {path}: {error.strerror}") from None
+        raise named(f"consumer {name}", error, path) from None
+    if len(source) > _LARGEST:
+        raise failed(f"consumer {name}", EFBIG, path=path)
     module = ModuleType(f"consumer {name}")
     module.__file__ = path
     # Dataclasses look their module up.
@@ -56,10 +62,10 @@ def load(name: str, path: str) -> Serve:
     try:
         exec(compile(source, path, "exec"), module.__dict__)  # noqa: S102  a program is what it is
     except (Exception, SystemExit) as error:  # noqa: BLE001
-        raise OSError(ENOEXEC, f"consumer {name}: {path}: {type(error).__name__}: {error}") from None
+        raise failed(f"consumer {name}", ENOEXEC, f"{type(error).__name__}: {error}", path) from None
     serve: Serve | None = getattr(module, "serve", None)
     if not callable(serve):
-        raise OSError(ENOEXEC, f"consumer {name}: {path} has no function serve")
+        raise failed(f"consumer {name}", ENOEXEC, "it has no function serve", path)
     return serve
 
 
@@ -97,5 +103,5 @@ class Programs:
         """
         found = self._loaded[name]
         if isinstance(found, OSError):
-            raise OSError(found.errno, found.strerror)
+            raise OSError(found.errno, found.strerror, found.filename)
         return found

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from errno import EACCES, ENOENT
 from typing import Any, Final
 
+from restrictedmem.failure import failed
 from restrictedmem.service.client import PACKAGE_ROOT
 from restrictedmem.syscall.launch import Call
 
@@ -42,4 +43,4 @@ def _check(program: str, options: dict[str, Any]) -> None:
     environment = options.get("env")
     if shutil.which(place, path=(os.environ if environment is None else environment).get("PATH")) is None:
         number = EACCES if named and os.path.exists(place) else ENOENT
-        raise OSError(number, f"popen: {os.strerror(number)}", program)
+        raise failed("popen", number, path=program)

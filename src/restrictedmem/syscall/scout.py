@@ -19,6 +19,7 @@ from errno import EIO
 from typing import Final, TextIO, final
 
 from restrictedmem.abi.stat import device
+from restrictedmem.failure import failed
 from restrictedmem.fd import OwnedFd
 from restrictedmem.syscall.child import fork
 from restrictedmem.syscall.filter import MAP_ANONYMOUS, MAP_PRIVATE, MAP_TYPE
@@ -75,7 +76,7 @@ class Scout:
         message = self._sock.recv(_MESSAGE, socket.MSG_DONTWAIT)
         errno, found = marshal.loads(message) if message else (EIO, 0)
         if errno:
-            raise OSError(errno, f"scout: {os.strerror(errno)}")
+            raise failed("scout", errno)
         return bool(found)
 
     def kill(self) -> None:

@@ -18,6 +18,7 @@ from restrictedmem.kvm.gdb import target
 from restrictedmem.kvm.gdb.gates import Gate, Gates
 from restrictedmem.kvm.gdb.rsp import PACKET_SIZE, Connection, Sign, escape, unescape
 from restrictedmem.kvm.vmm import Ended, Vmm
+from restrictedmem.threads import begin
 from restrictedmem.units import PAGE_SIZE
 
 # gdb's own numbers of signals (gdb/signals.def).
@@ -75,7 +76,7 @@ class Stub:
         self._swbreak = False
         self._last_stop = self._stop_reply(self._current, _SIGTRAP)
         self._thread = threading.Thread(target=self._speak, name="gdb", daemon=True)
-        self._thread.start()
+        begin(self._thread)
 
     def close(self) -> None:
         """Tell gdb how the guest ended, and be done; ends the guest if it has not."""
