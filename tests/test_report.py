@@ -411,7 +411,7 @@ def test_serve_refuses_a_key_that_others_may_read(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "restrictedmem", "serve", "--socket", str(tmp_path / "socket"), "--signing-key", path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 1
-    assert f"error: --signing-key: {path} is not private" in done.stderr
+    assert f"error: --signing-key: {path}: open: Permission denied (not private: " in done.stderr
     assert not (tmp_path / "socket").exists()
 
 

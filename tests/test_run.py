@@ -102,7 +102,7 @@ def test_echo_passes_bytes_through() -> None:
     ("arguments", "words"),
     [
         (["run", "nonesuch"], "no guest named nonesuch"),
-        (["run", "/dev/null"], "ELF is cut short"),
+        (["run", "/dev/null"], "not a static x86-64 ELF"),
         (["run", "./does/not/exist.elf"], "No such file"),
         (["run", "--memory", "4K", "sha256"], "at least"),
         (["run", "--memory-max", "8K", "sha256"], "No space left"),

@@ -188,11 +188,11 @@ def test_a_report_on_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", "a report has 288 bytes, this has 0"),
-        (b"abcd", "a report has 288 bytes, this has 2"),
+        (b"", "it has 288 bytes, this has 0"),
+        (b"abcd", "it has 288 bytes, this has 2"),
         (b"abc", "odd number"),
-        (bytes(288), "not a report"),
-        (b"error: this engine signs no reports\n", "a report has 288 bytes"),
+        (bytes(288), "not of version 1"),
+        (b"error: this engine signs no reports\n", "it has 288 bytes"),
     ],
 )
 def test_what_is_no_report(verify: Verify, data: bytes, words: str) -> None:
@@ -215,7 +215,7 @@ def test_a_guest_of_a_terabyte_is_refused(tmp_path: Path, capsys: pytest.Capture
     path.write_bytes(b"\x7fELF")
     os.truncate(path, 1 << 40)
     assert main(["measure", str(path)]) == 1
-    assert capsys.readouterr().err == f"error: {path}: File too large\n"
+    assert capsys.readouterr().err == f"error: {path}: read: File too large\n"
 
 
 def test_keys_in_files(verify: Verify, tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_keys_in_files(verify: Verify, tmp_path: Path) -> None:
     path.write_text("nothing")
     status, _, err = verify(report(), "--key", str(path))
     assert status == 1
-    assert err == f"error: {path} is no public key in PEM\n"
+    assert err == f"error: {path}: key: Invalid argument (no public key in PEM)\n"
     assert verify(report(), "--key", str(tmp_path / "missing"))[0] == 1
 
 

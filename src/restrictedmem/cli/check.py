@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 from restrictedmem.abi.process import PR_SET_PDEATHSIG, prctl
 from restrictedmem.cli import values
 from restrictedmem.cli.errors import CommandError
+from restrictedmem.failure import named
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -232,16 +233,22 @@ def _search_all(cases: Sequence[tuple["Scenario", str]], jobs: int, search: Call
     # Late, for they take longer to import than most commands to run.
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor, as_completed
+    from concurrent.futures.process import BrokenProcessPool
 
     executor = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork"), initializer=_begin)
     ordered = sorted(cases, key=lambda case: -case[0].actors)
     try:
         # What runs at a fork would swallow the exception.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        futures: list[Future[Case]] = [executor.submit(search, scenario.name, design) for scenario, design in ordered]
+        try:
+            futures: list[Future[Case]] = [executor.submit(search, scenario.name, design) for scenario, design in ordered]
+        except OSError as error:
+            raise named("fork", error) from None
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for future in as_completed(futures):
             yield future.result()
+    except BrokenProcessPool:
+        raise CommandError("a process that searched was killed", "by whom: dmesg; with fewer --jobs it takes less memory") from None
     except BaseException:
         for process in multiprocessing.active_children():
             process.kill()

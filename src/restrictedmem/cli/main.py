@@ -5,24 +5,22 @@ Exit status: 0, or the guest's own; 1 after ``error:``; 2 for a wrong command li
 
 import argparse
 import importlib
+import os
 import signal
 import sys
-from errno import EACCES, ENOMEM, EPERM, EPIPE
+from errno import EPIPE
 from typing import Final, NoReturn, final
 
 from restrictedmem import __version__
-from restrictedmem.cli import streams
+from restrictedmem.cli import hints, streams
 from restrictedmem.cli.errors import CommandError, complain
 from restrictedmem.failure import line_of
 
 #: Modules of this package. Each is imported when it is wanted: ``exec`` is to start as fast as it can.
 _COMMANDS: Final = ("run", "exec", "doctor", "check", "ps", "serve", "trace", "verify")
 
-_HINTS = {
-    EACCES: "restrictedmem doctor says which way to mount is open here, and how to open one",
-    EPERM: "restrictedmem doctor says which way to mount is open here, and how to open one",
-    ENOMEM: "a limit of this process (ulimit -v), of its cgroup (memory.max), or of the machine",
-}
+#: The variable that has a service say what goes wrong in it, and this what went wrong here.
+_DEBUG: Final = "RESTRICTEDMEM_DEBUG"
 
 
 @final
@@ -50,13 +48,17 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
 
 def run() -> NoReturn:
     """Be the console script."""
-    streams.prepare()
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], standalone=True))
 
 
-def main(arguments: list[str]) -> int:
-    """Run one command and return its exit status."""
+def main(arguments: list[str], *, standalone: bool = False) -> int:
+    """Run one command and return its exit status.
+
+    ``standalone``: this process is the command's alone, its standard streams and signals too.
+    """
     try:
+        if standalone:
+            _prepare(arguments)
         status = _run(arguments)
         streams.finish()
     except CommandError as error:
@@ -64,17 +66,27 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except MemoryError:
-        status = complain("this process cannot have more memory", _HINTS[ENOMEM])
+        status = complain("this process cannot have more memory", hints.of_memory())
     except OSError as error:
-        if error.errno == EPIPE and streams.reader_is_gone():
-            # End as a signal would have ended us.
-            status = 128 + signal.SIGPIPE
-        else:
-            status = complain(line_of(error), _HINTS.get(error.errno or 0, ""))
+        gone = error.errno == EPIPE and streams.reader_is_gone()
+        # End as a signal would have ended us.
+        status = 128 + signal.SIGPIPE if gone else complain(line_of(error), hints.of(error))
+    except Exception as error:
+        if not standalone or _DEBUG in os.environ:
+            raise
+        status = complain(f"a fault of this program: {type(error).__name__}: {error}", f"{_DEBUG}=1 shows where; please report it")
     else:
         return status
     streams.give_up()
     return status
+
+
+def _prepare(arguments: list[str]) -> None:
+    """Make of this process what commands take it for, however it was started."""
+    streams.prepare()
+    # Whoever ignores it passes that on, and no child could be waited for. A program that is executed is to find it as it was.
+    if arguments[:1] != ["exec"]:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _run(arguments: list[str]) -> int:

@@ -5,7 +5,7 @@ import os
 import sys
 from contextlib import ExitStack
 from errno import ENOSPC
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from restrictedmem.cli import guest as guest_option
 from restrictedmem.cli import table, values
@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from restrictedmem.kvm.elf import Image
     from restrictedmem.kvm.vmm import Ended, Vmm
     from restrictedmem.service.client import Service
+
+
+#: Backings of huge pages that are set aside, and where it is said how many.
+_POOLS: Final = {
+    "hugetlb-2m": "sysctl vm.nr_hugepages",
+    "hugetlb-1g": "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages",
+}
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -50,7 +57,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "below --memory is for Unicorn alone, and --gdb is far faster there)",
     )
     _add_memory(parser)
-    parser.add_argument("--vcpus", type=values.count_of("vCPUs"), metavar="N", help="vCPUs of the guest (default 1)")
+    parser.add_argument("--vcpus", type=values.count_of("vCPUs", values.MOST_VCPUS), metavar="N", help="vCPUs of the guest (default 1)")
     parser.add_argument(
         "--trace",
         metavar="FILE",
@@ -79,7 +86,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--quiet", action="store_true", help="no progress, no table")
     parser.add_argument("guest", metavar="GUEST", nargs="?", help=guest_option.KINDS)
     parser.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS", help="arguments of the guest")
-    parser.set_defaults(main=main, error=parser.error)
+    parser.set_defaults(main=main, error=parser.error, options=frozenset(parser._option_string_actions))
 
 
 def _add_memory(parser: argparse.ArgumentParser) -> None:
@@ -156,7 +163,10 @@ def _software_alone(args: argparse.Namespace) -> str:
 
 
 def _run(args: argparse.Namespace, service: "Service") -> int:
+    from restrictedmem.kvm import exits
+
     image = guest_option.read(args.guest)
+    guest_option.warn(args.guest, args.args, args.options)
     ended: Ended | None = None
     platform: dict[str, Any] = {}
     try:
@@ -178,7 +188,8 @@ def _run(args: argparse.Namespace, service: "Service") -> int:
         story = "\n  ".join(table.story(platform))
         raise CommandError(f"rules of the platform were violated for {platform['violated_pages']} pages; the first:\n  {story}")
     if ended.fatal is not None:
-        raise CommandError(f"the guest stopped: {ended.fatal}")
+        hint = _space(args) if isinstance(ended.fatal, exits.MemoryFault) and ended.fatal.errno == ENOSPC else ""
+        raise CommandError(f"the guest stopped: {ended.fatal}", hint)
     return ended.status
 
 
@@ -194,17 +205,25 @@ def _launched(args: argparse.Namespace, service: "Service", image: "Image", stac
 
         stack.enter_context(recording.record(vmm, args.trace, lambda count: _tell_lost(args.trace, count)))
     try:
-        vmm.load(image, args.args)
+        with guest_option.naming(args.guest):
+            vmm.load(image, args.args)
     except OSError as error:
         if error.errno != ENOSPC:
             raise
-        raise CommandError(f"loading {args.guest}: {error.strerror}", "raise --memory-max") from None
+        raise CommandError(f"loading {args.guest}: {error.strerror}", _space(args)) from None
     measurement = vmm.launch_finish().hex()
     if args.gdb is not None:
         from restrictedmem.kvm.gdb import stub
 
         stack.enter_context(stub.serve(vmm, args.gdb, str(guest_option.find(args.guest))))
     return vmm, measurement
+
+
+def _space(args: argparse.Namespace) -> str:
+    """Return what there is to be done for want of space."""
+    if args.backing in _POOLS:
+        return f"the machine has no huge page left: set more aside, {_POOLS[args.backing]} (docs/folios.md)"
+    return "raise --memory-max" if args.memory_max is not None else ""
 
 
 def _tell_lost(path: str, count: int) -> None:

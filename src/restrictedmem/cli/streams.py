@@ -39,7 +39,9 @@ def prepare() -> None:
             os.open(os.devnull, mode | os.O_CLOEXEC)
     stdin: TextIO | None = sys.stdin
     if stdin is None:
-        sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)))
+        closed = io.FileIO(0, closefd=False)
+        closed.name = "stdin"
+        sys.stdin = io.TextIOWrapper(io.BufferedReader(closed))
     sys.stdout = _text(_Data(1, "w", closefd=False), "stdout", sys.stdout)
     sys.stderr = _text(_Talk(2, "w", closefd=False), "stderr", sys.stderr)
 

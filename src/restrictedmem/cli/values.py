@@ -11,7 +11,8 @@ from restrictedmem.units import PAGE_MASK, parse_size
 #: Of x32, which has numbers of its own.
 _CALL_BITS = 30
 _MOST_PORT = 65535
-_MOST_COUNT = 1 << 31
+#: As many as KVM has of them anywhere.
+MOST_VCPUS = 4096
 #: Characters of a text that is none, in an error.
 _SHOWN = 40
 
@@ -27,13 +28,13 @@ def memory_size(text: str) -> int:
     return found
 
 
-def count_of(what: str) -> Callable[[str], int]:
+def count_of(what: str, most: int = 1 << 20) -> Callable[[str], int]:
     """Return what reads a number of something, from 1 on."""
 
     def read(text: str) -> int:
         found = _number(text)
-        if found is None or not 0 < found < _MOST_COUNT:
-            raise argparse.ArgumentTypeError(f"{text[:_SHOWN]} is not a number of {what}")
+        if found is None or not 0 < found <= most:
+            raise argparse.ArgumentTypeError(f"{text[:_SHOWN]} is not a number of {what}, 1 to {most}")
         return found
 
     return read

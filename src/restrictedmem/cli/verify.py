@@ -8,11 +8,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from enum import Enum
-from errno import ENOSYS
 from typing import TYPE_CHECKING
 
 from restrictedmem.cli import guest, values
 from restrictedmem.cli.errors import CommandError
+from restrictedmem.failure import named
 
 if TYPE_CHECKING:
     from restrictedmem.service.report import Report
@@ -53,7 +53,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     _add_launch_options(parser)
     parser.add_argument("--json", action="store_true", help="the report and each check, as JSON")
-    parser.set_defaults(main=main, error=parser.error)
+    parser.set_defaults(main=main, error=parser.error, options=frozenset(parser._option_string_actions))
 
 
 def _add_measure(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -65,12 +65,12 @@ def _add_measure(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     _add_launch_options(parser)
     parser.add_argument("guest", metavar="GUEST", help=guest.KINDS)
     parser.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS", help="arguments of the guest")
-    parser.set_defaults(main=measure)
+    parser.set_defaults(main=measure, options=frozenset(parser._option_string_actions))
 
 
 def _add_launch_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", type=values.memory_size, metavar="SIZE", help="the guest's private memory (default 64M)")
-    parser.add_argument("--vcpus", type=values.count_of("vCPUs"), metavar="N", help="its vCPUs (default 1)")
+    parser.add_argument("--vcpus", type=values.count_of("vCPUs", values.MOST_VCPUS), metavar="N", help="its vCPUs (default 1)")
     parser.add_argument("--debug", action="store_true", help="with a policy that opens registers and private memory to the owner")
 
 
@@ -105,7 +105,9 @@ def _expected(args: argparse.Namespace, name: str, arguments: list[str]) -> byte
     from restrictedmem.kvm.vmm import expected_measurement
 
     size = _MEMORY if args.memory is None else args.memory
-    return expected_measurement(guest.read(name), arguments, private_size=size, vcpus=args.vcpus or 1, policy=_policy(args))
+    guest.warn(name, arguments, args.options)
+    with guest.naming(name):
+        return expected_measurement(guest.read(name), arguments, private_size=size, vcpus=args.vcpus or 1, policy=_policy(args))
 
 
 def _policy(args: argparse.Namespace) -> int:
@@ -141,14 +143,13 @@ def main(args: argparse.Namespace) -> int:
         args.error("--memory and --vcpus are a guest's, and go with --guest")
     data = _read(args.report)
     try:
-        checks = list(_checks(args, data, Report.unpack(data)))
+        report = Report.unpack(data)
     except OSError as error:
-        raise CommandError(error.strerror or str(error), "pip install cryptography" if error.errno == ENOSYS else "") from None
+        raise named("report", error, "stdin" if args.report == "-" else args.report) from None
+    checks = list(_checks(args, data, report))
     bad = [check.name for check in checks if check.state is State.BAD]
     if args.json:
-        json.dump(
-            {"verified": not bad, "checks": [_as_data(check) for check in checks], "report": _fields(Report.unpack(data))}, sys.stdout
-        )
+        json.dump({"verified": not bad, "checks": [_as_data(check) for check in checks], "report": _fields(report)}, sys.stdout)
         print()
     else:
         for check in checks:
@@ -161,10 +162,16 @@ def main(args: argparse.Namespace) -> int:
 def _read(name: str) -> bytes:
     """Read a report; one in hexadecimal may have white space anywhere."""
     if name == "-":
-        data = sys.stdin.buffer.read(_LARGEST_REPORT)
+        try:
+            data = sys.stdin.buffer.read(_LARGEST_REPORT)
+        except OSError as error:
+            raise named("read", error, "stdin") from None
     else:
-        with open(name, "rb") as file:
-            data = file.read(_LARGEST_REPORT)
+        try:
+            with open(name, "rb") as file:
+                data = file.read(_LARGEST_REPORT)
+        except OSError as error:
+            raise named("open", error, name) from None
     digits = b"".join(data.split())
     if digits and not digits.strip(string.hexdigits.encode()):
         try:

@@ -18,16 +18,19 @@ from typing import Any, BinaryIO, Final, Self, final
 
 from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import kvm_regs
-from restrictedmem.failure import named
+from restrictedmem.failure import failed, named
 from restrictedmem.fd import readable
 from restrictedmem.kvm import elf, exits, guest_abi
 from restrictedmem.kvm.launch import measure
 from restrictedmem.kvm.vm import Vcpu, Vm
 from restrictedmem.service.client import Service, default_service
+from restrictedmem.threads import begin
 from restrictedmem.units import PAGE_MASK, PAGE_SHIFT
 
 #: The window that guest and VMM both see, in bytes.
 SHARED_SIZE: Final = 1 << 20
+#: Behind the last physical address that any x86-64 processor has.
+_PHYSICAL_END: Final = 1 << 52
 _PRIVATE_SLOT: Final = 0
 _SHARED_SLOT: Final = 1
 
@@ -75,7 +78,7 @@ class Vmm:
                 whatever kept the service or the engine from starting.
         """
         if private_size & PAGE_MASK or private_size < guest_abi.PRIVATE_SIZE_MIN:
-            raise OSError(EINVAL, f"private memory must be whole pages, at least {guest_abi.PRIVATE_SIZE_MIN} bytes")
+            raise failed("Vmm", EINVAL, f"private memory must be whole pages, at least {guest_abi.PRIVATE_SIZE_MIN} bytes")
         self.private_size = private_size
         service = service or default_service()
         self.way: str = service.info["way"]
@@ -84,7 +87,10 @@ class Vmm:
         with ExitStack() as stack:
             self.restricted_fd = service.memfd_restricted()
             stack.callback(os.close, self.restricted_fd)
-            os.ftruncate(self.restricted_fd, private_size)
+            try:
+                os.ftruncate(self.restricted_fd, private_size)
+            except OSError as error:
+                raise failed("ftruncate", error.errno, f"{private_size} bytes of private memory") from None
             # Of both ranges that the guest shares, the owner's side: the window, and the shared half of private memory.
             window, self._shared = self._memory(stack, "shared-window", SHARED_SIZE)
             self._half_fd, self._half = self._memory(stack, "shared-half", private_size)
@@ -120,8 +126,11 @@ class Vmm:
     @staticmethod
     def _memory(stack: ExitStack, name: str, size: int) -> tuple[int, mmap.mmap]:
         fd = stack.enter_context(memory.memfd_create(name)).fileno()
-        os.ftruncate(fd, size)
-        return fd, stack.enter_context(mmap.mmap(fd, size))
+        try:
+            os.ftruncate(fd, size)
+            return fd, stack.enter_context(mmap.mmap(fd, size))
+        except OSError as error:
+            raise failed("mmap", error.errno, f"{size} bytes that owner and guest share") from None
 
     # Launch.
 
@@ -153,7 +162,7 @@ class Vmm:
         The streams are not buffered: what counts is their descriptors.
 
         Raises:
-            OSError: what a stream failed with; ENOTCONN when the engine is gone.
+            OSError: what a stream failed with; ENOTCONN when the engine is gone; EAGAIN when there are no threads.
         """
         started = time.monotonic_ns()
         poll = select.poll()
@@ -164,7 +173,7 @@ class Vmm:
         stopper = threading.Thread(target=self._interrupt_at_the_end, daemon=True)
         try:
             for thread in (stopper, *threads):
-                thread.start()
+                begin(thread)
             self._drive(self.vcpus[0], streams, progress)
             for thread in threads:
                 thread.join()
@@ -369,8 +378,11 @@ def launch_pages(image: elf.Image, arguments: Sequence[str], *, private_size: in
         OSError: ENOEXEC for an image that does not fit where guests are linked; E2BIG for arguments that do not fit the boot pages.
     """
     limit = guest_abi.PRIVATE_BASE + private_size - vcpus * guest_abi.STACK_SIZE
-    if any(segment.gpa < guest_abi.IMAGE_BASE or segment.gpa + segment.size > limit for segment in image.segments):
-        raise OSError(ENOEXEC, f"the guest does not fit {guest_abi.IMAGE_BASE:#x} to {limit:#x}; give it more --memory?")
+    for segment in image.segments:
+        if not guest_abi.IMAGE_BASE <= segment.gpa < _PHYSICAL_END:
+            raise failed("exec", ENOEXEC, f"linked at {segment.gpa:#x}, and guests are linked from {guest_abi.IMAGE_BASE:#x} on")
+    if image.end > limit:
+        raise failed("exec", ENOEXEC, f"it ends at {image.end:#x}, and the stacks of {vcpus} vCPUs begin at {limit:#x}")
     heap_base = (image.end + PAGE_MASK) & ~PAGE_MASK
     boot = guest_abi.boot_info(private_size=private_size, shared_size=SHARED_SIZE, heap_base=heap_base, vcpus=vcpus, arguments=arguments)
     return _whole_pages([(guest_abi.PRIVATE_BASE, boot), *((segment.gpa, segment.data) for segment in image.segments)])

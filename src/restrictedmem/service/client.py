@@ -10,14 +10,15 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from errno import EACCES, ECONNRESET, EINVAL, ENOENT, ENOTCONN, EPROTO, ETIMEDOUT
+from errno import EACCES, ECONNRESET, EINVAL, ENAMETOOLONG, ENOENT, ENOTCONN, EPROTO, ETIMEDOUT
 from pathlib import Path
-from typing import Any, Final, Self, final
+from typing import Any, Final, Self, cast, final
 from weakref import WeakSet
 
 from restrictedmem import sync
 from restrictedmem.abi.memory import RMFD_HUGEPAGE
-from restrictedmem.fd import OwnedFd, above_standard, is_same_peer, peer_credentials, receive_with_fds
+from restrictedmem.failure import failed
+from restrictedmem.fd import OwnedFd, above_standard, close_all, is_same_peer, peer_credentials, receive_with_fds
 from restrictedmem.fs.filesystem import HUGEPAGE_MODE, NAME, PROVE
 from restrictedmem.patience import Patience
 from restrictedmem.service import SERVER_VARIABLE, wire
@@ -50,7 +51,12 @@ class Service:
         """
         with first:
             body, fds = _receive_ready(first)
-        self.info: dict[str, Any] = json.loads(body)
+        try:
+            self.info = _object("READY", body)
+            self._key = _check(self.info)
+        except OSError:
+            close_all(fds)
+            raise
         self._mount, witness = fds
         #: SO_PEERCRED of it is the service's.
         self._witness = socket.socket(fileno=witness.detach())
@@ -104,14 +110,14 @@ class Service:
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         try:
-            sock.connect(address(path))
-        except OSError as error:
+            connect(sock, path)
+        except OSError:
             sock.close()
-            raise OSError(error.errno, f"connect {path}: {os.strerror(error.errno or 0)}") from None
+            raise
         # Of a path the directory says whose it is. A name is anybody's, once the supervisor is gone.
         if path.startswith("@") and not is_own(uid := peer_credentials(sock)[1]):
             sock.close()
-            raise OSError(EACCES, f"connect {path}: it is uid {uid}'s, not this user's")
+            raise failed("connect", EACCES, f"it is uid {uid}'s, not this user's", path)
         return cls(sock)
 
     def share(self, sock: socket.socket) -> None:
@@ -130,7 +136,7 @@ class Service:
         try:
             fd = os.open(NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode, dir_fd=mount)
         except OSError as error:
-            raise OSError(error.errno, f"memfd_restricted: {os.strerror(error.errno or 0)}") from None
+            raise failed("memfd_restricted", error.errno) from None
         try:
             os.unlink(NAME, dir_fd=mount)
         except OSError as error:
@@ -150,7 +156,7 @@ class Service:
         try:
             fcntl.ioctl(fd, PROVE, token)
         except OSError as error:
-            raise OSError(error.errno, f"restricted descriptor {fd}: {os.strerror(error.errno or 0)}") from None
+            raise failed("ioctl", error.errno, f"restricted descriptor {fd}") from None
         return token
 
     def spawn(self, consumer: str, arguments: str = "") -> socket.socket:
@@ -193,11 +199,10 @@ class Service:
             while len(text) < total:
                 body, _ = self._call(wire.STATUS, wire.NUMBER.pack(len(text)))
                 if len(body) <= wire.NUMBER.size:
-                    raise OSError(EPROTO, "STATUS: no state in the reply")
+                    raise failed(wire.STATUS.name, EPROTO, "no state in the reply")
                 (total,) = wire.NUMBER.unpack_from(body)
                 text += body[wire.NUMBER.size :]
-        found: dict[str, Any] = json.loads(text)
-        return found
+        return _object(wire.STATUS.name, text)
 
     def close(self) -> None:
         """Let go of the service; descriptors and consumers stay."""
@@ -234,7 +239,7 @@ class Service:
         for _ in range(_TRIES):
             with suppress(ConnectionResetError):
                 return self._knock()
-        raise OSError(ENOTCONN, f"connect {self.info['socket']}: the service drops every connection")
+        raise failed("connect", ENOTCONN, "the service drops every connection", self.info["socket"])
 
     def _knock(self) -> Channel:
         """Connect, and show the key that READY brought, to nobody but the service.
@@ -246,26 +251,70 @@ class Service:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         channel = Channel(sock, "service", takes_fds=True)
         try:
-            sock.connect(address(self.info["socket"]))
+            connect(sock, self.info["socket"])
             if not is_same_peer(sock, self._witness):
                 raise ConnectionRefusedError
-            channel.call(wire.CONNECT, bytes.fromhex(self.info["key"]))
+            channel.call(wire.CONNECT, self._key)
         except ConnectionRefusedError:
             channel.close()
             words = "the service does not listen there: it is gone, or in another network namespace"
-            raise OSError(ENOTCONN, f"connect {self.info['socket']}: {words}") from None
+            raise failed("connect", ENOTCONN, words, self.info["socket"]) from None
         except OSError as error:
             channel.close()
-            raise OSError(ECONNRESET if error.errno == ENOTCONN else error.errno, error.strerror) from None
+            if error.errno == ENOTCONN:
+                raise failed(wire.CONNECT.name, ECONNRESET, "the service drops the connection") from None
+            raise
         except BaseException:
             channel.close()
             raise
         return channel
 
 
+def _check(info: dict[str, Any]) -> bytes:
+    """Check what READY says, as far as it is used here; returns the key for CONNECT.
+
+    Raises:
+        OSError: EPROTO.
+    """
+    try:
+        if all(isinstance(info[name], str) for name in ("way", "api", "design", "socket")):
+            return bytes.fromhex(info["key"])
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise failed("READY", EPROTO, "it does not say what a service says of itself")
+
+
+def _object(call: str, text: bytes) -> dict[str, Any]:
+    """Return the object in JSON that an answer is; whoever gave the socket may have put anybody behind it.
+
+    Raises:
+        OSError: EPROTO for anything else.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise failed(call, EPROTO, "its answer is no object in JSON")
+    return cast("dict[str, Any]", found)
+
+
 def address(path: str) -> str:
     """Return the address of a socket by its path, or, where that begins with ``@``, by its name in the abstract namespace (unix(7))."""
     return "\0" + path[1:] if path.startswith("@") else path
+
+
+def connect(sock: socket.socket, path: str) -> None:
+    """Connect to the address of a path.
+
+    Raises:
+        OSError: ENAMETOOLONG for a path that no socket can have; as connect(2).
+    """
+    try:
+        sock.connect(address(path))
+    except OSError as error:
+        # Python says what does not fit into the address without an errno.
+        raise failed("connect", error.errno or ENAMETOOLONG, path=path) from None
 
 
 def start_process(
@@ -327,7 +376,7 @@ def memfd_restricted(flags: int = 0) -> int:
 
 def _check_flags(flags: int) -> None:
     if flags & ~RMFD_HUGEPAGE:
-        raise OSError(EINVAL, f"memfd_restricted: {os.strerror(EINVAL)}")
+        raise failed("memfd_restricted", EINVAL)
 
 
 def _after_fork_in_child() -> None:

@@ -8,6 +8,8 @@ from dataclasses import astuple, dataclass
 from errno import EBADMSG, ENOSYS
 from typing import Final, Self
 
+from restrictedmem.failure import failed
+
 _MAGIC: Final = b"RMEMREPT"
 _VERSION: Final = 1
 #: Magic, version, policy, measurement, report data, VM, engine, api, software, public key; the signature over all of it follows.
@@ -46,14 +48,14 @@ class Report:
             OSError: EBADMSG for anything that is not a report of this version.
         """
         if len(data) != REPORT_BYTES:
-            raise OSError(EBADMSG, f"a report has {REPORT_BYTES} bytes, this has {len(data)}")
+            raise failed("report", EBADMSG, f"it has {REPORT_BYTES} bytes, this has {len(data)}")
         magic, version, policy, measurement, report_data, vm, engine, api, software, public_key = _BODY.unpack_from(data)
         if (magic, version) != (_MAGIC, _VERSION):
-            raise OSError(EBADMSG, f"not a report of version {_VERSION}")
+            raise failed("report", EBADMSG, f"not of version {_VERSION}")
         try:
             engine, api, software = (text.rstrip(b"\0").decode("ascii") for text in (engine, api, software))
         except UnicodeDecodeError:
-            raise OSError(EBADMSG, "a text in the report is not ASCII") from None
+            raise failed("report", EBADMSG, "a text in it is not ASCII") from None
         return cls(policy, measurement, report_data, vm, engine, api, software, public_key)
 
 
@@ -68,7 +70,7 @@ def signed_by_its_key(data: bytes) -> bool:
         from cryptography.exceptions import InvalidSignature
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     except ImportError:
-        raise OSError(ENOSYS, "reports need the package cryptography") from None
+        raise failed("report", ENOSYS, "reports need the package cryptography") from None
     try:
         Ed25519PublicKey.from_public_bytes(report.public_key).verify(data[_BODY.size :], data[: _BODY.size])
     except (InvalidSignature, ValueError):

@@ -8,6 +8,7 @@ from errno import EACCES, EINVAL, ENOSYS
 from typing import TYPE_CHECKING, Final, Self, final
 
 from restrictedmem import paths
+from restrictedmem.failure import failed, named
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -47,13 +48,13 @@ class Signer:
             from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
             from cryptography.hazmat.primitives.serialization import load_pem_private_key
         except ImportError:
-            raise OSError(ENOSYS, _MISSING) from None
+            raise failed("sign", ENOSYS, _MISSING) from None
         try:
             key = load_pem_private_key(_read_private(path), password=None)
         except (ValueError, TypeError, UnsupportedAlgorithm):
-            raise OSError(EINVAL, f"{path} is not a key in PEM, or has a passphrase") from None
+            raise failed("key", EINVAL, "not a key in PEM, or has a passphrase", path) from None
         if not isinstance(key, Ed25519PrivateKey):
-            raise OSError(EINVAL, f"{path} is not an Ed25519 key")
+            raise failed("key", EINVAL, "not an Ed25519 key", path)
         return cls(key)
 
     @property
@@ -71,7 +72,7 @@ class Signer:
             try:
                 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
             except ImportError:
-                raise OSError(ENOSYS, _MISSING) from None
+                raise failed("sign", ENOSYS, _MISSING) from None
             self._key = Ed25519PrivateKey.generate()
         return self._key.public_key().public_bytes_raw()
 
@@ -90,8 +91,11 @@ def read_public_key(path: str) -> bytes:
     Raises:
         OSError: EINVAL for another kind of key or file; ENOSYS when the package ``cryptography`` is missing; what open(2) says.
     """
-    with open(path, "rb") as file:
-        text = file.read(_LARGEST_FILE)
+    try:
+        with open(path, "rb") as file:
+            text = file.read(_LARGEST_FILE)
+    except OSError as error:
+        raise named("open", error, path) from None
     with suppress(ValueError):
         key = bytes.fromhex(text.decode("ascii"))
         if len(key) == PUBLIC_KEY_BYTES:
@@ -101,13 +105,13 @@ def read_public_key(path: str) -> bytes:
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
         from cryptography.hazmat.primitives.serialization import load_pem_public_key
     except ImportError:
-        raise OSError(ENOSYS, _MISSING) from None
+        raise failed("sign", ENOSYS, _MISSING) from None
     try:
         found = load_pem_public_key(text)
     except (ValueError, UnsupportedAlgorithm):
-        raise OSError(EINVAL, f"{path} is no public key in PEM") from None
+        raise failed("key", EINVAL, "no public key in PEM", path) from None
     if not isinstance(found, Ed25519PublicKey):
-        raise OSError(EINVAL, f"{path} is not an Ed25519 key")
+        raise failed("key", EINVAL, "not an Ed25519 key", path)
     return found.public_bytes_raw()
 
 
@@ -116,5 +120,5 @@ def _read_private(path: str) -> bytes:
     with open(paths.open_regular(path).detach(), "rb") as file:
         status = os.fstat(file.fileno())
         if status.st_mode & _OTHERS or status.st_uid not in (os.geteuid(), 0):
-            raise OSError(EACCES, f"{path} is not private: chmod 600 {path}, and make it its reader's own")
+            raise failed("open", EACCES, f"not private: chmod 600 {path}, and make it its reader's own", path)
         return file.read(_LARGEST_FILE)

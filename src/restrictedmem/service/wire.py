@@ -4,7 +4,6 @@ A request is a 32-bit call number, 32 bits of zero and a body; a reply is a 32-b
 which on failure is text for a person. Descriptors travel in SCM_RIGHTS. Integers have the machine's byte order: both ends are one machine.
 """
 
-import os
 import socket
 import struct
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from errno import EAGAIN, EBADF, ECONNRESET, EIO, EMSGSIZE, ENOTCONN, EPIPE, EPR
 from typing import Any, Final, Self, final
 
 from restrictedmem import sync
+from restrictedmem.failure import detail_of, failed
 from restrictedmem.fd import MSG_DONTWAIT, OwnedFd, all_read, close_all, receive_with_fds, receive_without_fds, refuse_fds, send_with_fds
 
 _HEAD: Final = struct.Struct("=II")
@@ -24,6 +24,9 @@ MAX_MESSAGE: Final = 128 << 10
 MAX_BODY: Final = MAX_MESSAGE - _HEAD.size
 KEY_BYTES: Final = 16
 _READY_FDS: Final = 2
+#: Bytes of an error's words.
+_MOST_WORDS: Final = 1000
+_CANNOT: Final = "the service cannot start"
 _GONE: Final = (ECONNRESET, EPIPE, ENOTCONN)
 
 
@@ -197,16 +200,16 @@ class Channel:
         """
         with self._mutex:
             if self.fileno() < 0:
-                raise OSError(ENOTCONN, f"{call.name}: the connection to {self.peer} is closed")
+                raise failed(call.name, ENOTCONN, f"the connection to {self.peer} is closed")
             data, received = self._make_round_trip(_HEAD.pack(call.number, 0) + body, fds)
         if len(data) < _HEAD.size:
             close_all(received)
-            raise OSError(ENOTCONN, f"{call.name}: {self.peer} is gone")
+            raise failed(call.name, ENOTCONN, f"{self.peer} is gone")
         error_number, _ = _HEAD.unpack_from(data)
         if error_number:
             close_all(received)
             detail = data[_HEAD.size :].decode(errors="replace")
-            raise OSError(error_number, f"{call.name}: {os.strerror(error_number)}" + (f" ({detail})" if detail else ""))
+            raise failed(call.name, error_number, detail)
         return data[_HEAD.size :], received
 
     def _make_round_trip(self, message: bytes, fds: Sequence[int]) -> tuple[bytes, list[OwnedFd]]:
@@ -265,10 +268,10 @@ class Channel:
     def reply_error(self, error: OSError) -> None:
         """Answer a request with an errno and, for people, the error's own words; where even that fails, hang up."""
         number = error.errno or EIO
-        text = error.strerror or ""
         try:
-            detail = b"" if text == os.strerror(number) else text.encode()[:1000]
-            self._send_reply(_HEAD.pack(number, 0) + detail, ())
+            # The path travels in the words.
+            words = ": ".join(filter(None, (error.filename and str(error.filename), detail_of(error))))
+            self._send_reply(_HEAD.pack(number, 0) + words.encode(errors="replace")[:_MOST_WORDS], ())
         except (OSError, MemoryError):
             # Whoever asked would wait for ever.
             with suppress(OSError):
@@ -284,7 +287,7 @@ class Channel:
             OSError: EAGAIN while it has not.
         """
         if not all_read(self.sock):
-            raise OSError(EAGAIN, "the answers before this one have not been read")
+            raise failed("sendmsg", EAGAIN, "the answers before this one have not been read")
 
     def _send_reply(self, data: bytes, fds: Sequence[int]) -> None:
         # Never waits: a peer that asks without reading the answers must not stop the process that serves others too.
@@ -309,13 +312,13 @@ def parse_ready(received: tuple[bytes, list[OwnedFd]]) -> tuple[bytes, list[Owne
     """
     data, fds = received
     if len(data) < _HEAD.size:
-        raise OSError(ECONNRESET, "the service died while it started")
+        raise failed("start", ECONNRESET, "the service died while it started")
     number, _ = _HEAD.unpack_from(data)
     body = data[_HEAD.size :]
     if number != READY.number:
         close_all(fds)
-        raise OSError(number, f"the service cannot start: {body.decode(errors='replace') or os.strerror(number)}")
+        raise failed("start", number, _CANNOT + (f": {body.decode(errors='replace')}" if body else ""))
     if len(fds) != _READY_FDS:
         close_all(fds)
-        raise OSError(EPROTO, f"READY with {len(fds)} descriptors")
+        raise failed("READY", EPROTO, f"{len(fds)} descriptors")
     return body, fds

@@ -31,8 +31,8 @@ def attend(program: Callable[[], NoReturn]) -> int:
     """
     awaited = signal.valid_signals() - _UNBLOCKABLE
     before = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
-    # Inherited as ignored, it would let the kernel reap what is waited for.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # Inherited as ignored, it would let the kernel reap what is waited for. The program is to inherit it.
+    inherited = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     parent = os.getpid()
     child = os.fork()
     if not child:
@@ -40,6 +40,7 @@ def attend(program: Callable[[], NoReturn]) -> int:
             process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != parent:
                 os._exit(128 + signal.SIGKILL)
+            signal.signal(signal.SIGCHLD, inherited)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             program()
         finally:

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from errno import EBUSY, ENOTSUP
 from typing import TYPE_CHECKING, Final, NoReturn
@@ -107,7 +108,9 @@ def _fork_supervisor(channel: socket.socket, door: socket.socket, machine: str, 
     """Start the supervisor, as a grandchild that init inherits."""
     child = os.fork()
     if child:
-        os.waitpid(child, 0)
+        # Where SIGCHLD is ignored the kernel reaps it, and this waits until it has.
+        with suppress(ChildProcessError):
+            os.waitpid(child, 0)
         return
     status = 1
     try:

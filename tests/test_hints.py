@@ -1,0 +1,44 @@
+"""A hint fits what failed, and an error that nothing is known of has none."""
+
+from errno import EACCES, EFBIG, EINVAL, EMFILE, ENFILE, ENODEV, ENOEXEC, ENOMEM, ENOSPC, ENOSYS, ENOTSUP, EPERM
+
+import pytest
+
+from restrictedmem.cli import hints
+from restrictedmem.failure import failed
+
+DOCTOR = "which way to mount"
+FILTER = "a seccomp filter forbids the call"
+
+
+@pytest.mark.parametrize(
+    ("call", "errno", "detail", "hint"),
+    [
+        ("exec", ENOEXEC, "linked at 0x400000, and guests are linked from 0x40010000 on", "guests/guest.ld"),
+        ("exec", ENOEXEC, "it ends at 0x1, and the stacks of 1 vCPUs begin at 0x0", "--memory"),
+        ("exec", ENOEXEC, "not a static x86-64 ELF", "docs/guests.md"),
+        ("start", EACCES, "the service cannot start: /dev/fuse", DOCTOR),
+        ("start", EPERM, "mount", DOCTOR),
+        ("start", ENODEV, "/dev/fuse", DOCTOR),
+        ("start", EPERM, "the service is being traced; strace -f does that", None),
+        ("memfd_create", EPERM, "", FILTER),
+        ("seccomp", ENOSYS, "", FILTER),
+        # ENOSYS, once it has passed FUSE.
+        ("memfd_restricted", ENOTSUP, "", FILTER),
+        ("SPAWN", EPERM, "pidfd_open", FILTER),
+        ("open", EACCES, "", None),
+        ("connect", EPERM, "", None),
+        ("SIGN", ENOSYS, "signatures need cryptography", "pip install cryptography"),
+        ("mmap", ENOMEM, "", "ulimit -v"),
+        ("socketpair", EMFILE, "", "ulimit -n"),
+        ("memfd_restricted", ENFILE, "", "ulimit -Hn"),
+        ("memfd_restricted", EFBIG, "", "ulimit -f"),
+        ("write", EFBIG, "", "ulimit -f"),
+        ("read", EFBIG, "", None),
+        ("fallocate", ENOSPC, "", None),
+        ("key", EINVAL, "no public key in PEM", None),
+    ],
+)
+def test_a_hint(call: str, errno: int, detail: str, hint: str | None) -> None:
+    found = hints.of(failed(call, errno, detail))
+    assert hint in found if hint else found == ""
