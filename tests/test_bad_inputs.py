@@ -208,6 +208,12 @@ ODD = [
     # Limits, which take effect in the service too.
     odd('ulimit -n 12; exec "$@"', f"{QUICK} sha256", 1, ".*Too many open files.*|start: .*"),
     odd('ulimit -v 120000; exec "$@"', f"{QUICK} sha256", 1, ".*(Cannot allocate memory|no memory|ulimit -v|more memory).*"),
+    odd(
+        'ulimit -t 1; exec "$@"',
+        f"{QUICK} spin loop",
+        1,
+        r"KVM_RUN: .* \(engine is gone: killed by SIG(KILL, after .* of 1 seconds|XCPU, the limit on) .*CPU time, ulimit -H?t\)",
+    ),
     # A guest is read without room for the largest there could be.
     odd('ulimit -v 600000; exec "$@"', f"{QUICK} sha256", 1, "KVM_CREATE_VCPU: Cannot allocate memory .no memory for an emulator.*"),
     # A parent, a locale, a machine and a directory that are not as they should be.

@@ -232,7 +232,7 @@ CALLS = [call for module in (service_wire, wire) for call in vars(module).values
 def test_every_call_is_documented_with_its_number(call: service_wire.Call) -> None:
     rows = [re.split(r" *\| *", line)[1:-1] for line in DOCUMENT.splitlines() if line.startswith("| ")]
     (row,) = [row for row in rows if row[0].split(" (")[0] == call.name]
-    number = row[2] if re.match("service|engine|consumer", row[1]) else row[1]
+    number = row[2] if re.match("service|spawner|engine|consumer", row[1]) else row[1]
     assert int(number, 0) == call.number
 
 

@@ -17,6 +17,7 @@ from restrictedmem.fs.mount import Way
 from restrictedmem.service import daemon, sealing, wire
 from restrictedmem.service.daemon import Service
 from restrictedmem.service.door import Connection
+from restrictedmem.service.ending import Word
 from restrictedmem.service.signing import Signer
 from restrictedmem.service.start import Options, Origin
 from restrictedmem.service.wire import Call, Channel, Message
@@ -28,9 +29,11 @@ ASKED = Message(6, b"", [])
 @pytest.fixture
 def service() -> Iterator[Service]:
     spawner, theirs = Channel.pair("spawner", takes_fds=True)
-    with theirs, ExitStack() as stack:
-        found = Service(spawner, Options(), Origin(1, 0), Way.OWN, Signer(), 1000)
+    endings, heard = Channel.pair("spawner")
+    with theirs, heard, ExitStack() as stack:
+        found = Service(spawner, endings, Options(), Origin(1, 0), Way.OWN, Signer(), 1000)
         stack.callback(spawner.close)
+        stack.callback(endings.close)
         stack.callback(found._selector.close)
         stack.callback(found._door.listener.close)
         stack.callback(found._door._spare.close)
@@ -60,7 +63,9 @@ def start(owner: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sealing, "seal", nothing)
     spawner, theirs = Channel.pair("spawner", takes_fds=True)
     Channel(theirs, "service").reply()
-    daemon.run(owner, spawner, Options(), Origin(1, 0))
+    endings, heard = Channel.pair("spawner")
+    with heard:
+        daemon.run(owner, spawner, endings, Options(), Origin(1, 0), Word())
 
 
 @pytest.mark.parametrize(

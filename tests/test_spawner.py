@@ -160,7 +160,7 @@ def test_a_consumer_that_was_reaped_by_its_number_is_forgotten() -> None:
     pidfd = OwnedFd(os.pidfd_open(child))
     os.waitpid(child, 0)
     pidfds = {child: pidfd}
-    _Spawner._reap(cast(_Spawner, SimpleNamespace(_pidfds=pidfds)), pidfd.fileno())
+    _Spawner._reap(cast(_Spawner, SimpleNamespace(_pidfds=pidfds, _numbers={child: 1})), pidfd.fileno())
     assert (pidfds, pidfd.closed) == ({}, True)
 
 

@@ -193,10 +193,11 @@ def test_an_engine_without_descriptors_left_is_an_errno_and_hears_of_punches(ser
     pid = int(vm.statistics()["pid"])
     before = held(service, vm)
     _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    used = max(int(name) for name in os.listdir(f"/proc/{pid}/fd"))
     # For none of two that come with a binding, then for one.
     for room in (1, 2):
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + room, hard))
+        taken = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+        free = [number for number in range(len(taken) + 3) if number not in taken]
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (free[room - 1], hard))
         for call in (partial(region, vm, fd), vm.create_vcpu)[: 3 - room]:
             with pytest.raises(OSError) as caught:
                 call()

@@ -6,13 +6,15 @@ import os
 import socket
 import struct
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from errno import EACCES, EBADF, EINVAL, ENOTTY, ESTALE
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self, final
 
 from restrictedmem.abi import kvm, kvm_x86, stat
 from restrictedmem.abi.stat import Identity
+from restrictedmem.failure import failed
 from restrictedmem.fs.filesystem import TOKEN_BYTES
 from restrictedmem.kvm import exits, wire
 from restrictedmem.service.client import Service, default_service
@@ -53,7 +55,10 @@ class Vm:
         self._service = service or default_service()
         policy = (wire.POLICY_DEBUG if debug else 0) | (wire.POLICY_EXPLICIT if explicit else 0)
         creation = wire.Creation(engine, policy, platform)
-        self._channel = Channel(self._service.spawn("kvm", creation.dump()), "engine", takes_fds=True)
+        number, sock = self._service.spawn_numbered("kvm", creation.dump())
+        #: Says how the engine ended, once it is gone.
+        self._why = partial(self._service.ending, number)
+        self._channel = Channel(sock, "engine", takes_fds=True, why=self._why)
         try:
             name, _ = self._channel.call(wire.CREATE_VM)
         except BaseException:
@@ -130,8 +135,7 @@ class Vm:
             return self._service.token_for(restricted_fd)
         except OSError as error:
             if error.errno in _NOT_RESTRICTED:
-                text = f"{wire.SET_USER_MEMORY_REGION.name}: {os.strerror(EINVAL)} ({error.strerror})"
-                raise OSError(EINVAL, text) from None
+                raise failed(wire.SET_USER_MEMORY_REGION.name, EINVAL, error.strerror or "") from None
             raise
 
     def set_memory_attributes(self, address: int, size: int, *, private: bool) -> None:
@@ -211,7 +215,7 @@ class Vm:
         """
         body, fds = self._channel.call(wire.CREATE_VCPU)
         (number,) = wire.VCPU.unpack(body)
-        return Vcpu(socket.socket(fileno=fds[0].detach()), self._channel, number)
+        return Vcpu(socket.socket(fileno=fds[0].detach()), self._channel, number, self._why)
 
     def read_memory(self, gpa: int, size: int) -> bytes:
         """Return memory as the guest has it, private pages too, of a VM made with ``debug``; a missing page reads as zero.
@@ -283,8 +287,8 @@ def _identity(fd: int) -> Identity | None:
 class Vcpu:
     """A vCPU; one thread at a time runs it, any other may interrupt it."""
 
-    def __init__(self, sock: socket.socket, vm: Channel, number: int) -> None:
-        self._channel = Channel(sock, "engine")
+    def __init__(self, sock: socket.socket, vm: Channel, number: int, why: Callable[[], str] | None = None) -> None:
+        self._channel = Channel(sock, "engine", why=why)
         self._vm = vm
         #: From 0 on, in the order they were made.
         self.number: Final = number

@@ -4,6 +4,8 @@ import os
 from collections.abc import Generator
 from contextlib import contextmanager
 
+from restrictedmem.service.ending import status_of
+
 
 @contextmanager
 def whole() -> Generator[None]:
@@ -17,8 +19,8 @@ def whole() -> Generator[None]:
     except OSError:
         # Foreseen: what was not done is told.
         raise
-    except BaseException:  # noqa: BLE001  there is nobody to raise to
-        os._exit(1)
+    except BaseException as error:  # noqa: BLE001  there is nobody to raise to
+        os._exit(status_of(error))
 
 
 @contextmanager

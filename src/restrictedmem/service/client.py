@@ -8,26 +8,34 @@ import select
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from errno import EACCES, ECONNRESET, EINVAL, ENAMETOOLONG, ENOENT, ENOTCONN, EPROTO, ETIMEDOUT
+from errno import EACCES, ECONNREFUSED, ECONNRESET, EINVAL, ENAMETOOLONG, ENOENT, ENOTCONN, EPROTO, ETIMEDOUT
 from pathlib import Path
 from typing import Any, Final, Self, cast, final
 from weakref import WeakSet
 
 from restrictedmem import sync
+from restrictedmem.abi import pidfd
 from restrictedmem.abi.memory import RMFD_HUGEPAGE
-from restrictedmem.failure import failed
+from restrictedmem.failure import detail_of, failed
 from restrictedmem.fd import OwnedFd, above_standard, close_all, is_same_peer, peer_credentials, receive_with_fds
 from restrictedmem.fs.filesystem import HUGEPAGE_MODE, NAME, PROVE
 from restrictedmem.patience import Patience
 from restrictedmem.service import SERVER_VARIABLE, wire
+from restrictedmem.service.ending import limits, words_of
 from restrictedmem.service.start import Options
 from restrictedmem.service.wire import Channel
 from restrictedmem.users import is_own
 
 #: Connections that the service may drop before this process gives up.
 _TRIES: Final = 8
+#: A name that begins with ``@`` is its network namespace's (unix(7)).
+_NOBODY: Final = "the service does not listen there: it is gone, or in another network namespace"
+#: Seconds that the word of a consumer's end may take, and between two questions for it.
+_ENDING_DEADLINE: Final = 1.0
+_ENDING_PAUSE: Final = 0.01
 #: Seconds that a service may take to come up.
 START_DEADLINE: Final = 30.0
 
@@ -61,6 +69,8 @@ class Service:
         #: SO_PEERCRED of it is the service's.
         self._witness = socket.socket(fileno=witness.detach())
         self._channel: Channel | None = None
+        #: A pidfd of the service's, once this process has connected, where it can be seen from here.
+        self._process: OwnedFd | None = None
         self._mutex = sync.mutex()
         #: Held from the first piece of a status to the last.
         self._status_mutex = sync.mutex()
@@ -95,6 +105,9 @@ class Service:
             raise
         try:
             return cls(ours)
+        except ConnectionResetError:
+            # Not a word, not even of an errno.
+            raise failed("start", ECONNRESET, f"the service died while it started: {_ending_of(process)}") from None
         finally:
             # Its work is done, or it hangs.
             process.kill()
@@ -136,7 +149,8 @@ class Service:
         try:
             fd = os.open(NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode, dir_fd=mount)
         except OSError as error:
-            raise failed("memfd_restricted", error.errno) from None
+            ending = self._own_ending() if error.errno == ENOTCONN else ""
+            raise failed("memfd_restricted", error.errno, ending and f"service is gone: {ending}") from None
         try:
             os.unlink(NAME, dir_fd=mount)
         except OSError as error:
@@ -166,8 +180,42 @@ class Service:
             OSError: EINVAL for a kind it does not know; E2BIG for longer arguments than a message has room for; EAGAIN, ENOMEM or EMFILE
                 when there can be no further process; what a program cannot be loaded with; ENOTCONN when the service is gone.
         """
-        _, fds = self._call(wire.SPAWN, f"{consumer} {arguments}".encode())
-        return socket.socket(fileno=fds.pop().detach())
+        return self.spawn_numbered(consumer, arguments)[1]
+
+    def spawn_numbered(self, consumer: str, arguments: str = "") -> tuple[int, socket.socket]:
+        """Start a consumer as ``spawn`` does; returns its number, which ``ending`` takes, too."""
+        number, fds = self._call(wire.SPAWN, f"{consumer} {arguments}".encode())
+        return int(number), socket.socket(fileno=fds.pop().detach())
+
+    def ending(self, number: int) -> str:
+        """Return how the process of a consumer ended that is gone, in words; empty when nobody knows.
+
+        Its end of a socket closes before its parent hears of it, so this waits a moment.
+        """
+
+        def ask() -> str:
+            words, _ = self._call(wire.ENDING, wire.NUMBER.pack(number))
+            return words.decode(errors="replace")
+
+        try:
+            return _soon(ask)
+        except OSError as error:
+            return f"so is its service ({detail_of(error)})" if error.errno == ENOTCONN else ""
+
+    def _own_ending(self) -> str:
+        """Return how the service ended that is gone, in words; empty where the kernel does not tell (Linux 6.15)."""
+        process = self._process
+        if process is None:
+            return ""
+
+        def ask() -> str:
+            status = pidfd.wait_status(process)
+            return "" if status is None else words_of(status)
+
+        try:
+            return _soon(ask)
+        except OSError:
+            return ""
 
     def error_page(self, fd: int, start: int, end: int) -> None:
         """Act as if the machine had lost pages ``start`` to ``end`` of a descriptor (``restrictedmem_error_page``), at most a folio's.
@@ -209,6 +257,8 @@ class Service:
         if self._channel is not None:
             self._channel.close()
         self._witness.close()
+        if self._process is not None:
+            self._process.close()
         self._mount.close()
 
     def __enter__(self) -> Self:
@@ -241,6 +291,12 @@ class Service:
                 return self._knock()
         raise failed("connect", ENOTCONN, "the service drops every connection", self.info["socket"])
 
+    def _watch(self, sock: socket.socket) -> None:
+        """Keep hold of who listens, to know later how that ended."""
+        if self._process is None and (pid := peer_credentials(sock)[0]):
+            with suppress(OSError):
+                self._process = OwnedFd(os.pidfd_open(pid))
+
     def _knock(self) -> Channel:
         """Connect, and show the key that READY brought, to nobody but the service.
 
@@ -249,16 +305,16 @@ class Service:
                 namespace; ECONNRESET when the service has dropped the connection.
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        channel = Channel(sock, "service", takes_fds=True)
+        channel = Channel(sock, "service", takes_fds=True, why=self._own_ending)
         try:
             connect(sock, self.info["socket"])
             if not is_same_peer(sock, self._witness):
                 raise ConnectionRefusedError
+            self._watch(sock)
             channel.call(wire.CONNECT, self._key)
         except ConnectionRefusedError:
             channel.close()
-            words = "the service does not listen there: it is gone, or in another network namespace"
-            raise failed("connect", ENOTCONN, words, self.info["socket"]) from None
+            raise failed("connect", ENOTCONN, _NOBODY, self.info["socket"]) from None
         except OSError as error:
             channel.close()
             if error.errno == ENOTCONN:
@@ -268,6 +324,23 @@ class Service:
             channel.close()
             raise
         return channel
+
+
+def _ending_of(process: subprocess.Popen[bytes]) -> str:
+    """Return how the process ended that starts a service, in words, and what limits it was under."""
+    try:
+        status = process.wait(_ENDING_DEADLINE)
+    except subprocess.TimeoutExpired:
+        return f"its interpreter goes on{limits()}"
+    return (words_of(-status) if status < 0 else f"its interpreter ended with {status}") + limits()
+
+
+def _soon(ask: Callable[[], str]) -> str:
+    """Return what is known soon, asked again for a moment; empty when it is not."""
+    deadline = time.monotonic() + _ENDING_DEADLINE
+    while not (words := ask()) and time.monotonic() < deadline:
+        time.sleep(_ENDING_PAUSE)
+    return words
 
 
 def _check(info: dict[str, Any]) -> bytes:
@@ -314,7 +387,8 @@ def connect(sock: socket.socket, path: str) -> None:
         sock.connect(address(path))
     except OSError as error:
         # Python says what does not fit into the address without an errno.
-        raise failed("connect", error.errno or ENAMETOOLONG, path=path) from None
+        detail = _NOBODY if error.errno == ECONNREFUSED else ""
+        raise failed("connect", error.errno or ENAMETOOLONG, detail, path) from None
 
 
 def start_process(
@@ -343,7 +417,7 @@ def start_process(
 
 def _receive_ready(first: socket.socket) -> tuple[bytes, list[OwnedFd]]:
     if not Patience(START_DEADLINE).wait(first.fileno(), select.POLLIN):
-        raise OSError(ETIMEDOUT, f"the service did not come up within {START_DEADLINE:g} s")
+        raise failed("start", ETIMEDOUT, f"the service did not come up within {START_DEADLINE:g} s")
     return wire.parse_ready(receive_with_fds(first, wire.MAX_MESSAGE))
 
 

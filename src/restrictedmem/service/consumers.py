@@ -34,6 +34,10 @@ _AGAIN: Final = int(BindFlag.AGAIN)
 _HUGEPAGE: Final = int(BindingFlag.HUGEPAGE)
 _PIN: Final = int(BindingFlag.PIN)
 _RANGE: Final = int(BindingFlag.RANGE)
+#: The end of a reason that is none (``Consumer.notify``).
+_GONE: Final = " is gone"
+#: Consumers whose end is remembered.
+_ENDINGS: Final = 256
 #: What consumers that are VMs may ask for alone.
 _OF_VMS: Final = (wire.LAUNCHED.number, wire.SIGN.number)
 
@@ -64,11 +68,37 @@ class Troubles:
 
 
 @final
+class Endings:
+    """How consumers ended, by number; for any thread."""
+
+    def __init__(self) -> None:
+        self._words: dict[int, str] = {}
+        #: What this service killed them for, before it is known that they ended.
+        self._reasons: dict[int, str] = {}
+
+    def blame(self, consumer: int, reason: str) -> None:
+        """Keep what a consumer is killed for, unless it had ended by itself."""
+        if consumer not in self._words and not reason.endswith(_GONE):
+            self._reasons[consumer] = reason
+
+    def note(self, consumer: int, words: str) -> None:
+        """Keep how a consumer's process ended, of so many as have ended last."""
+        self._words[consumer] = self._reasons.pop(consumer, words)
+        if len(self._words) > _ENDINGS:
+            del self._words[next(iter(self._words))]
+
+    def of(self, consumer: int) -> str:
+        """Return how a consumer's process ended; empty when that is not known, or not any more."""
+        return self._words.get(consumer, "")
+
+
+@final
 class Consumers:
     """All consumers of a service, by number; for any thread."""
 
     def __init__(self, tokens: Tokens, options: "Options", signer: Signer, troubles: Troubles) -> None:
         self._troubles = troubles
+        self.endings = Endings()
         self._tokens = tokens
         self._options = options
         self._signer = signer
@@ -180,6 +210,7 @@ class Consumers:
         # Called by a FUSE thread in the middle of an invalidation, which holds the file's semaphore. The rest
         # is left to the thread that serves the consumer.
         self._troubles.last = reason
+        self.endings.blame(consumer.number, reason)
         consumer.kill()
 
 

@@ -31,6 +31,7 @@ from restrictedmem.fs.usage import Usage
 from restrictedmem.service import sealing, signing, status, wire
 from restrictedmem.service.consumers import Consumers, Troubles
 from restrictedmem.service.door import Connection, Door
+from restrictedmem.service.ending import Word
 from restrictedmem.service.privileges import drop_privileges
 from restrictedmem.service.program import Programs
 from restrictedmem.service.signing import Signer
@@ -53,8 +54,8 @@ _PAUSE: Final = 0.1
 _LARGEST_FOLIO: Final = 1 << 30 - PAGE_SHIFT
 
 
-def run(owner: Channel, spawner: Channel, options: "Options", origin: "Origin") -> None:
-    """Be the service until the mount and every consumer are gone.
+def run(owner: Channel, spawner: Channel, endings: Channel, options: "Options", origin: "Origin", word: Word) -> None:
+    """Be the service until the mount and every consumer are gone; ``word`` is told when it is ready.
 
     Raises:
         OSError: when the mount, a socket or a thread cannot be made, or READY not be said; the owner was told.
@@ -66,7 +67,7 @@ def run(owner: Channel, spawner: Channel, options: "Options", origin: "Origin") 
         drop_privileges(options.become, keep=0)
         # Another uid has reset it.
         process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
-        service = Service(spawner, options, origin, way, signer, process.raise_fd_limit())
+        service = Service(spawner, endings, options, origin, way, signer, process.raise_fd_limit())
         sealing.seal()
         service.wait_loaded()
         # This process has threads, and /dev/fuse.
@@ -85,9 +86,11 @@ def run(owner: Channel, spawner: Channel, options: "Options", origin: "Origin") 
             _say_ready(owner, about, root)
     except OSError as error:
         owner.reply_error(error)
+        word.ready()
         raise
     # Nobody waits for more on it.
     bury(owner.sock)
+    word.ready()
     with device:
         Server(device, service.filesystem).run()
         service.consumers.wait_idle()
@@ -107,6 +110,7 @@ class Service:
     def __init__(
         self,
         spawner: Channel,
+        endings: Channel,
         options: "Options",
         origin: "Origin",
         way: Way,
@@ -139,6 +143,7 @@ class Service:
         self._paused_until: float | None = None
         self._watch(self._door.listener, self._accept)
         self._watch(spawner, self._forked)
+        self._watch(endings, partial(self._ended, endings))
 
     def address(self) -> dict[str, str]:
         """Return what READY says of the listening socket."""
@@ -251,6 +256,8 @@ class Service:
                 self._reply_status(connection, message)
             case wire.SIGNING_KEY.number:
                 connection.channel.reply(self._signer.make_key())
+            case wire.ENDING.number:
+                connection.channel.reply(self.consumers.endings.of(*message.unpack(wire.NUMBER)).encode())
             case wire.ERROR_PAGE.number:
                 self._aside(connection, self._error_page, message)
             case _:
@@ -302,6 +309,14 @@ class Service:
         if not self._spawns.hear():
             # The kernel kills this process, too.
             self._selector.unregister(self._spawner)
+
+    def _ended(self, endings: Channel) -> None:
+        message = endings.receive(MSG_DONTWAIT)
+        if message is None:
+            self._selector.unregister(endings)
+            return
+        (consumer,) = wire.NUMBER.unpack_from(message.body)
+        self.consumers.endings.note(consumer, message.body[wire.NUMBER.size :].decode(errors="replace"))
 
     def _error_page(self, message: Message) -> None:
         token, start, end = message.unpack(wire.ERROR_REQUEST)

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from restrictedmem.abi import process
 from restrictedmem.burial import bury
+from restrictedmem.failure import named
 from restrictedmem.fd import OwnedFd, close_all
 from restrictedmem.patience import Patience
 from restrictedmem.service import daemon, sealing, wire
+from restrictedmem.service.ending import OomKills, Word, status_of, words_of
 from restrictedmem.service.privileges import drop_privileges
 from restrictedmem.service.program import Programs, Serve
 from restrictedmem.service.wire import Channel, Message
@@ -34,17 +36,23 @@ _END: Final = 5.0
 _ENDED_AT_ONCE: Final = 4096
 
 
-def run(owner: Channel, options: "Options", origin: "Origin") -> NoReturn:
-    """Fork the service, then consumers as it asks, until it ends.
+def run(owner: Channel, options: "Options", origin: "Origin", word: Word) -> NoReturn:
+    """Fork the service, then consumers as it asks, until it ends; ``word`` is told when that is before it was ready.
 
     Preconditions: undumpable, leader of a process group, and no other thread.
     """
     process.set_name("rmem-spawner")
     # Descriptors come from the service alone, which has made them itself.
     channel, theirs = Channel.pair("service", takes_fds=True)
-    service = _fork(lambda: _service(owner, Channel(theirs, "spawner", takes_fds=True), channel, options, origin))
+    endings, heard = Channel.pair("service")
+    service = _fork(
+        lambda: _service(
+            owner, Channel(theirs, "spawner", takes_fds=True), Channel(heard, "spawner"), [channel, endings], options, origin, word
+        )
+    )
     owner.close()
     theirs.close()
+    heard.close()
     _drop_stdio()
     programs = Programs(options.consumers)
     programs.load(devices=options.become is not None)
@@ -54,23 +62,28 @@ def run(owner: Channel, options: "Options", origin: "Origin") -> NoReturn:
     process.prctl(process.PR_SET_CHILD_SUBREAPER, 1)
     sealing.seal()
     channel.reply()
-    _Spawner(channel, service, programs, options).loop()
+    _Spawner(channel, endings, service, programs, options, word).loop()
     os._exit(0)
 
 
-def _service(owner: Channel, spawner: Channel, parents: Channel, options: "Options", origin: "Origin") -> None:
-    parents.close()
+def _service(
+    owner: Channel, spawner: Channel, endings: Channel, parents: list[Channel], options: "Options", origin: "Origin", word: Word
+) -> None:
+    for parent in parents:
+        parent.close()
     process.set_name("rmem-service")
     _drop_stdio()
-    daemon.run(owner, spawner, options, origin)
+    daemon.run(owner, spawner, endings, options, origin, word)
 
 
 class _Spawner:
-    def __init__(self, channel: Channel, service: int, programs: Programs, options: "Options") -> None:
+    def __init__(self, channel: Channel, endings: Channel, service: int, programs: Programs, options: "Options", word: Word) -> None:
         self._channel = channel
+        self._endings = endings
         self._programs = programs
         self._options = options
         self._service = service
+        self._word = word
         # Not poll(2), which fails where the limit on descriptors is below what it is to watch.
         self._poll = select.epoll()
         self._pidfds: dict[int, OwnedFd] = {}
@@ -80,6 +93,9 @@ class _Spawner:
             os.set_blocking(end.fileno(), False)
         signal.signal(signal.SIGCHLD, _note)
         signal.set_wakeup_fd(self._ends.fileno(), warn_on_full_buffer=False)
+        #: Numbers of the consumers in these processes.
+        self._numbers: dict[int, int] = {}
+        self._oom = OomKills()
 
     def loop(self) -> None:
         """Serve the service until its end of the channel closes, then kill every child, and reap those that end in time."""
@@ -134,14 +150,17 @@ class _Spawner:
             raise OSError(EAGAIN, f"this service has {limit} consumers, those counted that cannot end")
         name, _, arguments = message.body[wire.NUMBER.size :].decode(errors="replace").partition(" ")
         program = self._programs.find(name)
+        # From here on it may be this one's cgroup that is meant.
+        self._oom.since()
         child = _fork(lambda: self._be(name, program, message.fds, arguments))
         try:
             pidfd = OwnedFd(os.pidfd_open(child))
-        except OSError:
+        except OSError as error:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            raise
+            raise named("pidfd_open", error) from None
         self._pidfds[child] = pidfd
+        (self._numbers[child],) = wire.NUMBER.unpack_from(message.body)
         self._poll.register(pidfd.fileno(), select.EPOLLIN)
         return pidfd
 
@@ -166,6 +185,8 @@ class _Spawner:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._channel.close()
+        self._endings.close()
+        self._word.close()
         self._poll.close()
         close_all([*self._pidfds.values(), self._ended, self._ends])
         process.set_name(f"rmem-{name}")
@@ -178,8 +199,18 @@ class _Spawner:
         child = next(child for child, pidfd in self._pidfds.items() if pidfd.fileno() == fd)
         # It may have had the number of one that a burial was about to reap.
         with suppress(ChildProcessError):
-            os.waitid(os.P_PIDFD, fd, os.WEXITED)
+            os.waitid(os.P_PIDFD, fd, os.WEXITED | os.WNOWAIT)
+            _, status, usage = os.wait4(child, 0)
+            self._tell_ending(child, status, usage.ru_utime + usage.ru_stime)
+        del self._numbers[child]
         self._pidfds.pop(child).close()
+
+    def _tell_ending(self, child: int, status: int, cpu_seconds: float) -> None:
+        oom = self._oom.since() if os.WIFSIGNALED(status) else ""
+        words = words_of(status, cpu_seconds=cpu_seconds, oom=oom)
+        # A service that does not hear it now has no use for it.
+        with suppress(OSError):
+            self._endings.post(wire.ENDED, wire.NUMBER.pack(self._numbers[child]) + words.encode(errors="replace"), wait=False)
 
     def _end(self) -> None:
         for pidfd in self._pidfds.values():
@@ -189,7 +220,8 @@ class _Spawner:
             if patience.wait(pidfd.fileno(), select.POLLIN):
                 os.waitid(os.P_PIDFD, pidfd.fileno(), os.WEXITED)
         close_all(list(self._pidfds.values()))
-        os.waitpid(self._service, 0)
+        _, status = os.waitpid(self._service, 0)
+        self._word.ended(status, self._oom.since())
 
 
 def _note(_number: int, _frame: FrameType | None) -> None:
@@ -198,17 +230,20 @@ def _note(_number: int, _frame: FrameType | None) -> None:
 
 def _fork(body: Callable[[], None]) -> int:
     parent = os.getpid()
-    child = os.fork()
+    try:
+        child = os.fork()
+    except OSError as error:
+        raise named("fork", error) from None
     if child:
         return child
-    status = 1
+    status = 0
     try:
         process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
         # The parent may have died before the prctl.
         if os.getppid() == parent:
             body()
-            status = 0
-    except BaseException:  # noqa: BLE001  the child must not go on as a second copy of its parent
+    except BaseException as error:  # noqa: BLE001  the child must not go on as a second copy of its parent
+        status = status_of(error)
         # There is nobody to raise to, and the traceback of a trusted process is nobody else's to read.
         if os.environ.get("RESTRICTEDMEM_DEBUG"):
             traceback.print_exc()

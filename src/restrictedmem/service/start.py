@@ -12,14 +12,18 @@ import signal
 import socket
 import sys
 from dataclasses import asdict, dataclass
-from errno import EPERM
-from typing import Self
+from errno import ENOMEM, EPERM
+from typing import Final, NoReturn, Self
 
 from restrictedmem.abi import process
+from restrictedmem.failure import failed
 from restrictedmem.fd import peer_credentials
 from restrictedmem.mm import design
 from restrictedmem.service import program, spawner
+from restrictedmem.service.ending import Word, status_of
 from restrictedmem.service.wire import Channel
+
+_TRACED: Final = "the service is being traced; strace -f does that, strace without -f and restrictedmem exec -- strace -f PROG do not"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,7 @@ class Origin:
 
 
 def main(arguments: list[str]) -> None:
-    """Start a service: the number of a connected socket, then the options. Returns when it runs, in processes of its own.
+    """Start a service: the number of a connected socket, then the options. Returns when it is ready, in processes of its own.
 
     What goes wrong is told to the owner over the socket, in place of READY.
     """
@@ -95,16 +99,32 @@ def main(arguments: list[str]) -> None:
         refuse_tracer()
         os.chdir("/")
         os.umask(0o077)
+        word = Word()
         if os.fork() == 0:
             # A tracer that came between its permission check and ours has the child too (PTRACE_O_TRACEFORK). Later none can come.
             refuse_tracer()
             # A process group of its own: a terminal's interrupt is for its owner. But in the owner's session, and so in its scheduling
             # group (sched_autogroup): each call of the owner waits for the service, which must not queue behind other sessions for it.
             os.setpgid(0, 0)
-            spawner.run(channel, options, Origin(pid, uid))
+            _be_spawner(channel, options, Origin(pid, uid), word)
+        word.hear()
+    except MemoryError:
+        channel.reply_error(failed("start", ENOMEM))
+        sys.exit(1)
     except OSError as error:
         channel.reply_error(error)
         sys.exit(1)
+
+
+def _be_spawner(channel: Channel, options: Options, origin: Origin, word: Word) -> NoReturn:
+    word.only_tell()
+    try:
+        spawner.run(channel, options, origin, word)
+    except BaseException as error:  # noqa: BLE001  the child must not go on as a second copy of its parent
+        # The owner's socket is the service's by now.
+        status = status_of(error)
+        word.ended(status << 8)
+        os._exit(status)
 
 
 def refuse_tracer() -> None:
@@ -114,7 +134,7 @@ def refuse_tracer() -> None:
         OSError: EPERM.
     """
     if process.tracer_pid():
-        raise OSError(EPERM, "the service is being traced")
+        raise failed("start", EPERM, _TRACED)
 
 
 def harden() -> None:
@@ -128,7 +148,7 @@ def harden() -> None:
     process.prctl(process.PR_SET_DUMPABLE, 0)
     # Against accidents: a seccomp filter may have answered in the kernel's place, and could here, too.
     if process.prctl(process.PR_GET_DUMPABLE):
-        raise OSError(EPERM, "prctl(PR_SET_DUMPABLE): the process is dumpable still")
+        raise failed("prctl(PR_SET_DUMPABLE)", EPERM, "the process is dumpable still")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # The owner's limit on file sizes is the kernel's to apply, to the owner's calls; under it no memfd here could have its size.
     _, largest = resource.getrlimit(resource.RLIMIT_FSIZE)

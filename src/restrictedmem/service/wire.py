@@ -6,7 +6,7 @@ which on failure is text for a person. Descriptors travel in SCM_RIGHTS. Integer
 
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntFlag
@@ -52,6 +52,8 @@ SIGNING_KEY: Final = Call("SIGNING_KEY", 5)
 """Reply: the public key that reports are signed with, made now if there is none yet."""
 ERROR_PAGE: Final = Call("ERROR_PAGE", 6)
 """Body: ``ERROR_REQUEST``. The machine has lost pages of the file (``restrictedmem_error_page``): its consumers are told."""
+ENDING: Final = Call("ENDING", 7)
+"""Body: ``NUMBER`` of a consumer. Reply: how its process ended, in words; empty while that is not known."""
 
 # The service to its owner, unasked, on the socket that it was started with.
 READY: Final = Call("READY", 1 << 16)
@@ -86,6 +88,10 @@ FORK: Final = Call("FORK", 48)
 at a time. Reply: descriptor 0 is a pidfd of the consumer's process."""
 BURY: Final = Call("BURY", 50)
 """Descriptor 0 is a socket to close, whose queue may hold what lingers (``burial``). No reply."""
+
+# The spawner to the service, unasked, on a connection of its own.
+ENDED: Final = Call("ENDED", (1 << 16) + 1)
+"""Body: ``NUMBER`` of a consumer, then how its process ended, in words. No reply."""
 
 #: A token presented by ioctl, or as ``BindFlag.AGAIN`` has it; first page and page after the last of what the consumer will use, none
 #: to register a notifier for the whole file; ``BindFlag``.
@@ -159,10 +165,10 @@ class Message:
 class Channel:
     """One end of a connection; owns its socket. Calls from several threads take turns."""
 
-    __slots__ = ("_mutex", "peer", "sock", "takes_fds")
+    __slots__ = ("_mutex", "_why", "peer", "sock", "takes_fds")
 
-    def __init__(self, sock: socket.socket, peer: str, *, takes_fds: bool = False) -> None:
-        """Speak over ``sock``; ``peer`` names the other end in errors.
+    def __init__(self, sock: socket.socket, peer: str, *, takes_fds: bool = False, why: Callable[[], str] | None = None) -> None:
+        """Speak over ``sock``; ``peer`` names the other end in errors, and ``why`` says what became of it when it is gone.
 
         Set ``takes_fds`` for a peer that this process trusts. Descriptors of any other peer never
         get here: to close one may mean to wait for that peer for ever.
@@ -170,6 +176,7 @@ class Channel:
         self.sock = sock
         self.peer = peer
         self.takes_fds = takes_fds
+        self._why = why
         self._mutex = sync.mutex()
 
     @classmethod
@@ -204,7 +211,8 @@ class Channel:
             data, received = self._make_round_trip(_HEAD.pack(call.number, 0) + body, fds)
         if len(data) < _HEAD.size:
             close_all(received)
-            raise failed(call.name, ENOTCONN, f"{self.peer} is gone")
+            why = self._why() if self._why is not None else ""
+            raise failed(call.name, ENOTCONN, f"{self.peer} is gone" + (f": {why}" if why else ""))
         error_number, _ = _HEAD.unpack_from(data)
         if error_number:
             close_all(received)
@@ -231,13 +239,13 @@ class Channel:
             self.close()
             raise
 
-    def post(self, call: Call, body: bytes = b"", fds: Sequence[int] = ()) -> None:
-        """Send a request that has no reply.
+    def post(self, call: Call, body: bytes = b"", fds: Sequence[int] = (), *, wait: bool = True) -> None:
+        """Send a request that has no reply; with ``wait``, once there is room for it.
 
         Raises:
-            OSError: EPIPE when the other end is gone.
+            OSError: EPIPE when the other end is gone; EAGAIN.
         """
-        send_with_fds(self.sock, _HEAD.pack(call.number, 0) + body, fds)
+        send_with_fds(self.sock, _HEAD.pack(call.number, 0) + body, fds, 0 if wait else socket.MSG_DONTWAIT)
 
     def receive(self, flags: int = 0) -> Message | None:
         """Wait for a request; None when the other end is gone. ``flags`` are recvmsg's.
@@ -317,7 +325,9 @@ def parse_ready(received: tuple[bytes, list[OwnedFd]]) -> tuple[bytes, list[Owne
     body = data[_HEAD.size :]
     if number != READY.number:
         close_all(fds)
-        raise failed("start", number, _CANNOT + (f": {body.decode(errors='replace')}" if body else ""))
+        # Its own errors are of the same call.
+        words = body.decode(errors="replace").removeprefix("start: ")
+        raise failed("start", number, _CANNOT + (f": {words}" if words else ""))
     if len(fds) != _READY_FDS:
         close_all(fds)
         raise failed("READY", EPROTO, f"{len(fds)} descriptors")
