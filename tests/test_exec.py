@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import uuid
-from errno import EBADF, EFAULT, EINVAL, EMFILE, ENFILE, ENODEV, ENOSYS
+from errno import EBADF, EFAULT, EINVAL, EMFILE, ENFILE, ENODEV, ENOENT, ENOSYS
 from pathlib import Path
 
 import pytest
@@ -375,7 +375,26 @@ def test_vfork_and_a_chain_of_execs() -> None:
 def test_what_keeps_the_service_from_starting_is_the_calls_errno() -> None:
     expected = as_user(lambda: outcome(Service.start), fuse=False)
     assert isinstance(expected, Errno)
-    assert as_user(lambda: said("print([call(0), call(0), call(1)])"), fuse=False) == [-expected.number, -expected.number, -EINVAL]
+    out, err = as_user(lambda: under("print([call(0), call(0), call(1)])").communicate(timeout=60), fuse=False)
+    assert eval(out) == [-expected.number, -expected.number, -EINVAL]
+    assert err.startswith("restrictedmem exec: no descriptor can be made: start: ")
+    assert err.count("\n") == 1
+
+
+def test_what_keeps_the_service_from_starting_is_said_once() -> None:
+    code = "print([call(0), call(0)])"
+    process = under(code, environment={"RESTRICTEDMEM_SERVER": "/nonexistent"})
+    out, err = process.communicate(timeout=60)
+    assert out == f"{[-ENOENT, -ENOENT]}\n"
+    assert err == "restrictedmem exec: no descriptor can be made: /nonexistent: connect: No such file or directory\n"
+
+
+def test_standard_error_is_kept_no_longer_than_the_service_takes_to_start() -> None:
+    with under("call(0); os.close(2); input()") as process:
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+        assert process.poll() is None
+        process.communicate("\n", timeout=60)
 
 
 def test_a_service_that_is_full_says_so() -> None:

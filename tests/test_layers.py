@@ -23,7 +23,7 @@ LAYERS = (
     ("fs",),
     ("mm",),
     ("devkvm",),
-    ("abi", "burial", "child", "failure", "fd", "paths", "patience", "threads", "units", "users", "sync"),
+    ("abi", "burial", "child", "failure", "fd", "paths", "patience", "text", "threads", "units", "users", "sync"),
 )
 #: These meet nothing of the others in their own layer.
 ROOT = "restrictedmem"

@@ -8,9 +8,9 @@ import pytest
 
 from restrictedmem.cli import doctor, main, table
 from restrictedmem.cli.errors import CommandError
-from restrictedmem.cli.text import plain
 from restrictedmem.kvm.vmm import Ended
 from restrictedmem.machine.finding import Finding, State
+from restrictedmem.text import plain
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\r\x7f\u202e\ud800"
 SHOWN = r"\x1b]0;owned\x07\x1b[2J\x9b31m\r\x7f\u202e\ud800"

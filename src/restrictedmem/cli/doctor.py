@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from restrictedmem.cli.text import plain
+from restrictedmem.text import plain
 
 if TYPE_CHECKING:
     from restrictedmem.machine.examination import Conclusion, Examination

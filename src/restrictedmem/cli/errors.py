@@ -2,7 +2,7 @@
 
 import sys
 
-from restrictedmem.cli.text import plain
+from restrictedmem.text import plain
 
 
 class CommandError(Exception):

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from restrictedmem import guests
 from restrictedmem.cli.errors import CommandError
-from restrictedmem.cli.text import plain
 from restrictedmem.failure import failed, named
+from restrictedmem.text import plain
 
 if TYPE_CHECKING:
     from restrictedmem.kvm.elf import Image

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from restrictedmem.cli.text import plain
+from restrictedmem.text import plain
 from restrictedmem.units import format_size
 
 #: Lines of one kind.

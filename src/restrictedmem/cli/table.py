@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from restrictedmem.cli.text import plain
+from restrictedmem.text import plain
 from restrictedmem.units import PAGE_SHIFT, format_size
 
 if TYPE_CHECKING:

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from restrictedmem.abi import process, seccomp
 from restrictedmem.abi.memory import SYS_memfd_restricted, memfd_restricted
+from restrictedmem.failure import failed
 from restrictedmem.fd import above_standard, receive_with_fds, refuse_fds, send_with_fds
 from restrictedmem.service import SERVER_VARIABLE
 from restrictedmem.syscall.child import close_others
 from restrictedmem.syscall.filter import TABLES, program
-from restrictedmem.syscall.porter import Porter
+from restrictedmem.syscall.porter import Complaint, Porter
 from restrictedmem.syscall.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def install(call: Call, *, usage: bool = False) -> bool:
     """
     machine = os.uname().machine
     if machine not in TABLES:
-        raise OSError(ENOTSUP, f"numbers of system calls on {machine} are not known here")
+        raise failed("exec", ENOTSUP, f"numbers of system calls on {machine} are not known here")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     name = _DOOR_NAME.format(pid=os.getpid(), secret=os.urandom(8).hex())
     with ours, theirs, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
@@ -106,6 +107,7 @@ def _is_present(number: int) -> bool:
 
 def _fork_supervisor(channel: socket.socket, door: socket.socket, machine: str, call: Call, *, usage: bool) -> None:
     """Start the supervisor, as a grandchild that init inherits."""
+    program_pid = os.getpid()
     child = os.fork()
     if child:
         # Where SIGCHLD is ignored the kernel reaps it, and this waits until it has.
@@ -115,24 +117,27 @@ def _fork_supervisor(channel: socket.socket, door: socket.socket, machine: str, 
     status = 1
     try:
         if os.fork() == 0:
-            _supervise(channel, door, machine, call, usage=usage)
+            _supervise(channel, door, machine, call, program_pid, usage=usage)
         status = 0
     finally:
         os._exit(status)
 
 
-def _supervise(channel: socket.socket, door: socket.socket, machine: str, call: Call, *, usage: bool) -> None:
+def _supervise(channel: socket.socket, door: socket.socket, machine: str, call: Call, program_pid: int, *, usage: bool) -> None:
     # What a terminal sends is for the program, and so are its descriptors: who waits for the end of a pipe waits for the program alone.
     os.setpgid(0, 0)
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP):
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTOU):
         signal.signal(number, signal.SIG_IGN)
     process.set_name("rmem-supervisor")
+    complaint: Complaint | None = None
+    with suppress(OSError):
+        complaint = Complaint(program_pid)
     # The program may have closed its standard descriptors; these are not to be in their place.
     channel, door = (socket.socket(fileno=above_standard(sock.fileno()).detach()) for sock in (channel, door))
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
-    close_others((channel.fileno(), door.fileno()))
+    close_others((channel.fileno(), door.fileno(), *(() if complaint is None else complaint.filenos())))
     # Or a child would not be there to wait for.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     server = os.environ.get(SERVER_VARIABLE)
@@ -150,4 +155,4 @@ def _supervise(channel: socket.socket, door: socket.socket, machine: str, call: 
         options = Options(api=call.api, memory_max=call.memory_max, usage=usage)
         return Service.connect(server) if server else Service.start(options)
 
-    Supervisor(fds[0], Porter(fds[0], door, start), TABLES[machine], call.number, cachestat=call.cachestat).run()
+    Supervisor(fds[0], Porter(fds[0], door, start, complaint), TABLES[machine], call.number, cachestat=call.cachestat).run()

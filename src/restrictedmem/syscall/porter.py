@@ -16,23 +16,69 @@ from typing import TYPE_CHECKING, Final, final
 
 from restrictedmem.abi.seccomp import SECCOMP_ADDFD_FLAG_SEND, SECCOMP_IOCTL_NOTIF_ADDFD, respond, seccomp_notif_addfd
 from restrictedmem.burial import bury
-from restrictedmem.fd import OwnedFd, peer_credentials
+from restrictedmem.failure import line_of
+from restrictedmem.fd import OwnedFd, above_standard, peer_credentials
 from restrictedmem.syscall.child import fork
+from restrictedmem.text import plain
 from restrictedmem.users import is_own
 
 if TYPE_CHECKING:
     from restrictedmem.service.client import Service
 
+#: What is written at once, or not at all, to a pipe.
+_LONGEST: Final = select.PIPE_BUF
 #: A notification's id, and the flags of the call.
 _REQUEST: Final = struct.Struct("=QI")
+
+
+@final
+class Complaint:
+    """A program's standard error, kept to say once why there are no descriptors.
+
+    Who waits for the end of a pipe waits for the program alone: it goes when the service is there, and when the program has ended.
+    """
+
+    def __init__(self, program: int) -> None:
+        """Take what is standard error now; ``program`` is the pid of whose it is.
+
+        Raises:
+            OSError: EBADF when it is closed; ENOSYS, ESRCH, EMFILE.
+        """
+        self._stderr = above_standard(2)
+        try:
+            self._program = OwnedFd(os.pidfd_open(program))
+        except OSError:
+            self._stderr.close()
+            raise
+
+    def filenos(self) -> tuple[int, int]:
+        """Return both descriptors; the first becomes readable when the program has ended."""
+        return self._program.fileno(), self._stderr.fileno()
+
+    def say(self, error: OSError) -> None:
+        """Say what there are no descriptors for, unless the reader keeps one waiting, and let go."""
+        line = f"restrictedmem exec: no descriptor can be made: {plain(line_of(error))}\n"
+        poll = select.poll()
+        poll.register(self._stderr.fileno(), select.POLLOUT)
+        with suppress(OSError):
+            if poll.poll(0):
+                os.write(self._stderr.fileno(), line.encode(errors="replace")[:_LONGEST])
+        self.close()
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._program.close()
+        self._stderr.close()
 
 
 @final
 class Porter:
     """The supervisor's hold on it."""
 
-    def __init__(self, listener: OwnedFd, door: socket.socket, start: Callable[[], "Service"]) -> None:
+    def __init__(self, listener: OwnedFd, door: socket.socket, start: Callable[[], "Service"], complaint: Complaint | None = None) -> None:
         """Fork it; it answers calls at ``listener``, lets processes of this user in at ``door``, and ``start`` makes the service.
+
+        ``complaint`` is the porter's alone from then on.
 
         Raises:
             OSError: EAGAIN, ENOMEM: no process is to be had.
@@ -42,8 +88,11 @@ class Porter:
         self._pipe: Final = OwnedFd(ours)
         with OwnedFd(theirs) as requests:
             os.set_blocking(ours, False)
-            work = _Work(requests, listener, door, start, self._device)
-            fork("rmem-porter", [fd.fileno() for fd in (requests, listener, door)], work.run)
+            work = _Work(requests, listener, door, start, self._device, complaint)
+            kept = () if complaint is None else complaint.filenos()
+            fork("rmem-porter", [*(fd.fileno() for fd in (requests, listener, door)), *kept], work.run)
+            if complaint is not None:
+                complaint.close()
 
     @property
     def device(self) -> int:
@@ -66,24 +115,35 @@ class Porter:
 @final
 class _Work:
     def __init__(
-        self, requests: OwnedFd, listener: OwnedFd, door: socket.socket, start: Callable[[], "Service"], device: "memoryview[int]"
+        self,
+        requests: OwnedFd,
+        listener: OwnedFd,
+        door: socket.socket,
+        start: Callable[[], "Service"],
+        device: "memoryview[int]",
+        complaint: Complaint | None = None,
     ) -> None:
         self._requests = requests
         self._listener = listener
         self._door = door
         self._start = start
         self._device = device
+        self._complaint = complaint
+        self._poll = select.poll()
         self._service: Service | None = None
 
     def run(self) -> None:
         """Serve one request and one who knocks, in turn, until the supervisor is gone."""
-        poll = select.poll()
-        poll.register(self._requests.fileno(), select.POLLIN)
-        poll.register(self._door.fileno(), select.POLLIN)
+        self._poll.register(self._requests.fileno(), select.POLLIN)
+        self._poll.register(self._door.fileno(), select.POLLIN)
+        if self._complaint is not None:
+            self._poll.register(self._complaint.filenos()[0], select.POLLIN)
         while True:
-            for fd, _ in poll.poll():
+            for fd, _ in self._poll.poll():
                 if fd == self._door.fileno():
                     self._let_in()
+                elif self._complaint is not None and fd == self._complaint.filenos()[0]:
+                    self._let_go().close()
                 elif request := os.read(fd, _REQUEST.size):
                     self._give(*_REQUEST.unpack(request))
                 else:
@@ -108,8 +168,22 @@ class _Work:
 
     def _started(self) -> "Service":
         if self._service is None:
-            service = self._start()
+            try:
+                service = self._start()
+            except OSError as error:
+                if self._complaint is not None:
+                    self._let_go().say(error)
+                raise
+            if self._complaint is not None:
+                self._let_go().close()
             # Before anybody has a descriptor: its first mmap already has to be seen.
             self._device[0] = service.device
             self._service = service
         return self._service
+
+    def _let_go(self) -> Complaint:
+        """Return the complaint, which is not kept any more."""
+        assert self._complaint is not None
+        complaint, self._complaint = self._complaint, None
+        self._poll.unregister(complaint.filenos()[0])
+        return complaint
