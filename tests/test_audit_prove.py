@@ -38,7 +38,7 @@ def proof(engine: str, *, as_root: bool = False) -> Came:
 def tell(engine: str, *, as_root: bool) -> None:
     """Write to stdout what a proof came to."""
     with Service.start() as service:
-        prove.prove_main(service, memory=SIZE, engine=engine, as_root=as_root, as_json=True, quiet=True)
+        print(json.dumps(prove.prove_main(service, memory=SIZE, engine=engine, as_root=as_root, quiet=True).as_data()))
 
 
 def table(attempts: list[Attempt]) -> Came:
@@ -95,21 +95,21 @@ def heap() -> int:
         return guest.start
 
 
-def test_a_copy_in_the_owners_memory_convicts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_copy_in_the_owners_memory_convicts(monkeypatch: pytest.MonkeyPatch) -> None:
     seed = secrets.randbits(64)
     kept = content(seed, heap(), 1 << 16)
-    assert ("owner", "its memory") in guilty(seed, monkeypatch, capsys)
+    assert ("owner", "its memory") in guilty(seed, monkeypatch)
     assert kept
 
 
-def test_a_copy_in_the_owners_files_convicts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_copy_in_the_owners_files_convicts(monkeypatch: pytest.MonkeyPatch) -> None:
     seed = secrets.randbits(64)
     with memory.memfd_create("copy") as fd:
         os.write(fd.fileno(), content(seed, heap(), 1 << 16))
-        assert ("owner", "its files") in guilty(seed, monkeypatch, capsys)
+        assert ("owner", "its files") in guilty(seed, monkeypatch)
 
 
-def guilty(seed: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[tuple[str, str]]:
+def guilty(seed: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """Prove with a known seed; the verdict must be guilty, and what convicts is returned."""
 
     def known(_: int) -> int:
@@ -119,8 +119,6 @@ def guilty(seed: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     # What is the owner's own is looked at last.
     monkeypatch.setattr(prove, "_routes", lambda: iter(()))
     with Service.start() as service:
-        status = prove.prove_main(service, memory=SIZE, engine="software", as_root=False, as_json=True, quiet=True)
-    said = json.loads(capsys.readouterr().out)
-    assert status == 1
-    assert said["proved"] is False
-    return [(one["target"], one["name"]) for one in said["attempts"] if Outcome(one["outcome"]).bad]
+        said = prove.prove_main(service, memory=SIZE, engine="software", as_root=False, quiet=True)
+    assert not said.proved
+    return [(one.target, one.name) for one in said.attempts if one.outcome.bad]

@@ -190,6 +190,7 @@ ODD = [
     odd(closed(0, 2), f"{QUICK} spin exit 5", 5, ""),
     odd(closed(1, 2), f"{QUICK} spin exit 5", 5, ""),
     odd(closed(0, 1, 2), f"{QUICK} spin exit 5", 5, ""),
+    odd(closed(0, 1, 2), f"{QUICK} --trace IN/trace-closed --json IN/json-closed spin exit 5", 5, ""),
     odd(closed(0, 1), "exec --json IN/exec-closed -- sh -c exit${IFS}5", 5, "", features=("fuse", "seccomp")),
     *(
         # The program finds closed what was.
@@ -201,6 +202,7 @@ ODD = [
     odd('exec "$@" >/dev/full', "measure sha256", 1, f"stdout: write: {FULL}"),
     odd('exec "$@" >/dev/full', f"{QUICK} sha256", 1, f"stdout: write: {FULL}"),
     odd('exec "$@" 2>/dev/full', "run --engine software --memory 4M sha256", 0, "", DIGEST),
+    odd('exec "$@"', f"{QUICK} --json /dev/full spin exit 5", 5, f"/dev/full: write: {FULL}"),
     odd('exec "$@"', "exec --json /dev/full -- sh -c exit${IFS}5", 5, f"--json: /dev/full: write: {FULL}", features=("seccomp",)),
     odd('exec "$@"', f"{QUICK} --trace /dev/full spin exit 5", 5, f"/dev/full: write: {FULL}"),
     odd('ulimit -f 0; exec "$@"', f"{QUICK} spin exit 5", 1, "memfd_restricted: File too large"),

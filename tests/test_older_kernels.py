@@ -83,9 +83,13 @@ def test_a_guest_digests_its_input(options: list[str]) -> None:
     assert done.stdout == hashlib.sha256(DATA).hexdigest().encode() + b"  -\n"
 
 
+#: Options that write the closing table as JSON to stderr, alone.
+JSON = ("--quiet", "--json", "/dev/stderr")
+
+
 @pytest.mark.requires("fuse")
 def test_pages_are_converted() -> None:
-    found = json.loads(run("run", "--engine", "software", "--memory", "4M", "--json", "convert").stderr)
+    found = json.loads(run("run", "--engine", "software", "--memory", "4M", *JSON, "convert").stderr)
     assert found["status"] == 0
     assert found["invalidations"] > 0
 

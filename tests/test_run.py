@@ -15,6 +15,8 @@ import pytest
 
 pytestmark = pytest.mark.requires("fuse")
 
+#: Options that write the closing table as JSON to stderr, alone.
+JSON = ("--quiet", "--json", "/dev/stderr")
 COMMAND = [sys.executable, "-m", "restrictedmem"]
 
 
@@ -42,7 +44,7 @@ def test_sha256_of_any_size(engine: str, size: int) -> None:
 
 def test_memory_may_be_far_below_the_input(engine: str) -> None:
     data = random.Random(1).randbytes(9 << 20)
-    done = run("run", "--engine", engine, "--memory", "1M", "--json", "sha256", stdin=data)
+    done = run("run", "--engine", engine, "--memory", "1M", *JSON, "sha256", stdin=data)
     assert done.stdout == digest(data)
     found = json.loads(done.stderr)
     assert found["private_bytes"] == 1 << 20
@@ -79,7 +81,7 @@ def test_the_table_says_what_happened(engine: str) -> None:
 
 
 def test_json_has_the_same_as_data(engine: str) -> None:
-    found = json.loads(run("run", "--engine", engine, "--json", "spin", "touch").stderr)
+    found = json.loads(run("run", "--engine", engine, *JSON, "spin", "touch").stderr)
     assert found["status"] == 0
     assert found["fatal"] is None
     assert found["pages_taken"] * 4096 <= found["private_bytes"] == 64 << 20
@@ -116,7 +118,7 @@ def test_one_clear_error_line(arguments: list[str], words: str) -> None:
 
 
 def test_memory_max_stops_the_guest_not_the_machine() -> None:
-    done = run("run", "--memory-max", "1M", "--json", "spin", "touch", status=1)
+    done = run("run", "--memory-max", "1M", *JSON, "spin", "touch", status=1)
     first, rest = done.stderr.split(b"\n", 1)
     found = json.loads(first)
     assert "MemoryFault" in found["fatal"]

@@ -227,6 +227,9 @@ def test_unmapped_pages_come_back_to_the_direct_map() -> None:
 
 # The command.
 
+#: Options that write the closing table as JSON to stderr, alone.
+JSON = ("--quiet", "--json", "/dev/stderr")
+
 
 def run(*arguments: str, status: int = 0) -> str:
     command = [sys.executable, "-m", "restrictedmem", "run", *arguments]
@@ -246,7 +249,7 @@ def test_the_table_says_what_was_left_behind() -> None:
 
 
 def test_json_has_all_of_it() -> None:
-    found = json.loads(run("--platform", "snp", "--design", "v10+teardown", "--memory", "4M", "--json", "spin", "touch"))
+    found = json.loads(run("--platform", "snp", "--design", "v10+teardown", "--memory", "4M", *JSON, "spin", "touch"))
     assert found["design"] == "v10+teardown"
     assert found["platform"]["assigned_pages"] == 0
     assert found["platform"]["direct_map"]["splits"] == {"1G": 1, "2M": 2, "4K": 0}
@@ -254,7 +257,7 @@ def test_json_has_all_of_it() -> None:
 
 
 def test_a_guest_that_converts_keeps_the_rules_of_the_default_design() -> None:
-    found = json.loads(run("--platform", "snp", "--memory", "4M", "--json", "convert"))["platform"]
+    found = json.loads(run("--platform", "snp", "--memory", "4M", *JSON, "convert"))["platform"]
     assert found["violated_pages"] == 0
     assert found["rmp_operations"]["RMPUPDATE 4K"] > 1024, "pages came and went"
 

@@ -64,13 +64,12 @@ def test_the_closing_table(capsys: pytest.CaptureFixture[str]) -> None:
         "cgroup": f"/{EVIL}",
         "platform": {},
     }
-    table.show(found, Ended(0), as_json=False)
+    table.show(found)
     lines = capsys.readouterr().err.splitlines()
     assert all(line.isprintable() for line in lines)
     assert sum(SHOWN in line for line in lines) == 3
-    table.show(found, Ended(0), as_json=True)
-    shown = capsys.readouterr().err
-    assert shown.rstrip("\n").isprintable()
+    shown = json.dumps(table.as_data(found, Ended(0)))
+    assert shown.isprintable()
     assert json.loads(shown)["engine"] == EVIL
 
 

@@ -146,11 +146,15 @@ def run(before: list[str], *arguments: str, status: int = 0) -> subprocess.Compl
     return done
 
 
+#: Options that write the closing table as JSON to stderr, alone.
+JSON = ("--quiet", "--json", "/dev/stderr")
+
+
 class TestNoGuestRunsOnKvm:
     pytestmark = filtered
 
     def test_run_takes_the_other_engine_and_says_why(self) -> None:
-        done = run(BROKEN_KVM, "run", "--memory", "4M", "--json", "sha256")
+        done = run(BROKEN_KVM, "run", "--memory", "4M", *JSON, "sha256")
         found: dict[str, Any] = json.loads(done.stderr)
         assert (done.stdout, found["engine"]) == (DIGEST, "software")
         assert os.strerror(EFAULT) in found["not_kernel"] or "KVM_RUN" in found["not_kernel"]
@@ -168,6 +172,6 @@ class TestNoGuestRunsOnKvm:
         assert found["kernel_engine"]["detail"].startswith("no guest ran: KVM_CREATE_VM: ")
 
     def test_a_kvm_that_hangs_does_not_hang_run(self) -> None:
-        done = run(STUCK_KVM, "run", "--memory", "4M", "--json", "sha256")
+        done = run(STUCK_KVM, "run", "--memory", "4M", *JSON, "sha256")
         found = json.loads(done.stderr)
         assert (done.stdout, found["engine"], found["not_kernel"]) == (DIGEST, "software", "no answer within 5 s")

@@ -7,10 +7,10 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, final
 
 from restrictedmem.audit import descriptor, host, namespaces, processes, sockets, vm
 from restrictedmem.audit.attempt import Attempt, Outcome, Route, attempt
@@ -117,20 +117,33 @@ def _plain(one: Attempt) -> dict[str, Any]:
     return {**asdict(one), "outcome": one.outcome.value}
 
 
-def prove_main(service: Service, *, memory: int, engine: str, as_root: bool, as_json: bool, quiet: bool) -> int:
-    """Prove it with a guest of ``memory`` bytes, write the table (or JSON) to stdout, and return the exit status.
+@final
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What was tried, and what came of it."""
+
+    as_root: bool
+    attempts: list[Attempt]
+
+    @property
+    def proved(self) -> bool:
+        """Whether nothing succeeded that should not."""
+        return not any(one.outcome.bad for one in self.attempts)
+
+    def as_data(self) -> dict[str, Any]:
+        """Return it as JSON shows it."""
+        return {"as_root": self.as_root, "proved": self.proved, "attempts": [*map(_plain, self.attempts)]}
+
+
+def prove_main(service: Service, *, memory: int, engine: str, as_root: bool, quiet: bool) -> Proof:
+    """Prove it with a guest of ``memory`` bytes; progress is said on a terminal, unless ``quiet``.
 
     Raises:
         OSError: what kept the guest from running.
     """
     seed = secrets.randbits(64)
     with held_guest(service, memory, seed, engine) as guest, _progress(show=sys.stderr.isatty() and not quiet) as progress:
-        found = prove(service, guest, seed, engine=engine, as_root=as_root, progress=progress)
-    if as_json:
-        print(json.dumps({"as_root": as_root, "proved": not any(one.outcome.bad for one in found), "attempts": [*map(_plain, found)]}))
-    else:
-        show(found)
-    return int(any(one.outcome.bad for one in found))
+        return Proof(as_root, prove(service, guest, seed, engine=engine, as_root=as_root, progress=progress))
 
 
 @contextmanager

@@ -1,18 +1,17 @@
 """``restrictedmem exec``: a program nobody changed, with memfd_restricted(2) present."""
 
 import argparse
-import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from errno import EBUSY, EOPNOTSUPP
 from typing import Any, Final, NoReturn
 
 from restrictedmem.abi.memory import SYS_memfd_restricted
-from restrictedmem.cli import values
+from restrictedmem.cli import jsonfile, values
 from restrictedmem.cli.errors import CommandError, complain
-from restrictedmem.failure import line_of
-from restrictedmem.paths import NewFile
+from restrictedmem.failure import failed, line_of
 from restrictedmem.service import SERVER_VARIABLE
 
 
@@ -70,6 +69,8 @@ def main(args: argparse.Namespace) -> int:
     """Become the program, or its parent if there is something to say at its end."""
     from restrictedmem.syscall.launch import Call, install
 
+    if args.json == jsonfile.STDOUT:
+        args.error("--json takes a file: stdout is the program's")
     service = _first_given(args, _OF_SERVICE)
     if service and os.environ.get(SERVER_VARIABLE):
         args.error(f"{service} is for a service of one's own, and {SERVER_VARIABLE} names another")
@@ -82,8 +83,8 @@ def main(args: argparse.Namespace) -> int:
         raise CommandError(f"{outers}: {os.strerror(EBUSY)}", f"an outer restrictedmem exec does the work: give it {outers}")
     if args.json is None:
         _become(command)
-    with NewFile(args.json) as file:
-        return _run_and_say(command, file)
+    with jsonfile.opened(args.json) as write:
+        return _run_and_say(command, write)
 
 
 def _first_given(args: argparse.Namespace, options: dict[str, Any]) -> str:
@@ -103,7 +104,7 @@ def _become(command: list[str]) -> NoReturn:
         os._exit(127 if isinstance(error, FileNotFoundError) else 126)
 
 
-def _run_and_say(command: list[str], file: NewFile) -> int:
+def _run_and_say(command: list[str], write: Callable[[object], None]) -> int:
     from restrictedmem.syscall.attend import attend, end_as
 
     began = time.monotonic()
@@ -118,8 +119,7 @@ def _run_and_say(command: list[str], file: NewFile) -> int:
     except OSError as error:
         report["error"] = f"what was done is not known: {error.strerror}"
     try:
-        file.write(json.dumps(report).encode() + b"\n")
-        file.close()
+        write(report)
     except OSError as error:
         complain(f"--json: {line_of(error)}")
         # What the program came to is still to be told, but not that all is well.
@@ -138,5 +138,5 @@ def _usage() -> dict[str, int]:
     with Service.connect(os.environ[SERVER_VARIABLE]) as service:
         found: dict[str, int] | None = service.status()["usage"]
     if found is None:
-        raise OSError(EOPNOTSUPP, "a server's services do not count")
+        raise failed("STATUS", EOPNOTSUPP, "a server's services do not count")
     return found

@@ -3,12 +3,13 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from errno import ENOSPC
 from typing import TYPE_CHECKING, Any, Final
 
 from restrictedmem.cli import guest as guest_option
-from restrictedmem.cli import table, values
+from restrictedmem.cli import jsonfile, table, values
 from restrictedmem.cli.errors import CommandError
 from restrictedmem.failure import line_of
 from restrictedmem.mm import design
@@ -42,7 +43,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "                                                  what comes back of the host's direct map\n"
         "  restrictedmem run --prove                       every way to the guest's memory, tried\n"
         "  restrictedmem run --gdb 1234 ./my.elf           debug a guest of one's own\n"
-        "  restrictedmem run --json ./my.elf arg 2>run.json",
+        "  restrictedmem run --json run.json ./my.elf arg",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     size = values.memory_size
@@ -81,7 +82,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "capabilities that open any process (as-root: with them), and exit with 1 if one succeeds that docs/threat-model.md does not list",
     )
     parser.add_argument(
-        "--json", action="store_true", help="write the closing table as JSON, to stderr too; with --prove, the attempts to stdout"
+        "--json",
+        metavar="FILE",
+        help="write the closing table as JSON; with --prove, what was tried, and - is stdout then, in place of the table. What cannot be "
+        "written is said as for --trace",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress, no table")
     parser.add_argument("guest", metavar="GUEST", nargs="?", help=guest_option.KINDS)
@@ -134,14 +138,18 @@ def main(args: argparse.Namespace) -> int:
     server = os.environ.get(SERVER_VARIABLE)
     _check(args, server)
     options = Options(api=args.api or "v10", design=args.design, memory_max=args.memory_max, backing=args.backing or "memfd", pin=args.pin)
-    with Service.connect(server) if server else Service.start(options) as service:
-        return _run(args, service) if args.prove is None else _prove(args, service)
+    with ExitStack() as stack:
+        write = None if args.json is None else stack.enter_context(jsonfile.opened(args.json))
+        service = stack.enter_context(Service.connect(server) if server else Service.start(options))
+        return (_run if args.prove is None else _prove)(args, service, write)
 
 
 def _check(args: argparse.Namespace, server: str | None) -> None:
     """End the program for options that do not go together, or would do nothing."""
     if args.engine == "kernel" and (word := _software_alone(args)):
         args.error(f"{word} is for the software engine: the kernel's keeps private memory in a guest_memfd")
+    if args.prove is None and args.json == jsonfile.STDOUT:
+        args.error("--json takes a file: stdout is the guest's")
     services = _first(args, "api", "design", "backing", "memory_max", "pin")
     if server and services:
         args.error(f"{services} is for a service of one's own, and RESTRICTEDMEM_SERVER names another")
@@ -162,7 +170,7 @@ def _software_alone(args: argparse.Namespace) -> str:
     return "" if args.backing == "memfd" and not args.platform and not args.pin else _first(args, "platform", "pin", "backing")
 
 
-def _run(args: argparse.Namespace, service: "Service") -> int:
+def _run(args: argparse.Namespace, service: "Service", write: Callable[[object], None] | None) -> int:
     from restrictedmem.kvm import exits
 
     image = guest_option.read(args.guest)
@@ -177,7 +185,9 @@ def _run(args: argparse.Namespace, service: "Service") -> int:
             # After the statistics, for the VM that they are of is gone then.
             platform = vmm.destroy() if args.platform else {}
             if not args.quiet:
-                table.show({**found, "platform": platform}, ended, as_json=args.json)
+                table.show({**found, "platform": platform})
+            if write is not None:
+                write(table.as_data({**found, "platform": platform}, ended))
     except OSError as error:
         if ended is None or ended.fatal is not None:
             raise
@@ -241,8 +251,12 @@ def _to_its_end(vmm: "Vmm", *, quiet: bool) -> "Ended":
         return vmm.run(sys.stdin.buffer, sys.stdout.buffer, sys.stderr.buffer, tick)
 
 
-def _prove(args: argparse.Namespace, service: "Service") -> int:
-    from restrictedmem.audit.prove import prove_main
+def _prove(args: argparse.Namespace, service: "Service", write: Callable[[object], None] | None) -> int:
+    from restrictedmem.audit.prove import prove_main, show
 
-    as_root = args.prove == "as-root"
-    return prove_main(service, memory=args.memory, engine=_engine(args), as_root=as_root, as_json=args.json, quiet=args.quiet)
+    found = prove_main(service, memory=args.memory, engine=_engine(args), as_root=args.prove == "as-root", quiet=args.quiet)
+    if args.json != jsonfile.STDOUT:
+        show(found.attempts)
+    if write is not None:
+        write(found.as_data())
+    return 0 if found.proved else 1

@@ -1,6 +1,5 @@
 """What ``restrictedmem run`` shows while a guest runs and when it has ended; all on stderr."""
 
-import json
 import os
 import sys
 import time
@@ -49,11 +48,13 @@ def _input_size() -> int | None:
     return found.st_size if found.st_size and os.lseek(sys.stdin.fileno(), 0, os.SEEK_CUR) == 0 else None
 
 
-def show(found: dict[str, Any], ended: "Ended", *, as_json: bool) -> None:
-    """Print the closing table, or the same as JSON."""
-    if as_json:
-        print(json.dumps({**found, "status": ended.status, "fatal": ended.fatal and str(ended.fatal)}), file=sys.stderr)
-        return
+def as_data(found: dict[str, Any], ended: "Ended") -> dict[str, Any]:
+    """Return what the closing table says as JSON has it."""
+    return {**found, "status": ended.status, "fatal": ended.fatal and str(ended.fatal)}
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print the closing table."""
     for name, value in _rows(found):
         # The engine says most of it, and a guest may have broken out into that.
         print(f"{name:{_NAME_WIDTH}}{plain(value)}", file=sys.stderr)
