@@ -1,16 +1,24 @@
 """What other parties say reaches a terminal as text, wherever it is shown."""
 
+import fcntl
 import importlib
+import io
 import json
-from typing import Any
+import os
+import struct
+import sys
+import termios
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from restrictedmem.cli import doctor, main, table
+from restrictedmem.audit import prove
+from restrictedmem.cli import doctor, guest, main, table
 from restrictedmem.cli.errors import CommandError
-from restrictedmem.kvm.vmm import Ended
+from restrictedmem.kvm.vmm import Ended, Vmm
 from restrictedmem.machine.finding import Finding, State
-from restrictedmem.text import plain
+from restrictedmem.text import Line, duration, plain
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\r\x7f\u202e\ud800"
 SHOWN = r"\x1b]0;owned\x07\x1b[2J\x9b31m\r\x7f\u202e\ud800"
@@ -79,3 +87,68 @@ def test_findings_of_doctor() -> None:
     (line,) = lines
     assert line.isprintable()
     assert line.endswith("fusermount3: failed " + SHOWN.replace(r"\r", " "))
+
+
+def test_a_line_is_for_terminals_and_fits_them() -> None:
+    ours, theirs = os.openpty()
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 10, 0, 0))
+    with open(theirs, "w", encoding="utf-8") as terminal, open(ours, "rb", buffering=0) as screen:
+        line = Line(terminal, interval=1000)
+        line.update(lambda: "0123456789")
+        line.update(lambda: "too soon")
+        line.clear()
+        line.update(lambda: "a\x1b")
+        Line(terminal, show=False).update(lambda: "hidden")
+        assert screen.read(100) == b"\r\x1b[K012345678\r\x1b[K\r\x1b[Ka\\x1b"
+    file = io.StringIO()
+    plain_line = Line(file)
+    plain_line.update(lambda: "x")
+    plain_line.clear()
+    assert file.getvalue() == ""
+
+
+def test_durations() -> None:
+    assert [duration(seconds) for seconds in (0.9, 67, 3600 + 2 * 60 + 3)] == ["0:00", "1:07", "1:02:03"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "hint"),
+    [
+        ("sha256", ["--memory=4M"], "hint: --memory=4M is an argument of the guest here; options go before GUEST\n"),
+        ("sha256", ["x", "--memory"], "hint: --memory is an argument of the guest here; options go before GUEST\n"),
+        ("sha256", ["--other"], ""),
+        # One of somebody's own may have such an option.
+        ("./mine", ["--memory"], ""),
+    ],
+)
+def test_options_behind_the_guest(name: str, arguments: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    guest.warn(name, arguments, {"--memory", "--quiet"})
+    assert capsys.readouterr().err == hint
+
+
+class Terminal(io.StringIO):
+    """A terminal without a size."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("stdout", "shown"), [(io.StringIO(), "guest runs  4 KiB"), (Terminal(), "")], ids=["a file", "a terminal"])
+def test_no_line_stands_between_the_guests_words(stdout: io.StringIO, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(table, "_input_size", lambda: None)
+    with table.progress(cast(Vmm, SimpleNamespace(bytes_in=4096)), show=True) as tick:
+        tick()
+        said = cast(Terminal, sys.stderr).getvalue()
+    assert said.removeprefix("\r\x1b[K").startswith(shown) if shown else said == ""
+
+
+def test_the_table_of_a_proof_is_wrapped_on_terminals_alone() -> None:
+    rows = [("target", "outcome", "tried"), ("descriptor", "refused EINVAL", ", ".join(["read", "readv"] * 20))]
+    whole = list(prove._table(rows, None))
+    assert len(whole) == len(rows)
+    wrapped = list(prove._table(rows, 60))
+    assert len(wrapped) > len(rows)
+    assert max(map(len, wrapped)) <= 60
+    assert "".join("".join(wrapped).split()) == "".join("".join(whole).split())

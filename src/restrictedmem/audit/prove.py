@@ -3,13 +3,15 @@
 import json
 import os
 import secrets
+import shutil
 import sys
+import textwrap
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import Any, Final, NoReturn, final
 
 from restrictedmem.audit import descriptor, host, namespaces, processes, sockets, vm
@@ -19,9 +21,11 @@ from restrictedmem.audit.memory import of_descriptors, of_process
 from restrictedmem.audit.owner import Owner, drop_capabilities, end_twin, fork_twin, trusted_processes
 from restrictedmem.audit.pattern import Pattern, content
 from restrictedmem.service.client import Service
+from restrictedmem.text import Line
 
 #: What the control holds, in bytes.
 _CONTROL_SIZE: Final = 1 << 16
+_NARROWEST: Final = 40
 
 Progress = Callable[[Attempt], None]
 
@@ -142,26 +146,17 @@ def prove_main(service: Service, *, memory: int, engine: str, as_root: bool, qui
         OSError: what kept the guest from running.
     """
     seed = secrets.randbits(64)
-    with held_guest(service, memory, seed, engine) as guest, _progress(show=sys.stderr.isatty() and not quiet) as progress:
-        return Proof(as_root, prove(service, guest, seed, engine=engine, as_root=as_root, progress=progress))
-
-
-@contextmanager
-def _progress(*, show: bool) -> Generator[Progress]:
-    if not show:
-        yield lambda _: None
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status("the guest holds its pattern") as status:
-        yield lambda one: status.update(f"{one.target}: {one.name}")
+    line = Line(sys.stderr, show=not quiet)
+    try:
+        with held_guest(service, memory, seed, engine) as guest:
+            tell: Progress = lambda one: line.update(lambda: f"{one.target}: {one.name}")  # noqa: E731
+            return Proof(as_root, prove(service, guest, seed, engine=engine, as_root=as_root, progress=tell))
+    finally:
+        line.clear()
 
 
 def show(found: list[Attempt]) -> None:
     """Print what was tried, one line for all that came to the same; targets with the same lines share them."""
-    from rich.console import Console
-    from rich.table import Table
-
     names: dict[tuple[str, str], list[str]] = {}
     for one in found:
         # Of a refusal the errno says enough.
@@ -170,12 +165,24 @@ def show(found: list[Attempt]) -> None:
     targets: dict[tuple[str, str], list[str]] = {}
     for (target, came), some in names.items():
         targets.setdefault((came, ", ".join(some)), []).append(target)
-    table = Table(box=None, pad_edge=False)
-    for title in ("target", "outcome", "tried"):
-        table.add_column(title)
-    for (came, tried), of in targets.items():
-        table.add_row(", ".join(of), came, tried)
-    console = Console(highlight=False)
-    console.print(table)
+    rows = [("target", "outcome", "tried"), *((", ".join(of), came, tried) for (came, tried), of in targets.items())]
+    for line in _table(rows, max(shutil.get_terminal_size().columns, _NARROWEST) if sys.stdout.isatty() else None):
+        print(line)
     counts = Counter(one.outcome for one in found)
-    console.print(", ".join(f"{counts[outcome]} {outcome.value}" for outcome in Outcome if counts[outcome]))
+    print(", ".join(f"{counts[outcome]} {outcome.value}" for outcome in Outcome if counts[outcome]))
+
+
+def _table(rows: Sequence[tuple[str, str, str]], columns: int | None) -> Iterator[str]:
+    """Write rows below each other; on a terminal of so many columns, within these."""
+    widths = [max(len(row[place]) for row in rows) for place in range(2)]
+    if columns is not None:
+        widths = [min(width, columns // 4) for width in widths]
+    last = None if columns is None else max(columns - sum(widths) - 2 * len(widths), columns // 4)
+    for row in rows:
+        cells = [_wrapped(text, width if columns is not None else None) for text, width in zip(row, (*widths, last), strict=True)]
+        for first, second, third in zip_longest(*cells, fillvalue=""):
+            yield f"{first:{widths[0]}}  {second:{widths[1]}}  {third}".rstrip()
+
+
+def _wrapped(text: str, width: int | None) -> list[str]:
+    return [text] if width is None else textwrap.wrap(text, width) or [""]

@@ -21,12 +21,14 @@ from typing import Any, Final, final
 from restrictedmem.check.board import Progress
 from restrictedmem.check.explorer import Violation
 from restrictedmem.check.owner import NAMES, OPERATIONS, PATIENCE, Ground, Plan, be_owner, be_second, wait_for
+from restrictedmem.failure import failed
 from restrictedmem.fd import readable
 from restrictedmem.kvm.vm import Vm
 from restrictedmem.mm.design import make
 from restrictedmem.platform import host
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
+from restrictedmem.text import Line
 
 #: Which operations make a scenario of ``check.scenarios`` with real processes; faults are always there.
 MIXES: Final[dict[str, tuple[str, ...]]] = {
@@ -83,11 +85,11 @@ def main(seconds: float, design: str | None = None, scenario: str | None = None,
         OSError: EINVAL for an unknown design or scenario; what kept the service from starting.
     """
     if scenario is not None and scenario not in MIXES:
-        raise OSError(EINVAL, f"the scenario {scenario!r} has no meaning with real processes; those that have: {', '.join(MIXES)}")
+        raise failed("check", EINVAL, f"the scenario {scenario!r} has no meaning with real processes; those that have: {', '.join(MIXES)}")
     if seed is None:
         seed = random.SystemRandom().randrange(1 << 32)
     run = _Run(Options(design=design), scenario, seed)
-    show = _Line(sys.stderr if sys.stderr.isatty() else None)
+    show = Line(sys.stderr, interval=1.0)
     failure = ""
     try:
         with run:
@@ -98,7 +100,7 @@ def main(seconds: float, design: str | None = None, scenario: str | None = None,
     except Violation as violation:
         failure = str(violation)
     finally:
-        show.close()
+        show.clear()
     _print(run, failure, seconds, design, scenario, as_json=as_json)
     return 1 if failure else 0
 
@@ -121,25 +123,6 @@ def plan_of(seed: int, number: int, *, before: Plan | None, engines: Mapping[str
         seconds=min(chosen.uniform(*_LIFE), left),
         killed=not chosen.randrange(_KILLED),
     )
-
-
-@final
-class _Line:
-    """One line of a terminal, written again once a second."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self._next = 0.0
-
-    def update(self, text: Callable[[], str]) -> None:
-        if self._file is not None and time.monotonic() >= self._next:
-            self._next = time.monotonic() + 1
-            self._file.write(f"\r\x1b[K{text()}")
-            self._file.flush()
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.write("\r\x1b[K")
 
 
 def _print(run: "_Run", failure: str, seconds: float, design: str | None, scenario: str | None, *, as_json: bool) -> None:

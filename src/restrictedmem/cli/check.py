@@ -5,18 +5,19 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from errno import EINVAL
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TextIO
+from typing import TYPE_CHECKING, Any, Final
 
 from restrictedmem.abi.process import PR_SET_PDEATHSIG, prctl
 from restrictedmem.cli import values
 from restrictedmem.cli.errors import CommandError
 from restrictedmem.failure import named
+from restrictedmem.text import Line, duration
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from restrictedmem.check.explorer import Result
     from restrictedmem.check.scenario import Scenario
 
-_CLEAR: Final = "\r\x1b[K"
+#: Seconds between two looks at the clock.
+_TICK: Final = 0.5
 
 
 class Verdict(Enum):
@@ -155,10 +157,21 @@ def main(args: argparse.Namespace) -> int:
         raise CommandError(f"{args.scenario} makes no sense for {args.design}", "restrictedmem check --list")
     jobs = args.jobs or len(os.sched_getaffinity(0))
     found: list[Case] = []
-    with _progress(len(cases), sys.stderr) as show:
-        for case in _search_all(cases, min(jobs, len(cases)), partial(_search_one, limit=args.limit or _LIMIT, exhaustive=args.exhaustive)):
+    line, began = Line(sys.stderr), time.monotonic()
+    search = partial(_search_one, limit=args.limit or _LIMIT, exhaustive=args.exhaustive)
+
+    def tell(now: Sequence[str]) -> None:
+        bad = sum(case.verdict not in _GOOD for case in found)
+        line.update(lambda: f"{len(found)} of {len(cases)} searched, {bad} bad, {duration(time.monotonic() - began)}: {', '.join(now)}")
+
+    try:
+        for case in _search_all(cases, min(jobs, len(cases)), search, tell):
             found.append(case)
-            show(found, [] if args.json else list(_lines(case, in_full=len(cases) == 1)))
+            line.clear()
+            if not args.json:
+                print("\n".join(_lines(case, in_full=len(cases) == 1)), flush=True)
+    finally:
+        line.clear()
     if args.json:
         json.dump([case.as_data() for case in found], sys.stdout, indent=2)
         print()
@@ -228,11 +241,13 @@ def _begin() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-def _search_all(cases: Sequence[tuple["Scenario", str]], jobs: int, search: Callable[[str, str], Case]) -> Iterator[Case]:
-    """Search, those with most actors first, for they take longest; yields what is ready."""
+def _search_all(
+    cases: Sequence[tuple["Scenario", str]], jobs: int, search: Callable[[str, str], Case], tell: Callable[[Sequence[str]], None]
+) -> Iterator[Case]:
+    """Search, those with most actors first, for they take longest; yields what is ready, and often tells what is searched now."""
     # Late, for they take longer to import than most commands to run.
     import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
     from concurrent.futures.process import BrokenProcessPool
 
     executor = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork"), initializer=_begin)
@@ -241,12 +256,18 @@ def _search_all(cases: Sequence[tuple["Scenario", str]], jobs: int, search: Call
         # What runs at a fork would swallow the exception.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            futures: list[Future[Case]] = [executor.submit(search, scenario.name, design) for scenario, design in ordered]
+            futures: dict[Future[Case], str] = {
+                executor.submit(search, case[0].name, case[1]): f"{case[0].name} {case[1]}" for case in ordered
+            }
         except OSError as error:
             raise named("fork", error) from None
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        for future in as_completed(futures):
-            yield future.result()
+        while futures:
+            # Those in front that are not done: the executor calls some running that wait for a process.
+            tell([name for name, _ in zip(futures.values(), range(jobs), strict=False)])
+            for future in wait(futures, _TICK, FIRST_COMPLETED).done:
+                del futures[future]
+                yield future.result()
     except BrokenProcessPool:
         raise CommandError("a process that searched was killed", "by whom: dmesg; with fewer --jobs it takes less memory") from None
     except BaseException:
@@ -271,23 +292,3 @@ def _summary(found: Sequence[Case]) -> str:
     """Write how many searches came out how."""
     counts = [f"{number} {verdict.value}" for verdict in Verdict if (number := sum(case.verdict is verdict for case in found))]
     return f"{len(found)} searches, {sum(case.result.states for case in found)} states: {'; '.join(counts)}"
-
-
-@contextmanager
-def _progress(total: int, stream: TextIO) -> Generator[Callable[[Sequence[Case], Sequence[str]], None]]:
-    """Give what prints lines and, on a terminal, says below them how far it is."""
-    clear = _CLEAR if stream.isatty() else ""
-
-    def show(found: Sequence[Case], lines: Sequence[str]) -> None:
-        print(clear, end="", file=stream, flush=True)
-        for line in lines:
-            print(line, flush=True)
-        if clear:
-            bad = sum(case.verdict not in _GOOD for case in found)
-            print(f"{len(found)} of {total} searched, {bad} bad", end="", file=stream, flush=True)
-
-    show([], [])
-    try:
-        yield show
-    finally:
-        print(clear, end="", file=stream, flush=True)

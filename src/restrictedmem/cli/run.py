@@ -247,7 +247,7 @@ def _engine(args: argparse.Namespace) -> str:
 
 
 def _to_its_end(vmm: "Vmm", *, quiet: bool) -> "Ended":
-    with table.progress(vmm, show=sys.stderr.isatty() and not quiet) as tick:
+    with table.progress(vmm, show=not quiet) as tick:
         return vmm.run(sys.stdin.buffer, sys.stdout.buffer, sys.stderr.buffer, tick)
 
 

@@ -7,40 +7,35 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from restrictedmem.text import plain
+from restrictedmem.text import Line, duration, plain
 from restrictedmem.units import PAGE_SHIFT, format_size
 
 if TYPE_CHECKING:
     from restrictedmem.kvm.vmm import Ended, Vmm
 
-_PROGRESS_INTERVAL = 0.1
 _NAME_WIDTH = 19
 _VERBS = {"splits": "split", "merges": "put together", "removals": "taken out", "restores": "put back"}
 
 
 @contextmanager
-def progress(vmm: "Vmm", *, show: bool) -> Generator[Callable[[], None] | None, None, None]:
-    """Show phase, bytes and rate on a terminal while the guest runs; yields what the VMM calls after each exit, or None."""
-    if not show:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+def progress(vmm: "Vmm", *, show: bool) -> Generator[Callable[[], None], None, None]:
+    """Show bytes and rate on a terminal while the guest runs; yields what the VMM calls after each exit.
 
-    phase, done = TextColumn("{task.description}"), DownloadColumn(binary_units=True)
-    columns = (SpinnerColumn(), phase, done, TransferSpeedColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
-        task = bar.add_task("guest runs", total=_input_size())
-        shown = time.monotonic()
+    Nothing while stdout is a terminal: what the guest writes there would be in the middle of the line.
+    """
+    line = Line(sys.stderr, show=show and not sys.stdout.isatty())
+    began, total = time.monotonic(), _input_size()
 
-        def tick() -> None:
-            nonlocal shown
-            now = time.monotonic()
-            if now - shown >= _PROGRESS_INTERVAL:
-                shown = now
-                bar.update(task, completed=vmm.bytes_in, refresh=True)
+    def text() -> str:
+        passed = time.monotonic() - began
+        of = f" of {format_size(total)}" if total is not None else ""
+        rate = format_size(round(vmm.bytes_in / passed)) if passed else "0 B"
+        return f"guest runs  {format_size(vmm.bytes_in)}{of}, {rate}/s, {duration(passed)}"
 
-        yield tick
+    try:
+        yield lambda: line.update(text)
+    finally:
+        line.clear()
 
 
 def _input_size() -> int | None:
