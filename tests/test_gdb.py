@@ -77,6 +77,8 @@ int main(const struct boot_info *boot)
 	return (int)sum;
 }
 """
+#: What the stub tells to type first: `watch` fails without it.
+OWN_WATCHPOINTS = "set can-use-hw-watchpoints 0"
 #: What main returns.
 STATUS = 12
 
@@ -133,7 +135,8 @@ def debugged(host: Host, image: Path, tmp_path: Path, *arguments: str, vcpus: in
     with Vmm(PRIVATE_SIZE, host.service, vcpus=vcpus, engine=host.engine, debug=True) as vmm:
         vmm.load(elf.parse(image.read_bytes()), arguments)
         with serve(vmm, 0, "guest.elf", talk) as port:
-            assert talk.getvalue() == f"gdb: type  gdb guest.elf -ex 'target remote 127.0.0.1:{port}'\n"
+            before, after = f"-ex '{OWN_WATCHPOINTS}'", f"-ex 'target remote 127.0.0.1:{port}'"
+            assert talk.getvalue() == f"gdb: type  gdb guest.elf {before} {after}\n"
             run = Run(vmm, port, out)
 
             def drive() -> None:
@@ -171,7 +174,7 @@ def wait_for_more(run: Run, image: Path) -> None:
 
 
 def gdb_command(image: Path, port: int, *commands: str) -> list[str]:
-    first = ("set debuginfod enabled off", "set confirm off", f"target remote 127.0.0.1:{port}")
+    first = ("set debuginfod enabled off", "set confirm off", OWN_WATCHPOINTS, f"target remote 127.0.0.1:{port}")
     words = [word for command in (*first, *commands) for word in ("-ex", command)]
     return ["gdb", "-q", "-nx", "-batch", *words, str(image)]
 
@@ -238,6 +241,14 @@ def test_a_breakpoint_in_a_loop_stops_at_each_turn(host: Host, guest: Path, tmp_
         assert run.ended() == Ended(STATUS)
     assert re.findall(r"\$\d = (\d)", said) == ["1", "2", "3"]
     assert f"exited with code {STATUS:03o}" in said
+
+
+@needs_gdb
+def test_a_watchpoint_stops_where_memory_changes(host: Host, guest: Path, tmp_path: Path) -> None:
+    with debugged(host, guest, tmp_path) as run:
+        said = gdb(guest, run.port, "break main", "continue", "watch counter", "continue", "continue", "delete", "continue")
+        assert run.ended() == Ended(STATUS)
+    assert re.findall(r"(?:Old|New) value = (\d+)", said) == ["0", "1", "1", "3"], said
 
 
 @needs_gdb

@@ -52,7 +52,9 @@ def serve(vmm: Vmm, port: int, program: str, talk: TextIO = sys.stderr) -> Gener
         vmm.vcpus[0].get_regs()
         port = listener.getsockname()[1]
         stub = Stub(vmm, listener)
-        print(f"gdb: type  gdb {program} -ex 'target remote 127.0.0.1:{port}'", file=talk, flush=True)
+        # gdb takes it for granted that whoever is remote has watchpoints in hardware; its own are single steps.
+        own = "set can-use-hw-watchpoints 0"
+        print(f"gdb: type  gdb {program} -ex '{own}' -ex 'target remote 127.0.0.1:{port}'", file=talk, flush=True)
         try:
             yield port
         finally:
