@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Final, final
 
 from restrictedmem.kvm import exits
+from restrictedmem.kvm.decode import Instruction
 from restrictedmem.kvm.exits import Exit
 from restrictedmem.kvm.software import unicorn
-from restrictedmem.kvm.software.decode import Instruction
 from restrictedmem.kvm.software.fetched import FetchedCode
 from restrictedmem.kvm.software.physical import PhysicalMemory
 from restrictedmem.kvm.software.tlb import Stop
@@ -52,7 +52,7 @@ class Alone:
         if instruction is None and self._memory.find(rip & ~PAGE_MASK) is not None:
             return False
         if instruction is not None and instruction.opcode == _PUSHF:
-            return self._push_flags(rip, rip + instruction.prefixes + 1)
+            return self._push_flags(rip, rip + len(instruction.prefixes) + 1)
         if not is_wide(instruction):
             return self._trap(flags, instruction)
         if flags & _TRAP_FLAG:

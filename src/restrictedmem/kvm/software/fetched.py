@@ -5,8 +5,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Final, final
 
+from restrictedmem.kvm.decode import LONGEST, PREFIXES, Instruction, decode
 from restrictedmem.kvm.half import Half
-from restrictedmem.kvm.software.decode import LONGEST, PREFIXES, Instruction, decode
 from restrictedmem.kvm.software.unicorn import Hook, Uc
 from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 

@@ -15,8 +15,8 @@ after its last access to memory.
 import struct
 from typing import Final, final
 
+from restrictedmem.kvm.decode import Instruction
 from restrictedmem.kvm.software import unicorn
-from restrictedmem.kvm.software.decode import Instruction
 from restrictedmem.kvm.software.unicorn import Context, Uc
 
 #: CF, PF, AF, ZF, SF, OF.

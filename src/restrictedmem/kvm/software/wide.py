@@ -9,8 +9,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Final, final
 
+from restrictedmem.kvm.decode import Instruction
 from restrictedmem.kvm.software import unicorn
-from restrictedmem.kvm.software.decode import Instruction
 from restrictedmem.kvm.software.unicorn import Context, Uc
 
 #: CPUID of leaf 1, to RSI, RDI, R8 and R9, for want of a register that nothing overwrites.

@@ -16,13 +16,13 @@ _REGISTER: Final = 0xC0
 @final
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One instruction: how many prefixes it has, its opcode, and the byte behind that.
+    """One instruction: its prefixes, its opcode, and the byte behind that.
 
     An opcode of two bytes is a number of both, 0x0F first. The byte is ModRM where the opcode has
     one, and 0 where code ends.
     """
 
-    prefixes: int
+    prefixes: bytes
     opcode: int
     modrm: int
 
@@ -50,4 +50,4 @@ def decode(code: bytes) -> Instruction | None:
     if not opcode:
         return None
     modrm = code[at + len(opcode) : at + len(opcode) + 1]
-    return Instruction(at, int.from_bytes(opcode, "big"), modrm[0] if modrm else 0)
+    return Instruction(code[:at], int.from_bytes(opcode, "big"), modrm[0] if modrm else 0)
