@@ -118,7 +118,10 @@ def service(request: pytest.FixtureRequest) -> Iterator[Service]:
         yield found
 
 
-@pytest.fixture(params=["software", pytest.param("kernel", marks=pytest.mark.requires("kvm"))])
+ENGINES: Final = ("software", pytest.param("kernel", marks=pytest.mark.requires("kvm")))
+
+
+@pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name

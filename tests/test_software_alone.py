@@ -75,7 +75,7 @@ def test_an_instruction_across_the_end(machine: Machine, inside: int) -> None:
         assert machine.vcpu.run() == MISSING
         assert (machine.word(DATA), machine.word(DATA + 8)) == (1, 0)
         registers = machine.engine.get_regs()
-        assert (registers.rip, registers.rax, registers.rflags) == (NEXT - inside, 5, 0x3002)
+        assert (registers.rip, registers.rax, registers.rflags) == (NEXT - inside, 5, 0x202)
     show(machine, NEXT, private=True)
     assert machine.vcpu.run() == HALTED
     assert (machine.word(DATA), machine.word(DATA + 8)) == (1, 0x11)
@@ -103,8 +103,8 @@ def test_a_long_block_before_the_end(machine: Machine) -> None:
     show(machine, DATA + PAGE_SIZE, private=True)
     registers = machine.engine.get_regs()
     # No trap flag in what was pushed.
-    assert (machine.word(DATA), registers.rax, registers.rsp) == (40, 0x3446, STACK - 10)
-    assert (machine.word(STACK - 8), machine.word(STACK - 10) & 0xFFFF) == (0x3406, 0x3406)
+    assert (machine.word(DATA), registers.rax, registers.rsp) == (40, 0x646, STACK - 10)
+    assert (machine.word(STACK - 8), machine.word(STACK - 10) & 0xFFFF) == (0x606, 0x606)
     assert machine.vcpu.run() == MISSING
     registers = machine.engine.get_regs()
     assert (registers.rip, registers.rsp) == (NEXT, STACK - 2)
@@ -165,7 +165,7 @@ def test_the_trap_flag_of_the_guest_itself(machine: Machine) -> None:
 @pytest.mark.parametrize(("instruction", "size"), [("9c", 8), ("669c", 2)])
 def test_flags_pushed_to_a_device(machine: Machine, instruction: str, size: int) -> None:
     code = machine_code("bc100000d0", "f9", instruction, "f4")  # mov esp, DEVICE + 16; stc; pushf
-    assert machine.run(code) == MmioWrite(DEVICE + 16 - size, size, 0x3003)
+    assert machine.run(code) == MmioWrite(DEVICE + 16 - size, size, 0x203)
     assert machine.go_on() == HALTED
     assert machine.engine.get_regs().rsp == DEVICE + 16 - size
 
@@ -174,7 +174,7 @@ def test_flags_popped_from_a_device(machine: Machine) -> None:
     code = machine_code("bc100000d0", "9d", "90", "f4")  # mov esp, DEVICE + 16; popf; nop
     assert machine.run(code) == MmioRead(DEVICE + 16, 8)
     assert machine.go_on(0x41) == HALTED
-    assert machine.engine.get_regs().rflags & 0xFFF == 0x43
+    assert machine.engine.get_regs().rflags & 0xFFF == 0x243
     assert machine.run(code) == MmioRead(DEVICE + 16, 8)
     assert machine.go_on(0x102) == Shutdown(1)
 
@@ -191,11 +191,11 @@ def test_steps_over_flags_that_are_pushed_and_popped(machine: Machine) -> None:
         machine.engine.set_guest_debug(step=True, breakpoints=frozenset())
         for offset in range(1, 7):
             assert machine.vcpu.run() == Debug(SINGLE_STEP, at + offset, DR6_BS)
-            assert machine.engine.get_regs().rflags == 0x3002
-            assert machine.word(STACK - 8) == 0x3002
+            assert machine.engine.get_regs().rflags == 0x202
+            assert machine.word(STACK - 8) == 0x202
         machine.engine.set_guest_debug(step=False, breakpoints=frozenset())
         assert machine.vcpu.run() == HALTED
-        assert machine.engine.get_regs().rax == 0x3002
+        assert machine.engine.get_regs().rax == 0x202
 
 
 def test_a_step_that_cannot_fetch(machine: Machine) -> None:
@@ -208,4 +208,4 @@ def test_a_step_that_cannot_fetch(machine: Machine) -> None:
         assert machine.vcpu.run() == MISSING
     show(machine, NEXT, private=True)
     assert machine.vcpu.run() == HALTED
-    assert machine.word(STACK - 8) == 0x3002
+    assert machine.word(STACK - 8) == 0x202

@@ -25,8 +25,8 @@ _ROTATES: Final = frozenset((0xC0, 0xC1, 0xD0, 0xD1, 0xD2, 0xD3))
 _RCL_RCR: Final = (2, 3)
 
 _DIRECTION: Final = 0x400
-#: IOPL 3, and the bit that is always set: what a guest starts with.
-RFLAGS: Final = 0x3002
+#: What a guest starts with: IF, and the bit that is always set.
+RFLAGS: Final = 0x202
 # Two words that ``cc_dst`` and ``cc_src`` have of MARK_FLAGS, and no register keeps.
 _FIRST: Final = 0x5C0F_FEE1_2345_6789
 _SECOND: Final = 0x1B57_ED0C_0FFE_E987

@@ -28,11 +28,18 @@ _CODE: Final = bytes.fromhex(
     "0f20e0"  # mov    rax, cr4
     "4883c808"  # or     rax, 8          (DE)
     "0f22e0"  # mov    cr4, rax
+    "0f20c0"  # mov    rax, cr0
+    "4883c820"  # or     rax, 0x20       (NE)
+    "0f22c0"  # mov    cr0, rax
+    "dbe3"  # fninit
+    "68801f0000"  # push   0x1f80
+    "0fae1424"  # ldmxcsr [rsp]
+    "58"  # pop    rax
     "48c7c002040200"  # mov    rax, 0x20402    (G0, RW0 = I/O, one byte)
     "0f23f8"  # mov    dr7, rax
     "6a1b"  # push   0x1b            (ss: user data)
     "6a00"  # push   0               (rsp)
-    "6802300000"  # push   0x3002          (rflags: IOPL 3)
+    "6802020000"  # push   0x202           (rflags: IF)
     "6a23"  # push   0x23            (cs: user code)
     "488d83c0010000"  # lea    rax, [rbx + 0x1c0]
     "50"  # push   rax             (rip)

@@ -1,0 +1,141 @@
+"""What a guest sees of the processor, on both engines; what differs has a row in docs/engines.md, and a key here."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import pytest
+
+from restrictedmem.kvm.exits import Exit, Hypercall, Shutdown
+from restrictedmem.service.client import Service
+from test_engines import (
+    CALL,
+    ENGINES,
+    ENGINES_MD,
+    make_machine,
+)
+
+pytestmark = pytest.mark.requires("fuse")
+
+#: By key, the software engine's answers and the kernel engine's: sets of what may come, None where the guest goes on.
+DIFFERENCES: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
+    "iopl": {"software": ({0},), "kernel": ({0, 3},)},
+    # Those of GS, FS, ES, DS, SS and CS; and what comes of loading the host's for user data.
+    "selectors": {
+        "software": ({"1b0023"}, {Shutdown(13)}),
+        "kernel": ({"2b0033", "1b0023"}, {None, Shutdown(13)}),
+    },
+    "descriptor-tables": {
+        "software": ({(0x31, 0)}, {(0, 0)}, [{0}, {0}, {0}]),
+        "kernel": ({Shutdown(6), Shutdown(13)}, {Shutdown(6), Shutdown(13)}, [{0}, {0}, {0, 1}]),
+    },
+    "sse-and-x87": {"software": ({None}, {None}, 0), "kernel": ({Shutdown(19)}, {Shutdown(6), Shutdown(13)}, 0xFFFF)},
+}
+
+
+@dataclass
+class Programs:
+    """Runs each in a VM of its own."""
+
+    service: Service
+    engine: str
+
+    def expect(self, key: str) -> tuple[Any, ...]:
+        return DIFFERENCES[key][self.engine]
+
+    def run(self, *code: str) -> Exit:
+        """Run code from private memory, with rdi and rbx at DATA, to its first exit."""
+        with make_machine(self.service, self.engine) as machine:
+            return machine.start("4889fb", _compact(code))  # mov rbx, rdi
+
+    def run_shared(self, *code: str) -> Exit:
+        with make_machine(self.service, self.engine) as machine:
+            return machine.start_shared("4889fb", _compact(code))
+
+    def end(self, *code: str) -> Exit | None:
+        """Return how code in private memory ends: None when it comes to its end."""
+        exit_ = self.run(*code, CALL)
+        return None if isinstance(exit_, Hypercall) else exit_
+
+    def said(self, *code: str) -> tuple[int, int]:
+        """Return what code in private memory leaves in rdi and rsi, which are 0 at first."""
+        exit_ = self.run("31ff", "31f6", *code, CALL)
+        assert isinstance(exit_, Hypercall), exit_
+        return exit_.arguments[:2]
+
+
+def _compact(code: tuple[str, ...]) -> str:
+    return "".join(code).replace(" ", "")
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    with Service.start() as found:
+        yield found
+
+
+@pytest.fixture(params=ENGINES)
+def programs(service: Service, request: pytest.FixtureRequest) -> Programs:
+    return Programs(service, request.param)
+
+
+def test_every_difference_has_its_row() -> None:
+    table = ENGINES_MD.read_text(encoding="utf-8").split("## What a guest sees of the processor")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \|.*\| `(\w+)` \|$", table, re.MULTILINE)
+    assert sorted(key for key, _ in rows) == sorted(DIFFERENCES)
+    assert [test for _, test in rows if test not in globals()] == []
+
+
+def test_flags_at_the_start(programs: Programs) -> None:
+    """IF is set; what a guest pops of the rest is what it pushes."""
+    # pushf; pop rdi; push 0x207ed7; popf; pushf; pop rsi
+    flags, later = programs.said("9c 5f 68d77e2000 9d 9c 5e")
+    iopl = flags >> 12 & 3
+    assert (flags & ~0x3000, later) == (0x246, 0x204ED7 | iopl << 12)
+    assert iopl in programs.expect("iopl")[0]
+    # cli; sti
+    assert [programs.run_shared(code, "f4") for code in ("fa", "fb")] == [Shutdown(13)] * 2 or iopl == 3
+
+
+def test_selectors(programs: Programs) -> None:
+    found, more = programs.said(
+        *(f"48c1e710 8c{modrm} 6689c7" for modrm in ("c0", "d8", "d0", "c8")),  # shl rdi, 16; mov eax, es, ds, ss, cs; mov di, ax
+        *(f"48c1e610 8c{modrm} 6689c6" for modrm in ("e8", "e0")),  # the same to si, of gs and fs
+    )
+    shown, loaded = programs.expect("selectors")
+    assert f"{more << 64 | found:x}" in shown
+    assert programs.end("66b82b00 8ec0") in loaded  # mov ax, 0x2b; mov es, eax
+    # A null selector can be loaded to a data segment, and nothing else.
+    assert programs.end("31c0 8ed8 8ec0 8ee0 8ee8") is None  # xor eax, eax; mov ds, eax; es; fs; gs
+    for code in ("31c0 8ed0", "66b80800 8ed8", "66b81b00 8ed8"):  # ss of 0; ds of 8 and 0x1b
+        assert programs.run_shared(code) == Shutdown(13)
+
+
+def test_descriptor_tables(programs: Programs) -> None:
+    control, limits, known = programs.expect("descriptor-tables")
+    for code, expected in (
+        ("480f01e7 0f00ce", control),  # smsw rdi; str esi
+        ("0f0103 0f014b10 0fb73b 0fb77310", limits),  # sgdt [rbx]; sidt [rbx + 16]; movzx edi, [rbx]; esi, [rbx + 16]
+    ):
+        assert (programs.end(code) or programs.said(code)) in expected
+    for selector, wanted in zip((0x08, 0x23, 0x28), known, strict=True):
+        # mov ecx, selector; lsl eax, ecx; setz dil
+        assert programs.said(f"b9{selector:02x}000000 0f03c1 400f94c7")[0] in wanted
+
+
+def test_x87_and_sse_at_the_start(programs: Programs) -> None:
+    """As the ABI has it: long double has 64 bits, and nothing is raised."""
+    assert programs.said("d93b 0fae5b08 0fb73b 8b7308") == (0x37F, 0x1F80)  # fnstcw [rbx]; stmxcsr [rbx + 8]; load both
+    # fld1; mov dword [rbx], 3; fidiv dword [rbx]; fstp tbyte [rbx]; mov rdi, [rbx]
+    assert programs.said("d9e8 c70303000000 da33 db3b 488b3b")[0] == 0xAAAA_AAAA_AAAA_AAAB
+    # fldcw of 0x37b; fld1; fldz; fdivp; fwait
+    assert programs.end("c7037b030000 d92b d9e8 d9ee def9 9b") == Shutdown(16)
+
+
+def test_sse_and_x87(programs: Programs) -> None:
+    raised, reserved, upper = programs.expect("sse-and-x87")
+    # ldmxcsr of 0x1d80; xorps xmm0, xmm0; mov eax, 1; cvtsi2ss xmm1, eax; divss xmm1, xmm0
+    assert programs.end("c703801d0000 0fae13 0f57c0 b801000000 f30f2ac8 f30f5ec8") in raised
+    assert programs.end("c703ffffffff 0fae13") in reserved  # ldmxcsr of 0xffffffff
+    assert programs.said("d933 0fb77b02")[0] == upper  # fnstenv [rbx]; movzx edi, word [rbx + 2]
