@@ -18,6 +18,7 @@ import pytest
 import emulation
 from hugetlb import reserved
 from restrictedmem.abi import memory
+from restrictedmem.abi.kvm import ExitReason
 from restrictedmem.kvm import exits, guest_abi
 from restrictedmem.kvm.exits import Exit, Hypercall, MemoryFault, MmioRead, MmioWrite, PortIn, PortOut, Shutdown
 from restrictedmem.kvm.vm import Vcpu, Vm
@@ -39,6 +40,16 @@ STACK: Final = PRIVATE + 8 * PAGE
 EPERM, EACCES, EEXIST, EFAULT, EINVAL, ENOMEM, ENOSPC, EOPNOTSUPP = 1, 13, 17, 14, 22, 12, 28, 95
 DEADLINE: Final = 20.0
 
+
+def assembled(*instructions: str) -> bytes:
+    return bytes.fromhex("".join(instructions))
+
+
+#: mov eax, 99; mov ecx, HYPERCALL_PAGE; call rcx: a number of no meaning, so that all four arguments come through.
+NUMBER: Final = 99
+CALL: Final = "b863000000b900001000ffd1"
+
+
 #: What differs: by key, the software engine's answers and the kernel engine's.
 DIFFERENCES: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
     "mmio": {
@@ -53,6 +64,10 @@ DIFFERENCES: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
         "software": ({PortIn(0x80, 1)}, {PortOut(0x80, 1, 0)}),
         "kernel": ({Shutdown(6), PortIn(0x80, 1)}, {Shutdown(6), PortOut(0x80, 1, 0)}),
     },
+    "port-to-private-memory": {
+        "software": ({Hypercall(NUMBER, (DATA + 1, DATA, 0x80, 0)), PortOut(0x80, 1, 0)},),
+        "kernel": ({exits.Unknown(ExitReason.INTERNAL_ERROR)},),
+    },
     "general-protection": {"software": ({13},), "kernel": ({6, 13},)},
     "interrupt-number": {"software": ({0x80},), "kernel": ({6, 0x80},)},
     "overlap": {"software": (0,), "kernel": (EINVAL,)},
@@ -65,15 +80,6 @@ DIFFERENCES: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
     "prefault": {"software": (PAGE,), "kernel": (EOPNOTSUPP,)},
     "memory-failure": {"software": (0,), "kernel": (EOPNOTSUPP,)},
 }
-
-
-def assembled(*instructions: str) -> bytes:
-    return bytes.fromhex("".join(instructions))
-
-
-#: mov eax, 99; mov ecx, HYPERCALL_PAGE; call rcx: a number of no meaning, so that all four arguments come through.
-NUMBER: Final = 99
-CALL: Final = "b863000000b900001000ffd1"
 
 
 @dataclass
@@ -244,6 +250,172 @@ def test_string_instructions_on_ports_come_one_by_one(machine: Machine) -> None:
     assert machine.window[0x200:0x206] == bytes.fromhex("111122223333")
 
 
+def missing_page(machine: Machine, at: int, content: bytes) -> MemoryFault:
+    """Make a slot of one private page, which shows the half that it lacks; returns what comes of a touch."""
+    fd = machine.service.memfd_restricted()
+    machine.vm.set_user_memory_region(slot=2, guest_phys_addr=at, memory_size=PAGE, restricted_fd=fd)
+    os.close(fd)
+    machine.convert(at, PAGE, private=True)
+    machine.vm.launch_update(at, content.ljust(PAGE, b"\xf4"))
+    machine.convert(at, PAGE, private=False)
+    return MemoryFault(0, at, PAGE, EFAULT)
+
+
+PORT_IN: Final = PortIn(0x80, 2)
+INPUT: Final = (
+    "66ba8000",  # mov dx, 0x80
+    "b904000000",  # mov ecx, 4
+    "f3666d",  # rep insw
+    CALL,
+)
+
+
+def load_rdi(value: int) -> str:
+    """mov rdi, value"""
+    return "48bf" + value.to_bytes(8, "little").hex()
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_port_is_read_only_for_what_can_be_stored(service: Service, engine: str, backwards: bool) -> None:
+    """The fault of a page comes before the values for it are asked for; each value is asked for once."""
+    with make_machine(service, engine, debug=True) as machine:
+        page, first, before = (SHARED - PAGE, SHARED + 4, 3) if backwards else (SHARED + MIB, SHARED + MIB - 4, 2)
+        missing = missing_page(machine, page, b"")
+        exit_ = machine.start_shared(load_rdi(first), "fd" if backwards else "fc", *INPUT)
+        found: list[Exit] = []
+        for value in (0x1111, 0x2222, 0x3333, 0x4444):
+            if exit_ == missing:
+                found.append(exit_)
+                machine.convert(page, PAGE, private=True)
+                exit_ = machine.vcpu.run()
+            found.append(exit_)
+            exit_ = machine.vcpu.run(value)
+        assert isinstance(exit_, Hypercall)
+        assert found == [PORT_IN] * before + [missing] + [PORT_IN] * (4 - before)
+        there = machine.vm.read_memory(page, PAGE)
+        there = there[-2:] + machine.window[:6] if backwards else machine.window[-4:] + there[:4]
+        assert there.hex() == ("4444333322221111" if backwards else "1111222233334444")
+
+
+def test_a_value_of_a_port_on_two_pages(service: Service, engine: str) -> None:
+    """It is asked for, and stored, when both can be had."""
+    with make_machine(service, engine, debug=True) as machine:
+        missing = missing_page(machine, SHARED + MIB, b"")
+        machine.window[-2:] = b"ab"
+        exit_ = machine.start_shared(load_rdi(SHARED + MIB - 2), "66ba8000", "6d", CALL)  # mov dx, 0x80; insd
+        assert (exit_, machine.vcpu.run(), machine.window[-2:]) == (missing, missing, b"ab")
+        machine.convert(SHARED + MIB, PAGE, private=True)
+        assert machine.vcpu.run() == PortIn(0x80, 4)
+        assert isinstance(machine.vcpu.run(0x64636261), Hypercall)
+        assert machine.window[-2:] + machine.vm.read_memory(SHARED + MIB, 2) == b"abcd"
+
+
+def test_a_port_is_read_to_an_address_of_32_bits(machine: Machine) -> None:
+    code = load_rdi(SHARED + 0x200 | 1 << 33)
+    assert machine.start_shared(code, "66ba8000", "676c", CALL) == PortIn(0x80, 1)  # mov dx, 0x80; insb to [edi]
+    assert isinstance(machine.vcpu.run(0x41), Hypercall)
+    assert machine.window[0x200] == 0x41
+
+
+def test_values_of_a_port_survive_a_page_that_is_taken_away(service: Service, engine: str) -> None:
+    """The owner takes it while it is asked; those that were stored before are not stored again."""
+    with make_machine(service, engine, debug=True) as machine:
+        missing = missing_page(machine, SHARED + MIB, b"")
+        machine.convert(SHARED + MIB, PAGE, private=True)
+        exit_ = machine.start_shared(load_rdi(SHARED + MIB - 4), *INPUT)
+        for value in (0x1111, 0x2222, 0x3333, 0x4444):
+            if exit_ == missing:
+                machine.convert(SHARED + MIB, PAGE, private=True)
+                exit_ = machine.vcpu.run()
+            assert exit_ == PORT_IN
+            machine.convert(SHARED + MIB, PAGE, private=False)
+            exit_ = machine.vcpu.run(value)
+        if exit_ == missing:
+            machine.convert(SHARED + MIB, PAGE, private=True)
+            exit_ = machine.vcpu.run()
+        assert isinstance(exit_, Hypercall)
+        assert (machine.window[-4:] + machine.vm.read_memory(SHARED + MIB, 4)).hex() == "1111222233334444"
+
+
+def test_a_value_of_a_port_survives_a_page_that_is_taken_away(service: Service, engine: str) -> None:
+    """The owner takes it while it is asked; the instruction is executed again, and gets what it was given."""
+    with make_machine(service, engine, debug=True) as machine:
+        missing = missing_page(machine, SHARED + MIB, b"")
+        exit_ = machine.start_shared(
+            f"bf{(SHARED + MIB).to_bytes(4, 'little').hex()}",  # mov edi, SHARED + MIB
+            "66ba8000",  # mov dx, 0x80
+            "6c",  # insb
+            "ffcf",  # dec edi
+            "6c",  # insb
+            CALL,
+        )
+        assert exit_ == missing
+        for value in (0x41, 0x42):
+            machine.convert(SHARED + MIB, PAGE, private=True)
+            assert machine.vcpu.run() == PortIn(0x80, 1)
+            machine.convert(SHARED + MIB, PAGE, private=False)
+            assert [machine.vcpu.run(value), machine.vcpu.run(0x99)] == [missing, missing]
+        machine.convert(SHARED + MIB, PAGE, private=True)
+        assert isinstance(machine.vcpu.run(0x99), Hypercall)
+        assert machine.vm.read_memory(SHARED + MIB, 1) == b"\x42"
+
+
+def test_a_value_of_a_port_is_for_its_instruction_alone(service: Service, engine: str) -> None:
+    """The debugger leads the vCPU to another INS before what was read could be stored."""
+    with make_machine(service, engine, debug=True) as machine:
+        missing = missing_page(machine, SHARED + MIB, b"")
+        machine.convert(SHARED + MIB, PAGE, private=True)
+        # mov dx, 0x80; insb; insb
+        assert machine.start_shared(load_rdi(SHARED + MIB), "66ba8000", "6c", "6c", CALL) == PortIn(0x80, 1)
+        machine.convert(SHARED + MIB, PAGE, private=False)
+        assert machine.vcpu.run(0x41) == missing
+        regs = machine.vcpu.get_regs()
+        regs.rip, regs.rdi = SHARED + 15, SHARED + 0x200
+        machine.vcpu.change_regs(regs)
+        assert machine.vcpu.run() == PortIn(0x80, 1)
+        assert isinstance(machine.vcpu.run(0x42), Hypercall)
+        assert machine.window[0x200] == 0x42
+
+
+def test_a_value_of_a_port_is_not_for_the_next_page(machine: Machine) -> None:
+    """The INS behind it faults when it is fetched, after the first one is done."""
+    with shared_memory(PAGE) as (fd, page):
+        machine.window[-1:] = page[:1] = assembled("6c")  # insb
+        jump = (MIB - 1 - 19).to_bytes(4, "little").hex()
+        # mov dx, 0x80; jmp to the last byte
+        assert machine.start_shared(load_rdi(SHARED + 0x200), "66ba8000", "e9", jump) == PortIn(0x80, 1)
+        assert machine.vcpu.run(0x41) == MemoryFault(0, SHARED + MIB, PAGE, EFAULT)
+        machine.vm.set_user_memory_region(slot=2, guest_phys_addr=SHARED + MIB, memory_size=PAGE, shared_fd=fd)
+        machine.convert(SHARED + MIB, PAGE, private=False)
+        assert machine.vcpu.run() == PortIn(0x80, 1)
+        assert machine.window[0x200] == 0x41
+
+
+def test_a_value_of_a_port_survives_a_step_that_faults(service: Service, engine: str) -> None:
+    with make_machine(service, engine, debug=True) as machine:
+        missing = missing_page(machine, SHARED + MIB, b"")
+        machine.convert(SHARED + MIB, PAGE, private=True)
+        # mov edi, SHARED + MIB; mov dx, 0x80; insb
+        assert machine.start_shared(f"bf{(SHARED + MIB).to_bytes(4, 'little').hex()}", "66ba8000", "6c", CALL) == PortIn(0x80, 1)
+        machine.convert(SHARED + MIB, PAGE, private=False)
+        machine.vcpu.set_guest_debug(step=True)
+        assert [machine.vcpu.run(0x41), machine.vcpu.run(0x99)] == [missing, missing]
+        machine.convert(SHARED + MIB, PAGE, private=True)
+        assert machine.vcpu.run(0x99) == exits.Debug(exits.SINGLE_STEP, SHARED + 10, exits.DR6_BS)
+        assert machine.vm.read_memory(SHARED + MIB, 1) == b"\x41"
+
+
+@pytest.mark.parametrize("instruction", ["6c", "6e"])  # insb; outsb
+def test_string_instructions_between_ports_and_private_memory(machine: Machine, instruction: str) -> None:
+    exit_ = machine.start_shared("89fe", "66ba8000", instruction, CALL)  # mov esi, edi; mov dx, 0x80
+    if exit_ == PortIn(0x80, 1):
+        exit_ = machine.vcpu.run(0x41)
+    assert exit_ in machine.expect("port-to-private-memory")[0]
+    if isinstance(exit_, exits.Unknown):
+        # For good: it would go on with what is not its memory.
+        assert machine.vcpu.run() == exit_
+
+
 @pytest.mark.parametrize(("instruction", "index"), [("e480", 0), ("e680", 1)])
 def test_ports_in_private_code(machine: Machine, instruction: str, index: int) -> None:
     assert machine.start(instruction) in machine.expect("port-in-private-code")[index]
@@ -330,17 +502,6 @@ def test_a_fault_can_be_mended(machine: Machine) -> None:
     found = machine.vcpu.run()
     assert isinstance(found, Hypercall)
     assert found.arguments[0] == 42
-
-
-def missing_page(machine: Machine, at: int, content: bytes) -> MemoryFault:
-    """Make a slot of one private page, which shows the half that it lacks; returns what comes of a touch."""
-    fd = machine.service.memfd_restricted()
-    machine.vm.set_user_memory_region(slot=2, guest_phys_addr=at, memory_size=PAGE, restricted_fd=fd)
-    os.close(fd)
-    machine.convert(at, PAGE, private=True)
-    machine.vm.launch_update(at, content.ljust(PAGE, b"\xf4"))
-    machine.convert(at, PAGE, private=False)
-    return MemoryFault(0, at, PAGE, EFAULT)
 
 
 def test_what_precedes_the_end_of_a_page_is_executed(machine: Machine) -> None:

@@ -2,7 +2,7 @@
 
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from errno import EACCES, EFAULT, EOPNOTSUPP
 from typing import Final, final
@@ -15,13 +15,14 @@ from restrictedmem.kvm.exits import Exit
 from restrictedmem.kvm.guest_abi import GPA_BITS, HYPERCALL_PAGE
 from restrictedmem.kvm.kernel import system
 from restrictedmem.kvm.kernel.page_tables import NO_EXECUTE, PRESENT, WRITABLE
+from restrictedmem.kvm.kernel.string_input import Place, StringInput
 from restrictedmem.kvm.kernel.system import System
 from restrictedmem.units import PAGE_MASK, PAGE_SIZE, gfn_t
 
 # Read at every exit, for which ctypes would be slow: the general registers in ``kvm_run``, in the order of ``kvm_regs``. Between two runs
 # they are the vCPU's: a change there is taken in by the next run.
 _REGS: Final = struct.Struct("=18Q")
-_RAX, _RDX, _RSI, _RDI, _RSP, _R10, _RIP, _RFLAGS = 0, 3, 4, 5, 6, 10, 16, 17
+_RAX, _RCX, _RDX, _RSI, _RDI, _RSP, _R10, _RIP, _RFLAGS = 0, 2, 3, 4, 5, 6, 10, 16, 17
 _WORD: Final = struct.Struct("=Q")
 _IO_OUT: Final = 1
 _HYPERCALL_OUT: Final = (HYPERCALL_PAGE, HYPERCALL_PAGE + 2)
@@ -36,6 +37,9 @@ _GENERAL_PROTECTION: Final = 13
 _PAGE_FAULT: Final = 14
 _PF_WRITE: Final = 1 << 1
 _PF_FETCH: Final = 1 << 4
+
+#: KVM's word for an instruction that it cannot carry out.
+_EMULATION_FAILURE: Final = exits.Unknown(ExitReason.INTERNAL_ERROR)
 
 _MSR_LSTAR: Final = 0xC000_0082
 
@@ -53,8 +57,13 @@ class KernelVcpu:
         cpuid: Iterable[kvm_cpuid_entry2],
         find: Callable[[int], int | None],
         flags_of: Callable[[int], int],
+        read: Callable[[int, int], bytes],
     ) -> None:
-        """Own ``vcpu``, which is new; ``find`` knows what of the owner's lies at a guest physical address, ``flags_of`` what that is."""
+        """Own ``vcpu``, which is new.
+
+        ``find`` knows what of the owner's lies at a guest physical address, ``flags_of`` what that is, and
+        ``read`` what it can tell of a piece of a page.
+        """
         self._number = number
         self._system = own
         self._find = find
@@ -78,7 +87,8 @@ class KernelVcpu:
         self._asked: exits.Hypercall | exits.PortIn | None = None
         self._strings: deque[tuple[exits.PortIn | exits.PortOut, memoryview]] = deque()
         self._answer_to: memoryview | None = None
-        self._ended: exits.Shutdown | None = None
+        self._input = StringInput(own.tables, read)
+        self._ended: exits.Shutdown | exits.Unknown | None = None
         #: Whether KVM may still have to carry out the IN or OUT that it exited for; and the registers at that exit.
         self._in_pending = self._out_pending = False
         self._regs_at_io: tuple[int, ...] = ()
@@ -112,11 +122,14 @@ class KernelVcpu:
         changed, wanted = self._run.kvm_dirty_regs, bytes(self._shared_regs)
         self._run.kvm_dirty_regs = 0
         self._run.immediate_exit = 1
+        self._input.entered()
         try:
             with suppress(InterruptedError):
                 self.vcpu.run()
         finally:
             self._run.immediate_exit = 0
+        # Of a fault nobody hears: it goes when registers are set, and comes again.
+        self._input.faulted(_place(_REGS.unpack(self._shared_regs)))
         if changed:
             each = zip(_REGS.unpack(wanted), self._regs_at_io, _REGS.unpack(self._shared_regs), strict=True)
             self._put_regs(_REGS.pack(*(now if then == given else given for given, then, now in each)))
@@ -221,6 +234,7 @@ class KernelVcpu:
         if self._in_pending and self._run.kvm_dirty_regs:
             self._finish_io()
         self._in_pending = self._out_pending = False
+        self._input.entered()
         try:
             reason = self.vcpu.run()
         except InterruptedError:
@@ -230,6 +244,10 @@ class KernelVcpu:
                 return self._io()
             case ExitReason.MEMORY_FAULT:
                 return self._memory_fault()
+            case ExitReason.MMIO:
+                # INS or OUTS with private memory, which KVM cannot touch; it would go on with zeroes.
+                self._ended = _EMULATION_FAILURE
+                return self._ended
             case _:
                 return exits.Unknown(reason)
 
@@ -240,7 +258,8 @@ class KernelVcpu:
             self._finish_io()
             # With the trap flag at its exit it has its #DB, which goes when registers are set, without it none.
             self._put_regs(bytes(self._shared_regs))
-            stepped = True
+            # INS may have faulted.
+            stepped = _place(_REGS.unpack(self._shared_regs)) != _place(self._regs_at_io)
         if stepped and self._step:
             return exits.Debug(exits.SINGLE_STEP, self.get_regs().rip, exits.DR6_BS)
         while True:
@@ -272,7 +291,12 @@ class KernelVcpu:
             self._asked = exits.Hypercall(regs[_RAX], (regs[_RDI], regs[_RSI], regs[_RDX], regs[_R10]))
             return self._asked
         data = self.vcpu.io_data()
-        for at in range(0, size * count, size):
+        wanted = range(0, size * count, size)
+        if direction != _IO_OUT:
+            wanted = self._input.ask(_place(regs), regs[_RFLAGS], data, size)
+            if not wanted:
+                return self._run_once()
+        for at in wanted:
             one = data[at : at + size]
             if direction == _IO_OUT:
                 self._strings.append((exits.PortOut(port, size, int.from_bytes(one, "little")), one))
@@ -288,6 +312,7 @@ class KernelVcpu:
 
     def _memory_fault(self) -> Exit:
         fault = self._run.exit.memory_fault
+        self._input.faulted(_place(_REGS.unpack(self._shared_regs)))
         gpa = self._find(fault.gpa)
         assert gpa is not None
         return exits.MemoryFault(self._flags_of(gpa), gpa, fault.size, self.vcpu.run_errno)
@@ -305,6 +330,7 @@ class KernelVcpu:
         back = list(regs)
         back[_RIP], back[_RFLAGS], back[_RSP] = rip, rflags, rsp
         self._put_regs(_REGS.pack(*back))
+        self._input.faulted(_place(back))
         if vector == _DEBUG and self._trapped:
             self._trapped = False
             return exits.Debug(exits.SINGLE_STEP, rip, exits.DR6_BS) if self._step or self._breakpoints else None
@@ -327,6 +353,10 @@ class KernelVcpu:
             errno = EFAULT
         page = address & ~PAGE_MASK
         return exits.MemoryFault(self._flags_of(page), page, PAGE_SIZE, errno)
+
+
+def _place(regs: Sequence[int]) -> Place:
+    return regs[_RIP], regs[_RCX], regs[_RDI]
 
 
 def _run_to_exit(vcpu: Vcpu) -> int:

@@ -1,6 +1,6 @@
 """One VM on /dev/kvm: its slots, its private memory and its vCPUs (``Engine``)."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from errno import EFAULT, EINVAL, ENODEV, EOPNOTSUPP
 from typing import Final, final
 
@@ -86,8 +86,27 @@ class KernelVm:
         if number not in self._numbers:
             self._numbers[number] = self._made.enter_context(self._vm.create_vcpu(number))
         return KernelVcpu(
-            number, self._numbers[number], self._system, cpuid=self._cpuid, find=self._conversion.find, flags_of=self._flags_of
+            number,
+            self._numbers[number],
+            self._system,
+            cpuid=self._cpuid,
+            find=self._conversion.find,
+            flags_of=self._flags_of,
+            read=self._read,
         )
+
+    def _read(self, gpa: int, size: int) -> bytes:
+        """Return a piece of what a guest page shows, nothing where the engine cannot see it."""
+        gfn = gpa >> PAGE_SHIFT
+        slot = self._slots.at(gfn)
+        if slot is None:
+            return b""
+        start = gpa - (slot.base_gfn << PAGE_SHIFT)
+        if not slot.attributes[gfn - slot.base_gfn]:
+            return b"" if slot.shared is None else bytes(slot.shared.mapping.memory[start : start + size])
+        with suppress(OSError):
+            return b"" if slot.private is None else guest_memfd_half(slot).read(start, size)
+        return b""
 
     def _flags_of(self, gpa: int) -> int:
         """Return the flags of a memory fault at an owner's address."""
