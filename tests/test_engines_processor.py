@@ -7,6 +7,8 @@ from typing import Any, Final
 
 import pytest
 
+from restrictedmem.abi.kvm import ExitReason
+from restrictedmem.kvm import exits
 from restrictedmem.kvm.exits import Exit, Hypercall, Shutdown
 from restrictedmem.service.client import Service
 from test_engines import (
@@ -30,6 +32,11 @@ DIFFERENCES: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
         "software": ({(0x31, 0)}, {(0, 0)}, [{0}, {0}, {0}]),
         "kernel": ({Shutdown(6), Shutdown(13)}, {Shutdown(6), Shutdown(13)}, [{0}, {0}, {0, 1}]),
     },
+    "stack-not-canonical": {
+        "software": ({Shutdown(13)},),
+        "kernel": ({Shutdown(13), exits.Unknown(ExitReason.INTERNAL_ERROR)},),
+    },
+    "base-not-canonical": {"software": ({None},), "kernel": ({Shutdown(6), Shutdown(13)},)},
     "sse-and-x87": {"software": ({None}, {None}, 0), "kernel": ({Shutdown(19)}, {Shutdown(6), Shutdown(13)}, 0xFFFF)},
 }
 
@@ -85,6 +92,47 @@ def test_every_difference_has_its_row() -> None:
     rows = re.findall(r"^\| `([a-z0-9-]+)` \|.*\| `(\w+)` \|$", table, re.MULTILINE)
     assert sorted(key for key, _ in rows) == sorted(DIFFERENCES)
     assert [test for _, test in rows if test not in globals()] == []
+
+
+#: mov rax, 1 << 47; and the same to RBP, RSI, R12 and R13.
+NOT_CANONICAL: Final = "48b800000000008000004889c54889c64989c44989c5"
+
+
+@pytest.mark.parametrize(
+    ("code", "vector"),
+    [
+        ("488b00", 13),  # mov rax, [rax]
+        ("48894508", 12),  # mov [rbp + 8], rax
+        ("4889c44889442408", 12),  # mov rsp, rax; mov [rsp + 8], rax
+        ("48890468", 13),  # mov [rax + rbp * 2], rax
+        ("498b4500", 13),  # mov rax, [r13]
+        ("498b0424", 13),  # mov rax, [r12]
+        ("64488b4500", 13),  # mov rax, fs:[rbp]
+        ("3e488b4500", 12),  # mov rax, ds:[rbp]
+        ("4889c4ff742408", 12),  # mov rsp, rax; push qword [rsp + 8]
+        ("488d6008c3", 12),  # lea rsp, [rax + 8]; ret
+        ("488d600850", 12),  # lea rsp, [rax + 8]; push rax
+        ("c9", 12),  # leave
+        ("ff30", 13),  # push qword [rax]
+        ("8f00", "stack-not-canonical"),  # pop qword [rax]
+        ("ffd0", 13),  # call rax
+        ("ffe0", 13),  # jmp rax
+        ("50c3", "stack-not-canonical"),  # push rax; ret
+        ("a4", 13),  # movsb
+        ("48a10000000000800000", 13),  # mov rax, [1 << 47]
+        ("48f7d8488b40f8", 13),  # neg rax; mov rax, [rax - 8]
+        ("48f7d8488b00", 14),  # neg rax; mov rax, [rax]
+    ],
+)
+def test_addresses_that_are_not_canonical(programs: Programs, code: str, vector: int | str) -> None:
+    found = programs.run_shared(NOT_CANONICAL, code)
+    assert found in (programs.expect(vector)[0] if isinstance(vector, str) else {Shutdown(vector)})
+
+
+def test_a_base_that_is_not_canonical(programs: Programs) -> None:
+    (expected,) = programs.expect("base-not-canonical")
+    for code in ("f3480faed0", "f3480faed8", "0fae38"):  # wrfsbase rax, wrgsbase rax, clflush [rax]
+        assert programs.end("48b80000000000800000", code) in expected
 
 
 def test_flags_at_the_start(programs: Programs) -> None:

@@ -5,26 +5,41 @@ from typing import Final, final
 
 #: The longest instruction; bytes.
 LONGEST: Final = 15
-_LEGACY: Final = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
-_REX: Final = frozenset(range(0x40, 0x50))
+_FS_GS: Final = frozenset(b"\x64\x65")
+_LEGACY: Final = frozenset(b"\x26\x2e\x36\x3e\x66\x67\xf0\xf2\xf3") | _FS_GS
+_REX: Final = range(0x40, 0x50)
+_REX_B: Final = 1
 #: What may stand before an opcode.
-PREFIXES: Final = _LEGACY | _REX
+PREFIXES: Final = _LEGACY | frozenset(_REX)
 _ESCAPE: Final = 0x0F
 _REGISTER: Final = 0xC0
+_SP: Final = 4
+_BP: Final = 5
+
+# Opcodes that use the stack, whatever else they do; FF does with some of what ModRM adds.
+_PUSH_POP_CALL_RET: Final = frozenset((
+    *range(0x50, 0x60), 0x68, 0x6A, 0x8F, 0x9C, 0x9D, 0xC2, 0xC3, 0xC8, 0xC9, 0xCA, 0xCB, 0xCF,
+    0xE8, 0x0FA0, 0x0FA1, 0x0FA8, 0x0FA9,
+))  # fmt: skip
+_CALLS_AND_PUSH: Final = {0xFF: (2, 3, 6)}
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One instruction: its prefixes, its opcode, and the byte behind that.
+    """One instruction: its prefixes, its opcode, and the two bytes behind that, fewer where code ends.
 
-    An opcode of two bytes is a number of both, 0x0F first. The byte is ModRM where the opcode has
-    one, and 0 where code ends.
+    An opcode of two bytes is a number of both, 0x0F first.
     """
 
     prefixes: bytes
     opcode: int
-    modrm: int
+    operands: bytes
+
+    @property
+    def modrm(self) -> int:
+        """The byte behind the opcode: ModRM, where the opcode has one."""
+        return self.operands[0] if self.operands else 0
 
     @property
     def group(self) -> int:
@@ -36,18 +51,31 @@ class Instruction:
         """Whether the operand that ModRM names is in memory."""
         return self.modrm < _REGISTER
 
+    @property
+    def uses_stack(self) -> bool:
+        """Whether it pushes or pops."""
+        return self.opcode in _PUSH_POP_CALL_RET or self.group in _CALLS_AND_PUSH.get(self.opcode, ())
+
+    @property
+    def based_on_stack(self) -> bool:
+        """Whether the operand that ModRM names has RSP or RBP for its base, and so SS for its segment."""
+        rex = self.prefixes[-1] if self.prefixes and self.prefixes[-1] in _REX else 0
+        if not self.in_memory or rex & _REX_B or not _FS_GS.isdisjoint(self.prefixes):
+            return False
+        mod, rm = self.modrm >> 6, self.modrm & 7
+        if rm == _SP and len(self.operands) > 1:
+            # A SIB byte. RBP without a displacement stands for none.
+            rm = self.operands[1] & 7
+            return rm == _SP or (rm == _BP and mod > 0)
+        return rm == _BP and mod > 0
+
 
 def decode(code: bytes) -> Instruction | None:
     """Return the instruction that some bytes begin with; None where they end too early."""
     at = 0
     while at < len(code) and code[at] in PREFIXES:
         at += 1
-    opcode = code[at : at + 1]
-    if opcode == bytes([_ESCAPE]):
-        opcode = code[at : at + 2]
-        if len(opcode) == 1:
-            return None
-    if not opcode:
+    end = at + (2 if code[at : at + 1] == bytes((_ESCAPE,)) else 1)
+    if len(code) < end:
         return None
-    modrm = code[at + len(opcode) : at + len(opcode) + 1]
-    return Instruction(code[:at], int.from_bytes(opcode, "big"), modrm[0] if modrm else 0)
+    return Instruction(code[:at], int.from_bytes(code[at:end], "big"), code[end : end + 2])

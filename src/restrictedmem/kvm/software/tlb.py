@@ -22,7 +22,7 @@ from restrictedmem.kvm.software.fetched import FetchedCode
 from restrictedmem.kvm.software.flags import LateFlags
 from restrictedmem.kvm.software.mmio import Scratch
 from restrictedmem.kvm.software.physical import PhysicalMemory, Window
-from restrictedmem.kvm.software.unicorn import MEM_FETCH, MEM_READ, MEM_WRITE
+from restrictedmem.kvm.software.unicorn import MEM_FETCH, MEM_READ, MEM_WRITE, RBP, RIP, RSP, Uc
 from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 
 # What is the engine's own in Unicorn's physical memory; the halves lie behind it.
@@ -34,7 +34,15 @@ SCRATCH: Final = 1 << 46
 #: address and size.
 HOLE: Final = 1 << 47
 
+# Exceptions (Intel SDM 6.15).
+_STACK_FAULT: Final = exits.Shutdown(12)
+_GENERAL_PROTECTION: Final = exits.Shutdown(13)
 _PAGE_FAULT: Final = exits.Shutdown(14)
+#: Beyond are no addresses, up to those that begin so far below 2^64.
+_CANONICAL: Final = 1 << 47
+_U64: Final = (1 << 64) - 1
+_ENTER: Final = 0xC8
+_LEAVE: Final = 0xC9
 
 
 class Stop(Enum):
@@ -54,6 +62,7 @@ class Tlb:
 
     def __init__(
         self,
+        uc: Uc,
         mmu: Mmu,
         code: CodePages,
         memory: PhysicalMemory,
@@ -62,6 +71,7 @@ class Tlb:
         flags: LateFlags,
     ) -> None:
         """``mmu`` and ``code`` are the VM's, the rest is the emulator's."""
+        self._uc = uc
         self._mmu = mmu
         self._code = code
         #: The vCPU's, in ``code``.
@@ -163,7 +173,7 @@ class Tlb:
         if page == REPORT_PAGE and access != MEM_FETCH:
             return REPORT, READ | WRITE
         if page >= GPA_END:
-            return _PAGE_FAULT
+            return _PAGE_FAULT if not _CANONICAL <= page <= _U64 - _CANONICAL else self._no_address(page, access)
         if self._mmu.attributes.forbids_mmio(page >> PAGE_SHIFT):
             return exits.MemoryFault(KVM_MEMORY_EXIT_FLAG_PRIVATE, page, PAGE_SIZE, EFAULT)
         if access == MEM_FETCH:
@@ -171,6 +181,24 @@ class Tlb:
         if self._scratch.stepping:
             return self._scratch.translate(page), READ | WRITE
         return (HOLE + page, READ) if access == MEM_READ else Stop.STEP
+
+    def _no_address(self, page: int, access: int) -> exits.Shutdown:
+        """Say what an address is that is not canonical: for the stack another exception (Intel SDM 3.3.7.1)."""
+        # Unicorn has put RIP where the instruction is.
+        instruction = None if access == MEM_FETCH else self._fetched.instruction(self._uc.read(RIP))
+        if instruction is None:
+            return _GENERAL_PROTECTION
+        on_stack = instruction.uses_stack and page in self._stack(instruction.opcode)
+        return _STACK_FAULT if on_stack or instruction.based_on_stack else _GENERAL_PROTECTION
+
+    def _stack(self, opcode: int) -> set[int]:
+        """Return the pages that an instruction may push to or pop from."""
+        top = self._uc.read(RSP)
+        places = [top - 8, top - 1, top, top + 7]
+        if opcode in (_ENTER, _LEAVE):
+            frame = self._uc.read(RBP)
+            places += [frame - 8, frame, frame + 7]
+        return {place & _U64 & ~PAGE_MASK for place in places}
 
     def _fault(self, window: Window, page: int, access: int) -> tuple[int, int] | Exit | Stop:
         if not window.offsets:

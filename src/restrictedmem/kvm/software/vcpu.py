@@ -104,6 +104,7 @@ class SoftwareVcpu:
 
         self._alone = Alone(uc, self._memory, self._fetched, self._start, self.drop, wide)
         self._tlb = Tlb(
+            uc,
             self._mmu,
             self._code,
             self._memory,
