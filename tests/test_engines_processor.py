@@ -9,13 +9,20 @@ import pytest
 
 from restrictedmem.abi.kvm import ExitReason
 from restrictedmem.kvm import exits
-from restrictedmem.kvm.exits import Exit, Hypercall, Shutdown
+from restrictedmem.kvm.exits import Exit, Hypercall, MemoryFault, MmioWrite, Shutdown
 from restrictedmem.service.client import Service
 from test_engines import (
     CALL,
+    EACCES,
     ENGINES,
     ENGINES_MD,
+    MIB,
+    PAGE,
+    PRIVATE,
+    SHARED,
     make_machine,
+    missing_page,
+    shared_memory,
 )
 
 pytestmark = pytest.mark.requires("fuse")
@@ -32,12 +39,23 @@ DIFFERENCES: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
         "software": ({(0x31, 0)}, {(0, 0)}, [{0}, {0}, {0}]),
         "kernel": ({Shutdown(6), Shutdown(13)}, {Shutdown(6), Shutdown(13)}, [{0}, {0}, {0, 1}]),
     },
+    "processor": {"software": ({Shutdown(6)},), "kernel": ({None, Shutdown(6)},)},
     "stack-not-canonical": {
         "software": ({Shutdown(13)},),
         "kernel": ({Shutdown(13), exits.Unknown(ExitReason.INTERNAL_ERROR)},),
     },
     "base-not-canonical": {"software": ({None},), "kernel": ({Shutdown(6), Shutdown(13)},)},
+    "cmpxchg-upper-half": {"software": (5, 0x2222_2222), "kernel": (5 | 0xFFFF_FFFF << 32, 0x1111_1111_2222_2222)},
+    "bit-scan-of-zero": {"software": (0xFFFF_FFFF,), "kernel": (0xFFFF_FFFF_FFFF_FFFF,)},
+    "invalid-lock": {"software": (None,), "kernel": (Shutdown(6),)},
+    "undefined-opcodes": {"software": (None, Shutdown(6)), "kernel": (Shutdown(6), None)},
+    "alignment": {"software": ({None}, {None}), "kernel": ({Shutdown(6), Shutdown(13)}, {None, Shutdown(17)})},
     "sse-and-x87": {"software": ({None}, {None}, 0), "kernel": ({Shutdown(19)}, {Shutdown(6), Shutdown(13)}, 0xFFFF)},
+    "rotate-read-only": {
+        "software": (MmioWrite(SHARED + MIB, 4, 2),),
+        "kernel": (MemoryFault(0, SHARED + MIB, PAGE, EACCES),),
+    },
+    "partial-stores": {"software": (b"\xff" * 8,), "kernel": (bytes(8),)},
 }
 
 
@@ -54,11 +72,11 @@ class Programs:
     def run(self, *code: str) -> Exit:
         """Run code from private memory, with rdi and rbx at DATA, to its first exit."""
         with make_machine(self.service, self.engine) as machine:
-            return machine.start("4889fb", _compact(code))  # mov rbx, rdi
+            return machine.start("4889fb", *code)  # mov rbx, rdi
 
     def run_shared(self, *code: str) -> Exit:
         with make_machine(self.service, self.engine) as machine:
-            return machine.start_shared("4889fb", _compact(code))
+            return machine.start_shared("4889fb", *code)
 
     def end(self, *code: str) -> Exit | None:
         """Return how code in private memory ends: None when it comes to its end."""
@@ -70,10 +88,6 @@ class Programs:
         exit_ = self.run("31ff", "31f6", *code, CALL)
         assert isinstance(exit_, Hypercall), exit_
         return exit_.arguments[:2]
-
-
-def _compact(code: tuple[str, ...]) -> str:
-    return "".join(code).replace(" ", "")
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +201,81 @@ def test_sse_and_x87(programs: Programs) -> None:
     assert programs.end("c703801d0000 0fae13 0f57c0 b801000000 f30f2ac8 f30f5ec8") in raised
     assert programs.end("c703ffffffff 0fae13") in reserved  # ldmxcsr of 0xffffffff
     assert programs.said("d933 0fb77b02")[0] == upper  # fnstenv [rbx]; movzx edi, word [rbx + 2]
+
+
+def test_the_processor(programs: Programs) -> None:
+    """What CPUID has is there, and what it has not is not; the rest is the machine's."""
+    assert programs.end("f30fc7f8") in programs.expect("processor")[0]  # rdpid rax
+    if programs.engine == "software":
+        # mov eax, 7; xor ecx, ecx; cpuid; mov edi, ebx; after that rbx is nobody's
+        features, _ = programs.said("b807000000 31c9 0fa2 89df")
+        for bit, code in ((19, "660f38f6c0"), (5, "c5fc58c0"), (23, "660fae3b"), (24, "660fae33")):  # adcx, vaddps, clflushopt, clwb
+            assert (features >> bit & 1, programs.end(code)) == (0, Shutdown(6))
+
+
+def test_the_upper_half_of_cmpxchg(programs: Programs) -> None:
+    equal, unequal = programs.expect("cmpxchg-upper-half")
+    setup = "48b805000000ffffffff 48be2222222211111111 b909000000"  # mov rax, …; mov rsi, …; mov ecx, 9
+    assert programs.said(setup, "c70305000000 0fb10b 4889c7")[0] == equal  # mov dword [rbx], 5; cmpxchg [rbx], ecx; mov rdi, rax
+    assert programs.said(setup, "0fb1ce")[1] == unequal  # cmpxchg esi, ecx
+
+
+def test_bit_scan_of_zero(programs: Programs) -> None:
+    (expected,) = programs.expect("bit-scan-of-zero")
+    for opcode in ("0fbc", "0fbd"):  # bsf edi, esi; bsr edi, esi
+        assert programs.said("48c7c7ffffffff", f"{opcode}fe")[0] == expected
+
+
+@pytest.mark.parametrize("code", ["f08903", "f0d123", "f00f9203", "f0480fba2301", "f0f70301000000", "f087c1", "f050"])
+def test_lock_on_what_cannot_be_locked(programs: Programs, code: str) -> None:
+    """A store, a shift, SETcc, BT, TEST, XCHG of registers, PUSH."""
+    assert programs.end(code) == programs.expect("invalid-lock")[0]
+
+
+@pytest.mark.parametrize("code", ["f001c1", "f03903"])  # lock add ecx, eax; lock cmp [rbx], eax
+def test_lock_is_refused(programs: Programs, code: str) -> None:
+    assert programs.end(code) == Shutdown(6)
+
+
+@pytest.mark.parametrize(("code", "index"), [("8fd0", 0), ("660f78c00101", 0), ("f6c801", 1), ("0f0dc0", 1)])
+def test_opcodes_that_are_not_defined(programs: Programs, code: str, index: int) -> None:
+    """8F /2 and EXTRQ of SSE4a; TEST /1 and PREFETCHW of a register."""
+    assert programs.end(code) == programs.expect("undefined-opcodes")[index]
+
+
+def test_int1_and_rdpmc(programs: Programs) -> None:
+    assert programs.run_shared("f1") == Shutdown(1)
+    assert programs.run_shared("0f33") == Shutdown(13)
+
+
+def test_alignment(programs: Programs) -> None:
+    aligned, checked = programs.expect("alignment")
+    for code in ("0f284301", "660f7f4301", "660fe74308", "660ffe4304"):  # movaps, movdqa, movntdq, paddd
+        assert programs.end(code) in aligned
+    # pushf; or dword [rsp], AC; popf; mov rax, [rbx + 1]
+    assert programs.end("9c 810c2400000400 9d 488b4301") in checked
+
+
+def test_rotate_in_read_only_memory(programs: Programs) -> None:
+    """RCL of 1, with CF set, is 3; on the software engine CF is lost when the store is found to be MMIO."""
+    with make_machine(programs.service, programs.engine) as machine, shared_memory(PAGE) as (fd, mapping):
+        mapping[0] = 1
+        machine.vm.set_user_memory_region(slot=2, guest_phys_addr=SHARED + MIB, memory_size=PAGE, shared_fd=fd, readonly=True)
+        machine.convert(SHARED + MIB, PAGE, private=False)
+        exit_ = machine.start("bb00001010", "f9", "d113")  # mov ebx, SHARED + MIB; stc; rcl dword [rbx], 1
+        assert exit_ == programs.expect("rotate-read-only")[0]
+
+
+@pytest.mark.parametrize(("store", "key"), [("488943fc", None), ("0f1143f8", "partial-stores")])  # mov [rbx - 4], rax; movups
+def test_a_store_across_two_pages(programs: Programs, store: str, key: str | None) -> None:
+    """Its second page cannot be had; what is on the first, then. Of 8 bytes none is stored, everywhere."""
+    with make_machine(programs.service, programs.engine, debug=True) as machine:
+        page = PRIVATE + 4 * MIB
+        missing = missing_page(machine, page, b"")
+        # mov ebx, page; mov rax, -1; pcmpeqd xmm0, xmm0
+        assert machine.start(f"bb{page.to_bytes(4, 'little').hex()}", "48c7c0ffffffff", "660f76c0", store, CALL) == missing
+        there = machine.vm.read_memory(page - 8, 8)
+        assert there == (programs.expect(key)[0] if key else bytes(8))
+        machine.convert(page, PAGE, private=True)
+        assert isinstance(machine.vcpu.run(), Hypercall)
+        assert machine.vm.read_memory(page - 4, 8) == b"\xff" * 8

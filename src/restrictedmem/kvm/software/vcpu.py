@@ -43,6 +43,8 @@ _WORD: Final = (1 << 64) - 1
 
 # Exceptions (Intel SDM 6.15).
 _INVALID_OPCODE: Final = exits.Shutdown(6)
+#: What Unicorn takes for invalid opcodes: INT1 raises #DB, RDPMC #GP (CR4.PCE is clear).
+_NOT_INVALID: Final = {0xF1: exits.Shutdown(1), 0x0F33: exits.Shutdown(13)}
 #: KVM's word for an instruction that it cannot carry out: string I/O between a port and MMIO.
 _EMULATION_FAILURE: Final = exits.Unknown(ExitReason.INTERNAL_ERROR)
 
@@ -317,7 +319,10 @@ class SoftwareVcpu:
         rip, number, rdi, rsi, rdx, r10 = self._hypercall.read()
         if rip == HYPERCALL_PAGE:
             return exits.Hypercall(number, (rdi, rsi, rdx, r10))
-        return Stop.ALONE if is_wide(self._fetched.instruction(rip)) else _INVALID_OPCODE
+        instruction = self._fetched.instruction(rip)
+        if is_wide(instruction):
+            return Stop.ALONE
+        return _INVALID_OPCODE if instruction is None else _NOT_INVALID.get(instruction.opcode, _INVALID_OPCODE)
 
     def _exit(self, *, alone: bool = False) -> Exit | None:
         """Turn the reason why the run ended into an exit, or into None when the guest is to go on.
