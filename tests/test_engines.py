@@ -70,6 +70,7 @@ DIFFERENCES: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
     },
     "general-protection": {"software": ({13},), "kernel": ({6, 13},)},
     "interrupt-number": {"software": ({0x80},), "kernel": ({6, 0x80},)},
+    "shared-code": {"software": (exits.Interrupted(),), "kernel": (Shutdown(6),)},
     "overlap": {"software": (0,), "kernel": (EINVAL,)},
     "huge-shared": {"software": (0,), "kernel": (EINVAL,)},
     "memory-max": {"software": (0,), "kernel": (ENOSPC,)},
@@ -487,6 +488,24 @@ def test_store_to_read_only_memory(machine: Machine) -> None:
 def test_store_to_the_hypercall_page(machine: Machine) -> None:
     exit_ = machine.start("bb00001000", "b934120000", "890b")  # mov ebx, HYPERCALL_PAGE; mov ecx, 0x1234; mov [rbx], ecx
     assert exit_ == machine.expect("readonly-store")[1]
+
+
+def test_code_that_its_owner_rewrites(machine: Machine) -> None:
+    """In shared memory: seen when the vCPU enters the guest, and on the kernel engine while it is there."""
+    assert machine.start_shared("e680", "b001", "ebfa") == PortOut(0x80, 1, 0)  # out 0x80, al; mov al, 1; jmp to the first
+    assert machine.vcpu.run() == PortOut(0x80, 1, 1)
+    machine.window[3] = 2
+    assert [machine.vcpu.run(), machine.vcpu.run()] == [PortOut(0x80, 1, 2)] * 2
+    # Behind OUT: inc dword [SHARED + PAGE]; jmp to it
+    machine.window[2:11] = assembled("ff0425", (SHARED + PAGE).to_bytes(4, "little").hex(), "ebf7")
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(machine.vcpu.run)
+        wait_for("the guest to run", lambda: machine.window[PAGE] > 0)
+        machine.window[9:11] = assembled("0f0b")  # ud2
+        if machine.engine == "software":
+            machine.vcpu.interrupt()
+        assert running.result(DEADLINE) == machine.expect("shared-code")[0]
+    assert machine.vcpu.run() == Shutdown(6)
 
 
 def test_a_fault_can_be_mended(machine: Machine) -> None:

@@ -47,6 +47,8 @@ class FetchedCode:
     def __init__(self, uc: Uc) -> None:
         self._uc = uc
         self._pages: dict[int, _Page] = {}
+        #: Those that show the shared half.
+        self._shared: dict[int, _Page] = {}
         self._hooks = 0
         self._looking = False
 
@@ -55,7 +57,7 @@ class FetchedCode:
         """Whether there are so many hooks that everything should be dropped."""
         return self._hooks > _MOST
 
-    def fetched(self, address: int, half: Half, offset: int) -> bool:
+    def fetched(self, address: int, half: Half, offset: int, *, shared: bool) -> bool:
         """Take note that code of a guest page, at ``offset`` of a half, is going to be translated.
 
         Returns whether that has to begin anew: an instruction got a hook, and Unicorn had looked
@@ -64,6 +66,9 @@ class FetchedCode:
         known = address in self._pages
         page = self._pages.setdefault(address, _Page(half, offset))
         page.half, page.offset = half, offset
+        self._shared.pop(address, None)
+        if shared:
+            self._shared[address] = page
         content = page.read(0, PAGE_SIZE)
         if page.hash == hash(content):
             return False
@@ -94,6 +99,10 @@ class FetchedCode:
     def _read(self, address: int, start: int, end: int) -> bytes:
         page = self._pages.get(address)
         return b"" if page is None else page.read(start, end)
+
+    def rewritten(self) -> list[int]:
+        """Return the shared pages that are not what they were: of the owner's stores nobody is told."""
+        return [address for address, page in self._shared.items() if hash(page.read(0, PAGE_SIZE)) != page.hash]
 
     @contextmanager
     def looking(self) -> Generator[None]:
@@ -131,6 +140,7 @@ class FetchedCode:
                 for hook in page.hooks.values():
                     self._uc.unhook(hook)
                 self._hooks -= len(page.hooks)
+                self._shared.pop(address, None)
 
 
 def _first_prefix(code: bytes, opcode: int) -> int:

@@ -15,7 +15,7 @@ from restrictedmem.abi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE
 from restrictedmem.kvm import exits
 from restrictedmem.kvm.exits import Exit
 from restrictedmem.kvm.guest_abi import GPA_BITS, HYPERCALL_PAGE, REPORT_PAGE
-from restrictedmem.kvm.memslot import ALL, CODE, EXEC, READ, WRITE, Memslot
+from restrictedmem.kvm.memslot import ALL, CODE, EXEC, PRIVATE, READ, WRITE, Memslot
 from restrictedmem.kvm.mmu import Fault, Mmu
 from restrictedmem.kvm.software.code import CodePages
 from restrictedmem.kvm.software.fetched import FetchedCode
@@ -221,7 +221,7 @@ class Tlb:
         if entry & 1 << access - MEM_READ:
             if access == MEM_FETCH:
                 view.fetched(physical)
-                anew = self._fetched.fetched(page, view.half, physical - view.base)
+                anew = self._fetched.fetched(page, view.half, physical - view.base, shared=not entry & PRIVATE)
                 return Stop.AGAIN if anew else (physical, entry & ALL)
             return physical, entry & (READ | WRITE)
         if access != MEM_WRITE:

@@ -251,6 +251,8 @@ class SoftwareVcpu:
         try:
             for gfn in self._code.take_stale(self._number):
                 self.drop(gfn_t(gfn), gfn_t(gfn + 1))
+            for page in self._fetched.rewritten():
+                self.drop(gfn_t(page >> PAGE_SHIFT), gfn_t((page >> PAGE_SHIFT) + 1))
             if self._fetched.crowded:
                 self.drop(gfn_t(0), gfn_t(GPA_END >> PAGE_SHIFT))
             return self._run()
