@@ -18,7 +18,7 @@ import pytest
 import emulation
 from hugetlb import reserved
 from restrictedmem.abi import memory
-from restrictedmem.abi.kvm import ExitReason
+from restrictedmem.abi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE, ExitReason
 from restrictedmem.kvm import exits, guest_abi
 from restrictedmem.kvm.exits import Exit, Hypercall, MemoryFault, MmioRead, MmioWrite, PortIn, PortOut, Shutdown
 from restrictedmem.kvm.vm import Vcpu, Vm
@@ -485,6 +485,37 @@ def test_store_to_read_only_memory(machine: Machine) -> None:
         assert mapping[:4] == b"read"
 
 
+def test_content_of_a_read_only_slot(machine: Machine) -> None:
+    """The owner's content comes in and is measured; the guest's stores do not, before and after it was read."""
+    at, content = PRIVATE + 64 * MIB, bytes(range(1, 129)) * 64
+    fd = machine.service.memfd_restricted()
+    make = machine.vm.set_user_memory_region
+    make(slot=2, guest_phys_addr=at, memory_size=4 * PAGE, restricted_fd=fd, readonly=True)
+    os.close(fd)
+    machine.convert(at, 4 * PAGE, private=True)
+    for start in (2 * PAGE, 0):
+        machine.vm.launch_update(at + start, content)
+    exit_ = machine.start(
+        f"bb{at.to_bytes(4, 'little').hex()}",  # mov ebx, at
+        "81c3fc1f0000",  # add ebx, 0x1ffc
+        "488b33",  # mov rsi, [rbx]
+        CALL,
+        "c703ffffffff",  # mov dword [rbx], -1
+        "c7430400000000",  # mov dword [rbx + 4], 0
+        "488b33",  # mov rsi, [rbx]
+        CALL,
+    )
+    there = int.from_bytes(content[-4:] + content[:4], "little")
+    assert word(exit_) == there
+    refused = machine.vcpu.run()
+    if isinstance(refused, MmioWrite):
+        assert (refused, machine.vcpu.run()) == (MmioWrite(at + 2 * PAGE - 4, 4, 0xFFFF_FFFF), MmioWrite(at + 2 * PAGE, 4, 0))
+        assert word(machine.vcpu.run()) == there
+    else:
+        missing = MemoryFault(KVM_MEMORY_EXIT_FLAG_PRIVATE, at + PAGE, PAGE, EACCES)
+        assert [refused, machine.vcpu.run()] == [missing, missing]
+
+
 def test_store_to_the_hypercall_page(machine: Machine) -> None:
     exit_ = machine.start("bb00001000", "b934120000", "890b")  # mov ebx, HYPERCALL_PAGE; mov ecx, 0x1234; mov [rbx], ecx
     assert exit_ == machine.expect("readonly-store")[1]
@@ -832,6 +863,11 @@ def test_the_measurement_does_not_depend_on_the_engine(service: Service) -> None
     for engine in ("software", *(["kernel"] if os.access("/dev/kvm", os.W_OK) else [])):
         with make_machine(service, engine) as machine:
             machine.vm.launch_update(CODE, assembled(CALL).ljust(PAGE, b"\xf4"))
+            fd = service.memfd_restricted()
+            machine.vm.set_user_memory_region(slot=2, guest_phys_addr=PRIVATE + 64 * MIB, memory_size=PAGE, restricted_fd=fd, readonly=True)
+            os.close(fd)
+            machine.convert(PRIVATE + 64 * MIB, PAGE, private=True)
+            machine.vm.launch_update(PRIVATE + 64 * MIB, b"a" * PAGE)
             machine.vcpu.set_regs(rip=CODE, rsp=STACK)
             found.add(machine.vm.launch_finish())
             assert errno_of(machine.vm.launch_update, CODE, bytes(PAGE)) == EPERM

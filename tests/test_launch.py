@@ -362,17 +362,6 @@ def test_an_update_that_finds_no_memory_writes_and_measures_nothing() -> None:
             assert vm.launch_finish() == measure(1, [(GPA, b"a" * PAGE)], [], [(GPA, MIB, 0, 0)])
 
 
-@pytest.mark.requires("fuse", "kvm")
-def test_a_read_only_slot_is_not_written_and_may_go() -> None:
-    with Service.start() as service, OwnedFd(service.memfd_restricted()) as fd, Vm(service, engine="kernel", explicit=True) as vm:
-        os.ftruncate(fd.fileno(), MIB)
-        vm.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=MIB, restricted_fd=fd.fileno(), readonly=True)
-        vm.set_memory_attributes(GPA, MIB, private=True)
-        assert errno_of(vm.launch_update, GPA, b"a" * PAGE) == EFAULT
-        vm.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=0)
-        assert vm.launch_finish() == measure(2, [], [], [])
-
-
 class _Update:
     """A machine, as far as LAUNCH_UPDATE needs one, whose call of a number finds no memory, or whose write fails."""
 

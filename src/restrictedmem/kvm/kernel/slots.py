@@ -2,7 +2,8 @@
 
 import mmap
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from errno import EINVAL
 from typing import Final, Protocol, final
 
@@ -100,6 +101,10 @@ class Conversion(Protocol):
         """
         ...
 
+    def open_for_copy(self, slot: Memslot, start: gfn_t, end: gfn_t) -> AbstractContextManager[None]:
+        """Let a vCPU of the engine's write a range of private pages of a slot, read-only or not, meanwhile."""
+        ...
+
     def remove(self, slot: Memslot) -> None:
         """Take a slot away."""
         ...
@@ -173,6 +178,19 @@ class ByAddress:
             self._zap(slot, start, end, private=private)
             slot.attributes[start - slot.base_gfn : end - slot.base_gfn] = attributes
 
+    @contextmanager
+    def open_for_copy(self, slot: Memslot, start: gfn_t, end: gfn_t) -> Generator[None]:
+        """Change the entries, and zap what KVM made of them (``Conversion``)."""
+        if slot.rights & WRITE:
+            yield
+            return
+        leading = self._entries(slot, start, end, private=True, rights=USER | WRITABLE)
+        with begun():
+            self._tables.write(start << PAGE_SHIFT, leading)
+            yield
+            self._tables.write(start << PAGE_SHIFT, self._entries(slot, start, end, private=True))
+            self._zap(slot, start, end, private=False)
+
     @staticmethod
     def _zap(slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:
         first, length = start - slot.base_gfn << PAGE_SHIFT, end - start << PAGE_SHIFT
@@ -183,11 +201,11 @@ class ByAddress:
             if mapping is not None:
                 mapping.madvise(mmap.MADV_DONTNEED, first, length)
 
-    def _entries(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> bytes:
+    def _entries(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool, rights: int = 0) -> bytes:
         half = self._halves[slot][private]
         if half is None:
             return no_entries(end - start)
-        return entries(half + (start - slot.base_gfn << PAGE_SHIFT), end - start, rights_of(slot))
+        return entries(half + (start - slot.base_gfn << PAGE_SHIFT), end - start, rights or rights_of(slot))
 
     def remove(self, slot: Memslot) -> None:
         """Delete its slots, and with them KVM's translations (``Conversion``)."""
@@ -251,6 +269,20 @@ class ByAttribute:
                 _show(slot, start, end)
             self._tables.write(start << PAGE_SHIFT, leading)
             slot.attributes[start - slot.base_gfn : end - slot.base_gfn] = attributes
+
+    @contextmanager
+    def open_for_copy(self, slot: Memslot, start: gfn_t, end: gfn_t) -> Generator[None]:
+        """Change the entries, and have the kernel zap what it made of them (``Conversion``)."""
+        if slot.rights & WRITE:
+            yield
+            return
+        gpa, size = self._bases[slot] + (start - slot.base_gfn << PAGE_SHIFT), end - start << PAGE_SHIFT
+        with begun():
+            self._tables.write(start << PAGE_SHIFT, entries(gpa, end - start, USER | WRITABLE))
+            yield
+            self._tables.write(start << PAGE_SHIFT, entries(gpa, end - start, rights_of(slot)))
+            for attribute in (0, KVM_MEMORY_ATTRIBUTE_PRIVATE):
+                self._vm.set_memory_attributes(gpa, size, attribute)
 
     def remove(self, slot: Memslot) -> None:
         """Delete its slot; attributes belong to addresses and would stay (``Conversion``)."""

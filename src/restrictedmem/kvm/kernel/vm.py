@@ -1,7 +1,7 @@
 """One VM on /dev/kvm: its slots, its private memory and its vCPUs (``Engine``)."""
 
 from contextlib import ExitStack, suppress
-from errno import EFAULT, EINVAL, ENODEV, EOPNOTSUPP
+from errno import EINVAL, ENODEV, EOPNOTSUPP
 from typing import Final, final
 
 from restrictedmem.abi.kvm import (
@@ -20,7 +20,7 @@ from restrictedmem.kvm.kernel.private import GuestMemfdHalf, PrivateFiles
 from restrictedmem.kvm.kernel.slots import ByAddress, ByAttribute, Conversion, KernelSlots, guest_memfd_half
 from restrictedmem.kvm.kernel.system import HYPERCALL_CODE, IOPL_3, MAX_VCPUS, STAGING_SIZE, System
 from restrictedmem.kvm.kernel.vcpu import KernelVcpu
-from restrictedmem.kvm.memslot import WRITE, Memslot
+from restrictedmem.kvm.memslot import Memslot
 from restrictedmem.kvm.memslots import Memslots
 from restrictedmem.kvm.vcpu import Vcpus
 from restrictedmem.kvm.whole import begun
@@ -168,14 +168,13 @@ class KernelVm:
 
     def launch_update(self, slot: Memslot, gpa: int, data: bytes) -> None:
         """Let a vCPU copy pages in, as nobody else can write them (``Engine``)."""
-        if not slot.rights & WRITE:
-            raise OSError(EFAULT, "launch_update: the vCPU that copies cannot write a slot with KVM_MEM_READONLY")
         # What can fail comes first: content that is only in part there would not be measured.
         guest_memfd_half(slot).allocate(gpa - (slot.base_gfn << PAGE_SHIFT), len(data))
         for start in range(0, len(data), STAGING_SIZE):
             part = data[start : start + STAGING_SIZE]
             self._system.stage(part)
-            with begun():
+            first = gpa + start >> PAGE_SHIFT
+            with begun(), self._conversion.open_for_copy(slot, gfn_t(first), gfn_t(first + (len(part) >> PAGE_SHIFT))):
                 self._first.copy(gpa + start, len(part) // 8)
 
     def read_private(self, slot: Memslot, gpa: int, size: int) -> bytes:
