@@ -717,6 +717,47 @@ def test_overlapping_slots_are_refused(machine: Machine) -> None:
             assert errno_of(machine.vm.set_user_memory_region, slot=5, guest_phys_addr=at, memory_size=PAGE, shared_fd=fd) == EEXIST
 
 
+@pytest.mark.parametrize(
+    ("offset", "size", "expected"),
+    [
+        ((1 << 62) - PAGE, 2 * PAGE, 0),
+        (1 << 62, 1 << 30, 0),
+        ((1 << 63) - 2 * PAGE, PAGE, 0),
+        ((1 << 63) - PAGE, PAGE, EINVAL),
+        ((1 << 63) - 2 * PAGE, 2 * PAGE, EINVAL),
+        (1 << 63, PAGE, EINVAL),
+        ((1 << 64) - PAGE, PAGE, EINVAL),
+    ],
+)
+def test_a_file_is_as_large_as_the_kernel_lets_it_be(machine: Machine, offset: int, size: int, expected: int) -> None:
+    fd, at = machine.service.memfd_restricted(), 1 << 32
+    make = machine.vm.set_user_memory_region
+    try:
+        found = errno_of(make, slot=3, guest_phys_addr=at, memory_size=size, restricted_fd=fd, restricted_offset=offset)
+        assert found == expected
+        if not expected:
+            machine.convert(at, size, private=True)
+            machine.vm.launch_update(at + size - PAGE, (0x77).to_bytes(PAGE, "little"))
+            load = f"48b8{(at + size - PAGE).to_bytes(8, 'little').hex()}"  # mov rax, the last page
+            assert word(machine.start(load, "488b30", CALL, "ebef")) == 0x77  # mov rsi, [rax]; hypercall; jmp to the load
+            memory.fallocate(fd, memory.PUNCH, offset, size)
+            assert word(machine.vcpu.run(at + size - PAGE)) == 0
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.requires("hugetlb")
+def test_a_file_of_huge_pages_ends_with_a_whole_one(engine: str) -> None:
+    with reserved(2 * MIB, 1), Service.start(Options(backing="hugetlb-2m")) as service, Vm(service, engine=engine) as vm:
+        fd = service.memfd_restricted()
+        for slot, before_end, expected in ((0, 2 * MIB, EINVAL), (0, 4 * MIB, 0), (1, 2 * MIB, EINVAL)):
+            gpa, offset = PRIVATE + slot * MIB, (1 << 63) - before_end
+            make = vm.set_user_memory_region
+            found = errno_of(make, slot=slot, guest_phys_addr=gpa, memory_size=MIB, restricted_fd=fd, restricted_offset=offset)
+            assert found == expected
+        os.close(fd)
+
+
 def test_two_slots_on_the_same_pages(machine: Machine) -> None:
     make = machine.vm.set_user_memory_region
     found = errno_of(make, slot=3, guest_phys_addr=PRIVATE + 64 * MIB, memory_size=MIB, restricted_fd=machine.fd, restricted_offset=MIB)

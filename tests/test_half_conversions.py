@@ -26,7 +26,7 @@ from restrictedmem.kvm.vm_memory import VmMemory
 from restrictedmem.kvm.whole import begun, whole
 from restrictedmem.mm.notifier import Api
 from restrictedmem.platform.host import NoPlatform
-from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t, pgoff_t
+from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t, pgoff_t
 from software_machine import shared_half
 
 GPA: Final = 0x4000_0000
@@ -82,7 +82,7 @@ class Engine:
         slots, tables = KernelSlots(vm, self.own), self.own.tables
         private = None
         if by == "attribute":
-            file = PrivateFile(1, 1, cast("Any", NoFile()), None)
+            file = PrivateFile(1, 1, cast("Any", NoFile()), MAX_FILE_BYTES, None)
             private = GuestMemfdHalf(file, PageRange(pgoff_t(0), pgoff_t(PAGES)), binding=1, unbind=lambda: None)
         self.conversion: Conversion = ByAttribute(vm, slots, tables) if by == "attribute" else ByAddress(slots, tables)
         self.slot = Memslot(0, BASE, PAGES, private=private, shared=shared_half(PAGES))

@@ -40,7 +40,7 @@ from restrictedmem.kvm.vmm import Vmm
 from restrictedmem.kvm.wire import Creation
 from restrictedmem.mm.notifier import Api
 from restrictedmem.service import SERVER_VARIABLE, client
-from restrictedmem.units import PAGE_SHIFT, PageRange, gfn_t, pgoff_t
+from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PageRange, gfn_t, pgoff_t
 from software_machine import shared_half
 from users import ORDINARY, as_user
 
@@ -141,7 +141,7 @@ class NoFile:
 
 def slot_of_both(own: System, private: bool = True, shared: bool = True) -> Memslot:
     window = PageRange(pgoff_t(16), pgoff_t(16 + PAGES))
-    half = GuestMemfdHalf(PrivateFile(1, 1, cast("Any", NoFile()), None), window, binding=1, unbind=lambda: None)
+    half = GuestMemfdHalf(PrivateFile(1, 1, cast("Any", NoFile()), MAX_FILE_BYTES, None), window, binding=1, unbind=lambda: None)
     return Memslot(0, gfn_t(BASE >> PAGE_SHIFT), PAGES, private=half if private else None, shared=shared_half(PAGES) if shared else None)
 
 
@@ -277,7 +277,9 @@ class Files:
     """Stands for the service: every token is a file of its own."""
 
     def bind(self, token: bytes, window: PageRange, take: Callable[[Bound], _T]) -> _T:
-        return take(Bound(token[0], token[0], None, memory.memfd_create("file"), OwnedFd(os.eventfd(0))))
+        memfd = memory.memfd_create("file")
+        os.ftruncate(memfd.fileno(), 1 << 62)
+        return take(Bound(token[0], token[0], None, memfd, OwnedFd(os.eventfd(0))))
 
     def bind_again(self, binding: int, window: PageRange, take: Callable[[int], _T]) -> _T:
         raise AssertionError("of a file whose binding is told of all ranges there is one")
@@ -537,7 +539,7 @@ def test_registers_and_memory_of_a_vm_stay_in_its_process(vm: KernelVm) -> None:
 
 
 @pytest.mark.requires("kvm")
-def test_a_window_past_what_a_guest_memfd_holds(vm: KernelVm) -> None:
+def test_a_window_past_the_end_of_the_file(vm: KernelVm) -> None:
     with pytest.raises(OSError) as caught:
         vm.bind(b"\1", PageRange(pgoff_t(1 << 50), pgoff_t((1 << 50) + 1)))
     assert caught.value.errno == EINVAL

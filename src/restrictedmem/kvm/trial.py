@@ -24,7 +24,7 @@ from restrictedmem.kvm.kernel.vm import KernelVm
 from restrictedmem.kvm.memslot import Memslot
 from restrictedmem.kvm.vcpu import Vcpu, Vcpus
 from restrictedmem.mm.notifier import Api
-from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t, pgoff_t
+from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t, pgoff_t
 
 _T = TypeVar("_T")
 _W: Final = 8
@@ -127,7 +127,9 @@ class _File:
 
     def bind(self, token: bytes, window: PageRange, take: Callable[[Bound], _T]) -> _T:
         """Bind to a file that has nothing in it."""
-        return take(Bound(1, 1, None, memory.memfd_create("trial"), memory.memfd_create("trial-sequence")))
+        memfd = memory.memfd_create("trial")
+        os.ftruncate(memfd.fileno(), MAX_FILE_BYTES)
+        return take(Bound(1, 1, None, memfd, memory.memfd_create("trial-sequence")))
 
     def bind_again(self, binding: int, window: PageRange, take: Callable[[int], _T]) -> _T:
         """Show more of it."""

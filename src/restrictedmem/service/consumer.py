@@ -24,7 +24,7 @@ from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PageRange, pgoff_t
 
 #: The head of a message: number of the call or errno, and zero (``wire``).
 _HEAD: Final = struct.Struct("=II")
-_LARGEST: Final = PageRange(pgoff_t(0), pgoff_t(MAX_FILE_BYTES >> PAGE_SHIFT))
+_MAX_PAGES: Final = MAX_FILE_BYTES >> PAGE_SHIFT
 #: Seconds that a process which was killed may take to end. The kernel may hold it for as long as a file system's server likes.
 _END: Final = 5.0
 #: Put together beforehand, for then there may be no memory.
@@ -234,7 +234,9 @@ class Consumer:
             OSError: EINVAL while another consumer has the file, for what is no range of a file, and as ``RestrictedFile`` has it;
                 EMFILE, ENFILE, ENOMEM when there is no memfd or sequence page.
         """
-        if not _LARGEST.start <= span.start <= span.end <= _LARGEST.end:
+        # The file of a pool ends with a whole huge page.
+        order = file.backing.base_order
+        if not 0 <= span.start <= span.end <= _MAX_PAGES >> order << order:
             raise OSError(EINVAL, f"{span} is no range of a file")
         binding = Binding(self, self._next_binding, ino, file)
         file.get()

@@ -1,6 +1,7 @@
 """Private memory: one guest_memfd for each restricted file, with the file's offsets."""
 
 import mmap
+import os
 from collections.abc import Callable
 from errno import EINVAL, ENOSPC, EOPNOTSUPP, ESTALE
 from functools import partial
@@ -10,23 +11,23 @@ from restrictedmem.abi.kvm import GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG
 from restrictedmem.devkvm import GuestMemfd, Vm, address_of
 from restrictedmem.kvm.engine import Binder
 from restrictedmem.service.wire import BindingFlag
-from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
+from restrictedmem.units import MAX_FILE_BYTES, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
 
-#: Bytes of every guest_memfd, whose size is set for good while that of the restricted file is not.
-_SIZE: Final = 1 << 62
-_WHOLE: Final = PageRange(pgoff_t(0), pgoff_t(_SIZE >> PAGE_SHIFT))
+_WHOLE: Final = PageRange(pgoff_t(0), pgoff_t(MAX_FILE_BYTES >> PAGE_SHIFT))
 
 
 @final
 class PrivateFile:
     """A restricted file's content in this VM, kept until the VM ends."""
 
-    def __init__(self, ino: int, binding: int, memfd: GuestMemfd, limit: int | None, *, ranged: bool = False) -> None:
+    def __init__(self, ino: int, binding: int, memfd: GuestMemfd, size: int, limit: int | None, *, ranged: bool = False) -> None:
+        """``size`` is the guest_memfd's, in bytes."""
         self.ino = ino
         #: Whether each slot has a binding of its own; else the first one stays, for all.
         self.ranged = ranged
         self.bindings = {binding}
         self.memfd = memfd
+        self.size = size
         self.limit = limit
         #: Pages freed by the owner.
         self.freed = 0
@@ -145,16 +146,19 @@ class PrivateFiles:
         """Make a half that shows ``window`` of a file (``Engine``).
 
         Raises:
-            OSError: EINVAL as ``Binder.bind``, and for a window beyond what a guest_memfd holds; ENOSPC for more than the service's limit.
+            OSError: EINVAL as ``Binder.bind``; ENOSPC for more than the service's limit.
         """
         bound = self._binder.bind(token, window, lambda bound: bound)
+        # It never changes, while that of the restricted file does; a file of huge pages ends with a whole one.
+        size = os.fstat(bound.memfd.fileno()).st_size
         bound.memfd.close()
         bound.sequence.close()
         file = self._by_ino.get(bound.ino)
         try:
             if file is None:
                 ranged = bool(bound.flags & BindingFlag.RANGE)
-                file = PrivateFile(bound.ino, bound.number, self._vm.create_guest_memfd(_SIZE, self._flags), bound.limit, ranged=ranged)
+                memfd = self._vm.create_guest_memfd(size, self._flags)
+                file = PrivateFile(bound.ino, bound.number, memfd, size, bound.limit, ranged=ranged)
                 self._by_ino[bound.ino] = file
         except BaseException:
             self._binder.unbind(bound.number)
@@ -184,8 +188,8 @@ class PrivateFiles:
         file.bindings.add(binding)
         let_go = partial(self._let_go, binding) if file.ranged else partial(self._let_go_if_empty, file)
         try:
-            if window.end << PAGE_SHIFT > _SIZE:
-                raise OSError(EINVAL, "guest_memfd does not reach so far")
+            if window.end << PAGE_SHIFT > file.size:
+                raise OSError(EINVAL, f"{window} is no range of a file")
             if file.limit is not None and file.shown + (len(window) << PAGE_SHIFT) > file.limit:
                 raise OSError(ENOSPC, "guest_memfd grows without asking: slots must fit the service's limit")
             return GuestMemfdHalf(file, window, binding, let_go)
