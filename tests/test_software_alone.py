@@ -10,6 +10,7 @@ from restrictedmem.abi.kvm import kvm_regs
 from restrictedmem.kvm.exits import DR6_BS, SINGLE_STEP, Debug, Hypercall, MemoryFault, MmioRead, MmioWrite, PortIn, PortOut, Shutdown
 from restrictedmem.kvm.guest_abi import GPA_BITS
 from restrictedmem.kvm.memslot import Memslot
+from restrictedmem.kvm.mmu import Fault
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, gfn_t
 from software_machine import CODE, DATA, DEVICE, HALTED, STACK, Machine, machine_code, make_machine, shared_half
 
@@ -68,17 +69,22 @@ def test_what_precedes_the_end_of_a_page_exits_first(machine: Machine, code: tup
 @pytest.mark.parametrize("inside", range(1, 7))
 def test_an_instruction_across_the_end(machine: Machine, inside: int) -> None:
     """What precedes it is done, it is not, and where it begins is where the guest stands."""
-    code = machine_code("48ff07", "b805000000", "81470811000000", "f4")  # inc qword [rdi]; mov eax, 5; add dword [rdi + 8], 0x11
+    # inc qword [rdi]; mov eax, 5; then one that computes flags before it loads: rcl dword [rdi + 256], 5
+    code = machine_code("48ff07", "b805000000", "c1970001000005", "f4")
+    machine.put(DATA + 256, b"\x88\0\0\x80")
     before = 8 + inside
+    # An access that was refused before, with other flags.
+    machine.start(machine_code("6801080000", "9d", "c11605"))  # push 0x801; popf; rcl dword [rsi], 5
+    assert machine.vcpu.run() == MmioRead(0, 4)
     start_at_the_end(machine, code[:before], code[before:])
     for _ in range(2):
         assert machine.vcpu.run() == MISSING
-        assert (machine.word(DATA), machine.word(DATA + 8)) == (1, 0)
+        assert machine.word(DATA) == 1
         registers = machine.engine.get_regs()
         assert (registers.rip, registers.rax, registers.rflags) == (NEXT - inside, 5, 0x202)
     show(machine, NEXT, private=True)
     assert machine.vcpu.run() == HALTED
-    assert (machine.word(DATA), machine.word(DATA + 8)) == (1, 0x11)
+    assert machine.word(DATA + 256) == 0x1108
 
 
 def test_a_long_block_before_the_end(machine: Machine) -> None:
@@ -111,12 +117,28 @@ def test_a_long_block_before_the_end(machine: Machine) -> None:
     assert registers.rflags & 0xD00 == 0x400
 
 
+def test_a_page_is_not_asked_for_at_each_instruction(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once ahead, once when it is needed; and once where an access is refused."""
+    asked: list[int] = []
+    fault = machine.mmu.fault
+
+    def count(slot: Memslot, gfn: int) -> Fault:
+        asked.append(gfn << PAGE_SHIFT)
+        return fault(slot, gfn)
+
+    monkeypatch.setattr(machine.mmu, "fault", count)
+    start_at_the_end(machine, machine_code(*["48ff07"] * 40))
+    assert machine.vcpu.run() == MISSING
+    assert asked.count(NEXT) == 2
+    machine.start(machine_code("8b8100200040", "f4"))  # mov eax, [rcx + NEXT]
+    assert machine.vcpu.run() == MISSING
+    assert asked.count(NEXT) == 3
+
+
 def test_other_reasons_at_the_end(machine: Machine) -> None:
     """An exception, a hypercall, a branch and an interrupt come first, as they do elsewhere."""
     start_at_the_end(machine, machine_code("31c9f7f1"))  # xor ecx, ecx; div ecx
     assert machine.vcpu.run() == Shutdown(0)
-    start_at_the_end(machine, machine_code("90", "cd01"))  # int 1
-    assert machine.vcpu.run() == Shutdown(1)
     start_at_the_end(machine, machine_code("b900001000", "ffd1"))  # mov ecx, HYPERCALL_PAGE; call rcx
     assert machine.vcpu.run() == Hypercall(0, (DATA, 0, 0, 0))
     assert machine.vcpu.run() == Hypercall(0, (DATA, 0, 0, 0))
@@ -196,6 +218,18 @@ def test_steps_over_flags_that_are_pushed_and_popped(machine: Machine) -> None:
         machine.engine.set_guest_debug(step=False, breakpoints=frozenset())
         assert machine.vcpu.run() == HALTED
         assert machine.engine.get_regs().rax == 0x202
+
+
+def test_a_step_is_one_instruction_where_more_were_translated(machine: Machine) -> None:
+    machine.start(machine_code("9c", "48ff07", "cd01"))  # pushf; inc qword [rdi]; int 1
+    assert machine.vcpu.run() == Shutdown(1)
+    machine.engine.set_regs(kvm_regs(rip=CODE, rsp=STACK, rdi=DATA))
+    machine.engine.set_guest_debug(step=True, breakpoints=frozenset())
+    assert machine.vcpu.run() == Debug(SINGLE_STEP, CODE + 1, DR6_BS)
+    assert machine.word(DATA) == 1
+    assert machine.vcpu.run() == Debug(SINGLE_STEP, CODE + 4, DR6_BS)
+    # The guest's own exception is no step.
+    assert machine.vcpu.run() == Shutdown(1)
 
 
 def test_a_step_that_cannot_fetch(machine: Machine) -> None:
