@@ -283,8 +283,10 @@ def caught_at_exec(spy: Spy) -> Generator[None, None, None]:
     """Show the spy the first process of a service right after its exec."""
     honest = client.start_process
 
-    def start_process(theirs: socket.socket, options: Options, inherited: Sequence[int] = ()) -> "subprocess.Popen[bytes]":
-        started = honest(theirs, options, inherited)
+    def start_process(
+        theirs: socket.socket, options: Options, inherited: Sequence[int] = (), *, own_session: bool = False
+    ) -> "subprocess.Popen[bytes]":
+        started = honest(theirs, options, inherited, own_session=own_session)
         spy.catch(started.pid)
         return started
 

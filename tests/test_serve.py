@@ -171,6 +171,16 @@ def test_one_service_for_each_client(server: Server) -> None:
         assert outcome(lambda: second.token_for(fd)) == Errno(EACCES)
 
 
+def test_each_service_is_a_session_of_its_own(server: Server) -> None:
+    """A session is a scheduling group (sched_autogroup): one that is busy takes no other's share."""
+    with served(server) as (first, _), served(server) as (second, _), Service.start() as private:
+        sessions = [{os.getsid(each.pid) for each in family(one)} for one in (first, second, private)]
+        assert [len(found) for found in sessions] == [1, 1, 1]
+        # A private service shares that of its owner.
+        assert sessions[2] == {os.getsid(0)} == {os.getsid(server.process.pid)}
+        assert len(set.union(*sessions)) == 3
+
+
 @pytest.mark.parametrize("victim", [0, 1], ids=["spawner", "service"])
 def test_a_killed_service_takes_one_client_alone(server: Server, victim: int) -> None:
     with served(server) as (first, fd), served(server) as (second, others):

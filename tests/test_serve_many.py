@@ -64,9 +64,9 @@ class Running:
         self._thread = threading.Thread(target=lambda: self.server.run(self._stop[0]))
         self._thread.start()
 
-    def start(self, theirs: socket.socket, options: Options, inherited: Sequence[int]) -> subprocess.Popen[bytes]:
+    def start(self, theirs: socket.socket, options: Options, inherited: Sequence[int], *, own_session: bool) -> subprocess.Popen[bytes]:
         if peer_credentials(theirs)[1] != STUCK:
-            return self._honest(theirs, options, inherited)
+            return self._honest(theirs, options, inherited, own_session=own_session)
         keep = [theirs.fileno(), *inherited]
         self.stuck.append(subprocess.Popen(["sleep", "1000"], pass_fds=keep))
         return self.stuck[-1]
@@ -206,7 +206,7 @@ def test_a_killed_service_frees_its_place(running: Running) -> None:
 
 
 def test_a_start_that_fails_is_told_and_frees_its_place(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError(EMFILE, os.strerror(EMFILE))
 
     for module, name in (serving, "start_process"), (os, "pidfd_open"):

@@ -395,10 +395,14 @@ def start_process(
     theirs: socket.socket,
     options: Options,
     inherited: Sequence[int] = (),
+    *,
+    own_session: bool = False,
 ) -> subprocess.Popen[bytes]:
     """Run ``service.start`` by exec, connected to ``theirs``; it ends as soon as the service runs.
 
-    Descriptors in ``inherited`` stay open in all that it forks: service, spawner and consumers.
+    Descriptors in ``inherited`` stay open in all that it forks: service, spawner and consumers. They
+    share this process's session, and so its scheduling group (sched_autogroup), unless it is an
+    ``own_session``.
     Isolated, so that neither PYTHON* variables nor the current directory choose what a trusted process imports.
     """
     debug = {name: os.environ[name] for name in ("RESTRICTEDMEM_DEBUG",) if name in os.environ}
@@ -412,6 +416,7 @@ def start_process(
             stderr=None if debug else subprocess.DEVNULL,
             pass_fds=[first.fileno(), *(fd.fileno() for fd in others)],
             env={"PATH": os.environ.get("PATH", os.defpath), **debug},
+            start_new_session=own_session,
         )
 
 

@@ -224,7 +224,13 @@ class Server:
         reader, writer = map(OwnedFd, os.pipe())
         try:
             with reader:
-                process = start_process(client.sock, self._options_for(client), [reader.fileno()])
+                # Of the processor too each client has its own share, its service's start included.
+                process = start_process(
+                    client.sock,
+                    self._options_for(client),
+                    [reader.fileno()],
+                    own_session=True,
+                )
             try:
                 pidfd = OwnedFd(os.pidfd_open(process.pid))
             except OSError:

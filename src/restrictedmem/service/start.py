@@ -103,8 +103,10 @@ def main(arguments: list[str]) -> None:
         if os.fork() == 0:
             # A tracer that came between its permission check and ours has the child too (PTRACE_O_TRACEFORK). Later none can come.
             refuse_tracer()
-            # A process group of its own: a terminal's interrupt is for its owner. But in the owner's session, and so in its scheduling
-            # group (sched_autogroup): each call of the owner waits for the service, which must not queue behind other sessions for it.
+            # A process group of its own: a terminal's interrupt is for its owner. But in the session
+            # of its owner, who started it, and so in its scheduling group (sched_autogroup): each call
+            # of the owner waits for the service, which must not queue behind other sessions for it.
+            # ``serve`` has begun a session for it.
             os.setpgid(0, 0)
             _be_spawner(channel, options, Origin(pid, uid), word)
         word.hear()
