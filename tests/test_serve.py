@@ -37,6 +37,8 @@ pytestmark = pytest.mark.requires("fuse", "root")
 #: The user of the services, and of those who are served.
 SERVICE_USER = "nobody"
 CLIENT = ORDINARY - 1
+#: Four uids that nobody else has, other copies of the tests included.
+FIRST_UID = 3_000_000_000 + 4 * os.getpid()
 
 
 @final
@@ -317,7 +319,7 @@ def test_no_range_of_uids(place: str, text: str) -> None:
 
 def test_each_user_has_services_of_a_uid_of_its_own(place: str) -> None:
     """What the kernel counts for a uid is counted apart, descriptors in flight for one (unix(7))."""
-    server = Server("--user", "200001-200003", socket_path=place)
+    server = Server("--user", f"{FIRST_UID}-{FIRST_UID + 2}", socket_path=place)
 
     def uids() -> list[str]:
         with served(server) as (service, fd), Vmm(1 << 20, service) as vmm:
@@ -329,16 +331,17 @@ def test_each_user_has_services_of_a_uid_of_its_own(place: str) -> None:
         return ["\t".join([str(uid)] * 4)] * 6
 
     # Where it begins to look follows from the uid.
-    assert as_user(uids, 1001) == of(200003)
+    assert as_user(uids, 1001) == of(FIRST_UID + 2)
     with served(server) as (service, _):
-        assert [facts(found.pid)["Uid"] for found in family(service)] == of(200001)[:2]
-        assert as_user(uids, 1002) == of(200002)
-        assert as_user(uids, 1001) == of(200003)
+        assert [facts(found.pid)["Uid"] for found in family(service)] == of(FIRST_UID)[:2]
+        # What nobody had comes before what nobody has.
+        assert as_user(uids, 1004) == of(FIRST_UID + 1)
+        assert as_user(uids, 1001) == of(FIRST_UID + 2)
     assert server.stop() == 0
 
 
 def test_a_user_for_whom_no_uid_is_left_is_turned_away(place: str) -> None:
-    server = Server("--user", "200001-200001", socket_path=place)
+    server = Server("--user", f"{FIRST_UID + 3}-{FIRST_UID + 3}", socket_path=place)
     words = "all 1 uids of services are taken"
     try:
         with served(server):

@@ -44,7 +44,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--user",
         metavar="NAME|FIRST-LAST",
         help="user that the services become once they have mounted, or uids that nobody else has, of which the services of each client's "
-        "uid get one for themselves (default: stay)",
+        "uid get one for themselves, at least as many as clients have uids (default: stay)",
     )
     parser.add_argument("--mode", type=_mode, default=0o666, metavar="OCTAL", help="who may connect (default 666)")
     parser.add_argument(

@@ -16,13 +16,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from errno import EAGAIN, ETIMEDOUT
 from functools import partial
-from itertools import chain
 from math import inf
 from typing import TYPE_CHECKING, Final, Protocol, final
 
 from restrictedmem.burial import bury
 from restrictedmem.fd import OwnedFd, peer_credentials
 from restrictedmem.service.client import START_DEADLINE, start_process
+from restrictedmem.service.uids import Uids
 from restrictedmem.service.wire import Channel
 from restrictedmem.users import is_known
 
@@ -77,8 +77,7 @@ class Server:
     """Serves the clients of a listening socket that does not wait.
 
     Each uid has ``most`` places; ``say`` is told what happens. Where there are ``uids``, the
-    services of each uid become one of them, which no other uid's are: what the kernel counts for a
-    uid, descriptors in flight for one (unix(7)), is not shared.
+    services of each uid become one of them (``uids``).
     """
 
     def __init__(
@@ -93,7 +92,7 @@ class Server:
         self._options = options
         self._most = most
         self._say = say
-        self._uids = uids
+        self._uids = Uids(uids)
         #: Whether it was said, since one came free, that all of them are taken.
         self._crowded = False
         self._users: dict[int, _User] = {}
@@ -181,11 +180,8 @@ class Server:
         """Make a user; None when all uids for services are taken."""
         own = None
         if self._uids:
-            taken = {user.own for user in self._users.values()}
-            # Where those of a server before this one may have left services: the same, most often.
-            first = client.uid % len(self._uids)
-            every = chain(self._uids[first:], self._uids[:first])
-            if (own := next((uid for uid in every if uid not in taken), None)) is None:
+            own = self._uids.give(client.uid, self._users)
+            if own is None:
                 return None
         self._users[client.uid] = user = _User(own)
         return user
@@ -305,6 +301,8 @@ class Server:
         if not user.places:
             del self._users[client.uid]
             self._crowded = False
+            if user.own is not None:
+                self._uids.rest(client.uid)
 
 
 def _whose(uid: int) -> str:
