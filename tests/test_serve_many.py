@@ -23,7 +23,7 @@ from restrictedmem.fd import peer_credentials
 from restrictedmem.kvm.vm import Vm
 from restrictedmem.service import server as serving
 from restrictedmem.service import wire
-from restrictedmem.service.client import Service, start_process
+from restrictedmem.service.client import START_DEADLINE, Service, start_process
 from restrictedmem.service.listener import listen
 from restrictedmem.service.server import Server
 from restrictedmem.service.start import Options
@@ -160,6 +160,25 @@ def test_a_handshake_that_never_ends_is_ended(running: Running, monkeypatch: pyt
         assert [answer(client) for client in clients] == [(ETIMEDOUT, words)] * PLACES
         wait_until(lambda: STUCK not in running.places(), "the places")
     assert [each.returncode for each in running.stuck] == [-signal.SIGKILL] * PLACES
+
+
+def test_a_handshake_loses_no_time_while_all_is_stopped(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest, leap, looks = time.monotonic, 0.0, 0
+
+    def monotonic() -> float:
+        nonlocal looks
+        looks += threading.current_thread() is running._thread
+        return honest() + leap
+
+    monkeypatch.setattr(time, "monotonic", monotonic)
+    with ExitStack() as stack:
+        connect_as(STUCK, running.path, stack)
+        wait_until(lambda: running.starting(STUCK) == 1, "the handshake")
+        # As when a machine was suspended.
+        leap, before = 10 * START_DEADLINE, looks
+        wait_until(lambda: looks > before + 3, "looks at the clock")
+        assert running.starting(STUCK) == 1
+        assert running.stuck[0].poll() is None
 
 
 def test_a_client_that_dies_in_the_handshake_frees_its_place(running: Running) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Final, TypeVar, final
 
 #: Seconds that one look may count.
-_SLICE: Final = 0.05
+SLICE: Final = 0.05
 #: How often something is tried while memory is short, and the seconds between two tries.
 _TRIES: Final = 100
 _PAUSE: Final = 0.01
@@ -15,29 +15,46 @@ _T = TypeVar("_T")
 
 
 @final
-class Patience:
-    """So many seconds to wait for another process.
+class Clock:
+    """Counts the seconds in which this process runs.
 
-    Whoever stops this process (SIGSTOP, a frozen cgroup, a suspended machine) stops the other one as well, often. So the clock is
-    looked at every 50 ms, and what has passed since the last look counts as that much, however long it was.
+    Whoever stops this process (SIGSTOP, a frozen cgroup, a suspended machine) stops the other one as well, often. So whoever waits looks
+    at the clock every 50 ms, and what has passed since the last look counts as that much, however long it was.
     """
 
-    __slots__ = ("_last", "_left")
+    __slots__ = ("_last", "seconds")
+
+    def __init__(self) -> None:
+        #: As of the last look.
+        self.seconds = 0.0
+        self._last = time.monotonic()
+
+    def look(self) -> float:
+        """Return the seconds up to now."""
+        now = time.monotonic()
+        self.seconds += min(now - self._last, SLICE)
+        self._last = now
+        return self.seconds
+
+
+@final
+class Patience:
+    """So many seconds of a ``Clock`` to wait for another process."""
+
+    __slots__ = ("_clock", "_seconds")
 
     def __init__(self, seconds: float) -> None:
-        self._left = seconds
-        self._last = time.monotonic()
+        self._seconds = seconds
+        self._clock = Clock()
 
     def wait(self, fd: int, events: int) -> bool:
         """Wait until a descriptor has one of some events of poll(2); false when there is no patience left."""
         poll = select.poll()
         poll.register(fd, events)
         while True:
-            ready = poll.poll(1000 * min(_SLICE, max(self._left, 0)))
-            now = time.monotonic()
-            self._left -= min(now - self._last, _SLICE)
-            self._last = now
-            if ready or self._left <= 0:
+            left = self._seconds - self._clock.seconds
+            ready = poll.poll(1000 * min(SLICE, max(left, 0)))
+            if self._clock.look() >= self._seconds or ready:
                 return bool(ready)
 
 

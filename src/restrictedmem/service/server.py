@@ -9,7 +9,6 @@ import os
 import select
 import socket
 import subprocess
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Final, Protocol, final
 
 from restrictedmem.burial import bury
 from restrictedmem.fd import OwnedFd, peer_credentials
+from restrictedmem.patience import SLICE, Clock
 from restrictedmem.service.client import START_DEADLINE, start_process
 from restrictedmem.service.uids import Uids
 from restrictedmem.service.wire import Channel
@@ -102,6 +102,8 @@ class Server:
         self._starting: dict[_Client, None] = {}
         self._epoll = select.epoll()
         self._ready: dict[int, Callable[[], None]] = {}
+        #: Of deadlines: a machine that was suspended has not used them up.
+        self._clock = Clock()
         self._resume = inf
         #: Whether it was said that accept(2) fails.
         self._short = False
@@ -135,10 +137,12 @@ class Server:
     def _patience(self) -> float | None:
         first = next((client.deadline for client in self._starting), inf)
         until = min(first, self._resume)
-        return None if until == inf else max(0.0, until - time.monotonic())
+        if until == inf:
+            return None
+        return min(SLICE, max(0.0, until - self._clock.look()))
 
     def _expire(self) -> None:
-        now = time.monotonic()
+        now = self._clock.look()
         if now >= self._resume:
             self._resume = inf
             self._watch(self._listener, select.EPOLLIN, self._accept)
@@ -160,7 +164,7 @@ class Server:
                 self._say(f"clients have to wait: {error.strerror}")
             self._short = True
             self._forget(self._listener)
-            self._resume = time.monotonic() + _PAUSE
+            self._resume = self._clock.look() + _PAUSE
             return
         self._short = False
         pid, uid, _ = peer_credentials(sock)
@@ -237,7 +241,7 @@ class Server:
             writer.close()
             raise
         client.process, client.pidfd, client.life = process, pidfd, writer
-        client.deadline = time.monotonic() + START_DEADLINE
+        client.deadline = self._clock.look() + START_DEADLINE
         self._watch(pidfd, select.EPOLLIN, partial(self._started, client))
         self._watch(writer, 0, partial(self._ended, client))
 
