@@ -145,11 +145,11 @@ class Creation:
         """
         try:
             found = cls(**json.loads(text or "{}"))
-        except (TypeError, ValueError) as error:
+        except (RecursionError, TypeError, ValueError) as error:
             raise OSError(EINVAL, f"KVM_CREATE_VM: {error}") from None
         if found.engine not in ENGINES or type(found.policy) is not int or found.policy & ~(POLICY_DEBUG | POLICY_EXPLICIT):
             raise OSError(EINVAL, f"KVM_CREATE_VM: engine {found.engine!r}, policy {found.policy!r}")
-        if found.platform and found.platform not in host.NAMES:
+        if found.platform not in ("", *host.NAMES):
             raise OSError(EINVAL, f"KVM_CREATE_VM: platform {found.platform!r}")
         if found.platform and found.engine == "kernel":
             raise OSError(EOPNOTSUPP, f"KVM_CREATE_VM: platform {found.platform} needs the software engine")

@@ -11,19 +11,48 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from errno import ENOMEM, EPERM
-from typing import Final, NoReturn, Self
+from errno import EINVAL, ENOMEM, EPERM
+from math import inf
+from types import NoneType
+from typing import Any, Final, NoReturn, Self, cast
 
 from restrictedmem.abi import process
 from restrictedmem.failure import failed
 from restrictedmem.fd import peer_credentials
 from restrictedmem.mm import design
+from restrictedmem.mm.notifier import Api
 from restrictedmem.service import program, spawner
 from restrictedmem.service.ending import Word, status_of
 from restrictedmem.service.wire import Channel
 
 _TRACED: Final = "the service is being traced; strace -f does that, strace without -f and restrictedmem exec -- strace -f PROG do not"
+
+
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    """Return a check that a value is exactly of one of some types, and, where it is a number, one that counts something."""
+    return lambda value: type(value) in kinds and (type(value) not in (int, float) or 0 <= value < inf)
+
+
+def _is_pair(kind: type, value: Any) -> bool:
+    return type(value) is tuple and [type(each) for each in cast("tuple[object, ...]", value)] == [kind, kind]
+
+
+#: What values of ``Options`` are like: they come over a command line.
+_FITS: Final[dict[str, Callable[[Any], bool]]] = {
+    "api": lambda value: value in [api.value for api in Api],
+    "design": _is(str, NoneType),
+    "memory_max": _is(int, NoneType),
+    "backing": _is(str),
+    "pin": _is(bool),
+    "consumers": lambda value: all(_is_pair(str, each) for each in value),
+    "max_consumers": _is(int, NoneType),
+    "usage": _is(bool),
+    "deadline": _is(float, int),
+    "become": lambda value: value is None or _is_pair(int, value),
+    "signing_key": _is(str, NoneType),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +88,29 @@ class Options:
         """Check what can be known without a file or a consumer.
 
         Raises:
-            OSError: EINVAL for a design, or for consumers' names.
+            OSError: EINVAL for a value that is none, a design, or consumers' names.
         """
+        for name, fits in _FITS.items():
+            if not fits(value := getattr(self, name)):
+                raise OSError(EINVAL, f"start options: {name}: {value!r}")
         design.make(self.design or self.api)
         program.check_names(self.consumers)
 
     @classmethod
     def load(cls, text: str) -> Self:
-        """Read what ``dump`` wrote."""
-        fields = json.loads(text)
-        if fields["become"] is not None:
-            fields["become"] = tuple(fields["become"])
-        fields["consumers"] = tuple((name, path) for name, path in fields.get("consumers", ()))
-        return cls(**fields)
+        """Read what ``dump`` wrote.
+
+        Raises:
+            OSError: EINVAL for anything else.
+        """
+        try:
+            fields = json.loads(text)
+            if fields["become"] is not None:
+                fields["become"] = tuple(fields["become"])
+            fields["consumers"] = tuple(tuple(pair) for pair in fields.get("consumers", ()))
+            return cls(**fields)
+        except (KeyError, RecursionError, TypeError, ValueError) as error:
+            raise OSError(EINVAL, f"start options: {error!r}") from None
 
 
 @dataclass(frozen=True, slots=True)
