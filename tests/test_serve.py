@@ -3,6 +3,7 @@
 import fcntl
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -10,8 +11,8 @@ import sys
 import tempfile
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
-from errno import EACCES, EINVAL, ENOTCONN, EPERM
+from contextlib import ExitStack, contextmanager, suppress
+from errno import EACCES, EAGAIN, EINVAL, ENOTCONN, EPERM
 from pathlib import Path
 from typing import Any, final
 
@@ -26,6 +27,7 @@ from restrictedmem.abi import memory
 from restrictedmem.cli.said import Said
 from restrictedmem.fd import OwnedFd, readable
 from restrictedmem.kvm import elf, exits, guest_abi
+from restrictedmem.kvm.vm import Vm
 from restrictedmem.kvm.vmm import Vmm
 from restrictedmem.service import SERVER_VARIABLE, client
 from restrictedmem.service.client import Service, default_service
@@ -180,7 +182,7 @@ def test_each_service_is_a_session_of_its_own(server: Server) -> None:
         assert [len(found) for found in sessions] == [1, 1, 1]
         # A private service shares that of its owner.
         assert sessions[2] == {os.getsid(0)} == {os.getsid(server.process.pid)}
-        assert len(set.union(*sessions)) == 3
+        assert len(sessions[0] | sessions[1] | sessions[2]) == 3
 
 
 @pytest.mark.parametrize("victim", [0, 1], ids=["spawner", "service"])
@@ -355,6 +357,24 @@ def test_a_user_for_whom_no_uid_is_left_is_turned_away(place: str) -> None:
         assert server.said().endswith(f" of uid {CLIENT}")
     finally:
         assert server.stop() == 0
+
+
+def test_a_limit_on_tasks_is_each_clients_own(place: str) -> None:
+    """What ``serve`` has as RLIMIT_NPROC, the services of each client's uid may have, for each has a uid of its own."""
+    server = Server("--user", f"{FIRST_UID}-{FIRST_UID + 1}", socket_path=place)
+    resource.prlimit(server.process.pid, resource.RLIMIT_NPROC, (24, 24))
+
+    def one() -> bool:
+        with Service.connect(place) as service, Vm(service) as vm:
+            return bool(vm.statistics())
+
+    with ExitStack() as stack:
+        service = stack.enter_context(Service.connect(place))
+        # Four tasks are a service's, and four or more each VM's.
+        made = [outcome(lambda: stack.enter_context(Vm(service)).statistics()) for _ in range(6)]
+        assert made[0] != made[-1] == Errno(EAGAIN)
+        assert as_user(one, CLIENT)
+    assert server.stop() == 0
 
 
 def test_an_unknown_user(place: str) -> None:
