@@ -31,7 +31,7 @@ def service() -> Iterator[Service]:
     spawner, theirs = Channel.pair("spawner", takes_fds=True)
     endings, heard = Channel.pair("spawner")
     with theirs, heard, ExitStack() as stack:
-        found = Service(spawner, endings, Options(), Origin(1, 0), Way.OWN, Signer(), 1000)
+        found = Service(spawner, endings, Options(), Origin(1, 0), Way.OWN, Signer(), None, 1000)
         stack.callback(spawner.close)
         stack.callback(endings.close)
         stack.callback(found._selector.close)

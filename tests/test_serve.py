@@ -29,7 +29,7 @@ from restrictedmem.fd import OwnedFd, readable
 from restrictedmem.kvm import elf, exits, guest_abi
 from restrictedmem.kvm.vm import Vm
 from restrictedmem.kvm.vmm import Vmm
-from restrictedmem.service import SERVER_VARIABLE, client
+from restrictedmem.service import SERVER_VARIABLE, client, oom
 from restrictedmem.service.client import Service, default_service
 from restrictedmem.units import PAGE_SIZE as PAGE
 from users import ORDINARY, as_user
@@ -357,6 +357,32 @@ def test_a_user_for_whom_no_uid_is_left_is_turned_away(place: str) -> None:
         assert server.said().endswith(f" of uid {CLIENT}")
     finally:
         assert server.stop() == 0
+
+
+def test_the_service_that_holds_the_most_is_killed_first(server: Server) -> None:
+    """When memory runs out (oom_score_adj): a memfd's pages count for no process that does not map them."""
+    unit = oom._memory() // 1000 // PAGE * PAGE + PAGE
+
+    def score(service: Service) -> int:
+        return int(Path(f"/proc/{service.info['pid']}/oom_score_adj").read_text(encoding="ascii"))
+
+    with served(server) as (first, fd), served(server) as (second, _):
+        before = score(first)
+        for count in (1, 3):
+            os.posix_fallocate(fd, 0, count * unit)
+            assert score(first) == before + count
+        memory.fallocate(fd, memory.PUNCH, unit, unit)
+        assert score(first) == before + 2
+        assert score(second) == before
+        other = first.memfd_restricted()
+        os.posix_fallocate(other, 0, unit)
+        assert score(first) == before + 3
+        # The engine has it still.
+        with Vm(first) as vm:
+            vm.set_user_memory_region(slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=PAGE, restricted_fd=other)
+            os.close(other)
+            assert score(first) == before + 3
+        wait_until(lambda: score(first) == before + 2, "the other file's end")
 
 
 def test_a_limit_on_tasks_is_each_clients_own(place: str) -> None:

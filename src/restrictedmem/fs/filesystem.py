@@ -75,13 +75,14 @@ class FileSystem:
         max_files: int,
         prove: Callable[[bytes, int, RestrictedFile], None] | None = None,
         usage: Usage | None = None,
+        account: Callable[[int], None] | None = None,
     ) -> None:
         """Make an empty file system.
 
         ``design`` and ``backing`` name those of each file (``mm.design``, ``mm.backing``). ``memory_max`` bounds the bytes of each
         descriptor. ``max_files`` is how many descriptors may exist at once; creating one more is ENFILE. ``prove`` hears of each token
         presented by ioctl, with the inode number and the file, and raises OSError for one it does not know. ``usage`` counts, if it is to
-        be known what was done: that takes a quarter of an allocation's time.
+        be known what was done: that takes a quarter of an allocation's time. ``account`` hears what files hold (``RestrictedFile``).
 
         Raises:
             OSError: EINVAL for an unknown backing.
@@ -96,6 +97,7 @@ class FileSystem:
         self._usage = usage
         self._max_files = max_files
         self._prove = prove
+        self._account = account
         self._nodes: dict[int, _Node] = {}
         self._next_node = fuse.ROOT_ID + 1
         self._mutex = sync.mutex()
@@ -188,7 +190,7 @@ class FileSystem:
             # A hint: where every page is a huge one already, it says nothing.
             kind = "thp" if mode & HUGEPAGE_MODE and self._backing == "memfd" else self._backing
             backing = make_backing(kind, limit=self.memory_max)
-            file = RestrictedFile(design.make(self._design), backing, Inode.make(request.uid, request.gid))
+            file = RestrictedFile(design.make(self._design), backing, Inode.make(request.uid, request.gid), self._account)
             self._nodes[nodeid] = _Node(file)
         if self._usage is not None:
             self._usage.create(file)

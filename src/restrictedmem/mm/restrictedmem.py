@@ -43,8 +43,10 @@ class RestrictedFile:
     """
 
     __slots__ = (
+        "_account",
         "_count",
         "_exclusive",
+        "_held",
         "_last",
         "_mutex",
         "_newest_first",
@@ -62,8 +64,12 @@ class RestrictedFile:
         "taking",
     )
 
-    def __init__(self, design: Design, backing: Backing, inode: Inode) -> None:
-        """Make an empty file of size 0, held by one reference: the caller's; ``design`` is its own."""
+    def __init__(self, design: Design, backing: Backing, inode: Inode, account: Callable[[int], None] | None = None) -> None:
+        """Make an empty file of size 0, held by one reference: the caller's; ``design`` is its own.
+
+        ``account`` hears by how many bytes the file holds more, or fewer: before it allocates, after it has freed, and, for what consumers
+        have allocated, when one goes.
+        """
         self.design = design
         self.backing = backing
         self.inode = inode
@@ -74,6 +80,9 @@ class RestrictedFile:
         #: Held while that changes, until whoever takes the file has registered.
         self.taking = sync.mutex()
         self._mutex = sync.mutex()
+        self._account = account
+        #: Bytes that it has heard of.
+        self._held = 0
         self._notifiers_sem = sync.RwSem()
         #: By id of the notifier, newest first, and how many in all; changed with the semaphore held for writing and ``_mutex`` held.
         self._registrations: dict[int, tuple[Registration, ...]] = {}
@@ -152,15 +161,27 @@ class RestrictedFile:
 
     def _fallocate(self, mode: int, offset: int, length: int, abandoned: Callable[[], bool]) -> None:
         # Preconditions: _mutex held. Allocations of one file take turns, as tmpfs makes them do under the inode's lock.
-        if mode == PUNCH:
-            self.design.punch(self, offset, length)
-        elif mode in _ALLOCATE:
-            self.design.allocate(self, offset, length, abandoned)
-            if mode == 0:
-                self.size = max(self.size, offset + length)
-        else:
-            raise failed("fallocate", EOPNOTSUPP, f"mode {mode:#x}")
+        try:
+            if mode == PUNCH:
+                self.design.punch(self, offset, length)
+            elif mode in _ALLOCATE:
+                # Before: the kernel may look for a process to kill meanwhile.
+                self._tell(length)
+                self.design.allocate(self, offset, length, abandoned)
+                if mode == 0:
+                    self.size = max(self.size, offset + length)
+            else:
+                raise failed("fallocate", EOPNOTSUPP, f"mode {mode:#x}")
+        finally:
+            self._tell()
         self.inode.modified()
+
+    def _tell(self, more: int = 0) -> None:
+        # Preconditions: _mutex held, or no reference left.
+        if self._account is not None:
+            held = self.backing.resident() + more
+            change, self._held = held - self._held, held
+            self._account(change)
 
     # What consumers do.
 
@@ -260,6 +281,7 @@ class RestrictedFile:
             self._count += len(registrations) - len(before)
             # A walk makes these: thousands may come or go before the next one.
             self._newest_first = None
+            self._tell()
 
     def registrations(self) -> tuple[Registration, ...]:
         """Return all registrations, newest first; under the semaphore."""
@@ -284,6 +306,7 @@ class RestrictedFile:
                 if self._registrations:
                     raise failed("renew", EINVAL, "a consumer has the file")
                 free = self.backing.renew()
+                self._tell()
                 self.design.forget()
                 sequence, self._sequence = self._sequence, None
                 if sequence is not None:
@@ -351,5 +374,6 @@ class RestrictedFile:
             last = not self._references
         if last:
             self.backing.close()
+            self._tell()
             if self._sequence is not None:
                 self._sequence.close()

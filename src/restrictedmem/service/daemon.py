@@ -32,6 +32,7 @@ from restrictedmem.service import sealing, signing, status, wire
 from restrictedmem.service.consumers import Consumers, Troubles
 from restrictedmem.service.door import Connection, Door
 from restrictedmem.service.ending import Word
+from restrictedmem.service.oom import OomScore
 from restrictedmem.service.privileges import drop_privileges
 from restrictedmem.service.program import Programs
 from restrictedmem.service.signing import Signer
@@ -64,10 +65,13 @@ def run(owner: Channel, spawner: Channel, endings: Channel, options: "Options", 
         way, device, root = mount_first()
         signing.preload()
         signer = Signer() if options.signing_key is None else Signer.load(options.signing_key)
+        # The file of a process that is not dumpable is root's. Huge pages are no others' memory.
+        counts = options.become is not None and not options.backing.startswith("hugetlb")
+        score = OomScore.open() if counts else None
         drop_privileges(options.become, keep=0)
         # Another uid has reset it.
         process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
-        service = Service(spawner, endings, options, origin, way, signer, process.raise_fd_limit())
+        service = Service(spawner, endings, options, origin, way, signer, score, process.raise_fd_limit())
         sealing.seal()
         service.wait_loaded()
         # This process has threads, and /dev/fuse.
@@ -115,6 +119,7 @@ class Service:
         origin: "Origin",
         way: Way,
         signer: Signer,
+        score: OomScore | None,
         most_fds: int,
     ) -> None:
         spare = max(_SPARE_FDS, most_fds // 4)
@@ -127,6 +132,7 @@ class Service:
             max_files=most_fds - spare,
             prove=self._tokens.prove,
             usage=self._usage,
+            account=None if score is None else score.account,
         )
         self._options = options
         self._programs = Programs(options.consumers)

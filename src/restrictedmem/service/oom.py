@@ -1,0 +1,66 @@
+"""Which process the kernel kills when memory runs out: the service whose files hold the most.
+
+Pages of a memfd count for the processes that map them (oom_badness() in mm/oom_kill.c). What was only
+allocated counts for none, so another client's engine would be killed in the place of a service that
+has filled the memory of all. So a service says in oom_score_adj what its files hold.
+"""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Final, Self, final
+
+from restrictedmem import sync
+from restrictedmem.fd import OwnedFd
+
+#: oom_score_adj of a process that counts as if it had all memory (OOM_SCORE_ADJ_MAX).
+_ALL: Final = 1000
+#: By the controller in /proc/self/cgroup, none for version 2: where it is mounted, and the file with the limit, in bytes.
+_LIMITS: Final = {"": ("/sys/fs/cgroup", "memory.max"), "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")}
+
+
+@final
+class OomScore:
+    """This process's oom_score_adj, which follows what is accounted to it."""
+
+    def __init__(self, file: OwnedFd, total: int) -> None:
+        """Own ``file``, and take it for the score of ``total`` bytes held."""
+        self._file = file
+        self._total = total
+        self._least = self._written = int(os.pread(file.fileno(), 16, 0))
+        self._mutex = sync.mutex()
+        self._held = 0
+
+    @classmethod
+    def open(cls) -> Self:
+        """Open this process's own.
+
+        Raises:
+            OSError: EACCES for who is not root in a process that is not dumpable.
+        """
+        return cls(OwnedFd(os.open("/proc/self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC)), _memory())
+
+    def account(self, change: int) -> None:
+        """Note that so many bytes more are held; for any thread."""
+        with self._mutex:
+            self._held += change
+            wanted = min(_ALL, self._least + _ALL * self._held // self._total)
+            # Root may have set a least one meanwhile: no owner's trouble.
+            with suppress(OSError):
+                if wanted != self._written:
+                    os.pwrite(self._file.fileno(), str(wanted).encode(), 0)
+                    self._written = wanted
+
+
+def _memory() -> int:
+    """Return the bytes that this process may share with others: the machine's, or the least limit of its cgroups."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        _, controller, path = line.split(":", 2)
+        if controller in _LIMITS:
+            root, name = _LIMITS[controller]
+            for group in (Path(path), *Path(path).parents):
+                # "max" is no limit; the root has no such file.
+                with suppress(OSError, ValueError):
+                    found.append(int(Path(f"{root}{group}/{name}").read_text(encoding="ascii")))
+    return max(min(found), 1)
