@@ -235,6 +235,16 @@ def test_a_token_ends_with_its_connection(service: Service) -> None:
     os.close(fd)
 
 
+def test_a_token_holds_no_file(service: Service) -> None:
+    """Else it could be the last to let go, and the thread that serves all owners would free gigabytes."""
+    fd = service.memfd_restricted()
+    token = service.token_for(fd)
+    os.close(fd)
+    wait_until(lambda: service.status()["descriptors"] == [], "the file's end")
+    with Vm(service) as vm:
+        assert _bind(vm, token) == Errno(EINVAL)
+
+
 def test_unused_tokens_are_bounded_for_each_connection(service: Service) -> None:
     """The oldest makes room, so that whoever lost some is not shut out for ever."""
     fd = service.memfd_restricted()

@@ -80,7 +80,7 @@ class Usage:
         self.peak_bytes = max(self.peak_bytes, self._bytes)
 
     def report(self, files: list[RestrictedFile]) -> dict[str, int]:
-        """Return the counts, after a look at files that consumers had, among ``files``; the caller holds a reference to each."""
+        """Return the counts, after a look at files that consumers had, among ``files``, of which some may be closed by now."""
         with self._mutex:
             self._look(*(file for file in files if file.holder is not None))
             return {

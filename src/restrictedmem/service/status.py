@@ -7,23 +7,22 @@ from restrictedmem.service.consumer import Consumer
 
 def of_files(filesystem: FileSystem, usage: Usage | None) -> dict[str, object]:
     """Return the descriptors that there are, and what owners did with them if that is counted."""
-    # They may be closed while we look.
-    held = {ino: file for ino, file in filesystem.files().items() if file.get_unless_zero()}
-    try:
-        files = [
-            {
-                "ino": ino,
-                "size": file.size,
-                "resident": file.backing.resident(),
-                "notifiers": file.notifier_count,
-            }
-            for ino, file in held.items()
-        ]
-        used = None if usage is None else usage.report(list(held.values()))
-    finally:
-        for file in held.values():
-            file.put()
-    return {"descriptors": files, "usage": used}
+    # They may be closed while we look, and hold nothing then. A reference could be the last one, and
+    # this thread would free gigabytes.
+    held = filesystem.files()
+    files = [
+        {
+            "ino": ino,
+            "size": file.size,
+            "resident": file.backing.resident(),
+            "notifiers": file.notifier_count,
+        }
+        for ino, file in held.items()
+    ]
+    return {
+        "descriptors": files,
+        "usage": None if usage is None else usage.report(list(held.values())),
+    }
 
 
 def of_consumer(consumer: Consumer) -> dict[str, object]:

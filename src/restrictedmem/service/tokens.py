@@ -22,7 +22,7 @@ class Tokens:
 
     def __init__(self) -> None:
         self._mutex = sync.mutex()
-        # Under the mutex. A file is held by a reference.
+        # Under the mutex. A file is not held: whoever dropped the last reference, would free gigabytes.
         self._files: dict[bytes, tuple[int, RestrictedFile] | None] = {}
 
     def issue(self, issued: list[bytes]) -> bytes:
@@ -46,24 +46,23 @@ class Tokens:
             if self._files.get(token, file) is not None:
                 raise OSError(EACCES, "prove: not a token of this service, or presented before")
             self._files[token] = ino, file
-            file.get()
 
     def take(self, token: bytes) -> tuple[int, RestrictedFile]:
         """Use up a token: returns inode number and file; the caller has the file's reference.
 
         Raises:
-            OSError: EACCES for one that was never presented.
+            OSError: EACCES for one that was never presented, or whose file is gone.
         """
         with self._mutex:
             proved = self._files.get(token)
             if proved is None:
                 raise OSError(EACCES, "the token was never presented on a descriptor")
             del self._files[token]
+        if not proved[1].get_unless_zero():
+            raise OSError(EACCES, "the descriptor on which the token was presented was closed")
         return proved
 
     def drop(self, token: bytes) -> None:
         """Forget a token that nobody will use."""
         with self._mutex:
-            proved = self._files.pop(token, None)
-        if proved is not None:
-            proved[1].put()
+            self._files.pop(token, None)
