@@ -2,6 +2,7 @@
 
 import glob
 import os
+import shutil
 import signal
 import socket
 import tempfile
@@ -15,13 +16,13 @@ from pathlib import Path
 import pytest
 
 from outcomes import Errno, outcome
-from processes import exists, family, wait_gone
+from processes import exists, family, wait_gone, wait_until
 from restrictedmem.abi import memory
 from restrictedmem.abi.memory import FallocMode
 from restrictedmem.abi.process import CLONE_NEWNS, CLONE_NEWUSER, unshare
 from restrictedmem.fd import receive_with_fds, send_with_fds
 from restrictedmem.fs import mounter
-from restrictedmem.fs.mount import Way
+from restrictedmem.fs.mount import Way, mount_fusermount
 from restrictedmem.kvm.vmm import Vmm
 from restrictedmem.service.client import Service
 from restrictedmem.units import PAGE_SIZE as PAGE
@@ -43,8 +44,13 @@ each_way = pytest.mark.parametrize(("way", "uid", "namespaces"), WAYS)
 def mounts() -> tuple[list[str], list[str]]:
     """Return what shows of a mount: lines of mountinfo, and the ordinary user's mount points."""
     lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    points = [path for path in glob.glob(f"{tempfile.gettempdir()}/restrictedmem-*") if os.stat(path).st_uid == ORDINARY]
+    # A mount whose server is dead is nobody's.
+    points = [path for path in glob.glob(f"{tempfile.gettempdir()}/restrictedmem-*") if _owner(path) in (ORDINARY, Errno(ENOTCONN))]
     return [line for line in lines if "restrictedmem" in line], points
+
+
+def _owner(path: str) -> object:
+    return outcome(lambda: os.stat(path).st_uid)
 
 
 @each_way
@@ -203,3 +209,40 @@ def test_root_of_a_container_mounts_itself() -> None:
             return service.info["way"], os.fstat(fd).st_size
 
     assert as_user(body) == (Way.OWN.value, PAGE)
+
+
+#: A fusermount3 that kills the process that mounts, its parent. Either part waits a while for the other.
+_KILLS = r"""#!/bin/sh
+await() { for _ in $(seq 50); do [ -e "$0.$1" ] && break; sleep 0.01; done; }
+case WHEN,$1 in
+    before,-o) kill -9 $PPID; await unmounted; HONEST "$@"; touch "$0.mounted" ;;
+    before,-u) HONEST "$@"; touch "$0.unmounted"; await mounted ;;
+    after,-o) HONEST "$@"; kill -9 $PPID ;;
+    after,-u) HONEST "$@" ;;
+esac
+"""
+
+
+@pytest.mark.requires("fusermount")
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_nothing_is_left_of_a_start_that_was_killed(when: str) -> None:
+    """Whether fusermount3 has mounted by then, or is about to."""
+
+    def body(place: str) -> int:
+        os.environ["PATH"] = f"{place}:{os.environ['PATH']}"
+        child = os.fork()
+        if child == 0:
+            try:
+                mount_fusermount()
+            finally:
+                os._exit(0)
+        _, status = os.waitpid(child, 0)
+        wait_until(lambda: mounts() == ([], []), "the mount and its directory to go")
+        return status
+
+    with tempfile.TemporaryDirectory() as place:
+        helper = Path(place, "fusermount3")
+        helper.write_text(_KILLS.replace("WHEN", when).replace("HONEST", str(shutil.which("fusermount3"))), encoding="ascii")
+        for path in (helper, helper.parent):
+            path.chmod(0o777)
+        assert as_user(lambda: body(place), namespaces=False) == signal.SIGKILL

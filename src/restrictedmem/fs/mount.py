@@ -6,18 +6,23 @@ else makes it (``mounter``).
 
 import array
 import os
+import secrets
 import shutil
 import socket
 import subprocess
 import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from enum import Enum
-from errno import EIO, ENOENT, EPERM
-from typing import Final
+from errno import EBUSY, EIO, ENOENT, EPERM
+from typing import Final, NoReturn
 
-from restrictedmem.abi import mount
+from restrictedmem.abi import mount, process
 from restrictedmem.fd import OwnedFd, above_standard, receive_with_fds
 
 DEVICE: Final = "/dev/fuse"
+#: The first number that is no standard descriptor's.
+_STANDARD: Final = 3
 _ATTRIBUTES: Final = mount.MOUNT_ATTR_NOSUID | mount.MOUNT_ATTR_NODEV | mount.MOUNT_ATTR_NOEXEC
 
 
@@ -68,30 +73,67 @@ def mount_detached(*, allow_other: bool) -> tuple[OwnedFd, OwnedFd]:
 def mount_fusermount() -> tuple[OwnedFd, OwnedFd]:
     """Mount through fusermount3 and detach at once; ``Way.FUSERMOUNT``. Returns what ``mount_detached`` does.
 
-    The mount point exists from one command to the next, in a directory of its own that is removed again.
+    The mount point exists from one command to the next, in a directory of its own that is removed again, whoever is killed meanwhile.
 
     Raises:
-        OSError: ENOENT without the helper; EPERM when it refuses, with its words.
+        OSError: ENOENT without the helper; EPERM when it refuses, with its words; EBUSY when the directory stays.
     """
     helper = shutil.which("fusermount3")
     if helper is None:
         raise OSError(ENOENT, "fusermount3: not installed (package fuse3)")
-    point = tempfile.mkdtemp(prefix="restrictedmem-")
-    try:
-        device = _fusermount(helper, point)
+    with _mount_point(helper) as (point, hold):
+        device = _fusermount(helper, point, hold)
         try:
-            root = OwnedFd(os.open(point, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+            return device, OwnedFd(os.open(point, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
         except BaseException:
             device.close()
             raise
+
+
+@contextmanager
+def _mount_point(helper: str) -> Generator[tuple[str, int]]:
+    """Yield a directory to mount on, and a descriptor for each process that may.
+
+    Once all that have it open are gone or are through, a process of its own unmounts and removes the directory.
+
+    Raises:
+        OSError: EBUSY when it could not.
+    """
+    point = os.path.join(tempfile.gettempdir(), f"restrictedmem-{secrets.token_hex(8)}")
+    reader, writer = map(OwnedFd, os.pipe())
+    with writer:
+        with reader:
+            cleaner = os.fork()
+            if cleaner == 0:
+                _clean_up(helper, point, reader.fileno())
+        try:
+            os.mkdir(point, 0o700)
+            yield point, writer.fileno()
         finally:
-            subprocess.run([helper, "-u", "-z", "--", point], check=False, capture_output=True)
-        return device, root
+            writer.close()
+            _, status = os.waitpid(cleaner, 0)
+    if status:
+        raise OSError(EBUSY, f"{point}: it cannot be unmounted and removed")
+
+
+def _clean_up(helper: str, point: str, reader: int) -> NoReturn:
+    status = 1
+    try:
+        # A signal for the others, from a terminal say, is none for this process.
+        os.setsid()
+        process.set_name("rmem-unmounter")
+        os.closerange(_STANDARD, reader)
+        os.closerange(reader + 1, os.sysconf("SC_OPEN_MAX"))
+        os.read(reader, 1)
+        subprocess.run([helper, "-u", "-z", "--", point], check=False, capture_output=True, stdin=subprocess.DEVNULL)
+        with suppress(FileNotFoundError):
+            os.rmdir(point)
+        status = 0
     finally:
-        os.rmdir(point)
+        os._exit(status)
 
 
-def _fusermount(helper: str, point: str) -> OwnedFd:
+def _fusermount(helper: str, point: str, hold: int) -> OwnedFd:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours, above_standard(theirs.fileno()) as passed:
         theirs.close()
@@ -102,7 +144,8 @@ def _fusermount(helper: str, point: str) -> OwnedFd:
             capture_output=True,
             encoding="utf-8",
             errors="replace",
-            pass_fds=[passed.fileno()],
+            # It mounts even when this process is killed meanwhile.
+            pass_fds=[passed.fileno(), hold],
             env={"_FUSE_COMMFD": str(passed.fileno()), "PATH": os.defpath},
         )
         passed.close()
