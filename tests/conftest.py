@@ -42,6 +42,15 @@ def _debug_registers() -> str:
     return _kvm() or ("QEMU's TCG loads no breakpoints with a guest" if emulation.hypervisor() == emulation.TCG else "")
 
 
+def _cachestat() -> str:
+    with memory.memfd_create("cachestat") as fd:
+        try:
+            memory.resident_pages(fd.fileno(), 0, mmap.PAGESIZE)
+        except OSError as error:
+            return f"cachestat came with Linux 6.5: {error.strerror}"
+    return ""
+
+
 def _guard() -> str:
     with memory.memfd_create("guard") as fd, closing(memory.Mapping(fd.fileno(), 0, mmap.PAGESIZE, mmap.PAGESIZE)) as mapping:
         try:
@@ -119,6 +128,7 @@ FEATURES: dict[str, Callable[[], str]] = {
     "fuse": _fuse,
     "kvm": _kvm,
     "debug-registers": _debug_registers,
+    "cachestat": _cachestat,
     "guard": _guard,
     "root": _root,
     "cc": _cc,

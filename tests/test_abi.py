@@ -340,16 +340,12 @@ def test_memfd_secret_refuses_flags() -> None:
     assert outcome(lambda: memory.memfd_secret(1 << 20)) in (Errno(EINVAL), Errno(ENOSYS))
 
 
+@pytest.mark.requires("cachestat")
 def test_cachestat_counts_preallocated_pages_and_no_holes() -> None:
     with memory.memfd_create("counted") as fd:
         os.ftruncate(fd.fileno(), 16 * PAGE_SIZE)
         memory.fallocate(fd.fileno(), 0, 4 * PAGE_SIZE, 2 * PAGE_SIZE)
-        try:
-            assert memory.resident_pages(fd.fileno(), 0, 16 * PAGE_SIZE) == 2
-        except OSError as error:
-            if error.errno != ENOSYS:
-                raise
-            pytest.skip("cachestat came with Linux 6.5")
+        assert memory.resident_pages(fd.fileno(), 0, 16 * PAGE_SIZE) == 2
         assert memory.resident_pages(fd.fileno(), 5 * PAGE_SIZE, PAGE_SIZE) == 1
         assert memory.resident_pages(fd.fileno(), 0, 4 * PAGE_SIZE) == 0
     ours, theirs = (OwnedFd(number) for number in os.pipe())

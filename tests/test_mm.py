@@ -154,6 +154,7 @@ def test_a_memfd_is_made_with_the_first_page_and_closed_with_the_file() -> None:
     assert file.backing.resident() == 0
 
 
+@pytest.mark.requires("cachestat")
 def test_the_limit_counts_pages_held_and_not_pages_asked_for() -> None:
     backing = MemfdBacking(limit=4 * PAGE_SIZE)
     backing.allocate(0, 3 * PAGE_SIZE)
