@@ -5,6 +5,7 @@
 ``@pytest.mark.alone("why")`` keeps all other tests of the machine away (``turns``).
 """
 
+import ctypes
 import mmap
 import os
 import shutil
@@ -48,6 +49,14 @@ def _cachestat() -> str:
             memory.resident_pages(fd.fileno(), 0, mmap.PAGESIZE)
         except OSError as error:
             return f"cachestat came with Linux 6.5: {error.strerror}"
+    return ""
+
+
+def _inotify() -> str:
+    watch = ctypes.CDLL(None, use_errno=True).inotify_init1(os.O_CLOEXEC)
+    if watch < 0:
+        return f"inotify_init1: {os.strerror(ctypes.get_errno())}"
+    os.close(watch)
     return ""
 
 
@@ -129,6 +138,7 @@ FEATURES: dict[str, Callable[[], str]] = {
     "kvm": _kvm,
     "debug-registers": _debug_registers,
     "cachestat": _cachestat,
+    "inotify": _inotify,
     "guard": _guard,
     "root": _root,
     "cc": _cc,

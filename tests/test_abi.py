@@ -106,6 +106,14 @@ RECORDED = {
     "IORING_MAX_REG_BUFFERS": (16384, "5.13, io_uring/rsrc.c"),
     "fuse_open_out.backing_id": (12, "6.9"),
     "fuse_init_out.max_stack_depth": (36, "6.9"),
+    "PIDFD_GET_INFO": (0xC040_FF0B, "6.13"),
+    "PIDFD_INFO_EXIT": (8, "6.15"),
+    "pidfd_info": (64, "6.13"),
+    **{f"pidfd_info.{name}": (at * 8, "6.13") for at, name in enumerate(("mask", "cgroupid"))},
+    **{
+        f"pidfd_info.{name}": (16 + at * 4, "6.13; exit_code 6.15")
+        for at, name in enumerate(["pid", "tgid", "ppid", "ruid", "rgid", "euid", "egid", "suid", "sgid", "fsuid", "fsgid", "exit_code"])
+    },
     "PAGEMAP_SCAN": (0xC060_6610, "6.7"),
     "Category.FILE": (4, "6.7"),
     "Category.PRESENT": (8, "6.7"),
