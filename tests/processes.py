@@ -135,12 +135,18 @@ def be_idle() -> NoReturn:
 
 
 @contextmanager
-def high(fd: int) -> Generator[OwnedFd]:
-    """Duplicate a descriptor to a number that a process with many descriptors hands out."""
+def room_for(count: int) -> Generator[None]:
+    """Let this process have so many descriptors."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(2048, before[0]), before[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(count, before[0]), before[1]))
     try:
-        with OwnedFd(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 1024)) as found:
-            yield found
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@contextmanager
+def high(fd: int) -> Generator[OwnedFd]:
+    """Duplicate a descriptor to a number that a process with many descriptors hands out."""
+    with room_for(2048), OwnedFd(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 1024)) as found:
+        yield found

@@ -10,11 +10,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from errno import EACCES, ECONNRESET, ENOTCONN, EPERM, ETIMEDOUT
 
 import pytest
 
-from processes import descriptors, exists, family, process, stop, wait_gone, wait_until
+from processes import descriptors, exists, family, process, room_for, stop, wait_gone, wait_until
 from restrictedmem.abi import memory
 from restrictedmem.fd import receive_with_fds, send_with_fds
 from restrictedmem.fs.filesystem import TOKEN_BYTES
@@ -109,16 +110,14 @@ def test_each_owner_has_its_own(service: Service) -> None:
 
 def test_an_owner_may_have_thousands_of_descriptors_open() -> None:
     # select(2) takes no number from 1,024 on.
-    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
-    try:
+    with room_for(2048), ExitStack() as held:
+        for _ in range(1100):
+            held.callback(os.close, os.open(os.devnull, os.O_RDONLY))
         with Service.start() as service:
             fd = service.memfd_restricted()
             assert fd > 1024
             assert works(fd)
             os.close(fd)
-    finally:
-        for number in held:
-            os.close(number)
 
 
 def test_an_owner_may_ignore_its_children() -> None:
