@@ -8,7 +8,7 @@ from typing import Any, Final, TypeVar, cast
 
 import pytest
 
-from outcomes import Errno, failing_at, in_child
+from outcomes import Errno, failing_at, in_child, outcome
 from restrictedmem.abi import kvm
 from restrictedmem.devkvm import Vm
 from restrictedmem.fd import OwnedFd
@@ -17,7 +17,7 @@ from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.kernel.page_tables import PRESENT
 from restrictedmem.kvm.kernel.private import GuestMemfdHalf, PrivateFile
 from restrictedmem.kvm.kernel.slots import ByAddress, ByAttribute, Conversion, KernelSlots
-from restrictedmem.kvm.kernel.system import System
+from restrictedmem.kvm.kernel.system import SIZE, System
 from restrictedmem.kvm.memslot import Memslot
 from restrictedmem.kvm.software.vm import SoftwareVm
 from restrictedmem.kvm.trace import Trace
@@ -48,17 +48,22 @@ def each_failure(make: Callable[[], _T], act: Callable[[_T], object]) -> Iterato
 
 
 class KvmVm:
-    """What slots need of the kernel's VM: its attributes, and whether it has memory for them."""
+    """What slots need of the kernel's VM: its attributes, whether it has memory for them, and which slots there are."""
 
     def __init__(self) -> None:
         self.private: set[int] = set()
+        self.slots: set[int] = set()
         self.error = 0
 
-    def set_user_memory_region(self, *_: object) -> None:
-        pass
+    def set_user_memory_region(self, slot: int, *_: object) -> None:
+        if self.error:
+            raise OSError(self.error, "KVM_SET_USER_MEMORY_REGION")
+        self.slots.add(slot)
 
     set_user_memory_region2 = set_user_memory_region
-    delete_memory_region = set_user_memory_region
+
+    def delete_memory_region(self, slot: int) -> None:
+        self.slots.remove(slot)
 
     def set_memory_attributes(self, address: int, size: int, attributes: int) -> None:
         if self.error:
@@ -161,6 +166,26 @@ def test_a_slot_that_finds_no_memory_leaves_no_entries(by: str) -> None:
         engine.slot.close()
     assert len(shown) > 5
     assert shown == [False] * (len(shown) - 1) + [True]
+
+
+def test_a_slot_that_the_kernel_refuses_takes_no_page_tables(engine: Engine) -> None:
+    engine.conversion.remove(engine.slot)
+    before = engine.own.memory[:]
+    engine.kvm.error = EINVAL
+    engine.slot.base_gfn, engine.slot.end_gfn = gfn_t(BASE * 16), gfn_t(BASE * 16 + PAGES)
+    assert outcome(lambda: engine.conversion.add(engine.slot)) == Errno(EINVAL)
+    same = engine.own.memory[:] == before
+    assert same
+
+
+def test_a_slot_that_finds_no_page_tables_is_none_of_the_kernels(engine: Engine) -> None:
+    engine.conversion.remove(engine.slot)
+    before, slots = engine.own.memory[:], set(engine.kvm.slots)
+    engine.slot.end_gfn = gfn_t(BASE + (SIZE // PAGE_SIZE << 9))
+    assert outcome(lambda: engine.conversion.add(engine.slot)) == Errno(ENOMEM)
+    assert engine.kvm.slots == slots
+    same = engine.own.memory[:] == before
+    assert same
 
 
 # The software engine, under the VM's own list of attributes.

@@ -99,6 +99,20 @@ def test_page_tables_run_out() -> None:
     assert caught.value.errno == ENOMEM
 
 
+@pytest.mark.parametrize(("linear", "npages", "errno"), [(1 << 30, 3 * 512, ENOMEM), ((2 << 30) - PAGE, 2, ENOMEM), (1 << 30, 2 * 512, 0)])
+def test_a_range_that_is_refused_takes_no_page_tables(linear: int, npages: int, errno: int) -> None:
+    own = System()
+    # The root, three for the first page, and three more.
+    tables = PageTables(own.memory, system.SIZE - 7 * PAGE, system.SIZE)
+    tables.reserve(0, 1)
+    before = own.memory[:]
+    assert outcome(lambda: tables.reserve(linear, npages)) == (Errno(errno) if errno else None)
+    same = own.memory[:] == before
+    assert same is bool(errno)
+    if errno:
+        tables.reserve(1 << 30, 2 * 512)
+
+
 def test_a_guest_reaches_nothing_of_the_engine_but_two_pages() -> None:
     own = System()
     own.add_vcpu(0)

@@ -11,6 +11,7 @@ import mmap
 import struct
 from array import array
 from errno import ENOMEM
+from itertools import islice
 from typing import Final, final
 
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE
@@ -52,7 +53,9 @@ class PageTables:
         self._end = end
         #: Guest physical address of the root, for CR3.
         self.root = self._take()
-        self._leaves: dict[int, int] = {}
+        #: By level, which table serves a block of guest addresses.
+        self._tables: dict[int, dict[int, int]] = {shift: {} for shift in _LEVELS}
+        self._leaves = self._tables[_LEVELS[-1]]
 
     def _take(self) -> int:
         if self._next == self._end:
@@ -65,9 +68,9 @@ class PageTables:
         table = self._leaves.get(linear >> _LEVELS[-1])
         if table is None:
             table = self.root
-            for shift in _LEVELS:
+            for shift, tables in self._tables.items():
                 table = self._next_table(table + _ENTRY.size * (linear >> shift & _ENTRIES - 1))
-            self._leaves[linear >> _LEVELS[-1]] = table
+                tables[linear >> shift] = table
         return table
 
     def _next_table(self, at: int) -> int:
@@ -79,12 +82,19 @@ class PageTables:
         return entry & _ADDRESS
 
     def reserve(self, linear: int, npages: int) -> None:
-        """Make the tables of a range, so that ``map`` cannot fail there.
+        """Make the tables of a range, or none of them, so that ``map`` cannot fail there.
 
         Raises:
             OSError: ENOMEM.
         """
-        for address in range(linear & -(1 << _LEVELS[-1]), linear + (npages << PAGE_SHIFT), 1 << _LEVELS[-1]):
+        last = linear + (npages << PAGE_SHIFT) - 1
+        missing = (
+            block for shift, tables in self._tables.items() for block in range(linear >> shift, (last >> shift) + 1) if block not in tables
+        )
+        left = self._end - self._next >> PAGE_SHIFT
+        if next(islice(missing, left, None), None) is not None:
+            raise OSError(ENOMEM, "too few page tables left for so many guest addresses")
+        for address in range(linear & -(1 << _LEVELS[-1]), last + 1, 1 << _LEVELS[-1]):
             self._leaf(address)
 
     def map(self, linear: int, gpa: int, npages: int, rights: int) -> None:

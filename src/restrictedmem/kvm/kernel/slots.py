@@ -3,7 +3,7 @@
 import mmap
 from bisect import bisect_left, bisect_right
 from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from errno import EINVAL
 from typing import Final, Protocol, final
 
@@ -149,18 +149,18 @@ class ByAddress:
         """Make a slot for each half (``Conversion``)."""
         npages = slot.end_gfn - slot.base_gfn
         size = npages << PAGE_SHIFT
-        self._tables.reserve(slot.base_gfn << PAGE_SHIFT, npages)
         private = shared = None
-        if slot.private is not None:
-            half = guest_memfd_half(slot)
-            private = self._slots.add(size, half.address, half)
-        if slot.shared is not None:
-            try:
+        with ExitStack() as undo:
+            if slot.private is not None:
+                half = guest_memfd_half(slot)
+                private = self._slots.add(size, half.address, half)
+                undo.callback(self._slots.remove, private)
+            if slot.shared is not None:
                 shared = self._slots.add(size, slot.shared.address, None)
-            except OSError:
-                if private is not None:
-                    self._slots.remove(private)
-                raise
+                undo.callback(self._slots.remove, shared)
+            # Last: a slot that the kernel refuses takes no tables, which are never given back.
+            self._tables.reserve(slot.base_gfn << PAGE_SHIFT, npages)
+            undo.pop_all()
         self._halves[slot] = shared, private
         self._owners.update({base: slot for base in (shared, private) if base is not None})
         try:
@@ -238,9 +238,14 @@ class ByAttribute:
     def add(self, slot: Memslot) -> None:
         """Make one slot, and write the attributes of its pages (``Conversion``)."""
         npages = slot.end_gfn - slot.base_gfn
-        self._tables.reserve(slot.base_gfn << PAGE_SHIFT, npages)
         private = guest_memfd_half(slot) if slot.private is not None else None
         base = self._slots.add(npages << PAGE_SHIFT, slot.shared.address if slot.shared else 0, private)
+        try:
+            # Last: a slot that the kernel refuses takes no tables, which are never given back.
+            self._tables.reserve(slot.base_gfn << PAGE_SHIFT, npages)
+        except BaseException:
+            self._slots.remove(base)
+            raise
         self._bases[slot], self._owners[base] = base, slot
         try:
             for start, end, is_private in runs(slot, slot.base_gfn, slot.end_gfn):
