@@ -181,6 +181,26 @@ scope["fail"]()
 """
 
 
+@pytest.mark.parametrize("argument", ["c_void_p", "py_object"], ids=["raised", "not even called"])
+def test_an_exception_that_nobody_gets_ends_the_process(argument: str) -> None:
+    done = subprocess.run([sys.executable, "-I", "-c", _LOSES, PACKAGE_ROOT, argument], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Error" in done.stderr
+
+
+_LOSES = """
+import ctypes, sys
+sys.path.insert(0, sys.argv[1])
+from restrictedmem.service import sealing
+sealing.seal()
+sealing.end_when_lost()
+def fail(_): raise RuntimeError
+callback = ctypes.CFUNCTYPE(None, getattr(ctypes, sys.argv[2]))(fail)
+ctypes.CFUNCTYPE(None, ctypes.c_void_p)(ctypes.cast(callback, ctypes.c_void_p).value)(None)
+print("it went on")
+"""
+
+
 def test_signing_needs_nothing_more_after_preloading() -> None:
     pytest.importorskip("cryptography")
 

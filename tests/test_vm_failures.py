@@ -3,6 +3,8 @@
 import fcntl
 import os
 import resource
+import signal
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -14,11 +16,16 @@ import pytest
 from processes import descriptors
 from restrictedmem.abi import memory
 from restrictedmem.abi import process as this_process
-from restrictedmem.kvm import exits
+from restrictedmem.kvm import checker, exits
+from restrictedmem.kvm import process as kvm_process
 from restrictedmem.kvm.launch import measure
 from restrictedmem.kvm.software.unicorn import Uc
+from restrictedmem.kvm.software.vcpu import SoftwareVcpu
 from restrictedmem.kvm.vm import Vm
+from restrictedmem.kvm.wire import Creation
 from restrictedmem.service.client import Service
+from restrictedmem.service.start import Options
+from software_machine import machine_code, make_machine
 
 pytestmark = pytest.mark.requires("fuse")
 
@@ -109,6 +116,37 @@ def wait_held(service: Service, vm: Vm, expected: Held) -> None:
         os.sched_yield()
         last = held(service, vm)
     assert last == expected
+
+
+@pytest.mark.parametrize(
+    ("hook", "instruction"),
+    [("_on_interrupt", "cc"), ("_on_system_call", "0f05"), ("_on_in", "e442"), ("_on_out", "e642")],
+    ids=["int3", "syscall", "in", "out"],
+)
+def test_a_guest_does_not_pass_what_a_hook_had_no_memory_for(monkeypatch: pytest.MonkeyPatch, hook: str, instruction: str) -> None:
+    def fail(*_: object) -> int:
+        raise MemoryError
+
+    def run(*_: object) -> object:
+        # One that passes it may go on for ever.
+        signal.alarm(20)
+        with make_machine() as machine:
+            machine.start(machine_code(instruction, "f4"))
+            machine.vcpu.run()
+        os._exit(7)
+
+    monkeypatch.setattr(SoftwareVcpu, hook, fail)
+    monkeypatch.setattr(checker, "start", run)
+    owner, service, notify, _ = sockets = [*socket.socketpair(), *socket.socketpair()]
+    pid = os.fork()
+    if pid == 0:
+        try:
+            kvm_process.serve(owner, service, notify, Options(), Creation("software", 0, "").dump())
+        finally:
+            os._exit(9)
+    for sock in sockets:
+        sock.close()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
 
 
 def test_where_memory_is_not_executable_a_vcpu_is_enomem() -> None:

@@ -32,6 +32,7 @@ from restrictedmem.kvm.vm_memory import VmMemory
 from restrictedmem.kvm.wire import POLICY_DEBUG, Creation
 from restrictedmem.mm.notifier import Api
 from restrictedmem.platform import host
+from restrictedmem.service import sealing
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PageRange, pgoff_t
 
@@ -70,6 +71,8 @@ def preload(*, devices: bool) -> None:
 def serve(owner: socket.socket, service: socket.socket, notify: socket.socket, options: "Options", arguments: str) -> NoReturn:
     """Be the engine of one VM until its owner lets go of it or the service ends."""
     channel = Channel(owner, "owner")
+    # A guest whose exception a hook of the emulator lost, for want of memory, would go on behind it.
+    sealing.end_when_lost()
     try:
         # First of all: the checker must have nothing that this process is about to get.
         intake = checker.start(channel, (service, notify))

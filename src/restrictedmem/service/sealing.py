@@ -7,10 +7,15 @@ files of a private service are its owner's, who would so run code of its own whe
 import encodings.ascii
 import encodings.latin_1
 import linecache
+import os
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from types import TracebackType
+from typing import ParamSpec
+
+_P = ParamSpec("_P")
 
 #: Imported above for what looks them up by name, later.
 _BY_NAME = encodings.ascii, encodings.latin_1
@@ -35,6 +40,26 @@ def seal() -> None:
     sys.excepthook = _tell
     threading.excepthook = _tell_of_thread
     sys.unraisablehook = _tell_of_unraisable
+
+
+def end_when_lost() -> None:
+    """Make an exception that nobody gets end this process (status 1), once it was told.
+
+    What a callback of a C library raises is such a one: ctypes drops it, and the library goes on.
+    """
+    # The interpreter hands those to the one that come before the callback is called.
+    sys.excepthook = _ending(sys.excepthook)
+    sys.unraisablehook = _ending(sys.unraisablehook)
+
+
+def _ending(tell: Callable[_P, object]) -> Callable[_P, None]:
+    def end(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        try:
+            tell(*args, **kwargs)
+        finally:
+            os._exit(1)
+
+    return end
 
 
 class _Closed:

@@ -258,7 +258,7 @@ class Uc:
         self._callbacks += (on_read, on_write)
         _check("uc_mmio_map", self._library.uc_mmio_map(self._handle, address, size, on_read, None, on_write, None))
 
-    # Hooks. What one raises is printed and lost (ctypes), so none may raise.
+    # Hooks. What one raises ends the engine (``sealing.end_when_lost``): ctypes would drop it, and the guest go on.
 
     def hook_tlb_fill(self, hook: Callable[[int, int, int, int], int]) -> None:
         """Call ``hook(uc, page, access, result)`` for each TLB miss.
