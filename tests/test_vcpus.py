@@ -389,3 +389,21 @@ def test_a_vcpu_that_enters_after_it_was_told_is_not_sent_out() -> None:
     for thread in threads:
         thread.join(10)
         assert not thread.is_alive(), "waited 10 s for a vCPU to leave"
+
+
+def test_words_for_a_vcpu_that_is_not_run_do_not_pile_up() -> None:
+    engine = OneStay()
+    engine.go.set()
+    vcpus = Vcpus()
+    vcpus.all = (Vcpu(cast("VcpuEngine", engine)),)
+    told = [number * 7919 % 10_000 for number in range(10_000)]
+    for gfn in told:
+        vcpus.drop(gfn_t(gfn), gfn_t(gfn + 1))
+    vcpus.all[0].run()
+    assert len(engine.dropped) <= 64
+    assert all(any(start <= gfn < end for start, end in engine.dropped) for gfn in told)
+    vcpus.drop(gfn_t(3), gfn_t(5))
+    vcpus.drop(gfn_t(8), gfn_t(9))
+    engine.dropped.clear()
+    vcpus.all[0].run()
+    assert engine.dropped == [(3, 5), (8, 9)]
