@@ -2,8 +2,8 @@
 
 import mmap
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import pytest
@@ -122,6 +122,20 @@ def errno_of(call: Callable[..., object], *args: object, **kwargs: object) -> in
     return caught.value.errno
 
 
+@contextmanager
+def asking(guest: Guest, *asked: tuple[int, int, int]) -> Generator[list[Vcpu]]:
+    """Start a vCPU for each call of MAP_GPA_RANGE; all wait for the answer, and say then what it was."""
+    code = [bytes.fromhex(hypercall(guest_abi.MAP_GPA_RANGE, *arguments) + TELL).ljust(PAGE, b"\xf4") for arguments in asked]
+    guest.vm.launch_update(GPA, b"".join(code))
+    with ExitStack() as stack:
+        vcpus = [stack.enter_context(guest.vm.create_vcpu()) for _ in asked]
+        for number, vcpu in enumerate(vcpus):
+            vcpu.set_regs(rip=GPA + number * PAGE, rsp=STACK - 256 * number)
+        for vcpu, arguments in zip(vcpus, asked, strict=True):
+            assert vcpu.run() == exits.Hypercall(guest_abi.MAP_GPA_RANGE, (*arguments, 0))
+        yield vcpus
+
+
 LIES = {
     "a slot without a private half": (WINDOW, 1),
     "no slot": (0x9000_0000, 1),
@@ -191,6 +205,36 @@ def test_pages_that_the_guest_does_not_want_changed_stay_meanwhile(guest: Guest)
                 assert errno_of(guest.convert, GPA + page, PAGE, private=False) == EPERM
         guest.convert(SHARED_PAGE, PAGE, private=True)
         assert told(vcpu) == 0
+
+
+TWO = GPA + 4 * PAGE
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_an_answer_to_one_vcpu_leaves_the_owner_what_another_asked_for(guest: Guest, *, finished: bool) -> None:
+    with asking(guest, (TWO, 2, 0), (TWO, 2, PRIVATE)) as (first, second):
+        guest.convert(TWO, PAGE, private=False)
+        assert told(second, -EIO) == FAILED
+        assert errno_of(first.run, 0) == EPERM
+        if finished:
+            guest.convert(TWO + PAGE, PAGE, private=False)
+        else:
+            guest.convert(TWO, PAGE, private=True)
+        assert told(first) == (0 if finished else FAILED)
+        assert errno_of(guest.convert, TWO, 2 * PAGE, private=finished) == EPERM
+
+
+def test_what_one_vcpu_was_told_to_be_private_is_no_longer_shared_for_another(guest: Guest) -> None:
+    with asking(guest, (TWO, 2, 0), (TWO + PAGE, 2, PRIVATE), (TWO, 1, 0)) as (first, second, third):
+        guest.convert(TWO, 2 * PAGE, private=False)
+        guest.convert(TWO + PAGE, PAGE, private=True)
+        assert told(second) == 0
+        assert errno_of(guest.convert, TWO + PAGE, PAGE, private=False) == EPERM
+        assert errno_of(first.run, 0) == EPERM
+        guest.convert(TWO, PAGE, private=True)
+        assert told(first) == FAILED
+        guest.convert(TWO, PAGE, private=False)
+        assert told(third) == 0
 
 
 def test_a_secret_is_not_written_to_the_window(guest: Guest) -> None:

@@ -8,7 +8,8 @@ this policy a page becomes what the guest asked for by MAP_GPA_RANGE, and privat
 
 The owner also answers the call, and the guest goes by what it is told. So the engine looks at the pages that the guest wants changed. It
 tells the guest 0 when all that it asked for is so, and a failure when none of them changed. Until then the owner may convert these pages
-both ways, and so finish or undo what it began.
+both ways, and so finish or undo what it began. Where several vCPUs ask at once, an answer to one ends its own request alone; but pages that
+the guest was told to be private are no longer any other's to share.
 """
 
 from collections.abc import Callable, Generator, Iterator
@@ -34,15 +35,33 @@ _OTHER: Final = bytes((1, 0)) + bytes(254)
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Asked:
-    """A conversion that the guest has asked for, and its owner has not answered yet."""
+    """A conversion that the guest has asked for, and its owner has not answered yet; each vCPU has one at most."""
 
     start: gfn_t
     end: gfn_t
     private: bool
     #: Of each slot with a private half in the range: the first page, by its number in the slot, and a byte a page, 1 for one to change.
-    changes: list[tuple[Memslot, int, bytes]]
+    changes: list[tuple[Memslot, int, bytearray]]
+
+    def wanted(self, slot: Memslot, first: int, last: int) -> int:
+        """Return a byte for each page of a range of a slot, 1 for one to change."""
+        wanted = bytearray(last - first)
+        for change, start, end, at in self._in(slot, first, last):
+            wanted[start - first : end - first] = change[start - at : end - at]
+        return _word(wanted)
+
+    def leave(self, slot: Memslot, first: int, last: int) -> None:
+        """Let the pages of a range of a slot stay as they are."""
+        for change, start, end, at in self._in(slot, first, last):
+            change[start - at : end - at] = bytes(end - start)
+
+    def _in(self, slot: Memslot, first: int, last: int) -> Iterator[tuple[bytearray, int, int, int]]:
+        for changed, at, change in self.changes:
+            start, end = max(first, at), min(last, at + len(change))
+            if changed is slot and start < end:
+                yield change, start, end, at
 
 
 @final
@@ -53,9 +72,9 @@ class Conversions:
         self._memory = memory
         self._explicit = explicit
         self._mutex = sync.mutex()
-        #: From the launch on, under the mutex: the slots with a private half, and a byte a page of each, 1 where the guest wants a change.
+        #: From the launch on, under the mutex: the slots with a private half, and what the guest wants changed in them.
         self._slots = Memslots()
-        self._changing: dict[Memslot, bytearray] = {}
+        self._open: list[Asked] = []
         self._launched = False
         #: Slots that content was put into: showing other pages, they would make the measurement untrue.
         self._filled: set[int] = set()
@@ -71,7 +90,6 @@ class Conversions:
             if self._explicit:
                 _refuse_aliases(slots)
                 self._launched = True
-                self._changing = {slot: bytearray(len(slot.attributes)) for slot in slots}
                 self._slots = Memslots(slots)
             return [run for slot in slots for run in _private_runs(slot)]
 
@@ -96,8 +114,10 @@ class Conversions:
         """
         with self._mutex:
             for slot, first, last in self._parts(*_pages(address, size)):
-                others = _word(_others(slot, first, last, private=private))
-                if others & ~_word(self._changing[slot][first:last]):
+                unasked = _word(_others(slot, first, last, private=private))
+                for asked in self._open:
+                    unasked &= ~asked.wanted(slot, first, last)
+                if unasked:
                     raise OSError(EPERM, f"the guest has not asked for pages to be {'private' if private else 'shared'}")
             yield
 
@@ -118,15 +138,15 @@ class Conversions:
 
     def asked(self, gpa: int, npages: int, attributes: int) -> Asked:
         """Take the guest's word (MAP_GPA_RANGE), before its owner hears it; no page is asked for at an address inside of one."""
-        private, changes = bool(attributes & MAP_GPA_RANGE_ENCRYPTED), list[tuple[Memslot, int, bytes]]()
+        private = bool(attributes & MAP_GPA_RANGE_ENCRYPTED)
         start, end = (gfn_t(0), gfn_t(0)) if gpa & PAGE_MASK else _pages(gpa, npages << PAGE_SHIFT)
         with self._mutex:
-            for slot, first, last in self._parts(start, end):
-                change = _others(slot, first, last, private=private)
-                changes.append((slot, first, change))
-                changing = self._changing[slot]
-                changing[first:last] = (_word(changing[first:last]) | _word(change)).to_bytes(last - first)
-        return Asked(start, end, private, changes)
+            parts = self._parts(start, end)
+            changes = [(slot, first, bytearray(_others(slot, first, last, private=private))) for slot, first, last in parts]
+            asked = Asked(start, end, private, changes)
+            if self._launched:
+                self._open.append(asked)
+        return asked
 
     def answered(self, asked: Asked, result: int) -> int:
         """Return what the guest is told of a conversion that its owner has answered.
@@ -138,8 +158,12 @@ class Conversions:
             return result
         with self._mutex:
             told = self._truth(asked, result)
-            for slot, first, change in asked.changes:
-                self._changing[slot][first : first + len(change)] = bytes(len(change))
+            if asked.private and not told:
+                # Whatever else the guest has asked for: it takes these pages for private from now on.
+                for other in self._open:
+                    for slot, first, change in asked.changes:
+                        other.leave(slot, first, first + len(change))
+            self._open.remove(asked)
         return told
 
     def _truth(self, asked: Asked, result: int) -> int:
