@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import pytest
 
+from processes import descriptors
 from restrictedmem.abi import memory
 from restrictedmem.kvm import exits, wire
 from restrictedmem.kvm.vm import Vcpu, Vm
@@ -156,13 +157,44 @@ def test_a_vcpu_that_runs_is_interrupted_and_gets_nothing_more() -> None:
         assert found == [exits.Interrupted(), EBADF]
 
 
-def test_its_file_is_free_for_another_vm_at_once() -> None:
-    with Service.start() as service, Vm(service) as first, Vm(service) as second:
-        fd = service.memfd_restricted()
-        first.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=SIZE, restricted_fd=fd)
+ENGINES: Final = ["software", pytest.param("kernel", marks=pytest.mark.requires("kvm"))]
+
+
+def fill(vm: Vm, files: list[int]) -> None:
+    for number, fd in enumerate(files):
+        gpa = GPA + number * SIZE
+        vm.set_user_memory_region(slot=number, guest_phys_addr=gpa, memory_size=SIZE, restricted_fd=fd)
+        vm.set_memory_attributes(gpa, SIZE, private=True)
+        vm.launch_update(gpa, bytes(PAGE))
+
+
+@pytest.mark.parametrize("design", ["v10", "bindings"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_its_files_are_free_for_another_vm_at_once(engine: str, design: str) -> None:
+    with Service.start(Options(design=design)) as service, Vm(service, engine=engine) as first, Vm(service, engine=engine) as second:
+        files = [service.memfd_restricted() for _ in range(2)]
+        fill(first, files)
         first.destroy()
-        second.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=SIZE, restricted_fd=fd)
-        os.close(fd)
+        assert [file["notifiers"] for file in service.status()["descriptors"]] == [0, 0]
+        fill(second, files)
+        for fd in files:
+            os.close(fd)
+
+
+@pytest.mark.requires("root")
+@pytest.mark.parametrize("design", ["v10", "bindings"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_its_engine_keeps_no_file(engine: str, design: str) -> None:
+    with Service.start(Options(design=design)) as service, Vm(service, engine=engine) as vm:
+        pid = int(vm.statistics()["pid"])
+        before = descriptors(pid)
+        files = [service.memfd_restricted() for _ in range(2)]
+        fill(vm, files)
+        assert len(descriptors(pid)) > len(before)
+        vm.destroy()
+        assert sorted(descriptors(pid)) == sorted(before)
+        for fd in files:
+            os.close(fd)
 
 
 # What each design leaves behind, of a memfd's pages of 4 KiB.

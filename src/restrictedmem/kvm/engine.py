@@ -148,6 +148,10 @@ class Engine(Protocol):
         """Forget a slot and whatever was cached of it. No vCPU is in the guest."""
         ...
 
+    def destroy(self) -> None:
+        """Unbind what outlives the slots, which are gone. No vCPU enters the guest any more."""
+        ...
+
     def set_attributes(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:
         """Write a range of ``slot.attributes`` and return when no vCPU reaches the other half of it any more. vCPUs may be running.
 

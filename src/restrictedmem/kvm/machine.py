@@ -154,7 +154,9 @@ class Machine:
             vcpu.retire()
         with self._vcpus.held():
             self._memory.clear()
-        self._end_trace()
+            # Before there is nothing to count, for an end that is told late.
+            self._end_trace()
+            self._engine.destroy()
 
     def _trace_to(self, message: Message) -> None:
         if message.fds:

@@ -210,10 +210,19 @@ class PrivateFiles:
             del self._bindings[file.binding], self._by_ino[file.ino]
             file.memfd.close()
 
+    def unbind(self) -> None:
+        """Unbind and close every file; no slot shows one any more."""
+        # Punches come until the last is unbound.
+        for binding in self._bindings:
+            self._binder.unbind(binding)
+        self._bindings.clear()
+        self.close()
+
     def close(self) -> None:
         """Close every guest_memfd."""
         for file in self._by_ino.values():
             file.memfd.close()
+        self._by_ino.clear()
 
     def resident(self, binding: int, span: PageRange) -> int:
         """Count the pages held of a range of the file of a binding."""

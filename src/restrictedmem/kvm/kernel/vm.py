@@ -144,6 +144,10 @@ class KernelVm:
         self._conversion.remove(slot)
         self._slots.remove(slot)
 
+    def destroy(self) -> None:
+        """Let go of the files, with what the VM had in them (``Engine``)."""
+        self._files.unbind()
+
     def set_attributes(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:
         """Let pages change halves, with every vCPU out of the guest meanwhile (``Engine``)."""
         first, last = start - slot.base_gfn, end - slot.base_gfn

@@ -142,6 +142,9 @@ class SoftwareVm:
         for engine in self._engines:
             engine.remove_slot(slot)
 
+    def destroy(self) -> None:
+        """Do nothing: a file is unbound with its slots (``Engine``)."""
+
     def set_attributes(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:
         """Write attributes and zap (``Engine``)."""
         zapped = self.mmu.set_attributes(slot, start, end, private=private)
