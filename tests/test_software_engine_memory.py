@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from errno import EACCES, EFAULT, ENOSPC
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -12,12 +13,13 @@ import pytest
 from restrictedmem.abi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE, kvm_regs
 from restrictedmem.kvm.exits import Hypercall, MemoryFault, MmioRead, PortOut, Shutdown
 from restrictedmem.kvm.memslot import ALL, READ, WRITE, Memslot
+from restrictedmem.kvm.software import unicorn
 from restrictedmem.mm.backing import MemfdBacking
 from restrictedmem.mm.design import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.pages import Pages
 from restrictedmem.mm.restrictedmem import RestrictedFile
-from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, gfn_t, pgoff_t
+from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t, pgoff_t
 from software_machine import (
     CODE,
     DATA,
@@ -408,3 +410,41 @@ def test_attribute_decides_which_half_is_shown(machine: Machine) -> None:
     machine.engine.remove_slot(slot)
     slot.close()
     file.put()
+
+
+# Translated code.
+
+
+def test_a_guest_with_more_code_than_the_buffer_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unicorn, "CODE_BUFFER", 1 << 20)
+    increments, rounds = 1 << 18, 3
+    body = bytes.fromhex("48ffc0") * increments  # inc rax
+    back = machine_code(
+        "83ef01",  # sub edi, 1
+        "7405",  # je done
+        "e9" + (-(len(body) + 10) & 0xFFFF_FFFF).to_bytes(4, "little").hex(),  # jmp body
+        "4889c7",  # done: mov rdi, rax
+        "b863000000",  # mov eax, 99
+        "b900001000ffd1",  # mov ecx, HYPERCALL_PAGE; call rcx
+    )
+    code = body + back
+    pages = (CODE - PRIVATE + len(code) >> PAGE_SHIFT) + 1
+    with make_machine(pages) as machine:
+        start = machine.private.memfd_half.window.start
+        machine.private.memfd_half.pages.get_pages(PageRange(start, pgoff_t(start + pages)))
+        machine.private.memfd_half.half.write(CODE - PRIVATE, code)
+        machine.engines[0].set_regs(kvm_regs(rip=CODE, rsp=CODE, rdi=rounds))
+        assert machine.vcpu.run() == Hypercall(99, (rounds * increments, 0, 0, 0))
+
+
+def test_an_emulator_s_code_has_no_more_than_its_buffer() -> None:
+    def executable() -> int:
+        spans = [
+            line.split()[0].split("-") for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines() if " rwxp " in line
+        ]
+        return sum(int(end, 16) - int(start, 16) for start, end in spans)
+
+    before = executable()
+    with make_machine() as machine:
+        assert machine.run(machine_code("f4")) == HALTED
+        assert 0 < executable() - before <= unicorn.CODE_BUFFER + PAGE_SIZE

@@ -86,7 +86,7 @@ def leave_room(pid: int, size: int) -> None:
 
 
 @pytest.mark.requires("root")
-@pytest.mark.parametrize(("room", "errno"), [(MIB, EAGAIN), (256 * MIB, ENOMEM)], ids=["no thread", "no emulator"])
+@pytest.mark.parametrize(("room", "errno"), [(MIB, EAGAIN), (64 * MIB, ENOMEM)], ids=["no thread", "no emulator"])
 def test_a_vcpu_without_memory_is_an_errno_and_the_vm_goes_on(service: Service, fd: int, room: int, errno: int) -> None:
     with Vm(service, engine="software") as vm:
         vm.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=PAGE, restricted_fd=fd)

@@ -20,8 +20,9 @@ from restrictedmem.units import PAGE_SIZE
 _ARCH_X86: Final = 4
 _MODE_64: Final = 8
 
-#: DEFAULT_CODE_GEN_BUFFER_SIZE, and more than an emulator takes beside it; bytes of address space.
-_CODE_BUFFER: Final = 1 << 30
+#: For translated code, which is dropped and translated again when it does not fit; and more than an emulator takes beside it. Bytes. By
+#: itself Unicorn takes 1 GiB (DEFAULT_CODE_GEN_BUFFER_SIZE), which a guest could have filled on each vCPU.
+CODE_BUFFER: Final = 32 << 20
 _OTHER_MEMORY: Final = 64 << 20
 _MAP_NORESERVE: Final = 0x4000
 
@@ -83,6 +84,7 @@ _CTL_USE_EXITS: Final = 4 | 1 << 26 | 1 << 30
 _CTL_REMOVE_CACHE: Final = 9 | 2 << 26 | 1 << 30
 _CTL_FLUSH_TB: Final = 10 | 1 << 30
 _CTL_FLUSH_TLB: Final = 11 | 1 << 30
+_CTL_TCG_BUFFER_SIZE: Final = 13 | 1 << 26 | 1 << 30
 _CTL_TLB_TYPE: Final = 12 | 1 << 26 | 1 << 30
 _TLB_VIRTUAL: Final = 1
 
@@ -166,7 +168,7 @@ def _try_memory() -> None:
     """
     flags, rights = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
     try:
-        mmap.mmap(-1, _CODE_BUFFER + _OTHER_MEMORY, flags, rights).close()
+        mmap.mmap(-1, CODE_BUFFER + _OTHER_MEMORY, flags, rights).close()
     except OSError as error:
         raise OSError(ENOMEM, f"no memory for an emulator's code: {error.strerror}") from None
 
@@ -216,6 +218,8 @@ class Uc:
         self._handle = handle
         self._callbacks: list[object] = []
         self._word = ctypes.c_uint64()
+        # First: the next call makes the buffer.
+        self._ctl(_CTL_TCG_BUFFER_SIZE, ctypes.c_uint32(CODE_BUFFER))
         self._ctl(_CTL_TLB_TYPE, ctypes.c_int(_TLB_VIRTUAL))
         #: Unicorn's own flag against ending a run after any memory access of a block: what has read, changed and written memory would be
         #: executed again then. (It is meant for Arm's IT blocks.) Instead, runs end where a block begins.
