@@ -16,6 +16,7 @@ from restrictedmem.devkvm import Vm as KernelVm
 from restrictedmem.devkvm.vm import address_of
 from restrictedmem.kvm import exits, wire
 from restrictedmem.kvm.vm import Vcpu, Vm
+from restrictedmem.kvm.vm_memory import MAX_ALL_PAGES
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
 
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.requires("fuse")
 PAGE: Final = 4096
 MIB: Final = 1 << 20
 GPA: Final = 0x4000_0000
-EEXIST, EINVAL, EFAULT, EOPNOTSUPP, ENOENT, EHWPOISON = 17, 22, 14, 95, 2, 133
+EEXIST, EINVAL, EFAULT, EOPNOTSUPP, ENOENT, ENOMEM, EHWPOISON = 17, 22, 14, 95, 2, 12, 133
 #: mov eax, [0x50000000]; out 0x42, eax; jmp back
 READ_LOOP: Final = bytes.fromhex("8b042500000050 e742 ebf5")
 WINDOW: Final = 0x5000_0000
@@ -155,6 +156,17 @@ def test_the_engines_own_pages_are_taken(vm: Vm, window: int) -> None:
     assert ours(vm, window, replace(FIRST, gpa=0x10_1000)) == EEXIST
     # It is where it was.
     assert ours(vm, window, replace(SECOND, gpa=GPA + PAGE)) == EEXIST
+
+
+def test_the_slots_of_a_vm_have_so_many_pages_together(vm: Vm) -> None:
+    """Each page takes bytes of the engine; the kernel, whose pages do too, has no such limit."""
+    half = replace(FIRST, gpa=1 << 40, size=MAX_ALL_PAGES // 2 * PAGE)
+    other = replace(half, slot=1, gpa=2 << 40)
+    small = replace(SECOND, slot=2, size=PAGE)
+    with memory.memfd_create("large") as fd:
+        os.ftruncate(fd.fileno(), half.size)
+        asked = [half, other, small, replace(half, gpa=3 << 40), replace(other, size=0), small, replace(other, size=half.size)]
+        assert [ours(vm, fd.fileno(), region) for region in asked] == [0, 0, ENOMEM, 0, 0, 0, ENOMEM]
 
 
 def test_a_slot_without_memory_moves_and_is_not_given_any(vm: Vm, window: int) -> None:

@@ -6,7 +6,7 @@ import resource
 import time
 from collections import Counter
 from contextlib import suppress
-from errno import EEXIST, EFAULT, EINVAL, EOPNOTSUPP
+from errno import EEXIST, EFAULT, EINVAL, ENOMEM, EOPNOTSUPP
 from typing import Final, final
 
 from restrictedmem.abi import kvm
@@ -30,6 +30,8 @@ from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PageRange, gfn_t
 MAX_SLOTS: Final = 32764
 #: KVM_MEM_MAX_NR_PAGES.
 MAX_PAGES: Final = (1 << 31) - 1
+#: Of all slots together, 256 GiB: an engine has up to three bytes for each page, whether there is memory behind it or not.
+MAX_ALL_PAGES: Final = 1 << 26
 _U64_MAX: Final = (1 << 64) - 1
 #: Seconds from one report for ``ps`` to the next at least: each of thousands of slots would wait for the service.
 _REPORT_INTERVAL: Final = 0.05
@@ -41,6 +43,7 @@ class VmMemory:
 
     def __init__(self, engine: Engine, service: Channel, api: Api, attributes: Attributes) -> None:
         self.slots = Memslots()
+        self._npages = 0
         self._shared_files = SharedFiles()
         #: Of the private halves, as ``statistics`` has them: sizes, and how many are not locked, by the reason.
         self._private_bytes = self._locked_bytes = 0
@@ -70,7 +73,7 @@ class VmMemory:
         Raises:
             OSError: EINVAL and EEXIST as v9, v10 and KVM have them (tests/test_vm_slots.py asks the kernel): EINVAL for a descriptor that
                 is not restricted, a deletion of nothing, dirty logging, and every change but a move; ESTALE for a name of nothing that a
-                slot shows, and then the token is as it was.
+                slot shows, and then the token is as it was; ENOMEM for more pages than ``MAX_ALL_PAGES``.
         """
         _check(region)
         old = self.slots.get(region.slot)
@@ -84,6 +87,8 @@ class VmMemory:
                 self._changed()
         elif old is None:
             self._check_overlap(region, None)
+            if self._npages + (region.memory_size >> PAGE_SHIFT) > MAX_ALL_PAGES:
+                raise OSError(ENOMEM, f"the slots of a VM have {MAX_ALL_PAGES} pages at most, all together")
             new = self._create(region, token, shared_fd, names)
             self._replace(None, new)
             if new.private is not None:
@@ -153,10 +158,12 @@ class VmMemory:
                     raise
             if old is not None:
                 self.slots.remove(old)
+                self._npages -= len(old.attributes)
                 if old.private is not None:
                     self._account(old.private, -1)
             if new is not None:
                 self.slots.add(new)
+                self._npages += len(new.attributes)
                 if new.private is not None:
                     self._account(new.private, 1)
 
