@@ -89,7 +89,8 @@ class Vm:
         nothing else of a slot can be changed. vCPUs may be running.
 
         Raises:
-            OSError: EINVAL, EEXIST as v9 and v10; EINVAL for a closed descriptor or one that is not restricted.
+            OSError: EINVAL, EEXIST as v9 and v10; EINVAL for a closed descriptor or one that is not restricted; ENOMEM for slots of more
+                than 256 GiB together.
         """
         flags = kvm.KVM_MEM_PRIVATE if restricted_fd is not None else 0
         flags |= kvm.KVM_MEM_READONLY if readonly else 0
