@@ -243,3 +243,31 @@ def test_a_step_that_cannot_fetch(machine: Machine) -> None:
     show(machine, NEXT, private=True)
     assert machine.vcpu.run() == HALTED
     assert machine.word(STACK - 8) == 0x202
+
+
+@pytest.mark.parametrize("inside", range(1, 4))
+def test_a_step_over_what_the_next_page_says(machine: Machine, inside: int) -> None:
+    """An opcode whose meaning depends on a byte that no page has yet: CMPXCHG16B and INT 1 are not what a byte of 0 would make them."""
+    code = machine_code("f0480fc70f", "f4")  # lock cmpxchg16b [rdi]
+    at = NEXT - 1 - inside
+    machine.put(at, code)
+    machine.start(code, at=at)
+    machine.engine.set_guest_debug(step=True, breakpoints=frozenset())
+    assert machine.vcpu.run() == Debug(SINGLE_STEP, at + 5, DR6_BS)
+    assert machine.vcpu.run() == HALTED
+
+
+def test_int_1_across_the_end_is_no_step(machine: Machine) -> None:
+    code = machine_code("cd01", "ff07", "f4")  # int 1; inc dword [rdi]
+    machine.put(NEXT - 1, code)
+    machine.start(code, at=NEXT - 1)
+    machine.engine.set_guest_debug(step=True, breakpoints=frozenset())
+    assert machine.vcpu.run() == Shutdown(1)
+    assert machine.word(DATA) == 0
+
+
+def test_int1_is_a_trap(machine: Machine) -> None:
+    """RIP is behind it, prefixes included."""
+    machine.start(machine_code("f1"))
+    assert machine.vcpu.run() == Shutdown(1)
+    assert machine.engine.get_regs().rip == CODE + 1

@@ -22,6 +22,8 @@ _PUSH_POP_CALL_RET: Final = frozenset((
     0xE8, 0x0FA0, 0x0FA1, 0x0FA8, 0x0FA9,
 ))  # fmt: skip
 _CALLS_AND_PUSH: Final = {0xFF: (2, 3, 6)}
+#: Opcodes that say what they are with the byte behind them: shifts and rotations, INT, group 5, CMPXCHG8B and 16B.
+_SAID_BY_OPERAND: Final = frozenset((0xC0, 0xC1, 0xCD, 0xD0, 0xD1, 0xD2, 0xD3, 0xFF, 0x0FC7))
 
 
 @final
@@ -71,11 +73,12 @@ class Instruction:
 
 
 def decode(code: bytes) -> Instruction | None:
-    """Return the instruction that some bytes begin with; None where they end too early."""
+    """Return the instruction that some bytes begin with; None where they end before it says what it is."""
     at = 0
     while at < len(code) and code[at] in PREFIXES:
         at += 1
     end = at + (2 if code[at : at + 1] == bytes((_ESCAPE,)) else 1)
     if len(code) < end:
         return None
-    return Instruction(code[:at], int.from_bytes(code[at:end], "big"), code[end : end + 2])
+    found = Instruction(code[:at], int.from_bytes(code[at:end], "big"), code[end : end + 2])
+    return None if found.opcode in _SAID_BY_OPERAND and not found.operands else found

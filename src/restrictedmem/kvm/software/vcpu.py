@@ -43,8 +43,9 @@ _WORD: Final = (1 << 64) - 1
 
 # Exceptions (Intel SDM 6.15).
 _INVALID_OPCODE: Final = exits.Shutdown(6)
-#: What Unicorn takes for invalid opcodes: INT1 raises #DB, RDPMC #GP (CR4.PCE is clear).
-_NOT_INVALID: Final = {0xF1: exits.Shutdown(1), 0x0F33: exits.Shutdown(13)}
+# What Unicorn takes for invalid opcodes: INT1 raises #DB, a trap, and RDPMC #GP (CR4.PCE is clear).
+_INT1: Final = 0xF1
+_NOT_INVALID: Final = {_INT1: exits.Shutdown(1), 0x0F33: exits.Shutdown(13)}
 #: KVM's word for an instruction that it cannot carry out: string I/O between a port and MMIO.
 _EMULATION_FAILURE: Final = exits.Unknown(ExitReason.INTERNAL_ERROR)
 
@@ -324,7 +325,11 @@ class SoftwareVcpu:
         instruction = self._fetched.instruction(rip)
         if is_wide(instruction):
             return Stop.ALONE
-        return _INVALID_OPCODE if instruction is None else _NOT_INVALID.get(instruction.opcode, _INVALID_OPCODE)
+        if instruction is None:
+            return _INVALID_OPCODE
+        if instruction.opcode == _INT1:
+            self._uc.write(unicorn.RIP, rip + len(instruction.prefixes) + 1)
+        return _NOT_INVALID.get(instruction.opcode, _INVALID_OPCODE)
 
     def _exit(self, *, alone: bool = False) -> Exit | None:
         """Turn the reason why the run ended into an exit, or into None when the guest is to go on.
