@@ -39,6 +39,10 @@ def _kvm() -> str:
     return "" if os.access("/dev/kvm", os.R_OK | os.W_OK) else "/dev/kvm cannot be opened"
 
 
+def _processor() -> str:
+    return _kvm() or ("QEMU's TCG is the processor, with mistakes of its own" if emulation.hypervisor() == emulation.TCG else "")
+
+
 def _debug_registers() -> str:
     return _kvm() or ("QEMU's TCG loads no breakpoints with a guest" if emulation.hypervisor() == emulation.TCG else "")
 
@@ -136,6 +140,7 @@ def _gdb() -> str:
 FEATURES: dict[str, Callable[[], str]] = {
     "fuse": _fuse,
     "kvm": _kvm,
+    "processor": _processor,
     "debug-registers": _debug_registers,
     "cachestat": _cachestat,
     "inotify": _inotify,

@@ -14,7 +14,6 @@ from restrictedmem.service.client import Service
 from test_engines import (
     CALL,
     EACCES,
-    ENGINES,
     ENGINES_MD,
     MIB,
     PAGE,
@@ -96,7 +95,7 @@ def service() -> Iterator[Service]:
         yield found
 
 
-@pytest.fixture(params=ENGINES)
+@pytest.fixture(params=["software", pytest.param("kernel", marks=pytest.mark.requires("processor"))])
 def programs(service: Service, request: pytest.FixtureRequest) -> Programs:
     return Programs(service, request.param)
 

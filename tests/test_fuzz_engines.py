@@ -179,7 +179,7 @@ def test_the_mistakes_to_be_planted_fit_the_code(mistake: Mistake) -> None:
 # On the engines.
 
 
-@pytest.mark.requires("fuse", "kvm")
+@pytest.mark.requires("fuse", "processor")
 @pytest.mark.parametrize("avoided", AVOIDED, ids=lambda avoided: str(avoided.row))
 def test_what_is_avoided_differs(service: Service, avoided: Avoided) -> None:
     program = program_of(Piece("example", bytes.fromhex(avoided.example)))
@@ -188,7 +188,7 @@ def test_what_is_avoided_differs(service: Service, avoided: Avoided) -> None:
         assert pair.run(replace(program, private=program.private - hidden)), f"{avoided.row}: mended; programs may have it"
 
 
-@pytest.mark.requires("fuse", "kvm")
+@pytest.mark.requires("fuse", "processor")
 def test_programs_do_the_same_on_both_engines(service: Service) -> None:
     began = time.monotonic()
     outcome = run(service, SEED, more=lambda count: count < PROGRAMS and time.monotonic() < began + SECONDS, told=lambda _: None)
