@@ -218,7 +218,7 @@ ODD = [
     ),
     # A guest is read without room for the largest there could be.
     odd('ulimit -v 600000; exec "$@"', f"{QUICK} sha256", 0, "", DIGEST),
-    odd('ulimit -v 250000; exec "$@"', f"{QUICK} sha256", 1, "KVM_CREATE_VCPU: Cannot allocate memory .no memory for an emulator.*"),
+    odd('ulimit -v 140000; exec "$@"', f"{QUICK} sha256", 1, "KVM_CREATE_VCPU: Cannot allocate memory .no memory for an emulator.*"),
     # A parent, a locale, a machine and a directory that are not as they should be.
     odd("trap '' CHLD; exec \"$@\"", f"{QUICK} spin exit 5", 5, ""),
     odd("trap '' CHLD; exec \"$@\"", "exec --json IN/ignored -- sh -c exit${IFS}5", 5, "", features=("fuse", "seccomp")),
