@@ -1,6 +1,7 @@
 """Reading a guest: a static x86-64 ELF, of which only the loadable segments matter (elf(5))."""
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from errno import ENOEXEC
 from typing import Final
@@ -56,12 +57,24 @@ def parse(data: bytes) -> Image:
         headers = data[min(phoff, len(data)) :][: phnum * _PHDR.size]
         if len(headers) != phnum * _PHDR.size:
             raise failed(_CALL, ENOEXEC, "ELF is cut short")
-        segments = [segment for header in _PHDR.iter_unpack(headers) if (segment := _segment(data, *header)) is not None]
+        segments = list(_segments(data, headers))
     except struct.error:
         raise failed(_CALL, ENOEXEC, "ELF is cut short") from None
     if not segments:
         raise failed(_CALL, ENOEXEC, "ELF has nothing to load")
     return Image(entry, tuple(segments))
+
+
+def _segments(data: bytes, headers: bytes) -> Iterator[Segment]:
+    """Yield what is to be loaded, which is not more than there is: of a small file, 65,535 headers could name all."""
+    left = len(data)
+    for header in _PHDR.iter_unpack(headers):
+        segment = _segment(data, *header)
+        if segment is not None:
+            left -= len(segment.data)
+            if left < 0:
+                raise failed(_CALL, ENOEXEC, "ELF has more to load than there is in the file")
+            yield segment
 
 
 def _segment(data: bytes, kind: int, flags: int, offset: int, vaddr: int, gpa: int, filesz: int, memsz: int, align: int) -> Segment | None:
