@@ -57,7 +57,8 @@ _LENGTH_DELIMITED: Final = 2
 _NO_ANNOTATION: Final = ("ts", "pid", "tid", "event", "ns")
 
 _ALWAYS: Final = {"ts", "pid", "tid", "event"}
-_NUMBERS: Final = ("ts", "pid", "tid", "vcpu", "ns", "private_pages", "lost")
+_NUMBERS: Final = ("ts", "pid", "tid", "vcpu", "ns", "private_pages", "lost", "version")
+_TEXTS: Final = ("event", "side", "engine", "call")
 
 Event = dict[str, Any]
 
@@ -134,7 +135,7 @@ def read(lines: Iterable[str]) -> Read:
         if event["event"] == "trace":
             if event.get("version") != VERSION:
                 raise failed("read", EINVAL, f"a trace of version {event.get('version')}, and this reads {VERSION}")
-            running[event["pid"]] = str(event.get("side", "?"))
+            running[event["pid"]] = event.get("side", "?")
         elif event["event"] == "end":
             running.pop(event["pid"], None)
         lost += event.get("lost", 0)
@@ -150,10 +151,21 @@ def read(lines: Iterable[str]) -> Read:
 def _parse(line: str) -> Event | None:
     try:
         event: Event = json.loads(line)
-        valid = event.keys() >= _ALWAYS and isinstance(event["event"], str) and all(type(event.get(name, 0)) is int for name in _NUMBERS)
+        valid = (
+            event.keys() >= _ALWAYS
+            and all(isinstance(event.get(name, ""), str) for name in _TEXTS)
+            and all(_is_number(event.get(name, 0)) for name in _NUMBERS)
+            # What is deep can be read, and not be written: that takes a little more of the stack.
+            and not any(isinstance(value, dict | list) for value in event.values())
+        )
     except (ValueError, AttributeError, RecursionError):
         return None
     return event if valid else None
+
+
+def _is_number(value: object) -> bool:
+    """Say whether a value is a count or a time: not below zero, and no more than Perfetto's numbers hold."""
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def convert(events: list[Event]) -> bytes:
@@ -164,7 +176,7 @@ def convert(events: list[Event]) -> bytes:
     for event in events:
         thread = threads.setdefault((event["pid"], event["tid"]), _Thread(event["pid"], event["tid"]))
         if event["event"] == "trace":
-            processes[thread.pid] = " ".join(str(event[key]) for key in ("engine", "side") if key in event)
+            processes[thread.pid] = " ".join(event[key] for key in ("engine", "side") if key in event)
         packets += _take(thread, event)
     last = events[-1]["ts"]
     for thread in threads.values():
@@ -192,7 +204,7 @@ def _take(thread: _Thread, event: Event) -> Iterator[tuple[int, bytes]]:
                 thread.inside.annotations = _annotations(event)
                 thread.inside = None
         case _ if "ns" in event:
-            thread.slices.append(_Slice(ts - event["ns"], ts, str(event.get("call", name)), _annotations(event)))
+            thread.slices.append(_Slice(ts - event["ns"], ts, event.get("call") or name, _annotations(event)))
         case _:
             yield _event(ts, _INSTANT, thread.uuid, name, _annotations(event))
     if name.startswith("invalidate"):
