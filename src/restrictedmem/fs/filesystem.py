@@ -10,7 +10,7 @@ import stat
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from errno import EACCES, EINVAL, ENFILE, ENOENT, ENOSYS, ENOTTY, ENXIO, EPERM
+from errno import EACCES, EFBIG, EINVAL, ENFILE, ENOENT, ENOSYS, ENOTTY, ENXIO, EPERM
 from functools import partial
 from typing import Final, NamedTuple, final
 
@@ -33,6 +33,8 @@ HUGEPAGE_MODE: Final = stat.S_ISVTX
 TOKEN_BYTES: Final = 16
 PROVE: Final = 1 << 30 | TOKEN_BYTES << 16 | ord("R") << 8 | 1
 
+#: No file reaches there (MAX_LFS_FILESIZE); the kernel asks for nothing beyond.
+_FILE_END: Final = 1 << 63
 _HUGE_REQUEST: Final = 64 << 20
 _NANO: Final = 1_000_000_000
 # No DIRECT_IO_ALLOW_MMAP is negotiated, so MAP_SHARED is ENODEV; STREAM takes seeking and p-calls away, as a file without FMODE_LSEEK;
@@ -241,6 +243,8 @@ class FileSystem:
     def _fallocate(self, request: Request) -> bytes | None:
         _, offset, length, mode, _ = fuse.FALLOCATE_IN.unpack_from(request.body)
         file = self._file(request.nodeid)
+        if offset + length >= _FILE_END:
+            raise OSError(EFBIG, "fallocate: beyond any file")
         heard = file.notifier_count > 0
         if (heard or length > _HUGE_REQUEST) and not self.before_waiting(file.holder if heard else None):
             return None
