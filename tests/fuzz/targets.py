@@ -1,0 +1,33 @@
+"""The targets by name: each feeds bytes to a parser of this process, and fails when it breaks its word."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from fuzz.calls import calls
+from fuzz.engine import vcpu, vm
+from fuzz.files import creation, elf, report, rsp, trace
+from fuzz.service import consumer, control, fuse_bodies
+
+CORPUS: Final = Path(__file__).parent / "corpus"
+
+Target = Callable[[bytes], None]
+
+TARGETS: Final[dict[str, Target]] = {
+    "control": control,
+    "consumer": consumer,
+    "creation": creation,
+    "vm": vm,
+    "vcpu": vcpu,
+    "fuse": fuse_bodies,
+    "elf": elf,
+    "rsp": rsp,
+    "report": report,
+    "trace": trace,
+    "supervisor": calls,
+}
+
+
+def inputs(name: str) -> list[Path]:
+    """Return the files of a target's corpus."""
+    return sorted((CORPUS / name).iterdir())
