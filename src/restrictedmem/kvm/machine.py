@@ -217,21 +217,22 @@ class Machine:
         if number >= most:
             raise OSError(EINVAL, f"a VM of this engine has {most} vCPUs at most")
         self._owner.check_read()
-        channel, theirs = Channel.pair("owner")
-        channel.refuse_fds()
-        with theirs, ExitStack() as undo, self._launch.opened() as measurement:
+        with self._launch.opened() as measurement, ExitStack() as undo:
+            channel, theirs = Channel.pair("owner")
             undo.callback(channel.close)
-            made = VcpuSocket(
-                number, channel, self._watched, self._creation.policy, self._launch, self._conversions, self._reporter, self._trace
-            )
-            # From here on its thread closes the socket.
-            undo.pop_all()
-            undo.callback(made.abandon)
-            vcpu = Vcpu(self._engine.create_vcpu(number))
-            self._watched.register(channel.fileno(), select.EPOLLRDHUP)
-            undo.callback(self._watched.unregister, channel.fileno())
-            self._owner.reply(wire.VCPU.pack(number), [theirs.fileno()])
-            undo.pop_all()
+            with theirs:
+                channel.refuse_fds()
+                made = VcpuSocket(
+                    number, channel, self._watched, self._creation.policy, self._launch, self._conversions, self._reporter, self._trace
+                )
+                # From here on its thread closes the socket.
+                undo.pop_all()
+                undo.callback(made.abandon)
+                vcpu = Vcpu(self._engine.create_vcpu(number))
+                self._watched.register(channel.fileno(), select.EPOLLRDHUP)
+                undo.callback(self._watched.unregister, channel.fileno())
+                self._owner.reply(wire.VCPU.pack(number), [theirs.fileno()])
+                undo.pop_all()
             self._vcpus.all = (*self._vcpus.all, vcpu)
             measurement.set_registers(number, kvm.kvm_regs())
             self._sockets.append(made)
