@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Generator
 from contextlib import closing
 from functools import cache
+from importlib.util import find_spec
 from types import FrameType
 from typing import Final
 
@@ -137,6 +138,10 @@ def _gdb() -> str:
     return "" if shutil.which("gdb") else "gdb is not installed (package gdb)"
 
 
+def _atheris() -> str:
+    return "" if find_spec("atheris") else "atheris is not installed (extra fuzz)"
+
+
 FEATURES: dict[str, Callable[[], str]] = {
     "fuse": _fuse,
     "kvm": _kvm,
@@ -157,6 +162,7 @@ FEATURES: dict[str, Callable[[], str]] = {
     "musl": _musl,
     "i386": _i386,
     "hugetlb": hugetlb.missing,
+    "atheris": _atheris,
 }
 
 
