@@ -29,7 +29,7 @@ from restrictedmem.kvm.software.vm import SoftwareVm
 from restrictedmem.kvm.trace import Trace
 from restrictedmem.kvm.vcpu import Vcpu, Vcpus
 from restrictedmem.kvm.vcpu_socket import VcpuSocket
-from restrictedmem.kvm.vm_memory import VmMemory
+from restrictedmem.kvm.vm_memory import MAX_PAGES, VmMemory
 from restrictedmem.mm.backing import MemfdBacking
 from restrictedmem.mm.design import make
 from restrictedmem.mm.inode import Inode
@@ -37,12 +37,13 @@ from restrictedmem.mm.notifier import Api
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.platform.host import NoPlatform
 from restrictedmem.service.wire import Channel, Message
-from restrictedmem.units import PAGE_MASK, PageRange, gfn_t
+from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PageRange, gfn_t
 
 _T = TypeVar("_T")
 _HEAD: Final = struct.Struct("=II")
 _SIZE: Final = 1 << 20
 _PAGES: Final = _SIZE >> 12
+_LARGE: Final = 64 << 30
 _VM_CALLS: Final = (
     wire.SET_USER_MEMORY_REGION, wire.CREATE_VM, wire.CREATE_VCPU, wire.CHECK_EXTENSION, wire.GET_SUPPORTED_MEMORY_ATTRIBUTES,
     wire.SET_MEMORY_ATTRIBUTES, wire.ENCRYPT_REG_REGION, wire.ENCRYPT_UNREG_REGION, wire.LAUNCH_UPDATE, wire.LAUNCH_FINISH, wire.STATISTICS,
@@ -226,6 +227,8 @@ def vm(data: bytes) -> None:
         for message in messages(source, [call.number for call in _VM_CALLS]):
             if not message:
                 break
+            if _is_large(message):
+                continue
             made.owner.send(message)
             assert made.serve() is is_request(message)
             error, body = answer(made.owner)
@@ -234,6 +237,14 @@ def vm(data: bytes) -> None:
                 break
             if not error:
                 _check_vm_reply(made, message, body, policy)
+
+
+def _is_large(message: bytes) -> bool:
+    """Whether a slot is asked for whose pages, at some bytes each, may take more than a search has; its owner pays for them."""
+    body = message[_HEAD.size :]
+    if number_of(message) != wire.SET_USER_MEMORY_REGION.number or len(body) < wire.TOKEN_OFFSET:
+        return False
+    return _LARGE < kvm.kvm_userspace_memory_region_ext.from_buffer_copy(body).memory_size <= MAX_PAGES << PAGE_SHIFT
 
 
 def _descriptors(kind: int, undo: ExitStack) -> dict[int, int]:
