@@ -9,17 +9,17 @@ from typing import Final
 
 import pytest
 
-from fuzzing import places
-from fuzzing.avoided import AVOIDED, Avoided
-from fuzzing.campaign import Found, run, start
-from fuzzing.compare import difference
-from fuzzing.known import ALLOWED
-from fuzzing.machines import Event, Run, State
-from fuzzing.make import make
-from fuzzing.mistakes import MISTAKES, Mistake
-from fuzzing.pair import Pair, shrink
-from fuzzing.program import Item, Label, Piece, Program, reads_undefined
-from fuzzing.x86 import AF, CF, EFFECTS, OF, ZF, Mem, encode, shift_effect
+from random_guests import places
+from random_guests.avoided import AVOIDED, Avoided
+from random_guests.campaign import Found, run, start
+from random_guests.compare import difference
+from random_guests.known import ALLOWED
+from random_guests.machines import Event, Run, State
+from random_guests.make import make
+from random_guests.mistakes import MISTAKES, Mistake
+from random_guests.pair import Pair, shrink
+from random_guests.program import Item, Label, Piece, Program, reads_undefined
+from random_guests.x86 import AF, CF, EFFECTS, OF, ZF, Mem, encode, shift_effect
 from restrictedmem.kvm.exits import Hypercall, MemoryFault, PortOut, Shutdown
 from restrictedmem.service.client import Service
 

@@ -14,7 +14,7 @@ _RUN: Final = """
 import sys
 root, first, programs = sys.argv[1:]
 sys.path[:0] = [root + "/src", root + "/tests"]
-from fuzzing.campaign import start, until_found
+from random_guests.campaign import start, until_found
 print(*until_found(start(), int(first), int(programs)))
 """
 
@@ -177,7 +177,7 @@ def programs_until_found(root: Path, mistake: Mistake, seed: int, programs: int)
     """
     with tempfile.TemporaryDirectory(prefix="restrictedmem-mistake-") as place:
         copy = Path(place)
-        for part in ("src", "tests/fuzzing"):
+        for part in ("src", "tests/random_guests"):
             shutil.copytree(root / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
         mistake.plant(copy)
         command = [sys.executable, "-c", _RUN, place, str(seed), str(programs)]
