@@ -6,7 +6,7 @@ import pty
 import signal
 import subprocess
 import sys
-from errno import EACCES, ENOENT
+from errno import EACCES, EINVAL, ENOENT
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +242,15 @@ def test_popen_takes_what_exec_takes() -> None:
     call = Call(number=1234, cachestat=False, api="v9", memory_max=4096)
     with popen([sys.executable, "-c", code], call, stderr=subprocess.PIPE, text=True) as process:
         assert "No space left on device" in process.communicate(timeout=60)[1]
+
+
+def test_popen_judges_flags_strictly_where_they_are_not_cachestats() -> None:
+    code = (
+        PRELUDE + "fd = os.memfd_create('own', 0); n = (ctypes.c_uint64 * 8)(); at = ctypes.addressof(n); print(call(fd, at, at + 16, 0))"
+    )
+    for call, told in ((Call(cachestat=False), f"-{EINVAL}\n"), (None, "0\n")):
+        with popen([sys.executable, "-c", code], call, stdout=subprocess.PIPE, text=True) as process:
+            assert process.communicate(timeout=60)[0] == told
 
 
 def test_popen_of_what_cannot_be_executed(tmp_path: Path) -> None:
