@@ -223,6 +223,11 @@ def test_setattr_mode_owner_and_times(mount: Mount) -> None:
     mount.setattr(node, AttrValid.UID | AttrValid.GID, uid_of_caller=0, uid=5, gid=6)
     found = mount.getattr(node)
     assert (found["uid"], found["gid"]) == (5, 6)
+    # As chown(2) has it, -1 leaves one as it is.
+    for valid, now in ((AttrValid.UID, (7, 6)), (AttrValid.GID, (7, 7))):
+        mount.setattr(node, valid, uid_of_caller=0, uid=7, gid=7)
+        found = mount.getattr(node)
+        assert (found["uid"], found["gid"]) == now
 
 
 def test_setattr_is_for_the_owner_and_root(mount: Mount) -> None:

@@ -483,6 +483,8 @@ def test_huge_pages_of_a_range(kind: str) -> None:
             (3 * size, 1 << 50, None),
         ]
         assert pieces(backing, 2 * size + 1, 2 * size + 3) == [(2 * size, 3 * size, order)]
+        # Right behind one, and long enough to be looked at from the beginning of the file on.
+        assert pieces(backing, 3 * size, 1 << 50) == [(3 * size, 1 << 50, None)]
         assert (backing.resident() >> PAGE_SHIFT, hugetlb.free_pages(size << PAGE_SHIFT)) == (2 * size, 1)
         assert (backing.base_order, backing.blksize) == (order, size << PAGE_SHIFT)
 

@@ -569,6 +569,8 @@ def test_inode_attributes() -> None:
     inode.chown(None, 200, 1000, 200)
     assert outcome(lambda: inode.chown(None, 300, 1000, 200)) == Errno(EPERM)
     assert outcome(lambda: inode.chown(1001, None, 1000, 200)) == Errno(EPERM)
+    # A stranger, who would give the file its own group.
+    assert outcome(lambda: inode.chown(None, 300, 1001, 300)) == Errno(EPERM)
     inode.chown(1, 2, 0, 0)
     assert (inode.uid, inode.gid) == (1, 2)
     assert outcome(lambda: inode.chmod(0o600, 1000)) == Errno(EPERM)

@@ -31,6 +31,7 @@ from users import ORDINARY, as_user
 pytestmark = pytest.mark.requires("fuse", "root")
 
 KEEP_SIZE = int(FallocMode.KEEP_SIZE)
+_RESTRICTIONS = os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC
 
 #: How to become somebody for whom this way is the first that works.
 WAYS = [
@@ -71,6 +72,7 @@ def test_the_descriptor_is_the_same(way: Way, uid: int, namespaces: bool) -> Non
                 "read": outcome(lambda: os.read(fd, 1)),
                 "write": outcome(lambda: os.write(fd, b"x")),
                 "size": os.fstat(fd).st_size,
+                "flags": os.fstatvfs(fd).f_flag & _RESTRICTIONS,
             }
             os.close(fd)
             return found
@@ -86,6 +88,7 @@ def test_the_descriptor_is_the_same(way: Way, uid: int, namespaces: bool) -> Non
         "read": Errno(EINVAL),
         "write": Errno(EINVAL),
         "size": 4 * PAGE,
+        "flags": _RESTRICTIONS,
     }
     assert mounts() == ([], [])
 
