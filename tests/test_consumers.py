@@ -438,6 +438,35 @@ def test_a_page_taken_before_the_end_was_heard_stays_taken() -> None:
     file.put()
 
 
+@pytest.fixture
+def bound() -> Iterator[tuple[RestrictedFile, BoundFile]]:
+    """A window of two folios and three pages more, from page 3 on, of a file that is in this process."""
+    file = RestrictedFile(make("v10"), MemfdBacking(), Inode.make(0, 0))
+    memfd, sequence = (OwnedFd(os.dup(number)) for number in (file.backing.fileno(), file.sequence().fd.fileno()))
+    made = BoundFile(Bound(1, 1, None, memfd, sequence), PageRange(pgoff_t(3), pgoff_t(1030)), Heard(), lambda: None)
+    yield file, made
+    made.close()
+    file.put()
+
+
+@pytest.mark.parametrize(
+    ("punched", "first", "second"), [(511, True, False), (512, False, True), (1023, False, True), (1024, False, False)]
+)
+def test_a_folio_is_not_installed_while_any_of_its_pages_is_punched(
+    bound: tuple[RestrictedFile, BoundFile], punched: int, first: bool, second: bool
+) -> None:
+    file, window = bound
+    before = window.snapshot()
+    file.sequence().begin(pgoff_t(punched), pgoff_t(punched + 1))
+    assert [window.retry(before, pgoff_t(page), 9) for page in (5, 515)] == [first, second]
+    assert not window.retry(before, pgoff_t(515))
+    file.sequence().end()
+
+
+def test_a_window_lies_where_its_blocks_can_be_mapped_as_one(bound: tuple[RestrictedFile, BoundFile]) -> None:
+    assert (bound[1]._mapping.address - 3 * PAGE) % memory.PMD_SIZE == 0
+
+
 class Heard:
     """Ops that do nothing."""
 
@@ -515,6 +544,22 @@ def test_the_next_consumer_need_not_wait_for_the_last_ones_end(design: str, argu
         wait_until(lambda: not service.status()["consumers"], "the consumers' end")
         assert service.status()["last_error"] == ""
         os.close(fd)
+
+
+def test_the_next_consumer_waits_so_long_for_the_last_ones_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    consumers = Consumers(Tokens(), Options(), Signer(), Troubles())
+    file, waited = RestrictedFile(make("v10"), MemfdBacking(), Inode.make(0, 0)), list[float]()
+
+    def wait_for(_: Callable[[], bool], timeout: float) -> None:
+        waited.append(timeout)
+
+    monkeypatch.setattr(consumers._idle, "wait_for", wait_for)
+    with closing(consumers.add("puppet")) as consumer:
+        consumers._let_end(consumer, file)
+    # In parts: time in which the service did not run does not count.
+    assert len(waited) == 4
+    assert sum(waited) == pytest.approx(0.2)
+    file.put()
 
 
 # Memory errors.

@@ -1,20 +1,29 @@
 """The control thread of a service: whatever becomes of one request, it is answered or its connection ends."""
 
+import json
 import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from errno import EAGAIN, EBUSY, EIO, ENOMEM, ETOOMANYREFS
+from errno import EAGAIN, EBUSY, EIO, ENFILE, ENOMEM, ETOOMANYREFS
 from types import SimpleNamespace
 
 import pytest
 
 from outcomes import Errno, in_child, outcome
 from restrictedmem import threads
+from restrictedmem.abi import fuse
+from restrictedmem.abi.fuse import Opcode
 from restrictedmem.fd import OwnedFd, readable, spare
+from restrictedmem.fs.filesystem import NAME, Request
 from restrictedmem.fs.mount import Way
-from restrictedmem.service import daemon, sealing, wire
+from restrictedmem.mm.backing import MemfdBacking
+from restrictedmem.mm.design import make
+from restrictedmem.mm.inode import Inode
+from restrictedmem.mm.restrictedmem import RestrictedFile
+from restrictedmem.service import daemon, sealing, status, wire
+from restrictedmem.service.consumers import Consumers
 from restrictedmem.service.daemon import Service
 from restrictedmem.service.door import Connection
 from restrictedmem.service.ending import Word
@@ -105,7 +114,46 @@ def test_ready_is_said_when_there_is_somebody_to_answer(monkeypatch: pytest.Monk
     with closing(owner), ours:
         assert in_child(body) == "[True]"
         owner.close()
-        assert Call("READY", int.from_bytes(ours.recv(1000)[:4], "little")) == wire.READY
+        said = ours.recv(1000)
+        assert Call("READY", int.from_bytes(said[:4], "little")) == wire.READY
+        about = json.loads(said[said.index(b"{") :])
+        assert (about["api"], about["design"]) == ("v10", "v10")
+
+
+def test_the_service_ends_after_its_last_consumer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mount may be gone before: a consumer is in the middle of its work, and the service hears how that ends."""
+
+    def body() -> object:
+        order: list[str] = []
+        monkeypatch.setattr(daemon, "Server", lambda *_: SimpleNamespace(run=lambda: order.append("mount")))  # pyright: ignore
+        monkeypatch.setattr(Consumers, "wait_idle", lambda _: order.append("consumers"))  # pyright: ignore
+        start(owner, monkeypatch)
+        return order
+
+    owner, ours = Channel.pair("owner")
+    with closing(owner), ours:
+        assert in_child(body) == "['mount', 'consumers']"
+
+
+def test_descriptors_are_spared_for_sockets(service: Service) -> None:
+    def create() -> bool:
+        body = fuse.CREATE_IN.pack(os.O_RDWR | os.O_CREAT, 0o100600, 0, 0) + NAME + b"\0"
+        return service.filesystem.handle(Request(Opcode.CREATE, 1, fuse.ROOT_ID, 0, 0, 0, body)) is not None
+
+    # The fixture's service may have 1000.
+    assert all(create() for _ in range(1000 - 256))
+    assert outcome(create) == Errno(ENFILE)
+    for file in service.filesystem.files().values():
+        file.put()
+
+
+def test_status_keeps_no_file(service: Service) -> None:
+    body = fuse.CREATE_IN.pack(os.O_RDWR | os.O_CREAT, 0o100600, 0, 0) + NAME + b"\0"
+    service.filesystem.handle(Request(Opcode.CREATE, 1, fuse.ROOT_ID, 0, 0, 0, body))
+    ((node, file),) = service.filesystem.files().items()
+    status.of_files(service.filesystem, None)
+    service.filesystem.handle(Request(Opcode.RELEASE, 2, node, 0, 0, 0, bytes(24)))
+    assert not file.get_unless_zero()
 
 
 @pytest.mark.parametrize(
@@ -154,3 +202,12 @@ def test_a_request_that_memory_was_short_for_ends_its_connection(
     service._serve(connection.channel, no_memory, lambda: ended.append(connection))
     assert theirs.recv(1000)[0] == ENOMEM
     assert ended == [connection]
+
+
+def test_a_page_that_was_lost_keeps_no_file(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = RestrictedFile(make("v10"), MemfdBacking(), Inode.make(0, 0))
+    file.get()
+    monkeypatch.setattr(service._tokens, "take", lambda _: (1, file))  # pyright: ignore
+    service._error_page(Message(wire.ERROR_PAGE.number, wire.ERROR_REQUEST.pack(bytes(16), 0, 1), []))
+    file.put()
+    assert not file.get_unless_zero()
