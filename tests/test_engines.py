@@ -231,6 +231,14 @@ def test_ports_in_shared_code(machine: Machine) -> None:
     assert found.arguments[0] == 0xCAFE_BABE
 
 
+def test_the_port_of_hypercalls_is_one_as_others_outside_their_page(machine: Machine) -> None:
+    exit_ = machine.start_shared(
+        "b807000000",  # mov eax, 7
+        "e6f4",  # out 0xf4, al
+    )
+    assert exit_ == PortOut(0xF4, 1, 7)
+
+
 def test_string_instructions_on_ports_come_one_by_one(machine: Machine) -> None:
     exit_ = machine.start_shared(
         "bf00020010",  # mov edi, SHARED + 0x200

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
+from types import SimpleNamespace
 from typing import Any, Final, TypeVar, cast
 
 import pytest
@@ -19,6 +20,7 @@ from restrictedmem.kvm.kernel.private import GuestMemfdHalf, PrivateFile
 from restrictedmem.kvm.kernel.slots import ByAddress, ByAttribute, Conversion, KernelSlots
 from restrictedmem.kvm.kernel.system import SIZE, System
 from restrictedmem.kvm.memslot import Memslot
+from restrictedmem.kvm.mmu import Fault, Mmu
 from restrictedmem.kvm.software.vm import SoftwareVm
 from restrictedmem.kvm.trace import Trace
 from restrictedmem.kvm.vcpu import Vcpus
@@ -292,3 +294,51 @@ def test_what_is_done_by_half_ends_the_engine() -> None:
     assert in_child(refuse) == repr(Errno(EINVAL))
     assert in_child(find_no_memory) == ""
     assert in_child(fail_half_way) == ""
+
+
+def test_a_slot_over_private_pages_has_mixed_blocks() -> None:
+    window = Window()
+    window.convert()
+    assert window.memory.statistics()["mixed_2m"] == 2
+    slot = window.slot
+    window.memory._replace(slot, None)
+    assert window.memory.statistics()["mixed_2m"] == 0
+    again = Memslot(0, BASE, PAGES, private=None, shared=slot.shared)
+    window.memory._replace(None, again)
+    assert window.memory.statistics()["mixed_2m"] == 2
+    again.close()
+
+
+def test_a_conversion_meanwhile_makes_a_shared_fault_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    window = Window()
+    mmu, install = window.engine.mmu, Mmu._install_shared
+
+    def overtaken(self: Mmu, slot: Memslot, first: int, last: int) -> Fault:
+        self.set_attributes(slot, START, END, private=True)
+        return install(self, slot, first, last)
+
+    mmu.zap(window.slot, START, END)
+    monkeypatch.setattr(Mmu, "_install_shared", overtaken)
+    assert (mmu.fault(window.slot, START), mmu.counters.retries) == (Fault.RETRY, 1)
+    window.slot.close()
+
+
+@pytest.mark.parametrize(("api", "attribute", "told"), [(Api.V9, 0, Errno(ENOMEM)), (Api.V10, kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE, PAGE_SIZE)])
+def test_of_two_slots_of_which_the_second_fails(api: Api, attribute: int, told: object) -> None:
+    """v10 says how much was done, v9 what it failed with; to both, the first slot's pages have changed."""
+
+    def set_attributes(slot: Memslot, *_: object, **__: object) -> None:
+        if slot is second:
+            raise OSError(ENOMEM, "the second")
+
+    engine, attributes, half = (
+        SimpleNamespace(set_attributes=set_attributes),
+        Attributes(api),
+        cast("Any", SimpleNamespace(window=range(1), locked=0, unlocked_because="")),
+    )
+    memory = VmMemory(cast("Any", engine), cast("Any", None), api, attributes)
+    first, second = (Memslot(number, gfn_t(BASE + number), 1, private=half, shared=None) for number in range(2))
+    for slot in (first, second):
+        memory.slots.add(slot)
+    assert outcome(partial(memory.set_attributes, api, GPA, 2 * PAGE_SIZE, attribute, 0)) == told
+    assert [attributes.is_private(BASE + number) for number in range(2)] == [bool(attribute), not attribute]

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final, TypeVar, cast
 
 import pytest
@@ -16,7 +17,7 @@ import pytest
 from outcomes import Errno, outcome
 from restrictedmem import guests
 from restrictedmem.abi import kvm, memory
-from restrictedmem.abi.kvm import ExitReason
+from restrictedmem.abi.kvm import Cap, ExitReason
 from restrictedmem.abi.kvm_x86 import kvm_sregs
 from restrictedmem.consumer import Bound
 from restrictedmem.devkvm import Kvm, Vm
@@ -30,7 +31,7 @@ from restrictedmem.kvm.kernel import system
 from restrictedmem.kvm.kernel.page_tables import USER, WRITABLE, PageTables
 from restrictedmem.kvm.kernel.private import GuestMemfdHalf, PrivateFile
 from restrictedmem.kvm.kernel.slots import ByAddress, ByAttribute, KernelSlots, runs
-from restrictedmem.kvm.kernel.system import System
+from restrictedmem.kvm.kernel.system import MAX_VCPUS, System
 from restrictedmem.kvm.kernel.vcpu import KernelVcpu
 from restrictedmem.kvm.kernel.vm import KernelVm
 from restrictedmem.kvm.memslot import Memslot
@@ -571,6 +572,12 @@ def test_kicks_are_not_lost(vm: KernelVm) -> None:
     for _ in range(200):
         engine.kick()
         assert engine.run() is None
+
+
+def test_vcpus_are_as_many_as_kernel_and_engine_have() -> None:
+    for known, told in ((4, 4), (MAX_VCPUS, MAX_VCPUS), (1000, MAX_VCPUS)):
+        engine = SimpleNamespace(_vm=SimpleNamespace(check_extension={Cap.NR_VCPUS: known}.get))
+        assert KernelVm.check_extension(cast("Any", engine), Cap.NR_VCPUS) == told
 
 
 # Which engine.
