@@ -1,0 +1,168 @@
+"""Which changes ``scripts/mutate`` makes, which tests it runs for them, and what it says of a small tree."""
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mutation
+from waiting import wait_for
+
+ROOT = Path(__file__).parent.parent
+
+
+def texts(source: str) -> list[str]:
+    return [mutant.text for mutant in mutation.mutants_of("file", source.encode())]
+
+
+@pytest.mark.parametrize(
+    ("source", "changes"),
+    [
+        ("a < b", ["(a <= b)"]),
+        ("a == b > c", ["(a != b > c)", "(a == b >= c)"]),
+        ("a is not b", ["(a is b)"]),
+        ("a not in b", ["(a in b)"]),
+        ("a + b", ["(a - b)"]),
+        ("a << b & c", ["(a << b | c)", "(a >> b)"]),
+        ("a * b // c", ["(a * b * c)", "(a + b)"]),
+        ("a and b", ["(a or b)"]),
+        ("not a", ["(a)"]),
+        ("a += b", ["a -= b"]),
+        ("min(a, b)", ["max(a, b)", "pass"]),
+        ("x = min(a, b)", ["max(a, b)"]),
+        ("x = 7", ["8"]),
+        ("x = True", ["False"]),
+        ("raise error", ["pass"]),
+        ("file.close()", ["pass"]),
+    ],
+)
+def test_changes(source: str, changes: list[str]) -> None:
+    assert sorted(texts(source)) == changes
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        '"A text."',
+        "x = 1.5",
+        'f"{a + 1:>10}"',
+        'a + "text"',
+        "x: int | None = None",
+        "def f(a: X | Y) -> A | B: ...",
+        "@total(slots=True)\ndef f(): ...",
+        "assert a < b",
+        'log.error("a %d", 1)',
+        "if TYPE_CHECKING:\n    x = 1",
+    ],
+)
+def test_what_no_test_could_tell_apart_stays(source: str) -> None:
+    assert texts(source) == []
+
+
+def test_a_change_is_where_it_says() -> None:
+    source = 'x = "€"; y = (a\n    + b) # z\n'.encode()
+    (mutant,) = mutation.mutants_of("src/file.py", source)
+    assert mutant.applied(source).decode() == 'x = "€"; y = ((a - b)) # z\n'
+    assert str(mutant) == 'src/file.py:1 `x = "€"; y = (a + b) # z` -> `x = "€"; y = ((a - b)) # z`'
+
+
+def test_changed_files_are_python() -> None:
+    file = "src/restrictedmem/mm/pages.py"
+    source = (ROOT / file).read_bytes()
+    mutants = mutation.mutants_of(file, source)
+    assert len(mutants) > 100
+    for mutant in mutants:
+        assert ast.dump(ast.parse(mutant.applied(source))) != ast.dump(ast.parse(source)), str(mutant)
+
+
+def test_layers_take_turns_and_a_seed_says_which_lines() -> None:
+    layers = ["consumer", "mm", "platform"]
+    chosen = mutation.choose(ROOT, layers, 30, 5)
+    assert [mutation.layer_of(Path(mutant.file).relative_to("src/restrictedmem")) for mutant in chosen] == layers * 10
+    assert len({(mutant.file, mutant.line) for mutant in chosen}) == 30
+    assert mutation.choose(ROOT, layers, 30, 5) == chosen != mutation.choose(ROOT, layers, 30, 6)
+    # As many as there are.
+    assert 0 < len(mutation.choose(ROOT, ["guests"], 1000, 5)) < 100
+
+
+def tree(place: Path, **files: str) -> Path:
+    """Make a repository of some files, whose names have __ for /."""
+    for name, text in files.items():
+        path = place / f"{name.replace('__', '/')}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return place
+
+
+def test_the_nearest_tests_come_first(tmp_path: Path) -> None:
+    root = tree(
+        tmp_path,
+        src__restrictedmem__mm__pages="",
+        src__restrictedmem__kvm__mmu="from restrictedmem.mm import pages",
+        src__restrictedmem__kvm__vm="from restrictedmem.kvm.mmu import Mmu",
+        src__restrictedmem__cli__run="import restrictedmem.kvm.vm",
+        src__restrictedmem__cli__main="COMMANDS = ('run',)\nimport_module(f'restrictedmem.cli.{name}')",
+        src__restrictedmem____main__="from restrictedmem.cli.main import run",
+        tests__helper="import restrictedmem.kvm.mmu",
+        tests__test_a="command = ['-m', 'restrictedmem', 'run']",
+        tests__test_b="from restrictedmem.kvm.vm import Vm",
+        tests__test_c="import helper",
+        tests__test_d="code = 'restrictedmem.mm.pages'",
+        tests__test_pages="import restrictedmem.kvm.vm",
+        tests__test_other="import os",
+    )
+    (tmp_path / "src/restrictedmem/__main__.py").write_text("from restrictedmem.cli.main import run")
+    found = mutation.tests_by_module(root)
+    assert found["src/restrictedmem/mm/pages.py"] == [f"tests/test_{name}.py" for name in ("pages", "d", "b", "c", "a")]
+    assert found["src/restrictedmem/cli/run.py"] == ["tests/test_a.py"]
+
+
+def mutate(root: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    command = [sys.executable, str(root / "scripts" / "mutate"), "--json", "--layer", "mm", *arguments]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=100)
+    assert done.stderr == ""
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_a_tree_is_searched_and_left_alone(tmp_path: Path) -> None:
+    """One line is tested to its limit, of another the half; one test fails anyway, and one leaves a process."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "tests").mkdir()
+    for file in ("scripts/mutate", "tests/mutation.py"):
+        shutil.copy(ROOT / file, tmp_path / file)
+    mark = tmp_path / "left"
+    root = tree(
+        tmp_path,
+        src__restrictedmem__abi__process="from ctypes import CDLL\nPR_SET_CHILD_SUBREAPER = 36\nprctl = CDLL(None).prctl\n",
+        src__restrictedmem__mm__limits="def inside(x): return x < y\ndef beyond(x): return x > y\ny = int('3')\n",
+        tests__test_limits=f"""
+import subprocess
+from restrictedmem.mm import limits
+def test_that_fails(): assert False
+def test_inside(): assert limits.inside(2) and not limits.inside(3)
+def test_beyond(): assert limits.beyond(5)
+def test_that_leaves_a_process():
+    with open({str(mark)!r}, "w") as file:
+        file.write(str(subprocess.Popen(["sleep", "1000"]).pid))
+""",
+    )
+    (root / "src/restrictedmem/__init__.py").touch()
+    before = {path: path.stat() for path in root.rglob("*") if path.is_file()}
+    status, found = mutate(root)
+    assert (status, found["mutants"], found["layers"]) == (1, 2, {"mm": {"mutants": 2, "survivors": 1}})
+    assert [(row["line"], row["old"], row["new"]) for row in found["survivors"]] == [
+        (2, "def beyond(x): return x > y", "def beyond(x): return (x >= y)"),
+    ]
+    sleeper = Path("/proc", mark.read_text())
+    wait_for("what a test has left to be gone", lambda: not sleeper.exists())
+    mark.unlink()
+    after = {path: path.stat() for path in root.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert {path: (found.st_mtime_ns, found.st_size) for path, found in after.items()} == {
+        path: (found.st_mtime_ns, found.st_size) for path, found in before.items()
+    }
+    assert mutate(root, "--count", "1", "--share", "1")[0] == 0
