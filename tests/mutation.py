@@ -103,6 +103,9 @@ def _is_beside_the_point(node: ast.AST) -> bool:
             return True
         case ast.Expr(ast.Call(ast.Attribute(ast.Name("log")))):
             return True
+        case ast.ClassDef(bases=[ast.Attribute(attr="Structure")]):
+            # Its fields have values for type checkers alone.
+            return True
         case _:
             return False
 

@@ -58,6 +58,7 @@ def test_changes(source: str, changes: list[str]) -> None:
         "assert a < b",
         'log.error("a %d", 1)',
         "if TYPE_CHECKING:\n    x = 1",
+        "class seccomp_data(ctypes.Structure):\n    arg0: u64 = 0",
     ],
 )
 def test_what_no_test_could_tell_apart_stays(source: str) -> None:
