@@ -12,14 +12,15 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from errno import EPERM
+from errno import EBADF, EPERM
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from outcomes import in_child
+from outcomes import Errno, in_child, outcome
 from restrictedmem.abi import memory
 from restrictedmem.abi.process import CLONE_NEWNS
 from restrictedmem.audit import calls, descriptor, host, namespaces, processes, sockets, vm
@@ -357,3 +358,16 @@ def test_what_is_open_by_design_is_in_the_threat_model() -> None:
     items = set(re.findall(r"^- \*\*(.+?)\.\*\*", THREAT_MODEL.read_text(encoding="utf-8"), re.MULTILINE))
     named = {route.open_by for route in (*host.routes(), *vm.routes(), *processes.routes(), *descriptor.ROUTES)} - {""}
     assert {*named, "Root"} <= items
+
+
+def test_what_every_try_is_refused_is_refused() -> None:
+    def refused(errno: int) -> Iterator[bytes]:
+        raise OSError(errno, "pidfd_getfd")
+
+    def tried(*errnos: int) -> object:
+        return outcome(lambda: [*processes._each(partial(refused, errno) if errno else lambda: iter([b"found"]) for errno in errnos)])
+
+    # What is missing says nothing, unless there is nothing else.
+    assert tried(EPERM, EBADF) == tried(EBADF, EPERM) == Errno(EPERM)
+    assert tried(EBADF, EBADF) == Errno(EBADF)
+    assert tried(EPERM, 0) == [b"found"]
