@@ -1,5 +1,6 @@
 """A name of a service, or of ``exec``, that a stranger has taken when its process was gone: it gets nothing."""
 
+import json
 import os
 import socket
 from errno import EACCES, ENOTCONN
@@ -51,7 +52,8 @@ def test_whoever_is_made_an_owner_knows_the_service() -> None:
 @pytest.mark.parametrize("uid", [ORDINARY, 0], ids=["a stranger", "the same user"])
 def test_an_abstract_name_is_to_be_this_users(uid: int) -> None:
     name = f"restrictedmem-test/{os.getpid()}/{os.urandom(4).hex()}"
-    said = wire.READY.number.to_bytes(8, "little") + b"{}"
+    info = {**dict.fromkeys(("way", "api", "design", "socket"), ""), "key": ""}
+    said = wire.READY.number.to_bytes(8, "little") + json.dumps(info).encode()
 
     def connect() -> bool:
         with Service.connect("@" + name):
