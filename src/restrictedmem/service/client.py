@@ -36,6 +36,8 @@ _NOBODY: Final = "the service does not listen there: it is gone, or in another n
 #: Seconds that the word of a consumer's end may take, and between two questions for it.
 _ENDING_DEADLINE: Final = 1.0
 _ENDING_PAUSE: Final = 0.01
+#: The same for a service's own, which the kernel tells once somebody has reaped it: where its parent is gone, init may never do so.
+_OWN_ENDING_DEADLINE: Final = 0.1
 #: Seconds that a service may take to come up.
 START_DEADLINE: Final = 30.0
 
@@ -71,6 +73,8 @@ class Service:
         self._channel: Channel | None = None
         #: A pidfd of the service's, once this process has connected, where it can be seen from here.
         self._process: OwnedFd | None = None
+        #: How it ended, once this process has asked.
+        self._ending: str | None = None
         self._mutex = sync.mutex()
         #: Held from the first piece of a status to the last.
         self._status_mutex = sync.mutex()
@@ -198,12 +202,15 @@ class Service:
             return words.decode(errors="replace")
 
         try:
-            return _soon(ask)
+            return _soon(ask, _ENDING_DEADLINE)
         except OSError as error:
             return f"so is its service ({detail_of(error)})" if error.errno == ENOTCONN else ""
 
     def _own_ending(self) -> str:
-        """Return how the service ended that is gone, in words; empty where the kernel does not tell (Linux 6.15)."""
+        """Return how the service ended that is gone, in words; empty where the kernel does not tell (Linux 6.15).
+
+        The first to ask waits a moment, and nobody after that.
+        """
         process = self._process
         if process is None:
             return ""
@@ -212,10 +219,12 @@ class Service:
             status = pidfd.wait_status(process)
             return "" if status is None else words_of(status)
 
-        try:
-            return _soon(ask)
-        except OSError:
-            return ""
+        if self._ending is None:
+            try:
+                self._ending = _soon(ask, _OWN_ENDING_DEADLINE)
+            except OSError:
+                self._ending = ""
+        return self._ending
 
     def error_page(self, fd: int, start: int, end: int) -> None:
         """Act as if the machine had lost pages ``start`` to ``end`` of a descriptor (``restrictedmem_error_page``), at most a folio's.
@@ -335,9 +344,9 @@ def _ending_of(process: subprocess.Popen[bytes]) -> str:
     return (words_of(-status) if status < 0 else f"its interpreter ended with {status}") + limits()
 
 
-def _soon(ask: Callable[[], str]) -> str:
+def _soon(ask: Callable[[], str], seconds: float) -> str:
     """Return what is known soon, asked again for a moment; empty when it is not."""
-    deadline = time.monotonic() + _ENDING_DEADLINE
+    deadline = time.monotonic() + seconds
     while not (words := ask()) and time.monotonic() < deadline:
         time.sleep(_ENDING_PAUSE)
     return words
