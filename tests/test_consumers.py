@@ -555,6 +555,8 @@ def test_the_next_consumer_waits_so_long_for_the_last_ones_end(monkeypatch: pyte
 
     monkeypatch.setattr(consumers._idle, "wait_for", wait_for)
     with closing(consumers.add("puppet")) as consumer:
+        for sock in consumer.give_sockets():
+            sock.close()
         consumers._let_end(consumer, file)
     # In parts: time in which the service did not run does not count.
     assert len(waited) == 4
