@@ -35,7 +35,6 @@ _CODES: Final = (
     ("jump beyond the end", "48b80000000000100000ffe0"), ("jump to nowhere", "b8000000d0ffe0"),
     ("jump to zero", "31c0ffe0"), ("load from no canonical address", "48b80000000000008000488b00"),
     ("push to no canonical address", "48bc000000000000800050"),
-    ("jump to no canonical address", "48b80000000000008000ffe0"),
     ("access that is not aligned, with AC", "9c814c2400000004009d8b442401"), ("str eax", "0f00c8"),
     ("sldt eax", "0f00c0"), ("smsw eax", "0f01e0"), ("mov eax, ds", "8cd8"), ("mov eax, ss", "8cd0"),
     ("mov eax, cs", "8cc8"), ("mov eax, fs", "8ce0"), ("verr ax", "31c00f00e0"), ("verw ax", "31c00f00e8"),
