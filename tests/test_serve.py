@@ -39,8 +39,8 @@ pytestmark = pytest.mark.requires("fuse", "root")
 #: The user of the services, and of those who are served.
 SERVICE_USER = "nobody"
 CLIENT = ORDINARY - 1
-#: Four uids that nobody else has, other copies of the tests included.
-FIRST_UID = 3_000_000_000 + 4 * os.getpid()
+#: The first of eight uids that nobody else has, other copies of the tests included.
+FIRST_UID = 3_000_000_000 + 8 * os.getpid()
 
 
 @final
@@ -387,7 +387,8 @@ def test_the_service_that_holds_the_most_is_killed_first(server: Server) -> None
 
 def test_a_limit_on_tasks_is_each_clients_own(place: str) -> None:
     """What ``serve`` has as RLIMIT_NPROC, the services of each client's uid may have, for each has a uid of its own."""
-    server = Server("--user", f"{FIRST_UID}-{FIRST_UID + 1}", socket_path=place)
+    # Others than those of tests above, whose processes init may not have reaped.
+    server = Server("--user", f"{FIRST_UID + 4}-{FIRST_UID + 5}", socket_path=place)
     resource.prlimit(server.process.pid, resource.RLIMIT_NPROC, (24, 24))
 
     def one() -> bool:
