@@ -156,11 +156,10 @@ def is_dying(thread: int) -> bool:
     False too for a thread that cannot be looked at, and for 0.
     """
     try:
-        with open(f"/proc/{thread}/status", encoding="ascii", errors="replace") as status:
-            pending = next(line for line in status if line.startswith("SigPnd:"))
+        pending = int(_status(str(thread), "SigPnd:"), 16)
     except (OSError, StopIteration):
         return False
-    return bool(int(pending.split()[1], 16) & 1 << signal.SIGKILL - 1)
+    return bool(pending & 1 << signal.SIGKILL - 1)
 
 
 def raise_fd_limit() -> int:
