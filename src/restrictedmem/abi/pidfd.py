@@ -11,7 +11,7 @@ PIDFD_INFO_EXIT: Final = 1 << 3
 
 @c_struct(size=64)
 class pidfd_info(ctypes.Structure):
-    """``struct pidfd_info``, as far as Linux 6.13 had it."""
+    """``struct pidfd_info``, as far as Linux 6.15 has it; before that, without ``exit_code``."""
 
     mask: u64 = 0
     cgroupid: u64 = 0

@@ -113,7 +113,7 @@ class InMemfd(ABC):
             # The kernel would notice by itself, and undo all, if the caller's own thread were in it. Before the first piece too: there
             # may have been a long wait.
             if length > _PIECE and abandoned():
-                raise OSError(EINTR, "fallocate: its caller was killed")
+                raise failed("fallocate", EINTR, "its caller was killed")
             after = min((offset & -_PIECE) + _PIECE, end)
             self._allocate(offset, after - offset)
             offset = after
