@@ -4,6 +4,7 @@ import os
 import select
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha384
@@ -366,15 +367,25 @@ class _Update:
     """A machine, as far as LAUNCH_UPDATE needs one, whose call of a number finds no memory, or whose write fails."""
 
     def __init__(self, error: Exception | None = None) -> None:
-        self.error, self.written = error, False
+        self.error, self.written, self.held = error, False, False
         slot = SimpleNamespace(number=0)
         memory = SimpleNamespace(slot_of={GPA >> 12: slot}.get, launch_update=self._write, slots=[])
         reporter = SimpleNamespace(launched=None)
         owner, creation = SimpleNamespace(reply=lambda: None), SimpleNamespace(policy=wire.POLICY_EXPLICIT)
-        none = cast(Any, None)
-        self.machine = Machine(cast(Any, owner), none, cast(Any, memory), none, none, cast(Any, creation), cast(Any, reporter), none)
+        none, vcpus = cast(Any, None), SimpleNamespace(held=self._held)
+        self.machine = Machine(
+            cast(Any, owner), none, cast(Any, memory), none, cast(Any, vcpus), cast(Any, creation), cast(Any, reporter), none
+        )
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        self.held = True
+        yield
+        self.held = False
 
     def _write(self, *_: object) -> None:
+        # A vCPU of the kernel engine writes, whose registers the owner may ask for in a debug VM.
+        assert self.held
         if self.error is not None:
             raise self.error
         self.written = True

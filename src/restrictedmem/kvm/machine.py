@@ -206,7 +206,8 @@ class Machine:
         with self._launch.opened() as measurement:
             # What needs memory comes first: what is put in is measured, and what is measured was put in.
             extended = measurement.extended(gpa, content)
-            with whole(), self._conversions.putting_in(gpa):
+            # With a vCPU of the kernel engine the content is copied: nobody else may set its registers meanwhile.
+            with self._vcpus.held(), whole(), self._conversions.putting_in(gpa):
                 self._memory.launch_update(gpa, content)
                 measurement.extend(extended)
         self._owner.reply()
