@@ -17,7 +17,7 @@ from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm import guest_abi
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.exits import Exit, Shutdown
-from restrictedmem.kvm.half import SharedFiles, SharedHalf
+from restrictedmem.kvm.half import SharedFiles, SharedHalf, forbid_shrinking
 from restrictedmem.kvm.memslot import MemfdFile, MemfdHalf, Memslot
 from restrictedmem.kvm.mmu import Mmu
 from restrictedmem.kvm.software.code import CodePages
@@ -129,7 +129,7 @@ def private_half(file: RestrictedFile, pages: int, limit: int | None = None) -> 
 def shared_half(pages: int) -> SharedHalf:
     with memory.memfd_create("shared") as fd:
         os.ftruncate(fd.fileno(), pages * PAGE_SIZE)
-        return SharedHalf(SharedFiles().of_fd(fd.fileno(), pages * PAGE_SIZE), 0, pages * PAGE_SIZE)
+        return SharedHalf(SharedFiles(forbid_shrinking).of_fd(fd.fileno(), pages * PAGE_SIZE), 0, pages * PAGE_SIZE)
 
 
 @contextlib.contextmanager

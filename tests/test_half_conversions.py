@@ -15,6 +15,7 @@ from restrictedmem.devkvm import Vm
 from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm import attributes as attributes_module
 from restrictedmem.kvm.attributes import Attributes
+from restrictedmem.kvm.half import forbid_shrinking
 from restrictedmem.kvm.kernel.page_tables import PRESENT
 from restrictedmem.kvm.kernel.private import GuestMemfdHalf, PrivateFile
 from restrictedmem.kvm.kernel.slots import ByAddress, ByAttribute, Conversion, KernelSlots
@@ -199,7 +200,7 @@ class Window:
     def __init__(self) -> None:
         self.attributes = Attributes(Api.V10)
         self.engine = SoftwareVm(cast("Any", None), Vcpus(), self.attributes, Trace(), NoPlatform())
-        self.memory = VmMemory(self.engine, cast("Any", None), Api.V10, self.attributes)
+        self.memory = VmMemory(self.engine, cast("Any", None), Api.V10, self.attributes, forbid_shrinking)
         with OwnedFd(os.memfd_create("window", os.MFD_ALLOW_SEALING)) as fd:
             os.ftruncate(fd.fileno(), PAGES * PAGE_SIZE)
             region = kvm.kvm_userspace_memory_region_ext(
@@ -336,7 +337,7 @@ def test_of_two_slots_of_which_the_second_fails(api: Api, attribute: int, told: 
         Attributes(api),
         cast("Any", SimpleNamespace(window=range(1), locked=0, unlocked_because="")),
     )
-    memory = VmMemory(cast("Any", engine), cast("Any", None), api, attributes)
+    memory = VmMemory(cast("Any", engine), cast("Any", None), api, attributes, forbid_shrinking)
     first, second = (Memslot(number, gfn_t(BASE + number), 1, private=half, shared=None) for number in range(2))
     for slot in (first, second):
         memory.slots.add(slot)

@@ -26,7 +26,7 @@ from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.lpage import Level
 from restrictedmem.kvm.memslot import ALL, CODE, LEVEL_SHIFT, PRIVATE, WRITE, MemfdFile, MemfdHalf, Memslot
 from restrictedmem.kvm.mmu import FAULT_AROUND, Fault, Mmu
-from restrictedmem.kvm.trace import Trace
+from restrictedmem.kvm.trace import Trace, pair
 from restrictedmem.kvm.vm import Vcpu
 from restrictedmem.kvm.vmm import Ended, Vmm
 from restrictedmem.mm.backing import MemfdBacking
@@ -456,17 +456,17 @@ def test_prefault_goes_on_behind_the_whole_block() -> None:
 
 def test_the_trace_says_the_level() -> None:
     trace = Trace()
-    reader, writer = os.pipe()
-    trace.start(OwnedFd(writer))
-    with made(trace=trace) as vm, open(reader, encoding="ascii") as events:
+    writer, reader = pair()
+    trace.start(writer)
+    with made(trace=trace) as vm, open(reader.detach(), encoding="ascii") as events:
         vm.touch(700)
         vm.folios.order = 0
         vm.touch(20)
         vm.host.refuses = True
         with pytest.raises(OSError, match="forbids"):
             vm.touch(100)
-        trace.stop()
-        found = [json.loads(line) for line in events]
+        trace.end()
+        *found, _ = [json.loads(line) for line in events]
     assert [(event["gfn"] - BASE, event["npages"], event["level"], event["result"]) for event in found] == [
         (PMD, PMD, 2, "mapped"),
         (16, 16, 1, "mapped"),

@@ -18,6 +18,7 @@ from restrictedmem.abi.kvm import kvm_userspace_memory_region_ext
 from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm import exits, vm_memory
 from restrictedmem.kvm.attributes import Attributes
+from restrictedmem.kvm.half import forbid_shrinking
 from restrictedmem.kvm.kernel.slots import KernelSlots
 from restrictedmem.kvm.memslot import Memslot
 from restrictedmem.kvm.memslots import Memslots
@@ -167,7 +168,7 @@ def cost_of(act: Callable[[], object]) -> int:
 def test_no_call_takes_longer_for_the_slots_there_are() -> None:
     attributes = Attributes(Api.V10)
     engine = SoftwareVm(cast("Any", None), Vcpus(), attributes, Trace(), NoPlatform())
-    memory = VmMemory(engine, cast("Any", None), Api.V10, attributes)
+    memory = VmMemory(engine, cast("Any", None), Api.V10, attributes, forbid_shrinking)
     with OwnedFd(os.memfd_create("window", os.MFD_ALLOW_SEALING)) as fd:
         os.ftruncate(fd.fileno(), PAGE)
 
@@ -219,7 +220,7 @@ class Reports:
 def test_ps_hears_of_many_changes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     service, attributes = Reports(), Attributes(Api.V10)
     monkeypatch.setattr(vm_memory, "time", service)
-    memory = VmMemory(cast("Any", None), cast("Any", service), Api.V10, attributes)
+    memory = VmMemory(cast("Any", None), cast("Any", service), Api.V10, attributes, forbid_shrinking)
     assert memory.report_due_in() is None
     for _ in range(1000):
         memory._changed()

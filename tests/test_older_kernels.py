@@ -56,9 +56,9 @@ def test_the_filter_makes_the_kernel_older() -> None:
 def test_every_memfd_can_be_sealed() -> None:
     code = (
         "from restrictedmem.abi import memory\n"
-        "from restrictedmem.kvm.half import SharedFiles\n"
+        "from restrictedmem.kvm.half import SharedFiles, forbid_shrinking\n"
         "with memory.memfd_create('made') as made:\n"
-        "    SharedFiles().of_fd(made.fileno(), 0)\n"
+        "    SharedFiles(forbid_shrinking).of_fd(made.fileno(), 0)\n"
     )
     subprocess.run([*OLD, sys.executable, "-c", code], check=True)
 

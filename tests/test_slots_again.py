@@ -96,7 +96,7 @@ def end_checker(vm: Vm) -> None:
     (checker,) = children(int(vm.statistics()["pid"]))
     os.kill(checker.pid, signal.SIGKILL)
     ends = os.pipe()
-    assert outcome(lambda: vm.trace(ends[1])) == Errno(ETIMEDOUT)
+    assert outcome(lambda: vm._channel.call(wire.TRACE, fds=[ends[1]])) == Errno(ETIMEDOUT)
     for end in ends:
         os.close(end)
 

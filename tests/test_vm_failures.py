@@ -16,7 +16,7 @@ import pytest
 from processes import descriptors
 from restrictedmem.abi import memory
 from restrictedmem.abi import process as this_process
-from restrictedmem.kvm import checker, exits
+from restrictedmem.kvm import checker, exits, wire
 from restrictedmem.kvm import process as kvm_process
 from restrictedmem.kvm.launch import measure
 from restrictedmem.kvm.software.unicorn import Uc
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.requires("fuse")
 
 GPA = 0x4000_0000
 PAGE, MIB = 4096, 1 << 20
-EAGAIN, ENOMEM, EFAULT, EEXIST, EINVAL, EMFILE = 11, 12, 14, 17, 22, 24
+EAGAIN, ENOMEM, EFAULT, EEXIST, EINVAL, EMFILE, EPROTO = 11, 12, 14, 17, 22, 24, 71
 OUT_LOOP = bytes.fromhex("e642 ebfc")  # out %al, $0x42; jmp back
 _PR_SET_MDWE = 65
 
@@ -200,7 +200,7 @@ FAILURES: dict[str, tuple[Call, int]] = {
     "attributes": (lambda vm, _fd, _memfd: vm.set_memory_attributes(GPA + 1, PAGE, private=True), EINVAL),
     "launch_update": (lambda vm, _fd, _memfd: vm.launch_update(GPA, bytes(PAGE)), EFAULT),
     "injection": (lambda vm, _fd, _memfd: vm.inject_failure(GPA), EFAULT),
-    "trace": (lambda vm, _, memfd: vm.trace(memfd), EINVAL),
+    "trace": (lambda vm, _fd, _memfd: vm._channel.call(wire.TRACE, b"1"), EPROTO),
 }
 
 

@@ -25,6 +25,7 @@ from restrictedmem.consumer import Bound
 from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.exits import Exit, MemoryFault, MmioRead, MmioWrite, PortIn, PortOut
+from restrictedmem.kvm.half import forbid_shrinking
 from restrictedmem.kvm.software.vm import SoftwareVm
 from restrictedmem.kvm.trace import Trace
 from restrictedmem.kvm.vcpu import Vcpu, Vcpus
@@ -159,7 +160,7 @@ class VmMachine(RuleBasedStateMachine):
         attributes = Attributes(api)
         binder = Files({bytes([number]) * 16: file for number, file in self.files.items()})
         self.engine = binder.engine = SoftwareVm(binder, self.vcpus, attributes, Trace(), NoPlatform())
-        self.vm = VmMemory(self.engine, cast(Channel, Reports()), api, attributes)
+        self.vm = VmMemory(self.engine, cast(Channel, Reports()), api, attributes, forbid_shrinking)
         self.vm.set_region(region(0, CODE, PAGE_SIZE, KVM_MEM_PRIVATE), bytes(16), None)
         self.vm.set_attributes(api, CODE, PAGE_SIZE, KVM_MEMORY_ATTRIBUTE_PRIVATE, 0)
         self.vm.launch_update(CODE, GUEST.ljust(PAGE_SIZE, b"\0"))
@@ -367,7 +368,7 @@ def test_a_punch_that_is_under_way_when_a_slot_is_made_has_its_end_there() -> No
     binder = Files({bytes(16): file}, when_bound=begin)
     attributes = Attributes(Api.V10)
     engine = binder.engine = SoftwareVm(binder, Vcpus(), attributes, Trace(), NoPlatform())
-    vm = VmMemory(engine, cast(Channel, Reports()), Api.V10, attributes)
+    vm = VmMemory(engine, cast(Channel, Reports()), Api.V10, attributes, forbid_shrinking)
     vm.set_region(region(0, CODE, SLOT * PAGE_SIZE, KVM_MEM_PRIVATE), bytes(16), None)
     (slot,) = vm.slots
     half = slot.memfd_half

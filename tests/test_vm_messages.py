@@ -1,21 +1,27 @@
 """What an owner may send to a VM's and a vCPU's socket beside proper requests, and that it harms nobody but itself."""
 
+import mmap
 import os
+import signal
 import socket
 import struct
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from mute_server import mute_file
 from processes import children, descriptors, family, process, queued, wait_gone, wait_until
-from restrictedmem.abi import kvm
+from restrictedmem.abi import kvm, memory
+from restrictedmem.abi import userfaultfd as uffd
+from restrictedmem.devkvm import address_of
+from restrictedmem.fd import OwnedFd, readable
 from restrictedmem.kvm import exits, wire
 from restrictedmem.kvm import process as kvm_process
-from restrictedmem.kvm.checker import _is_wanted
+from restrictedmem.kvm.half import is_memfd
 from restrictedmem.kvm.serving import serve_one
 from restrictedmem.kvm.vm import Vcpu, Vm
 from restrictedmem.service.client import Service
@@ -139,22 +145,19 @@ def test_no_descriptor_of_any_message_stays(service: Service) -> None:
                     vm._channel.call(wire.TRACE, fds=[fd])
                 with suppress(OSError):
                     vm._channel.call(wire.STATISTICS, fds=[fd])
-        vm.trace(None)
         wait_until(lambda: [len(descriptors(pid)) for pid in both] == before, "descriptors to be closed")
 
 
 def test_messages_sent_at_once_are_answered_in_turn(vm: Vm) -> None:
-    ends = os.pipe()
-    sock = vm._channel.sock
-    for number in range(3):
-        socket.send_fds(sock, [request(wire.TRACE.number)], [ends[1]])
-        sock.send(request(wire.CHECK_EXTENSION.number, wire.CAP.pack(number)))
-        socket.send_fds(sock, [request(wire.TRACE.number)], [0])
+    sock, end = vm._channel.sock, request(wire.TRACE.number, wire.TRACE_REQUEST.pack(0))
+    with memory.memfd_create("memfd") as memfd:
+        for number in range(3):
+            socket.send_fds(sock, [end], [memfd.fileno()])
+            sock.send(request(wire.CHECK_EXTENSION.number, wire.CAP.pack(number)))
+            socket.send_fds(sock, [end], [0])
     for _ in range(3):
         assert [len(sock.recv(100)), len(sock.recv(100))] == [8, 16]
         assert errno_of_reply(sock) == EINVAL
-    for end in ends:
-        os.close(end)
 
 
 @pytest.mark.requires("root")
@@ -233,7 +236,7 @@ def test_a_vm_goes_on_without_its_checker(service: Service) -> None:
         ends = os.pipe()
         for _ in range(2):
             with pytest.raises(OSError) as caught:
-                vm.trace(ends[1])
+                vm._channel.call(wire.TRACE, fds=[ends[1]])
             assert caught.value.errno == ETIMEDOUT
         assert vcpu.run() == exits.PortOut(0x42, 1, 0)
         vm.set_memory_attributes(GPA, PAGE, private=False)
@@ -273,12 +276,9 @@ def test_a_file_that_cannot_be_closed_holds_no_engine(call: Call) -> None:
                 vm._channel.call(call, body, [file])
             assert caught.value.errno == ETIMEDOUT
             assert vcpu.run() == exits.PortOut(0x42, 1, 0)
-        with Vm(own, engine="software") as other:
-            reader, writer = os.pipe()
-            other.trace(writer)
-            other.trace(None)
-            os.close(reader)
-            os.close(writer)
+        with Vm(own, engine="software") as other, memory.memfd_create("half") as memfd:
+            os.ftruncate(memfd.fileno(), PAGE)
+            other.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=PAGE, shared_fd=memfd.fileno())
         found = family(own)
         vm.close()
         wait_gone([one for one in found if one.name == "rmem-kvm"])
@@ -300,25 +300,70 @@ def test_a_checker_that_is_held_keeps_no_owner_waiting(asked: int) -> None:
         assert vm._channel.sock.recv(1) == b""
 
 
-def test_pipes_and_memfds_are_told_without_their_file_systems(tmp_path: Path) -> None:
-    reader, writer = os.pipe()
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)
-    opened = os.open(fifo, os.O_RDWR)
-    ours, theirs = socket.socketpair()
-    memfd, file, path = os.memfd_create("m"), os.open(tmp_path / "file", os.O_CREAT | os.O_RDWR), os.open(tmp_path, os.O_PATH)
-    try:
-        pipes, others = (reader, writer), (opened, ours.fileno(), path)
-        for call, right, wrong in ((wire.TRACE, pipes, (memfd, file)), (wire.SET_USER_MEMORY_REGION, (memfd,), pipes)):
-            assert [_is_wanted(request(call.number), fd) for fd in right] == [True] * len(right)
-            assert [_is_wanted(request(call.number), fd) for fd in (*wrong, *others)] == [False] * len((*wrong, *others))
+def test_memfds_are_told_without_their_file_systems(tmp_path: Path) -> None:
+    with ExitStack() as held:
+        reader, writer = (held.enter_context(OwnedFd(end)).fileno() for end in os.pipe())
+        fifo = tmp_path / "fifo"
+        os.mkfifo(fifo)
+        opened = held.enter_context(OwnedFd(os.open(fifo, os.O_RDWR))).fileno()
+        ours, theirs = (held.enter_context(end).fileno() for end in socket.socketpair())
+        file = held.enter_context(OwnedFd(os.open(tmp_path / "file", os.O_CREAT | os.O_RDWR))).fileno()
+        path = held.enter_context(OwnedFd(os.open(tmp_path, os.O_PATH))).fileno()
+        assert is_memfd(held.enter_context(memory.memfd_create("m")).fileno())
+        assert not any(map(is_memfd, (reader, writer, opened, ours, theirs, path)))
         # A plain file of tmpfs is as good as a memfd; one of another file system is not.
-        assert _is_wanted(request(wire.SET_USER_MEMORY_REGION.number), file) is _on_tmpfs(tmp_path)
-    finally:
-        for fd in (reader, writer, opened, memfd, file, path):
-            os.close(fd)
-        ours.close()
-        theirs.close()
+        assert is_memfd(file) is _on_tmpfs(tmp_path)
+
+
+@contextmanager
+def being_written(memfd: int) -> Generator[None]:
+    """Have a child write to a memfd from a page that does not come, so that it holds the lock of its inode meanwhile."""
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            # What others wait for the end of.
+            kept = sorted((memfd, theirs.fileno()))
+            os.closerange(3, kept[0])
+            os.closerange(kept[0] + 1, kept[1])
+            os.closerange(kept[1] + 1, 1 << 16)
+            page = mmap.mmap(-1, PAGE)
+            watch = uffd.userfaultfd(0)
+            uffd.UFFDIO_API(watch, uffd.uffdio_api(api=uffd.UFFD_API, features=0))
+            uffd.UFFDIO_REGISTER(watch, uffd.uffdio_register(start=address_of(page), len=PAGE, mode=uffd.UFFDIO_REGISTER_MODE_MISSING))
+            threading.Thread(target=os.write, args=(memfd, page), daemon=True).start()
+            assert readable([watch], 30), "the write takes its page"
+            theirs.send(b"w")
+            theirs.recv(1)
+        finally:
+            os._exit(0)
+    theirs.close()
+    with ours:
+        try:
+            assert ours.recv(1) == b"w"
+            yield
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+@pytest.mark.requires("root")
+def test_a_memfd_that_cannot_be_sealed_holds_no_engine(service: Service) -> None:
+    vm = Vm(service, engine="software")
+    engine = process(int(vm.statistics()["pid"]))
+    assert engine is not None
+    vm._channel.sock.settimeout(30)
+    with memory.memfd_create("half", os.MFD_ALLOW_SEALING) as memfd, started(service, vm, OUT_LOOP) as vcpu:
+        os.ftruncate(memfd.fileno(), PAGE)
+        with being_written(memfd.fileno()):
+            for _ in range(2):
+                with pytest.raises(OSError) as caught:
+                    vm.set_user_memory_region(slot=5, guest_phys_addr=0x1000_0000, memory_size=PAGE, shared_fd=memfd.fileno())
+                assert caught.value.errno == ETIMEDOUT
+            assert vcpu.run() == exits.PortOut(0x42, 1, 0)
+            vm.close()
+            vcpu.close()
+            wait_gone([engine])
 
 
 def _on_tmpfs(path: Path) -> bool:

@@ -22,6 +22,7 @@ from restrictedmem.kvm import exits, guest_abi, wire
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.conversions import Conversions
 from restrictedmem.kvm.engine import Engine
+from restrictedmem.kvm.half import forbid_shrinking
 from restrictedmem.kvm.launch import Launch
 from restrictedmem.kvm.machine import Machine
 from restrictedmem.kvm.serving import serve_one
@@ -188,13 +189,13 @@ class _Vm:
         self.binder = _Binder()
         undo.callback(self.binder.close)
         self.vcpus, trace, attributes = Vcpus(), Trace(), Attributes(api)
-        undo.callback(trace.stop)
+        undo.callback(trace.end)
         self.engine = SoftwareVm(self.binder, self.vcpus, attributes, trace, NoPlatform())
         undo.enter_context(mock.patch.object(SoftwareVm, "create_vcpu", side_effect=_Cpu.numbered))
         # A change that is broken off ends the engine (``whole``): a bug's answer here.
         undo.enter_context(mock.patch("os._exit", _end))
         service = cast("Channel", _Service())
-        self.memory = VmMemory(cast("Engine", self.engine), service, api, attributes)
+        self.memory = VmMemory(cast("Engine", self.engine), service, api, attributes, forbid_shrinking)
         creation, reporter = wire.Creation(policy=policy), cast("Any", _Reporter())
         self.machine = Machine(channel, cast("Any", None), self.memory, self.engine, self.vcpus, creation, reporter, trace)
         undo.callback(self.memory.clear)
@@ -248,12 +249,10 @@ def _is_large(message: bytes) -> bool:
 
 
 def _descriptors(kind: int, undo: ExitStack) -> dict[int, int]:
-    """Make what comes with a request, by its number: a memfd to share, and a pipe for a trace."""
+    """Make what comes with a request, by its number: a memfd to share."""
     shared = undo.enter_context(memory.memfd_create("shared"))
     os.ftruncate(shared.fileno(), _SIZE)
-    _, writer = (undo.enter_context(OwnedFd(fd)) for fd in os.pipe())
-    brings = {wire.SET_USER_MEMORY_REGION.number: shared.fileno()} if kind & 8 else {}
-    return brings | ({wire.TRACE.number: writer.fileno()} if kind & 16 else {})
+    return {wire.SET_USER_MEMORY_REGION.number: shared.fileno()} if kind & 8 else {}
 
 
 def _check_slots(made: _Vm) -> None:

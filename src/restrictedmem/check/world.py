@@ -21,7 +21,7 @@ from restrictedmem.check.objects import SharedBytes
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine import Binder, VcpuEngine
 from restrictedmem.kvm.exits import Exit, Interrupted, MmioRead
-from restrictedmem.kvm.half import SharedHalf
+from restrictedmem.kvm.half import SharedHalf, forbid_shrinking
 from restrictedmem.kvm.memslot import MemfdHalf, Memslot
 from restrictedmem.kvm.mmu import Mmu
 from restrictedmem.kvm.software.vm import SoftwareVm
@@ -209,7 +209,7 @@ class World:
         self.platform = platform
         # mincore(2) of production, which needs a mapping.
         self.vm._find_freed = self._find_freed  # type: ignore[method-assign]
-        self.memory = VmMemory(self.vm, cast("Channel", None), Api.V10, attributes)
+        self.memory = VmMemory(self.vm, cast("Channel", None), Api.V10, attributes, forbid_shrinking)
         self._channel = sync.mutex()
         self._notifiers: dict[int, SlotNotifier] = {}
         self._cpus: list[GuestCpu] = []

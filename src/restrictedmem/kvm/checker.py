@@ -3,13 +3,14 @@
 To close a file of the owner's FUSE file system asks the owner's server (FUSE_FLUSH). One that does not answer keeps whoever closes in state
 D, where SIGKILL does not reach. So the engine receives without a control buffer, and what comes with descriptors is left to the checker. It
 takes the message, asks the descriptor what it is in ways that no file system hears of, and passes on what the kernel alone answers for: a
-memfd, or for TRACE a pipe, but no FIFO of a file system. Only when the engine has its answer, the checker closes what it has. It may hang
-there for ever, and so it has let go of the VM's socket before, of which it gets a copy with each question: with the engine gone, the owner
-is not to wait for it.
+memfd. Only when the engine has its answer, the checker closes what it has. It may hang there for ever, and so it has let go of the VM's
+socket before, of which it gets a copy with each question: with the engine gone, the owner is not to wait for it.
+
+A memfd can hold whoever changes it, too: an owner's write to it has its inode's lock, for as long as the page that it writes from does not
+come. So the checker seals it.
 """
 
 import array
-import fcntl
 import os
 import select
 import signal
@@ -24,10 +25,9 @@ from typing import Final, NoReturn, final
 
 from restrictedmem import threads
 from restrictedmem.abi import process
-from restrictedmem.abi.stat import identity
 from restrictedmem.fd import MSG_CTRUNC, MSG_DONTWAIT, MSG_TRUNC, OwnedFd, brings_fds, close_all, receive_with_fds, send_with_fds
+from restrictedmem.kvm.half import forbid_shrinking, is_memfd
 from restrictedmem.kvm.serving import RefusedError
-from restrictedmem.kvm.wire import TRACE
 from restrictedmem.service.wire import MAX_MESSAGE, Channel, Message
 
 #: How often, and how many milliseconds each time, the engine waits for the checker: time in which neither ran counts once at most.
@@ -39,11 +39,11 @@ _REAP: Final = 100
 #: What the checker says whenever it has nothing to close, and what the engine asks it then.
 _READY: Final = b"r"
 _TAKE: Final = b"t"
+_SEAL: Final = b"s"
 #: The checker's answer: an errno, whether the message was malformed, and then the message or what is wrong with it.
 _ANSWER: Final = struct.Struct("=II")
 #: How a request begins: its number, 0.
 _HEAD: Final = struct.Struct("=II")
-_F_GET_SEALS: Final = 1034
 
 
 @final
@@ -60,12 +60,11 @@ class Intake:
 
         Raises:
             OSError: EAGAIN when there is none; EMSGSIZE for more than one descriptor; else as ``Channel.receive``.
-            RefusedError: EINVAL for a descriptor of anything but a memfd, for TRACE a pipe; EMFILE; ETIMEDOUT when the checker is late or
-                gone.
+            RefusedError: EINVAL for a descriptor of anything but a memfd; EMFILE; ETIMEDOUT when the checker is late or gone.
         """
         if not brings_fds(self._owner.sock, MSG_DONTWAIT):
             return self._owner.receive(MSG_DONTWAIT)
-        answer = self._ask()
+        answer = self._ask(_TAKE, self._owner.fileno())
         if answer is None:
             if brings_fds(self._owner.sock, MSG_DONTWAIT):
                 self._drop()
@@ -78,6 +77,19 @@ class Intake:
             return Message(number, content[_HEAD.size :], fds)
         close_all(fds)
         raise (OSError if malformed else RefusedError)(errno, content.decode())
+
+    def forbid_shrinking(self, fd: int) -> None:
+        """Have the checker seal a memfd (``half.forbid_shrinking``).
+
+        Raises:
+            OSError: as that; ETIMEDOUT when the checker is late, for it is held, or gone.
+        """
+        answer = self._ask(_SEAL, fd)
+        if answer is None:
+            raise OSError(ETIMEDOUT, "the memfd could not be sealed in time: a write to it is under way")
+        errno, _ = _ANSWER.unpack_from(answer[0])
+        if errno:
+            raise OSError(errno, answer[0][_ANSWER.size :].decode())
 
     def _drop(self) -> None:
         """Have the kernel drop the next message. One that lingers (SO_LINGER) ends the engine.
@@ -98,14 +110,14 @@ class Intake:
         if not dropped.wait(_DROP):
             os._exit(1)
 
-    def _ask(self) -> tuple[bytes, list[OwnedFd]] | None:
-        """Have the checker take the next message; None when it does not answer, now or ever."""
+    def _ask(self, question: bytes, fd: int) -> tuple[bytes, list[OwnedFd]] | None:
+        """Have the checker answer a question about a descriptor; None when it does not answer, now or ever."""
         if self._checker is None:
             return None
         try:
             # While it is held, a question would wait with the VM's socket in it.
             if _speaks(self._checker) and self._checker.recv(1):
-                send_with_fds(self._checker, _TAKE, [self._owner.fileno()], MSG_DONTWAIT)
+                send_with_fds(self._checker, question, [fd], MSG_DONTWAIT)
                 if _speaks(self._checker):
                     answer = receive_with_fds(self._checker, _ANSWER.size + MAX_MESSAGE)
                     if answer[0]:
@@ -172,18 +184,35 @@ def _be_checker(engine: socket.socket, parent: int) -> NoReturn:
     _die_with(parent)
     process.set_name("rmem-checker")
     engine.send(_READY)
-    while (question := receive_with_fds(engine, len(_TAKE)))[0]:
+    while True:
+        question, fds = receive_with_fds(engine, len(_TAKE))
+        if not question:
+            os._exit(0)
+        fd = fds.pop()
+        if question == _SEAL:
+            with fd:
+                engine.send(_sealed(fd.fileno()))
+            engine.send(_READY)
+            continue
         # Killed with both in its hands, it would keep the VM's socket for as long as it is held.
         process.prctl(process.PR_SET_PDEATHSIG, 0)
-        with socket.socket(fileno=question[1].pop().detach()) as owner:
+        with socket.socket(fileno=fd.detach()) as owner:
             taken = _take(owner)
         _die_with(parent)
         _answer(taken, engine)
         # Here it may hang, and for ever.
-        for fd in taken.fds:
-            os.close(fd)
+        for held in taken.fds:
+            os.close(held)
         engine.send(_READY)
-    os._exit(0)
+
+
+def _sealed(fd: int) -> bytes:
+    """Seal a memfd; here, too, it may hang."""
+    try:
+        forbid_shrinking(fd)
+    except OSError as error:
+        return _ANSWER.pack(error.errno or EINVAL, 0) + (error.strerror or "").encode()
+    return _ANSWER.pack(0, 0)
 
 
 def _die_with(parent: int) -> None:
@@ -223,38 +252,7 @@ def _answer(taken: _Taken, engine: socket.socket) -> None:
         engine.send(_ANSWER.pack(EMSGSIZE, 1) + b"recvmsg: message or descriptors cut off")
     elif len(taken.data) < _HEAD.size:
         engine.send(_ANSWER.pack(EPROTO, 1) + f"message of {len(taken.data)} bytes".encode())
-    elif all(_is_wanted(taken.data, fd) for fd in taken.fds):
+    elif all(is_memfd(fd) for fd in taken.fds):
         send_with_fds(engine, _ANSWER.pack(0, 0) + taken.data, taken.fds)
     else:
-        engine.send(_ANSWER.pack(EINVAL, 0) + b"the descriptor is not a memfd, or for TRACE a pipe")
-
-
-# What a descriptor is, said by the kernel alone: fstat(2) and fstatfs(2) would ask its file system.
-
-
-def _is_wanted(request: bytes, fd: int) -> bool:
-    """Say whether a descriptor is of the kind that the request takes."""
-    number, _ = _HEAD.unpack_from(request)
-    return _is_pipe(fd) if number == TRACE.number else _is_memfd(fd)
-
-
-def _is_memfd(fd: int) -> bool:
-    try:
-        fcntl.fcntl(fd, _F_GET_SEALS)
-    except OSError:
-        return False
-    return True
-
-
-def _is_pipe(fd: int) -> bool:
-    """Say whether pipe(2) made it; a FIFO is its file system's, which hears of every write."""
-    try:
-        fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
-        ends = os.pipe()
-        try:
-            return identity(fd)[0] == identity(ends[0])[0]
-        finally:
-            for end in ends:
-                os.close(end)
-    except OSError:
-        return False
+        engine.send(_ANSWER.pack(EINVAL, 0) + b"the descriptor is not a memfd")

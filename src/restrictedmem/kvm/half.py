@@ -7,6 +7,7 @@ have meanwhile.
 
 import fcntl
 import os
+from collections.abc import Callable
 from errno import EINVAL, ESTALE
 from typing import Final, final
 
@@ -16,6 +17,7 @@ from restrictedmem.fd import OwnedFd
 from restrictedmem.units import PAGE_SIZE
 
 _F_ADD_SEALS: Final = 1033
+_F_GET_SEALS: Final = 1034
 _F_SEAL_SHRINK: Final = 2
 
 
@@ -108,18 +110,21 @@ class SharedFile:
 class SharedFiles:
     """The memfds that slots of one VM show."""
 
-    def __init__(self) -> None:
+    def __init__(self, seal: Callable[[int], None]) -> None:
+        """``seal`` seals a memfd against shrinking (``forbid_shrinking``)."""
+        self._seal = seal
         self._all: dict[Identity, SharedFile] = {}
 
     def of_fd(self, fd: int, end: int) -> SharedFile:
         """Return the memfd behind a descriptor, which stays the caller's, sealed against shrinking; to be shown by a half at once.
 
         Raises:
-            OSError: EINVAL when it ends before byte ``end``, is no memfd, or is sealed against seals; EMFILE.
+            OSError: EINVAL when it ends before byte ``end``, is no memfd, or is sealed against seals; EMFILE; what ``seal`` raises.
         """
         # Before the seal, which would stay, and again after it: until then the memfd can be shrunk.
         _check_size(end, _look(fd)[1])
-        _forbid_shrinking(fd)
+        # Sealed or not: this asks for the right to write, too, which who has another descriptor of the memfd may have.
+        self._seal(fd)
         identity, size = _look(fd)
         _check_size(end, size)
         found = self._all.get(identity)
@@ -181,11 +186,22 @@ def _check_size(end: int, size: int) -> None:
         raise OSError(EINVAL, "the shared half ends past its memfd")
 
 
-def _forbid_shrinking(fd: int) -> None:
+def is_memfd(fd: int) -> bool:
+    """Say whether a descriptor is a memfd's: the kernel alone answers, where fstat(2) and fstatfs(2) would ask a file system."""
+    try:
+        fcntl.fcntl(fd, _F_GET_SEALS)
+    except OSError:
+        return False
+    return True
+
+
+def forbid_shrinking(fd: int) -> None:
     """Seal a memfd of the owner's against shrinking: a mapping past its end would be SIGBUS for whoever touches it.
 
+    This takes the lock of the memfd's inode. An owner's write to it holds that, for as long as its page that it writes from does not come.
+
     Raises:
-        OSError: EINVAL when it is no memfd, or is sealed against seals.
+        OSError: EINVAL when it is no memfd, is sealed against seals, or is open to be read alone.
     """
     try:
         fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK)

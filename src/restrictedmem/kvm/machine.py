@@ -155,24 +155,24 @@ class Machine:
         with self._vcpus.held():
             self._memory.clear()
             # Before there is nothing to count, for an end that is told late.
-            self._end_trace()
+            self._trace.end()
             self._engine.destroy()
 
     def _trace_to(self, message: Message) -> None:
-        if message.fds:
-            self._trace.start(message.fds[0])
-            message.take_fd()
+        (wanted,) = message.unpack(wire.TRACE_REQUEST)
+        if not wanted:
+            self._trace.end()
+            self._owner.reply()
+            return
+        self._owner.check_read()
+        writer, reader = trace.pair()
+        with reader:
+            self._trace.start(writer)
             self._trace.emit("trace", version=trace.VERSION, side="engine", engine=self._engine.name, policy=self._creation.policy)
             for slot in self._memory.slots:
                 for event, fields in trace.of_slot(slot):
                     self._trace.emit(event, **fields)
-        else:
-            self._end_trace()
-        self._owner.reply()
-
-    def _end_trace(self) -> None:
-        self._trace.emit("end")
-        self._trace.stop()
+            self._owner.reply(fds=[reader.fileno()])
 
     def _set_user_memory_region(self, message: Message) -> None:
         region = kvm.kvm_userspace_memory_region_ext.from_buffer_copy(message.body)

@@ -97,11 +97,12 @@ def serve(owner: socket.socket, service: socket.socket, notify: socket.socket, o
         channel.reply_error(error)
         os._exit(1)
     reporter = Reporter(consumer.requests, engine.report_page, creation.policy, engine.name)
-    machine = Machine(channel, intake, VmMemory(engine, consumer.requests, api, attributes), engine, vcpus, creation, reporter, trace)
+    memory = VmMemory(engine, consumer.requests, api, attributes, intake.forbid_shrinking)
+    machine = Machine(channel, intake, memory, engine, vcpus, creation, reporter, trace)
     machine.serve()
     with vcpus.held():
         consumer.close()
-        trace.emit("end")
+        trace.end()
         # The kernel ends the other threads, which are outside the guest, and frees everything.
         os._exit(0)
 

@@ -1,29 +1,27 @@
 """The owner's part of a trace: the file, and what only the owner knows (docs/trace.md)."""
 
-import fcntl
 import os
 import re
+import socket
 import threading
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Final, final
 
-from restrictedmem.fd import OwnedFd
+from restrictedmem import sync
 from restrictedmem.kvm import exits, guest_abi, trace
 from restrictedmem.kvm.trace import Fields, Trace, now
-from restrictedmem.kvm.vm import Vcpu
+from restrictedmem.kvm.vm import Vcpu, Vm
 from restrictedmem.kvm.vmm import Ended, Vmm
 from restrictedmem.paths import NewFile
 from restrictedmem.threads import begin
 from restrictedmem.units import PAGE_SHIFT
 
-#: The most that an ordinary user gets (/proc/sys/fs/pipe-max-size).
-_PIPE_BYTES: Final = 1 << 20
-#: What no event has in it.
-_END: Final = b"\0"
-#: Of the bytes of events: how many before one were lost; each writer's first, and its last.
+#: Bytes to read at a time.
+_PIECE: Final = 1 << 20
+#: Of the bytes of events: how many before one were lost; each process's first, and its last.
 _LOST: Final = re.compile(rb',"lost":(\d+)')
 _FIRST: Final = b',"event":"trace"'
 _LAST: Final = b',"event":"end"'
@@ -41,79 +39,68 @@ _NAMES: Final = {
 def record(vmm: Vmm, path: str | Path, lost: Callable[[int], object] | None = None) -> Generator[None]:
     """Write the events of a VMM, its VM and its vCPUs to a file, made anew; to be entered before the guest is loaded and run.
 
-    The owner's ``end`` is the file's last line: without it, the file is not all. ``lost`` is told at the end how many events found
-    the pipe full, if any did.
+    The owner's ``end`` is the file's last line: without it, the file is not all. ``lost`` is told at the end how many events found no
+    room on their way, if any did.
 
     Raises:
-        OSError: as ``paths.create``; at the end, what the file could not be written or closed with.
+        OSError: as ``paths.create`` and ``Vm.start_trace``; at the end, what the file could not be written or closed with.
     """
-    pump = _Pump(path)
+    file = _File(path)
     mine = Trace()
     before = vmm.enter
     try:
-        mine.start(pump.writer())
+        writer, reader = trace.pair()
+        mine.start(writer)
         mine.emit("trace", version=trace.VERSION, side="owner")
-        vmm.vm.trace(mine.fileno())
-        vmm.enter = _answering(mine, vmm)
-        yield
+        with _carried(reader, file):
+            try:
+                with _carried_of_engine(vmm.vm, file):
+                    vmm.enter = _answering(mine, vmm)
+                    yield
+            finally:
+                vmm.enter = before
+                # Behind it comes no event that could say that it was lost.
+                writer.setblocking(True)
+                mine.end(**_how(vmm.outcome))
     finally:
-        vmm.enter = before
-        with suppress(OSError):
-            # The engine may be gone, and its last words with it.
-            vmm.vm.trace(None)
-        mine.end(**_how(vmm.outcome))
-        pump.end()
-    pump.check()
-    if lost is not None and pump.lost:
-        lost(pump.lost)
+        file.close()
+    file.check()
+    if lost is not None and file.lost:
+        lost(file.lost)
 
 
 @final
-class _Pump:
-    """A pipe, and the thread that carries what comes out of it to a file: an engine writes to no file, which might keep it waiting."""
+class _File:
+    """The file that events are carried to: neither the engine nor the owner's vCPUs wait for it."""
 
     def __init__(self, path: str | Path) -> None:
+        self._file = NewFile(os.fspath(path))
+        self._mutex = sync.mutex()
         self._failure: OSError | None = None
-        #: Events that found the pipe full.
+        #: Events that found no room on their way.
         self.lost = 0
-        with ExitStack() as undo:
-            self._file = undo.enter_context(NewFile(os.fspath(path)))
-            self._reader, self._writer = (undo.enter_context(OwnedFd(end)) for end in os.pipe())
-            with suppress(OSError):
-                # Room for thousands of events, so that few are lost while this process waits for a processor.
-                fcntl.fcntl(self._writer.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-            self._thread = threading.Thread(target=self._carry, name="trace", daemon=True)
-            begin(self._thread)
-            undo.pop_all()
 
-    def writer(self) -> OwnedFd:
-        """Return the end to write to, which the caller then owns."""
-        return OwnedFd(os.dup(self._writer.fileno()))
+    def write(self, lines: bytes) -> None:
+        """Write lines. After a failure they are forgotten: events that nobody takes off a socket would count as lost."""
+        with self._mutex:
+            self.lost += sum(map(int, _LOST.findall(lines)))
+            # An engine's end may be among what is lost.
+            self.lost += lines.count(_FIRST) - lines.count(_LAST)
+        self._try(partial(self._file.write, lines))
 
-    def _carry(self) -> None:
-        rest = b""
-        with self._reader:
-            while _END not in rest:
-                whole, newline, rest = (rest + os.read(self._reader.fileno(), _PIPE_BYTES)).rpartition(b"\n")
-                self.lost += sum(map(int, _LOST.findall(whole)))
-                # An engine's end may be among what is lost.
-                self.lost += whole.count(_FIRST) - whole.count(_LAST)
-                self._try(partial(self._file.write, whole + newline))
+    def close(self) -> None:
+        """Close the file."""
         self._try(self._file.close)
 
     def _try(self, act: Callable[[], None]) -> None:
-        # After a failure the pipe is still read: writers would count as lost what finds it full.
-        try:
-            if self._failure is None:
-                act()
-        except OSError as error:
-            self._failure = error
-
-    def end(self) -> None:
-        """Return when all is written that came; who still has the other end, a child for one, is not waited for."""
-        with self._writer:
-            os.write(self._writer.fileno(), _END)
-        self._thread.join()
+        with self._mutex:
+            try:
+                if self._failure is None:
+                    act()
+            except OSError as error:
+                self._failure = error
+                with suppress(OSError):
+                    self._file.close()
 
     def check(self) -> None:
         """Raise what the file failed with.
@@ -123,6 +110,38 @@ class _Pump:
         """
         if self._failure is not None:
             raise self._failure
+
+
+@contextmanager
+def _carried_of_engine(vm: Vm, file: _File) -> Generator[None]:
+    with _carried(vm.start_trace(), file):
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                # The engine may be gone, and its last words with it.
+                vm.end_trace()
+
+
+@contextmanager
+def _carried(reader: socket.socket, file: _File) -> Generator[None]:
+    """Carry events to a file meanwhile, and close ``reader``."""
+    with reader:
+        thread = threading.Thread(target=_carry, args=(reader, file), name="trace", daemon=True)
+        begin(thread)
+        try:
+            yield
+        finally:
+            # No more than has come: an engine may have been out of reach, and a child may have the other end, too.
+            reader.shutdown(socket.SHUT_RD)
+            thread.join()
+
+
+def _carry(reader: socket.socket, file: _File) -> None:
+    rest = b""
+    while data := reader.recv(_PIECE):
+        whole, newline, rest = (rest + data).rpartition(b"\n")
+        file.write(whole + newline)
 
 
 def _answering(mine: Trace, vmm: Vmm) -> Callable[[Vcpu, int], exits.Exit]:

@@ -1,23 +1,21 @@
 """Events of a run as JSON lines (docs/trace.md): one schema for owner and engine, and for both engines.
 
-Owner and engine write to one pipe, each line by one write, so that lines of both stay whole; the owner carries them on to a file
-(``recording``). What is in them is metadata that a host has of every guest: numbers of pages, kinds of exits, times; no content, no
-register, no argument of a hypercall.
+The engine sends its events over a socket to the owner, which writes them, and its own, to a file (``recording``). What is in them is
+metadata that a host has of every guest: numbers of pages, kinds of exits, times; no content, no register, no argument of a hypercall.
 """
 
-import fcntl
 import json
 import os
+import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from errno import EINVAL, EIO
-from typing import Final, final
+from errno import EIO
+from typing import Final, Protocol, final
 
 from restrictedmem import sync
 from restrictedmem.abi import kvm
-from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm import exits, wire
 from restrictedmem.kvm.memslot import Memslot
 from restrictedmem.service.wire import Message
@@ -25,8 +23,9 @@ from restrictedmem.units import PAGE_MASK, PAGE_SHIFT
 
 #: Of the schema; whoever reads another one cannot rely on it.
 VERSION: Final = 1
-#: <linux/fs.h>: fail rather than wait for room in a pipe.
-_RWF_NOWAIT: Final = 8
+#: Events for which a socket has room, in bytes of the kernel's memory, some 800 for each; the most that an ordinary user gets is less
+#: (net.core.wmem_max).
+_ROOM: Final = 1 << 20
 
 Value = int | str | bool
 Fields = dict[str, Value]
@@ -37,81 +36,85 @@ def now() -> int:
     return time.monotonic_ns()
 
 
+class Output(Protocol):
+    """Where a process's events go; never waits."""
+
+    def send(self, line: bytes, /) -> object:
+        """Take a line whole or not at all.
+
+        Raises:
+            BlockingIOError: there is no room for it.
+            OSError: nobody takes lines any more.
+        """
+
+    def close(self) -> None:
+        """Take no more."""
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Return a socket to send events to, an ``Output``, and one to read them from.
+
+    Not a pipe: its lock is held while a reader's memory is filled, which a FUSE server of the owner's may delay for ever. Nobody can send
+    anything to the one that writes.
+
+    Raises:
+        OSError: EMFILE.
+    """
+    writer, reader = socket.socketpair()
+    # A line is far shorter than half the room, so the kernel takes it whole (unix_stream_sendmsg).
+    writer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ROOM)
+    writer.setblocking(False)
+    writer.shutdown(socket.SHUT_RD)
+    return writer, reader
+
+
 @final
 class Trace:
     """Where a process writes its events, if anywhere; for any thread."""
 
-    __slots__ = ("_fd", "_lock", "_lost", "on")
+    __slots__ = ("_lock", "_lost", "_output", "on")
 
     def __init__(self) -> None:
         self._lock = sync.mutex()
-        self._fd: OwnedFd | None = None
+        self._output: Output | None = None
         self._lost = 0
         #: Whether anybody wants events; to be asked before one is put together.
         self.on = False
 
-    def start(self, fd: OwnedFd) -> None:
-        """Write events to ``fd`` from now on, and own it.
-
-        A pipe alone, for a write to a file may wait for its file system as long as that likes.
-
-        Raises:
-            OSError: EINVAL unless it is a pipe that can be written to.
-        """
-        try:
-            # Asks no file system, other than fstat(2).
-            fcntl.fcntl(fd.fileno(), fcntl.F_GETPIPE_SZ)
-            writable = fcntl.fcntl(fd.fileno(), fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
-        except OSError:
-            writable = False
-        if not writable:
-            raise OSError(EINVAL, "events go to a pipe")
-        self.stop()
-        with self._lock:
-            self._fd, self._lost = fd, 0
-            self.on = True
-
-    def fileno(self) -> int:
-        """Return where events go, -1 when nowhere."""
-        return -1 if self._fd is None else self._fd.fileno()
-
-    def stop(self) -> None:
-        """Write no more."""
+    def start(self, output: Output) -> None:
+        """Write events to ``output`` from now on, own it, and close the one before."""
         with self._lock:
             self._close()
+            self._output, self._lost = output, 0
+            self.on = True
 
     def _close(self) -> None:
         self.on = False
-        if self._fd is not None:
-            self._fd.close()
-            self._fd = None
+        if self._output is not None:
+            self._output.close()
+            self._output = None
 
     def emit(self, event: str, **fields: Value) -> None:
-        """Write an event. One that finds its pipe full is lost, and counted in the next; one that nobody reads ends the trace."""
+        """Write an event. One for which there is no room is lost, and counted in the next; one that nobody reads ends the trace."""
         with self._lock:
-            # An engine that waited for its owner here could not answer the service either.
-            self._write(event, fields, _RWF_NOWAIT)
+            self._write(event, fields)
 
     def end(self, **fields: Value) -> None:
-        """Write the last event, and wait until the pipe has room for it; then write no more.
-
-        For who is sure of a reader: behind it comes no event that could say what was lost.
-        """
+        """Write the last event, and then no more."""
         with self._lock:
-            self._write("end", fields, 0)
+            self._write("end", fields)
             self._close()
 
-    def _write(self, event: str, fields: Fields, flags: int) -> None:
-        if self._fd is None:
+    def _write(self, event: str, fields: Fields) -> None:
+        if self._output is None:
             return
         line = f'{{"ts":{now()},"pid":{os.getpid()},"tid":{threading.get_native_id()},"event":"{event}"'
         if self._lost:
             fields["lost"] = self._lost
         for name, value in fields.items():
             line += f',"{name}":{value if type(value) is int else json.dumps(value)}'
-        data = (line + "}\n").encode()
         try:
-            os.pwritev(self._fd.fileno(), [data], -1, flags)
+            self._output.send((line + "}\n").encode())
             self._lost = 0
         except BlockingIOError:
             self._lost += 1

@@ -19,7 +19,7 @@ from restrictedmem.kvm import exits
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine import Engine
 from restrictedmem.kvm.guest_abi import EXIT, PRIVATE_BASE
-from restrictedmem.kvm.half import SharedFiles, SharedHalf
+from restrictedmem.kvm.half import SharedFiles, SharedHalf, forbid_shrinking
 from restrictedmem.kvm.kernel.vm import KernelVm
 from restrictedmem.kvm.memslot import Memslot
 from restrictedmem.kvm.vcpu import Vcpu, Vcpus
@@ -61,7 +61,7 @@ def run_guest(kvm: Kvm, *, debug: bool) -> None:
         memory.memfd_create("trial-shared") as fd,
     ):
         memory.fallocate(fd.fileno(), 0, 0, _PAGES * PAGE_SIZE)
-        shared = SharedHalf(SharedFiles().of_fd(fd.fileno(), _PAGES * PAGE_SIZE), 0, _PAGES * PAGE_SIZE)
+        shared = SharedHalf(SharedFiles(forbid_shrinking).of_fd(fd.fileno(), _PAGES * PAGE_SIZE), 0, _PAGES * PAGE_SIZE)
         private = engine.bind(b"", PageRange(pgoff_t(0), pgoff_t(_PAGES)))
         with closing(Memslot(0, _GFN, _PAGES, private=private, shared=shared)) as slot:
             slot.attributes[:] = b"\1" * _PAGES

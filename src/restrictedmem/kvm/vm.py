@@ -240,13 +240,20 @@ class Vm:
             chunk = data[start : start + _DBG_CHUNK]
             self._channel.call(wire.DBG_WRITE, wire.DBG.pack(gpa + start, len(chunk)) + chunk)
 
-    def trace(self, fd: int | None) -> None:
-        """Have the engine write its events (docs/trace.md) to a pipe, or no more; ``fd`` stays the caller's.
+    def start_trace(self) -> socket.socket:
+        """Have the engine send its events (docs/trace.md), and return the socket to read them from, which is the caller's.
+
+        It ends where the trace ends: a further one ends the one before.
 
         Raises:
-            OSError: EINVAL for another kind of file.
+            OSError: EMFILE, here or in the engine.
         """
-        self._channel.call(wire.TRACE, fds=[] if fd is None else [fd])
+        _, (reader,) = self._channel.call(wire.TRACE, wire.TRACE_REQUEST.pack(1))
+        return socket.socket(fileno=reader.detach())
+
+    def end_trace(self) -> None:
+        """Have the engine send no more events; the last says that it is the last."""
+        self._channel.call(wire.TRACE, wire.TRACE_REQUEST.pack(0))
 
     def statistics(self) -> dict[str, Any]:
         """Return the engine's counts: pages, faults, invalidations, exits, times."""

@@ -5,6 +5,7 @@ import os
 import resource
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from errno import EEXIST, EFAULT, EINVAL, ENOMEM, EOPNOTSUPP
 from typing import Final, final
@@ -41,10 +42,11 @@ _REPORT_INTERVAL: Final = 0.05
 class VmMemory:
     """Slots, attributes and the fault path of one VM; changed by the VM's thread alone."""
 
-    def __init__(self, engine: Engine, service: Channel, api: Api, attributes: Attributes) -> None:
+    def __init__(self, engine: Engine, service: Channel, api: Api, attributes: Attributes, seal: Callable[[int], None]) -> None:
+        """``seal``: ``SharedFiles``."""
         self.slots = Memslots()
         self._npages = 0
-        self._shared_files = SharedFiles()
+        self._shared_files = SharedFiles(seal)
         #: Of the private halves, as ``statistics`` has them: sizes, and how many are not locked, by the reason.
         self._private_bytes = self._locked_bytes = 0
         self._unlocked: Counter[str] = Counter()

@@ -69,7 +69,7 @@ DBG_WRITE: Final = Call("DBG_WRITE", 1 << 16 | 33)
 """Body: ``DBG``, then the bytes to put there (SEV: KVM_SEV_DBG_ENCRYPT)."""
 
 TRACE: Final = Call("TRACE", 1 << 16 | 34)
-"""Descriptor 0 is where events are written to from now on, a pipe or a file with O_APPEND; without one, tracing ends."""
+"""Body: ``TRACE_REQUEST``, whether events are wanted from now on. Reply, if they are: descriptor 0 is the socket to read them from."""
 
 #: The value that the exit before asked for; ignored when it asked for none.
 COMPLETION: Final = struct.Struct("=Q")
@@ -84,6 +84,7 @@ ATTRIBUTES: Final = struct.Struct("=Q")
 FAILURE: Final = struct.Struct("=Q")
 #: Guest physical address, and bytes.
 DBG: Final = struct.Struct("=QQ")
+TRACE_REQUEST: Final = struct.Struct("=Q")
 TOKEN_OFFSET: Final = ctypes.sizeof(kvm.kvm_userspace_memory_region_ext)
 NAMES_OFFSET: Final = TOKEN_OFFSET + TOKEN_BYTES
 
