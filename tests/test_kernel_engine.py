@@ -6,8 +6,10 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final, TypeVar, cast
@@ -37,10 +39,13 @@ from restrictedmem.kvm.kernel.vm import KernelVm
 from restrictedmem.kvm.memslot import Memslot
 from restrictedmem.kvm.trace import Trace
 from restrictedmem.kvm.vcpu import Vcpus
+from restrictedmem.kvm.vm import Vm as VmOfOwner
 from restrictedmem.kvm.vmm import Vmm
 from restrictedmem.kvm.wire import Creation
 from restrictedmem.mm.notifier import Api
 from restrictedmem.service import SERVER_VARIABLE, client
+from restrictedmem.service.client import Service
+from restrictedmem.service.start import Options
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PageRange, gfn_t, pgoff_t
 from software_machine import shared_half
 from users import ORDINARY, as_user
@@ -49,7 +54,7 @@ PAGE: Final = 4096
 MIB: Final = 1 << 20
 BASE: Final = guest_abi.PRIVATE_BASE
 PAGES: Final = 1024
-ENOENT, ENOMEM, EACCES, EFAULT, ENODEV, EINVAL, EOPNOTSUPP = 2, 12, 13, 14, 19, 22, 95
+ENOENT, ENOMEM, EACCES, EFAULT, ENODEV, EINVAL, ENOSPC, EOPNOTSUPP = 2, 12, 13, 14, 19, 22, 28, 95
 _T = TypeVar("_T")
 CALL: Final = "b863000000b900001000ffd1"
 
@@ -607,6 +612,59 @@ def test_with_the_device_auto_is_the_kernel() -> None:
     made.close()
     assert made.name == "kernel"
     assert process.make_engine(Creation("software"), binder, Vcpus(), Attributes(Api.V10), Trace()).name == "software"
+
+
+# With a service.
+
+
+@pytest.mark.requires("fuse", "kvm")
+def test_what_a_slot_has_left_counts_for_the_limit() -> None:
+    with Service.start(Options(memory_max=4 * PAGE)) as limited, VmOfOwner(limited, engine="kernel") as vm:
+        fd = limited.memfd_restricted()
+        os.ftruncate(fd, 16 * PAGE)
+
+        def show(slot: int, first: int, count: int) -> object:
+            at, size = BASE + slot * MIB, count * PAGE
+            make = partial(vm.set_user_memory_region, slot=slot, guest_phys_addr=at, memory_size=size)
+            return outcome(lambda: make(restricted_fd=fd, restricted_offset=first * PAGE))
+
+        assert show(0, 0, 4) is None
+        vm.set_memory_attributes(BASE, 4 * PAGE, private=True)
+        vm.launch_update(BASE, bytes(4 * PAGE))
+        vm.set_user_memory_region(slot=0, guest_phys_addr=0, memory_size=0)
+        assert show(1, 4, 1) == Errno(ENOSPC), "four pages are left"
+        assert show(1, 0, 2) is None, "two of them are shown again"
+        assert show(2, 4, 1) == Errno(ENOSPC)
+        memory.fallocate(fd, memory.PUNCH, 2 * PAGE, 2 * PAGE)
+        assert show(2, 4, 2) is None
+        assert show(3, 1, 1) == Errno(ENOSPC), "a page shown twice counts twice"
+        os.close(fd)
+
+
+@pytest.mark.requires("fuse", "kvm")
+def test_a_trace_counts_pages_while_files_come_and_go() -> None:
+    with ExitStack() as held:
+        service = held.enter_context(Service.start())
+        vm = held.enter_context(VmOfOwner(service, engine="kernel"))
+        fds = [service.memfd_restricted() for _ in range(8)]
+        for fd in fds:
+            held.callback(os.close, fd)
+            os.ftruncate(fd, PAGE)
+        vm.set_user_memory_region(slot=0, guest_phys_addr=BASE, memory_size=PAGE, restricted_fd=fds[0])
+        # Nobody reads it: what is lost has been counted as well.
+        held.enter_context(vm.start_trace())
+        punch, done = partial(memory.fallocate, fds[0], memory.PUNCH, 0, PAGE), threading.Event()
+        puncher = threading.Thread(target=lambda: [punch() for _ in iter(done.is_set, True)])
+        puncher.start()
+        try:
+            for _ in range(100):
+                for number, fd in enumerate(fds[1:], 1):
+                    vm.set_user_memory_region(slot=number, guest_phys_addr=BASE + number * MIB, memory_size=PAGE, restricted_fd=fd)
+                for number in range(1, 8):
+                    vm.set_user_memory_region(slot=number, guest_phys_addr=0, memory_size=0)
+        finally:
+            done.set()
+            puncher.join()
 
 
 @pytest.fixture

@@ -2,11 +2,13 @@
 
 import mmap
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from errno import EINVAL, ENOSPC, EOPNOTSUPP, ESTALE
 from functools import partial
 from typing import Final, final
 
+from restrictedmem import sync
 from restrictedmem.abi.kvm import GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP
 from restrictedmem.devkvm import GuestMemfd, Vm, address_of
 from restrictedmem.kvm.engine import Binder
@@ -31,19 +33,60 @@ class PrivateFile:
         self.limit = limit
         #: Pages freed by the owner.
         self.freed = 0
-        #: Bytes shown by slots.
-        self.shown = 0
+        #: What slots show, and by how many each; and the pages of all of them.
+        self.shown: Counter[PageRange] = Counter()
+        self._shown_pages = 0
 
     @property
     def binding(self) -> int:
         """Any of its bindings."""
         return next(iter(self.bindings))
 
+    def check_limit(self, window: PageRange) -> None:
+        """Check that the file has room for one more slot, whose guest will allocate without asking.
+
+        Raises:
+            OSError: ENOSPC when it would hold more than its limit with every slot's pages there, and those that slots left.
+        """
+        if self.limit is None:
+            return
+        wanted = self._shown_pages + len(window)
+        held = self.memfd.resident_pages(0, 0)
+        if held + wanted > self.limit >> PAGE_SHIFT:
+            left = held - sum(map(self._resident, _merged([*self.shown, window])))
+            if left + wanted > self.limit >> PAGE_SHIFT:
+                raise OSError(ENOSPC, "guest_memfd grows without asking: slots, and what is left of others, must fit the service's limit")
+
+    def show(self, window: PageRange) -> None:
+        """Note a slot's window."""
+        self.shown[window] += 1
+        self._shown_pages += len(window)
+
+    def hide(self, window: PageRange) -> None:
+        """Note that a slot goes, whose pages stay."""
+        self._shown_pages -= len(window)
+        self.shown[window] -= 1
+        if not self.shown[window]:
+            del self.shown[window]
+
+    def _resident(self, span: PageRange) -> int:
+        return self.memfd.resident_pages(span.start << PAGE_SHIFT, len(span) << PAGE_SHIFT)
+
     def punch(self, span: PageRange) -> None:
         """Free the pages of a range and take them from every vCPU."""
-        start, length = span.start << PAGE_SHIFT, len(span) << PAGE_SHIFT
-        self.freed += self.memfd.resident_pages(start, length)
-        self.memfd.punch_hole(start, length)
+        self.freed += self._resident(span)
+        self.memfd.punch_hole(span.start << PAGE_SHIFT, len(span) << PAGE_SHIFT)
+
+
+def _merged(spans: Iterable[PageRange]) -> list[PageRange]:
+    """Return what ranges cover, in ranges that do not overlap."""
+    found: list[PageRange] = []
+    for span in sorted(spans, key=lambda span: span.start):
+        if found and span.start <= found[-1].end:
+            found[-1] = PageRange(found[-1].start, max(found[-1].end, span.end))
+        else:
+            found.append(span)
+    return found
 
 
 @final
@@ -63,7 +106,7 @@ class GuestMemfdHalf:
         self.mapping: mmap.mmap | None = None
         if file.memfd.flags & GUEST_MEMFD_FLAG_MMAP:
             self.mapping = file.memfd.mmap(window.start << PAGE_SHIFT, self.locked)
-        file.shown += self.locked
+        file.show(window)
 
     @property
     def locked(self) -> int:
@@ -118,7 +161,7 @@ class GuestMemfdHalf:
 
     def close(self) -> None:
         """Unmap the window (``PrivateHalf``)."""
-        self.file.shown -= self.locked
+        self.file.hide(self.window)
         if self.mapping is not None:
             self.mapping.close()
         self._unbind()
@@ -138,7 +181,9 @@ class PrivateFiles:
         self._vm = vm
         self._binder = binder
         self._flags = flags
+        #: Changed by the VM's thread, and walked by the one that answers the service, too.
         self._by_ino: dict[int, PrivateFile] = {}
+        self._mutex = sync.mutex()
         # By binding, also what it is told of.
         self._bindings: dict[int, tuple[PrivateFile, PageRange]] = {}
 
@@ -159,7 +204,8 @@ class PrivateFiles:
                 ranged = bool(bound.flags & BindingFlag.RANGE)
                 memfd = self._vm.create_guest_memfd(size, self._flags)
                 file = PrivateFile(bound.ino, bound.number, memfd, size, bound.limit, ranged=ranged)
-                self._by_ino[bound.ino] = file
+                with self._mutex:
+                    self._by_ino[bound.ino] = file
         except BaseException:
             self._binder.unbind(bound.number)
             raise
@@ -190,8 +236,7 @@ class PrivateFiles:
         try:
             if window.end << PAGE_SHIFT > file.size:
                 raise OSError(EINVAL, f"{window} is no range of a file")
-            if file.limit is not None and file.shown + (len(window) << PAGE_SHIFT) > file.limit:
-                raise OSError(ENOSPC, "guest_memfd grows without asking: slots must fit the service's limit")
+            file.check_limit(window)
             return GuestMemfdHalf(file, window, binding, let_go)
         except BaseException:
             let_go()
@@ -207,8 +252,10 @@ class PrivateFiles:
         """Forget a file without slots and content, as one whose first slot could not be made."""
         if not file.shown and not file.memfd.resident_pages(0, 0):
             self._binder.unbind(file.binding)
-            del self._bindings[file.binding], self._by_ino[file.ino]
-            file.memfd.close()
+            del self._bindings[file.binding]
+            with self._mutex:
+                del self._by_ino[file.ino]
+                file.memfd.close()
 
     def unbind(self) -> None:
         """Unbind and close every file; no slot shows one any more."""
@@ -220,9 +267,10 @@ class PrivateFiles:
 
     def close(self) -> None:
         """Close every guest_memfd."""
-        for file in self._by_ino.values():
-            file.memfd.close()
-        self._by_ino.clear()
+        with self._mutex:
+            for file in self._by_ino.values():
+                file.memfd.close()
+            self._by_ino.clear()
 
     def resident(self, binding: int, span: PageRange) -> int:
         """Count the pages held of a range of the file of a binding."""
@@ -245,9 +293,11 @@ class PrivateFiles:
 
     def resident_pages(self) -> int:
         """Count the pages that the VM's files have."""
-        return sum(file.memfd.resident_pages(0, 0) for file in self._by_ino.values())
+        with self._mutex:
+            return sum(file.memfd.resident_pages(0, 0) for file in self._by_ino.values())
 
     @property
     def freed_pages(self) -> int:
         """Count the pages that the owner has freed."""
-        return sum(file.freed for file in self._by_ino.values())
+        with self._mutex:
+            return sum(file.freed for file in self._by_ino.values())
