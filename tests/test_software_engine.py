@@ -268,6 +268,27 @@ def test_two_mmio_loads_of_one_instruction(machine: Machine) -> None:
     assert machine.word(DATA + 8) == DEVICE + 4
 
 
+@pytest.mark.parametrize(
+    ("instruction", "result"),
+    [
+        ("488d7e02a7bf008000400f9407", 1),  # lea rdi, [rsi + 2]; cmpsd; mov edi, DATA; sete [rdi]
+        # movups xmm0, [rsi]; psrldq xmm0, 8; movq [rdi], xmm0
+        ("0f1006660f73d808660fd607", 0x5A5A_5A5A_5A5A_5A5A),
+        # lea rbp, [rsi + 32]; enter 0, 3; pop rax; pop rax; mov [rdi], rax
+        ("488d6e20c80000035858488907", 0x5A5A_5A5A_5A5A_5A5A),
+    ],
+    ids=["cmpsd", "movups", "enter"],
+)
+def test_mmio_loads_beside_each_other(machine: Machine, instruction: str, result: int) -> None:
+    """Unicorn loads bytes beside the first one, to throw them away; the next needs them."""
+    machine.start(machine_code("be010000d0", instruction, "f4"))  # mov esi, DEVICE + 1; ...; hlt
+    exits = [machine.vcpu.run()]
+    while isinstance(exits[-1], MmioRead):
+        exits.append(machine.go_on(0x5A5A_5A5A_5A5A_5A5A))
+    assert exits[-1] == HALTED
+    assert machine.word(DATA) == result
+
+
 def test_an_exception_of_an_mmio_instruction(machine: Machine) -> None:
     code = machine_code(
         "be000000d0",  # mov esi, DEVICE

@@ -22,11 +22,15 @@ _LARGEST: Final = 8
 class Scratch:
     """The device, at ``base`` in physical memory; its pages stand for guest pages in the order the instruction touches them."""
 
-    __slots__ = ("_base", "_known", "_pages", "stepping", "stores", "wanted")
+    __slots__ = ("_around", "_base", "_known", "_pages", "_slack", "stepping", "stores", "wanted")
 
     def __init__(self, uc: Uc, base: int) -> None:
         self._base = base
         self._known: dict[int, int] = {}
+        #: What Unicorn loads for the first load, to throw away the bytes beside it; and what of
+        #: that it has not loaded in this try.
+        self._around = range(0)
+        self._slack: set[int] = set()
         self._pages: list[int] = []
         #: Whether an instruction is being executed with the device in place.
         self.stepping = False
@@ -38,6 +42,7 @@ class Scratch:
     def begin(self) -> None:
         """Begin another try at the instruction."""
         self._pages.clear()
+        self._slack = {*self._around}
         self.stores = []
         self.wanted = None
         self.stepping = True
@@ -45,13 +50,15 @@ class Scratch:
     def forget(self) -> None:
         """Forget the values: the next instruction loads anew."""
         self._known.clear()
+        self._around = range(0)
 
     def answer(self, load: MmioRead, value: int) -> None:
         """Give the value of a load."""
         # An unaligned load comes as two aligned ones, of which bytes to either side are thrown away: they must not be asked for.
+        # Only the first load is known as it was: each later one is asked for as it comes here.
         start = load.gpa & -load.size
-        for slack in range(start, start + 2 * load.size) if load.gpa != start else ():
-            self._known.setdefault(slack, 0)
+        if load.gpa != start:
+            self._around = range(start, start + 2 * load.size)
         for index in range(load.size):
             self._known[load.gpa + index] = value >> 8 * index & 0xFF
 
@@ -72,7 +79,9 @@ class Scratch:
 
     def _read(self, _uc: int, offset: int, size: int) -> int:
         gpa = self._gpa(offset)
-        data = [self._known.get(gpa + index) for index in range(size)]
+        span = range(gpa, gpa + size)
+        data = [self._known.get(at, 0 if at in self._slack else None) for at in span]
+        self._slack.difference_update(span)
         if None in data and self.wanted is None:
             self.wanted = MmioRead(gpa, size)
         return int.from_bytes(bytes(byte or 0 for byte in data), "little")
