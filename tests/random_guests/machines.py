@@ -374,10 +374,10 @@ class Machine:
                 # Without a pause the guest would get nowhere.
                 while not over.wait(dice.uniform(0, _CALM)):
                     page = dice.choice(places.SPARE)
-                    match dice.randrange(4):
-                        case 0:
+                    match dice.randrange(8):
+                        case 0 | 1 | 2 | 3 | 4:
                             vcpu.interrupt()
-                        case 1:
+                        case 5:
                             private[page] = not private[page]
                             self._vm.set_memory_attributes(places.address(page), PAGE, private=private[page])
                         case _:

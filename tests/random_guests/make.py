@@ -1,6 +1,7 @@
 """Programs from seeds."""
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -15,10 +16,14 @@ from .program import Action, Fix, Item, Label, Piece, Program, with_flags_define
 from .x86 import CF, DF, STATUS, Effect, UnencodableError
 
 _T = TypeVar("_T")
-#: Items of a program, and how often a loop is gone through; while others interfere, long enough to be met.
+#: Items of a program, and how often a loop is gone through.
 _ITEMS: Final = (8, 48)
 _TURNS: Final = (2, 3, 5)
-_STORM_TURNS: Final = (200, 1000)
+#: In a storm, long enough for kicks to meet it inside blocks: some 50 ms on the software engine,
+#: which executes some instructions alone, or translates them anew each time.
+_STORM_TURNS: Final = (4000, 20000)
+_SLOW_TURNS: Final = (100, 400)
+_SLOW: Final = re.compile(r"mov byte \[item|(lock )?cmpxchg(8|16)b")
 _CONTENTS: Final = 64
 #: How many of all programs run in a storm, and how many have ports.
 _STORMS: Final = 0.06
@@ -118,12 +123,13 @@ def _items(dice: Dice, actions: Sequence[Action], *, storm: bool, ports: bool) -
     total = dice.random.randrange(*_ITEMS)
     acting = {} if storm else dict(zip(sorted(dice.random.sample(range(total), len(actions))), range(len(actions)), strict=True))
     loop = (0, total) if storm else sorted(dice.random.sample(range(total), 2)) if dice.one_in(3) else (total, total)
-    turns = dice.random.randrange(*_STORM_TURNS) if storm else dice.random.choice(_TURNS)
-    head = 0
+    turns, head = dice.random.choice(_TURNS), 0
     for index in range(total):
         if index == loop[0]:
             add(lambda: [load(dice.counter, turns)])
             head = len(items)
+            if storm:
+                add(partial(units.count, dice))
         if index in acting:
             add(partial(units.act, acting[index]))
         if ports and dice.one_in(4):
@@ -131,9 +137,17 @@ def _items(dice: Dice, actions: Sequence[Action], *, storm: bool, ports: bool) -
         add(partial(_any_pieces, dice, len(items), storm=storm))
         if index == loop[1] - 1:
             add(partial(_loop_end, dice, head))
-    if not storm and dice.one_in(4):
+    if storm:
+        items[0] = Item(0, (load(dice.counter, _storm_turns(dice, items)),))
+    elif dice.one_in(4):
         add(partial(endings.ending, dice))
     return tuple(items)
+
+
+def _storm_turns(dice: Dice, items: Sequence[Item]) -> int:
+    """Return how often a storm's loop is gone through: about as long, whatever it has."""
+    slow = any(_SLOW.match(piece.text) for item in items for piece in item.pieces)
+    return dice.random.randrange(*(_SLOW_TURNS if slow else _STORM_TURNS))
 
 
 def _loop_end(dice: Dice, head: int) -> Pieces:

@@ -138,8 +138,8 @@ MISTAKES: Final = (
     Mistake(
         "an order: a kick inside an instruction",
         "software/unicorn.py",
-        "self._no_exit_request.value = True",
-        "pass",
+        "return handle + flags + 2",
+        "return handle + flags + 3",
     ),
     Mistake(
         "a half: that of a fault",

@@ -26,9 +26,9 @@ def strings(dice: Dice) -> Pieces:
     backwards = dice.one_in(4)
     pieces = [plain("fd", "std")] if backwards else [plain("fc", "cld")] if dice.one_in(2) else Pieces()
     source, target = dice.address(8), dice.address(8)
-    if mnemonic == "cmps" and _may_be_mmio(source) and _may_be_mmio(target):
-        # docs/engines.md, `mmio-twice`
-        mnemonic, opcode = "scas", 0xAE
+    if mnemonic == "cmps" and dice.one_in(2):
+        # Side by side, or overlapping: in MMIO, two loads of one instruction.
+        target = source + dice.random.randrange(-24, 25)
     pieces += [load(RSI, source), load(RDI, target)]
     count = dice.random.choice((0, 1, 2, 3, 5, 17, dice.random.randrange(64)))
     many = dice.random.randrange(2 * places.PAGE // _BYTES[size])
@@ -112,8 +112,11 @@ def _frame(dice: Dice) -> Pieces:
     if 5 not in dice.writable:
         return stack(dice)
     size, level = dice.random.randrange(64), dice.random.choice((0, 0, 1, 2, 5))
-    # Frames above the new one: where it overwrote them, a page fault in the middle would show.
+    # Frames elsewhere, or above the new one: where it overwrote them, a page fault in the middle
+    # would show.
     frame = op("lea", "8d", 64, 5, Mem(0, RSP, disp=8 * level + dice.random.randrange(64)), operands="{reg}, {rm}")
+    if dice.one_in(2):
+        frame = load(5, dice.address(8 * level) + 8 * level)
     return [frame, Piece(f"enter {size}, {level}", bytes([0xC8, size, 0, level])), op("mov", "8b", 32, RAX, 5, operands="{reg}, {rm}"),
             plain("c9", "leave")]  # fmt: skip
 
@@ -220,6 +223,11 @@ def changes_itself(dice: Dice, number: int) -> Pieces:
     store = Piece(f"mov byte [item {number} piece {1 + far}], {value:#x}", b"\xc6\x05" + bytes(4) + bytes([value]), fix=Fix(2, 4, at))
     between = [op("lea", "8d", 32, dice.target_register(), Mem(0, disp=dice.value(31)), operands="{reg}, {rm}") for _ in range(far)]
     return [store, *between, changed]
+
+
+def count(dice: Dice) -> Pieces:
+    """Count in memory: that shows what is executed once too often."""
+    return [op("inc", "ff", 64, 0, dice.memory(64), operands="{rm}", digit=True)]
 
 
 def hypercalls(dice: Dice) -> Pieces:
