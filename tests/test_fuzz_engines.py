@@ -1,8 +1,9 @@
 """The fuzzer of the two engines: that what it says is true, and a short run of it. ``scripts/fuzz-engines`` runs the long ones."""
 
+import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -13,12 +14,15 @@ from random_guests import places
 from random_guests.avoided import AVOIDED, Avoided
 from random_guests.campaign import Found, run, start
 from random_guests.compare import difference
+from random_guests.forms import bit_test
 from random_guests.known import ALLOWED
 from random_guests.machines import Event, Run, State
 from random_guests.make import make
 from random_guests.mistakes import MISTAKES, Mistake
+from random_guests.operands import Dice
 from random_guests.pair import Pair, shrink
 from random_guests.program import Item, Label, Piece, Program, reads_undefined
+from random_guests.units import strings
 from random_guests.x86 import AF, CF, EFFECTS, OF, ZF, Mem, encode, shift_effect
 from restrictedmem.kvm.exits import Hypercall, MemoryFault, PortOut, Shutdown
 from restrictedmem.service.client import Service
@@ -57,6 +61,33 @@ def test_a_flag_is_undefined_until_it_is_defined_on_every_way() -> None:
     around = program_of(product, jump, sum_, sum_).lines
     assert around[3].undefined == EFFECTS["imul"].undefines
     assert around[4].undefined == 0
+
+
+def numbers_in(pieces: Iterable[Piece]) -> list[int]:
+    """Return what the first pieces load into registers."""
+    return [int(piece.text.split(", ")[1], 16) for piece in pieces if piece.text.startswith("mov ")]
+
+
+def test_no_string_goes_back_to_what_a_storm_changes() -> None:
+    for seed in range(10_000):
+        pieces = strings(Dice.of(random.Random(seed), (places.DATA.start,)))
+        source, target, *counts = numbers_in(pieces)
+        text = " ".join(piece.text for piece in pieces)
+        count = counts[0] & 0xFFFF_FFFF if counts else 1
+        size = 1 << "bwdq".index(text.removesuffix(" cld")[-1])
+        back = 0 if text.startswith("cld") else max(count - 1, 0) * size
+        assert min(source, target) - back >= places.FIRST_DATA, text
+
+
+def test_no_bit_string_goes_back_to_what_a_storm_changes() -> None:
+    for seed in range(2000):
+        pieces = bit_test(Dice.of(random.Random(seed), (places.DATA.start,)))
+        operand = re.search(r"(word|dword|qword) .*@0x([0-9a-f]+)", pieces[-1].text)
+        if operand and len(pieces) == 2:
+            (bit,), width = numbers_in(pieces), {"word": 2, "dword": 4, "qword": 8}[operand[1]]
+            back = (1 << 64) - bit if bit >> 63 else 0
+            lowest = int(operand[2], 16) - -(-back // (8 * width)) * width
+            assert lowest >= places.FIRST_DATA, pieces[-1].text
 
 
 @pytest.mark.parametrize(

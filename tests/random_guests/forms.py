@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from . import places
 from .operands import Dice
 from .program import Fix, Piece
 from .x86 import (
@@ -273,7 +274,8 @@ def bit_test(dice: Dice) -> Pieces:
         return [op(mnemonic, "0fba", size, number + 4, rm, operands=f"{{rm}}, {bit}", imm=bytes([bit]), digit=True, lock=lock)]
     register = dice.random.choice(dice.writable)
     # In memory it counts from the operand on, either way, and it has the operand's size.
-    bit = dice.random.randrange(-512, 512) & (1 << 64) - 1
+    before = (rm.target - places.FIRST_DATA) // (size // 8) * size if isinstance(rm, Mem) else 512
+    bit = dice.random.randrange(-min(before, 512), 512) & (1 << 64) - 1
     opcode = f"0f{0xA3 | number << 3:02x}"
     return [load(register, bit), op(mnemonic, opcode, size, register, rm, operands="{rm}, {reg}", lock=lock)]
 

@@ -45,3 +45,7 @@ def address(page: int) -> int:
 def page_of(gpa: int) -> int:
     """Return the page that a guest address lies in; any number for an address elsewhere."""
     return (gpa - BASE) // PAGE
+
+
+#: Where data begin. A storm changes what lies before: no program may read it.
+FIRST_DATA: Final = address(DATA.start)

@@ -24,17 +24,20 @@ def strings(dice: Dice) -> Pieces:
     repeat = dice.random.choice((b"", b"\xf3", b"\xf2" if mnemonic in ("cmps", "scas") else b"\xf3"))
     narrow = dice.one_in(8)
     backwards = dice.one_in(4)
-    pieces = [plain("fd", "std")] if backwards else [plain("fc", "cld")] if dice.one_in(2) else Pieces()
+    forwards = not backwards and dice.one_in(2)
+    pieces = [plain("fd", "std")] if backwards else [plain("fc", "cld")] if forwards else Pieces()
     source, target = dice.address(8), dice.address(8)
     if mnemonic == "cmps" and dice.one_in(2):
         # Side by side, or overlapping: in MMIO, two loads of one instruction.
-        target = source + dice.random.randrange(-24, 25)
+        target = max(places.FIRST_DATA, source + dice.random.randrange(-24, 25))
     pieces += [load(RSI, source), load(RDI, target)]
     count = dice.random.choice((0, 1, 2, 3, 5, 17, dice.random.randrange(64)))
     many = dice.random.randrange(2 * places.PAGE // _BYTES[size])
     # No store or load of many may be an exit of its own.
     if repeat and dice.one_in(8) and not any(_may_be_mmio(at + many * _BYTES[size]) for at in (source, target)):
         count = many
+    if not forwards:
+        count = min(count, (min(source, target) - places.FIRST_DATA) // _BYTES[size] + 1)
     if repeat:
         # With 67 only ECX counts.
         pieces.append(load(RCX, count | (dice.random.getrandbits(32) << 32 if narrow and count else 0)))
