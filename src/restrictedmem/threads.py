@@ -18,7 +18,7 @@ from restrictedmem.failure import failed
 log = logging.getLogger(__name__)
 
 #: How often a starter looks for its thread, and the seconds each time: time in which this process did not run counts once at most.
-_PATIENCE: Final = (20, 0.05)
+_PATIENCE: Final = (20, 0.25)
 
 
 def start(run: Callable[[], object]) -> None:
