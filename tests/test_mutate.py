@@ -123,25 +123,40 @@ def test_the_nearest_tests_come_first(tmp_path: Path) -> None:
     assert found["src/restrictedmem/cli/run.py"] == ["tests/test_a.py"]
 
 
-def mutate(root: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
-    command = [sys.executable, str(root / "scripts" / "mutate"), "--json", "--layer", "mm", *arguments]
+def run(root: Path, *arguments: str) -> tuple[int, str]:
+    command = [sys.executable, str(root / "scripts" / "mutate"), *arguments]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=100)
     assert done.stderr == ""
-    return done.returncode, json.loads(done.stdout)
+    return done.returncode, done.stdout
+
+
+def mutate(root: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    status, said = run(root, "--json", "--layer", "mm", *arguments)
+    return status, json.loads(said)
+
+
+def a_tree_to_search(place: Path, limits: str, tests: str) -> Path:
+    """Make a repository of one module and its tests, with the script."""
+    for file in ("scripts/mutate", "tests/mutation.py", "tests/guarantees.py"):
+        (place / file).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / file, place / file)
+    root = tree(
+        place,
+        src__restrictedmem__abi__process="from ctypes import CDLL\nPR_SET_CHILD_SUBREAPER = 36\nprctl = CDLL(None).prctl\n",
+        src__restrictedmem__mm__limits=limits,
+        tests__test_limits=tests,
+    )
+    (root / "src/restrictedmem/__init__.py").touch()
+    return root
 
 
 def test_a_tree_is_searched_and_left_alone(tmp_path: Path) -> None:
     """One line is tested to its limit, of another the half; one test fails anyway, and one leaves a process."""
-    (tmp_path / "scripts").mkdir()
-    (tmp_path / "tests").mkdir()
-    for file in ("scripts/mutate", "tests/mutation.py"):
-        shutil.copy(ROOT / file, tmp_path / file)
     mark = tmp_path / "left"
-    root = tree(
+    root = a_tree_to_search(
         tmp_path,
-        src__restrictedmem__abi__process="from ctypes import CDLL\nPR_SET_CHILD_SUBREAPER = 36\nprctl = CDLL(None).prctl\n",
-        src__restrictedmem__mm__limits="def inside(x): return x < y\ndef beyond(x): return x > y\ny = int('3')\n",
-        tests__test_limits=f"""
+        "def inside(x): return x < y\ndef beyond(x): return x > y\ny = int('3')\n",
+        f"""
 import subprocess
 from restrictedmem.mm import limits
 def test_that_fails(): assert False
@@ -152,7 +167,6 @@ def test_that_leaves_a_process():
         file.write(str(subprocess.Popen(["sleep", "1000"]).pid))
 """,
     )
-    (root / "src/restrictedmem/__init__.py").touch()
     before = {path: path.stat() for path in root.rglob("*") if path.is_file()}
     status, found = mutate(root)
     assert (status, found["mutants"], found["layers"]) == (1, 2, {"mm": {"mutants": 2, "survivors": 1}})
@@ -167,3 +181,30 @@ def test_that_leaves_a_process():
         path: (found.st_mtime_ns, found.st_size) for path, found in before.items()
     }
     assert mutate(root, "--count", "1", "--share", "1")[0] == 0
+
+
+#: Guarantees, and the test that each names.
+ROWS = (("1.1", "low"), ("1.1a", "high"))
+
+
+def test_a_guarantee_is_broken_for_its_own_tests_alone(tmp_path: Path) -> None:
+    root = a_tree_to_search(
+        tmp_path,
+        "def inside(x):\n    return 1 < x < 5\n",
+        """
+from restrictedmem.mm.limits import inside
+def test_low(): assert inside(2) and not inside(1)
+def test_high(): assert inside(4)
+""",
+    )
+    rows = [
+        "| no. | guarantee | enforced by |",
+        "|---|---|---|",
+        *(f"| {number} | … | `test_limits::test_{name}` |" for number, name in ROWS),
+    ]
+    (root / "SPECIFICATION.md").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    changes = (f"{number} src/restrictedmem/mm/limits.py\n-    return 1 < x < 5\n+    return x < 5\n" for number, _ in ROWS)
+    (root / "tests" / "guarantees.txt").write_text("# Changes.\n\n" + "\n".join(changes), encoding="utf-8")
+    survivor = "1.1a src/restrictedmem/mm/limits.py:2 `return 1 < x < 5` -> `return x < 5`\n"
+    assert run(root, "--guarantees") == (1, f"{survivor}1 of 2 survived\n")
+    assert run(root, "--guarantees", "1.1") == (0, "0 of 1 survived\n")
