@@ -14,11 +14,9 @@ from contextlib import contextmanager, suppress
 from typing import final
 
 import users
-from restrictedmem.abi.process import CLONE_NEWNS
 from restrictedmem.fd import OwnedFd, readable, receive_with_fds
 from restrictedmem.fs.filesystem import NAME, PROVE, TOKEN_BYTES, FileSystem
 from restrictedmem.fs.mount import mount_detached
-from restrictedmem.fs.mounter import enter_user_namespace
 from restrictedmem.fs.server import Server
 from restrictedmem.mm.notifier import Api
 from restrictedmem.mm.restrictedmem import RestrictedFile
@@ -123,15 +121,6 @@ def _serve(sock: socket.socket, api: Api, mount: Mount, uid: int | None) -> None
         sock.sendmsg([b"root"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
     Server(device, FileSystem(api.value, max_files=100, prove=register)).run()
     device.close()
-
-
-def mount_own() -> tuple[OwnedFd, OwnedFd]:
-    return mount_detached(allow_other=True)
-
-
-def mount_in_user_namespace() -> tuple[OwnedFd, OwnedFd]:
-    enter_user_namespace(CLONE_NEWNS)
-    return mount_detached(allow_other=False)
 
 
 def mount_for_one_user(uid: int) -> Mount:

@@ -8,17 +8,19 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from errno import EACCES, EINVAL, EMFILE, ENOSPC, ENOTCONN, EOPNOTSUPP, EOVERFLOW, EPERM
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import descriptor_operations as do
 from outcomes import Errno, in_child, outcome
-from own_server import Mount, OwnServer, mount_for_one_user, mount_in_user_namespace, mount_own, serving
+from own_server import Mount, OwnServer, mount_for_one_user, serving
 from restrictedmem.abi import memory
 from restrictedmem.abi.memory import PUNCH, FallocMode, fallocate
 from restrictedmem.abi.process import tgkill
-from restrictedmem.fs.mount import mount_fusermount
+from restrictedmem.fs.mount import Way
+from restrictedmem.fs.mounter import mount
 from restrictedmem.mm.notifier import Api
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
@@ -286,7 +288,7 @@ OWNER_ALONE: dict[str, object] = {
 
 @pytest.mark.requires("fuse", "root")
 def test_another_user_on_an_own_mount() -> None:
-    with passed(mount_own, None) as fd:
+    with passed(partial(mount, Way.OWN), None) as fd:
         assert in_child(as_user(STRANGER, lambda: what_works(fd))) == repr(OWN_MOUNT)
 
 
@@ -301,7 +303,7 @@ def test_another_user_on_a_file_of_the_proposals_recipe() -> None:
 
 @pytest.mark.requires("fuse", "root")
 def test_another_user_on_a_user_namespace_mount() -> None:
-    with passed(mount_in_user_namespace, OWNER) as fd:
+    with passed(partial(mount, Way.USERNS), OWNER) as fd:
         assert in_child(as_user(STRANGER, lambda: what_works(fd))) == repr(OWNER_ALONE)
         # Not even root.
         assert in_child(lambda: what_works(fd)) == repr(OWNER_ALONE)
@@ -322,7 +324,7 @@ def test_another_user_on_a_root_mount_for_one_user() -> None:
 
 @pytest.mark.requires("fuse", "root", "fusermount")
 def test_another_user_on_a_fusermount_mount() -> None:
-    with passed(mount_fusermount, OWNER) as fd:
+    with passed(partial(mount, Way.FUSERMOUNT), OWNER) as fd:
         assert in_child(as_user(STRANGER, lambda: what_works(fd))) == repr(OWNER_ALONE_IN_INITIAL_NAMESPACE)
 
 
@@ -331,7 +333,7 @@ def test_another_user_on_a_fusermount_mount() -> None:
 
 @contextmanager
 def listening(api: Api) -> Generator[tuple[OwnServer, int], None, None]:
-    with serving(api, mount_own) as server, closing([server.create()]) as (fd,):
+    with serving(api, partial(mount, Way.OWN)) as server, closing([server.create()]) as (fd,):
         os.ftruncate(fd, 8 * PAGE_SIZE)
         server.watch(fd)
         yield server, fd
