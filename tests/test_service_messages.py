@@ -95,6 +95,8 @@ _MALFORMED: dict[str, tuple[bytes, list[str], int, bool]] = {
     "a consumer's call": (request(wire.BIND.number, bytes(TOKEN_BYTES)), [], EPROTO, False),
     "the spawner's call": (request(wire.FORK.number, bytes(8) + b"kvm"), [], EPROTO, False),
     "CONNECT again": (request(wire.CONNECT.number, bytes(wire.KEY_BYTES)), [], EPROTO, False),
+    "ENDING of half a number": (request(wire.ENDING.number, bytes(4)), [], EPROTO, False),
+    "ENDING of a number and more": (request(wire.ENDING.number, bytes(9)), [], EPROTO, False),
     "SPAWN of nothing": (request(wire.SPAWN.number), [], EINVAL, False),
     "SPAWN of no text": (request(wire.SPAWN.number, b"\xff\xfe"), [], EINVAL, False),
     "SPAWN of the unknown": (request(wire.SPAWN.number, b"qemu"), [], EINVAL, False),

@@ -236,6 +236,8 @@ def test_punch_from_inside_each_exits_handler(machine: Machine, instruction: str
             pass
     assert machine.go_on(value) == HALTED
     assert machine.word(DATA + PAGE_SIZE) == 0
+    # It was taken again, not reached by a translation from before.
+    assert machine.private.entries[(DATA - PRIVATE) // PAGE_SIZE]
 
 
 def test_fault_during_an_invalidation_waits_for_its_end(machine: Machine) -> None:
@@ -304,6 +306,8 @@ def test_no_kick_is_lost(machine: Machine) -> None:
             begun = time.perf_counter()
             machine.vcpus.drop(gfn_t(0), gfn_t(0))
             slowest = max(slowest, time.perf_counter() - begun)
+            if slowest >= 1:
+                break
             # Every phase of leaving and entering is met.
             for _ in itertools.repeat(None, attempt % 50):
                 os.getppid()

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from processes import descriptors, wait_until
 from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE
+from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm import exits, wire
 from restrictedmem.kvm.vm import Vcpu, Vm
 from restrictedmem.service.client import Service
@@ -150,6 +152,23 @@ def test_a_slot_holds_the_file_until_it_is_deleted(service: Service, vm: Vm) -> 
         private = KVM_MEMORY_EXIT_FLAG_PRIVATE if service.info["api"] == "v10" else 0
         assert vcpu.run() == exits.MemoryFault(private, GPA, PAGE, EFAULT)
     assert errno_of(vm.set_user_memory_region, slot=0, guest_phys_addr=GPA, memory_size=0) == EINVAL
+
+
+@pytest.mark.requires("root")
+def test_the_service_keeps_the_memory_of_a_slots_file(service: Service, vm: Vm) -> None:
+    def held() -> int:
+        return descriptors(service.info["pid"]).count("/memfd:restrictedmem (deleted)")
+
+    others = [found["ino"] for found in service.status()["descriptors"]]
+    with OwnedFd(service.memfd_restricted()) as fd:
+        # Made with the first page.
+        before = held()
+        private_slot(vm, service, fd.fileno())
+        assert held() == before + 1
+    wait_until(lambda: [found["ino"] for found in service.status()["descriptors"]] == others, "the service to hear of the close")
+    assert held() == before + 1
+    vm.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=0)
+    assert held() == before
 
 
 def test_the_default_attribute_is_the_postings(service: Service, vm: Vm, fd: int) -> None:
