@@ -64,12 +64,22 @@ def exists(known: Process) -> bool:
 def stop(pid: int) -> None:
     """Stop a process, and wait until all its threads are: before that one of them may answer yet."""
     os.kill(pid, signal.SIGSTOP)
-    wait_until(lambda: all(_is_stopped(task) for task in Path(f"/proc/{pid}/task").iterdir()), f"process {pid} to stop")
+    wait_until(lambda: _all_are(pid, "Tt"), f"process {pid} to stop")
 
 
-def _is_stopped(task: Path) -> bool:
+def go_on(pid: int) -> None:
+    """Continue a process all of whose threads were waiting, and wait until they do so again: before that one may not have run yet."""
+    os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: _all_are(pid, "S"), f"process {pid} to wait again")
+
+
+def _all_are(pid: int, states: str) -> bool:
+    return all(_is(task, states) for task in Path(f"/proc/{pid}/task").iterdir())
+
+
+def _is(task: Path, states: str) -> bool:
     try:
-        return (task / "stat").read_text(encoding="utf-8", errors="replace").rpartition(") ")[2][0] in "Tt"
+        return (task / "stat").read_text(encoding="utf-8", errors="replace").rpartition(") ")[2][0] in states
     except (FileNotFoundError, ProcessLookupError):
         # It has ended meanwhile.
         return True

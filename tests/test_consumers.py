@@ -23,7 +23,7 @@ import pytest
 
 import hugetlb
 from outcomes import Errno, in_child, outcome
-from processes import be_idle, family, high, process, stop, wait_gone, wait_until
+from processes import be_idle, family, go_on, high, process, stop, wait_gone, wait_until
 from restrictedmem import sync
 from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import EHWPOISON
@@ -1113,8 +1113,8 @@ def test_time_in_which_the_service_did_not_run_is_no_consumers_fault(service: Se
             stop(service_pid)
             thaw = time.monotonic() + 2 * DEADLINE
             wait_for("twice the deadline to pass", lambda: time.monotonic() > thaw)
-            # Whatever is thawed first.
-            os.kill(service_pid, signal.SIGCONT)
+            # The service is thawed first, and looks at the clock.
+            go_on(service_pid)
             os.kill(pid, signal.SIGCONT)
 
         assert _punch_while(fd, freeze_and_thaw) > 2 * DEADLINE
