@@ -96,7 +96,8 @@ def _setns(flag: int) -> Attack:
 
 def _open(name: str, flags: int = os.O_RDONLY) -> Attack:
     def attack(pid: int) -> bytes:
-        fd = os.open(f"/proc/{pid}/{name}", flags)
+        # It may be a pipe, in which there is nothing.
+        fd = os.open(f"/proc/{pid}/{name}", flags | os.O_NONBLOCK)
         try:
             return b"" if flags & os.O_ACCMODE == os.O_WRONLY else os.read(fd, 16)
         finally:

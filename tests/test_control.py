@@ -58,18 +58,19 @@ def asker() -> Iterator[tuple[Connection, socket.socket]]:
         yield Connection(Channel(ours, "owner"), os.getuid(), owner=True), theirs
 
 
-def start(owner: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
+def nothing(*_: object, **__: object) -> None:
+    """Keep this process as it is."""
+
+
+def start(owner: Channel, monkeypatch: pytest.MonkeyPatch, seal: Callable[[], None] = nothing) -> None:
     """Start a service in this process, on a device and a root that are none."""
 
     def mounted() -> tuple[Way, OwnedFd, OwnedFd]:
         return Way.OWN, spare(), spare()
 
-    def nothing(*_: object, **__: object) -> None:
-        """Keep this process as it is."""
-
     monkeypatch.setattr(daemon, "mount_first", mounted)
     monkeypatch.setattr(daemon, "drop_privileges", nothing)
-    monkeypatch.setattr(sealing, "seal", nothing)
+    monkeypatch.setattr(sealing, "seal", seal)
     spawner, theirs = Channel.pair("spawner", takes_fds=True)
     Channel(theirs, "service").reply()
     endings, heard = Channel.pair("spawner")
@@ -118,6 +119,23 @@ def test_ready_is_said_when_there_is_somebody_to_answer(monkeypatch: pytest.Monk
         assert Call("READY", int.from_bytes(said[:4], "little")) == wire.READY
         about = json.loads(said[said.index(b"{") :])
         assert (about["api"], about["design"]) == ("v10", "v10")
+
+
+def test_the_service_is_sealed_before_it_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, ours = Channel.pair("owner")
+    sealed: list[bool] = []
+
+    def seal() -> None:
+        sealed.append(not readable([ours], 0))
+
+    def body() -> object:
+        monkeypatch.setattr(threads, "start", nothing)
+        monkeypatch.setattr(daemon, "Server", lambda *_: SimpleNamespace(run=bool))  # pyright: ignore
+        start(owner, monkeypatch, seal)
+        return sealed
+
+    with closing(owner), ours:
+        assert in_child(body) == "[True]"
 
 
 def test_the_service_ends_after_its_last_consumer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,6 +133,25 @@ def test_no_process_of_a_service_opens_a_program_after_ready(scenario: Scenario,
 # What sealing is.
 
 
+@pytest.mark.requires("fuse")
+def test_a_consumer_imports_nothing(tmp_path: Path) -> None:
+    """It is forked by the spawner, which has loaded what it was to load."""
+    program = tmp_path / "late.py"
+    program.write_text(
+        """
+def serve(owner, service, notify, options, arguments):
+    try:
+        import decimal
+    except ImportError as error:
+        owner.send(type(error).__name__.encode())
+""",
+        encoding="ascii",
+    )
+    with Service.start(Options(consumers=(("late", str(program)),))) as service, service.spawn("late") as sock:
+        sock.settimeout(10)
+        assert sock.recv(100) == b"ModuleNotFoundError"
+
+
 def test_nothing_is_imported_after_sealing() -> None:
     def body() -> list[str]:
         # In the child only: a module that is loaded twice is two modules to those who have the first.
