@@ -310,6 +310,8 @@ def pool(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.no_cover
+# To make a failure small takes longer than to find it.
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("pool")
 @pytest.mark.parametrize("design", NAMES)
 @pytest.mark.parametrize(
