@@ -25,6 +25,8 @@ from hypothesis import HealthCheck, settings
 import emulation
 import hugetlb
 from restrictedmem.abi import memory, process, seccomp
+from restrictedmem.devkvm import Kvm
+from restrictedmem.kvm.kernel.vm import new_vm
 from turns import Turns
 
 # How fast examples come depends on what else the machine does.
@@ -36,8 +38,14 @@ def _fuse() -> str:
     return "" if os.access("/dev/fuse", os.R_OK | os.W_OK) else "/dev/fuse cannot be opened"
 
 
+@cache
 def _kvm() -> str:
-    return "" if os.access("/dev/kvm", os.R_OK | os.W_OK) else "/dev/kvm cannot be opened"
+    try:
+        with Kvm.open() as kvm:
+            new_vm(kvm, debug=False)[0].close()
+    except OSError as error:
+        return f"/dev/kvm has no VM for the kernel engine: {error.strerror}"
+    return ""
 
 
 def _processor() -> str:

@@ -48,7 +48,7 @@ class KernelVm:
         self._system = System()
         self._system.use(self._cpuid)
         with ExitStack() as stack:
-            self._vm, flags = _new_vm(kvm, debug=debug)
+            self._vm, flags = new_vm(kvm, debug=debug)
             stack.enter_context(self._vm)
             self._conversion = _conversion(self._vm, self._system, flags)
             self._files = PrivateFiles(self._vm, binder, flags)
@@ -224,10 +224,13 @@ def _conversion(vm: Vm, own: System, flags: int) -> Conversion:
     return ByAddress(slots, own.tables) if flags & GUEST_MEMFD_FLAG_MMAP else ByAttribute(vm, slots, own.tables)
 
 
-def _new_vm(kvm: Kvm, *, debug: bool) -> tuple[Vm, int]:
+def new_vm(kvm: Kvm, *, debug: bool) -> tuple[Vm, int]:
     """Make a VM, and choose the flags of its guest_memfd: 0 where the kernel has memory attributes.
 
     A VM that may be debugged has no attributes, since only without them its memory can be read.
+
+    Raises:
+        OSError: ENODEV where KVM has not what the engine needs.
     """
     if not debug and kvm.check_extension(Cap.VM_TYPES) >> KVM_X86_SW_PROTECTED_VM & 1:
         vm = kvm.create_vm(KVM_X86_SW_PROTECTED_VM)
