@@ -238,6 +238,15 @@ def test_a_name_of_another_process(service: Service) -> None:
     assert sum(line.startswith(real(service)) for line in lines) == 1
 
 
+@pytest.mark.parametrize("pids", ["1", "x"])
+def test_a_name_of_a_thread_is_no_line_of_its_status(service: Service, pids: str) -> None:
+    """The kernel leaves "\\r" in the name, and the name stands before the pids."""
+    with rogue(answers(state()), "restrictedmem/1/00", first=partial(process.set_name, f"\rNSpid: {pids}")) as pid:
+        shown = ps()
+    assert real(service) in shown
+    assert lines_of(1, shown) == [f"service 1: the name is held by process {pid}, of uid {ROGUE} (uid {ROGUE})"]
+
+
 def test_both_forms_of_a_name() -> None:
     with rogue(answers(state()), "restrictedmem/{pid}/0123456789abcdef") as pid:
         assert discover.names()[f"restrictedmem/{pid}/0123456789abcdef"] == pid

@@ -116,7 +116,7 @@ def effective_capabilities() -> int:
     Raises:
         OSError: ENOENT without /proc.
     """
-    return int(_status("thread-self", "CapEff:"), 16)
+    return int(_own_status("thread-self", b"CapEff:"), 16)
 
 
 def set_slice(nanoseconds: int) -> None:
@@ -138,16 +138,25 @@ def tracer_pid() -> int:
     Raises:
         OSError: ENOENT without /proc.
     """
-    return int(_status("self", "TracerPid:"))
+    return int(_own_status("self", b"TracerPid:"))
 
 
-def _status(whose: str, name: str) -> str:
-    path = f"/proc/{whose}/status"
+def status(whose: str | int, name: bytes) -> list[bytes]:
+    """Return the words behind a name in /proc/PID/status; none where the kernel has no such line.
+
+    Raises:
+        OSError: ENOENT, ESRCH when it has ended.
+    """
+    # Bytes, for a line ends with "\n" alone. In a thread's name the kernel leaves "\r" as it is.
+    with open(f"/proc/{whose}/status", "rb") as lines:
+        return next((line for line in lines if line.startswith(name)), b"").split()[1:]
+
+
+def _own_status(whose: str, name: bytes) -> bytes:
     try:
-        with open(path, encoding="utf-8", errors="replace") as status:
-            return next(line for line in status if line.startswith(name)).split()[1]
+        return status(whose, name)[0]
     except FileNotFoundError as error:
-        raise failed("open", error.errno, "/proc is not mounted", path) from None
+        raise failed("open", error.errno, "/proc is not mounted", error.filename) from None
 
 
 def is_dying(thread: int) -> bool:
@@ -156,10 +165,10 @@ def is_dying(thread: int) -> bool:
     False too for a thread that cannot be looked at, and for 0.
     """
     try:
-        pending = int(_status(str(thread), "SigPnd:"), 16)
-    except (OSError, StopIteration):
+        pending = status(thread, b"SigPnd:")
+    except OSError:
         return False
-    return bool(pending & 1 << signal.SIGKILL - 1)
+    return bool(pending) and bool(int(pending[0], 16) & 1 << signal.SIGKILL - 1)
 
 
 def raise_fd_limit() -> int:

@@ -269,11 +269,9 @@ def _numbers_of(pid: int) -> set[int]:
     if not pid:
         return set()
     try:
-        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
-            line = next((line for line in status if line.startswith("NSpid:")), "")
+        return {pid, *map(int, process.status(pid, b"NSpid:"))}
     except OSError:
-        line = ""
-    return {pid, *map(int, line.split()[1:])}
+        return {pid}
 
 
 @contextmanager
