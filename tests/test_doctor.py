@@ -327,10 +327,10 @@ def test_a_slot_over_the_limit_is_not_promised() -> None:
 
 
 def test_swap_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    head = "Filename Type Size Used Priority\n"
+    head = "Filename Type Size Used Priority"
     say(monkeypatch, memory_probes, swaps=head)
     assert memory_probes.no_swap().state is State.YES
-    say(monkeypatch, memory_probes, swaps=f"{head}/dev/sda2 partition 2097152 0 -2\n", enabled="Y")
+    say(monkeypatch, memory_probes, swaps=f"{head}\n/dev/sda2 partition 2097152 0 -2", enabled="Y")
     assert (memory_probes.no_swap().state, memory_probes.no_swap().detail) == (State.NO, "/dev/sda2 2 GiB, zswap on")
 
 

@@ -1,12 +1,26 @@
 """The text of /proc, where names that anybody gives to threads, files and cgroups hold what Python takes for a line's end."""
 
+import mmap
 import os
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import BinaryIO, Literal
 
 import pytest
 
 from outcomes import in_child
 from restrictedmem.abi import process
+from restrictedmem.audit import memory as audit_memory
+from restrictedmem.kvm import vm_memory
+from restrictedmem.machine import finding
+from restrictedmem.machine import memory as memory_probes
+from restrictedmem.machine.finding import State
+from restrictedmem.service import ending, oom
+from restrictedmem.syscall import scout
+
+#: What ends a line for ``open`` or ``str.splitlines``, and not for the kernel.
+ENDS = "\r\v\f\x1c\x85\u2028"
 
 
 def named(name: str, look: Callable[[], object]) -> str:
@@ -29,3 +43,58 @@ def test_a_threads_name_is_no_line_of_its_status(end: str) -> None:
 
 def test_a_line_that_a_kernel_does_not_have() -> None:
     assert process.status("self", b"NoSuch:") == []
+
+
+@pytest.mark.parametrize("row", ["1000-2000 rwxp 0 0:0 0", "x"])
+@pytest.mark.parametrize("end", [*ENDS, "\n"], ids=repr)
+def test_a_mapped_files_name_is_no_mapping(end: str, row: str, tmp_path: Path) -> None:
+    path = tmp_path / f"{end}{row}"
+    path.write_bytes(b"x")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 1, prot=mmap.PROT_READ):
+        with scout._mappings(os.getpid()) as maps:
+            assert 0x1000 not in [start for start, _ in scout._spans(maps)]
+        assert list(audit_memory.regions(os.getpid()))
+
+
+def instead(monkeypatch: pytest.MonkeyPatch, module: ModuleType, path: Path) -> None:
+    """Have a module open another file in the place of any, as bytes."""
+
+    def opened(_: object, mode: Literal["rb"]) -> BinaryIO:
+        return path.open(mode)
+
+    monkeypatch.setattr(module, "open", opened, raising=False)
+
+
+@pytest.mark.parametrize("end", ENDS, ids=repr)
+def test_a_cgroups_name_is_one(end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has a cgroup makes others in it, and gives them any name without "\\n" and "/"."""
+    name = f"/a{end}b:c".encode() + b"\xff"
+    table = tmp_path / "cgroup"
+    table.write_bytes(b"4:cpu:%b\n3:memory:%b\n0::/\n" % (name, name))
+    instead(monkeypatch, process, table)
+    assert process.cgroups() == [(b"cpu", name), (b"memory", name), (b"", b"/")]
+    shown = name.decode(errors="replace")
+    assert vm_memory.cgroup() == shown
+    assert ending._counter() == (shown, b"/sys/fs/cgroup/memory%b/memory.oom_control" % name)
+    # The limit is found by the name's own bytes.
+    limits = tmp_path / "memory" / os.fsdecode(name[1:])
+    limits.mkdir(parents=True)
+    (limits / "limit").write_text("4096\n", encoding="ascii")
+    monkeypatch.setattr(oom, "_LIMITS", {b"memory": (str(tmp_path / "memory"), "limit")})
+    assert oom._memory() == 4096
+
+
+@pytest.mark.parametrize("end", ENDS, ids=repr)
+def test_a_swap_files_name_is_one(end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel escapes blanks, "\\n" and "\\\\" in it."""
+    table = tmp_path / "swaps"
+    table.write_bytes(b"Filename Type Size Used Priority\n" + f"/a{end}b".encode() + b" file\t\t2097148\t0\t\t-2\n")
+    instead(monkeypatch, vm_memory, table)
+    assert vm_memory.swap_exists()
+
+    def looked_up(path: str) -> str | None:
+        return finding.setting(str(table)) if path == "/proc/swaps" else None
+
+    monkeypatch.setattr(memory_probes, "setting", looked_up)
+    said = memory_probes.no_swap()
+    assert (said.state, said.detail.endswith("b 2 GiB")) == (State.NO, True), said.detail

@@ -159,6 +159,18 @@ def _own_status(whose: str, name: bytes) -> bytes:
         raise failed("open", error.errno, "/proc is not mounted", error.filename) from None
 
 
+def cgroups() -> list[tuple[bytes, bytes]]:
+    """Return the controllers, none for version 2, and the path of each cgroup of this process (/proc/self/cgroup).
+
+    Raises:
+        OSError: ENOENT without /proc.
+    """
+    # Bytes, as above: a path may hold any but "\n".
+    with open("/proc/self/cgroup", "rb") as lines:
+        rows = [line.rstrip(b"\n").split(b":", 2) for line in lines]
+    return [(controllers, path) for _, controllers, path in rows]
+
+
 def is_dying(thread: int) -> bool:
     """Say whether a thread has SIGKILL pending, as a process's threads have once any fatal signal came (/proc/TID/status); else False.
 

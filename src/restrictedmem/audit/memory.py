@@ -106,16 +106,17 @@ def regions(pid: int) -> Iterator[tuple[int, int]]:
     Raises:
         OSError: EACCES, EPERM who may not.
     """
-    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as maps:
-        lines = [line.rstrip("\n").split(maxsplit=5) for line in maps]
+    # Bytes, for a line ends with "\n" alone, and a file's name may hold "\r".
+    with open(f"/proc/{pid}/maps", "rb") as maps:
+        lines = [line.rstrip(b"\n").split(maxsplit=5) for line in maps]
     with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
         for span, rights, _, _, _, *path in lines:
-            start, end = (int(number, 16) >> PAGE_SHIFT for number in span.split("-"))
+            start, end = (int(number, 16) >> PAGE_SHIFT for number in span.split(b"-"))
             # Above 2^63 lies the vsyscall page, which is the kernel's. Of what is shared, pages may be there that this process did not
             # touch: a file is for who has its descriptor, and the rest is read whole.
-            if rights[0] != "r" or start << PAGE_SHIFT >= 1 << 63:
+            if rights[:1] != b"r" or start << PAGE_SHIFT >= 1 << 63:
                 continue
-            if rights[3] == "s" and path == ["/dev/zero (deleted)"]:
+            if rights[3:] == b"s" and path == [b"/dev/zero (deleted)"]:
                 yield start << PAGE_SHIFT, end << PAGE_SHIFT
             else:
                 entries = os.pread(pagemap.fileno(), (end - start) * 8, start * 8)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from errno import EEXIST, EFAULT, EINVAL, ENOMEM, EOPNOTSUPP
 from typing import Final, final
 
-from restrictedmem.abi import kvm
+from restrictedmem.abi import kvm, process
 from restrictedmem.abi.stat import Identity
 from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm.attributes import Attributes
@@ -348,7 +348,7 @@ def _check_move(old: Memslot, region: kvm.kvm_userspace_memory_region_ext, shown
 def swap_exists() -> bool:
     """Say whether any swap area is in use (/proc/swaps): only then does it matter whether memory is locked."""
     try:
-        with open("/proc/swaps", encoding="ascii") as swaps:
+        with open("/proc/swaps", "rb") as swaps:
             return len(swaps.readlines()) > 1
     except OSError:
         return False
@@ -356,6 +356,5 @@ def swap_exists() -> bool:
 
 def cgroup() -> str:
     """Return the cgroup whose memory controller pays for the pages this process takes (/proc/self/cgroup)."""
-    with open("/proc/self/cgroup", encoding="utf-8") as file:
-        rows = [line.rstrip("\n").split(":", 2) for line in file]
-    return next((path for _, controllers, path in rows if "memory" in controllers.split(",") or not controllers), "none")
+    found = (path for controllers, path in process.cgroups() if b"memory" in controllers.split(b",") or not controllers)
+    return next(found, b"none").decode(errors="replace")

@@ -36,6 +36,7 @@ def reason(error: OSError) -> str:
 def setting(path: str) -> str | None:
     """Return the text of a file of /proc or /sys without white space around it; None where it is missing or unreadable."""
     try:
-        return Path(path).read_text(encoding="ascii", errors="replace").strip()
+        # A line ends with "\n" alone: "\r" is part of a name.
+        return Path(path).read_bytes().decode("ascii", "replace").strip()
     except OSError:
         return None

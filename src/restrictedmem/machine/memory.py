@@ -75,7 +75,7 @@ def no_swap() -> Finding:
     swaps = setting("/proc/swaps")
     if swaps is None:
         return Finding(name, State.UNKNOWN, "/proc/swaps cannot be read")
-    lines = [line.split() for line in swaps.splitlines()[1:]]
+    lines = [line.rsplit(maxsplit=4) for line in swaps.split("\n")[1:]]
     zswap = ", zswap on" if setting("/sys/module/zswap/parameters/enabled") == "Y" else ""
     if not lines:
         return Finding(name, State.YES, f"/proc/swaps is empty{zswap}: nothing is swapped, locked or not")

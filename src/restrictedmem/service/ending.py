@@ -10,6 +10,7 @@ from contextlib import suppress
 from errno import EIO, ENOMEM
 from typing import Final, final
 
+from restrictedmem.abi import process
 from restrictedmem.failure import failed
 from restrictedmem.fd import OwnedFd
 
@@ -143,13 +144,12 @@ class OomKills:
         return 0
 
 
-def _counter() -> tuple[str, str]:
+def _counter() -> tuple[str, bytes]:
     """Find the counter of kills: memory.events of cgroup v2, memory.oom_control of v1 (Linux 4.13)."""
-    with suppress(OSError), open("/proc/self/cgroup", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            number, controllers, path = line.rstrip("\n").split(":", 2)
-            if "memory" in controllers.split(","):
-                return path, f"/sys/fs/cgroup/memory{path}/memory.oom_control"
-            if number == "0" and not controllers and os.path.exists(found := f"/sys/fs/cgroup{path}/memory.events"):
-                return path, found
-    return "", ""
+    with suppress(OSError):
+        for controllers, path in process.cgroups():
+            if b"memory" in controllers.split(b","):
+                return path.decode(errors="replace"), b"/sys/fs/cgroup/memory%b/memory.oom_control" % path
+            if not controllers and os.path.exists(found := b"/sys/fs/cgroup%b/memory.events" % path):
+                return path.decode(errors="replace"), found
+    return "", b""

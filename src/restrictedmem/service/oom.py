@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Final, Self, final
 
 from restrictedmem import sync
+from restrictedmem.abi import process
 from restrictedmem.fd import OwnedFd
 
 #: oom_score_adj of a process that counts as if it had all memory (OOM_SCORE_ADJ_MAX).
 _ALL: Final = 1000
 #: By the controller in /proc/self/cgroup, none for version 2: where it is mounted, and the file with the limit, in bytes.
-_LIMITS: Final = {"": ("/sys/fs/cgroup", "memory.max"), "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")}
+_LIMITS: Final = {b"": ("/sys/fs/cgroup", "memory.max"), b"memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")}
 
 
 @final
@@ -55,11 +56,11 @@ class OomScore:
 def _memory() -> int:
     """Return the bytes that this process may share with others: the machine's, or the least limit of its cgroups."""
     found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-        _, controller, path = line.split(":", 2)
-        if controller in _LIMITS:
-            root, name = _LIMITS[controller]
-            for group in (Path(path), *Path(path).parents):
+    for controllers, cgroup in process.cgroups():
+        if controllers in _LIMITS:
+            root, name = _LIMITS[controllers]
+            path = Path(os.fsdecode(cgroup))
+            for group in (path, *path.parents):
                 # "max" is no limit; the root has no such file.
                 with suppress(OSError, ValueError):
                     found.append(int(Path(f"{root}{group}/{name}").read_text(encoding="ascii")))

@@ -16,7 +16,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from errno import EIO
-from typing import Final, TextIO, final
+from typing import BinaryIO, Final, final
 
 from restrictedmem.abi.stat import device
 from restrictedmem.failure import failed
@@ -102,7 +102,7 @@ class _Looks:
 
     def __init__(self) -> None:
         #: A process's memory and its mappings, both of the same one, whoever has its number by now.
-        self._memory: tuple[OwnedFd, TextIO] | None = None
+        self._memory: tuple[OwnedFd, BinaryIO] | None = None
 
     def is_restricted(self, pid: int, fd: int, wanted: int) -> bool:
         """Say whether a descriptor is a restricted one, of the service whose device is ``wanted``, without a word to any file system.
@@ -124,7 +124,7 @@ class _Looks:
         """Say whether the arguments of i386's first mmap, at an address, map such a descriptor privately."""
         with OwnedFd(os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)) as memory, _mappings(pid) as maps:
             # What the process may not read itself, the kernel is to refuse.
-            if not _covers(list(_spans(maps, "r")), arguments, _OLD_MMAP.size):
+            if not _covers(list(_spans(maps, b"r")), arguments, _OLD_MMAP.size):
                 return False
             content = os.pread(memory.fileno(), _OLD_MMAP.size, arguments)
         if len(content) < _OLD_MMAP.size:
@@ -153,7 +153,7 @@ class _Looks:
         try:
             # Closed before the write, which may take as long as somebody likes.
             with maps:
-                writable = _covers(list(_spans(maps, "w")), address, len(content))
+                writable = _covers(list(_spans(maps, b"w")), address, len(content))
             return writable and os.pwrite(memory.fileno(), content, address) == len(content)
         except (OSError, OverflowError):
             return False
@@ -166,16 +166,17 @@ class _Looks:
             each.close()
 
 
-def _mappings(pid: int) -> TextIO:
-    return open(f"/proc/{pid}/maps", encoding="ascii", errors="replace")
+def _mappings(pid: int) -> BinaryIO:
+    # Bytes, for a line ends with "\n" alone, which is "\\012" in a file's name. "\r" is left there as it is.
+    return open(f"/proc/{pid}/maps", "rb")
 
 
-def _spans(maps: TextIO, right: str = "") -> Iterator[tuple[int, int]]:
+def _spans(maps: BinaryIO, right: bytes = b"") -> Iterator[tuple[int, int]]:
     """Return the ranges of addresses that are mapped, with a right, in their order."""
     for line in maps:
-        edges, rights, _ = line.split(" ", 2)
+        edges, rights, _ = line.split(b" ", 2)
         if right in rights:
-            first, last = edges.split("-")
+            first, last = edges.split(b"-")
             yield int(first, 16), int(last, 16)
 
 
