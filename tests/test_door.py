@@ -2,11 +2,12 @@
 
 import os
 import resource
+import signal
 import socket
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from errno import EACCES, EMFILE, ENOTCONN, EPROTO
+from errno import EACCES, ECONNRESET, EMFILE, ENOTCONN, EPROTO
 from functools import partial
 from types import SimpleNamespace
 from typing import cast
@@ -15,7 +16,7 @@ import pytest
 
 from field import knock, works
 from outcomes import Errno, in_child, outcome
-from processes import descriptors, wait_until
+from processes import descriptors, stop, wait_until
 from restrictedmem.fd import OwnedFd, receive_without_fds, send_with_fds
 from restrictedmem.service import wire
 from restrictedmem.service.client import Service, address
@@ -140,6 +141,20 @@ def test_so_many_connections_have_the_key() -> None:
         assert door.admit(made[1], door.key)
     door.listener.close()
     door._spare.close()
+
+
+def test_who_has_to_go_in_the_round_in_which_it_speaks_is_no_fault(service: Service) -> None:
+    pid = service.info["pid"]
+    with ExitStack() as stack:
+        channels = [stack.enter_context(closing(knock(service))) for _ in range(8)]
+        for channel in channels:
+            assert outcome(partial(channel.call, wire.TOKEN)) == Errno(EACCES)
+        stop(pid)
+        stack.enter_context(closing(knock(service)))
+        channels[0].post(wire.TOKEN)
+        os.kill(pid, signal.SIGCONT)
+        assert outcome(lambda: channels[0].sock.recv(10)) == Errno(ECONNRESET)
+    assert service.status()["last_error"] == ""
 
 
 @pytest.mark.requires("root")

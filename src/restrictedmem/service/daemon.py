@@ -203,6 +203,9 @@ class Service:
 
     def _serve(self, channel: Channel, dispatch: Callable[[Message], None], end: Callable[[], None]) -> None:
         """Serve the next request of a connection: ``dispatch`` answers it; ``end`` is called when there will be no other."""
+        if channel.fileno() < 0:
+            # A newcomer of the same round of the selector has taken its place.
+            return
         try:
             # Never waits: another request of the same round of the selector may have ended it.
             message = channel.receive(MSG_DONTWAIT)
