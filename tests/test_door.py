@@ -18,6 +18,7 @@ from field import knock, works
 from outcomes import Errno, in_child, outcome
 from processes import descriptors, stop, wait_until
 from restrictedmem.fd import OwnedFd, receive_without_fds, send_with_fds
+from restrictedmem.service import door as door_module
 from restrictedmem.service import wire
 from restrictedmem.service.client import Service, address
 from restrictedmem.service.door import Connection, Door
@@ -107,7 +108,7 @@ def test_a_service_without_free_descriptors_turns_away_and_goes_on(service: Serv
 def test_a_newcomer_for_whom_nothing_is_left_is_no_reason_to_spin() -> None:
     """Another thread has taken the number that was kept to turn newcomers away."""
 
-    def body() -> tuple[object, object]:
+    def body() -> tuple[object, bool]:
         door = Door(1)
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
             sock.connect("\0" + door.name)
@@ -117,11 +118,24 @@ def test_a_newcomer_for_whom_nothing_is_left_is_no_reason_to_spin() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1, last + 1))
             spare = door._spare
             door._spare = cast(OwnedFd, SimpleNamespace(close=lambda: None))
-            first = outcome(door.accept)
+            first = outcome(lambda: list(door.accept()))
             spare.close()
-            return first, isinstance(door.accept(), Connection)
+            return first, next(door.accept()).owner
 
-    assert in_child(body) == repr((Errno(EMFILE), True))
+    assert in_child(body) == repr((Errno(EMFILE), False))
+
+
+def test_no_newcomer_and_no_descriptor_is_no_trouble() -> None:
+    """The kernel looks for a number before it looks whether anybody is there."""
+
+    def body() -> object:
+        door = Door(1)
+        while (last := os.open(os.devnull, os.O_RDONLY)) < 100:
+            pass
+        resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1, last + 1))
+        return list(door.accept())
+
+    assert in_child(body) == "[]"
 
 
 def test_so_many_connections_have_the_key() -> None:
@@ -131,14 +145,35 @@ def test_so_many_connections_have_the_key() -> None:
         for _ in range(2):
             sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
             sock.connect("\0" + door.name)
-            connection = door.accept()
-            assert connection is not None
+            (connection,) = door.accept()
             stack.enter_context(closing(connection.channel))
             made.append(connection)
         assert door.admit(made[0], door.key)
         assert outcome(partial(door.admit, made[1], door.key)) == Errno(EMFILE)
         door.forget(made[0])
         assert door.admit(made[1], door.key)
+    door.listener.close()
+    door._spare.close()
+
+
+def test_a_turn_takes_some_of_a_crowd_and_drops_who_hung_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door_module, "_AT_A_TURN", 4)
+    door = Door(1)
+    with ExitStack() as stack:
+        for number in range(6):
+            sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            sock.connect("\0" + door.name)
+            if number not in (2, 3, 5):
+                sock.close()
+        for found in 2, 1:
+            made = list(door.accept())
+            assert len(made) == found
+            for connection in made:
+                stack.enter_context(closing(connection.channel))
+                # Those that were dropped are not known.
+                door.forget(connection)
+        assert door._outside == []
+        assert list(door.accept()) == []
     door.listener.close()
     door._spare.close()
 

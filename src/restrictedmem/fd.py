@@ -219,6 +219,13 @@ def speaks(sock: socket.socket) -> bool:
     return True
 
 
+def hung_up(sock: socket.socket) -> bool:
+    """Say whether the other end of a connection is closed (POLLHUP), whatever it has left to receive."""
+    poll = select.poll()
+    poll.register(sock, 0)
+    return bool(poll.poll(0))
+
+
 def all_read(sock: socket.socket) -> bool:
     """Say whether the other end of a connected socket has taken every message (SIOCOUTQ)."""
     waiting = array.array("i", [0])

@@ -225,13 +225,13 @@ class Service:
 
     def _accept(self) -> None:
         try:
-            connection = self._door.accept()
+            for connection in self._door.accept():
+                self._take(connection)
         except OSError:
             self._selector.unregister(self._door.listener)
             self._paused_until = time.monotonic() + _PAUSE
-            return
-        if connection is None:
-            return
+
+    def _take(self, connection: Connection) -> None:
         dispatch, end = partial(self._dispatch, connection), partial(self._end, connection)
         self._watch(connection.channel, lambda: self._serve(connection.channel, dispatch, end))
         surplus = self._door.surplus(connection.uid)

@@ -8,13 +8,14 @@ and in all: a further one takes the place of the oldest.
 import os
 import secrets
 import socket
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from errno import EMFILE, ENFILE
+from errno import EAGAIN, EMFILE, ENFILE
 from typing import Final, final
 
 from restrictedmem.burial import bury
-from restrictedmem.fd import peer_credentials, refuse_fds, spare
+from restrictedmem.fd import hung_up, peer_credentials, refuse_fds, spare
 from restrictedmem.service.wire import KEY_BYTES, Channel
 
 #: Abstract, so that it goes with the process; random, so that nobody can take it beforehand, nor
@@ -24,6 +25,8 @@ NAME: Final = "restrictedmem/{pid}/{word}"
 _MOST_OF_A_USER: Final = 8
 _MOST: Final = 64
 _BACKLOG: Final = 128
+#: Connections that are taken before others are heard again: a crowd has thousands.
+_AT_A_TURN: Final = 16
 
 
 @final
@@ -62,35 +65,43 @@ class Door:
         self._outside: list[Connection] = []
         self._spare = spare()
 
-    def accept(self) -> Connection | None:
-        """Take a connection, if there is one to be had.
+    def accept(self) -> Iterator[Connection]:
+        """Take the connections that wait, ``_AT_A_TURN`` at most; those that were hung up go at once.
 
         Raises:
-            OSError: EMFILE, ENFILE when it could not even be turned away: it waits, and whoever asks
-                again at once asks for ever.
+            OSError: EMFILE, ENFILE when one could not even be turned away: it waits, and whoever
+                asks again at once asks for ever.
         """
-        try:
-            sock, _ = self.listener.accept()
-        except OSError as error:
-            if error.errno in (EMFILE, ENFILE) and not self._turn_away():
-                raise
-            return None
-        sock.setblocking(True)
-        _, uid, _ = peer_credentials(sock)
-        connection = Connection(Channel(sock, "owner"), uid)
-        self._outside.append(connection)
-        return connection
+        for _ in range(_AT_A_TURN):
+            try:
+                sock, _ = self.listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in (EMFILE, ENFILE) and not self._turn_away():
+                    raise
+                continue
+            if hung_up(sock):
+                bury(sock)
+                continue
+            sock.setblocking(True)
+            _, uid, _ = peer_credentials(sock)
+            connection = Connection(Channel(sock, "owner"), uid)
+            self._outside.append(connection)
+            yield connection
 
     def _turn_away(self) -> bool:
         """Close the connection that comes next, for which no descriptor is left; false when that cannot be done now.
 
         The number that is kept for that may be lost: another thread is faster.
         """
-        done = False
         self._spare.close()
-        with suppress(OSError):
+        try:
             bury(self.listener.accept()[0])
             done = True
+        except OSError as error:
+            # There may be none: the kernel looks for a number first.
+            done = error.errno == EAGAIN
         with suppress(OSError):
             self._spare = spare()
         return done
