@@ -12,6 +12,7 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from errno import EAGAIN, EMFILE, ETIMEDOUT
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -19,7 +20,7 @@ import pytest
 
 from outcomes import Errno, outcome
 from processes import PATIENCE, children, descriptors, exists, family, stop, wait_until
-from restrictedmem.fd import peer_credentials
+from restrictedmem.fd import peer_credentials, readable
 from restrictedmem.kvm.vm import Vm
 from restrictedmem.service import server as serving
 from restrictedmem.service import wire
@@ -247,6 +248,66 @@ def test_no_descriptor_for_a_client_neither_ends_nor_spins_it(running: Running, 
         assert running.said == [f"clients have to wait: {os.strerror(EMFILE)}"]
         monkeypatch.setattr(Accepting, "fails", False)
         assert answer(sock)[0] == wire.READY.number
+
+
+def test_a_turn_takes_some_of_a_crowd_and_starts_nothing_for_who_hung_up(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[socket.socket] = []
+
+    def fail(theirs: socket.socket, *_: object, **__: object) -> None:
+        started.append(theirs)
+        raise OSError(EMFILE, os.strerror(EMFILE))
+
+    def gone() -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.connect(place)
+
+    monkeypatch.setattr(serving, "start_process", fail)
+    monkeypatch.setattr(serving, "_AT_A_TURN", PLACES + 2)
+    said: list[str] = []
+    with listen(place, 0o600) as (listener, _), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+        server = Server(listener, Options(), PLACES, said.append)
+        # More than a uid has places.
+        for _ in range(PLACES + 1):
+            gone()
+        client.connect(place)
+        gone()
+        server._accept()
+        assert answer(client)[0] == EMFILE
+        assert len(started) == 1
+        assert [line.partition(":")[0] for line in said] == [f"client {os.getpid()} of uid 0", f"client {os.getpid()}"]
+        assert server._users == {}
+        # The last is for another turn.
+        listener.accept()[0].close()
+        assert not readable([listener], 0)
+
+
+def test_who_hangs_up_while_it_waits_has_no_service_started(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "start_process", partial(pytest.fail, "a service was started"))
+    with listen(place, 0o600) as (listener, _):
+        said: list[str] = []
+        server = Server(listener, Options(), PLACES, said.append)
+        with monkeypatch.context() as patch, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+            patch.setattr(serving, "_AT_ONCE", 0)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as gone:
+                gone.connect(place)
+            client.connect(place)
+            server._accept()
+        # Who hung up before has no place.
+        (user,) = server._users.values()
+        assert user.places == 1
+        server._start_next(user)
+        assert (said, server._users, server._clients) == ([], {}, set())
+
+
+def test_no_client_and_no_descriptor_is_no_trouble(place: str) -> None:
+    said: list[str] = []
+    with listen(place, 0o600) as (made, _), Accepting(fileno=os.dup(made.fileno())) as listener:
+        Accepting.fails = True
+        try:
+            Server(listener, Options(), PLACES, said.append)._accept()
+        finally:
+            Accepting.fails = False
+    assert said == []
 
 
 # The command.

@@ -19,7 +19,7 @@ from math import inf
 from typing import TYPE_CHECKING, Final, Protocol, final
 
 from restrictedmem.burial import bury
-from restrictedmem.fd import OwnedFd, peer_credentials
+from restrictedmem.fd import OwnedFd, hung_up, peer_credentials, readable
 from restrictedmem.patience import SLICE, Clock
 from restrictedmem.service.client import START_DEADLINE, start_process
 from restrictedmem.service.uids import Uids
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 #: Services of one uid that are started at the same time.
 _AT_ONCE: Final = 2
+#: Connections that are taken before others are heard again: a crowd has thousands.
+_AT_A_TURN: Final = 64
 #: Seconds without accept(2) after it failed for want of descriptors or memory.
 _PAUSE: Final = 0.1
 
@@ -154,19 +156,31 @@ class Server:
     # One client, from its connection to the end of its service.
 
     def _accept(self) -> None:
-        try:
-            sock, _ = self._listener.accept()
-        except (BlockingIOError, ConnectionError):
-            return
-        except OSError as error:
-            # The connection stays in its queue, and the event would come again at once.
-            if not self._short:
-                self._say(f"clients have to wait: {error.strerror}")
-            self._short = True
-            self._forget(self._listener)
-            self._resume = self._clock.look() + _PAUSE
-            return
-        self._short = False
+        for _ in range(_AT_A_TURN):
+            try:
+                sock, _ = self._listener.accept()
+            except BlockingIOError:
+                return
+            except ConnectionError:
+                continue
+            except OSError as error:
+                # The kernel looks for a number first.
+                if not readable([self._listener], 0):
+                    return
+                # The connection stays in its queue, and the event would come again at once.
+                if not self._short:
+                    self._say(f"clients have to wait: {error.strerror}")
+                self._short = True
+                self._forget(self._listener)
+                self._resume = self._clock.look() + _PAUSE
+                return
+            self._short = False
+            if hung_up(sock):
+                bury(sock)
+            else:
+                self._take(sock)
+
+    def _take(self, sock: socket.socket) -> None:
         pid, uid, _ = peer_credentials(sock)
         client = _Client(pid, uid, sock)
         user = self._users.get(uid) or self._new_user(client)
@@ -206,6 +220,10 @@ class Server:
     def _start_next(self, user: _User) -> None:
         while user.waiting and user.starting < _AT_ONCE:
             client = user.waiting.popleft()
+            if hung_up(client.sock):
+                self._hang_up(client)
+                self._leave(client)
+                continue
             # Not before: who connects and hangs up, again and again, writes no log.
             self._say(f"client {client.pid} of {_whose(client.uid)}")
             user.full = False
