@@ -86,7 +86,7 @@ class Party:
         with Vm(self.service) as another:
             assert another.statistics()["engine"] == "software"
         assert self.vm.statistics()["private_bytes"] == SIZE
-        assert self.service.status()["last_error"] == ""
+        assert (said := self.service.status()["last_error"]) == "", said
 
     def close(self) -> None:
         self.vcpu.close()

@@ -425,7 +425,7 @@ def test_without_gdb_the_guest_goes_on(how: str, host: Host, guest: Path, tmp_pa
 def test_all_vcpus_stop_together_and_go_on(host: Host, guest: Path, tmp_path: Path) -> None:
     start, size = symbol(guest, "spin"), 64
     with debugged(host, guest, tmp_path, "s", vcpus=3) as run, Gdb(run.port) as client:
-        for _ in range(15):
+        for number in range(15):
             client.send(b"c")
             wait_for_more(run, guest)
             client.sock.sendall(b"\x03")
@@ -434,7 +434,8 @@ def test_all_vcpus_stop_together_and_go_on(host: Host, guest: Path, tmp_path: Pa
             for thread in (1, 2, 3):
                 assert client.ask(b"Hg%x" % thread) == b"OK"
                 rip = int.from_bytes(bytes.fromhex(client.ask(b"p10").decode()), "little")
-                assert start <= rip < start + size or thread > 1
+                # At first it may still wait for the others, one of which has counted.
+                assert start <= rip < start + size or thread > 1 or not number
                 assert client.ask(b"vCont;s:%x" % thread) == b"T05thread:%x;" % thread
             assert counted(run, guest) - stopped in range(4)
 

@@ -221,8 +221,9 @@ def test_books_that_do_not_balance_are_found(
 
 @pytest.mark.requires("fuse")
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
-    # What it started is below it, a service too, whose first parent ends.
+    # What it started is below it, a service too, whose first parent ends. Whoever starts this may ignore SIGINT.
     code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from restrictedmem.abi.process import PR_SET_CHILD_SUBREAPER, prctl; prctl(PR_SET_CHILD_SUBREAPER, 1)\n"
         "from restrictedmem.check import live; live.main(60, seed=9)"
     )

@@ -28,7 +28,7 @@ def in_child(probe: Callable[[], _T], deadline: float = DEADLINE) -> _T:
     """
     reader, writer = map(OwnedFd, os.pipe())
     with reader, writer:
-        child = os.fork()
+        child = process.fork()
         if child == 0:
             _answer(probe, writer.fileno())
         writer.close()

@@ -37,9 +37,10 @@ class _Area:
         self.memory = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_32BIT)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
 
-    def maps(self, rights: str, pid: int) -> io.StringIO:
+    def maps(self, rights: str, pid: int) -> io.BytesIO:
         """Return /proc/PID/maps."""
-        return io.StringIO(f"{self.address:x}-{self.address + mmap.PAGESIZE:x} {rights} 00000000 00:01 1 /dev/zero (deleted)\n")
+        line = f"{self.address:x}-{self.address + mmap.PAGESIZE:x} {rights} 00000000 00:01 1 /dev/zero (deleted)\n"
+        return io.BytesIO(line.encode())
 
 
 _area: Final = cache(_Area)

@@ -114,6 +114,6 @@ MISTAKES: Final[dict[str, tuple[Mistake, ...]]] = {
     "supervisor": (
         Mistake("syscall.supervisor:Supervisor._hear", "flags = data.arg0 & _U32", "flags = data.arg0"),
         Mistake("syscall.supervisor:Supervisor._tell_file_system", "data.arg1 & _U32 != _STATFS64_I386.size", "not data.arg1"),
-        Mistake("syscall.scout:_Looks.write", '_spans(maps, "w")', "_spans(maps)"),
+        Mistake("syscall.scout:_Looks.write", '_spans(maps, b"w")', "_spans(maps)"),
     ),
 }

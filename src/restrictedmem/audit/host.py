@@ -8,6 +8,7 @@ from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Final, NoReturn
 
+from restrictedmem.abi import process
 from restrictedmem.abi.process import CLONE_NEWNS
 from restrictedmem.audit import calls
 from restrictedmem.audit.attempt import Buffer, Route
@@ -52,7 +53,7 @@ def _namespace_above(owner: Owner) -> Iterator[Buffer]:
     """Start a service inside a user namespace of the owner's, and look into its engine from outside."""
     reader, writer = os.pipe()
     hold, release = os.pipe()
-    child = os.fork()
+    child = process.fork()
     if child == 0:
         os.close(release)
         _inside(owner, writer, hold)

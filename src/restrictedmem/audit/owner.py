@@ -74,7 +74,7 @@ def fork_twin(keep: Callable[[], object] = lambda: None) -> int:
     """Fork a process that has this one's memory and what ``keep`` returns, and does nothing; the caller kills and reaps it."""
     parent = os.getpid()
     reader, writer = os.pipe()
-    child = os.fork()
+    child = process.fork()
     if child == 0:
         process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
         kept = keep()

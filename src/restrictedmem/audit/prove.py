@@ -14,6 +14,7 @@ from functools import partial
 from itertools import chain, zip_longest
 from typing import Any, Final, NoReturn, final
 
+from restrictedmem.abi import process
 from restrictedmem.audit import descriptor, host, namespaces, processes, sockets, vm
 from restrictedmem.audit.attempt import Attempt, Outcome, Route, attempt
 from restrictedmem.audit.guest import HeldGuest, held_guest
@@ -85,7 +86,7 @@ def _as_owner(
 ) -> Iterator[Attempt]:
     """Try routes in a child that holds all that this process holds, but for its capabilities."""
     reader, writer = os.pipe()
-    child = os.fork()
+    child = process.fork()
     if child == 0:
         os.close(reader)
         _try_all(owner, routes, writer, as_root=as_root)

@@ -18,6 +18,7 @@ from errno import EINVAL
 from pathlib import Path
 from typing import Any, Final, final
 
+from restrictedmem.abi import process
 from restrictedmem.check.board import Progress
 from restrictedmem.check.explorer import Violation
 from restrictedmem.check.owner import NAMES, OPERATIONS, PATIENCE, Ground, Plan, be_owner, be_second, wait_for
@@ -164,7 +165,7 @@ class _Child:
         self.progress = Progress(NAMES)
         self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.report: dict[str, Any] | None = None
-        self._pid = os.fork()
+        self._pid = process.fork()
         if self._pid == 0:
             try:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -73,7 +73,7 @@ def _answer_one_call() -> None:
         seccomp.answer(seccomp.SECCOMP_RET_ALLOW),
     ]
     with memory.memfd_create("restrictedmem-doctor") as file, seccomp.install(program, seccomp.FilterFlag.NEW_LISTENER) as listener:
-        caller = os.fork()
+        caller = process.fork()
         if caller == 0:
             _call(os.fstat(file.fileno()).st_ino)
         notification = seccomp.seccomp_notif(data=seccomp.seccomp_data())
