@@ -67,6 +67,16 @@ def stop(pid: int) -> None:
     wait_until(lambda: _all_are(pid, "Tt"), f"process {pid} to stop")
 
 
+@contextmanager
+def stopped(pid: int) -> Generator[None]:
+    """Keep a process stopped meanwhile."""
+    try:
+        stop(pid)
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 def go_on(pid: int) -> None:
     """Continue a process all of whose threads were waiting, and wait until they do so again: before that one may not have run yet."""
     os.kill(pid, signal.SIGCONT)

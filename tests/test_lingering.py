@@ -21,7 +21,7 @@ import pytest
 
 from lingering import LINGER, SOON, let_linger
 from outcomes import Errno, outcome
-from processes import children, process, stop, wait_gone, wait_until
+from processes import children, process, stopped, wait_gone, wait_until
 from restrictedmem import burial, fd
 from restrictedmem.burial import bury
 from restrictedmem.fd import receive_without_fds
@@ -215,15 +215,6 @@ def stranger(act: Callable[[ExitStack], object]) -> Generator[None]:
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-
-
-@contextmanager
-def stopped(pid: int) -> Generator[None]:
-    try:
-        stop(pid)
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 def connected(path: str) -> socket.socket:

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from mute_server import mute_file
-from processes import children, descriptors, family, process, queued, wait_gone, wait_until
+from processes import children, descriptors, family, process, queued, stopped, wait_gone, wait_until
 from restrictedmem.abi import kvm, memory
 from restrictedmem.abi import userfaultfd as uffd
 from restrictedmem.devkvm import address_of
 from restrictedmem.fd import OwnedFd, readable
-from restrictedmem.kvm import exits, wire
+from restrictedmem.kvm import checker, exits, wire
 from restrictedmem.kvm import process as kvm_process
 from restrictedmem.kvm.half import is_memfd
 from restrictedmem.kvm.serving import serve_one
@@ -313,6 +313,45 @@ def test_memfds_are_told_without_their_file_systems(tmp_path: Path) -> None:
         assert not any(map(is_memfd, (reader, writer, opened, ours, theirs, path)))
         # A plain file of tmpfs is as good as a memfd; one of another file system is not.
         assert is_memfd(file) is _on_tmpfs(tmp_path)
+
+
+def test_what_an_owner_that_has_gone_asked_for_is_not_done(service: Service) -> None:
+    vm = Vm(service, engine="software")
+    engine = process(int(vm.statistics()["pid"]))
+    assert engine is not None
+    with vm.start_trace() as reader:
+        with stopped(engine.pid):
+            asked = bytes(kvm.kvm_memory_attributes(address=GPA, size=PAGE, attributes=kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE))
+            for _ in range(20):
+                vm._channel.sock.send(request(wire.SET_MEMORY_ATTRIBUTES.number, asked))
+            vm.close()
+        reader.settimeout(20)
+        told = b"".join(iter(lambda: reader.recv(1 << 16), b""))
+    assert b'"event":"attributes"' not in told
+    wait_gone([engine])
+
+
+def test_a_question_to_the_checker_that_was_given_up_is_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    ours, theirs = Channel.pair("owner")
+    with theirs, memory.memfd_create("m", os.MFD_ALLOW_SEALING) as memfd:
+        intake = checker.start(ours, ())
+        socket.send_fds(theirs, [request(1)], [memfd.fileno()])
+        message = intake.receive()
+        assert message is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(checker, "receive_with_fds", no_memory)
+            with pytest.raises(MemoryError):
+                intake.forbid_shrinking(message.fds[0].fileno())
+        socket.send_fds(theirs, [request(2)], [memfd.fileno()])
+        with pytest.raises(OSError) as caught:
+            intake.receive()
+        assert caught.value.errno == ETIMEDOUT
+        message.fds[0].close()
+        intake.close()
+        ours.close()
 
 
 @contextmanager

@@ -237,7 +237,7 @@ def _space(args: argparse.Namespace) -> str:
 
 
 def _tell_lost(path: str, count: int) -> None:
-    print(f"{path}: {count} events are missing, which found the pipe full (docs/trace.md)", file=sys.stderr)
+    print(f"{path}: {count} events are missing, which found the socket full (docs/trace.md)", file=sys.stderr)
 
 
 def _engine(args: argparse.Namespace) -> str:

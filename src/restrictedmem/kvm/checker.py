@@ -125,6 +125,10 @@ class Intake:
         except OSError as error:
             if error.errno == EMSGSIZE:
                 raise RefusedError(EMFILE, "there is no room for one more descriptor") from None
+        except BaseException:
+            # Its answer may still come, and would be taken for the next one's.
+            self.close()
+            raise
         self.close()
         return None
 

@@ -72,12 +72,13 @@ class Machine:
         self._watched.register(vm_fd, select.EPOLLIN)
         vm_open = True
         while vm_open or self._open:
-            for fd, _ in self._watched.poll(self._memory.report_due_in()):
+            for fd, events in self._watched.poll(self._memory.report_due_in()):
                 if fd in self._open:
                     # The owner hung up, or it spoke while its last call was being answered.
                     self._watched.unregister(fd)
                     self._open.pop(fd).let_go()
-                elif fd == vm_fd and not serve_one(self._owner, self._intake.receive, dispatch):
+                elif fd == vm_fd and (events & select.EPOLLHUP or not serve_one(self._owner, self._intake.receive, dispatch)):
+                    # What an owner that has gone had asked for, hundreds of requests perhaps, is nobody's wish.
                     self._watched.unregister(vm_fd)
                     vm_open = False
                     hang_up(self._owner)
