@@ -16,7 +16,7 @@ from restrictedmem.kvm import vm_memory
 from restrictedmem.machine import finding
 from restrictedmem.machine import memory as memory_probes
 from restrictedmem.machine.finding import State
-from restrictedmem.service import ending, oom
+from restrictedmem.service import cgroup, ending, oom
 from restrictedmem.syscall import scout
 
 #: What ends a line for ``open`` or ``str.splitlines``, and not for the kernel.
@@ -75,12 +75,14 @@ def test_a_cgroups_name_is_one(end: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert process.cgroups() == [(b"cpu", name), (b"memory", name), (b"", b"/")]
     shown = name.decode(errors="replace")
     assert vm_memory.cgroup() == shown
-    assert ending._counter() == (shown, b"/sys/fs/cgroup/memory%b/memory.oom_control" % name)
-    # The limit is found by the name's own bytes.
-    limits = tmp_path / "memory" / os.fsdecode(name[1:])
-    limits.mkdir(parents=True)
-    (limits / "limit").write_text("4096\n", encoding="ascii")
-    monkeypatch.setattr(oom, "_LIMITS", {b"memory": (str(tmp_path / "memory"), "limit")})
+    # Its files are found by the name's own bytes.
+    mounts = tmp_path / "mountinfo"
+    mounts.write_bytes(b"1 1 0:1 / %b rw - cgroup cgroup rw,memory\n" % os.fsencode(tmp_path / "memory"))
+    instead(monkeypatch, cgroup, mounts)
+    directory = tmp_path / "memory" / os.fsdecode(name[1:])
+    assert ending._counter() == (shown, str(directory / "memory.oom_control"))
+    directory.mkdir(parents=True)
+    (directory / "memory.limit_in_bytes").write_text("4096\n", encoding="ascii")
     assert oom._memory() == 4096
 
 

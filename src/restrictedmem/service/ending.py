@@ -10,9 +10,9 @@ from contextlib import suppress
 from errno import EIO, ENOMEM
 from typing import Final, final
 
-from restrictedmem.abi import process
 from restrictedmem.failure import failed
 from restrictedmem.fd import OwnedFd
+from restrictedmem.service.cgroup import Cgroup
 
 #: The exit status of a child whose program failed with what is no errno.
 FAULT: Final = 255
@@ -144,12 +144,9 @@ class OomKills:
         return 0
 
 
-def _counter() -> tuple[str, bytes]:
+def _counter() -> tuple[str, str]:
     """Find the counter of kills: memory.events of cgroup v2, memory.oom_control of v1 (Linux 4.13)."""
-    with suppress(OSError):
-        for controllers, path in process.cgroups():
-            if b"memory" in controllers.split(b","):
-                return path.decode(errors="replace"), b"/sys/fs/cgroup/memory%b/memory.oom_control" % path
-            if not controllers and os.path.exists(found := b"/sys/fs/cgroup%b/memory.events" % path):
-                return path.decode(errors="replace"), found
-    return "", b""
+    own = Cgroup.own()
+    if own is None:
+        return "", ""
+    return own.path, str(own.directory / ("memory.events" if own.version == 2 else "memory.oom_control"))

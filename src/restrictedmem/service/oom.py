@@ -7,17 +7,14 @@ has filled the memory of all. So a service says in oom_score_adj what its files 
 
 import os
 from contextlib import suppress
-from pathlib import Path
 from typing import Final, Self, final
 
 from restrictedmem import sync
-from restrictedmem.abi import process
 from restrictedmem.fd import OwnedFd
+from restrictedmem.service.cgroup import Cgroup
 
 #: oom_score_adj of a process that counts as if it had all memory (OOM_SCORE_ADJ_MAX).
 _ALL: Final = 1000
-#: By the controller in /proc/self/cgroup, none for version 2: where it is mounted, and the file with the limit, in bytes.
-_LIMITS: Final = {b"": ("/sys/fs/cgroup", "memory.max"), b"memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")}
 
 
 @final
@@ -56,12 +53,11 @@ class OomScore:
 def _memory() -> int:
     """Return the bytes that this process may share with others: the machine's, or the least limit of its cgroups."""
     found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for controllers, cgroup in process.cgroups():
-        if controllers in _LIMITS:
-            root, name = _LIMITS[controllers]
-            path = Path(os.fsdecode(cgroup))
-            for group in (path, *path.parents):
-                # "max" is no limit; the root has no such file.
-                with suppress(OSError, ValueError):
-                    found.append(int(Path(f"{root}{group}/{name}").read_text(encoding="ascii")))
+    own = Cgroup.own()
+    if own is not None:
+        name = "memory.max" if own.version == 2 else "memory.limit_in_bytes"
+        for directory in (own.directory, *own.directory.parents):
+            # "max" is no limit; the root of version 2 has no such file, nor what is above.
+            with suppress(OSError, ValueError):
+                found.append(int((directory / name).read_text(encoding="ascii")))
     return max(min(found), 1)
