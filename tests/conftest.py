@@ -27,6 +27,7 @@ import hugetlb
 from restrictedmem.abi import memory, process, seccomp
 from restrictedmem.devkvm import Kvm
 from restrictedmem.kvm.kernel.vm import new_vm
+from restrictedmem.service.cgroup import Cgroup
 from turns import Turns
 
 # How fast examples come depends on what else the machine does.
@@ -85,6 +86,14 @@ def _guard() -> str:
 def _root() -> str:
     everything = process.effective_capabilities() >> 21 & 1
     return "" if os.geteuid() == 0 and everything else "not root with CAP_SYS_ADMIN"
+
+
+def _memory_cgroup() -> str:
+    own = Cgroup.own()
+    if own is None or not os.access(own.directory, os.W_OK):
+        return "no cgroup with the memory controller can be made here"
+    enabled = own.version == 1 or "memory" in (own.directory / "cgroup.subtree_control").read_text(encoding="ascii").split()
+    return "" if enabled else f"{own.directory} has no memory controller for cgroups below it"
 
 
 def _cc() -> str:
@@ -159,6 +168,7 @@ FEATURES: dict[str, Callable[[], str]] = {
     "inotify": _inotify,
     "guard": _guard,
     "root": _root,
+    "memory-cgroup": _memory_cgroup,
     "cc": _cc,
     "fusermount": _fusermount,
     "gdb": _gdb,

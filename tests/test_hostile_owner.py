@@ -26,6 +26,7 @@ from attacks import ATTACKS, PTRACE_CONT, WALL, attach_and_stop, ptrace, search,
 from outcomes import Errno, in_child, outcome
 from processes import family, stop, wait_gone
 from restrictedmem.abi import process as this_process
+from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm import guest_abi
 from restrictedmem.kvm.vm import Vm
 from restrictedmem.service import client
@@ -287,9 +288,14 @@ def caught_at_exec(spy: Spy) -> Generator[None, None, None]:
     honest = client.start_process
 
     def start_process(
-        theirs: socket.socket, options: Options, inherited: Sequence[int] = (), *, own_session: bool = False
+        theirs: socket.socket,
+        options: Options,
+        inherited: Sequence[int] = (),
+        *,
+        own_session: bool = False,
+        cgroup: OwnedFd | None = None,
     ) -> "subprocess.Popen[bytes]":
-        started = honest(theirs, options, inherited, own_session=own_session)
+        started = honest(theirs, options, inherited, own_session=own_session, cgroup=cgroup)
         spy.catch(started.pid)
         return started
 

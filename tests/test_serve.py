@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from errno import EACCES, EAGAIN, EINVAL, ENOTCONN, EPERM
 from pathlib import Path
@@ -47,9 +47,9 @@ FIRST_UID = 3_000_000_000 + 8 * os.getpid()
 class Server:
     """A running ``serve``: its socket, and what it says."""
 
-    def __init__(self, *arguments: str, socket_path: str) -> None:
+    def __init__(self, *arguments: str, socket_path: str, within: Sequence[str] = ()) -> None:
         self.socket = socket_path
-        command = [sys.executable, "-m", "restrictedmem", "serve", "--socket", socket_path, *arguments]
+        command = [*within, sys.executable, "-m", "restrictedmem", "serve", "--socket", socket_path, *arguments]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.said() == f"listening on {socket_path}"
 

@@ -20,7 +20,7 @@ import pytest
 
 from outcomes import Errno, outcome
 from processes import PATIENCE, children, descriptors, exists, family, stop, wait_until
-from restrictedmem.fd import peer_credentials, readable
+from restrictedmem.fd import OwnedFd, peer_credentials, readable
 from restrictedmem.kvm.vm import Vm
 from restrictedmem.service import server as serving
 from restrictedmem.service import wire
@@ -65,9 +65,11 @@ class Running:
         self._thread = threading.Thread(target=lambda: self.server.run(self._stop[0]))
         self._thread.start()
 
-    def start(self, theirs: socket.socket, options: Options, inherited: Sequence[int], *, own_session: bool) -> subprocess.Popen[bytes]:
+    def start(
+        self, theirs: socket.socket, options: Options, inherited: Sequence[int], *, own_session: bool, cgroup: OwnedFd | None
+    ) -> subprocess.Popen[bytes]:
         if peer_credentials(theirs)[1] != STUCK:
-            return self._honest(theirs, options, inherited, own_session=own_session)
+            return self._honest(theirs, options, inherited, own_session=own_session, cgroup=cgroup)
         keep = [theirs.fileno(), *inherited]
         self.stuck.append(subprocess.Popen(["sleep", "1000"], pass_fds=keep))
         return self.stuck[-1]

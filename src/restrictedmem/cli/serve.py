@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from restrictedmem.cli import values
@@ -17,6 +18,7 @@ from restrictedmem.mm import design
 from restrictedmem.mm.backing import KINDS, make_backing
 
 if TYPE_CHECKING:
+    from restrictedmem.service.client_cgroups import ClientCgroups
     from restrictedmem.service.start import Options
 
 #: Services of one uid.
@@ -26,6 +28,10 @@ _LAST_WORDS = 1.0
 _MOST_MODE = 0o777
 #: The next is no uid.
 _LAST_UID = (1 << 32) - 2
+_CGROUP_HINT = (
+    "start it in a cgroup of its own that it may write: systemd-run -p Delegate=memory (a unit: Delegate=memory); "
+    "in a container, with /sys/fs/cgroup writable"
+)
 _KEY_HINT = "make one: umask 077; openssl genpkey -algorithm ed25519 -out FILE"
 
 
@@ -69,7 +75,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--memory-max",
         type=values.memory_size,
         metavar="SIZE",
-        help="what a descriptor may hold at most; a client may have many, and all pages are charged to this command's cgroup",
+        help="what a descriptor may hold at most; a client may have many (--client-memory)",
+    )
+    parser.add_argument(
+        "--client-memory",
+        type=values.memory_size,
+        metavar="SIZE",
+        help="what all services of clients of one uid may take together, with engines and guests: they are in a cgroup of their own, and "
+        "when that is full, the kernel kills in it alone (docs/threat-model.md; default: all services are in this command's cgroup)",
     )
     parser.add_argument(
         "--design",
@@ -114,10 +127,10 @@ def main(args: argparse.Namespace) -> int:
     process.raise_fd_limit()
     say = Said()
     stop = _stop_at(signal.SIGINT, signal.SIGTERM)
-    with listen(args.socket, args.mode) as (listener, dangers):
+    with _cgroups(args.client_memory) as cgroups, listen(args.socket, args.mode) as (listener, dangers):
         for danger in dangers:
             say(f"warning: {danger}, who can put another socket in the place of this one")
-        server = Server(listener, options, args.max_per_user, say, uids)
+        server = Server(listener, options, args.max_per_user, say, uids, cgroups)
         say(f"listening on {args.socket}")
         server.run(stop.fileno())
     say.flush(_LAST_WORDS)
@@ -168,6 +181,17 @@ def _check(options: "Options") -> None:
             program.load(name, path)
     except OSError as error:
         raise CommandError(line_of(error)) from None
+
+
+def _cgroups(limit: int | None) -> "AbstractContextManager[ClientCgroups | None]":
+    if limit is None:
+        return nullcontext()
+    from restrictedmem.service.client_cgroups import ClientCgroups
+
+    try:
+        return ClientCgroups(limit)
+    except OSError as error:
+        raise CommandError(f"--client-memory: {line_of(error)}", _CGROUP_HINT) from None
 
 
 def _check_key(path: str) -> str:

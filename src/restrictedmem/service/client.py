@@ -42,6 +42,8 @@ _OWN_ENDING_DEADLINE: Final = 0.1
 START_DEADLINE: Final = 30.0
 
 _START: Final = "import sys; sys.path.insert(0, sys.argv[1]); from restrictedmem.service.start import main; main(sys.argv[2:])"
+#: First of all, for what a process has by then stays charged where it was.
+_ENTER: Final = "import os, sys; fd = int(sys.argv.pop()); os.write(fd, b'0'); os.close(fd); "
 #: What an interpreter has to have on its path to find this package.
 PACKAGE_ROOT: Final = str(Path(__file__).resolve().parent.parent.parent)
 
@@ -406,24 +408,30 @@ def start_process(
     inherited: Sequence[int] = (),
     *,
     own_session: bool = False,
+    cgroup: OwnedFd | None = None,
 ) -> subprocess.Popen[bytes]:
     """Run ``service.start`` by exec, connected to ``theirs``; it ends as soon as the service runs.
 
     Descriptors in ``inherited`` stay open in all that it forks: service, spawner and consumers. They
     share this process's session, and so its scheduling group (sched_autogroup), unless it is an
-    ``own_session``.
+    ``own_session``. ``cgroup`` is the cgroup.procs of one that all of them are to be in.
     Isolated, so that neither PYTHON* variables nor the current directory choose what a trusted process imports.
     """
     debug = {name: os.environ[name] for name in ("RESTRICTEDMEM_DEBUG",) if name in os.environ}
     # Where the owner has closed standard descriptors, theirs may be one of those; /dev/null takes its place.
     with ExitStack() as stack:
-        first, *others = [stack.enter_context(above_standard(fd)) for fd in (theirs.fileno(), *inherited)]
+        entered = () if cgroup is None else (cgroup.fileno(),)
+        passed = [stack.enter_context(above_standard(fd)).fileno() for fd in (theirs.fileno(), *inherited, *entered)]
+        command = [sys.executable, "-I", "-c", _START, PACKAGE_ROOT, str(passed[0]), options.dump()]
+        if cgroup is not None:
+            command[3] = _ENTER + _START
+            command.append(str(passed[-1]))
         return subprocess.Popen(
-            [sys.executable, "-I", "-c", _START, PACKAGE_ROOT, str(first.fileno()), options.dump()],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=None if debug else subprocess.DEVNULL,
-            pass_fds=[first.fileno(), *(fd.fileno() for fd in others)],
+            pass_fds=passed,
             env={"PATH": os.environ.get("PATH", os.defpath), **debug},
             start_new_session=own_session,
         )

@@ -11,7 +11,7 @@ import socket
 import subprocess
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from errno import EAGAIN, ETIMEDOUT
 from functools import partial
@@ -22,6 +22,7 @@ from restrictedmem.burial import bury
 from restrictedmem.fd import OwnedFd, hung_up, peer_credentials, readable
 from restrictedmem.patience import SLICE, Clock
 from restrictedmem.service.client import START_DEADLINE, start_process
+from restrictedmem.service.client_cgroups import ClientCgroups
 from restrictedmem.service.uids import Uids
 from restrictedmem.service.wire import Channel
 from restrictedmem.users import is_known
@@ -79,7 +80,7 @@ class Server:
     """Serves the clients of a listening socket that does not wait.
 
     Each uid has ``most`` places; ``say`` is told what happens. Where there are ``uids``, the
-    services of each uid become one of them (``uids``).
+    services of each uid become one of them (``uids``), where there are ``cgroups``, they are in one.
     """
 
     def __init__(
@@ -89,12 +90,14 @@ class Server:
         most: int,
         say: Callable[[str], None],
         uids: Sequence[int] = (),
+        cgroups: ClientCgroups | None = None,
     ) -> None:
         self._listener = listener
         self._options = options
         self._most = most
         self._say = say
         self._uids = Uids(uids)
+        self._cgroups = cgroups
         #: Whether it was said, since one came free, that all of them are taken.
         self._crowded = False
         self._users: dict[int, _User] = {}
@@ -241,13 +244,14 @@ class Server:
     def _start(self, client: _Client) -> None:
         reader, writer = map(OwnedFd, os.pipe())
         try:
-            with reader:
+            with reader, self._cgroup_for(client) as cgroup:
                 # Of the processor too each client has its own share, its service's start included.
                 process = start_process(
                     client.sock,
                     self._options_for(client),
                     [reader.fileno()],
                     own_session=True,
+                    cgroup=cgroup,
                 )
             try:
                 pidfd = OwnedFd(os.pidfd_open(process.pid))
@@ -266,6 +270,9 @@ class Server:
     def _options_for(self, client: _Client) -> "Options":
         own = self._users[client.uid].own
         return self._options if own is None else replace(self._options, become=(own, own))
+
+    def _cgroup_for(self, client: _Client) -> AbstractContextManager[OwnedFd | None]:
+        return nullcontext() if self._cgroups is None else self._cgroups.open(client.uid)
 
     def _refuse(self, client: _Client, error: OSError) -> None:
         self._say(f"client {client.pid}: {error.strerror}")
@@ -325,6 +332,8 @@ class Server:
             self._crowded = False
             if user.own is not None:
                 self._uids.rest(client.uid)
+            if self._cgroups is not None:
+                self._cgroups.remove(client.uid)
 
 
 def _whose(uid: int) -> str:
