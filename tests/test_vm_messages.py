@@ -331,6 +331,25 @@ def test_what_an_owner_that_has_gone_asked_for_is_not_done(service: Service) -> 
     wait_gone([engine])
 
 
+@pytest.mark.parametrize("last", [b"", b"x"], ids=["the owner ended", "a malformed message"])
+def test_an_engine_ends_whose_vm_holds_the_owners_end_of_a_vcpu(service: Service, last: bytes) -> None:
+    """Nobody reads the VM's socket any more then, and the vCPU's would never hang up."""
+    vm = Vm(service, engine="software")
+    vcpu = started(service, vm, SPIN)
+    engine = process(int(vm.statistics()["pid"]))
+    assert engine is not None
+    vcpu._channel.sock.send(request(wire.RUN.number, wire.COMPLETION.pack(0)))
+    with stopped(engine.pid):
+        if last:
+            vm._channel.sock.send(last)
+        for _ in range(3):
+            vm._channel.sock.send(request(wire.STATISTICS.number))
+            socket.send_fds(vm._channel.sock, [request(wire.STATISTICS.number)], [vcpu._channel.fileno()])
+        vcpu.close()
+        vm.close()
+    wait_gone([engine])
+
+
 def test_a_question_to_the_checker_that_was_given_up_is_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_memory(*_: object) -> None:
         raise MemoryError

@@ -91,6 +91,18 @@ class Intake:
         if errno:
             raise OSError(errno, answer[0][_ANSWER.size :].decode())
 
+    def drop_rest(self) -> None:
+        """Take what is left in a socket that was shut down, for nothing: a vCPU's owner among it would never hang up."""
+        while True:
+            try:
+                message = self.receive()
+            except OSError:
+                # It is gone from the queue all the same.
+                continue
+            if message is None:
+                return
+            close_all(message.fds)
+
     def _drop(self) -> None:
         """Have the kernel drop the next message. One that lingers (SO_LINGER) ends the engine.
 

@@ -82,6 +82,7 @@ class Machine:
                     self._watched.unregister(vm_fd)
                     vm_open = False
                     hang_up(self._owner)
+                    self._intake.drop_rest()
                     self._intake.close()
             self._memory.report_if_due()
 
