@@ -429,7 +429,7 @@ print(call(0), flush=True); sys.stdin.readline()
         os.kill(supervisor, signal.SIGKILL)
         go_on(process)
         assert heard(process) == -ENOSYS
-        assert writes(stuck)
+        wait_for("the scout to be held again, which the signal woke", lambda: writes(stuck))
 
 
 # The service.
