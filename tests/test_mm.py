@@ -8,7 +8,8 @@ import threading
 from collections.abc import Callable, Iterator
 from errno import EFAULT, EFBIG, EINTR, EINVAL, ENOSPC, EOPNOTSUPP, EPERM
 from functools import partial
-from typing import final
+from itertools import combinations_with_replacement
+from typing import cast, final
 
 import pytest
 
@@ -24,6 +25,7 @@ from restrictedmem.mm.notifier import Api
 from restrictedmem.mm.pages import Pages
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.mm.sequence import InvalidationSequence
+from restrictedmem.sync import SharedWords
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SIZE, PageRange, pgoff_t
 from waiting import wait_for, waits
 
@@ -275,6 +277,41 @@ def test_sequence_merges_ranges_that_overlap_in_time() -> None:
     # Whoever took the sequence before has to start again, wherever it was.
     assert sequence.retry(before, pgoff_t(1000), pgoff_t(1001))
     assert sequence.snapshot() == before + 2
+    sequence.close()
+
+
+@final
+class _Words:
+    """A sequence's words: stores are kept for later, and come one by one before the loads of ``moments``."""
+
+    def __init__(self, words: SharedWords) -> None:
+        self._words = words
+        self._stores: list[tuple[int, int]] = []
+        self._loads = 0
+        self.moments: list[int] | None = None
+
+    def write(self, index: int, value: int) -> None:
+        self._stores.append((index, value))
+
+    def read(self, index: int) -> int:
+        while self.moments and self.moments[0] <= self._loads:
+            self.moments.pop(0)
+            self._words.write(*self._stores.pop(0))
+        self._loads += self.moments is not None
+        return self._words.read(index)
+
+
+@pytest.mark.parametrize("moments", list(combinations_with_replacement(range(5), 2)))
+def test_a_reader_finds_an_invalidation_however_it_ends_meanwhile(moments: tuple[int, int]) -> None:
+    """An engine that maps a page got before the punch would leave the guest a freed one."""
+    sequence = InvalidationSequence.create()
+    before = sequence.snapshot()
+    sequence.begin(pgoff_t(10), pgoff_t(20))
+    words, sequence._words = sequence._words, cast("SharedWords", interleaved := _Words(sequence._words))
+    sequence.end()
+    interleaved.moments = list(moments)
+    assert sequence.retry(before, pgoff_t(15), pgoff_t(16))
+    sequence._words = words
     sequence.close()
 
 
