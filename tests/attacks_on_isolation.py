@@ -17,7 +17,6 @@ from typing import Final, cast
 
 from field import Attack, Field, knock, started, with_private_memory
 from outcomes import Errno, outcome
-from processes import wait_until
 from restrictedmem.audit import namespaces
 from restrictedmem.audit.attempt import Outcome, attempt
 from restrictedmem.audit.owner import Owner, parent_of
@@ -31,6 +30,7 @@ from restrictedmem.service.listener import listen
 from restrictedmem.service.start import Options
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PAGE_SIZE as PAGE
+from waiting import wait_until
 
 PUPPET: Final = Path(__file__).parent / "consumers" / "puppet.py"
 

@@ -18,7 +18,7 @@ from typing import Final
 
 from field import SIZE, Attack, Field, knock, started, with_private_memory, works
 from outcomes import Errno, outcome
-from processes import PATIENCE, family, process, stop, wait_gone, wait_until
+from processes import family, process, stop, wait_gone
 from restrictedmem.abi import memory, userfaultfd
 from restrictedmem.audit.owner import parent_of
 from restrictedmem.fd import readable, send_with_fds
@@ -30,6 +30,7 @@ from restrictedmem.service.start import Options
 from restrictedmem.units import PAGE_SIZE as PAGE
 from under_exec import PRELUDE
 from users import ORDINARY, as_user, forbid
+from waiting import PATIENCE, wait_until
 
 #: jmp to itself
 _SPIN: Final = bytes.fromhex("ebfe")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final, Self, final
 
 from mute_server import MuteServer
-from processes import Process, children, descriptors, wait_until
+from processes import Process, children, descriptors
 from restrictedmem.abi import memory
 from restrictedmem.abi.process import PR_SET_CHILD_SUBREAPER, prctl
 from restrictedmem.audit.owner import drop_capabilities
@@ -24,6 +24,7 @@ from restrictedmem.service.start import Options
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PAGE_SIZE as PAGE
 from users import as_user
+from waiting import wait_until
 
 SIZE: Final = 16 * PAGE
 #: out %al, $0x42; jmp back

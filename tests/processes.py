@@ -8,8 +8,7 @@ import resource
 import signal
 import socket
 import termios
-import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +17,7 @@ from typing import NoReturn
 from restrictedmem.abi.process import PR_SET_PDEATHSIG, prctl
 from restrictedmem.fd import OwnedFd
 from restrictedmem.service.client import Service
-
-#: Seconds after which something that was to happen did not.
-PATIENCE = 20.0
-
-
-def wait_until(condition: Callable[[], object], what: str, patience: float = PATIENCE) -> None:
-    """Poll until something holds; ``what`` is what a failure says was waited for."""
-    deadline = time.monotonic() + patience
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {patience:g} s for {what}"
-        time.sleep(0.002)
+from waiting import PATIENCE, wait_until
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any, Final, final
 import pytest
 
 from outcomes import Errno, outcome
-from processes import PATIENCE, exists, family, wait_until
+from processes import exists, family
 from restrictedmem import guests
 from restrictedmem.abi import process
 from restrictedmem.kvm import elf, exits, guest_abi
@@ -28,6 +28,7 @@ from restrictedmem.service.client_cgroups import ClientCgroups
 from test_proc_text import instead
 from test_serve import CLIENT, SERVICE_USER, Server, place, served
 from users import as_user
+from waiting import PATIENCE, wait_until
 
 __all__ = ["place"]
 

@@ -23,7 +23,7 @@ import pytest
 
 import hugetlb
 from outcomes import Errno, in_child, outcome
-from processes import be_idle, family, go_on, high, process, stop, wait_gone, wait_until
+from processes import be_idle, family, go_on, high, process, stop, wait_gone
 from restrictedmem import sync
 from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import EHWPOISON
@@ -47,7 +47,7 @@ from restrictedmem.service.wire import Call, Channel
 from restrictedmem.units import MAX_FILE_BYTES, PageRange, pgoff_t
 from restrictedmem.units import PAGE_SIZE as PAGE
 from users import as_user
-from waiting import wait_for
+from waiting import wait_until
 
 if TYPE_CHECKING:
     from restrictedmem.service.signing import Signer
@@ -755,7 +755,7 @@ def test_a_late_answer_is_waited_for(service: Service, fd: int) -> None:
         puppet("manner", file, "stop")
 
         def let_go_on() -> None:
-            wait_for("the consumer to stop", lambda: (found := process(pid)) is not None and found.state == "T")
+            wait_until(lambda: (found := process(pid)) is not None and found.state == "T", "the consumer to stop")
             os.kill(pid, signal.SIGCONT)
 
         assert _punch_while(fd, let_go_on) < DEADLINE
@@ -954,7 +954,7 @@ def test_a_consumer_answers_for_a_binding_that_it_was_not_told_of() -> None:
         invalidation = wire.INVALIDATION.pack(1, 0, 1, wire.NO_FOLIO)
         notify.send(struct.pack("=II", wire.INVALIDATE_START.number, 0) + invalidation)
         frames = sys._current_frames  # pyright: ignore[reportPrivateUsage]
-        wait_for("the consumer to wait for its BIND", lambda: any(f.f_code.co_name == "wait" for f in frames().values()))
+        wait_until(lambda: any(f.f_code.co_name == "wait" for f in frames().values()), "the consumer to wait for its BIND")
         requests.reply_error(OSError(ETOOMANYREFS, "sendmsg"))
         asking.join()
         answer = readable([notify], 10) and notify.recv(100)
@@ -1109,10 +1109,10 @@ def test_time_in_which_the_service_did_not_run_is_no_consumers_fault(service: Se
         puppet("manner", file, "stop")
 
         def freeze_and_thaw() -> None:
-            wait_for("the consumer to stop", lambda: (found := process(pid)) is not None and found.state == "T")
+            wait_until(lambda: (found := process(pid)) is not None and found.state == "T", "the consumer to stop")
             stop(service_pid)
             thaw = time.monotonic() + 2 * DEADLINE
-            wait_for("twice the deadline to pass", lambda: time.monotonic() > thaw)
+            wait_until(lambda: time.monotonic() > thaw, "twice the deadline to pass")
             # The service is thawed first, and looks at the clock.
             go_on(service_pid)
             os.kill(pid, signal.SIGCONT)

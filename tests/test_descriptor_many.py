@@ -25,7 +25,7 @@ from restrictedmem.mm.notifier import Api
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
 from restrictedmem.units import PAGE_SIZE
-from waiting import wait_for
+from waiting import wait_until
 
 OWNER, STRANGER = 65534, 65533
 #: Bytes; more than are allocated at once.
@@ -94,7 +94,7 @@ def test_ten_thousand_descriptors(service: Service) -> None:
             assert each < 2048
             os.ftruncate(fds[-1], PAGE_SIZE)
             assert [os.fstat(fd).st_size for fd in (fds[0], fds[-1])] == [0, PAGE_SIZE]
-        wait_for("the service to forget them", lambda: not service.status()["descriptors"])
+        wait_until(lambda: not service.status()["descriptors"], "the service to forget them")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -113,7 +113,7 @@ def test_emfile_at_the_callers_limit(service: Service) -> None:
         # Room for the answer of the service, which must know of no file that was refused. It hears of a close soon, not at once.
         for _ in range(3):
             os.close(made.pop())
-        wait_for("the service to know the rest alone", lambda: len(service.status()["descriptors"]) == known + len(made))
+        wait_until(lambda: len(service.status()["descriptors"]) == known + len(made), "the service to know the rest alone")
         return last
 
     assert in_child(fill) == repr(Errno(EMFILE))
@@ -195,7 +195,7 @@ def test_service_started_under_a_file_size_limit() -> None:
 def test_every_call_is_enotconn_when_the_service_is_dead(service: Service) -> None:
     with closing([service.memfd_restricted()]) as (fd,):
         os.kill(service.info["pid"], signal.SIGKILL)
-        wait_for("the mount to be aborted", lambda: outcome(lambda: os.fstat(fd)) == Errno(ENOTCONN))
+        wait_until(lambda: outcome(lambda: os.fstat(fd)) == Errno(ENOTCONN), "the mount to be aborted")
         calls: list[Callable[[], object]] = [
             lambda: os.ftruncate(fd, PAGE_SIZE),
             lambda: fallocate(fd, 0, 0, PAGE_SIZE),
@@ -346,7 +346,7 @@ def callbacks(server: OwnServer, call: Callable[[], object]) -> tuple[object, li
     thread = threading.Thread(target=lambda: found.append(outcome(call)), daemon=True)
     thread.start()
     while True:
-        wait_for("a callback or the call's end", lambda: server.has_event() or not thread.is_alive())
+        wait_until(lambda: server.has_event() or not thread.is_alive(), "a callback or the call's end")
         if not server.has_event():
             break
         heard.append(server.next_event())
@@ -396,7 +396,7 @@ def test_one_fallocate_of_a_file_at_a_time() -> None:
         start(1)
         heard = [server.next_event()]
         start(2)
-        wait_for("the second punch to wait for the inode's lock", lambda: 2 in tids and _state(tids[2]) == "D")
+        wait_until(lambda: 2 in tids and _state(tids[2]) == "D", "the second punch to wait for the inode's lock")
         assert not server.has_event()
         # Looking is not locked out meanwhile.
         assert os.fstat(fd).st_size == 8 * PAGE_SIZE

@@ -16,7 +16,7 @@ from restrictedmem.abi.memory import PUNCH, FallocMode
 from restrictedmem.mm.backing import Backing, MemfdBacking, make_backing
 from restrictedmem.mm.design import NAMES, TEARDOWN, make
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SIZE, pgoff_t
-from waiting import wait_for, waits
+from waiting import wait_until, waits
 
 #: A folio's first page, its order, and how many there are; where all are huge, they are the backing's, which cannot split them.
 Layout = Sequence[tuple[int, int, int]]
@@ -503,7 +503,7 @@ def test_nobody_unbinds_while_a_range_is_told_of() -> None:
     assert inside.wait(10), "waited 10 s for invalidate_start"
     leaver = threading.Thread(target=file.unbind, args=(0, 4, recorder))
     leaver.start()
-    wait_for("the other thread to wait", lambda: waits(leaver))
+    wait_until(lambda: waits(leaver), "the other thread to wait")
     assert file.notifier_count == 1
     go.set()
     puncher.join()

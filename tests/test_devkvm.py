@@ -36,7 +36,7 @@ from restrictedmem.devkvm import GuestMemfd, Kvm, Vcpu, Vm, address_of
 from restrictedmem.devkvm.vcpu import KICK
 from restrictedmem.fd import OwnedFd
 from restrictedmem.units import PAGE_SIZE
-from waiting import wait_for
+from waiting import wait_until
 
 pytestmark = pytest.mark.requires("kvm")
 
@@ -489,7 +489,7 @@ def test_kicks_without_a_thread_are_refused(guest: Machine) -> None:
     thread = threading.Thread(target=guest.vcpu.accept_kicks)
     thread.start()
     thread.join()
-    wait_for("the end of the thread", lambda: outcome(guest.vcpu.kick) == Errno(ESRCH))
+    wait_until(lambda: outcome(guest.vcpu.kick) == Errno(ESRCH), "the end of the thread")
 
 
 def test_a_kick_does_no_harm_to_a_thread_that_expects_none() -> None:

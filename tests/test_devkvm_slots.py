@@ -28,7 +28,7 @@ from restrictedmem.abi.kvm import (
 from restrictedmem.abi.memory import memfd_create
 from restrictedmem.devkvm import GuestMemfd, Kvm, Vm, address_of
 from restrictedmem.units import PAGE_SIZE
-from waiting import wait_for
+from waiting import wait_until
 
 pytestmark = pytest.mark.requires("kvm")
 
@@ -345,7 +345,7 @@ def test_the_last_slot_deleted_under_a_running_guest(guest: Machine) -> None:
             guest.vcpu.kick()
         return bool(reasons)
 
-    wait_for("the guest to notice", noticed)
+    wait_until(noticed, "the guest to notice")
     thread.join()
     if reasons == [-PAGE_FAULT]:
         assert (guest.vcpu.get_vcpu_events().exception.nr, guest.vcpu.get_regs().rip) == (PAGE_FAULT, CODE)

@@ -16,7 +16,7 @@ import pytest
 
 from field import knock, works
 from outcomes import Errno, in_child, outcome
-from processes import descriptors, stop, wait_until
+from processes import descriptors, stop
 from restrictedmem.fd import OwnedFd, receive_without_fds, send_with_fds
 from restrictedmem.service import door as door_module
 from restrictedmem.service import wire
@@ -24,6 +24,7 @@ from restrictedmem.service.client import Service, address
 from restrictedmem.service.door import Connection, Door
 from restrictedmem.service.wire import Call, Channel
 from users import as_user
+from waiting import wait_until
 
 pytestmark = pytest.mark.requires("fuse")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from processes import PATIENCE, descendants, process, wait_until
+from processes import descendants, process
 from restrictedmem.abi import pidfd
 from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm.vm import Vm
@@ -18,6 +18,7 @@ from restrictedmem.service import ending
 from restrictedmem.service.client import Service
 from restrictedmem.service.consumers import Endings
 from restrictedmem.service.ending import FAULT, OomKills, Word, limits, status_of, words_of
+from waiting import PATIENCE, wait_until
 
 EXITED = 1 << 8
 

@@ -24,7 +24,7 @@ from restrictedmem.kvm.exits import Exit, Hypercall, MemoryFault, MmioRead, Mmio
 from restrictedmem.kvm.vm import Vcpu, Vm
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
-from waiting import wait_for
+from waiting import wait_until
 
 pytestmark = pytest.mark.requires("fuse")
 
@@ -539,7 +539,7 @@ def test_code_that_its_owner_rewrites(machine: Machine) -> None:
     machine.window[2:11] = assembled("ff0425", (SHARED + PAGE).to_bytes(4, "little").hex(), "ebf7")
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(machine.vcpu.run)
-        wait_for("the guest to run", lambda: machine.window[PAGE] > 0)
+        wait_until(lambda: machine.window[PAGE] > 0, "the guest to run")
         machine.window[9:11] = assembled("0f0b")  # ud2
         if machine.engine == "software":
             machine.vcpu.interrupt()
@@ -882,7 +882,7 @@ def test_conversions_and_punches_under_a_running_guest(machine: Machine) -> None
             machine.convert(at + turn * 16 * PAGE, 64 * PAGE, private=bool(turn % 2))
             machine.punch(at + MIB, 16 * PAGE)
         machine.convert(at, 2 * MIB, private=False)
-        wait_for("the guest's stores to the shared half", lambda: all(machine.half[2 * MIB : 4 * MIB : PAGE]))
+        wait_until(lambda: all(machine.half[2 * MIB : 4 * MIB : PAGE]), "the guest's stores to the shared half")
         machine.window[0] = 1
         assert isinstance(running.result(DEADLINE), Hypercall)
 

@@ -19,7 +19,7 @@ from restrictedmem.service.client import Service
 from restrictedmem.syscall.filter import TABLES, program
 from under_exec import EXEC, PRELUDE, kill_supervisor_of, said, supervisor_of, under
 from users import as_user
-from waiting import wait_for
+from waiting import wait_until
 
 pytestmark = pytest.mark.requires("fuse", "seccomp")
 
@@ -321,7 +321,7 @@ def test_the_supervisor_ends_with_the_last_process() -> None:
         assert process.wait() == 0
         assert supervisor_of(mark) is not None
         process.stdin.write("end\n")
-    wait_for("the supervisor to end", lambda: supervisor_of(mark) is None)
+    wait_until(lambda: supervisor_of(mark) is None, "the supervisor to end")
 
 
 def test_without_a_supervisor_the_call_is_not_there_and_programs_start() -> None:
@@ -351,7 +351,7 @@ def test_a_call_that_waits_when_the_supervisor_is_killed_is_not_there_either() -
             stop(supervisor)
             process.stdin.write("go\n")
             process.stdin.flush()
-            wait_for("the call to wait", lambda: Path(f"/proc/{pid}/syscall").read_text().startswith("451 "))
+            wait_until(lambda: Path(f"/proc/{pid}/syscall").read_text().startswith("451 "), "the call to wait")
         finally:
             os.kill(supervisor, signal.SIGKILL)
         out, err = process.communicate(timeout=60)

@@ -17,7 +17,7 @@ from restrictedmem.fd import readable
 from restrictedmem.syscall.launch import Call
 from restrictedmem.syscall.popen import popen
 from under_exec import EXEC, PRELUDE, kill_supervisor_of, under
-from waiting import wait_for
+from waiting import wait_until
 
 pytestmark = pytest.mark.requires("fuse", "seccomp")
 
@@ -195,7 +195,7 @@ def test_the_program_is_killed_with_the_command(tmp_path: Path) -> None:
         assert process.stdout is not None
         program = int(process.stdout.readline())
         process.kill()
-        wait_for("the program to be gone", lambda: not Path(f"/proc/{program}").exists())
+        wait_until(lambda: not Path(f"/proc/{program}").exists(), "the program to be gone")
 
 
 def test_a_terminals_interrupt_comes_once(tmp_path: Path) -> None:
@@ -218,9 +218,9 @@ print(*found)
             output += os.read(terminal, 1000)
         return output
 
-    wait_for("the program to be ready", lambda: b"ready\r\n" in printed(), 60)
+    wait_until(lambda: b"ready\r\n" in printed(), "the program to be ready", 60)
     os.write(terminal, b"\x03")
-    wait_for("what it got", lambda: printed().endswith(b"SIGINT\r\n"), 60)
+    wait_until(lambda: printed().endswith(b"SIGINT\r\n"), "what it got", 60)
     assert b"SIGINT SIGINT" not in output
     assert os.waitpid(pid, 0)[1] == 0
     os.close(terminal)

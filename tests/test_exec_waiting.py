@@ -21,7 +21,7 @@ from restrictedmem.fs.filesystem import NAME
 from restrictedmem.syscall import scout
 from restrictedmem.syscall.supervisor import Supervisor
 from under_exec import EXEC, PRELUDE, supervisor_of
-from waiting import wait_for
+from waiting import wait_until
 
 pytestmark = [pytest.mark.requires("fuse", "seccomp", "root")]
 
@@ -144,7 +144,7 @@ def program(code: str, mark: str, server: Foreign | None = None, first: str = FI
         for end in (process.stdin, process.stdout):
             assert end is not None
             end.close()
-        wait_for("the supervisor to end", lambda: supervisor_of(mark) is None)
+        wait_until(lambda: supervisor_of(mark) is None, "the supervisor to end")
 
 
 def said(code: str, mark: str, server: Foreign | None = None, first: str = FIRST) -> Any:
@@ -387,7 +387,7 @@ print(other.goes_on(), flush=True); sys.stdin.readline()
         assert len(children(supervisor)["rmem-scout"]) >= 8
         go_on(process)
         assert heard(process) == WELL
-        wait_for("scouts to end", lambda: len(children(supervisor)["rmem-scout"]) <= 4)
+        wait_until(lambda: len(children(supervisor)["rmem-scout"]) <= 4, "scouts to end")
 
 
 def test_a_scout_that_dies_before_its_first_question_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,7 +429,7 @@ print(call(0), flush=True); sys.stdin.readline()
         os.kill(supervisor, signal.SIGKILL)
         go_on(process)
         assert heard(process) == -ENOSYS
-        wait_for("the scout to be held again, which the signal woke", lambda: writes(stuck))
+        wait_until(lambda: writes(stuck), "the scout to be held again, which the signal woke")
 
 
 # The service.

@@ -22,7 +22,7 @@ from restrictedmem.check.explorer import Violation, explore
 from restrictedmem.cli import check
 from restrictedmem.cli.main import main
 from restrictedmem.sync import RwSem as ProductionRwSem
-from waiting import wait_for
+from waiting import wait_until
 
 FACTORIES = ("mutex", "condition", "RwSem", "SharedWords", "shared_bytes")
 #: Every kind of search that must find whatever there is.
@@ -841,10 +841,10 @@ def test_an_interrupt_ends_all_processes() -> None:
             with open(f"/proc/{process.pid}/task/{process.pid}/children", encoding="ascii") as found:
                 return [int(text) for text in found.read().split()]
 
-        wait_for("the searches to begin", lambda: len(children()) >= 2, seconds=30)
+        wait_until(lambda: len(children()) >= 2, "the searches to begin", patience=30)
         started = children()
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 128 + signal.SIGINT
-        wait_for("the searches to end", lambda: not any(os.path.exists(f"/proc/{child}") for child in started))
+        wait_until(lambda: not any(os.path.exists(f"/proc/{child}") for child in started), "the searches to end")
         assert process.stderr is not None
         assert b"Traceback" not in process.stderr.read()

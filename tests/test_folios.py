@@ -29,7 +29,7 @@ from restrictedmem.mm.pages import Pages
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
-from waiting import wait_for
+from waiting import wait_until
 
 POLICY: Final = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 ORDERS: Final = {"thp": 9, "hugetlb-2m": 9, "hugetlb-1g": 18}
@@ -634,4 +634,4 @@ def test_a_service_of_huge_pages(kind: str) -> None:
             memory.fallocate(fd.fileno(), PUNCH, 0, size)
             assert os.fstat(fd.fileno()).st_blocks == 0
             memory.fallocate(fd.fileno(), 0, size, 1)
-        wait_for("the huge page of a file that was closed", lambda: hugetlb.free_pages(size) == 1)
+        wait_until(lambda: hugetlb.free_pages(size) == 1, "the huge page of a file that was closed")

@@ -8,7 +8,6 @@ import dma
 import pytest
 
 from outcomes import Errno, outcome
-from processes import wait_until
 from restrictedmem.abi import memory, userfaultfd
 from restrictedmem.child import in_child
 from restrictedmem.mm.backing import MemfdBacking
@@ -19,6 +18,7 @@ from restrictedmem.service.start import Options
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PAGE_SIZE as PAGE
 from users import forbid
+from waiting import wait_until
 
 DMA = Path(__file__).parent.parent / "clients" / "dma" / "dma.py"
 LOOKS = ("folio", "folio-poc")

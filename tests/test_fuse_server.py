@@ -23,7 +23,7 @@ from restrictedmem.fs.filesystem import NAME, FileSystem, Request
 from restrictedmem.fs.server import MAX_THREADS, Server
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.units import PAGE_SIZE, pgoff_t
-from waiting import wait_for
+from waiting import wait_until
 
 PATIENCE = 10.0
 
@@ -94,7 +94,7 @@ class Served:
         self._ours.shutdown(socket.SHUT_WR)
         self._thread.join(PATIENCE)
         assert not self._thread.is_alive(), "waited 10 s for the server's end"
-        wait_for("the end of the server's threads", lambda: _threads() == self._before)
+        wait_until(lambda: _threads() == self._before, "the end of the server's threads")
         self._device.close()
         self._stack.close()
         for file in self.filesystem.files().values():
@@ -154,7 +154,7 @@ def test_others_go_on_however_many_consumers_do_not_answer(served: Served) -> No
     punches: list[int] = []
     for node, consumer in zip(nodes, consumers, strict=True):
         punches.append(served.punch(node))
-        wait_for("a punch to reach its consumer", lambda consumer=consumer: consumer.waiting == 1)  # type: ignore[misc]
+        wait_until(lambda consumer=consumer: consumer.waiting == 1, "a punch to reach its consumer")  # type: ignore[misc]
         served.serves()
     assert served.threads == len(consumers) + 2
     assert not set(punches) & served.replies.keys()
@@ -163,14 +163,14 @@ def test_others_go_on_however_many_consumers_do_not_answer(served: Served) -> No
         consumer.answers.set()
         assert served.reply_to(punch) == 0
     served.serves()
-    wait_for("threads that nobody needs to end", lambda: served.threads <= MAX_THREADS + 3)
+    wait_until(lambda: served.threads <= MAX_THREADS + 3, "threads that nobody needs to end")
 
 
 def test_a_consumer_that_does_not_answer_takes_one_thread(served: Served) -> None:
     silent, other = Consumer(), Consumer()
     other.answers.set()
     punches = [served.punch(served.create(silent, 1)) for _ in range(100)]
-    wait_for("a punch to reach the consumer", lambda: silent.waiting == 1)
+    wait_until(lambda: silent.waiting == 1, "a punch to reach the consumer")
     for _ in range(3):
         served.serves()
         assert served.reply_to(served.punch(served.create(other, 2))) == 0
@@ -210,7 +210,7 @@ def test_no_thread_to_be_had(at_all: bool, dies: bool, monkeypatch: pytest.Monke
         first, second = Consumer(), Consumer()
         nodes = [served.create(first, 1), served.create(second, 2), served.create(second, 2)]
         punches = [served.punch(nodes[0])]
-        wait_for("a punch to reach its consumer", lambda: first.waiting == 1)
+        wait_until(lambda: first.waiting == 1, "a punch to reach its consumer")
         second.answers.set()
         punches += [served.punch(node) for node in nodes[1:]]
         if at_all:
@@ -271,7 +271,7 @@ def test_a_consumer_that_comes_in_the_middle_is_waited_for_aside(served: Served,
 
     monkeypatch.setattr(RestrictedFile, "fallocate_unheard", register_first)
     punch = served.punch(node)
-    wait_for("the punch to reach the consumer", lambda: consumer.waiting == 1)
+    wait_until(lambda: consumer.waiting == 1, "the punch to reach the consumer")
     served.serves()
     consumer.answers.set()
     assert served.reply_to(punch) == 0

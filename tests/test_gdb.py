@@ -24,7 +24,7 @@ from restrictedmem.kvm.gdb.stub import serve
 from restrictedmem.kvm.vmm import Ended, Vmm
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
-from waiting import wait_for
+from waiting import wait_until
 
 ROOT = Path(__file__).parent.parent
 DEADLINE = 20.0
@@ -124,7 +124,7 @@ class Run:
     outcome: list[Ended | BaseException] = field(default_factory=list["Ended | BaseException"])
 
     def ended(self) -> Ended | BaseException:
-        wait_for("the guest to end", lambda: bool(self.outcome), DEADLINE)
+        wait_until(lambda: bool(self.outcome), "the guest to end", DEADLINE)
         return self.outcome[0]
 
 
@@ -167,7 +167,7 @@ def counted(run: Run, image: Path) -> int:
 
 def wait_for_more(run: Run, image: Path) -> None:
     before = counted(run, image)
-    wait_for("the guest to count", lambda: counted(run, image) != before, DEADLINE)
+    wait_until(lambda: counted(run, image) != before, "the guest to count", DEADLINE)
 
 
 # The real gdb.
@@ -471,7 +471,7 @@ def test_a_gdb_that_does_not_read_keeps_no_guest(first: bytes, host: Host, guest
             client.send(first)
             client.sock.setblocking(False)
             # Each asks for the last reply once more.
-            wait_for("the stub to wait for a reader", lambda: not _sends(client.sock, b"-" * 4096) and _writes("gdb"), DEADLINE)
+            wait_until(lambda: not _sends(client.sock, b"-" * 4096) and _writes("gdb"), "the stub to wait for a reader", DEADLINE)
             run.vmm.stop()
             ended = run.ended()
         # The stub has ended too.
@@ -506,7 +506,7 @@ def test_a_vm_that_is_not_for_debugging_has_no_stub(service: Service, guest: Pat
 def test_the_engine_dies_while_gdb_looks(host: Host, guest: Path, tmp_path: Path) -> None:
     with debugged(host, guest, tmp_path) as run, Gdb(run.port) as client:
         os.kill(run.vmm.statistics()["pid"], signal.SIGKILL)
-        wait_for("the engine to be gone", lambda: client.ask(b"g") == b"E6b", DEADLINE)
+        wait_until(lambda: client.ask(b"g") == b"E6b", "the engine to be gone", DEADLINE)
         client.sock.close()
         ended = run.ended()
     assert isinstance(ended, OSError)

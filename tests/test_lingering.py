@@ -21,7 +21,7 @@ import pytest
 
 from lingering import LINGER, SOON, let_linger
 from outcomes import Errno, outcome
-from processes import children, process, stopped, wait_gone, wait_until
+from processes import children, process, stopped, wait_gone
 from restrictedmem import burial, fd
 from restrictedmem.burial import bury
 from restrictedmem.fd import receive_without_fds
@@ -31,6 +31,7 @@ from restrictedmem.service import client, wire
 from restrictedmem.service.client import Service, address
 from restrictedmem.service.consumer import Consumer
 from under_exec import PRELUDE, supervisor_of
+from waiting import wait_until
 
 ROGUE = 64002
 _HEAD = struct.Struct("=II")

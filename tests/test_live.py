@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from processes import descendants, wait_gone, wait_until
+from processes import descendants, wait_gone
 from restrictedmem.abi import memory
 from restrictedmem.check import live
 from restrictedmem.check.board import MAX_PAGES, Board, Progress
@@ -26,6 +26,7 @@ from restrictedmem.check.scenarios import SCENARIOS
 from restrictedmem.kvm.vmm import SHARED_SIZE
 from restrictedmem.service import client
 from restrictedmem.units import PAGE_SIZE
+from waiting import wait_until
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 2.5

@@ -27,7 +27,7 @@ from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.mm.sequence import InvalidationSequence
 from restrictedmem.sync import SharedWords
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SIZE, PageRange, pgoff_t
-from waiting import wait_for, waits
+from waiting import wait_until, waits
 
 KEEP = int(FallocMode.KEEP_SIZE)
 
@@ -432,7 +432,7 @@ def test_nobody_registers_or_unregisters_inside_an_invalidation(file: Restricted
 
     other = threading.Thread(target=change)
     other.start()
-    wait_for("the other thread to wait", lambda: waits(other) or done.is_set())
+    wait_until(lambda: waits(other) or done.is_set(), "the other thread to wait")
     assert file.notifier_count == 1
     assert not done.is_set()
     gate.go.set()

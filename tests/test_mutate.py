@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import mutation
-from waiting import wait_for
+from waiting import wait_until
 
 ROOT = Path(__file__).parent.parent
 
@@ -174,7 +174,7 @@ def test_that_leaves_a_process():
         (2, "def beyond(x): return x > y", "def beyond(x): return (x >= y)"),
     ]
     sleeper = Path("/proc", mark.read_text())
-    wait_for("what a test has left to be gone", lambda: not sleeper.exists())
+    wait_until(lambda: not sleeper.exists(), "what a test has left to be gone")
     mark.unlink()
     after = {path: path.stat() for path in root.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     assert {path: (found.st_mtime_ns, found.st_size) for path, found in after.items()} == {

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 import pytest
 
 from outcomes import Errno, outcome
-from processes import family, process, stop, wait_gone, wait_until
+from processes import family, process, stop, wait_gone
 from restrictedmem.abi import memory
 from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm import exits
@@ -22,6 +22,7 @@ from restrictedmem.service.client import Service
 from restrictedmem.service.consumer import Binding, Consumer
 from restrictedmem.service.consumers import Consumers, Troubles
 from restrictedmem.service.start import Options
+from waiting import wait_until
 
 if TYPE_CHECKING:
     from restrictedmem.mm.restrictedmem import RestrictedFile

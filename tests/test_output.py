@@ -21,7 +21,7 @@ from restrictedmem.kvm.recording import record
 from restrictedmem.kvm.vmm import Ended, Vmm
 from restrictedmem.paths import NewFile
 from restrictedmem.service.client import Service
-from waiting import wait_for
+from waiting import wait_until
 
 COMMAND = [sys.executable, "-m", "restrictedmem"]
 NO_SPACE = os.strerror(ENOSPC)
@@ -178,7 +178,7 @@ def test_lost_events_are_told(tmp_path: Path) -> None:
             vmm.vm.set_memory_attributes(0x4000_0000, 4096, private=bool(number % 2))
         os.set_blocking(slow, True)
         thread.start()
-        wait_for("an event that says how many were lost before it", says)
+        wait_until(says, "an event that says how many were lost before it")
     thread.join()
     # The engine waits for room for none, so its end may be among them.
     ends = sum(event["event"] == "end" for event in events)

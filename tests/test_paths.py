@@ -21,7 +21,7 @@ from restrictedmem import paths
 from restrictedmem.fd import OwnedFd
 from restrictedmem.service import listener, signing
 from users import ORDINARY
-from waiting import wait_for
+from waiting import wait_until
 
 pytestmark = pytest.mark.requires("root")
 
@@ -191,7 +191,7 @@ def test_a_lease_of_ones_own_is_waited_for(tmp_path: Path) -> None:
     thread = threading.Thread(target=lambda: done.append(outcome(lambda: paths.create(str(file)).close())))
     with leased(file, 0):
         thread.start()
-        wait_for("the file to be waited for", lambda: _is_waited_for(thread))
+        wait_until(lambda: _is_waited_for(thread), "the file to be waited for")
     thread.join(10)
     assert done == [None]
 

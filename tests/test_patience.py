@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
-from processes import stop, wait_until
+from processes import stop
 from restrictedmem.child import in_child
 from restrictedmem.patience import Patience
+from waiting import wait_until
 
 pytestmark = pytest.mark.alone("measures tenths of a second")
 

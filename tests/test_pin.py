@@ -22,7 +22,7 @@ from restrictedmem.mm import pin
 from restrictedmem.mm.backing import MemfdBacking
 from restrictedmem.mm.pin import BLOCK, PinnedBacking
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
-from waiting import wait_for
+from waiting import wait_until
 
 BLOCK_BYTES: Final = BLOCK * PAGE_SIZE
 _PFN: Final = (1 << 55) - 1
@@ -192,7 +192,7 @@ def test_close_lets_go() -> None:
         before = pinned_by_rings()
         fd = os.dup(found.memfd.fileno())
     try:
-        wait_for("the ring to let go", lambda: pinned_by_rings() <= before - BLOCK_BYTES)
+        wait_until(lambda: pinned_by_rings() <= before - BLOCK_BYTES, "the ring to let go")
         os.ftruncate(fd, 0)
         assert os.fstat(fd).st_blocks == 0
     finally:

@@ -19,12 +19,12 @@ from typing import Any, NoReturn
 import pytest
 
 from outcomes import Errno, in_child, outcome
-from processes import PATIENCE, wait_until
 from restrictedmem.abi import process
 from restrictedmem.fd import send_with_fds
 from restrictedmem.service import discover, wire
 from restrictedmem.service.client import Service
 from users import own_network
+from waiting import PATIENCE, wait_until
 
 pytestmark = pytest.mark.requires("fuse", "root")
 

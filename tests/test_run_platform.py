@@ -19,7 +19,7 @@ from restrictedmem.kvm.vm import Vcpu, Vm
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
 from restrictedmem.service.wire import Call
-from waiting import wait_for
+from waiting import wait_until
 
 pytestmark = pytest.mark.requires("fuse")
 
@@ -151,7 +151,7 @@ def test_a_vcpu_that_runs_is_interrupted_and_gets_nothing_more() -> None:
 
         thread = threading.Thread(target=run)
         thread.start()
-        wait_for("the guest to run", lambda: by.vm.statistics()["faults_private"] > 0)
+        wait_until(lambda: by.vm.statistics()["faults_private"] > 0, "the guest to run")
         by.vm.destroy()
         thread.join(10)
         assert found == [exits.Interrupted(), EBADF]

@@ -21,7 +21,7 @@ import pytest
 import restrictedmem
 from attacks import ATTACKS
 from outcomes import Errno, outcome
-from processes import PATIENCE, Process, exists, family, process, wait_gone, wait_until
+from processes import Process, exists, family, process, wait_gone
 from restrictedmem import guests
 from restrictedmem.abi import memory
 from restrictedmem.cli.said import Said
@@ -33,6 +33,7 @@ from restrictedmem.service import SERVER_VARIABLE, client, oom
 from restrictedmem.service.client import Service, default_service
 from restrictedmem.units import PAGE_SIZE as PAGE
 from users import ORDINARY, as_user
+from waiting import PATIENCE, wait_until
 
 pytestmark = pytest.mark.requires("fuse", "root")
 

@@ -19,7 +19,7 @@ from typing import Any, final
 import pytest
 
 from outcomes import Errno, outcome
-from processes import PATIENCE, children, descriptors, exists, family, stop, wait_until
+from processes import children, descriptors, exists, family, stop
 from restrictedmem.fd import OwnedFd, peer_credentials, readable
 from restrictedmem.kvm.vm import Vm
 from restrictedmem.service import server as serving
@@ -29,6 +29,7 @@ from restrictedmem.service.listener import listen
 from restrictedmem.service.server import Server
 from restrictedmem.service.start import Options
 from users import ORDINARY, as_user
+from waiting import PATIENCE, wait_until
 
 pytestmark = pytest.mark.requires("fuse", "root")
 

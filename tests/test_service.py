@@ -15,7 +15,7 @@ from errno import EACCES, ECONNRESET, ENOTCONN, EPERM, ETIMEDOUT
 
 import pytest
 
-from processes import descriptors, exists, family, process, room_for, stop, wait_gone, wait_until
+from processes import descriptors, exists, family, process, room_for, stop, wait_gone
 from restrictedmem.abi import memory
 from restrictedmem.fd import receive_with_fds, send_with_fds
 from restrictedmem.fs.filesystem import TOKEN_BYTES
@@ -27,6 +27,7 @@ from restrictedmem.service.start import Options
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PAGE_SIZE as PAGE
 from users import ORDINARY, as_user
+from waiting import wait_until
 
 pytestmark = pytest.mark.requires("fuse")
 

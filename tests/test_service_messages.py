@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from outcomes import Errno, outcome
-from processes import descriptors, exists, family, stop, wait_gone, wait_until
+from processes import descriptors, exists, family, stop, wait_gone
 from restrictedmem.abi import kvm, memory
 from restrictedmem.fd import close_all, receive_with_fds, send_with_fds
 from restrictedmem.fs.filesystem import PROVE, TOKEN_BYTES
@@ -31,6 +31,7 @@ from restrictedmem.service.start import Options
 from restrictedmem.service.tokens import MAX_TOKENS
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PAGE_SIZE as PAGE
+from waiting import wait_until
 
 pytestmark = pytest.mark.requires("fuse")
 

@@ -10,7 +10,6 @@ from errno import EACCES, ESRCH
 import pytest
 
 from outcomes import Errno, outcome
-from processes import wait_until
 from restrictedmem.abi import memory
 from restrictedmem.kvm import guest_abi
 from restrictedmem.kvm.vm import Vm
@@ -18,6 +17,7 @@ from restrictedmem.service import discover
 from restrictedmem.service.client import Service
 from restrictedmem.units import PAGE_SIZE as PAGE
 from users import as_user
+from waiting import wait_until
 
 pytestmark = pytest.mark.requires("fuse")
 

@@ -9,13 +9,14 @@ from typing import Any, Final
 import pytest
 
 from outcomes import Errno, in_child, outcome
-from processes import children, descriptors, stop, wait_until
+from processes import children, descriptors, stop
 from restrictedmem.abi import kvm, memory, stat
 from restrictedmem.kvm import wire
 from restrictedmem.kvm.vm import Vm
 from restrictedmem.kvm.wire import Names
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
+from waiting import wait_until
 
 pytestmark = pytest.mark.requires("fuse")
 

@@ -36,7 +36,7 @@ from software_machine import (
     running,
     shared_half,
 )
-from waiting import wait_for
+from waiting import wait_until
 
 
 @pytest.fixture(name="machine")
@@ -158,7 +158,7 @@ def test_punched_code_is_gone(machine: Machine) -> None:
     machine.put(CODE + PAGE_SIZE, machine_code("0f0b"))  # ud2
     machine.start(LOOP)
     with running(machine) as found:
-        wait_for("the guest to loop", lambda: machine.word(DATA) > 1000)
+        wait_until(lambda: machine.word(DATA) > 1000, "the guest to loop")
         machine.punch(CODE)
     assert found == [Shutdown(6)]
 
@@ -170,7 +170,7 @@ def test_punched_and_refilled_code_is_the_new_code(machine: Machine) -> None:
         "0f0b",  # ud2
     ).rjust(PAGE_SIZE, b"\x90")
     with running(machine) as found:
-        wait_for("the guest to loop", lambda: machine.word(DATA) > 1000)
+        wait_until(lambda: machine.word(DATA) > 1000, "the guest to loop")
         machine.vcpu.hold()
         machine.punch(CODE)
         machine.put(CODE, new)

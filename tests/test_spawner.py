@@ -16,7 +16,7 @@ import pytest
 
 from mute_server import mute_file
 from outcomes import Errno, outcome
-from processes import descriptors, family, process, queued, wait_gone, wait_until
+from processes import descriptors, family, process, queued, wait_gone
 from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm.vm import Vm
 from restrictedmem.service import wire
@@ -24,6 +24,7 @@ from restrictedmem.service.client import Service
 from restrictedmem.service.spawner import _Spawner
 from restrictedmem.service.start import Options
 from users import as_user
+from waiting import wait_until
 
 pytestmark = pytest.mark.requires("fuse", "root")
 

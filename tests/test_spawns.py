@@ -14,7 +14,7 @@ from typing import final
 
 import pytest
 
-from processes import be_idle, wait_until
+from processes import be_idle
 from restrictedmem import threads
 from restrictedmem.fd import KERNEL_REFUSES, OwnedFd, close_all, readable, spare
 from restrictedmem.service import spawns as spawns_module
@@ -27,6 +27,7 @@ from restrictedmem.service.spawns import Spawns
 from restrictedmem.service.start import Options
 from restrictedmem.service.tokens import Tokens
 from restrictedmem.service.wire import Channel
+from waiting import wait_until
 
 PATIENCE = 10.0
 _SO_PASSRIGHTS = 83

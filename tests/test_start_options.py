@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from outcomes import Errno, outcome
-from processes import PATIENCE
 from restrictedmem.kvm.wire import Creation
 from restrictedmem.service.start import Options
 from restrictedmem.service.wire import Channel
+from waiting import PATIENCE
 
 GOOD = Options(consumers=(("dma", "/dma"),), memory_max=4096, become=(1, 2), deadline=1)
 DEEP = "[" * 100_000

@@ -5,8 +5,8 @@ import subprocess
 
 import pytest
 
-from processes import PATIENCE
 from restrictedmem.service.uids import Uids
+from waiting import PATIENCE
 
 #: Uids that nobody else has, other copies of the tests included.
 FIRST = 3_500_000_000 + 4 * os.getpid()

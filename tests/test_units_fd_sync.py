@@ -19,7 +19,7 @@ from processes import high
 from restrictedmem import sync
 from restrictedmem.fd import OwnedFd, close_all, readable, receive_with_fds, send_with_fds
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, format_size, parse_size, pgoff_t
-from waiting import wait_for, waits
+from waiting import wait_until, waits
 
 # Units.
 
@@ -244,7 +244,7 @@ class Worker:
 
 def blocked(worker: Worker) -> None:
     """Wait until a worker waits; it must not get through."""
-    wait_for("a thread to wait", lambda: waits(worker.thread) or worker.done.is_set())
+    wait_until(lambda: waits(worker.thread) or worker.done.is_set(), "a thread to wait")
     assert not worker.done.is_set()
 
 

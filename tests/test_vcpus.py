@@ -17,7 +17,7 @@ from restrictedmem.kvm.software.turns import SLICE, Turns
 from restrictedmem.kvm.vcpu import Vcpu, Vcpus
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, gfn_t, pgoff_t
 from software_machine import CODE, DATA, HALTED, PRIVATE, STACK, Machine, machine_code, make_machine, running
-from waiting import wait_for, waits
+from waiting import wait_until, waits
 
 COUNT: Final = 500_000
 MANY: Final = 10_000_000
@@ -183,7 +183,7 @@ def test_turns_are_fair() -> None:
         for thread in threads:
             thread.start()
         began = time.monotonic()
-        wait_for("60 slices to be over", lambda: time.monotonic() > began + 60 * SLICE)
+        wait_until(lambda: time.monotonic() > began + 60 * SLICE, "60 slices to be over")
         for vcpu in machine.vcpus.all:
             vcpu.interrupt()
         for thread in threads:
@@ -210,7 +210,7 @@ def test_a_kick_ends_a_wait_for_the_turn_and_the_line_closes_up() -> None:
     threads = [threading.Thread(target=turns.take, args=[turn], daemon=True) for turn in (second, third)]
     for thread in threads:
         thread.start()
-        wait_for("the vCPU to wait", partial(waits, thread))
+        wait_until(partial(waits, thread), "the vCPU to wait")
     assert stopped.wait(10)
     turns.kick(second)
     threads[0].join(10)
@@ -265,7 +265,7 @@ def test_an_interrupt_ends_the_run_under_way_and_the_guest_goes_on() -> None:
             before = machine.word(DATA)
             changed = partial(has_changed, machine, before)
             with running(machine) as found:
-                wait_for("the guest to run", changed)
+                wait_until(changed, "the guest to run")
                 machine.vcpu.interrupt()
             assert found == [Interrupted()]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from processes import descriptors, wait_until
+from processes import descriptors
 from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE
 from restrictedmem.fd import OwnedFd
@@ -16,6 +16,7 @@ from restrictedmem.kvm.vm import Vcpu, Vm
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
 from restrictedmem.service.wire import Call
+from waiting import wait_until
 
 pytestmark = pytest.mark.requires("fuse")
 

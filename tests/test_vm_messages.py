@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mute_server import mute_file
-from processes import children, descriptors, family, process, queued, stopped, wait_gone, wait_until
+from processes import children, descriptors, family, process, queued, stopped, wait_gone
 from restrictedmem.abi import kvm, memory
 from restrictedmem.abi import userfaultfd as uffd
 from restrictedmem.devkvm import address_of
@@ -27,6 +27,7 @@ from restrictedmem.kvm.vm import Vcpu, Vm
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
 from restrictedmem.service.wire import MAX_MESSAGE, Call, Channel, Message
+from waiting import wait_until
 
 pytestmark = pytest.mark.requires("fuse")
 

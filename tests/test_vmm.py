@@ -25,7 +25,7 @@ from restrictedmem.kvm import vmm as vmm_module
 from restrictedmem.kvm.vmm import Ended, Vmm
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
-from waiting import wait_for
+from waiting import wait_until
 
 pytestmark = pytest.mark.requires("fuse")
 
@@ -294,7 +294,7 @@ def test_a_page_whose_attribute_names_no_half(service: Service, engine: str) -> 
 def test_an_endless_loop_ends_when_it_is_stopped(service: Service, engine: str) -> None:
     with Vmm(MIB, service, engine=engine) as vmm:
         guest = talk(load(vmm, "probe", "loop"))
-        wait_for("the guest to run", lambda: bool(vmm._driven))
+        wait_until(lambda: bool(vmm._driven), "the guest to run")
         vmm.stop()
         ended = guest.end()
     assert ended == Ended(1, exits.Interrupted())
@@ -425,7 +425,7 @@ def test_each_vcpu_has_its_number_and_its_stack(service: Service, engine: str, b
 def test_stop_ends_what_loops(service: Service, engine: str, vcpus: int) -> None:
     with Vmm(MIB, service, engine=engine, vcpus=vcpus) as vmm:
         guest = talk(load(vmm, "spin", "loop"))
-        wait_for("every vCPU to be driven", lambda: len(vmm._driven) == vcpus)
+        wait_until(lambda: len(vmm._driven) == vcpus, "every vCPU to be driven")
         vmm.stop()
         assert guest.end().interrupted
 

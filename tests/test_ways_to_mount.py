@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from outcomes import Errno, outcome
-from processes import exists, family, wait_gone, wait_until
+from processes import exists, family, wait_gone
 from restrictedmem.abi import memory
 from restrictedmem.abi.memory import FallocMode
 from restrictedmem.abi.process import CLONE_NEWNS, CLONE_NEWUSER, unshare
@@ -27,6 +27,7 @@ from restrictedmem.kvm.vmm import Vmm
 from restrictedmem.service.client import Service
 from restrictedmem.units import PAGE_SIZE as PAGE
 from users import ORDINARY, as_user
+from waiting import wait_until
 
 pytestmark = pytest.mark.requires("fuse", "root")
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from waiting import wait_for
+from waiting import wait_until
 
 #: What every program under test has: the bare call, as libc makes it, and whatever it returns or minus the errno.
 PRELUDE = """
@@ -41,7 +41,7 @@ def kill_supervisor_of(mark: str) -> None:
     supervisor = supervisor_of(mark)
     assert supervisor is not None
     os.kill(supervisor, signal.SIGKILL)
-    wait_for("the supervisor to be gone", lambda: supervisor_of(mark) is None)
+    wait_until(lambda: supervisor_of(mark) is None, "the supervisor to be gone")
 
 
 def supervisor_of(mark: str) -> int | None:

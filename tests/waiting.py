@@ -1,17 +1,20 @@
 """Waiting in tests: for a condition, with a deadline that says what was waited for; never for a time."""
 
-import os
 import sys
 import threading
 import time
 from collections.abc import Callable
 
+#: Seconds after which something that was to happen did not.
+PATIENCE = 20.0
 
-def wait_for(what: str, holds: Callable[[], bool], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        os.sched_yield()
+
+def wait_until(condition: Callable[[], object], what: str, patience: float = PATIENCE) -> None:
+    """Poll until something holds; ``what`` is what a failure says was waited for."""
+    deadline = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {patience:g} s for {what}"
+        time.sleep(0.002)
 
 
 def waits(thread: threading.Thread) -> bool:
