@@ -194,10 +194,10 @@ def test_memory_that_runs_out_is_one_clients(fill: Callable[[Service], int | Non
         assert {found.pid for found in before} <= members(ground / HERE)
         assert isinstance(vmm.vcpus[0].run(), exits.Hypercall)
         assert service.status()["last_error"] == ""
-        # What another client's start finds empty goes.
         wait_until(lambda: is_empty(ground / THERE), "the end of the other client's processes")
+        # What the kernel still holds for it is its own, also when it comes again.
         with served(server):
-            assert of_clients(ground) == {HERE}
+            assert of_clients(ground) == {HERE, THERE}
     wait_until(lambda: is_empty(ground / HERE), "the end of all processes")
     assert server.stop() == 0
     assert of_clients(ground) == set()
@@ -303,18 +303,34 @@ def test_what_is_written(tree: Tree, before: list[tuple[str, str]], limits: list
         for _ in range(2):
             made.open(5).close()
         assert tree.written == [(f"restrictedmem-5/{name}", value) for name, value in limits]
-        made.remove(5)
-        assert tree.groups() <= {LEAF}
+        made.leave(5)
+    assert tree.groups() <= {LEAF}
 
 
 @pytest.mark.parametrize("tree", [V2_TREE], indirect=True)
-def test_a_cgroup_stays_while_files_are_charged_to_it(tree: Tree) -> None:
+def test_the_last_cgroups_stay(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that ends its services cannot have what it left in the kernel charged to all."""
+    monkeypatch.setattr(client_cgroups, "_KEPT", 2)
+    with ClientCgroups(4096) as made:
+        for uid in (5, 6, 5, 7):
+            made.open(uid).close()
+            made.leave(uid)
+        assert tree.groups() == {LEAF, "restrictedmem-5", "restrictedmem-7"}
+        tree.written.clear()
+        made.open(6).close()
+        assert ("restrictedmem-6/memory.max", "4096") in tree.written
+    assert "restrictedmem-6" in tree.groups()
+
+
+@pytest.mark.parametrize("tree", [V2_TREE], indirect=True)
+def test_a_cgroup_stays_while_files_are_charged_to_it(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client keeps memfds that its engines have filled: a new cgroup would not count them."""
+    monkeypatch.setattr(client_cgroups, "_KEPT", 0)
     with ClientCgroups(4096) as made:
         made.open(5).close()
         stat = tree.place / "restrictedmem-5" / "memory.stat"
         stat.write_text("anon 0\nshmem 4096\n", encoding="ascii")
-        made.remove(5)
+        made.leave(5)
         assert "restrictedmem-5" in tree.groups()
         made.open(5).close()
         stat.write_text("anon 4096\nshmem 0\n", encoding="ascii")
@@ -322,9 +338,9 @@ def test_a_cgroup_stays_while_files_are_charged_to_it(tree: Tree) -> None:
         made.open(6).close()
         assert "restrictedmem-5" in tree.groups()
         stat.write_text("anon 0\nshmem 4096\n", encoding="ascii")
-        made.remove(5)
+        made.leave(5)
         stat.write_text("anon 4096\nshmem 0\n", encoding="ascii")
-        made.remove(6)
+        made.leave(6)
         assert tree.groups() == {LEAF}
 
 

@@ -21,6 +21,10 @@ from restrictedmem.service.cgroup import Cgroup
 #: Of version 2: where ``serve`` itself is, for a cgroup that has processes has no children with limits.
 _LEAF: Final = "restrictedmem-serve"
 
+#: How many cgroups stay whose uids have no service any more. What the kernel holds for a client, answers
+#: that it leaves unread for one, is charged to its cgroup alone as long as that is there.
+_KEPT: Final = 256
+
 
 @final
 class ClientCgroups:
@@ -46,12 +50,13 @@ class ClientCgroups:
             if self._version == 2:
                 self._make_room()
             names = (re.fullmatch(r"restrictedmem-(\d+)", name) for name in os.listdir(self._base))
-            #: Uids none of whose services, by this process, is left: their cgroups are to go.
-            self._ended = {int(found[1]) for found in names if found}
+            #: Uids none of whose services, by this process, is left: their cgroups are to go, the first one first.
+            self._ended = dict.fromkeys(int(found[1]) for found in names if found)
             try:
                 self.open(0).close()
             finally:
-                self.remove(0)
+                self.leave(0)
+                self._remove_ended(0)
         except BaseException:
             self._lock.close()
             raise
@@ -61,7 +66,7 @@ class ClientCgroups:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         """Remove those that are empty; what else there is, the next ``serve`` here finds."""
-        self._remove_ended()
+        self._remove_ended(0)
         self._lock.close()
 
     def open(self, uid: int) -> OwnedFd:
@@ -70,18 +75,17 @@ class ClientCgroups:
         Raises:
             OSError: as mkdir(2), open(2) and write(2) there.
         """
-        self._ended.discard(uid)
-        self._remove_ended()
+        self._ended.pop(uid, None)
         if uid not in self._limited:
             self._make(self._of(uid))
             self._limited.add(uid)
         return _open(self._of(uid) / "cgroup.procs")
 
-    def remove(self, uid: int) -> None:
-        """Remove a uid's cgroup, of whose processes none is left; a later call does when the kernel is not done with it yet."""
+    def leave(self, uid: int) -> None:
+        """Let a uid's cgroup go, of whose services none is left; it is there for the next one, unless many others came after it."""
         self._limited.discard(uid)
-        self._ended.add(uid)
-        self._remove_ended()
+        self._ended[uid] = None
+        self._remove_ended(_KEPT)
 
     def _of(self, uid: int) -> Path:
         return self._base / f"restrictedmem-{uid}"
@@ -124,8 +128,11 @@ class ClientCgroups:
         if swap.exists():
             _write(swap, most)
 
-    def _remove_ended(self) -> None:
+    def _remove_ended(self, most: int) -> None:
+        """Remove cgroups that are to go until ``most`` are left; another call does when the kernel is not done with one yet."""
         for uid in list(self._ended):
+            if len(self._ended) <= most:
+                return
             group = self._of(uid)
             if _holds_files(group):
                 continue
@@ -135,7 +142,7 @@ class ClientCgroups:
                 pass
             except OSError:
                 continue
-            self._ended.remove(uid)
+            del self._ended[uid]
 
 
 def _holds_files(group: Path) -> bool:

@@ -333,7 +333,7 @@ class Server:
             if user.own is not None:
                 self._uids.rest(client.uid)
             if self._cgroups is not None:
-                self._cgroups.remove(client.uid)
+                self._cgroups.leave(client.uid)
 
 
 def _whose(uid: int) -> str:
