@@ -106,6 +106,7 @@ MODES: dict[str, tuple[Callable[[socket.socket], None], str]] = {
     "a hang-up": (lambda _: None, "ended, or answers nobody of this user"),
     "silent": (silent, LATE),
     "byte by byte": (answers(said(b" ", 1 << 60)), LATE),
+    "many values": (answers(said(b"," * 100_000, 1_100_000)), "say more than 1048576 values"),
     "without an end": (answers(said(bytes(100_000), 1 << 63)), "say more than"),
 }
 
@@ -220,6 +221,19 @@ def test_what_a_stranger_says_of_itself_is_shown_as_text(service: Service) -> No
     assert (entry["pid"], entry["uid"]) == (pid, ROGUE)
     assert not lines_of(1, shown)
     assert all(each.isprintable() for each in shown.splitlines())
+
+
+def test_what_a_stranger_says_of_itself_takes_a_few_lines(service: Service) -> None:
+    vm: dict[str, Any] = {"name": "x", "number": 1, "files": [7] * 30, "invalidations": 0, "report": 0}
+    long = "x" * 20_000
+    with rogue(answers(state(consumers=[vm] * 30, last_error=long, way=long))) as pid:
+        shown = ps()
+        entry = next(each for each in json.loads(ps("--json"))["services"] if each["pid"] == pid)
+    lines = shown.splitlines()
+    assert max(map(len, lines)) == 1000
+    assert sum(line.endswith(f", descriptors {'7 ' * 20}…, 0 invalidations") for line in lines) == 20
+    assert "  … 10 more VMs and consumers (--json lists all)" in lines
+    assert (len(entry["consumers"]), entry["last_error"]) == (30, long)
 
 
 def test_a_name_of_another_process(service: Service) -> None:

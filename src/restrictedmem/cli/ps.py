@@ -10,8 +10,10 @@ from typing import Any
 from restrictedmem.text import plain
 from restrictedmem.units import format_size
 
-#: Lines of one kind.
+#: Lines of one kind, and numbers in one.
 _SHOWN = 20
+#: Characters of a line: a service may say 32 MiB.
+_WIDEST = 1000
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -39,7 +41,7 @@ def main(args: argparse.Namespace) -> int:
         print()
         return 0
     for line in _all_lines(found):
-        print(plain(line))
+        print(plain(line[:_WIDEST]))
     if not found:
         print("no service runs")
     return 0
@@ -91,12 +93,16 @@ def _lines(service: dict[str, Any]) -> list[str]:
         lines.append(f"  descriptor {file['ino']}: {size}, {held} resident, {file['notifiers']} notifiers")
     if len(files) > _SHOWN:
         lines.append(f"  … {len(files) - _SHOWN} more (--json lists all)")
-    for vm in service["consumers"]:
+    consumers = service["consumers"]
+    for vm in consumers[:_SHOWN]:
         # A third party's consumer reports what it likes.
         report: dict[str, Any] = vm["report"] if type(vm["report"]) is dict else {}
-        files_of = " ".join(map(str, vm["files"])) or "none"
+        more = ["…"] if len(vm["files"]) > _SHOWN else []
+        files_of = " ".join([*map(str, vm["files"][:_SHOWN]), *more]) or "none"
         name = f"{vm['name']} {vm['number']}: pid {report.get('pid', '?')}"
         lines.append(f"  {name}, descriptors {files_of}{_locked(report)}, {vm['invalidations']} invalidations")
+    if len(consumers) > _SHOWN:
+        lines.append(f"  … {len(consumers) - _SHOWN} more VMs and consumers (--json lists all)")
     if service["last_error"]:
         lines.append(f"  last error: {service['last_error']}")
     return lines

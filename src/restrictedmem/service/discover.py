@@ -31,6 +31,8 @@ PATIENCE: Final = 2.0
 _AGAIN: Final = 0.05
 #: Bytes that the services of one uid may say altogether.
 _MOST_BYTES: Final = 32 << 20
+#: Values in it, for an empty dictionary takes 30 times the memory that it is written in.
+_MOST_VALUES: Final = 1 << 20
 _LARGEST_ERRNO: Final = 4095
 #: A line of /proc/net/unix of a listening SOCK_SEQPACKET socket; behind the pid what makes the name
 #: one that nobody can take first.
@@ -129,10 +131,16 @@ class _Question:
         """End without a state."""
         self.error = OSError(number, words)
 
-    def check(self) -> None:
+    def check(self, budget: dict[int, int]) -> None:
         """Look at what was said, once nothing more is waited for."""
         try:
             if self.whole:
+                assert self.uid is not None
+                values = sum(map(self.said.count, (b"{", b"[", b",")))
+                budget[self.uid] = budget.get(self.uid, _MOST_VALUES) - values
+                if budget[self.uid] < 0:
+                    self.fail(EMSGSIZE, f"uid {self.uid}'s services say more than {_MOST_VALUES} values")
+                    return
                 self.state = {**_check(self.said), "pid": self.pid, "uid": self.uid}
             elif self.error is None:
                 self.fail(ETIMEDOUT, f"did not answer within {PATIENCE:g} s")
@@ -226,8 +234,10 @@ class _Question:
 def _ask_all(questions: list[_Question]) -> list[_Question]:
     """Ask side by side, within one time; checked afterwards, as that takes time of its own."""
     _hear(questions)
+    budget = dict[int, int]()
     for question in questions:
-        question.check()
+        question.check(budget)
+        question.said.clear()
     return questions
 
 
