@@ -220,6 +220,21 @@ def test_a_uid_has_so_many_places(running: Running) -> None:
         stack.enter_context(Service.connect(running.path))
 
 
+def test_so_many_of_a_crowd_are_told_that_there_is_no_place(running: Running) -> None:
+    """What they leave unread is charged to serve, and so to all clients."""
+    with ExitStack() as stack:
+        for _ in range(PLACES):
+            stack.enter_context(Service.connect(running.path))
+        began = time.monotonic()
+        crowd = [connect_as(0, running.path, stack) for _ in range(100)]
+        told = [bool(sock.recv(wire.MAX_MESSAGE)) for sock in crowd]
+        assert 16 <= sum(told) <= 17 + time.monotonic() - began
+        assert all(told[:16])
+        # Another uid is told.
+        others = [connect_as(OTHER, running.path, stack) for _ in range(PLACES + 1)]
+        assert answer(others[-1])[0] == EAGAIN
+
+
 def test_a_killed_service_frees_its_place(running: Running) -> None:
     with Service.connect(running.path) as service, Vm(service) as vm:
         assert vm.statistics()

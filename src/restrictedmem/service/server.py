@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 _AT_ONCE: Final = 2
 #: Connections that are taken before others are heard again: a crowd has thousands.
 _AT_A_TURN: Final = 64
+#: How many clients without a place are told why, of each uid: so many at once, and then one in so
+#: many seconds. What they leave unread is charged to this process.
+_TOLD: Final = 16
+_TOLD_AGAIN: Final = 1.0
 #: Seconds without accept(2) after it failed for want of descriptors or memory.
 _PAUSE: Final = 0.1
 
@@ -103,6 +107,8 @@ class Server:
         self._users: dict[int, _User] = {}
         #: Those whose socket is open.
         self._clients: set[_Client] = set()
+        #: Until when a uid's clients have been told all they are.
+        self._told: dict[int, float] = {}
         #: In the order of their deadlines.
         self._starting: dict[_Client, None] = {}
         self._epoll = select.epoll()
@@ -212,13 +218,24 @@ class Server:
             words = f"all {len(self._uids)} uids of services are taken"
         else:
             words = f"{_whose(client.uid)} has {user.places} services here, as many as it may"
-        _answer(client.sock, OSError(EAGAIN, words))
+        if self._may_be_told(client.uid):
+            _answer(client.sock, OSError(EAGAIN, words))
         if not (self._crowded if user is None else user.full):
             self._say(f"client {client.pid}: {words}")
         if user is None:
             self._crowded = True
         else:
             user.full = True
+
+    def _may_be_told(self, uid: int) -> bool:
+        now = self._clock.look()
+        for known in [known for known, until in self._told.items() if until <= now]:
+            del self._told[known]
+        until = self._told.get(uid, now) + _TOLD_AGAIN
+        if until > now + _TOLD * _TOLD_AGAIN:
+            return False
+        self._told[uid] = until
+        return True
 
     def _start_next(self, user: _User) -> None:
         while user.waiting and user.starting < _AT_ONCE:
