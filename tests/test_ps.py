@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from errno import EPROTO, ESRCH, ETIMEDOUT
@@ -77,6 +78,10 @@ def silent(sock: socket.socket) -> None:
         pass
 
 
+def nested(depth: int) -> list[Any]:
+    return [nested(depth - 1)] if depth else []
+
+
 NO_STATE = "its answer is no service's state"
 NO_JSON = "its answer is no JSON"
 NO_ANSWER = "its answer is no service's"
@@ -87,6 +92,7 @@ MODES: dict[str, tuple[Callable[[socket.socket], None], str]] = {
     "no key": (answers(said(b"{}")), NO_STATE),
     "a list": (answers(said(b"[1,2]")), NO_STATE),
     "a key of another type": (answers(state(descriptors={})), NO_STATE),
+    "a little too deep": (answers(state(other=nested(20))), NO_STATE),
     "a number without an end": (answers(state(owner_uid=10**400)), NO_STATE),
     "a negative number": (answers(state(owner_pid=-1)), NO_STATE),
     "a bool": (answers(state(owner_pid=True)), NO_STATE),
@@ -117,13 +123,14 @@ def rogue(
     name: str = "restrictedmem/{pid}",
     uid: int = ROGUE,
     first: Callable[[], object] = os.getpid,
+    more: int = 0,
 ) -> Generator[int, None, None]:
-    """Run a process of another user that listens on a name like a service's; yields its pid."""
+    """Run a process of another user that listens on a name like a service's, and on ``more`` that nobody serves; yields its pid."""
     ready, said_ready = os.pipe()
     child = os.fork()
     if child == 0:
         first()
-        _be_rogue(serve, name.format(pid=os.getpid()), uid, said_ready)
+        _be_rogue(serve, name.format(pid=os.getpid()), uid, said_ready, more)
     try:
         os.close(said_ready)
         with open(ready, "rb") as pipe:
@@ -134,7 +141,7 @@ def rogue(
         os.waitpid(child, 0)
 
 
-def _be_rogue(serve: Callable[[socket.socket], None], name: str, uid: int, ready: int) -> NoReturn:
+def _be_rogue(serve: Callable[[socket.socket], None], name: str, uid: int, ready: int, more: int) -> NoReturn:
     try:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
@@ -142,6 +149,10 @@ def _be_rogue(serve: Callable[[socket.socket], None], name: str, uid: int, ready
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         listener.bind(f"\0{name}")
         listener.listen(9)
+        kept = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(more)]
+        for number, sock in enumerate(kept):
+            sock.bind(f"\0{name}/{number:x}")
+            sock.listen(9)
         os.write(ready, b".")
         os.close(ready)
         while True:
@@ -165,11 +176,11 @@ def service() -> Generator[Service, None, None]:
         yield service
 
 
-def ps(*arguments: str) -> str:
+def ps(*arguments: str, most_fds: int = 10_000) -> str:
     """Return what the command writes to a terminal that knows UTF-8."""
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "restrictedmem", "ps", *arguments],
+        ["prlimit", f"--nofile={most_fds}", sys.executable, "-m", "restrictedmem", "ps", *arguments],
         capture_output=True,
         check=True,
         timeout=60,
@@ -310,8 +321,8 @@ def test_a_service_without_room_is_asked_again(monkeypatch: pytest.MonkeyPatch) 
     refused = threading.Event()
     honest = discover._Question.connect
 
-    def connect(question: Any) -> bool:
-        done = honest(question)
+    def connect(question: Any, admit: Callable[[int], bool]) -> bool:
+        done = honest(question, admit)
         if not done:
             refused.set()
         return done
@@ -375,18 +386,24 @@ def test_names_with_junk_are_nobodys(service: Service) -> None:
 
 
 def test_thousands_of_names_in_bounded_time(service: Service) -> None:
-    count = 3000
-    with ExitStack() as stack:
-        pid = os.getpid()
-        for number in range(count):
-            sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-            sock.bind(f"\0restrictedmem/{pid}/{number:x}")
-            # A backlog that is full at once for a third of them; nobody ever accepts.
-            sock.listen(0 if number % 3 else 9)
+    with rogue(silent, more=3000) as pid:
         shown = ps()
     assert real(service) in shown
     assert len(lines_of(pid, shown)) <= discover_shown()
-    assert re.search(r"^… \d+ more that say no state, of uid 0 ", shown, re.MULTILINE)
+    assert re.search(rf"^… \d+ more that say no state, of uid {ROGUE} ", shown, re.MULTILINE)
+
+
+def test_names_beyond_the_descriptors_of_who_asks(service: Service) -> None:
+    """So many of a uid are asked at a time; who found no descriptor left is asked again."""
+    limit = 2 * discover._AT_ONCE + 100
+    with rogue(silent, more=1000) as one, rogue(silent, uid=ROGUE + 1, more=1000) as other:
+        shown = ps("--json", most_fds=limit)
+    entries = json.loads(shown)["services"]
+    assert [each["owner_pid"] for each in entries if each["pid"] == service.info["pid"]] == [os.getpid()]
+    said_so = Counter((each["pid"], each["error"]) for each in entries if each["pid"] in (one, other))
+    later = f"was not asked: others of uid {ROGUE} did not answer"
+    assert (said_so[one, LATE], said_so[one, later]) == (discover._AT_ONCE, 1001 - discover._AT_ONCE)
+    assert sum(said_so.values()) == 2 * 1001
 
 
 def discover_shown() -> int:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -37,8 +36,8 @@ def main(args: argparse.Namespace) -> int:
     process.raise_fd_limit()
     found = discover.statuses()
     if args.json:
-        json.dump({"services": found}, sys.stdout)
-        print()
+        # Whole, or nothing.
+        print(json.dumps({"services": found}))
         return 0
     for line in _all_lines(found):
         print(plain(line[:_WIDEST]))

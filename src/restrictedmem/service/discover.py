@@ -12,10 +12,11 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager, suppress
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
-from errno import EMSGSIZE, ENOTCONN, EPROTO, ESRCH, ETIMEDOUT
+from errno import EMFILE, EMSGSIZE, ENFILE, ENOMEM, ENOTCONN, EPROTO, ESRCH, ETIMEDOUT
 from typing import Any, Final, cast, final
 
 from restrictedmem.abi import process
@@ -33,6 +34,10 @@ _AGAIN: Final = 0.05
 _MOST_BYTES: Final = 32 << 20
 #: Values in it, for an empty dictionary takes 30 times the memory that it is written in.
 _MOST_VALUES: Final = 1 << 20
+#: Lists and dictionaries in one another: a consumer's report has 8, and is the fourth.
+_DEEPEST: Final = 16
+#: Sockets of one uid that are asked at the same time. Who has more of them waits for its own to answer.
+_AT_ONCE: Final = 256
 _LARGEST_ERRNO: Final = 4095
 #: A line of /proc/net/unix of a listening SOCK_SEQPACKET socket; behind the pid what makes the name
 #: one that nobody can take first.
@@ -144,20 +149,25 @@ class _Question:
                 self.state = {**_check(self.said), "pid": self.pid, "uid": self.uid}
             elif self.error is None:
                 self.fail(ETIMEDOUT, f"did not answer within {PATIENCE:g} s")
+        except MemoryError:
+            self.fail(ENOMEM, "no memory for what it says")
         except OSError as error:
             self.error = error
 
-    def connect(self) -> bool:
-        """Connect and send the first request; False when there is no room for now.
+    def connect(self, admit: Callable[[int], bool]) -> bool:
+        """Connect and send the first request; False when there is no room for now, at the socket or here.
 
-        The connection shows whose the socket is. Root then makes another as that user: a service
-        in a user namespace of its own cannot tell root from a stranger, and nobody gets a
+        ``admit`` says whether one more socket of a uid may be asked now; if not, it is connected
+        only. The connection shows whose the socket is. Root then makes another as that user: a
+        service in a user namespace of its own cannot tell root from a stranger, and nobody gets a
         connection that is another's.
         """
         try:
             self.sock = self._connected()
             peer, uid, _ = peer_credentials(self.sock)
             self.uid = uid
+            if not admit(uid):
+                return True
             if self.pid not in _numbers_of(peer):
                 holder = f"process {peer}" if peer else "a process of another PID namespace"
                 self.fail(ESRCH, f"the name is held by {holder}, of uid {uid}")
@@ -177,6 +187,8 @@ class _Question:
             self.gone = self.uid is None
             self.fail(ENOTCONN, "ended, or answers nobody of this user")
         except OSError as error:
+            if error.errno in (EMFILE, ENFILE):
+                return False
             self.error = error
         return True
 
@@ -242,36 +254,69 @@ def _ask_all(questions: list[_Question]) -> list[_Question]:
 
 
 def _hear(questions: Iterable[_Question]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    waiting, budget = list(questions), dict[int, int]()
-    asked: dict[int, _Question] = {}
-    with select.epoll() as epoll:
-        try:
-            while (waiting or asked) and (left := deadline - time.monotonic()) > 0:
-                waiting = [each for each in waiting if not _begin(each, asked, epoll)]
-                for fd, _ in epoll.poll(min(left, _AGAIN) if waiting else left):
-                    question = asked[fd]
-                    question.receive(budget)
-                    if question.over:
-                        del asked[fd]
-                        # A child may have a copy for a moment (``bury``), which would be heard of.
-                        epoll.unregister(fd)
-                        question.close()
-        finally:
-            for question in asked.values():
-                question.close()
+    waiting = list(questions)
+    with select.epoll() as epoll, closing(_Asking(epoll)) as asking:
+        # Whose a name is shows when it is connected to; only then the time of all begins.
+        waiting = [each for each in waiting if not asking.begin(each)]
+        deadline = time.monotonic() + PATIENCE
+        while (waiting or asking.open) and (left := deadline - time.monotonic()) > 0:
+            for fd, _ in epoll.poll(min(left, _AGAIN) if waiting else left):
+                waiting += asking.hear(fd)
+            waiting = [each for each in waiting if not asking.begin(each)]
 
 
-def _begin(question: _Question, asked: dict[int, _Question], epoll: select.epoll) -> bool:
-    if not question.connect():
+@final
+class _Asking:
+    """Those that are asked side by side, so many of each uid at a time."""
+
+    def __init__(self, epoll: select.epoll) -> None:
+        self._epoll = epoll
+        #: By the socket's descriptor.
+        self.open: dict[int, _Question] = {}
+        self._of: Counter[int] = Counter()
+        #: Those of a uid that wait for others of it.
+        self._later: defaultdict[int, deque[_Question]] = defaultdict(deque)
+        self._budget: dict[int, int] = {}
+
+    def begin(self, question: _Question) -> bool:
+        """Ask, or have it wait for others of its uid; False when it has to be tried again."""
+        begun = question.connect(self._admits)
+        if begun and question.sock is not None and not question.over:
+            assert question.uid is not None
+            if self._admits(question.uid):
+                self._of[question.uid] += 1
+                self._epoll.register(question.sock.fileno(), select.EPOLLIN)
+                self.open[question.sock.fileno()] = question
+                return True
+            self._later[question.uid].append(question)
         question.close()
-        return False
-    if not question.over and question.sock is not None:
-        epoll.register(question.sock.fileno(), select.EPOLLIN)
-        asked[question.sock.fileno()] = question
-    else:
+        return begun
+
+    def _admits(self, uid: int) -> bool:
+        return self._of[uid] < _AT_ONCE
+
+    def hear(self, fd: int) -> list[_Question]:
+        """Take a piece of an answer; when it was the last, return who has waited for that."""
+        question = self.open[fd]
+        question.receive(self._budget)
+        if not question.over:
+            return []
+        assert question.uid is not None
+        del self.open[fd]
+        self._of[question.uid] -= 1
+        # A child may have a copy for a moment (``bury``), which would be heard of.
+        self._epoll.unregister(fd)
         question.close()
-    return True
+        later = self._later[question.uid]
+        return [later.popleft()] if later else []
+
+    def close(self) -> None:
+        """Let go of all; those that were not asked say so."""
+        for question in self.open.values():
+            question.close()
+        for uid, later in self._later.items():
+            for question in later:
+                question.fail(ETIMEDOUT, f"was not asked: others of uid {uid} did not answer")
 
 
 def _numbers_of(pid: int) -> set[int]:
@@ -327,10 +372,19 @@ def _check(text: bytearray) -> dict[str, Any]:
         found = json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError):
         raise OSError(EPROTO, "its answer is no JSON") from None
-    if not _fits(found, _SHAPE):
+    if not _fits(found, _SHAPE) or not _is_shallow(found, _DEEPEST):
         raise OSError(EPROTO, "its answer is no service's state")
     state: dict[str, Any] = found
     return state
+
+
+def _is_shallow(value: object, depth: int) -> bool:
+    match value:
+        case list() | dict():
+            items = cast("Iterable[object]", value.values() if isinstance(value, dict) else value)
+            return depth > 0 and all(_is_shallow(item, depth - 1) for item in items)
+        case _:
+            return True
 
 
 def _refuse(constant: str) -> float:
