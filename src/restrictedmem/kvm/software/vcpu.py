@@ -304,18 +304,22 @@ class SoftwareVcpu:
         if refusal is not None:
             self._why = refusal
             if self._tlb.access != MEM_FETCH:
-                self._mend_flags()
+                self._refused_access()
         if error == unicorn.ERR_INSN_INVALID:
             self._why = self._invalid_opcode()
         if error and self._why is None:
             raise RuntimeError(unicorn.error_text("uc_emu_start", error))
         return self._why
 
-    def _mend_flags(self) -> None:
-        """Give the guest its flags back if the instruction at RIP had computed them."""
+    def _refused_access(self) -> None:
+        """Give the guest its flags back if the instruction at RIP had computed them; say if it may touch nothing."""
         rip = self._uc.read(unicorn.RIP)
+        instruction = self._fetched.instruction(rip)
+        if instruction is not None and instruction.is_invalid:
+            # Unicorn notices only after the access.
+            self._why = _INVALID_OPCODE
         hooked = self._fetched.has_hook(rip) or self._debug.has_hook(rip)
-        if hooked or computes_first(self._fetched.instruction(rip)):
+        if hooked or computes_first(instruction):
             self._flags.mend()
 
     def _invalid_opcode(self) -> Exit | Stop:
