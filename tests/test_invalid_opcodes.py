@@ -1,4 +1,4 @@
-"""What an invalid instruction does before it is refused, on both engines: it touches nothing."""
+"""What an invalid instruction does before it is refused, on both engines: it is fetched whole, and touches nothing."""
 
 from collections.abc import Iterator
 from typing import Final
@@ -7,7 +7,7 @@ import pytest
 
 from restrictedmem.kvm.exits import Exit, Shutdown
 from restrictedmem.service.client import Service
-from test_engines import MIB, PRIVATE, Machine, make_machine, missing_page
+from test_engines import MIB, PAGE, PRIVATE, STACK, Machine, make_machine, missing_page
 
 pytestmark = pytest.mark.requires("fuse")
 
@@ -73,3 +73,28 @@ def test_what_is_invalid_touches_nothing(machine: Machine, code: str, address: i
 def test_what_can_be_locked_touches_memory(machine: Machine, code: str) -> None:
     missing = missing_page(machine, MISSING, b"")
     assert at(machine, MISSING, f"f0{code}") == missing
+
+
+#: Each with how many of its bytes are needed: another may follow that is none of its own.
+FETCHED: Final = (
+    *("82 00 ff", "8200ff", "62 03", "6243 08", "8e 33", "8eb3000000 00", "c6 cb 00", "c78b 0000000000000000"),
+    *("66c7cb 0000", "9a 000000000000", "ea000000000000", "669a 00000000", "d4 0a", "d50a", "fe 13", "fe 9424 00000000", "06", "27", "d6"),
+    *("0fc7 14 25 00000000", "f30f6c c0", "0fb8 c3", "f20fc6 c3 00", "0f0b", "0f04", "0f36", "0fb9", "0fff"),
+    *("0f380c c3", "f30f38 fa 00", "f30f3a 0f c3 00", "66c5 fc58 c0", "66c4 e278f3 c3", "f00303", "f0038300 000000"),
+)
+
+
+@pytest.mark.parametrize("code", FETCHED)
+def test_what_is_invalid_is_fetched_whole(machine: Machine, code: str) -> None:
+    """Up to the page's end, wherever it is cut; the next page is needed for no more than that."""
+    whole = bytes.fromhex(code)
+    cuts = [len(bytes.fromhex(code[:index])) for index, letter in enumerate(code) if letter == " "]
+    for inside in (*cuts, len(whole)):
+        with make_machine(machine.service, machine.engine) as other:
+            missing = missing_page(other, MISSING, whole[inside:])
+            other.vm.launch_update(MISSING - PAGE, b"\xf4" * (PAGE - inside) + whole[:inside])
+            other.vcpu.set_regs(rip=MISSING - inside, rsp=STACK)
+            if inside < len(whole):
+                assert other.vcpu.run() == other.vcpu.run() == missing
+                other.convert(MISSING, PAGE, private=True)
+            assert other.vcpu.run() == INVALID

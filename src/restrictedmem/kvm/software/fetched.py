@@ -121,13 +121,17 @@ class FetchedCode:
 
     def instruction(self, address: int) -> Instruction | None:
         """Return the instruction at an address; None where nothing was fetched since a drop."""
+        return decode(self.code(address))
+
+    def code(self, address: int) -> bytes:
+        """Return as much as an instruction at an address may take, and was fetched since a drop."""
         code, end = b"", address + LONGEST
         while address < end and (page := self._pages.get(address & ~PAGE_MASK)) is not None:
             inside = address & PAGE_MASK
             piece = min(end - address, PAGE_SIZE - inside)
             code += page.read(inside, inside + piece)
             address += piece
-        return decode(code)
+        return code
 
     def drop(self, start: int, end: int) -> None:
         """Forget a range of guest addresses, whose translated code is dropped too.

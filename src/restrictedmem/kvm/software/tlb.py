@@ -108,6 +108,16 @@ class Tlb:
         if access != MEM_FETCH:
             self._flags.refused()
 
+    def fetch(self, page: int) -> Exit | Stop | None:
+        """Have a page as a miss of a fetch would, in no run; returns why it is refused, None when it is not.
+
+        Raises:
+            BaseException: as ``refused``.
+        """
+        self.begin()
+        self._refill(page, MEM_FETCH, self._memory.find(page))
+        return self.refused()
+
     def on_unmapped_read(self, _uc: int, _kind: int, address: int, size: int, _value: int) -> bool:
         """Refuse a load from the hole, now that it is known what it loads."""
         self._refuse(exits.MmioRead(address - HOLE, size), MEM_READ, address - HOLE & ~PAGE_MASK)

@@ -11,6 +11,7 @@ from typing import Final, final
 from restrictedmem.abi.kvm import ExitReason, kvm_regs
 from restrictedmem.abi.kvm_x86 import kvm_sregs
 from restrictedmem.kvm import exits
+from restrictedmem.kvm.decode import decode
 from restrictedmem.kvm.exits import Exit
 from restrictedmem.kvm.guest_abi import HYPERCALL_PAGE
 from restrictedmem.kvm.memslot import Memslot
@@ -21,6 +22,7 @@ from restrictedmem.kvm.software.code import CodePages
 from restrictedmem.kvm.software.debug import GuestDebug
 from restrictedmem.kvm.software.fetched import FetchedCode
 from restrictedmem.kvm.software.flags import LateFlags, computes_first
+from restrictedmem.kvm.software.length import length
 from restrictedmem.kvm.software.mmio import Scratch
 from restrictedmem.kvm.software.physical import PhysicalMemory
 from restrictedmem.kvm.software.reset import enter_user_mode
@@ -326,9 +328,14 @@ class SoftwareVcpu:
         rip, number, rdi, rsi, rdx, r10 = self._hypercall.read()
         if rip == HYPERCALL_PAGE:
             return exits.Hypercall(number, (rdi, rsi, rdx, r10))
-        instruction = self._fetched.instruction(rip)
+        code = self._fetched.code(rip)
+        instruction = decode(code)
         if is_wide(instruction):
             return Stop.ALONE
+        if code and length(code) > len(code):
+            refusal = self._tlb.fetch(rip + len(code))
+            if refusal is not None:
+                return refusal
         if instruction is None:
             return _INVALID_OPCODE
         if instruction.opcode == _INT1:
