@@ -26,13 +26,15 @@ from test_engines import (
 
 pytestmark = pytest.mark.requires("fuse")
 
+#: What Linux's table lets a process load: user data, user code, and the segment whose limit is the processor's number.
+HOST_SELECTORS: Final = (*range(0x28, 0x2C), *range(0x30, 0x34), *range(0x78, 0x7C))
 #: By key, the software engine's answers and the kernel engine's: sets of what may come, None where the guest goes on.
 DIFFERENCES: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
     "iopl": {"software": ({0},), "kernel": ({0, 3},)},
-    # Those of GS, FS, ES, DS, SS and CS; and what comes of loading the host's for user data.
+    # Those of GS, FS, ES, DS, SS and CS; which may be loaded; and what comes of a far return to the host's for user code.
     "selectors": {
-        "software": ({"1b0023"}, {Shutdown(13)}),
-        "kernel": ({"2b0033", "1b0023"}, {None, Shutdown(13)}),
+        "software": ({"1b0023"}, [()], {Shutdown(13)}),
+        "kernel": ({"2b0033", "1b0023"}, [(), HOST_SELECTORS], {None, Shutdown(13)}),
     },
     "descriptor-tables": {
         "software": ({(0x31, 0)}, {(0, 0)}, [{0}, {0}, {0}]),
@@ -165,13 +167,29 @@ def test_selectors(programs: Programs) -> None:
         *(f"48c1e710 8c{modrm} 6689c7" for modrm in ("c0", "d8", "d0", "c8")),  # shl rdi, 16; mov eax, es, ds, ss, cs; mov di, ax
         *(f"48c1e610 8c{modrm} 6689c6" for modrm in ("e8", "e0")),  # the same to si, of gs and fs
     )
-    shown, loaded = programs.expect("selectors")
+    shown, known, returned = programs.expect("selectors")
     assert f"{more << 64 | found:x}" in shown
-    assert programs.end("66b82b00 8ec0") in loaded  # mov ax, 0x2b; mov es, eax
+    loadable = selectors_known(programs)
+    assert loadable in known
+    for selector in (0, 0x23, 0x28, 0x2B, 0x33, 0x63, 0x7B, 0x1000, 0xFFFF):
+        for modrm in ("d8", "c0", "e0", "e8"):  # mov eax, selector; mov to ds, es, fs, gs
+            goes_on = selector == 0 or selector in loadable
+            loaded = programs.end(f"b8{selector.to_bytes(4, 'little').hex()}", f"8e{modrm}")
+            assert (loaded is None) is goes_on, f"{selector:#x}"
+    assert programs.end("6a33 488d0503000000 50 48cb") in returned  # push 0x33; lea rax, [rip + 3]; push rax; retf
     # A null selector can be loaded to a data segment, and nothing else.
     assert programs.end("31c0 8ed8 8ec0 8ee0 8ee8") is None  # xor eax, eax; mov ds, eax; es; fs; gs
     for code in ("31c0 8ed0", "66b80800 8ed8", "66b81b00 8ed8"):  # ss of 0; ds of 8 and 0x1b
         assert programs.run_shared(code) == Shutdown(13)
+
+
+def selectors_known(programs: Programs) -> tuple[int, ...]:
+    """Return the selectors, of all, that VERR knows: those that a data segment may have."""
+    with make_machine(programs.service, programs.engine) as machine:
+        # xor ecx, ecx; 1: verr cx; setz [rbx + rcx]; inc ecx; cmp ecx, 65536; jne 1b
+        code = "31c9 0f00e1 0f94040b ffc1 81f900000100 75ef"
+        assert isinstance(machine.start("bb00000010", code, CALL), Hypercall)  # mov ebx, SHARED
+        return tuple(selector for selector, is_known in enumerate(machine.window[: 1 << 16]) if is_known)
 
 
 def test_descriptor_tables(programs: Programs) -> None:

@@ -7,6 +7,7 @@ from .operands import Dice
 from .program import Piece
 
 #: With a ``[rbx]`` where there is an operand; whatever it does, nothing else of the program follows.
+#: Selectors are those that no host's table has (docs/engines.md, `selectors`).
 _CODES: Final = (
     ("ud2", "0f0b"), ("ud1", "0fb9c3"), ("ud0", "0fffc3"), ("int3", "cc"), ("int1", "f1"),
     ("int 0x80", "cd80"), ("int 3", "cd03"), ("int 13", "cd0d"), ("hlt", "f4"), ("cli", "fa"), ("sti", "fb"),
@@ -15,9 +16,9 @@ _CODES: Final = (
     ("mov rax, dr7", "0f21f8"), ("lgdt [rbx]", "0f0113"), ("lidt [rbx]", "0f011b"), ("lmsw ax", "0f01f0"),
     ("invlpg [rbx]", "0f013b"), ("swapgs", "0f01f8"), ("rdmsr", "0f32"), ("wrmsr", "0f30"), ("rdpmc", "0f33"),
     ("xsetbv", "0f01d1"), ("monitor", "0f01c8"), ("mwait", "0f01c9"), ("vmcall", "0f01c1"),
-    ("vmmcall", "0f01d9"), ("lldt ax", "0f00d0"), ("ltr ax", "0f00d8"), ("mov ds, ax", "8ed8"),
-    ("mov ss, ax", "8ed0"), ("mov cs, ax", "8ec8"), ("mov fs, ax", "8ee0"), ("pop fs", "0fa1"),
-    ("pop gs", "0fa9"), ("retf", "cb"), ("retf 8", "ca0800"), ("jmp far [rbx]", "ff2b"),
+    ("vmmcall", "0f01d9"), ("lldt ax", "0f00d0"), ("ltr ax", "0f00d8"), ("mov ds, 0x1b", "b81b0000008ed8"),
+    ("mov ss, 0x23", "b8230000008ed0"), ("mov cs, ax", "8ec8"), ("mov fs, 0x2c", "b82c0000008ee0"), ("pop fs, 8", "6a080fa1"),
+    ("pop gs, 0x1000", "68001000000fa9"), ("retf", "cb"), ("retf 8", "ca0800"), ("jmp far [rbx]", "ff2b"),
     ("call far [rbx]", "ff1b"), ("push es", "06"), ("pop ds", "1f"), ("daa", "27"), ("aaa", "37"),
     ("pusha", "60"), ("popa", "61"), ("bound", "62c3"), ("into", "ce"), ("aam", "d40a"), ("aad", "d50a"),
     ("salc", "d6"), ("call far", "9a0000000000"), ("jmp far", "ea0000000000"), ("les", "c41b"),
