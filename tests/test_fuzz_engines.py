@@ -220,6 +220,13 @@ def test_what_is_avoided_differs(service: Service, avoided: Avoided) -> None:
 
 
 @pytest.mark.requires("fuse", "processor")
+def test_a_store_that_ends_where_nothing_is_stores_nothing(service: Service) -> None:
+    program = program_of(Piece("mov [the last page's last byte], ecx", bytes.fromhex("b9ffffffff890c25ffef0140")))
+    with Pair(service, vcpus=1) as pair:
+        assert pair.run(program) == ""
+
+
+@pytest.mark.requires("fuse", "processor")
 def test_programs_do_the_same_on_both_engines(service: Service) -> None:
     began = time.monotonic()
     outcome = run(service, SEED, more=lambda count: count < PROGRAMS and time.monotonic() < began + SECONDS, told=lambda _: None)

@@ -288,11 +288,11 @@ class Machine:
         """Be the device; returns the answer, None where no device is."""
         value = exit_.data if isinstance(exit_, MmioWrite) else 0
         data = bytearray(value.to_bytes(exit_.size, "little"))
-        # One access may lie in two pages.
+        # One access may lie in two pages: without the second, nothing of it is done.
+        if not all(self._open(places.page_of(exit_.gpa + index)) for index in (0, exit_.size - 1)):
+            return None
         for index in range(exit_.size):
             page, at = places.page_of(exit_.gpa + index), (exit_.gpa + index) % PAGE
-            if not self._open(page):
-                return None
             shown = self._owner_of(page)
             if isinstance(exit_, MmioRead):
                 data[index] = shown.get(page)[at]
