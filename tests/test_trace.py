@@ -3,16 +3,19 @@
 import json
 import os
 import re
+import resource
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from errno import ETOOMANYREFS
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from outcomes import Errno, outcome
 from restrictedmem import guests
 from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm import elf, exits, perfetto
@@ -22,6 +25,7 @@ from restrictedmem.kvm.vm import Vm
 from restrictedmem.kvm.vmm import Ended, Vmm
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
+from users import ORDINARY, as_user
 
 ROOT = Path(__file__).parent.parent
 EINVAL = 22
@@ -168,6 +172,44 @@ def test_a_further_trace_ends_the_one_before() -> None:
         trace.emit("enter", vcpu=number)
     trace.end()
     assert [[event.get("vcpu") for event in drain(reader)] for reader in readers] == [[0], [1, None]]
+
+
+def test_a_further_trace_that_fails_ends_nothing() -> None:
+    trace = Trace()
+    (first, reader), (second, other) = pair(), pair()
+    trace.start(first)
+
+    def fail() -> None:
+        with trace.starting(second) as write:
+            write("enter", {"vcpu": 0})
+            raise OSError(ETOOMANYREFS, "no room for the reader")
+
+    assert outcome(fail) == Errno(ETOOMANYREFS)
+    trace.emit("enter", vcpu=1)
+    trace.end()
+    assert [[event.get("vcpu") for event in drain(each)] for each in (reader, other)] == [[1, None], [0]]
+
+
+@pytest.mark.requires("fuse", "root")
+def test_a_further_trace_that_cannot_be_sent_ends_nothing() -> None:
+    """The kernel counts the descriptors that a uid's processes have sent and nobody has received."""
+
+    def owner() -> tuple[object, set[str]]:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))
+        with Service.start() as service, Vm(service, engine="software") as vm, ExitStack() as stack:
+            reader = stack.enter_context(vm.start_trace())
+            sender, receiver = map(stack.enter_context, socket.socketpair())
+            null = stack.enter_context(open(os.devnull, "rb")).fileno()
+            with suppress(OSError):
+                while True:
+                    socket.send_fds(sender, [b"x"], [null] * 100)
+            failed = outcome(vm.start_trace)
+            receiver.close()
+            vm.create_vcpu().close()
+            vm.end_trace()
+            return failed, {event["event"] for event in drain(reader)}
+
+    assert as_user(owner, ORDINARY) == (Errno(ETOOMANYREFS), {"trace", "vcpu", "end"})
 
 
 # A run.

@@ -168,12 +168,11 @@ class Machine:
             return
         self._owner.check_read()
         writer, reader = trace.pair()
-        with reader:
-            self._trace.start(writer)
-            self._trace.emit("trace", version=trace.VERSION, side="engine", engine=self._engine.name, policy=self._creation.policy)
+        with reader, self._trace.starting(writer) as write:
+            write("trace", {"version": trace.VERSION, "side": "engine", "engine": self._engine.name, "policy": self._creation.policy})
             for slot in self._memory.slots:
                 for event, fields in trace.of_slot(slot):
-                    self._trace.emit(event, **fields)
+                    write(event, fields)
             self._owner.reply(fds=[reader.fileno()])
 
     def _set_user_memory_region(self, message: Message) -> None:

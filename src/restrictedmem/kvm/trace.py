@@ -10,7 +10,8 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from errno import EIO
 from typing import Final, Protocol, final
 
@@ -83,10 +84,26 @@ class Trace:
 
     def start(self, output: Output) -> None:
         """Write events to ``output`` from now on, own it, and close the one before."""
+        with self.starting(output):
+            pass
+
+    @contextmanager
+    def starting(self, output: Output) -> Generator[Callable[[str, Fields], None]]:
+        """Do the same, unless the block fails: then the one before goes on. Nobody else writes an event meanwhile.
+
+        Yields what writes one.
+        """
         with self._lock:
-            self._close()
-            self._output, self._lost = output, 0
-            self.on = True
+            before = self._output, self._lost, self.on
+            self._output, self._lost, self.on = output, 0, True
+            try:
+                yield self._write
+            except BaseException:
+                output.close()
+                self._output, self._lost, self.on = before
+                raise
+            if before[0] is not None:
+                before[0].close()
 
     def _close(self) -> None:
         self.on = False

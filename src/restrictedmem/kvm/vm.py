@@ -246,7 +246,7 @@ class Vm:
         It ends where the trace ends: a further one ends the one before.
 
         Raises:
-            OSError: EMFILE, here or in the engine.
+            OSError: EMFILE, here or in the engine; ETOOMANYREFS as unix(7). The one before goes on then.
         """
         _, (reader,) = self._channel.call(wire.TRACE, wire.TRACE_REQUEST.pack(1))
         return socket.socket(fileno=reader.detach())
