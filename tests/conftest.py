@@ -53,6 +53,12 @@ def _processor() -> str:
     return _kvm() or ("QEMU's TCG is the processor, with mistakes of its own" if emulation.hypervisor() == emulation.TCG else "")
 
 
+def _amd() -> str:
+    with open("/proc/cpuinfo", encoding="utf-8") as lines:
+        amd = "AuthenticAMD" in lines.read()
+    return _processor() or ("" if amd else "lengths of what is invalid were compared with AMD's processors alone (docs/engines.md)")
+
+
 def _debug_registers() -> str:
     return _kvm() or ("QEMU's TCG loads no breakpoints with a guest" if emulation.hypervisor() == emulation.TCG else "")
 
@@ -163,6 +169,7 @@ FEATURES: dict[str, Callable[[], str]] = {
     "fuse": _fuse,
     "kvm": _kvm,
     "processor": _processor,
+    "amd": _amd,
     "debug-registers": _debug_registers,
     "cachestat": _cachestat,
     "inotify": _inotify,

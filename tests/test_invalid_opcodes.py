@@ -85,16 +85,17 @@ FETCHED: Final = (
 
 
 @pytest.mark.parametrize("code", FETCHED)
-def test_what_is_invalid_is_fetched_whole(machine: Machine, code: str) -> None:
+@pytest.mark.parametrize("engine", ["software", pytest.param("kernel", marks=pytest.mark.requires("amd"))])
+def test_what_is_invalid_is_fetched_whole(service: Service, engine: str, code: str) -> None:
     """Up to the page's end, wherever it is cut; the next page is needed for no more than that."""
     whole = bytes.fromhex(code)
     cuts = [len(bytes.fromhex(code[:index])) for index, letter in enumerate(code) if letter == " "]
     for inside in (*cuts, len(whole)):
-        with make_machine(machine.service, machine.engine) as other:
-            missing = missing_page(other, MISSING, whole[inside:])
-            other.vm.launch_update(MISSING - PAGE, b"\xf4" * (PAGE - inside) + whole[:inside])
-            other.vcpu.set_regs(rip=MISSING - inside, rsp=STACK)
+        with make_machine(service, engine) as machine:
+            missing = missing_page(machine, MISSING, whole[inside:])
+            machine.vm.launch_update(MISSING - PAGE, b"\xf4" * (PAGE - inside) + whole[:inside])
+            machine.vcpu.set_regs(rip=MISSING - inside, rsp=STACK)
             if inside < len(whole):
-                assert other.vcpu.run() == other.vcpu.run() == missing
-                other.convert(MISSING, PAGE, private=True)
-            assert other.vcpu.run() == INVALID
+                assert machine.vcpu.run() == machine.vcpu.run() == missing
+                machine.convert(MISSING, PAGE, private=True)
+            assert machine.vcpu.run() == INVALID
