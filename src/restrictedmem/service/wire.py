@@ -316,11 +316,12 @@ def parse_ready(received: tuple[bytes, list[OwnedFd]]) -> tuple[bytes, list[Owne
     """Check the first message of a service and return its body and both descriptors.
 
     Raises:
-        OSError: the errno the service failed with; ECONNRESET when it died without a word; EPROTO without a descriptor.
+        OSError: the errno the service failed with; ECONNRESET when it died without a word, or
+            ``serve`` had no place for one of a crowd; EPROTO without a descriptor.
     """
     data, fds = received
     if len(data) < _HEAD.size:
-        raise failed("start", ECONNRESET, "the service died while it started")
+        raise failed("start", ECONNRESET, "the service died while it started, or serve had turned many away")
     number, _ = _HEAD.unpack_from(data)
     body = data[_HEAD.size :]
     if number != READY.number:
