@@ -8,6 +8,7 @@ what is known of a process comes from the kernel.
 import json
 import os
 import re
+import resource
 import select
 import socket
 import struct
@@ -32,11 +33,12 @@ PATIENCE: Final = 2.0
 _AGAIN: Final = 0.05
 #: Bytes that the services of one uid may say altogether.
 _MOST_BYTES: Final = 32 << 20
-#: Values in it, for an empty dictionary takes 30 times the memory that it is written in.
+#: Values in it, for a small dictionary takes 30 times the memory that it is written in.
 _MOST_VALUES: Final = 1 << 20
 #: Lists and dictionaries in one another: a consumer's report has 8, and is the fourth.
 _DEEPEST: Final = 16
-#: Sockets of one uid that are asked at the same time. Who has more of them waits for its own to answer.
+#: Sockets of one uid that are asked at the same time once most descriptors are taken. Who has more
+#: of them waits for its own to answer.
 _AT_ONCE: Final = 256
 _LARGEST_ERRNO: Final = 4095
 #: A line of /proc/net/unix of a listening SOCK_SEQPACKET socket; behind the pid what makes the name
@@ -267,10 +269,11 @@ def _hear(questions: Iterable[_Question]) -> None:
 
 @final
 class _Asking:
-    """Those that are asked side by side, so many of each uid at a time."""
+    """Those that are asked side by side: any, and with few descriptors left so many of each uid."""
 
     def __init__(self, epoll: select.epoll) -> None:
         self._epoll = epoll
+        self._plenty = resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 3 // 4
         #: By the socket's descriptor.
         self.open: dict[int, _Question] = {}
         self._of: Counter[int] = Counter()
@@ -293,7 +296,7 @@ class _Asking:
         return begun
 
     def _admits(self, uid: int) -> bool:
-        return self._of[uid] < _AT_ONCE
+        return len(self.open) < self._plenty or self._of[uid] < _AT_ONCE
 
     def hear(self, fd: int) -> list[_Question]:
         """Take a piece of an answer; when it was the last, return who has waited for that."""
