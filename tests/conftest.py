@@ -54,9 +54,9 @@ def _processor() -> str:
 
 
 def _amd() -> str:
-    with open("/proc/cpuinfo", encoding="utf-8") as lines:
-        amd = "AuthenticAMD" in lines.read()
-    return _processor() or ("" if amd else "lengths of what is invalid were compared with AMD's processors alone (docs/engines.md)")
+    return _processor() or (
+        "" if emulation.is_amd() else "lengths of what is invalid were compared with AMD's processors alone (docs/engines.md)"
+    )
 
 
 def _debug_registers() -> str:

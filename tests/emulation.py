@@ -1,4 +1,4 @@
-"""Which hypervisor this machine says it runs under: what an emulated processor lacks is the machine's, not the kernel's."""
+"""Whose processor this is, and under which hypervisor: what an emulated one lacks is the machine's, not the kernel's."""
 
 import ctypes
 import mmap
@@ -21,3 +21,9 @@ def hypervisor() -> bytes:
         ctypes.CFUNCTYPE(None, ctypes.c_void_p)(ctypes.addressof(anchor))(ctypes.addressof(signature))
         del anchor
         return signature.raw
+
+
+@cache
+def is_amd() -> bool:
+    with open("/proc/cpuinfo", encoding="utf-8") as lines:
+        return "AuthenticAMD" in lines.read()
