@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
-from errno import EAGAIN, EMFILE, ETIMEDOUT
+from errno import EAGAIN, ECONNRESET, EMFILE, ETIMEDOUT
 from functools import partial
 from pathlib import Path
 from typing import Any, final
@@ -220,19 +220,34 @@ def test_a_uid_has_so_many_places(running: Running) -> None:
         stack.enter_context(Service.connect(running.path))
 
 
-def test_so_many_of_a_crowd_are_told_that_there_is_no_place(running: Running) -> None:
+def test_so_many_of_a_crowd_are_told_that_there_is_no_place(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """What they leave unread is charged to serve, and so to all clients."""
+    monkeypatch.setattr(serving, "_UNREAD_OF_ALL", 20)
     with ExitStack() as stack:
         for _ in range(PLACES):
             stack.enter_context(Service.connect(running.path))
-        began = time.monotonic()
-        crowd = [connect_as(0, running.path, stack) for _ in range(100)]
-        told = [bool(sock.recv(wire.MAX_MESSAGE)) for sock in crowd]
-        assert 16 <= sum(told) <= 17 + time.monotonic() - began
-        assert all(told[:16])
-        # Another uid is told.
-        others = [connect_as(OTHER, running.path, stack) for _ in range(PLACES + 1)]
-        assert answer(others[-1])[0] == EAGAIN
+        crowd = [connect_as(0, running.path, stack) for _ in range(50)]
+        assert [bool(sock.recv(1, socket.MSG_PEEK)) for sock in crowd] == [True] * 16 + [False] * 34
+        # To have shut it down is not to have read it.
+        crowd[0].shutdown(socket.SHUT_RDWR)
+        assert outcome(lambda: Service.connect(running.path)) == Errno(ECONNRESET)
+        # Another uid is told, until it is too much for all.
+        others = [connect_as(OTHER, running.path, stack) for _ in range(PLACES + 5)]
+        assert [answer(sock)[0] for sock in others[PLACES : PLACES + 4]] == [EAGAIN] * 4
+        assert not others[-1].recv(4096)
+        # One that reads, or hangs up, makes room for one.
+        for end in (lambda: crowd[1].recv(4096)), crowd[2].close:
+            end()
+            assert [answer(connect_as(0, running.path, stack))[0]] == [EAGAIN]
+        assert not crowd[1].recv(4096)
+
+
+def test_whoever_reads_that_there_is_no_place_is_told_each_time(running: Running) -> None:
+    with ExitStack() as stack:
+        for _ in range(PLACES):
+            stack.enter_context(Service.connect(running.path))
+        for _ in range(100):
+            assert outcome(lambda: Service.connect(running.path)) == Errno(EAGAIN)
 
 
 def test_a_killed_service_frees_its_place(running: Running) -> None:

@@ -15,11 +15,12 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from errno import EAGAIN, ETIMEDOUT
 from functools import partial
+from itertools import chain
 from math import inf
 from typing import TYPE_CHECKING, Final, Protocol, final
 
 from restrictedmem.burial import bury
-from restrictedmem.fd import OwnedFd, hung_up, peer_credentials, readable
+from restrictedmem.fd import OwnedFd, all_read, hung_up, peer_credentials, readable
 from restrictedmem.patience import SLICE, Clock
 from restrictedmem.service.client import START_DEADLINE, start_process
 from restrictedmem.service.client_cgroups import ClientCgroups
@@ -34,10 +35,10 @@ if TYPE_CHECKING:
 _AT_ONCE: Final = 2
 #: Connections that are taken before others are heard again: a crowd has thousands.
 _AT_A_TURN: Final = 64
-#: How many clients without a place are told why, of each uid: so many at once, and then one in so
-#: many seconds. What they leave unread is charged to this process.
-_TOLD: Final = 16
-_TOLD_AGAIN: Final = 1.0
+#: Clients without a place that were told so and have not read it, of each uid and of all: an answer
+#: that nobody has read is charged to this process.
+_UNREAD: Final = 16
+_UNREAD_OF_ALL: Final = 256
 #: Seconds without accept(2) after it failed for want of descriptors or memory.
 _PAUSE: Final = 0.1
 
@@ -107,8 +108,8 @@ class Server:
         self._users: dict[int, _User] = {}
         #: Those whose socket is open.
         self._clients: set[_Client] = set()
-        #: Until when a uid's clients have been told all they are.
-        self._told: dict[int, float] = {}
+        #: Those of each uid that were turned away and have not read why.
+        self._unread: dict[int, set[_Client]] = {}
         #: In the order of their deadlines.
         self._starting: dict[_Client, None] = {}
         self._epoll = select.epoll()
@@ -130,6 +131,8 @@ class Server:
                 if fd == stop:
                     for client in list(self._clients):
                         self._hang_up(client, shared=True)
+                    for client in list(chain.from_iterable(self._unread.values())):
+                        self._let_go(client)
                     return
                 self._ready[fd]()
             self._expire()
@@ -195,7 +198,6 @@ class Server:
         user = self._users.get(uid) or self._new_user(client)
         if user is None or user.places >= self._most:
             self._turn_away(client, user)
-            bury(sock)
             return
         user.places += 1
         self._clients.add(client)
@@ -218,24 +220,45 @@ class Server:
             words = f"all {len(self._uids)} uids of services are taken"
         else:
             words = f"{_whose(client.uid)} has {user.places} services here, as many as it may"
-        if self._may_be_told(client.uid):
-            _answer(client.sock, OSError(EAGAIN, words))
         if not (self._crowded if user is None else user.full):
             self._say(f"client {client.pid}: {words}")
         if user is None:
             self._crowded = True
         else:
             user.full = True
+        self._end_with(client, OSError(EAGAIN, words))
 
-    def _may_be_told(self, uid: int) -> bool:
-        now = self._clock.look()
-        for known in [known for known, until in self._told.items() if until <= now]:
-            del self._told[known]
-        until = self._told.get(uid, now) + _TOLD_AGAIN
-        if until > now + _TOLD * _TOLD_AGAIN:
-            return False
-        self._told[uid] = until
-        return True
+    def _end_with(self, client: _Client, error: OSError) -> None:
+        """End a connection with an error, unless too many of its uid, or of all, have not read theirs."""
+        for other in list(self._unread.get(client.uid, ())):
+            if all_read(other.sock):
+                self._let_go(other)
+        of_all = sum(map(len, self._unread.values()))
+        of_uid = self._unread.setdefault(client.uid, set())
+        of_uid.add(client)
+        if len(of_uid) > _UNREAD or of_all >= _UNREAD_OF_ALL:
+            self._let_go(client)
+            return
+        _answer(client.sock, error)
+        # The client finds the end after it. This end stays, to learn whether it was read.
+        client.sock.shutdown(socket.SHUT_WR)
+        self._watch(client.sock, 0, partial(self._closed_or_shut, client))
+
+    def _closed_or_shut(self, client: _Client) -> None:
+        if all_read(client.sock):
+            self._let_go(client)
+        else:
+            # It can shut its end down and keep it, with what it has not read.
+            self._forget(client.sock)
+
+    def _let_go(self, client: _Client) -> None:
+        """Close the connection of a client that was turned away."""
+        self._forget(client.sock)
+        bury(client.sock)
+        of_uid = self._unread[client.uid]
+        of_uid.discard(client)
+        if not of_uid:
+            del self._unread[client.uid]
 
     def _start_next(self, user: _User) -> None:
         while user.waiting and user.starting < _AT_ONCE:

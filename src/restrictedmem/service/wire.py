@@ -317,11 +317,11 @@ def parse_ready(received: tuple[bytes, list[OwnedFd]]) -> tuple[bytes, list[Owne
 
     Raises:
         OSError: the errno the service failed with; ECONNRESET when it died without a word, or
-            ``serve`` had no place for one of a crowd; EPROTO without a descriptor.
+            ``serve`` had told many of its uid, who have not read it, that there is no place; EPROTO without a descriptor.
     """
     data, fds = received
     if len(data) < _HEAD.size:
-        raise failed("start", ECONNRESET, "the service died while it started, or serve had turned many away")
+        raise failed("start", ECONNRESET, "the service died while it started, or serve has turned away many of this uid")
     number, _ = _HEAD.unpack_from(data)
     body = data[_HEAD.size :]
     if number != READY.number:
