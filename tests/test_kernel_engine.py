@@ -657,7 +657,7 @@ def test_a_trace_counts_pages_while_files_come_and_go() -> None:
         puncher = threading.Thread(target=lambda: [punch() for _ in iter(done.is_set, True)])
         puncher.start()
         try:
-            for _ in range(100):
+            for _ in range(40):
                 for number, fd in enumerate(fds[1:], 1):
                     vm.set_user_memory_region(slot=number, guest_phys_addr=BASE + number * MIB, memory_size=PAGE, restricted_fd=fd)
                 for number in range(1, 8):
