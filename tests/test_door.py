@@ -6,7 +6,7 @@ import signal
 import socket
 import struct
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from errno import EACCES, ECONNRESET, EMFILE, ENOTCONN, EPROTO
 from functools import partial
 from types import SimpleNamespace
@@ -46,9 +46,44 @@ def test_without_the_key_nothing_is_done(service: Service, call: Call) -> None:
 def test_a_wrong_key_opens_nothing(service: Service, size: int) -> None:
     with closing(knock(service)) as channel:
         assert outcome(lambda: channel.call(wire.CONNECT, bytes(size))) == Errno(EACCES)
-        assert outcome(lambda: channel.call(wire.TOKEN)) == Errno(EACCES)
-        channel.call(wire.CONNECT, bytes.fromhex(service.info["key"]))
-        channel.call(wire.TOKEN)
+        # The right one is for another connection.
+        key = bytes.fromhex(service.info["key"])
+        assert outcome(lambda: channel.call(wire.CONNECT, key)) == Errno(ENOTCONN)
+    assert works(service)
+
+
+def send(sock: socket.socket, call: Call) -> None:
+    """Send a call, unless the connection is closed already."""
+    with suppress(ConnectionError):
+        sock.send(struct.pack("=II", call.number, 0))
+
+
+@pytest.mark.requires("root")
+def test_so_many_of_a_crowd_are_told_that_they_have_no_key(service: Service) -> None:
+    """The cgroup of the service is charged with what they leave unread."""
+
+    def crowd() -> tuple[list[int], object]:
+        with ExitStack() as stack:
+            socks = [stack.enter_context(closing(knock(service))).sock for _ in range(30)]
+            told: list[int] = []
+            for sock in socks:
+                for _ in range(10):
+                    send(sock, wire.TOKEN)
+                with suppress(ConnectionError):
+                    told.append(len(sock.recv(1000, socket.MSG_PEEK)))
+            for sock in socks:
+                with suppress(ConnectionError):
+                    sock.recv(1000)
+            return told, outcome(lambda: stack.enter_context(closing(knock(service))).call(wire.TOKEN))
+
+    assert works(service)
+    before = descriptors(service.info["pid"])
+    told, last = as_user(crowd)
+    # Those that a further one made go were never asked; of the others, so many are told.
+    assert len([count for count in told if count]) == 8
+    assert last == Errno(EACCES)
+    wait_until(lambda: descriptors(service.info["pid"]) == before, "the crowd's end in the service")
+    assert works(service)
 
 
 def test_the_user_may_ask_how_a_service_is(service: Service) -> None:
@@ -184,7 +219,8 @@ def test_who_has_to_go_in_the_round_in_which_it_speaks_is_no_fault(service: Serv
     with ExitStack() as stack:
         channels = [stack.enter_context(closing(knock(service))) for _ in range(8)]
         for channel in channels:
-            assert outcome(partial(channel.call, wire.TOKEN)) == Errno(EACCES)
+            _, fds = channel.call(wire.STATUS)
+            assert not fds
         stop(pid)
         stack.enter_context(closing(knock(service)))
         channels[0].post(wire.TOKEN)

@@ -22,8 +22,8 @@ from outcomes import Errno, outcome
 from processes import children, descriptors, exists, family, stop
 from restrictedmem.fd import OwnedFd, peer_credentials, readable
 from restrictedmem.kvm.vm import Vm
+from restrictedmem.service import refusals, wire
 from restrictedmem.service import server as serving
-from restrictedmem.service import wire
 from restrictedmem.service.client import START_DEADLINE, Service, start_process
 from restrictedmem.service.listener import listen
 from restrictedmem.service.server import Server
@@ -92,8 +92,9 @@ class Running:
             for fd in self._stop:
                 os.close(fd)
         assert not self.server._starting
-        # The listener's alone is left.
-        assert len(self.server._ready) == 1
+        # The listener's, and what hears of refusals.
+        assert len(self.server._ready) == 2
+        assert not self.server._refusals._unread
 
 
 @pytest.fixture
@@ -222,12 +223,12 @@ def test_a_uid_has_so_many_places(running: Running) -> None:
 
 def test_so_many_of_a_crowd_are_told_that_there_is_no_place(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """What they leave unread is charged to serve, and so to all clients."""
-    monkeypatch.setattr(serving, "_UNREAD_OF_ALL", 20)
+    monkeypatch.setattr(refusals, "_MOST", 12)
     with ExitStack() as stack:
         for _ in range(PLACES):
             stack.enter_context(Service.connect(running.path))
         crowd = [connect_as(0, running.path, stack) for _ in range(50)]
-        assert [bool(sock.recv(1, socket.MSG_PEEK)) for sock in crowd] == [True] * 16 + [False] * 34
+        assert [bool(sock.recv(1, socket.MSG_PEEK)) for sock in crowd] == [True] * 8 + [False] * 42
         # To have shut it down is not to have read it.
         crowd[0].shutdown(socket.SHUT_RDWR)
         assert outcome(lambda: Service.connect(running.path)) == Errno(ECONNRESET)

@@ -6,7 +6,7 @@ import socket
 import struct
 from collections.abc import Generator
 from contextlib import ExitStack, closing, contextmanager
-from errno import EAGAIN, EIO
+from errno import EACCES, EAGAIN, EIO
 from typing import Final, cast
 
 from fuzz.source import Source, answer, is_request, is_silent, messages, number_of
@@ -58,7 +58,7 @@ def _service(undo: ExitStack) -> tuple[Service, Channel]:
     spawner, theirs = Channel.pair("spawner", takes_fds=True)
     endings, nobody = Channel.pair("spawner")
     service = Service(spawner, endings, Options(memory_max=_LIMIT, usage=True), Origin(os.getpid(), 0), Way.OWN, Signer(), None, 1024)
-    for owned in (spawner, theirs, endings, nobody, service._door.listener, service._door._spare, service._selector):
+    for owned in (spawner, theirs, endings, nobody, service._door.listener, service._door._spare, service._refusals, service._selector):
         undo.callback(owned.close)
 
     def close_spare() -> None:
@@ -70,7 +70,7 @@ def _service(undo: ExitStack) -> tuple[Service, Channel]:
 
 
 def control(data: bytes) -> None:
-    """An owner's connection: each request has one answer, which is no bug's, and what is no request ends it."""
+    """A connection: each request has one answer, no bug's; no request ends it, nor does one that needs the key and shows none."""
     source, undo = Source(data), ExitStack()
     service, spawner = _service(undo)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -80,12 +80,6 @@ def control(data: bytes) -> None:
     service._door._outside.append(connection)
     service._watch(connection.channel, lambda: None)
     ended = False
-
-    def end() -> None:
-        nonlocal ended
-        ended = True
-        service._end(connection)
-
     with undo, closing(theirs), _presented(service._tokens):
         if kind & 1:
             assert service._door.admit(connection, service._door.key)
@@ -93,18 +87,18 @@ def control(data: bytes) -> None:
             if not message:
                 break
             theirs.send(message)
-            service._serve(connection.channel, lambda found: service._dispatch(connection, found), end)
+            service._serve(connection)
+            ended = ours not in service._selector.get_map()
             _refuse_to_fork(service, spawner, message)
             error, body = _answer(theirs)
-            assert ended != is_request(message)
+            assert ended == (not is_request(message) or (error == EACCES and not connection.owner))
             if not ended and not error:
                 _check_reply(connection, message, body)
             if ended:
                 break
         assert len(connection.tokens) <= 64
         if not ended:
-            service._selector.unregister(connection.channel)
-            end()
+            service._end(connection)
     assert not service._troubles.last, service._troubles.last
 
 

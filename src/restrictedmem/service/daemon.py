@@ -35,6 +35,7 @@ from restrictedmem.service.ending import Word
 from restrictedmem.service.oom import OomScore
 from restrictedmem.service.privileges import drop_privileges
 from restrictedmem.service.program import Programs
+from restrictedmem.service.refusals import Refusals
 from restrictedmem.service.signing import Signer
 from restrictedmem.service.spawns import Spawns
 from restrictedmem.service.tokens import Tokens
@@ -146,7 +147,9 @@ class Service:
         self._spawns = Spawns(spawner, self.consumers, self._troubles)
         # Half of them for owners' connections, the rest for what consumers need.
         self._door = Door(spare // 2)
+        self._refusals = Refusals()
         self._paused_until: float | None = None
+        self._watch(self._refusals, self._refusals.hear)
         self._watch(self._door.listener, self._accept)
         self._watch(spawner, self._forked)
         self._watch(endings, partial(self._ended, endings))
@@ -198,11 +201,12 @@ class Service:
         self._watch(self._door.listener, self._accept)
         return None
 
-    def _watch(self, sock: socket.socket | Channel, ready: Callable[[], None]) -> None:
+    def _watch(self, sock: socket.socket | Channel | Refusals, ready: Callable[[], None]) -> None:
         self._selector.register(sock, selectors.EVENT_READ, ready)
 
-    def _serve(self, channel: Channel, dispatch: Callable[[Message], None], end: Callable[[], None]) -> None:
-        """Serve the next request of a connection: ``dispatch`` answers it; ``end`` is called when there will be no other."""
+    def _serve(self, connection: Connection) -> None:
+        """Serve the next request of a connection."""
+        channel = connection.channel
         if channel.fileno() < 0:
             # A newcomer of the same round of the selector has taken its place.
             return
@@ -213,13 +217,12 @@ class Service:
             return
         except (OSError, MemoryError) as error:
             # What was asked may be lost.
-            channel.reply_error(self._troubles.of("a request", error))
-            message = None
-        if message is None:
-            self._selector.unregister(channel)
-            end()
+            self._end(connection, self._troubles.of("a request", error))
             return
-        self._troubles.answer(channel, dispatch, message)
+        if message is None:
+            self._end(connection)
+        else:
+            self._troubles.answer(channel, partial(self._dispatch, connection), message)
 
     # Connections.
 
@@ -232,16 +235,20 @@ class Service:
             self._paused_until = time.monotonic() + _PAUSE
 
     def _take(self, connection: Connection) -> None:
-        dispatch, end = partial(self._dispatch, connection), partial(self._end, connection)
-        self._watch(connection.channel, lambda: self._serve(connection.channel, dispatch, end))
+        self._watch(connection.channel, partial(self._serve, connection))
         surplus = self._door.surplus(connection.uid)
         if surplus is not None:
-            self._selector.unregister(surplus.channel)
             self._end(surplus)
 
-    def _end(self, connection: Connection) -> None:
+    def _end(self, connection: Connection, error: OSError | None = None) -> None:
+        """End a connection, with an error in the place of the next answer."""
+        sock = connection.channel.sock
+        self._selector.unregister(sock)
         self._door.forget(connection)
-        bury(connection.channel.sock)
+        if error is None:
+            bury(sock)
+        else:
+            self._refusals.refuse(sock, connection.uid, error)
         for token in connection.tokens:
             self._tokens.drop(token)
 
@@ -253,7 +260,8 @@ class Service:
         elif message.number == wire.STATUS.number and (connection.uid == 0 or is_own(connection.uid)):
             self._reply_status(connection, message)
         else:
-            raise OSError(EACCES, "the key of this service was not shown")
+            # It could have itself told so for ever, and read nothing.
+            self._end(connection, OSError(EACCES, "the key of this service was not shown"))
 
     def _dispatch_owner(self, connection: Connection, message: Message) -> None:
         match message.number:

@@ -15,15 +15,15 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from errno import EAGAIN, ETIMEDOUT
 from functools import partial
-from itertools import chain
 from math import inf
 from typing import TYPE_CHECKING, Final, Protocol, final
 
 from restrictedmem.burial import bury
-from restrictedmem.fd import OwnedFd, all_read, hung_up, peer_credentials, readable
+from restrictedmem.fd import OwnedFd, hung_up, peer_credentials, readable
 from restrictedmem.patience import SLICE, Clock
 from restrictedmem.service.client import START_DEADLINE, start_process
 from restrictedmem.service.client_cgroups import ClientCgroups
+from restrictedmem.service.refusals import Refusals
 from restrictedmem.service.uids import Uids
 from restrictedmem.service.wire import Channel
 from restrictedmem.users import is_known
@@ -35,10 +35,6 @@ if TYPE_CHECKING:
 _AT_ONCE: Final = 2
 #: Connections that are taken before others are heard again: a crowd has thousands.
 _AT_A_TURN: Final = 64
-#: Clients without a place that were told so and have not read it, of each uid and of all: an answer
-#: that nobody has read is charged to this process.
-_UNREAD: Final = 16
-_UNREAD_OF_ALL: Final = 256
 #: Seconds without accept(2) after it failed for want of descriptors or memory.
 _PAUSE: Final = 0.1
 
@@ -108,8 +104,7 @@ class Server:
         self._users: dict[int, _User] = {}
         #: Those whose socket is open.
         self._clients: set[_Client] = set()
-        #: Those of each uid that were turned away and have not read why.
-        self._unread: dict[int, set[_Client]] = {}
+        self._refusals = Refusals()
         #: In the order of their deadlines.
         self._starting: dict[_Client, None] = {}
         self._epoll = select.epoll()
@@ -124,6 +119,7 @@ class Server:
         """Serve until the descriptor ``stop`` can be read; services that run by then go on."""
         self._epoll.register(stop, select.EPOLLIN)
         self._watch(self._listener, select.EPOLLIN, self._accept)
+        self._watch(self._refusals, select.EPOLLIN, self._refusals.hear)
         while True:
             # One at a time: what it does may close another's descriptor, or have its number used
             # again.
@@ -131,8 +127,7 @@ class Server:
                 if fd == stop:
                     for client in list(self._clients):
                         self._hang_up(client, shared=True)
-                    for client in list(chain.from_iterable(self._unread.values())):
-                        self._let_go(client)
+                    self._refusals.close()
                     return
                 self._ready[fd]()
             self._expire()
@@ -226,39 +221,7 @@ class Server:
             self._crowded = True
         else:
             user.full = True
-        self._end_with(client, OSError(EAGAIN, words))
-
-    def _end_with(self, client: _Client, error: OSError) -> None:
-        """End a connection with an error, unless too many of its uid, or of all, have not read theirs."""
-        for other in list(self._unread.get(client.uid, ())):
-            if all_read(other.sock):
-                self._let_go(other)
-        of_all = sum(map(len, self._unread.values()))
-        of_uid = self._unread.setdefault(client.uid, set())
-        of_uid.add(client)
-        if len(of_uid) > _UNREAD or of_all >= _UNREAD_OF_ALL:
-            self._let_go(client)
-            return
-        _answer(client.sock, error)
-        # The client finds the end after it. This end stays, to learn whether it was read.
-        client.sock.shutdown(socket.SHUT_WR)
-        self._watch(client.sock, 0, partial(self._closed_or_shut, client))
-
-    def _closed_or_shut(self, client: _Client) -> None:
-        if all_read(client.sock):
-            self._let_go(client)
-        else:
-            # It can shut its end down and keep it, with what it has not read.
-            self._forget(client.sock)
-
-    def _let_go(self, client: _Client) -> None:
-        """Close the connection of a client that was turned away."""
-        self._forget(client.sock)
-        bury(client.sock)
-        of_uid = self._unread[client.uid]
-        of_uid.discard(client)
-        if not of_uid:
-            del self._unread[client.uid]
+        self._refusals.refuse(client.sock, client.uid, OSError(EAGAIN, words))
 
     def _start_next(self, user: _User) -> None:
         while user.waiting and user.starting < _AT_ONCE:
