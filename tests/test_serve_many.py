@@ -272,6 +272,18 @@ def test_a_start_that_fails_is_told_and_frees_its_place(running: Running, monkey
         assert service.status()["last_error"] == ""
 
 
+def test_so_many_are_told_that_no_service_starts(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client whose tasks are used up has no service started; it could connect for ever, and read nothing."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(EAGAIN, os.strerror(EAGAIN))
+
+    monkeypatch.setattr(serving, "start_process", fail)
+    with ExitStack() as stack:
+        crowd = [connect_as(0, running.path, stack) for _ in range(20)]
+        assert [bool(sock.recv(1, socket.MSG_PEEK)) for sock in crowd] == [True] * 8 + [False] * 12
+
+
 def test_no_descriptor_for_a_client_neither_ends_nor_spins_it(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Accepting, "fails", True)
     before, began = Accepting.calls, time.monotonic()
@@ -312,6 +324,7 @@ def test_a_turn_takes_some_of_a_crowd_and_starts_nothing_for_who_hung_up(place: 
         assert server._users == {}
         # The last is for another turn.
         listener.accept()[0].close()
+        server._refusals.close()
         assert not readable([listener], 0)
 
 

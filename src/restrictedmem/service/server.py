@@ -11,7 +11,7 @@ import socket
 import subprocess
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from errno import EAGAIN, ETIMEDOUT
 from functools import partial
@@ -25,7 +25,6 @@ from restrictedmem.service.client import START_DEADLINE, start_process
 from restrictedmem.service.client_cgroups import ClientCgroups
 from restrictedmem.service.refusals import Refusals
 from restrictedmem.service.uids import Uids
-from restrictedmem.service.wire import Channel
 from restrictedmem.users import is_known
 
 if TYPE_CHECKING:
@@ -238,7 +237,6 @@ class Server:
             except OSError as error:
                 # No process to be had now, say: this client's trouble.
                 self._refuse(client, error)
-                self._hang_up(client)
                 self._leave(client)
             else:
                 user.starting += 1
@@ -279,7 +277,9 @@ class Server:
 
     def _refuse(self, client: _Client, error: OSError) -> None:
         self._say(f"client {client.pid}: {error.strerror}")
-        _answer(client.sock, error)
+        self._forget(client.sock)
+        self._clients.discard(client)
+        self._refusals.refuse(client.sock, client.uid, error)
 
     def _kill(self, client: _Client) -> None:
         """End the start of a service; what it has forked by then finds no client, and ends."""
@@ -309,7 +309,7 @@ class Server:
         client.process.wait()
         client.process = client.pidfd = None
         self._starting.pop(client, None)
-        if client.sock.fileno() >= 0:
+        if client in self._clients:
             # What it has forked answers the client.
             self._hang_up(client, shared=True)
         user = self._users[client.uid]
@@ -341,9 +341,3 @@ class Server:
 
 def _whose(uid: int) -> str:
     return f"uid {uid}" if is_known(uid) else "an unknown uid"
-
-
-def _answer(sock: socket.socket, error: OSError) -> None:
-    """Say an error in the place of READY; a client that does not hear it has the hang-up."""
-    with suppress(OSError):
-        Channel(sock, "client").reply_error(error)
