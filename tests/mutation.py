@@ -2,13 +2,16 @@
 
 import ast
 import random
-from collections import deque
+import re
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
 PACKAGE: Final = "restrictedmem"
+_WORD: Final = re.compile(r"[A-Za-z_]{4,}")
 
 _COMPARISONS: Final[dict[type[ast.cmpop], type[ast.cmpop]]] = {
     ast.Eq: ast.NotEq,
@@ -170,10 +173,12 @@ def layers_of(root: Path) -> list[str]:
 
 
 def tests_by_module(root: Path) -> dict[str, list[str]]:
-    """Return, by the file of each module, the test files that lead to it, those with the fewest imports in between first.
+    """Return, by the file of each module, the test files that lead to it.
 
-    A file that is named as the module is comes before all. A module's name in a string counts as an import of it, and the package's, which
-    ``python -m`` is given, as one of the command line.
+    A file that is named as the module is comes before all, then those with the fewest imports in
+    between. Of these the one with more of the module's rarer words comes first: each test of a
+    command line is as near to all commands. A module's name in a string counts as an import of it,
+    and the package's, which ``python -m`` is given, as one of the command line.
     """
     files = {".".join(path.relative_to(root / "src").with_suffix("").parts).removesuffix(".__init__"): path for path in _package(root)}
     files |= {path.stem: path for path in sorted((root / "tests").glob("*.py"))}
@@ -181,13 +186,17 @@ def tests_by_module(root: Path) -> dict[str, list[str]]:
     for name, path in files.items():
         for imported in _imports(ast.parse(path.read_bytes())) & files.keys():
             importers[imported].add(name)
+    words = {path: set(_WORD.findall(path.read_text(encoding="utf-8"))) for path in files.values()}
+    common = Counter(chain.from_iterable(words[path] for name, path in files.items() if name.startswith("test_")))
     found: dict[str, list[str]] = {}
     for path in _package(root):
         name = next(name for name, file in files.items() if file == path)
         distances = _distances(name, importers)
         own = f"test_{name.rpartition('.')[2].strip('_')}"
-        tests = sorted((test != own, distance, test) for test, distance in distances.items() if test.startswith("test_"))
-        found[str(path.relative_to(root))] = [str(files[test].relative_to(root)) for _, _, test in tests]
+        tests = [test for test in distances if test.startswith("test_")]
+        shared = {test: sum(1 / common[word] for word in words[path] & words[files[test]]) for test in tests}
+        tests.sort(key=lambda test: (test != own, distances[test], -shared[test], test))
+        found[str(path.relative_to(root))] = [str(files[test].relative_to(root)) for test in tests]
     return found
 
 

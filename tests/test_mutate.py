@@ -103,7 +103,7 @@ def tree(place: Path, **files: str) -> Path:
 def test_the_nearest_tests_come_first(tmp_path: Path) -> None:
     root = tree(
         tmp_path,
-        src__restrictedmem__mm__pages="",
+        src__restrictedmem__mm__pages="locked_bytes = 0",
         src__restrictedmem__kvm__mmu="from restrictedmem.mm import pages",
         src__restrictedmem__kvm__vm="from restrictedmem.kvm.mmu import Mmu",
         src__restrictedmem__cli__run="import restrictedmem.kvm.vm",
@@ -113,13 +113,14 @@ def test_the_nearest_tests_come_first(tmp_path: Path) -> None:
         tests__test_a="command = ['-m', 'restrictedmem', 'run']",
         tests__test_b="from restrictedmem.kvm.vm import Vm",
         tests__test_c="import helper",
+        tests__test_last="import helper\nlocked_bytes = 1",
         tests__test_d="code = 'restrictedmem.mm.pages'",
         tests__test_pages="import restrictedmem.kvm.vm",
         tests__test_other="import os",
     )
     (tmp_path / "src/restrictedmem/__main__.py").write_text("from restrictedmem.cli.main import run")
     found = mutation.tests_by_module(root)
-    assert found["src/restrictedmem/mm/pages.py"] == [f"tests/test_{name}.py" for name in ("pages", "d", "b", "c", "a")]
+    assert found["src/restrictedmem/mm/pages.py"] == [f"tests/test_{name}.py" for name in ("pages", "d", "last", "b", "c", "a")]
     assert found["src/restrictedmem/cli/run.py"] == ["tests/test_a.py"]
 
 
