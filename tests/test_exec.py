@@ -15,6 +15,7 @@ import pytest
 from outcomes import Errno, outcome
 from processes import stop
 from restrictedmem.abi import memory, seccomp
+from restrictedmem.fd import readable
 from restrictedmem.service.client import Service
 from restrictedmem.syscall.filter import TABLES, program
 from under_exec import EXEC, PRELUDE, kill_supervisor_of, said, supervisor_of, under
@@ -395,6 +396,22 @@ def test_standard_error_is_kept_no_longer_than_the_service_takes_to_start() -> N
         assert process.stderr.read() == ""
         assert process.poll() is None
         process.communicate("\n", timeout=60)
+
+
+def test_an_inherited_descriptor_above_the_limit_is_the_programs_alone() -> None:
+    """Who waits for the end of a pipe waits for the program, whatever number the pipe has there, and whatever the limit is by now."""
+    code = "call(0); os.close(700); input()"
+    command = ["sh", "-c", 'ulimit -Sn 100 && exec "$@"', "sh", *EXEC, "--", sys.executable, "-c", PRELUDE + code]
+    reader, writer = os.pipe()
+    with open(reader, "rb") as pipe:
+        os.dup2(writer, 700, inheritable=True)
+        os.close(writer)
+        with subprocess.Popen(command, stdin=subprocess.PIPE, close_fds=False) as process:
+            os.close(700)
+            assert readable([pipe], 30), "somebody else has the pipe"
+            assert pipe.read() == b""
+            assert process.poll() is None
+            process.communicate(b"\n", timeout=60)
 
 
 def test_a_service_that_is_full_says_so() -> None:

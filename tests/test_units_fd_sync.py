@@ -3,22 +3,25 @@
 import array
 import mmap
 import os
+import resource
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from errno import EBADF, EINVAL, EMSGSIZE, EPIPE
+from errno import EBADF, EINVAL, EMSGSIZE, ENOSYS, EPERM, EPIPE
 from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outcomes import Errno, outcome
+from outcomes import Errno, in_child, outcome
 from processes import high
 from restrictedmem import sync
+from restrictedmem.abi import process
 from restrictedmem.fd import OwnedFd, close_all, readable, receive_with_fds, send_with_fds
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, format_size, parse_size, pgoff_t
+from users import forbid
 from waiting import wait_until, waits
 
 # Units.
@@ -151,6 +154,26 @@ def test_a_forgotten_descriptor_is_closed_with_a_warning() -> None:
     with pytest.warns(ResourceWarning, match=f"descriptor {number} was never closed"):
         owned.clear()
     assert not is_open(number)
+
+
+def opened() -> set[int]:
+    """Return what is open, without what lists it."""
+    return {fd for fd in map(int, os.listdir("/proc/self/fd")) if os.path.lexists(f"/proc/self/fd/{fd}")}
+
+
+@pytest.mark.parametrize("refusal", [None, ENOSYS, EPERM])
+def test_all_others_are_closed_whatever_their_numbers_and_the_limit(refusal: int | None) -> None:
+    def body() -> list[int]:
+        before = opened()
+        for number in (600, 601, 700, 900):
+            os.dup2(0, number)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        if refusal is not None:
+            forbid(refusal, [process.SYS_close_range])
+        process.close_others([700, *before])
+        return sorted(opened() - before)
+
+    assert in_child(body) == "[700]"
 
 
 def test_a_negative_number_is_no_descriptor() -> None:

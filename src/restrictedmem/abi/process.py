@@ -5,6 +5,9 @@ import os
 import resource
 import signal
 import struct
+from collections.abc import Iterable
+from contextlib import suppress
+from itertools import pairwise
 from typing import Final
 
 from restrictedmem.abi._struct import c_struct, u32
@@ -28,6 +31,8 @@ CAP_SYS_ADMIN: Final = 21
 
 SYS_capset: Final = {"x86_64": 126, "aarch64": 91}
 SYS_tgkill: Final = {"x86_64": 234, "aarch64": 131}
+SYS_close_range: Final = 436
+_UINT_MAX: Final = 0xFFFF_FFFF
 _LINUX_CAPABILITY_VERSION_3: Final = 0x2008_0522
 _SYS_SCHED_SETATTR: Final = {"x86_64": 314, "aarch64": 274}
 #: ``struct sched_attr``: size, policy, flags, nice, priority, runtime, deadline, period, util_min, util_max.
@@ -201,6 +206,24 @@ def raise_fd_limit() -> int:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard
+
+
+def close_others(keep: Iterable[int], first: int = 3) -> None:
+    """Close every descriptor from ``first`` on that is not in ``keep``, whatever its number (close_range(2)).
+
+    A limit says nothing of what is open: descriptors stay when the limit is lowered below their numbers (setrlimit(2)).
+    """
+    kept = sorted(keep)
+    try:
+        for below, above in pairwise((first - 1, *(fd for fd in kept if fd >= first), _UINT_MAX + 1)):
+            if below + 1 < above:
+                syscall("close_range", SYS_close_range, below + 1, above - 1, 0)
+    except OSError:
+        # A container's filter may not know the call.
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            if fd >= first and fd not in kept:
+                with suppress(OSError):
+                    os.close(fd)
 
 
 def tgkill(process: int, thread: int, number: int) -> None:

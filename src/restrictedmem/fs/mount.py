@@ -21,8 +21,6 @@ from restrictedmem.abi import mount, process
 from restrictedmem.fd import OwnedFd, above_standard, receive_with_fds
 
 DEVICE: Final = "/dev/fuse"
-#: The first number that is no standard descriptor's.
-_STANDARD: Final = 3
 _ATTRIBUTES: Final = mount.MOUNT_ATTR_NOSUID | mount.MOUNT_ATTR_NODEV | mount.MOUNT_ATTR_NOEXEC
 
 
@@ -122,8 +120,7 @@ def _clean_up(helper: str, point: str, reader: int) -> NoReturn:
         # A signal for the others, from a terminal say, is none for this process.
         os.setsid()
         process.set_name("rmem-unmounter")
-        os.closerange(_STANDARD, reader)
-        os.closerange(reader + 1, os.sysconf("SC_OPEN_MAX"))
+        process.close_others([reader])
         os.read(reader, 1)
         subprocess.run([helper, "-u", "-z", "--", point], check=False, capture_output=True, stdin=subprocess.DEVNULL)
         with suppress(FileNotFoundError):

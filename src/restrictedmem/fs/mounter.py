@@ -113,8 +113,7 @@ def _user_namespace() -> Generator[OwnedFd]:
 
 def _make_namespace(sock: socket.socket) -> None:
     # What is open in a dumpable process, any process of the same user may copy (pidfd_getfd).
-    os.closerange(0, sock.fileno())
-    os.closerange(sock.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
+    process.close_others([sock.fileno()], first=0)
     process.prctl(process.PR_SET_DUMPABLE, 1)
     enter_user_namespace()
     sock.send(_DONE)

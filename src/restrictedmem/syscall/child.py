@@ -3,7 +3,6 @@
 import os
 import signal
 from collections.abc import Callable, Iterable
-from itertools import pairwise
 
 from restrictedmem.abi import process
 
@@ -24,13 +23,7 @@ def fork(name: str, keep: Iterable[int], body: Callable[[], None]) -> int:
         process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == parent:
             process.set_name(name)
-            close_others(keep)
+            process.close_others(keep)
             body()
     finally:
         os._exit(0)
-
-
-def close_others(keep: Iterable[int]) -> None:
-    """Close all descriptors but the standard ones and those of ``keep``."""
-    for below, above in pairwise((2, *sorted(keep), os.sysconf("SC_OPEN_MAX"))):
-        os.closerange(below + 1, above)

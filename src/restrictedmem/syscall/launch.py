@@ -18,7 +18,6 @@ from restrictedmem.abi.memory import SYS_memfd_restricted, memfd_restricted
 from restrictedmem.failure import failed
 from restrictedmem.fd import above_standard, receive_with_fds, refuse_fds, send_with_fds
 from restrictedmem.service import SERVER_VARIABLE
-from restrictedmem.syscall.child import close_others
 from restrictedmem.syscall.filter import TABLES, program
 from restrictedmem.syscall.porter import Complaint, Porter
 from restrictedmem.syscall.supervisor import Supervisor
@@ -137,7 +136,7 @@ def _supervise(channel: socket.socket, door: socket.socket, machine: str, call: 
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
-    close_others((channel.fileno(), door.fileno(), *(() if complaint is None else complaint.filenos())))
+    process.close_others((channel.fileno(), door.fileno(), *(() if complaint is None else complaint.filenos())))
     # Or a child would not be there to wait for.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     server = os.environ.get(SERVER_VARIABLE)
