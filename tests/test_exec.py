@@ -1,13 +1,17 @@
 """Programs that know nothing of this project, under ``restrictedmem exec``: what their calls of number 451 come to."""
 
 import json
+import marshal
 import mmap
 import os
+import re
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import uuid
-from errno import EBADF, EFAULT, EINVAL, EMFILE, ENFILE, ENODEV, ENOENT, ENOSYS
+from errno import EAGAIN, EBADF, ECHILD, EFAULT, EINVAL, EMFILE, ENFILE, ENODEV, ENOENT, ENOSYS
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,7 @@ from processes import stop
 from restrictedmem.abi import memory, seccomp
 from restrictedmem.fd import readable
 from restrictedmem.service.client import Service
+from restrictedmem.syscall import launch
 from restrictedmem.syscall.filter import TABLES, program
 from under_exec import EXEC, PRELUDE, kill_supervisor_of, said, supervisor_of, under
 from users import as_user
@@ -388,6 +393,69 @@ def test_what_keeps_the_service_from_starting_is_said_once() -> None:
     out, err = process.communicate(timeout=60)
     assert out == f"{[-ENOENT, -ENOENT]}\n"
     assert err == "restrictedmem exec: no descriptor can be made: /nonexistent: connect: No such file or directory\n"
+
+
+def _said_of_a_limit(limit: int, soft: int, hard: int) -> None:
+    """Check that a program under a limit has its descriptor, or standard error says why not."""
+    code = "found = call(0); print(found)"
+    command = [*EXEC, "--", sys.executable, "-c", PRELUDE + code]
+
+    def lower() -> None:
+        resource.setrlimit(limit, (soft, hard))
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, preexec_fn=lower)
+    line, *more = done.stderr.splitlines() or [""]
+    if done.returncode:
+        assert (done.returncode, done.stdout) == (1, "")
+        assert re.fullmatch(r"error: (/\S+: )?exec: .* \(the supervisor cannot start(: \w+)?\)", line), done.stderr
+        assert ["ulimit" in hint for hint in more] == [True], done.stderr
+    elif int(done.stdout) < 0:
+        assert re.fullmatch(r"restrictedmem exec: no descriptor can be made: (/\S+: )?start: .*", line), done.stderr
+        assert not more, done.stderr
+        assert int(done.stdout) in (-EMFILE, -EAGAIN)
+    else:
+        assert done.stderr == ""
+
+
+@pytest.mark.parametrize("hard", [6, 7, 8, 9, 10, 11, 12, 14])
+def test_a_limit_on_descriptors_is_said(hard: int) -> None:
+    _said_of_a_limit(resource.RLIMIT_NOFILE, hard, hard)
+
+
+def test_a_soft_limit_on_descriptors_is_the_programs_alone() -> None:
+    code = "found = call(0); print((found, resource.getrlimit(resource.RLIMIT_NOFILE)[0]))"
+    command = ["sh", "-c", 'ulimit -Sn 8 && exec "$@"', "sh", *EXEC, "--", sys.executable, "-c", PRELUDE + code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.stdout, done.stderr) == ("(3, 8)\n", "")
+
+
+@pytest.mark.requires("root")
+@pytest.mark.parametrize("most", range(2, 8))
+def test_a_limit_on_processes_is_said(most: int) -> None:
+    # What other processes of the user are there would count, too.
+    uid = 1_000_000 + os.getpid()
+    as_user(lambda: _said_of_a_limit(resource.RLIMIT_NPROC, most, most), uid)
+
+
+@pytest.mark.requires("root")
+def test_what_keeps_the_supervisor_from_starting_is_said() -> None:
+    start = 'mount -t tmpfs none /dev && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", start, "sh", *EXEC, "--", "echo", "run"], check=False, capture_output=True, text=True
+    )
+    line = "error: /dev/null: exec: No such file or directory (the supervisor cannot start: open)\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", line)
+
+
+@pytest.mark.parametrize(("told", "expected"), [(None, Errno(ECHILD)), ((EMFILE, "", None), Errno(EMFILE)), (launch._READY, None)])
+def test_what_a_supervisor_said_is_heard_though_it_took_no_listener(told: "launch._Told | None", expected: object) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        with theirs:
+            ours.send(b"listener")
+            if told is not None:
+                theirs.send(marshal.dumps(told))
+        assert outcome(lambda: launch._hear(ours)) == expected
 
 
 def test_standard_error_is_kept_no_longer_than_the_service_takes_to_start() -> None:

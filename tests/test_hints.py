@@ -1,6 +1,6 @@
 """A hint fits what failed, and an error that nothing is known of has none."""
 
-from errno import EACCES, EFBIG, EINVAL, EMFILE, ENFILE, ENODEV, ENOEXEC, ENOMEM, ENOSPC, ENOSYS, ENOTSUP, EPERM
+from errno import EACCES, EAGAIN, EFBIG, EINVAL, EMFILE, ENFILE, ENODEV, ENOEXEC, ENOMEM, ENOSPC, ENOSYS, ENOTSUP, EPERM
 
 import pytest
 
@@ -32,6 +32,9 @@ FILTER = "a seccomp filter forbids the call"
         ("mmap", ENOMEM, "", "ulimit -v"),
         ("socketpair", EMFILE, "", "ulimit -n"),
         ("memfd_restricted", ENFILE, "", "ulimit -Hn"),
+        ("exec", EAGAIN, "the supervisor cannot start: fork", "ulimit -u"),
+        ("start", EAGAIN, "", "ulimit -u"),
+        ("read", EAGAIN, "", None),
         ("memfd_restricted", EFBIG, "", "ulimit -f"),
         ("write", EFBIG, "", "ulimit -f"),
         ("read", EFBIG, "", None),

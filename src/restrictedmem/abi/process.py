@@ -12,7 +12,7 @@ from typing import Final
 
 from restrictedmem.abi._struct import c_struct, u32
 from restrictedmem.abi._syscall import libc, raise_errno, syscall
-from restrictedmem.failure import failed
+from restrictedmem.failure import failed, named
 
 CLONE_NEWNS: Final = 0x0002_0000
 CLONE_NEWUSER: Final = 0x1000_0000
@@ -63,6 +63,8 @@ def fork() -> int:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return os.fork()
+    except OSError as error:
+        raise named("fork", error) from None
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

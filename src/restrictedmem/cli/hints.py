@@ -1,6 +1,6 @@
 """What a person can do about an error, by what failed and not by the errno alone."""
 
-from errno import EACCES, EFBIG, EMFILE, ENFILE, ENODEV, ENOENT, ENOEXEC, ENOMEM, ENOSYS, ENOTSUP, EPERM
+from errno import EACCES, EAGAIN, EFBIG, EMFILE, ENFILE, ENODEV, ENOENT, ENOEXEC, ENOMEM, ENOSYS, ENOTSUP, EPERM
 from typing import Final
 
 _REFUSED: Final = (EACCES, EPERM)
@@ -13,7 +13,10 @@ _LARGER: Final = "give it more --memory"
 _MEMORY: Final = "a limit of this process (ulimit -v), of its cgroup (memory.max), or of the machine"
 _DESCRIPTORS: Final = "a limit of this process: ulimit -n"
 _SERVICES_DESCRIPTORS: Final = "a limit of the service (ulimit -Hn where it starts), or of the machine (fs.file-max)"
+_PROCESSES: Final = "a limit of this user (ulimit -u), or of this process's cgroup (pids.max)"
 _FILE_SIZE: Final = "a limit of this process: ulimit -f"
+#: Calls that a limit on processes refuses.
+_FORKING: Final = ("exec", "fork", "start")
 #: Calls that RLIMIT_FSIZE refuses.
 _SIZED: Final = ("ftruncate", "memfd_restricted", "mmap", "write")
 #: Calls that a kernel with this package's needs lets anybody make, and those of a service that come down to such.
@@ -28,6 +31,8 @@ def of(error: OSError) -> str:
         return _LINKED if "linked at" in detail else _LARGER if "ends at" in detail else _BUILD
     if call == "start" and error.errno in (*_REFUSED, *_ABSENT):
         return "" if "traced" in detail else _DOCTOR
+    if call in _FORKING and error.errno == EAGAIN:
+        return _PROCESSES
     if error.errno == EFBIG and call in _SIZED:
         return _FILE_SIZE
     if error.errno == ENOSYS and "cryptography" in detail:

@@ -19,7 +19,7 @@ from weakref import WeakSet
 from restrictedmem import sync
 from restrictedmem.abi import pidfd
 from restrictedmem.abi.memory import RMFD_HUGEPAGE
-from restrictedmem.failure import detail_of, failed
+from restrictedmem.failure import detail_of, failed, named
 from restrictedmem.fd import OwnedFd, above_standard, close_all, is_same_peer, peer_credentials, receive_with_fds
 from restrictedmem.fs.filesystem import HUGEPAGE_MODE, NAME, PROVE
 from restrictedmem.patience import Patience
@@ -102,13 +102,10 @@ class Service:
         Raises:
             OSError: what kept it from starting, for instance EACCES for /dev/fuse; ``restrictedmem doctor`` says what is missing.
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            with theirs:
-                process = start_process(theirs, options or Options())
-        except BaseException:
-            ours.close()
-            raise
+            ours, process = _begin(options or Options())
+        except OSError as error:
+            raise named("start", error) from None
         try:
             return cls(ours)
         except ConnectionResetError:
@@ -400,6 +397,16 @@ def connect(sock: socket.socket, path: str) -> None:
         # Python says what does not fit into the address without an errno.
         detail = _NOBODY if error.errno == ECONNREFUSED else ""
         raise failed("connect", error.errno or ENAMETOOLONG, detail, path) from None
+
+
+def _begin(options: Options) -> tuple[socket.socket, "subprocess.Popen[bytes]"]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        with theirs:
+            return ours, start_process(theirs, options)
+    except BaseException:
+        ours.close()
+        raise
 
 
 def start_process(

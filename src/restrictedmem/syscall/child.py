@@ -16,7 +16,7 @@ def fork(name: str, keep: Iterable[int], body: Callable[[], None]) -> int:
         OSError: EAGAIN, ENOMEM: no process is to be had.
     """
     parent = os.getpid()
-    child = os.fork()
+    child = process.fork()
     if child:
         return child
     try:

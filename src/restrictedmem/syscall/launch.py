@@ -4,18 +4,19 @@ The program is exec'ed by the process that was asked for it, so that its termina
 of nobody's: a program that waits for any child must not meet one that it does not know.
 """
 
+import marshal
 import os
 import signal
 import socket
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from errno import EBUSY, ENOTSUP
+from errno import EBUSY, ECHILD, EMFILE, ENFILE, ENOMEM, ENOTSUP
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from restrictedmem.abi import process, seccomp
 from restrictedmem.abi.memory import SYS_memfd_restricted, memfd_restricted
-from restrictedmem.failure import failed
+from restrictedmem.failure import detail_of, failed, named
 from restrictedmem.fd import above_standard, receive_with_fds, refuse_fds, send_with_fds
 from restrictedmem.service import SERVER_VARIABLE
 from restrictedmem.syscall.filter import TABLES, program
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
 #: The name, in the abstract namespace, of the socket where programs reach their service; behind it a word that nobody can guess.
 _DOOR_NAME: Final = "restrictedmem-exec/{pid}/{secret}"
 _BACKLOG: Final = 64
+#: The longest word of a supervisor's about its start, in bytes.
+_WORD: Final = 4096
+_CANNOT: Final = "the supervisor cannot start"
+#: An error as the supervisor tells it: errno, detail, path. This one says that it answers calls.
+_Told = tuple[int, str, str | None]
+_READY: Final[_Told] = (0, "", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +69,18 @@ def install(call: Call, *, usage: bool = False) -> bool:
 
     Raises:
         OSError: ENOTSUP for a machine whose numbers are not known; as seccomp(2), EBUSY when a filter above has a listener that is none of
-            this program's.
+            this program's; what keeps the supervisor from starting. This thread may be under the filter then, where nobody answers.
     """
     machine = os.uname().machine
     if machine not in TABLES:
         raise failed("exec", ENOTSUP, f"numbers of system calls on {machine} are not known here")
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     name = _DOOR_NAME.format(pid=os.getpid(), secret=os.urandom(8).hex())
-    with ours, theirs, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
-        # Anybody can connect. To drop a stranger's socket may take as long as it lingers (SO_LINGER).
-        refuse_fds(door)
-        # It leaves nothing behind, as a path would if the supervisor were killed.
-        door.bind("\0" + name)
-        door.listen(_BACKLOG)
+    with _starting():
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
         # Before the filter, which children inherit.
-        _fork_supervisor(theirs, door, machine, call, usage=usage)
+        with _starting(), _door(name) as door:
+            _fork_supervisor(theirs, door, machine, call, usage=usage)
         theirs.close()
         process.prctl(process.PR_SET_NO_NEW_PRIVS, 1)
         flags = seccomp.FilterFlag.NEW_LISTENER
@@ -88,11 +92,26 @@ def install(call: Call, *, usage: bool = False) -> bool:
             if error.errno == EBUSY and _is_present(call.number):
                 return False
             raise
-        with listener:
-            # It need not have been received before a program begins, whose calls wait for that.
+        # One that has ended is heard of below.
+        with listener, suppress(ConnectionError):
             send_with_fds(ours, b"listener", [listener.fileno()])
+        _hear(ours)
     os.environ[SERVER_VARIABLE] = "@" + name
     return True
+
+
+def _door(name: str) -> socket.socket:
+    """Return a socket where programs knock, which has a name and leaves nothing behind, as a path would if the supervisor were killed."""
+    door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        # Anybody can connect. To drop a stranger's socket may take as long as it lingers (SO_LINGER).
+        refuse_fds(door)
+        door.bind("\0" + name)
+        door.listen(_BACKLOG)
+    except BaseException:
+        door.close()
+        raise
+    return door
 
 
 def _is_present(number: int) -> bool:
@@ -104,22 +123,80 @@ def _is_present(number: int) -> bool:
     return True
 
 
+@contextmanager
+def _starting() -> Generator[None]:
+    """Have what fails here be that the supervisor cannot start."""
+    try:
+        yield
+    except OSError as error:
+        raise _cannot(*_words(error)) from None
+
+
+def _words(error: OSError | MemoryError) -> _Told:
+    if isinstance(error, MemoryError):
+        return ENOMEM, "", None
+    return error.errno or ECHILD, detail_of(error), error.filename
+
+
+def _cannot(errno: int, detail: str, path: str | None) -> OSError:
+    return failed("exec", errno, _CANNOT + (f": {detail}" if detail else ""), path)
+
+
+def _hear(supervisor: socket.socket) -> None:
+    """Wait until the supervisor answers calls.
+
+    Raises:
+        OSError: what keeps it from that.
+    """
+    try:
+        word = supervisor.recv(_WORD)
+    except ConnectionResetError:
+        # It has ended without taking the listener. What it has said comes after that.
+        word = supervisor.recv(_WORD)
+    told: _Told = marshal.loads(word) if word else (ECHILD, "it was killed", None)
+    if told != _READY:
+        raise _cannot(*told)
+
+
+def _tell(channel: socket.socket, told: _Told) -> None:
+    # Under an outer supervisor nobody waits for this one's word.
+    with suppress(OSError):
+        channel.send(marshal.dumps(told), socket.MSG_NOSIGNAL)
+
+
+@contextmanager
+def _telling(channel: socket.socket) -> Generator[None]:
+    """Tell what fails here to who waits for the supervisor."""
+    try:
+        yield
+    except (OSError, MemoryError) as error:
+        _tell(channel, _words(error))
+
+
 def _fork_supervisor(channel: socket.socket, door: socket.socket, machine: str, call: Call, *, usage: bool) -> None:
-    """Start the supervisor, as a grandchild that init inherits."""
+    """Start the supervisor, as a grandchild that init inherits; it waits at ``channel`` for the listener, and says there what came of it.
+
+    Raises:
+        OSError: EAGAIN, ENOMEM: no process is to be had.
+    """
     program_pid = os.getpid()
-    child = os.fork()
+    child = process.fork()
     if child:
         # Where SIGCHLD is ignored the kernel reaps it, and this waits until it has.
         with suppress(ChildProcessError):
             os.waitpid(child, 0)
         return
-    status = 1
     try:
-        if os.fork() == 0:
-            _supervise(channel, door, machine, call, program_pid, usage=usage)
-        status = 0
+        with _telling(channel):
+            # The soft limit is the program's.
+            process.raise_fd_limit()
+            # The program may have closed its standard descriptors; these are not to be in their place.
+            channel, door = (socket.socket(fileno=above_standard(sock.fileno()).detach()) for sock in (channel, door))
+            if process.fork() == 0:
+                with _telling(channel):
+                    _supervise(channel, door, machine, call, program_pid, usage=usage)
     finally:
-        os._exit(status)
+        os._exit(0)
 
 
 def _supervise(channel: socket.socket, door: socket.socket, machine: str, call: Call, program_pid: int, *, usage: bool) -> None:
@@ -128,12 +205,11 @@ def _supervise(channel: socket.socket, door: socket.socket, machine: str, call: 
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTOU):
         signal.signal(number, signal.SIG_IGN)
     process.set_name("rmem-supervisor")
-    complaint: Complaint | None = None
-    with suppress(OSError):
-        complaint = Complaint(program_pid)
-    # The program may have closed its standard descriptors; these are not to be in their place.
-    channel, door = (socket.socket(fileno=above_standard(sock.fileno()).detach()) for sock in (channel, door))
-    null = os.open(os.devnull, os.O_RDWR)
+    complaint = _complaint(program_pid)
+    try:
+        null = os.open(os.devnull, os.O_RDWR)
+    except OSError as error:
+        raise named("open", error) from None
     for standard in (0, 1, 2):
         os.dup2(null, standard)
     process.close_others((channel.fileno(), door.fileno(), *(() if complaint is None else complaint.filenos())))
@@ -141,8 +217,7 @@ def _supervise(channel: socket.socket, door: socket.socket, machine: str, call: 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     server = os.environ.get(SERVER_VARIABLE)
     os.chdir("/")
-    with channel:
-        _, fds = receive_with_fds(channel, 16)
+    _, fds = receive_with_fds(channel, 16)
     if not fds:
         return
 
@@ -154,4 +229,21 @@ def _supervise(channel: socket.socket, door: socket.socket, machine: str, call: 
         options = Options(api=call.api, memory_max=call.memory_max, usage=usage)
         return Service.connect(server) if server else Service.start(options)
 
-    Supervisor(fds[0], Porter(fds[0], door, start, complaint), TABLES[machine], call.number, cachestat=call.cachestat).run()
+    with channel:
+        porter = Porter(fds[0], door, start, complaint)
+        _tell(channel, _READY)
+    Supervisor(fds[0], porter, TABLES[machine], call.number, cachestat=call.cachestat).run()
+
+
+def _complaint(program: int) -> Complaint | None:
+    """Keep a program's standard error; None where it is closed, or processes cannot be watched.
+
+    Raises:
+        OSError: EMFILE, ENFILE: nobody could be told why there are no descriptors.
+    """
+    try:
+        return Complaint(program)
+    except OSError as error:
+        if error.errno in (EMFILE, ENFILE):
+            raise
+        return None
