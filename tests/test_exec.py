@@ -260,6 +260,23 @@ def test_the_process_and_its_children_are_the_programs() -> None:
     assert out == f"({process.pid}, {os.getpgid(0)}, {os.getsid(0)})\nnone\n"
 
 
+def test_a_subreaper_stays_one_and_inherits_what_the_program_leaves_alone() -> None:
+    """It waits for its children until there are none: one of its own, and the orphan that this one leaves."""
+    code = (
+        "from restrictedmem.abi.process import is_subreaper\n"
+        "call(0)\n"
+        "if os.fork() == 0: os._exit(os.fork() and 7)\n"
+        "statuses = []\n"
+        "try:\n"
+        "    while True: statuses.append(os.wait()[1] >> 8)\n"
+        "except ChildProcessError: print((is_subreaper(), sorted(statuses)))"
+    )
+    start = "import os, sys; from restrictedmem.abi import process; process.prctl(36, 1); os.execv(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "-c", start, *EXEC, "--", sys.executable, "-c", PRELUDE + code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.stdout, done.stderr) == ("(True, [0, 7])\n", "")
+
+
 def test_a_nested_exec_uses_the_outer_supervisor() -> None:
     code = (
         "fd = call(0)\n"

@@ -25,6 +25,7 @@ PR_SET_NAME: Final = 15
 PR_SET_NO_NEW_PRIVS: Final = 38
 PR_GET_NO_NEW_PRIVS: Final = 39
 PR_SET_CHILD_SUBREAPER: Final = 36
+PR_GET_CHILD_SUBREAPER: Final = 37
 
 CAP_IPC_LOCK: Final = 14
 CAP_SYS_ADMIN: Final = 21
@@ -52,6 +53,17 @@ def prctl(option: int, argument: int = 0) -> int:
     if result < 0:
         raise_errno(f"prctl({option})")
     return result
+
+
+def is_subreaper() -> bool:
+    """Say whether this process inherits the children that its descendants leave (PR_SET_CHILD_SUBREAPER).
+
+    Raises:
+        OSError: EINVAL before Linux 3.4.
+    """
+    found = ctypes.c_int()
+    prctl(PR_GET_CHILD_SUBREAPER, ctypes.addressof(found))
+    return bool(found.value)
 
 
 def fork() -> int:

@@ -174,18 +174,28 @@ def _telling(channel: socket.socket) -> Generator[None]:
 
 
 def _fork_supervisor(channel: socket.socket, door: socket.socket, machine: str, call: Call, *, usage: bool) -> None:
-    """Start the supervisor, as a grandchild that init inherits; it waits at ``channel`` for the listener, and says there what came of it.
+    """Start the supervisor; it waits at ``channel`` for the listener, and says there what came of it.
+
+    Its parent ends at once, and whoever reaps such orphans inherits it: init, or the nearest subreaper above this process.
 
     Raises:
         OSError: EAGAIN, ENOMEM: no process is to be had.
     """
-    program_pid = os.getpid()
-    child = process.fork()
-    if child:
+    program_pid, subreaper = os.getpid(), process.is_subreaper()
+    # The program may be one. It is to meet no child that it does not know, the service and its processes included.
+    process.prctl(process.PR_SET_CHILD_SUBREAPER, 0)
+    try:
+        child = process.fork()
+        if not child:
+            _be_its_parent(channel, door, machine, call, program_pid, usage=usage)
         # Where SIGCHLD is ignored the kernel reaps it, and this waits until it has.
         with suppress(ChildProcessError):
             os.waitpid(child, 0)
-        return
+    finally:
+        process.prctl(process.PR_SET_CHILD_SUBREAPER, subreaper)
+
+
+def _be_its_parent(channel: socket.socket, door: socket.socket, machine: str, call: Call, program_pid: int, *, usage: bool) -> NoReturn:
     try:
         with _telling(channel):
             # The soft limit is the program's.
