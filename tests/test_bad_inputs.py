@@ -169,6 +169,8 @@ BAD = "Bad file descriptor"
 FULL = "No space left on device"
 NO_PROC = 'unshare -m sh -c \'mount --make-rprivate / && umount -l /proc && exec "$@"\' sh "$@"'
 
+FOREIGN_PROC = 'unshare -pf "$@"'
+
 
 def odd(start: str, words: str, status: int, line: str, out: str = "", *, features: tuple[str, ...] = ("fuse",), **environment: str) -> Any:
     """Return a case of an odd start, for a machine that has what it needs."""
@@ -241,7 +243,15 @@ ODD = [
     odd(NO_PROC, "ps", 1, "/proc/net/unix: open: No such file or directory", features=("root",)),
     odd(NO_PROC, "doctor", 1, r"/proc/thread-self/status: open: No such file or directory \(/proc is not mounted\)", features=("root",)),
     odd(NO_PROC, "serve --socket IN/noproc", 1, r"IN/noproc: bind: .* \(/proc is not mounted\)", features=("root",)),
-    odd(NO_PROC, "exec --json IN/text true", 1, r"IN/text: open: .* \(/proc is not mounted\)", features=("root", "seccomp")),
+    odd(NO_PROC, "exec true", 1, r"/proc: exec: .* \(the supervisor .*/proc is not mounted\)", features=("root", "seccomp")),
+    odd(
+        FOREIGN_PROC,
+        "exec true",
+        1,
+        r"/proc: exec: No such process \(the supervisor cannot start: open: it numbers the processes of another PID namespace\)",
+        features=("root", "seccomp"),
+    ),
+    odd(FOREIGN_PROC, f"{QUICK} --prove", 1, "/proc: open: No such process .*", features=("root", "fuse")),
     odd(NO_PROC, "check --list", 0, "", "punch-fault", features=("root",)),
 ]
 

@@ -203,6 +203,17 @@ def test_its_file_system_is_the_proposals() -> None:
     assert said(code) == (0, MAGIC, 4096, 255, (-1, 14), 0x9FA0)
 
 
+@pytest.mark.requires("root")
+def test_what_is_mounted_over_proc_later_is_not_looked_at() -> None:
+    code = (
+        "fd = call(0); subprocess.run(['mount', '-t', 'tmpfs', 'none', '/proc'], check=True)\n"
+        "found = (ctypes.c_uint64 * 15)(); print((libc.fstatfs(fd, found), found[0]))"
+    )
+    command = ["unshare", "-m", *EXEC, "--", sys.executable, "-c", PRELUDE + code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.stdout, done.stderr) == (f"{(0, MAGIC)}\n", "")
+
+
 @pytest.mark.parametrize("protection", [0, mmap.PROT_READ, mmap.PROT_READ | mmap.PROT_EXEC], ids=["none", "read", "text"])
 def test_it_writes_nothing_that_the_program_may_not_write(protection: int) -> None:
     """The second of two pages is protected; the struct begins there, and before it."""

@@ -16,6 +16,7 @@ import pytest
 
 from foreign_fuse import Foreign, foreign
 from restrictedmem.abi.fuse import Opcode
+from restrictedmem.abi.process import proc
 from restrictedmem.fd import OwnedFd, readable
 from restrictedmem.fs.filesystem import NAME
 from restrictedmem.syscall import scout
@@ -188,6 +189,7 @@ def test_a_server_under_exec_may_map_files_while_its_file_is_mapped(mark: str) -
     code = """
 from foreign_fuse import Foreign, foreign
 from restrictedmem.abi.fuse import Opcode
+from restrictedmem.abi.process import proc
 with foreign(lambda opcode: opcode == 3 and private(plain)) as server:
     file = os.open("f", os.O_RDONLY, dir_fd=server.root)
     print([private(file), kind(file), private(fd)])
@@ -396,8 +398,8 @@ def test_a_scout_that_dies_before_its_first_question_is_forgotten(monkeypatch: p
         raise BrokenPipeError
 
     monkeypatch.setattr(scout.Scout, "ask", ask)
-    with OwnedFd(os.memfd_create("listener")) as listener:
-        supervisor = Supervisor(listener, cast("Any", None), (), 451, cachestat=False)
+    with OwnedFd(os.memfd_create("listener")) as listener, proc() as place:
+        supervisor = Supervisor(listener, cast("Any", None), place, (), 451, cachestat=False)
         with pytest.raises(BrokenPipeError):
             supervisor._sent_out(("open_memory", (0, 0, 0)))  # pyright: ignore[reportPrivateUsage]
         assert supervisor._poll.poll(0) == []  # pyright: ignore[reportPrivateUsage]
@@ -425,7 +427,7 @@ print(call(0), flush=True); sys.stdin.readline()
         assert supervisor is not None
         (stuck,) = (pid for pid in children(supervisor)["rmem-scout"] if writes(pid))
         held = {os.readlink(f"/proc/{stuck}/fd/{fd}").split(":")[0] for fd in os.listdir(f"/proc/{stuck}/fd")}
-        assert {one for one in held if not one.endswith("/mem")} == {"/dev/null", "socket"}
+        assert {one for one in held if not one.endswith("/mem")} == {"/dev/null", "/proc", "socket"}
         os.kill(supervisor, signal.SIGKILL)
         go_on(process)
         assert heard(process) == -ENOSYS

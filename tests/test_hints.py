@@ -1,6 +1,6 @@
 """A hint fits what failed, and an error that nothing is known of has none."""
 
-from errno import EACCES, EAGAIN, EFBIG, EINVAL, EMFILE, ENFILE, ENODEV, ENOEXEC, ENOMEM, ENOSPC, ENOSYS, ENOTSUP, EPERM
+from errno import EACCES, EAGAIN, EFBIG, EINVAL, EMFILE, ENFILE, ENODEV, ENOENT, ENOEXEC, ENOMEM, ENOSPC, ENOSYS, ENOTSUP, EPERM, ESRCH
 
 import pytest
 
@@ -44,4 +44,10 @@ FILTER = "a seccomp filter forbids the call"
 )
 def test_a_hint(call: str, errno: int, detail: str, hint: str | None) -> None:
     found = hints.of(failed(call, errno, detail))
+    assert hint in found if hint else found == ""
+
+
+@pytest.mark.parametrize(("errno", "hint"), [(ENOENT, "--mount-proc"), (ESRCH, "--mount-proc"), (EMFILE, "ulimit -n"), (EACCES, "")])
+def test_a_hint_about_proc(errno: int, hint: str) -> None:
+    found = hints.of(failed("open", errno, path="/proc"))
     assert hint in found if hint else found == ""

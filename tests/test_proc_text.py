@@ -51,7 +51,7 @@ def test_a_mapped_files_name_is_no_mapping(end: str, row: str, tmp_path: Path) -
     path = tmp_path / f"{end}{row}"
     path.write_bytes(b"x")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 1, prot=mmap.PROT_READ):
-        with scout._mappings(os.getpid()) as maps:
+        with process.proc() as proc, scout._mappings(proc.fileno(), os.getpid()) as maps:
             assert 0x1000 not in [start for start, _ in scout._spans(maps)]
         assert list(audit_memory.regions(os.getpid()))
 

@@ -12,6 +12,7 @@ from typing import Any, Final, cast
 from unittest import mock
 
 from fuzz.source import Source
+from restrictedmem.abi import process
 from restrictedmem.abi.memory import RMFD_HUGEPAGE
 from restrictedmem.abi.seccomp import SECCOMP_USER_NOTIF_FLAG_CONTINUE, seccomp_data, seccomp_notif
 from restrictedmem.abi.stat import device
@@ -37,7 +38,7 @@ class _Area:
         self.memory = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_32BIT)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
 
-    def maps(self, rights: str, pid: int) -> io.BytesIO:
+    def maps(self, rights: str, proc: int, pid: int) -> io.BytesIO:
         """Return /proc/PID/maps."""
         line = f"{self.address:x}-{self.address + mmap.PAGESIZE:x} {rights} 00000000 00:01 1 /dev/zero (deleted)\n"
         return io.BytesIO(line.encode())
@@ -51,8 +52,8 @@ class _Scout:
 
     pid: Final = 0
 
-    def __init__(self) -> None:
-        self._looks = scout._Looks()
+    def __init__(self, proc: OwnedFd) -> None:
+        self._looks = scout._Looks(proc)
         self._ready = OwnedFd(os.eventfd(0))
         self._answer: bool | OSError = False
 
@@ -115,7 +116,8 @@ def calls(data: bytes) -> None:
         memory = undo.enter_context(OwnedFd(os.memfd_create("/restrictedmem")))
         other = undo.enter_context(OwnedFd(os.memfd_create("other")))
         porter = _Porter(device(f"/proc/self/fd/{memory.fileno()}") if kind & 1 else 0)
-        made = supervisor.Supervisor(cast("OwnedFd", None), cast("Any", porter), _TABLES, _NUMBER, cachestat=bool(kind & 2))
+        proc = undo.enter_context(process.proc())
+        made = supervisor.Supervisor(cast("OwnedFd", None), cast("Any", porter), proc, _TABLES, _NUMBER, cachestat=bool(kind & 2))
         rights = ("rw-p", "r--p", "-w-p", "---p")[kind >> 2 & 3]
         undo.enter_context(mock.patch.object(scout, "_mappings", side_effect=partial(area.maps, rights)))
         undo.enter_context(mock.patch.object(supervisor, "Scout", _Scout))

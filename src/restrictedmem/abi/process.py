@@ -6,13 +6,16 @@ import resource
 import signal
 import struct
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from errno import ENOENT, ESRCH
+from functools import partial
 from itertools import pairwise
 from typing import Final
 
 from restrictedmem.abi._struct import c_struct, u32
 from restrictedmem.abi._syscall import libc, raise_errno, syscall
 from restrictedmem.failure import failed, named
+from restrictedmem.fd import OwnedFd
 
 CLONE_NEWNS: Final = 0x0002_0000
 CLONE_NEWUSER: Final = 0x1000_0000
@@ -173,14 +176,48 @@ def tracer_pid() -> int:
     return int(_own_status("self", b"TracerPid:"))
 
 
-def status(whose: str | int, name: bytes) -> list[bytes]:
-    """Return the words behind a name in /proc/PID/status; none where the kernel has no such line.
+def proc() -> OwnedFd:
+    """Open /proc, to find other processes in it by their pids; the caller owns it.
+
+    It has to number them as this process's PID namespace does. By the same pid another namespace's, which ``unshare -pf`` leaves in place,
+    has another process. What is opened beside the descriptor (``dir_fd``) is there whatever is mounted over it meanwhile.
+
+    Raises:
+        OSError: ENOENT without /proc; ESRCH where it is another namespace's.
+    """
+    with ExitStack() as undo:
+        try:
+            found = undo.enter_context(OwnedFd(os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)))
+            os.lstat("self", dir_fd=found.fileno())
+            numbers = _own_numbers(found)
+        except FileNotFoundError:
+            raise failed("open", ENOENT, "/proc is not mounted", "/proc") from None
+        except OSError as error:
+            raise named("open", error, "/proc") from None
+        # In that of a namespace above it has as many as there are namespaces from there down.
+        if len(numbers) != 1:
+            raise failed("open", ESRCH, "it numbers the processes of another PID namespace", "/proc")
+        undo.pop_all()
+        return found
+
+
+def _own_numbers(proc: OwnedFd) -> list[bytes]:
+    """Return this process's pids by a /proc: none in that of a namespace below, or beside this one."""
+    try:
+        return status("self", b"NSpid:", proc)
+    except FileNotFoundError:
+        return []
+
+
+def status(whose: str | int, name: bytes, proc: OwnedFd | None = None) -> list[bytes]:
+    """Return the words behind a name in /proc/PID/status; none where the kernel has no such line. For a pid, ``proc`` has to be given.
 
     Raises:
         OSError: ENOENT, ESRCH when it has ended.
     """
+    opener = None if proc is None else partial(os.open, dir_fd=proc.fileno())
     # Bytes, for a line ends with "\n" alone. In a thread's name the kernel leaves "\r" as it is.
-    with open(f"/proc/{whose}/status", "rb") as lines:
+    with open(f"{'/proc/' if proc is None else ''}{whose}/status", "rb", opener=opener) as lines:
         return next((line for line in lines if line.startswith(name)), b"").split()[1:]
 
 
@@ -209,7 +246,8 @@ def is_dying(thread: int) -> bool:
     False too for a thread that cannot be looked at, and for 0.
     """
     try:
-        pending = status(thread, b"SigPnd:")
+        with proc() as place:
+            pending = status(thread, b"SigPnd:", place)
     except OSError:
         return False
     return bool(pending) and bool(int(pending[0], 16) & 1 << signal.SIGKILL - 1)

@@ -23,12 +23,12 @@ _DEVICE: Final = struct.Struct("=136x2I")
 _IDENTITY: Final = struct.Struct("=32xQ96x2I")
 _AT_FDCWD: Final = -100
 _number: Final = ctypes.c_long(SYS_statx.get(os.uname().machine, -1))
-_here, _flags, _nothing = ctypes.c_long(_AT_FDCWD), ctypes.c_long(AT_STATX_DONT_SYNC), ctypes.c_long(0)
+_flags, _nothing = ctypes.c_long(AT_STATX_DONT_SYNC), ctypes.c_long(0)
 _open_flags: Final = ctypes.c_long(AT_STATX_DONT_SYNC | _AT_EMPTY_PATH)
 
 
-def device(path: str) -> int:
-    """Return the device number (``st_dev``) of the file that a path leads to.
+def device(path: str, directory: int = _AT_FDCWD) -> int:
+    """Return the device number (``st_dev``) of the file that a path leads to, from a directory if it is relative.
 
     A FUSE server is not asked: the kernel keeps the device itself, and with AT_STATX_DONT_SYNC fuse_update_get_attr never sends GETATTR.
 
@@ -36,7 +36,7 @@ def device(path: str) -> int:
         OSError: as statx(2).
     """
     found = _Statx()
-    if libc.syscall(_number, _here, path.encode(), _flags, _nothing, found) < 0:
+    if libc.syscall(_number, ctypes.c_long(directory), path.encode(), _flags, _nothing, found) < 0:
         raise_errno("statx")
     return os.makedev(*_DEVICE.unpack_from(found))
 

@@ -37,8 +37,10 @@ def prove(service: Service, guest: HeldGuest, seed: int, *, engine: str, as_root
     Preconditions: nobody else talks to the guest meanwhile.
 
     Raises:
-        OSError: EIO when the trying process died.
+        OSError: EIO when the trying process died; ENOENT, ESRCH without this PID namespace's /proc (``abi.process``).
     """
+    # Routes lead to processes by their pids: the wrong ones would let in, or refuse, for reasons of their own.
+    process.proc().close()
     found: list[Attempt] = []
     # The owner's own memory comes last, in a process of which all that went before is a part.
     for routes in (_routes, _last_routes):

@@ -241,6 +241,8 @@ class _Run:
         if any(name not in left_out for name in operations):
             self._engines["kernel"] = tuple(name for name in operations if name not in left_out)
         self._began = time.monotonic()
+        # What a service leaves behind is looked for by pid.
+        process.proc().close()
         self._resources = ExitStack()
         self._service = self._resources.enter_context(Service.start(options))
         self._processes: set[tuple[int, str]] = set()

@@ -1,6 +1,6 @@
 """What a person can do about an error, by what failed and not by the errno alone."""
 
-from errno import EACCES, EAGAIN, EFBIG, EMFILE, ENFILE, ENODEV, ENOENT, ENOEXEC, ENOMEM, ENOSYS, ENOTSUP, EPERM
+from errno import EACCES, EAGAIN, EFBIG, EMFILE, ENFILE, ENODEV, ENOENT, ENOEXEC, ENOMEM, ENOSYS, ENOTSUP, EPERM, ESRCH
 from typing import Final
 
 _REFUSED: Final = (EACCES, EPERM)
@@ -15,6 +15,7 @@ _DESCRIPTORS: Final = "a limit of this process: ulimit -n"
 _SERVICES_DESCRIPTORS: Final = "a limit of the service (ulimit -Hn where it starts), or of the machine (fs.file-max)"
 _PROCESSES: Final = "a limit of this user (ulimit -u), or of this process's cgroup (pids.max)"
 _FILE_SIZE: Final = "a limit of this process: ulimit -f"
+_PROC: Final = "mount that of this PID namespace there: unshare --fork --mount-proc, or mount -t proc proc /proc"
 #: Calls that a limit on processes refuses.
 _FORKING: Final = ("exec", "fork", "start")
 #: Calls that RLIMIT_FSIZE refuses.
@@ -26,6 +27,8 @@ _BY_ERRNO: Final = {ENOMEM: _MEMORY, EMFILE: _DESCRIPTORS, ENFILE: _SERVICES_DES
 
 def of(error: OSError) -> str:
     """Return a hint for an error that a command ends with; empty when there is none."""
+    if error.filename == "/proc" and error.errno in (ENOENT, ESRCH):
+        return _PROC
     call, _, detail = (error.strerror or "").partition(": ")
     if call == "exec" and error.errno == ENOEXEC:
         return _LINKED if "linked at" in detail else _LARGER if "ends at" in detail else _BUILD

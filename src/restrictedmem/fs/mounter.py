@@ -103,8 +103,8 @@ def _user_namespace() -> Generator[OwnedFd]:
             theirs.close()
             # No descriptors: whoever copied the child's end may send some.
             _hear(ours, "user namespace", 0)
-            path = f"/proc/{child}/ns/user"
-            namespace = OwnedFd(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            with process.proc() as proc:
+                namespace = OwnedFd(os.open(f"{child}/ns/user", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc.fileno()))
         finally:
             _end(child)
     with namespace:

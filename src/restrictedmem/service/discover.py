@@ -327,7 +327,8 @@ def _numbers_of(pid: int) -> set[int]:
     if not pid:
         return set()
     try:
-        return {pid, *map(int, process.status(pid, b"NSpid:"))}
+        with process.proc() as proc:
+            return {pid, *map(int, process.status(pid, b"NSpid:", proc))}
     except OSError:
         return {pid}
 

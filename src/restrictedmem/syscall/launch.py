@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from restrictedmem.abi import process, seccomp
 from restrictedmem.abi.memory import SYS_memfd_restricted, memfd_restricted
 from restrictedmem.failure import detail_of, failed, named
-from restrictedmem.fd import above_standard, receive_with_fds, refuse_fds, send_with_fds
+from restrictedmem.fd import OwnedFd, above_standard, receive_with_fds, refuse_fds, send_with_fds
 from restrictedmem.service import SERVER_VARIABLE
 from restrictedmem.syscall.filter import TABLES, program
 from restrictedmem.syscall.porter import Complaint, Porter
@@ -202,14 +202,18 @@ def _be_its_parent(channel: socket.socket, door: socket.socket, machine: str, ca
             process.raise_fd_limit()
             # The program may have closed its standard descriptors; these are not to be in their place.
             channel, door = (socket.socket(fileno=above_standard(sock.fileno()).detach()) for sock in (channel, door))
+            with process.proc() as found:
+                proc = above_standard(found.fileno())
             if process.fork() == 0:
                 with _telling(channel):
-                    _supervise(channel, door, machine, call, program_pid, usage=usage)
+                    _supervise(channel, door, proc, machine, call, program_pid, usage=usage)
     finally:
         os._exit(0)
 
 
-def _supervise(channel: socket.socket, door: socket.socket, machine: str, call: Call, program_pid: int, *, usage: bool) -> None:
+def _supervise(
+    channel: socket.socket, door: socket.socket, proc: OwnedFd, machine: str, call: Call, program_pid: int, *, usage: bool
+) -> None:
     # What a terminal sends is for the program, and so are its descriptors: who waits for the end of a pipe waits for the program alone.
     os.setpgid(0, 0)
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTOU):
@@ -222,7 +226,8 @@ def _supervise(channel: socket.socket, door: socket.socket, machine: str, call: 
         raise named("open", error) from None
     for standard in (0, 1, 2):
         os.dup2(null, standard)
-    process.close_others((channel.fileno(), door.fileno(), *(() if complaint is None else complaint.filenos())))
+    kept = () if complaint is None else complaint.filenos()
+    process.close_others((channel.fileno(), door.fileno(), proc.fileno(), *kept))
     # Or a child would not be there to wait for.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     server = os.environ.get(SERVER_VARIABLE)
@@ -242,7 +247,7 @@ def _supervise(channel: socket.socket, door: socket.socket, machine: str, call: 
     with channel:
         porter = Porter(fds[0], door, start, complaint)
         _tell(channel, _READY)
-    Supervisor(fds[0], porter, TABLES[machine], call.number, cachestat=call.cachestat).run()
+    Supervisor(fds[0], porter, proc, TABLES[machine], call.number, cachestat=call.cachestat).run()
 
 
 def _complaint(program: int) -> Complaint | None:

@@ -5,7 +5,7 @@ mappings still, or the directory of its descriptors, may be held by a thread tha
 somebody looks, that one has the last hold on the file, and releases it in the program's place.
 
 So the supervisor has a scout do it, one for each call under way, and kills a scout that nobody waits for any more. One that waits for a
-file system's server may outlive that; it holds nothing then but its end of a socket, and the file in question.
+file system's server may outlive that; it holds nothing then but its end of a socket, /proc, and the file in question.
 """
 
 import marshal
@@ -16,6 +16,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from errno import EIO
+from functools import partial
 from typing import BinaryIO, Final, final
 
 from restrictedmem.abi.stat import device
@@ -40,8 +41,8 @@ Question = tuple[str, tuple[int | bytes, ...]]
 class Scout:
     """The supervisor's hold on one: a question, its answer, the next question."""
 
-    def __init__(self) -> None:
-        """Fork one.
+    def __init__(self, proc: OwnedFd) -> None:
+        """Fork one, which looks into programs by way of ``proc`` (``abi.process``).
 
         Raises:
             OSError: EAGAIN, ENOMEM, EMFILE.
@@ -49,7 +50,7 @@ class Scout:
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
-                self.pid: Final = fork("rmem-scout", [theirs.fileno()], lambda: _serve(theirs))
+                self.pid: Final = fork("rmem-scout", [theirs.fileno(), proc.fileno()], lambda: _serve(theirs, proc))
         except BaseException:
             self._sock.close()
             raise
@@ -85,8 +86,8 @@ class Scout:
         os.kill(self.pid, signal.SIGKILL)
 
 
-def _serve(sock: socket.socket) -> None:
-    looks = _Looks()
+def _serve(sock: socket.socket, proc: OwnedFd) -> None:
+    looks = _Looks(proc)
     while message := sock.recv(_MESSAGE):
         name, arguments = marshal.loads(message)
         look: Callable[..., bool] = getattr(looks, name)
@@ -100,7 +101,8 @@ def _serve(sock: socket.socket) -> None:
 class _Looks:
     """What a scout can be asked about a process or one of its threads; each raises OSError for one that may not be looked into."""
 
-    def __init__(self) -> None:
+    def __init__(self, proc: OwnedFd) -> None:
+        self._proc = proc.fileno()
         #: A process's memory and its mappings, both of the same one, whoever has its number by now.
         self._memory: tuple[OwnedFd, BinaryIO] | None = None
 
@@ -109,20 +111,22 @@ class _Looks:
 
         The name is not enough, for anybody may give it to a file; but it is what is had fastest, and what most files have not.
         """
-        path = f"/proc/{pid}/fd/{fd}"
-        return _NAME in os.readlink(path) and device(path) == wanted
+        path = f"{pid}/fd/{fd}"
+        return _NAME in os.readlink(path, dir_fd=self._proc) and device(path, self._proc) == wanted
 
     def may_be_cachestat(self, pid: int, fd: int, span: int, result: int) -> bool:
         """Say whether the arguments are cachestat's: an open descriptor, and two structs that are mapped whole."""
-        if not os.path.lexists(f"/proc/{pid}/fd/{fd}"):
+        try:
+            os.lstat(f"{pid}/fd/{fd}", dir_fd=self._proc)
+        except FileNotFoundError:
             return False
-        with _mappings(pid) as maps:
+        with _mappings(self._proc, pid) as maps:
             spans = list(_spans(maps))
         return _covers(spans, span, _RANGE_BYTES) and _covers(spans, result, _CACHESTAT_BYTES)
 
     def is_mapped_privately(self, pid: int, arguments: int, wanted: int) -> bool:
         """Say whether the arguments of i386's first mmap, at an address, map such a descriptor privately."""
-        with OwnedFd(os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)) as memory, _mappings(pid) as maps:
+        with self._opened(pid, os.O_RDONLY) as memory, _mappings(self._proc, pid) as maps:
             # What the process may not read itself, the kernel is to refuse.
             if not _covers(list(_spans(maps, b"r")), arguments, _OLD_MMAP.size):
                 return False
@@ -138,8 +142,8 @@ class _Looks:
         if not self.is_restricted(pid, fd, wanted):
             return False
         with ExitStack() as undo:
-            memory = undo.enter_context(OwnedFd(os.open(f"/proc/{pid}/mem", os.O_WRONLY | os.O_CLOEXEC)))
-            self._memory = memory, _mappings(pid)
+            memory = undo.enter_context(self._opened(pid, os.O_WRONLY))
+            self._memory = memory, _mappings(self._proc, pid)
             undo.pop_all()
         return True
 
@@ -160,15 +164,18 @@ class _Looks:
         finally:
             self._let_go()
 
+    def _opened(self, pid: int, flags: int) -> OwnedFd:
+        return OwnedFd(os.open(f"{pid}/mem", flags | os.O_CLOEXEC, dir_fd=self._proc))
+
     def _let_go(self) -> None:
         opened, self._memory = self._memory, None
         for each in opened or ():
             each.close()
 
 
-def _mappings(pid: int) -> BinaryIO:
+def _mappings(proc: int, pid: int) -> BinaryIO:
     # Bytes, for a line ends with "\n" alone, which is "\\012" in a file's name. "\r" is left there as it is.
-    return open(f"/proc/{pid}/maps", "rb")
+    return open(f"{pid}/maps", "rb", opener=partial(os.open, dir_fd=proc))
 
 
 def _spans(maps: BinaryIO, right: bytes = b"") -> Iterator[tuple[int, int]]:

@@ -70,13 +70,16 @@ class _Call:
 class Supervisor:
     """One filter's listener, and who works for it."""
 
-    def __init__(self, listener: OwnedFd, porter: Porter, tables: tuple[Table, ...], number: int, *, cachestat: bool) -> None:
-        """Answer for ``listener``, with descriptors that ``porter`` makes.
+    def __init__(
+        self, listener: OwnedFd, porter: Porter, proc: OwnedFd, tables: tuple[Table, ...], number: int, *, cachestat: bool
+    ) -> None:
+        """Answer for ``listener``, with descriptors that ``porter`` makes; scouts look into programs by way of ``proc`` (``abi.process``).
 
         ``cachestat``: a call of the number that cannot be memfd_restricted's may be cachestat's.
         """
         self._listener = listener
         self._porter = porter
+        self._proc = proc
         self._tables = {table.arch: table for table in tables}
         self._number = number
         self._cachestat = cachestat
@@ -176,7 +179,7 @@ class Supervisor:
                 return scout
         # All of them are busy: for callers that are still there?
         self._sweep()
-        scout = Scout()
+        scout = Scout(self._proc)
         for poll in (self._poll, self._scouts):
             poll.register(scout.fileno(), select.POLLIN)
         try:
