@@ -355,7 +355,8 @@ def test_a_question_to_the_checker_that_was_given_up_is_the_last(monkeypatch: py
     def no_memory(*_: object) -> None:
         raise MemoryError
 
-    ours, theirs = Channel.pair("owner")
+    sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours = Channel(sock, "owner")
     with theirs, memory.memfd_create("m", os.MFD_ALLOW_SEALING) as memfd:
         intake = checker.start(ours, ())
         socket.send_fds(theirs, [request(1)], [memfd.fileno()])

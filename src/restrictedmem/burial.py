@@ -4,7 +4,7 @@ Whoever closes it drops the descriptor, and waits as long as the stranger likes 
 that lingers (SO_LINGER): a signal alone ends the wait. A process that exits does not linger. So a
 child that does nothing gets the last copy of the socket, and is killed.
 
-Where the kernel refuses descriptors (``fd.refuse_fds``), and where no message is left, ``bury`` is
+For a socket that refuses descriptors (``fd.refuse_fds``), and where no message is left, ``bury`` is
 close(2).
 """
 
@@ -32,7 +32,7 @@ def bury(sock: socket.socket, *, shared: bool = False) -> None:
 
     Preconditions: no other thread receives from it.
     """
-    if fd.KERNEL_REFUSES or sock.fileno() < 0 or not (shared or _holds_messages(sock)):
+    if sock.fileno() < 0 or fd.refuses_fds(sock) or not (shared or _holds_messages(sock)):
         sock.close()
         return
     _unburied.append(sock.detach())

@@ -131,14 +131,15 @@ def receive_without_fds(sock: socket.socket, size: int, flags: int = 0) -> bytes
 def receive_flags(sock: socket.socket, size: int, flags: int = 0) -> tuple[bytes, int]:
     """Receive one message of at most ``size`` bytes without its descriptors, and what recvmsg says.
 
-    With MSG_CTRUNC it had descriptors, and the connection is of no more use. Where the kernel
-    cannot refuse them, the message then stays in the queue: to drop a socket that lingers
-    (SO_LINGER) takes as long as its owner likes. ``bury`` closes such a connection.
+    With MSG_CTRUNC it had descriptors, and the connection is of no more use. The message then
+    stays in the queue: to drop a socket that lingers (SO_LINGER) takes as long as its owner likes.
+    ``bury`` closes such a connection. A socket that has refused descriptors from the first
+    (``refuse_fds``) never has such a message.
 
     Raises:
         OSError: as recvmsg(2).
     """
-    if not KERNEL_REFUSES and brings_fds(sock, flags):
+    if not refuses_fds(sock) and brings_fds(sock, flags):
         return b"", MSG_CTRUNC
     data, _, got, _ = sock.recvmsg(size, 0, flags)
     return data, got
@@ -156,11 +157,17 @@ def brings_fds(sock: socket.socket, flags: int = 0) -> bool:
 def refuse_fds(sock: socket.socket) -> None:
     """Have the kernel refuse descriptors to whoever sends them here (SO_PASSRIGHTS, Linux 6.16).
 
-    Otherwise they lie in the queue until the message is received. Older kernels lack the option.
-    What a listening socket accepts inherits it.
+    Otherwise they lie in the queue until the message is received, so it has to be done before
+    anybody else has the other end. Older kernels lack the option. What a listening socket accepts
+    inherits it.
     """
     if KERNEL_REFUSES:
         sock.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
+
+
+def refuses_fds(sock: socket.socket) -> bool:
+    """Say whether the kernel refuses descriptors to whoever sends them to this end."""
+    return KERNEL_REFUSES and not sock.getsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS)
 
 
 def _kernel_refuses() -> bool:

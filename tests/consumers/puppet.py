@@ -5,13 +5,16 @@ import os
 import signal
 import socket
 import threading
-from typing import Any
+from contextlib import suppress
+from typing import Any, Final
 
 from restrictedmem.consumer import BoundFile, Consumer
 from restrictedmem.fd import OwnedFd
 from restrictedmem.service.start import Options
 from restrictedmem.service.wire import Call, Channel
 from restrictedmem.units import PageRange, pgoff_t
+
+_SO_PASSRIGHTS: Final = 83
 
 
 class Ops:
@@ -103,7 +106,12 @@ class Puppet:
 
 
 def serve(owner: socket.socket, service: socket.socket, notify: socket.socket, options: Options, arguments: str) -> None:
-    channel, consumer = Channel(owner, "owner", takes_fds=arguments == "trusting"), Consumer(service, notify)
+    trusting = arguments == "trusting"
+    if trusting:
+        # The service has refused them. Kernels before Linux 6.16 lack the option.
+        with suppress(OSError):
+            owner.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 1)
+    channel, consumer = Channel(owner, "owner", takes_fds=trusting), Consumer(service, notify)
     puppet = Puppet(consumer, notify)
     held: list[OwnedFd] = []
     while message := channel.receive():

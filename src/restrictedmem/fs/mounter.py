@@ -19,7 +19,7 @@ from errno import EIO, ENOENT, EPERM, ETIMEDOUT
 from typing import Final, NoReturn
 
 from restrictedmem.abi import process
-from restrictedmem.fd import OwnedFd, close_all, readable, receive_with_fds, receive_without_fds, send_with_fds
+from restrictedmem.fd import OwnedFd, close_all, readable, receive_with_fds, receive_without_fds, refuse_fds, send_with_fds
 from restrictedmem.fs.mount import Way, mount_detached, mount_fusermount
 
 #: Seconds that a child may take for its part.
@@ -97,11 +97,12 @@ def _mount_inside(namespace: OwnedFd) -> Mounted:
 def _user_namespace() -> Generator[OwnedFd]:
     """Make a user namespace, which lasts as long as the descriptor of it that is yielded."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    # Whoever copies the child's end may send some.
+    refuse_fds(ours)
     with ours, theirs:
         child = _fork(lambda: _make_namespace(theirs), theirs)
         try:
             theirs.close()
-            # No descriptors: whoever copied the child's end may send some.
             _hear(ours, "user namespace", 0)
             with process.proc() as proc:
                 namespace = OwnedFd(os.open(f"{child}/ns/user", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc.fileno()))

@@ -9,6 +9,7 @@ from typing import Final, final
 
 from restrictedmem.abi import kvm
 from restrictedmem.abi.kvm import Cap
+from restrictedmem.fd import refuse_fds
 from restrictedmem.kvm import debug, trace, wire
 from restrictedmem.kvm.checker import Intake
 from restrictedmem.kvm.conversions import Conversions
@@ -222,8 +223,9 @@ class Machine:
         with self._launch.opened() as measurement, ExitStack() as undo:
             channel, theirs = Channel.pair("owner")
             undo.callback(channel.close)
+            # The owner has no use for descriptors of a vCPU's.
+            refuse_fds(theirs)
             with theirs:
-                channel.refuse_fds()
                 made = VcpuSocket(
                     number, channel, self._watched, self._creation.policy, self._launch, self._conversions, self._reporter, self._trace
                 )

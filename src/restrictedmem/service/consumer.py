@@ -105,8 +105,8 @@ class Consumer:
         self.process: OwnedFd | None = None
         self.requests, self._their_requests = Channel.pair(str(self))
         self._notify, self._their_notify = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.requests.refuse_fds()
-        refuse_fds(self._notify)
+        for end in (self._notify, self._their_notify):
+            refuse_fds(end)
         self._notify.setblocking(False)
         # One round trip at a time.
         self._turn = sync.mutex()

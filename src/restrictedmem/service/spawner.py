@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from restrictedmem.abi import process
 from restrictedmem.burial import bury
 from restrictedmem.failure import named
-from restrictedmem.fd import OwnedFd, close_all
+from restrictedmem.fd import OwnedFd, close_all, refuse_fds
 from restrictedmem.patience import Patience
 from restrictedmem.service import daemon, sealing, wire
 from restrictedmem.service.ending import OomKills, Word, status_of, words_of
@@ -45,6 +45,7 @@ def run(owner: Channel, options: "Options", origin: "Origin", word: Word) -> NoR
     # Descriptors come from the service alone, which has made them itself.
     channel, theirs = Channel.pair("service", takes_fds=True)
     endings, heard = Channel.pair("service")
+    refuse_fds(heard)
     service = _fork(
         lambda: _service(
             owner, Channel(theirs, "spawner", takes_fds=True), Channel(heard, "spawner"), [channel, endings], options, origin, word

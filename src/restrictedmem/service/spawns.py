@@ -13,9 +13,9 @@ from functools import partial
 from typing import final
 
 from restrictedmem import threads
-from restrictedmem.fd import spare, speaks
+from restrictedmem.fd import refuse_fds, spare, speaks
 from restrictedmem.patience import patiently
-from restrictedmem.service import wire
+from restrictedmem.service import program, wire
 from restrictedmem.service.consumer import Consumer
 from restrictedmem.service.consumers import Consumers, Troubles
 from restrictedmem.service.door import Connection
@@ -52,6 +52,10 @@ class Spawns:
             OSError: EMFILE, ENFILE.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # An engine has somebody who looks at what comes (``kvm.checker``). Of other consumers' owners it is refused
+        # from the first: they can speak before the consumer does anything.
+        if name != program.VM:
+            refuse_fds(theirs)
         try:
             consumer = self._consumers.add(name)
         except BaseException:

@@ -20,7 +20,7 @@ from typing import Any, Final, NoReturn, Self, cast
 
 from restrictedmem.abi import process
 from restrictedmem.failure import failed
-from restrictedmem.fd import peer_credentials
+from restrictedmem.fd import peer_credentials, refuse_fds
 from restrictedmem.mm import design
 from restrictedmem.mm.notifier import Api
 from restrictedmem.service import program, spawner
@@ -130,7 +130,7 @@ def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     channel = Channel(socket.socket(fileno=int(arguments[0])), "owner")
     try:
-        channel.refuse_fds()
+        refuse_fds(channel.sock)
         options = Options.load(arguments[1])
         options.check()
         pid, uid, _ = peer_credentials(channel.sock)

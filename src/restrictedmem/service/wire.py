@@ -181,13 +181,11 @@ class Channel:
 
     @classmethod
     def pair(cls, peer: str, *, takes_fds: bool = False) -> tuple[Self, socket.socket]:
-        """Make a connection: this end, and the socket for the other."""
+        """Make a connection: this end, and the socket for the other, which may bring descriptors to whoever has it."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if not takes_fds:
+            refuse_fds(ours)
         return cls(ours, peer, takes_fds=takes_fds), theirs
-
-    def refuse_fds(self) -> None:
-        """Have the kernel refuse descriptors to the sender (``fd.refuse_fds``)."""
-        refuse_fds(self.sock)
 
     def _receive(self, flags: int = 0) -> tuple[bytes, list[OwnedFd]]:
         if self.takes_fds:
