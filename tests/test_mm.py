@@ -29,6 +29,7 @@ from restrictedmem.sync import SharedWords
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SIZE, PageRange, pgoff_t
 from waiting import wait_until, waits
 
+_F_SEAL_FUTURE_WRITE = 0x10
 KEEP = int(FallocMode.KEEP_SIZE)
 
 
@@ -330,6 +331,20 @@ def test_a_consumer_maps_the_sequence_for_reading() -> None:
     # A vCPU may look at the slots when one of them goes.
     assert not reader.busy()
     writer.close()
+
+
+@pytest.mark.parametrize("kind", ["memfd", "thp", pytest.param("hugetlb-2m", marks=pytest.mark.requires("hugetlb"))])
+def test_a_consumer_takes_no_punch_from_the_owner(kind: str) -> None:
+    """It has the memfd, and what it could seal there it could forbid the owner and the next consumer."""
+    backing = make_backing(kind)
+    with OwnedFd(os.dup(backing.fileno())) as consumers:
+        number = consumers.fileno()
+        seals = (fcntl.F_SEAL_SHRINK, fcntl.F_SEAL_GROW, fcntl.F_SEAL_WRITE, _F_SEAL_FUTURE_WRITE)
+        assert [outcome(partial(fcntl.fcntl, number, fcntl.F_ADD_SEALS, seal)) for seal in seals] == [Errno(EPERM)] * 4
+        assert outcome(lambda: os.ftruncate(number, 0)) == Errno(EPERM)
+        backing.punch(0, 2 << 20)
+        backing.renew()()
+    backing.close()
 
 
 def test_only_who_made_the_sequence_writes_it() -> None:

@@ -10,7 +10,7 @@ from restrictedmem.abi import memory
 from restrictedmem.fd import OwnedFd
 from restrictedmem.mm.folios import Piece, folios_in, make_large, order_of
 from restrictedmem.mm.hugetlb import HugetlbBacking
-from restrictedmem.mm.memfd import InMemfd, never
+from restrictedmem.mm.memfd import InMemfd, make_memfd, never
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SIZE, PageRange, pgoff_t
 
 
@@ -133,7 +133,7 @@ class MemfdBacking(InMemfd):
             return os.fstat((self._fd or _empty_memfd()).fileno()).st_blksize
 
     def _make(self) -> OwnedFd:
-        return _make_memfd()
+        return make_memfd(MAX_FILE_BYTES)
 
     def _allocate(self, offset: int, length: int) -> None:
         if self.hugepage:
@@ -153,16 +153,10 @@ class MemfdBacking(InMemfd):
         return folios_in(self.fileno(), span)
 
 
-def _make_memfd() -> OwnedFd:
-    fd = memory.memfd_create("restrictedmem")
-    os.ftruncate(fd.fileno(), MAX_FILE_BYTES)
-    return fd
-
-
 @functools.cache
 def _empty_memfd() -> OwnedFd:
     """Return a memfd to ask for the policy of all."""
-    return _make_memfd()
+    return make_memfd(MAX_FILE_BYTES)
 
 
 Memfd: TypeAlias = MemfdBacking | HugetlbBacking

@@ -9,7 +9,7 @@ from restrictedmem.abi import memory
 from restrictedmem.failure import failed
 from restrictedmem.fd import OwnedFd
 from restrictedmem.mm.folios import Piece, is_present, looking
-from restrictedmem.mm.memfd import InMemfd
+from restrictedmem.mm.memfd import InMemfd, make_memfd
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PageRange, pgoff_t
 
 # Bytes that are mapped at once to look at them; at least one huge page.
@@ -51,9 +51,7 @@ class HugetlbBacking(InMemfd):
     def _make(self) -> OwnedFd:
         # It takes nothing from the pool yet.
         size = self.base_order + PAGE_SHIFT
-        fd = memory.memfd_create("restrictedmem", memory.MFD_HUGETLB | size << memory.MFD_HUGE_SHIFT)
-        os.ftruncate(fd.fileno(), MAX_FILE_BYTES & -self.blksize)
-        return fd
+        return make_memfd(MAX_FILE_BYTES & -self.blksize, memory.MFD_HUGETLB | size << memory.MFD_HUGE_SHIFT)
 
     def _allocate(self, offset: int, length: int) -> None:
         # ENOSPC from an empty pool; EINVAL beyond the last whole huge page.

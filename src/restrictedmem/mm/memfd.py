@@ -1,5 +1,6 @@
 """What backings have in common whose pages lie in a memfd, small ones or huge."""
 
+import fcntl
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -16,6 +17,27 @@ from restrictedmem.units import MAX_FILE_BYTES, PAGE_SIZE
 _SECTOR: Final = 512
 #: Bytes that are allocated at once: a tenth of a second. No folio crosses a multiple of it, or it is as large.
 _PIECE: Final = 256 << 20
+
+
+#: Consumers have it, and with F_SEAL_WRITE or F_SEAL_FUTURE_WRITE one could forbid the owner to punch.
+#: F_SEAL_GROW is not among them: it would turn an errno of hugetlbfs into EPERM.
+_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+
+
+def make_memfd(size: int, flags: int = 0) -> OwnedFd:
+    """Make the memfd of a file's pages, which nobody can shrink or seal; ``flags`` are memfd_create's.
+
+    Raises:
+        OSError: as memfd_create(2).
+    """
+    fd = memory.memfd_create("restrictedmem", flags)
+    try:
+        os.ftruncate(fd.fileno(), size)
+        fcntl.fcntl(fd.fileno(), fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        fd.close()
+        raise
+    return fd
 
 
 def never() -> bool:
