@@ -854,6 +854,59 @@ def _bound_to_a_child() -> tuple[Consumers, service_consumer.Consumer, Restricte
     return consumers, consumer, file, child
 
 
+@pytest.mark.parametrize("end", ["killed", "hangs up"])
+@pytest.mark.requires("fuse")
+def test_what_a_consumer_forked_goes_with_it(end: str, service: Service, fd: int) -> None:
+    with Device(service) as device:
+        with Puppet(service) as puppet:
+            puppet.bind(fd, 0, 8)
+            left, pid = process(puppet("leave")), puppet("pid")
+            assert left is not None
+            # As long as the consumer is there, it is the consumer's own affair.
+            wait_until(lambda: (found := process(left.pid)) is not None and found.parent == pid, "the consumer to be its parent")
+            assert puppet("pid") == pid
+            if end == "killed":
+                os.kill(pid, signal.SIGKILL)
+        device.attach(fd, 0, 0, 8)
+        wait_gone([left])
+        assert [found["name"] for found in service.status()["consumers"]] == ["dma"]
+
+
+@pytest.mark.requires("fuse")
+def test_what_a_consumer_forked_goes_with_the_service() -> None:
+    with serving() as service, Puppet(service) as puppet:
+        everybody, left = family(service), process(puppet("leave"))
+        assert left is not None
+        os.kill(service.info["pid"], signal.SIGKILL)
+        wait_gone([*everybody, left])
+
+
+def test_a_consumers_end_is_its_process_end() -> None:
+    """What it forked may keep its sockets, and answers nobody: neither its file nor a punch under way waits for that."""
+    consumers = Consumers(Tokens(), Options(deadline=3600), Signer(), Troubles())
+    consumer = consumers.add("third")
+    requests, notify = consumer.give_sockets()
+    child = os.fork()
+    if child == 0:
+        be_idle()
+    consumer.process = OwnedFd(os.pidfd_open(child))
+    file = RestrictedFile(make("v10"), MemfdBacking(), Inode.make(0, 0))
+    consumer.bind(1, file, PageRange(pgoff_t(0), pgoff_t(0)), exclusive=False)
+    serving = threading.Thread(target=consumers.serve, args=(consumer,))
+    punching = threading.Thread(target=file.fallocate, args=(memory.PUNCH, 0, PAGE))
+    for thread in (serving, punching):
+        thread.start()
+    with requests, notify:
+        assert notify.recv(100)
+        os.kill(child, signal.SIGKILL)
+        for thread in (serving, punching):
+            thread.join(10)
+            assert not thread.is_alive()
+    assert (file.notifier_count, consumers.all(), consumers._troubles.last) == (0, [], "")
+    os.waitpid(child, 0)
+    file.put()
+
+
 def test_a_consumer_whose_pidfd_has_a_high_number_is_forgotten() -> None:
     consumers, consumer, file, child = _bound_to_a_child()
     with OwnedFd(os.pidfd_open(child)) as pidfd, high(pidfd.fileno()) as copy:

@@ -100,6 +100,22 @@ class Puppet:
     def pid(self) -> int:
         return os.getpid()
 
+    def leave(self) -> int:
+        """Leave a process that has all that this one has, in a session of its own; its parent has ended when this returns."""
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            if os.fork() == 0:
+                os.write(writer, os.getpid().to_bytes(4, "little"))
+                while True:
+                    signal.pause()
+            os._exit(0)
+        os.waitpid(child, 0)
+        os.close(writer)
+        with open(reader, "rb") as pipe:
+            return int.from_bytes(pipe.read(4), "little")
+
     def wakes(self) -> int:
         """Return the descriptor that signals are written to, -1 for none."""
         return signal.set_wakeup_fd(-1)

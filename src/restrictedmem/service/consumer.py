@@ -14,12 +14,12 @@ from typing import Final, cast, final
 
 from restrictedmem import __version__, sync
 from restrictedmem.burial import bury
-from restrictedmem.fd import MSG_CTRUNC, OwnedFd, receive_flags, refuse_fds
+from restrictedmem.fd import MSG_CTRUNC, HasFileno, OwnedFd, readable, receive_flags, refuse_fds
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.patience import Patience
 from restrictedmem.service import wire
 from restrictedmem.service.report import REPORT_DATA_BYTES, Report
-from restrictedmem.service.wire import Call, Channel
+from restrictedmem.service.wire import Call, Channel, Message
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PageRange, pgoff_t
 
 #: The head of a message: number of the call or errno, and zero (``wire``).
@@ -117,6 +117,20 @@ class Consumer:
     def give_sockets(self) -> tuple[socket.socket, socket.socket]:
         """Return the consumer's ends; the caller closes them once the consumer has them."""
         return self._their_requests, self._their_notify
+
+    def receive(self) -> Message | None:
+        """Wait for what the consumer asks next; None when it has ended.
+
+        What it has forked may keep its end of the connection.
+
+        Raises:
+            OSError: as ``Channel.receive``.
+        """
+        if self.process is not None:
+            ends: list[HasFileno] = [self.requests, self.process]
+            if self.process in readable(ends):
+                return None
+        return self.requests.receive()
 
     def notify(self, call: Call, body: bytes, size: int) -> bytes:
         """Make one round trip to the consumer, whose reply has ``size`` bytes.

@@ -132,7 +132,7 @@ class Consumers:
         """Serve a consumer until it ends; in a thread of its own, for what it asks may wait for other consumers, or free gigabytes."""
         dispatch = partial(self._dispatch, consumer)
         try:
-            while message := consumer.requests.receive():
+            while message := consumer.receive():
                 self._troubles.answer(consumer.requests, dispatch, message)
         except (OSError, MemoryError) as error:
             # What it asked for may be lost.

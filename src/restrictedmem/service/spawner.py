@@ -2,7 +2,8 @@
 
 It is undumpable and holds neither /dev/fuse nor memory, so what it forks is as safe as the service and starts without exec. It loads all
 that consumers will execute, and nothing later. When the service ends, for whatever reason, it kills the consumers; when it ends itself,
-the kernel kills all of them (PR_SET_PDEATHSIG).
+the kernel kills all of them (PR_SET_PDEATHSIG). What a consumer has forked becomes its child with the consumer's end
+(PR_SET_CHILD_SUBREAPER), and it kills that, too.
 """
 
 import os
@@ -24,7 +25,7 @@ from restrictedmem.patience import Patience
 from restrictedmem.service import daemon, sealing, wire
 from restrictedmem.service.ending import OomKills, Word, status_of, words_of
 from restrictedmem.service.privileges import drop_privileges
-from restrictedmem.service.program import Programs, Serve
+from restrictedmem.service.program import VM, Programs, Serve
 from restrictedmem.service.wire import Channel, Message
 
 if TYPE_CHECKING:
@@ -96,6 +97,8 @@ class _Spawner:
         signal.set_wakeup_fd(self._ends.fileno(), warn_on_full_buffer=False)
         #: Numbers of the consumers in these processes.
         self._numbers: dict[int, int] = {}
+        #: Sessions of VMs' engines: what one leaves is its checker, which ends by itself.
+        self._engines: set[int] = set()
         self._oom = OomKills()
 
     def loop(self) -> None:
@@ -110,6 +113,9 @@ class _Spawner:
                         return
                 elif fd == self._ended.fileno():
                     os.read(fd, _ENDED_AT_ONCE)
+                    # Without a free number, at the next end of a child.
+                    with suppress(OSError):
+                        self._kill_left()
                 else:
                     self._poll.unregister(fd)
                     self._reap(fd)
@@ -161,6 +167,10 @@ class _Spawner:
             os.waitpid(child, 0)
             raise named("pidfd_open", error) from None
         self._pidfds[child] = pidfd
+        # A consumer's session has its number. No session is left of whoever had that before.
+        self._engines.discard(child)
+        if name == VM:
+            self._engines.add(child)
         (self._numbers[child],) = wire.NUMBER.unpack_from(message.body)
         self._poll.register(pidfd.fileno(), select.EPOLLIN)
         return pidfd
@@ -168,12 +178,27 @@ class _Spawner:
     def _descendants(self) -> int:
         """Count consumers, and what ended ones have left (``run``): a checker that a server of the owner's holds in state D."""
         self._reap_left()
+        return len(self._children() - {self._service})
+
+    def _children(self) -> set[int]:
+        """Return the children of this process, as far as the kernel tells."""
         try:
             with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as children:
-                return len(set(map(int, children.read().split())) - {self._service})
+                return set(map(int, children.read().split()))
         except FileNotFoundError:
             # A kernel without CONFIG_PROC_CHILDREN.
-            return len(self._pidfds)
+            return {self._service, *self._pidfds}
+
+    def _kill_left(self) -> list[int]:
+        """Kill what ended consumers had forked, and return it."""
+        sessions = {child: os.getsid(child) for child in self._children() - {self._service, *self._pidfds}}
+        self._engines &= {*self._pidfds, *sessions.values()}
+        left = [child for child, session in sessions.items() if session not in self._engines]
+        for child in left:
+            # It may execute a set-uid program.
+            with suppress(PermissionError):
+                os.kill(child, signal.SIGKILL)
+        return left
 
     def _reap_left(self) -> None:
         """Reap what ended consumers have left, and what sockets were buried with."""
@@ -193,6 +218,8 @@ class _Spawner:
         process.set_name(f"rmem-{name}")
         # A scheduling group of its own (sched_autogroup): a guest that never rests must not share the service's.
         os.setsid()
+        # What its children leave is its own, until it ends.
+        process.prctl(process.PR_SET_CHILD_SUBREAPER, 1)
         owner, service, notify = (socket.socket(fileno=fd.detach()) for fd in fds)
         program(owner, service, notify, self._options, arguments)
 
@@ -221,8 +248,18 @@ class _Spawner:
             if patience.wait(pidfd.fileno(), select.POLLIN):
                 os.waitid(os.P_PIDFD, pidfd.fileno(), os.WEXITED)
         close_all(list(self._pidfds.values()))
+        self._end_left(patience)
         _, status = os.waitpid(self._service, 0)
         self._word.ended(status, self._oom.since())
+
+    def _end_left(self, patience: Patience) -> None:
+        """Kill what consumers had forked, what that had forked, and so on, as far as it ends in time."""
+        while left := self._kill_left():
+            for child in left:
+                with OwnedFd(os.pidfd_open(child)) as pidfd:
+                    if not patience.wait(pidfd.fileno(), select.POLLIN):
+                        return
+                os.waitpid(child, 0)
 
 
 def _note(_number: int, _frame: FrameType | None) -> None:
