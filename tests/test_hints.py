@@ -30,6 +30,7 @@ FILTER = "a seccomp filter forbids the call"
         ("connect", EPERM, "", None),
         ("SIGN", ENOSYS, "signatures need cryptography", "pip install cryptography"),
         ("mmap", ENOMEM, "", "ulimit -v"),
+        ("LAUNCH_UPDATE", ENOMEM, "get_page: cannot pin: RLIMIT_MEMLOCK, CAP_IPC_LOCK", "ulimit -l"),
         ("socketpair", EMFILE, "", "ulimit -n"),
         ("memfd_restricted", ENFILE, "", "ulimit -Hn"),
         ("exec", EAGAIN, "the supervisor cannot start: fork", "ulimit -u"),

@@ -5,6 +5,8 @@ import mmap
 import os
 import resource
 import struct
+import subprocess
+import sys
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -242,6 +244,21 @@ def test_the_limit_on_locked_memory() -> None:
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.requires("fuse", "root")
+@pytest.mark.parametrize(("kilobytes", "what"), [(64, "LAUNCH_UPDATE: Cannot allocate memory"), (4096, "the guest stopped: MemoryFault")])
+def test_run_names_the_limit_on_pinned_memory(kilobytes: int, what: str) -> None:
+    command = [sys.executable, "-m", "restrictedmem", "run", "--quiet", "--pin", "--engine", "software", "--memory", "4M", "sha256"]
+    no_cap = ["setpriv", "--bounding-set", "-ipc_lock,-sys_resource", "--inh-caps", "-ipc_lock,-sys_resource"]
+    limit = ["sh", "-c", f'ulimit -l {kilobytes} && exec "$@"', "sh"]
+    done = subprocess.run([*limit, *no_cap, *command], input="", capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    error, hint = done.stderr.splitlines()
+    assert error.startswith(f"error: {what}")
+    assert "RLIMIT_MEMLOCK" in error
+    assert hint.startswith("hint: ")
+    assert "ulimit -l" in hint
 
 
 class PinMachine(RuleBasedStateMachine):

@@ -11,6 +11,8 @@ _BUILD: Final = "docs/guests.md says how to build one"
 _LINKED: Final = "link it with guests/guest.ld: docs/guests.md"
 _LARGER: Final = "give it more --memory"
 _MEMORY: Final = "a limit of this process (ulimit -v), of its cgroup (memory.max), or of the machine"
+#: For --pin: more was to be pinned than may be.
+PINNED: Final = "a limit of this user on pinned memory (ulimit -l), which all rings share; who has CAP_IPC_LOCK has none (docs/pinning.md)"
 _DESCRIPTORS: Final = "a limit of this process: ulimit -n"
 _SERVICES_DESCRIPTORS: Final = "a limit of the service (ulimit -Hn where it starts), or of the machine (fs.file-max)"
 _PROCESSES: Final = "a limit of this user (ulimit -u), or of this process's cgroup (pids.max)"
@@ -38,6 +40,8 @@ def of(error: OSError) -> str:
         return _PROCESSES
     if error.errno == EFBIG and call in _SIZED:
         return _FILE_SIZE
+    if error.errno == ENOMEM and "RLIMIT_MEMLOCK" in detail:
+        return PINNED
     if error.errno == ENOSYS and "cryptography" in detail:
         return "pip install cryptography"
     if call in _EVERYBODYS and error.errno in (*_REFUSED, ENOSYS, ENOTSUP):

@@ -5,11 +5,11 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from errno import ENOSPC
+from errno import ENOMEM, ENOSPC
 from typing import TYPE_CHECKING, Any, Final
 
 from restrictedmem.cli import guest as guest_option
-from restrictedmem.cli import jsonfile, table, values
+from restrictedmem.cli import hints, jsonfile, table, values
 from restrictedmem.cli.errors import CommandError
 from restrictedmem.failure import line_of
 from restrictedmem.mm import design
@@ -171,8 +171,6 @@ def _software_alone(args: argparse.Namespace) -> str:
 
 
 def _run(args: argparse.Namespace, service: "Service", write: Callable[[object], None] | None) -> int:
-    from restrictedmem.kvm import exits
-
     image = guest_option.read(args.guest)
     guest_option.warn(args.guest, args.args, args.options)
     ended: Ended | None = None
@@ -198,9 +196,20 @@ def _run(args: argparse.Namespace, service: "Service", write: Callable[[object],
         story = "\n  ".join(table.story(platform))
         raise CommandError(f"rules of the platform were violated for {platform['violated_pages']} pages; the first:\n  {story}")
     if ended.fatal is not None:
-        hint = _space(args) if isinstance(ended.fatal, exits.MemoryFault) and ended.fatal.errno == ENOSPC else ""
-        raise CommandError(f"the guest stopped: {ended.fatal}", hint)
+        raise _stopped(args, ended.fatal)
     return ended.status
+
+
+def _stopped(args: argparse.Namespace, fatal: object) -> CommandError:
+    """Return what is said of a guest that stopped for good: a memory fault brings an errno alone, and what it comes of depends."""
+    from restrictedmem.kvm import exits
+
+    why, hint = "", ""
+    if isinstance(fatal, exits.MemoryFault) and fatal.errno == ENOSPC:
+        hint = _space(args)
+    elif isinstance(fatal, exits.MemoryFault) and fatal.errno == ENOMEM and args.pin:
+        why, hint = ": cannot pin: RLIMIT_MEMLOCK", hints.PINNED
+    return CommandError(f"the guest stopped: {fatal}{why}", hint)
 
 
 def _launched(args: argparse.Namespace, service: "Service", image: "Image", stack: ExitStack) -> tuple["Vmm", str]:
