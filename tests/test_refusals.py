@@ -8,8 +8,10 @@ from errno import EACCES
 
 import pytest
 
+from restrictedmem.fd import readable
 from restrictedmem.service import refusals
 from restrictedmem.service.refusals import Refusals
+from waiting import PATIENCE
 
 REFUSAL = OSError(EACCES, "no")
 
@@ -77,6 +79,7 @@ def test_descriptors_that_wait_in_a_refused_connection_go_with_it(kept: Refusals
         socket.send_fds(theirs, [b"."], [writer])
         os.close(writer)
     kept.hear()
-    os.set_blocking(reader, False)
+    # A child has the socket at last, which has to be gone first.
+    assert readable([reader], PATIENCE)
     assert os.read(reader, 1) == b""
     os.close(reader)
