@@ -47,7 +47,7 @@ def in_fork(body: Callable[[], object]) -> Callable[[], object]:
     if child == 0:
         try:
             ours.close()
-            signal.alarm(20)
+            signal.alarm(60)
             try:
                 answer: object = body()
             except BaseException as error:
