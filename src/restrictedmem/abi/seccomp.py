@@ -1,6 +1,7 @@
 """<linux/seccomp.h>: filters, and the notifications by which another process answers a system call."""
 
 import ctypes
+import functools
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -197,10 +198,37 @@ def install(program: Sequence[sock_filter], flags: FilterFlag) -> OwnedFd:
     return OwnedFd(_seccomp(SECCOMP_SET_MODE_FILTER, flags, fprog))
 
 
-def respond(listener: OwnedFd, call: int, error: int = 0, flags: int = 0) -> None:
-    """Answer a call, by its notification's id, with 0 or an errno, if it still waits."""
+def respond(listener: OwnedFd, call: int, error: int = 0, flags: int = 0, value: int = 0) -> None:
+    """Answer a call, by its notification's id, with a value or an errno, if it still waits."""
     with suppress(FileNotFoundError):
-        SECCOMP_IOCTL_NOTIF_SEND(listener, seccomp_notif_resp(id=call, error=-error, flags=flags))
+        answer = seccomp_notif_resp(id=call, val=value, error=-error, flags=flags)
+        SECCOMP_IOCTL_NOTIF_SEND(listener, answer)
+
+
+def give(listener: OwnedFd, call: int, fd: OwnedFd) -> None:
+    """Put a copy of a descriptor into a caller, and answer its call with the number.
+
+    Waits until the caller has run. Where callers wait so that only a fatal signal ends it
+    (WAIT_KILLABLE_RECV), these are two steps. As one (SECCOMP_ADDFD_FLAG_SEND), the call would be 0
+    without a descriptor when whoever gives was stopped, frozen or killed meanwhile:
+    seccomp_notify_addfd() takes the descriptor back then, and leaves the call answered. On older
+    kernels a signal to the caller could come between two steps.
+
+    Raises:
+        OSError: ENOENT when the call waits no more; EMFILE when the caller's table is full.
+    """
+    gift = seccomp_notif_addfd(id=call, flags=0, srcfd=fd.fileno())
+    if _waits_killably():
+        respond(listener, call, value=SECCOMP_IOCTL_NOTIF_ADDFD(listener, gift))
+    else:
+        gift.flags = SECCOMP_ADDFD_FLAG_SEND
+        SECCOMP_IOCTL_NOTIF_ADDFD(listener, gift)
+
+
+@functools.cache
+def _waits_killably() -> bool:
+    """Say whether filters are installed with WAIT_KILLABLE_RECV: where it is known (Linux 5.19)."""
+    return flags_known(FilterFlag.NEW_LISTENER | FilterFlag.WAIT_KILLABLE_RECV)
 
 
 def check_waiting(listener: OwnedFd, notification: seccomp_notif) -> None:

@@ -14,7 +14,7 @@ from contextlib import ExitStack, suppress
 from errno import EIO
 from typing import TYPE_CHECKING, Final, final
 
-from restrictedmem.abi.seccomp import SECCOMP_ADDFD_FLAG_SEND, SECCOMP_IOCTL_NOTIF_ADDFD, respond, seccomp_notif_addfd
+from restrictedmem.abi.seccomp import give, respond
 from restrictedmem.burial import bury
 from restrictedmem.failure import line_of
 from restrictedmem.fd import OwnedFd, above_standard, peer_credentials
@@ -153,8 +153,7 @@ class _Work:
         """Create a descriptor and put it into the caller, as the call's result: lowest free number, not close-on-exec."""
         try:
             with OwnedFd(self._started().memfd_restricted(flags)) as fd:
-                answer = seccomp_notif_addfd(id=call, flags=SECCOMP_ADDFD_FLAG_SEND, srcfd=fd.fileno())
-                SECCOMP_IOCTL_NOTIF_ADDFD(self._listener, answer)
+                give(self._listener, call, fd)
         except OSError as error:
             respond(self._listener, call, error.errno or EIO)
 
