@@ -1,26 +1,125 @@
-"""What the porter gives to callers that do not run."""
+"""The porter's hands: a caller that does not run keeps one of them, and nobody else."""
 
+import mmap
 import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from errno import EINTR
+from errno import EAGAIN, EINTR
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from outcomes import Errno, outcome
+from restrictedmem import threads
 from restrictedmem.abi import memory, process, seccomp
 from restrictedmem.fd import OwnedFd, receive_with_fds, send_with_fds
+from restrictedmem.syscall import porter
 from restrictedmem.syscall.filter import program
+from restrictedmem.syscall.porter import Porter
+from waiting import wait_until
+
+#: Calls by their ids: one whose caller does not run before it is let, and one whose does at once.
+_STARVED, _QUICK = 1, 2
+#: What is shared with the porter, a word each: whether starved callers run; answers to either kind;
+#: the most starved callers at once; its process id.
+_RUN, _PUT, _MOST, _PID = range(4)
+
+
+class _Service:
+    device = 1
+
+    def memfd_restricted(self, _flags: int) -> int:
+        return os.memfd_create("given")
+
+
+@contextmanager
+def _porter(monkeypatch: pytest.MonkeyPatch) -> Generator[tuple[Porter, "memoryview[int]"]]:
+    """Yield a porter whose callers are not there, and what it shares with the test."""
+    words = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")
+    lock, starved = threading.Lock(), [0]
+
+    def give(_listener: object, call: int, _fd: object) -> None:
+        words[_PID] = os.getpid()
+        with lock:
+            starved[0] += call == _STARVED
+            words[_MOST] = max(words[_MOST], starved[0])
+        while call == _STARVED and not words[_RUN]:
+            time.sleep(0.001)
+        with lock:
+            starved[0] -= call == _STARVED
+            words[_PUT] += 1
+
+    monkeypatch.setattr(porter, "give", give)
+    door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    door.bind(b"\0" + os.urandom(8).hex().encode())
+    door.listen()
+    with door, OwnedFd(os.memfd_create("listener")) as listener:
+        asked = Porter(listener, door, lambda: cast("Any", _Service()))
+        try:
+            yield asked, words
+        finally:
+            # Whoever asks being gone, it ends, whatever its hands wait for.
+            asked._pipe.close()  # pyright: ignore[reportPrivateUsage]
+            os.waitpid(words[_PID] or -1, 0)
+
+
+def test_callers_that_do_not_run_keep_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    with _porter(monkeypatch) as (asked, words):
+        for _ in range(50):
+            asked.ask(_STARVED, 0)
+        asked.ask(_QUICK, 0)
+        wait_until(lambda: words[_PUT], "the caller that runs to be answered")
+        assert words[_RUN] == 0
+        words[_RUN] = 1
+        wait_until(lambda: words[_PUT] == 51, "the others to be answered")
+
+
+def test_hands_are_no_more_than_there_may_be_and_do_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(porter, "_HANDS", 20)
+    with _porter(monkeypatch) as (asked, words):
+        for _ in range(30):
+            asked.ask(_STARVED, 0)
+        wait_until(lambda: words[_MOST] == 20, "all hands to be full")
+        held = Path(f"/proc/{words[_PID]}/fd").iterdir()
+        assert len([fd for fd in held if "given" in os.readlink(fd)]) == 20
+        words[_RUN] = 1
+        wait_until(lambda: words[_PUT] == 30, "all to be answered")
+        assert words[_MOST] == 20
+        # Beside the thread that lets in who knocks.
+        wait_until(lambda: len(os.listdir(f"/proc/{words[_PID]}/task")) <= 5, "hands to go")
+
+
+def test_where_there_is_no_further_thread_calls_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = [True]
+    start = threads.start
+
+    def only_once(run: Any) -> None:
+        if not first:
+            raise OSError(EAGAIN, "no thread to be had")
+        first.clear()
+        start(run)
+
+    monkeypatch.setattr(threads, "start", only_once)
+    with _porter(monkeypatch) as (asked, words):
+        for call in (_STARVED, _QUICK, _STARVED):
+            asked.ask(call, 0)
+        words[_RUN] = 1
+        wait_until(lambda: words[_PUT] == 3, "all to be answered")
+        assert words[_MOST] == 1
+
+
+# What is given to a caller that does not run.
 
 
 @contextmanager
 def _starved_calls(count: int) -> Generator[tuple[OwnedFd, int]]:
-    """Yield the listener of a program that makes calls and hardly runs, and a pipe that says what they came to."""
+    """Yield the listener of a program that calls and hardly runs, and a pipe with what it got."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     reader, writer = os.pipe()
     cpu = min(os.sched_getaffinity(0))
@@ -67,7 +166,7 @@ def _starved_calls(count: int) -> Generator[tuple[OwnedFd, int]]:
 
 
 @pytest.mark.requires("seccomp")
-def test_who_is_interrupted_while_a_caller_does_not_run_has_given_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_is_interrupted_while_a_caller_does_not_run_has_given_nothing() -> None:
     """It gives again, and the caller has one descriptor, and never 0 for a call that gave none."""
     if not seccomp.flags_known(seccomp.FilterFlag.NEW_LISTENER | seccomp.FilterFlag.WAIT_KILLABLE_RECV):
         pytest.skip("Linux before 5.19 has one step")

@@ -2,6 +2,10 @@
 
 It is a process of its own, for all of that waits for others: for a service that starts or was stopped, for a server that does not answer,
 for a queue that is full. The supervisor meanwhile answers calls that need no service.
+
+To put a descriptor into a caller takes until that has run, for which a program of low priority may
+wait for seconds (SCHED_IDLE on a processor that is busy). So the porter has hands, a thread each,
+and one of them is always free to take the next call.
 """
 
 import mmap
@@ -14,6 +18,7 @@ from contextlib import ExitStack, suppress
 from errno import EIO
 from typing import TYPE_CHECKING, Final, final
 
+from restrictedmem import sync, threads
 from restrictedmem.abi.seccomp import give, respond
 from restrictedmem.burial import bury
 from restrictedmem.failure import line_of
@@ -29,6 +34,11 @@ if TYPE_CHECKING:
 _LONGEST: Final = select.PIPE_BUF
 #: A notification's id, and the flags of the call.
 _REQUEST: Final = struct.Struct("=QI")
+#: Callers, at most, that descriptors are being put into at the same time: the porter holds one for
+#: each, and no more.
+_HANDS: Final = 256
+#: Hands kept for the next calls.
+_IDLE: Final = 4
 
 
 @final
@@ -51,24 +61,37 @@ class Complaint:
             self._stderr.close()
             raise
 
+    def fileno(self) -> int:
+        """Return what becomes readable when the program has ended."""
+        return self._program.fileno()
+
     def filenos(self) -> tuple[int, int]:
-        """Return both descriptors; the first becomes readable when the program has ended."""
+        """Return both descriptors that it holds."""
         return self._program.fileno(), self._stderr.fileno()
 
     def say(self, error: OSError) -> None:
-        """Say what there are no descriptors for, unless the reader keeps one waiting, and let go."""
+        """Say why there are no descriptors, unless the reader keeps one waiting, and let go.
+
+        Once it was let go, nothing is said.
+        """
+        if self._stderr.closed:
+            return
         line = f"restrictedmem exec: no descriptor can be made: {plain(line_of(error))}\n"
         poll = select.poll()
         poll.register(self._stderr.fileno(), select.POLLOUT)
         with suppress(OSError):
             if poll.poll(0):
                 os.write(self._stderr.fileno(), line.encode(errors="replace")[:_LONGEST])
-        self.close()
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Let go of standard error. A process ends as well while somebody waits for that."""
+        self._stderr.close()
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close both descriptors."""
+        self.let_go()
         self._program.close()
-        self._stderr.close()
 
 
 @final
@@ -129,33 +152,81 @@ class _Work:
         self._start = start
         self._device = device
         self._complaint = complaint
-        self._poll = select.poll()
         self._service: Service | None = None
+        #: Protects the service while it starts, and the complaint.
+        self._mutex = sync.mutex()
+        #: Protects the number of hands, and how many of them are free.
+        self._hands_mutex = sync.mutex()
+        self._hands = self._free = 0
 
     def run(self) -> None:
-        """Serve one request and one who knocks, in turn, until the supervisor is gone."""
-        self._poll.register(self._requests.fileno(), select.POLLIN)
-        self._poll.register(self._door.fileno(), select.POLLIN)
+        """Let in who knocks, while hands serve requests, until the supervisor is gone.
+
+        Raises:
+            OSError: EAGAIN: not even one thread is to be had.
+        """
+        try:
+            self._add_hand()
+        except OSError as error:
+            if self._complaint is not None:
+                self._complaint.say(error)
+            raise
+        poll = select.poll()
+        # A hand reads it; but that the supervisor is gone is always reported.
+        poll.register(self._requests.fileno(), 0)
+        poll.register(self._door.fileno(), select.POLLIN)
         if self._complaint is not None:
-            self._poll.register(self._complaint.filenos()[0], select.POLLIN)
+            poll.register(self._complaint.fileno(), select.POLLIN)
         while True:
-            for fd, _ in self._poll.poll():
+            for fd, _ in poll.poll():
                 if fd == self._door.fileno():
                     self._let_in()
-                elif self._complaint is not None and fd == self._complaint.filenos()[0]:
-                    self._let_go().close()
-                elif request := os.read(fd, _REQUEST.size):
-                    self._give(*_REQUEST.unpack(request))
-                else:
+                elif fd == self._requests.fileno():
                     return
+                else:
+                    poll.unregister(fd)
+                    self._let_go()
 
-    def _give(self, call: int, flags: int) -> None:
+    def _add_hand(self) -> None:
+        with self._hands_mutex:
+            self._hands += 1
+            self._free += 1
+        try:
+            threads.start(self._serve)
+        except OSError:
+            with self._hands_mutex:
+                self._hands -= 1
+                self._free -= 1
+            raise
+
+    def _serve(self) -> None:
+        """Be a hand: serve requests until the supervisor is gone, or enough others are free."""
+        while request := os.read(self._requests.fileno(), _REQUEST.size):
+            with self._hands_mutex:
+                self._free -= 1
+            self._answer(*_REQUEST.unpack(request))
+            with self._hands_mutex:
+                if self._free >= _IDLE:
+                    self._hands -= 1
+                    return
+                self._free += 1
+
+    def _answer(self, call: int, flags: int) -> None:
         """Create a descriptor and put it into the caller, as the call's result: lowest free number, not close-on-exec."""
         try:
             with OwnedFd(self._started().memfd_restricted(flags)) as fd:
+                self._leave_a_hand_free()
                 give(self._listener, call, fd)
         except OSError as error:
             respond(self._listener, call, error.errno or EIO)
+
+    def _leave_a_hand_free(self) -> None:
+        """See that this hand may wait; where there is no further one, others wait for it."""
+        with self._hands_mutex:
+            enough = self._free or self._hands >= _HANDS
+        if not enough:
+            with suppress(OSError):
+                self._add_hand()
 
     def _let_in(self) -> None:
         """Make who knocks an owner of the service; one that nothing can be done for finds the connection closed."""
@@ -166,23 +237,23 @@ class _Work:
                 self._started().share(sock)
 
     def _started(self) -> "Service":
-        if self._service is None:
-            try:
-                service = self._start()
-            except OSError as error:
+        with self._mutex:
+            if self._service is None:
+                try:
+                    service = self._start()
+                except OSError as error:
+                    if self._complaint is not None:
+                        self._complaint.say(error)
+                    raise
                 if self._complaint is not None:
-                    self._let_go().say(error)
-                raise
-            if self._complaint is not None:
-                self._let_go().close()
-            # Before anybody has a descriptor: its first mmap already has to be seen.
-            self._device[0] = service.device
-            self._service = service
-        return self._service
+                    self._complaint.let_go()
+                # Before anybody has a descriptor: its first mmap already has to be seen.
+                self._device[0] = service.device
+                self._service = service
+            return self._service
 
-    def _let_go(self) -> Complaint:
-        """Return the complaint, which is not kept any more."""
-        assert self._complaint is not None
-        complaint, self._complaint = self._complaint, None
-        self._poll.unregister(complaint.filenos()[0])
-        return complaint
+    def _let_go(self) -> None:
+        """Say nothing any more: the program has ended."""
+        if self._complaint is not None:
+            with self._mutex:
+                self._complaint.let_go()
