@@ -211,7 +211,7 @@ ODD = [
     odd('exec "$@"', f"{QUICK} --json /dev/full spin exit 5", 5, f"/dev/full: write: {FULL}"),
     odd('exec "$@"', "exec --json /dev/full -- sh -c exit${IFS}5", 5, f"--json: /dev/full: write: {FULL}", features=("seccomp",)),
     odd('exec "$@"', f"{QUICK} --trace /dev/full spin exit 5", 5, f"/dev/full: write: {FULL}"),
-    odd('ulimit -f 0; exec "$@"', f"{QUICK} spin exit 5", 1, "memfd_restricted: File too large"),
+    odd('ulimit -f 0; exec "$@"', f"{QUICK} spin exit 5", 1, r"ftruncate: File too large \(.* bytes of private memory\)"),
     odd('ulimit -f 0; exec "$@"', "check --list", 0, "", "punch-fault"),
     # Limits, which take effect in the service too.
     odd('ulimit -n 12; exec "$@"', f"{QUICK} sha256", 1, ".*Too many open files.*|start: .*"),

@@ -7,7 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
-from errno import EACCES, EINVAL, EMFILE, ENOSPC, ENOTCONN, EOPNOTSUPP, EOVERFLOW, EPERM
+from errno import EACCES, EFBIG, EINVAL, EMFILE, ENOSPC, ENOTCONN, EOPNOTSUPP, EOVERFLOW, EPERM
 from functools import partial
 from pathlib import Path
 
@@ -186,6 +186,21 @@ def test_service_started_under_a_file_size_limit() -> None:
         return do.held(fd)
 
     assert in_child(start_under_limit) == repr((4 * PAGE_SIZE, 4))
+
+
+@pytest.mark.requires("fuse")
+@pytest.mark.parametrize("limit", [4 * PAGE_SIZE, 5 * PAGE_SIZE - 1])
+def test_service_under_a_hard_limit_on_file_sizes(limit: int) -> None:
+    """There are descriptors, and as much of one as of a memfd."""
+
+    def under_limit() -> list[object]:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        with closing([Service.start().memfd_restricted()]) as (fd,):
+            tries = [(0, 5), (0, 4), (FallocMode.KEEP_SIZE, 5), (PUNCH, 1), (PUNCH, 9)]
+            return [outcome(partial(fallocate, fd, mode, 0, n * PAGE_SIZE)) for mode, n in tries]
+
+    assert in_child(under_limit) == repr([Errno(EFBIG), None, Errno(EFBIG), None, None])
 
 
 # The service is gone.

@@ -486,6 +486,13 @@ def test_what_a_supervisor_said_is_heard_though_it_took_no_listener(told: "launc
         assert outcome(lambda: launch._hear(ours)) == expected
 
 
+def test_a_limit_on_file_sizes_is_no_limit_on_descriptors() -> None:
+    code = PRELUDE + "fd = call(0); os.ftruncate(fd, 4096); os.posix_fallocate(fd, 0, 4096); print(fd, call(2))"
+    command = ["sh", "-c", 'ulimit -f 4000 && exec "$@"', "sh", *EXEC, "--", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.stdout, done.stderr) == ("3 4\n", "")
+
+
 def test_standard_error_is_kept_no_longer_than_the_service_takes_to_start() -> None:
     with under("call(0); os.close(2); input()") as process:
         assert process.stderr is not None

@@ -3,6 +3,7 @@
 import fcntl
 import mmap
 import os
+import resource
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import cast, final
 
 import pytest
 
-from outcomes import Errno, outcome
+from outcomes import Errno, in_child, outcome
 from restrictedmem.abi import memory
 from restrictedmem.abi.memory import PUNCH, FallocMode
 from restrictedmem.fd import OwnedFd
@@ -667,3 +668,17 @@ def test_a_reference_is_not_taken_after_the_last() -> None:
     file.put()
     file.put()
     assert not file.get_unless_zero()
+
+
+def test_a_memfd_is_as_large_as_the_limit_on_file_sizes_lets_it_be_in_whole_folios() -> None:
+    def sizes() -> list[int]:
+        found: list[int] = []
+        for limit in (resource.RLIM_INFINITY, (5 << 20) + 1, PAGE_SIZE - 1):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            for folio in (PAGE_SIZE, memory.PMD_SIZE):
+                with memfd.make_memfd(folio) as fd:
+                    found.append(os.fstat(fd.fileno()).st_size)
+        return found
+
+    whole = [MAX_FILE_BYTES, MAX_FILE_BYTES & -memory.PMD_SIZE]
+    assert in_child(sizes) == repr([*whole, 5 << 20, 4 << 20, 0, 0])

@@ -23,8 +23,9 @@ from restrictedmem.kvm.half import SharedFiles, SharedHalf, forbid_shrinking
 from restrictedmem.kvm.kernel.vm import KernelVm
 from restrictedmem.kvm.memslot import Memslot
 from restrictedmem.kvm.vcpu import Vcpu, Vcpus
+from restrictedmem.mm.memfd import make_memfd
 from restrictedmem.mm.notifier import Api
-from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t, pgoff_t
+from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t, pgoff_t
 
 _T = TypeVar("_T")
 _W: Final = 8
@@ -127,9 +128,7 @@ class _File:
 
     def bind(self, token: bytes, window: PageRange, take: Callable[[Bound], _T]) -> _T:
         """Bind to a file that has nothing in it."""
-        memfd = memory.memfd_create("trial")
-        os.ftruncate(memfd.fileno(), MAX_FILE_BYTES)
-        return take(Bound(1, 1, None, memfd, memory.memfd_create("trial-sequence")))
+        return take(Bound(1, 1, None, make_memfd(PAGE_SIZE), memory.memfd_create("trial-sequence")))
 
     def bind_again(self, binding: int, window: PageRange, take: Callable[[int], _T]) -> _T:
         """Show more of it."""

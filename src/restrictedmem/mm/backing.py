@@ -11,7 +11,7 @@ from restrictedmem.fd import OwnedFd
 from restrictedmem.mm.folios import Piece, folios_in, make_large, order_of
 from restrictedmem.mm.hugetlb import HugetlbBacking
 from restrictedmem.mm.memfd import InMemfd, make_memfd, never
-from restrictedmem.units import MAX_FILE_BYTES, PAGE_SIZE, PageRange, pgoff_t
+from restrictedmem.units import PAGE_SIZE, PageRange, pgoff_t
 
 
 class Allocator(Protocol):
@@ -133,7 +133,7 @@ class MemfdBacking(InMemfd):
             return os.fstat((self._fd or _empty_memfd()).fileno()).st_blksize
 
     def _make(self) -> OwnedFd:
-        return make_memfd(MAX_FILE_BYTES)
+        return make_memfd(PAGE_SIZE)
 
     def _allocate(self, offset: int, length: int) -> None:
         if self.hugepage:
@@ -156,7 +156,7 @@ class MemfdBacking(InMemfd):
 @functools.cache
 def _empty_memfd() -> OwnedFd:
     """Return a memfd to ask for the policy of all."""
-    return make_memfd(MAX_FILE_BYTES)
+    return make_memfd(PAGE_SIZE)
 
 
 Memfd: TypeAlias = MemfdBacking | HugetlbBacking

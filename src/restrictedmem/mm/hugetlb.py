@@ -51,7 +51,7 @@ class HugetlbBacking(InMemfd):
     def _make(self) -> OwnedFd:
         # It takes nothing from the pool yet.
         size = self.base_order + PAGE_SHIFT
-        return make_memfd(MAX_FILE_BYTES & -self.blksize, memory.MFD_HUGETLB | size << memory.MFD_HUGE_SHIFT)
+        return make_memfd(self.blksize, memory.MFD_HUGETLB | size << memory.MFD_HUGE_SHIFT)
 
     def _allocate(self, offset: int, length: int) -> None:
         # ENOSPC from an empty pool; EINVAL beyond the last whole huge page.

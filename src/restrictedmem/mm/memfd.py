@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import resource
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from errno import EINTR, ENOSPC
@@ -24,15 +25,21 @@ _PIECE: Final = 256 << 20
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
 
-def make_memfd(size: int, flags: int = 0) -> OwnedFd:
-    """Make the memfd of a file's pages, which nobody can shrink or seal; ``flags`` are memfd_create's.
+def make_memfd(folio: int, flags: int = 0) -> OwnedFd:
+    """Make the memfd of a file's pages, which nobody can shrink or seal.
+
+    It has the largest size there may be, in whole folios of so many bytes: no more than this
+    process's limit on file sizes. Beyond that every allocation is EFBIG, as of any file that its
+    owner makes under the limit. ``flags`` are memfd_create's.
 
     Raises:
         OSError: as memfd_create(2).
     """
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    most = MAX_FILE_BYTES if limit == resource.RLIM_INFINITY else min(limit, MAX_FILE_BYTES)
     fd = memory.memfd_create("restrictedmem", flags)
     try:
-        os.ftruncate(fd.fileno(), size)
+        os.ftruncate(fd.fileno(), most & -folio)
         fcntl.fcntl(fd.fileno(), fcntl.F_ADD_SEALS, _SEALS)
     except BaseException:
         fd.close()
@@ -48,8 +55,8 @@ def never() -> bool:
 class InMemfd(ABC):
     """A memfd that is made when it is first asked for, and how much of it there may be.
 
-    Its own size is the largest there is, for the length of its life: a restricted file's size is a number of the shim alone, and get_page
-    ignores it (``SGP_WRITE`` in v9 and v10). Most of many descriptors never have a page, and so no memfd.
+    Its own size is the largest there may be (``make_memfd``), for the length of its life: a restricted file's size is a number of the shim
+    alone, and get_page ignores it (``SGP_WRITE`` in v9 and v10). Most of many descriptors never have a page, and so no memfd.
     """
 
     __slots__ = ("_fd", "_mutex", "limit")
