@@ -486,6 +486,20 @@ def test_what_a_supervisor_said_is_heard_though_it_took_no_listener(told: "launc
         assert outcome(lambda: launch._hear(ours)) == expected
 
 
+def test_what_keeps_the_first_descriptor_from_being_made_is_said_once() -> None:
+    """The service has started, and has no descriptor left to make a file with."""
+    command = ["sh", "-c", 'ulimit -n 256 && exec "$@"', "sh", *EXEC, "--", sys.executable, "-c", PRELUDE + "print([call(0), call(0)])"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == f"{[-ENFILE, -ENFILE]}\n"
+    assert done.stderr == "restrictedmem exec: no descriptor can be made: memfd_restricted: Too many open files in system\n"
+
+
+def test_what_a_full_table_of_the_caller_refuses_is_not_said() -> None:
+    code = "resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3)); print(call(0))"
+    out, err = under(code).communicate(timeout=60)
+    assert (out, err) == (f"{-EMFILE}\n", "")
+
+
 def test_a_limit_on_file_sizes_is_no_limit_on_descriptors() -> None:
     code = PRELUDE + "fd = call(0); os.ftruncate(fd, 4096); os.posix_fallocate(fd, 0, 4096); print(fd, call(2))"
     command = ["sh", "-c", 'ulimit -f 4000 && exec "$@"', "sh", *EXEC, "--", sys.executable, "-c", code]
@@ -493,8 +507,9 @@ def test_a_limit_on_file_sizes_is_no_limit_on_descriptors() -> None:
     assert (done.stdout, done.stderr) == ("3 4\n", "")
 
 
-def test_standard_error_is_kept_no_longer_than_the_service_takes_to_start() -> None:
-    with under("call(0); os.close(2); input()") as process:
+@pytest.mark.parametrize("first", ["call(0)", "Service.connect(os.environ['RESTRICTEDMEM_SERVER'])"])
+def test_standard_error_is_kept_no_longer_than_until_descriptors_can_be_made(first: str) -> None:
+    with under(f"from restrictedmem.service.client import Service; {first}; os.close(2); input()") as process:
         assert process.stderr is not None
         assert process.stderr.read() == ""
         assert process.poll() is None

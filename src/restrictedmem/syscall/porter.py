@@ -45,7 +45,8 @@ _IDLE: Final = 4
 class Complaint:
     """A program's standard error, kept to say once why there are no descriptors.
 
-    Who waits for the end of a pipe waits for the program alone: it goes when the service is there, and when the program has ended.
+    Who waits for the end of a pipe waits for the program alone. So it goes when somebody has a
+    descriptor, or can make some, and when the program has ended.
     """
 
     def __init__(self, program: int) -> None:
@@ -168,8 +169,7 @@ class _Work:
         try:
             self._add_hand()
         except OSError as error:
-            if self._complaint is not None:
-                self._complaint.say(error)
+            self._end_complaint(error)
             raise
         poll = select.poll()
         # A hand reads it; but that the supervisor is gone is always reported.
@@ -185,7 +185,7 @@ class _Work:
                     return
                 else:
                     poll.unregister(fd)
-                    self._let_go()
+                    self._end_complaint()
 
     def _add_hand(self) -> None:
         with self._hands_mutex:
@@ -214,7 +214,7 @@ class _Work:
     def _answer(self, call: int, flags: int) -> None:
         """Create a descriptor and put it into the caller, as the call's result: lowest free number, not close-on-exec."""
         try:
-            with OwnedFd(self._started().memfd_restricted(flags)) as fd:
+            with self._made(flags) as fd:
                 self._leave_a_hand_free()
                 give(self._listener, call, fd)
         except OSError as error:
@@ -235,6 +235,17 @@ class _Work:
             undo.callback(bury, sock)
             if is_own(peer_credentials(sock)[1]):
                 self._started().share(sock)
+                self._end_complaint()
+
+    def _made(self, flags: int) -> OwnedFd:
+        service = self._started()
+        try:
+            fd = service.memfd_restricted(flags)
+        except OSError as error:
+            self._end_complaint(error)
+            raise
+        self._end_complaint()
+        return OwnedFd(fd)
 
     def _started(self) -> "Service":
         with self._mutex:
@@ -245,15 +256,17 @@ class _Work:
                     if self._complaint is not None:
                         self._complaint.say(error)
                     raise
-                if self._complaint is not None:
-                    self._complaint.let_go()
                 # Before anybody has a descriptor: its first mmap already has to be seen.
                 self._device[0] = service.device
                 self._service = service
             return self._service
 
-    def _let_go(self) -> None:
-        """Say nothing any more: the program has ended."""
-        if self._complaint is not None:
-            with self._mutex:
+    def _end_complaint(self, error: OSError | None = None) -> None:
+        """Say why there are no descriptors, or, where there are some, say nothing ever."""
+        if self._complaint is None:
+            return
+        with self._mutex:
+            if error is None:
                 self._complaint.let_go()
+            else:
+                self._complaint.say(error)
