@@ -165,7 +165,11 @@ def start(tmp_path: Path, script: str) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT, signal.SIGCHLD],
+    ids=lambda s: s.name,
+)
 def test_what_is_sent_to_the_command_reaches_the_program(tmp_path: Path, number: signal.Signals) -> None:
     with start(tmp_path, f"trap 'exit 9' {number.name[3:]}; echo ready; while read line; do :; done") as process:
         process.send_signal(number)
@@ -192,6 +196,16 @@ def test_who_continues_the_program_alone_continues_the_command(tmp_path: Path) -
 
 def test_the_program_is_killed_with_the_command(tmp_path: Path) -> None:
     with start(tmp_path, "echo ready; echo $$; exec cat") as process:
+        assert process.stdout is not None
+        program = int(process.stdout.readline())
+        process.kill()
+        wait_until(lambda: not Path(f"/proc/{program}").exists(), "the program to be gone")
+
+
+@pytest.mark.requires("root")
+def test_a_program_of_another_user_is_killed_with_the_command(tmp_path: Path) -> None:
+    code = "import os, sys; os.setuid(65534); print('ready'); print(os.getpid(), flush=True); sys.stdin.read()"
+    with start(tmp_path, f'exec {sys.executable} -c "{code}"') as process:
         assert process.stdout is not None
         program = int(process.stdout.readline())
         process.kill()

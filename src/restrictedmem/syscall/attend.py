@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Final, NoReturn
 
 from restrictedmem.abi import process
+from restrictedmem.fd import OwnedFd, readable
 
 #: Sent by kill(2) and the like, not by the kernel (SI_USER, SI_QUEUE, SI_TKILL).
 _SENT: Final = (0, -1, -6)
@@ -45,18 +46,50 @@ def attend(program: Callable[[], NoReturn]) -> int:
             program()
         finally:
             os._exit(1)
+    guard = _guard(child)
     try:
         return _wait(child, awaited)
     finally:
+        if guard > 0:
+            os.kill(guard, signal.SIGKILL)
+            os.waitpid(guard, 0)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _guard(child: int) -> int:
+    """Start a process that kills the program when this process ends; returns its pid, or -1.
+
+    The kernel does that by itself (PR_SET_PDEATHSIG), and forgets it of a program that changes its
+    user or group (commit_creds). So without a guard, only such a program lives on.
+    """
+    guard = -1
+    with (
+        suppress(OSError),
+        OwnedFd(os.pidfd_open(os.getpid())) as this,
+        OwnedFd(os.pidfd_open(child)) as program,
+    ):
+        guard = os.fork()
+        if not guard:
+            _kill_after(this, program)
+    return guard
+
+
+def _kill_after(attendant: OwnedFd, program: OwnedFd) -> NoReturn:
+    try:
+        process.set_name("rmem-guard")
+        readable([attendant])
+        signal.pidfd_send_signal(program.fileno(), signal.SIGKILL)
+    finally:
+        os._exit(0)
 
 
 def _wait(child: int, awaited: set[signal.Signals]) -> int:
     while True:
         info = signal.sigwaitinfo(awaited)
+        if info.si_code in _SENT and info.si_pid != child:
+            os.kill(child, info.si_signo)
+        # One that was sent may stand for the kernel's, too: there is one of a kind at a time.
         if info.si_signo != signal.SIGCHLD:
-            if info.si_code in _SENT and info.si_pid != child:
-                os.kill(child, info.si_signo)
             continue
         pid, status = os.waitpid(child, os.WNOHANG | os.WUNTRACED)
         if not pid:
