@@ -6,7 +6,7 @@ import pty
 import signal
 import subprocess
 import sys
-from errno import EACCES, EINVAL, ENOENT
+from errno import EACCES, EINVAL, EMFILE, ENOENT
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,17 @@ print(refused, punch(0, 4096))
     process = under(code, "--memory-max", "8K", "--json", str(tmp_path / "report"))
     assert process.communicate(timeout=60) == ("(-22, -1, -1, -1, -1, -1, -1, -1, -1) 0\n", "")
     counts = {"created": 1, "sized": 1, "sized_bytes": PAGE, "punched": 1, "punched_bytes": PAGE, "peak_bytes": 0}
+    assert reported(tmp_path / "report").items() >= counts.items()
+
+
+def test_what_a_full_table_had_no_room_for_was_made_and_has_no_bytes(tmp_path: Path) -> None:
+    code = """
+resource.setrlimit(resource.RLIMIT_NOFILE, (4, 4))
+print(os.ftruncate(call(0), 4096), call(0), call(0))
+"""
+    process = under(code, "--json", str(tmp_path / "report"))
+    assert process.communicate(timeout=60) == (f"None -{EMFILE} -{EMFILE}\n", "")
+    counts = {"created": 3, "sized": 1, "sized_bytes": PAGE, "peak_bytes": 0}
     assert reported(tmp_path / "report").items() >= counts.items()
 
 
