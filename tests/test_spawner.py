@@ -130,7 +130,8 @@ def test_what_consumers_leave_does_not_pile_up() -> None:
                 region = partial(vm.set_user_memory_region, slot=0, guest_phys_addr=0, memory_size=4096, shared_fd=file)
                 assert outcome(region) == Errno(EINVAL)
             wait_until(lambda: [one.name for one in family(service)[2:]] == ["rmem-checker"], "the engine to leave its checker")
-        wait_until(lambda: not _zombies_of(spawner.pid) and len(family(service)) == 2, "the spawner to reap it")
+        # In this order: it may end in between, and is of the family no more.
+        wait_until(lambda: len(family(service)) == 2 and not _zombies_of(spawner.pid), "the spawner to reap it")
 
 
 def _zombies_of(parent: int) -> list[str]:
