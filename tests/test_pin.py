@@ -247,7 +247,9 @@ def test_the_limit_on_locked_memory() -> None:
 
 
 @pytest.mark.requires("fuse", "root")
-@pytest.mark.parametrize(("kilobytes", "what"), [(64, "LAUNCH_UPDATE: Cannot allocate memory"), (4096, "the guest stopped: MemoryFault")])
+@pytest.mark.parametrize(
+    ("kilobytes", "what"), [(0, ""), (64, "LAUNCH_UPDATE: Cannot allocate memory"), (4096, "the guest stopped: MemoryFault")]
+)
 def test_run_names_the_limit_on_pinned_memory(kilobytes: int, what: str) -> None:
     command = [sys.executable, "-m", "restrictedmem", "run", "--quiet", "--pin", "--engine", "software", "--memory", "4M", "sha256"]
     no_cap = ["setpriv", "--bounding-set", "-ipc_lock,-sys_resource", "--inh-caps", "-ipc_lock,-sys_resource"]

@@ -6,7 +6,7 @@ anybody can take is that of a buffer registered with a ring (docs/pinning.md).
 """
 
 from collections.abc import Iterator
-from errno import ENOBUFS, ENOSPC
+from errno import ENOBUFS, ENOMEM, ENOSPC
 from typing import Final, NamedTuple, final
 
 from restrictedmem import sync
@@ -51,7 +51,13 @@ class PinnedBacking:
         self._free = list(range(io_uring.IORING_MAX_REG_BUFFERS - 1, -1, -1))
         #: Pages that lost their pin to a punch beside them, because no buffer was left or the limit had sunk.
         self.unpinned = 0
-        self._ring = io_uring.io_uring_setup(1)
+        try:
+            self._ring = io_uring.io_uring_setup(1)
+        except OSError as error:
+            # Its own memory counts for the limit, too.
+            if error.errno != ENOMEM:
+                raise
+            raise _limited(error) from None
         try:
             io_uring.register_sparse_buffers(self._ring, io_uring.IORING_MAX_REG_BUFFERS)
         except BaseException:
@@ -95,7 +101,7 @@ class PinnedBacking:
         try:
             io_uring.update_buffer(self._ring, self._free[-1], address, (end - start) << PAGE_SHIFT)
         except OSError as error:
-            raise failed("get_page", error.errno, "cannot pin: RLIMIT_MEMLOCK, CAP_IPC_LOCK") from None
+            raise _limited(error) from None
         return _Run(start, end, self._free.pop())
 
     def release(self, offset: int, length: int) -> None:
@@ -140,6 +146,10 @@ class PinnedBacking:
         """Unpin everything and close the backing."""
         self._ring.close()
         self._inner.close()
+
+
+def _limited(error: OSError) -> OSError:
+    return failed("get_page", error.errno, "cannot pin: RLIMIT_MEMLOCK, CAP_IPC_LOCK")
 
 
 def _block_range(block: int) -> PageRange:
