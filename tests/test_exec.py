@@ -438,7 +438,7 @@ def _said_of_a_limit(limit: int, soft: int, hard: int) -> None:
         assert re.fullmatch(r"error: (/\S+: )?exec: .* \(the supervisor cannot start(: \w+)?\)", line), done.stderr
         assert ["ulimit" in hint for hint in more] == [True], done.stderr
     elif int(done.stdout) < 0:
-        assert re.fullmatch(r"restrictedmem exec: no descriptor can be made: (/\S+: )?start: .*", line), done.stderr
+        assert re.fullmatch(r"restrictedmem exec: no descriptor can be made: (/\S+: )?(start|pthread_create): .*", line), done.stderr
         assert not more, done.stderr
         assert int(done.stdout) in (-EMFILE, -EAGAIN)
     else:

@@ -160,7 +160,7 @@ COMMANDS: dict[str, str | None] = {
     "sort <&3": None,
     "sed -n 1p <&3": None,
     "tar cf /dev/null /dev/fd/3": None,
-    "flock -n 3 echo locked": None,
+    "flock -n 3 && echo locked": None,
     "git hash-object --stdin <&3": None,
     f"{sys.executable} -c 'import mmap; mmap.mmap(3, 4096)'": None,
     f"{sys.executable} -c 'import mmap; mmap.mmap(3, 4096, flags=mmap.MAP_PRIVATE)'": None,

@@ -161,16 +161,13 @@ class _Work:
         self._hands = self._free = 0
 
     def run(self) -> None:
-        """Let in who knocks, while hands serve requests, until the supervisor is gone.
-
-        Raises:
-            OSError: EAGAIN: not even one thread is to be had.
-        """
+        """Let in who knocks, while hands serve requests, until the supervisor is gone."""
         try:
             self._add_hand()
         except OSError as error:
             self._end_complaint(error)
-            raise
+            self._refuse_all(error)
+            return
         poll = select.poll()
         # A hand reads it; but that the supervisor is gone is always reported.
         poll.register(self._requests.fileno(), 0)
@@ -186,6 +183,13 @@ class _Work:
                 else:
                     poll.unregister(fd)
                     self._end_complaint()
+
+    def _refuse_all(self, error: OSError) -> None:
+        """Answer every request with an error: not even one thread is to be had."""
+        self._door.close()
+        while request := os.read(self._requests.fileno(), _REQUEST.size):
+            call, _ = _REQUEST.unpack(request)
+            respond(self._listener, call, error.errno or EIO)
 
     def _add_hand(self) -> None:
         with self._hands_mutex:
