@@ -123,7 +123,9 @@ class Machine:
 def private_half(file: RestrictedFile, pages: int, limit: int | None = None) -> MemfdHalf:
     """Bind to a file of this process, as a BIND reply lets an engine do."""
     fd, sequence = (OwnedFd(os.dup(fd)) for fd in (file.backing.fileno(), file.sequence().fd.fileno()))
-    return MemfdHalf(MemfdFile(Bound(1, 1, limit, fd, sequence)), 1, PageRange(pgoff_t(0), pgoff_t(pages)), unbind=lambda: None)
+    bound = Bound(1, 1, limit, fd, sequence, flags=0, order=0)
+    window = PageRange(pgoff_t(0), pgoff_t(pages))
+    return MemfdHalf(MemfdFile(bound), 1, window, unbind=lambda: None)
 
 
 def shared_half(pages: int) -> SharedHalf:

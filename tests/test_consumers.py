@@ -415,7 +415,8 @@ def test_a_page_taken_before_the_end_was_heard_stays_taken() -> None:
     file = RestrictedFile(make("v10"), MemfdBacking(), Inode.make(0, 0))
     memfd, sequence = (OwnedFd(os.dup(number)) for number in (file.backing.fileno(), file.sequence().fd.fileno()))
     span = PageRange(pgoff_t(0), pgoff_t(8))
-    bound = BoundFile(Bound(1, 1, None, memfd, sequence), span, Heard(), lambda: None)
+    taken = Bound(1, 1, None, memfd, sequence, flags=0, order=0)
+    bound = BoundFile(taken, span, Heard(), lambda: None)
     first, lock, told = span.start, sync.mutex(), list[object]()
 
     def invalidate_start(start: pgoff_t, end: pgoff_t, order: int | None) -> None:
@@ -443,7 +444,8 @@ def bound() -> Iterator[tuple[RestrictedFile, BoundFile]]:
     """A window of two folios and three pages more, from page 3 on, of a file that is in this process."""
     file = RestrictedFile(make("v10"), MemfdBacking(), Inode.make(0, 0))
     memfd, sequence = (OwnedFd(os.dup(number)) for number in (file.backing.fileno(), file.sequence().fd.fileno()))
-    made = BoundFile(Bound(1, 1, None, memfd, sequence), PageRange(pgoff_t(3), pgoff_t(1030)), Heard(), lambda: None)
+    taken = Bound(1, 1, None, memfd, sequence, flags=0, order=0)
+    made = BoundFile(taken, PageRange(pgoff_t(3), pgoff_t(1030)), Heard(), lambda: None)
     yield file, made
     made.close()
     file.put()

@@ -299,7 +299,8 @@ class Files:
     def bind(self, token: bytes, window: PageRange, take: Callable[[Bound], _T]) -> _T:
         memfd = memory.memfd_create("file")
         os.ftruncate(memfd.fileno(), 1 << 62)
-        return take(Bound(token[0], token[0], None, memfd, OwnedFd(os.eventfd(0))))
+        sequence = OwnedFd(os.eventfd(0))
+        return take(Bound(token[0], token[0], None, memfd, sequence, flags=0, order=0))
 
     def bind_again(self, binding: int, window: PageRange, take: Callable[[int], _T]) -> _T:
         raise AssertionError("of a file whose binding is told of all ranges there is one")

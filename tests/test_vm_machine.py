@@ -111,7 +111,11 @@ class Files:
     def bind(self, token: bytes, window: PageRange, take: Callable[[Bound], _T]) -> _T:
         file = self.files[token]
         fd, sequence = (OwnedFd(os.dup(fd)) for fd in (file.backing.fileno(), file.sequence().fd.fileno()))
-        return self._register(file, lambda number: take(Bound(number, token[0], None, fd, sequence)))
+
+        def took(number: int) -> _T:
+            return take(Bound(number, token[0], None, fd, sequence, flags=0, order=0))
+
+        return self._register(file, took)
 
     def bind_again(self, binding: int, window: PageRange, take: Callable[[int], _T]) -> _T:
         return self._register(self.bound[binding][0], take)

@@ -151,7 +151,7 @@ class _Binder:
 
         def bound(number: int) -> Bound:
             fd, sequence = (OwnedFd(os.dup(fd)) for fd in (self._file.backing.fileno(), self._file.sequence().fd.fileno()))
-            return Bound(number, 7, _SIZE, fd, sequence)
+            return Bound(number, 7, _SIZE, fd, sequence, flags=0, order=0)
 
         return self.bind_again(0, window, lambda number: take(bound(number)))
 

@@ -37,8 +37,8 @@ class Bound:
     limit: int | None
     memfd: OwnedFd
     sequence: OwnedFd
-    flags: int = 0
-    order: int = 0
+    flags: int
+    order: int
 
 
 @final

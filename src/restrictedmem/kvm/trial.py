@@ -128,7 +128,8 @@ class _File:
 
     def bind(self, token: bytes, window: PageRange, take: Callable[[Bound], _T]) -> _T:
         """Bind to a file that has nothing in it."""
-        return take(Bound(1, 1, None, make_memfd(PAGE_SIZE), memory.memfd_create("trial-sequence")))
+        memfd, sequence = make_memfd(PAGE_SIZE), memory.memfd_create("trial-sequence")
+        return take(Bound(1, 1, None, memfd, sequence, flags=0, order=0))
 
     def bind_again(self, binding: int, window: PageRange, take: Callable[[int], _T]) -> _T:
         """Show more of it."""

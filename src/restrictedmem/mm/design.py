@@ -59,7 +59,7 @@ class Design:
 
     __slots__ = ("teardown",)
 
-    def __init__(self, *, teardown: bool = False) -> None:
+    def __init__(self, *, teardown: bool) -> None:
         self.teardown = teardown
 
     def __str__(self) -> str:
@@ -271,7 +271,7 @@ class _Remembering(Design):
 
     __slots__ = ("_punched", "_turn")
 
-    def __init__(self, *, teardown: bool = False) -> None:
+    def __init__(self, *, teardown: bool) -> None:
         super().__init__(teardown=teardown)
         #: Written under the file's mutex, or with its semaphore held for writing.
         self._punched = Punched()
@@ -347,7 +347,7 @@ class Lazy(_Remembering):
     name = "lazy"
     __slots__ = ("_told",)
 
-    def __init__(self, *, teardown: bool = False) -> None:
+    def __init__(self, *, teardown: bool) -> None:
         super().__init__(teardown=teardown)
         #: The huge pages that consumers were told of in this turn.
         self._told: set[pgoff_t] = set()
