@@ -24,7 +24,7 @@ import pytest
 
 from outcomes import Errno, outcome
 from restrictedmem import abi
-from restrictedmem.abi import fuse, kvm, memory, process
+from restrictedmem.abi import fuse, kvm, memory, process, seccomp
 from restrictedmem.abi._ioctl import Ioctl, IoctlInt
 from restrictedmem.abi._struct import c_struct, codec, u16, u32, u64
 from restrictedmem.fd import OwnedFd
@@ -239,11 +239,13 @@ def _numbers(module: ModuleType, name: str, value: object) -> dict[str, tuple[in
     return {}
 
 
-def ask_headers(expressions: dict[str, str], folder: Path) -> dict[str, int]:
-    """Return the value of every expression that compiles."""
+def ask_headers(expressions: dict[str, str], folder: Path, *others: str) -> dict[str, int]:
+    """Return the value of every expression that compiles, with ``HEADERS`` or with others."""
     compiler = shutil.which("cc") or shutil.which("gcc") or ""
     print_it = '#define P(name, value) printf("%s %llu\\n", name, (unsigned long long)(value))'
-    head = [line for header in HEADERS for line in (f"#if __has_include(<{header}>)", f"#include <{header}>", "#endif")]
+    head: list[str] = []
+    for header in others or HEADERS:
+        head += [f"#if __has_include(<{header}>)", f"#include <{header}>", "#endif"]
     source, program = folder / "abi.c", folder / "abi"
     wanted = dict(expressions)
     said = ""
@@ -274,6 +276,19 @@ def test_structs_and_numbers_are_the_headers(tmp_path: Path) -> None:
     absent = sorted(set(ours) - set(theirs) - set(RECORDED))
     assert absent == [], "in no header here: record value and kernel version"
     print(f"{len(theirs)} of {len(ours)} compared with the headers, {len(ours) - len(theirs)} with recorded values")
+
+
+@pytest.mark.requires("cc")
+def test_other_machines_numbers_are_the_headers(tmp_path: Path) -> None:
+    """aarch64 numbers its calls as asm-generic/unistd.h does."""
+    ours = {f"AUDIT_ARCH_{machine.upper()}": value for machine, value in seccomp.AUDIT_ARCH.items()}
+    for module in modules():
+        for name, value in vars(module).items():
+            if name.startswith("SYS_") and isinstance(value, dict):
+                ours[name.replace("SYS_", "__NR_")] = cast("dict[str, int]", value)["aarch64"]
+    assert len(ours) >= 9
+    names = {name: name for name in ours}
+    assert ask_headers(names, tmp_path, "asm-generic/unistd.h", "linux/audit.h") == ours
 
 
 @pytest.mark.requires("cc")

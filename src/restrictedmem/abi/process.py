@@ -38,7 +38,7 @@ SYS_tgkill: Final = {"x86_64": 234, "aarch64": 131}
 SYS_close_range: Final = 436
 _UINT_MAX: Final = 0xFFFF_FFFF
 _LINUX_CAPABILITY_VERSION_3: Final = 0x2008_0522
-_SYS_SCHED_SETATTR: Final = {"x86_64": 314, "aarch64": 274}
+SYS_sched_setattr: Final = {"x86_64": 314, "aarch64": 274}
 #: ``struct sched_attr``: size, policy, flags, nice, priority, runtime, deadline, period, util_min, util_max.
 _SCHED_ATTR: Final = struct.Struct("=IIQiIQQQII")
 
@@ -164,7 +164,7 @@ def set_slice(nanoseconds: int) -> None:
     """
     nice = os.getpriority(os.PRIO_PROCESS, 0)
     attributes = _SCHED_ATTR.pack(_SCHED_ATTR.size, os.SCHED_OTHER, 0, nice, 0, nanoseconds, 0, 0, 0, 0)
-    syscall("sched_setattr", _SYS_SCHED_SETATTR[os.uname().machine], 0, attributes, 0)
+    syscall("sched_setattr", SYS_sched_setattr[os.uname().machine], 0, attributes, 0)
 
 
 def tracer_pid() -> int:
