@@ -154,6 +154,18 @@ def test_a_consumer_hears_of_its_children_as_any_process() -> None:
         assert not [one for one in descriptors(pid) if one.startswith("pipe:")]
 
 
+def test_a_consumer_has_none_of_the_spawners_sockets() -> None:
+    """Through them it would ask for consumers, or say that another has ended."""
+    with Service.start() as service, Vm(service) as vm:
+        spawners = sockets(family(service)[0].pid)
+        assert len(spawners) >= 2
+        assert not spawners & sockets(int(str(vm.statistics()["pid"])))
+
+
+def sockets(pid: int) -> set[str]:
+    return {one for one in descriptors(pid) if one.startswith("socket:")}
+
+
 def test_a_consumer_that_was_reaped_by_its_number_is_forgotten() -> None:
     """A burial reaps by numbers, and a consumer may have one that was a burial's."""
     child = os.fork()
