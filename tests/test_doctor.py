@@ -183,6 +183,13 @@ def test_own_mount_without_privilege_is_refused() -> None:
     assert "no CAP_SYS_ADMIN" in found.detail
 
 
+@pytest.mark.requires("root")
+def test_a_refusal_of_root_is_not_laid_to_missing_capabilities() -> None:
+    found = descriptor.own_mount(OSError(errno.EPERM, "no"))
+    assert found.state is State.NO
+    assert "CAP_SYS_ADMIN" not in found.detail
+
+
 @pytest.mark.requires("fuse", "fusermount")
 def test_fusermount_is_tried_for_real() -> None:
     assert descriptor.fusermount(descriptor.try_way(Way.FUSERMOUNT)).state is State.YES
@@ -382,6 +389,19 @@ def test_a_scan_counts_the_pages_that_are_there() -> None:
 
     # Fault-around may bring in neighbours for reads; a write brings its own page alone.
     assert in_child(scan) == PAGE_SIZE
+
+
+def test_the_kernel_collapses_for_the_probe_what_it_does_for_others() -> None:
+    def by_hand() -> None:
+        with memory.memfd_create("collapsed") as file:
+            os.ftruncate(file.fileno(), memory.PMD_SIZE)
+            mapping = memory.Mapping(file.fileno(), 0, memory.PMD_SIZE, memory.PMD_SIZE)
+            mapping.madvise(memory.MADV_POPULATE_WRITE, 0, memory.PMD_SIZE)
+            mapping.madvise(memory.MADV_COLLAPSE, 0, memory.PMD_SIZE)
+
+    refused = outcome(lambda: in_child(by_hand))
+    found = memory_probes.collapse()
+    assert (found.state is State.NO) == (refused is not None), found.detail
 
 
 def test_requests_have_the_numbers_of_the_headers() -> None:

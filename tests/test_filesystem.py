@@ -15,6 +15,7 @@ from restrictedmem.abi import fuse
 from restrictedmem.abi.fuse import AttrValid, InitFlag, Opcode, OpenFlag
 from restrictedmem.abi.memory import PUNCH, FallocMode
 from restrictedmem.fd import OwnedFd
+from restrictedmem.fs import filesystem
 from restrictedmem.fs.filesystem import NAME, PROVE, TOKEN_BYTES, FileSystem, Request
 from restrictedmem.fs.server import Server
 from restrictedmem.mm.notifier import Api
@@ -323,6 +324,32 @@ def test_a_reference_outlives_release(mount: Mount) -> None:
     assert file.backing.resident() == PAGE_SIZE
     file.put()
     assert _memfds() == before
+
+
+@pytest.fixture
+def every_request_huge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filesystem, "_HUGE_REQUEST", 0)
+
+
+@pytest.mark.usefixtures("every_request_huge")
+def test_a_forget_while_a_release_waits_lets_go_once(mount: Mount) -> None:
+    """Linux forgets a node after the answer to its release.
+
+    From a kernel that does not, the pages are safe that a consumer still holds.
+    """
+    node = mount.create()
+    file = mount.file(node)
+    mount.fallocate(node, 0, 0, PAGE_SIZE)
+    file.get()
+
+    def forget(_: int | None) -> bool:
+        mount.ask(Opcode.FORGET, node, bytes(8))
+        return True
+
+    mount.filesystem.before_waiting = forget
+    assert outcome(lambda: mount.ask(Opcode.RELEASE, node, bytes(24))) == Errno(ENOENT)
+    assert file.backing.resident() == PAGE_SIZE
+    file.put()
 
 
 def test_forget_of_a_file_that_was_never_opened_frees_it(mount: Mount) -> None:

@@ -236,13 +236,17 @@ def test_what_a_stranger_says_of_itself_is_shown_as_text(service: Service) -> No
 
 def test_what_a_stranger_says_of_itself_takes_a_few_lines(service: Service) -> None:
     vm: dict[str, Any] = {"name": "x", "number": 1, "files": [7] * 30, "invalidations": 0, "report": 0}
+    whole = {**vm, "files": [8] * 20}
     long = "x" * 20_000
-    with rogue(answers(state(consumers=[vm] * 30, last_error=long, way=long))) as pid:
+    with rogue(answers(state(consumers=[whole] + [vm] * 29, last_error=long, way=long))) as pid:
         shown = ps()
         entry = next(each for each in json.loads(ps("--json"))["services"] if each["pid"] == pid)
     lines = shown.splitlines()
     assert max(map(len, lines)) == 1000
-    assert sum(line.endswith(f", descriptors {'7 ' * 20}…, 0 invalidations") for line in lines) == 20
+    # Nothing is left out of as many as are shown.
+    for files, count in ("7 " * 20 + "…", 19), ("8 " * 19 + "8", 1):
+        end = f", descriptors {files}, 0 invalidations"
+        assert sum(line.endswith(end) for line in lines) == count
     assert "  … 10 more VMs and consumers (--json lists all)" in lines
     assert (len(entry["consumers"]), entry["last_error"]) == (30, long)
 
