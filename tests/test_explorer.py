@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from restrictedmem import sync
 from restrictedmem.check import explorer, model, objects
-from restrictedmem.check.control import UnsoundError, forget, saw, touch
+from restrictedmem.check.control import UnsoundError, forget, saw, touch, watch
 from restrictedmem.check.explorer import Violation, explore
 from restrictedmem.cli import check
 from restrictedmem.cli.main import main
@@ -794,6 +794,35 @@ def test_a_call_that_keeps_something_is_found_out() -> None:
     assert explore(Keeps).holds
     with pytest.raises(UnsoundError):
         explore(Keeps, calls=[(Keeps, "keep")])
+
+
+class Watched(Base):
+    """Two write a byte each; its check looks at both, and says so."""
+
+    def __init__(self, first: int) -> None:
+        watch("something else")
+        self.bytes = [sync.shared_bytes(1), sync.shared_bytes(1)]
+        self.first = first
+        for one in self.bytes:
+            assert isinstance(one, objects.SharedBytes)
+            one.watch()
+        self.bodies = [partial(self.set, one) for one in self.bytes]
+
+    @staticmethod
+    def set(one: bytearray) -> None:
+        one[0] = 1
+
+    def check(self) -> None:
+        if self.bytes[self.first][0] and not self.bytes[1 - self.first][0]:
+            raise Violation("the first before the second")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("how", WHOLE)
+def test_what_a_check_looks_at_is_written_in_every_order(how: dict[str, Any], first: int) -> None:
+    found = explore(partial(Watched, first), **how).counterexample
+    assert found is not None
+    assert found.violation == "the first before the second"
 
 
 # The command.

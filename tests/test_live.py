@@ -1,5 +1,6 @@
 """The random mode of ``check``: it runs, it convicts what is broken, and it leaves nothing behind, however it ends."""
 
+import io
 import json
 import mmap
 import os
@@ -64,6 +65,19 @@ def test_a_scenario_is_a_mix_of_operations(capsys: pytest.CaptureFixture[str]) -
     status, found = run(capsys, scenario="interrupt-fault", seed=6)
     assert (status, found["failure"]) == (0, None)
     assert found["operations"] > 0
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.requires("fuse")
+def test_a_terminal_is_told_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    live.main(0.1, scenario="interrupt-fault", seed=6, as_json=True)
+    assert re.search(r"\d s  seed 6  VM 1: \w+, [1248] vCPUs, \d+ pages; \d", terminal.getvalue())
 
 
 def test_scenarios_and_operations_exist() -> None:
