@@ -248,6 +248,15 @@ def test_batched_is_found_out_before_the_end_too() -> None:
         assert found["violated_pages"] == 511, "the last page was told of in time"
 
 
+def test_of_what_batched_frees_the_pages_that_were_never_taken_are_not_the_guests() -> None:
+    with guest("batched", first=640, npages=BLOCK) as by:
+        by.touch()
+        by.punch(512, 511)
+        by.punch(1023, 1)
+        (violation,) = by.vm.destroy()["violations"]
+        assert (violation["start"], violation["npages"]) == (640, BLOCK)
+
+
 def test_unmapped_pages_come_back_to_the_direct_map() -> None:
     with guest("v10", platform="snp-unmapped") as by:
         by.touch()

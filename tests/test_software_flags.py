@@ -1,15 +1,19 @@
 """Flags on the software engine, where an instruction is executed again; and CMPXCHG16B."""
 
 from collections.abc import Callable, Iterator
-from typing import Final
+from types import SimpleNamespace
+from typing import Final, cast
 
 import pytest
 
 from restrictedmem.abi.kvm import kvm_regs
 from restrictedmem.abi.memory import PUNCH
 from restrictedmem.kvm.exits import BREAKPOINT, Debug, MemoryFault, MmioRead, MmioWrite, Shutdown
+from restrictedmem.kvm.half import Half
 from restrictedmem.kvm.memslot import Memslot
 from restrictedmem.kvm.mmu import Fault
+from restrictedmem.kvm.software.fetched import FetchedCode
+from restrictedmem.kvm.software.unicorn import Uc
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, gfn_t
 from software_machine import CODE, DATA, DEVICE, HALTED, PRIVATE, Machine, machine_code, make_machine
 
@@ -264,6 +268,23 @@ def test_many_setcc_on_one_page(machine: Machine, count: int) -> None:
     for _ in range(count):
         assert machine.vcpu.run() == MmioWrite(DEVICE, 1, 1)
     assert machine.vcpu.run() == HALTED
+
+
+def test_shared_code_is_rewritten_when_a_byte_of_it_is_another() -> None:
+    """Or every run would begin with all shared code translated anew."""
+    memory = bytearray(3 * PAGE_SIZE)
+    half = cast(Half, SimpleNamespace(mapping=SimpleNamespace(memory=memory)))
+    code = FetchedCode(cast(Uc, SimpleNamespace()))
+    for address, shared in ((0x1000, True), (0x5000, False)):
+        code.fetched(address, half, PAGE_SIZE, shared=shared)
+    for outside in (PAGE_SIZE - 1, 2 * PAGE_SIZE):
+        memory[outside] = 0x90
+        assert code.rewritten() == []
+    for inside in (PAGE_SIZE, 2 * PAGE_SIZE - 1):
+        memory[inside] = 0x90
+        assert code.rewritten() == [0x1000]
+        code.fetched(0x1000, half, PAGE_SIZE, shared=True)
+        assert code.rewritten() == []
 
 
 def test_setcc_on_many_pages() -> None:
