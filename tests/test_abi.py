@@ -229,7 +229,7 @@ def _numbers(module: ModuleType, name: str, value: object) -> dict[str, tuple[in
         return {}
     if isinstance(value, type) and issubclass(value, int) and value.__module__ == module.__name__:
         members = cast("type[IntEnum]", value)
-        return {f"{name}.{member.name}": (int(member), PREFIXES[name] + member.name) for member in members}
+        return {f"{name}.{key}": (int(value), PREFIXES[name] + key) for key, value in members.__members__.items()}
     if isinstance(value, (Ioctl, IoctlInt)):
         return {name: (value.request, c_name)}
     if isinstance(value, dict) and os.uname().machine in value:
