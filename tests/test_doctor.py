@@ -431,6 +431,11 @@ def test_a_call_is_answered_unless_a_listener_is_above() -> None:
     assert (found.state, "has a listener already" in found.detail) == (State.UNKNOWN, True)
 
 
+def test_the_call_is_there_if_it_gives_a_descriptor() -> None:
+    tried = outcome(lambda: memory.memfd_restricted().close())
+    assert syscall.presence().state is (State.YES if tried is None else State.NO)
+
+
 def test_number_451_is_free_or_cachestat(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent() -> int:
         raise OSError(errno.ENOSYS, "cachestat")
