@@ -184,6 +184,14 @@ def test_that_leaves_a_process():
     assert mutate(root, "--count", "1", "--share", "1")[0] == 0
 
 
+def test_tests_that_hang_are_told_of(tmp_path: Path) -> None:
+    limits = "def inside(x): return x < y\ny = int('3')\n"
+    tests = "from restrictedmem.mm import limits\ndef test_it():\n    while limits.inside(3): pass\n"
+    root = a_tree_to_search(tmp_path, limits, tests)
+    status, found = mutate(root, "--count", "1", "--seconds", "5")
+    assert (status, found["mutants"], len(found["survivors"]), found["late"]) == (1, 1, 1, 1)
+
+
 #: Guarantees, and the test that each names.
 ROWS = (("1.1", "low"), ("1.1a", "high"))
 
