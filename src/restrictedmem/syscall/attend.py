@@ -19,11 +19,15 @@ from restrictedmem.fd import OwnedFd, readable
 _SENT: Final = (0, -1, -6)
 #: Seconds between two looks at a program that is stopped.
 _LOOK: Final = 0.05
+_TIMERS: Final = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 _UNBLOCKABLE: Final = {signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 
 
 def attend(program: Callable[[], NoReturn]) -> int:
     """Run ``program`` in a child, and return its wait status when it has ended; it is killed if this process is.
+
+    Signals are blocked from then on: what was sent to the program after its end is not to keep this
+    process from telling of it, and ``end_as`` ends this process as the program did.
 
     Preconditions: this process has one thread, and no other children that may end meanwhile.
 
@@ -34,18 +38,30 @@ def attend(program: Callable[[], NoReturn]) -> int:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     # Inherited as ignored, it would let the kernel reap what is waited for. The program is to inherit it.
     inherited = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # These stay with a process in execve(2), and are not its child's.
+    timers = [signal.setitimer(timer, 0) for timer in _TIMERS]
+    subreaper = process.is_subreaper()
     parent = os.getpid()
-    child = os.fork()
+    try:
+        child = os.fork()
+    except OSError:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        raise
     if not child:
         try:
             process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != parent:
                 os._exit(128 + signal.SIGKILL)
+            process.prctl(process.PR_SET_CHILD_SUBREAPER, subreaper)
+            for timer, (seconds, interval) in zip(_TIMERS, timers, strict=True):
+                signal.setitimer(timer, seconds, interval)
             signal.signal(signal.SIGCHLD, inherited)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             program()
         finally:
             os._exit(1)
+    # What the program's children leave is the program's.
+    process.prctl(process.PR_SET_CHILD_SUBREAPER, 0)
     guard = _guard(child)
     try:
         return _wait(child, awaited)
@@ -53,7 +69,6 @@ def attend(program: Callable[[], NoReturn]) -> int:
         if guard > 0:
             os.kill(guard, signal.SIGKILL)
             os.waitpid(guard, 0)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _guard(child: int) -> int:
