@@ -7,6 +7,7 @@ import resource
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from errno import EFAULT, EFBIG, EINTR, EINVAL, ENOSPC, EOPNOTSUPP, EPERM
 from functools import partial
 from itertools import combinations_with_replacement
@@ -673,7 +674,7 @@ def test_a_reference_is_not_taken_after_the_last() -> None:
 def test_a_memfd_is_as_large_as_the_limit_on_file_sizes_lets_it_be_in_whole_folios() -> None:
     def sizes() -> list[int]:
         found: list[int] = []
-        for limit in (resource.RLIM_INFINITY, (5 << 20) + 1, PAGE_SIZE - 1):
+        for limit in (resource.RLIM_INFINITY, -2, (5 << 20) + 1, PAGE_SIZE - 1):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             for folio in (PAGE_SIZE, memory.PMD_SIZE):
                 with memfd.make_memfd(folio) as fd:
@@ -681,4 +682,27 @@ def test_a_memfd_is_as_large_as_the_limit_on_file_sizes_lets_it_be_in_whole_foli
         return found
 
     whole = [MAX_FILE_BYTES, MAX_FILE_BYTES & -memory.PMD_SIZE]
-    assert in_child(sizes) == repr([*whole, 5 << 20, 4 << 20, 0, 0])
+    assert in_child(sizes) == repr([*whole, *whole, 5 << 20, 4 << 20, 0, 0])
+
+
+def test_what_is_partly_beyond_the_limit_on_file_sizes_takes_nothing() -> None:
+    def body() -> tuple[object, int]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (256 << 20, resource.RLIM_INFINITY))
+        with closing(MemfdBacking()) as backing:
+            return outcome(lambda: backing.allocate(255 << 20, 2 << 20)), backing.resident()
+
+    assert in_child(body) == repr((Errno(EFBIG), 0))
+
+
+@pytest.mark.parametrize(
+    ("span", "pieces"),
+    [((255, 2), [(255, 2)]), ((100, 256), [(100, 256)]), ((100, 600), [(100, 156), (256, 256), (512, 188)])],
+)
+def test_a_quarter_of_a_gibibyte_is_taken_whole_or_not_at_all(
+    span: tuple[int, int], pieces: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[tuple[int, int]] = []
+    monkeypatch.setattr(MemfdBacking, "_allocate", lambda _, offset, length: taken.append((offset >> 20, length >> 20)))  # pyright: ignore
+    with closing(MemfdBacking()) as backing:
+        backing.allocate(span[0] << 20, span[1] << 20)
+    assert taken == pieces

@@ -5,7 +5,7 @@ import os
 import resource
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from errno import EINTR, ENOSPC
+from errno import EFBIG, EINTR, ENOSPC
 from typing import Final
 
 from restrictedmem import sync
@@ -36,7 +36,8 @@ def make_memfd(folio: int, flags: int = 0) -> OwnedFd:
         OSError: as memfd_create(2).
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-    most = MAX_FILE_BYTES if limit == resource.RLIM_INFINITY else min(limit, MAX_FILE_BYTES)
+    # One of 2^63 and more is negative here, as RLIM_INFINITY is.
+    most = MAX_FILE_BYTES if limit < 0 else min(limit, MAX_FILE_BYTES)
     fd = memory.memfd_create("restrictedmem", flags)
     try:
         os.ftruncate(fd.fileno(), most & -folio)
@@ -134,16 +135,19 @@ class InMemfd(ABC):
         """Make every page that the range touches present, piece by piece (see ``Backing``).
 
         Raises:
-            OSError: ENOSPC beyond the limit, before anything is allocated; EINTR when it was ``abandoned``.
+            OSError: EFBIG, ENOSPC beyond a limit, before anything is allocated; EINTR when it was ``abandoned``.
         """
-        self.charge(offset, length)
         end = offset + length
+        size = os.fstat(self.fileno()).st_size
+        if size < min(end, MAX_FILE_BYTES & -(PAGE_SIZE << self.base_order)):
+            raise failed("fallocate", EFBIG, f"the service's limit on file sizes is {size} bytes")
+        self.charge(offset, length)
         while offset < end:
             # The kernel would notice by itself, and undo all, if the caller's own thread were in it. Before the first piece too: there
             # may have been a long wait.
             if length > _PIECE and abandoned():
                 raise failed("fallocate", EINTR, "its caller was killed")
-            after = min((offset & -_PIECE) + _PIECE, end)
+            after = end if end - offset <= _PIECE else (offset & -_PIECE) + _PIECE
             self._allocate(offset, after - offset)
             offset = after
 
