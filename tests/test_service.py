@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from errno import EACCES, ECONNRESET, ENOTCONN, EPERM, ETIMEDOUT
+from pathlib import Path
 
 import pytest
 
@@ -150,6 +151,19 @@ def test_an_owner_may_have_closed_its_standard_descriptors(closed: tuple[int, ..
 
 
 # When it ends.
+
+
+def test_an_owner_may_have_blocked_signals() -> None:
+    def body() -> list[str]:
+        signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGCHLD, signal.SIGTERM})
+        with Service.start() as service, Vm(service):
+            texts = [Path(f"/proc/{found.pid}/status").read_text() for found in family(service)]
+        return [line for text in texts for line in text.splitlines() if line.startswith("SigBlk:")]
+
+    found = in_fork(body)()
+    assert isinstance(found, list)
+    assert set(found) == {"SigBlk:\t0000000000000000"}
+    assert len(found) == 3
 
 
 def test_gone_with_the_owners_hold() -> None:

@@ -128,6 +128,8 @@ def main(arguments: list[str]) -> None:
     """
     # An owner that ignores SIGCHLD passes that on by exec, and nobody could wait for a child.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # The spawner hears of its children by it, and whoever administers the machine sends others.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     channel = Channel(socket.socket(fileno=int(arguments[0])), "owner")
     try:
         refuse_fds(channel.sock)
