@@ -128,8 +128,10 @@ class Consumer:
         """
         if self.process is not None:
             ends: list[HasFileno] = [self.requests, self.process]
-            if self.process in readable(ends):
-                return None
+            # A limit on descriptors below two forbids poll(2).
+            with suppress(OSError):
+                if self.process in readable(ends):
+                    return None
         return self.requests.receive()
 
     def notify(self, call: Call, body: bytes, size: int) -> bytes:
