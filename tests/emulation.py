@@ -27,3 +27,10 @@ def hypervisor() -> bytes:
 def is_amd() -> bool:
     with open("/proc/cpuinfo", encoding="utf-8") as lines:
         return "AuthenticAMD" in lines.read()
+
+
+@cache
+def has(feature: str) -> bool:
+    """Say whether the processor has a feature, by its name in /proc/cpuinfo."""
+    with open("/proc/cpuinfo", encoding="utf-8") as lines:
+        return any(feature in line.split() for line in lines if line.startswith("flags"))

@@ -5,6 +5,7 @@ from typing import Final
 
 import pytest
 
+import emulation
 from restrictedmem.kvm.exits import Exit, Shutdown
 from restrictedmem.service.client import Service
 from test_engines import MIB, PAGE, PRIVATE, STACK, Machine, make_machine, missing_page
@@ -88,6 +89,8 @@ FETCHED: Final = (
 @pytest.mark.parametrize("engine", ["software", pytest.param("kernel", marks=pytest.mark.requires("amd"))])
 def test_what_is_invalid_is_fetched_whole(service: Service, engine: str, code: str) -> None:
     """Up to the page's end, wherever it is cut; the next page is needed for no more than that."""
+    if engine == "kernel" and code.startswith("62") and emulation.has("avx512f"):
+        pytest.skip("62 begins a longer instruction here (EVEX): docs/engines.md")
     whole = bytes.fromhex(code)
     cuts = [len(bytes.fromhex(code[:index])) for index, letter in enumerate(code) if letter == " "]
     for inside in (*cuts, len(whole)):

@@ -188,8 +188,7 @@ class _Work:
         """Answer every request with an error: not even one thread is to be had."""
         self._door.close()
         while request := os.read(self._requests.fileno(), _REQUEST.size):
-            call, _ = _REQUEST.unpack(request)
-            respond(self._listener, call, error.errno or EIO)
+            respond(self._listener, _REQUEST.unpack(request)[0], error.errno or EIO)
 
     def _add_hand(self) -> None:
         with self._hands_mutex:
