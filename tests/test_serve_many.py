@@ -398,6 +398,10 @@ def test_nothing_piles_up(place: str, command: subprocess.Popen[str]) -> None:
     assert str(command.pid) not in parents
 
 
+def cmdline(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
@@ -421,7 +425,8 @@ def test_it_ends_in_the_middle_of_a_handshake(place: str, command: subprocess.Po
     with Service.connect(place) as service, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as caller:
         wait_until(lambda: not children(command.pid), "the end of the first start")
         caller.connect(place)
-        wait_until(lambda: children(command.pid), "a handshake")
+        # Until execve(2), serve waits for its child.
+        wait_until(lambda: [b"service.start" in cmdline(child.pid) for child in children(command.pid)] == [True], "a handshake")
         starter = children(command.pid)[0]
         try:
             stop(starter.pid)
