@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from lingering import LINGER, SOON, let_linger
-from outcomes import Errno, outcome
+from outcomes import Errno, in_child, outcome
 from processes import children, process, stopped, wait_gone
 from restrictedmem import burial, fd
 from restrictedmem.burial import bury
@@ -96,6 +96,19 @@ def test_a_burial_does_not_wait(before: tuple[bytes, ...]) -> None:
         assert ours.fileno() < 0
         assert hung_up(theirs)
         wait_until(lambda: not zombies_beside(burial._dying), "the child to end")
+
+
+def test_another_process_closes_it_last() -> None:
+    def body() -> list[tuple[int, bool]]:
+        ours, theirs = pair()
+        number, said = ours.fileno(), list[tuple[int, bool]]()
+        burial.bury_elsewhere(lambda fds: said.append((len(fds), os.path.exists(f"/proc/self/fd/{number}"))))
+        with theirs:
+            theirs.send(b"a message")
+            bury(ours)
+        return said
+
+    assert in_child(body) == repr([(1, True), (0, False)])
 
 
 def zombies_beside(pids: set[int]) -> list[int]:

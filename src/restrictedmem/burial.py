@@ -47,16 +47,20 @@ def bury(sock: socket.socket, *, shared: bool = False) -> None:
                 return
 
 
-def bury_elsewhere(send: Callable[[int], None]) -> None:
+def bury_elsewhere(send: Callable[[list[int]], None]) -> None:
     """Have ``send`` give another process a copy of each socket to bury: this one must not fork.
 
+    That process keeps the copies until ``send`` gives it none: whoever closes a socket last waits.
     It raises OSError when it cannot.
     """
     global _take
 
     def take(number: int) -> None:
-        send(number)
+        send([number])
         os.close(number)
+        # Or with the next one.
+        with suppress(OSError):
+            send([])
 
     _take = take
 

@@ -76,7 +76,7 @@ def run(owner: Channel, spawner: Channel, endings: Channel, options: "Options", 
         sealing.seal()
         service.wait_loaded()
         # This process has threads, and /dev/fuse.
-        bury_elsewhere(lambda fd: spawner.post(wire.BURY, fds=[fd]))
+        bury_elsewhere(lambda fds: spawner.post(wire.BURY, fds=fds))
         about = {
             "pid": os.getpid(),
             "way": way.value,

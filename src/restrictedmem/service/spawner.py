@@ -100,6 +100,8 @@ class _Spawner:
         #: Sessions of VMs' engines: what one leaves is its checker, which ends by itself.
         self._engines: set[int] = set()
         self._oom = OomKills()
+        #: Sockets that the service may have open still.
+        self._to_bury: list[socket.socket] = []
 
     def loop(self) -> None:
         """Serve the service until its end of the channel closes, then kill every child, and reap those that end in time."""
@@ -142,7 +144,12 @@ class _Spawner:
             finally:
                 close_all(message.fds)
         elif message.number == wire.BURY.number:
-            bury(socket.socket(fileno=message.take_fd().detach()))
+            if message.fds:
+                self._to_bury.append(socket.socket(fileno=message.take_fd().detach()))
+            else:
+                # The service has let go of them.
+                while self._to_bury:
+                    bury(self._to_bury.pop())
         return True
 
     def _consumer(self, message: Message) -> OwnedFd:
