@@ -10,7 +10,7 @@ import shutil
 import statistics
 import subprocess
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
@@ -173,7 +173,9 @@ def one_core(*pids: int) -> Generator[None]:
         yield
     finally:
         for thread, cores in before.items():
-            os.sched_setaffinity(thread, cores)
+            # It may have ended.
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(thread, cores)
 
 
 @contextmanager
