@@ -26,10 +26,21 @@ class _Played:
     shared_memory_growth: int
 
 
+AT_THE_START = {"killed at the start", "stopped at the start"}
+
+
+def _done(outcomes: list[Outcome]) -> Counter[str]:
+    return sum((outcome.done for outcome in outcomes), Counter[str]())
+
+
 @pytest.fixture(scope="module")
 def played() -> _Played:
     before = shared_memory()
     outcomes = [play(Round.of(seed)) for seed in range(ROUNDS)]
+    # Whether a service still comes up then is chance.
+    more = (seed for seed in range(ROUNDS, 100 * ROUNDS) if Round.of(seed).kind.victim == "start")
+    while not _done(outcomes).keys() >= AT_THE_START:
+        outcomes.append(play(Round.of(next(more))))
     return _Played(outcomes, shared_memory() - before)
 
 
@@ -38,14 +49,14 @@ def test_every_round_ends_as_it_should(played: _Played) -> None:
 
 
 def test_no_task_is_stuck(played: _Played) -> None:
-    assert len(played.outcomes) == ROUNDS
+    assert len(played.outcomes) >= ROUNDS
     assert stuck_tasks(played.outcomes) == []
 
 
 def test_all_kinds_of_rounds_did_what_they_are_for(played: _Played) -> None:
-    done = sum((outcome.done for outcome in played.outcomes), Counter[str]())
-    said = {"killed service", "killed spawner", "killed engine", "killed server", "killed at the start"}
-    said |= {"stopped service", "stopped spawner", "stopped engine", "stopped all", "stopped at the start"}
+    done = _done(played.outcomes)
+    said = {"killed service", "killed spawner", "killed engine", "killed server", *AT_THE_START}
+    said |= {"stopped service", "stopped spawner", "stopped engine", "stopped all"}
     said |= {f"ended the owner in {kind.victim}" for kind in KINDS if kind.act is Act.LAUNCH}
     assert said - done.keys() == set()
     # The freezer, or signals where there is none.
