@@ -111,6 +111,34 @@ def test_another_process_closes_it_last() -> None:
     assert in_child(body) == repr([(1, True), (0, False)])
 
 
+def test_sockets_of_several_threads_are_let_go_one_after_another() -> None:
+    def body() -> bool:
+        said: list[int] = []
+
+        def send(fds: list[int]) -> None:
+            said.append(len(fds))
+            os.sched_yield()
+
+        burial.bury_elsewhere(send)
+        sys.setswitchinterval(1e-6)
+
+        def bury_some() -> None:
+            for _ in range(50):
+                ours, theirs = pair()
+                with theirs:
+                    theirs.send(b"a message")
+                    bury(ours)
+
+        burying = [threading.Thread(target=bury_some) for _ in range(8)]
+        for thread in burying:
+            thread.start()
+        for thread in burying:
+            thread.join()
+        return said == [1, 0] * 400
+
+    assert in_child(body) == "True"
+
+
 def zombies_beside(pids: set[int]) -> list[int]:
     return [pid for pid in pids if process(pid) is not None]
 

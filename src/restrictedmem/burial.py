@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, NoReturn
 
-from restrictedmem import fd
+from restrictedmem import fd, sync
 from restrictedmem.abi import process
 
 #: Sockets for which no child was to be had so far. Numbers, which Python does not close at its end.
@@ -54,13 +54,16 @@ def bury_elsewhere(send: Callable[[list[int]], None]) -> None:
     It raises OSError when it cannot.
     """
     global _take
+    # Or another thread's socket would count as let go.
+    mutex = sync.mutex()
 
     def take(number: int) -> None:
-        send([number])
-        os.close(number)
-        # Or with the next one.
-        with suppress(OSError):
-            send([])
+        with mutex:
+            send([number])
+            os.close(number)
+            # Or with the next one.
+            with suppress(OSError):
+                send([])
 
     _take = take
 
