@@ -18,8 +18,6 @@ from restrictedmem.units import MAX_FILE_BYTES, PAGE_SIZE
 _SECTOR: Final = 512
 #: Bytes that are allocated at once: a tenth of a second. No folio crosses a multiple of it, or it is as large.
 _PIECE: Final = 256 << 20
-
-
 #: Consumers have it, and with F_SEAL_WRITE or F_SEAL_FUTURE_WRITE one could forbid the owner to punch.
 #: F_SEAL_GROW is not among them: it would turn an errno of hugetlbfs into EPERM.
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL

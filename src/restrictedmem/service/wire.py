@@ -314,8 +314,8 @@ def parse_ready(received: tuple[bytes, list[OwnedFd]]) -> tuple[bytes, list[Owne
     """Check the first message of a service and return its body and both descriptors.
 
     Raises:
-        OSError: the errno the service failed with; ECONNRESET when it died without a word, or
-            ``serve`` had told many of its uid, who have not read it, that there is no place; EPROTO without a descriptor.
+        OSError: the errno the service failed with; ECONNRESET when it died without a word, or when
+            many of this uid have not read why ``serve`` refused them; EPROTO without a descriptor.
     """
     data, fds = received
     if len(data) < _HEAD.size:
