@@ -351,6 +351,14 @@ def test_calls_on_a_closed_descriptor_are_ebadf() -> None:
     assert outcome(lambda: kvm.KVM_CREATE_GUEST_MEMFD(closed, asked)) == Errno(EBADF)
 
 
+@pytest.mark.requires("kvm")
+def test_an_ioctl_without_an_argument_passes_zero() -> None:
+    """KVM refuses every other."""
+    with open("/dev/kvm", "rb") as device:
+        assert kvm.KVM_GET_API_VERSION(device) == 12
+        assert outcome(lambda: kvm.KVM_GET_API_VERSION(device, 1)) == Errno(EINVAL)
+
+
 def test_errors_name_the_call() -> None:
     closed = os.dup(0)
     os.close(closed)
