@@ -170,8 +170,8 @@ class _Spawner:
         try:
             pidfd = OwnedFd(os.pidfd_open(child))
         except OSError as error:
+            # Reaped as what a consumer leaves: at its end, and by nobody who waits for it.
             os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
             raise named("pidfd_open", error) from None
         self._pidfds[child] = pidfd
         # A consumer's session has its number. No session is left of whoever had that before.
