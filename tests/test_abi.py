@@ -7,6 +7,7 @@ must stand in ``RECORDED``, with the kernel version whose headers have it.
 import ctypes
 import errno
 import importlib
+import mmap
 import os
 import pkgutil
 import re
@@ -349,6 +350,10 @@ def test_calls_on_a_closed_descriptor_are_ebadf() -> None:
     assert outcome(lambda: kvm.KVM_GET_API_VERSION(closed)) == Errno(EBADF)
     asked = kvm.kvm_create_guest_memfd(size=PAGE_SIZE, flags=0)
     assert outcome(lambda: kvm.KVM_CREATE_GUEST_MEMFD(closed, asked)) == Errno(EBADF)
+    with mmap.mmap(-1, PAGE_SIZE) as mapped:
+        address = ctypes.addressof(first := ctypes.c_char.from_buffer(mapped))
+        assert outcome(lambda: memory.map_over(address, PAGE_SIZE, closed)) == Errno(EBADF)
+        del first
 
 
 @pytest.mark.requires("kvm")
