@@ -5,19 +5,22 @@ import resource
 import signal
 from collections.abc import Callable
 from contextlib import closing
-from errno import EIO, ENOMEM, ENOSPC, ENOTCONN
+from errno import EINVAL, EIO, ENOMEM, ENOSPC, ENOTCONN
 from pathlib import Path
 
 import pytest
 
 from processes import descendants, process
 from restrictedmem.abi import pidfd
+from restrictedmem.failure import FAULT, status_of
 from restrictedmem.fd import OwnedFd
+from restrictedmem.kvm import wire
 from restrictedmem.kvm.vm import Vm
 from restrictedmem.service import ending
 from restrictedmem.service.client import Service
 from restrictedmem.service.consumers import Endings
-from restrictedmem.service.ending import FAULT, OomKills, Word, limits, status_of, words_of
+from restrictedmem.service.ending import OomKills, Word, limits, words_of
+from restrictedmem.service.wire import Channel
 from waiting import PATIENCE, wait_until
 
 EXITED = 1 << 8
@@ -159,6 +162,15 @@ def test_a_call_says_how_its_engine_ended() -> None:
             vm.create_vcpu()
         # Its neighbour is not taken for it.
         other.create_vcpu().close()
+
+
+@pytest.mark.requires("fuse")
+def test_an_engine_that_refuses_its_vm_ends_with_that_errno() -> None:
+    with Service.start() as service:
+        number, sock = service.spawn_numbered("kvm", '{"policy": 4}')
+        with closing(Channel(sock, "engine")) as engine, pytest.raises(OSError, match=os.strerror(EINVAL)):
+            engine.call(wire.STATISTICS)
+        assert service.ending(number) == os.strerror(EINVAL)
 
 
 @pytest.mark.requires("fuse")

@@ -16,6 +16,7 @@ from restrictedmem import threads
 from restrictedmem.abi import fuse
 from restrictedmem.abi.fuse import Opcode
 from restrictedmem.abi.memory import PUNCH
+from restrictedmem.failure import status_of
 from restrictedmem.fd import OwnedFd, readable
 from restrictedmem.fs import filesystem as filesystem_module
 from restrictedmem.fs import server as server_module
@@ -372,7 +373,7 @@ def test_a_thread_that_cannot_go_on_ends_the_process(failure: Exception) -> None
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     assert done, "waited 10 s for the end of a process that cannot serve"
-    assert os.waitstatus_to_exitcode(status) == 1
+    assert os.waitstatus_to_exitcode(status) == status_of(failure)
 
 
 def _serve_until(failure: Exception) -> None:

@@ -18,6 +18,7 @@ import pytest
 from outcomes import in_child
 from processes import family
 from restrictedmem import guests
+from restrictedmem.failure import FAULT
 from restrictedmem.fd import close_all
 from restrictedmem.kvm import elf, recording
 from restrictedmem.kvm.vm import Vm
@@ -203,7 +204,7 @@ scope["fail"]()
 @pytest.mark.parametrize("argument", ["c_void_p", "py_object"], ids=["raised", "not even called"])
 def test_an_exception_that_nobody_gets_ends_the_process(argument: str) -> None:
     done = subprocess.run([sys.executable, "-I", "-c", _LOSES, PACKAGE_ROOT, argument], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (FAULT, "")
     assert "Error" in done.stderr
 
 

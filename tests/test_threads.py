@@ -11,6 +11,7 @@ import pytest
 
 from outcomes import Errno, outcome
 from restrictedmem import threads
+from restrictedmem.failure import status_of
 
 PATIENCE = 10.0
 Body = Callable[[], object]
@@ -94,7 +95,7 @@ def test_what_it_fails_with_ends_the_process(failure: BaseException, monkeypatch
             threading.Event().wait(PATIENCE)
         finally:
             os._exit(2)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status_of(failure)
 
 
 def test_one_that_is_joined_cannot_be_had_either(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,13 @@
 """Errors in the one form that they all have: ``CALL: strerror (detail)``, the path in ``filename``."""
 
 import os
-from errno import EIO
+from errno import EIO, ENOMEM
 from typing import Final
 
 #: MAX_ERRNO of the kernel.
 _LARGEST: Final = 4095
+#: The exit status of a child whose program failed with what is no errno.
+FAULT: Final = 255
 
 
 def failed(call: str, errno: int | None, detail: str = "", path: str | None = None) -> OSError:
@@ -50,3 +52,10 @@ def detail_of(error: OSError) -> str:
     call, found, detail = text.partition(f": {words}")
     inner = detail.removeprefix(" (").removesuffix(")")
     return f"{call}: {inner}" if found and inner else call
+
+
+def status_of(error: BaseException) -> int:
+    """Return the exit status with which a child tells its parent what it failed with: an errno, or ``FAULT``."""
+    if isinstance(error, MemoryError):
+        return ENOMEM
+    return error.errno if isinstance(error, OSError) and error.errno is not None and 0 < error.errno < FAULT else FAULT

@@ -13,7 +13,7 @@ from contextlib import suppress
 from errno import EAGAIN
 from typing import Final, final
 
-from restrictedmem.failure import failed
+from restrictedmem.failure import failed, status_of
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class _Thread:
             if self._taken.acquire(blocking=False):
                 self._begun.release()
                 self._run()
-        except BaseException:
+        except BaseException as error:
             with suppress(BaseException):
                 log.exception("a thread cannot go on")
-            os._exit(1)
+            os._exit(status_of(error))

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Final, TypeVar, final
 
 from restrictedmem import sync, threads
-from restrictedmem.failure import detail_of, failed
+from restrictedmem.failure import FAULT, detail_of, failed
 from restrictedmem.fd import OwnedFd
 from restrictedmem.mm.notifier import Notifier
 from restrictedmem.service import wire
@@ -169,7 +169,7 @@ class Consumer:
                     self._notify.reply(reply)
         finally:
             # Gone, or told something that this process cannot do: whoever goes on using pages then uses freed ones.
-            os._exit(1)
+            os._exit(FAULT)
 
     def _answer(self, message: Message) -> bytes | None:
         """Do what a message says, and return the reply; None for one that has none."""

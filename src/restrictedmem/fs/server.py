@@ -16,6 +16,7 @@ from typing import Final, final
 
 from restrictedmem import threads
 from restrictedmem.abi import fuse, process
+from restrictedmem.failure import status_of
 from restrictedmem.fd import OwnedFd
 from restrictedmem.fs.filesystem import FileSystem, Request
 from restrictedmem.patience import patiently
@@ -74,12 +75,12 @@ class Server:
         try:
             while self._lead(me) and self._work_off(me, may_end=may_end):
                 pass
-        except BaseException:
+        except BaseException as error:
             with suppress(BaseException):
                 log.exception("a FUSE thread cannot go on")
             # The device would stay open with nobody to read it: whoever waits for the mount would
             # wait for ever. With the process they get ENOTCONN.
-            os._exit(1)
+            os._exit(status_of(error))
         if self._leader == me:
             self._leader = 0
             self._leading.release()

@@ -25,6 +25,7 @@ from typing import Final, NoReturn, final
 
 from restrictedmem import threads
 from restrictedmem.abi import process
+from restrictedmem.failure import status_of
 from restrictedmem.fd import MSG_CTRUNC, MSG_DONTWAIT, MSG_TRUNC, OwnedFd, brings_fds, close_all, receive_with_fds, send_with_fds
 from restrictedmem.kvm.half import forbid_shrinking, is_memfd
 from restrictedmem.kvm.serving import RefusedError
@@ -117,10 +118,10 @@ class Intake:
 
         try:
             threads.start(drop)
-        except OSError:
-            os._exit(1)
+        except OSError as error:
+            os._exit(status_of(error))
         if not dropped.wait(_DROP):
-            os._exit(1)
+            os._exit(ETIMEDOUT)
 
     def _ask(self, question: bytes, fd: int) -> tuple[bytes, list[OwnedFd]] | None:
         """Have the checker answer a question about a descriptor; None when it does not answer, now or ever."""

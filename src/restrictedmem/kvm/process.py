@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, Generic, NoReturn, TypeVar, final
 from restrictedmem.child import in_child
 from restrictedmem.consumer import Bound, Consumer
 from restrictedmem.devkvm import Kvm
+from restrictedmem.failure import status_of
 from restrictedmem.fd import brings_fds
 from restrictedmem.kvm import checker, trial
 from restrictedmem.kvm.attributes import Attributes
@@ -95,7 +96,7 @@ def serve(owner: socket.socket, service: socket.socket, notify: socket.socket, o
             if not brings_fds(owner):
                 channel.receive()
         channel.reply_error(error)
-        os._exit(1)
+        os._exit(status_of(error))
     reporter = Reporter(consumer.requests, engine.report_page, creation.policy, engine.name)
     memory = VmMemory(engine, consumer.requests, api, attributes, intake.forbid_shrinking)
     machine = Machine(channel, intake, memory, engine, vcpus, creation, reporter, trace)

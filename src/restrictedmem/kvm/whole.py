@@ -4,7 +4,7 @@ import os
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from restrictedmem.service.ending import status_of
+from restrictedmem.failure import status_of
 
 
 @contextmanager

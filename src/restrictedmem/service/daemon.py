@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final, final
 from restrictedmem import threads
 from restrictedmem.abi import process
 from restrictedmem.burial import bury, bury_elsewhere
+from restrictedmem.failure import status_of
 from restrictedmem.fd import MSG_DONTWAIT, OwnedFd
 from restrictedmem.fs.filesystem import FileSystem
 from restrictedmem.fs.mount import Way
@@ -178,9 +179,9 @@ class Service:
             while True:
                 for key, _ in self._selector.select(self._pause()):
                     self._do(key.data)
-        finally:
+        except BaseException as error:  # noqa: BLE001
             # For want of memory, say. Whoever asks would wait for ever.
-            os._exit(1)
+            os._exit(status_of(error))
 
     def _do(self, ready: Callable[[], None]) -> None:
         try:

@@ -10,12 +10,10 @@ from contextlib import suppress
 from errno import EIO, ENOMEM
 from typing import Final, final
 
-from restrictedmem.failure import failed
+from restrictedmem.failure import FAULT, failed
 from restrictedmem.fd import OwnedFd
 from restrictedmem.service.cgroup import Cgroup
 
-#: The exit status of a child whose program failed with what is no errno.
-FAULT: Final = 255
 #: By signal, the limit that it says was reached.
 _LIMITS: Final[dict[int, str]] = {signal.SIGXCPU: "the limit on CPU time, ulimit -t", signal.SIGXFSZ: "the limit on file sizes, ulimit -f"}
 #: Options of the shell's, which has them in KiB, but for seconds.
@@ -24,13 +22,6 @@ _READY: Final = b"."
 #: Bytes of a word, which are written at once.
 _LONGEST: Final = 1000
 _NO_MEMORY: Final = "no memory: ulimit -v, memory.max of its cgroup, or the machine's"
-
-
-def status_of(error: BaseException) -> int:
-    """Return the exit status with which a child tells its parent what it failed with: an errno, or ``FAULT``."""
-    if isinstance(error, MemoryError):
-        return ENOMEM
-    return error.errno if isinstance(error, OSError) and error.errno is not None and 0 < error.errno < FAULT else FAULT
 
 
 def words_of(status: int, *, cpu_seconds: float = 0.0, oom: str = "") -> str:

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import ParamSpec
 
+from restrictedmem.failure import FAULT
+
 _P = ParamSpec("_P")
 
 #: Imported above for what looks them up by name, later.
@@ -43,7 +45,7 @@ def seal() -> None:
 
 
 def end_when_lost() -> None:
-    """Make an exception that nobody gets end this process (status 1), once it was told.
+    """Make an exception that nobody gets end this process (``FAULT``), once it was told.
 
     What a callback of a C library raises is such a one: ctypes drops it, and the library goes on.
     """
@@ -57,7 +59,7 @@ def _ending(tell: Callable[_P, object]) -> Callable[_P, None]:
         try:
             tell(*args, **kwargs)
         finally:
-            os._exit(1)
+            os._exit(FAULT)
 
     return end
 

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from restrictedmem.abi import process
 from restrictedmem.burial import bury
-from restrictedmem.failure import named
+from restrictedmem.failure import named, status_of
 from restrictedmem.fd import OwnedFd, close_all, refuse_fds
 from restrictedmem.patience import Patience
 from restrictedmem.service import daemon, sealing, wire
-from restrictedmem.service.ending import OomKills, Word, status_of, words_of
+from restrictedmem.service.ending import OomKills, Word, words_of
 from restrictedmem.service.privileges import drop_privileges
 from restrictedmem.service.program import VM, Programs, Serve
 from restrictedmem.service.wire import Channel, Message

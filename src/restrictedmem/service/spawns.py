@@ -94,7 +94,7 @@ class Spawns:
             heard = error
         except MemoryError:
             # What became of the first one is not known, and no other's turn would ever come.
-            os._exit(1)
+            os._exit(ENOMEM)
         if heard is None:
             return False
         spawn = self._waiting.popleft()

@@ -19,12 +19,12 @@ from types import NoneType
 from typing import Any, Final, NoReturn, Self, cast
 
 from restrictedmem.abi import process
-from restrictedmem.failure import failed
+from restrictedmem.failure import failed, status_of
 from restrictedmem.fd import peer_credentials, refuse_fds
 from restrictedmem.mm import design
 from restrictedmem.mm.notifier import Api
 from restrictedmem.service import program, spawner
-from restrictedmem.service.ending import Word, status_of
+from restrictedmem.service.ending import Word
 from restrictedmem.service.wire import Channel
 
 _TRACED: Final = "the service is being traced; strace -f does that, strace without -f and restrictedmem exec -- strace -f PROG do not"
