@@ -245,6 +245,22 @@ def test_a_vm_goes_on_without_its_checker(service: Service) -> None:
             os.close(end)
 
 
+def test_a_request_that_the_checker_dies_with_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is gone from the queue, and its owner waits."""
+    monkeypatch.setattr(checker, "_answer", lambda *_: os._exit(0))
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        engine = Channel(theirs, "owner")
+        intake = checker.start(engine, [ours])
+        try:
+            with_fds(1)(ours)
+            ours.settimeout(10)
+            assert serve_one(engine, intake.receive, lambda _: None)
+            assert errno_of_reply(ours) == ETIMEDOUT
+        finally:
+            intake.close()
+
+
 def test_a_vm_goes_on_without_a_checker_that_is_late(service: Service) -> None:
     with Vm(service, engine="software") as vm:
         vm._channel.sock.settimeout(30)

@@ -67,8 +67,10 @@ class Intake:
             return self._owner.receive(MSG_DONTWAIT)
         answer = self._ask(_TAKE, self._owner.fileno())
         if answer is None:
-            if brings_fds(self._owner.sock, MSG_DONTWAIT):
-                self._drop()
+            # The checker may have died with it in its hands: the owner is to hear that, too.
+            with suppress(BlockingIOError):
+                if brings_fds(self._owner.sock, MSG_DONTWAIT):
+                    self._drop()
             raise RefusedError(ETIMEDOUT, "descriptors are not taken any more: the process that looks at them did not answer")
         data, fds = answer
         errno, malformed = _ANSWER.unpack_from(data)
