@@ -30,6 +30,7 @@ PAGE = PAGE_SIZE
 SYS_execveat = 322
 SYS_readahead = 187
 FICLONE = 0x4004_9409
+FIBMAP = 1
 FIONREAD = 0x541B
 FS_IOC_GETFLAGS = 0x8008_6601
 MAP_HUGETLB = 0x4_0000
@@ -464,6 +465,16 @@ def ioctl(request: int) -> Operation:
     def operation(thing: Thing) -> int:
         resize(thing.fd, 4 * PAGE)
         return int.from_bytes(fcntl.ioctl(thing.fd, request, bytes(8)), "little")
+
+    return operation
+
+
+def ioctl_of(size: int, address: int | None = None) -> Operation:
+    """Issue an unknown request that brings so many bytes, or says that they are at an address."""
+    request = 1 << 30 | size << 16 | 0xEE00
+
+    def operation(thing: Thing) -> int:
+        return fcntl.ioctl(thing.fd, request, bytearray(size) if address is None else address)
 
     return operation
 

@@ -11,7 +11,7 @@ import re
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from errno import EBADF, EFBIG, EINVAL, EIO, ENODEV, ENOSYS, ENOTDIR, ENOTTY, ENXIO, EOPNOTSUPP, EPERM, ESPIPE, EXDEV
+from errno import EBADF, EFAULT, EFBIG, EINVAL, EIO, ENODEV, ENOSYS, ENOTDIR, ENOTTY, ENXIO, EOPNOTSUPP, EPERM, ESPIPE, EXDEV
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import pytest
 import descriptor_operations as do
 from descriptor_operations import PAGE, PRIVATE, SHARED, Operation, R, Thing, W, X, allocate, map_, punch, sizes
 from outcomes import Errno, in_child, outcome
-from restrictedmem.abi import kvm, memory
+from restrictedmem.abi import kvm, memory, process
 from restrictedmem.abi.memory import PUNCH, FallocMode, fallocate
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
@@ -41,6 +41,10 @@ class _Unsaid:
 SAME, UNSAID = _Same(), _Unsaid()
 
 _RELEASE = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
+
+
+#: Whether FIBMAP gets further than its capability, CAP_SYS_RAWIO.
+_RAWIO = process.effective_capabilities() >> 17 & 1
 
 
 def since(release: tuple[int, int], answer: object, before: object) -> object:
@@ -295,6 +299,10 @@ DESCRIPTOR = [
     refused("epoll_ctl ADD", do.epoll_add, EPERM, key="epoll", here=0, memfd=SAME),
     row("poll", do.poll, 5, all_same=True, memfd=SAME),
     refused("ioctl unknown", do.ioctl(0x12345), ENOTTY, memfd=SAME),
+    refused("ioctl unknown, 8 bytes", do.ioctl_of(8), ENOTTY, memfd=SAME),
+    refused("ioctl unknown, as long as one can be", do.ioctl_of(2**14 - 1), ENOTTY, memfd=SAME),
+    refused("ioctl unknown, at no address", do.ioctl_of(8, 0), ENOTTY, key="ioctl-argument", here=Errno(EFAULT), memfd=SAME),
+    row("ioctl FIBMAP", do.ioctl(do.FIBMAP), Errno(EINVAL if _RAWIO else EPERM), key="fibmap", here=0 if _RAWIO else SAME, memfd=SAME),
     row("ioctl FIONREAD", do.ioctl(do.FIONREAD), 0, key="fionread", here=4 * PAGE),
     refused("ioctl FS_IOC_GETFLAGS", do.ioctl(do.FS_IOC_GETFLAGS), ENOTTY, key="fileattr", here=Errno(ENXIO)),
     row("flock", do.flock, 0, all_same=True, memfd=SAME),

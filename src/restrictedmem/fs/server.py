@@ -35,7 +35,8 @@ _LAST_ERRNO: Final = 511
 _IN_SIZE: Final = fuse.IN_HEADER.size
 _OUT_SIZE: Final = fuse.OUT_HEADER.size
 _NOTHING: Final = bytes(_IN_SIZE)
-_BUFFER: Final = max(fuse.MIN_READ_BUFFER, 2 * os.sysconf("SC_PAGE_SIZE"))
+#: The longest request is an ioctl with an argument of 16,383 bytes, as many as its number can say (_IOC_SIZEBITS).
+_BUFFER: Final = fuse.MIN_READ_BUFFER + (1 << 14)
 
 
 @final
