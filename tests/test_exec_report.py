@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+import processes
 from outcomes import Errno, outcome
+from restrictedmem.abi.process import prctl
 from restrictedmem.fd import readable
 from restrictedmem.syscall.launch import Call
 from restrictedmem.syscall.popen import popen
@@ -23,6 +25,7 @@ pytestmark = pytest.mark.requires("fuse", "seccomp")
 
 NOTHING = {"created": 0, "sized": 0, "sized_bytes": 0, "punched": 0, "punched_bytes": 0, "peak_bytes": 0}
 PAGE = 4096
+PR_CAPBSET_DROP, CAP_KILL = 24, 5
 
 
 def reported(path: Path) -> dict[str, Any]:
@@ -167,10 +170,15 @@ def test_a_servers_service_does_not_count(tmp_path: Path) -> None:
 # As if it ran in that process's place.
 
 
-def start(tmp_path: Path, script: str) -> subprocess.Popen[str]:
+def is_gone(pid: int) -> bool:
+    """Say whether a program has ended, whoever is to reap it."""
+    return processes.process(pid) is None
+
+
+def start(tmp_path: Path, script: str, **options: Any) -> subprocess.Popen[str]:
     """Start a shell script that says "ready"."""
     command = [*EXEC, "--json", str(tmp_path / "report"), "--", "sh", "-c", script]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
@@ -210,7 +218,7 @@ def test_the_program_is_killed_with_the_command(tmp_path: Path) -> None:
         assert process.stdout is not None
         program = int(process.stdout.readline())
         process.kill()
-        wait_until(lambda: not Path(f"/proc/{program}").exists(), "the program to be gone")
+        wait_until(lambda: is_gone(program), "the program to be gone")
 
 
 @pytest.mark.requires("root")
@@ -220,7 +228,27 @@ def test_a_program_of_another_user_is_killed_with_the_command(tmp_path: Path) ->
         assert process.stdout is not None
         program = int(process.stdout.readline())
         process.kill()
-        wait_until(lambda: not Path(f"/proc/{program}").exists(), "the program to be gone")
+        wait_until(lambda: is_gone(program), "the program to be gone")
+
+
+@pytest.mark.requires("root")
+def test_nor_does_it_outlive_the_commands_process_group(tmp_path: Path) -> None:
+    code = "import os, sys; os.setsid(); os.setuid(65534); print('ready'); print(os.getpid(), flush=True); sys.stdin.read()"
+    with start(tmp_path, f'exec {sys.executable} -c "{code}"', process_group=0) as process:
+        assert process.stdout is not None
+        program = int(process.stdout.readline())
+        os.killpg(process.pid, signal.SIGKILL)
+        wait_until(lambda: is_gone(program), "the program to be gone")
+
+
+@pytest.mark.requires("root")
+def test_a_program_that_may_not_be_killed_is_waited_for(tmp_path: Path) -> None:
+    code = "import os, sys; os.setuid(65534); print('ready', flush=True); sys.stdin.read(); sys.exit(7)"
+    with start(tmp_path, f'exec {sys.executable} -c "{code}"', preexec_fn=lambda: prctl(PR_CAPBSET_DROP, CAP_KILL)) as process:
+        process.terminate()
+        process.communicate(timeout=20)
+        assert process.returncode == 7
+    assert reported(tmp_path / "report")["status"] == 7
 
 
 def test_a_terminals_interrupt_comes_once(tmp_path: Path) -> None:
@@ -251,6 +279,21 @@ print(*found)
     os.close(terminal)
 
 
+def test_a_program_hears_that_its_terminal_is_gone(tmp_path: Path) -> None:
+    """The kernel tells that to the leader of the session alone, which the command is here, as a terminal's first program is."""
+    code = f"trap 'echo heard > {tmp_path}/heard; exit 3' HUP; echo ready; while :; do sleep 0.1; done"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [*EXEC, "--json", str(tmp_path / "report"), "--", "sh", "-c", code])
+    output = b""
+    while not output.endswith(b"ready\r\n"):
+        assert readable([terminal], 60), "waited 60 s for the program to be ready"
+        output += os.read(terminal, 1000)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+    assert (tmp_path / "heard").exists()
+
+
 # popen.
 
 
@@ -276,6 +319,12 @@ def test_popen_judges_flags_strictly_where_they_are_not_cachestats() -> None:
     for call, told in ((Call(cachestat=False), f"-{EINVAL}\n"), (None, "0\n")):
         with popen([sys.executable, "-c", code], call, stdout=subprocess.PIPE, text=True) as process:
             assert process.communicate(timeout=60)[0] == told
+
+
+@pytest.mark.parametrize(("arguments", "options"), [("true", {}), (["true"], {"shell": True}), (["true"], {"executable": "/bin/true"})])
+def test_popen_takes_a_programs_arguments_alone(arguments: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=r"^popen takes a sequence of arguments"):
+        popen(arguments, **options)
 
 
 def test_popen_of_what_cannot_be_executed(tmp_path: Path) -> None:

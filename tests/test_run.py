@@ -9,9 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
+
+import processes
 
 pytestmark = pytest.mark.requires("fuse")
 
@@ -164,7 +165,7 @@ def test_ctrl_c_ends_everything() -> None:
     engine = engines_of(process.pid)[0]
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(10) == 128 + signal.SIGINT
-    poll_until(lambda: not Path(f"/proc/{engine}").exists(), "the engine to end")
+    poll_until(lambda: processes.process(engine) is None, "the engine to end")
 
 
 def engines_of(owner: int) -> list[int]:

@@ -1,7 +1,9 @@
 """Wait for a program as if it ran in this process's place: for who has something to say when it has ended.
 
-Both are of one process group, so a terminal's signals reach both and are not passed on; what somebody sends to this process is. When the
-program stops, so does this process, for the shell that looks at it; it goes on with the program, and ends as the program did.
+Both are of one process group, so a terminal's signals reach both and are not passed on. What somebody
+sends to this process is passed on, and what a terminal tells the leader of its session alone: that it
+is gone. When the program stops, so does this process, for the shell that looks at it; it goes on with
+the program, and ends as the program did.
 """
 
 import os
@@ -17,6 +19,10 @@ from restrictedmem.fd import OwnedFd, readable
 
 #: Sent by kill(2) and the like, not by the kernel (SI_USER, SI_QUEUE, SI_TKILL).
 _SENT: Final = (0, -1, -6)
+#: The kernel's own (SI_KERNEL).
+_KERNEL: Final = 0x80
+#: What the kernel sends to the leader of a session whose terminal is gone, and to nobody else.
+_HANG_UP: Final = (signal.SIGHUP, signal.SIGCONT)
 #: Seconds between two looks at a program that is stopped.
 _LOOK: Final = 0.05
 _TIMERS: Final = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
@@ -92,6 +98,8 @@ def _guard(child: int) -> int:
 def _kill_after(attendant: OwnedFd, program: OwnedFd) -> NoReturn:
     try:
         process.set_name("rmem-guard")
+        # Whoever kills this process's group is not to kill the guard with it.
+        os.setsid()
         readable([attendant])
         signal.pidfd_send_signal(program.fileno(), signal.SIGKILL)
     finally:
@@ -101,8 +109,9 @@ def _kill_after(attendant: OwnedFd, program: OwnedFd) -> NoReturn:
 def _wait(child: int, awaited: set[signal.Signals]) -> int:
     while True:
         info = signal.sigwaitinfo(awaited)
-        if info.si_code in _SENT and info.si_pid != child:
-            os.kill(child, info.si_signo)
+        sent = info.si_code in _SENT and info.si_pid != child
+        if sent or (info.si_code == _KERNEL and info.si_signo in _HANG_UP and _leads()):
+            _send(child, info.si_signo)
         # One that was sent may stand for the kernel's, too: there is one of a kind at a time.
         if info.si_signo != signal.SIGCHLD:
             continue
@@ -112,6 +121,17 @@ def _wait(child: int, awaited: set[signal.Signals]) -> int:
         if not os.WIFSTOPPED(status):
             return status
         _stop_with(child)
+
+
+def _leads() -> bool:
+    """Say whether this process leads its session."""
+    return os.getsid(0) == os.getpid()
+
+
+def _send(child: int, number: int) -> None:
+    # Root without CAP_KILL may not, once the program is another user.
+    with suppress(PermissionError):
+        os.kill(child, number)
 
 
 def _stop_with(child: int) -> None:
@@ -126,7 +146,7 @@ def _stop_with(child: int) -> None:
     if watcher > 0:
         os.kill(watcher, signal.SIGKILL)
         os.waitpid(watcher, 0)
-    os.kill(child, signal.SIGCONT)
+    _send(child, signal.SIGCONT)
 
 
 def _watch(parent: int, child: int) -> NoReturn:
@@ -155,6 +175,7 @@ def end_as(status: int) -> int:
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     with suppress(OSError):
         signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+    # Two numbers are the C library's, and are never blocked.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {number} & signal.valid_signals())
     os.kill(os.getpid(), number)
     return 128 + number

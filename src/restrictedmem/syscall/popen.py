@@ -16,14 +16,19 @@ _START: Final = "import sys; sys.path.insert(0, sys.argv.pop(1)); from restricte
 
 
 def popen(arguments: Sequence[str | os.PathLike[str]], call: Call | None = None, **options: Any) -> subprocess.Popen[Any]:
-    """Start a program under a supervisor of its own; ``options`` are those of ``subprocess.Popen``, and so is what is returned.
+    """Start a program under a supervisor of its own; ``options`` are those of ``subprocess.Popen``, but for ``shell`` and ``executable``.
+
+    What is returned is a ``subprocess.Popen``.
 
     It is ``restrictedmem exec`` that is started, and that the program replaces: so ``pid`` is the program's, and this process may have any
     number of threads. The program finds the service behind its descriptors by ``service.SERVER_VARIABLE``.
 
     Raises:
+        TypeError: for a string in place of a sequence, or one of those two options.
         OSError: ENOENT, EACCES as ``subprocess.Popen`` for a program that is not found or cannot be executed; EAGAIN, ENOMEM.
     """
+    if isinstance(arguments, str | bytes) or options.keys() & {"shell", "executable"}:
+        raise TypeError("popen takes a sequence of arguments, whose first is the program; shell and executable are not among its options")
     call = call or Call()
     words = [os.fspath(argument) for argument in arguments]
     _check(words[0], options)
