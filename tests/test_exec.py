@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import uuid
-from errno import EAGAIN, EBADF, ECHILD, EFAULT, EINVAL, EMFILE, ENFILE, ENODEV, ENOENT, ENOSYS
+from errno import EAGAIN, EBADF, ECHILD, EEXIST, EFAULT, EINVAL, EMFILE, ENFILE, ENODEV, ENOENT, ENOMEM, ENOSYS, EOVERFLOW
 from pathlib import Path
 
 import pytest
@@ -190,6 +190,31 @@ def test_it_cannot_be_mapped_privately_either() -> None:
         "print([map(fd, mmap.MAP_PRIVATE), map(fd, mmap.MAP_SHARED), map(plain, mmap.MAP_PRIVATE), map(99, mmap.MAP_PRIVATE)])"
     )
     assert said(code) == [ENODEV, ENODEV, 0, EBADF]
+
+
+def test_a_private_mapping_is_refused_as_a_shared_one_is() -> None:
+    """Of which the kernel alone decides. What depends on more than the numbers of the call is a row of docs/divergences.md."""
+    code = (
+        "fd = call(0); os.posix_fallocate(fd, 0, 4096); path = os.open(f'/proc/self/fd/{fd}', os.O_PATH)\n"
+        "libc.mmap.restype = ctypes.c_void_p\n"
+        "def map(fd, kind, address=0, length=4096, flags=0, offset=0):\n"
+        "    word = ctypes.c_ulong\n"
+        "    found = libc.mmap(word(address), word(length), mmap.PROT_READ, kind | flags, fd, ctypes.c_long(offset))\n"
+        "    return ctypes.get_errno() if found == ctypes.c_void_p(-1).value else 0\n"
+        "held = mmap.mmap(-1, 4096); here = ctypes.addressof(ctypes.c_char.from_buffer(held))\n"
+        "FIXED, HUGETLB, NOREPLACE = 0x10, 0x40000, 0x100000\n"
+        "cases = [(fd, {}), (fd, {'length': 0}), (fd, {'length': (1 << 64) - 1}), (fd, {'length': (1 << 64) - 4096}),\n"
+        "    (fd, {'length': 1 << 47}), (fd, {'length': (1 << 47) - 4095}), (fd, {'length': 1}), (fd, {'address': 1}),\n"
+        "    (fd, {'offset': 1}), (fd, {'address': here, 'flags': NOREPLACE}), (fd, {'address': here + 1, 'flags': FIXED}),\n"
+        "    (fd, {'address': here + 1, 'flags': NOREPLACE}), (fd, {'flags': HUGETLB}), (fd, {'offset': -4096}),\n"
+        # The kernel unmaps what was at a fixed address before it asks the file.
+        "    (path, {}), (fd, {'address': here, 'flags': FIXED})]\n"
+        "print([(map(fd, mmap.MAP_PRIVATE, **how), map(fd, mmap.MAP_SHARED, **how)) for fd, how in cases])"
+    )
+    rows = [(ENODEV, EEXIST), (ENODEV, EBADF)]
+    found = said(code)
+    assert [one for one in found if one[0] != one[1]] == rows
+    assert {shared for _, shared in found} == {ENODEV, EINVAL, ENOMEM, EOVERFLOW, EEXIST, EBADF}
 
 
 def test_its_file_system_is_the_proposals() -> None:

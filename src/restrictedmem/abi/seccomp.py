@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from enum import IntFlag
 from errno import EFAULT, EINVAL, EOPNOTSUPP
-from typing import Final
+from typing import Final, TypeVar
 
 from restrictedmem.abi._ioctl import Dir, Ioctl
 from restrictedmem.abi._struct import ZERO, c_struct, s32, s64, u8, u16, u32, u64
 from restrictedmem.abi._syscall import libc, raise_errno
 from restrictedmem.fd import OwnedFd
+
+_A = TypeVar("_A", bound=ctypes.Structure)
 
 SYS_seccomp: Final = {"x86_64": 317, "aarch64": 277}
 AUDIT_ARCH: Final = {"x86_64": 0xC000_003E, "aarch64": 0xC000_00B7, "i386": 0x4000_0003}
@@ -198,11 +200,21 @@ def install(program: Sequence[sock_filter], flags: FilterFlag) -> OwnedFd:
     return OwnedFd(_seccomp(SECCOMP_SET_MODE_FILTER, flags, fprog))
 
 
+def _decided(request: Ioctl[_A], listener: OwnedFd, argument: _A) -> int:
+    """Issue a request at a listener until the kernel has decided it.
+
+    EINTR says that nothing was done: this process was stopped, frozen or traced while it waited for the listener's lock.
+    """
+    while True:
+        with suppress(InterruptedError):
+            return request(listener, argument)
+
+
 def respond(listener: OwnedFd, call: int, error: int = 0, flags: int = 0, value: int = 0) -> None:
     """Answer a call, by its notification's id, with a value or an errno, if it still waits."""
     with suppress(FileNotFoundError):
         answer = seccomp_notif_resp(id=call, val=value, error=-error, flags=flags)
-        SECCOMP_IOCTL_NOTIF_SEND(listener, answer)
+        _decided(SECCOMP_IOCTL_NOTIF_SEND, listener, answer)
 
 
 def give(listener: OwnedFd, call: int, fd: OwnedFd) -> None:
@@ -219,10 +231,10 @@ def give(listener: OwnedFd, call: int, fd: OwnedFd) -> None:
     """
     gift = seccomp_notif_addfd(id=call, flags=0, srcfd=fd.fileno())
     if _waits_killably():
-        respond(listener, call, value=SECCOMP_IOCTL_NOTIF_ADDFD(listener, gift))
+        respond(listener, call, value=_decided(SECCOMP_IOCTL_NOTIF_ADDFD, listener, gift))
     else:
         gift.flags = SECCOMP_ADDFD_FLAG_SEND
-        SECCOMP_IOCTL_NOTIF_ADDFD(listener, gift)
+        _decided(SECCOMP_IOCTL_NOTIF_ADDFD, listener, gift)
 
 
 @functools.cache
@@ -237,7 +249,7 @@ def check_waiting(listener: OwnedFd, notification: seccomp_notif) -> None:
     Raises:
         OSError: ENOENT.
     """
-    SECCOMP_IOCTL_NOTIF_ID_VALID(listener, _word(value=notification.id))
+    _decided(SECCOMP_IOCTL_NOTIF_ID_VALID, listener, _word(value=notification.id))
 
 
 def wake_up_synchronously(listener: OwnedFd) -> None:

@@ -25,7 +25,10 @@ from restrictedmem.abi.seccomp import (
 
 MAP_PRIVATE: Final = 0x02
 MAP_TYPE: Final = 0x0F
+MAP_FIXED: Final = 0x10
 MAP_ANONYMOUS: Final = 0x20
+MAP_HUGETLB: Final = 0x4_0000
+MAP_FIXED_NOREPLACE: Final = 0x10_0000
 #: Set by glibc's loader on everything that it maps, and ignored by the kernel: so programs start even if the supervisor is gone.
 _MAP_DENYWRITE: Final = 0x0800
 

@@ -23,13 +23,15 @@ from restrictedmem.abi.seccomp import (
     SECCOMP_USER_NOTIF_FLAG_CONTINUE,
     check_waiting,
     respond,
+    seccomp_data,
     seccomp_notif,
     wake_up_synchronously,
 )
 from restrictedmem.fd import OwnedFd
-from restrictedmem.syscall.filter import Table
+from restrictedmem.syscall.filter import MAP_FIXED, MAP_FIXED_NOREPLACE, MAP_HUGETLB, Table
 from restrictedmem.syscall.porter import Porter
 from restrictedmem.syscall.scout import Question, Scout
+from restrictedmem.units import MAX_FILE_BYTES, PAGE_SIZE
 
 #: ``RESTRICTEDMEM_MAGIC`` of v9 and v10: "RESM".
 RESTRICTEDMEM_MAGIC: Final = 0x5245_534D
@@ -48,6 +50,9 @@ _U32: Final = 0xFFFF_FFFF
 _STATFS: Final = struct.Struct("=7q2i7q")
 _STATFS_I386: Final = struct.Struct("=2i5I2i7i")
 _STATFS64_I386: Final = struct.Struct("=2I5Q2i7I")
+
+#: Bytes of the addresses that programs have on x86-64, but for a page (TASK_SIZE).
+_MAX_LENGTH: Final = (1 << 47) - PAGE_SIZE
 
 #: What a call comes to, step by step: questions to its scout, whose answers it is sent, until it returns (0) or raises.
 _Steps = Generator[Question, bool, None]
@@ -109,9 +114,11 @@ class Supervisor:
             self._sweep()
         for fd, events in found:
             if fd == self._listener.fileno():
-                if events & (select.POLLHUP | select.POLLERR):
+                if events & select.POLLHUP:
                     return False
-                self._hear()
+                # POLLERR alone: this process was stopped while it waited for the listener's lock.
+                if events & select.POLLIN:
+                    self._hear()
             elif fd == self._porter.fileno():
                 return False
             else:
@@ -136,6 +143,8 @@ class Supervisor:
                 self._ask_porter(notification.id, flags)
         elif not self._porter.device:
             # Nobody has a descriptor yet.
+            respond(self._listener, notification.id, flags=SECCOMP_USER_NOTIF_FLAG_CONTINUE)
+        elif data.nr == table.mmap and _is_refused_anyway(data, table):
             respond(self._listener, notification.id, flags=SECCOMP_USER_NOTIF_FLAG_CONTINUE)
         elif data.nr == table.mmap:
             self._begin(notification, self._refuse_mmap(notification, "is_restricted", notification.data.arg4))
@@ -309,3 +318,17 @@ class Supervisor:
         if not written:
             # The kernel says EFAULT, or waits as long as there is somebody to bring the page (userfaultfd), and then says what FUSE does.
             raise _Continue
+
+
+def _is_refused_anyway(data: seccomp_data, table: Table) -> bool:
+    """Say whether the kernel refuses an mmap for its numbers, before it asks what file it is (ksys_mmap_pgoff, do_mmap)."""
+    fixed = data.arg3 & (MAP_FIXED | MAP_FIXED_NOREPLACE)
+    # i386 has its offset in pages.
+    offset = data.arg5 if table.old_mmap is None else 0
+    return (
+        not 0 < data.arg1 <= _MAX_LENGTH
+        or bool(fixed and data.arg0 % PAGE_SIZE)
+        or bool(data.arg3 & MAP_HUGETLB)
+        or bool(offset % PAGE_SIZE)
+        or offset > MAX_FILE_BYTES - data.arg1
+    )

@@ -1,0 +1,62 @@
+"""What the supervisor makes of a listener whose lock it did not get, for it was stopped, frozen or traced meanwhile.
+
+The kernel then says POLLERR or EINTR. That takes contended calls and many tries, so here it is said in the kernel's place.
+"""
+
+import select
+from collections.abc import Callable
+from errno import EINTR, ENOENT
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from outcomes import Errno, outcome
+from restrictedmem.abi import seccomp
+from restrictedmem.fd import OwnedFd
+from restrictedmem.syscall.supervisor import Supervisor
+
+_LISTENER, _PORTER = 7, 8
+
+
+@pytest.mark.parametrize(
+    ("fd", "events", "goes_on", "hears"),
+    [
+        (_LISTENER, select.POLLIN, True, 1),
+        (_LISTENER, select.POLLERR, True, 0),
+        (_LISTENER, select.POLLERR | select.POLLIN, True, 1),
+        (_LISTENER, select.POLLHUP, False, 0),
+        (_LISTENER, select.POLLHUP | select.POLLERR, False, 0),
+        (_PORTER, select.POLLERR, False, 0),
+    ],
+)
+def test_only_the_end_of_all_programs_and_of_the_porter_ends_it(fd: int, events: int, goes_on: bool, hears: int) -> None:
+    heard: list[int] = []
+    listener, porter = (SimpleNamespace(fileno=lambda number=number: number) for number in (_LISTENER, _PORTER))
+    poll = SimpleNamespace(poll=lambda _: [(fd, events)])
+    one = SimpleNamespace(_calls={}, _killed=set(), _poll=poll, _listener=listener, _porter=porter, _hear=lambda: heard.append(1))
+    assert Supervisor._turn(cast(Supervisor, one)) == goes_on
+    assert len(heard) == hears
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("SEND", lambda fd: seccomp.respond(fd, 1)),
+        ("ADDFD", lambda fd: seccomp.give(fd, 1, fd)),
+        ("ID_VALID", lambda fd: seccomp.check_waiting(fd, seccomp.seccomp_notif(id=1))),
+    ],
+)
+@pytest.mark.parametrize("killably", [False, True])
+def test_what_was_not_done_is_done_again(name: str, call: Callable[[Any], None], killably: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [EINTR, EINTR, ENOENT]
+
+    def request(*_: object) -> int:
+        raise OSError(answers.pop(0), name)
+
+    monkeypatch.setattr(seccomp, f"SECCOMP_IOCTL_NOTIF_{name}", request)
+    monkeypatch.setattr(seccomp, "_waits_killably", lambda: killably)
+    fd = cast(OwnedFd, SimpleNamespace(fileno=lambda: 0))
+    # Of a call that nobody waits for any more an answer is none the less given.
+    assert outcome(lambda: call(fd)) == (None if name == "SEND" else Errno(ENOENT))
+    assert answers == []
