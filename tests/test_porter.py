@@ -6,9 +6,9 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from errno import EAGAIN, EINTR
+from errno import EAGAIN, EINTR, ELIBACC, ENOMEM
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -27,8 +27,8 @@ from waiting import wait_until
 #: Calls by their ids: one whose caller does not run before it is let, and one whose does at once.
 _STARVED, _QUICK = 1, 2
 #: What is shared with the porter, a word each: whether starved callers run; answers to either kind;
-#: the most starved callers at once; its process id.
-_RUN, _PUT, _MOST, _PID = range(4)
+#: the most starved callers at once; its process id; the last errno that a call was answered with.
+_RUN, _PUT, _MOST, _PID, _ERRNO = range(5)
 
 
 class _Service:
@@ -39,7 +39,7 @@ class _Service:
 
 
 @contextmanager
-def _porter(monkeypatch: pytest.MonkeyPatch) -> Generator[tuple[Porter, "memoryview[int]"]]:
+def _porter(monkeypatch: pytest.MonkeyPatch, start: Callable[[], object] = _Service) -> Generator[tuple[Porter, "memoryview[int]"]]:
     """Yield a porter whose callers are not there, and what it shares with the test."""
     words = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")
     lock, starved = threading.Lock(), [0]
@@ -55,12 +55,16 @@ def _porter(monkeypatch: pytest.MonkeyPatch) -> Generator[tuple[Porter, "memoryv
             starved[0] -= call == _STARVED
             words[_PUT] += 1
 
+    def respond(_listener: object, _call: int, error: int) -> None:
+        words[_PID], words[_ERRNO] = os.getpid(), error
+
     monkeypatch.setattr(porter, "give", give)
+    monkeypatch.setattr(porter, "respond", respond)
     door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     door.bind(b"\0" + os.urandom(8).hex().encode())
     door.listen()
     with door, OwnedFd(os.memfd_create("listener")) as listener:
-        asked = Porter(listener, door, lambda: cast("Any", _Service()))
+        asked = Porter(listener, door, cast("Any", start))
         try:
             yield asked, words
         finally:
@@ -112,6 +116,25 @@ def test_where_there_is_no_further_thread_calls_wait_for_it(monkeypatch: pytest.
         words[_RUN] = 1
         wait_until(lambda: words[_PUT] == 3, "all to be answered")
         assert words[_MOST] == 1
+
+
+@pytest.mark.parametrize(
+    ("failure", "errno"), [(MemoryError(), ENOMEM), (ImportError("no room"), ELIBACC), (OSError(EAGAIN, "x"), EAGAIN)], ids=repr
+)
+def test_what_the_service_cannot_start_with_is_one_calls_errno(failure: Exception, errno: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = [failure]
+
+    def start() -> object:
+        if failures:
+            raise failures.pop()
+        return _Service()
+
+    with _porter(monkeypatch, start) as (asked, words):
+        asked.ask(_QUICK, 0)
+        wait_until(lambda: words[_ERRNO], "the call to be answered")
+        assert words[_ERRNO] == errno
+        asked.ask(_QUICK, 0)
+        wait_until(lambda: words[_PUT], "the next one to be answered")
 
 
 # What is given to a caller that does not run.

@@ -13,15 +13,15 @@ import os
 import select
 import socket
 import struct
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
-from errno import EIO
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager, suppress
+from errno import EIO, ELIBACC, ENOMEM
 from typing import TYPE_CHECKING, Final, final
 
 from restrictedmem import sync, threads
 from restrictedmem.abi.seccomp import give, respond
 from restrictedmem.burial import bury
-from restrictedmem.failure import line_of
+from restrictedmem.failure import failed, line_of
 from restrictedmem.fd import OwnedFd, above_standard, peer_credentials
 from restrictedmem.syscall.child import fork
 from restrictedmem.text import plain
@@ -136,6 +136,21 @@ class Porter:
         os.write(self._pipe.fileno(), _REQUEST.pack(call, flags))
 
 
+@contextmanager
+def _as_errno() -> Generator[None]:
+    """Have want of memory be an error of what was asked for, and not the porter's end.
+
+    Raises:
+        OSError: ENOMEM; ELIBACC for a library that could not be loaded.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise OSError(ENOMEM, os.strerror(ENOMEM)) from None
+    except ImportError as error:
+        raise failed("start", ELIBACC, str(error)) from None
+
+
 @final
 class _Work:
     def __init__(
@@ -217,7 +232,7 @@ class _Work:
     def _answer(self, call: int, flags: int) -> None:
         """Create a descriptor and put it into the caller, as the call's result: lowest free number, not close-on-exec."""
         try:
-            with self._made(flags) as fd:
+            with _as_errno(), self._made(flags) as fd:
                 self._leave_a_hand_free()
                 give(self._listener, call, fd)
         except OSError as error:
@@ -233,7 +248,7 @@ class _Work:
 
     def _let_in(self) -> None:
         """Make who knocks an owner of the service; one that nothing can be done for finds the connection closed."""
-        with suppress(OSError), ExitStack() as undo:
+        with suppress(OSError), _as_errno(), ExitStack() as undo:
             sock, _ = self._door.accept()
             undo.callback(bury, sock)
             if is_own(peer_credentials(sock)[1]):
@@ -254,7 +269,8 @@ class _Work:
         with self._mutex:
             if self._service is None:
                 try:
-                    service = self._start()
+                    with _as_errno():
+                        service = self._start()
                 except OSError as error:
                     if self._complaint is not None:
                         self._complaint.say(error)
