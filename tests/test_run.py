@@ -7,12 +7,11 @@ import random
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 
 import pytest
 
 import processes
+from waiting import wait_until
 
 pytestmark = pytest.mark.requires("fuse")
 
@@ -161,11 +160,11 @@ def test_a_reader_that_leaves_ends_it_quietly() -> None:
 
 def test_ctrl_c_ends_everything() -> None:
     process = subprocess.Popen([*COMMAND, "run", "--quiet", "spin", "loop"], stdin=subprocess.DEVNULL, start_new_session=True)
-    poll_until(lambda: len(engines_of(process.pid)) == 1, "the engine of the guest")
+    wait_until(lambda: len(engines_of(process.pid)) == 1, "the engine of the guest", 60)
     engine = engines_of(process.pid)[0]
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(10) == 128 + signal.SIGINT
-    poll_until(lambda: processes.process(engine) is None, "the engine to end")
+    wait_until(lambda: processes.process(engine) is None, "the engine to end")
 
 
 def engines_of(owner: int) -> list[int]:
@@ -173,10 +172,3 @@ def engines_of(owner: int) -> list[int]:
     done = subprocess.run([*COMMAND, "ps", "--json"], capture_output=True, check=True, timeout=30)
     services = [service for service in json.loads(done.stdout)["services"] if service.get("owner_pid") == owner]
     return [vm["report"]["pid"] for service in services for vm in service["consumers"] if "pid" in vm["report"]]
-
-
-def poll_until(reached: Callable[[], bool], what: str, seconds: float = 15) -> None:
-    deadline = time.monotonic() + seconds
-    while not reached():
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.01)
