@@ -184,8 +184,12 @@ def tests_by_module(root: Path) -> dict[str, list[str]]:
     files |= {path.stem: path for path in sorted((root / "tests").glob("*.py"))}
     importers: dict[str, set[str]] = {name: set() for name in files}
     for name, path in files.items():
-        for imported in _imports(ast.parse(path.read_bytes())) & files.keys():
-            importers[imported].add(name)
+        imports = _imports(ast.parse(path.read_bytes()))
+        # A test that goes through a package by itself ends with a dot.
+        whole = tuple(package for package in imports if package.endswith(".") and name.startswith("test_"))
+        for imported in files:
+            if imported in imports or imported.startswith(whole):
+                importers[imported].add(name)
     words = {path: set(_WORD.findall(path.read_text(encoding="utf-8"))) for path in files.values()}
     common = Counter(chain.from_iterable(words[path] for name, path in files.items() if name.startswith("test_")))
     found: dict[str, list[str]] = {}
@@ -214,8 +218,9 @@ def _imports(tree: ast.AST) -> set[str]:
                 found |= {module, *(f"{module}.{alias.name}" for alias in names)}
             case ast.Constant(str() as text):
                 found.add(f"{PACKAGE}.__main__" if text == PACKAGE else text)
-            case ast.JoinedStr([ast.Constant(str() as text), *_]) if text == f"{PACKAGE}.cli.":
-                # The command line's, which knows its commands by name alone.
+            case ast.JoinedStr([ast.Constant(str() as text), *_]) if text.startswith(f"{PACKAGE}.") and text.endswith("."):
+                found.add(text)
+                # The command line knows its commands by name alone.
                 found |= {text + word.value for word in ast.walk(tree) if isinstance(word, ast.Constant) and isinstance(word.value, str)}
             case _:
                 pass

@@ -117,10 +117,11 @@ def test_the_nearest_tests_come_first(tmp_path: Path) -> None:
         tests__test_d="code = 'restrictedmem.mm.pages'",
         tests__test_pages="import restrictedmem.kvm.vm",
         tests__test_other="import os",
+        tests__test_all="for found in names: import_module(f'restrictedmem.kvm.{found}')",
     )
     (tmp_path / "src/restrictedmem/__main__.py").write_text("from restrictedmem.cli.main import run")
     found = mutation.tests_by_module(root)
-    assert found["src/restrictedmem/mm/pages.py"] == [f"tests/test_{name}.py" for name in ("pages", "d", "last", "b", "c", "a")]
+    assert found["src/restrictedmem/mm/pages.py"] == [f"tests/test_{name}.py" for name in ("pages", "d", "all", "last", "b", "c", "a")]
     assert found["src/restrictedmem/cli/run.py"] == ["tests/test_a.py"]
 
 
