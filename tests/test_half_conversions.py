@@ -16,11 +16,11 @@ from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm import attributes as attributes_module
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.half import forbid_shrinking
-from restrictedmem.kvm.kernel.page_tables import PRESENT
+from restrictedmem.kvm.kernel.page_tables import PRESENT, WRITABLE
 from restrictedmem.kvm.kernel.private import GuestMemfdHalf, PrivateFile
 from restrictedmem.kvm.kernel.slots import ByAddress, ByAttribute, Conversion, KernelSlots
 from restrictedmem.kvm.kernel.system import SIZE, System
-from restrictedmem.kvm.memslot import Memslot
+from restrictedmem.kvm.memslot import READ, Memslot
 from restrictedmem.kvm.mmu import Fault, Mmu
 from restrictedmem.kvm.software.vm import SoftwareVm
 from restrictedmem.kvm.trace import Trace
@@ -129,6 +129,26 @@ def test_no_page_is_told_to_be_private_that_leads_to_the_shared_half(by: str) ->
         engine.slot.close()
     assert len(converted) > 5
     assert converted[-1] == END - START
+
+
+def test_pages_of_a_read_only_slot_can_be_written_to_while_content_is_put_in() -> None:
+    engine = Engine("attribute")
+    engine.conversion.remove(engine.slot)
+    engine.slot.rights = READ
+    engine.conversion.add(engine.slot)
+    engine.convert()
+
+    def writable() -> list[int]:
+        return [gfn for gfn in range(BASE, BASE + PAGES) if engine.own.tables.entry(gfn << PAGE_SHIFT) & WRITABLE]
+
+    assert writable() == []
+    with engine.conversion.open_for_copy(engine.slot, START, END):
+        assert writable() == list(range(START, END))
+        engine.kvm.private.clear()
+    assert writable() == []
+    # What the kernel made of the entries is zapped by a change of the attribute and back.
+    assert engine.kvm.private == {(engine.own.tables.entry(gfn << PAGE_SHIFT) & (1 << 52) - 1) >> PAGE_SHIFT for gfn in range(START, END)}
+    engine.slot.close()
 
 
 def test_what_the_kernel_has_no_memory_for_changes_nothing() -> None:

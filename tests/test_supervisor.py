@@ -5,7 +5,7 @@ The kernel then says POLLERR or EINTR. That takes contended calls and many tries
 
 import select
 from collections.abc import Callable
-from errno import EINTR, ENOENT
+from errno import EAGAIN, EINTR, ENOENT
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ import pytest
 from outcomes import Errno, outcome
 from restrictedmem.abi import seccomp
 from restrictedmem.fd import OwnedFd
+from restrictedmem.syscall import supervisor
 from restrictedmem.syscall.supervisor import Supervisor
 
 _LISTENER, _PORTER = 7, 8
@@ -60,3 +61,19 @@ def test_what_was_not_done_is_done_again(name: str, call: Callable[[Any], None],
     # Of a call that nobody waits for any more an answer is none the less given.
     assert outcome(lambda: call(fd)) == (None if name == "SEND" else Errno(ENOENT))
     assert answers == []
+
+
+def test_a_call_that_no_scout_can_be_sent_out_for_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered: list[int] = []
+    steps = (one for one in [("is_restricted", (1, 2, 3))])
+    one = Supervisor.__new__(Supervisor)
+    one._listener, one._calls, one._idle, one._killed = cast(OwnedFd, None), {}, [], set()
+    one._proc = cast(OwnedFd, None)
+
+    def none_is_had(_: object) -> object:
+        raise OSError(EAGAIN, "fork")
+
+    monkeypatch.setattr(supervisor, "Scout", none_is_had)
+    monkeypatch.setattr(supervisor, "respond", lambda _listener, call, _error=0, **_: answered.append(call))
+    one._begin(seccomp.seccomp_notif(id=5), cast(Any, steps))
+    assert (answered, one._calls) == ([5], {})

@@ -20,7 +20,7 @@ from processes import high
 from restrictedmem import sync
 from restrictedmem.abi import process
 from restrictedmem.fd import OwnedFd, close_all, readable, receive_with_fds, send_with_fds
-from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, format_size, parse_size, pgoff_t
+from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PAGE_SIZE, PageRange, format_size, parse_size, pgoff_t
 from users import forbid
 from waiting import wait_until, waits
 
@@ -73,6 +73,12 @@ def test_clip_is_the_intersection(first: int, end: int, other_first: int, other_
 )
 def test_sizes_that_are_read(text: str, size: int) -> None:
     assert parse_size(text) == size
+
+
+def test_the_largest_size_is_that_of_the_largest_file() -> None:
+    assert parse_size(str(MAX_FILE_BYTES)) == MAX_FILE_BYTES
+    with pytest.raises(ValueError, match=rf"^{MAX_FILE_BYTES + 1}: larger than any file \({MAX_FILE_BYTES}\)$"):
+        parse_size(str(MAX_FILE_BYTES + 1))
 
 
 @pytest.mark.parametrize("text", ["", "M", "-1", "1.5G", "1 0", "64Q", "0x10", "4096 bytes"])
