@@ -152,6 +152,8 @@ def test_a_counterexample_is_told_in_lines_and_as_data() -> None:
     assert found.lines()[0] in ("a", "b")
     assert found.lines()[-1] == "violated after 4 steps, none shorter: 2 increments made 1"
     # One actor's two steps are told together, not in turns.
+    numbers = [line.split()[0] for line in found.lines() if line.startswith("  ")]
+    assert numbers == ["1", "2", "3", "4"]
     assert [line for line in found.lines() if line in ("a", "b")] in (["a", "b", "a"], ["b", "a", "b"])
     data = found.as_data()
     assert data["steps"][0]["file"] == "test_explorer.py"
