@@ -193,6 +193,14 @@ def test_tests_that_hang_are_told_of(tmp_path: Path) -> None:
     assert (status, found["mutants"], len(found["survivors"]), found["late"]) == (1, 1, 1, 1)
 
 
+def test_tests_that_end_their_process_have_noticed(tmp_path: Path) -> None:
+    """With a status that says that all is well, as a child's is that goes on as its parent."""
+    limits = "def inside(x): return x < y\ny = int('3')\n"
+    tests = "import os\nfrom restrictedmem.mm import limits\ndef test_it():\n    if limits.inside(3): os._exit(0)\n"
+    status, found = mutate(a_tree_to_search(tmp_path, limits, tests), "--count", "1")
+    assert (status, found["mutants"], len(found["survivors"])) == (0, 1, 0)
+
+
 #: Guarantees, and the test that each names.
 ROWS = (("1.1", "low"), ("1.1a", "high"))
 
