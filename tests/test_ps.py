@@ -249,6 +249,7 @@ def test_what_a_stranger_says_of_itself_takes_a_few_lines(service: Service) -> N
         end = f", descriptors {files}, 0 invalidations"
         assert sum(line.endswith(end) for line in lines) == count
     assert "  … 10 more VMs and consumers (--json lists all)" in lines
+    assert any(line.startswith("  last error: xxx") for line in lines)
     assert (len(entry["consumers"]), entry["last_error"]) == (30, long)
 
 
