@@ -5,7 +5,10 @@ import os
 import secrets
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -122,3 +125,31 @@ def guilty(seed: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         said = prove.prove_main(service, memory=SIZE, engine="software", as_root=False, quiet=True)
     assert not said.proved
     return [(one.target, one.name) for one in said.attempts if one.outcome.bad]
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_the_line_of_progress_is_gone_at_the_end(error: type[BaseException] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    class Line:
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def update(self, text: Callable[[], str]) -> None:
+            said.append(text())
+
+        def clear(self) -> None:
+            said.append("cleared")
+
+    def prove_one(*_: object, progress: Callable[[Attempt], None], **__: object) -> list[Attempt]:
+        progress(Attempt("engine", "setns mnt", Outcome.REFUSED))
+        if error is not None:
+            raise error
+        return []
+
+    monkeypatch.setattr(prove, "Line", Line)
+    monkeypatch.setattr(prove, "held_guest", lambda *_: nullcontext())
+    monkeypatch.setattr(prove, "prove", prove_one)
+    with suppress(KeyboardInterrupt):
+        prove.prove_main(cast(Service, None), memory=SIZE, engine="software", as_root=False, quiet=False)
+    assert said == ["engine: setns mnt", "cleared"]
