@@ -317,7 +317,7 @@ def test_where_it_is_not_known_what_the_spawner_said_the_service_ends(spawning: 
             spawning.spawns.hear()
         finally:
             os._exit(2)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == ENOMEM
 
 
 @pytest.mark.parametrize("failure", [OSError(ENOBUFS, "send"), MemoryError()], ids=repr)
