@@ -8,7 +8,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from errno import EAGAIN, EBUSY, ENOBUFS, ENOMEM, ENOSPC
 from typing import Final
@@ -23,6 +23,7 @@ from restrictedmem.abi import io_uring, memory, process
 from restrictedmem.mm import pin
 from restrictedmem.mm.backing import MemfdBacking
 from restrictedmem.mm.pin import BLOCK, PinnedBacking
+from restrictedmem.mm.sequence import InvalidationSequence
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
 from waiting import wait_until
 
@@ -63,7 +64,7 @@ def frames(address: int, count: int) -> list[int]:
 
 
 @contextmanager
-def rig(blocks: int = 2, limit: int | None = None) -> Generator[Rig]:
+def rig(blocks: int = 2, limit: int | None = None, sequence: InvalidationSequence | None = None) -> Generator[Rig]:
     memfd = MemfdBacking(limit=limit)
     size = blocks * BLOCK_BYTES
     # As much as is needed to find 2 MiB-congruent addresses in it.
@@ -89,7 +90,7 @@ def rig(blocks: int = 2, limit: int | None = None) -> Generator[Rig]:
         def close(self) -> None:
             memfd.close()
 
-    made = PinnedBacking(Mapped(), address + shift, window)
+    made = PinnedBacking(Mapped(), address + shift, window, sequence)
     try:
         yield Rig(memfd, mapping, address + shift, made, window)
     finally:
@@ -209,6 +210,18 @@ def test_under_a_limit_the_page_alone() -> None:
         assert (found.pinned.pinned, found.resident()) == (4 * PAGE_SIZE, 4)
         assert outcome(lambda: found.allocate(20)) == Errno(ENOSPC)
         assert found.pinned.pinned == 4 * PAGE_SIZE
+
+
+def test_beside_an_invalidation_the_page_alone() -> None:
+    """What is being punched was released before, and nobody would release it once more."""
+    with closing(InvalidationSequence.create()) as sequence, rig(blocks=2, sequence=sequence) as found:
+        sequence.begin(pgoff_t(0), pgoff_t(496))
+        found.allocate(500)
+        found.allocate(BLOCK)
+        assert (found.resident(), found.pinned.pinned) == (1 + BLOCK, (1 + BLOCK) * PAGE_SIZE)
+        sequence.end()
+        found.allocate(7)
+        assert found.resident() == 2 + BLOCK
 
 
 def test_no_buffer_left(monkeypatch: pytest.MonkeyPatch) -> None:

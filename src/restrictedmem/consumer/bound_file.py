@@ -208,5 +208,5 @@ def _map(bound: Bound, window: PageRange, sequence: InvalidationSequence, made: 
     made.callback(mapping.close)
     backing: Allocator = MappedBacking(memfd, mapping, start)
     if bound.flags & BindingFlag.PIN:
-        backing = PinnedBacking(backing, mapping.address, window)
+        backing = PinnedBacking(backing, mapping.address, window, sequence)
     return mapping, Pages(backing, window, sequence)

@@ -149,7 +149,7 @@ class MemfdHalf:
         backing: Allocator = MappedBacking(file.memfd, self.half.mapping, start)
         if file.pinned:
             try:
-                backing = PinnedBacking(backing, self.half.address, window)
+                backing = PinnedBacking(backing, self.half.address, window, self.sequence)
             except BaseException:
                 self.half.close()
                 raise

@@ -13,6 +13,7 @@ from restrictedmem import sync
 from restrictedmem.abi import io_uring
 from restrictedmem.failure import failed
 from restrictedmem.mm.backing import Allocator
+from restrictedmem.mm.sequence import InvalidationSequence
 from restrictedmem.units import PAGE_SHIFT, PageRange, pgoff_t
 
 #: Pages of a buffer, 2 MiB: with ``io_uring.IORING_MAX_REG_BUFFERS`` of them a ring pins 32 GiB.
@@ -32,13 +33,14 @@ class _Run(NamedTuple):
 class PinnedBacking:
     """A mapped backing whose pages are pinned as they are allocated (``Allocator``).
 
-    The first page taken of an aligned 2 MiB brings all of it, as one buffer; where the limit forbids that, what was asked for alone.
+    The first page taken of an aligned 2 MiB brings all of it, as one buffer; where the limit forbids that, or a part is being invalidated,
+    what was asked for alone.
     """
 
-    __slots__ = ("_address", "_free", "_inner", "_mutex", "_ring", "_runs", "_window", "unpinned")
+    __slots__ = ("_address", "_free", "_inner", "_mutex", "_ring", "_runs", "_sequence", "_window", "unpinned")
 
-    def __init__(self, inner: Allocator, address: int, window: PageRange) -> None:
-        """Own ``inner``, whose pages of ``window`` lie from ``address`` on in this process.
+    def __init__(self, inner: Allocator, address: int, window: PageRange, sequence: InvalidationSequence | None = None) -> None:
+        """Own ``inner``, whose pages of ``window`` lie from ``address`` on in this process; ``sequence`` is the file's, as for ``Pages``.
 
         Raises:
             OSError: EPERM or ENOSYS where there is no io_uring; EINVAL before Linux 5.19; ENOMEM.
@@ -46,6 +48,7 @@ class PinnedBacking:
         self._inner = inner
         self._address = address
         self._window = window
+        self._sequence = sequence
         self._mutex = sync.mutex()
         self._runs: dict[int, list[_Run]] = {}
         self._free = list(range(io_uring.IORING_MAX_REG_BUFFERS - 1, -1, -1))
@@ -77,8 +80,8 @@ class PinnedBacking:
 
     def _allocate_block(self, block: int, part: PageRange) -> None:
         runs = self._runs.setdefault(block, [])
-        if not runs:
-            whole = self._window.clip(_block_range(block))
+        whole = self._window.clip(_block_range(block))
+        if not runs and not self._is_invalidated(whole):
             try:
                 self._take(runs, whole)
             except OSError as error:
@@ -88,6 +91,13 @@ class PinnedBacking:
                 return
         for gap in list(_gaps(part, runs)):
             self._take(runs, gap)
+
+    def _is_invalidated(self, span: PageRange) -> bool:
+        """Say whether a part is being invalidated, which may have been released by now: pinned again, it would outlast the punch.
+
+        What is invalidated from here on is released when the caller has let go of ``Pages``' mutex.
+        """
+        return self._sequence is not None and self._sequence.busy_over(span.start, span.end)
 
     def _take(self, runs: list[_Run], span: PageRange) -> None:
         self._inner.allocate(span.start << PAGE_SHIFT, len(span) << PAGE_SHIFT)
