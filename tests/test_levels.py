@@ -150,8 +150,7 @@ class Vm:
 
     def lose(self, index: int) -> None:
         pgoff = self.slot.pgoff_of(self.base + index)
-        for shown in self.mmu.lose(self.half.ino, PageRange(pgoff, pgoff_t(pgoff + 1))):
-            self.drop(*shown)
+        self.drop(*self.mmu.lose(self.half, PageRange(pgoff, pgoff_t(pgoff + 1))))
 
     def punch(self, first: int, last: int) -> None:
         span = self.slot.span_of(first, last)

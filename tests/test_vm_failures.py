@@ -16,6 +16,7 @@ import pytest
 from processes import descriptors
 from restrictedmem.abi import memory
 from restrictedmem.abi import process as this_process
+from restrictedmem.failure import FAULT
 from restrictedmem.kvm import checker, exits, wire
 from restrictedmem.kvm import process as kvm_process
 from restrictedmem.kvm.launch import measure
@@ -146,7 +147,7 @@ def test_a_guest_does_not_pass_what_a_hook_had_no_memory_for(monkeypatch: pytest
             os._exit(9)
     for sock in sockets:
         sock.close()
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == FAULT
 
 
 def test_where_memory_is_not_executable_a_vcpu_is_enomem() -> None:
@@ -178,11 +179,14 @@ def region(vm: Vm, fd: int | None, shared: int | None = None, **changed: int) ->
     vm.set_user_memory_region(**given, restricted_fd=fd, shared_fd=shared)
 
 
+F_SEAL_FUTURE_WRITE = 0x10
+
+
 @cache
-def sealed(size: int) -> int:
+def sealed(size: int, seal: int = fcntl.F_SEAL_SEAL) -> int:
     memfd = os.memfd_create("sealed", os.MFD_ALLOW_SEALING)
     os.ftruncate(memfd, size)
-    fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL)
+    fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, seal)
     return memfd
 
 
@@ -194,6 +198,8 @@ FAILURES: dict[str, tuple[Call, int]] = {
     "no restricted file": (lambda vm, _, memfd: region(vm, memfd), EINVAL),
     "memfd too small": (lambda vm, fd, memfd: region(vm, fd, memfd, memory_size=2 * PAGE), EINVAL),
     "memfd sealed": (lambda vm, fd, _: region(vm, fd, sealed(PAGE)), EINVAL),
+    "memfd sealed against writing": (lambda vm, fd, _: region(vm, fd, sealed(PAGE, fcntl.F_SEAL_WRITE)), EINVAL),
+    "memfd sealed against later writing": (lambda vm, fd, _: region(vm, fd, sealed(PAGE, F_SEAL_FUTURE_WRITE)), EINVAL),
     "another kind of file": (lambda vm, fd, _: region(vm, fd, 0), EINVAL),
     "deletion of nothing": (lambda vm, fd, _: region(vm, None, memory_size=0), EINVAL),
     "more than there is": (lambda vm, fd, _: region(vm, fd, memory_size=(1 << 31) * PAGE), EINVAL),

@@ -155,11 +155,14 @@ class SharedHalf(Half):
         """Map ``size`` bytes of ``file`` from byte ``offset`` on.
 
         Raises:
-            OSError: ENOMEM.
+            OSError: ENOMEM; EINVAL for a memfd that is sealed against writing.
         """
         file.get()
         try:
             super().__init__(file.fileno(), offset, size)
+        except PermissionError:
+            file.put()
+            raise OSError(EINVAL, "shared memory must be a memfd that is not sealed against writing") from None
         except BaseException:
             file.put()
             raise

@@ -21,7 +21,7 @@ from restrictedmem.kvm.memslots import Memslots
 from restrictedmem.kvm.trace import Trace, now
 from restrictedmem.mm.sequence import InvalidationSequence
 from restrictedmem.platform.host import NoPlatform, Platform
-from restrictedmem.units import PAGE_SHIFT, PageRange, gfn_t, pgoff_t
+from restrictedmem.units import PAGE_SHIFT, PageRange, gfn_t
 
 
 class Fault(Enum):
@@ -323,17 +323,13 @@ class Mmu:
         with self._settled:
             self._settled.notify_all()
 
-    def lose(self, ino: int, span: PageRange) -> list[tuple[gfn_t, gfn_t]]:
-        """Refuse pages of a file until they are punched (``kvm_gmem_error_folio``); returns the guest pages that showed them, zapped."""
-        shown: list[tuple[gfn_t, gfn_t]] = []
-        for slot in self.slots:
-            if slot.private is not None and slot.memfd_half.ino == ino:
-                start, end = slot.gfns_of(span)
-                if start < end:
-                    with self._lock:
-                        slot.memfd_half.failed.update(pgoff_t(slot.pgoff_of(gfn)) for gfn in range(start, end))
-                    shown.append(self.zap(slot, start, end))
-        return shown
+    def lose(self, half: MemfdHalf, span: PageRange) -> tuple[gfn_t, gfn_t]:
+        """Refuse pages of a half until they are punched (``kvm_gmem_error_folio``); returns the guest pages that showed them, zapped."""
+        lost = half.window.clip(span)
+        with self._lock:
+            half.failed.update(range(lost.start, lost.end))
+            slot = self._bound.get(half.binding)
+            return (gfn_t(0), gfn_t(0)) if slot is None else self._zap(slot, *slot.gfns_of(span))
 
     def zap(self, slot: Memslot, start: gfn_t, end: gfn_t) -> tuple[gfn_t, gfn_t]:
         """Remove the translations of guest pages of a slot, large ones whole; returns which pages that were, at least those asked for.

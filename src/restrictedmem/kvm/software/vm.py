@@ -180,11 +180,10 @@ class SoftwareVm:
                 half.pages.forget(gone)
 
     def error(self, binding: int, span: PageRange) -> None:
-        """Take pages from every slot that shows them, and refuse them (``Engine``)."""
-        slot = self.mmu.slot_of_binding(binding)
-        if slot is not None:
-            for shown in self.mmu.lose(slot.memfd_half.ino, span):
-                self._vcpus.drop(*shown)
+        """Take pages from the slot that shows them, and refuse them (``Engine``); the file's other bindings are told themselves."""
+        half = self._halves.get(binding)
+        if half is not None:
+            self._vcpus.drop(*self.mmu.lose(half, span))
 
     def page_count(self, binding: int, span: PageRange) -> int:
         """Count (``Engine``)."""
@@ -219,8 +218,9 @@ class SoftwareVm:
         pgoff = slot.pgoff_of(gfn)
         span = PageRange(pgoff, pgoff_t(pgoff + 1))
         self._take(slot.memfd_half, span)
-        for shown in self.mmu.lose(slot.memfd_half.ino, span):
-            self._vcpus.drop(*shown)
+        for half in list(self._halves.values()):
+            if half.ino == slot.memfd_half.ino:
+                self._vcpus.drop(*self.mmu.lose(half, span))
 
     def _take(self, half: MemfdHalf, span: PageRange) -> None:
         """Take pages for the owner, who waits for a punch as it would for the file's lock (filemap_invalidate_lock)."""
