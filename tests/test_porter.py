@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from errno import EAGAIN, EINTR, ELIBACC, ENOMEM
+from errno import EAGAIN, EINTR, EIO, ELIBACC, ENOMEM
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -119,7 +119,15 @@ def test_where_there_is_no_further_thread_calls_wait_for_it(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("failure", "errno"), [(MemoryError(), ENOMEM), (ImportError("no room"), ELIBACC), (OSError(EAGAIN, "x"), EAGAIN)], ids=repr
+    ("failure", "errno"),
+    [
+        (MemoryError(), ENOMEM),
+        (ImportError("no room"), ELIBACC),
+        (RuntimeError("can't allocate read lock"), ENOMEM),
+        (KeyError(1), EIO),
+        (OSError(EAGAIN, "x"), EAGAIN),
+    ],
+    ids=repr,
 )
 def test_what_the_service_cannot_start_with_is_one_calls_errno(failure: Exception, errno: int, monkeypatch: pytest.MonkeyPatch) -> None:
     failures = [failure]

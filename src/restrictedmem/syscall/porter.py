@@ -138,17 +138,22 @@ class Porter:
 
 @contextmanager
 def _as_errno() -> Generator[None]:
-    """Have want of memory be an error of what was asked for, and not the porter's end.
+    """Have want of memory, or what else goes wrong, be an error of what was asked for, and not the porter's end.
 
     Raises:
-        OSError: ENOMEM; ELIBACC for a library that could not be loaded.
+        OSError: ENOMEM; ELIBACC for a library that could not be loaded; EIO.
     """
     try:
         yield
-    except MemoryError:
-        raise OSError(ENOMEM, os.strerror(ENOMEM)) from None
+    except OSError:
+        raise
+    except (MemoryError, RuntimeError, SystemError) as error:
+        # The interpreter has many words for it: "can't allocate read lock" is a RuntimeError.
+        raise failed("start", ENOMEM, str(error)) from None
     except ImportError as error:
         raise failed("start", ELIBACC, str(error)) from None
+    except Exception as error:  # noqa: BLE001  one call's trouble
+        raise failed("start", EIO, f"{type(error).__name__}: {error}") from None
 
 
 @final
