@@ -25,6 +25,21 @@ def test_the_program_has_the_signal_mask_that_there_was() -> None:
     assert in_child(body) == "3"
 
 
+def test_an_interrupt_before_the_program_is_executed_ends_it_as_one() -> None:
+    """And not by an exception of this interpreter's, with a status that the program never had."""
+
+    def body() -> object:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        def program() -> NoReturn:
+            os.kill(os.getpid(), signal.SIGINT)
+            os._exit(3)
+
+        return os.waitstatus_to_exitcode(attend(program))
+
+    assert in_child(body) == str(-signal.SIGINT)
+
+
 def test_what_is_sent_after_the_programs_end_changes_nothing() -> None:
     def body() -> object:
         status = attend(lambda: os._exit(5))

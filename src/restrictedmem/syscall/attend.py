@@ -62,6 +62,9 @@ def attend(program: Callable[[], NoReturn]) -> int:
             for timer, (seconds, interval) in zip(_TIMERS, timers, strict=True):
                 signal.setitimer(timer, seconds, interval)
             signal.signal(signal.SIGCHLD, inherited)
+            # Until the program is executed it has Python's handler, whose exception nobody would hear of.
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             program()
         finally:
