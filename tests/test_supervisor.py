@@ -5,7 +5,7 @@ The kernel then says POLLERR or EINTR. That takes contended calls and many tries
 
 import select
 from collections.abc import Callable
-from errno import EAGAIN, EINTR, ENOENT
+from errno import EAGAIN, EINTR, EINVAL, EIO, ENOENT, ENOMEM
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -77,3 +77,13 @@ def test_a_call_that_no_scout_can_be_sent_out_for_is_answered(monkeypatch: pytes
     monkeypatch.setattr(supervisor, "respond", lambda _listener, call, _error=0, **_: answered.append(call))
     one._begin(seccomp.seccomp_notif(id=5), cast(Any, steps))
     assert (answered, one._calls) == ([5], {})
+
+
+@pytest.mark.parametrize(("failure", "errno"), [(EAGAIN, EAGAIN), (ENOMEM, ENOMEM), (EIO, EINVAL)])
+def test_a_cachestat_that_nobody_can_look_into_is_not_called_wrong(failure: int, errno: int) -> None:
+    one = Supervisor.__new__(Supervisor)
+    one._cachestat = True
+    call = seccomp.seccomp_notif(data=seccomp.seccomp_data(arg0=5, arg1=8, arg2=16))
+    steps = one._pass_cachestat(call)
+    assert next(steps)[0] == "may_be_cachestat"
+    assert outcome(lambda: steps.throw(OSError(failure, "fork"))) == Errno(errno)

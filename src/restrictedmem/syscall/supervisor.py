@@ -14,7 +14,7 @@ import struct
 from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import dataclass
-from errno import EINTR, EINVAL, EIO, ENODEV, ENOENT
+from errno import EAGAIN, EINTR, EINVAL, EIO, ENODEV, ENOENT, ENOMEM
 from typing import Final, final
 
 from restrictedmem.abi.memory import RMFD_HUGEPAGE
@@ -103,6 +103,9 @@ class Supervisor:
         self._poll.register(self._listener.fileno(), select.POLLIN)
         # It says nothing; but that it is gone is always reported.
         self._poll.register(self._porter.fileno(), 0)
+        # Programs may use up all processes that there may be.
+        with suppress(OSError):
+            self._idle.append(self._new_scout())
         while self._turn():
             pass
 
@@ -188,14 +191,18 @@ class Supervisor:
                 return scout
         # All of them are busy: for callers that are still there?
         self._sweep()
-        scout = Scout(self._proc)
-        for poll in (self._poll, self._scouts):
-            poll.register(scout.fileno(), select.POLLIN)
+        scout = self._new_scout()
         try:
             scout.ask(question)
         except OSError:
             self._kill(scout)
             raise
+        return scout
+
+    def _new_scout(self) -> Scout:
+        scout = Scout(self._proc)
+        for poll in (self._poll, self._scouts):
+            poll.register(scout.fileno(), select.POLLIN)
         return scout
 
     def _go_on(self, fd: int) -> None:
@@ -266,13 +273,16 @@ class Supervisor:
 
         Raises:
             _Continue: it is one.
-            OSError: EINVAL: it is memfd_restricted with flags that are none.
+            OSError: EINVAL: it is memfd_restricted with flags that are none; EAGAIN, ENOMEM: there is no scout to tell.
         """
         data = notification.data
         if self._cachestat and not data.arg3 & _U32 and (data.arg1 | data.arg2) & 7 == 0:
-            with suppress(OSError):
+            try:
                 if (yield "may_be_cachestat", (notification.pid, data.arg0 & _U32, data.arg1, data.arg2)):
                     raise _Continue
+            except OSError as error:
+                if error.errno in (EAGAIN, ENOMEM):
+                    raise
         raise OSError(EINVAL, "memfd_restricted: unknown flags")
 
     # What FUSE cannot say, of the descriptors of this supervisor's service; of others, and where nobody may look, the kernel says it.
@@ -327,7 +337,7 @@ def _is_refused_anyway(data: seccomp_data, table: Table) -> bool:
     offset = data.arg5 if table.old_mmap is None else 0
     return (
         not 0 < data.arg1 <= _MAX_LENGTH
-        or bool(fixed and data.arg0 % PAGE_SIZE)
+        or bool(fixed and (data.arg0 % PAGE_SIZE or data.arg0 > _MAX_LENGTH - data.arg1))
         or bool(data.arg3 & MAP_HUGETLB)
         or bool(offset % PAGE_SIZE)
         or offset > MAX_FILE_BYTES - data.arg1
