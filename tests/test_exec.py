@@ -65,6 +65,33 @@ def test_a_program_without_standard_descriptors(closed: str) -> None:
     assert subprocess.run(shell, check=False, timeout=60).returncode == 0
 
 
+@pytest.mark.parametrize("by_path", [False, True])
+def test_a_script_without_its_interpreters_name_is_the_shells(by_path: bool, tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text('echo "$0 $1"; exit 5\n', encoding="ascii")
+    script.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = [*EXEC, "--", "script" if by_path else str(script), "x"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (5, f"{script} x\n", "")
+
+
+@pytest.mark.parametrize("pending", [False, True])
+def test_no_end_of_a_child_is_pending_that_was_not(pending: bool) -> None:
+    before = {signal.SIGCHLD} if pending else set()
+
+    def block() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+        if pending:
+            os.kill(os.getpid(), signal.SIGCHLD)
+
+    code = "import signal; print(signal.sigpending())"
+    done = subprocess.run(
+        [*EXEC, "--", sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60, preexec_fn=block
+    )
+    assert done.stdout == f"{before}\n"
+
+
 def test_doctor_says_where_the_call_is_present() -> None:
     doctor = [sys.executable, "-m", "restrictedmem", "doctor", "--json"]
     states: list[str] = []
@@ -205,7 +232,8 @@ def test_a_private_mapping_is_refused_as_a_shared_one_is() -> None:
         "FIXED, HUGETLB, NOREPLACE = 0x10, 0x40000, 0x100000\n"
         "cases = [(fd, {}), (fd, {'length': 0}), (fd, {'length': (1 << 64) - 1}), (fd, {'length': (1 << 64) - 4096}),\n"
         "    (fd, {'length': 1 << 47}), (fd, {'length': (1 << 47) - 4095}), (fd, {'length': 1}), (fd, {'address': 1}),\n"
-        "    (fd, {'offset': 1}), (fd, {'address': here, 'flags': NOREPLACE}), (fd, {'address': here + 1, 'flags': FIXED}),\n"
+        "    (fd, {'address': 1 << 47, 'flags': FIXED}), (fd, {'offset': 1}),\n"
+        "    (fd, {'address': here, 'flags': NOREPLACE}), (fd, {'address': here + 1, 'flags': FIXED}),\n"
         "    (fd, {'address': here + 1, 'flags': NOREPLACE}), (fd, {'flags': HUGETLB}), (fd, {'offset': -4096}),\n"
         # The kernel unmaps what was at a fixed address before it asks the file.
         "    (path, {}), (fd, {'address': here, 'flags': FIXED})]\n"
@@ -279,6 +307,8 @@ def test_where_nobody_may_look_into_the_program_the_file_system_answers(dumpable
     ("arguments", "status", "message"),
     [
         (["/no/such/program"], 127, "restrictedmem exec: /no/such/program: No such file or directory\n"),
+        ([""], 127, "restrictedmem exec: '': No such file or directory\n"),
+        (["/no\x1b[31m\nx"], 127, "restrictedmem exec: /no\\x1b[31m\\nx: No such file or directory\n"),
         (["/etc/passwd"], 126, "restrictedmem exec: /etc/passwd: Permission denied\n"),
         (["sh", "-c", "exit 7"], 7, ""),
         (["sh", "-c", "kill -TERM $$"], -signal.SIGTERM, ""),

@@ -108,6 +108,7 @@ def test_memory_that_a_guest_took(tmp_path: Path) -> None:
     ("arguments", "status", "signal_", "message"),
     [
         (["/no/such/program"], 127, None, "restrictedmem exec: /no/such/program: No such file or directory\n"),
+        ([""], 127, None, "restrictedmem exec: '': No such file or directory\n"),
         (["/etc/passwd"], 126, None, "restrictedmem exec: /etc/passwd: Permission denied\n"),
         (["sh", "-c", "exit 7"], 7, None, ""),
         (["sh", "-c", "kill -TERM $$"], None, signal.SIGTERM, ""),

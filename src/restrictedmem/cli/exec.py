@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from errno import EBUSY, EOPNOTSUPP
+from errno import EBUSY, ENOMEM, EOPNOTSUPP
 from typing import Any, Final, NoReturn
 
 from restrictedmem.abi.memory import SYS_memfd_restricted
@@ -13,6 +13,7 @@ from restrictedmem.cli import jsonfile, values
 from restrictedmem.cli.errors import CommandError, complain
 from restrictedmem.failure import failed, line_of
 from restrictedmem.service import SERVER_VARIABLE
+from restrictedmem.text import plain
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -99,8 +100,9 @@ def _become(command: list[str]) -> NoReturn:
 
     try:
         replace(command)
-    except OSError as error:
-        print(f"restrictedmem exec: {command[0]}: {os.strerror(error.errno or 0)}", file=sys.stderr)
+    except (OSError, MemoryError, ValueError) as error:
+        why = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error) or os.strerror(ENOMEM)
+        print(f"restrictedmem exec: {plain(command[0]) or repr('')}: {why}", file=sys.stderr)
         os._exit(127 if isinstance(error, FileNotFoundError) else 126)
 
 

@@ -6,12 +6,13 @@ of nobody's: a program that waits for any child must not meet one that it does n
 
 import marshal
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from errno import EBUSY, ECHILD, EMFILE, ENFILE, ENOMEM, ENOTSUP
+from errno import EBUSY, ECHILD, EMFILE, ENFILE, ENOENT, ENOEXEC, ENOMEM, ENOTSUP
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from restrictedmem.abi import process, seccomp
@@ -50,15 +51,26 @@ class Call:
 
 
 def replace(arguments: Sequence[str]) -> NoReturn:
-    """Execute a program in this one's place, found as a shell finds it.
+    """Execute a program in this one's place, found as a shell finds it; a script that names no interpreter is /bin/sh's.
 
     Raises:
         OSError: as execvp(3).
     """
+    if not arguments[0]:
+        raise failed("exec", ENOENT)
     # Python ignores them from its start on, and exec would pass that on.
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
-    os.execvp(arguments[0], list(arguments))
+    found = shutil.which(arguments[0])
+    if found is None:
+        # It knows which errno that is.
+        os.execvp(arguments[0], list(arguments))
+    try:
+        os.execv(found, list(arguments))
+    except OSError as error:
+        if error.errno != ENOEXEC:
+            raise
+        os.execv("/bin/sh", ["sh", found, *arguments[1:]])
 
 
 def install(call: Call, *, usage: bool = False) -> bool:
@@ -184,6 +196,7 @@ def _fork_supervisor(channel: socket.socket, door: socket.socket, machine: str, 
     program_pid, subreaper = os.getpid(), process.is_subreaper()
     # The program may be one. It is to meet no child that it does not know, the service and its processes included.
     process.prctl(process.PR_SET_CHILD_SUBREAPER, 0)
+    pending = signal.SIGCHLD in signal.sigpending()
     try:
         child = process.fork()
         if not child:
@@ -191,6 +204,9 @@ def _fork_supervisor(channel: socket.socket, door: socket.socket, machine: str, 
         # Where SIGCHLD is ignored the kernel reaps it, and this waits until it has.
         with suppress(ChildProcessError):
             os.waitpid(child, 0)
+        # Where it is blocked, the program would find it, from a child that it never had.
+        if not pending and signal.SIGCHLD in signal.sigpending():
+            signal.sigtimedwait({signal.SIGCHLD}, 0)
     finally:
         process.prctl(process.PR_SET_CHILD_SUBREAPER, subreaper)
 
