@@ -3,6 +3,8 @@
 The kernel then says POLLERR or EINTR. That takes contended calls and many tries, so here it is said in the kernel's place.
 """
 
+import ctypes
+import os
 import select
 from collections.abc import Callable
 from errno import EAGAIN, EINTR, EINVAL, EIO, ENOENT, ENOMEM
@@ -12,9 +14,12 @@ from typing import Any, cast
 import pytest
 
 from outcomes import Errno, outcome
-from restrictedmem.abi import seccomp
+from processes import descriptors
+from restrictedmem.abi import process, seccomp
 from restrictedmem.fd import OwnedFd
+from restrictedmem.service.client import Service
 from restrictedmem.syscall import supervisor
+from restrictedmem.syscall.scout import _Looks
 from restrictedmem.syscall.supervisor import Supervisor
 
 _LISTENER, _PORTER = 7, 8
@@ -87,3 +92,18 @@ def test_a_cachestat_that_nobody_can_look_into_is_not_called_wrong(failure: int,
     steps = one._pass_cachestat(call)
     assert next(steps)[0] == "may_be_cachestat"
     assert outcome(lambda: steps.throw(OSError(failure, "fork"))) == Errno(errno)
+
+
+@pytest.mark.requires("fuse")
+def test_a_scout_holds_no_programs_memory_once_it_has_written() -> None:
+    with Service.start() as service, OwnedFd(service.memfd_restricted()) as fd, process.proc() as proc:
+        looks, room = _Looks(proc), ctypes.create_string_buffer(8)
+        address, device = ctypes.addressof(room), os.fstat(fd.fileno()).st_dev
+        before = descriptors(os.getpid())
+        for content in b"one", b"two":
+            assert looks.open_memory(os.getpid(), fd.fileno(), device)
+            # Another program's is let go of first.
+            assert looks.open_memory(os.getpid(), fd.fileno(), device)
+            assert looks.write(address, content)
+            assert room.value == content
+            assert descriptors(os.getpid()) == before
