@@ -107,3 +107,14 @@ def test_a_scout_holds_no_programs_memory_once_it_has_written() -> None:
             assert looks.write(address, content)
             assert room.value == content
             assert descriptors(os.getpid()) == before
+
+
+def test_of_idle_scouts_the_one_that_has_ended_is_let_go_of() -> None:
+    one = Supervisor.__new__(Supervisor)
+    killed: list[object] = []
+    scouts = [SimpleNamespace(fileno=lambda number=number: number, kill=lambda: None, pid=number) for number in (5, 6, 7)]
+    poll = SimpleNamespace(unregister=killed.append)
+    one._calls, one._idle, one._killed = {}, cast(Any, scouts[:]), set()
+    one._poll = one._scouts = cast(Any, poll)
+    one._go_on(6)
+    assert ([scout.fileno() for scout in one._idle], one._killed, killed) == ([5, 7], {6}, [6, 6])
