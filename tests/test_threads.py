@@ -33,7 +33,11 @@ def test_no_thread_to_be_had(failure: Exception, monkeypatch: pytest.MonkeyPatch
     def fail(*_: object) -> None:
         raise failure
 
+    def waits(_: object) -> bool:
+        raise AssertionError("there is nobody to wait for")
+
     monkeypatch.setattr(_thread, "start_new_thread", fail)
+    monkeypatch.setattr(threads._Thread, "comes", waits)
     assert outcome(lambda: threads.start(fail)) == Errno(EAGAIN)
 
 
