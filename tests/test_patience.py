@@ -1,6 +1,7 @@
 """A deadline that counts only time in which the process runs that waits."""
 
 import os
+import resource
 import select
 import signal
 import time
@@ -8,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
+from outcomes import in_child as apart
 from processes import stop
 from restrictedmem.child import in_child
 from restrictedmem.patience import Patience
@@ -45,6 +47,27 @@ def test_what_comes_at_once_uses_it_up_too() -> None:
     assert SECONDS < last < 10 * SECONDS
     os.close(reader)
     os.close(writer)
+
+
+@pytest.mark.parametrize("rises", [False, True])
+def test_it_waits_under_a_limit_that_lets_nobody_wait(rises: bool) -> None:
+    """poll(2) is EINVAL then."""
+
+    def body() -> object:
+        reader, writer = os.pipe()
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+
+        def rise(*_: object) -> None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (8, hard))
+            os.write(writer, b"x")
+
+        if rises:
+            signal.signal(signal.SIGALRM, rise)
+            signal.setitimer(signal.ITIMER_REAL, SECONDS / 4)
+        return Patience(SECONDS).wait(reader, select.POLLIN)
+
+    assert apart(body) == str(rises)
 
 
 @pytest.mark.parametrize("stopped", [0.0, 3 * SECONDS])

@@ -3,6 +3,7 @@
 import select
 import time
 from collections.abc import Callable
+from errno import EINVAL
 from typing import Final, TypeVar, final
 
 #: Seconds that one look may count.
@@ -53,7 +54,14 @@ class Patience:
         poll.register(fd, events)
         while True:
             left = self._seconds - self._clock.seconds
-            ready = poll.poll(1000 * min(SLICE, max(left, 0)))
+            try:
+                ready = poll.poll(1000 * min(SLICE, max(left, 0)))
+            except OSError as error:
+                if error.errno != EINVAL:
+                    raise
+                # The limit on descriptors is 0, where poll(2) takes not even one. It may rise again.
+                time.sleep(_PAUSE)
+                ready = []
             if self._clock.look() >= self._seconds or ready:
                 return bool(ready)
 
