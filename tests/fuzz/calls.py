@@ -20,11 +20,15 @@ from restrictedmem.fd import OwnedFd
 from restrictedmem.syscall import scout, supervisor
 from restrictedmem.syscall.filter import MAP_ANONYMOUS, MAP_PRIVATE, MAP_TYPE, TABLES
 from restrictedmem.syscall.scout import Question
+from restrictedmem.units import MAX_FILE_BYTES
 
 _TABLES: Final = TABLES["x86_64"]
 _NUMBER: Final = 451
 _U32: Final = 0xFFFF_FFFF
 _MAP_32BIT: Final = 0x40
+_MAP_HUGETLB: Final = 0x4_0000
+#: MAP_FIXED, MAP_FIXED_NOREPLACE.
+_FIXED: Final = 0x10_0010
 #: struct statfs, by architecture and number: its size, and the bytes of f_type.
 _STATFS: Final = {(0, 138): (120, 8), (1, 100): (64, 4), (1, 269): (84, 4)}
 _MAGIC: Final = 0x5245_534D
@@ -173,6 +177,16 @@ def _ask(made: supervisor.Supervisor, table: int, number: int, words: list[int])
     return given
 
 
+def _is_wrong_anyway(table: int, words: list[int]) -> bool:
+    """Say whether an mmap has numbers that no file can be mapped with."""
+    address, length, _, flags, _, offset = (word & (_U32 if table else -1) for word in words)
+    end, top = address + length if flags & _FIXED else length, (1 << 47) - mmap.PAGESIZE
+    wrong = [length == 0, end > top, flags & _MAP_HUGETLB, flags & _FIXED and address & 4095]
+    # i386's is in pages.
+    wrong += [] if table else [offset & 4095, offset + length > MAX_FILE_BYTES]
+    return any(wrong)
+
+
 def _check(
     made: supervisor.Supervisor, table: int, number: int, words: list[int], before: bytes, given: int, rights: str, restricted: int
 ) -> None:
@@ -190,7 +204,8 @@ def _check(
         before = before[:offset] + after[offset : offset + layout[0]] + before[offset + layout[0] :]
     assert after == before, "memory that is not the result's"
     if number == _TABLES[table].mmap:
-        assert given == (ENODEV if words[4] & _U32 == restricted else _CONTINUE)
+        refused = words[4] & _U32 == restricted and not _is_wrong_anyway(table, words)
+        assert given == (ENODEV if refused else _CONTINUE)
     elif number == _TABLES[table].old_mmap:
         offset = (words[0] & _U32) - area.address
         struct = before[offset : offset + 24] if 0 <= offset <= size - 24 and "r" in rights else b""

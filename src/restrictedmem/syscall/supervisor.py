@@ -333,12 +333,15 @@ class Supervisor:
 def _is_refused_anyway(data: seccomp_data, table: Table) -> bool:
     """Say whether the kernel refuses an mmap for its numbers, before it asks what file it is (ksys_mmap_pgoff, do_mmap)."""
     fixed = data.arg3 & (MAP_FIXED | MAP_FIXED_NOREPLACE)
-    # i386 has its offset in pages.
-    offset = data.arg5 if table.old_mmap is None else 0
+    if table.old_mmap is None:
+        address, length, offset = data.arg0, data.arg1, data.arg5
+    else:
+        # i386 has words of 32 bits, and its offset in pages.
+        address, length, offset = data.arg0 & _U32, data.arg1 & _U32, 0
     return (
-        not 0 < data.arg1 <= _MAX_LENGTH
-        or bool(fixed and (data.arg0 % PAGE_SIZE or data.arg0 > _MAX_LENGTH - data.arg1))
+        not 0 < length <= _MAX_LENGTH
+        or bool(fixed and (address % PAGE_SIZE or address > _MAX_LENGTH - length))
         or bool(data.arg3 & MAP_HUGETLB)
         or bool(offset % PAGE_SIZE)
-        or offset > MAX_FILE_BYTES - data.arg1
+        or offset > MAX_FILE_BYTES - length
     )
