@@ -247,7 +247,11 @@ def test_a_vm_goes_on_without_its_checker(service: Service) -> None:
 
 def test_a_request_that_the_checker_dies_with_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is gone from the queue, and its owner waits."""
-    monkeypatch.setattr(checker, "_answer", lambda *_: os._exit(0))
+
+    def die(*_: object) -> None:
+        os._exit(0)
+
+    monkeypatch.setattr(checker, "_answer", die)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         engine = Channel(theirs, "owner")
@@ -404,7 +408,8 @@ def being_written(memfd: int) -> Generator[None]:
             os.closerange(kept[0] + 1, kept[1])
             os.closerange(kept[1] + 1, 1 << 16)
             page = mmap.mmap(-1, PAGE)
-            watch = uffd.userfaultfd(0)
+            # poll(2) tells only of one that does not block (userfaultfd_poll).
+            watch = uffd.userfaultfd(os.O_NONBLOCK)
             uffd.UFFDIO_API(watch, uffd.uffdio_api(api=uffd.UFFD_API, features=0))
             uffd.UFFDIO_REGISTER(watch, uffd.uffdio_register(start=address_of(page), len=PAGE, mode=uffd.UFFDIO_REGISTER_MODE_MISSING))
             threading.Thread(target=os.write, args=(memfd, page), daemon=True).start()
