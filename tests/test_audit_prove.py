@@ -148,7 +148,11 @@ def test_the_line_of_progress_is_gone_at_the_end(error: type[BaseException] | No
         return []
 
     monkeypatch.setattr(prove, "Line", Line)
-    monkeypatch.setattr(prove, "held_guest", lambda *_: nullcontext())
+
+    def held_guest(*_: object) -> nullcontext[None]:
+        return nullcontext()
+
+    monkeypatch.setattr(prove, "held_guest", held_guest)
     monkeypatch.setattr(prove, "prove", prove_one)
     with suppress(KeyboardInterrupt):
         prove.prove_main(cast(Service, None), memory=SIZE, engine="software", as_root=False, quiet=False)

@@ -78,7 +78,7 @@ def test_a_script_without_its_interpreters_name_is_the_shells(by_path: bool, tmp
 
 @pytest.mark.parametrize("pending", [False, True])
 def test_no_end_of_a_child_is_pending_that_was_not(pending: bool) -> None:
-    before = {signal.SIGCHLD} if pending else set()
+    before: set[signal.Signals] = {signal.SIGCHLD} if pending else set()
 
     def block() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})

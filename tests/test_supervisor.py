@@ -8,6 +8,7 @@ import os
 import select
 from collections.abc import Callable
 from errno import EAGAIN, EINTR, EINVAL, EIO, ENOENT, ENOMEM
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -38,23 +39,31 @@ _LISTENER, _PORTER = 7, 8
 )
 def test_only_the_end_of_all_programs_and_of_the_porter_ends_it(fd: int, events: int, goes_on: bool, hears: int) -> None:
     heard: list[int] = []
-    listener, porter = (SimpleNamespace(fileno=lambda number=number: number) for number in (_LISTENER, _PORTER))
-    poll = SimpleNamespace(poll=lambda _: [(fd, events)])
-    one = SimpleNamespace(_calls={}, _killed=set(), _poll=poll, _listener=listener, _porter=porter, _hear=lambda: heard.append(1))
+    listener, porter = _file(_LISTENER), _file(_PORTER)
+    poll = SimpleNamespace(poll=partial(_events, (fd, events)))
+    one = SimpleNamespace(_calls={}, _killed=set[int](), _poll=poll, _listener=listener, _porter=porter, _hear=partial(heard.append, 1))
     assert Supervisor._turn(cast(Supervisor, one)) == goes_on
     assert len(heard) == hears
 
 
-@pytest.mark.parametrize(
-    ("name", "call"),
-    [
-        ("SEND", lambda fd: seccomp.respond(fd, 1)),
-        ("ADDFD", lambda fd: seccomp.give(fd, 1, fd)),
-        ("ID_VALID", lambda fd: seccomp.check_waiting(fd, seccomp.seccomp_notif(id=1))),
-    ],
-)
+def _events(found: tuple[int, int], _: object) -> list[tuple[int, int]]:
+    return [found]
+
+
+def _file(number: int) -> Any:
+    return SimpleNamespace(fileno=lambda: number, kill=lambda: None, pid=number)
+
+
+_REQUESTS: dict[str, Callable[[OwnedFd], None]] = {
+    "SEND": lambda fd: seccomp.respond(fd, 1),
+    "ADDFD": lambda fd: seccomp.give(fd, 1, fd),
+    "ID_VALID": lambda fd: seccomp.check_waiting(fd, seccomp.seccomp_notif(id=1)),
+}
+
+
+@pytest.mark.parametrize("name", _REQUESTS)
 @pytest.mark.parametrize("killably", [False, True])
-def test_what_was_not_done_is_done_again(name: str, call: Callable[[Any], None], killably: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_not_done_is_done_again(name: str, killably: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [EINTR, EINTR, ENOENT]
 
     def request(*_: object) -> int:
@@ -62,9 +71,8 @@ def test_what_was_not_done_is_done_again(name: str, call: Callable[[Any], None],
 
     monkeypatch.setattr(seccomp, f"SECCOMP_IOCTL_NOTIF_{name}", request)
     monkeypatch.setattr(seccomp, "_waits_killably", lambda: killably)
-    fd = cast(OwnedFd, SimpleNamespace(fileno=lambda: 0))
     # Of a call that nobody waits for any more an answer is none the less given.
-    assert outcome(lambda: call(fd)) == (None if name == "SEND" else Errno(ENOENT))
+    assert outcome(lambda: _REQUESTS[name](_file(0))) == (None if name == "SEND" else Errno(ENOENT))
     assert answers == []
 
 
@@ -79,7 +87,11 @@ def test_a_call_that_no_scout_can_be_sent_out_for_is_answered(monkeypatch: pytes
         raise OSError(EAGAIN, "fork")
 
     monkeypatch.setattr(supervisor, "Scout", none_is_had)
-    monkeypatch.setattr(supervisor, "respond", lambda _listener, call, _error=0, **_: answered.append(call))
+
+    def respond(_listener: object, call: int, _error: int = 0) -> None:
+        answered.append(call)
+
+    monkeypatch.setattr(supervisor, "respond", respond)
     one._begin(seccomp.seccomp_notif(id=5), cast(Any, steps))
     assert (answered, one._calls) == ([5], {})
 
@@ -112,9 +124,8 @@ def test_a_scout_holds_no_programs_memory_once_it_has_written() -> None:
 def test_of_idle_scouts_the_one_that_has_ended_is_let_go_of() -> None:
     one = Supervisor.__new__(Supervisor)
     killed: list[object] = []
-    scouts = [SimpleNamespace(fileno=lambda number=number: number, kill=lambda: None, pid=number) for number in (5, 6, 7)]
     poll = SimpleNamespace(unregister=killed.append)
-    one._calls, one._idle, one._killed = {}, cast(Any, scouts[:]), set()
+    one._calls, one._idle, one._killed = {}, [_file(number) for number in (5, 6, 7)], set()
     one._poll = one._scouts = cast(Any, poll)
     one._go_on(6)
     assert ([scout.fileno() for scout in one._idle], one._killed, killed) == ([5, 7], {6}, [6, 6])
