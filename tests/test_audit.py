@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -143,6 +144,19 @@ def test_an_ordinary_file_gives_its_content_by_every_route(route: Route, pattern
         with holding(1 << 16) as fd:
             os.lseek(fd.fileno(), 0, os.SEEK_SET)
             assert attempt(route, owner_of(pattern, fd=fd.fileno())).outcome is Outcome.FOUND
+
+
+def test_a_rings_read_says_what_it_came_to() -> None:
+    """As the read of the same descriptor does."""
+    with tempfile.TemporaryFile() as file, OwnedFd(os.open("/", os.O_RDONLY)) as directory:
+        file.write(b"content")
+        file.flush()
+        try:
+            found = calls.io_uring_read(file.fileno(), 100)
+        except PermissionError:
+            pytest.skip("no rings here: kernel.io_uring_disabled")
+        assert found == b"content"
+        assert outcome(lambda: calls.io_uring_read(directory.fileno(), 1)) == outcome(lambda: os.read(directory.fileno(), 1))
 
 
 HOLDER = """

@@ -601,7 +601,9 @@ def test_a_digest_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_json_has_stable_keys_and_the_exit_status_agrees(examined: Examination, capsys: pytest.CaptureFixture[str]) -> None:
     status = doctor.main(argparse.Namespace(json=True))
-    data = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert said.endswith("}\n")
+    data = json.loads(said)
     assert list(data) == ["findings", "conclusion"]
     assert {tuple(one) for one in data["findings"]} == {("group", "name", "state", "detail", "consequence", "remedy")}
     assert list(data["conclusion"]) == ["usable", "descriptor", "software_engine", "kernel_engine", "exec"]
