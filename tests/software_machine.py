@@ -70,7 +70,7 @@ class Machine:
 
     def invalidate_start(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
         self.mmu.begin(self.private.memfd_half)
-        self.vcpus.drop(*self.mmu.invalidate_start(self.private, PageRange(start, end)))
+        self.vcpus.drop(*self.mmu.invalidate_start(self.private.memfd_half, PageRange(start, end)))
 
     def invalidate_end(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
         self.mmu.invalidate_end(self.private.memfd_half, PageRange(start, end))

@@ -159,7 +159,7 @@ class Vm:
     def invalidate_start(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
         del order
         self.mmu.begin(self.half)
-        self.drop(*self.mmu.invalidate_start(self.slot, PageRange(start, end)))
+        self.drop(*self.mmu.invalidate_start(self.half, PageRange(start, end)))
         self.folios.punch(PageRange(start, end))
 
     def invalidate_end(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
@@ -362,6 +362,17 @@ def test_code_in_1_gib_splits_down_to_its_page() -> None:
         assert (vm.mapped(), vm.mmu.counters.splits) == ((PMD, PUD // PMD - 1, 0), 2)
         vm.punch(0, 1)
         assert (vm.mapped(), vm.level(PMD)) == ((PMD, PUD // PMD - 2, 0), Level.PAGE)
+
+
+def test_a_page_that_is_lost_while_its_slot_is_made_is_whole_after_a_punch() -> None:
+    with made() as vm:
+        vm.mmu.remove_slot(vm.slot)
+        vm.lose(5)
+        assert vm.half.failed == {5}
+        vm.punch(0, PMD)
+        vm.mmu.add_slot(vm.slot)
+        vm.touch(5)
+        assert vm.half.failed == set()
 
 
 def test_a_lost_page_is_lost_alone() -> None:

@@ -350,12 +350,13 @@ class Mmu:
         self.counters.zapped += slot.remove(first, last)
         return gfn_t(slot.base_gfn + first), gfn_t(slot.base_gfn + last)
 
-    def invalidate_start(self, slot: Memslot, span: PageRange) -> tuple[gfn_t, gfn_t]:
-        """Zap what shows a range of the private half's file and forget its pages; returns the guest pages zapped."""
+    def invalidate_start(self, half: MemfdHalf, span: PageRange) -> tuple[gfn_t, gfn_t]:
+        """Zap what shows a range of a half's file and forget its pages; returns the guest pages zapped, none while the half has no slot."""
         with self._lock:
-            zapped = self._zap(slot, *slot.gfns_of(span))
-            slot.memfd_half.failed -= {pgoff for pgoff in slot.memfd_half.failed if span.start <= pgoff < span.end}
-        self.counters.freed += slot.memfd_half.pages.invalidate_start(span)
+            slot = self._bound.get(half.binding)
+            zapped = (gfn_t(0), gfn_t(0)) if slot is None else self._zap(slot, *slot.gfns_of(span))
+            half.failed -= {pgoff for pgoff in half.failed if span.start <= pgoff < span.end}
+        self.counters.freed += half.pages.invalidate_start(span)
         self.counters.invalidations += 1
         return zapped
 

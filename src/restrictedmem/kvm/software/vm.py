@@ -153,14 +153,11 @@ class SoftwareVm:
 
     def invalidate_start(self, binding: int, span: PageRange, order: int | None) -> None:
         """Zap what shows a range of the file, then let the platform have it back (``Engine``)."""
-        half, slot = self._halves[binding], self.mmu.slot_of_binding(binding)
+        half = self._halves[binding]
         self.mmu.begin(half)
         shown = half.window.clip(span)
         self._find_freed(half, shown)
-        if slot is not None:
-            self._vcpus.drop(*self.mmu.invalidate_start(slot, span))
-        else:
-            half.pages.invalidate_start(span)
+        self._vcpus.drop(*self.mmu.invalidate_start(half, span))
         self._platform.invalidate(half.ino, shown, order)
         # Not at the end: faults are let in again a moment before that is heard, and what they map is the guest's.
         self._platform.freed(half.ino, shown)
