@@ -7,7 +7,7 @@ import ctypes
 import os
 import select
 from collections.abc import Callable
-from errno import EAGAIN, EINTR, EINVAL, EIO, ENOENT, ENOMEM
+from errno import EAGAIN, EINTR, EINVAL, EIO, EMFILE, ENOENT, ENOMEM, ESRCH
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
@@ -96,7 +96,7 @@ def test_a_call_that_no_scout_can_be_sent_out_for_is_answered(monkeypatch: pytes
     assert (answered, one._calls) == ([5], {})
 
 
-@pytest.mark.parametrize(("failure", "errno"), [(EAGAIN, EAGAIN), (ENOMEM, ENOMEM), (EIO, EINVAL)])
+@pytest.mark.parametrize(("failure", "errno"), [(EAGAIN, EAGAIN), (ENOMEM, EAGAIN), (EMFILE, EAGAIN), (EIO, EAGAIN), (ESRCH, EINVAL)])
 def test_a_cachestat_that_nobody_can_look_into_is_not_called_wrong(failure: int, errno: int) -> None:
     one = Supervisor.__new__(Supervisor)
     one._cachestat = True

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import dataclass
-from errno import EAGAIN, EINTR, EINVAL, EIO, ENODEV, ENOENT, ENOMEM
+from errno import EAGAIN, EINTR, EINVAL, EIO, EMFILE, ENFILE, ENODEV, ENOENT, ENOMEM
 from typing import Final, final
 
 from restrictedmem.abi.memory import RMFD_HUGEPAGE
@@ -273,7 +273,7 @@ class Supervisor:
 
         Raises:
             _Continue: it is one.
-            OSError: EINVAL: it is memfd_restricted with flags that are none; EAGAIN, ENOMEM: there is no scout to tell.
+            OSError: EINVAL: it is memfd_restricted with flags that are none; EAGAIN: there is no scout to tell.
         """
         data = notification.data
         if self._cachestat and not data.arg3 & _U32 and (data.arg1 | data.arg2) & 7 == 0:
@@ -281,8 +281,9 @@ class Supervisor:
                 if (yield "may_be_cachestat", (notification.pid, data.arg0 & _U32, data.arg1, data.arg2)):
                     raise _Continue
             except OSError as error:
-                if error.errno in (EAGAIN, ENOMEM):
-                    raise
+                # EIO: the scout was killed, or given up.
+                if error.errno in (EAGAIN, ENOMEM, EMFILE, ENFILE, EIO):
+                    raise OSError(EAGAIN, os.strerror(EAGAIN)) from None
         raise OSError(EINVAL, "memfd_restricted: unknown flags")
 
     # What FUSE cannot say, of the descriptors of this supervisor's service; of others, and where nobody may look, the kernel says it.
