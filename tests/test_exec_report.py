@@ -328,6 +328,18 @@ def test_popen_takes_a_programs_arguments_alone(arguments: Any, options: dict[st
         popen(arguments, **options)
 
 
+def test_popen_looks_where_the_program_is_to_run(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "tried"
+    program.write_text("#!/bin/sh\nexit 6\n", encoding="ascii")
+    program.chmod(0o755)
+    for name in "PATH", b"PATH":
+        environment: Any = {name: "bin" if isinstance(name, str) else b"bin"}
+        with popen(["tried"], cwd=tmp_path, env=environment, shell=False, executable=None) as process:
+            assert process.wait(60) == 6
+    assert outcome(lambda: popen(["tried"], cwd=tmp_path / "bin", env={"PATH": "bin"})) == Errno(ENOENT)
+
+
 def test_popen_of_what_cannot_be_executed(tmp_path: Path) -> None:
     (tmp_path / "script").write_text("true\n")
     assert outcome(lambda: popen(["/no/such/program"])) == Errno(ENOENT)

@@ -27,7 +27,7 @@ def popen(arguments: Sequence[str | os.PathLike[str]], call: Call | None = None,
         TypeError: for a string in place of a sequence, or one of those two options.
         OSError: ENOENT, EACCES as ``subprocess.Popen`` for a program that is not found or cannot be executed; EAGAIN, ENOMEM.
     """
-    if isinstance(arguments, str | bytes) or options.keys() & {"shell", "executable"}:
+    if isinstance(arguments, str | bytes) or options.get("shell") or options.get("executable") is not None:
         raise TypeError("popen takes a sequence of arguments, whose first is the program; shell and executable are not among its options")
     call = call or Call()
     words = [os.fspath(argument) for argument in arguments]
@@ -44,8 +44,9 @@ def popen(arguments: Sequence[str | os.PathLike[str]], call: Call | None = None,
 def _check(program: str, options: dict[str, Any]) -> None:
     named = bool(os.path.dirname(program))
     # What is relative is so to where the program is to run.
-    place = os.path.join(options.get("cwd") or "", program) if named else program
-    environment = options.get("env")
-    if shutil.which(place, path=(os.environ if environment is None else environment).get("PATH")) is None:
+    here = os.fsdecode(options.get("cwd") or "")
+    place = os.path.join(here, program) if named else program
+    path = os.pathsep.join(os.path.join(here, directory or ".") for directory in os.get_exec_path(options.get("env")))
+    if shutil.which(place, path=path) is None:
         number = EACCES if named and os.path.exists(place) else ENOENT
         raise failed("popen", number, path=program)
