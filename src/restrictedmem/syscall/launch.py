@@ -6,13 +6,12 @@ of nobody's: a program that waits for any child must not meet one that it does n
 
 import marshal
 import os
-import shutil
 import signal
 import socket
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from errno import EBUSY, ECHILD, EMFILE, ENFILE, ENOENT, ENOEXEC, ENOMEM, ENOTSUP
+from errno import EACCES, EBUSY, ECHILD, EMFILE, ENFILE, ENODEV, ENOENT, ENOEXEC, ENOMEM, ENOTDIR, ENOTSUP, ESTALE, ETIMEDOUT
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from restrictedmem.abi import process, seccomp
@@ -30,6 +29,10 @@ if TYPE_CHECKING:
 #: The name, in the abstract namespace, of the socket where programs reach their service; behind it a word that nobody can guess.
 _DOOR_NAME: Final = "restrictedmem-exec/{pid}/{secret}"
 _BACKLOG: Final = 64
+#: What has execvp(3) look in the next place.
+_ELSEWHERE: Final = (ENOENT, ENOTDIR, ESTALE, ENODEV, ETIMEDOUT)
+#: Bytes that are looked at of a file that the kernel cannot execute.
+_FIRST: Final = 256
 #: The longest word of a supervisor's about its start, in bytes.
 _WORD: Final = 4096
 _CANNOT: Final = "the supervisor cannot start"
@@ -56,21 +59,39 @@ def replace(arguments: Sequence[str]) -> NoReturn:
     Raises:
         OSError: as execvp(3).
     """
-    if not arguments[0]:
-        raise failed("exec", ENOENT)
     # Python ignores them from its start on, and exec would pass that on.
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
-    found = shutil.which(arguments[0])
-    if found is None:
-        # It knows which errno that is.
-        os.execvp(arguments[0], list(arguments))
+    name, refused = arguments[0], failed("exec", ENOENT)
+    for path in _places(name):
+        try:
+            os.execv(path, list(arguments))
+        except OSError as error:
+            if error.errno == ENOEXEC and _is_text(path):
+                with suppress(OSError):
+                    os.execv("/bin/sh", ["sh", "--", path, *arguments[1:]])
+            if error.errno == EACCES:
+                refused = error
+            elif error.errno not in _ELSEWHERE:
+                raise
+    raise refused
+
+
+def _places(name: str) -> list[str]:
+    if "/" in name or not name:
+        return [name] if name else []
+    # An empty entry is where the program is started.
+    return [os.path.join(directory or ".", name) for directory in os.get_exec_path()]
+
+
+def _is_text(path: str) -> bool:
+    """Say whether a file that the kernel cannot execute may be a shell's script, as shells judge it: by its first line."""
     try:
-        os.execv(found, list(arguments))
-    except OSError as error:
-        if error.errno != ENOEXEC:
-            raise
-        os.execv("/bin/sh", ["sh", found, *arguments[1:]])
+        with open(path, "rb") as file:
+            head = file.read(_FIRST)
+    except OSError:
+        return False
+    return not head.startswith(b"\x7fELF") and b"\0" not in head.partition(b"\n")[0]
 
 
 def install(call: Call, *, usage: bool = False) -> bool:
@@ -204,11 +225,22 @@ def _fork_supervisor(channel: socket.socket, door: socket.socket, machine: str, 
         # Where SIGCHLD is ignored the kernel reaps it, and this waits until it has.
         with suppress(ChildProcessError):
             os.waitpid(child, 0)
-        # Where it is blocked, the program would find it, from a child that it never had.
-        if not pending and signal.SIGCHLD in signal.sigpending():
-            signal.sigtimedwait({signal.SIGCHLD}, 0)
+        if not pending:
+            _forget_end()
     finally:
         process.prctl(process.PR_SET_CHILD_SUBREAPER, subreaper)
+
+
+def _forget_end() -> None:
+    """Take the signal of an end that was waited for, where it is blocked: the program never had that child.
+
+    There is one signal of a kind, so it may stand for another child, too.
+    """
+    if signal.SIGCHLD in signal.sigpending():
+        signal.sigtimedwait({signal.SIGCHLD}, 0)
+        with suppress(ChildProcessError):
+            if os.waitid(os.P_ALL, 0, os.WEXITED | os.WSTOPPED | os.WCONTINUED | os.WNOHANG | os.WNOWAIT):
+                os.kill(os.getpid(), signal.SIGCHLD)
 
 
 def _be_its_parent(channel: socket.socket, door: socket.socket, machine: str, call: Call, program_pid: int, *, usage: bool) -> NoReturn:
