@@ -16,7 +16,8 @@ from errno import EACCES, EAGAIN, EEXIST, EFAULT, EINVAL, EIO, EISDIR, ENOENT, E
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, cast, final
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NoReturn, cast, final
 
 import dma
 import pytest
@@ -1329,3 +1330,20 @@ def test_every_option_of_a_service_is_in_the_wires_document() -> None:
     text = (ROOT / "docs" / "wire-protocol.md").read_text(encoding="utf-8")
     table = text[text.index("OPTIONS is a JSON") : text.index("The process that was started")]
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(Options.__dataclass_fields__)
+
+
+def test_a_notifier_that_cannot_be_made_is_unbound_and_its_error_told() -> None:
+    unbound: list[bytes] = []
+
+    def call(_: object, body: bytes) -> None:
+        unbound.append(body)
+
+    def fail() -> NoReturn:
+        raise MemoryError
+
+    made = Consumer.__new__(Consumer)
+    made._known, made._notifiers = sync.condition(sync.mutex()), {}
+    made.requests = cast(wire.Channel, SimpleNamespace(call=call))
+    with pytest.raises(MemoryError):
+        made._register(5, fail)
+    assert (unbound, made._notifiers) == ([wire.NUMBER.pack(5)], {})
