@@ -150,7 +150,8 @@ def test_frames_stay_across_compaction() -> None:
                 control.punch(page)
             free_to_move = every_other(control)
             compact()
-            assert every_other(pinned) == before
+            # Migration that fails has entries of its own in the page table meanwhile.
+            wait_until(lambda: every_other(pinned) == before, "what is pinned to be where it was")
             if every_other(control) != free_to_move:
                 return
         pytest.fail(f"compaction moved nothing of {_CONTROLS} controls, so nothing was shown")

@@ -156,20 +156,21 @@ def test_a_slot_holds_the_file_until_it_is_deleted(service: Service, vm: Vm) -> 
 
 
 @pytest.mark.requires("root")
-def test_the_service_keeps_the_memory_of_a_slots_file(service: Service, vm: Vm) -> None:
-    def held() -> int:
-        return descriptors(service.info["pid"]).count("/memfd:restrictedmem (deleted)")
+def test_the_service_keeps_the_memory_of_a_slots_file(service: Service) -> None:
+    with Service.start(Options(api=service.info["api"])) as own, Vm(own, engine="software") as vm:
 
-    others = [found["ino"] for found in service.status()["descriptors"]]
-    with OwnedFd(service.memfd_restricted()) as fd:
-        # Made with the first page.
-        before = held()
-        private_slot(vm, service, fd.fileno())
+        def held() -> int:
+            return descriptors(own.info["pid"]).count("/memfd:restrictedmem (deleted)")
+
+        with OwnedFd(own.memfd_restricted()) as fd:
+            # Made with the first page.
+            before = held()
+            private_slot(vm, own, fd.fileno())
+            assert held() == before + 1
+        wait_until(lambda: own.status()["descriptors"] == [], "the service to hear of the close")
         assert held() == before + 1
-    wait_until(lambda: [found["ino"] for found in service.status()["descriptors"]] == others, "the service to hear of the close")
-    assert held() == before + 1
-    vm.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=0)
-    assert held() == before
+        vm.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=0)
+        assert held() == before
 
 
 def test_the_default_attribute_is_the_postings(service: Service, vm: Vm, fd: int) -> None:
