@@ -389,7 +389,7 @@ def test_ids_are_unique() -> None:
 
 
 #: The proposal reads freed memory there, and what it would answer cannot be stated; the others are some kernels'.
-_SOME = {"path-after-close", "splice-empty", "splice-out", "last-byte"}
+_SOME = {"path-after-close", "fibmap", "splice-empty", "splice-out", "last-byte"}
 
 
 def test_a_divergence_is_one_and_has_a_key() -> None:
