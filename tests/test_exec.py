@@ -300,7 +300,7 @@ def test_a_private_mapping_is_refused_as_a_shared_one_is() -> None:
         "FIXED, HUGETLB, NOREPLACE = 0x10, 0x40000, 0x100000\n"
         "cases = [(fd, {}), (fd, {'length': 0}), (fd, {'length': (1 << 64) - 1}), (fd, {'length': (1 << 64) - 4096}),\n"
         "    (fd, {'length': 1 << 47}), (fd, {'length': (1 << 47) - 4095}), (fd, {'length': 1}), (fd, {'address': 1}),\n"
-        "    (fd, {'address': 1 << 47, 'flags': FIXED}), (fd, {'offset': 1}),\n"
+        "    (fd, {'address': 1 << 56, 'flags': FIXED}), (fd, {'offset': 1}),\n"
         "    (fd, {'address': here, 'flags': NOREPLACE}), (fd, {'address': here + 1, 'flags': FIXED}),\n"
         "    (fd, {'address': here + 1, 'flags': NOREPLACE}), (fd, {'flags': HUGETLB}), (fd, {'offset': -4096}),\n"
         # The kernel unmaps what was at a fixed address before it asks the file.

@@ -180,8 +180,9 @@ def _ask(made: supervisor.Supervisor, table: int, number: int, words: list[int])
 def _is_wrong_anyway(table: int, words: list[int]) -> bool:
     """Say whether an mmap has numbers that no file can be mapped with."""
     address, length, _, flags, _, offset = (word & (_U32 if table else -1) for word in words)
-    end, top = address + length if flags & _FIXED else length, (1 << 47) - mmap.PAGESIZE
-    wrong = [length == 0, end > top, flags & _MAP_HUGETLB, flags & _FIXED and address & 4095]
+    # An address can be asked for above the usual ones, where page tables have five levels.
+    end, top = (address + length, 1 << 56) if flags & _FIXED else (length, 1 << 47)
+    wrong = [length == 0, end > top - mmap.PAGESIZE, flags & _MAP_HUGETLB, flags & _FIXED and address & 4095]
     # i386's is in pages.
     wrong += [] if table else [offset & 4095, offset + length > MAX_FILE_BYTES]
     return any(wrong)

@@ -51,8 +51,9 @@ _STATFS: Final = struct.Struct("=7q2i7q")
 _STATFS_I386: Final = struct.Struct("=2i5I2i7i")
 _STATFS64_I386: Final = struct.Struct("=2I5Q2i7I")
 
-#: Bytes of the addresses that programs have on x86-64, but for a page (TASK_SIZE).
-_MAX_LENGTH: Final = (1 << 47) - PAGE_SIZE
+#: Bytes of the addresses that programs have on x86-64 (TASK_SIZE), and of those that one with five levels of page tables can ask for.
+_USUAL: Final = (1 << 47) - PAGE_SIZE
+_FIVE_LEVELS: Final = (1 << 56) - PAGE_SIZE
 
 #: What a call comes to, step by step: questions to its scout, whose answers it is sent, until it returns (0) or raises.
 _Steps = Generator[Question, bool, None]
@@ -340,8 +341,8 @@ def _is_refused_anyway(data: seccomp_data, table: Table) -> bool:
         # i386 has words of 32 bits, and its offset in pages.
         address, length, offset = data.arg0 & _U32, data.arg1 & _U32, 0
     return (
-        not 0 < length <= _MAX_LENGTH
-        or bool(fixed and (address % PAGE_SIZE or address > _MAX_LENGTH - length))
+        not 0 < length <= (_FIVE_LEVELS if fixed else _USUAL)
+        or bool(fixed and (address % PAGE_SIZE or address > _FIVE_LEVELS - length))
         or bool(data.arg3 & MAP_HUGETLB)
         or bool(offset % PAGE_SIZE)
         or offset > MAX_FILE_BYTES - length
