@@ -265,7 +265,8 @@ for first in firsts:
 print(bad)
 """
     )
-    assert said(code) == []
+    # Some 4,000 calls: half a minute under emulation.
+    assert said(code, patience=110) == []
 
 
 def test_flags_can_be_judged_strictly() -> None:
