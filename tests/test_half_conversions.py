@@ -338,7 +338,7 @@ def test_a_conversion_meanwhile_makes_a_shared_fault_come_again(monkeypatch: pyt
         self.set_attributes(slot, START, END, private=True)
         return install(self, slot, first, last)
 
-    mmu.zap(window.slot, START, END)
+    mmu._zap(window.slot, START, END)
     monkeypatch.setattr(Mmu, "_install_shared", overtaken)
     assert (mmu.fault(window.slot, START), mmu.counters.retries) == (Fault.RETRY, 1)
     window.slot.close()

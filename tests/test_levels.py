@@ -349,7 +349,7 @@ def test_code_is_protected_alone_in_a_block() -> None:
         assert vm.mmu.protect_code(vm.slot, BASE + 9) == (SMALL & ~WRITE | CODE, True)
         assert (vm.mapped(), vm.mmu.counters.splits, vm.slot.entries[8], vm.level(8)) == ((PMD, 0, 0), 1, SMALL, Level.PAGE)
         # A neighbour's fault does not give the page its right back.
-        vm.mmu.zap(vm.slot, gfn_t(BASE + 100), gfn_t(BASE + 101))
+        vm.mmu._zap(vm.slot, gfn_t(BASE + 100), gfn_t(BASE + 101))
         vm.touch(100)
         assert vm.mapped() == (PMD, 0, 0)
         assert vm.slot.entries[9] == SMALL & ~WRITE | CODE

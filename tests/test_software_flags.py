@@ -91,7 +91,7 @@ def by_retry(machine: Machine, pages: tuple[int, ...]) -> int:
 
     for page in pages:
         gfn = gfn_t(page >> PAGE_SHIFT)
-        machine.vcpus.drop(*machine.mmu.zap(machine.private, gfn, gfn_t(gfn + 1)))
+        machine.vcpus.drop(*machine.mmu._zap(machine.private, gfn, gfn_t(gfn + 1)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine.mmu, "fault", refuse_first)
         assert machine.vcpu.run() == HALTED

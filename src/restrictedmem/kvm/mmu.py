@@ -1,7 +1,8 @@
 """The fault path: from a guest page without a translation to one with, or to the reason why not (v10 8/9, kvm_faultin_pfn).
 
-Whoever runs guest code asks ``fault`` for a missing page; whoever takes pages away calls ``zap`` before and makes every vCPU drop what it
-cached. In between stands the retry protocol: what was looked up while a range was being invalidated is thrown away.
+Whoever runs guest code asks ``fault`` for a missing page. Whoever takes pages away zaps them before
+(``invalidate_start``, ``set_attributes``, ``lose``), and makes every vCPU drop what it cached. In between
+stands the retry protocol: what was looked up while a range was being invalidated is thrown away.
 """
 
 from collections.abc import Callable
@@ -331,15 +332,11 @@ class Mmu:
             slot = self._bound.get(half.binding)
             return (gfn_t(0), gfn_t(0)) if slot is None else self._zap(slot, *slot.gfns_of(span))
 
-    def zap(self, slot: Memslot, start: gfn_t, end: gfn_t) -> tuple[gfn_t, gfn_t]:
+    def _zap(self, slot: Memslot, start: gfn_t, end: gfn_t) -> tuple[gfn_t, gfn_t]:
         """Remove the translations of guest pages of a slot, large ones whole; returns which pages that were, at least those asked for.
 
-        The caller makes every vCPU drop them before it relies on it.
+        Every vCPU has to drop them before anybody relies on it. Preconditions: _lock held.
         """
-        with self._lock:
-            return self._zap(slot, start, end)
-
-    def _zap(self, slot: Memslot, start: gfn_t, end: gfn_t) -> tuple[gfn_t, gfn_t]:
         if start == end:
             return start, end
         first, last = start - slot.base_gfn, end - slot.base_gfn
