@@ -5,13 +5,13 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from errno import EBUSY, ENOMEM, EOPNOTSUPP
+from errno import EBUSY, EOPNOTSUPP
 from typing import Any, Final, NoReturn
 
 from restrictedmem.abi.memory import SYS_memfd_restricted
 from restrictedmem.cli import jsonfile, values
 from restrictedmem.cli.errors import CommandError, complain
-from restrictedmem.failure import failed, line_of
+from restrictedmem.failure import failed, line_of, status_of
 from restrictedmem.service import SERVER_VARIABLE
 from restrictedmem.text import plain
 
@@ -100,9 +100,8 @@ def _become(command: list[str]) -> NoReturn:
 
     try:
         replace(command)
-    except (OSError, MemoryError, ValueError) as error:
-        why = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error) or os.strerror(ENOMEM)
-        print(f"restrictedmem exec: {plain(command[0]) or repr('')}: {why}", file=sys.stderr)
+    except (OSError, MemoryError) as error:
+        print(f"restrictedmem exec: {plain(command[0]) or repr('')}: {os.strerror(status_of(error))}", file=sys.stderr)
         os._exit(127 if isinstance(error, FileNotFoundError) else 126)
 
 

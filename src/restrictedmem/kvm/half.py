@@ -160,11 +160,10 @@ class SharedHalf(Half):
         file.get()
         try:
             super().__init__(file.fileno(), offset, size)
-        except PermissionError:
+        except BaseException as error:
             file.put()
-            raise OSError(EINVAL, "shared memory must be a memfd that is not sealed against writing") from None
-        except BaseException:
-            file.put()
+            if isinstance(error, PermissionError):
+                raise OSError(EINVAL, "shared memory must be a memfd that is not sealed against writing") from None
             raise
         self.file = file
 
