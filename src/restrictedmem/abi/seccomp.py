@@ -206,8 +206,11 @@ def _decided(request: Ioctl[_A], listener: OwnedFd, argument: _A) -> int:
     EINTR says that nothing was done: this process was stopped, frozen or traced while it waited for the listener's lock.
     """
     while True:
-        with suppress(InterruptedError):
+        # Not by contextlib: each answer passes here.
+        try:
             return request(listener, argument)
+        except InterruptedError:
+            continue
 
 
 def respond(listener: OwnedFd, call: int, error: int = 0, flags: int = 0, value: int = 0) -> None:

@@ -13,8 +13,8 @@ import os
 import select
 import socket
 import struct
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from errno import EIO, ELIBACC, ENOMEM
 from typing import TYPE_CHECKING, Final, final
 
@@ -136,24 +136,16 @@ class Porter:
         os.write(self._pipe.fileno(), _REQUEST.pack(call, flags))
 
 
-@contextmanager
-def _as_errno() -> Generator[None]:
-    """Have want of memory, or what else goes wrong, be an error of what was asked for, and not the porter's end.
-
-    Raises:
-        OSError: ENOMEM; ELIBACC for a library that could not be loaded; EIO.
-    """
-    try:
-        yield
-    except OSError:
-        raise
-    except (MemoryError, RuntimeError, SystemError) as error:
+def _with_errno(error: Exception) -> OSError:
+    """Return what went wrong, want of memory for one, as an error of what was asked for: it is not to be the porter's end."""
+    if isinstance(error, OSError):
+        return error
+    if isinstance(error, MemoryError | RuntimeError | SystemError):
         # The interpreter has many words for it: "can't allocate read lock" is a RuntimeError.
-        raise failed("start", ENOMEM, str(error)) from None
-    except ImportError as error:
-        raise failed("start", ELIBACC, str(error)) from None
-    except Exception as error:  # noqa: BLE001  one call's trouble
-        raise failed("start", EIO, f"{type(error).__name__}: {error}") from None
+        return failed("start", ENOMEM, str(error))
+    if isinstance(error, ImportError):
+        return failed("start", ELIBACC, str(error))
+    return failed("start", EIO, f"{type(error).__name__}: {error}")
 
 
 @final
@@ -237,11 +229,11 @@ class _Work:
     def _answer(self, call: int, flags: int) -> None:
         """Create a descriptor and put it into the caller, as the call's result: lowest free number, not close-on-exec."""
         try:
-            with _as_errno(), self._made(flags) as fd:
+            with self._made(flags) as fd:
                 self._leave_a_hand_free()
                 give(self._listener, call, fd)
-        except OSError as error:
-            respond(self._listener, call, error.errno or EIO)
+        except Exception as error:  # noqa: BLE001  one call's trouble
+            respond(self._listener, call, _with_errno(error).errno or EIO)
 
     def _leave_a_hand_free(self) -> None:
         """See that this hand may wait; where there is no further one, others wait for it."""
@@ -253,7 +245,7 @@ class _Work:
 
     def _let_in(self) -> None:
         """Make who knocks an owner of the service; one that nothing can be done for finds the connection closed."""
-        with suppress(OSError), _as_errno(), ExitStack() as undo:
+        with suppress(Exception), ExitStack() as undo:
             sock, _ = self._door.accept()
             undo.callback(bury, sock)
             if is_own(peer_credentials(sock)[1]):
@@ -274,12 +266,12 @@ class _Work:
         with self._mutex:
             if self._service is None:
                 try:
-                    with _as_errno():
-                        service = self._start()
-                except OSError as error:
+                    service = self._start()
+                except Exception as error:  # noqa: BLE001  so is this
+                    told = _with_errno(error)
                     if self._complaint is not None:
-                        self._complaint.say(error)
-                    raise
+                        self._complaint.say(told)
+                    raise told from None
                 # Before anybody has a descriptor: its first mmap already has to be seen.
                 self._device[0] = service.device
                 self._service = service
