@@ -46,9 +46,15 @@ BENCHES: Final[dict[str, Callable[[Lab], Iterator[Figure]]]] = {
 
 def main() -> int:
     """Run the benchmarks that were named, or all; 1 when an aim was missed."""
-    parser = argparse.ArgumentParser(prog="scripts/bench", description="Measure every figure beside its floor, in turns.")
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench", description="Measure every figure beside its floor, in turns."
+    )
     parser.add_argument("--json", action="store_true", help="write JSON instead of a table")
-    parser.add_argument("--quick", action="store_true", help="little of everything: shows that it runs, not how fast")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="little of everything: shows that it runs, not how fast",
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help="of: " + ", ".join(BENCHES))
     args = parser.parse_args()
     unknown = [name for name in args.names if name not in BENCHES]
@@ -56,7 +62,12 @@ def main() -> int:
         parser.error(f"no benchmark {unknown[0]}; there are {', '.join(BENCHES)}")
     figures: list[dict[str, object]] = []
     if not args.json:
-        print("; ".join(f"{name} {value}" for name, value in machine().items()), HEAD, sep="\n", flush=True)
+        print(
+            "; ".join(f"{name} {value}" for name, value in machine().items()),
+            HEAD,
+            sep="\n",
+            flush=True,
+        )
     with tempfile.TemporaryDirectory(prefix="restrictedmem-bench-") as directory:
         lab = Lab(Path(directory), args.quick)
         for name in args.names or BENCHES:

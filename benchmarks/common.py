@@ -1,7 +1,8 @@
 """Alternation, statistics, the C programs and the table: what every benchmark needs.
 
-A figure compares ours with a floor, the least the same thing could cost. The two are measured in turns in one run, and the ratio is the
-median of the ratios pair by pair: this way a machine that others use too, or that slows down half way, does not decide.
+A figure compares ours with a floor, the least the same thing could cost. The two are measured in
+turns in one run, and the ratio is the median of the ratios pair by pair: this way a machine that
+others use too, or that slows down half way, does not decide.
 """
 
 import os
@@ -88,7 +89,9 @@ class Figure:
         ratio = "-" if self.ratio is None else f"{self.ratio:.2f}"
         met = {None: "", True: "met", False: "MISSED"}[self.met]
         aim = self.aim.text if self.aim else "-"
-        row = f"{self.what:58} {floor:>8} {self.ours:>8.4g} {self.unit:7} {ratio:>6}  {aim:20} {met}"
+        row = (
+            f"{self.what:58} {floor:>8} {self.ours:>8.4g} {self.unit:7} {ratio:>6}  {aim:20} {met}"
+        )
         return row.rstrip() + (f"\n    {self.note}" if self.note else "")
 
 
@@ -120,17 +123,34 @@ class Lab:
         if not built.exists():
             compiler = shutil.which("cc") or shutil.which("gcc")
             if compiler is None:
-                raise BenchError("the floors are C programs and there is no C compiler", "apt-get install gcc libc6-dev")
-            command = [compiler, "-O2", "-Wall", "-I", str(_INCLUDE), "-o", str(built), str(FLOOR / f"{name}.c")]
+                raise BenchError(
+                    "the floors are C programs and there is no C compiler",
+                    "apt-get install gcc libc6-dev",
+                )
+            command = [
+                compiler,
+                "-O2",
+                "-Wall",
+                "-I",
+                str(_INCLUDE),
+                "-o",
+                str(built),
+                str(FLOOR / f"{name}.c"),
+            ]
             done = subprocess.run(command, check=False, capture_output=True, text=True)
             if done.returncode:
-                raise BenchError(f"{name}.c does not compile: {done.stderr.strip()}", "apt-get install gcc libc6-dev linux-libc-dev")
+                raise BenchError(
+                    f"{name}.c does not compile: {done.stderr.strip()}",
+                    "apt-get install gcc libc6-dev linux-libc-dev",
+                )
         return str(built)
 
     def run(self, name: str, *arguments: object, pass_fds: Sequence[int] = ()) -> list[int]:
         """Run a C program of ``floor/`` to its end and return the numbers it printed."""
         command = [self.program(name), *map(str, arguments)]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, pass_fds=pass_fds)
+        done = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, text=True, pass_fds=pass_fds
+        )
         return [int(word) for word in done.stdout.split()]
 
 
@@ -143,8 +163,18 @@ class Pairs:
 
     def figure(self, what: str, unit: str, aim: Aim | None = None, note: str = "") -> Figure:
         """Return the medians as a figure."""
-        ratio = statistics.median(ours / floor for floor, ours in zip(self.floor, self.ours, strict=True))
-        return Figure(what, unit, statistics.median(self.floor), statistics.median(self.ours), ratio, aim, note)
+        ratio = statistics.median(
+            ours / floor for floor, ours in zip(self.floor, self.ours, strict=True)
+        )
+        return Figure(
+            what,
+            unit,
+            statistics.median(self.floor),
+            statistics.median(self.ours),
+            ratio,
+            aim,
+            note,
+        )
 
 
 def alternate(floor: Callable[[], float], ours: Callable[[], float], rounds: int) -> Pairs:
@@ -162,8 +192,9 @@ def percentile(values: Sequence[float], percent: int) -> float:
 def one_core(*pids: int) -> Generator[None]:
     """Keep this process, what it starts meanwhile, and the threads of ``pids`` on one core.
 
-    A round trip between cores that sleep costs what waking a core costs, a hundred microseconds on a virtual machine; which of two
-    servers the scheduler then happens to keep beside the caller says nothing about either.
+    A round trip between cores that sleep costs what waking a core costs, a hundred microseconds on
+    a virtual machine; which of two servers the scheduler then happens to keep beside the caller
+    says nothing about either.
     """
     threads = [0, *(int(thread) for pid in pids for thread in os.listdir(f"/proc/{pid}/task"))]
     before = {thread: os.sched_getaffinity(thread) for thread in threads}
@@ -188,7 +219,10 @@ def service(options: Options | None = None) -> Generator[Service]:
     try:
         started = Service.start(options)
     except OSError as error:
-        raise BenchError(f"the service does not start: {error.strerror}", "restrictedmem doctor says what is missing") from None
+        raise BenchError(
+            f"the service does not start: {error.strerror}",
+            "restrictedmem doctor says what is missing",
+        ) from None
     with started:
         yield started
 
@@ -200,7 +234,8 @@ def machine() -> dict[str, str]:
         "kernel": platform.release(),
         "cpu": _cpu_model(),
         "cores": str(len(os.sched_getaffinity(0))),
-        "governor": _first_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "unknown",
+        "governor": _first_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+        or "unknown",
         "python": platform.python_version(),
         "unicorn": version("unicorn"),
     }
@@ -209,7 +244,10 @@ def machine() -> dict[str, str]:
 def _cpu_model() -> str:
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         rows = (line.split(":", 1) for line in file if ":" in line)
-        return next((value.strip() for key, value in rows if key.strip() == "model name"), platform.machine())
+        return next(
+            (value.strip() for key, value in rows if key.strip() == "model name"),
+            platform.machine(),
+        )
 
 
 def _first_line(path: str) -> str:

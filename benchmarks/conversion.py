@@ -21,7 +21,8 @@ _OWN: Final = 2 << 20
 _MEMORY: Final = guest_abi.PRIVATE_BASE + _OWN
 _AIMS: Final = {"kernel": 2, "software": 3}
 
-#: Asks what to touch, and touches it, for ever. The answer is an address and, in its low bits, the number of pages less one.
+#: Asks what to touch, and touches it, for ever. The answer is an address and, in its low bits, the
+#: number of pages less one.
 _GUEST: Final = bytes.fromhex(
     "bb00001000"  # mov    ebx, HYPERCALL_PAGE
     "b863000000"  # ask:   mov    eax, 99
@@ -83,7 +84,9 @@ def _machine(started: Service, engine: str, size: int) -> Generator[_Machine]:
         vm = Vm(started, engine=engine)
     except OSError as error:
         os.close(restricted_fd)
-        raise BenchError(f"no {engine} engine: {error.strerror}", "restrictedmem doctor says what is missing") from None
+        raise BenchError(
+            f"no {engine} engine: {error.strerror}", "restrictedmem doctor says what is missing"
+        ) from None
     with vm, memory.memfd_create("shared") as shared:
         os.ftruncate(shared.fileno(), _OWN + size)
         vm.set_user_memory_region(
@@ -108,16 +111,29 @@ def _both_ways(lab: Lab, engine: str, size: int, touches: int) -> tuple[Pairs, P
     floors, ours = list[tuple[float, ...]](), list[tuple[float, ...]]()
     with service() as started:
         for _ in range(lab.rounds(3) + 1):
-            with _machine(started, engine, size) as machine, one_core(started.info["pid"], machine.vm.statistics()["pid"]):
-                floors.append(tuple(value / 1e3 / steps for value in lab.run("conversion", engine, size, touches)))
+            with (
+                _machine(started, engine, size) as machine,
+                one_core(started.info["pid"], machine.vm.statistics()["pid"]),
+            ):
+                floors.append(
+                    tuple(
+                        value / 1e3 / steps
+                        for value in lab.run("conversion", engine, size, touches)
+                    )
+                )
                 taken = list[float]()
                 for private in (False, True):
                     machine.populate()
-                    taken.append(machine.convert_all(private=private, touches=touches) * 1e6 / steps)
+                    taken.append(
+                        machine.convert_all(private=private, touches=touches) * 1e6 / steps
+                    )
                 ours.append(tuple(taken))
     pairs = [(floor, mine) for floor, mine in zip(floors, ours, strict=True)][1:]
     sums = Pairs([sum(floor) for floor, _ in pairs], [sum(mine) for _, mine in pairs])
-    to_shared, to_private = (Pairs([floor[way] for floor, _ in pairs], [mine[way] for _, mine in pairs]) for way in range(2))
+    to_shared, to_private = (
+        Pairs([floor[way] for floor, _ in pairs], [mine[way] for _, mine in pairs])
+        for way in range(2)
+    )
     return sums, to_shared, to_private
 
 
@@ -132,7 +148,9 @@ def conversion(lab: Lab) -> Iterator[Figure]:
 def _figures(lab: Lab, engine: str, size: int, touches: int, aim: Aim | None) -> Iterator[Figure]:
     what = "one touch a step" if touches == 1 else "all faulted again"
     both, shared, private = _both_ways(lab, engine, size, touches)
-    yield both.figure(f"{engine}: {size >> 20} MiB shared and private again, {what}; 2 MiB", "µs", aim)
+    yield both.figure(
+        f"{engine}: {size >> 20} MiB shared and private again, {what}; 2 MiB", "µs", aim
+    )
     yield shared.figure("  of that, to shared", "µs")
     yield private.figure("  of that, to private", "µs")
 

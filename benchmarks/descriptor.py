@@ -7,7 +7,17 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
-from benchmarks.common import BenchError, Figure, Lab, Pairs, below, one_core, percentile, service, within
+from benchmarks.common import (
+    BenchError,
+    Figure,
+    Lab,
+    Pairs,
+    below,
+    one_core,
+    percentile,
+    service,
+    within,
+)
 from benchmarks.faulting import FaultingGuest
 from benchmarks.guest import HEAP_OFFSET
 from restrictedmem.abi import memory
@@ -18,7 +28,8 @@ from restrictedmem.units import PAGE_SIZE
 
 _ALLOCATE: Final = int(FallocMode.KEEP_SIZE)
 _SIZE: Final = 1 << 30
-#: Pages allocated and punched at a time while guests run: few enough to be done before they have faulted everything in.
+#: Pages allocated and punched at a time while guests run: few enough to be done before they have
+#: faulted everything in.
 _AMONG: Final = 500
 
 
@@ -50,7 +61,9 @@ def _mounted(lab: Lab, *, real: bool) -> Generator[tuple[int, int]]:
     try:
         device, root = mount_detached(allow_other=True)
     except OSError as error:
-        raise BenchError(f"the floor's mount: {error.strerror}", "run as root, with /dev/fuse") from None
+        raise BenchError(
+            f"the floor's mount: {error.strerror}", "run as root, with /dev/fuse"
+        ) from None
     with root:
         with device, memory.memfd_create("floor") as backing:
             os.ftruncate(backing.fileno(), _SIZE)
@@ -72,9 +85,16 @@ def _ours() -> Generator[tuple[int, int]]:
             os.close(fd)
 
 
-def _calls(lab: Lab, fd: int, count: int, start: int = 0, pause: int = 0) -> tuple[list[float], list[float]]:
+def _calls(
+    lab: Lab, fd: int, count: int, start: int = 0, pause: int = 0
+) -> tuple[list[float], list[float]]:
     """Allocate and punch so many pages in turns, from C; returns the microseconds of each allocation and of each punch."""
-    taken = [value / 1e3 for value in lab.run("fallocate", fd, start, PAGE_SIZE, count, pause, _ALLOCATE, PUNCH, pass_fds=[fd])]
+    taken = [
+        value / 1e3
+        for value in lab.run(
+            "fallocate", fd, start, PAGE_SIZE, count, pause, _ALLOCATE, PUNCH, pass_fds=[fd]
+        )
+    ]
     return taken[::2], taken[1::2]
 
 
@@ -82,9 +102,14 @@ def _compare(lab: Lab, floor: int, ours: int, rounds: int) -> tuple[Pairs, Pairs
     """Measure both servers in turns; returns the pairs of allocations and of punches, each a median of many calls."""
     allocations, punches = Pairs([], []), Pairs([], [])
     for counts in [False, *[True] * rounds]:
-        measured = [[statistics.median(part) for part in _calls(lab, fd, lab.amount(500, 20))] for fd in (floor, ours)]
+        measured = [
+            [statistics.median(part) for part in _calls(lab, fd, lab.amount(500, 20))]
+            for fd in (floor, ours)
+        ]
         if counts:
-            for pairs, (floors, own) in zip((allocations, punches), zip(*measured, strict=True), strict=True):
+            for pairs, (floors, own) in zip(
+                (allocations, punches), zip(*measured, strict=True), strict=True
+            ):
                 pairs.floor.append(floors)
                 pairs.ours.append(own)
     return allocations, punches
@@ -92,24 +117,32 @@ def _compare(lab: Lab, floor: int, ours: int, rounds: int) -> tuple[Pairs, Pairs
 
 def idle(lab: Lab) -> Iterator[Figure]:
     """Call while nothing else asks the service, on one core and as the scheduler likes."""
-    with _floor(lab) as (floor_pid, floor), _floor(lab, real=True) as (real_pid, real), _ours() as (pid, ours):
+    with (
+        _floor(lab) as (floor_pid, floor),
+        _floor(lab, real=True) as (real_pid, real),
+        _ours() as (pid, ours),
+    ):
         with one_core(floor_pid, real_pid, pid):
             allocations, punches = _compare(lab, floor, ours, lab.rounds(31))
-            yield allocations.figure("fallocate of a page through the descriptor, idle", "µs", within(2))
+            yield allocations.figure(
+                "fallocate of a page through the descriptor, idle", "µs", within(2)
+            )
             yield punches.figure("punch of a page through the descriptor, idle", "µs", within(2))
             allocations, punches = _compare(lab, real, ours, lab.rounds(31))
             yield allocations.figure("  fallocate, floor that really allocates", "µs")
             yield punches.figure("  punch, floor that really punches", "µs")
         allocations, punches = _compare(lab, floor, ours, lab.rounds(31))
-        yield allocations.figure("  fallocate, caller and server where the scheduler puts them", "µs")
+        yield allocations.figure(
+            "  fallocate, caller and server where the scheduler puts them", "µs"
+        )
         yield punches.figure("  punch, caller and server where the scheduler puts them", "µs")
 
 
 def busy(lab: Lab) -> Iterator[Figure]:
     """Call while two guests of the same service fault as fast as they can: in new memory, and in what their owners punch meanwhile.
 
-    Twice each: a caller that calls once a millisecond, and one that never rests. The second wants a CPU together with the server, where
-    the guests want both: what it waits for is its turn.
+    Twice each: a caller that calls once a millisecond, and one that never rests. The second wants a
+    CPU together with the server, where the guests want both: what it waits for is its turn.
     """
     with _floor(lab, real=True) as (_, floor), service() as started, ExitStack() as stack:
         fd = started.memfd_restricted()
@@ -117,35 +150,74 @@ def busy(lab: Lab) -> Iterator[Figure]:
         os.ftruncate(fd, _SIZE)
         for punched, heap in ((False, lab.amount(2 << 30, 64 << 20)), (True, 16 << 20)):
             where = "in punched memory" if punched else "in new memory"
-            for pause, pace, count in ((1_000_000, "at 1 kHz", _AMONG // 4), (0, "without rest", _AMONG)):
+            for pause, pace, count in (
+                (1_000_000, "at 1 kHz", _AMONG // 4),
+                (0, "without rest", _AMONG),
+            ):
                 with ExitStack() as running:
-                    guests = [running.enter_context(FaultingGuest(started, heap, punched=punched)) for _ in range(2)]
+                    guests = [
+                        running.enter_context(FaultingGuest(started, heap, punched=punched))
+                        for _ in range(2)
+                    ]
                     calls = lab.amount(count, 20)
-                    rounds = [(_calls(lab, floor, calls, pause=pause), _calls(lab, fd, calls, pause=pause)) for _ in range(lab.rounds(5))]
-                    own = _calls(lab, guests[0].descriptor.fileno(), calls, HEAP_OFFSET, pause) if punched else None
+                    rounds = [
+                        (
+                            _calls(lab, floor, calls, pause=pause),
+                            _calls(lab, fd, calls, pause=pause),
+                        )
+                        for _ in range(lab.rounds(5))
+                    ]
+                    own = (
+                        _calls(lab, guests[0].descriptor.fileno(), calls, HEAP_OFFSET, pause)
+                        if punched
+                        else None
+                    )
                     load = _load(guests)
                 for kind, name in enumerate(("fallocate", "punch")):
-                    theirs, ours = ([value for one in rounds for value in one[side][kind]] for side in (0, 1))
-                    yield _tail(f"{name}, {pace}, while two guests fault {where}, p99", ours, theirs, load if kind else "")
+                    theirs, ours = (
+                        [value for one in rounds for value in one[side][kind]] for side in (0, 1)
+                    )
+                    yield _tail(
+                        f"{name}, {pace}, while two guests fault {where}, p99",
+                        ours,
+                        theirs,
+                        load if kind else "",
+                    )
                 if own is not None:
                     yield _tail(f"  punch of a faulting guest's own page, {pace}, p99", own[1])
 
 
-def _tail(what: str, ours: Sequence[float], floor: Sequence[float] | None = None, more: str = "") -> Figure:
+def _tail(
+    what: str, ours: Sequence[float], floor: Sequence[float] | None = None, more: str = ""
+) -> Figure:
     """Return the slowest hundredth as a figure; the aim holds where there is a floor."""
     note = f"median {statistics.median(ours):.0f} µs, mean {statistics.mean(ours):.0f} µs, largest {max(ours):.0f} µs"
     tail = percentile(ours, 99)
     if floor is None:
         return Figure(what, "µs", None, tail, None, None, note)
     least = percentile(floor, 99)
-    return Figure(what, "µs", least, tail, tail / least, below(500, "p99 under 500 µs"), f"{note}; {more}" if more else note)
+    return Figure(
+        what,
+        "µs",
+        least,
+        tail,
+        tail / least,
+        below(500, "p99 under 500 µs"),
+        f"{note}; {more}" if more else note,
+    )
 
 
 def _load(guests: Sequence[FaultingGuest]) -> str:
     """Stop the guests and say how fast they were."""
     found: list[dict[str, Any]] = [guest.stop() for guest in guests]
-    faults, pages, fills = (sum(one[key] / one["seconds"] for one in found) for key in ("faults_private", "pages_taken", "tlb_fills"))
+    faults, pages, fills = (
+        sum(one[key] / one["seconds"] for one in found)
+        for key in ("faults_private", "pages_taken", "tlb_fills")
+    )
     return f"both guests: {faults:.0f} faults/s for {pages:.0f} pages/s, {fills:.0f} TLB fills/s"
 
 
-BENCHES: Final[dict[str, Callable[[Lab], Iterator[Figure]]]] = {"descriptor-idle": idle, "descriptor-busy": busy}
+BENCHES: Final[dict[str, Callable[[Lab], Iterator[Figure]]]] = {
+    "descriptor-idle": idle,
+    "descriptor-busy": busy,
+}

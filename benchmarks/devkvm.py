@@ -38,7 +38,9 @@ def _to_first_exit(then: Callable[[Vcpu], float]) -> float:
 
 def _expect_io(reason: int) -> None:
     if reason != ExitReason.IO:
-        raise BenchError(f"the guest exits with {reason}", "restrictedmem doctor says what KVM can do here")
+        raise BenchError(
+            f"the guest exits with {reason}", "restrictedmem doctor says what KVM can do here"
+        )
 
 
 def _need_guest_memfd() -> None:
@@ -46,7 +48,9 @@ def _need_guest_memfd() -> None:
         with Kvm.open() as kvm, kvm.create_vm() as vm:
             found = vm.check_extension(Cap.GUEST_MEMFD)
     except OSError as error:
-        raise BenchError(f"no VM can be made: {error.strerror}", "restrictedmem doctor says what is missing") from None
+        raise BenchError(
+            f"no VM can be made: {error.strerror}", "restrictedmem doctor says what is missing"
+        ) from None
     if not found:
         raise BenchError("KVM has no guest_memfd", "Linux 6.8 or later")
 
@@ -64,11 +68,17 @@ def exits(lab: Lab) -> Iterator[Figure]:
         return (time.perf_counter() - began) / count * 1e6
 
     with one_core():
-        pairs = alternate(lambda: lab.run("kvm_guest", "exits", count)[0] / count / 1e3, lambda: _to_first_exit(ours), lab.rounds(_ROUNDS))
+        pairs = alternate(
+            lambda: lab.run("kvm_guest", "exits", count)[0] / count / 1e3,
+            lambda: _to_first_exit(ours),
+            lab.rounds(_ROUNDS),
+        )
     figure = pairs.figure("exit and re-entry, /dev/kvm", "us", within(3))
     yield figure
     above = figure.ours - (figure.floor or 0)
-    yield Figure("exit and re-entry, /dev/kvm, above C", "us", None, above, None, below(12, "under 12 us"))
+    yield Figure(
+        "exit and re-entry, /dev/kvm, above C", "us", None, above, None, below(12, "under 12 us")
+    )
 
 
 def machines(lab: Lab) -> Iterator[Figure]:
@@ -83,8 +93,15 @@ def machines(lab: Lab) -> Iterator[Figure]:
         return (time.perf_counter() - began) / count * 1e6
 
     with one_core():
-        pairs = alternate(lambda: lab.run("kvm_guest", "machines", count)[0] / count / 1e3, ours, lab.rounds(_ROUNDS))
+        pairs = alternate(
+            lambda: lab.run("kvm_guest", "machines", count)[0] / count / 1e3,
+            ours,
+            lab.rounds(_ROUNDS),
+        )
     yield pairs.figure("VM, slots, vCPU, first exit, tear down, /dev/kvm", "us", within(3))
 
 
-BENCHES: Final[dict[str, Callable[[Lab], Iterator[Figure]]]] = {"kvm-exit": exits, "kvm-machine": machines}
+BENCHES: Final[dict[str, Callable[[Lab], Iterator[Figure]]]] = {
+    "kvm-exit": exits,
+    "kvm-machine": machines,
+}

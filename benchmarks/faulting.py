@@ -59,7 +59,12 @@ class FaultingGuest:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._end()
         self.descriptor.close()
 
@@ -74,7 +79,9 @@ def _be_owner(started: Service, heap: int, parent: socket.socket, *, punched: bo
             parent.settimeout(_PUNCH_INTERVAL if punched else None)
             while not _asked_to_stop(parent):
                 memory.fallocate(vmm.restricted_fd, memory.PUNCH, HEAP_OFFSET, heap)
-            parent.send(json.dumps({**vmm.vm.statistics(), "seconds": time.monotonic() - began}).encode())
+            parent.send(
+                json.dumps({**vmm.vm.statistics(), "seconds": time.monotonic() - began}).encode()
+            )
             parent.settimeout(None)
             # Killed here; the guest's thread never ends by itself.
             parent.recv(1)

@@ -27,7 +27,10 @@ def _fallocate(lab: Lab, length: int, count: int) -> float:
     """Return the microseconds that C takes to allocate ``count`` times ``length`` bytes of an empty memfd."""
     with memory.memfd_create("floor") as fd:
         os.ftruncate(fd.fileno(), MAX_FILE_BYTES)
-        return sum(lab.run("fallocate", fd.fileno(), 0, length, count, 0, 0, pass_fds=[fd.fileno()])) / 1e3
+        return (
+            sum(lab.run("fallocate", fd.fileno(), 0, length, count, 0, 0, pass_fds=[fd.fileno()]))
+            / 1e3
+        )
 
 
 def cold_range(lab: Lab) -> Iterator[Figure]:
@@ -42,7 +45,9 @@ def cold_range(lab: Lab) -> Iterator[Figure]:
             return (time.perf_counter() - started) * 1e6 / count
 
     pairs = alternate(lambda: _fallocate(lab, count * PAGE_SIZE, 1) / count, ours, lab.rounds(9))
-    yield pairs.figure(f"get_page over a range of {count >> 8} MiB, cold; a page", "µs", at_speed(0.9))
+    yield pairs.figure(
+        f"get_page over a range of {count >> 8} MiB, cold; a page", "µs", at_speed(0.9)
+    )
 
 
 def cold_each(lab: Lab) -> Iterator[Figure]:
@@ -72,7 +77,9 @@ def warm(lab: Lab) -> Iterator[Figure]:
     with _pages(count) as pages:
         _each(pages, count)
         pairs = alternate(floor, lambda: _each(pages, count), lab.rounds(101))
-    yield pairs.figure("get_page, warm, lock included (floor: the lock alone)", "µs", below(0.4, "under 0.4 µs"))
+    yield pairs.figure(
+        "get_page, warm, lock included (floor: the lock alone)", "µs", below(0.4, "under 0.4 µs")
+    )
 
 
 def _each(pages: Pages, count: int) -> float:

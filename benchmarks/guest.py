@@ -45,15 +45,19 @@ def run_to_hypercall(vmm: Vmm) -> float:
     found = vmm.vcpus[0].run()
     taken = time.perf_counter() - began
     if not isinstance(found, exits.Hypercall):
-        raise BenchError(f"the guest stopped: {found}", "the guest programs may be broken: scripts/test tests/test_guests.py")
+        raise BenchError(
+            f"the guest stopped: {found}",
+            "the guest programs may be broken: scripts/test tests/test_guests.py",
+        )
     return taken
 
 
 def plain_to_hypercall(heap: int, *arguments: str, identity: bool = False) -> float:
     """Run the same guest to its first hypercall on Unicorn alone, in one anonymous mapping; returns seconds.
 
-    There is no hook, or, for ``identity``, one: it lets each TLB miss lead to its own address. Without paging every page may be executed,
-    so Unicorn looks at each store whether it overwrites code; the hook can say which accesses are to data, and those are then faster.
+    There is no hook, or, for ``identity``, one: it lets each TLB miss lead to its own address.
+    Without paging every page may be executed, so Unicorn looks at each store whether it overwrites
+    code; the hook can say which accesses are to data, and those are then faster.
     """
     # Unicorn's binding has no types that a strict checker takes.
     unicorn: Any = importlib.import_module("unicorn")
@@ -61,7 +65,11 @@ def plain_to_hypercall(heap: int, *arguments: str, identity: bool = False) -> fl
     size = heap + OVERHEAD
     content = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     boot = guest_abi.boot_info(
-        private_size=size, shared_size=SHARED_SIZE, heap_base=guest_abi.PRIVATE_BASE + HEAP_OFFSET, vcpus=1, arguments=arguments
+        private_size=size,
+        shared_size=SHARED_SIZE,
+        heap_base=guest_abi.PRIVATE_BASE + HEAP_OFFSET,
+        vcpus=1,
+        arguments=arguments,
     )
     content[: len(boot)] = boot
     for segment in SPIN.segments:
@@ -106,9 +114,16 @@ def first_touch(lab: Lab) -> Iterator[Figure]:
                 counted.update(vmm.vm.statistics())
                 return taken * 1e6 / pages
 
-        pairs = alternate(lambda: plain_to_hypercall(heap, "touch") * 1e6 / pages, ours, lab.rounds(5))
+        pairs = alternate(
+            lambda: plain_to_hypercall(heap, "touch") * 1e6 / pages, ours, lab.rounds(5)
+        )
     note = f"{counted['pages_taken']} pages taken at {counted['faults_private']} faults, {counted['tlb_fills']} TLB fills"
-    yield pairs.figure(f"guest's first touch of {heap >> 20} MiB of private memory; a page", "µs", within(2.5), note)
+    yield pairs.figure(
+        f"guest's first touch of {heap >> 20} MiB of private memory; a page",
+        "µs",
+        within(2.5),
+        note,
+    )
 
 
 def digest(lab: Lab) -> Iterator[Figure]:
@@ -155,7 +170,9 @@ def round_trip(lab: Lab) -> Iterator[Figure]:
     ours_end, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     reply = 8 + exits.LAYOUT.size
     with theirs:
-        echo = subprocess.Popen([lab.program("echo"), str(theirs.fileno()), str(reply)], pass_fds=[theirs.fileno()])
+        echo = subprocess.Popen(
+            [lab.program("echo"), str(theirs.fileno()), str(reply)], pass_fds=[theirs.fileno()]
+        )
     channel = Channel(ours_end, "echo")
     body = wire.COMPLETION.pack(1)
 

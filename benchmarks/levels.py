@@ -50,7 +50,9 @@ def first_touch(lab: Lab) -> Iterator[Figure]:
         with service(Options(backing=backing)) as started:
             plain = alternate(floor, partial(ours, started), rounds)
             note = f"{counted['mapped_4k']} translations of 4 KiB, {counted['mapped_2m']} of 2 MiB, at {counted['faults_private']} faults"
-            yield plain.figure(f"guest's first touch of {heap >> 20} MiB, {backing}; a page", "µs", note=note)
+            yield plain.figure(
+                f"guest's first touch of {heap >> 20} MiB, {backing}; a page", "µs", note=note
+            )
             if backing != "memfd":
                 beside = alternate(partial(ours, small), partial(ours, started), rounds)
                 yield beside.figure(f"  the same, {backing} (floor: memfd)", "µs")

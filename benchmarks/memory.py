@@ -22,7 +22,10 @@ def footprint(lab: Lab) -> Iterator[Figure]:
     count = lab.amount(_MANY, 500)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < count + 64:
-        raise BenchError(f"{count} descriptors need a limit of as many open files, the hard limit is {hard}", "ulimit -Hn 20000")
+        raise BenchError(
+            f"{count} descriptors need a limit of as many open files, the hard limit is {hard}",
+            "ulimit -Hn 20000",
+        )
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     fds: list[int] = []
     with service() as started:
@@ -43,8 +46,17 @@ def footprint(lab: Lab) -> Iterator[Figure]:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     aim = below(2, "under 2 KiB")
     yield Figure(f"a descriptor, of {count}", "KiB", None, (empty - idle) / count / _KIB, None, aim)
-    yield Figure(f"a descriptor, of {count} with a page each", "KiB", None, (full - idle) / count / _KIB, None, aim)
-    yield Figure(f"service with {count} descriptors", "MB", None, full / 1e6, None, below(30, "under 30 MB"))
+    yield Figure(
+        f"a descriptor, of {count} with a page each",
+        "KiB",
+        None,
+        (full - idle) / count / _KIB,
+        None,
+        aim,
+    )
+    yield Figure(
+        f"service with {count} descriptors", "MB", None, full / 1e6, None, below(30, "under 30 MB")
+    )
 
 
 BENCHES: Final[dict[str, Callable[[Lab], Iterator[Figure]]]] = {"memory": footprint}

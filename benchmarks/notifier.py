@@ -89,7 +89,15 @@ def notifier(lab: Lab) -> Iterator[Figure]:
         file.put()
     none, one, many = (statistics.median(values[1:]) for values in taken.values())
     note = f"a punch with none {none:.2f} µs, with one {one:.2f} µs, with {_MANY} {many:.2f} µs"
-    yield Figure(f"a notifier and a punch, in one process ({_MANY}, less none)", "µs", None, (many - none) / _MANY, None, _UNDER, note)
+    yield Figure(
+        f"a notifier and a punch, in one process ({_MANY}, less none)",
+        "µs",
+        None,
+        (many - none) / _MANY,
+        None,
+        _UNDER,
+        note,
+    )
     yield Figure("  the first, with semaphore and sequence", "µs", None, one - none, None)
 
 
@@ -151,7 +159,9 @@ def _only_punches() -> Generator[tuple[int, int]]:
 
 def _punches(lab: Lab, fd: int) -> float:
     """Allocate and punch pages in turns, from C; returns the median of the punches, in µs."""
-    taken = lab.run("fallocate", fd, 0, PAGE_SIZE, lab.amount(500, 20), 0, _KEEP, PUNCH, pass_fds=[fd])
+    taken = lab.run(
+        "fallocate", fd, 0, PAGE_SIZE, lab.amount(500, 20), 0, _KEEP, PUNCH, pass_fds=[fd]
+    )
     return statistics.median(taken[1::2]) / 1e3
 
 
@@ -163,18 +173,30 @@ def unheard(lab: Lab) -> Iterator[Figure]:
         OwnedFd(started.memfd_restricted()) as file,
         one_core(floor_pid, started.info["pid"]),
     ):
-        pairs = alternate(lambda: _punches(lab, floor), lambda: _punches(lab, file.fileno()), lab.rounds(31))
-    yield pairs.figure("punch of a page nobody hears of (floor: the server without the shim)", "µs", within(1.1))
+        pairs = alternate(
+            lambda: _punches(lab, floor), lambda: _punches(lab, file.fileno()), lab.rounds(31)
+        )
+    yield pairs.figure(
+        "punch of a page nobody hears of (floor: the server without the shim)", "µs", within(1.1)
+    )
 
 
 @contextmanager
 def _listener(started: Service, size: int) -> Generator[tuple[int, int]]:
     """Let an engine bind ``size`` bytes of a new descriptor, and no guest run; yields the engine's pid and the descriptor."""
-    with OwnedFd(started.memfd_restricted()) as file, memory.memfd_create("shared") as shared, Vm(started, engine="software") as vm:
+    with (
+        OwnedFd(started.memfd_restricted()) as file,
+        memory.memfd_create("shared") as shared,
+        Vm(started, engine="software") as vm,
+    ):
         for fd in (file.fileno(), shared.fileno()):
             os.ftruncate(fd, size)
         vm.set_user_memory_region(
-            slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=size, restricted_fd=file.fileno(), shared_fd=shared.fileno()
+            slot=0,
+            guest_phys_addr=guest_abi.PRIVATE_BASE,
+            memory_size=size,
+            restricted_fd=file.fileno(),
+            shared_fd=shared.fileno(),
         )
         yield vm.statistics()["pid"], file.fileno()
 
@@ -184,7 +206,9 @@ def _echo(lab: Lab) -> Generator[tuple[int, Channel]]:
     """Start a program in C that answers each message with an empty reply; yields its pid, and the way there."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
-        echo = subprocess.Popen([lab.program("echo"), str(theirs.fileno()), "8"], pass_fds=[theirs.fileno()])
+        echo = subprocess.Popen(
+            [lab.program("echo"), str(theirs.fileno()), "8"], pass_fds=[theirs.fileno()]
+        )
     channel = Channel(ours, "echo")
     try:
         yield echo.pid, channel
@@ -221,13 +245,22 @@ def designs(lab: Lab) -> Iterator[Figure]:
     with _huge_pages(2 * size // _HUGE) as huge:
         for kind, what in kinds.items():
             for name in NAMES:
-                # Where pages cannot be split is what ``lazy`` is for; others show nothing there that they do not with folios.
+                # Where pages cannot be split is what ``lazy`` is for; others show nothing there
+                # that they do not with folios.
                 if kind != "hugetlb-2m" or (name == "lazy" and huge):
-                    yield _design(lab, name, kind, f"{name}: {size >> 20} MiB of {what}, one punch", size)
+                    yield _design(
+                        lab, name, kind, f"{name}: {size >> 20} MiB of {what}, one punch", size
+                    )
         for name in NAMES:
             kind = "hugetlb-2m" if name == "lazy" else "thp"
             if name != "folio-poc" and (huge or kind == "thp"):
-                yield _design_heard(lab, name, kind, f"  {name}: {size >> 20} MiB of {kinds[kind]}, heard by a consumer process", size)
+                yield _design_heard(
+                    lab,
+                    name,
+                    kind,
+                    f"  {name}: {size >> 20} MiB of {kinds[kind]}, heard by a consumer process",
+                    size,
+                )
 
 
 def _design(lab: Lab, name: str, kind: str, what: str, size: int) -> Figure:
@@ -243,7 +276,9 @@ def _design(lab: Lab, name: str, kind: str, what: str, size: int) -> Figure:
 
     try:
         pairs = alternate(
-            lambda: measure(lambda: file.backing.punch(0, size)), lambda: measure(lambda: file.fallocate(PUNCH, 0, size)), lab.rounds(3)
+            lambda: measure(lambda: file.backing.punch(0, size)),
+            lambda: measure(lambda: file.fallocate(PUNCH, 0, size)),
+            lab.rounds(3),
         )
     finally:
         file.put()
@@ -266,7 +301,10 @@ def _design_heard(lab: Lab, name: str, kind: str, what: str, size: int) -> Figur
 
         pairs = alternate(
             lambda: measure(lambda: bare.allocate(0, size), lambda: bare.punch(0, size)),
-            lambda: measure(lambda: memory.fallocate(fd, _KEEP, 0, size), lambda: memory.fallocate(fd, PUNCH, 0, size)),
+            lambda: measure(
+                lambda: memory.fallocate(fd, _KEEP, 0, size),
+                lambda: memory.fallocate(fd, PUNCH, 0, size),
+            ),
             lab.rounds(3),
         )
     return pairs.figure(what, "ms")

@@ -94,7 +94,10 @@ def _touched_once(started: Service, vcpus: int, engine: str) -> _Counted:
         all_of_it = before + (_HEAP >> PAGE_SHIFT)
         while (now := pages()) < all_of_it:
             if time.perf_counter() - began > _PATIENCE:
-                raise BenchError(f"waited {_PATIENCE:g} s for {vcpus} vCPUs to touch their memory once", "a vCPU hangs: report it")
+                raise BenchError(
+                    f"waited {_PATIENCE:g} s for {vcpus} vCPUs to touch their memory once",
+                    "a vCPU hangs: report it",
+                )
             time.sleep(0.002)
         return _Counted(now - before, 0, time.perf_counter() - began)
 
@@ -110,7 +113,9 @@ def _punched(started: Service, vcpus: int, engine: str, seconds: float) -> _Coun
 
 
 def _floor(lab: Lab, threads: int, seconds: float, *, punching: bool) -> _Counted:
-    pages, nanoseconds, punches = lab.run("punched", _HEAP, _CHUNK, threads, round(seconds * 1000), int(punching))
+    pages, nanoseconds, punches = lab.run(
+        "punched", _HEAP, _CHUNK, threads, round(seconds * 1000), int(punching)
+    )
     return _Counted(pages, punches, nanoseconds / 1e9)
 
 
@@ -123,17 +128,29 @@ def _faults_punched(engine: str, lab: Lab) -> Iterator[Figure]:
                 measured: list[_Counted] = []
                 floors: list[_Counted] = []
 
-                def ours(vcpus: int = vcpus, punching: bool = punching, measured: list[_Counted] = measured) -> float:
-                    one = _punched(started, vcpus, engine, seconds) if punching else _touched_once(started, vcpus, engine)
+                def ours(
+                    vcpus: int = vcpus,
+                    punching: bool = punching,
+                    measured: list[_Counted] = measured,
+                ) -> float:
+                    one = (
+                        _punched(started, vcpus, engine, seconds)
+                        if punching
+                        else _touched_once(started, vcpus, engine)
+                    )
                     measured.append(one)
                     return one.each
 
-                def floor(vcpus: int = vcpus, punching: bool = punching, floors: list[_Counted] = floors) -> float:
+                def floor(
+                    vcpus: int = vcpus, punching: bool = punching, floors: list[_Counted] = floors
+                ) -> float:
                     floors.append(_floor(lab, vcpus, seconds, punching=punching))
                     return floors[-1].each
 
                 pairs = alternate(floor, ours, lab.rounds(3))
-                what = f"{engine}, {vcpus} vCPUs, " + ("punched meanwhile; a page" if punching else "first touch; a page")
+                what = f"{engine}, {vcpus} vCPUs, " + (
+                    "punched meanwhile; a page" if punching else "first touch; a page"
+                )
                 yield pairs.figure(what, "µs", None, f"{measured[-1]}; floor {floors[-1]}")
 
 

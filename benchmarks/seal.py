@@ -34,7 +34,9 @@ def _guest(started: Service, engine: str) -> Generator[socket.socket]:
     try:
         vmm = Vmm(4 << 20, started, engine=engine)
     except OSError as error:
-        raise BenchError(f"no {engine} engine: {error.strerror}", "restrictedmem doctor says what is missing") from None
+        raise BenchError(
+            f"no {engine} engine: {error.strerror}", "restrictedmem doctor says what is missing"
+        ) from None
     ours, theirs = socket.socketpair()
     with vmm, ours, theirs, theirs.makefile("rwb", buffering=0) as stream:
         vmm.load(elf.parse(guests.path("seal").read_bytes()))
@@ -50,7 +52,9 @@ def _process(lab: Lab) -> Generator[socket.socket]:
     ours, theirs = socket.socketpair()
     with ours:
         with theirs:
-            process = subprocess.Popen([lab.program("seal"), str(theirs.fileno())], pass_fds=[theirs.fileno()])
+            process = subprocess.Popen(
+                [lab.program("seal"), str(theirs.fileno())], pass_fds=[theirs.fileno()]
+            )
         yield ours
         ours.shutdown(socket.SHUT_WR)
         process.wait()
@@ -61,7 +65,9 @@ def seal(lab: Lab) -> Iterator[Figure]:
     count = lab.amount(2000, 20)
     for engine in ENGINES:
         with service() as started, _process(lab) as process, _guest(started, engine) as guest:
-            pairs = alternate(lambda: requests(process, count), lambda: requests(guest, count), lab.rounds(5))
+            pairs = alternate(
+                lambda: requests(process, count), lambda: requests(guest, count), lab.rounds(5)
+            )
         yield pairs.figure(f"seal, {engine} engine: signatures of 64-byte messages", "/s")
 
 

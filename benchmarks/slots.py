@@ -58,7 +58,9 @@ def _ask(relays: socket.socket, count: int) -> float:
     return time.perf_counter() - began
 
 
-def _make_all(started: Service, count: int, halves: dict[str, Any], deletions: list[float]) -> float:
+def _make_all(
+    started: Service, count: int, halves: dict[str, Any], deletions: list[float]
+) -> float:
     """Make slots of a page each, one page apart, and delete them; returns the seconds in which they were made."""
     with Vm(started, engine="software") as vm:
         offsets = [name.replace("_fd", "_offset") for name in halves]
@@ -66,7 +68,9 @@ def _make_all(started: Service, count: int, halves: dict[str, Any], deletions: l
         for slot in range(count):
             shown: dict[str, Any] = dict.fromkeys(offsets, slot * PAGE_SIZE)
             gpa = _BASE + slot * 2 * PAGE_SIZE
-            vm.set_user_memory_region(slot=slot, guest_phys_addr=gpa, memory_size=PAGE_SIZE, **halves, **shown)
+            vm.set_user_memory_region(
+                slot=slot, guest_phys_addr=gpa, memory_size=PAGE_SIZE, **halves, **shown
+            )
         made = time.perf_counter()
         for slot in range(count):
             vm.set_user_memory_region(slot=slot, guest_phys_addr=0, memory_size=0)
@@ -77,7 +81,8 @@ def _make_all(started: Service, count: int, halves: dict[str, Any], deletions: l
 def slots(lab: Lab) -> Iterator[Figure]:
     """Make all slots there can be, of one memfd or of one restricted file, and delete them, by a Vm's own calls.
 
-    The floor is bare Python: for each slot the owner asks the engine, which of a private half asks the service.
+    The floor is bare Python: for each slot the owner asks the engine, which of a private half asks
+    the service.
     """
     count = lab.amount(MAX_SLOTS, 200)
     with ExitStack() as stack:
@@ -86,12 +91,19 @@ def slots(lab: Lab) -> Iterator[Figure]:
         window = stack.enter_context(memory.memfd_create("window")).fileno()
         for fd in (restricted, window):
             os.ftruncate(fd, count * PAGE_SIZE)
-        for name, asked, halves in (("shared", 1, {"shared_fd": window}), ("private", 2, {"restricted_fd": restricted})):
+        for name, asked, halves in (
+            ("shared", 1, {"shared_fd": window}),
+            ("private", 2, {"restricted_fd": restricted}),
+        ):
             deletions: list[float] = []
             with _relays(asked) as relays:
                 ask = partial(_ask, relays, count)
-                pairs = alternate(ask, partial(_make_all, started, count, halves, deletions), lab.rounds(3))
-            yield pairs.figure(f"{count:,} slots with a {name} half made; floor their messages", "s", _SOON)
+                pairs = alternate(
+                    ask, partial(_make_all, started, count, halves, deletions), lab.rounds(3)
+                )
+            yield pairs.figure(
+                f"{count:,} slots with a {name} half made; floor their messages", "s", _SOON
+            )
             yield Pairs(pairs.floor, deletions[1:]).figure("  and deleted; floor the same", "s")
 
 

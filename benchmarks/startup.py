@@ -15,7 +15,9 @@ _ROUNDS: Final = 15
 def _timed(*arguments: str) -> float:
     """Return the milliseconds a fresh interpreter takes."""
     started = time.perf_counter()
-    subprocess.run([sys.executable, *arguments], check=True, stdin=subprocess.DEVNULL, capture_output=True)
+    subprocess.run(
+        [sys.executable, *arguments], check=True, stdin=subprocess.DEVNULL, capture_output=True
+    )
     return (time.perf_counter() - started) * 1e3
 
 
@@ -30,10 +32,18 @@ def start(lab: Lab) -> Iterator[Figure]:
     yield helped.figure("restrictedmem --help", "ms", below(150, "under 150 ms"))
     imported = alternate(_nothing, lambda: _timed("-c", "import restrictedmem"), rounds)
     yield imported.figure("import restrictedmem", "ms")
-    ran = alternate(_nothing, lambda: _timed("-m", "restrictedmem", "run", "--memory", "4M", "spin", "empty"), rounds)
+    ran = alternate(
+        _nothing,
+        lambda: _timed("-m", "restrictedmem", "run", "--memory", "4M", "spin", "empty"),
+        rounds,
+    )
     yield ran.figure("restrictedmem run of an empty guest", "ms", below(1000, "under 1 s"))
-    executed = alternate(_nothing, lambda: _timed("-m", "restrictedmem", "exec", "--", "true"), rounds)
-    above = statistics.median(ours - floor for floor, ours in zip(executed.floor, executed.ours, strict=True))
+    executed = alternate(
+        _nothing, lambda: _timed("-m", "restrictedmem", "exec", "--", "true"), rounds
+    )
+    above = statistics.median(
+        ours - floor for floor, ours in zip(executed.floor, executed.ours, strict=True)
+    )
     yield executed.figure("restrictedmem exec of true", "ms")
     yield Figure("  above Python's own start", "ms", None, above, None, below(100, "under 100 ms"))
 

@@ -27,7 +27,9 @@ def _numbers(*command: str, pass_fds: tuple[int, ...] = ()) -> list[int]:
     """
     done = subprocess.run(command, check=False, capture_output=True, text=True, pass_fds=pass_fds)
     if done.returncode:
-        raise BenchError(done.stderr.strip().splitlines()[-1], "restrictedmem doctor says what is missing")
+        raise BenchError(
+            done.stderr.strip().splitlines()[-1], "restrictedmem doctor says what is missing"
+        )
     return [int(word) for word in done.stdout.split()]
 
 
@@ -71,7 +73,10 @@ def programs(lab: Lab) -> Iterator[Figure]:
     source.write_text(_SOURCE)
     compiler = ("cc", "-O2", "-o", str(source.with_suffix("")), str(source))
     repeat, count = lab.program("repeat"), str(lab.amount(10, 1))
-    for what, command in (("a Python that does nothing", (sys.executable, "-c", "pass")), ("a run of the C compiler", compiler)):
+    for what, command in (
+        ("a Python that does nothing", (sys.executable, "-c", "pass")),
+        ("a run of the C compiler", compiler),
+    ):
 
         def outside(command: tuple[str, ...] = command) -> float:
             return statistics.median(_numbers(repeat, count, *command)) / 1e3
@@ -83,4 +88,8 @@ def programs(lab: Lab) -> Iterator[Figure]:
         yield pairs.figure(f"{what}, under exec", "ms", within(1.05))
 
 
-BENCHES: Final[dict[str, Callable[[Lab], Iterator[Figure]]]] = {"exec-create": create, "exec-others": others, "exec-programs": programs}
+BENCHES: Final[dict[str, Callable[[Lab], Iterator[Figure]]]] = {
+    "exec-create": create,
+    "exec-others": others,
+    "exec-programs": programs,
+}

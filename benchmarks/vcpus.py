@@ -19,7 +19,9 @@ _HEAP: Final = 8 << 20
 _PROBE: Final = elf.parse(guests.path("probe").read_bytes())
 
 
-def _interrupts(started: Service, image: elf.Image, vcpus: int, count: int, *, punched: bool) -> list[float]:
+def _interrupts(
+    started: Service, image: elf.Image, vcpus: int, count: int, *, punched: bool
+) -> list[float]:
     """Interrupt vCPUs in turn while all of them loop; returns milliseconds from the request to the end of KVM_RUN."""
     found: list[float] = []
     with Vmm(_HEAP + OVERHEAD, started, vcpus=vcpus, engine="software") as vmm:
@@ -44,7 +46,8 @@ def _interrupts(started: Service, image: elf.Image, vcpus: int, count: int, *, p
             index = number % vcpus
             if punched:
                 memory.fallocate(vmm.restricted_fd, memory.PUNCH, HEAP_OFFSET, _HEAP)
-            # Long enough for the guest to be at work again, whoever's turn it is; not the same each time.
+            # Long enough for the guest to be at work again, whoever's turn it is; not the same each
+            # time.
             time.sleep(0.002 + number % 7 / 1000)
             began = time.perf_counter()
             vmm.vcpus[index].interrupt()
@@ -62,12 +65,25 @@ def _interrupts(started: Service, image: elf.Image, vcpus: int, count: int, *, p
 def interrupt(lab: Lab) -> Iterator[Figure]:
     """Stop a guest that never leaves by itself."""
     count = lab.amount(1000, 20)
-    cases = [("an endless loop", _PROBE, 1, 1.0), (f"{_VCPUS} vCPUs, all faulting", SPIN, _VCPUS, 5.0)]
+    cases = [
+        ("an endless loop", _PROBE, 1, 1.0),
+        (f"{_VCPUS} vCPUs, all faulting", SPIN, _VCPUS, 5.0),
+    ]
     with service() as started:
         for what, image, vcpus, limit in cases:
             times = _interrupts(started, image, vcpus, count, punched=vcpus > 1)
-            note = f"median {statistics.median(times):.3f} ms, slowest {max(times):.3f} ms of {count}"
-            yield Figure(f"stop request, {what}; p99", "ms", None, percentile(times, 99), None, below(limit, f"under {limit:g} ms"), note)
+            note = (
+                f"median {statistics.median(times):.3f} ms, slowest {max(times):.3f} ms of {count}"
+            )
+            yield Figure(
+                f"stop request, {what}; p99",
+                "ms",
+                None,
+                percentile(times, 99),
+                None,
+                below(limit, f"under {limit:g} ms"),
+                note,
+            )
 
 
 def turns(lab: Lab) -> Iterator[Figure]:
@@ -76,7 +92,10 @@ def turns(lab: Lab) -> Iterator[Figure]:
     with service() as started:
 
         def run(vcpus: int) -> float:
-            with Vmm(_HEAP + OVERHEAD, started, vcpus=vcpus, engine="software") as vmm, open("/dev/null", "r+b", buffering=0) as null:
+            with (
+                Vmm(_HEAP + OVERHEAD, started, vcpus=vcpus, engine="software") as vmm,
+                open("/dev/null", "r+b", buffering=0) as null,
+            ):
                 vmm.load(SPIN, ["smp", str(count // vcpus)])
                 vmm.run(null, null, null)
                 return vmm.elapsed / 1e6
@@ -88,4 +107,7 @@ def turns(lab: Lab) -> Iterator[Figure]:
     yield Figure(what, "ms", statistics.median(alone), statistics.median(together), ratio)
 
 
-BENCHES: Final[dict[str, Callable[[Lab], Iterator[Figure]]]] = {"interrupt": interrupt, "turns": turns}
+BENCHES: Final[dict[str, Callable[[Lab], Iterator[Figure]]]] = {
+    "interrupt": interrupt,
+    "turns": turns,
+}

@@ -37,7 +37,10 @@ def record(out: Path) -> dict[str, object]:
     """
     compiler = shlex.split(variable("CC"))
     images = {elf.stem: elf.read_bytes() for elf in sorted(out.glob("*.elf"))}
-    guests = {name: {"sha256": hashlib.sha256(image).hexdigest(), "size": len(image)} for name, image in images.items()}
+    guests = {
+        name: {"sha256": hashlib.sha256(image).hexdigest(), "size": len(image)}
+        for name, image in images.items()
+    }
     return {
         "compiler": output(*compiler, "--version"),
         "linker": output(output(*compiler, "-print-prog-name=ld"), "--version"),

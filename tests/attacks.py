@@ -57,7 +57,9 @@ def attach_and_stop(pid: int) -> None:
 
 
 def _syscall(number: int, *arguments: int | bytes) -> int:
-    wide = [ctypes.c_long(argument) if isinstance(argument, int) else argument for argument in arguments]
+    wide = [
+        ctypes.c_long(argument) if isinstance(argument, int) else argument for argument in arguments
+    ]
     return checked(_libc.syscall(ctypes.c_long(number), *wide))
 
 
@@ -67,7 +69,9 @@ def _process_vm(call: str) -> Attack:
         local = _Iovec(ctypes.addressof(buffer), 8)
         # Whoever is let in gets EFAULT: nothing is mapped there.
         remote = _Iovec(8, 8)
-        return checked(getattr(_libc, call)(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0))
+        return checked(
+            getattr(_libc, call)(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
+        )
 
     return attack
 
@@ -117,13 +121,16 @@ def _readlink(name: str) -> Attack:
 def _process_madvise(pid: int) -> int:
     pidfd = os.pidfd_open(pid)
     try:
-        return _syscall(_SYS_PROCESS_MADVISE, pidfd, bytes(_Iovec(0x1000, 0x1000)), 1, _MADV_COLD, 0)
+        return _syscall(
+            _SYS_PROCESS_MADVISE, pidfd, bytes(_Iovec(0x1000, 0x1000)), 1, _MADV_COLD, 0
+        )
     finally:
         os.close(pidfd)
 
 
 def _perf_event_open(pid: int) -> None:
-    # struct perf_event_attr: PERF_TYPE_SOFTWARE, its size, PERF_COUNT_SW_TASK_CLOCK; exclude_kernel and exclude_hv at byte 40.
+    # struct perf_event_attr: PERF_TYPE_SOFTWARE, its size, PERF_COUNT_SW_TASK_CLOCK; exclude_kernel
+    # and exclude_hv at byte 40.
     attr = struct.pack("=IIQ24xQ16x", 1, 64, 1, 0x60)
     os.close(_syscall(_SYS_PERF_EVENT_OPEN, attr, pid, -1, -1, 0))
 
@@ -136,18 +143,26 @@ ATTACKS: Final[dict[str, Attack]] = {
     **{f"setns {name}": _setns(flag) for name, flag in _CLONE_FLAGS.items()},
     "open mem": _open("mem"),
     "open mem to write": _open("mem", os.O_WRONLY),
-    **{f"open {name}": _open(name) for name in ("maps", "smaps", "pagemap", "environ", "auxv", "syscall", "io", "stack")},
+    **{
+        f"open {name}": _open(name)
+        for name in ("maps", "smaps", "pagemap", "environ", "auxv", "syscall", "io", "stack")
+    },
     "open task's mem": lambda pid: _open(f"task/{pid}/mem")(pid),
     **{f"list {name}": _list(name) for name in ("fd", "fdinfo", "map_files", "root/", "cwd/")},
     **{f"open fd {number}": _open(f"fd/{number}") for number in range(3, 12)},
-    **{f"readlink {name}": _readlink(name) for name in ("exe", "cwd", "root", "fd/3", "ns/user", "ns/mnt")},
+    **{
+        f"readlink {name}": _readlink(name)
+        for name in ("exe", "cwd", "root", "fd/3", "ns/user", "ns/mnt")
+    },
     **{f"open ns {name}": _open(f"ns/{name}") for name in ("user", "mnt", "pid", "net")},
     "kcmp": lambda pid: _syscall(_SYS_KCMP, os.getpid(), pid, 0, 0, 0),
     "move_pages": lambda pid: _syscall(_SYS_MOVE_PAGES, pid, 0, b"", b"", b"", 0),
     "get_robust_list": lambda pid: _syscall(_SYS_GET_ROBUST_LIST, pid, bytes(8), bytes(8)),
     "process_madvise": _process_madvise,
     "perf_event_open": _perf_event_open,
-    "raise RLIMIT_CORE": lambda pid: resource.prlimit(pid, resource.RLIMIT_CORE, (1 << 20, 1 << 20)),
+    "raise RLIMIT_CORE": lambda pid: resource.prlimit(
+        pid, resource.RLIMIT_CORE, (1 << 20, 1 << 20)
+    ),
     "PTRACE_ATTACH": attach_and_stop,
     "PTRACE_SEIZE": seize,
 }

@@ -48,9 +48,21 @@ def namespace_handles(field: Field) -> Iterator[None]:
 
 def late_imports(field: Field) -> Iterator[None]:
     copy = field.place / "installation"
-    shutil.copytree(Path(PACKAGE_ROOT) / "restrictedmem", copy / "restrictedmem", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        Path(PACKAGE_ROOT) / "restrictedmem",
+        copy / "restrictedmem",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
     tests = str(Path(__file__).parent)
-    command = [sys.executable, "-I", "-c", _WITH_OTHER_FILES, str(copy), tests, str(field.place / "marker")]
+    command = [
+        sys.executable,
+        "-I",
+        "-c",
+        _WITH_OTHER_FILES,
+        str(copy),
+        tests,
+        str(field.place / "marker"),
+    ]
     # It has to start a service before it gives its capabilities up.
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -60,7 +72,8 @@ def late_imports(field: Field) -> Iterator[None]:
     assert names == {"attacker"}, names
 
 
-#: Argument 1 is a copied installation, 2 the tests, 3 the file in which whoever executes another's code leaves its name.
+#: Argument 1 is a copied installation, 2 the tests, 3 the file in which whoever executes another's
+#: code leaves its name.
 _WITH_OTHER_FILES: Final = """
 import sys
 copy, tests, marker = sys.argv[1:]
@@ -111,7 +124,10 @@ def _mov(register: int, value: int) -> bytes:
 
 def _call(number: int, *arguments: int) -> bytes:
     """Return code that makes a hypercall: mov $HYPERCALL_PAGE, %ecx; call *%rcx."""
-    loads = (_mov(register, value) for register, value in zip((_RAX, _RDI, _RSI, _RDX), (number, *arguments), strict=False))
+    loads = (
+        _mov(register, value)
+        for register, value in zip((_RAX, _RDI, _RSI, _RDX), (number, *arguments), strict=False)
+    )
     return b"".join(loads) + b"\xb9" + guest_abi.HYPERCALL_PAGE.to_bytes(4, "little") + b"\xff\xd1"
 
 
@@ -121,14 +137,23 @@ def explicit_lie(field: Field) -> Iterator[None]:
     ask = _call(guest_abi.MAP_GPA_RANGE, _WINDOW, 1, guest_abi.MAP_GPA_RANGE_ENCRYPTED)
     # mov %rax, (%rdi), where %rax was 0: test %rax, %rax; jnz over it.
     store = _mov(_RAX, int.from_bytes(_SECRET, "little")) + b"\x48\x89\x07"
-    code = ask + _mov(_RDI, _WINDOW) + b"\x48\x85\xc0\x75" + bytes([len(store)]) + store + _call(guest_abi.EXIT, 0)
+    code = (
+        ask
+        + _mov(_RDI, _WINDOW)
+        + b"\x48\x85\xc0\x75"
+        + bytes([len(store)])
+        + store
+        + _call(guest_abi.EXIT, 0)
+    )
     with ExitStack() as stack:
         window = stack.enter_context(OwnedFd(os.memfd_create("window", os.MFD_ALLOW_SEALING)))
         os.ftruncate(window.fileno(), PAGE)
         seen = stack.enter_context(mmap.mmap(window.fileno(), PAGE))
         vm = stack.enter_context(Vm(service, explicit=True))
         os.close(with_private_memory(service, vm))
-        vm.set_user_memory_region(slot=1, guest_phys_addr=_WINDOW, memory_size=PAGE, shared_fd=window.fileno())
+        vm.set_user_memory_region(
+            slot=1, guest_phys_addr=_WINDOW, memory_size=PAGE, shared_fd=window.fileno()
+        )
         vcpu = stack.enter_context(started(vm, code))
         asked = vcpu.run()
         assert isinstance(asked, exits.Hypercall), asked
@@ -151,7 +176,10 @@ def measurement_of_no_vm(field: Field) -> Iterator[None]:
         for call, body in asked:
             words = json.dumps(["request", call.number, body.hex()]).encode()
             assert outcome(partial(puppet.call, call, words)) == Errno(EPERM)
-    ways: tuple[tuple[Callable[[], Channel], int], ...] = (lambda: knock(service), EACCES), (service._connect, EPROTO)
+    ways: tuple[tuple[Callable[[], Channel], int], ...] = (
+        (lambda: knock(service), EACCES),
+        (service._connect, EPROTO),
+    )
     for connect, errno in ways:
         for call, body in asked:
             with closing(connect()) as channel:
@@ -194,8 +222,18 @@ ATTACKS: Final = {
         namespace_handles,
         alone="enters every namespace of its user's on the machine",
     ),
-    "late imports": Attack("service and engine execute no file that was put there after READY", late_imports, seconds=100),
-    "an explicit lie": Attack("the guest is told that the page did not become private, and keeps its secret", explicit_lie),
-    "a measurement of no VM": Attack("no measurement is taken or signed but for a VM's engine", measurement_of_no_vm),
-    "the socket of serve replaced": Attack("a file that a link leads to keeps mode and content", replaced_socket, _listen_there),
+    "late imports": Attack(
+        "service and engine execute no file that was put there after READY",
+        late_imports,
+        seconds=100,
+    ),
+    "an explicit lie": Attack(
+        "the guest is told that the page did not become private, and keeps its secret", explicit_lie
+    ),
+    "a measurement of no VM": Attack(
+        "no measurement is taken or signed but for a VM's engine", measurement_of_no_vm
+    ),
+    "the socket of serve replaced": Attack(
+        "a file that a link leads to keeps mode and content", replaced_socket, _listen_there
+    ),
 }

@@ -11,7 +11,19 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from errno import E2BIG, EACCES, EAGAIN, EINVAL, EMFILE, EMSGSIZE, ENOMEM, ENOSYS, EOPNOTSUPP, EPROTO, ETIMEDOUT
+from errno import (
+    E2BIG,
+    EACCES,
+    EAGAIN,
+    EINVAL,
+    EMFILE,
+    EMSGSIZE,
+    ENOMEM,
+    ENOSYS,
+    EOPNOTSUPP,
+    EPROTO,
+    ETIMEDOUT,
+)
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -52,7 +64,9 @@ def long_spawn(field: Field) -> Iterator[None]:
         assert outcome(partial(service.spawn, "kvm", "x" * (size - 4))) == Errno(E2BIG)
     # One that the engine refuses.
     with closing(service.spawn("kvm", "x" * (wire.MAX_BODY - 12))) as sock:
-        assert outcome(lambda: wire.Channel(sock, "engine").call(kvm_wire.CREATE_VM)) == Errno(EINVAL)
+        assert outcome(lambda: wire.Channel(sock, "engine").call(kvm_wire.CREATE_VM)) == Errno(
+            EINVAL
+        )
 
 
 def limits(field: Field) -> Iterator[None]:
@@ -196,7 +210,9 @@ def refused_slots(field: Field) -> Iterator[None]:
     fd = service.memfd_restricted()
     os.ftruncate(fd, SIZE)
     with Vm(service) as vm:
-        region = partial(vm.set_user_memory_region, slot=0, guest_phys_addr=0, memory_size=PAGE, restricted_fd=fd)
+        region = partial(
+            vm.set_user_memory_region, slot=0, guest_phys_addr=0, memory_size=PAGE, restricted_fd=fd
+        )
         for _ in range(64):
             assert outcome(lambda: region(restricted_offset=1)) == Errno(EINVAL)
         region()
@@ -235,13 +251,17 @@ def a_thousand_slots(field: Field) -> Iterator[None]:
 
 def folios_without_cachestat(field: Field) -> Iterator[None]:
     forbid(ENOSYS, [memory.SYS_cachestat, userfaultfd.SYS_userfaultfd[os.uname().machine]])
-    services = [field.service(Options(design=design)) for design in ("folio", "folio-poc", "folio+teardown")]
+    services = [
+        field.service(Options(design=design)) for design in ("folio", "folio-poc", "folio+teardown")
+    ]
     yield
     for service in services:
         others = service.memfd_restricted()
         with Vm(service) as vm:
             fd = with_private_memory(service, vm)
-            assert outcome(partial(memory.fallocate, fd, memory.PUNCH, 0, PAGE)) == Errno(EOPNOTSUPP)
+            assert outcome(partial(memory.fallocate, fd, memory.PUNCH, 0, PAGE)) == Errno(
+                EOPNOTSUPP
+            )
             # The mount still has the operation.
             os.posix_fallocate(others, 0, PAGE)
             memory.fallocate(others, memory.PUNCH, 0, PAGE)
@@ -263,12 +283,17 @@ def stopped_for_long(field: Field) -> Iterator[None]:
     pid, engine = service.info["pid"], party.vm.statistics()["pid"]
     # An engine alone is ended for that.
     for pids in ([pid], [parent_of(pid)], [engine, pid], [engine, parent_of(pid), pid]):
-        punch = threading.Thread(target=memory.fallocate, args=(party.fd, memory.PUNCH, SIZE - PAGE, PAGE))
+        punch = threading.Thread(
+            target=memory.fallocate, args=(party.fd, memory.PUNCH, SIZE - PAGE, PAGE)
+        )
         if engine in pids:
             # The service waits for its answer when it is stopped itself.
             stop(engine)
             punch.start()
-            wait_until(lambda: any(one["in_progress"] for one in service.status()["consumers"]), "a punch to wait for the engine")
+            wait_until(
+                lambda: any(one["in_progress"] for one in service.status()["consumers"]),
+                "a punch to wait for the engine",
+            )
         for victim in pids:
             stop(victim)
         if engine not in pids:
@@ -292,10 +317,16 @@ def eight_silent_consumers(field: Field) -> Iterator[None]:
         engines: list[int] = [vm.statistics()["pid"] for vm in vms]
         for engine in engines:
             stop(engine)
-        punches = [threading.Thread(target=memory.fallocate, args=(fd, memory.PUNCH, 0, PAGE)) for fd in fds]
+        punches = [
+            threading.Thread(target=memory.fallocate, args=(fd, memory.PUNCH, 0, PAGE))
+            for fd in fds
+        ]
         for punch in punches:
             punch.start()
-        wait_until(lambda: sum(bool(one["in_progress"]) for one in service.status()["consumers"]) == 8, "the punches to be told")
+        wait_until(
+            lambda: sum(bool(one["in_progress"]) for one in service.status()["consumers"]) == 8,
+            "the punches to be told",
+        )
         for _ in range(5):
             party.goes_on()
         # None of that waited for them.
@@ -396,7 +427,12 @@ def _answer(listener: socket.socket, reply: bytes | None) -> None:
 
 def _ps(_: Path) -> None:
     with Service.start() as service:
-        done = subprocess.run([sys.executable, "-m", "restrictedmem", "ps"], capture_output=True, check=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-m", "restrictedmem", "ps"],
+            capture_output=True,
+            check=True,
+            timeout=60,
+        )
         shown = done.stdout.decode()
         assert f"service {service.info['pid']}: uid 0" in shown
         assert all(line.isprintable() for line in shown.splitlines()), shown
@@ -408,9 +444,22 @@ def _ps(_: Path) -> None:
 def a_file_under_exec(field: Field) -> Iterator[None]:
     mute = field.mute()
     root = mute.root
-    command = [sys.executable, "-m", "restrictedmem", "exec", "--", sys.executable, "-c", PRELUDE + _UNDER_EXEC, PACKAGE_ROOT, str(root)]
+    command = [
+        sys.executable,
+        "-m",
+        "restrictedmem",
+        "exec",
+        "--",
+        sys.executable,
+        "-c",
+        PRELUDE + _UNDER_EXEC,
+        PACKAGE_ROOT,
+        str(root),
+    ]
     pipe = subprocess.PIPE
-    program = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, pass_fds=[root], start_new_session=True)
+    program = subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, text=True, pass_fds=[root], start_new_session=True
+    )
     with program:
         try:
             # It gives its capabilities up itself: before that it needs a service.
@@ -470,19 +519,41 @@ sys.stdin.readline()
 
 ATTACKS: Final = {
     "a long SPAWN": Attack("E2BIG", long_spawn),
-    "limits of the spawner and the service": Attack("a VM that cannot be made is EMFILE or EAGAIN", limits, seconds=120),
-    "malformed messages": Attack("each gets an errno, and ends its connection where it was no message", malformed_messages, seconds=120),
-    "a foreign descriptor for the service": Attack("EPERM, or EPROTO, and nobody is held", _foreign_to_service),
-    "a foreign descriptor for a VM": Attack("EINVAL, and the engine ends all the same", _foreign_to_vm),
-    "a foreign descriptor for a vCPU": Attack("EPERM, or the vCPU's end, and the engine ends all the same", _foreign_to_vcpu),
-    "its own peer in a vCPU's socket": Attack("the engine ends with its owner", own_peer_in_a_vcpu_socket),
+    "limits of the spawner and the service": Attack(
+        "a VM that cannot be made is EMFILE or EAGAIN", limits, seconds=120
+    ),
+    "malformed messages": Attack(
+        "each gets an errno, and ends its connection where it was no message",
+        malformed_messages,
+        seconds=120,
+    ),
+    "a foreign descriptor for the service": Attack(
+        "EPERM, or EPROTO, and nobody is held", _foreign_to_service
+    ),
+    "a foreign descriptor for a VM": Attack(
+        "EINVAL, and the engine ends all the same", _foreign_to_vm
+    ),
+    "a foreign descriptor for a vCPU": Attack(
+        "EPERM, or the vCPU's end, and the engine ends all the same", _foreign_to_vcpu
+    ),
+    "its own peer in a vCPU's socket": Attack(
+        "the engine ends with its owner", own_peer_in_a_vcpu_socket
+    ),
     "64 refused slots": Attack("the next one is granted", refused_slots),
     "no memory for a vCPU": Attack("ENOMEM, and the VM goes on", no_memory_for_a_vcpu),
     "a thousand slots": Attack("they come and go, and delay nobody", a_thousand_slots),
-    "folios without cachestat": Attack("EOPNOTSUPP, and no other file loses an operation", folios_without_cachestat),
-    "stopped for longer than the deadline": Attack("all go on", stopped_for_long, alone="nobody else may be late by 0.4 seconds"),
+    "folios without cachestat": Attack(
+        "EOPNOTSUPP, and no other file loses an operation", folios_without_cachestat
+    ),
+    "stopped for longer than the deadline": Attack(
+        "all go on", stopped_for_long, alone="nobody else may be late by 0.4 seconds"
+    ),
     "eight silent consumers": Attack("others' calls return before theirs", eight_silent_consumers),
-    "two connect loops at serve": Attack("another user is served", connect_loops, _serve, seconds=150),
+    "two connect loops at serve": Attack(
+        "another user is served", connect_loops, _serve, seconds=150
+    ),
     "a FUSE file under exec": Attack("other programs' calls go on", a_file_under_exec, seconds=100),
-    "rogue status sockets": Attack("ps shows the others, and no escape sequence", rogue_status_sockets, _ps, seconds=100),
+    "rogue status sockets": Attack(
+        "ps shows the others, and no escape sequence", rogue_status_sockets, _ps, seconds=100
+    ),
 }

@@ -39,5 +39,7 @@ def fifo_of_a_file_system(field: Field) -> Iterator[None]:
 
 
 ATTACKS: Final = {
-    "a FIFO of a file system for a VM": Attack("EINVAL for every call, and the engine ends all the same", fifo_of_a_file_system),
+    "a FIFO of a file system for a VM": Attack(
+        "EINVAL for every call, and the engine ends all the same", fifo_of_a_file_system
+    ),
 }

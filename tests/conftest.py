@@ -1,8 +1,9 @@
 """What tests may assume about the machine, and how they say that it is not so.
 
-``@pytest.mark.requires("fuse", "root")`` skips a test where one of the features is missing, with the reason;
-``RESTRICTEDMEM_REQUIRE=fuse,root`` turns that skip into a failure, so that a run can promise what it covered.
-``@pytest.mark.alone("why")`` keeps all other tests of the machine away (``turns``).
+``@pytest.mark.requires("fuse", "root")`` skips a test where one of the features is missing, with
+the reason; ``RESTRICTEDMEM_REQUIRE=fuse,root`` turns that skip into a failure, so that a run can
+promise what it covered. ``@pytest.mark.alone("why")`` keeps all other tests of the machine away
+(``turns``).
 """
 
 import ctypes
@@ -31,7 +32,9 @@ from restrictedmem.service.cgroup import Cgroup
 from turns import Turns
 
 # How fast examples come depends on what else the machine does.
-settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("any machine")
 
 
@@ -50,17 +53,27 @@ def _kvm() -> str:
 
 
 def _processor() -> str:
-    return _kvm() or ("QEMU's TCG is the processor, with mistakes of its own" if emulation.hypervisor() == emulation.TCG else "")
+    return _kvm() or (
+        "QEMU's TCG is the processor, with mistakes of its own"
+        if emulation.hypervisor() == emulation.TCG
+        else ""
+    )
 
 
 def _amd() -> str:
     return _processor() or (
-        "" if emulation.is_amd() else "lengths of what is invalid were compared with AMD's processors alone (docs/engines.md)"
+        ""
+        if emulation.is_amd()
+        else "lengths of what is invalid were compared with AMD's processors alone (docs/engines.md)"
     )
 
 
 def _debug_registers() -> str:
-    return _kvm() or ("QEMU's TCG loads no breakpoints with a guest" if emulation.hypervisor() == emulation.TCG else "")
+    return _kvm() or (
+        "QEMU's TCG loads no breakpoints with a guest"
+        if emulation.hypervisor() == emulation.TCG
+        else ""
+    )
 
 
 def _cachestat() -> str:
@@ -81,7 +94,10 @@ def _inotify() -> str:
 
 
 def _guard() -> str:
-    with memory.memfd_create("guard") as fd, closing(memory.Mapping(fd.fileno(), 0, mmap.PAGESIZE, mmap.PAGESIZE)) as mapping:
+    with (
+        memory.memfd_create("guard") as fd,
+        closing(memory.Mapping(fd.fileno(), 0, mmap.PAGESIZE, mmap.PAGESIZE)) as mapping,
+    ):
         try:
             mapping.madvise(memory.MADV_GUARD_INSTALL, 0, mmap.PAGESIZE)
         except OSError:
@@ -98,7 +114,11 @@ def _memory_cgroup() -> str:
     own = Cgroup.own()
     if own is None or not os.access(own.directory, os.W_OK):
         return "no cgroup with the memory controller can be made here"
-    enabled = own.version == 1 or "memory" in (own.directory / "cgroup.subtree_control").read_text(encoding="ascii").split()
+    enabled = (
+        own.version == 1
+        or "memory"
+        in (own.directory / "cgroup.subtree_control").read_text(encoding="ascii").split()
+    )
     return "" if enabled else f"{own.directory} has no memory controller for cgroups below it"
 
 
@@ -111,7 +131,11 @@ def _fusermount() -> str:
 
 
 def _seccomp() -> str:
-    return "" if seccomp.flags_known(seccomp.FilterFlag.NEW_LISTENER) else "the kernel has no seccomp listeners (CONFIG_SECCOMP_FILTER)"
+    return (
+        ""
+        if seccomp.flags_known(seccomp.FilterFlag.NEW_LISTENER)
+        else "the kernel has no seccomp listeners (CONFIG_SECCOMP_FILTER)"
+    )
 
 
 def _go() -> str:
@@ -119,7 +143,11 @@ def _go() -> str:
 
 
 def _orders() -> str:
-    return "" if os.geteuid() == 0 else "without root a service cannot learn the order of a folio (docs/folios.md)"
+    return (
+        ""
+        if os.geteuid() == 0
+        else "without root a service cannot learn the order of a folio (docs/folios.md)"
+    )
 
 
 @cache
@@ -133,7 +161,15 @@ def _rust() -> str:
 
 
 #: Options for a program of i386 that needs no library.
-I386: Final = ("-m32", "-static", "-nostdlib", "-ffreestanding", "-fno-pie", "-no-pie", "-fno-stack-protector")
+I386: Final = (
+    "-m32",
+    "-static",
+    "-nostdlib",
+    "-ffreestanding",
+    "-fno-pie",
+    "-no-pie",
+    "-fno-stack-protector",
+)
 
 
 @cache
@@ -154,7 +190,11 @@ def _musl() -> str:
 
 
 def _qemu() -> str:
-    return "" if shutil.which("qemu-system-x86_64") else "qemu-system-x86_64 is not installed (package qemu-system-x86)"
+    return (
+        ""
+        if shutil.which("qemu-system-x86_64")
+        else "qemu-system-x86_64 is not installed (package qemu-system-x86)"
+    )
 
 
 def _gdb() -> str:
@@ -205,7 +245,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, object, object]:
+def pytest_runtest_protocol(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, object, object]:
     # Around the time that a test may take.
     _turns.begin(alone=_is_alone(item))
     try:

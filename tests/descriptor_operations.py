@@ -1,7 +1,7 @@
 """Everything an owner can do to a descriptor, each as one small function that returns a value or raises OSError.
 
-Every function gets a ``Thing`` of its own: a new descriptor and a way to make another of the same kind. What a function returns is
-compared with ``==``, so it is a number, a text or a tuple of them.
+Every function gets a ``Thing`` of its own: a new descriptor and a way to make another of the same
+kind. What a function returns is compared with ``==``, so it is a number, a text or a tuple of them.
 """
 
 import array
@@ -39,7 +39,14 @@ AT_EMPTY_PATH = 0x1000
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _mmap = _libc.mmap
-_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+_mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+]
 _mmap.restype = ctypes.c_void_p
 _munmap = _libc.munmap
 _munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]

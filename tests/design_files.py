@@ -13,7 +13,9 @@ ALL = PageRange(pgoff_t(0), pgoff_t(MAX_FILE_BYTES >> PAGE_SHIFT))
 
 
 def make_file(design: str, backing: Backing | None = None) -> RestrictedFile:
-    return RestrictedFile(make(design), ModelBacking() if backing is None else backing, Inode.make(0, 0))
+    return RestrictedFile(
+        make(design), ModelBacking() if backing is None else backing, Inode.make(0, 0)
+    )
 
 
 def register(file: RestrictedFile, span: PageRange = ALL) -> Recorder:

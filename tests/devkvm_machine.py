@@ -1,7 +1,8 @@
 """A guest on /dev/kvm for tests: 64-bit code at CPL3, which runs natively everywhere, in memory of this process.
 
-Guest physical memory: page tables and code in slot 0 from 0 on; slots of a test at ``DATA`` (2 MiB are mapped there). An OUT ends a step,
-and stands in slot 0 because KVM may have to read the instruction itself.
+Guest physical memory: page tables and code in slot 0 from 0 on; slots of a test at ``DATA`` (2 MiB
+are mapped there). An OUT ends a step, and stands in slot 0 because KVM may have to read the
+instruction itself.
 """
 
 import mmap
@@ -30,12 +31,18 @@ SPIN: Final = bytes.fromhex("ebfe")
 #: out DONE, al, for ever
 OUTS: Final = bytes.fromhex("e610 ebfc")
 #: Compare rsi bytes at rdi with al, then fill them with dl: out DONE, or FAILED when one differs.
-COMPARE_AND_FILL: Final = bytes.fromhex("4889f1 38440fff 750e 48ffc9 75f5 4889f1 88d0 f3aa e610 e611")
+COMPARE_AND_FILL: Final = bytes.fromhex(
+    "4889f1 38440fff 750e 48ffc9 75f5 4889f1 88d0 f3aa e610 e611"
+)
 
 _PML4, _PDPT, _LOW, _HIGH = 0x1000, 0x2000, 0x3000, 0x4000
 _PRESENT_WRITE_USER, _LARGE = 7, 1 << 7
-_CODE_SEGMENT = kvm_segment(limit=0xFFFF_FFFF, selector=0x33, type=11, present=1, dpl=3, s=1, l=1, g=1)
-_DATA_SEGMENT = kvm_segment(limit=0xFFFF_FFFF, selector=0x2B, type=3, present=1, dpl=3, db=1, s=1, g=1)
+_CODE_SEGMENT = kvm_segment(
+    limit=0xFFFF_FFFF, selector=0x33, type=11, present=1, dpl=3, s=1, l=1, g=1
+)
+_DATA_SEGMENT = kvm_segment(
+    limit=0xFFFF_FFFF, selector=0x2B, type=3, present=1, dpl=3, db=1, s=1, g=1
+)
 _CR0_PE_MP_ET_NE_WP_PG = 0x8001_0033
 _CR4_PAE_OSFXSR = 0x220
 _EFER_LME_LMA = 0x500
@@ -51,10 +58,14 @@ class Machine:
     vcpu: Vcpu
     memory: mmap.mmap
 
-    def start(self, code: bytes, *, rdi: int = DATA, rsi: int = 0, rax: int = 0, rdx: int = 0) -> None:
+    def start(
+        self, code: bytes, *, rdi: int = DATA, rsi: int = 0, rax: int = 0, rdx: int = 0
+    ) -> None:
         """Put code in place and the vCPU at its start."""
         self.memory[CODE : CODE + len(code)] = code
-        self.vcpu.set_regs(kvm_regs(rip=CODE, rflags=_RFLAGS_IOPL3, rdi=rdi, rsi=rsi, rax=rax, rdx=rdx))
+        self.vcpu.set_regs(
+            kvm_regs(rip=CODE, rflags=_RFLAGS_IOPL3, rdi=rdi, rsi=rsi, rax=rax, rdx=rdx)
+        )
 
     def port(self) -> int:
         """Run to the next port and return it."""
@@ -83,7 +94,12 @@ def machine() -> Generator[Machine]:
         sregs = vcpu.get_sregs()
         sregs.cs, sregs.ss = _CODE_SEGMENT, _DATA_SEGMENT
         sregs.ds = sregs.es = sregs.fs = sregs.gs = _DATA_SEGMENT
-        sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = _CR0_PE_MP_ET_NE_WP_PG, _PML4, _CR4_PAE_OSFXSR, _EFER_LME_LMA
+        sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = (
+            _CR0_PE_MP_ET_NE_WP_PG,
+            _PML4,
+            _CR4_PAE_OSFXSR,
+            _EFER_LME_LMA,
+        )
         vcpu.set_sregs(sregs)
         yield Machine(kvm, vm, vcpu, memory)
 

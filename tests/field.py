@@ -52,7 +52,9 @@ def with_private_memory(service: Service, vm: Vm) -> int:
     """Give a VM private memory at its usual place; returns the descriptor, which the caller owns."""
     fd = service.memfd_restricted()
     os.ftruncate(fd, SIZE)
-    vm.set_user_memory_region(slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=SIZE, restricted_fd=fd)
+    vm.set_user_memory_region(
+        slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=SIZE, restricted_fd=fd
+    )
     vm.set_memory_attributes(guest_abi.PRIVATE_BASE, SIZE, private=True)
     return fd
 
@@ -162,7 +164,10 @@ class Attack:
 def carry_out(attack: Attack, uid: int, bystander: Party) -> None:
     """Run an attack as a user, and check that a bystander goes on and that nothing is left."""
     pids = [bystander.service.info["pid"], bystander.vm.statistics()["pid"]]
-    wait_until(lambda: len(bystander.service.status()["consumers"]) == 1, "the bystander's other engines to end")
+    wait_until(
+        lambda: len(bystander.service.status()["consumers"]) == 1,
+        "the bystander's other engines to end",
+    )
     before = [len(descriptors(pid)) for pid in pids]
     with _place() as place:
         attacker = _Thread(lambda: as_user(lambda: _attack(attack, place), uid))
@@ -176,8 +181,13 @@ def carry_out(attack: Attack, uid: int, bystander: Party) -> None:
             attacker.join()
     attacker.tell()
     bystander.goes_on()
-    wait_until(lambda: [len(descriptors(pid)) for pid in pids] == before, "descriptors of the bystander's service to be closed")
-    assert "restrictedmem" not in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
+    wait_until(
+        lambda: [len(descriptors(pid)) for pid in pids] == before,
+        "descriptors of the bystander's service to be closed",
+    )
+    assert "restrictedmem" not in Path("/proc/self/mountinfo").read_text(
+        encoding="utf-8", errors="replace"
+    )
 
 
 def _attack(attack: Attack, place: Path) -> None:

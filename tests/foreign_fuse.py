@@ -53,7 +53,9 @@ class Foreign:
 
 
 @contextmanager
-def foreign(before: Callable[[int], object] = lambda opcode: None, failing: Mapping[int, int] | None = None) -> Generator[Foreign]:
+def foreign(
+    before: Callable[[int], object] = lambda opcode: None, failing: Mapping[int, int] | None = None
+) -> Generator[Foreign]:
     """Mount one, detached, as root; its server calls ``before`` with each request's opcode first, and is killed at the end.
 
     What is written goes nowhere. Opcodes in ``failing`` are answered with its errnos.
@@ -76,7 +78,9 @@ def foreign(before: Callable[[int], object] = lambda opcode: None, failing: Mapp
         events.close()
 
 
-def _run(events: socket.socket, before: Callable[[int], object], failing: Mapping[int, int]) -> NoReturn:
+def _run(
+    events: socket.socket, before: Callable[[int], object], failing: Mapping[int, int]
+) -> NoReturn:
     try:
         device, root = mount_detached(allow_other=False)
         with root:
@@ -86,7 +90,12 @@ def _run(events: socket.socket, before: Callable[[int], object], failing: Mappin
         os._exit(1)
 
 
-def _serve(device: OwnedFd, events: socket.socket, before: Callable[[int], object], failing: Mapping[int, int]) -> None:
+def _serve(
+    device: OwnedFd,
+    events: socket.socket,
+    before: Callable[[int], object],
+    failing: Mapping[int, int],
+) -> None:
     while data := os.read(device.fileno(), 1 << 20):
         _, opcode, unique, node, *_ = fuse.IN_HEADER.unpack_from(data)
         with suppress(BlockingIOError):
@@ -106,7 +115,14 @@ def _answer(opcode: int, node: int, request: bytes) -> bytes | None:
     match opcode:
         case Opcode.INIT:
             init = fuse.fuse_init_out(
-                major=7, minor=31, max_readahead=0, flags=0, max_background=16, congestion_threshold=12, max_write=_PAGE, time_gran=1
+                major=7,
+                minor=31,
+                max_readahead=0,
+                flags=0,
+                max_background=16,
+                congestion_threshold=12,
+                max_write=_PAGE,
+                time_gran=1,
             )
             return bytes(init)
         case Opcode.LOOKUP:

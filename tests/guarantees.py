@@ -18,7 +18,9 @@ class Change:
     def mutant(self, root: Path) -> Mutant:
         """Return the change where it is; what is not there once is an AssertionError."""
         source = (root / self.file).read_text(encoding="utf-8")
-        assert source.count(self.old) == 1, f"{self.file} has {source.count(self.old)} times: {self.old}"
+        assert source.count(self.old) == 1, (
+            f"{self.file} has {source.count(self.old)} times: {self.old}"
+        )
         before, behind = (len(text.encode()) for text in source.split(self.old))
         line = source[: source.index(self.old)].count("\n") + 1
         old, new = (" ".join(text.split()) for text in (self.old, self.new))
@@ -30,7 +32,11 @@ def named_tests(root: Path) -> dict[str, list[str]]:
     text = (root / "SPECIFICATION.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d\S*) \| .* \| (.*) \|$", text, re.MULTILINE)
     found = {
-        number: [f"tests/{file}.py::{test}" for file, test in re.findall(r"`(test_\w+)::(test_\w+)`", tests)] for number, tests in rows
+        number: [
+            f"tests/{file}.py::{test}"
+            for file, test in re.findall(r"`(test_\w+)::(test_\w+)`", tests)
+        ]
+        for number, tests in rows
     }
     assert len(found) == len(rows), "a number stands twice"
     return found
@@ -39,7 +45,9 @@ def named_tests(root: Path) -> dict[str, list[str]]:
 def changes(root: Path) -> dict[str, Change]:
     """Return the change for each guarantee, by its number."""
     found: dict[str, Change] = {}
-    for entry in (root / "tests" / "guarantees.txt").read_text(encoding="utf-8").strip().split("\n\n"):
+    for entry in (
+        (root / "tests" / "guarantees.txt").read_text(encoding="utf-8").strip().split("\n\n")
+    ):
         lines = [line for line in entry.splitlines() if not line.startswith("#")]
         if not lines:
             continue

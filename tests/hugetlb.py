@@ -28,7 +28,8 @@ def free_pages(size: int) -> int:
 def reserved(size: int, count: int) -> Generator[None, None, None]:
     """Have exactly ``count`` huge pages of ``size`` bytes free at the start; not recursive for one size.
 
-    Skips the test where so much memory cannot be had in one piece, which depends on what ran before.
+    Skips the test where so much memory cannot be had in one piece, which depends on what ran
+    before.
 
     Raises:
         OSError: EACCES without root.

@@ -12,7 +12,20 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
-from errno import EACCES, ECONNABORTED, ECONNREFUSED, ECONNRESET, EINVAL, EIO, ENOTCONN, EPERM, EPIPE, EPROTO, ETIMEDOUT, errorcode
+from errno import (
+    EACCES,
+    ECONNABORTED,
+    ECONNREFUSED,
+    ECONNRESET,
+    EINVAL,
+    EIO,
+    ENOTCONN,
+    EPERM,
+    EPIPE,
+    EPROTO,
+    ETIMEDOUT,
+    errorcode,
+)
 from functools import partial
 from typing import Any, Final, NoReturn
 
@@ -35,11 +48,22 @@ from restrictedmem.units import PAGE_SIZE as PAGE
 #: Private memory of the guest, all of which it touches.
 GUEST_SIZE: Final = 4 << 20
 _HELD: Final = 6
-# What a call gets that waits while the service dies: aborted with the connection; or EIO, when the kernel was just copying the request into
-# the dying process (fuse_dev_do_read).
+# What a call gets that waits while the service dies: aborted with the connection; or EIO, when the
+# kernel was just copying the request into the dying process (fuse_dev_do_read).
 _DYING: Final = (ECONNABORTED, EIO)
-#: What whoever sends a foreign descriptor may hear: the kernel's refusal or the receiver's, or that the receiver was killed.
-_FOREIGN: Final = (EPERM, EINVAL, EPROTO, EACCES, ETIMEDOUT, ENOTCONN, ECONNREFUSED, ECONNRESET, EPIPE)
+#: What whoever sends a foreign descriptor may hear: the kernel's refusal or the receiver's, or that
+#: the receiver was killed.
+_FOREIGN: Final = (
+    EPERM,
+    EINVAL,
+    EPROTO,
+    EACCES,
+    ETIMEDOUT,
+    ENOTCONN,
+    ECONNREFUSED,
+    ECONNRESET,
+    EPIPE,
+)
 
 _CALLS: Final[dict[str, Callable[[int], object]]] = {
     "fstat": os.fstat,
@@ -88,7 +112,8 @@ class _Owner:
         self._done: Counter[str] = Counter()
         # It must have nothing of the service.
         self._mute = MuteServer() if round.kind.act is Act.FOREIGN else None
-        #: What there is to send foreign descriptors to; to each once, or often where the kernel refuses that.
+        #: What there is to send foreign descriptors to; to each once, or often where the kernel
+        #: refuses that.
         self._foreign: dict[str, Callable[[int], object]] = {}
         self._foreign_file = -1
 
@@ -97,7 +122,9 @@ class _Owner:
             self._use()
         except OSError as error:
             returned = time.monotonic()
-            if error.errno not in (ENOTCONN, *_DYING) and not (error.errno == ECONNRESET and self._service is None):
+            if error.errno not in (ENOTCONN, *_DYING) and not (
+                error.errno == ECONNRESET and self._service is None
+            ):
                 self._faults.append(f"a call failed with {error!r}")
             self._check(ENOTCONN)
         else:
@@ -111,7 +138,12 @@ class _Owner:
             self._guest.join(LIMIT)
             if self._guest.is_alive() and not self._engine_lives():
                 self._faults.append("KVM_RUN did not return")
-        report = {"faults": self._faults, "returned": returned, "calls": self._calls, "done": self._done}
+        report = {
+            "faults": self._faults,
+            "returned": returned,
+            "calls": self._calls,
+            "done": self._done,
+        }
         self._sock.send(json.dumps(report).encode())
         self._sock.recv(10)
         self._close()
@@ -163,7 +195,10 @@ class _Owner:
     def _touch(self, fd: int) -> None:
         assert self._service is not None
         # Beyond the guest's image and below its stack.
-        offset, length = GUEST_SIZE // 2 + self._dice.randrange(64) * PAGE, self._dice.randint(1, 64) * PAGE
+        offset, length = (
+            GUEST_SIZE // 2 + self._dice.randrange(64) * PAGE,
+            self._dice.randint(1, 64) * PAGE,
+        )
         match self._dice.randrange(6):
             case 0:
                 os.fstat(fd)
@@ -204,10 +239,14 @@ class _Owner:
         vm, vcpu = self._vmm.vm._channel, self._vmm.vcpus[0]._channel
         self._foreign = {
             "service": lambda file: _to_service(service, [file]),
-            "service, with the key": lambda file: _to_service(service, [file], bytes.fromhex(service.info["key"])),
+            "service, with the key": lambda file: _to_service(
+                service, [file], bytes.fromhex(service.info["key"])
+            ),
             "VM": lambda file: vm.call(wire.STATISTICS, fds=[file]),
             # Nobody else reads there but the thread that runs the guest.
-            "vCPU": lambda file: send_with_fds(vcpu.sock, _request(wire.RUN, wire.COMPLETION.pack(0)), [file]),
+            "vCPU": lambda file: send_with_fds(
+                vcpu.sock, _request(wire.RUN, wire.COMPLETION.pack(0)), [file]
+            ),
         }
 
     def _send_foreign(self) -> None:
@@ -237,11 +276,14 @@ class _Owner:
             found = _errno(call)
         if time.monotonic() - began > LIMIT:
             self._faults.append(f"{name} took {time.monotonic() - began:.2f} s")
-        # What a service refuses because it is the wrong moment or the wrong token is an answer of one that works.
+        # What a service refuses because it is the wrong moment or the wrong token is an answer of
+        # one that works.
         if found in (EPERM, EACCES):
             found = 0
         if expected is not None and found != expected:
-            self._faults.append(f"{name}: {errorcode.get(found, 'worked')}, expected {errorcode.get(expected, 'to work')}")
+            self._faults.append(
+                f"{name}: {errorcode.get(found, 'worked')}, expected {errorcode.get(expected, 'to work')}"
+            )
 
     def _check_going_on(self) -> None:
         """Check that the service makes VMs, and that the one there was is there, unless its engine alone was the victim."""
@@ -261,7 +303,11 @@ class _Owner:
     def _engine_lives(self) -> bool:
         assert self._vmm is not None
         # The VM's socket may wait for a descriptor that was sent there; the vCPU's tells as well.
-        return bool(self._guest and self._guest.is_alive()) if self._mute else not _errno(self._vmm.vm.statistics)
+        return (
+            bool(self._guest and self._guest.is_alive())
+            if self._mute
+            else not _errno(self._vmm.vm.statistics)
+        )
 
     def _close(self) -> None:
         if self._mute is not None:
@@ -269,7 +315,8 @@ class _Owner:
         for fd in self._fds:
             os.close(fd)
         if self._vmm is not None and self._guest is not None:
-            # To close it would not wake the thread that waits there for the guest's exit, nor tell the engine.
+            # To close it would not wake the thread that waits there for the guest's exit, nor tell
+            # the engine.
             with suppress(OSError):
                 self._vmm.vcpus[0]._channel.sock.shutdown(socket.SHUT_RDWR)
             self._guest.join(LIMIT)

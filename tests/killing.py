@@ -24,7 +24,8 @@ from processes import Process, descendants, exists, process
 
 #: Seconds within which every blocked call has to return, and everything has to be gone.
 LIMIT: Final = 1.0
-#: Seconds that a consumer may take to answer where processes are stopped, and how much longer than that they are.
+#: Seconds that a consumer may take to answer where processes are stopped, and how much longer than
+#: that they are.
 DEADLINE: Final = 0.4
 _LONGER: Final = (0.1, 0.2)
 
@@ -57,7 +58,13 @@ class Kind:
 
 
 #: Calls of a launch in which the owner is killed.
-STEPS: Final = ("KVM_CREATE_VM", "KVM_SET_USER_MEMORY_REGION", "LAUNCH_UPDATE", "KVM_CREATE_VCPU", "KVM_RUN")
+STEPS: Final = (
+    "KVM_CREATE_VM",
+    "KVM_SET_USER_MEMORY_REGION",
+    "LAUNCH_UPDATE",
+    "KVM_CREATE_VCPU",
+    "KVM_RUN",
+)
 #: ``start`` is whatever there is while a service comes up, ``all`` the owner and everything below
 #: it, ``server`` the FUSE server that does not answer.
 KINDS: Final = (
@@ -69,7 +76,12 @@ KINDS: Final = (
     *(Kind(Act.LAUNCH, step) for step in STEPS),
     *(Kind(Act.FOREIGN, victim) for victim in ("service", "spawner", "engine", "server")),
 )
-_NAMES: Final = {"service": "rmem-service", "spawner": "rmem-spawner", "engine": "rmem-kvm", "server": mute_server.NAME}
+_NAMES: Final = {
+    "service": "rmem-service",
+    "spawner": "rmem-spawner",
+    "engine": "rmem-kvm",
+    "server": mute_server.NAME,
+}
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,10 @@ class Round:
     @property
     def fatal(self) -> bool:
         """Whether the service ends by it."""
-        return self.kind.act in (Act.KILL, Act.FOREIGN) and self.kind.victim in ("service", "spawner")
+        return self.kind.act in (Act.KILL, Act.FOREIGN) and self.kind.victim in (
+            "service",
+            "spawner",
+        )
 
     @property
     def deadline(self) -> float | None:
@@ -107,7 +122,8 @@ class Outcome:
     faults: list[str] = field(default_factory=list[str])
     #: From the kill to the return of the last call.
     blocked: float = 0.0
-    #: From the kill, or from the owner's last close where that left the service alive, to the end of everything.
+    #: From the kill, or from the owner's last close where that left the service alive, to the end
+    #: of everything.
     gone: float = 0.0
     calls: int = 0
     #: What was done how often.
@@ -140,7 +156,10 @@ def play(round: Round) -> Outcome:
         try:
             watcher.watch()
         except TimeoutError:
-            watcher.fault(f"the owner hangs: {_where(owner)}", *(f"{found.name}: {_where(found.pid)}" for found in watcher.known))
+            watcher.fault(
+                f"the owner hangs: {_where(owner)}",
+                *(f"{found.name}: {_where(found.pid)}" for found in watcher.known),
+            )
         except ConnectionError:
             watcher.fault("the owner died")
         finally:
@@ -150,7 +169,9 @@ def play(round: Round) -> Outcome:
 
 
 class _Watcher:
-    def __init__(self, round: Round, owner: int, sock: socket.socket, cgroup: "_Cgroup | None") -> None:
+    def __init__(
+        self, round: Round, owner: int, sock: socket.socket, cgroup: "_Cgroup | None"
+    ) -> None:
         self.outcome = Outcome(round)
         self.known: list[Process] = []
         self._round = round
@@ -240,7 +261,12 @@ class _Watcher:
         self.known = _below({self._owner})
         self._sock.send(b"go")
         began = time.monotonic()
-        self._wait(lambda: [] if process(self._owner) is None else [f"left: the owner, {_where(self._owner)}"], 30)
+        self._wait(
+            lambda: (
+                [] if process(self._owner) is None else [f"left: the owner, {_where(self._owner)}"]
+            ),
+            30,
+        )
         self.outcome.done[f"ended the owner in {self._round.kind.victim}"] += 1
         self._wait_gone(self.known)
         self.outcome.gone = time.monotonic() - began
@@ -293,14 +319,24 @@ class _Watcher:
     def _left(self, processes: list[Process], *, everything: bool, stuck: bool) -> list[str]:
         there = [found for found in processes if exists(found)]
         if everything:
-            there += [found for found in _below({self._owner, *(found.pid for found in there)}) if found not in there]
-        left = [f"left: {found} {_where(found.pid)}" for found in there if not (stuck and _is_held_checker(found))]
+            there += [
+                found
+                for found in _below({self._owner, *(found.pid for found in there)})
+                if found not in there
+            ]
+        left = [
+            f"left: {found} {_where(found.pid)}"
+            for found in there
+            if not (stuck and _is_held_checker(found))
+        ]
         if left or not everything:
             return left
         names = Path("/proc/net/unix").read_text(encoding="utf-8", errors="replace").split()
         mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
         ours = tuple(f"@restrictedmem/{found.pid}/" for found in processes)
-        return [f"left: {name}" for name in names if name.startswith(ours)] + ["left: a mount"] * ("restrictedmem" in mounts)
+        return [f"left: {name}" for name in names if name.startswith(ours)] + ["left: a mount"] * (
+            "restrictedmem" in mounts
+        )
 
     def end(self) -> None:
         """End the owner, and what it may wait for when it ends."""
@@ -322,11 +358,20 @@ class _Cgroup:
 
     @classmethod
     def make(cls) -> "_Cgroup | None":
-        mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()]
+        mounts = [
+            line.split()
+            for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+        ]
         places = [fields[4] for fields in mounts if fields[fields.index("-") + 1] == "cgroup2"]
-        own = [line[3:] for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines() if line.startswith("0::")]
+        own = [
+            line[3:]
+            for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+            if line.startswith("0::")
+        ]
         for place in places:
-            path = Path(f"{place}{own[0] if own else ''}") / f"restrictedmem-kill-test-{os.getpid()}"
+            path = (
+                Path(f"{place}{own[0] if own else ''}") / f"restrictedmem-kill-test-{os.getpid()}"
+            )
             with suppress(OSError):
                 path.mkdir()
                 if os.access(path / "cgroup.freeze", os.W_OK):
@@ -396,7 +441,9 @@ def shared_memory() -> int:
 def _in_d_state(pid: int) -> bool:
     with suppress(OSError):
         for task in os.listdir(f"/proc/{pid}/task"):
-            text = Path(f"/proc/{pid}/task/{task}/stat").read_text(encoding="utf-8", errors="replace")
+            text = Path(f"/proc/{pid}/task/{task}/stat").read_text(
+                encoding="utf-8", errors="replace"
+            )
             if text.rsplit(") ", 1)[1][0] == "D":
                 return True
     return False

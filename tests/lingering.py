@@ -39,7 +39,9 @@ def unread() -> Generator[socket.socket]:
 
 
 @contextmanager
-def let_linger(sock: socket.socket, data: bytes = b"", before: tuple[bytes, ...] = ()) -> Generator[bool]:
+def let_linger(
+    sock: socket.socket, data: bytes = b"", before: tuple[bytes, ...] = ()
+) -> Generator[bool]:
     """Send a message with a socket that lingers, of which this process keeps no copy; says whether the kernel took it.
 
     It lingers until the end of the block at most.
@@ -48,7 +50,10 @@ def let_linger(sock: socket.socket, data: bytes = b"", before: tuple[bytes, ...]
         for message in before:
             sock.send(message)
         try:
-            sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [lingers.fileno()]))])
+            sock.sendmsg(
+                [data],
+                [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [lingers.fileno()]))],
+            )
         except (PermissionError, BrokenPipeError):
             # Refused, or the receiver has hung up.
             yield False

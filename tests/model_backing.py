@@ -17,7 +17,8 @@ Heard = tuple[str, int, int, int | None]
 class ModelBacking:
     """Folios by their first page, and what pages hold that are not zero.
 
-    ``splits`` says what a punch of a part of a folio does: it splits it, as tmpfs does, or clears the part, as hugetlbfs does.
+    ``splits`` says what a punch of a part of a folio does: it splits it, as tmpfs does, or clears
+    the part, as hugetlbfs does.
     """
 
     def __init__(self, *, order: int = 0, splits: bool = True, limit: int | None = None) -> None:
@@ -28,7 +29,8 @@ class ModelBacking:
         self.order = order
         self.splits = splits
         self.content: dict[int, int] = {}
-        #: What happens to the operations to come, first to last: True for one that fails. Then all succeed.
+        #: What happens to the operations to come, first to last: True for one that fails. Then all
+        #: succeed.
         self.failures: list[bool] = []
         #: How many folios may be looked at before looking fails; None for any number.
         self.looks: int | None = None
@@ -43,7 +45,12 @@ class ModelBacking:
         """Put folios there, one after the other."""
         for first in range(start, start + (count << order), 1 << order):
             assert first % (1 << order) == 0
-            assert all(found is None for *_, found in self._walk(PageRange(pgoff_t(first), pgoff_t(first + (1 << order)))))
+            assert all(
+                found is None
+                for *_, found in self._walk(
+                    PageRange(pgoff_t(first), pgoff_t(first + (1 << order)))
+                )
+            )
             self._folios[first] = order
         self._starts = sorted(self._folios)
 
@@ -59,9 +66,17 @@ class ModelBacking:
             for page in range(start, end):
                 if self._at(page) is None:
                     first = page & -(1 << self.order)
-                    room = all(o is None for *_, o in self._walk(PageRange(pgoff_t(first), pgoff_t(first + (1 << self.order)))))
+                    room = all(
+                        o is None
+                        for *_, o in self._walk(
+                            PageRange(pgoff_t(first), pgoff_t(first + (1 << self.order)))
+                        )
+                    )
                     order = self.order if room else 0
-                    if self.limit is not None and self.resident() + (PAGE_SIZE << order) > self.limit:
+                    if (
+                        self.limit is not None
+                        and self.resident() + (PAGE_SIZE << order) > self.limit
+                    ):
                         raise OSError(ENOSPC, "over the limit")
                     self.place(page & -(1 << order), order)
 
@@ -112,7 +127,11 @@ class ModelBacking:
             found = self._at(page)
             if found is None:
                 index = bisect_right(self._starts, page)
-                end = min(span.end, pgoff_t(self._starts[index])) if index < len(self._starts) else span.end
+                end = (
+                    min(span.end, pgoff_t(self._starts[index]))
+                    if index < len(self._starts)
+                    else span.end
+                )
                 yield page, end, None
             else:
                 start, order = found
@@ -175,6 +194,8 @@ class Recorder:
     def callbacks(self) -> list[tuple[int, int, int | None]]:
         """Return what was heard since the last look; each start has its end, in the same order."""
         heard, self.heard = self.heard, []
-        starts, ends = ([tuple(one[1:]) for one in heard if one[0] == what] for what in ("start", "end"))
+        starts, ends = (
+            [tuple(one[1:]) for one in heard if one[0] == what] for what in ("start", "end")
+        )
         assert starts == ends, heard
         return [(start, end, order) for what, start, end, order in heard if what == "start"]

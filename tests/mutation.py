@@ -75,10 +75,22 @@ def mutants_of(file: str, source: bytes) -> list[Mutant]:
     for node in _nodes(ast.parse(source)):
         assert node.end_lineno is not None
         assert node.end_col_offset is not None
-        start, end = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
-        before, behind = source[starts[node.lineno - 1] : start], source[end : starts[node.end_lineno]]
-        old, *new = (_in_a_line(before + text + behind) for text in (source[start:end], *(text.encode() for text in _changes(node))))
-        found += [Mutant(file, node.lineno, start, end, text, old, line) for text, line in zip(_changes(node), new, strict=True)]
+        start, end = (
+            starts[node.lineno - 1] + node.col_offset,
+            starts[node.end_lineno - 1] + node.end_col_offset,
+        )
+        before, behind = (
+            source[starts[node.lineno - 1] : start],
+            source[end : starts[node.end_lineno]],
+        )
+        old, *new = (
+            _in_a_line(before + text + behind)
+            for text in (source[start:end], *(text.encode() for text in _changes(node)))
+        )
+        found += [
+            Mutant(file, node.lineno, start, end, text, old, line)
+            for text, line in zip(_changes(node), new, strict=True)
+        ]
     return sorted(found, key=lambda mutant: (mutant.start, mutant.end, mutant.text))
 
 
@@ -118,15 +130,23 @@ def _changes(node: ast.expr | ast.stmt) -> Iterator[str]:
     match node:
         case ast.Compare(left, operators, comparators):
             for index, operator in enumerate(operators):
-                changed = [*operators[:index], _COMPARISONS[type(operator)](), *operators[index + 1 :]]
+                changed = [
+                    *operators[:index],
+                    _COMPARISONS[type(operator)](),
+                    *operators[index + 1 :],
+                ]
                 yield f"({ast.unparse(ast.Compare(left, changed, comparators))})"
-        case ast.BinOp(left, operator, right) if type(operator) in _OPERATORS and not (_is_text(left) or _is_text(right)):
+        case ast.BinOp(left, operator, right) if type(operator) in _OPERATORS and not (
+            _is_text(left) or _is_text(right)
+        ):
             yield f"({ast.unparse(ast.BinOp(left, _OPERATORS[type(operator)](), right))})"
         case ast.BoolOp(operator, values):
             yield f"({ast.unparse(ast.BoolOp(ast.Or() if isinstance(operator, ast.And) else ast.And(), values))})"
         case ast.UnaryOp(ast.Not(), operand):
             yield f"({ast.unparse(operand)})"
-        case ast.AugAssign(target, operator, value) if type(operator) in _OPERATORS and not _is_text(value):
+        case ast.AugAssign(target, operator, value) if type(
+            operator
+        ) in _OPERATORS and not _is_text(value):
             yield ast.unparse(ast.AugAssign(target, _OPERATORS[type(operator)](), value))
         case ast.Constant(bool() as truth):
             yield str(not truth)
@@ -141,7 +161,9 @@ def _changes(node: ast.expr | ast.stmt) -> Iterator[str]:
 
 
 def _is_text(node: ast.expr) -> bool:
-    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str | bytes))
+    return isinstance(node, ast.JoinedStr) or (
+        isinstance(node, ast.Constant) and isinstance(node.value, str | bytes)
+    )
 
 
 def choose(root: Path, layers: list[str], count: int, seed: int) -> list[Mutant]:
@@ -180,25 +202,37 @@ def tests_by_module(root: Path) -> dict[str, list[str]]:
     command line is as near to all commands. A module's name in a string counts as an import of it,
     and the package's, which ``python -m`` is given, as one of the command line.
     """
-    files = {".".join(path.relative_to(root / "src").with_suffix("").parts).removesuffix(".__init__"): path for path in _package(root)}
+    files = {
+        ".".join(path.relative_to(root / "src").with_suffix("").parts).removesuffix(
+            ".__init__"
+        ): path
+        for path in _package(root)
+    }
     files |= {path.stem: path for path in sorted((root / "tests").glob("*.py"))}
     importers: dict[str, set[str]] = {name: set() for name in files}
     for name, path in files.items():
         imports = _imports(ast.parse(path.read_bytes()))
         # A test that goes through a package by itself ends with a dot.
-        whole = tuple(package for package in imports if package.endswith(".") and name.startswith("test_"))
+        whole = tuple(
+            package for package in imports if package.endswith(".") and name.startswith("test_")
+        )
         for imported in files:
             if imported in imports or imported.startswith(whole):
                 importers[imported].add(name)
     words = {path: set(_WORD.findall(path.read_text(encoding="utf-8"))) for path in files.values()}
-    common = Counter(chain.from_iterable(words[path] for name, path in files.items() if name.startswith("test_")))
+    common = Counter(
+        chain.from_iterable(words[path] for name, path in files.items() if name.startswith("test_"))
+    )
     found: dict[str, list[str]] = {}
     for path in _package(root):
         name = next(name for name, file in files.items() if file == path)
         distances = _distances(name, importers)
         own = f"test_{name.rpartition('.')[2].strip('_')}"
         tests = [test for test in distances if test.startswith("test_")]
-        shared = {test: sum(1 / common[word] for word in words[path] & words[files[test]]) for test in tests}
+        shared = {
+            test: sum(1 / common[word] for word in words[path] & words[files[test]])
+            for test in tests
+        }
         tests.sort(key=lambda test: (test != own, distances[test], -shared[test], test))
         found[str(path.relative_to(root))] = [str(files[test].relative_to(root)) for test in tests]
     return found
@@ -218,10 +252,16 @@ def _imports(tree: ast.AST) -> set[str]:
                 found |= {module, *(f"{module}.{alias.name}" for alias in names)}
             case ast.Constant(str() as text):
                 found.add(f"{PACKAGE}.__main__" if text == PACKAGE else text)
-            case ast.JoinedStr([ast.Constant(str() as text), *_]) if text.startswith(f"{PACKAGE}.") and text.endswith("."):
+            case ast.JoinedStr([ast.Constant(str() as text), *_]) if text.startswith(
+                f"{PACKAGE}."
+            ) and text.endswith("."):
                 found.add(text)
                 # The command line knows its commands by name alone.
-                found |= {text + word.value for word in ast.walk(tree) if isinstance(word, ast.Constant) and isinstance(word.value, str)}
+                found |= {
+                    text + word.value
+                    for word in ast.walk(tree)
+                    if isinstance(word, ast.Constant) and isinstance(word.value, str)
+                }
             case _:
                 pass
     return found

@@ -26,7 +26,8 @@ _FIFO: Final = 3
 class MuteServer:
     """A child that serves the mount; it holds what this process holds now, and ends with the thread that makes it.
 
-    Nobody can close a file of it as long as it lives: not by ``close``, nor by ``exec``, nor by ending.
+    Nobody can close a file of it as long as it lives: not by ``close``, nor by ``exec``, nor by
+    ending.
     """
 
     def __init__(self) -> None:
@@ -61,7 +62,9 @@ class MuteServer:
 
     def fifo(self) -> int:
         """Return a descriptor of a FIFO, which this closes in the end."""
-        self._files.append(os.open("fifo", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self.root))
+        self._files.append(
+            os.open("fifo", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self.root)
+        )
         return self._files[-1]
 
     def kill(self) -> None:
@@ -111,13 +114,23 @@ def _serve(sock: socket.socket) -> None:
 def _reply(device: OwnedFd, unique: int, answer: bytes) -> None:
     # Whoever asked may have been killed.
     with suppress(FileNotFoundError):
-        os.write(device.fileno(), fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + len(answer), 0, unique) + answer)
+        os.write(
+            device.fileno(),
+            fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + len(answer), 0, unique) + answer,
+        )
 
 
 def _answer(operation: int, node: int, name: bytes, *, opened: bool) -> bytes | None:
     match operation:
         case Opcode.INIT:
-            init = {"major": 7, "minor": 31, "max_readahead": 0, "flags": 0, "max_background": 16, "congestion_threshold": 12}
+            init = {
+                "major": 7,
+                "minor": 31,
+                "max_readahead": 0,
+                "flags": 0,
+                "max_background": 16,
+                "congestion_threshold": 12,
+            }
             return bytes(fuse.fuse_init_out(**init, max_write=4096, time_gran=1))
         case Opcode.LOOKUP:
             # Who asks for attributes asks the server.

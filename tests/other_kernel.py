@@ -1,6 +1,7 @@
 """Other kernels, as far as a filter can make them of this one: ``other_kernel.py KIND PROGRAM [ARG…]`` runs a program, and all it starts.
 
-- ``old`` is Linux 5.16: what came later is refused as that kernel refuses it. What /dev/fuse and /dev/kvm say of themselves stays.
+- ``old`` is Linux 5.16: what came later is refused as that kernel refuses it. What /dev/fuse and
+  /dev/kvm say of themselves stays.
 - ``broken-kvm`` has all of KVM, but no guest runs: KVM_RUN is EFAULT.
 - ``stuck-kvm`` has all of KVM, but KVM_RUN never returns.
 """
@@ -15,7 +16,13 @@ from pathlib import Path
 
 from restrictedmem.abi import memory, pagemap, process, seccomp
 from restrictedmem.abi._syscall import libc
-from restrictedmem.abi.seccomp import SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO, SECCOMP_RET_USER_NOTIF, FilterFlag, sock_filter
+from restrictedmem.abi.seccomp import (
+    SECCOMP_RET_ALLOW,
+    SECCOMP_RET_ERRNO,
+    SECCOMP_RET_USER_NOTIF,
+    FilterFlag,
+    sock_filter,
+)
 
 _RUN = [sys.executable, str(Path(__file__).resolve())]
 #: What to put before a command.
@@ -34,12 +41,24 @@ def _refuse(error: int) -> sock_filter:
 
 def _refuse_flag(number: int, argument: str, flag: int, error: int) -> list[sock_filter]:
     allow = seccomp.answer(SECCOMP_RET_ALLOW)
-    return [seccomp.skip_unless(number, 4), seccomp.load(argument), seccomp.skip_if_any(flag, 1), allow, _refuse(error)]
+    return [
+        seccomp.skip_unless(number, 4),
+        seccomp.load(argument),
+        seccomp.skip_if_any(flag, 1),
+        allow,
+        _refuse(error),
+    ]
 
 
 def _answer_value(number: int, argument: str, value: int, answer: sock_filter) -> list[sock_filter]:
     allow = seccomp.answer(SECCOMP_RET_ALLOW)
-    return [seccomp.skip_unless(number, 4), seccomp.load(argument), seccomp.skip_unless(value, 1), answer, allow]
+    return [
+        seccomp.skip_unless(number, 4),
+        seccomp.load(argument),
+        seccomp.skip_unless(value, 1),
+        answer,
+        allow,
+    ]
 
 
 def _native(*rules: sock_filter) -> list[sock_filter]:
@@ -82,7 +101,9 @@ def main(kind: str, command: list[str]) -> None:
             _install(_kvm_run(_refuse(EFAULT)))
         case _:
             # Nobody answers while this process is there to listen.
-            with seccomp.install(_kvm_run(seccomp.answer(SECCOMP_RET_USER_NOTIF)), FilterFlag.NEW_LISTENER):
+            with seccomp.install(
+                _kvm_run(seccomp.answer(SECCOMP_RET_USER_NOTIF)), FilterFlag.NEW_LISTENER
+            ):
                 sys.exit(subprocess.run(command, check=False).returncode)
     os.execv(command[0], command)
 

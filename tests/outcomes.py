@@ -43,7 +43,8 @@ def in_child(body: Callable[[], object]) -> str:
     child = os.fork()
     if child == 0:
         try:
-            # A signal that is the outcome is no crash of the test run's, whose output would show it as one.
+            # A signal that is the outcome is no crash of the test run's, whose output would show it
+            # as one.
             faulthandler.disable()
             os.close(ours)
             os.write(theirs, repr(outcome(body)).encode())

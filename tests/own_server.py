@@ -1,7 +1,7 @@
 """A FUSE server in a child of the test, whose file system records what its notifiers hear.
 
-For what a service does not show from outside: the kernel's side of notification, and each way of mounting. The child forks before the
-mount exists and holds no file of it, so it can be killed.
+For what a service does not show from outside: the kernel's side of notification, and each way of
+mounting. The child forks before the mount exists and holds no file of it, so it can be killed.
 """
 
 import array
@@ -56,8 +56,11 @@ class OwnServer:
         self._events = events
 
     def create(self) -> int:
-        fd = os.open(NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, dir_fd=self.root.fileno())
-        # Names are never cached: the look-up that unlink begins with finds none and drops it for good.
+        fd = os.open(
+            NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, dir_fd=self.root.fileno()
+        )
+        # Names are never cached: the look-up that unlink begins with finds none and drops it for
+        # good.
         with suppress(FileNotFoundError):
             os.unlink(NAME, dir_fd=self.root.fileno())
         return fd

@@ -41,7 +41,11 @@ def process(pid: int) -> Process | None:
     assert found is not None
     fields = found[2].split()
     # A first thread that has ended is a zombie while others still hold what the process had.
-    return None if fields[0] in "ZX" and int(fields[17]) <= 1 else Process(pid, found[1], fields[0], int(fields[1]), int(fields[19]))
+    return (
+        None
+        if fields[0] in "ZX" and int(fields[17]) <= 1
+        else Process(pid, found[1], fields[0], int(fields[1]), int(fields[19]))
+    )
 
 
 def exists(known: Process) -> bool:
@@ -78,7 +82,9 @@ def _all_are(pid: int, states: str) -> bool:
 
 def _is(task: Path, states: str) -> bool:
     try:
-        return (task / "stat").read_text(encoding="utf-8", errors="replace").rpartition(") ")[2][0] in states
+        return (task / "stat").read_text(encoding="utf-8", errors="replace").rpartition(") ")[2][
+            0
+        ] in states
     except (FileNotFoundError, ProcessLookupError):
         # It has ended meanwhile.
         return True
@@ -86,7 +92,9 @@ def _is(task: Path, states: str) -> bool:
 
 def children(pid: int) -> list[Process]:
     """Return the children of a process, the oldest first (/proc/PID/task/TID/children is not in every kernel)."""
-    return sorted((found for found in _every() if found.parent == pid), key=lambda found: found.started)
+    return sorted(
+        (found for found in _every() if found.parent == pid), key=lambda found: found.started
+    )
 
 
 def descendants(roots: Iterable[int]) -> list[Process]:
@@ -99,7 +107,11 @@ def descendants(roots: Iterable[int]) -> list[Process]:
 
 
 def _every() -> list[Process]:
-    return [found for name in os.listdir("/proc") if name.isdigit() and (found := process(int(name))) is not None]
+    return [
+        found
+        for name in os.listdir("/proc")
+        if name.isdigit() and (found := process(int(name))) is not None
+    ]
 
 
 def family(service: Service | int) -> list[Process]:
@@ -115,7 +127,11 @@ def family(service: Service | int) -> list[Process]:
 
 def wait_gone(processes: list[Process], patience: float = PATIENCE) -> None:
     """Wait until none of some processes is left."""
-    wait_until(lambda: not any(map(exists, processes)), f"the end of {[p for p in processes if exists(p)]}", patience)
+    wait_until(
+        lambda: not any(map(exists, processes)),
+        f"the end of {[p for p in processes if exists(p)]}",
+        patience,
+    )
 
 
 def descriptors(pid: int) -> list[str]:

@@ -122,7 +122,9 @@ class Machine:
 
 def private_half(file: RestrictedFile, pages: int, limit: int | None = None) -> MemfdHalf:
     """Bind to a file of this process, as a BIND reply lets an engine do."""
-    fd, sequence = (OwnedFd(os.dup(fd)) for fd in (file.backing.fileno(), file.sequence().fd.fileno()))
+    fd, sequence = (
+        OwnedFd(os.dup(fd)) for fd in (file.backing.fileno(), file.sequence().fd.fileno())
+    )
     bound = Bound(1, 1, limit, fd, sequence, flags=0, order=0)
     window = PageRange(pgoff_t(0), pgoff_t(pages))
     return MemfdHalf(MemfdFile(bound), 1, window, unbind=lambda: None)
@@ -131,13 +133,25 @@ def private_half(file: RestrictedFile, pages: int, limit: int | None = None) -> 
 def shared_half(pages: int) -> SharedHalf:
     with memory.memfd_create("shared") as fd:
         os.ftruncate(fd.fileno(), pages * PAGE_SIZE)
-        return SharedHalf(SharedFiles(forbid_shrinking).of_fd(fd.fileno(), pages * PAGE_SIZE), 0, pages * PAGE_SIZE)
+        return SharedHalf(
+            SharedFiles(forbid_shrinking).of_fd(fd.fileno(), pages * PAGE_SIZE),
+            0,
+            pages * PAGE_SIZE,
+        )
 
 
 @contextlib.contextmanager
-def make_machine(pages: int = PAGES, limit: int | None = None, vcpus: int = 1) -> Generator[Machine, None, None]:
+def make_machine(
+    pages: int = PAGES, limit: int | None = None, vcpus: int = 1
+) -> Generator[Machine, None, None]:
     file = RestrictedFile(make("v10"), MemfdBacking(limit=limit), Inode.make(0, 0))
-    private = Memslot(0, gfn_t(PRIVATE >> PAGE_SHIFT), pages, private=private_half(file, pages, limit), shared=None)
+    private = Memslot(
+        0,
+        gfn_t(PRIVATE >> PAGE_SHIFT),
+        pages,
+        private=private_half(file, pages, limit),
+        shared=None,
+    )
     private.attributes[:] = bytes([1]) * pages
     shared = Memslot(1, gfn_t(SHARED >> PAGE_SHIFT), 4, private=None, shared=shared_half(4))
     mmu = Mmu(Attributes(Api.V10))
@@ -175,4 +189,6 @@ def running(machine: Machine) -> Generator[list[Exit], None, None]:
     deadline = time.monotonic() + DEADLINE
     for thread in threads:
         thread.join(deadline - time.monotonic())
-        assert not thread.is_alive(), f"a guest did not exit within {DEADLINE:g} s; those that did: {found}"
+        assert not thread.is_alive(), (
+            f"a guest did not exit within {DEADLINE:g} s; those that did: {found}"
+        )

@@ -11,7 +11,9 @@ from users import as_user
 
 
 @contextmanager
-def listening(name: str, uid: int, said: bytes = b"", fds: tuple[int, ...] = ()) -> Generator[list[bytes]]:
+def listening(
+    name: str, uid: int, said: bytes = b"", fds: tuple[int, ...] = ()
+) -> Generator[list[bytes]]:
     """Have another process listen on a name, and say something to the first who comes; what it hears is there in the end."""
     heard: list[bytes] = []
     reader, writer = os.pipe()

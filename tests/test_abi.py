@@ -1,7 +1,8 @@
 """Every struct and number of ``abi`` against the C headers installed here.
 
-One generated C program prints sizes, offsets and values. A line the compiler refuses names something that the headers do not have; that
-must stand in ``RECORDED``, with the kernel version whose headers have it.
+One generated C program prints sizes, offsets and values. A line the compiler refuses names
+something that the headers do not have; that must stand in ``RECORDED``, with the kernel version
+whose headers have it.
 """
 
 import ctypes
@@ -66,13 +67,28 @@ C_NAMES = {
             "unknown": "hw",
             "exception": "ex",
             **{
-                name: name for name in ("fail_entry", "io", "debug", "mmio", "hypercall", "internal", "system_event", "msr", "memory_fault")
+                name: name
+                for name in (
+                    "fail_entry",
+                    "io",
+                    "debug",
+                    "mmio",
+                    "hypercall",
+                    "internal",
+                    "system_event",
+                    "msr",
+                    "memory_fault",
+                )
             },
         }.items()
     },
-    **{f"kvm_vcpu_{name}": f"__typeof__(((struct kvm_vcpu_events *)0)->{name})" for name in ("exception", "interrupt", "nmi", "smi")},
+    **{
+        f"kvm_vcpu_{name}": f"__typeof__(((struct kvm_vcpu_events *)0)->{name})"
+        for name in ("exception", "interrupt", "nmi", "smi")
+    },
 }
-#: Structs of which only the part before another struct is declared here, and one that is no kernel's.
+#: Structs of which only the part before another struct is declared here, and one that is no
+#: kernel's.
 C_SIZES = {
     "fuse_attr_out": "__builtin_offsetof(struct fuse_attr_out, attr)",
     "fuse_entry_out": "__builtin_offsetof(struct fuse_entry_out, attr)",
@@ -80,7 +96,10 @@ C_SIZES = {
 }
 C_FIELDS = {
     **{f"cap_data.{name}": f"low.{name}" for name in ("effective", "permitted", "inheritable")},
-    **{f"cap_data.{name}_high": f"high.{name}" for name in ("effective", "permitted", "inheritable")},
+    **{
+        f"cap_data.{name}_high": f"high.{name}"
+        for name in ("effective", "permitted", "inheritable")
+    },
     "kvm_guest_debug.debugreg": "arch.debugreg",
     "kvm_run.exit": "hw",
     "kvm_vcpu_events.triple_fault_pending": "triple_fault.pending",
@@ -88,7 +107,14 @@ C_FIELDS = {
     **{f"uffdio_register.{name}": f"range.{name}" for name in ("start", "len")},
 }
 #: This package's choices, which no header has.
-OURS = {"KERNEL_MINOR_VERSION", "OLDEST_MINOR_VERSION", "PMD_ORDER", "PMD_SIZE", "PUD_ORDER", "ZERO"}
+OURS = {
+    "KERNEL_MINOR_VERSION",
+    "OLDEST_MINOR_VERSION",
+    "PMD_ORDER",
+    "PMD_SIZE",
+    "PUD_ORDER",
+    "ZERO",
+}
 #: Names newer than some headers that are about, with their values and the kernel that has them.
 RECORDED = {
     "cachestat": (40, "6.5"),
@@ -114,7 +140,22 @@ RECORDED = {
     **{f"pidfd_info.{name}": (at * 8, "6.13") for at, name in enumerate(("mask", "cgroupid"))},
     **{
         f"pidfd_info.{name}": (16 + at * 4, "6.13; exit_code 6.15")
-        for at, name in enumerate(["pid", "tgid", "ppid", "ruid", "rgid", "euid", "egid", "suid", "sgid", "fsuid", "fsgid", "exit_code"])
+        for at, name in enumerate(
+            [
+                "pid",
+                "tgid",
+                "ppid",
+                "ruid",
+                "rgid",
+                "euid",
+                "egid",
+                "suid",
+                "sgid",
+                "fsuid",
+                "fsgid",
+                "exit_code",
+            ]
+        )
     },
     "PAGEMAP_SCAN": (0xC060_6610, "6.7"),
     "Category.FILE": (4, "6.7"),
@@ -122,7 +163,10 @@ RECORDED = {
     "Category.SWAPPED": (16, "6.7"),
     "Category.HUGE": (64, "6.7"),
     "page_region": (24, "6.7"),
-    **{f"page_region.{name}": (at * 8, "6.7") for at, name in enumerate(("start", "end", "categories"))},
+    **{
+        f"page_region.{name}": (at * 8, "6.7")
+        for at, name in enumerate(("start", "end", "categories"))
+    },
     "pm_scan_arg": (96, "6.7"),
     **{
         f"pm_scan_arg.{name}": (at * 8, "6.7")
@@ -157,7 +201,10 @@ RECORDED = {
     "kvm_create_guest_memfd.flags": (8, "6.8"),
     "KVM_SET_MEMORY_ATTRIBUTES": (0x4020_AED2, "6.8"),
     "kvm_memory_attributes": (32, "6.8"),
-    **{f"kvm_memory_attributes.{name}": (at * 8, "6.8") for at, name in enumerate(("address", "size", "attributes", "flags"))},
+    **{
+        f"kvm_memory_attributes.{name}": (at * 8, "6.8")
+        for at, name in enumerate(("address", "size", "attributes", "flags"))
+    },
     "KVM_X86_QUIRK_SLOT_ZAP_ALL": (1 << 7, "6.12"),
     "KVM_MEM_GUEST_MEMFD": (4, "6.8"),
     "KVM_SET_USER_MEMORY_REGION2": (0x40A0_AE49, "6.8"),
@@ -173,9 +220,15 @@ RECORDED = {
     "KVM_X86_SW_PROTECTED_VM": (1, "6.8"),
     "KVM_PRE_FAULT_MEMORY": (0xC040_AED5, "6.11"),
     "kvm_pre_fault_memory": (64, "6.11"),
-    **{f"kvm_pre_fault_memory.{name}": (at * 8, "6.11") for at, name in enumerate(("gpa", "size", "flags"))},
+    **{
+        f"kvm_pre_fault_memory.{name}": (at * 8, "6.11")
+        for at, name in enumerate(("gpa", "size", "flags"))
+    },
     "kvm_exit_memory_fault": (24, "6.8"),
-    **{f"kvm_exit_memory_fault.{name}": (at * 8, "6.8") for at, name in enumerate(("flags", "gpa", "size"))},
+    **{
+        f"kvm_exit_memory_fault.{name}": (at * 8, "6.8")
+        for at, name in enumerate(("flags", "gpa", "size"))
+    },
     "KVM_MEMORY_ATTRIBUTE_PRIVATE": (8, "6.8"),
     "KVM_MEMORY_EXIT_FLAG_PRIVATE": (8, "6.8"),
     "MADV_GUARD_INSTALL": (102, "6.13"),
@@ -197,13 +250,21 @@ _FILLER = re.compile(r"(unused|reserved|spare|padding|pad|dummy|resv)\d*")
 
 def modules() -> list[ModuleType]:
     names = sorted(found.name for found in pkgutil.iter_modules(abi.__path__))
-    return [importlib.import_module(f"restrictedmem.abi.{name}") for name in names if not name.startswith("_")]
+    return [
+        importlib.import_module(f"restrictedmem.abi.{name}")
+        for name in names
+        if not name.startswith("_")
+    ]
 
 
 def structs() -> Iterator[type[ctypes.Structure]]:
     for module in modules():
         for found in vars(module).values():
-            if isinstance(found, type) and issubclass(found, ctypes.Structure) and found.__module__ == module.__name__:
+            if (
+                isinstance(found, type)
+                and issubclass(found, ctypes.Structure)
+                and found.__module__ == module.__name__
+            ):
                 yield found
 
 
@@ -217,7 +278,10 @@ def declared() -> dict[str, tuple[int, str]]:
         for field, *_ in cast("list[tuple[str, object]]", struct._fields_):
             if not _FILLER.fullmatch(field):
                 key = f"{name}.{field}"
-                found[key] = getattr(struct, field).offset, f"__builtin_offsetof({c_name}, {C_FIELDS.get(key, field)})"
+                found[key] = (
+                    getattr(struct, field).offset,
+                    f"__builtin_offsetof({c_name}, {C_FIELDS.get(key, field)})",
+                )
     for module in modules():
         for name, value in vars(module).items():
             found |= _numbers(module, name, value)
@@ -230,7 +294,10 @@ def _numbers(module: ModuleType, name: str, value: object) -> dict[str, tuple[in
         return {}
     if isinstance(value, type) and issubclass(value, int) and value.__module__ == module.__name__:
         members = cast("type[IntEnum]", value)
-        return {f"{name}.{key}": (int(value), PREFIXES[name] + key) for key, value in members.__members__.items()}
+        return {
+            f"{name}.{key}": (int(value), PREFIXES[name] + key)
+            for key, value in members.__members__.items()
+        }
     if isinstance(value, (Ioctl, IoctlInt)):
         return {name: (value.request, c_name)}
     if isinstance(value, dict) and os.uname().machine in value:
@@ -254,10 +321,14 @@ def ask_headers(expressions: dict[str, str], folder: Path, *others: str) -> dict
         body = [f'P("{name}", {expression});' for name, expression in wanted.items()]
         lines = ["#include <stdio.h>", *head, print_it, "int main(void) {", *body, "}"]
         source.write_text("\n".join(lines) + "\n", encoding="ascii")
-        compiled = subprocess.run([compiler, "-w", "-o", program, source], capture_output=True, text=True, check=False)
+        compiled = subprocess.run(
+            [compiler, "-w", "-o", program, source], capture_output=True, text=True, check=False
+        )
         if compiled.returncode == 0:
             printed = subprocess.run([program], capture_output=True, text=True, check=True).stdout
-            return {name: int(value) for name, value in (line.split() for line in printed.splitlines())}
+            return {
+                name: int(value) for name, value in (line.split() for line in printed.splitlines())
+            }
         bad = {int(number) for number in re.findall(r"abi\.c:(\d+):\d+: error", compiled.stderr)}
         refused = [name for at, name in enumerate(wanted) if at + len(lines) - len(body) in bad]
         said = compiled.stderr
@@ -272,11 +343,17 @@ def test_structs_and_numbers_are_the_headers(tmp_path: Path) -> None:
     ours = declared()
     assert len(ours) > 550
     theirs = ask_headers({name: expression for name, (_, expression) in ours.items()}, tmp_path)
-    wrong = {name: (value, theirs[name]) for name, (value, _) in ours.items() if name in theirs and theirs[name] != value}
+    wrong = {
+        name: (value, theirs[name])
+        for name, (value, _) in ours.items()
+        if name in theirs and theirs[name] != value
+    }
     assert wrong == {}, "name: (here, header)"
     absent = sorted(set(ours) - set(theirs) - set(RECORDED))
     assert absent == [], "in no header here: record value and kernel version"
-    print(f"{len(theirs)} of {len(ours)} compared with the headers, {len(ours) - len(theirs)} with recorded values")
+    print(
+        f"{len(theirs)} of {len(ours)} compared with the headers, {len(ours) - len(theirs)} with recorded values"
+    )
 
 
 @pytest.mark.requires("cc")
@@ -295,14 +372,21 @@ def test_other_machines_numbers_are_the_headers(tmp_path: Path) -> None:
 @pytest.mark.requires("cc")
 def test_the_comparison_can_fail(tmp_path: Path) -> None:
     found = ask_headers(
-        {"right": "FUSE_OPEN", "absent": "NO_SUCH_NAME", "offset": "__builtin_offsetof(struct fuse_attr, nofield)"}, tmp_path
+        {
+            "right": "FUSE_OPEN",
+            "absent": "NO_SUCH_NAME",
+            "offset": "__builtin_offsetof(struct fuse_attr, nofield)",
+        },
+        tmp_path,
     )
     assert found == {"right": 14}
 
 
 def test_recorded_values_are_those_declared() -> None:
     ours = declared()
-    assert {name: ours[name][0] for name in RECORDED} == {name: value for name, (value, _) in RECORDED.items()}
+    assert {name: ours[name][0] for name in RECORDED} == {
+        name: value for name, (value, _) in RECORDED.items()
+    }
 
 
 def test_a_struct_of_another_size_is_refused() -> None:
@@ -346,7 +430,10 @@ def test_calls_on_a_closed_descriptor_are_ebadf() -> None:
     closed = os.dup(0)
     os.close(closed)
     assert outcome(lambda: memory.fallocate(closed, 0, 0, PAGE_SIZE)) == Errno(EBADF)
-    assert outcome(lambda: memory.resident_pages(closed, 0, PAGE_SIZE)) in (Errno(EBADF), Errno(ENOSYS))
+    assert outcome(lambda: memory.resident_pages(closed, 0, PAGE_SIZE)) in (
+        Errno(EBADF),
+        Errno(ENOSYS),
+    )
     assert outcome(lambda: kvm.KVM_GET_API_VERSION(closed)) == Errno(EBADF)
     asked = kvm.kvm_create_guest_memfd(size=PAGE_SIZE, flags=0)
     assert outcome(lambda: kvm.KVM_CREATE_GUEST_MEMFD(closed, asked)) == Errno(EBADF)
@@ -388,7 +475,11 @@ def test_cachestat_counts_preallocated_pages_and_no_holes() -> None:
     ours, theirs = (OwnedFd(number) for number in os.pipe())
     with ours, theirs:
         # A pipe has no page cache: EOPNOTSUPP since 6.17, nothing to count before.
-        assert outcome(lambda: memory.resident_pages(ours.fileno(), 0, PAGE_SIZE)) in (0, Errno(EOPNOTSUPP), Errno(EBADF))
+        assert outcome(lambda: memory.resident_pages(ours.fileno(), 0, PAGE_SIZE)) in (
+            0,
+            Errno(EOPNOTSUPP),
+            Errno(EBADF),
+        )
 
 
 def test_memfds_are_close_on_exec_and_sealed_against_execution() -> None:

@@ -16,7 +16,11 @@ from users import ORDINARY
 
 pytestmark = [pytest.mark.requires("fuse", "root", "seccomp"), pytest.mark.timeout(200)]
 
-ATTACKS = {**attacks_on_isolation.ATTACKS, **attacks_on_others.ATTACKS, **attacks_with_files.ATTACKS}
+ATTACKS = {
+    **attacks_on_isolation.ATTACKS,
+    **attacks_on_others.ATTACKS,
+    **attacks_with_files.ATTACKS,
+}
 
 
 def _marks(attack: Attack) -> list[pytest.MarkDecorator]:
@@ -32,7 +36,9 @@ def bystander() -> Iterator[Party]:
 
 
 @pytest.mark.parametrize("uid", [pytest.param(ORDINARY, id="user"), pytest.param(0, id="root")])
-@pytest.mark.parametrize("name", [pytest.param(name, marks=_marks(attack)) for name, attack in ATTACKS.items()])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=_marks(attack)) for name, attack in ATTACKS.items()]
+)
 def test_an_attack_comes_to_what_is_right(name: str, uid: int, bystander: Party) -> None:
     pytest.importorskip("unicorn")
     carry_out(ATTACKS[name], uid, bystander)

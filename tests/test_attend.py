@@ -18,7 +18,9 @@ def test_the_program_has_the_signal_mask_that_there_was() -> None:
         before = signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGUSR1})
 
         def program() -> NoReturn:
-            os._exit(3 if signal.pthread_sigmask(signal.SIG_SETMASK, before) == {signal.SIGUSR1} else 4)
+            os._exit(
+                3 if signal.pthread_sigmask(signal.SIG_SETMASK, before) == {signal.SIGUSR1} else 4
+            )
 
         return os.waitstatus_to_exitcode(attend(program))
 
@@ -67,11 +69,15 @@ def test_alarms_and_orphans_are_the_programs() -> None:
     assert in_child(body) == f"({-signal.SIGALRM}, False)"
 
 
-@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL], ids=lambda handler: handler.name)
+@pytest.mark.parametrize(
+    "handler", [signal.SIG_IGN, signal.SIG_DFL], ids=lambda handler: handler.name
+)
 def test_the_program_ignores_ended_children_if_the_command_did(handler: signal.Handlers) -> None:
     def body() -> object:
         signal.signal(signal.SIGCHLD, handler)
-        return os.waitstatus_to_exitcode(attend(lambda: os._exit(int(signal.getsignal(signal.SIGCHLD) == handler))))
+        return os.waitstatus_to_exitcode(
+            attend(lambda: os._exit(int(signal.getsignal(signal.SIGCHLD) == handler)))
+        )
 
     assert in_child(body) == "1"
 
@@ -89,7 +95,9 @@ def test_a_program_that_raises_ends_with_1_and_nobody_goes_on_in_its_place() -> 
     assert in_child(body) == "(1, True)"
 
 
-def test_nothing_is_started_for_who_is_gone_before_the_kernel_would_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_started_for_who_is_gone_before_the_kernel_would_tell(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def body() -> object:
         # As if another had forked, and this one taken the child in.
         monkeypatch.setattr(os, "getpid", lambda: 1 << 30)

@@ -67,7 +67,13 @@ def holding(size: int) -> OwnedFd:
 
 def test_words_are_the_outputs_of_splitmix64() -> None:
     # The reference implementation's first outputs for the seed 1234567.
-    first = (6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821)
+    first = (
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    )
     assert tuple(word(1234567, 8 * number) for number in range(1, 6)) == first
 
 
@@ -75,13 +81,21 @@ def test_words_are_the_outputs_of_splitmix64() -> None:
 def test_a_page_is_found_wherever_it_lies(pattern: Pattern, shift: int) -> None:
     noise = random.Random(shift)
     address = START + noise.randrange(4095) * 4096
-    found = pattern.find(noise.randbytes(4096 + shift) + content(SEED, address, 4096) + noise.randbytes(512))
+    found = pattern.find(
+        noise.randbytes(4096 + shift) + content(SEED, address, 4096) + noise.randbytes(512)
+    )
     assert found is not None
     assert address <= found < address + 4096
 
 
 def test_noise_zeroes_and_another_seed_are_not_it(pattern: Pattern) -> None:
-    for data in (random.Random(1).randbytes(MIB), bytes(MIB), content(SEED + 1, START, 1 << 16), b"", b"1234567"):
+    for data in (
+        random.Random(1).randbytes(MIB),
+        bytes(MIB),
+        content(SEED + 1, START, 1 << 16),
+        b"",
+        b"1234567",
+    ):
         assert pattern.find(data) is None
 
 
@@ -139,7 +153,9 @@ def test_an_ordinary_file_gives_its_content_by_every_route(route: Route, pattern
         came = attempt(route, owner_of(pattern, fd=fd.fileno()))
     # Those without an offset of their own begin where writing ended.
     at_the_end = {"read", "readv", "splice", "sendfile", "copy_file_range"}
-    assert came.outcome is (Outcome.NOTHING if route.name in at_the_end and came.searched == 0 else Outcome.FOUND), came
+    assert came.outcome is (
+        Outcome.NOTHING if route.name in at_the_end and came.searched == 0 else Outcome.FOUND
+    ), came
     if route.name in at_the_end:
         with holding(1 << 16) as fd:
             os.lseek(fd.fileno(), 0, os.SEEK_SET)
@@ -156,7 +172,9 @@ def test_a_rings_read_says_what_it_came_to() -> None:
         except PermissionError:
             pytest.skip("no rings here: kernel.io_uring_disabled")
         assert found == b"content"
-        assert outcome(lambda: calls.io_uring_read(directory.fileno(), 1)) == outcome(lambda: os.read(directory.fileno(), 1))
+        assert outcome(lambda: calls.io_uring_read(directory.fileno(), 1)) == outcome(
+            lambda: os.read(directory.fileno(), 1)
+        )
 
 
 HOLDER = """
@@ -172,14 +190,30 @@ signal.pause()
 @pytest.mark.requires("root")
 def test_a_dumpable_process_is_convicted_by_every_way_in(pattern: Pattern) -> None:
     # Its memory is searched again and again, so it is a small process.
-    with subprocess.Popen([sys.executable, "-c", HOLDER, str(Path(__file__).parent)], stdout=subprocess.PIPE) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(Path(__file__).parent)], stdout=subprocess.PIPE
+    ) as holder:
         assert holder.stdout is not None
         assert holder.stdout.read(1) == b"."
         victim = owner_of(pattern, processes=dict.fromkeys(processes.NAMES, holder.pid))
-        came = {route.name: attempt(route, victim) for route in processes.routes() if route.target.startswith("engine")}
+        came = {
+            route.name: attempt(route, victim)
+            for route in processes.routes()
+            if route.target.startswith("engine")
+        }
         holder.kill()
     convicted = {name for name, one in came.items() if one.outcome is Outcome.FOUND}
-    ways = {"mem", "task/PID/mem", "fd/*", "process_vm_readv", "PTRACE_ATTACH", "PTRACE_SEIZE", "pidfd_getfd 0 to 63", "kcmp", "move_pages"}
+    ways = {
+        "mem",
+        "task/PID/mem",
+        "fd/*",
+        "process_vm_readv",
+        "PTRACE_ATTACH",
+        "PTRACE_SEIZE",
+        "pidfd_getfd 0 to 63",
+        "kcmp",
+        "move_pages",
+    }
     assert convicted >= ways
     assert not [one for one in came.values() if one.outcome is Outcome.FAILED]
     assert came["maps"].searched > 0
@@ -188,7 +222,9 @@ def test_a_dumpable_process_is_convicted_by_every_way_in(pattern: Pattern) -> No
 @pytest.mark.requires("root")
 @pytest.mark.alone("enters every namespace of its user's on the machine")
 @pytest.mark.parametrize("which", [min, max], ids=["first CPU", "last CPU"])
-def test_a_process_in_a_user_namespace_is_convicted_by_its_handles(pattern: Pattern, which: Callable[[set[int]], int]) -> None:
+def test_a_process_in_a_user_namespace_is_convicted_by_its_handles(
+    pattern: Pattern, which: Callable[[set[int]], int]
+) -> None:
     """As a service was once that lived in the namespace of its mount."""
 
     def body() -> tuple[Attempt, str]:
@@ -244,19 +280,31 @@ def yes(pattern: Pattern) -> Generator[Owner]:
         listener.bind(f"\0{name}")
         listener.listen(9)
         threading.Thread(target=serve, daemon=True).start()
-        service = SimpleNamespace(info={"socket": f"@{name}", "key": "00" * wire.KEY_BYTES}, token_for=token_for)
+        service = SimpleNamespace(
+            info={"socket": f"@{name}", "key": "00" * wire.KEY_BYTES}, token_for=token_for
+        )
         engine, theirs = Channel.pair("engine")
         threading.Thread(target=answer, args=(theirs,), daemon=True).start()
         guest = SimpleNamespace(vmm=SimpleNamespace(vm=SimpleNamespace(_channel=engine)))
-        yield owner_of(pattern, service=service, guest=guest, fd=held.fileno(), processes={"service": os.getpid()})
+        yield owner_of(
+            pattern,
+            service=service,
+            guest=guest,
+            fd=held.fileno(),
+            processes={"service": os.getpid()},
+        )
         engine.close()
         listener.shutdown(socket.SHUT_RDWR)
 
 
 def test_a_service_that_says_yes_is_convicted_by_every_question(pattern: Pattern) -> None:
     with yes(pattern) as owner:
-        came = {f"{route.target}: {route.name}": attempt(route, owner) for route in sockets.routes()}
-    assert {name: one.outcome for name, one in came.items() if one.outcome is not Outcome.FOUND} == {}
+        came = {
+            f"{route.target}: {route.name}": attempt(route, owner) for route in sockets.routes()
+        }
+    assert {
+        name: one.outcome for name, one in came.items() if one.outcome is not Outcome.FOUND
+    } == {}
     # The memory itself, and no mere yes.
     assert came["service's socket: BIND"].detail.startswith("the guest's ")
 
@@ -271,7 +319,11 @@ def test_memory_that_is_not_restricted_can_be_shared(pattern: Pattern) -> None:
     """Where the engine takes it, the owner has what the guest writes there."""
     pytest.importorskip("unicorn")
     route = next(route for route in vm.routes() if route.name == "the descriptor as shared memory")
-    with Service.start() as service, Vm(service, engine="software") as machine, holding(1 << 16) as fd:
+    with (
+        Service.start() as service,
+        Vm(service, engine="software") as machine,
+        holding(1 << 16) as fd,
+    ):
         guest = SimpleNamespace(vmm=SimpleNamespace(vm=machine))
         came = attempt(route, owner_of(pattern, guest=guest, fd=fd.fileno()))
     assert (came.outcome, came.detail) == (Outcome.FOUND, "accepted")
@@ -282,12 +334,23 @@ def test_code_of_the_owners_would_copy_it_out(pattern: Pattern) -> None:
     pytest.importorskip("unicorn")
     size, code_at = MIB, guest_abi.PRIVATE_BASE + 0x10000
     guest = cast(HeldGuest, SimpleNamespace(start=START))
-    with Service.start() as service, Vm(service, engine="software") as machine, memory.memfd_create("window") as window:
+    with (
+        Service.start() as service,
+        Vm(service, engine="software") as machine,
+        memory.memfd_create("window") as window,
+    ):
         fd = service.memfd_restricted()
         os.ftruncate(fd, size)
         os.ftruncate(window.fileno(), vm.COPIED)
-        machine.set_user_memory_region(slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=size, restricted_fd=fd)
-        machine.set_user_memory_region(slot=1, guest_phys_addr=guest_abi.SHARED_BASE, memory_size=vm.COPIED, shared_fd=window.fileno())
+        machine.set_user_memory_region(
+            slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=size, restricted_fd=fd
+        )
+        machine.set_user_memory_region(
+            slot=1,
+            guest_phys_addr=guest_abi.SHARED_BASE,
+            memory_size=vm.COPIED,
+            shared_fd=window.fileno(),
+        )
         machine.set_memory_attributes(guest_abi.PRIVATE_BASE, size, private=True)
         machine.launch_update(START, content(SEED, START, vm.COPIED))
         machine.launch_update(code_at, vm.code_page(guest))
@@ -304,7 +367,10 @@ def test_a_guest_made_for_debugging_is_open() -> None:
     """And says so in its measurement; the calls are those that any other guest refuses."""
     seed = secrets.randbits(64)
     routes = {route.name: route for route in vm.routes()}
-    with Service.start() as service, held_guest(service, 2 * MIB, seed, "software", debug=True) as guest:
+    with (
+        Service.start() as service,
+        held_guest(service, 2 * MIB, seed, "software", debug=True) as guest,
+    ):
         owner = owner_of(Pattern(seed, guest.start, guest.end), guest=guest)
         came = [attempt(routes[name], owner).outcome for name in ("DBG_READ", "DBG_WRITE")]
     assert came == [Outcome.FOUND, Outcome.FOUND]
@@ -321,7 +387,14 @@ def test_no_capability_is_left() -> None:
         return dict(re.findall(r"^(Cap\w+|NoNewPrivs):\s(\w+)$", status, re.MULTILINE))
 
     none = "0" * 16
-    expected = {"CapInh": none, "CapPrm": none, "CapEff": none, "CapBnd": none, "CapAmb": none, "NoNewPrivs": "1"}
+    expected = {
+        "CapInh": none,
+        "CapPrm": none,
+        "CapEff": none,
+        "CapBnd": none,
+        "CapAmb": none,
+        "NoNewPrivs": "1",
+    }
     assert in_child(body) == repr(expected)
 
 
@@ -335,16 +408,25 @@ def verdict(pattern: Pattern, chunks: Iterable[bytes] | Exception, **route: Any)
         yield from chunks
 
     as_root = route.pop("as_root", False)
-    return attempt(Route("target", "name", run, **route), cast(Owner, SimpleNamespace(pattern=pattern, as_root=as_root)))
+    return attempt(
+        Route("target", "name", run, **route),
+        cast(Owner, SimpleNamespace(pattern=pattern, as_root=as_root)),
+    )
 
 
 def test_verdicts(pattern: Pattern) -> None:
     secret, refused = [content(SEED, START, 4096)], OSError(EPERM, "no")
     assert verdict(pattern, refused) == Attempt("target", "name", Outcome.REFUSED, "EPERM", "no")
-    assert verdict(pattern, [b"", bytes(64)]) == Attempt("target", "name", Outcome.NOTHING, searched=64)
+    assert verdict(pattern, [b"", bytes(64)]) == Attempt(
+        "target", "name", Outcome.NOTHING, searched=64
+    )
     assert verdict(pattern, secret).outcome is Outcome.FOUND
-    assert verdict(pattern, MeasurementTellsError(), power=True) == Attempt("target", "name", Outcome.MEASURED)
-    assert verdict(pattern, [b""], power=True) == Attempt("target", "name", Outcome.FOUND, detail="accepted")
+    assert verdict(pattern, MeasurementTellsError(), power=True) == Attempt(
+        "target", "name", Outcome.MEASURED
+    )
+    assert verdict(pattern, [b""], power=True) == Attempt(
+        "target", "name", Outcome.FOUND, detail="accepted"
+    )
     assert verdict(pattern, secret, open_by="Swap").outcome is Outcome.OPEN
     assert verdict(pattern, secret, root=True).outcome is Outcome.FOUND
     assert verdict(pattern, secret, root=True, as_root=True).outcome is Outcome.OPEN
@@ -355,7 +437,9 @@ def test_verdicts(pattern: Pattern) -> None:
     assert [outcome for outcome in Outcome if outcome.bad] == [Outcome.FOUND, Outcome.FAILED]
 
 
-def test_an_attempt_that_dies_or_breaks_is_no_refusal(pattern: Pattern, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_attempt_that_dies_or_breaks_is_no_refusal(
+    pattern: Pattern, capfd: pytest.CaptureFixture[str]
+) -> None:
     def dies(_: Owner) -> Iterator[bytes]:
         os.kill(os.getpid(), signal.SIGKILL)
         yield b""
@@ -369,8 +453,13 @@ def test_an_attempt_that_dies_or_breaks_is_no_refusal(pattern: Pattern, capfd: p
 
 
 def test_what_is_open_by_design_is_in_the_threat_model() -> None:
-    items = set(re.findall(r"^- \*\*(.+?)\.\*\*", THREAT_MODEL.read_text(encoding="utf-8"), re.MULTILINE))
-    named = {route.open_by for route in (*host.routes(), *vm.routes(), *processes.routes(), *descriptor.ROUTES)} - {""}
+    items = set(
+        re.findall(r"^- \*\*(.+?)\.\*\*", THREAT_MODEL.read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    named = {
+        route.open_by
+        for route in (*host.routes(), *vm.routes(), *processes.routes(), *descriptor.ROUTES)
+    } - {""}
     assert {*named, "Root"} <= items
 
 
@@ -379,7 +468,14 @@ def test_what_every_try_is_refused_is_refused() -> None:
         raise OSError(errno, "pidfd_getfd")
 
     def tried(*errnos: int) -> object:
-        return outcome(lambda: [*processes._each(partial(refused, errno) if errno else lambda: iter([b"found"]) for errno in errnos)])
+        return outcome(
+            lambda: [
+                *processes._each(
+                    partial(refused, errno) if errno else lambda: iter([b"found"])
+                    for errno in errnos
+                )
+            ]
+        )
 
     # What is missing says nothing, unless there is nothing else.
     assert tried(EPERM, EBADF) == tried(EBADF, EPERM) == Errno(EPERM)

@@ -20,7 +20,10 @@ from restrictedmem.audit.pattern import content
 from restrictedmem.service.client import Service
 from users import as_user
 
-pytestmark = [pytest.mark.requires("fuse"), pytest.mark.alone("enters every namespace of its user's on the machine")]
+pytestmark = [
+    pytest.mark.requires("fuse"),
+    pytest.mark.alone("enters every namespace of its user's on the machine"),
+]
 
 SIZE = 4 << 20
 ENGINES = ["software", pytest.param("kernel", marks=pytest.mark.requires("kvm"))]
@@ -32,21 +35,38 @@ def proof(engine: str, *, as_root: bool = False) -> Came:
     """Prove in a process of its own, all of whose memory is searched: this one has much, and what other tests have left there."""
     code = f"import sys; sys.path.insert(0, sys.argv[1]); import test_audit_prove; test_audit_prove.tell({engine!r}, as_root={as_root})"
     done = subprocess.run(
-        [sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True, check=False, timeout=100
+        [sys.executable, "-c", code, str(Path(__file__).parent)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
     )
     assert done.returncode == 0, done.stderr
-    return table([Attempt(outcome=Outcome(one.pop("outcome")), **one) for one in json.loads(done.stdout)["attempts"]])
+    return table(
+        [
+            Attempt(outcome=Outcome(one.pop("outcome")), **one)
+            for one in json.loads(done.stdout)["attempts"]
+        ]
+    )
 
 
 def tell(engine: str, *, as_root: bool) -> None:
     """Write to stdout what a proof came to."""
     with Service.start() as service:
-        print(json.dumps(prove.prove_main(service, memory=SIZE, engine=engine, as_root=as_root, quiet=True).as_data()))
+        print(
+            json.dumps(
+                prove.prove_main(
+                    service, memory=SIZE, engine=engine, as_root=as_root, quiet=True
+                ).as_data()
+            )
+        )
 
 
 def table(attempts: list[Attempt]) -> Came:
     assert len({(one.target, one.name) for one in attempts}) == len(attempts)
-    return {(one.target, one.name): (one.outcome.value, one.errno or one.detail) for one in attempts}
+    return {
+        (one.target, one.name): (one.outcome.value, one.errno or one.detail) for one in attempts
+    }
 
 
 def bad(came: Came) -> Came:
@@ -57,8 +77,11 @@ def bad(came: Came) -> Came:
 @pytest.mark.requires("root")
 def test_root_without_capabilities_gets_nothing(engine: str) -> None:
     came = proof(engine)
-    # What root owns it may use without a capability, too: tracing the kernel, where that is mounted.
-    assert bad(came).keys() == ({("machine", "tracefs")} if os.path.isdir("/sys/kernel/tracing/events") else set())
+    # What root owns it may use without a capability, too: tracing the kernel, where that is
+    # mounted.
+    assert bad(came).keys() == (
+        {("machine", "tracefs")} if os.path.isdir("/sys/kernel/tracing/events") else set()
+    )
     assert came["descriptor", "mmap shared"] == ("refused", "ENODEV")
     assert came["engine", "process_vm_readv"] == ("refused", "EPERM")
     assert came["engine /proc", "mem"] == ("refused", "EACCES")
@@ -86,7 +109,11 @@ def test_root_has_the_engine(engine: str) -> None:
         assert came["engine", name][1].endswith("(Root)"), name
     # guest_memfd's pages are in no process's memory, the engine's own included.
     by_reading = Outcome.OPEN if engine == "software" else Outcome.NOTHING
-    for route in (("engine /proc", "mem"), ("engine", "process_vm_readv"), ("machine", "a service inside one's own user namespace")):
+    for route in (
+        ("engine /proc", "mem"),
+        ("engine", "process_vm_readv"),
+        ("machine", "a service inside one's own user namespace"),
+    ):
         assert came[route][0] == by_reading.value, route
     # What is the VM's to refuse, it refuses to root as well.
     assert bad(came) == {}
@@ -128,7 +155,9 @@ def guilty(seed: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt])
-def test_the_line_of_progress_is_gone_at_the_end(error: type[BaseException] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_line_of_progress_is_gone_at_the_end(
+    error: type[BaseException] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
 
     class Line:
@@ -155,5 +184,7 @@ def test_the_line_of_progress_is_gone_at_the_end(error: type[BaseException] | No
     monkeypatch.setattr(prove, "held_guest", held_guest)
     monkeypatch.setattr(prove, "prove", prove_one)
     with suppress(KeyboardInterrupt):
-        prove.prove_main(cast(Service, None), memory=SIZE, engine="software", as_root=False, quiet=False)
+        prove.prove_main(
+            cast(Service, None), memory=SIZE, engine="software", as_root=False, quiet=False
+        )
     assert said == ["engine: setns mnt", "cleared"]

@@ -39,7 +39,12 @@ ABSOLUTE = ("memory", "interrupt", "notifier")
 
 def bench(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks", *arguments], check=False, capture_output=True, text=True, cwd=ROOT, env=environment or None
+        [sys.executable, "-m", "benchmarks", *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment or None,
     )
 
 
@@ -58,9 +63,15 @@ def figures(name: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.requires("fuse", "root", "cc")
-@pytest.mark.parametrize("name", [*COMPARED, *(pytest.param(name, marks=pytest.mark.requires("kvm")) for name in KVM)])
+@pytest.mark.parametrize(
+    "name", [*COMPARED, *(pytest.param(name, marks=pytest.mark.requires("kvm")) for name in KVM)]
+)
 def test_a_comparison_runs_and_gives_a_ratio(name: str) -> None:
-    assert any(figure["floor"] > 0 and figure["ratio"] > 0 for figure in figures(name) if figure["floor"] is not None)
+    assert any(
+        figure["floor"] > 0 and figure["ratio"] > 0
+        for figure in figures(name)
+        if figure["floor"] is not None
+    )
 
 
 @pytest.mark.requires("fuse")

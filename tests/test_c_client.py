@@ -111,8 +111,24 @@ def compiler() -> str:
 
 def compile_c(source: Path, program: Path, *options: str) -> subprocess.CompletedProcess[str]:
     include = (f"-I{SOURCE}", f"-I{ROOT / 'guests' / 'include'}")
-    command = [compiler(), "-std=gnu11", "-g", "-O1", "-Wall", "-Wextra", "-Wshadow", "-Werror", *options, *include]
-    return subprocess.run([*command, "-o", str(program), str(source), "-pthread"], capture_output=True, text=True, check=False)
+    command = [
+        compiler(),
+        "-std=gnu11",
+        "-g",
+        "-O1",
+        "-Wall",
+        "-Wextra",
+        "-Wshadow",
+        "-Werror",
+        *options,
+        *include,
+    ]
+    return subprocess.run(
+        [*command, "-o", str(program), str(source), "-pthread"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +137,11 @@ def sanitizers(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     directory = tmp_path_factory.mktemp("sanitizers")
     (directory / "empty.c").write_text("int main(void) { return 0; }\n")
     options = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    return options if compile_c(directory / "empty.c", directory / "empty", *options).returncode == 0 else []
+    return (
+        options
+        if compile_c(directory / "empty.c", directory / "empty", *options).returncode == 0
+        else []
+    )
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +154,12 @@ def programs(tmp_path_factory: pytest.TempPathFactory, sanitizers: list[str]) ->
     return directory
 
 
-def run(program: Path, *arguments: str | Path, data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run([program, *arguments], input=data, capture_output=True, timeout=PATIENCE, check=False)
+def run(
+    program: Path, *arguments: str | Path, data: bytes = b""
+) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [program, *arguments], input=data, capture_output=True, timeout=PATIENCE, check=False
+    )
 
 
 def answers(program: Path, *arguments: str) -> dict[str, tuple[int, str]]:
@@ -151,7 +175,9 @@ def answers(program: Path, *arguments: str) -> dict[str, tuple[int, str]]:
 
 
 def test_the_makefile_builds_it(tmp_path: Path) -> None:
-    done = subprocess.run(["make", "-s", "-C", SOURCE, f"OUT={tmp_path}"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["make", "-s", "-C", SOURCE, f"OUT={tmp_path}"], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert {path.name for path in tmp_path.iterdir()} == {"vmm", "check"}
 
@@ -159,7 +185,9 @@ def test_the_makefile_builds_it(tmp_path: Path) -> None:
 def test_its_numbers_are_this_packages(tmp_path: Path) -> None:
     names = re.findall(r"^#define RMEM_(\w+)\s", HEADER.read_text(encoding="ascii"), re.MULTILINE)
     lines = "".join(f'printf("{name} %llu\\n", (unsigned long long)RMEM_{name});' for name in names)
-    (tmp_path / "numbers.c").write_text(f'#include "restrictedmem.h"\nint main(void) {{ {lines} return 0; }}\n')
+    (tmp_path / "numbers.c").write_text(
+        f'#include "restrictedmem.h"\nint main(void) {{ {lines} return 0; }}\n'
+    )
     built = compile_c(tmp_path / "numbers.c", tmp_path / "numbers")
     assert built.returncode == 0, built.stderr
     printed = dict(line.split() for line in run(tmp_path / "numbers").stdout.decode().splitlines())
@@ -168,13 +196,25 @@ def test_its_numbers_are_this_packages(tmp_path: Path) -> None:
 
 def test_its_structs_are_this_packages(tmp_path: Path) -> None:
     text = HEADER.read_text(encoding="ascii")
-    asserted = dict(re.findall(r"^static_assert\(sizeof\(struct rmem_(\w+)\) == (\d+)", text, re.MULTILINE))
-    sizes = {name: ctypes.sizeof(struct) for name, struct in STRUCTS.items()} | {"exit": exits.LAYOUT.size}
+    asserted = dict(
+        re.findall(r"^static_assert\(sizeof\(struct rmem_(\w+)\) == (\d+)", text, re.MULTILINE)
+    )
+    sizes = {name: ctypes.sizeof(struct) for name, struct in STRUCTS.items()} | {
+        "exit": exits.LAYOUT.size
+    }
     # The compiler holds the header to these.
     assert {name: int(size) for name, size in asserted.items()} == sizes
-    fields = {f"{name}, {field[0]}": getattr(struct, field[0]).offset for name, struct in STRUCTS.items() for field in struct._fields_}
-    lines = "".join(f'printf("%zu\\n", __builtin_offsetof(struct rmem_{field}));' for field in fields)
-    (tmp_path / "fields.c").write_text(f'#include "restrictedmem.h"\nint main(void) {{ {lines} return 0; }}\n')
+    fields = {
+        f"{name}, {field[0]}": getattr(struct, field[0]).offset
+        for name, struct in STRUCTS.items()
+        for field in struct._fields_
+    }
+    lines = "".join(
+        f'printf("%zu\\n", __builtin_offsetof(struct rmem_{field}));' for field in fields
+    )
+    (tmp_path / "fields.c").write_text(
+        f'#include "restrictedmem.h"\nint main(void) {{ {lines} return 0; }}\n'
+    )
     built = compile_c(tmp_path / "fields.c", tmp_path / "fields")
     assert built.returncode == 0, built.stderr
     printed = run(tmp_path / "fields").stdout.split()
@@ -184,10 +224,22 @@ def test_its_structs_are_this_packages(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("exit_", "expression"),
     [
-        (exits.PortIn(0x42, 2), "e.exit_reason == RMEM_EXIT_IO && !e.flags && e.io.port == 0x42 && e.io.size == 2"),
-        (exits.PortOut(0x42, 4, 7), "e.exit_reason == RMEM_EXIT_IO && e.flags == 1 && e.io.size == 4 && e.io.data == 7"),
-        (exits.MmioRead(0x1000, 8), "e.exit_reason == RMEM_EXIT_MMIO && !e.flags && e.mmio.gpa == 0x1000 && e.mmio.size == 8"),
-        (exits.MmioWrite(0x1000, 1, 9), "e.exit_reason == RMEM_EXIT_MMIO && e.flags == 1 && e.mmio.size == 1 && e.mmio.data == 9"),
+        (
+            exits.PortIn(0x42, 2),
+            "e.exit_reason == RMEM_EXIT_IO && !e.flags && e.io.port == 0x42 && e.io.size == 2",
+        ),
+        (
+            exits.PortOut(0x42, 4, 7),
+            "e.exit_reason == RMEM_EXIT_IO && e.flags == 1 && e.io.size == 4 && e.io.data == 7",
+        ),
+        (
+            exits.MmioRead(0x1000, 8),
+            "e.exit_reason == RMEM_EXIT_MMIO && !e.flags && e.mmio.gpa == 0x1000 && e.mmio.size == 8",
+        ),
+        (
+            exits.MmioWrite(0x1000, 1, 9),
+            "e.exit_reason == RMEM_EXIT_MMIO && e.flags == 1 && e.mmio.size == 1 && e.mmio.data == 9",
+        ),
         (
             exits.Hypercall(12, (1, 2, 3, 4)),
             "e.exit_reason == RMEM_EXIT_HYPERCALL && e.hypercall.nr == 12 && e.hypercall.args[0] == 1 && e.hypercall.args[3] == 4",
@@ -202,7 +254,9 @@ def test_its_structs_are_this_packages(tmp_path: Path) -> None:
         (exits.Unknown(99), "e.exit_reason == RMEM_EXIT_UNKNOWN && e.reason == 99"),
     ],
 )
-def test_an_exit_reads_as_it_was_written(tmp_path: Path, exit_: exits.Exit, expression: str) -> None:
+def test_an_exit_reads_as_it_was_written(
+    tmp_path: Path, exit_: exits.Exit, expression: str
+) -> None:
     main = f"struct rmem_exit e; return !(read(0, &e, sizeof(e)) == sizeof(e) && {expression});"
     (tmp_path / "exit.c").write_text(f'#include "restrictedmem.h"\nint main(void) {{ {main} }}\n')
     built = compile_c(tmp_path / "exit.c", tmp_path / "exit")
@@ -220,31 +274,64 @@ def test_it_compiles_without_a_warning(tmp_path: Path, standard: str) -> None:
         pytest.skip("no C++ compiler")
     source = tmp_path / ("empty.cc" if cpp else "empty.c")
     source.write_text('#include "restrictedmem.h"\n')
-    options = [f"-std={standard}", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion", "-Werror"]
-    done = subprocess.run([tool, *options, "-fsyntax-only", f"-I{SOURCE}", source], capture_output=True, text=True, check=False)
+    options = [
+        f"-std={standard}",
+        "-D_GNU_SOURCE",
+        "-Wall",
+        "-Wextra",
+        "-Wpedantic",
+        "-Wshadow",
+        "-Wconversion",
+        "-Werror",
+    ]
+    done = subprocess.run(
+        [tool, *options, "-fsyntax-only", f"-I{SOURCE}", source],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
 
 
-CALLS = [call for module in (service_wire, wire) for call in vars(module).values() if isinstance(call, service_wire.Call)]
+CALLS = [
+    call
+    for module in (service_wire, wire)
+    for call in vars(module).values()
+    if isinstance(call, service_wire.Call)
+]
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
 def test_every_call_is_documented_with_its_number(call: service_wire.Call) -> None:
-    rows = [re.split(r" *\| *", line)[1:-1] for line in DOCUMENT.splitlines() if line.startswith("| ")]
+    rows = [
+        re.split(r" *\| *", line)[1:-1] for line in DOCUMENT.splitlines() if line.startswith("| ")
+    ]
     (row,) = [row for row in rows if row[0].split(" (")[0] == call.name]
     number = row[2] if re.match("service|spawner|engine|consumer", row[1]) else row[1]
     assert int(number, 0) == call.number
 
 
 def test_the_documented_calls_compile(tmp_path: Path) -> None:
-    include, calls = next(block for block in re.findall(r"```c\n(.*?)```", DOCUMENT, re.DOTALL) if "rmem_run" in block).split("\n", 1)
+    include, calls = next(
+        block for block in re.findall(r"```c\n(.*?)```", DOCUMENT, re.DOTALL) if "rmem_run" in block
+    ).split("\n", 1)
     names = ("service", "vm", "vcpu", "exit", "regs")
     variables = "".join(f"struct rmem_{name} {name};" for name in names)
     variables += "struct rmem_userspace_memory_region_ext region; struct rmem_memory_attributes range; uint64_t gpa; off_t size;"
-    variables += "unsigned char token[RMEM_TOKEN_SIZE], measurement[RMEM_MEASUREMENT_SIZE], content[4096];"
+    variables += (
+        "unsigned char token[RMEM_TOKEN_SIZE], measurement[RMEM_MEASUREMENT_SIZE], content[4096];"
+    )
     variables += "size_t length; int fd, shared_fd;"
-    (tmp_path / "example.c").write_text(f"{include}\nvoid example(void);\nvoid example(void) {{ {variables}\n{calls} }}\n")
-    built = compile_c(tmp_path / "example.c", tmp_path / "example.o", "-c", "-Wno-uninitialized", "-Wno-unused-result")
+    (tmp_path / "example.c").write_text(
+        f"{include}\nvoid example(void);\nvoid example(void) {{ {variables}\n{calls} }}\n"
+    )
+    built = compile_c(
+        tmp_path / "example.c",
+        tmp_path / "example.o",
+        "-c",
+        "-Wno-uninitialized",
+        "-Wno-unused-result",
+    )
     assert built.returncode == 0, built.stderr
 
 
@@ -322,8 +409,12 @@ def test_a_service_and_a_vm(programs: Path, engine: str) -> None:
     assert number == (0 if find_spec("cryptography") else ENOSYS)
     # An engine says what it cannot do.
     can_prefault = found.pop("KVM_CAP_PRE_FAULT_MEMORY")[1] == "1"
-    expected = REFUSED if can_prefault else REFUSED | {"a range": (EOPNOTSUPP, "KVM_PRE_FAULT_MEMORY")}
-    refused = {what: (number, words.partition(": ")) for what, (number, words) in found.items() if number}
+    expected = (
+        REFUSED if can_prefault else REFUSED | {"a range": (EOPNOTSUPP, "KVM_PRE_FAULT_MEMORY")}
+    )
+    refused = {
+        what: (number, words.partition(": ")) for what, (number, words) in found.items() if number
+    }
     assert {what: (number, words[0]) for what, (number, words) in refused.items()} == expected
     assert all(words[2] for _, words in refused.values()), "each says why"
     granted = {what: words for what, (number, words) in found.items() if not number and words}
@@ -346,7 +437,16 @@ def server() -> Generator[str, None, None]:
     """Run ``serve`` and return its socket."""
     with tempfile.TemporaryDirectory() as directory:
         path = f"{directory}/socket"
-        command = [sys.executable, "-m", "restrictedmem", "serve", "--socket", path, "--user", "nobody"]
+        command = [
+            sys.executable,
+            "-m",
+            "restrictedmem",
+            "serve",
+            "--socket",
+            path,
+            "--user",
+            "nobody",
+        ]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
             assert process.stderr is not None
             assert process.stderr.readline() == f"listening on {path}\n"
@@ -357,7 +457,11 @@ def server() -> Generator[str, None, None]:
 @pytest.fixture(params=["private", pytest.param("served", marks=pytest.mark.requires("root"))])
 def way(request: pytest.FixtureRequest) -> list[str]:
     """Return the VMM's options for each of the two ways to get a service."""
-    return ["-p", sys.executable] if request.param == "private" else ["-s", request.getfixturevalue("server")]
+    return (
+        ["-p", sys.executable]
+        if request.param == "private"
+        else ["-s", request.getfixturevalue("server")]
+    )
 
 
 @pytest.mark.requires("fuse")
@@ -366,7 +470,9 @@ def test_guests_run(programs: Path, way: list[str], engine: str) -> None:
     vmm, options = programs / "vmm", (*way, "-e", engine)
     data = os.urandom(3 << 20)
     done = run(vmm, *options, "-m", "2", guests.path("sha256"), data=data)
-    assert (done.returncode, done.stdout) == (0, f"{sha256(data).hexdigest()}  -\n".encode()), done.stderr
+    assert (done.returncode, done.stdout) == (0, f"{sha256(data).hexdigest()}  -\n".encode()), (
+        done.stderr
+    )
     done = run(vmm, *options, guests.path("spin"), "exit", "nonsense")
     assert (done.returncode, done.stdout) == (2, b"")
     assert re.fullmatch(rb"measurement [0-9a-f]{96}\nusage: .*\n", done.stderr), done.stderr
@@ -379,7 +485,9 @@ def test_it_launches_what_the_vmm_in_python_launches(programs: Path) -> None:
         vmm.load(elf.parse(guest.read_bytes()), ["exit", "7"])
         measurement = vmm.vm.launch_finish().hex()
     for argument, same in (("7", True), ("8", False)):
-        done = run(programs / "vmm", "-p", sys.executable, "-e", "software", guest, "exit", argument)
+        done = run(
+            programs / "vmm", "-p", sys.executable, "-e", "software", guest, "exit", argument
+        )
         assert done.returncode == int(argument)
         assert (done.stderr.decode() == f"measurement {measurement}\n") is same
 
@@ -387,7 +495,9 @@ def test_it_launches_what_the_vmm_in_python_launches(programs: Path) -> None:
 @pytest.mark.requires("fuse")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_convert_finds_what_both_sides_must_see(programs: Path, engine: str) -> None:
-    done = run(programs / "vmm", "-p", sys.executable, "-e", engine, "-m", "8", guests.path("convert"))
+    done = run(
+        programs / "vmm", "-p", sys.executable, "-e", engine, "-m", "8", guests.path("convert")
+    )
     assert done.returncode == 0, (done.stdout, done.stderr)
     lines = done.stdout.decode().splitlines()
     assert len(lines) >= 7
@@ -397,7 +507,10 @@ def test_convert_finds_what_both_sides_must_see(programs: Path, engine: str) -> 
 @pytest.mark.requires("fuse")
 def test_what_is_no_guest_is_said(programs: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(b"#!/bin/sh\n" * 100)
-    for path, words in ((tmp_path / "text", b"not a static x86-64 ELF"), (tmp_path / "none", b"No such file or directory")):
+    for path, words in (
+        (tmp_path / "text", b"not a static x86-64 ELF"),
+        (tmp_path / "none", b"No such file or directory"),
+    ):
         done = run(programs / "vmm", "-p", sys.executable, path)
         assert (done.returncode, done.stdout) == (1, b"")
         assert words in done.stderr

@@ -43,7 +43,11 @@ OUTSIDE = "30 26 0:24 /../.. /mnt rw,relatime - cgroup2 none rw"
 @pytest.mark.parametrize(
     ("own", "mounts", "found"),
     [
-        (["4:memory:/a/b", "1:cpu:/", "0::/c"], [V1_CPU, V2, V1], Cgroup(1, "/a/b", Path("/sys/fs/cgroup/memory/a/b"))),
+        (
+            ["4:memory:/a/b", "1:cpu:/", "0::/c"],
+            [V1_CPU, V2, V1],
+            Cgroup(1, "/a/b", Path("/sys/fs/cgroup/memory/a/b")),
+        ),
         (["4:cpu,memory:/", "0::/c"], [V1], Cgroup(1, "/", Path("/sys/fs/cgroup/memory"))),
         (["1:cpu:/x", "0::/c"], [NO_SOURCE, V1, V2], Cgroup(2, "/c", Path("/run/a b/c"))),
         # A container sees its part.
@@ -53,13 +57,32 @@ OUTSIDE = "30 26 0:24 /../.. /mnt rw,relatime - cgroup2 none rw"
         # Memory is with version 1, whose mount is not here.
         (["4:memory:/", "0::/"], [V2], None),
         (["1:cpu:/"], [V1, V2], None),
-        (["0::/\r\udcff"], [V2], Cgroup(2, "/\r\N{REPLACEMENT CHARACTER}", Path("/run/a b/\r\udcff"))),
+        (
+            ["0::/\r\udcff"],
+            [V2],
+            Cgroup(2, "/\r\N{REPLACEMENT CHARACTER}", Path("/run/a b/\r\udcff")),
+        ),
         (None, [V2], None),
     ],
-    ids=["v1", "v1 root", "v2", "part", "neighbour", "outside", "unmounted", "none", "no text", "no proc"],
+    ids=[
+        "v1",
+        "v1 root",
+        "v2",
+        "part",
+        "neighbour",
+        "outside",
+        "unmounted",
+        "none",
+        "no text",
+        "no proc",
+    ],
 )
 def test_the_cgroup_that_memory_is_charged_to(
-    own: list[str] | None, mounts: list[str], found: Cgroup | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own: list[str] | None,
+    mounts: list[str],
+    found: Cgroup | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for module, name, lines in ((process, "cgroup", own), (cgroup, "mountinfo", mounts)):
         table = tmp_path / name
@@ -70,9 +93,12 @@ def test_the_cgroup_that_memory_is_charged_to(
 
 
 @pytest.mark.parametrize(
-    ("version", "limit", "kills"), [(1, "memory.limit_in_bytes", "memory.oom_control"), (2, "memory.max", "memory.events")]
+    ("version", "limit", "kills"),
+    [(1, "memory.limit_in_bytes", "memory.oom_control"), (2, "memory.max", "memory.events")],
 )
-def test_its_limit_and_its_count_of_kills(version: int, limit: str, kills: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_limit_and_its_count_of_kills(
+    version: int, limit: str, kills: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory = tmp_path / "a" / "b"
     directory.mkdir(parents=True)
     monkeypatch.setattr(Cgroup, "own", lambda: Cgroup(version, "/x/b", directory))
@@ -123,7 +149,9 @@ def is_empty(group: Path) -> bool:
     """Say whether the kernel would remove a cgroup, or has: of version 2 it says so, while processes on their way out are not listed."""
     try:
         events = group / "cgroup.events"
-        return not members(group) and not (events.exists() and "populated 1" in events.read_text(encoding="ascii"))
+        return not members(group) and not (
+            events.exists() and "populated 1" in events.read_text(encoding="ascii")
+        )
     except OSError:
         return not group.exists()
 
@@ -139,17 +167,31 @@ def of_clients(ground: Path) -> set[str]:
 
 def limit_of(group: Path) -> int:
     names = ("memory.max", "memory.limit_in_bytes")
-    return next(int((group / name).read_text(encoding="ascii")) for name in names if (group / name).exists())
+    return next(
+        int((group / name).read_text(encoding="ascii")) for name in names if (group / name).exists()
+    )
 
 
 def within(ground: Path) -> list[str]:
     """Return what starts a command in a cgroup, or where a ``serve`` before it has gone."""
     leaf = ground / LEAF
-    return ["sh", "-c", 'echo 0 >"$0/cgroup.procs" && exec "$@"', str(leaf if leaf.exists() else ground)]
+    return [
+        "sh",
+        "-c",
+        'echo 0 >"$0/cgroup.procs" && exec "$@"',
+        str(leaf if leaf.exists() else ground),
+    ]
 
 
 def serve(place: str, ground: Path, limit: int) -> Server:
-    return Server("--client-memory", str(limit), "--user", SERVICE_USER, socket_path=place, within=within(ground))
+    return Server(
+        "--client-memory",
+        str(limit),
+        "--user",
+        SERVICE_USER,
+        socket_path=place,
+        within=within(ground),
+    )
 
 
 def allocate(service: Service) -> int | None:
@@ -167,7 +209,12 @@ def load(service: Service) -> int | None:
     """Do the same with a guest on the kernel engine, whose pages count for no process."""
     base = guest_abi.PRIVATE_BASE
     with Vm(service, engine="kernel") as vm:
-        vm.set_user_memory_region(slot=0, guest_phys_addr=base, memory_size=2 * LIMIT, restricted_fd=service.memfd_restricted())
+        vm.set_user_memory_region(
+            slot=0,
+            guest_phys_addr=base,
+            memory_size=2 * LIMIT,
+            restricted_fd=service.memfd_restricted(),
+        )
         vm.set_memory_attributes(base, 2 * LIMIT, private=True)
         for start in range(0, 2 * LIMIT, _PIECE):
             try:
@@ -179,7 +226,9 @@ def load(service: Service) -> int | None:
 
 @pytest.mark.requires("root", "memory-cgroup", "fuse")
 @pytest.mark.parametrize("fill", [allocate, pytest.param(load, marks=pytest.mark.requires("kvm"))])
-def test_memory_that_runs_out_is_one_clients(fill: Callable[[Service], int | None], place: str, ground: Path) -> None:
+def test_memory_that_runs_out_is_one_clients(
+    fill: Callable[[Service], int | None], place: str, ground: Path
+) -> None:
     server = serve(place, ground, LIMIT)
 
     def attack() -> tuple[int, int | None]:
@@ -225,7 +274,17 @@ def test_a_later_serve_finds_what_an_earlier_one_left(place: str, ground: Path) 
 @pytest.mark.requires("root", "memory-cgroup", "fuse")
 def test_there_is_one_serve_in_a_cgroup(place: str, ground: Path) -> None:
     server = serve(place, ground, LIMIT)
-    command = [*within(ground), sys.executable, "-m", "restrictedmem", "serve", "--socket", f"{place}2", "--client-memory", "128M"]
+    command = [
+        *within(ground),
+        sys.executable,
+        "-m",
+        "restrictedmem",
+        "serve",
+        "--socket",
+        f"{place}2",
+        "--client-memory",
+        "128M",
+    ]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=PATIENCE)
     words = "flock: Resource temporarily unavailable (another serve makes cgroups there)"
     first, hint = done.stderr.splitlines()
@@ -241,7 +300,9 @@ class Tree:
     def __init__(self, place: Path, version: int, *swap: str) -> None:
         self.place = place
         limit = "memory.max" if version == 2 else "memory.limit_in_bytes"
-        self.files = dict.fromkeys(("cgroup.procs", "cgroup.type", "cgroup.subtree_control", limit, *swap), "")
+        self.files = dict.fromkeys(
+            ("cgroup.procs", "cgroup.type", "cgroup.subtree_control", limit, *swap), ""
+        )
         self.files |= {"cgroup.controllers": "cpu memory\n", "memory.stat": "anon 4096\nshmem 0\n"}
         self.written: list[tuple[str, str]] = []
         self._mkdir = os.mkdir
@@ -282,22 +343,34 @@ V2_TREE: Final = (2, "memory.swap.max")
             [("restrictedmem-serve/cgroup.procs", "0"), ("cgroup.subtree_control", "+memory")],
             [("memory.max", "4096"), ("memory.swap.max", "0")],
         ),
-        ((2,), [("restrictedmem-serve/cgroup.procs", "0"), ("cgroup.subtree_control", "+memory")], [("memory.max", "4096")]),
+        (
+            (2,),
+            [("restrictedmem-serve/cgroup.procs", "0"), ("cgroup.subtree_control", "+memory")],
+            [("memory.max", "4096")],
+        ),
         (
             (1, "memory.memsw.limit_in_bytes"),
             [],
-            [("memory.memsw.limit_in_bytes", "-1"), ("memory.limit_in_bytes", "4096"), ("memory.memsw.limit_in_bytes", "4096")],
+            [
+                ("memory.memsw.limit_in_bytes", "-1"),
+                ("memory.limit_in_bytes", "4096"),
+                ("memory.memsw.limit_in_bytes", "4096"),
+            ],
         ),
         ((1,), [], [("memory.limit_in_bytes", "4096")]),
     ],
     indirect=["tree"],
     ids=["v2", "v2 without swap", "v1", "v1 without swap"],
 )
-def test_what_is_written(tree: Tree, before: list[tuple[str, str]], limits: list[tuple[str, str]]) -> None:
+def test_what_is_written(
+    tree: Tree, before: list[tuple[str, str]], limits: list[tuple[str, str]]
+) -> None:
     (tree.place / "cgroup.procs").write_text(f"{os.getpid()}\n", encoding="ascii")
     with ClientCgroups(4096) as made:
         # It was tried with root's.
-        assert tree.written == before + [(f"restrictedmem-0/{name}", value) for name, value in limits]
+        assert tree.written == before + [
+            (f"restrictedmem-0/{name}", value) for name, value in limits
+        ]
         assert tree.groups() <= {LEAF}
         tree.written.clear()
         for _ in range(2):
@@ -323,7 +396,9 @@ def test_the_last_cgroups_stay(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("tree", [V2_TREE], indirect=True)
-def test_a_cgroup_stays_while_files_are_charged_to_it(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cgroup_stays_while_files_are_charged_to_it(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A client keeps memfds that its engines have filled: a new cgroup would not count them."""
     monkeypatch.setattr(client_cgroups, "_KEPT", 0)
     with ClientCgroups(4096) as made:
@@ -345,7 +420,9 @@ def test_a_cgroup_stays_while_files_are_charged_to_it(tree: Tree, monkeypatch: p
 
 
 @pytest.mark.parametrize("tree", [V2_TREE], indirect=True)
-def test_who_is_started_where_serve_goes_uses_the_cgroup_above(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_is_started_where_serve_goes_uses_the_cgroup_above(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Cgroup, "own", lambda: Cgroup(2, "/own", tree.place / LEAF))
     with ClientCgroups(4096) as made:
         made.open(5).close()
@@ -356,8 +433,18 @@ def test_who_is_started_where_serve_goes_uses_the_cgroup_above(tree: Tree, monke
 @pytest.mark.parametrize(
     ("name", "text", "errno", "words"),
     [
-        ("cgroup.controllers", "cpu\n", ENODEV, "cgroup: No such device (it has no memory controller)"),
-        ("cgroup.procs", "1234567\n{own}\n", EBUSY, "cgroup: Device or resource busy (process 1234567 is in it, too)"),
+        (
+            "cgroup.controllers",
+            "cpu\n",
+            ENODEV,
+            "cgroup: No such device (it has no memory controller)",
+        ),
+        (
+            "cgroup.procs",
+            "1234567\n{own}\n",
+            EBUSY,
+            "cgroup: Device or resource busy (process 1234567 is in it, too)",
+        ),
     ],
 )
 def test_where_none_can_be_made(tree: Tree, name: str, text: str, errno: int, words: str) -> None:

@@ -20,7 +20,9 @@ from restrictedmem.mm.sequence import InvalidationSequence
 from restrictedmem.units import PageRange, gfn_t, pgoff_t
 
 LIMIT = 100.0
-QUICK = [scenario for scenario in SCENARIOS.values() if scenario.quick and "v10" in scenario.designs]
+QUICK = [
+    scenario for scenario in SCENARIOS.values() if scenario.quick and "v10" in scenario.designs
+]
 SOUND = [scenario for scenario in SCENARIOS.values() if "v10" in scenario.designs]
 #: What designs are convicted of, one scenario each; all others are for ``restrictedmem check``.
 FINDINGS = [("punch-fault", "batched"), ("punch-fault", "folio-poc"), ("error-fault", "v9")]
@@ -47,7 +49,9 @@ def test_a_slip_is_convicted(name: str) -> None:
 def test_a_design_is_convicted_of_its_nature(name: str, design: str) -> None:
     finding = SCENARIOS[name].finding(design)
     assert finding is not None
-    assert violation(SCENARIOS[name].search(design, limit_seconds=LIMIT)).startswith(finding.rule.value)
+    assert violation(SCENARIOS[name].search(design, limit_seconds=LIMIT)).startswith(
+        finding.rule.value
+    )
 
 
 def test_what_is_asked_before_the_punch_makes_batched_callbacks_sound() -> None:
@@ -119,7 +123,9 @@ def test_what_an_owner_takes_waits_for_the_end_of_a_punch() -> None:
     world = World("v10")
     view = world.add_slot(0x10, 1)
     world.sequence.begin(pgoff_t(0), pgoff_t(1))
-    taking = threading.Thread(target=SoftwareVm.inject_failure, args=[world.vm, view.slot, gfn_t(0x10)], daemon=True)
+    taking = threading.Thread(
+        target=SoftwareVm.inject_failure, args=[world.vm, view.slot, gfn_t(0x10)], daemon=True
+    )
     taking.start()
     taking.join(0.1)
     assert taking.is_alive()

@@ -33,7 +33,13 @@ def copy(tmp_path: Path) -> Path:
 
 
 def run(copy: Path, *arguments: str) -> tuple[int, str]:
-    done = subprocess.run([copy / "scripts" / "test", *arguments], capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(
+        [copy / "scripts" / "test", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
     return done.returncode, done.stdout
 
 
@@ -44,7 +50,10 @@ def test_all_is_well_when_each_check_passes(copy: Path, arguments: tuple[str, ..
     assert status == 0
 
 
-@pytest.mark.parametrize("program", [".venv/bin/pytest", ".venv/bin/pyright", "scripts/coverage-report", "scripts/check-package"])
+@pytest.mark.parametrize(
+    "program",
+    [".venv/bin/pytest", ".venv/bin/pyright", "scripts/coverage-report", "scripts/check-package"],
+)
 def test_a_check_that_fails_is_named(copy: Path, program: str) -> None:
     put(copy / program, _BAD)
     status, said = run(copy)

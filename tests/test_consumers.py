@@ -12,7 +12,22 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from errno import EACCES, EAGAIN, EEXIST, EFAULT, EINVAL, EIO, EISDIR, ENOENT, ENOEXEC, ENOMEM, ENOTCONN, EPERM, EPROTO, ETOOMANYREFS
+from errno import (
+    EACCES,
+    EAGAIN,
+    EEXIST,
+    EFAULT,
+    EINVAL,
+    EIO,
+    EISDIR,
+    ENOENT,
+    ENOEXEC,
+    ENOMEM,
+    ENOTCONN,
+    EPERM,
+    EPROTO,
+    ETOOMANYREFS,
+)
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -62,12 +77,16 @@ DEADLINE = 1.0
 
 @contextmanager
 def serving(*programs: tuple[str, Path], **options: Any) -> Generator[Service, None, None]:
-    named = tuple((name, str(path)) for name, path in programs or (("dma", DMA), ("puppet", PUPPET)))
+    named = tuple(
+        (name, str(path)) for name, path in programs or (("dma", DMA), ("puppet", PUPPET))
+    )
     backing = str(options.get("backing"))
     with ExitStack() as stack:
         if backing in hugetlb.SIZES:
             stack.enter_context(hugetlb.reserved(hugetlb.SIZES[backing], 4))
-        yield stack.enter_context(Service.start(Options(consumers=named, deadline=DEADLINE, **options)))
+        yield stack.enter_context(
+            Service.start(Options(consumers=named, deadline=DEADLINE, **options))
+        )
 
 
 @pytest.fixture
@@ -106,7 +125,9 @@ class Device:
         self.channel.close()
 
     def attach(self, fd: int, address: int, start: int, end: int) -> None:
-        self.channel.call(dma.ATTACH, dma.ATTACH_BODY.pack(self.service.token_for(fd), address, start, end))
+        self.channel.call(
+            dma.ATTACH, dma.ATTACH_BODY.pack(self.service.token_for(fd), address, start, end)
+        )
 
     def detach(self, address: int) -> None:
         self.channel.call(dma.DETACH, dma.DETACH_BODY.pack(address))
@@ -142,7 +163,9 @@ class Puppet:
         self.channel.close()
 
     def __call__(self, name: str, *arguments: object) -> Any:
-        return json.loads(self.channel.call(Call(name, 1), json.dumps([name, *arguments]).encode())[0])
+        return json.loads(
+            self.channel.call(Call(name, 1), json.dumps([name, *arguments]).encode())[0]
+        )
 
     def bind(self, fd: int, start: int, end: int, *, exclusive: bool = True) -> int:
         found: int = self("bind", self.service.token_for(fd).hex(), start, end, exclusive)
@@ -163,9 +186,17 @@ def test_the_document_shows_the_whole_device() -> None:
 @pytest.mark.requires("fuse")
 def test_the_documents_owner_runs() -> None:
     section = DOCUMENT[DOCUMENT.index("## Its owner") :]
-    found = re.search(r"^```python\n(.*?)^```\n.*?^```text\n(.*?)^```\n", section, re.MULTILINE | re.DOTALL)
+    found = re.search(
+        r"^```python\n(.*?)^```\n.*?^```text\n(.*?)^```\n", section, re.MULTILINE | re.DOTALL
+    )
     assert found is not None
-    done = subprocess.run([sys.executable, "-c", found[1], str(DMA)], capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", found[1], str(DMA)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
     assert done.stdout == found[2]
 
 
@@ -192,7 +223,9 @@ def test_the_device_moves_bytes_and_obeys(design: str) -> None:
         assert told == 1
         # A hole in nobody's window is told in designs without ranges, and takes nothing.
         punch(other, 0, 1000)
-        assert device.status()["invalidations"] - told == (0 if design.startswith("bindings") else 1)
+        assert device.status()["invalidations"] - told == (
+            0 if design.startswith("bindings") else 1
+        )
         assert device.status()["mapped"] == 6
         told = device.status()["invalidations"]
         device.detach(0x80000)
@@ -215,7 +248,9 @@ def test_the_device_refuses(service: Service, fd: int) -> None:
         assert outcome(lambda: device.detach(0x11000)) == Errno(ENOENT)
         assert outcome(lambda: device.channel.call(dma.COPY, b"short")) == Errno(EPROTO)
         assert outcome(lambda: device.channel.call(Call("none", 99))) == Errno(EPROTO)
-        assert outcome(lambda: device.channel.call(dma.ATTACH, dma.ATTACH_BODY.pack(bytes(16), 0x20000, 0, 1))) == Errno(EINVAL)
+        assert outcome(
+            lambda: device.channel.call(dma.ATTACH, dma.ATTACH_BODY.pack(bytes(16), 0x20000, 0, 1))
+        ) == Errno(EINVAL)
         device.fill(0x10000, 1, 1)
 
 
@@ -232,8 +267,17 @@ def test_ps_shows_it(service: Service, fd: int) -> None:
         known = process(found["report"]["pid"])
         assert known is not None
         assert known.name == "rmem-dma"
-        shown = subprocess.run([sys.executable, "-m", "restrictedmem", "ps"], capture_output=True, text=True, check=True, timeout=20).stdout
-        assert f"dma {found['number']}: pid {known.pid}, descriptors {found['files'][0]}, 1 invalidations" in shown
+        shown = subprocess.run(
+            [sys.executable, "-m", "restrictedmem", "ps"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        ).stdout
+        assert (
+            f"dma {found['number']}: pid {known.pid}, descriptors {found['files'][0]}, 1 invalidations"
+            in shown
+        )
     wait_gone([known])
 
 
@@ -267,20 +311,32 @@ def test_a_lazy_file_asks_who_holds_its_pages() -> None:
         file = puppet.bind(fd, 0, 512)
         puppet("call", file, "get_page", 0)
         punch(fd, 0, 5)
-        # Taken once more: this consumer's answer to PAGE_COUNT keeps the huge page, though all of it was punched.
+        # Taken once more: this consumer's answer to PAGE_COUNT keeps the huge page, though all of
+        # it was punched.
         puppet("call", file, "get_page", 0)
         punch(fd, 5, 507)
-        told = [["start", 0, 5, None], ["end", 0, 5, None], ["start", 5, 512, None], ["end", 5, 512, None]]
+        told = [
+            ["start", 0, 5, None],
+            ["end", 0, 5, None],
+            ["start", 5, 512, None],
+            ["end", 5, 512, None],
+        ]
         assert (resident(fd), puppet("heard", file)) == (512, told)
         puppet("call", file, "put_page", 0)
         punch(fd, 3)
         assert resident(fd) == 0
         exact, whole = [3, 4, None], [0, 512, 9]
-        assert puppet("heard", file)[4:] == [["start", *exact], ["start", *whole], ["end", *exact], ["end", *whole]]
+        assert puppet("heard", file)[4:] == [
+            ["start", *exact],
+            ["start", *whole],
+            ["end", *exact],
+            ["end", *whole],
+        ]
         os.close(fd)
 
 
-#: A device that takes its time between get_page and the table, and does not ask what happened meanwhile.
+#: A device that takes its time between get_page and the table, and does not ask what happened
+#: meanwhile.
 _NO_RETRY = """
 import time
 
@@ -300,7 +356,10 @@ BoundFile.get_page, BoundFile.retry = get_page, lambda *_: False
 #: What a device without one of the rules looks like: what is replaced in its program, and by what.
 _SLIPS = {
     "none": ("", ""),
-    "deaf": ("            self.unmap(start, end)\n\n    def invalidate_end", "\n    def invalidate_end"),
+    "deaf": (
+        "            self.unmap(start, end)\n\n    def invalidate_end",
+        "\n    def invalidate_end",
+    ),
     "no retry": ("class Window:", _NO_RETRY + "class Window:"),
 }
 
@@ -335,11 +394,19 @@ def _storm(service: Service, device: Device, rounds: int) -> str:
             told += 1
         filling.join()
         status = device.status()
-        if not status["mapped"] == status["taken"] == resident(fd) + resident(still) or status["invalidations"] != told:
-            return f"mapped {status}, resident {resident(fd)} and {resident(still)}, told {told} times"
+        if (
+            not status["mapped"] == status["taken"] == resident(fd) + resident(still)
+            or status["invalidations"] != told
+        ):
+            return (
+                f"mapped {status}, resident {resident(fd)} and {resident(still)}, told {told} times"
+            )
         for page in range(window, window + npages * PAGE, PAGE):
             # Mark 0 is no mark: a page of zeroes.
-            if PAGE not in (device.equal(page, marks + mark % 256 * PAGE, PAGE), device.equal(page, marks, PAGE)):
+            if PAGE not in (
+                device.equal(page, marks + mark % 256 * PAGE, PAGE),
+                device.equal(page, marks, PAGE),
+            ):
                 return f"stale: page at {page:#x} in round {mark}"
     os.close(fd)
     os.close(still)
@@ -358,7 +425,9 @@ def test_file_is_restrictedmem(service: Service, fd: int) -> None:
         os.close(theirs)
     pipe = os.pipe()
     with memory.memfd_create("plain") as plain, socket.socket() as sock:
-        assert not any(file_is_restrictedmem(number) for number in (plain.fileno(), sock.fileno(), *pipe))
+        assert not any(
+            file_is_restrictedmem(number) for number in (plain.fileno(), sock.fileno(), *pipe)
+        )
     closed, last = pipe
     os.close(closed)
     os.close(last)
@@ -373,7 +442,8 @@ def test_pages_are_taken_and_given_back(service: Service, fd: int) -> None:
         assert resident(fd) == 0
         assert puppet("call", file, "get_page", 4) == 0
         puppet("write", file, 4, 7)
-        # A service's consumer is undumpable: without root its own pagemap is closed to it (docs/folios.md).
+        # A service's consumer is undumpable: without root its own pagemap is closed to it
+        # (docs/folios.md).
         told = 0 if os.geteuid() == 0 else Errno(EACCES)
         assert outcome(lambda: puppet("call", file, "get_page_noalloc", 4)) == told
         assert (puppet("call", file, "page_count", 0, 100), resident(fd)) == (1, 1)
@@ -399,7 +469,11 @@ def test_what_was_taken_before_a_punch_has_to_be_taken_again(service: Service, f
 
 
 def _heard_of_two_folios() -> object:
-    with serving(design="folio", backing="thp") as service, Puppet(service) as puppet, OwnedFd(service.memfd_restricted()) as fd:
+    with (
+        serving(design="folio", backing="thp") as service,
+        Puppet(service) as puppet,
+        OwnedFd(service.memfd_restricted()) as fd,
+    ):
         file = puppet.bind(fd.fileno(), 0, 1024)
         memory.fallocate(fd.fileno(), 0, 0, 1024 * PAGE)
         punch(fd.fileno(), 0, 513)
@@ -408,13 +482,17 @@ def _heard_of_two_folios() -> object:
 
 @pytest.mark.requires("fuse", "root")
 def test_the_service_of_an_ordinary_user_tells_folios() -> None:
-    assert as_user(_heard_of_two_folios) == [[what, *folio, 9] for what in ("start", "end") for folio in ((0, 512), (512, 513))]
+    assert as_user(_heard_of_two_folios) == [
+        [what, *folio, 9] for what in ("start", "end") for folio in ((0, 512), (512, 513))
+    ]
 
 
 def test_a_page_taken_before_the_end_was_heard_stays_taken() -> None:
     """The sequence rises before invalidate_end comes; what is installed in between is in use, and must be accounted for."""
     file = RestrictedFile(make("v10"), MemfdBacking(), Inode.make(0, 0))
-    memfd, sequence = (OwnedFd(os.dup(number)) for number in (file.backing.fileno(), file.sequence().fd.fileno()))
+    memfd, sequence = (
+        OwnedFd(os.dup(number)) for number in (file.backing.fileno(), file.sequence().fd.fileno())
+    )
     span = PageRange(pgoff_t(0), pgoff_t(8))
     taken = Bound(1, 1, None, memfd, sequence, flags=0, order=0)
     bound = BoundFile(taken, span, Heard(), lambda: None)
@@ -444,7 +522,9 @@ def test_a_page_taken_before_the_end_was_heard_stays_taken() -> None:
 def bound() -> Iterator[tuple[RestrictedFile, BoundFile]]:
     """A window of two folios and three pages more, from page 3 on, of a file that is in this process."""
     file = RestrictedFile(make("v10"), MemfdBacking(), Inode.make(0, 0))
-    memfd, sequence = (OwnedFd(os.dup(number)) for number in (file.backing.fileno(), file.sequence().fd.fileno()))
+    memfd, sequence = (
+        OwnedFd(os.dup(number)) for number in (file.backing.fileno(), file.sequence().fd.fileno())
+    )
     taken = Bound(1, 1, None, memfd, sequence, flags=0, order=0)
     made = BoundFile(taken, PageRange(pgoff_t(3), pgoff_t(1030)), Heard(), lambda: None)
     yield file, made
@@ -453,7 +533,8 @@ def bound() -> Iterator[tuple[RestrictedFile, BoundFile]]:
 
 
 @pytest.mark.parametrize(
-    ("punched", "first", "second"), [(511, True, False), (512, False, True), (1023, False, True), (1024, False, False)]
+    ("punched", "first", "second"),
+    [(511, True, False), (512, False, True), (1023, False, True), (1024, False, False)],
 )
 def test_a_folio_is_not_installed_while_any_of_its_pages_is_punched(
     bound: tuple[RestrictedFile, BoundFile], punched: int, first: bool, second: bool
@@ -468,7 +549,9 @@ def test_a_folio_is_not_installed_while_any_of_its_pages_is_punched(
     file.sequence().end()
 
 
-def test_a_window_lies_where_its_blocks_can_be_mapped_as_one(bound: tuple[RestrictedFile, BoundFile]) -> None:
+def test_a_window_lies_where_its_blocks_can_be_mapped_as_one(
+    bound: tuple[RestrictedFile, BoundFile],
+) -> None:
     assert (bound[1]._mapping.address - 3 * PAGE) % memory.PMD_SIZE == 0
 
 
@@ -485,9 +568,15 @@ class Heard:
 @pytest.mark.requires("fuse")
 def test_each_window_of_a_file_has_its_own_notifier(service: Service, fd: int) -> None:
     with Puppet(service) as puppet:
-        files = [puppet.bind(fd, 0, 8), puppet.bind(fd, 4, 12), puppet("register_notifier", service.token_for(fd).hex(), 0, 4)]
+        files = [
+            puppet.bind(fd, 0, 8),
+            puppet.bind(fd, 4, 12),
+            puppet("register_notifier", service.token_for(fd).hex(), 0, 4),
+        ]
         punch(fd, 100)
-        assert [puppet("heard", file) for file in files] == [[["start", 100, 101, None], ["end", 100, 101, None]]] * 3
+        assert [puppet("heard", file) for file in files] == [
+            [["start", 100, 101, None], ["end", 100, 101, None]]
+        ] * 3
         puppet("call", files[0], "close")
         punch(fd, 5)
         assert [len(puppet("heard", file)) for file in files] == [2, 4, 4]
@@ -504,7 +593,9 @@ def test_bindings_are_exclusive_or_not() -> None:
         assert outcome(lambda: puppet.bind(fd, 15, 17)) == Errno(EINVAL)
         assert outcome(lambda: puppet.bind(fd, 16, 20, exclusive=False)) == Errno(EINVAL)
         assert outcome(lambda: puppet.bind(fd, 16, 16)) == Errno(EINVAL)
-        assert outcome(lambda: puppet("register_notifier", service.token_for(fd).hex(), 16, 20)) == Errno(EINVAL)
+        assert outcome(
+            lambda: puppet("register_notifier", service.token_for(fd).hex(), 16, 20)
+        ) == Errno(EINVAL)
         punch(fd, 7)
         punch(fd, 7, 2)
         punch(fd, 100)
@@ -513,7 +604,10 @@ def test_bindings_are_exclusive_or_not() -> None:
         puppet("call", last, "close")
         assert puppet("heard", puppet.bind(fd, 9, 20)) == []
         shared = service.memfd_restricted()
-        both = [puppet.bind(shared, 0, 8, exclusive=False), puppet.bind(shared, 0, 8, exclusive=False)]
+        both = [
+            puppet.bind(shared, 0, 8, exclusive=False),
+            puppet.bind(shared, 0, 8, exclusive=False),
+        ]
         assert outcome(lambda: puppet.bind(shared, 20, 24)) == Errno(EINVAL)
         punch(shared, 0)
         assert [len(puppet("heard", file)) for file in both] == [2, 2]
@@ -551,7 +645,9 @@ def test_the_next_consumer_need_not_wait_for_the_last_ones_end(design: str, argu
         os.close(fd)
 
 
-def test_the_next_consumer_waits_so_long_for_the_last_ones_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_consumer_waits_so_long_for_the_last_ones_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     consumers = Consumers(Tokens(), Options(), Signer(), Troubles())
     file, waited = RestrictedFile(make("v10"), MemfdBacking(), Inode.make(0, 0)), list[float]()
 
@@ -621,12 +717,20 @@ ZERO, NOT_ZERO = exits.Shutdown(0), exits.Shutdown(6)
 
 
 def slot(vm: Vm, fd: int, number: int, gpa: int, start: int, npages: int) -> None:
-    vm.set_user_memory_region(slot=number, guest_phys_addr=gpa, memory_size=npages * PAGE, restricted_fd=fd, restricted_offset=start * PAGE)
+    vm.set_user_memory_region(
+        slot=number,
+        guest_phys_addr=gpa,
+        memory_size=npages * PAGE,
+        restricted_fd=fd,
+        restricted_offset=start * PAGE,
+    )
     vm.set_memory_attributes(gpa, npages * PAGE, private=True)
 
 
 @pytest.mark.requires("fuse")
-def test_a_guest_that_touches_a_lost_page_exits_until_it_is_punched(service: Service, fd: int) -> None:
+def test_a_guest_that_touches_a_lost_page_exits_until_it_is_punched(
+    service: Service, fd: int
+) -> None:
     with Vm(service, engine="software") as vm:
         slot(vm, fd, 0, GPA, 0, 8)
         vm.launch_update(GPA, READER + bytes([7]) * PAGE)
@@ -657,7 +761,9 @@ def test_a_punch_reaches_every_slot_of_a_file(design: str, engine: str) -> None:
         punch(fd, 1, 9)
         punch(fd, 100)
         assert freed(vm) - before == 5
-        assert service.status()["descriptors"][0]["notifiers"] == (1 if engine == "kernel" and design == "v10" else 3)
+        assert service.status()["descriptors"][0]["notifiers"] == (
+            1 if engine == "kernel" and design == "v10" else 3
+        )
         os.close(fd)
 
 
@@ -739,7 +845,10 @@ def test_a_mistake_ends_a_consumer_and_nothing_else(service: Service, fd: int, m
         assert took >= DEADLINE if late else took < DEADLINE
         assert resident(fd) == 0
         wait_gone([victim])
-        wait_until(lambda: [found["name"] for found in service.status()["consumers"]] == ["dma"], "the consumer's end")
+        wait_until(
+            lambda: [found["name"] for found in service.status()["consumers"]] == ["dma"],
+            "the consumer's end",
+        )
         assert re.fullmatch(words, service.status()["last_error"])
         assert outcome(lambda: puppet("pid")) == Errno(ENOTCONN)
         # Nobody else was harmed, and the file is the next one's.
@@ -760,7 +869,10 @@ def test_a_late_answer_is_waited_for(service: Service, fd: int) -> None:
         puppet("manner", file, "stop")
 
         def let_go_on() -> None:
-            wait_until(lambda: (found := process(pid)) is not None and found.state == "T", "the consumer to stop")
+            wait_until(
+                lambda: (found := process(pid)) is not None and found.state == "T",
+                "the consumer to stop",
+            )
             os.kill(pid, signal.SIGCONT)
 
         assert _punch_while(fd, let_go_on) < DEADLINE
@@ -772,16 +884,32 @@ def test_a_late_answer_is_waited_for(service: Service, fd: int) -> None:
 _FINE = bytes(8)
 _START, _COUNT = wire.INVALIDATE_START, wire.PAGE_COUNT
 _ANSWERS: dict[str, tuple[Call, bytes, bool, str]] = {
-    # name: what is asked, of 8 pages; what is answered, and whether with a descriptor; what is said of that
+    # name: what is asked, of 8 pages; what is answered, and whether with a descriptor; what is said
+    # of that
     "done": (_START, _FINE, False, ""),
     "a count": (_COUNT, _FINE + (3).to_bytes(8, "little"), False, ""),
     "a count of all": (_COUNT, _FINE + (8).to_bytes(8, "little"), False, ""),
     "the smallest errno": (_START, (1).to_bytes(8, "little"), False, "EPERM"),
-    "no errno that there is": (_START, (0x7FFF_FFFF).to_bytes(8, "little"), False, "errno 2147483647"),
-    "an errno that is no int": (_START, (0x8000_0000).to_bytes(8, "little"), False, "errno 2147483648"),
+    "no errno that there is": (
+        _START,
+        (0x7FFF_FFFF).to_bytes(8, "little"),
+        False,
+        "errno 2147483647",
+    ),
+    "an errno that is no int": (
+        _START,
+        (0x8000_0000).to_bytes(8, "little"),
+        False,
+        "errno 2147483648",
+    ),
     "the largest errno": (_START, (0xFFFF_FFFF).to_bytes(8, "little"), False, "errno 4294967295"),
     "an errno and a text": (_START, (5).to_bytes(8, "little") + b"\x1b[2J", False, "EIO"),
-    "an errno for a count": (_COUNT, (0xFFFF_FFFF).to_bytes(8, "little") + bytes(8), False, "errno 4294967295"),
+    "an errno for a count": (
+        _COUNT,
+        (0xFFFF_FFFF).to_bytes(8, "little") + bytes(8),
+        False,
+        "errno 4294967295",
+    ),
     "one byte": (_START, b"x", False, "what is no reply"),
     "half a head": (_COUNT, bytes(7), False, "what is no reply"),
     "a byte more": (_START, _FINE + b"x", False, "a reply of another size"),
@@ -805,7 +933,9 @@ def test_a_malformed_answer_ends_who_gave_it(name: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(service_consumer, "refuse_fds", let_through)
     call, answer, with_descriptor, wrong = _ANSWERS[name]
     failures: list[str] = []
-    consumer = service_consumer.Consumer("third", 7, 5.0, lambda consumer, reason: failures.append(reason))
+    consumer = service_consumer.Consumer(
+        "third", 7, 5.0, lambda consumer, reason: failures.append(reason)
+    )
     binding = service_consumer.Binding(consumer, 1, 1, None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     start, end = pgoff_t(0), pgoff_t(8)
     asking: dict[Call, Callable[[], object]] = {
@@ -840,7 +970,9 @@ def test_a_malformed_answer_ends_who_gave_it(name: str, monkeypatch: pytest.Monk
 def test_only_a_vm_has_reports_signed() -> None:
     launch = wire.LAUNCH.pack(2, b"kernel", bytes(48))
     with serving(("puppet", PUPPET)) as service, Puppet(service) as puppet:
-        assert outcome(lambda: puppet("request", wire.LAUNCHED.number, launch.hex())) == Errno(EPERM)
+        assert outcome(lambda: puppet("request", wire.LAUNCHED.number, launch.hex())) == Errno(
+            EPERM
+        )
         assert outcome(lambda: puppet("request", wire.SIGN.number, bytes(64).hex())) == Errno(EPERM)
 
 
@@ -868,7 +1000,10 @@ def test_what_a_consumer_forked_goes_with_it(end: str, service: Service, fd: int
             left, pid = process(puppet("leave")), puppet("pid")
             assert left is not None
             # As long as the consumer is there, it is the consumer's own affair.
-            wait_until(lambda: (found := process(left.pid)) is not None and found.parent == pid, "the consumer to be its parent")
+            wait_until(
+                lambda: (found := process(left.pid)) is not None and found.parent == pid,
+                "the consumer to be its parent",
+            )
             assert puppet("pid") == pid
             if end == "killed":
                 os.kill(pid, signal.SIGKILL)
@@ -924,7 +1059,9 @@ def test_a_consumer_whose_pidfd_has_a_high_number_is_forgotten() -> None:
     file.put()
 
 
-def test_a_consumer_that_cannot_be_waited_for_is_forgotten_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_consumer_that_cannot_be_waited_for_is_forgotten_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def fail(*_: object) -> None:
         raise OSError(EINVAL, "poll")
 
@@ -943,9 +1080,17 @@ def test_a_consumer_that_cannot_be_waited_for_is_forgotten_all_the_same(monkeypa
 
 
 @pytest.mark.parametrize(
-    ("failure", "errno"), [(OSError(ETOOMANYREFS, "sendmsg"), ETOOMANYREFS), (MemoryError(), ENOMEM), (ValueError("a bug"), EIO)], ids=repr
+    ("failure", "errno"),
+    [
+        (OSError(ETOOMANYREFS, "sendmsg"), ETOOMANYREFS),
+        (MemoryError(), ENOMEM),
+        (ValueError("a bug"), EIO),
+    ],
+    ids=repr,
 )
-def test_a_binding_that_its_consumer_is_not_told_of_goes(failure: Exception, errno: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_binding_that_its_consumer_is_not_told_of_goes(
+    failure: Exception, errno: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The consumer hears of it first: a punch may be waiting for its answer, which it gives once it knows."""
     tokens = Tokens()
     consumers = Consumers(tokens, Options(), Signer(), Troubles())
@@ -969,7 +1114,9 @@ def test_a_binding_that_its_consumer_is_not_told_of_goes(failure: Exception, err
     serving = threading.Thread(target=consumers.serve, args=[consumer], daemon=True)
     with requests, notify:
         requests.settimeout(10)
-        requests.send(struct.pack("=II", wire.BIND.number, 0) + wire.BIND_REQUEST.pack(token, 0, 0, 0))
+        requests.send(
+            struct.pack("=II", wire.BIND.number, 0) + wire.BIND_REQUEST.pack(token, 0, 0, 0)
+        )
         serving.start()
         assert requests.recv(1000)[0] == errno
         file._notifiers_sem.up_read()
@@ -984,7 +1131,9 @@ def test_a_bind_that_fails_holds_nothing() -> None:
     file = RestrictedFile(make("v10"), MemfdBacking(), Inode.make(0, 0))
     file.register_notifier(service_consumer.Binding(consumer, 99, 1, file))
     file.holder = 8
-    assert outcome(lambda: consumer.bind(1, file, PageRange(pgoff_t(0), pgoff_t(0)), exclusive=False)) == Errno(EINVAL)
+    assert outcome(
+        lambda: consumer.bind(1, file, PageRange(pgoff_t(0), pgoff_t(0)), exclusive=False)
+    ) == Errno(EINVAL)
     assert (consumer.bindings, file._references) == ({}, 1)
     for sock in consumer.give_sockets():
         sock.close()
@@ -1004,7 +1153,11 @@ def test_a_consumer_answers_for_a_binding_that_it_was_not_told_of() -> None:
     def body() -> object:
         consumer = Consumer(theirs, answers)
         came: list[object] = []
-        asking = threading.Thread(target=lambda: came.append(outcome(lambda: consumer.register_notifier(bytes(16), refuse))))
+        asking = threading.Thread(
+            target=lambda: came.append(
+                outcome(lambda: consumer.register_notifier(bytes(16), refuse))
+            )
+        )
         asking.start()
         message = requests.receive()
         assert message is not None
@@ -1012,7 +1165,10 @@ def test_a_consumer_answers_for_a_binding_that_it_was_not_told_of() -> None:
         invalidation = wire.INVALIDATION.pack(1, 0, 1, wire.NO_FOLIO)
         notify.send(struct.pack("=II", wire.INVALIDATE_START.number, 0) + invalidation)
         frames = sys._current_frames  # pyright: ignore[reportPrivateUsage]
-        wait_until(lambda: any(f.f_code.co_name == "wait" for f in frames().values()), "the consumer to wait for its BIND")
+        wait_until(
+            lambda: any(f.f_code.co_name == "wait" for f in frames().values()),
+            "the consumer to wait for its BIND",
+        )
         requests.reply_error(OSError(ETOOMANYREFS, "sendmsg"))
         asking.join()
         answer = readable([notify], 10) and notify.recv(100)
@@ -1047,7 +1203,9 @@ def test_a_consumer_that_hears_nothing_more_ends_its_process(said: bytes) -> Non
     assert in_child(body) == ""
 
 
-def test_a_request_that_memory_was_short_for_ends_its_consumer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_memory_was_short_for_ends_its_consumer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def no_memory(*_: object) -> None:
         raise MemoryError
 
@@ -1087,7 +1245,9 @@ def test_a_malformed_report_is_refused_and_no_one_else_sees_it(service: Service)
         good: dict[str, object] = {"pid": 1, "text": "a text", "list": [[1.5, None]]}
         puppet("request", wire.REPORT.number, json.dumps(good).encode().hex())
         for name, body in _REPORTS.items():
-            assert outcome(partial(puppet, "request", wire.REPORT.number, body.hex())) == Errno(EPROTO), name
+            assert outcome(partial(puppet, "request", wire.REPORT.number, body.hex())) == Errno(
+                EPROTO
+            ), name
             status = service.status()
             assert (status["consumers"][0]["report"], status["last_error"]) == (good, ""), name
 
@@ -1095,7 +1255,9 @@ def test_a_malformed_report_is_refused_and_no_one_else_sees_it(service: Service)
 @pytest.mark.parametrize("engine", [b"\xc3\xa9", b"\xff" * 16, b"soft\0ware", b"\x1b[2J", b"\n"])
 def test_an_engine_has_a_name_in_printable_ascii(engine: bytes) -> None:
     consumer = service_consumer.Consumer("kvm", 1, 1.0, lambda _, reason: None)
-    assert outcome(lambda: consumer.launched(0, engine.ljust(16, b"\0"), bytes(48))) == Errno(EPROTO)
+    assert outcome(lambda: consumer.launched(0, engine.ljust(16, b"\0"), bytes(48))) == Errno(
+        EPROTO
+    )
     consumer.launched(0, b"software".ljust(16, b"\0"), bytes(48))
     assert consumer.report_over(bytes(64), "v10", bytes(32)).engine == "software"
     for sock in consumer.give_sockets():
@@ -1110,9 +1272,18 @@ def test_a_binding_of_no_range_is_refused(design: str) -> None:
         fd = service.memfd_restricted()
         os.posix_fallocate(fd, 0, PAGE)
         last = MAX_FILE_BYTES // PAGE
-        for start, end in ((5, 3), (0, last + 1), (last, last + 1), (1 << 63, (1 << 63) + 1), (0, (1 << 64) - 1), ((1 << 64) - 1, 0)):
+        for start, end in (
+            (5, 3),
+            (0, last + 1),
+            (last, last + 1),
+            (1 << 63, (1 << 63) + 1),
+            (0, (1 << 64) - 1),
+            ((1 << 64) - 1, 0),
+        ):
             body = wire.BIND_REQUEST.pack(service.token_for(fd), start, end, 0)
-            assert outcome(partial(puppet, "request", wire.BIND.number, body.hex())) == Errno(EINVAL), (start, end)
+            assert outcome(partial(puppet, "request", wire.BIND.number, body.hex())) == Errno(
+                EINVAL
+            ), (start, end)
             assert outcome(lambda: puppet("request", wire.BIND.number, "00")) == Errno(EPROTO)
             assert service.status()["descriptors"][0]["notifiers"] == 0
         assert (resident(fd), service.status()["last_error"]) == (1, "")
@@ -1128,11 +1299,15 @@ def test_a_file_is_bound_again_by_a_binding_of_ones_own(design: str) -> None:
         os.posix_fallocate(fd, 0, 16 * PAGE)
 
         def again(who: Puppet, number: int, start: int = 8, end: int = 16) -> object:
-            body = wire.BIND_REQUEST.pack(wire.NUMBER.pack(number), start, end, wire.BindFlag.AGAIN | wire.BindFlag.EXCLUSIVE)
+            body = wire.BIND_REQUEST.pack(
+                wire.NUMBER.pack(number), start, end, wire.BindFlag.AGAIN | wire.BindFlag.EXCLUSIVE
+            )
             return outcome(partial(who, "request", wire.BIND.number, body.hex()))
 
         def unbind(number: int) -> object:
-            return outcome(partial(puppet, "request", wire.UNBIND.number, wire.NUMBER.pack(number).hex()))
+            return outcome(
+                partial(puppet, "request", wire.UNBIND.number, wire.NUMBER.pack(number).hex())
+            )
 
         def notifiers() -> int:
             return int(service.status()["descriptors"][0]["notifiers"])
@@ -1146,7 +1321,12 @@ def test_a_file_is_bound_again_by_a_binding_of_ones_own(design: str) -> None:
         assert wire.BINDING.unpack(bytes.fromhex(found))[:2] == (2, os.fstat(fd).st_ino)
         assert notifiers() == 2
         if design == "bindings":
-            assert again(puppet, 2, 15, 17) == again(puppet, 1, 0, 1) == again(puppet, 1, 5, 3) == Errno(EINVAL)
+            assert (
+                again(puppet, 2, 15, 17)
+                == again(puppet, 1, 0, 1)
+                == again(puppet, 1, 5, 3)
+                == Errno(EINVAL)
+            )
         assert unbind(2) == ""
         assert unbind(2) == again(puppet, 2) == Errno(ENOENT)
         assert notifiers() == 1
@@ -1158,9 +1338,13 @@ def test_a_file_is_bound_again_by_a_binding_of_ones_own(design: str) -> None:
         wait_until(lambda: service.status()["descriptors"] == [], "the file's end")
 
 
-@pytest.mark.parametrize(("options", "flags"), [(Options(), 0), (Options(pin=True), 2), (Options(design="bindings"), 4)])
+@pytest.mark.parametrize(
+    ("options", "flags"), [(Options(), 0), (Options(pin=True), 2), (Options(design="bindings"), 4)]
+)
 @pytest.mark.parametrize(("kind", "hugepage"), [("memfd", 0), ("thp", 1)])
-def test_what_a_binding_says_of_its_file_and_brings_once(options: Options, flags: int, kind: str, hugepage: int) -> None:
+def test_what_a_binding_says_of_its_file_and_brings_once(
+    options: Options, flags: int, kind: str, hugepage: int
+) -> None:
     tokens = Tokens()
     consumers = Consumers(tokens, options, cast("Signer", None), Troubles())
     consumer = consumers.add("kvm")
@@ -1169,7 +1353,9 @@ def test_what_a_binding_says_of_its_file_and_brings_once(options: Options, flags
     tokens.prove(token, 7, file)
     requests, notify = consumer.give_sockets()
     with requests, notify:
-        for number, (proof, flag, descriptors) in enumerate(((token, 1, 2), (wire.NUMBER.pack(1), 3, 0), (wire.NUMBER.pack(2), 3, 0)), 1):
+        for number, (proof, flag, descriptors) in enumerate(
+            ((token, 1, 2), (wire.NUMBER.pack(1), 3, 0), (wire.NUMBER.pack(2), 3, 0)), 1
+        ):
             body = wire.BIND_REQUEST.pack(proof, 8 * number, 8 * number + 8, flag)
             consumers._dispatch(consumer, wire.Message(wire.BIND.number, body, []))
             reply, fds = receive_with_fds(requests, 100)
@@ -1185,13 +1371,18 @@ def test_what_a_binding_says_of_its_file_and_brings_once(options: Options, flags
 
 @pytest.mark.alone("who answers may not be late by a second")
 @pytest.mark.requires("fuse")
-def test_time_in_which_the_service_did_not_run_is_no_consumers_fault(service: Service, fd: int) -> None:
+def test_time_in_which_the_service_did_not_run_is_no_consumers_fault(
+    service: Service, fd: int
+) -> None:
     with Puppet(service) as puppet:
         file, pid, service_pid = puppet.bind(fd, 0, 8), puppet("pid"), service.info["pid"]
         puppet("manner", file, "stop")
 
         def freeze_and_thaw() -> None:
-            wait_until(lambda: (found := process(pid)) is not None and found.state == "T", "the consumer to stop")
+            wait_until(
+                lambda: (found := process(pid)) is not None and found.state == "T",
+                "the consumer to stop",
+            )
             stop(service_pid)
             thaw = time.monotonic() + 2 * DEADLINE
             wait_until(lambda: time.monotonic() > thaw, "twice the deadline to pass")
@@ -1215,13 +1406,19 @@ def test_time_in_which_the_service_did_not_run_is_no_consumers_fault(service: Se
         ("x = 1\n", ENOEXEC, "has no function serve"),
         ("serve = 1\n", ENOEXEC, "has no function serve"),
         ("def serve(:\n", ENOEXEC, "SyntaxError"),
-        ("import no_such_module\n", ENOEXEC, "ModuleNotFoundError: No module named 'no_such_module'"),
+        (
+            "import no_such_module\n",
+            ENOEXEC,
+            "ModuleNotFoundError: No module named 'no_such_module'",
+        ),
         ("raise SystemExit(3)\n", ENOEXEC, "SystemExit: 3"),
         ("\0", ENOEXEC, "null bytes"),
     ],
     ids=["missing", "no serve", "serve is a number", "no Python", "import", "exit", "binary"],
 )
-def test_a_program_that_will_not_do(source: str | None, errno: int, words: str, tmp_path: Path) -> None:
+def test_a_program_that_will_not_do(
+    source: str | None, errno: int, words: str, tmp_path: Path
+) -> None:
     path = tmp_path / "program.py"
     if source is not None:
         path.write_text(source, encoding="utf-8")
@@ -1279,7 +1476,15 @@ def test_only_who_starts_the_service_names_programs(service: Service) -> None:
 
 
 def serve_fails(place: Path, *arguments: str) -> str:
-    command = [sys.executable, "-m", "restrictedmem", "serve", "--socket", str(place / "socket"), *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "restrictedmem",
+        "serve",
+        "--socket",
+        str(place / "socket"),
+        *arguments,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
     assert done.returncode in (1, 2), done
     assert not (place / "socket").exists()
@@ -1295,7 +1500,9 @@ def serve_fails(place: Path, *arguments: str) -> str:
         (["--backing", "disk"], "invalid choice: 'disk'"),
     ],
 )
-def test_serve_says_early_what_will_not_do(arguments: list[str], words: str, tmp_path: Path) -> None:
+def test_serve_says_early_what_will_not_do(
+    arguments: list[str], words: str, tmp_path: Path
+) -> None:
     assert words in serve_fails(tmp_path, *arguments)
 
 
@@ -1304,8 +1511,24 @@ def test_serve_has_a_program_that_its_user_cannot_read(tmp_path: Path) -> None:
     (tmp_path / "dma.py").write_bytes(DMA.read_bytes())
     os.chmod(tmp_path, 0o700)
     place = f"/tmp/restrictedmem-{os.getpid()}"
-    command = [sys.executable, "-m", "restrictedmem", "serve", "--socket", place, "--user", "nobody"]
-    command += ["--consumer", f"dma={tmp_path / 'dma.py'}", "--design", "v10+teardown", "--backing", "memfd"]
+    command = [
+        sys.executable,
+        "-m",
+        "restrictedmem",
+        "serve",
+        "--socket",
+        place,
+        "--user",
+        "nobody",
+    ]
+    command += [
+        "--consumer",
+        f"dma={tmp_path / 'dma.py'}",
+        "--design",
+        "v10+teardown",
+        "--backing",
+        "memfd",
+    ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         try:
             assert server.stderr is not None
@@ -1315,7 +1538,11 @@ def test_serve_has_a_program_that_its_user_cannot_read(tmp_path: Path) -> None:
                 device.attach(fd, 0, 0, 8)
                 device.fill(0, PAGE, 1)
                 found = next(found for found in family(service) if found.name == "rmem-dma")
-                assert re.search(r"^Uid:\s+65534", Path(f"/proc/{found.pid}/status").read_text(encoding="utf-8"), re.MULTILINE)
+                assert re.search(
+                    r"^Uid:\s+65534",
+                    Path(f"/proc/{found.pid}/status").read_text(encoding="utf-8"),
+                    re.MULTILINE,
+                )
                 device.detach(0)
                 assert device.status()["invalidations"] == 1
                 os.close(fd)
@@ -1329,7 +1556,9 @@ def test_serve_has_a_program_that_its_user_cannot_read(tmp_path: Path) -> None:
 def test_every_option_of_a_service_is_in_the_wires_document() -> None:
     text = (ROOT / "docs" / "wire-protocol.md").read_text(encoding="utf-8")
     table = text[text.index("OPTIONS is a JSON") : text.index("The process that was started")]
-    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(Options.__dataclass_fields__)
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(
+        Options.__dataclass_fields__
+    )
 
 
 def test_a_notifier_that_cannot_be_made_is_unbound_and_its_error_told() -> None:

@@ -62,7 +62,9 @@ def nothing(*_: object, **__: object) -> None:
     """Keep this process as it is."""
 
 
-def start(owner: Channel, monkeypatch: pytest.MonkeyPatch, seal: Callable[[], None] = nothing) -> None:
+def start(
+    owner: Channel, monkeypatch: pytest.MonkeyPatch, seal: Callable[[], None] = nothing
+) -> None:
     """Start a service in this process, on a device and a root that are none."""
 
     def mounted() -> tuple[Way, OwnedFd, OwnedFd]:
@@ -79,9 +81,13 @@ def start(owner: Channel, monkeypatch: pytest.MonkeyPatch, seal: Callable[[], No
 
 
 @pytest.mark.parametrize(
-    ("place", "call", "errno"), [(threads, "start", EAGAIN), (Channel, "post", ETOOMANYREFS)], ids=["no thread", "too much in flight"]
+    ("place", "call", "errno"),
+    [(threads, "start", EAGAIN), (Channel, "post", ETOOMANYREFS)],
+    ids=["no thread", "too much in flight"],
 )
-def test_what_a_start_fails_of_is_said_in_the_place_of_ready(place: object, call: str, errno: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_start_fails_of_is_said_in_the_place_of_ready(
+    place: object, call: str, errno: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise OSError(errno, os.strerror(errno))
 
@@ -143,7 +149,8 @@ def test_the_service_ends_after_its_last_consumer(monkeypatch: pytest.MonkeyPatc
 
     def body() -> object:
         order: list[str] = []
-        monkeypatch.setattr(daemon, "Server", lambda *_: SimpleNamespace(run=lambda: order.append("mount")))  # pyright: ignore
+        server = SimpleNamespace(run=lambda: order.append("mount"))
+        monkeypatch.setattr(daemon, "Server", lambda *_: server)  # pyright: ignore
         monkeypatch.setattr(Consumers, "wait_idle", lambda _: order.append("consumers"))  # pyright: ignore
         start(owner, monkeypatch)
         return order
@@ -156,7 +163,10 @@ def test_the_service_ends_after_its_last_consumer(monkeypatch: pytest.MonkeyPatc
 def test_descriptors_are_spared_for_sockets(service: Service) -> None:
     def create() -> bool:
         body = fuse.CREATE_IN.pack(os.O_RDWR | os.O_CREAT, 0o100600, 0, 0) + NAME + b"\0"
-        return service.filesystem.handle(Request(Opcode.CREATE, 1, fuse.ROOT_ID, 0, 0, 0, body)) is not None
+        return (
+            service.filesystem.handle(Request(Opcode.CREATE, 1, fuse.ROOT_ID, 0, 0, 0, body))
+            is not None
+        )
 
     # The fixture's service may have 1000.
     assert all(create() for _ in range(1000 - 256))
@@ -175,7 +185,14 @@ def test_status_keeps_no_file(service: Service) -> None:
 
 
 @pytest.mark.parametrize(
-    ("failure", "errno"), [(None, 0), (OSError(EAGAIN, "x"), EAGAIN), (MemoryError(), ENOMEM), (ValueError("a bug"), EIO)], ids=repr
+    ("failure", "errno"),
+    [
+        (None, 0),
+        (OSError(EAGAIN, "x"), EAGAIN),
+        (MemoryError(), ENOMEM),
+        (ValueError("a bug"), EIO),
+    ],
+    ids=repr,
 )
 def test_what_is_done_aside_is_answered(
     failure: Exception | None, errno: int, service: Service, asker: tuple[Connection, socket.socket]
@@ -221,10 +238,14 @@ def test_a_request_that_memory_was_short_for_ends_its_connection(
     assert not theirs.recv(1000)
 
 
-def test_a_page_that_was_lost_keeps_no_file(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_that_was_lost_keeps_no_file(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = RestrictedFile(make("v10"), MemfdBacking(), Inode.make(0, 0))
     file.get()
     monkeypatch.setattr(service._tokens, "take", lambda _: (1, file))  # pyright: ignore
-    service._error_page(Message(wire.ERROR_PAGE.number, wire.ERROR_REQUEST.pack(bytes(16), 0, 1), []))
+    service._error_page(
+        Message(wire.ERROR_PAGE.number, wire.ERROR_REQUEST.pack(bytes(16), 0, 1), [])
+    )
     file.put()
     assert not file.get_unless_zero()

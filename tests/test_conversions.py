@@ -19,7 +19,8 @@ pytestmark = pytest.mark.requires("fuse")
 
 PAGE = 4096
 EPERM, EIO, EINVAL = 1, 5, 22
-#: Two slots side by side, each with both halves; a third, which is read-only; and one without a private half.
+#: Two slots side by side, each with both halves; a third, which is read-only; and one without a
+#: private half.
 GPA, PAGES = 0x4000_0000, 16
 SECOND = GPA + PAGES * PAGE
 READONLY = 0x5000_0000
@@ -48,10 +49,16 @@ class Guest:
     fd: int
 
     def convert(self, gpa: int, size: int, *, private: bool) -> None:
-        change = self.vm.set_memory_attributes if self.service.info["api"] == "v10" else self.vm.memory_encrypt_region
+        change = (
+            self.vm.set_memory_attributes
+            if self.service.info["api"] == "v10"
+            else self.vm.memory_encrypt_region
+        )
         change(gpa, size, private=private)
 
-    def slot(self, number: int, gpa: int, first: int, *, private: bool, readonly: bool = False) -> None:
+    def slot(
+        self, number: int, gpa: int, first: int, *, private: bool, readonly: bool = False
+    ) -> None:
         self.vm.set_user_memory_region(
             slot=number,
             guest_phys_addr=gpa,
@@ -75,7 +82,9 @@ def guest(request: pytest.FixtureRequest, service: Service) -> Iterator[Guest]:
     with ExitStack() as stack:
         fd = stack.enter_context(OwnedFd(service.memfd_restricted())).fileno()
         os.ftruncate(fd, 3 * PAGES * PAGE)
-        shared_fd = stack.enter_context(OwnedFd(os.memfd_create("shared", os.MFD_ALLOW_SEALING))).fileno()
+        shared_fd = stack.enter_context(
+            OwnedFd(os.memfd_create("shared", os.MFD_ALLOW_SEALING))
+        ).fileno()
         os.ftruncate(shared_fd, 4 * PAGES * PAGE)
         shared = stack.enter_context(mmap.mmap(shared_fd, 4 * PAGES * PAGE))
         vm = stack.enter_context(Vm(service, engine=request.param, explicit=True))
@@ -97,11 +106,19 @@ RAX, RDX, RSI, RDI = 0, 2, 6, 7
 
 
 def mov(register: int, value: int) -> str:
-    return bytes([0x48, 0xB8 | register]).hex() + (value & (1 << 64) - 1).to_bytes(8, "little").hex()
+    return (
+        bytes([0x48, 0xB8 | register]).hex() + (value & (1 << 64) - 1).to_bytes(8, "little").hex()
+    )
 
 
 def hypercall(number: int, *arguments: int) -> str:
-    return "".join(mov(register, value) for register, value in zip((RAX, RDI, RSI, RDX), (number, *arguments), strict=False)) + _CALL
+    return (
+        "".join(
+            mov(register, value)
+            for register, value in zip((RAX, RDI, RSI, RDX), (number, *arguments), strict=False)
+        )
+        + _CALL
+    )
 
 
 #: mov %rax, %rdi; exit: says what it was told.
@@ -125,7 +142,10 @@ def errno_of(call: Callable[..., object], *args: object, **kwargs: object) -> in
 @contextmanager
 def asking(guest: Guest, *asked: tuple[int, int, int]) -> Generator[list[Vcpu]]:
     """Start a vCPU for each call of MAP_GPA_RANGE; all wait for the answer, and say then what it was."""
-    code = [bytes.fromhex(hypercall(guest_abi.MAP_GPA_RANGE, *arguments) + TELL).ljust(PAGE, b"\xf4") for arguments in asked]
+    code = [
+        bytes.fromhex(hypercall(guest_abi.MAP_GPA_RANGE, *arguments) + TELL).ljust(PAGE, b"\xf4")
+        for arguments in asked
+    ]
     guest.vm.launch_update(GPA, b"".join(code))
     with ExitStack() as stack:
         vcpus = [stack.enter_context(guest.vm.create_vcpu()) for _ in asked]
@@ -162,13 +182,22 @@ def test_an_owner_that_answers_0_is_not_believed(guest: Guest, lie: str) -> None
             with suppress(OSError):
                 guest.convert(gpa + page * PAGE, PAGE, private=True)
         if gpa == READONLY:
-            assert errno_of(vcpu.run, 0) == EPERM, "the page is private, and not what the guest asked for"
+            assert errno_of(vcpu.run, 0) == EPERM, (
+                "the page is private, and not what the guest asked for"
+            )
             guest.convert(gpa, PAGE, private=False)
         assert told(vcpu) == FAILED
 
 
 @pytest.mark.parametrize(
-    ("gpa", "npages"), [(GPA + 4 * PAGE, 1), (SHARED_PAGE - PAGE, 3), (GPA + 4 * PAGE + 8, 1), (GPA + 4 * PAGE, 0), (SECOND - PAGE, 2)]
+    ("gpa", "npages"),
+    [
+        (GPA + 4 * PAGE, 1),
+        (SHARED_PAGE - PAGE, 3),
+        (GPA + 4 * PAGE + 8, 1),
+        (GPA + 4 * PAGE, 0),
+        (SECOND - PAGE, 2),
+    ],
 )
 def test_an_owner_that_answers_0_has_shared_all_pages(guest: Guest, gpa: int, npages: int) -> None:
     with guest.start(hypercall(guest_abi.MAP_GPA_RANGE, gpa, npages, 0), TELL) as vcpu:
@@ -211,7 +240,9 @@ TWO = GPA + 4 * PAGE
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_an_answer_to_one_vcpu_leaves_the_owner_what_another_asked_for(guest: Guest, *, finished: bool) -> None:
+def test_an_answer_to_one_vcpu_leaves_the_owner_what_another_asked_for(
+    guest: Guest, *, finished: bool
+) -> None:
     with asking(guest, (TWO, 2, 0), (TWO, 2, PRIVATE)) as (first, second):
         guest.convert(TWO, PAGE, private=False)
         assert told(second, -EIO) == FAILED
@@ -225,7 +256,11 @@ def test_an_answer_to_one_vcpu_leaves_the_owner_what_another_asked_for(guest: Gu
 
 
 def test_what_one_vcpu_was_told_to_be_private_is_no_longer_shared_for_another(guest: Guest) -> None:
-    with asking(guest, (TWO, 2, 0), (TWO + PAGE, 2, PRIVATE), (TWO, 1, 0)) as (first, second, third):
+    with asking(guest, (TWO, 2, 0), (TWO + PAGE, 2, PRIVATE), (TWO, 1, 0)) as (
+        first,
+        second,
+        third,
+    ):
         guest.convert(TWO, 2 * PAGE, private=False)
         guest.convert(TWO + PAGE, PAGE, private=True)
         assert told(second) == 0
@@ -257,7 +292,9 @@ def test_a_page_that_another_slot_was_moved_over_is_not_private(guest: Guest) ->
         assert told(vcpu) == FAILED
 
 
-@pytest.mark.parametrize(("gpa", "npages"), [(SHARED_PAGE, 1), (GPA, PAGES), (GPA, 2 * PAGES), (SECOND - PAGE, 2)])
+@pytest.mark.parametrize(
+    ("gpa", "npages"), [(SHARED_PAGE, 1), (GPA, PAGES), (GPA, 2 * PAGES), (SECOND - PAGE, 2)]
+)
 def test_private_pages_of_one_slot_or_two_are_told(guest: Guest, gpa: int, npages: int) -> None:
     with guest.start(hypercall(guest_abi.MAP_GPA_RANGE, gpa, npages, PRIVATE), TELL) as vcpu:
         vcpu.run()
@@ -312,10 +349,16 @@ def test_no_page_of_the_file_is_at_two_addresses(guest: Guest) -> None:
 
 
 def test_without_the_policy_the_owner_answers_as_it_likes(service: Service) -> None:
-    with Vm(service) as vm, OwnedFd(service.memfd_restricted()) as fd, memory.memfd_create("shared", os.MFD_ALLOW_SEALING) as shared:
+    with (
+        Vm(service) as vm,
+        OwnedFd(service.memfd_restricted()) as fd,
+        memory.memfd_create("shared", os.MFD_ALLOW_SEALING) as shared,
+    ):
         os.ftruncate(fd.fileno(), PAGES * PAGE)
         guest = Guest(service, vm, mmap.mmap(-1, PAGE), shared.fileno(), fd.fileno())
-        vm.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=PAGES * PAGE, restricted_fd=fd.fileno())
+        vm.set_user_memory_region(
+            slot=0, guest_phys_addr=GPA, memory_size=PAGES * PAGE, restricted_fd=fd.fileno()
+        )
         guest.convert(GPA, PAGES * PAGE, private=True)
         with guest.start(hypercall(guest_abi.MAP_GPA_RANGE, WINDOW, 1, PRIVATE), TELL) as vcpu:
             vcpu.run()

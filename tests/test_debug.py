@@ -108,7 +108,9 @@ def test_a_breakpoint_on_the_hypercall_page_stops_before_the_call(machine: Machi
     assert machine.vcpu.run() == exits.Hypercall(0, (DATA, 0, 0, 0))
 
 
-def test_a_breakpoint_stops_before_its_instruction_and_leaves_no_trace_in_memory(machine: Machine) -> None:
+def test_a_breakpoint_stops_before_its_instruction_and_leaves_no_trace_in_memory(
+    machine: Machine,
+) -> None:
     code = machine_code(
         "48ffc0",  # inc    rax
         "8a1df7ffffff",  # mov    bl, [rip - 9]    (the byte that the breakpoint is on)
@@ -174,14 +176,25 @@ def body(control: int, *addresses: int, registers: dict[int, int] | None = None)
 
 
 def test_what_kvm_guest_debug_means() -> None:
-    on, software, hardware = kvm_x86.KVM_GUESTDBG_ENABLE, kvm_x86.KVM_GUESTDBG_USE_SW_BP, kvm_x86.KVM_GUESTDBG_USE_HW_BP
+    on, software, hardware = (
+        kvm_x86.KVM_GUESTDBG_ENABLE,
+        kvm_x86.KVM_GUESTDBG_USE_SW_BP,
+        kvm_x86.KVM_GUESTDBG_USE_HW_BP,
+    )
     assert debug.parse(body(on | kvm_x86.KVM_GUESTDBG_SINGLESTEP)) == (True, frozenset())
     assert debug.parse(body(on | software, 1, 2)) == (False, frozenset({1, 2}))
     assert debug.parse(body(on, 1, 2)) == (False, frozenset())
     assert debug.parse(body(kvm_x86.KVM_GUESTDBG_SINGLESTEP | software, 1)) == (False, frozenset())
     # DR0 locally, DR2 globally enabled; DR1 not.
-    assert debug.parse(body(on | hardware, registers={0: 10, 1: 11, 2: 12, 7: 0x21})) == (False, frozenset({10, 12}))
-    for bad, errno in ((body(on)[:-1], EPROTO), (body(on) + b"\0", EPROTO), (body(on | hardware, registers={7: 0x10001}), EOPNOTSUPP)):
+    assert debug.parse(body(on | hardware, registers={0: 10, 1: 11, 2: 12, 7: 0x21})) == (
+        False,
+        frozenset({10, 12}),
+    )
+    for bad, errno in (
+        (body(on)[:-1], EPROTO),
+        (body(on) + b"\0", EPROTO),
+        (body(on | hardware, registers={7: 0x10001}), EOPNOTSUPP),
+    ):
         with pytest.raises(OSError) as caught:
             debug.parse(bad)
         assert caught.value.errno == errno
@@ -208,7 +221,13 @@ def private_vm(vm: Vm, service: Service, code: bytes) -> Vcpu:
     os.ftruncate(fd, 4 * PAGE_SIZE)
     with memory.memfd_create("shared") as shared:
         os.ftruncate(shared.fileno(), 4 * PAGE_SIZE)
-        vm.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=4 * PAGE_SIZE, restricted_fd=fd, shared_fd=shared.fileno())
+        vm.set_user_memory_region(
+            slot=0,
+            guest_phys_addr=GPA,
+            memory_size=4 * PAGE_SIZE,
+            restricted_fd=fd,
+            shared_fd=shared.fileno(),
+        )
         os.pwrite(shared.fileno(), b"shared" * 2, 2 * PAGE_SIZE)
     vm.set_memory_attributes(GPA, 2 * PAGE_SIZE, private=True)
     vm.launch_update(GPA, code.ljust(PAGE_SIZE, b"\0"))
@@ -220,7 +239,10 @@ def private_vm(vm: Vm, service: Service, code: bytes) -> Vcpu:
 
 @pytest.mark.requires("fuse")
 def test_without_the_policy_everything_is_refused(service: Service) -> None:
-    with Vm(service, engine="software") as vm, private_vm(vm, service, bytes.fromhex("e642 ebfc")) as vcpu:
+    with (
+        Vm(service, engine="software") as vm,
+        private_vm(vm, service, bytes.fromhex("e642 ebfc")) as vcpu,
+    ):
         for _ in range(2):
             assert errno_of(vcpu.get_regs) == EPERM
             assert errno_of(vcpu.get_sregs) == EPERM
@@ -251,7 +273,10 @@ def test_before_the_launch_ends_registers_are_as_narrow_as_ever(service: Service
 
 @pytest.mark.requires("fuse")
 def test_memory_as_the_guest_has_it(service: Service) -> None:
-    with Vm(service, engine="software", debug=True) as vm, private_vm(vm, service, bytes.fromhex("b042 e642 ebfa")) as vcpu:
+    with (
+        Vm(service, engine="software", debug=True) as vm,
+        private_vm(vm, service, bytes.fromhex("b042 e642 ebfa")) as vcpu,
+    ):
         assert vm.read_memory(GPA, 4) == bytes.fromhex("b042 e642")
         # From a private page that nobody took into a shared one.
         held = vm.statistics()["pages_taken"]

@@ -1,8 +1,9 @@
 """Everything an owner can do to the descriptor, against what v9 and v10 say, and beside the descriptors the kernel has.
 
-One row, one operation. ``proposal`` is what memfd_restricted(2) answers. Where FUSE cannot express that, ``here`` is what it answers
-instead and ``key`` names the row of docs/divergences.md. The other columns are what a memfd, memfd_secret (a file made by the proposal's
-own recipe) and guest_memfd answer, where that was measured; they run on what the machine has.
+One row, one operation. ``proposal`` is what memfd_restricted(2) answers. Where FUSE cannot express
+that, ``here`` is what it answers instead and ``key`` names the row of docs/divergences.md. The
+other columns are what a memfd, memfd_secret (a file made by the proposal's own recipe) and
+guest_memfd answer, where that was measured; they run on what the machine has.
 """
 
 import fcntl
@@ -11,14 +12,42 @@ import re
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from errno import EBADF, EFAULT, EFBIG, EINVAL, EIO, ENODEV, ENOSYS, ENOTDIR, ENOTTY, ENXIO, EOPNOTSUPP, EPERM, ESPIPE, EXDEV
+from errno import (
+    EBADF,
+    EFAULT,
+    EFBIG,
+    EINVAL,
+    EIO,
+    ENODEV,
+    ENOSYS,
+    ENOTDIR,
+    ENOTTY,
+    ENXIO,
+    EOPNOTSUPP,
+    EPERM,
+    ESPIPE,
+    EXDEV,
+)
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import descriptor_operations as do
-from descriptor_operations import PAGE, PRIVATE, SHARED, Operation, R, Thing, W, X, allocate, map_, punch, sizes
+from descriptor_operations import (
+    PAGE,
+    PRIVATE,
+    SHARED,
+    Operation,
+    R,
+    Thing,
+    W,
+    X,
+    allocate,
+    map_,
+    punch,
+    sizes,
+)
 from outcomes import Errno, in_child, outcome
 from restrictedmem.abi import kvm, memory, process
 from restrictedmem.abi.memory import PUNCH, FallocMode, fallocate
@@ -101,7 +130,9 @@ CONTENT = [
     refused("read sized", do.sized(lambda t: os.read(t.fd, 10)), EINVAL),
     refused("read 0 bytes", lambda t: os.read(t.fd, 0), EINVAL, key="zero-length", here=b""),
     refused("readv", lambda t: os.readv(t.fd, [bytearray(4)]), EINVAL),
-    refused("readv 0 bytes", lambda t: os.readv(t.fd, [bytearray()]), EINVAL, key="zero-length", here=0),
+    refused(
+        "readv 0 bytes", lambda t: os.readv(t.fd, [bytearray()]), EINVAL, key="zero-length", here=0
+    ),
     refused("read O_DIRECT", do.read_direct, EINVAL),
     refused("write", lambda t: os.write(t.fd, b"x"), EINVAL),
     refused("write 0 bytes", lambda t: os.write(t.fd, b""), EINVAL, key="zero-length", here=0),
@@ -121,11 +152,37 @@ CONTENT = [
     refused("mmap shared rw", map_(SHARED, R | W), ENODEV, secret=0, gmem_mmap=0),
     refused("mmap shared none", map_(SHARED, 0), ENODEV, secret=0, gmem_mmap=0),
     refused("mmap shared_validate", map_(3, R), ENODEV, secret=0, gmem_mmap=0),
-    refused("mmap private r", map_(PRIVATE, R), ENODEV, key="map-private", here=0, secret=Errno(EINVAL), gmem_mmap=Errno(EINVAL)),
-    refused("mmap private rw", map_(PRIVATE, R | W), ENODEV, key="map-private", here=0, secret=Errno(EINVAL), gmem_mmap=Errno(EINVAL)),
-    refused("mmap private none", map_(PRIVATE, 0), ENODEV, key="map-private", here=0, secret=Errno(EINVAL), gmem_mmap=Errno(EINVAL)),
+    refused(
+        "mmap private r",
+        map_(PRIVATE, R),
+        ENODEV,
+        key="map-private",
+        here=0,
+        secret=Errno(EINVAL),
+        gmem_mmap=Errno(EINVAL),
+    ),
+    refused(
+        "mmap private rw",
+        map_(PRIVATE, R | W),
+        ENODEV,
+        key="map-private",
+        here=0,
+        secret=Errno(EINVAL),
+        gmem_mmap=Errno(EINVAL),
+    ),
+    refused(
+        "mmap private none",
+        map_(PRIVATE, 0),
+        ENODEV,
+        key="map-private",
+        here=0,
+        secret=Errno(EINVAL),
+        gmem_mmap=Errno(EINVAL),
+    ),
     refused("mmap shared x", map_(SHARED, R | X), EPERM, gmem=since((6, 18), SAME, Errno(ENODEV))),
-    refused("mmap private x", map_(PRIVATE, R | X), EPERM, gmem=since((6, 18), SAME, Errno(ENODEV))),
+    refused(
+        "mmap private x", map_(PRIVATE, R | X), EPERM, gmem=since((6, 18), SAME, Errno(ENODEV))
+    ),
     refused("mmap 0 bytes", map_(SHARED, R, length=0), EINVAL),
     refused("mmap unaligned offset", map_(SHARED, R, offset=1), EINVAL),
     refused("mmap beyond the end", map_(SHARED, R, offset=1 << 30), ENODEV, secret=0, gmem_mmap=0),
@@ -133,23 +190,82 @@ CONTENT = [
     refused("mmap private hugetlb", map_(PRIVATE | do.MAP_HUGETLB, R), EINVAL),
     refused("mmap neither", map_(0, R), EINVAL),
     row("touch shared", do.touch(SHARED, R), "ENODEV", gmem=SAME, gmem_mmap="SIGBUS"),
-    row("touch private r", do.touch(PRIVATE, R), "ENODEV", key="map-private", here="SIGBUS", gmem=SAME, gmem_mmap="EINVAL"),
-    row("touch private w", do.touch(PRIVATE, R | W), "ENODEV", key="map-private", here="SIGBUS", gmem=SAME, gmem_mmap="EINVAL"),
-    refused("splice out", do.sized(do.splice_out(None)), EINVAL, key="splice-out", here=since((7, 3), Errno(EIO), SAME)),
+    row(
+        "touch private r",
+        do.touch(PRIVATE, R),
+        "ENODEV",
+        key="map-private",
+        here="SIGBUS",
+        gmem=SAME,
+        gmem_mmap="EINVAL",
+    ),
+    row(
+        "touch private w",
+        do.touch(PRIVATE, R | W),
+        "ENODEV",
+        key="map-private",
+        here="SIGBUS",
+        gmem=SAME,
+        gmem_mmap="EINVAL",
+    ),
+    refused(
+        "splice out",
+        do.sized(do.splice_out(None)),
+        EINVAL,
+        key="splice-out",
+        here=since((7, 3), Errno(EIO), SAME),
+    ),
     refused("splice out offset", do.sized(do.splice_out(0)), EINVAL),
-    refused("splice out empty", do.splice_out(None), EINVAL, key="splice-empty", here=since((6, 5), 0, SAME)),
+    refused(
+        "splice out empty",
+        do.splice_out(None),
+        EINVAL,
+        key="splice-empty",
+        here=since((6, 5), 0, SAME),
+    ),
     refused("splice in", do.splice_in(None), EINVAL),
     refused("splice in offset", do.splice_in(0), EINVAL),
     refused("sendfile into", do.sendfile_into, EINVAL),
-    refused("sendfile from", do.sized(do.sendfile_from(None)), EINVAL, key="splice-out", here=since((7, 3), Errno(EIO), SAME)),
+    refused(
+        "sendfile from",
+        do.sized(do.sendfile_from(None)),
+        EINVAL,
+        key="splice-out",
+        here=since((7, 3), Errno(EIO), SAME),
+    ),
     refused("sendfile from offset", do.sized(do.sendfile_from(0)), ESPIPE, gmem=UNSAID),
-    refused("sendfile from empty", do.sendfile_from(None), EINVAL, key="splice-empty", here=since((6, 5), 0, SAME)),
+    refused(
+        "sendfile from empty",
+        do.sendfile_from(None),
+        EINVAL,
+        key="splice-empty",
+        here=since((6, 5), 0, SAME),
+    ),
     refused("copy_file_range out", do.copy_out, EXDEV, memfd=SAME),
     refused("copy_file_range in", do.copy_in, EXDEV, memfd=SAME),
     row("copy_file_range between, size 0", do.copy_between, 0, secret=SAME),
-    row("copy_file_range between, sized", do.sized(do.copy_between), 0, key="copy-between", here=Errno(EINVAL)),
-    refused("readahead", do.readahead, EINVAL, key="readahead", here=0, secret=since((6, 18), SAME, 0), gmem=since((6, 18), SAME, 0)),
-    row("posix_fadvise", lambda t: os.posix_fadvise(t.fd, 0, PAGE, os.POSIX_FADV_WILLNEED), None, all_same=True),
+    row(
+        "copy_file_range between, sized",
+        do.sized(do.copy_between),
+        0,
+        key="copy-between",
+        here=Errno(EINVAL),
+    ),
+    refused(
+        "readahead",
+        do.readahead,
+        EINVAL,
+        key="readahead",
+        here=0,
+        secret=since((6, 18), SAME, 0),
+        gmem=since((6, 18), SAME, 0),
+    ),
+    row(
+        "posix_fadvise",
+        lambda t: os.posix_fadvise(t.fd, 0, PAGE, os.POSIX_FADV_WILLNEED),
+        None,
+        all_same=True,
+    ),
     refused("FICLONE", do.clone_out, EXDEV),
 ]
 
@@ -172,7 +288,12 @@ SIZE = [
     row("ftruncate to the maximum", sizes(MAX_FILE_BYTES), (None, MAX_FILE_BYTES), memfd=SAME),
     row("ftruncate beyond the maximum", sizes((1 << 63) - 1), (Errno(EINVAL), 0)),
     row("truncate by /proc/self/fd", do.size_by_path, PAGE, memfd=SAME),
-    row("ftruncate over RLIMIT_FSIZE", do.over_limit(lambda fd: os.ftruncate(fd, 4 * PAGE)), "(EFBIG, 1)", memfd=SAME),
+    row(
+        "ftruncate over RLIMIT_FSIZE",
+        do.over_limit(lambda fd: os.ftruncate(fd, 4 * PAGE)),
+        "(EFBIG, 1)",
+        memfd=SAME,
+    ),
     row(
         "ftruncate unaligned over RLIMIT_FSIZE",
         do.over_limit(lambda fd: os.ftruncate(fd, 4 * PAGE + 1)),
@@ -187,7 +308,12 @@ SIZE = [
         key="rlimit-fsize",
         here="(EFBIG, 1)",
     ),
-    row("fallocate over RLIMIT_FSIZE", do.over_limit(lambda fd: fallocate(fd, 0, 0, 4 * PAGE)), "(EFBIG, 1)", memfd=SAME),
+    row(
+        "fallocate over RLIMIT_FSIZE",
+        do.over_limit(lambda fd: fallocate(fd, 0, 0, 4 * PAGE)),
+        "(EFBIG, 1)",
+        memfd=SAME,
+    ),
     row(
         "fallocate KEEP_SIZE over RLIMIT_FSIZE",
         do.over_limit(lambda fd: fallocate(fd, KEEP, 0, 4 * PAGE)),
@@ -202,15 +328,45 @@ _GMEM_DONE = (4 * PAGE, 0)
 _NOT_SUPPORTED = Errno(EOPNOTSUPP)
 SPACE = [
     no_fallocate("fallocate grows", allocate(0, 0, PAGE), (PAGE, 1), gmem=_NOT_SUPPORTED),
-    no_fallocate("fallocate grows unaligned", allocate(0, 0, PAGE + 1), (PAGE + 1, 2), gmem=_NOT_SUPPORTED),
-    no_fallocate("fallocate grows from unaligned", allocate(0, PAGE - 1, 2), (PAGE + 1, 2), gmem=_NOT_SUPPORTED),
+    no_fallocate(
+        "fallocate grows unaligned", allocate(0, 0, PAGE + 1), (PAGE + 1, 2), gmem=_NOT_SUPPORTED
+    ),
+    no_fallocate(
+        "fallocate grows from unaligned",
+        allocate(0, PAGE - 1, 2),
+        (PAGE + 1, 2),
+        gmem=_NOT_SUPPORTED,
+    ),
     no_fallocate("fallocate grows after ftruncate", do.grow_after_truncate, (4 * PAGE + 1, 5)),
-    no_fallocate("fallocate within", allocate(0, 0, PAGE, size=4 * PAGE), (4 * PAGE, 1), gmem=_NOT_SUPPORTED),
-    no_fallocate("fallocate KEEP_SIZE", allocate(KEEP, 0, PAGE, size=4 * PAGE), (4 * PAGE, 1), gmem=_GMEM_DONE),
-    no_fallocate("fallocate KEEP_SIZE past the end", allocate(KEEP, 8 * PAGE, 2 * PAGE, size=PAGE), (PAGE, 2), gmem=Errno(EINVAL)),
+    no_fallocate(
+        "fallocate within", allocate(0, 0, PAGE, size=4 * PAGE), (4 * PAGE, 1), gmem=_NOT_SUPPORTED
+    ),
+    no_fallocate(
+        "fallocate KEEP_SIZE",
+        allocate(KEEP, 0, PAGE, size=4 * PAGE),
+        (4 * PAGE, 1),
+        gmem=_GMEM_DONE,
+    ),
+    no_fallocate(
+        "fallocate KEEP_SIZE past the end",
+        allocate(KEEP, 8 * PAGE, 2 * PAGE, size=PAGE),
+        (PAGE, 2),
+        gmem=Errno(EINVAL),
+    ),
     no_fallocate("fallocate KEEP_SIZE, size 0", allocate(KEEP, 0, PAGE), (0, 1)),
-    no_fallocate("fallocate KEEP_SIZE unaligned", allocate(KEEP, 1, PAGE, size=4 * PAGE), (4 * PAGE, 2), gmem=Errno(EINVAL)),
-    no_fallocate("ftruncate 0 after fallocate KEEP_SIZE", do.empty_again, (0, 0), key="ftruncate-empty", here=(0, 1)),
+    no_fallocate(
+        "fallocate KEEP_SIZE unaligned",
+        allocate(KEEP, 1, PAGE, size=4 * PAGE),
+        (4 * PAGE, 2),
+        gmem=Errno(EINVAL),
+    ),
+    no_fallocate(
+        "ftruncate 0 after fallocate KEEP_SIZE",
+        do.empty_again,
+        (0, 0),
+        key="ftruncate-empty",
+        here=(0, 1),
+    ),
     no_fallocate("fallocate of the last page", do.last_page, (0, 1)),
     row(
         "fallocate to the last byte",
@@ -226,10 +382,14 @@ SPACE = [
     no_fallocate("punch past the end", punch(3 * PAGE, 8 * PAGE), (4 * PAGE, 3), gmem=_GMEM_DONE),
     no_fallocate("punch beyond the end", punch(8 * PAGE, PAGE), (4 * PAGE, 4), gmem=_GMEM_DONE),
     no_fallocate("punch far beyond the end", punch(1 << 40, PAGE), (4 * PAGE, 4), gmem=_GMEM_DONE),
-    no_fallocate("punch a hole", allocate(PUNCH, 0, PAGE, size=4 * PAGE), (4 * PAGE, 0), gmem=_GMEM_DONE),
+    no_fallocate(
+        "punch a hole", allocate(PUNCH, 0, PAGE, size=4 * PAGE), (4 * PAGE, 0), gmem=_GMEM_DONE
+    ),
     no_fallocate("punch, size 0", allocate(PUNCH, 0, PAGE), (0, 0)),
     row("punch unaligned offset", punch(1, PAGE), Errno(EINVAL), memfd=(4 * PAGE, 4), gmem=SAME),
-    row("punch unaligned length", punch(0, PAGE - 1), Errno(EINVAL), memfd=(4 * PAGE, 4), gmem=SAME),
+    row(
+        "punch unaligned length", punch(0, PAGE - 1), Errno(EINVAL), memfd=(4 * PAGE, 4), gmem=SAME
+    ),
     row("punch unaligned both", punch(PAGE - 1, PAGE + 1), Errno(EINVAL), gmem=SAME),
     *(
         no_fallocate(f"fallocate {text}", punch(0, PAGE, mode), _NOT_SUPPORTED, gmem=SAME)
@@ -257,13 +417,32 @@ SPACE = [
 ]
 
 ATTRIBUTES = [
-    # st_mode, nlink, uid, gid, size, blocks, blksize, rdev; the proposal's with the repair that takes them from the inner inode.
-    no_fallocate("fstat", do.fields, ("-rwxrwxrwx", 0, 0, 0, 0, 0, PAGE, 0), gmem=("-rw-------", 1, 0, 0, 4 * PAGE, 0, PAGE, 0)),
+    # st_mode, nlink, uid, gid, size, blocks, blksize, rdev; the proposal's with the repair that
+    # takes them from the inner inode.
+    no_fallocate(
+        "fstat",
+        do.fields,
+        ("-rwxrwxrwx", 0, 0, 0, 0, 0, PAGE, 0),
+        gmem=("-rw-------", 1, 0, 0, 4 * PAGE, 0, PAGE, 0),
+    ),
     row("fstat times of a new file", do.fresh_times, True, all_same=True, memfd=SAME),
     no_fallocate("fstat times after sizing", do.size_moves_times, (True, True, True)),
     no_fallocate("fstat st_ino and st_dev", do.identity, (True, True, True), all_same=True),
-    row("fstat by O_PATH after the last close", do.after_close, (PAGE, 0), key="path-after-close", memfd=(PAGE, 1)),
-    row("fstatfs", do.statfs, ("0x5245534d", PAGE, 255), key="statfs", here=("0x65735546", PAGE, 255), secret=("0x5345434d", PAGE, 255)),
+    row(
+        "fstat by O_PATH after the last close",
+        do.after_close,
+        (PAGE, 0),
+        key="path-after-close",
+        memfd=(PAGE, 1),
+    ),
+    row(
+        "fstatfs",
+        do.statfs,
+        ("0x5245534d", PAGE, 255),
+        key="statfs",
+        here=("0x65735546", PAGE, 255),
+        secret=("0x5345434d", PAGE, 255),
+    ),
     row("fchmod", do.chmod, "-rw-r-----", memfd=SAME, gmem=Errno(EINVAL)),
     row("fchown", do.chown, (0, 0), memfd=SAME, gmem=Errno(EINVAL)),
     row("futimens", do.utimens, (1_000_000_001, 2_000_000_002), memfd=SAME, gmem=Errno(EINVAL)),
@@ -274,8 +453,21 @@ ATTRIBUTES = [
 
 DESCRIPTOR = [
     row("F_GETFL", lambda t: fcntl.fcntl(t.fd, fcntl.F_GETFL), 0x8002, all_same=True),
-    row("F_GETFD", lambda t: fcntl.fcntl(t.fd, fcntl.F_GETFD), 0, key="cloexec", here=fcntl.FD_CLOEXEC, all_same=True),
-    refused("F_SETFL O_DIRECT", lambda t: fcntl.fcntl(t.fd, fcntl.F_SETFL, os.O_DIRECT), EINVAL, key="o-direct", here=0),
+    row(
+        "F_GETFD",
+        lambda t: fcntl.fcntl(t.fd, fcntl.F_GETFD),
+        0,
+        key="cloexec",
+        here=fcntl.FD_CLOEXEC,
+        all_same=True,
+    ),
+    refused(
+        "F_SETFL O_DIRECT",
+        lambda t: fcntl.fcntl(t.fd, fcntl.F_SETFL, os.O_DIRECT),
+        EINVAL,
+        key="o-direct",
+        here=0,
+    ),
     refused("F_GET_SEALS", do.seals, EINVAL, memfd=1),
     refused("F_ADD_SEALS", do.add_seals, EINVAL, memfd=Errno(EPERM)),
     row("dup", do.duplicate, (True, 4 * PAGE), all_same=True, memfd=SAME),
@@ -301,10 +493,30 @@ DESCRIPTOR = [
     refused("ioctl unknown", do.ioctl(0x12345), ENOTTY, memfd=SAME),
     refused("ioctl unknown, 8 bytes", do.ioctl_of(8), ENOTTY, memfd=SAME),
     refused("ioctl unknown, as long as one can be", do.ioctl_of(2**14 - 1), ENOTTY, memfd=SAME),
-    refused("ioctl unknown, at no address", do.ioctl_of(8, 0), ENOTTY, key="ioctl-argument", here=Errno(EFAULT), memfd=SAME),
-    row("ioctl FIBMAP", do.ioctl(do.FIBMAP), Errno(EINVAL if _RAWIO else EPERM), key="fibmap", here=0 if _RAWIO else SAME, memfd=SAME),
+    refused(
+        "ioctl unknown, at no address",
+        do.ioctl_of(8, 0),
+        ENOTTY,
+        key="ioctl-argument",
+        here=Errno(EFAULT),
+        memfd=SAME,
+    ),
+    row(
+        "ioctl FIBMAP",
+        do.ioctl(do.FIBMAP),
+        Errno(EINVAL if _RAWIO else EPERM),
+        key="fibmap",
+        here=0 if _RAWIO else SAME,
+        memfd=SAME,
+    ),
     row("ioctl FIONREAD", do.ioctl(do.FIONREAD), 0, key="fionread", here=4 * PAGE),
-    refused("ioctl FS_IOC_GETFLAGS", do.ioctl(do.FS_IOC_GETFLAGS), ENOTTY, key="fileattr", here=Errno(ENXIO)),
+    refused(
+        "ioctl FS_IOC_GETFLAGS",
+        do.ioctl(do.FS_IOC_GETFLAGS),
+        ENOTTY,
+        key="fileattr",
+        here=Errno(ENXIO),
+    ),
     row("flock", do.flock, 0, all_same=True, memfd=SAME),
     row("fcntl lock", do.record_lock, "EAGAIN", all_same=True, memfd=SAME),
     row("inotify", do.inotify, do.IN_MODIFY, memfd=SAME, secret=SAME),
@@ -329,7 +541,9 @@ def _guest_memfd(base: int) -> Make:
         finally:
             os.close(device)
         try:
-            return kvm.KVM_CREATE_GUEST_MEMFD(vm, kvm.kvm_create_guest_memfd(size=4 * PAGE, flags=base | flags))
+            return kvm.KVM_CREATE_GUEST_MEMFD(
+                vm, kvm.kvm_create_guest_memfd(size=4 * PAGE, flags=base | flags)
+            )
         finally:
             os.close(vm)
 
@@ -363,7 +577,10 @@ def _cases() -> Iterator[Any]:
     for case in ROWS:
         for subject in ("v9", "v10", "memfd", "secret", "gmem", "gmem-mmap"):
             if case.expected(subject) is not UNSAID:
-                marks = [*_MARKS.get(subject, ()), *([pytest.mark.requires("inotify")] if case.id == "inotify" else [])]
+                marks = [
+                    *_MARKS.get(subject, ()),
+                    *([pytest.mark.requires("inotify")] if case.id == "inotify" else []),
+                ]
                 yield pytest.param(case, subject, id=f"{subject}-{case.id}", marks=marks)
 
 
@@ -373,7 +590,8 @@ def test_operation(case: Row, subject: str, makers: Callable[[str], Make]) -> No
     try:
         fd = make(0)
     except OSError as error:
-        # guest_memfd without the MMAP flag came with 6.8, with it in 6.18; memfd_secret may be left out of a kernel or disabled at boot.
+        # guest_memfd without the MMAP flag came with 6.8, with it in 6.18; memfd_secret may be left
+        # out of a kernel or disabled at boot.
         if subject in ("v9", "v10") or error.errno not in (EINVAL, ENOSYS, ENOTTY):
             raise
         pytest.skip(f"{subject} cannot be made here: {error}")
@@ -388,7 +606,8 @@ def test_ids_are_unique() -> None:
     assert sorted(set(ids)) == sorted(ids)
 
 
-#: The proposal reads freed memory there, and what it would answer cannot be stated; the others are some kernels'.
+#: The proposal reads freed memory there, and what it would answer cannot be stated; the others are
+#: some kernels'.
 _SOME = {"path-after-close", "fibmap", "splice-empty", "splice-out", "last-byte"}
 
 
@@ -400,7 +619,11 @@ def test_a_divergence_is_one_and_has_a_key() -> None:
 
 def _documented() -> dict[str, list[str]]:
     """Return key and cells of every row of the descriptor's table."""
-    text = DIVERGENCES.read_text(encoding="utf-8").partition("\n## Descriptor\n")[2].partition("\n## ")[0]
+    text = (
+        DIVERGENCES.read_text(encoding="utf-8")
+        .partition("\n## Descriptor\n")[2]
+        .partition("\n## ")[0]
+    )
     lines = [line for line in text.splitlines() if line.startswith("| `")]
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
     assert len({row[0] for row in cells}) == len(cells), "a key stands twice"
@@ -409,7 +632,11 @@ def _documented() -> dict[str, list[str]]:
 
 def test_every_divergence_is_documented_and_every_row_is_shown() -> None:
     documented = _documented()
-    in_table = {key for key, cells in documented.items() if cells[-1] == "`test_descriptor.py::test_operation`"}
+    in_table = {
+        key
+        for key, cells in documented.items()
+        if cells[-1] == "`test_descriptor.py::test_operation`"
+    }
     assert {case.key for case in ROWS if case.key} == in_table
     for key, cells in documented.items():
         file, _, function = cells[-1].strip("`").partition("::")

@@ -110,10 +110,14 @@ def test_emfile_at_the_callers_limit(service: Service) -> None:
         last: object = None
         while not isinstance(last, Errno):
             last = outcome(lambda: made.append(service.memfd_restricted()))
-        # Room for the answer of the service, which must know of no file that was refused. It hears of a close soon, not at once.
+        # Room for the answer of the service, which must know of no file that was refused. It hears
+        # of a close soon, not at once.
         for _ in range(3):
             os.close(made.pop())
-        wait_until(lambda: len(service.status()["descriptors"]) == known + len(made), "the service to know the rest alone")
+        wait_until(
+            lambda: len(service.status()["descriptors"]) == known + len(made),
+            "the service to know the rest alone",
+        )
         return last
 
     assert in_child(fill) == repr(Errno(EMFILE))
@@ -136,7 +140,10 @@ def test_identity_over_time(service: Service) -> None:
 
 @pytest.mark.requires("fuse")
 def test_two_services_have_two_devices(service: Service) -> None:
-    with Service.start() as second, closing([service.memfd_restricted(), second.memfd_restricted()]) as fds:
+    with (
+        Service.start() as second,
+        closing([service.memfd_restricted(), second.memfd_restricted()]) as fds,
+    ):
         first_stat, second_stat = (os.fstat(fd) for fd in fds)
         assert first_stat.st_dev != second_stat.st_dev
         assert first_stat.st_ino == second_stat.st_ino
@@ -163,7 +170,9 @@ def test_memory_limit() -> None:
         closing([limited.memfd_restricted() for _ in range(2)]) as (fd, other),
     ):
         fallocate(fd, 0, 0, 4 * PAGE_SIZE)
-        assert outcome(lambda: fallocate(fd, FallocMode.KEEP_SIZE, 8 * PAGE_SIZE, PAGE_SIZE)) == Errno(ENOSPC)
+        assert outcome(
+            lambda: fallocate(fd, FallocMode.KEEP_SIZE, 8 * PAGE_SIZE, PAGE_SIZE)
+        ) == Errno(ENOSPC)
         assert do.held(fd) == (4 * PAGE_SIZE, 4)
         fallocate(fd, FallocMode.KEEP_SIZE, 0, 4 * PAGE_SIZE)
         fallocate(fd, PUNCH, 0, PAGE_SIZE)
@@ -210,7 +219,9 @@ def test_service_under_a_hard_limit_on_file_sizes(limit: int) -> None:
 def test_every_call_is_enotconn_when_the_service_is_dead(service: Service) -> None:
     with closing([service.memfd_restricted()]) as (fd,):
         os.kill(service.info["pid"], signal.SIGKILL)
-        wait_until(lambda: outcome(lambda: os.fstat(fd)) == Errno(ENOTCONN), "the mount to be aborted")
+        wait_until(
+            lambda: outcome(lambda: os.fstat(fd)) == Errno(ENOTCONN), "the mount to be aborted"
+        )
         calls: list[Callable[[], object]] = [
             lambda: os.ftruncate(fd, PAGE_SIZE),
             lambda: fallocate(fd, 0, 0, PAGE_SIZE),
@@ -226,7 +237,9 @@ def test_every_call_is_enotconn_when_the_service_is_dead(service: Service) -> No
 
 
 @contextmanager
-def passed(mount: Mount, owner: int | None, creator: int | None = None) -> Generator[int, None, None]:
+def passed(
+    mount: Mount, owner: int | None, creator: int | None = None
+) -> Generator[int, None, None]:
     """Give a descriptor, sized, on a mount that ``owner`` made (None: root); it was created by ``creator``, or else by the owner."""
     uid = creator if creator is not None else owner
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -312,8 +325,18 @@ def test_another_user_on_a_file_of_the_proposals_recipe() -> None:
     with memory.memfd_secret() as secret:
         fd = secret.fileno()
         os.ftruncate(fd, PAGE_SIZE)
-        found = in_child(as_user(STRANGER, lambda: {name: what_works(fd)[name] for name in ("fstat", "futimens now", "truncate by path")}))
-        assert found == repr({"fstat": PAGE_SIZE, "futimens now": Errno(EACCES), "truncate by path": Errno(EACCES)})
+        found = in_child(
+            as_user(
+                STRANGER,
+                lambda: {
+                    name: what_works(fd)[name]
+                    for name in ("fstat", "futimens now", "truncate by path")
+                },
+            )
+        )
+        assert found == repr(
+            {"fstat": PAGE_SIZE, "futimens now": Errno(EACCES), "truncate by path": Errno(EACCES)}
+        )
 
 
 @pytest.mark.requires("fuse", "root")
@@ -326,21 +349,31 @@ def test_another_user_on_a_user_namespace_mount() -> None:
         assert works == repr(None)
 
 
-# Without a user namespace in between, a stranger's requests are written, and only what looks at permissions refuses them.
-OWNER_ALONE_IN_INITIAL_NAMESPACE = {**OWNER_ALONE, "fallocate": None, "punch": None, "read": Errno(EINVAL)}
+# Without a user namespace in between, a stranger's requests are written, and only what looks at
+# permissions refuses them.
+OWNER_ALONE_IN_INITIAL_NAMESPACE = {
+    **OWNER_ALONE,
+    "fallocate": None,
+    "punch": None,
+    "read": Errno(EINVAL),
+}
 
 
 @pytest.mark.requires("fuse", "root")
 def test_another_user_on_a_root_mount_for_one_user() -> None:
     with passed(mount_for_one_user(OWNER), None, creator=OWNER) as fd:
-        assert in_child(as_user(STRANGER, lambda: what_works(fd))) == repr(OWNER_ALONE_IN_INITIAL_NAMESPACE)
+        assert in_child(as_user(STRANGER, lambda: what_works(fd))) == repr(
+            OWNER_ALONE_IN_INITIAL_NAMESPACE
+        )
         assert in_child(lambda: what_works(fd)) == repr(OWNER_ALONE_IN_INITIAL_NAMESPACE)
 
 
 @pytest.mark.requires("fuse", "root", "fusermount")
 def test_another_user_on_a_fusermount_mount() -> None:
     with passed(partial(mount, Way.FUSERMOUNT), OWNER) as fd:
-        assert in_child(as_user(STRANGER, lambda: what_works(fd))) == repr(OWNER_ALONE_IN_INITIAL_NAMESPACE)
+        assert in_child(as_user(STRANGER, lambda: what_works(fd))) == repr(
+            OWNER_ALONE_IN_INITIAL_NAMESPACE
+        )
 
 
 # Somebody listens, and the kernel is in between.
@@ -361,7 +394,9 @@ def callbacks(server: OwnServer, call: Callable[[], object]) -> tuple[object, li
     thread = threading.Thread(target=lambda: found.append(outcome(call)), daemon=True)
     thread.start()
     while True:
-        wait_until(lambda: server.has_event() or not thread.is_alive(), "a callback or the call's end")
+        wait_until(
+            lambda: server.has_event() or not thread.is_alive(), "a callback or the call's end"
+        )
         if not server.has_event():
             break
         heard.append(server.next_event())
@@ -411,7 +446,10 @@ def test_one_fallocate_of_a_file_at_a_time() -> None:
         start(1)
         heard = [server.next_event()]
         start(2)
-        wait_until(lambda: 2 in tids and _state(tids[2]) == "D", "the second punch to wait for the inode's lock")
+        wait_until(
+            lambda: 2 in tids and _state(tids[2]) == "D",
+            "the second punch to wait for the inode's lock",
+        )
         assert not server.has_event()
         # Looking is not locked out meanwhile.
         assert os.fstat(fd).st_size == 8 * PAGE_SIZE
@@ -427,9 +465,13 @@ def test_one_fallocate_of_a_file_at_a_time() -> None:
 
 @pytest.mark.requires("fuse", "root")
 @pytest.mark.parametrize(
-    ("number", "status", "allocated"), [(signal.SIGKILL, -signal.SIGKILL, 0), (signal.SIGUSR1, 0, LARGE)], ids=["killed", "handled"]
+    ("number", "status", "allocated"),
+    [(signal.SIGKILL, -signal.SIGKILL, 0), (signal.SIGUSR1, 0, LARGE)],
+    ids=["killed", "handled"],
 )
-def test_a_large_allocation_is_given_up_for_a_caller_that_dies(number: int, status: int, allocated: int) -> None:
+def test_a_large_allocation_is_given_up_for_a_caller_that_dies(
+    number: int, status: int, allocated: int
+) -> None:
     """As tmpfs does (Linux 6.18); on older kernels any signal ended it."""
     with listening(Api.V9) as (server, fd):
         child = os.fork()

@@ -18,7 +18,8 @@ from restrictedmem.mm.design import NAMES, TEARDOWN, make
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SIZE, pgoff_t
 from waiting import wait_until, waits
 
-#: A folio's first page, its order, and how many there are; where all are huge, they are the backing's, which cannot split them.
+#: A folio's first page, its order, and how many there are; where all are huge, they are the
+#: backing's, which cannot split them.
 Layout = Sequence[tuple[int, int, int]]
 Callbacks = Sequence[tuple[int, int, int | None]]
 
@@ -101,7 +102,13 @@ EXAMPLES: dict[str, tuple[Layout, tuple[int, int], dict[str, Callbacks]]] = {
         [(0x100, 0, 1), (0x200, 9, 1)],
         (0xFF, 0x500),
         {
-            "folio": [(0xFF, 0x100, None), (0x100, 0x101, 0), (0x101, 0x200, None), (0x200, 0x400, 9), (0x400, 0x500, None)],
+            "folio": [
+                (0xFF, 0x100, None),
+                (0x100, 0x101, 0),
+                (0x101, 0x200, None),
+                (0x200, 0x400, 9),
+                (0x400, 0x500, None),
+            ],
             # The distance from 0xff, not from 0x200.
             "folio-poc": [(0x100, 0x101, 0), (0x200, 0x500, 9)],
             "batched": [(0x200, 0x400, 9)],
@@ -111,7 +118,12 @@ EXAMPLES: dict[str, tuple[Layout, tuple[int, int], dict[str, Callbacks]]] = {
     "nothing there": (
         [],
         (0x200, 0x400),
-        {"folio": [(0x200, 0x400, None)], "folio-poc": [], "batched": [(0x200, 0x400, 9)], "lazy": [(0x200, 0x400, None)]},
+        {
+            "folio": [(0x200, 0x400, None)],
+            "folio-poc": [],
+            "batched": [(0x200, 0x400, 9)],
+            "lazy": [(0x200, 0x400, None)],
+        },
     ),
     "a part of each of two folios of 1 GiB": (
         GIGANTIC,
@@ -150,7 +162,12 @@ def test_faults_are_kept_out_of_all_that_is_told_while_it_is_done(design: str) -
     seen: list[bool] = []
 
     def look(start: pgoff_t, end: pgoff_t) -> None:
-        seen.append(all(sequence.retry(sequence.snapshot(), page, pgoff_t(page + 1)) for page in (start, pgoff_t(end - 1))))
+        seen.append(
+            all(
+                sequence.retry(sequence.snapshot(), page, pgoff_t(page + 1))
+                for page in (start, pgoff_t(end - 1))
+            )
+        )
 
     recorder.at_start = look
     backing.on_punch = lambda: seen.append(sequence.busy())
@@ -186,7 +203,9 @@ def test_only_v9_tells_of_what_is_no_punch(design: str) -> None:
     file = make_file(design)
     recorder = register(file)
     file.fallocate(KEEP, 100, PAGE_SIZE)
-    assert outcome(lambda: file.fallocate(int(FallocMode.ZERO_RANGE), 0, PAGE_SIZE)) == Errno(EOPNOTSUPP)
+    assert outcome(lambda: file.fallocate(int(FallocMode.ZERO_RANGE), 0, PAGE_SIZE)) == Errno(
+        EOPNOTSUPP
+    )
     assert recorder.callbacks() == ([(0, 2, None), (0, 1, None)] if design == "v9" else [])
     file.put()
 
@@ -212,7 +231,9 @@ def test_a_binding_hears_of_the_punches_that_touch_it_in_their_own_range() -> No
     for start, end in ((0, 8), (7, 9), (8, 9), (15, 100), (16, 100), (0, 1 << 40)):
         punch(file, start, end)
         for recorder, first, last in ((low, 0, 8), (high, 8, 16)):
-            assert recorder.callbacks() == ([(start, end, None)] if start < last and end > first else [])
+            assert recorder.callbacks() == (
+                [(start, end, None)] if start < last and end > first else []
+            )
     assert file.sequence().snapshot() == 6
     file.put()
 
@@ -222,15 +243,26 @@ def test_exclusive_bindings_share_no_page_and_others_share_all() -> None:
     mine, other = Recorder(file.backing), Recorder(file.backing)
 
     def bind(start: int, end: int, notifier: Recorder, *, exclusive: bool) -> object:
-        return outcome(lambda: file.bind(pgoff_t(start), pgoff_t(end), notifier, exclusive=exclusive))
+        return outcome(
+            lambda: file.bind(pgoff_t(start), pgoff_t(end), notifier, exclusive=exclusive)
+        )
 
     assert bind(4, 8, mine, exclusive=True) is None
     for start, end in ((4, 8), (0, 5), (7, 9), (0, 100)):
         assert bind(start, end, other, exclusive=True) == Errno(EINVAL), (start, end)
     # All of one kind, wherever they are.
     assert bind(20, 24, other, exclusive=False) == Errno(EINVAL)
-    for start, end in ((8, 8), (9, 8), (-1, 8), (0, ALL.end + 1), (ALL.end, ALL.end + 1), (1 << 63, 1 << 64)):
-        assert bind(start, end, other, exclusive=True) == Errno(EINVAL), "empty, or beyond the largest file"
+    for start, end in (
+        (8, 8),
+        (9, 8),
+        (-1, 8),
+        (0, ALL.end + 1),
+        (ALL.end, ALL.end + 1),
+        (1 << 63, 1 << 64),
+    ):
+        assert bind(start, end, other, exclusive=True) == Errno(EINVAL), (
+            "empty, or beyond the largest file"
+        )
     assert outcome(lambda: file.register_notifier(other)) == Errno(EINVAL)
     assert file.notifier_count == 1
     file.unregister_notifier(mine)
@@ -269,7 +301,9 @@ def test_unbind_takes_a_range_out_of_what_one_consumer_has_bound() -> None:
 def test_only_bindings_bind(design: str) -> None:
     file = make_file(design)
     recorder = register(file)
-    assert outcome(lambda: file.bind(pgoff_t(0), pgoff_t(8), recorder, exclusive=False)) == Errno(EINVAL)
+    assert outcome(lambda: file.bind(pgoff_t(0), pgoff_t(8), recorder, exclusive=False)) == Errno(
+        EINVAL
+    )
     assert outcome(lambda: file.unbind(pgoff_t(0), pgoff_t(8), recorder)) == Errno(EINVAL)
     assert (file.notifier_count, recorder.callbacks()) == (1, [])
     file.put()
@@ -293,7 +327,10 @@ def test_whatever_fails_each_start_has_its_end(design: str, failing: str) -> Non
     assert result == (Errno(EIO) if failing == "operation" or looks else None)
     backing.looks = None
     for recorder in recorders:
-        starts, ends = (sorted(one[1:3] for one in recorder.heard if one[0] == what) for what in ("start", "end"))
+        starts, ends = (
+            sorted(one[1:3] for one in recorder.heard if one[0] == what)
+            for what in ("start", "end")
+        )
         assert starts == ends
     if result is not None:
         assert backing.freed == []
@@ -314,7 +351,13 @@ def folio_and_pages() -> ModelBacking:
     return backing
 
 
-_BY_FOLIO: Callbacks = [(0, 0x200, 9), (0x200, 0x300, None), (0x300, 0x301, 0), (0x301, 0x302, 0), (0x302, ALL.end, None)]
+_BY_FOLIO: Callbacks = [
+    (0, 0x200, 9),
+    (0x200, 0x300, None),
+    (0x300, 0x301, 0),
+    (0x301, 0x302, 0),
+    (0x302, ALL.end, None),
+]
 EVERYTHING: dict[str, Callbacks] = {
     "folio": _BY_FOLIO,
     "lazy": _BY_FOLIO,
@@ -331,10 +374,16 @@ def test_who_hears_what_when_a_consumer_unregisters(design: str, teardown: bool)
     bound = (pages(0, 0x300), pages(0x300, 0x400)) if file.design.binds else (ALL, ALL)
     leaving, staying = (register(file, span) for span in bound)
     file.unregister_notifier(leaving)
-    told: Callbacks = EVERYTHING.get(design, [(bound[0].start, bound[0].end, None)]) if teardown else []
+    told: Callbacks = (
+        EVERYTHING.get(design, [(bound[0].start, bound[0].end, None)]) if teardown else []
+    )
     assert leaving.callbacks() == told
     assert staying.callbacks() == (told if design == "folio-poc" else [])
-    assert (file.notifier_count, file.sequence().snapshot(), file.sequence().busy()) == (1, int(teardown), False)
+    assert (file.notifier_count, file.sequence().snapshot(), file.sequence().busy()) == (
+        1,
+        int(teardown),
+        False,
+    )
     # Nobody hears of anything twice, and never again.
     file.unregister_notifier(leaving)
     punch(file, 0, 0x400)
@@ -358,7 +407,13 @@ def test_a_consumer_goes_whatever_looking_comes_to(design: str, looks: int) -> N
     if design != "folio-poc":
         assert all(before[1] == after[0] for before, after in pairwise(told))
     full = EVERYTHING.get(design, told)
-    assert told in [full, *([*full[:count], (full[count - 1][1] if count else 0, end, None)] for count in range(len(full)))]
+    assert told in [
+        full,
+        *(
+            [*full[:count], (full[count - 1][1] if count else 0, end, None)]
+            for count in range(len(full))
+        ),
+    ]
     assert (file.notifier_count, file.sequence().busy()) == (0, False)
     backing.looks = None
     assert register(file).heard == []
@@ -407,7 +462,9 @@ def test_the_proof_of_concept_tells_nothing_at_the_end_of_a_file_that_has_no_siz
     file.put()
 
 
-@pytest.mark.parametrize("design", [name + teardown for name in NAMES for teardown in ("", TEARDOWN)])
+@pytest.mark.parametrize(
+    "design", [name + teardown for name in NAMES for teardown in ("", TEARDOWN)]
+)
 def test_the_last_put_is_silent_and_frees_all(design: str) -> None:
     backing = folio_and_pages()
     file = make_file(design, backing)
@@ -459,7 +516,9 @@ def test_punches_meet_in_their_callbacks_unless_the_design_remembers(design: str
     remembers = design in ("batched", "lazy")
     recorder, meeting = register(file), Meeting(0.1 if remembers else 10)
     recorder.at_start = meeting.meet
-    threads = [threading.Thread(target=punch, args=(file, start, start + 0x200)) for start in (0, 0x400)]
+    threads = [
+        threading.Thread(target=punch, args=(file, start, start + 0x200)) for start in (0, 0x400)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -472,7 +531,9 @@ def test_punches_meet_in_their_callbacks_unless_the_design_remembers(design: str
 @pytest.mark.parametrize("registered", [False, True])
 @pytest.mark.parametrize("backing", [huge, partial(make_backing, "memfd")])
 @pytest.mark.parametrize("design", NAMES)
-def test_a_punch_of_all_there_can_be_walks_through_what_there_is(design: str, backing: Callable[[], Backing], registered: bool) -> None:
+def test_a_punch_of_all_there_can_be_walks_through_what_there_is(
+    design: str, backing: Callable[[], Backing], registered: bool
+) -> None:
     file = make_file(design, backing())
     recorder = register(file) if registered else None
     file.fallocate(KEEP, 0, 0x400 * PAGE_SIZE)
@@ -549,7 +610,10 @@ def test_the_example_of_the_thread_on_real_folios() -> None:
         file.put()
     expected = EXAMPLES["three folios, from inside the first into the third"][2]
     whole = [(0x1, 0x402, None)]
-    assert told == {design: expected[design] if design in ("folio", "folio-poc", "batched") else whole for design in NAMES}
+    assert told == {
+        design: expected[design] if design in ("folio", "folio-poc", "batched") else whole
+        for design in NAMES
+    }
 
 
 def test_the_newest_registration_hears_first() -> None:

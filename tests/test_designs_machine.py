@@ -1,7 +1,8 @@
 """Each design over each backing, driven at random against a model of sets of pages, and against a bare memfd that does the same.
 
-The model knows what each page holds, who has taken it, which pages were punched and not yet told of (batched) or freed (lazy), and so
-what each operation must tell, free and keep. The memfd answers errno and content.
+The model knows what each page holds, who has taken it, which pages were punched and not yet told of
+(batched) or freed (lazy), and so what each operation must tell, free and keep. The memfd answers
+errno and content.
 """
 
 import mmap
@@ -9,13 +10,21 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from errno import EINVAL, EIO, EOPNOTSUPP
+from functools import partial
 from itertools import pairwise
 from typing import ClassVar
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from hugetlb import SIZES, reserved
 from model_backing import ModelBacking, Recorder
@@ -34,11 +43,19 @@ PAGES = BLOCK * BLOCKS
 KEEP = int(FallocMode.KEEP_SIZE)
 ZERO = int(FallocMode.ZERO_RANGE)
 #: Where ranges begin and end: in every way that matters to a block of 2 MiB.
-EDGES = [edge for block in range(0, PAGES, BLOCK) for edge in (block, block + 1, block + 3, block + 0x100, block + 0x1FF)] + [PAGES]
+EDGES = [
+    edge
+    for block in range(0, PAGES, BLOCK)
+    for edge in (block, block + 1, block + 3, block + 0x100, block + 0x1FF)
+] + [PAGES]
 PROBED = EDGES[:-1]
 
 edges = st.sampled_from(EDGES)
-spans = st.tuples(edges, edges).filter(lambda ends: ends[0] != ends[1]).map(lambda ends: range(min(ends), max(ends)))
+spans = (
+    st.tuples(edges, edges)
+    .filter(lambda ends: ends[0] != ends[1])
+    .map(lambda ends: range(min(ends), max(ends)))
+)
 some_pages = st.sampled_from(PROBED)
 
 BACKINGS = ("model", "model-thp", "model-huge", "memfd", "thp", "hugetlb-2m")
@@ -65,10 +82,13 @@ class Designs(RuleBasedStateMachine):
     def create(self, teardown: bool) -> None:
         self.backing = new_backing(self.kind)
         self.huge = bool(self.backing.base_order)
-        self.file = RestrictedFile(make(self.design + TEARDOWN * teardown), self.backing, Inode.make(0, 0))
+        self.file = RestrictedFile(
+            make(self.design + TEARDOWN * teardown), self.backing, Inode.make(0, 0)
+        )
         self.plain = memory.memfd_create("compared")
         self.consumers: list[tuple[Recorder, range]] = []
-        # What was written and not punched since; the pages that are there, huge ones whole; what the designs that remember remember.
+        # What was written and not punched since; the pages that are there, huge ones whole; what
+        # the designs that remember remember.
         self.content: dict[int, int] = {}
         self.present: set[int] = set()
         self.remembered: set[int] = set()
@@ -100,8 +120,12 @@ class Designs(RuleBasedStateMachine):
 
     @rule(span=spans, slip=st.sampled_from([1, PAGE_SIZE - 1]))
     def punch_unaligned(self, span: range, slip: int) -> None:
-        for offset, length in ((span.start * PAGE_SIZE + slip, PAGE_SIZE), (span.start * PAGE_SIZE, len(span) * PAGE_SIZE - slip)):
-            assert outcome(lambda o=offset, n=length: self.file.fallocate(PUNCH, o, n)) == Errno(EINVAL)  # type: ignore[misc]
+        for offset, length in (
+            (span.start * PAGE_SIZE + slip, PAGE_SIZE),
+            (span.start * PAGE_SIZE, len(span) * PAGE_SIZE - slip),
+        ):
+            punched = outcome(partial(self.file.fallocate, PUNCH, offset, length))
+            assert punched == Errno(EINVAL)
 
     @rule(mode=st.sampled_from((0, KEEP)), page=some_pages)
     def allocate(self, mode: int, page: int) -> None:
@@ -130,7 +154,10 @@ class Designs(RuleBasedStateMachine):
         self.sequence += bool(self.consumers) and (mode == PUNCH or self.design == "v9")
         assert outcome(lambda: self.file.fallocate(mode, offset, length)) == result
         if result != Errno(EIO):
-            assert outcome(lambda: memory.fallocate(self.plain.fileno(), mode, offset, length)) == result
+            assert (
+                outcome(lambda: memory.fallocate(self.plain.fileno(), mode, offset, length))
+                == result
+            )
 
     # What it must tell.
 
@@ -143,7 +170,11 @@ class Designs(RuleBasedStateMachine):
             case "batched":
                 return [(block.start, block.stop, 9) for block in self._completed(span)]
             case "lazy":
-                free = [block for block in self._completed(span) if block.start in self.present and not self._held(set(block) - set(span))]
+                free = [
+                    block
+                    for block in self._completed(span)
+                    if block.start in self.present and not self._held(set(block) - set(span))
+                ]
                 return [whole, *((block.start, block.stop, 9) for block in free if self.huge)]
             case _:
                 return None
@@ -195,8 +226,18 @@ class Designs(RuleBasedStateMachine):
             rest = set(block) - gone
             complete = rest <= self.remembered
             if self.design == "batched":
-                self.remembered = self.remembered - set(block) if complete else self.remembered | (set(block) & gone)
-            if not rest or (self.design == "lazy" and self.huge and complete and not self._held(rest) and self._free(block)):
+                self.remembered = (
+                    self.remembered - set(block)
+                    if complete
+                    else self.remembered | (set(block) & gone)
+                )
+            if not rest or (
+                self.design == "lazy"
+                and self.huge
+                and complete
+                and not self._held(rest)
+                and self._free(block)
+            ):
                 self.remembered -= set(block)
                 self.present -= set(block)
             elif self.design == "lazy" and self.huge:
@@ -275,7 +316,9 @@ class Designs(RuleBasedStateMachine):
             return
         # hugetlbfs has no write(2), and maps whole huge pages.
         start = page & -BLOCK
-        with mmap.mmap(self.backing.fileno(), BLOCK * PAGE_SIZE, offset=start * PAGE_SIZE) as mapping:
+        with mmap.mmap(
+            self.backing.fileno(), BLOCK * PAGE_SIZE, offset=start * PAGE_SIZE
+        ) as mapping:
             mapping[(page - start) * PAGE_SIZE] = byte
 
     # What always holds.
@@ -285,7 +328,10 @@ class Designs(RuleBasedStateMachine):
         if hasattr(self, "file"):
             for page in PROBED:
                 assert self._peek(page) == self.content.get(page, 0), hex(page)
-                assert os.pread(self.plain.fileno(), 1, page * PAGE_SIZE) in (b"", bytes([self.content.get(page, 0)]))
+                assert os.pread(self.plain.fileno(), 1, page * PAGE_SIZE) in (
+                    b"",
+                    bytes([self.content.get(page, 0)]),
+                )
 
     @invariant()
     def what_is_held_is_what_the_design_says(self) -> None:
@@ -315,11 +361,20 @@ def pool(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.usefixtures("pool")
 @pytest.mark.parametrize("design", NAMES)
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.requires("hugetlb")] if kind in SIZES else []) for kind in BACKINGS]
+    "kind",
+    [
+        pytest.param(kind, marks=[pytest.mark.requires("hugetlb")] if kind in SIZES else [])
+        for kind in BACKINGS
+    ],
 )
 def test_design(design: str, kind: str) -> None:
     machine = type(f"{design} on {kind}", (Designs,), {"design": design, "kind": kind})
     run_state_machine_as_test(
         machine,
-        settings=settings(max_examples=15, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]),
+        settings=settings(
+            max_examples=15,
+            stateful_step_count=30,
+            deadline=None,
+            suppress_health_check=[HealthCheck.too_slow],
+        ),
     )

@@ -338,7 +338,12 @@ def test_lazy_clears_and_frees_real_huge_pages(kind: str, order: int) -> None:
                 memory_of[page * PAGE_SIZE] = 7
         punch(file, 0, 0x100)
         with mmap.mmap(backing.fileno(), count * PAGE_SIZE) as memory_of:
-            assert [memory_of[page * PAGE_SIZE] for page in (0, 0xFF, 0x100, count - 1)] == [0, 0, 7, 7]
+            assert [memory_of[page * PAGE_SIZE] for page in (0, 0xFF, 0x100, count - 1)] == [
+                0,
+                0,
+                7,
+                7,
+            ]
         assert (backing.resident(), hugetlb.free_pages(SIZES[kind])) == (count * PAGE_SIZE, 0)
         punch(file, 0x100, count)
         assert recorder.callbacks() == [(0, 0x100, None), (0x100, count, None), (0, count, order)]
@@ -351,7 +356,11 @@ def test_lazy_clears_and_frees_real_huge_pages(kind: str, order: int) -> None:
 
 def test_punched_is_a_set_of_pages() -> None:
     punched, model = Punched(), set[int]()
-    spans = [pages(start, start + length) for start in (0, 1, 511, 512, 700, 1 << 30) for length in (1, 511, 513, 1500)]
+    spans = [
+        pages(start, start + length)
+        for start in (0, 1, 511, 512, 700, 1 << 30)
+        for length in (1, 511, 513, 1500)
+    ]
     for number, span in enumerate(spans * 3):
         if number % 3:
             punched.add(span)
@@ -362,7 +371,11 @@ def test_punched_is_a_set_of_pages() -> None:
         assert len(punched) == len(model)
         for asked in spans:
             assert punched.has([asked]) == (set(range(asked.start, asked.end)) <= model)
-            blocks = {page & -512 for page in model if asked.start & -512 <= page < asked.end + -asked.end % 512}
+            blocks = {
+                page & -512
+                for page in model
+                if asked.start & -512 <= page < asked.end + -asked.end % 512
+            }
             assert {block.start for block in punched.touched(asked)} == blocks
     punched.discard(ALL)
     assert (len(punched), list(punched.touched(ALL))) == (0, [])

@@ -108,14 +108,22 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
     "resident_pages": (0, PAGE_SIZE),
     "mmap": (0, PAGE_SIZE),
 }
-#: Those of every owned descriptor, those that make no call on it, and the one that makes the descriptor.
+#: Those of every owned descriptor, those that make no call on it, and the one that makes the
+#: descriptor.
 WITHOUT_A_CALL = {"close", "closed", "detach", "fileno", "kick", "flags", "run_errno", "open"}
 
 
-METHODS = [(kind, name) for kind in HANDLES for name in dir(kind) if not name.startswith("_") and name not in WITHOUT_A_CALL]
+METHODS = [
+    (kind, name)
+    for kind in HANDLES
+    for name in dir(kind)
+    if not name.startswith("_") and name not in WITHOUT_A_CALL
+]
 
 
-@pytest.mark.parametrize(("kind", "name"), METHODS, ids=lambda value: value if isinstance(value, str) else value.__name__)
+@pytest.mark.parametrize(
+    ("kind", "name"), METHODS, ids=lambda value: value if isinstance(value, str) else value.__name__
+)
 def test_every_method_of_a_bad_descriptor_is_ebadf(kind: type[OwnedFd], name: str) -> None:
     with bad(kind) as handle, pytest.raises(OSError) as raised:
         getattr(handle, name)(*ARGUMENTS.get(name, ()))
@@ -127,9 +135,15 @@ def test_the_methods_of_bad_descriptors_are_many() -> None:
     assert len(METHODS) > 45
 
 
-@pytest.mark.parametrize(("kind", "name"), [(Kvm, "get_api_version"), (Vm, "create_vcpu"), (Vcpu, "get_regs"), (Vcpu, "set_msrs")])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(Kvm, "get_api_version"), (Vm, "create_vcpu"), (Vcpu, "get_regs"), (Vcpu, "set_msrs")],
+)
 def test_errors_name_their_ioctl(kind: type[OwnedFd], name: str) -> None:
-    with bad(kind) as handle, pytest.raises(OSError, match=rf"^\[Errno 9\] KVM_{name.upper()}: Bad file descriptor$"):
+    with (
+        bad(kind) as handle,
+        pytest.raises(OSError, match=rf"^\[Errno 9\] KVM_{name.upper()}: Bad file descriptor$"),
+    ):
         getattr(handle, name)(*ARGUMENTS.get(name, ()))
 
 
@@ -203,7 +217,9 @@ def test_vm_kinds_are_those_of_the_capability(kvm: Kvm) -> None:
 def test_vm_refusals(guest: Machine) -> None:
     vm = guest.vm
     assert outcome(lambda: vm.create_vcpu(0).close()) == Errno(EEXIST)
-    assert outcome(lambda: vm.create_vcpu(vm.check_extension(Cap.MAX_VCPU_ID)).close()) == Errno(EINVAL)
+    assert outcome(lambda: vm.create_vcpu(vm.check_extension(Cap.MAX_VCPU_ID)).close()) == Errno(
+        EINVAL
+    )
     assert outcome(lambda: vm.enable_cap(Cap.USER_MEMORY)) == Errno(EINVAL)
     assert outcome(lambda: vm.set_nr_mmu_pages(63)) == Errno(EINVAL)
     assert outcome(lambda: vm.set_tss_addr(0xFFFF_F000)) == Errno(EINVAL)
@@ -228,11 +244,23 @@ def test_memory_attributes_take_the_capability(guest: Machine) -> None:
 
 
 def test_general_and_special_registers_come_back(guest: Machine) -> None:
-    regs = kvm_regs(**{name: number << 32 | 7 for number, name in enumerate(("rax", "rbx", "r8", "r15", "rsp"))}, rip=CODE, rflags=2)
+    regs = kvm_regs(
+        **{
+            name: number << 32 | 7 for number, name in enumerate(("rax", "rbx", "r8", "r15", "rsp"))
+        },
+        rip=CODE,
+        rflags=2,
+    )
     guest.vcpu.set_regs(regs)
     assert bytes(guest.vcpu.get_regs()) == bytes(regs)
     sregs = guest.vcpu.get_sregs()
-    assert (sregs.cs.selector, sregs.cs.dpl, sregs.cs.l, sregs.cr3, sregs.efer) == (0x33, 3, 1, 0x1000, 0x500)
+    assert (sregs.cs.selector, sregs.cs.dpl, sregs.cs.l, sregs.cr3, sregs.efer) == (
+        0x33,
+        3,
+        1,
+        0x1000,
+        0x500,
+    )
     sregs.fs.base = 0x7000_1234
     guest.vcpu.set_sregs(sregs)
     assert guest.vcpu.get_sregs().fs.base == 0x7000_1234
@@ -274,16 +302,28 @@ def test_model_specific_registers_come_back(guest: Machine) -> None:
 
 
 def test_a_register_that_is_not_there_is_named(guest: Machine) -> None:
-    with pytest.raises(OSError, match=r"^\[Errno 22\] KVM_GET_MSRS: Invalid argument \(MSR 0x123456\)$"):
+    with pytest.raises(
+        OSError, match=r"^\[Errno 22\] KVM_GET_MSRS: Invalid argument \(MSR 0x123456\)$"
+    ):
         guest.vcpu.get_msrs([IA32_TSC, NO_SUCH_MSR])
-    with pytest.raises(OSError, match=r"^\[Errno 22\] KVM_SET_MSRS: Invalid argument \(MSR 0x123456\)$"):
+    with pytest.raises(
+        OSError, match=r"^\[Errno 22\] KVM_SET_MSRS: Invalid argument \(MSR 0x123456\)$"
+    ):
         guest.vcpu.set_msrs({IA32_SYSENTER_CS: 0, NO_SUCH_MSR: 1})
 
 
 def test_cpuid_comes_back(kvm: Kvm) -> None:
     with kvm.create_vm() as vm, vm.create_vcpu() as vcpu:
-        vcpu.set_cpuid2([kvm_cpuid_entry2(function=0, eax=1), kvm_cpuid_entry2(function=0x4000_0000, ebx=0x1234)])
-        assert [(entry.function, entry.eax, entry.ebx) for entry in vcpu.get_cpuid2()] == [(0, 1, 0), (0x4000_0000, 0, 0x1234)]
+        vcpu.set_cpuid2(
+            [
+                kvm_cpuid_entry2(function=0, eax=1),
+                kvm_cpuid_entry2(function=0x4000_0000, ebx=0x1234),
+            ]
+        )
+        assert [(entry.function, entry.eax, entry.ebx) for entry in vcpu.get_cpuid2()] == [
+            (0, 1, 0),
+            (0x4000_0000, 0, 0x1234),
+        ]
         assert outcome(lambda: vcpu.set_cpuid2([kvm_cpuid_entry2()] * 257)) == Errno(E2BIG)
         assert outcome(lambda: vcpu.set_msrs(dict.fromkeys(range(257), 0))) == Errno(E2BIG)
 
@@ -330,10 +370,18 @@ def real_mode(code: bytes) -> Generator[Vcpu]:
 
 
 def test_port_output_and_input() -> None:
-    with real_mode(bytes.fromhex("b85a12 e742 e543 e642 f4")) as vcpu:  # mov ax, 0x125a; out 0x42, ax; in ax, 0x43; out 0x42, al; hlt
+    with real_mode(
+        bytes.fromhex("b85a12 e742 e543 e642 f4")
+    ) as vcpu:  # mov ax, 0x125a; out 0x42, ax; in ax, 0x43; out 0x42, al; hlt
         io = vcpu.kvm_run.exit.io
         assert vcpu.run() == ExitReason.IO
-        assert (io.direction, io.port, io.size, io.count, bytes(vcpu.io_data())) == (1, 0x42, 2, 1, b"\x5a\x12")
+        assert (io.direction, io.port, io.size, io.count, bytes(vcpu.io_data())) == (
+            1,
+            0x42,
+            2,
+            1,
+            b"\x5a\x12",
+        )
         assert vcpu.run() == ExitReason.IO
         assert (io.direction, io.port, io.size) == (0, 0x43, 2)
         vcpu.io_data()[:] = b"\x77\x88"
@@ -344,7 +392,8 @@ def test_port_output_and_input() -> None:
 
 
 def test_a_string_instruction_brings_several_items() -> None:
-    # cld; mov di, 0x1000; mov cx, 4; mov dx, 0x42; rep insb; mov si, 0x1000; mov cx, 4; rep outsb; hlt
+    # cld; mov di, 0x1000; mov cx, 4; mov dx, 0x42; rep insb; mov si, 0x1000; mov cx, 4; rep outsb;
+    # hlt
     with real_mode(bytes.fromhex("fc bf0010 b90400 ba4200 f36c be0010 b90400 f36e f4")) as vcpu:
         assert vcpu.run() == ExitReason.IO
         io = vcpu.kvm_run.exit.io
@@ -367,7 +416,12 @@ def test_memory_mapped_io(guest: Machine) -> None:
     assert guest.vcpu.get_regs().rax == 0x0807060504030201
     guest.start(bytes.fromhex("668907 e610"), rdi=DATA, rax=0xBEEF)  # mov [rdi], ax
     assert guest.vcpu.run() == ExitReason.MMIO
-    assert (mmio.phys_addr, mmio.len, mmio.is_write, bytes(mmio.data[:2])) == (DATA, 2, 1, b"\xef\xbe")
+    assert (mmio.phys_addr, mmio.len, mmio.is_write, bytes(mmio.data[:2])) == (
+        DATA,
+        2,
+        1,
+        b"\xef\xbe",
+    )
 
 
 def test_an_exception_without_a_handler_is_a_shutdown(guest: Machine) -> None:
@@ -389,9 +443,14 @@ def test_single_steps_are_debug_exits() -> None:
 @pytest.mark.requires("debug-registers")
 def test_a_hardware_breakpoint_is_a_debug_exit() -> None:
     with real_mode(bytes.fromhex("90909090 e642")) as vcpu:
-        vcpu.set_guest_debug(KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP, [0, 0x1002, 0, 0, 0, 0, 0, 0x404])
+        vcpu.set_guest_debug(
+            KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP, [0, 0x1002, 0, 0, 0, 0, 0, 0x404]
+        )
         assert vcpu.run() == ExitReason.DEBUG
-        assert (vcpu.kvm_run.exit.debug.arch.pc, vcpu.kvm_run.exit.debug.arch.dr6 & 0xF) == (0x1002, 0b10)
+        assert (vcpu.kvm_run.exit.debug.arch.pc, vcpu.kvm_run.exit.debug.arch.dr6 & 0xF) == (
+            0x1002,
+            0b10,
+        )
 
 
 def test_registers_travel_with_the_exit(guest: Machine) -> None:

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 PAGE = (Path(__file__).parent.parent / "docs" / "kvm.md").read_text(encoding="utf-8")
-PROGRAMS = re.findall(r"^## .*? in (\d+)[^\n]*\n.*?^```python\n(.*?)^```\n.*?^```text\n(.*?)^```\n", PAGE, re.MULTILINE | re.DOTALL)
+PROGRAMS = re.findall(
+    r"^## .*? in (\d+)[^\n]*\n.*?^```python\n(.*?)^```\n.*?^```text\n(.*?)^```\n",
+    PAGE,
+    re.MULTILINE | re.DOTALL,
+)
 
 
 def test_there_are_two_programs() -> None:

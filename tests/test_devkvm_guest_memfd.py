@@ -1,7 +1,7 @@
 """A guest_memfd of the real kernel, operation by operation and errno by errno, for each set of flags that the kernel offers.
 
-The assertions of the kernel's own selftest (guest_memfd_test.c) are here under what they assert; where that test asks for any error,
-the errno that Linux 6.18 gives is pinned.
+The assertions of the kernel's own selftest (guest_memfd_test.c) are here under what they assert;
+where that test asks for any error, the errno that Linux 6.18 gives is pinned.
 """
 
 import ctypes
@@ -10,7 +10,20 @@ import mmap
 import os
 import signal
 from collections.abc import Callable, Generator
-from errno import EACCES, EBADF, EFAULT, EINVAL, EIO, ENODEV, ENOMEM, ENXIO, EOPNOTSUPP, EPERM, ESPIPE, EXDEV
+from errno import (
+    EACCES,
+    EBADF,
+    EFAULT,
+    EINVAL,
+    EIO,
+    ENODEV,
+    ENOMEM,
+    ENXIO,
+    EOPNOTSUPP,
+    EPERM,
+    ESPIPE,
+    EXDEV,
+)
 
 import pytest
 
@@ -18,8 +31,19 @@ import descriptor_operations as op
 from descriptor_operations import PRIVATE, SHARED, R, W, X
 from devkvm_machine import COMPARE_AND_FILL, DATA, DONE, Machine, machine
 from outcomes import Errno, checked, in_child, outcome
-from restrictedmem.abi.kvm import GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, Cap, ExitReason
-from restrictedmem.abi.memory import MADV_COLLAPSE, MADV_POPULATE_WRITE, PUNCH, FallocMode, fallocate
+from restrictedmem.abi.kvm import (
+    GUEST_MEMFD_FLAG_INIT_SHARED,
+    GUEST_MEMFD_FLAG_MMAP,
+    Cap,
+    ExitReason,
+)
+from restrictedmem.abi.memory import (
+    MADV_COLLAPSE,
+    MADV_POPULATE_WRITE,
+    PUNCH,
+    FallocMode,
+    fallocate,
+)
 from restrictedmem.devkvm import GuestMemfd, Kvm, Vm, address_of
 from restrictedmem.units import PAGE_SIZE
 
@@ -33,7 +57,14 @@ MADV_COLD, MADV_WIPEONFORK = 20, 18
 SIGBUS = "SIGBUS"
 
 libc = ctypes.CDLL(None, use_errno=True)
-libc.mmap64.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+libc.mmap64.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+]
 libc.mmap64.restype = ctypes.c_void_p
 libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
@@ -178,7 +209,10 @@ OPERATIONS: dict[str, tuple[op.Operation, object]] = {
     "writev": (lambda thing: os.writev(thing.fd, [b"content"]), Errno(EINVAL)),
     "pread": (lambda thing: os.pread(thing.fd, 64, 0), Errno(ESPIPE)),
     "pwrite": (lambda thing: os.pwrite(thing.fd, bytes(64), 0), Errno(ESPIPE)),
-    **{f"lseek {whence}": (op.lseek(whence), Errno(ESPIPE)) for whence in (os.SEEK_SET, os.SEEK_CUR, os.SEEK_END, os.SEEK_DATA)},
+    **{
+        f"lseek {whence}": (op.lseek(whence), Errno(ESPIPE))
+        for whence in (os.SEEK_SET, os.SEEK_CUR, os.SEEK_END, os.SEEK_DATA)
+    },
     "splice out": (op.splice_out(None), Errno(EINVAL)),
     "splice in": (op.splice_in(None), Errno(EINVAL)),
     "sendfile from": (op.sendfile_from(None), Errno(EINVAL)),
@@ -206,23 +240,50 @@ OPERATIONS: dict[str, tuple[op.Operation, object]] = {
         mapped(lambda address, _: checked(libc.mlock(address, SIZE))),
         by_flags(unmapped=Errno(ENODEV), private=Errno(ENOMEM), shared=0),
     ),
-    "MADV_POPULATE_WRITE": (advise(MADV_POPULATE_WRITE), by_flags(unmapped=Errno(ENODEV), private=Errno(EFAULT), shared=0)),
+    "MADV_POPULATE_WRITE": (
+        advise(MADV_POPULATE_WRITE),
+        by_flags(unmapped=Errno(ENODEV), private=Errno(EFAULT), shared=0),
+    ),
     **{
         f"madvise {advice}": (advise(advice), with_mmap(0))
-        for advice in (mmap.MADV_DONTNEED, mmap.MADV_REMOVE, mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK, mmap.MADV_DONTDUMP, MADV_COLD)
+        for advice in (
+            mmap.MADV_DONTNEED,
+            mmap.MADV_REMOVE,
+            mmap.MADV_HUGEPAGE,
+            mmap.MADV_DONTFORK,
+            mmap.MADV_DONTDUMP,
+            MADV_COLD,
+        )
     },
-    **{f"madvise {advice}": (advise(advice), with_mmap(Errno(EINVAL))) for advice in (mmap.MADV_FREE, MADV_WIPEONFORK, MADV_COLLAPSE)},
-    "mprotect executable": (mapped(lambda address, _: checked(libc.mprotect(address, P, R | X))), with_mmap(Errno(EACCES))),
-    "msync": (mapped(lambda address, _: checked(libc.msync(address, P, 4))), with_mmap(Errno(EINVAL))),
-    "/proc/self/mem": (mapped(read_own_memory), by_flags(unmapped=Errno(ENODEV), private=Errno(EIO), shared=1)),
-    "write(2) from it": (mapped(written_from), by_flags(unmapped=Errno(ENODEV), private=Errno(EFAULT), shared=8)),
+    **{
+        f"madvise {advice}": (advise(advice), with_mmap(Errno(EINVAL)))
+        for advice in (mmap.MADV_FREE, MADV_WIPEONFORK, MADV_COLLAPSE)
+    },
+    "mprotect executable": (
+        mapped(lambda address, _: checked(libc.mprotect(address, P, R | X))),
+        with_mmap(Errno(EACCES)),
+    ),
+    "msync": (
+        mapped(lambda address, _: checked(libc.msync(address, P, 4))),
+        with_mmap(Errno(EINVAL)),
+    ),
+    "/proc/self/mem": (
+        mapped(read_own_memory),
+        by_flags(unmapped=Errno(ENODEV), private=Errno(EIO), shared=1),
+    ),
+    "write(2) from it": (
+        mapped(written_from),
+        by_flags(unmapped=Errno(ENODEV), private=Errno(EFAULT), shared=8),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operation(memfd: GuestMemfd, vm: Vm, name: str) -> None:
     operation, expected = OPERATIONS[name]
-    thing = op.Thing(memfd.fileno(), lambda flags: vm.create_guest_memfd(SIZE, memfd.flags | flags).detach())
+    thing = op.Thing(
+        memfd.fileno(), lambda flags: vm.create_guest_memfd(SIZE, memfd.flags | flags).detach()
+    )
     found = outcome(lambda: operation(thing))
     assert found == (expected[memfd.flags] if isinstance(expected, dict) else expected)
 
@@ -230,10 +291,19 @@ def test_operation(memfd: GuestMemfd, vm: Vm, name: str) -> None:
 def test_what_fstat_says(memfd: GuestMemfd) -> None:
     memfd.allocate(0, P)
     found = memfd.fstat()
-    assert (found.st_mode, found.st_size, found.st_blksize, found.st_blocks, found.st_nlink) == (0o100600, SIZE, P, 0, 1)
+    assert (found.st_mode, found.st_size, found.st_blksize, found.st_blocks, found.st_nlink) == (
+        0o100600,
+        SIZE,
+        P,
+        0,
+        1,
+    )
     assert memfd.size == SIZE
     # It has an inode of its own since 7.3.
-    assert os.readlink(f"/proc/self/fd/{memfd.fileno()}") in ("anon_inode:[kvm-gmem]", "/[kvm-gmem] (deleted)")
+    assert os.readlink(f"/proc/self/fd/{memfd.fileno()}") in (
+        "anon_inode:[kvm-gmem]",
+        "/[kvm-gmem] (deleted)",
+    )
 
 
 def test_a_mapping_past_the_end_is_refused_before_the_kernel_is_asked(shared: GuestMemfd) -> None:
@@ -279,7 +349,11 @@ def test_other_modes_are_not_supported(memfd: GuestMemfd, mode: int) -> None:
         (KEEP, 0, 0, Errno(EINVAL)),
         (KEEP, -P, P, Errno(EINVAL)),
         (KEEP, 1, P, Errno(EINVAL)),
-        *((PUNCH, offset, length, Errno(EINVAL)) for offset in (0, P) for length in (1, P - 1, P + 1)),
+        *(
+            (PUNCH, offset, length, Errno(EINVAL))
+            for offset in (0, P)
+            for length in (1, P - 1, P + 1)
+        ),
         *((PUNCH, 1, length, Errno(EINVAL)) for length in (1, P - 1, P, P + 1)),
     ],
 )
@@ -343,7 +417,10 @@ def test_forgotten_ptes_lose_nothing_and_removed_pages_do(shared: GuestMemfd) ->
 
 def test_huge_pages_are_never_made(vm: Vm) -> None:
     size = 2 << 20
-    with vm.create_guest_memfd(size, offered(vm, MMAP | INIT_SHARED)) as memfd, memfd.mmap(0, size) as view:
+    with (
+        vm.create_guest_memfd(size, offered(vm, MMAP | INIT_SHARED)) as memfd,
+        memfd.mmap(0, size) as view,
+    ):
         for offset in range(0, size, P):
             assert view[offset] == 0
         view.madvise(mmap.MADV_HUGEPAGE)

@@ -1,7 +1,8 @@
 """Slots of the real kernel: what binds a guest_memfd, what is refused, and with which errno.
 
-After the kernel's own set_memory_region_test.c where these handles allow it, and beyond it where that test asks for less than its name
-says: ranges of one file that overlap while their guest addresses do not.
+After the kernel's own set_memory_region_test.c where these handles allow it, and beyond it where
+that test asks for less than its name says: ranges of one file that overlap while their guest
+addresses do not.
 """
 
 import ctypes
@@ -60,7 +61,9 @@ def guest() -> Generator[Machine]:
 
 @pytest.fixture(params=[0, BOTH], ids=lambda flags: f"flags{flags}")
 def memfd(request: pytest.FixtureRequest, vm: Vm) -> Generator[GuestMemfd]:
-    if not vm.check_extension(Cap.GUEST_MEMFD) or request.param & ~vm.check_extension(Cap.GUEST_MEMFD_FLAGS):
+    if not vm.check_extension(Cap.GUEST_MEMFD) or request.param & ~vm.check_extension(
+        Cap.GUEST_MEMFD_FLAGS
+    ):
         pytest.skip("this kernel has no such guest_memfd")
     with vm.create_guest_memfd(8 * MB, request.param) as made:
         yield made
@@ -71,8 +74,20 @@ def memory() -> mmap.mmap:
     return mmap.mmap(-1, 8 * MB)
 
 
-def bind(vm: Vm, memfd: GuestMemfd | int, gpa: int = GB, size: int = 4 * MB, offset: int = 0, slot: int = 10, **more: int) -> object:
-    return outcome(lambda: vm.set_user_memory_region2(slot, gpa, size, more.pop("userspace_addr", 0), memfd, offset, **more))
+def bind(
+    vm: Vm,
+    memfd: GuestMemfd | int,
+    gpa: int = GB,
+    size: int = 4 * MB,
+    offset: int = 0,
+    slot: int = 10,
+    **more: int,
+) -> object:
+    return outcome(
+        lambda: vm.set_user_memory_region2(
+            slot, gpa, size, more.pop("userspace_addr", 0), memfd, offset, **more
+        )
+    )
 
 
 # What a slot may be bound to.
@@ -107,7 +122,8 @@ def test_a_range_lies_in_the_file_and_is_aligned(vm: Vm, memfd: GuestMemfd) -> N
 
 def test_offset_and_size_that_overflow(vm: Vm, memfd: GuestMemfd) -> None:
     found = bind(vm, memfd, size=MB, offset=0x7FFF_FFFF_FFF0_0000)
-    # Signed arithmetic wrapped here until "KVM: guest_memfd: treat memslot binding offset+size as unsigned" (2026, in stable kernels too).
+    # Signed arithmetic wrapped here until "KVM: guest_memfd: treat memslot binding offset+size as
+    # unsigned" (2026, in stable kernels too).
     assert found in (None, Errno(EINVAL))
     print("unfixed kernel" if found is None else "fixed kernel")
 
@@ -118,18 +134,32 @@ def test_flags_that_do_not_go_with_it(vm: Vm, memfd: GuestMemfd, flag: int) -> N
 
 
 def test_the_old_ioctl_does_not_know_the_flag(vm: Vm, memory: mmap.mmap) -> None:
-    assert outcome(lambda: vm.set_user_memory_region(1, GB, MB, address_of(memory), KVM_MEM_GUEST_MEMFD)) == Errno(EINVAL)
+    assert outcome(
+        lambda: vm.set_user_memory_region(1, GB, MB, address_of(memory), KVM_MEM_GUEST_MEMFD)
+    ) == Errno(EINVAL)
 
 
 def test_each_flag_of_a_plain_slot_is_taken_or_einval(vm: Vm, memory: mmap.mmap) -> None:
-    known = KVM_MEM_LOG_DIRTY_PAGES | (KVM_MEM_READONLY if vm.check_extension(Cap.READONLY_MEM) else 0)
+    known = KVM_MEM_LOG_DIRTY_PAGES | (
+        KVM_MEM_READONLY if vm.check_extension(Cap.READONLY_MEM) else 0
+    )
     for bit in range(32):
         expected = None if known >> bit & 1 else Errno(EINVAL)
-        assert outcome(partial(vm.set_user_memory_region, bit, bit * GB, MB, address_of(memory), 1 << bit)) == expected, bit
+        assert (
+            outcome(
+                partial(vm.set_user_memory_region, bit, bit * GB, MB, address_of(memory), 1 << bit)
+            )
+            == expected
+        ), bit
 
 
 def test_a_slot_without_the_flag_ignores_the_rest(vm: Vm, memory: mmap.mmap) -> None:
-    assert outcome(lambda: vm.set_user_memory_region2(1, GB, MB, address_of(memory), 12345, 7, flags=0)) is None
+    assert (
+        outcome(
+            lambda: vm.set_user_memory_region2(1, GB, MB, address_of(memory), 12345, 7, flags=0)
+        )
+        is None
+    )
 
 
 # What a bound slot may become.
@@ -148,7 +178,9 @@ def test_a_bound_slot_can_only_be_deleted(vm: Vm, memfd: GuestMemfd) -> None:
     assert bind(vm, -1, gpa=0, size=0) is None
 
 
-def test_a_plain_slot_cannot_become_a_bound_one(vm: Vm, memfd: GuestMemfd, memory: mmap.mmap) -> None:
+def test_a_plain_slot_cannot_become_a_bound_one(
+    vm: Vm, memfd: GuestMemfd, memory: mmap.mmap
+) -> None:
     vm.set_user_memory_region(10, GB, 4 * MB, address_of(memory))
     assert bind(vm, memfd, userspace_addr=address_of(memory)) == Errno(EINVAL)
 
@@ -177,9 +209,14 @@ def test_overlaps_of_guest_addresses_are_eexist(vm: Vm, memfd: GuestMemfd) -> No
 
 
 @pytest.mark.parametrize("offset", [2 * MB, 4 * MB, 6 * MB], ids=["half", "full", "tail"])
-def test_overlaps_in_the_file_alone_are_einval_or_eexist(vm: Vm, memfd: GuestMemfd, offset: int) -> None:
+def test_overlaps_in_the_file_alone_are_einval_or_eexist(
+    vm: Vm, memfd: GuestMemfd, offset: int
+) -> None:
     assert bind(vm, memfd, slot=11, gpa=2 * GB, offset=4 * MB) is None
-    assert bind(vm, memfd, gpa=GB, size=2 * MB if offset > 4 * MB else 4 * MB, offset=offset) in OVERLAP
+    assert (
+        bind(vm, memfd, gpa=GB, size=2 * MB if offset > 4 * MB else 4 * MB, offset=offset)
+        in OVERLAP
+    )
     assert bind(vm, memfd, gpa=GB, offset=0) is None
 
 
@@ -211,11 +248,15 @@ def test_slot_numbers_end_at_the_capability(vm: Vm, memory: mmap.mmap) -> None:
     address = address_of(memory)
     for slot in (0, 1, most - 1):
         vm.set_user_memory_region(slot, slot * 2 * MB, 2 * MB, address)
-    assert outcome(lambda: vm.set_user_memory_region(most, most * 2 * MB, 2 * MB, address)) == Errno(EINVAL)
+    assert outcome(
+        lambda: vm.set_user_memory_region(most, most * 2 * MB, 2 * MB, address)
+    ) == Errno(EINVAL)
 
 
 def test_another_process_cannot_set_slots(vm: Vm, memory: mmap.mmap) -> None:
-    assert in_child(lambda: vm.set_user_memory_region(0, 0, MB, address_of(memory))) == repr(Errno(EIO))
+    assert in_child(lambda: vm.set_user_memory_region(0, 0, MB, address_of(memory))) == repr(
+        Errno(EIO)
+    )
 
 
 # Slots and a guest.
@@ -270,7 +311,9 @@ def exit_after(guest: Machine, change: Callable[[], None]) -> int:
 
 def test_a_slot_deleted_under_a_running_guest(guest: Machine) -> None:
     memory = mmap.mmap(-1, P)
-    loop = bytes.fromhex("488b07 4885c0 74f8 e610")  # mov rax, [rdi]; test rax, rax; jz to the first; out DONE, al
+    loop = bytes.fromhex(
+        "488b07 4885c0 74f8 e610"
+    )  # mov rax, [rdi]; test rax, rax; jz to the first; out DONE, al
     for _ in range(10):
         memory[0] = 0
         guest.vm.set_user_memory_region(1, DATA, P, address_of(memory))
@@ -288,7 +331,9 @@ def test_a_slot_moved_under_a_running_guest(guest: Machine) -> None:
     address = address_of(memory)
     memory[0] = memory[P] = 1
     guest.vm.set_user_memory_region(1, DATA, 2 * P, address)
-    guest.start(bytes.fromhex("488b07 4883f801 74f7 e610"))  # mov rax, [rdi]; cmp rax, 1; je to the first; out DONE, al
+    guest.start(
+        bytes.fromhex("488b07 4883f801 74f7 e610")
+    )  # mov rax, [rdi]; cmp rax, 1; je to the first; out DONE, al
     exits = {ExitReason.IO: 0, ExitReason.MMIO: 0}
 
     def body() -> None:
@@ -348,7 +393,10 @@ def test_the_last_slot_deleted_under_a_running_guest(guest: Machine) -> None:
     wait_until(noticed, "the guest to notice")
     thread.join()
     if reasons == [-PAGE_FAULT]:
-        assert (guest.vcpu.get_vcpu_events().exception.nr, guest.vcpu.get_regs().rip) == (PAGE_FAULT, CODE)
+        assert (guest.vcpu.get_vcpu_events().exception.nr, guest.vcpu.get_regs().rip) == (
+            PAGE_FAULT,
+            CODE,
+        )
         return
     assert reasons[0] in (ExitReason.SHUTDOWN, ExitReason.INTERNAL_ERROR)
     if reasons[0] == ExitReason.INTERNAL_ERROR:

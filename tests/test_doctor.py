@@ -28,7 +28,15 @@ from restrictedmem.fd import OwnedFd, readable
 from restrictedmem.fs.mount import Way
 from restrictedmem.fs.mounter import enter_user_namespace
 from restrictedmem.kvm.vmm import Vmm
-from restrictedmem.machine import descriptor, examination, finding, guests, host, laboratory, syscall
+from restrictedmem.machine import (
+    descriptor,
+    examination,
+    finding,
+    guests,
+    host,
+    laboratory,
+    syscall,
+)
 from restrictedmem.machine import memory as memory_probes
 from restrictedmem.machine.examination import Conclusion, Examination, Group, conclude
 from restrictedmem.machine.finding import Finding, State
@@ -109,7 +117,9 @@ def test_the_child_ends_with_who_asked() -> None:
         "import os, signal; from restrictedmem.child import in_child; "
         "in_child(lambda: (print(os.getpid(), flush=True), signal.pause()), 100)"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as asking:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
+    ) as asking:
         assert asking.stdout is not None
         with OwnedFd(os.pidfd_open(int(asking.stdout.readline()))) as child:
             asking.kill()
@@ -125,14 +135,21 @@ def test_a_bug_in_a_probe_stays_in_its_child(capfd: pytest.CaptureFixture[str]) 
 
 def test_a_missing_setting_is_none(tmp_path: Path) -> None:
     (tmp_path / "there").write_text(" 1\n")
-    assert (finding.setting(str(tmp_path / "there")), finding.setting(str(tmp_path / "not"))) == ("1", None)
+    assert (finding.setting(str(tmp_path / "there")), finding.setting(str(tmp_path / "not"))) == (
+        "1",
+        None,
+    )
 
 
 # Descriptor.
 
 
-@pytest.mark.parametrize(("mode", "who"), [(0o600, "for root"), (0o660, "for root and group "), (0o666, "for everyone")])
-def test_device_mode_says_who_may(tmp_path: Path, mode: int, who: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("mode", "who"), [(0o600, "for root"), (0o660, "for root and group "), (0o666, "for everyone")]
+)
+def test_device_mode_says_who_may(
+    tmp_path: Path, mode: int, who: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     device = tmp_path / "device"
     device.touch()
     device.chmod(mode)
@@ -140,14 +157,18 @@ def test_device_mode_says_who_may(tmp_path: Path, mode: int, who: str, monkeypat
     assert descriptor.device_mode(str(device)).startswith(f"mode {mode:04o}, {who}")
 
 
-def test_a_missing_fuse_device_asks_for_the_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_fuse_device_asks_for_the_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(descriptor, "DEVICE", str(tmp_path / "fuse"))
     found = descriptor.fuse_device()
     assert found.state is State.NO
     assert "modprobe fuse" in found.remedy
 
 
-def test_a_fuse_device_that_is_closed_to_the_user_asks_for_its_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fuse_device_that_is_closed_to_the_user_asks_for_its_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     device = tmp_path / "fuse"
     device.touch()
     device.chmod(0)
@@ -161,7 +182,12 @@ def test_nothing_is_mounted_where_the_device_is_closed(monkeypatch: pytest.Monke
     monkeypatch.setattr(descriptor, "fuse_device", lambda: Finding("/dev/fuse", State.NO, ""))
     monkeypatch.setattr(descriptor, "try_way", pytest.fail)
     states = {found.name: found.state for found in descriptor.probe()}
-    assert states["own mount"] is states["user namespace mount"] is states["FUSE protocol"] is State.UNKNOWN
+    assert (
+        states["own mount"]
+        is states["user namespace mount"]
+        is states["FUSE protocol"]
+        is State.UNKNOWN
+    )
 
 
 @pytest.mark.requires("fuse", "root")
@@ -208,12 +234,18 @@ def test_a_fusermount_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.Mo
     helper.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     found = descriptor.fusermount(PermissionError(errno.EPERM, "fusermount3: refused"))
-    assert (found.state, "version 3.14.0" in found.detail, "refused" in found.detail) == (State.NO, True, True)
+    assert (found.state, "version 3.14.0" in found.detail, "refused" in found.detail) == (
+        State.NO,
+        True,
+        True,
+    )
     assert "set-uid" in found.remedy
 
 
 @pytest.mark.requires("root")
-def test_a_fusermount_under_no_new_privs_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fusermount_under_no_new_privs_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     helper = tmp_path / "fusermount3"
     helper.write_text("#!/bin/sh\n")
     helper.chmod(0o4755)
@@ -226,14 +258,18 @@ def test_a_fusermount_under_no_new_privs_says_so(tmp_path: Path, monkeypatch: py
     assert "NoNewPrivileges" in in_child(fail).remedy
 
 
-@pytest.mark.parametrize(("minors", "state"), [([], State.UNKNOWN), ([34], State.NO), ([35], State.YES), ([34, 45], State.YES)])
+@pytest.mark.parametrize(
+    ("minors", "state"),
+    [([], State.UNKNOWN), ([34], State.NO), ([35], State.YES), ([34, 45], State.YES)],
+)
 def test_the_protocol_needed_is_7_35(minors: list[int], state: State) -> None:
     assert descriptor.protocol(minors).state is state
 
 
 @pytest.mark.requires("root")
 def test_a_limit_of_no_user_namespaces_is_found_and_named() -> None:
-    # The limit belongs to a user namespace, so one of our own can have it without anyone else being touched.
+    # The limit belongs to a user namespace, so one of our own can have it without anyone else being
+    # touched.
     def limited() -> Finding:
         enter_user_namespace()
         Path("/proc/sys/user/max_user_namespaces").write_text("0")
@@ -246,7 +282,12 @@ def test_a_limit_of_no_user_namespaces_is_found_and_named() -> None:
 
 
 def test_what_root_may_is_not_said_of_ordinary_users(monkeypatch: pytest.MonkeyPatch) -> None:
-    say(monkeypatch, descriptor, max_user_namespaces="100", apparmor_restrict_unprivileged_userns="1")
+    say(
+        monkeypatch,
+        descriptor,
+        max_user_namespaces="100",
+        apparmor_restrict_unprivileged_userns="1",
+    )
     monkeypatch.setattr(descriptor, "in_child", always(None))
     monkeypatch.setattr(descriptor, "_privileged", lambda: True)
     found = descriptor.user_namespaces()
@@ -314,7 +355,9 @@ def test_without_kvm_the_rest_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_kvm_capabilities_name_what_is_missing() -> None:
-    found = guests.kvm_capabilities({**dict.fromkeys((cap.name for cap in kvm.Cap), 1), "GUEST_MEMFD": 0})
+    found = guests.kvm_capabilities(
+        {**dict.fromkeys((cap.name for cap in kvm.Cap), 1), "GUEST_MEMFD": 0}
+    )
     assert found.state is State.NO
     assert "GUEST_MEMFD" in found.consequence
 
@@ -328,7 +371,11 @@ def test_a_slot_over_the_limit_is_not_promised() -> None:
         return without_capabilities(lambda: memory_probes.lockable(harmless=harmless))
 
     found = in_child(lambda: limited(harmless=False))
-    assert (found.state, "1 MiB" in found.detail, os.strerror(errno.ENOMEM) in found.detail) == (State.PARTLY, True, True)
+    assert (found.state, "1 MiB" in found.detail, os.strerror(errno.ENOMEM) in found.detail) == (
+        State.PARTLY,
+        True,
+        True,
+    )
     assert "swapped out" in found.consequence
     assert "no swap" in in_child(lambda: limited(harmless=True)).consequence
 
@@ -338,10 +385,15 @@ def test_swap_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     say(monkeypatch, memory_probes, swaps=head)
     assert memory_probes.no_swap().state is State.YES
     say(monkeypatch, memory_probes, swaps=f"{head}\n/dev/sda2 partition 2097152 0 -2", enabled="Y")
-    assert (memory_probes.no_swap().state, memory_probes.no_swap().detail) == (State.NO, "/dev/sda2 2 GiB, zswap on")
+    assert (memory_probes.no_swap().state, memory_probes.no_swap().detail) == (
+        State.NO,
+        "/dev/sda2 2 GiB, zswap on",
+    )
 
 
-def test_a_size_may_differ_from_the_policy_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_size_may_differ_from_the_policy_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(memory_probes, "_THP", tmp_path)
     assert memory_probes.transparent_huge_pages().state is State.NO
     (tmp_path / "shmem_enabled").write_text("always within_size advise [never] deny force\n")
@@ -424,7 +476,9 @@ def test_a_call_is_answered_unless_a_listener_is_above() -> None:
 
     def under_a_listener() -> Finding:
         process.prctl(process.PR_SET_NO_NEW_PRIVS, 1)
-        with seccomp.install([seccomp.answer(seccomp.SECCOMP_RET_ALLOW)], seccomp.FilterFlag.NEW_LISTENER):
+        with seccomp.install(
+            [seccomp.answer(seccomp.SECCOMP_RET_ALLOW)], seccomp.FilterFlag.NEW_LISTENER
+        ):
             return syscall.answered_call()
 
     found = in_child(under_a_listener)
@@ -448,7 +502,10 @@ def test_number_451_is_free_or_cachestat(monkeypatch: pytest.MonkeyPatch) -> Non
 # Laboratory and host.
 
 
-@pytest.mark.parametrize(("scope", "state"), [(None, State.YES), ("0", State.YES), ("1", State.PARTLY), ("3", State.PARTLY)])
+@pytest.mark.parametrize(
+    ("scope", "state"),
+    [(None, State.YES), ("0", State.YES), ("1", State.PARTLY), ("3", State.PARTLY)],
+)
 def test_yama_is_read(monkeypatch: pytest.MonkeyPatch, scope: str | None, state: State) -> None:
     say(monkeypatch, laboratory, ptrace_scope=scope)
     assert laboratory.ptrace().state is state
@@ -459,7 +516,9 @@ def test_a_missing_compiler_is_named_with_its_package(monkeypatch: pytest.Monkey
     assert "apt install gcc" in laboratory.compiler().remedy
 
 
-def test_an_ordinary_user_gets_userfaultfd_at_most_for_user_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ordinary_user_gets_userfaultfd_at_most_for_user_mode(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     if finding.setting("/proc/sys/vm/unprivileged_userfaultfd") != "0":
         pytest.skip("vm.unprivileged_userfaultfd is not 0")
     assert without_capabilities(laboratory.userfaultfd).state in (State.PARTLY, State.NO)
@@ -481,12 +540,18 @@ def test_names_are_unique_and_what_is_missing_says_what_follows(examined: Examin
     findings = [one for group in examined.groups.values() for one in group]
     assert len({one.name for one in findings}) == len(findings)
     assert not [one.name for one in findings if one.state is State.NO and not one.consequence]
-    assert {one.name for one in findings if one.state is State.NO and not one.remedy} <= {"hardware virtualisation"}
+    assert {one.name for one in findings if one.state is State.NO and not one.remedy} <= {
+        "hardware virtualisation"
+    }
 
 
 def test_an_examination_leaves_nothing_behind() -> None:
     def there_is() -> tuple[object, ...]:
-        return sorted(os.listdir("/proc/self/fd")), Path("/proc/self/mountinfo").read_text(), children(os.getpid())
+        return (
+            sorted(os.listdir("/proc/self/fd")),
+            Path("/proc/self/mountinfo").read_text(),
+            children(os.getpid()),
+        )
 
     def reaped() -> bool:
         try:
@@ -512,42 +577,77 @@ def test_root_makes_a_descriptor_by_its_own_mount(examined: Examination) -> None
 
 def everything(**changed: Finding) -> dict[str, Finding]:
     names = [
-        *("/dev/fuse", "own mount", "user namespace mount", "fusermount3", "user namespaces", "FUSE protocol", "descriptors at once"),
+        *(
+            "/dev/fuse",
+            "own mount",
+            "user namespace mount",
+            "fusermount3",
+            "user namespaces",
+            "FUSE protocol",
+            "descriptors at once",
+        ),
         *("Unicorn", "/dev/kvm", "KVM capabilities"),
         *("memory attributes", "guest_memfd", "guest_memfd, MMAP", "answered call"),
     ]
-    return {name: Finding(name, State.YES, "there") for name in names} | {one.name: one for one in changed.values()}
+    return {name: Finding(name, State.YES, "there") for name in names} | {
+        one.name: one for one in changed.values()
+    }
 
 
 MADE = Finding("descriptor", State.YES, "made")
 NOT_MADE = Finding("descriptor", State.NO, "refused")
 RAN = {engine: Finding(f"{engine} engine", State.YES, "ran") for engine in ("software", "kernel")}
-RAN_NOT = {engine: Finding(f"{engine} engine", State.NO, "no guest ran: why") for engine in ("software", "kernel")}
+RAN_NOT = {
+    engine: Finding(f"{engine} engine", State.NO, "no guest ran: why")
+    for engine in ("software", "kernel")
+}
 
 
 def test_everything_there_is_everything_possible() -> None:
-    assert {part.state for part in conclude(everything(), MADE, RAN).parts().values()} == {State.YES}
+    assert {part.state for part in conclude(everything(), MADE, RAN).parts().values()} == {
+        State.YES
+    }
 
 
 def test_no_descriptor_names_the_first_obstacle() -> None:
     closed = Finding("/dev/fuse", State.NO, "closed", "nothing", "open it")
-    not_tried = {engine: examination.run_guest(engine, NOT_MADE) for engine in ("software", "kernel")}
+    not_tried = {
+        engine: examination.run_guest(engine, NOT_MADE) for engine in ("software", "kernel")
+    }
     found = conclude(everything(device=closed), NOT_MADE, not_tried)
     assert (found.descriptor.remedy, found.exec.state, found.usable) == ("open it", State.NO, False)
-    assert (found.software_engine.state, found.kernel_engine.state) == (State.UNKNOWN, State.UNKNOWN)
+    assert (found.software_engine.state, found.kernel_engine.state) == (
+        State.UNKNOWN,
+        State.UNKNOWN,
+    )
 
 
 def test_a_way_that_is_not_needed_is_no_obstacle() -> None:
-    ways = {name: Finding(name, State.NO, "refused", "", f"mend {name}") for name in ("own mount", "user namespace mount", "fusermount3")}
+    ways = {
+        name: Finding(name, State.NO, "refused", "", f"mend {name}")
+        for name in ("own mount", "user namespace mount", "fusermount3")
+    }
     few = Finding("descriptors at once", State.PARTLY, "RLIMIT_NOFILE 12", "few", "raise it")
-    assert conclude(everything(few=few, missing=ways["fusermount3"]), NOT_MADE, RAN_NOT).descriptor.remedy == "raise it"
-    assert conclude(everything(few=few, **ways), NOT_MADE, RAN_NOT).descriptor.remedy == "mend fusermount3"
+    assert (
+        conclude(
+            everything(few=few, missing=ways["fusermount3"]), NOT_MADE, RAN_NOT
+        ).descriptor.remedy
+        == "raise it"
+    )
+    assert (
+        conclude(everything(few=few, **ways), NOT_MADE, RAN_NOT).descriptor.remedy
+        == "mend fusermount3"
+    )
 
 
 def test_an_engine_is_believed_in_after_a_guest_has_run_on_it_and_not_before() -> None:
     found = conclude(everything(), MADE, RAN_NOT)
     for part in (found.software_engine, found.kernel_engine):
-        assert (part.state, part.detail, part.consequence) == (State.NO, "no guest ran: why", f"no guest runs on the {part.name}")
+        assert (part.state, part.detail, part.consequence) == (
+            State.NO,
+            "no guest ran: why",
+            f"no guest runs on the {part.name}",
+        )
     assert not found.usable
     assert conclude(everything(), MADE, {**RAN_NOT, "kernel": RAN["kernel"]}).usable
     assert conclude(everything(), MADE, {**RAN_NOT, "software": RAN["software"]}).usable
@@ -557,17 +657,30 @@ def test_an_engine_is_believed_in_after_a_guest_has_run_on_it_and_not_before() -
 def test_what_the_kernel_engine_lacks_is_its_remedy(name: str) -> None:
     missing = Finding(name, State.UNKNOWN, "not there", "", f"get {name}")
     found = conclude(everything(missing=missing), MADE, {**RAN, "kernel": RAN_NOT["kernel"]})
-    assert (found.kernel_engine.state, found.kernel_engine.remedy, found.usable) == (State.NO, f"get {name}", True)
+    assert (found.kernel_engine.state, found.kernel_engine.remedy, found.usable) == (
+        State.NO,
+        f"get {name}",
+        True,
+    )
 
 
 def test_what_the_software_engine_lacks_is_its_remedy() -> None:
     missing = Finding("Unicorn", State.NO, "not installed", "no guest", "install it")
     found = conclude(everything(unicorn=missing), MADE, {**RAN, "software": RAN_NOT["software"]})
-    assert (found.software_engine.state, found.software_engine.remedy, found.usable) == (State.NO, "install it", True)
+    assert (found.software_engine.state, found.software_engine.remedy, found.usable) == (
+        State.NO,
+        "install it",
+        True,
+    )
 
 
-@pytest.mark.parametrize(("attributes", "mappable", "remedy"), [("yes", "no", ""), ("no", "yes", ""), ("no", "no", "get it")])
-def test_the_kernel_engine_needs_attributes_or_mmap(attributes: str, mappable: str, remedy: str) -> None:
+@pytest.mark.parametrize(
+    ("attributes", "mappable", "remedy"),
+    [("yes", "no", ""), ("no", "yes", ""), ("no", "no", "get it")],
+)
+def test_the_kernel_engine_needs_attributes_or_mmap(
+    attributes: str, mappable: str, remedy: str
+) -> None:
     changed = {
         "attributes": Finding("memory attributes", State(attributes), ""),
         "mappable": Finding("guest_memfd, MMAP", State(mappable), "", remedy="get it"),
@@ -583,7 +696,9 @@ def test_a_guest_runs_on_the_software_engine(examined: Examination) -> None:
 
 @pytest.mark.requires("fuse")
 @pytest.mark.parametrize("engine", ["software", "kernel"])
-def test_a_guest_that_does_not_run_right_is_no_guest_that_ran(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_guest_that_does_not_run_right_is_no_guest_that_ran(
+    engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Vmm, "load", do_nothing)
     found = examination.run_guest(engine, MADE)
     assert found.state is State.NO
@@ -593,23 +708,38 @@ def test_a_guest_that_does_not_run_right_is_no_guest_that_ran(engine: str, monke
 @pytest.mark.requires("fuse")
 def test_a_digest_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examination, "sha256", always(hashlib.sha256(b"other")))
-    assert examination.run_guest("software", MADE).detail == "no guest ran: the guest's digest is wrong"
+    assert (
+        examination.run_guest("software", MADE).detail
+        == "no guest ran: the guest's digest is wrong"
+    )
 
 
 # Output.
 
 
-def test_json_has_stable_keys_and_the_exit_status_agrees(examined: Examination, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_has_stable_keys_and_the_exit_status_agrees(
+    examined: Examination, capsys: pytest.CaptureFixture[str]
+) -> None:
     status = doctor.main(argparse.Namespace(json=True))
     said = capsys.readouterr().out
     assert said.endswith("}\n")
     data = json.loads(said)
     assert list(data) == ["findings", "conclusion"]
-    assert {tuple(one) for one in data["findings"]} == {("group", "name", "state", "detail", "consequence", "remedy")}
-    assert list(data["conclusion"]) == ["usable", "descriptor", "software_engine", "kernel_engine", "exec"]
+    assert {tuple(one) for one in data["findings"]} == {
+        ("group", "name", "state", "detail", "consequence", "remedy")
+    }
+    assert list(data["conclusion"]) == [
+        "usable",
+        "descriptor",
+        "software_engine",
+        "kernel_engine",
+        "exec",
+    ]
     assert {one["state"] for one in data["findings"]} <= {"yes", "no", "partly", "unknown"}
     assert status == (0 if data["conclusion"]["usable"] else 1)
-    assert [one["name"] for one in data["findings"]] == [one.name for group in examined.groups.values() for one in group]
+    assert [one["name"] for one in data["findings"]] == [
+        one.name for group in examined.groups.values() for one in group
+    ]
 
 
 def made_up() -> Examination:
@@ -630,7 +760,10 @@ def test_lines_are_aligned_and_fit() -> None:
     assert "→ what follows" in "\n".join(lines)
     assert "→ sudo get it" in "\n".join(lines)
     assert any(line.startswith("  ?       other") for line in lines)
-    assert " ".join(lines[-2:]) == "No guest can run in restricted memory here: the descriptor will not work."
+    assert (
+        " ".join(lines[-2:])
+        == "No guest can run in restricted memory here: the descriptor will not work."
+    )
 
 
 def test_colour_is_on_marks_and_heads_alone() -> None:
@@ -646,13 +779,25 @@ def test_the_command_line_is_light() -> None:
         "import sys, restrictedmem.cli.doctor; "
         "print(sorted(name for name in sys.modules if name.startswith(('unicorn', 'rich', 'restrictedmem.machine'))))"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )
 
 
 @pytest.mark.requires("fuse")
 def test_plain_output_when_it_is_not_a_terminal() -> None:
-    done = subprocess.run([sys.executable, "-m", "restrictedmem", "doctor"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "restrictedmem", "doctor"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode in (0, 1)
     assert "\x1b" not in done.stdout
     assert done.stderr == ""
-    assert [group.value for group in Group] == [line for line in done.stdout.splitlines() if line in {group.value for group in Group}]
+    assert [group.value for group in Group] == [
+        line for line in done.stdout.splitlines() if line in {group.value for group in Group}
+    ]

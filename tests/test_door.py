@@ -35,7 +35,11 @@ def service() -> Iterator[Service]:
         yield service
 
 
-@pytest.mark.parametrize("call", [wire.TOKEN, wire.SPAWN, wire.SIGNING_KEY, wire.ERROR_PAGE, wire.READY], ids=lambda call: call.name)
+@pytest.mark.parametrize(
+    "call",
+    [wire.TOKEN, wire.SPAWN, wire.SIGNING_KEY, wire.ERROR_PAGE, wire.READY],
+    ids=lambda call: call.name,
+)
 def test_without_the_key_nothing_is_done(service: Service, call: Call) -> None:
     with closing(knock(service)) as channel:
         assert outcome(lambda: channel.call(call, b"kvm {}")) == Errno(EACCES)
@@ -74,7 +78,9 @@ def test_so_many_of_a_crowd_are_told_that_they_have_no_key(service: Service) -> 
             for sock in socks:
                 with suppress(ConnectionError):
                     sock.recv(1000)
-            return told, outcome(lambda: stack.enter_context(closing(knock(service))).call(wire.TOKEN))
+            return told, outcome(
+                lambda: stack.enter_context(closing(knock(service))).call(wire.TOKEN)
+            )
 
     assert works(service)
     before = descriptors(service.info["pid"])
@@ -104,7 +110,9 @@ def test_another_user_has_a_few_connections_and_no_answers(service: Service) -> 
     assert works(service)
     before = len(descriptors(service.info["pid"]))
     assert as_user(crowd) == (Errno(EACCES), b"")
-    wait_until(lambda: len(descriptors(service.info["pid"])) == before, "the crowd's end in the service")
+    wait_until(
+        lambda: len(descriptors(service.info["pid"])) == before, "the crowd's end in the service"
+    )
     assert works(service)
 
 
@@ -192,7 +200,9 @@ def test_so_many_connections_have_the_key() -> None:
     door._spare.close()
 
 
-def test_a_turn_takes_some_of_a_crowd_and_drops_who_hung_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_turn_takes_some_of_a_crowd_and_drops_who_hung_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(door_module, "_AT_A_TURN", 4)
     door = Door(1)
     with ExitStack() as stack:

@@ -28,7 +28,13 @@ EXITED = 1 << 8
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(OSError(ENOSPC, "x"), ENOSPC), (MemoryError(), ENOMEM), (OSError("x"), FAULT), (OSError(4095, "x"), FAULT), (KeyError(1), FAULT)],
+    [
+        (OSError(ENOSPC, "x"), ENOSPC),
+        (MemoryError(), ENOMEM),
+        (OSError("x"), FAULT),
+        (OSError(4095, "x"), FAULT),
+        (KeyError(1), FAULT),
+    ],
     ids=repr,
 )
 def test_the_status_of_a_child_says_what_it_failed_with(error: Exception, status: int) -> None:
@@ -61,7 +67,9 @@ def test_the_words_of_a_wait_status(status: int, words: str) -> None:
         (1.0, "", "killed by SIGKILL"),
     ],
 )
-def test_what_may_have_killed_is_said(seconds: float, oom: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_may_have_killed_is_said(
+    seconds: float, oom: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def limit(_: int) -> tuple[int, int]:
         return 5, 10
 
@@ -81,7 +89,9 @@ def test_the_limits_are_said_as_a_shell_has_them(monkeypatch: pytest.MonkeyPatch
     assert limits() == ""
 
 
-def test_a_kill_for_want_of_memory_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_for_want_of_memory_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     counter = tmp_path / "memory.events"
     monkeypatch.setattr(ending, "_counter", lambda: ("/mine", str(counter)))
     counter.write_text("low 0\noom_kill 3\n")
@@ -112,7 +122,10 @@ def heard(tell: Callable[[Word], None]) -> tuple[int, str] | None:
 
 def test_a_word() -> None:
     assert heard(Word.ready) is None
-    assert heard(lambda word: word.ended(EXITED * ENOSPC)) == (ENOSPC, "start: No space left on device (No space left on device)")
+    assert heard(lambda word: word.ended(EXITED * ENOSPC)) == (
+        ENOSPC,
+        "start: No space left on device (No space left on device)",
+    )
     assert heard(lambda word: word.ended(signal.SIGKILL, "/a")) == (
         EIO,
         "start: Input/output error (killed by SIGKILL, and the kernel killed for want of memory in the cgroup /a)",
@@ -155,10 +168,19 @@ def told() -> bool:
 
 @pytest.mark.requires("fuse")
 def test_a_call_says_how_its_engine_ended() -> None:
-    with Service.start() as service, closing(Vm(service, engine="software")) as vm, closing(Vm(service, engine="software")) as other:
-        engine = next(found for found in descendants([service_parent(service)]) if found.name == "rmem-kvm")
+    with (
+        Service.start() as service,
+        closing(Vm(service, engine="software")) as vm,
+        closing(Vm(service, engine="software")) as other,
+    ):
+        engine = next(
+            found for found in descendants([service_parent(service)]) if found.name == "rmem-kvm"
+        )
         os.kill(engine.pid, signal.SIGSEGV)
-        with pytest.raises(OSError, match=r"^\[Errno 107\] KVM_CREATE_VCPU: .* \(engine is gone: killed by SIGSEGV\)$"):
+        with pytest.raises(
+            OSError,
+            match=r"^\[Errno 107\] KVM_CREATE_VCPU: .* \(engine is gone: killed by SIGSEGV\)$",
+        ):
             vm.create_vcpu()
         # Its neighbour is not taken for it.
         other.create_vcpu().close()
@@ -168,13 +190,18 @@ def test_a_call_says_how_its_engine_ended() -> None:
 def test_an_engine_that_refuses_its_vm_ends_with_that_errno() -> None:
     with Service.start() as service:
         number, sock = service.spawn_numbered("kvm", '{"policy": 4}')
-        with closing(Channel(sock, "engine")) as engine, pytest.raises(OSError, match=os.strerror(EINVAL)):
+        with (
+            closing(Channel(sock, "engine")) as engine,
+            pytest.raises(OSError, match=os.strerror(EINVAL)),
+        ):
             engine.call(wire.STATISTICS)
         assert service.ending(number) == os.strerror(EINVAL)
 
 
 @pytest.mark.requires("fuse")
-@pytest.mark.skipif(not told(), reason="PIDFD_GET_INFO does not tell how a process ended (Linux 6.15)")
+@pytest.mark.skipif(
+    not told(), reason="PIDFD_GET_INFO does not tell how a process ended (Linux 6.15)"
+)
 def test_a_call_says_how_its_service_ended() -> None:
     with Service.start() as service, closing(Vm(service, engine="software")) as vm:
         service.status()
@@ -185,9 +212,14 @@ def test_a_call_says_how_its_service_ended() -> None:
         for call, words in (
             (service.status, f"STATUS: .* ({ended})"),
             (service.memfd_restricted, f"memfd_restricted: .* ({ended})"),
-            (vm.create_vcpu, f"KVM_CREATE_VCPU: .* (engine is gone: so is its service (ENDING: {ended}))"),
+            (
+                vm.create_vcpu,
+                f"KVM_CREATE_VCPU: .* (engine is gone: so is its service (ENDING: {ended}))",
+            ),
         ):
-            with pytest.raises(OSError, match=words.replace("(", r"\(").replace(")", r"\)")) as caught:
+            with pytest.raises(
+                OSError, match=words.replace("(", r"\(").replace(")", r"\)")
+            ) as caught:
                 call()
             assert caught.value.errno == ENOTCONN
 

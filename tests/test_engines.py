@@ -20,7 +20,16 @@ from hugetlb import reserved
 from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE, ExitReason
 from restrictedmem.kvm import exits, guest_abi
-from restrictedmem.kvm.exits import Exit, Hypercall, MemoryFault, MmioRead, MmioWrite, PortIn, PortOut, Shutdown
+from restrictedmem.kvm.exits import (
+    Exit,
+    Hypercall,
+    MemoryFault,
+    MmioRead,
+    MmioWrite,
+    PortIn,
+    PortOut,
+    Shutdown,
+)
 from restrictedmem.kvm.vm import Vcpu, Vm
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
@@ -45,7 +54,8 @@ def assembled(*instructions: str) -> bytes:
     return bytes.fromhex("".join(instructions))
 
 
-#: mov eax, 99; mov ecx, HYPERCALL_PAGE; call rcx: a number of no meaning, so that all four arguments come through.
+#: mov eax, 99; mov ecx, HYPERCALL_PAGE; call rcx: a number of no meaning, so that all four
+#: arguments come through.
 NUMBER: Final = 99
 CALL: Final = "b863000000b900001000ffd1"
 
@@ -57,8 +67,14 @@ DIFFERENCES: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
         "kernel": (MemoryFault(0, NOWHERE, PAGE, EFAULT), MemoryFault(0, NOWHERE, PAGE, EFAULT)),
     },
     "readonly-store": {
-        "software": (MmioWrite(SHARED + MIB, 4, 0x1234), MmioWrite(guest_abi.HYPERCALL_PAGE, 4, 0x1234)),
-        "kernel": (MemoryFault(0, SHARED + MIB, PAGE, EACCES), MemoryFault(0, guest_abi.HYPERCALL_PAGE, PAGE, EACCES)),
+        "software": (
+            MmioWrite(SHARED + MIB, 4, 0x1234),
+            MmioWrite(guest_abi.HYPERCALL_PAGE, 4, 0x1234),
+        ),
+        "kernel": (
+            MemoryFault(0, SHARED + MIB, PAGE, EACCES),
+            MemoryFault(0, guest_abi.HYPERCALL_PAGE, PAGE, EACCES),
+        ),
     },
     "port-in-private-code": {
         "software": ({PortIn(0x80, 1)}, {PortOut(0x80, 1, 0)}),
@@ -99,7 +115,11 @@ class Machine:
         return DIFFERENCES[key][self.engine]
 
     def convert(self, gpa: int, size: int, *, private: bool) -> None:
-        change = self.vm.set_memory_attributes if self.service.info["api"] == "v10" else self.vm.memory_encrypt_region
+        change = (
+            self.vm.set_memory_attributes
+            if self.service.info["api"] == "v10"
+            else self.vm.memory_encrypt_region
+        )
         change(gpa, size, private=private)
 
     def start(self, *instructions: str, rsi: int = 0) -> Exit:
@@ -152,8 +172,16 @@ def make_machine(service: Service, engine: str, *, debug: bool = False) -> Gener
             shared_memory(MIB) as (window_fd, window),
             Vm(service, engine=engine, debug=debug) as vm,
         ):
-            vm.set_user_memory_region(slot=0, guest_phys_addr=PRIVATE, memory_size=size, restricted_fd=fd, shared_fd=half_fd)
-            vm.set_user_memory_region(slot=1, guest_phys_addr=SHARED, memory_size=MIB, shared_fd=window_fd)
+            vm.set_user_memory_region(
+                slot=0,
+                guest_phys_addr=PRIVATE,
+                memory_size=size,
+                restricted_fd=fd,
+                shared_fd=half_fd,
+            )
+            vm.set_user_memory_region(
+                slot=1, guest_phys_addr=SHARED, memory_size=MIB, shared_fd=window_fd
+            )
             with vm.create_vcpu() as vcpu:
                 machine = Machine(service, engine, vm, fd, half, window, vcpu)
                 machine.convert(PRIVATE, size, private=True)
@@ -180,7 +208,11 @@ def errno_of(call: object, *args: object, **kwargs: object) -> int:
 
 def test_every_difference_has_its_row() -> None:
     table = ENGINES_MD.read_text(encoding="utf-8").split("## Differences")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| `([a-z-]+)` \|.*\| `test_engines\.py::(\w+)`(?:, `test_\w+\.py::\w+`)* \|$", table, re.MULTILINE)
+    rows = re.findall(
+        r"^\| `([a-z-]+)` \|.*\| `test_engines\.py::(\w+)`(?:, `test_\w+\.py::\w+`)* \|$",
+        table,
+        re.MULTILINE,
+    )
     assert sorted(key for key, _ in rows) == sorted(DIFFERENCES)
     assert [test for _, test in rows if test not in globals()] == []
 
@@ -262,7 +294,9 @@ def test_string_instructions_on_ports_come_one_by_one(machine: Machine) -> None:
 def missing_page(machine: Machine, at: int, content: bytes) -> MemoryFault:
     """Make a slot of one private page, which shows the half that it lacks; returns what comes of a touch."""
     fd = machine.service.memfd_restricted()
-    machine.vm.set_user_memory_region(slot=2, guest_phys_addr=at, memory_size=PAGE, restricted_fd=fd)
+    machine.vm.set_user_memory_region(
+        slot=2, guest_phys_addr=at, memory_size=PAGE, restricted_fd=fd
+    )
     os.close(fd)
     machine.convert(at, PAGE, private=True)
     machine.vm.launch_update(at, content.ljust(PAGE, b"\xf4"))
@@ -285,10 +319,14 @@ def load_rdi(value: int) -> str:
 
 
 @pytest.mark.parametrize("backwards", [False, True])
-def test_a_port_is_read_only_for_what_can_be_stored(service: Service, engine: str, backwards: bool) -> None:
+def test_a_port_is_read_only_for_what_can_be_stored(
+    service: Service, engine: str, backwards: bool
+) -> None:
     """The fault of a page comes before the values for it are asked for; each value is asked for once."""
     with make_machine(service, engine, debug=True) as machine:
-        page, first, before = (SHARED - PAGE, SHARED + 4, 3) if backwards else (SHARED + MIB, SHARED + MIB - 4, 2)
+        page, first, before = (
+            (SHARED - PAGE, SHARED + 4, 3) if backwards else (SHARED + MIB, SHARED + MIB - 4, 2)
+        )
         missing = missing_page(machine, page, b"")
         exit_ = machine.start_shared(load_rdi(first), "fd" if backwards else "fc", *INPUT)
         found: list[Exit] = []
@@ -311,7 +349,9 @@ def test_a_value_of_a_port_on_two_pages(service: Service, engine: str) -> None:
     with make_machine(service, engine, debug=True) as machine:
         missing = missing_page(machine, SHARED + MIB, b"")
         machine.window[-2:] = b"ab"
-        exit_ = machine.start_shared(load_rdi(SHARED + MIB - 2), "66ba8000", "6d", CALL)  # mov dx, 0x80; insd
+        exit_ = machine.start_shared(
+            load_rdi(SHARED + MIB - 2), "66ba8000", "6d", CALL
+        )  # mov dx, 0x80; insd
         assert (exit_, machine.vcpu.run(), machine.window[-2:]) == (missing, missing, b"ab")
         machine.convert(SHARED + MIB, PAGE, private=True)
         assert machine.vcpu.run() == PortIn(0x80, 4)
@@ -321,7 +361,9 @@ def test_a_value_of_a_port_on_two_pages(service: Service, engine: str) -> None:
 
 def test_a_port_is_read_to_an_address_of_32_bits(machine: Machine) -> None:
     code = load_rdi(SHARED + 0x200 | 1 << 33)
-    assert machine.start_shared(code, "66ba8000", "676c", CALL) == PortIn(0x80, 1)  # mov dx, 0x80; insb to [edi]
+    assert machine.start_shared(code, "66ba8000", "676c", CALL) == PortIn(
+        0x80, 1
+    )  # mov dx, 0x80; insb to [edi]
     assert isinstance(machine.vcpu.run(0x41), Hypercall)
     assert machine.window[0x200] == 0x41
 
@@ -343,10 +385,14 @@ def test_values_of_a_port_survive_a_page_that_is_taken_away(service: Service, en
             machine.convert(SHARED + MIB, PAGE, private=True)
             exit_ = machine.vcpu.run()
         assert isinstance(exit_, Hypercall)
-        assert (machine.window[-4:] + machine.vm.read_memory(SHARED + MIB, 4)).hex() == "1111222233334444"
+        assert (
+            machine.window[-4:] + machine.vm.read_memory(SHARED + MIB, 4)
+        ).hex() == "1111222233334444"
 
 
-def test_a_value_of_a_port_survives_a_page_that_is_taken_away(service: Service, engine: str) -> None:
+def test_a_value_of_a_port_survives_a_page_that_is_taken_away(
+    service: Service, engine: str
+) -> None:
     """The owner takes it while it is asked; the instruction is executed again, and gets what it was given."""
     with make_machine(service, engine, debug=True) as machine:
         missing = missing_page(machine, SHARED + MIB, b"")
@@ -375,7 +421,9 @@ def test_a_value_of_a_port_is_for_its_instruction_alone(service: Service, engine
         missing = missing_page(machine, SHARED + MIB, b"")
         machine.convert(SHARED + MIB, PAGE, private=True)
         # mov dx, 0x80; insb; insb
-        assert machine.start_shared(load_rdi(SHARED + MIB), "66ba8000", "6c", "6c", CALL) == PortIn(0x80, 1)
+        assert machine.start_shared(load_rdi(SHARED + MIB), "66ba8000", "6c", "6c", CALL) == PortIn(
+            0x80, 1
+        )
         machine.convert(SHARED + MIB, PAGE, private=False)
         assert machine.vcpu.run(0x41) == missing
         regs = machine.vcpu.get_regs()
@@ -392,9 +440,13 @@ def test_a_value_of_a_port_is_not_for_the_next_page(machine: Machine) -> None:
         machine.window[-1:] = page[:1] = assembled("6c")  # insb
         jump = (MIB - 1 - 19).to_bytes(4, "little").hex()
         # mov dx, 0x80; jmp to the last byte
-        assert machine.start_shared(load_rdi(SHARED + 0x200), "66ba8000", "e9", jump) == PortIn(0x80, 1)
+        assert machine.start_shared(load_rdi(SHARED + 0x200), "66ba8000", "e9", jump) == PortIn(
+            0x80, 1
+        )
         assert machine.vcpu.run(0x41) == MemoryFault(0, SHARED + MIB, PAGE, EFAULT)
-        machine.vm.set_user_memory_region(slot=2, guest_phys_addr=SHARED + MIB, memory_size=PAGE, shared_fd=fd)
+        machine.vm.set_user_memory_region(
+            slot=2, guest_phys_addr=SHARED + MIB, memory_size=PAGE, shared_fd=fd
+        )
         machine.convert(SHARED + MIB, PAGE, private=False)
         assert machine.vcpu.run() == PortIn(0x80, 1)
         assert machine.window[0x200] == 0x41
@@ -405,7 +457,9 @@ def test_a_value_of_a_port_survives_a_step_that_faults(service: Service, engine:
         missing = missing_page(machine, SHARED + MIB, b"")
         machine.convert(SHARED + MIB, PAGE, private=True)
         # mov edi, SHARED + MIB; mov dx, 0x80; insb
-        assert machine.start_shared(f"bf{(SHARED + MIB).to_bytes(4, 'little').hex()}", "66ba8000", "6c", CALL) == PortIn(0x80, 1)
+        assert machine.start_shared(
+            f"bf{(SHARED + MIB).to_bytes(4, 'little').hex()}", "66ba8000", "6c", CALL
+        ) == PortIn(0x80, 1)
         machine.convert(SHARED + MIB, PAGE, private=False)
         machine.vcpu.set_guest_debug(step=True)
         assert [machine.vcpu.run(0x41), machine.vcpu.run(0x99)] == [missing, missing]
@@ -415,8 +469,12 @@ def test_a_value_of_a_port_survives_a_step_that_faults(service: Service, engine:
 
 
 @pytest.mark.parametrize("instruction", ["6c", "6e"])  # insb; outsb
-def test_string_instructions_between_ports_and_private_memory(machine: Machine, instruction: str) -> None:
-    exit_ = machine.start_shared("89fe", "66ba8000", instruction, CALL)  # mov esi, edi; mov dx, 0x80
+def test_string_instructions_between_ports_and_private_memory(
+    machine: Machine, instruction: str
+) -> None:
+    exit_ = machine.start_shared(
+        "89fe", "66ba8000", instruction, CALL
+    )  # mov esi, edi; mov dx, 0x80
     if exit_ == PortIn(0x80, 1):
         exit_ = machine.vcpu.run(0x41)
     assert exit_ in machine.expect("port-to-private-memory")[0]
@@ -465,20 +523,26 @@ def test_hlt_in_shared_code(machine: Machine) -> None:
 # Faults.
 
 
-@pytest.mark.parametrize(("code", "index"), [("8b08", 0), ("8908", 1)])  # mov ecx, [rax]; mov [rax], ecx
+@pytest.mark.parametrize(
+    ("code", "index"), [("8b08", 0), ("8908", 1)]
+)  # mov ecx, [rax]; mov [rax], ecx
 def test_mmio(machine: Machine, code: str, index: int) -> None:
     exit_ = machine.start("b8080000d0", "b934120000", code)  # mov eax, NOWHERE + 8; mov ecx, 0x1234
     assert exit_ == machine.expect("mmio")[index]
 
 
 def test_code_where_no_slot_is(machine: Machine) -> None:
-    assert machine.start("b8080000d0", "ffe0") == MemoryFault(0, NOWHERE, PAGE, EFAULT)  # mov eax, NOWHERE + 8; jmp rax
+    assert machine.start("b8080000d0", "ffe0") == MemoryFault(
+        0, NOWHERE, PAGE, EFAULT
+    )  # mov eax, NOWHERE + 8; jmp rax
 
 
 def test_store_to_read_only_memory(machine: Machine) -> None:
     with shared_memory(PAGE) as (fd, mapping):
         mapping[:4] = b"read"
-        machine.vm.set_user_memory_region(slot=2, guest_phys_addr=SHARED + MIB, memory_size=PAGE, shared_fd=fd, readonly=True)
+        machine.vm.set_user_memory_region(
+            slot=2, guest_phys_addr=SHARED + MIB, memory_size=PAGE, shared_fd=fd, readonly=True
+        )
         machine.convert(SHARED + MIB, PAGE, private=False)
         exit_ = machine.start(
             "bb00001010",  # mov ebx, SHARED + MIB
@@ -517,7 +581,10 @@ def test_content_of_a_read_only_slot(machine: Machine) -> None:
     assert word(exit_) == there
     refused = machine.vcpu.run()
     if isinstance(refused, MmioWrite):
-        assert (refused, machine.vcpu.run()) == (MmioWrite(at + 2 * PAGE - 4, 4, 0xFFFF_FFFF), MmioWrite(at + 2 * PAGE, 4, 0))
+        assert (refused, machine.vcpu.run()) == (
+            MmioWrite(at + 2 * PAGE - 4, 4, 0xFFFF_FFFF),
+            MmioWrite(at + 2 * PAGE, 4, 0),
+        )
         assert word(machine.vcpu.run()) == there
     else:
         missing = MemoryFault(KVM_MEMORY_EXIT_FLAG_PRIVATE, at + PAGE, PAGE, EACCES)
@@ -525,13 +592,17 @@ def test_content_of_a_read_only_slot(machine: Machine) -> None:
 
 
 def test_store_to_the_hypercall_page(machine: Machine) -> None:
-    exit_ = machine.start("bb00001000", "b934120000", "890b")  # mov ebx, HYPERCALL_PAGE; mov ecx, 0x1234; mov [rbx], ecx
+    exit_ = machine.start(
+        "bb00001000", "b934120000", "890b"
+    )  # mov ebx, HYPERCALL_PAGE; mov ecx, 0x1234; mov [rbx], ecx
     assert exit_ == machine.expect("readonly-store")[1]
 
 
 def test_code_that_its_owner_rewrites(machine: Machine) -> None:
     """In shared memory: seen when the vCPU enters the guest, and on the kernel engine while it is there."""
-    assert machine.start_shared("e680", "b001", "ebfa") == PortOut(0x80, 1, 0)  # out 0x80, al; mov al, 1; jmp to the first
+    assert machine.start_shared("e680", "b001", "ebfa") == PortOut(
+        0x80, 1, 0
+    )  # out 0x80, al; mov al, 1; jmp to the first
     assert machine.vcpu.run() == PortOut(0x80, 1, 1)
     machine.window[3] = 2
     assert [machine.vcpu.run(), machine.vcpu.run()] == [PortOut(0x80, 1, 2)] * 2
@@ -551,10 +622,14 @@ def test_a_fault_can_be_mended(machine: Machine) -> None:
     """The attribute names a half that the slot lacks, until the owner changes it: the instruction is tried again."""
     page = PRIVATE + 64 * MIB
     fd = machine.service.memfd_restricted()
-    machine.vm.set_user_memory_region(slot=2, guest_phys_addr=page, memory_size=PAGE, restricted_fd=fd)
+    machine.vm.set_user_memory_region(
+        slot=2, guest_phys_addr=page, memory_size=PAGE, restricted_fd=fd
+    )
     os.close(fd)
     machine.convert(page, PAGE, private=False)
-    exit_ = machine.start(f"bb{page.to_bytes(4, 'little').hex()}", "c7032a000000", "8b3b", CALL)  # mov dword [page], 42; mov edi, [page]
+    exit_ = machine.start(
+        f"bb{page.to_bytes(4, 'little').hex()}", "c7032a000000", "8b3b", CALL
+    )  # mov dword [page], 42; mov edi, [page]
     assert exit_ == machine.vcpu.run() == MemoryFault(0, page, PAGE, EFAULT)
     machine.convert(page, PAGE, private=True)
     found = machine.vcpu.run()
@@ -585,7 +660,9 @@ def test_what_precedes_the_end_of_a_page_is_executed(machine: Machine) -> None:
         ("d11b", 0x8000_0005),  # rcr dword [rbx], 1
     ],
 )
-def test_an_instruction_that_faulted_has_its_flags(machine: Machine, instruction: str, result: int) -> None:
+def test_an_instruction_that_faulted_has_its_flags(
+    machine: Machine, instruction: str, result: int
+) -> None:
     """Behind a comparison that overflows and borrows; the page has no half at first."""
     if machine.engine == "kernel" and emulation.hypervisor() == emulation.TCG:
         pytest.skip("QEMU's TCG executes what faulted again, with flags of the first time")
@@ -605,9 +682,13 @@ def test_an_instruction_that_faulted_has_its_flags(machine: Machine, instruction
     assert word(machine.vcpu.run()) == result
 
 
-@pytest.mark.parametrize("instruction", ["f00fc70f", "f0480fc70f"])  # lock cmpxchg8b [rdi], cmpxchg16b [rdi]
+@pytest.mark.parametrize(
+    "instruction", ["f00fc70f", "f0480fc70f"]
+)  # lock cmpxchg8b [rdi], cmpxchg16b [rdi]
 @pytest.mark.parametrize("equal", [False, True])
-def test_cmpxchg8b_and_16b_keep_other_flags(machine: Machine, instruction: str, equal: bool) -> None:
+def test_cmpxchg8b_and_16b_keep_other_flags(
+    machine: Machine, instruction: str, equal: bool
+) -> None:
     exit_ = machine.start(
         "31d2",  # xor edx, edx
         f"b8{'00' if equal else '01'}000000",  # mov eax, 0 or 1
@@ -658,7 +739,9 @@ def test_each_half_keeps_its_content(machine: Machine) -> None:
 def test_a_conversion_changes_what_the_next_load_sees(machine: Machine) -> None:
     offset = DATA - PRIVATE
     machine.half[offset : offset + 8] = (0x51).to_bytes(8, "little")
-    assert word(machine.start("488b37", CALL, "ebef")) == 0  # mov rsi, [rdi]; hypercall; jmp to the first
+    assert (
+        word(machine.start("488b37", CALL, "ebef")) == 0
+    )  # mov rsi, [rdi]; hypercall; jmp to the first
     for private, value in ((False, 0x51), (True, 0), (False, 0x51)):
         machine.convert(DATA, PAGE, private=private)
         assert word(machine.vcpu.run()) == value
@@ -670,12 +753,16 @@ def test_neighbours_of_a_conversion_are_left_alone(machine: Machine, size: int) 
     exit_ = machine.start(
         f"bb{at.to_bytes(4, 'little').hex()}",  # mov ebx, at
         "c783fcffffff07000000",  # mov dword [rbx - 4], 7
-        f"c783{size.to_bytes(4, 'little').hex()}07000000" if size < 2 * MIB else "90",  # mov dword [rbx + size], 7
+        f"c783{size.to_bytes(4, 'little').hex()}07000000"
+        if size < 2 * MIB
+        else "90",  # mov dword [rbx + size], 7
         "c70307000000",  # mov dword [rbx], 7
         CALL,
         "8bbbfcffffff",  # mov edi, [rbx - 4]
         "8b33",  # mov esi, [rbx]
-        f"8b93{size.to_bytes(4, 'little').hex()}" if size < 2 * MIB else "ba07000000",  # mov edx, [rbx + size]
+        f"8b93{size.to_bytes(4, 'little').hex()}"
+        if size < 2 * MIB
+        else "ba07000000",  # mov edx, [rbx + size]
         CALL,
     )
     assert isinstance(exit_, Hypercall)
@@ -686,7 +773,9 @@ def test_neighbours_of_a_conversion_are_left_alone(machine: Machine, size: int) 
 
 
 def test_a_punch_leaves_zeroes(machine: Machine) -> None:
-    assert word(machine.start("c70799000000", "488b37", CALL, "ebef")) == 0x99  # mov dword [rdi], 0x99; mov rsi, [rdi]; hypercall; jmp
+    assert (
+        word(machine.start("c70799000000", "488b37", CALL, "ebef")) == 0x99
+    )  # mov dword [rdi], 0x99; mov rsi, [rdi]; hypercall; jmp
     machine.punch(DATA, PAGE)
     assert word(machine.vcpu.run()) == 0
 
@@ -695,12 +784,16 @@ def test_content_outlives_its_slot(machine: Machine) -> None:
     assert word(machine.start("488b37", CALL, "488907", "ebec")) == 0
     assert word(machine.vcpu.run(0x77)) == 0x77
     machine.vm.set_user_memory_region(slot=0, guest_phys_addr=PRIVATE, memory_size=0)
-    machine.vm.set_user_memory_region(slot=0, guest_phys_addr=PRIVATE, memory_size=4 * MIB, restricted_fd=machine.fd)
+    machine.vm.set_user_memory_region(
+        slot=0, guest_phys_addr=PRIVATE, memory_size=4 * MIB, restricted_fd=machine.fd
+    )
     assert word(machine.vcpu.run(0x78)) == 0x78
 
 
 def test_a_slot_that_was_deleted_is_gone_for_the_guest(machine: Machine) -> None:
-    assert isinstance(machine.start("bb00000010", "8b3b", CALL, "ffe3"), Hypercall)  # mov ebx, SHARED; mov edi, [rbx]; hc; jmp rbx
+    assert isinstance(
+        machine.start("bb00000010", "8b3b", CALL, "ffe3"), Hypercall
+    )  # mov ebx, SHARED; mov edi, [rbx]; hc; jmp rbx
     machine.vm.set_user_memory_region(slot=1, guest_phys_addr=SHARED, memory_size=0)
     assert machine.vcpu.run() == MemoryFault(0, SHARED, PAGE, EFAULT)
 
@@ -722,7 +815,16 @@ def test_initial_content_comes_in_any_amount(machine: Machine) -> None:
 def test_overlapping_slots_are_refused(machine: Machine) -> None:
     for at in (PRIVATE + MIB, guest_abi.HYPERCALL_PAGE, guest_abi.REPORT_PAGE):
         with shared_memory(PAGE) as (fd, _):
-            assert errno_of(machine.vm.set_user_memory_region, slot=5, guest_phys_addr=at, memory_size=PAGE, shared_fd=fd) == EEXIST
+            assert (
+                errno_of(
+                    machine.vm.set_user_memory_region,
+                    slot=5,
+                    guest_phys_addr=at,
+                    memory_size=PAGE,
+                    shared_fd=fd,
+                )
+                == EEXIST
+            )
 
 
 @pytest.mark.parametrize(
@@ -737,17 +839,28 @@ def test_overlapping_slots_are_refused(machine: Machine) -> None:
         ((1 << 64) - PAGE, PAGE, EINVAL),
     ],
 )
-def test_a_file_is_as_large_as_the_kernel_lets_it_be(machine: Machine, offset: int, size: int, expected: int) -> None:
+def test_a_file_is_as_large_as_the_kernel_lets_it_be(
+    machine: Machine, offset: int, size: int, expected: int
+) -> None:
     fd, at = machine.service.memfd_restricted(), 1 << 32
     make = machine.vm.set_user_memory_region
     try:
-        found = errno_of(make, slot=3, guest_phys_addr=at, memory_size=size, restricted_fd=fd, restricted_offset=offset)
+        found = errno_of(
+            make,
+            slot=3,
+            guest_phys_addr=at,
+            memory_size=size,
+            restricted_fd=fd,
+            restricted_offset=offset,
+        )
         assert found == expected
         if not expected:
             machine.convert(at, size, private=True)
             machine.vm.launch_update(at + size - PAGE, (0x77).to_bytes(PAGE, "little"))
             load = f"48b8{(at + size - PAGE).to_bytes(8, 'little').hex()}"  # mov rax, the last page
-            assert word(machine.start(load, "488b30", CALL, "ebef")) == 0x77  # mov rsi, [rax]; hypercall; jmp to the load
+            assert (
+                word(machine.start(load, "488b30", CALL, "ebef")) == 0x77
+            )  # mov rsi, [rax]; hypercall; jmp to the load
             memory.fallocate(fd, memory.PUNCH, offset, size)
             assert word(machine.vcpu.run(at + size - PAGE)) == 0
     finally:
@@ -756,19 +869,41 @@ def test_a_file_is_as_large_as_the_kernel_lets_it_be(machine: Machine, offset: i
 
 @pytest.mark.requires("hugetlb")
 def test_a_file_of_huge_pages_ends_with_a_whole_one(engine: str) -> None:
-    with reserved(2 * MIB, 1), Service.start(Options(backing="hugetlb-2m")) as service, Vm(service, engine=engine) as vm:
+    with (
+        reserved(2 * MIB, 1),
+        Service.start(Options(backing="hugetlb-2m")) as service,
+        Vm(service, engine=engine) as vm,
+    ):
         fd = service.memfd_restricted()
-        for slot, before_end, expected in ((0, 2 * MIB, EINVAL), (0, 4 * MIB, 0), (1, 2 * MIB, EINVAL)):
+        for slot, before_end, expected in (
+            (0, 2 * MIB, EINVAL),
+            (0, 4 * MIB, 0),
+            (1, 2 * MIB, EINVAL),
+        ):
             gpa, offset = PRIVATE + slot * MIB, (1 << 63) - before_end
             make = vm.set_user_memory_region
-            found = errno_of(make, slot=slot, guest_phys_addr=gpa, memory_size=MIB, restricted_fd=fd, restricted_offset=offset)
+            found = errno_of(
+                make,
+                slot=slot,
+                guest_phys_addr=gpa,
+                memory_size=MIB,
+                restricted_fd=fd,
+                restricted_offset=offset,
+            )
             assert found == expected
         os.close(fd)
 
 
 def test_two_slots_on_the_same_pages(machine: Machine) -> None:
     make = machine.vm.set_user_memory_region
-    found = errno_of(make, slot=3, guest_phys_addr=PRIVATE + 64 * MIB, memory_size=MIB, restricted_fd=machine.fd, restricted_offset=MIB)
+    found = errno_of(
+        make,
+        slot=3,
+        guest_phys_addr=PRIVATE + 64 * MIB,
+        memory_size=MIB,
+        restricted_fd=machine.fd,
+        restricted_offset=MIB,
+    )
     assert (found,) == machine.expect("overlap")
 
 
@@ -776,7 +911,13 @@ def test_the_service_s_limit(engine: str) -> None:
     with Service.start(Options(memory_max=MIB)) as limited, Vm(limited, engine=engine) as vm:
         fd = limited.memfd_restricted()
         os.ftruncate(fd, 2 * MIB)
-        found = errno_of(vm.set_user_memory_region, slot=0, guest_phys_addr=PRIVATE, memory_size=2 * MIB, restricted_fd=fd)
+        found = errno_of(
+            vm.set_user_memory_region,
+            slot=0,
+            guest_phys_addr=PRIVATE,
+            memory_size=2 * MIB,
+            restricted_fd=fd,
+        )
         os.close(fd)
     assert (found,) == DIFFERENCES["memory-max"][engine]
 
@@ -793,7 +934,13 @@ def test_room_for_page_tables(service: Service, engine: str) -> None:
             fd = service.memfd_restricted()
             try:
                 at = (number + 4) << 30
-                found = errno_of(vm.set_user_memory_region, slot=number, guest_phys_addr=at, memory_size=1 << 30, restricted_fd=fd)
+                found = errno_of(
+                    vm.set_user_memory_region,
+                    slot=number,
+                    guest_phys_addr=at,
+                    memory_size=1 << 30,
+                    restricted_fd=fd,
+                )
             finally:
                 os.close(fd)
             if found:
@@ -805,7 +952,10 @@ def test_a_slot_holds_its_file(machine: Machine) -> None:
     def consumers() -> int:
         # Of this VM: an earlier one may take its time to end.
         own = machine.vm.statistics()["pid"]
-        return sum(vm["files"] != [] and vm["report"].get("pid") == own for vm in machine.service.status()["consumers"])
+        return sum(
+            vm["files"] != [] and vm["report"].get("pid") == own
+            for vm in machine.service.status()["consumers"]
+        )
 
     machine.vm.launch_update(PRIVATE, bytes(PAGE))
     assert consumers() == 1
@@ -817,10 +967,15 @@ def test_a_slot_holds_its_file(machine: Machine) -> None:
 def test_a_shared_half_of_huge_pages(machine: Machine) -> None:
     """Part of one cannot be taken from KVM: a page made private would stay what its owner reads."""
     size = 2 << 20
-    with reserved(size, 1), memory.memfd_create("huge", memory.MFD_HUGETLB | 21 << memory.MFD_HUGE_SHIFT) as fd:
+    with (
+        reserved(size, 1),
+        memory.memfd_create("huge", memory.MFD_HUGETLB | 21 << memory.MFD_HUGE_SHIFT) as fd,
+    ):
         os.ftruncate(fd.fileno(), size)
         make = machine.vm.set_user_memory_region
-        found = errno_of(make, slot=7, guest_phys_addr=1 << 32, memory_size=size, shared_fd=fd.fileno())
+        found = errno_of(
+            make, slot=7, guest_phys_addr=1 << 32, memory_size=size, shared_fd=fd.fileno()
+        )
     assert (found,) == machine.expect("huge-shared")
 
 
@@ -848,7 +1003,9 @@ def test_atomic_increments_of_all_vcpus_add_up(machine: Machine) -> None:
 
 
 def test_a_stop_request_ends_an_endless_loop(machine: Machine) -> None:
-    machine.vm.launch_update(CODE, assembled("488b07", "4885c0", "74f8", "4889c6", CALL).ljust(PAGE, b"\xf4"))  # until [rdi] is not 0
+    machine.vm.launch_update(
+        CODE, assembled("488b07", "4885c0", "74f8", "4889c6", CALL).ljust(PAGE, b"\xf4")
+    )  # until [rdi] is not 0
     machine.vcpu.set_regs(rip=CODE, rsp=STACK, rdi=SHARED)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(machine.vcpu.run)
@@ -884,7 +1041,10 @@ def test_conversions_and_punches_under_a_running_guest(machine: Machine) -> None
             machine.convert(at + turn * 16 * PAGE, 64 * PAGE, private=bool(turn % 2))
             machine.punch(at + MIB, 16 * PAGE)
         machine.convert(at, 2 * MIB, private=False)
-        wait_until(lambda: all(machine.half[2 * MIB : 4 * MIB : PAGE]), "the guest's stores to the shared half")
+        wait_until(
+            lambda: all(machine.half[2 * MIB : 4 * MIB : PAGE]),
+            "the guest's stores to the shared half",
+        )
         machine.window[0] = 1
         assert isinstance(running.result(DEADLINE), Hypercall)
 
@@ -915,7 +1075,13 @@ def test_the_measurement_does_not_depend_on_the_engine(service: Service) -> None
         with make_machine(service, engine) as machine:
             machine.vm.launch_update(CODE, assembled(CALL).ljust(PAGE, b"\xf4"))
             fd = service.memfd_restricted()
-            machine.vm.set_user_memory_region(slot=2, guest_phys_addr=PRIVATE + 64 * MIB, memory_size=PAGE, restricted_fd=fd, readonly=True)
+            machine.vm.set_user_memory_region(
+                slot=2,
+                guest_phys_addr=PRIVATE + 64 * MIB,
+                memory_size=PAGE,
+                restricted_fd=fd,
+                readonly=True,
+            )
             os.close(fd)
             machine.convert(PRIVATE + 64 * MIB, PAGE, private=True)
             machine.vm.launch_update(PRIVATE + 64 * MIB, b"a" * PAGE)
@@ -937,12 +1103,18 @@ def test_the_report_page_is_the_guest_s_and_not_the_owner_s(machine: Machine) ->
     assert errno_of(machine.vm.read_memory, guest_abi.REPORT_PAGE, 4) == EPERM
 
 
-def test_registers_and_memory_are_open_under_a_debug_policy_alone(service: Service, engine: str) -> None:
+def test_registers_and_memory_are_open_under_a_debug_policy_alone(
+    service: Service, engine: str
+) -> None:
     for debug in (False, True):
         with make_machine(service, engine, debug=debug) as machine:
             assert isinstance(machine.start("c7072a000000", CALL), Hypercall)  # mov dword [rdi], 42
             if not debug:
-                assert errno_of(machine.vm.read_memory, DATA, 4) == errno_of(machine.vcpu.get_regs) == EPERM
+                assert (
+                    errno_of(machine.vm.read_memory, DATA, 4)
+                    == errno_of(machine.vcpu.get_regs)
+                    == EPERM
+                )
                 continue
             assert machine.vm.read_memory(DATA, 4) == (42).to_bytes(4, "little")
             machine.vm.write_memory(DATA + 1, b"\1")
@@ -977,7 +1149,9 @@ def test_steps_over_ports(service: Service, engine: str) -> None:
         assert machine.vcpu.run() == exits.Debug(exits.SINGLE_STEP, SHARED + 5, exits.DR6_BS)
 
 
-def test_registers_changed_and_steps_begun_while_a_port_is_read(service: Service, engine: str) -> None:
+def test_registers_changed_and_steps_begun_while_a_port_is_read(
+    service: Service, engine: str
+) -> None:
     with make_machine(service, engine, debug=True) as machine:
         code = assembled("e481", "90", CALL)  # in al, 0x81; nop
         machine.window[: len(code)] = code

@@ -27,12 +27,15 @@ from test_engines import (
 
 pytestmark = pytest.mark.requires("fuse")
 
-#: What Linux's table lets a process load: user data, user code, and the segment whose limit is the processor's number.
+#: What Linux's table lets a process load: user data, user code, and the segment whose limit is the
+#: processor's number.
 HOST_SELECTORS: Final = (*range(0x28, 0x2C), *range(0x30, 0x34), *range(0x78, 0x7C))
-#: By key, the software engine's answers and the kernel engine's: sets of what may come, None where the guest goes on.
+#: By key, the software engine's answers and the kernel engine's: sets of what may come, None where
+#: the guest goes on.
 DIFFERENCES: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
     "iopl": {"software": ({0},), "kernel": ({0, 3},)},
-    # Those of GS, FS, ES, DS, SS and CS; which may be loaded; and what comes of a far return to the host's for user code.
+    # Those of GS, FS, ES, DS, SS and CS; which may be loaded; and what comes of a far return to the
+    # host's for user code.
     "selectors": {
         "software": ({"1b0023"}, [()], {Shutdown(13)}),
         "kernel": ({"2b0033", "1b0023"}, [(), HOST_SELECTORS], {None, Shutdown(13)}),
@@ -47,7 +50,10 @@ DIFFERENCES: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
         "kernel": ({Shutdown(13), exits.Unknown(ExitReason.INTERNAL_ERROR)},),
     },
     "base-not-canonical": {"software": ({None},), "kernel": ({Shutdown(6), Shutdown(13)},)},
-    "cmpxchg-upper-half": {"software": (5, 0x2222_2222), "kernel": (5 | 0xFFFF_FFFF << 32, 0x1111_1111_2222_2222)},
+    "cmpxchg-upper-half": {
+        "software": (5, 0x2222_2222),
+        "kernel": (5 | 0xFFFF_FFFF << 32, 0x1111_1111_2222_2222),
+    },
     "bit-scan-of-zero": {"software": (0xFFFF_FFFF,), "kernel": (0xFFFF_FFFF_FFFF_FFFF,)},
     "invalid-lock": {"software": (None,), "kernel": (Shutdown(6),)},
     "undefined-opcodes": {"software": (None, Shutdown(6)), "kernel": (Shutdown(6), None)},
@@ -55,8 +61,14 @@ DIFFERENCES: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
         "software": (None, Shutdown(6)),
         "kernel": (None, Shutdown(6)) if emulation.is_amd() else (Shutdown(6), None),
     },
-    "alignment": {"software": ({None}, {None}), "kernel": ({Shutdown(6), Shutdown(13)}, {None, Shutdown(17)})},
-    "sse-and-x87": {"software": ({None}, {None}, 0), "kernel": ({Shutdown(19)}, {Shutdown(6), Shutdown(13)}, 0xFFFF)},
+    "alignment": {
+        "software": ({None}, {None}),
+        "kernel": ({Shutdown(6), Shutdown(13)}, {None, Shutdown(17)}),
+    },
+    "sse-and-x87": {
+        "software": ({None}, {None}, 0),
+        "kernel": ({Shutdown(19)}, {Shutdown(6), Shutdown(13)}, 0xFFFF),
+    },
     "rotate-read-only": {
         "software": (MmioWrite(SHARED + MIB, 4, 2),),
         "kernel": (MemoryFault(0, SHARED + MIB, PAGE, EACCES),),
@@ -102,13 +114,19 @@ def service() -> Iterator[Service]:
         yield found
 
 
-@pytest.fixture(params=["software", pytest.param("kernel", marks=pytest.mark.requires("processor"))])
+@pytest.fixture(
+    params=["software", pytest.param("kernel", marks=pytest.mark.requires("processor"))]
+)
 def programs(service: Service, request: pytest.FixtureRequest) -> Programs:
     return Programs(service, request.param)
 
 
 def test_every_difference_has_its_row() -> None:
-    table = ENGINES_MD.read_text(encoding="utf-8").split("## What a guest sees of the processor")[1].split("\n## ")[0]
+    table = (
+        ENGINES_MD.read_text(encoding="utf-8")
+        .split("## What a guest sees of the processor")[1]
+        .split("\n## ")[0]
+    )
     rows = re.findall(r"^\| `([a-z0-9-]+)` \|.*\| `(\w+)` \|$", table, re.MULTILINE)
     assert sorted(key for key, _ in rows) == sorted(DIFFERENCES)
     assert [test for _, test in rows if test not in globals()] == []
@@ -163,12 +181,16 @@ def test_flags_at_the_start(programs: Programs) -> None:
     assert (flags & ~0x3000, later) == (0x246, 0x204ED7 | iopl << 12)
     assert iopl in programs.expect("iopl")[0]
     # cli; sti
-    assert [programs.run_shared(code, "f4") for code in ("fa", "fb")] == [Shutdown(13)] * 2 or iopl == 3
+    assert [programs.run_shared(code, "f4") for code in ("fa", "fb")] == [
+        Shutdown(13)
+    ] * 2 or iopl == 3
 
 
 def test_selectors(programs: Programs) -> None:
     found, more = programs.said(
-        *(f"48c1e710 8c{modrm} 6689c7" for modrm in ("c0", "d8", "d0", "c8")),  # shl rdi, 16; mov eax, es, ds, ss, cs; mov di, ax
+        *(
+            f"48c1e710 8c{modrm} 6689c7" for modrm in ("c0", "d8", "d0", "c8")
+        ),  # shl rdi, 16; mov eax, es, ds, ss, cs; mov di, ax
         *(f"48c1e610 8c{modrm} 6689c6" for modrm in ("e8", "e0")),  # the same to si, of gs and fs
     )
     shown, known, returned = programs.expect("selectors")
@@ -180,7 +202,9 @@ def test_selectors(programs: Programs) -> None:
             goes_on = selector == 0 or selector in loadable
             loaded = programs.end(f"b8{selector.to_bytes(4, 'little').hex()}", f"8e{modrm}")
             assert (loaded is None) is goes_on, f"{selector:#x}"
-    assert programs.end("6a33 488d0503000000 50 48cb") in returned  # push 0x33; lea rax, [rip + 3]; push rax; retf
+    assert (
+        programs.end("6a33 488d0503000000 50 48cb") in returned
+    )  # push 0x33; lea rax, [rip + 3]; push rax; retf
     # A null selector can be loaded to a data segment, and nothing else.
     assert programs.end("31c0 8ed8 8ec0 8ee0 8ee8") is None  # xor eax, eax; mov ds, eax; es; fs; gs
     for code in ("31c0 8ed0", "66b80800 8ed8", "66b81b00 8ed8"):  # ss of 0; ds of 8 and 0x1b
@@ -193,14 +217,19 @@ def selectors_known(programs: Programs) -> tuple[int, ...]:
         # xor ecx, ecx; 1: verr cx; setz [rbx + rcx]; inc ecx; cmp ecx, 65536; jne 1b
         code = "31c9 0f00e1 0f94040b ffc1 81f900000100 75ef"
         assert isinstance(machine.start("bb00000010", code, CALL), Hypercall)  # mov ebx, SHARED
-        return tuple(selector for selector, is_known in enumerate(machine.window[: 1 << 16]) if is_known)
+        return tuple(
+            selector for selector, is_known in enumerate(machine.window[: 1 << 16]) if is_known
+        )
 
 
 def test_descriptor_tables(programs: Programs) -> None:
     control, limits, known = programs.expect("descriptor-tables")
     for code, expected in (
         ("480f01e7 0f00ce", control),  # smsw rdi; str esi
-        ("0f0103 0f014b10 0fb73b 0fb77310", limits),  # sgdt [rbx]; sidt [rbx + 16]; movzx edi, [rbx]; esi, [rbx + 16]
+        (
+            "0f0103 0f014b10 0fb73b 0fb77310",
+            limits,
+        ),  # sgdt [rbx]; sidt [rbx + 16]; movzx edi, [rbx]; esi, [rbx + 16]
     ):
         assert (programs.end(code) or programs.said(code)) in expected
     for selector, wanted in zip((0x08, 0x23, 0x28), known, strict=True):
@@ -210,7 +239,10 @@ def test_descriptor_tables(programs: Programs) -> None:
 
 def test_x87_and_sse_at_the_start(programs: Programs) -> None:
     """As the ABI has it: long double has 64 bits, and nothing is raised."""
-    assert programs.said("d93b 0fae5b08 0fb73b 8b7308") == (0x37F, 0x1F80)  # fnstcw [rbx]; stmxcsr [rbx + 8]; load both
+    assert programs.said("d93b 0fae5b08 0fb73b 8b7308") == (
+        0x37F,
+        0x1F80,
+    )  # fnstcw [rbx]; stmxcsr [rbx + 8]; load both
     # fld1; mov dword [rbx], 3; fidiv dword [rbx]; fstp tbyte [rbx]; mov rdi, [rbx]
     assert programs.said("d9e8 c70303000000 da33 db3b 488b3b")[0] == 0xAAAA_AAAA_AAAA_AAAB
     # fldcw of 0x37b; fld1; fldz; fdivp; fwait
@@ -231,14 +263,23 @@ def test_the_processor(programs: Programs) -> None:
     if programs.engine == "software":
         # mov eax, 7; xor ecx, ecx; cpuid; mov edi, ebx; after that rbx is nobody's
         features, _ = programs.said("b807000000 31c9 0fa2 89df")
-        for bit, code in ((19, "660f38f6c0"), (5, "c5fc58c0"), (23, "660fae3b"), (24, "660fae33")):  # adcx, vaddps, clflushopt, clwb
+        for bit, code in (
+            (19, "660f38f6c0"),
+            (5, "c5fc58c0"),
+            (23, "660fae3b"),
+            (24, "660fae33"),
+        ):  # adcx, vaddps, clflushopt, clwb
             assert (features >> bit & 1, programs.end(code)) == (0, Shutdown(6))
 
 
 def test_the_upper_half_of_cmpxchg(programs: Programs) -> None:
     equal, unequal = programs.expect("cmpxchg-upper-half")
-    setup = "48b805000000ffffffff 48be2222222211111111 b909000000"  # mov rax, …; mov rsi, …; mov ecx, 9
-    assert programs.said(setup, "c70305000000 0fb10b 4889c7")[0] == equal  # mov dword [rbx], 5; cmpxchg [rbx], ecx; mov rdi, rax
+    setup = (
+        "48b805000000ffffffff 48be2222222211111111 b909000000"  # mov rax, …; mov rsi, …; mov ecx, 9
+    )
+    assert (
+        programs.said(setup, "c70305000000 0fb10b 4889c7")[0] == equal
+    )  # mov dword [rbx], 5; cmpxchg [rbx], ecx; mov rdi, rax
     assert programs.said(setup, "0fb1ce")[1] == unequal  # cmpxchg esi, ecx
 
 
@@ -248,7 +289,9 @@ def test_bit_scan_of_zero(programs: Programs) -> None:
         assert programs.said("48c7c7ffffffff", f"{opcode}fe")[0] == expected
 
 
-@pytest.mark.parametrize("code", ["f08903", "f0d123", "f00f9203", "f0480fba2301", "f0f70301000000", "f087c1", "f050"])
+@pytest.mark.parametrize(
+    "code", ["f08903", "f0d123", "f00f9203", "f0480fba2301", "f0f70301000000", "f087c1", "f050"]
+)
 def test_lock_on_what_cannot_be_locked(programs: Programs, code: str) -> None:
     """A store, a shift, SETcc, BT, TEST, XCHG of registers, PUSH."""
     assert programs.end(code) == programs.expect("invalid-lock")[0]
@@ -278,7 +321,12 @@ def test_int1_and_rdpmc(programs: Programs) -> None:
 
 def test_alignment(programs: Programs) -> None:
     aligned, checked = programs.expect("alignment")
-    for code in ("0f284301", "660f7f4301", "660fe74308", "660ffe4304"):  # movaps, movdqa, movntdq, paddd
+    for code in (
+        "0f284301",
+        "660f7f4301",
+        "660fe74308",
+        "660ffe4304",
+    ):  # movaps, movdqa, movntdq, paddd
         assert programs.end(code) in aligned
     # pushf; or dword [rsp], AC; popf; mov rax, [rbx + 1]
     assert programs.end("9c 810c2400000400 9d 488b4301") in checked
@@ -286,22 +334,36 @@ def test_alignment(programs: Programs) -> None:
 
 def test_rotate_in_read_only_memory(programs: Programs) -> None:
     """RCL of 1, with CF set, is 3; on the software engine CF is lost when the store is found to be MMIO."""
-    with make_machine(programs.service, programs.engine) as machine, shared_memory(PAGE) as (fd, mapping):
+    with (
+        make_machine(programs.service, programs.engine) as machine,
+        shared_memory(PAGE) as (fd, mapping),
+    ):
         mapping[0] = 1
-        machine.vm.set_user_memory_region(slot=2, guest_phys_addr=SHARED + MIB, memory_size=PAGE, shared_fd=fd, readonly=True)
+        machine.vm.set_user_memory_region(
+            slot=2, guest_phys_addr=SHARED + MIB, memory_size=PAGE, shared_fd=fd, readonly=True
+        )
         machine.convert(SHARED + MIB, PAGE, private=False)
-        exit_ = machine.start("bb00001010", "f9", "d113")  # mov ebx, SHARED + MIB; stc; rcl dword [rbx], 1
+        exit_ = machine.start(
+            "bb00001010", "f9", "d113"
+        )  # mov ebx, SHARED + MIB; stc; rcl dword [rbx], 1
         assert exit_ == programs.expect("rotate-read-only")[0]
 
 
-@pytest.mark.parametrize(("store", "key"), [("488943fc", None), ("0f1143f8", "partial-stores")])  # mov [rbx - 4], rax; movups
+@pytest.mark.parametrize(
+    ("store", "key"), [("488943fc", None), ("0f1143f8", "partial-stores")]
+)  # mov [rbx - 4], rax; movups
 def test_a_store_across_two_pages(programs: Programs, store: str, key: str | None) -> None:
     """Its second page cannot be had; what is on the first, then. Of 8 bytes none is stored, everywhere."""
     with make_machine(programs.service, programs.engine, debug=True) as machine:
         page = PRIVATE + 4 * MIB
         missing = missing_page(machine, page, b"")
         # mov ebx, page; mov rax, -1; pcmpeqd xmm0, xmm0
-        assert machine.start(f"bb{page.to_bytes(4, 'little').hex()}", "48c7c0ffffffff", "660f76c0", store, CALL) == missing
+        assert (
+            machine.start(
+                f"bb{page.to_bytes(4, 'little').hex()}", "48c7c0ffffffff", "660f76c0", store, CALL
+            )
+            == missing
+        )
         there = machine.vm.read_memory(page - 8, 8)
         assert there == (programs.expect(key)[0] if key else bytes(8))
         machine.convert(page, PAGE, private=True)

@@ -11,7 +11,22 @@ import socket
 import subprocess
 import sys
 import uuid
-from errno import EAGAIN, EBADF, ECHILD, EEXIST, EFAULT, EINVAL, EMFILE, ENFILE, ENODEV, ENOENT, ENOMEM, ENOSYS, EOPNOTSUPP, EOVERFLOW
+from errno import (
+    EAGAIN,
+    EBADF,
+    ECHILD,
+    EEXIST,
+    EFAULT,
+    EINVAL,
+    EMFILE,
+    ENFILE,
+    ENODEV,
+    ENOENT,
+    ENOMEM,
+    ENOSYS,
+    EOPNOTSUPP,
+    EOVERFLOW,
+)
 from pathlib import Path
 
 import pytest
@@ -34,7 +49,9 @@ FUSE_MAGIC = 0x65735546
 
 
 def test_a_descriptor_is_the_lowest_free_and_stays_open_across_exec() -> None:
-    found = said("before = opened(); fd = call(0); print((before, fd, os.get_inheritable(fd), os.fstat(fd).st_size))")
+    found = said(
+        "before = opened(); fd = call(0); print((before, fd, os.get_inheritable(fd), os.fstat(fd).st_size))"
+    )
     # The listing itself has one open.
     assert found == ([0, 1, 2, 3], 3, True, 0)
 
@@ -50,7 +67,10 @@ def test_what_stands_in_other_registers_does_not_matter() -> None:
 
 
 def test_unknown_flags_take_no_descriptor() -> None:
-    assert said("print(([call(flags) for flags in (1, 4, 0x80000000, 0xFFFFFFFF)], opened()))") == ([-EINVAL] * 4, [0, 1, 2, 3])
+    assert said("print(([call(flags) for flags in (1, 4, 0x80000000, 0xFFFFFFFF)], opened()))") == (
+        [-EINVAL] * 4,
+        [0, 1, 2, 3],
+    )
 
 
 def test_a_table_that_is_full() -> None:
@@ -69,8 +89,12 @@ def test_doctor_says_where_the_call_is_present() -> None:
     doctor = [sys.executable, "-m", "restrictedmem", "doctor", "--json"]
     states: list[str] = []
     for command in (doctor, [*EXEC, "--", *doctor]):
-        findings = json.loads(subprocess.run(command, check=False, capture_output=True, timeout=60).stdout)["findings"]
-        states.append({finding["name"]: finding["state"] for finding in findings}["memfd_restricted(2)"])
+        findings = json.loads(
+            subprocess.run(command, check=False, capture_output=True, timeout=60).stdout
+        )["findings"]
+        states.append(
+            {finding["name"]: finding["state"] for finding in findings}["memfd_restricted(2)"]
+        )
     assert states == ["no", "yes"]
 
 
@@ -85,17 +109,32 @@ def test_another_number() -> None:
     ("options", "message"),
     [
         (["--syscall-number", "-1"], "argument --syscall-number: -1 is not a system call's number"),
-        (["--syscall-number", "0x1c3"], "argument --syscall-number: 0x1c3 is not a system call's number"),
-        (["--syscall-number", str(1 << 30)], f"argument --syscall-number: {1 << 30} is not a system call's number"),
-        (["--syscall-number", "9"], "argument --syscall-number: 9 may be another system call's: take one from 451 on"),
-        (["--memory-max", "1Q"], "argument --memory-max: not a size: '1Q' (write 4096, 64K, 64M or 1G)"),
+        (
+            ["--syscall-number", "0x1c3"],
+            "argument --syscall-number: 0x1c3 is not a system call's number",
+        ),
+        (
+            ["--syscall-number", str(1 << 30)],
+            f"argument --syscall-number: {1 << 30} is not a system call's number",
+        ),
+        (
+            ["--syscall-number", "9"],
+            "argument --syscall-number: 9 may be another system call's: take one from 451 on",
+        ),
+        (
+            ["--memory-max", "1Q"],
+            "argument --memory-max: not a size: '1Q' (write 4096, 64K, 64M or 1G)",
+        ),
         ([], "the following arguments are required: PROG, ARG"),
     ],
 )
 def test_a_wrong_command_line(options: list[str], message: str) -> None:
     program = ["--", "true"] if options else []
     done = subprocess.run([*EXEC, *options, *program], check=False, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, f"error: {message}\nhint: restrictedmem exec --help\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"error: {message}\nhint: restrictedmem exec --help\n",
+    )
 
 
 # cachestat, whose number it is.
@@ -120,7 +159,9 @@ def _has_cachestat() -> bool:
 @pytest.mark.skipif(not _has_cachestat(), reason="Linux before 6.5 has no cachestat")
 def test_cachestat_is_what_it_is_outside() -> None:
     code = CACHESTAT + "os.pread(fd, 1 << 20, 0); print((call(fd, at, to, 0), list(result)))"
-    outside = subprocess.run([sys.executable, "-c", PRELUDE + code], capture_output=True, text=True, check=True).stdout
+    outside = subprocess.run(
+        [sys.executable, "-c", PRELUDE + code], capture_output=True, text=True, check=True
+    ).stdout
     status, result = eval(outside)
     assert (status, result[-1]) == (0, 7)
     assert said(code) == (status, result)
@@ -243,7 +284,9 @@ def test_what_is_mounted_over_proc_later_is_not_looked_at() -> None:
     assert (done.stdout, done.stderr) == (f"{(0, MAGIC)}\n", "")
 
 
-@pytest.mark.parametrize("protection", [0, mmap.PROT_READ, mmap.PROT_READ | mmap.PROT_EXEC], ids=["none", "read", "text"])
+@pytest.mark.parametrize(
+    "protection", [0, mmap.PROT_READ, mmap.PROT_READ | mmap.PROT_EXEC], ids=["none", "read", "text"]
+)
 def test_it_writes_nothing_that_the_program_may_not_write(protection: int) -> None:
     """The second of two pages is protected; the struct begins there, and before it."""
     code = (
@@ -260,8 +303,12 @@ def test_it_writes_nothing_that_the_program_may_not_write(protection: int) -> No
 
 
 @pytest.mark.requires("root")
-@pytest.mark.parametrize(("dumpable", "expected"), [(1, (MAGIC, ENODEV, 0)), (0, (FUSE_MAGIC, 0, signal.SIGBUS))])
-def test_where_nobody_may_look_into_the_program_the_file_system_answers(dumpable: int, expected: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(
+    ("dumpable", "expected"), [(1, (MAGIC, ENODEV, 0)), (0, (FUSE_MAGIC, 0, signal.SIGBUS))]
+)
+def test_where_nobody_may_look_into_the_program_the_file_system_answers(
+    dumpable: int, expected: tuple[int, int, int]
+) -> None:
     """An ordinary user's supervisor is refused what Yama would refuse it, too; who maps the file so, or by a race, finds no data in it."""
     code = (
         "from restrictedmem.abi import process\n"
@@ -282,9 +329,17 @@ def test_where_nobody_may_look_into_the_program_the_file_system_answers(dumpable
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["/no/such/program"], 127, "restrictedmem exec: /no/such/program: No such file or directory\n"),
+        (
+            ["/no/such/program"],
+            127,
+            "restrictedmem exec: /no/such/program: No such file or directory\n",
+        ),
         ([""], 127, "restrictedmem exec: '': No such file or directory\n"),
-        (["/no\x1b[31m\nx"], 127, "restrictedmem exec: /no\\x1b[31m\\nx: No such file or directory\n"),
+        (
+            ["/no\x1b[31m\nx"],
+            127,
+            "restrictedmem exec: /no\\x1b[31m\\nx: No such file or directory\n",
+        ),
         (["/etc/passwd"], 126, "restrictedmem exec: /etc/passwd: Permission denied\n"),
         (["sh", "-c", "exit 7"], 7, ""),
         (["sh", "-c", "kill -TERM $$"], -signal.SIGTERM, ""),
@@ -292,12 +347,16 @@ def test_where_nobody_may_look_into_the_program_the_file_system_answers(dumpable
     ],
 )
 def test_the_status_is_the_programs(arguments: list[str], status: int, message: str) -> None:
-    found = subprocess.run([*EXEC, "--", *arguments], check=False, capture_output=True, text=True, timeout=60)
+    found = subprocess.run(
+        [*EXEC, "--", *arguments], check=False, capture_output=True, text=True, timeout=60
+    )
     assert (found.returncode, found.stderr) == (status, message)
 
 
 def test_the_process_and_its_children_are_the_programs() -> None:
-    process = under("print((os.getpid(), os.getpgid(0), os.getsid(0)))\ntry: os.wait()\nexcept ChildProcessError: print('none')")
+    process = under(
+        "print((os.getpid(), os.getpgid(0), os.getsid(0)))\ntry: os.wait()\nexcept ChildProcessError: print('none')"
+    )
     out, _ = process.communicate(timeout=60)
     assert out == f"({process.pid}, {os.getpgid(0)}, {os.getsid(0)})\nnone\n"
 
@@ -353,7 +412,8 @@ def test_threads_and_children_call_at_once() -> None:
 
 
 def test_signals_lose_no_descriptor_and_double_none() -> None:
-    # With SA_RESTART: until the supervisor has heard of it, a call can be interrupted like any that waits.
+    # With SA_RESTART: until the supervisor has heard of it, a call can be interrupted like any that
+    # waits.
     code = """
 import signal
 ticks = []
@@ -416,7 +476,10 @@ def test_a_call_that_waits_when_the_supervisor_is_killed_is_not_there_either() -
             stop(supervisor)
             process.stdin.write("go\n")
             process.stdin.flush()
-            wait_until(lambda: Path(f"/proc/{pid}/syscall").read_text().startswith("451 "), "the call to wait")
+            wait_until(
+                lambda: Path(f"/proc/{pid}/syscall").read_text().startswith("451 "),
+                "the call to wait",
+            )
         finally:
             os.kill(supervisor, signal.SIGKILL)
         out, err = process.communicate(timeout=60)
@@ -424,7 +487,9 @@ def test_a_call_that_waits_when_the_supervisor_is_killed_is_not_there_either() -
 
 
 def test_vfork_and_a_chain_of_execs() -> None:
-    inner = "import ctypes, os; fd = ctypes.CDLL(None).syscall(451, 0); print(fd, os.fstat(fd).st_size)"
+    inner = (
+        "import ctypes, os; fd = ctypes.CDLL(None).syscall(451, 0); print(fd, os.fstat(fd).st_size)"
+    )
     code = (
         f"command = ['sh', '-c', 'exec env exec=1 nice \"$0\" -c \"$1\"', sys.executable, {inner!r}]\n"
         # Without pass_fds and the like, subprocess and posix_spawn use vfork.
@@ -440,7 +505,9 @@ def test_vfork_and_a_chain_of_execs() -> None:
 def test_what_keeps_the_service_from_starting_is_the_calls_errno() -> None:
     expected = as_user(lambda: outcome(Service.start), fuse=False)
     assert isinstance(expected, Errno)
-    out, err = as_user(lambda: under("print([call(0), call(0), call(1)])").communicate(timeout=60), fuse=False)
+    out, err = as_user(
+        lambda: under("print([call(0), call(0), call(1)])").communicate(timeout=60), fuse=False
+    )
     assert eval(out) == [-expected.number, -expected.number, -EINVAL]
     assert err.startswith("restrictedmem exec: no descriptor can be made: start: ")
     assert err.count("\n") == 1
@@ -451,7 +518,10 @@ def test_what_keeps_the_service_from_starting_is_said_once() -> None:
     process = under(code, environment={"RESTRICTEDMEM_SERVER": "/nonexistent"})
     out, err = process.communicate(timeout=60)
     assert out == f"{[-ENOENT, -ENOENT]}\n"
-    assert err == "restrictedmem exec: no descriptor can be made: /nonexistent: connect: No such file or directory\n"
+    assert (
+        err
+        == "restrictedmem exec: no descriptor can be made: /nonexistent: connect: No such file or directory\n"
+    )
 
 
 def _said_of_a_limit(limit: int, soft: int, hard: int) -> None:
@@ -462,14 +532,21 @@ def _said_of_a_limit(limit: int, soft: int, hard: int) -> None:
     def lower() -> None:
         resource.setrlimit(limit, (soft, hard))
 
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, preexec_fn=lower)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=60, preexec_fn=lower
+    )
     line, *more = done.stderr.splitlines() or [""]
     if done.returncode:
         assert (done.returncode, done.stdout) == (1, "")
-        assert re.fullmatch(r"error: (/\S+: )?exec: .* \(the supervisor cannot start(: \w+)?\)", line), done.stderr
+        assert re.fullmatch(
+            r"error: (/\S+: )?exec: .* \(the supervisor cannot start(: \w+)?\)", line
+        ), done.stderr
         assert ["ulimit" in hint for hint in more] == [True], done.stderr
     elif int(done.stdout) < 0:
-        assert re.fullmatch(r"restrictedmem exec: no descriptor can be made: (/\S+: )?(start|pthread_create): .*", line), done.stderr
+        assert re.fullmatch(
+            r"restrictedmem exec: no descriptor can be made: (/\S+: )?(start|pthread_create): .*",
+            line,
+        ), done.stderr
         assert not more, done.stderr
         assert int(done.stdout) in (-EMFILE, -EAGAIN)
     else:
@@ -483,7 +560,17 @@ def test_a_limit_on_descriptors_is_said(hard: int) -> None:
 
 def test_a_soft_limit_on_descriptors_is_the_programs_alone() -> None:
     code = "found = call(0); print((found, resource.getrlimit(resource.RLIMIT_NOFILE)[0]))"
-    command = ["sh", "-c", 'ulimit -Sn 8 && exec "$@"', "sh", *EXEC, "--", sys.executable, "-c", PRELUDE + code]
+    command = [
+        "sh",
+        "-c",
+        'ulimit -Sn 8 && exec "$@"',
+        "sh",
+        *EXEC,
+        "--",
+        sys.executable,
+        "-c",
+        PRELUDE + code,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (done.stdout, done.stderr) == ("(3, 8)\n", "")
 
@@ -500,14 +587,22 @@ def test_a_limit_on_processes_is_said(most: int) -> None:
 def test_what_keeps_the_supervisor_from_starting_is_said() -> None:
     start = 'mount -t tmpfs none /dev && exec "$@"'
     done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", start, "sh", *EXEC, "--", "echo", "run"], check=False, capture_output=True, text=True
+        ["unshare", "-m", "sh", "-c", start, "sh", *EXEC, "--", "echo", "run"],
+        check=False,
+        capture_output=True,
+        text=True,
     )
     line = "error: /dev/null: exec: No such file or directory (the supervisor cannot start: open)\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", line)
 
 
-@pytest.mark.parametrize(("told", "expected"), [(None, Errno(ECHILD)), ((EMFILE, "", None), Errno(EMFILE)), (launch._READY, None)])
-def test_what_a_supervisor_said_is_heard_though_it_took_no_listener(told: "launch._Told | None", expected: object) -> None:
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [(None, Errno(ECHILD)), ((EMFILE, "", None), Errno(EMFILE)), (launch._READY, None)],
+)
+def test_what_a_supervisor_said_is_heard_though_it_took_no_listener(
+    told: "launch._Told | None", expected: object
+) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours:
         with theirs:
@@ -519,10 +614,23 @@ def test_what_a_supervisor_said_is_heard_though_it_took_no_listener(told: "launc
 
 def test_what_keeps_the_first_descriptor_from_being_made_is_said_once() -> None:
     """The service has started, and has no descriptor left to make a file with."""
-    command = ["sh", "-c", 'ulimit -n 256 && exec "$@"', "sh", *EXEC, "--", sys.executable, "-c", PRELUDE + "print([call(0), call(0)])"]
+    command = [
+        "sh",
+        "-c",
+        'ulimit -n 256 && exec "$@"',
+        "sh",
+        *EXEC,
+        "--",
+        sys.executable,
+        "-c",
+        PRELUDE + "print([call(0), call(0)])",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == f"{[-ENFILE, -ENFILE]}\n"
-    assert done.stderr == "restrictedmem exec: no descriptor can be made: memfd_restricted: Too many open files in system\n"
+    assert (
+        done.stderr
+        == "restrictedmem exec: no descriptor can be made: memfd_restricted: Too many open files in system\n"
+    )
 
 
 def test_what_a_full_table_of_the_caller_refuses_is_not_said() -> None:
@@ -532,15 +640,32 @@ def test_what_a_full_table_of_the_caller_refuses_is_not_said() -> None:
 
 
 def test_a_limit_on_file_sizes_is_no_limit_on_descriptors() -> None:
-    code = PRELUDE + "fd = call(0); os.ftruncate(fd, 4096); os.posix_fallocate(fd, 0, 4096); print(fd, call(2))"
-    command = ["sh", "-c", 'ulimit -f 4000 && exec "$@"', "sh", *EXEC, "--", sys.executable, "-c", code]
+    code = (
+        PRELUDE
+        + "fd = call(0); os.ftruncate(fd, 4096); os.posix_fallocate(fd, 0, 4096); print(fd, call(2))"
+    )
+    command = [
+        "sh",
+        "-c",
+        'ulimit -f 4000 && exec "$@"',
+        "sh",
+        *EXEC,
+        "--",
+        sys.executable,
+        "-c",
+        code,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (done.stdout, done.stderr) == ("3 4\n", "")
 
 
-@pytest.mark.parametrize("first", ["call(0)", "Service.connect(os.environ['RESTRICTEDMEM_SERVER'])"])
+@pytest.mark.parametrize(
+    "first", ["call(0)", "Service.connect(os.environ['RESTRICTEDMEM_SERVER'])"]
+)
 def test_standard_error_is_kept_no_longer_than_until_descriptors_can_be_made(first: str) -> None:
-    with under(f"from restrictedmem.service.client import Service; {first}; os.close(2); input()") as process:
+    with under(
+        f"from restrictedmem.service.client import Service; {first}; os.close(2); input()"
+    ) as process:
         assert process.stderr is not None
         assert process.stderr.read() == ""
         assert process.poll() is None
@@ -550,7 +675,17 @@ def test_standard_error_is_kept_no_longer_than_until_descriptors_can_be_made(fir
 def test_an_inherited_descriptor_above_the_limit_is_the_programs_alone() -> None:
     """Who waits for the end of a pipe waits for the program, whatever number the pipe has there, and whatever the limit is by now."""
     code = "call(0); os.close(700); input()"
-    command = ["sh", "-c", 'ulimit -Sn 100 && exec "$@"', "sh", *EXEC, "--", sys.executable, "-c", PRELUDE + code]
+    command = [
+        "sh",
+        "-c",
+        'ulimit -Sn 100 && exec "$@"',
+        "sh",
+        *EXEC,
+        "--",
+        sys.executable,
+        "-c",
+        PRELUDE + code,
+    ]
     reader, writer = os.pipe()
     with open(reader, "rb") as pipe:
         os.dup2(writer, 700, inheritable=True)
@@ -566,7 +701,17 @@ def test_an_inherited_descriptor_above_the_limit_is_the_programs_alone() -> None
 def test_a_service_that_is_full_says_so() -> None:
     # Its descriptors are as many as its hard limit lets it have, less what it keeps for itself.
     code = "found = [call(0) for _ in range(100)]; print((found.index(-errno.ENFILE), {fd for fd in found if fd < 0}, call(0)))"
-    command = ["sh", "-c", 'ulimit -n 300 && exec "$@"', "sh", *EXEC, "--", sys.executable, "-c", PRELUDE + code]
+    command = [
+        "sh",
+        "-c",
+        'ulimit -n 300 && exec "$@"',
+        "sh",
+        *EXEC,
+        "--",
+        sys.executable,
+        "-c",
+        PRELUDE + code,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert eval(done.stdout) == (300 - 256, {-ENFILE}, -ENFILE)
 
@@ -603,10 +748,17 @@ def test_the_filter_stops_what_it_must() -> None:
         for table in tables:
             assert judged(machine, table.arch, 451) == stop
             assert judged(machine, table.arch, table.fstatfs) == stop
-            assert [judged(machine, table.arch, table.mmap, flags) for flags in (0x02, 0x12, 0x4002)] == [stop] * 3
-            assert [judged(machine, table.arch, table.mmap, flags) for flags in (0x01, 0x03, 0x22, 0x802)] == [allow] * 4
+            assert [
+                judged(machine, table.arch, table.mmap, flags) for flags in (0x02, 0x12, 0x4002)
+            ] == [stop] * 3
+            assert [
+                judged(machine, table.arch, table.mmap, flags)
+                for flags in (0x01, 0x03, 0x22, 0x802)
+            ] == [allow] * 4
             assert judged(machine, table.arch, 0) == allow
-            assert table.old_mmap is None or judged(machine, table.arch, table.old_mmap, 0x22) == stop
+            assert (
+                table.old_mmap is None or judged(machine, table.arch, table.old_mmap, 0x22) == stop
+            )
         assert judged(machine, 0xDEAD, 451) == allow
     x86 = seccomp.AUDIT_ARCH["x86_64"]
     assert judged("x86_64", x86, 451 | seccomp.X32_BIT) == seccomp.SECCOMP_RET_ERRNO | ENOSYS

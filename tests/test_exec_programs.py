@@ -34,7 +34,19 @@ def built(tmp_path: Path, command: Sequence[str | Path]) -> Path:
 
 
 def compiled(tmp_path: Path, *words: str | Path) -> Path:
-    return built(tmp_path, [shutil.which("cc") or "gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", tmp_path / "program", *words])
+    return built(
+        tmp_path,
+        [
+            shutil.which("cc") or "gcc",
+            "-O2",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-o",
+            tmp_path / "program",
+            *words,
+        ],
+    )
 
 
 # In C, on i386, in Go.
@@ -73,10 +85,16 @@ out = storm({MANY})
 print((out, service.status()["usage"]["created"] - created, [after - was for was, after in zip(before, sizes())]))
 """
     out, created, (supervisor, service, descriptors) = said(
-        code, "--json", str(tmp_path / "report"), environment={"MARK": f"{tmp_path}-storm"}, patience=300
+        code,
+        "--json",
+        str(tmp_path / "report"),
+        environment={"MARK": f"{tmp_path}-storm"},
+        patience=300,
     )
     assert (out, created) == ("failed 0, left open 0, interrupted often\n", MANY)
-    assert (max(supervisor, service) < 1024, descriptors) == (True, 0), f"grew by {supervisor} and {service} KiB"
+    assert (max(supervisor, service) < 1024, descriptors) == (True, 0), (
+        f"grew by {supervisor} and {service} KiB"
+    )
 
 
 @pytest.mark.requires("cc")
@@ -92,7 +110,11 @@ def test_sixty_four_threads(tmp_path: Path) -> None:
         "100",
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "failed 0, left open 0, interrupted often\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        0,
+        "failed 0, left open 0, interrupted often\n",
+        "",
+    )
     assert json.loads((tmp_path / "report").read_text())["created"] == 6400
 
 
@@ -102,7 +124,10 @@ def test_a_go_program(tmp_path: Path) -> None:
     shutil.copy(PROGRAMS / "storm.go", tmp_path)
     program = built(tmp_path, ["go", "build", "-o", tmp_path / "program", "storm.go"])
     done = subprocess.run(
-        [*EXEC, "--json", str(tmp_path / "report"), "--", str(program), str(MANY)], capture_output=True, text=True, check=False
+        [*EXEC, "--json", str(tmp_path / "report"), "--", str(program), str(MANY)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, done.stderr, done.stdout.split(",")[0]) == (0, "", "failed 0")
     assert json.loads((tmp_path / "report").read_text())["created"] == MANY
@@ -111,19 +136,38 @@ def test_a_go_program(tmp_path: Path) -> None:
 @pytest.mark.requires("i386")
 def test_an_i386_program(tmp_path: Path) -> None:
     program = compiled(tmp_path, *I386, PROGRAMS / "i386.c")
-    done = subprocess.run([*EXEC, "--", program], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        [*EXEC, "--", program], capture_output=True, text=True, check=False, timeout=60
+    )
     fd, bad, mapped, *rest = map(int, done.stdout.split())
     assert (fd, bad, mapped, done.returncode) == (3, -22, -19, 0)
     assert rest[:5] == [0, MAGIC, 0, MAGIC, -22]
-    # The first mmap: memory, a file, memory in spite of the descriptor; the descriptor; arguments that cannot be read.
+    # The first mmap: memory, a file, memory in spite of the descriptor; the descriptor; arguments
+    # that cannot be read.
     assert rest[5:] == [0, 0, 0, -19, -19, -19, -14, -14]
 
 
 @pytest.mark.requires("cc")
-@pytest.mark.parametrize("engine", ["software", pytest.param("kernel", marks=pytest.mark.requires("kvm"))])
-def test_a_vmm_in_c_runs_a_guest_on_a_descriptor_of_the_system_call(tmp_path: Path, engine: str) -> None:
-    vmm = compiled(tmp_path, "-I", ROOT / "guests" / "include", ROOT / "clients" / "c" / "vmm.c", "-pthread")
-    command = [*EXEC, "--json", str(tmp_path / "report"), "--", str(vmm), "-x", "-e", engine, str(guests.path("sha256"))]
+@pytest.mark.parametrize(
+    "engine", ["software", pytest.param("kernel", marks=pytest.mark.requires("kvm"))]
+)
+def test_a_vmm_in_c_runs_a_guest_on_a_descriptor_of_the_system_call(
+    tmp_path: Path, engine: str
+) -> None:
+    vmm = compiled(
+        tmp_path, "-I", ROOT / "guests" / "include", ROOT / "clients" / "c" / "vmm.c", "-pthread"
+    )
+    command = [
+        *EXEC,
+        "--json",
+        str(tmp_path / "report"),
+        "--",
+        str(vmm),
+        "-x",
+        "-e",
+        engine,
+        str(guests.path("sha256")),
+    ]
     done = subprocess.run(command, input=b"abc", capture_output=True, check=False, timeout=60)
     digest = b"ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert (done.returncode, done.stdout.split()[0]) == (0, digest), done.stderr
@@ -133,7 +177,8 @@ def test_a_vmm_in_c_runs_a_guest_on_a_descriptor_of_the_system_call(tmp_path: Pa
 # From distributions' packages.
 
 SIZE = 65536
-#: Descriptor 3 is restricted. What each says of it is what it says of a guest_memfd, or else the words beside it.
+#: Descriptor 3 is restricted. What each says of it is what it says of a guest_memfd, or else the
+#: words beside it.
 COMMANDS: dict[str, str | None] = {
     "stat -c %s - <&3": None,
     "stat -L -c %F /dev/fd/3": None,
@@ -171,7 +216,15 @@ COMMANDS: dict[str, str | None] = {
 def says(command: str, fd: int) -> tuple[int, str]:
     """Return what a shell's command says, and its status, as another process whose descriptor 3 is this one."""
     words = ["bash", "-c", f"exec 3<&{fd}; {command}"]
-    done = subprocess.run(words, pass_fds=[fd], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        words,
+        pass_fds=[fd],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -230,13 +283,29 @@ print((done.returncode, done.stderr))
 def test_a_program_of_another_c_library(tmp_path: Path) -> None:
     """Its loader maps libraries without MAP_DENYWRITE: with a supervisor they stop there and go on, without one they are not loaded."""
     (tmp_path / "three.c").write_text("int three(void) { return 3; }\n")
-    (tmp_path / "program.c").write_text("int syscall(), three();\nint main() { return syscall(451, 0) != three(); }\n")
+    (tmp_path / "program.c").write_text(
+        "int syscall(), three();\nint main() { return syscall(451, 0) != three(); }\n"
+    )
     built(tmp_path, ["musl-gcc", "-shared", "-fPIC", "-o", "libthree.so", "three.c"])
-    program = built(tmp_path, ["musl-gcc", "-w", "-o", "program", "program.c", "-L.", "-lthree", f"-Wl,-rpath,{tmp_path}"])
+    program = built(
+        tmp_path,
+        [
+            "musl-gcc",
+            "-w",
+            "-o",
+            "program",
+            "program.c",
+            "-L.",
+            "-lthree",
+            f"-Wl,-rpath,{tmp_path}",
+        ],
+    )
     script = f"{program}; echo $?; read supervisor; {program} 2>/dev/null; echo $?"
     mark = f"{tmp_path}-musl"
     command, pipe = [*EXEC, "--", "sh", "-c", script], subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env={**os.environ, "MARK": mark}) as process:
+    with subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, text=True, env={**os.environ, "MARK": mark}
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "0\n"
         kill_supervisor_of(mark)

@@ -23,7 +23,14 @@ from waiting import wait_until
 
 pytestmark = pytest.mark.requires("fuse", "seccomp")
 
-NOTHING = {"created": 0, "sized": 0, "sized_bytes": 0, "punched": 0, "punched_bytes": 0, "peak_bytes": 0}
+NOTHING = {
+    "created": 0,
+    "sized": 0,
+    "sized_bytes": 0,
+    "punched": 0,
+    "punched_bytes": 0,
+    "peak_bytes": 0,
+}
 PAGE = 4096
 PR_CAPBSET_DROP, CAP_KILL = 24, 5
 
@@ -52,7 +59,13 @@ os.wait(); sys.exit(3)
     program = [sys.executable, "-c", PRELUDE + code]
     bytes_ = {"sized_bytes": 3 << 20, "punched_bytes": 4 * PAGE, "peak_bytes": 8 * PAGE}
     counts = {"created": 3, "sized": 2, "punched": 1}
-    assert reported(tmp_path / "report") == {"program": program, "status": 3, "signal": None, **counts, **bytes_}
+    assert reported(tmp_path / "report") == {
+        "program": program,
+        "status": 3,
+        "signal": None,
+        **counts,
+        **bytes_,
+    }
 
 
 def test_what_was_refused_is_not_counted(tmp_path: Path) -> None:
@@ -69,7 +82,14 @@ print(refused, punch(0, 4096))
 """
     process = under(code, "--memory-max", "8K", "--json", str(tmp_path / "report"))
     assert process.communicate(timeout=60) == ("(-22, -1, -1, -1, -1, -1, -1, -1, -1) 0\n", "")
-    counts = {"created": 1, "sized": 1, "sized_bytes": PAGE, "punched": 1, "punched_bytes": PAGE, "peak_bytes": 0}
+    counts = {
+        "created": 1,
+        "sized": 1,
+        "sized_bytes": PAGE,
+        "punched": 1,
+        "punched_bytes": PAGE,
+        "peak_bytes": 0,
+    }
     assert reported(tmp_path / "report").items() >= counts.items()
 
 
@@ -85,19 +105,41 @@ print(os.ftruncate(call(0), 4096), call(0), call(0))
 
 
 @pytest.mark.parametrize(
-    "options", [["--api", "v9"], ["--memory-max", "4K"], ["--no-cachestat"], ["--syscall-number", "451"]], ids=" ".join
+    "options",
+    [["--api", "v9"], ["--memory-max", "4K"], ["--no-cachestat"], ["--syscall-number", "451"]],
+    ids=" ".join,
 )
 def test_what_an_outer_one_decides_is_not_an_inner_ones(options: list[str]) -> None:
     inner = ["env", "-u", "RESTRICTEDMEM_SERVER", *EXEC, *options, "--", "true"]
-    found = subprocess.run([*EXEC, "--", *inner], check=False, capture_output=True, text=True, timeout=60)
+    found = subprocess.run(
+        [*EXEC, "--", *inner], check=False, capture_output=True, text=True, timeout=60
+    )
     hint = f"an outer restrictedmem exec does the work: give it {options[0]}"
-    assert (found.returncode, found.stderr) == (1, f"error: {options[0]}: Device or resource busy\nhint: {hint}\n")
+    assert (found.returncode, found.stderr) == (
+        1,
+        f"error: {options[0]}: Device or resource busy\nhint: {hint}\n",
+    )
 
 
 def test_memory_that_a_guest_took(tmp_path: Path) -> None:
-    run = [sys.executable, "-m", "restrictedmem", "run", "--engine", "software", "--quiet", "--json", "/dev/stderr", "sha256"]
+    run = [
+        sys.executable,
+        "-m",
+        "restrictedmem",
+        "run",
+        "--engine",
+        "software",
+        "--quiet",
+        "--json",
+        "/dev/stderr",
+        "sha256",
+    ]
     done = subprocess.run(
-        [*EXEC, "--json", str(tmp_path / "report"), "--", *run], input=bytes(PAGE), capture_output=True, check=True, timeout=60
+        [*EXEC, "--json", str(tmp_path / "report"), "--", *run],
+        input=bytes(PAGE),
+        capture_output=True,
+        check=True,
+        timeout=60,
     )
     report = reported(tmp_path / "report")
     assert report["created"] == report["sized"] == 1
@@ -107,7 +149,12 @@ def test_memory_that_a_guest_took(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "signal_", "message"),
     [
-        (["/no/such/program"], 127, None, "restrictedmem exec: /no/such/program: No such file or directory\n"),
+        (
+            ["/no/such/program"],
+            127,
+            None,
+            "restrictedmem exec: /no/such/program: No such file or directory\n",
+        ),
         ([""], 127, None, "restrictedmem exec: '': No such file or directory\n"),
         (["/etc/passwd"], 126, None, "restrictedmem exec: /etc/passwd: Permission denied\n"),
         (["sh", "-c", "exit 7"], 7, None, ""),
@@ -117,25 +164,48 @@ def test_memory_that_a_guest_took(tmp_path: Path) -> None:
         (["sh", "-c", "kill -PIPE $$"], None, signal.SIGPIPE, ""),
     ],
 )
-def test_the_status_is_the_programs(tmp_path: Path, arguments: list[str], status: int | None, signal_: int | None, message: str) -> None:
+def test_the_status_is_the_programs(
+    tmp_path: Path, arguments: list[str], status: int | None, signal_: int | None, message: str
+) -> None:
     path = tmp_path / "report"
-    found = subprocess.run([*EXEC, "--json", str(path), "--", *arguments], check=False, capture_output=True, text=True, timeout=60)
+    found = subprocess.run(
+        [*EXEC, "--json", str(path), "--", *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert (found.returncode, found.stderr) == (status if signal_ is None else -signal_, message)
     assert reported(path) == {"program": arguments, "status": status, "signal": signal_, **NOTHING}
 
 
 def test_a_report_that_cannot_be_written_keeps_the_program_from_starting(tmp_path: Path) -> None:
-    command = [*EXEC, "--json", str(tmp_path / "none" / "report"), "--", "touch", str(tmp_path / "started")]
+    command = [
+        *EXEC,
+        "--json",
+        str(tmp_path / "none" / "report"),
+        "--",
+        "touch",
+        str(tmp_path / "started"),
+    ]
     found = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
-    assert (found.returncode, found.stderr) == (1, f"error: {tmp_path}/none/report: open: No such file or directory\n")
+    assert (found.returncode, found.stderr) == (
+        1,
+        f"error: {tmp_path}/none/report: open: No such file or directory\n",
+    )
     assert not (tmp_path / "started").exists()
 
 
 def test_a_nested_one_is_not_the_one_that_knows(tmp_path: Path) -> None:
     (tmp_path / "report").write_text("the outer one's")
     inner = [*EXEC, "--json", str(tmp_path / "report"), "--", "touch", str(tmp_path / "started")]
-    found = subprocess.run([*EXEC, "--", *inner], check=False, capture_output=True, text=True, timeout=60)
-    assert (found.returncode, found.stderr.splitlines()[0]) == (1, "error: --json: Device or resource busy")
+    found = subprocess.run(
+        [*EXEC, "--", *inner], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert (found.returncode, found.stderr.splitlines()[0]) == (
+        1,
+        "error: --json: Device or resource busy",
+    )
     assert (tmp_path / "report").read_text() == "the outer one's"
     assert not (tmp_path / "started").exists()
 
@@ -159,7 +229,9 @@ def test_a_servers_service_does_not_count(tmp_path: Path) -> None:
         assert server.stderr is not None
         assert server.stderr.readline() == f"listening on {path}\n"
         code = "print((call(0), os.environ['RESTRICTEDMEM_SERVER'][0]))"
-        process = under(code, "--json", str(tmp_path / "report"), environment={"RESTRICTEDMEM_SERVER": path})
+        process = under(
+            code, "--json", str(tmp_path / "report"), environment={"RESTRICTEDMEM_SERVER": path}
+        )
         assert (process.communicate(timeout=60), process.returncode) == (("(3, '@')\n", ""), 0)
         server.terminate()
         server.stderr.read()
@@ -179,7 +251,9 @@ def is_gone(pid: int) -> bool:
 def start(tmp_path: Path, script: str, **options: Any) -> subprocess.Popen[str]:
     """Start a shell script that says "ready"."""
     command = [*EXEC, "--json", str(tmp_path / "report"), "--", "sh", "-c", script]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
@@ -190,8 +264,12 @@ def start(tmp_path: Path, script: str, **options: Any) -> subprocess.Popen[str]:
     [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT, signal.SIGCHLD],
     ids=lambda s: s.name,
 )
-def test_what_is_sent_to_the_command_reaches_the_program(tmp_path: Path, number: signal.Signals) -> None:
-    with start(tmp_path, f"trap 'exit 9' {number.name[3:]}; echo ready; while read line; do :; done") as process:
+def test_what_is_sent_to_the_command_reaches_the_program(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    with start(
+        tmp_path, f"trap 'exit 9' {number.name[3:]}; echo ready; while read line; do :; done"
+    ) as process:
         process.send_signal(number)
         assert process.wait(timeout=10) == 9
     assert reported(tmp_path / "report")["status"] == 9
@@ -245,7 +323,11 @@ def test_nor_does_it_outlive_the_commands_process_group(tmp_path: Path) -> None:
 @pytest.mark.requires("root")
 def test_a_program_that_may_not_be_killed_is_waited_for(tmp_path: Path) -> None:
     code = "import os, sys; os.setuid(65534); print('ready', flush=True); sys.stdin.read(); sys.exit(7)"
-    with start(tmp_path, f'exec {sys.executable} -c "{code}"', preexec_fn=lambda: prctl(PR_CAPBSET_DROP, CAP_KILL)) as process:
+    with start(
+        tmp_path,
+        f'exec {sys.executable} -c "{code}"',
+        preexec_fn=lambda: prctl(PR_CAPBSET_DROP, CAP_KILL),
+    ) as process:
         process.terminate()
         process.communicate(timeout=20)
         assert process.returncode == 7
@@ -263,7 +345,10 @@ print(*found)
 """
     pid, terminal = pty.fork()
     if pid == 0:
-        os.execv(sys.executable, [*EXEC, "--json", str(tmp_path / "report"), "--", sys.executable, "-c", code])
+        os.execv(
+            sys.executable,
+            [*EXEC, "--json", str(tmp_path / "report"), "--", sys.executable, "-c", code],
+        )
     output = b""
 
     def printed() -> bytes:
@@ -282,10 +367,14 @@ print(*found)
 
 def test_a_program_hears_that_its_terminal_is_gone(tmp_path: Path) -> None:
     """The kernel tells that to the leader of the session alone, which the command is here, as a terminal's first program is."""
-    code = f"trap 'echo heard > {tmp_path}/heard; exit 3' HUP; echo ready; while :; do sleep 0.1; done"
+    code = (
+        f"trap 'echo heard > {tmp_path}/heard; exit 3' HUP; echo ready; while :; do sleep 0.1; done"
+    )
     pid, terminal = pty.fork()
     if pid == 0:
-        os.execv(sys.executable, [*EXEC, "--json", str(tmp_path / "report"), "--", "sh", "-c", code])
+        os.execv(
+            sys.executable, [*EXEC, "--json", str(tmp_path / "report"), "--", "sh", "-c", code]
+        )
     output = b""
     while not output.endswith(b"ready\r\n"):
         assert readable([terminal], 60), "waited 60 s for the program to be ready"
@@ -300,14 +389,19 @@ def test_a_program_hears_that_its_terminal_is_gone(tmp_path: Path) -> None:
 
 def test_popen_starts_the_program_itself() -> None:
     code = PRELUDE + "print((os.getpid(), call(0), sys.stdin.read()))"
-    with popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         out, _ = process.communicate("word", timeout=60)
     # The test's own standard error is descriptor 2 there.
     assert eval(out) == (process.pid, 3, "word")
 
 
 def test_popen_takes_what_exec_takes() -> None:
-    code = PRELUDE + "fd = libc.syscall(ctypes.c_long(1234), ctypes.c_long(0)); os.posix_fallocate(fd, 0, 8192)"
+    code = (
+        PRELUDE
+        + "fd = libc.syscall(ctypes.c_long(1234), ctypes.c_long(0)); os.posix_fallocate(fd, 0, 8192)"
+    )
     call = Call(number=1234, cachestat=False, api="v9", memory_max=4096)
     with popen([sys.executable, "-c", code], call, stderr=subprocess.PIPE, text=True) as process:
         assert "No space left on device" in process.communicate(timeout=60)[1]
@@ -315,14 +409,20 @@ def test_popen_takes_what_exec_takes() -> None:
 
 def test_popen_judges_flags_strictly_where_they_are_not_cachestats() -> None:
     code = (
-        PRELUDE + "fd = os.memfd_create('own', 0); n = (ctypes.c_uint64 * 8)(); at = ctypes.addressof(n); print(call(fd, at, at + 16, 0))"
+        PRELUDE
+        + "fd = os.memfd_create('own', 0); n = (ctypes.c_uint64 * 8)(); at = ctypes.addressof(n); print(call(fd, at, at + 16, 0))"
     )
     for call, told in ((Call(cachestat=False), f"-{EINVAL}\n"), (None, "0\n")):
-        with popen([sys.executable, "-c", code], call, stdout=subprocess.PIPE, text=True) as process:
+        with popen(
+            [sys.executable, "-c", code], call, stdout=subprocess.PIPE, text=True
+        ) as process:
             assert process.communicate(timeout=60)[0] == told
 
 
-@pytest.mark.parametrize(("arguments", "options"), [("true", {}), (["true"], {"shell": True}), (["true"], {"executable": "/bin/true"})])
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [("true", {}), (["true"], {"shell": True}), (["true"], {"executable": "/bin/true"})],
+)
 def test_popen_takes_a_programs_arguments_alone(arguments: Any, options: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=r"^popen takes a sequence of arguments"):
         popen(arguments, **options)
@@ -335,9 +435,13 @@ def test_popen_looks_where_the_program_is_to_run(tmp_path: Path) -> None:
     program.chmod(0o755)
     for name in "PATH", b"PATH":
         environment: Any = {name: "bin" if isinstance(name, str) else b"bin"}
-        with popen(["tried"], cwd=tmp_path, env=environment, shell=False, executable=None) as process:
+        with popen(
+            ["tried"], cwd=tmp_path, env=environment, shell=False, executable=None
+        ) as process:
             assert process.wait(60) == 6
-    assert outcome(lambda: popen(["tried"], cwd=tmp_path / "bin", env={"PATH": "bin"})) == Errno(ENOENT)
+    assert outcome(lambda: popen(["tried"], cwd=tmp_path / "bin", env={"PATH": "bin"})) == Errno(
+        ENOENT
+    )
 
 
 def test_popen_of_what_cannot_be_executed(tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ _FOREIGN = _ELF[:18] + b"\xb7" + _ELF[19:100] + b"\n>made\n"
     ("contents", "status", "found"),
     [
         ({"a": _SCRIPT}, 5, "a"),
-        # execvp(3) goes no further for what the kernel cannot execute, and further for what is not there.
+        # execvp(3) goes no further for what the kernel cannot execute, and further for what is not
+        # there.
         ({"a": _SCRIPT, "b": b"#!/bin/sh\n" + _SCRIPT}, 5, "a"),
         ({"a": b"#!/no/such/interpreter\n", "b": _SCRIPT}, 5, "b"),
         ({"a": b"#!/etc/passwd\n", "b": _SCRIPT}, 5, "b"),
@@ -44,20 +45,43 @@ _FOREIGN = _ELF[:18] + b"\xb7" + _ELF[19:100] + b"\n>made\n"
         ({"a": b"\0" + _SCRIPT}, 126, ""),
     ],
 )
-def test_a_program_is_found_as_execvp_finds_it(contents: dict[str, bytes], status: int, found: str, tmp_path: Path) -> None:
+def test_a_program_is_found_as_execvp_finds_it(
+    contents: dict[str, bytes], status: int, found: str, tmp_path: Path
+) -> None:
     environment = places(tmp_path, **contents)
     command = [*EXEC, "--", "tried", "x"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, env=environment, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (status, f"{tmp_path}/{found}/tried x\n" if found else "")
+    done = subprocess.run(
+        command,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert (done.returncode, done.stdout) == (
+        status,
+        f"{tmp_path}/{found}/tried x\n" if found else "",
+    )
     assert (done.stderr == "") == bool(found)
     assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("path", ["", ":", "/nowhere:"])
-def test_an_empty_place_in_the_path_is_where_the_program_is_started(path: str, tmp_path: Path) -> None:
+def test_an_empty_place_in_the_path_is_where_the_program_is_started(
+    path: str, tmp_path: Path
+) -> None:
     environment = {**places(tmp_path, a=_SCRIPT), "PATH": path}
     command = [*EXEC, "--", "tried", "x"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, env=environment, cwd=tmp_path / "a")
+    done = subprocess.run(
+        command,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
+        cwd=tmp_path / "a",
+    )
     assert (done.returncode, done.stdout, done.stderr) == (5, "./tried x\n", "")
 
 
@@ -105,6 +129,11 @@ def test_no_end_of_a_child_is_pending_that_was_not(pending: bool) -> None:
 
     code = "import signal; print(signal.sigpending())"
     done = subprocess.run(
-        [*EXEC, "--", sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60, preexec_fn=block
+        [*EXEC, "--", sys.executable, "-c", code],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=block,
     )
     assert done.stdout == f"{before}\n"

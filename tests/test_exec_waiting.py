@@ -119,14 +119,23 @@ def children(pid: int) -> dict[str, list[int]]:
 
 
 @contextmanager
-def program(code: str, mark: str, server: Foreign | None = None, first: str = FIRST) -> Generator[subprocess.Popen[str]]:
+def program(
+    code: str, mark: str, server: Foreign | None = None, first: str = FIRST
+) -> Generator[subprocess.Popen[str]]:
     """Run Python code under exec in a session of its own; ``root`` is that of ``server``'s mount.
 
-    All of it is killed at the end, the server first, without which a call that waits for it would never end.
+    All of it is killed at the end, the server first, without which a call that waits for it would
+    never end.
     """
     pipe = subprocess.PIPE
     process = subprocess.Popen(
-        [*EXEC, "--", sys.executable, "-c", f"{PRELUDE}{CALLS}{first}root = {server and server.root}\n{code}"],
+        [
+            *EXEC,
+            "--",
+            sys.executable,
+            "-c",
+            f"{PRELUDE}{CALLS}{first}root = {server and server.root}\n{code}",
+        ],
         stdin=pipe,
         stdout=pipe,
         text=True,
@@ -342,7 +351,8 @@ print((well, before, looked.is_alive()))
     assert said(code, mark) == ([WELL] * 20, True, False)
 
 
-#: A program that has its descriptor's file system written to a page of a file whose server does not read it.
+#: A program that has its descriptor's file system written to a page of a file whose server does not
+#: read it.
 INTO = """
 other, begin = Other(), threading.Event()
 file = os.open("f", os.O_RDWR, dir_fd=root)
@@ -392,7 +402,9 @@ print(other.goes_on(), flush=True); sys.stdin.readline()
         wait_until(lambda: len(children(supervisor)["rmem-scout"]) <= 4, "scouts to end")
 
 
-def test_a_scout_that_dies_before_its_first_question_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scout_that_dies_before_its_first_question_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def ask(asked: scout.Scout, _question: object) -> None:
         os.kill(asked.pid, signal.SIGKILL)
         raise BrokenPipeError
@@ -426,7 +438,10 @@ print(call(0), flush=True); sys.stdin.readline()
         supervisor = supervisor_of(mark)
         assert supervisor is not None
         (stuck,) = (pid for pid in children(supervisor)["rmem-scout"] if writes(pid))
-        held = {os.readlink(f"/proc/{stuck}/fd/{fd}").split(":")[0] for fd in os.listdir(f"/proc/{stuck}/fd")}
+        held = {
+            os.readlink(f"/proc/{stuck}/fd/{fd}").split(":")[0]
+            for fd in os.listdir(f"/proc/{stuck}/fd")
+        }
         assert {one for one in held if not one.endswith("/mem")} == {"/dev/null", "/proc", "socket"}
         os.kill(supervisor, signal.SIGKILL)
         go_on(process)
@@ -490,7 +505,9 @@ print((os.waitstatus_to_exitcode(status), before, waiting.is_alive()))
     assert said(code.replace("TESTS", repr(str(Path(__file__).parent))), mark) == (7, True, False)
 
 
-def test_a_server_that_does_not_answer_keeps_no_other_call(mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_answer_keeps_no_other_call(
+    mark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = f"restrictedmem-test-{secrets.token_hex(8)}"
     monkeypatch.setenv("RESTRICTEDMEM_SERVER", "@" + name)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:

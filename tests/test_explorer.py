@@ -71,7 +71,11 @@ def test_all_positions_are_states(actors: int, loads: int) -> None:
     # What does not meet is done in one order.
     reduced = explore(partial(Loads, actors, loads), reduce=True)
     assert reduced.holds
-    assert (reduced.executions, reduced.transitions, reduced.states) == (2, actors * loads, actors + 1)
+    assert (reduced.executions, reduced.transitions, reduced.states) == (
+        2,
+        actors * loads,
+        actors + 1,
+    )
 
 
 class Orders(Base):
@@ -103,7 +107,8 @@ def test_every_order_of_critical_sections_is_tried(actors: int) -> None:
         assert ends == set(permutations(range(actors)))
     ends = set()
     reduced = explore(partial(Orders, ends, actors), reduce=True)
-    # One execution for each order, but for what ends at a state met before; and those before the accesses were known.
+    # One execution for each order, but for what ends at a state met before; and those before the
+    # accesses were known.
     assert reduced.executions <= 2 * factorial(actors) + actors
 
 
@@ -138,7 +143,9 @@ def test_a_lost_update(how: dict[str, Any]) -> None:
     result = explore(partial(LostUpdate, 2), **how)
     found = result.counterexample
     assert found is not None
-    assert found.violation == "4 increments made 2" or found.violation.startswith("4 increments made")
+    assert found.violation == "4 increments made 2" or found.violation.startswith(
+        "4 increments made"
+    )
     assert found.shortest
     assert len(found.steps) == 8
     assert {step.function for step in found.steps} == {"LostUpdate.increment"}
@@ -154,7 +161,10 @@ def test_a_counterexample_is_told_in_lines_and_as_data() -> None:
     # One actor's two steps are told together, not in turns.
     numbers = [line.split()[0] for line in found.lines() if line.startswith("  ")]
     assert numbers == ["1", "2", "3", "4"]
-    assert [line for line in found.lines() if line in ("a", "b")] in (["a", "b", "a"], ["b", "a", "b"])
+    assert [line for line in found.lines() if line in ("a", "b")] in (
+        ["a", "b", "a"],
+        ["b", "a", "b"],
+    )
     data = found.as_data()
     assert data["steps"][0]["file"] == "test_explorer.py"
     assert data["steps"][-1]["does"] == "writes word 0 of LostUpdate.words = 1"
@@ -164,7 +174,10 @@ class LockOrder(Base):
     def __init__(self) -> None:
         self.first = sync.mutex()
         self.second = sync.mutex()
-        self.bodies = (partial(self.nest, self.first, self.second), partial(self.nest, self.second, self.first))
+        self.bodies = (
+            partial(self.nest, self.first, self.second),
+            partial(self.nest, self.second, self.first),
+        )
 
     @staticmethod
     def nest(outer: sync.Mutex, inner: sync.Mutex) -> None:
@@ -277,8 +290,16 @@ class Semaphore(Base):
 
     def state(self) -> Hashable:
         # What production's own has behind its lock.
-        inside = [getattr(self.sem, name) for name in getattr(ProductionRwSem, "__slots__", ()) if hasattr(self.sem, name)]
-        return self.reading, self.writing, tuple(value for value in inside if isinstance(value, int))
+        inside = [
+            getattr(self.sem, name)
+            for name in getattr(ProductionRwSem, "__slots__", ())
+            if hasattr(self.sem, name)
+        ]
+        return (
+            self.reading,
+            self.writing,
+            tuple(value for value in inside if isinstance(value, int)),
+        )
 
     def check(self) -> None:
         if self.writing > 1 or (self.writing and self.reading):
@@ -290,7 +311,9 @@ def controlled_rwsem() -> Any:
 
 
 @pytest.mark.parametrize("kind", [controlled_rwsem, ProductionRwSem])
-def test_a_semaphore_keeps_writers_alone_and_puts_them_before_new_readers(kind: Callable[[], Any]) -> None:
+def test_a_semaphore_keeps_writers_alone_and_puts_them_before_new_readers(
+    kind: Callable[[], Any],
+) -> None:
     for how in WHOLE:
         assert explore(partial(Semaphore, kind, nested=False), **how).holds
         # A writer that waits keeps the second down_read out, while the first keeps the writer out.
@@ -420,7 +443,9 @@ class Spin(Base):
 
 
 @pytest.mark.parametrize("how", WHOLE)
-def test_an_execution_without_an_end_is_a_violation(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_execution_without_an_end_is_a_violation(
+    how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(model, "ENDLESS", 100)
     found = explore(Spin, **how).counterexample
     assert found is not None
@@ -457,7 +482,13 @@ def test_trying_and_looking_are_steps() -> None:
         ends: set[tuple[bool, ...]] = set()
         assert explore(partial(Tries, ends), **how).holds
         found.append(ends)
-    assert found[0] == found[1] == {(x, y, z) for x in (True, False) for y in (True, False) for z in (True, False) if x or y}
+    assert (
+        found[0]
+        == found[1]
+        == {
+            (x, y, z) for x in (True, False) for y in (True, False) for z in (True, False) if x or y
+        }
+    )
 
 
 # Against every interleaving, one by one.
@@ -467,7 +498,9 @@ _simple = st.one_of(
     st.tuples(st.sampled_from(["load", "add", "touch"]), st.integers(0, _PLACES - 1)),
     st.tuples(st.just("byte"), st.integers(0, 1)),
 )
-_item = st.one_of(_simple, st.tuples(st.just("lock"), st.integers(0, _LOCKS - 1), st.lists(_simple, max_size=2)))
+_item = st.one_of(
+    _simple, st.tuples(st.just("lock"), st.integers(0, _LOCKS - 1), st.lists(_simple, max_size=2))
+)
 _body = st.lists(_item, min_size=1, max_size=3)
 Item = tuple[Any, ...]
 Operations = list[tuple[str, int]]
@@ -494,7 +527,14 @@ def brute_force(bodies: Sequence[Operations]) -> tuple[set[Any], set[Seen], bool
     ends: set[Any] = set()
     seen: set[Seen] = set()
     stuck = False
-    start: Any = ((0,) * len(bodies), (None,) * _LOCKS, (0,) * _PLACES, (0,) * _PLACES, (0, 0), ((),) * len(bodies))
+    start: Any = (
+        (0,) * len(bodies),
+        (None,) * _LOCKS,
+        (0,) * _PLACES,
+        (0,) * _PLACES,
+        (0, 0),
+        ((),) * len(bodies),
+    )
     todo: list[Any] = [start]
     known: set[Any] = {start}
     while todo:
@@ -541,7 +581,9 @@ def brute_force(bodies: Sequence[Operations]) -> tuple[set[Any], set[Seen], bool
 class Random(Base):
     """The same bodies, on controlled objects; notes what check sees and how it ends."""
 
-    def __init__(self, bodies: Sequence[Operations], ends: set[Any], seen: set[Any], forbidden: Seen | None) -> None:
+    def __init__(
+        self, bodies: Sequence[Operations], ends: set[Any], seen: set[Any], forbidden: Seen | None
+    ) -> None:
         self.locks = [sync.mutex() for _ in range(_LOCKS)]
         self.memory = bytearray(8 * _PLACES)
         self.words = sync.SharedWords(memoryview(self.memory))
@@ -570,7 +612,9 @@ class Random(Base):
                     self.pair[where] = number + 1
 
     def now(self) -> Seen:
-        words = tuple(int.from_bytes(self.memory[8 * at : 8 * at + 8], "little") for at in range(_PLACES))
+        words = tuple(
+            int.from_bytes(self.memory[8 * at : 8 * at + 8], "little") for at in range(_PLACES)
+        )
         return words, tuple(self.touched), tuple(memoryview(self.pair))
 
     def state(self) -> Hashable:
@@ -589,7 +633,9 @@ class Random(Base):
 @pytest.mark.no_cover
 @settings(max_examples=80, deadline=None)
 @given(st.lists(_body, min_size=2, max_size=3), st.integers(0, 1 << 16))
-def test_searches_find_what_every_interleaving_one_by_one_does(bodies: list[list[Item]], which: int) -> None:
+def test_searches_find_what_every_interleaving_one_by_one_does(
+    bodies: list[list[Item]], which: int
+) -> None:
     operations = [flat(body) for body in bodies]
     expected_ends, expected_seen, stuck = brute_force(operations)
     for how in WHOLE:
@@ -609,7 +655,9 @@ def test_searches_find_what_every_interleaving_one_by_one_does(bodies: list[list
         forbidden = sorted(expected_seen)[which % len(expected_seen)]
         lengths = set[int]()
         for how in WHOLE:
-            found = explore(partial(Random, operations, set(), set(), forbidden), **how).counterexample
+            found = explore(
+                partial(Random, operations, set(), set(), forbidden), **how
+            ).counterexample
             assert found is not None
             lengths.add(len(found.steps))
         assert len(lengths) == 1
@@ -618,13 +666,20 @@ def test_searches_find_what_every_interleaving_one_by_one_does(bodies: list[list
 @pytest.mark.no_cover
 @settings(max_examples=60, deadline=None)
 @given(st.lists(_body, min_size=2, max_size=3), st.integers(0, 1 << 16), st.integers(0, 2))
-def test_with_so_many_preemptions_reduction_misses_nothing(bodies: list[list[Item]], which: int, preemptions: int) -> None:
+def test_with_so_many_preemptions_reduction_misses_nothing(
+    bodies: list[list[Item]], which: int, preemptions: int
+) -> None:
     operations = [flat(body) for body in bodies]
     _, expected_seen, stuck = brute_force(operations)
     assume(not stuck)
     forbidden = sorted(expected_seen)[which % len(expected_seen)]
     found = [
-        explore(partial(Random, operations, set(), set(), forbidden), preemptions=preemptions, reduce=reduce).counterexample is None
+        explore(
+            partial(Random, operations, set(), set(), forbidden),
+            preemptions=preemptions,
+            reduce=reduce,
+        ).counterexample
+        is None
         for reduce in (False, True)
     ]
     assert found[0] is found[1]
@@ -843,9 +898,15 @@ def test_the_command_lists_and_refuses(capsys: pytest.CaptureFixture[str]) -> No
 def test_the_command_searches_in_processes_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     import json
 
-    assert main(["check", "--scenario", "punch-unregister", "--design", "v10+teardown", "--json"]) == 0
+    assert (
+        main(["check", "--scenario", "punch-unregister", "--design", "v10+teardown", "--json"]) == 0
+    )
     (case,) = json.loads(capsys.readouterr().out)
-    assert (case["scenario"], case["design"], case["verdict"]) == ("punch-unregister", "v10+teardown", "holds")
+    assert (case["scenario"], case["design"], case["verdict"]) == (
+        "punch-unregister",
+        "v10+teardown",
+        "holds",
+    )
     assert case["complete"]
     assert case["states"] > 50
 
@@ -869,13 +930,18 @@ def test_an_interrupt_ends_all_processes() -> None:
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
 
         def children() -> list[int]:
-            with open(f"/proc/{process.pid}/task/{process.pid}/children", encoding="ascii") as found:
+            with open(
+                f"/proc/{process.pid}/task/{process.pid}/children", encoding="ascii"
+            ) as found:
                 return [int(text) for text in found.read().split()]
 
         wait_until(lambda: len(children()) >= 2, "the searches to begin", patience=30)
         started = children()
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 128 + signal.SIGINT
-        wait_until(lambda: not any(os.path.exists(f"/proc/{child}") for child in started), "the searches to end")
+        wait_until(
+            lambda: not any(os.path.exists(f"/proc/{child}") for child in started),
+            "the searches to end",
+        )
         assert process.stderr is not None
         assert b"Traceback" not in process.stderr.read()

@@ -4,7 +4,20 @@ import os
 import socket
 import stat
 from collections.abc import Callable, Iterator
-from errno import EACCES, EFBIG, EINVAL, EIO, ENFILE, ENODEV, ENOENT, ENOSYS, ENOTTY, ENXIO, EOPNOTSUPP, EPERM
+from errno import (
+    EACCES,
+    EFBIG,
+    EINVAL,
+    EIO,
+    ENFILE,
+    ENODEV,
+    ENOENT,
+    ENOSYS,
+    ENOTTY,
+    ENXIO,
+    EOPNOTSUPP,
+    EPERM,
+)
 from functools import partial
 from typing import Final, Self, final
 
@@ -31,10 +44,14 @@ MISSING: Final = 99
 class Mount:
     """A file system, and requests to it in words."""
 
-    def __init__(self, api: Api = Api.V10, *, max_files: int = 10, memory_max: int | None = None) -> None:
+    def __init__(
+        self, api: Api = Api.V10, *, max_files: int = 10, memory_max: int | None = None
+    ) -> None:
         self.api = api
         self.proved: list[tuple[bytes, int, RestrictedFile]] = []
-        self.filesystem = FileSystem(api.value, max_files=max_files, memory_max=memory_max, prove=self._heard)
+        self.filesystem = FileSystem(
+            api.value, max_files=max_files, memory_max=memory_max, prove=self._heard
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -45,12 +62,23 @@ class Mount:
     def _heard(self, token: bytes, ino: int, file: RestrictedFile) -> None:
         self.proved.append((token, ino, file))
 
-    def ask(self, opcode: int, nodeid: int = fuse.ROOT_ID, body: bytes = b"", uid: int = 1000, gid: int = 1000) -> bytes | None:
+    def ask(
+        self,
+        opcode: int,
+        nodeid: int = fuse.ROOT_ID,
+        body: bytes = b"",
+        uid: int = 1000,
+        gid: int = 1000,
+    ) -> bytes | None:
         return self.filesystem.handle(Request(opcode, 1, nodeid, uid, gid, 0, body))
 
-    def create(self, name: bytes = NAME, flags: int = os.O_RDWR | os.O_CREAT, nodeid: int = fuse.ROOT_ID) -> int:
+    def create(
+        self, name: bytes = NAME, flags: int = os.O_RDWR | os.O_CREAT, nodeid: int = fuse.ROOT_ID
+    ) -> int:
         """Create a file and return its node."""
-        reply = self.ask(Opcode.CREATE, nodeid, fuse.CREATE_IN.pack(flags, 0o100600, 0, 0) + name + b"\0")
+        reply = self.ask(
+            Opcode.CREATE, nodeid, fuse.CREATE_IN.pack(flags, 0o100600, 0, 0) + name + b"\0"
+        )
         assert reply is not None
         number: int = fuse.ENTRY_OUT.unpack_from(reply)[0]
         return number
@@ -61,16 +89,25 @@ class Mount:
     def fallocate(self, node: int, mode: int, offset: int, length: int) -> bytes | None:
         return self.ask(Opcode.FALLOCATE, node, fuse.FALLOCATE_IN.pack(0, offset, length, mode, 0))
 
-    def setattr(self, node: int, valid: int, uid_of_caller: int = 1000, **fields: int) -> bytes | None:
+    def setattr(
+        self, node: int, valid: int, uid_of_caller: int = 1000, **fields: int
+    ) -> bytes | None:
         zero = {name: 0 for name, *_ in fuse.fuse_setattr_in._fields_}
-        return self.ask(Opcode.SETATTR, node, bytes(fuse.fuse_setattr_in(**{**zero, **fields, "valid": valid})), uid_of_caller)
+        return self.ask(
+            Opcode.SETATTR,
+            node,
+            bytes(fuse.fuse_setattr_in(**{**zero, **fields, "valid": valid})),
+            uid_of_caller,
+        )
 
     def getattr(self, node: int) -> dict[str, int]:
         reply = self.ask(Opcode.GETATTR, node, bytes(16))
         assert reply is not None
         return attributes(reply[fuse.ATTR_OUT.size :])
 
-    def ioctl(self, node: int, command: int, data: bytes, in_size: int | None = None) -> bytes | None:
+    def ioctl(
+        self, node: int, command: int, data: bytes, in_size: int | None = None
+    ) -> bytes | None:
         head = fuse.IOCTL_IN.pack(0, 0, command, 0, len(data) if in_size is None else in_size, 0)
         return self.ask(Opcode.IOCTL, node, head + data)
 
@@ -95,13 +132,22 @@ def mount() -> Iterator[Mount]:
 
 def test_init_takes_the_older_of_two_minor_versions(mount: Mount) -> None:
     for offered, spoken in ((35, 35), (38, 38), (45, fuse.KERNEL_MINOR_VERSION)):
-        body = bytes(fuse.fuse_init_in(major=7, minor=offered, max_readahead=1 << 20, flags=0xFFFF_FFFF, flags2=0xFFFF_FFFF))
+        body = bytes(
+            fuse.fuse_init_in(
+                major=7, minor=offered, max_readahead=1 << 20, flags=0xFFFF_FFFF, flags2=0xFFFF_FFFF
+            )
+        )
         reply = mount.ask(Opcode.INIT, 0, body)
         assert reply is not None
         answer = fuse.fuse_init_out.from_buffer_copy(reply)
         assert (answer.major, answer.minor) == (7, spoken)
-        # Whatever is offered, neither mmap of direct I/O (flags2 bit 4) nor write-back nor readahead is taken.
-        assert (answer.flags, answer.flags2, answer.max_readahead) == (InitFlag.PARALLEL_DIROPS, 0, 0)
+        # Whatever is offered, neither mmap of direct I/O (flags2 bit 4) nor write-back nor
+        # readahead is taken.
+        assert (answer.flags, answer.flags2, answer.max_readahead) == (
+            InitFlag.PARALLEL_DIROPS,
+            0,
+            0,
+        )
 
 
 def test_init_of_protocol_35_is_16_bytes(mount: Mount) -> None:
@@ -117,14 +163,23 @@ def test_init_refuses_other_protocols(mount: Mount, major: int, minor: int) -> N
 
 def test_root_is_a_directory_of_nobody_else(mount: Mount) -> None:
     root = mount.getattr(fuse.ROOT_ID)
-    assert (stat.filemode(root["mode"]), root["ino"], root["nlink"]) == ("drwx------", fuse.ROOT_ID, 2)
+    assert (stat.filemode(root["mode"]), root["ino"], root["nlink"]) == (
+        "drwx------",
+        fuse.ROOT_ID,
+        2,
+    )
 
 
 def test_statfs(mount: Mount) -> None:
     reply = mount.ask(Opcode.STATFS)
     assert reply is not None
     found = fuse.fuse_statfs_out.from_buffer_copy(reply)
-    assert (found.bsize, found.frsize, found.namelen, found.blocks) == (PAGE_SIZE, PAGE_SIZE, 255, 0)
+    assert (found.bsize, found.frsize, found.namelen, found.blocks) == (
+        PAGE_SIZE,
+        PAGE_SIZE,
+        255,
+        0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -160,7 +215,13 @@ def test_unlink_and_interrupt(mount: Mount) -> None:
 
 
 def test_create_replies_with_entry_attributes_and_open_flags(mount: Mount) -> None:
-    reply = mount.ask(Opcode.CREATE, fuse.ROOT_ID, fuse.CREATE_IN.pack(os.O_RDWR, 0o100600, 0, 0) + NAME + b"\0", 7, 8)
+    reply = mount.ask(
+        Opcode.CREATE,
+        fuse.ROOT_ID,
+        fuse.CREATE_IN.pack(os.O_RDWR, 0o100600, 0, 0) + NAME + b"\0",
+        7,
+        8,
+    )
     assert reply is not None
     node, generation, entry_valid, attr_valid, _, _ = fuse.ENTRY_OUT.unpack_from(reply)
     found = attributes(reply[fuse.ENTRY_OUT.size :])
@@ -169,7 +230,13 @@ def test_create_replies_with_entry_attributes_and_open_flags(mount: Mount) -> No
     assert (generation, entry_valid, attr_valid) == (0, 0, 0)
     assert flags == OpenFlag.DIRECT_IO | OpenFlag.NONSEEKABLE | OpenFlag.STREAM | OpenFlag.NOFLUSH
     assert found["ino"] == node != fuse.ROOT_ID
-    assert (found["uid"], found["gid"], found["size"], found["blocks"], found["nlink"]) == (7, 8, 0, 0, 0)
+    assert (found["uid"], found["gid"], found["size"], found["blocks"], found["nlink"]) == (
+        7,
+        8,
+        0,
+        0,
+        0,
+    )
     assert stat.filemode(found["mode"]) == "-rwxrwxrwx"
 
 
@@ -217,7 +284,9 @@ def test_setattr_size(mount: Mount) -> None:
 def test_setattr_mode_owner_and_times(mount: Mount) -> None:
     node = mount.create()
     mount.setattr(node, AttrValid.MODE, mode=0o100640)
-    mount.setattr(node, AttrValid.ATIME | AttrValid.MTIME, atime=1, atimensec=2, mtime=3, mtimensec=4)
+    mount.setattr(
+        node, AttrValid.ATIME | AttrValid.MTIME, atime=1, atimensec=2, mtime=3, mtimensec=4
+    )
     found = mount.getattr(node)
     assert stat.filemode(found["mode"]) == "-rw-r-----"
     assert [found[name] for name in ("atime", "atimensec", "mtime", "mtimensec")] == [1, 2, 3, 4]
@@ -234,7 +303,9 @@ def test_setattr_mode_owner_and_times(mount: Mount) -> None:
 def test_setattr_is_for_the_owner_and_root(mount: Mount) -> None:
     node = mount.create()
     for valid in (AttrValid.MODE, AttrValid.UID, AttrValid.GID, AttrValid.ATIME, AttrValid.MTIME):
-        assert outcome(partial(mount.setattr, node, valid, uid_of_caller=1001)) == Errno(EPERM), valid
+        assert outcome(partial(mount.setattr, node, valid, uid_of_caller=1001)) == Errno(EPERM), (
+            valid
+        )
         mount.setattr(node, valid, uid_of_caller=0, uid=1000, gid=1000)
     # The owner may name itself and the group it acts with, and nobody else.
     mount.setattr(node, AttrValid.UID | AttrValid.GID, uid=1000, gid=1000)
@@ -247,11 +318,16 @@ def test_fallocate_and_attributes(mount: Mount) -> None:
     assert mount.fallocate(node, KEEP, PAGE_SIZE, 2 * PAGE_SIZE) == b""
     assert (mount.getattr(node)["size"], mount.getattr(node)["blocks"]) == (0, 2 * PAGE_SIZE // 512)
     assert mount.fallocate(node, 0, 0, PAGE_SIZE + 1) == b""
-    assert (mount.getattr(node)["size"], mount.getattr(node)["blocks"]) == (PAGE_SIZE + 1, 3 * PAGE_SIZE // 512)
+    assert (mount.getattr(node)["size"], mount.getattr(node)["blocks"]) == (
+        PAGE_SIZE + 1,
+        3 * PAGE_SIZE // 512,
+    )
     assert mount.fallocate(node, PUNCH, 0, 4 * PAGE_SIZE) == b""
     assert mount.getattr(node)["blocks"] == 0
     assert outcome(lambda: mount.fallocate(node, PUNCH, 1, PAGE_SIZE)) == Errno(EINVAL)
-    assert outcome(lambda: mount.fallocate(node, int(FallocMode.ZERO_RANGE), 0, PAGE_SIZE)) == Errno(EOPNOTSUPP)
+    assert outcome(
+        lambda: mount.fallocate(node, int(FallocMode.ZERO_RANGE), 0, PAGE_SIZE)
+    ) == Errno(EOPNOTSUPP)
 
 
 def test_prove(mount: Mount) -> None:
@@ -369,7 +445,11 @@ def test_batch_forget(mount: Mount) -> None:
 
 def test_batch_forget_believes_its_count_and_no_more(mount: Mount) -> None:
     node, other = mount.create(), mount.create()
-    body = fuse.BATCH_FORGET_IN.pack(1, 0) + fuse.FORGET_ONE.pack(node, 1) + fuse.FORGET_ONE.pack(other, 1)
+    body = (
+        fuse.BATCH_FORGET_IN.pack(1, 0)
+        + fuse.FORGET_ONE.pack(node, 1)
+        + fuse.FORGET_ONE.pack(other, 1)
+    )
     mount.ask(Opcode.BATCH_FORGET, 0, body)
     assert list(mount.filesystem.files()) == [other]
 
@@ -396,10 +476,15 @@ def test_short_requests_are_einval(mount: Mount, opcode: int, size: int) -> None
     assert list(mount.filesystem.files()) == [node]
 
 
-def test_the_server_survives_whatever_it_reads(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_survives_whatever_it_reads(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A socket in place of /dev/fuse: every request has one reply, the last is answered as well as the first."""
 
-    failures = {number: OSError(number, "an errno") for number in (ENOSYS, 0, 511, 512, 1 << 31, (1 << 32) - 1, -5)}
+    failures = {
+        number: OSError(number, "an errno")
+        for number in (ENOSYS, 0, 511, 512, 1 << 31, (1 << 32) - 1, -5)
+    }
 
     def broken(token: bytes, _ino: int, _file: RestrictedFile) -> None:
         raise failures.get(int.from_bytes(token, "little", signed=True), RuntimeError("a bug"))
@@ -419,7 +504,8 @@ def test_the_server_survives_whatever_it_reads(caplog: pytest.LogCaptureFixture,
             (
                 Opcode.IOCTL,
                 first,
-                fuse.IOCTL_IN.pack(0, 0, PROVE, 0, TOKEN_BYTES, 0) + number.to_bytes(TOKEN_BYTES, "little", signed=True),
+                fuse.IOCTL_IN.pack(0, 0, PROVE, 0, TOKEN_BYTES, 0)
+                + number.to_bytes(TOKEN_BYTES, "little", signed=True),
                 {ENOSYS: EOPNOTSUPP, 511: 511}.get(number, EIO),
             )
             for number in failures
@@ -437,17 +523,28 @@ def test_the_server_survives_whatever_it_reads(caplog: pytest.LogCaptureFixture,
 
     with ours, theirs, OwnedFd(os.dup(theirs.fileno())) as device:
         for unique, (opcode, nodeid, body, _) in enumerate(requests):
-            ours.send(fuse.IN_HEADER.pack(fuse.IN_HEADER.size + len(body), opcode, unique, nodeid, 0, 0, 0, 0, 0) + body)
+            ours.send(
+                fuse.IN_HEADER.pack(
+                    fuse.IN_HEADER.size + len(body), opcode, unique, nodeid, 0, 0, 0, 0, 0
+                )
+                + body
+            )
         ours.shutdown(socket.SHUT_WR)
         monkeypatch.setattr("restrictedmem.fs.server.os.readv", readv_or_end)
         Server(device, filesystem).run()
         replies = [fuse.OUT_HEADER.unpack_from(ours.recv(4096)) for _ in requests]
-    assert [(unique, -error) for _, error, unique in replies] == [(unique, errno) for unique, (*_, errno) in enumerate(requests)]
+    assert [(unique, -error) for _, error, unique in replies] == [
+        (unique, errno) for unique, (*_, errno) in enumerate(requests)
+    ]
     # Only the bug is worth a line.
-    assert [record.getMessage() for record in caplog.records] == [f"FUSE opcode {Opcode.IOCTL:d} on node {first}"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"FUSE opcode {Opcode.IOCTL:d} on node {first}"
+    ]
 
 
-def test_who_waited_to_lead_when_the_mount_went_leaves_the_device_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_waited_to_lead_when_the_mount_went_leaves_the_device_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     reads = 0
 
     def readv(_fd: int, _buffers: object) -> int:
@@ -459,7 +556,8 @@ def test_who_waited_to_lead_when_the_mount_went_leaves_the_device_alone(monkeypa
     with OwnedFd(os.open("/dev/null", os.O_RDWR)) as device:
         server = Server(device, Mount().filesystem)
         server.run()
-    # As another thread of the server, after the first has returned and its caller closed the device.
+    # As another thread of the server, after the first has returned and its caller closed the
+    # device.
     server.run()
     assert reads == 1
 
@@ -471,7 +569,9 @@ def test_who_waited_to_lead_when_the_mount_went_leaves_the_device_alone(monkeypa
 class Recorder:
     """Records each callback, with the sequence page's state inside of it."""
 
-    def __init__(self, name: str, log: list[tuple[str, str, int, int]], file: RestrictedFile) -> None:
+    def __init__(
+        self, name: str, log: list[tuple[str, str, int, int]], file: RestrictedFile
+    ) -> None:
         self._name = name
         self._log = log
         self._sequence = file.sequence()
@@ -496,7 +596,9 @@ class Recorder:
 
 
 @pytest.fixture(params=list(Api), ids=lambda api: api.value)
-def watched(request: pytest.FixtureRequest) -> Iterator[tuple[Mount, int, list[tuple[str, str, int, int]], Recorder]]:
+def watched(
+    request: pytest.FixtureRequest,
+) -> Iterator[tuple[Mount, int, list[tuple[str, str, int, int]], Recorder]]:
     """Give a file of eight pages with two notifiers, the second of which is the newest."""
     mount = Mount(request.param)
     node = mount.create()
@@ -518,13 +620,17 @@ def pair(start: int, end: int) -> list[tuple[str, str, int, int]]:
 
 
 @pytest.mark.parametrize(("first", "count"), [(1, 2), (0, 8), (6, 9), (100, 1), (1 << 40, 1)])
-def test_a_punch_notifies_in_pages_holes_and_beyond_the_end_too(watched: Watched, first: int, count: int) -> None:
+def test_a_punch_notifies_in_pages_holes_and_beyond_the_end_too(
+    watched: Watched, first: int, count: int
+) -> None:
     mount, node, log, _ = watched
     mount.fallocate(node, PUNCH, first * PAGE_SIZE, count * PAGE_SIZE)
     assert log == pair(first, first + count)
 
 
-@pytest.mark.parametrize(("offset", "length"), [(1, PAGE_SIZE), (0, PAGE_SIZE - 1), (PAGE_SIZE - 1, 1)])
+@pytest.mark.parametrize(
+    ("offset", "length"), [(1, PAGE_SIZE), (0, PAGE_SIZE - 1), (PAGE_SIZE - 1, 1)]
+)
 def test_an_unaligned_punch_tells_nobody(watched: Watched, offset: int, length: int) -> None:
     mount, node, log, newest = watched
     assert outcome(lambda: mount.fallocate(node, PUNCH, offset, length)) == Errno(EINVAL)
@@ -542,11 +648,15 @@ def test_allocation_notifies_in_v9_alone(watched: Watched, mode: int) -> None:
 
 def test_a_mode_that_fails_delivers_its_end_in_v9(watched: Watched) -> None:
     mount, node, log, _ = watched
-    assert outcome(lambda: mount.fallocate(node, int(FallocMode.ZERO_RANGE), 0, PAGE_SIZE)) == Errno(EOPNOTSUPP)
+    assert outcome(
+        lambda: mount.fallocate(node, int(FallocMode.ZERO_RANGE), 0, PAGE_SIZE)
+    ) == Errno(EOPNOTSUPP)
     assert log == (pair(0, 1) if mount.api is Api.V9 else [])
 
 
-def test_a_punch_that_fails_delivers_its_end(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_punch_that_fails_delivers_its_end(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mount, node, log, newest = watched
 
     def fail(_self: object, offset: int, length: int) -> None:
@@ -559,7 +669,9 @@ def test_a_punch_that_fails_delivers_its_end(watched: Watched, monkeypatch: pyte
     assert mount.file(node).sequence().snapshot() == 1
 
 
-def test_the_operation_is_between_start_and_end(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_operation_is_between_start_and_end(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mount, node, log, _ = watched
 
     def note(_self: object, offset: int, length: int) -> None:
@@ -575,7 +687,8 @@ def test_the_sequence_seen_inside_callbacks(watched: Watched) -> None:
     for done in range(3):
         newest.seen.clear()
         mount.fallocate(node, PUNCH, PAGE_SIZE, PAGE_SIZE)
-        # start: in progress, so a fault on the range must retry; end: over, and the sequence has risen by one.
+        # start: in progress, so a fault on the range must retry; end: over, and the sequence has
+        # risen by one.
         assert newest.seen == [(True, True, done), (False, False, done + 1)]
 
 
@@ -610,7 +723,11 @@ def test_what_waits_says_so_before(watched: Watched) -> None:
 
     def waits(node: int, length: int) -> bool:
         said.clear()
-        mount.filesystem.handle(Request(Opcode.FALLOCATE, 1, node, 0, 0, 0, fuse.FALLOCATE_IN.pack(0, 0, length, PUNCH, 0)))
+        mount.filesystem.handle(
+            Request(
+                Opcode.FALLOCATE, 1, node, 0, 0, 0, fuse.FALLOCATE_IN.pack(0, 0, length, PUNCH, 0)
+            )
+        )
         return bool(said)
 
     assert waits(node, PAGE_SIZE)

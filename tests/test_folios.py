@@ -23,7 +23,14 @@ from restrictedmem.abi.memory import PMD_SIZE, PUNCH, Mapping
 from restrictedmem.abi.process import PR_SET_DUMPABLE, prctl
 from restrictedmem.fd import OwnedFd
 from restrictedmem.fs.filesystem import HUGEPAGE_MODE, NAME, FileSystem, Request
-from restrictedmem.mm.backing import KINDS, MappedBacking, Memfd, MemfdBacking, make_backing, take_over
+from restrictedmem.mm.backing import (
+    KINDS,
+    MappedBacking,
+    Memfd,
+    MemfdBacking,
+    make_backing,
+    take_over,
+)
 from restrictedmem.mm.folios import BLOCK
 from restrictedmem.mm.pages import Pages
 from restrictedmem.service.client import Service
@@ -66,7 +73,9 @@ def thp() -> Iterator[MemfdBacking]:
 
 
 def pieces(backing: Memfd, first: int, end: int) -> list[Piece]:
-    return [(int(start), int(stop), order) for start, stop, order in backing.folios(span(first, end))]
+    return [
+        (int(start), int(stop), order) for start, stop, order in backing.folios(span(first, end))
+    ]
 
 
 def allocate(backing: Memfd, first: int, count: int) -> None:
@@ -98,7 +107,9 @@ def order_by_flags(backing: Memfd, page: int) -> int:
     with open("/proc/kpageflags", "rb", buffering=0) as flags:
 
         def is_tail(number: int) -> bool:
-            return bool(struct.unpack("=Q", os.pread(flags.fileno(), 8, number * 8))[0] & _COMPOUND_TAIL)
+            return bool(
+                struct.unpack("=Q", os.pread(flags.fileno(), 8, number * 8))[0] & _COMPOUND_TAIL
+            )
 
         head = frame
         while is_tail(head):
@@ -113,7 +124,11 @@ def order_by_flags(backing: Memfd, page: int) -> int:
 @contextmanager
 def twin_of(kind: str, blocks: int) -> Generator[OwnedFd]:
     """Make the kernel's own object, with its first blocks taken: a memfd that is collapsed, or one of huge pages."""
-    flags = 0 if kind == "thp" else memory.MFD_HUGETLB | (ORDERS[kind] + PAGE_SHIFT) << memory.MFD_HUGE_SHIFT
+    flags = (
+        0
+        if kind == "thp"
+        else memory.MFD_HUGETLB | (ORDERS[kind] + PAGE_SHIFT) << memory.MFD_HUGE_SHIFT
+    )
     size = blocks * (1 << ORDERS[kind] + PAGE_SHIFT)
     with memory.memfd_create("twin", flags) as fd:
         os.ftruncate(fd.fileno(), size)
@@ -128,13 +143,19 @@ def twin_of(kind: str, blocks: int) -> Generator[OwnedFd]:
 def zero_pages(fd: int, first: int, count: int, alignment: int) -> list[bool]:
     """Say of each page whether it reads as zero; through a mapping, for hugetlbfs has no write and so no common way but this."""
     with mapped(fd, first, count, alignment) as mapping:
-        return [bytes(mapping.memory[at : at + PAGE_SIZE]) == bytes(PAGE_SIZE) for at in range(0, count * PAGE_SIZE, PAGE_SIZE)]
+        return [
+            bytes(mapping.memory[at : at + PAGE_SIZE]) == bytes(PAGE_SIZE)
+            for at in range(0, count * PAGE_SIZE, PAGE_SIZE)
+        ]
 
 
 # A mapping as aligned as its file.
 
 
-@pytest.mark.parametrize(("first", "count"), [(0, 1), (511, 2), (3, 1024), (512, 512), ((MAX_FILE_BYTES >> PAGE_SHIFT) - 2, 2)])
+@pytest.mark.parametrize(
+    ("first", "count"),
+    [(0, 1), (511, 2), (3, 1024), (512, 512), ((MAX_FILE_BYTES >> PAGE_SHIFT) - 2, 2)],
+)
 def test_a_mapping_is_congruent_and_shows_its_range(first: int, count: int) -> None:
     with memory.memfd_create("plain") as fd:
         os.ftruncate(fd.fileno(), MAX_FILE_BYTES)
@@ -150,7 +171,10 @@ def test_a_mapping_is_congruent_and_shows_its_range(first: int, count: int) -> N
 def test_a_mapping_that_cannot_be_made_leaves_nothing() -> None:
     with memory.memfd_create("plain") as fd, open("/proc/self/maps", encoding="ascii") as maps:
         before = len(maps.readlines())
-        assert outcome(lambda: Mapping(fd.detach(), 0, PAGE_SIZE, 3 << 60)) in (Errno(ENOMEM), Errno(EINVAL))
+        assert outcome(lambda: Mapping(fd.detach(), 0, PAGE_SIZE, 3 << 60)) in (
+            Errno(ENOMEM),
+            Errno(EINVAL),
+        )
         maps.seek(0)
         assert abs(len(maps.readlines()) - before) <= 1
 
@@ -164,7 +188,12 @@ def test_a_memfd_has_pages_where_the_policy_is_never() -> None:
     with backing_of("memfd") as backing:
         allocate(backing, 0, BLOCK)
         assert pieces(backing, 0, BLOCK) == [(page, page + 1, 0) for page in range(BLOCK)]
-        assert (backing.order_of(pgoff_t(7)), backing.base_order, backing.hugepage, backing.blksize) == (0, 0, False, PAGE_SIZE)
+        assert (
+            backing.order_of(pgoff_t(7)),
+            backing.base_order,
+            backing.hugepage,
+            backing.blksize,
+        ) == (0, 0, False, PAGE_SIZE)
 
 
 def test_blocks_that_are_taken_whole_become_folios(thp: MemfdBacking) -> None:
@@ -237,9 +266,16 @@ def test_a_punch_splits_what_it_cuts(thp: MemfdBacking, name: str) -> None:
             with mapped(twin.fileno(), block, BLOCK) as mapping:
                 if thp.resident() == 2 * PMD_SIZE:
                     mapping.madvise(memory.MADV_POPULATE_READ, 0, PMD_SIZE)
-                    assert pagemap.bytes_in(pagemap.Category.HUGE, mapping.address, PMD_SIZE) == PMD_SIZE
+                    assert (
+                        pagemap.bytes_in(pagemap.Category.HUGE, mapping.address, PMD_SIZE)
+                        == PMD_SIZE
+                    )
         wanted = [first <= page < first + count for page in range(2 * BLOCK)]
-        assert zero_pages(thp.fileno(), 0, 2 * BLOCK, PMD_SIZE) == zero_pages(twin.fileno(), 0, 2 * BLOCK, PMD_SIZE) == wanted
+        assert (
+            zero_pages(thp.fileno(), 0, 2 * BLOCK, PMD_SIZE)
+            == zero_pages(twin.fileno(), 0, 2 * BLOCK, PMD_SIZE)
+            == wanted
+        )
 
 
 @needs_pool
@@ -253,7 +289,10 @@ def test_huge_pages_that_lie_far_apart_are_not_looked_for() -> None:
 
 
 @needs_pool
-@pytest.mark.parametrize(("kind", "first"), [("hugetlb-2m", 0), ("hugetlb-2m", 7), ("hugetlb-2m", BLOCK - 2), ("hugetlb-1g", 7)])
+@pytest.mark.parametrize(
+    ("kind", "first"),
+    [("hugetlb-2m", 0), ("hugetlb-2m", 7), ("hugetlb-2m", BLOCK - 2), ("hugetlb-1g", 7)],
+)
 def test_a_punch_inside_a_huge_page_frees_nothing_and_zeroes_it(kind: str, first: int) -> None:
     size = hugetlb.SIZES[kind]
     with backing_of(kind, 2) as backing, twin_of(kind, 1) as twin:
@@ -264,8 +303,15 @@ def test_a_punch_inside_a_huge_page_frees_nothing_and_zeroes_it(kind: str, first
             memory.fallocate(fd, PUNCH, first << PAGE_SHIFT, 2 << PAGE_SHIFT)
         assert backing.resident() == os.fstat(twin.fileno()).st_blocks * 512 == size
         wanted = [page in (first, first + 1) for page in range(BLOCK)]
-        assert zero_pages(backing.fileno(), 0, BLOCK, size) == zero_pages(twin.fileno(), 0, BLOCK, size) == wanted
-        assert orders(backing, [first, BLOCK]) == [ORDERS[kind], ORDERS[kind] if kind == "hugetlb-1g" else Errno(ENOENT)]
+        assert (
+            zero_pages(backing.fileno(), 0, BLOCK, size)
+            == zero_pages(twin.fileno(), 0, BLOCK, size)
+            == wanted
+        )
+        assert orders(backing, [first, BLOCK]) == [
+            ORDERS[kind],
+            ORDERS[kind] if kind == "hugetlb-1g" else Errno(ENOENT),
+        ]
         punch(backing, 0, size >> PAGE_SHIFT)
         assert (backing.resident(), hugetlb.free_pages(size)) == (0, 1)
         assert outcome(lambda: backing.order_of(pgoff_t(first))) == Errno(ENOENT)
@@ -278,7 +324,8 @@ def test_the_kernels_page_flags_say_the_same(kind: str) -> None:
         allocate(backing, 0, BLOCK)
         assert order_by_flags(backing, 3) == backing.order_of(pgoff_t(3)) == ORDERS.get(kind, 0)
         punch(backing, 5, 1)
-        # What tmpfs leaves may be folios of 4 or 8 pages (Linux 6.15 splits no further than it must), which are of no use to a page table.
+        # What tmpfs leaves may be folios of 4 or 8 pages (Linux 6.15 splits no further than it
+        # must), which are of no use to a page table.
         left = order_by_flags(backing, 3)
         assert left == ORDERS[kind] if kind in hugetlb.SIZES else left < 9
         assert backing.order_of(pgoff_t(3)) == (left if left >= 9 else 0)
@@ -340,11 +387,20 @@ def test_folios_are_what_was_allocated_and_looking_allocates_nothing(seed: int) 
             allocate(backing, first, count)
             whole = range(-(-first // BLOCK), (first + count) // BLOCK)
             present |= {page: 0 for page in range(first, first + count) if page not in present}
-            present |= {page: 9 for block in whole for page in range(block * BLOCK, (block + 1) * BLOCK)}
+            present |= {
+                page: 9 for block in whole for page in range(block * BLOCK, (block + 1) * BLOCK)
+            }
         else:
             punch(backing, first, count)
-            present = {page: order for page, order in present.items() if not first <= page < first + count}
-            present |= {page: 0 for page in present if page // BLOCK in cut and sum(page // BLOCK == p // BLOCK for p in present) < BLOCK}
+            present = {
+                page: order for page, order in present.items() if not first <= page < first + count
+            }
+            present |= {
+                page: 0
+                for page in present
+                if page // BLOCK in cut
+                and sum(page // BLOCK == p // BLOCK for p in present) < BLOCK
+            }
     held = backing.resident()
     first, end = sorted(pick.sample(range(6 * BLOCK), 2))
     found = pieces(backing, first, end)
@@ -354,7 +410,9 @@ def test_folios_are_what_was_allocated_and_looking_allocates_nothing(seed: int) 
         assert {present.get(page) for page in range(start, stop)} == {order}
         assert order != 9 or (stop - start == BLOCK and start % BLOCK == 0)
     assert (found[0][0] <= first, found[-1][1] >= end) == (True, True)
-    assert all(one[2] is not None or other[2] is not None for one, other in pairwise(found)), "two holes"
+    assert all(one[2] is not None or other[2] is not None for one, other in pairwise(found)), (
+        "two holes"
+    )
     backing.close()
 
 
@@ -378,8 +436,13 @@ def test_an_undumpable_process_without_root_tells_folios_too(thp: MemfdBacking) 
         allocate(thp, block * BLOCK, BLOCK)
     for page in range(3 * BLOCK, 4 * BLOCK):
         allocate(thp, page, 1)
-    # The rest are pages, those of a whole block too, and the last block's mapping is shorter than two.
-    assert [(start // BLOCK, order) for start, _, order in pieces(thp, 0, 5 * BLOCK) if not start % BLOCK] == [
+    # The rest are pages, those of a whole block too, and the last block's mapping is shorter than
+    # two.
+    assert [
+        (start // BLOCK, order)
+        for start, _, order in pieces(thp, 0, 5 * BLOCK)
+        if not start % BLOCK
+    ] == [
         *((0, None), (1, 9), (2, 9), (3, 0), (4, 9)),
     ]
 
@@ -485,7 +548,10 @@ def test_huge_pages_of_a_range(kind: str) -> None:
         assert pieces(backing, 2 * size + 1, 2 * size + 3) == [(2 * size, 3 * size, order)]
         # Right behind one, and long enough to be looked at from the beginning of the file on.
         assert pieces(backing, 3 * size, 1 << 50) == [(3 * size, 1 << 50, None)]
-        assert (backing.resident() >> PAGE_SHIFT, hugetlb.free_pages(size << PAGE_SHIFT)) == (2 * size, 1)
+        assert (backing.resident() >> PAGE_SHIFT, hugetlb.free_pages(size << PAGE_SHIFT)) == (
+            2 * size,
+            1,
+        )
         assert (backing.base_order, backing.blksize) == (order, size << PAGE_SHIFT)
 
 
@@ -528,7 +594,9 @@ def test_an_empty_pool_is_enospc_for_owner_and_consumer() -> None:
 def _again(backing: Memfd) -> Memfd:
     """Take a backing over as a consumer does, by a descriptor of its own."""
     fd = OwnedFd(os.dup(backing.fileno()))
-    return take_over(fd, limit=backing.limit, base_order=backing.base_order, hugepage=backing.hugepage)
+    return take_over(
+        fd, limit=backing.limit, base_order=backing.base_order, hugepage=backing.hugepage
+    )
 
 
 @needs_pool
@@ -538,7 +606,9 @@ def test_what_was_taken_before_the_pool_was_empty_stays_as_in_hugetlbfs() -> Non
         assert backing.resident() == 2 * PMD_SIZE
         punch(backing, 0, MAX_FILE_BYTES >> PAGE_SHIFT)
         with memory.memfd_create("twin", memory.MFD_HUGETLB) as twin:
-            assert outcome(lambda: os.posix_fallocate(twin.fileno(), 0, 3 * PMD_SIZE)) == Errno(ENOSPC)
+            assert outcome(lambda: os.posix_fallocate(twin.fileno(), 0, 3 * PMD_SIZE)) == Errno(
+                ENOSPC
+            )
             assert os.fstat(twin.fileno()).st_blocks * 512 == 2 * PMD_SIZE
 
 
@@ -565,7 +635,9 @@ def test_a_locked_mapping_gets_folios_too() -> None:
         consumer.allocate(BLOCK << PAGE_SHIFT, 9 * PAGE_SIZE)
         mapping.memory[PMD_SIZE : PMD_SIZE + 4] = b"kept"
         consumer.allocate(0, 2 * PMD_SIZE)
-        assert pagemap.bytes_in(pagemap.Category.HUGE, mapping.address, 2 * PMD_SIZE) == 2 * PMD_SIZE
+        assert (
+            pagemap.bytes_in(pagemap.Category.HUGE, mapping.address, 2 * PMD_SIZE) == 2 * PMD_SIZE
+        )
         assert bytes(mapping.memory[PMD_SIZE : PMD_SIZE + 4]) == b"kept"
         assert (consumer.order_of(pgoff_t(0)), consumer.order_of(pgoff_t(BLOCK))) == (9, 9)
         consumer.close()
@@ -574,10 +646,15 @@ def test_a_locked_mapping_gets_folios_too() -> None:
 @needs_pool
 def test_a_mapping_shows_huge_pages_of_1_gib_as_one() -> None:
     size = 1 << 30
-    with backing_of("hugetlb-1g", 1) as backing, mapped(backing.fileno(), 0, size >> PAGE_SHIFT, size) as mapping:
+    with (
+        backing_of("hugetlb-1g", 1) as backing,
+        mapped(backing.fileno(), 0, size >> PAGE_SHIFT, size) as mapping,
+    ):
         consumer = MappedBacking(_again(backing), mapping, 0)
         consumer.allocate(5 << PAGE_SHIFT, PAGE_SIZE)
-        assert list(pagemap.runs(pagemap.Category.HUGE, mapping.address, size)) == [(mapping.address, mapping.address + size)]
+        assert list(pagemap.runs(pagemap.Category.HUGE, mapping.address, size)) == [
+            (mapping.address, mapping.address + size)
+        ]
         consumer.close()
 
 
@@ -609,7 +686,10 @@ def test_rmfd_hugepage() -> None:
         for flags in (1, 3, 4, 99, -1):
             assert outcome(partial(service.memfd_restricted, flags)) == Errno(EINVAL)
             assert outcome(partial(restrictedmem.memfd_restricted, flags)) == Errno(EINVAL)
-        with OwnedFd(service.memfd_restricted(restrictedmem.RMFD_HUGEPAGE)) as fd, OwnedFd(service.memfd_restricted()) as plain:
+        with (
+            OwnedFd(service.memfd_restricted(restrictedmem.RMFD_HUGEPAGE)) as fd,
+            OwnedFd(service.memfd_restricted()) as plain,
+        ):
             assert os.fstat(fd.fileno()).st_blksize == PMD_SIZE
             with memory.memfd_create("twin") as twin:
                 assert os.fstat(plain.fileno()).st_blksize == os.fstat(twin.fileno()).st_blksize

@@ -57,7 +57,9 @@ def life_of_a_file(design: str) -> tuple[int, object, int, int]:
 
 @pytest.mark.requires("fuse")
 @pytest.mark.parametrize("number", [ENOSYS, EPERM])
-@pytest.mark.parametrize("design", [name + teardown for name in NAMES for teardown in ("", TEARDOWN)])
+@pytest.mark.parametrize(
+    "design", [name + teardown for name in NAMES for teardown in ("", TEARDOWN)]
+)
 def test_no_file_is_lost_where_folios_cannot_be_told(design: str, number: int) -> None:
     calls = [memory.SYS_cachestat, userfaultfd.SYS_userfaultfd[os.uname().machine]]
 
@@ -73,7 +75,9 @@ def test_no_file_is_lost_where_folios_cannot_be_told(design: str, number: int) -
 
 
 @pytest.mark.parametrize("number", NOT_TOLD)
-def test_a_limit_holds_where_nothing_counts_a_range(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_holds_where_nothing_counts_a_range(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(fd: int, offset: int, length: int) -> int:
         raise OSError(number, f"cachestat of {length} at {offset} of {fd}")
 

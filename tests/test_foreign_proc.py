@@ -76,5 +76,7 @@ def test_nobody_enters_anothers_user_namespace() -> None:
 
 def test_nobody_is_tried_or_missed_in_anothers_place() -> None:
     nothing = cast("Any", None)
-    assert inside(lambda: prove(nothing, nothing, 0, engine="software", as_root=False, progress=nothing)) == Errno(ESRCH)
+    assert inside(
+        lambda: prove(nothing, nothing, 0, engine="software", as_root=False, progress=nothing)
+    ) == Errno(ESRCH)
     assert inside(lambda: live._Run(Options(), None, 0)) == Errno(ESRCH)

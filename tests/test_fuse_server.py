@@ -108,7 +108,12 @@ class Served:
     def send(self, opcode: int, nodeid: int = fuse.ROOT_ID, body: bytes = b"") -> int:
         """Send a request and return its number."""
         self._sent += 1
-        self._ours.send(fuse.IN_HEADER.pack(fuse.IN_HEADER.size + len(body), opcode, self._sent, nodeid, 0, 0, 0, 0, 0) + body)
+        self._ours.send(
+            fuse.IN_HEADER.pack(
+                fuse.IN_HEADER.size + len(body), opcode, self._sent, nodeid, 0, 0, 0, 0, 0
+            )
+            + body
+        )
         return self._sent
 
     def reply_to(self, unique: int) -> int:
@@ -124,7 +129,12 @@ class Served:
 
     def create(self, consumer: Consumer | None = None, holder: int | None = None) -> int:
         """Create a file, for a consumer with a number, and return its node."""
-        assert self.ask(Opcode.CREATE, body=fuse.CREATE_IN.pack(os.O_RDWR, 0o100600, 0, 0) + NAME + b"\0") == 0
+        assert (
+            self.ask(
+                Opcode.CREATE, body=fuse.CREATE_IN.pack(os.O_RDWR, 0o100600, 0, 0) + NAME + b"\0"
+            )
+            == 0
+        )
         node, file = max(self.filesystem.files().items())
         if consumer is not None:
             file.holder = holder
@@ -224,7 +234,9 @@ def test_no_thread_to_be_had(at_all: bool, dies: bool, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("what", ["allocation", "release"])
-def test_what_takes_long_delays_nobody(served: Served, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_takes_long_delays_nobody(
+    served: Served, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inside, go = threading.Semaphore(0), threading.Event()
 
     def wait(*_: object) -> bool:
@@ -235,7 +247,9 @@ def test_what_takes_long_delays_nobody(served: Served, what: str, monkeypatch: p
     monkeypatch.setattr(filesystem_module, "_HUGE_REQUEST", 0)
     nodes = [served.create() for _ in range(2 * MAX_THREADS)]
     requests: dict[str, Callable[[int], int]] = {
-        "allocation": lambda node: served.send(Opcode.FALLOCATE, node, fuse.FALLOCATE_IN.pack(0, 0, PAGE_SIZE, 0, 0)),
+        "allocation": lambda node: served.send(
+            Opcode.FALLOCATE, node, fuse.FALLOCATE_IN.pack(0, 0, PAGE_SIZE, 0, 0)
+        ),
         "release": lambda node: served.send(Opcode.RELEASE, node, bytes(24)),
     }
     files = list(served.filesystem.files().values())
@@ -259,12 +273,16 @@ def test_what_takes_long_delays_nobody(served: Served, what: str, monkeypatch: p
     assert sum(inside.acquire(blocking=False) for _ in nodes) == len(nodes) - MAX_THREADS
 
 
-def test_a_consumer_that_comes_in_the_middle_is_waited_for_aside(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_consumer_that_comes_in_the_middle_is_waited_for_aside(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
     consumer, node = Consumer(), served.create()
     file = served.filesystem.files()[node]
     unheard = RestrictedFile.fallocate_unheard
 
-    def register_first(self: RestrictedFile, mode: int, offset: int, length: int, abandoned: Callable[[], bool]) -> bool:
+    def register_first(
+        self: RestrictedFile, mode: int, offset: int, length: int, abandoned: Callable[[], bool]
+    ) -> bool:
         if self is file and not self.notifier_count:
             self.holder = 1
             self.register_notifier(consumer)
@@ -297,7 +315,9 @@ def test_a_reference_is_taken_while_memory_is(served: Served) -> None:
 
 
 @pytest.mark.parametrize(("failure", "errno"), [(MemoryError, ENOMEM), (ValueError, EIO)])
-def test_what_a_request_fails_of_is_its_own(monkeypatch: pytest.MonkeyPatch, failure: type[Exception], errno: int) -> None:
+def test_what_a_request_fails_of_is_its_own(
+    monkeypatch: pytest.MonkeyPatch, failure: type[Exception], errno: int
+) -> None:
     def fail(*_: object) -> bytes:
         raise failure
 
@@ -336,7 +356,9 @@ def test_a_reply_to_a_caller_that_was_killed_is_no_failure(
 
 
 @pytest.mark.parametrize(("call", "done"), [("readv", False), ("readv", True), ("write", False)])
-def test_no_request_is_lost_while_memory_is_short(monkeypatch: pytest.MonkeyPatch, call: str, done: bool) -> None:
+def test_no_request_is_lost_while_memory_is_short(
+    monkeypatch: pytest.MonkeyPatch, call: str, done: bool
+) -> None:
     """Memory runs out before a call of the server's, or after it has read."""
     real = getattr(os, call)
     short = [3]

@@ -11,7 +11,13 @@ SCRIPT = Path(__file__).parent.parent / "scripts" / "fuzz"
 
 
 def fuzz(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
 
 
 def test_a_target_that_is_none_is_refused() -> None:

@@ -16,7 +16,11 @@ def test_nothing_of_the_corpus_is_found_wrong(name: str) -> None:
     replay(TARGETS[name], name)
 
 
-@pytest.mark.parametrize(("name", "mistake"), [(name, mistake) for name, three in MISTAKES.items() for mistake in three], ids=str)
+@pytest.mark.parametrize(
+    ("name", "mistake"),
+    [(name, mistake) for name, three in MISTAKES.items() for mistake in three],
+    ids=str,
+)
 def test_the_corpus_finds_a_planted_mistake(name: str, mistake: Mistake) -> None:
     with planted(mistake), pytest.raises(Exception):  # noqa: B017  whatever a target fails with is a finding
         replay(TARGETS[name], name)

@@ -55,7 +55,10 @@ def test_no_program_reads_a_flag_that_the_manual_leaves_undefined() -> None:
 
 def test_a_flag_is_undefined_until_it_is_defined_on_every_way() -> None:
     jump = Piece("jmp", b"\xeb\x05", jump=Label(0, 3))
-    product, sum_ = Piece("imul", b"\x0f\xaf\xc3", EFFECTS["imul"]), Piece("add", b"\x01\xd8", EFFECTS["add"])
+    product, sum_ = (
+        Piece("imul", b"\x0f\xaf\xc3", EFFECTS["imul"]),
+        Piece("add", b"\x01\xd8", EFFECTS["add"]),
+    )
     straight = program_of(product, sum_).lines
     assert [line.undefined for line in straight[:3]] == [0, EFFECTS["imul"].undefines, 0]
     around = program_of(product, jump, sum_, sum_).lines
@@ -103,7 +106,9 @@ def test_no_bit_string_goes_back_to_what_a_storm_changes() -> None:
         ("shl", 32, None, 0, AF | OF),
     ],
 )
-def test_what_a_shift_does_to_flags(mnemonic: str, size: int, count: int | None, defines: int, undefines: int) -> None:
+def test_what_a_shift_does_to_flags(
+    mnemonic: str, size: int, count: int | None, defines: int, undefines: int
+) -> None:
     effect = shift_effect(mnemonic, size, count)
     assert effect.undefines == undefines
     assert effect.defines & defines == defines
@@ -115,7 +120,10 @@ def test_what_a_shift_does_to_flags(mnemonic: str, size: int, count: int | None,
     [
         ("4189442410", Mem(0, base=12, disp=0x10)),  # mov [r12 + 0x10], eax
         ("41894500", Mem(0, base=13)),  # mov [r13], eax
-        ("4289446b80", Mem(0, base=3, index=13, scale=1, disp=-128)),  # mov [rbx + r13 * 2 - 0x80], eax
+        (
+            "4289446b80",
+            Mem(0, base=3, index=13, scale=1, disp=-128),
+        ),  # mov [rbx + r13 * 2 - 0x80], eax
         ("89042500000040", Mem(0x4000_0000, disp=0x4000_0000)),  # mov [0x40000000], eax
         ("64678903", Mem(0, base=3, segment="fs", narrow=True)),  # mov fs:[ebx], eax
     ],
@@ -128,7 +136,9 @@ def test_operands_are_encoded_as_an_assembler_does(code: str, operand: Mem) -> N
 
 
 def program_of(*pieces: Piece) -> Program:
-    registers = tuple(places.address(places.STACK.stop) - 64 if number == 4 else 0 for number in range(16))
+    registers = tuple(
+        places.address(places.STACK.stop) - 64 if number == 4 else 0 for number in range(16)
+    )
     at_rest = frozenset(page for page, private in places.AT_REST.items() if private)
     length = sum(len(piece.code) for piece in pieces)
     return Program(0, (Item(0, pieces),), registers, 0, length + 64, at_rest, frozenset())
@@ -144,7 +154,10 @@ def test_flags_count_where_they_are_defined() -> None:
     exit_ = Hypercall(1, (0, 0, 0, 0))
 
     def states(one: int, other: int) -> str:
-        return difference(program, *(run_of(Event(exit_, State((0,) * 16, behind, flags))) for flags in (one, other)))
+        return difference(
+            program,
+            *(run_of(Event(exit_, State((0,) * 16, behind, flags))) for flags in (one, other)),
+        )
 
     assert states(ZF, 0) == ""
     assert states(CF, 0) == "event 1, Hypercall(number=1, arguments=(0, 0, 0, 0)): flags 0x1, 0x0"
@@ -169,7 +182,12 @@ def test_whatever_is_another_is_a_difference(software: Run, kernel: Run) -> None
 
 def test_what_a_row_allows_is_none() -> None:
     assert difference(program_of(), run_of(Event(Shutdown(13))), run_of(Event(Shutdown(6)))) == ""
-    assert difference(program_of(), run_of(Event(PortOut(1, 1, 0)), memory=b"\1"), run_of(Event(Shutdown(6)))) == ""
+    assert (
+        difference(
+            program_of(), run_of(Event(PortOut(1, 1, 0)), memory=b"\1"), run_of(Event(Shutdown(6)))
+        )
+        == ""
+    )
 
 
 def test_every_row_is_there() -> None:
@@ -187,7 +205,9 @@ def test_every_row_is_there() -> None:
 def test_a_program_becomes_as_small_as_its_difference_lets_it() -> None:
     program = make(3)
     wanted = program.items[len(program.items) // 2]
-    smallest, found = shrink(program, lambda candidate: "differs" if wanted in candidate.items else "")
+    smallest, found = shrink(
+        program, lambda candidate: "differs" if wanted in candidate.items else ""
+    )
     assert found == "differs"
     assert wanted in smallest.items
     assert len(smallest.items) <= 2
@@ -216,12 +236,16 @@ def test_what_is_avoided_differs(service: Service, avoided: Avoided) -> None:
     program = program_of(Piece("example", bytes.fromhex(avoided.example)))
     hidden = {places.LONE.start, *(places.CODE[:2] if avoided.shared else ())}
     with Pair(service, vcpus=1) as pair:
-        assert pair.run(replace(program, private=program.private - hidden)), f"{avoided.row}: mended; programs may have it"
+        assert pair.run(replace(program, private=program.private - hidden)), (
+            f"{avoided.row}: mended; programs may have it"
+        )
 
 
 @pytest.mark.requires("fuse", "processor")
 def test_a_store_that_ends_where_nothing_is_stores_nothing(service: Service) -> None:
-    program = program_of(Piece("mov [the last page's last byte], ecx", bytes.fromhex("b9ffffffff890c25ffef0140")))
+    program = program_of(
+        Piece("mov [the last page's last byte], ecx", bytes.fromhex("b9ffffffff890c25ffef0140"))
+    )
     with Pair(service, vcpus=1) as pair:
         assert pair.run(program) == ""
 
@@ -229,7 +253,12 @@ def test_a_store_that_ends_where_nothing_is_stores_nothing(service: Service) -> 
 @pytest.mark.requires("fuse", "processor")
 def test_programs_do_the_same_on_both_engines(service: Service) -> None:
     began = time.monotonic()
-    outcome = run(service, SEED, more=lambda count: count < PROGRAMS and time.monotonic() < began + SECONDS, told=lambda _: None)
+    outcome = run(
+        service,
+        SEED,
+        more=lambda count: count < PROGRAMS and time.monotonic() < began + SECONDS,
+        told=lambda _: None,
+    )
     assert [line for found in outcome.found for line in found.lines()] == []
     assert outcome.programs >= 10
     assert outcome.exits > outcome.programs

@@ -93,7 +93,9 @@ def guest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources = [str(ROOT / "guests" / "start.S"), str(folder / "guest.c")]
     script = ["-I", str(ROOT / "guests" / "include"), f"-Wl,-T,{ROOT / 'guests' / 'guest.ld'}"]
     compiler = shutil.which("gcc") or "cc"
-    subprocess.run([compiler, *flags.split(), *script, "-o", str(folder / "guest.elf"), *sources], check=True)
+    subprocess.run(
+        [compiler, *flags.split(), *script, "-o", str(folder / "guest.elf"), *sources], check=True
+    )
     return folder / "guest.elf"
 
 
@@ -109,7 +111,9 @@ class Host:
     engine: str
 
 
-@pytest.fixture(scope="module", params=["software", pytest.param("kernel", marks=pytest.mark.requires("kvm"))])
+@pytest.fixture(
+    scope="module", params=["software", pytest.param("kernel", marks=pytest.mark.requires("kvm"))]
+)
 def host(request: pytest.FixtureRequest, service: Service) -> Host:
     return Host(service, request.param)
 
@@ -129,7 +133,9 @@ class Run:
 
 
 @contextlib.contextmanager
-def debugged(host: Host, image: Path, tmp_path: Path, *arguments: str, vcpus: int = 1) -> Generator[Run]:
+def debugged(
+    host: Host, image: Path, tmp_path: Path, *arguments: str, vcpus: int = 1
+) -> Generator[Run]:
     talk = io.StringIO()
     out = tmp_path / "out"
     with Vmm(PRIVATE_SIZE, host.service, vcpus=vcpus, engine=host.engine, debug=True) as vmm:
@@ -174,13 +180,20 @@ def wait_for_more(run: Run, image: Path) -> None:
 
 
 def gdb_command(image: Path, port: int, *commands: str) -> list[str]:
-    first = ("set debuginfod enabled off", "set confirm off", OWN_WATCHPOINTS, f"target remote 127.0.0.1:{port}")
+    first = (
+        "set debuginfod enabled off",
+        "set confirm off",
+        OWN_WATCHPOINTS,
+        f"target remote 127.0.0.1:{port}",
+    )
     words = [word for command in (*first, *commands) for word in ("-ex", command)]
     return ["gdb", "-q", "-nx", "-batch", *words, str(image)]
 
 
 def gdb(image: Path, port: int, *commands: str) -> str:
-    done = subprocess.run(gdb_command(image, port, *commands), capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        gdb_command(image, port, *commands), capture_output=True, text=True, timeout=60, check=False
+    )
     return done.stdout + done.stderr
 
 
@@ -246,7 +259,17 @@ def test_a_breakpoint_in_a_loop_stops_at_each_turn(host: Host, guest: Path, tmp_
 @needs_gdb
 def test_a_watchpoint_stops_where_memory_changes(host: Host, guest: Path, tmp_path: Path) -> None:
     with debugged(host, guest, tmp_path) as run:
-        said = gdb(guest, run.port, "break main", "continue", "watch counter", "continue", "continue", "delete", "continue")
+        said = gdb(
+            guest,
+            run.port,
+            "break main",
+            "continue",
+            "watch counter",
+            "continue",
+            "continue",
+            "delete",
+            "continue",
+        )
         assert run.ended() == Ended(STATUS)
     assert re.findall(r"(?:Old|New) value = (\d+)", said) == ["0", "1", "1", "3"], said
 
@@ -261,9 +284,22 @@ def test_step_by_step_across_hypercalls_to_the_end(host: Host, guest: Path, tmp_
 
 
 @needs_gdb
-def test_the_hypercall_page_can_be_looked_at_and_stopped_at(host: Host, guest: Path, tmp_path: Path) -> None:
+def test_the_hypercall_page_can_be_looked_at_and_stopped_at(
+    host: Host, guest: Path, tmp_path: Path
+) -> None:
     with debugged(host, guest, tmp_path) as run:
-        said = gdb(guest, run.port, "break *0x100000", "continue", "x/2i $pc", "print $rax", "stepi", "print $rax", "delete", "continue")
+        said = gdb(
+            guest,
+            run.port,
+            "break *0x100000",
+            "continue",
+            "x/2i $pc",
+            "print $rax",
+            "stepi",
+            "print $rax",
+            "delete",
+            "continue",
+        )
         assert run.ended() == Ended(STATUS)
     assert re.search(r"=> 0x100000:\s+(ud2|out +%al,\$0xf4)", said)
     assert re.search(r"0x100002:\s+ret", said)
@@ -273,8 +309,12 @@ def test_the_hypercall_page_can_be_looked_at_and_stopped_at(host: Host, guest: P
 @needs_gdb
 def test_ctrl_c_stops_an_endless_loop(host: Host, guest: Path, tmp_path: Path) -> None:
     with debugged(host, guest, tmp_path, "s") as run:
-        commands = gdb_command(guest, run.port, "continue", "print counter > 0", "info symbol $pc", "kill")
-        with subprocess.Popen(commands, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        commands = gdb_command(
+            guest, run.port, "continue", "print counter > 0", "info symbol $pc", "kill"
+        )
+        with subprocess.Popen(
+            commands, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
             wait_for_more(run, guest)
             process.send_signal(signal.SIGINT)
             said, _ = process.communicate(timeout=60)
@@ -373,15 +413,27 @@ def test_what_gdb_asks_for(host: Host, guest: Path, tmp_path: Path) -> None:
         assert client.ask(b"T2") == b"E16"
         whole = client.ask(b"qXfer:features:read:target.xml:0,1fff")
         assert whole == b"l" + rsp.escape(target.description())
-        assert client.ask(b"qXfer:features:read:target.xml:0,10") == b"m" + target.description()[:16]
+        assert (
+            client.ask(b"qXfer:features:read:target.xml:0,10") == b"m" + target.description()[:16]
+        )
         registers = client.ask(b"g")
         assert len(registers) == 2 * sum(register.size for register in target.REGISTERS)
         entry = elf.parse(guest.read_bytes()).entry
-        assert client.ask(b"p10") == registers[16 * 16 : 17 * 16] == entry.to_bytes(8, "little").hex().encode()
+        assert (
+            client.ask(b"p10")
+            == registers[16 * 16 : 17 * 16]
+            == entry.to_bytes(8, "little").hex().encode()
+        )
         assert client.ask(b"G" + registers) == b"OK"
         assert client.ask(b"P0=2a00000000000000") == b"OK"
         assert client.ask(b"p0") == b"2a00000000000000"
-        assert client.ask(b"P12=00000000") == client.ask(b"P0=00") == client.ask(b"p99") == client.ask(b"G00") == b"E16"
+        assert (
+            client.ask(b"P12=00000000")
+            == client.ask(b"P0=00")
+            == client.ask(b"p99")
+            == client.ask(b"G00")
+            == b"E16"
+        )
         # Memory ends in the middle.
         end = 0x4000_0000 + PRIVATE_SIZE
         assert client.ask(b"m%x,10" % (end - 4)) == b"00" * 4
@@ -390,8 +442,19 @@ def test_what_gdb_asks_for(host: Host, guest: Path, tmp_path: Path) -> None:
         assert client.ask(b"M%x,2:1122" % (end - 8)) == b"OK"
         assert client.ask(b"X%x,3:" % (end - 6) + rsp.escape(b"}#$")) == b"OK"
         assert client.ask(b"m%x,5" % (end - 8)) == b"11227d2324"
-        assert client.ask(b"M%x,2:11" % (end - 8)) == client.ask(b"m1") == client.ask(b"m-1,4") == b"E16"
-        assert client.ask(b"Z2,%x,4" % entry) == client.ask(b"qUnheardOf") == client.ask(b"!") == client.ask(b"vMustReplyEmpty") == b""
+        assert (
+            client.ask(b"M%x,2:11" % (end - 8))
+            == client.ask(b"m1")
+            == client.ask(b"m-1,4")
+            == b"E16"
+        )
+        assert (
+            client.ask(b"Z2,%x,4" % entry)
+            == client.ask(b"qUnheardOf")
+            == client.ask(b"!")
+            == client.ask(b"vMustReplyEmpty")
+            == b""
+        )
         assert client.ask(b"vCont;t") == b"E16"
         client.send(b"vCont;s:1;c")
         assert client.receive() == b"T05thread:1;"
@@ -450,7 +513,9 @@ def test_kill_ends_the_guest(host: Host, guest: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.requires("fuse", "cc")
-def test_the_guest_may_be_stopped_before_gdb_comes_and_while_it_looks(host: Host, guest: Path, tmp_path: Path) -> None:
+def test_the_guest_may_be_stopped_before_gdb_comes_and_while_it_looks(
+    host: Host, guest: Path, tmp_path: Path
+) -> None:
     for connected in (False, True):
         with debugged(host, guest, tmp_path) as run, contextlib.ExitStack() as stack:
             if connected:
@@ -464,14 +529,20 @@ def test_the_guest_may_be_stopped_before_gdb_comes_and_while_it_looks(host: Host
 
 @pytest.mark.requires("fuse", "cc")
 @pytest.mark.parametrize("first", [b"?", b"c"], ids=["stopped", "running"])
-def test_a_gdb_that_does_not_read_keeps_no_guest(first: bytes, host: Host, guest: Path, tmp_path: Path) -> None:
+def test_a_gdb_that_does_not_read_keeps_no_guest(
+    first: bytes, host: Host, guest: Path, tmp_path: Path
+) -> None:
     with contextlib.ExitStack() as stack:
         with debugged(host, guest, tmp_path, "s", vcpus=2) as run:
             client = stack.enter_context(Gdb(run.port))
             client.send(first)
             client.sock.setblocking(False)
             # Each asks for the last reply once more.
-            wait_until(lambda: not _sends(client.sock, b"-" * 4096) and _writes("gdb"), "the stub to wait for a reader", DEADLINE)
+            wait_until(
+                lambda: not _sends(client.sock, b"-" * 4096) and _writes("gdb"),
+                "the stub to wait for a reader",
+                DEADLINE,
+            )
             run.vmm.stop()
             ended = run.ended()
         # The stub has ended too.
@@ -490,7 +561,10 @@ def _sends(sock: socket.socket, data: bytes) -> bool:
 def _writes(name: str) -> bool:
     """Say whether a thread is inside ``Connection._write``."""
     frames = sys._current_frames()  # pyright: ignore[reportPrivateUsage]
-    return any(thread.name == name and frames[thread.ident or 0].f_code.co_name == "_write" for thread in threading.enumerate())
+    return any(
+        thread.name == name and frames[thread.ident or 0].f_code.co_name == "_write"
+        for thread in threading.enumerate()
+    )
 
 
 @pytest.mark.requires("fuse", "cc")
@@ -538,13 +612,32 @@ def test_packets_survive_any_cut(payloads: list[bytes], data: st.DataObject) -> 
 def test_the_parser_takes_anything(data: bytes) -> None:
     parser = rsp.Parser()
     list(parser.feed(data))
-    # An unfinished packet swallows what comes, to its longest length or the next '#': after that, it is as new.
+    # An unfinished packet swallows what comes, to its longest length or the next '#': after that,
+    # it is as new.
     list(parser.feed(b"#00" + b"x" * (rsp.PACKET_SIZE + 8)))
     assert [*parser.feed(rsp.frame(b"?"))][-1:] == [b"?"]
 
 
-COMMANDS = st.sampled_from([*b"gGpPmMXHTqQvcsCSR!?", *(b"Z0,", b"z1,", b"vCont", b"qXfer:", b"QStart")])
-NUMBERS = st.sampled_from([b"", b"-1", b"0", b"1", b"2", b"4000f000", b"f" * 16, b"1" + b"0" * 16, b"zz", b",", b":", b";", b"="])
+COMMANDS = st.sampled_from(
+    [*b"gGpPmMXHTqQvcsCSR!?", *(b"Z0,", b"z1,", b"vCont", b"qXfer:", b"QStart")]
+)
+NUMBERS = st.sampled_from(
+    [
+        b"",
+        b"-1",
+        b"0",
+        b"1",
+        b"2",
+        b"4000f000",
+        b"f" * 16,
+        b"1" + b"0" * 16,
+        b"zz",
+        b",",
+        b":",
+        b";",
+        b"=",
+    ]
+)
 
 
 @st.composite
@@ -559,7 +652,10 @@ def packets(draw: st.DrawFn) -> bytes:
 
 @pytest.fixture(scope="module")
 def endless(host: Host, guest: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gdb]:
-    with debugged(host, guest, tmp_path_factory.mktemp("endless"), "s") as run, Gdb(run.port) as client:
+    with (
+        debugged(host, guest, tmp_path_factory.mktemp("endless"), "s") as run,
+        Gdb(run.port) as client,
+    ):
         yield client
 
 

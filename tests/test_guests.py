@@ -21,9 +21,13 @@ NAMES = guests.names()
 def built_with() -> tuple[str, str]:
     """First lines of the compiler's and the linker's --version, as the record has them."""
     compiler = shutil.which("gcc") or "cc"
-    linker = subprocess.run([compiler, "-print-prog-name=ld"], capture_output=True, text=True, check=True).stdout.strip()
+    linker = subprocess.run(
+        [compiler, "-print-prog-name=ld"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     lines = [
-        subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+        subprocess.run(
+            [tool, "--version"], capture_output=True, text=True, check=True
+        ).stdout.splitlines()[0]
         for tool in (compiler, linker)
     ]
     return lines[0], lines[1]
@@ -32,7 +36,12 @@ def built_with() -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def rebuilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("guests")
-    subprocess.run(["make", "-s", "-C", str(ROOT / "guests"), f"OUT={out}"], check=True, capture_output=True, text=True)
+    subprocess.run(
+        ["make", "-s", "-C", str(ROOT / "guests"), f"OUT={out}"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     return out
 
 
@@ -41,7 +50,10 @@ def test_the_record_matches_the_packaged_guests() -> None:
     assert sorted(record) == NAMES
     for name in NAMES:
         data = guests.path(name).read_bytes()
-        assert (hashlib.sha256(data).hexdigest(), len(data)) == (record[name]["sha256"], record[name]["size"]), name
+        assert (hashlib.sha256(data).hexdigest(), len(data)) == (
+            record[name]["sha256"],
+            record[name]["size"],
+        ), name
 
 
 @pytest.mark.requires("cc")
@@ -52,7 +64,8 @@ def test_a_rebuilt_guest_is_the_same(name: str, rebuilt: Path) -> None:
     if built_with() == (recorded["compiler"], recorded["linker"]):
         assert data == guests.path(name).read_bytes()
     else:
-        # Another compiler, other bytes: what can be compared is what the loader sees. That it works is test_run's to say.
+        # Another compiler, other bytes: what can be compared is what the loader sees. That it works
+        # is test_run's to say.
         assert elf.parse(data).entry == elf.parse(guests.path(name).read_bytes()).entry
 
 
@@ -68,8 +81,19 @@ def host_program(directory: Path, source: str) -> bytes:
     """Compile what guests are made of for this machine, run it, and return what it printed."""
     program, text = directory / "program", directory / "program.c"
     text.write_text(source)
-    flags = ["-std=gnu11", "-O1", "-fno-pie", "-no-pie", "-I", str(GUESTS / "include"), "-I", str(GUESTS)]
-    subprocess.run(["gcc", *flags, "-o", str(program), str(text)], check=True, capture_output=True, text=True)
+    flags = [
+        "-std=gnu11",
+        "-O1",
+        "-fno-pie",
+        "-no-pie",
+        "-I",
+        str(GUESTS / "include"),
+        "-I",
+        str(GUESTS),
+    ]
+    subprocess.run(
+        ["gcc", *flags, "-o", str(program), str(text)], check=True, capture_output=True, text=True
+    )
     return subprocess.run([str(program)], check=True, capture_output=True, timeout=30).stdout
 
 
@@ -84,7 +108,10 @@ def test_the_header_and_the_package_agree(tmp_path: Path) -> None:
         for name, value in vars(guest_abi).items()
         if name.isupper() and isinstance(value, int) and name not in ("GPA_BITS", "E2BIG")
     }
-    lines = "".join(f'printf("{name} %lu\\n", (unsigned long){"HYPERCALL_" * (name in HYPERCALLS)}{name});' for name in expected)
+    lines = "".join(
+        f'printf("{name} %lu\\n", (unsigned long){"HYPERCALL_" * (name in HYPERCALLS)}{name});'
+        for name in expected
+    )
     head = "#define __ASSEMBLER__\n#include <restrictedmem/guest.h>\n#undef __ASSEMBLER__\n#include <stdio.h>\n"
     printed = host_program(tmp_path, head + f"int main(void) {{ {lines} return 0; }}\n").decode()
     assert printed.splitlines() == [f"{name} {value}" for name, value in expected.items()]
@@ -106,7 +133,13 @@ def test_boot_info_is_laid_out_as_the_header_says(tmp_path: Path) -> None:
         "report_page": guest_abi.REPORT_PAGE,
         "vcpus": 3,
     }
-    boot = guest_abi.boot_info(private_size=0x0123_4000, shared_size=0x5000, heap_base=0x4100_0000, vcpus=3, arguments=["é", ""])
+    boot = guest_abi.boot_info(
+        private_size=0x0123_4000,
+        shared_size=0x5000,
+        heap_base=0x4100_0000,
+        vcpus=3,
+        arguments=["é", ""],
+    )
     lines = "".join(f'printf("{name} %lu\\n", (unsigned long)boot->{name});' for name in fields)
     content = ",".join(map(str, boot))
     source = f"""
@@ -122,7 +155,9 @@ def test_boot_info_is_laid_out_as_the_header_says(tmp_path: Path) -> None:
         return 0;
     }}
     """
-    assert host_program(tmp_path, source).decode().splitlines() == [f"{name} {value}" for name, value in fields.items()]
+    assert host_program(tmp_path, source).decode().splitlines() == [
+        f"{name} {value}" for name, value in fields.items()
+    ]
     assert boot[guest_abi.BOOT_INFO.size :] == b"\xc3\xa9\0\0"
 
 
@@ -199,9 +234,17 @@ def test_the_example_of_the_docs_runs(tmp_path: Path) -> None:
     (tmp_path / "hello.c").write_text(source)
     command = re.search(r"cd guests && (make .*?) OUT=/tmp", text)
     assert command is not None
-    subprocess.run([*command[1].split(), f"OUT={tmp_path}"], cwd=tmp_path, check=True, capture_output=True, text=True)
+    subprocess.run(
+        [*command[1].split(), f"OUT={tmp_path}"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     run = [sys.executable, "-m", "restrictedmem", "run", "--quiet", str(tmp_path / "hello.elf")]
-    done = subprocess.run(run, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=True)
+    done = subprocess.run(
+        run, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=True
+    )
     assert done.stdout == b"hello from private memory\n"
 
 
@@ -211,7 +254,9 @@ def test_an_unknown_guest_is_enoent() -> None:
     assert caught.value.filename == "../secret"
 
 
-@pytest.mark.parametrize("data", [b"", b"\x7fELF", b"#!/bin/sh\n", bytes(64), b"\x7fELF\x02\x01\x01" + bytes(57)])
+@pytest.mark.parametrize(
+    "data", [b"", b"\x7fELF", b"#!/bin/sh\n", bytes(64), b"\x7fELF\x02\x01\x01" + bytes(57)]
+)
 def test_what_is_no_elf_is_enoexec(data: bytes) -> None:
     with pytest.raises(OSError, match="ELF") as caught:
         elf.parse(data)

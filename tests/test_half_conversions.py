@@ -91,8 +91,12 @@ class Engine:
         private = None
         if by == "attribute":
             file = PrivateFile(1, 1, cast("Any", NoFile()), MAX_FILE_BYTES, None)
-            private = GuestMemfdHalf(file, PageRange(pgoff_t(0), pgoff_t(PAGES)), binding=1, unbind=lambda: None)
-        self.conversion: Conversion = ByAttribute(vm, slots, tables) if by == "attribute" else ByAddress(slots, tables)
+            private = GuestMemfdHalf(
+                file, PageRange(pgoff_t(0), pgoff_t(PAGES)), binding=1, unbind=lambda: None
+            )
+        self.conversion: Conversion = (
+            ByAttribute(vm, slots, tables) if by == "attribute" else ByAddress(slots, tables)
+        )
         self.slot = Memslot(0, BASE, PAGES, private=private, shared=shared_half(PAGES))
         self.conversion.add(self.slot)
 
@@ -104,7 +108,10 @@ class Engine:
         own, leads = self.own.tables, list[bool]()
         for gfn in range(BASE, BASE + PAGES):
             entry = own.entry(gfn << PAGE_SHIFT)
-            leads.append(bool(entry & PRESENT) and (entry & (1 << 52) - 1) >> PAGE_SHIFT not in self.kvm.private)
+            leads.append(
+                bool(entry & PRESENT)
+                and (entry & (1 << 52) - 1) >> PAGE_SHIFT not in self.kvm.private
+            )
         return leads
 
 
@@ -139,7 +146,11 @@ def test_pages_of_a_read_only_slot_can_be_written_to_while_content_is_put_in() -
     engine.convert()
 
     def writable() -> list[int]:
-        return [gfn for gfn in range(BASE, BASE + PAGES) if engine.own.tables.entry(gfn << PAGE_SHIFT) & WRITABLE]
+        return [
+            gfn
+            for gfn in range(BASE, BASE + PAGES)
+            if engine.own.tables.entry(gfn << PAGE_SHIFT) & WRITABLE
+        ]
 
     assert writable() == []
     with engine.conversion.open_for_copy(engine.slot, START, END):
@@ -147,7 +158,10 @@ def test_pages_of_a_read_only_slot_can_be_written_to_while_content_is_put_in() -
         engine.kvm.private.clear()
     assert writable() == []
     # What the kernel made of the entries is zapped by a change of the attribute and back.
-    assert engine.kvm.private == {(engine.own.tables.entry(gfn << PAGE_SHIFT) & (1 << 52) - 1) >> PAGE_SHIFT for gfn in range(START, END)}
+    assert engine.kvm.private == {
+        (engine.own.tables.entry(gfn << PAGE_SHIFT) & (1 << 52) - 1) >> PAGE_SHIFT
+        for gfn in range(START, END)
+    }
     engine.slot.close()
 
 
@@ -162,7 +176,9 @@ def test_what_the_kernel_has_no_memory_for_changes_nothing() -> None:
     engine.slot.close()
 
 
-def test_an_errno_in_the_middle_is_not_one_of_a_call_that_changed_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_errno_in_the_middle_is_not_one_of_a_call_that_changed_nothing(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError(EINVAL, "madvise")
 
@@ -220,11 +236,17 @@ class Window:
     def __init__(self) -> None:
         self.attributes = Attributes(Api.V10)
         self.engine = SoftwareVm(cast("Any", None), Vcpus(), self.attributes, Trace(), NoPlatform())
-        self.memory = VmMemory(self.engine, cast("Any", None), Api.V10, self.attributes, forbid_shrinking)
+        self.memory = VmMemory(
+            self.engine, cast("Any", None), Api.V10, self.attributes, forbid_shrinking
+        )
         with OwnedFd(os.memfd_create("window", os.MFD_ALLOW_SEALING)) as fd:
             os.ftruncate(fd.fileno(), PAGES * PAGE_SIZE)
             region = kvm.kvm_userspace_memory_region_ext(
-                slot=0, flags=0, userspace_addr=0, guest_phys_addr=GPA, memory_size=PAGES * PAGE_SIZE
+                slot=0,
+                flags=0,
+                userspace_addr=0,
+                guest_phys_addr=GPA,
+                memory_size=PAGES * PAGE_SIZE,
             )
             self.memory.set_region(region, b"", fd)
         (self.slot,) = self.memory.slots
@@ -233,7 +255,12 @@ class Window:
 
     def convert(self) -> None:
         size = (END - START) << PAGE_SHIFT
-        assert self.memory.set_attributes(Api.V10, START << PAGE_SHIFT, size, kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE, 0) == size
+        assert (
+            self.memory.set_attributes(
+                Api.V10, START << PAGE_SHIFT, size, kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE, 0
+            )
+            == size
+        )
 
     def state(self) -> tuple[bytes, bytes, list[bool]]:
         listed = [self.attributes.is_private(gfn) for gfn in range(BASE, BASE + PAGES)]
@@ -245,18 +272,24 @@ def test_the_softwares_entries_go_before_pages_are_told_to_be_private() -> None:
     for window in each_failure(Window, Window.convert):
         attributes, entries, listed = window.state()
         pages = zip(attributes, entries, listed, strict=True)
-        assert not any((private or claimed) and (entry or not private) for private, entry, claimed in pages), len(converted)
+        assert not any(
+            (private or claimed) and (entry or not private) for private, entry, claimed in pages
+        ), len(converted)
         converted.append(sum(attributes))
         window.slot.close()
     assert len(converted) > 20
     assert converted[-1] == END - START
 
 
-def change_slot(window: Window, number: int, gpa: int, size: int, failing: int) -> tuple[bool, tuple[set[int], ...]]:
+def change_slot(
+    window: Window, number: int, gpa: int, size: int, failing: int
+) -> tuple[bool, tuple[set[int], ...]]:
     """Say whether memory was missing, and which slots the VM and its engine know, by their numbers and by their pages."""
     with OwnedFd(os.memfd_create("other", os.MFD_ALLOW_SEALING)) as fd:
         os.ftruncate(fd.fileno(), PAGE_SIZE)
-        region = kvm.kvm_userspace_memory_region_ext(slot=number, flags=0, userspace_addr=0, guest_phys_addr=gpa, memory_size=size)
+        region = kvm.kvm_userspace_memory_region_ext(
+            slot=number, flags=0, userspace_addr=0, guest_phys_addr=gpa, memory_size=size
+        )
         failed = failing_at(failing, partial(window.memory.set_region, region, b"", fd))
     lists = (window.memory.slots, window.engine.mmu.slots)
     by_number = [{slot.number for slot in slots} for slots in lists]
@@ -264,8 +297,13 @@ def change_slot(window: Window, number: int, gpa: int, size: int, failing: int) 
     return failed, (*by_number, *by_page)
 
 
-@pytest.mark.parametrize(("number", "gpa", "size", "after"), [(1, 0x8000_0000, PAGE_SIZE, {0, 1}), (0, GPA, 0, set[int]())])
-def test_a_slot_is_known_everywhere_or_nowhere_whatever_fails(number: int, gpa: int, size: int, after: set[int]) -> None:
+@pytest.mark.parametrize(
+    ("number", "gpa", "size", "after"),
+    [(1, 0x8000_0000, PAGE_SIZE, {0, 1}), (0, GPA, 0, set[int]())],
+)
+def test_a_slot_is_known_everywhere_or_nowhere_whatever_fails(
+    number: int, gpa: int, size: int, after: set[int]
+) -> None:
     """One that the engine had and the VM's own list had not would be in no measurement, and be held by nobody."""
     window = Window()
     done, outcomes = repr((False, (after,) * 4)), list[str]()
@@ -288,7 +326,9 @@ def test_a_list_that_is_full_changes_nothing(monkeypatch: pytest.MonkeyPatch) ->
     window.slot.close()
 
 
-def test_a_vcpu_that_cannot_be_sent_out_is_no_errno_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vcpu_that_cannot_be_sent_out_is_no_errno_of_the_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def fail(*_: object) -> None:
         raise OSError(EINVAL, "kick")
 
@@ -330,7 +370,9 @@ def test_a_slot_over_private_pages_has_mixed_blocks() -> None:
     again.close()
 
 
-def test_a_conversion_meanwhile_makes_a_shared_fault_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversion_meanwhile_makes_a_shared_fault_come_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     window = Window()
     mmu, install = window.engine.mmu, Mmu._install_shared
 
@@ -344,7 +386,10 @@ def test_a_conversion_meanwhile_makes_a_shared_fault_come_again(monkeypatch: pyt
     window.slot.close()
 
 
-@pytest.mark.parametrize(("api", "attribute", "told"), [(Api.V9, 0, Errno(ENOMEM)), (Api.V10, kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE, PAGE_SIZE)])
+@pytest.mark.parametrize(
+    ("api", "attribute", "told"),
+    [(Api.V9, 0, Errno(ENOMEM)), (Api.V10, kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE, PAGE_SIZE)],
+)
 def test_of_two_slots_of_which_the_second_fails(api: Api, attribute: int, told: object) -> None:
     """v10 says how much was done, v9 what it failed with; to both, the first slot's pages have changed."""
 
@@ -358,8 +403,13 @@ def test_of_two_slots_of_which_the_second_fails(api: Api, attribute: int, told: 
         cast("Any", SimpleNamespace(window=range(1), locked=0, unlocked_because="")),
     )
     memory = VmMemory(cast("Any", engine), cast("Any", None), api, attributes, forbid_shrinking)
-    first, second = (Memslot(number, gfn_t(BASE + number), 1, private=half, shared=None) for number in range(2))
+    first, second = (
+        Memslot(number, gfn_t(BASE + number), 1, private=half, shared=None) for number in range(2)
+    )
     for slot in (first, second):
         memory.slots.add(slot)
     assert outcome(partial(memory.set_attributes, api, GPA, 2 * PAGE_SIZE, attribute, 0)) == told
-    assert [attributes.is_private(BASE + number) for number in range(2)] == [bool(attribute), not attribute]
+    assert [attributes.is_private(BASE + number) for number in range(2)] == [
+        bool(attribute),
+        not attribute,
+    ]

@@ -53,7 +53,9 @@ def test_a_consumer_that_cannot_end_keeps_neither_its_file_nor_its_service() -> 
 
 def _take_file(service: Service, fd: int) -> None:
     with Vm(service) as vm:
-        vm.set_user_memory_region(slot=0, guest_phys_addr=0x1000_0000, memory_size=PAGE, restricted_fd=fd)
+        vm.set_user_memory_region(
+            slot=0, guest_phys_addr=0x1000_0000, memory_size=PAGE, restricted_fd=fd
+        )
 
 
 def _say(puppet: Channel, name: str, *arguments: object, fds: Sequence[int] = ()) -> int:

@@ -1,6 +1,22 @@
 """A hint fits what failed, and an error that nothing is known of has none."""
 
-from errno import EACCES, EAGAIN, EFBIG, EINVAL, EMFILE, ENFILE, ENODEV, ENOENT, ENOEXEC, ENOMEM, ENOSPC, ENOSYS, ENOTSUP, EPERM, ESRCH
+from errno import (
+    EACCES,
+    EAGAIN,
+    EFBIG,
+    EINVAL,
+    EMFILE,
+    ENFILE,
+    ENODEV,
+    ENOENT,
+    ENOEXEC,
+    ENOMEM,
+    ENOSPC,
+    ENOSYS,
+    ENOTSUP,
+    EPERM,
+    ESRCH,
+)
 
 import pytest
 
@@ -14,7 +30,12 @@ FILTER = "a seccomp filter forbids the call"
 @pytest.mark.parametrize(
     ("call", "errno", "detail", "hint"),
     [
-        ("exec", ENOEXEC, "linked at 0x400000, and guests are linked from 0x40010000 on", "guests/guest.ld"),
+        (
+            "exec",
+            ENOEXEC,
+            "linked at 0x400000, and guests are linked from 0x40010000 on",
+            "guests/guest.ld",
+        ),
         ("exec", ENOEXEC, "it ends at 0x1, and the stacks of 1 vCPUs begin at 0x0", "--memory"),
         ("exec", ENOEXEC, "not a static x86-64 ELF", "docs/guests.md"),
         ("start", EACCES, "the service cannot start: /dev/fuse", DOCTOR),
@@ -30,7 +51,12 @@ FILTER = "a seccomp filter forbids the call"
         ("connect", EPERM, "", None),
         ("SIGN", ENOSYS, "signatures need cryptography", "pip install cryptography"),
         ("mmap", ENOMEM, "", "ulimit -v"),
-        ("LAUNCH_UPDATE", ENOMEM, "get_page: cannot pin: RLIMIT_MEMLOCK, CAP_IPC_LOCK", "ulimit -l"),
+        (
+            "LAUNCH_UPDATE",
+            ENOMEM,
+            "get_page: cannot pin: RLIMIT_MEMLOCK, CAP_IPC_LOCK",
+            "ulimit -l",
+        ),
         ("socketpair", EMFILE, "", "ulimit -n"),
         ("memfd_restricted", ENFILE, "", "ulimit -Hn"),
         ("exec", EAGAIN, "the supervisor cannot start: fork", "ulimit -u"),
@@ -48,7 +74,10 @@ def test_a_hint(call: str, errno: int, detail: str, hint: str | None) -> None:
     assert hint in found if hint else found == ""
 
 
-@pytest.mark.parametrize(("errno", "hint"), [(ENOENT, "--mount-proc"), (ESRCH, "--mount-proc"), (EMFILE, "ulimit -n"), (EACCES, "")])
+@pytest.mark.parametrize(
+    ("errno", "hint"),
+    [(ENOENT, "--mount-proc"), (ESRCH, "--mount-proc"), (EMFILE, "ulimit -n"), (EACCES, "")],
+)
 def test_a_hint_about_proc(errno: int, hint: str) -> None:
     found = hints.of(failed("open", errno, path="/proc"))
     assert hint in found if hint else found == ""

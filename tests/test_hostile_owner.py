@@ -1,6 +1,7 @@
 """An owner that is an ordinary user and tries to look into what it started: before, during and after the start, and in every way there is.
 
-Root looks on from outside, and does find the secret: a search that could find nothing would prove nothing.
+Root looks on from outside, and does find the secret: a search that could find nothing would prove
+nothing.
 """
 
 import faulthandler
@@ -51,7 +52,9 @@ def private_memory(service: Service, content: bytes) -> tuple[Vm, int]:
     fd = service.memfd_restricted()
     os.ftruncate(fd, SIZE)
     vm = Vm(service)
-    vm.set_user_memory_region(slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=SIZE, restricted_fd=fd)
+    vm.set_user_memory_region(
+        slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=SIZE, restricted_fd=fd
+    )
     vm.set_memory_attributes(guest_abi.PRIVATE_BASE, SIZE, private=True)
     vm.launch_update(guest_abi.PRIVATE_BASE + PAGE, content.ljust(PAGE, b"\0"))
     return vm, fd
@@ -76,11 +79,18 @@ def test_the_attacks_work_on_a_process_that_is_not_protected() -> None:
 
     namespaces = ("mnt", "pid", "net", "ipc", "uts", "cgroup", "time")
     # They need a capability even then, or what another tracer has taken already.
-    refused = {"open stack", "process_madvise", "PTRACE_SEIZE", *(f"setns {name}" for name in namespaces)}
+    refused = {
+        "open stack",
+        "process_madvise",
+        "PTRACE_SEIZE",
+        *(f"setns {name}" for name in namespaces),
+    }
     assert as_user(body) == sorted(ATTACKS.keys() - refused)
 
 
-@pytest.mark.parametrize("namespaces", [True, pytest.param(False, marks=pytest.mark.requires("fusermount"))])
+@pytest.mark.parametrize(
+    "namespaces", [True, pytest.param(False, marks=pytest.mark.requires("fusermount"))]
+)
 def test_every_attack_is_refused(namespaces: bool) -> None:
     def body() -> dict[str, dict[str, str]]:
         with Service.start() as service:
@@ -101,7 +111,9 @@ def test_every_attack_is_refused(namespaces: bool) -> None:
             return found
 
     names = ("rmem-spawner", "rmem-service", "rmem-kvm")
-    assert as_user(body, namespaces=namespaces) == {name + state: {} for name in names for state in ("", " stopped")}
+    assert as_user(body, namespaces=namespaces) == {
+        name + state: {} for name in names for state in ("", " stopped")
+    }
 
 
 def test_root_without_capabilities_is_refused_like_anyone() -> None:
@@ -113,16 +125,28 @@ def test_root_without_capabilities_is_refused_like_anyone() -> None:
             return {target.name: allowed(target.pid) for target in family(service)}
 
     for name, found in as_user(body, uid=0).items():
-        # The files of an undumpable process are root's: the numbers of its descriptors can be listed, and none of them opened.
+        # The files of an undumpable process are root's: the numbers of its descriptors can be
+        # listed, and none of them opened.
         assert "list fd" in found, name
-        assert {what: answer for what, answer in found.items() if what != "list fd" and answer != "ENOENT"} == {}, name
+        assert {
+            what: answer
+            for what, answer in found.items()
+            if what != "list fd" and answer != "ENOENT"
+        } == {}, name
 
 
 def test_addresses_are_not_told() -> None:
     def body() -> list[list[str]]:
         with Service.start() as service:
-            stats = [Path(f"/proc/{target.pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split() for target in family(service)]
-            # startcode, endcode, startstack, kstkesp, kstkeip: proc_pid_stat(5), fields 26 to 30, of which the first stands at 23.
+            stats = [
+                Path(f"/proc/{target.pid}/stat")
+                .read_text(encoding="ascii")
+                .rsplit(")", 1)[1]
+                .split()
+                for target in family(service)
+            ]
+            # startcode, endcode, startstack, kstkesp, kstkeip: proc_pid_stat(5), fields 26 to 30,
+            # of which the first stands at 23.
             return [fields[23:28] for fields in stats]
 
     assert as_user(body) == [["1", "1", "0", "0", "0"]] * 2
@@ -216,7 +240,9 @@ class Spy:
 
 
 class _SpyProcess:
-    def __init__(self, sock: socket.socket, attach: Callable[[int], None] | None, scan: bool) -> None:
+    def __init__(
+        self, sock: socket.socket, attach: Callable[[int], None] | None, scan: bool
+    ) -> None:
         self._sock = sock
         self._attach = attach
         self._scan = scan
@@ -229,7 +255,9 @@ class _SpyProcess:
     def live(self) -> None:
         while True:
             with suppress(BlockingIOError):
-                message = self._sock.recv(200, 0 if self._attach is None and not self._scan else socket.MSG_DONTWAIT)
+                message = self._sock.recv(
+                    200, 0 if self._attach is None and not self._scan else socket.MSG_DONTWAIT
+                )
                 self._sock.send(json.dumps(self._answer(message[:1], message[1:])).encode())
             if self._scan:
                 for pid in _pids() - self._known:
@@ -244,7 +272,11 @@ class _SpyProcess:
             case b"l":
                 return sorted(self._memories), sorted(self._attached), self._refused
             case _:
-                return [pid for pid, maps in self._maps.items() if search(pid, content, self._memories[pid], maps)]
+                return [
+                    pid
+                    for pid, maps in self._maps.items()
+                    if search(pid, content, self._memories[pid], maps)
+                ]
 
     def _catch(self, pid: int) -> None:
         try:
@@ -272,7 +304,11 @@ class _SpyProcess:
 
 def _pids() -> set[int]:
     """Return the processes of this session: other tests have the same user."""
-    return {int(name) for name in os.listdir("/proc") if name.isdigit() and _session_of(int(name)) == os.getsid(0)}
+    return {
+        int(name)
+        for name in os.listdir("/proc")
+        if name.isdigit() and _session_of(int(name)) == os.getsid(0)
+    }
 
 
 def _session_of(pid: int) -> int | None:
@@ -307,7 +343,9 @@ def caught_at_exec(spy: Spy) -> Generator[None, None, None]:
 
 
 @pytest.mark.parametrize("attach", [seize, attach_and_stop], ids=["SEIZE", "ATTACH"])
-def test_a_service_that_is_traced_from_exec_on_does_not_start(attach: Callable[[int], None]) -> None:
+def test_a_service_that_is_traced_from_exec_on_does_not_start(
+    attach: Callable[[int], None],
+) -> None:
     def body() -> tuple[int, str]:
         spy = Spy(attach, scan=False)
         with caught_at_exec(spy), pytest.raises(OSError) as caught:
@@ -354,7 +392,8 @@ def test_a_race_with_the_start_is_never_won(attach: Callable[[int], None] | None
         os.setsid()
         turn = started = caught = refused = 0
         for turn in range(most):
-            # It has to be there in time to see something, and late enough to be turned away; when it is, is chance.
+            # It has to be there in time to see something, and late enough to be turned away; when
+            # it is, is chance.
             if turn >= least and (refused if attach is None else started < turn):
                 break
             spy = Spy(attach, scan=True)

@@ -72,12 +72,16 @@ def walk(own: System, linear: int) -> int:
     return int(entry)
 
 
-@pytest.mark.parametrize("linear", [0x1000, 0x3FFF_F000, 0x7F_FFE0_0000, (1 << 44) - (3 << PAGE_SHIFT)])
+@pytest.mark.parametrize(
+    "linear", [0x1000, 0x3FFF_F000, 0x7F_FFE0_0000, (1 << 44) - (3 << PAGE_SHIFT)]
+)
 def test_page_tables_lead_where_they_were_told(linear: int) -> None:
     own = System()
     own.tables.reserve(linear, 3)
     own.tables.map(linear, 0x12_3456_7000, 3, USER | WRITABLE)
-    assert [walk(own, linear + PAGE * index) & ~0xFFF for index in range(3)] == [0x12_3456_7000 + PAGE * index for index in range(3)]
+    assert [walk(own, linear + PAGE * index) & ~0xFFF for index in range(3)] == [
+        0x12_3456_7000 + PAGE * index for index in range(3)
+    ]
     assert walk(own, linear) & 0xFFF == 0x67
     assert own.tables.entry(linear) == walk(own, linear)
     assert own.tables.entry(linear - PAGE) == walk(own, linear - PAGE) == 0
@@ -105,7 +109,10 @@ def test_page_tables_run_out() -> None:
     assert caught.value.errno == ENOMEM
 
 
-@pytest.mark.parametrize(("linear", "npages", "errno"), [(1 << 30, 3 * 512, ENOMEM), ((2 << 30) - PAGE, 2, ENOMEM), (1 << 30, 2 * 512, 0)])
+@pytest.mark.parametrize(
+    ("linear", "npages", "errno"),
+    [(1 << 30, 3 * 512, ENOMEM), ((2 << 30) - PAGE, 2, ENOMEM), (1 << 30, 2 * 512, 0)],
+)
 def test_a_range_that_is_refused_takes_no_page_tables(linear: int, npages: int, errno: int) -> None:
     own = System()
     # The root, three for the first page, and three more.
@@ -161,8 +168,19 @@ class NoFile:
 
 def slot_of_both(own: System, private: bool = True, shared: bool = True) -> Memslot:
     window = PageRange(pgoff_t(16), pgoff_t(16 + PAGES))
-    half = GuestMemfdHalf(PrivateFile(1, 1, cast("Any", NoFile()), MAX_FILE_BYTES, None), window, binding=1, unbind=lambda: None)
-    return Memslot(0, gfn_t(BASE >> PAGE_SHIFT), PAGES, private=half if private else None, shared=shared_half(PAGES) if shared else None)
+    half = GuestMemfdHalf(
+        PrivateFile(1, 1, cast("Any", NoFile()), MAX_FILE_BYTES, None),
+        window,
+        binding=1,
+        unbind=lambda: None,
+    )
+    return Memslot(
+        0,
+        gfn_t(BASE >> PAGE_SHIFT),
+        PAGES,
+        private=half if private else None,
+        shared=shared_half(PAGES) if shared else None,
+    )
 
 
 def test_with_memory_attributes_a_slot_is_one_and_the_kernel_converts() -> None:
@@ -175,7 +193,9 @@ def test_with_memory_attributes_a_slot_is_one_and_the_kernel_converts() -> None:
     assert slot.shared is not None
     assert isinstance(slot.private, GuestMemfdHalf)
     gpa = 1 << 32
-    assert vm.take("set_user_memory_region2") == [(1, gpa, PAGES * PAGE, slot.shared.address, slot.private.file.memfd, 16 * PAGE)]
+    assert vm.take("set_user_memory_region2") == [
+        (1, gpa, PAGES * PAGE, slot.shared.address, slot.private.file.memfd, 16 * PAGE)
+    ]
     private = kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE
     assert vm.take("set_memory_attributes") == [
         (gpa, 8 * PAGE, 0),
@@ -210,7 +230,9 @@ def within_reach(half: Half, page: int) -> bool:
     """Say whether the kernel may read a page of a half for this process, as KVM would."""
     reader, writer = os.pipe()
     with OwnedFd(reader), OwnedFd(writer):
-        found = outcome(lambda: os.write(writer, half.mapping.memory[page * PAGE : page * PAGE + 1]))
+        found = outcome(
+            lambda: os.write(writer, half.mapping.memory[page * PAGE : page * PAGE + 1])
+        )
         assert found in (1, Errno(EFAULT))
         return found == 1
 
@@ -224,11 +246,22 @@ def test_with_memory_attributes_the_shared_half_of_private_pages_is_out_of_reach
     slot.shared.mapping.memory[9 * PAGE] = 0x55
     slot.attributes[8:16] = bytes([1]) * 8
     by.add(slot)
-    assert [within_reach(slot.shared, page) for page in (7, 8, 15, 16)] == [True, False, False, True]
+    assert [within_reach(slot.shared, page) for page in (7, 8, 15, 16)] == [
+        True,
+        False,
+        False,
+        True,
+    ]
     first = gfn_t(BASE >> PAGE_SHIFT)
     by.convert(slot, gfn_t(first + 7), gfn_t(first + 8), private=True)
     by.convert(slot, gfn_t(first + 9), gfn_t(first + 10), private=False)
-    assert [within_reach(slot.shared, page) for page in (6, 7, 8, 9, 10)] == [True, False, False, True, False]
+    assert [within_reach(slot.shared, page) for page in (6, 7, 8, 9, 10)] == [
+        True,
+        False,
+        False,
+        True,
+        False,
+    ]
     assert slot.shared.mapping.memory[9 * PAGE] == 0x55
 
     def refuse(*_: object) -> None:
@@ -237,7 +270,13 @@ def test_with_memory_attributes_the_shared_half_of_private_pages_is_out_of_reach
     vars(vm)["set_memory_attributes"] = refuse
     with pytest.raises(OSError, match="no memory for attributes"):
         by.convert(slot, gfn_t(first + 8), gfn_t(first + 18), private=True)
-    assert [within_reach(slot.shared, page) for page in (8, 9, 10, 16, 17)] == [False, True, False, True, True]
+    assert [within_reach(slot.shared, page) for page in (8, 9, 10, 16, 17)] == [
+        False,
+        True,
+        False,
+        True,
+        True,
+    ]
     del vars(vm)["set_memory_attributes"]
     by.remove(slot)
     assert all(within_reach(slot.shared, page) for page in range(20))
@@ -266,7 +305,12 @@ def test_without_them_each_half_is_a_slot_and_only_pages_that_convert_are_zapped
     slot.shared.mapping.memory[:] = b"x" * PAGES * PAGE
     resident = resident_pages(slot.shared)
     by.convert(slot, gfn_t((BASE >> PAGE_SHIFT) + 1), gfn_t((BASE >> PAGE_SHIFT) + 3), private=True)
-    assert [bool(walk(own, BASE + PAGE * index)) for index in range(4)] == [True, False, False, True]
+    assert [bool(walk(own, BASE + PAGE * index)) for index in range(4)] == [
+        True,
+        False,
+        False,
+        True,
+    ]
     # Gone from this process, and so from KVM, though not from the file.
     assert resident - resident_pages(slot.shared) == 2
     assert slot.shared.mapping.memory[PAGE] == ord("x")
@@ -277,7 +321,10 @@ def resident_pages(half: Half) -> int:
     """Count the pages that this process maps (/proc/self/pagemap), which MADV_DONTNEED takes away."""
     with open("/proc/self/pagemap", "rb") as pagemap:
         pagemap.seek(half.address >> PAGE_SHIFT << 3)
-        return sum(entry >> 63 for (entry,) in struct.iter_unpack("=Q", pagemap.read(8 * (half.size >> PAGE_SHIFT))))
+        return sum(
+            entry >> 63
+            for (entry,) in struct.iter_unpack("=Q", pagemap.read(8 * (half.size >> PAGE_SHIFT)))
+        )
 
 
 def test_runs_of_attributes() -> None:
@@ -285,7 +332,10 @@ def test_runs_of_attributes() -> None:
     slot = slot_of_both(own)
     slot.attributes[2:5] = bytes([1]) * 3
     base = slot.base_gfn
-    found = [(start - base, end - base, private) for start, end, private in runs(slot, gfn_t(base + 1), gfn_t(base + 8))]
+    found = [
+        (start - base, end - base, private)
+        for start, end, private in runs(slot, gfn_t(base + 1), gfn_t(base + 8))
+    ]
     assert found == [(1, 2, False), (2, 5, True), (5, 8, False)]
     slot.close()
 
@@ -464,7 +514,9 @@ def test_popf_changes_no_privilege(vm: KernelVm) -> None:
 
 
 @pytest.mark.requires("kvm")
-def test_a_processor_that_refuses_ports_by_the_tss_gets_iopl_3(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_processor_that_refuses_ports_by_the_tss_gets_iopl_3(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def add_vcpu(own: System, number: int) -> None:
         """Refuse every port: a bit each, behind the TSS."""
         as_ever(own, number)
@@ -480,16 +532,24 @@ def test_a_processor_that_refuses_ports_by_the_tss_gets_iopl_3(monkeypatch: pyte
 
 
 @pytest.mark.requires("kvm")
-@pytest.mark.parametrize("code", ["0f01e6", "0f00ce", "0f00c6", "0f010424", "0f014c24f0"], ids=["smsw", "str", "sldt", "sgdt", "sidt"])
+@pytest.mark.parametrize(
+    "code",
+    ["0f01e6", "0f00ce", "0f00c6", "0f010424", "0f014c24f0"],
+    ids=["smsw", "str", "sldt", "sgdt", "sidt"],
+)
 def test_a_guest_learns_nothing_of_the_engine_s_tables(vm: KernelVm, code: str) -> None:
     with Kvm.open() as device:
-        umip = any((leaf.function, leaf.index, leaf.ecx >> 2 & 1) == (7, 0, 1) for leaf in device.get_supported_cpuid())
+        umip = any(
+            (leaf.function, leaf.index, leaf.ecx >> 2 & 1) == (7, 0, 1)
+            for leaf in device.get_supported_cpuid()
+        )
     if not umip:
         pytest.skip("this processor has no UMIP")
     assert start(vm, code + CALL).run() in (Shutdown(6), Shutdown(13))
 
 
-#: Instructions in private code, and what may come of it: an exit, or the value in rsi if the guest goes on.
+#: Instructions in private code, and what may come of it: an exit, or the value in rsi if the guest
+#: goes on.
 BY_KERNEL: Final[dict[str, tuple[str, set[object]]]] = {
     "pushf": ("9c5e", {0x202, 0x3202}),
     "cli": ("fa9c5e", {Shutdown(6), Shutdown(13), 0x3002}),
@@ -513,8 +573,14 @@ def test_what_differs_from_kernel_to_kernel(vm: KernelVm, key: str) -> None:
 
 
 def test_every_difference_of_kernels_has_its_row() -> None:
-    table = (Path(__file__).parent.parent / "docs" / "engines.md").read_text(encoding="utf-8").split("## From kernel to kernel")[1]
-    assert re.findall(r"^\| `([a-z]+)` \|", table.split("\n## ")[0], re.MULTILINE) == list(BY_KERNEL)
+    table = (
+        (Path(__file__).parent.parent / "docs" / "engines.md")
+        .read_text(encoding="utf-8")
+        .split("## From kernel to kernel")[1]
+    )
+    assert re.findall(r"^\| `([a-z]+)` \|", table.split("\n## ")[0], re.MULTILINE) == list(
+        BY_KERNEL
+    )
 
 
 @pytest.mark.requires("kvm", "guard")
@@ -526,7 +592,9 @@ def test_what_an_owner_puts_into_the_other_half_is_not_executed(vm: KernelVm) ->
     slot = Memslot(0, gfn_t(BASE >> PAGE_SHIFT), PAGES, private=private, shared=shared)
     slot.attributes[:] = bytes([1]) * PAGES
     vm.add_slot(slot)
-    vm.launch_update(slot, BASE, bytes.fromhex("6e" + "90" * 6 + CALL).ljust(PAGE, b"\xf4"))  # outsb
+    vm.launch_update(
+        slot, BASE, bytes.fromhex("6e" + "90" * 6 + CALL).ljust(PAGE, b"\xf4")
+    )  # outsb
     vcpu = vm.create_vcpu(0)
     vcpu.set_regs(kvm.kvm_regs(rip=BASE, rsi=BASE))
     assert vcpu.run() == Shutdown(6)
@@ -536,7 +604,9 @@ def test_what_an_owner_puts_into_the_other_half_is_not_executed(vm: KernelVm) ->
 @pytest.mark.requires("kvm")
 def test_a_page_that_cannot_be_had_is_a_memory_fault(vm: KernelVm) -> None:
     slot = private_slot(vm)
-    vm.launch_update(slot, BASE, bytes.fromhex("bb000010408a03f4").ljust(PAGE, b"\0"))  # mov ebx, BASE + 1 MiB; mov al, [rbx]
+    vm.launch_update(
+        slot, BASE, bytes.fromhex("bb000010408a03f4").ljust(PAGE, b"\0")
+    )  # mov ebx, BASE + 1 MiB; mov al, [rbx]
     vcpu = vm.create_vcpu(0)
     vcpu.set_regs(kvm.kvm_regs(rip=BASE))
     half = slot.private
@@ -593,13 +663,18 @@ class Nobody:
     """Stands for a service that is not asked."""
 
 
-def test_without_the_device_auto_is_software_and_the_name_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_device_auto_is_software_and_the_name_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def missing() -> Kvm:
         raise OSError(ENOENT, "open: No such file or directory: '/dev/kvm'")
 
     monkeypatch.setattr(Kvm, "open", missing)
     binder = cast("process.Binding", Nobody())
-    assert process.make_engine(Creation("auto"), binder, Vcpus(), Attributes(Api.V10), Trace()).name == "software"
+    assert (
+        process.make_engine(Creation("auto"), binder, Vcpus(), Attributes(Api.V10), Trace()).name
+        == "software"
+    )
     with pytest.raises(OSError, match="/dev/kvm") as caught:
         process.make_engine(Creation("kernel"), binder, Vcpus(), Attributes(Api.V10), Trace())
     assert caught.value.errno == ENOENT
@@ -612,7 +687,12 @@ def test_with_the_device_auto_is_the_kernel() -> None:
     assert isinstance(made, KernelVm)
     made.close()
     assert made.name == "kernel"
-    assert process.make_engine(Creation("software"), binder, Vcpus(), Attributes(Api.V10), Trace()).name == "software"
+    assert (
+        process.make_engine(
+            Creation("software"), binder, Vcpus(), Attributes(Api.V10), Trace()
+        ).name
+        == "software"
+    )
 
 
 # With a service.
@@ -620,13 +700,18 @@ def test_with_the_device_auto_is_the_kernel() -> None:
 
 @pytest.mark.requires("fuse", "kvm")
 def test_what_a_slot_has_left_counts_for_the_limit() -> None:
-    with Service.start(Options(memory_max=4 * PAGE)) as limited, VmOfOwner(limited, engine="kernel") as vm:
+    with (
+        Service.start(Options(memory_max=4 * PAGE)) as limited,
+        VmOfOwner(limited, engine="kernel") as vm,
+    ):
         fd = limited.memfd_restricted()
         os.ftruncate(fd, 16 * PAGE)
 
         def show(slot: int, first: int, count: int) -> object:
             at, size = BASE + slot * MIB, count * PAGE
-            make = partial(vm.set_user_memory_region, slot=slot, guest_phys_addr=at, memory_size=size)
+            make = partial(
+                vm.set_user_memory_region, slot=slot, guest_phys_addr=at, memory_size=size
+            )
             return outcome(lambda: make(restricted_fd=fd, restricted_offset=first * PAGE))
 
         assert show(0, 0, 4) is None
@@ -651,7 +736,9 @@ def test_a_trace_counts_pages_while_files_come_and_go() -> None:
         for fd in fds:
             held.callback(os.close, fd)
             os.ftruncate(fd, PAGE)
-        vm.set_user_memory_region(slot=0, guest_phys_addr=BASE, memory_size=PAGE, restricted_fd=fds[0])
+        vm.set_user_memory_region(
+            slot=0, guest_phys_addr=BASE, memory_size=PAGE, restricted_fd=fds[0]
+        )
         # Nobody reads it: what is lost has been counted as well.
         held.enter_context(vm.start_trace())
         punch, done = partial(memory.fallocate, fds[0], memory.PUNCH, 0, PAGE), threading.Event()
@@ -660,7 +747,12 @@ def test_a_trace_counts_pages_while_files_come_and_go() -> None:
         try:
             for _ in range(40):
                 for number, fd in enumerate(fds[1:], 1):
-                    vm.set_user_memory_region(slot=number, guest_phys_addr=BASE + number * MIB, memory_size=PAGE, restricted_fd=fd)
+                    vm.set_user_memory_region(
+                        slot=number,
+                        guest_phys_addr=BASE + number * MIB,
+                        memory_size=PAGE,
+                        restricted_fd=fd,
+                    )
                 for number in range(1, 8):
                     vm.set_user_memory_region(slot=number, guest_phys_addr=0, memory_size=0)
         finally:
@@ -677,12 +769,16 @@ def place() -> Iterator[str]:
 
 
 @pytest.mark.requires("fuse", "kvm", "root")
-def test_an_owner_that_may_not_open_the_device_gets_the_kernel_by_serve(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_owner_that_may_not_open_the_device_gets_the_kernel_by_serve(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = f"{place}/socket"
     monkeypatch.setattr(client, "_default", None)
     monkeypatch.setenv(SERVER_VARIABLE, path)
     server = subprocess.Popen(
-        [sys.executable, "-m", "restrictedmem", "serve", "--socket", path, "--user", "nobody"], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "restrictedmem", "serve", "--socket", path, "--user", "nobody"],
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
     def body() -> str:

@@ -74,7 +74,10 @@ class Launched:
 
     def measured(self) -> bytes:
         return measure(
-            self.policy, self.pages, [kvm_regs.from_buffer_copy(struct.pack("<18Q", *regs)) for regs in self.registers], self.private
+            self.policy,
+            self.pages,
+            [kvm_regs.from_buffer_copy(struct.pack("<18Q", *regs)) for regs in self.registers],
+            self.private,
         )
 
     def by_the_book(self) -> bytes:
@@ -85,9 +88,15 @@ class Launched:
                 digest = sha384(content[start : start + PAGE]).digest()
                 value = sha384(value + struct.pack("<IIQ", 1, 0, gpa + start) + digest).digest()
         for number, regs in enumerate(self.registers):
-            value = sha384(value + struct.pack("<IIQ", 2, 0, number) + sha384(struct.pack("<18Q", *regs)).digest()).digest()
+            value = sha384(
+                value
+                + struct.pack("<IIQ", 2, 0, number)
+                + sha384(struct.pack("<18Q", *regs)).digest()
+            ).digest()
         for gpa, *rest in sorted(self.private):
-            value = sha384(value + struct.pack("<IIQ", 3, 0, gpa) + sha384(struct.pack("<QQQ", *rest)).digest()).digest()
+            value = sha384(
+                value + struct.pack("<IIQ", 3, 0, gpa) + sha384(struct.pack("<QQQ", *rest)).digest()
+            ).digest()
         return value
 
 
@@ -101,7 +110,12 @@ VECTORS = {
         "85b73019e1b82861cd370d2ba8bb11863f949beeb862b091f14226f56e19f1da51179f37b90fd0dbb807684d2a4dedb0",
     ),
     "all there is": (
-        Launched(3, ((GPA, b"\x90" * 2 * PAGE), (GPA, bytes(PAGE))), (tuple(range(18)), (0,) * 18), ((GPA, MIB, 0, 2),)),
+        Launched(
+            3,
+            ((GPA, b"\x90" * 2 * PAGE), (GPA, bytes(PAGE))),
+            (tuple(range(18)), (0,) * 18),
+            ((GPA, MIB, 0, 2),),
+        ),
         "bd1bbf9eef2a85796eba17f2aab417df66fdc8c711fb9202c0705bedbc35e0a8ee74cf204de4d89fca8cb68117500ffa",
     ),
 }
@@ -115,10 +129,13 @@ def test_recorded_measurements(name: str) -> None:
 
 
 _PAGES = st.tuples(
-    st.integers(0, 1 << 32).map(lambda gfn: gfn * PAGE), st.binary(min_size=1, max_size=8).map(lambda data: data.ljust(PAGE, b"\0"))
+    st.integers(0, 1 << 32).map(lambda gfn: gfn * PAGE),
+    st.binary(min_size=1, max_size=8).map(lambda data: data.ljust(PAGE, b"\0")),
 )
 _REGISTERS = st.tuples(*[st.integers(0, (1 << 64) - 1)] * 18)
-_RUNS = st.tuples(*[st.integers(0, 1 << 32).map(lambda page: page * PAGE)] * 3, st.sampled_from((0, 2)))
+_RUNS = st.tuples(
+    *[st.integers(0, 1 << 32).map(lambda page: page * PAGE)] * 3, st.sampled_from((0, 2))
+)
 LAUNCHES = st.builds(
     Launched,
     st.integers(0, 3),
@@ -138,8 +155,13 @@ def test_another_launch_has_another_measurement(one: Launched, other: Launched) 
     assert (one.measured() == other.measured()) == (one == other)
 
 
-@given(LAUNCHES.filter(lambda launched: launched.pages and launched.registers and launched.private), st.data())
-def test_every_change_of_a_launch_changes_the_measurement(launched: Launched, data: st.DataObject) -> None:
+@given(
+    LAUNCHES.filter(lambda launched: launched.pages and launched.registers and launched.private),
+    st.data(),
+)
+def test_every_change_of_a_launch_changes_the_measurement(
+    launched: Launched, data: st.DataObject
+) -> None:
     gpa, content = page = data.draw(st.sampled_from(launched.pages))
     at, bit = data.draw(st.integers(0, PAGE - 1)), data.draw(st.integers(0, 7))
     changed = bytearray(content)
@@ -147,7 +169,9 @@ def test_every_change_of_a_launch_changes_the_measurement(launched: Launched, da
     index = launched.pages.index(page)
 
     def with_page(*instead: tuple[int, bytes]) -> Launched:
-        return replace(launched, pages=(*launched.pages[:index], *instead, *launched.pages[index + 1 :]))
+        return replace(
+            launched, pages=(*launched.pages[:index], *instead, *launched.pages[index + 1 :])
+        )
 
     regs = list(launched.registers[0])
     regs[data.draw(st.integers(0, 17))] ^= 1 << data.draw(st.integers(0, 63))
@@ -250,7 +274,9 @@ def explicit(service: Service, fd: int, engine: str) -> Iterator[Vm]:
     """A VM whose pages become shared only when its guest asks, with a shared half."""
     with Vm(service, engine=engine, explicit=True) as found, memory.memfd_create("half") as half:
         os.ftruncate(half.fileno(), MIB)
-        found.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=MIB, restricted_fd=fd, shared_fd=half.fileno())
+        found.set_user_memory_region(
+            slot=0, guest_phys_addr=GPA, memory_size=MIB, restricted_fd=fd, shared_fd=half.fileno()
+        )
         if service.info["api"] == "v10":
             found.set_memory_attributes(GPA, MIB, private=True)
         yield found
@@ -262,7 +288,10 @@ _CALL = "b900001000 ffd1"
 
 def mov(register: int, value: int) -> str:
     """Return ``movabs $value, register``, by the register's number."""
-    return bytes([0x48 | register >> 3, 0xB8 | register & 7]).hex() + (value & (1 << 64) - 1).to_bytes(8, "little").hex()
+    return (
+        bytes([0x48 | register >> 3, 0xB8 | register & 7]).hex()
+        + (value & (1 << 64) - 1).to_bytes(8, "little").hex()
+    )
 
 
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
@@ -270,7 +299,15 @@ R10 = 10
 
 
 def hypercall(number: int, *arguments: int) -> str:
-    return "".join(mov(register, value) for register, value in zip((RAX, RDI, RSI, RDX, R10), (number, *arguments), strict=False)) + _CALL
+    return (
+        "".join(
+            mov(register, value)
+            for register, value in zip(
+                (RAX, RDI, RSI, RDX, R10), (number, *arguments), strict=False
+            )
+        )
+        + _CALL
+    )
 
 
 def code(*instructions: str) -> bytes:
@@ -295,7 +332,11 @@ def test_an_engine_measures_what_it_was_given(vm: Vm) -> None:
         vcpu.set_regs(rip=GPA, rsp=1, rdi=2, rsi=3)
         found = vm.launch_finish()
         regs = [kvm_regs(rip=GPA, rsp=1, rdi=2, rsi=3)]
-        assert found == measure(0, [(GPA + PAGE, content), (GPA, bytes(PAGE))], regs, [(GPA, MIB, 0, 0)]) == vm.launch_finish()
+        assert (
+            found
+            == measure(0, [(GPA + PAGE, content), (GPA, bytes(PAGE))], regs, [(GPA, MIB, 0, 0)])
+            == vm.launch_finish()
+        )
 
 
 @pytest.mark.requires("fuse")
@@ -308,7 +349,9 @@ def test_a_vcpu_without_registers_is_measured_too(vm: Vm) -> None:
 def test_private_memory_is_measured_as_it_is_at_the_end(service: Service, vm: Vm) -> None:
     set_shared(service, vm, GPA + 4 * PAGE, 2 * PAGE)
     rest = MIB - 6 * PAGE
-    assert vm.launch_finish() == measure(0, [], [], [(GPA, 4 * PAGE, 0, 0), (GPA + 6 * PAGE, rest, 6 * PAGE, 0)])
+    assert vm.launch_finish() == measure(
+        0, [], [], [(GPA, 4 * PAGE, 0, 0), (GPA + 6 * PAGE, rest, 6 * PAGE, 0)]
+    )
 
 
 @pytest.mark.requires("fuse")
@@ -317,11 +360,18 @@ def test_where_private_memory_lies_is_measured(service: Service, engine: str, fd
     with Vm(service, engine=engine) as vm:
         for slot, gpa, offset, readonly in ((0, GPA, half, False), (1, GPA + half, 0, True)):
             vm.set_user_memory_region(
-                slot=slot, guest_phys_addr=gpa, memory_size=half, restricted_fd=fd, restricted_offset=offset, readonly=readonly
+                slot=slot,
+                guest_phys_addr=gpa,
+                memory_size=half,
+                restricted_fd=fd,
+                restricted_offset=offset,
+                readonly=readonly,
             )
         if service.info["api"] == "v10":
             vm.set_memory_attributes(GPA, MIB, private=True)
-        assert vm.launch_finish() == measure(0, [], [], [(GPA, half, half, 0), (GPA + half, half, 0, kvm.KVM_MEM_READONLY)])
+        assert vm.launch_finish() == measure(
+            0, [], [], [(GPA, half, half, 0), (GPA + half, half, 0, kvm.KVM_MEM_READONLY)]
+        )
 
 
 @pytest.mark.requires("fuse")
@@ -347,12 +397,17 @@ def test_an_update_that_fails_is_not_measured(service: Service, vm: Vm) -> None:
     ):
         assert errno_of(vm.launch_update, gpa, content) == errno, hex(gpa)
     rest = MIB - 9 * PAGE
-    assert vm.launch_finish() == measure(0, [(GPA, bytes(PAGE))], [], [(GPA, 8 * PAGE, 0, 0), (GPA + 9 * PAGE, rest, 9 * PAGE, 0)])
+    assert vm.launch_finish() == measure(
+        0, [(GPA, bytes(PAGE))], [], [(GPA, 8 * PAGE, 0, 0), (GPA + 9 * PAGE, rest, 9 * PAGE, 0)]
+    )
 
 
 @pytest.mark.requires("fuse")
 def test_an_update_that_finds_no_memory_writes_and_measures_nothing() -> None:
-    with Service.start(Options(memory_max=4 * PAGE)) as service, OwnedFd(service.memfd_restricted()) as fd:
+    with (
+        Service.start(Options(memory_max=4 * PAGE)) as service,
+        OwnedFd(service.memfd_restricted()) as fd,
+    ):
         os.ftruncate(fd.fileno(), MIB)
         # debug: to look for what was written.
         with Vm(service, engine="software", debug=True) as vm:
@@ -371,10 +426,20 @@ class _Update:
         slot = SimpleNamespace(number=0)
         memory = SimpleNamespace(slot_of={GPA >> 12: slot}.get, launch_update=self._write, slots=[])
         reporter = SimpleNamespace(launched=None)
-        owner, creation = SimpleNamespace(reply=lambda: None), SimpleNamespace(policy=wire.POLICY_EXPLICIT)
+        owner, creation = (
+            SimpleNamespace(reply=lambda: None),
+            SimpleNamespace(policy=wire.POLICY_EXPLICIT),
+        )
         none, vcpus = cast(Any, None), SimpleNamespace(held=self._held)
         self.machine = Machine(
-            cast(Any, owner), none, cast(Any, memory), none, cast(Any, vcpus), cast(Any, creation), cast(Any, reporter), none
+            cast(Any, owner),
+            none,
+            cast(Any, memory),
+            none,
+            cast(Any, vcpus),
+            cast(Any, creation),
+            cast(Any, reporter),
+            none,
         )
 
     @contextmanager
@@ -394,9 +459,12 @@ class _Update:
         """Say whether memory was missing, and whether content was written, was measured, and keeps its slot."""
         content = wire.LAUNCH.pack(GPA) + b"a" * PAGE
         failed = failing_at(failing, lambda: self.machine._launch_update(content))
-        # Not by ``finish``: a call that found no memory may have been the one to let go of the mutex.
+        # Not by ``finish``: a call that found no memory may have been the one to let go of the
+        # mutex.
         value = self.machine._launch._measurement.finish(())
-        measured = {measure(2, [], [], []): False, measure(2, [(GPA, b"a" * PAGE)], [], []): True}[value]
+        measured = {measure(2, [], [], []): False, measure(2, [(GPA, b"a" * PAGE)], [], []): True}[
+            value
+        ]
         return failed, self.written, measured, 0 in self.machine._conversions._filled
 
 
@@ -406,7 +474,12 @@ def test_what_is_put_in_is_measured_whatever_fails() -> None:
     while done not in outcomes:
         outcomes.append(in_child(partial(_Update().update, len(outcomes))))
     # "": the engine ended.
-    assert set(outcomes) == {"", repr((True, False, False, False)), repr((True, True, True, True)), done}
+    assert set(outcomes) == {
+        "",
+        repr((True, False, False, False)),
+        repr((True, True, True, True)),
+        done,
+    }
     assert in_child(partial(_Update(RuntimeError("a part may be there")).update, 1000)) == ""
 
 
@@ -420,7 +493,10 @@ def test_what_was_not_put_in_is_neither_measured_nor_kept() -> None:
 @pytest.mark.parametrize("platform", ["", "snp", "snp-unmapped"])
 def test_what_a_platform_refuses_was_never_there(platform: str) -> None:
     """The same page of the file at a second address: content that came in there would be in no measurement."""
-    honest, other = bytes.fromhex("b048e642").ljust(PAGE, b"\0"), bytes.fromhex("b045e642").ljust(PAGE, b"\0")
+    honest, other = (
+        bytes.fromhex("b048e642").ljust(PAGE, b"\0"),
+        bytes.fromhex("b045e642").ljust(PAGE, b"\0"),
+    )
     with Service.start() as service, Vm(service, explicit=True, platform=platform) as vm:
         fd = service.memfd_restricted()
         private_slot(vm, service, fd)
@@ -437,7 +513,10 @@ def test_what_a_platform_refuses_was_never_there(platform: str) -> None:
         else:
             # It went in, so the slot stays, and such a launch has no end.
             vm.launch_update(alias, other)
-            assert errno_of(vm.set_user_memory_region, slot=1, guest_phys_addr=alias, memory_size=0) == EPERM
+            assert (
+                errno_of(vm.set_user_memory_region, slot=1, guest_phys_addr=alias, memory_size=0)
+                == EPERM
+            )
             assert errno_of(vm.launch_finish) == EINVAL
         os.close(fd)
 
@@ -474,11 +553,19 @@ def test_content_goes_in_few_messages(vm: Vm, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.requires("fuse")
 @pytest.mark.parametrize(("name", "vcpus"), [*((name, 1) for name in guests.names()), ("spin", 3)])
-def test_what_to_expect_is_known_without_running(service: Service, engine: str, name: str, vcpus: int) -> None:
+def test_what_to_expect_is_known_without_running(
+    service: Service, engine: str, name: str, vcpus: int
+) -> None:
     image = elf.parse(guests.path(name).read_bytes())
     with Vmm(4 * MIB, service, engine=engine, vcpus=vcpus) as vmm:
         vmm.load(image, ["an", "argument"])
-        expected = expected_measurement(image, ["an", "argument"], private_size=4 * MIB, vcpus=vcpus, policy=wire.POLICY_EXPLICIT)
+        expected = expected_measurement(
+            image,
+            ["an", "argument"],
+            private_size=4 * MIB,
+            vcpus=vcpus,
+            policy=wire.POLICY_EXPLICIT,
+        )
         assert vmm.launch_finish() == expected
 
 
@@ -490,11 +577,19 @@ SHARED_PAGE = GPA + 16 * PAGE
 @pytest.mark.requires("fuse")
 def test_pages_become_shared_only_when_the_guest_asks(service: Service, explicit: Vm) -> None:
     ask = hypercall(guest_abi.MAP_GPA_RANGE, SHARED_PAGE, 2, 0)
-    take_back = hypercall(guest_abi.MAP_GPA_RANGE, SHARED_PAGE, 2, guest_abi.MAP_GPA_RANGE_ENCRYPTED)
+    take_back = hypercall(
+        guest_abi.MAP_GPA_RANGE, SHARED_PAGE, 2, guest_abi.MAP_GPA_RANGE_ENCRYPTED
+    )
     # mov %rax, %rdi: tells what it was told
     tell = "4889c7" + mov(RAX, guest_abi.EXIT) + _CALL
-    private = explicit.set_memory_attributes if service.info["api"] == "v10" else explicit.memory_encrypt_region
-    with start(explicit, code(hypercall(guest_abi.EXIT, 1), ask, take_back, tell, take_back, tell)) as vcpu:
+    private = (
+        explicit.set_memory_attributes
+        if service.info["api"] == "v10"
+        else explicit.memory_encrypt_region
+    )
+    with start(
+        explicit, code(hypercall(guest_abi.EXIT, 1), ask, take_back, tell, take_back, tell)
+    ) as vcpu:
         vcpu.run()
         assert errno_of(set_shared, service, explicit, SHARED_PAGE) == EPERM
         asked = exits.Hypercall(guest_abi.MAP_GPA_RANGE, (SHARED_PAGE, 2, 0, 0))
@@ -506,7 +601,9 @@ def test_pages_become_shared_only_when_the_guest_asks(service: Service, explicit
         private(SHARED_PAGE, PAGE, private=True)
         assert errno_of(vcpu.run, 0) == EPERM, "one page is shared still"
         set_shared(service, explicit, SHARED_PAGE, 2 * PAGE)
-        assert vcpu.run(0) == exits.Hypercall(guest_abi.EXIT, ((1 << 64) - EIO, 0, 0, 0)), "both are shared still"
+        assert vcpu.run(0) == exits.Hypercall(guest_abi.EXIT, ((1 << 64) - EIO, 0, 0, 0)), (
+            "both are shared still"
+        )
         vcpu.run(0)
         private(SHARED_PAGE, 2 * PAGE, private=True)
         assert vcpu.run(0) == exits.Hypercall(guest_abi.EXIT, (0, 0, 0, 0))
@@ -517,18 +614,29 @@ def test_slots_that_were_private_at_the_launch_stay(service: Service, explicit: 
     with start(explicit, code(hypercall(guest_abi.EXIT, 1))) as vcpu:
         with OwnedFd(service.memfd_restricted()) as other:
             os.ftruncate(other.fileno(), PAGE)
-            explicit.set_user_memory_region(slot=5, guest_phys_addr=GPA + MIB, memory_size=PAGE, restricted_fd=other.fileno())
+            explicit.set_user_memory_region(
+                slot=5, guest_phys_addr=GPA + MIB, memory_size=PAGE, restricted_fd=other.fileno()
+            )
         explicit.set_user_memory_region(slot=5, guest_phys_addr=GPA + MIB, memory_size=0)
         explicit.launch_finish()
         with OwnedFd(service.memfd_restricted()) as other:
             os.ftruncate(other.fileno(), PAGE)
-            again = {"guest_phys_addr": GPA + MIB, "memory_size": PAGE, "restricted_fd": other.fileno()}
+            again = {
+                "guest_phys_addr": GPA + MIB,
+                "memory_size": PAGE,
+                "restricted_fd": other.fileno(),
+            }
             assert errno_of(explicit.set_user_memory_region, slot=5, **again) == EPERM
-        assert errno_of(explicit.set_user_memory_region, slot=0, guest_phys_addr=GPA, memory_size=0) == EPERM
+        assert (
+            errno_of(explicit.set_user_memory_region, slot=0, guest_phys_addr=GPA, memory_size=0)
+            == EPERM
+        )
         # Others come and go.
         with memory.memfd_create("window") as window:
             os.ftruncate(window.fileno(), PAGE)
-            explicit.set_user_memory_region(slot=1, guest_phys_addr=0x1000_0000, memory_size=PAGE, shared_fd=window.fileno())
+            explicit.set_user_memory_region(
+                slot=1, guest_phys_addr=0x1000_0000, memory_size=PAGE, shared_fd=window.fileno()
+            )
             explicit.set_user_memory_region(slot=1, guest_phys_addr=0x1000_0000, memory_size=0)
         assert vcpu.run() == exits.Hypercall(guest_abi.EXIT, (1, 0, 0, 0))
 
@@ -536,10 +644,20 @@ def test_slots_that_were_private_at_the_launch_stay(service: Service, explicit: 
 @pytest.mark.requires("fuse")
 @pytest.mark.parametrize(
     "asked",
-    [(SHARED_PAGE + 1, 1, 0), (SHARED_PAGE, 0, 0), (SHARED_PAGE, (1 << 64) - 1, 16), (0, (1 << 64) - 1, 16), ((1 << 64) - PAGE, 2, 0)],
+    [
+        (SHARED_PAGE + 1, 1, 0),
+        (SHARED_PAGE, 0, 0),
+        (SHARED_PAGE, (1 << 64) - 1, 16),
+        (0, (1 << 64) - 1, 16),
+        ((1 << 64) - PAGE, 2, 0),
+    ],
 )
-def test_words_of_a_guest_that_mean_nothing(service: Service, explicit: Vm, asked: tuple[int, int, int]) -> None:
-    with start(explicit, code(hypercall(guest_abi.MAP_GPA_RANGE, *asked), hypercall(guest_abi.EXIT, 1))) as vcpu:
+def test_words_of_a_guest_that_mean_nothing(
+    service: Service, explicit: Vm, asked: tuple[int, int, int]
+) -> None:
+    with start(
+        explicit, code(hypercall(guest_abi.MAP_GPA_RANGE, *asked), hypercall(guest_abi.EXIT, 1))
+    ) as vcpu:
         assert vcpu.run() == exits.Hypercall(guest_abi.MAP_GPA_RANGE, (*asked, 0))
         assert errno_of(set_shared, service, explicit, SHARED_PAGE) == EPERM
         assert vcpu.run(0) == exits.Hypercall(guest_abi.EXIT, (1, 0, 0, 0))
@@ -566,7 +684,10 @@ OFFENCES = {
     "string out": mov(RSI, GPA) + mov(RDX, 0x42) + "6e",
     **{
         f"hypercall {number}": mov(RAX, number)
-        + "".join(mov(register, 0) for register in (RDI, RSI, RDX, R10)[: guest_abi.ARGUMENTS.get(number, 4)])
+        + "".join(
+            mov(register, 0)
+            for register in (RDI, RSI, RDX, R10)[: guest_abi.ARGUMENTS.get(number, 4)]
+        )
         + _CALL
         for number in (*guest_abi.ARGUMENTS, 6, 1000)
         if number != guest_abi.REPORT
@@ -598,16 +719,33 @@ def test_no_exit_shows_a_register_that_the_guest_did_not_pass(vm: Vm, offence: s
 @pytest.mark.requires("fuse")
 def test_no_message_shows_a_register_or_private_memory(vm: Vm) -> None:
     secret = SECRET.to_bytes(8, "little")
-    numbers = [call.number for call in vars(wire).values() if isinstance(call, Call)] + [0, 1, 1 << 16, 1 << 31, kvm.KVM_RUN.request + 2]
-    bodies = [b"", struct.pack("<Q", GPA), struct.pack("<QQ", GPA, PAGE), struct.pack("<QQQQ", GPA, PAGE, 0, 0), bytes(144), bytes(160)]
-    with start(vm, code(_FULL, hypercall(guest_abi.EXIT, 1), "ebfe") + secret * (PAGE // 8)) as vcpu:
+    numbers = [call.number for call in vars(wire).values() if isinstance(call, Call)] + [
+        0,
+        1,
+        1 << 16,
+        1 << 31,
+        kvm.KVM_RUN.request + 2,
+    ]
+    bodies = [
+        b"",
+        struct.pack("<Q", GPA),
+        struct.pack("<QQ", GPA, PAGE),
+        struct.pack("<QQQQ", GPA, PAGE, 0, 0),
+        bytes(144),
+        bytes(160),
+    ]
+    with start(
+        vm, code(_FULL, hypercall(guest_abi.EXIT, 1), "ebfe") + secret * (PAGE // 8)
+    ) as vcpu:
         assert isinstance(vcpu.run(), exits.Hypercall)
         mine: Channel = vm._channel  # pyright: ignore[reportPrivateUsage]
         its: Channel = vcpu._channel  # pyright: ignore[reportPrivateUsage]
         for channel, runs in ((mine, False), (its, True)):
             for number in numbers:
                 for body in bodies:
-                    if not (runs and number == wire.RUN.number and len(body) == wire.COMPLETION.size):
+                    if not (
+                        runs and number == wire.RUN.number and len(body) == wire.COMPLETION.size
+                    ):
                         reply = replies(channel, number, body)
                         assert secret[:4] not in reply, (hex(number), reply)
                         assert secret[4:] not in reply, (hex(number), reply)
@@ -618,7 +756,9 @@ def test_a_port_shows_as_many_bytes_as_it_is_wide(vm: Vm, engine: str) -> None:
     if engine == "kernel":
         pytest.skip("ports in private memory: docs/engines.md")
     with start(vm, code(_FULL, mov(RAX, SECRET), "e642", "66e742", "e742")) as vcpu:
-        assert [vcpu.run() for _ in range(3)] == [exits.PortOut(0x42, size, SECRET & (1 << 8 * size) - 1) for size in (1, 2, 4)]
+        assert [vcpu.run() for _ in range(3)] == [
+            exits.PortOut(0x42, size, SECRET & (1 << 8 * size) - 1) for size in (1, 2, 4)
+        ]
 
 
 # An engine without memory, which its owner can see to (prlimit).
@@ -638,13 +778,23 @@ def test_a_vcpu_that_lost_an_exit_runs_no_more() -> None:
     """Or its owner would answer a conversion that nobody has noted."""
     told: list[int] = []
     vcpu = SimpleNamespace(
-        run=lambda: exits.Hypercall(guest_abi.MAP_GPA_RANGE, (GPA, 1, guest_abi.MAP_GPA_RANGE_ENCRYPTED, 0)), complete=told.append
+        run=lambda: exits.Hypercall(
+            guest_abi.MAP_GPA_RANGE, (GPA, 1, guest_abi.MAP_GPA_RANGE_ENCRYPTED, 0)
+        ),
+        complete=told.append,
     )
     channel, theirs = Channel.pair("owner")
     with theirs, select.epoll() as watched:
         watched.register(channel.fileno(), 0)
         made = VcpuSocket(
-            0, channel, watched, wire.POLICY_EXPLICIT, cast(Launch, _launch()), cast(Conversions, _Failing()), cast(Reporter, None), Trace()
+            0,
+            channel,
+            watched,
+            wire.POLICY_EXPLICIT,
+            cast(Launch, _launch()),
+            cast(Conversions, _Failing()),
+            cast(Reporter, None),
+            Trace(),
         )
         made.begin(cast(KvmVcpu, vcpu))
         for expected in (ENOMEM, EIO, EIO):

@@ -23,7 +23,20 @@ LAYERS = (
     ("fs",),
     ("mm",),
     ("devkvm",),
-    ("abi", "burial", "child", "failure", "fd", "paths", "patience", "text", "threads", "units", "users", "sync"),
+    (
+        "abi",
+        "burial",
+        "child",
+        "failure",
+        "fd",
+        "paths",
+        "patience",
+        "text",
+        "threads",
+        "units",
+        "users",
+        "sync",
+    ),
 )
 #: These meet nothing of the others in their own layer.
 ROOT = "restrictedmem"
@@ -40,7 +53,10 @@ def imports_of(path: Path) -> list[str]:
     found: list[str] = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(ROOT):
-            found += [f"{node.module}.{alias.name}" if node.module == ROOT else node.module for alias in node.names]
+            found += [
+                f"{node.module}.{alias.name}" if node.module == ROOT else node.module
+                for alias in node.names
+            ]
         elif isinstance(node, ast.Import):
             found += [alias.name for alias in node.names if alias.name.startswith(ROOT)]
     return found
@@ -48,20 +64,33 @@ def imports_of(path: Path) -> list[str]:
 
 def modules() -> list[tuple[str, Path]]:
     return [
-        (".".join((ROOT, *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__"), path)
+        (
+            ".".join((ROOT, *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(
+                ".__init__"
+            ),
+            path,
+        )
         for path in sorted(SOURCE.rglob("*.py"))
     ]
 
 
-@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("module", "path"), modules(), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_imports_go_down(module: str, path: Path) -> None:
     if module == ROOT:
         # The package itself offers the public face; it may look anywhere, but only when called.
-        top = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        top = [
+            node
+            for node in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
         assert top == []
         return
     mine = layer_of(module)
-    upward = [name for name in imports_of(path) if name != f"{ROOT}.__version__" and layer_of(name) < mine]
+    upward = [
+        name for name in imports_of(path) if name != f"{ROOT}.__version__" and layer_of(name) < mine
+    ]
     assert not upward, f"{module} imports upward: {upward}"
 
 
@@ -72,8 +101,17 @@ def test_mm_and_the_fault_path_take_locks_only_from_sync() -> None:
         SOURCE / "kvm" / "vcpu.py",
         SOURCE / "kvm" / "software" / "turns.py",
     ]:
-        names = {alias.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import) for alias in node.names}
-        names |= {node.module or "" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
+        names = {
+            alias.name
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
+        names |= {
+            node.module or ""
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom)
+        }
         assert not names & {"threading", "multiprocessing", "queue", "select", "socket"}, path.name
 
 
@@ -85,5 +123,11 @@ def test_the_public_face_is_documented() -> None:
 def test_the_package_imports_nothing_heavy() -> None:
     for module in ("cli.main", "cli.run", "cli.doctor", "cli.ps", "cli.serve"):
         path = SOURCE.joinpath(*module.split(".")).with_suffix(".py")
-        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
-        assert not [node.module for node in top if node.module and node.module.split(".")[0] in ("rich", "unicorn")], module
+        top = [
+            node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)
+        ]
+        assert not [
+            node.module
+            for node in top
+            if node.module and node.module.split(".")[0] in ("rich", "unicorn")
+        ], module

@@ -24,7 +24,16 @@ from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm import elf, exits
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.lpage import Level
-from restrictedmem.kvm.memslot import ALL, CODE, LEVEL_SHIFT, PRIVATE, WRITE, MemfdFile, MemfdHalf, Memslot
+from restrictedmem.kvm.memslot import (
+    ALL,
+    CODE,
+    LEVEL_SHIFT,
+    PRIVATE,
+    WRITE,
+    MemfdFile,
+    MemfdHalf,
+    Memslot,
+)
 from restrictedmem.kvm.mmu import FAULT_AROUND, Fault, Mmu
 from restrictedmem.kvm.trace import Trace, pair
 from restrictedmem.kvm.vm import Vcpu
@@ -130,7 +139,11 @@ class Vm:
 
     def touch(self, index: int) -> Fault:
         """Access a page as a vCPU does, which caches all of a large translation."""
-        fault = Fault.MAPPED if self.slot.entries[index] else self.mmu.fault(self.slot, self.base + index)
+        fault = (
+            Fault.MAPPED
+            if self.slot.entries[index]
+            else self.mmu.fault(self.slot, self.base + index)
+        )
         if fault is Fault.MAPPED:
             first, last = self.slot.leaf(index)
             self.tlb[first:last] = b"\1" * (last - first)
@@ -183,14 +196,22 @@ class Vm:
 
 @contextmanager
 def made(
-    pages: int = 2 * PMD, *, order: int = 9, first: int = 0, shift: int = 0, offered: int | None = None, trace: Trace | None = None
+    pages: int = 2 * PMD,
+    *,
+    order: int = 9,
+    first: int = 0,
+    shift: int = 0,
+    offered: int | None = None,
+    trace: Trace | None = None,
 ) -> Generator[Vm, None, None]:
     """Make a VM whose slot begins ``first`` pages behind an aligned one, and at page ``first + shift`` of the file.
 
     Pages come as folios of ``order``, or, when something else is ``offered``, as those.
     """
     file = RestrictedFile(make("v10"), MemfdBacking(), Inode.make(0, 0))
-    fd, sequence = (OwnedFd(os.dup(fd)) for fd in (file.backing.fileno(), file.sequence().fd.fileno()))
+    fd, sequence = (
+        OwnedFd(os.dup(fd)) for fd in (file.backing.fileno(), file.sequence().fd.fileno())
+    )
     window = PageRange(pgoff_t(first + shift), pgoff_t(first + shift + pages))
     bound = Bound(1, 1, None, fd, sequence, flags=0, order=order)
     half = MemfdHalf(MemfdFile(bound), 1, window, unbind=lambda: None)
@@ -237,7 +258,9 @@ def test_a_folio_of_1_gib_is_mapped_as_one_where_the_slot_has_all_of_it() -> Non
     [(0, PMD - 1, 0), (1, PMD, 0), (0, 2 * PMD, 1), (PMD - 1, PMD, 0)],
     ids=["short", "begins late", "not congruent", "one page of the first block"],
 )
-def test_blocks_that_the_slot_does_not_show_whole_are_mapped_small(first: int, pages: int, shift: int) -> None:
+def test_blocks_that_the_slot_does_not_show_whole_are_mapped_small(
+    first: int, pages: int, shift: int
+) -> None:
     with made(pages, first=first, shift=shift) as vm:
         for order in (9, 18):
             vm.folios.folios[order] = {0, 1, 2}
@@ -305,7 +328,11 @@ def test_a_punch_of_a_part_takes_the_whole_translation() -> None:
         vm.punch(PMD + 7, PMD + 8)
         assert vm.mapped() == (0, 1, 0)
         assert vm.tlb == b"\1" * PMD + bytes(PMD)
-        assert (vm.mmu.counters.zapped, vm.mmu.counters.freed, vm.mmu.counters.splits) == (PMD, 1, 1)
+        assert (vm.mmu.counters.zapped, vm.mmu.counters.freed, vm.mmu.counters.splits) == (
+            PMD,
+            1,
+            1,
+        )
         vm.touch(PMD + 7)
         assert vm.mapped() == (FAULT_AROUND, 1, 0)
         vm.punch(PMD, 2 * PMD)
@@ -347,7 +374,12 @@ def test_code_is_protected_alone_in_a_block() -> None:
     with made() as vm:
         vm.touch(0)
         assert vm.mmu.protect_code(vm.slot, BASE + 9) == (SMALL & ~WRITE | CODE, True)
-        assert (vm.mapped(), vm.mmu.counters.splits, vm.slot.entries[8], vm.level(8)) == ((PMD, 0, 0), 1, SMALL, Level.PAGE)
+        assert (vm.mapped(), vm.mmu.counters.splits, vm.slot.entries[8], vm.level(8)) == (
+            (PMD, 0, 0),
+            1,
+            SMALL,
+            Level.PAGE,
+        )
         # A neighbour's fault does not give the page its right back.
         vm.mmu._zap(vm.slot, gfn_t(BASE + 100), gfn_t(BASE + 101))
         vm.touch(100)
@@ -397,11 +429,17 @@ def test_what_the_platform_refuses_is_not_mapped_at_all() -> None:
             vm.folios.order = offered
             with pytest.raises(OSError, match="a rule forbids it") as caught:
                 vm.touch(PMD + 3 if offered else 3)
-            assert (caught.value.errno, any(vm.slot.entries), vm.mapped()) == (EFAULT, False, (0, 0, 0))
+            assert (caught.value.errno, any(vm.slot.entries), vm.mapped()) == (
+                EFAULT,
+                False,
+                (0, 0, 0),
+            )
 
 
 @pytest.mark.parametrize("beside", [0, PMD - 1])
-def test_an_invalidation_anywhere_in_the_block_makes_the_fault_come_again(beside: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalidation_anywhere_in_the_block_makes_the_fault_come_again(
+    beside: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with made() as vm:
         get_page = Pages.get_page
 
@@ -478,7 +516,9 @@ def test_the_trace_says_the_level() -> None:
             vm.touch(100)
         trace.end()
         *found, _ = [json.loads(line) for line in events]
-    assert [(event["gfn"] - BASE, event["npages"], event["level"], event["result"]) for event in found] == [
+    assert [
+        (event["gfn"] - BASE, event["npages"], event["level"], event["result"]) for event in found
+    ] == [
         (PMD, PMD, 2, "mapped"),
         (16, 16, 1, "mapped"),
         (96, 0, 0, "error"),
@@ -544,17 +584,25 @@ class Levels(RuleBasedStateMachine):
         slot = self.vm.slot
         edges = range(-slot.base_gfn % PMD, self.pages, PMD)
         near = [edge + by for edge in edges for by in (-1, 0, 1) if 0 <= edge + by < self.pages]
-        return data.draw(st.one_of(st.sampled_from(near or [0]), st.integers(0, self.pages - 1)), "page")
+        return data.draw(
+            st.one_of(st.sampled_from(near or [0]), st.integers(0, self.pages - 1)), "page"
+        )
 
     def range(self, data: st.DataObject) -> tuple[int, int]:
         one, other = self.page(data), self.page(data)
         # One page most of the time, else all between two.
-        return (one, one + 1) if data.draw(st.booleans(), "one page") else (min(one, other), max(one, other) + 1)
+        return (
+            (one, one + 1)
+            if data.draw(st.booleans(), "one page")
+            else (min(one, other), max(one, other) + 1)
+        )
 
     def error_at(self, index: int) -> int:
         if not self.vm.slot.attributes[index]:
             return EFAULT
-        return EHWPOISON if self.vm.slot.pgoff_of(self.vm.base + index) in self.vm.half.failed else 0
+        return (
+            EHWPOISON if self.vm.slot.pgoff_of(self.vm.base + index) in self.vm.half.failed else 0
+        )
 
     @rule(data=st.data())
     def touch(self, data: st.DataObject) -> None:
@@ -572,7 +620,8 @@ class Levels(RuleBasedStateMachine):
             fault = vm.touch(index)
         assert fault is (Fault.MAPPED if vm.slot.attributes[index] else Fault.NO_HALF)
         if fault is Fault.MAPPED and missing:
-            # Pages may not know yet that a block became a folio; the fault itself may make them ask the next time.
+            # Pages may not know yet that a block became a folio; the fault itself may make them ask
+            # the next time.
             order = told[0] if told else vm.folios.order_of(vm.slot.pgoff_of(vm.base + index))
             assert vm.level(index) is naive_level(vm, index, order)
 
@@ -585,7 +634,9 @@ class Levels(RuleBasedStateMachine):
     @rule(data=st.data())
     def prefault(self, data: st.DataObject) -> None:
         first, last = self.range(data)
-        prefault = partial(self.vm.mmu.prefault, gfn_t(self.vm.base + first), gfn_t(self.vm.base + last))
+        prefault = partial(
+            self.vm.mmu.prefault, gfn_t(self.vm.base + first), gfn_t(self.vm.base + last)
+        )
         error = self.error_at(first)
         if error:
             with pytest.raises(OSError, match=r"lost|no such half") as caught:
@@ -611,7 +662,9 @@ class Levels(RuleBasedStateMachine):
     @rule(data=st.data())
     def collapse(self, data: st.DataObject) -> None:
         """Make a block a folio that has pages or not, as khugepaged may."""
-        self.vm.folios.folios[9].add(self.vm.slot.pgoff_of(self.vm.slot.base_gfn + self.page(data)) >> 9)
+        self.vm.folios.folios[9].add(
+            self.vm.slot.pgoff_of(self.vm.slot.base_gfn + self.page(data)) >> 9
+        )
 
     @rule(order=st.sampled_from([0, 9]))
     def fragment(self, order: int) -> None:
@@ -632,7 +685,9 @@ class Levels(RuleBasedStateMachine):
                 assert slot.leaf(index)[0] == index
                 last = index + level.pages
                 assert len(set(slot.entries[index:last])) == 1
-                assert level <= naive_level(vm, index, vm.folios.order_of(slot.pgoff_of(slot.base_gfn + index)))
+                assert level <= naive_level(
+                    vm, index, vm.folios.order_of(slot.pgoff_of(slot.base_gfn + index))
+                )
                 counted[level] += 1
             else:
                 counted[Level.PAGE] += last - index - slot.entries.count(0, index, last)
@@ -644,7 +699,10 @@ class Levels(RuleBasedStateMachine):
         if not hasattr(self, "vm"):
             return
         slot, half = self.vm.slot, self.vm.half
-        entries, private, tlb = (int.from_bytes(part.translate(_ANY), "little") for part in (slot.entries, slot.attributes, self.vm.tlb))
+        entries, private, tlb = (
+            int.from_bytes(part.translate(_ANY), "little")
+            for part in (slot.entries, slot.attributes, self.vm.tlb)
+        )
         assert not entries & ~private
         assert not tlb & ~entries
         assert not any(slot.entries[pgoff - half.window.start] for pgoff in half.failed)
@@ -678,13 +736,23 @@ def mapped(vmm: Vmm) -> tuple[int, int, int]:
 
 @pytest.mark.requires("fuse")
 @pytest.mark.parametrize(
-    "backing", ["memfd", pytest.param("thp", marks=pytest.mark.requires("orders")), pytest.param("hugetlb-2m", marks=HUGETLB)]
+    "backing",
+    [
+        "memfd",
+        pytest.param("thp", marks=pytest.mark.requires("orders")),
+        pytest.param("hugetlb-2m", marks=HUGETLB),
+    ],
 )
 def test_a_punch_under_a_guest_that_goes_on_computing(backing: str) -> None:
     """sha256 goes round its heap: the page was digested when it is punched, and is written again later."""
     data = bytes(range(251)) * (24 * MIB // 251)
     found: list[tuple[int, int, int]] = []
-    with vmm_on(backing, 16 * MIB) as vmm, TemporaryFile() as source, TemporaryFile() as out, open("/dev/null", "wb") as err:
+    with (
+        vmm_on(backing, 16 * MIB) as vmm,
+        TemporaryFile() as source,
+        TemporaryFile() as out,
+        open("/dev/null", "wb") as err,
+    ):
         vmm.load(elf.parse(guests.path("sha256").read_bytes()))
 
         def enter(vcpu: Vcpu, value: int) -> exits.Exit:
@@ -704,11 +772,13 @@ def test_a_punch_under_a_guest_that_goes_on_computing(backing: str) -> None:
         splits = vmm.vm.statistics()["splits"]
     match backing:
         case "thp":
-            # The first 2 MiB were taken page by page, for the launch; what is left of the punched folio is pages.
+            # The first 2 MiB were taken page by page, for the launch; what is left of the punched
+            # folio is pages.
             assert (large, after, at_the_end[1]) == (4, (small, large - 1, 0), 16 // 2 - 2)
             assert at_the_end[0] - after[0] == PMD
         case "hugetlb-2m":
-            # Part of a huge page is zeroed and not freed, so all of it is mapped as one again; the first has code, and is not.
+            # Part of a huge page is zeroed and not freed, so all of it is mapped as one again; the
+            # first has code, and is not.
             assert (large, after, at_the_end[1]) == (4, (small, large - 1, 0), 16 // 2 - 1)
         case _:
             assert (large, after, at_the_end[1]) == (0, (small - 1, 0, 0), 0)

@@ -38,7 +38,9 @@ _HEAD = struct.Struct("=II")
 #: As if the kernel were older than Linux 6.16.
 OLDER = "from restrictedmem import fd; fd.KERNEL_REFUSES = False; "
 STATUS = _HEAD.pack(wire.STATUS.number, 0)
-in_both = pytest.mark.parametrize("older", [False, True], ids=["this kernel", "one that refuses nothing"])
+in_both = pytest.mark.parametrize(
+    "older", [False, True], ids=["this kernel", "one that refuses nothing"]
+)
 
 
 @pytest.fixture
@@ -69,13 +71,20 @@ def command(older: bool, *arguments: str) -> list[str]:
     """Return a command line of the program, and have services that it starts believe the same."""
     start = f"client._START = client._START.replace('from restrictedmem.service', {OLDER!r} + 'from restrictedmem.service', 1); "
     setup = f"{OLDER}from restrictedmem.service import client; {start}" if older else ""
-    return [sys.executable, "-c", f"{setup}from restrictedmem.cli.main import run; run()", *arguments]
+    return [
+        sys.executable,
+        "-c",
+        f"{setup}from restrictedmem.cli.main import run; run()",
+        *arguments,
+    ]
 
 
 @pytest.fixture(params=[False, True], ids=["this kernel", "one that refuses nothing"])
 def service(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
     if request.param:
-        older = client._START.replace("from restrictedmem.service", OLDER + "from restrictedmem.service", 1)
+        older = client._START.replace(
+            "from restrictedmem.service", OLDER + "from restrictedmem.service", 1
+        )
         assert older != client._START
         monkeypatch.setattr(client, "_START", older)
     with Service.start() as found:
@@ -86,7 +95,11 @@ def service(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.usefixtures("older_kernel")
-@pytest.mark.parametrize("before", [(), (b"a message",), (b"",)], ids=["first", "behind a message", "behind an empty one"])
+@pytest.mark.parametrize(
+    "before",
+    [(), (b"a message",), (b"",)],
+    ids=["first", "behind a message", "behind an empty one"],
+)
 def test_a_burial_does_not_wait(before: tuple[bytes, ...]) -> None:
     ours, theirs = pair()
     with theirs, let_linger(theirs, before=before) as taken:
@@ -102,7 +115,9 @@ def test_another_process_closes_it_last() -> None:
     def body() -> list[tuple[int, bool]]:
         ours, theirs = pair()
         number, said = ours.fileno(), list[tuple[int, bool]]()
-        burial.bury_elsewhere(lambda fds: said.append((len(fds), os.path.exists(f"/proc/self/fd/{number}"))))
+        burial.bury_elsewhere(
+            lambda fds: said.append((len(fds), os.path.exists(f"/proc/self/fd/{number}")))
+        )
         with theirs:
             theirs.send(b"a message")
             bury(ours)
@@ -156,7 +171,9 @@ def test_who_was_not_let_in_yet_is_buried_too() -> None:
 
 @pytest.mark.usefixtures("older_kernel")
 @pytest.mark.parametrize("said", [(), (b"hello",), (b"",)])
-def test_nothing_is_forked_for_an_empty_queue(said: tuple[bytes, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_forked_for_an_empty_queue(
+    said: tuple[bytes, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fork() -> int:
         raise AssertionError("forked")
 
@@ -171,7 +188,9 @@ def test_nothing_is_forked_for_an_empty_queue(said: tuple[bytes, ...], monkeypat
 
 
 @pytest.mark.usefixtures("older_kernel")
-def test_a_burial_without_a_process_to_be_had_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_burial_without_a_process_to_be_had_is_made_up_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def fork() -> int:
         raise OSError(EAGAIN, "no process")
 
@@ -216,12 +235,21 @@ def test_a_consumer_that_answers_with_it(older: bool, monkeypatch: pytest.Monkey
     reasons: list[str] = []
     consumer = Consumer("broken", 1, 5.0, lambda _, reason: reasons.append(reason))
     requests, notify = consumer.give_sockets()
-    with requests, notify, let_linger(notify, _HEAD.pack(0, 0)) as taken, let_linger(requests), soon("the consumer's end"):
+    with (
+        requests,
+        notify,
+        let_linger(notify, _HEAD.pack(0, 0)) as taken,
+        let_linger(requests),
+        soon("the consumer's end"),
+    ):
         if not taken:
             notify.send(b"none")
         consumer.notify(wire.INVALIDATE_START, b"", 0)
         consumer.close()
-    assert reasons == ["broken 1 answered INVALIDATE_START with " + ("descriptors" if taken else "what is no reply")]
+    assert reasons == [
+        "broken 1 answered INVALIDATE_START with "
+        + ("descriptors" if taken else "what is no reply")
+    ]
 
 
 # Parties.
@@ -271,7 +299,9 @@ def serving(older: bool, *arguments: str) -> Generator[tuple[subprocess.Popen[st
     with tempfile.TemporaryDirectory() as directory:
         os.chmod(directory, 0o755)
         path = f"{directory}/socket"
-        running = subprocess.Popen(command(older, "serve", "--socket", path, *arguments), stderr=subprocess.PIPE, text=True)
+        running = subprocess.Popen(
+            command(older, "serve", "--socket", path, *arguments), stderr=subprocess.PIPE, text=True
+        )
         try:
             assert running.stderr is not None
             assert running.stderr.readline() == f"listening on {path}\n"
@@ -329,7 +359,9 @@ def test_exec(older: bool) -> None:
     mark = f"{os.getpid()}-{older}-{time.monotonic_ns()}"
     arguments = command(older, "exec", "--", sys.executable, "-c", code)
     pipe = subprocess.PIPE
-    program = subprocess.Popen(arguments, stdin=pipe, stdout=pipe, text=True, env={**os.environ, "MARK": mark})
+    program = subprocess.Popen(
+        arguments, stdin=pipe, stdout=pipe, text=True, env={**os.environ, "MARK": mark}
+    )
     try:
         assert program.stdout is not None
         assert program.stdout.readline() == "True\n"
@@ -337,11 +369,15 @@ def test_exec(older: bool) -> None:
         assert supervisor is not None
         (porter,) = [found.pid for found in children(supervisor) if found.name == "rmem-porter"]
         names = [
-            line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines() if f"@restrictedmem-exec/{program.pid}/" in line
+            line.split()[-1]
+            for line in Path("/proc/net/unix").read_text().splitlines()
+            if f"@restrictedmem-exec/{program.pid}/" in line
         ]
         with ExitStack() as hold:
             with stopped(porter):
-                hold.enter_context(stranger(lambda held: send_and_hang_up(connected("\0" + names[0][1:]), held)))
+                hold.enter_context(
+                    stranger(lambda held: send_and_hang_up(connected("\0" + names[0][1:]), held))
+                )
             with soon("the program's call"):
                 out, _ = program.communicate("\n", timeout=LINGER)
         assert out.startswith("True @restrictedmem-exec/")
@@ -370,7 +406,13 @@ def answer_with_it(hold: ExitStack) -> None:
 @in_both
 def test_ps(older: bool) -> None:
     with Service.start() as own, stranger(answer_with_it), soon("ps"):
-        done = subprocess.run(command(older, "ps", "--json"), capture_output=True, text=True, check=False, timeout=LINGER)
+        done = subprocess.run(
+            command(older, "ps", "--json"),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=LINGER,
+        )
         assert done.returncode == 0, done.stderr
         found = {entry["pid"]: entry for entry in json.loads(done.stdout)["services"]}
     assert found[own.info["pid"]]["owner_pid"] == os.getpid()
@@ -407,7 +449,9 @@ def test_a_service(service: Service) -> None:
 @pytest.mark.requires("fuse")
 @pytest.mark.parametrize("target", ["vm", "vcpu"])
 @pytest.mark.parametrize("before", [(), (b"1234567",)], ids=["first", "behind what is no request"])
-def test_an_engine_ends_with_its_owner(service: Service, target: str, before: tuple[bytes, ...]) -> None:
+def test_an_engine_ends_with_its_owner(
+    service: Service, target: str, before: tuple[bytes, ...]
+) -> None:
     vm = Vm(service, engine="software")
     vcpu = vm.create_vcpu()
     engine = process(int(vm.statistics()["pid"]))
@@ -430,5 +474,7 @@ def test_an_engine_without_a_checker_ends_rather_than_linger(service: Service) -
         os.kill(checker.pid, signal.SIGKILL)
         with ExitStack() as hold:
             with stopped(engine.pid):
-                hold.enter_context(let_linger(vm._channel.sock, _HEAD.pack(kvm_wire.TRACE.number, 0)))
+                hold.enter_context(
+                    let_linger(vm._channel.sock, _HEAD.pack(kvm_wire.TRACE.number, 0))
+                )
             wait_gone([engine], SOON)

@@ -51,7 +51,10 @@ def run(capsys: pytest.CaptureFixture[str], **options: Any) -> tuple[int, dict[s
 
 
 @pytest.mark.requires("fuse")
-@pytest.mark.parametrize("design", ["v10", "v9+teardown", pytest.param("folio", marks=pytest.mark.requires("orders")), "lazy"])
+@pytest.mark.parametrize(
+    "design",
+    ["v10", "v9+teardown", pytest.param("folio", marks=pytest.mark.requires("orders")), "lazy"],
+)
 def test_a_sound_design_holds(design: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, found = run(capsys, design=design, seed=5)
     assert (status, found["failure"], found["seed"], found["design"]) == (0, None, 5, design)
@@ -97,14 +100,27 @@ def test_the_same_seed_makes_the_same_plans() -> None:
         engines = {"software": ("punch", "convert"), "kernel": ("punch",)}
         found: list[Plan] = []
         for number in range(9):
-            found.append(live.plan_of(seed, number, before=found[-1] if found else None, engines=engines, left=60))
+            found.append(
+                live.plan_of(
+                    seed, number, before=found[-1] if found else None, engines=engines, left=60
+                )
+            )
         return found
 
     first = plans(1)
     assert first == plans(1) != plans(2)
-    assert {(plan.engine, plan.operations) for plan in first} == {("software", ("punch", "convert")), ("kernel", ("punch",))}
-    assert all(not plan.platform and not plan.converting for plan in first if plan.engine == "kernel")
-    assert all((plan.pages, plan.vcpus) == (before.pages, before.vcpus) for before, plan in pairwise(first) if plan.reused)
+    assert {(plan.engine, plan.operations) for plan in first} == {
+        ("software", ("punch", "convert")),
+        ("kernel", ("punch",)),
+    }
+    assert all(
+        not plan.platform and not plan.converting for plan in first if plan.engine == "kernel"
+    )
+    assert all(
+        (plan.pages, plan.vcpus) == (before.pages, before.vcpus)
+        for before, plan in pairwise(first)
+        if plan.reused
+    )
 
 
 # The guest, with an owner that does not do what it says.
@@ -112,7 +128,18 @@ def test_the_same_seed_makes_the_same_plans() -> None:
 
 @contextmanager
 def owner_of_a_guest(converting: int = 0) -> Generator[tuple[Owner, Ground, Puncher]]:
-    plan = Plan("words", "software", "", 2, 32, reused=False, converting=converting, operations=(), seconds=0, killed=False)
+    plan = Plan(
+        "words",
+        "software",
+        "",
+        2,
+        32,
+        reused=False,
+        converting=converting,
+        operations=(),
+        seconds=0,
+        killed=False,
+    )
     with client.Service.start() as service, ExitStack() as stack:
         ground = Ground(service, plan)
         stack.callback(ground.close)
@@ -121,7 +148,11 @@ def owner_of_a_guest(converting: int = 0) -> Generator[tuple[Owner, Ground, Punc
         puncher = Puncher(ground, ground.board.lane(0), progress, "words")
         owner = Owner(service, ground, plan, puncher, stack)
         owner.start()
-        wait_until(lambda: min(ground.board.steps(0), ground.board.steps(1)) > 2000, "the guest to touch all its pages", 20)
+        wait_until(
+            lambda: min(ground.board.steps(0), ground.board.steps(1)) > 2000,
+            "the guest to touch all its pages",
+            20,
+        )
         yield owner, ground, puncher
         ground.board.stop()
         owner.join()
@@ -132,7 +163,9 @@ def test_the_guest_finds_nothing_where_nothing_is_wrong() -> None:
     with owner_of_a_guest(converting=20) as (owner, ground, puncher):
         puncher.take(range(ground.pages))
         steps = ground.board.steps(0)
-        wait_until(lambda: ground.board.steps(0) > steps + 2000 or owner.failure, "the guest to go on", 20)
+        wait_until(
+            lambda: ground.board.steps(0) > steps + 2000 or owner.failure, "the guest to go on", 20
+        )
     assert (owner.failure, owner.said) == ("", "")
 
 
@@ -141,13 +174,17 @@ def test_the_guest_finds_what_was_said_to_be_gone() -> None:
     with owner_of_a_guest() as (owner, _, puncher):
 
         def found() -> str:
-            # Said again and again: what the guest stamps between the two words of a punch counts as later than it.
+            # Said again and again: what the guest stamps between the two words of a punch counts as
+            # later than it.
             with puncher.lane.taking(range(7, 8)):
                 pass
             return owner.failure
 
         wait_until(found, "the guest to find page 7", 20)
-    assert re.fullmatch(r"the guest ended with 1: stale: page 7 holds 0x8[0-9a-f]{8}, expected 0x8[0-9a-f]{8}", owner.failure)
+    assert re.fullmatch(
+        r"the guest ended with 1: stale: page 7 holds 0x8[0-9a-f]{8}, expected 0x8[0-9a-f]{8}",
+        owner.failure,
+    )
 
 
 @pytest.mark.requires("fuse")
@@ -155,7 +192,8 @@ def test_the_guest_finds_what_is_gone_without_a_word() -> None:
     with owner_of_a_guest() as (owner, ground, _):
 
         def found() -> str:
-            # Again and again: one that comes between the guest's look at the page and its next stamp takes nothing that the guest knows of.
+            # Again and again: one that comes between the guest's look at the page and its next
+            # stamp takes nothing that the guest knows of.
             memory.fallocate(ground.fd, memory.PUNCH, ground.offset + 7 * PAGE_SIZE, PAGE_SIZE)
             return owner.failure
 
@@ -168,7 +206,9 @@ def test_the_guest_finds_what_is_gone_without_a_word() -> None:
 
 def breaking(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     """Have the service's processes, engines among them, run something of ours first: what they fork has it too."""
-    monkeypatch.setattr(client, "_START", f"import sys; sys.path.insert(0, sys.argv[1])\n{source}\n{client._START}")  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(
+        client, "_START", f"import sys; sys.path.insert(0, sys.argv[1])\n{source}\n{client._START}"
+    )  # pyright: ignore[reportPrivateUsage]
 
 
 DEAF = """
@@ -204,19 +244,28 @@ InvalidationSequence.end = lose_one
 
 
 @pytest.mark.requires("fuse", "kvm")
-def test_callbacks_that_do_not_come_are_stale_reads(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_callbacks_that_do_not_come_are_stale_reads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     breaking(monkeypatch, DEAF)
     on_engine(monkeypatch, "kernel")
     status, found = run(capsys, scenario="punch-fault", seed=7)
     assert status == 1
-    assert re.search(r"the guest ended with 1: stale: page \d+ holds 0x[0-9a-f]+, expected 0x[0-9a-f]+", found["failure"])
+    assert re.search(
+        r"the guest ended with 1: stale: page \d+ holds 0x[0-9a-f]+, expected 0x[0-9a-f]+",
+        found["failure"],
+    )
     assert found["again"] == "restrictedmem check --random 2.5 --seed 7 --scenario punch-fault"
 
 
 @pytest.mark.requires("fuse")
 @pytest.mark.parametrize(
     ("source", "words"),
-    [(DEAF, r"punched, and the engine gave up"), (NO_END, r"hang: waited|without their end"), (BUSY, r"hang: waited")],
+    [
+        (DEAF, r"punched, and the engine gave up"),
+        (NO_END, r"hang: waited|without their end"),
+        (BUSY, r"hang: waited"),
+    ],
     ids=["deaf", "no end", "busy"],
 )
 def test_books_that_do_not_balance_are_found(
@@ -236,7 +285,8 @@ def test_books_that_do_not_balance_are_found(
 
 @pytest.mark.requires("fuse")
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
-    # What it started is below it, a service too, whose first parent ends. Whoever starts this may ignore SIGINT.
+    # What it started is below it, a service too, whose first parent ends. Whoever starts this may
+    # ignore SIGINT.
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from restrictedmem.abi.process import PR_SET_CHILD_SUBREAPER, prctl; prctl(PR_SET_CHILD_SUBREAPER, 1)\n"
@@ -244,9 +294,18 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     )
     out = tmp_path / "out"
     with out.open("w", encoding="utf-8") as file:
-        child = subprocess.Popen([sys.executable, "-c", code], stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        child = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
-        wait_until(lambda: any(found.name == "rmem-kvm" for found in descendants([child.pid])), "an engine to run a guest", 20)
+        wait_until(
+            lambda: any(found.name == "rmem-kvm" for found in descendants([child.pid])),
+            "an engine to run a guest",
+            20,
+        )
         started = descendants([child.pid])
         os.killpg(child.pid, signal.SIGINT)
         assert child.wait(20) == -signal.SIGINT

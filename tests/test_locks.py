@@ -115,8 +115,16 @@ def test_orders_of_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 FILES: Final[dict[str, tuple[Callable[[RestrictedFile], object], type, str]]] = {
     "ftruncate": (lambda file: file.ftruncate(PAGE_SIZE), Inode, "modified"),
-    "fallocate": (lambda file: file.fallocate_unheard(0, 0, PAGE_SIZE), RestrictedFile, "_fallocate"),
-    "fallocate that is heard": (lambda file: file._fallocate_locked(0, 0, PAGE_SIZE, never), RestrictedFile, "_fallocate"),
+    "fallocate": (
+        lambda file: file.fallocate_unheard(0, 0, PAGE_SIZE),
+        RestrictedFile,
+        "_fallocate",
+    ),
+    "fallocate that is heard": (
+        lambda file: file._fallocate_locked(0, 0, PAGE_SIZE, never),
+        RestrictedFile,
+        "_fallocate",
+    ),
     "renew": (lambda file: file.renew(), Inode, "modified"),
     "sequence": (lambda file: file.sequence(), InvalidationSequence, "create"),
 }
@@ -137,8 +145,14 @@ def test_registrations_of_a_file(file: RestrictedFile) -> None:
     assert held == [True]
 
 
-@pytest.mark.parametrize("call", [RestrictedFile.get, RestrictedFile.get_unless_zero, RestrictedFile.put], ids=lambda call: call.__name__)
-def test_references_to_a_file(file: RestrictedFile, call: Callable[[RestrictedFile], object]) -> None:
+@pytest.mark.parametrize(
+    "call",
+    [RestrictedFile.get, RestrictedFile.get_unless_zero, RestrictedFile.put],
+    ids=lambda call: call.__name__,
+)
+def test_references_to_a_file(
+    file: RestrictedFile, call: Callable[[RestrictedFile], object]
+) -> None:
     held: list[bool] = []
     file._references = Number(2, file._references_lock, held)
     call(file)

@@ -49,7 +49,9 @@ def test_slots_are_found_as_a_list_finds_them(wanted: list[tuple[int, int, bool]
     kept: list[Memslot] = []
     for number, (base, npages, remove) in enumerate(wanted):
         overlaps = [one for one in kept if one.base_gfn < base + npages and one.end_gfn > base]
-        assert slots.overlapping(base, base + npages) == sorted(overlaps, key=lambda one: one.base_gfn)
+        assert slots.overlapping(base, base + npages) == sorted(
+            overlaps, key=lambda one: one.base_gfn
+        )
         if overlaps and remove:
             kept.remove(overlaps[0])
             slots.remove(overlaps[0])
@@ -59,8 +61,12 @@ def test_slots_are_found_as_a_list_finds_them(wanted: list[tuple[int, int, bool]
     assert list(slots) == kept
     assert len(slots) == len(kept)
     for gfn in range(230):
-        assert slots.at(gfn) is next((one for one in kept if one.base_gfn <= gfn < one.end_gfn), None)
-    assert [slots.get(number) for number in range(40)] == [next((s for s in kept if s.number == n), None) for n in range(40)]
+        assert slots.at(gfn) is next(
+            (one for one in kept if one.base_gfn <= gfn < one.end_gfn), None
+        )
+    assert [slots.get(number) for number in range(40)] == [
+        next((s for s in kept if s.number == n), None) for n in range(40)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +98,21 @@ def test_a_guest_reaches_each_of_many_slots(service: Service, vm: Vm, vcpus_firs
 
     def make(number: int) -> None:
         at = number * PAGE
-        vm.set_user_memory_region(slot=number, guest_phys_addr=WINDOW + at, memory_size=PAGE, shared_fd=window, shared_offset=at)
+        vm.set_user_memory_region(
+            slot=number,
+            guest_phys_addr=WINDOW + at,
+            memory_size=PAGE,
+            shared_fd=window,
+            shared_offset=at,
+        )
 
     order = [index * 37 % COUNT for index in range(COUNT)]
     for number in order:
         make(number)
     for number in order[::3]:
-        vm.set_user_memory_region(slot=number, guest_phys_addr=WINDOW + number * PAGE, memory_size=0)
+        vm.set_user_memory_region(
+            slot=number, guest_phys_addr=WINDOW + number * PAGE, memory_size=0
+        )
     for number in reversed(order[::3]):
         make(number)
     code = bytes.fromhex(
@@ -127,7 +141,10 @@ def test_a_guest_reaches_each_of_many_slots(service: Service, vm: Vm, vcpus_firs
 def test_a_slot_is_mapped_when_the_guest_touches_it() -> None:
     """Unicorn takes as long to map a slot as there are others that are mapped."""
     with make_machine(vcpus=2) as machine, ExitStack() as made:
-        slots = [Memslot(number, gfn_t(0x20000 + number), 1, private=None, shared=shared_half(1)) for number in range(2, 50)]
+        slots = [
+            Memslot(number, gfn_t(0x20000 + number), 1, private=None, shared=shared_half(1))
+            for number in range(2, 50)
+        ]
         for one in slots:
             made.callback(one.close)
             machine.mmu.add_slot(one)
@@ -173,7 +190,9 @@ def test_no_call_takes_longer_for_the_slots_there_are() -> None:
         os.ftruncate(fd.fileno(), PAGE)
 
         def change(number: int, at: int, size: int = PAGE) -> None:
-            region = kvm_userspace_memory_region_ext(slot=number, flags=0, guest_phys_addr=at, memory_size=size, userspace_addr=0)
+            region = kvm_userspace_memory_region_ext(
+                slot=number, flags=0, guest_phys_addr=at, memory_size=size, userspace_addr=0
+            )
             memory.set_region(region, b"", fd)
 
         def calls(number: int) -> list[int]:
@@ -220,7 +239,9 @@ class Reports:
 def test_ps_hears_of_many_changes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     service, attributes = Reports(), Attributes(Api.V10)
     monkeypatch.setattr(vm_memory, "time", service)
-    memory = VmMemory(cast("Any", None), cast("Any", service), Api.V10, attributes, forbid_shrinking)
+    memory = VmMemory(
+        cast("Any", None), cast("Any", service), Api.V10, attributes, forbid_shrinking
+    )
     assert memory.report_due_in() is None
     for _ in range(1000):
         memory._changed()
@@ -255,7 +276,11 @@ def test_no_registration_of_a_file_takes_longer_for_those_there_are(design: str)
 
     def calls(recorder: Recorder) -> list[int]:
         unregister = partial(file.unregister_notifier, recorder)
-        return [cost_of(partial(register, recorder)), cost_of(lambda: file.notifier_count), cost_of(unregister)]
+        return [
+            cost_of(partial(register, recorder)),
+            cost_of(lambda: file.notifier_count),
+            cost_of(unregister),
+        ]
 
     file.sequence()
     first = calls(recorders[0])
@@ -292,7 +317,11 @@ def test_the_kernels_slots_take_no_longer_either() -> None:
             nonlocal base
             base = slots.add(PAGE, 0, None)
 
-        return [cost_of(add), cost_of(lambda: slots.base_below(base)), cost_of(lambda: slots.remove(base))]
+        return [
+            cost_of(add),
+            cost_of(lambda: slots.base_below(base)),
+            cost_of(lambda: slots.remove(base)),
+        ]
 
     first = calls()
     bases = [slots.add(PAGE, 0, None) for _ in range(500)]

@@ -102,11 +102,15 @@ def test_a_fallocate_that_fails_leaves_size_and_pages() -> None:
     file.put()
 
 
-def test_an_allocation_that_is_abandoned_keeps_the_pieces_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_allocation_that_is_abandoned_keeps_the_pieces_it_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(memfd, "_PIECE", 4 * PAGE_SIZE)
     file, asked = new_file(), iter([False, False, True])
     # Pieces end where the file's do, not where the range begins: no folio lies in two.
-    assert outcome(lambda: file.fallocate(0, 3 * PAGE_SIZE, 9 * PAGE_SIZE, lambda: next(asked))) == Errno(EINTR)
+    assert outcome(
+        lambda: file.fallocate(0, 3 * PAGE_SIZE, 9 * PAGE_SIZE, lambda: next(asked))
+    ) == Errno(EINTR)
     assert (file.size, file.backing.resident()) == (0, 5 * PAGE_SIZE)
     file.fallocate(0, 0, 4 * PAGE_SIZE, lambda: True)
     assert (file.size, file.backing.resident()) == (4 * PAGE_SIZE, 8 * PAGE_SIZE)
@@ -225,7 +229,12 @@ def test_get_page_outside_the_window(file: RestrictedFile, page: int) -> None:
 def test_forget_clips_to_the_window(file: RestrictedFile) -> None:
     window = Pages(file.backing, pages(4, 8))
     window.get_pages(pages(4, 8))
-    assert window.forget(pages(0, 4)) == window.forget(pages(8, 1 << 40)) == window.forget(pages(5, 5)) == 0
+    assert (
+        window.forget(pages(0, 4))
+        == window.forget(pages(8, 1 << 40))
+        == window.forget(pages(5, 5))
+        == 0
+    )
     assert window.forget(pages(0, 6)) == 2
     assert window.forget(pages(0, 6)) == 0
     assert window.forget(pages(0, 1 << 40)) == 2
@@ -310,7 +319,10 @@ def test_a_reader_finds_an_invalidation_however_it_ends_meanwhile(moments: tuple
     sequence = InvalidationSequence.create()
     before = sequence.snapshot()
     sequence.begin(pgoff_t(10), pgoff_t(20))
-    words, sequence._words = sequence._words, cast("SharedWords", interleaved := _Words(sequence._words))
+    words, sequence._words = (
+        sequence._words,
+        cast("SharedWords", interleaved := _Words(sequence._words)),
+    )
     sequence.end()
     interleaved.moments = list(moments)
     assert sequence.retry(before, pgoff_t(15), pgoff_t(16))
@@ -335,14 +347,18 @@ def test_a_consumer_maps_the_sequence_for_reading() -> None:
     writer.close()
 
 
-@pytest.mark.parametrize("kind", ["memfd", "thp", pytest.param("hugetlb-2m", marks=pytest.mark.requires("hugetlb"))])
+@pytest.mark.parametrize(
+    "kind", ["memfd", "thp", pytest.param("hugetlb-2m", marks=pytest.mark.requires("hugetlb"))]
+)
 def test_a_consumer_takes_no_punch_from_the_owner(kind: str) -> None:
     """It has the memfd, and what it could seal there it could forbid the owner and the next consumer."""
     backing = make_backing(kind)
     with OwnedFd(os.dup(backing.fileno())) as consumers:
         number = consumers.fileno()
         seals = (fcntl.F_SEAL_SHRINK, fcntl.F_SEAL_GROW, fcntl.F_SEAL_WRITE, _F_SEAL_FUTURE_WRITE)
-        assert [outcome(partial(fcntl.fcntl, number, fcntl.F_ADD_SEALS, seal)) for seal in seals] == [Errno(EPERM)] * 4
+        assert [
+            outcome(partial(fcntl.fcntl, number, fcntl.F_ADD_SEALS, seal)) for seal in seals
+        ] == [Errno(EPERM)] * 4
         assert outcome(lambda: os.ftruncate(number, 0)) == Errno(EPERM)
         backing.punch(0, 2 << 20)
         backing.renew()()
@@ -361,7 +377,9 @@ def test_only_who_made_the_sequence_writes_it() -> None:
         assert outcome(lambda: os.ftruncate(fd, 0)) == Errno(EPERM)
         assert outcome(lambda: os.ftruncate(fd, 2 * PAGE_SIZE)) == Errno(EPERM)
         assert outcome(lambda: memory.fallocate(fd, PUNCH, 0, PAGE_SIZE)) == Errno(EPERM)
-        assert outcome(lambda: fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)) == Errno(EPERM)
+        assert outcome(lambda: fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)) == Errno(
+            EPERM
+        )
 
     try_all(fd)
     again = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
@@ -392,7 +410,12 @@ def test_a_file_without_notifiers_has_no_sequence_page(file: RestrictedFile) -> 
     notifier = Counting()
     file.register_notifier(notifier)
     file.fallocate(PUNCH, 0, PAGE_SIZE)
-    assert (notifier.started, notifier.ended, file.sequence().snapshot(), file.notifier_count) == (1, 1, 1, 1)
+    assert (notifier.started, notifier.ended, file.sequence().snapshot(), file.notifier_count) == (
+        1,
+        1,
+        1,
+        1,
+    )
 
 
 def test_a_notifier_registered_twice_hears_twice_and_leaves_at_once(file: RestrictedFile) -> None:
@@ -430,7 +453,9 @@ class Gate:
 
 
 @pytest.mark.parametrize("leave", [False, True])
-def test_nobody_registers_or_unregisters_inside_an_invalidation(file: RestrictedFile, leave: bool) -> None:
+def test_nobody_registers_or_unregisters_inside_an_invalidation(
+    file: RestrictedFile, leave: bool
+) -> None:
     gate, late = Gate(), Counting()
     file.register_notifier(gate)
     punch = threading.Thread(target=file.fallocate, args=(PUNCH, 0, PAGE_SIZE))
@@ -523,13 +548,20 @@ def test_a_renewed_file_leaves_nothing_to_who_kept_its_descriptors(kind: str) ->
     file.fallocate(KEEP, 0, PAGE_SIZE)
     assert outcome(file.renew) == Errno(EINVAL)
     assert file.backing.resident() == PAGE_SIZE
-    with OwnedFd(os.dup(file.backing.fileno())) as memfd, OwnedFd(os.dup(file.sequence().fd.fileno())) as sequence:
+    with (
+        OwnedFd(os.dup(file.backing.fileno())) as memfd,
+        OwnedFd(os.dup(file.sequence().fd.fileno())) as sequence,
+    ):
         file.fallocate(PUNCH, PAGE_SIZE, PAGE_SIZE)
         file.unregister_notifier(notifier)
         inode_was = file.inode.mtime
         file.renew()
         assert file.inode.mtime > inode_was
-        assert (os.fstat(memfd.fileno()).st_blocks, file.backing.resident(), notifier.started) == (0, 0, 1)
+        assert (os.fstat(memfd.fileno()).st_blocks, file.backing.resident(), notifier.started) == (
+            0,
+            0,
+            1,
+        )
         file.register_notifier(notifier)
         assert file.sequence().snapshot() == 0
         file.fallocate(KEEP, 0, PAGE_SIZE)
@@ -537,12 +569,17 @@ def test_a_renewed_file_leaves_nothing_to_who_kept_its_descriptors(kind: str) ->
         assert os.fstat(file.backing.fileno()).st_size == MAX_FILE_BYTES
         assert os.pread(memfd.fileno(), 6, 0) == bytes(6)
         file.fallocate(PUNCH, 0, PAGE_SIZE)
-        assert (file.sequence().snapshot(), os.pread(sequence.fileno(), 8, 0)) == (1, (1).to_bytes(8, "little"))
+        assert (file.sequence().snapshot(), os.pread(sequence.fileno(), 8, 0)) == (
+            1,
+            (1).to_bytes(8, "little"),
+        )
     file.put()
     assert set(os.listdir("/proc/self/fd")) == before
 
 
-def test_what_a_renewed_file_had_is_freed_under_no_lock(monkeypatch: pytest.MonkeyPatch, file: RestrictedFile) -> None:
+def test_what_a_renewed_file_had_is_freed_under_no_lock(
+    monkeypatch: pytest.MonkeyPatch, file: RestrictedFile
+) -> None:
     """They may be gigabytes; meanwhile the file is used as any other."""
     file.fallocate(KEEP, 0, 2 * PAGE_SIZE)
     free, freed = memory.fallocate, list[int]()
@@ -565,7 +602,9 @@ def test_what_a_renewed_file_had_is_freed_under_no_lock(monkeypatch: pytest.Monk
     assert (freed, file.backing.resident()) == ([2 * PAGE_SIZE], PAGE_SIZE)
 
 
-def test_a_renewed_file_is_empty_whatever_becomes_of_the_pages(monkeypatch: pytest.MonkeyPatch, file: RestrictedFile) -> None:
+def test_a_renewed_file_is_empty_whatever_becomes_of_the_pages(
+    monkeypatch: pytest.MonkeyPatch, file: RestrictedFile
+) -> None:
     file.fallocate(KEEP, 0, PAGE_SIZE)
     before, sequence = len(os.listdir("/proc/self/fd")), file.sequence()
 
@@ -592,9 +631,14 @@ def test_a_file_is_renewed_between_punches_and_under_looks() -> None:
         except BaseException as error:
             failed.append(error)
 
-    punch, allocate = partial(file.fallocate, PUNCH, 0, PAGE_SIZE), partial(file.fallocate, KEEP, 0, PAGE_SIZE)
+    punch, allocate = (
+        partial(file.fallocate, PUNCH, 0, PAGE_SIZE),
+        partial(file.fallocate, KEEP, 0, PAGE_SIZE),
+    )
     looks = (file.backing.resident, lambda: file.backing.blksize)
-    threads = [threading.Thread(target=again, args=acts) for acts in ((allocate, punch), looks, looks)]
+    threads = [
+        threading.Thread(target=again, args=acts) for acts in ((allocate, punch), looks, looks)
+    ]
     for thread in threads:
         thread.start()
     notifier = Counting()
@@ -638,7 +682,12 @@ def test_which_modes_notify() -> None:
 
 def test_a_bare_memfd_grows_as_the_restricted_file_does(file: RestrictedFile) -> None:
     with memory.memfd_create("compared") as plain:
-        for mode, offset, length in ((0, PAGE_SIZE - 1, 2), (KEEP, 1 << 30, 1), (0, 0, 1), (PUNCH, 0, PAGE_SIZE)):
+        for mode, offset, length in (
+            (0, PAGE_SIZE - 1, 2),
+            (KEEP, 1 << 30, 1),
+            (0, 0, 1),
+            (PUNCH, 0, PAGE_SIZE),
+        ):
             memory.fallocate(plain.fileno(), mode, offset, length)
             file.fallocate(mode, offset, length)
             found = os.fstat(plain.fileno())
@@ -650,7 +699,11 @@ def test_threads_that_need_the_memfd_at_once_get_one() -> None:
         backing, barrier = MemfdBacking(), threading.Barrier(6)
         numbers: list[int] = []
 
-        def use(backing: MemfdBacking = backing, barrier: threading.Barrier = barrier, numbers: list[int] = numbers) -> None:
+        def use(
+            backing: MemfdBacking = backing,
+            barrier: threading.Barrier = barrier,
+            numbers: list[int] = numbers,
+        ) -> None:
             barrier.wait()
             numbers.append(backing.fileno())
 
@@ -696,13 +749,21 @@ def test_what_is_partly_beyond_the_limit_on_file_sizes_takes_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("span", "pieces"),
-    [((255, 2), [(255, 2)]), ((100, 256), [(100, 256)]), ((100, 600), [(100, 156), (256, 256), (512, 188)])],
+    [
+        ((255, 2), [(255, 2)]),
+        ((100, 256), [(100, 256)]),
+        ((100, 600), [(100, 156), (256, 256), (512, 188)]),
+    ],
 )
 def test_a_quarter_of_a_gibibyte_is_taken_whole_or_not_at_all(
     span: tuple[int, int], pieces: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[tuple[int, int]] = []
-    monkeypatch.setattr(MemfdBacking, "_allocate", lambda _, offset, length: taken.append((offset >> 20, length >> 20)))  # pyright: ignore
+
+    def allocate(_: MemfdBacking, offset: int, length: int) -> None:
+        taken.append((offset >> 20, length >> 20))
+
+    monkeypatch.setattr(MemfdBacking, "_allocate", allocate)
     with closing(MemfdBacking()) as backing:
         backing.allocate(span[0] << 20, span[1] << 20)
     assert taken == pieces

@@ -1,7 +1,8 @@
 """The shim driven at random against a model of pages in a dict, and against a bare memfd that does the same.
 
-The model knows what each page holds, what each consumer has taken and what each notifier must have heard; the memfd answers errno, size
-and blocks for what exists on it too (all but the rules that are the shim's own: one sizing, aligned punches, the limit).
+The model knows what each page holds, what each consumer has taken and what each notifier must have
+heard; the memfd answers errno, size and blocks for what exists on it too (all but the rules that
+are the shim's own: one sizing, aligned punches, the limit).
 """
 
 import os
@@ -30,7 +31,15 @@ from restrictedmem.units import PAGE_MASK, PAGE_SIZE, PageRange, pgoff_t
 PAGES = 24
 WINDOWS = (PageRange(pgoff_t(0), pgoff_t(16)), PageRange(pgoff_t(8), pgoff_t(PAGES)))
 KEEP = int(FallocMode.KEEP_SIZE)
-MODES = (0, KEEP, PUNCH, PUNCH, int(FallocMode.ZERO_RANGE), int(FallocMode.COLLAPSE_RANGE), PUNCH | int(FallocMode.ZERO_RANGE))
+MODES = (
+    0,
+    KEEP,
+    PUNCH,
+    PUNCH,
+    int(FallocMode.ZERO_RANGE),
+    int(FallocMode.COLLAPSE_RANGE),
+    PUNCH | int(FallocMode.ZERO_RANGE),
+)
 
 some_pages = st.integers(0, PAGES - 1)
 lengths = st.integers(1, 8)
@@ -126,7 +135,8 @@ class Shim(RuleBasedStateMachine):
         self.plain = memory.memfd_create("compared")
         self.windows = [Pages(self.backing, window) for window in WINDOWS]
         self.listeners: list[Listener] = []
-        # The model: size; page to its first byte; pages each consumer has; callbacks and sequence to be expected.
+        # The model: size; page to its first byte; pages each consumer has; callbacks and sequence
+        # to be expected.
         self.size = 0
         self.present: dict[int, int] = {}
         self.taken: list[set[int]] = [set(), set()]
@@ -153,7 +163,8 @@ class Shim(RuleBasedStateMachine):
         else:
             assert result is None
             self.size = length
-            # To 0 at size 0, tmpfs frees what lies beyond the end: docs/divergences.md, ftruncate-empty.
+            # To 0 at size 0, tmpfs frees what lies beyond the end: docs/divergences.md,
+            # ftruncate-empty.
             if length:
                 os.ftruncate(self.plain.fileno(), length)
 
@@ -165,8 +176,12 @@ class Shim(RuleBasedStateMachine):
         expected = self._expect(mode, offset, length)
         assert result == expected
         if expected is None or expected == Errno(EOPNOTSUPP):
-            # What a bare memfd says to the same; ZERO_RANGE and the like are refused there by the same file system.
-            assert outcome(lambda: memory.fallocate(self.plain.fileno(), mode, offset, length)) == result
+            # What a bare memfd says to the same; ZERO_RANGE and the like are refused there by the
+            # same file system.
+            assert (
+                outcome(lambda: memory.fallocate(self.plain.fileno(), mode, offset, length))
+                == result
+            )
         if result is None:
             self._apply(mode, offset, length)
 
@@ -205,7 +220,10 @@ class Shim(RuleBasedStateMachine):
             self.sequence += 1
             span = touched(offset, length)
             for listener in self.listeners:
-                listener.expected += [("start", span.start, span.stop), ("end", span.start, span.stop)]
+                listener.expected += [
+                    ("start", span.start, span.stop),
+                    ("end", span.start, span.stop),
+                ]
                 self.taken[self.windows.index(listener.window)] -= set(span)
 
     # The consumers.
@@ -225,12 +243,16 @@ class Shim(RuleBasedStateMachine):
 
     @rule(which=st.sampled_from((0, 1)), page=some_pages)
     def get_page(self, which: int, page: int) -> None:
-        self._take(which, range(page, page + 1), lambda: self.windows[which].get_page(pgoff_t(page)), 0)
+        self._take(
+            which, range(page, page + 1), lambda: self.windows[which].get_page(pgoff_t(page)), 0
+        )
 
     @rule(which=st.sampled_from((0, 1)), first=some_pages, count=st.integers(0, 8))
     def get_pages(self, which: int, first: int, count: int) -> None:
         span = PageRange(pgoff_t(first), pgoff_t(first + count))
-        self._take(which, range(first, first + count), lambda: self.windows[which].get_pages(span), None)
+        self._take(
+            which, range(first, first + count), lambda: self.windows[which].get_pages(span), None
+        )
 
     def _take(self, which: int, pages: range, call: Callable[[], object], value: object) -> None:
         window, wanted = WINDOWS[which], set(pages)
@@ -270,13 +292,20 @@ class Shim(RuleBasedStateMachine):
         if hasattr(self, "file"):
             found = os.fstat(self.plain.fileno())
             assert self.file.size == self.size == found.st_size
-            assert self.file.backing.resident() == len(self.present) * PAGE_SIZE == found.st_blocks * 512
+            assert (
+                self.file.backing.resident()
+                == len(self.present) * PAGE_SIZE
+                == found.st_blocks * 512
+            )
 
     @invariant()
     def pages_hold_what_was_written_and_fresh_ones_zero(self) -> None:
         if hasattr(self, "file") and self.present:
             for page, byte in self.present.items():
-                assert os.pread(self.backing.fileno(), PAGE_SIZE, page * PAGE_SIZE) == bytes([byte]) * PAGE_SIZE, page
+                assert (
+                    os.pread(self.backing.fileno(), PAGE_SIZE, page * PAGE_SIZE)
+                    == bytes([byte]) * PAGE_SIZE
+                ), page
 
     @invariant()
     def callbacks_are_balanced_and_as_expected(self) -> None:
@@ -292,5 +321,10 @@ class Shim(RuleBasedStateMachine):
             assert not self.file.sequence().busy()
 
 
-Shim.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+Shim.TestCase.settings = settings(
+    max_examples=80,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 test_shim = pytest.mark.no_cover(Shim.TestCase)

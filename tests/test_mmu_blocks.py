@@ -85,7 +85,11 @@ def naive_level(base: int, end: int, starts: list[int], attributes: bytearray, g
     """As kvm_mmu_max_mapping_level would say if it looked at every page."""
     for level in (Level.PUD, Level.PMD):
         first = gfn // level.pages * level.pages
-        if first < base or first + level.pages > end or any((start - base) % level.pages for start in starts):
+        if (
+            first < base
+            or first + level.pages > end
+            or any((start - base) % level.pages for start in starts)
+        ):
             continue
         block = attributes[first - base : first + level.pages - base]
         if block.count(0) in (0, len(block)):
@@ -103,7 +107,12 @@ def naive_mixed(base: int, end: int, attributes: bytearray, level: Level) -> int
 
 def borders(base: int, end: int) -> st.SearchStrategy[int]:
     """Ends of ranges: on and beside the borders of blocks, and anywhere."""
-    near = [edge + by for step in (512, GIB) for edge in range(base // step * step, end + step, step) for by in (-1, 0, 1)]
+    near = [
+        edge + by
+        for step in (512, GIB)
+        for edge in range(base // step * step, end + step, step)
+        for by in (-1, 0, 1)
+    ]
     inside = sorted({base, end, *(gfn for gfn in near if base <= gfn <= end)})
     return st.one_of(st.sampled_from(inside), st.integers(base, end))
 
@@ -112,8 +121,12 @@ def borders(base: int, end: int) -> st.SearchStrategy[int]:
 @given(data=st.data())
 def test_levels_and_mixed_blocks(data: st.DataObject) -> None:
     base = data.draw(st.sampled_from([0, 512, 511, 700, GIB, GIB - 512, GIB + 5]), "base")
-    end = base + data.draw(st.sampled_from([1, 511, 512, 513, 1024, 5000, GIB, GIB + 512, 2 * GIB]), "pages")
-    starts = data.draw(st.sampled_from([[], [base], [base + 512], [base % 512], [0, base], [base + 1]]), "starts")
+    end = base + data.draw(
+        st.sampled_from([1, 511, 512, 513, 1024, 5000, GIB, GIB + 512, 2 * GIB]), "pages"
+    )
+    starts = data.draw(
+        st.sampled_from([[], [base], [base + 512], [base % 512], [0, base], [base + 1]]), "starts"
+    )
     attributes = bytearray(end - base)
     info = LpageInfo(gfn_t(base), gfn_t(end), tuple(starts), attributes)
     for _ in range(data.draw(st.integers(0, 8), "changes")):
@@ -131,10 +144,21 @@ def test_levels_and_mixed_blocks(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize(
     ("starts", "level"),
-    [((), Level.PUD), ((GIB, 0), Level.PUD), ((512,), Level.PMD), ((0, 512), Level.PMD), ((1024, GIB), Level.PMD), ((512, 1), Level.PAGE)],
+    [
+        ((), Level.PUD),
+        ((GIB, 0), Level.PUD),
+        ((512,), Level.PMD),
+        ((0, 512), Level.PMD),
+        ((1024, GIB), Level.PMD),
+        ((512, 1), Level.PAGE),
+    ],
 )
-def test_a_block_is_as_large_as_all_halves_are_aligned(starts: tuple[int, ...], level: Level) -> None:
-    assert LpageInfo(gfn_t(GIB), gfn_t(2 * GIB), starts, bytearray(GIB)).max_level(GIB + 700) is level
+def test_a_block_is_as_large_as_all_halves_are_aligned(
+    starts: tuple[int, ...], level: Level
+) -> None:
+    assert (
+        LpageInfo(gfn_t(GIB), gfn_t(2 * GIB), starts, bytearray(GIB)).max_level(GIB + 700) is level
+    )
 
 
 def test_a_block_that_becomes_equal_again_can_be_mapped_as_one() -> None:

@@ -78,13 +78,17 @@ def test_changed_files_are_python() -> None:
     mutants = mutation.mutants_of(file, source)
     assert len(mutants) > 100
     for mutant in mutants:
-        assert ast.dump(ast.parse(mutant.applied(source))) != ast.dump(ast.parse(source)), str(mutant)
+        assert ast.dump(ast.parse(mutant.applied(source))) != ast.dump(ast.parse(source)), str(
+            mutant
+        )
 
 
 def test_layers_take_turns_and_a_seed_says_which_lines() -> None:
     layers = ["consumer", "mm", "platform"]
     chosen = mutation.choose(ROOT, layers, 30, 5)
-    assert [mutation.layer_of(Path(mutant.file).relative_to("src/restrictedmem")) for mutant in chosen] == layers * 10
+    assert [
+        mutation.layer_of(Path(mutant.file).relative_to("src/restrictedmem")) for mutant in chosen
+    ] == layers * 10
     assert len({(mutant.file, mutant.line) for mutant in chosen}) == 30
     assert mutation.choose(ROOT, layers, 30, 5) == chosen != mutation.choose(ROOT, layers, 30, 6)
     # As many as there are.
@@ -119,9 +123,13 @@ def test_the_nearest_tests_come_first(tmp_path: Path) -> None:
         tests__test_other="import os",
         tests__test_all="for found in names: import_module(f'restrictedmem.kvm.{found}')",
     )
-    (tmp_path / "src/restrictedmem/__main__.py").write_text("from restrictedmem.cli.main import run")
+    (tmp_path / "src/restrictedmem/__main__.py").write_text(
+        "from restrictedmem.cli.main import run"
+    )
     found = mutation.tests_by_module(root)
-    assert found["src/restrictedmem/mm/pages.py"] == [f"tests/test_{name}.py" for name in ("pages", "d", "all", "last", "b", "c", "a")]
+    assert found["src/restrictedmem/mm/pages.py"] == [
+        f"tests/test_{name}.py" for name in ("pages", "d", "all", "last", "b", "c", "a")
+    ]
     assert found["src/restrictedmem/cli/run.py"] == ["tests/test_a.py"]
 
 
@@ -171,14 +179,22 @@ def test_that_leaves_a_process():
     )
     before = {path: path.stat() for path in root.rglob("*") if path.is_file()}
     status, found = mutate(root)
-    assert (status, found["mutants"], found["layers"]) == (1, 2, {"mm": {"mutants": 2, "survivors": 1}})
+    assert (status, found["mutants"], found["layers"]) == (
+        1,
+        2,
+        {"mm": {"mutants": 2, "survivors": 1}},
+    )
     assert [(row["line"], row["old"], row["new"]) for row in found["survivors"]] == [
         (2, "def beyond(x): return x > y", "def beyond(x): return (x >= y)"),
     ]
     sleeper = Path("/proc", mark.read_text())
     wait_until(lambda: not sleeper.exists(), "what a test has left to be gone")
     mark.unlink()
-    after = {path: path.stat() for path in root.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    after = {
+        path: path.stat()
+        for path in root.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
     assert {path: (found.st_mtime_ns, found.st_size) for path, found in after.items()} == {
         path: (found.st_mtime_ns, found.st_size) for path, found in before.items()
     }
@@ -187,7 +203,9 @@ def test_that_leaves_a_process():
 
 def test_tests_that_hang_are_told_of(tmp_path: Path) -> None:
     limits = "def inside(x): return x < y\ny = int('3')\n"
-    tests = "from restrictedmem.mm import limits\ndef test_it():\n    while limits.inside(3): pass\n"
+    tests = (
+        "from restrictedmem.mm import limits\ndef test_it():\n    while limits.inside(3): pass\n"
+    )
     root = a_tree_to_search(tmp_path, limits, tests)
     status, found = mutate(root, "--count", "1", "--seconds", "5")
     assert (status, found["mutants"], len(found["survivors"]), found["late"]) == (1, 1, 1, 1)
@@ -221,8 +239,13 @@ def test_high(): assert inside(4)
         *(f"| {number} | … | `test_limits::test_{name}` |" for number, name in ROWS),
     ]
     (root / "SPECIFICATION.md").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    changes = (f"{number} src/restrictedmem/mm/limits.py\n-    return 1 < x < 5\n+    return x < 5\n" for number, _ in ROWS)
-    (root / "tests" / "guarantees.txt").write_text("# Changes.\n\n" + "\n".join(changes), encoding="utf-8")
+    changes = (
+        f"{number} src/restrictedmem/mm/limits.py\n-    return 1 < x < 5\n+    return x < 5\n"
+        for number, _ in ROWS
+    )
+    (root / "tests" / "guarantees.txt").write_text(
+        "# Changes.\n\n" + "\n".join(changes), encoding="utf-8"
+    )
     survivor = "1.1a src/restrictedmem/mm/limits.py:2 `return 1 < x < 5` -> `return x < 5`\n"
     assert run(root, "--guarantees") == (1, f"{survivor}1 of 2 survived\n")
     assert run(root, "--guarantees", "1.1") == (0, "0 of 1 survived\n")

@@ -1,6 +1,7 @@
 """The main job where the kernel lacks what came after Linux 5.16 (``other_kernel``).
 
-Not ``exec``: what a filter refuses, no listener hears, and memfd_restricted's number is cachestat's.
+Not ``exec``: what a filter refuses, no listener hears, and memfd_restricted's number is
+cachestat's.
 """
 
 import hashlib
@@ -20,7 +21,9 @@ from restrictedmem.units import PAGE_SIZE
 
 pytestmark = [
     pytest.mark.requires("seccomp"),
-    pytest.mark.skipif(platform.machine() != "x86_64", reason="the filter knows the numbers of x86-64"),
+    pytest.mark.skipif(
+        platform.machine() != "x86_64", reason="the filter knows the numbers of x86-64"
+    ),
 ]
 
 COMMAND = [*OLD, sys.executable, "-m", "restrictedmem"]
@@ -28,7 +31,9 @@ DATA = bytes(range(256)) * 1000
 
 
 def run(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[bytes]:
-    done = subprocess.run([*COMMAND, *arguments], input=DATA, capture_output=True, timeout=100, check=False)
+    done = subprocess.run(
+        [*COMMAND, *arguments], input=DATA, capture_output=True, timeout=100, check=False
+    )
     assert done.returncode == status, done.stderr.decode()
     return done
 
@@ -49,7 +54,9 @@ def test_the_filter_makes_the_kernel_older() -> None:
         "    outcome(lambda: pagemap.bytes_in(pagemap.Category.PRESENT, page.address, 4096)),\n"
         "    seccomp.flags_known(seccomp.FilterFlag.NEW_LISTENER | seccomp.FilterFlag.WAIT_KILLABLE_RECV)])\n"
     )
-    done = subprocess.run([*OLD, sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [*OLD, sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert done.stdout == "['EINVAL', 'ENOSYS', 'EINVAL', 'ENOTTY', False]\n"
 
 
@@ -77,7 +84,11 @@ def test_a_limit_holds_where_a_filter_forbids_cachestat(monkeypatch: pytest.Monk
 
 
 @pytest.mark.requires("fuse")
-@pytest.mark.parametrize("options", [[], ["--api", "v9"], ["--memory-max", "8M"], ["--backing", "thp"], ["--design", "lazy"]], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--api", "v9"], ["--memory-max", "8M"], ["--backing", "thp"], ["--design", "lazy"]],
+    ids=str,
+)
 def test_a_guest_digests_its_input(options: list[str]) -> None:
     done = run("run", "--quiet", "--engine", "software", "--memory", "8M", *options, "sha256")
     assert done.stdout == hashlib.sha256(DATA).hexdigest().encode() + b"  -\n"
@@ -89,7 +100,9 @@ JSON = ("--quiet", "--json", "/dev/stderr")
 
 @pytest.mark.requires("fuse")
 def test_pages_are_converted() -> None:
-    found = json.loads(run("run", "--engine", "software", "--memory", "4M", *JSON, "convert").stderr)
+    found = json.loads(
+        run("run", "--engine", "software", "--memory", "4M", *JSON, "convert").stderr
+    )
     assert found["status"] == 0
     assert found["invalidations"] > 0
 
@@ -104,5 +117,7 @@ def test_the_descriptor() -> None:
         "os.posix_fallocate(fd, 0, 65536)\n"
         "print(os.fstat(fd).st_size, os.fstat(fd).st_blocks * 512)\n"
     )
-    done = subprocess.run([*OLD, sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [*OLD, sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert done.stdout == "1048576 65536\n"

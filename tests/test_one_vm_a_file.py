@@ -90,16 +90,29 @@ def test_a_later_vm_finds_nothing_of_the_earlier(service: Service, fd: int) -> N
 def descriptors(vm: Vm, name: str) -> list[int]:
     """Open what the VM's engine has of a name, as a guest that broke out of it would keep it."""
     directory = Path(f"/proc/{vm.statistics()['pid']}/fd")
-    return [os.open(link, os.O_RDWR) for link in directory.iterdir() if os.readlink(link) == f"/memfd:{name} (deleted)"]
+    return [
+        os.open(link, os.O_RDWR)
+        for link in directory.iterdir()
+        if os.readlink(link) == f"/memfd:{name} (deleted)"
+    ]
 
 
 @pytest.mark.requires("fuse", "root")
-def test_what_an_earlier_engine_keeps_reaches_nothing_of_a_later_vm(service: Service, fd: int) -> None:
-    with Vm(service, engine="software") as first, Vm(service, engine="software") as second, ExitStack() as kept:
+def test_what_an_earlier_engine_keeps_reaches_nothing_of_a_later_vm(
+    service: Service, fd: int
+) -> None:
+    with (
+        Vm(service, engine="software") as first,
+        Vm(service, engine="software") as second,
+        ExitStack() as kept,
+    ):
         other = service.memfd_restricted()
         os.posix_fallocate(other, 0, PAGE)
         bind(first, fd)
-        memfds, sequences = descriptors(first, "restrictedmem"), descriptors(first, "restrictedmem-sequence")
+        memfds, sequences = (
+            descriptors(first, "restrictedmem"),
+            descriptors(first, "restrictedmem-sequence"),
+        )
         for number in memfds + sequences:
             kept.callback(os.close, number)
         assert memfds
@@ -109,9 +122,13 @@ def test_what_an_earlier_engine_keeps_reaches_nothing_of_a_later_vm(service: Ser
         first.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=0)
         os.posix_fallocate(fd, 0, MIB)
         before = os.pread(sequences[0], PAGE, 0)
-        # The service has a lower number free, and so none of the new descriptors gets the number of the one that it replaces.
+        # The service has a lower number free, and so none of the new descriptors gets the number of
+        # the one that it replaces.
         os.close(other)
-        wait_until(lambda: len(cast("list[object]", service.status()["descriptors"])) == 1, "the other file to be gone")
+        wait_until(
+            lambda: len(cast("list[object]", service.status()["descriptors"])) == 1,
+            "the other file to be gone",
+        )
         bind(second, fd)
         # What the first had is gone, and the machine has its memory back, whoever keeps the memfd.
         assert (os.fstat(memfds[0]).st_blocks, os.fstat(fd).st_blocks) == (0, 0)
@@ -151,9 +168,15 @@ def test_what_the_owner_allocated_stays(service: Service, fd: int) -> None:
 @pytest.mark.parametrize("spawner_too", [False, True])
 def test_a_stopped_engine_keeps_its_file_until_it_is_dead(spawner_too: bool) -> None:
     """It does not answer a punch, and is killed. If it could go on first, its guest would write to the next VM's memory."""
-    with Service.start(Options(deadline=0.3)) as service, Vm(service) as first, Vm(service) as second:
+    with (
+        Service.start(Options(deadline=0.3)) as service,
+        Vm(service) as first,
+        Vm(service) as second,
+    ):
         fd = service.memfd_restricted()
-        first.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=PAGE, restricted_fd=fd)
+        first.set_user_memory_region(
+            slot=0, guest_phys_addr=GPA, memory_size=PAGE, restricted_fd=fd
+        )
         spawner = family(service)[0].pid
         engine = process(int(str(first.statistics()["pid"])))
         assert engine is not None
@@ -171,7 +194,9 @@ def test_a_stopped_engine_keeps_its_file_until_it_is_dead(spawner_too: bool) -> 
 
 
 def takes(vm: Vm, fd: int) -> bool:
-    region = partial(vm.set_user_memory_region, slot=0, guest_phys_addr=GPA, memory_size=PAGE, restricted_fd=fd)
+    region = partial(
+        vm.set_user_memory_region, slot=0, guest_phys_addr=GPA, memory_size=PAGE, restricted_fd=fd
+    )
     came = outcome(region)
     assert came in (None, Errno(EINVAL))
     return came is None
@@ -221,11 +246,16 @@ class Looks:
         return self.found[-1]
 
 
-@pytest.mark.parametrize(("holder", "notifiers", "waits"), [(None, 0, False), (1, 9, False), (2, 0, False), (2, 9, True)])
+@pytest.mark.parametrize(
+    ("holder", "notifiers", "waits"), [(None, 0, False), (1, 9, False), (2, 0, False), (2, 9, True)]
+)
 def test_who_binds_a_file_waits_for_another_holder_alone(
     holder: int | None, notifiers: int, waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    consumers, looks = Consumers(cast("Tokens", None), Options(), cast("Signer", None), Troubles()), Looks()
+    consumers, looks = (
+        Consumers(cast("Tokens", None), Options(), cast("Signer", None), Troubles()),
+        Looks(),
+    )
     monkeypatch.setattr(consumers, "_idle", looks)
     file = SimpleNamespace(holder=holder, notifier_count=notifiers)
     consumers._let_end(cast(Consumer, SimpleNamespace(number=1)), cast("RestrictedFile", file))

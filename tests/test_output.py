@@ -80,24 +80,58 @@ def test_the_report_of_exec_on_a_full_disk(came: str, status: int) -> None:
 
 @pytest.mark.requires("fuse", "root")
 def test_a_trace_that_fails_at_close(lossy: str) -> None:
-    found = run("run", "--quiet", "--engine", "software", "--memory", "4M", "--trace", lossy, "spin", "exit", "0")
+    found = run(
+        "run",
+        "--quiet",
+        "--engine",
+        "software",
+        "--memory",
+        "4M",
+        "--trace",
+        lossy,
+        "spin",
+        "exit",
+        "0",
+    )
     assert found == (1, f"error: {lossy}: close: {NO_SPACE}\n", "")
 
 
 @pytest.mark.requires("fuse")
 def test_a_trace_on_a_full_disk_leaves_the_guests_status() -> None:
-    found = run("run", "--quiet", "--engine", "software", "--memory", "4M", "--trace", "/dev/full", "spin", "exit", "7")
+    found = run(
+        "run",
+        "--quiet",
+        "--engine",
+        "software",
+        "--memory",
+        "4M",
+        "--trace",
+        "/dev/full",
+        "spin",
+        "exit",
+        "7",
+    )
     assert found == (7, f"error: /dev/full: write: {NO_SPACE}\n", "")
 
 
 @pytest.mark.requires("fuse", "root")
-@pytest.mark.parametrize("arguments", [["check", "--list"], ["--help"], ["run", "--quiet", "--memory", "4M", "sha256"]])
+@pytest.mark.parametrize(
+    "arguments", [["check", "--list"], ["--help"], ["run", "--quiet", "--memory", "4M", "sha256"]]
+)
 def test_stdout_that_fails_at_close(lossy: str, arguments: list[str]) -> None:
     assert run(*arguments, stdout=lossy)[:2] == (1, f"error: stdout: close: {NO_SPACE}\n")
 
 
 @pytest.mark.requires("fuse")
-@pytest.mark.parametrize("arguments", [["check", "--list"], ["--help"], ["--version"], ["run", "--quiet", "--memory", "4M", "sha256"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["check", "--list"],
+        ["--help"],
+        ["--version"],
+        ["run", "--quiet", "--memory", "4M", "sha256"],
+    ],
+)
 def test_a_full_stdout(arguments: list[str]) -> None:
     assert run(*arguments, stdout="/dev/full")[:2] == (1, f"error: stdout: write: {NO_SPACE}\n")
 
@@ -138,7 +172,10 @@ def test_a_whole_trace(tmp_path: Path, recorded: list[str]) -> None:
 def test_a_trace_that_was_cut_off(tmp_path: Path, recorded: list[str]) -> None:
     owner = json.loads(recorded[-1])["pid"]
     status, line, hint = convert(tmp_path, "".join(recorded)[:-2])
-    assert (status, line) == (1, f"error: IN: missing of the trace: its last line was cut off, the owner's end ({owner})")
+    assert (status, line) == (
+        1,
+        f"error: IN: missing of the trace: its last line was cut off, the owner's end ({owner})",
+    )
     assert hint.startswith("hint: what there is was converted")
     status, line, _ = convert(tmp_path, "".join(recorded[:-1]))
     assert (status, line) == (1, f"error: IN: missing of the trace: the owner's end ({owner})")
@@ -146,7 +183,11 @@ def test_a_trace_that_was_cut_off(tmp_path: Path, recorded: list[str]) -> None:
 
 @pytest.mark.requires("fuse")
 def test_a_trace_that_says_it_has_lost_events(tmp_path: Path, recorded: list[str]) -> None:
-    text = "".join(recorded[:-1]) + recorded[-1].replace("}", ',"lost":3}') + recorded[-1].replace("}", ',"lost":4}')
+    text = (
+        "".join(recorded[:-1])
+        + recorded[-1].replace("}", ',"lost":3}')
+        + recorded[-1].replace("}", ',"lost":4}')
+    )
     assert convert(tmp_path, text)[:2] == (1, "error: IN: missing of the trace: 7 events")
 
 

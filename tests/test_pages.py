@@ -73,7 +73,11 @@ def test_noalloc_takes_what_is_there_and_nothing_else(thp: MemfdBacking) -> None
     assert outcome(lambda: window.get_page_noalloc(pgoff_t(3))) == Errno(ENOENT)
     # Beyond a size that was never set, where the posted one found nothing.
     thp.allocate(4 << PAGE_SHIFT, PAGE_SIZE)
-    assert (window.get_page_noalloc(pgoff_t(4)), window.get_page_noalloc(pgoff_t(4)), window.taken) == (0, 0, 1)
+    assert (
+        window.get_page_noalloc(pgoff_t(4)),
+        window.get_page_noalloc(pgoff_t(4)),
+        window.taken,
+    ) == (0, 0, 1)
     assert (thp.resident(), window.count(span(0, 10))) == (PAGE_SIZE, 1)
     for outside in (-1, 10):
         assert outcome(partial(window.get_page_noalloc, pgoff_t(outside))) == Errno(EFAULT)

@@ -125,7 +125,9 @@ def test_another_users_fifo_is_not_waited_for(theirs: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o1777, 0o1770])
-def test_another_users_file_is_not_written_where_all_may_put_theirs(tmp_path: Path, mode: int) -> None:
+def test_another_users_file_is_not_written_where_all_may_put_theirs(
+    tmp_path: Path, mode: int
+) -> None:
     """fs.protected_regular minds O_CREAT alone."""
     tmp_path.chmod(mode)
     for uid, right in ((ORDINARY, Errno(EACCES)), (0, None)):
@@ -188,7 +190,9 @@ def test_a_lease_of_ones_own_is_waited_for(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("old", encoding="ascii")
     done: list[object] = []
-    thread = threading.Thread(target=lambda: done.append(outcome(lambda: paths.create(str(file)).close())))
+    thread = threading.Thread(
+        target=lambda: done.append(outcome(lambda: paths.create(str(file)).close()))
+    )
     with leased(file, 0):
         thread.start()
         wait_until(lambda: _is_waited_for(thread), "the file to be waited for")
@@ -201,7 +205,9 @@ def _is_waited_for(thread: threading.Thread) -> bool:
         return "break_lease" in file.read()
 
 
-def racing(monkeypatch: pytest.MonkeyPatch, module: object, name: str, deed: Callable[[], None]) -> None:
+def racing(
+    monkeypatch: pytest.MonkeyPatch, module: object, name: str, deed: Callable[[], None]
+) -> None:
     """Do something once, right after the first call of a function."""
     honest, todo = getattr(module, name), [deed]
 
@@ -214,7 +220,9 @@ def racing(monkeypatch: pytest.MonkeyPatch, module: object, name: str, deed: Cal
     monkeypatch.setattr(module, name, call)
 
 
-def test_a_link_that_comes_after_the_look(monkeypatch: pytest.MonkeyPatch, theirs: Path, victim: Path) -> None:
+def test_a_link_that_comes_after_the_look(
+    monkeypatch: pytest.MonkeyPatch, theirs: Path, victim: Path
+) -> None:
     (theirs / "file").write_text("old", encoding="ascii")
     swap = lambda: plant(theirs / "file", victim)  # noqa: E731
     racing(monkeypatch, paths, "_check_target", swap)
@@ -224,7 +232,9 @@ def test_a_link_that_comes_after_the_look(monkeypatch: pytest.MonkeyPatch, their
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["no file", "a file"])
-def test_a_link_that_comes_after_the_walk(monkeypatch: pytest.MonkeyPatch, theirs: Path, victim: Path, *, there: bool) -> None:
+def test_a_link_that_comes_after_the_walk(
+    monkeypatch: pytest.MonkeyPatch, theirs: Path, victim: Path, *, there: bool
+) -> None:
     if there:
         (theirs / "file").write_text("old", encoding="ascii")
     swap = lambda: plant(theirs / "file", victim)  # noqa: E731
@@ -233,7 +243,9 @@ def test_a_link_that_comes_after_the_walk(monkeypatch: pytest.MonkeyPatch, their
     assert intact(victim)
 
 
-def test_a_directory_that_is_exchanged(monkeypatch: pytest.MonkeyPatch, theirs: Path, victim: Path) -> None:
+def test_a_directory_that_is_exchanged(
+    monkeypatch: pytest.MonkeyPatch, theirs: Path, victim: Path
+) -> None:
     room = theirs / "room"
     room.mkdir()
 
@@ -255,7 +267,9 @@ def test_a_directory_that_is_exchanged(monkeypatch: pytest.MonkeyPatch, theirs: 
     ],
     ids=["exec --json", "run --trace", "trace to-perfetto"],
 )
-def test_no_command_writes_through_a_planted_link(tmp_path: Path, theirs: Path, victim: Path, command: list[str]) -> None:
+def test_no_command_writes_through_a_planted_link(
+    tmp_path: Path, theirs: Path, victim: Path, command: list[str]
+) -> None:
     plant(theirs / "file", victim)
     trace = tmp_path / "trace"
     event = '{"ts": 1, "pid": 1, "tid": 1, "event": "trace", "version": 1}\n'
@@ -293,7 +307,9 @@ def test_a_key_is_a_file(tmp_path: Path, kind: str) -> None:
     assert outcome(lambda: signing.Signer.load(str(path))) == Errno(EINVAL)
 
 
-def test_the_key_that_was_looked_at_is_read(monkeypatch: pytest.MonkeyPatch, theirs: Path, victim: Path) -> None:
+def test_the_key_that_was_looked_at_is_read(
+    monkeypatch: pytest.MonkeyPatch, theirs: Path, victim: Path
+) -> None:
     path = theirs / "key"
     path.write_text("no key", encoding="ascii")
     path.chmod(0o600)
@@ -332,7 +348,9 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.lstat().st_mode)
 
 
-def test_a_socket_is_born_with_its_permissions(tmp_path: Path, bound: list[Callable[[], None]]) -> None:
+def test_a_socket_is_born_with_its_permissions(
+    tmp_path: Path, bound: list[Callable[[], None]]
+) -> None:
     path, seen = tmp_path / "socket", list[int]()
     bound[1] = lambda: seen.append(mode(path))
     before = os.umask(0o077)
@@ -346,7 +364,9 @@ def test_a_socket_is_born_with_its_permissions(tmp_path: Path, bound: list[Calla
         os.umask(before)
 
 
-def test_a_link_planted_after_bind_opens_no_file(theirs: Path, victim: Path, bound: list[Callable[[], None]]) -> None:
+def test_a_link_planted_after_bind_opens_no_file(
+    theirs: Path, victim: Path, bound: list[Callable[[], None]]
+) -> None:
     path = theirs / "socket"
     bound[1] = lambda: plant(path, victim)
     assert outcome(lambda: listener.listen(str(path), 0o666).__enter__()) == Errno(EEXIST)
@@ -355,7 +375,9 @@ def test_a_link_planted_after_bind_opens_no_file(theirs: Path, victim: Path, bou
     assert path.is_symlink()
 
 
-def test_a_directory_exchanged_before_bind_gets_no_socket(theirs: Path, victim: Path, bound: list[Callable[[], None]]) -> None:
+def test_a_directory_exchanged_before_bind_gets_no_socket(
+    theirs: Path, victim: Path, bound: list[Callable[[], None]]
+) -> None:
     room = theirs / "room"
     room.mkdir()
 
@@ -372,7 +394,9 @@ def test_a_directory_exchanged_before_bind_gets_no_socket(theirs: Path, victim: 
 
 def test_a_link_in_the_way_is_not_followed(theirs: Path, victim: Path) -> None:
     plant(theirs / "socket", victim)
-    assert outcome(lambda: listener.listen(str(theirs / "socket"), 0o666).__enter__()) == Errno(EADDRINUSE)
+    assert outcome(lambda: listener.listen(str(theirs / "socket"), 0o666).__enter__()) == Errno(
+        EADDRINUSE
+    )
     plant(theirs / "room", victim.parent)
     path = str(theirs / "room/socket")
     assert outcome(lambda: listener.listen(path, 0o666).__enter__()) == Errno(ELOOP)
@@ -400,17 +424,26 @@ def test_a_stale_socket_is_replaced_if_it_is_ones_own(tmp_path: Path) -> None:
         os.chown(path, owner, owner)
         made = path.lstat().st_ino
         if owner:
-            assert outcome(lambda: listener.listen(str(path), 0o600).__enter__()) == Errno(EADDRINUSE)
+            assert outcome(lambda: listener.listen(str(path), 0o600).__enter__()) == Errno(
+                EADDRINUSE
+            )
             assert path.lstat().st_ino == made
         else:
-            with listener.listen(str(path), 0o600), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+            with (
+                listener.listen(str(path), 0o600),
+                socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client,
+            ):
                 client.connect(str(path))
 
 
 def test_a_socket_whose_queue_is_full_is_in_use(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     kind = socket.AF_UNIX, socket.SOCK_SEQPACKET
-    with socket.socket(*kind) as busy, socket.socket(*kind) as first, socket.socket(*kind) as second:
+    with (
+        socket.socket(*kind) as busy,
+        socket.socket(*kind) as first,
+        socket.socket(*kind) as second,
+    ):
         busy.bind(str(path))
         busy.listen(0)
         for each in first, second:

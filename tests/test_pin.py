@@ -64,7 +64,9 @@ def frames(address: int, count: int) -> list[int]:
 
 
 @contextmanager
-def rig(blocks: int = 2, limit: int | None = None, sequence: InvalidationSequence | None = None) -> Generator[Rig]:
+def rig(
+    blocks: int = 2, limit: int | None = None, sequence: InvalidationSequence | None = None
+) -> Generator[Rig]:
     memfd = MemfdBacking(limit=limit)
     size = blocks * BLOCK_BYTES
     # As much as is needed to find 2 MiB-congruent addresses in it.
@@ -104,7 +106,11 @@ def compact() -> None:
 
 def collapse(found: Rig, block: int) -> object:
     """Try to move a block's pages into one huge page, as anybody may."""
-    offset = found.start - ctypes.addressof(ctypes.c_char.from_buffer(found.mapping)) + block * BLOCK_BYTES
+    offset = (
+        found.start
+        - ctypes.addressof(ctypes.c_char.from_buffer(found.mapping))
+        + block * BLOCK_BYTES
+    )
     return outcome(lambda: found.mapping.madvise(memory.MADV_COLLAPSE, offset, BLOCK_BYTES))
 
 
@@ -132,13 +138,17 @@ def every_other(found: Rig) -> list[int]:
 def test_frames_stay_across_compaction() -> None:
     """Every other page of a lot of memory is freed, so that compaction has cause and room to move the others.
 
-    Which it moves depends on where in the zone they lie, so controls are made, each somewhere else, until one of them was moved.
+    Which it moves depends on where in the zone they lie, so controls are made, each somewhere else,
+    until one of them was moved.
     """
     with rig(blocks=64) as pinned, ExitStack() as controls:
         pinned.allocate(0, len(pinned.window))
         for page in range(0, len(pinned.window), 2):
             pinned.punch(page)
-        assert (pinned.pinned.unpinned, pinned.pinned.pinned) == (0, pinned.resident() << PAGE_SHIFT)
+        assert (pinned.pinned.unpinned, pinned.pinned.pinned) == (
+            0,
+            pinned.resident() << PAGE_SHIFT,
+        )
         before = every_other(pinned)
         assert all(before)
         for _ in range(_CONTROLS):
@@ -215,7 +225,10 @@ def test_under_a_limit_the_page_alone() -> None:
 
 def test_beside_an_invalidation_the_page_alone() -> None:
     """What is being punched was released before, and nobody would release it once more."""
-    with closing(InvalidationSequence.create()) as sequence, rig(blocks=2, sequence=sequence) as found:
+    with (
+        closing(InvalidationSequence.create()) as sequence,
+        rig(blocks=2, sequence=sequence) as found,
+    ):
         sequence.begin(pgoff_t(0), pgoff_t(496))
         found.allocate(500)
         found.allocate(BLOCK)
@@ -233,7 +246,10 @@ def test_no_buffer_left(monkeypatch: pytest.MonkeyPatch) -> None:
         assert outcome(lambda: found.allocate(2 * BLOCK)) == Errno(ENOBUFS)
         # Cut in two: one half finds the buffer of the whole, the other none.
         found.punch(10)
-        assert (found.pinned.unpinned, found.pinned.pinned >> PAGE_SHIFT) == (BLOCK - 11, BLOCK + 10)
+        assert (found.pinned.unpinned, found.pinned.pinned >> PAGE_SHIFT) == (
+            BLOCK - 11,
+            BLOCK + 10,
+        )
         found.punch(0, 2 * BLOCK)
         assert found.pinned.pinned == 0
         found.allocate(2 * BLOCK)
@@ -254,7 +270,13 @@ def test_the_limit_on_locked_memory() -> None:
                 try:
                     found.allocate(BLOCK)
                 except OSError as error:
-                    status = 0 if error.errno == ENOMEM and "RLIMIT_MEMLOCK" in str(error) and found.pinned.pinned == BLOCK_BYTES else 2
+                    status = (
+                        0
+                        if error.errno == ENOMEM
+                        and "RLIMIT_MEMLOCK" in str(error)
+                        and found.pinned.pinned == BLOCK_BYTES
+                        else 2
+                    )
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -262,13 +284,43 @@ def test_the_limit_on_locked_memory() -> None:
 
 @pytest.mark.requires("fuse", "root")
 @pytest.mark.parametrize(
-    ("kilobytes", "what"), [(0, ""), (64, "LAUNCH_UPDATE: Cannot allocate memory"), (4096, "the guest stopped: MemoryFault")]
+    ("kilobytes", "what"),
+    [
+        (0, ""),
+        (64, "LAUNCH_UPDATE: Cannot allocate memory"),
+        (4096, "the guest stopped: MemoryFault"),
+    ],
 )
 def test_run_names_the_limit_on_pinned_memory(kilobytes: int, what: str) -> None:
-    command = [sys.executable, "-m", "restrictedmem", "run", "--quiet", "--pin", "--engine", "software", "--memory", "4M", "sha256"]
-    no_cap = ["setpriv", "--bounding-set", "-ipc_lock,-sys_resource", "--inh-caps", "-ipc_lock,-sys_resource"]
+    command = [
+        sys.executable,
+        "-m",
+        "restrictedmem",
+        "run",
+        "--quiet",
+        "--pin",
+        "--engine",
+        "software",
+        "--memory",
+        "4M",
+        "sha256",
+    ]
+    no_cap = [
+        "setpriv",
+        "--bounding-set",
+        "-ipc_lock,-sys_resource",
+        "--inh-caps",
+        "-ipc_lock,-sys_resource",
+    ]
     limit = ["sh", "-c", f'ulimit -l {kilobytes} && exec "$@"', "sh"]
-    done = subprocess.run([*limit, *no_cap, *command], input="", capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        [*limit, *no_cap, *command],
+        input="",
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
     assert done.returncode == 1
     error, hint = done.stderr.splitlines()
     assert error.startswith(f"error: {what}")
@@ -307,12 +359,19 @@ class PinMachine(RuleBasedStateMachine):
     @invariant()
     def agrees(self) -> None:
         if hasattr(self, "found"):
-            assert self.found.pinned.pinned >> PAGE_SHIFT == self.found.resident() == len(self.model)
+            assert (
+                self.found.pinned.pinned >> PAGE_SHIFT == self.found.resident() == len(self.model)
+            )
             assert self.found.pinned.unpinned == 0
 
 
 TestPinMachine = PinMachine.TestCase
-TestPinMachine.settings = settings(max_examples=30, stateful_step_count=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+TestPinMachine.settings = settings(
+    max_examples=30,
+    stateful_step_count=20,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 
 
 def test_blocks_are_two_mebibytes() -> None:

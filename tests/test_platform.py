@@ -56,7 +56,12 @@ def test_a_gib_begins_as_one_entry_and_is_added_once() -> None:
 def test_a_split_to_4k_goes_by_2m_and_leaves_the_rest() -> None:
     direct_map = gib()
     direct_map.split(PFN + PMD + 3, 0)
-    assert [direct_map.lookup(PFN + page) for page in (0, PMD, PMD + 511, 2 * PMD)] == [(9, True), (0, True), (0, True), (9, True)]
+    assert [direct_map.lookup(PFN + page) for page in (0, PMD, PMD + 511, 2 * PMD)] == [
+        (9, True),
+        (0, True),
+        (0, True),
+        (9, True),
+    ]
     assert direct_map.entries() == {9: 511, 0: 512}
     assert direct_map.splits == {18: 1, 9: 1}
     direct_map.split(PFN + PMD, 0)
@@ -66,7 +71,11 @@ def test_a_split_to_4k_goes_by_2m_and_leaves_the_rest() -> None:
 def test_a_page_that_is_removed_alone_splits_and_its_neighbours_stay() -> None:
     direct_map = gib()
     direct_map.remove(PFN + 1, 0)
-    assert [direct_map.lookup(PFN + page) for page in (0, 1, 2)] == [(0, True), (0, False), (0, True)]
+    assert [direct_map.lookup(PFN + page) for page in (0, 1, 2)] == [
+        (0, True),
+        (0, False),
+        (0, True),
+    ]
     assert direct_map.absent() == 1
     direct_map.restore(PFN + 1, 0)
     assert direct_map.absent() == 0
@@ -79,7 +88,11 @@ def test_2m_are_removed_as_one_entry_and_a_split_inherits_that() -> None:
     assert direct_map.lookup(PFN) == (9, False)
     assert direct_map.entries() == {9: 512}
     direct_map.restore(PFN + 7, 0)
-    assert [direct_map.lookup(PFN + page) for page in (6, 7, 8)] == [(0, False), (0, True), (0, False)]
+    assert [direct_map.lookup(PFN + page) for page in (6, 7, 8)] == [
+        (0, False),
+        (0, True),
+        (0, False),
+    ]
     assert direct_map.absent() == 511
     direct_map.restore(PFN, 9)
     assert direct_map.absent() == 0
@@ -120,7 +133,11 @@ def test_what_is_absent_is_not_merged_into_anything() -> None:
 
 def test_a_page_nobody_touched_is_the_hosts() -> None:
     rmp = Rmp()
-    assert rmp.lookup(PFN) == HYPERVISOR == Entry(assigned=False, asid=0, gpa=0, order=0, immutable=False, validated=False)
+    assert (
+        rmp.lookup(PFN)
+        == HYPERVISOR
+        == Entry(assigned=False, asid=0, gpa=0, order=0, immutable=False, validated=False)
+    )
     assert not rmp.write_faults(PFN, 0)
     assert not rmp.write_faults(PFN, 18)
 
@@ -184,7 +201,9 @@ def test_psmash_makes_512_of_one_and_keeps_validated() -> None:
     assert rmp.pvalidate(PFN, 9) == OK
     assert rmp.psmash(PFN) == OK
     for page in (0, 1, 511):
-        assert rmp.lookup(PFN + page) == Entry(assigned=True, asid=1, gpa=GPA + page * 4096, validated=True)
+        assert rmp.lookup(PFN + page) == Entry(
+            assigned=True, asid=1, gpa=GPA + page * 4096, validated=True
+        )
     assert rmp.psmash(PFN) == INPUT, "there is no 2 MiB entry any more"
     assert rmp.psmash(PFN + 1) == INPUT
 
@@ -379,7 +398,9 @@ def test_a_page_assigned_at_another_address_is_efault() -> None:
         ((0, PUD), 18, {"1G": 1, "2M": 0, "4K": 0}),
     ],
 )
-def test_what_was_split_comes_back_for_a_folio_that_goes_whole(span: tuple[int, int], order: int | None, left: dict[str, int]) -> None:
+def test_what_was_split_comes_back_for_a_folio_that_goes_whole(
+    span: tuple[int, int], order: int | None, left: dict[str, int]
+) -> None:
     snp = Snp(unmap=False)
     snp.prepare(FILE, pages(0, 512), gfn_t(0), 0)
     snp.invalidate(FILE, pages(*span), order)
@@ -418,7 +439,10 @@ def test_a_page_freed_without_a_word_is_a_violation_with_its_story() -> None:
     assert report["violated_pages"] == 4
     (violation,) = cast(list[dict[str, Any]], report["violations"])
     assert (violation["start"], violation["npages"]) == (4, 4)
-    assert violation["rule"] == "the host writes to a page that is the guest's (gpa 0x44000), and nobody was told that it goes"
+    assert (
+        violation["rule"]
+        == "the host writes to a page that is the guest's (gpa 0x44000), and nobody was told that it goes"
+    )
     assert violation["story"] == [
         "1. [0x0, 0x10) mapped into the guest from gfn 0x40 on, order 0",
         "3. [0x0, 0x8) freed, and written by the host",
@@ -432,7 +456,12 @@ def test_a_page_mapped_again_before_it_was_freed_says_so() -> None:
     snp.prepare(FILE, pages(0, 1), gfn_t(0), 0)
     snp.freed(FILE, pages(0, 1))
     (violation,) = cast(list[dict[str, Any]], snp.report()["violations"])
-    assert [line.split()[3] for line in violation["story"]] == ["mapped", "told", "mapped", "freed,"]
+    assert [line.split()[3] for line in violation["story"]] == [
+        "mapped",
+        "told",
+        "mapped",
+        "freed,",
+    ]
 
 
 def test_a_write_through_2m_with_a_neighbour_of_the_guests_is_a_violation() -> None:
@@ -443,7 +472,10 @@ def test_a_write_through_2m_with_a_neighbour_of_the_guests_is_a_violation() -> N
     assert snp.sev.direct_map.merge(start, 9)
     snp.freed(FILE, pages(1, 2))
     (violation,) = cast(list[dict[str, Any]], snp.report()["violations"])
-    assert violation["rule"] == "the host writes to a page that lies in 2 MiB with a page of the guest's"
+    assert (
+        violation["rule"]
+        == "the host writes to a page that lies in 2 MiB with a page of the guest's"
+    )
 
 
 def test_leaked_pages_are_not_given_to_anybody() -> None:
@@ -497,7 +529,10 @@ class SnpMachine(RuleBasedStateMachine):
         self.used = False
 
     def _blocks(self, start: int, end: int) -> list[tuple[int, range]]:
-        parts = [(block, range(max(start, block * PMD), min(end, (block + 1) * PMD))) for block in range(self.BLOCKS)]
+        parts = [
+            (block, range(max(start, block * PMD), min(end, (block + 1) * PMD)))
+            for block in range(self.BLOCKS)
+        ]
         return [(block, part) for block, part in parts if part]
 
     def _split(self, block: int, order: int) -> None:
@@ -546,11 +581,17 @@ class SnpMachine(RuleBasedStateMachine):
     @invariant()
     def table_is_the_models(self) -> None:
         if hasattr(self, "snp"):
-            assert self.snp.sev.rmp.all_assigned() == [PUD + page for page, guests in enumerate(self.guests) if guests]
+            assert self.snp.sev.rmp.all_assigned() == [
+                PUD + page for page, guests in enumerate(self.guests) if guests
+            ]
             for block in range(self.BLOCKS):
                 head = PUD + block * PMD
                 assert (self.snp.sev.rmp.lookup(head).order == 9) == self.large[block]
-            assert all(self.snp.sev.rmp.lookup(PUD + page).gpa == page << 12 for page in (1, 511, 700) if self._small(page))
+            assert all(
+                self.snp.sev.rmp.lookup(PUD + page).gpa == page << 12
+                for page in (1, 511, 700)
+                if self._small(page)
+            )
 
     def _small(self, page: int) -> bool:
         return self.guests[page] and not self.large[page // PMD]
@@ -558,16 +599,22 @@ class SnpMachine(RuleBasedStateMachine):
     @invariant()
     def direct_map_is_the_models(self) -> None:
         if hasattr(self, "snp") and self.used:
-            looked_up = [self.snp.sev.direct_map.lookup(PUD + page) for page in range(self.BLOCKS * PMD)]
+            looked_up = [
+                self.snp.sev.direct_map.lookup(PUD + page) for page in range(self.BLOCKS * PMD)
+            ]
             assert [order for order, _ in looked_up] == self.orders
-            assert [not present for _, present in looked_up] == [self.unmap and guests for guests in self.guests]
+            assert [not present for _, present in looked_up] == [
+                self.unmap and guests for guests in self.guests
+            ]
 
     @invariant()
     def entries_of_2m_cover_nothing_or_512_pages_of_the_guests(self) -> None:
         if hasattr(self, "snp") and self.used:
             for block in range(self.BLOCKS):
                 order, present = self.snp.sev.direct_map.lookup(PUD + block * PMD)
-                assert order == 0 or self.snp.sev.rmp.assigned(PUD + block * PMD) in ((0, PMD) if present else (PMD,))
+                assert order == 0 or self.snp.sev.rmp.assigned(PUD + block * PMD) in (
+                    (0, PMD) if present else (PMD,)
+                )
 
     @invariant()
     def only_what_nobody_was_told_of_is_violated(self) -> None:

@@ -39,7 +39,9 @@ class _Service:
 
 
 @contextmanager
-def _porter(monkeypatch: pytest.MonkeyPatch, start: Callable[[], object] = _Service) -> Generator[tuple[Porter, "memoryview[int]"]]:
+def _porter(
+    monkeypatch: pytest.MonkeyPatch, start: Callable[[], object] = _Service
+) -> Generator[tuple[Porter, "memoryview[int]"]]:
     """Yield a porter whose callers are not there, and what it shares with the test."""
     words = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")
     lock, starved = threading.Lock(), [0]
@@ -84,7 +86,9 @@ def test_callers_that_do_not_run_keep_nobody_waiting(monkeypatch: pytest.MonkeyP
         wait_until(lambda: words[_PUT] == 51, "the others to be answered")
 
 
-def test_hands_are_no_more_than_there_may_be_and_do_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hands_are_no_more_than_there_may_be_and_do_not_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(porter, "_HANDS", 20)
     with _porter(monkeypatch) as (asked, words):
         for _ in range(30):
@@ -99,7 +103,9 @@ def test_hands_are_no_more_than_there_may_be_and_do_not_stay(monkeypatch: pytest
         wait_until(lambda: len(os.listdir(f"/proc/{words[_PID]}/task")) <= 5, "hands to go")
 
 
-def test_where_there_is_no_further_thread_calls_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_there_is_no_further_thread_calls_wait_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     first = [True]
     start = threads.start
 
@@ -129,7 +135,9 @@ def test_where_there_is_no_further_thread_calls_wait_for_it(monkeypatch: pytest.
     ],
     ids=repr,
 )
-def test_what_the_service_cannot_start_with_is_one_calls_errno(failure: Exception, errno: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_service_cannot_start_with_is_one_calls_errno(
+    failure: Exception, errno: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     failures = [failure]
 
     def start() -> object:
@@ -197,9 +205,13 @@ def _starved_calls(count: int) -> Generator[tuple[OwnedFd, int]]:
 
 
 @pytest.mark.requires("seccomp")
-def test_who_is_interrupted_while_a_caller_does_not_run_has_given_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_is_interrupted_while_a_caller_does_not_run_has_given_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """It gives again, and the caller has one descriptor, and never 0 for a call that gave none."""
-    if not seccomp.flags_known(seccomp.FilterFlag.NEW_LISTENER | seccomp.FilterFlag.WAIT_KILLABLE_RECV):
+    if not seccomp.flags_known(
+        seccomp.FilterFlag.NEW_LISTENER | seccomp.FilterFlag.WAIT_KILLABLE_RECV
+    ):
         pytest.skip("Linux before 5.19 has one step")
     interrupted, done, this = 0, threading.Event(), threading.get_ident()
 
@@ -231,7 +243,9 @@ def test_who_is_interrupted_while_a_caller_does_not_run_has_given_nothing(monkey
             # Until it was interrupted, which takes a few.
             while len(counts) < 20 or not interrupted:
                 asked = seccomp.seccomp_notif()
-                while outcome(partial(seccomp.SECCOMP_IOCTL_NOTIF_RECV, listener, asked)) == Errno(EINTR):
+                while outcome(partial(seccomp.SECCOMP_IOCTL_NOTIF_RECV, listener, asked)) == Errno(
+                    EINTR
+                ):
                     pass
                 seccomp.give(listener, asked.id, fd)
                 number, count = map(int, os.read(told, 100).split())

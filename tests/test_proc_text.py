@@ -77,7 +77,9 @@ def test_a_cgroups_name_is_one(end: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert vm_memory.cgroup() == shown
     # Its files are found by the name's own bytes.
     mounts = tmp_path / "mountinfo"
-    mounts.write_bytes(b"1 1 0:1 / %b rw - cgroup cgroup rw,memory\n" % os.fsencode(tmp_path / "memory"))
+    mounts.write_bytes(
+        b"1 1 0:1 / %b rw - cgroup cgroup rw,memory\n" % os.fsencode(tmp_path / "memory")
+    )
     instead(monkeypatch, cgroup, mounts)
     directory = tmp_path / "memory" / os.fsdecode(name[1:])
     assert ending._counter() == (shown, str(directory / "memory.oom_control"))
@@ -87,10 +89,16 @@ def test_a_cgroups_name_is_one(end: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("end", ENDS, ids=repr)
-def test_a_swap_files_name_is_one(end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_swap_files_name_is_one(
+    end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The kernel escapes blanks, "\\n" and "\\\\" in it."""
     table = tmp_path / "swaps"
-    table.write_bytes(b"Filename Type Size Used Priority\n" + f"/a{end}b".encode() + b" file\t\t2097148\t0\t\t-2\n")
+    table.write_bytes(
+        b"Filename Type Size Used Priority\n"
+        + f"/a{end}b".encode()
+        + b" file\t\t2097148\t0\t\t-2\n"
+    )
     instead(monkeypatch, vm_memory, table)
     assert vm_memory.swap_exists()
 

@@ -142,7 +142,9 @@ def rogue(
         os.waitpid(child, 0)
 
 
-def _be_rogue(serve: Callable[[socket.socket], None], name: str, uid: int, ready: int, more: int) -> NoReturn:
+def _be_rogue(
+    serve: Callable[[socket.socket], None], name: str, uid: int, ready: int, more: int
+) -> NoReturn:
     try:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
@@ -203,7 +205,10 @@ def lines_of(pid: int, shown: str) -> list[str]:
 def test_every_service_and_one_line_for_each_stranger(service: Service) -> None:
     with ExitStack() as stack:
         # Each of its own uid: one's flood is not another's.
-        pids = {name: stack.enter_context(rogue(serve, uid=ROGUE + number)) for number, (name, (serve, _)) in enumerate(MODES.items())}
+        pids = {
+            name: stack.enter_context(rogue(serve, uid=ROGUE + number))
+            for number, (name, (serve, _)) in enumerate(MODES.items())
+        }
         shown, data = ps(), json.loads(ps("--json"))
     assert real(service) in shown
     entries = {entry["pid"]: entry for entry in data["services"]}
@@ -219,7 +224,13 @@ def test_every_service_and_one_line_for_each_stranger(service: Service) -> None:
 def test_what_a_stranger_says_of_itself_is_shown_as_text(service: Service) -> None:
     files = [{"ino": 1, "size": 2, "resident": (1 << 64) - 1, "notifiers": 0}] * 2
     report = {"pid": ESCAPES, "locked_bytes": 0, "unlocked_because": ESCAPES}
-    vm: dict[str, Any] = {"name": ESCAPES, "number": 1, "files": [], "invalidations": 0, "report": report}
+    vm: dict[str, Any] = {
+        "name": ESCAPES,
+        "number": 1,
+        "files": [],
+        "invalidations": 0,
+        "report": report,
+    }
     reports: list[object] = [[], None, 7, {"locked_bytes": "x"}, {"locked_bytes": -1}]
     odd = [{**vm, "report": each} for each in reports]
     said_so = state(last_error=ESCAPES, way=ESCAPES, consumers=[vm, *odd], descriptors=files)
@@ -236,7 +247,13 @@ def test_what_a_stranger_says_of_itself_is_shown_as_text(service: Service) -> No
 
 
 def test_what_a_stranger_says_of_itself_takes_a_few_lines(service: Service) -> None:
-    vm: dict[str, Any] = {"name": "x", "number": 1, "files": [7] * 30, "invalidations": 0, "report": 0}
+    vm: dict[str, Any] = {
+        "name": "x",
+        "number": 1,
+        "files": [7] * 30,
+        "invalidations": 0,
+        "report": 0,
+    }
     whole = {**vm, "files": [8] * 20}
     long = "x" * 20_000
     with rogue(answers(state(consumers=[whole] + [vm] * 29, last_error=long, way=long))) as pid:
@@ -272,10 +289,14 @@ def test_a_name_of_another_process(service: Service) -> None:
 @pytest.mark.parametrize("pids", ["1", "x"])
 def test_a_name_of_a_thread_is_no_line_of_its_status(service: Service, pids: str) -> None:
     """The kernel leaves "\\r" in the name, and the name stands before the pids."""
-    with rogue(answers(state()), "restrictedmem/1/00", first=partial(process.set_name, f"\rNSpid: {pids}")) as pid:
+    with rogue(
+        answers(state()), "restrictedmem/1/00", first=partial(process.set_name, f"\rNSpid: {pids}")
+    ) as pid:
         shown = ps()
     assert real(service) in shown
-    assert lines_of(1, shown) == [f"service 1: the name is held by process {pid}, of uid {ROGUE} (uid {ROGUE})"]
+    assert lines_of(1, shown) == [
+        f"service 1: the name is held by process {pid}, of uid {ROGUE} (uid {ROGUE})"
+    ]
 
 
 def test_both_forms_of_a_name() -> None:
@@ -310,15 +331,23 @@ def test_a_service_in_a_pid_namespace_of_its_own() -> None:
         assert discover.status_of(1)["pid"] == entry["pid"]
 
 
-def test_a_number_is_first_of_all_one_of_this_pid_namespace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_number_is_first_of_all_one_of_this_pid_namespace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     numbers_of = discover._numbers_of
 
     def two_for_one(peer: int) -> set[int]:
         return {peer, pid} if peer == below else numbers_of(peer)
 
-    with rogue(answers(state(api="here"))) as pid, rogue(answers(state(api="below")), f"restrictedmem/{pid}/ab") as below:
+    with (
+        rogue(answers(state(api="here"))) as pid,
+        rogue(answers(state(api="below")), f"restrictedmem/{pid}/ab") as below,
+    ):
         monkeypatch.setattr(discover, "_numbers_of", two_for_one)
-        for names in [f"restrictedmem/{pid}", f"restrictedmem/{pid}/ab"], [f"restrictedmem/{pid}/ab", f"restrictedmem/{pid}"]:
+        for names in (
+            [f"restrictedmem/{pid}", f"restrictedmem/{pid}/ab"],
+            [f"restrictedmem/{pid}/ab", f"restrictedmem/{pid}"],
+        ):
             monkeypatch.setattr(discover, "names", lambda: dict.fromkeys(names, pid))  # noqa: B023  called at once
             assert discover.status_of(pid)["api"] == "here"
 
@@ -411,7 +440,9 @@ def test_names_beyond_the_descriptors_of_who_asks(service: Service) -> None:
     with rogue(silent, more=1000) as one, rogue(silent, uid=ROGUE + 1, more=1000) as other:
         shown = ps("--json", start=("prlimit", "--nofile=1600"))
     entries = json.loads(shown)["services"]
-    assert [each["owner_pid"] for each in entries if each["pid"] == service.info["pid"]] == [os.getpid()]
+    assert [each["owner_pid"] for each in entries if each["pid"] == service.info["pid"]] == [
+        os.getpid()
+    ]
     for pid, uid in (one, ROGUE), (other, ROGUE + 1):
         said_so = Counter(each["error"] for each in entries if each["pid"] == pid)
         assert said_so.keys() == {LATE, f"was not asked: others of uid {uid} did not answer"}

@@ -41,7 +41,9 @@ def read(sock: socket.socket) -> None:
 
 
 @pytest.mark.parametrize("end", [read, socket.socket.close])
-def test_what_was_read_or_cannot_be_is_kept_no_more(kept: Refusals, end: Callable[[socket.socket], None]) -> None:
+def test_what_was_read_or_cannot_be_is_kept_no_more(
+    kept: Refusals, end: Callable[[socket.socket], None]
+) -> None:
     before = os.listdir("/proc/self/fd")
     with refused(kept, 1) as theirs:
         end(theirs)

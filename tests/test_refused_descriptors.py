@@ -27,7 +27,9 @@ from waiting import wait_until
 
 DMA = Path(__file__).parent.parent / "clients" / "dma" / "dma.py"
 WITH_DMA = Options(consumers=(("dma", str(DMA)),))
-on_new_kernels = pytest.mark.skipif(not KERNEL_REFUSES, reason="the kernel has no SO_PASSRIGHTS (Linux 6.16)")
+on_new_kernels = pytest.mark.skipif(
+    not KERNEL_REFUSES, reason="the kernel has no SO_PASSRIGHTS (Linux 6.16)"
+)
 
 
 def taking(pid: int) -> int:
@@ -54,18 +56,32 @@ def test_no_socket_takes_descriptors_but_those_that_are_for_them() -> None:
         service = stack.enter_context(Service.start(WITH_DMA))
         stack.enter_context(stack.enter_context(Vm(service, engine="software")).create_vcpu())
         stack.enter_context(closing(Channel(service.spawn("dma"), "the device"))).call(dma.STATUS)
-        wait_until(lambda: "rmem-checker" in [one.name for one in everybody(service)], "the engine's checker")
+        wait_until(
+            lambda: "rmem-checker" in [one.name for one in everybody(service)],
+            "the engine's checker",
+        )
         found = {one.name: taking(one.pid) for one in everybody(service)}
-    # The spawner: FORK. The service: pidfds of what was forked. Consumers: what they bind. An engine besides: its checker's
-    # answers, and the VM's socket, from which the checker takes what comes.
-    assert found == {"rmem-spawner": 1, "rmem-service": 1, "rmem-dma": 1, "rmem-kvm": 3, "rmem-checker": 1}
+    # The spawner: FORK. The service: pidfds of what was forked. Consumers: what they bind. An
+    # engine besides: its checker's answers, and the VM's socket, from which the checker takes what
+    # comes.
+    assert found == {
+        "rmem-spawner": 1,
+        "rmem-service": 1,
+        "rmem-dma": 1,
+        "rmem-kvm": 3,
+        "rmem-checker": 1,
+    }
 
 
 @on_new_kernels
 @pytest.mark.requires("fuse", "root")
 def test_no_socket_of_serve_takes_descriptors(tmp_path: Path) -> None:
     path = tmp_path / "socket"
-    serve = subprocess.Popen([sys.executable, "-m", "restrictedmem", "serve", "--socket", path], stderr=subprocess.PIPE, text=True)
+    serve = subprocess.Popen(
+        [sys.executable, "-m", "restrictedmem", "serve", "--socket", path],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert serve.stderr is not None
         assert serve.stderr.readline() == f"listening on {path}\n"
@@ -80,7 +96,10 @@ def test_no_socket_of_serve_takes_descriptors(tmp_path: Path) -> None:
 @on_new_kernels
 @pytest.mark.requires("fuse")
 def test_an_owner_sends_no_descriptor_to_a_consumer() -> None:
-    with Service.start(WITH_DMA) as service, closing(Channel(service.spawn("dma"), "the device")) as device:
+    with (
+        Service.start(WITH_DMA) as service,
+        closing(Channel(service.spawn("dma"), "the device")) as device,
+    ):
         # Before the program does anything, too.
         assert outcome(lambda: device.call(dma.STATUS, fds=[device.fileno()])) == Errno(EPERM)
         device.call(dma.STATUS)
@@ -96,11 +115,15 @@ def test_a_socket_that_refuses_nothing_has_them_left_in_its_queue() -> None:
         for _ in range(2):
             assert outcome(lambda: receive_without_fds(ours, 100)) == Errno(EPROTO)
         fd.refuse_fds(ours)
-        assert outcome(lambda: send_with_fds(theirs, b"", [theirs.fileno()])) == (Errno(EPERM) if KERNEL_REFUSES else None)
+        assert outcome(lambda: send_with_fds(theirs, b"", [theirs.fileno()])) == (
+            Errno(EPERM) if KERNEL_REFUSES else None
+        )
 
 
 @on_new_kernels
-def test_who_makes_a_namespace_for_a_mount_can_send_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_makes_a_namespace_for_a_mount_can_send_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """That process is dumpable, so others of its user may copy its end."""
     sent = list[object]()
 

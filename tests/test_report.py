@@ -13,7 +13,13 @@ import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,9 +39,10 @@ STACK = GPA + 0x8000
 MIB = 1 << 20
 PAGE = 4096
 
-# lea message(%rip), %rsi; mov $0x101000, %edi; mov $8, %ecx; rep movsq; mov $3, %eax; mov $0x100000, %ecx; call *%rcx
-# mov %rax, %rbx; mov %rax, %rdi; mov $0, %eax; mov $0x100000, %ecx; call *%rcx: tells the length
-# mov $0x101000, %esi; again: lodsb; out %al, $0x42; dec %rbx; jg again; hlt
+# lea message(%rip), %rsi; mov $0x101000, %edi; mov $8, %ecx; rep movsq; mov $3, %eax; mov
+# $0x100000, %ecx; call *%rcx mov %rax, %rbx; mov %rax, %rdi; mov $0, %eax; mov $0x100000, %ecx;
+# call *%rcx: tells the length mov $0x101000, %esi; again: lodsb; out %al, $0x42; dec %rbx; jg
+# again; hlt
 ASK = (
     "488d3545000000 bf00101000 b908000000 f348a5 b803000000 b900001000 ffd1"
     "4889c3 4889c7 b800000000 b900001000 ffd1"
@@ -165,8 +172,13 @@ def test_a_key_from_a_file(tmp_path: Path) -> None:
 def test_which_key_files_are_refused(tmp_path: Path) -> None:
     key = Ed25519PrivateKey.generate()
     for mode in (0o640, 0o604, 0o620, 0o610):
-        assert errno_of(Signer.load, write_key(tmp_path / "key", pem(key), mode)) == EACCES, oct(mode)
-    assert errno_of(Signer.load, write_key(tmp_path / "other", pem(X25519PrivateKey.generate()))) == EINVAL
+        assert errno_of(Signer.load, write_key(tmp_path / "key", pem(key), mode)) == EACCES, oct(
+            mode
+        )
+    assert (
+        errno_of(Signer.load, write_key(tmp_path / "other", pem(X25519PrivateKey.generate())))
+        == EINVAL
+    )
     assert errno_of(Signer.load, write_key(tmp_path / "locked", pem(key, b"passphrase"))) == EINVAL
     assert errno_of(Signer.load, write_key(tmp_path / "text", b"no key")) == EINVAL
     assert errno_of(Signer.load, str(tmp_path)) in (EINVAL, 21)
@@ -185,9 +197,16 @@ def test_a_key_of_another_user_is_refused(tmp_path: Path) -> None:
 def test_public_keys_from_files(tmp_path: Path) -> None:
     key = Ed25519PrivateKey.generate()
     raw = key.public_key().public_bytes_raw()
-    for content in (key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo), raw.hex().encode() + b"\n"):
+    for content in (
+        key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo),
+        raw.hex().encode() + b"\n",
+    ):
         assert signing.read_public_key(write_key(tmp_path / "key", content)) == raw
-    other = X25519PrivateKey.generate().public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    other = (
+        X25519PrivateKey.generate()
+        .public_key()
+        .public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    )
     for content in (other, b"abcd", b"no key", pem(key)):
         assert errno_of(signing.read_public_key, write_key(tmp_path / "key", content)) == EINVAL
 
@@ -221,7 +240,9 @@ def test_a_guest_is_launched_once(consumer: Consumer) -> None:
     consumer.launched(2, b"software".ljust(16, b"\0"), b"m" * 48)
     assert errno_of(consumer.launched, 0, b"kernel", b"n" * 48) == EPERM
     report = consumer.report_over(b"d" * 64, "v10", b"k" * 32)
-    assert report == Report(2, b"m" * 48, b"d" * 64, report.vm, "software", "v10", restrictedmem.__version__, b"k" * 32)
+    assert report == Report(
+        2, b"m" * 48, b"d" * 64, report.vm, "software", "v10", restrictedmem.__version__, b"k" * 32
+    )
     assert len(report.vm) == 16
     for size in (0, 63, 65):
         assert errno_of(consumer.report_over, bytes(size), "v10", bytes(32)) == EINVAL
@@ -251,12 +272,16 @@ def content(asked: str, data: bytes) -> bytes:
 
 
 @contextmanager
-def guest(service: Service, engine: str, page: bytes, *, debug: bool = False) -> Generator[tuple[Vm, Vcpu], None, None]:
+def guest(
+    service: Service, engine: str, page: bytes, *, debug: bool = False
+) -> Generator[tuple[Vm, Vcpu], None, None]:
     fd = service.memfd_restricted()
     os.ftruncate(fd, MIB)
     try:
         with Vm(service, engine=engine, debug=debug, explicit=True) as vm:
-            vm.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=MIB, restricted_fd=fd)
+            vm.set_user_memory_region(
+                slot=0, guest_phys_addr=GPA, memory_size=MIB, restricted_fd=fd
+            )
             vm.set_memory_attributes(GPA, MIB, private=True)
             vm.launch_update(GPA, page)
             with vm.create_vcpu() as vcpu:
@@ -296,7 +321,9 @@ def test_a_guest_gets_a_report(service: Service, debug: bool) -> None:
     assert signed_by_its_key(found)
     report = Report.unpack(found)
     key = service.signing_key()
-    assert report == Report(2 | debug, measurement, data, report.vm, "software", "v10", restrictedmem.__version__, key)
+    assert report == Report(
+        2 | debug, measurement, data, report.vm, "software", "v10", restrictedmem.__version__, key
+    )
     assert service.status()["signing_key"] == key.hex()
 
 
@@ -332,7 +359,16 @@ def test_the_page_is_neither_the_owners_to_cover_nor_to_fill(service: Service, e
         fd = service.memfd_restricted()
         os.ftruncate(fd, MIB)
         try:
-            assert errno_of(vm.set_user_memory_region, slot=0, guest_phys_addr=0x10_1000, memory_size=PAGE, restricted_fd=fd) == 17
+            assert (
+                errno_of(
+                    vm.set_user_memory_region,
+                    slot=0,
+                    guest_phys_addr=0x10_1000,
+                    memory_size=PAGE,
+                    restricted_fd=fd,
+                )
+                == 17
+            )
         finally:
             os.close(fd)
         assert errno_of(vm.launch_update, 0x10_1000, bytes(PAGE)) == 14
@@ -392,7 +428,10 @@ def test_services_of_another_user_sign_too(tmp_path: Path, lasting: bool) -> Non
     found: set[bytes] = set()
     with serving(tmp_path, "--user", "nobody", *options) as (path, said):
         for _ in range(2):
-            with Service.connect(path) as service, guest(service, "software", content(ASK, b"")) as (_, vcpu):
+            with (
+                Service.connect(path) as service,
+                guest(service, "software", content(ASK, b"")) as (_, vcpu),
+            ):
                 assert length_of(vcpu.run()) == REPORT_BYTES
                 report = told(vcpu, REPORT_BYTES)
                 assert signed_by_its_key(report)
@@ -408,7 +447,16 @@ def test_services_of_another_user_sign_too(tmp_path: Path, lasting: bool) -> Non
 @pytest.mark.requires("fuse")
 def test_serve_refuses_a_key_that_others_may_read(tmp_path: Path) -> None:
     path = write_key(tmp_path / "key", pem(Ed25519PrivateKey.generate()), 0o644)
-    command = [sys.executable, "-m", "restrictedmem", "serve", "--socket", str(tmp_path / "socket"), "--signing-key", path]
+    command = [
+        sys.executable,
+        "-m",
+        "restrictedmem",
+        "serve",
+        "--socket",
+        str(tmp_path / "socket"),
+        "--signing-key",
+        path,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 1
     assert f"error: --signing-key: {path}: open: Permission denied (not private: " in done.stderr
@@ -419,7 +467,10 @@ def test_serve_refuses_a_key_that_others_may_read(tmp_path: Path) -> None:
 def test_the_key_is_in_the_service_alone(tmp_path: Path) -> None:
     """The engine, where a guest may break out, was never the process that had it: not even the library is loaded there."""
     path = write_key(tmp_path / "key", pem(Ed25519PrivateKey.generate()))
-    with Service.start(Options(signing_key=path)) as service, guest(service, "software", content(ASK, b"")) as (vm, vcpu):
+    with (
+        Service.start(Options(signing_key=path)) as service,
+        guest(service, "software", content(ASK, b"")) as (vm, vcpu),
+    ):
         length_of(vcpu.run())
         pid = service.info["pid"]
         others = {vm.statistics()["pid"], parent(pid)}

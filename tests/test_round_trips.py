@@ -62,7 +62,9 @@ def test_a_call_that_is_given_up_is_the_last(pair: tuple[Channel, socket.socket]
     assert outcome(lambda: channel.call(ASKED, b"second")) == Errno(ENOTCONN)
 
 
-def test_a_call_that_runs_out_of_memory_is_the_last(pair: tuple[Channel, socket.socket], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_runs_out_of_memory_is_the_last(
+    pair: tuple[Channel, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
     channel, theirs = pair
     monkeypatch.setattr(wire, "receive_with_fds", no_memory)
     with pytest.raises(MemoryError):
@@ -155,7 +157,9 @@ class Listener:
 
 
 @pytest.mark.parametrize("kind", [design.V10, design.FolioPoc])
-def test_an_end_comes_to_whom_a_start_came(kind: type[design.Design], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_end_comes_to_whom_a_start_came(
+    kind: type[design.Design], monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole: Callback = (pgoff_t(0), pgoff_t(1), None)
     listeners = [Listener(broken=False), Listener(broken=True), Listener(broken=False)]
 

@@ -21,7 +21,9 @@ COMMAND = [sys.executable, "-m", "restrictedmem"]
 
 
 def run(*arguments: str, stdin: bytes = b"", status: int = 0) -> subprocess.CompletedProcess[bytes]:
-    done = subprocess.run([*COMMAND, *arguments], input=stdin, capture_output=True, timeout=60, check=False)
+    done = subprocess.run(
+        [*COMMAND, *arguments], input=stdin, capture_output=True, timeout=60, check=False
+    )
     assert done.returncode == status, done.stderr.decode()
     return done
 
@@ -36,7 +38,9 @@ def engine(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.mark.parametrize("size", [0, 1, 55, 56, 63, 64, 65, 4096, (1 << 20) - 1, 1 << 20, (3 << 20) + 7])
+@pytest.mark.parametrize(
+    "size", [0, 1, 55, 56, 63, 64, 65, 4096, (1 << 20) - 1, 1 << 20, (3 << 20) + 7]
+)
 def test_sha256_of_any_size(engine: str, size: int) -> None:
     data = random.Random(size).randbytes(size)
     assert run("run", "--quiet", "--engine", engine, "sha256", stdin=data).stdout == digest(data)
@@ -62,7 +66,9 @@ def test_an_option_behind_the_guest_is_its_argument_and_that_is_said() -> None:
 
 def test_short_reads_come_together() -> None:
     data = random.Random(2).randbytes(50_000)
-    process = subprocess.Popen([*COMMAND, "run", "--quiet", "sha256"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*COMMAND, "run", "--quiet", "sha256"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     assert process.stdin is not None
     assert process.stdout is not None
     for start in range(0, len(data), 997):
@@ -76,14 +82,25 @@ def test_short_reads_come_together() -> None:
 
 @pytest.mark.parametrize("api", ["v9", "v10"])
 def test_both_postings_run_the_same_guest(engine: str, api: str) -> None:
-    assert run("run", "--quiet", "--engine", engine, "--api", api, "sha256", stdin=b"abc").stdout == digest(b"abc")
+    assert run(
+        "run", "--quiet", "--engine", engine, "--api", api, "sha256", stdin=b"abc"
+    ).stdout == digest(b"abc")
 
 
 def test_the_table_says_what_happened(engine: str) -> None:
     done = run("run", "--engine", engine, "sha256", stdin=bytes(100_000))
     text = done.stderr.decode()
     assert ("faults" in text) == (engine == "software"), "the kernel does not tell"
-    for word in (f"{engine}, ", "measurement", "pages taken", "invalidations", "exits", "locked", "memory charged to", "time"):
+    for word in (
+        f"{engine}, ",
+        "measurement",
+        "pages taken",
+        "invalidations",
+        "exits",
+        "locked",
+        "memory charged to",
+        "time",
+    ):
         assert word in text, text
     assert "Hypercall" in text
 
@@ -93,7 +110,8 @@ def test_json_has_the_same_as_data(engine: str) -> None:
     assert found["status"] == 0
     assert found["fatal"] is None
     assert found["pages_taken"] * 4096 <= found["private_bytes"] == 64 << 20
-    # The guest wrote each heap page, which is all of its memory but the boot pages, its image and the stack.
+    # The guest wrote each heap page, which is all of its memory but the boot pages, its image and
+    # the stack.
     assert found["pages_taken"] * 4096 > 63 << 20
     assert found["exits"] == {"Hypercall": 1}
     assert found["time_total_ns"] == found["time_in_guest_ns"] + found["time_outside_ns"]
@@ -145,7 +163,10 @@ def test_wrong_usage_is_status_2() -> None:
 
 def test_a_reader_that_leaves_ends_it_quietly() -> None:
     process = subprocess.Popen(
-        [*COMMAND, "run", "--quiet", "spin", "echo"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*COMMAND, "run", "--quiet", "spin", "echo"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -159,7 +180,11 @@ def test_a_reader_that_leaves_ends_it_quietly() -> None:
 
 
 def test_ctrl_c_ends_everything() -> None:
-    process = subprocess.Popen([*COMMAND, "run", "--quiet", "spin", "loop"], stdin=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        [*COMMAND, "run", "--quiet", "spin", "loop"],
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     wait_until(lambda: len(engines_of(process.pid)) == 1, "the engine of the guest", 60)
     engine = engines_of(process.pid)[0]
     os.killpg(process.pid, signal.SIGINT)
@@ -170,5 +195,14 @@ def test_ctrl_c_ends_everything() -> None:
 def engines_of(owner: int) -> list[int]:
     """The engine processes that belong to an owner, as ps tells it."""
     done = subprocess.run([*COMMAND, "ps", "--json"], capture_output=True, check=True, timeout=30)
-    services = [service for service in json.loads(done.stdout)["services"] if service.get("owner_pid") == owner]
-    return [vm["report"]["pid"] for service in services for vm in service["consumers"] if "pid" in vm["report"]]
+    services = [
+        service
+        for service in json.loads(done.stdout)["services"]
+        if service.get("owner_pid") == owner
+    ]
+    return [
+        vm["report"]["pid"]
+        for service in services
+        for vm in service["consumers"]
+        if "pid" in vm["report"]
+    ]

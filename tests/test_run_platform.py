@@ -76,7 +76,10 @@ def guest(
     code: bytes = TOUCH,
 ) -> Generator[Guest, None, None]:
     """Make a guest that touches pages ``first`` and on when it is run."""
-    with Service.start(Options(design=design, backing=backing)) as service, Vm(service, platform=platform) as vm:
+    with (
+        Service.start(Options(design=design, backing=backing)) as service,
+        Vm(service, platform=platform) as vm,
+    ):
         fd = service.memfd_restricted()
         os.ftruncate(fd, SIZE)
         vm.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=SIZE, restricted_fd=fd)
@@ -163,7 +166,9 @@ ENGINES: Final = ["software", pytest.param("kernel", marks=pytest.mark.requires(
 def fill(vm: Vm, files: list[int]) -> None:
     for number, fd in enumerate(files):
         gpa = GPA + number * SIZE
-        vm.set_user_memory_region(slot=number, guest_phys_addr=gpa, memory_size=SIZE, restricted_fd=fd)
+        vm.set_user_memory_region(
+            slot=number, guest_phys_addr=gpa, memory_size=SIZE, restricted_fd=fd
+        )
         vm.set_memory_attributes(gpa, SIZE, private=True)
         vm.launch_update(gpa, bytes(PAGE))
 
@@ -171,7 +176,11 @@ def fill(vm: Vm, files: list[int]) -> None:
 @pytest.mark.parametrize("design", ["v10", "bindings"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_its_files_are_free_for_another_vm_at_once(engine: str, design: str) -> None:
-    with Service.start(Options(design=design)) as service, Vm(service, engine=engine) as first, Vm(service, engine=engine) as second:
+    with (
+        Service.start(Options(design=design)) as service,
+        Vm(service, engine=engine) as first,
+        Vm(service, engine=engine) as second,
+    ):
         files = [service.memfd_restricted() for _ in range(2)]
         fill(first, files)
         first.destroy()
@@ -200,7 +209,10 @@ def test_its_engine_keeps_no_file(engine: str, design: str) -> None:
 # What each design leaves behind, of a memfd's pages of 4 KiB.
 
 
-@pytest.mark.parametrize("design", ["v9", "v10", "bindings", pytest.param("folio", marks=pytest.mark.requires("orders")), "lazy"])
+@pytest.mark.parametrize(
+    "design",
+    ["v9", "v10", "bindings", pytest.param("folio", marks=pytest.mark.requires("orders")), "lazy"],
+)
 def test_what_was_punched_is_the_hosts_and_the_rest_stays_assigned(design: str) -> None:
     with guest(design) as by:
         by.touch()
@@ -236,7 +248,9 @@ def test_batched_frees_pages_that_are_the_guests_still() -> None:
         (violation,) = found["violations"]
         assert (violation["start"], violation["npages"]) == (700, 20)
         assert violation["rule"].endswith("and nobody was told that it goes")
-        assert [line.split(") ")[1].split(",")[0].split(" from")[0] for line in violation["story"]] == ["mapped into the guest", "freed"]
+        assert [
+            line.split(") ")[1].split(",")[0].split(" from")[0] for line in violation["story"]
+        ] == ["mapped into the guest", "freed"]
 
 
 def test_batched_is_found_out_before_the_end_too() -> None:
@@ -274,7 +288,9 @@ JSON = ("--quiet", "--json", "/dev/stderr")
 
 def run(*arguments: str, status: int = 0) -> str:
     command = [sys.executable, "-m", "restrictedmem", "run", *arguments]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100, check=False
+    )
     assert done.returncode == status, done.stderr
     return done.stderr
 
@@ -290,7 +306,19 @@ def test_the_table_says_what_was_left_behind() -> None:
 
 
 def test_json_has_all_of_it() -> None:
-    found = json.loads(run("--platform", "snp", "--design", "v10+teardown", "--memory", "4M", *JSON, "spin", "touch"))
+    found = json.loads(
+        run(
+            "--platform",
+            "snp",
+            "--design",
+            "v10+teardown",
+            "--memory",
+            "4M",
+            *JSON,
+            "spin",
+            "touch",
+        )
+    )
     assert found["design"] == "v10+teardown"
     assert found["platform"]["assigned_pages"] == 0
     assert found["platform"]["direct_map"]["splits"] == {"1G": 1, "2M": 2, "4K": 0}
@@ -323,7 +351,9 @@ def test_a_violated_rule_is_told_as_a_story_and_by_the_status() -> None:
         (["--backing", "thp", "--engine", "kernel"], "--backing is for the software engine"),
     ],
 )
-def test_what_does_not_go_together_is_said_before_anything_starts(arguments: list[str], words: str) -> None:
+def test_what_does_not_go_together_is_said_before_anything_starts(
+    arguments: list[str], words: str
+) -> None:
     assert words in run(*arguments, "sha256", status=2)
 
 

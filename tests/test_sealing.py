@@ -106,7 +106,11 @@ def a_third_partys_consumer(service: Service, _: str, __: Path) -> int:
         body, fds = wire.Channel(sock, "the device").call(wire.Call("STATUS", 6))
         assert json.loads(body)
         assert fds == []
-        (report,) = [consumer["report"] for consumer in service.status()["consumers"] if consumer["name"] == "dma"]
+        (report,) = [
+            consumer["report"]
+            for consumer in service.status()["consumers"]
+            if consumer["name"] == "dma"
+        ]
         return int(report["pid"])
 
 
@@ -114,10 +118,20 @@ def a_third_partys_consumer(service: Service, _: str, __: Path) -> int:
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     "scenario",
-    [a_report, a_platform, a_trace, a_debugger, mistakes_to_an_engine, mistakes_to_a_service, a_third_partys_consumer],
+    [
+        a_report,
+        a_platform,
+        a_trace,
+        a_debugger,
+        mistakes_to_an_engine,
+        mistakes_to_a_service,
+        a_third_partys_consumer,
+    ],
     ids=lambda scenario: scenario.__name__,
 )
-def test_no_process_of_a_service_opens_a_program_after_ready(scenario: Scenario, engine: str, tmp_path: Path) -> None:
+def test_no_process_of_a_service_opens_a_program_after_ready(
+    scenario: Scenario, engine: str, tmp_path: Path
+) -> None:
     with Service.start(Options(consumers=(("dma", str(DMA)),))) as service:
         everywhere = {sys.base_prefix, sys.prefix, PACKAGE_ROOT, str(DMA), "/usr/lib"}
         with opens(*everywhere) as opened:
@@ -148,18 +162,25 @@ def serve(owner, service, notify, options, arguments):
 """,
         encoding="ascii",
     )
-    with Service.start(Options(consumers=(("late", str(program)),))) as service, service.spawn("late") as sock:
+    with (
+        Service.start(Options(consumers=(("late", str(program)),))) as service,
+        service.spawn("late") as sock,
+    ):
         sock.settimeout(10)
         assert sock.recv(100) == b"ModuleNotFoundError"
 
 
 def test_nothing_is_imported_after_sealing() -> None:
     def body() -> list[str]:
-        # In the child only: a module that is loaded twice is two modules to those who have the first.
+        # In the child only: a module that is loaded twice is two modules to those who have the
+        # first.
         for name in ("decimal", "restrictedmem.cli.ps"):
             sys.modules.pop(name, None)
         sealing.seal()
-        return [str(outcome(partial(__import__, name))) for name in ("decimal", "restrictedmem.cli.ps", "_lsprof")]
+        return [
+            str(outcome(partial(__import__, name)))
+            for name in ("decimal", "restrictedmem.cli.ps", "_lsprof")
+        ]
 
     def outcome(call: Callable[[], object]) -> object:
         try:
@@ -203,7 +224,12 @@ scope["fail"]()
 
 @pytest.mark.parametrize("argument", ["c_void_p", "py_object"], ids=["raised", "not even called"])
 def test_an_exception_that_nobody_gets_ends_the_process(argument: str) -> None:
-    done = subprocess.run([sys.executable, "-I", "-c", _LOSES, PACKAGE_ROOT, argument], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", _LOSES, PACKAGE_ROOT, argument],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (done.returncode, done.stdout) == (FAULT, "")
     assert "Error" in done.stderr
 
@@ -224,7 +250,12 @@ print("it went on")
 def test_signing_needs_nothing_more_after_preloading() -> None:
     pytest.importorskip("cryptography")
 
-    done = subprocess.run([sys.executable, "-I", "-c", _SIGNS, PACKAGE_ROOT], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", _SIGNS, PACKAGE_ROOT],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (done.returncode, done.stdout) == (0, "64 False\n"), done.stderr
 
 

@@ -50,7 +50,16 @@ class Server:
 
     def __init__(self, *arguments: str, socket_path: str, within: Sequence[str] = ()) -> None:
         self.socket = socket_path
-        command = [*within, sys.executable, "-m", "restrictedmem", "serve", "--socket", socket_path, *arguments]
+        command = [
+            *within,
+            sys.executable,
+            "-m",
+            "restrictedmem",
+            "serve",
+            "--socket",
+            socket_path,
+            *arguments,
+        ]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.said() == f"listening on {socket_path}"
 
@@ -106,7 +115,9 @@ def identity(found: Process) -> tuple[str, str, str, str]:
     return known["Uid"], known["Groups"], known["CapPrm"], known["NoNewPrivs"]
 
 
-def test_a_client_of_another_uid_can_do_everything(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_of_another_uid_can_do_everything(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Not the service that another test may have left in this process.
     monkeypatch.setattr(client, "_default", None)
     monkeypatch.setenv(SERVER_VARIABLE, server.socket)
@@ -118,7 +129,12 @@ def test_a_client_of_another_uid_can_do_everything(server: Server, monkeypatch: 
         memory.fallocate(fd, memory.PUNCH, 0, PAGE)
         os.fchmod(fd, 0o600)
         seen = os.fstat(fd)
-        assert (seen.st_size, seen.st_blocks * 512, seen.st_uid, seen.st_mode & 0o777) == (4 * PAGE, 3 * PAGE, CLIENT, 0o600)
+        assert (seen.st_size, seen.st_blocks * 512, seen.st_uid, seen.st_mode & 0o777) == (
+            4 * PAGE,
+            3 * PAGE,
+            CLIENT,
+            0o600,
+        )
         assert outcome(lambda: os.ftruncate(fd, PAGE)) == Errno(EPERM)
         assert outcome(lambda: os.read(fd, 1)) == Errno(EINVAL)
         with Vmm(1 << 20) as vmm:
@@ -162,7 +178,11 @@ def test_nobody_looks_into_it(server: Server, uid: int) -> None:
         def body() -> dict[str, list[str]]:
             refused = (Errno(EPERM), Errno(EACCES))
             return {
-                target.name: [name for name, attack in ATTACKS.items() if outcome(lambda: attack(target.pid)) not in refused]  # noqa: B023
+                target.name: [
+                    name
+                    for name, attack in ATTACKS.items()
+                    if outcome(lambda: attack(target.pid)) not in refused  # noqa: B023
+                ]
                 for target in targets
             }
 
@@ -179,7 +199,9 @@ def test_one_service_for_each_client(server: Server) -> None:
 def test_each_service_is_a_session_of_its_own(server: Server) -> None:
     """A session is a scheduling group (sched_autogroup): one that is busy takes no other's share."""
     with served(server) as (first, _), served(server) as (second, _), Service.start() as private:
-        sessions = [{os.getsid(each.pid) for each in family(one)} for one in (first, second, private)]
+        sessions = [
+            {os.getsid(each.pid) for each in family(one)} for one in (first, second, private)
+        ]
         assert [len(found) for found in sessions] == [1, 1, 1]
         # A private service shares that of its owner.
         assert sessions[2] == {os.getsid(0)} == {os.getsid(server.process.pid)}
@@ -229,9 +251,14 @@ def test_a_service_ends_with_its_client(server: Server) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("interrupts", [signal.default_int_handler, signal.SIG_IGN], ids=["foreground", "background"])
-def test_it_ends_cleanly_and_its_services_go_on(place: str, number: signal.Signals, interrupts: Any) -> None:
-    # A shell starts what runs in the background with SIGINT ignored; that is inherited, by exec too.
+@pytest.mark.parametrize(
+    "interrupts", [signal.default_int_handler, signal.SIG_IGN], ids=["foreground", "background"]
+)
+def test_it_ends_cleanly_and_its_services_go_on(
+    place: str, number: signal.Signals, interrupts: Any
+) -> None:
+    # A shell starts what runs in the background with SIGINT ignored; that is inherited, by exec
+    # too.
     before = signal.signal(signal.SIGINT, interrupts)
     server = Server("--user", SERVICE_USER, socket_path=place)
     signal.signal(signal.SIGINT, before)
@@ -244,7 +271,10 @@ def test_it_ends_cleanly_and_its_services_go_on(place: str, number: signal.Signa
 
 def _fill(pipe: int) -> None:
     """Write into a pipe, any end of it, what there is room for."""
-    with OwnedFd(os.open(f"/proc/self/fd/{pipe}", os.O_WRONLY | os.O_NONBLOCK)) as writer, suppress(BlockingIOError):
+    with (
+        OwnedFd(os.open(f"/proc/self/fd/{pipe}", os.O_WRONLY | os.O_NONBLOCK)) as writer,
+        suppress(BlockingIOError),
+    ):
         fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PAGE)
         while True:
             os.write(writer.fileno(), b"\n")
@@ -280,7 +310,11 @@ def test_lines_that_nobody_reads_are_dropped_which_is_said(monkeypatch: pytest.M
         said = numbers + list(rest)
     assert said[:256] == [f"line {number}\n" for number in range(256)]
     # More than once where the thread that writes was between two lines as the queue filled up.
-    dropped = [int(line.split()[0]) for line in said if re.fullmatch("[0-9]+ lines were dropped: nobody read them\n", line)]
+    dropped = [
+        int(line.split()[0])
+        for line in said
+        if re.fullmatch("[0-9]+ lines were dropped: nobody read them\n", line)
+    ]
     assert dropped
     assert len(said) - len(dropped) + sum(dropped) == 1000
 
@@ -353,7 +387,12 @@ def test_a_user_for_whom_no_uid_is_left_is_turned_away(place: str) -> None:
                 with pytest.raises(AssertionError, match=words):
                     as_user(lambda: Service.connect(place), CLIENT)
             assert server.said().endswith(words)
-        wait_until(lambda: as_user(lambda: outcome(lambda: Service.connect(place).close()), CLIENT) is None, "the uid")
+        wait_until(
+            lambda: (
+                as_user(lambda: outcome(lambda: Service.connect(place).close()), CLIENT) is None
+            ),
+            "the uid",
+        )
         # While it was still taken nothing more was said.
         assert server.said().endswith(f" of uid {CLIENT}")
     finally:
@@ -382,7 +421,12 @@ def test_the_service_that_holds_the_most_is_killed_first(server: Server) -> None
         assert score(first) == before + 3
         # The engine has it still.
         with Vm(first) as vm:
-            vm.set_user_memory_region(slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=PAGE, restricted_fd=other)
+            vm.set_user_memory_region(
+                slot=0,
+                guest_phys_addr=guest_abi.PRIVATE_BASE,
+                memory_size=PAGE,
+                restricted_fd=other,
+            )
             os.close(other)
             assert score(first) == before + 3
         wait_until(lambda: score(first) == before + 2, "the other file's end")

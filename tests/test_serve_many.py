@@ -67,7 +67,13 @@ class Running:
         self._thread.start()
 
     def start(
-        self, theirs: socket.socket, options: Options, inherited: Sequence[int], *, own_session: bool, cgroup: OwnedFd | None
+        self,
+        theirs: socket.socket,
+        options: Options,
+        inherited: Sequence[int],
+        *,
+        own_session: bool,
+        cgroup: OwnedFd | None,
     ) -> subprocess.Popen[bytes]:
         if peer_credentials(theirs)[1] != STUCK:
             return self._honest(theirs, options, inherited, own_session=own_session, cgroup=cgroup)
@@ -156,7 +162,9 @@ def test_handshakes_that_never_end_delay_nobody_else(running: Running) -> None:
         assert all(each.poll() is None for each in running.stuck)
 
 
-def test_a_handshake_that_never_ends_is_ended(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_handshake_that_never_ends_is_ended(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(serving, "START_DEADLINE", 0.2)
     with ExitStack() as stack:
         clients = [connect_as(STUCK, running.path, stack) for _ in range(PLACES)]
@@ -167,7 +175,9 @@ def test_a_handshake_that_never_ends_is_ended(running: Running, monkeypatch: pyt
     assert [each.returncode for each in running.stuck] == [-signal.SIGKILL] * PLACES
 
 
-def test_a_handshake_loses_no_time_while_all_is_stopped(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_handshake_loses_no_time_while_all_is_stopped(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     honest, leap, looks = time.monotonic, 0.0, 0
 
     def monotonic() -> float:
@@ -221,7 +231,9 @@ def test_a_uid_has_so_many_places(running: Running) -> None:
         stack.enter_context(Service.connect(running.path))
 
 
-def test_so_many_of_a_crowd_are_told_that_there_is_no_place(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_so_many_of_a_crowd_are_told_that_there_is_no_place(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What they leave unread is charged to serve, and so to all clients."""
     monkeypatch.setattr(refusals, "_MOST", 12)
     with ExitStack() as stack:
@@ -259,7 +271,9 @@ def test_a_killed_service_frees_its_place(running: Running) -> None:
         wait_until(lambda: running.places() == {}, "the place")
 
 
-def test_a_start_that_fails_is_told_and_frees_its_place(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_that_fails_is_told_and_frees_its_place(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError(EMFILE, os.strerror(EMFILE))
 
@@ -272,7 +286,9 @@ def test_a_start_that_fails_is_told_and_frees_its_place(running: Running, monkey
         assert service.status()["last_error"] == ""
 
 
-def test_so_many_are_told_that_no_service_starts(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_so_many_are_told_that_no_service_starts(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A client whose tasks are used up has no service started; it could connect for ever, and read nothing."""
 
     def fail(*_: object, **__: object) -> None:
@@ -284,7 +300,9 @@ def test_so_many_are_told_that_no_service_starts(running: Running, monkeypatch: 
         assert [bool(sock.recv(1, socket.MSG_PEEK)) for sock in crowd] == [True] * 8 + [False] * 12
 
 
-def test_no_descriptor_for_a_client_neither_ends_nor_spins_it(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_descriptor_for_a_client_neither_ends_nor_spins_it(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Accepting, "fails", True)
     before, began = Accepting.calls, time.monotonic()
     with ExitStack() as stack:
@@ -296,7 +314,9 @@ def test_no_descriptor_for_a_client_neither_ends_nor_spins_it(running: Running, 
         assert answer(sock)[0] == wire.READY.number
 
 
-def test_a_turn_takes_some_of_a_crowd_and_starts_nothing_for_who_hung_up(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_turn_takes_some_of_a_crowd_and_starts_nothing_for_who_hung_up(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     started: list[socket.socket] = []
 
     def fail(theirs: socket.socket, *_: object, **__: object) -> None:
@@ -310,7 +330,10 @@ def test_a_turn_takes_some_of_a_crowd_and_starts_nothing_for_who_hung_up(place: 
     monkeypatch.setattr(serving, "start_process", fail)
     monkeypatch.setattr(serving, "_AT_A_TURN", PLACES + 2)
     said: list[str] = []
-    with listen(place, 0o600) as (listener, _), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+    with (
+        listen(place, 0o600) as (listener, _),
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client,
+    ):
         server = Server(listener, Options(), PLACES, said.append)
         # More than a uid has places.
         for _ in range(PLACES + 1):
@@ -320,7 +343,10 @@ def test_a_turn_takes_some_of_a_crowd_and_starts_nothing_for_who_hung_up(place: 
         server._accept()
         assert answer(client)[0] == EMFILE
         assert len(started) == 1
-        assert [line.partition(":")[0] for line in said] == [f"client {os.getpid()} of uid 0", f"client {os.getpid()}"]
+        assert [line.partition(":")[0] for line in said] == [
+            f"client {os.getpid()} of uid 0",
+            f"client {os.getpid()}",
+        ]
         assert server._users == {}
         # The last is for another turn.
         listener.accept()[0].close()
@@ -328,12 +354,17 @@ def test_a_turn_takes_some_of_a_crowd_and_starts_nothing_for_who_hung_up(place: 
         assert not readable([listener], 0)
 
 
-def test_who_hangs_up_while_it_waits_has_no_service_started(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_hangs_up_while_it_waits_has_no_service_started(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(serving, "start_process", partial(pytest.fail, "a service was started"))
     with listen(place, 0o600) as (listener, _):
         said: list[str] = []
         server = Server(listener, Options(), PLACES, said.append)
-        with monkeypatch.context() as patch, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+        with (
+            monkeypatch.context() as patch,
+            socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client,
+        ):
             patch.setattr(serving, "_AT_ONCE", 0)
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as gone:
                 gone.connect(place)
@@ -363,7 +394,9 @@ def test_no_client_and_no_descriptor_is_no_trouble(place: str) -> None:
 @pytest.fixture
 def command(place: str) -> Generator[subprocess.Popen[str], None, None]:
     arguments = ["serve", "--socket", place, "--max-per-user", "2"]
-    started = subprocess.Popen([sys.executable, "-m", "restrictedmem", *arguments], stderr=subprocess.PIPE, text=True)
+    started = subprocess.Popen(
+        [sys.executable, "-m", "restrictedmem", *arguments], stderr=subprocess.PIPE, text=True
+    )
     with started:
         assert started.stderr is not None
         assert started.stderr.readline() == f"listening on {place}\n"
@@ -421,12 +454,23 @@ def test_out_of_descriptors_it_goes_on(place: str, command: subprocess.Popen[str
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_it_ends_in_the_middle_of_a_handshake(place: str, command: subprocess.Popen[str], number: signal.Signals) -> None:
-    with Service.connect(place) as service, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as caller:
+def test_it_ends_in_the_middle_of_a_handshake(
+    place: str, command: subprocess.Popen[str], number: signal.Signals
+) -> None:
+    with (
+        Service.connect(place) as service,
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as caller,
+    ):
         wait_until(lambda: not children(command.pid), "the end of the first start")
         caller.connect(place)
         # Until execve(2), serve waits for its child.
-        wait_until(lambda: [b"service.start" in cmdline(child.pid) for child in children(command.pid)] == [True], "a handshake")
+        wait_until(
+            lambda: (
+                [b"service.start" in cmdline(child.pid) for child in children(command.pid)]
+                == [True]
+            ),
+            "a handshake",
+        )
         starter = children(command.pid)[0]
         try:
             stop(starter.pid)

@@ -94,7 +94,13 @@ def test_it_starts_at_the_first_use_and_serves_all_later_ones() -> None:
         "assert all(not os.get_inheritable(fd) for fd in fds)\n"
         "print(client.default_service().info['pid'], len(client.default_service().status()['descriptors']))\n"
     )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=True, timeout=30)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+    )
     pid, count = map(int, done.stdout.split())
     assert count == 3
     assert done.stderr == ""
@@ -220,7 +226,8 @@ def test_gone_with_a_killed_owner(number: signal.Signals) -> None:
 def test_a_terminals_interrupt_does_not_reach_it(service: Service) -> None:
     spawner = family(service)[0].pid
     assert {os.getpgid(found.pid) for found in family(service)} == {spawner}
-    # The session stays the owner's: with it goes the scheduling group, and a call must not wait behind other sessions' work.
+    # The session stays the owner's: with it goes the scheduling group, and a call must not wait
+    # behind other sessions' work.
     assert {os.getsid(found.pid) for found in family(service)} == {os.getsid(0)}
 
 
@@ -243,7 +250,11 @@ def test_children_share_it_and_outlive_their_parent() -> None:
             fd = service.memfd_restricted()
             if os.fork() == 0:
                 theirs.recv(1)
-                answer = works(fd), works(service.memfd_restricted()), len(service.status()["descriptors"])
+                answer = (
+                    works(fd),
+                    works(service.memfd_restricted()),
+                    len(service.status()["descriptors"]),
+                )
                 theirs.send(json.dumps(answer).encode())
                 theirs.recv(1)
             else:
@@ -323,7 +334,9 @@ def test_parent_and_children_create_at_the_same_time(service: Service) -> None:
 
 def test_threads_create_at_the_same_time(service: Service) -> None:
     inodes: list[int] = []
-    threads = [threading.Thread(target=lambda: inodes.extend(_create_many(service, 100))) for _ in range(8)]
+    threads = [
+        threading.Thread(target=lambda: inodes.extend(_create_many(service, 100))) for _ in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -371,11 +384,15 @@ def test_an_interrupted_call_leaves_no_reply_to_the_next(service: Service) -> No
         alarm.join()
         signal.signal(signal.SIGUSR1, before)
     assert len(service.token_for(fd)) == TOKEN_BYTES
-    assert service.status()["descriptors"] == [{"ino": os.fstat(fd).st_ino, "size": 0, "resident": 0, "notifiers": 0}]
+    assert service.status()["descriptors"] == [
+        {"ino": os.fstat(fd).st_ino, "size": 0, "resident": 0, "notifiers": 0}
+    ]
     os.close(fd)
 
 
-def test_a_call_that_waited_for_an_interrupted_one_goes_on(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_waited_for_an_interrupted_one_goes_on(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def closed_by_another(client: Service) -> Channel:
         monkeypatch.undo()
         channel = client._own_channel()
@@ -415,7 +432,9 @@ def test_it_stays_in_its_owners_namespaces(uid: int) -> None:
 
     def body() -> None:
         with Service.start() as service, Vm(service):
-            os.write(writer, f"{os.getpid()} {service.info['pid']} {service.info['way']}\n".encode())
+            os.write(
+                writer, f"{os.getpid()} {service.info['pid']} {service.info['way']}\n".encode()
+            )
             os.read(hold, 1)
 
     def own() -> None:
@@ -452,7 +471,9 @@ def test_it_holds_no_file_of_its_own_mount(service: Service) -> None:
     fd = service.memfd_restricted()
     os.ftruncate(fd, 64 * PAGE)
     with Vm(service) as vm:
-        vm.set_user_memory_region(slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=64 * PAGE, restricted_fd=fd)
+        vm.set_user_memory_region(
+            slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=64 * PAGE, restricted_fd=fd
+        )
         assert works(fd)
         held = {found.name: descriptors(found.pid) for found in family(service)}
         assert held.keys() == _HOLDS.keys()
@@ -467,11 +488,16 @@ def test_descriptors_and_vms_leave_nothing_in_it(service: Service) -> None:
     def use() -> None:
         fd = service.memfd_restricted()
         with Vm(service) as vm:
-            vm.set_user_memory_region(slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=PAGE, restricted_fd=fd)
+            vm.set_user_memory_region(
+                slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=PAGE, restricted_fd=fd
+            )
             engine = family(service)[2]
         os.close(fd)
         wait_gone([engine])
-        wait_until(lambda: not service.status()["consumers"] and not service.status()["descriptors"], "the end of VM and file")
+        wait_until(
+            lambda: not service.status()["consumers"] and not service.status()["descriptors"],
+            "the end of VM and file",
+        )
 
     def held() -> int:
         return len(descriptors(service.info["pid"])) + len(descriptors(family(service)[0].pid))
@@ -522,5 +548,9 @@ def test_calls_on_a_service_that_is_gone_say_so(service: Service) -> None:
     relatives = family(service)
     os.kill(service.info["pid"], signal.SIGKILL)
     wait_gone(relatives)
-    calls: list[Callable[[], object]] = [service.status, lambda: service.spawn("kvm"), service.memfd_restricted]
+    calls: list[Callable[[], object]] = [
+        service.status,
+        lambda: service.spawn("kvm"),
+        service.memfd_restricted,
+    ]
     assert [error_of(call) for call in calls * 2] == [ENOTCONN] * 6

@@ -61,12 +61,15 @@ def test_all_kinds_of_rounds_did_what_they_are_for(played: _Played) -> None:
     assert said - done.keys() == set()
     # The freezer, or signals where there is none.
     assert done["froze all"] + done["stopped all"] == 4
-    assert sum(count for what, count in done.items() if what.startswith("foreign descriptor")) >= ROUNDS // len(KINDS)
+    assert sum(
+        count for what, count in done.items() if what.startswith("foreign descriptor")
+    ) >= ROUNDS // len(KINDS)
     used = [outcome for outcome in played.outcomes if outcome.round.kind.act is not Act.LAUNCH]
     assert sum(outcome.calls > 10 for outcome in used) > len(used) / 2
 
 
 def test_memory_comes_back(played: _Played) -> None:
-    # A guest touches all of its memory: kept, so many of them would show beside what else happens on the machine.
+    # A guest touches all of its memory: kept, so many of them would show beside what else happens
+    # on the machine.
     bound = sum(outcome.round.kind.guest for outcome in played.outcomes)
     assert played.shared_memory_growth < bound * GUEST_SIZE / 2

@@ -101,7 +101,12 @@ _MALFORMED: dict[str, tuple[bytes, list[str], int, bool]] = {
     "SPAWN of nothing": (request(wire.SPAWN.number), [], EINVAL, False),
     "SPAWN of no text": (request(wire.SPAWN.number, b"\xff\xfe"), [], EINVAL, False),
     "SPAWN of the unknown": (request(wire.SPAWN.number, b"qemu"), [], EINVAL, False),
-    "SPAWN whose FORK is too long": (request(wire.SPAWN.number, b"kvm ".ljust(wire.MAX_BODY, b"x")), [], E2BIG, False),
+    "SPAWN whose FORK is too long": (
+        request(wire.SPAWN.number, b"kvm ".ljust(wire.MAX_BODY, b"x")),
+        [],
+        E2BIG,
+        False,
+    ),
 }
 
 
@@ -121,17 +126,29 @@ def test_a_malformed_message_is_answered_and_harms_no_one(service: Service, name
             except PermissionError:
                 # A kernel with SO_PASSRIGHTS refuses descriptors to the sender.
                 assert kinds
-        wait_until(lambda: len(descriptors(service.info["pid"])) == before, "the connection's end in the service")
+        wait_until(
+            lambda: len(descriptors(service.info["pid"])) == before,
+            "the connection's end in the service",
+        )
         assert serves(other)
     for fd in (own_file, *pipe):
         os.close(fd)
 
 
-_NUMBERS = st.one_of(st.sampled_from([0, 1, 2, 3, 4, 16, 17, 18, 32, 48, 49, 1 << 16]), st.integers(0, (1 << 32) - 1))
-_MESSAGES = st.one_of(st.binary(min_size=1, max_size=64), st.builds(request, _NUMBERS, st.binary(max_size=200)))
+_NUMBERS = st.one_of(
+    st.sampled_from([0, 1, 2, 3, 4, 16, 17, 18, 32, 48, 49, 1 << 16]), st.integers(0, (1 << 32) - 1)
+)
+_MESSAGES = st.one_of(
+    st.binary(min_size=1, max_size=64), st.builds(request, _NUMBERS, st.binary(max_size=200))
+)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None)
+@settings(
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    database=None,
+)
 @given(messages=st.lists(_MESSAGES, min_size=1, max_size=5))
 def test_noise(service: Service, messages: list[bytes]) -> None:
     with closing(connect(service)) as channel:
@@ -174,14 +191,22 @@ def test_a_client_that_takes_no_answers_is_dropped(service: Service) -> None:
 def _region(slot: int = 0) -> bytes:
     return bytes(
         kvm.kvm_userspace_memory_region_ext(
-            slot=slot, flags=kvm.KVM_MEM_PRIVATE, guest_phys_addr=guest_abi.PRIVATE_BASE + slot * PAGE, memory_size=PAGE, userspace_addr=0
+            slot=slot,
+            flags=kvm.KVM_MEM_PRIVATE,
+            guest_phys_addr=guest_abi.PRIVATE_BASE + slot * PAGE,
+            memory_size=PAGE,
+            userspace_addr=0,
         )
     )
 
 
 def _bind(vm: Vm, token: bytes, slot: int = 0) -> object:
     """Bind with a token that ``Vm`` itself would have asked for; 0 or an errno."""
-    return outcome(lambda: (vm._channel.call(kvm_wire.SET_USER_MEMORY_REGION, _region(slot) + token)[0] and 1) or 0)
+    return outcome(
+        lambda: (
+            (vm._channel.call(kvm_wire.SET_USER_MEMORY_REGION, _region(slot) + token)[0] and 1) or 0
+        )
+    )
 
 
 def test_a_token_binds_once(service: Service) -> None:
@@ -230,7 +255,8 @@ def test_a_token_ends_with_its_connection(service: Service) -> None:
     with closing(connect(service)) as channel:
         token, _ = channel.call(wire.TOKEN)
         fcntl.ioctl(fd, PROVE, token)
-    # Requests of one round are served in the order of the descriptors' readiness: the hang-up came before these.
+    # Requests of one round are served in the order of the descriptors' readiness: the hang-up came
+    # before these.
     service.status()
     service.status()
     with Vm(service) as vm:
@@ -254,7 +280,9 @@ def test_unused_tokens_are_bounded_for_each_connection(service: Service) -> None
     with closing(connect(service)) as greedy, closing(connect(service)) as other:
         others, _ = other.call(wire.TOKEN)
         tokens = [greedy.call(wire.TOKEN)[0] for _ in range(MAX_TOKENS + 6)]
-        proved = [outcome(partial(fcntl.ioctl, fd, PROVE, token)) != Errno(EACCES) for token in tokens]
+        proved = [
+            outcome(partial(fcntl.ioctl, fd, PROVE, token)) != Errno(EACCES) for token in tokens
+        ]
         assert proved == [False] * 6 + [True] * MAX_TOKENS
         fcntl.ioctl(fd, PROVE, others)
     os.close(fd)
@@ -264,7 +292,12 @@ def test_used_tokens_are_not(service: Service) -> None:
     fd = service.memfd_restricted()
     with Vm(service, engine="software") as vm:
         for slot in range(100):
-            vm.set_user_memory_region(slot=slot, guest_phys_addr=guest_abi.PRIVATE_BASE + slot * PAGE, memory_size=PAGE, restricted_fd=fd)
+            vm.set_user_memory_region(
+                slot=slot,
+                guest_phys_addr=guest_abi.PRIVATE_BASE + slot * PAGE,
+                memory_size=PAGE,
+                restricted_fd=fd,
+            )
     os.close(fd)
 
 
@@ -279,7 +312,9 @@ def test_a_descriptor_without_a_file_to_prove(service: Service) -> None:
 
 def _stopped_vm(service: Service, fd: int) -> tuple[Vm, int]:
     vm = Vm(service, engine="software")
-    vm.set_user_memory_region(slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=PAGE, restricted_fd=fd)
+    vm.set_user_memory_region(
+        slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=PAGE, restricted_fd=fd
+    )
     pid: int = vm.statistics()["pid"]
     stop(pid)
     return vm, pid
@@ -298,12 +333,17 @@ def test_a_consumer_that_does_not_answer_is_named_and_ended(service: Service) ->
     assert os.fstat(fd).st_blocks == 0
     wait_gone([engine])
     wait_until(lambda: service.status()["consumers"] == [], "the consumer's end")
-    assert service.status()["last_error"] == f"kvm 1 did not answer INVALIDATE_START within {DEADLINE:g} s"
+    assert (
+        service.status()["last_error"]
+        == f"kvm 1 did not answer INVALIDATE_START within {DEADLINE:g} s"
+    )
     assert outcome(vm.statistics) == Errno(ENOTCONN)
     assert all(exists(found) for found in relatives if found is not engine)
     # The next VM is none the worse for it.
     with Vm(service) as other:
-        other.set_user_memory_region(slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=PAGE, restricted_fd=fd)
+        other.set_user_memory_region(
+            slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=PAGE, restricted_fd=fd
+        )
         memory.fallocate(fd, memory.PUNCH, 0, PAGE)
         assert other.statistics()["invalidations"] == 1
     vm.close()
@@ -333,8 +373,16 @@ def test_what_owners_ask_goes_on_while_it_is_waited_for(service: Service) -> Non
     vm, _ = _stopped_vm(service, fd)
     lost = wire.ERROR_REQUEST.pack(service.token_for(fd), 0, 1)
     with Vm(service, engine="software") as other, closing(connect(service)) as channel:
-        asked = [threading.Thread(target=outcome, args=(partial(channel.call, wire.ERROR_PAGE, lost),))]
-        region = partial(other.set_user_memory_region, slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=PAGE, restricted_fd=fd)
+        asked = [
+            threading.Thread(target=outcome, args=(partial(channel.call, wire.ERROR_PAGE, lost),))
+        ]
+        region = partial(
+            other.set_user_memory_region,
+            slot=0,
+            guest_phys_addr=guest_abi.PRIVATE_BASE,
+            memory_size=PAGE,
+            restricted_fd=fd,
+        )
         asked.append(threading.Thread(target=outcome, args=(region,)))
         for thread in asked:
             thread.start()
@@ -344,7 +392,10 @@ def test_what_owners_ask_goes_on_while_it_is_waited_for(service: Service) -> Non
             assert service.status()["pid"] == service.info["pid"]
             with Vm(service, engine="software") as third:
                 third.set_user_memory_region(
-                    slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=PAGE, restricted_fd=service.memfd_restricted()
+                    slot=0,
+                    guest_phys_addr=guest_abi.PRIVATE_BASE,
+                    memory_size=PAGE,
+                    restricted_fd=service.memfd_restricted(),
                 )
             worst, rounds = max(worst, time.monotonic() - began), rounds + 1
         assert rounds > 1
@@ -373,7 +424,9 @@ def test_others_go_on_while_it_is_waited_for(service: Service) -> None:
     # More than threads that a server might have to spare.
     files = [service.memfd_restricted() for _ in range(MAX_THREADS + 2)]
     with Vm(service, engine="software") as vm:
-        vm.set_user_memory_region(slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=PAGE, restricted_fd=healthy)
+        vm.set_user_memory_region(
+            slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=PAGE, restricted_fd=healthy
+        )
         stopped = [_stopped_vm(service, fd)[0] for fd in files]
         punches = [_Punch(fd) for fd in files]
         for punch in punches:

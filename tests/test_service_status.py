@@ -33,7 +33,12 @@ def test_status_is_truthful(service: Service) -> None:
     os.ftruncate(first, 8 * PAGE)
     os.posix_fallocate(first, 0, 3 * PAGE)
     with Vm(service) as vm:
-        vm.set_user_memory_region(slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=8 * PAGE, restricted_fd=first)
+        vm.set_user_memory_region(
+            slot=0,
+            guest_phys_addr=guest_abi.PRIVATE_BASE,
+            memory_size=8 * PAGE,
+            restricted_fd=first,
+        )
         memory.fallocate(first, memory.PUNCH, 0, PAGE)
         found = discover.status_of(service.info["pid"])
         engine = vm.statistics()["pid"]
@@ -44,7 +49,12 @@ def test_status_is_truthful(service: Service) -> None:
         {"ino": inodes[1], "size": 0, "resident": 0, "notifiers": 0},
     ]
     consumer = found["consumers"][0]
-    assert (consumer["name"], consumer["number"], consumer["files"], consumer["invalidations"]) == ("kvm", 1, [inodes[0]], 1)
+    assert (consumer["name"], consumer["number"], consumer["files"], consumer["invalidations"]) == (
+        "kvm",
+        1,
+        [inodes[0]],
+        1,
+    )
     assert consumer["report"]["pid"] == engine
     assert consumer["report"]["private_bytes"] == 8 * PAGE
     assert (found["pid"], found["owner_pid"], found["owner_uid"], found["uid"]) == (
@@ -65,7 +75,12 @@ def test_ps_hears_of_the_last_of_many_slots(service: Service) -> None:
 
     with Vm(service) as vm:
         for number in range(count):
-            vm.set_user_memory_region(slot=number, guest_phys_addr=base + number * PAGE, memory_size=PAGE, restricted_fd=fd)
+            vm.set_user_memory_region(
+                slot=number,
+                guest_phys_addr=base + number * PAGE,
+                memory_size=PAGE,
+                restricted_fd=fd,
+            )
         wait_until(lambda: told() == count * PAGE, "the last slot to be told of")
         for number in range(count):
             vm.set_user_memory_region(slot=number, guest_phys_addr=base, memory_size=0)
@@ -92,7 +107,10 @@ def test_status_while_descriptors_come_and_go(service: Service) -> None:
 @pytest.mark.requires("root")
 def test_another_user_learns_nothing(service: Service) -> None:
     pid = service.info["pid"]
-    assert as_user(lambda: (pid in discover.pids(), outcome(lambda: discover.status_of(pid)))) == (True, Errno(EACCES))
+    assert as_user(lambda: (pid in discover.pids(), outcome(lambda: discover.status_of(pid)))) == (
+        True,
+        Errno(EACCES),
+    )
 
 
 @pytest.mark.requires("root")

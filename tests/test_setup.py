@@ -12,7 +12,13 @@ OLD = "#!/bin/sh\nexit 1\n"
 
 def find_python(path: Path) -> tuple[int, str, str]:
     script = f". {ROOT}/scripts/setup.sh; find_python"
-    done = subprocess.run(["/bin/bash", "-c", script], capture_output=True, text=True, check=False, env={"PATH": str(path)})
+    done = subprocess.run(
+        ["/bin/bash", "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": str(path)},
+    )
     return done.returncode, done.stdout, done.stderr
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Final
 
 import pytest
@@ -57,12 +58,20 @@ def window(content: bytes, pages: int = 8) -> int:
 def show(vm: Vm, slot: int, fd: int, page: int = 0, at: int | None = None) -> None:
     """Make a slot of one page of a memfd."""
     gpa = GPA + (slot if at is None else at) * PAGE
-    vm.set_user_memory_region(slot=slot, guest_phys_addr=gpa, memory_size=PAGE, shared_fd=fd, shared_offset=page * PAGE)
+    vm.set_user_memory_region(
+        slot=slot, guest_phys_addr=gpa, memory_size=PAGE, shared_fd=fd, shared_offset=page * PAGE
+    )
 
 
 def show_private(vm: Vm, slot: int, fd: int, page: int = 0) -> None:
     gpa = GPA + slot * PAGE
-    vm.set_user_memory_region(slot=slot, guest_phys_addr=gpa, memory_size=PAGE, restricted_fd=fd, restricted_offset=page * PAGE)
+    vm.set_user_memory_region(
+        slot=slot,
+        guest_phys_addr=gpa,
+        memory_size=PAGE,
+        restricted_fd=fd,
+        restricted_offset=page * PAGE,
+    )
     vm.set_memory_attributes(gpa, PAGE, private=True)
 
 
@@ -75,9 +84,15 @@ def seen(vm: Vm, slot: int) -> bytes:
     return vm.read_memory(GPA + slot * PAGE, 2)
 
 
-def named(slot: int, names: Names, *, token: bytes = bytes(16), flags: int = 0, offset: int = 0) -> bytes:
+def named(
+    slot: int, names: Names, *, token: bytes = bytes(16), flags: int = 0, offset: int = 0
+) -> bytes:
     region = kvm.kvm_userspace_memory_region_ext(
-        slot=slot, flags=flags, guest_phys_addr=GPA + slot * PAGE, memory_size=PAGE, userspace_addr=offset
+        slot=slot,
+        flags=flags,
+        guest_phys_addr=GPA + slot * PAGE,
+        memory_size=PAGE,
+        userspace_addr=offset,
     )
     return bytes(region) + token + names.pack()
 
@@ -89,7 +104,10 @@ def name_of(fd: int) -> Names:
 
 def wait_held(pid: int, expected: list[str]) -> None:
     """Wait until a process has certain descriptors: what came with a request is closed when that was answered."""
-    wait_until(lambda: sorted(descriptors(pid)) == expected, f"{expected} instead of {sorted(descriptors(pid))}")
+    wait_until(
+        lambda: sorted(descriptors(pid)) == expected,
+        f"{expected} instead of {sorted(descriptors(pid))}",
+    )
 
 
 def end_checker(vm: Vm) -> None:
@@ -112,7 +130,16 @@ def test_slots_of_one_memfd_send_it_once(either: Vm) -> None:
     end_checker(either)
     for slot in range(2, 8):
         show(either, slot, (first, second)[slot % 2], slot)
-    assert [seen(either, slot) for slot in range(8)] == [b"a\0", b"b\0", b"a\2", b"b\3", b"a\4", b"b\5", b"a\6", b"b\7"]
+    assert [seen(either, slot) for slot in range(8)] == [
+        b"a\0",
+        b"b\0",
+        b"a\2",
+        b"b\3",
+        b"a\4",
+        b"b\5",
+        b"a\6",
+        b"b\7",
+    ]
     third = window(b"c")
     assert outcome(lambda: show(either, 8, third)) == Errno(ETIMEDOUT)
     for fd in (first, second, third):
@@ -237,12 +264,18 @@ def test_a_name_of_nothing_is_estale_and_costs_no_token(vm: Vm, service: Service
     token, private = service.token_for(restricted), kvm.KVM_MEM_PRIVATE
 
     def call(names: Names, flags: int = 0) -> object:
-        return outcome(lambda: vm._channel.call(wire.SET_USER_MEMORY_REGION, named(1, names, token=token, flags=flags)))
+        return outcome(
+            lambda: vm._channel.call(
+                wire.SET_USER_MEMORY_REGION, named(1, names, token=token, flags=flags)
+            )
+        )
 
     device, ino = stat.identity(shown)
     for names in (name_of(hidden), Names(0, device, ino + 1), Names(0, device + 1, ino)):
         assert call(names, private) == call(names) == Errno(ESTALE)
-    assert call(Names(restricted=stat.identity(restricted)[1], device=device, memfd=ino), private) == Errno(ESTALE)
+    assert call(
+        Names(restricted=stat.identity(restricted)[1], device=device, memfd=ino), private
+    ) == Errno(ESTALE)
     assert service.status()["descriptors"][-1]["notifiers"] == 0
     assert call(name_of(shown), private) == (b"", [])
     assert service.status()["descriptors"][-1]["notifiers"] == 1
@@ -296,7 +329,9 @@ def test_threads_make_slots_of_two_memfds_at_once(vm: Vm) -> None:
     for thread in threads:
         thread.join()
     assert failed == []
-    assert [seen(vm, slot) for slot in range(4 * count)] == [b"ab"[slot % 2 :][:1] + bytes([slot]) for slot in range(4 * count)]
+    assert [seen(vm, slot) for slot in range(4 * count)] == [
+        b"ab"[slot % 2 :][:1] + bytes([slot]) for slot in range(4 * count)
+    ]
     for fd in fds:
         os.close(fd)
 
@@ -346,7 +381,9 @@ def tokens(service: Service, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("both", [False, True])
-def test_slots_of_one_restricted_file_present_one_token(either: Vm, service: Service, tokens: list[int], both: bool) -> None:
+def test_slots_of_one_restricted_file_present_one_token(
+    either: Vm, service: Service, tokens: list[int], both: bool
+) -> None:
     first, second, fd = service.memfd_restricted(), service.memfd_restricted(), window(b"w", 16)
     for restricted in (first, second):
         os.ftruncate(restricted, 16 * PAGE)
@@ -356,27 +393,38 @@ def test_slots_of_one_restricted_file_present_one_token(either: Vm, service: Ser
         gpa, offset = GPA + slot * PAGE, slot * PAGE
         restricted = (first, second)[slot % 2]
         either.set_user_memory_region(
-            slot=slot, guest_phys_addr=gpa, memory_size=PAGE, restricted_fd=restricted, restricted_offset=offset, **halves
+            slot=slot,
+            guest_phys_addr=gpa,
+            memory_size=PAGE,
+            restricted_fd=restricted,
+            restricted_offset=offset,
+            **halves,
         )
     assert tokens == [first, second]
     either.set_memory_attributes(GPA, 12 * PAGE, private=True)
     for slot in range(12):
         either.write_memory(GPA + slot * PAGE, b"p" + bytes([slot]))
-    assert [seen(either, slot) for slot in range(12)] == [b"p" + bytes([slot]) for slot in range(12)]
+    assert [seen(either, slot) for slot in range(12)] == [
+        b"p" + bytes([slot]) for slot in range(12)
+    ]
     # Each slot is told of its own.
     for number, restricted in enumerate((first, second)):
         memory.fallocate(restricted, memory.PUNCH, (4 + number) * PAGE, PAGE)
     assert [slot for slot in range(12) if seen(either, slot) == b"\0\0"] == [4, 5]
     if both:
         either.set_memory_attributes(GPA, 12 * PAGE, private=False)
-        assert [seen(either, slot) for slot in range(12)] == [b"w" + bytes([slot]) for slot in range(12)]
+        assert [seen(either, slot) for slot in range(12)] == [
+            b"w" + bytes([slot]) for slot in range(12)
+        ]
     for one in (first, second, fd):
         os.close(one)
 
 
 def notifiers(service: Service, fd: int) -> int:
     ino = os.fstat(fd).st_ino
-    return int(next(found["notifiers"] for found in service.status()["descriptors"] if found["ino"] == ino))
+    return int(
+        next(found["notifiers"] for found in service.status()["descriptors"] if found["ino"] == ino)
+    )
 
 
 def test_each_slot_has_a_notifier_that_goes_with_it(vm: Vm, service: Service) -> None:
@@ -397,7 +445,9 @@ def test_each_slot_has_a_notifier_that_goes_with_it(vm: Vm, service: Service) ->
     os.close(fd)
 
 
-def test_a_file_without_slots_needs_a_token_again(either: Vm, service: Service, tokens: list[int]) -> None:
+def test_a_file_without_slots_needs_a_token_again(
+    either: Vm, service: Service, tokens: list[int]
+) -> None:
     fd = service.memfd_restricted()
     os.ftruncate(fd, 8 * PAGE)
     for _ in range(2):
@@ -410,12 +460,16 @@ def test_a_file_without_slots_needs_a_token_again(either: Vm, service: Service, 
         delete(either, 0)
         names = Names(restricted=os.fstat(fd).st_ino)
         body = named(0, names, flags=kvm.KVM_MEM_PRIVATE)
-        assert outcome(lambda body=body: either._channel.call(wire.SET_USER_MEMORY_REGION, body)) == Errno(ESTALE)  # type: ignore[misc]
+        assert outcome(partial(either._channel.call, wire.SET_USER_MEMORY_REGION, body)) == Errno(
+            ESTALE
+        )
     assert tokens == [fd, fd]
     os.close(fd)
 
 
-def test_a_slot_that_cannot_be_made_leaves_the_others(either: Vm, service: Service, tokens: list[int]) -> None:
+def test_a_slot_that_cannot_be_made_leaves_the_others(
+    either: Vm, service: Service, tokens: list[int]
+) -> None:
     fd = service.memfd_restricted()
     os.ftruncate(fd, 8 * PAGE)
     show_private(either, 0, fd)
@@ -425,7 +479,9 @@ def test_a_slot_that_cannot_be_made_leaves_the_others(either: Vm, service: Servi
             show_private(either, 1, fd, 1 << 51)
         assert caught.value.errno == EINVAL
         with pytest.raises(OSError) as caught:
-            either.set_user_memory_region(slot=1, guest_phys_addr=GPA, memory_size=PAGE, restricted_fd=fd)
+            either.set_user_memory_region(
+                slot=1, guest_phys_addr=GPA, memory_size=PAGE, restricted_fd=fd
+            )
         assert caught.value.errno == EEXIST
     assert notifiers(service, fd) == before
     show_private(either, 1, fd, 1)
@@ -437,7 +493,9 @@ def test_a_page_is_bound_once_where_bindings_exclude_each_other(vm: Vm, service:
     fd = service.memfd_restricted()
     os.ftruncate(fd, 8 * PAGE)
     show_private(vm, 0, fd)
-    assert outcome(lambda: show_private(vm, 1, fd)) == (Errno(EINVAL) if service.info["design"] == "bindings" else None)
+    assert outcome(lambda: show_private(vm, 1, fd)) == (
+        Errno(EINVAL) if service.info["design"] == "bindings" else None
+    )
     os.close(fd)
 
 
@@ -447,5 +505,7 @@ def test_another_vm_needs_a_token_of_its_own(vm: Vm, service: Service) -> None:
     show_private(vm, 0, fd)
     with Vm(service, engine="software") as other:
         body = named(0, Names(restricted=os.fstat(fd).st_ino), flags=kvm.KVM_MEM_PRIVATE)
-        assert outcome(lambda: other._channel.call(wire.SET_USER_MEMORY_REGION, body)) == Errno(ESTALE)
+        assert outcome(lambda: other._channel.call(wire.SET_USER_MEMORY_REGION, body)) == Errno(
+            ESTALE
+        )
     os.close(fd)

@@ -7,12 +7,33 @@ from typing import Final
 import pytest
 
 from restrictedmem.abi.kvm import kvm_regs
-from restrictedmem.kvm.exits import DR6_BS, SINGLE_STEP, Debug, Hypercall, MemoryFault, MmioRead, MmioWrite, PortIn, PortOut, Shutdown
+from restrictedmem.kvm.exits import (
+    DR6_BS,
+    SINGLE_STEP,
+    Debug,
+    Hypercall,
+    MemoryFault,
+    MmioRead,
+    MmioWrite,
+    PortIn,
+    PortOut,
+    Shutdown,
+)
 from restrictedmem.kvm.guest_abi import GPA_BITS
 from restrictedmem.kvm.memslot import Memslot
 from restrictedmem.kvm.mmu import Fault
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, gfn_t
-from software_machine import CODE, DATA, DEVICE, HALTED, STACK, Machine, machine_code, make_machine, shared_half
+from software_machine import (
+    CODE,
+    DATA,
+    DEVICE,
+    HALTED,
+    STACK,
+    Machine,
+    machine_code,
+    make_machine,
+    shared_half,
+)
 
 #: The page behind CODE, which has no half in these tests until they give it one.
 NEXT: Final = CODE + PAGE_SIZE
@@ -48,11 +69,16 @@ def start_at_the_end(machine: Machine, code: bytes, beyond: bytes = b"") -> None
         (("e442", "8907"), [PortIn(0x42, 1)]),  # in al, 0x42; mov [rdi], eax
         (("be000000d0", "8936"), [MmioWrite(DEVICE, 4, DEVICE)]),  # mov esi, DEVICE; mov [rsi], esi
         (("be000000d0", "0f9806"), [MmioWrite(DEVICE, 1, 0)]),  # mov esi, DEVICE; sets [rsi]
-        (("be000000d0", "8b06", "8907"), [MmioRead(DEVICE, 4)]),  # mov esi, DEVICE; mov eax, [rsi]; mov [rdi], eax
+        (
+            ("be000000d0", "8b06", "8907"),
+            [MmioRead(DEVICE, 4)],
+        ),  # mov esi, DEVICE; mov eax, [rsi]; mov [rdi], eax
         (("e642", "e643"), [PortOut(0x42, 1, 0), PortOut(0x43, 1, 0)]),
     ],
 )
-def test_what_precedes_the_end_of_a_page_exits_first(machine: Machine, code: tuple[str, ...], exits: list[object]) -> None:
+def test_what_precedes_the_end_of_a_page_exits_first(
+    machine: Machine, code: tuple[str, ...], exits: list[object]
+) -> None:
     start_at_the_end(machine, machine_code("ff4708", *code))  # inc dword [rdi + 8]
     assert machine.vcpu.run() == exits[0]
     assert machine.word(DATA + 8) == 1
@@ -69,12 +95,15 @@ def test_what_precedes_the_end_of_a_page_exits_first(machine: Machine, code: tup
 @pytest.mark.parametrize("inside", range(1, 7))
 def test_an_instruction_across_the_end(machine: Machine, inside: int) -> None:
     """What precedes it is done, it is not, and where it begins is where the guest stands."""
-    # inc qword [rdi]; mov eax, 5; then one that computes flags before it loads: rcl dword [rdi + 256], 5
+    # inc qword [rdi]; mov eax, 5; then one that computes flags before it loads: rcl dword [rdi +
+    # 256], 5
     code = machine_code("48ff07", "b805000000", "c1970001000005", "f4")
     machine.put(DATA + 256, b"\x88\0\0\x80")
     before = 8 + inside
     # An access that was refused before, with other flags.
-    machine.start(machine_code("6801080000", "9d", "c11605"))  # push 0x801; popf; rcl dword [rsi], 5
+    machine.start(
+        machine_code("6801080000", "9d", "c11605")
+    )  # push 0x801; popf; rcl dword [rsi], 5
     assert machine.vcpu.run() == MmioRead(0, 4)
     start_at_the_end(machine, code[:before], code[before:])
     for _ in range(2):
@@ -117,7 +146,9 @@ def test_a_long_block_before_the_end(machine: Machine) -> None:
     assert registers.rflags & 0xD00 == 0x400
 
 
-def test_a_page_is_not_asked_for_at_each_instruction(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_is_not_asked_for_at_each_instruction(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Once ahead, once when it is needed; and once where an access is refused."""
     asked: list[int] = []
     fault = machine.mmu.fault
@@ -139,7 +170,9 @@ def test_other_reasons_at_the_end(machine: Machine) -> None:
     """An exception, a hypercall, a branch and an interrupt come first, as they do elsewhere."""
     start_at_the_end(machine, machine_code("31c9f7f1"))  # xor ecx, ecx; div ecx
     assert machine.vcpu.run() == Shutdown(0)
-    start_at_the_end(machine, machine_code("b900001000", "ffd1"))  # mov ecx, HYPERCALL_PAGE; call rcx
+    start_at_the_end(
+        machine, machine_code("b900001000", "ffd1")
+    )  # mov ecx, HYPERCALL_PAGE; call rcx
     assert machine.vcpu.run() == Hypercall(0, (DATA, 0, 0, 0))
     assert machine.vcpu.run() == Hypercall(0, (DATA, 0, 0, 0))
     assert machine.go_on() == MISSING
@@ -160,7 +193,9 @@ def test_the_end_of_the_last_page(machine: Machine) -> None:
     assert machine.vcpu.run() == PortOut(0x42, 1, 0)
     assert machine.word(DATA) == 1
     assert machine.go_on() == machine.go_on() == Shutdown(14)
-    slot.shared.write(PAGE_SIZE - 4, machine_code("ff07", "4883"))  # inc dword [rdi]; sub, without its end
+    slot.shared.write(
+        PAGE_SIZE - 4, machine_code("ff07", "4883")
+    )  # inc dword [rdi]; sub, without its end
     machine.engine.drop(slot.base_gfn, slot.end_gfn)
     machine.engine.set_regs(kvm_regs(rip=last + PAGE_SIZE - 4, rdi=DATA))
     assert machine.vcpu.run() == Shutdown(14)
@@ -170,7 +205,9 @@ def test_the_end_of_the_last_page(machine: Machine) -> None:
 
 def test_the_trap_flag_of_the_guest_itself(machine: Machine) -> None:
     """What a guest pops into its flags is its own, also where the engine had set the same."""
-    code = machine_code("6802010000", "9d", "48ff07", "48ff07")  # push 0x102; popf; inc qword [rdi], twice
+    code = machine_code(
+        "6802010000", "9d", "48ff07", "48ff07"
+    )  # push 0x102; popf; inc qword [rdi], twice
     for ending in (False, True):
         machine.put(DATA, bytes(8))
         if ending:
@@ -206,7 +243,9 @@ def test_flags_popped_from_a_device(machine: Machine) -> None:
 
 def test_steps_over_flags_that_are_pushed_and_popped(machine: Machine) -> None:
     """The debugger's trap flag is not the guest's, at any step, in one page and across two."""
-    code = machine_code("9c", "9c", "58", "9d", "50", "9d", "f4")  # pushf; pushf; pop rax; popf; push rax; popf
+    code = machine_code(
+        "9c", "9c", "58", "9d", "50", "9d", "f4"
+    )  # pushf; pushf; pop rax; popf; push rax; popf
     for at in (CODE, NEXT - 1):
         machine.put(at, code)
         machine.start(code, at=at)

@@ -6,10 +6,28 @@ import pytest
 
 from restrictedmem.abi.kvm import ExitReason
 from restrictedmem.kvm import guest_abi
-from restrictedmem.kvm.exits import Exit, Hypercall, MmioRead, MmioWrite, PortIn, PortOut, Shutdown, Unknown
+from restrictedmem.kvm.exits import (
+    Exit,
+    Hypercall,
+    MmioRead,
+    MmioWrite,
+    PortIn,
+    PortOut,
+    Shutdown,
+    Unknown,
+)
 from restrictedmem.kvm.memslot import EXEC, READ, Memslot
 from restrictedmem.units import gfn_t
-from software_machine import DATA, DEVICE, HALTED, STACK, Machine, machine_code, make_machine, shared_half
+from software_machine import (
+    DATA,
+    DEVICE,
+    HALTED,
+    STACK,
+    Machine,
+    machine_code,
+    make_machine,
+    shared_half,
+)
 
 
 @pytest.fixture(name="machine")
@@ -183,13 +201,22 @@ def test_mmio_load(machine: Machine, instruction: str, exits: list[Exit]) -> Non
         ("8918", [MmioWrite(DEVICE, 4, 0x1122_3344)]),  # mov [rax], ebx
         ("488918", [MmioWrite(DEVICE, 8, 0xAABB_CCDD_1122_3344)]),  # mov [rax], rbx
         ("48895803", [MmioWrite(DEVICE + 3, 8, 0xAABB_CCDD_1122_3344)]),  # mov [rax + 3], rbx
-        ("488998fc0f0000", [MmioWrite(DEVICE + 0xFFC, 8, 0xAABB_CCDD_1122_3344)]),  # mov [rax + 0xffc], rbx
+        (
+            "488998fc0f0000",
+            [MmioWrite(DEVICE + 0xFFC, 8, 0xAABB_CCDD_1122_3344)],
+        ),  # mov [rax + 0xffc], rbx
         ("0f1100", [MmioWrite(DEVICE, 8, 0), MmioWrite(DEVICE + 8, 8, 0)]),  # movups [rax], xmm0
         ("0118", [MmioRead(DEVICE, 4), MmioWrite(DEVICE, 4, 0x1122_3347)]),  # add [rax], ebx
         ("f00118", [MmioRead(DEVICE, 4), MmioWrite(DEVICE, 4, 0x1122_3347)]),  # lock add [rax], ebx
         ("8718", [MmioRead(DEVICE, 4), MmioWrite(DEVICE, 4, 0x1122_3344)]),  # xchg [rax], ebx
-        ("488d7010488bf8a5", [MmioRead(DEVICE + 16, 4), MmioWrite(DEVICE, 4, 3)]),  # lea rsi, [rax+16]; mov rdi, rax; movsd
-        ("488bf8b902000000f3ab", [MmioWrite(DEVICE, 4, DEVICE), MmioWrite(DEVICE + 4, 4, DEVICE)]),  # mov rdi, rax; mov ecx, 2; rep stosd
+        (
+            "488d7010488bf8a5",
+            [MmioRead(DEVICE + 16, 4), MmioWrite(DEVICE, 4, 3)],
+        ),  # lea rsi, [rax+16]; mov rdi, rax; movsd
+        (
+            "488bf8b902000000f3ab",
+            [MmioWrite(DEVICE, 4, DEVICE), MmioWrite(DEVICE + 4, 4, DEVICE)],
+        ),  # mov rdi, rax; mov ecx, 2; rep stosd
         ("ff30", [MmioRead(DEVICE, 8)]),  # push qword [rax]
     ],
 )
@@ -263,7 +290,8 @@ def test_two_mmio_loads_of_one_instruction(machine: Machine) -> None:
     for value in (8, 9):
         assert machine.go_on(value) == MmioRead(DEVICE, 4)
         assert machine.go_on(value) == (MmioRead(DEVICE + 0x10000, 4) if value == 8 else HALTED)
-    # The two were equal, and of the flags above the lowest byte only IF is left: the trap flag that stepped it (0x100) is gone.
+    # The two were equal, and of the flags above the lowest byte only IF is left: the trap flag that
+    # stepped it (0x100) is gone.
     assert machine.word(DATA) == 0x201
     assert machine.word(DATA + 8) == DEVICE + 4
 

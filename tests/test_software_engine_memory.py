@@ -64,7 +64,9 @@ def test_half_that_is_not_there(machine: Machine) -> None:
     window = gfn_t(SHARED >> PAGE_SHIFT)
     machine.mmu.set_attributes(machine.shared, window, gfn_t(window + 1), private=True)
     machine.engine.set_regs(kvm_regs(rip=CODE, rsp=STACK, rdi=SHARED + 8))
-    assert machine.vcpu.run() == MemoryFault(KVM_MEMORY_EXIT_FLAG_PRIVATE, SHARED, PAGE_SIZE, EFAULT)
+    assert machine.vcpu.run() == MemoryFault(
+        KVM_MEMORY_EXIT_FLAG_PRIVATE, SHARED, PAGE_SIZE, EFAULT
+    )
     machine.mmu.set_attributes(machine.shared, window, gfn_t(window + 1), private=False)
     assert machine.go_on() == HALTED
 
@@ -80,7 +82,9 @@ def test_right_that_is_not_there(machine: Machine, rights: int, code: str) -> No
     machine.shared.rights = rights
     assert rights != ALL
     # mov esi, SHARED
-    assert machine.run(machine_code("be00000010", code)) == MemoryFault(0, SHARED, PAGE_SIZE, EACCES)
+    assert machine.run(machine_code("be00000010", code)) == MemoryFault(
+        0, SHARED, PAGE_SIZE, EACCES
+    )
 
 
 def test_translation_for_data_is_none_for_fetches(machine: Machine) -> None:
@@ -115,15 +119,21 @@ def test_limit_is_a_memory_fault_that_a_punch_cures() -> None:
             "ebf5",  # jmp the inc
         )
         # Blocks of 16 pages from 0, 16 and 32 on; of the last, pages 32 to 39, one at a time.
-        full = MemoryFault(KVM_MEMORY_EXIT_FLAG_PRIVATE, PRIVATE + 40 * PAGE_SIZE, PAGE_SIZE, ENOSPC)
+        full = MemoryFault(
+            KVM_MEMORY_EXIT_FLAG_PRIVATE, PRIVATE + 40 * PAGE_SIZE, PAGE_SIZE, ENOSPC
+        )
         assert machine.run(code) == full
         assert machine.go_on() == full
         assert machine.file.backing.resident() == 40 * PAGE_SIZE
         machine.punch(DATA)
-        assert machine.go_on() == MemoryFault(KVM_MEMORY_EXIT_FLAG_PRIVATE, PRIVATE + 41 * PAGE_SIZE, PAGE_SIZE, ENOSPC)
+        assert machine.go_on() == MemoryFault(
+            KVM_MEMORY_EXIT_FLAG_PRIVATE, PRIVATE + 41 * PAGE_SIZE, PAGE_SIZE, ENOSPC
+        )
 
 
-def test_failure_of_the_fault_path_itself_is_raised(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_of_the_fault_path_itself_is_raised(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fault(_slot: Memslot, _gfn: int) -> None:
         raise ZeroDivisionError
 
@@ -207,8 +217,12 @@ def test_code_that_the_guest_wrote_is_dropped_too(machine: Machine) -> None:
     ],
     ids=["in", "out", "mmio read", "mmio write", "hypercall", "shutdown", "memory fault"],
 )
-def test_punch_from_inside_each_exits_handler(machine: Machine, instruction: str, value: int) -> None:
-    machine.mmu.set_attributes(machine.shared, machine.shared.base_gfn, machine.shared.end_gfn, private=True)
+def test_punch_from_inside_each_exits_handler(
+    machine: Machine, instruction: str, value: int
+) -> None:
+    machine.mmu.set_attributes(
+        machine.shared, machine.shared.base_gfn, machine.shared.end_gfn, private=True
+    )
     code = machine_code(
         "be000000d0",  # mov esi, DEVICE
         "b900001000",  # mov ecx, HYPERCALL_PAGE
@@ -228,7 +242,9 @@ def test_punch_from_inside_each_exits_handler(machine: Machine, instruction: str
         case "0f0b":
             machine.engine.set_regs(kvm_regs(rip=after, rsp=STACK, rdi=DATA))
         case "8b1a":
-            machine.mmu.set_attributes(machine.shared, machine.shared.base_gfn, machine.shared.end_gfn, private=False)
+            machine.mmu.set_attributes(
+                machine.shared, machine.shared.base_gfn, machine.shared.end_gfn, private=False
+            )
         case "ffd1":
             # The return address was in the punched page.
             machine.put(STACK - 8, after.to_bytes(8, "little"))
@@ -271,7 +287,9 @@ def converted_meanwhile(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("meanwhile", [punched_meanwhile, converted_meanwhile])
-def test_change_between_get_page_and_the_lock(machine: Machine, meanwhile: Callable[[Machine], None]) -> None:
+def test_change_between_get_page_and_the_lock(
+    machine: Machine, meanwhile: Callable[[Machine], None]
+) -> None:
     """What get_page returned may be out of date by then: nothing of the block is mapped, although no invalidation is in progress."""
     private = machine.private.memfd_half
 
@@ -444,7 +462,9 @@ def test_a_guest_with_more_code_than_the_buffer_holds(monkeypatch: pytest.Monkey
 def test_an_emulator_s_code_has_no_more_than_its_buffer() -> None:
     def executable() -> int:
         spans = [
-            line.split()[0].split("-") for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines() if " rwxp " in line
+            line.split()[0].split("-")
+            for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+            if " rwxp " in line
         ]
         return sum(int(end, 16) - int(start, 16) for start, end in spans)
 

@@ -15,7 +15,16 @@ from restrictedmem.kvm.mmu import Fault
 from restrictedmem.kvm.software.fetched import FetchedCode
 from restrictedmem.kvm.software.unicorn import Uc
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, gfn_t
-from software_machine import CODE, DATA, DEVICE, HALTED, PRIVATE, Machine, machine_code, make_machine
+from software_machine import (
+    CODE,
+    DATA,
+    DEVICE,
+    HALTED,
+    PRIVATE,
+    Machine,
+    machine_code,
+    make_machine,
+)
 
 STATUS: Final = 0x8D5
 #: What sets flags, each in its own way of being computed late.
@@ -36,7 +45,14 @@ SETTERS: Final = {
     "bt": "480fa3d8",  # bt rax, rbx
     "stc": "f9",  # stc
 }
-VALUES: Final = ((1 << 31, 1), (0x7FFF_FFFF_FFFF_FFFF, 1), (5, 5), (0, 0x40), ((1 << 64) - 1, 3), (2, 1 << 63))
+VALUES: Final = (
+    (1 << 31, 1),
+    (0x7FFF_FFFF_FFFF_FFFF, 1),
+    (5, 5),
+    (0, 0x40),
+    ((1 << 64) - 1, 3),
+    (2, 1 << 63),
+)
 
 
 @pytest.fixture(name="machine", scope="module")
@@ -106,7 +122,9 @@ def outcome(machine: Machine) -> tuple[dict[str, int], bytes]:
     regs = machine.engine.get_regs()
     names = [name for name, *_ in kvm_regs._fields_]
     memory = machine.private.memfd_half.half.mapping.memory
-    return {name: getattr(regs, name) for name in names}, bytes(memory[DATA - PRIVATE : DATA - PRIVATE + 3 * PAGE_SIZE])
+    return {name: getattr(regs, name) for name in names}, bytes(
+        memory[DATA - PRIVATE : DATA - PRIVATE + 3 * PAGE_SIZE]
+    )
 
 
 # SETcc, RCL and RCR: those that compute flags first.
@@ -125,7 +143,11 @@ def test_setcc_to_a_device(machine: Machine, setter: str) -> None:
         for rax, rbx in VALUES:
             start(machine, code, rax=rax, rbx=rbx, rcx=rbx, rsi=DEVICE, rdx=0)
             exit_ = machine.vcpu.run()
-            assert exit_ == MmioWrite(DEVICE, 1, machine.engine.get_regs().rdx), (condition, rax, rbx)
+            assert exit_ == MmioWrite(DEVICE, 1, machine.engine.get_regs().rdx), (
+                condition,
+                rax,
+                rbx,
+            )
             flags = machine.engine.get_regs().rflags
             start(machine, machine_code(setter, "f4"), rax=rax, rbx=rbx, rcx=rbx)
             assert machine.vcpu.run() == HALTED
@@ -174,7 +196,9 @@ INSTRUCTIONS: Final = {
     "call": "488da7fc0f0000e800000000",  # lea rsp, …; call the next
     "enter": "488da7fc0f0000c8100001",  # lea rsp, …; enter 16, 1
     "leave": "488daffc0f0000c9",  # lea rbp, …; leave
-    "cmpsb": "488db7000f000048 81c7ff0f0000a6".replace(" ", ""),  # lea rsi, …; add rdi, 0xfff; cmpsb
+    "cmpsb": "488db7000f000048 81c7ff0f0000a6".replace(
+        " ", ""
+    ),  # lea rsi, …; add rdi, 0xfff; cmpsb
     "repe cmpsq": "488db7f00f0000b904000000f348a7",  # lea rsi, …; mov ecx, 4; repe cmpsq
     "repne scasb": "b900200000f2ae",  # mov ecx, 0x2000; repne scasb
     "rep movsq": "488db7c00f0000b940000000f348a5",  # lea rsi, …; mov ecx, 64; rep movsq
@@ -184,12 +208,22 @@ INSTRUCTIONS: Final = {
 
 
 #: What the manual leaves undefined, which depends on where a block begins.
-UNDEFINED: Final = {"bts": 0x894, "lock btc": 0x894, "shl": 0x810, "sar": 0x810, "shld": 0x810, "mul": 0xD4, "and": 0x10}
+UNDEFINED: Final = {
+    "bts": 0x894,
+    "lock btc": 0x894,
+    "shl": 0x810,
+    "sar": 0x810,
+    "shld": 0x810,
+    "mul": 0xD4,
+    "and": 0x10,
+}
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
 @pytest.mark.parametrize("name", INSTRUCTIONS)
-def test_an_instruction_that_was_refused_does_what_it_would_have_done(machine: Machine, refusal: Refusal, name: str) -> None:
+def test_an_instruction_that_was_refused_does_what_it_would_have_done(
+    machine: Machine, refusal: Refusal, name: str
+) -> None:
     """Behind setters of flags, with all it reads of them; beside the same without a refusal."""
     pages = DATA, DATA + PAGE_SIZE, DATA + 2 * PAGE_SIZE
     content = bytes(range(251)) * (3 * PAGE_SIZE // 251 + 1)
@@ -347,10 +381,17 @@ def test_hooks_take_no_page(machine: Machine) -> None:
 
 @pytest.mark.parametrize(
     ("instruction", "size"),
-    [("0fc70f", 4), ("f00fc70f", 4), ("480fc70f", 8), ("f0480fc70f", 8)],  # cmpxchg8b [rdi], cmpxchg16b [rdi], with lock
+    [
+        ("0fc70f", 4),
+        ("f00fc70f", 4),
+        ("480fc70f", 8),
+        ("f0480fc70f", 8),
+    ],  # cmpxchg8b [rdi], cmpxchg16b [rdi], with lock
 )
 @pytest.mark.parametrize("equal", [False, True])
-def test_cmpxchg8b_and_16b_change_zf_alone(machine: Machine, instruction: str, size: int, equal: bool) -> None:
+def test_cmpxchg8b_and_16b_change_zf_alone(
+    machine: Machine, instruction: str, size: int, equal: bool
+) -> None:
     """Behind an instruction of the same block that sets flags."""
     for value, flags in ((0, 0x44), (1 << 63, 0x84), (0xFF, 0x4), (3, 0x4)):
         code = machine_code("f8", "4d85c0", instruction, "f4")  # clc; test r8, r8
@@ -359,7 +400,12 @@ def test_cmpxchg8b_and_16b_change_zf_alone(machine: Machine, instruction: str, s
         assert machine.vcpu.run() == HALTED
         registers, memory = outcome(machine)
         assert registers["rflags"] & STATUS & ~0x10 == flags & ~0x40 | 0x40 * equal
-        assert (registers["rax"], registers["rdx"], registers["rbx"], registers["rcx"]) == (7, 9, 0x55, 0x66)
+        assert (registers["rax"], registers["rdx"], registers["rbx"], registers["rcx"]) == (
+            7,
+            9,
+            0x55,
+            0x66,
+        )
         new = (0x55, 0x66) if equal else (7, 9)
         assert memory[: 2 * size] == b"".join(word.to_bytes(size, "little") for word in new)
 
@@ -368,7 +414,9 @@ def test_cmpxchg16b_elsewhere(machine: Machine) -> None:
     """Unaligned, to a device, with the guest's trap flag; and CPUID says that both are there."""
     start(machine, machine_code("480fc74f08", "f4"))  # cmpxchg16b [rdi + 8]
     assert machine.vcpu.run() == Shutdown(13)
-    start(machine, machine_code("f9", "480fc70e", "f4"), rsi=DEVICE, rax=1, rdx=2, rbx=3, rcx=4)  # stc; cmpxchg16b [rsi]
+    start(
+        machine, machine_code("f9", "480fc70e", "f4"), rsi=DEVICE, rax=1, rdx=2, rbx=3, rcx=4
+    )  # stc; cmpxchg16b [rsi]
     assert machine.vcpu.run() == MmioRead(DEVICE, 8)
     # Unicorn takes later loads of one instruction apart.
     assert machine.go_on(1) == MmioRead(DEVICE + 8, 4)

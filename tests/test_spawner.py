@@ -59,7 +59,10 @@ def test_without_free_descriptors_there_is_no_vm(free: int) -> None:
         with limited(spawner, resource.RLIMIT_NOFILE, len(descriptors(spawner)) + free):
             for _ in range(5):
                 assert outcome(lambda: Vm(service)) == Errno(EMFILE)
-        wait_until(lambda: len(descriptors(service.info["pid"])) == before, "the service to close what it made")
+        wait_until(
+            lambda: len(descriptors(service.info["pid"])) == before,
+            "the service to close what it made",
+        )
         goes_on(service, vm)
 
 
@@ -84,7 +87,12 @@ def test_without_free_processes_there_is_no_vm() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "errno"), [(wire.MAX_BODY, E2BIG), (wire.MAX_BODY - wire.NUMBER.size + 1, E2BIG), (wire.MAX_BODY - wire.NUMBER.size, 0)]
+    ("size", "errno"),
+    [
+        (wire.MAX_BODY, E2BIG),
+        (wire.MAX_BODY - wire.NUMBER.size + 1, E2BIG),
+        (wire.MAX_BODY - wire.NUMBER.size, 0),
+    ],
 )
 def test_arguments_of_any_length(size: int, errno: int) -> None:
     with Service.start() as service, Vm(service) as vm:
@@ -103,7 +111,9 @@ def test_a_service_has_so_many_consumers() -> None:
     with Service.start(Options(max_consumers=2)) as service, Vm(service) as vm:
         with Vm(service):
             assert outcome(lambda: Vm(service)) == Errno(EAGAIN)
-        wait_until(lambda: outcome(lambda: Vm(service).close()) is None, "the place of the VM that ended")
+        wait_until(
+            lambda: outcome(lambda: Vm(service).close()) is None, "the place of the VM that ended"
+        )
         assert vm.statistics()["engine"] == "software"
 
 
@@ -112,13 +122,19 @@ def test_a_process_that_cannot_end_counts_as_a_consumer() -> None:
     with Service.start(Options(max_consumers=1)) as service:
         with mute_file() as file:
             with Vm(service) as vm:
-                given = outcome(lambda: vm.set_user_memory_region(slot=0, guest_phys_addr=0, memory_size=4096, shared_fd=file))
+                given = outcome(
+                    lambda: vm.set_user_memory_region(
+                        slot=0, guest_phys_addr=0, memory_size=4096, shared_fd=file
+                    )
+                )
                 assert given == Errno(EINVAL)
                 engine = process(int(str(vm.statistics()["pid"])))
                 assert engine is not None
             wait_gone([engine])
             assert outcome(lambda: Vm(service)) == Errno(EAGAIN)
-        wait_until(lambda: outcome(lambda: Vm(service).close()) is None, "the end of what the server held")
+        wait_until(
+            lambda: outcome(lambda: Vm(service).close()) is None, "the end of what the server held"
+        )
 
 
 def test_what_consumers_leave_does_not_pile_up() -> None:
@@ -127,11 +143,23 @@ def test_what_consumers_leave_does_not_pile_up() -> None:
         spawner = family(service)[0]
         with mute_file() as file:
             with Vm(service) as vm:
-                region = partial(vm.set_user_memory_region, slot=0, guest_phys_addr=0, memory_size=4096, shared_fd=file)
+                region = partial(
+                    vm.set_user_memory_region,
+                    slot=0,
+                    guest_phys_addr=0,
+                    memory_size=4096,
+                    shared_fd=file,
+                )
                 assert outcome(region) == Errno(EINVAL)
-            wait_until(lambda: [one.name for one in family(service)[2:]] == ["rmem-checker"], "the engine to leave its checker")
+            wait_until(
+                lambda: [one.name for one in family(service)[2:]] == ["rmem-checker"],
+                "the engine to leave its checker",
+            )
         # In this order: it may end in between, and is of the family no more.
-        wait_until(lambda: len(family(service)) == 2 and not _zombies_of(spawner.pid), "the spawner to reap it")
+        wait_until(
+            lambda: len(family(service)) == 2 and not _zombies_of(spawner.pid),
+            "the spawner to reap it",
+        )
 
 
 def _zombies_of(parent: int) -> list[str]:
@@ -146,8 +174,14 @@ def _zombies_of(parent: int) -> list[str]:
 
 def test_a_consumer_hears_of_its_children_as_any_process() -> None:
     options = Options(consumers=(("puppet", str(PUPPET)),))
-    with Service.start(options) as service, closing(wire.Channel(service.spawn("puppet"), "the puppet")) as puppet:
-        pid, wakes = (json.loads(puppet.call(wire.Call(name, 1), json.dumps([name]).encode())[0]) for name in ("pid", "wakes"))
+    with (
+        Service.start(options) as service,
+        closing(wire.Channel(service.spawn("puppet"), "the puppet")) as puppet,
+    ):
+        pid, wakes = (
+            json.loads(puppet.call(wire.Call(name, 1), json.dumps([name]).encode())[0])
+            for name in ("pid", "wakes")
+        )
         status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
         caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
         assert (wakes, int(caught, 16) >> signal.SIGCHLD - 1 & 1) == (-1, 0)
@@ -174,7 +208,9 @@ def test_a_consumer_that_was_reaped_by_its_number_is_forgotten() -> None:
     pidfd = OwnedFd(os.pidfd_open(child))
     os.waitpid(child, 0)
     pidfds = {child: pidfd}
-    _Spawner._reap(cast(_Spawner, SimpleNamespace(_pidfds=pidfds, _numbers={child: 1})), pidfd.fileno())
+    _Spawner._reap(
+        cast(_Spawner, SimpleNamespace(_pidfds=pidfds, _numbers={child: 1})), pidfd.fileno()
+    )
     assert (pidfds, pidfd.closed) == ({}, True)
 
 

@@ -126,12 +126,20 @@ def spawning(stack: ExitStack) -> Spawning:
     return Spawning(stack)
 
 
-_FAILURES = [(OSError(EPERM, "sendmsg"), EPERM), (MemoryError(), ENOMEM), (ValueError("a bug"), EIO)]
+_FAILURES = [
+    (OSError(EPERM, "sendmsg"), EPERM),
+    (MemoryError(), ENOMEM),
+    (ValueError("a bug"), EIO),
+]
 
 
 @pytest.mark.parametrize(("failure", "errno"), _FAILURES, ids=repr)
 def test_a_reply_that_fails_is_one_askers_trouble(
-    failure: Exception, errno: int, spawning: Spawning, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+    failure: Exception,
+    errno: int,
+    spawning: Spawning,
+    stack: ExitStack,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     first, second = Asker(stack), Asker(stack)
     reply = Channel.reply
@@ -154,7 +162,10 @@ def test_a_reply_that_fails_is_one_askers_trouble(
     lives = spawning.fork()
     assert spawning.spawns.hear()
     assert (second.answer(), second.connection.busy) == (0, False)
-    wait_until(lambda: [c.number for c in spawning.consumers.all()] == [2], "the first consumer to be forgotten")
+    wait_until(
+        lambda: [c.number for c in spawning.consumers.all()] == [2],
+        "the first consumer to be forgotten",
+    )
     assert not readable([lives], 0)
     assert ("a bug" in spawning.troubles.last) == (errno == EIO)
     for consumer in spawning.consumers.all():
@@ -163,10 +174,16 @@ def test_a_reply_that_fails_is_one_askers_trouble(
 
 
 @pytest.mark.parametrize(
-    ("failure", "errno"), [(OSError(EAGAIN, "no thread"), EAGAIN), (MemoryError(), ENOMEM), (ValueError("a bug"), EIO)], ids=repr
+    ("failure", "errno"),
+    [(OSError(EAGAIN, "no thread"), EAGAIN), (MemoryError(), ENOMEM), (ValueError("a bug"), EIO)],
+    ids=repr,
 )
 def test_a_consumer_that_nobody_serves_is_one_askers_trouble(
-    failure: Exception, errno: int, spawning: Spawning, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+    failure: Exception,
+    errno: int,
+    spawning: Spawning,
+    stack: ExitStack,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     first, second = Asker(stack), Asker(stack)
     for asker in (first, second):
@@ -186,7 +203,9 @@ def test_a_consumer_that_nobody_serves_is_one_askers_trouble(
 
 
 @pytest.mark.parametrize("errno", [0, EAGAIN], ids=["without a process", "EAGAIN"])
-def test_what_the_spawner_could_not_do_is_one_askers_trouble(errno: int, spawning: Spawning, stack: ExitStack) -> None:
+def test_what_the_spawner_could_not_do_is_one_askers_trouble(
+    errno: int, spawning: Spawning, stack: ExitStack
+) -> None:
     first, second = Asker(stack), Asker(stack)
     for asker in (first, second):
         spawning.add(asker)
@@ -210,7 +229,11 @@ def test_what_the_spawner_could_not_do_is_one_askers_trouble(errno: int, spawnin
 
 @pytest.mark.parametrize(("failure", "errno"), _FAILURES, ids=repr)
 def test_what_cannot_be_asked_for_is_one_askers_trouble(
-    failure: Exception, errno: int, spawning: Spawning, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+    failure: Exception,
+    errno: int,
+    spawning: Spawning,
+    stack: ExitStack,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     first, second = Asker(stack), Asker(stack)
     before = len(os.listdir("/proc/self/fd"))
@@ -259,7 +282,9 @@ def test_a_number_is_kept_for_the_pidfd(spawning: Spawning, stack: ExitStack) ->
     spawning.goes_on(second, 2)
 
 
-def test_a_pidfd_for_which_no_number_is_left_is_one_askers_trouble(spawning: Spawning, stack: ExitStack) -> None:
+def test_a_pidfd_for_which_no_number_is_left_is_one_askers_trouble(
+    spawning: Spawning, stack: ExitStack
+) -> None:
     first, second = Asker(stack), Asker(stack)
     for asker in (first, second):
         spawning.add(asker)
@@ -305,7 +330,9 @@ def test_memory_that_is_short_while_the_spawner_is_heard(
     spawning.goes_on(second, 2)
 
 
-def test_where_it_is_not_known_what_the_spawner_said_the_service_ends(spawning: Spawning, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_it_is_not_known_what_the_spawner_said_the_service_ends(
+    spawning: Spawning, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_memory(*_: object) -> None:
         raise MemoryError
 
@@ -321,7 +348,9 @@ def test_where_it_is_not_known_what_the_spawner_said_the_service_ends(spawning: 
 
 
 @pytest.mark.parametrize("failure", [OSError(ENOBUFS, "send"), MemoryError()], ids=repr)
-def test_who_cannot_be_answered_finds_the_end(failure: Exception, stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_cannot_be_answered_finds_the_end(
+    failure: Exception, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise failure
 

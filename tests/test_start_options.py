@@ -51,23 +51,38 @@ def test_no_option(name: str) -> None:
     assert caught.value.errno == EINVAL
 
 
-@pytest.mark.parametrize("text", ["", "{", "{}", "[]", "5", DEEP, '{"become": 5}', '{"become": null, "consumers": [5]}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "{}", "[]", "5", DEEP, '{"become": 5}', '{"become": null, "consumers": [5]}']
+)
 def test_no_options(text: str) -> None:
     assert outcome(lambda: Options.load(text)) == Errno(EINVAL)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "5", DEEP, '{"engine": []}', '{"policy": true}', '{"platform": []}', '{"x": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", "5", DEEP, '{"engine": []}', '{"policy": true}', '{"platform": []}', '{"x": 1}'],
+)
 def test_no_creation(text: str) -> None:
     assert outcome(lambda: Creation.load(text)) == Errno(EINVAL)
 
 
-@pytest.mark.parametrize("text", ["{", json.dumps({**asdict(GOOD), "\ud800": 0})], ids=["no JSON", "words that are no UTF-8"])
+@pytest.mark.parametrize(
+    "text",
+    ["{", json.dumps({**asdict(GOOD), "\ud800": 0})],
+    ids=["no JSON", "words that are no UTF-8"],
+)
 def test_the_owner_is_told(text: str) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         started = "import sys; from restrictedmem.service.start import main; main(sys.argv[1:])"
         command = [sys.executable, "-c", started, str(theirs.fileno()), text]
-        done = subprocess.run(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, timeout=PATIENCE, check=False)
+        done = subprocess.run(
+            command,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            timeout=PATIENCE,
+            check=False,
+        )
         theirs.close()
         said = ours.recv(2000)
     assert done.returncode == 1

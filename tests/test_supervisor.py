@@ -1,6 +1,7 @@
 """What the supervisor makes of a listener whose lock it did not get, for it was stopped, frozen or traced meanwhile.
 
-The kernel then says POLLERR or EINTR. That takes contended calls and many tries, so here it is said in the kernel's place.
+The kernel then says POLLERR or EINTR. That takes contended calls and many tries, so here it is said
+in the kernel's place.
 """
 
 import ctypes
@@ -37,11 +38,20 @@ _LISTENER, _PORTER = 7, 8
         (_PORTER, select.POLLERR, False, 0),
     ],
 )
-def test_only_the_end_of_all_programs_and_of_the_porter_ends_it(fd: int, events: int, goes_on: bool, hears: int) -> None:
+def test_only_the_end_of_all_programs_and_of_the_porter_ends_it(
+    fd: int, events: int, goes_on: bool, hears: int
+) -> None:
     heard: list[int] = []
     listener, porter = _file(_LISTENER), _file(_PORTER)
     poll = SimpleNamespace(poll=partial(_events, (fd, events)))
-    one = SimpleNamespace(_calls={}, _killed=set[int](), _poll=poll, _listener=listener, _porter=porter, _hear=partial(heard.append, 1))
+    one = SimpleNamespace(
+        _calls={},
+        _killed=set[int](),
+        _poll=poll,
+        _listener=listener,
+        _porter=porter,
+        _hear=partial(heard.append, 1),
+    )
     assert Supervisor._turn(cast(Supervisor, one)) == goes_on
     assert len(heard) == hears
 
@@ -63,7 +73,9 @@ _REQUESTS: dict[str, Callable[[OwnedFd], None]] = {
 
 @pytest.mark.parametrize("name", _REQUESTS)
 @pytest.mark.parametrize("killably", [False, True])
-def test_what_was_not_done_is_done_again(name: str, killably: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_not_done_is_done_again(
+    name: str, killably: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answers = [EINTR, EINTR, ENOENT]
 
     def request(*_: object) -> int:
@@ -76,7 +88,9 @@ def test_what_was_not_done_is_done_again(name: str, killably: bool, monkeypatch:
     assert answers == []
 
 
-def test_a_call_that_no_scout_can_be_sent_out_for_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_no_scout_can_be_sent_out_for_is_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     answered: list[int] = []
     steps = (one for one in [("is_restricted", (1, 2, 3))])
     one = Supervisor.__new__(Supervisor)
@@ -96,8 +110,13 @@ def test_a_call_that_no_scout_can_be_sent_out_for_is_answered(monkeypatch: pytes
     assert (answered, one._calls) == ([5], {})
 
 
-@pytest.mark.parametrize(("failure", "errno"), [(EAGAIN, EAGAIN), (ENOMEM, EAGAIN), (EMFILE, EAGAIN), (EIO, EAGAIN), (ESRCH, EINVAL)])
-def test_a_cachestat_that_nobody_can_look_into_is_not_called_wrong(failure: int, errno: int) -> None:
+@pytest.mark.parametrize(
+    ("failure", "errno"),
+    [(EAGAIN, EAGAIN), (ENOMEM, EAGAIN), (EMFILE, EAGAIN), (EIO, EAGAIN), (ESRCH, EINVAL)],
+)
+def test_a_cachestat_that_nobody_can_look_into_is_not_called_wrong(
+    failure: int, errno: int
+) -> None:
     one = Supervisor.__new__(Supervisor)
     one._cachestat = True
     call = seccomp.seccomp_notif(data=seccomp.seccomp_data(arg0=5, arg1=8, arg2=16))
@@ -108,7 +127,11 @@ def test_a_cachestat_that_nobody_can_look_into_is_not_called_wrong(failure: int,
 
 @pytest.mark.requires("fuse")
 def test_a_scout_holds_no_programs_memory_once_it_has_written() -> None:
-    with Service.start() as service, OwnedFd(service.memfd_restricted()) as fd, process.proc() as proc:
+    with (
+        Service.start() as service,
+        OwnedFd(service.memfd_restricted()) as fd,
+        process.proc() as proc,
+    ):
         looks, room = _Looks(proc), ctypes.create_string_buffer(8)
         address, device = ctypes.addressof(room), os.fstat(fd.fileno()).st_dev
         before = descriptors(os.getpid())

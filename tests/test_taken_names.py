@@ -11,7 +11,14 @@ from field import works
 from outcomes import Errno, outcome
 from processes import family, wait_gone
 from restrictedmem import fd
-from restrictedmem.fd import OwnedFd, _inode, _peer_pidfd, is_same_peer, receive_with_fds, send_with_fds
+from restrictedmem.fd import (
+    OwnedFd,
+    _inode,
+    _peer_pidfd,
+    is_same_peer,
+    receive_with_fds,
+    send_with_fds,
+)
 from restrictedmem.kvm.vm import Vm
 from restrictedmem.service import wire
 from restrictedmem.service.client import Service

@@ -113,20 +113,34 @@ def test_a_line_is_for_terminals_and_fits_them() -> None:
 
 
 def test_durations() -> None:
-    assert [duration(seconds) for seconds in (0.9, 67, 3600 + 2 * 60 + 3)] == ["0:00", "1:07", "1:02:03"]
+    assert [duration(seconds) for seconds in (0.9, 67, 3600 + 2 * 60 + 3)] == [
+        "0:00",
+        "1:07",
+        "1:02:03",
+    ]
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "hint"),
     [
-        ("sha256", ["--memory=4M"], "hint: --memory=4M is an argument of the guest here; options go before GUEST\n"),
-        ("sha256", ["x", "--memory"], "hint: --memory is an argument of the guest here; options go before GUEST\n"),
+        (
+            "sha256",
+            ["--memory=4M"],
+            "hint: --memory=4M is an argument of the guest here; options go before GUEST\n",
+        ),
+        (
+            "sha256",
+            ["x", "--memory"],
+            "hint: --memory is an argument of the guest here; options go before GUEST\n",
+        ),
         ("sha256", ["--other"], ""),
         # One of somebody's own may have such an option.
         ("./mine", ["--memory"], ""),
     ],
 )
-def test_options_behind_the_guest(name: str, arguments: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_behind_the_guest(
+    name: str, arguments: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     guest.warn(name, arguments, {"--memory", "--quiet"})
     assert capsys.readouterr().err == hint
 
@@ -138,8 +152,14 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize(("stdout", "shown"), [(io.StringIO(), "guest runs  4 KiB"), (Terminal(), "")], ids=["a file", "a terminal"])
-def test_no_line_stands_between_the_guests_words(stdout: io.StringIO, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("stdout", "shown"),
+    [(io.StringIO(), "guest runs  4 KiB"), (Terminal(), "")],
+    ids=["a file", "a terminal"],
+)
+def test_no_line_stands_between_the_guests_words(
+    stdout: io.StringIO, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "stdout", stdout)
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setattr(table, "_input_size", lambda: None)
@@ -150,7 +170,10 @@ def test_no_line_stands_between_the_guests_words(stdout: io.StringIO, shown: str
 
 
 def test_the_table_of_a_proof_is_wrapped_on_terminals_alone() -> None:
-    rows = [("target", "outcome", "tried"), ("descriptor", "refused EINVAL", ", ".join(["read", "readv"] * 20))]
+    rows = [
+        ("target", "outcome", "tried"),
+        ("descriptor", "refused EINVAL", ", ".join(["read", "readv"] * 20)),
+    ]
     whole = list(prove._table(rows, None))
     assert len(whole) == len(rows)
     wrapped = list(prove._table(rows, 60))

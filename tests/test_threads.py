@@ -28,7 +28,9 @@ def test_it_runs_and_has_begun() -> None:
     assert ran.wait(PATIENCE), "waited 10 s for the thread"
 
 
-@pytest.mark.parametrize("failure", [RuntimeError("can't start new thread"), MemoryError()], ids=repr)
+@pytest.mark.parametrize(
+    "failure", [RuntimeError("can't start new thread"), MemoryError()], ids=repr
+)
 def test_no_thread_to_be_had(failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise failure
@@ -85,8 +87,12 @@ def test_one_that_comes_at_the_last_moment_is_there(monkeypatch: pytest.MonkeyPa
     assert ran.wait(PATIENCE), "waited 10 s for what the thread was to do"
 
 
-@pytest.mark.parametrize("failure", [MemoryError(), OSError(EAGAIN, "x"), ValueError("a bug"), SystemExit(0)], ids=repr)
-def test_what_it_fails_with_ends_the_process(failure: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "failure", [MemoryError(), OSError(EAGAIN, "x"), ValueError("a bug"), SystemExit(0)], ids=repr
+)
+def test_what_it_fails_with_ends_the_process(
+    failure: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise failure
 

@@ -47,4 +47,6 @@ def test_a_look_at_files_holds_none(file: RestrictedFile, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(filesystem, "files", lambda: {7: file})
     monkeypatch.setattr(MemfdBacking, "resident", close)
-    assert status.of_files(filesystem, None)["descriptors"] == [{"ino": 7, "size": PAGE, "resident": 0, "notifiers": 0}]
+    assert status.of_files(filesystem, None)["descriptors"] == [
+        {"ino": 7, "size": PAGE, "resident": 0, "notifiers": 0}
+    ]

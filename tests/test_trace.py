@@ -31,14 +31,26 @@ ROOT = Path(__file__).parent.parent
 EINVAL = 22
 MIB = 1 << 20
 COMMON = {"ts", "pid", "tid", "event", "lost"}
-KINDS: dict[str, type] = {"event": str, "private": bool, "side": str, "engine": str, "reason": str, "call": str, "fatal": str}
+KINDS: dict[str, type] = {
+    "event": str,
+    "private": bool,
+    "side": str,
+    "engine": str,
+    "reason": str,
+    "call": str,
+    "fatal": str,
+}
 
 Event = dict[str, Any]
 
 
 def documented() -> dict[str, set[str]]:
     """The table of docs/trace.md: event, and the fields it may have."""
-    rows = re.findall(r"^\| (\w+) \| (?:both|engine|owner) \| (.*) \|$", (ROOT / "docs" / "trace.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| (\w+) \| (?:both|engine|owner) \| (.*) \|$",
+        (ROOT / "docs" / "trace.md").read_text(),
+        re.MULTILINE,
+    )
     return {event: set(fields.split(", ")) for event, fields in rows}
 
 
@@ -87,8 +99,13 @@ def recorded(service: Service, engine: str, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="module")
 def excerpt(recorded: Path) -> Path:
     """A part of that run that has some of everything: the beginning, and both ends. What each process wrote last may come mixed."""
-    path, every = recorded.with_name("excerpt.jsonl"), recorded.read_text().splitlines(keepends=True)
-    path.write_text("".join([*every[:3000], *(line for line in every[3000:] if '"event":"end"' in line)]))
+    path, every = (
+        recorded.with_name("excerpt.jsonl"),
+        recorded.read_text().splitlines(keepends=True),
+    )
+    path.write_text(
+        "".join([*every[:3000], *(line for line in every[3000:] if '"event":"end"' in line)])
+    )
     return path
 
 
@@ -115,12 +132,25 @@ def read_all(reader: socket.socket) -> list[Event]:
 
 
 def test_exits_carry_what_they_are_and_nothing_of_the_guest() -> None:
-    assert of_exit(exits.Hypercall(2, (0x1111, 0x2222, 0x3333, 0x4444))) == {"reason": "Hypercall", "number": 2}
+    assert of_exit(exits.Hypercall(2, (0x1111, 0x2222, 0x3333, 0x4444))) == {
+        "reason": "Hypercall",
+        "number": 2,
+    }
     assert of_exit(exits.PortOut(0x42, 4, 0xDEAD)) == {"reason": "PortOut", "port": 0x42, "size": 4}
-    assert of_exit(exits.MmioWrite(0xD000_0000, 8, 0xDEAD)) == {"reason": "MmioWrite", "gpa": 0xD000_0000, "size": 8}
+    assert of_exit(exits.MmioWrite(0xD000_0000, 8, 0xDEAD)) == {
+        "reason": "MmioWrite",
+        "gpa": 0xD000_0000,
+        "size": 8,
+    }
     assert of_exit(exits.Debug(1, 0x4000_1234, 0)) == {"reason": "Debug"}
     fault = exits.MemoryFault(8, 0x4000_0000, 4096, 14)
-    assert of_exit(fault) == {"reason": "MemoryFault", "flags": 8, "gpa": 0x4000_0000, "size": 4096, "errno": 14}
+    assert of_exit(fault) == {
+        "reason": "MemoryFault",
+        "flags": 8,
+        "gpa": 0x4000_0000,
+        "size": 4096,
+        "errno": 14,
+    }
 
 
 def test_off_writes_nothing_and_says_so() -> None:
@@ -171,7 +201,10 @@ def test_a_further_trace_ends_the_one_before() -> None:
         trace.start(writer)
         trace.emit("enter", vcpu=number)
     trace.end()
-    assert [[event.get("vcpu") for event in drain(reader)] for reader in readers] == [[0], [1, None]]
+    assert [[event.get("vcpu") for event in drain(reader)] for reader in readers] == [
+        [0],
+        [1, None],
+    ]
 
 
 def test_a_further_trace_that_fails_ends_nothing() -> None:
@@ -187,7 +220,10 @@ def test_a_further_trace_that_fails_ends_nothing() -> None:
     assert outcome(fail) == Errno(ETOOMANYREFS)
     trace.emit("enter", vcpu=1)
     trace.end()
-    assert [[event.get("vcpu") for event in drain(each)] for each in (reader, other)] == [[1, None], [0]]
+    assert [[event.get("vcpu") for event in drain(each)] for each in (reader, other)] == [
+        [1, None],
+        [0],
+    ]
 
 
 @pytest.mark.requires("fuse", "root")
@@ -222,7 +258,9 @@ def test_a_run_keeps_to_the_schema(recorded: Path, engine: str) -> None:
     found = {event["event"] for event in events}
     elsewhere = {"vcpu", "report", "interrupt", "launch_finish"}
     assert found == documented().keys() - elsewhere - ({"fault"} if engine == "kernel" else set())
-    theirs, owner = (next(event for event in events if event.get("side") == side) for side in ("engine", "owner"))
+    theirs, owner = (
+        next(event for event in events if event.get("side") == side) for side in ("engine", "owner")
+    )
     assert (theirs["version"], theirs["engine"], theirs["policy"] & 1) == (VERSION, engine, 0)
     assert owner["version"] == VERSION
     assert owner["pid"] == os.getpid() != theirs["pid"]
@@ -238,10 +276,15 @@ def test_a_run_says_what_happened(recorded: Path, engine: str) -> None:
     assert [(event["slot"], event["npages"]) for event in of("slot")] == [(0, 2048), (1, 256)]
     assert len(of("enter")) == len(of("exit"))
     assert len(of("answer")) + len(of("conversion")) == len(of("exit")) - 1
-    # Each conversion changes attributes, and one to shared punches; beside those, slots began private.
+    # Each conversion changes attributes, and one to shared punches; beside those, slots began
+    # private.
     done = [event for event in of("conversion") if event["result"] == 0]
     assert len(done) == sum(event["errno"] == 0 for event in of("attributes") if "ns" in event)
-    assert len(of("invalidate_start")) == len(of("invalidate_end")) == sum(not event["private"] for event in done)
+    assert (
+        len(of("invalidate_start"))
+        == len(of("invalidate_end"))
+        == sum(not event["private"] for event in done)
+    )
     if engine == "software":
         assert {event["result"] for event in of("fault")} <= {"mapped", "retry"}
         assert {event["private"] for event in of("fault")} == {True, False}
@@ -262,10 +305,23 @@ def test_requests_show_with_their_errno(service: Service) -> None:
         vm.set_memory_attributes(0x4000_0000, 8192, private=False)
     events = drain(reader)
     check(events)
-    assert [event["event"] for event in events] == ["trace", "slot", "attributes", "vcpu", "launch_finish", "interrupt", "end"]
+    assert [event["event"] for event in events] == [
+        "trace",
+        "slot",
+        "attributes",
+        "vcpu",
+        "launch_finish",
+        "interrupt",
+        "end",
+    ]
     assert events[5]["vcpu"] == 0
     assert (events[1]["slot"], events[1]["errno"]) == (7, EINVAL)
-    assert (events[2]["gfn"], events[2]["npages"], events[2]["private"], events[2]["errno"]) == (0x40000, 2, True, 0)
+    assert (events[2]["gfn"], events[2]["npages"], events[2]["private"], events[2]["errno"]) == (
+        0x40000,
+        2,
+        True,
+        0,
+    )
 
 
 @pytest.mark.requires("fuse")
@@ -280,7 +336,9 @@ def test_a_report_and_the_exits_around_it(service: Service, engine: str) -> None
     fd = service.memfd_restricted()
     os.ftruncate(fd, 8192)
     with Vm(service, engine=engine) as vm:
-        vm.set_user_memory_region(slot=0, guest_phys_addr=0x4000_0000, memory_size=8192, restricted_fd=fd)
+        vm.set_user_memory_region(
+            slot=0, guest_phys_addr=0x4000_0000, memory_size=8192, restricted_fd=fd
+        )
         os.close(fd)
         vm.set_memory_attributes(0x4000_0000, 8192, private=True)
         vm.launch_update(0x4000_0000, code.ljust(4096, b"\0"))
@@ -302,25 +360,47 @@ def test_a_trace_that_begins_late_says_what_there_is(service: Service) -> None:
         vmm.vm.end_trace()
     events = drain(reader)
     check(events)
-    slots = [(event["slot"], event["gfn"], event["npages"]) for event in events if event["event"] == "slot"]
+    slots = [
+        (event["slot"], event["gfn"], event["npages"])
+        for event in events
+        if event["event"] == "slot"
+    ]
     assert slots == [(0, 0x40000, 1024), (1, 0x10000, 256)]
-    private = [(event["gfn"], event["npages"]) for event in events if event["event"] == "attributes"]
+    private = [
+        (event["gfn"], event["npages"]) for event in events if event["event"] == "attributes"
+    ]
     assert private == [(0x40000, 256), (0x40200, 512)]
 
 
 @pytest.mark.requires("fuse")
 @pytest.mark.parametrize("platform", ["", "snp"])
 def test_a_trace_that_cannot_be_written_fails_the_command(platform: str) -> None:
-    command = [sys.executable, "-m", "restrictedmem", "run", "--memory", "4M", "--trace", "/dev/full", "sha256"]
+    command = [
+        sys.executable,
+        "-m",
+        "restrictedmem",
+        "run",
+        "--memory",
+        "4M",
+        "--trace",
+        "/dev/full",
+        "sha256",
+    ]
     command[4:4] = ["--platform", platform] if platform else []
-    done = subprocess.run(command, input="", capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        command, input="", capture_output=True, text=True, check=False, timeout=60
+    )
     assert done.returncode == 1
     assert done.stdout.startswith("e3b0c442"), "the guest runs all the same"
-    assert [line for line in done.stderr.splitlines() if "/dev/full" in line] == ["error: /dev/full: write: No space left on device"]
+    assert [line for line in done.stderr.splitlines() if "/dev/full" in line] == [
+        "error: /dev/full: write: No space left on device"
+    ]
 
 
 @pytest.mark.requires("fuse")
-def test_a_child_that_has_the_socket_too_does_not_keep_a_trace_from_ending(service: Service, tmp_path: Path) -> None:
+def test_a_child_that_has_the_socket_too_does_not_keep_a_trace_from_ending(
+    service: Service, tmp_path: Path
+) -> None:
     held = os.pipe()
     with Vmm(8 * MIB, service, engine="software") as vmm, record(vmm, tmp_path / "run.jsonl"):
         child = os.fork()
@@ -376,8 +456,12 @@ BEGIN, END, INSTANT, COUNTER = 1, 2, 3, 4
 def test_perfetto_gets_tracks_slices_and_a_counter(excerpt: Path, engine: str) -> None:
     with excerpt.open() as file:
         events = perfetto.read(file).events
-    packets = [message(packet) for number, packet in fields(perfetto.convert(events)) if number == 1]
-    assert packets[0][13] == 1, "the sequence's first packet must say that there is no earlier state"
+    packets = [
+        message(packet) for number, packet in fields(perfetto.convert(events)) if number == 1
+    ]
+    assert packets[0][13] == 1, (
+        "the sequence's first packet must say that there is no earlier state"
+    )
     assert all(packet[10] == packets[0][10] for packet in packets)
     descriptors = [message(packet[60]) for packet in packets if 60 in packet]
     names = {descriptor[1]: descriptor for descriptor in descriptors}
@@ -407,7 +491,10 @@ def test_perfetto_gets_tracks_slices_and_a_counter(excerpt: Path, engine: str) -
             continue
         assert 4 in names[track]
         slices += kind == BEGIN
-        depth[track] = depth.get(track, 0) + {BEGIN: 1, END: -1, INSTANT: 0}[kind if isinstance(kind, int) else 0]
+        depth[track] = (
+            depth.get(track, 0)
+            + {BEGIN: 1, END: -1, INSTANT: 0}[kind if isinstance(kind, int) else 0]
+        )
         assert depth[track] >= 0
         assert (23 in event) == (kind != END)
     assert set(depth.values()) == {0}
@@ -427,9 +514,19 @@ def test_a_slice_ends_where_the_one_around_it_does() -> None:
         # The run was cut off: no exit.
         '{"ts": 40, "pid": 1',
     ]
-    packets = [message(packet) for _, packet in fields(perfetto.convert(perfetto.read(text).events))]
+    packets = [
+        message(packet) for _, packet in fields(perfetto.convert(perfetto.read(text).events))
+    ]
     told = [(packet[8], message(packet[11])[9]) for packet in packets if 11 in packet]
-    assert told == [(1, INSTANT), (10, BEGIN), (15, BEGIN), (20, END), (20, BEGIN), (30, END), (30, END)]
+    assert told == [
+        (1, INSTANT),
+        (10, BEGIN),
+        (15, BEGIN),
+        (20, END),
+        (20, BEGIN),
+        (30, END),
+        (30, END),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -448,7 +545,15 @@ def test_a_slice_ends_where_the_one_around_it_does() -> None:
 def test_what_is_no_trace_is_refused(content: str, words: str, tmp_path: Path) -> None:
     source = tmp_path / "in"
     source.write_text(content, encoding="latin-1")
-    command = [sys.executable, "-m", "restrictedmem", "trace", "to-perfetto", str(source), str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "restrictedmem",
+        "trace",
+        "to-perfetto",
+        str(source),
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert words in done.stderr
@@ -467,7 +572,15 @@ def test_half_a_character_is_converted() -> None:
 @pytest.mark.requires("fuse")
 def test_the_command_converts(excerpt: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "restrictedmem", "trace", "to-perfetto", str(excerpt), str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "restrictedmem",
+        "trace",
+        "to-perfetto",
+        str(excerpt),
+        str(out),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     with excerpt.open() as file:
         assert out.read_bytes() == perfetto.convert(perfetto.read(file).events)

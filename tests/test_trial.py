@@ -28,7 +28,9 @@ from restrictedmem.mm.notifier import Api
 needs_kvm = pytest.mark.requires("kvm")
 filtered = [
     pytest.mark.requires("fuse", "kvm", "seccomp"),
-    pytest.mark.skipif(platform.machine() != "x86_64", reason="the filter knows the numbers of x86-64"),
+    pytest.mark.skipif(
+        platform.machine() != "x86_64", reason="the filter knows the numbers of x86-64"
+    ),
 ]
 MAIN = [sys.executable, "-m", "restrictedmem"]
 DATA = bytes(100_000)
@@ -67,7 +69,9 @@ def test_a_guest_runs_to_its_end(debug: bool) -> None:
         ("invalidate_start", "on a freed page the guest found 0x7 instead of 0x0"),
     ],
 )
-def test_a_guest_that_finds_what_should_not_be_there_is_no_proof(broken: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_guest_that_finds_what_should_not_be_there_is_no_proof(
+    broken: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(KernelVm, broken, nothing)
     with pytest.raises(OSError, match=words) as caught:
         attempt()
@@ -75,8 +79,21 @@ def test_a_guest_that_finds_what_should_not_be_there_is_no_proof(broken: str, wo
 
 
 @needs_kvm
-@pytest.mark.parametrize("broken", ["__init__", "bind", "add_slot", "launch_update", "create_vcpu", "set_attributes", "statistics"])
-def test_what_the_kernel_refuses_is_the_reason(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "__init__",
+        "bind",
+        "add_slot",
+        "launch_update",
+        "create_vcpu",
+        "set_attributes",
+        "statistics",
+    ],
+)
+def test_what_the_kernel_refuses_is_the_reason(
+    broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(KernelVm, broken, raising(OSError(EPERM, "the kernel will not")))
     assert process.refuse_kernel(Creation("auto")) == "the kernel will not"
 
@@ -97,7 +114,11 @@ def test_only_who_asked_for_auto_waits_for_a_trial(monkeypatch: pytest.MonkeyPat
     for creation in (Creation("kernel"), Creation("software"), Creation("auto", 0, "snp")):
         assert process.refuse_kernel(creation) == ""
     assert tried == []
-    assert process.refuse_kernel(Creation("auto")) == process.refuse_kernel(Creation("auto", POLICY_DEBUG)) == ""
+    assert (
+        process.refuse_kernel(Creation("auto"))
+        == process.refuse_kernel(Creation("auto", POLICY_DEBUG))
+        == ""
+    )
     assert tried == [False, True]
 
 
@@ -122,18 +143,24 @@ def test_a_trial_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(trial, "run_guest", run_guest)
     monkeypatch.setattr(process, "_TRIAL_DEADLINE", 0.1)
     # In a process that has no child of another test's.
-    assert in_child(lambda: (process.refuse_kernel(Creation("auto")), os.waitpid(-1, 0)[1])) == repr(("no answer within 0.1 s", 9))
+    assert in_child(
+        lambda: (process.refuse_kernel(Creation("auto")), os.waitpid(-1, 0)[1])
+    ) == repr(("no answer within 0.1 s", 9))
 
 
 def test_who_is_refused_the_kernel_engine_gets_the_software_engine_and_the_reason() -> None:
     binder = cast("process.Binding", object())
-    engine = process.make_engine(Creation("auto"), binder, Vcpus(), Attributes(Api.V10), Trace(), "it failed")
+    engine = process.make_engine(
+        Creation("auto"), binder, Vcpus(), Attributes(Api.V10), Trace(), "it failed"
+    )
     assert (engine.name, engine.statistics()["not_kernel"]) == ("software", "it failed")
 
 
 def test_who_asked_for_the_software_engine_is_told_nothing_of_the_other() -> None:
     binder = cast("process.Binding", object())
-    engine = process.make_engine(Creation("software"), binder, Vcpus(), Attributes(Api.V10), Trace())
+    engine = process.make_engine(
+        Creation("software"), binder, Vcpus(), Attributes(Api.V10), Trace()
+    )
     assert "not_kernel" not in engine.statistics()
 
 
@@ -141,7 +168,9 @@ def test_who_asked_for_the_software_engine_is_told_nothing_of_the_other() -> Non
 
 
 def run(before: list[str], *arguments: str, status: int = 0) -> subprocess.CompletedProcess[bytes]:
-    done = subprocess.run([*before, *MAIN, *arguments], input=DATA, capture_output=True, timeout=100, check=False)
+    done = subprocess.run(
+        [*before, *MAIN, *arguments], input=DATA, capture_output=True, timeout=100, check=False
+    )
     assert done.returncode == status, done.stderr.decode()
     return done
 
@@ -159,7 +188,10 @@ class TestNoGuestRunsOnKvm:
         assert (done.stdout, found["engine"]) == (DIGEST, "software")
         assert os.strerror(EFAULT) in found["not_kernel"] or "KVM_RUN" in found["not_kernel"]
         table = run(BROKEN_KVM, "run", "--memory", "4M", "sha256").stderr.decode()
-        assert f"kernel engine      not taken, a trial guest did not run: {found['not_kernel']}\n" in table
+        assert (
+            f"kernel engine      not taken, a trial guest did not run: {found['not_kernel']}\n"
+            in table
+        )
 
     def test_by_name_it_is_tried_and_its_error_told(self) -> None:
         done = run(BROKEN_KVM, "run", "--memory", "4M", "--engine", "kernel", "sha256", status=1)
@@ -168,10 +200,18 @@ class TestNoGuestRunsOnKvm:
 
     def test_doctor_tells_the_truth(self) -> None:
         found = json.loads(run(BROKEN_KVM, "doctor", "--json").stdout)["conclusion"]
-        assert (found["usable"], found["software_engine"]["state"], found["kernel_engine"]["state"]) == (True, "yes", "no")
+        assert (
+            found["usable"],
+            found["software_engine"]["state"],
+            found["kernel_engine"]["state"],
+        ) == (True, "yes", "no")
         assert found["kernel_engine"]["detail"].startswith("no guest ran: KVM_CREATE_VM: ")
 
     def test_a_kvm_that_hangs_does_not_hang_run(self) -> None:
         done = run(STUCK_KVM, "run", "--memory", "4M", *JSON, "sha256")
         found = json.loads(done.stderr)
-        assert (done.stdout, found["engine"], found["not_kernel"]) == (DIGEST, "software", "no answer within 5 s")
+        assert (done.stdout, found["engine"], found["not_kernel"]) == (
+            DIGEST,
+            "software",
+            "no answer within 5 s",
+        )

@@ -23,7 +23,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         (tmp_path / name).mkdir()
     monkeypatch.setattr(turns, "_PATIENCE", 0)
     with ExitStack() as stack:
-        yield lambda: stack.enter_context(closing(Turns(str(tmp_path / "gate"), str(tmp_path / "machine"))))
+        yield lambda: stack.enter_context(
+            closing(Turns(str(tmp_path / "gate"), str(tmp_path / "machine")))
+        )
 
 
 def has_to_wait(turn: Turns, *, alone: bool) -> bool:
@@ -59,7 +61,9 @@ def test_one_stays_alone_for_all_of_its_tests(place: Callable[[], Turns]) -> Non
     other.begin(alone=False)
 
 
-def test_nobody_begins_while_one_waits_to_be_alone(place: Callable[[], Turns], tmp_path: Path) -> None:
+def test_nobody_begins_while_one_waits_to_be_alone(
+    place: Callable[[], Turns], tmp_path: Path
+) -> None:
     one = place()
     gate = os.open(tmp_path / "gate", os.O_RDONLY)
     fcntl.flock(gate, fcntl.LOCK_EX)
@@ -82,7 +86,9 @@ def test_children_of_a_test_keep_no_turn(place: Callable[[], Turns]) -> None:
         os.waitpid(child, 0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGCHLD], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGCHLD], ids=lambda s: s.name
+)
 def test_what_a_test_starts_ignores_no_signal(number: signal.Signals) -> None:
     """Whoever started the tests may: nohup does, and a shell for what it runs in the background."""
 
@@ -91,8 +97,11 @@ def test_what_a_test_starts_ignores_no_signal(number: signal.Signals) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         hear_all_signals()
         os.kill(os.getpid(), number)
-        # A bit for each signal that is ignored: SIGPIPE and SIGXFSZ are Python's, and undone by subprocess.
+        # A bit for each signal that is ignored: SIGPIPE and SIGXFSZ are Python's, and undone by
+        # subprocess.
         line = "sed -n 's/^SigIgn:.//p' /proc/self/status"
-        return int(subprocess.run(line, shell=True, capture_output=True, text=True, check=True).stdout, 16)
+        return int(
+            subprocess.run(line, shell=True, capture_output=True, text=True, check=True).stdout, 16
+        )
 
     assert in_child(body) == "0"

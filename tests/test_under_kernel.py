@@ -63,6 +63,11 @@ def test_the_archive_holds_the_files(script: ModuleType) -> None:
 
 
 def test_what_is_missing_is_said() -> None:
-    done = subprocess.run([sys.executable, SCRIPT, "/no/kernel", "--", "true"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "/no/kernel", "--", "true"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2
     assert "/no/kernel: there is no such file" in done.stderr or "is not installed" in done.stderr

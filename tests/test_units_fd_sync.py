@@ -20,7 +20,15 @@ from processes import high
 from restrictedmem import sync
 from restrictedmem.abi import process
 from restrictedmem.fd import OwnedFd, close_all, readable, receive_with_fds, send_with_fds
-from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PAGE_SIZE, PageRange, format_size, parse_size, pgoff_t
+from restrictedmem.units import (
+    MAX_FILE_BYTES,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PageRange,
+    format_size,
+    parse_size,
+    pgoff_t,
+)
 from users import forbid
 from waiting import wait_until, waits
 
@@ -77,7 +85,9 @@ def test_sizes_that_are_read(text: str, size: int) -> None:
 
 def test_the_largest_size_is_that_of_the_largest_file() -> None:
     assert parse_size(str(MAX_FILE_BYTES)) == MAX_FILE_BYTES
-    with pytest.raises(ValueError, match=rf"^{MAX_FILE_BYTES + 1}: larger than any file \({MAX_FILE_BYTES}\)$"):
+    with pytest.raises(
+        ValueError, match=rf"^{MAX_FILE_BYTES + 1}: larger than any file \({MAX_FILE_BYTES}\)$"
+    ):
         parse_size(str(MAX_FILE_BYTES + 1))
 
 
@@ -164,7 +174,9 @@ def test_a_forgotten_descriptor_is_closed_with_a_warning() -> None:
 
 def opened() -> set[int]:
     """Return what is open, without what lists it."""
-    return {fd for fd in map(int, os.listdir("/proc/self/fd")) if os.path.lexists(f"/proc/self/fd/{fd}")}
+    return {
+        fd for fd in map(int, os.listdir("/proc/self/fd")) if os.path.lexists(f"/proc/self/fd/{fd}")
+    }
 
 
 @pytest.mark.parametrize("refusal", [None, ENOSYS, EPERM])
@@ -173,7 +185,9 @@ def test_all_others_are_closed_whatever_their_numbers_and_the_limit(refusal: int
         before = opened()
         for number in (600, 601, 700, 900):
             os.dup2(0, number)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+        )
         if refusal is not None:
             forbid(refusal, [process.SYS_close_range])
         process.close_others([700, *before])
@@ -198,7 +212,9 @@ def open_fds() -> set[str]:
     return set(os.listdir("/proc/self/fd"))
 
 
-def test_descriptors_arrive_owned_and_close_on_exec(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_descriptors_arrive_owned_and_close_on_exec(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
     ours, theirs = pair
     with OwnedFd(os.open(os.devnull, os.O_RDONLY)) as sent:
         send_with_fds(ours, b"two", [sent.fileno(), sent.fileno()])
@@ -217,7 +233,9 @@ def test_descriptors_arrive_owned_and_close_on_exec(pair: tuple[socket.socket, s
 
 
 @pytest.mark.parametrize(("size", "count"), [(3, 1), (100, 5), (3, 5)])
-def test_what_was_cut_off_is_an_error_and_leaks_nothing(pair: tuple[socket.socket, socket.socket], size: int, count: int) -> None:
+def test_what_was_cut_off_is_an_error_and_leaks_nothing(
+    pair: tuple[socket.socket, socket.socket], size: int, count: int
+) -> None:
     ours, theirs = pair
     with OwnedFd(os.open(os.devnull, os.O_RDONLY)) as sent:
         before = open_fds()
@@ -300,7 +318,11 @@ def test_a_writer_waits_for_every_reader() -> None:
 def test_a_writer_excludes_readers_and_writers() -> None:
     sem = sync.RwSem()
     sem.down_write()
-    others = [Worker(sem.down_read, sem.up_read), Worker(sem.down_read, sem.up_read), Worker(sem.down_write, sem.up_write)]
+    others = [
+        Worker(sem.down_read, sem.up_read),
+        Worker(sem.down_read, sem.up_read),
+        Worker(sem.down_write, sem.up_write),
+    ]
     for other in others:
         blocked(other)
     sem.up_write()

@@ -34,13 +34,20 @@ def test_where_all_are_mapped_every_uid_is_somebodys() -> None:
     assert as_user(lambda: (is_own(ORDINARY), is_own(0)), ORDINARY) == (True, False)
 
 
-@pytest.mark.parametrize(("inside", "known"), [(None, False), (NOBODY, False), (OTHER, True), (0, True)])
+@pytest.mark.parametrize(
+    ("inside", "known"), [(None, False), (NOBODY, False), (OTHER, True), (0, True)]
+)
 def test_where_few_are_mapped_the_overflow_uid_is_nobodys(inside: int | None, known: bool) -> None:
     def body() -> tuple[object, ...]:
         enter_user_namespace(inside)
         return os.geteuid(), is_own(os.geteuid()), is_known(NOBODY), _whose(NOBODY)
 
-    assert as_user(body, OTHER) == (NOBODY if inside is None else inside, known, False, "an unknown uid")
+    assert as_user(body, OTHER) == (
+        NOBODY if inside is None else inside,
+        known,
+        False,
+        "an unknown uid",
+    )
 
 
 def test_a_namespace_may_map_all() -> None:
@@ -74,7 +81,9 @@ def test_without_proc_only_the_overflow_uid_is_unknown(monkeypatch: pytest.Monke
 
 # Whom it lets in: here the user itself, who looks like a stranger.
 
-_BY_UID = pytest.mark.parametrize(("inside", "let_in"), [(OTHER, True), (NOBODY, False), (None, False)])
+_BY_UID = pytest.mark.parametrize(
+    ("inside", "let_in"), [(OTHER, True), (NOBODY, False), (None, False)]
+)
 
 
 @_BY_UID
@@ -87,7 +96,10 @@ def test_execs_door(inside: int | None, let_in: bool) -> None:
 
     def body() -> bool:
         enter_user_namespace(inside)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        with (
+            socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door,
+            socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock,
+        ):
             door.bind("\0restrictedmem-test/" + os.urandom(8).hex())
             door.listen()
             sock.connect(door.getsockname())
@@ -139,9 +151,19 @@ def test_what_stands_where_strangers_may_put_it(place: Path, inside: int | None)
     def body() -> list[object]:
         enter_user_namespace(inside)
         # So that to open one waits for nobody.
-        with OwnedFd(os.open(place / "closed" / "fifo", os.O_RDWR)), OwnedFd(os.open(place / "open" / "fifo", os.O_RDWR)):
+        with (
+            OwnedFd(os.open(place / "closed" / "fifo", os.O_RDWR)),
+            OwnedFd(os.open(place / "open" / "fifo", os.O_RDWR)),
+        ):
             return [
-                create(*names) for names in (("closed", "link"), ("closed", "fifo"), ("/dev/null",), ("open", "link"), ("open", "fifo"))
+                create(*names)
+                for names in (
+                    ("closed", "link"),
+                    ("closed", "fifo"),
+                    ("/dev/null",),
+                    ("open", "link"),
+                    ("open", "fifo"),
+                )
             ]
 
     assert as_user(body, OTHER) == [None, None, None, Errno(ELOOP), Errno(EACCES)]
@@ -151,7 +173,10 @@ def test_a_strangers_directory_vouches_for_nothing() -> None:
     def body() -> list[bool]:
         enter_user_namespace(NOBODY)
         found = os.stat_result((0o100644, *[0] * 3, NOBODY, *[0] * 5))
-        return [paths._is_trusted(found, os.stat_result((0o40755, *[0] * 3, uid, *[0] * 5))) for uid in (NOBODY, 0, THIRD)]
+        return [
+            paths._is_trusted(found, os.stat_result((0o40755, *[0] * 3, uid, *[0] * 5)))
+            for uid in (NOBODY, 0, THIRD)
+        ]
 
     assert as_user(body, OTHER) == [True, True, False]
 

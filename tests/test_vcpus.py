@@ -16,7 +16,17 @@ from restrictedmem.kvm.exits import Exit, Hypercall, Interrupted, PortOut, Shutd
 from restrictedmem.kvm.software.turns import SLICE, Turns
 from restrictedmem.kvm.vcpu import Vcpu, Vcpus
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, gfn_t, pgoff_t
-from software_machine import CODE, DATA, HALTED, PRIVATE, STACK, Machine, machine_code, make_machine, running
+from software_machine import (
+    CODE,
+    DATA,
+    HALTED,
+    PRIVATE,
+    STACK,
+    Machine,
+    machine_code,
+    make_machine,
+    running,
+)
 from waiting import wait_until, waits
 
 COUNT: Final = 500_000
@@ -28,7 +38,9 @@ def repeat(*instructions: str, count: int = COUNT) -> bytes:
     """Put ``mov ecx, count`` before some instructions, and behind them ``dec ecx``, a jump back, and hlt."""
     length = sum(len(instruction) // 2 for instruction in instructions) + 2
     back = (-length - 6).to_bytes(4, "little", signed=True).hex()
-    return machine_code("b9", count.to_bytes(4, "little").hex(), *instructions, "ffc9", "0f85", back, "f4")
+    return machine_code(
+        "b9", count.to_bytes(4, "little").hex(), *instructions, "ffc9", "0f85", back, "f4"
+    )
 
 
 def start_all(machine: Machine, code: bytes) -> None:
@@ -207,7 +219,9 @@ def test_a_kick_ends_a_wait_for_the_turn_and_the_line_closes_up() -> None:
     stopped = threading.Event()
     first, second, third = (turns.join(stopped.set) for _ in range(3))
     turns.take(first)
-    threads = [threading.Thread(target=turns.take, args=[turn], daemon=True) for turn in (second, third)]
+    threads = [
+        threading.Thread(target=turns.take, args=[turn], daemon=True) for turn in (second, third)
+    ]
     for thread in threads:
         thread.start()
         wait_until(partial(waits, thread), "the vCPU to wait")

@@ -106,7 +106,9 @@ def test_what_was_not_checked_is_said(verify: Verify) -> None:
         ({}, ("--vcpus", "2", "--guest", "seal"), "measurement"),
     ],
 )
-def test_what_is_not_as_expected(verify: Verify, changes: dict[str, Any], arguments: tuple[str, ...], bad: str) -> None:
+def test_what_is_not_as_expected(
+    verify: Verify, changes: dict[str, Any], arguments: tuple[str, ...], bad: str
+) -> None:
     status, out, _ = verify(report(**changes), *arguments)
     assert status == 1
     assert out.splitlines()[-1] == f"not verified: {bad}"
@@ -128,7 +130,14 @@ def test_a_report_of_another_key_in_its_place(verify: Verify) -> None:
     other = Ed25519PrivateKey.generate()
     body = Report.unpack(report())
     forged = Report(
-        body.policy, body.measurement, body.data, body.vm, body.engine, body.api, body.software, other.public_key().public_bytes_raw()
+        body.policy,
+        body.measurement,
+        body.data,
+        body.vm,
+        body.engine,
+        body.api,
+        body.software,
+        other.public_key().public_bytes_raw(),
     ).pack()
     status, out, _ = verify(forged + other.sign(forged), *ALL)
     assert status == 1
@@ -145,7 +154,13 @@ def test_as_json(verify: Verify) -> None:
     assert status == 0
     found = json.loads(out)
     assert found["verified"] is True
-    assert states(out) == {"signature": "good", "key": "good", "measurement": "not checked", "policy": "good", "data": "good"}
+    assert states(out) == {
+        "signature": "good",
+        "key": "good",
+        "measurement": "not checked",
+        "policy": "good",
+        "data": "good",
+    }
     assert found["report"] == {
         "policy": 2,
         "measurement": measured().hex(),
@@ -203,13 +218,17 @@ def test_what_is_no_report(verify: Verify, data: bytes, words: str) -> None:
 
 
 @pytest.mark.parametrize("arguments", [("verify",), ("measure",)])
-def test_what_never_ends_is_not_read_to_its_end(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_never_ends_is_not_read_to_its_end(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
     for path in "/dev/zero", "/dev/urandom":
         assert main([*arguments, path]) == 1
         assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_a_guest_of_a_terabyte_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_guest_of_a_terabyte_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(guest, "_LARGEST", MIB)
     path = tmp_path / "guest"
     path.write_bytes(b"\x7fELF")
@@ -262,7 +281,10 @@ def test_measure(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, expected in (
         (["seal"], measured()),
         (["seal", "an", "--argument"], measured("an", "--argument")),
-        (["--memory", "2M", "--vcpus", "3", "--debug", "seal"], measured(memory=2 * MIB, vcpus=3, policy=3)),
+        (
+            ["--memory", "2M", "--vcpus", "3", "--debug", "seal"],
+            measured(memory=2 * MIB, vcpus=3, policy=3),
+        ),
         ([str(guests.path("seal"))], measured()),
     ):
         assert main(["measure", *arguments]) == 0
@@ -275,7 +297,11 @@ def test_from_a_guest_to_a_verdict() -> None:
     nonce = os.urandom(16).hex()
     command = [sys.executable, "-m", "restrictedmem"]
     ran = subprocess.run(
-        [*command, "run", "--quiet", "seal"], input=f"report {nonce}\n".encode(), capture_output=True, timeout=60, check=True
+        [*command, "run", "--quiet", "seal"],
+        input=f"report {nonce}\n".encode(),
+        capture_output=True,
+        timeout=60,
+        check=True,
     )
     for data, status in ((nonce.encode().hex(), 0), ("00", 1)):
         asked = [*command, "verify", "-", "--data", data, "--guest", "seal"]

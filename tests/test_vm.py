@@ -86,7 +86,9 @@ def test_a_guest_runs_in_private_memory(service: Service, vm: Vm, fd: int) -> No
     assert errno_of(os.pread, fd, 1, 0) == 29
 
 
-def test_content_and_registers_are_the_owners_before_the_first_run_only(service: Service, vm: Vm, fd: int) -> None:
+def test_content_and_registers_are_the_owners_before_the_first_run_only(
+    service: Service, vm: Vm, fd: int
+) -> None:
     private_slot(vm, service, fd)
     with start(vm, OUT_LOOP) as vcpu:
         vm.launch_update(GPA + PAGE, bytes(PAGE))
@@ -120,16 +122,40 @@ def test_launch_update_is_for_private_memory(service: Service, vm: Vm, fd: int) 
     ],
 )
 def test_errnos_of_a_slot(vm: Vm, fd: int, wrong: dict[str, int], errno: int) -> None:
-    right: dict[str, Any] = {"slot": 0, "guest_phys_addr": GPA, "memory_size": MIB, "restricted_fd": fd, "restricted_offset": 0}
+    right: dict[str, Any] = {
+        "slot": 0,
+        "guest_phys_addr": GPA,
+        "memory_size": MIB,
+        "restricted_fd": fd,
+        "restricted_offset": 0,
+    }
     assert errno_of(vm.set_user_memory_region, **{**right, **wrong}) == errno
     vm.set_user_memory_region(**right)
 
 
 def test_a_private_slot_needs_a_restricted_descriptor(vm: Vm) -> None:
     with memory.memfd_create("plain") as plain:
-        assert errno_of(vm.set_user_memory_region, slot=0, guest_phys_addr=GPA, memory_size=MIB, restricted_fd=plain.fileno()) == EINVAL
+        assert (
+            errno_of(
+                vm.set_user_memory_region,
+                slot=0,
+                guest_phys_addr=GPA,
+                memory_size=MIB,
+                restricted_fd=plain.fileno(),
+            )
+            == EINVAL
+        )
         closed = plain.fileno()
-    assert errno_of(vm.set_user_memory_region, slot=0, guest_phys_addr=GPA, memory_size=MIB, restricted_fd=closed) == EINVAL
+    assert (
+        errno_of(
+            vm.set_user_memory_region,
+            slot=0,
+            guest_phys_addr=GPA,
+            memory_size=MIB,
+            restricted_fd=closed,
+        )
+        == EINVAL
+    )
 
 
 def test_slots_do_not_overlap_and_are_not_modified(service: Service, vm: Vm, fd: int) -> None:
@@ -177,10 +203,17 @@ def test_the_default_attribute_is_the_postings(service: Service, vm: Vm, fd: int
     with memory.memfd_create("window") as window:
         os.ftruncate(window.fileno(), MIB)
         os.pwrite(window.fileno(), OUT_LOOP, 0)
-        vm.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=MIB, restricted_fd=fd, shared_fd=window.fileno())
+        vm.set_user_memory_region(
+            slot=0,
+            guest_phys_addr=GPA,
+            memory_size=MIB,
+            restricted_fd=fd,
+            shared_fd=window.fileno(),
+        )
     with vm.create_vcpu() as vcpu:
         vcpu.set_regs(rip=GPA)
-        # v10 starts with the shared half, where the code is; v9 with the private one, of zeroes: add %al, (%rax), a store to gpa 0.
+        # v10 starts with the shared half, where the code is; v9 with the private one, of zeroes:
+        # add %al, (%rax), a store to gpa 0.
         if service.info["api"] == "v10":
             assert vcpu.run() == exits.PortOut(0x42, 1, 0)
         else:
@@ -209,7 +242,9 @@ def test_the_shared_window_is_seen_by_both(service: Service, vm: Vm, fd: int) ->
     with memory.memfd_create("window") as window:
         os.ftruncate(window.fileno(), PAGE)
         view = mmap.mmap(window.fileno(), PAGE)
-        vm.set_user_memory_region(slot=1, guest_phys_addr=0x1000_0000, memory_size=PAGE, shared_fd=window.fileno())
+        vm.set_user_memory_region(
+            slot=1, guest_phys_addr=0x1000_0000, memory_size=PAGE, shared_fd=window.fileno()
+        )
         # The window cannot be shrunk under the engine any more.
         assert errno_of(os.ftruncate, window.fileno(), 0) == EPERM
     view[0] = 0x5A
@@ -226,14 +261,30 @@ def test_the_shared_window_is_seen_by_both(service: Service, vm: Vm, fd: int) ->
 def test_a_shared_window_that_ends_early_is_einval(vm: Vm) -> None:
     with memory.memfd_create("window") as window:
         os.ftruncate(window.fileno(), PAGE)
-        assert errno_of(vm.set_user_memory_region, slot=1, guest_phys_addr=GPA, memory_size=2 * PAGE, shared_fd=window.fileno()) == EINVAL
+        assert (
+            errno_of(
+                vm.set_user_memory_region,
+                slot=1,
+                guest_phys_addr=GPA,
+                memory_size=2 * PAGE,
+                shared_fd=window.fileno(),
+            )
+            == EINVAL
+        )
     read, write = os.pipe()
-    assert errno_of(vm.set_user_memory_region, slot=1, guest_phys_addr=GPA, memory_size=PAGE, shared_fd=read) == EINVAL
+    assert (
+        errno_of(
+            vm.set_user_memory_region, slot=1, guest_phys_addr=GPA, memory_size=PAGE, shared_fd=read
+        )
+        == EINVAL
+    )
     os.close(read)
     os.close(write)
 
 
-def test_a_punch_takes_code_away_and_the_next_fault_brings_zeroes(service: Service, vm: Vm, fd: int) -> None:
+def test_a_punch_takes_code_away_and_the_next_fault_brings_zeroes(
+    service: Service, vm: Vm, fd: int
+) -> None:
     private_slot(vm, service, fd)
     with start(vm, OUT_LOOP) as vcpu:
         assert vcpu.run() == exits.PortOut(0x42, 1, 0)
@@ -266,7 +317,12 @@ def test_a_malformed_request_is_answered_and_harms_no_vm(service: Service, vm: V
         for channel in (vm._channel, vcpu._channel):
             assert errno_of(channel.call, Call("NONSENSE", 0xDEAD)) == EPROTO
             assert errno_of(channel.call, Call("NONSENSE", 0xDEAD), bytes(1000)) == EPROTO
-        for call in (wire.SET_USER_MEMORY_REGION, wire.SET_MEMORY_ATTRIBUTES, wire.ENCRYPT_REG_REGION, wire.LAUNCH_UPDATE):
+        for call in (
+            wire.SET_USER_MEMORY_REGION,
+            wire.SET_MEMORY_ATTRIBUTES,
+            wire.ENCRYPT_REG_REGION,
+            wire.LAUNCH_UPDATE,
+        ):
             assert errno_of(vm._channel.call, call, b"short") == EPROTO
         for call in (wire.SET_REGS, wire.RUN):
             assert errno_of(vcpu._channel.call, call, b"short") == EPROTO

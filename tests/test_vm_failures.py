@@ -70,7 +70,11 @@ class Held:
 
 def held(service: Service, vm: Vm) -> Held:
     pid = int(vm.statistics()["pid"])
-    mapped = [line.split()[-1] for line in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines() if "memfd:" in line]
+    mapped = [
+        line.split()[-1]
+        for line in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines()
+        if "memfd:" in line
+    ]
     return Held(
         sorted(link.split(":")[0] for link in descriptors(pid)),
         len(os.listdir(f"/proc/{pid}/task")),
@@ -87,8 +91,12 @@ def leave_room(pid: int, size: int) -> None:
 
 
 @pytest.mark.requires("root")
-@pytest.mark.parametrize(("room", "errno"), [(MIB, EAGAIN), (64 * MIB, ENOMEM)], ids=["no thread", "no emulator"])
-def test_a_vcpu_without_memory_is_an_errno_and_the_vm_goes_on(service: Service, fd: int, room: int, errno: int) -> None:
+@pytest.mark.parametrize(
+    ("room", "errno"), [(MIB, EAGAIN), (64 * MIB, ENOMEM)], ids=["no thread", "no emulator"]
+)
+def test_a_vcpu_without_memory_is_an_errno_and_the_vm_goes_on(
+    service: Service, fd: int, room: int, errno: int
+) -> None:
     with Vm(service, engine="software") as vm:
         vm.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=PAGE, restricted_fd=fd)
         vm.set_memory_attributes(GPA, PAGE, private=True)
@@ -124,7 +132,9 @@ def wait_held(service: Service, vm: Vm, expected: Held) -> None:
     [("_on_interrupt", "cc"), ("_on_system_call", "0f05"), ("_on_in", "e442"), ("_on_out", "e642")],
     ids=["int3", "syscall", "in", "out"],
 )
-def test_a_guest_does_not_pass_what_a_hook_had_no_memory_for(monkeypatch: pytest.MonkeyPatch, hook: str, instruction: str) -> None:
+def test_a_guest_does_not_pass_what_a_hook_had_no_memory_for(
+    monkeypatch: pytest.MonkeyPatch, hook: str, instruction: str
+) -> None:
     def fail(*_: object) -> int:
         raise MemoryError
 
@@ -190,7 +200,8 @@ def sealed(size: int, seal: int = fcntl.F_SEAL_SEAL) -> int:
     return memfd
 
 
-#: By name: a call of the VM that fails, with a restricted descriptor and a memfd of one page, and its errno.
+#: By name: a call of the VM that fails, with a restricted descriptor and a memfd of one page, and
+#: its errno.
 FAILURES: dict[str, tuple[Call, int]] = {
     "restricted_offset": (lambda vm, fd, _: region(vm, fd, restricted_offset=1), EINVAL),
     "slot number": (lambda vm, fd, _: region(vm, fd, slot=1 << 20), EINVAL),
@@ -198,12 +209,21 @@ FAILURES: dict[str, tuple[Call, int]] = {
     "no restricted file": (lambda vm, _, memfd: region(vm, memfd), EINVAL),
     "memfd too small": (lambda vm, fd, memfd: region(vm, fd, memfd, memory_size=2 * PAGE), EINVAL),
     "memfd sealed": (lambda vm, fd, _: region(vm, fd, sealed(PAGE)), EINVAL),
-    "memfd sealed against writing": (lambda vm, fd, _: region(vm, fd, sealed(PAGE, fcntl.F_SEAL_WRITE)), EINVAL),
-    "memfd sealed against later writing": (lambda vm, fd, _: region(vm, fd, sealed(PAGE, F_SEAL_FUTURE_WRITE)), EINVAL),
+    "memfd sealed against writing": (
+        lambda vm, fd, _: region(vm, fd, sealed(PAGE, fcntl.F_SEAL_WRITE)),
+        EINVAL,
+    ),
+    "memfd sealed against later writing": (
+        lambda vm, fd, _: region(vm, fd, sealed(PAGE, F_SEAL_FUTURE_WRITE)),
+        EINVAL,
+    ),
     "another kind of file": (lambda vm, fd, _: region(vm, fd, 0), EINVAL),
     "deletion of nothing": (lambda vm, fd, _: region(vm, None, memory_size=0), EINVAL),
     "more than there is": (lambda vm, fd, _: region(vm, fd, memory_size=(1 << 31) * PAGE), EINVAL),
-    "attributes": (lambda vm, _fd, _memfd: vm.set_memory_attributes(GPA + 1, PAGE, private=True), EINVAL),
+    "attributes": (
+        lambda vm, _fd, _memfd: vm.set_memory_attributes(GPA + 1, PAGE, private=True),
+        EINVAL,
+    ),
     "launch_update": (lambda vm, _fd, _memfd: vm.launch_update(GPA, bytes(PAGE)), EFAULT),
     "injection": (lambda vm, _fd, _memfd: vm.inject_failure(GPA), EFAULT),
     "trace": (lambda vm, _fd, _memfd: vm._channel.call(wire.TRACE, b"1"), EPROTO),
@@ -212,7 +232,9 @@ FAILURES: dict[str, tuple[Call, int]] = {
 
 @pytest.mark.requires("root")
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_call_that_fails_leaves_nothing_behind(service: Service, vm: Vm, fd: int, name: str) -> None:
+def test_a_call_that_fails_leaves_nothing_behind(
+    service: Service, vm: Vm, fd: int, name: str
+) -> None:
     call, errno = FAILURES[name]
     with memory.memfd_create("half", os.MFD_ALLOW_SEALING) as memfd:
         os.ftruncate(memfd.fileno(), PAGE)
@@ -233,7 +255,9 @@ def test_a_call_that_fails_leaves_nothing_behind(service: Service, vm: Vm, fd: i
 
 
 @pytest.mark.requires("root")
-def test_an_engine_without_descriptors_left_is_an_errno_and_hears_of_punches(service: Service, vm: Vm, fd: int) -> None:
+def test_an_engine_without_descriptors_left_is_an_errno_and_hears_of_punches(
+    service: Service, vm: Vm, fd: int
+) -> None:
     pid = int(vm.statistics()["pid"])
     before = held(service, vm)
     _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)

@@ -46,8 +46,8 @@ BASE: Final = 0x2000_0000
 PAGES: Final = 12
 SLOT: Final = 4
 NUMBERS: Final = (1, 2)
-#: The guest asks for an address and a value, and loads or, if the value is not 0, stores. It goes on from access to access, so that
-#: what it has cached is only dropped by whoever has to.
+#: The guest asks for an address and a value, and loads or, if the value is not 0, stores. It goes
+#: on from access to access, so that what it has cached is only dropped by whoever has to.
 GUEST: Final = bytes.fromhex(
     "e590"  # again: in eax, 0x90
     "89c7"  # mov edi, eax
@@ -103,14 +103,18 @@ class Files:
 
     files: dict[bytes, RestrictedFile]
     engine: SoftwareVm | None = None
-    bound: dict[int, tuple[RestrictedFile, Notified]] = field(default_factory=dict[int, tuple[RestrictedFile, Notified]])
+    bound: dict[int, tuple[RestrictedFile, Notified]] = field(
+        default_factory=dict[int, tuple[RestrictedFile, Notified]]
+    )
     count: int = 0
     #: What happens when a binding is there, and its slot is not yet.
     when_bound: Callable[[Notified], None] = lambda _: None
 
     def bind(self, token: bytes, window: PageRange, take: Callable[[Bound], _T]) -> _T:
         file = self.files[token]
-        fd, sequence = (OwnedFd(os.dup(fd)) for fd in (file.backing.fileno(), file.sequence().fd.fileno()))
+        fd, sequence = (
+            OwnedFd(os.dup(fd)) for fd in (file.backing.fileno(), file.sequence().fd.fileno())
+        )
 
         def took(number: int) -> _T:
             return take(Bound(number, token[0], None, fd, sequence, flags=0, order=0))
@@ -152,7 +156,10 @@ class VmMachine(RuleBasedStateMachine):
     @initialize(api=st.sampled_from(list(Api)))
     def make(self, api: Api) -> None:
         self.api = api
-        self.files = {number: RestrictedFile(make(api.value), MemfdBacking(), Inode.make(0, 0)) for number in (0, *NUMBERS)}
+        self.files = {
+            number: RestrictedFile(make(api.value), MemfdBacking(), Inode.make(0, 0))
+            for number in (0, *NUMBERS)
+        }
         self.windows = {number: memory.memfd_create("window") for number in NUMBERS}
         # Other content than the private half's zeroes, so that a page in the wrong half shows.
         self.shared = {number: [number << 8 | index for index in range(SLOT)] for number in NUMBERS}
@@ -163,7 +170,9 @@ class VmMachine(RuleBasedStateMachine):
         self.vcpus = Vcpus()
         attributes = Attributes(api)
         binder = Files({bytes([number]) * 16: file for number, file in self.files.items()})
-        self.engine = binder.engine = SoftwareVm(binder, self.vcpus, attributes, Trace(), NoPlatform())
+        self.engine = binder.engine = SoftwareVm(
+            binder, self.vcpus, attributes, Trace(), NoPlatform()
+        )
         self.vm = VmMemory(self.engine, cast(Channel, Reports()), api, attributes, forbid_shrinking)
         self.vm.set_region(region(0, CODE, PAGE_SIZE, KVM_MEM_PRIVATE), bytes(16), None)
         self.vm.set_attributes(api, CODE, PAGE_SIZE, KVM_MEMORY_ATTRIBUTE_PRIVATE, 0)
@@ -189,7 +198,9 @@ class VmMachine(RuleBasedStateMachine):
             window.close()
 
     def slot_at(self, page: int) -> tuple[int, Slot] | None:
-        return next(((number, slot) for number, slot in self.slots.items() if slot.holds(page)), None)
+        return next(
+            ((number, slot) for number, slot in self.slots.items() if slot.holds(page)), None
+        )
 
     # The owner.
 
@@ -197,7 +208,9 @@ class VmMachine(RuleBasedStateMachine):
         flags = KVM_MEM_PRIVATE if private else 0
         with OwnedFd(os.dup(self.windows[number].fileno())) as window:
             try:
-                self.vm.set_region(region(number, gpa_of(page), size, flags), bytes([number]) * 16, window)
+                self.vm.set_region(
+                    region(number, gpa_of(page), size, flags), bytes([number]) * 16, window
+                )
             except OSError as error:
                 return error.errno or -1
         return 0
@@ -219,7 +232,9 @@ class VmMachine(RuleBasedStateMachine):
 
     @rule(number=st.sampled_from(NUMBERS))
     def delete(self, number: int) -> None:
-        assert self.set_region(number, 0, 0, private=False) == (0 if number in self.slots else EINVAL)
+        assert self.set_region(number, 0, 0, private=False) == (
+            0 if number in self.slots else EINVAL
+        )
         if self.slots.pop(number, None) is not None:
             self.lost = {lost for lost in self.lost if lost[0] != number}
 
@@ -229,11 +244,16 @@ class VmMachine(RuleBasedStateMachine):
         attributes = KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0
         # So that there is a translation to be dropped, and one page shows whether it was.
         self.look(page)
-        assert self.vm.set_attributes(self.api, gpa_of(page), count * PAGE_SIZE, attributes, 0) == count * PAGE_SIZE
+        assert (
+            self.vm.set_attributes(self.api, gpa_of(page), count * PAGE_SIZE, attributes, 0)
+            == count * PAGE_SIZE
+        )
         self.is_private[page : page + count] = [private] * count
         self.look(page)
 
-    @rule(number=st.sampled_from(NUMBERS), page=st.integers(0, SLOT - 1), count=st.integers(1, SLOT))
+    @rule(
+        number=st.sampled_from(NUMBERS), page=st.integers(0, SLOT - 1), count=st.integers(1, SLOT)
+    )
     def punch(self, number: int, page: int, count: int) -> None:
         count = min(count, SLOT - page)
         shown = self.slots[number].first + page if number in self.slots else 0
@@ -246,7 +266,9 @@ class VmMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(slot.private for slot in self.slots.values()))
     @rule(data=st.data(), index=st.integers(0, SLOT - 1))
     def lose(self, data: st.DataObject, index: int) -> None:
-        number = data.draw(st.sampled_from([number for number, slot in self.slots.items() if slot.private]), "slot")
+        number = data.draw(
+            st.sampled_from([number for number, slot in self.slots.items() if slot.private]), "slot"
+        )
         self.vm.inject_failure(gpa_of(self.slots[number].first + index))
         self.lost.add((number, index))
 
@@ -258,7 +280,11 @@ class VmMachine(RuleBasedStateMachine):
         found = self.slot_at(page)
         flag = KVM_MEMORY_EXIT_FLAG_PRIVATE if private else 0
         if found is None:
-            return MemoryFault(flag, gpa_of(page), PAGE_SIZE, EFAULT) if private and self.api is Api.V10 else None
+            return (
+                MemoryFault(flag, gpa_of(page), PAGE_SIZE, EFAULT)
+                if private and self.api is Api.V10
+                else None
+            )
         number, slot = found
         if self.api is Api.V9 and not slot.private:
             private = False
@@ -326,7 +352,9 @@ class VmMachine(RuleBasedStateMachine):
     def prefault(self, vcpu: int, page: int, count: int) -> None:
         count = min(count, PAGES - page)
         wanted = [self.access(page + index) for index in range(count)]
-        good = next((index for index, where in enumerate(wanted) if not isinstance(where, tuple)), count)
+        good = next(
+            (index for index, where in enumerate(wanted) if not isinstance(where, tuple)), count
+        )
         start = gfn_t(gpa_of(page) // PAGE_SIZE)
         try:
             done = self.vcpus.all[vcpu].prefault(start, gfn_t(start + count))
@@ -345,7 +373,10 @@ class VmMachine(RuleBasedStateMachine):
             return
         for number, window in self.windows.items():
             with mmap.mmap(window.fileno(), SLOT * PAGE_SIZE) as view:
-                words = [int.from_bytes(view[page * PAGE_SIZE + 8 : page * PAGE_SIZE + 16], "little") for page in range(SLOT)]
+                words = [
+                    int.from_bytes(view[page * PAGE_SIZE + 8 : page * PAGE_SIZE + 16], "little")
+                    for page in range(SLOT)
+                ]
             assert words == self.shared[number]
         for slot in self.vm.slots:
             private = slot.attributes.count(1)
@@ -353,7 +384,9 @@ class VmMachine(RuleBasedStateMachine):
 
 
 def region(slot: int, gpa: int, size: int, flags: int = 0) -> kvm_userspace_memory_region_ext:
-    return kvm_userspace_memory_region_ext(slot=slot, flags=flags, guest_phys_addr=gpa, memory_size=size, userspace_addr=0)
+    return kvm_userspace_memory_region_ext(
+        slot=slot, flags=flags, guest_phys_addr=gpa, memory_size=size, userspace_addr=0
+    )
 
 
 TestVmMachine = pytest.mark.no_cover(VmMachine.TestCase)

@@ -95,17 +95,26 @@ def errno_of_reply(sock: socket.socket) -> int:
 
 def checker_of(vm: Vm) -> int:
     (found,) = children(int(vm.statistics()["pid"]))
-    wait_until(lambda: (now := process(found.pid)) is not None and now.name == "rmem-checker", "the checker to say its name")
+    wait_until(
+        lambda: (now := process(found.pid)) is not None and now.name == "rmem-checker",
+        "the checker to say its name",
+    )
     return found.pid
 
 
 @pytest.mark.parametrize("malformed", [*MALFORMED, "seven bytes and a descriptor"])
 @pytest.mark.parametrize("target", ["vm", "vcpu"])
-def test_a_malformed_message_is_answered_and_ends_the_connection(service: Service, vm: Vm, target: str, malformed: str) -> None:
+def test_a_malformed_message_is_answered_and_ends_the_connection(
+    service: Service, vm: Vm, target: str, malformed: str
+) -> None:
     pipe = os.pipe()
-    send, errno = MALFORMED.get(malformed, (lambda sock: socket.send_fds(sock, [b"1234567"], [pipe[1]]), EPROTO))
+    send, errno = MALFORMED.get(
+        malformed, (lambda sock: socket.send_fds(sock, [b"1234567"], [pipe[1]]), EPROTO)
+    )
     with Vm(service, engine="software") as bad, bad.create_vcpu() as vcpu:
-        channel, other = (bad._channel, vcpu._channel) if target == "vm" else (vcpu._channel, bad._channel)
+        channel, other = (
+            (bad._channel, vcpu._channel) if target == "vm" else (vcpu._channel, bad._channel)
+        )
         channel.sock.settimeout(10)
         engine = process(int(bad.statistics()["pid"]))
         assert engine is not None
@@ -117,7 +126,9 @@ def test_a_malformed_message_is_answered_and_ends_the_connection(service: Servic
             assert "descriptor" in malformed
         else:
             if errno is not None:
-                assert errno_of_reply(channel.sock) == (EPROTO if target == "vcpu" and "descriptor" in malformed else errno)
+                assert errno_of_reply(channel.sock) == (
+                    EPROTO if target == "vcpu" and "descriptor" in malformed else errno
+                )
             assert channel.sock.recv(1) == b""
             with pytest.raises(BrokenPipeError):
                 channel.sock.send(STATISTICS)
@@ -146,7 +157,9 @@ def test_no_descriptor_of_any_message_stays(service: Service) -> None:
                     vm._channel.call(wire.TRACE, fds=[fd])
                 with suppress(OSError):
                     vm._channel.call(wire.STATISTICS, fds=[fd])
-        wait_until(lambda: [len(descriptors(pid)) for pid in both] == before, "descriptors to be closed")
+        wait_until(
+            lambda: [len(descriptors(pid)) for pid in both] == before, "descriptors to be closed"
+        )
 
 
 def test_messages_sent_at_once_are_answered_in_turn(vm: Vm) -> None:
@@ -171,7 +184,8 @@ def test_a_message_while_the_vcpu_runs_ends_the_connection(service: Service, vm:
         sock.send(request(wire.GET_REGS.number))
         assert errno_of_reply(sock) == EPROTO
         assert sock.recv(1) == b""
-        # The VM goes on, and the vCPU is no more: it has let go of its socket, unread messages and all.
+        # The VM goes on, and the vCPU is no more: it has let go of its socket, unread messages and
+        # all.
         wait_until(lambda: len(descriptors(engine)) == before - 1, "the vCPU's socket to be closed")
         assert vm.statistics()["exits"] == {"Interrupted": 1}
 
@@ -179,7 +193,10 @@ def test_a_message_while_the_vcpu_runs_ends_the_connection(service: Service, vm:
 def test_a_vcpu_whose_owner_hangs_up_stops(service: Service, vm: Vm) -> None:
     with started(service, vm, SPIN) as vcpu:
         vcpu._channel.sock.send(request(wire.RUN.number, wire.COMPLETION.pack(0)))
-        wait_until(lambda: vm.statistics()["private_bytes"] and vm.statistics()["tlb_fills"], "the guest to run")
+        wait_until(
+            lambda: vm.statistics()["private_bytes"] and vm.statistics()["tlb_fills"],
+            "the guest to run",
+        )
     wait_until(lambda: vm.statistics()["exits"] == {"Interrupted": 1}, "the guest to stop")
 
 
@@ -280,9 +297,13 @@ def test_a_vm_goes_on_without_a_checker_that_is_late(service: Service) -> None:
 
 
 @pytest.mark.requires("root")
-@pytest.mark.parametrize("call", [wire.TRACE, wire.SET_USER_MEMORY_REGION, wire.STATISTICS], ids=lambda call: call.name)
+@pytest.mark.parametrize(
+    "call", [wire.TRACE, wire.SET_USER_MEMORY_REGION, wire.STATISTICS], ids=lambda call: call.name
+)
 def test_a_file_that_cannot_be_closed_holds_no_engine(call: Call) -> None:
-    region = kvm.kvm_userspace_memory_region_ext(slot=1, flags=0, guest_phys_addr=0x1000_0000, memory_size=PAGE, userspace_addr=0)
+    region = kvm.kvm_userspace_memory_region_ext(
+        slot=1, flags=0, guest_phys_addr=0x1000_0000, memory_size=PAGE, userspace_addr=0
+    )
     body = bytes(region) if call is wire.SET_USER_MEMORY_REGION else b""
     # No program can be started while it is open: exec would close it there.
     with Service.start() as own, mute_file() as file:
@@ -299,7 +320,9 @@ def test_a_file_that_cannot_be_closed_holds_no_engine(call: Call) -> None:
             assert vcpu.run() == exits.PortOut(0x42, 1, 0)
         with Vm(own, engine="software") as other, memory.memfd_create("half") as memfd:
             os.ftruncate(memfd.fileno(), PAGE)
-            other.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=PAGE, shared_fd=memfd.fileno())
+            other.set_user_memory_region(
+                slot=0, guest_phys_addr=GPA, memory_size=PAGE, shared_fd=memfd.fileno()
+            )
         found = family(own)
         vm.close()
         wait_gone([one for one in found if one.name == "rmem-kvm"])
@@ -328,7 +351,9 @@ def test_memfds_are_told_without_their_file_systems(tmp_path: Path) -> None:
         os.mkfifo(fifo)
         opened = held.enter_context(OwnedFd(os.open(fifo, os.O_RDWR))).fileno()
         ours, theirs = (held.enter_context(end).fileno() for end in socket.socketpair())
-        file = held.enter_context(OwnedFd(os.open(tmp_path / "file", os.O_CREAT | os.O_RDWR))).fileno()
+        file = held.enter_context(
+            OwnedFd(os.open(tmp_path / "file", os.O_CREAT | os.O_RDWR))
+        ).fileno()
         path = held.enter_context(OwnedFd(os.open(tmp_path, os.O_PATH))).fileno()
         assert is_memfd(held.enter_context(memory.memfd_create("m")).fileno())
         assert not any(map(is_memfd, (reader, writer, opened, ours, theirs, path)))
@@ -342,7 +367,11 @@ def test_what_an_owner_that_has_gone_asked_for_is_not_done(service: Service) -> 
     assert engine is not None
     with vm.start_trace() as reader:
         with stopped(engine.pid):
-            asked = bytes(kvm.kvm_memory_attributes(address=GPA, size=PAGE, attributes=kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE))
+            asked = bytes(
+                kvm.kvm_memory_attributes(
+                    address=GPA, size=PAGE, attributes=kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE
+                )
+            )
             for _ in range(20):
                 vm._channel.sock.send(request(wire.SET_MEMORY_ATTRIBUTES.number, asked))
             vm.close()
@@ -353,7 +382,9 @@ def test_what_an_owner_that_has_gone_asked_for_is_not_done(service: Service) -> 
 
 
 @pytest.mark.parametrize("last", [b"", b"x"], ids=["the owner ended", "a malformed message"])
-def test_an_engine_ends_whose_vm_holds_the_owners_end_of_a_vcpu(service: Service, last: bytes) -> None:
+def test_an_engine_ends_whose_vm_holds_the_owners_end_of_a_vcpu(
+    service: Service, last: bytes
+) -> None:
     """Nobody reads the VM's socket any more then, and the vCPU's would never hang up."""
     vm = Vm(service, engine="software")
     vcpu = started(service, vm, SPIN)
@@ -365,13 +396,17 @@ def test_an_engine_ends_whose_vm_holds_the_owners_end_of_a_vcpu(service: Service
             vm._channel.sock.send(last)
         for _ in range(3):
             vm._channel.sock.send(request(wire.STATISTICS.number))
-            socket.send_fds(vm._channel.sock, [request(wire.STATISTICS.number)], [vcpu._channel.fileno()])
+            socket.send_fds(
+                vm._channel.sock, [request(wire.STATISTICS.number)], [vcpu._channel.fileno()]
+            )
         vcpu.close()
         vm.close()
     wait_gone([engine])
 
 
-def test_a_question_to_the_checker_that_was_given_up_is_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_question_to_the_checker_that_was_given_up_is_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def no_memory(*_: object) -> None:
         raise MemoryError
 
@@ -411,7 +446,12 @@ def being_written(memfd: int) -> Generator[None]:
             # poll(2) tells only of one that does not block (userfaultfd_poll).
             watch = uffd.userfaultfd(os.O_NONBLOCK)
             uffd.UFFDIO_API(watch, uffd.uffdio_api(api=uffd.UFFD_API, features=0))
-            uffd.UFFDIO_REGISTER(watch, uffd.uffdio_register(start=address_of(page), len=PAGE, mode=uffd.UFFDIO_REGISTER_MODE_MISSING))
+            uffd.UFFDIO_REGISTER(
+                watch,
+                uffd.uffdio_register(
+                    start=address_of(page), len=PAGE, mode=uffd.UFFDIO_REGISTER_MODE_MISSING
+                ),
+            )
             threading.Thread(target=os.write, args=(memfd, page), daemon=True).start()
             assert readable([watch], 30), "the write takes its page"
             theirs.send(b"w")
@@ -434,12 +474,20 @@ def test_a_memfd_that_cannot_be_sealed_holds_no_engine(service: Service) -> None
     engine = process(int(vm.statistics()["pid"]))
     assert engine is not None
     vm._channel.sock.settimeout(30)
-    with memory.memfd_create("half", os.MFD_ALLOW_SEALING) as memfd, started(service, vm, OUT_LOOP) as vcpu:
+    with (
+        memory.memfd_create("half", os.MFD_ALLOW_SEALING) as memfd,
+        started(service, vm, OUT_LOOP) as vcpu,
+    ):
         os.ftruncate(memfd.fileno(), PAGE)
         with being_written(memfd.fileno()):
             for _ in range(2):
                 with pytest.raises(OSError) as caught:
-                    vm.set_user_memory_region(slot=5, guest_phys_addr=0x1000_0000, memory_size=PAGE, shared_fd=memfd.fileno())
+                    vm.set_user_memory_region(
+                        slot=5,
+                        guest_phys_addr=0x1000_0000,
+                        memory_size=PAGE,
+                        shared_fd=memfd.fileno(),
+                    )
                 assert caught.value.errno == ETIMEDOUT
             assert vcpu.run() == exits.PortOut(0x42, 1, 0)
             vm.close()
@@ -448,7 +496,10 @@ def test_a_memfd_that_cannot_be_sealed_holds_no_engine(service: Service) -> None
 
 
 def _on_tmpfs(path: Path) -> bool:
-    mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()]
+    mounts = [
+        line.split()
+        for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+    ]
     inside = [fields for fields in mounts if path.is_relative_to(fields[4])]
     return max(inside, key=lambda fields: len(fields[4]))[-3] == "tmpfs"
 
@@ -465,7 +516,9 @@ def test_a_checker_that_cannot_be_forked_is_the_vms_errno() -> None:
 
             os.fork = refuse
             ends = socket.socketpair(), socket.socketpair()
-            kvm_process.serve(theirs, ends[0][0], ends[1][0], Options(), wire.Creation("software", 0, "").dump())
+            kvm_process.serve(
+                theirs, ends[0][0], ends[1][0], Options(), wire.Creation("software", 0, "").dump()
+            )
         finally:
             os._exit(9)
     theirs.close()

@@ -96,8 +96,17 @@ GONE: Final = replace(FIRST, size=0)
 SEQUENCES: Final = {
     "the same again": [FIRST, FIRST],
     "move up": [FIRST, replace(FIRST, gpa=GPA + MIB), replace(FIRST, gpa=GPA)],
-    "move onto a part of itself": [FIRST, replace(FIRST, gpa=GPA + PAGE), replace(FIRST, gpa=GPA - PAGE)],
-    "move onto another": [FIRST, SECOND, replace(FIRST, gpa=GPA + 2 * MIB - PAGE), replace(FIRST, gpa=GPA + MIB)],
+    "move onto a part of itself": [
+        FIRST,
+        replace(FIRST, gpa=GPA + PAGE),
+        replace(FIRST, gpa=GPA - PAGE),
+    ],
+    "move onto another": [
+        FIRST,
+        SECOND,
+        replace(FIRST, gpa=GPA + 2 * MIB - PAGE),
+        replace(FIRST, gpa=GPA + MIB),
+    ],
     "move and resize": [FIRST, replace(FIRST, gpa=GPA + MIB, size=2 * MIB)],
     "resize": [FIRST, replace(FIRST, size=MIB - PAGE), replace(FIRST, size=MIB + PAGE)],
     "other memory": [FIRST, replace(FIRST, offset=PAGE)],
@@ -114,9 +123,21 @@ SEQUENCES: Final = {
     "delete, and make anew": [FIRST, GONE, replace(FIRST, gpa=GPA + MIB, size=2 * MIB)],
     "overlap": [FIRST, replace(SECOND, gpa=GPA + MIB - PAGE), replace(SECOND, gpa=GPA + MIB)],
     "inside another": [FIRST, replace(SECOND, gpa=GPA + PAGE, size=PAGE)],
-    "unaligned": [replace(FIRST, gpa=GPA + 1), replace(FIRST, size=MIB + 1), replace(FIRST, offset=1)],
-    "wraps": [replace(FIRST, gpa=(1 << 64) - MIB), replace(FIRST, gpa=(1 << 64) - PAGE), replace(FIRST, gpa=1 << 60)],
-    "number": [replace(FIRST, slot=32763), replace(SECOND, slot=32764), replace(SECOND, slot=0xFFFF)],
+    "unaligned": [
+        replace(FIRST, gpa=GPA + 1),
+        replace(FIRST, size=MIB + 1),
+        replace(FIRST, offset=1),
+    ],
+    "wraps": [
+        replace(FIRST, gpa=(1 << 64) - MIB),
+        replace(FIRST, gpa=(1 << 64) - PAGE),
+        replace(FIRST, gpa=1 << 60),
+    ],
+    "number": [
+        replace(FIRST, slot=32763),
+        replace(SECOND, slot=32764),
+        replace(SECOND, slot=0xFFFF),
+    ],
     "too large": [replace(FIRST, gpa=0, size=(1 << 31) * PAGE)],
     "flags": [replace(FIRST, flags=1 << 3), replace(FIRST, flags=1 << 31)],
 }
@@ -124,7 +145,11 @@ SEQUENCES: Final = {
 
 def ours(vm: Vm, window: int, region: Region) -> int:
     request = kvm.kvm_userspace_memory_region_ext(
-        slot=region.slot, flags=region.flags, guest_phys_addr=region.gpa, memory_size=region.size, userspace_addr=region.offset
+        slot=region.slot,
+        flags=region.flags,
+        guest_phys_addr=region.gpa,
+        memory_size=region.size,
+        userspace_addr=region.offset,
     )
     return errno_of(vm._channel.call, wire.SET_USER_MEMORY_REGION, bytes(request), [window])
 
@@ -137,7 +162,14 @@ def test_a_slot_behaves_as_the_kernels(vm: Vm, window: int, name: str) -> None:
 
         def theirs(real: KernelVm, region: Region) -> int:
             address = address_of(content) + region.offset
-            return errno_of(real.set_user_memory_region, region.slot, region.gpa, region.size, address, region.flags)
+            return errno_of(
+                real.set_user_memory_region,
+                region.slot,
+                region.gpa,
+                region.size,
+                address,
+                region.flags,
+            )
 
         found = [(ours(vm, window, region), theirs(real, region)) for region in SEQUENCES[name]]
     assert [mine for mine, _ in found] == [their for _, their in found]
@@ -165,18 +197,51 @@ def test_the_slots_of_a_vm_have_so_many_pages_together(vm: Vm) -> None:
     small = replace(SECOND, slot=2, size=PAGE)
     with memory.memfd_create("large") as fd:
         os.ftruncate(fd.fileno(), half.size)
-        asked = [half, other, small, replace(half, gpa=3 << 40), replace(other, size=0), small, replace(other, size=half.size)]
-        assert [ours(vm, fd.fileno(), region) for region in asked] == [0, 0, ENOMEM, 0, 0, 0, ENOMEM]
+        asked = [
+            half,
+            other,
+            small,
+            replace(half, gpa=3 << 40),
+            replace(other, size=0),
+            small,
+            replace(other, size=half.size),
+        ]
+        assert [ours(vm, fd.fileno(), region) for region in asked] == [
+            0,
+            0,
+            ENOMEM,
+            0,
+            0,
+            0,
+            ENOMEM,
+        ]
 
 
 def test_a_slot_without_memory_moves_and_is_not_given_any(vm: Vm, window: int) -> None:
     assert errno_of(vm.set_user_memory_region, slot=0, guest_phys_addr=GPA, memory_size=MIB) == 0
-    assert errno_of(vm.set_user_memory_region, slot=0, guest_phys_addr=GPA + MIB, memory_size=MIB) == 0
-    assert errno_of(vm.set_user_memory_region, slot=0, guest_phys_addr=GPA, memory_size=MIB, shared_fd=window) == EINVAL
+    assert (
+        errno_of(vm.set_user_memory_region, slot=0, guest_phys_addr=GPA + MIB, memory_size=MIB) == 0
+    )
+    assert (
+        errno_of(
+            vm.set_user_memory_region,
+            slot=0,
+            guest_phys_addr=GPA,
+            memory_size=MIB,
+            shared_fd=window,
+        )
+        == EINVAL
+    )
 
 
 def test_a_private_slot_can_only_be_deleted(vm: Vm, fd: int, window: int) -> None:
-    private: dict[str, Any] = {"slot": 0, "guest_phys_addr": GPA, "memory_size": MIB, "restricted_fd": fd, "shared_fd": window}
+    private: dict[str, Any] = {
+        "slot": 0,
+        "guest_phys_addr": GPA,
+        "memory_size": MIB,
+        "restricted_fd": fd,
+        "shared_fd": window,
+    }
     vm.set_user_memory_region(**private)
     changes: list[dict[str, Any]] = [
         {},
@@ -189,7 +254,16 @@ def test_a_private_slot_can_only_be_deleted(vm: Vm, fd: int, window: int) -> Non
         assert errno_of(vm.set_user_memory_region, **{**private, **change}) == EINVAL, change
     # A shared slot does not become private either.
     assert ours(vm, window, SECOND) == 0
-    assert errno_of(vm.set_user_memory_region, slot=1, guest_phys_addr=SECOND.gpa, memory_size=MIB, restricted_fd=fd) == EINVAL
+    assert (
+        errno_of(
+            vm.set_user_memory_region,
+            slot=1,
+            guest_phys_addr=SECOND.gpa,
+            memory_size=MIB,
+            restricted_fd=fd,
+        )
+        == EINVAL
+    )
     # Deleted with the flag set or without, whatever the descriptor.
     vm.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=0)
     vm.set_user_memory_region(**private)
@@ -230,17 +304,26 @@ def test_a_slot_moves_under_a_running_guest(service: Service, vm: Vm, fd: int, w
         over.set()
         thread.join(20)
         assert not thread.is_alive()
-        assert set(found) <= {exits.PortOut(0x42, 4, 1), exits.PortOut(0x42, 4, 2), exits.PortOut(0x42, 4, 7), exits.MmioRead(WINDOW, 4)}
+        assert set(found) <= {
+            exits.PortOut(0x42, 4, 1),
+            exits.PortOut(0x42, 4, 2),
+            exits.PortOut(0x42, 4, 7),
+            exits.MmioRead(WINDOW, 4),
+        }
         assert exits.PortOut(0x42, 4, 1) in (vcpu.run(7), vcpu.run(7))
 
 
-def test_a_slot_is_deleted_and_made_again_under_a_running_guest(service: Service, vm: Vm, fd: int, window: int) -> None:
+def test_a_slot_is_deleted_and_made_again_under_a_running_guest(
+    service: Service, vm: Vm, fd: int, window: int
+) -> None:
     start_reader(vm, service, fd)
     os.pwrite(window, (1).to_bytes(4, "little"), 0)
     with vm.create_vcpu() as vcpu:
         vcpu.set_regs(rip=GPA)
         for _ in range(5):
-            vm.set_user_memory_region(slot=1, guest_phys_addr=WINDOW, memory_size=MIB, shared_fd=window)
+            vm.set_user_memory_region(
+                slot=1, guest_phys_addr=WINDOW, memory_size=MIB, shared_fd=window
+            )
             assert exits.PortOut(0x42, 4, 1) in (vcpu.run(7), vcpu.run(7))
             vm.set_user_memory_region(slot=1, guest_phys_addr=WINDOW, memory_size=0)
             assert exits.MmioRead(WINDOW, 4) in (vcpu.run(), vcpu.run())
@@ -256,7 +339,9 @@ def test_a_private_page_without_a_slot(service: Service, vm: Vm, fd: int) -> Non
         assert vcpu.run() == (v10 if service.info["api"] == "v10" else exits.MmioRead(WINDOW, 4))
 
 
-def test_a_private_page_of_a_slot_without_private_half(service: Service, vm: Vm, fd: int, window: int) -> None:
+def test_a_private_page_of_a_slot_without_private_half(
+    service: Service, vm: Vm, fd: int, window: int
+) -> None:
     start_reader(vm, service, fd)
     os.pwrite(window, (5).to_bytes(4, "little"), 0)
     vm.set_user_memory_region(slot=1, guest_phys_addr=WINDOW, memory_size=MIB, shared_fd=window)
@@ -275,7 +360,9 @@ def test_capabilities(service: Service, vm: Vm) -> None:
     assert vm.check_extension(Cap.NR_MEMSLOTS) == 32764
     assert vm.check_extension(Cap.MAX_VCPUS) == 64
     assert vm.check_extension(Cap.PRE_FAULT_MEMORY) == 1
-    assert vm.check_extension(Cap.MEMORY_ATTRIBUTES) == (kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE if v10 else 0)
+    assert vm.check_extension(Cap.MEMORY_ATTRIBUTES) == (
+        kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE if v10 else 0
+    )
     assert vm.check_extension(kvm.KVM_CAP_PRIVATE_MEM) == (0 if v10 else 1)
     assert vm.check_extension(Cap.GUEST_MEMFD) == vm.check_extension(0xFFFF_FFFF) == 0
     if v10:
@@ -296,10 +383,14 @@ def test_attributes_of_what_is_not_supported(service: Service, vm: Vm) -> None:
     if service.info["api"] != "v10":
         pytest.skip("v9 has two calls and no attributes")
     for attributes, flags in ((1, 0), (2, 0), (4, 0), (1 << 63, 0), (8 | 1, 0), (8, 1)):
-        asked = kvm.kvm_memory_attributes(address=GPA, size=PAGE, attributes=attributes, flags=flags)
+        asked = kvm.kvm_memory_attributes(
+            address=GPA, size=PAGE, attributes=attributes, flags=flags
+        )
         assert errno_of(vm._channel.call, wire.SET_MEMORY_ATTRIBUTES, bytes(asked)) == EINVAL
     asked = kvm.kvm_memory_attributes(address=GPA, size=MIB, attributes=8)
-    left = kvm.kvm_memory_attributes.from_buffer_copy(vm._channel.call(wire.SET_MEMORY_ATTRIBUTES, bytes(asked))[0])
+    left = kvm.kvm_memory_attributes.from_buffer_copy(
+        vm._channel.call(wire.SET_MEMORY_ATTRIBUTES, bytes(asked))[0]
+    )
     assert (left.address, left.size) == (GPA + MIB, 0)
 
 
@@ -348,7 +439,10 @@ def test_prefault(service: Service, vm: Vm, fd: int, window: int) -> None:
 
 
 def test_prefault_of_more_than_there_is(service: Service) -> None:
-    with Service.start(Options(api=service.info["api"], memory_max=64 * PAGE)) as small, Vm(small, engine="software") as vm:
+    with (
+        Service.start(Options(api=service.info["api"], memory_max=64 * PAGE)) as small,
+        Vm(small, engine="software") as vm,
+    ):
         fd = small.memfd_restricted()
         os.ftruncate(fd, MIB)
         vm.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=MIB, restricted_fd=fd)
@@ -362,9 +456,17 @@ def test_prefault_of_more_than_there_is(service: Service) -> None:
 def test_a_lost_page_is_a_fault_until_it_is_punched(service: Service, vm: Vm, fd: int) -> None:
     """memory-failure extension of guest_memfd_test.c: translations go, the page is not given back, a hole heals."""
     start_reader(vm, service, fd)
-    vm.set_user_memory_region(slot=1, guest_phys_addr=WINDOW, memory_size=MIB, restricted_fd=fd, restricted_offset=2 * MIB)
+    vm.set_user_memory_region(
+        slot=1, guest_phys_addr=WINDOW, memory_size=MIB, restricted_fd=fd, restricted_offset=2 * MIB
+    )
     # The same pages once more.
-    vm.set_user_memory_region(slot=2, guest_phys_addr=WINDOW + MIB, memory_size=MIB, restricted_fd=fd, restricted_offset=2 * MIB)
+    vm.set_user_memory_region(
+        slot=2,
+        guest_phys_addr=WINDOW + MIB,
+        memory_size=MIB,
+        restricted_fd=fd,
+        restricted_offset=2 * MIB,
+    )
     make_private(vm, service, WINDOW, 2 * MIB)
     with vm.create_vcpu() as vcpu:
         vcpu.set_regs(rip=GPA)

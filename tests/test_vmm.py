@@ -64,7 +64,11 @@ def load(vmm: Vmm, guest: str, *arguments: str) -> Vmm:
 
 
 def run(vmm: Vmm, stdin: bytes = b"") -> Done:
-    with TemporaryFile(buffering=0) as source, TemporaryFile(buffering=0) as out, TemporaryFile(buffering=0) as err:
+    with (
+        TemporaryFile(buffering=0) as source,
+        TemporaryFile(buffering=0) as out,
+        TemporaryFile(buffering=0) as err,
+    ):
         source.write(stdin)
         source.seek(0)
         ended = vmm.run(source, out, err)
@@ -103,7 +107,10 @@ def talk(vmm: Vmm) -> Talk:
     ended: list[Ended] = []
 
     def body() -> None:
-        with open(guest_in, "rb", buffering=0) as stdin, open(guest_out, "wb", buffering=0) as stdout:
+        with (
+            open(guest_in, "rb", buffering=0) as stdin,
+            open(guest_out, "wb", buffering=0) as stdout,
+        ):
             ended.append(vmm.run(stdin, stdout, stdout))
 
     thread = threading.Thread(target=body, daemon=True)
@@ -117,7 +124,10 @@ def talk(vmm: Vmm) -> Talk:
 def test_seal_signs_and_verifies(service: Service, engine: str) -> None:
     with Vmm(MIB, service, engine=engine) as vmm:
         guest = talk(load(vmm, "seal"))
-        tags = {data: guest.ask(f"sign {data}") for data in ("", "a", "b", "x" * 63, "x" * 64, "x" * 5000)}
+        tags = {
+            data: guest.ask(f"sign {data}")
+            for data in ("", "a", "b", "x" * 63, "x" * 64, "x" * 5000)
+        }
         assert all(re.fullmatch("[0-9a-f]{64}", tag) for tag in tags.values())
         assert len(set(tags.values())) == len(tags)
         for data, tag in tags.items():
@@ -138,14 +148,33 @@ def test_seal_has_a_new_key_each_time(service: Service, engine: str) -> None:
 
 
 def test_what_seal_takes_for_a_line(service: Service, engine: str) -> None:
-    # Long lines, NUL bytes, a last line without an end; and all of it, not what comes first, is what gets signed.
+    # Long lines, NUL bytes, a last line without an end; and all of it, not what comes first, is
+    # what gets signed.
     long = b"y" * (65536 - len("sign "))
-    requests = [b"sign " + long, b"sign " + long[:-1] + b"z", b"sign y" + long, b"", b"sign a\0b", b"sign a\0c", b"signal", b"sign " + long]
+    requests = [
+        b"sign " + long,
+        b"sign " + long[:-1] + b"z",
+        b"sign y" + long,
+        b"",
+        b"sign a\0b",
+        b"sign a\0c",
+        b"signal",
+        b"sign " + long,
+    ]
     with Vmm(MIB, service, engine=engine) as vmm:
         done = run(load(vmm, "seal"), b"\n".join(requests))
     answers = done.out.decode().splitlines()
     tag = re.compile("[0-9a-f]{64}")
-    assert [bool(tag.fullmatch(answer)) for answer in answers] == [True, True, False, False, True, True, False, True]
+    assert [bool(tag.fullmatch(answer)) for answer in answers] == [
+        True,
+        True,
+        False,
+        False,
+        True,
+        True,
+        False,
+        True,
+    ]
     assert answers[2] == "error: a line has at most 65536 bytes"
     assert answers[0] == answers[7]
     assert len({answers[0], answers[1], answers[4], answers[5]}) == 4
@@ -218,7 +247,10 @@ def test_convert_finds_an_owner_that_does_nothing(
     assert finding in done.out.decode().splitlines()[-1]
 
 
-@pytest.mark.parametrize(("kept", "finding"), [("restricted_fd", "private content came back"), ("_half_fd", "shared content was kept")])
+@pytest.mark.parametrize(
+    ("kept", "finding"),
+    [("restricted_fd", "private content came back"), ("_half_fd", "shared content was kept")],
+)
 def test_convert_finds_what_was_not_punched(
     service: Service, engine: str, monkeypatch: pytest.MonkeyPatch, kept: str, finding: str
 ) -> None:
@@ -236,7 +268,9 @@ def test_convert_finds_what_was_not_punched(
     assert finding in done.out.decode().splitlines()[-1]
 
 
-def test_convert_finds_private_content_in_the_shared_half(service: Service, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_convert_finds_private_content_in_the_shared_half(
+    service: Service, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Vmm(2 * MIB, service, engine=engine) as vmm:
         load(vmm, "convert")
         honest = vmm._check
@@ -271,7 +305,9 @@ def test_convert_steps_converts_all_of_the_heap_twice(service: Service, engine: 
         ("divide", Ended(1, exits.Shutdown(0))),
     ],
 )
-def test_an_offence_and_what_comes_of_it(service: Service, engine: str, mode: str, ended: Ended) -> None:
+def test_an_offence_and_what_comes_of_it(
+    service: Service, engine: str, mode: str, ended: Ended
+) -> None:
     with Vmm(MIB, service, engine=engine) as vmm:
         assert run(load(vmm, "probe", mode)) == Done(ended, b"", b"")
 
@@ -279,8 +315,13 @@ def test_an_offence_and_what_comes_of_it(service: Service, engine: str, mode: st
 def test_an_address_without_memory(service: Service, engine: str) -> None:
     with Vmm(MIB, service, engine=engine) as vmm:
         ended = run(load(vmm, "probe", "unbacked")).ended
-    # A guest at CPL 3 cannot have its accesses to private memory emulated by KVM, and so no MMIO (docs/engines.md).
-    fatal = exits.MmioRead(0x3000_0000, 8) if engine == "software" else exits.MemoryFault(0, 0x3000_0000, PAGE, EFAULT)
+    # A guest at CPL 3 cannot have its accesses to private memory emulated by KVM, and so no MMIO
+    # (docs/engines.md).
+    fatal = (
+        exits.MmioRead(0x3000_0000, 8)
+        if engine == "software"
+        else exits.MemoryFault(0, 0x3000_0000, PAGE, EFAULT)
+    )
     assert ended == Ended(1, fatal)
 
 
@@ -318,7 +359,11 @@ def test_hold_keeps_what_it_was_told_to(service: Service, engine: str) -> None:
         # The owner sees zeroes there, and the guest what the owner writes.
         offset = first + PAGE - guest_abi.PRIVATE_BASE
         assert vmm._half[offset : offset + 2 * PAGE] == bytes(2 * PAGE)
-        assert guest.ask(f"check {first:x} 1000") == guest.ask(f"check {first + 3 * PAGE:x} {size - 3 * PAGE:x}") == "intact"
+        assert (
+            guest.ask(f"check {first:x} 1000")
+            == guest.ask(f"check {first + 3 * PAGE:x} {size - 3 * PAGE:x}")
+            == "intact"
+        )
         assert guest.ask(f"hide {first + PAGE:x} {2 * PAGE:x}") == "hidden"
         assert guest.ask(f"share {first + 1:x} {PAGE:x}").startswith("error")
         assert guest.ask(f"check {first:x} {size + 8:x}").startswith("error")
@@ -341,13 +386,21 @@ def _build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], elf.Imag
         (out / "guest.c").write_text("#include <restrictedmem/guest.h>\n" + source)
         sources = ["start.S", str(out / "guest.c")]
         flags = [*tools["cflags"], "-Wno-unused-parameter", *tools["ldflags"]]
-        subprocess.run(["gcc", *flags, "-o", str(out / "guest.elf"), *sources], cwd=GUESTS, check=True, capture_output=True, text=True)
+        subprocess.run(
+            ["gcc", *flags, "-o", str(out / "guest.elf"), *sources],
+            cwd=GUESTS,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
         return elf.parse((out / "guest.elf").read_bytes())
 
     return build
 
 
-LOOPING: Final = 'int secondary(const struct boot_info *boot, u64 index) { for (;;) asm volatile(""); }\n'
+LOOPING: Final = (
+    'int secondary(const struct boot_info *boot, u64 index) { for (;;) asm volatile(""); }\n'
+)
 
 
 @pytest.mark.parametrize("vcpus", [1, 2, 4])
@@ -359,35 +412,59 @@ def test_counts_of_several_vcpus_add_up(service: Service, engine: str, vcpus: in
 
 def test_vcpus_without_work_are_parked(service: Service, engine: str) -> None:
     with Vmm(MIB, service, engine=engine, vcpus=3) as vmm:
-        assert run(load(vmm, "sha256"), b"abc").out.split()[0].decode() == hashlib.sha256(b"abc").hexdigest()
+        assert (
+            run(load(vmm, "sha256"), b"abc").out.split()[0].decode()
+            == hashlib.sha256(b"abc").hexdigest()
+        )
 
 
 @pytest.mark.requires("cc")
-def test_the_exit_of_one_ends_all(service: Service, engine: str, build: Callable[[str], elf.Image]) -> None:
+def test_the_exit_of_one_ends_all(
+    service: Service, engine: str, build: Callable[[str], elf.Image]
+) -> None:
     with Vmm(MIB, service, engine=engine, vcpus=3) as vmm:
-        vmm.load(build(LOOPING + "int main(const struct boot_info *boot) { return shared_read(1) ? 9 : 7; }\n"))
+        vmm.load(
+            build(
+                LOOPING
+                + "int main(const struct boot_info *boot) { return shared_read(1) ? 9 : 7; }\n"
+            )
+        )
         assert talk(vmm).end() == Ended(7)
 
 
 @pytest.mark.requires("cc")
-def test_one_that_waits_for_input_ends_with_the_others(service: Service, engine: str, build: Callable[[str], elf.Image]) -> None:
+def test_one_that_waits_for_input_ends_with_the_others(
+    service: Service, engine: str, build: Callable[[str], elf.Image]
+) -> None:
     with Vmm(MIB, service, engine=engine, vcpus=2) as vmm:
         main = "int main(const struct boot_info *boot) { return (int)shared_read(1); }\n"
-        vmm.load(build(main + "int secondary(const struct boot_info *boot, u64 index) { guest_exit(5); }\n"))
+        vmm.load(
+            build(
+                main + "int secondary(const struct boot_info *boot, u64 index) { guest_exit(5); }\n"
+            )
+        )
         guest = talk(vmm)
         assert guest.wait() == Ended(5)
         guest.say.close()
 
 
 @pytest.mark.requires("cc")
-def test_a_guest_that_parks_all_its_vcpus_has_ended(service: Service, engine: str, build: Callable[[str], elf.Image]) -> None:
+def test_a_guest_that_parks_all_its_vcpus_has_ended(
+    service: Service, engine: str, build: Callable[[str], elf.Image]
+) -> None:
     with Vmm(MIB, service, engine=engine, vcpus=2) as vmm:
-        vmm.load(build("int main(const struct boot_info *boot) { return (int)hypercall(HYPERCALL_PARK, 0, 0, 0); }\n"))
+        vmm.load(
+            build(
+                "int main(const struct boot_info *boot) { return (int)hypercall(HYPERCALL_PARK, 0, 0, 0); }\n"
+            )
+        )
         assert run(vmm).ended == Ended(1, exits.Hypercall(guest_abi.PARK, (0, 0, 0, 0)))
 
 
 @pytest.mark.requires("cc")
-def test_each_vcpu_has_its_number_and_its_stack(service: Service, engine: str, build: Callable[[str], elf.Image]) -> None:
+def test_each_vcpu_has_its_number_and_its_stack(
+    service: Service, engine: str, build: Callable[[str], elf.Image]
+) -> None:
     source = """
     static volatile u64 stacks[3];
     int secondary(const struct boot_info *boot, u64 index)
@@ -470,7 +547,9 @@ def test_stop_from_a_signal_handler(service: Service, engine: str) -> None:
 
 
 @pytest.mark.parametrize("vcpus", [1, 2])
-def test_an_exception_of_a_handler_comes_out_of_run(service: Service, engine: str, vcpus: int) -> None:
+def test_an_exception_of_a_handler_comes_out_of_run(
+    service: Service, engine: str, vcpus: int
+) -> None:
     def interrupt(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
@@ -536,11 +615,17 @@ def test_a_guest_and_its_arguments_are_measured(service: Service, engine: str) -
     same = measurement("spin", "exit", "1")
     assert len(same) == 48
     assert measurement("spin", "exit", "1") == same
-    others = {measurement("spin", "exit", "2"), measurement("probe", "exit", "1"), measurement("spin", "exit", "1", vcpus=2)}
+    others = {
+        measurement("spin", "exit", "2"),
+        measurement("probe", "exit", "1"),
+        measurement("spin", "exit", "1", vcpus=2),
+    }
     assert len(others - {same}) == 3
 
 
-PIECE: Final = st.tuples(st.integers(0, 6 * PAGE), st.binary(max_size=2 * PAGE) | st.binary(max_size=8))
+PIECE: Final = st.tuples(
+    st.integers(0, 6 * PAGE), st.binary(max_size=2 * PAGE) | st.binary(max_size=8)
+)
 
 
 @given(st.lists(PIECE, max_size=5))
@@ -550,7 +635,13 @@ def test_pieces_of_content_become_whole_pages(pieces: list[tuple[int, bytes]]) -
     for start, data in sorted(pieces):
         expected.update(zip(range(start, start + len(data)), data, strict=True))
     pages = sorted({address // PAGE for address in expected})
-    assert [page for start, content in found for page in range(start // PAGE, (start + len(content)) // PAGE)] == pages
+    assert [
+        page
+        for start, content in found
+        for page in range(start // PAGE, (start + len(content)) // PAGE)
+    ] == pages
     assert all(start % PAGE == len(content) % PAGE == 0 for start, content in found)
     for start, content in found:
-        assert content == bytes(expected.get(address, 0) for address in range(start, start + len(content)))
+        assert content == bytes(
+            expected.get(address, 0) for address in range(start, start + len(content))
+        )

@@ -38,16 +38,26 @@ _RESTRICTIONS = os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC
 WAYS = [
     pytest.param(Way.OWN, 0, True, id="OWN"),
     pytest.param(Way.USERNS, ORDINARY, True, id="USERNS"),
-    pytest.param(Way.FUSERMOUNT, ORDINARY, False, id="FUSERMOUNT", marks=pytest.mark.requires("fusermount")),
+    pytest.param(
+        Way.FUSERMOUNT, ORDINARY, False, id="FUSERMOUNT", marks=pytest.mark.requires("fusermount")
+    ),
 ]
 each_way = pytest.mark.parametrize(("way", "uid", "namespaces"), WAYS)
 
 
 def mounts() -> tuple[list[str], list[str]]:
     """Return what shows of a mount: lines of mountinfo, and the ordinary user's mount points."""
-    lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    lines = (
+        Path("/proc/self/mountinfo")
+        .read_text(encoding="utf-8", errors="surrogateescape")
+        .splitlines()
+    )
     # A mount whose server is dead is nobody's.
-    points = [path for path in glob.glob(f"{tempfile.gettempdir()}/restrictedmem-*") if _owner(path) in (ORDINARY, Errno(ENOTCONN))]
+    points = [
+        path
+        for path in glob.glob(f"{tempfile.gettempdir()}/restrictedmem-*")
+        if _owner(path) in (ORDINARY, Errno(ENOTCONN))
+    ]
     return [line for line in lines if "restrictedmem" in line], points
 
 
@@ -65,7 +75,10 @@ def test_the_descriptor_is_the_same(way: Way, uid: int, namespaces: bool) -> Non
             found: dict[str, object] = {
                 "name": os.readlink(f"/proc/self/fd/{fd}"),
                 "created": (os.fstat(fd).st_size, os.fstat(fd).st_uid, os.fstat(fd).st_nlink),
-                "ftruncate": [outcome(partial(os.ftruncate, fd, size)) for size in (PAGE + 1, 4 * PAGE, 4 * PAGE)],
+                "ftruncate": [
+                    outcome(partial(os.ftruncate, fd, size))
+                    for size in (PAGE + 1, 4 * PAGE, 4 * PAGE)
+                ],
                 "fallocate": outcome(lambda: memory.fallocate(fd, KEEP_SIZE, 0, 3 * PAGE)),
                 "allocated": os.fstat(fd).st_blocks * 512,
                 "punch": outcome(lambda: memory.fallocate(fd, memory.PUNCH, 0, PAGE)),
@@ -110,7 +123,9 @@ def test_it_ends_with_the_last_descriptor(way: Way, uid: int, namespaces: bool) 
 
 @each_way
 @pytest.mark.parametrize("victim", [0, 1], ids=["spawner", "service"])
-def test_a_killed_service_leaves_enotconn(way: Way, uid: int, namespaces: bool, victim: int) -> None:
+def test_a_killed_service_leaves_enotconn(
+    way: Way, uid: int, namespaces: bool, victim: int
+) -> None:
     def body() -> dict[str, object]:
         with Service.start() as service:
             fd = service.memfd_restricted()
@@ -130,7 +145,10 @@ def test_a_killed_service_leaves_enotconn(way: Way, uid: int, namespaces: bool, 
             return {name: outcome(call) for name, call in calls.items()}
 
     names = ("fstat", "ftruncate", "fallocate", "punch", "prove", "create")
-    assert as_user(body, uid, namespaces=namespaces) == {**dict.fromkeys(names, Errno(ENOTCONN)), "close": None}
+    assert as_user(body, uid, namespaces=namespaces) == {
+        **dict.fromkeys(names, Errno(ENOTCONN)),
+        "close": None,
+    }
     assert mounts() == ([], [])
 
 
@@ -191,7 +209,11 @@ def test_root_of_a_user_namespace_without_the_mounts_takes_the_next_way() -> Non
     def body() -> str:
         uid = os.geteuid()
         unshare(CLONE_NEWUSER)
-        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {uid} 1")):
+        for name, text in (
+            ("setgroups", "deny"),
+            ("uid_map", f"0 {uid} 1"),
+            ("gid_map", f"0 {uid} 1"),
+        ):
             Path(f"/proc/self/{name}").write_text(text, encoding="ascii")
         way, device, root = mounter.mount_first()
         root.close()
@@ -205,7 +227,11 @@ def test_root_of_a_container_mounts_itself() -> None:
     def body() -> tuple[str, int]:
         uid = os.geteuid()
         unshare(CLONE_NEWUSER | CLONE_NEWNS)
-        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {uid} 1")):
+        for name, text in (
+            ("setgroups", "deny"),
+            ("uid_map", f"0 {uid} 1"),
+            ("gid_map", f"0 {uid} 1"),
+        ):
             Path(f"/proc/self/{name}").write_text(text, encoding="ascii")
         with Service.start() as service:
             fd = service.memfd_restricted()
@@ -215,7 +241,8 @@ def test_root_of_a_container_mounts_itself() -> None:
     assert as_user(body) == (Way.OWN.value, PAGE)
 
 
-#: A fusermount3 that kills the process that mounts, its parent. Either part waits a while for the other.
+#: A fusermount3 that kills the process that mounts, its parent. Either part waits a while for the
+#: other.
 _KILLS = r"""#!/bin/sh
 await() { for _ in $(seq 50); do [ -e "$0.$1" ] && break; sleep 0.01; done; }
 case WHEN,$1 in
@@ -246,7 +273,10 @@ def test_nothing_is_left_of_a_start_that_was_killed(when: str) -> None:
 
     with tempfile.TemporaryDirectory() as place:
         helper = Path(place, "fusermount3")
-        helper.write_text(_KILLS.replace("WHEN", when).replace("HONEST", str(shutil.which("fusermount3"))), encoding="ascii")
+        helper.write_text(
+            _KILLS.replace("WHEN", when).replace("HONEST", str(shutil.which("fusermount3"))),
+            encoding="ascii",
+        )
         for path in (helper, helper.parent):
             path.chmod(0o777)
         assert as_user(lambda: body(place), namespaces=False) == signal.SIGKILL

@@ -1,7 +1,7 @@
 """Tests side by side: in several processes of one run, and in runs of several copies of the repository on one machine.
 
-Most tests share the machine. One that is marked ``alone`` has it for itself: it looks at, or changes, what all processes have together, or
-measures a time that a busy neighbour would stretch.
+Most tests share the machine. One that is marked ``alone`` has it for itself: it looks at, or
+changes, what all processes have together, or measures a time that a busy neighbour would stretch.
 """
 
 import fcntl
@@ -9,8 +9,8 @@ import os
 import time
 from typing import Final, final
 
-#: What every copy finds, whoever runs it, and nothing else locks. Who wants the machine for itself holds the gate while it waits for the
-#: others to end, so that none of them begins anew.
+#: What every copy finds, whoever runs it, and nothing else locks. Who wants the machine for itself
+#: holds the gate while it waits for the others to end, so that none of them begins anew.
 _GATE: Final = "/sys/kernel"
 _MACHINE: Final = "/sys/kernel/mm"
 #: Seconds that tests of other processes may take until it is this one's turn.
@@ -23,7 +23,9 @@ class Turns:
     """The turns of one process: locks on two directories."""
 
     def __init__(self, gate: str = _GATE, machine: str = _MACHINE) -> None:
-        self._gate, self._machine = (os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in (gate, machine))
+        self._gate, self._machine = (
+            os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in (gate, machine)
+        )
         self._alone = False
 
     def begin(self, *, alone: bool) -> None:
@@ -57,5 +59,7 @@ def _lock(fd: int, how: int) -> None:
             fcntl.flock(fd, how | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            assert time.monotonic() < deadline, f"waited {_PATIENCE} s for tests of other processes (see /proc/locks)"
+            assert time.monotonic() < deadline, (
+                f"waited {_PATIENCE} s for tests of other processes (see /proc/locks)"
+            )
             time.sleep(_PAUSE)

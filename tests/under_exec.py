@@ -9,7 +9,8 @@ from typing import Any
 
 from waiting import wait_until
 
-#: What every program under test has: the bare call, as libc makes it, and whatever it returns or minus the errno.
+#: What every program under test has: the bare call, as libc makes it, and whatever it returns or
+#: minus the errno.
 PRELUDE = """
 import ctypes, errno, fcntl, mmap, os, resource, subprocess, sys, threading
 libc = ctypes.CDLL(None, use_errno=True)
@@ -22,16 +23,29 @@ def opened():
 EXEC = [sys.executable, "-m", "restrictedmem", "exec"]
 
 
-def under(code: str, *options: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+def under(
+    code: str, *options: str, environment: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
     """Start Python code under exec; it says on stdout what it found."""
     command = [*EXEC, *options, "--", sys.executable, "-c", PRELUDE + code]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **(environment or {})})
+    return subprocess.Popen(
+        command,
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        env={**os.environ, **(environment or {})},
+    )
 
 
-def said(code: str, *options: str, environment: dict[str, str] | None = None, patience: float = 60) -> Any:
+def said(
+    code: str, *options: str, environment: dict[str, str] | None = None, patience: float = 60
+) -> Any:
     """Return the value that Python code prints under exec."""
-    out, err = (process := under(code, *options, environment=environment)).communicate(timeout=patience)
+    out, err = (process := under(code, *options, environment=environment)).communicate(
+        timeout=patience
+    )
     assert (process.returncode, err) == (0, ""), err
     return eval(out)
 
@@ -49,7 +63,9 @@ def supervisor_of(mark: str) -> int | None:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                if (entry / "comm").read_text() == "rmem-supervisor\n" and mark.encode() in (entry / "environ").read_bytes():
+                if (entry / "comm").read_text() == "rmem-supervisor\n" and mark.encode() in (
+                    entry / "environ"
+                ).read_bytes():
                     return int(entry.name)
             except OSError:
                 continue

@@ -14,7 +14,15 @@ from typing import NoReturn, TypeVar
 
 from outcomes import checked
 from restrictedmem.abi import seccomp
-from restrictedmem.abi.process import CLONE_NEWNS, CLONE_NEWUSER, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, prctl, setns, unshare
+from restrictedmem.abi.process import (
+    CLONE_NEWNS,
+    CLONE_NEWUSER,
+    PR_SET_DUMPABLE,
+    PR_SET_NO_NEW_PRIVS,
+    prctl,
+    setns,
+    unshare,
+)
 from restrictedmem.fd import OwnedFd
 from restrictedmem.fs.mount import DEVICE
 
@@ -34,11 +42,14 @@ _libc = ctypes.CDLL(None, use_errno=True)
 T = TypeVar("T")
 
 
-def as_user(body: Callable[[], T], uid: int = ORDINARY, *, fuse: bool = True, namespaces: bool = True) -> T:
+def as_user(
+    body: Callable[[], T], uid: int = ORDINARY, *, fuse: bool = True, namespaces: bool = True
+) -> T:
     """Return what ``body`` returns in a child that became another user, or raise what it raised; needs root.
 
-    With ``fuse`` the child can open /dev/fuse (the device itself stays as it is: the child has a mount namespace of its own); without
-    ``namespaces`` it can make no user namespace, as in a container with the usual seccomp profile.
+    With ``fuse`` the child can open /dev/fuse (the device itself stays as it is: the child has a
+    mount namespace of its own); without ``namespaces`` it can make no user namespace, as in a
+    container with the usual seccomp profile.
     """
     reader, writer = os.pipe()
     child = os.fork()
@@ -101,7 +112,11 @@ def enter_user_namespace(inside: int | None) -> None:
     own = os.geteuid(), os.getegid()
     unshare(CLONE_NEWUSER)
     if inside is not None:
-        for name, text in (("setgroups", "deny"), ("uid_map", f"{inside} {own[0]} 1"), ("gid_map", f"{inside} {own[1]} 1")):
+        for name, text in (
+            ("setgroups", "deny"),
+            ("uid_map", f"{inside} {own[0]} 1"),
+            ("gid_map", f"{inside} {own[1]} 1"),
+        ):
             Path(f"/proc/self/{name}").write_text(text, encoding="ascii")
 
 
@@ -118,7 +133,14 @@ def open_the_way(paths: set[str]) -> None:
 
 
 def _closed_door(path: str) -> str | None:
-    return next((str(parent) for parent in reversed(Path(path).parents) if not parent.stat().st_mode & 0o001), None)
+    return next(
+        (
+            str(parent)
+            for parent in reversed(Path(path).parents)
+            if not parent.stat().st_mode & 0o001
+        ),
+        None,
+    )
 
 
 def widen_device() -> None:
@@ -150,7 +172,10 @@ def forbid(number: int, calls: Sequence[int]) -> None:
     """Have system calls fail in this process and whatever it runs, as in a container or on an older kernel."""
     program = [seccomp.load("nr")]
     for call in calls:
-        program += [seccomp.skip_unless(call, 1), seccomp.answer(seccomp.SECCOMP_RET_ERRNO | number)]
+        program += [
+            seccomp.skip_unless(call, 1),
+            seccomp.answer(seccomp.SECCOMP_RET_ERRNO | number),
+        ]
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     _install([*program, seccomp.answer(seccomp.SECCOMP_RET_ALLOW)])
 
@@ -158,7 +183,11 @@ def forbid(number: int, calls: Sequence[int]) -> None:
 def _install(program: list[seccomp.sock_filter]) -> None:
     instructions = (seccomp.sock_filter * len(program))(*program)
     fprog = seccomp.sock_fprog(len=len(program), filter=ctypes.addressof(instructions))
-    checked(_libc.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(_SECCOMP_MODE_FILTER), ctypes.byref(fprog), 0, 0))
+    checked(
+        _libc.prctl(
+            _PR_SET_SECCOMP, ctypes.c_ulong(_SECCOMP_MODE_FILTER), ctypes.byref(fprog), 0, 0
+        )
+    )
 
 
 def mount(source: str | None, target: str, kind: str | None, flags: int) -> None:

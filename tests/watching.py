@@ -28,7 +28,8 @@ class Opens:
         """Return pid and path of each."""
         found: list[tuple[int, str]] = []
         with suppress(BlockingIOError):
-            # Each event comes with a descriptor: on a busy machine a large buffer takes more than there may be.
+            # Each event comes with a descriptor: on a busy machine a large buffer takes more than
+            # there may be.
             while data := os.read(self._fd, 1 << 12):
                 at = 0
                 while at < len(data):
@@ -44,7 +45,9 @@ class Opens:
 @contextmanager
 def opens(*paths: str) -> Generator[Opens]:
     """Watch the file systems on which some paths lie."""
-    fd = _libc.fanotify_init(_FAN_CLOEXEC | _FAN_NONBLOCK | _FAN_UNLIMITED_QUEUE, os.O_RDONLY | os.O_CLOEXEC)
+    fd = _libc.fanotify_init(
+        _FAN_CLOEXEC | _FAN_NONBLOCK | _FAN_UNLIMITED_QUEUE, os.O_RDONLY | os.O_CLOEXEC
+    )
     if fd < 0:
         pytest.skip(f"fanotify_init: {os.strerror(ctypes.get_errno())}")
     try:

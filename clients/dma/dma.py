@@ -1,6 +1,7 @@
 """A DMA device whose IOMMU leads to restricted memory: a whole consumer, in one file (docs/consumers.md walks through it).
 
-Its owner attaches windows of restricted files at device addresses, and has the device move bytes between them.
+Its owner attaches windows of restricted files at device addresses, and has the device move bytes
+between them.
 """
 
 import json
@@ -18,7 +19,10 @@ from restrictedmem.service.wire import Call, Channel, Message
 from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
 
 # What an owner says. Addresses are the device's; they and lengths are bytes.
-ATTACH, ATTACH_BODY = Call("ATTACH", 1), Struct("=16sQQQ")  # a presented token, address, first page, page after the last
+ATTACH, ATTACH_BODY = (
+    Call("ATTACH", 1),
+    Struct("=16sQQQ"),
+)  # a presented token, address, first page, page after the last
 DETACH, DETACH_BODY = Call("DETACH", 2), Struct("=Q")  # address
 COPY, COPY_BODY = Call("COPY", 3), Struct("=QQQ")  # from, to, length
 FILL, FILL_BODY = Call("FILL", 4), Struct("=QQB")  # to, length, byte
@@ -74,11 +78,18 @@ class Device:
         """Show a window of a file at an address."""
         size = end - start << PAGE_SHIFT
         if address & PAGE_MASK or not 0 < size <= LARGEST:
-            raise OSError(EINVAL, "address is not page aligned, or the window is empty or too large")
-        if any(address < other.end and address + size > other.address for other in self.windows.values()):
+            raise OSError(
+                EINVAL, "address is not page aligned, or the window is empty or too large"
+            )
+        if any(
+            address < other.end and address + size > other.address
+            for other in self.windows.values()
+        ):
             raise OSError(EEXIST, "a window is there")
         window = Window(self, address, address + size)
-        window.file = BoundFile.bind(self.consumer, token, PageRange(pgoff_t(start), pgoff_t(end)), window)
+        window.file = BoundFile.bind(
+            self.consumer, token, PageRange(pgoff_t(start), pgoff_t(end)), window
+        )
         self.windows[address] = window
 
     def detach(self, address: int) -> None:
@@ -92,7 +103,10 @@ class Device:
 
     def access(self, address: int, act: Callable[[memoryview], T]) -> T:
         """Use the page at an address, which stays mapped meanwhile."""
-        window = next((window for window in self.windows.values() if window.address <= address < window.end), None)
+        window = next(
+            (window for window in self.windows.values() if window.address <= address < window.end),
+            None,
+        )
         if window is None:
             raise OSError(EFAULT, f"nothing is at {address:#x}")
         pgoff = pgoff_t(window.file.window.start + (address - window.address >> PAGE_SHIFT))
@@ -102,7 +116,9 @@ class Device:
                     with window.file.page(pgoff) as page:
                         return act(page)
             self.faults += 1
-            self.retries += window.file.fault(pgoff, self.lock, lambda order: window.table.update({pgoff: order}))
+            self.retries += window.file.fault(
+                pgoff, self.lock, lambda order: window.table.update({pgoff: order})
+            )
 
     def read(self, address: int, length: int) -> bytes:
         """Read bytes of one page."""
@@ -139,8 +155,16 @@ class Device:
     def status(self) -> dict[str, object]:
         """Return counts since the start, and how many pages are mapped, and taken: those, and lost ones until they are punched."""
         mapped = sum(len(window.table) for window in self.windows.values())
-        taken = sum(window.file.page_count(window.file.window.start, window.file.window.end) for window in self.windows.values())
-        counts = {"invalidations": self.invalidations, "errors": self.errors, "faults": self.faults, "retries": self.retries}
+        taken = sum(
+            window.file.page_count(window.file.window.start, window.file.window.end)
+            for window in self.windows.values()
+        )
+        counts = {
+            "invalidations": self.invalidations,
+            "errors": self.errors,
+            "faults": self.faults,
+            "retries": self.retries,
+        }
         return {"windows": len(self.windows), "mapped": mapped, "taken": taken, **counts}
 
     def command(self, message: Message) -> bytes:
@@ -173,7 +197,13 @@ def pieces(length: int, *addresses: int) -> Iterator[tuple[int, int]]:
         at += size
 
 
-def serve(owner: socket.socket, service: socket.socket, notify: socket.socket, options: Options, arguments: str) -> None:
+def serve(
+    owner: socket.socket,
+    service: socket.socket,
+    notify: socket.socket,
+    options: Options,
+    arguments: str,
+) -> None:
     """Be one device until its owner lets go of it."""
     consumer = Consumer(service, notify)
     channel, device = Channel(owner, "owner"), Device(consumer)

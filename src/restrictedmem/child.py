@@ -23,8 +23,8 @@ def in_child(probe: Callable[[], _T], deadline: float = DEADLINE) -> _T:
     """Return what a probe returns in a forked child, which does nothing else; the answer has to fit in a page.
 
     Raises:
-        OSError: what the probe raised; ETIMEDOUT after ``deadline`` seconds; ECHILD when the child died of it, by a signal for instance;
-            EAGAIN, EMFILE when there is no child to be had.
+        OSError: what the probe raised; ETIMEDOUT after ``deadline`` seconds; ECHILD when the child
+            died of it, by a signal for instance; EAGAIN, EMFILE when there is no child to be had.
     """
     reader, writer = map(OwnedFd, os.pipe())
     with reader, writer:
@@ -40,7 +40,12 @@ def in_child(probe: Callable[[], _T], deadline: float = DEADLINE) -> _T:
         answer = os.read(reader.fileno(), select.PIPE_BUF)
     if not answer:
         code = os.waitstatus_to_exitcode(status)
-        raise OSError(ECHILD, f"the probe was killed by {signal.Signals(-code).name}" if code < 0 else "the probe failed")
+        raise OSError(
+            ECHILD,
+            f"the probe was killed by {signal.Signals(-code).name}"
+            if code < 0
+            else "the probe failed",
+        )
     error: OSError | None
     value: _T
     error, value = pickle.loads(answer)

@@ -13,7 +13,8 @@ FAULT: Final = 255
 def failed(call: str, errno: int | None, detail: str = "", path: str | None = None) -> OSError:
     """Return the error of a call: its name, the errno's words, and what else is known of it.
 
-    ``errno`` is that of an OSError at hand, or another process's word; what is none is EIO. ``path`` is what the call was about.
+    ``errno`` is that of an OSError at hand, or another process's word; what is none is EIO.
+    ``path`` is what the call was about.
     """
     number = errno if errno is not None and 0 < errno <= _LARGEST else EIO
     words = f"{call}: {os.strerror(number)}" + (f" ({detail})" if detail else "")
@@ -23,7 +24,8 @@ def failed(call: str, errno: int | None, detail: str = "", path: str | None = No
 def named(call: str, error: OSError, path: str | None = None) -> OSError:
     """Return an error of Python's, or of a part of a call, as that of ``call``.
 
-    What it says beside the errno's words becomes the detail. Its own path stays, unless another is given.
+    What it says beside the errno's words becomes the detail. Its own path stays, unless another is
+    given.
     """
     known = error.filename if isinstance(error.filename, str) else None
     detail = detail_of(error)
@@ -58,4 +60,8 @@ def status_of(error: BaseException) -> int:
     """Return the exit status with which a child tells its parent what it failed with: an errno, or ``FAULT``."""
     if isinstance(error, MemoryError):
         return ENOMEM
-    return error.errno if isinstance(error, OSError) and error.errno is not None and 0 < error.errno < FAULT else FAULT
+    return (
+        error.errno
+        if isinstance(error, OSError) and error.errno is not None and 0 < error.errno < FAULT
+        else FAULT
+    )

@@ -20,7 +20,8 @@ from restrictedmem.users import is_known
 _UCRED: Final = struct.Struct("=iII")
 _SO_PEERPIDFD: Final = 77
 _SO_PASSRIGHTS: Final = 83
-#: For a call that is not to wait. This and the next are plain numbers: to combine two members of an enumeration takes as long as to send.
+#: For a call that is not to wait. This and the next are plain numbers: to combine two members of an
+#: enumeration takes as long as to send.
 MSG_DONTWAIT: Final = int(socket.MSG_DONTWAIT)
 _MSG_NOSIGNAL: Final = int(socket.MSG_NOSIGNAL)
 _MSG_PEEK: Final = int(socket.MSG_PEEK)
@@ -46,7 +47,8 @@ _W = TypeVar("_W", bound=Waited)
 class OwnedFd:
     """One file descriptor with one owner: closed on exit of ``with``, by ``close``, or (with a warning) when collected.
 
-    Everything in this package that returns a new descriptor internally returns one of these; only the public face hands out bare ints.
+    Everything in this package that returns a new descriptor internally returns one of these; only
+    the public face hands out bare ints.
     """
 
     __slots__ = ("_fd",)
@@ -78,7 +80,8 @@ class OwnedFd:
 
     def close(self) -> None:
         """Close the descriptor; a second call does nothing."""
-        # The field goes first: a number that the kernel has handed out again must never be closed by us.
+        # The field goes first: a number that the kernel has handed out again must never be closed
+        # by us.
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
@@ -86,7 +89,12 @@ class OwnedFd:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def __del__(self) -> None:
@@ -98,7 +106,9 @@ class OwnedFd:
         return f"{type(self).__name__}({self._fd})"
 
 
-def send_with_fds(sock: socket.socket, data: bytes, fds: Sequence[int] = (), flags: int = 0) -> None:
+def send_with_fds(
+    sock: socket.socket, data: bytes, fds: Sequence[int] = (), flags: int = 0
+) -> None:
     """Send one message with copies of ``fds``; the caller keeps its own. ``flags`` are sendmsg's beside MSG_NOSIGNAL.
 
     Raises:
@@ -184,15 +194,20 @@ def _kernel_refuses() -> bool:
 KERNEL_REFUSES: Final = _kernel_refuses()
 
 
-def receive_with_fds(sock: socket.socket, size: int, max_fds: int = 4, flags: int = 0) -> tuple[bytes, list[OwnedFd]]:
+def receive_with_fds(
+    sock: socket.socket, size: int, max_fds: int = 4, flags: int = 0
+) -> tuple[bytes, list[OwnedFd]]:
     """Receive one message of at most ``size`` bytes and the descriptors with it, which the caller then owns; ``flags`` are recvmsg's.
 
-    An empty message means that the peer is gone. A message or a set of descriptors that was cut short counts as malformed.
+    An empty message means that the peer is gone. A message or a set of descriptors that was cut
+    short counts as malformed.
 
     Raises:
         OSError: as recvmsg(2); EMSGSIZE when something was cut off (what did arrive is closed).
     """
-    data, ancillary, got, _ = sock.recvmsg(size, socket.CMSG_SPACE(max_fds * _INT), _MSG_CMSG_CLOEXEC | flags)
+    data, ancillary, got, _ = sock.recvmsg(
+        size, socket.CMSG_SPACE(max_fds * _INT), _MSG_CMSG_CLOEXEC | flags
+    )
     fds: list[OwnedFd] = []
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -266,15 +281,17 @@ def close_all(fds: Sequence[OwnedFd]) -> None:
 
 def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
     """Return pid, uid and gid of who made the other end of a connection (SO_PEERCRED)."""
-    pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    pid, uid, gid = _UCRED.unpack(
+        sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    )
     return pid, uid, gid
 
 
 def is_same_peer(one: socket.socket, other: socket.socket) -> bool:
     """Say whether one user's process has made the other ends of two connections (SO_PEERCRED).
 
-    Where that user's uid is not known here (``users``), nobody else's process may have its number again: only pidfs tells processes
-    apart for good (Linux 6.9), and before it the answer is no.
+    Where that user's uid is not known here (``users``), nobody else's process may have its number
+    again: only pidfs tells processes apart for good (Linux 6.9), and before it the answer is no.
     """
     found = peer_credentials(one)
     if found != peer_credentials(other):
@@ -282,7 +299,9 @@ def is_same_peer(one: socket.socket, other: socket.socket) -> bool:
     if is_known(found[1]):
         return True
     try:
-        mine, ones, others = map(_inode, (os.pidfd_open(os.getpid()), *(_peer_pidfd(sock) for sock in (one, other))))
+        mine, ones, others = map(
+            _inode, (os.pidfd_open(os.getpid()), *(_peer_pidfd(sock) for sock in (one, other)))
+        )
     except OSError:
         return False
     # Before pidfs all pidfds have one inode.

@@ -19,8 +19,9 @@ _T = TypeVar("_T")
 class Clock:
     """Counts the seconds in which this process runs.
 
-    Whoever stops this process (SIGSTOP, a frozen cgroup, a suspended machine) stops the other one as well, often. So whoever waits looks
-    at the clock every 50 ms, and what has passed since the last look counts as that much, however long it was.
+    Whoever stops this process (SIGSTOP, a frozen cgroup, a suspended machine) stops the other one
+    as well, often. So whoever waits looks at the clock every 50 ms, and what has passed since the
+    last look counts as that much, however long it was.
     """
 
     __slots__ = ("_last", "seconds")
@@ -59,7 +60,8 @@ class Patience:
             except OSError as error:
                 if error.errno != EINVAL:
                     raise
-                # The limit on descriptors is 0, where poll(2) takes not even one. It may rise again.
+                # The limit on descriptors is 0, where poll(2) takes not even one. It may rise
+                # again.
                 time.sleep(_PAUSE)
                 ready = []
             if self._clock.look() >= self._seconds or ready:

@@ -1,8 +1,9 @@
 """The only source of locks, waits and unlocked shared reads for ``mm`` and the guests' fault path.
 
-A checker that wants every interleaving replaces the factories here; nothing in ``mm`` or in the fault path reaches for ``threading`` or
-for shared memory by itself. Each name is the kernel's: ``mutex``, ``RwSem`` (``struct rw_semaphore``), ``SharedWords`` for what the
-kernel reads with READ_ONCE and writes with WRITE_ONCE.
+A checker that wants every interleaving replaces the factories here; nothing in ``mm`` or in the
+fault path reaches for ``threading`` or for shared memory by itself. Each name is the kernel's:
+``mutex``, ``RwSem`` (``struct rw_semaphore``), ``SharedWords`` for what the kernel reads with
+READ_ONCE and writes with WRITE_ONCE.
 """
 
 import threading
@@ -38,14 +39,16 @@ def condition(lock: Mutex) -> threading.Condition:
 class RwSem:
     """A readers-writer semaphore: many readers or one writer; a waiting writer goes before new readers.
 
-    Not recursive in either mode, as the kernel's: a callback that runs under the read side must not take it again.
+    Not recursive in either mode, as the kernel's: a callback that runs under the read side must not
+    take it again.
     """
 
     __slots__ = ("_changed", "_lock", "_readers", "_writers", "_writing")
 
     def __init__(self) -> None:
         self._lock = mutex()
-        # Made at the first contention: there is a semaphore for each of thousands of files, and few ever wait.
+        # Made at the first contention: there is a semaphore for each of thousands of files, and few
+        # ever wait.
         self._changed: threading.Condition | None = None
         self._readers = 0
         # Those that wait count too, so that one look keeps new readers out.
@@ -95,8 +98,9 @@ class RwSem:
 class SharedWords:
     """64-bit words in memory that another process writes or reads at the same time.
 
-    Each access is one aligned load or store, so a word is never torn. Order between words is that of the machine's memory model plus
-    the interpreter's own barriers; on x86-64 loads stay in order and so do stores, which is all the invalidation sequence needs.
+    Each access is one aligned load or store, so a word is never torn. Order between words is that
+    of the machine's memory model plus the interpreter's own barriers; on x86-64 loads stay in order
+    and so do stores, which is all the invalidation sequence needs.
     """
 
     __slots__ = ("_words",)

@@ -13,7 +13,9 @@ def plain(text: object) -> str:
 
     Among them: control characters, line ends, changes of direction, halves of characters.
     """
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(text))
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(text)
+    )
 
 
 def duration(seconds: float) -> str:

@@ -1,7 +1,8 @@
 """Threads in processes whose memory may run out at any time.
 
-threading.Thread.start() waits until the thread says that it runs. One that finds no memory before that never says so, and its starter waits
-for ever, with the locks that it holds. Here the starter waits a while.
+threading.Thread.start() waits until the thread says that it runs. One that finds no memory before
+that never says so, and its starter waits for ever, with the locks that it holds. Here the starter
+waits a while.
 """
 
 import _thread
@@ -17,7 +18,8 @@ from restrictedmem.failure import failed, status_of
 
 log = logging.getLogger(__name__)
 
-#: How often a starter looks for its thread, and the seconds each time: time in which this process did not run counts once at most.
+#: How often a starter looks for its thread, and the seconds each time: time in which this process
+#: did not run counts once at most.
 _PATIENCE: Final = (20, 0.25)
 
 
@@ -50,7 +52,11 @@ def begin(thread: threading.Thread) -> None:
 
 def _none_to_be_had() -> OSError:
     # Python does not say which limit it was.
-    return failed("pthread_create", EAGAIN, "no thread to be had: ulimit -u, ulimit -v, pids.max, or the machine's memory")
+    return failed(
+        "pthread_create",
+        EAGAIN,
+        "no thread to be had: ulimit -u, ulimit -v, pids.max, or the machine's memory",
+    )
 
 
 @final
@@ -70,7 +76,9 @@ class _Thread:
     def comes(self) -> bool:
         """Wait until the thread has begun; false when it did not, and never will."""
         times, seconds = _PATIENCE
-        return any(self._begun.acquire(timeout=seconds) for _ in range(times)) or not self._taken.acquire(blocking=False)
+        return any(
+            self._begun.acquire(timeout=seconds) for _ in range(times)
+        ) or not self._taken.acquire(blocking=False)
 
     def be(self) -> None:
         """Be the thread."""

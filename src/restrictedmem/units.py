@@ -1,7 +1,8 @@
 """Pages and bytes, kept apart by type.
 
-The v9 posting passed byte offsets to callbacks that were declared in pages; a type checker sees that slip here. A value is named
-after its kernel type: ``loff_t`` is bytes in a file, ``pgoff_t`` pages in a file, ``gpa_t`` bytes and ``gfn_t`` pages in a guest.
+The v9 posting passed byte offsets to callbacks that were declared in pages; a type checker sees
+that slip here. A value is named after its kernel type: ``loff_t`` is bytes in a file, ``pgoff_t``
+pages in a file, ``gpa_t`` bytes and ``gfn_t`` pages in a guest.
 """
 
 import os
@@ -46,7 +47,9 @@ class PageRange:
     @classmethod
     def around_bytes(cls, offset: int, length: int) -> Self:
         """Build the smallest range that contains ``length`` bytes at ``offset``."""
-        return cls(pgoff_t(offset >> PAGE_SHIFT), pgoff_t((offset + length + PAGE_MASK) >> PAGE_SHIFT))
+        return cls(
+            pgoff_t(offset >> PAGE_SHIFT), pgoff_t((offset + length + PAGE_MASK) >> PAGE_SHIFT)
+        )
 
     def __len__(self) -> int:
         return max(0, self.end - self.start)

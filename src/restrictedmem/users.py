@@ -1,7 +1,7 @@
 """Whether a uid says who somebody is.
 
-In a user namespace every uid that is not mapped there looks like one, the overflow uid: strangers of all kinds, root often, and maybe
-this process itself (user_namespaces(7)).
+In a user namespace every uid that is not mapped there looks like one, the overflow uid: strangers
+of all kinds, root often, and maybe this process itself (user_namespaces(7)).
 """
 
 import os

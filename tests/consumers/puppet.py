@@ -37,7 +37,12 @@ class Ops:
             case "raise":
                 raise RuntimeError("a bug")
             case "garbage" | "refuse" | "refuse in numbers" | "short" | "empty":
-                answers = {"garbage": bytes(8) + b"more", "refuse": (22).to_bytes(8, "little"), "short": b"x", "empty": b""}
+                answers = {
+                    "garbage": bytes(8) + b"more",
+                    "refuse": (22).to_bytes(8, "little"),
+                    "short": b"x",
+                    "empty": b"",
+                }
                 answers["refuse in numbers"] = (0x8000_0005).to_bytes(8, "little")
                 self.notify.send(answers[self.manner])
             case _:
@@ -61,13 +66,17 @@ class Puppet:
 
     def bind(self, token: str, start: int, end: int, exclusive: bool = True) -> int:
         ops, window = Ops(self.notify), PageRange(pgoff_t(start), pgoff_t(end))
-        self.files.append(BoundFile.bind(self.consumer, bytes.fromhex(token), window, ops, exclusive=exclusive))
+        self.files.append(
+            BoundFile.bind(self.consumer, bytes.fromhex(token), window, ops, exclusive=exclusive)
+        )
         self.ops.append(ops)
         return len(self.files) - 1
 
     def register_notifier(self, token: str, start: int, end: int) -> int:
         ops, window = Ops(self.notify), PageRange(pgoff_t(start), pgoff_t(end))
-        self.files.append(BoundFile.register_notifier(self.consumer, bytes.fromhex(token), window, ops))
+        self.files.append(
+            BoundFile.register_notifier(self.consumer, bytes.fromhex(token), window, ops)
+        )
         self.ops.append(ops)
         return len(self.files) - 1
 
@@ -82,7 +91,12 @@ class Puppet:
         """Return what was heard, when each start has had its end, for which the service does not wait."""
         ops = self.ops[file]
         with ops.balanced:
-            if not ops.balanced.wait_for(lambda: sum({"start": 1, "end": -1}.get(str(what[0]), 0) for what in ops.heard) == 0, 5):
+            if not ops.balanced.wait_for(
+                lambda: (
+                    sum({"start": 1, "end": -1}.get(str(what[0]), 0) for what in ops.heard) == 0
+                ),
+                5,
+            ):
                 raise TimeoutError("waited 5 s for the end of an invalidation")
         return ops.heard
 
@@ -121,7 +135,13 @@ class Puppet:
         return signal.set_wakeup_fd(-1)
 
 
-def serve(owner: socket.socket, service: socket.socket, notify: socket.socket, options: Options, arguments: str) -> None:
+def serve(
+    owner: socket.socket,
+    service: socket.socket,
+    notify: socket.socket,
+    options: Options,
+    arguments: str,
+) -> None:
     trusting = arguments == "trusting"
     if trusting:
         # The service has refused them. Kernels before Linux 6.16 lack the option.

@@ -39,7 +39,9 @@ class _Area:
     """A page of this process below 4 GiB, the only one that the caller has mapped."""
 
     def __init__(self) -> None:
-        self.memory = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_32BIT)
+        self.memory = mmap.mmap(
+            -1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_32BIT
+        )
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
 
     def maps(self, rights: str, proc: int, pid: int) -> io.BytesIO:
@@ -121,9 +123,18 @@ def calls(data: bytes) -> None:
         other = undo.enter_context(OwnedFd(os.memfd_create("other")))
         porter = _Porter(device(f"/proc/self/fd/{memory.fileno()}") if kind & 1 else 0)
         proc = undo.enter_context(process.proc())
-        made = supervisor.Supervisor(cast("OwnedFd", None), cast("Any", porter), proc, _TABLES, _NUMBER, cachestat=bool(kind & 2))
+        made = supervisor.Supervisor(
+            cast("OwnedFd", None),
+            cast("Any", porter),
+            proc,
+            _TABLES,
+            _NUMBER,
+            cachestat=bool(kind & 2),
+        )
         rights = ("rw-p", "r--p", "-w-p", "---p")[kind >> 2 & 3]
-        undo.enter_context(mock.patch.object(scout, "_mappings", side_effect=partial(area.maps, rights)))
+        undo.enter_context(
+            mock.patch.object(scout, "_mappings", side_effect=partial(area.maps, rights))
+        )
         undo.enter_context(mock.patch.object(supervisor, "Scout", _Scout))
         undo.callback(_end, made)
         for _ in range(4):
@@ -131,7 +142,14 @@ def calls(data: bytes) -> None:
                 return
             choice = source.number(1)
             table = choice & 1
-            numbers = [_NUMBER, *(n for n in (_TABLES[table].mmap, _TABLES[table].fstatfs, _TABLES[table].fstatfs64) if n)]
+            numbers = [
+                _NUMBER,
+                *(
+                    n
+                    for n in (_TABLES[table].mmap, _TABLES[table].fstatfs, _TABLES[table].fstatfs64)
+                    if n
+                ),
+            ]
             numbers += [number for number in (_TABLES[table].old_mmap,) if number]
             number = numbers[(choice >> 1) % len(numbers)]
             words = [_argument(source, memory.fileno(), other.fileno()) for _ in range(6)]
@@ -144,7 +162,16 @@ def calls(data: bytes) -> None:
                 assert not given
                 continue
             assert len(given) == 1, "one answer"
-            _check(made, table, number, words, content, given[0], rights, memory.fileno() if porter.device else -1)
+            _check(
+                made,
+                table,
+                number,
+                words,
+                content,
+                given[0],
+                rights,
+                memory.fileno() if porter.device else -1,
+            )
 
 
 def _end(made: supervisor.Supervisor) -> None:
@@ -156,7 +183,11 @@ def _end(made: supervisor.Supervisor) -> None:
 def _ask(made: supervisor.Supervisor, table: int, number: int, words: list[int]) -> list[int]:
     """Have a call heard, and its scouts too; return the errnos it is answered with, ``_CONTINUE`` for the kernel's own."""
     given: list[int] = []
-    found = seccomp_data(nr=number, arch=_TABLES[table].arch, **{f"arg{index}": word for index, word in enumerate(words)})  # pyright: ignore
+    found = seccomp_data(
+        nr=number,
+        arch=_TABLES[table].arch,
+        **{f"arg{index}": word for index, word in enumerate(words)},
+    )  # pyright: ignore
 
     def receive(_: object, notification: seccomp_notif) -> None:
         notification.id, notification.pid, notification.data = 1, os.getpid(), found
@@ -182,14 +213,26 @@ def _is_wrong_anyway(table: int, words: list[int]) -> bool:
     address, length, _, flags, _, offset = (word & (_U32 if table else -1) for word in words)
     # An address can be asked for above the usual ones, where page tables have five levels.
     end, top = (address + length, 1 << 56) if flags & _FIXED else (length, 1 << 47)
-    wrong = [length == 0, end > top - mmap.PAGESIZE, flags & _MAP_HUGETLB, flags & _FIXED and address & 4095]
+    wrong = [
+        length == 0,
+        end > top - mmap.PAGESIZE,
+        flags & _MAP_HUGETLB,
+        flags & _FIXED and address & 4095,
+    ]
     # i386's is in pages.
     wrong += [] if table else [offset & 4095, offset + length > MAX_FILE_BYTES]
     return any(wrong)
 
 
 def _check(
-    made: supervisor.Supervisor, table: int, number: int, words: list[int], before: bytes, given: int, rights: str, restricted: int
+    made: supervisor.Supervisor,
+    table: int,
+    number: int,
+    words: list[int],
+    before: bytes,
+    given: int,
+    rights: str,
+    restricted: int,
 ) -> None:
     """Check an answer, and the area, against what the call's arguments say."""
     area, size, after = _area(), mmap.PAGESIZE, bytes(_area().memory)
@@ -216,8 +259,13 @@ def _check(
     elif number == _NUMBER:
         assert words[0] & _U32 & ~RMFD_HUGEPAGE
         spans = ((words[1], 16), (words[2], 40))
-        inside = all(not word & 7 and area.address <= word <= area.address + size - length for word, length in spans)
+        inside = all(
+            not word & 7 and area.address <= word <= area.address + size - length
+            for word, length in spans
+        )
         opened = os.path.lexists(f"/proc/self/fd/{words[0] & _U32}")
-        assert given == (_CONTINUE if made._cachestat and inside and opened and not words[3] & _U32 else EINVAL)
+        assert given == (
+            _CONTINUE if made._cachestat and inside and opened and not words[3] & _U32 else EINVAL
+        )
     elif number == 269 and words[0] & _U32 == restricted:
         assert (given == EINVAL) == (words[1] & _U32 != 84)

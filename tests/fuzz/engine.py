@@ -97,7 +97,9 @@ class _Cpu:
             case 1:
                 return exits.MmioWrite(argument, 8, argument)
             case 2:
-                return exits.Hypercall(guest_abi.MAP_GPA_RANGE, (argument << 12, 4, self.next >> 3 & 1 << 4, 5))
+                return exits.Hypercall(
+                    guest_abi.MAP_GPA_RANGE, (argument << 12, 4, self.next >> 3 & 1 << 4, 5)
+                )
             case 3:
                 return exits.Hypercall(argument & 0xFF, (1, 2, 3, 4))
             case 4:
@@ -150,7 +152,10 @@ class _Binder:
             raise OSError(EACCES, "the token was never presented on a descriptor")
 
         def bound(number: int) -> Bound:
-            fd, sequence = (OwnedFd(os.dup(fd)) for fd in (self._file.backing.fileno(), self._file.sequence().fd.fileno()))
+            fd, sequence = (
+                OwnedFd(os.dup(fd))
+                for fd in (self._file.backing.fileno(), self._file.sequence().fd.fileno())
+            )
             return Bound(number, 7, _SIZE, fd, sequence, flags=0, order=0)
 
         return self.bind_again(0, window, lambda number: take(bound(number)))
@@ -195,14 +200,27 @@ class _Vm:
         # A change that is broken off ends the engine (``whole``): a bug's answer here.
         undo.enter_context(mock.patch("os._exit", _end))
         service = cast("Channel", _Service())
-        self.memory = VmMemory(cast("Engine", self.engine), service, api, attributes, forbid_shrinking)
+        self.memory = VmMemory(
+            cast("Engine", self.engine), service, api, attributes, forbid_shrinking
+        )
         creation, reporter = wire.Creation(policy=policy), cast("Any", _Reporter())
-        self.machine = Machine(channel, cast("Any", None), self.memory, self.engine, self.vcpus, creation, reporter, trace)
+        self.machine = Machine(
+            channel,
+            cast("Any", None),
+            self.memory,
+            self.engine,
+            self.vcpus,
+            creation,
+            reporter,
+            trace,
+        )
         undo.callback(self.memory.clear)
         undo.callback(self._let_go)
         dispatch = trace.requests(self.machine._dispatch)
         self.brings: dict[int, int] = {}
-        self.serve: Callable[[], bool] = lambda: serve_one(channel, lambda: self._receive(channel), dispatch)
+        self.serve: Callable[[], bool] = lambda: serve_one(
+            channel, lambda: self._receive(channel), dispatch
+        )
 
     def _receive(self, channel: Channel) -> Message | None:
         """Receive a request with the descriptors that its checker would have let through."""
@@ -245,7 +263,11 @@ def _is_large(message: bytes) -> bool:
     body = message[_HEAD.size :]
     if number_of(message) != wire.SET_USER_MEMORY_REGION.number or len(body) < wire.TOKEN_OFFSET:
         return False
-    return _LARGE < kvm.kvm_userspace_memory_region_ext.from_buffer_copy(body).memory_size <= MAX_PAGES << PAGE_SHIFT
+    return (
+        _LARGE
+        < kvm.kvm_userspace_memory_region_ext.from_buffer_copy(body).memory_size
+        <= MAX_PAGES << PAGE_SHIFT
+    )
 
 
 def _descriptors(kind: int, undo: ExitStack) -> dict[int, int]:
@@ -275,7 +297,10 @@ def _check_vm_reply(made: _Vm, message: bytes, reply: bytes, policy: int) -> Non
             region = kvm.kvm_userspace_memory_region_ext.from_buffer_copy(body)
             slot = made.memory.slots.get(region.slot)
             assert (slot is not None) == bool(region.memory_size)
-            assert not slot or (slot.base_gfn, len(slot.attributes)) == (region.guest_phys_addr >> 12, region.memory_size >> 12)
+            assert not slot or (slot.base_gfn, len(slot.attributes)) == (
+                region.guest_phys_addr >> 12,
+                region.memory_size >> 12,
+            )
         case wire.SET_MEMORY_ATTRIBUTES.number:
             asked = kvm.kvm_memory_attributes.from_buffer_copy(body)
             left = kvm.kvm_memory_attributes.from_buffer_copy(reply)
@@ -283,7 +308,9 @@ def _check_vm_reply(made: _Vm, message: bytes, reply: bytes, policy: int) -> Non
             assert not (asked.address | asked.size) & PAGE_MASK
             slot = made.memory.slot_of(asked.address >> 12)
             if slot is not None and left.address > asked.address:
-                assert slot.attributes[(asked.address >> 12) - slot.base_gfn] == bool(asked.attributes)
+                assert slot.attributes[(asked.address >> 12) - slot.base_gfn] == bool(
+                    asked.attributes
+                )
         case wire.LAUNCH_UPDATE.number:
             (gpa,) = wire.LAUNCH.unpack_from(body)
             slot = made.memory.slot_of(gpa >> 12)
@@ -318,7 +345,9 @@ def vcpu(data: bytes) -> None:
                     break
                 theirs.send(message)
                 channel = vcpu_socket._owner
-                assert serve_one(channel, channel.receive, vcpu_socket._dispatch) is is_request(message)
+                assert serve_one(channel, channel.receive, vcpu_socket._dispatch) is is_request(
+                    message
+                )
                 error, reply = answer(theirs)
                 if not is_request(message):
                     assert error in (EPROTO, EMSGSIZE), errorcode[error]
@@ -328,20 +357,26 @@ def vcpu(data: bytes) -> None:
 
 
 @contextmanager
-def _socket(made: _Vm, policy: int, cpu: _Cpu, undo: ExitStack) -> Generator[tuple[VcpuSocket, socket.socket]]:
+def _socket(
+    made: _Vm, policy: int, cpu: _Cpu, undo: ExitStack
+) -> Generator[tuple[VcpuSocket, socket.socket]]:
     """Make a vCPU's socket whose thread does not serve it: this one does."""
     channel, theirs = Channel.pair("owner")
     watched = undo.enter_context(closing(select.epoll()))
     conversions = Conversions(made.memory, explicit=bool(policy & wire.POLICY_EXPLICIT))
     launch = Launch(policy, conversions.launched, lambda _: None)
     with closing(theirs), closing(channel), mock.patch("restrictedmem.threads.start"):
-        found = VcpuSocket(0, channel, watched, policy, launch, conversions, cast("Any", _Reporter()), Trace())
+        found = VcpuSocket(
+            0, channel, watched, policy, launch, conversions, cast("Any", _Reporter()), Trace()
+        )
         found.vcpu = Vcpu(cpu)
         watched.register(channel.fileno(), select.EPOLLRDHUP)
         yield found, theirs
 
 
-def _check_vcpu_reply(cpu: _Cpu, served: VcpuSocket, message: bytes, reply: bytes, policy: int) -> None:
+def _check_vcpu_reply(
+    cpu: _Cpu, served: VcpuSocket, message: bytes, reply: bytes, policy: int
+) -> None:
     body = message[_HEAD.size :]
     match number_of(message):
         case wire.RUN.number:
@@ -352,14 +387,18 @@ def _check_vcpu_reply(cpu: _Cpu, served: VcpuSocket, message: bytes, reply: byte
             assert bytes(cpu.regs) == body[: len(bytes(cpu.regs))]
             others = kvm_regs.from_buffer_copy(cpu.regs)
             others.rip = others.rsp = others.rdi = others.rsi = 0
-            assert policy & wire.POLICY_DEBUG if served.started else bytes(others) == bytes(kvm_regs())
+            assert (
+                policy & wire.POLICY_DEBUG if served.started else bytes(others) == bytes(kvm_regs())
+            )
         case wire.GET_REGS.number:
             assert policy & wire.POLICY_DEBUG
             assert reply == bytes(cpu.regs)
         case wire.GET_SREGS.number | wire.SET_GUEST_DEBUG.number:
             assert policy & wire.POLICY_DEBUG
         case wire.PRE_FAULT_MEMORY.number:
-            asked, left = (kvm.kvm_pre_fault_memory.from_buffer_copy(each) for each in (body, reply))
+            asked, left = (
+                kvm.kvm_pre_fault_memory.from_buffer_copy(each) for each in (body, reply)
+            )
             assert (left.gpa, left.size) == (asked.gpa + asked.size, 0)
         case _:
             raise AssertionError("an unknown call succeeded")

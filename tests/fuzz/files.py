@@ -219,10 +219,14 @@ def rsp(data: bytes) -> None:
     step, stream = source.number(1) + 1, source.rest()
     items = list(protocol.Parser().feed(stream))
     slow = protocol.Parser()
-    pieces = [item for at in range(0, len(stream), step) for item in slow.feed(stream[at : at + step])]
+    pieces = [
+        item for at in range(0, len(stream), step) for item in slow.feed(stream[at : at + step])
+    ]
     assert items == pieces, "where the stream is cut makes a difference"
     assert protocol.unescape(protocol.escape(stream)) == stream
-    assert [*protocol.Parser().feed(protocol.frame(protocol.escape(stream)))] == [protocol.escape(stream)]
+    assert [*protocol.Parser().feed(protocol.frame(protocol.escape(stream)))] == [
+        protocol.escape(stream)
+    ]
     with OwnedFd(os.eventfd(0, os.EFD_NONBLOCK)) as wake:
         _obey(items, wake.fileno())
 
@@ -232,7 +236,11 @@ def _obey(items: list[bytes | protocol.Sign], wake: int) -> None:
     # Without its thread, which waits for a connection.
     stub = cast("Any", Stub.__new__(Stub))
     stub._vmm, stub._stopped, stub._gates = guest, wake, Gates(cast("Any", guest), wake)
-    stub._current, stub._breakpoints, stub._swbreak = stub._gates.all[0], set[tuple[bytes, int]](), False
+    stub._current, stub._breakpoints, stub._swbreak = (
+        stub._gates.all[0],
+        set[tuple[bytes, int]](),
+        False,
+    )
     stub._last_stop = stub._stop_reply(stub._current, 5)
     for packet in items:
         if isinstance(packet, protocol.Sign):

@@ -44,7 +44,13 @@ def planted(mistake: Mistake) -> Generator[None]:
     text = text.replace(mistake.right, mistake.wrong)
     made: dict[str, object] = {}
     # Annotations may name what is known to type checkers alone.
-    code = compile(text, f"<{mistake.where}>", "exec", flags=__future__.annotations.compiler_flag, dont_inherit=True)
+    code = compile(
+        text,
+        f"<{mistake.where}>",
+        "exec",
+        flags=__future__.annotations.compiler_flag,
+        dont_inherit=True,
+    )
     exec(code, dict(function.__globals__), made)
     (changed,) = made.values()
     changed = getattr(changed, "__func__", changed)
@@ -58,27 +64,65 @@ def planted(mistake: Mistake) -> Generator[None]:
 
 MISTAKES: Final[dict[str, tuple[Mistake, ...]]] = {
     "control": (
-        Mistake("service.daemon:Service._dispatch", "if connection.owner:", "if connection.owner or message.number == 2:"),
+        Mistake(
+            "service.daemon:Service._dispatch",
+            "if connection.owner:",
+            "if connection.owner or message.number == 2:",
+        ),
         Mistake("service.daemon:Service._error_page", "0 < end - start", "0 <= end - start"),
         Mistake("service.daemon:Service._reply_status", "start >= len(text)", "start > 1 << 62"),
     ),
     "consumer": (
-        Mistake("service.consumer:_can_be_shown", "return value.isprintable()", "return value.isascii()"),
+        Mistake(
+            "service.consumer:_can_be_shown", "return value.isprintable()", "return value.isascii()"
+        ),
         Mistake("service.consumer:_can_be_shown", "math.isfinite(value)", "not math.isnan(value)"),
-        Mistake("service.consumer:Binding.page_count", "if count > end - start:", "if count > end - start + 1:"),
+        Mistake(
+            "service.consumer:Binding.page_count",
+            "if count > end - start:",
+            "if count > end - start + 1:",
+        ),
     ),
     "creation": (
-        Mistake("kvm.wire:Creation.load", "type(found.policy) is not int", "not isinstance(found.policy, int)"),
-        Mistake("kvm.wire:Creation.load", "(RecursionError, TypeError, ValueError)", "(TypeError, ValueError)"),
-        Mistake("kvm.wire:Creation.load", 'found.platform not in ("", *host.NAMES)', "found.platform and found.platform not in host.NAMES"),
+        Mistake(
+            "kvm.wire:Creation.load",
+            "type(found.policy) is not int",
+            "not isinstance(found.policy, int)",
+        ),
+        Mistake(
+            "kvm.wire:Creation.load",
+            "(RecursionError, TypeError, ValueError)",
+            "(TypeError, ValueError)",
+        ),
+        Mistake(
+            "kvm.wire:Creation.load",
+            'found.platform not in ("", *host.NAMES)',
+            "found.platform and found.platform not in host.NAMES",
+        ),
     ),
     "vm": (
-        Mistake("kvm.vm_memory:VmMemory._check_overlap", "end > HYPERCALL_PAGE >> PAGE_SHIFT", "end > REPORT_PAGE >> PAGE_SHIFT"),
-        Mistake("kvm.machine:Machine._interrupt", "number >= len(self._sockets)", "number > len(self._sockets)"),
-        Mistake("kvm.machine:Machine._dispatch_own", "debug.check_policy(self._creation.policy)\n            gpa, size", "gpa, size"),
+        Mistake(
+            "kvm.vm_memory:VmMemory._check_overlap",
+            "end > HYPERCALL_PAGE >> PAGE_SHIFT",
+            "end > REPORT_PAGE >> PAGE_SHIFT",
+        ),
+        Mistake(
+            "kvm.machine:Machine._interrupt",
+            "number >= len(self._sockets)",
+            "number > len(self._sockets)",
+        ),
+        Mistake(
+            "kvm.machine:Machine._dispatch_own",
+            "debug.check_policy(self._creation.policy)\n            gpa, size",
+            "gpa, size",
+        ),
     ),
     "vcpu": (
-        Mistake("kvm.vcpu_socket:VcpuSocket._pre_fault", "asked.gpa + asked.size >= 1 << 64", "asked.gpa + asked.size > 1 << 64"),
+        Mistake(
+            "kvm.vcpu_socket:VcpuSocket._pre_fault",
+            "asked.gpa + asked.size >= 1 << 64",
+            "asked.gpa + asked.size > 1 << 64",
+        ),
         Mistake("kvm.vcpu_socket:VcpuSocket._set_regs", "bytes(rest) != bytes(regs)", "regs.rbx"),
         Mistake(
             "kvm.vcpu_socket:VcpuSocket._dispatch",
@@ -87,33 +131,65 @@ MISTAKES: Final[dict[str, tuple[Mistake, ...]]] = {
         ),
     ),
     "fuse": (
-        Mistake("fs.filesystem:FileSystem._create", "len(self._nodes) >= self._max_files", "len(self._nodes) > self._max_files"),
-        Mistake("fs.filesystem:FileSystem._setattr", "len(request.body) < ctypes.sizeof(fuse.fuse_setattr_in)", "not request.body"),
-        Mistake("fs.filesystem:FileSystem._drop", "if node is not None and node.open:", "if node is not None:"),
+        Mistake(
+            "fs.filesystem:FileSystem._create",
+            "len(self._nodes) >= self._max_files",
+            "len(self._nodes) > self._max_files",
+        ),
+        Mistake(
+            "fs.filesystem:FileSystem._setattr",
+            "len(request.body) < ctypes.sizeof(fuse.fuse_setattr_in)",
+            "not request.body",
+        ),
+        Mistake(
+            "fs.filesystem:FileSystem._drop",
+            "if node is not None and node.open:",
+            "if node is not None:",
+        ),
     ),
     "elf": (
-        Mistake("kvm.elf:_segment", "len(content) != filesz or memsz < filesz", "len(content) != filesz"),
+        Mistake(
+            "kvm.elf:_segment", "len(content) != filesz or memsz < filesz", "len(content) != filesz"
+        ),
         Mistake("kvm.elf:_segments", "left -= len(segment.data)", "left -= 1"),
         Mistake("kvm.elf:parse", "except struct.error:", "except IndexError:"),
     ),
     "rsp": (
-        Mistake("kvm.gdb.rsp:Parser._packet", "if end < 0 or len(self._data) < whole:", "if end < 0:"),
+        Mistake(
+            "kvm.gdb.rsp:Parser._packet", "if end < 0 or len(self._data) < whole:", "if end < 0:"
+        ),
         Mistake("kvm.gdb.stub:Stub._memory", "address + size > 1 << 64", "address > 1 << 64"),
         Mistake("kvm.gdb.stub:Stub._breakpoint", "0 <= entry[1] < 1 << 64", "0 <= entry[1]"),
     ),
     "report": (
-        Mistake("service.report:Report.unpack", "len(data) != REPORT_BYTES", "len(data) < REPORT_BYTES"),
+        Mistake(
+            "service.report:Report.unpack", "len(data) != REPORT_BYTES", "len(data) < REPORT_BYTES"
+        ),
         Mistake("service.report:Report.unpack", '.decode("ascii")', '.decode("latin-1")'),
         Mistake("service.report:signed_by_its_key", "return False", "return True"),
     ),
     "trace": (
         Mistake("kvm.perfetto:_is_number", "0 <= value < 1 << 63", "value < 1 << 63"),
-        Mistake("kvm.perfetto:_parse", "(ValueError, AttributeError, RecursionError)", "(ValueError, AttributeError)"),
-        Mistake("kvm.perfetto:_slices", "    while open_slices:\n        yield", "    if open_slices:\n        yield"),
+        Mistake(
+            "kvm.perfetto:_parse",
+            "(ValueError, AttributeError, RecursionError)",
+            "(ValueError, AttributeError)",
+        ),
+        Mistake(
+            "kvm.perfetto:_slices",
+            "    while open_slices:\n        yield",
+            "    if open_slices:\n        yield",
+        ),
     ),
     "supervisor": (
-        Mistake("syscall.supervisor:Supervisor._hear", "flags = data.arg0 & _U32", "flags = data.arg0"),
-        Mistake("syscall.supervisor:Supervisor._tell_file_system", "data.arg1 & _U32 != _STATFS64_I386.size", "not data.arg1"),
+        Mistake(
+            "syscall.supervisor:Supervisor._hear", "flags = data.arg0 & _U32", "flags = data.arg0"
+        ),
+        Mistake(
+            "syscall.supervisor:Supervisor._tell_file_system",
+            "data.arg1 & _U32 != _STATFS64_I386.size",
+            "not data.arg1",
+        ),
         Mistake("syscall.scout:_Looks.write", '_spans(maps, b"w")', "_spans(maps)"),
     ),
 }

@@ -35,7 +35,15 @@ from restrictedmem.units import pgoff_t
 TOKEN: Final = b"T" * 16
 _LIMIT: Final = 1 << 20
 _HEAD: Final = struct.Struct("=II")
-_OWNERS: Final = (wire.CONNECT, wire.TOKEN, wire.SPAWN, wire.STATUS, wire.SIGNING_KEY, wire.ERROR_PAGE, wire.ENDING)
+_OWNERS: Final = (
+    wire.CONNECT,
+    wire.TOKEN,
+    wire.SPAWN,
+    wire.STATUS,
+    wire.SIGNING_KEY,
+    wire.ERROR_PAGE,
+    wire.ENDING,
+)
 _CONSUMERS: Final = (wire.BIND, wire.UNBIND, wire.REPORT, wire.LAUNCHED, wire.SIGN)
 
 
@@ -57,8 +65,26 @@ def _service(undo: ExitStack) -> tuple[Service, Channel]:
     """Make a service that runs no thread, and the spawner's end."""
     spawner, theirs = Channel.pair("spawner", takes_fds=True)
     endings, nobody = Channel.pair("spawner")
-    service = Service(spawner, endings, Options(memory_max=_LIMIT, usage=True), Origin(os.getpid(), 0), Way.OWN, Signer(), None, 1024)
-    for owned in (spawner, theirs, endings, nobody, service._door.listener, service._door._spare, service._refusals, service._selector):
+    service = Service(
+        spawner,
+        endings,
+        Options(memory_max=_LIMIT, usage=True),
+        Origin(os.getpid(), 0),
+        Way.OWN,
+        Signer(),
+        None,
+        1024,
+    )
+    for owned in (
+        spawner,
+        theirs,
+        endings,
+        nobody,
+        service._door.listener,
+        service._door._spare,
+        service._refusals,
+        service._selector,
+    ):
         undo.callback(owned.close)
 
     def close_spare() -> None:
@@ -172,7 +198,11 @@ def consumer(data: bytes) -> None:
             assert found is not None
             troubles.answer(made.requests, lambda asked: consumers._dispatch(made, asked), found)
             error, body = answer(theirs)
-            assert error or made.name == program.VM or found.number not in (wire.LAUNCHED.number, wire.SIGN.number)
+            assert (
+                error
+                or made.name == program.VM
+                or found.number not in (wire.LAUNCHED.number, wire.SIGN.number)
+            )
             if found.number == wire.SIGN.number and not error:
                 assert found.body in body
         _check_shown(made.report, _MAX_DEPTH)
@@ -183,7 +213,15 @@ def consumer(data: bytes) -> None:
             notify.send(reply)
             binding = next(iter(made.bindings.values()))
             count = binding.page_count(pgoff_t(0), pgoff_t(16))
-            assert count == (int.from_bytes(reply[8:], "little") if reply[:4] == bytes(4) and len(reply) == 16 else 0) or troubles.last
+            assert (
+                count
+                == (
+                    int.from_bytes(reply[8:], "little")
+                    if reply[:4] == bytes(4) and len(reply) == 16
+                    else 0
+                )
+                or troubles.last
+            )
             assert 0 <= count <= 16
 
 
@@ -216,7 +254,9 @@ def fuse_bodies(data: bytes) -> None:
     source, usage = Source(data), Usage()
     tokens = Tokens()
     tokens._files[TOKEN] = None
-    filesystem = FileSystem("v10", memory_max=_LIMIT, max_files=_MAX_FILES, prove=tokens.prove, usage=usage)
+    filesystem = FileSystem(
+        "v10", memory_max=_LIMIT, max_files=_MAX_FILES, prove=tokens.prove, usage=usage
+    )
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with closing(theirs), OwnedFd(ours.detach()) as device:
         server = Server(device, filesystem)
@@ -226,7 +266,9 @@ def fuse_bodies(data: bytes) -> None:
             unique += 1
             kind = source.number(1)
             opcode = _OPCODES[kind % len(_OPCODES)] if kind < 0xF0 else source.number(4)
-            request = Request(opcode, unique, source.number(1), 1000, 1000, 0, source.take(source.number(1)))
+            request = Request(
+                opcode, unique, source.number(1), 1000, 1000, 0, source.take(source.number(1))
+            )
             server._answer(request)
             _check_fuse_reply(theirs, request, filesystem)
             assert len(filesystem._nodes) <= _MAX_FILES
@@ -250,7 +292,11 @@ def _check_fuse_reply(sock: socket.socket, request: Request, filesystem: FileSys
     known = filesystem.knows(request.opcode)
     assert known != (error == 38), "ENOSYS is for ever"
     body = reply[fuse.OUT_HEADER.size :]
-    if request.opcode in (fuse.Opcode.GETATTR, fuse.Opcode.SETATTR) and not error and request.nodeid != fuse.ROOT_ID:
+    if (
+        request.opcode in (fuse.Opcode.GETATTR, fuse.Opcode.SETATTR)
+        and not error
+        and request.nodeid != fuse.ROOT_ID
+    ):
         number, size, blocks, *_ = fuse.ATTR.unpack(body[fuse.ATTR_OUT.size :])
         assert number == request.nodeid
         assert size == filesystem._nodes[number].file.size < 1 << 63

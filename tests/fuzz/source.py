@@ -44,7 +44,8 @@ class Source:
 def messages(source: Source, calls: Sequence[int]) -> Iterator[bytes]:
     """Make messages: a byte for the kind, two for the size, then the body.
 
-    The kind is an index into ``calls``, or says that the number comes first, or that this is no request at all.
+    The kind is an index into ``calls``, or says that the number comes first, or that this is no
+    request at all.
     """
     for _ in range(_MOST):
         if not source:

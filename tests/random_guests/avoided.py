@@ -1,6 +1,7 @@
 """Instructions that the engines are known to execute differently: no program has them.
 
-Each has a row in docs/engines.md, and an example that differs as long as the row is true (``tests/test_fuzz_engines.py``).
+Each has a row in docs/engines.md, and an example that differs as long as the row is true
+(``tests/test_fuzz_engines.py``).
 """
 
 import re
@@ -22,15 +23,23 @@ class Avoided:
 #: 0x40014000, 0x40018000, 0x4001d000; and memory that is only to be read: 0x4001c000
 AVOIDED: Final = (
     Avoided("rotate-read-only", r"^rc[lr] .*@0x4001(bff|c)", "f9d11c2500c00140"),
-    Avoided("cmpxchg-upper-half", r"^cmpxchg (e|r\d+d,)|^(lock )?cmpxchg dword", "48c7c0ffffffff48c7c3ffffffff0fb1cb"),
+    Avoided(
+        "cmpxchg-upper-half",
+        r"^cmpxchg (e|r\d+d,)|^(lock )?cmpxchg dword",
+        "48c7c0ffffffff48c7c3ffffffff0fb1cb",
+    ),
     Avoided("invalid-lock", r"^lock (test|push|nop|ret|jmp|cmp|bt|xchg eax, ebx)", "f050"),
     Avoided("undefined-opcodes", r"^8f /1|movbe of a register|^test /1", "f6c8ff"),
     Avoided("loope", r"loopn?e ", "b901000000b8ffffff7f01c0e1fe"),
     Avoided("blsi", r"^blsi", "31c9c4e278f3d983d200"),
     Avoided("bzhi", r"^(bzhi|bextr)", "48c7c0ffffffffb950000000c4e270f5d8"),
-    Avoided("pdep", r"^pdep (e|r\d+d,)", "48b901000000000000ff48c7c0ffffffff48c7c3ffffffffc4e263f5c1"),
+    Avoided(
+        "pdep", r"^pdep (e|r\d+d,)", "48b901000000000000ff48c7c0ffffffff48c7c3ffffffffc4e263f5c1"
+    ),
     Avoided("rip-before-immediate", r"^(rorx .*rip|sh[lr]d .*rip.*\d$)", "c4e37bf00d0000000007"),
-    Avoided("division-overflow", r"^idiv (e|r\d+d|dword)|^idiv that", "ba0000008031c0bbfffffffff7fb"),
+    Avoided(
+        "division-overflow", r"^idiv (e|r\d+d|dword)|^idiv that", "ba0000008031c0bbfffffffff7fb"
+    ),
     Avoided("lock-neg", r"^lock neg", "c60425004001409cf0f61c25004001409f"),
     Avoided("clflush", r"^clflush", "0fae3c2500800140"),
     Avoided("processor", r"^(adcx|adox|rdpid|clflushopt|clwb)\b", "f30fc7f8"),

@@ -25,7 +25,8 @@ ENOUGH: Final = 20
 class Found:
     """A difference: where it was first seen, and the smallest programs that show it, the last of which differs.
 
-    Without any it was never seen again; with more than one, those before leave behind what it needs.
+    Without any it was never seen again; with more than one, those before leave behind what it
+    needs.
     """
 
     seed: int
@@ -47,7 +48,9 @@ class Found:
 
 
 def _listing(program: Program) -> Iterable[str]:
-    registers = [f"{name(number, 64)}={value:#x}" for number, value in enumerate(program.registers) if value]
+    registers = [
+        f"{name(number, 64)}={value:#x}" for number, value in enumerate(program.registers) if value
+    ]
     yield f"  program {program.seed}{' in a storm' if program.storm else ''}: {' '.join(registers)} flags={program.flags:#x}"
     for page, private in places.AT_REST.items():
         if (page in program.private) != private:
@@ -77,10 +80,18 @@ def start() -> Service:
     return Service.start(Options(deadline=_PATIENCE))
 
 
-def run(service: Service, first: int, *, more: Callable[[int], bool], told: Callable[[Outcome], None], small: bool = True) -> Outcome:
+def run(
+    service: Service,
+    first: int,
+    *,
+    more: Callable[[int], bool],
+    told: Callable[[Outcome], None],
+    small: bool = True,
+) -> Outcome:
     """Run the programs of consecutive seeds, as long as ``more`` says so of how many there were; ``told`` hears of each.
 
-    ``small`` says whether differences are made small; those of storms, and of what earlier programs left behind, take their time.
+    ``small`` says whether differences are made small; those of storms, and of what earlier programs
+    left behind, take their time.
     """
     outcome, began, pair = Outcome(), time.monotonic(), None
     try:
@@ -96,7 +107,9 @@ def run(service: Service, first: int, *, more: Callable[[int], bool], told: Call
             outcome.exits += pair.exits
             outcome.storms += program.storm
             if seen:
-                outcome.found.append(_small(service, pair.history, seen) if small else Found(program.seed, seen))
+                outcome.found.append(
+                    _small(service, pair.history, seen) if small else Found(program.seed, seen)
+                )
             outcome.seconds = time.monotonic() - began
             told(outcome)
     finally:
@@ -137,6 +150,10 @@ def until_found(service: Service, first: int, programs: int) -> tuple[int, str]:
     """Run programs up to the first that differs; returns how many that took and the difference, 0 when there was none."""
     seen: list[Found] = []
     outcome = run(
-        service, first, more=lambda count: count < programs and not seen, told=lambda outcome: seen.extend(outcome.found), small=False
+        service,
+        first,
+        more=lambda count: count < programs and not seen,
+        told=lambda outcome: seen.extend(outcome.found),
+        small=False,
     )
     return (outcome.programs, seen[0].seen) if seen else (0, "")

@@ -16,7 +16,9 @@ _NOTHING: Final = Event("nothing more")
 def difference(program: Program, software: Run, kernel: Run) -> str:
     """Return the first difference in words, or nothing; the first run is the software engine's."""
     lines = {line.address: line for line in program.lines}
-    for number, pair in enumerate(zip_longest(software.events, kernel.events, fillvalue=_NOTHING), 1):
+    for number, pair in enumerate(
+        zip_longest(software.events, kernel.events, fillvalue=_NOTHING), 1
+    ):
         one, other = pair
         if any(allowed.tells(one, other) for allowed in ALLOWED):
             return ""
@@ -26,7 +28,8 @@ def difference(program: Program, software: Run, kernel: Run) -> str:
             found = _states(one, other, lines)
             if found:
                 return f"event {number}, {one.exit}: {found}"
-    # The last fault's instruction may lie in two pages, and which of them comes first is the engine's.
+    # The last fault's instruction may lie in two pages, and which of them comes first is the
+    # engine's.
     if software.needed != kernel.needed and not isinstance(software.events[-1].exit, MemoryFault):
         return f"MMIO: software in pages {sorted(software.needed)}, kernel {sorted(kernel.needed)}"
     for page, halves in software.memory.items():

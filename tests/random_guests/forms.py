@@ -32,7 +32,9 @@ _NONE: Final = Effect()
 Pieces = list[Piece]
 
 
-def piece(text: str, encoded: Encoded, effect: Effect = _NONE, target: int | Mem | None = None) -> Piece:
+def piece(
+    text: str, encoded: Encoded, effect: Effect = _NONE, target: int | Mem | None = None
+) -> Piece:
     """Make a piece; the operand ``target`` fills a RIP-relative displacement."""
     fix = None
     if encoded.disp_at is not None:
@@ -65,26 +67,41 @@ def op(
     )  # fmt: skip
     text = operands.format(reg="" if digit else name(reg, reg_size), rm=shown(rm, rm_size))
     found = EFFECTS.get(mnemonic, _NONE) if effect is None else effect
-    return piece(f"{'lock ' if lock else ''}{mnemonic} {text}", encoded, found, rm if isinstance(rm, Mem) else None)
+    return piece(
+        f"{'lock ' if lock else ''}{mnemonic} {text}",
+        encoded,
+        found,
+        rm if isinstance(rm, Mem) else None,
+    )
 
 
 def plain(code: str, mnemonic: str, effect: Effect | None = None) -> Piece:
     """Make a piece without operands."""
-    return Piece(mnemonic, bytes.fromhex(code), EFFECTS.get(mnemonic, _NONE) if effect is None else effect)
+    return Piece(
+        mnemonic, bytes.fromhex(code), EFFECTS.get(mnemonic, _NONE) if effect is None else effect
+    )
 
 
 def load(register: int, value: int, *, wide: bool = False) -> Piece:
     """Make a piece that sets a register and no flag."""
     if value < 1 << 32 and not wide:
         rex = b"\x41" if register >= 8 else b""
-        return Piece(f"mov {name(register, 32)}, {value:#x}", rex + bytes([0xB8 | register & 7]) + value.to_bytes(4, "little"))
+        return Piece(
+            f"mov {name(register, 32)}, {value:#x}",
+            rex + bytes([0xB8 | register & 7]) + value.to_bytes(4, "little"),
+        )
     rex = bytes([0x48 | register >> 3])
-    return Piece(f"mov {name(register, 64)}, {value:#x}", rex + bytes([0xB8 | register & 7]) + value.to_bytes(8, "little"))
+    return Piece(
+        f"mov {name(register, 64)}, {value:#x}",
+        rex + bytes([0xB8 | register & 7]) + value.to_bytes(8, "little"),
+    )
 
 
 def define_flags(dice: Dice) -> Piece:
     """Make a piece that defines all status flags."""
-    return op("cmp", "3b", 32, dice.source_register(), dice.source_register(), operands="{reg}, {rm}")
+    return op(
+        "cmp", "3b", 32, dice.source_register(), dice.source_register(), operands="{reg}, {rm}"
+    )
 
 
 def _imm(dice: Dice, size: int) -> tuple[bytes, int]:
@@ -118,46 +135,122 @@ def arithmetic(dice: Dice) -> Pieces:
             rm = dice.source(size) if reads_only else dice.target(size)
             lock = not reads_only and _locks(dice, rm, size)
             opcode = _byte_or(size, number << 3, number << 3 | 1)
-            return [op(mnemonic, opcode, size, dice.source_register(size), rm, operands="{rm}, {reg}", lock=lock)]
+            return [
+                op(
+                    mnemonic,
+                    opcode,
+                    size,
+                    dice.source_register(size),
+                    rm,
+                    operands="{rm}, {reg}",
+                    lock=lock,
+                )
+            ]
         case 1:
             reg = dice.source_register(size) if reads_only else dice.target_register(size)
             opcode = _byte_or(size, number << 3 | 2, number << 3 | 3)
             return [op(mnemonic, opcode, size, reg, dice.source(size), operands="{reg}, {rm}")]
         case 2:
             imm, value = _imm(dice, size)
-            head = {8: b"", 16: b"\x66", 32: b"", 64: b"\x48"}[size] + bytes([number << 3 | (4 if size == 8 else 5)])
-            return [Piece(f"{mnemonic} {name(RAX, size)}, {value:#x}", head + imm, EFFECTS[mnemonic])]
+            head = {8: b"", 16: b"\x66", 32: b"", 64: b"\x48"}[size] + bytes(
+                [number << 3 | (4 if size == 8 else 5)]
+            )
+            return [
+                Piece(f"{mnemonic} {name(RAX, size)}, {value:#x}", head + imm, EFFECTS[mnemonic])
+            ]
         case _:
             rm = dice.source(size) if reads_only else dice.target(size)
             short = size > 8 and dice.one_in(2)
             imm, value = _imm(dice, 8 if short else size)
             opcode = "83" if short else _byte_or(size, 0x80, 0x81)
             lock = not reads_only and _locks(dice, rm, size)
-            return [op(mnemonic, opcode, size, number, rm, operands=f"{{rm}}, {value:#x}", imm=imm, digit=True, lock=lock)]
+            return [
+                op(
+                    mnemonic,
+                    opcode,
+                    size,
+                    number,
+                    rm,
+                    operands=f"{{rm}}, {value:#x}",
+                    imm=imm,
+                    digit=True,
+                    lock=lock,
+                )
+            ]
 
 
 def test(dice: Dice) -> Pieces:
     size = _size(dice)
     if dice.one_in(2):
-        return [op("test", _byte_or(size, 0x84, 0x85), size, dice.source_register(size), dice.source(size), operands="{rm}, {reg}")]
+        return [
+            op(
+                "test",
+                _byte_or(size, 0x84, 0x85),
+                size,
+                dice.source_register(size),
+                dice.source(size),
+                operands="{rm}, {reg}",
+            )
+        ]
     imm, value = _imm(dice, size)
     # /1 is an alias (APM volume 3, A.2).
     digit, opcode = dice.random.choice((0, 0, 1)), _byte_or(size, 0xF6, 0xF7)
     name_ = "test /1" if digit else "test"
-    return [op(name_, opcode, size, digit, dice.source(size), operands=f"{{rm}}, {value:#x}", imm=imm, digit=True, effect=EFFECTS["test"])]
+    return [
+        op(
+            name_,
+            opcode,
+            size,
+            digit,
+            dice.source(size),
+            operands=f"{{rm}}, {value:#x}",
+            imm=imm,
+            digit=True,
+            effect=EFFECTS["test"],
+        )
+    ]
 
 
 def move(dice: Dice) -> Pieces:
     size = _size(dice)
     match dice.random.randrange(5):
         case 0:
-            return [op("mov", _byte_or(size, 0x88, 0x89), size, dice.source_register(size), dice.target(size), operands="{rm}, {reg}")]
+            return [
+                op(
+                    "mov",
+                    _byte_or(size, 0x88, 0x89),
+                    size,
+                    dice.source_register(size),
+                    dice.target(size),
+                    operands="{rm}, {reg}",
+                )
+            ]
         case 1:
-            return [op("mov", _byte_or(size, 0x8A, 0x8B), size, dice.target_register(size), dice.source(size), operands="{reg}, {rm}")]
+            return [
+                op(
+                    "mov",
+                    _byte_or(size, 0x8A, 0x8B),
+                    size,
+                    dice.target_register(size),
+                    dice.source(size),
+                    operands="{reg}, {rm}",
+                )
+            ]
         case 2:
             imm, value = _imm(dice, size)
             opcode = _byte_or(size, 0xC6, 0xC7)
-            return [op("mov", opcode, size, 0, dice.target(size), operands=f"{{rm}}, {value:#x}", imm=imm, digit=True)]
+            return [
+                op(
+                    "mov",
+                    opcode,
+                    size,
+                    0,
+                    dice.target(size),
+                    operands=f"{{rm}}, {value:#x}",
+                    imm=imm,
+                    digit=True,
+                )
+            ]
         case 3:
             return [_move_offset(dice, size)]
         case _:
@@ -168,19 +261,43 @@ def _move_offset(dice: Dice, size: int) -> Piece:
     """MOV between the accumulator and an absolute address of 64 bits."""
     address, opcode = dice.address(size // 8), dice.random.choice((0xA0, 0xA2)) | (size != 8)
     head = {8: b"", 16: b"\x66", 32: b"", 64: b"\x48"}[size] + bytes([opcode])
-    text = f"{name(RAX, size)}, [{address:#x}]" if opcode < 0xA2 else f"[{address:#x}], {name(RAX, size)}"
+    text = (
+        f"{name(RAX, size)}, [{address:#x}]"
+        if opcode < 0xA2
+        else f"[{address:#x}], {name(RAX, size)}"
+    )
     return Piece(f"movabs {text}", head + address.to_bytes(8, "little"))
 
 
 def extend(dice: Dice) -> Pieces:
     if dice.one_in(4):
         size = _size(dice, (32, 64))
-        return [op("movsxd", "63", size, dice.target_register(), dice.source(32), operands="{reg}, {rm}", sizes=(size, 32))]
+        return [
+            op(
+                "movsxd",
+                "63",
+                size,
+                dice.target_register(),
+                dice.source(32),
+                operands="{reg}, {rm}",
+                sizes=(size, 32),
+            )
+        ]
     size = _size(dice, (16, 32, 64))
     mnemonic, opcode = dice.random.choice((("movzx", 0xB6), ("movsx", 0xBE)))
     small = _size(dice, (8, 16))
     code = f"0f{opcode | (small == 16):02x}"
-    return [op(mnemonic, code, size, dice.target_register(), dice.source(small), operands="{reg}, {rm}", sizes=(size, small))]
+    return [
+        op(
+            mnemonic,
+            code,
+            size,
+            dice.target_register(),
+            dice.source(small),
+            operands="{reg}, {rm}",
+            sizes=(size, small),
+        )
+    ]
 
 
 def address(dice: Dice) -> Pieces:
@@ -191,23 +308,56 @@ def address(dice: Dice) -> Pieces:
 
 def unary(dice: Dice) -> Pieces:
     size = _size(dice)
-    mnemonic, byte, digit = dice.random.choice((("inc", 0xFE, 0), ("dec", 0xFE, 1), ("not", 0xF6, 2), ("neg", 0xF6, 3)))
+    mnemonic, byte, digit = dice.random.choice(
+        (("inc", 0xFE, 0), ("dec", 0xFE, 1), ("not", 0xF6, 2), ("neg", 0xF6, 3))
+    )
     rm = dice.target(size)
-    return [op(mnemonic, _byte_or(size, byte, byte | 1), size, digit, rm, operands="{rm}", digit=True, lock=_locks(dice, rm, size))]
+    return [
+        op(
+            mnemonic,
+            _byte_or(size, byte, byte | 1),
+            size,
+            digit,
+            rm,
+            operands="{rm}",
+            digit=True,
+            lock=_locks(dice, rm, size),
+        )
+    ]
 
 
 def product(dice: Dice) -> Pieces:
     size = _size(dice)
     if dice.one_in(2):
         mnemonic, digit = dice.random.choice((("mul", 4), ("imul", 5)))
-        return [op(mnemonic, _byte_or(size, 0xF6, 0xF7), size, digit, dice.source(size), operands="{rm}", digit=True)]
+        return [
+            op(
+                mnemonic,
+                _byte_or(size, 0xF6, 0xF7),
+                size,
+                digit,
+                dice.source(size),
+                operands="{rm}",
+                digit=True,
+            )
+        ]
     size = _size(dice, (16, 32, 64))
     reg, rm = dice.target_register(), dice.source(size)
     if dice.one_in(2):
         return [op("imul", "0faf", size, reg, rm, operands="{reg}, {rm}")]
     short = dice.one_in(2)
     imm, value = _imm(dice, 8 if short else size)
-    return [op("imul", "6b" if short else "69", size, reg, rm, operands=f"{{reg}}, {{rm}}, {value:#x}", imm=imm)]
+    return [
+        op(
+            "imul",
+            "6b" if short else "69",
+            size,
+            reg,
+            rm,
+            operands=f"{{reg}}, {{rm}}, {value:#x}",
+            imm=imm,
+        )
+    ]
 
 
 def quotient(dice: Dice) -> Pieces:
@@ -217,14 +367,39 @@ def quotient(dice: Dice) -> Pieces:
     if rm in (RAX, RDX):
         rm = RCX
     imm = (dice.value(min(size, 32) - 1) | 1).to_bytes(min(size, 32) // 8, "little")
-    pieces = [op("mov", _byte_or(size, 0xC6, 0xC7), size, 0, rm, operands=f"{{rm}}, {imm[::-1].hex()}h", imm=imm, digit=True)]
+    pieces = [
+        op(
+            "mov",
+            _byte_or(size, 0xC6, 0xC7),
+            size,
+            0,
+            rm,
+            operands=f"{{rm}}, {imm[::-1].hex()}h",
+            imm=imm,
+            digit=True,
+        )
+    ]
     if size == 8:
-        pieces.append(op("movzx", "0fb6", 32, RAX, dice.source_register(), operands="{reg}, {rm}", sizes=(32, 8)))
+        pieces.append(
+            op(
+                "movzx",
+                "0fb6",
+                32,
+                RAX,
+                dice.source_register(),
+                operands="{reg}, {rm}",
+                sizes=(32, 8),
+            )
+        )
     elif mnemonic == "div":
         pieces.append(load(RDX, 0))
     else:
-        pieces.append(plain({16: "6699", 32: "99", 64: "4899"}[size], {16: "cwd", 32: "cdq", 64: "cqo"}[size]))
-    pieces.append(op(mnemonic, _byte_or(size, 0xF6, 0xF7), size, digit, rm, operands="{rm}", digit=True))
+        pieces.append(
+            plain({16: "6699", 32: "99", 64: "4899"}[size], {16: "cwd", 32: "cdq", 64: "cqo"}[size])
+        )
+    pieces.append(
+        op(mnemonic, _byte_or(size, 0xF6, 0xF7), size, digit, rm, operands="{rm}", digit=True)
+    )
     return pieces[1:] if dice.one_in(20) else pieces
 
 
@@ -234,21 +409,61 @@ def shift(dice: Dice) -> Pieces:
     match dice.random.randrange(3):
         case 0:
             effect = shift_effect(mnemonic, size, 1)
-            return [op(mnemonic, _byte_or(size, 0xD0, 0xD1), size, digit, rm, operands="{rm}, 1", digit=True, effect=effect)]
+            return [
+                op(
+                    mnemonic,
+                    _byte_or(size, 0xD0, 0xD1),
+                    size,
+                    digit,
+                    rm,
+                    operands="{rm}, 1",
+                    digit=True,
+                    effect=effect,
+                )
+            ]
         case 1:
             count = _count(dice)
             effect, opcode = shift_effect(mnemonic, size, count), _byte_or(size, 0xC0, 0xC1)
-            return [op(mnemonic, opcode, size, digit, rm, operands=f"{{rm}}, {count}", imm=bytes([count]), digit=True, effect=effect)]
+            return [
+                op(
+                    mnemonic,
+                    opcode,
+                    size,
+                    digit,
+                    rm,
+                    operands=f"{{rm}}, {count}",
+                    imm=bytes([count]),
+                    digit=True,
+                    effect=effect,
+                )
+            ]
         case _:
             known = _count(dice) if dice.one_in(2) else None
             if known is not None:
                 pieces = [Piece(f"mov cl, {known}", bytes([0xB1, known]))]
-            effect, opcode = shift_effect(mnemonic, size, None if rm == RCX else known), _byte_or(size, 0xD2, 0xD3)
-            return [*pieces, op(mnemonic, opcode, size, digit, rm, operands="{rm}, cl", digit=True, effect=effect)]
+            effect, opcode = (
+                shift_effect(mnemonic, size, None if rm == RCX else known),
+                _byte_or(size, 0xD2, 0xD3),
+            )
+            return [
+                *pieces,
+                op(
+                    mnemonic,
+                    opcode,
+                    size,
+                    digit,
+                    rm,
+                    operands="{rm}, cl",
+                    digit=True,
+                    effect=effect,
+                ),
+            ]
 
 
 def _count(dice: Dice) -> int:
-    return dice.random.choice((0, 1, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, dice.random.randrange(256)))
+    return dice.random.choice(
+        (0, 1, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, dice.random.randrange(256))
+    )
 
 
 def double_shift(dice: Dice) -> Pieces:
@@ -259,8 +474,21 @@ def double_shift(dice: Dice) -> Pieces:
     count = dice.random.randrange(17) if size == 16 else _count(dice)
     effect = shift_effect(mnemonic, size, count)
     if dice.one_in(2):
-        return [op(mnemonic, f"0f{opcode:02x}", size, reg, rm, operands=f"{operands}{count}", imm=bytes([count]), effect=effect)]
-    last = op(mnemonic, f"0f{opcode | 1:02x}", size, reg, rm, operands=f"{operands}cl", effect=effect)
+        return [
+            op(
+                mnemonic,
+                f"0f{opcode:02x}",
+                size,
+                reg,
+                rm,
+                operands=f"{operands}{count}",
+                imm=bytes([count]),
+                effect=effect,
+            )
+        ]
+    last = op(
+        mnemonic, f"0f{opcode | 1:02x}", size, reg, rm, operands=f"{operands}cl", effect=effect
+    )
     return [Piece(f"mov cl, {count}", bytes([0xB1, count])), last]
 
 
@@ -271,32 +499,61 @@ def bit_test(dice: Dice) -> Pieces:
     lock = number != 0 and _locks(dice, rm, size)
     if dice.one_in(2):
         bit = dice.random.randrange(256)
-        return [op(mnemonic, "0fba", size, number + 4, rm, operands=f"{{rm}}, {bit}", imm=bytes([bit]), digit=True, lock=lock)]
+        return [
+            op(
+                mnemonic,
+                "0fba",
+                size,
+                number + 4,
+                rm,
+                operands=f"{{rm}}, {bit}",
+                imm=bytes([bit]),
+                digit=True,
+                lock=lock,
+            )
+        ]
     register = dice.random.choice(dice.writable)
     # In memory it counts from the operand on, either way, and it has the operand's size.
     before = (rm.target - places.FIRST_DATA) // (size // 8) * size if isinstance(rm, Mem) else 512
     bit = dice.random.randrange(-min(before, 512), 512) & (1 << 64) - 1
     opcode = f"0f{0xA3 | number << 3:02x}"
-    return [load(register, bit), op(mnemonic, opcode, size, register, rm, operands="{rm}, {reg}", lock=lock)]
+    return [
+        load(register, bit),
+        op(mnemonic, opcode, size, register, rm, operands="{rm}, {reg}", lock=lock),
+    ]
 
 
 def scan(dice: Dice) -> Pieces:
     size = _size(dice, (16, 32, 64))
     reg, rm = dice.target_register(), dice.target(size)
     mnemonic, opcode, mandatory = dice.random.choice(
-        (("bsf", "0fbc", b""), ("bsr", "0fbd", b""), ("tzcnt", "0fbc", b"\xf3"), ("lzcnt", "0fbd", b"\xf3"), ("popcnt", "0fb8", b"\xf3"))
+        (
+            ("bsf", "0fbc", b""),
+            ("bsr", "0fbd", b""),
+            ("tzcnt", "0fbc", b"\xf3"),
+            ("lzcnt", "0fbd", b"\xf3"),
+            ("popcnt", "0fb8", b"\xf3"),
+        )
     )
     last = op(mnemonic, opcode, size, reg, rm, operands="{reg}, {rm}", mandatory=mandatory)
     if mandatory:
         return [last]
     # Of 0 the result is undefined.
     bit = dice.random.randrange(size)
-    return [op("bts", "0fba", size, 5, rm, operands=f"{{rm}}, {bit}", imm=bytes([bit]), digit=True), last]
+    return [
+        op("bts", "0fba", size, 5, rm, operands=f"{{rm}}, {bit}", imm=bytes([bit]), digit=True),
+        last,
+    ]
 
 
 def bits(dice: Dice) -> Pieces:
     """BMI1 and BMI2."""
-    size, reg, other, third = _size(dice, (32, 64)), dice.target_register(), dice.source_register(), dice.target_register()
+    size, reg, other, third = (
+        _size(dice, (32, 64)),
+        dice.target_register(),
+        dice.source_register(),
+        dice.target_register(),
+    )
     rm = dice.source(size)
     wide, shows = size == 64, shown(rm, size)
     regs = f"{name(reg, size)}, {name(other, size)}, {shows}"
@@ -308,16 +565,28 @@ def bits(dice: Dice) -> Pieces:
         encoded, text = encode_vex(2, 0, wide, 0xF2, reg, other, rm), f"andn {regs}"
     elif choice in (1, 2, 3):
         mnemonic = ("blsr", "blsmsk", "blsi")[choice - 1]
-        encoded, text = encode_vex(2, 0, wide, 0xF3, choice, reg, rm), f"{mnemonic} {name(reg, size)}, {shows}"
+        encoded, text = (
+            encode_vex(2, 0, wide, 0xF3, choice, reg, rm),
+            f"{mnemonic} {name(reg, size)}, {shows}",
+        )
     elif choice == 4:
-        encoded, text = encode_vex(3, 3, wide, 0xF0, reg, 0, rm, bytes([count])), f"rorx {name(reg, size)}, {shows}, {count}"
+        encoded, text = (
+            encode_vex(3, 3, wide, 0xF0, reg, 0, rm, bytes([count])),
+            f"rorx {name(reg, size)}, {shows}, {count}",
+        )
     elif choice == 5:
-        encoded, text = encode_vex(2, 3, wide, 0xF6, reg, third, rm), f"mulx {name(reg, size)}, {name(third, size)}, {shows}"
+        encoded, text = (
+            encode_vex(2, 3, wide, 0xF6, reg, third, rm),
+            f"mulx {name(reg, size)}, {name(third, size)}, {shows}",
+        )
     else:
         mnemonic, mandatory, opcode = (
             ("bextr", 0, 0xF7), ("bzhi", 0, 0xF5), ("shlx", 1, 0xF7), ("sarx", 2, 0xF7), ("shrx", 3, 0xF7)
         )[choice - 6]  # fmt: skip
-        encoded, text = encode_vex(2, mandatory, wide, opcode, reg, other, rm), f"{mnemonic} {swapped}"
+        encoded, text = (
+            encode_vex(2, mandatory, wide, opcode, reg, other, rm),
+            f"{mnemonic} {swapped}",
+        )
     return [piece(text, encoded, EFFECTS.get(text.split()[0], _NONE), target)]
 
 
@@ -326,7 +595,13 @@ def deposit(dice: Dice) -> Pieces:
     rm = dice.source(size)
     mnemonic, mandatory = dice.random.choice((("pdep", 3), ("pext", 2)))
     encoded = encode_vex(2, mandatory, size == 64, 0xF5, reg, other, rm)
-    return [piece(f"{mnemonic} {name(reg, size)}, {name(other, size)}, {shown(rm, size)}", encoded, target=rm)]
+    return [
+        piece(
+            f"{mnemonic} {name(reg, size)}, {name(other, size)}, {shown(rm, size)}",
+            encoded,
+            target=rm,
+        )
+    ]
 
 
 def condition(dice: Dice) -> Pieces:
@@ -334,21 +609,44 @@ def condition(dice: Dice) -> Pieces:
     suffix, reads = CONDITIONS[number]
     if dice.one_in(2):
         return [
-            op(f"set{suffix}", f"0f{0x90 | number:02x}", 8, 0, dice.target(8), operands="{rm}", digit=True, effect=Effect(reads)),
+            op(
+                f"set{suffix}",
+                f"0f{0x90 | number:02x}",
+                8,
+                0,
+                dice.target(8),
+                operands="{rm}",
+                digit=True,
+                effect=Effect(reads),
+            ),
         ]
     size = _size(dice, (16, 32, 64))
     reg, rm = dice.target_register(), dice.source(size)
-    return [op(f"cmov{suffix}", f"0f{0x40 | number:02x}", size, reg, rm, operands="{reg}, {rm}", effect=Effect(reads))]
+    return [
+        op(
+            f"cmov{suffix}",
+            f"0f{0x40 | number:02x}",
+            size,
+            reg,
+            rm,
+            operands="{reg}, {rm}",
+            effect=Effect(reads),
+        )
+    ]
 
 
 def exchange(dice: Dice) -> Pieces:
     size = _size(dice)
     reg, rm = dice.target_register(size), dice.target(size)
-    mnemonic, byte, other = dice.random.choice((("xchg", "86", "87"), ("xadd", "0fc0", "0fc1"), ("cmpxchg", "0fb0", "0fb1")))
+    mnemonic, byte, other = dice.random.choice(
+        (("xchg", "86", "87"), ("xadd", "0fc0", "0fc1"), ("cmpxchg", "0fb0", "0fb1"))
+    )
     if mnemonic == "xchg" and isinstance(rm, Mem) and not _may_lock(rm, size):
         rm = dice.target_register()
     lock = _locks(dice, rm, size)
-    return [op(mnemonic, byte if size == 8 else other, size, reg, rm, operands="{rm}, {reg}", lock=lock)]
+    return [
+        op(mnemonic, byte if size == 8 else other, size, reg, rm, operands="{rm}, {reg}", lock=lock)
+    ]
 
 
 def compare_wide(dice: Dice) -> Pieces:
@@ -358,10 +656,23 @@ def compare_wide(dice: Dice) -> Pieces:
     rm, half = dice.mem_at(at), dice.mem_at(at + size // 8)
     pieces = Pieces()
     if dice.one_in(2):
-        pieces = [op("mov", "8b", size, register, operand, operands="{reg}, {rm}") for register, operand in ((RAX, rm), (RDX, half))]
+        pieces = [
+            op("mov", "8b", size, register, operand, operands="{reg}, {rm}")
+            for register, operand in ((RAX, rm), (RDX, half))
+        ]
     mnemonic = "cmpxchg8b" if size == 32 else "cmpxchg16b"
     lock = dice.one_in(2) and _may_lock(rm, 2 * size)
-    last = op(mnemonic, "0fc7", size, 1, rm, operands="{rm}", digit=True, sizes=(size, 2 * size), lock=lock)
+    last = op(
+        mnemonic,
+        "0fc7",
+        size,
+        1,
+        rm,
+        operands="{rm}",
+        digit=True,
+        sizes=(size, 2 * size),
+        lock=lock,
+    )
     return [*pieces, last]
 
 
@@ -397,10 +708,23 @@ def without_operands(dice: Dice) -> Pieces:
 
 def hint(dice: Dice) -> Pieces:
     size = _size(dice, (16, 32, 64))
-    mnemonic, opcode, digit = dice.random.choice((("nop", "0f1f", 0), ("prefetchw", "0f0d", 1), ("clflush", "0fae", 7)))
+    mnemonic, opcode, digit = dice.random.choice(
+        (("nop", "0f1f", 0), ("prefetchw", "0f0d", 1), ("clflush", "0fae", 7))
+    )
     rm = dice.source(size) if mnemonic == "nop" else dice.memory(8)
     shows = size if mnemonic == "nop" else 8
-    return [op(mnemonic, opcode, size if mnemonic == "nop" else 32, digit, rm, operands="{rm}", digit=True, sizes=(shows, shows))]
+    return [
+        op(
+            mnemonic,
+            opcode,
+            size if mnemonic == "nop" else 32,
+            digit,
+            rm,
+            operands="{rm}",
+            digit=True,
+            sizes=(shows, shows),
+        )
+    ]
 
 
 def table_look_up(dice: Dice) -> Pieces:
@@ -412,7 +736,16 @@ def table_look_up(dice: Dice) -> Pieces:
 
 def store_past_caches(dice: Dice) -> Pieces:
     size = _size(dice, (32, 64))
-    return [op("movnti", "0fc3", size, dice.source_register(), dice.memory(size), operands="{rm}, {reg}")]
+    return [
+        op(
+            "movnti",
+            "0fc3",
+            size,
+            dice.source_register(),
+            dice.memory(size),
+            operands="{rm}, {reg}",
+        )
+    ]
 
 
 def exchange_accumulator(dice: Dice) -> Pieces:

@@ -19,14 +19,22 @@ class Allowed:
 
 def _shutdowns(software: Callable[[int], bool], kernel: int) -> Callable[[Event, Event], bool]:
     def tells(one: Event, other: Event) -> bool:
-        return isinstance(one.exit, Shutdown) and software(one.exit.vector) and other.exit == Shutdown(kernel)
+        return (
+            isinstance(one.exit, Shutdown)
+            and software(one.exit.vector)
+            and other.exit == Shutdown(kernel)
+        )
 
     return tells
 
 
-#: What `mmio` and `readonly-store` allow is done away with by ``Machine``, which makes the same of both.
+#: What `mmio` and `readonly-store` allow is done away with by ``Machine``, which makes the same of
+#: both.
 ALLOWED: Final = (
     Allowed("general-protection", _shutdowns(lambda vector: vector == 13, 6)),
     Allowed("interrupt-number", _shutdowns(lambda vector: vector == 0x80, 6)),
-    Allowed("port-in-private-code", lambda one, other: isinstance(one.exit, PortIn | PortOut) and other.exit == Shutdown(6)),
+    Allowed(
+        "port-in-private-code",
+        lambda one, other: isinstance(one.exit, PortIn | PortOut) and other.exit == Shutdown(6),
+    ),
 )

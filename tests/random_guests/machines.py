@@ -13,7 +13,17 @@ from typing import Final, Self
 
 from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import kvm_regs
-from restrictedmem.kvm.exits import Exit, Hypercall, Interrupted, MemoryFault, MmioRead, MmioWrite, PortIn, PortOut, Shutdown
+from restrictedmem.kvm.exits import (
+    Exit,
+    Hypercall,
+    Interrupted,
+    MemoryFault,
+    MmioRead,
+    MmioWrite,
+    PortIn,
+    PortOut,
+    Shutdown,
+)
 from restrictedmem.kvm.guest_abi import HYPERCALL_PAGE
 from restrictedmem.kvm.vm import Vm
 from restrictedmem.service.client import Service
@@ -33,7 +43,17 @@ _AGAIN: Final = 3
 _CALM: Final = 0.0005
 #: mov eax, DONE; mov ecx, HYPERCALL_PAGE; call rcx; hlt
 _BOOT_CODE: Final = bytes.fromhex("b8e7030000b900001000ffd1f4")
-_NAMES: Final = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{number}" for number in range(8, 16)))
+_NAMES: Final = (
+    "rax",
+    "rcx",
+    "rdx",
+    "rbx",
+    "rsp",
+    "rbp",
+    "rsi",
+    "rdi",
+    *(f"r{number}" for number in range(8, 16)),
+)
 _SEEN: Final = STATUS | DF
 #: Slots with a private half, what has a shared one, and what has no other.
 _WITH_PRIVATE: Final = (places.FRONT_SLOT, places.TAIL_SLOT, places.BOTH_SLOT, places.LONE)
@@ -103,8 +123,9 @@ class Memory:
 class Machine:
     """A VM with every kind of page (``places``); only under a debug policy registers can be seen at each exit.
 
-    Stores to memory that is only to be read go through in the end, and what no slot covers is memory of the owner's: on the software
-    engine by its answers to MMIO, on the kernel engine by a slot that it puts there when the guest first needs it. So guests find the same.
+    Stores to memory that is only to be read go through in the end, and what no slot covers is
+    memory of the owner's: on the software engine by its answers to MMIO, on the kernel engine by a
+    slot that it puts there when the guest first needs it. So guests find the same.
     """
 
     def __init__(self, service: Service, engine: str, vcpus: int = VCPUS) -> None:
@@ -115,8 +136,14 @@ class Machine:
         """
         self.engine = engine
         with contextlib.ExitStack() as stack:
-            self._files = {pages: stack.enter_context(_restricted(service, len(pages))) for pages in _WITH_PRIVATE}
-            self._owned = {pages: stack.enter_context(contextlib.closing(Memory(pages))) for pages in _WITH_SHARED}
+            self._files = {
+                pages: stack.enter_context(_restricted(service, len(pages)))
+                for pages in _WITH_PRIVATE
+            }
+            self._owned = {
+                pages: stack.enter_context(contextlib.closing(Memory(pages)))
+                for pages in _WITH_SHARED
+            }
             self._vm = stack.enter_context(Vm(service, engine=engine, debug=True))
             self._private = dict.fromkeys(places.AT_REST, False)
             self._add_slots()
@@ -143,7 +170,9 @@ class Machine:
             )
         self._show(places.ROM.start, readonly=True)
         for pages in _WITH_PRIVATE:
-            self._vm.set_memory_attributes(places.address(pages.start), len(pages) * PAGE, private=True)
+            self._vm.set_memory_attributes(
+                places.address(pages.start), len(pages) * PAGE, private=True
+            )
         self._convert(places.AT_REST)
 
     def _show(self, page: int, *, readonly: bool = False) -> None:
@@ -159,7 +188,9 @@ class Machine:
         )
 
     def _hide(self, page: int) -> None:
-        self._vm.set_user_memory_region(slot=page, guest_phys_addr=places.address(page), memory_size=0)
+        self._vm.set_user_memory_region(
+            slot=page, guest_phys_addr=places.address(page), memory_size=0
+        )
 
     def _owner_of(self, page: int) -> Memory:
         return next(shown for pages, shown in self._owned.items() if page in pages)
@@ -206,7 +237,9 @@ class Machine:
         private |= dict(zip(places.CODE, code_pages(program), strict=True))
         self._vm.write_memory(places.address(places.PRIVATE_RUN.start), b"".join(private.values()))
         for page in places.TWO_HALVES:
-            self._owner_of(page).put(page, private[page] if page in places.CODE else private[page].translate(_INVERTED))
+            self._owner_of(page).put(
+                page, private[page] if page in places.CODE else private[page].translate(_INVERTED)
+            )
         for pages in _OWNED:
             for page in pages:
                 self._owner_of(page).put(page, content_of(program.content, page))
@@ -231,8 +264,13 @@ class Machine:
         run = places.PRIVATE_RUN
         content = self._vm.read_memory(places.address(run.start), len(run) * PAGE)
         private = {page: content[(page - run.start) * PAGE :][:PAGE] for page in places.PRIVATE}
-        shared = {page: self._owner_of(page).get(page) for page in (*places.TWO_HALVES, *chain(*_OWNED))}
-        return {page: tuple(half[page] for half in (private, shared) if page in half) for page in private | shared}
+        shared = {
+            page: self._owner_of(page).get(page) for page in (*places.TWO_HALVES, *chain(*_OWNED))
+        }
+        return {
+            page: tuple(half[page] for half in (private, shared) if page in half)
+            for page in private | shared
+        }
 
     # The guest's exits.
 
@@ -250,7 +288,9 @@ class Machine:
                         self._act(program.actions[number - ACTIONS])
                 case PortIn() | PortOut():
                     self._answer = next(answers)
-                case MemoryFault() as fault if again < _AGAIN and next(faults) not in program.unmended and self._mend(fault):
+                case MemoryFault() as fault if (
+                    again < _AGAIN and next(faults) not in program.unmended and self._mend(fault)
+                ):
                     pass
                 case _:
                     return
@@ -332,8 +372,12 @@ class Machine:
     def _convert(self, wanted: Mapping[int, bool]) -> None:
         """Let pages have the attributes that are wanted, a run of pages at a time."""
         for private in (False, True):
-            for run in _runs(page for page, wants in wanted.items() if wants == private != self._private[page]):
-                self._vm.set_memory_attributes(places.address(run.start), len(run) * PAGE, private=private)
+            for run in _runs(
+                page for page, wants in wanted.items() if wants == private != self._private[page]
+            ):
+                self._vm.set_memory_attributes(
+                    places.address(run.start), len(run) * PAGE, private=private
+                )
         self._private.update(wanted)
 
     def _rest(self) -> None:
@@ -345,8 +389,14 @@ class Machine:
         self._convert(places.AT_REST)
 
     def _punch(self, pages: Iterable[int]) -> None:
-        for slot, run in ((slot, run) for slot in _WITH_PRIVATE for run in _runs(page for page in pages if page in slot)):
-            memory.fallocate(self._files[slot], memory.PUNCH, (run.start - slot.start) * PAGE, len(run) * PAGE)
+        for slot, run in (
+            (slot, run)
+            for slot in _WITH_PRIVATE
+            for run in _runs(page for page in pages if page in slot)
+        ):
+            memory.fallocate(
+                self._files[slot], memory.PUNCH, (run.start - slot.start) * PAGE, len(run) * PAGE
+            )
 
     def _act(self, action: Action) -> None:
         match action.kind:
@@ -358,7 +408,9 @@ class Machine:
                 # As the guest sees them: where it would fault, there is nothing to write to.
                 for page in action.pages:
                     if self._private[page] is not places.MISSING.get(page):
-                        self._vm.write_memory(places.address(page), content_of(action.content, page))
+                        self._vm.write_memory(
+                            places.address(page), content_of(action.content, page)
+                        )
 
     @contextlib.contextmanager
     def _storm(self, program: Program) -> Generator[None]:
@@ -379,7 +431,9 @@ class Machine:
                             vcpu.interrupt()
                         case 5:
                             private[page] = not private[page]
-                            self._vm.set_memory_attributes(places.address(page), PAGE, private=private[page])
+                            self._vm.set_memory_attributes(
+                                places.address(page), PAGE, private=private[page]
+                            )
                         case _:
                             self._punch([page])
                 for page in places.SPARE:
@@ -397,7 +451,9 @@ class Machine:
 
 def _runs(pages: Iterable[int]) -> Iterator[range]:
     """Yield pages as runs of neighbours."""
-    for _, group in groupby(enumerate(sorted(pages)), key=lambda numbered: numbered[1] - numbered[0]):
+    for _, group in groupby(
+        enumerate(sorted(pages)), key=lambda numbered: numbered[1] - numbered[0]
+    ):
         run = [page for _, page in group]
         yield range(run[0], run[-1] + 1)
 

@@ -36,12 +36,20 @@ def make(seed: int) -> Program:
     storm = dice.random() < _STORMS
     # Ports are only for code that its owner shares: all of it before the border.
     ports = not storm and dice.random() < _PORTS
-    pages = tuple(sorted(set(dice.sample(places.DATA, dice.choice((1, 2, 3, 3, 5)), counts=_weights(storm=storm)))))
+    pages = tuple(
+        sorted(
+            set(
+                dice.sample(places.DATA, dice.choice((1, 2, 3, 3, 5)), counts=_weights(storm=storm))
+            )
+        )
+    )
     hands = Dice.of(dice, pages)
     actions = _actions(dice, pages, dice.choice((0, 0, 1, 2, 4)))
     items = _items(hands, actions, storm=storm, ports=ports)
     registers = [hands.values.get(number, hands.value()) for number in range(16)]
-    registers[4] = places.address(places.STACK.start + 1) + dice.randrange(-64, 65) * dice.choice((8, 8, 1))
+    registers[4] = places.address(places.STACK.start + 1) + dice.randrange(-64, 65) * dice.choice(
+        (8, 8, 1)
+    )
     length = sum(len(piece.code) for item in items for piece in item.pieces)
     program = Program(
         seed,
@@ -73,7 +81,11 @@ def _weights(*, storm: bool) -> list[int]:
 
 def _private(dice: random.Random) -> frozenset[int]:
     """Choose the halves that pages show at the start; where there is none, the owner has to convert first."""
-    both = [page for page in (*places.CODE[:2], *places.STACK) if dice.random() < 0.8] if dice.random() < 0.5 else []
+    both = (
+        [page for page in (*places.CODE[:2], *places.STACK) if dice.random() < 0.8]
+        if dice.random() < 0.5
+        else []
+    )
     if not both and dice.random() < 0.7:
         both = [*places.CODE[:2], *places.STACK]
     data = [page for page in places.BOTH if dice.random() < 0.6]
@@ -86,7 +98,9 @@ def _private(dice: random.Random) -> frozenset[int]:
 def _unmended(dice: random.Random, items: Sequence[Item]) -> frozenset[int]:
     """Choose memory faults that end the program; not where that could be before what PUSHF stored is cut down to what is compared."""
     pushes = any(piece.text == "pushf" for item in items for piece in item.pieces)
-    return frozenset(dice.sample(range(8), 2)) if dice.random() < 0.2 and not pushes else frozenset()
+    return (
+        frozenset(dice.sample(range(8), 2)) if dice.random() < 0.2 and not pushes else frozenset()
+    )
 
 
 def _some(dice: random.Random, pages: Sequence[int], one_in: int) -> frozenset[int]:
@@ -100,14 +114,20 @@ def _actions(dice: random.Random, pages: Sequence[int], count: int) -> tuple[Act
 def _action(dice: random.Random, pages: Sequence[int]) -> Action:
     used = [page for page in (*pages, *places.BOTH) if page not in (*places.ROM, *places.HOLE)]
     first = dice.choice(used)
-    run = tuple(page for page in range(first, first + dice.choice((1, 1, 2, 4))) if page in places.DATA[:8])
+    run = tuple(
+        page for page in range(first, first + dice.choice((1, 1, 2, 4))) if page in places.DATA[:8]
+    )
     match dice.randrange(5):
         case 0:
-            return Action("punch", tuple(page for page in run if page in places.PRIVATE) or (places.BOTH.start,))
+            return Action(
+                "punch",
+                tuple(page for page in run if page in places.PRIVATE) or (places.BOTH.start,),
+            )
         case 1:
             return Action("write", run, content=dice.randrange(_CONTENTS))
         case 2:
-            # The program itself is the same in both halves, or missing until its owner has been asked.
+            # The program itself is the same in both halves, or missing until its owner has been
+            # asked.
             return Action("convert", (dice.choice(places.CODE),), bool(dice.randrange(2)))
         case _:
             return Action("convert", run, bool(dice.randrange(2)))
@@ -121,8 +141,24 @@ def _items(dice: Dice, actions: Sequence[Action], *, storm: bool, ports: bool) -
         items.append(Item(len(items), tuple(_pieces(make))))
 
     total = dice.random.randrange(*_ITEMS)
-    acting = {} if storm else dict(zip(sorted(dice.random.sample(range(total), len(actions))), range(len(actions)), strict=True))
-    loop = (0, total) if storm else sorted(dice.random.sample(range(total), 2)) if dice.one_in(3) else (total, total)
+    acting = (
+        {}
+        if storm
+        else dict(
+            zip(
+                sorted(dice.random.sample(range(total), len(actions))),
+                range(len(actions)),
+                strict=True,
+            )
+        )
+    )
+    loop = (
+        (0, total)
+        if storm
+        else sorted(dice.random.sample(range(total), 2))
+        if dice.one_in(3)
+        else (total, total)
+    )
     turns, head = dice.random.choice(_TURNS), 0
     for index in range(total):
         if index == loop[0]:
@@ -153,9 +189,16 @@ def _storm_turns(dice: Dice, items: Sequence[Item]) -> int:
 def _loop_end(dice: Dice, head: int) -> Pieces:
     register = dice.counter
     rex = bytes([0x48 | register >> 3])
-    count = Piece("dec the loop's counter", rex + bytes([0xFF, 0xC8 | register & 7]), Effect(defines=STATUS & ~CF))
+    count = Piece(
+        "dec the loop's counter",
+        rex + bytes([0xFF, 0xC8 | register & 7]),
+        Effect(defines=STATUS & ~CF),
+    )
     label = Label(head)
-    return [count, Piece(f"jnz item {head}", b"\x0f\x85" + bytes(4), fix=Fix(2, 4, label), jump=label)]
+    return [
+        count,
+        Piece(f"jnz item {head}", b"\x0f\x85" + bytes(4), fix=Fix(2, 4, label), jump=label),
+    ]
 
 
 def _pieces(make: Callable[[], Pieces]) -> Pieces:
@@ -191,6 +234,8 @@ _FORMS: Final[tuple[list[Callable[[Dice], Pieces]], list[int]]] = _table(FORMS)
 _UNITS: Final = _table(units.UNITS)
 _JUMPS: Final = _table(units.JUMPS)
 _PAGES: Final = tuple(
-    random.Random(number).randbytes(places.PAGE) if number % 4 else bytes(random.Random(number).choices((0, 255, 1, 128), k=places.PAGE))
+    random.Random(number).randbytes(places.PAGE)
+    if number % 4
+    else bytes(random.Random(number).choices((0, 255, 1, 128), k=places.PAGE))
     for number in range(_CONTENTS)
 )

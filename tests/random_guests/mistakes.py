@@ -37,11 +37,19 @@ class Mistake:
         path = root / _KVM / self.file
         text = path.read_text(encoding="utf-8")
         if text.count(self.right) != 1:
-            raise ValueError(f"{self.name}: {text.count(self.right)} times in {self.file}: {self.right}")
+            raise ValueError(
+                f"{self.name}: {text.count(self.right)} times in {self.file}: {self.right}"
+            )
         path.write_text(text.replace(self.right, self.wrong), encoding="utf-8")
 
 
-_ALONE, _MMIO, _MMU, _TLB, _VCPU = "software/alone.py", "software/mmio.py", "mmu.py", "software/tlb.py", "software/vcpu.py"
+_ALONE, _MMIO, _MMU, _TLB, _VCPU = (
+    "software/alone.py",
+    "software/mmio.py",
+    "mmu.py",
+    "software/tlb.py",
+    "software/vcpu.py",
+)
 _PHYSICAL: Final = "software/physical.py"
 
 MISTAKES: Final = (

@@ -9,7 +9,9 @@ from .x86 import HIGH_BYTES, RAX, RBX, RCX, RDX, RSP, SEGMENTS, Mem
 
 _MASK: Final = (1 << 64) - 1
 _BORDERS: Final = tuple(
-    value & _MASK for bits in (8, 16, 32, 64) for value in ((1 << bits - 1) - 1, 1 << bits - 1, (1 << bits) - 1, 1 << bits)
+    value & _MASK
+    for bits in (8, 16, 32, 64)
+    for value in ((1 << bits - 1) - 1, 1 << bits - 1, (1 << bits) - 1, 1 << bits)
 )
 _VALUES: Final = (0, 1, 2, _MASK, _MASK - 1, 0x55AA, 0x1010_1010_1010_1010, *_BORDERS)
 #: Those that an instruction never needs by its nature.
@@ -42,12 +44,15 @@ class Dice:
         data = places.address(places.DATA.start)
         made.values = {
             made.near: data + dice.randrange(len(places.DATA) * places.PAGE),
-            made.far: data + dice.choice((dice.randrange(-(1 << 30), 1 << 30), dice.getrandbits(32) << 32)),
+            made.far: data
+            + dice.choice((dice.randrange(-(1 << 30), 1 << 30), dice.getrandbits(32) << 32)),
             made.index: dice.choice((0, 1, 2, 8, -1 & _MASK, -8 & _MASK, dice.randrange(4096))),
             # Where a jump leads past the loop's beginning, it ends.
             made.counter: 1,
         }
-        made.writable = tuple(number for number in range(16) if number not in reserved and number != RSP)
+        made.writable = tuple(
+            number for number in range(16) if number not in reserved and number != RSP
+        )
         return made
 
     def one_in(self, count: int) -> bool:
@@ -56,18 +61,28 @@ class Dice:
     def value(self, size: int = 64) -> int:
         """Return a number of some bits, one time in two one of those where arithmetic changes."""
         dice = self.random
-        found = dice.choice(_VALUES) + dice.randrange(-1, 2) if dice.random() < 0.5 else dice.getrandbits(64)
+        found = (
+            dice.choice(_VALUES) + dice.randrange(-1, 2)
+            if dice.random() < 0.5
+            else dice.getrandbits(64)
+        )
         return found & (1 << size) - 1
 
     def target_register(self, size: int = 64) -> int:
         """Return a register that may be written."""
         if size == 8 and self.one_in(4):
-            return self.random.choice([high for high, low in _HIGH_OF.items() if low in self.writable])
+            return self.random.choice(
+                [high for high, low in _HIGH_OF.items() if low in self.writable]
+            )
         return self.random.choice(self.writable)
 
     def source_register(self, size: int = 64) -> int:
         """Return any register."""
-        return self.random.choice(HIGH_BYTES) if size == 8 and self.one_in(5) else self.random.randrange(16)
+        return (
+            self.random.choice(HIGH_BYTES)
+            if size == 8 and self.one_in(5)
+            else self.random.randrange(16)
+        )
 
     def target(self, size: int) -> int | Mem:
         return self.target_register(size) if self.random.random() < 0.5 else self.memory(size)
@@ -96,7 +111,9 @@ class Dice:
         index = self.index if dice.random() < 0.4 else None
         scale = dice.randrange(4) if index is not None else 0
         narrow = self.one_in(8) or (base == self.far and self.values[self.far] >> 32 != 0)
-        value = (0 if base is None else self.values[base]) + (0 if index is None else self.values[index] << scale)
+        value = (0 if base is None else self.values[base]) + (
+            0 if index is None else self.values[index] << scale
+        )
         bits = 32 if narrow else 64
         disp = (address - value) & (1 << bits) - 1
         disp -= disp >> bits - 1 << bits

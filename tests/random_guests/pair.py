@@ -16,7 +16,8 @@ from .program import Item, Program, reads_undefined
 from .x86 import RSP
 
 ENGINES: Final = ("software", "kernel")
-#: Programs that one pair of VMs runs: what a program leaves behind may make a later one fail, which is then told with it.
+#: Programs that one pair of VMs runs: what a program leaves behind may make a later one fail, which
+#: is then told with it.
 LIFE: Final = 150
 #: Seconds that a program may run.
 HANG: Final = 30.0
@@ -33,7 +34,9 @@ class Pair:
         """
         with ExitStack() as stack:
             self._threads = stack.enter_context(ThreadPoolExecutor(len(ENGINES)))
-            self._machines = [stack.enter_context(Machine(service, engine, vcpus)) for engine in ENGINES]
+            self._machines = [
+                stack.enter_context(Machine(service, engine, vcpus)) for engine in ENGINES
+            ]
             self._resources = stack.pop_all()
         #: What was run, in this order; and how many exits the last of them had that were compared.
         self.history: list[Program] = []
@@ -122,7 +125,12 @@ def shrink(program: Program, differs: Callable[[Program], str]) -> tuple[Program
     small = _Shrinking(program, differs)
     small.take(replace(small.program, storm=False))
     small.take(replace(small.program, punched=frozenset(), unmended=frozenset()))
-    small.take(replace(small.program, private=frozenset(page for page, private in places.AT_REST.items() if private)))
+    small.take(
+        replace(
+            small.program,
+            private=frozenset(page for page, private in places.AT_REST.items() if private),
+        )
+    )
     size = max(1, len(program.items) // 2)
     while small.take_without(size) or size > 1:
         size = max(1, size // 2)
@@ -137,7 +145,9 @@ def shrink(program: Program, differs: Callable[[Program], str]) -> tuple[Program
 def _without(program: Program, at: int, size: int) -> Iterator[Program]:
     """Yield the program without some items, the rest where it was before or behind them."""
     left = (*program.items[:at], *program.items[at + size :])
-    bytes_gone = sum(len(piece.code) for item in program.items[at : at + size] for piece in item.pieces)
+    bytes_gone = sum(
+        len(piece.code) for item in program.items[at : at + size] for piece in item.pieces
+    )
     yield replace(program, items=left)
     if program.before_border >= bytes_gone:
         yield replace(program, items=left, before_border=program.before_border - bytes_gone)
@@ -151,4 +161,7 @@ def _without_pieces(program: Program, at: int) -> Iterator[Program]:
         return
     for index in range(len(item.pieces)):
         pieces = item.pieces[:index] + item.pieces[index + 1 :]
-        yield replace(program, items=(*program.items[:at], Item(item.number, pieces), *program.items[at + 1 :]))
+        yield replace(
+            program,
+            items=(*program.items[:at], Item(item.number, pieces), *program.items[at + 1 :]),
+        )

@@ -7,11 +7,13 @@ from restrictedmem.kvm import guest_abi
 PAGE: Final = 4096
 BASE: Final = guest_abi.PRIVATE_BASE
 
-#: A slot with both halves: code that brings a vCPU to its first exit, the stack, and the first half of programs.
+#: A slot with both halves: code that brings a vCPU to its first exit, the stack, and the first half
+#: of programs.
 FRONT_SLOT: Final = range(10)
 STACK: Final = range(6, 8)
 CODE: Final = range(8, 12)
-#: A slot without a shared half, where programs go on: one time in some it is missing until it is asked for.
+#: A slot without a shared half, where programs go on: one time in some it is missing until it is
+#: asked for.
 TAIL_SLOT: Final = range(10, 12)
 #: A slot with both halves, and those of its pages that hold data.
 BOTH_SLOT: Final = range(12, 24)
@@ -24,7 +26,8 @@ ROM: Final = range(28, 29)
 #: No slot: MMIO, and what its attribute forbids to be MMIO.
 HOLE: Final = range(29, 31)
 DATA: Final = range(BOTH.start, HOLE.stop)
-#: No program uses them: they are converted and punched under it, beside what it does use (``mmu.FAULT_AROUND``).
+#: No program uses them: they are converted and punched under it, beside what it does use
+#: (``mmu.FAULT_AROUND``).
 SPARE: Final = (*range(1, 6), *range(12, 20))
 #: From the first to the last page whose private half programs see, those between included.
 PRIVATE_RUN: Final = range(STACK.start, LONE.stop)
@@ -32,9 +35,15 @@ PRIVATE_RUN: Final = range(STACK.start, LONE.stop)
 #: Pages with a private half, and those with a shared one too, that programs see.
 PRIVATE: Final = (*STACK, *CODE, *BOTH, *LONE)
 TWO_HALVES: Final = (*STACK, *CODE[:2], *BOTH)
-#: Whether each page is private when no program needs it otherwise; and the attribute under which it has nothing to show.
-AT_REST: Final = {page: page in PRIVATE or page == HOLE[1] for page in (*PRIVATE, *WINDOW, *ROM, *HOLE)}
-MISSING: Final = {**dict.fromkeys((*TAIL_SLOT, *LONE), False), **dict.fromkeys((*WINDOW, *ROM, *HOLE), True)}
+#: Whether each page is private when no program needs it otherwise; and the attribute under which it
+#: has nothing to show.
+AT_REST: Final = {
+    page: page in PRIVATE or page == HOLE[1] for page in (*PRIVATE, *WINDOW, *ROM, *HOLE)
+}
+MISSING: Final = {
+    **dict.fromkeys((*TAIL_SLOT, *LONE), False),
+    **dict.fromkeys((*WINDOW, *ROM, *HOLE), True),
+}
 
 
 def address(page: int) -> int:

@@ -10,7 +10,8 @@ from restrictedmem.kvm import guest_abi
 from . import places
 from .x86 import STATUS, Effect
 
-#: Hypercalls: that the program is at its end, and from which number on its owner does something (``Program.actions``).
+#: Hypercalls: that the program is at its end, and from which number on its owner does something
+#: (``Program.actions``).
 DONE: Final = 999
 ACTIONS: Final = 1000
 _NO_EFFECT: Final = Effect()
@@ -72,7 +73,10 @@ class Action:
     content: int = 0
 
     def __str__(self) -> str:
-        detail = {"convert": " private" if self.private else " shared", "write": f" content {self.content}"}
+        detail = {
+            "convert": " private" if self.private else " shared",
+            "write": f" content {self.content}",
+        }
         return f"{self.kind} {', '.join(map(str, self.pages))}{detail.get(self.kind, '')}"
 
 
@@ -217,7 +221,10 @@ def with_flags_defined(program: Program, define: Piece) -> Program:
         numbers = {number for number, _ in reads_undefined(program)}
         if not numbers:
             return program
-        items = tuple(replace(item, pieces=(define, *_moved(item))) if item.number in numbers else item for item in program.items)
+        items = tuple(
+            replace(item, pieces=(define, *_moved(item))) if item.number in numbers else item
+            for item in program.items
+        )
         program = replace(program, items=items)
 
 

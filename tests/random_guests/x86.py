@@ -60,7 +60,9 @@ class Mem:
         parts.append("rip" if self.rip else f"{self.disp:#x}")
         where = f"{self.segment}:" if self.segment else ""
         # Where that is, as far as it is known.
-        return f"{where}[{'+'.join(parts)}]".replace("+-", "-") + (f"@{self.target:#x}" if self.target else "")
+        return f"{where}[{'+'.join(parts)}]".replace("+-", "-") + (
+            f"@{self.target:#x}" if self.target else ""
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +111,9 @@ def encode(
 ) -> Encoded:
     """Encode an instruction with a ModRM byte.
 
-    ``reg`` is a register, or with ``digit`` a part of the opcode. ``sizes`` are those of the two operands where they differ;
-    ``wide`` says whether REX.W is set where that does not follow from the size. Of ``prefixes`` nothing is known here.
+    ``reg`` is a register, or with ``digit`` a part of the opcode. ``sizes`` are those of the two
+    operands where they differ; ``wide`` says whether REX.W is set where that does not follow from
+    the size. Of ``prefixes`` nothing is known here.
 
     Raises:
         UnencodableError: see there.
@@ -138,7 +141,16 @@ def encode(
     return Encoded(head + tail + imm, None if disp_at is None else len(head) + disp_at)
 
 
-def encode_vex(space: int, mandatory: int, wide: bool, opcode: int, reg: int, other: int, rm: int | Mem, imm: bytes = b"") -> Encoded:
+def encode_vex(
+    space: int,
+    mandatory: int,
+    wide: bool,
+    opcode: int,
+    reg: int,
+    other: int,
+    rm: int | Mem,
+    imm: bytes = b"",
+) -> Encoded:
     """Encode an instruction of general registers that has a VEX prefix: ``other`` is VEX.vvvv (SDM volume 2, 2.3.5)."""
     if isinstance(rm, int):
         extension, prefixes, disp_at = rm >> 3, b"", None
@@ -187,9 +199,12 @@ _COUNT_ZEROS = Effect(defines=ZF | CF, undefines=OF | SF | PF | AF)
 _BMI = Effect(defines=CF | ZF | SF | OF, undefines=AF | PF)
 _LOW_FLAGS: Final = CF | PF | AF | ZF | SF
 
-#: By mnemonic; who is not named here touches no status flag. Shifts: ``shift_effect``; conditions: ``CONDITIONS``.
+#: By mnemonic; who is not named here touches no status flag. Shifts: ``shift_effect``; conditions:
+#: ``CONDITIONS``.
 EFFECTS: Final[dict[str, Effect]] = {
-    **dict.fromkeys(("add", "sub", "cmp", "neg", "xadd", "cmpxchg", "cmps", "scas", "popcnt", "popf"), _ALL),
+    **dict.fromkeys(
+        ("add", "sub", "cmp", "neg", "xadd", "cmpxchg", "cmps", "scas", "popcnt", "popf"), _ALL
+    ),
     **dict.fromkeys(("adc", "sbb"), Effect(CF, STATUS)),
     **dict.fromkeys(("inc", "dec"), Effect(defines=STATUS & ~CF)),
     **dict.fromkeys(("and", "or", "xor", "test"), _LOGIC),

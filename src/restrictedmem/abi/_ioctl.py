@@ -24,8 +24,11 @@ class Dir(IntFlag):
     READ = 2
 
 
-#: ioctl(2) itself, returning -1 with the errno in ``ctypes.get_errno()``. fcntl.ioctl would not do: it takes no integer beyond 31 bits.
-raw_ioctl: Final = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p, use_errno=True)(("ioctl", libc))
+#: ioctl(2) itself, returning -1 with the errno in ``ctypes.get_errno()``. fcntl.ioctl would not do:
+#: it takes no integer beyond 31 bits.
+raw_ioctl: Final = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p, use_errno=True
+)(("ioctl", libc))
 
 A = TypeVar("A", bound=ctypes.Structure)
 

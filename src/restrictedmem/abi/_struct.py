@@ -1,13 +1,23 @@
 """C structs declared once: the annotations are the layout.
 
-``@c_struct(size=…)`` turns a class of annotated fields into a ``ctypes.Structure`` with keyword construction that both type checkers
-see, and refuses a layout whose size is not the one the kernel header has.
+``@c_struct(size=…)`` turns a class of annotated fields into a ``ctypes.Structure`` with keyword
+construction that both type checkers see, and refuses a layout whose size is not the one the kernel
+header has.
 """
 
 import ctypes
 import struct
 from collections.abc import Callable
-from typing import Annotated, Any, Final, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Final,
+    TypeVar,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 u8 = Annotated[int, ctypes.c_uint8]
 u16 = Annotated[int, ctypes.c_uint16]
@@ -39,7 +49,8 @@ def _ctype(annotation: Any) -> Any:
 def c_struct(*, size: int) -> Callable[[type[S]], type[S]]:
     """Give a subclass of ``ctypes.Structure`` or ``ctypes.Union`` the fields its annotations name, in order.
 
-    ``size`` is ``sizeof`` in C, in bytes. A default of 0 in the class body says that the field may be left out.
+    ``size`` is ``sizeof`` in C, in bytes. A default of 0 in the class body says that the field may
+    be left out.
 
     Raises:
         TypeError: when the layout has another size.

@@ -21,7 +21,9 @@ def syscall(name: str, number: int, *arguments: int | bytes | None) -> int:
     Raises:
         OSError: what the kernel answered, with ``name``.
     """
-    wide = [ctypes.c_long(argument) if isinstance(argument, int) else argument for argument in arguments]
+    wide = [
+        ctypes.c_long(argument) if isinstance(argument, int) else argument for argument in arguments
+    ]
     result: int = libc.syscall(ctypes.c_long(number), *wide)
     if result < 0:
         raise_errno(name)

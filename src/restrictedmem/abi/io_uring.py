@@ -49,7 +49,8 @@ def io_uring_setup(entries: int) -> OwnedFd:
     Raises:
         OSError: EPERM where kernel.io_uring_disabled or a filter forbids it; ENOSYS; ENOMEM.
     """
-    # A struct io_uring_params that is all zero asks for nothing special; what the kernel writes into it serves to map the ring.
+    # A struct io_uring_params that is all zero asks for nothing special; what the kernel writes
+    # into it serves to map the ring.
     params = ctypes.create_string_buffer(_PARAMS_BYTES)
     fd: int = libc.syscall(ctypes.c_long(SYS_io_uring_setup), ctypes.c_long(entries), params)
     if fd < 0:
@@ -70,16 +71,26 @@ def register_sparse_buffers(ring: OwnedFd, count: int) -> None:
 def update_buffer(ring: OwnedFd, index: int, address: int, length: int) -> None:
     """Make one buffer of a ring a range of this process's memory, at most 1 GiB, or empty with address and length 0.
 
-    Its pages are faulted in and pinned (FOLL_LONGTERM) until the buffer is another or the ring is closed.
+    Its pages are faulted in and pinned (FOLL_LONGTERM) until the buffer is another or the ring is
+    closed.
 
     Raises:
-        OSError: ENOMEM over RLIMIT_MEMLOCK, which counts all rings of a user, unless CAP_IPC_LOCK; EFAULT; EINVAL.
+        OSError: ENOMEM over RLIMIT_MEMLOCK, which counts all rings of a user, unless CAP_IPC_LOCK;
+            EFAULT; EINVAL.
     """
     iovec = ctypes.create_string_buffer(_IOVEC.pack(address, length), _IOVEC.size)
-    _register(ring, IORING_REGISTER_BUFFERS_UPDATE, io_uring_rsrc_update2(offset=index, data=ctypes.addressof(iovec), nr=1))
+    _register(
+        ring,
+        IORING_REGISTER_BUFFERS_UPDATE,
+        io_uring_rsrc_update2(offset=index, data=ctypes.addressof(iovec), nr=1),
+    )
 
 
 def _register(ring: OwnedFd, opcode: int, argument: ctypes.Structure) -> None:
-    number, fd, size = ctypes.c_long(SYS_io_uring_register), ctypes.c_long(ring.fileno()), ctypes.c_long(ctypes.sizeof(argument))
+    number, fd, size = (
+        ctypes.c_long(SYS_io_uring_register),
+        ctypes.c_long(ring.fileno()),
+        ctypes.c_long(ctypes.sizeof(argument)),
+    )
     if libc.syscall(number, fd, ctypes.c_long(opcode), ctypes.byref(argument), size) < 0:
         raise_errno("io_uring_register")

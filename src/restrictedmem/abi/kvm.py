@@ -1,7 +1,8 @@
 """<linux/kvm.h>: ioctls and structs of /dev/kvm, of VMs, of guest_memfd, and of the v9 and v10 postings.
 
-What is x86's is in ``kvm_x86``, what a vCPU shares with its process in ``kvm_run``. Numbers are those of the header, or of the posting
-where it never reached a header. The same numbers and structs are what an owner sends to an engine process (docs/wire-protocol.md).
+What is x86's is in ``kvm_x86``, what a vCPU shares with its process in ``kvm_run``. Numbers are
+those of the header, or of the posting where it never reached a header. The same numbers and structs
+are what an owner sends to an engine process (docs/wire-protocol.md).
 """
 
 import ctypes
@@ -16,7 +17,8 @@ KVMIO: Final = 0xAE
 #: <errno.h>: memory that the machine has lost. Python has no name for it.
 EHWPOISON: Final = 133
 
-#: Slot flag of v9 and v10: the slot has a private half in a restricted descriptor. (guest_memfd reuses the bit: KVM_MEM_GUEST_MEMFD.)
+#: Slot flag of v9 and v10: the slot has a private half in a restricted descriptor. (guest_memfd
+#: reuses the bit: KVM_MEM_GUEST_MEMFD.)
 KVM_MEM_PRIVATE: Final = 1 << 2
 KVM_MEM_LOG_DIRTY_PAGES: Final = 1 << 0
 KVM_MEM_READONLY: Final = 1 << 1
@@ -33,11 +35,13 @@ GUEST_MEMFD_FLAG_INIT_SHARED: Final = 1 << 1
 KVM_X86_DEFAULT_VM: Final = 0
 KVM_X86_SW_PROTECTED_VM: Final = 1
 
-#: Number of the hypercall by which a guest asks for a conversion: gpa, pages, attributes (KVM_EXIT_HYPERCALL).
+#: Number of the hypercall by which a guest asks for a conversion: gpa, pages, attributes
+#: (KVM_EXIT_HYPERCALL).
 KVM_HC_MAP_GPA_RANGE: Final = 12
 
 
-#: v9's capability of private memory, in whose place v10 put KVM_CAP_MEMORY_ATTRIBUTES; later kernels gave the number to another.
+#: v9's capability of private memory, in whose place v10 put KVM_CAP_MEMORY_ATTRIBUTES; later
+#: kernels gave the number to another.
 KVM_CAP_PRIVATE_MEM: Final = 224
 
 
@@ -226,25 +230,41 @@ KVM_GET_VCPU_MMAP_SIZE: Final = IoctlInt("KVM_GET_VCPU_MMAP_SIZE", KVMIO, 0x04)
 # VMs.
 KVM_CREATE_VCPU: Final = IoctlInt("KVM_CREATE_VCPU", KVMIO, 0x41)
 KVM_SET_NR_MMU_PAGES: Final = IoctlInt("KVM_SET_NR_MMU_PAGES", KVMIO, 0x44)
-KVM_SET_USER_MEMORY_REGION: Final = Ioctl("KVM_SET_USER_MEMORY_REGION", KVMIO, 0x46, Dir.WRITE, kvm_userspace_memory_region)
-KVM_SET_USER_MEMORY_REGION2: Final = Ioctl("KVM_SET_USER_MEMORY_REGION2", KVMIO, 0x49, Dir.WRITE, kvm_userspace_memory_region2)
+KVM_SET_USER_MEMORY_REGION: Final = Ioctl(
+    "KVM_SET_USER_MEMORY_REGION", KVMIO, 0x46, Dir.WRITE, kvm_userspace_memory_region
+)
+KVM_SET_USER_MEMORY_REGION2: Final = Ioctl(
+    "KVM_SET_USER_MEMORY_REGION2", KVMIO, 0x49, Dir.WRITE, kvm_userspace_memory_region2
+)
 """Needs KVM_CAP_USER_MEMORY2 (231) of the VM."""
 KVM_ENABLE_CAP: Final = Ioctl("KVM_ENABLE_CAP", KVMIO, 0xA3, Dir.WRITE, kvm_enable_cap)
-KVM_SET_MEMORY_ATTRIBUTES: Final = Ioctl("KVM_SET_MEMORY_ATTRIBUTES", KVMIO, 0xD2, Dir.WRITE, kvm_memory_attributes)
+KVM_SET_MEMORY_ATTRIBUTES: Final = Ioctl(
+    "KVM_SET_MEMORY_ATTRIBUTES", KVMIO, 0xD2, Dir.WRITE, kvm_memory_attributes
+)
 """Needs KVM_CAP_MEMORY_ATTRIBUTES (233) of the VM."""
-#: v10 2/9, gone when it was merged: the attributes that can be set, as a u64 (_IOR(KVMIO, 0xd2, __u64)).
+#: v10 2/9, gone when it was merged: the attributes that can be set, as a u64 (_IOR(KVMIO, 0xd2,
+#: __u64)).
 KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES_REQUEST: Final = Dir.READ << 30 | 8 << 16 | KVMIO << 8 | 0xD2
-KVM_MEMORY_ENCRYPT_REG_REGION: Final = Ioctl("KVM_MEMORY_ENCRYPT_REG_REGION", KVMIO, 0xBB, Dir.READ, kvm_enc_region)
-KVM_MEMORY_ENCRYPT_UNREG_REGION: Final = Ioctl("KVM_MEMORY_ENCRYPT_UNREG_REGION", KVMIO, 0xBC, Dir.READ, kvm_enc_region)
-KVM_CREATE_GUEST_MEMFD: Final = Ioctl("KVM_CREATE_GUEST_MEMFD", KVMIO, 0xD4, Dir.READ | Dir.WRITE, kvm_create_guest_memfd)
+KVM_MEMORY_ENCRYPT_REG_REGION: Final = Ioctl(
+    "KVM_MEMORY_ENCRYPT_REG_REGION", KVMIO, 0xBB, Dir.READ, kvm_enc_region
+)
+KVM_MEMORY_ENCRYPT_UNREG_REGION: Final = Ioctl(
+    "KVM_MEMORY_ENCRYPT_UNREG_REGION", KVMIO, 0xBC, Dir.READ, kvm_enc_region
+)
+KVM_CREATE_GUEST_MEMFD: Final = Ioctl(
+    "KVM_CREATE_GUEST_MEMFD", KVMIO, 0xD4, Dir.READ | Dir.WRITE, kvm_create_guest_memfd
+)
 """Needs KVM_CAP_GUEST_MEMFD (234) of the VM; flags of KVM_CAP_GUEST_MEMFD_FLAGS (244)."""
 
 # vCPUs.
 KVM_RUN: Final = IoctlInt("KVM_RUN", KVMIO, 0x80)
 KVM_SET_REGS: Final = Ioctl("KVM_SET_REGS", KVMIO, 0x82, Dir.WRITE, kvm_regs)
 KVM_SET_SIGNAL_MASK: Final = Ioctl("KVM_SET_SIGNAL_MASK", KVMIO, 0x8B, Dir.WRITE, kvm_signal_mask)
-KVM_PRE_FAULT_MEMORY: Final = Ioctl("KVM_PRE_FAULT_MEMORY", KVMIO, 0xD5, Dir.READ | Dir.WRITE, kvm_pre_fault_memory)
+KVM_PRE_FAULT_MEMORY: Final = Ioctl(
+    "KVM_PRE_FAULT_MEMORY", KVMIO, 0xD5, Dir.READ | Dir.WRITE, kvm_pre_fault_memory
+)
 """Needs KVM_CAP_PRE_FAULT_MEMORY (236) of the VM."""
 
-#: KVM_SET_USER_MEMORY_REGION: v9 and v10 kept its number, which encodes the size of the base struct, and chose what to copy by the flag.
+#: KVM_SET_USER_MEMORY_REGION: v9 and v10 kept its number, which encodes the size of the base
+#: struct, and chose what to copy by the flag.
 KVM_SET_USER_MEMORY_REGION_REQUEST: Final = KVM_SET_USER_MEMORY_REGION.request

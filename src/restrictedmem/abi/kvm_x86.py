@@ -14,12 +14,14 @@ KVM_GUESTDBG_SINGLESTEP: Final = 0x0000_0002
 KVM_GUESTDBG_USE_SW_BP: Final = 0x0001_0000
 KVM_GUESTDBG_USE_HW_BP: Final = 0x0002_0000
 
-#: ``kvm_run.kvm_valid_regs`` and ``kvm_dirty_regs``: which of ``kvm_sync_regs`` to bring out, and to take in.
+#: ``kvm_run.kvm_valid_regs`` and ``kvm_dirty_regs``: which of ``kvm_sync_regs`` to bring out, and
+#: to take in.
 KVM_SYNC_X86_REGS: Final = 1 << 0
 KVM_SYNC_X86_SREGS: Final = 1 << 1
 KVM_SYNC_X86_EVENTS: Final = 1 << 2
 
-#: For ``Cap.DISABLE_QUIRKS2``: the deletion of one slot takes the pages of all slots from the guest (Linux 6.12).
+#: For ``Cap.DISABLE_QUIRKS2``: the deletion of one slot takes the pages of all slots from the guest
+#: (Linux 6.12).
 KVM_X86_QUIRK_SLOT_ZAP_ALL: Final = 1 << 7
 
 KVM_MP_STATE_RUNNABLE: Final = 0
@@ -268,7 +270,9 @@ class kvm_translation(ctypes.Structure):
     pad: Annotated[object, ctypes.c_uint8 * 5] = ZERO
 
 
-KVM_GET_SUPPORTED_CPUID: Final = Ioctl("KVM_GET_SUPPORTED_CPUID", KVMIO, 0x05, Dir.READ | Dir.WRITE, kvm_cpuid2)
+KVM_GET_SUPPORTED_CPUID: Final = Ioctl(
+    "KVM_GET_SUPPORTED_CPUID", KVMIO, 0x05, Dir.READ | Dir.WRITE, kvm_cpuid2
+)
 
 KVM_SET_TSS_ADDR: Final = IoctlInt("KVM_SET_TSS_ADDR", KVMIO, 0x47)
 

@@ -21,7 +21,8 @@ MADV_GUARD_INSTALL: Final = 102
 MADV_GUARD_REMOVE: Final = 103
 MLOCK_ONFAULT: Final = 1
 
-#: memfd_restricted's number in v9 and v10, in both tables of x86; since Linux 6.5 it is cachestat's.
+#: memfd_restricted's number in v9 and v10, in both tables of x86; since Linux 6.5 it is
+#: cachestat's.
 SYS_memfd_restricted: Final = 451
 #: Of memfd_restricted(2), proposed after v10; bit 0 was RMFD_TMPFILE.
 RMFD_HUGEPAGE: Final = 2
@@ -31,7 +32,8 @@ MFD_HUGETLB: Final = 4
 MFD_NOEXEC_SEAL: Final = 8
 MFD_HUGE_SHIFT: Final = 26
 
-#: Orders of the larger folios that a page table maps with one entry, and the bytes of the smaller one.
+#: Orders of the larger folios that a page table maps with one entry, and the bytes of the smaller
+#: one.
 PMD_ORDER: Final = 9
 PUD_ORDER: Final = 18
 PMD_SIZE: Final = mmap.PAGESIZE << PMD_ORDER
@@ -58,7 +60,14 @@ _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int6
 _fallocate.restype = ctypes.c_int
 libc.mlock2.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint]
 _mmap = libc.mmap64
-_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+_mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+]
 _mmap.restype = ctypes.c_void_p
 _MAP_FIXED: Final = 0x10
 _MAP_NORESERVE: Final = 0x4000
@@ -72,7 +81,8 @@ def memfd_restricted(flags: int = 0, number: int = SYS_memfd_restricted) -> Owne
     """Make the system call itself, which a supervisor may answer; a kernel of today takes it for cachestat, with pointers to nothing.
 
     Raises:
-        OSError: what the kernel or the supervisor says; ENOSYS and EFAULT are usual where the call is not present.
+        OSError: what the kernel or the supervisor says; ENOSYS and EFAULT are usual where the call
+            is not present.
     """
     return OwnedFd(syscall("memfd_restricted", number, flags, 0, 0, 0))
 
@@ -91,7 +101,8 @@ def memfd_create(name: str, flags: int = 0) -> OwnedFd:
     """Create an empty memfd that is close-on-exec and can be sealed (the caller owns it); from Linux 6.3 on it can never be executed.
 
     Raises:
-        OSError: EMFILE, ENFILE, ENOMEM; ENODEV for huge pages of a size that the kernel does not have.
+        OSError: EMFILE, ENFILE, ENOMEM; ENODEV for huge pages of a size that the kernel does not
+            have.
     """
     try:
         return OwnedFd(os.memfd_create(name, flags | MFD_CLOEXEC | MFD_NOEXEC_SEAL))
@@ -137,7 +148,8 @@ def map_over(address: int, length: int, fd: int, offset: int = 0) -> None:
 class Mapping:
     """Bytes of a file, mapped shared at an address as aligned as they are in the file, so that a huge page of it can be mapped as one.
 
-    The huge pages around the range are mapped too, whole; what is not the range's is nobody's to touch.
+    The huge pages around the range are mapped too, whole; what is not the range's is nobody's to
+    touch.
     """
 
     __slots__ = ("_area", "_offset", "address", "memory")
@@ -151,8 +163,12 @@ class Mapping:
         start, size = offset, length
         if alignment > mmap.PAGESIZE:
             start = offset & -alignment
-            size = min((offset + length + alignment - 1) & -alignment, _LAST_BYTE & -mmap.PAGESIZE) - start
-        # The address must be known before the file is mapped: a mapping may not begin elsewhere once it has pages.
+            size = (
+                min((offset + length + alignment - 1) & -alignment, _LAST_BYTE & -mmap.PAGESIZE)
+                - start
+            )
+        # The address must be known before the file is mapped: a mapping may not begin elsewhere
+        # once it has pages.
         self._area = mmap.mmap(-1, size + alignment - mmap.PAGESIZE, _RESERVED, _READ_WRITE)
         try:
             address = ctypes.addressof(ctypes.c_char.from_buffer(self._area))
@@ -207,7 +223,13 @@ def resident_pages(fd: int, offset: int, length: int) -> int:
         OSError: ENOSYS on older kernels; EOPNOTSUPP for hugetlbfs.
     """
     span, found = cachestat_range(off=offset, len=length), cachestat()
-    if libc.syscall(ctypes.c_long(SYS_cachestat), ctypes.c_long(fd), ctypes.byref(span), ctypes.byref(found), ctypes.c_long(0)):
+    if libc.syscall(
+        ctypes.c_long(SYS_cachestat),
+        ctypes.c_long(fd),
+        ctypes.byref(span),
+        ctypes.byref(found),
+        ctypes.c_long(0),
+    ):
         raise_errno("cachestat")
     return found.nr_cache + found.nr_evicted
 

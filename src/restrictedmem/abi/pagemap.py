@@ -88,5 +88,7 @@ def bytes_in(category: Category, address: int, length: int) -> int:
 def frame_number(address: int) -> int:
     """Return the page frame behind an address of this process, 0 where the kernel does not tell (no CAP_SYS_ADMIN, Linux 4.2)."""
     with open(_PATH, "rb", buffering=0) as pagemap:
-        entry = os.pread(pagemap.fileno(), _ENTRY_BYTES, address // os.sysconf("SC_PAGE_SIZE") * _ENTRY_BYTES)
+        entry = os.pread(
+            pagemap.fileno(), _ENTRY_BYTES, address // os.sysconf("SC_PAGE_SIZE") * _ENTRY_BYTES
+        )
     return int.from_bytes(entry, "little") & _PFN_MASK

@@ -39,7 +39,8 @@ SYS_close_range: Final = 436
 _UINT_MAX: Final = 0xFFFF_FFFF
 _LINUX_CAPABILITY_VERSION_3: Final = 0x2008_0522
 SYS_sched_setattr: Final = {"x86_64": 314, "aarch64": 274}
-#: ``struct sched_attr``: size, policy, flags, nice, priority, runtime, deadline, period, util_min, util_max.
+#: ``struct sched_attr``: size, policy, flags, nice, priority, runtime, deadline, period, util_min,
+#: util_max.
 _SCHED_ATTR: Final = struct.Struct("=IIQiIQQQII")
 
 libc.prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
@@ -157,13 +158,16 @@ def effective_capabilities() -> int:
 def set_slice(nanoseconds: int) -> None:
     """Ask for time slices of this length for the calling thread, 0.1 ms to 100 ms (sched_setattr(2), SCHED_OTHER).
 
-    Since Linux 6.12 a thread with a short slice that wakes need not wait out the slice of the one that runs; older kernels ignore it.
+    Since Linux 6.12 a thread with a short slice that wakes need not wait out the slice of the one
+    that runs; older kernels ignore it.
 
     Raises:
         OSError: EPERM where a security module forbids it.
     """
     nice = os.getpriority(os.PRIO_PROCESS, 0)
-    attributes = _SCHED_ATTR.pack(_SCHED_ATTR.size, os.SCHED_OTHER, 0, nice, 0, nanoseconds, 0, 0, 0, 0)
+    attributes = _SCHED_ATTR.pack(
+        _SCHED_ATTR.size, os.SCHED_OTHER, 0, nice, 0, nanoseconds, 0, 0, 0, 0
+    )
     syscall("sched_setattr", SYS_sched_setattr[os.uname().machine], 0, attributes, 0)
 
 
@@ -179,15 +183,18 @@ def tracer_pid() -> int:
 def proc() -> OwnedFd:
     """Open /proc, to find other processes in it by their pids; the caller owns it.
 
-    It has to number them as this process's PID namespace does. By the same pid another namespace's, which ``unshare -pf`` leaves in place,
-    has another process. What is opened beside the descriptor (``dir_fd``) is there whatever is mounted over it meanwhile.
+    It has to number them as this process's PID namespace does. By the same pid another namespace's,
+    which ``unshare -pf`` leaves in place, has another process. What is opened beside the descriptor
+    (``dir_fd``) is there whatever is mounted over it meanwhile.
 
     Raises:
         OSError: ENOENT without /proc; ESRCH where it is another namespace's.
     """
     with ExitStack() as undo:
         try:
-            found = undo.enter_context(OwnedFd(os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)))
+            found = undo.enter_context(
+                OwnedFd(os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+            )
             os.lstat("self", dir_fd=found.fileno())
             numbers = _own_numbers(found)
         except FileNotFoundError:
@@ -196,7 +203,9 @@ def proc() -> OwnedFd:
             raise named("open", error, "/proc") from None
         # In that of a namespace above it has as many as there are namespaces from there down.
         if len(numbers) != 1:
-            raise failed("open", ESRCH, "it numbers the processes of another PID namespace", "/proc")
+            raise failed(
+                "open", ESRCH, "it numbers the processes of another PID namespace", "/proc"
+            )
         undo.pop_all()
         return found
 
@@ -263,11 +272,14 @@ def raise_fd_limit() -> int:
 def close_others(keep: Iterable[int], first: int = 3) -> None:
     """Close every descriptor from ``first`` on that is not in ``keep``, whatever its number (close_range(2)).
 
-    A limit says nothing of what is open: descriptors stay when the limit is lowered below their numbers (setrlimit(2)).
+    A limit says nothing of what is open: descriptors stay when the limit is lowered below their
+    numbers (setrlimit(2)).
     """
     kept = sorted(keep)
     try:
-        for below, above in pairwise((first - 1, *(fd for fd in kept if fd >= first), _UINT_MAX + 1)):
+        for below, above in pairwise(
+            (first - 1, *(fd for fd in kept if fd >= first), _UINT_MAX + 1)
+        ):
             if below + 1 < above:
                 syscall("close_range", SYS_close_range, below + 1, above - 1, 0)
     except OSError:

@@ -127,15 +127,28 @@ class seccomp_notif_addfd(ctypes.Structure):
 
 
 _MAGIC: Final = ord("!")
-SECCOMP_IOCTL_NOTIF_RECV: Final = Ioctl("SECCOMP_IOCTL_NOTIF_RECV", _MAGIC, 0, Dir.READ | Dir.WRITE, seccomp_notif)
-SECCOMP_IOCTL_NOTIF_SEND: Final = Ioctl("SECCOMP_IOCTL_NOTIF_SEND", _MAGIC, 1, Dir.READ | Dir.WRITE, seccomp_notif_resp)
-SECCOMP_IOCTL_NOTIF_ID_VALID: Final = Ioctl("SECCOMP_IOCTL_NOTIF_ID_VALID", _MAGIC, 2, Dir.WRITE, _word)
-SECCOMP_IOCTL_NOTIF_ADDFD: Final = Ioctl("SECCOMP_IOCTL_NOTIF_ADDFD", _MAGIC, 3, Dir.WRITE, seccomp_notif_addfd)
-SECCOMP_IOCTL_NOTIF_SET_FLAGS: Final = Ioctl("SECCOMP_IOCTL_NOTIF_SET_FLAGS", _MAGIC, 4, Dir.WRITE, _word)
+SECCOMP_IOCTL_NOTIF_RECV: Final = Ioctl(
+    "SECCOMP_IOCTL_NOTIF_RECV", _MAGIC, 0, Dir.READ | Dir.WRITE, seccomp_notif
+)
+SECCOMP_IOCTL_NOTIF_SEND: Final = Ioctl(
+    "SECCOMP_IOCTL_NOTIF_SEND", _MAGIC, 1, Dir.READ | Dir.WRITE, seccomp_notif_resp
+)
+SECCOMP_IOCTL_NOTIF_ID_VALID: Final = Ioctl(
+    "SECCOMP_IOCTL_NOTIF_ID_VALID", _MAGIC, 2, Dir.WRITE, _word
+)
+SECCOMP_IOCTL_NOTIF_ADDFD: Final = Ioctl(
+    "SECCOMP_IOCTL_NOTIF_ADDFD", _MAGIC, 3, Dir.WRITE, seccomp_notif_addfd
+)
+SECCOMP_IOCTL_NOTIF_SET_FLAGS: Final = Ioctl(
+    "SECCOMP_IOCTL_NOTIF_SET_FLAGS", _MAGIC, 4, Dir.WRITE, _word
+)
 
 
-def _seccomp(operation: int, flags: int, argument: ctypes.Structure | ctypes.c_uint32 | None) -> int:
-    # -1 is no call at all: ENOSYS, which is what there is to say of a machine whose number is not known here.
+def _seccomp(
+    operation: int, flags: int, argument: ctypes.Structure | ctypes.c_uint32 | None
+) -> int:
+    # -1 is no call at all: ENOSYS, which is what there is to say of a machine whose number is not
+    # known here.
     number = ctypes.c_long(SYS_seccomp.get(os.uname().machine, -1))
     pointer = None if argument is None else ctypes.byref(argument)
     result: int = libc.syscall(number, ctypes.c_long(operation), ctypes.c_long(flags), pointer)
@@ -173,7 +186,8 @@ def notif_sizes() -> seccomp_notif_sizes:
 def flags_known(flags: FilterFlag) -> bool:
     """Say whether the kernel knows the flags, without installing anything.
 
-    The kernel looks at flags before it reads the program, so that no program gives EFAULT where they are known (seccomp(2)).
+    The kernel looks at flags before it reads the program, so that no program gives EFAULT where
+    they are known (seccomp(2)).
 
     Raises:
         OSError: ENOSYS without seccomp.
@@ -193,7 +207,8 @@ def install(program: Sequence[sock_filter], flags: FilterFlag) -> OwnedFd:
     Preconditions: PR_SET_NO_NEW_PRIVS or CAP_SYS_ADMIN; ``NEW_LISTENER`` among the flags.
 
     Raises:
-        OSError: EACCES without the precondition; EBUSY when a filter above already has a listener; EINVAL for the program or flags.
+        OSError: EACCES without the precondition; EBUSY when a filter above already has a listener;
+            EINVAL for the program or flags.
     """
     instructions = (sock_filter * len(program))(*program)
     fprog = sock_fprog(len=len(program), filter=ctypes.addressof(instructions))
@@ -203,7 +218,8 @@ def install(program: Sequence[sock_filter], flags: FilterFlag) -> OwnedFd:
 def _decided(request: Ioctl[_A], listener: OwnedFd, argument: _A) -> int:
     """Issue a request at a listener until the kernel has decided it.
 
-    EINTR says that nothing was done: this process was stopped, frozen or traced while it waited for the listener's lock.
+    EINTR says that nothing was done: this process was stopped, frozen or traced while it waited for
+    the listener's lock.
     """
     while True:
         # Not by contextlib: each answer passes here.

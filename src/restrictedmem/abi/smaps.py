@@ -20,5 +20,10 @@ def large_mappings(start: int, end: int) -> Iterator[int]:
         for line in smaps:
             if not line[0:1].isupper():
                 first, last = (int(address, 16) for address in line.split(None, 1)[0].split(b"-"))
-            elif start <= first and last <= end and line.startswith(_HUGE) and int(line.split()[1]) << 10 == last - first:
+            elif (
+                start <= first
+                and last <= end
+                and line.startswith(_HUGE)
+                and int(line.split()[1]) << 10 == last - first
+            ):
                 yield first

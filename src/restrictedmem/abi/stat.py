@@ -30,7 +30,8 @@ _open_flags: Final = ctypes.c_long(AT_STATX_DONT_SYNC | _AT_EMPTY_PATH)
 def device(path: str, directory: int = _AT_FDCWD) -> int:
     """Return the device number (``st_dev``) of the file that a path leads to, from a directory if it is relative.
 
-    A FUSE server is not asked: the kernel keeps the device itself, and with AT_STATX_DONT_SYNC fuse_update_get_attr never sends GETATTR.
+    A FUSE server is not asked: the kernel keeps the device itself, and with AT_STATX_DONT_SYNC
+    fuse_update_get_attr never sends GETATTR.
 
     Raises:
         OSError: as statx(2).

@@ -44,9 +44,12 @@ def userfaultfd(flags: int) -> OwnedFd:
     """Make a userfaultfd, close-on-exec; the caller owns it.
 
     Raises:
-        OSError: EPERM without CAP_SYS_PTRACE where vm.unprivileged_userfaultfd is 0, unless UFFD_USER_MODE_ONLY; ENOSYS.
+        OSError: EPERM without CAP_SYS_PTRACE where vm.unprivileged_userfaultfd is 0, unless
+            UFFD_USER_MODE_ONLY; ENOSYS.
     """
-    return OwnedFd(syscall("userfaultfd", SYS_userfaultfd.get(os.uname().machine, -1), flags | os.O_CLOEXEC))
+    return OwnedFd(
+        syscall("userfaultfd", SYS_userfaultfd.get(os.uname().machine, -1), flags | os.O_CLOEXEC)
+    )
 
 
 def refuse_missing(address: int, length: int) -> OwnedFd:
@@ -60,7 +63,9 @@ def refuse_missing(address: int, length: int) -> OwnedFd:
     fd = userfaultfd(UFFD_USER_MODE_ONLY)
     try:
         UFFDIO_API(fd, uffdio_api(api=UFFD_API, features=UFFD_FEATURE_SIGBUS))
-        UFFDIO_REGISTER(fd, uffdio_register(start=address, len=length, mode=UFFDIO_REGISTER_MODE_MISSING))
+        UFFDIO_REGISTER(
+            fd, uffdio_register(start=address, len=length, mode=UFFDIO_REGISTER_MODE_MISSING)
+        )
     except BaseException:
         fd.close()
         raise

@@ -81,7 +81,13 @@ def attempt(route: Route, owner: "Owner") -> Attempt:
         if error.errno in (ECHILD, ETIMEDOUT):
             return Attempt(route.target, route.name, Outcome.FAILED, detail=str(error.strerror))
         outcome = Outcome.FAILED if route.control else Outcome.REFUSED
-        return Attempt(route.target, route.name, outcome, errorcode.get(error.errno or 0, str(error.errno)), str(error.strerror))
+        return Attempt(
+            route.target,
+            route.name,
+            outcome,
+            errorcode.get(error.errno or 0, str(error.errno)),
+            str(error.strerror),
+        )
     if route.control:
         outcome = Outcome.CONTROL if outcome is Outcome.FOUND else Outcome.FAILED
         note = note or "the search is blind"

@@ -27,7 +27,8 @@ _MADV_PAGEOUT: Final = 21
 _AT_FDCWD: Final = -100
 _AT_SYMLINK_FOLLOW: Final = 0x400
 _FD_NSFS_ROOT: Final = -10003
-#: ``struct file_handle`` with ``struct nsfs_file_handle``: bytes, type; number, CLONE_NEW*, inode number.
+#: ``struct file_handle`` with ``struct nsfs_file_handle``: bytes, type; number, CLONE_NEW*, inode
+#: number.
 _NAMESPACE: Final = struct.Struct("=IiQII")
 _NAMESPACE_BYTES: Final = 16
 _FILEID_NSFS: Final = 0xF1
@@ -84,8 +85,13 @@ def namespace_handle(path: str) -> tuple[int, int]:
     Raises:
         OSError: EOPNOTSUPP on older kernels.
     """
-    handle, mount = ctypes.create_string_buffer(_NAMESPACE.pack(_NAMESPACE_BYTES, 0, 0, 0, 0)), ctypes.c_int()
-    if libc.name_to_handle_at(_AT_FDCWD, path.encode(), handle, ctypes.byref(mount), _AT_SYMLINK_FOLLOW):
+    handle, mount = (
+        ctypes.create_string_buffer(_NAMESPACE.pack(_NAMESPACE_BYTES, 0, 0, 0, 0)),
+        ctypes.c_int(),
+    )
+    if libc.name_to_handle_at(
+        _AT_FDCWD, path.encode(), handle, ctypes.byref(mount), _AT_SYMLINK_FOLLOW
+    ):
         raise_errno("name_to_handle_at")
     _, _, number, _, inode = _NAMESPACE.unpack(handle.raw[: _NAMESPACE.size])
     return number, inode
@@ -94,7 +100,8 @@ def namespace_handle(path: str) -> tuple[int, int]:
 def open_namespace(number: int, kind: int, inode: int) -> OwnedFd | None:
     """Open a namespace by its handle (open_by_handle_at(2), Linux 6.18); the caller owns the descriptor.
 
-    None where there is none of these numbers, or it is another user's: it is asked of a great many numbers.
+    None where there is none of these numbers, or it is another user's: it is asked of a great many
+    numbers.
     """
     handle = _NAMESPACE.pack(_NAMESPACE_BYTES, _FILEID_NSFS, number, kind, inode)
     fd: int = libc.open_by_handle_at(_FD_NSFS_ROOT, handle, os.O_RDONLY | os.O_CLOEXEC)
@@ -147,7 +154,9 @@ def process_madvise(pid: int, address: int) -> int:
     """
     with OwnedFd(os.pidfd_open(pid)) as pidfd:
         vector = bytes(_iovec(address, mmap.PAGESIZE))
-        return syscall("process_madvise", _SYS_PROCESS_MADVISE, pidfd.fileno(), vector, 1, _MADV_PAGEOUT, 0)
+        return syscall(
+            "process_madvise", _SYS_PROCESS_MADVISE, pidfd.fileno(), vector, 1, _MADV_PAGEOUT, 0
+        )
 
 
 def perf_event_open(pid: int, cpu: int = -1) -> OwnedFd:
@@ -156,7 +165,8 @@ def perf_event_open(pid: int, cpu: int = -1) -> OwnedFd:
     Raises:
         OSError: EACCES, EPERM who may not.
     """
-    # struct perf_event_attr: PERF_TYPE_SOFTWARE, its size, PERF_COUNT_SW_TASK_CLOCK; exclude_kernel and exclude_hv at byte 40.
+    # struct perf_event_attr: PERF_TYPE_SOFTWARE, its size, PERF_COUNT_SW_TASK_CLOCK; exclude_kernel
+    # and exclude_hv at byte 40.
     attr = struct.pack("=IIQ24xQ16x", 1, 64, 1, 0x60)
     return OwnedFd(syscall("perf_event_open", _SYS_PERF_EVENT_OPEN, attr, pid, cpu, -1, 0))
 
@@ -170,7 +180,9 @@ def bpf_prog_load() -> OwnedFd:
     # r0 = 0; exit
     program = ctypes.create_string_buffer(struct.pack("=BBhiBBhi", 0xB7, 0, 0, 0, 0x95, 0, 0, 0))
     text = ctypes.create_string_buffer(b"GPL")
-    attr = struct.pack("=IIQQ", _BPF_PROG_TYPE_KPROBE, 2, ctypes.addressof(program), ctypes.addressof(text)).ljust(128, b"\0")
+    attr = struct.pack(
+        "=IIQQ", _BPF_PROG_TYPE_KPROBE, 2, ctypes.addressof(program), ctypes.addressof(text)
+    ).ljust(128, b"\0")
     return OwnedFd(syscall("bpf", _SYS_BPF, _BPF_PROG_LOAD, attr, len(attr)))
 
 
@@ -191,17 +203,34 @@ def io_uring_read(fd: int, length: int) -> bytes:
     """
     params = ctypes.create_string_buffer(_URING_PARAMS)
     into = ctypes.create_string_buffer(length)
-    with OwnedFd(syscall("io_uring_setup", _SYS_IO_URING_SETUP, 1, ctypes.addressof(params))) as ring:
+    with OwnedFd(
+        syscall("io_uring_setup", _SYS_IO_URING_SETUP, 1, ctypes.addressof(params))
+    ) as ring:
         entries, cq_entries = struct.unpack_from("=II", params)
         # struct io_sqring_offsets at byte 40 and io_cqring_offsets at byte 80 (<linux/io_uring.h>).
         _, sq_tail, _, _, _, _, sq_array = struct.unpack_from("=7I", params, 40)
         _, _, _, _, _, cqes = struct.unpack_from("=6I", params, 80)
-        rings = mmap.mmap(ring.fileno(), max(sq_array + 4 * entries, cqes + _CQE.size * cq_entries), offset=_URING_RING_AT)
+        rings = mmap.mmap(
+            ring.fileno(),
+            max(sq_array + 4 * entries, cqes + _CQE.size * cq_entries),
+            offset=_URING_RING_AT,
+        )
         with rings, mmap.mmap(ring.fileno(), _SQE.size * entries, offset=_URING_SQES_AT) as sqes:
-            _SQE.pack_into(sqes, 0, _URING_OP_READ, 0, 0, fd, 0, ctypes.addressof(into), length, 0, 0)
+            _SQE.pack_into(
+                sqes, 0, _URING_OP_READ, 0, 0, fd, 0, ctypes.addressof(into), length, 0, 0
+            )
             struct.pack_into("=I", rings, sq_array, 0)
             struct.pack_into("=I", rings, sq_tail, 1)
-            syscall("io_uring_enter", _SYS_IO_URING_ENTER, ring.fileno(), 1, 1, _URING_GETEVENTS, None, 0)
+            syscall(
+                "io_uring_enter",
+                _SYS_IO_URING_ENTER,
+                ring.fileno(),
+                1,
+                1,
+                _URING_GETEVENTS,
+                None,
+                0,
+            )
             _, result, _ = _CQE.unpack_from(rings, cqes)
     if result < 0:
         raise_errno("io_uring read", -result)

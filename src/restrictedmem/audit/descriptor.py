@@ -57,7 +57,9 @@ _GETS: Final[dict[str, Callable[[int], bytes]]] = {
     "splice": lambda fd: _into_pipe(lambda pipe: os.splice(fd, pipe, _LENGTH)),
     "splice, with an offset": lambda fd: _into_pipe(lambda pipe: os.splice(fd, pipe, _LENGTH, 0)),
     "sendfile": lambda fd: _into_file(lambda file: os.sendfile(file, fd, None, _LENGTH)),
-    "sendfile, with an offset": lambda fd: _into_file(lambda file: os.sendfile(file, fd, 0, _LENGTH)),
+    "sendfile, with an offset": lambda fd: _into_file(
+        lambda file: os.sendfile(file, fd, 0, _LENGTH)
+    ),
     "copy_file_range": lambda fd: _into_file(lambda file: os.copy_file_range(fd, file, _LENGTH, 0)),
     "io_uring read": lambda fd: calls.io_uring_read(fd, _LENGTH),
     "re-open to read": lambda fd: _open_again(fd, os.O_RDONLY),

@@ -57,7 +57,9 @@ class HeldGuest:
 
     def send(self, request: str | bytes) -> None:
         """Give the guest a line."""
-        os.write(self._requests, (request.encode() if isinstance(request, str) else request) + b"\n")
+        os.write(
+            self._requests, (request.encode() if isinstance(request, str) else request) + b"\n"
+        )
 
     def check(self, start: int, end: int) -> str:
         """Have the guest compare what it holds in a range of addresses."""
@@ -70,10 +72,17 @@ class HeldGuest:
             OSError: ETIMEDOUT when it does not come to that.
         """
         deadline = time.monotonic() + DEADLINE
-        # The vCPU's thread waits for the engine in recvmsg(2), and for the guest's input in poll(2).
-        while not Path(f"/proc/self/task/{self._runs.native_id}/syscall").read_text(encoding="ascii").startswith(f"{_SYS_POLL} "):
+        # The vCPU's thread waits for the engine in recvmsg(2), and for the guest's input in
+        # poll(2).
+        while (
+            not Path(f"/proc/self/task/{self._runs.native_id}/syscall")
+            .read_text(encoding="ascii")
+            .startswith(f"{_SYS_POLL} ")
+        ):
             if time.monotonic() > deadline:
-                raise failed("prove", ETIMEDOUT, f"the guest did not wait for a line within {DEADLINE:g} s")
+                raise failed(
+                    "prove", ETIMEDOUT, f"the guest did not wait for a line within {DEADLINE:g} s"
+                )
             time.sleep(0.001)
 
     def wait_end(self) -> None:
@@ -93,7 +102,9 @@ class HeldGuest:
 
 
 @contextmanager
-def held_guest(service: Service, size: int, seed: int, engine: str, *, debug: bool = False) -> Generator[HeldGuest]:
+def held_guest(
+    service: Service, size: int, seed: int, engine: str, *, debug: bool = False
+) -> Generator[HeldGuest]:
     """Run a guest of ``size`` bytes of private memory that holds the pattern of ``seed``; it ends with the block.
 
     Raises:
@@ -104,7 +115,10 @@ def held_guest(service: Service, size: int, seed: int, engine: str, *, debug: bo
     with ExitStack() as stack:
         for ours in (requests, replies):
             stack.callback(os.close, ours)
-        stdin, stdout = stack.enter_context(open(input_, "rb", 0)), stack.enter_context(open(output, "wb", 0))
+        stdin, stdout = (
+            stack.enter_context(open(input_, "rb", 0)),
+            stack.enter_context(open(output, "wb", 0)),
+        )
         vmm = stack.enter_context(Vmm(size, service, engine=engine, debug=debug))
         vmm.load(image(), ["hold", f"{seed:016x}"])
 

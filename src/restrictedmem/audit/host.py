@@ -19,7 +19,14 @@ from restrictedmem.fs.mounter import enter_user_namespace
 from restrictedmem.service.client import Service
 
 _MOST: Final = 1 << 20
-_PHYSICAL: Final = ("/dev/mem", "/dev/kmem", "/dev/port", "/proc/kcore", "/proc/vmcore", "/proc/kpageflags")
+_PHYSICAL: Final = (
+    "/dev/mem",
+    "/dev/kmem",
+    "/dev/port",
+    "/proc/kcore",
+    "/proc/vmcore",
+    "/proc/kpageflags",
+)
 _MEM_DEVICE: Final = os.makedev(1, 1)
 
 
@@ -90,4 +97,9 @@ def routes() -> Iterator[Route]:
     yield Route("machine", "bpf, a kprobe's program", _bpf, power=True, root=True)
     yield Route("machine", "perf_event_open, a whole CPU", _perf, power=True, root=True)
     yield Route("machine", "tracefs", _tracefs, power=True, root=True)
-    yield Route("machine", "a service inside one's own user namespace", _namespace_above, open_by="Owners of a user namespace")
+    yield Route(
+        "machine",
+        "a service inside one's own user namespace",
+        _namespace_above,
+        open_by="Owners of a user namespace",
+    )

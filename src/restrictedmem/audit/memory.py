@@ -13,7 +13,8 @@ from restrictedmem.audit.attempt import Buffer
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE
 
 _CHUNK: Final = 1 << 20
-#: The highest byte of entries of /proc/PID/pagemap whose page is there: bit 63, in memory; bit 62, in swap.
+#: The highest byte of entries of /proc/PID/pagemap whose page is there: bit 63, in memory; bit 62,
+#: in swap.
 _THERE: Final = re.compile(rb"[\x40-\xff]+")
 
 #: Reads at most so many bytes (second) at an address or offset (first).
@@ -40,7 +41,8 @@ def by_process_vm_readv(pid: int) -> Iterator[Buffer]:
         OSError: EPERM who may not.
     """
     try:
-        # Whoever is let in gets EFAULT: nothing is mapped there. /proc/PID/maps might be refused for reasons of its own.
+        # Whoever is let in gets EFAULT: nothing is mapped there. /proc/PID/maps might be refused
+        # for reasons of its own.
         calls.process_vm_readv(pid, 8, 8)
     except OSError as error:
         if error.errno != EFAULT:
@@ -112,8 +114,9 @@ def regions(pid: int) -> Iterator[tuple[int, int]]:
     with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
         for span, rights, _, _, _, *path in lines:
             start, end = (int(number, 16) >> PAGE_SHIFT for number in span.split(b"-"))
-            # Above 2^63 lies the vsyscall page, which is the kernel's. Of what is shared, pages may be there that this process did not
-            # touch: a file is for who has its descriptor, and the rest is read whole.
+            # Above 2^63 lies the vsyscall page, which is the kernel's. Of what is shared, pages may
+            # be there that this process did not touch: a file is for who has its descriptor, and
+            # the rest is read whole.
             if rights[:1] != b"r" or start << PAGE_SHIFT >= 1 << 63:
                 continue
             if rights[3:] == b"s" and path == [b"/dev/zero (deleted)"]:

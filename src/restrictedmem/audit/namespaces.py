@@ -24,7 +24,8 @@ from restrictedmem.fd import OwnedFd
 #: each CPU at least. A CPU takes numbers out of a batch of its own (DEFINE_COOKIE).
 _LAST: Final = 1000
 _LEAST: Final = 100
-#: The inode number of the first namespace that is not the kernel's own (PROC_DYNAMIC_FIRST), less some.
+#: The inode number of the first namespace that is not the kernel's own (PROC_DYNAMIC_FIRST), less
+#: some.
 _FIRST_INODE: Final = 0xF000_0000 - 10
 
 

@@ -50,7 +50,8 @@ class Owner:
 def drop_capabilities() -> None:
     """Give up every capability: effective, permitted, inheritable, ambient, and those that a program could bring along."""
     with suppress(OSError):
-        # Who has no CAP_SETPCAP cannot make the bounding set smaller, and no_new_privs below has the same effect.
+        # Who has no CAP_SETPCAP cannot make the bounding set smaller, and no_new_privs below has
+        # the same effect.
         for number in range(64):
             process.prctl(_PR_CAPBSET_DROP, number)
     process.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)

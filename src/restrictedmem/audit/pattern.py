@@ -22,15 +22,18 @@ def word(seed: int, address: int) -> int:
 
 def content(seed: int, start: int, size: int) -> bytes:
     """Return what the guest keeps from an address on; bytes, whole words."""
-    return b"".join(word(seed, address).to_bytes(_WORD, "little") for address in range(start, start + size, _WORD))
+    return b"".join(
+        word(seed, address).to_bytes(_WORD, "little")
+        for address in range(start, start + size, _WORD)
+    )
 
 
 @final
 class Pattern:
     """Words of the guest's memory, at every distance from a word's boundary, to look for in what was got.
 
-    They are kept as Python integers, in pieces of 30 bits, beside hashes: so the table has to stay in the searching process, and another's
-    memory is what it may search.
+    They are kept as Python integers, in pieces of 30 bits, beside hashes: so the table has to stay
+    in the searching process, and another's memory is what it may search.
     """
 
     def __init__(self, seed: int, start: int, end: int) -> None:
@@ -47,7 +50,8 @@ class Pattern:
     def find(self, data: Buffer) -> int | None:
         """Return the guest address of something in ``data`` that the guest keeps private, None when there is nothing.
 
-        A whole page is found however it lies; of less, one sample and the word after it must be there.
+        A whole page is found however it lies; of less, one sample and the word after it must be
+        there.
         """
         view = memoryview(data).cast("B")
         with view[: len(view) & -_WORD].cast("Q") as words:

@@ -130,13 +130,19 @@ def powers() -> Iterator[tuple[str, Look]]:
     yield f"pidfd_getfd 0 to {_DESCRIPTORS - 1}", _getfd
     for name, kind in _NAMESPACES.items():
         yield f"setns {name}", _nothing(partial(_setns, kind))
-    yield "open /proc/PID/mem to write", _nothing(lambda pid: os.close(os.open(f"/proc/{pid}/mem", os.O_WRONLY)))
+    yield (
+        "open /proc/PID/mem to write",
+        _nothing(lambda pid: os.close(os.open(f"/proc/{pid}/mem", os.O_WRONLY))),
+    )
     yield "kcmp", _nothing(calls.kcmp)
     yield "move_pages", _nothing(calls.move_pages)
     yield "get_robust_list", _nothing(calls.get_robust_list)
     yield "process_madvise", _nothing(lambda pid: calls.process_madvise(pid, PAGE_SIZE))
     yield "perf_event_open", _nothing(lambda pid: calls.perf_event_open(pid).close())
-    yield "prlimit, RLIMIT_CORE", _nothing(lambda pid: resource.prlimit(pid, resource.RLIMIT_CORE, (1 << 30, 1 << 30)))
+    yield (
+        "prlimit, RLIMIT_CORE",
+        _nothing(lambda pid: resource.prlimit(pid, resource.RLIMIT_CORE, (1 << 30, 1 << 30))),
+    )
 
 
 def _setns(kind: int, pid: int) -> None:
@@ -146,7 +152,11 @@ def _setns(kind: int, pid: int) -> None:
 def routes() -> Iterator[Route]:
     """Yield what is tried on each of the trusted processes."""
     for process in NAMES:
-        for target, power, found in ((f"{process} /proc", False, _proc()), (process, False, _calls()), (process, True, powers())):
+        for target, power, found in (
+            (f"{process} /proc", False, _proc()),
+            (process, False, _calls()),
+            (process, True, powers()),
+        ):
             for name, look in found:
                 yield Route(target, name, partial(_at, process, look), power=power, root=True)
 

@@ -19,7 +19,13 @@ from restrictedmem.audit import descriptor, host, namespaces, processes, sockets
 from restrictedmem.audit.attempt import Attempt, Outcome, Route, attempt
 from restrictedmem.audit.guest import HeldGuest, held_guest
 from restrictedmem.audit.memory import of_descriptors, of_process
-from restrictedmem.audit.owner import Owner, drop_capabilities, end_twin, fork_twin, trusted_processes
+from restrictedmem.audit.owner import (
+    Owner,
+    drop_capabilities,
+    end_twin,
+    fork_twin,
+    trusted_processes,
+)
 from restrictedmem.audit.pattern import Pattern, content
 from restrictedmem.service.client import Service
 from restrictedmem.text import Line
@@ -31,20 +37,26 @@ _NARROWEST: Final = 40
 Progress = Callable[[Attempt], None]
 
 
-def prove(service: Service, guest: HeldGuest, seed: int, *, engine: str, as_root: bool, progress: Progress) -> list[Attempt]:
+def prove(
+    service: Service, guest: HeldGuest, seed: int, *, engine: str, as_root: bool, progress: Progress
+) -> list[Attempt]:
     """Try every route to the memory of a guest that holds the pattern of ``seed``; ``progress`` hears of each attempt after it.
 
     Preconditions: nobody else talks to the guest meanwhile.
 
     Raises:
-        OSError: EIO when the trying process died; ENOENT, ESRCH without this PID namespace's /proc (``abi.process``).
+        OSError: EIO when the trying process died; ENOENT, ESRCH without this PID namespace's /proc
+            (``abi.process``).
     """
-    # Routes lead to processes by their pids: the wrong ones would let in, or refuse, for reasons of their own.
+    # Routes lead to processes by their pids: the wrong ones would let in, or refuse, for reasons of
+    # their own.
     process.proc().close()
     found: list[Attempt] = []
     # The owner's own memory comes last, in a process of which all that went before is a part.
     for routes in (_routes, _last_routes):
-        for one in _as_owner(partial(_owner, service, guest, seed, engine, as_root), routes, as_root=as_root):
+        for one in _as_owner(
+            partial(_owner, service, guest, seed, engine, as_root), routes, as_root=as_root
+        ):
             found.append(one)
             progress(one)
     found.append(_still_there(guest))
@@ -53,11 +65,23 @@ def prove(service: Service, guest: HeldGuest, seed: int, *, engine: str, as_root
 
 
 def _routes() -> Iterator[Route]:
-    return chain(descriptor.ROUTES, processes.routes(), namespaces.routes(), sockets.routes(), host.routes(), vm.routes())
+    return chain(
+        descriptor.ROUTES,
+        processes.routes(),
+        namespaces.routes(),
+        sockets.routes(),
+        host.routes(),
+        vm.routes(),
+    )
 
 
 def _last_routes() -> Iterator[Route]:
-    yield Route("control", "a process that lets itself be read", lambda owner: of_process(owner.control), control=True)
+    yield Route(
+        "control",
+        "a process that lets itself be read",
+        lambda owner: of_process(owner.control),
+        control=True,
+    )
     yield Route("owner", "its files", lambda _: of_descriptors())
     yield Route("owner", "its memory", lambda owner: of_process(owner.twin))
 
@@ -70,21 +94,36 @@ def _still_there(guest: HeldGuest) -> Attempt:
 
 
 @contextmanager
-def _owner(service: Service, guest: HeldGuest, seed: int, engine: str, as_root: bool) -> Generator[Owner]:
+def _owner(
+    service: Service, guest: HeldGuest, seed: int, engine: str, as_root: bool
+) -> Generator[Owner]:
     # Both before the pattern's words are in this process.
     twin = fork_twin()
     control = fork_twin(lambda: content(seed, guest.start, _CONTROL_SIZE))
 
     try:
         pattern = Pattern(seed, guest.start, guest.end)
-        yield Owner(service, guest, seed, engine, pattern, trusted_processes(service, guest), twin, control, as_root)
+        yield Owner(
+            service,
+            guest,
+            seed,
+            engine,
+            pattern,
+            trusted_processes(service, guest),
+            twin,
+            control,
+            as_root,
+        )
     finally:
         end_twin(twin)
         end_twin(control)
 
 
 def _as_owner(
-    owner: Callable[[], AbstractContextManager[Owner]], routes: Callable[[], Iterable[Route]], *, as_root: bool
+    owner: Callable[[], AbstractContextManager[Owner]],
+    routes: Callable[[], Iterable[Route]],
+    *,
+    as_root: bool,
 ) -> Iterator[Attempt]:
     """Try routes in a child that holds all that this process holds, but for its capabilities."""
     reader, writer = os.pipe()
@@ -101,11 +140,20 @@ def _as_owner(
     finally:
         _, status = os.waitpid(child, 0)
     if status:
-        yield Attempt("control", "the trying process", Outcome.FAILED, detail=f"ended with {os.waitstatus_to_exitcode(status)}")
+        yield Attempt(
+            "control",
+            "the trying process",
+            Outcome.FAILED,
+            detail=f"ended with {os.waitstatus_to_exitcode(status)}",
+        )
 
 
 def _try_all(
-    owner: Callable[[], AbstractContextManager[Owner]], routes: Callable[[], Iterable[Route]], writer: int, *, as_root: bool
+    owner: Callable[[], AbstractContextManager[Owner]],
+    routes: Callable[[], Iterable[Route]],
+    writer: int,
+    *,
+    as_root: bool,
 ) -> NoReturn:
     status = 1
     try:
@@ -139,7 +187,11 @@ class Proof:
 
     def as_data(self) -> dict[str, Any]:
         """Return it as JSON shows it."""
-        return {"as_root": self.as_root, "proved": self.proved, "attempts": [*map(_plain, self.attempts)]}
+        return {
+            "as_root": self.as_root,
+            "proved": self.proved,
+            "attempts": [*map(_plain, self.attempts)],
+        }
 
 
 def prove_main(service: Service, *, memory: int, engine: str, as_root: bool, quiet: bool) -> Proof:
@@ -153,7 +205,9 @@ def prove_main(service: Service, *, memory: int, engine: str, as_root: bool, qui
     try:
         with held_guest(service, memory, seed, engine) as guest:
             tell: Progress = lambda one: line.update(lambda: f"{one.target}: {one.name}")  # noqa: E731
-            return Proof(as_root, prove(service, guest, seed, engine=engine, as_root=as_root, progress=tell))
+            return Proof(
+                as_root, prove(service, guest, seed, engine=engine, as_root=as_root, progress=tell)
+            )
     finally:
         line.clear()
 
@@ -168,8 +222,13 @@ def show(found: list[Attempt]) -> None:
     targets: dict[tuple[str, str], list[str]] = {}
     for (target, came), some in names.items():
         targets.setdefault((came, ", ".join(some)), []).append(target)
-    rows = [("target", "outcome", "tried"), *((", ".join(of), came, tried) for (came, tried), of in targets.items())]
-    for line in _table(rows, max(shutil.get_terminal_size().columns, _NARROWEST) if sys.stdout.isatty() else None):
+    rows = [
+        ("target", "outcome", "tried"),
+        *((", ".join(of), came, tried) for (came, tried), of in targets.items()),
+    ]
+    for line in _table(
+        rows, max(shutil.get_terminal_size().columns, _NARROWEST) if sys.stdout.isatty() else None
+    ):
         print(line)
     counts = Counter(one.outcome for one in found)
     print(", ".join(f"{counts[outcome]} {outcome.value}" for outcome in Outcome if counts[outcome]))
@@ -182,7 +241,10 @@ def _table(rows: Sequence[tuple[str, str, str]], columns: int | None) -> Iterato
         widths = [min(width, columns // 4) for width in widths]
     last = None if columns is None else max(columns - sum(widths) - 2 * len(widths), columns // 4)
     for row in rows:
-        cells = [_wrapped(text, width if columns is not None else None) for text, width in zip(row, (*widths, last), strict=True)]
+        cells = [
+            _wrapped(text, width if columns is not None else None)
+            for text, width in zip(row, (*widths, last), strict=True)
+        ]
         for first, second, third in zip_longest(*cells, fillvalue=""):
             yield f"{first:{widths[0]}}  {second:{widths[1]}}  {third}".rstrip()
 

@@ -79,7 +79,13 @@ def _bind(owner: Owner) -> Iterator[Buffer]:
 def _guess(owner: Owner) -> Iterator[Buffer]:
     """Connect with keys that are near the right one, or of another length, or guessed."""
     key = bytes.fromhex(owner.service.info["key"])
-    keys = [b"", key[:-1], key + b"\0", bytes(len(key)), *(os.urandom(len(key)) for _ in range(_GUESSES))]
+    keys = [
+        b"",
+        key[:-1],
+        key + b"\0",
+        bytes(len(key)),
+        *(os.urandom(len(key)) for _ in range(_GUESSES)),
+    ]
     keys += [key[:at] + bytes([key[at] ^ 1]) + key[at + 1 :] for at in range(len(key))]
     refusal = OSError()
     for guess in keys:
@@ -127,8 +133,18 @@ def _to_engine(call: Call, body: bytes, owner: Owner) -> Iterator[Buffer]:
 
 def routes() -> Iterator[Route]:
     """Yield what is tried by asking."""
-    for call, body in (*_CONSUMERS, (wire.TOKEN, b""), (wire.SPAWN, b"kvm {}"), (wire.SIGNING_KEY, b"")):
-        yield Route("service's socket", f"{call.name} without the key", partial(_outside, call, body), power=True)
+    for call, body in (
+        *_CONSUMERS,
+        (wire.TOKEN, b""),
+        (wire.SPAWN, b"kvm {}"),
+        (wire.SIGNING_KEY, b""),
+    ):
+        yield Route(
+            "service's socket",
+            f"{call.name} without the key",
+            partial(_outside, call, body),
+            power=True,
+        )
     for call, body in _CONSUMERS:
         yield Route("service's socket", call.name, partial(_inside, call, body), power=True)
         yield Route("VM's socket", call.name, partial(_to_engine, call, body), power=True)

@@ -66,27 +66,39 @@ def _own_memory(size: int) -> OwnedFd:
 def _second_vm(owner: Owner) -> None:
     size = owner.guest.vmm.private_size
     with Vm(owner.service) as second:
-        second.set_user_memory_region(slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=size, restricted_fd=owner.fd)
+        second.set_user_memory_region(
+            slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=size, restricted_fd=owner.fd
+        )
 
 
 def _descriptor_as_shared(owner: Owner) -> None:
     """Give the restricted file to the engine as if it were the owner's own memory."""
-    owner.guest.vmm.vm.set_user_memory_region(slot=_SLOT, guest_phys_addr=_ELSEWHERE, memory_size=PAGE_SIZE, shared_fd=owner.fd)
+    owner.guest.vmm.vm.set_user_memory_region(
+        slot=_SLOT, guest_phys_addr=_ELSEWHERE, memory_size=PAGE_SIZE, shared_fd=owner.fd
+    )
 
 
 _POWERS: Final[dict[str, Callable[[Owner], None]]] = {
-    "KVM_SET_REGS after the launch": partial(_on_vcpu, lambda vcpu, address: vcpu.set_regs(rip=address)),
+    "KVM_SET_REGS after the launch": partial(
+        _on_vcpu, lambda vcpu, address: vcpu.set_regs(rip=address)
+    ),
     "KVM_GET_REGS": partial(_on_vcpu, lambda vcpu, _: vcpu.get_regs()),
     "KVM_GET_SREGS": partial(_on_vcpu, lambda vcpu, _: vcpu.get_sregs()),
-    "KVM_SET_GUEST_DEBUG": partial(_on_vcpu, lambda vcpu, address: vcpu.set_guest_debug(step=True, breakpoints=[address])),
-    "DBG_WRITE": lambda owner: owner.guest.vmm.vm.write_memory(owner.guest.start + CONVERTED, bytes(8)),
+    "KVM_SET_GUEST_DEBUG": partial(
+        _on_vcpu, lambda vcpu, address: vcpu.set_guest_debug(step=True, breakpoints=[address])
+    ),
+    "DBG_WRITE": lambda owner: owner.guest.vmm.vm.write_memory(
+        owner.guest.start + CONVERTED, bytes(8)
+    ),
     "launch_update after the launch": _launch_update,
     "KVM_CREATE_VCPU after the launch": _create_vcpu,
     "slot over the hypercall page": partial(_slot_over, guest_abi.HYPERCALL_PAGE, PAGE_SIZE),
     "slot over the report page": partial(_slot_over, guest_abi.REPORT_PAGE, PAGE_SIZE),
     "slot over all below the window": partial(_slot_over, 0, guest_abi.SHARED_BASE),
     "slot over the page tables": partial(_slot_over, 1 << guest_abi.GPA_BITS, PAGE_SIZE),
-    "slot over private memory": partial(_slot_over, guest_abi.PRIVATE_BASE, guest_abi.PRIVATE_SIZE_MIN),
+    "slot over private memory": partial(
+        _slot_over, guest_abi.PRIVATE_BASE, guest_abi.PRIVATE_SIZE_MIN
+    ),
     "the descriptor in a second VM": _second_vm,
     "the descriptor as shared memory": _descriptor_as_shared,
 }
@@ -143,7 +155,9 @@ def code_page(guest: HeldGuest) -> bytes:
             b"\xb9" + (COPIED // 8).to_bytes(4, "little"),  # mov ecx, words
             b"\xf3\x48\xa5",  # rep movsq
             b"\x31\xc0\x31\xff",  # xor eax, eax; xor edi, edi
-            b"\xbb" + guest_abi.HYPERCALL_PAGE.to_bytes(4, "little") + b"\xff\xd3",  # mov ebx, HYPERCALL_PAGE; call rbx
+            b"\xbb"
+            + guest_abi.HYPERCALL_PAGE.to_bytes(4, "little")
+            + b"\xff\xd3",  # mov ebx, HYPERCALL_PAGE; call rbx
         )
     )
     return code.rjust(PAGE_SIZE, b"\x90")
@@ -162,7 +176,11 @@ def _code_in_the_shared_half(owner: Owner) -> Iterator[Buffer]:
     with owner.another() as guest:
         guest.wait_idle()
         for half in _shared_halves():
-            os.pwrite(half, code_page(guest) * ((end - start) // PAGE_SIZE), start - guest_abi.PRIVATE_BASE)
+            os.pwrite(
+                half,
+                code_page(guest) * ((end - start) // PAGE_SIZE),
+                start - guest_abi.PRIVATE_BASE,
+            )
         _set_attributes(owner, guest.vmm.vm, start, end - start, private=False)
         yield from _what_it_copied_out(guest)
 
@@ -184,7 +202,9 @@ def _code_in_a_slot_of_its_own(owner: Owner) -> Iterator[Buffer]:
         base, top = guest_abi.PRIVATE_BASE, guest_abi.PRIVATE_BASE + guest.vmm.private_size
         _place(guest.vmm, [(base, start, base), (end, top, end)], replacing=1)
         vm = guest.vmm.vm
-        vm.set_user_memory_region(slot=_SLOT + 1, guest_phys_addr=start, memory_size=end - start, shared_fd=code.fileno())
+        vm.set_user_memory_region(
+            slot=_SLOT + 1, guest_phys_addr=start, memory_size=end - start, shared_fd=code.fileno()
+        )
         _set_attributes(owner, vm, start, end - start, private=False)
         yield from _what_it_copied_out(guest)
 
@@ -198,23 +218,33 @@ def _code_in_its_input(owner: Owner) -> Iterator[Buffer]:
         # The guest's one buffer ends with its program's memory, and is filled from its beginning.
         code_at = (image().end - _LINE) & ~PAGE_MASK
         base, top = guest_abi.PRIVATE_BASE, guest_abi.PRIVATE_BASE + guest.vmm.private_size
-        _place(guest.vmm, [(base, start, base), (start, end, code_at), (end, top, end)], replacing=1)
+        _place(
+            guest.vmm, [(base, start, base), (start, end, code_at), (end, top, end)], replacing=1
+        )
         yield from _what_it_copied_out(guest)
 
 
-# Launches of another kind. Each is tried to the end only if whoever verifies the guest could not tell.
+# Launches of another kind. Each is tried to the end only if whoever verifies the guest could not
+# tell.
 
 
 def _no_slot_below_its_heap(owner: Owner) -> Iterator[Buffer]:
     """Leave the guest's heap without a slot, so that what it writes there comes out as MMIO."""
     base, top = guest_abi.PRIVATE_BASE, guest_abi.PRIVATE_BASE + SMALL
     heap, stack = (image().end + PAGE_MASK) & ~PAGE_MASK, top - guest_abi.STACK_SIZE
-    with _launched(owner, [(base, top, base)]) as honest, _launched(owner, [(base, heap, base), (stack, top, stack)]) as vmm:
+    with (
+        _launched(owner, [(base, top, base)]) as honest,
+        _launched(owner, [(base, heap, base), (stack, top, stack)]) as vmm,
+    ):
         if vmm.vm.launch_finish() != honest.vm.launch_finish():
             raise MeasurementTellsError
         with open(os.devnull, "r+b", 0) as nothing:
             ended = vmm.run(nothing, nothing, nothing)
-        yield ended.fatal.data.to_bytes(8, "little") if isinstance(ended.fatal, exits.MmioWrite) else b""
+        yield (
+            ended.fatal.data.to_bytes(8, "little")
+            if isinstance(ended.fatal, exits.MmioWrite)
+            else b""
+        )
 
 
 def _pages_exchanged(owner: Owner) -> Iterator[Buffer]:
@@ -227,12 +257,20 @@ def _pages_exchanged(owner: Owner) -> Iterator[Buffer]:
 def _measured(owner: Owner, order: tuple[int, int]) -> bytes:
     """Launch a VM of two slots of a page, which show the file's pages in some order until both have content, and in their own after."""
     base = guest_abi.PRIVATE_BASE
-    with OwnedFd(owner.service.memfd_restricted()) as fd, Vm(owner.service, engine=owner.engine, explicit=True) as vm:
+    with (
+        OwnedFd(owner.service.memfd_restricted()) as fd,
+        Vm(owner.service, engine=owner.engine, explicit=True) as vm,
+    ):
         os.ftruncate(fd.fileno(), 2 * PAGE_SIZE)
         region = partial(vm.set_user_memory_region, restricted_fd=fd.fileno())
 
         def make(slot: int, page: int) -> None:
-            region(slot=slot, guest_phys_addr=base + slot * PAGE_SIZE, memory_size=PAGE_SIZE, restricted_offset=page * PAGE_SIZE)
+            region(
+                slot=slot,
+                guest_phys_addr=base + slot * PAGE_SIZE,
+                memory_size=PAGE_SIZE,
+                restricted_offset=page * PAGE_SIZE,
+            )
 
         for slot, page in enumerate(order):
             make(slot, page)
@@ -246,7 +284,8 @@ def _measured(owner: Owner, order: tuple[int, int]) -> bytes:
         return vm.launch_finish()
 
 
-#: Slots: where each begins and ends, and whose page of straight memory its first one shows; guest addresses.
+#: Slots: where each begins and ends, and whose page of straight memory its first one shows; guest
+#: addresses.
 _Layout = list[tuple[int, int, int]]
 
 
@@ -262,7 +301,9 @@ def _place(vmm: Vmm, layout: _Layout, replacing: int) -> None:
     """Make slots of private memory in the place of ``replacing`` others."""
     numbers = (_PRIVATE_SLOT, *range(_SLOT, _SLOT + len(layout) + replacing))
     for number in numbers[:replacing]:
-        vmm.vm.set_user_memory_region(slot=number, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=0)
+        vmm.vm.set_user_memory_region(
+            slot=number, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=0
+        )
     for number, (first, after, shown) in zip(numbers, layout, strict=False):
         vmm.vm.set_user_memory_region(
             slot=number,
@@ -274,7 +315,9 @@ def _place(vmm: Vmm, layout: _Layout, replacing: int) -> None:
 
 
 def _set_attributes(owner: Owner, vm: Vm, gpa: int, size: int, *, private: bool) -> None:
-    change = vm.set_memory_attributes if owner.service.info["api"] == "v10" else vm.memory_encrypt_region
+    change = (
+        vm.set_memory_attributes if owner.service.info["api"] == "v10" else vm.memory_encrypt_region
+    )
     change(gpa, size, private=private)
 
 

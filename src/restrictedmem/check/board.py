@@ -86,7 +86,9 @@ class Board:
 
     def lane(self, number: int) -> "Lane":
         """Return one process's words."""
-        return Lane(self._words, (_BEGUN >> 2) + number * MAX_PAGES, (_DONE >> 2) + number * MAX_PAGES)
+        return Lane(
+            self._words, (_BEGUN >> 2) + number * MAX_PAGES, (_DONE >> 2) + number * MAX_PAGES
+        )
 
     def close(self) -> None:
         """Give the window back."""

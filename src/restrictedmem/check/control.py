@@ -1,7 +1,8 @@
 """Taking control of ``sync``: every lock, wait and unlocked shared access becomes a point at which an explorer says who goes on.
 
-Each actor is a greenlet. It stops *before* each operation on an object made by ``sync``; the operation and the plain code up to the next
-one are a single step. What runs outside the actors (making the program, its checks) passes through without points.
+Each actor is a greenlet. It stops *before* each operation on an object made by ``sync``; the
+operation and the plain code up to the next one are a single step. What runs outside the actors
+(making the program, its checks) passes through without points.
 """
 
 from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
@@ -68,13 +69,26 @@ class Story(Protocol):
 class Actor:
     """One of the parties: a greenlet, what it is about to do, and all it has done and read."""
 
-    __slots__ = ("done", "gate", "held", "history", "index", "made", "name", "pending", "polled", "switch", "value")
+    __slots__ = (
+        "done",
+        "gate",
+        "held",
+        "history",
+        "index",
+        "made",
+        "name",
+        "pending",
+        "polled",
+        "switch",
+        "value",
+    )
 
     def __init__(self, index: int, name: str, switch: Callable[..., object]) -> None:
         self.index = index
         self.name = name
         self.switch = switch
-        #: The number of everything this actor did and read so far, and is about to do: equal exactly for equal pasts.
+        #: The number of everything this actor did and read so far, and is about to do: equal
+        #: exactly for equal pasts.
         self.history = 0
         #: What the operation under way returned.
         self.value: Hashable = None
@@ -92,11 +106,21 @@ class Actor:
 class Names:
     """What stays from one execution to the next: numbers of objects and of actors' pasts, and the greenlets, which cost more to make."""
 
-    __slots__ = ("_gates", "_operations", "_pasts", "_places", "_watched", "slots", "tried", "workers")
+    __slots__ = (
+        "_gates",
+        "_operations",
+        "_pasts",
+        "_places",
+        "_watched",
+        "slots",
+        "tried",
+        "workers",
+    )
 
     def __init__(self) -> None:
         self.workers: list[greenlet] = []
-        #: Objects whose state the explorer sees, from 0 up; and those whose state it does not, from -1 down.
+        #: Objects whose state the explorer sees, from 0 up; and those whose state it does not, from
+        #: -1 down.
         self.slots: dict[Hashable, int] = {}
         self._places: dict[Hashable, int] = {}
         self._operations: dict[tuple[int, tuple[str, ...], Hashable], tuple[Operation, ...]] = {}
@@ -112,7 +136,11 @@ class Names:
 
     def visible(self, operation: Operation | None) -> bool:
         """Say whether an operation may change what the program's check looks at."""
-        return operation is not None and operation[0] in VISIBLE and (self._watched is None or operation[1] in self._watched)
+        return (
+            operation is not None
+            and operation[0] in VISIBLE
+            and (self._watched is None or operation[1] in self._watched)
+        )
 
     def slot(self, name: Hashable) -> int:
         """Return the number of an object with a state."""
@@ -122,7 +150,9 @@ class Names:
         """Return the number of an object without a state of its own."""
         return self._places.setdefault(name, ~len(self._places))
 
-    def operations(self, slot: int, verbs: tuple[str, ...], where: Hashable = None) -> tuple[Operation, ...]:
+    def operations(
+        self, slot: int, verbs: tuple[str, ...], where: Hashable = None
+    ) -> tuple[Operation, ...]:
         """Return what is done to an object, ready to use."""
         key = slot, verbs, where
         found = self._operations.get(key)
@@ -163,7 +193,9 @@ class World:
         "values",
     )
 
-    def __init__(self, names: Names, arrive: Callable[["World"], Actor | None], story: Story | None = None) -> None:
+    def __init__(
+        self, names: Names, arrive: Callable[["World"], Actor | None], story: Story | None = None
+    ) -> None:
         """Make a world without actors; ``arrive`` chooses who goes on once the plan is used up, None to stop."""
         self.names = names
         self._arrive = arrive
@@ -190,7 +222,10 @@ class World:
         """Bring each actor to its first point, follow the schedule, then ask; unfinished actors are dropped where they stand."""
         workers = self.names.workers
         workers.extend(greenlet(_work) for _ in range(len(acts) - len(workers)))
-        self.actors = tuple(Actor(index, name, worker.switch) for index, ((name, _), worker) in enumerate(zip(acts, workers, strict=False)))
+        self.actors = tuple(
+            Actor(index, name, worker.switch)
+            for index, ((name, _), worker) in enumerate(zip(acts, workers, strict=False))
+        )
         self._plan = [self._hub] * len(acts) + [self.actors[index] for index in schedule]
         self.step = -len(acts)
         try:
@@ -369,8 +404,9 @@ Method: TypeAlias = tuple[type, str]
 def summarized(methods: Iterable[Method]) -> Generator[None]:
     """Have actors forget what they read in these methods once they return: what stays with the caller is what they return or raise.
 
-    Joins most of all states, for code is made of calls that have come by different ways to the same end. It is sound for a method that
-    keeps nothing in plain data that the program's ``state`` does not show; results have to be hashable.
+    Joins most of all states, for code is made of calls that have come by different ways to the same
+    end. It is sound for a method that keeps nothing in plain data that the program's ``state`` does
+    not show; results have to be hashable.
     """
     replaced = [(kind, name, vars(kind)[name]) for kind, name in methods]
     try:

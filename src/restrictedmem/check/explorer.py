@@ -1,22 +1,27 @@
 """Every interleaving of a program's actors, or every one that may differ, over production code.
 
-The search goes through a model of the program that executions fill (``model``), breadth first, so that what it finds is short. A state is
-known again by the objects behind ``sync``, what the program says of its own, and each actor's past: all that it did and read, as far as
-it has not forgotten it (``control.forget``, ``control.summarized``).
+The search goes through a model of the program that executions fill (``model``), breadth first, so
+that what it finds is short. A state is known again by the objects behind ``sync``, what the program
+says of its own, and each actor's past: all that it did and read, as far as it has not forgotten it
+(``control.forget``, ``control.summarized``).
 
-Reduced search leaves out what only swaps neighbours that do not meet. In each state it goes on with a persistent set: actors such that
-nothing the others may do, before one of these moves, meets what they do next. Two accesses meet when they are to one object and not both
-of a kind that commutes, unless a lock that both actors hold keeps them apart; and when ``Program.check`` may see both. What an actor may
-still do after each of its pasts is learned on the way (``futures``). When it turns out to be more than some state relied upon, that state
-is gone on from again.
+Reduced search leaves out what only swaps neighbours that do not meet. In each state it goes on with
+a persistent set: actors such that nothing the others may do, before one of these moves, meets what
+they do next. Two accesses meet when they are to one object and not both of a kind that commutes,
+unless a lock that both actors hold keeps them apart; and when ``Program.check`` may see both. What
+an actor may still do after each of its pasts is learned on the way (``futures``). When it turns out
+to be more than some state relied upon, that state is gone on from again.
 
-At the end nothing is left to learn. For take the shortest execution to a step that the search has not seen, and the first state on its
-way in which it leaves the search, by a step of somebody who had to wait there. What happens from there until one of the persistent set
-moves is known but for the last step of all. If all of it commutes with the step of the set that comes next, that one could as well have
-come first, and so on. If not, then the last step is an access that the state relied upon not to come.
+At the end nothing is left to learn. For take the shortest execution to a step that the search has
+not seen, and the first state on its way in which it leaves the search, by a step of somebody who
+had to wait there. What happens from there until one of the persistent set moves is known but for
+the last step of all. If all of it commutes with the step of the set that comes next, that one could
+as well have come first, and so on. If not, then the last step is an access that the state relied
+upon not to come.
 
-With ``preemptions`` an actor that could go on is left that often. Of the reduction remains that a step that nobody can meet follows the
-last without a choice: whoever would have run before it may as well run after it, for no more preemptions.
+With ``preemptions`` an actor that could go on is left that often. Of the reduction remains that a
+step that nobody can meet follows the last without a choice: whoever would have run before it may as
+well run after it, for no more preemptions.
 """
 
 import gc
@@ -74,8 +79,9 @@ def explore(
 ) -> Result:
     """Search the interleavings of a program for a violation, and for the shortest one if there is any.
 
-    All of them; with ``reduce``, all that may differ; with ``preemptions``, those in which an actor that could go on is left that often.
-    ``calls`` are forgotten once they have returned (``control.summarized``).
+    All of them; with ``reduce``, all that may differ; with ``preemptions``, those in which an actor
+    that could go on is left that often. ``calls`` are forgotten once they have returned
+    (``control.summarized``).
     """
     started = time.monotonic()
     deadline = started + limit_seconds
@@ -91,14 +97,16 @@ def explore(
         elif found is None and complete and preemptions is None:
             model.sample(_SAMPLES, lambda state: reduce or search.has(state))
         counterexample = None if found is None else _tell(model, found, shortest=complete)
-    return Result(search.states, transitions, executions, time.monotonic() - started, complete, counterexample)
+    return Result(
+        search.states, transitions, executions, time.monotonic() - started, complete, counterexample
+    )
 
 
 def effort(actors: int, *, exhaustive: bool) -> tuple[int | None, bool, str]:
     """Return how much is searched with so many actors: preemptions and whether to reduce, as ``explore`` takes them, and in words.
 
-    With two or three, all interleavings that may differ; with four, those of three preemptions. ``exhaustive``: all with two, and with
-    four all that may differ.
+    With two or three, all interleavings that may differ; with four, those of three preemptions.
+    ``exhaustive``: all with two, and with four all that may differ.
     """
     if actors == 2 and exhaustive:
         return None, False, "all interleavings"
@@ -127,7 +135,8 @@ class _Search:
         self._model = model
         self._bounded = preemptions is not None
         self._reduces = reduce
-        #: By place: how many preemptions it took to come there, and from where by how many steps of whom.
+        #: By place: how many preemptions it took to come there, and from where by how many steps of
+        #: whom.
         self._spent: dict[_Place, int] = {}
         self._came: dict[_Place, tuple[_Place, int, int] | None] = {}
         #: By preemptions: places to go on from.
@@ -205,7 +214,9 @@ class _Search:
         while True:
             after = self._model.after(state, index)
             if after is None:
-                self._model.learn(self._schedule(place) + [index] * steps, state, index, self._interesting)
+                self._model.learn(
+                    self._schedule(place) + [index] * steps, state, index, self._interesting
+                )
                 after = self._model.after(state, index)
             steps += 1
             if after is None or isinstance(after, str) or steps > ENDLESS:
@@ -238,7 +249,11 @@ class _Search:
         if not wrong and tried == self._tried:
             return
         # With mutexes that only their owner was thought to touch, any may have.
-        places = [place for place in self._came if tried > self._tried or not wrong.isdisjoint(enumerate(place[0][1:]))]
+        places = [
+            place
+            for place in self._came
+            if tried > self._tried or not wrong.isdisjoint(enumerate(place[0][1:]))
+        ]
         self._tried = tried
         wrong.clear()
         for place in places:

@@ -1,7 +1,8 @@
 """A file's page frames without a kernel: the backing of the checker's worlds.
 
-What tmpfs and hugetlbfs do to frames, and nothing else: who may still use one is ``invariants``' business. A frame is known by its page
-and by a number that grows with each allocation, so one that was freed and came back is another one.
+What tmpfs and hugetlbfs do to frames, and nothing else: who may still use one is ``invariants``'
+business. A frame is known by its page and by a number that grows with each allocation, so one that
+was freed and came back is another one.
 """
 
 from collections.abc import Callable, Hashable, Iterator
@@ -19,7 +20,8 @@ HUGE: Final = 9
 #: Pages of a huge folio.
 HUGE_PAGES: Final = 1 << HUGE
 _PRESENT: Final = bytes([0]) + bytes([1]) * 255
-#: The one name that all frames of a world have for the explorer: their operations conflict unless both only read.
+#: The one name that all frames of a world have for the explorer: their operations conflict unless
+#: both only read.
 MEMORY: Final = "memory"
 
 
@@ -27,8 +29,8 @@ MEMORY: Final = "memory"
 class Frames:
     """Frames of one file (``Backing`` for the shim, ``Allocator`` for a consumer).
 
-    ``kind`` is ``memfd`` (single pages), ``thp`` (2 MiB folios, which a punch inside splits) or ``hugetlb`` (2 MiB folios, of which a
-    punch inside zeroes what it covers and frees nothing).
+    ``kind`` is ``memfd`` (single pages), ``thp`` (2 MiB folios, which a punch inside splits) or
+    ``hugetlb`` (2 MiB folios, of which a punch inside zeroes what it covers and frees nothing).
     """
 
     def __init__(self, invariants: "Invariants", npages: int, kind: str) -> None:
@@ -51,14 +53,21 @@ class Frames:
 
     def state(self) -> Hashable:
         """Return all of it but the frames' numbers, of which it matters only whether others are the same (``against``)."""
-        return self.against(self.numbers), tuple(sorted(self.content.items())), tuple(sorted(self._huge)), self.exhausted
+        return (
+            self.against(self.numbers),
+            tuple(sorted(self.content.items())),
+            tuple(sorted(self._huge)),
+            self.exhausted,
+        )
 
     def against(self, remembered: bytes | bytearray, start: int = 0) -> bytes:
         """Return for each number, remembered of a page from ``start`` on, whether it is none, the page's present one, or a past one."""
         present = self.numbers[start : start + len(remembered)]
         if remembered == present:
             return bytes(present.translate(_PRESENT))
-        return bytes(number and 1 + (number != now) for number, now in zip(remembered, present, strict=True))
+        return bytes(
+            number and 1 + (number != now) for number, now in zip(remembered, present, strict=True)
+        )
 
     def fileno(self) -> int:
         """Return no descriptor (``Backing``): nobody maps it."""
@@ -78,7 +87,11 @@ class Frames:
         if self.exhausted:
             raise OSError(ENOSPC, "allocate: no memory")
         if self.kind != "memfd":
-            self._huge.update(head for head in range(first, last, HUGE_PAGES) if not any(self.numbers[head : head + HUGE_PAGES]))
+            self._huge.update(
+                head
+                for head in range(first, last, HUGE_PAGES)
+                if not any(self.numbers[head : head + HUGE_PAGES])
+            )
         for pgoff in missing:
             self._births[pgoff] += 1
             self.numbers[pgoff] = self._births[pgoff]
@@ -86,7 +99,11 @@ class Frames:
     def _round(self, first: int, last: int) -> tuple[int, int]:
         """Widen a range to the huge folios that would be allocated for it."""
         start, end = first & -HUGE_PAGES, -(-last // HUGE_PAGES) * HUGE_PAGES
-        return (start, end) if self.kind == "hugetlb" or not any(self.numbers[start:end]) else (first, last)
+        return (
+            (start, end)
+            if self.kind == "hugetlb" or not any(self.numbers[start:end])
+            else (first, last)
+        )
 
     def refill(self) -> None:
         """Let there be memory again."""
@@ -101,7 +118,9 @@ class Frames:
         if self.kind != "hugetlb":
             self._free(span)
             return
-        whole = PageRange(pgoff_t(-(-span.start // HUGE_PAGES) * HUGE_PAGES), pgoff_t(span.end & -HUGE_PAGES))
+        whole = PageRange(
+            pgoff_t(-(-span.start // HUGE_PAGES) * HUGE_PAGES), pgoff_t(span.end & -HUGE_PAGES)
+        )
         if len(whole):
             self._zero(PageRange(span.start, whole.start))
             self._free(whole)
@@ -117,7 +136,9 @@ class Frames:
             raise OSError(ENOMEM, "punch: no memory to split a folio")
         self._invariants.freed(span)
         self.numbers[span.start : span.end] = bytes(len(span))
-        self._huge -= {head for head in self._huge if span.start < head + HUGE_PAGES and head < span.end}
+        self._huge -= {
+            head for head in self._huge if span.start < head + HUGE_PAGES and head < span.end
+        }
         self._forget(span)
 
     def _zero(self, span: PageRange) -> None:

@@ -7,14 +7,20 @@ from restrictedmem.check.control import COMMUTE, OWNERS, Actor, Names, Operation
 
 #: An actor and a past of its own.
 Past: TypeAlias = tuple[int, int]
-#: An actor, an object, whether what it does to it commutes with its like, whether ``Program.check`` may see it, and the locks it holds.
+#: An actor, an object, whether what it does to it commutes with its like, whether ``Program.check``
+#: may see it, and the locks it holds.
 _Access: TypeAlias = tuple[int, int, bool, bool, frozenset[int]]
 _NONE: Final = -1
 
 
 def conflict(one: Operation | None, other: Operation | None) -> bool:
     """Say whether the order of two operations matters: same object, and not both of a kind that commutes."""
-    return one is not None and other is not None and one[1] == other[1] and not (one[0] in COMMUTE and other[0] in COMMUTE)
+    return (
+        one is not None
+        and other is not None
+        and one[1] == other[1]
+        and not (one[0] in COMMUTE and other[0] in COMMUTE)
+    )
 
 
 def _meet(one: _Access, other: _Access) -> bool:
@@ -35,12 +41,14 @@ class Futures:
         self._accesses: list[_Access] = []
         #: By access: those that it may meet.
         self._meets: list[int] = []
-        #: By past: the next access; the mutex it is done to if the owner alone can do it; all accesses from there on; the pasts before.
+        #: By past: the next access; the mutex it is done to if the owner alone can do it; all
+        #: accesses from there on; the pasts before.
         self._next: dict[Past, int] = {}
         self._owned: dict[Past, int] = {}
         self._all: dict[Past, int] = {}
         self._before: dict[Past, set[Past]] = {}
-        #: By past: accesses that were relied upon to meet nothing in its future; and pasts for which that was wrong.
+        #: By past: accesses that were relied upon to meet nothing in its future; and pasts for
+        #: which that was wrong.
         self._relied: dict[Past, int] = {}
         self.wrong: set[Past] = set()
 
@@ -53,9 +61,15 @@ class Futures:
         """Take note of what an actor is about to do, after a past of its own if there is one."""
         here = actor.index, actor.history
         if here not in self._all:
-            number = self._next[here] = _NONE if actor.pending is None else self._number(actor, actor.pending)
+            number = self._next[here] = (
+                _NONE if actor.pending is None else self._number(actor, actor.pending)
+            )
             self._all[here] = 0 if number == _NONE else 1 << number
-            if actor.pending is not None and actor.pending[0] in OWNERS and actor.pending[1] in actor.held:
+            if (
+                actor.pending is not None
+                and actor.pending[0] in OWNERS
+                and actor.pending[1] in actor.held
+            ):
                 self._owned[here] = actor.pending[1]
         if past is not None:
             before = actor.index, past
@@ -100,7 +114,11 @@ class Futures:
         for first in enabled[1:]:
             if len(best) == 1:
                 break
-            best = min(best, _closure(first, meets, coming), key=lambda group: len(group.intersection(enabled)))
+            best = min(
+                best,
+                _closure(first, meets, coming),
+                key=lambda group: len(group.intersection(enabled)),
+            )
         return best
 
     def alone(self, pasts: Sequence[Past], index: int) -> bool:
@@ -121,7 +139,9 @@ class Futures:
         for index in group:
             accesses |= 1 << max(0, self._next[pasts[index]])
         for past in pasts:
-            if past[0] not in group and self._relied.get(past, 0) | accesses != self._relied.get(past):
+            if past[0] not in group and self._relied.get(past, 0) | accesses != self._relied.get(
+                past
+            ):
                 self._relied[past] = self._relied.get(past, 0) | accesses
 
 

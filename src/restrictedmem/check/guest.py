@@ -46,7 +46,8 @@ def store(gfn: int, value: int) -> Access:
 class GuestCpu:
     """A CPU and the guest code on it (what ``VcpuEngine`` has of a run): accesses, one after the other, through a TLB.
 
-    Its run ends as ``SoftwareVcpu``'s: at an exit, when kicked between two instructions, or when a fault has to be tried again.
+    Its run ends as ``SoftwareVcpu``'s: at an exit, when kicked between two instructions, or when a
+    fault has to be tried again.
     """
 
     def __init__(self, world: "World", number: int) -> None:
@@ -62,12 +63,16 @@ class GuestCpu:
         """Return all of it, as far as the guest will need it."""
         if self._next == len(self.program):
             return None
-        tlb = sorted((gfn, entry, self._leads_to(gfn, number)) for gfn, (entry, number) in self.tlb.items())
+        tlb = sorted(
+            (gfn, entry, self._leads_to(gfn, number)) for gfn, (entry, number) in self.tlb.items()
+        )
         return self._next, tuple(tlb), self.kicked
 
     def _leads_to(self, gfn: int, number: int) -> bytes:
         view = self._world.view_of(gfn)
-        return self._world.frames.against(bytes([number]), gfn - view.slot.base_gfn + view.window.start)
+        return self._world.frames.against(
+            bytes([number]), gfn - view.slot.base_gfn + view.window.start
+        )
 
     def settle(self) -> None:
         """Wait until no invalidation is in progress, or until ``kick``."""

@@ -1,7 +1,8 @@
 """What must hold whatever the interleaving: the rules, and what they need to remember of a run.
 
-Rules are checked where two parties meet (an access, an installed translation, a frame on its way out, a callback) and not only after each
-step, so that a search which skips equivalent orders loses none of them. A rule that is broken is noted and raised after the step.
+Rules are checked where two parties meet (an access, an installed translation, a frame on its way
+out, a callback) and not only after each step, so that a search which skips equivalent orders loses
+none of them. A rule that is broken is noted and raised after the step.
 """
 
 from collections.abc import Generator
@@ -69,7 +70,8 @@ class View:
     window: PageRange
     #: By page of the slot: the number of the frame that its entry leads to, if there is an entry.
     led: bytearray
-    #: What was told and not ended yet; of this, what no page may be mapped in, for an invalidation is in progress.
+    #: What was told and not ended yet; of this, what no page may be mapped in, for an invalidation
+    #: is in progress.
     told: list[Told] = field(default_factory=list[Told])
     closed: list[Told] = field(default_factory=list[Told])
     #: All that was ever asked for, clipped to the window: nothing else may be zapped.
@@ -84,13 +86,15 @@ _ANY_ENTRY: Final = bytes(255 if entry else 0 for entry in range(256))
 
 
 def _remember() -> None:
-    # What the rules remember is as shared as the frames it is about; the actor itself learns nothing.
+    # What the rules remember is as shared as the frames it is about; the actor itself learns
+    # nothing.
     touch(MEMORY, write=True)
     saw(None)
 
 
 def _mask(memory: bytes | bytearray, table: bytes, first: int, last: int) -> int:
-    # Through a view: the slot's arrays are under the explorer's control, and looking at them is no step.
+    # Through a view: the slot's arrays are under the explorer's control, and looking at them is no
+    # step.
     return int.from_bytes(bytes(memoryview(memory)[first:last]).translate(table), "big")
 
 
@@ -99,7 +103,9 @@ def _told(told: list[Told]) -> tuple[tuple[int, int, int], ...]:
 
 
 def _blocks(span: PageRange) -> PageRange:
-    return PageRange(pgoff_t(span.start & -HUGE_PAGES), pgoff_t(-(-span.end // HUGE_PAGES) * HUGE_PAGES))
+    return PageRange(
+        pgoff_t(span.start & -HUGE_PAGES), pgoff_t(-(-span.end // HUGE_PAGES) * HUGE_PAGES)
+    )
 
 
 @final
@@ -117,7 +123,8 @@ class Invariants:
         self._violation: Violation | None = None
         self.views: list[View] = []
         self.frames: Frames
-        #: By page: the frame that the consumer's mapping of the file showed when it took the page last.
+        #: By page: the frame that the consumer's mapping of the file showed when it took the page
+        #: last.
         self.taken = bytearray()
         #: Operations of the owner under way.
         self._punching: list[PageRange] = []
@@ -131,9 +138,15 @@ class Invariants:
     def state(self) -> tuple[object, ...]:
         """Return what is remembered, as far as a rule may still ask for it."""
         against = self.frames.against
-        views = tuple((self._led(view), _told(view.told), _told(view.closed), view.leaving, view.live) for view in self.views)
+        views = tuple(
+            (self._led(view), _told(view.told), _told(view.closed), view.leaving, view.live)
+            for view in self.views
+        )
         owner = tuple(self._punching), tuple(self._converting)
-        poisoned = tuple((pgoff, against(bytes([number]), pgoff)) for pgoff, number in sorted(self.poisoned.items()))
+        poisoned = tuple(
+            (pgoff, against(bytes([number]), pgoff))
+            for pgoff, number in sorted(self.poisoned.items())
+        )
         return against(self.taken), views, owner, tuple(sorted(self._written)), poisoned, self._dead
 
     def _led(self, view: View) -> bytes:
@@ -158,7 +171,11 @@ class Invariants:
     def punching(self, span: PageRange) -> Generator[None]:
         """Note that the owner asks for a hole meanwhile; raises what the operation does."""
         self._ask(span)
-        old = {pgoff: value for pgoff, value in self.frames.content.items() if span.start <= pgoff < span.end}
+        old = {
+            pgoff: value
+            for pgoff, value in self.frames.content.items()
+            if span.start <= pgoff < span.end
+        }
         self._written -= old.keys()
         self._punching.append(span)
         try:
@@ -206,7 +223,9 @@ class Invariants:
             self._may_zap(view, span)
 
     def _may_zap(self, view: View, span: PageRange) -> None:
-        view.asked.append(view.window.clip(_blocks(span) if self._large or not self._exact else span))
+        view.asked.append(
+            view.window.clip(_blocks(span) if self._large or not self._exact else span)
+        )
 
     # What the shim does.
 
@@ -221,12 +240,16 @@ class Invariants:
         if view.leaving:
             return
         if self._binds and not len(view.window.clip(span)):
-            self.violate(Rule.RANGE, f"a consumer that has bound {view.window} is told of pages {span}")
+            self.violate(
+                Rule.RANGE, f"a consumer that has bound {view.window} is told of pages {span}"
+            )
         for asked in self._punching:
             whole = asked if self._exact else _blocks(asked)
             if whole.start <= span.start and span.end <= whole.end:
                 return
-        self.violate(Rule.RANGE, f"a consumer is told of pages {span}, which nobody asked to invalidate")
+        self.violate(
+            Rule.RANGE, f"a consumer is told of pages {span}, which nobody asked to invalidate"
+        )
 
     def end(self, view: View, span: PageRange) -> None:
         """Note that a consumer is told to go on."""
@@ -251,9 +274,13 @@ class Invariants:
             # Through the explorer, so that a zap before and one after are not the same to it.
             if first < last and view.slot.entries.count(0, first, last) < last - first:
                 numbers = self.frames.numbers[inside.start : inside.end]
-                mapped = _mask(view.slot.entries, _PRIVATE_ENTRIES, first, last) & _mask(numbers, _ANY_ENTRY, 0, len(numbers))
+                mapped = _mask(view.slot.entries, _PRIVATE_ENTRIES, first, last) & _mask(
+                    numbers, _ANY_ENTRY, 0, len(numbers)
+                )
                 if mapped:
-                    self.violate(Rule.FREED, f"pages of {inside} are freed while the guest has them mapped")
+                    self.violate(
+                        Rule.FREED, f"pages of {inside} are freed while the guest has them mapped"
+                    )
 
     def freed(self, span: PageRange) -> None:
         """Check that nobody still wants what was in frames that are gone."""
@@ -267,8 +294,13 @@ class Invariants:
         for pgoff in sorted(self._written):
             if span.start <= pgoff < span.end:
                 self._written.discard(pgoff)
-                if not self._dead and not any(asked.start <= pgoff < asked.end for asked in self._punching):
-                    self.violate(Rule.LOST, f"page {pgoff:#x} is emptied, which the guest wrote to and nobody has punched since")
+                if not self._dead and not any(
+                    asked.start <= pgoff < asked.end for asked in self._punching
+                ):
+                    self.violate(
+                        Rule.LOST,
+                        f"page {pgoff:#x} is emptied, which the guest wrote to and nobody has punched since",
+                    )
 
     def dying(self) -> None:
         """Note that the last reference to the file is gone."""
@@ -284,13 +316,20 @@ class Invariants:
         """Check translations that are about to be installed, under the MMU's lock."""
         for told in view.closed:
             if span.start < told.span.end and told.span.start < span.end:
-                self.violate(Rule.WINDOW, f"pages {span} are mapped between start and end of {told.span}")
+                self.violate(
+                    Rule.WINDOW, f"pages {span} are mapped between start and end of {told.span}"
+                )
         first = gfn - view.slot.base_gfn
         last = first + len(span)
         if memoryview(view.slot.attributes)[first:last].tobytes().count(0):
-            self.violate(Rule.ATTRIBUTE, f"guest pages {gfn:#x} to {gfn + len(span):#x} are mapped private, and not all of them are")
+            self.violate(
+                Rule.ATTRIBUTE,
+                f"guest pages {gfn:#x} to {gfn + len(span):#x} are mapped private, and not all of them are",
+            )
         if span.start - view.window.start != first:
-            self.violate(Rule.ATTRIBUTE, f"guest page {gfn:#x} is mapped to page {span.start:#x} of the file")
+            self.violate(
+                Rule.ATTRIBUTE, f"guest page {gfn:#x} is mapped to page {span.start:#x} of the file"
+            )
         taken = self.taken[span.start : span.end]
         if taken != self.frames.numbers[span.start : span.end] or taken.count(0):
             self.violate(Rule.FREED, f"pages {span} are mapped to frames that are gone")
@@ -302,10 +341,15 @@ class Invariants:
             first, last = view.slot.clip(start, end)
             if first < last:
                 shift = view.window.start - view.slot.base_gfn
-                if any(asked.start <= first + shift and last + shift <= asked.end for asked in view.asked):
+                if any(
+                    asked.start <= first + shift and last + shift <= asked.end
+                    for asked in view.asked
+                ):
                     return
         if start < end:
-            self.violate(Rule.RANGE, f"guest pages {start:#x} to {end:#x} are zapped, which nobody asked for")
+            self.violate(
+                Rule.RANGE, f"guest pages {start:#x} to {end:#x} are zapped, which nobody asked for"
+            )
 
     def access(self, view: View, gfn: int, entry: int, number: int, value: int | None) -> None:
         """Check a guest's access through a translation it has; ``value`` is what it stores, None for a load."""
@@ -313,7 +357,10 @@ class Invariants:
         private = bool(entry & PRIVATE)
         converting = any(start <= gfn < end for start, end in self._converting)
         if not converting and private is not bool(memoryview(view.slot.attributes)[index]):
-            self.violate(Rule.ATTRIBUTE, f"guest page {gfn:#x} is reached in its {'private' if private else 'shared'} half")
+            self.violate(
+                Rule.ATTRIBUTE,
+                f"guest page {gfn:#x} is reached in its {'private' if private else 'shared'} half",
+            )
         if not private:
             return
         pgoff = index + view.window.start
@@ -340,9 +387,13 @@ class Invariants:
             mapped = _mask(view.slot.entries, _PRIVATE_ENTRIES, 0, end - start)
             if not mapped:
                 continue
-            wrong = int.from_bytes(view.led, "big") ^ int.from_bytes(self.frames.numbers[start:end], "big")
+            wrong = int.from_bytes(view.led, "big") ^ int.from_bytes(
+                self.frames.numbers[start:end], "big"
+            )
             if mapped & wrong:
-                raise Violation(f"{Rule.FREED.value}: an entry of slot {view.slot.number} leads to a frame that is gone")
+                raise Violation(
+                    f"{Rule.FREED.value}: an entry of slot {view.slot.number} leads to a frame that is gone"
+                )
 
     def finish(self) -> None:
         """Raise what must hold once everybody is done and does not.
@@ -353,7 +404,9 @@ class Invariants:
         self.check()
         for view in self.views:
             if view.told:
-                raise Violation(f"{Rule.BALANCE.value}: no end came for pages {', '.join(str(told.span) for told in view.told)}")
+                raise Violation(
+                    f"{Rule.BALANCE.value}: no end came for pages {', '.join(str(told.span) for told in view.told)}"
+                )
         for view in self._live():
             half = view.slot.memfd_half
             size = len(view.window)
@@ -361,9 +414,13 @@ class Invariants:
                 raise Violation(f"{Rule.BALANCE.value}: an invalidation is in progress for ever")
             mapped = _mask(view.slot.entries, _PRIVATE_ENTRIES, 0, size)
             if mapped & ~_mask(view.slot.attributes, _ANY_ENTRY, 0, size):
-                raise Violation(f"{Rule.ATTRIBUTE.value}: a shared guest page of slot {view.slot.number} is mapped private")
+                raise Violation(
+                    f"{Rule.ATTRIBUTE.value}: a shared guest page of slot {view.slot.number} is mapped private"
+                )
             entries = bytes(memoryview(view.slot.entries)).translate(_PRIVATE_ENTRIES)
             for index in (index for index in range(size) if entries[index]):
                 pgoff = pgoff_t(view.window.start + index)
                 if not half.pages.count(PageRange(pgoff, pgoff_t(pgoff + 1))):
-                    raise Violation(f"{Rule.REFERENCE.value}: page {pgoff:#x} is mapped and not counted as taken")
+                    raise Violation(
+                        f"{Rule.REFERENCE.value}: page {pgoff:#x} is mapped and not counted as taken"
+                    )

@@ -1,7 +1,8 @@
 """``check --random``: the scenarios with real processes and a real guest, for as long as asked.
 
-A service, an engine for each VM, a guest that tells stale and lost content from what it must find (guests/churn.c), its owner and a second
-process with the descriptor (``check.owner``). This process only watches, so whatever hangs cannot keep it from saying so.
+A service, an engine for each VM, a guest that tells stale and lost content from what it must find
+(guests/churn.c), its owner and a second process with the descriptor (``check.owner``). This process
+only watches, so whatever hangs cannot keep it from saying so.
 """
 
 import json
@@ -21,7 +22,16 @@ from typing import Any, Final, final
 from restrictedmem.abi import process
 from restrictedmem.check.board import Progress
 from restrictedmem.check.explorer import Violation
-from restrictedmem.check.owner import NAMES, OPERATIONS, PATIENCE, Ground, Plan, be_owner, be_second, wait_for
+from restrictedmem.check.owner import (
+    NAMES,
+    OPERATIONS,
+    PATIENCE,
+    Ground,
+    Plan,
+    be_owner,
+    be_second,
+    wait_for,
+)
 from restrictedmem.failure import failed
 from restrictedmem.fd import readable
 from restrictedmem.kvm.vm import Vm
@@ -31,7 +41,8 @@ from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
 from restrictedmem.text import Line
 
-#: Which operations make a scenario of ``check.scenarios`` with real processes; faults are always there.
+#: Which operations make a scenario of ``check.scenarios`` with real processes; faults are always
+#: there.
 MIXES: Final[dict[str, tuple[str, ...]]] = {
     "punch-fault": ("punch",),
     "punch-block-fault": ("punch", "punch-block"),
@@ -79,14 +90,24 @@ class Total:
         return self.faults / self.counted_seconds if self.counted_seconds else 0.0
 
 
-def main(seconds: float, design: str | None = None, scenario: str | None = None, seed: int | None = None, as_json: bool = False) -> int:
+def main(
+    seconds: float,
+    design: str | None = None,
+    scenario: str | None = None,
+    seed: int | None = None,
+    as_json: bool = False,
+) -> int:
     """Run for so many seconds, print what was done and found, and return 1 when a rule was broken.
 
     Raises:
         OSError: EINVAL for an unknown design or scenario; what kept the service from starting.
     """
     if scenario is not None and scenario not in MIXES:
-        raise failed("check", EINVAL, f"the scenario {scenario!r} has no meaning with real processes; those that have: {', '.join(MIXES)}")
+        raise failed(
+            "check",
+            EINVAL,
+            f"the scenario {scenario!r} has no meaning with real processes; those that have: {', '.join(MIXES)}",
+        )
     if seed is None:
         seed = random.SystemRandom().randrange(1 << 32)
     run = _Run(Options(design=design), scenario, seed)
@@ -106,7 +127,14 @@ def main(seconds: float, design: str | None = None, scenario: str | None = None,
     return 1 if failure else 0
 
 
-def plan_of(seed: int, number: int, *, before: Plan | None, engines: Mapping[str, tuple[str, ...]], left: float) -> Plan:
+def plan_of(
+    seed: int,
+    number: int,
+    *,
+    before: Plan | None,
+    engines: Mapping[str, tuple[str, ...]],
+    left: float,
+) -> Plan:
     """Plan the VM of a number: on an engine of those, with the operations that are done there, and for no more than ``left`` seconds."""
     words = f"{seed}/{number}"
     chosen = random.Random(words)
@@ -126,7 +154,15 @@ def plan_of(seed: int, number: int, *, before: Plan | None, engines: Mapping[str
     )
 
 
-def _print(run: "_Run", failure: str, seconds: float, design: str | None, scenario: str | None, *, as_json: bool) -> None:
+def _print(
+    run: "_Run",
+    failure: str,
+    seconds: float,
+    design: str | None,
+    scenario: str | None,
+    *,
+    as_json: bool,
+) -> None:
     total = run.total
     words = [f"restrictedmem check --random {seconds:g}", f"--seed {run.seed}"]
     words += [f"--design {design}"] if design else []
@@ -134,16 +170,41 @@ def _print(run: "_Run", failure: str, seconds: float, design: str | None, scenar
     again = " ".join(words)
     if as_json:
         found = {name: getattr(total, name) for name in Total.__slots__}
-        about = {"seed": run.seed, "design": design, "scenario": scenario, "seconds": round(run.elapsed, 3)}
-        print(json.dumps({**about, **found, "faults_a_second": total.faults_a_second, "failure": failure or None, "again": again}))
+        about = {
+            "seed": run.seed,
+            "design": design,
+            "scenario": scenario,
+            "seconds": round(run.elapsed, 3),
+        }
+        print(
+            json.dumps(
+                {
+                    **about,
+                    **found,
+                    "faults_a_second": total.faults_a_second,
+                    "failure": failure or None,
+                    "again": again,
+                }
+            )
+        )
         return
     engines = ", ".join(f"{count} {name}" for name, count in total.by_engine.items())
-    print(f"seed         {run.seed}, {run.elapsed:.0f} s, design {design or 'v10'}, scenario {scenario or 'all'}")
-    print(f"VMs          {total.vms} ({engines}), {total.killed} killed, {total.reused} on a descriptor that had another before")
-    print(f"operations   {total.operations}, {total.punches} of them punches of {total.pages_punched} pages; slowest {_ms(total)}")
-    print(f"guest        {total.guest_steps} steps, {total.faults_a_second:,.0f} private faults a second (software engine)")
+    print(
+        f"seed         {run.seed}, {run.elapsed:.0f} s, design {design or 'v10'}, scenario {scenario or 'all'}"
+    )
+    print(
+        f"VMs          {total.vms} ({engines}), {total.killed} killed, {total.reused} on a descriptor that had another before"
+    )
+    print(
+        f"operations   {total.operations}, {total.punches} of them punches of {total.pages_punched} pages; slowest {_ms(total)}"
+    )
+    print(
+        f"guest        {total.guest_steps} steps, {total.faults_a_second:,.0f} private faults a second (software engine)"
+    )
     if not failure:
-        print("holds        no stale read, nothing lost, no hang, callbacks in balance, nothing left behind")
+        print(
+            "holds        no stale read, nothing lost, no hang, callbacks in balance, nothing left behind"
+        )
         return
     print(f"FAILED       {failure}")
     print(f"again        {again}")
@@ -232,7 +293,8 @@ class _Run:
         self.total = Total()
         self.plan: Plan | None = None
         self.elapsed = 0.0
-        # A guest_memfd loses no page by a call; and what it is told of it frees, even where a design tells of an allocation.
+        # A guest_memfd loses no page by a call; and what it is told of it frees, even where a
+        # design tells of an allocation.
         told_of_allocation = make(options.design or options.api).notifies(0)
         operations = MIXES[scenario] if scenario else tuple(OPERATIONS)
         left_out = ("error", "allocate") if told_of_allocation else ("error",)
@@ -276,7 +338,9 @@ class _Run:
         """
         self._line = line
         while (left := deadline - time.monotonic()) > 0:
-            self.plan = plan_of(self.seed, self.total.vms, before=self.plan, engines=self._engines, left=left)
+            self.plan = plan_of(
+                self.seed, self.total.vms, before=self.plan, engines=self._engines, left=left
+            )
             self._live(self.plan, self._next_ground(self.plan))
             self.total.vms += 1
             self._look_at_the_service(killed=self.plan.killed)
@@ -343,7 +407,9 @@ class _Run:
         operations = total.operations + sum(child.progress.operations for child in children)
         seconds = time.monotonic() - self._began
         vm = f"VM {total.vms + 1}: {plan.engine}, {plan.vcpus} vCPUs, {plan.pages} pages"
-        return f"{seconds:5.0f} s  seed {self.seed}  {vm}; {operations} operations, {punches} punches"
+        return (
+            f"{seconds:5.0f} s  seed {self.seed}  {vm}; {operations} operations, {punches} punches"
+        )
 
     # What must be true when a VM, or all of it, is over.
 
@@ -357,7 +423,10 @@ class _Run:
         # Of an engine that was killed it says that it is gone, if anybody punched just then.
         if said != before and not (killed and said.endswith(" is gone")):
             raise Violation(f"the service says: {said}")
-        wait_for("descriptors that nobody has to go", lambda: len(self._service.status()["descriptors"]) <= 1)
+        wait_for(
+            "descriptors that nobody has to go",
+            lambda: len(self._service.status()["descriptors"]) <= 1,
+        )
         for descriptor in self._service.status()["descriptors"]:
             if descriptor["notifiers"]:
                 raise Violation(f"a consumer is gone and a notifier of it is left: {descriptor}")
@@ -381,13 +450,20 @@ class _Run:
         def gone() -> bool:
             return not any(_stat(pid)[1] == started for pid, started in self._processes)
 
-        wait_for(f"the service's processes to end: {sorted(pid for pid, _ in self._processes)}", gone)
+        wait_for(
+            f"the service's processes to end: {sorted(pid for pid, _ in self._processes)}", gone
+        )
 
 
 def _stat(pid: int) -> tuple[int, str]:
     """Return a process's parent and when it began; 0 and nothing when it is gone."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        fields = (
+            Path(f"/proc/{pid}/stat")
+            .read_text(encoding="utf-8", errors="replace")
+            .rpartition(")")[2]
+            .split()
+        )
     except (FileNotFoundError, ProcessLookupError):
         return 0, ""
     return int(fields[1]), "" if fields[0] in "ZX" else fields[19]
@@ -396,9 +472,13 @@ def _stat(pid: int) -> tuple[int, str]:
 @contextmanager
 def _children(service: Service, ground: Ground, plan: Plan) -> "Generator[tuple[_Child, _Child]]":
     with ExitStack() as stack:
-        second = _Child("second process", lambda progress, sock: be_second(ground, plan, progress, sock))
+        second = _Child(
+            "second process", lambda progress, sock: be_second(ground, plan, progress, sock)
+        )
         stack.callback(second.close)
-        owner = _Child("owner", lambda progress, sock: be_owner(service, ground, plan, progress, sock))
+        owner = _Child(
+            "owner", lambda progress, sock: be_owner(service, ground, plan, progress, sock)
+        )
         stack.callback(owner.close)
         yield owner, second
 
@@ -420,10 +500,14 @@ class _Watch:
         for child in children:
             stuck = child.progress.stuck(PATIENCE)
             if stuck is not None:
-                raise Violation(f"hang: the {child.name} waited {PATIENCE:g} s for the operation {stuck!r} to end")
+                raise Violation(
+                    f"hang: the {child.name} waited {PATIENCE:g} s for the operation {stuck!r} to end"
+                )
         now = time.monotonic()
         for vcpu, (steps, since) in enumerate(self._steps):
             if self._board.steps(vcpu) != steps:
                 self._steps[vcpu] = self._board.steps(vcpu), now
             elif now - since > PATIENCE:
-                raise Violation(f"hang: waited {PATIENCE:g} s for vCPU {vcpu} to go on after its step {steps}")
+                raise Violation(
+                    f"hang: waited {PATIENCE:g} s for vCPU {vcpu} to go on after its step {steps}"
+                )

@@ -1,10 +1,12 @@
 """What is known of a program: its states, and where each actor's next step leads from there.
 
-Production code cannot be copied in the middle of a call, so a state is reached by executing all that led to it. That takes a hundred
-times as long as to look up where a step leads; but what a step does depends on what is shared and on the past of the actor alone, not on
-how far the others are. So it is executed once, and known from then on wherever the same meets again.
+Production code cannot be copied in the middle of a call, so a state is reached by executing all
+that led to it. That takes a hundred times as long as to look up where a step leads; but what a step
+does depends on what is shared and on the past of the actor alone, not on how far the others are. So
+it is executed once, and known from then on wherever the same meets again.
 
-Each execution begins with a schedule put together of steps that are known, and finds out whether it really leads where it should.
+Each execution begins with a schedule put together of steps that are known, and finds out whether it
+really leads where it should.
 """
 
 import gc
@@ -74,7 +76,8 @@ class Model:
         self._values: list[tuple[Hashable, ...]] = []
         #: By actor, whether it can go on after a past of its own: whenever it likes if None.
         self._gates: list[dict[int, Gate | None]] = []
-        #: By what is shared, an actor and its past: the same after its step; or how that violates a rule.
+        #: By what is shared, an actor and its past: the same after its step; or how that violates a
+        #: rule.
         self._after: dict[tuple[int, int, int], tuple[int, int] | str] = {}
         #: What is wrong with states in which nobody can go on; None: nothing.
         self._ends: dict[State, str | None] = {}
@@ -131,7 +134,13 @@ class Model:
             self.execute(schedule, arrive)
         return self._ends[state]
 
-    def learn(self, schedule: Sequence[int], before: State, index: int, go_on: Callable[[State], Sequence[int]]) -> None:
+    def learn(
+        self,
+        schedule: Sequence[int],
+        before: State,
+        index: int,
+        go_on: Callable[[State], Sequence[int]],
+    ) -> None:
         """Execute a schedule, which leads to the state ``before``, then a step from there that is not known, and further such steps.
 
         ``go_on`` says who is of interest in a state.
@@ -149,7 +158,11 @@ class Model:
                     raise UnsoundError(_UNSOUND)
                 return world.actors[index]
             state = self._take_note(world, state, index)
-            unknown = [] if state is None else [other for other in go_on(state) if self.after(state, other) is None]
+            unknown = (
+                []
+                if state is None
+                else [other for other in go_on(state) if self.after(state, other) is None]
+            )
             if not unknown:
                 return None
             index = index if index in unknown else unknown[0]
@@ -179,7 +192,8 @@ class Model:
         values = world.values
         known = len(values)
         while known and values[known - 1] is None:
-            # Which objects will be made shows only on the way, and must not tell states apart before.
+            # Which objects will be made shows only on the way, and must not tell states apart
+            # before.
             known -= 1
         present = tuple(values[:known])
         shared = self._shared.setdefault((self._program.state(), present), len(self._shared))
@@ -223,7 +237,12 @@ class Model:
 
     # Executing.
 
-    def execute(self, schedule: Sequence[int], arrive: Callable[[World], Actor | None], story: Story | None = None) -> World:
+    def execute(
+        self,
+        schedule: Sequence[int],
+        arrive: Callable[[World], Actor | None],
+        story: Story | None = None,
+    ) -> World:
         """Execute the program; ``arrive`` is asked who goes on at the end of the schedule."""
         world = World(self.names, arrive, story)
         control.enter(world)
@@ -244,13 +263,16 @@ class Model:
         """Execute at random, and compare what happens with what is known.
 
         Raises:
-            UnsoundError: a step led elsewhere than it did before; or an end, or any state that ``seen`` denies, is new.
+            UnsoundError: a step led elsewhere than it did before; or an end, or any state that
+                ``seen`` denies, is new.
         """
         chance = random.Random(executions)
         for _ in range(executions):
             self.execute((), _Sampler(self, chance, seen).arrive)
 
-    def compare(self, world: World, before: State | None, index: int, seen: Callable[[State], bool]) -> State:
+    def compare(
+        self, world: World, before: State | None, index: int, seen: Callable[[State], bool]
+    ) -> State:
         """Compare one step of an execution with what is known, and return the state it has led to.
 
         Raises:
@@ -259,7 +281,12 @@ class Model:
         state = self._read(world)
         known = None if before is None else self.after(before, index)
         wrong = self.wrong(world)
-        if wrong is not None or known not in (None, state) or not seen(state) or (not self.enabled(state) and state not in self._ends):
+        if (
+            wrong is not None
+            or known not in (None, state)
+            or not seen(state)
+            or (not self.enabled(state) and state not in self._ends)
+        ):
             raise UnsoundError(f"{_UNSOUND}: {wrong or 'a state was missed'}")
         return state
 

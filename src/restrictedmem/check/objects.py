@@ -67,7 +67,9 @@ class Mutex:
         self.slot = slot = self._world.new_slot()
         self.owner = None
         self._world.values[slot] = -1
-        self._takes, self._tries, self._releases, self._looks = self._world.names.operations(slot, _TO_A_MUTEX)
+        self._takes, self._tries, self._releases, self._looks = self._world.names.operations(
+            slot, _TO_A_MUTEX
+        )
         self._free = self._world.names.gate(_is_free, slot)
 
     def give(self, owner: Actor | None) -> None:
@@ -134,7 +136,9 @@ class Condition:
         self._slot = self._world.new_slot()
         self._set_waiters(())
         # Waiting and waking are things done to the mutex, too.
-        self._waits, self._wakes, self._notifies = self._world.names.operations(lock.slot, _ON_A_CONDITION, self._slot)
+        self._waits, self._wakes, self._notifies = self._world.names.operations(
+            lock.slot, _ON_A_CONDITION, self._slot
+        )
 
     def _set_waiters(self, waiters: tuple[Actor, ...]) -> None:
         self._waiters = waiters
@@ -162,7 +166,10 @@ class Condition:
         self._world.point(self._waits)
         self._mutex.give(None)
         self._set_waiters((*self._waiters, actor))
-        self._world.point(self._wakes, self._world.names.gate(_is_woken, self._mutex.slot, self._slot, actor.index))
+        self._world.point(
+            self._wakes,
+            self._world.names.gate(_is_woken, self._mutex.slot, self._slot, actor.index),
+        )
         self._mutex.give(actor)
         return True
 
@@ -202,7 +209,10 @@ class RwSem:
         self._set(0, 0, writing=False)
 
     def _point(self, verb: str, gate: Callable[..., bool] | None = None) -> None:
-        self._world.point((verb, self._slot, None), None if gate is None else self._world.names.gate(gate, self._slot))
+        self._world.point(
+            (verb, self._slot, None),
+            None if gate is None else self._world.names.gate(gate, self._slot),
+        )
 
     def _set(self, readers: int, writers: int, *, writing: bool) -> None:
         self._readers, self._writers, self._writing = readers, writers, writing
@@ -246,7 +256,8 @@ class RwSem:
 class SharedWords:
     """``sync.SharedWords``: each load and each store is a step of its own.
 
-    Two of these may lie over the same memory, and have the same words then. To the explorer, words of the same index are one object.
+    Two of these may lie over the same memory, and have the same words then. To the explorer, words
+    of the same index are one object.
     """
 
     __slots__ = ("_number", "_words", "_world")
@@ -267,7 +278,10 @@ class SharedWords:
         operation = verb, place, where = self._operation(READS, index)
         self._world.point(operation)
         actor.value = value = self._words[index]
-        actor.polled = (verb, place, (where, value)), self._world.names.gate(_is_another, self._world.slot(where), value)
+        actor.polled = (
+            (verb, place, (where, value)),
+            self._world.names.gate(_is_another, self._world.slot(where), value),
+        )
         return value
 
     def write(self, index: int, value: int) -> None:
@@ -361,7 +375,11 @@ def relax() -> None:
 
 
 def _place(where: SupportsIndex | slice) -> Hashable:
-    return ("slice", where.start, where.stop, where.step) if isinstance(where, slice) else where.__index__()
+    return (
+        ("slice", where.start, where.stop, where.step)
+        if isinstance(where, slice)
+        else where.__index__()
+    )
 
 
 _FACTORIES: Final[dict[str, Callable[..., object]]] = {

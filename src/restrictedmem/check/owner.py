@@ -1,6 +1,7 @@
 """The processes of a live run: an owner that drives a VM and does to its memory what an owner may, and another that has its descriptor.
 
-What they do, in which order and to which pages, follows from a seed; when it meets what the guest does is the machine's to decide.
+What they do, in which order and to which pages, follows from a seed; when it meets what the guest
+does is the machine's to decide.
 """
 
 import json
@@ -30,7 +31,15 @@ from restrictedmem.units import PAGE_SHIFT
 #: Seconds after which something that was to happen has not.
 PATIENCE: Final = 20.0
 #: Everything an owner does by its own will, and how often beside the others.
-OPERATIONS: Final = {"punch": 60, "punch-block": 3, "allocate": 10, "convert": 6, "slot": 3, "interrupt": 10, "error": 4}
+OPERATIONS: Final = {
+    "punch": 60,
+    "punch-block": 3,
+    "allocate": 10,
+    "convert": 6,
+    "slot": 3,
+    "interrupt": 10,
+    "error": 4,
+}
 #: Of these, what needs no more than a descriptor.
 WITH_A_DESCRIPTOR: Final = ("punch", "punch-block", "allocate")
 NAMES: Final = (*OPERATIONS, "wait", "account", "destroy")
@@ -39,7 +48,8 @@ _CHURN: Final = elf.parse(guests.path("churn").read_bytes())
 _PRIVATE_SLOT, _WINDOW_SLOT, _EXTRA_SLOT = range(3)
 _BLOCK_PAGES: Final = 512
 _MOST: Final = 32
-#: One pause in so many operations, of at most so many seconds: a guest that is punched all the time holds nothing.
+#: One pause in so many operations, of at most so many seconds: a guest that is punched all the time
+#: holds nothing.
 _PAUSE_EVERY, _PAUSE = 8, 0.002
 
 
@@ -133,12 +143,16 @@ class Puncher:
     def take(self, pages: range) -> None:
         """Punch pages, and say so before and after."""
         with self.lane.taking(pages), self.progress.punching(len(pages)):
-            memory.fallocate(self.ground.fd, memory.PUNCH, self._at(pages), len(pages) << PAGE_SHIFT)
+            memory.fallocate(
+                self.ground.fd, memory.PUNCH, self._at(pages), len(pages) << PAGE_SHIFT
+            )
 
     def allocate(self) -> None:
         """Allocate a few pages, which leaves what is there."""
         pages = self.some()
-        memory.fallocate(self.ground.fd, memory.FallocMode.KEEP_SIZE, self._at(pages), len(pages) << PAGE_SHIFT)
+        memory.fallocate(
+            self.ground.fd, memory.FallocMode.KEEP_SIZE, self._at(pages), len(pages) << PAGE_SHIFT
+        )
 
     def _at(self, pages: range) -> int:
         return self.ground.offset + (pages.start << PAGE_SHIFT)
@@ -159,7 +173,9 @@ class Puncher:
 class Owner:
     """A VM with a guest that watches its pages, and its owner's operations on it."""
 
-    def __init__(self, service: Service, ground: Ground, plan: Plan, puncher: Puncher, stack: ExitStack) -> None:
+    def __init__(
+        self, service: Service, ground: Ground, plan: Plan, puncher: Puncher, stack: ExitStack
+    ) -> None:
         """Make the VM and load the guest; ``stack`` closes it.
 
         Raises:
@@ -170,7 +186,8 @@ class Owner:
         self._plan = plan
         self._puncher = puncher
         self._board = ground.board
-        # A conversion and its punch are one thing: the guest's and the owner's own must not get between each other.
+        # A conversion and its punch are one thing: the guest's and the owner's own must not get
+        # between each other.
         self._converting = threading.Lock()
         self._extra_fd = -1
         self._extra_half = _memfd(stack, "extra", EXTRA_PAGES << PAGE_SHIFT)
@@ -187,16 +204,26 @@ class Owner:
             shared_fd=ground.half_fd,
         )
         self.vm.set_user_memory_region(
-            slot=_WINDOW_SLOT, guest_phys_addr=guest_abi.SHARED_BASE, memory_size=SHARED_SIZE, shared_fd=ground.window_fd
+            slot=_WINDOW_SLOT,
+            guest_phys_addr=guest_abi.SHARED_BASE,
+            memory_size=SHARED_SIZE,
+            shared_fd=ground.window_fd,
         )
         self.vm.set_memory_attributes(guest_abi.PRIVATE_BASE, ground.private_size, private=True)
         self._vcpus = tuple(stack.enter_context(self.vm.create_vcpu()) for _ in range(plan.vcpus))
         self._load()
-        self._threads = tuple(threading.Thread(target=self._drive, args=[vcpu], daemon=True) for vcpu in self._vcpus)
+        self._threads = tuple(
+            threading.Thread(target=self._drive, args=[vcpu], daemon=True) for vcpu in self._vcpus
+        )
 
     def _load(self) -> None:
         plan, size = self._plan, self._ground.private_size
-        arguments = [str(random.Random(plan.seed).randrange(1 << 31)), str(plan.pages), "0", str(plan.converting)]
+        arguments = [
+            str(random.Random(plan.seed).randrange(1 << 31)),
+            str(plan.pages),
+            "0",
+            str(plan.converting),
+        ]
         for gpa, content in launch_pages(_CHURN, arguments, private_size=size, vcpus=plan.vcpus):
             self.vm.launch_update(gpa, content)
         for index, vcpu in enumerate(self._vcpus):
@@ -243,13 +270,19 @@ class Owner:
                 self._puncher.take(range(page, page + 1))
                 return 0
             case exits.Hypercall(guest_abi.MAP_GPA_RANGE, (gpa, npages, attributes, _)):
-                return self._map_gpa_range(gpa, npages << PAGE_SHIFT, private=bool(attributes & guest_abi.MAP_GPA_RANGE_ENCRYPTED))
+                return self._map_gpa_range(
+                    gpa,
+                    npages << PAGE_SHIFT,
+                    private=bool(attributes & guest_abi.MAP_GPA_RANGE_ENCRYPTED),
+                )
             case exits.Hypercall(guest_abi.WRITE, (_, offset, length, _)):
                 self.said += bytes(self._ground.window[offset : offset + length]).decode()
                 return length
             case exits.Hypercall(guest_abi.EXIT, (status, _, _, _)):
                 if status:
-                    self.failure = self.failure or f"the guest ended with {status}: {self.said.strip()}"
+                    self.failure = (
+                        self.failure or f"the guest ended with {status}: {self.said.strip()}"
+                    )
                 return None
             case exits.Hypercall(guest_abi.PARK):
                 return None
@@ -276,7 +309,9 @@ class Owner:
         for thread in self._threads:
             thread.join(PATIENCE)
             if thread.is_alive():
-                raise Violation(self.failure or f"hang: waited {PATIENCE:g} s for every vCPU to end")
+                raise Violation(
+                    self.failure or f"hang: waited {PATIENCE:g} s for every vCPU to end"
+                )
 
     # What the owner does beside.
 
@@ -294,7 +329,12 @@ class Owner:
         """Put another file where the guest looks now and then, or none; now and then punch it."""
         if self._extra_fd >= 0 and self._puncher.random.randrange(2):
             start = self._puncher.random.randrange(EXTRA_PAGES)
-            memory.fallocate(self._extra_fd, memory.PUNCH, start << PAGE_SHIFT, (EXTRA_PAGES - start) << PAGE_SHIFT)
+            memory.fallocate(
+                self._extra_fd,
+                memory.PUNCH,
+                start << PAGE_SHIFT,
+                (EXTRA_PAGES - start) << PAGE_SHIFT,
+            )
             return
         if self._extra_fd >= 0:
             self._remove_extra()
@@ -303,7 +343,11 @@ class Owner:
         self._extra_fd = self._service.memfd_restricted()
         os.ftruncate(self._extra_fd, size)
         self.vm.set_user_memory_region(
-            slot=_EXTRA_SLOT, guest_phys_addr=EXTRA_BASE, memory_size=size, restricted_fd=self._extra_fd, shared_fd=self._extra_half
+            slot=_EXTRA_SLOT,
+            guest_phys_addr=EXTRA_BASE,
+            memory_size=size,
+            restricted_fd=self._extra_fd,
+            shared_fd=self._extra_half,
         )
         self.vm.set_memory_attributes(EXTRA_BASE, size, private=True)
         self._epoch += 1
@@ -315,7 +359,10 @@ class Owner:
         self._board.extra = 0
         # A system call: no vCPU reads the old word from here on, or it is counted.
         os.sched_yield()
-        wait_for("the guest to leave the slot that is to be deleted", lambda: not self._board.extra_users or bool(self.failure))
+        wait_for(
+            "the guest to leave the slot that is to be deleted",
+            lambda: not self._board.extra_users or bool(self.failure),
+        )
         self.vm.set_user_memory_region(slot=_EXTRA_SLOT, guest_phys_addr=EXTRA_BASE, memory_size=0)
         os.close(self._extra_fd)
         self._extra_fd = -1
@@ -348,9 +395,13 @@ class Owner:
         with self._puncher.progress.doing("account"):
             if self.vm.engine == "software":
                 self._account()
-            in_progress = sum(consumer["in_progress"] for consumer in self._service.status()["consumers"])
+            in_progress = sum(
+                consumer["in_progress"] for consumer in self._service.status()["consumers"]
+            )
             if in_progress:
-                raise Violation(f"accounting: {in_progress} callbacks are without their end, and nobody does anything any more")
+                raise Violation(
+                    f"accounting: {in_progress} callbacks are without their end, and nobody does anything any more"
+                )
 
     def destroy(self) -> None:
         """End the VM, and look at what its platform has to say.
@@ -361,7 +412,9 @@ class Owner:
         with self._puncher.progress.doing("destroy"):
             found = self.vm.destroy()
         if found.get("violated_pages"):
-            raise Violation(f"{self._plan.platform}: {found['violated_pages']} pages, the first: {found['violations'][0]}")
+            raise Violation(
+                f"{self._plan.platform}: {found['violated_pages']} pages, the first: {found['violations'][0]}"
+            )
 
     def _account(self) -> None:
         """Map every page, which no invalidation may hinder now, punch some, and compare what the engine gave back with what was taken."""
@@ -378,7 +431,9 @@ class Owner:
             self._puncher.take(range(page, page + 1))
         freed = self.vm.statistics()["pages_freed"] - before
         if freed != len(some):
-            raise Violation(f"accounting: {len(some)} pages were punched, and the engine gave up {freed} of them")
+            raise Violation(
+                f"accounting: {len(some)} pages were punched, and the engine gave up {freed} of them"
+            )
 
 
 def wait_for(what: str, holds: Callable[[], bool]) -> None:
@@ -394,7 +449,9 @@ def wait_for(what: str, holds: Callable[[], bool]) -> None:
         time.sleep(0.0005)
 
 
-def be_owner(service: Service, ground: Ground, plan: Plan, progress: Progress, parent: socket.socket) -> NoReturn:
+def be_owner(
+    service: Service, ground: Ground, plan: Plan, progress: Progress, parent: socket.socket
+) -> NoReturn:
     """Drive a VM until the parent says stop; say what came of it; in a process of its own, which ends."""
     with _reporting(parent) as report, ExitStack() as stack:
         puncher = Puncher(ground, ground.board.lane(0), progress, plan.seed + " owner")

@@ -16,7 +16,9 @@ from restrictedmem.platform.snp import Snp
 class Make(Protocol):
     """Makes a world of the design, and with the slip, that is searched."""
 
-    def __call__(self, *, npages: int = 1, kind: str = "memfd", platform: Snp | None = None) -> World:
+    def __call__(
+        self, *, npages: int = 1, kind: str = "memfd", platform: Snp | None = None
+    ) -> World:
         """Make one without slots."""
         ...
 
@@ -46,7 +48,8 @@ class Scenario:
     findings: Mapping[str, Finding] = field(default_factory=dict[str, Finding])
     #: Whether it belongs to the part that the test suite runs.
     quick: bool = False
-    #: Whether a consumer leaves the file: where none does, invalidation at teardown changes nothing.
+    #: Whether a consumer leaves the file: where none does, invalidation at teardown changes
+    #: nothing.
     leaves: bool = False
 
     def program(self, design: str, parts: Parts | None = None) -> Callable[[], Program]:
@@ -54,15 +57,30 @@ class Scenario:
         exact = design.removesuffix(TEARDOWN) not in ("batched", "lazy")
 
         def make(*, npages: int = 1, kind: str = "memfd", platform: Snp | None = None) -> World:
-            return World(design, npages=npages, kind=kind, platform=platform, parts=parts, exact=exact)
+            return World(
+                design, npages=npages, kind=kind, platform=platform, parts=parts, exact=exact
+            )
 
         return partial(self.build, make)
 
-    def search(self, design: str, *, parts: Parts | None = None, exhaustive: bool = False, limit_seconds: float = 600) -> Result:
+    def search(
+        self,
+        design: str,
+        *,
+        parts: Parts | None = None,
+        exhaustive: bool = False,
+        limit_seconds: float = 600,
+    ) -> Result:
         """Search it for a design as far as ``effort`` says."""
         preemptions, reduce, _ = effort(self.actors, exhaustive=exhaustive)
         program = self.program(design, parts)
-        return explore(program, preemptions=preemptions, reduce=reduce, calls=calls(), limit_seconds=limit_seconds)
+        return explore(
+            program,
+            preemptions=preemptions,
+            reduce=reduce,
+            calls=calls(),
+            limit_seconds=limit_seconds,
+        )
 
     def finding(self, design: str) -> Finding | None:
         """Return what it is known to find about a design; None where it holds."""
@@ -85,7 +103,9 @@ def scenario(
     def add(build: Callable[[Make], World]) -> Callable[[Make], World]:
         name = build.__name__.replace("_", "-")
         assert build.__doc__
-        SCENARIOS[name] = Scenario(name, build.__doc__, actors, build, designs, findings or {}, quick, leaves)
+        SCENARIOS[name] = Scenario(
+            name, build.__doc__, actors, build, designs, findings or {}, quick, leaves
+        )
         return build
 
     return add

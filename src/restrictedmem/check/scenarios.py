@@ -1,7 +1,8 @@
 """The scenarios that are searched (``scenario``), two actors first.
 
-A scenario is a function that makes a world; its docstring says for a person what meets what. A design that a scenario convicts by its
-nature is listed with the reason: that is a finding about the design (docs/findings.md), and its absence would be news.
+A scenario is a function that makes a world; its docstring says for a person what meets what. A
+design that a scenario convicts by its nature is listed with the reason: that is a finding about the
+design (docs/findings.md), and its absence would be news.
 """
 
 from errno import ENOMEM, ENOSPC
@@ -28,9 +29,12 @@ SECOND: Final = 0x20
 ALIGNED: Final = 2 * HUGE_PAGES
 
 _UNHEARD: Final = Finding(
-    Rule.FREED, "a part of 2 MiB is freed without a word, while the guest has it mapped: pages must be converted before they are punched"
+    Rule.FREED,
+    "a part of 2 MiB is freed without a word, while the guest has it mapped: pages must be converted before they are punched",
 )
-_OPEN: Final = Finding(Rule.FREED, "start and end come before the operation, and nothing is in progress while it frees")
+_OPEN: Final = Finding(
+    Rule.FREED, "start and end come before the operation, and nothing is in progress while it frees"
+)
 _STILL_TAKEN: Final = Finding(
     Rule.FREED,
     "a page that was converted still counts as taken: after a punch that nobody heard of it is mapped without being there",
@@ -105,7 +109,11 @@ def convert_fault(new: Make) -> World:
     world = new()
     world.add_slot(FIRST, 1)
     world.guest(store(FIRST, 1), load(FIRST))
-    world.actor("owner", partial(world.convert, FIRST, FIRST + 1, private=False), partial(world.convert, FIRST, FIRST + 1, private=True))
+    world.actor(
+        "owner",
+        partial(world.convert, FIRST, FIRST + 1, private=False),
+        partial(world.convert, FIRST, FIRST + 1, private=True),
+    )
     return world
 
 
@@ -116,7 +124,9 @@ def convert_then_punch(new: Make) -> World:
     world.add_slot(FIRST, 1)
     world.touched(store(FIRST, 1))
     world.guest(load(FIRST), store(FIRST, 2))
-    world.actor("owner", partial(world.convert, FIRST, FIRST + 1, private=False), partial(world.punch, 0, 1))
+    world.actor(
+        "owner", partial(world.convert, FIRST, FIRST + 1, private=False), partial(world.punch, 0, 1)
+    )
     return world
 
 
@@ -127,7 +137,9 @@ def punch_then_convert(new: Make) -> World:
     world.add_slot(FIRST, 1)
     world.touched(store(FIRST, 1))
     world.guest(store(FIRST, 2))
-    world.actor("owner", partial(world.punch, 0, 1), partial(world.convert, FIRST, FIRST + 1, private=False))
+    world.actor(
+        "owner", partial(world.punch, 0, 1), partial(world.convert, FIRST, FIRST + 1, private=False)
+    )
     return world
 
 
@@ -304,7 +316,11 @@ def huge_page_in_parts(new: Make) -> World:
     world.add_slot(ALIGNED, HUGE_PAGES)
     world.touched(store(ALIGNED, 1))
     world.guest(store(ALIGNED, 2))
-    world.actor("owner", partial(world.punch, 0, HUGE_PAGES - 1), partial(world.punch, HUGE_PAGES - 1, HUGE_PAGES))
+    world.actor(
+        "owner",
+        partial(world.punch, 0, HUGE_PAGES - 1),
+        partial(world.punch, HUGE_PAGES - 1, HUGE_PAGES),
+    )
     return world
 
 
@@ -319,7 +335,8 @@ def punch_fault_snp(new: Make) -> World:
     return world
 
 
-# Three. v9 differs from v10 in plain allocations and memory errors alone, bindings in who comes, who goes, and who hears of what.
+# Three. v9 differs from v10 in plain allocations and memory errors alone, bindings in who comes,
+# who goes, and who hears of what.
 
 
 @scenario(3, designs=_APART, findings=_BY_NATURE)

@@ -83,7 +83,9 @@ class Counterexample:
                 found.append(line(str(number), step))
         for step in self.stuck:
             found += [f"{step.actor} waits", line("", step)]
-        many = f"{len(self.steps)} steps" + (", none shorter" if self.shortest else ", perhaps not the shortest")
+        many = f"{len(self.steps)} steps" + (
+            ", none shorter" if self.shortest else ", perhaps not the shortest"
+        )
         return [*found, f"violated after {many}: {self.violation}"]
 
 
@@ -106,7 +108,9 @@ class Teller:
         line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
         assigned = _ASSIGNED.search(line)
         owner = frame.f_locals.get("self", frame.f_locals.get("cls"))
-        words = [] if owner is None else [(owner if isinstance(owner, type) else type(owner)).__name__]
+        words = (
+            [] if owner is None else [(owner if isinstance(owner, type) else type(owner)).__name__]
+        )
         label = ".".join([*words, assigned[1] if assigned else frame.f_code.co_name])
         number = 1 + sum(other.split(" ")[0] == label for other in self._labels.values())
         self._labels[slot] = label if number == 1 else f"{label} ({number})"
@@ -114,9 +118,19 @@ class Teller:
     def arrives(self, actor: Actor, operation: Operation | None) -> None:
         """Hear that an actor stopped (``control.Story``)."""
         index = self._doing.pop(actor.index, None)
-        if index is not None and actor.value is not None and self.operations[index][0] in (control.READS, control.WRITES, control.TRIES):
+        if (
+            index is not None
+            and actor.value is not None
+            and self.operations[index][0] in (control.READS, control.WRITES, control.TRIES)
+        ):
             step = self.steps[index]
-            self.steps[index] = Step(step.actor, f"{step.does} = {_value(actor.value)}", step.file, step.line, step.function)
+            self.steps[index] = Step(
+                step.actor,
+                f"{step.does} = {_value(actor.value)}",
+                step.file,
+                step.line,
+                step.function,
+            )
         if operation is not None:
             frame = _caller(production=True)
             does = self._does(operation, _caller(production=False))
@@ -136,8 +150,14 @@ class Teller:
             if not actor.done and actor.index in self._at:
                 (verb, slot, _), does, step = self._at[actor.index]
                 holder = values[slot] if slot >= 0 else None
-                if verb in (control.TAKES, control.WAKES) and isinstance(holder, int) and holder >= 0:
-                    does += f", held by {actors[holder].name if holder != actor.index else 'itself'}"
+                if (
+                    verb in (control.TAKES, control.WAKES)
+                    and isinstance(holder, int)
+                    and holder >= 0
+                ):
+                    does += (
+                        f", held by {actors[holder].name if holder != actor.index else 'itself'}"
+                    )
                 elif verb == control.WAKES:
                     does = f"has not been notified: {does}"
                 self.waiting += (Step(actor.name, does, step.file, step.line, step.function),)
@@ -161,7 +181,11 @@ class Teller:
 
 def _words(name: Any) -> str:
     """Write the name of a model's object."""
-    return " ".join(map(str, cast("tuple[object, ...]", name))) if isinstance(name, tuple) else str(name)
+    return (
+        " ".join(map(str, cast("tuple[object, ...]", name)))
+        if isinstance(name, tuple)
+        else str(name)
+    )
 
 
 def _place(where: Any) -> str:
@@ -190,7 +214,12 @@ def _caller(*, production: bool) -> FrameType:
     callers = [frame for frame in frames if frame.f_code.co_filename not in own] or frames[-1:]
     paths = [Path(frame.f_code.co_filename) for frame in callers] if production else []
     return next(
-        (frame for frame, path in zip(callers, paths, strict=False) if _SOURCE in path.parents and path.parent != _HERE), callers[0]
+        (
+            frame
+            for frame, path in zip(callers, paths, strict=False)
+            if _SOURCE in path.parents and path.parent != _HERE
+        ),
+        callers[0],
     )
 
 
@@ -210,15 +239,25 @@ def _argument(frame: FrameType) -> str:
         call = ast.parse(text, mode="eval").body
     except SyntaxError:
         return ""
-    if isinstance(call, ast.Call) and call.args and isinstance(name := call.args[0], ast.Name) and name.id.isupper():
+    if (
+        isinstance(call, ast.Call)
+        and call.args
+        and isinstance(name := call.args[0], ast.Name)
+        and name.id.isupper()
+    ):
         return name.id.strip("_").lower()
     return ""
 
 
-def straightened(schedule: Sequence[int], operations: Sequence[Operation], conflict: Callable[[Operation, Operation], bool]) -> list[int]:
+def straightened(
+    schedule: Sequence[int],
+    operations: Sequence[Operation],
+    conflict: Callable[[Operation, Operation], bool],
+) -> list[int]:
     """Return the same steps with the fewest changes of actor: only neighbours that do not meet are swapped.
 
-    The shortest way through all orders in which each step comes after those before it that it conflicts with.
+    The shortest way through all orders in which each step comes after those before it that it
+    conflicts with.
     """
     actors = sorted(set(schedule))
     own = [[index for index, other in enumerate(schedule) if other == actor] for actor in actors]
@@ -226,7 +265,14 @@ def straightened(schedule: Sequence[int], operations: Sequence[Operation], confl
         return list(schedule)
 
     def needed(mine: int, others: Sequence[int]) -> int:
-        return max((n for n, index in enumerate(others, 1) if index < mine and conflict(operations[index], operations[mine])), default=0)
+        return max(
+            (
+                n
+                for n, index in enumerate(others, 1)
+                if index < mine and conflict(operations[index], operations[mine])
+            ),
+            default=0,
+        )
 
     needs = [[needed(mine, others) for others in own] for mine in range(len(schedule))]
     end = tuple(map(len, own))

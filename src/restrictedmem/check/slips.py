@@ -1,8 +1,8 @@
 """Mistakes that the postings made, each put back into production's code for the checker, and nowhere else.
 
-A search that finds nothing has shown something only if it would have found these. Each is a class in the place of production's, the
-scenario that convicts it, and the rule that it breaks. Section numbers are those of the project's notes on the postings; mails are those of
-the series' thread.
+A search that finds nothing has shown something only if it would have found these. Each is a class
+in the place of production's, the scenario that convicts it, and the rule that it breaks. Section
+numbers are those of the project's notes on the postings; mails are those of the series' thread.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +44,9 @@ class Slip:
 
     def search(self, *, exhaustive: bool = False, limit_seconds: float = 600) -> Result:
         """Search its scenario, with the slip in it."""
-        return SCENARIOS[self.scenario].search(self.design, parts=self.parts, exhaustive=exhaustive, limit_seconds=limit_seconds)
+        return SCENARIOS[self.scenario].search(
+            self.design, parts=self.parts, exhaustive=exhaustive, limit_seconds=limit_seconds
+        )
 
 
 class BytesAsPages(Design):
@@ -95,7 +97,9 @@ class FileThatLocksTwice(RestrictedFile):
 
     __slots__ = ()
 
-    def fallocate(self, mode: int, offset: int, length: int, abandoned: Callable[[], bool] = never) -> None:
+    def fallocate(
+        self, mode: int, offset: int, length: int, abandoned: Callable[[], bool] = never
+    ) -> None:
         """Do what restrictedmem_fallocate did; the sequence is what each consumer had for itself."""
         span = PageRange.around_bytes(offset, length)
         self.sequence().begin(span.start, span.end)
@@ -123,7 +127,10 @@ class SequenceThatOverwrites(InvalidationSequence):  # type: ignore[misc] # a sl
         words = self._words
         with self._mutex:
             if words.read(_IN_PROGRESS) != 1:
-                start, end = min(start, pgoff_t(words.read(_START))), max(end, pgoff_t(words.read(_END)))
+                start, end = (
+                    min(start, pgoff_t(words.read(_START))),
+                    max(end, pgoff_t(words.read(_END))),
+                )
             words.write(_START, start)
             words.write(_END, end)
 

@@ -1,7 +1,8 @@
 """A world small enough to search: one restricted file, one VM on it, made of the objects of production.
 
-Only what no search could take along is a model: frames (``frames``), the guest with its TLB (``GuestCpu``), and the sockets between
-service and engine, of which a mutex is left, for a consumer answers one notification at a time.
+Only what no search could take along is a model: frames (``frames``), the guest with its TLB
+(``GuestCpu``), and the sockets between service and engine, of which a mutex is left, for a consumer
+answers one notification at a time.
 """
 
 from collections.abc import Callable, Generator, Hashable, Sequence
@@ -109,7 +110,10 @@ class Host:
         self._world.invariants.install(view, span, gfn)
         folio = self._world.frames.order(span.start)
         if order > folio:
-            self._world.invariants.violate(Rule.LEVEL, f"pages {span} are mapped as order {order}, and their folio is of {folio}")
+            self._world.invariants.violate(
+                Rule.LEVEL,
+                f"pages {span} are mapped as order {order}, and their folio is of {folio}",
+            )
         self.inner.prepare(ino, span, gfn, order)
 
     def invalidate(self, ino: int, span: PageRange, order: int | None) -> None:
@@ -173,7 +177,9 @@ class SlotNotifier:
     def page_count(self, start: pgoff_t, end: pgoff_t) -> int:
         """Count references."""
         with self._world.reaching_engine():
-            return self._world.vm.page_count(self._view.slot.memfd_half.binding, PageRange(start, end))
+            return self._world.vm.page_count(
+                self._view.slot.memfd_half.binding, PageRange(start, end)
+            )
 
 
 @final
@@ -204,12 +210,16 @@ class World:
         # The file would make a page of shared memory for it.
         self.file._sequence = self.sequence
         attributes, self.vcpus = Attributes(Api.V10), Vcpus()
-        self.vm = SoftwareVm(cast("Binder", None), self.vcpus, attributes, Trace(), platform or NoPlatform())
+        self.vm = SoftwareVm(
+            cast("Binder", None), self.vcpus, attributes, Trace(), platform or NoPlatform()
+        )
         self.vm.mmu = WatchedMmu(attributes, Trace(), Host(self, platform or NoPlatform()))
         self.platform = platform
         # mincore(2) of production, which needs a mapping.
         self.vm._find_freed = self._find_freed  # type: ignore[method-assign]
-        self.memory = VmMemory(self.vm, cast("Channel", None), Api.V10, attributes, forbid_shrinking)
+        self.memory = VmMemory(
+            self.vm, cast("Channel", None), Api.V10, attributes, forbid_shrinking
+        )
         self._channel = sync.mutex()
         self._notifiers: dict[int, SlotNotifier] = {}
         self._cpus: list[GuestCpu] = []
@@ -227,7 +237,9 @@ class World:
     def _find_freed(self, half: MemfdHalf, span: PageRange) -> None:
         if self.platform is not None:
             touch(MEMORY, write=False)
-            for pgoff in [pgoff for pgoff in range(span.start, span.end) if not self.frames.numbers[pgoff]]:
+            for pgoff in [
+                pgoff for pgoff in range(span.start, span.end) if not self.frames.numbers[pgoff]
+            ]:
                 gone = PageRange(pgoff_t(pgoff), pgoff_t(pgoff + 1))
                 if half.pages.count(gone):
                     self.platform.freed(half.ino, gone)
@@ -250,10 +262,17 @@ class World:
         """Make a slot at guest page ``base`` that shows the file from page ``start`` on; nobody knows it yet."""
         window = PageRange(pgoff_t(start), pgoff_t(start + npages))
         half = object.__new__(MemfdHalf)
-        half.binding, half.ino, half.failed, half.window = len(self.invariants.views) + 1, _INO, set(), window
+        half.binding, half.ino, half.failed, half.window = (
+            len(self.invariants.views) + 1,
+            _INO,
+            set(),
+            window,
+        )
         half.told = 0
         half.pages, half.sequence = Pages(Mapping(self), window, self.sequence), self.sequence
-        half.order, half.may_have_folios = (HUGE, True) if self.frames.kind != "memfd" else (0, False)
+        half.order, half.may_have_folios = (
+            (HUGE, True) if self.frames.kind != "memfd" else (0, False)
+        )
         self.vm._halves[half.binding] = half
         shared = object.__new__(SharedHalf)
         shared.offset = start << PAGE_SHIFT
@@ -368,7 +387,9 @@ class World:
     def convert(self, start: int, end: int, *, private: bool) -> None:
         """Make guest pages private or shared (KVM_SET_MEMORY_ATTRIBUTES)."""
         with self.invariants.converting(gfn_t(start), gfn_t(end)):
-            self.memory.set_attributes(Api.V10, start << PAGE_SHIFT, (end - start) << PAGE_SHIFT, 8 if private else 0, 0)
+            self.memory.set_attributes(
+                Api.V10, start << PAGE_SHIFT, (end - start) << PAGE_SHIFT, 8 if private else 0, 0
+            )
 
     def error(self, start: int, end: int) -> None:
         """Have the machine lose pages of the file."""
@@ -384,7 +405,9 @@ class World:
 
     def view_of(self, gfn: int) -> View:
         """Return the slot that shows a guest page."""
-        return next(view for view in self.invariants.views if view.slot.base_gfn <= gfn < view.slot.end_gfn)
+        return next(
+            view for view in self.invariants.views if view.slot.base_gfn <= gfn < view.slot.end_gfn
+        )
 
     def actors(self) -> Sequence[tuple[str, Callable[[], None]]]:
         """Return who acts."""
@@ -399,7 +422,12 @@ class World:
             tuple(vcpu.state() for vcpu in self._vcpus),
             self.file._references,
             tuple(
-                (list(self._notifiers.values()).index(cast("SlotNotifier", r.notifier)), r.start, r.end) for r in self.file.registrations()
+                (
+                    list(self._notifiers.values()).index(cast("SlotNotifier", r.notifier)),
+                    r.start,
+                    r.end,
+                )
+                for r in self.file.registrations()
             ),
             tuple(slot.number for slot in self.vm.mmu.slots),
             tuple(_half_state(view.slot.memfd_half) for view in self.invariants.views),
@@ -429,7 +457,13 @@ class World:
 
 def _half_state(half: MemfdHalf) -> Hashable:
     pages = half.pages
-    return tuple(sorted(half.failed)), bytes(pages._state), bytes(pages._orders), tuple(pages._changing), half.told
+    return (
+        tuple(sorted(half.failed)),
+        bytes(pages._state),
+        bytes(pages._orders),
+        tuple(pages._changing),
+        half.told,
+    )
 
 
 def _plain(thing: object) -> Hashable:
@@ -442,7 +476,9 @@ def _plain(thing: object) -> Hashable:
         case set():
             return tuple(sorted(cast("set[int]", thing)))
         case Design() | Punched():
-            names = (name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ()))
+            names = (
+                name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())
+            )
             return tuple(_plain(getattr(thing, name)) for name in names)
         case _:
             return None

@@ -63,7 +63,9 @@ class Case:
     def verdict(self) -> Verdict:
         """How it came out."""
         if self.result.counterexample is not None:
-            known = self.expected is not None and self.result.counterexample.violation.startswith(self.expected[0])
+            known = self.expected is not None and self.result.counterexample.violation.startswith(
+                self.expected[0]
+            )
             return Verdict.KNOWN if known else Verdict.VIOLATED
         if not self.result.complete:
             return Verdict.UNFINISHED
@@ -100,11 +102,22 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "  restrictedmem check --random 60                              real processes and a real guest",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--design", metavar="NAME", help="this one alone, or a known slip; +teardown: told of everything at unregister")
+    parser.add_argument(
+        "--design",
+        metavar="NAME",
+        help="this one alone, or a known slip; +teardown: told of everything at unregister",
+    )
     parser.add_argument("--scenario", metavar="NAME", help="this one alone")
-    parser.add_argument("--list", action="store_true", help="list the scenarios, and search nothing")
+    parser.add_argument(
+        "--list", action="store_true", help="list the scenarios, and search nothing"
+    )
     parser.add_argument("--json", action="store_true", help="each search as JSON")
-    parser.add_argument("--jobs", type=values.count_of("jobs"), metavar="N", help="searches at the same time (default: one for each CPU)")
+    parser.add_argument(
+        "--jobs",
+        type=values.count_of("jobs"),
+        metavar="N",
+        help="searches at the same time (default: one for each CPU)",
+    )
     parser.add_argument(
         "--limit",
         type=values.seconds,
@@ -117,15 +130,24 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="search two actors in all interleavings, not only in those that may differ, and four with any number of preemptions",
     )
     parser.add_argument(
-        "--random", type=values.seconds, metavar="SECONDS", help="run service, engine and guest at random instead, for so long"
+        "--random",
+        type=values.seconds,
+        metavar="SECONDS",
+        help="run service, engine and guest at random instead, for so long",
     )
-    parser.add_argument("--seed", type=values.seed, metavar="N", help="for --random: do what another run did")
+    parser.add_argument(
+        "--seed", type=values.seed, metavar="N", help="for --random: do what another run did"
+    )
     parser.set_defaults(main=main, error=parser.error)
 
 
 def _check(args: argparse.Namespace) -> None:
     """End the program for options that would do nothing."""
-    search = {"--jobs": args.jobs is not None, "--limit": args.limit is not None, "--exhaustive": args.exhaustive}
+    search = {
+        "--jobs": args.jobs is not None,
+        "--limit": args.limit is not None,
+        "--exhaustive": args.exhaustive,
+    }
     given = next((name for name, value in search.items() if value), None)
     if args.random is not None and args.list:
         args.error("--list goes without --random")
@@ -141,7 +163,9 @@ def main(args: argparse.Namespace) -> int:
     try:
         from restrictedmem.check.scenarios import SCENARIOS
     except ModuleNotFoundError as error:
-        raise CommandError(f"the check needs {error.name}", "pip install 'restrictedmem[check]'") from None
+        raise CommandError(
+            f"the check needs {error.name}", "pip install 'restrictedmem[check]'"
+        ) from None
     if args.random is not None:
         from restrictedmem.check import live
 
@@ -149,12 +173,16 @@ def main(args: argparse.Namespace) -> int:
     if args.scenario is not None and args.scenario not in SCENARIOS:
         raise CommandError(f"no scenario {args.scenario!r}", "restrictedmem check --list")
     chosen = [scenario for scenario in SCENARIOS.values() if args.scenario in (None, scenario.name)]
-    cases = [(scenario, design) for scenario in chosen for design in _designs(scenario, args.design)]
+    cases = [
+        (scenario, design) for scenario in chosen for design in _designs(scenario, args.design)
+    ]
     if args.list:
         _list(cases, as_json=args.json)
         return 0
     if not cases:
-        raise CommandError(f"{args.scenario} makes no sense for {args.design}", "restrictedmem check --list")
+        raise CommandError(
+            f"{args.scenario} makes no sense for {args.design}", "restrictedmem check --list"
+        )
     jobs = args.jobs or len(os.sched_getaffinity(0))
     found: list[Case] = []
     line, began = Line(sys.stderr), time.monotonic()
@@ -162,7 +190,11 @@ def main(args: argparse.Namespace) -> int:
 
     def tell(now: Sequence[str]) -> None:
         bad = sum(case.verdict not in _GOOD for case in found)
-        line.update(lambda: f"{len(found)} of {len(cases)} searched, {bad} bad, {duration(time.monotonic() - began)}: {', '.join(now)}")
+        line.update(
+            lambda: (
+                f"{len(found)} of {len(cases)} searched, {bad} bad, {duration(time.monotonic() - began)}: {', '.join(now)}"
+            )
+        )
 
     try:
         for case in _search_all(cases, min(jobs, len(cases)), search, tell):
@@ -192,7 +224,11 @@ def _designs(scenario: "Scenario", wanted: str | None) -> list[str]:
             if error.errno == EINVAL:
                 raise CommandError(error.strerror or str(error)) from None
             raise
-    names = [name + ending for name in scenario.designs for ending in (("", TEARDOWN) if scenario.leaves else ("",))]
+    names = [
+        name + ending
+        for name in scenario.designs
+        for ending in (("", TEARDOWN) if scenario.leaves else ("",))
+    ]
     names += [slip.name for slip in SLIPS.values() if slip.scenario == scenario.name]
     return [name for name in names if wanted in (None, name)]
 
@@ -200,11 +236,18 @@ def _designs(scenario: "Scenario", wanted: str | None) -> list[str]:
 def _list(cases: Sequence[tuple["Scenario", str]], *, as_json: bool) -> None:
     """Print which scenarios there are, and for which designs."""
     scenarios = {scenario.name: scenario for scenario, _ in cases}
-    designs = {name: [design for scenario, design in cases if scenario.name == name] for name in scenarios}
+    designs = {
+        name: [design for scenario, design in cases if scenario.name == name] for name in scenarios
+    }
     if as_json:
         json.dump(
             [
-                {"scenario": name, "actors": each.actors, "description": each.description, "designs": designs[name]}
+                {
+                    "scenario": name,
+                    "actors": each.actors,
+                    "description": each.description,
+                    "designs": designs[name],
+                }
                 for name, each in scenarios.items()
             ],
             sys.stdout,
@@ -213,7 +256,9 @@ def _list(cases: Sequence[tuple["Scenario", str]], *, as_json: bool) -> None:
         print()
         return
     for name, each in scenarios.items():
-        print(f"{name} ({each.actors} actors)\n  {each.description}\n  for {', '.join(designs[name])}")
+        print(
+            f"{name} ({each.actors} actors)\n  {each.description}\n  for {', '.join(designs[name])}"
+        )
 
 
 def _search_one(name: str, design: str, *, limit: float, exhaustive: bool) -> Case:
@@ -226,7 +271,10 @@ def _search_one(name: str, design: str, *, limit: float, exhaustive: bool) -> Ca
     *_, words = effort(scenario.actors, exhaustive=exhaustive)
     expected: tuple[str, str] | None = None
     if (slip := SLIPS.get(design)) is not None:
-        result, expected = slip.search(exhaustive=exhaustive, limit_seconds=limit), (slip.rule.value, f"{slip.description} ({slip.source})")
+        result, expected = (
+            slip.search(exhaustive=exhaustive, limit_seconds=limit),
+            (slip.rule.value, f"{slip.description} ({slip.source})"),
+        )
     else:
         result = scenario.search(design, exhaustive=exhaustive, limit_seconds=limit)
         if (finding := scenario.finding(design)) is not None:
@@ -242,7 +290,10 @@ def _begin() -> None:
 
 
 def _search_all(
-    cases: Sequence[tuple["Scenario", str]], jobs: int, search: Callable[[str, str], Case], tell: Callable[[Sequence[str]], None]
+    cases: Sequence[tuple["Scenario", str]],
+    jobs: int,
+    search: Callable[[str, str], Case],
+    tell: Callable[[Sequence[str]], None],
 ) -> Iterator[Case]:
     """Search, those with most actors first, for they take longest; yields what is ready, and often tells what is searched now."""
     # Late, for they take longer to import than most commands to run.
@@ -250,26 +301,33 @@ def _search_all(
     from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
     from concurrent.futures.process import BrokenProcessPool
 
-    executor = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork"), initializer=_begin)
+    executor = ProcessPoolExecutor(
+        jobs, mp_context=multiprocessing.get_context("fork"), initializer=_begin
+    )
     ordered = sorted(cases, key=lambda case: -case[0].actors)
     try:
         # What runs at a fork would swallow the exception.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             futures: dict[Future[Case], str] = {
-                executor.submit(search, case[0].name, case[1]): f"{case[0].name} {case[1]}" for case in ordered
+                executor.submit(search, case[0].name, case[1]): f"{case[0].name} {case[1]}"
+                for case in ordered
             }
         except OSError as error:
             raise named("fork", error) from None
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         while futures:
-            # Those in front that are not done: the executor calls some running that wait for a process.
+            # Those in front that are not done: the executor calls some running that wait for a
+            # process.
             tell([name for name, _ in zip(futures.values(), range(jobs), strict=False)])
             for future in wait(futures, _TICK, FIRST_COMPLETED).done:
                 del futures[future]
                 yield future.result()
     except BrokenProcessPool:
-        raise CommandError("a process that searched was killed", "by whom: dmesg; with fewer --jobs it takes less memory") from None
+        raise CommandError(
+            "a process that searched was killed",
+            "by whom: dmesg; with fewer --jobs it takes less memory",
+        ) from None
     except BaseException:
         for process in multiprocessing.active_children():
             process.kill()
@@ -290,5 +348,9 @@ def _lines(case: Case, *, in_full: bool) -> Iterator[str]:
 
 def _summary(found: Sequence[Case]) -> str:
     """Write how many searches came out how."""
-    counts = [f"{number} {verdict.value}" for verdict in Verdict if (number := sum(case.verdict is verdict for case in found))]
+    counts = [
+        f"{number} {verdict.value}"
+        for verdict in Verdict
+        if (number := sum(case.verdict is verdict for case in found))
+    ]
     return f"{len(found)} searches, {sum(case.result.states for case in found)} states: {'; '.join(counts)}"

@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from restrictedmem.machine.examination import Conclusion, Examination
     from restrictedmem.machine.finding import Finding
 
-_MARKS = {"yes": ("yes", "32"), "no": ("no", "31"), "partly": ("partly", "33"), "unknown": ("?", "2")}
+_MARKS = {
+    "yes": ("yes", "32"),
+    "no": ("no", "31"),
+    "partly": ("partly", "33"),
+    "unknown": ("?", "2"),
+}
 _INDENT = "  "
 _MARK_WIDTH = 8
 _WIDEST = 120
@@ -31,7 +36,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Try what restrictedmem needs, each thing for itself and without leaving anything behind, and run a guest on each "
         "engine; say what follows, and how to get what is missing. Exit status 0 when a guest ran in restricted memory here, else 1.",
     )
-    parser.add_argument("--json", action="store_true", help="the findings and the conclusion, as JSON")
+    parser.add_argument(
+        "--json", action="store_true", help="the findings and the conclusion, as JSON"
+    )
     parser.set_defaults(main=main)
 
 
@@ -45,16 +52,26 @@ def main(args: argparse.Namespace) -> int:
         print()
     else:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        width = max(_NARROWEST, min(_WIDEST, shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDEST))
+        width = max(
+            _NARROWEST,
+            min(_WIDEST, shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDEST),
+        )
         print("\n".join(as_lines(examination, width, colour=colour)))
     return 0 if examination.conclusion.usable else 1
 
 
 def as_data(examination: "Examination") -> dict[str, Any]:
     """Return an examination as JSON shows it."""
-    findings = [{"group": group.name.lower(), **_data(finding)} for group, findings in examination.groups.items() for finding in findings]
+    findings = [
+        {"group": group.name.lower(), **_data(finding)}
+        for group, findings in examination.groups.items()
+        for finding in findings
+    ]
     conclusion = {name: _data(part) for name, part in examination.conclusion.parts().items()}
-    return {"findings": findings, "conclusion": {"usable": examination.conclusion.usable, **conclusion}}
+    return {
+        "findings": findings,
+        "conclusion": {"usable": examination.conclusion.usable, **conclusion},
+    }
 
 
 def _data(finding: "Finding") -> dict[str, str]:
@@ -79,16 +96,27 @@ def as_lines(examination: "Examination", width: int, *, colour: bool) -> Iterato
 
 def _finding_lines(finding: "Finding", column: int, width: int, *, colour: bool) -> Iterator[str]:
     mark, style = _MARKS[finding.state.value]
-    head = _INDENT + _styled(mark.ljust(_MARK_WIDTH), style, colour=colour) + finding.name.ljust(column - len(_INDENT) - _MARK_WIDTH)
+    head = (
+        _INDENT
+        + _styled(mark.ljust(_MARK_WIDTH), style, colour=colour)
+        + finding.name.ljust(column - len(_INDENT) - _MARK_WIDTH)
+    )
     blank = " " * column
     # Words of other programs, fusermount3 for one.
     detail = plain(" ".join(finding.detail.split()))
-    wrapped = textwrap.wrap(detail, width - column, break_long_words=False, break_on_hyphens=False) or [""]
+    wrapped = textwrap.wrap(
+        detail, width - column, break_long_words=False, break_on_hyphens=False
+    ) or [""]
     yield head + wrapped[0]
     yield from (blank + line for line in wrapped[1:])
     for text in filter(None, (finding.consequence, finding.remedy)):
         yield from textwrap.wrap(
-            f"→ {text}", width, initial_indent=blank, subsequent_indent=f"{blank}  ", break_long_words=False, break_on_hyphens=False
+            f"→ {text}",
+            width,
+            initial_indent=blank,
+            subsequent_indent=f"{blank}  ",
+            break_long_words=False,
+            break_on_hyphens=False,
         )
 
 
@@ -97,7 +125,9 @@ def _verdict(conclusion: "Conclusion") -> str:
     if conclusion.usable:
         on = " and on ".join(f"the {part.name}" for part in engines if part.state.value == "yes")
         return f"A guest ran in restricted memory here, on {on}: restrictedmem run sha256 </bin/sh"
-    missing = [part.name for part in (conclusion.descriptor,) if part.state.value != "yes"] or [part.name for part in engines]
+    missing = [part.name for part in (conclusion.descriptor,) if part.state.value != "yes"] or [
+        part.name for part in engines
+    ]
     return f"No guest can run in restricted memory here: {' and '.join(f'the {name}' for name in missing)} will not work."
 
 

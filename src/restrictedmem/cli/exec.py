@@ -33,8 +33,15 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "  restrictedmem exec -- python3 -c 'import ctypes; print(ctypes.CDLL(None).syscall(451, 0))'",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--api", choices=("v9", "v10"), help="which posting of the series to follow (default v10)")
-    parser.add_argument("--memory-max", type=values.memory_size, metavar="SIZE", help="what a descriptor may hold at most")
+    parser.add_argument(
+        "--api", choices=("v9", "v10"), help="which posting of the series to follow (default v10)"
+    )
+    parser.add_argument(
+        "--memory-max",
+        type=values.memory_size,
+        metavar="SIZE",
+        help="what a descriptor may hold at most",
+    )
     parser.add_argument(
         "--syscall-number",
         type=values.call_number,
@@ -81,7 +88,10 @@ def main(args: argparse.Namespace) -> int:
     own = install(call, usage=args.json is not None)
     # Before the file is opened, which empties it.
     if not own and (outers := _first_given(args, _OF_SUPERVISOR)):
-        raise CommandError(f"{outers}: {os.strerror(EBUSY)}", f"an outer restrictedmem exec does the work: give it {outers}")
+        raise CommandError(
+            f"{outers}: {os.strerror(EBUSY)}",
+            f"an outer restrictedmem exec does the work: give it {outers}",
+        )
     if args.json is None:
         _become(command)
     with jsonfile.opened(args.json) as write:
@@ -101,7 +111,10 @@ def _become(command: list[str]) -> NoReturn:
     try:
         replace(command)
     except (OSError, MemoryError) as error:
-        print(f"restrictedmem exec: {plain(command[0]) or repr('')}: {os.strerror(status_of(error))}", file=sys.stderr)
+        print(
+            f"restrictedmem exec: {plain(command[0]) or repr('')}: {os.strerror(status_of(error))}",
+            file=sys.stderr,
+        )
         os._exit(127 if isinstance(error, FileNotFoundError) else 126)
 
 
@@ -132,7 +145,8 @@ def _usage() -> dict[str, int]:
     """Ask the service what its owners have done.
 
     Raises:
-        OSError: supervisor or service are gone; EOPNOTSUPP for a server, whose services do not count.
+        OSError: supervisor or service are gone; EOPNOTSUPP for a server, whose services do not
+            count.
     """
     from restrictedmem.service.client import Service
 

@@ -35,8 +35,13 @@ def read(name: str) -> "Image":
     try:
         with path.open("rb") as file:
             content = file.read(len(elf.MAGIC))
-            # Nothing is read of what goes on for ever, such as a device; and Python makes room for what it is asked for.
-            while content.startswith(elf.MAGIC) and len(content) <= _LARGEST and (more := file.read(_AT_ONCE)):
+            # Nothing is read of what goes on for ever, such as a device; and Python makes room for
+            # what it is asked for.
+            while (
+                content.startswith(elf.MAGIC)
+                and len(content) <= _LARGEST
+                and (more := file.read(_AT_ONCE))
+            ):
                 content += more
     except OSError as error:
         raise named("open", error, str(path)) from None
@@ -61,7 +66,10 @@ def warn(name: str, arguments: list[str], options: Iterable[str]) -> None:
     """Say that what looks like an option of the command's went to one of the package's guests, which have none."""
     strays = [each for each in arguments if each.partition("=")[0] in options]
     if strays and "/" not in name:
-        print(f"hint: {plain(strays[0])} is an argument of the guest here; options go before GUEST", file=sys.stderr)
+        print(
+            f"hint: {plain(strays[0])} is an argument of the guest here; options go before GUEST",
+            file=sys.stderr,
+        )
 
 
 def find(name: str) -> Path:
@@ -76,4 +84,6 @@ def find(name: str) -> Path:
         return guests.path(name)
     except OSError:
         known = ", ".join(guests.names())
-        raise CommandError(f"no guest named {name}", f"there are {known}; a file needs a slash: ./{name}") from None
+        raise CommandError(
+            f"no guest named {name}", f"there are {known}; a file needs a slash: ./{name}"
+        ) from None

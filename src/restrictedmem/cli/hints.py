@@ -1,6 +1,20 @@
 """What a person can do about an error, by what failed and not by the errno alone."""
 
-from errno import EACCES, EAGAIN, EFBIG, EMFILE, ENFILE, ENODEV, ENOENT, ENOEXEC, ENOMEM, ENOSYS, ENOTSUP, EPERM, ESRCH
+from errno import (
+    EACCES,
+    EAGAIN,
+    EFBIG,
+    EMFILE,
+    ENFILE,
+    ENODEV,
+    ENOENT,
+    ENOEXEC,
+    ENOMEM,
+    ENOSYS,
+    ENOTSUP,
+    EPERM,
+    ESRCH,
+)
 from typing import Final
 
 _REFUSED: Final = (EACCES, EPERM)
@@ -10,11 +24,15 @@ _FORBIDDEN: Final = "a seccomp filter forbids the call, a container's for one (d
 _BUILD: Final = "docs/guests.md says how to build one"
 _LINKED: Final = "link it with guests/guest.ld: docs/guests.md"
 _LARGER: Final = "give it more --memory"
-_MEMORY: Final = "a limit of this process (ulimit -v), of its cgroup (memory.max), or of the machine"
+_MEMORY: Final = (
+    "a limit of this process (ulimit -v), of its cgroup (memory.max), or of the machine"
+)
 #: For --pin: more was to be pinned than may be.
 PINNED: Final = "a limit of this user on pinned memory (ulimit -l), which all rings share; who has CAP_IPC_LOCK has none (docs/pinning.md)"
 _DESCRIPTORS: Final = "a limit of this process: ulimit -n"
-_SERVICES_DESCRIPTORS: Final = "a limit of the service (ulimit -Hn where it starts), or of the machine (fs.file-max)"
+_SERVICES_DESCRIPTORS: Final = (
+    "a limit of the service (ulimit -Hn where it starts), or of the machine (fs.file-max)"
+)
 _PROCESSES: Final = "a limit of this user (ulimit -u), or of this process's cgroup (pids.max)"
 _FILE_SIZE: Final = "a limit of this process: ulimit -f"
 _PROC: Final = "mount that of this PID namespace there: unshare --fork --mount-proc, or mount -t proc proc /proc"
@@ -22,7 +40,8 @@ _PROC: Final = "mount that of this PID namespace there: unshare --fork --mount-p
 _FORKING: Final = ("exec", "fork", "start")
 #: Calls that RLIMIT_FSIZE refuses.
 _SIZED: Final = ("ftruncate", "memfd_restricted", "mmap", "write")
-#: Calls that a kernel with this package's needs lets anybody make, and those of a service that come down to such.
+#: Calls that a kernel with this package's needs lets anybody make, and those of a service that come
+#: down to such.
 _EVERYBODYS: Final = ("memfd_create", "seccomp", "memfd_restricted", "SPAWN")
 _BY_ERRNO: Final = {ENOMEM: _MEMORY, EMFILE: _DESCRIPTORS, ENFILE: _SERVICES_DESCRIPTORS}
 

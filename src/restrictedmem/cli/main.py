@@ -1,6 +1,7 @@
 """The command line: parse, dispatch, and one place where errors become words.
 
-Exit status: 0, or the guest's own; 1 after ``error:``; 2 for a wrong command line; 128 + n when a signal ended it.
+Exit status: 0, or the guest's own; 1 after ``error:``; 2 for a wrong command line; 128 + n when a
+signal ended it.
 """
 
 import argparse
@@ -16,7 +17,8 @@ from restrictedmem.cli import hints, streams
 from restrictedmem.cli.errors import CommandError, complain
 from restrictedmem.failure import line_of
 
-#: Modules of this package. Each is imported when it is wanted: ``exec`` is to start as fast as it can.
+#: Modules of this package. Each is imported when it is wanted: ``exec`` is to start as fast as it
+#: can.
 _COMMANDS: Final = ("run", "exec", "doctor", "check", "ps", "serve", "trace", "verify")
 
 #: The variable that has a service say what goes wrong in it, and this what went wrong here.
@@ -74,7 +76,10 @@ def main(arguments: list[str], *, standalone: bool = False) -> int:
     except Exception as error:
         if not standalone or _DEBUG in os.environ:
             raise
-        status = complain(f"a fault of this program: {type(error).__name__}: {error}", f"{_DEBUG}=1 shows where; please report it")
+        status = complain(
+            f"a fault of this program: {type(error).__name__}: {error}",
+            f"{_DEBUG}=1 shows where; please report it",
+        )
     else:
         return status
     streams.give_up()
@@ -84,7 +89,8 @@ def main(arguments: list[str], *, standalone: bool = False) -> int:
 def _prepare(arguments: list[str]) -> None:
     """Make of this process what commands take it for, however it was started."""
     streams.prepare()
-    # Whoever ignores it passes that on, and no child could be waited for. A program that is executed is to find it as it was.
+    # Whoever ignores it passes that on, and no child could be waited for. A program that is
+    # executed is to find it as it was.
     if arguments[:1] != ["exec"]:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 

@@ -89,7 +89,9 @@ def _lines(service: dict[str, Any]) -> list[str]:
     ]
     for file in files[:_SHOWN]:
         size, held = format_size(file["size"]), format_size(file["resident"])
-        lines.append(f"  descriptor {file['ino']}: {size}, {held} resident, {file['notifiers']} notifiers")
+        lines.append(
+            f"  descriptor {file['ino']}: {size}, {held} resident, {file['notifiers']} notifiers"
+        )
     if len(files) > _SHOWN:
         lines.append(f"  … {len(files) - _SHOWN} more (--json lists all)")
     consumers = service["consumers"]
@@ -99,7 +101,9 @@ def _lines(service: dict[str, Any]) -> list[str]:
         more = ["…"] if len(vm["files"]) > _SHOWN else []
         files_of = " ".join([*map(str, vm["files"][:_SHOWN]), *more]) or "none"
         name = f"{vm['name']} {vm['number']}: pid {report.get('pid', '?')}"
-        lines.append(f"  {name}, descriptors {files_of}{_locked(report)}, {vm['invalidations']} invalidations")
+        lines.append(
+            f"  {name}, descriptors {files_of}{_locked(report)}, {vm['invalidations']} invalidations"
+        )
     if len(consumers) > _SHOWN:
         lines.append(f"  … {len(consumers) - _SHOWN} more VMs and consumers (--json lists all)")
     if service["last_error"]:

@@ -47,9 +47,22 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     size = values.memory_size
-    parser.add_argument("--memory", type=size, default="64M", metavar="SIZE", help="private memory of the guest (default 64M)")
-    parser.add_argument("--memory-max", type=size, metavar="SIZE", help="what a descriptor may hold at most; beyond it, ENOSPC")
-    parser.add_argument("--api", choices=("v9", "v10"), help="which posting of the series to follow (default v10)")
+    parser.add_argument(
+        "--memory",
+        type=size,
+        default="64M",
+        metavar="SIZE",
+        help="private memory of the guest (default 64M)",
+    )
+    parser.add_argument(
+        "--memory-max",
+        type=size,
+        metavar="SIZE",
+        help="what a descriptor may hold at most; beyond it, ENOSPC",
+    )
+    parser.add_argument(
+        "--api", choices=("v9", "v10"), help="which posting of the series to follow (default v10)"
+    )
     parser.add_argument(
         "--engine",
         choices=("auto", "kernel", "software"),
@@ -58,7 +71,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "below --memory is for Unicorn alone, and --gdb is far faster there)",
     )
     _add_memory(parser)
-    parser.add_argument("--vcpus", type=values.count_of("vCPUs", values.MOST_VCPUS), metavar="N", help="vCPUs of the guest (default 1)")
+    parser.add_argument(
+        "--vcpus",
+        type=values.count_of("vCPUs", values.MOST_VCPUS),
+        metavar="N",
+        help="vCPUs of the guest (default 1)",
+    )
     parser.add_argument(
         "--trace",
         metavar="FILE",
@@ -89,8 +107,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--quiet", action="store_true", help="no progress, no table")
     parser.add_argument("guest", metavar="GUEST", nargs="?", help=guest_option.KINDS)
-    parser.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS", help="arguments of the guest")
-    parser.set_defaults(main=main, error=parser.error, options=frozenset(parser._option_string_actions))
+    parser.add_argument(
+        "args", nargs=argparse.REMAINDER, metavar="ARGS", help="arguments of the guest"
+    )
+    parser.set_defaults(
+        main=main, error=parser.error, options=frozenset(parser._option_string_actions)
+    )
 
 
 def _add_memory(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +131,9 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
         "aside, which nothing splits (default memfd; all others on the software engine)",
     )
     parser.add_argument(
-        "--pin", action="store_true", help="keep each page at its physical address once the guest has it (docs/pinning.md; software engine)"
+        "--pin",
+        action="store_true",
+        help="keep each page at its physical address once the guest has it (docs/pinning.md; software engine)",
     )
     parser.add_argument(
         "--platform",
@@ -134,10 +158,20 @@ def main(args: argparse.Namespace) -> int:
     from restrictedmem.service.start import Options
 
     if (args.guest is None) == (args.prove is None):
-        args.error("name a guest, or --prove" if args.guest is None else "--prove runs a guest of its own: leave out the guest, or --prove")
+        args.error(
+            "name a guest, or --prove"
+            if args.guest is None
+            else "--prove runs a guest of its own: leave out the guest, or --prove"
+        )
     server = os.environ.get(SERVER_VARIABLE)
     _check(args, server)
-    options = Options(api=args.api or "v10", design=args.design, memory_max=args.memory_max, backing=args.backing or "memfd", pin=args.pin)
+    options = Options(
+        api=args.api or "v10",
+        design=args.design,
+        memory_max=args.memory_max,
+        backing=args.backing or "memfd",
+        pin=args.pin,
+    )
     with ExitStack() as stack:
         write = None if args.json is None else stack.enter_context(jsonfile.opened(args.json))
         service = stack.enter_context(Service.connect(server) if server else Service.start(options))
@@ -147,12 +181,16 @@ def main(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace, server: str | None) -> None:
     """End the program for options that do not go together, or would do nothing."""
     if args.engine == "kernel" and (word := _software_alone(args)):
-        args.error(f"{word} is for the software engine: the kernel's keeps private memory in a guest_memfd")
+        args.error(
+            f"{word} is for the software engine: the kernel's keeps private memory in a guest_memfd"
+        )
     if args.prove is None and args.json == jsonfile.STDOUT:
         args.error("--json takes a file: stdout is the guest's")
     services = _first(args, "api", "design", "backing", "memory_max", "pin")
     if server and services:
-        args.error(f"{services} is for a service of one's own, and RESTRICTEDMEM_SERVER names another")
+        args.error(
+            f"{services} is for a service of one's own, and RESTRICTEDMEM_SERVER names another"
+        )
     guests = _first(args, "vcpus", "trace", "gdb", "platform")
     if args.prove is not None and guests:
         args.error(f"{guests} goes with a guest, not with --prove")
@@ -161,16 +199,26 @@ def _check(args: argparse.Namespace, server: str | None) -> None:
 def _first(args: argparse.Namespace, *names: str) -> str:
     """Return the first of some options that was given, empty when none was."""
     # Not by comparison: port 0 is one.
-    given = (name for name in names if getattr(args, name) is not None and getattr(args, name) is not False)
+    given = (
+        name
+        for name in names
+        if getattr(args, name) is not None and getattr(args, name) is not False
+    )
     return next((f"--{name.replace('_', '-')}" for name in given), "")
 
 
 def _software_alone(args: argparse.Namespace) -> str:
     """Return the option that only the software engine has, if one was given."""
-    return "" if args.backing == "memfd" and not args.platform and not args.pin else _first(args, "platform", "pin", "backing")
+    return (
+        ""
+        if args.backing == "memfd" and not args.platform and not args.pin
+        else _first(args, "platform", "pin", "backing")
+    )
 
 
-def _run(args: argparse.Namespace, service: "Service", write: Callable[[object], None] | None) -> int:
+def _run(
+    args: argparse.Namespace, service: "Service", write: Callable[[object], None] | None
+) -> int:
     image = guest_option.read(args.guest)
     guest_option.warn(args.guest, args.args, args.options)
     ended: Ended | None = None
@@ -194,7 +242,9 @@ def _run(args: argparse.Namespace, service: "Service", write: Callable[[object],
     if platform.get("violated_pages"):
         # Before what stopped the guest, which may have come of it.
         story = "\n  ".join(table.story(platform))
-        raise CommandError(f"rules of the platform were violated for {platform['violated_pages']} pages; the first:\n  {story}")
+        raise CommandError(
+            f"rules of the platform were violated for {platform['violated_pages']} pages; the first:\n  {story}"
+        )
     if ended.fatal is not None:
         raise _stopped(args, ended.fatal)
     return ended.status
@@ -212,17 +262,28 @@ def _stopped(args: argparse.Namespace, fatal: object) -> CommandError:
     return CommandError(f"the guest stopped: {fatal}{why}", hint)
 
 
-def _launched(args: argparse.Namespace, service: "Service", image: "Image", stack: ExitStack) -> tuple["Vmm", str]:
+def _launched(
+    args: argparse.Namespace, service: "Service", image: "Image", stack: ExitStack
+) -> tuple["Vmm", str]:
     """Return a guest that is ready to run, and its measurement; what belongs to it ends with ``stack``."""
     from restrictedmem.kvm.vmm import Vmm
 
     vmm = stack.enter_context(
-        Vmm(args.memory, service, vcpus=args.vcpus or 1, engine=_engine(args), debug=args.gdb is not None, platform=args.platform or "")
+        Vmm(
+            args.memory,
+            service,
+            vcpus=args.vcpus or 1,
+            engine=_engine(args),
+            debug=args.gdb is not None,
+            platform=args.platform or "",
+        )
     )
     if args.trace is not None:
         from restrictedmem.kvm import recording
 
-        stack.enter_context(recording.record(vmm, args.trace, lambda count: _tell_lost(args.trace, count)))
+        stack.enter_context(
+            recording.record(vmm, args.trace, lambda count: _tell_lost(args.trace, count))
+        )
     try:
         with guest_option.naming(args.guest):
             vmm.load(image, args.args)
@@ -246,13 +307,21 @@ def _space(args: argparse.Namespace) -> str:
 
 
 def _tell_lost(path: str, count: int) -> None:
-    print(f"{path}: {count} events are missing, which found the socket full (docs/trace.md)", file=sys.stderr)
+    print(
+        f"{path}: {count} events are missing, which found the socket full (docs/trace.md)",
+        file=sys.stderr,
+    )
 
 
 def _engine(args: argparse.Namespace) -> str:
-    # A guest_memfd has no limit but its size, and the kernel engine steps through all code while there is a breakpoint.
+    # A guest_memfd has no limit but its size, and the kernel engine steps through all code while
+    # there is a breakpoint.
     bounded = args.memory_max is not None and args.memory_max < args.memory
-    return "software" if args.engine == "auto" and (bounded or args.gdb is not None or _software_alone(args)) else str(args.engine)
+    return (
+        "software"
+        if args.engine == "auto" and (bounded or args.gdb is not None or _software_alone(args))
+        else str(args.engine)
+    )
 
 
 def _to_its_end(vmm: "Vmm", *, quiet: bool) -> "Ended":
@@ -260,10 +329,18 @@ def _to_its_end(vmm: "Vmm", *, quiet: bool) -> "Ended":
         return vmm.run(sys.stdin.buffer, sys.stdout.buffer, sys.stderr.buffer, tick)
 
 
-def _prove(args: argparse.Namespace, service: "Service", write: Callable[[object], None] | None) -> int:
+def _prove(
+    args: argparse.Namespace, service: "Service", write: Callable[[object], None] | None
+) -> int:
     from restrictedmem.audit.prove import prove_main, show
 
-    found = prove_main(service, memory=args.memory, engine=_engine(args), as_root=args.prove == "as-root", quiet=args.quiet)
+    found = prove_main(
+        service,
+        memory=args.memory,
+        engine=_engine(args),
+        as_root=args.prove == "as-root",
+        quiet=args.quiet,
+    )
     if args.json != jsonfile.STDOUT:
         show(found.attempts)
     if write is not None:

@@ -45,14 +45,21 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "is. Clients set RESTRICTEDMEM_SERVER to the socket. Start it as root: only a mount made by root lets descriptors work "
         "for other users.",
     )
-    parser.add_argument("--socket", required=True, metavar="PATH", help="where to listen; made here, removed at the end")
+    parser.add_argument(
+        "--socket",
+        required=True,
+        metavar="PATH",
+        help="where to listen; made here, removed at the end",
+    )
     parser.add_argument(
         "--user",
         metavar="NAME|FIRST-LAST",
         help="user that the services become once they have mounted, or uids that nobody else has, of which the services of each client's "
         "uid get one for themselves, at least as many as clients have uids (default: stay)",
     )
-    parser.add_argument("--mode", type=_mode, default=0o666, metavar="OCTAL", help="who may connect (default 666)")
+    parser.add_argument(
+        "--mode", type=_mode, default=0o666, metavar="OCTAL", help="who may connect (default 666)"
+    )
     parser.add_argument(
         "--max-per-user",
         type=values.count_of("services"),
@@ -67,9 +74,16 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="N",
         help="VMs and other consumers that one service may have at the same time; beyond it, EAGAIN (default 64)",
     )
-    parser.add_argument("--api", choices=("v9", "v10"), default="v10", help="which posting of the series to follow (default v10)")
     parser.add_argument(
-        "--signing-key", metavar="FILE", help="key to sign guests' reports with: Ed25519 in PEM, mode 600 (default: a new one each service)"
+        "--api",
+        choices=("v9", "v10"),
+        default="v10",
+        help="which posting of the series to follow (default v10)",
+    )
+    parser.add_argument(
+        "--signing-key",
+        metavar="FILE",
+        help="key to sign guests' reports with: Ed25519 in PEM, mode 600 (default: a new one each service)",
     )
     parser.add_argument(
         "--memory-max",
@@ -90,8 +104,17 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help=f"what consumers hear of a punch: {', '.join(design.NAMES)}, each also with {design.TEARDOWN} behind it (docs/designs.md; "
         "default: that of --api)",
     )
-    parser.add_argument("--backing", choices=KINDS, default="memfd", help="what pages are made of (docs/folios.md; default memfd)")
-    parser.add_argument("--pin", action="store_true", help="have consumers keep pages at their physical addresses (docs/pinning.md)")
+    parser.add_argument(
+        "--backing",
+        choices=KINDS,
+        default="memfd",
+        help="what pages are made of (docs/folios.md; default memfd)",
+    )
+    parser.add_argument(
+        "--pin",
+        action="store_true",
+        help="have consumers keep pages at their physical addresses (docs/pinning.md)",
+    )
     parser.add_argument(
         "--consumer",
         type=_named,
@@ -127,7 +150,10 @@ def main(args: argparse.Namespace) -> int:
     process.raise_fd_limit()
     say = Said()
     stop = _stop_at(signal.SIGINT, signal.SIGTERM)
-    with _cgroups(args.client_memory) as cgroups, listen(args.socket, args.mode) as (listener, dangers):
+    with (
+        _cgroups(args.client_memory) as cgroups,
+        listen(args.socket, args.mode) as (listener, dangers),
+    ):
         for danger in dangers:
             say(f"warning: {danger}, who can put another socket in the place of this one")
         server = Server(listener, options, args.max_per_user, say, uids, cgroups)
@@ -213,14 +239,19 @@ def _uids(text: str | None) -> range:
         return range(0)
     first, last = map(int, found.groups())
     if not 0 < first <= last <= _LAST_UID:
-        raise CommandError(f"--user: {text} is no range of uids", f"1 to {_LAST_UID}, without root's and those of others")
+        raise CommandError(
+            f"--user: {text} is no range of uids",
+            f"1 to {_LAST_UID}, without root's and those of others",
+        )
     _check_root()
     return range(first, last + 1)
 
 
 def _check_root() -> None:
     if os.geteuid():
-        raise CommandError("only root can become another user", "start it as root, or without --user")
+        raise CommandError(
+            "only root can become another user", "start it as root, or without --user"
+        )
 
 
 def _become(name: str | None) -> tuple[int, int] | None:

@@ -30,7 +30,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "other thread of owner and engine, and a counter of private pages.",
     )
     to_perfetto.add_argument("source", metavar="IN", type=Path, help="the trace, one event a line")
-    to_perfetto.add_argument("target", metavar="OUT", type=Path, help="where to write, such as run.perfetto-trace")
+    to_perfetto.add_argument(
+        "target", metavar="OUT", type=Path, help="where to write, such as run.perfetto-trace"
+    )
     to_perfetto.set_defaults(main=main)
 
 

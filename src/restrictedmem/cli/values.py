@@ -34,7 +34,9 @@ def count_of(what: str, most: int = 1 << 20) -> Callable[[str], int]:
     def read(text: str) -> int:
         found = _number(text)
         if found is None or not 0 < found <= most:
-            raise argparse.ArgumentTypeError(f"{text[:_SHOWN]} is not a number of {what}, 1 to {most}")
+            raise argparse.ArgumentTypeError(
+                f"{text[:_SHOWN]} is not a number of {what}, 1 to {most}"
+            )
         return found
 
     return read
@@ -55,7 +57,9 @@ def seed(text: str) -> int:
     """Read what random numbers begin with."""
     found = _number(text)
     if found is None:
-        raise argparse.ArgumentTypeError(f"{text[:_SHOWN]} is not a seed: a number that another run said")
+        raise argparse.ArgumentTypeError(
+            f"{text[:_SHOWN]} is not a seed: a number that another run said"
+        )
     return found
 
 
@@ -73,7 +77,9 @@ def call_number(text: str) -> int:
     if found is None or found >> _CALL_BITS:
         raise argparse.ArgumentTypeError(f"{text[:_SHOWN]} is not a system call's number")
     if found < SYS_memfd_restricted:
-        raise argparse.ArgumentTypeError(f"{text} may be another system call's: take one from {SYS_memfd_restricted} on")
+        raise argparse.ArgumentTypeError(
+            f"{text} may be another system call's: take one from {SYS_memfd_restricted} on"
+        )
     return found
 
 

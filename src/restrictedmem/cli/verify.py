@@ -40,11 +40,26 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "  restrictedmem verify seal.report --key service.pem --data 3432 --guest seal",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("report", metavar="REPORT", help="file with the report, as it is or in hexadecimal; - for stdin")
-    parser.add_argument("--key", metavar="KEY", help="the service's public key: 64 hexadecimal digits, or a file with PEM or the digits")
-    parser.add_argument("--data", type=_data, metavar="HEX", help="what the guest had it signed over, at most 64 bytes")
+    parser.add_argument(
+        "report",
+        metavar="REPORT",
+        help="file with the report, as it is or in hexadecimal; - for stdin",
+    )
+    parser.add_argument(
+        "--key",
+        metavar="KEY",
+        help="the service's public key: 64 hexadecimal digits, or a file with PEM or the digits",
+    )
+    parser.add_argument(
+        "--data",
+        type=_data,
+        metavar="HEX",
+        help="what the guest had it signed over, at most 64 bytes",
+    )
     expected = parser.add_mutually_exclusive_group()
-    expected.add_argument("--measurement", type=_measurement, metavar="HEX", help="the measurement expected")
+    expected.add_argument(
+        "--measurement", type=_measurement, metavar="HEX", help="the measurement expected"
+    )
     expected.add_argument(
         "--guest",
         nargs=argparse.REMAINDER,
@@ -53,7 +68,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     _add_launch_options(parser)
     parser.add_argument("--json", action="store_true", help="the report and each check, as JSON")
-    parser.set_defaults(main=main, error=parser.error, options=frozenset(parser._option_string_actions))
+    parser.set_defaults(
+        main=main, error=parser.error, options=frozenset(parser._option_string_actions)
+    )
 
 
 def _add_measure(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -64,14 +81,30 @@ def _add_measure(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     _add_launch_options(parser)
     parser.add_argument("guest", metavar="GUEST", help=guest.KINDS)
-    parser.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS", help="arguments of the guest")
+    parser.add_argument(
+        "args", nargs=argparse.REMAINDER, metavar="ARGS", help="arguments of the guest"
+    )
     parser.set_defaults(main=measure, options=frozenset(parser._option_string_actions))
 
 
 def _add_launch_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--memory", type=values.memory_size, metavar="SIZE", help="the guest's private memory (default 64M)")
-    parser.add_argument("--vcpus", type=values.count_of("vCPUs", values.MOST_VCPUS), metavar="N", help="its vCPUs (default 1)")
-    parser.add_argument("--debug", action="store_true", help="with a policy that opens registers and private memory to the owner")
+    parser.add_argument(
+        "--memory",
+        type=values.memory_size,
+        metavar="SIZE",
+        help="the guest's private memory (default 64M)",
+    )
+    parser.add_argument(
+        "--vcpus",
+        type=values.count_of("vCPUs", values.MOST_VCPUS),
+        metavar="N",
+        help="its vCPUs (default 1)",
+    )
+    parser.add_argument(
+        "--debug",
+        action="store_true",
+        help="with a policy that opens registers and private memory to the owner",
+    )
 
 
 def _hex(text: str, size: int) -> bytes:
@@ -107,7 +140,13 @@ def _expected(args: argparse.Namespace, name: str, arguments: list[str]) -> byte
     size = _MEMORY if args.memory is None else args.memory
     guest.warn(name, arguments, args.options)
     with guest.naming(name):
-        return expected_measurement(guest.read(name), arguments, private_size=size, vcpus=args.vcpus or 1, policy=_policy(args))
+        return expected_measurement(
+            guest.read(name),
+            arguments,
+            private_size=size,
+            vcpus=args.vcpus or 1,
+            policy=_policy(args),
+        )
 
 
 def _policy(args: argparse.Namespace) -> int:
@@ -138,7 +177,9 @@ def main(args: argparse.Namespace) -> int:
     from restrictedmem.service.report import Report
 
     if args.guest == []:
-        args.error("--guest takes a guest, after it: it and its arguments are the last on the command line")
+        args.error(
+            "--guest takes a guest, after it: it and its arguments are the last on the command line"
+        )
     if args.guest is None and (args.memory is not None or args.vcpus is not None):
         args.error("--memory and --vcpus are a guest's, and go with --guest")
     data = _read(args.report)
@@ -149,13 +190,24 @@ def main(args: argparse.Namespace) -> int:
     checks = list(_checks(args, data, report))
     bad = [check.name for check in checks if check.state is State.BAD]
     if args.json:
-        json.dump({"verified": not bad, "checks": [_as_data(check) for check in checks], "report": _fields(report)}, sys.stdout)
+        json.dump(
+            {
+                "verified": not bad,
+                "checks": [_as_data(check) for check in checks],
+                "report": _fields(report),
+            },
+            sys.stdout,
+        )
         print()
     else:
         for check in checks:
             print(f"{check.name:<12} {check.state.value:<12} {check.detail}")
         open_ = [check.name for check in checks if check.state is State.NOT_CHECKED]
-        print(f"not verified: {', '.join(bad)}" if bad else "verified" + (f", except for: {', '.join(open_)}" if open_ else ""))
+        print(
+            f"not verified: {', '.join(bad)}"
+            if bad
+            else "verified" + (f", except for: {', '.join(open_)}" if open_ else "")
+        )
     return 1 if bad else 0
 
 
@@ -186,12 +238,20 @@ def _checks(args: argparse.Namespace, data: bytes, report: "Report") -> Iterator
 
     right = signed_by_its_key(data)
     key = report.public_key.hex()
-    yield Check("signature", State.GOOD if right else State.BAD, f"{'by' if right else 'not by'} the key that the report names")
+    yield Check(
+        "signature",
+        State.GOOD if right else State.BAD,
+        f"{'by' if right else 'not by'} the key that the report names",
+    )
     if args.key is None:
-        yield Check("key", State.NOT_CHECKED, f"nobody vouched for {key}; anyone can make a key (--key)")
+        yield Check(
+            "key", State.NOT_CHECKED, f"nobody vouched for {key}; anyone can make a key (--key)"
+        )
     else:
         yield _compare("key", _public_key(args.key), report.public_key)
-    expected = args.measurement if args.guest is None else _expected(args, args.guest[0], args.guest[1:])
+    expected = (
+        args.measurement if args.guest is None else _expected(args, args.guest[0], args.guest[1:])
+    )
     if expected is None:
         text = f"any program may have sent it; {report.measurement.hex()} (--guest, --measurement)"
         yield Check("measurement", State.NOT_CHECKED, text)
@@ -199,7 +259,9 @@ def _checks(args: argparse.Namespace, data: bytes, report: "Report") -> Iterator
         yield _compare("measurement", expected, report.measurement)
     yield _check_policy(_policy(args), report.policy)
     if args.data is None:
-        yield Check("data", State.NOT_CHECKED, f"it may be an old report; {report.data.hex()} (--data)")
+        yield Check(
+            "data", State.NOT_CHECKED, f"it may be an old report; {report.data.hex()} (--data)"
+        )
     else:
         yield _compare("data", args.data, report.data)
 
@@ -214,11 +276,17 @@ def _check_policy(expected: int, found: int) -> Check:
     from restrictedmem.kvm.wire import POLICY_DEBUG, POLICY_EXPLICIT
 
     words = [
-        "the owner can look into the guest and change it" if found & POLICY_DEBUG else "no debugging",
-        "pages are shared only when the guest asks" if found & POLICY_EXPLICIT else "the owner can make any page shared",
+        "the owner can look into the guest and change it"
+        if found & POLICY_DEBUG
+        else "no debugging",
+        "pages are shared only when the guest asks"
+        if found & POLICY_EXPLICIT
+        else "the owner can make any page shared",
     ]
     unknown = found & ~(POLICY_DEBUG | POLICY_EXPLICIT)
-    text = "; ".join([*words, *([f"bits that this version does not know: {unknown:#x}"] if unknown else [])])
+    text = "; ".join(
+        [*words, *([f"bits that this version does not know: {unknown:#x}"] if unknown else [])]
+    )
     return Check("policy", State.GOOD if found == expected else State.BAD, f"{found}: {text}")
 
 
@@ -235,4 +303,7 @@ def _as_data(check: Check) -> dict[str, str]:
 
 
 def _fields(report: "Report") -> dict[str, object]:
-    return {name: value.hex() if isinstance(value, bytes) else value for name, value in asdict(report).items()}
+    return {
+        name: value.hex() if isinstance(value, bytes) else value
+        for name, value in asdict(report).items()
+    }

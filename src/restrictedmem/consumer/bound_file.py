@@ -19,7 +19,8 @@ from restrictedmem.mm.sequence import InvalidationSequence
 from restrictedmem.service.wire import BindingFlag
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
 
-#: Seconds after which a fault looks again: an invalidation that this consumer is not told of ends without a word too.
+#: Seconds after which a fault looks again: an invalidation that this consumer is not told of ends
+#: without a word too.
 _LOOK_AGAIN: Final = 0.001
 
 
@@ -44,7 +45,8 @@ def file_is_restrictedmem(fd: int) -> bool:
 class NotifierOps(Protocol):
     """What a consumer does about a window (``struct restrictedmem_notifier_ops``), called by the notify thread, which all files share.
 
-    Ranges are pages of the file and may reach beyond the window; ``order`` is as in ``mm.notifier.Notifier``, whose rules hold.
+    Ranges are pages of the file and may reach beyond the window; ``order`` is as in
+    ``mm.notifier.Notifier``, whose rules hold.
     """
 
     def invalidate_start(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
@@ -64,7 +66,9 @@ class NotifierOps(Protocol):
 class BoundFile:
     """A window of a file whose ops are called by the service; itself the ``Notifier`` in between, which keeps the account of pages."""
 
-    def __init__(self, bound: Bound, window: PageRange, ops: NotifierOps, unbind: Callable[[], None]) -> None:
+    def __init__(
+        self, bound: Bound, window: PageRange, ops: NotifierOps, unbind: Callable[[], None]
+    ) -> None:
         """Map the window; ``bound``'s descriptors are this object's from now on.
 
         Raises:
@@ -84,12 +88,24 @@ class BoundFile:
         self._lost: set[int] = set()
 
     @classmethod
-    def register_notifier(cls, consumer: Consumer, token: bytes, window: PageRange, ops: NotifierOps) -> Self:
+    def register_notifier(
+        cls, consumer: Consumer, token: bytes, window: PageRange, ops: NotifierOps
+    ) -> Self:
         """Register a notifier for the whole file, pages of which are to be taken from ``window`` (``Consumer.register_notifier``)."""
-        return consumer.register_notifier(token, lambda bound: cls(bound, window, ops, lambda: consumer.unbind(bound.number)))
+        return consumer.register_notifier(
+            token, lambda bound: cls(bound, window, ops, lambda: consumer.unbind(bound.number))
+        )
 
     @classmethod
-    def bind(cls, consumer: Consumer, token: bytes, window: PageRange, ops: NotifierOps, *, exclusive: bool = True) -> Self:
+    def bind(
+        cls,
+        consumer: Consumer,
+        token: bytes,
+        window: PageRange,
+        ops: NotifierOps,
+        *,
+        exclusive: bool = True,
+    ) -> Self:
         """Bind a window of a file (``Consumer.bind``)."""
 
         def make(bound: Bound) -> Self:
@@ -105,8 +121,8 @@ class BoundFile:
         What is done with it has to stand the test of ``retry``, or to go through ``fault``.
 
         Raises:
-            OSError: EAGAIN while the page is being invalidated; EHWPOISON for one that the machine has lost; EFAULT outside the window;
-                ENOSPC, ENOMEM.
+            OSError: EAGAIN while the page is being invalidated; EHWPOISON for one that the machine
+                has lost; EFAULT outside the window; ENOSPC, ENOMEM.
         """
         self._check(pgoff)
         return self._pages.get_page(pgoff)
@@ -147,7 +163,8 @@ class BoundFile:
     def fault(self, pgoff: pgoff_t, lock: sync.Mutex, install: Callable[[int], None]) -> int:
         """Take a page and have it installed, with its order, by ``install`` under ``lock`` (``kvm_faultin_pfn``); returns the retries.
 
-        ``lock`` is the one under which the notifier's ``invalidate_start`` and ``error`` take away what is installed.
+        ``lock`` is the one under which the notifier's ``invalidate_start`` and ``error`` take away
+        what is installed.
 
         Raises:
             OSError: as ``get_page``, but EAGAIN.
@@ -199,12 +216,16 @@ class BoundFile:
         self._sequence.close()
 
 
-def _map(bound: Bound, window: PageRange, sequence: InvalidationSequence, made: ExitStack) -> tuple[Mapping, Pages]:
+def _map(
+    bound: Bound, window: PageRange, sequence: InvalidationSequence, made: ExitStack
+) -> tuple[Mapping, Pages]:
     """Map a window as its folios lie, and take pages as the service says."""
     start, hugepage = window.start << PAGE_SHIFT, bool(bound.flags & BindingFlag.HUGEPAGE)
     memfd = take_over(bound.memfd, limit=bound.limit, base_order=bound.order, hugepage=hugepage)
     made.callback(memfd.close)
-    mapping = Mapping(memfd.fileno(), start, len(window) << PAGE_SHIFT, max(PMD_SIZE, PAGE_SIZE << bound.order))
+    mapping = Mapping(
+        memfd.fileno(), start, len(window) << PAGE_SHIFT, max(PMD_SIZE, PAGE_SIZE << bound.order)
+    )
     made.callback(mapping.close)
     backing: Allocator = MappedBacking(memfd, mapping, start)
     if bound.flags & BindingFlag.PIN:

@@ -65,34 +65,43 @@ class Consumer:
     def register_notifier(self, token: bytes, make: Callable[[Bound], _N]) -> _N:
         """Register a notifier for the whole file whose holder presented ``token`` (``restrictedmem_register_notifier``).
 
-        ``make`` gets what came of it, descriptors included, and returns the notifier, which hears of nothing before.
+        ``make`` gets what came of it, descriptors included, and returns the notifier, which hears
+        of nothing before.
 
         Raises:
-            OSError: EINVAL for a token of no restricted descriptor, while another consumer has the file, and where its design has
-                bindings; what ``make`` raises.
+            OSError: EINVAL for a token of no restricted descriptor, while another consumer has the
+                file, and where its design has bindings; what ``make`` raises.
         """
         return self._bind(token, _NOTHING, 0, make)
 
-    def bind(self, token: bytes, span: PageRange, make: Callable[[Bound], _N], *, exclusive: bool = True) -> _N:
+    def bind(
+        self, token: bytes, span: PageRange, make: Callable[[Bound], _N], *, exclusive: bool = True
+    ) -> _N:
         """Bind pages of a file to a notifier, in the design ``bindings`` (``restrictedmem_bind``), else as ``register_notifier``.
 
         Raises:
-            OSError: EINVAL for a token of no restricted descriptor, while another consumer has the file, for an empty range, and as
-                ``RestrictedFile.bind``; what ``make`` raises.
+            OSError: EINVAL for a token of no restricted descriptor, while another consumer has the
+                file, for an empty range, and as ``RestrictedFile.bind``; what ``make`` raises.
         """
         if not len(span):
             raise failed("bind", EINVAL, f"no pages in {span}")
         return self._bind(token, span, _EXCLUSIVE if exclusive else 0, make)
 
-    def bind_again(self, binding: int, span: PageRange, make: Callable[[int], _N], *, exclusive: bool = True) -> _N:
+    def bind_again(
+        self, binding: int, span: PageRange, make: Callable[[int], _N], *, exclusive: bool = True
+    ) -> _N:
         """Bind further pages of a file, of which this consumer has a binding; ``make`` gets the number of the new one.
 
         Raises:
-            OSError: ENOENT for no binding of this consumer; EINVAL as ``bind``; what ``make`` raises.
+            OSError: ENOENT for no binding of this consumer; EINVAL as ``bind``; what ``make``
+                raises.
         """
         flags = _AGAIN | _EXCLUSIVE if exclusive else _AGAIN
         with self._asking():
-            body, _ = self.requests.call(wire.BIND, wire.BIND_REQUEST.pack(wire.NUMBER.pack(binding), span.start, span.end, flags))
+            body, _ = self.requests.call(
+                wire.BIND,
+                wire.BIND_REQUEST.pack(wire.NUMBER.pack(binding), span.start, span.end, flags),
+            )
             number: int = wire.BINDING.unpack(body)[0]
             return self._register(number, partial(make, number))
 
@@ -102,13 +111,20 @@ class Consumer:
             pass
         with self._asking():
             try:
-                body, fds = self.requests.call(wire.BIND, wire.BIND_REQUEST.pack(token, span.start, span.end, flags))
+                body, fds = self.requests.call(
+                    wire.BIND, wire.BIND_REQUEST.pack(token, span.start, span.end, flags)
+                )
             except OSError as error:
                 # As fget and file_is_restrictedmem failing: EINVAL for both.
-                raise failed("bind", EINVAL if error.errno == EACCES else error.errno, detail_of(error)) from None
+                raise failed(
+                    "bind", EINVAL if error.errno == EACCES else error.errno, detail_of(error)
+                ) from None
             number, ino, limit, how, order = wire.BINDING.unpack(body)
             memfd, sequence = fds
-            return self._register(number, partial(make, Bound(number, ino, limit or None, memfd, sequence, how, order)))
+            return self._register(
+                number,
+                partial(make, Bound(number, ino, limit or None, memfd, sequence, how, order)),
+            )
 
     @contextmanager
     def _asking(self) -> Generator[None]:
@@ -168,7 +184,8 @@ class Consumer:
                 if reply is not None:
                     self._notify.reply(reply)
         finally:
-            # Gone, or told something that this process cannot do: whoever goes on using pages then uses freed ones.
+            # Gone, or told something that this process cannot do: whoever goes on using pages then
+            # uses freed ones.
             os._exit(FAULT)
 
     def _answer(self, message: Message) -> bytes | None:

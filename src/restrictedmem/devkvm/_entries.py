@@ -60,7 +60,9 @@ class MsrEntries(kvm_msrs):
         Raises:
             OSError: E2BIG, as the kernel's.
         """
-        entries = fitting([kvm_msr_entry(index=index, data=data) for index, data in values.items()], call)
+        entries = fitting(
+            [kvm_msr_entry(index=index, data=data) for index, data in values.items()], call
+        )
         made = cls(nmsrs=len(entries))
         made.entries[: len(entries)] = entries
         return made

@@ -12,7 +12,8 @@ from restrictedmem.fd import OwnedFd
 class GuestMemfd(OwnedFd):
     """The descriptor of KVM_CREATE_GUEST_MEMFD.
 
-    The file keeps its VM alive, not the other way round: what slots have bound is lost to the guest with the last descriptor and mapping.
+    The file keeps its VM alive, not the other way round: what slots have bound is lost to the guest
+    with the last descriptor and mapping.
     """
 
     __slots__ = ("flags",)

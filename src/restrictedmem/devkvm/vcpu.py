@@ -17,7 +17,8 @@ from restrictedmem.devkvm._entries import CpuidEntries, MsrEntries, SignalSet
 from restrictedmem.failure import failed
 from restrictedmem.fd import OwnedFd
 
-#: Sent by ``Vcpu.kick``: ignored by default, so that it does no harm to a thread that does not expect it.
+#: Sent by ``Vcpu.kick``: ignored by default, so that it does no harm to a thread that does not
+#: expect it.
 KICK: Final = signal.SIGURG
 
 _RUN: Final = kvm.KVM_RUN.request
@@ -36,7 +37,8 @@ class Vcpu(OwnedFd):
         self._mapping: mmap.mmap | None = None
         self._page: shared.kvm_run | None = None
         self._thread = 0
-        #: Why the last memory fault happened: EFAULT, or EHWPOISON for a page that the machine has lost.
+        #: Why the last memory fault happened: EFAULT, or EHWPOISON for a page that the machine has
+        #: lost.
         self.run_errno = 0
 
     def close(self) -> None:
@@ -66,8 +68,9 @@ class Vcpu(OwnedFd):
         A memory fault is an exit too, although KVM_RUN fails then: ``run_errno`` says with what.
 
         Raises:
-            OSError: EINTR after a signal, a kick or with ``immediate_exit``, and then nothing has been lost; EFAULT for a page that
-                cannot be had and of which the kernel says no more; EIO in another process than the VM's.
+            OSError: EINTR after a signal, a kick or with ``immediate_exit``, and then nothing has
+                been lost; EFAULT for a page that cannot be had and of which the kernel says no
+                more; EIO in another process than the VM's.
         """
         page = self._page or self._map()
         # An errno other than EFAULT leaves the last exit's reason behind.
@@ -88,7 +91,8 @@ class Vcpu(OwnedFd):
     def accept_kicks(self) -> None:
         """Let ``kick`` reach this thread, which is the one to call ``run`` from now on.
 
-        SIGURG stays blocked in the thread, but for the time it spends in KVM_RUN; the signals blocked there are those blocked now.
+        SIGURG stays blocked in the thread, but for the time it spends in KVM_RUN; the signals
+        blocked there are those blocked now.
         """
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         self.set_signal_mask(blocked - {KICK})
@@ -243,7 +247,8 @@ class Vcpu(OwnedFd):
         """Map guest physical memory before the guest touches it, as far as one call goes; return the bytes that are left.
 
         Raises:
-            OSError: EOPNOTSUPP without KVM_CAP_PRE_FAULT_MEMORY, ENOENT where no slot is, EINVAL unless aligned, EINTR.
+            OSError: EOPNOTSUPP without KVM_CAP_PRE_FAULT_MEMORY, ENOENT where no slot is, EINVAL
+                unless aligned, EINTR.
         """
         request = kvm.kvm_pre_fault_memory(gpa=gpa, size=size)
         kvm.KVM_PRE_FAULT_MEMORY(self, request)

@@ -46,30 +46,43 @@ class Vm(OwnedFd):
         """Create a vCPU, close-on-exec; the caller owns it.
 
         Raises:
-            OSError: EEXIST when there is one of that number, EINVAL when it is not below KVM_CAP_MAX_VCPU_ID.
+            OSError: EEXIST when there is one of that number, EINVAL when it is not below
+                KVM_CAP_MAX_VCPU_ID.
         """
         return Vcpu(kvm.KVM_CREATE_VCPU(self, number), self._vcpu_mmap_size)
 
     def create_guest_memfd(self, size: int, flags: int = 0) -> GuestMemfd:
         """Create a guest_memfd of ``size`` bytes for slots of this VM, close-on-exec; the caller owns it.
 
-        The kernel creates it without close-on-exec: a program that another thread starts at that moment may inherit it.
+        The kernel creates it without close-on-exec: a program that another thread starts at that
+        moment may inherit it.
 
         Raises:
-            OSError: EINVAL for size 0 or not of whole pages, or flags outside KVM_CAP_GUEST_MEMFD_FLAGS.
+            OSError: EINVAL for size 0 or not of whole pages, or flags outside
+                KVM_CAP_GUEST_MEMFD_FLAGS.
         """
-        made = GuestMemfd(kvm.KVM_CREATE_GUEST_MEMFD(self, kvm.kvm_create_guest_memfd(size=size, flags=flags)), flags)
+        made = GuestMemfd(
+            kvm.KVM_CREATE_GUEST_MEMFD(self, kvm.kvm_create_guest_memfd(size=size, flags=flags)),
+            flags,
+        )
         os.set_inheritable(made.fileno(), False)
         return made
 
-    def set_user_memory_region(self, slot: int, guest_phys_addr: int, memory_size: int, userspace_addr: int, flags: int = 0) -> None:
+    def set_user_memory_region(
+        self, slot: int, guest_phys_addr: int, memory_size: int, userspace_addr: int, flags: int = 0
+    ) -> None:
         """Create a slot on memory of this process, or move it, change its flags, or (size 0) delete it.
 
         Raises:
-            OSError: EEXIST where another slot is, EINVAL unless aligned; or for a slot with a guest_memfd, which can only be deleted.
+            OSError: EEXIST where another slot is, EINVAL unless aligned; or for a slot with a
+                guest_memfd, which can only be deleted.
         """
         region = kvm.kvm_userspace_memory_region(
-            slot=slot, flags=flags, guest_phys_addr=guest_phys_addr, memory_size=memory_size, userspace_addr=userspace_addr
+            slot=slot,
+            flags=flags,
+            guest_phys_addr=guest_phys_addr,
+            memory_size=memory_size,
+            userspace_addr=userspace_addr,
         )
         kvm.KVM_SET_USER_MEMORY_REGION(self, region)
 
@@ -85,11 +98,13 @@ class Vm(OwnedFd):
     ) -> None:
         """Create a slot that has a range of a guest_memfd, which is bound to it until the slot is deleted or the file is gone.
 
-        On a default VM a file with GUEST_MEMFD_FLAG_MMAP serves every access of the guest, and one without serves none.
+        On a default VM a file with GUEST_MEMFD_FLAG_MMAP serves every access of the guest, and one
+        without serves none.
 
         Raises:
-            OSError: EBADF for a bad ``guest_memfd``; EEXIST where another slot is; EINVAL unless aligned, for a file of another kind
-                or VM, for a range past its end or (since Linux 7.2 EEXIST) bound already, and for changing a slot.
+            OSError: EBADF for a bad ``guest_memfd``; EEXIST where another slot is; EINVAL unless
+                aligned, for a file of another kind or VM, for a range past its end or (since Linux
+                7.2 EEXIST) bound already, and for changing a slot.
         """
         fd = guest_memfd if isinstance(guest_memfd, int) else guest_memfd.fileno()
         region = kvm.kvm_userspace_memory_region2(
@@ -115,10 +130,12 @@ class Vm(OwnedFd):
         """Make a range private (``KVM_MEMORY_ATTRIBUTE_PRIVATE``) or shared (0); what is in it stays where it was.
 
         Raises:
-            OSError: ENOTTY when the device lacks KVM_CAP_MEMORY_ATTRIBUTES; EINVAL for attributes that the VM's does not have, which may
-                be none, or unless aligned.
+            OSError: ENOTTY when the device lacks KVM_CAP_MEMORY_ATTRIBUTES; EINVAL for attributes
+                that the VM's does not have, which may be none, or unless aligned.
         """
-        kvm.KVM_SET_MEMORY_ATTRIBUTES(self, kvm.kvm_memory_attributes(address=address, size=size, attributes=attributes))
+        kvm.KVM_SET_MEMORY_ATTRIBUTES(
+            self, kvm.kvm_memory_attributes(address=address, size=size, attributes=attributes)
+        )
 
     def set_nr_mmu_pages(self, pages: int) -> None:
         """Limit the pages that shadow page tables take; at least 64.

@@ -1,7 +1,8 @@
 """FUSE requests on restricted files: decode, do, encode.
 
-The file operations a restricted file lacks are refused the way the kernel refuses them for a file without those operations; the table
-of who refuses what, and what FUSE itself answers instead, is docs/divergences.md.
+The file operations a restricted file lacks are refused the way the kernel refuses them for a file
+without those operations; the table of who refuses what, and what FUSE itself answers instead, is
+docs/divergences.md.
 """
 
 import ctypes
@@ -27,9 +28,11 @@ from restrictedmem.units import PAGE_SIZE
 
 #: The only name that can be created. It shows in /proc/PID/fd as ``/restrictedmem (deleted)``.
 NAME: Final = b"restrictedmem"
-#: The bit of the mode to create with that asks for folios of 2 MiB (``RMFD_HUGEPAGE``): beside the name, what open(2) passes on whole.
+#: The bit of the mode to create with that asks for folios of 2 MiB (``RMFD_HUGEPAGE``): beside the
+#: name, what open(2) passes on whole.
 HUGEPAGE_MODE: Final = stat.S_ISVTX
-#: ioctl(fd, PROVE, token): show the service that the caller holds this descriptor; a 16-byte token, direction write, magic 'R'.
+#: ioctl(fd, PROVE, token): show the service that the caller holds this descriptor; a 16-byte token,
+#: direction write, magic 'R'.
 TOKEN_BYTES: Final = 16
 PROVE: Final = 1 << 30 | TOKEN_BYTES << 16 | ord("R") << 8 | 1
 
@@ -37,10 +40,12 @@ PROVE: Final = 1 << 30 | TOKEN_BYTES << 16 | ord("R") << 8 | 1
 _FILE_END: Final = 1 << 63
 _HUGE_REQUEST: Final = 64 << 20
 _NANO: Final = 1_000_000_000
-# No DIRECT_IO_ALLOW_MMAP is negotiated, so MAP_SHARED is ENODEV; STREAM takes seeking and p-calls away, as a file without FMODE_LSEEK;
-# NOFLUSH keeps close() from waiting for this process.
+# No DIRECT_IO_ALLOW_MMAP is negotiated, so MAP_SHARED is ENODEV; STREAM takes seeking and p-calls
+# away, as a file without FMODE_LSEEK; NOFLUSH keeps close() from waiting for this process.
 _OPEN_FLAGS: Final = OpenFlag.DIRECT_IO | OpenFlag.NONSEEKABLE | OpenFlag.STREAM | OpenFlag.NOFLUSH
-_ROOT_ATTR: Final = fuse.ATTR.pack(fuse.ROOT_ID, 0, 0, 0, 0, 0, 0, 0, 0, stat.S_IFDIR | 0o700, 2, 0, 0, 0, PAGE_SIZE, 0)
+_ROOT_ATTR: Final = fuse.ATTR.pack(
+    fuse.ROOT_ID, 0, 0, 0, 0, 0, 0, 0, 0, stat.S_IFDIR | 0o700, 2, 0, 0, 0, PAGE_SIZE, 0
+)
 _EMPTY: Final = b""
 
 
@@ -81,17 +86,20 @@ class FileSystem:
     ) -> None:
         """Make an empty file system.
 
-        ``design`` and ``backing`` name those of each file (``mm.design``, ``mm.backing``). ``memory_max`` bounds the bytes of each
-        descriptor. ``max_files`` is how many descriptors may exist at once; creating one more is ENFILE. ``prove`` hears of each token
-        presented by ioctl, with the inode number and the file, and raises OSError for one it does not know. ``usage`` counts, if it is to
-        be known what was done: that takes a quarter of an allocation's time. ``account`` hears what files hold (``RestrictedFile``).
+        ``design`` and ``backing`` name those of each file (``mm.design``, ``mm.backing``).
+        ``memory_max`` bounds the bytes of each descriptor. ``max_files`` is how many descriptors
+        may exist at once; creating one more is ENFILE. ``prove`` hears of each token presented by
+        ioctl, with the inode number and the file, and raises OSError for one it does not know.
+        ``usage`` counts, if it is to be known what was done: that takes a quarter of an
+        allocation's time. ``account`` hears what files hold (``RestrictedFile``).
 
         Raises:
             OSError: EINVAL for an unknown backing.
         """
         make_backing(backing)
-        #: Called before a request waits: for a consumer, with its number, or for much memory, with None. Whoever serves others too lets
-        #: them go on then. False when the request was put off instead: it will be handled again, and has no reply yet.
+        #: Called before a request waits: for a consumer, with its number, or for much memory, with
+        #: None. Whoever serves others too lets them go on then. False when the request was put off
+        #: instead: it will be handled again, and has no reply yet.
         self.before_waiting: Callable[[int | None], bool] = _go_on
         self._design = design
         self._backing = backing
@@ -160,7 +168,9 @@ class FileSystem:
         body = request.body.ljust(ctypes.sizeof(fuse.fuse_init_in), b"\0")
         offered = fuse.fuse_init_in.from_buffer_copy(body)
         if offered.major != fuse.KERNEL_VERSION or offered.minor < fuse.OLDEST_MINOR_VERSION:
-            raise OSError(EINVAL, f"FUSE protocol {offered.major}.{offered.minor} is not spoken here")
+            raise OSError(
+                EINVAL, f"FUSE protocol {offered.major}.{offered.minor} is not spoken here"
+            )
         reply = fuse.fuse_init_out(
             major=fuse.KERNEL_VERSION,
             minor=min(offered.minor, fuse.KERNEL_MINOR_VERSION),
@@ -174,7 +184,8 @@ class FileSystem:
         return bytes(reply)
 
     def _lookup(self, request: Request) -> bytes:
-        # Nothing can be found by name: the owner unlinks a file right after creating it, and names are never cached.
+        # Nothing can be found by name: the owner unlinks a file right after creating it, and names
+        # are never cached.
         raise OSError(ENOENT, "lookup")
 
     def _create(self, request: Request) -> bytes:
@@ -192,7 +203,12 @@ class FileSystem:
             # A hint: where every page is a huge one already, it says nothing.
             kind = "thp" if mode & HUGEPAGE_MODE and self._backing == "memfd" else self._backing
             backing = make_backing(kind, limit=self.memory_max)
-            file = RestrictedFile(design.make(self._design), backing, Inode.make(request.uid, request.gid), self._account)
+            file = RestrictedFile(
+                design.make(self._design),
+                backing,
+                Inode.make(request.uid, request.gid),
+                self._account,
+            )
             self._nodes[nodeid] = _Node(file)
         if self._usage is not None:
             self._usage.create(file)
@@ -246,7 +262,9 @@ class FileSystem:
         if offset + length >= _FILE_END:
             raise OSError(EFBIG, "fallocate: beyond any file")
         heard = file.notifier_count > 0
-        if (heard or length > _HUGE_REQUEST) and not self.before_waiting(file.holder if heard else None):
+        if (heard or length > _HUGE_REQUEST) and not self.before_waiting(
+            file.holder if heard else None
+        ):
             return None
         punches = bool(mode & FallocMode.PUNCH_HOLE)
         if self._usage is not None and punches:
@@ -276,11 +294,17 @@ class FileSystem:
     def _refuse(self, request: Request) -> bytes:
         raise OSError(EINVAL, "the file has no such operation")
 
-    # Lifetimes. RELEASE comes at the last close, FORGET when the kernel drops the inode; FORGET, BATCH_FORGET and INTERRUPT have no reply.
+    # Lifetimes. RELEASE comes at the last close, FORGET when the kernel drops the inode; FORGET,
+    # BATCH_FORGET and INTERRUPT have no reply.
 
     def _release(self, request: Request) -> bytes | None:
         node = self._nodes.get(request.nodeid)
-        if node is not None and node.open and node.file.backing.resident() > _HUGE_REQUEST and not self.before_waiting(None):
+        if (
+            node is not None
+            and node.open
+            and node.file.backing.resident() > _HUGE_REQUEST
+            and not self.before_waiting(None)
+        ):
             return None
         with self._mutex:
             if node is None or not node.open:
@@ -301,7 +325,8 @@ class FileSystem:
     def _drop(self, nodeid: int) -> None:
         with self._mutex:
             node = self._nodes.pop(nodeid, None)
-        # A create that was interrupted after our reply is forgotten without ever having been opened.
+        # A create that was interrupted after our reply is forgotten without ever having been
+        # opened.
         if node is not None and node.open:
             node.open = False
             self._put(node.file)

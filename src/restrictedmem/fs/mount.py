@@ -1,7 +1,7 @@
 """Ways to make the mount. None leaves a mount point, and none opens a file on the mount.
 
-Which is possible differs from machine to machine; ``Way`` lists them in the order in which they are tried. A process that does nothing
-else makes it (``mounter``).
+Which is possible differs from machine to machine; ``Way`` lists them in the order in which they are
+tried. A process that does nothing else makes it (``mounter``).
 """
 
 import array
@@ -40,12 +40,13 @@ class Way(Enum):
 def mount_detached(*, allow_other: bool) -> tuple[OwnedFd, OwnedFd]:
     """Mount by descriptors, in the namespaces this process is in; ``Way.OWN`` or ``Way.USERNS``.
 
-    /dev/fuse must be opened in the user namespace that the mount belongs to, so this opens it. Returns the device and the root of
-    the mount (``O_PATH``), both owned by the caller, who must hand the second on and keep none: a server that holds a file of its own
-    mount cannot be killed.
+    /dev/fuse must be opened in the user namespace that the mount belongs to, so this opens it.
+    Returns the device and the root of the mount (``O_PATH``), both owned by the caller, who must
+    hand the second on and keep none: a server that holds a file of its own mount cannot be killed.
 
     Raises:
-        OSError: EPERM without CAP_SYS_ADMIN over the user namespace; EACCES or ENOENT for /dev/fuse.
+        OSError: EPERM without CAP_SYS_ADMIN over the user namespace; EACCES or ENOENT for
+            /dev/fuse.
     """
     try:
         device = OwnedFd(os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC))
@@ -71,10 +72,12 @@ def mount_detached(*, allow_other: bool) -> tuple[OwnedFd, OwnedFd]:
 def mount_fusermount() -> tuple[OwnedFd, OwnedFd]:
     """Mount through fusermount3 and detach at once; ``Way.FUSERMOUNT``. Returns what ``mount_detached`` does.
 
-    The mount point exists from one command to the next, in a directory of its own that is removed again, whoever is killed meanwhile.
+    The mount point exists from one command to the next, in a directory of its own that is removed
+    again, whoever is killed meanwhile.
 
     Raises:
-        OSError: ENOENT without the helper; EPERM when it refuses, with its words; EBUSY when the directory stays.
+        OSError: ENOENT without the helper; EPERM when it refuses, with its words; EBUSY when the
+            directory stays.
     """
     helper = shutil.which("fusermount3")
     if helper is None:
@@ -92,7 +95,8 @@ def mount_fusermount() -> tuple[OwnedFd, OwnedFd]:
 def _mount_point(helper: str) -> Generator[tuple[str, int]]:
     """Yield a directory to mount on, and a descriptor for each process that may.
 
-    Once all that have it open are gone or are through, a process of its own unmounts and removes the directory.
+    Once all that have it open are gone or are through, a process of its own unmounts and removes
+    the directory.
 
     Raises:
         OSError: EBUSY when it could not.
@@ -122,7 +126,12 @@ def _clean_up(helper: str, point: str, reader: int) -> NoReturn:
         process.set_name("rmem-unmounter")
         process.close_others([reader])
         os.read(reader, 1)
-        subprocess.run([helper, "-u", "-z", "--", point], check=False, capture_output=True, stdin=subprocess.DEVNULL)
+        subprocess.run(
+            [helper, "-u", "-z", "--", point],
+            check=False,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+        )
         with suppress(FileNotFoundError):
             os.rmdir(point)
         status = 0

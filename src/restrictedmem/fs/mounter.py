@@ -1,8 +1,8 @@
 """The process that mounts: it does nothing else, hands /dev/fuse and the mount on, and ends.
 
 A user namespace belongs to the user who made it. That user has every capability in it, may enter it
-by a handle (open_by_handle_at on nsfs, Linux 6.18), and with it the mount namespaces that it owns. A
-service in there would execute what its owner mounts over the interpreter's files. So the service
+by a handle (open_by_handle_at on nsfs, Linux 6.18), and with it the mount namespaces that it owns.
+A service in there would execute what its owner mounts over the interpreter's files. So the service
 stays where its owner is. Two children enter the namespace for it, and they hold nothing else:
 
 - The first makes the namespace. It has to be dumpable to write its own maps, so any process of the
@@ -19,7 +19,15 @@ from errno import EIO, ENOENT, EPERM, ETIMEDOUT
 from typing import Final, NoReturn
 
 from restrictedmem.abi import process
-from restrictedmem.fd import OwnedFd, close_all, readable, receive_with_fds, receive_without_fds, refuse_fds, send_with_fds
+from restrictedmem.fd import (
+    OwnedFd,
+    close_all,
+    readable,
+    receive_with_fds,
+    receive_without_fds,
+    refuse_fds,
+    send_with_fds,
+)
 from restrictedmem.fs.mount import Way, mount_detached, mount_fusermount
 
 #: Seconds that a child may take for its part.
@@ -105,7 +113,9 @@ def _user_namespace() -> Generator[OwnedFd]:
             theirs.close()
             _hear(ours, "user namespace", 0)
             with process.proc() as proc:
-                namespace = OwnedFd(os.open(f"{child}/ns/user", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc.fileno()))
+                namespace = OwnedFd(
+                    os.open(f"{child}/ns/user", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc.fileno())
+                )
         finally:
             _end(child)
     with namespace:

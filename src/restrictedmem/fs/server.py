@@ -1,8 +1,9 @@
 """The loop between /dev/fuse and the file system.
 
-One thread reads at a time. Before it does something that may wait (for a consumer, or for gigabytes), it lets another thread read: so the
-common request costs one read and one write with no hand-over, and a slow one delays nobody else (leader and followers). What would wait for
-something that enough threads wait for already is put off, without a thread, until one of those is done.
+One thread reads at a time. Before it does something that may wait (for a consumer, or for
+gigabytes), it lets another thread read: so the common request costs one read and one write with no
+hand-over, and a slow one delays nobody else (leader and followers). What would wait for something
+that enough threads wait for already is put off, without a thread, until one of those is done.
 """
 
 import logging
@@ -27,7 +28,8 @@ log = logging.getLogger(__name__)
 MAX_THREADS: Final = 8
 #: Threads that stay when there is nothing to wait for any more.
 _SPARE: Final = 8
-#: Nanoseconds. Requests are short, and their callers wait: they should not also wait for a guest's slice to end.
+#: Nanoseconds. Requests are short, and their callers wait: they should not also wait for a guest's
+#: slice to end.
 _SLICE: Final = 100_000
 #: Larger ones are between parts of the kernel.
 _LAST_ERRNO: Final = 511
@@ -35,7 +37,8 @@ _LAST_ERRNO: Final = 511
 _IN_SIZE: Final = fuse.IN_HEADER.size
 _OUT_SIZE: Final = fuse.OUT_HEADER.size
 _NOTHING: Final = bytes(_IN_SIZE)
-#: The longest request is an ioctl with an argument of 16,383 bytes, as many as its number can say (_IOC_SIZEBITS).
+#: The longest request is an ioctl with an argument of 16,383 bytes, as many as its number can say
+#: (_IOC_SIZEBITS).
 _BUFFER: Final = fuse.MIN_READ_BUFFER + (1 << 14)
 
 
@@ -51,14 +54,17 @@ class Server:
         self._filesystem = filesystem
         filesystem.before_waiting = self._step_aside
         self._leading = threading.Lock()
-        #: The thread that holds ``_leading``, 0 when it has stepped aside; and what it is answering.
+        #: The thread that holds ``_leading``, 0 when it has stepped aside; and what it is
+        #: answering.
         self._leader = 0
         self._request: Request | None = None
-        #: Whether the mount is gone; who waits to lead, or to answer, may not touch the device from then on.
+        #: Whether the mount is gone; who waits to lead, or to answer, may not touch the device from
+        #: then on.
         self._gone = False
         self._counts = threading.Lock()
-        # Under _counts: threads that wait to lead; how many wait for each consumer, and for memory (None); who waits for what; and
-        # requests that are to wait for something which enough threads wait for.
+        # Under _counts: threads that wait to lead; how many wait for each consumer, and for memory
+        # (None); who waits for what; and requests that are to wait for something which enough
+        # threads wait for.
         self._idle = 1
         self._waiting: dict[int | None, int] = {}
         self._waits: dict[int, int | None] = {}
@@ -106,15 +112,17 @@ class Server:
     def _step_aside(self, what: int | None) -> bool:
         """Let another thread read while this one waits for a consumer, or (None) for memory; false when it is not to wait now.
 
-        One thread waits for a consumer: round trips to it take turns anyway. So a consumer that does not answer holds up its own file's
-        owner alone, and takes no more than a thread.
+        One thread waits for a consumer: round trips to it take turns anyway. So a consumer that
+        does not answer holds up its own file's owner alone, and takes no more than a thread.
         """
         me = threading.get_ident()
         if self._leader != me:
             # A second time, or what was put off.
             return True
         with self._counts:
-            if self._waiting.get(what, 0) >= _most(what) or not (self._idle or self._start_thread()):
+            if self._waiting.get(what, 0) >= _most(what) or not (
+                self._idle or self._start_thread()
+            ):
                 if not self._waiting:
                     # Nobody would come back to it: there is this thread alone.
                     return True
@@ -131,7 +139,14 @@ class Server:
         while True:
             with self._counts:
                 self._waited(me)
-                index = next((i for i, (what, _) in enumerate(self._put_off) if self._waiting.get(what, 0) < _most(what)), None)
+                index = next(
+                    (
+                        i
+                        for i, (what, _) in enumerate(self._put_off)
+                        if self._waiting.get(what, 0) < _most(what)
+                    ),
+                    None,
+                )
                 if index is None:
                     if may_end and self._idle >= _SPARE:
                         return False
@@ -206,15 +221,17 @@ class Server:
         try:
             os.write(self._device, reply)
         except OSError as failure:
-            # ENOENT: the caller was killed meanwhile; ENODEV: the mount is gone, which the next read says too.
+            # ENOENT: the caller was killed meanwhile; ENODEV: the mount is gone, which the next
+            # read says too.
             if failure.errno not in (ENOENT, ENODEV):
                 _log_failure("the reply to FUSE opcode %d on node %d", request)
 
     def _number(self, request: Request, failure: OSError) -> int:
         """Return the errno that the kernel is told.
 
-        It takes ENOSYS for "never ask again", for all of the mount: what exists must not fail with it, whatever it failed of. Of a
-        number that is none of its own it refuses the whole reply, and the caller would wait for ever.
+        It takes ENOSYS for "never ask again", for all of the mount: what exists must not fail with
+        it, whatever it failed of. Of a number that is none of its own it refuses the whole reply,
+        and the caller would wait for ever.
         """
         number = failure.errno or EIO
         if number == ENOSYS and self._filesystem.knows(request.opcode):

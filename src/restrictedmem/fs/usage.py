@@ -11,8 +11,9 @@ from restrictedmem.mm.restrictedmem import RestrictedFile
 class Usage:
     """Counts since the start; sizes in bytes.
 
-    Memory is looked at when there may be more: after an allocation, and before pages go of a file that consumers have had, who take theirs
-    without a word. What they take and give back in between is missed, and what outlives its last descriptor.
+    Memory is looked at when there may be more: after an allocation, and before pages go of a file
+    that consumers have had, who take theirs without a word. What they take and give back in between
+    is missed, and what outlives its last descriptor.
     """
 
     def __init__(self) -> None:

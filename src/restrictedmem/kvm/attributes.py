@@ -12,7 +12,8 @@ from restrictedmem.units import gfn_t
 #: More than a guest of 1 TiB has when every other 1 MiB is shared; 8 bytes each.
 _MAX_CHANGES: Final = 1 << 21
 
-#: Which of the pages at which attributes change go, by their numbers, and those that come in their place.
+#: Which of the pages at which attributes change go, by their numbers, and those that come in their
+#: place.
 Change = tuple[int, int, list[gfn_t]]
 
 
@@ -46,7 +47,10 @@ class Attributes:
             OSError: ENOMEM.
         """
         first, last = bisect_left(self._changes, start), bisect_right(self._changes, end)
-        edges = [*([start] if self._after(first) is not private else []), *([end] if self._after(last) is not private else [])]
+        edges = [
+            *([start] if self._after(first) is not private else []),
+            *([end] if self._after(last) is not private else []),
+        ]
         if len(self._changes) + len(edges) - (last - first) > _MAX_CHANGES:
             raise OSError(ENOMEM, "too many ranges of different attributes")
         return first, last, edges

@@ -1,13 +1,15 @@
 """Descriptors of the owner are looked at by a process that nobody needs, before the engine has them.
 
-To close a file of the owner's FUSE file system asks the owner's server (FUSE_FLUSH). One that does not answer keeps whoever closes in state
-D, where SIGKILL does not reach. So the engine receives without a control buffer, and what comes with descriptors is left to the checker. It
-takes the message, asks the descriptor what it is in ways that no file system hears of, and passes on what the kernel alone answers for: a
-memfd. Only when the engine has its answer, the checker closes what it has. It may hang there for ever, and so it has let go of the VM's
-socket before, of which it gets a copy with each question: with the engine gone, the owner is not to wait for it.
+To close a file of the owner's FUSE file system asks the owner's server (FUSE_FLUSH). One that does
+not answer keeps whoever closes in state D, where SIGKILL does not reach. So the engine receives
+without a control buffer, and what comes with descriptors is left to the checker. It takes the
+message, asks the descriptor what it is in ways that no file system hears of, and passes on what the
+kernel alone answers for: a memfd. Only when the engine has its answer, the checker closes what it
+has. It may hang there for ever, and so it has let go of the VM's socket before, of which it gets a
+copy with each question: with the engine gone, the owner is not to wait for it.
 
-A memfd can hold whoever changes it, too: an owner's write to it has its inode's lock, for as long as the page that it writes from does not
-come. So the checker seals it.
+A memfd can hold whoever changes it, too: an owner's write to it has its inode's lock, for as long
+as the page that it writes from does not come. So the checker seals it.
 """
 
 import array
@@ -26,12 +28,22 @@ from typing import Final, NoReturn, final
 from restrictedmem import threads
 from restrictedmem.abi import process
 from restrictedmem.failure import status_of
-from restrictedmem.fd import MSG_CTRUNC, MSG_DONTWAIT, MSG_TRUNC, OwnedFd, brings_fds, close_all, receive_with_fds, send_with_fds
+from restrictedmem.fd import (
+    MSG_CTRUNC,
+    MSG_DONTWAIT,
+    MSG_TRUNC,
+    OwnedFd,
+    brings_fds,
+    close_all,
+    receive_with_fds,
+    send_with_fds,
+)
 from restrictedmem.kvm.half import forbid_shrinking, is_memfd
 from restrictedmem.kvm.serving import RefusedError
 from restrictedmem.service.wire import MAX_MESSAGE, Channel, Message
 
-#: How often, and how many milliseconds each time, the engine waits for the checker: time in which neither ran counts once at most.
+#: How often, and how many milliseconds each time, the engine waits for the checker: time in which
+#: neither ran counts once at most.
 _PATIENCE: Final = (20, 100)
 #: Seconds in which the kernel drops descriptors, unless one lingers.
 _DROP: Final = 2.0
@@ -41,7 +53,8 @@ _REAP: Final = 100
 _READY: Final = b"r"
 _TAKE: Final = b"t"
 _SEAL: Final = b"s"
-#: The checker's answer: an errno, whether the message was malformed, and then the message or what is wrong with it.
+#: The checker's answer: an errno, whether the message was malformed, and then the message or what
+#: is wrong with it.
 _ANSWER: Final = struct.Struct("=II")
 #: How a request begins: its number, 0.
 _HEAD: Final = struct.Struct("=II")
@@ -60,8 +73,10 @@ class Intake:
         """Take the next request, if there is one; None when the owner is gone.
 
         Raises:
-            OSError: EAGAIN when there is none; EMSGSIZE for more than one descriptor; else as ``Channel.receive``.
-            RefusedError: EINVAL for a descriptor of anything but a memfd; EMFILE; ETIMEDOUT when the checker is late or gone.
+            OSError: EAGAIN when there is none; EMSGSIZE for more than one descriptor; else as
+                ``Channel.receive``.
+            RefusedError: EINVAL for a descriptor of anything but a memfd; EMFILE; ETIMEDOUT when
+                the checker is late or gone.
         """
         if not brings_fds(self._owner.sock, MSG_DONTWAIT):
             return self._owner.receive(MSG_DONTWAIT)
@@ -71,7 +86,10 @@ class Intake:
             with suppress(BlockingIOError):
                 if brings_fds(self._owner.sock, MSG_DONTWAIT):
                     self._drop()
-            raise RefusedError(ETIMEDOUT, "descriptors are not taken any more: the process that looks at them did not answer")
+            raise RefusedError(
+                ETIMEDOUT,
+                "descriptors are not taken any more: the process that looks at them did not answer",
+            )
         data, fds = answer
         errno, malformed = _ANSWER.unpack_from(data)
         content = data[_ANSWER.size :]
@@ -89,7 +107,9 @@ class Intake:
         """
         answer = self._ask(_SEAL, fd)
         if answer is None:
-            raise OSError(ETIMEDOUT, "the memfd could not be sealed in time: a write to it is under way")
+            raise OSError(
+                ETIMEDOUT, "the memfd could not be sealed in time: a write to it is under way"
+            )
         errno, _ = _ANSWER.unpack_from(answer[0])
         if errno:
             raise OSError(errno, answer[0][_ANSWER.size :].decode())
@@ -173,7 +193,8 @@ def _speaks(checker: socket.socket) -> bool:
 def start(owner: Channel, others: Sequence[socket.socket]) -> Intake:
     """Fork the checker of the VM's socket, which keeps neither that nor ``others``.
 
-    What says that a client of ``serve`` still has something, it does keep: one that cannot end counts.
+    What says that a client of ``serve`` still has something, it does keep: one that cannot end
+    counts.
 
     Preconditions: no other thread, and nothing else in this process that the checker must not have.
 
@@ -254,7 +275,9 @@ def _take(owner: socket.socket) -> _Taken:
     # Room for one: the kernel drops the others, and they never are this process's to close.
     fds, room = array.array("i"), socket.CMSG_LEN(array.array("i").itemsize)
     try:
-        data, ancillary, flags, _ = owner.recvmsg(MAX_MESSAGE, room, MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, flags, _ = owner.recvmsg(
+            MAX_MESSAGE, room, MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+        )
     except OSError as error:
         return _Taken(error=error)
     for level, kind, payload in ancillary:
@@ -266,7 +289,9 @@ def _take(owner: socket.socket) -> _Taken:
 def _answer(taken: _Taken, engine: socket.socket) -> None:
     """Pass a message on, or say what is wrong with it."""
     if taken.error is not None:
-        engine.send(_ANSWER.pack(taken.error.errno or EAGAIN, 1) + (taken.error.strerror or "").encode())
+        engine.send(
+            _ANSWER.pack(taken.error.errno or EAGAIN, 1) + (taken.error.strerror or "").encode()
+        )
     elif taken.flags & (MSG_CTRUNC | MSG_TRUNC):
         engine.send(_ANSWER.pack(EMSGSIZE, 1) + b"recvmsg: message or descriptors cut off")
     elif len(taken.data) < _HEAD.size:

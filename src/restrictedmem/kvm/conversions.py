@@ -1,15 +1,18 @@
 """Pages are converted at the guest's word alone (``POLICY_EXPLICIT``).
 
-KVM lets an owner make any page shared at any time. On hardware that does no harm: a bit of the address or of the guest's own page tables
-says which half an access means, and where the attribute says otherwise, it exits. Guests here have no such bit. An owner who made a page
-shared behind a guest's back would read what the guest puts there next, or have it run the owner's code; one who deleted its slot would have
-it store to MMIO; one who showed private pages at another address, say in the shared window, would have it overwrite or tell them. So under
-this policy a page becomes what the guest asked for by MAP_GPA_RANGE, and private memory lies where it was at the launch.
+KVM lets an owner make any page shared at any time. On hardware that does no harm: a bit of the
+address or of the guest's own page tables says which half an access means, and where the attribute
+says otherwise, it exits. Guests here have no such bit. An owner who made a page shared behind a
+guest's back would read what the guest puts there next, or have it run the owner's code; one who
+deleted its slot would have it store to MMIO; one who showed private pages at another address, say
+in the shared window, would have it overwrite or tell them. So under this policy a page becomes what
+the guest asked for by MAP_GPA_RANGE, and private memory lies where it was at the launch.
 
-The owner also answers the call, and the guest goes by what it is told. So the engine looks at the pages that the guest wants changed. It
-tells the guest 0 when all that it asked for is so, and a failure when none of them changed. Until then the owner may convert these pages
-both ways, and so finish or undo what it began. Where several vCPUs ask at once, an answer to one ends its own request alone; but pages that
-the guest was told to be private are no longer any other's to share.
+The owner also answers the call, and the guest goes by what it is told. So the engine looks at the
+pages that the guest wants changed. It tells the guest 0 when all that it asked for is so, and a
+failure when none of them changed. Until then the owner may convert these pages both ways, and so
+finish or undo what it began. Where several vCPUs ask at once, an answer to one ends its own request
+alone; but pages that the guest was told to be private are no longer any other's to share.
 """
 
 from collections.abc import Callable, Generator, Iterator
@@ -42,7 +45,8 @@ class Asked:
     start: gfn_t
     end: gfn_t
     private: bool
-    #: Of each slot with a private half in the range: the first page, by its number in the slot, and a byte a page, 1 for one to change.
+    #: Of each slot with a private half in the range: the first page, by its number in the slot, and
+    #: a byte a page, 1 for one to change.
     changes: list[tuple[Memslot, int, bytearray]]
 
     def wanted(self, slot: Memslot, first: int, last: int) -> int:
@@ -57,7 +61,9 @@ class Asked:
         for change, start, end, at in self._in(slot, first, last):
             change[start - at : end - at] = bytes(end - start)
 
-    def _in(self, slot: Memslot, first: int, last: int) -> Iterator[tuple[bytearray, int, int, int]]:
+    def _in(
+        self, slot: Memslot, first: int, last: int
+    ) -> Iterator[tuple[bytearray, int, int, int]]:
         for changed, at, change in self.changes:
             start, end = max(first, at), min(last, at + len(change))
             if changed is slot and start < end:
@@ -72,11 +78,13 @@ class Conversions:
         self._memory = memory
         self._explicit = explicit
         self._mutex = sync.mutex()
-        #: From the launch on, under the mutex: the slots with a private half, and what the guest wants changed in them.
+        #: From the launch on, under the mutex: the slots with a private half, and what the guest
+        #: wants changed in them.
         self._slots = Memslots()
         self._open: list[Asked] = []
         self._launched = False
-        #: Slots that content was put into: showing other pages, they would make the measurement untrue.
+        #: Slots that content was put into: showing other pages, they would make the measurement
+        #: untrue.
         self._filled: set[int] = set()
 
     def launched(self) -> list[Run]:
@@ -110,7 +118,8 @@ class Conversions:
         """Let the owner convert a range meanwhile.
 
         Raises:
-            OSError: EPERM, once launched, for pages of which the guest has asked for something else.
+            OSError: EPERM, once launched, for pages of which the guest has asked for something
+                else.
         """
         with self._mutex:
             for slot, first, last in self._parts(*_pages(address, size)):
@@ -118,14 +127,18 @@ class Conversions:
                 for asked in self._open:
                     unasked &= ~asked.wanted(slot, first, last)
                 if unasked:
-                    raise OSError(EPERM, f"the guest has not asked for pages to be {'private' if private else 'shared'}")
+                    raise OSError(
+                        EPERM,
+                        f"the guest has not asked for pages to be {'private' if private else 'shared'}",
+                    )
             yield
 
     def change_slot(self, number: int, change: Callable[[], None], *, private: bool) -> None:
         """Let the owner create, delete or change a slot by ``change``, into one with a private half or without.
 
         Raises:
-            OSError: EPERM for one with a private half, once launched or with content that was measured.
+            OSError: EPERM for one with a private half, once launched or with content that was
+                measured.
         """
         with self._mutex:
             if private and self._launched:
@@ -142,7 +155,10 @@ class Conversions:
         start, end = (gfn_t(0), gfn_t(0)) if gpa & PAGE_MASK else _pages(gpa, npages << PAGE_SHIFT)
         with self._mutex:
             parts = self._parts(start, end)
-            changes = [(slot, first, bytearray(_others(slot, first, last, private=private))) for slot, first, last in parts]
+            changes = [
+                (slot, first, bytearray(_others(slot, first, last, private=private)))
+                for slot, first, last in parts
+            ]
             asked = Asked(start, end, private, changes)
             if self._launched:
                 self._open.append(asked)
@@ -152,14 +168,16 @@ class Conversions:
         """Return what the guest is told of a conversion that its owner has answered.
 
         Raises:
-            OSError: EPERM when some of the pages were converted and others not: the owner has to finish or to undo it first.
+            OSError: EPERM when some of the pages were converted and others not: the owner has to
+                finish or to undo it first.
         """
         if not self._launched:
             return result
         with self._mutex:
             told = self._truth(asked, result)
             if asked.private and not told:
-                # Whatever else the guest has asked for: it takes these pages for private from now on.
+                # Whatever else the guest has asked for: it takes these pages for private from now
+                # on.
                 for other in self._open:
                     for slot, first, change in asked.changes:
                         other.leave(slot, first, first + len(change))
@@ -174,21 +192,30 @@ class Conversions:
         if self._is_private(asked) if asked.private else self._is_shared(asked):
             return 0 if changed else result
         if changed:
-            raise OSError(EPERM, "some of the pages were converted and others not: the guest can be told neither")
+            raise OSError(
+                EPERM,
+                "some of the pages were converted and others not: the guest can be told neither",
+            )
         return result or _FAILED
 
     def _is_private(self, asked: Asked) -> bool:
         """Say whether all pages are private memory that can be written: what is stored elsewhere, the owner gets."""
         gfn = asked.start
         for slot, first, last in self._parts(asked.start, asked.end):
-            if first != gfn - slot.base_gfn or not slot.rights & WRITE or slot.attributes.count(0, first, last):
+            if (
+                first != gfn - slot.base_gfn
+                or not slot.rights & WRITE
+                or slot.attributes.count(0, first, last)
+            ):
                 return False
             gfn = gfn_t(slot.base_gfn + last)
         return gfn == asked.end > asked.start
 
     def _is_shared(self, asked: Asked) -> bool:
         parts = self._parts(asked.start, asked.end)
-        return asked.start < asked.end and not any(slot.attributes.count(1, first, last) for slot, first, last in parts)
+        return asked.start < asked.end and not any(
+            slot.attributes.count(1, first, last) for slot, first, last in parts
+        )
 
     def _parts(self, start: gfn_t, end: gfn_t) -> Iterator[tuple[Memslot, int, int]]:
         """Yield the slots that the guest was launched with in a range, each with the pages of it, by their numbers in the slot."""
@@ -206,7 +233,11 @@ def _pages(address: int, size: int) -> tuple[gfn_t, gfn_t]:
 
 def _refuse_aliases(slots: list[Memslot]) -> None:
     """Refuse a page at two addresses: the guest would overwrite its own memory where it asked for other."""
-    windows = sorted((half.ino, half.window.start, half.window.end) for slot in slots if (half := slot.private) is not None)
+    windows = sorted(
+        (half.ino, half.window.start, half.window.end)
+        for slot in slots
+        if (half := slot.private) is not None
+    )
     if any(ino == other and start < end for (ino, _, end), (other, start, _) in pairwise(windows)):
         raise OSError(EINVAL, "two slots show one page of a restricted file")
 

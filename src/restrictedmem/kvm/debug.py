@@ -1,6 +1,7 @@
 """What a debug policy opens to the owner, in the engine process: memory, registers, breakpoints and single steps.
 
-SEV guests have the same bit: without SEV_POLICY_NODBG the host may have memory decrypted (KVM_SEV_DBG_DECRYPT).
+SEV guests have the same bit: without SEV_POLICY_NODBG the host may have memory decrypted
+(KVM_SEV_DBG_DECRYPT).
 """
 
 import struct
@@ -24,7 +25,8 @@ from restrictedmem.kvm.wire import POLICY_DEBUG
 from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 
 _WORD: Final = struct.Struct("=Q")
-# DR7 (Intel SDM 17.2.4): enable bits from bit 0, two for each register; condition and length from bit 16, four for each.
+# DR7 (Intel SDM 17.2.4): enable bits from bit 0, two for each register; condition and length from
+# bit 16, four for each.
 _DR7_CONDITIONS: Final = 16
 _REGISTERS: Final = 4
 
@@ -36,14 +38,18 @@ def check_policy(policy: int) -> None:
         OSError: EPERM without it.
     """
     if not policy & POLICY_DEBUG:
-        raise OSError(EPERM, "the VM was not made for debugging: registers and private memory are the guest's own")
+        raise OSError(
+            EPERM,
+            "the VM was not made for debugging: registers and private memory are the guest's own",
+        )
 
 
 def parse(body: bytes) -> tuple[bool, frozenset[int]]:
     """Return whether to step, and the breakpoints, from the body of KVM_SET_GUEST_DEBUG.
 
     Raises:
-        OSError: EPROTO for another length; EOPNOTSUPP for a debug register that waits for a load or store.
+        OSError: EPROTO for another length; EOPNOTSUPP for a debug register that waits for a load or
+            store.
     """
     rest = len(body) - sizeof(kvm_guest_debug)
     if rest < 0 or rest % _WORD.size:
@@ -72,7 +78,8 @@ def read_memory(memory: VmMemory, engine: Engine, gpa: int, size: int) -> bytes:
     """Return memory as the guest has it, private and shared pages alike; bytes.
 
     Raises:
-        OSError: EFAULT where no slot is, or the page's half is missing; EOPNOTSUPP when the engine cannot look at private memory.
+        OSError: EFAULT where no slot is, or the page's half is missing; EOPNOTSUPP when the engine
+            cannot look at private memory.
     """
     found = bytearray()
     if gpa & ~PAGE_MASK == HYPERCALL_PAGE and (gpa & PAGE_MASK) + size <= PAGE_SIZE:
@@ -112,7 +119,9 @@ def _pieces(memory: VmMemory, gpa: int, size: int) -> Iterator[tuple[Memslot, in
         index, last = (gpa >> PAGE_SHIFT) - slot.base_gfn, slot.end_gfn - slot.base_gfn
         private = slot.attributes[index]
         if (slot.private if private else slot.shared) is None:
-            raise OSError(EFAULT, f"the slot at {gpa:#x} has no {'private' if private else 'shared'} half")
+            raise OSError(
+                EFAULT, f"the slot at {gpa:#x} has no {'private' if private else 'shared'} half"
+            )
         change = slot.attributes.find(1 - private, index, last)
         stop = min(end, slot.base_gfn + (last if change < 0 else change) << PAGE_SHIFT)
         yield slot, gpa, stop, bool(private)

@@ -22,7 +22,8 @@ _PUSH_POP_CALL_RET: Final = frozenset((
     0xE8, 0x0FA0, 0x0FA1, 0x0FA8, 0x0FA9,
 ))  # fmt: skip
 _CALLS_AND_PUSH: Final = {0xFF: (2, 3, 6)}
-#: Opcodes that may have a LOCK prefix (Intel SDM volume 2, LOCK), and those of which ModRM adds which may.
+#: Opcodes that may have a LOCK prefix (Intel SDM volume 2, LOCK), and those of which ModRM adds
+#: which may.
 _LOCKABLE: Final = frozenset((
     *(row | width for row in range(0, 0x38, 8) for width in (0, 1)), 0x86, 0x87,
     0x0FAB, 0x0FB0, 0x0FB1, 0x0FB3, 0x0FBB, 0x0FC0, 0x0FC1,
@@ -37,7 +38,8 @@ _LOCKABLE_GROUPS: Final = {
 _LOCK: Final = 0xF0
 #: What is undefined of group 5 and group 8.
 _UNDEFINED_GROUPS: Final = {0xFF: (7,), 0x0FBA: range(4)}
-#: Opcodes that say what they are with the byte behind them: shifts and rotations, INT, group 5, CMPXCHG8B and 16B.
+#: Opcodes that say what they are with the byte behind them: shifts and rotations, INT, group 5,
+#: CMPXCHG8B and 16B.
 _SAID_BY_OPERAND: Final = frozenset((0xC0, 0xC1, 0xCD, 0xD0, 0xD1, 0xD2, 0xD3, 0xFF, 0x0FC7))
 
 
@@ -71,7 +73,9 @@ class Instruction:
     @property
     def uses_stack(self) -> bool:
         """Whether it pushes or pops."""
-        return self.opcode in _PUSH_POP_CALL_RET or self.group in _CALLS_AND_PUSH.get(self.opcode, ())
+        return self.opcode in _PUSH_POP_CALL_RET or self.group in _CALLS_AND_PUSH.get(
+            self.opcode, ()
+        )
 
     @property
     def is_invalid(self) -> bool:

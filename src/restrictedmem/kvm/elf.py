@@ -50,8 +50,15 @@ def parse(data: bytes) -> Image:
     if not data.startswith(MAGIC):
         raise failed(_CALL, ENOEXEC, "not a static x86-64 ELF")
     try:
-        _, klass, _, _, _, _, kind, machine, _, entry, phoff, _, _, _, phentsize, phnum, _, _, _ = _EHDR.unpack_from(data)
-        if klass != _CLASS64 or kind != _ET_EXEC or machine != _EM_X86_64 or phentsize != _PHDR.size:
+        _, klass, _, _, _, _, kind, machine, _, entry, phoff, _, _, _, phentsize, phnum, _, _, _ = (
+            _EHDR.unpack_from(data)
+        )
+        if (
+            klass != _CLASS64
+            or kind != _ET_EXEC
+            or machine != _EM_X86_64
+            or phentsize != _PHDR.size
+        ):
             raise failed(_CALL, ENOEXEC, "not a static x86-64 ELF")
         # Numbers beyond the file, up to 2^64, are for no slice and no offset.
         headers = data[min(phoff, len(data)) :][: phnum * _PHDR.size]
@@ -77,7 +84,17 @@ def _segments(data: bytes, headers: bytes) -> Iterator[Segment]:
             yield segment
 
 
-def _segment(data: bytes, kind: int, flags: int, offset: int, vaddr: int, gpa: int, filesz: int, memsz: int, align: int) -> Segment | None:
+def _segment(
+    data: bytes,
+    kind: int,
+    flags: int,
+    offset: int,
+    vaddr: int,
+    gpa: int,
+    filesz: int,
+    memsz: int,
+    align: int,
+) -> Segment | None:
     """Return what a program header says is to be loaded."""
     if kind != _PT_LOAD or not memsz:
         return None

@@ -1,7 +1,8 @@
 """What runs guest code: the seam between a VM and its engine, of which there are two (``software``, ``kernel``).
 
-A VM keeps slots and attributes (``vm_memory``) and knows when vCPUs enter and leave the guest (``vcpu``). An engine knows where private
-memory lies, maps it into the guest as slots and attributes say, and runs one instruction after the other.
+A VM keeps slots and attributes (``vm_memory``) and knows when vCPUs enter and leave the guest
+(``vcpu``). An engine knows where private memory lies, maps it into the guest as slots and
+attributes say, and runs one instruction after the other.
 """
 
 from collections.abc import Callable
@@ -23,10 +24,12 @@ class Binder(Protocol):
     def bind(self, token: bytes, window: PageRange, take: Callable[[Bound], _T]) -> _T:
         """Register a notifier on a range of the file whose holder presented ``token``.
 
-        ``take`` gets what came of it, descriptors included, and returns what the engine makes of it, which hears of nothing before.
+        ``take`` gets what came of it, descriptors included, and returns what the engine makes of
+        it, which hears of nothing before.
 
         Raises:
-            OSError: EINVAL for a token of no restricted descriptor; what ``take`` raises, and then nothing is registered.
+            OSError: EINVAL for a token of no restricted descriptor; what ``take`` raises, and then
+                nothing is registered.
         """
         ...
 
@@ -69,7 +72,8 @@ class VcpuEngine(Protocol):
     def set_guest_debug(self, *, step: bool, breakpoints: frozenset[int]) -> None:
         """Stop (``exits.Debug``) after each instruction, or before those at the addresses; the guest sees no other code for it.
 
-        A hypercall, port or MMIO instruction first exits as ever, and is a step once it was completed.
+        A hypercall, port or MMIO instruction first exits as ever, and is a step once it was
+        completed.
 
         Raises:
             OSError: EOPNOTSUPP; ENOSPC for more breakpoints than the engine has.
@@ -100,8 +104,8 @@ class VcpuEngine(Protocol):
         """Map pages from ``start`` on as a read would, and return how many were done: at least one. The vCPU is outside the guest.
 
         Raises:
-            OSError: EOPNOTSUPP when the engine cannot; ENOENT where no slot is; EFAULT where the slot lacks the half; EHWPOISON; ENOSPC,
-                ENOMEM.
+            OSError: EOPNOTSUPP when the engine cannot; ENOENT where no slot is; EFAULT where the
+                slot lacks the half; EHWPOISON; ENOSPC, ENOMEM.
         """
         ...
 
@@ -156,14 +160,16 @@ class Engine(Protocol):
         """Write a range of ``slot.attributes`` and return when no vCPU reaches the other half of it any more. vCPUs may be running.
 
         Raises:
-            OSError: ENOMEM, and nothing was changed; after any other exception anything may have been.
+            OSError: ENOMEM, and nothing was changed; after any other exception anything may have
+                been.
         """
         ...
 
     def invalidate_start(self, binding: int, span: PageRange, order: int | None) -> None:
         """Return when no page of a range of a bound file is used any more; unknown bindings are ignored.
 
-        ``order`` is that of the folio the range lies in, where the file's design tells it. Called by the notify thread, as the next three.
+        ``order`` is that of the folio the range lies in, where the file's design tells it. Called
+        by the notify thread, as the next three.
         """
         ...
 
@@ -183,7 +189,8 @@ class Engine(Protocol):
         """Write whole pages of content into the private half of a slot. No vCPU has run yet.
 
         Raises:
-            OSError: ENOSPC, ENOMEM, EFAULT as the platform has it; nothing was written then, for it will not be measured.
+            OSError: ENOSPC, ENOMEM, EFAULT as the platform has it; nothing was written then, for it
+                will not be measured.
         """
         ...
 

@@ -56,7 +56,8 @@ class Hypercall:
 class MemoryFault:
     """A page could not be had (``KVM_EXIT_MEMORY_FAULT``): flags of ``KVM_MEMORY_EXIT_FLAG_*``, the page, its size, and why.
 
-    v9 and v10 would retry for ever when get_page fails; as guest_memfd does, the errno is reported instead.
+    v9 and v10 would retry for ever when get_page fails; as guest_memfd does, the errno is reported
+    instead.
     """
 
     flags: int
@@ -96,7 +97,18 @@ class Unknown:
     reason: int
 
 
-Exit = PortIn | PortOut | MmioRead | MmioWrite | Hypercall | MemoryFault | Shutdown | Debug | Interrupted | Unknown
+Exit = (
+    PortIn
+    | PortOut
+    | MmioRead
+    | MmioWrite
+    | Hypercall
+    | MemoryFault
+    | Shutdown
+    | Debug
+    | Interrupted
+    | Unknown
+)
 
 #: Of ``Debug.dr6``: a single step.
 DR6_BS: Final = 1 << 14

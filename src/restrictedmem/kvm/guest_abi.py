@@ -8,7 +8,8 @@ from typing import Final
 
 from restrictedmem.failure import failed
 
-#: Guest physical addresses have this many bits; a guest is identity mapped, and #PF is what it gets beyond.
+#: Guest physical addresses have this many bits; a guest is identity mapped, and #PF is what it gets
+#: beyond.
 GPA_BITS: Final = 44
 
 # Guest physical addresses and sizes, in bytes.
@@ -37,16 +38,20 @@ CHECK: Final = 5
 MAP_GPA_RANGE: Final = 12
 STREAM_OUT: Final = 1
 STREAM_ERR: Final = 2
-#: How many arguments each has: other registers are not the owner's to see. Of any other hypercall it sees four.
+#: How many arguments each has: other registers are not the owner's to see. Of any other hypercall
+#: it sees four.
 ARGUMENTS: Final = {EXIT: 1, READ: 2, WRITE: 3, REPORT: 0, PARK: 0, CHECK: 4, MAP_GPA_RANGE: 3}
 #: Bytes that a report is over.
 REPORT_DATA: Final = 64
 
-#: MAP_GPA_RANGE's third argument: bits 0 to 3 are a page size, which is only a hint; with this one pages become private, else shared.
+#: MAP_GPA_RANGE's third argument: bits 0 to 3 are a page size, which is only a hint; with this one
+#: pages become private, else shared.
 MAP_GPA_RANGE_ENCRYPTED: Final = 1 << 4
 
 
-def boot_info(*, private_size: int, shared_size: int, heap_base: int, vcpus: int, arguments: Sequence[str]) -> bytes:
+def boot_info(
+    *, private_size: int, shared_size: int, heap_base: int, vcpus: int, arguments: Sequence[str]
+) -> bytes:
     """Return what lies at ``PRIVATE_BASE`` when a guest starts: ``struct boot_info`` and the argument strings.
 
     Raises:

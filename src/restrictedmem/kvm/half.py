@@ -1,8 +1,8 @@
 """Halves of slots as this process maps them; the shared ones show memfds of the owner's.
 
-A slot brings its memfd as a descriptor, which another process looks at first (``checker``). Most VMMs have one memfd for all slots. So the
-engine keeps a memfd open for as long as a slot shows it, and further slots may name it by device and inode number, which no other file can
-have meanwhile.
+A slot brings its memfd as a descriptor, which another process looks at first (``checker``). Most
+VMMs have one memfd for all slots. So the engine keeps a memfd open for as long as a slot shows it,
+and further slots may name it by device and inode number, which no other file can have meanwhile.
 """
 
 import fcntl
@@ -69,7 +69,9 @@ class SharedFile:
 
     __slots__ = ("_all", "_fd", "_size", "_users", "hugetlb", "identity")
 
-    def __init__(self, fd: OwnedFd, identity: Identity, size: int, of: dict[Identity, "SharedFile"]) -> None:
+    def __init__(
+        self, fd: OwnedFd, identity: Identity, size: int, of: dict[Identity, "SharedFile"]
+    ) -> None:
         """Own ``fd``, of which ``size`` bytes are there for good; ``of`` has it until it is closed."""
         self._fd = fd
         self._size = size
@@ -119,11 +121,13 @@ class SharedFiles:
         """Return the memfd behind a descriptor, which stays the caller's, sealed against shrinking; to be shown by a half at once.
 
         Raises:
-            OSError: EINVAL when it ends before byte ``end``, is no memfd, or is sealed against seals; EMFILE; what ``seal`` raises.
+            OSError: EINVAL when it ends before byte ``end``, is no memfd, or is sealed against
+                seals; EMFILE; what ``seal`` raises.
         """
         # Before the seal, which would stay, and again after it: until then the memfd can be shrunk.
         _check_size(end, _look(fd)[1])
-        # Sealed or not: this asks for the right to write, too, which who has another descriptor of the memfd may have.
+        # Sealed or not: this asks for the right to write, too, which who has another descriptor of
+        # the memfd may have.
         self._seal(fd)
         identity, size = _look(fd)
         _check_size(end, size)
@@ -163,7 +167,9 @@ class SharedHalf(Half):
         except BaseException as error:
             file.put()
             if isinstance(error, PermissionError):
-                raise OSError(EINVAL, "shared memory must be a memfd that is not sealed against writing") from None
+                raise OSError(
+                    EINVAL, "shared memory must be a memfd that is not sealed against writing"
+                ) from None
             raise
         self.file = file
 
@@ -200,7 +206,8 @@ def is_memfd(fd: int) -> bool:
 def forbid_shrinking(fd: int) -> None:
     """Seal a memfd of the owner's against shrinking: a mapping past its end would be SIGBUS for whoever touches it.
 
-    This takes the lock of the memfd's inode. An owner's write to it holds that, for as long as its page that it writes from does not come.
+    This takes the lock of the memfd's inode. An owner's write to it holds that, for as long as its
+    page that it writes from does not come.
 
     Raises:
         OSError: EINVAL when it is no memfd, is sealed against seals, or is open to be read alone.
@@ -208,4 +215,6 @@ def forbid_shrinking(fd: int) -> None:
     try:
         fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK)
     except OSError:
-        raise OSError(EINVAL, "shared memory must be a memfd that can be sealed against shrinking") from None
+        raise OSError(
+            EINVAL, "shared memory must be a memfd that can be sealed against shrinking"
+        ) from None

@@ -1,7 +1,8 @@
 """The launch: what an owner puts into a guest before it runs, and the measurement of it.
 
-The measurement is a chain of SHA-384 over each page as it is put in (its guest address and its content), then over the registers that each
-vCPU starts with and over what memory is private. Who knows what went in can compute it (``measure``) and compare with what a report says.
+The measurement is a chain of SHA-384 over each page as it is put in (its guest address and its
+content), then over the registers that each vCPU starts with and over what memory is private. Who
+knows what went in can compute it (``measure``) and compare with what a report says.
 """
 
 import struct
@@ -20,7 +21,8 @@ MEASUREMENT_BYTES: Final = 48
 
 _BEGIN: Final = struct.Struct("<23sII")
 _NAME: Final = b"restrictedmem launch 1\0"
-#: Type, 0, and a page's guest physical address in bytes or a vCPU's number; the digest of the content follows.
+#: Type, 0, and a page's guest physical address in bytes or a vCPU's number; the digest of the
+#: content follows.
 _RECORD: Final = struct.Struct("<IIQ")
 _PAGE: Final = 1
 _REGISTERS: Final = 2
@@ -28,7 +30,8 @@ _PRIVATE: Final = 3
 #: The rest of a ``Run``.
 _RUN: Final = struct.Struct("<QQQ")
 
-#: A run of private memory: guest physical address, size, offset in the restricted file, all in bytes; and KVM_MEM_READONLY or 0.
+#: A run of private memory: guest physical address, size, offset in the restricted file, all in
+#: bytes; and KVM_MEM_READONLY or 0.
 Run = tuple[int, int, int, int]
 
 
@@ -76,7 +79,12 @@ def _extended(value: bytes, kind: int, where: int, content: bytes) -> bytes:
     return sha384(value + _RECORD.pack(kind, 0, where) + sha384(content).digest()).digest()
 
 
-def measure(policy: int, pages: Iterable[tuple[int, bytes]], registers: Sequence[kvm_regs], private: Iterable[Run]) -> bytes:
+def measure(
+    policy: int,
+    pages: Iterable[tuple[int, bytes]],
+    registers: Sequence[kvm_regs],
+    private: Iterable[Run],
+) -> bytes:
     """Return the measurement of a launch: whole pages at their guest physical addresses, registers of vCPU 0, 1, …, private memory."""
     measurement = Measurement(policy)
     for gpa, content in pages:
@@ -90,7 +98,9 @@ def measure(policy: int, pages: Iterable[tuple[int, bytes]], registers: Sequence
 class Launch:
     """A VM's launch: open until its owner finishes it, or runs a vCPU; used by the VM's thread and by those of its vCPUs."""
 
-    def __init__(self, policy: int, private: Callable[[], Iterable[Run]], finished: Callable[[bytes], None]) -> None:
+    def __init__(
+        self, policy: int, private: Callable[[], Iterable[Run]], finished: Callable[[bytes], None]
+    ) -> None:
         """Open it; before the first vCPU enters the guest ``private`` says what is private, and ``finished`` takes the measurement."""
         self._mutex = sync.mutex()
         self._measurement = Measurement(policy)
@@ -107,7 +117,9 @@ class Launch:
         """
         with self._mutex:
             if self._result is not None:
-                raise OSError(EPERM, "the launch is finished: memory and registers are the guest's own")
+                raise OSError(
+                    EPERM, "the launch is finished: memory and registers are the guest's own"
+                )
             yield self._measurement
 
     @property

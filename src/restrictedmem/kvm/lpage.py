@@ -42,11 +42,14 @@ class LpageInfo:
 
     __slots__ = ("_attributes", "_base", "_end", "_levels", "_mixed")
 
-    def __init__(self, base: gfn_t, end: gfn_t, starts: tuple[int, ...], attributes: bytearray) -> None:
+    def __init__(
+        self, base: gfn_t, end: gfn_t, starts: tuple[int, ...], attributes: bytearray
+    ) -> None:
         """Describe pages ``base`` to ``end``, all with the same attribute so far.
 
-        ``starts`` is the first page that each half shows of its file: a block whose guest pages and file pages are not equally aligned
-        cannot be mapped as one. ``attributes`` stays the slot's, one byte a page.
+        ``starts`` is the first page that each half shows of its file: a block whose guest pages and
+        file pages are not equally aligned cannot be mapped as one. ``attributes`` stays the slot's,
+        one byte a page.
         """
         self._base = base
         self._end = end
@@ -55,7 +58,9 @@ class LpageInfo:
         for start in starts:
             shifts |= start - base
         #: Levels at which they are, the largest first.
-        self._levels: tuple[Level, ...] = () if shifts & (1 << _PMD) - 1 else _PMD_ALONE if shifts & (1 << _PUD) - 1 else _BOTH
+        self._levels: tuple[Level, ...] = (
+            () if shifts & (1 << _PMD) - 1 else _PMD_ALONE if shifts & (1 << _PUD) - 1 else _BOTH
+        )
         last = end - 1
         #: By level, a byte for each block.
         self._mixed = (
@@ -83,7 +88,9 @@ class LpageInfo:
         first, last = max(start, self._base), min(start + level.pages, self._end)
         step = 1
         if level is Level.PUD:
-            children = self._mixed[Level.PMD][self._block(Level.PMD, first) : self._block(Level.PMD, last - 1) + 1]
+            children = self._mixed[Level.PMD][
+                self._block(Level.PMD, first) : self._block(Level.PMD, last - 1) + 1
+            ]
             if any(children):
                 return True
             # None of them is mixed: one page speaks for each.
@@ -96,7 +103,11 @@ class LpageInfo:
         """Return the largest level at which a page may be mapped (``kvm_mmu_max_mapping_level``, without the order)."""
         for level in self._levels:
             start = gfn & -level.pages
-            if self._base <= start and start + level.pages <= self._end and not self._mixed[level][self._block(level, gfn)]:
+            if (
+                self._base <= start
+                and start + level.pages <= self._end
+                and not self._mixed[level][self._block(level, gfn)]
+            ):
                 return level
         return Level.PAGE
 

@@ -58,7 +58,9 @@ class Machine:
         self._creation = creation
         self._reporter = reporter
         self._trace = trace
-        self._conversions = Conversions(memory, explicit=bool(creation.policy & wire.POLICY_EXPLICIT))
+        self._conversions = Conversions(
+            memory, explicit=bool(creation.policy & wire.POLICY_EXPLICIT)
+        )
         self._launch = Launch(creation.policy, self._conversions.launched, reporter.launched)
         self._sockets: list[VcpuSocket] = []
         self._watched = select.epoll()
@@ -78,8 +80,12 @@ class Machine:
                     # The owner hung up, or it spoke while its last call was being answered.
                     self._watched.unregister(fd)
                     self._open.pop(fd).let_go()
-                elif fd == vm_fd and (events & select.EPOLLHUP or not serve_one(self._owner, self._intake.receive, dispatch)):
-                    # What an owner that has gone had asked for, hundreds of requests perhaps, is nobody's wish.
+                elif fd == vm_fd and (
+                    events & select.EPOLLHUP
+                    or not serve_one(self._owner, self._intake.receive, dispatch)
+                ):
+                    # What an owner that has gone had asked for, hundreds of requests perhaps, is
+                    # nobody's wish.
                     self._watched.unregister(vm_fd)
                     vm_open = False
                     hang_up(self._owner)
@@ -99,8 +105,15 @@ class Machine:
                 self._create_vcpu()
             case wire.SET_MEMORY_ATTRIBUTES.number:
                 asked = kvm.kvm_memory_attributes.from_buffer_copy(message.body)
-                with self._conversions.converting(asked.address, asked.size, private=bool(asked.attributes)), whole():
-                    done = self._memory.set_attributes(Api.V10, asked.address, asked.size, asked.attributes, asked.flags)
+                with (
+                    self._conversions.converting(
+                        asked.address, asked.size, private=bool(asked.attributes)
+                    ),
+                    whole(),
+                ):
+                    done = self._memory.set_attributes(
+                        Api.V10, asked.address, asked.size, asked.attributes, asked.flags
+                    )
                 asked.address, asked.size = asked.address + done, asked.size - done
                 self._owner.reply(bytes(asked))
             case wire.GET_SUPPORTED_MEMORY_ATTRIBUTES.number:
@@ -111,8 +124,17 @@ class Machine:
             case wire.ENCRYPT_REG_REGION.number | wire.ENCRYPT_UNREG_REGION.number:
                 region = kvm.kvm_enc_region.from_buffer_copy(message.body)
                 private = message.number == wire.ENCRYPT_REG_REGION.number
-                with self._conversions.converting(region.addr, region.size, private=private), whole():
-                    self._memory.set_attributes(Api.V9, region.addr, region.size, kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0, 0)
+                with (
+                    self._conversions.converting(region.addr, region.size, private=private),
+                    whole(),
+                ):
+                    self._memory.set_attributes(
+                        Api.V9,
+                        region.addr,
+                        region.size,
+                        kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0,
+                        0,
+                    )
                 self._owner.reply()
             case _:
                 self._dispatch_own(message)
@@ -127,12 +149,16 @@ class Machine:
             case wire.DBG_READ.number:
                 debug.check_policy(self._creation.policy)
                 gpa, size = message.unpack(wire.DBG)
-                self._owner.reply(debug.read_memory(self._memory, self._engine, gpa, min(size, MAX_BODY)))
+                self._owner.reply(
+                    debug.read_memory(self._memory, self._engine, gpa, min(size, MAX_BODY))
+                )
             case wire.DBG_WRITE.number:
                 debug.check_policy(self._creation.policy)
                 gpa, _ = wire.DBG.unpack_from(message.body)
                 with self._vcpus.held():
-                    debug.write_memory(self._memory, self._engine, gpa, message.body[wire.DBG.size :])
+                    debug.write_memory(
+                        self._memory, self._engine, gpa, message.body[wire.DBG.size :]
+                    )
                 self._owner.reply()
             case wire.INTERRUPT.number:
                 self._interrupt(message)
@@ -170,7 +196,15 @@ class Machine:
         self._owner.check_read()
         writer, reader = trace.pair()
         with reader, self._trace.starting(writer) as write:
-            write("trace", {"version": trace.VERSION, "side": "engine", "engine": self._engine.name, "policy": self._creation.policy})
+            write(
+                "trace",
+                {
+                    "version": trace.VERSION,
+                    "side": "engine",
+                    "engine": self._engine.name,
+                    "policy": self._creation.policy,
+                },
+            )
             for slot in self._memory.slots:
                 for event, fields in trace.of_slot(slot):
                     write(event, fields)
@@ -183,7 +217,12 @@ class Machine:
 
         def change() -> None:
             with self._vcpus.held():
-                self._memory.set_region(region, token, message.fds[0] if message.fds else None, wire.Names.of_body(message.body))
+                self._memory.set_region(
+                    region,
+                    token,
+                    message.fds[0] if message.fds else None,
+                    wire.Names.of_body(message.body),
+                )
 
         self._conversions.change_slot(region.slot, change, private=private)
         self._owner.reply()
@@ -193,7 +232,11 @@ class Machine:
             return self._memory.supported_attributes() if self._memory.api is Api.V10 else 0
         if cap == kvm.KVM_CAP_PRIVATE_MEM:
             return int(self._memory.api is Api.V9)
-        return _CAPABILITIES.get(Cap(cap), 0) or self._engine.check_extension(cap) if cap in set(Cap) else 0
+        return (
+            _CAPABILITIES.get(Cap(cap), 0) or self._engine.check_extension(cap)
+            if cap in set(Cap)
+            else 0
+        )
 
     def _interrupt(self, message: Message) -> None:
         number: int = message.unpack(wire.VCPU)[0]
@@ -206,9 +249,11 @@ class Machine:
         (gpa,) = wire.LAUNCH.unpack_from(body)
         content = body[wire.LAUNCH.size :]
         with self._launch.opened() as measurement:
-            # What needs memory comes first: what is put in is measured, and what is measured was put in.
+            # What needs memory comes first: what is put in is measured, and what is measured was
+            # put in.
             extended = measurement.extended(gpa, content)
-            # With a vCPU of the kernel engine the content is copied: nobody else may set its registers meanwhile.
+            # With a vCPU of the kernel engine the content is copied: nobody else may set its
+            # registers meanwhile.
             with self._vcpus.held(), whole(), self._conversions.putting_in(gpa):
                 self._memory.launch_update(gpa, content)
                 measurement.extend(extended)
@@ -227,7 +272,14 @@ class Machine:
             refuse_fds(theirs)
             with theirs:
                 made = VcpuSocket(
-                    number, channel, self._watched, self._creation.policy, self._launch, self._conversions, self._reporter, self._trace
+                    number,
+                    channel,
+                    self._watched,
+                    self._creation.policy,
+                    self._launch,
+                    self._conversions,
+                    self._reporter,
+                    self._trace,
                 )
                 # From here on its thread closes the socket.
                 undo.pop_all()

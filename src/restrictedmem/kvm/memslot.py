@@ -21,16 +21,19 @@ from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t, pgoff_t
 if TYPE_CHECKING:
     from restrictedmem.consumer import Bound
 
-# What an entry of the secondary page table says; 0 is no translation. The rights are numbered as Unicorn's UC_PROT_*.
+# What an entry of the secondary page table says; 0 is no translation. The rights are numbered as
+# Unicorn's UC_PROT_*.
 READ: Final = 1
 WRITE: Final = 2
 EXEC: Final = 4
 ALL: Final = READ | WRITE | EXEC
 #: The entry leads to the private half.
 PRIVATE: Final = 8
-#: Some vCPU may have translated code of the page; what lacks WRITE for it can be written all the same, with notice (``Mmu.protect_code``).
+#: Some vCPU may have translated code of the page; what lacks WRITE for it can be written all the
+#: same, with notice (``Mmu.protect_code``).
 CODE: Final = 16
-#: Bits of an entry below its level, which is ``Level`` less 1; all entries of a 2 MiB or 1 GiB mapping are equal, and none has CODE.
+#: Bits of an entry below its level, which is ``Level`` less 1; all entries of a 2 MiB or 1 GiB
+#: mapping are equal, and none has CODE.
 LEVEL_SHIFT: Final = 5
 
 # At hand: to look up a member of an enumeration takes as long as to count the entries of a fault.
@@ -41,7 +44,8 @@ _LEVELS: Final = int(Level.PUD) + 1
 class PrivateHalf(Protocol):
     """The half in a restricted file, whatever an engine keeps it in."""
 
-    #: The binding with the service, the file's inode number, and the part of the file that the slot shows.
+    #: The binding with the service, the file's inode number, and the part of the file that the slot
+    #: shows.
     binding: int
     ino: int
     window: PageRange
@@ -81,7 +85,9 @@ class MemfdFile:
         #: The order of the folio that a block becomes when it is taken whole.
         self.order = max(bound.order, memory.PMD_ORDER if hugepage else 0)
         self.sequence = InvalidationSequence(bound.sequence, writable=False)
-        self.memfd = take_over(bound.memfd, limit=bound.limit, base_order=bound.order, hugepage=hugepage)
+        self.memfd = take_over(
+            bound.memfd, limit=bound.limit, base_order=bound.order, hugepage=hugepage
+        )
         #: Bytes of the largest folio that there may be.
         self.blksize = self.memfd.blksize
 
@@ -92,7 +98,10 @@ class MemfdFile:
             OSError: EMFILE, ENOMEM.
         """
         with ExitStack() as undo:
-            memfd, sequence = (undo.enter_context(OwnedFd(os.dup(fd))) for fd in (self.memfd.fileno(), self.sequence.fd.fileno()))
+            memfd, sequence = (
+                undo.enter_context(OwnedFd(os.dup(fd)))
+                for fd in (self.memfd.fileno(), self.sequence.fd.fileno())
+            )
             made = MemfdFile(replace(self._bound, memfd=memfd, sequence=sequence))
             undo.pop_all()
         return made
@@ -123,9 +132,24 @@ class MemfdFile:
 class MemfdHalf:
     """A private half in the file's own memfd, mapped whole (``PrivateHalf``), and what the fault path needs of it."""
 
-    __slots__ = ("_unbind", "binding", "failed", "file", "half", "ino", "may_have_folios", "order", "pages", "sequence", "told", "window")
+    __slots__ = (
+        "_unbind",
+        "binding",
+        "failed",
+        "file",
+        "half",
+        "ino",
+        "may_have_folios",
+        "order",
+        "pages",
+        "sequence",
+        "told",
+        "window",
+    )
 
-    def __init__(self, file: MemfdFile, binding: int, window: PageRange, unbind: Callable[[], None]) -> None:
+    def __init__(
+        self, file: MemfdFile, binding: int, window: PageRange, unbind: Callable[[], None]
+    ) -> None:
         """Use ``file``, which no other half does if it is pinned; ``window`` is the part of it that the slot shows.
 
         Raises:
@@ -187,14 +211,32 @@ class MemfdHalf:
 class Memslot:
     """Guest pages ``base_gfn`` to ``end_gfn``; each shows its page of one half at a time, as its attribute says.
 
-    ``attributes`` says which pages are private; ``entries`` is the secondary page table of an engine whose MMU is ours. One byte a page
-    each, written only under the MMU's lock.
+    ``attributes`` says which pages are private; ``entries`` is the secondary page table of an
+    engine whose MMU is ours. One byte a page each, written only under the MMU's lock.
     """
 
-    __slots__ = ("attributes", "base_gfn", "end_gfn", "entries", "lpage", "mapped", "number", "private", "rights", "shared")
+    __slots__ = (
+        "attributes",
+        "base_gfn",
+        "end_gfn",
+        "entries",
+        "lpage",
+        "mapped",
+        "number",
+        "private",
+        "rights",
+        "shared",
+    )
 
     def __init__(
-        self, number: int, base_gfn: gfn_t, npages: int, *, private: PrivateHalf | None, shared: SharedHalf | None, rights: int = ALL
+        self,
+        number: int,
+        base_gfn: gfn_t,
+        npages: int,
+        *,
+        private: PrivateHalf | None,
+        shared: SharedHalf | None,
+        rights: int = ALL,
     ) -> None:
         """Make a slot of one or two halves, each of ``npages`` pages, with every page shared."""
         self.number = number
@@ -205,7 +247,8 @@ class Memslot:
         self.rights = rights
         self.entries = sync.shared_bytes(npages)
         self.attributes = sync.shared_bytes(npages)
-        #: By level, how many translations ``entries`` holds (KVM's statistics pages_4k, pages_2m and pages_1g).
+        #: By level, how many translations ``entries`` holds (KVM's statistics pages_4k, pages_2m
+        #: and pages_1g).
         self.mapped = [0] * _LEVELS
         starts: tuple[int, ...] = () if private is None else (int(private.window.start),)
         starts += () if shared is None else (shared.offset >> PAGE_SHIFT,)
@@ -225,7 +268,8 @@ class Memslot:
     def gfns_of(self, span: PageRange) -> tuple[gfn_t, gfn_t]:
         """Return the guest pages that show a range of the private half's file.
 
-        The posted arithmetic underflowed for a hole that ends below the slot's window; clipping to the window first cannot.
+        The posted arithmetic underflowed for a hole that ends below the slot's window; clipping to
+        the window first cannot.
         """
         assert self.private is not None
         inside = self.private.window.clip(span)
@@ -265,7 +309,11 @@ class Memslot:
         """Translate the pages of a range that have no translation, each by itself."""
         missing = self.entries.count(0, first, last)
         new = bytes((entry,))
-        self.entries[first:last] = new * missing if missing == last - first else self.entries[first:last].replace(b"\0", new)
+        self.entries[first:last] = (
+            new * missing
+            if missing == last - first
+            else self.entries[first:last].replace(b"\0", new)
+        )
         self.mapped[_PAGE] += missing
 
     def install_large(self, first: int, level: Level) -> None:

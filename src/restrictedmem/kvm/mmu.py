@@ -1,8 +1,9 @@
 """The fault path: from a guest page without a translation to one with, or to the reason why not (v10 8/9, kvm_faultin_pfn).
 
 Whoever runs guest code asks ``fault`` for a missing page. Whoever takes pages away zaps them before
-(``invalidate_start``, ``set_attributes``, ``lose``), and makes every vCPU drop what it cached. In between
-stands the retry protocol: what was looked up while a range was being invalidated is thrown away.
+(``invalidate_start``, ``set_attributes``, ``lose``), and makes every vCPU drop what it cached. In
+between stands the retry protocol: what was looked up while a range was being invalidated is thrown
+away.
 """
 
 from collections.abc import Callable
@@ -51,7 +52,8 @@ class Counters:
     """Large translations of which a part had to go or to lose a right; translations."""
 
 
-#: Pages mapped at one fault, an aligned block: 64 KiB, what the kernel maps around a file fault (fault_around_bytes).
+#: Pages mapped at one fault, an aligned block: 64 KiB, what the kernel maps around a file fault
+#: (fault_around_bytes).
 FAULT_AROUND: Final = 16
 
 
@@ -59,7 +61,9 @@ FAULT_AROUND: Final = 16
 class Mmu:
     """The slots of one VM and their secondary page tables. ``_lock`` is mmu_lock: held for each change of an entry, never across a wait."""
 
-    def __init__(self, attributes: Attributes, trace: Trace | None = None, platform: Platform | None = None) -> None:
+    def __init__(
+        self, attributes: Attributes, trace: Trace | None = None, platform: Platform | None = None
+    ) -> None:
         """Make a VM without slots; ``attributes`` are those of its pages."""
         self.attributes = attributes
         self._trace = trace or Trace()
@@ -69,7 +73,8 @@ class Mmu:
         self._bound: dict[int, Memslot] = {}
         #: The sequences of their files, each with how many slots have it.
         self._sequences: dict[InvalidationSequence, int] = {}
-        #: Halves with an invalidation that was told of and has not ended, under the lock; slots of some may be gone, or yet to come.
+        #: Halves with an invalidation that was told of and has not ended, under the lock; slots of
+        #: some may be gone, or yet to come.
         self._told_halves: set[MemfdHalf] = set()
         self.counters = Counters()
         self._lock = sync.mutex()
@@ -145,7 +150,10 @@ class Mmu:
 
     def private_pages(self) -> int:
         """Return how many pages were taken and not freed since, as far as this MMU knows."""
-        return sum(slot.memfd_half.pages.taken for slot in self.slots if slot.private) - self.counters.freed
+        return (
+            sum(slot.memfd_half.pages.taken for slot in self.slots if slot.private)
+            - self.counters.freed
+        )
 
     def _fault_private(self, slot: Memslot, index: int) -> Fault:
         if slot.private is None:
@@ -153,7 +161,8 @@ class Mmu:
         try:
             return self._faultin_private(slot, slot.memfd_half, index)
         except BlockingIOError:
-            # EAGAIN of get_page. KVM looks so early, too, since 6.8 (mmu_invalidate_retry_gfn_unsafe).
+            # EAGAIN of get_page. KVM looks so early, too, since 6.8
+            # (mmu_invalidate_retry_gfn_unsafe).
             self.counters.retries += 1
             return Fault.RETRY
 
@@ -180,7 +189,8 @@ class Mmu:
     def _fault_large(self, slot: Memslot, private: MemfdHalf, index: int) -> Fault | None:
         """Map the largest block around a page that alignment, attributes and its folio's order allow; None when that is the page.
 
-        The order is the truth as long as nothing of the block is invalidated, which the retry protocol finds out.
+        The order is the truth as long as nothing of the block is invalidated, which the retry
+        protocol finds out.
         """
         highest = slot.lpage.max_level(slot.base_gfn + index)
         if highest is Level.PAGE:
@@ -193,7 +203,9 @@ class Mmu:
             return None
         return None if found is None else self._install_private(slot, snapshot, *found)
 
-    def _install_private(self, slot: Memslot, snapshot: int, first: int, span: PageRange, level: Level) -> Fault:
+    def _install_private(
+        self, slot: Memslot, snapshot: int, first: int, span: PageRange, level: Level
+    ) -> Fault:
         """Install what get_page returned since ``snapshot``, the file's pages ``span`` from the slot's ``first`` on, unless out of date."""
         private, last = slot.memfd_half, first + len(span)
         large = level is not Level.PAGE
@@ -209,7 +221,9 @@ class Mmu:
             ):
                 self.counters.retries += 1
                 return Fault.RETRY
-            self._platform.prepare(private.ino, span, gfn_t(slot.base_gfn + first), level.order if large else 0)
+            self._platform.prepare(
+                private.ino, span, gfn_t(slot.base_gfn + first), level.order if large else 0
+            )
             if large:
                 slot.install_large(first, level)
             else:
@@ -238,11 +252,15 @@ class Mmu:
         Returns how many, 0 when an invalidation came between.
 
         Raises:
-            OSError: ENOENT where no slot is; EFAULT where the slot lacks the half; EHWPOISON; ENOSPC, ENOMEM.
+            OSError: ENOENT where no slot is; EFAULT where the slot lacks the half; EHWPOISON;
+                ENOSPC, ENOMEM.
         """
         slot = self.slot_of(start)
         if slot is None:
-            raise OSError(EFAULT if self.attributes.forbids_mmio(start) else ENOENT, f"prefault: no slot at {start << PAGE_SHIFT:#x}")
+            raise OSError(
+                EFAULT if self.attributes.forbids_mmio(start) else ENOENT,
+                f"prefault: no slot at {start << PAGE_SHIFT:#x}",
+            )
         first = start - slot.base_gfn
         private = slot.attributes[first]
         # Beyond what can be one block, 16 pages that are alike, or one.
@@ -251,7 +269,9 @@ class Mmu:
         if slot.attributes.count(private, first, last) < last - first:
             last = first + 1
         if (slot.private if private else slot.shared) is None:
-            raise OSError(EFAULT, f"prefault: the slot has no such half at {start << PAGE_SHIFT:#x}")
+            raise OSError(
+                EFAULT, f"prefault: the slot has no such half at {start << PAGE_SHIFT:#x}"
+            )
         if not private:
             return last - first if self._prefault_shared(slot, first, last) is Fault.MAPPED else 0
         done = self._prefault_private(slot, first, last)
@@ -272,13 +292,19 @@ class Mmu:
             private.pages.get_pages(span)
         except BlockingIOError:
             return first
-        return first + len(span) if self._install_private(slot, snapshot, first, span, Level.PAGE) is Fault.MAPPED else first
+        return (
+            first + len(span)
+            if self._install_private(slot, snapshot, first, span, Level.PAGE) is Fault.MAPPED
+            else first
+        )
 
     def _prefault_shared(self, slot: Memslot, first: int, last: int) -> Fault:
         assert slot.shared is not None
         with suppress(OSError):
             # A guest's first access does the same; the call came with Linux 5.14.
-            slot.shared.mapping.madvise(memory.MADV_POPULATE_READ, first << PAGE_SHIFT, (last - first) << PAGE_SHIFT)
+            slot.shared.mapping.madvise(
+                memory.MADV_POPULATE_READ, first << PAGE_SHIFT, (last - first) << PAGE_SHIFT
+            )
         return self._install_shared(slot, first, last)
 
     def protect_code(self, slot: Memslot, gfn: int) -> tuple[int, bool]:
@@ -291,7 +317,8 @@ class Mmu:
             entry = slot.entries[index]
             if not entry or entry & CODE:
                 return entry, False
-            # What is protected is the page alone: the rest of a large translation keeps its rights (KVM splits for write tracking, too).
+            # What is protected is the page alone: the rest of a large translation keeps its rights
+            # (KVM splits for write tracking, too).
             self.counters.splits += slot.split(index)
             slot.entries[index] = entry = slot.entries[index] & ~WRITE | CODE
             return entry, True
@@ -299,8 +326,9 @@ class Mmu:
     def wait_settled(self, unless: Callable[[], bool]) -> None:
         """Wait until no invalidation is in progress over any slot, which is when a fault that had to retry may work.
 
-        Ends early when ``unless`` becomes true, followed by ``wake``; and soon where nobody will tell of the end, for a design may leave a
-        punch untold, or tell of its end before it is over.
+        Ends early when ``unless`` becomes true, followed by ``wake``; and soon where nobody will
+        tell of the end, for a design may leave a punch untold, or tell of its end before it is
+        over.
         """
         if not any(sequence.busy() for sequence in self._sequences.copy()):
             return
@@ -366,7 +394,9 @@ class Mmu:
                 self._told_halves.discard(half)
             self._settled.notify_all()
 
-    def set_attributes(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> tuple[gfn_t, gfn_t]:
+    def set_attributes(
+        self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool
+    ) -> tuple[gfn_t, gfn_t]:
         """Say which half a range of guest pages of a slot shows, and zap it; returns the pages that every vCPU has to drop."""
         attributes = bytes([private]) * (end - start)
         with self._lock:
@@ -385,18 +415,27 @@ def _around(slot: Memslot, index: int) -> tuple[int, int]:
     gfn = index + slot.base_gfn
     first = max(gfn & -FAULT_AROUND, slot.base_gfn) - slot.base_gfn
     last = min(gfn | FAULT_AROUND - 1, slot.end_gfn - 1) + 1 - slot.base_gfn
-    if slot.attributes.count(slot.attributes[index], first, last) == slot.entries.count(0, first, last) == last - first:
+    if (
+        slot.attributes.count(slot.attributes[index], first, last)
+        == slot.entries.count(0, first, last)
+        == last - first
+    ):
         return first, last
     return index, index + 1
 
 
-def _take_large(slot: Memslot, private: MemfdHalf, index: int, highest: Level) -> tuple[int, PageRange, Level] | None:
+def _take_large(
+    slot: Memslot, private: MemfdHalf, index: int, highest: Level
+) -> tuple[int, PageRange, Level] | None:
     """Take the largest block around a page that can be mapped as one: its first page, those of the file, its level."""
     block = slot.span_of(*slot.block(index, min(highest, Level.of_order(private.order))))
-    # As in shmem, pages that came one by one, or remain of a folio that was split, do not become a folio at a fault.
+    # As in shmem, pages that came one by one, or remain of a folio that was split, do not become a
+    # folio at a fault.
     if not private.pages.count(block):
         private.pages.get_pages(block)
-    level = min(highest, Level.of_order(private.pages.get_page(slot.span_of(index, index + 1).start)))
+    level = min(
+        highest, Level.of_order(private.pages.get_page(slot.span_of(index, index + 1).start))
+    )
     while level > Level.PAGE:
         first, last = slot.block(index, level)
         if _may_be_one(slot, first, last):

@@ -1,7 +1,7 @@
 """From events (docs/trace.md) to Perfetto's own trace format, which ui.perfetto.dev opens: protobuf, ``perfetto.protos.Trace``.
 
-A process is a process there and a thread a thread; what has a duration is a slice, a vCPU's time in the guest too; what has none is an
-instant; private pages are a counter of the engine's.
+A process is a process there and a thread a thread; what has a duration is a slice, a vCPU's time in
+the guest too; what has none is an instant; private pages are a counter of the engine's.
 """
 
 import json
@@ -134,7 +134,11 @@ def read(lines: Iterable[str]) -> Read:
             raise failed("read", EINVAL, f"line {number} is no event")
         if event["event"] == "trace":
             if event.get("version") != VERSION:
-                raise failed("read", EINVAL, f"a trace of version {event.get('version')}, and this reads {VERSION}")
+                raise failed(
+                    "read",
+                    EINVAL,
+                    f"a trace of version {event.get('version')}, and this reads {VERSION}",
+                )
             running[event["pid"]] = event.get("side", "?")
         elif event["event"] == "end":
             running.pop(event["pid"], None)
@@ -174,9 +178,13 @@ def convert(events: list[Event]) -> bytes:
     processes: dict[int, str] = {}
     packets: list[tuple[int, bytes]] = []
     for event in events:
-        thread = threads.setdefault((event["pid"], event["tid"]), _Thread(event["pid"], event["tid"]))
+        thread = threads.setdefault(
+            (event["pid"], event["tid"]), _Thread(event["pid"], event["tid"])
+        )
         if event["event"] == "trace":
-            processes[thread.pid] = " ".join(event[key] for key in ("engine", "side") if key in event)
+            processes[thread.pid] = " ".join(
+                event[key] for key in ("engine", "side") if key in event
+            )
         packets += _take(thread, event)
     last = events[-1]["ts"]
     for thread in threads.values():
@@ -184,7 +192,13 @@ def convert(events: list[Event]) -> bytes:
             thread.inside.end = last
         packets += _slices(thread)
     packets.sort(key=lambda packet: packet[0])
-    head = b"".join(_tracks(threads.values(), processes, {event["pid"] for event in events if "private_pages" in event}))
+    head = b"".join(
+        _tracks(
+            threads.values(),
+            processes,
+            {event["pid"] for event in events if "private_pages" in event},
+        )
+    )
     return head + b"".join(packet for _, packet in packets)
 
 
@@ -204,7 +218,9 @@ def _take(thread: _Thread, event: Event) -> Iterator[tuple[int, bytes]]:
                 thread.inside.annotations = _annotations(event)
                 thread.inside = None
         case _ if "ns" in event:
-            thread.slices.append(_Slice(ts - event["ns"], ts, event.get("call") or name, _annotations(event)))
+            thread.slices.append(
+                _Slice(ts - event["ns"], ts, event.get("call") or name, _annotations(event))
+            )
         case _:
             yield _event(ts, _INSTANT, thread.uuid, name, _annotations(event))
     if name.startswith("invalidate"):
@@ -229,7 +245,14 @@ def _packet(body: bytes) -> bytes:
     return _field(_TRACE_PACKET, body + _field(_PACKET_SEQUENCE, _SEQUENCE))
 
 
-def _event(ts: int, kind: int, track: int, name: str = "", annotations: bytes = b"", value: int | None = None) -> tuple[int, bytes]:
+def _event(
+    ts: int,
+    kind: int,
+    track: int,
+    name: str = "",
+    annotations: bytes = b"",
+    value: int | None = None,
+) -> tuple[int, bytes]:
     body = _field(_EVENT_TYPE, kind) + _field(_EVENT_TRACK, track) + annotations
     body += _field(_EVENT_NAME, name) if name else b""
     body += b"" if value is None else _field(_EVENT_VALUE, value)
@@ -254,7 +277,9 @@ def _value(value: object) -> bytes:
             return _field(_ANNOTATION_STRING, str(value))
 
 
-def _tracks(threads: Iterable[_Thread], processes: dict[int, str], counting: set[int]) -> Iterator[bytes]:
+def _tracks(
+    threads: Iterable[_Thread], processes: dict[int, str], counting: set[int]
+) -> Iterator[bytes]:
     """Yield the description of each track; the first packet says that nothing came before it."""
     flags = _field(_PACKET_SEQUENCE_FLAGS, _INCREMENTAL_STATE_CLEARED)
     for pid, name in processes.items():
@@ -264,12 +289,23 @@ def _tracks(threads: Iterable[_Thread], processes: dict[int, str], counting: set
         if pid in counting:
             counter = _field(_TRACK_COUNTER, _field(_COUNTER_UNIT, _UNIT_COUNT))
             yield _track(
-                _field(_TRACK_UUID, _COUNTER_UUID | pid) + _field(_TRACK_PARENT, pid) + _field(_TRACK_NAME, "private pages") + counter
+                _field(_TRACK_UUID, _COUNTER_UUID | pid)
+                + _field(_TRACK_PARENT, pid)
+                + _field(_TRACK_NAME, "private pages")
+                + counter
             )
     for thread in threads:
         name = thread.name or processes.get(thread.pid, "") or "thread"
-        about = _field(_THREAD_PID, thread.pid) + _field(_THREAD_TID, thread.tid) + _field(_THREAD_NAME, name)
-        yield _track(_field(_TRACK_UUID, thread.uuid) + _field(_TRACK_PARENT, thread.pid) + _field(_TRACK_THREAD, about))
+        about = (
+            _field(_THREAD_PID, thread.pid)
+            + _field(_THREAD_TID, thread.tid)
+            + _field(_THREAD_NAME, name)
+        )
+        yield _track(
+            _field(_TRACK_UUID, thread.uuid)
+            + _field(_TRACK_PARENT, thread.pid)
+            + _field(_TRACK_THREAD, about)
+        )
 
 
 def _track(descriptor: bytes, flags: bytes = b"") -> bytes:

@@ -1,9 +1,10 @@
 """The engine process: one VM, its memory and its vCPUs, driven by the owner's messages.
 
-It is forked by the service's spawner, so it is undumpable from its first instruction, and it gets the memory behind restricted
-descriptors from the service, never the descriptors. Three kinds of threads, each waiting in a system call when it has nothing to do: the
-main one for the VM's socket, one for each vCPU, and one that answers the service's invalidations and nothing else, so that an owner's punch
-never waits for anything but the guest's exit.
+It is forked by the service's spawner, so it is undumpable from its first instruction, and it gets
+the memory behind restricted descriptors from the service, never the descriptors. Three kinds of
+threads, each waiting in a system call when it has nothing to do: the main one for the VM's socket,
+one for each vCPU, and one that answers the service's invalidations and nothing else, so that an
+owner's punch never waits for anything but the guest's exit.
 """
 
 import gc
@@ -43,15 +44,18 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-#: Seconds after which a thread has to let others run Python: a vCPU that faults all the time would keep a stop request waiting for 5 ms.
+#: Seconds after which a thread has to let others run Python: a vCPU that faults all the time would
+#: keep a stop request waiting for 5 ms.
 _SWITCH_INTERVAL: Final = 0.0002
 
-#: New objects until Python looks for cycles among them, and how often it does so until it looks at older ones, too. Slots are objects by
-#: the ten thousand, and all of them stay: to look each 700, as is usual, takes a tenth of the time in which slots are made.
+#: New objects until Python looks for cycles among them, and how often it does so until it looks at
+#: older ones, too. Slots are objects by the ten thousand, and all of them stay: to look each 700,
+#: as is usual, takes a tenth of the time in which slots are made.
 _YOUNG: Final = 20_000
 _YOUNGER: Final = 20
 
-#: Seconds that a trial guest may take, which needs some milliseconds; a KVM that hangs holds the owner's VM up as long.
+#: Seconds that a trial guest may take, which needs some milliseconds; a KVM that hangs holds the
+#: owner's VM up as long.
 _TRIAL_DEADLINE: Final = 5.0
 
 #: /dev/kvm, where it had to be opened early.
@@ -69,10 +73,17 @@ def preload(*, devices: bool) -> None:
             _preloaded = Kvm.open()
 
 
-def serve(owner: socket.socket, service: socket.socket, notify: socket.socket, options: "Options", arguments: str) -> NoReturn:
+def serve(
+    owner: socket.socket,
+    service: socket.socket,
+    notify: socket.socket,
+    options: "Options",
+    arguments: str,
+) -> NoReturn:
     """Be the engine of one VM until its owner lets go of it or the service ends."""
     channel = Channel(owner, "owner")
-    # A guest whose exception a hook of the emulator lost, for want of memory, would go on behind it.
+    # A guest whose exception a hook of the emulator lost, for want of memory, would go on behind
+    # it.
     sealing.end_when_lost()
     try:
         # First of all: the checker must have nothing that this process is about to get.
@@ -91,8 +102,8 @@ def serve(owner: socket.socket, service: socket.socket, notify: socket.socket, o
         binder.engine = engine = make_engine(creation, binder, vcpus, attributes, trace, refusal)
     except OSError as error:
         with suppress(OSError):
-            # What it says does not matter, as long as it said something. Descriptors stay where they
-            # are, for to drop them may take for ever.
+            # What it says does not matter, as long as it said something. Descriptors stay where
+            # they are, for to drop them may take for ever.
             if not brings_fds(owner):
                 channel.receive()
         channel.reply_error(error)
@@ -111,7 +122,8 @@ def serve(owner: socket.socket, service: socket.socket, notify: socket.socket, o
 def refuse_kernel(creation: Creation, *sockets: socket.socket) -> str:
     """Say why ``auto`` does not take the kernel engine; empty when a guest has just run on it (``trial``), or nobody asked.
 
-    A child tries it, which lets go of this process's sockets, and which is left behind when the kernel holds it up.
+    A child tries it, which lets go of this process's sockets, and which is left behind when the
+    kernel holds it up.
     """
     if creation.engine != "auto" or creation.platform:
         return ""
@@ -145,7 +157,9 @@ def make_engine(
     if creation.engine != "software" and not creation.platform and not refusal:
         try:
             with _preloaded or Kvm.open() as kvm:
-                return KernelVm(binder, vcpus, attributes, kvm, debug=bool(creation.policy & POLICY_DEBUG))
+                return KernelVm(
+                    binder, vcpus, attributes, kvm, debug=bool(creation.policy & POLICY_DEBUG)
+                )
         except OSError as error:
             if creation.engine == "kernel":
                 raise
@@ -165,11 +179,19 @@ class Binding:
 
     def bind(self, token: bytes, window: PageRange, take: Callable[[Bound], _T]) -> _T:
         """Register a notifier (``Binder``)."""
-        return self._consumer.bind(token, window, lambda bound: _Notifier(bound.number, take(bound), self.engine, self._trace)).taken
+        return self._consumer.bind(
+            token,
+            window,
+            lambda bound: _Notifier(bound.number, take(bound), self.engine, self._trace),
+        ).taken
 
     def bind_again(self, binding: int, window: PageRange, take: Callable[[int], _T]) -> _T:
         """Register a further one (``Binder``)."""
-        return self._consumer.bind_again(binding, window, lambda number: _Notifier(number, take(number), self.engine, self._trace)).taken
+        return self._consumer.bind_again(
+            binding,
+            window,
+            lambda number: _Notifier(number, take(number), self.engine, self._trace),
+        ).taken
 
     def unbind(self, number: int) -> None:
         """Unregister it (``Binder``)."""
@@ -188,11 +210,19 @@ class _Notifier(Generic[_T]):
 
     def invalidate_start(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
         """Let the engine stop using a range."""
-        self._tell("invalidate_start", PageRange(start, end), lambda binding, span: self._engine.invalidate_start(binding, span, order))
+        self._tell(
+            "invalidate_start",
+            PageRange(start, end),
+            lambda binding, span: self._engine.invalidate_start(binding, span, order),
+        )
 
     def invalidate_end(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
         """Let the engine go on."""
-        self._tell("invalidate_end", PageRange(start, end), lambda binding, span: self._engine.invalidate_end(binding, span, order))
+        self._tell(
+            "invalidate_end",
+            PageRange(start, end),
+            lambda binding, span: self._engine.invalidate_end(binding, span, order),
+        )
 
     def error(self, start: pgoff_t, end: pgoff_t) -> None:
         """Let the engine give pages up."""
@@ -207,7 +237,14 @@ class _Notifier(Generic[_T]):
         act(self._binding, span)
         if self._trace.on:
             private_pages = _private_pages(self._engine)
-            self._trace.emit(event, binding=self._binding, pgoff=span.start, npages=len(span), **private_pages, ns=now() - started)
+            self._trace.emit(
+                event,
+                binding=self._binding,
+                pgoff=span.start,
+                npages=len(span),
+                **private_pages,
+                ns=now() - started,
+            )
 
 
 def _private_pages(engine: Engine) -> dict[str, int]:

@@ -36,14 +36,17 @@ _NAMES: Final = {
 
 
 @contextmanager
-def record(vmm: Vmm, path: str | Path, lost: Callable[[int], object] | None = None) -> Generator[None]:
+def record(
+    vmm: Vmm, path: str | Path, lost: Callable[[int], object] | None = None
+) -> Generator[None]:
     """Write the events of a VMM, its VM and its vCPUs to a file, made anew; to be entered before the guest is loaded and run.
 
-    The owner's ``end`` is the file's last line: without it, the file is not all. ``lost`` is told at the end how many events found no
-    room on their way, if any did.
+    The owner's ``end`` is the file's last line: without it, the file is not all. ``lost`` is told
+    at the end how many events found no room on their way, if any did.
 
     Raises:
-        OSError: as ``paths.create`` and ``Vm.start_trace``; at the end, what the file could not be written or closed with.
+        OSError: as ``paths.create`` and ``Vm.start_trace``; at the end, what the file could not be
+            written or closed with.
     """
     file = _File(path)
     mine = Trace()
@@ -132,7 +135,8 @@ def _carried(reader: socket.socket, file: _File) -> Generator[None]:
         try:
             yield
         finally:
-            # No more than has come: an engine may have been out of reach, and a child may have the other end, too.
+            # No more than has come: an engine may have been out of reach, and a child may have the
+            # other end, too.
             reader.shutdown(socket.SHUT_RD)
             thread.join()
 
@@ -166,7 +170,11 @@ def _answering(mine: Trace, vmm: Vmm) -> Callable[[Vcpu, int], exits.Exit]:
 def _of_answer(call: exits.Hypercall) -> tuple[str, Fields]:
     if call.number == guest_abi.MAP_GPA_RANGE:
         gpa, npages, attributes, _ = call.arguments
-        return "conversion", {"gfn": gpa >> PAGE_SHIFT, "npages": npages, "private": bool(attributes & guest_abi.MAP_GPA_RANGE_ENCRYPTED)}
+        return "conversion", {
+            "gfn": gpa >> PAGE_SHIFT,
+            "npages": npages,
+            "private": bool(attributes & guest_abi.MAP_GPA_RANGE_ENCRYPTED),
+        }
     return "answer", {"call": _NAMES.get(call.number, str(call.number))}
 
 

@@ -25,7 +25,9 @@ class Reporter:
         Raises:
             OSError: ENOTCONN when the service is gone.
         """
-        self._service.call(wire.LAUNCHED, wire.LAUNCH.pack(self._policy, self._engine.encode(), measurement))
+        self._service.call(
+            wire.LAUNCHED, wire.LAUNCH.pack(self._policy, self._engine.encode(), measurement)
+        )
 
     def answer(self) -> int:
         """Put a signed report over the page's first 64 bytes there, and return its length, or a negative errno."""

@@ -15,10 +15,13 @@ class RefusedError(OSError):
     """A call that cannot be done for what came with it; other than after a malformed message, the connection goes on."""
 
 
-def serve_one(channel: Channel, receive: Callable[[], Message | None], dispatch: Callable[[Message], None]) -> bool:
+def serve_one(
+    channel: Channel, receive: Callable[[], Message | None], dispatch: Callable[[Message], None]
+) -> bool:
     """Receive one request and have it answered, whatever goes wrong, so that nobody waits for ever.
 
-    False when there will be no other: the owner is gone, or what it sent was no request. ``hang_up`` is then due.
+    False when there will be no other: the owner is gone, or what it sent was no request.
+    ``hang_up`` is then due.
     """
     try:
         message = receive()
@@ -53,7 +56,10 @@ def hang_up(channel: Channel) -> None:
     """Let the owner find the end of the stream behind the last reply, even where a copy of the socket stays open."""
     with suppress(OSError):
         channel.sock.shutdown(socket.SHUT_RDWR)
-        # Closed with messages unread, it would be ECONNRESET in place of that reply. None can be added any more.
-        # Descriptors stay: to drop a socket that lingers (SO_LINGER) takes as long as the owner likes.
-        while not brings_fds(channel.sock, socket.MSG_DONTWAIT) and channel.sock.recv(MAX_MESSAGE, socket.MSG_DONTWAIT):
+        # Closed with messages unread, it would be ECONNRESET in place of that reply. None can be
+        # added any more. Descriptors stay: to drop a socket that lingers (SO_LINGER) takes as long
+        # as the owner likes.
+        while not brings_fds(channel.sock, socket.MSG_DONTWAIT) and channel.sock.recv(
+            MAX_MESSAGE, socket.MSG_DONTWAIT
+        ):
             pass

@@ -1,7 +1,8 @@
 """Events of a run as JSON lines (docs/trace.md): one schema for owner and engine, and for both engines.
 
-The engine sends its events over a socket to the owner, which writes them, and its own, to a file (``recording``). What is in them is
-metadata that a host has of every guest: numbers of pages, kinds of exits, times; no content, no register, no argument of a hypercall.
+The engine sends its events over a socket to the owner, which writes them, and its own, to a file
+(``recording``). What is in them is metadata that a host has of every guest: numbers of pages, kinds
+of exits, times; no content, no register, no argument of a hypercall.
 """
 
 import json
@@ -24,8 +25,8 @@ from restrictedmem.units import PAGE_MASK, PAGE_SHIFT
 
 #: Of the schema; whoever reads another one cannot rely on it.
 VERSION: Final = 1
-#: Events for which a socket has room, in bytes of the kernel's memory, some 800 for each; the most that an ordinary user gets is less
-#: (net.core.wmem_max).
+#: Events for which a socket has room, in bytes of the kernel's memory, some 800 for each; the most
+#: that an ordinary user gets is less (net.core.wmem_max).
 _ROOM: Final = 1 << 20
 
 Value = int | str | bool
@@ -55,8 +56,8 @@ class Output(Protocol):
 def pair() -> tuple[socket.socket, socket.socket]:
     """Return a socket to send events to, an ``Output``, and one to read them from.
 
-    Not a pipe: its lock is held while a reader's memory is filled, which a FUSE server of the owner's may delay for ever. Nobody can send
-    anything to the one that writes.
+    Not a pipe: its lock is held while a reader's memory is filled, which a FUSE server of the
+    owner's may delay for ever. Nobody can send anything to the one that writes.
 
     Raises:
         OSError: EMFILE.
@@ -164,13 +165,23 @@ def _of_request(message: Message) -> tuple[str, Fields]:
         match message.number:
             case wire.SET_USER_MEMORY_REGION.number:
                 region = kvm.kvm_userspace_memory_region_ext.from_buffer_copy(message.body)
-                return "slot", {"slot": region.slot, "flags": region.flags, **_pages(region.guest_phys_addr, region.memory_size)}
+                return "slot", {
+                    "slot": region.slot,
+                    "flags": region.flags,
+                    **_pages(region.guest_phys_addr, region.memory_size),
+                }
             case wire.SET_MEMORY_ATTRIBUTES.number:
                 asked = kvm.kvm_memory_attributes.from_buffer_copy(message.body)
-                return "attributes", {**_pages(asked.address, asked.size), "private": bool(asked.attributes)}
+                return "attributes", {
+                    **_pages(asked.address, asked.size),
+                    "private": bool(asked.attributes),
+                }
             case wire.ENCRYPT_REG_REGION.number | wire.ENCRYPT_UNREG_REGION.number as number:
                 encrypted = kvm.kvm_enc_region.from_buffer_copy(message.body)
-                return "attributes", {**_pages(encrypted.addr, encrypted.size), "private": number == wire.ENCRYPT_REG_REGION.number}
+                return "attributes", {
+                    **_pages(encrypted.addr, encrypted.size),
+                    "private": number == wire.ENCRYPT_REG_REGION.number,
+                }
             case wire.LAUNCH_UPDATE.number:
                 (gpa,) = wire.LAUNCH.unpack_from(message.body)
                 return "launch_update", _pages(gpa, len(message.body) - wire.LAUNCH.size)
@@ -195,14 +206,20 @@ def _pages(address: int, size: int) -> Fields:
 def of_slot(slot: Memslot) -> Iterator[tuple[str, Fields]]:
     """Return the events that would make a slot as it is, for a trace that begins later."""
     flags = kvm.KVM_MEM_PRIVATE if slot.private is not None else 0
-    yield "slot", {"slot": slot.number, "flags": flags, "gfn": slot.base_gfn, "npages": len(slot.attributes)}
+    yield (
+        "slot",
+        {"slot": slot.number, "flags": flags, "gfn": slot.base_gfn, "npages": len(slot.attributes)},
+    )
     start = 0
     while start < len(slot.attributes):
         private = slot.attributes[start]
         change = slot.attributes.find(1 - private, start)
         end = len(slot.attributes) if change < 0 else change
         if private:
-            yield "attributes", {"gfn": slot.base_gfn + start, "npages": end - start, "private": True}
+            yield (
+                "attributes",
+                {"gfn": slot.base_gfn + start, "npages": end - start, "private": True},
+            )
         start = end
 
 

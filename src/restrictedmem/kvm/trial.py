@@ -1,8 +1,9 @@
 """A guest of a few instructions, run to its end on the kernel engine: who has seen it believes that guests run there.
 
-A kernel may have every capability that is asked for and still not run a guest, or run it wrongly. The guest reads and
-writes a page that was launched, converted to the shared half and back, and freed; each time it says what it found. VM and
-memory go away with the process that tries it, a child (``in_child``), and so does what hangs.
+A kernel may have every capability that is asked for and still not run a guest, or run it wrongly.
+The guest reads and writes a page that was launched, converted to the shared half and back, and
+freed; each time it says what it found. VM and memory go away with the process that tries it, a
+child (``in_child``), and so does what hangs.
 """
 
 import os
@@ -54,7 +55,8 @@ def run_guest(kvm: Kvm, *, debug: bool) -> None:
     """Run the guest on a VM of its own; ``kvm`` stays the caller's. It hangs where the kernel does.
 
     Raises:
-        OSError: what the kernel refused; EIO when the guest found what should not be there, or ended otherwise.
+        OSError: what the kernel refused; EIO when the guest found what should not be there, or
+            ended otherwise.
     """
     vcpus = Vcpus()
     with (
@@ -62,7 +64,11 @@ def run_guest(kvm: Kvm, *, debug: bool) -> None:
         memory.memfd_create("trial-shared") as fd,
     ):
         memory.fallocate(fd.fileno(), 0, 0, _PAGES * PAGE_SIZE)
-        shared = SharedHalf(SharedFiles(forbid_shrinking).of_fd(fd.fileno(), _PAGES * PAGE_SIZE), 0, _PAGES * PAGE_SIZE)
+        shared = SharedHalf(
+            SharedFiles(forbid_shrinking).of_fd(fd.fileno(), _PAGES * PAGE_SIZE),
+            0,
+            _PAGES * PAGE_SIZE,
+        )
         private = engine.bind(b"", PageRange(pgoff_t(0), pgoff_t(_PAGES)))
         with closing(Memslot(0, _GFN, _PAGES, private=private, shared=shared)) as slot:
             slot.attributes[:] = b"\1" * _PAGES
@@ -72,7 +78,8 @@ def run_guest(kvm: Kvm, *, debug: bool) -> None:
             try:
                 _run(engine, slot, fd.fileno(), vcpu)
             except RuntimeError as error:
-                # The VM ends here all the same; what the kernel refused is what the caller asks for.
+                # The VM ends here all the same; what the kernel refused is what the caller asks
+                # for.
                 if isinstance(error.__cause__, OSError):
                     raise error.__cause__ from None
                 raise
@@ -80,16 +87,24 @@ def run_guest(kvm: Kvm, *, debug: bool) -> None:
 
 def _run(engine: Engine, slot: Memslot, shared: int, vcpu: Vcpu) -> None:
     start = PRIVATE_BASE + _DATA * PAGE_SIZE
-    span, first, last = PageRange(pgoff_t(_DATA), pgoff_t(_DATA + 1)), gfn_t(_GFN + _DATA), gfn_t(_GFN + _DATA + 1)
+    span, first, last = (
+        PageRange(pgoff_t(_DATA), pgoff_t(_DATA + 1)),
+        gfn_t(_GFN + _DATA),
+        gfn_t(_GFN + _DATA + 1),
+    )
     content = _GUEST.ljust(PAGE_SIZE, b"\0") + _word(5).ljust(PAGE_SIZE, b"\0")
     engine.launch_update(slot, PRIVATE_BASE, content)
-    vcpu.engine.set_regs(kvm_regs(rip=PRIVATE_BASE, rsp=PRIVATE_BASE + _PAGES * PAGE_SIZE, rdi=start))
+    vcpu.engine.set_regs(
+        kvm_regs(rip=PRIVATE_BASE, rsp=PRIVATE_BASE + _PAGES * PAGE_SIZE, rdi=start)
+    )
     _expect("launched", 5, vcpu)
     # As an owner would: this process may be kept from its own mapping.
     os.pwrite(shared, _word(50), _DATA * PAGE_SIZE)
     engine.set_attributes(slot, first, last, private=False)
     _expect("shared", 50, vcpu)
-    _check("the guest stored", 51, int.from_bytes(os.pread(shared, _W, _DATA * PAGE_SIZE), "little"))
+    _check(
+        "the guest stored", 51, int.from_bytes(os.pread(shared, _W, _DATA * PAGE_SIZE), "little")
+    )
     engine.set_attributes(slot, first, last, private=True)
     _expect("private again", 6, vcpu)
     assert slot.private is not None

@@ -1,8 +1,8 @@
 """Entering and leaving the guest: how a vCPU is stopped, and what it does before it goes on.
 
-Translations that a vCPU has cached (its TLB, its translated code) can be dropped only by itself and only outside the guest. So who takes
-pages away zaps the entries first, then leaves word here and kicks until the vCPU is out of the guest once; the vCPU drops what was named
-before it enters again.
+Translations that a vCPU has cached (its TLB, its translated code) can be dropped only by itself and
+only outside the guest. So who takes pages away zaps the entries first, then leaves word here and
+kicks until the vCPU is out of the guest once; the vCPU drops what was named before it enters again.
 """
 
 import time
@@ -17,10 +17,12 @@ from restrictedmem.kvm.engine import VcpuEngine
 from restrictedmem.kvm.exits import Exit, Interrupted
 from restrictedmem.units import gfn_t
 
-#: Seconds between kicks. One kick may be lost (Unicorn forgets an emu_stop that comes just before emu_start), a second one is not.
+#: Seconds between kicks. One kick may be lost (Unicorn forgets an emu_stop that comes just before
+#: emu_start), a second one is not.
 KICK_INTERVAL: Final = 0.0002
 
-#: Ranges that a vCPU drops one by one when it enters, some 10 µs each; of more it drops all that lies between the first and the last.
+#: Ranges that a vCPU drops one by one when it enters, some 10 µs each; of more it drops all that
+#: lies between the first and the last.
 _MOST_STALE: Final = 64
 
 _T = TypeVar("_T")
@@ -180,8 +182,8 @@ class Vcpus:
 
         Preconditions: not a vCPU's own thread; no lock held that a fault needs.
         """
-        # All are told before the first is sent out (kvm_make_all_cpus_request): where they take turns, who leaves lets another in, and one
-        # that was told before it came in need not leave.
+        # All are told before the first is sent out (kvm_make_all_cpus_request): where they take
+        # turns, who leaves lets another in, and one that was told before it came in need not leave.
         for vcpu, stay in [(vcpu, vcpu.request_drop(start, end)) for vcpu in self.all]:
             if stay is not None:
                 vcpu.send_out(stay)

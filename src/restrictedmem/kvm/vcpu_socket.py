@@ -100,7 +100,8 @@ class VcpuSocket:
     def _listening(self) -> Generator[None]:
         """Have the VM's thread notice meanwhile what the owner sends; it has to wait for its answer.
 
-        A message that nobody reads may hold the owner's own end of the socket, which then never hangs up.
+        A message that nobody reads may hold the owner's own end of the socket, which then never
+        hangs up.
 
         Raises:
             OSError: EPROTO when something came.
@@ -167,7 +168,12 @@ class VcpuSocket:
                 measurement.set_registers(self._number, regs)
 
     def _pre_fault(self, asked: kvm.kvm_pre_fault_memory) -> None:
-        if asked.flags or (asked.gpa | asked.size) & PAGE_MASK or not asked.size or asked.gpa + asked.size >= 1 << 64:
+        if (
+            asked.flags
+            or (asked.gpa | asked.size) & PAGE_MASK
+            or not asked.size
+            or asked.gpa + asked.size >= 1 << 64
+        ):
             raise OSError(EINVAL, "range is empty, unaligned or wraps, or flags are set")
         start, end = gfn_t(asked.gpa >> PAGE_SHIFT), gfn_t((asked.gpa + asked.size) >> PAGE_SHIFT)
         with self._listening():
@@ -222,7 +228,9 @@ class VcpuSocket:
                     if number == guest_abi.MAP_GPA_RANGE:
                         self._converting = self._conversions.asked(*arguments[:3])
                     count = guest_abi.ARGUMENTS.get(number, len(arguments))
-                    a, b, c, d = (argument if index < count else 0 for index, argument in enumerate(arguments))
+                    a, b, c, d = (
+                        argument if index < count else 0 for index, argument in enumerate(arguments)
+                    )
                     return exits.Hypercall(number, (a, b, c, d))
                 case _:
                     return exit_

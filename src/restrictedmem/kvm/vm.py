@@ -43,14 +43,16 @@ class Vm:
     ) -> None:
         """Start an engine (KVM_CREATE_VM), by the process's own service or another.
 
-        ``engine`` is ``software``, ``kernel``, or ``auto`` for the kernel's where it works. ``debug`` opens registers and private memory
-        to the owner; with ``explicit`` pages are converted only when the guest has asked for it (MAP_GPA_RANGE), and private memory lies
-        where it was at the launch. Both are part of the measurement. ``platform`` names what the host keeps in step with private memory
-        (``platform.host.NAMES``); ``auto`` is then ``software``.
+        ``engine`` is ``software``, ``kernel``, or ``auto`` for the kernel's where it works.
+        ``debug`` opens registers and private memory to the owner; with ``explicit`` pages are
+        converted only when the guest has asked for it (MAP_GPA_RANGE), and private memory lies
+        where it was at the launch. Both are part of the measurement. ``platform`` names what the
+        host keeps in step with private memory (``platform.host.NAMES``); ``auto`` is then
+        ``software``.
 
         Raises:
-            OSError: EINVAL for an unknown engine or platform; EOPNOTSUPP for a platform under ``kernel``; what kept the service or the
-                engine from starting.
+            OSError: EINVAL for an unknown engine or platform; EOPNOTSUPP for a platform under
+                ``kernel``; what kept the service or the engine from starting.
         """
         self._service = service or default_service()
         policy = (wire.POLICY_DEBUG if debug else 0) | (wire.POLICY_EXPLICIT if explicit else 0)
@@ -64,7 +66,8 @@ class Vm:
         except BaseException:
             self._channel.close()
             raise
-        #: Files of slots, the last ones. The engine says whether one still is: a slot may be gone, and others may have this VM too.
+        #: Files of slots, the last ones. The engine says whether one still is: a slot may be gone,
+        #: and others may have this VM too.
         self._shown = deque[Identity](maxlen=_SHOWN)
         #: The engine it runs on: ``software`` or ``kernel``.
         self.engine = name.decode()
@@ -83,14 +86,15 @@ class Vm:
     ) -> None:
         """Create a slot, move one, or delete it with ``memory_size=0`` (KVM_SET_USER_MEMORY_REGION); addresses and sizes in bytes.
 
-        ``restricted_fd`` gives the private half (``KVM_MEM_PRIVATE``); the slot holds the file until it is deleted. ``shared_fd`` gives
-        the shared half: a memfd, which is sealed against shrinking. Both stay the caller's; while a slot shows
-        the file, further ones only name it. A slot without private half moves to another guest address when all else is given as it was;
+        ``restricted_fd`` gives the private half (``KVM_MEM_PRIVATE``); the slot holds the file
+        until it is deleted. ``shared_fd`` gives the shared half: a memfd, which is sealed against
+        shrinking. Both stay the caller's; while a slot shows the file, further ones only name it. A
+        slot without private half moves to another guest address when all else is given as it was;
         nothing else of a slot can be changed. vCPUs may be running.
 
         Raises:
-            OSError: EINVAL, EEXIST as v9 and v10; EINVAL for a closed descriptor or one that is not restricted; ENOMEM for slots of more
-                than 256 GiB together.
+            OSError: EINVAL, EEXIST as v9 and v10; EINVAL for a closed descriptor or one that is not
+                restricted; ENOMEM for slots of more than 256 GiB together.
         """
         flags = kvm.KVM_MEM_PRIVATE if restricted_fd is not None else 0
         flags |= kvm.KVM_MEM_READONLY if readonly else 0
@@ -126,25 +130,38 @@ class Vm:
         shared: Identity | None,
     ) -> None:
         """Make the call; ``private`` and ``shared`` name what a slot shows already, in place of token and descriptor."""
-        token = b"" if restricted_fd is None or private or not region.memory_size else self._token(restricted_fd)
+        token = (
+            b""
+            if restricted_fd is None or private or not region.memory_size
+            else self._token(restricted_fd)
+        )
         if private or shared:
-            token = token.ljust(TOKEN_BYTES, b"\0") + wire.Names(private[1] if private else 0, *(shared or (0, 0))).pack()
-        self._channel.call(wire.SET_USER_MEMORY_REGION, bytes(region) + token, [] if shared_fd is None or shared else [shared_fd])
+            token = (
+                token.ljust(TOKEN_BYTES, b"\0")
+                + wire.Names(private[1] if private else 0, *(shared or (0, 0))).pack()
+            )
+        self._channel.call(
+            wire.SET_USER_MEMORY_REGION,
+            bytes(region) + token,
+            [] if shared_fd is None or shared else [shared_fd],
+        )
 
     def _token(self, restricted_fd: int) -> bytes:
         try:
             return self._service.token_for(restricted_fd)
         except OSError as error:
             if error.errno in _NOT_RESTRICTED:
-                raise failed(wire.SET_USER_MEMORY_REGION.name, EINVAL, error.strerror or "") from None
+                raise failed(
+                    wire.SET_USER_MEMORY_REGION.name, EINVAL, error.strerror or ""
+                ) from None
             raise
 
     def set_memory_attributes(self, address: int, size: int, *, private: bool) -> None:
         """Make a range of guest memory private or shared (v10: KVM_SET_MEMORY_ATTRIBUTES); bytes.
 
         Raises:
-            OSError: EINVAL for an empty, unaligned or wrapping range; EOPNOTSUPP on a service that follows v9; what the engine failed with,
-                and then a part at the start may be done.
+            OSError: EINVAL for an empty, unaligned or wrapping range; EOPNOTSUPP on a service that
+                follows v9; what the engine failed with, and then a part at the start may be done.
         """
         attributes = kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0
         left = kvm.kvm_memory_attributes(address=address, size=size, attributes=attributes)
@@ -160,7 +177,9 @@ class Vm:
         Raises:
             OSError: EOPNOTSUPP on a service that follows v9.
         """
-        (found,) = wire.ATTRIBUTES.unpack(self._channel.call(wire.GET_SUPPORTED_MEMORY_ATTRIBUTES)[0])
+        (found,) = wire.ATTRIBUTES.unpack(
+            self._channel.call(wire.GET_SUPPORTED_MEMORY_ATTRIBUTES)[0]
+        )
         return int(found)
 
     def check_extension(self, cap: int) -> int:
@@ -172,7 +191,8 @@ class Vm:
         """Act as if the machine had lost a page of private memory: EHWPOISON for the guest, until it is punched. For tests.
 
         Raises:
-            OSError: EINVAL unless aligned; EFAULT where no private half is; EOPNOTSUPP on an engine that cannot.
+            OSError: EINVAL unless aligned; EFAULT where no private half is; EOPNOTSUPP on an engine
+                that cannot.
         """
         self._channel.call(wire.INJECT_FAILURE, wire.FAILURE.pack(gpa))
 
@@ -180,7 +200,8 @@ class Vm:
         """Make a range private or shared (v9: KVM_MEMORY_ENCRYPT_REG_REGION and UNREG); bytes.
 
         Raises:
-            OSError: EINVAL for an empty, unaligned or wrapping range; EOPNOTSUPP on a service that follows v10.
+            OSError: EINVAL for an empty, unaligned or wrapping range; EOPNOTSUPP on a service that
+                follows v10.
         """
         call = wire.ENCRYPT_REG_REGION if private else wire.ENCRYPT_UNREG_REGION
         self._channel.call(call, bytes(kvm.kvm_enc_region(addr=address, size=size)))
@@ -191,8 +212,8 @@ class Vm:
         What does not fit one message goes in several, which fail by themselves.
 
         Raises:
-            OSError: EPERM when it is finished; EINVAL for part of a page; EFAULT where the range is not private memory of one slot; ENOSPC,
-                ENOMEM.
+            OSError: EPERM when it is finished; EINVAL for part of a page; EFAULT where the range is
+                not private memory of one slot; ENOSPC, ENOMEM.
         """
         for start in range(0, len(data), _LAUNCH_CHUNK):
             chunk = data[start : start + _LAUNCH_CHUNK]
@@ -226,7 +247,9 @@ class Vm:
         """
         found = bytearray()
         while len(found) < size:
-            piece, _ = self._channel.call(wire.DBG_READ, wire.DBG.pack(gpa + len(found), min(size - len(found), MAX_BODY)))
+            piece, _ = self._channel.call(
+                wire.DBG_READ, wire.DBG.pack(gpa + len(found), min(size - len(found), MAX_BODY))
+            )
             found += piece
         return bytes(found)
 
@@ -246,7 +269,8 @@ class Vm:
         It ends where the trace ends: a further one ends the one before.
 
         Raises:
-            OSError: EMFILE, here or in the engine; ETOOMANYREFS as unix(7). The one before goes on then.
+            OSError: EMFILE, here or in the engine; ETOOMANYREFS as unix(7). The one before goes on
+                then.
         """
         _, (reader,) = self._channel.call(wire.TRACE, wire.TRACE_REQUEST.pack(1))
         return socket.socket(fileno=reader.detach())
@@ -264,8 +288,8 @@ class Vm:
     def destroy(self) -> dict[str, Any]:
         """End the VM now: vCPUs leave the guest, slots go, files are unbound; returns what its platform reports, {} without one.
 
-        What a run under way gets is ``exits.Interrupted``; every later call of the VM and its vCPUs is EBADF. Closing them ends a VM too,
-        but says nothing, and not when.
+        What a run under way gets is ``exits.Interrupted``; every later call of the VM and its vCPUs
+        is EBADF. Closing them ends a VM too, but says nothing, and not when.
         """
         body, _ = self._channel.call(wire.DESTROY_VM)
         found: dict[str, Any] = json.loads(body)
@@ -278,7 +302,12 @@ class Vm:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 
@@ -295,7 +324,9 @@ def _identity(fd: int) -> Identity | None:
 class Vcpu:
     """A vCPU; one thread at a time runs it, any other may interrupt it."""
 
-    def __init__(self, sock: socket.socket, vm: Channel, number: int, why: Callable[[], str] | None = None) -> None:
+    def __init__(
+        self, sock: socket.socket, vm: Channel, number: int, why: Callable[[], str] | None = None
+    ) -> None:
         self._channel = Channel(sock, "engine", why=why)
         self._vm = vm
         #: From 0 on, in the order they were made.
@@ -305,7 +336,8 @@ class Vcpu:
         """Set where the guest starts, its stack and its arguments, before the first run (KVM_SET_REGS).
 
         Raises:
-            OSError: EPERM after it, or when the launch is finished: a private guest's registers are its own.
+            OSError: EPERM after it, or when the launch is finished: a private guest's registers are
+                its own.
         """
         self._channel.call(wire.SET_REGS, bytes(kvm.kvm_regs(rip=rip, rsp=rsp, rdi=rdi, rsi=rsi)))
 
@@ -313,7 +345,8 @@ class Vcpu:
         """Return the general registers (KVM_GET_REGS), of a VM made with ``debug``, when the vCPU is not being run.
 
         Raises:
-            OSError: EPERM without ``debug``; EOPNOTSUPP on an engine that cannot; so the next three.
+            OSError: EPERM without ``debug``; EOPNOTSUPP on an engine that cannot; so the next
+                three.
         """
         body, _ = self._channel.call(wire.GET_REGS)
         return kvm.kvm_regs.from_buffer_copy(body)
@@ -333,7 +366,9 @@ class Vcpu:
         control |= kvm_x86.KVM_GUESTDBG_USE_SW_BP if breakpoints else 0
         control |= kvm_x86.KVM_GUESTDBG_ENABLE if control else 0
         addresses = struct.pack(f"={len(breakpoints)}Q", *breakpoints)
-        self._channel.call(wire.SET_GUEST_DEBUG, bytes(kvm_x86.kvm_guest_debug(control=control)) + addresses)
+        self._channel.call(
+            wire.SET_GUEST_DEBUG, bytes(kvm_x86.kvm_guest_debug(control=control)) + addresses
+        )
 
     def run(self, value: int = 0) -> exits.Exit:
         """Run the guest until it needs its owner (KVM_RUN); ``value`` is what the exit before asked for, if it asked.
@@ -355,14 +390,18 @@ class Vcpu:
     def pre_fault_memory(self, gpa: int, size: int) -> int:
         """Map guest memory as a read by the guest would, before it needs it (KVM_PRE_FAULT_MEMORY); returns how many bytes were done.
 
-        That may be fewer than asked for: ask for the rest, and if that cannot be had, the errno says why.
+        That may be fewer than asked for: ask for the rest, and if that cannot be had, the errno
+        says why.
 
         Raises:
-            OSError: EINVAL for an empty, unaligned or wrapping range; ENOENT where no slot is; EFAULT where the slot lacks the half that is
-                shown; EHWPOISON for a page that the machine has lost; ENOSPC, ENOMEM; EINTR when interrupted; EOPNOTSUPP on an engine that
-                cannot. Each only when nothing was done.
+            OSError: EINVAL for an empty, unaligned or wrapping range; ENOENT where no slot is;
+                EFAULT where the slot lacks the half that is shown; EHWPOISON for a page that the
+                machine has lost; ENOSPC, ENOMEM; EINTR when interrupted; EOPNOTSUPP on an engine
+                that cannot. Each only when nothing was done.
         """
-        body, _ = self._channel.call(wire.PRE_FAULT_MEMORY, bytes(kvm.kvm_pre_fault_memory(gpa=gpa, size=size)))
+        body, _ = self._channel.call(
+            wire.PRE_FAULT_MEMORY, bytes(kvm.kvm_pre_fault_memory(gpa=gpa, size=size))
+        )
         return size - int(kvm.kvm_pre_fault_memory.from_buffer_copy(body).size)
 
     def close(self) -> None:
@@ -372,5 +411,10 @@ class Vcpu:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()

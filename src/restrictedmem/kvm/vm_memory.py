@@ -31,10 +31,12 @@ from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PageRange, gfn_t
 MAX_SLOTS: Final = 32764
 #: KVM_MEM_MAX_NR_PAGES.
 MAX_PAGES: Final = (1 << 31) - 1
-#: Of all slots together, 256 GiB: an engine has up to three bytes for each page, whether there is memory behind it or not.
+#: Of all slots together, 256 GiB: an engine has up to three bytes for each page, whether there is
+#: memory behind it or not.
 MAX_ALL_PAGES: Final = 1 << 26
 _U64_MAX: Final = (1 << 64) - 1
-#: Seconds from one report for ``ps`` to the next at least: each of thousands of slots would wait for the service.
+#: Seconds from one report for ``ps`` to the next at least: each of thousands of slots would wait
+#: for the service.
 _REPORT_INTERVAL: Final = 0.05
 
 
@@ -42,12 +44,20 @@ _REPORT_INTERVAL: Final = 0.05
 class VmMemory:
     """Slots, attributes and the fault path of one VM; changed by the VM's thread alone."""
 
-    def __init__(self, engine: Engine, service: Channel, api: Api, attributes: Attributes, seal: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        service: Channel,
+        api: Api,
+        attributes: Attributes,
+        seal: Callable[[int], None],
+    ) -> None:
         """``seal``: ``SharedFiles``."""
         self.slots = Memslots()
         self._npages = 0
         self._shared_files = SharedFiles(seal)
-        #: Of the private halves, as ``statistics`` has them: sizes, and how many are not locked, by the reason.
+        #: Of the private halves, as ``statistics`` has them: sizes, and how many are not locked, by
+        #: the reason.
         self._private_bytes = self._locked_bytes = 0
         self._unlocked: Counter[str] = Counter()
         self.api = api
@@ -69,13 +79,16 @@ class VmMemory:
     ) -> None:
         """Create, move or delete a slot (KVM_SET_USER_MEMORY_REGION); no vCPU is in the guest.
 
-        ``names`` say what the token or the descriptor would, of files that slots show already. A slot with a private half can only be
-        deleted, as v9 and v10 meant it: they let one lose its flag, and with it its notifier.
+        ``names`` say what the token or the descriptor would, of files that slots show already. A
+        slot with a private half can only be deleted, as v9 and v10 meant it: they let one lose its
+        flag, and with it its notifier.
 
         Raises:
-            OSError: EINVAL and EEXIST as v9, v10 and KVM have them (tests/test_vm_slots.py asks the kernel): EINVAL for a descriptor that
-                is not restricted, a deletion of nothing, dirty logging, and every change but a move; ESTALE for a name of nothing that a
-                slot shows, and then the token is as it was; ENOMEM for more pages than ``MAX_ALL_PAGES``.
+            OSError: EINVAL and EEXIST as v9, v10 and KVM have them (tests/test_vm_slots.py asks the
+                kernel): EINVAL for a descriptor that is not restricted, a deletion of nothing,
+                dirty logging, and every change but a move; ESTALE for a name of nothing that a slot
+                shows, and then the token is as it was; ENOMEM for more pages than
+                ``MAX_ALL_PAGES``.
         """
         _check(region)
         old = self.slots.get(region.slot)
@@ -90,17 +103,28 @@ class VmMemory:
         elif old is None:
             self._check_overlap(region, None)
             if self._npages + (region.memory_size >> PAGE_SHIFT) > MAX_ALL_PAGES:
-                raise OSError(ENOMEM, f"the slots of a VM have {MAX_ALL_PAGES} pages at most, all together")
+                raise OSError(
+                    ENOMEM, f"the slots of a VM have {MAX_ALL_PAGES} pages at most, all together"
+                )
             new = self._create(region, token, shared_fd, names)
             self._replace(None, new)
             if new.private is not None:
                 self._changed()
         else:
-            _check_move(old, region, names.shared if shared_fd is None else identity_of(shared_fd.fileno()))
+            _check_move(
+                old, region, names.shared if shared_fd is None else identity_of(shared_fd.fileno())
+            )
             gfn = gfn_t(region.guest_phys_addr >> PAGE_SHIFT)
             if gfn != old.base_gfn:
                 self._check_overlap(region, old)
-                moved = Memslot(old.number, gfn, old.end_gfn - old.base_gfn, private=None, shared=old.shared, rights=old.rights)
+                moved = Memslot(
+                    old.number,
+                    gfn,
+                    old.end_gfn - old.base_gfn,
+                    private=None,
+                    shared=old.shared,
+                    rights=old.rights,
+                )
                 self._replace(old, moved)
 
     def clear(self) -> None:
@@ -121,18 +145,31 @@ class VmMemory:
         private = shared = None
         end = region.userspace_addr + region.memory_size
         # Before the token is used up.
-        file = None if shared_fd is not None or names.shared is None else self._shared_files.of_name(names.shared, end)
+        file = (
+            None
+            if shared_fd is not None or names.shared is None
+            else self._shared_files.of_name(names.shared, end)
+        )
         if region.flags & kvm.KVM_MEM_PRIVATE:
             window = PageRange.of_bytes(region.restricted_offset, region.memory_size)
-            private = self._engine.bind_again(names.restricted, window) if names.restricted else self._engine.bind(token, window)
+            private = (
+                self._engine.bind_again(names.restricted, window)
+                if names.restricted
+                else self._engine.bind(token, window)
+            )
         try:
             if shared_fd is not None:
                 file = self._shared_files.of_fd(shared_fd.fileno(), end)
             if file is not None:
                 shared = SharedHalf(file, region.userspace_addr, region.memory_size)
             rights = READ | EXEC if region.flags & kvm.KVM_MEM_READONLY else ALL
-            start, npages = gfn_t(region.guest_phys_addr >> PAGE_SHIFT), region.memory_size >> PAGE_SHIFT
-            return Memslot(region.slot, start, npages, private=private, shared=shared, rights=rights)
+            start, npages = (
+                gfn_t(region.guest_phys_addr >> PAGE_SHIFT),
+                region.memory_size >> PAGE_SHIFT,
+            )
+            return Memslot(
+                region.slot, start, npages, private=private, shared=shared, rights=rights
+            )
         except BaseException:
             if private is not None:
                 private.close()
@@ -143,7 +180,8 @@ class VmMemory:
     def _replace(self, old: Memslot | None, new: Memslot | None) -> None:
         """Take a slot away and put another in its place, or leave things as they were.
 
-        A slot that the engine has and this list has not would be in no measurement, and be held by nobody.
+        A slot that the engine has and this list has not would be in no measurement, and be held by
+        nobody.
         """
         with whole():
             if old is not None:
@@ -170,13 +208,22 @@ class VmMemory:
                     self._account(new.private, 1)
 
     def _add(self, new: Memslot) -> None:
-        for start, end in self._attributes.private_runs(new.base_gfn, new.end_gfn) if self._heeds_attributes(new) else ():
+        for start, end in (
+            self._attributes.private_runs(new.base_gfn, new.end_gfn)
+            if self._heeds_attributes(new)
+            else ()
+        ):
             new.attributes[start - new.base_gfn : end - new.base_gfn] = b"\1" * (end - start)
             new.lpage.update(start, end)
         self._engine.add_slot(new)
 
-    def _check_overlap(self, region: kvm.kvm_userspace_memory_region_ext, itself: Memslot | None) -> None:
-        start, end = region.guest_phys_addr >> PAGE_SHIFT, (region.guest_phys_addr + region.memory_size) >> PAGE_SHIFT
+    def _check_overlap(
+        self, region: kvm.kvm_userspace_memory_region_ext, itself: Memslot | None
+    ) -> None:
+        start, end = (
+            region.guest_phys_addr >> PAGE_SHIFT,
+            (region.guest_phys_addr + region.memory_size) >> PAGE_SHIFT,
+        )
         engines_own = start < (REPORT_PAGE >> PAGE_SHIFT) + 1 and end > HYPERCALL_PAGE >> PAGE_SHIFT
         if engines_own or any(slot is not itself for slot in self.slots.overlapping(start, end)):
             raise OSError(EEXIST, "guest addresses overlap another slot")
@@ -200,17 +247,31 @@ class VmMemory:
     def set_attributes(self, api: Api, address: int, size: int, attributes: int, flags: int) -> int:
         """Make a range private or shared, slots or none; no vCPU reaches the other half of what was done any more.
 
-        Returns how many bytes were done, from the start: all, or up to the slot where an engine failed.
+        Returns how many bytes were done, from the start: all, or up to the slot where an engine
+        failed.
 
         Raises:
-            OSError: EINVAL for unaligned, empty or wrapping ranges, unknown attributes or flags; EOPNOTSUPP for the other posting's call;
-                when nothing was done, what the engine failed with (v10 said 0 then, which its authors corrected later), or ENOMEM.
+            OSError: EINVAL for unaligned, empty or wrapping ranges, unknown attributes or flags;
+                EOPNOTSUPP for the other posting's call; when nothing was done, what the engine
+                failed with (v10 said 0 then, which its authors corrected later), or ENOMEM.
         """
         if api is not self.api:
             raise OSError(EOPNOTSUPP, f"this VM follows {self.api.value}")
-        if flags or attributes & ~kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE or not size or (address | size) & PAGE_MASK or address + size > _U64_MAX:
-            raise OSError(EINVAL, "range is empty, unaligned or wraps, or an attribute or flag is unknown")
-        start, end, private = gfn_t(address >> PAGE_SHIFT), gfn_t((address + size) >> PAGE_SHIFT), bool(attributes)
+        if (
+            flags
+            or attributes & ~kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE
+            or not size
+            or (address | size) & PAGE_MASK
+            or address + size > _U64_MAX
+        ):
+            raise OSError(
+                EINVAL, "range is empty, unaligned or wraps, or an attribute or flag is unknown"
+            )
+        start, end, private = (
+            gfn_t(address >> PAGE_SHIFT),
+            gfn_t((address + size) >> PAGE_SHIFT),
+            bool(attributes),
+        )
         done = start
         try:
             for slot in self.slots.overlapping(start, end):
@@ -243,7 +304,8 @@ class VmMemory:
         """Act as if the machine had lost a page of private memory, until it is punched; for tests.
 
         Raises:
-            OSError: EINVAL unless aligned; EFAULT where no private half is; EOPNOTSUPP when the engine cannot.
+            OSError: EINVAL unless aligned; EFAULT where no private half is; EOPNOTSUPP when the
+                engine cannot.
         """
         slot = self.slot_of(gpa >> PAGE_SHIFT)
         if gpa & PAGE_MASK:
@@ -258,8 +320,8 @@ class VmMemory:
         """Put whole pages of initial content into private memory.
 
         Raises:
-            OSError: EINVAL for part of a page; EFAULT where the range is not private pages of one slot; ENOSPC, ENOMEM when pages cannot
-                be had.
+            OSError: EINVAL for part of a page; EFAULT where the range is not private pages of one
+                slot; ENOSPC, ENOMEM when pages cannot be had.
         """
         if not data or (gpa | len(data)) & PAGE_MASK:
             raise OSError(EINVAL, "launch_update: not whole pages")
@@ -329,16 +391,22 @@ def _check(region: kvm.kvm_userspace_memory_region_ext) -> None:
         raise OSError(EINVAL, "address or size is not page aligned, or the slot is too large")
     if region.slot >= MAX_SLOTS or gpa + size > 1 << GPA_BITS:
         raise OSError(EINVAL, "slot number or guest address is out of range")
-    if region.flags & kvm.KVM_MEM_PRIVATE and (region.restricted_offset & PAGE_MASK or region.restricted_offset > _U64_MAX - size):
+    if region.flags & kvm.KVM_MEM_PRIVATE and (
+        region.restricted_offset & PAGE_MASK or region.restricted_offset > _U64_MAX - size
+    ):
         raise OSError(EINVAL, "restricted_offset is not page aligned, or wraps")
 
 
-def _check_move(old: Memslot, region: kvm.kvm_userspace_memory_region_ext, shown: Identity | None) -> None:
+def _check_move(
+    old: Memslot, region: kvm.kvm_userspace_memory_region_ext, shown: Identity | None
+) -> None:
     """Check that all a request changes of a slot is its guest address; ``shown`` is the memfd that it means."""
     if old.private is not None or region.flags & kvm.KVM_MEM_PRIVATE:
         raise OSError(EINVAL, f"slot {old.number} has a private half: it can only be deleted")
     readonly = bool(region.flags & kvm.KVM_MEM_READONLY)
-    if region.memory_size >> PAGE_SHIFT != old.end_gfn - old.base_gfn or readonly is bool(old.rights & WRITE):
+    if region.memory_size >> PAGE_SHIFT != old.end_gfn - old.base_gfn or readonly is bool(
+        old.rights & WRITE
+    ):
         raise OSError(EINVAL, f"slot {old.number} has another size, or READONLY differs")
     source = None if shown is None else (shown, region.userspace_addr)
     if source != (old.shared and (old.shared.file.identity, old.shared.offset)):
@@ -356,5 +424,9 @@ def swap_exists() -> bool:
 
 def cgroup() -> str:
     """Return the cgroup whose memory controller pays for the pages this process takes (/proc/self/cgroup)."""
-    found = (path for controllers, path in process.cgroups() if b"memory" in controllers.split(b",") or not controllers)
+    found = (
+        path
+        for controllers, path in process.cgroups()
+        if b"memory" in controllers.split(b",") or not controllers
+    )
     return next(found, b"none").decode(errors="replace")

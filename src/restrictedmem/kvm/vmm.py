@@ -1,7 +1,8 @@
 """A small VMM: what ``restrictedmem run`` does with a VM, and an example for whoever writes their own.
 
-It is an owner and no more: it makes a restricted descriptor and gives it to the VM, loads the guest before the first run, and then only
-answers exits. Input and output pass through the shared window; private memory it never sees, but for the pages that the guest shares.
+It is an owner and no more: it makes a restricted descriptor and gives it to the VM, loads the guest
+before the first run, and then only answers exits. Input and output pass through the shared window;
+private memory it never sees, but for the pages that the guest shares.
 """
 
 import mmap
@@ -74,11 +75,16 @@ class Vmm:
         """Make descriptor and VM with ``private_size`` bytes of private memory; ``engine``, ``debug``, ``platform`` are those of ``Vm``.
 
         Raises:
-            OSError: EINVAL for a size that is not whole pages or under the guest ABI's minimum, or more vCPUs than a VM can have;
-                whatever kept the service or the engine from starting.
+            OSError: EINVAL for a size that is not whole pages or under the guest ABI's minimum, or
+                more vCPUs than a VM can have; whatever kept the service or the engine from
+                starting.
         """
         if private_size & PAGE_MASK or private_size < guest_abi.PRIVATE_SIZE_MIN:
-            raise failed("Vmm", EINVAL, f"private memory must be whole pages, at least {guest_abi.PRIVATE_SIZE_MIN} bytes")
+            raise failed(
+                "Vmm",
+                EINVAL,
+                f"private memory must be whole pages, at least {guest_abi.PRIVATE_SIZE_MIN} bytes",
+            )
         self.private_size = private_size
         service = service or default_service()
         self.way: str = service.info["way"]
@@ -90,11 +96,16 @@ class Vmm:
             try:
                 os.ftruncate(self.restricted_fd, private_size)
             except OSError as error:
-                raise failed("ftruncate", error.errno, f"{private_size} bytes of private memory") from None
-            # Of both ranges that the guest shares, the owner's side: the window, and the shared half of private memory.
+                raise failed(
+                    "ftruncate", error.errno, f"{private_size} bytes of private memory"
+                ) from None
+            # Of both ranges that the guest shares, the owner's side: the window, and the shared
+            # half of private memory.
             window, self._shared = self._memory(stack, "shared-window", SHARED_SIZE)
             self._half_fd, self._half = self._memory(stack, "shared-half", private_size)
-            self.vm = stack.enter_context(Vm(service, engine=engine, debug=debug, explicit=True, platform=platform))
+            self.vm = stack.enter_context(
+                Vm(service, engine=engine, debug=debug, explicit=True, platform=platform)
+            )
             self.vm.set_user_memory_region(
                 slot=_PRIVATE_SLOT,
                 guest_phys_addr=guest_abi.PRIVATE_BASE,
@@ -103,19 +114,25 @@ class Vmm:
                 shared_fd=self._half_fd,
             )
             self.vm.set_user_memory_region(
-                slot=_SHARED_SLOT, guest_phys_addr=guest_abi.SHARED_BASE, memory_size=SHARED_SIZE, shared_fd=window
+                slot=_SHARED_SLOT,
+                guest_phys_addr=guest_abi.SHARED_BASE,
+                memory_size=SHARED_SIZE,
+                shared_fd=window,
             )
             if self._api == "v10":
                 # v9 starts with everything private.
                 self._set_attributes(guest_abi.PRIVATE_BASE, private_size, private=True)
-            self.vcpus: tuple[Vcpu, ...] = tuple(stack.enter_context(self.vm.create_vcpu()) for _ in range(vcpus))
+            self.vcpus: tuple[Vcpu, ...] = tuple(
+                stack.enter_context(self.vm.create_vcpu()) for _ in range(vcpus)
+            )
             #: Readable from the moment when the guest has ended or is to end.
             self._over = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             stack.callback(os.close, self._over)
             self._resources = stack.pop_all()
         self._lock = threading.Lock()
         self._driven: set[Vcpu] = set()
-        #: How a vCPU is run, ``Vcpu.run`` unless someone wants to come between: a debugger, a trace.
+        #: How a vCPU is run, ``Vcpu.run`` unless someone wants to come between: a debugger, a
+        #: trace.
         self.enter: Callable[[Vcpu, int], exits.Exit] = Vcpu.run
         self._outcome: Ended | BaseException | None = None
         #: Nanoseconds from the first run to the last exit, and bytes read and written meanwhile.
@@ -140,7 +157,9 @@ class Vmm:
         Raises:
             OSError: as ``launch_pages``; ENOSPC, ENOMEM.
         """
-        for gpa, content in launch_pages(image, arguments, private_size=self.private_size, vcpus=len(self.vcpus)):
+        for gpa, content in launch_pages(
+            image, arguments, private_size=self.private_size, vcpus=len(self.vcpus)
+        ):
             self.vm.launch_update(gpa, content)
         for index, vcpu in enumerate(self.vcpus):
             regs = launch_regs(image, private_size=self.private_size, index=index)
@@ -156,20 +175,32 @@ class Vmm:
 
     # Running.
 
-    def run(self, stdin: BinaryIO, stdout: BinaryIO, stderr: BinaryIO, progress: Callable[[], None] | None = None) -> Ended:
+    def run(
+        self,
+        stdin: BinaryIO,
+        stdout: BinaryIO,
+        stderr: BinaryIO,
+        progress: Callable[[], None] | None = None,
+    ) -> Ended:
         """Run the guest to its end, once, a thread for each vCPU: the first has the caller's, which calls ``progress`` after each exit.
 
         The streams are not buffered: what counts is their descriptors.
 
         Raises:
-            OSError: what a stream failed with; ENOTCONN when the engine is gone; EAGAIN when there are no threads.
+            OSError: what a stream failed with; ENOTCONN when the engine is gone; EAGAIN when there
+                are no threads.
         """
         started = time.monotonic_ns()
         poll = select.poll()
         poll.register(stdin.fileno(), select.POLLIN)
         poll.register(self._over, select.POLLIN)
-        streams = _Streams(stdin, {guest_abi.STREAM_OUT: stdout, guest_abi.STREAM_ERR: stderr}, poll)
-        threads = [threading.Thread(target=self._drive, args=(vcpu, streams), daemon=True) for vcpu in self.vcpus[1:]]
+        streams = _Streams(
+            stdin, {guest_abi.STREAM_OUT: stdout, guest_abi.STREAM_ERR: stderr}, poll
+        )
+        threads = [
+            threading.Thread(target=self._drive, args=(vcpu, streams), daemon=True)
+            for vcpu in self.vcpus[1:]
+        ]
         stopper = threading.Thread(target=self._interrupt_at_the_end, daemon=True)
         try:
             for thread in (stopper, *threads):
@@ -212,7 +243,8 @@ class Vmm:
         os.eventfd_write(self._over, 1)
 
     def _interrupt_at_the_end(self) -> None:
-        # A thread of its own, since a signal's handler may wait for none of the locks that a request needs.
+        # A thread of its own, since a signal's handler may wait for none of the locks that a
+        # request needs.
         readable([self._over])
         if self._outcome is None:
             self._end(Ended(1, exits.Interrupted()))
@@ -225,7 +257,9 @@ class Vmm:
                 # The engine is gone, which ends the run of its vCPUs too.
                 return
 
-    def _drive(self, vcpu: Vcpu, streams: _Streams, progress: Callable[[], None] | None = None) -> None:
+    def _drive(
+        self, vcpu: Vcpu, streams: _Streams, progress: Callable[[], None] | None = None
+    ) -> None:
         with self._lock:
             self._driven.add(vcpu)
         outcome: Ended | BaseException | None
@@ -238,7 +272,9 @@ class Vmm:
         if outcome is not None:
             self._end(outcome)
 
-    def _run_vcpu(self, vcpu: Vcpu, streams: _Streams, progress: Callable[[], None] | None) -> Ended | None:
+    def _run_vcpu(
+        self, vcpu: Vcpu, streams: _Streams, progress: Callable[[], None] | None
+    ) -> Ended | None:
         """Run one vCPU until it ends the guest, or until another one has or it is parked (None)."""
         value = 0
         while self._outcome is None:
@@ -264,7 +300,9 @@ class Vmm:
             case guest_abi.CHECK:
                 return self._check(a, b, c, d)
             case guest_abi.MAP_GPA_RANGE:
-                return self._map_gpa_range(a, b, private=bool(c & guest_abi.MAP_GPA_RANGE_ENCRYPTED))
+                return self._map_gpa_range(
+                    a, b, private=bool(c & guest_abi.MAP_GPA_RANGE_ENCRYPTED)
+                )
             case _:
                 return -ENOSYS
 
@@ -281,7 +319,8 @@ class Vmm:
             return -EINVAL
         with window:
             if self._over in dict(streams.poll.poll()):
-                # Where nobody has said yet why it is over, it was stopped; the thread that is to say so may come later than this one.
+                # Where nobody has said yet why it is over, it was stopped; the thread that is to
+                # say so may come later than this one.
                 self._end(Ended(1, exits.Interrupted()))
                 return -EIO
             try:
@@ -308,7 +347,9 @@ class Vmm:
     # Conversions.
 
     def _set_attributes(self, gpa: int, size: int, *, private: bool) -> None:
-        change = self.vm.set_memory_attributes if self._api == "v10" else self.vm.memory_encrypt_region
+        change = (
+            self.vm.set_memory_attributes if self._api == "v10" else self.vm.memory_encrypt_region
+        )
         change(gpa, size, private=private)
 
     def _map_gpa_range(self, gpa: int, npages: int, *, private: bool) -> int:
@@ -319,10 +360,13 @@ class Vmm:
         start = max(gpa - guest_abi.PRIVATE_BASE, 0)
         length = min(gpa - guest_abi.PRIVATE_BASE + size, self.private_size) - start
         try:
-            # First, so that no other vCPU fills a hole that was just punched in the half which goes out of sight.
+            # First, so that no other vCPU fills a hole that was just punched in the half which goes
+            # out of sight.
             self._set_attributes(gpa, size, private=private)
             if length > 0:
-                memory.fallocate(self._half_fd if private else self.restricted_fd, memory.PUNCH, start, length)
+                memory.fallocate(
+                    self._half_fd if private else self.restricted_fd, memory.PUNCH, start, length
+                )
         except OSError as error:
             return -(error.errno or EIO)
         return 0
@@ -362,7 +406,12 @@ class Vmm:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 
@@ -371,21 +420,43 @@ def _name(stream: BinaryIO) -> str:
     return str(stream.name).strip("<>")
 
 
-def launch_pages(image: elf.Image, arguments: Sequence[str], *, private_size: int, vcpus: int) -> Iterator[tuple[int, bytes]]:
+def launch_pages(
+    image: elf.Image, arguments: Sequence[str], *, private_size: int, vcpus: int
+) -> Iterator[tuple[int, bytes]]:
     """Return what a guest's private memory holds at its start, in order: runs of whole pages and their guest addresses.
 
     Raises:
-        OSError: ENOEXEC for an image that does not fit where guests are linked; E2BIG for arguments that do not fit the boot pages.
+        OSError: ENOEXEC for an image that does not fit where guests are linked; E2BIG for arguments
+            that do not fit the boot pages.
     """
     limit = guest_abi.PRIVATE_BASE + private_size - vcpus * guest_abi.STACK_SIZE
     for segment in image.segments:
         if not guest_abi.IMAGE_BASE <= segment.gpa < _PHYSICAL_END:
-            raise failed("exec", ENOEXEC, f"linked at {segment.gpa:#x}, and guests are linked from {guest_abi.IMAGE_BASE:#x} on")
+            raise failed(
+                "exec",
+                ENOEXEC,
+                f"linked at {segment.gpa:#x}, and guests are linked from {guest_abi.IMAGE_BASE:#x} on",
+            )
     if image.end > limit:
-        raise failed("exec", ENOEXEC, f"it ends at {image.end:#x}, and the stacks of {vcpus} vCPUs begin at {limit:#x}")
+        raise failed(
+            "exec",
+            ENOEXEC,
+            f"it ends at {image.end:#x}, and the stacks of {vcpus} vCPUs begin at {limit:#x}",
+        )
     heap_base = (image.end + PAGE_MASK) & ~PAGE_MASK
-    boot = guest_abi.boot_info(private_size=private_size, shared_size=SHARED_SIZE, heap_base=heap_base, vcpus=vcpus, arguments=arguments)
-    return _whole_pages([(guest_abi.PRIVATE_BASE, boot), *((segment.gpa, segment.data) for segment in image.segments)])
+    boot = guest_abi.boot_info(
+        private_size=private_size,
+        shared_size=SHARED_SIZE,
+        heap_base=heap_base,
+        vcpus=vcpus,
+        arguments=arguments,
+    )
+    return _whole_pages(
+        [
+            (guest_abi.PRIVATE_BASE, boot),
+            *((segment.gpa, segment.data) for segment in image.segments),
+        ]
+    )
 
 
 def launch_regs(image: elf.Image, *, private_size: int, index: int) -> kvm_regs:
@@ -394,14 +465,18 @@ def launch_regs(image: elf.Image, *, private_size: int, index: int) -> kvm_regs:
     return kvm_regs(rip=image.entry, rsp=stack, rdi=guest_abi.PRIVATE_BASE, rsi=index)
 
 
-def expected_measurement(image: elf.Image, arguments: Sequence[str], *, private_size: int, vcpus: int, policy: int) -> bytes:
+def expected_measurement(
+    image: elf.Image, arguments: Sequence[str], *, private_size: int, vcpus: int, policy: int
+) -> bytes:
     """Return the measurement that a guest has when a ``Vmm`` has loaded it, for who wants to know without running it.
 
     Raises:
         OSError: as ``launch_pages``.
     """
     pages = launch_pages(image, arguments, private_size=private_size, vcpus=vcpus)
-    registers = [launch_regs(image, private_size=private_size, index=index) for index in range(vcpus)]
+    registers = [
+        launch_regs(image, private_size=private_size, index=index) for index in range(vcpus)
+    ]
     return measure(policy, pages, registers, [(guest_abi.PRIVATE_BASE, private_size, 0, 0)])
 
 

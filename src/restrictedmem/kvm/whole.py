@@ -11,8 +11,9 @@ from restrictedmem.failure import status_of
 def whole() -> Generator[None]:
     """Do what changes nothing when it raises OSError, or end this process.
 
-    An engine that failed half way, for want of memory, may have told the attributes and left a vCPU the other half, or have put in what
-    it did not measure. The owner, who can limit the memory, would use that.
+    An engine that failed half way, for want of memory, may have told the attributes and left a vCPU
+    the other half, or have put in what it did not measure. The owner, who can limit the memory,
+    would use that.
     """
     try:
         yield

@@ -1,7 +1,8 @@
 """What an owner says to an engine: KVM's ioctls as messages (docs/wire-protocol.md).
 
-A call's number is the ioctl's request number where KVM, v9 or v10 has one, and its body is the ioctl's struct. Where an ioctl takes an
-address of the caller or a restricted descriptor, which mean nothing in another process, a descriptor or a token travels instead.
+A call's number is the ioctl's request number where KVM, v9 or v10 has one, and its body is the
+ioctl's struct. Where an ioctl takes an address of the caller or a restricted descriptor, which mean
+nothing in another process, a descriptor or a token travels instead.
 """
 
 import ctypes
@@ -17,7 +18,9 @@ from restrictedmem.fs.filesystem import TOKEN_BYTES
 from restrictedmem.platform import host
 from restrictedmem.service.wire import Call
 
-SET_USER_MEMORY_REGION: Final = Call("KVM_SET_USER_MEMORY_REGION", kvm.KVM_SET_USER_MEMORY_REGION_REQUEST)
+SET_USER_MEMORY_REGION: Final = Call(
+    "KVM_SET_USER_MEMORY_REGION", kvm.KVM_SET_USER_MEMORY_REGION_REQUEST
+)
 """Body: ``kvm_userspace_memory_region_ext``, then 16 bytes: the token of the restricted descriptor, if ``KVM_MEM_PRIVATE``. Descriptor
 0, when there is one, is a memfd with the shared half from byte ``userspace_addr`` on. ``Names`` may follow the token's place."""
 CREATE_VM: Final = Call("KVM_CREATE_VM", kvm.KVM_CREATE_VM.request)
@@ -26,13 +29,21 @@ CREATE_VCPU: Final = Call("KVM_CREATE_VCPU", kvm.KVM_CREATE_VCPU.request)
 """Reply: ``VCPU``; descriptor 0 is the vCPU's socket. vCPUs are numbered from 0 on, in the order they are made."""
 CHECK_EXTENSION: Final = Call("KVM_CHECK_EXTENSION", kvm.KVM_CHECK_EXTENSION.request)
 """Body: ``CAP``, a ``KVM_CAP_*``. Reply: ``CAP``, 0 for no."""
-GET_SUPPORTED_MEMORY_ATTRIBUTES: Final = Call("KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES", kvm.KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES_REQUEST)
+GET_SUPPORTED_MEMORY_ATTRIBUTES: Final = Call(
+    "KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES", kvm.KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES_REQUEST
+)
 """v10. Reply: ``ATTRIBUTES``."""
-SET_MEMORY_ATTRIBUTES: Final = Call("KVM_SET_MEMORY_ATTRIBUTES", kvm.KVM_SET_MEMORY_ATTRIBUTES.request)
+SET_MEMORY_ATTRIBUTES: Final = Call(
+    "KVM_SET_MEMORY_ATTRIBUTES", kvm.KVM_SET_MEMORY_ATTRIBUTES.request
+)
 """v10. Body and reply: ``kvm_memory_attributes``, in the reply advanced to what was not done."""
-ENCRYPT_REG_REGION: Final = Call("KVM_MEMORY_ENCRYPT_REG_REGION", kvm.KVM_MEMORY_ENCRYPT_REG_REGION.request)
+ENCRYPT_REG_REGION: Final = Call(
+    "KVM_MEMORY_ENCRYPT_REG_REGION", kvm.KVM_MEMORY_ENCRYPT_REG_REGION.request
+)
 """v9: make a range private. Body: ``kvm_enc_region`` with a guest physical address."""
-ENCRYPT_UNREG_REGION: Final = Call("KVM_MEMORY_ENCRYPT_UNREG_REGION", kvm.KVM_MEMORY_ENCRYPT_UNREG_REGION.request)
+ENCRYPT_UNREG_REGION: Final = Call(
+    "KVM_MEMORY_ENCRYPT_UNREG_REGION", kvm.KVM_MEMORY_ENCRYPT_UNREG_REGION.request
+)
 """v9: make a range shared."""
 SET_REGS: Final = Call("KVM_SET_REGS", kvm.KVM_SET_REGS.request)
 """On a vCPU's socket, before the first run: ``kvm_regs``, of which rip, rsp and rdi may be other than 0."""
@@ -90,9 +101,11 @@ NAMES_OFFSET: Final = TOKEN_OFFSET + TOKEN_BYTES
 
 _NAMES: Final = struct.Struct("=QQQ")
 
-#: Policy bit: registers and private memory are open to the owner. In the measurement, so that it cannot be hidden.
+#: Policy bit: registers and private memory are open to the owner. In the measurement, so that it
+#: cannot be hidden.
 POLICY_DEBUG: Final = 1 << 0
-#: Policy bit: pages are converted only when the guest asked for it, and private memory lies where it was at the launch.
+#: Policy bit: pages are converted only when the guest asked for it, and private memory lies where
+#: it was at the launch.
 POLICY_EXPLICIT: Final = 1 << 1
 ENGINES: Final = ("auto", "kernel", "software")
 
@@ -117,7 +130,11 @@ class Names(NamedTuple):
     @classmethod
     def of_body(cls, body: bytes) -> Self:
         """Read the names of a request, which may have none."""
-        return cls(*_NAMES.unpack_from(body, NAMES_OFFSET)) if len(body) >= NAMES_OFFSET + _NAMES.size else cls()
+        return (
+            cls(*_NAMES.unpack_from(body, NAMES_OFFSET))
+            if len(body) >= NAMES_OFFSET + _NAMES.size
+            else cls()
+        )
 
 
 NO_NAMES: Final = Names()
@@ -141,17 +158,25 @@ class Creation:
         """Read what ``dump`` wrote.
 
         Raises:
-            OSError: EINVAL for an unknown engine, policy or platform, or another shape; EOPNOTSUPP for a platform under the kernel's
-                engine, which does not tell what it maps.
+            OSError: EINVAL for an unknown engine, policy or platform, or another shape; EOPNOTSUPP
+                for a platform under the kernel's engine, which does not tell what it maps.
         """
         try:
             found = cls(**json.loads(text or "{}"))
         except (RecursionError, TypeError, ValueError) as error:
             raise OSError(EINVAL, f"KVM_CREATE_VM: {error}") from None
-        if found.engine not in ENGINES or type(found.policy) is not int or found.policy & ~(POLICY_DEBUG | POLICY_EXPLICIT):
-            raise OSError(EINVAL, f"KVM_CREATE_VM: engine {found.engine!r}, policy {found.policy!r}")
+        if (
+            found.engine not in ENGINES
+            or type(found.policy) is not int
+            or found.policy & ~(POLICY_DEBUG | POLICY_EXPLICIT)
+        ):
+            raise OSError(
+                EINVAL, f"KVM_CREATE_VM: engine {found.engine!r}, policy {found.policy!r}"
+            )
         if found.platform not in ("", *host.NAMES):
             raise OSError(EINVAL, f"KVM_CREATE_VM: platform {found.platform!r}")
         if found.platform and found.engine == "kernel":
-            raise OSError(EOPNOTSUPP, f"KVM_CREATE_VM: platform {found.platform} needs the software engine")
+            raise OSError(
+                EOPNOTSUPP, f"KVM_CREATE_VM: platform {found.platform} needs the software engine"
+            )
         return found

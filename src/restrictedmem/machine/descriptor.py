@@ -51,12 +51,12 @@ def fuse_device() -> Finding:
             case e if e in (ENOENT, ENODEV, ENXIO):
                 remedy = "sudo modprobe fuse (for a container: start it with --device /dev/fuse)"
             case e if e == EACCES:
-                remedy = (
-                    "sudo chmod 0666 /dev/fuse (until the next boot; for good: sudo apt install udev, whose rule sets that mode at each)"
-                )
+                remedy = "sudo chmod 0666 /dev/fuse (until the next boot; for good: sudo apt install udev, whose rule sets that mode at each)"
             case _:
                 remedy = "allow the device to this container: --device /dev/fuse, or a device cgroup rule for 10:229"
-        return Finding(name, State.NO, f"{reason(error)}; {device_mode(DEVICE)}", consequence, remedy)
+        return Finding(
+            name, State.NO, f"{reason(error)}; {device_mode(DEVICE)}", consequence, remedy
+        )
     return Finding(name, State.YES, device_mode(DEVICE))
 
 
@@ -100,9 +100,12 @@ def try_way(way: Way) -> int | OSError:
 def _offered_minor(way: Way) -> int:
     if way is Way.USERNS:
         enter_user_namespace(process.CLONE_NEWNS)
-    device, root = mount_fusermount() if way is Way.FUSERMOUNT else mount_detached(allow_other=way is Way.OWN)
+    device, root = (
+        mount_fusermount() if way is Way.FUSERMOUNT else mount_detached(allow_other=way is Way.OWN)
+    )
     with root, device:
-        # INIT is queued as the mount is made. A server that read without looking could wait for ever.
+        # INIT is queued as the mount is made. A server that read without looking could wait for
+        # ever.
         if not readable([device], 1):
             raise OSError(EAGAIN, "the kernel sent no INIT")
         request = os.read(device.fileno(), 2 * fuse.MIN_READ_BUFFER)
@@ -117,7 +120,11 @@ def own_mount(tried: int | OSError | None) -> Finding:
         case None:
             return Finding(name, State.UNKNOWN, _AFTER_DEVICE)
         case int():
-            return Finding(name, State.YES, "fsopen, fsmount and allow_other: a descriptor works for whoever it is passed to")
+            return Finding(
+                name,
+                State.YES,
+                "fsopen, fsmount and allow_other: a descriptor works for whoever it is passed to",
+            )
         case OSError() as error:
             without = "" if _privileged() else " (no CAP_SYS_ADMIN)"
             return Finding(
@@ -140,9 +147,19 @@ def namespace_mount(tried: int | OSError | None) -> Finding:
         case None:
             return Finding(name, State.UNKNOWN, _AFTER_DEVICE)
         case int():
-            return Finding(name, State.YES, "no privilege needed; a descriptor works for its owner's uid and gid alone")
+            return Finding(
+                name,
+                State.YES,
+                "no privilege needed; a descriptor works for its owner's uid and gid alone",
+            )
         case OSError() as error:
-            return Finding(name, State.NO, reason(error), "an ordinary user needs fusermount3", "see user namespaces")
+            return Finding(
+                name,
+                State.NO,
+                reason(error),
+                "an ordinary user needs fusermount3",
+                "see user namespaces",
+            )
 
 
 def fusermount(tried: int | OSError | None) -> Finding:
@@ -150,7 +167,13 @@ def fusermount(tried: int | OSError | None) -> Finding:
     name = Way.FUSERMOUNT.value
     helper = shutil.which(name)
     if helper is None:
-        return Finding(name, State.NO, "not installed", "only the other two ways are left to an ordinary user", "sudo apt install fuse3")
+        return Finding(
+            name,
+            State.NO,
+            "not installed",
+            "only the other two ways are left to an ordinary user",
+            "sudo apt install fuse3",
+        )
     others = re.search(r"^\s*user_allow_other\b", setting("/etc/fuse.conf") or "", re.MULTILINE)
     installed = f"{_version_of(helper)}, user_allow_other {'set' if others else 'not set'} in /etc/fuse.conf (not needed)"
     match tried:
@@ -178,7 +201,9 @@ def _fusermount_remedy(helper: str) -> str:
 
 
 def _version_of(helper: str) -> str:
-    said = subprocess.run([helper, "--version"], check=False, capture_output=True, text=True, timeout=5).stdout
+    said = subprocess.run(
+        [helper, "--version"], check=False, capture_output=True, text=True, timeout=5
+    ).stdout
     found = re.search(r"[\d.]+\d", said)
     return f"version {found[0]}" if found else "installed"
 
@@ -230,12 +255,20 @@ def protocol(minors: list[int]) -> Finding:
     """Judge the FUSE protocol by what INIT said on the mounts that could be made."""
     name = "FUSE protocol"
     if not minors:
-        return Finding(name, State.UNKNOWN, "no mount could be made on which the kernel would say it")
+        return Finding(
+            name, State.UNKNOWN, "no mount could be made on which the kernel would say it"
+        )
     minor = max(minors)
     needed = f"{fuse.KERNEL_VERSION}.{fuse.OLDEST_MINOR_VERSION}"
     said = f"{fuse.KERNEL_VERSION}.{minor} offered, {needed} needed"
     if minor < fuse.OLDEST_MINOR_VERSION:
-        return Finding(name, State.NO, said, "close() of a descriptor could hang when its service dies", "Linux 5.16 or later")
+        return Finding(
+            name,
+            State.NO,
+            said,
+            "close() of a descriptor could hang when its service dies",
+            "Linux 5.16 or later",
+        )
     return Finding(name, State.YES, said)
 
 

@@ -51,7 +51,10 @@ class Conclusion:
     @property
     def usable(self) -> bool:
         """Whether a guest ran in restricted memory, on either engine."""
-        return self.descriptor.state is State.YES and State.YES in (self.software_engine.state, self.kernel_engine.state)
+        return self.descriptor.state is State.YES and State.YES in (
+            self.software_engine.state,
+            self.kernel_engine.state,
+        )
 
     def parts(self) -> dict[str, Finding]:
         """Return the parts by stable names."""
@@ -97,7 +100,9 @@ def make_descriptor() -> Finding:
         way = in_child(_make_descriptor, client.START_DEADLINE + 2)
     except OSError as error:
         return Finding(name, State.NO, reason(error))
-    return Finding(name, State.YES, f"one was created, sized, allocated and closed; way to mount: {way}")
+    return Finding(
+        name, State.YES, f"one was created, sized, allocated and closed; way to mount: {way}"
+    )
 
 
 def _make_descriptor() -> str:
@@ -118,7 +123,9 @@ def run_guest(engine: str, made: Finding) -> Finding:
         in_child(partial(_run_guest, engine), _GUEST_DEADLINE)
     except OSError as error:
         return Finding(name, State.NO, f"no guest ran: {reason(error)}")
-    return Finding(name, State.YES, f"a guest ran to its end and digested {format_size(len(_INPUT))} right")
+    return Finding(
+        name, State.YES, f"a guest ran to its end and digested {format_size(len(_INPUT))} right"
+    )
 
 
 def _run_guest(engine: str) -> None:
@@ -153,10 +160,15 @@ def _descriptor(found: dict[str, Finding], made: Finding) -> Finding:
     if made.state is State.YES:
         return made
     consequence = "nothing of restrictedmem works without it"
-    closed = not any(found[way].state is State.YES for way in ("own mount", "user namespace mount", "fusermount3"))
+    closed = not any(
+        found[way].state is State.YES
+        for way in ("own mount", "user namespace mount", "fusermount3")
+    )
     ways = ("fusermount3", "user namespaces") if closed else ()
     suspects = (found[name] for name in (DEVICE, *ways, "FUSE protocol", "descriptors at once"))
-    remedy = next((suspect.remedy for suspect in suspects if suspect.state in (State.NO, State.PARTLY)), "")
+    remedy = next(
+        (suspect.remedy for suspect in suspects if suspect.state in (State.NO, State.PARTLY)), ""
+    )
     return Finding(made.name, made.state, made.detail, consequence, remedy)
 
 
@@ -171,7 +183,11 @@ def _engine(ran: Finding, needed: Iterable[Finding]) -> Finding:
 
 def _needed_by_kernel_engine(found: dict[str, Finding]) -> list[Finding]:
     needed = [found["/dev/kvm"], found["KVM capabilities"], found["guest_memfd"]]
-    return needed if found["memory attributes"].state is State.YES else [*needed, found["guest_memfd, MMAP"]]
+    return (
+        needed
+        if found["memory attributes"].state is State.YES
+        else [*needed, found["guest_memfd, MMAP"]]
+    )
 
 
 def _exec(found: dict[str, Finding], made: Finding) -> Finding:
@@ -180,5 +196,7 @@ def _exec(found: dict[str, Finding], made: Finding) -> Finding:
     if answered.state is not State.YES:
         return Finding(name, State.NO, answered.detail, answered.consequence, answered.remedy)
     if made.state is not State.YES:
-        return Finding(name, State.NO, "a call can be answered, but there is no descriptor to answer it with")
+        return Finding(
+            name, State.NO, "a call can be answered, but there is no descriptor to answer it with"
+        )
     return Finding(name, State.YES, "seccomp lets another process answer memfd_restricted(2)")

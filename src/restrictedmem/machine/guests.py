@@ -23,7 +23,8 @@ _AFTER_KVM: Final = "it could not be tried without /dev/kvm"
 
 _UC_ARCH_X86: Final = 4
 _UC_MODE_64: Final = 1 << 3
-#: What pyproject.toml asks for: UC_HOOK_TLB_FILL and the flushes that the engine relies on are tried with these.
+#: What pyproject.toml asks for: UC_HOOK_TLB_FILL and the flushes that the engine relies on are
+#: tried with these.
 _UNICORN_FIRST: Final = (2, 1, 3)
 _UNICORN_AFTER: Final = (2, 2, 0)
 
@@ -41,7 +42,8 @@ _CAPABILITIES: Final = (
 _FLAGS: Final = {
     "guest_memfd": 0,
     "guest_memfd, MMAP": kvm.GUEST_MEMFD_FLAG_MMAP,
-    "guest_memfd, MMAP and INIT_SHARED": kvm.GUEST_MEMFD_FLAG_MMAP | kvm.GUEST_MEMFD_FLAG_INIT_SHARED,
+    "guest_memfd, MMAP and INIT_SHARED": kvm.GUEST_MEMFD_FLAG_MMAP
+    | kvm.GUEST_MEMFD_FLAG_INIT_SHARED,
 }
 
 
@@ -75,16 +77,30 @@ def unicorn() -> Finding:
     remedy = "python -m pip install 'unicorn>=2.1.3,<2.2'"
     spec = importlib.util.find_spec("unicorn")
     folders = spec.submodule_search_locations if spec else None
-    libraries = [path for folder in folders or () for path in Path(folder, "lib").glob("libunicorn.so*")]
+    libraries = [
+        path for folder in folders or () for path in Path(folder, "lib").glob("libunicorn.so*")
+    ]
     if not libraries:
-        return Finding(name, State.NO, "not installed" if spec is None else "its library is missing", consequence, remedy)
+        return Finding(
+            name,
+            State.NO,
+            "not installed" if spec is None else "its library is missing",
+            consequence,
+            remedy,
+        )
     try:
         version = in_child(lambda: _unicorn_version(str(libraries[0])))
     except OSError as error:
         return Finding(name, State.NO, reason(error), consequence, remedy)
     detail = "version " + ".".join(map(str, version))
     if not _UNICORN_FIRST <= version < _UNICORN_AFTER:
-        return Finding(name, State.PARTLY, f"{detail}, not tried with this version", "guests may fail on the software engine", remedy)
+        return Finding(
+            name,
+            State.PARTLY,
+            f"{detail}, not tried with this version",
+            "guests may fail on the software engine",
+            remedy,
+        )
     return Finding(name, State.YES, f"{detail}, x86-64")
 
 
@@ -131,7 +147,9 @@ def kvm_device() -> Finding:
         return Finding(_KVM, State.NO, f"{reason(error)}; {device_mode(_KVM)}", consequence, remedy)
     detail = f"API version {version}; {device_mode(_KVM)}"
     if version != _API_VERSION:
-        return Finding(_KVM, State.NO, detail, consequence, f"a kernel with API version {_API_VERSION}")
+        return Finding(
+            _KVM, State.NO, detail, consequence, f"a kernel with API version {_API_VERSION}"
+        )
     return Finding(_KVM, State.YES, detail)
 
 
@@ -153,12 +171,18 @@ def _capabilities() -> dict[str, int]:
 
 def kvm_capabilities(found: dict[str, int]) -> Finding:
     """Judge what KVM_CHECK_EXTENSION says on a VM."""
-    needed = {cap.name for cap in (kvm.Cap.USER_MEMORY2, kvm.Cap.MEMORY_FAULT_INFO, kvm.Cap.GUEST_MEMFD)}
+    needed = {
+        cap.name for cap in (kvm.Cap.USER_MEMORY2, kvm.Cap.MEMORY_FAULT_INFO, kvm.Cap.GUEST_MEMFD)
+    }
     missing = sorted(name for name in needed if not found[name])
     detail = ", ".join(f"{name} {value}" for name, value in found.items())
     if missing:
         return Finding(
-            "KVM capabilities", State.NO, detail, f"no kernel engine without {' and '.join(missing)}", "Linux 6.18, on which guests ran"
+            "KVM capabilities",
+            State.NO,
+            detail,
+            f"no kernel engine without {' and '.join(missing)}",
+            "Linux 6.18, on which guests ran",
         )
     return Finding("KVM capabilities", State.YES, detail)
 
@@ -183,7 +207,13 @@ def guest_memfd(name: str, flags: int) -> Finding:
     try:
         went = in_child(lambda: _create_and_map(flags))
     except OSError as error:
-        return Finding(name, State.NO, reason(error), _guest_memfd_consequence(flags), f"Linux {'6.18' if flags else '6.8'} or later")
+        return Finding(
+            name,
+            State.NO,
+            reason(error),
+            _guest_memfd_consequence(flags),
+            f"Linux {'6.18' if flags else '6.8'} or later",
+        )
     return Finding(name, State.YES, f"created; {went}")
 
 

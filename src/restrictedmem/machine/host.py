@@ -22,7 +22,11 @@ def kernel() -> Finding:
     detail = f"{name.sysname} {name.release}, {name.machine}"
     if name.machine != "x86_64":
         return Finding(
-            "kernel", State.PARTLY, detail, "guests are x86-64 and emulated; nothing was ever tried on this processor", "an x86-64 machine"
+            "kernel",
+            State.PARTLY,
+            detail,
+            "guests are x86-64 and emulated; nothing was ever tried on this processor",
+            "an x86-64 machine",
         )
     return Finding("kernel", State.YES, detail)
 
@@ -31,5 +35,8 @@ def user() -> Finding:
     """Say who asks, and with which of the capabilities that make a difference."""
     held = process.effective_capabilities()
     known = {"CAP_SYS_ADMIN": process.CAP_SYS_ADMIN, "CAP_IPC_LOCK": process.CAP_IPC_LOCK}
-    capabilities = " and ".join(name for name, number in known.items() if held >> number & 1) or "neither CAP_SYS_ADMIN nor CAP_IPC_LOCK"
+    capabilities = (
+        " and ".join(name for name, number in known.items() if held >> number & 1)
+        or "neither CAP_SYS_ADMIN nor CAP_IPC_LOCK"
+    )
     return Finding("user", State.YES, f"uid {os.geteuid()}, {capabilities}")

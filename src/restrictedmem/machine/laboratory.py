@@ -38,30 +38,49 @@ def tracefs() -> Finding:
             where, events = "tracefs can be mounted", in_child(_events_of_own_mount)
     except OSError as error:
         return Finding(
-            name, State.NO, f"tracefs: {reason(error)}", consequence, "run as root, and: sudo mount -t tracefs tracefs /sys/kernel/tracing"
+            name,
+            State.NO,
+            f"tracefs: {reason(error)}",
+            consequence,
+            "run as root, and: sudo mount -t tracefs tracefs /sys/kernel/tracing",
         )
     found = sorted(events & {"kvm", "kvmmmu"})
     if not found:
-        return Finding(name, State.NO, f"{where}, without events of KVM", consequence, "sudo modprobe kvm; a kernel with CONFIG_FTRACE")
+        return Finding(
+            name,
+            State.NO,
+            f"{where}, without events of KVM",
+            consequence,
+            "sudo modprobe kvm; a kernel with CONFIG_FTRACE",
+        )
     return Finding(name, State.YES, f"{where}, with {' and '.join(found)}")
 
 
 def _events_of_own_mount() -> set[str]:
     with mount.fsopen("tracefs") as context:
         mount.fsconfig_create(context)
-        with mount.fsmount(context, 0) as root, OwnedFd(os.open("events", os.O_RDONLY | os.O_CLOEXEC, dir_fd=root.fileno())) as events:
+        with (
+            mount.fsmount(context, 0) as root,
+            OwnedFd(os.open("events", os.O_RDONLY | os.O_CLOEXEC, dir_fd=root.fileno())) as events,
+        ):
             return set(os.listdir(events.fileno())) & {"kvm", "kvmmmu"}
 
 
 def io_uring() -> Finding:
     """Make a ring: with one, an attacker can pin pages."""
     name = "io_uring"
-    setting_text = f"kernel.io_uring_disabled {setting('/proc/sys/kernel/io_uring_disabled') or 'unknown'}"
+    setting_text = (
+        f"kernel.io_uring_disabled {setting('/proc/sys/kernel/io_uring_disabled') or 'unknown'}"
+    )
     try:
         in_child(lambda: ring.io_uring_setup(1).close())
     except OSError as error:
         return Finding(
-            name, State.NO, f"{reason(error)}; {setting_text}", "pins by io_uring are not tried", "sudo sysctl kernel.io_uring_disabled=0"
+            name,
+            State.NO,
+            f"{reason(error)}; {setting_text}",
+            "pins by io_uring are not tried",
+            "sudo sysctl kernel.io_uring_disabled=0",
         )
     return Finding(name, State.YES, setting_text)
 
@@ -79,7 +98,13 @@ def userfaultfd() -> Finding:
     try:
         in_child(lambda: uffd.userfaultfd(uffd.UFFD_USER_MODE_ONLY).close())
     except OSError:
-        return Finding(name, State.NO, reason(first), "holding up faults is not tried", "a kernel with CONFIG_USERFAULTFD")
+        return Finding(
+            name,
+            State.NO,
+            reason(first),
+            "holding up faults is not tried",
+            "a kernel with CONFIG_USERFAULTFD",
+        )
     return Finding(
         name,
         State.PARTLY,
@@ -93,8 +118,17 @@ def ptrace() -> Finding:
     """Read Yama's word on ptrace; a service is closed to it in any case, being undumpable."""
     name = "ptrace of one's own"
     scope = setting("/proc/sys/kernel/yama/ptrace_scope")
-    meaning = {None: "no Yama: any process of the same user", "0": "any process of the same user", "1": "children only", "2": "root only"}
-    detail = meaning.get(scope, "nobody") if scope is None else f"Yama ptrace_scope {scope}: {meaning.get(scope, 'nobody')}"
+    meaning = {
+        None: "no Yama: any process of the same user",
+        "0": "any process of the same user",
+        "1": "children only",
+        "2": "root only",
+    }
+    detail = (
+        meaning.get(scope, "nobody")
+        if scope is None
+        else f"Yama ptrace_scope {scope}: {meaning.get(scope, 'nobody')}"
+    )
     if scope in (None, "0"):
         return Finding(name, State.YES, detail)
     return Finding(
@@ -114,10 +148,16 @@ def compiler() -> Finding:
         if path is None:
             continue
         try:
-            said = subprocess.run([path, "--version"], check=False, capture_output=True, text=True, timeout=5).stdout
+            said = subprocess.run(
+                [path, "--version"], check=False, capture_output=True, text=True, timeout=5
+            ).stdout
         except (OSError, subprocess.TimeoutExpired) as error:
             return Finding(
-                name, State.PARTLY, f"{path}: {error}", "no benchmarks against C", "sudo apt install gcc libc6-dev binutils make"
+                name,
+                State.PARTLY,
+                f"{path}: {error}",
+                "no benchmarks against C",
+                "sudo apt install gcc libc6-dev binutils make",
             )
         first = said.partition("\n")[0]
         return Finding(name, State.YES, re.sub(r"\s+", " ", first) or path)

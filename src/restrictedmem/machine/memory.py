@@ -43,7 +43,9 @@ def lockable(*, harmless: bool) -> Finding:
     try:
         in_child(_lock_usual_slot)
     except OSError as error:
-        effect = "which matters little, for there is no swap" if harmless else "and can be swapped out"
+        effect = (
+            "which matters little, for there is no swap" if harmless else "and can be swapped out"
+        )
         return Finding(
             name,
             State.PARTLY,
@@ -78,9 +80,13 @@ def no_swap() -> Finding:
     lines = [line.rsplit(maxsplit=4) for line in swaps.split("\n")[1:]]
     zswap = ", zswap on" if setting("/sys/module/zswap/parameters/enabled") == "Y" else ""
     if not lines:
-        return Finding(name, State.YES, f"/proc/swaps is empty{zswap}: nothing is swapped, locked or not")
+        return Finding(
+            name, State.YES, f"/proc/swaps is empty{zswap}: nothing is swapped, locked or not"
+        )
     detail = "; ".join(f"{fields[0]} {format_size(int(fields[2]) << 10)}" for fields in lines)
-    return Finding(name, State.NO, detail + zswap, "what is not locked can be swapped out", "sudo swapoff -a")
+    return Finding(
+        name, State.NO, detail + zswap, "what is not locked can be swapped out", "sudo swapoff -a"
+    )
 
 
 def transparent_huge_pages() -> Finding:
@@ -88,15 +94,31 @@ def transparent_huge_pages() -> Finding:
     name = "huge pages in memfds"
     general = _chosen(setting(str(_THP / "shmem_enabled")))
     if general is None:
-        return Finding(name, State.NO, "no transparent huge pages for shmem", "all pages are small", "CONFIG_TRANSPARENT_HUGEPAGE")
+        return Finding(
+            name,
+            State.NO,
+            "no transparent huge pages for shmem",
+            "all pages are small",
+            "CONFIG_TRANSPARENT_HUGEPAGE",
+        )
     sizes = {
-        int(path.parent.name.removeprefix("hugepages-").removesuffix("kB")): _chosen(setting(str(path)))
+        int(path.parent.name.removeprefix("hugepages-").removesuffix("kB")): _chosen(
+            setting(str(path))
+        )
         for path in _THP.glob("hugepages-*kB/shmem_enabled")
     }
     effective = {size: general if policy == "inherit" else policy for size, policy in sizes.items()}
-    on = [f"{format_size(size << 10)} {policy}" for size, policy in sorted(effective.items()) if policy != "never"]
+    on = [
+        f"{format_size(size << 10)} {policy}"
+        for size, policy in sorted(effective.items())
+        if policy != "never"
+    ]
     detail = f"shmem_enabled {general}; " + (
-        ", ".join(on) if on else f"never in each of {len(sizes)} sizes" if sizes else "no policy for single sizes"
+        ", ".join(on)
+        if on
+        else f"never in each of {len(sizes)} sizes"
+        if sizes
+        else "no policy for single sizes"
     )
     if general in ("never", "deny") and not on:
         return Finding(
@@ -120,14 +142,27 @@ def collapse() -> Finding:
     name = "MADV_COLLAPSE"
     size = int(setting(str(_THP / "hpage_pmd_size")) or 0)
     if not size:
-        return Finding(name, State.NO, "no transparent huge pages", "no huge page on demand", "a kernel with CONFIG_TRANSPARENT_HUGEPAGE")
+        return Finding(
+            name,
+            State.NO,
+            "no transparent huge pages",
+            "no huge page on demand",
+            "a kernel with CONFIG_TRANSPARENT_HUGEPAGE",
+        )
     try:
         huge = in_child(lambda: _collapse(size))
     except OSError as error:
-        return Finding(name, State.NO, reason(error), "no huge page on demand", "Linux 6.1 or later, or free memory that is less in pieces")
-    seen = {None: "not checked, for want of PAGEMAP_SCAN", True: "and seen to be mapped as one"}.get(
-        huge, "but not seen to be mapped as one"
-    )
+        return Finding(
+            name,
+            State.NO,
+            reason(error),
+            "no huge page on demand",
+            "Linux 6.1 or later, or free memory that is less in pieces",
+        )
+    seen = {
+        None: "not checked, for want of PAGEMAP_SCAN",
+        True: "and seen to be mapped as one",
+    }.get(huge, "but not seen to be mapped as one")
     state = State.PARTLY if huge is False else State.YES
     return Finding(name, state, f"{format_size(size)} of a memfd made one page, {seen}")
 
@@ -138,7 +173,8 @@ def _collapse(size: int) -> bool | None:
         base = _address(room)
         start = -base % size
         memory.fallocate(file.fileno(), 0, 0, size)
-        # Only a mapping whose address and offset in the file agree in alignment can be collapsed, hence one at an address.
+        # Only a mapping whose address and offset in the file agree in alignment can be collapsed,
+        # hence one at an address.
         memory.map_over(base + start, size, file.fileno())
         room.madvise(memory.MADV_POPULATE_WRITE, start, size)
         room.madvise(memory.MADV_COLLAPSE, start, size)
@@ -155,12 +191,18 @@ def hugetlb() -> Finding:
     free = 0
     for pool in sorted(_HUGETLB.glob("hugepages-*kB"), key=lambda path: len(path.name)):
         size = int(pool.name.removeprefix("hugepages-").removesuffix("kB")) << 10
-        total, unused = (int(setting(str(pool / f)) or 0) for f in ("nr_hugepages", "free_hugepages"))
+        total, unused = (
+            int(setting(str(pool / f)) or 0) for f in ("nr_hugepages", "free_hugepages")
+        )
         free += unused
         pools.append(f"{format_size(size)}: {unused} free of {total}")
     if not pools:
         return Finding(
-            name, State.NO, "the kernel has no hugetlb", "only transparent huge pages can be compared", "a kernel with CONFIG_HUGETLBFS"
+            name,
+            State.NO,
+            "the kernel has no hugetlb",
+            "only transparent huge pages can be compared",
+            "a kernel with CONFIG_HUGETLBFS",
         )
     if not free:
         return Finding(
@@ -179,7 +221,13 @@ def populate() -> Finding:
     try:
         in_child(_populate)
     except OSError as error:
-        return Finding(name, State.NO, reason(error), "mapping ahead has to touch page after page", "Linux 5.14 or later")
+        return Finding(
+            name,
+            State.NO,
+            reason(error),
+            "mapping ahead has to touch page after page",
+            "Linux 5.14 or later",
+        )
     return Finding(name, State.YES, "pages of a memfd mapped ahead")
 
 
@@ -195,9 +243,19 @@ def cachestat() -> Finding:
     try:
         pages = in_child(allocated_pages)
     except OSError as error:
-        return Finding(name, State.NO, reason(error), "resident pages are counted from st_blocks", "Linux 6.5 or later")
+        return Finding(
+            name,
+            State.NO,
+            reason(error),
+            "resident pages are counted from st_blocks",
+            "Linux 6.5 or later",
+        )
     return Finding(
-        name, State.YES, f"counts {pages} page of a memfd that has 1" if pages != 1 else "counts a memfd's pages without mapping it"
+        name,
+        State.YES,
+        f"counts {pages} page of a memfd that has 1"
+        if pages != 1
+        else "counts a memfd's pages without mapping it",
     )
 
 
@@ -234,9 +292,20 @@ def pagemap_scan() -> Finding:
     try:
         found = in_child(_scan_one_page)
     except OSError as error:
-        return Finding(name, State.NO, reason(error), "whether a page is huge is not shown", "Linux 6.7 or later")
+        return Finding(
+            name,
+            State.NO,
+            reason(error),
+            "whether a page is huge is not shown",
+            "Linux 6.7 or later",
+        )
     if found != PAGE_SIZE:
-        return Finding(name, State.PARTLY, f"reports {found} bytes of a page that is there", "whether a page is huge is not shown")
+        return Finding(
+            name,
+            State.PARTLY,
+            f"reports {found} bytes of a page that is there",
+            "whether a page is huge is not shown",
+        )
     return Finding(name, State.YES, "for this user")
 
 
@@ -267,4 +336,10 @@ def frame_numbers() -> Finding:
         if frame:
             return Finding(name, State.YES, "/proc/self/pagemap shows them")
         detail = "/proc/self/pagemap shows 0 for them"
-    return Finding(name, State.NO, detail, "physical contiguity is not measured; nothing else needs them", "run as root (CAP_SYS_ADMIN)")
+    return Finding(
+        name,
+        State.NO,
+        detail,
+        "physical contiguity is not measured; nothing else needs them",
+        "run as root (CAP_SYS_ADMIN)",
+    )

@@ -19,7 +19,10 @@ def probe() -> Iterator[Finding]:
     """Yield the findings about the system call."""
     yield action()
     yield flag(seccomp.FilterFlag.NEW_LISTENER, "Linux 5.0 or later")
-    yield flag(seccomp.FilterFlag.NEW_LISTENER | seccomp.FilterFlag.WAIT_KILLABLE_RECV, "Linux 5.19 or later")
+    yield flag(
+        seccomp.FilterFlag.NEW_LISTENER | seccomp.FilterFlag.WAIT_KILLABLE_RECV,
+        "Linux 5.19 or later",
+    )
     yield answered_call()
     yield number()
     yield presence()
@@ -30,23 +33,43 @@ def action() -> Finding:
     name = "user notification"
     try:
         if not seccomp.action_available(seccomp.SECCOMP_RET_USER_NOTIF):
-            return Finding(name, State.NO, "SECCOMP_RET_USER_NOTIF is unknown", _CONSEQUENCE, "Linux 5.0 or later")
+            return Finding(
+                name,
+                State.NO,
+                "SECCOMP_RET_USER_NOTIF is unknown",
+                _CONSEQUENCE,
+                "Linux 5.0 or later",
+            )
         sizes = seccomp.notif_sizes()
     except OSError as error:
-        return Finding(name, State.NO, reason(error), _CONSEQUENCE, "a kernel with CONFIG_SECCOMP_FILTER")
-    return Finding(name, State.YES, f"structs of {sizes.seccomp_notif}, {sizes.seccomp_notif_resp} and {sizes.seccomp_data} bytes")
+        return Finding(
+            name, State.NO, reason(error), _CONSEQUENCE, "a kernel with CONFIG_SECCOMP_FILTER"
+        )
+    return Finding(
+        name,
+        State.YES,
+        f"structs of {sizes.seccomp_notif}, {sizes.seccomp_notif_resp} and {sizes.seccomp_data} bytes",
+    )
 
 
 def flag(flags: seccomp.FilterFlag, since: str) -> Finding:
     """Ask whether a filter may have a flag; only WAIT_KILLABLE_RECV can be done without."""
     optional = seccomp.FilterFlag.WAIT_KILLABLE_RECV in flags
     name = "WAIT_KILLABLE_RECV" if optional else "NEW_LISTENER"
-    consequence = "a signal can make a program repeat a call that is half answered" if optional else _CONSEQUENCE
+    consequence = (
+        "a signal can make a program repeat a call that is half answered"
+        if optional
+        else _CONSEQUENCE
+    )
     try:
         known = seccomp.flags_known(flags)
     except OSError:
         known = False
-    return Finding(name, State.YES, "known") if known else Finding(name, State.NO, "unknown", consequence, since)
+    return (
+        Finding(name, State.YES, "known")
+        if known
+        else Finding(name, State.NO, "unknown", consequence, since)
+    )
 
 
 def answered_call() -> Finding:
@@ -56,10 +79,18 @@ def answered_call() -> Finding:
         in_child(_answer_one_call)
     except OSError as error:
         if error.errno == EBUSY:
-            return Finding(name, State.UNKNOWN, "a filter above has a listener already, that of restrictedmem exec for instance")
+            return Finding(
+                name,
+                State.UNKNOWN,
+                "a filter above has a listener already, that of restrictedmem exec for instance",
+            )
         remedy = "Linux 5.14 or later (SECCOMP_ADDFD_FLAG_SEND), and no other listener above"
         return Finding(name, State.NO, reason(error), _CONSEQUENCE, remedy)
-    return Finding(name, State.YES, "a child's call of number 451 was answered with a descriptor (SECCOMP_ADDFD_FLAG_SEND)")
+    return Finding(
+        name,
+        State.YES,
+        "a child's call of number 451 was answered with a descriptor (SECCOMP_ADDFD_FLAG_SEND)",
+    )
 
 
 def _answer_one_call() -> None:
@@ -72,13 +103,18 @@ def _answer_one_call() -> None:
         seccomp.answer(seccomp.SECCOMP_RET_USER_NOTIF),
         seccomp.answer(seccomp.SECCOMP_RET_ALLOW),
     ]
-    with memory.memfd_create("restrictedmem-doctor") as file, seccomp.install(program, seccomp.FilterFlag.NEW_LISTENER) as listener:
+    with (
+        memory.memfd_create("restrictedmem-doctor") as file,
+        seccomp.install(program, seccomp.FilterFlag.NEW_LISTENER) as listener,
+    ):
         caller = process.fork()
         if caller == 0:
             _call(os.fstat(file.fileno()).st_ino)
         notification = seccomp.seccomp_notif(data=seccomp.seccomp_data())
         seccomp.SECCOMP_IOCTL_NOTIF_RECV(listener, notification)
-        answer = seccomp.seccomp_notif_addfd(id=notification.id, flags=seccomp.SECCOMP_ADDFD_FLAG_SEND, srcfd=file.fileno())
+        answer = seccomp.seccomp_notif_addfd(
+            id=notification.id, flags=seccomp.SECCOMP_ADDFD_FLAG_SEND, srcfd=file.fileno()
+        )
         try:
             seccomp.SECCOMP_IOCTL_NOTIF_ADDFD(listener, answer)
         except BaseException:
@@ -122,5 +158,13 @@ def presence() -> Finding:
     try:
         memory.memfd_restricted().close()
     except OSError:
-        return Finding(name, State.NO, "absent", "a program that calls it gets an error here", "restrictedmem exec -- PROGRAM")
-    return Finding(name, State.YES, f"present: syscall({memory.SYS_memfd_restricted}, 0) gave a descriptor")
+        return Finding(
+            name,
+            State.NO,
+            "absent",
+            "a program that calls it gets an error here",
+            "restrictedmem exec -- PROGRAM",
+        )
+    return Finding(
+        name, State.YES, f"present: syscall({memory.SYS_memfd_restricted}, 0) gave a descriptor"
+    )

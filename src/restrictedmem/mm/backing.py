@@ -31,8 +31,8 @@ class Allocator(Protocol):
         The truth only while nobody punches; who takes pages checks for that afterwards (``Pages``).
 
         Raises:
-            OSError: ENOENT for a page that is missing; EACCES, ENOSYS, ENOTTY, EPERM where the kernel does not tell
-                (docs/folios.md).
+            OSError: ENOENT for a page that is missing; EACCES, ENOSYS, ENOTTY, EPERM where the
+                kernel does not tell (docs/folios.md).
         """
         ...
 
@@ -90,8 +90,8 @@ class Backing(Allocator, Protocol):
     def folios(self, span: PageRange) -> Iterator[Piece]:
         """Yield what a range is made of, in order and without a gap: first page, page after the last, order of each folio.
 
-        Folios are whole even where the range begins or ends inside one. Neighbouring pages that are missing come as one run with None,
-        clipped to the range.
+        Folios are whole even where the range begins or ends inside one. Neighbouring pages that are
+        missing come as one run with None, clipped to the range.
         """
         ...
 
@@ -110,11 +110,13 @@ class MemfdBacking(InMemfd):
 
     __slots__ = ("hugepage",)
 
-    def __init__(self, *, fd: OwnedFd | None = None, limit: int | None = None, hugepage: bool = False) -> None:
+    def __init__(
+        self, *, fd: OwnedFd | None = None, limit: int | None = None, hugepage: bool = False
+    ) -> None:
         """Make an empty backing, or take over a memfd (``InMemfd``).
 
-        ``hugepage`` asks for folios of 2 MiB whatever the policy (``RMFD_HUGEPAGE``): the blocks that one allocation covers whole are made
-        such, if the kernel can.
+        ``hugepage`` asks for folios of 2 MiB whatever the policy (``RMFD_HUGEPAGE``): the blocks
+        that one allocation covers whole are made such, if the kernel can.
         """
         super().__init__(fd, limit)
         self.hugepage = hugepage
@@ -138,7 +140,8 @@ class MemfdBacking(InMemfd):
     def _allocate(self, offset: int, length: int) -> None:
         if self.hugepage:
             make_large(self.fileno(), offset, length)
-        # Never past the memfd's size, so posix_fallocate(3) is fallocate(2) with mode 0, a third cheaper than through ctypes.
+        # Never past the memfd's size, so posix_fallocate(3) is fallocate(2) with mode 0, a third
+        # cheaper than through ctypes.
         os.posix_fallocate(self.fileno(), offset, length)
 
     def _held_of(self, start: int, length: int) -> int:
@@ -213,7 +216,8 @@ class MappedBacking:
         try:
             self._mapping.madvise(memory.MADV_POPULATE_WRITE, offset - self._start, length)
         except OSError as error:
-            # MADV_POPULATE_WRITE came with Linux 5.14; of an empty pool of huge pages it says EFAULT.
+            # MADV_POPULATE_WRITE came with Linux 5.14; of an empty pool of huge pages it says
+            # EFAULT.
             if error.errno not in (EINVAL, EFAULT):
                 raise
             self._memfd.allocate(offset, length)

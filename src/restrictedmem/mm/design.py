@@ -1,7 +1,8 @@
 """The designs of the thread: what consumers of a file hear of a punch, in which ranges and order, and what is freed when.
 
-One small class each behind one seam, ``Design``; ``RestrictedFile`` calls it with the notifier semaphore held. A file, a VM or a study
-picks one by name (``make``). docs/designs.md has whose each is and what is known to be wrong with it.
+One small class each behind one seam, ``Design``; ``RestrictedFile`` calls it with the notifier
+semaphore held. A file, a VM or a study picks one by name (``make``). docs/designs.md has whose each
+is and what is known to be wrong with it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +17,8 @@ from restrictedmem.mm.punched import BLOCK_ORDER, Punched, blocks, outside, roun
 from restrictedmem.mm.sequence import InvalidationSequence
 from restrictedmem.units import PAGE_SHIFT, PageRange, pgoff_t
 
-#: First page, page after the last, and the order of the folio that the range lies in; None where the design passes none.
+#: First page, page after the last, and the order of the folio that the range lies in; None where
+#: the design passes none.
 Callback = tuple[pgoff_t, pgoff_t, int | None]
 
 _PUNCH_HOLE: Final = int(FallocMode.PUNCH_HOLE)
@@ -48,7 +50,8 @@ class File(Protocol):
 class Design:
     """Base of all designs: exact ranges, one pair of callbacks around each operation that notifies.
 
-    One instance for each file, under the file's locks. With ``teardown`` a consumer is told that what it bound goes when it lets go of it.
+    One instance for each file, under the file's locks. With ``teardown`` a consumer is told that
+    what it bound goes when it lets go of it.
     """
 
     name: ClassVar[str]
@@ -140,7 +143,8 @@ class Design:
         """Yield what a consumer hears that loses all of ``span``, in order and without a gap.
 
         Raises:
-            OSError: what looking at the backing failed with; the consumer hears of the rest without an order then.
+            OSError: what looking at the backing failed with; the consumer hears of the rest without
+                an order then.
         """
         return ((span.start, span.end, None),)
 
@@ -214,8 +218,9 @@ class Folio(Design):
 class FolioPoc(Design):
     """The proof of concept that the mail of 1 November 2022 links, as it computes: not what the mail says.
 
-    Chunks have the length of the distance from the *first* page to the end of the folio after, so that one may reach into the next folio;
-    missing pages are passed over; all is over before the operation begins, and nothing is in progress while it runs.
+    Chunks have the length of the distance from the *first* page to the end of the folio after, so
+    that one may reach into the next folio; missing pages are passed over; all is over before the
+    operation begins, and nothing is in progress while it runs.
     """
 
     name = "folio-poc"
@@ -250,7 +255,8 @@ class FolioPoc(Design):
             if order is None:
                 offset = max(offset, end)
             elif offset < min(end, span.end):
-                # (1 << order) - (start - ALIGN(start, 1 << order)): ``start``, not ``offset``, and ALIGN rounds up.
+                # (1 << order) - (start - ALIGN(start, 1 << order)): ``start``, not ``offset``, and
+                # ALIGN rounds up.
                 chunk = (1 << order) + -span.start % (1 << order)
                 after = pgoff_t(min(offset + chunk, span.end))
                 yield offset, after, order
@@ -291,7 +297,9 @@ class _Remembering(Design):
         """Begin again with no page punched."""
         self._punched = Punched()
 
-    def _blocks(self, span: PageRange, order: int, there: Backing | None = None) -> Iterable[PageRange]:
+    def _blocks(
+        self, span: PageRange, order: int, there: Backing | None = None
+    ) -> Iterable[PageRange]:
         """Return the blocks that a punch touches; of very many those at its ends, those in which something was, and what is ``there``."""
         around, size = round_out(span, order), 1 << order
         if len(around) <= _MANY << order:
@@ -299,7 +307,11 @@ class _Remembering(Design):
         starts = {around.start, pgoff_t(around.end - size)}
         starts.update(pgoff_t(block.start & -size) for block in self._punched.touched(span))
         if there is not None:
-            starts.update(pgoff_t(start & -size) for start, _, found in there.folios(span) if found is not None)
+            starts.update(
+                pgoff_t(start & -size)
+                for start, _, found in there.folios(span)
+                if found is not None
+            )
         return [PageRange(start, pgoff_t(start + size)) for start in sorted(starts)]
 
 
@@ -307,7 +319,8 @@ class _Remembering(Design):
 class Batched(_Remembering):
     """Parts of 2 MiB are freed unheard; with the last of them one callback for all (Michael Roth, 1 November 2022).
 
-    Sound only where pages are converted, and so unmapped, before they are punched: a consumer that still maps a page is not told of it.
+    Sound only where pages are converted, and so unmapped, before they are punched: a consumer that
+    still maps a page is not told of it.
     """
 
     name = "batched"
@@ -339,9 +352,10 @@ class Batched(_Remembering):
 class Lazy(_Remembering):
     """For huge pages that cannot be split: nothing is freed until all of one was punched (Michael Roth, 31 October 2022).
 
-    The punch itself is told of exactly. Of a huge page that it covers in part, the backing clears that part (hugetlbfs does), and the page
-    goes with its last part, told of whole and with its order; not while a consumer has a page of it that was punched before and then
-    touched again. On a backing of small pages it is v10.
+    The punch itself is told of exactly. Of a huge page that it covers in part, the backing clears
+    that part (hugetlbfs does), and the page goes with its last part, told of whole and with its
+    order; not while a consumer has a page of it that was punched before and then touched again. On
+    a backing of small pages it is v10.
     """
 
     name = "lazy"
@@ -377,7 +391,9 @@ class Lazy(_Remembering):
     def _goes(self, file: File, rest: Sequence[PageRange]) -> bool:
         """Say whether the rest of a huge page was punched before and is nobody's. What the punch covers, consumers let go of just now."""
         return self._punched.has(rest) and not any(
-            notifier.page_count(part.start, part.end) for part in rest for notifier in file.notifiers(part.start, part.end)
+            notifier.page_count(part.start, part.end)
+            for part in rest
+            for notifier in file.notifiers(part.start, part.end)
         )
 
     def punch(self, file: File, offset: int, length: int) -> None:
@@ -404,7 +420,9 @@ class Lazy(_Remembering):
         super().leave(file, notifier, span)
 
 
-_DESIGNS: Final[dict[str, type[Design]]] = {design.name: design for design in (V9, V10, Bindings, Folio, FolioPoc, Batched, Lazy)}
+_DESIGNS: Final[dict[str, type[Design]]] = {
+    design.name: design for design in (V9, V10, Bindings, Folio, FolioPoc, Batched, Lazy)
+}
 #: The designs by name; each may have ``TEARDOWN`` appended.
 NAMES: Final = tuple(_DESIGNS)
 
@@ -417,5 +435,7 @@ def make(name: str) -> Design:
     """
     plain = name.removesuffix(TEARDOWN)
     if plain not in _DESIGNS:
-        raise OSError(EINVAL, f"no design {name!r}: one of {', '.join(NAMES)}, with or without {TEARDOWN}")
+        raise OSError(
+            EINVAL, f"no design {name!r}: one of {', '.join(NAMES)}, with or without {TEARDOWN}"
+        )
     return _DESIGNS[plain](teardown=plain != name)

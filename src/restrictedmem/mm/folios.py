@@ -1,8 +1,9 @@
 """What a memfd's pages are made of: asked of the page cache through a mapping for the purpose, without allocating anything.
 
-Nothing tells the folio of an offset but a mapping: a folio of 2 MiB is mapped by one entry where it can be, and PAGEMAP_SCAN shows that to
-anybody. Looking must not change what is looked at, and a read fault on a hole of a memfd allocates; so the mapping is watched by a
-userfaultfd, which makes such a fault fail.
+Nothing tells the folio of an offset but a mapping: a folio of 2 MiB is mapped by one entry where it
+can be, and PAGEMAP_SCAN shows that to anybody. Looking must not change what is looked at, and a
+read fault on a hole of a memfd allocates; so the mapping is watched by a userfaultfd, which makes
+such a fault fail.
 """
 
 import mmap
@@ -63,8 +64,9 @@ def order_of(fd: int, pgoff: pgoff_t) -> int:
     """Return 9 for a page in a 2 MiB folio of a memfd, 0 for another; folios between the two count as pages.
 
     Raises:
-        OSError: ENOENT for a page that is missing; EACCES where the process may not open its own pagemap (undumpable, not
-            root); ENOTTY where there is no PAGEMAP_SCAN (before Linux 6.7); as ``looking``.
+        OSError: ENOENT for a page that is missing; EACCES where the process may not open its own
+            pagemap (undumpable, not root); ENOTTY where there is no PAGEMAP_SCAN (before Linux
+            6.7); as ``looking``.
     """
     start = (pgoff & -BLOCK) << PAGE_SHIFT
     length = min(PMD_SIZE, MAX_FILE_BYTES - start)
@@ -98,7 +100,8 @@ def _collapse(mapping: Mapping, length: int) -> None:
         try:
             mapping.madvise(memory.MADV_COLLAPSE, 0, length)
         except OSError as error:
-            # A page that somebody just looks at, or that has not reached its list yet; the call may be made again (madvise(2)).
+            # A page that somebody just looks at, or that has not reached its list yet; the call may
+            # be made again (madvise(2)).
             if error.errno != EAGAIN or attempt == _ATTEMPTS:
                 raise
         else:
@@ -108,15 +111,20 @@ def _collapse(mapping: Mapping, length: int) -> None:
 def folios_in(fd: int, span: PageRange) -> Iterator[Piece]:
     """Yield what a range of a memfd is made of (``Backing.folios``).
 
-    Costs a cachestat(2) for each time that a part has to be halved until it is all there or all missing (at worst one for each page), a
-    fault for each 2 MiB that is all there, and a mapping and a scan for each GiB of those.
+    Costs a cachestat(2) for each time that a part has to be halved until it is all there or all
+    missing (at worst one for each page), a fault for each 2 MiB that is all there, and a mapping
+    and a scan for each GiB of those.
 
     Raises:
-        OSError: ENOSYS where there is no cachestat(2) (before Linux 6.5); as ``order_of``, save ENOENT and EACCES.
+        OSError: ENOSYS where there is no cachestat(2) (before Linux 6.5); as ``order_of``, save
+            ENOENT and EACCES.
     """
     if not span:
         return
-    start, end = span.start & -BLOCK, min(span.end + BLOCK - 1 & -BLOCK, MAX_FILE_BYTES >> PAGE_SHIFT)
+    start, end = (
+        span.start & -BLOCK,
+        min(span.end + BLOCK - 1 & -BLOCK, MAX_FILE_BYTES >> PAGE_SHIFT),
+    )
     told = span.start
     for first, last, order in _pieces(fd, start, end):
         run = PageRange(pgoff_t(first), pgoff_t(last))
@@ -127,7 +135,10 @@ def folios_in(fd: int, span: PageRange) -> Iterator[Piece]:
         if told < run.start:
             yield told, run.start, None
         step = 1 << order
-        yield from ((pgoff_t(pgoff), pgoff_t(pgoff + step), order) for pgoff in range(run.start, run.end, step))
+        yield from (
+            (pgoff_t(pgoff), pgoff_t(pgoff + step), order)
+            for pgoff in range(run.start, run.end, step)
+        )
         told = run.end
     if told < span.end:
         yield told, span.end, None
@@ -135,7 +146,8 @@ def folios_in(fd: int, span: PageRange) -> Iterator[Piece]:
 
 def _pieces(fd: int, start: int, end: int) -> Iterator[tuple[int, int, int]]:
     """Yield the runs of folios of one order, 0 or 9, in a range that begins at a block, or lies inside one."""
-    # Of each part by itself: what a count of both leaves for the other is of two moments, and pages come and go.
+    # Of each part by itself: what a count of both leaves for the other is of two moments, and pages
+    # come and go.
     count = memory.resident_pages(fd, start << PAGE_SHIFT, (end - start) << PAGE_SHIFT)
     if not count:
         return
@@ -149,7 +161,10 @@ def _pieces(fd: int, start: int, end: int) -> Iterator[tuple[int, int, int]]:
         for first in range(start, end, _AT_ONCE * BLOCK):
             last = min(first + _AT_ONCE * BLOCK, end)
             large = _large(fd, first, last)
-            yield from ((block, min(block + BLOCK, last), PMD_ORDER * (block in large)) for block in range(first, last, BLOCK))
+            yield from (
+                (block, min(block + BLOCK, last), PMD_ORDER * (block in large))
+                for block in range(first, last, BLOCK)
+            )
 
 
 def _large(fd: int, start: int, end: int) -> set[int]:

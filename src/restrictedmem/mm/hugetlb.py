@@ -22,8 +22,9 @@ _MOST_LOOKS: Final = 1 << 17
 class HugetlbBacking(InMemfd):
     """Huge pages of one order, 9 or 18 (``Backing``).
 
-    As hugetlbfs has it: allocating takes every huge page that the range touches, punching a part of one frees nothing and zeroes that
-    part, and what an allocation took before it found the pool empty stays.
+    As hugetlbfs has it: allocating takes every huge page that the range touches, punching a part of
+    one frees nothing and zeroes that part, and what an allocation took before it found the pool
+    empty stays.
     """
 
     __slots__ = ("_order",)
@@ -58,7 +59,11 @@ class HugetlbBacking(InMemfd):
         os.posix_fallocate(self.fileno(), offset, length)
 
     def _held_of(self, start: int, length: int) -> int:
-        return sum(self.blksize for _, _, order in self.folios(PageRange.of_bytes(start, length)) if order is not None)
+        return sum(
+            self.blksize
+            for _, _, order in self.folios(PageRange.of_bytes(start, length))
+            if order is not None
+        )
 
     def order_of(self, pgoff: pgoff_t) -> int:
         """Return the order of the huge pages, for a page in one that was taken (see ``Allocator``)."""
@@ -71,14 +76,21 @@ class HugetlbBacking(InMemfd):
     def folios(self, span: PageRange) -> Iterator[Piece]:
         """Yield huge pages and holes (see ``Backing``).
 
-        Costs a fault for each huge page that there may be, up to the last that the file has: no call counts those of a range.
+        Costs a fault for each huge page that there may be, up to the last that the file has: no
+        call counts those of a range.
 
         Raises:
-            OSError: ENOSYS where that would be more than ``_MOST_LOOKS``; whoever punches must not keep the service for hours.
+            OSError: ENOSYS where that would be more than ``_MOST_LOOKS``; whoever punches must not
+                keep the service for hours.
         """
-        size, told, step = 1 << self.base_order, span.start, max(1 << self.base_order, _AT_ONCE >> PAGE_SHIFT)
+        size, told, step = (
+            1 << self.base_order,
+            span.start,
+            max(1 << self.base_order, _AT_ONCE >> PAGE_SHIFT),
+        )
         found = 0
-        # Where a range is longer than what lies before it, the last huge page may be found sooner from the beginning on.
+        # Where a range is longer than what lies before it, the last huge page may be found sooner
+        # from the beginning on.
         first = 0 if len(span) > span.start else span.start & -size
         last = min(span.end, MAX_FILE_BYTES // self.blksize << self.base_order)
         looks = _MOST_LOOKS
@@ -103,4 +115,8 @@ class HugetlbBacking(InMemfd):
         size = 1 << self.base_order
         length = (end - start + size - 1 & -size) << PAGE_SHIFT
         with looking(self.fileno(), start << PAGE_SHIFT, length, self.blksize) as mapping:
-            return [start + (at >> PAGE_SHIFT) for at in range(0, length, self.blksize) if is_present(mapping, at)]
+            return [
+                start + (at >> PAGE_SHIFT)
+                for at in range(0, length, self.blksize)
+                if is_present(mapping, at)
+            ]

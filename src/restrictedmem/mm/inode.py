@@ -1,6 +1,7 @@
 """The attributes of a restricted file that are no business of the shim: mode, owner, times.
 
-Both postings forward setattr to the inner tmpfs inode, so what tmpfs does with them (setattr_prepare, setattr_copy) is what they do.
+Both postings forward setattr to the inner tmpfs inode, so what tmpfs does with them
+(setattr_prepare, setattr_copy) is what they do.
 """
 
 import stat

@@ -16,10 +16,11 @@ from restrictedmem.mm.folios import NOT_TOLD
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SIZE
 
 _SECTOR: Final = 512
-#: Bytes that are allocated at once: a tenth of a second. No folio crosses a multiple of it, or it is as large.
+#: Bytes that are allocated at once: a tenth of a second. No folio crosses a multiple of it, or it
+#: is as large.
 _PIECE: Final = 256 << 20
-#: Consumers have it, and with F_SEAL_WRITE or F_SEAL_FUTURE_WRITE one could forbid the owner to punch.
-#: F_SEAL_GROW is not among them: it would turn an errno of hugetlbfs into EPERM.
+#: Consumers have it, and with F_SEAL_WRITE or F_SEAL_FUTURE_WRITE one could forbid the owner to
+#: punch. F_SEAL_GROW is not among them: it would turn an errno of hugetlbfs into EPERM.
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
 
@@ -54,8 +55,9 @@ def never() -> bool:
 class InMemfd(ABC):
     """A memfd that is made when it is first asked for, and how much of it there may be.
 
-    Its own size is the largest there may be (``make_memfd``), for the length of its life: a restricted file's size is a number of the shim
-    alone, and get_page ignores it (``SGP_WRITE`` in v9 and v10). Most of many descriptors never have a page, and so no memfd.
+    Its own size is the largest there may be (``make_memfd``), for the length of its life: a
+    restricted file's size is a number of the shim alone, and get_page ignores it (``SGP_WRITE`` in
+    v9 and v10). Most of many descriptors never have a page, and so no memfd.
     """
 
     __slots__ = ("_fd", "_mutex", "limit")
@@ -101,7 +103,8 @@ class InMemfd(ABC):
             OSError: EMFILE, ENFILE, ENOMEM; ENODEV where the kernel has no huge pages of the size.
         """
         if self._fd is None:
-            # A consumer may bind while the owner allocates for the first time: two memfds would be two contents.
+            # A consumer may bind while the owner allocates for the first time: two memfds would be
+            # two contents.
             with self._mutex:
                 if self._fd is None:
                     self._fd = self._make()
@@ -127,13 +130,18 @@ class InMemfd(ABC):
                 if error.errno not in NOT_TOLD:
                     raise
         if held + wanted > limit:
-            raise failed("fallocate", ENOSPC, f"descriptor would hold {held + wanted} bytes, the limit is {limit}")
+            raise failed(
+                "fallocate",
+                ENOSPC,
+                f"descriptor would hold {held + wanted} bytes, the limit is {limit}",
+            )
 
     def allocate(self, offset: int, length: int, abandoned: Callable[[], bool] = never) -> None:
         """Make every page that the range touches present, piece by piece (see ``Backing``).
 
         Raises:
-            OSError: EFBIG, ENOSPC beyond a limit, before anything is allocated; EINTR when it was ``abandoned``.
+            OSError: EFBIG, ENOSPC beyond a limit, before anything is allocated; EINTR when it was
+                ``abandoned``.
         """
         end = offset + length
         size = os.fstat(self.fileno()).st_size
@@ -141,8 +149,8 @@ class InMemfd(ABC):
             raise failed("fallocate", EFBIG, f"the service's limit on file sizes is {size} bytes")
         self.charge(offset, length)
         while offset < end:
-            # The kernel would notice by itself, and undo all, if the caller's own thread were in it. Before the first piece too: there
-            # may have been a long wait.
+            # The kernel would notice by itself, and undo all, if the caller's own thread were in
+            # it. Before the first piece too: there may have been a long wait.
             if length > _PIECE and abandoned():
                 raise failed("fallocate", EINTR, "its caller was killed")
             after = end if end - offset <= _PIECE else (offset & -_PIECE) + _PIECE
@@ -180,7 +188,8 @@ class InMemfd(ABC):
             fd.close()
 
     def _leave(self) -> OwnedFd | None:
-        # Somebody may just look at what it holds: an O_PATH descriptor asks for the attributes of a file that is closed, too.
+        # Somebody may just look at what it holds: an O_PATH descriptor asks for the attributes of a
+        # file that is closed, too.
         with self._mutex:
             fd, self._fd = self._fd, None
         return fd

@@ -19,10 +19,11 @@ class Api(Enum):
 class Notifier(Protocol):
     """What a consumer hears about a file.
 
-    Ranges are half-open and in pages of the file. ``order`` is that of the folio the whole range lies in, by designs that tell it
-    (``mm.design``), else None. Callbacks run with the file's notifier semaphore held: they may sleep and may run at the same time as
-    callbacks for another range, but must not register, unregister or punch on the same file. They cannot refuse; whatever they raise
-    would leave a pair unbalanced, so they must not raise.
+    Ranges are half-open and in pages of the file. ``order`` is that of the folio the whole range
+    lies in, by designs that tell it (``mm.design``), else None. Callbacks run with the file's
+    notifier semaphore held: they may sleep and may run at the same time as callbacks for another
+    range, but must not register, unregister or punch on the same file. They cannot refuse; whatever
+    they raise would leave a pair unbalanced, so they must not raise.
     """
 
     def invalidate_start(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:

@@ -12,7 +12,8 @@ from restrictedmem.mm.folios import NOT_TOLD
 from restrictedmem.mm.sequence import InvalidationSequence
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
 
-# What is known of a page: nothing, that it was taken, or (from _ORDER on) the order of its folio, too. And of a block.
+# What is known of a page: nothing, that it was taken, or (from _ORDER on) the order of its folio,
+# too. And of a block.
 _TAKEN: Final = 1
 _ORDER: Final = 2
 _UNKNOWN: Final = 0xFF
@@ -23,19 +24,35 @@ _WITHOUT_ORDER: Final = bytes([0]) + bytes([_TAKEN]) * 255
 class Pages:
     """The pages that one consumer takes from a window of a file; one byte of memory for each page of the window.
 
-    Local to the consumer's process: a missing page is allocated in the memfd without a message to the service. Every page handed out
-    reads as zero until the consumer writes it (the proposal left the host's old content in: docs/divergences.md). A page that was taken
-    is a reference, until it is put or the range is invalidated.
+    Local to the consumer's process: a missing page is allocated in the memfd without a message to
+    the service. Every page handed out reads as zero until the consumer writes it (the proposal left
+    the host's old content in: docs/divergences.md). A page that was taken is a reference, until it
+    is put or the range is invalidated.
 
-    Orders are asked of the backing once for each 2 MiB. Only a punch splits a folio, and it is told before (``invalidate_start``) and
-    after (``invalidate_end``), for a part of the folio at least. From the first on no order of the blocks it touches is remembered, until
-    the second they count as pages. So an order other than 0 was the truth when it was returned; and whoever makes one translation of a
-    whole folio checks ``InvalidationSequence.retry`` over all of it, which notices every punch that began since.
+    Orders are asked of the backing once for each 2 MiB. Only a punch splits a folio, and it is told
+    before (``invalidate_start``) and after (``invalidate_end``), for a part of the folio at least.
+    From the first on no order of the blocks it touches is remembered, until the second they count
+    as pages. So an order other than 0 was the truth when it was returned; and whoever makes one
+    translation of a whole folio checks ``InvalidationSequence.retry`` over all of it, which notices
+    every punch that began since.
     """
 
-    __slots__ = ("_backing", "_changing", "_first_block", "_mutex", "_orders", "_sequence", "_start", "_state", "_window", "taken")
+    __slots__ = (
+        "_backing",
+        "_changing",
+        "_first_block",
+        "_mutex",
+        "_orders",
+        "_sequence",
+        "_start",
+        "_state",
+        "_window",
+        "taken",
+    )
 
-    def __init__(self, backing: Allocator, window: PageRange, sequence: InvalidationSequence | None = None) -> None:
+    def __init__(
+        self, backing: Allocator, window: PageRange, sequence: InvalidationSequence | None = None
+    ) -> None:
         """Take pages of ``window``; ``sequence`` is the file's, without which nobody may punch it meanwhile."""
         self._backing = backing
         self._sequence = sequence
@@ -43,7 +60,9 @@ class Pages:
         self._start = window.start
         self._state = bytearray(window.end - window.start)
         self._first_block = window.start >> PMD_ORDER
-        self._orders = bytearray([_UNKNOWN]) * ((window.end - 1 >> PMD_ORDER) + 1 - self._first_block)
+        self._orders = bytearray([_UNKNOWN]) * (
+            (window.end - 1 >> PMD_ORDER) + 1 - self._first_block
+        )
         # Blocks, as indices of _orders, whose pages are being invalidated.
         self._changing: list[range] = []
         self._mutex = sync.mutex()
@@ -53,10 +72,12 @@ class Pages:
     def get_page(self, pgoff: pgoff_t) -> int:
         """Take one page and return the order of its folio (``restrictedmem_get_page``); allocated if missing, whatever the file's size.
 
-        The order says nothing about where in the folio the page lies, nor whether the rest of it is in the window.
+        The order says nothing about where in the folio the page lies, nor whether the rest of it is
+        in the window.
 
         Raises:
-            OSError: EAGAIN while the page is being invalidated; EFAULT outside the window; ENOSPC, ENOMEM from the backing.
+            OSError: EAGAIN while the page is being invalidated; EFAULT outside the window; ENOSPC,
+                ENOMEM from the backing.
         """
         index = pgoff - self._start
         if index < 0:
@@ -71,12 +92,14 @@ class Pages:
     def get_page_noalloc(self, pgoff: pgoff_t) -> int:
         """Take one page that is there, and return the order of its folio (``restrictedmem_get_page_noalloc`` of Michael Roth's tree).
 
-        For those who clean up at a file's end. Theirs failed with EINVAL beyond the file's size, so of a file that was never sized it
-        found nothing; here the size does not matter, as for get_page. A page that was only preallocated is not pinned by this.
+        For those who clean up at a file's end. Theirs failed with EINVAL beyond the file's size, so
+        of a file that was never sized it found nothing; here the size does not matter, as for
+        get_page. A page that was only preallocated is not pinned by this.
 
         Raises:
-            OSError: EAGAIN while the page is being invalidated; EFAULT outside the window; ENOENT for a hole; EACCES, ENOSYS, ENOTTY,
-                EPERM where the kernel does not tell (docs/folios.md).
+            OSError: EAGAIN while the page is being invalidated; EFAULT outside the window; ENOENT
+                for a hole; EACCES, ENOSYS, ENOTTY, EPERM where the kernel does not tell
+                (docs/folios.md).
         """
         if pgoff not in range(self._start, self._window.end):
             raise failed("get_page", EFAULT, "outside the window")
@@ -92,7 +115,8 @@ class Pages:
         """Take every page of a range with one call to the backing, which may make folios of what the range covers whole.
 
         Raises:
-            OSError: EAGAIN while a part is being invalidated; EFAULT when a part lies outside the window; ENOSPC, ENOMEM from the backing.
+            OSError: EAGAIN while a part is being invalidated; EFAULT when a part lies outside the
+                window; ENOSPC, ENOMEM from the backing.
         """
         if span.start < self._start or span.end > self._window.end:
             raise failed("get_pages", EFAULT, "outside the window")
@@ -138,7 +162,9 @@ class Pages:
         """Return how many pages of a range are taken: the references this consumer holds."""
         span = self._window.clip(span)
         with self._mutex:
-            return len(span) - self._state.count(0, span.start - self._start, span.end - self._start)
+            return len(span) - self._state.count(
+                0, span.start - self._start, span.end - self._start
+            )
 
     def close(self) -> None:
         """Close the backing."""
@@ -174,8 +200,9 @@ class Pages:
     def _refuse_invalidated(self, start: pgoff_t, end: pgoff_t) -> None:
         """Refuse to take pages that may be about to go: they would still count as taken when they are there no more.
 
-        Whoever invalidates enters the sequence before it comes for the mutex (``invalidate_start``). So what passes here was taken after
-        the operation, or is let go of there.
+        Whoever invalidates enters the sequence before it comes for the mutex
+        (``invalidate_start``). So what passes here was taken after the operation, or is let go of
+        there.
         """
         if self._sequence is not None and self._sequence.busy_over(start, end):
             raise failed("get_page", EAGAIN, "the page is being invalidated")
@@ -202,11 +229,17 @@ class Pages:
     def _blocks(self, span: PageRange) -> range:
         """Return which blocks a range touches, as indices of ``_orders``; one may be touched outside the window alone."""
         first = max(0, (span.start >> PMD_ORDER) - self._first_block)
-        return range(first, max(first, min(len(self._orders), (span.end - 1 >> PMD_ORDER) + 1 - self._first_block)))
+        return range(
+            first,
+            max(first, min(len(self._orders), (span.end - 1 >> PMD_ORDER) + 1 - self._first_block)),
+        )
 
     def _forget_orders(self, blocks: range) -> None:
         if self._orders.count(_UNKNOWN, blocks.start, blocks.stop) < len(blocks):
             self._orders[blocks.start : blocks.stop] = bytes([_UNKNOWN]) * len(blocks)
             shift = (self._first_block << PMD_ORDER) - self._start
-            first, last = max(0, (blocks.start << PMD_ORDER) + shift), (blocks.stop << PMD_ORDER) + shift
+            first, last = (
+                max(0, (blocks.start << PMD_ORDER) + shift),
+                (blocks.stop << PMD_ORDER) + shift,
+            )
             self._state[first:last] = self._state[first:last].translate(_WITHOUT_ORDER)

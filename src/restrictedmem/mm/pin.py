@@ -1,8 +1,9 @@
 """Pages that stay where they are while a consumer has them.
 
-The postings left an open end: pages are unevictable, but migration could move what a TD or an SNP guest has mapped. The kernel's answer was
-an address space whose pages cannot migrate; from user space it is a reference that migration respects (FOLL_LONGTERM), and one that
-anybody can take is that of a buffer registered with a ring (docs/pinning.md).
+The postings left an open end: pages are unevictable, but migration could move what a TD or an SNP
+guest has mapped. The kernel's answer was an address space whose pages cannot migrate; from user
+space it is a reference that migration respects (FOLL_LONGTERM), and one that anybody can take is
+that of a buffer registered with a ring (docs/pinning.md).
 """
 
 from collections.abc import Iterator
@@ -33,13 +34,29 @@ class _Run(NamedTuple):
 class PinnedBacking:
     """A mapped backing whose pages are pinned as they are allocated (``Allocator``).
 
-    The first page taken of an aligned 2 MiB brings all of it, as one buffer; where the limit forbids that, or a part is being invalidated,
-    what was asked for alone.
+    The first page taken of an aligned 2 MiB brings all of it, as one buffer; where the limit
+    forbids that, or a part is being invalidated, what was asked for alone.
     """
 
-    __slots__ = ("_address", "_free", "_inner", "_mutex", "_ring", "_runs", "_sequence", "_window", "unpinned")
+    __slots__ = (
+        "_address",
+        "_free",
+        "_inner",
+        "_mutex",
+        "_ring",
+        "_runs",
+        "_sequence",
+        "_window",
+        "unpinned",
+    )
 
-    def __init__(self, inner: Allocator, address: int, window: PageRange, sequence: InvalidationSequence | None = None) -> None:
+    def __init__(
+        self,
+        inner: Allocator,
+        address: int,
+        window: PageRange,
+        sequence: InvalidationSequence | None = None,
+    ) -> None:
         """Own ``inner``, whose pages of ``window`` lie from ``address`` on in this process; ``sequence`` is the file's, as for ``Pages``.
 
         Raises:
@@ -52,7 +69,8 @@ class PinnedBacking:
         self._mutex = sync.mutex()
         self._runs: dict[int, list[_Run]] = {}
         self._free = list(range(io_uring.IORING_MAX_REG_BUFFERS - 1, -1, -1))
-        #: Pages that lost their pin to a punch beside them, because no buffer was left or the limit had sunk.
+        #: Pages that lost their pin to a punch beside them, because no buffer was left or the limit
+        #: had sunk.
         self.unpinned = 0
         try:
             self._ring = io_uring.io_uring_setup(1)
@@ -71,7 +89,8 @@ class PinnedBacking:
         """Make every page that an aligned range touches present, and pin it (``Allocator``).
 
         Raises:
-            OSError: ENOMEM over RLIMIT_MEMLOCK; ENOBUFS when the ring has no buffer left; what the backing says.
+            OSError: ENOMEM over RLIMIT_MEMLOCK; ENOBUFS when the ring has no buffer left; what the
+                backing says.
         """
         span = PageRange.of_bytes(offset, length)
         with self._mutex:
@@ -120,10 +139,16 @@ class PinnedBacking:
         with self._mutex:
             first, last = span.start // BLOCK, (span.end - 1) // BLOCK + 1
             # A consumer that goes lets go of the largest file there is, of which it has few blocks.
-            blocks = range(first, last) if last - first <= len(self._runs) else [block for block in self._runs if first <= block < last]
+            blocks = (
+                range(first, last)
+                if last - first <= len(self._runs)
+                else [block for block in self._runs if first <= block < last]
+            )
             for block in blocks:
                 if block in self._runs:
-                    self._runs[block] = [kept for run in self._runs[block] for kept in self._cut(run, span)]
+                    self._runs[block] = [
+                        kept for run in self._runs[block] for kept in self._cut(run, span)
+                    ]
                     if not self._runs[block]:
                         del self._runs[block]
 
@@ -146,7 +171,10 @@ class PinnedBacking:
     def pinned(self) -> int:
         """Return the bytes pinned."""
         with self._mutex:
-            return sum(run.end - run.start for runs in self._runs.values() for run in runs) << PAGE_SHIFT
+            return (
+                sum(run.end - run.start for runs in self._runs.values() for run in runs)
+                << PAGE_SHIFT
+            )
 
     def order_of(self, pgoff: pgoff_t) -> int:
         """Return what the backing says (``Allocator``)."""

@@ -26,7 +26,10 @@ def outside(whole: PageRange, span: PageRange) -> Sequence[PageRange]:
     """Return the parts of ``whole``, which ``span`` overlaps, that lie before and after it."""
     if span.start <= whole.start and whole.end <= span.end:
         return ()
-    parts = PageRange(whole.start, max(whole.start, span.start)), PageRange(min(whole.end, span.end), whole.end)
+    parts = (
+        PageRange(whole.start, max(whole.start, span.start)),
+        PageRange(min(whole.end, span.end), whole.end),
+    )
     return [part for part in parts if part]
 
 
@@ -45,7 +48,11 @@ class Punched:
 
     def has(self, spans: Iterable[PageRange]) -> bool:
         """Say whether every page of some ranges is in."""
-        return all(not _mask(block, span) & ~self._bits.get(block.start, 0) for span in spans for block in blocks(span))
+        return all(
+            not _mask(block, span) & ~self._bits.get(block.start, 0)
+            for span in spans
+            for block in blocks(span)
+        )
 
     def touched(self, span: PageRange) -> Sequence[PageRange]:
         """Return the blocks of 2 MiB that overlap a range and have a page in."""
@@ -54,7 +61,11 @@ class Punched:
         around = round_out(span)
         starts = range(around.start, around.end, BLOCK_PAGES)
         if len(starts) > len(self._bits):
-            return [PageRange(pgoff_t(start), pgoff_t(start + BLOCK_PAGES)) for start in self._bits if start in starts]
+            return [
+                PageRange(pgoff_t(start), pgoff_t(start + BLOCK_PAGES))
+                for start in self._bits
+                if start in starts
+            ]
         return [block for block in blocks(span) if block.start in self._bits]
 
     def add(self, span: PageRange) -> None:

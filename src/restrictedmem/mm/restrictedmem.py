@@ -38,8 +38,9 @@ class Registration(NamedTuple):
 class RestrictedFile:
     """One file: a size that is set once, a backing, an inode and the notifiers of its consumers.
 
-    Lock order: ``_notifiers_sem``, then ``_mutex`` or the sequence's own. The semaphore is held for reading over the whole of start,
-    operation and end (Sean Christopherson's order), so nobody can register or unregister in between and leave a pair unbalanced.
+    Lock order: ``_notifiers_sem``, then ``_mutex`` or the sequence's own. The semaphore is held for
+    reading over the whole of start, operation and end (Sean Christopherson's order), so nobody can
+    register or unregister in between and leave a pair unbalanced.
     """
 
     __slots__ = (
@@ -64,18 +65,25 @@ class RestrictedFile:
         "taking",
     )
 
-    def __init__(self, design: Design, backing: Backing, inode: Inode, account: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self,
+        design: Design,
+        backing: Backing,
+        inode: Inode,
+        account: Callable[[int], None] | None = None,
+    ) -> None:
         """Make an empty file of size 0, held by one reference: the caller's; ``design`` is its own.
 
-        ``account`` hears by how many bytes the file holds more, or fewer: before it allocates, after it has freed, and, for what consumers
-        have allocated, when one goes.
+        ``account`` hears by how many bytes the file holds more, or fewer: before it allocates,
+        after it has freed, and, for what consumers have allocated, when one goes.
         """
         self.design = design
         self.backing = backing
         self.inode = inode
         #: Bytes; under ``_mutex`` for writing.
         self.size = 0
-        #: Whose content the pages hold: a number of whoever registers notifiers, None for nobody's yet.
+        #: Whose content the pages hold: a number of whoever registers notifiers, None for nobody's
+        #: yet.
         self.holder: int | None = None
         #: Held while that changes, until whoever takes the file has registered.
         self.taking = sync.mutex()
@@ -84,13 +92,16 @@ class RestrictedFile:
         #: Bytes that it has heard of.
         self._held = 0
         self._notifiers_sem = sync.RwSem()
-        #: By id of the notifier, newest first, and how many in all; changed with the semaphore held for writing and ``_mutex`` held.
+        #: By id of the notifier, newest first, and how many in all; changed with the semaphore held
+        #: for writing and ``_mutex`` held.
         self._registrations: dict[int, tuple[Registration, ...]] = {}
         self._count = 0
-        #: The exclusive bindings, which are all or none and do not overlap, as they lie in the file.
+        #: The exclusive bindings, which are all or none and do not overlap, as they lie in the
+        #: file.
         self._exclusive: list[tuple[pgoff_t, pgoff_t]] = []
         self._last = 0
-        #: All of them and whose they are, for who walks them; None from a change to the next walk (``registrations``).
+        #: All of them and whose they are, for who walks them; None from a change to the next walk
+        #: (``registrations``).
         self._newest_first: tuple[Registration, ...] | None = ()
         self._notifiers: tuple[Notifier, ...] = ()
         self._sequence: InvalidationSequence | None = None
@@ -104,8 +115,8 @@ class RestrictedFile:
         """Set the size, in bytes, once; to 0 as often as it is 0.
 
         Raises:
-            OSError: EPERM once the size is not 0, whatever the length; EINVAL for a length that is not a multiple of the page size;
-                EFBIG beyond the largest file.
+            OSError: EPERM once the size is not 0, whatever the length; EINVAL for a length that is
+                not a multiple of the page size; EFBIG beyond the largest file.
         """
         with self._mutex:
             if self.size:
@@ -117,16 +128,19 @@ class RestrictedFile:
             self.size = length
             self.inode.modified()
 
-    def fallocate(self, mode: int, offset: int, length: int, abandoned: Callable[[], bool] = never) -> None:
+    def fallocate(
+        self, mode: int, offset: int, length: int, abandoned: Callable[[], bool] = never
+    ) -> None:
         """Allocate or free pages; offset and length in bytes, as fallocate(2).
 
-        Mode 0 and KEEP_SIZE allocate and know no alignment; mode 0 past the end grows the size, ftruncate or not. A punch must be
-        aligned, may lie beyond the end, and frees. Who is told of what, and what is freed when, is the design's business. ``abandoned``
-        says, now and then, whether nobody waits for an allocation any more.
+        Mode 0 and KEEP_SIZE allocate and know no alignment; mode 0 past the end grows the size,
+        ftruncate or not. A punch must be aligned, may lie beyond the end, and frees. Who is told of
+        what, and what is freed when, is the design's business. ``abandoned`` says, now and then,
+        whether nobody waits for an allocation any more.
 
         Raises:
-            OSError: EINVAL for an unaligned punch (nobody is notified); EOPNOTSUPP for other modes; ENOSPC, ENOMEM; EINTR for an allocation
-                that was abandoned.
+            OSError: EINVAL for an unaligned punch (nobody is notified); EOPNOTSUPP for other modes;
+                ENOSPC, ENOMEM; EINTR for an allocation that was abandoned.
         """
         if self.fallocate_unheard(mode, offset, length, abandoned):
             return
@@ -134,13 +148,17 @@ class RestrictedFile:
         try:
             if self.design.notifies(mode):
                 span = PageRange.around_bytes(offset, length)
-                self.design.invalidate(self, span, partial(self._fallocate_locked, mode, offset, length, abandoned))
+                self.design.invalidate(
+                    self, span, partial(self._fallocate_locked, mode, offset, length, abandoned)
+                )
             else:
                 self._fallocate_locked(mode, offset, length, abandoned)
         finally:
             self._notifiers_sem.up_read()
 
-    def fallocate_unheard(self, mode: int, offset: int, length: int, abandoned: Callable[[], bool] = never) -> bool:
+    def fallocate_unheard(
+        self, mode: int, offset: int, length: int, abandoned: Callable[[], bool] = never
+    ) -> bool:
         """Do ``fallocate`` if there is nobody to tell, which waits for no consumer; false when there is somebody.
 
         Raises:
@@ -149,18 +167,24 @@ class RestrictedFile:
         if mode & _PUNCH_HOLE and (offset | length) & PAGE_MASK:
             raise failed("fallocate", EINVAL, "hole is not page aligned")
         with self._mutex:
-            # Nobody can register before this is over: no need of the semaphore, which costs three times as much.
+            # Nobody can register before this is over: no need of the semaphore, which costs three
+            # times as much.
             if self._registrations:
                 return False
             self._fallocate(mode, offset, length, abandoned)
             return True
 
-    def _fallocate_locked(self, mode: int, offset: int, length: int, abandoned: Callable[[], bool]) -> None:
+    def _fallocate_locked(
+        self, mode: int, offset: int, length: int, abandoned: Callable[[], bool]
+    ) -> None:
         with self._mutex:
             self._fallocate(mode, offset, length, abandoned)
 
-    def _fallocate(self, mode: int, offset: int, length: int, abandoned: Callable[[], bool]) -> None:
-        # Preconditions: _mutex held. Allocations of one file take turns, as tmpfs makes them do under the inode's lock.
+    def _fallocate(
+        self, mode: int, offset: int, length: int, abandoned: Callable[[], bool]
+    ) -> None:
+        # Preconditions: _mutex held. Allocations of one file take turns, as tmpfs makes them do
+        # under the inode's lock.
         try:
             if mode == PUNCH:
                 self.design.punch(self, offset, length)
@@ -191,23 +215,28 @@ class RestrictedFile:
         Does not hold the file: the consumer needs a reference of its own until it has unregistered.
 
         Raises:
-            OSError: EINVAL where the design has consumers bind ranges; EMFILE, ENFILE or ENOMEM when the file's sequence page cannot be
-                made.
+            OSError: EINVAL where the design has consumers bind ranges; EMFILE, ENFILE or ENOMEM
+                when the file's sequence page cannot be made.
         """
         if self.design.binds:
-            raise failed("register_notifier", EINVAL, f"in the design {self.design} consumers bind ranges")
+            raise failed(
+                "register_notifier", EINVAL, f"in the design {self.design} consumers bind ranges"
+            )
         self._register(notifier, _WHOLE, exclusive=False)
 
     def bind(self, start: pgoff_t, end: pgoff_t, notifier: Notifier, *, exclusive: bool) -> None:
         """Add a notifier for a range of pages (``restrictedmem_bind`` of Sean Christopherson's series).
 
         Raises:
-            OSError: EINVAL where the design has no bindings, for a range that is empty or beyond the largest file, while others are
-                bound that are not exclusive as this one is or is not, and, if exclusive, when a page of the range is bound; EMFILE,
-                ENFILE, ENOMEM as ``register_notifier``.
+            OSError: EINVAL where the design has no bindings, for a range that is empty or beyond
+                the largest file, while others are bound that are not exclusive as this one is or is
+                not, and, if exclusive, when a page of the range is bound; EMFILE, ENFILE, ENOMEM as
+                ``register_notifier``.
         """
         if not self.design.binds or not 0 <= start < end <= _WHOLE.end:
-            raise failed("bind", EINVAL, f"pages {start:#x} to {end:#x} in the design {self.design}")
+            raise failed(
+                "bind", EINVAL, f"pages {start:#x} to {end:#x} in the design {self.design}"
+            )
         self._register(notifier, PageRange(start, end), exclusive=exclusive)
 
     def _register(self, notifier: Notifier, span: PageRange, *, exclusive: bool) -> None:
@@ -216,8 +245,14 @@ class RestrictedFile:
             self.sequence()
             # Of those that begin before this one's end, the last reaches farthest.
             before = bisect_left(self._exclusive, (span.end, span.end))
-            if len(self._exclusive) != exclusive * self._count or (before and self._exclusive[before - 1][1] > span.start):
-                raise failed("bind", EINVAL, f"pages {span.start:#x} to {span.end:#x} are bound, or others not exclusive alike")
+            if len(self._exclusive) != exclusive * self._count or (
+                before and self._exclusive[before - 1][1] > span.start
+            ):
+                raise failed(
+                    "bind",
+                    EINVAL,
+                    f"pages {span.start:#x} to {span.end:#x} are bound, or others not exclusive alike",
+                )
             self._last += 1
             new = Registration(notifier, span.start, span.end, exclusive, self._last)
             self._set_registrations(notifier, (new, *self._registrations.get(id(notifier), ())))
@@ -234,7 +269,8 @@ class RestrictedFile:
     def unbind(self, start: pgoff_t, end: pgoff_t, notifier: Notifier) -> None:
         """Remove a notifier from a range, which may be a part of what it has bound (``restrictedmem_unbind``).
 
-        Others keep what they have bound there; the series stores nothing over the range, whoever has it.
+        Others keep what they have bound there; the series stores nothing over the range, whoever
+        has it.
 
         Raises:
             OSError: EINVAL when it has no page of the range bound.
@@ -262,14 +298,18 @@ class RestrictedFile:
                 for gone in going:
                     self.design.leave(self, notifier, gone)
             finally:
-                # Whatever became of the last words: a registration that stayed would keep the file from everybody else.
+                # Whatever became of the last words: a registration that stayed would keep the file
+                # from everybody else.
                 self._set_registrations(notifier, tuple(stay))
             return bool(going)
         finally:
             self._notifiers_sem.up_write()
 
-    def _set_registrations(self, notifier: Notifier, registrations: tuple[Registration, ...]) -> None:
-        # Preconditions: _notifiers_sem held for writing. The mutex keeps out who found nobody registered and does without the semaphore.
+    def _set_registrations(
+        self, notifier: Notifier, registrations: tuple[Registration, ...]
+    ) -> None:
+        # Preconditions: _notifiers_sem held for writing. The mutex keeps out who found nobody
+        # registered and does without the semaphore.
         with self._mutex:
             before = self._registrations.pop(id(notifier), ())
             for old in before if before and before[0].exclusive else ():
@@ -287,7 +327,8 @@ class RestrictedFile:
         """Return all registrations, newest first; under the semaphore."""
         found = self._newest_first
         if found is None:
-            # Two readers at once make the same. What is left of a binding that was cut has one number, and stays in order.
+            # Two readers at once make the same. What is left of a binding that was cut has one
+            # number, and stays in order.
             every = chain.from_iterable(self._registrations.values())
             found = tuple(sorted(every, key=lambda registration: -registration.number))
             self._notifiers = tuple(registration.notifier for registration in found)
@@ -298,7 +339,8 @@ class RestrictedFile:
         """Free every page, and drop the memfd and the sequence page: who kept a descriptor of either reaches nothing that comes after.
 
         Raises:
-            OSError: EINVAL while anybody is registered; what the pages could not be freed with, which nobody reaches by the file any more.
+            OSError: EINVAL while anybody is registered; what the pages could not be freed with,
+                which nobody reaches by the file any more.
         """
         self._notifiers_sem.down_write()
         try:
@@ -345,7 +387,8 @@ class RestrictedFile:
             OSError: EMFILE, ENFILE, ENOMEM.
         """
         made = self._sequence
-        # Never another while there is a consumer: whoever holds the semaphore for reading finds it, and saves the mutex at each punch.
+        # Never another while there is a consumer: whoever holds the semaphore for reading finds it,
+        # and saves the mutex at each punch.
         return made if made is not None else self._make_sequence()
 
     def _make_sequence(self) -> InvalidationSequence:

@@ -1,8 +1,10 @@
 """The invalidation sequence of a file: what a fault path compares against before it installs a translation.
 
-KVM keeps ``mmu_invalidate_seq``, ``mmu_invalidate_in_progress`` and the range per VM; here they lie in one page per file that the shim
-writes and every consumer maps for reading, so that a fault costs no message. The rule (v10 4/9): a translation of page ``pgoff`` may be
-installed only when no invalidation is in progress over it and the sequence is still what it was before get_page was called.
+KVM keeps ``mmu_invalidate_seq``, ``mmu_invalidate_in_progress`` and the range per VM; here they lie
+in one page per file that the shim writes and every consumer maps for reading, so that a fault costs
+no message. The rule (v10 4/9): a translation of page ``pgoff`` may be installed only when no
+invalidation is in progress over it and the sequence is still what it was before get_page was
+called.
 """
 
 import fcntl
@@ -88,7 +90,9 @@ class InvalidationSequence:
     def busy_over(self, start: pgoff_t, end: pgoff_t) -> bool:
         """Say whether an invalidation is in progress over any of pages ``start`` to ``end``."""
         words = self._words
-        return words.read(_IN_PROGRESS) > 0 and start < words.read(_END) and end > words.read(_START)
+        return (
+            words.read(_IN_PROGRESS) > 0 and start < words.read(_END) and end > words.read(_START)
+        )
 
     def retry(self, snapshot: int, start: pgoff_t, end: pgoff_t) -> bool:
         """Say whether translations of pages ``start`` to ``end`` must not be installed (``mmu_invalidate_retry_gfn``)."""

@@ -1,7 +1,8 @@
 """The kernel's direct map, of a modelled physical memory: through which entry the kernel reaches each page, and whether it does.
 
-Every GiB begins as one entry. Who needs other rights for a part of it splits it (``set_memory_4k``, ``__split_large_page``); the kernel
-that the thread speaks of never merged one again, so that putting entries together is done here only where somebody asks for it.
+Every GiB begins as one entry. Who needs other rights for a part of it splits it (``set_memory_4k``,
+``__split_large_page``); the kernel that the thread speaks of never merged one again, so that
+putting entries together is done here only where somebody asks for it.
 """
 
 from collections import Counter
@@ -12,7 +13,8 @@ PMD_ORDER: Final = 9
 PUD_ORDER: Final = 18
 _STEP: Final = 9
 
-#: Entries by their number in physical memory: present or not, or the table of 512 that a split put in its place.
+#: Entries by their number in physical memory: present or not, or the table of 512 that a split put
+#: in its place.
 _Table = dict[int, "bool | _Table"]
 
 
@@ -24,7 +26,8 @@ class DirectMap:
 
     def __init__(self) -> None:
         self._top: _Table = {}
-        #: How many entries of an order were split, put together, made absent and made present since the start.
+        #: How many entries of an order were split, put together, made absent and made present since
+        #: the start.
         self.splits, self.merges, self.removals, self.restores = (Counter[int]() for _ in range(4))
 
     def add(self, pfn: int) -> None:

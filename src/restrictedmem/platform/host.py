@@ -10,8 +10,8 @@ from restrictedmem.units import PageRange, gfn_t
 class Platform(Protocol):
     """A host's state, told by an engine. Files are named by inode number, pages by their number in the file.
 
-    For any thread: ``prepare`` is called under the engine's MMU lock, the others by its notify thread while no fault is let in on the
-    range; faults on other ranges go on.
+    For any thread: ``prepare`` is called under the engine's MMU lock, the others by its notify
+    thread while no fault is let in on the range; faults on other ranges go on.
     """
 
     def prepare(self, ino: int, span: PageRange, gfn: gfn_t, order: int) -> None:
@@ -20,7 +20,8 @@ class Platform(Protocol):
         Again for pages that are mapped already; then nothing changes.
 
         Raises:
-            OSError: EFAULT when a rule of the platform forbids it; the message tells the story of the page.
+            OSError: EFAULT when a rule of the platform forbids it; the message tells the story of
+                the page.
         """
         ...
 

@@ -1,7 +1,8 @@
 """SEV-SNP's reverse map table: whose each physical page is, and what the processor refuses.
 
-The instructions and their failures as Linux relies on them (arch/x86/virt/svm/sev.c); which fields an entry has and what each
-instruction does is in docs/platform.md, with its sources. What Linux does with the table is in ``sev``.
+The instructions and their failures as Linux relies on them (arch/x86/virt/svm/sev.c); which fields
+an entry has and what each instruction does is in docs/platform.md, with its sources. What Linux
+does with the table is in ``sev``.
 """
 
 from collections import Counter
@@ -58,7 +59,8 @@ class Rmp:
     __slots__ = ("_blocks", "in_use", "operations")
 
     def __init__(self) -> None:
-        # By block of 2 MiB, then by pfn: entries that are not the host's. One of 2 MiB stands alone, at the head.
+        # By block of 2 MiB, then by pfn: entries that are not the host's. One of 2 MiB stands
+        # alone, at the head.
         self._blocks: dict[int, dict[int, Entry]] = {}
         #: Pages whose entries another processor or firmware holds.
         self.in_use = set[int]()
@@ -78,7 +80,9 @@ class Rmp:
     def all_assigned(self) -> list[int]:
         """Return every page that is assigned, in order."""
         entries = ((pfn, entry) for block in self._blocks.values() for pfn, entry in block.items())
-        return sorted(page for pfn, entry in entries for page in range(pfn, pfn + (1 << entry.order)))
+        return sorted(
+            page for pfn, entry in entries for page in range(pfn, pfn + (1 << entry.order))
+        )
 
     def rmpupdate(self, pfn: int, new: Entry) -> Fail:
         """Write an entry, which the guest has to validate again (RMPUPDATE, by the host)."""
@@ -94,7 +98,9 @@ class Rmp:
         if old.immutable:
             return Fail.PERMISSION
         if new.assigned:
-            self._blocks.setdefault(pfn >> PMD_ORDER, {})[pfn] = replace(new, validated=False) if new.validated else new
+            self._blocks.setdefault(pfn >> PMD_ORDER, {})[pfn] = (
+                replace(new, validated=False) if new.validated else new
+            )
         elif block.pop(pfn, None) is not None and not block:
             del self._blocks[pfn >> PMD_ORDER]
         self._count("RMPUPDATE", new.order)
@@ -107,7 +113,10 @@ class Rmp:
             return Fail.INPUT
         if not self.in_use.isdisjoint(range(pfn, pfn + _PAGES)):
             return Fail.INUSE
-        small = {pfn + index: replace(entry, gpa=entry.gpa + (index << 12), order=PTE_ORDER) for index in range(_PAGES)}
+        small = {
+            pfn + index: replace(entry, gpa=entry.gpa + (index << 12), order=PTE_ORDER)
+            for index in range(_PAGES)
+        }
         self._blocks[pfn >> PMD_ORDER] = small
         self._count("PSMASH", PMD_ORDER)
         return Fail.NONE

@@ -13,8 +13,9 @@ _PAGES = 1 << PMD_ORDER
 class Sev:
     """The host's calls, in Linux's names. Pages are pfns.
 
-    With ``unmap`` pages that a guest gets leave the direct map, as in the first posting of SNP for guest_memfd (December 2023); without
-    they stay in it, in entries of 4 KiB where the table has 4 KiB, as merged.
+    With ``unmap`` pages that a guest gets leave the direct map, as in the first posting of SNP for
+    guest_memfd (December 2023); without they stay in it, in entries of 4 KiB where the table has 4
+    KiB, as merged.
     """
 
     __slots__ = ("_unmap", "direct_map", "leaked", "rmp")
@@ -55,12 +56,14 @@ class Sev:
         """Split an entry of 2 MiB.
 
         Raises:
-            OSError: EFAULT; Linux tries again while the entry is in use, which here it would be for ever.
+            OSError: EFAULT; Linux tries again while the entry is in use, which here it would be for
+                ever.
         """
         _check("PSMASH", pfn, self.rmp.psmash(pfn))
 
     def _rmpupdate(self, pfn: int, new: Entry) -> None:
-        # adjust_direct_map: writes through a larger mapping would fault. One of 2 MiB needs none, for 1 GiB is checked as 2 MiB.
+        # adjust_direct_map: writes through a larger mapping would fault. One of 2 MiB needs none,
+        # for 1 GiB is checked as 2 MiB.
         if new.order == PTE_ORDER:
             self.direct_map.split(pfn, PTE_ORDER)
         _check("RMPUPDATE", pfn, self.rmp.rmpupdate(pfn, new))
@@ -74,7 +77,11 @@ class Sev:
         pfn = start
         while pfn < end:
             entry = self.rmp.lookup(pfn)
-            order = PMD_ORDER if entry.order == PMD_ORDER and not pfn & _PAGES - 1 and pfn + _PAGES <= end else PTE_ORDER
+            order = (
+                PMD_ORDER
+                if entry.order == PMD_ORDER and not pfn & _PAGES - 1 and pfn + _PAGES <= end
+                else PTE_ORDER
+            )
             try:
                 if entry != HYPERVISOR:
                     self.make_shared(pfn, order)

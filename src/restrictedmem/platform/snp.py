@@ -1,7 +1,8 @@
 """A host with SEV-SNP: its reverse map table and direct map, kept in step with what a VM maps and loses.
 
-A model: docs/platform.md says of what, and of what not. Each GiB of a file lies in a GiB of physical memory of its own, in the order of
-first use, so that the same calls always have the same result; pages of one folio are contiguous there, and so are pages of many.
+A model: docs/platform.md says of what, and of what not. Each GiB of a file lies in a GiB of
+physical memory of its own, in the order of first use, so that the same calls always have the same
+result; pages of one folio are contiguous there, and so are pages of many.
 """
 
 from collections import deque
@@ -83,10 +84,16 @@ class Snp:
         with self._lock:
             self._remember(ino, span, _Befell.MAPPED, f" from gfn {gfn:#x} on, order {order}")
             for frame in range(span.start >> PUD_ORDER, (span.end - 1 >> PUD_ORDER) + 1):
-                self.sev.direct_map.add(self._frames.setdefault((ino, frame), len(self._frames) + 1) << PUD_ORDER)
+                self.sev.direct_map.add(
+                    self._frames.setdefault((ino, frame), len(self._frames) + 1) << PUD_ORDER
+                )
             for pgoff, start, end in self._blocks(ino, span):
                 gpa = gfn + pgoff - span.start << PAGE_SHIFT
-                whole = end - start == _PMD_PAGES and order >= PMD_ORDER and not gpa >> PAGE_SHIFT & _PMD_PAGES - 1
+                whole = (
+                    end - start == _PMD_PAGES
+                    and order >= PMD_ORDER
+                    and not gpa >> PAGE_SHIFT & _PMD_PAGES - 1
+                )
                 if whole and self.sev.is_shared(start):
                     self._assign(start, gpa, PMD_ORDER)
                 else:
@@ -100,9 +107,12 @@ class Snp:
                 continue
             if entry.gpa + ((pfn & (1 << entry.order) - 1) << PAGE_SHIFT) != wanted:
                 self._violate("assigned to the guest at another address", ino, pgoff + index, 1)
-                raise OSError(EFAULT, f"page {pgoff + index:#x} is assigned to the guest at another address")
+                raise OSError(
+                    EFAULT, f"page {pgoff + index:#x} is assigned to the guest at another address"
+                )
             if entry.order == PMD_ORDER and len(pfns) < _PMD_PAGES:
-                # A private access through 4 KiB of an entry of 2 MiB is #NPF with the SIZEM bit, and the host's answer this.
+                # A private access through 4 KiB of an entry of 2 MiB is #NPF with the SIZEM bit,
+                # and the host's answer this.
                 self.sev.psmash(pfn & -_PMD_PAGES)
 
     def _assign(self, pfn: int, gpa: int, order: int) -> None:
@@ -113,11 +123,21 @@ class Snp:
     def invalidate(self, ino: int, span: PageRange, order: int | None) -> None:
         """Take pages back: large entries of the direct map come back for blocks that go whole and are known to be of one folio."""
         with self._lock:
-            self._remember(ino, span, _Befell.TOLD, ", of no folio" if order is None else f", of a folio of order {order}")
+            self._remember(
+                ino,
+                span,
+                _Befell.TOLD,
+                ", of no folio" if order is None else f", of a folio of order {order}",
+            )
             for _, start, end in self._blocks(ino, span):
                 if not self.sev.is_shared(start):
                     self.sev.reclaim(start, end)
-                if order is not None and order >= PMD_ORDER and end - start == _PMD_PAGES and self.sev.is_shared(start):
+                if (
+                    order is not None
+                    and order >= PMD_ORDER
+                    and end - start == _PMD_PAGES
+                    and self.sev.is_shared(start)
+                ):
                     self.sev.direct_map.merge(start, PMD_ORDER)
                     if order >= PUD_ORDER and not end & _PUD_PAGES - 1:
                         self.sev.direct_map.merge(start, PUD_ORDER)
@@ -129,10 +149,23 @@ class Snp:
             for pgoff, start, end in self._blocks(ino, span):
                 if self.sev.is_shared(start):
                     continue
-                for first, last in _runs(pfn for pfn in range(start, end) if pfn not in self.sev.leaked and self._write_faults(pfn)):
+                for first, last in _runs(
+                    pfn
+                    for pfn in range(start, end)
+                    if pfn not in self.sev.leaked and self._write_faults(pfn)
+                ):
                     entry = self.sev.rmp.lookup(first)
-                    whose = f"is the guest's (gpa {entry.gpa:#x})" if entry.assigned else "lies in 2 MiB with a page of the guest's"
-                    self._violate(f"the host writes to a page that {whose}", ino, pgoff + first - start, last - first)
+                    whose = (
+                        f"is the guest's (gpa {entry.gpa:#x})"
+                        if entry.assigned
+                        else "lies in 2 MiB with a page of the guest's"
+                    )
+                    self._violate(
+                        f"the host writes to a page that {whose}",
+                        ino,
+                        pgoff + first - start,
+                        last - first,
+                    )
 
     def _write_faults(self, pfn: int) -> bool:
         # What is absent is assigned: that it is not mapped either makes no difference.
@@ -157,11 +190,17 @@ class Snp:
     def _violate(self, rule: str, ino: int, start: int, npages: int) -> None:
         self._violated += npages
         if len(self._violations) < _STORIES:
-            story = [call for call in self._calls if call.ino == ino and call.span.start <= start < call.span.end]
+            story = [
+                call
+                for call in self._calls
+                if call.ino == ino and call.span.start <= start < call.span.end
+            ]
             before = [call.what for call in story if call.what is not _Befell.FREED]
             if before and before[-1] is _Befell.MAPPED and story[-1].what is _Befell.FREED:
                 rule += ", and nobody was told that it goes"
-            self._violations.append(Violation(rule, ino, start, npages, [str(call) for call in story[-_TOLD_CALLS:]]))
+            self._violations.append(
+                Violation(rule, ino, start, npages, [str(call) for call in story[-_TOLD_CALLS:]])
+            )
 
     def report(self) -> dict[str, object]:
         """Return counts since the start, and the first violated rules (``Platform``)."""
@@ -176,7 +215,10 @@ class Snp:
             }
             return {
                 "platform": self._name,
-                "direct_map": {name: {size: found[order] for order, size in _SIZES.items()} for name, found in counts.items()},
+                "direct_map": {
+                    name: {size: found[order] for order, size in _SIZES.items()}
+                    for name, found in counts.items()
+                },
                 "absent_pages": direct_map.absent(),
                 "rmp_operations": dict(rmp.operations),
                 "assigned_pages": len(rmp.all_assigned()),

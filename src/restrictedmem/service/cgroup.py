@@ -29,7 +29,11 @@ class Cgroup:
                 if not controllers or b"memory" in controllers.split(b","):
                     version = 1 if controllers else 2
                     directory = _mounted(version, path)
-                    return None if directory is None else cls(version, path.decode(errors="replace"), directory)
+                    return (
+                        None
+                        if directory is None
+                        else cls(version, path.decode(errors="replace"), directory)
+                    )
         return None
 
 
@@ -40,9 +44,16 @@ def _mounted(version: int, path: bytes) -> Path | None:
     with open("/proc/self/mountinfo", "rb") as lines:
         for line in lines:
             mount, _, about = line.partition(b" - ")
-            root, point = (Path(os.fsdecode(re.sub(rb"\\([0-7]{3})", _character, field))) for field in mount.split(b" ")[3:5])
+            root, point = (
+                Path(os.fsdecode(re.sub(rb"\\([0-7]{3})", _character, field)))
+                for field in mount.split(b" ")[3:5]
+            )
             kind, _, options = about.rstrip(b"\n").split(b" ", 2)
-            fits = kind == b"cgroup2" if version == 2 else kind == b"cgroup" and b"memory" in options.split(b",")
+            fits = (
+                kind == b"cgroup2"
+                if version == 2
+                else kind == b"cgroup" and b"memory" in options.split(b",")
+            )
             if fits and own.is_relative_to(root):
                 return point / own.relative_to(root)
     return None

@@ -11,7 +11,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from errno import EACCES, ECONNREFUSED, ECONNRESET, EINVAL, ENAMETOOLONG, ENOENT, ENOTCONN, EPROTO, ETIMEDOUT
+from errno import (
+    EACCES,
+    ECONNREFUSED,
+    ECONNRESET,
+    EINVAL,
+    ENAMETOOLONG,
+    ENOENT,
+    ENOTCONN,
+    EPROTO,
+    ETIMEDOUT,
+)
 from pathlib import Path
 from typing import Any, Final, Self, cast, final
 from weakref import WeakSet
@@ -20,7 +30,14 @@ from restrictedmem import sync
 from restrictedmem.abi import pidfd
 from restrictedmem.abi.memory import RMFD_HUGEPAGE
 from restrictedmem.failure import detail_of, failed, named
-from restrictedmem.fd import OwnedFd, above_standard, close_all, is_same_peer, peer_credentials, receive_with_fds
+from restrictedmem.fd import (
+    OwnedFd,
+    above_standard,
+    close_all,
+    is_same_peer,
+    peer_credentials,
+    receive_with_fds,
+)
 from restrictedmem.fs.filesystem import HUGEPAGE_MODE, NAME, PROVE
 from restrictedmem.patience import Patience
 from restrictedmem.service import SERVER_VARIABLE, wire
@@ -36,7 +53,8 @@ _NOBODY: Final = "the service does not listen there: it is gone, or in another n
 #: Seconds that the word of a consumer's end may take, and between two questions for it.
 _ENDING_DEADLINE: Final = 1.0
 _ENDING_PAUSE: Final = 0.01
-#: The same for a service's own, which the kernel tells once somebody has reaped it: where its parent is gone, init may never do so.
+#: The same for a service's own, which the kernel tells once somebody has reaped it: where its
+#: parent is gone, init may never do so.
 _OWN_ENDING_DEADLINE: Final = 0.1
 #: Seconds that a service may take to come up.
 START_DEADLINE: Final = 30.0
@@ -52,14 +70,16 @@ PACKAGE_ROOT: Final = str(Path(__file__).resolve().parent.parent.parent)
 class Service:
     """An owner's hold on a service: the mount, and a connection for each process that inherited it by fork.
 
-    The service lives as long as this, any descriptor it made, or any consumer, in whatever process; nothing has to be shut down.
+    The service lives as long as this, any descriptor it made, or any consumer, in whatever process;
+    nothing has to be shut down.
     """
 
     def __init__(self, first: socket.socket) -> None:
         """Wait on a connected socket, which this closes, for the service to say READY.
 
         Raises:
-            OSError: what the service failed with; ETIMEDOUT when it says nothing; ECONNRESET when it died.
+            OSError: what the service failed with; ETIMEDOUT when it says nothing; ECONNRESET when
+                it died.
         """
         with first:
             body, fds = _receive_ready(first)
@@ -73,7 +93,8 @@ class Service:
         #: SO_PEERCRED of it is the service's.
         self._witness = socket.socket(fileno=witness.detach())
         self._channel: Channel | None = None
-        #: A pidfd of the service's, once this process has connected, where it can be seen from here.
+        #: A pidfd of the service's, once this process has connected, where it can be seen from
+        #: here.
         self._process: OwnedFd | None = None
         #: How it ended, once this process has asked.
         self._ending: str | None = None
@@ -100,7 +121,8 @@ class Service:
         """Start a private service.
 
         Raises:
-            OSError: what kept it from starting, for instance EACCES for /dev/fuse; ``restrictedmem doctor`` says what is missing.
+            OSError: what kept it from starting, for instance EACCES for /dev/fuse; ``restrictedmem
+                doctor`` says what is missing.
         """
         try:
             ours, process = _begin(options or Options())
@@ -110,7 +132,9 @@ class Service:
             return cls(ours)
         except ConnectionResetError:
             # Not a word, not even of an errno.
-            raise failed("start", ECONNRESET, f"the service died while it started: {_ending_of(process)}") from None
+            raise failed(
+                "start", ECONNRESET, f"the service died while it started: {_ending_of(process)}"
+            ) from None
         finally:
             # Its work is done, or it hangs.
             process.kill()
@@ -121,8 +145,8 @@ class Service:
         """Get a service from ``restrictedmem serve``, or be let into that of ``restrictedmem exec``, which is one of this user.
 
         Raises:
-            OSError: ENOENT, ECONNREFUSED, EACCES as connect(2); EACCES for an abstract name that is not this user's, or cannot be known
-                to be (``users``).
+            OSError: ENOENT, ECONNREFUSED, EACCES as connect(2); EACCES for an abstract name that is
+                not this user's, or cannot be known to be (``users``).
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         try:
@@ -130,7 +154,8 @@ class Service:
         except OSError:
             sock.close()
             raise
-        # Of a path the directory says whose it is. A name is anybody's, once the supervisor is gone.
+        # Of a path the directory says whose it is. A name is anybody's, once the supervisor is
+        # gone.
         if path.startswith("@") and not is_own(uid := peer_credentials(sock)[1]):
             sock.close()
             raise failed("connect", EACCES, f"it is uid {uid}'s, not this user's", path)
@@ -142,7 +167,11 @@ class Service:
         Raises:
             OSError: EPIPE when the other end is gone.
         """
-        Channel(sock, "another owner").post(wire.READY, json.dumps(self.info).encode(), [self._mount.fileno(), self._witness.fileno()])
+        Channel(sock, "another owner").post(
+            wire.READY,
+            json.dumps(self.info).encode(),
+            [self._mount.fileno(), self._witness.fileno()],
+        )
 
     def memfd_restricted(self, flags: int = 0) -> int:
         """Create a restricted descriptor, close-on-exec, which the caller owns; see ``restrictedmem.memfd_restricted``."""
@@ -150,14 +179,19 @@ class Service:
         mount = self._mount.fileno()
         mode = HUGEPAGE_MODE if flags & RMFD_HUGEPAGE else 0
         try:
-            fd = os.open(NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode, dir_fd=mount)
+            fd = os.open(
+                NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode, dir_fd=mount
+            )
         except OSError as error:
             ending = self._own_ending() if error.errno == ENOTCONN else ""
-            raise failed("memfd_restricted", error.errno, ending and f"service is gone: {ending}") from None
+            raise failed(
+                "memfd_restricted", error.errno, ending and f"service is gone: {ending}"
+            ) from None
         try:
             os.unlink(NAME, dir_fd=mount)
         except OSError as error:
-            # Names are never cached, so the look-up that unlink begins with finds none, and drops the name for good.
+            # Names are never cached, so the look-up that unlink begins with finds none, and drops
+            # the name for good.
             if error.errno != ENOENT:
                 os.close(fd)
                 raise
@@ -167,7 +201,8 @@ class Service:
         """Prove that this process holds a restricted descriptor; the token returned lets a consumer bind its file, once.
 
         Raises:
-            OSError: EBADF; ENOTTY for another kind of file; EACCES for a descriptor of another service.
+            OSError: EBADF; ENOTTY for another kind of file; EACCES for a descriptor of another
+                service.
         """
         token, _ = self._call(wire.TOKEN)
         try:
@@ -180,8 +215,9 @@ class Service:
         """Start a consumer of a kind the service trusts, with arguments that it understands; returns the socket it serves the caller on.
 
         Raises:
-            OSError: EINVAL for a kind it does not know; E2BIG for longer arguments than a message has room for; EAGAIN, ENOMEM or EMFILE
-                when there can be no further process; what a program cannot be loaded with; ENOTCONN when the service is gone.
+            OSError: EINVAL for a kind it does not know; E2BIG for longer arguments than a message
+                has room for; EAGAIN, ENOMEM or EMFILE when there can be no further process; what a
+                program cannot be loaded with; ENOTCONN when the service is gone.
         """
         return self.spawn_numbered(consumer, arguments)[1]
 
@@ -239,7 +275,8 @@ class Service:
         """Return the public key that reports on this service's VMs are signed with, 32 bytes; made now if there is none yet.
 
         Raises:
-            OSError: ENOSYS when the package ``cryptography`` is missing; ENOTCONN when the service is gone.
+            OSError: ENOSYS when the package ``cryptography`` is missing; ENOTCONN when the service
+                is gone.
         """
         key, _ = self._call(wire.SIGNING_KEY)
         return key
@@ -309,8 +346,9 @@ class Service:
         """Connect, and show the key that READY brought, to nobody but the service.
 
         Raises:
-            OSError: ENOTCONN when nobody listens, or somebody else: the service is gone, or this process is in another network
-                namespace; ECONNRESET when the service has dropped the connection.
+            OSError: ENOTCONN when nobody listens, or somebody else: the service is gone, or this
+                process is in another network namespace; ECONNRESET when the service has dropped the
+                connection.
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         channel = Channel(sock, "service", takes_fds=True, why=self._own_ending)
@@ -326,7 +364,9 @@ class Service:
         except OSError as error:
             channel.close()
             if error.errno == ENOTCONN:
-                raise failed(wire.CONNECT.name, ECONNRESET, "the service drops the connection") from None
+                raise failed(
+                    wire.CONNECT.name, ECONNRESET, "the service drops the connection"
+                ) from None
             raise
         except BaseException:
             channel.close()
@@ -419,16 +459,21 @@ def start_process(
 ) -> subprocess.Popen[bytes]:
     """Run ``service.start`` by exec, connected to ``theirs``; it ends as soon as the service runs.
 
-    Descriptors in ``inherited`` stay open in all that it forks: service, spawner and consumers. They
-    share this process's session, and so its scheduling group (sched_autogroup), unless it is an
-    ``own_session``. ``cgroup`` is the cgroup.procs of one that all of them are to be in.
-    Isolated, so that neither PYTHON* variables nor the current directory choose what a trusted process imports.
+    Descriptors in ``inherited`` stay open in all that it forks: service, spawner and consumers.
+    They share this process's session, and so its scheduling group (sched_autogroup), unless it is
+    an ``own_session``. ``cgroup`` is the cgroup.procs of one that all of them are to be in.
+    Isolated, so that neither PYTHON* variables nor the current directory choose what a trusted
+    process imports.
     """
     debug = {name: os.environ[name] for name in ("RESTRICTEDMEM_DEBUG",) if name in os.environ}
-    # Where the owner has closed standard descriptors, theirs may be one of those; /dev/null takes its place.
+    # Where the owner has closed standard descriptors, theirs may be one of those; /dev/null takes
+    # its place.
     with ExitStack() as stack:
         entered = () if cgroup is None else (cgroup.fileno(),)
-        passed = [stack.enter_context(above_standard(fd)).fileno() for fd in (theirs.fileno(), *inherited, *entered)]
+        passed = [
+            stack.enter_context(above_standard(fd)).fileno()
+            for fd in (theirs.fileno(), *inherited, *entered)
+        ]
         command = [sys.executable, "-I", "-c", _START, PACKAGE_ROOT, str(passed[0]), options.dump()]
         if cgroup is not None:
             command[3] = _ENTER + _START

@@ -1,8 +1,8 @@
 """A cgroup with a limit on memory for each client's uid of ``serve`` (cgroups(7)).
 
-Pages that a guest has from KVM (guest_memfd) count for no process, and so not in the kernel's choice of
-whom to kill when memory runs out. But they are charged to the cgroup of who takes them. At a cgroup's
-own limit the kernel kills in that cgroup alone.
+Pages that a guest has from KVM (guest_memfd) count for no process, and so not in the kernel's
+choice of whom to kill when memory runs out. But they are charged to the cgroup of who takes them.
+At a cgroup's own limit the kernel kills in that cgroup alone.
 """
 
 import fcntl
@@ -18,11 +18,12 @@ from restrictedmem.failure import failed, named
 from restrictedmem.fd import OwnedFd
 from restrictedmem.service.cgroup import Cgroup
 
-#: Of version 2: where ``serve`` itself is, for a cgroup that has processes has no children with limits.
+#: Of version 2: where ``serve`` itself is, for a cgroup that has processes has no children with
+#: limits.
 _LEAF: Final = "restrictedmem-serve"
 
-#: How many cgroups stay whose uids have no service any more. What the kernel holds for a client, answers
-#: that it leaves unread for one, is charged to its cgroup alone as long as that is there.
+#: How many cgroups stay whose uids have no service any more. What the kernel holds for a client,
+#: answers that it leaves unread for one, is charged to its cgroup alone as long as that is there.
 _KEPT: Final = 256
 
 
@@ -34,8 +35,8 @@ class ClientCgroups:
         """Prepare this process's cgroup, and try to make one of ``limit`` bytes below it.
 
         Raises:
-            OSError: ENOENT, ENODEV without a memory controller; EBUSY when another process is in the way; EACCES, EROFS and others
-                of files there.
+            OSError: ENOENT, ENODEV without a memory controller; EBUSY when another process is in
+                the way; EACCES, EROFS and others of files there.
         """
         own = Cgroup.own()
         if own is None:
@@ -50,7 +51,8 @@ class ClientCgroups:
             if self._version == 2:
                 self._make_room()
             names = (re.fullmatch(r"restrictedmem-(\d+)", name) for name in os.listdir(self._base))
-            #: Uids none of whose services, by this process, is left: their cgroups are to go, the first one first.
+            #: Uids none of whose services, by this process, is left: their cgroups are to go, the
+            #: first one first.
             self._ended = dict.fromkeys(int(found[1]) for found in names if found)
             try:
                 self.open(0).close()
@@ -64,7 +66,12 @@ class ClientCgroups:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         """Remove those that are empty; what else there is, the next ``serve`` here finds."""
         self._remove_ended(0)
         self._lock.close()
@@ -97,7 +104,9 @@ class ClientCgroups:
             fcntl.flock(directory.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             directory.close()
-            raise failed("flock", error.errno, "another serve makes cgroups there", str(self._base)) from None
+            raise failed(
+                "flock", error.errno, "another serve makes cgroups there", str(self._base)
+            ) from None
         return directory
 
     def _make_room(self) -> None:
@@ -108,7 +117,9 @@ class ClientCgroups:
         others = {*(base / "cgroup.procs").read_text(encoding="ascii").split()} - {str(os.getpid())}
         # The root, which has no type, may have processes.
         if others and (base / "cgroup.type").exists():
-            raise failed("cgroup", EBUSY, f"process {min(others, key=int)} is in it, too", str(base))
+            raise failed(
+                "cgroup", EBUSY, f"process {min(others, key=int)} is in it, too", str(base)
+            )
         _mkdir(base / _LEAF)
         _write(base / _LEAF / "cgroup.procs", "0")
         _write(base / "cgroup.subtree_control", "+memory")
@@ -148,8 +159,8 @@ class ClientCgroups:
 def _holds_files(group: Path) -> bool:
     """Say whether pages of files are charged to a cgroup.
 
-    With no process left they are a memfd's of the client's own, which an engine has filled. In a new
-    cgroup the client could do that again, until this process's own is full.
+    With no process left they are a memfd's of the client's own, which an engine has filled. In a
+    new cgroup the client could do that again, until this process's own is full.
     """
     with suppress(OSError):
         lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()

@@ -25,7 +25,8 @@ from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PageRange, pgoff_t
 #: The head of a message: number of the call or errno, and zero (``wire``).
 _HEAD: Final = struct.Struct("=II")
 _MAX_PAGES: Final = MAX_FILE_BYTES >> PAGE_SHIFT
-#: Seconds that a process which was killed may take to end. The kernel may hold it for as long as a file system's server likes.
+#: Seconds that a process which was killed may take to end. The kernel may hold it for as long as a
+#: file system's server likes.
 _END: Final = 5.0
 #: Put together beforehand, for then there may be no memory.
 _BROKEN_OFF: Final = "what was said to a consumer was broken off"
@@ -67,15 +68,21 @@ class Binding:
         reply = self._notify(wire.PAGE_COUNT, start, end, None, wire.COUNT.size)
         count: int = wire.COUNT.unpack(reply)[0] if reply else 0
         if count > end - start:
-            self._consumer.fail(f"{self._consumer} answered PAGE_COUNT with {count} of {end - start} pages")
+            self._consumer.fail(
+                f"{self._consumer} answered PAGE_COUNT with {count} of {end - start} pages"
+            )
             return 0
         return count
 
-    def _notify(self, call: Call, start: pgoff_t, end: pgoff_t, order: int | None, size: int = 0) -> bytes:
+    def _notify(
+        self, call: Call, start: pgoff_t, end: pgoff_t, order: int | None, size: int = 0
+    ) -> bytes:
         return self._consumer.notify(call, self._pack(start, end, order), size)
 
     def _pack(self, start: pgoff_t, end: pgoff_t, order: int | None) -> bytes:
-        return wire.INVALIDATION.pack(self.number, start, end, wire.NO_FOLIO if order is None else order)
+        return wire.INVALIDATION.pack(
+            self.number, start, end, wire.NO_FOLIO if order is None else order
+        )
 
 
 @final
@@ -85,7 +92,9 @@ class Consumer:
     Two, so that a consumer which waits for an answer of the service can still answer the service.
     """
 
-    def __init__(self, name: str, number: int, deadline: float, failed: Callable[["Consumer", str], None]) -> None:
+    def __init__(
+        self, name: str, number: int, deadline: float, failed: Callable[["Consumer", str], None]
+    ) -> None:
         """Make both connections; ``failed`` is called with the reason when the consumer breaks the protocol, or does not end."""
         self.name = name
         self.number = number
@@ -137,7 +146,8 @@ class Consumer:
     def notify(self, call: Call, body: bytes, size: int) -> bytes:
         """Make one round trip to the consumer, whose reply has ``size`` bytes.
 
-        One that is late or gone, or answers anything else, is ended instead of holding the owner up; nothing is returned then.
+        One that is late or gone, or answers anything else, is ended instead of holding the owner
+        up; nothing is returned then.
         """
         with self._turn:
             if self._gone:
@@ -145,7 +155,8 @@ class Consumer:
             try:
                 return self._make_round_trip(call, body, size)
             except BaseException:
-                # For want of memory, say. The next call would take the answer for its own, if it is still to come.
+                # For want of memory, say. The next call would take the answer for its own, if it is
+                # still to come.
                 self.fail(_BROKEN_OFF)
                 raise
 
@@ -165,7 +176,11 @@ class Consumer:
             if not wrong:
                 return reply[_HEAD.size :]
             said = reply or flags & MSG_CTRUNC
-            self.fail(f"{self} answered {call.name} with {wrong}" if said else f"{self}: {call.name}: {self} is gone")
+            self.fail(
+                f"{self} answered {call.name} with {wrong}"
+                if said
+                else f"{self}: {call.name}: {self} is gone"
+            )
         return b""
 
     def tell(self, call: Call, body: bytes) -> None:
@@ -218,7 +233,8 @@ class Consumer:
         """Take note of how a guest was launched.
 
         Raises:
-            OSError: EPERM when it was before; EPROTO for an engine whose name is not printable ASCII.
+            OSError: EPERM when it was before; EPROTO for an engine whose name is not printable
+                ASCII.
         """
         if self._launch is not None:
             raise OSError(EPERM, "launched before")
@@ -243,12 +259,14 @@ class Consumer:
     def bind(self, ino: int, file: RestrictedFile, span: PageRange, *, exclusive: bool) -> Binding:
         """Register a notifier on a file, or bind a range of it where its design has that, and hold the file for it.
 
-        An empty range asks for a notifier whatever the design. A page is one consumer's, as the RMP or a key of its own make it on
-        hardware: what another one left in the file goes first, and so do the memfd and the sequence page that it was given.
+        An empty range asks for a notifier whatever the design. A page is one consumer's, as the RMP
+        or a key of its own make it on hardware: what another one left in the file goes first, and
+        so do the memfd and the sequence page that it was given.
 
         Raises:
-            OSError: EINVAL while another consumer has the file, for what is no range of a file, and as ``RestrictedFile`` has it;
-                EMFILE, ENFILE, ENOMEM when there is no memfd or sequence page.
+            OSError: EINVAL while another consumer has the file, for what is no range of a file, and
+                as ``RestrictedFile`` has it; EMFILE, ENFILE, ENOMEM when there is no memfd or
+                sequence page.
         """
         # The file of a pool ends with a whole huge page.
         order = file.backing.base_order
@@ -315,8 +333,9 @@ class Consumer:
     def close(self) -> None:
         """End the consumer, and unregister everything once its process has ended: until then it may use what it has mapped.
 
-        One that the kernel holds executes nothing any more. Its files are another's after a while, in another memfd than its own.
-        Whatever fails, the rest is done: a binding that stayed would keep its file from everybody else.
+        One that the kernel holds executes nothing any more. Its files are another's after a while,
+        in another memfd than its own. Whatever fails, the rest is done: a binding that stayed would
+        keep its file from everybody else.
         """
         with self._mutex:
             self._gone = True
@@ -358,7 +377,9 @@ def _can_be_shown(value: object, depth: int) -> bool:
         case float():
             return math.isfinite(value)
         case list() | dict():
-            items = cast(list[object], [*value, *value.values()] if isinstance(value, dict) else value)
+            items = cast(
+                list[object], [*value, *value.values()] if isinstance(value, dict) else value
+            )
             return depth > 0 and all(_can_be_shown(item, depth - 1) for item in items)
         case _:
             return True

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Seconds that a consumer's process may take to end after its owner has let go of it, and how they are waited.
+#: Seconds that a consumer's process may take to end after its owner has let go of it, and how they
+#: are waited.
 _LINGER: Final = 0.2
 _LINGER_SLICES: Final = 4
 # At hand: to combine members of an enumeration takes as long as a message.
@@ -49,7 +50,9 @@ class Troubles:
     def __init__(self) -> None:
         self.last = ""
 
-    def answer(self, channel: Channel, dispatch: Callable[[Message], None], message: Message) -> None:
+    def answer(
+        self, channel: Channel, dispatch: Callable[[Message], None], message: Message
+    ) -> None:
         """Let ``dispatch`` answer a request; what it raises is the answer."""
         try:
             dispatch(message)
@@ -96,7 +99,9 @@ class Endings:
 class Consumers:
     """All consumers of a service, by number; for any thread."""
 
-    def __init__(self, tokens: Tokens, options: "Options", signer: Signer, troubles: Troubles) -> None:
+    def __init__(
+        self, tokens: Tokens, options: "Options", signer: Signer, troubles: Troubles
+    ) -> None:
         self._troubles = troubles
         self.endings = Endings()
         self._tokens = tokens
@@ -156,7 +161,9 @@ class Consumers:
             consumer.launched(*message.unpack(wire.LAUNCH))
             consumer.requests.reply()
         elif message.number == wire.SIGN.number:
-            body = consumer.report_over(message.body, self._options.api, self._signer.make_key()).pack()
+            body = consumer.report_over(
+                message.body, self._options.api, self._signer.make_key()
+            ).pack()
             consumer.requests.reply(body + self._signer.sign(body))
         else:
             raise OSError(EPROTO, f"no such call: {message.number}")
@@ -171,10 +178,20 @@ class Consumers:
             span = PageRange(pgoff_t(start), pgoff_t(end))
             binding = consumer.bind(ino, file, span, exclusive=bool(flags & _EXCLUSIVE))
             try:
-                # Those that the binding holds: before it, they may be those of who had the file last.
+                # Those that the binding holds: before it, they may be those of who had the file
+                # last.
                 fds = [] if again else [backing.fileno(), file.sequence().fd.fileno()]
-                how = (_HUGEPAGE if backing.hugepage else 0) | (_PIN if self._options.pin else 0) | (_RANGE if file.design.binds else 0)
-                consumer.requests.reply(wire.BINDING.pack(binding.number, ino, backing.limit or 0, how, backing.base_order), fds)
+                how = (
+                    (_HUGEPAGE if backing.hugepage else 0)
+                    | (_PIN if self._options.pin else 0)
+                    | (_RANGE if file.design.binds else 0)
+                )
+                consumer.requests.reply(
+                    wire.BINDING.pack(
+                        binding.number, ino, backing.limit or 0, how, backing.base_order
+                    ),
+                    fds,
+                )
             except Exception as error:  # noqa: BLE001  whatever it is, nobody knows of the binding
                 # Told first: a punch may wait for the consumer, which waits for this.
                 consumer.requests.reply_error(self._troubles.of("BIND", error))
@@ -207,8 +224,8 @@ class Consumers:
                     return
 
     def _failed(self, consumer: Consumer, reason: str) -> None:
-        # Called by a FUSE thread in the middle of an invalidation, which holds the file's semaphore. The rest
-        # is left to the thread that serves the consumer.
+        # Called by a FUSE thread in the middle of an invalidation, which holds the file's
+        # semaphore. The rest is left to the thread that serves the consumer.
         self._troubles.last = reason
         self.endings.blame(consumer.number, reason)
         consumer.kill()

@@ -1,10 +1,10 @@
 """The service: FUSE in the main thread, what owners ask in a second one, and a thread for each consumer (``consumers``).
 
-It takes descriptors from nobody: with a stranger's FUSE file in its hands it could not even be killed (FUSE_FLUSH). Owners connect to it,
-and it makes the connections to consumers itself.
+It takes descriptors from nobody: with a stranger's FUSE file in its hands it could not even be
+killed (FUSE_FLUSH). Owners connect to it, and it makes the connections to consumers itself.
 
-No thread is ever busy: all wait in system calls. A connection that sends something malformed gets an error and nobody else
-notices; one that breaks off takes with it what it had, and no more.
+No thread is ever busy: all wait in system calls. A connection that sends something malformed gets
+an error and nobody else notices; one that breaks off takes with it what it had, and no more.
 """
 
 import json
@@ -49,7 +49,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Descriptors that the service keeps free for sockets and sequence pages: so many, or a quarter of all.
+#: Descriptors that the service keeps free for sockets and sequence pages: so many, or a quarter of
+#: all.
 _SPARE_FDS: Final = 256
 #: Seconds until a newcomer is asked in again for whom there is no descriptor.
 _PAUSE: Final = 0.1
@@ -57,11 +58,19 @@ _PAUSE: Final = 0.1
 _LARGEST_FOLIO: Final = 1 << 30 - PAGE_SHIFT
 
 
-def run(owner: Channel, spawner: Channel, endings: Channel, options: "Options", origin: "Origin", word: Word) -> None:
+def run(
+    owner: Channel,
+    spawner: Channel,
+    endings: Channel,
+    options: "Options",
+    origin: "Origin",
+    word: Word,
+) -> None:
     """Be the service until the mount and every consumer are gone; ``word`` is told when it is ready.
 
     Raises:
-        OSError: when the mount, a socket or a thread cannot be made, or READY not be said; the owner was told.
+        OSError: when the mount, a socket or a thread cannot be made, or READY not be said; the
+            owner was told.
     """
     try:
         way, device, root = mount_first()
@@ -73,7 +82,9 @@ def run(owner: Channel, spawner: Channel, endings: Channel, options: "Options", 
         drop_privileges(options.become, keep=0)
         # Another uid has reset it.
         process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
-        service = Service(spawner, endings, options, origin, way, signer, score, process.raise_fd_limit())
+        service = Service(
+            spawner, endings, options, origin, way, signer, score, process.raise_fd_limit()
+        )
         sealing.seal()
         service.wait_loaded()
         # This process has threads, and /dev/fuse.
@@ -258,7 +269,9 @@ class Service:
             self._dispatch_owner(connection, message)
         elif message.number == wire.CONNECT.number and self._door.admit(connection, message.body):
             connection.channel.reply()
-        elif message.number == wire.STATUS.number and (connection.uid == 0 or is_own(connection.uid)):
+        elif message.number == wire.STATUS.number and (
+            connection.uid == 0 or is_own(connection.uid)
+        ):
             self._reply_status(connection, message)
         else:
             # It could have itself told so for ever, and read nothing.
@@ -275,13 +288,17 @@ class Service:
             case wire.SIGNING_KEY.number:
                 connection.channel.reply(self._signer.make_key())
             case wire.ENDING.number:
-                connection.channel.reply(self.consumers.endings.of(*message.unpack(wire.NUMBER)).encode())
+                connection.channel.reply(
+                    self.consumers.endings.of(*message.unpack(wire.NUMBER)).encode()
+                )
             case wire.ERROR_PAGE.number:
                 self._aside(connection, self._error_page, message)
             case _:
                 raise OSError(EPROTO, f"no such call: {message.number}")
 
-    def _aside(self, connection: Connection, act: Callable[[Message], None], message: Message) -> None:
+    def _aside(
+        self, connection: Connection, act: Callable[[Message], None], message: Message
+    ) -> None:
         """Do what may wait for consumers in a thread of its own, one for a connection, and answer it then.
 
         Raises:
@@ -310,8 +327,9 @@ class Service:
         """Have a consumer forked; the reply comes once it was, or could not be.
 
         Raises:
-            OSError: EINVAL for one that is not known; E2BIG for arguments that are too long; EMFILE; EBUSY while the call before it is
-                under way; EAGAIN while answers have not been read.
+            OSError: EINVAL for one that is not known; E2BIG for arguments that are too long;
+                EMFILE; EBUSY while the call before it is under way; EAGAIN while answers have not
+                been read.
         """
         if connection.busy:
             raise OSError(EBUSY, "the call before it is under way")
@@ -334,7 +352,9 @@ class Service:
             self._selector.unregister(endings)
             return
         (consumer,) = wire.NUMBER.unpack_from(message.body)
-        self.consumers.endings.note(consumer, message.body[wire.NUMBER.size :].decode(errors="replace"))
+        self.consumers.endings.note(
+            consumer, message.body[wire.NUMBER.size :].decode(errors="replace")
+        )
 
     def _error_page(self, message: Message) -> None:
         token, start, end = message.unpack(wire.ERROR_REQUEST)
@@ -349,7 +369,8 @@ class Service:
     # Status.
 
     def _reply_status(self, connection: Connection, message: Message) -> None:
-        # In messages: whoever asks should have no descriptor of ours to look into, and none to close.
+        # In messages: whoever asks should have no descriptor of ours to look into, and none to
+        # close.
         (start,) = message.unpack(wire.NUMBER) if message.body else (0,)
         if start == 0:
             connection.status = json.dumps(self._status()).encode()

@@ -146,7 +146,9 @@ class _Question:
                 values = sum(map(self.said.count, (b"{", b"[", b",")))
                 budget[self.uid] = budget.get(self.uid, _MOST_VALUES) - values
                 if budget[self.uid] < 0:
-                    self.fail(EMSGSIZE, f"uid {self.uid}'s services say more than {_MOST_VALUES} values")
+                    self.fail(
+                        EMSGSIZE, f"uid {self.uid}'s services say more than {_MOST_VALUES} values"
+                    )
                     return
                 self.state = {**_check(self.said), "pid": self.pid, "uid": self.uid}
             elif self.error is None:
@@ -403,7 +405,9 @@ def _finite(text: str) -> float:
 def _fits(value: Any, shape: Any) -> bool:
     if type(shape) is dict:
         members = cast("dict[str, Any]", shape)
-        return type(value) is dict and all(name in value and _fits(value[name], inner) for name, inner in members.items())
+        return type(value) is dict and all(
+            name in value and _fits(value[name], inner) for name, inner in members.items()
+        )
     if type(shape) is list:
         items: list[Any] = value
         return type(value) is list and all(_fits(each, shape[0]) for each in items)

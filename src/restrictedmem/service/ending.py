@@ -15,7 +15,10 @@ from restrictedmem.fd import OwnedFd
 from restrictedmem.service.cgroup import Cgroup
 
 #: By signal, the limit that it says was reached.
-_LIMITS: Final[dict[int, str]] = {signal.SIGXCPU: "the limit on CPU time, ulimit -t", signal.SIGXFSZ: "the limit on file sizes, ulimit -f"}
+_LIMITS: Final[dict[int, str]] = {
+    signal.SIGXCPU: "the limit on CPU time, ulimit -t",
+    signal.SIGXFSZ: "the limit on file sizes, ulimit -f",
+}
 #: Options of the shell's, which has them in KiB, but for seconds.
 _ULIMITS: Final = {"-v": resource.RLIMIT_AS, "-d": resource.RLIMIT_DATA, "-t": resource.RLIMIT_CPU}
 _READY: Final = b"."
@@ -27,8 +30,9 @@ _NO_MEMORY: Final = "no memory: ulimit -v, memory.max of its cgroup, or the mach
 def words_of(status: int, *, cpu_seconds: float = 0.0, oom: str = "") -> str:
     """Say how a process with a wait status ended.
 
-    ``cpu_seconds`` is the time that it took of processors, for a limit that kills without a word; ``oom`` the cgroup in which the
-    kernel killed for want of memory meanwhile, if it did. Of either it is said what is known: that it was the cause is not.
+    ``cpu_seconds`` is the time that it took of processors, for a limit that kills without a word;
+    ``oom`` the cgroup in which the kernel killed for want of memory meanwhile, if it did. Of either
+    it is said what is known: that it was the cause is not.
     """
     if not os.WIFSIGNALED(status):
         return _words_of_exit(os.WEXITSTATUS(status))
@@ -53,7 +57,9 @@ def limits() -> str:
     """Return which limits this process passes on, in words that follow others; empty when there is none."""
     found = {option: resource.getrlimit(kind)[0] for option, kind in _ULIMITS.items()}
     words = [
-        f"ulimit {option} {most >> 10 if option != '-t' else most}" for option, most in found.items() if most != resource.RLIM_INFINITY
+        f"ulimit {option} {most >> 10 if option != '-t' else most}"
+        for option, most in found.items()
+        if most != resource.RLIM_INFINITY
     ]
     return f", under {', '.join(words)}" if words else ""
 
@@ -80,7 +86,8 @@ class Word:
         """Wait for the word.
 
         Raises:
-            OSError: what is said in place of "ready"; EIO when it was killed, or all have died without a word.
+            OSError: what is said in place of "ready"; EIO when it was killed, or all have died
+                without a word.
         """
         self._writer.close()
         with self._reader:
@@ -101,7 +108,11 @@ class Word:
     def ended(self, status: int, oom: str = "") -> None:
         """Say with which wait status it ended."""
         number = os.WEXITSTATUS(status) if os.WIFEXITED(status) else FAULT
-        self._tell(f"{number if 0 < number < FAULT else EIO} {words_of(status, oom=oom)}".encode()[:_LONGEST])
+        self._tell(
+            f"{number if 0 < number < FAULT else EIO} {words_of(status, oom=oom)}".encode()[
+                :_LONGEST
+            ]
+        )
 
     def close(self) -> None:
         """Let go of it."""
@@ -130,7 +141,10 @@ class OomKills:
         return self._cgroup if self._seen > before else ""
 
     def _count(self) -> int:
-        with suppress(OSError, ValueError, StopIteration), open(self._path, encoding="ascii") as file:
+        with (
+            suppress(OSError, ValueError, StopIteration),
+            open(self._path, encoding="ascii") as file,
+        ):
             return int(next(line for line in file if line.startswith("oom_kill ")).split()[1])
         return 0
 
@@ -140,4 +154,6 @@ def _counter() -> tuple[str, str]:
     own = Cgroup.own()
     if own is None:
         return "", ""
-    return own.path, str(own.directory / ("memory.events" if own.version == 2 else "memory.oom_control"))
+    return own.path, str(
+        own.directory / ("memory.events" if own.version == 2 else "memory.oom_control")
+    )

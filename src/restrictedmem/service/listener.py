@@ -41,7 +41,8 @@ def listen(path: str, mode: int) -> Generator[tuple[socket.socket, list[str]]]:
         try:
             listener.bind(f"/proc/self/fd/{directory.fileno()}/{name}")
         except OSError as error:
-            # Python says what does not fit into the address without an errno. The directory is held.
+            # Python says what does not fit into the address without an errno. The directory is
+            # held.
             detail = "/proc is not mounted" if error.errno == ENOENT else ""
             raise failed("bind", error.errno or ENAMETOOLONG, detail, path) from None
         finally:
@@ -49,7 +50,9 @@ def listen(path: str, mode: int) -> Generator[tuple[socket.socket, list[str]]]:
         # Held, so that nobody else's inode can have its number.
         with OwnedFd(os.open(name, _LOOK, dir_fd=directory.fileno())) as made:
             if not _is_own_socket(made):
-                raise failed("bind", EEXIST, "somebody has put something else in the socket's place", path)
+                raise failed(
+                    "bind", EEXIST, "somebody has put something else in the socket's place", path
+                )
             try:
                 listener.listen(_BACKLOG)
                 yield listener, list(paths.dangers(directory))

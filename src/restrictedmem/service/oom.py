@@ -1,8 +1,8 @@
 """Which process the kernel kills when memory runs out: the service whose files hold the most.
 
-Pages of a memfd count for the processes that map them (oom_badness() in mm/oom_kill.c). What was only
-allocated counts for none, so another client's engine would be killed in the place of a service that
-has filled the memory of all. So a service says in oom_score_adj what its files hold.
+Pages of a memfd count for the processes that map them (oom_badness() in mm/oom_kill.c). What was
+only allocated counts for none, so another client's engine would be killed in the place of a service
+that has filled the memory of all. So a service says in oom_score_adj what its files hold.
 """
 
 import os
@@ -36,7 +36,9 @@ class OomScore:
         Raises:
             OSError: EACCES for who is not root in a process that is not dumpable.
         """
-        return cls(OwnedFd(os.open("/proc/self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC)), _memory())
+        return cls(
+            OwnedFd(os.open("/proc/self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC)), _memory()
+        )
 
     def account(self, change: int) -> None:
         """Note that so many bytes more are held; for any thread."""

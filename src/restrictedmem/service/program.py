@@ -17,7 +17,8 @@ from restrictedmem.failure import failed, named
 if TYPE_CHECKING:
     from restrictedmem.service.start import Options
 
-#: What a program offers as ``serve``: the owner's socket, the two to the service, the service's options, the owner's arguments.
+#: What a program offers as ``serve``: the owner's socket, the two to the service, the service's
+#: options, the owner's arguments.
 Serve: TypeAlias = Callable[[socket.socket, socket.socket, socket.socket, "Options", str], object]
 
 #: The consumer that is a VM's engine.
@@ -38,7 +39,11 @@ def check_names(named: Iterable[tuple[str, str]]) -> None:
     taken = set(_OWN)
     for name, _ in named:
         if not _NAME.fullmatch(name) or name in taken:
-            raise failed(f"consumer {name!r}", EINVAL, "taken, or not 1 to 10 of a-z, 0-9 and - with a letter first")
+            raise failed(
+                f"consumer {name!r}",
+                EINVAL,
+                "taken, or not 1 to 10 of a-z, 0-9 and - with a letter first",
+            )
         taken.add(name)
 
 
@@ -46,7 +51,8 @@ def load(name: str, path: str) -> Serve:
     """Run a program's top level and return its ``serve``; no bytecode is read or written, so that PATH alone says what is trusted.
 
     Raises:
-        OSError: ENOENT, EACCES, EISDIR as open(2); EFBIG beyond 1 MiB; ENOEXEC when it fails, or has no function ``serve``.
+        OSError: ENOENT, EACCES, EISDIR as open(2); EFBIG beyond 1 MiB; ENOEXEC when it fails, or
+            has no function ``serve``.
     """
     try:
         with open(path, "rb") as file:
@@ -62,7 +68,9 @@ def load(name: str, path: str) -> Serve:
     try:
         exec(compile(source, path, "exec"), module.__dict__)  # noqa: S102  a program is what it is
     except (Exception, SystemExit) as error:  # noqa: BLE001
-        raise failed(f"consumer {name}", ENOEXEC, f"{type(error).__name__}: {error}", path) from None
+        raise failed(
+            f"consumer {name}", ENOEXEC, f"{type(error).__name__}: {error}", path
+        ) from None
     serve: Serve | None = getattr(module, "serve", None)
     if not callable(serve):
         raise failed(f"consumer {name}", ENOEXEC, "it has no function serve", path)

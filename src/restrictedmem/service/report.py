@@ -1,6 +1,7 @@
 """An attestation report: what a service says about one of its VMs, over 64 bytes of the guest's choice (docs/reports.md).
 
-The layout is fixed and little-endian, so that a report can be kept, sent and checked elsewhere. Texts are filled up with zero bytes.
+The layout is fixed and little-endian, so that a report can be kept, sent and checked elsewhere.
+Texts are filled up with zero bytes.
 """
 
 import struct
@@ -12,7 +13,8 @@ from restrictedmem.failure import failed
 
 _MAGIC: Final = b"RMEMREPT"
 _VERSION: Final = 1
-#: Magic, version, policy, measurement, report data, VM, engine, api, software, public key; the signature over all of it follows.
+#: Magic, version, policy, measurement, report data, VM, engine, api, software, public key; the
+#: signature over all of it follows.
 _BODY: Final = struct.Struct("<8sII48s64s16s16s16s16s32s")
 _SIGNATURE_BYTES: Final = 64
 #: Bytes of a report, and of what a guest can have it made over.
@@ -38,7 +40,14 @@ class Report:
 
     def pack(self) -> bytes:
         """Return the bytes to sign."""
-        return _BODY.pack(_MAGIC, _VERSION, *(field.encode("ascii") if isinstance(field, str) else field for field in astuple(self)))
+        return _BODY.pack(
+            _MAGIC,
+            _VERSION,
+            *(
+                field.encode("ascii") if isinstance(field, str) else field
+                for field in astuple(self)
+            ),
+        )
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
@@ -49,11 +58,15 @@ class Report:
         """
         if len(data) != REPORT_BYTES:
             raise failed("report", EBADMSG, f"it has {REPORT_BYTES} bytes, this has {len(data)}")
-        magic, version, policy, measurement, report_data, vm, engine, api, software, public_key = _BODY.unpack_from(data)
+        magic, version, policy, measurement, report_data, vm, engine, api, software, public_key = (
+            _BODY.unpack_from(data)
+        )
         if (magic, version) != (_MAGIC, _VERSION):
             raise failed("report", EBADMSG, f"not of version {_VERSION}")
         try:
-            engine, api, software = (text.rstrip(b"\0").decode("ascii") for text in (engine, api, software))
+            engine, api, software = (
+                text.rstrip(b"\0").decode("ascii") for text in (engine, api, software)
+            )
         except UnicodeDecodeError:
             raise failed("report", EBADMSG, "a text in it is not ASCII") from None
         return cls(policy, measurement, report_data, vm, engine, api, software, public_key)
@@ -72,7 +85,9 @@ def signed_by_its_key(data: bytes) -> bool:
     except ImportError:
         raise failed("report", ENOSYS, "reports need the package cryptography") from None
     try:
-        Ed25519PublicKey.from_public_bytes(report.public_key).verify(data[_BODY.size :], data[: _BODY.size])
+        Ed25519PublicKey.from_public_bytes(report.public_key).verify(
+            data[_BODY.size :], data[: _BODY.size]
+        )
     except (InvalidSignature, ValueError):
         return False
     return True

@@ -89,7 +89,9 @@ def _not_lazy(filename: str, module_globals: object) -> bool:
     return False
 
 
-def _tell(kind: type[BaseException], value: BaseException | None, trace: TracebackType | None) -> None:
+def _tell(
+    kind: type[BaseException], value: BaseException | None, trace: TracebackType | None
+) -> None:
     if sys.stderr is not None:
         sys.stderr.write("".join(traceback.format_exception(kind, value, trace)))
 

@@ -80,7 +80,8 @@ class Server:
     """Serves the clients of a listening socket that does not wait.
 
     Each uid has ``most`` places; ``say`` is told what happens. Where there are ``uids``, the
-    services of each uid become one of them (``uids``), where there are ``cgroups``, they are in one.
+    services of each uid become one of them (``uids``), where there are ``cgroups``, they are in
+    one.
     """
 
     def __init__(

@@ -23,7 +23,8 @@ _MISSING: Final = "reports need the package cryptography"
 def preload() -> None:
     """Load all of the library that a service uses, for a process that will load nothing later."""
     with suppress(ImportError):
-        # Missing, it is the first report that says so. The library aborts where it finds no exceptions.
+        # Missing, it is the first report that says so. The library aborts where it finds no
+        # exceptions.
         for module in ("exceptions", "hazmat.primitives.asymmetric.ed25519"):
             importlib.import_module(f"cryptography.{module}")
 
@@ -40,8 +41,9 @@ class Signer:
         """Take the key of a file: PKCS #8 in PEM, without a passphrase, and only its owner's to read.
 
         Raises:
-            OSError: EACCES when others may read the file, or it is another user's; EINVAL for another kind of key or file; ENOSYS when
-                the package ``cryptography`` is missing; what open(2) says.
+            OSError: EACCES when others may read the file, or it is another user's; EINVAL for
+                another kind of key or file; ENOSYS when the package ``cryptography`` is missing;
+                what open(2) says.
         """
         try:
             from cryptography.exceptions import UnsupportedAlgorithm
@@ -89,7 +91,8 @@ def read_public_key(path: str) -> bytes:
     """Return the public key in a file, 32 bytes: in PEM, or 64 hexadecimal digits.
 
     Raises:
-        OSError: EINVAL for another kind of key or file; ENOSYS when the package ``cryptography`` is missing; what open(2) says.
+        OSError: EINVAL for another kind of key or file; ENOSYS when the package ``cryptography`` is
+            missing; what open(2) says.
     """
     try:
         with open(path, "rb") as file:
@@ -120,5 +123,7 @@ def _read_private(path: str) -> bytes:
     with open(paths.open_regular(path).detach(), "rb") as file:
         status = os.fstat(file.fileno())
         if status.st_mode & _OTHERS or status.st_uid not in (os.geteuid(), 0):
-            raise failed("open", EACCES, f"not private: chmod 600 {path}, and make it its reader's own", path)
+            raise failed(
+                "open", EACCES, f"not private: chmod 600 {path}, and make it its reader's own", path
+            )
         return file.read(_LARGEST_FILE)

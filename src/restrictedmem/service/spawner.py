@@ -1,8 +1,9 @@
 """The parent of a service and of its consumers.
 
-It is undumpable and holds neither /dev/fuse nor memory, so what it forks is as safe as the service and starts without exec. It loads all
-that consumers will execute, and nothing later. When the service ends, for whatever reason, it kills the consumers; when it ends itself,
-the kernel kills all of them (PR_SET_PDEATHSIG). What a consumer has forked becomes its child with the consumer's end
+It is undumpable and holds neither /dev/fuse nor memory, so what it forks is as safe as the service
+and starts without exec. It loads all that consumers will execute, and nothing later. When the
+service ends, for whatever reason, it kills the consumers; when it ends itself, the kernel kills all
+of them (PR_SET_PDEATHSIG). What a consumer has forked becomes its child with the consumer's end
 (PR_SET_CHILD_SUBREAPER), and it kills that, too.
 """
 
@@ -31,7 +32,8 @@ from restrictedmem.service.wire import Channel, Message
 if TYPE_CHECKING:
     from restrictedmem.service.start import Options, Origin
 
-#: Seconds that consumers may take to end, once they were killed. The kernel may hold one for as long as a file system's server likes.
+#: Seconds that consumers may take to end, once they were killed. The kernel may hold one for as
+#: long as a file system's server likes.
 _END: Final = 5.0
 #: Ends of children that are told at once.
 _ENDED_AT_ONCE: Final = 4096
@@ -49,7 +51,13 @@ def run(owner: Channel, options: "Options", origin: "Origin", word: Word) -> NoR
     refuse_fds(heard)
     service = _fork(
         lambda: _service(
-            owner, Channel(theirs, "spawner", takes_fds=True), Channel(heard, "spawner"), [channel, endings], options, origin, word
+            owner,
+            Channel(theirs, "spawner", takes_fds=True),
+            Channel(heard, "spawner"),
+            [channel, endings],
+            options,
+            origin,
+            word,
         )
     )
     owner.close()
@@ -69,7 +77,13 @@ def run(owner: Channel, options: "Options", origin: "Origin", word: Word) -> NoR
 
 
 def _service(
-    owner: Channel, spawner: Channel, endings: Channel, parents: list[Channel], options: "Options", origin: "Origin", word: Word
+    owner: Channel,
+    spawner: Channel,
+    endings: Channel,
+    parents: list[Channel],
+    options: "Options",
+    origin: "Origin",
+    word: Word,
 ) -> None:
     for parent in parents:
         parent.close()
@@ -79,7 +93,15 @@ def _service(
 
 
 class _Spawner:
-    def __init__(self, channel: Channel, endings: Channel, service: int, programs: Programs, options: "Options", word: Word) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        endings: Channel,
+        service: int,
+        programs: Programs,
+        options: "Options",
+        word: Word,
+    ) -> None:
         self._channel = channel
         self._endings = endings
         self._programs = programs
@@ -128,8 +150,8 @@ class _Spawner:
         try:
             message = self._channel.receive()
         except OSError as error:
-            # Without a free number the kernel cuts descriptors off. They are FORK's: BURY has one, and
-            # a FORK leaves more free.
+            # Without a free number the kernel cuts descriptors off. They are FORK's: BURY has one,
+            # and a FORK leaves more free.
             number = EMFILE if error.errno == EMSGSIZE else error.errno
             self._channel.reply_error(OSError(number, error.strerror))
             return True
@@ -156,13 +178,17 @@ class _Spawner:
         """Fork a consumer; returns its pidfd, which stays this process's.
 
         Raises:
-            OSError: EAGAIN beyond the service's limit; EAGAIN, ENOMEM, EMFILE as fork(2) and pidfd_open(2); what its program could not be
-                loaded with.
+            OSError: EAGAIN beyond the service's limit; EAGAIN, ENOMEM, EMFILE as fork(2) and
+                pidfd_open(2); what its program could not be loaded with.
         """
         limit = self._options.max_consumers
         if limit is not None and self._descendants() >= limit:
-            raise OSError(EAGAIN, f"this service has {limit} consumers, those counted that cannot end")
-        name, _, arguments = message.body[wire.NUMBER.size :].decode(errors="replace").partition(" ")
+            raise OSError(
+                EAGAIN, f"this service has {limit} consumers, those counted that cannot end"
+            )
+        name, _, arguments = (
+            message.body[wire.NUMBER.size :].decode(errors="replace").partition(" ")
+        )
         program = self._programs.find(name)
         # From here on it may be this one's cgroup that is meant.
         self._oom.since()
@@ -198,7 +224,9 @@ class _Spawner:
 
     def _kill_left(self) -> list[int]:
         """Kill what ended consumers had forked, and return it."""
-        sessions = {child: os.getsid(child) for child in self._children() - {self._service, *self._pidfds}}
+        sessions = {
+            child: os.getsid(child) for child in self._children() - {self._service, *self._pidfds}
+        }
         self._engines &= {*self._pidfds, *sessions.values()}
         left = [child for child, session in sessions.items() if session not in self._engines]
         for child in left:
@@ -210,8 +238,11 @@ class _Spawner:
     def _reap_left(self) -> None:
         """Reap what ended consumers have left, and what sockets were buried with."""
         known = {self._service, *self._pidfds}
-        # Of several that have ended, only the first is told. A known one is reaped elsewhere, in another turn.
-        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid not in known:
+        # Of several that have ended, only the first is told. A known one is reaped elsewhere, in
+        # another turn.
+        while (
+            ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        ) and ended.si_pid not in known:
             os.waitpid(ended.si_pid, 0)
 
     def _be(self, name: str, program: Serve, fds: list[OwnedFd], arguments: str) -> None:
@@ -223,7 +254,8 @@ class _Spawner:
         self._poll.close()
         close_all([*self._pidfds.values(), self._ended, self._ends])
         process.set_name(f"rmem-{name}")
-        # A scheduling group of its own (sched_autogroup): a guest that never rests must not share the service's.
+        # A scheduling group of its own (sched_autogroup): a guest that never rests must not share
+        # the service's.
         os.setsid()
         # What its children leave is its own, until it ends.
         process.prctl(process.PR_SET_CHILD_SUBREAPER, 1)
@@ -245,7 +277,11 @@ class _Spawner:
         words = words_of(status, cpu_seconds=cpu_seconds, oom=oom)
         # A service that does not hear it now has no use for it.
         with suppress(OSError):
-            self._endings.post(wire.ENDED, wire.NUMBER.pack(self._numbers[child]) + words.encode(errors="replace"), wait=False)
+            self._endings.post(
+                wire.ENDED,
+                wire.NUMBER.pack(self._numbers[child]) + words.encode(errors="replace"),
+                wait=False,
+            )
 
     def _end(self) -> None:
         for pidfd in self._pidfds.values():
@@ -289,7 +325,8 @@ def _fork(body: Callable[[], None]) -> int:
             body()
     except BaseException as error:  # noqa: BLE001  the child must not go on as a second copy of its parent
         status = status_of(error)
-        # There is nobody to raise to, and the traceback of a trusted process is nobody else's to read.
+        # There is nobody to raise to, and the traceback of a trusted process is nobody else's to
+        # read.
         if os.environ.get("RESTRICTEDMEM_DEBUG"):
             traceback.print_exc()
     finally:

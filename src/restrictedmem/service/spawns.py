@@ -52,8 +52,8 @@ class Spawns:
             OSError: EMFILE, ENFILE.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # An engine has somebody who looks at what comes (``kvm.checker``). Of other consumers' owners it is refused
-        # from the first: they can speak before the consumer does anything.
+        # An engine has somebody who looks at what comes (``kvm.checker``). Of other consumers'
+        # owners it is refused from the first: they can speak before the consumer does anything.
         if name != program.VM:
             refuse_fds(theirs)
         try:
@@ -135,7 +135,9 @@ class Spawns:
         if isinstance(heard, OSError):
             raise heard
         if heard.number:
-            raise OSError(heard.number, heard.body.decode(errors="replace") or os.strerror(heard.number))
+            raise OSError(
+                heard.number, heard.body.decode(errors="replace") or os.strerror(heard.number)
+            )
         channel, consumer = spawn.connection.channel, spawn.consumer
         consumer.process = heard.take_fd()
         threads.start(partial(self._consumers.serve, consumer))

@@ -1,8 +1,10 @@
 """The order in which a service starts, so that its owner cannot look into it.
 
-The owner runs this by exec. Until PR_SET_DUMPABLE is 0 a process of the same user may open /proc/PID/mem or attach, and keeps what it
-opened; so this process takes neither /dev/fuse nor memory. It forks once it is undumpable and untraced: a child's memory is new, and
-nobody holds a way into it. No process of a service enters a user namespace but those that mount, for a moment (``fs.mounter``).
+The owner runs this by exec. Until PR_SET_DUMPABLE is 0 a process of the same user may open
+/proc/PID/mem or attach, and keeps what it opened; so this process takes neither /dev/fuse nor
+memory. It forks once it is undumpable and untraced: a child's memory is new, and nobody holds a way
+into it. No process of a service enters a user namespace but those that mount, for a moment
+(``fs.mounter``).
 """
 
 import json
@@ -32,11 +34,16 @@ _TRACED: Final = "the service is being traced; strace -f does that, strace witho
 
 def _is(*kinds: type) -> Callable[[Any], bool]:
     """Return a check that a value is exactly of one of some types, and, where it is a number, one that counts something."""
-    return lambda value: type(value) in kinds and (type(value) not in (int, float) or 0 <= value < inf)
+    return lambda value: (
+        type(value) in kinds and (type(value) not in (int, float) or 0 <= value < inf)
+    )
 
 
 def _is_pair(kind: type, value: Any) -> bool:
-    return type(value) is tuple and [type(each) for each in cast("tuple[object, ...]", value)] == [kind, kind]
+    return type(value) is tuple and [type(each) for each in cast("tuple[object, ...]", value)] == [
+        kind,
+        kind,
+    ]
 
 
 #: What values of ``Options`` are like: they come over a command line.
@@ -69,7 +76,8 @@ class Options:
     pin: bool = False
     #: Consumers beside the library's own: name and path of the program.
     consumers: tuple[tuple[str, str], ...] = ()
-    #: How many consumers there may be at once, those counted that have ended and left a process; None for no limit.
+    #: How many consumers there may be at once, those counted that have ended and left a process;
+    #: None for no limit.
     max_consumers: int | None = None
     #: Whether to count what owners do, for STATUS.
     usage: bool = False
@@ -142,12 +150,13 @@ def main(arguments: list[str]) -> None:
         os.umask(0o077)
         word = Word()
         if os.fork() == 0:
-            # A tracer that came between its permission check and ours has the child too (PTRACE_O_TRACEFORK). Later none can come.
+            # A tracer that came between its permission check and ours has the child too
+            # (PTRACE_O_TRACEFORK). Later none can come.
             refuse_tracer()
-            # A process group of its own: a terminal's interrupt is for its owner. But in the session
-            # of its owner, who started it, and so in its scheduling group (sched_autogroup): each call
-            # of the owner waits for the service, which must not queue behind other sessions for it.
-            # ``serve`` has begun a session for it.
+            # A process group of its own: a terminal's interrupt is for its owner. But in the
+            # session of its owner, who started it, and so in its scheduling group
+            # (sched_autogroup): each call of the owner waits for the service, which must not queue
+            # behind other sessions for it. ``serve`` has begun a session for it.
             os.setpgid(0, 0)
             _be_spawner(channel, options, Origin(pid, uid), word)
         word.hear()
@@ -189,10 +198,12 @@ def harden() -> None:
         OSError: EPERM when this process is dumpable all the same.
     """
     process.prctl(process.PR_SET_DUMPABLE, 0)
-    # Against accidents: a seccomp filter may have answered in the kernel's place, and could here, too.
+    # Against accidents: a seccomp filter may have answered in the kernel's place, and could here,
+    # too.
     if process.prctl(process.PR_GET_DUMPABLE):
         raise failed("prctl(PR_SET_DUMPABLE)", EPERM, "the process is dumpable still")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # The owner's limit on file sizes is the kernel's to apply, to the owner's calls; under it no memfd here could have its size.
+    # The owner's limit on file sizes is the kernel's to apply, to the owner's calls; under it no
+    # memfd here could have its size.
     _, largest = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))

@@ -7,8 +7,8 @@ from restrictedmem.service.consumer import Consumer
 
 def of_files(filesystem: FileSystem, usage: Usage | None) -> dict[str, object]:
     """Return the descriptors that there are, and what owners did with them if that is counted."""
-    # They may be closed while we look, and hold nothing then. A reference could be the last one, and
-    # this thread would free gigabytes.
+    # They may be closed while we look, and hold nothing then. A reference could be the last one,
+    # and this thread would free gigabytes.
     held = filesystem.files()
     files = [
         {

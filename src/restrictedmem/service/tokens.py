@@ -1,7 +1,8 @@
 """Tokens: one-time words by which the holder of a descriptor shows it to the service.
 
-No descriptor of its own mount ever travels to the service, which could not be killed if it held one.
-Its holder asks for a token, presents it on the descriptor by ioctl, and names it to a consumer.
+No descriptor of its own mount ever travels to the service, which could not be killed if it held
+one. Its holder asks for a token, presents it on the descriptor by ioctl, and names it to a
+consumer.
 """
 
 import secrets
@@ -22,7 +23,8 @@ class Tokens:
 
     def __init__(self) -> None:
         self._mutex = sync.mutex()
-        # Under the mutex. A file is not held: whoever dropped the last reference, would free gigabytes.
+        # Under the mutex. A file is not held: whoever dropped the last reference, would free
+        # gigabytes.
         self._files: dict[bytes, tuple[int, RestrictedFile] | None] = {}
 
     def issue(self, issued: list[bytes]) -> bytes:

@@ -1,7 +1,8 @@
 """Messages between owner, service and engine: one datagram each way over a ``SOCK_SEQPACKET`` socket (docs/wire-protocol.md).
 
-A request is a 32-bit call number, 32 bits of zero and a body; a reply is a 32-bit errno (0 for success), 32 bits of zero and a body,
-which on failure is text for a person. Descriptors travel in SCM_RIGHTS. Integers have the machine's byte order: both ends are one machine.
+A request is a 32-bit call number, 32 bits of zero and a body; a reply is a 32-bit errno (0 for
+success), 32 bits of zero and a body, which on failure is text for a person. Descriptors travel in
+SCM_RIGHTS. Integers have the machine's byte order: both ends are one machine.
 """
 
 import socket
@@ -15,7 +16,16 @@ from typing import Any, Final, Self, final
 
 from restrictedmem import sync
 from restrictedmem.failure import detail_of, failed
-from restrictedmem.fd import MSG_DONTWAIT, OwnedFd, all_read, close_all, receive_with_fds, receive_without_fds, refuse_fds, send_with_fds
+from restrictedmem.fd import (
+    MSG_DONTWAIT,
+    OwnedFd,
+    all_read,
+    close_all,
+    receive_with_fds,
+    receive_without_fds,
+    refuse_fds,
+    send_with_fds,
+)
 
 _HEAD: Final = struct.Struct("=II")
 #: No message is longer, header included.
@@ -93,8 +103,8 @@ BURY: Final = Call("BURY", 50)
 ENDED: Final = Call("ENDED", (1 << 16) + 1)
 """Body: ``NUMBER`` of a consumer, then how its process ended, in words. No reply."""
 
-#: A token presented by ioctl, or as ``BindFlag.AGAIN`` has it; first page and page after the last of what the consumer will use, none
-#: to register a notifier for the whole file; ``BindFlag``.
+#: A token presented by ioctl, or as ``BindFlag.AGAIN`` has it; first page and page after the last
+#: of what the consumer will use, none to register a notifier for the whole file; ``BindFlag``.
 BIND_REQUEST: Final = struct.Struct("=16sQQQ")
 #: A token presented by ioctl; first page and page after the last of what the machine has lost.
 ERROR_REQUEST: Final = struct.Struct("=16sQQ")
@@ -121,13 +131,14 @@ class BindingFlag(IntFlag):
     """Callbacks come for the bound range alone (design ``bindings``), else for the whole file."""
 
 
-#: A binding: its number, the file's inode number, the limit on the file's bytes (0 for none), ``BindingFlag``, and the order of the
-#: smallest folio that the backing has.
+#: A binding: its number, the file's inode number, the limit on the file's bytes (0 for none),
+#: ``BindingFlag``, and the order of the smallest folio that the backing has.
 BINDING: Final = struct.Struct("=QQQII")
 COUNT: Final = struct.Struct("=Q")
 #: Policy, name of the engine, measurement.
 LAUNCH: Final = struct.Struct("=I16s48s")
-#: A binding's number, first page, page after the last, order of the folio they lie in or ``NO_FOLIO``.
+#: A binding's number, first page, page after the last, order of the folio they lie in or
+#: ``NO_FOLIO``.
 INVALIDATION: Final = struct.Struct("=QQQQ")
 NO_FOLIO: Final = (1 << 64) - 1
 
@@ -167,7 +178,14 @@ class Channel:
 
     __slots__ = ("_mutex", "_why", "peer", "sock", "takes_fds")
 
-    def __init__(self, sock: socket.socket, peer: str, *, takes_fds: bool = False, why: Callable[[], str] | None = None) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        peer: str,
+        *,
+        takes_fds: bool = False,
+        why: Callable[[], str] | None = None,
+    ) -> None:
         """Speak over ``sock``; ``peer`` names the other end in errors, and ``why`` says what became of it when it is gone.
 
         Set ``takes_fds`` for a peer that this process trusts. Descriptors of any other peer never
@@ -196,12 +214,15 @@ class Channel:
         """Return the socket's descriptor, -1 after close."""
         return self.sock.fileno()
 
-    def call(self, call: Call, body: bytes = b"", fds: Sequence[int] = ()) -> tuple[bytes, list[OwnedFd]]:
+    def call(
+        self, call: Call, body: bytes = b"", fds: Sequence[int] = ()
+    ) -> tuple[bytes, list[OwnedFd]]:
         """Send a request and wait for its reply; the caller owns the descriptors in it.
 
         Raises:
-            OSError: the errno of the reply, with the call's name; ENOTCONN when the other end is gone; TimeoutError past the socket's
-                timeout. The connection is closed when the reply may still come.
+            OSError: the errno of the reply, with the call's name; ENOTCONN when the other end is
+                gone; TimeoutError past the socket's timeout. The connection is closed when the
+                reply may still come.
         """
         with self._mutex:
             if self.fileno() < 0:
@@ -233,24 +254,29 @@ class Channel:
                 self.close()
             raise
         except BaseException:
-            # For want of memory, or a signal's handler raised. The reply is still to come, and the next call would take it for its own.
+            # For want of memory, or a signal's handler raised. The reply is still to come, and the
+            # next call would take it for its own.
             self.close()
             raise
 
-    def post(self, call: Call, body: bytes = b"", fds: Sequence[int] = (), *, wait: bool = True) -> None:
+    def post(
+        self, call: Call, body: bytes = b"", fds: Sequence[int] = (), *, wait: bool = True
+    ) -> None:
         """Send a request that has no reply; with ``wait``, once there is room for it.
 
         Raises:
             OSError: EPIPE when the other end is gone; EAGAIN.
         """
-        send_with_fds(self.sock, _HEAD.pack(call.number, 0) + body, fds, 0 if wait else socket.MSG_DONTWAIT)
+        send_with_fds(
+            self.sock, _HEAD.pack(call.number, 0) + body, fds, 0 if wait else socket.MSG_DONTWAIT
+        )
 
     def receive(self, flags: int = 0) -> Message | None:
         """Wait for a request; None when the other end is gone. ``flags`` are recvmsg's.
 
         Raises:
-            OSError: EPROTO for something that is no request, or has descriptors that are not taken; EMSGSIZE for one too long; EAGAIN with
-                MSG_DONTWAIT.
+            OSError: EPROTO for something that is no request, or has descriptors that are not taken;
+                EMSGSIZE for one too long; EAGAIN with MSG_DONTWAIT.
         """
         try:
             data, fds = self._receive(flags)
@@ -276,8 +302,12 @@ class Channel:
         number = error.errno or EIO
         try:
             # The path travels in the words.
-            words = ": ".join(filter(None, (error.filename and str(error.filename), detail_of(error))))
-            self._send_reply(_HEAD.pack(number, 0) + words.encode(errors="replace")[:_MOST_WORDS], ())
+            words = ": ".join(
+                filter(None, (error.filename and str(error.filename), detail_of(error)))
+            )
+            self._send_reply(
+                _HEAD.pack(number, 0) + words.encode(errors="replace")[:_MOST_WORDS], ()
+            )
         except (OSError, MemoryError):
             # Whoever asked would wait for ever.
             with suppress(OSError):
@@ -296,7 +326,8 @@ class Channel:
             raise failed("sendmsg", EAGAIN, "the answers before this one have not been read")
 
     def _send_reply(self, data: bytes, fds: Sequence[int]) -> None:
-        # Never waits: a peer that asks without reading the answers must not stop the process that serves others too.
+        # Never waits: a peer that asks without reading the answers must not stop the process that
+        # serves others too.
         try:
             send_with_fds(self.sock, data, fds, MSG_DONTWAIT)
         except OSError as error:
@@ -319,7 +350,11 @@ def parse_ready(received: tuple[bytes, list[OwnedFd]]) -> tuple[bytes, list[Owne
     """
     data, fds = received
     if len(data) < _HEAD.size:
-        raise failed("start", ECONNRESET, "the service died while it started, or serve has turned away many of this uid")
+        raise failed(
+            "start",
+            ECONNRESET,
+            "the service died while it started, or serve has turned away many of this uid",
+        )
     number, _ = _HEAD.unpack_from(data)
     body = data[_HEAD.size :]
     if number != READY.number:

@@ -1,9 +1,9 @@
 """Wait for a program as if it ran in this process's place: for who has something to say when it has ended.
 
-Both are of one process group, so a terminal's signals reach both and are not passed on. What somebody
-sends to this process is passed on, and what a terminal tells the leader of its session alone: that it
-is gone. When the program stops, so does this process, for the shell that looks at it; it goes on with
-the program, and ends as the program did.
+Both are of one process group, so a terminal's signals reach both and are not passed on. What
+somebody sends to this process is passed on, and what a terminal tells the leader of its session
+alone: that it is gone. When the program stops, so does this process, for the shell that looks at
+it; it goes on with the program, and ends as the program did.
 """
 
 import os
@@ -26,7 +26,14 @@ _HANG_UP: Final = (signal.SIGHUP, signal.SIGCONT)
 #: Seconds between two looks at a program that is stopped.
 _LOOK: Final = 0.05
 _TIMERS: Final = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
-_UNBLOCKABLE: Final = {signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
+_UNBLOCKABLE: Final = {
+    signal.SIGKILL,
+    signal.SIGSTOP,
+    signal.SIGSEGV,
+    signal.SIGBUS,
+    signal.SIGFPE,
+    signal.SIGILL,
+}
 
 
 def attend(program: Callable[[], NoReturn]) -> int:
@@ -42,7 +49,8 @@ def attend(program: Callable[[], NoReturn]) -> int:
     """
     awaited = signal.valid_signals() - _UNBLOCKABLE
     before = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
-    # Inherited as ignored, it would let the kernel reap what is waited for. The program is to inherit it.
+    # Inherited as ignored, it would let the kernel reap what is waited for. The program is to
+    # inherit it.
     inherited = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # These stay with a process in execve(2), and are not its child's.
     timers = [signal.setitimer(timer, 0) for timer in _TIMERS]
@@ -62,7 +70,8 @@ def attend(program: Callable[[], NoReturn]) -> int:
             for timer, (seconds, interval) in zip(_TIMERS, timers, strict=True):
                 signal.setitimer(timer, seconds, interval)
             signal.signal(signal.SIGCHLD, inherited)
-            # Until the program is executed it has Python's handler, whose exception nobody would hear of.
+            # Until the program is executed it has Python's handler, whose exception nobody would
+            # hear of.
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,7 +1,8 @@
 """Which calls of a program stop for the supervisor: as few as classic BPF can tell apart.
 
-A filter sees the architecture, the number and the arguments of a call, and no memory. Number 451 is that of v9 and v10 in both tables of
-x86; since Linux 6.5 it is cachestat's, which the supervisor tells apart.
+A filter sees the architecture, the number and the arguments of a call, and no memory. Number 451 is
+that of v9 and v10 in both tables of x86; since Linux 6.5 it is cachestat's, which the supervisor
+tells apart.
 """
 
 from collections.abc import Iterator
@@ -29,7 +30,8 @@ MAP_FIXED: Final = 0x10
 MAP_ANONYMOUS: Final = 0x20
 MAP_HUGETLB: Final = 0x4_0000
 MAP_FIXED_NOREPLACE: Final = 0x10_0000
-#: Set by glibc's loader on everything that it maps, and ignored by the kernel: so programs start even if the supervisor is gone.
+#: Set by glibc's loader on everything that it maps, and ignored by the kernel: so programs start
+#: even if the supervisor is gone.
 _MAP_DENYWRITE: Final = 0x0800
 
 
@@ -42,7 +44,8 @@ class Table:
     fstatfs: int
     #: i386 has a second one, with the size of the struct between its arguments.
     fstatfs64: int | None = None
-    #: And a first mmap, whose arguments are in a struct, where no filter sees them: it always stops.
+    #: And a first mmap, whose arguments are in a struct, where no filter sees them: it always
+    #: stops.
     old_mmap: int | None = None
 
 
@@ -87,7 +90,8 @@ def _calls(table: Table, number: int) -> Iterator[sock_filter]:
         (table.mmap, private),
     ]
     if table.arch == AUDIT_ARCH["x86_64"]:
-        # No kernel had it in the table of x32, and what such a program passes by reference would have to be read otherwise.
+        # No kernel had it in the table of x32, and what such a program passes by reference would
+        # have to be read otherwise.
         rules.append((number | X32_BIT, [answer(SECCOMP_RET_ERRNO | ENOSYS)]))
     for call, body in rules:
         if call is not None:

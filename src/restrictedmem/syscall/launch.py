@@ -1,7 +1,8 @@
 """Become a program that has the system call: the filter stays with this process, the supervisor is another.
 
-The program is exec'ed by the process that was asked for it, so that its terminal, signals and status are its own. The supervisor is a child
-of nobody's: a program that waits for any child must not meet one that it does not know.
+The program is exec'ed by the process that was asked for it, so that its terminal, signals and
+status are its own. The supervisor is a child of nobody's: a program that waits for any child must
+not meet one that it does not know.
 """
 
 import marshal
@@ -11,7 +12,21 @@ import socket
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from errno import EACCES, EBUSY, ECHILD, EMFILE, ENFILE, ENODEV, ENOENT, ENOEXEC, ENOMEM, ENOTDIR, ENOTSUP, ESTALE, ETIMEDOUT
+from errno import (
+    EACCES,
+    EBUSY,
+    ECHILD,
+    EMFILE,
+    ENFILE,
+    ENODEV,
+    ENOENT,
+    ENOEXEC,
+    ENOMEM,
+    ENOTDIR,
+    ENOTSUP,
+    ESTALE,
+    ETIMEDOUT,
+)
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from restrictedmem.abi import process, seccomp
@@ -26,7 +41,8 @@ from restrictedmem.syscall.supervisor import Supervisor
 if TYPE_CHECKING:
     from restrictedmem.service.client import Service
 
-#: The name, in the abstract namespace, of the socket where programs reach their service; behind it a word that nobody can guess.
+#: The name, in the abstract namespace, of the socket where programs reach their service; behind it
+#: a word that nobody can guess.
 _DOOR_NAME: Final = "restrictedmem-exec/{pid}/{secret}"
 _BACKLOG: Final = 64
 #: What has execvp(3) look in the next place.
@@ -48,7 +64,8 @@ class Call:
     number: int = SYS_memfd_restricted
     #: Whether a call of the number that is none of memfd_restricted's may be cachestat's.
     cachestat: bool = True
-    #: What the service is asked for that is started at the first call (``service.start.Options``), unless there is a server.
+    #: What the service is asked for that is started at the first call (``service.start.Options``),
+    #: unless there is a server.
     api: str = "v10"
     memory_max: int | None = None
 
@@ -97,12 +114,14 @@ def _is_text(path: str) -> bool:
 def install(call: Call, *, usage: bool = False) -> bool:
     """Put this thread and its future children under a supervisor of its own, or leave it to the one it is under already.
 
-    Returns whether it is its own; ``SERVER_VARIABLE`` then names the socket on which programs reach the service behind their descriptors.
-    The supervisor uses the server that this variable named before, if it did. ``usage`` has its own service count what is done.
+    Returns whether it is its own; ``SERVER_VARIABLE`` then names the socket on which programs reach
+    the service behind their descriptors. The supervisor uses the server that this variable named
+    before, if it did. ``usage`` has its own service count what is done.
 
     Raises:
-        OSError: ENOTSUP for a machine whose numbers are not known; as seccomp(2), EBUSY when a filter above has a listener that is none of
-            this program's; what keeps the supervisor from starting. This thread may be under the filter then, where nobody answers.
+        OSError: ENOTSUP for a machine whose numbers are not known; as seccomp(2), EBUSY when a
+            filter above has a listener that is none of this program's; what keeps the supervisor
+            from starting. This thread may be under the filter then, where nobody answers.
     """
     machine = os.uname().machine
     if machine not in TABLES:
@@ -137,7 +156,8 @@ def _door(name: str) -> socket.socket:
     """Return a socket where programs knock, which has a name and leaves nothing behind, as a path would if the supervisor were killed."""
     door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        # Anybody can connect. To drop a stranger's socket may take as long as it lingers (SO_LINGER).
+        # Anybody can connect. To drop a stranger's socket may take as long as it lingers
+        # (SO_LINGER).
         refuse_fds(door)
         door.bind("\0" + name)
         door.listen(_BACKLOG)
@@ -206,16 +226,20 @@ def _telling(channel: socket.socket) -> Generator[None]:
         _tell(channel, _words(error))
 
 
-def _fork_supervisor(channel: socket.socket, door: socket.socket, machine: str, call: Call, *, usage: bool) -> None:
+def _fork_supervisor(
+    channel: socket.socket, door: socket.socket, machine: str, call: Call, *, usage: bool
+) -> None:
     """Start the supervisor; it waits at ``channel`` for the listener, and says there what came of it.
 
-    Its parent ends at once, and whoever reaps such orphans inherits it: init, or the nearest subreaper above this process.
+    Its parent ends at once, and whoever reaps such orphans inherits it: init, or the nearest
+    subreaper above this process.
 
     Raises:
         OSError: EAGAIN, ENOMEM: no process is to be had.
     """
     program_pid, subreaper = os.getpid(), process.is_subreaper()
-    # The program may be one. It is to meet no child that it does not know, the service and its processes included.
+    # The program may be one. It is to meet no child that it does not know, the service and its
+    # processes included.
     process.prctl(process.PR_SET_CHILD_SUBREAPER, 0)
     pending = signal.SIGCHLD in signal.sigpending()
     try:
@@ -239,17 +263,31 @@ def _forget_end() -> None:
     if signal.SIGCHLD in signal.sigpending():
         signal.sigtimedwait({signal.SIGCHLD}, 0)
         with suppress(ChildProcessError):
-            if os.waitid(os.P_ALL, 0, os.WEXITED | os.WSTOPPED | os.WCONTINUED | os.WNOHANG | os.WNOWAIT):
+            if os.waitid(
+                os.P_ALL, 0, os.WEXITED | os.WSTOPPED | os.WCONTINUED | os.WNOHANG | os.WNOWAIT
+            ):
                 os.kill(os.getpid(), signal.SIGCHLD)
 
 
-def _be_its_parent(channel: socket.socket, door: socket.socket, machine: str, call: Call, program_pid: int, *, usage: bool) -> NoReturn:
+def _be_its_parent(
+    channel: socket.socket,
+    door: socket.socket,
+    machine: str,
+    call: Call,
+    program_pid: int,
+    *,
+    usage: bool,
+) -> NoReturn:
     try:
         with _telling(channel):
             # The soft limit is the program's.
             process.raise_fd_limit()
-            # The program may have closed its standard descriptors; these are not to be in their place.
-            channel, door = (socket.socket(fileno=above_standard(sock.fileno()).detach()) for sock in (channel, door))
+            # The program may have closed its standard descriptors; these are not to be in their
+            # place.
+            channel, door = (
+                socket.socket(fileno=above_standard(sock.fileno()).detach())
+                for sock in (channel, door)
+            )
             with process.proc() as found:
                 proc = above_standard(found.fileno())
             if process.fork() == 0:
@@ -260,9 +298,17 @@ def _be_its_parent(channel: socket.socket, door: socket.socket, machine: str, ca
 
 
 def _supervise(
-    channel: socket.socket, door: socket.socket, proc: OwnedFd, machine: str, call: Call, program_pid: int, *, usage: bool
+    channel: socket.socket,
+    door: socket.socket,
+    proc: OwnedFd,
+    machine: str,
+    call: Call,
+    program_pid: int,
+    *,
+    usage: bool,
 ) -> None:
-    # What a terminal sends is for the program, and so are its descriptors: who waits for the end of a pipe waits for the program alone.
+    # What a terminal sends is for the program, and so are its descriptors: who waits for the end of
+    # a pipe waits for the program alone.
     os.setpgid(0, 0)
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTOU):
         signal.signal(number, signal.SIG_IGN)

@@ -12,23 +12,35 @@ from restrictedmem.failure import failed
 from restrictedmem.service.client import PACKAGE_ROOT
 from restrictedmem.syscall.launch import Call
 
-_START: Final = "import sys; sys.path.insert(0, sys.argv.pop(1)); from restrictedmem.cli.main import run; run()"
+_START: Final = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); from restrictedmem.cli.main import run; run()"
+)
 
 
-def popen(arguments: Sequence[str | os.PathLike[str]], call: Call | None = None, **options: Any) -> subprocess.Popen[Any]:
+def popen(
+    arguments: Sequence[str | os.PathLike[str]], call: Call | None = None, **options: Any
+) -> subprocess.Popen[Any]:
     """Start a program under a supervisor of its own; ``options`` are those of ``subprocess.Popen``, but for ``shell`` and ``executable``.
 
     What is returned is a ``subprocess.Popen``.
 
-    It is ``restrictedmem exec`` that is started, and that the program replaces: so ``pid`` is the program's, and this process may have any
-    number of threads. The program finds the service behind its descriptors by ``service.SERVER_VARIABLE``.
+    It is ``restrictedmem exec`` that is started, and that the program replaces: so ``pid`` is the
+    program's, and this process may have any number of threads. The program finds the service behind
+    its descriptors by ``service.SERVER_VARIABLE``.
 
     Raises:
         TypeError: for a string in place of a sequence, or one of those two options.
-        OSError: ENOENT, EACCES as ``subprocess.Popen`` for a program that is not found or cannot be executed; EAGAIN, ENOMEM.
+        OSError: ENOENT, EACCES as ``subprocess.Popen`` for a program that is not found or cannot be
+            executed; EAGAIN, ENOMEM.
     """
-    if isinstance(arguments, str | bytes) or options.get("shell") or options.get("executable") is not None:
-        raise TypeError("popen takes a sequence of arguments, whose first is the program; shell and executable are not among its options")
+    if (
+        isinstance(arguments, str | bytes)
+        or options.get("shell")
+        or options.get("executable") is not None
+    ):
+        raise TypeError(
+            "popen takes a sequence of arguments, whose first is the program; shell and executable are not among its options"
+        )
     call = call or Call()
     words = [os.fspath(argument) for argument in arguments]
     _check(words[0], options)
@@ -38,7 +50,9 @@ def popen(arguments: Sequence[str | os.PathLike[str]], call: Call | None = None,
     own += [] if call.number == usual.number else ["--syscall-number", str(call.number)]
     own += [] if call.cachestat else ["--no-cachestat"]
     own += [] if call.memory_max is None else ["--memory-max", str(call.memory_max)]
-    return subprocess.Popen([sys.executable, "-I", "-c", _START, PACKAGE_ROOT, "exec", *own, "--", *words], **options)
+    return subprocess.Popen(
+        [sys.executable, "-I", "-c", _START, PACKAGE_ROOT, "exec", *own, "--", *words], **options
+    )
 
 
 def _check(program: str, options: dict[str, Any]) -> None:
@@ -46,7 +60,9 @@ def _check(program: str, options: dict[str, Any]) -> None:
     # What is relative is so to where the program is to run.
     here = os.fsdecode(options.get("cwd") or "")
     place = os.path.join(here, program) if named else program
-    path = os.pathsep.join(os.path.join(here, directory or ".") for directory in os.get_exec_path(options.get("env")))
+    path = os.pathsep.join(
+        os.path.join(here, directory or ".") for directory in os.get_exec_path(options.get("env"))
+    )
     if shutil.which(place, path=path) is None:
         number = EACCES if named and os.path.exists(place) else ENOENT
         raise failed("popen", number, path=program)

@@ -1,7 +1,8 @@
 """Has the service behind a supervisor: starts it at first need, makes descriptors, and lets in who knocks at the door.
 
-It is a process of its own, for all of that waits for others: for a service that starts or was stopped, for a server that does not answer,
-for a queue that is full. The supervisor meanwhile answers calls that need no service.
+It is a process of its own, for all of that waits for others: for a service that starts or was
+stopped, for a server that does not answer, for a queue that is full. The supervisor meanwhile
+answers calls that need no service.
 
 To put a descriptor into a caller takes until that has run, for which a program of low priority may
 wait for seconds (SCHED_IDLE on a processor that is busy). So the porter has hands, a thread each,
@@ -99,7 +100,13 @@ class Complaint:
 class Porter:
     """The supervisor's hold on it."""
 
-    def __init__(self, listener: OwnedFd, door: socket.socket, start: Callable[[], "Service"], complaint: Complaint | None = None) -> None:
+    def __init__(
+        self,
+        listener: OwnedFd,
+        door: socket.socket,
+        start: Callable[[], "Service"],
+        complaint: Complaint | None = None,
+    ) -> None:
         """Fork it; it answers calls at ``listener``, lets processes of this user in at ``door``, and ``start`` makes the service.
 
         ``complaint`` is the porter's alone from then on.
@@ -114,7 +121,11 @@ class Porter:
             os.set_blocking(ours, False)
             work = _Work(requests, listener, door, start, self._device, complaint)
             kept = () if complaint is None else complaint.filenos()
-            fork("rmem-porter", [*(fd.fileno() for fd in (requests, listener, door)), *kept], work.run)
+            fork(
+                "rmem-porter",
+                [*(fd.fileno() for fd in (requests, listener, door)), *kept],
+                work.run,
+            )
             if complaint is not None:
                 complaint.close()
 

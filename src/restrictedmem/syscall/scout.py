@@ -1,11 +1,13 @@
 """Looks into programs, and writes to them, in processes that can be spared.
 
-To look at a program can take as long as somebody likes. Its memory may be backed by a file system whose server was stopped; what keeps its
-mappings still, or the directory of its descriptors, may be held by a thread that waits for such memory. And if it closes a descriptor while
-somebody looks, that one has the last hold on the file, and releases it in the program's place.
+To look at a program can take as long as somebody likes. Its memory may be backed by a file system
+whose server was stopped; what keeps its mappings still, or the directory of its descriptors, may be
+held by a thread that waits for such memory. And if it closes a descriptor while somebody looks,
+that one has the last hold on the file, and releases it in the program's place.
 
-So the supervisor has a scout do it, one for each call under way, and kills a scout that nobody waits for any more. One that waits for a
-file system's server may outlive that; it holds nothing then but its end of a socket, /proc, and the file in question.
+So the supervisor has a scout do it, one for each call under way, and kills a scout that nobody
+waits for any more. One that waits for a file system's server may outlive that; it holds nothing
+then but its end of a socket, /proc, and the file in question.
 """
 
 import marshal
@@ -30,7 +32,8 @@ _MESSAGE: Final = 512
 _NAME: Final = "/restrictedmem"
 _RANGE_BYTES: Final = 16
 _CACHESTAT_BYTES: Final = 40
-#: Flags and descriptor of i386's ``struct mmap_arg_struct``, behind address, length and protection, before the offset.
+#: Flags and descriptor of i386's ``struct mmap_arg_struct``, behind address, length and protection,
+#: before the offset.
 _OLD_MMAP: Final = struct.Struct("=12xIi4x")
 
 #: A question's name and its arguments: see ``_Looks``.
@@ -50,7 +53,9 @@ class Scout:
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
-                self.pid: Final = fork("rmem-scout", [theirs.fileno(), proc.fileno()], lambda: _serve(theirs, proc))
+                self.pid: Final = fork(
+                    "rmem-scout", [theirs.fileno(), proc.fileno()], lambda: _serve(theirs, proc)
+                )
         except BaseException:
             self._sock.close()
             raise
@@ -109,7 +114,8 @@ class _Looks:
     def is_restricted(self, pid: int, fd: int, wanted: int) -> bool:
         """Say whether a descriptor is a restricted one, of the service whose device is ``wanted``, without a word to any file system.
 
-        The name is not enough, for anybody may give it to a file; but it is what is had fastest, and what most files have not.
+        The name is not enough, for anybody may give it to a file; but it is what is had fastest,
+        and what most files have not.
         """
         path = f"{pid}/fd/{fd}"
         return _NAME in os.readlink(path, dir_fd=self._proc) and device(path, self._proc) == wanted
@@ -134,7 +140,9 @@ class _Looks:
         if len(content) < _OLD_MMAP.size:
             return False
         flags, fd = _OLD_MMAP.unpack(content)
-        return flags & (MAP_TYPE | MAP_ANONYMOUS) == MAP_PRIVATE and self.is_restricted(pid, fd, wanted)
+        return flags & (MAP_TYPE | MAP_ANONYMOUS) == MAP_PRIVATE and self.is_restricted(
+            pid, fd, wanted
+        )
 
     def open_memory(self, pid: int, fd: int, wanted: int) -> bool:
         """Say as ``is_restricted`` whose descriptor it is; if it is, open the process's memory for ``write``."""
@@ -150,7 +158,8 @@ class _Looks:
     def write(self, address: int, content: bytes) -> bool:
         """Write to the memory that was opened last; false when not all of it is there, or the process may not write to it itself.
 
-        /proc/PID/mem minds no protection. process_vm_writev(2) does, but takes a number, which may be another process's by then.
+        /proc/PID/mem minds no protection. process_vm_writev(2) does, but takes a number, which may
+        be another process's by then.
         """
         assert self._memory is not None
         memory, maps = self._memory
@@ -174,7 +183,8 @@ class _Looks:
 
 
 def _mappings(proc: int, pid: int) -> BinaryIO:
-    # Bytes, for a line ends with "\n" alone, which is "\\012" in a file's name. "\r" is left there as it is.
+    # Bytes, for a line ends with "\n" alone, which is "\\012" in a file's name. "\r" is left there
+    # as it is.
     return open(f"{pid}/maps", "rb", opener=partial(os.open, dir_fd=proc))
 
 

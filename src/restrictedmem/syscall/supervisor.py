@@ -1,11 +1,13 @@
 """Answers the calls that a filter stops, of all processes under it, until the last of them has ended.
 
-It waits for nobody while it does. What may have to is another's work: the porter has the service, and scouts look into programs.
+It waits for nobody while it does. What may have to is another's work: the porter has the service,
+and scouts look into programs.
 
-What is read of a process, from its memory or from /proc, may be another's or changed by the time it is used. So nothing that is granted
-rests on it: a descriptor is given for the flags in the notification alone; the kernel judges once more whatever is let through to it; and
-before a byte is written, the process is known to be still the one that waits. If that is gone, and another of its number was looked at,
-the kernel refuses the answer, for nobody waits for it.
+What is read of a process, from its memory or from /proc, may be another's or changed by the time it
+is used. So nothing that is granted rests on it: a descriptor is given for the flags in the
+notification alone; the kernel judges once more whatever is let through to it; and before a byte is
+written, the process is known to be still the one that waits. If that is gone, and another of its
+number was looked at, the kernel refuses the answer, for nobody waits for it.
 """
 
 import os
@@ -40,9 +42,11 @@ RESTRICTEDMEM_MAGIC: Final = 0x5245_534D
 _SCOUTS: Final = 64
 #: Scouts kept for the next call.
 _IDLE: Final = 4
-#: Milliseconds to wait for a busy scout before there is another: an answer takes a hundredth of that, a new one half of it.
+#: Milliseconds to wait for a busy scout before there is another: an answer takes a hundredth of
+#: that, a new one half of it.
 _PATIENCE: Final = 2
-#: Milliseconds after which, with nothing else to do, the calls under way are checked for callers that were killed.
+#: Milliseconds after which, with nothing else to do, the calls under way are checked for callers
+#: that were killed.
 _SWEEP: Final = 1000
 
 _U32: Final = 0xFFFF_FFFF
@@ -51,11 +55,13 @@ _STATFS: Final = struct.Struct("=7q2i7q")
 _STATFS_I386: Final = struct.Struct("=2i5I2i7i")
 _STATFS64_I386: Final = struct.Struct("=2I5Q2i7I")
 
-#: Bytes of the addresses that programs have on x86-64 (TASK_SIZE), and of those that one with five levels of page tables can ask for.
+#: Bytes of the addresses that programs have on x86-64 (TASK_SIZE), and of those that one with five
+#: levels of page tables can ask for.
 _USUAL: Final = (1 << 47) - PAGE_SIZE
 _FIVE_LEVELS: Final = (1 << 56) - PAGE_SIZE
 
-#: What a call comes to, step by step: questions to its scout, whose answers it is sent, until it returns (0) or raises.
+#: What a call comes to, step by step: questions to its scout, whose answers it is sent, until it
+#: returns (0) or raises.
 _Steps = Generator[Question, bool, None]
 
 
@@ -77,7 +83,14 @@ class Supervisor:
     """One filter's listener, and who works for it."""
 
     def __init__(
-        self, listener: OwnedFd, porter: Porter, proc: OwnedFd, tables: tuple[Table, ...], number: int, *, cachestat: bool
+        self,
+        listener: OwnedFd,
+        porter: Porter,
+        proc: OwnedFd,
+        tables: tuple[Table, ...],
+        number: int,
+        *,
+        cachestat: bool,
     ) -> None:
         """Answer for ``listener``, with descriptors that ``porter`` makes; scouts look into programs by way of ``proc`` (``abi.process``).
 
@@ -151,9 +164,15 @@ class Supervisor:
         elif data.nr == table.mmap and _is_refused_anyway(data, table):
             respond(self._listener, notification.id, flags=SECCOMP_USER_NOTIF_FLAG_CONTINUE)
         elif data.nr == table.mmap:
-            self._begin(notification, self._refuse_mmap(notification, "is_restricted", notification.data.arg4))
+            self._begin(
+                notification,
+                self._refuse_mmap(notification, "is_restricted", notification.data.arg4),
+            )
         elif data.nr == table.old_mmap:
-            self._begin(notification, self._refuse_mmap(notification, "is_mapped_privately", notification.data.arg0))
+            self._begin(
+                notification,
+                self._refuse_mmap(notification, "is_mapped_privately", notification.data.arg0),
+            )
         else:
             self._begin(notification, self._tell_file_system(notification, table))
 
@@ -233,7 +252,9 @@ class Supervisor:
         else:
             self._kill(call.scout)
 
-    def _step(self, notification: seccomp_notif, steps: _Steps, answer: bool | OSError | None) -> Question | None:
+    def _step(
+        self, notification: seccomp_notif, steps: _Steps, answer: bool | OSError | None
+    ) -> Question | None:
         """Take a call's next step, with the answer to its last question or what that failed with; None when the call was answered."""
         try:
             if isinstance(answer, OSError):
@@ -274,12 +295,18 @@ class Supervisor:
 
         Raises:
             _Continue: it is one.
-            OSError: EINVAL: it is memfd_restricted with flags that are none; EAGAIN: there is no scout to tell.
+            OSError: EINVAL: it is memfd_restricted with flags that are none; EAGAIN: there is no
+                scout to tell.
         """
         data = notification.data
         if self._cachestat and not data.arg3 & _U32 and (data.arg1 | data.arg2) & 7 == 0:
             try:
-                if (yield "may_be_cachestat", (notification.pid, data.arg0 & _U32, data.arg1, data.arg2)):
+                if (
+                    yield (
+                        "may_be_cachestat",
+                        (notification.pid, data.arg0 & _U32, data.arg1, data.arg2),
+                    )
+                ):
                     raise _Continue
             except OSError as error:
                 # EIO: the scout was killed, or given up.
@@ -287,7 +314,8 @@ class Supervisor:
                     raise OSError(EAGAIN, os.strerror(EAGAIN)) from None
         raise OSError(EINVAL, "memfd_restricted: unknown flags")
 
-    # What FUSE cannot say, of the descriptors of this supervisor's service; of others, and where nobody may look, the kernel says it.
+    # What FUSE cannot say, of the descriptors of this supervisor's service; of others, and where
+    # nobody may look, the kernel says it.
 
     def _refuse_mmap(self, notification: seccomp_notif, question: str, about: int) -> _Steps:
         try:
@@ -302,7 +330,8 @@ class Supervisor:
         """Answer fstatfs as the proposal's file system would (simple_statfs).
 
         Raises:
-            _Continue: it is another file, or nobody can write to the caller (Yama, say): it gets what its file system says.
+            _Continue: it is another file, or nobody can write to the caller (Yama, say): it gets
+                what its file system says.
             OSError: EINVAL for another size of the struct.
         """
         data = notification.data
@@ -328,7 +357,8 @@ class Supervisor:
         except OSError:
             written = False
         if not written:
-            # The kernel says EFAULT, or waits as long as there is somebody to bring the page (userfaultfd), and then says what FUSE does.
+            # The kernel says EFAULT, or waits as long as there is somebody to bring the page
+            # (userfaultfd), and then says what FUSE does.
             raise _Continue
 
 

@@ -1,6 +1,7 @@
 """A gate before each vCPU of a running ``Vmm``: shut, it keeps the vCPU out of the guest, for a debugger to look at it.
 
-A vCPU that is outside anyway, because the VMM answers its exit, counts as stopped, and meets the gate when it wants to enter.
+A vCPU that is outside anyway, because the VMM answers its exit, counts as stopped, and meets the
+gate when it wants to enter.
 """
 
 import os
@@ -114,7 +115,9 @@ class Gates:
         with self._changed:
             self._changed.wait_for(lambda: not any(gate.inside for gate in self.all))
 
-    def open(self, gates: Sequence[Gate], *, step: Sequence[Gate], breakpoints: frozenset[int]) -> None:
+    def open(
+        self, gates: Sequence[Gate], *, step: Sequence[Gate], breakpoints: frozenset[int]
+    ) -> None:
         """Open some gates; a vCPU of ``step`` comes back after one instruction, each at any of the breakpoints. All are shut.
 
         None is opened while a stop waits to be taken.
@@ -138,7 +141,8 @@ class Gates:
     def take_stop(self) -> Stop | None:
         """Take the stop that a debugger is to be told of, if there is one. All gates are shut.
 
-        Of several, an exception goes first, and waits if it is not the only one, for it does not come again.
+        Of several, an exception goes first, and waits if it is not the only one, for it does not
+        come again.
         """
         self._stops.sort(key=lambda stop: stop.wanted)
         if not self._stops:

@@ -36,7 +36,9 @@ def frame(payload: bytes) -> bytes:
 
 def escape(data: bytes) -> bytes:
     """Escape binary data for a payload."""
-    return b"".join(bytes([_ESCAPE, byte ^ 0x20]) if byte in _ESCAPED else bytes([byte]) for byte in data)
+    return b"".join(
+        bytes([_ESCAPE, byte ^ 0x20]) if byte in _ESCAPED else bytes([byte]) for byte in data
+    )
 
 
 def unescape(payload: bytes) -> bytes:
@@ -146,5 +148,10 @@ class Connection:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._sock.close()

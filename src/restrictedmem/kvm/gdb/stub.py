@@ -1,6 +1,7 @@
 """The stub: a thread that speaks with one gdb and opens and shuts the vCPUs' gates as it says.
 
-All vCPUs stop together and go on as gdb names them (its all-stop mode). When gdb goes, the guest goes on by itself.
+All vCPUs stop together and go on as gdb names them (its all-stop mode). When gdb goes, the guest
+goes on by itself.
 """
 
 import os
@@ -30,7 +31,15 @@ _SIGBUS: Final = 10
 _SIGSEGV: Final = 11
 _SIGTERM: Final = 15
 #: By exception vector (Intel SDM 6.15), as Linux has them; all others are SIGSEGV.
-_SIGNALS: Final = {0: _SIGFPE, 1: _SIGTRAP, 3: _SIGTRAP, 6: _SIGILL, 16: _SIGFPE, 17: _SIGBUS, 19: _SIGFPE}
+_SIGNALS: Final = {
+    0: _SIGFPE,
+    1: _SIGTRAP,
+    3: _SIGTRAP,
+    6: _SIGILL,
+    16: _SIGFPE,
+    17: _SIGBUS,
+    19: _SIGFPE,
+}
 
 
 class _Detached(Exception):  # noqa: N818 - an ending, no error.
@@ -44,7 +53,8 @@ def serve(vmm: Vmm, port: int, program: str, talk: TextIO = sys.stderr) -> Gener
     What to type is said on ``talk``; ``program`` is the guest's ELF. Yields the port.
 
     Raises:
-        OSError: EADDRINUSE, EACCES for a port that is not to be had; EPERM for a VM made without ``debug``.
+        OSError: EADDRINUSE, EACCES for a port that is not to be had; EPERM for a VM made without
+            ``debug``.
     """
     with socket.create_server(("127.0.0.1", port)) as listener:
         # From here on registers are gdb's to change.
@@ -52,9 +62,14 @@ def serve(vmm: Vmm, port: int, program: str, talk: TextIO = sys.stderr) -> Gener
         vmm.vcpus[0].get_regs()
         port = listener.getsockname()[1]
         stub = Stub(vmm, listener)
-        # gdb takes it for granted that whoever is remote has watchpoints in hardware; its own are single steps.
+        # gdb takes it for granted that whoever is remote has watchpoints in hardware; its own are
+        # single steps.
         own = "set can-use-hw-watchpoints 0"
-        print(f"gdb: type  gdb {program} -ex '{own}' -ex 'target remote 127.0.0.1:{port}'", file=talk, flush=True)
+        print(
+            f"gdb: type  gdb {program} -ex '{own}' -ex 'target remote 127.0.0.1:{port}'",
+            file=talk,
+            flush=True,
+        )
         try:
             yield port
         finally:
@@ -89,12 +104,17 @@ class Stub:
     def _speak(self) -> None:
         try:
             if self._listener in self._ready(self._listener):
-                with Connection(self._listener.accept()[0], self._vmm.fileno()) as gdb, suppress(OSError, _Detached):
+                with (
+                    Connection(self._listener.accept()[0], self._vmm.fileno()) as gdb,
+                    suppress(OSError, _Detached),
+                ):
                     self._session(gdb)
         finally:
             self._gates.remove()
 
-    def _ready(self, *waited: socket.socket | Connection | int) -> list[socket.socket | Connection | int | Vmm]:
+    def _ready(
+        self, *waited: socket.socket | Connection | int
+    ) -> list[socket.socket | Connection | int | Vmm]:
         found = readable([*waited, self._vmm])
         if self._vmm in found:
             self._gates.end()
@@ -127,7 +147,11 @@ class Stub:
         stop = self._gates.take_stop()
         if stop is not None:
             self._current = stop.gate
-            pc = stop.why.pc if isinstance(stop.why, exits.Debug) and stop.why.exception == exits.BREAKPOINT else None
+            pc = (
+                stop.why.pc
+                if isinstance(stop.why, exits.Debug) and stop.why.exception == exits.BREAKPOINT
+                else None
+            )
             self._last_stop = self._stop_reply(stop.gate, _signal_of(stop.why), pc)
         elif interrupted:
             self._last_stop = self._stop_reply(self._current, _SIGINT)
@@ -138,7 +162,9 @@ class Stub:
         return b"T%02xthread:%x;%b" % (signal, _number(gate), reason)
 
     def _resume(self, gates: Sequence[Gate], step: Sequence[Gate] = ()) -> None:
-        self._gates.open(gates, step=step, breakpoints=frozenset(address for _, address in self._breakpoints))
+        self._gates.open(
+            gates, step=step, breakpoints=frozenset(address for _, address in self._breakpoints)
+        )
 
     # Commands.
 
@@ -178,7 +204,8 @@ class Stub:
                 self._gate(rest)
                 return b"OK"
             case b"c" | b"C" | b"s" | b"S":
-                # An address or a signal to go on with would be more than gdb uses of a stub with vCont.
+                # An address or a signal to go on with would be more than gdb uses of a stub with
+                # vCont.
                 self._resume(self._gates.all, (self._current,) if command in (b"s", b"S") else ())
                 return None
             case b"D":
@@ -205,7 +232,10 @@ class Stub:
         match name:
             case b"qSupported":
                 self._swbreak = b"swbreak+" in rest.split(b";")
-                return b"PacketSize=%x;QStartNoAckMode+;qXfer:features:read+;vContSupported+;swbreak+" % PACKET_SIZE
+                return (
+                    b"PacketSize=%x;QStartNoAckMode+;qXfer:features:read+;vContSupported+;swbreak+"
+                    % PACKET_SIZE
+                )
             case b"QStartNoAckMode":
                 return b"OK"
             case b"qXfer":
@@ -288,7 +318,9 @@ class Stub:
         found = self._vmm.vm.read_memory(address, inside)
         with suppress(OSError):
             while len(found) < size:
-                found += self._vmm.vm.read_memory(address + len(found), min(PAGE_SIZE, size - len(found)))
+                found += self._vmm.vm.read_memory(
+                    address + len(found), min(PAGE_SIZE, size - len(found))
+                )
         return found
 
     def _breakpoint(self, command: bytes, rest: bytes) -> bytes:

@@ -22,26 +22,47 @@ class Register:
         """Return the value as gdb takes it, in hexadecimal; x for each digit of one that is unavailable."""
         if not self.general and not self.special:
             return b"xx" * self.size
-        value: int = attrgetter(self.general)(regs) if self.general else attrgetter(self.special)(sregs)
+        value: int = (
+            attrgetter(self.general)(regs) if self.general else attrgetter(self.special)(sregs)
+        )
         return (value & (1 << 8 * self.size) - 1).to_bytes(self.size, "little").hex().encode()
 
 
 def _core() -> tuple[Register, ...]:
     types = {"rsp": "data_ptr", "rbp": "data_ptr", "rip": "code_ptr"}
-    general = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", *(f"r{number}" for number in range(8, 16)), "rip")
+    general = (
+        "rax",
+        "rbx",
+        "rcx",
+        "rdx",
+        "rsi",
+        "rdi",
+        "rbp",
+        "rsp",
+        *(f"r{number}" for number in range(8, 16)),
+        "rip",
+    )
     # gdb wants the x87 registers in this feature, whoever has them.
     return (
         *(Register(name, 8, types.get(name, "int64"), general=name) for name in general),
         Register("eflags", 4, "i386_eflags", general="rflags"),
-        *(Register(name, 4, "int32", special=f"{name}.selector") for name in ("cs", "ss", "ds", "es", "fs", "gs")),
+        *(
+            Register(name, 4, "int32", special=f"{name}.selector")
+            for name in ("cs", "ss", "ds", "es", "fs", "gs")
+        ),
         *(Register(f"st{number}", 10, "i387_ext") for number in range(8)),
-        *(Register(name, 4, "int") for name in ("fctrl", "fstat", "ftag", "fiseg", "fioff", "foseg", "fooff", "fop")),
+        *(
+            Register(name, 4, "int")
+            for name in ("fctrl", "fstat", "ftag", "fiseg", "fioff", "foseg", "fooff", "fop")
+        ),
     )
 
 
 _FEATURES: Final = {
     "org.gnu.gdb.i386.core": _core(),
-    "org.gnu.gdb.i386.segments": tuple(Register(f"{name}_base", 8, "int", special=f"{name}.base") for name in ("fs", "gs")),
+    "org.gnu.gdb.i386.segments": tuple(
+        Register(f"{name}_base", 8, "int", special=f"{name}.base") for name in ("fs", "gs")
+    ),
 }
 #: In gdb's order.
 REGISTERS: Final = tuple(register for feature in _FEATURES.values() for register in feature)
@@ -50,7 +71,17 @@ _EFLAGS: Final = (
     '<flags id="i386_eflags" size="4">'
     + "".join(
         f'<field name="{name}" start="{bit}" end="{bit}"/>'
-        for bit, name in ((0, "CF"), (2, "PF"), (4, "AF"), (6, "ZF"), (7, "SF"), (8, "TF"), (9, "IF"), (10, "DF"), (11, "OF"))
+        for bit, name in (
+            (0, "CF"),
+            (2, "PF"),
+            (4, "AF"),
+            (6, "ZF"),
+            (7, "SF"),
+            (8, "TF"),
+            (9, "IF"),
+            (10, "DF"),
+            (11, "OF"),
+        )
     )
     + "</flags>"
 )
@@ -61,7 +92,10 @@ def description() -> bytes:
     features = "".join(
         f'<feature name="{name}">'
         + (_EFLAGS if name.endswith("core") else "")
-        + "".join(f'<reg name="{reg.name}" bitsize="{reg.size * 8}" type="{reg.type}"/>' for reg in registers)
+        + "".join(
+            f'<reg name="{reg.name}" bitsize="{reg.size * 8}" type="{reg.type}"/>'
+            for reg in registers
+        )
         + "</feature>"
         for name, registers in _FEATURES.items()
     )

@@ -1,10 +1,12 @@
 """The guest's page tables, which are the engine's: they lie in its own memory, and neither guest nor owner reaches them.
 
-A guest sees its slots where the owner put them, by linear address. Where that leads in guest physical memory is decided here, page by
-page; so an address that no slot covers is a #PF with its exact address, and a page changes halves by a change of its entry.
+A guest sees its slots where the owner put them, by linear address. Where that leads in guest
+physical memory is decided here, page by page; so an address that no slot covers is a #PF with its
+exact address, and a page changes halves by a change of its entry.
 
-KVM does not notice what the host writes here while it has an entry shadowed (it tracks the guest's own writes). So the entry of a page is
-only relied on after KVM's translation of the page was zapped, and an entry that leads to another table never changes again.
+KVM does not notice what the host writes here while it has an entry shadowed (it tracks the guest's
+own writes). So the entry of a page is only relied on after KVM's translation of the page was
+zapped, and an entry that leads to another table never changes again.
 """
 
 import mmap
@@ -32,9 +34,12 @@ _ENTRY: Final = struct.Struct("=Q")
 
 def entries(gpa: int, npages: int, rights: int) -> bytes:
     """Return entries that lead to pages from ``gpa`` on."""
-    # Accessed and dirty: KVM would set them one by one, and map each page twice to learn of the first store.
+    # Accessed and dirty: KVM would set them one by one, and map each page twice to learn of the
+    # first store.
     flags = rights | PRESENT | _ACCESSED | _DIRTY
-    return array("Q", range(gpa | flags, (gpa | flags) + (npages << PAGE_SHIFT), PAGE_SIZE)).tobytes()
+    return array(
+        "Q", range(gpa | flags, (gpa | flags) + (npages << PAGE_SHIFT), PAGE_SIZE)
+    ).tobytes()
 
 
 def no_entries(npages: int) -> bytes:
@@ -89,7 +94,10 @@ class PageTables:
         """
         last = linear + (npages << PAGE_SHIFT) - 1
         missing = (
-            block for shift, tables in self._tables.items() for block in range(linear >> shift, (last >> shift) + 1) if block not in tables
+            block
+            for shift, tables in self._tables.items()
+            for block in range(linear >> shift, (last >> shift) + 1)
+            if block not in tables
         )
         left = self._end - self._next >> PAGE_SHIFT
         if next(islice(missing, left, None), None) is not None:
@@ -121,4 +129,8 @@ class PageTables:
         table = self._leaves.get(linear >> _LEVELS[-1])
         if table is None:
             return 0
-        return int(_ENTRY.unpack_from(self._memory, table + _ENTRY.size * (linear >> PAGE_SHIFT & _ENTRIES - 1))[0])
+        return int(
+            _ENTRY.unpack_from(
+                self._memory, table + _ENTRY.size * (linear >> PAGE_SHIFT & _ENTRIES - 1)
+            )[0]
+        )

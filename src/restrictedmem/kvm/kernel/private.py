@@ -22,7 +22,16 @@ _WHOLE: Final = PageRange(pgoff_t(0), pgoff_t(MAX_FILE_BYTES >> PAGE_SHIFT))
 class PrivateFile:
     """A restricted file's content in this VM, kept until the VM ends."""
 
-    def __init__(self, ino: int, binding: int, memfd: GuestMemfd, size: int, limit: int | None, *, ranged: bool = False) -> None:
+    def __init__(
+        self,
+        ino: int,
+        binding: int,
+        memfd: GuestMemfd,
+        size: int,
+        limit: int | None,
+        *,
+        ranged: bool = False,
+    ) -> None:
         """``size`` is the guest_memfd's, in bytes."""
         self.ino = ino
         #: Whether each slot has a binding of its own; else the first one stays, for all.
@@ -46,7 +55,8 @@ class PrivateFile:
         """Check that the file has room for one more slot, whose guest will allocate without asking.
 
         Raises:
-            OSError: ENOSPC when it would hold more than its limit with every slot's pages there, and those that slots left.
+            OSError: ENOSPC when it would hold more than its limit with every slot's pages there,
+                and those that slots left.
         """
         if self.limit is None:
             return
@@ -55,7 +65,10 @@ class PrivateFile:
         if held + wanted > self.limit >> PAGE_SHIFT:
             left = held - sum(map(self._resident, _merged([*self.shown, window])))
             if left + wanted > self.limit >> PAGE_SHIFT:
-                raise OSError(ENOSPC, "guest_memfd grows without asking: slots, and what is left of others, must fit the service's limit")
+                raise OSError(
+                    ENOSPC,
+                    "guest_memfd grows without asking: slots, and what is left of others, must fit the service's limit",
+                )
 
     def show(self, window: PageRange) -> None:
         """Note a slot's window."""
@@ -95,14 +108,17 @@ class GuestMemfdHalf:
 
     __slots__ = ("_unbind", "binding", "file", "ino", "mapping", "window")
 
-    def __init__(self, file: PrivateFile, window: PageRange, binding: int, unbind: Callable[[], None]) -> None:
+    def __init__(
+        self, file: PrivateFile, window: PageRange, binding: int, unbind: Callable[[], None]
+    ) -> None:
         """Show ``window`` of a file; ``unbind`` is called when the half is closed."""
         self.file = file
         self.ino = file.ino
         self.binding = binding
         self.window = window
         self._unbind = unbind
-        #: Of the window, if the kernel lets it be mapped at all. To touch it is SIGBUS, unless the VM may be debugged.
+        #: Of the window, if the kernel lets it be mapped at all. To touch it is SIGBUS, unless the
+        #: VM may be debugged.
         self.mapping: mmap.mmap | None = None
         if file.memfd.flags & GUEST_MEMFD_FLAG_MMAP:
             self.mapping = file.memfd.mmap(window.start << PAGE_SHIFT, self.locked)
@@ -171,9 +187,10 @@ class GuestMemfdHalf:
 class PrivateFiles:
     """The restricted files of one VM.
 
-    A notifier of a whole file stays for as long as its content, so that every punch of the owner reaches it: slots come and go. Where a
-    binding is told of its range alone (design ``bindings``), each slot has its own; with it goes what the range holds, for whoever
-    punches that later is not heard here.
+    A notifier of a whole file stays for as long as its content, so that every punch of the owner
+    reaches it: slots come and go. Where a binding is told of its range alone (design ``bindings``),
+    each slot has its own; with it goes what the range holds, for whoever punches that later is not
+    heard here.
     """
 
     def __init__(self, vm: Vm, binder: Binder, flags: int) -> None:
@@ -194,7 +211,8 @@ class PrivateFiles:
             OSError: EINVAL as ``Binder.bind``; ENOSPC for more than the service's limit.
         """
         bound = self._binder.bind(token, window, lambda bound: bound)
-        # It never changes, while that of the restricted file does; a file of huge pages ends with a whole one.
+        # It never changes, while that of the restricted file does; a file of huge pages ends with a
+        # whole one.
         size = os.fstat(bound.memfd.fileno()).st_size
         bound.memfd.close()
         bound.sequence.close()
@@ -232,7 +250,9 @@ class PrivateFiles:
     def _show(self, file: PrivateFile, binding: int, window: PageRange) -> GuestMemfdHalf:
         self._bindings[binding] = file, window if file.ranged else _WHOLE
         file.bindings.add(binding)
-        let_go = partial(self._let_go, binding) if file.ranged else partial(self._let_go_if_empty, file)
+        let_go = (
+            partial(self._let_go, binding) if file.ranged else partial(self._let_go_if_empty, file)
+        )
         try:
             if window.end << PAGE_SHIFT > file.size:
                 raise OSError(EINVAL, f"{window} is no range of a file")
@@ -279,7 +299,11 @@ class PrivateFiles:
             return 0
         file, window = found
         inside = window.clip(span)
-        return file.memfd.resident_pages(inside.start << PAGE_SHIFT, len(inside) << PAGE_SHIFT) if len(inside) else 0
+        return (
+            file.memfd.resident_pages(inside.start << PAGE_SHIFT, len(inside) << PAGE_SHIFT)
+            if len(inside)
+            else 0
+        )
 
     def punch(self, binding: int, span: PageRange) -> bool:
         """Free a range of the file of a binding; False when there is none."""

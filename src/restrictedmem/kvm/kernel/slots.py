@@ -17,7 +17,8 @@ from restrictedmem.kvm.memslot import WRITE, Memslot
 from restrictedmem.kvm.whole import begun
 from restrictedmem.units import PAGE_SHIFT, gfn_t
 
-#: The owner's halves lie from here on in guest physical memory: past the engine's own slot, and past the APIC's page.
+#: The owner's halves lie from here on in guest physical memory: past the engine's own slot, and
+#: past the APIC's page.
 _HALVES: Final = 1 << 32
 _ENGINE_SLOT: Final = 0
 
@@ -29,7 +30,8 @@ class KernelSlots:
     def __init__(self, vm: Vm, own: system.System) -> None:
         """Make the engine's own slot."""
         self._vm = vm
-        # In the order of their addresses: where each begins and ends; and below which address there is no gap.
+        # In the order of their addresses: where each begins and ends; and below which address there
+        # is no gap.
         self._bases: list[int] = []
         self._ends: list[int] = []
         self._full_below = _HALVES
@@ -41,21 +43,32 @@ class KernelSlots:
         """Make a slot on memory of this process, on a guest_memfd, or both; returns its guest physical address.
 
         Raises:
-            OSError: EINVAL for a range of a file that another slot shows, or without a free slot; ENOMEM.
+            OSError: EINVAL for a range of a file that another slot shows, or without a free slot;
+                ENOMEM.
         """
         base = self._full_below
         place = bisect_left(self._bases, base)
         while place < len(self._bases) and self._bases[place] - base < size:
             base = self._ends[place]
             place += 1
-        number = self._free_numbers[-1] if self._free_numbers else _ENGINE_SLOT + 1 + len(self._numbers)
+        number = (
+            self._free_numbers[-1] if self._free_numbers else _ENGINE_SLOT + 1 + len(self._numbers)
+        )
         if private is None:
             self._vm.set_user_memory_region(number, base, size, address)
         else:
             try:
-                self._vm.set_user_memory_region2(number, base, size, address, private.file.memfd, private.window.start << PAGE_SHIFT)
+                self._vm.set_user_memory_region2(
+                    number,
+                    base,
+                    size,
+                    address,
+                    private.file.memfd,
+                    private.window.start << PAGE_SHIFT,
+                )
             except FileExistsError as error:
-                # The word of Linux 7.2 and later for a range that is bound; no slot lies at an address that was chosen here.
+                # The word of Linux 7.2 and later for a range that is bound; no slot lies at an
+                # address that was chosen here.
                 raise OSError(EINVAL, error.strerror) from error
         if self._free_numbers:
             self._free_numbers.pop()
@@ -97,11 +110,14 @@ class Conversion(Protocol):
         """Let a range of pages show one half, and write ``slot.attributes``.
 
         Raises:
-            OSError: ENOMEM, and nothing was changed; after any other exception anything may have been.
+            OSError: ENOMEM, and nothing was changed; after any other exception anything may have
+                been.
         """
         ...
 
-    def open_for_copy(self, slot: Memslot, start: gfn_t, end: gfn_t) -> AbstractContextManager[None]:
+    def open_for_copy(
+        self, slot: Memslot, start: gfn_t, end: gfn_t
+    ) -> AbstractContextManager[None]:
         """Let a vCPU of the engine's write a range of private pages of a slot, read-only or not, meanwhile."""
         ...
 
@@ -134,8 +150,9 @@ def runs(slot: Memslot, start: gfn_t, end: gfn_t) -> Iterator[tuple[gfn_t, gfn_t
 class ByAddress:
     """Each half is a slot of its own, and the page tables lead to one of them: for kernels without memory attributes.
 
-    KVM's translation of a page goes with the mapping of that page in this process, which is taken away for a moment (MADV_DONTNEED: no
-    content is lost). That works for guest_memfd too, whose mapping nobody can touch. So a conversion zaps its own pages and no others.
+    KVM's translation of a page goes with the mapping of that page in this process, which is taken
+    away for a moment (MADV_DONTNEED: no content is lost). That works for guest_memfd too, whose
+    mapping nobody can touch. So a conversion zaps its own pages and no others.
     """
 
     def __init__(self, slots: KernelSlots, tables: PageTables) -> None:
@@ -165,14 +182,19 @@ class ByAddress:
         self._owners.update({base: slot for base in (shared, private) if base is not None})
         try:
             for start, end, is_private in runs(slot, slot.base_gfn, slot.end_gfn):
-                self._tables.write(start << PAGE_SHIFT, self._entries(slot, start, end, private=is_private))
+                self._tables.write(
+                    start << PAGE_SHIFT, self._entries(slot, start, end, private=is_private)
+                )
         except BaseException:
             self.remove(slot)
             raise
 
     def convert(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:
         """Lead to the other half, and zap the one that was shown (``Conversion``)."""
-        leading, attributes = self._entries(slot, start, end, private=private), bytes([private]) * (end - start)
+        leading, attributes = (
+            self._entries(slot, start, end, private=private),
+            bytes([private]) * (end - start),
+        )
         with begun():
             self._tables.write(start << PAGE_SHIFT, leading)
             self._zap(slot, start, end, private=private)
@@ -201,11 +223,15 @@ class ByAddress:
             if mapping is not None:
                 mapping.madvise(mmap.MADV_DONTNEED, first, length)
 
-    def _entries(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool, rights: int = 0) -> bytes:
+    def _entries(
+        self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool, rights: int = 0
+    ) -> bytes:
         half = self._halves[slot][private]
         if half is None:
             return no_entries(end - start)
-        return entries(half + (start - slot.base_gfn << PAGE_SHIFT), end - start, rights or rights_of(slot))
+        return entries(
+            half + (start - slot.base_gfn << PAGE_SHIFT), end - start, rights or rights_of(slot)
+        )
 
     def remove(self, slot: Memslot) -> None:
         """Delete its slots, and with them KVM's translations (``Conversion``)."""
@@ -224,8 +250,9 @@ class ByAddress:
 class ByAttribute:
     """Both halves are one slot of the kernel's, which picks one by the page's memory attribute (KVM_SET_MEMORY_ATTRIBUTES).
 
-    The page tables only say where there is a half to be seen; the kernel zaps what it converts. Where KVM emulates an instruction it reads
-    the shared half even if the page is private: an owner could put other instructions there. So that half is out of reach as long.
+    The page tables only say where there is a half to be seen; the kernel zaps what it converts.
+    Where KVM emulates an instruction it reads the shared half even if the page is private: an owner
+    could put other instructions there. So that half is out of reach as long.
     """
 
     def __init__(self, vm: Vm, slots: KernelSlots, tables: PageTables) -> None:
@@ -239,7 +266,9 @@ class ByAttribute:
         """Make one slot, and write the attributes of its pages (``Conversion``)."""
         npages = slot.end_gfn - slot.base_gfn
         private = guest_memfd_half(slot) if slot.private is not None else None
-        base = self._slots.add(npages << PAGE_SHIFT, slot.shared.address if slot.shared else 0, private)
+        base = self._slots.add(
+            npages << PAGE_SHIFT, slot.shared.address if slot.shared else 0, private
+        )
         try:
             # Last: a slot that the kernel refuses takes no tables, which are never given back.
             self._tables.reserve(slot.base_gfn << PAGE_SHIFT, npages)
@@ -256,14 +285,19 @@ class ByAttribute:
 
     def convert(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:
         """Write the kernel's attributes (``Conversion``)."""
-        gpa, attributes = self._bases[slot] + (start - slot.base_gfn << PAGE_SHIFT), bytes([private]) * (end - start)
+        gpa, attributes = (
+            self._bases[slot] + (start - slot.base_gfn << PAGE_SHIFT),
+            bytes([private]) * (end - start),
+        )
         missing = (slot.private if private else slot.shared) is None
         leading = no_entries(end - start) if missing else entries(gpa, end - start, rights_of(slot))
         # ENOMEM comes before the kernel changes anything.
         if private:
             _hide(slot, start, end)
         try:
-            self._vm.set_memory_attributes(gpa, end - start << PAGE_SHIFT, KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0)
+            self._vm.set_memory_attributes(
+                gpa, end - start << PAGE_SHIFT, KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0
+            )
         except OSError:
             for first, last, was_private in runs(slot, start, end):
                 if not was_private:
@@ -281,7 +315,10 @@ class ByAttribute:
         if slot.rights & WRITE:
             yield
             return
-        gpa, size = self._bases[slot] + (start - slot.base_gfn << PAGE_SHIFT), end - start << PAGE_SHIFT
+        gpa, size = (
+            self._bases[slot] + (start - slot.base_gfn << PAGE_SHIFT),
+            end - start << PAGE_SHIFT,
+        )
         with begun():
             self._tables.write(start << PAGE_SHIFT, entries(gpa, end - start, USER | WRITABLE))
             yield
@@ -321,7 +358,9 @@ def _show(slot: Memslot, start: gfn_t, end: gfn_t) -> None:
 def _guard(slot: Memslot, start: gfn_t, end: gfn_t, advice: int) -> None:
     if slot.shared is not None:
         try:
-            slot.shared.mapping.madvise(advice, start - slot.base_gfn << PAGE_SHIFT, end - start << PAGE_SHIFT)
+            slot.shared.mapping.madvise(
+                advice, start - slot.base_gfn << PAGE_SHIFT, end - start << PAGE_SHIFT
+            )
         except OSError as error:
             if error.errno != EINVAL:
                 raise

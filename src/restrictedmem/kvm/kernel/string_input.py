@@ -1,9 +1,9 @@
 """INS, of which KVM reads the port before it looks where the values go, several at once under REP.
 
-On a processor the page fault comes first, and no port is read in vain. KVM lets the store fault later;
-executed again, the instruction asks for values anew, and those that were given are lost. So the owner
-is asked only for what can be stored. Where a page is taken away while it is asked, KVM gets the same
-values again.
+On a processor the page fault comes first, and no port is read in vain. KVM lets the store fault
+later; executed again, the instruction asks for values anew, and those that were given are lost. So
+the owner is asked only for what can be stored. Where a page is taken away while it is asked, KVM
+gets the same values again.
 """
 
 from collections.abc import Callable
@@ -30,8 +30,8 @@ class StringInput:
         """``read`` returns what the engine can see of a piece of a guest page."""
         self._tables = tables
         self._read = read
-        #: What KVM is going to take, how much of it the owner gives, and what it gave before; then what
-        #: KVM was given. Each with the bytes of one value.
+        #: What KVM is going to take, how much of it the owner gives, and what it gave before; then
+        #: what KVM was given. Each with the bytes of one value.
         self._asked: tuple[Place, memoryview, int, bytes, int] | None = None
         self._given: tuple[Place, bytes, int] | None = None
         #: What was given for a place, and not stored there.

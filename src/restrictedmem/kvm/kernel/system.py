@@ -1,11 +1,12 @@
 """What of a guest is the engine's own: descriptor tables, exception handlers, hypercall and report page, stacks, page tables.
 
-All of it lies in ordinary memory of this process, in one slot from guest physical address 0 on; so a guest physical address there is an
-offset. A guest at CPL3 reaches the hypercall page and the report page; the rest is mapped beyond the owner's addresses, for the
-processor alone (U/S = 0).
+All of it lies in ordinary memory of this process, in one slot from guest physical address 0 on; so
+a guest physical address there is an offset. A guest at CPL3 reaches the hypercall page and the
+report page; the rest is mapped beyond the owner's addresses, for the processor alone (U/S = 0).
 
-An exception takes the vCPU to CPL0, into a handler that does nothing but OUT to the port of its vector's number: an exit with which the
-engine learns vector, error code and stack frame. Nothing ever returns from there by itself; the engine puts the vCPU back.
+An exception takes the vCPU to CPL0, into a handler that does nothing but OUT to the port of its
+vector's number: an exit with which the engine learns vector, error code and stack frame. Nothing
+ever returns from there by itself; the engine puts the vCPU back.
 """
 
 import mmap
@@ -19,7 +20,8 @@ from restrictedmem.kvm.guest_abi import GPA_BITS, HYPERCALL_PAGE, REPORT_PAGE
 from restrictedmem.kvm.kernel.page_tables import NO_EXECUTE, USER, WRITABLE, PageTables
 from restrictedmem.units import PAGE_SIZE
 
-#: Bytes of the slot. Most of it is room for page tables, of which a page serves 2 MiB of guest addresses; taken only when used.
+#: Bytes of the slot. Most of it is room for page tables, of which a page serves 2 MiB of guest
+#: addresses; taken only when used.
 SIZE: Final = 64 << 20
 
 # Where things lie in the slot.
@@ -34,7 +36,8 @@ STAGING_SIZE: Final = 64 * PAGE_SIZE
 _VCPUS: Final = 128 * PAGE_SIZE
 _TABLES: Final = 2048 * PAGE_SIZE
 
-# Of each vCPU: a task state segment with its I/O permission bitmap, and behind them a page of stack for exceptions.
+# Of each vCPU: a task state segment with its I/O permission bitmap, and behind them a page of stack
+# for exceptions.
 _VCPU_SIZE: Final = 4 * PAGE_SIZE
 MAX_VCPUS: Final = (_TABLES - _VCPUS) // _VCPU_SIZE
 _TSS_SIZE: Final = 0x68
@@ -61,14 +64,17 @@ _DESCRIPTORS: Final = (0, 0x00AF_9B00_0000_FFFF)
 _VECTORS: Final = 256
 #: ``out vector, al``, and two bytes to spare.
 _HANDLER_SIZE: Final = 4
-#: A gate of a 64-bit interrupt, present, DPL 3: INT n with the vector of an exception is that exception.
+#: A gate of a 64-bit interrupt, present, DPL 3: INT n with the vector of an exception is that
+#: exception.
 _GATE: Final = struct.Struct("<HHBBHII")
 _GATE_TYPE: Final = 0xEE
 
-#: Where SYSCALL leads on a host that cannot turn it off: nowhere at CPL3, so a #PF with this address.
+#: Where SYSCALL leads on a host that cannot turn it off: nowhere at CPL3, so a #PF with this
+#: address.
 SYSCALL_TARGET: Final = _SYSTEM + _HANDLERS + 6 * _HANDLER_SIZE
 
-# Registers (Intel SDM 2.5, 2.2.1), as Linux has them for its processes: under PVM a guest is one, and sees no others.
+# Registers (Intel SDM 2.5, 2.2.1), as Linux has them for its processes: under PVM a guest is one,
+# and sees no others.
 _CR0: Final = 0x8005_0033  # PG, AM, WP, NE, ET, MP, PE
 _CR4: Final = 0x620  # OSXMMEXCPT, OSFXSR, PAE
 _UMIP: Final = 1 << 11
@@ -123,7 +129,17 @@ class System:
             self.memory[handler : handler + 2] = bytes((0xE6, vector))
             to = _SYSTEM + handler
             gate = _IDT + _GATE.size * vector
-            _GATE.pack_into(self.memory, gate, to & 0xFFFF, _KERNEL_CODE, 0, _GATE_TYPE, to >> 16 & 0xFFFF, to >> 32, 0)
+            _GATE.pack_into(
+                self.memory,
+                gate,
+                to & 0xFFFF,
+                _KERNEL_CODE,
+                0,
+                _GATE_TYPE,
+                to >> 16 & 0xFFFF,
+                to >> 32,
+                0,
+            )
         self.memory[_HYPERCALL : _HYPERCALL + len(HYPERCALL_CODE)] = HYPERCALL_CODE
         self.memory[_COPY : _COPY + len(_COPY_CODE)] = _COPY_CODE
 
@@ -160,7 +176,13 @@ class System:
         sregs = kvm_sregs.from_buffer_copy(base)
         enter_user_mode(sregs)
         sregs.ds = sregs.es = sregs.fs = sregs.gs = kvm_segment(type=3, unusable=1)
-        sregs.tr = kvm_segment(base=_SYSTEM + _tss(number), limit=_TSS_SIZE + _IO_MAP_SIZE, selector=0x28, type=11, present=1)
+        sregs.tr = kvm_segment(
+            base=_SYSTEM + _tss(number),
+            limit=_TSS_SIZE + _IO_MAP_SIZE,
+            selector=0x28,
+            type=11,
+            present=1,
+        )
         sregs.ldt = kvm_segment(type=2, unusable=1)
         sregs.gdt = kvm_dtable(base=_SYSTEM + _GDT, limit=8 * len(_DESCRIPTORS) - 1)
         sregs.idt = kvm_dtable(base=_SYSTEM + _IDT, limit=_GATE.size * _VECTORS - 1)
@@ -171,8 +193,12 @@ class System:
 
 def enter_user_mode(sregs: kvm_sregs) -> None:
     """Give a vCPU the code and stack segment of CPL3."""
-    sregs.cs = kvm_segment(limit=0xFFFF_FFFF, selector=_USER_CODE, type=11, present=1, dpl=3, s=1, l=1, g=1)
-    sregs.ss = kvm_segment(limit=0xFFFF_FFFF, selector=_USER_DATA, type=3, present=1, dpl=3, s=1, db=1, g=1)
+    sregs.cs = kvm_segment(
+        limit=0xFFFF_FFFF, selector=_USER_CODE, type=11, present=1, dpl=3, s=1, l=1, g=1
+    )
+    sregs.ss = kvm_segment(
+        limit=0xFFFF_FFFF, selector=_USER_DATA, type=3, present=1, dpl=3, s=1, db=1, g=1
+    )
 
 
 def stack_top(number: int) -> int:

@@ -19,8 +19,9 @@ from restrictedmem.kvm.kernel.string_input import Place, StringInput
 from restrictedmem.kvm.kernel.system import System
 from restrictedmem.units import PAGE_MASK, PAGE_SIZE, gfn_t
 
-# Read at every exit, for which ctypes would be slow: the general registers in ``kvm_run``, in the order of ``kvm_regs``. Between two runs
-# they are the vCPU's: a change there is taken in by the next run.
+# Read at every exit, for which ctypes would be slow: the general registers in ``kvm_run``, in the
+# order of ``kvm_regs``. Between two runs they are the vCPU's: a change there is taken in by the
+# next run.
 _REGS: Final = struct.Struct("=18Q")
 _RAX, _RCX, _RDX, _RSI, _RDI, _RSP, _R10, _RIP, _RFLAGS = 0, 2, 3, 4, 5, 6, 10, 16, 17
 _WORD: Final = struct.Struct("=Q")
@@ -61,8 +62,8 @@ class KernelVcpu:
     ) -> None:
         """Own ``vcpu``, which is new.
 
-        ``find`` knows what of the owner's lies at a guest physical address, ``flags_of`` what that is, and
-        ``read`` what it can tell of a piece of a page.
+        ``find`` knows what of the owner's lies at a guest physical address, ``flags_of`` what that
+        is, and ``read`` what it can tell of a piece of a page.
         """
         self._number = number
         self._system = own
@@ -80,16 +81,19 @@ class KernelVcpu:
         self._entered = False
         self._step = False
         self._breakpoints: frozenset[int] = frozenset()
-        #: Whether a #DB is to come that the guest did not ask for; and whether OUT was carried out and is still to be reported as a step.
+        #: Whether a #DB is to come that the guest did not ask for; and whether OUT was carried out
+        #: and is still to be reported as a step.
         self._trapped = False
         self._stepped = False
-        #: The exit that ``complete`` answers and where to; and what is left of one string instruction, each access with its place.
+        #: The exit that ``complete`` answers and where to; and what is left of one string
+        #: instruction, each access with its place.
         self._asked: exits.Hypercall | exits.PortIn | None = None
         self._strings: deque[tuple[exits.PortIn | exits.PortOut, memoryview]] = deque()
         self._answer_to: memoryview | None = None
         self._input = StringInput(own.tables, read)
         self._ended: exits.Shutdown | exits.Unknown | None = None
-        #: Whether KVM may still have to carry out the IN or OUT that it exited for; and the registers at that exit.
+        #: Whether KVM may still have to carry out the IN or OUT that it exited for; and the
+        #: registers at that exit.
         self._in_pending = self._out_pending = False
         self._regs_at_io: tuple[int, ...] = ()
 
@@ -97,7 +101,9 @@ class KernelVcpu:
 
     def set_regs(self, regs: kvm_regs) -> None:
         """Set where the guest starts (``VcpuEngine``); it is done when it starts."""
-        self._start = kvm_regs(rip=regs.rip, rsp=regs.rsp, rdi=regs.rdi, rsi=regs.rsi, rflags=self._system.user_flags)
+        self._start = kvm_regs(
+            rip=regs.rip, rsp=regs.rsp, rdi=regs.rdi, rsi=regs.rsi, rflags=self._system.user_flags
+        )
         self._entered = False
 
     def _enter(self) -> None:
@@ -116,7 +122,8 @@ class KernelVcpu:
     def _finish_io(self) -> None:
         """Have KVM carry out the IN or OUT that it exited for, and enter no guest; registers may have been changed meanwhile.
 
-        KVM's emulator, which changes registers only now, would forget what IN has read if it saw such a change.
+        KVM's emulator, which changes registers only now, would forget what IN has read if it saw
+        such a change.
         """
         self._in_pending = self._out_pending = False
         changed, wanted = self._run.kvm_dirty_regs, bytes(self._shared_regs)
@@ -131,8 +138,12 @@ class KernelVcpu:
         # Of a fault nobody hears: it goes when registers are set, and comes again.
         self._input.faulted(_place(_REGS.unpack(self._shared_regs)))
         if changed:
-            each = zip(_REGS.unpack(wanted), self._regs_at_io, _REGS.unpack(self._shared_regs), strict=True)
-            self._put_regs(_REGS.pack(*(now if then == given else given for given, then, now in each)))
+            each = zip(
+                _REGS.unpack(wanted), self._regs_at_io, _REGS.unpack(self._shared_regs), strict=True
+            )
+            self._put_regs(
+                _REGS.pack(*(now if then == given else given for given, then, now in each))
+            )
 
     def get_regs(self) -> kvm_regs:
         """Return the general registers (``VcpuEngine``), behind an OUT that has exited."""
@@ -180,7 +191,9 @@ class KernelVcpu:
     def _run_copy(self, to: int, words: int, flags: int) -> int | None:
         """Copy, and return None, or the vector of the exception that it ended with."""
         self.vcpu.set_sregs(self._system.sregs(self._base, self._number, copying=True))
-        regs = kvm_regs(rip=system.COPY, rdi=to, rsi=system.STAGING, rcx=words, rflags=system.USER_FLAGS | flags)
+        regs = kvm_regs(
+            rip=system.COPY, rdi=to, rsi=system.STAGING, rcx=words, rflags=system.USER_FLAGS | flags
+        )
         self._put_regs(bytes(regs))
         self._entered = False
         reason = _run_to_exit(self.vcpu)
@@ -245,7 +258,8 @@ class KernelVcpu:
             case ExitReason.MEMORY_FAULT:
                 return self._memory_fault()
             case ExitReason.MMIO:
-                # INS or OUTS with private memory, which KVM cannot touch; it would go on with zeroes.
+                # INS or OUTS with private memory, which KVM cannot touch; it would go on with
+                # zeroes.
                 self._ended = _EMULATION_FAILURE
                 return self._ended
             case _:
@@ -256,7 +270,8 @@ class KernelVcpu:
         stepped, self._stepped = self._stepped, False
         if self._in_pending:
             self._finish_io()
-            # With the trap flag at its exit it has its #DB, which goes when registers are set, without it none.
+            # With the trap flag at its exit it has its #DB, which goes when registers are set,
+            # without it none.
             self._put_regs(bytes(self._shared_regs))
             # INS may have faulted.
             stepped = _place(_REGS.unpack(self._shared_regs)) != _place(self._regs_at_io)
@@ -286,9 +301,20 @@ class KernelVcpu:
             return self._exception(vector, regs)
         io = self._run.exit.io
         direction, port, size, count = io.direction, io.port, io.size, io.count
-        self._out_pending, self._in_pending, self._regs_at_io = direction == _IO_OUT, direction != _IO_OUT, regs
-        if rip in _HYPERCALL_OUT and (direction, port, size, count) == (_IO_OUT, system.HYPERCALL_PORT, 1, 1):
-            self._asked = exits.Hypercall(regs[_RAX], (regs[_RDI], regs[_RSI], regs[_RDX], regs[_R10]))
+        self._out_pending, self._in_pending, self._regs_at_io = (
+            direction == _IO_OUT,
+            direction != _IO_OUT,
+            regs,
+        )
+        if rip in _HYPERCALL_OUT and (direction, port, size, count) == (
+            _IO_OUT,
+            system.HYPERCALL_PORT,
+            1,
+            1,
+        ):
+            self._asked = exits.Hypercall(
+                regs[_RAX], (regs[_RDI], regs[_RSI], regs[_RDX], regs[_R10])
+            )
             return self._asked
         data = self.vcpu.io_data()
         wanted = range(0, size * count, size)
@@ -299,7 +325,9 @@ class KernelVcpu:
         for at in wanted:
             one = data[at : at + size]
             if direction == _IO_OUT:
-                self._strings.append((exits.PortOut(port, size, int.from_bytes(one, "little")), one))
+                self._strings.append(
+                    (exits.PortOut(port, size, int.from_bytes(one, "little")), one)
+                )
             else:
                 self._strings.append((exits.PortIn(port, size), one))
         return self._next_of_string()
@@ -333,7 +361,11 @@ class KernelVcpu:
         self._input.faulted(_place(back))
         if vector == _DEBUG and self._trapped:
             self._trapped = False
-            return exits.Debug(exits.SINGLE_STEP, rip, exits.DR6_BS) if self._step or self._breakpoints else None
+            return (
+                exits.Debug(exits.SINGLE_STEP, rip, exits.DR6_BS)
+                if self._step or self._breakpoints
+                else None
+            )
         if vector == _PAGE_FAULT and code:
             if address == system.SYSCALL_TARGET:
                 vector = _INVALID_OPCODE
@@ -346,7 +378,10 @@ class KernelVcpu:
         """Say which page cannot be had and why; None when meanwhile it can."""
         entry = self._system.tables.entry(address)
         if entry & PRESENT:
-            if not ((code & _PF_WRITE and not entry & WRITABLE) or (code & _PF_FETCH and entry & NO_EXECUTE)):
+            if not (
+                (code & _PF_WRITE and not entry & WRITABLE)
+                or (code & _PF_FETCH and entry & NO_EXECUTE)
+            ):
                 return None
             errno = EACCES
         else:

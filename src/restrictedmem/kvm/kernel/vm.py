@@ -17,7 +17,13 @@ from restrictedmem.devkvm import Kvm, Vcpu, Vm
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine import Binder
 from restrictedmem.kvm.kernel.private import GuestMemfdHalf, PrivateFiles
-from restrictedmem.kvm.kernel.slots import ByAddress, ByAttribute, Conversion, KernelSlots, guest_memfd_half
+from restrictedmem.kvm.kernel.slots import (
+    ByAddress,
+    ByAttribute,
+    Conversion,
+    KernelSlots,
+    guest_memfd_half,
+)
 from restrictedmem.kvm.kernel.system import HYPERCALL_CODE, IOPL_3, MAX_VCPUS, STAGING_SIZE, System
 from restrictedmem.kvm.kernel.vcpu import KernelVcpu
 from restrictedmem.kvm.memslot import Memslot
@@ -34,7 +40,9 @@ _NEEDED: Final = (Cap.USER_MEMORY2, Cap.MEMORY_FAULT_INFO, Cap.GUEST_MEMFD, Cap.
 class KernelVm:
     """Slots and vCPUs of one VM on /dev/kvm (``Engine``)."""
 
-    def __init__(self, binder: Binder, vcpus: Vcpus, attributes: Attributes, kvm: Kvm, *, debug: bool) -> None:
+    def __init__(
+        self, binder: Binder, vcpus: Vcpus, attributes: Attributes, kvm: Kvm, *, debug: bool
+    ) -> None:
         """Make a VM without slots; ``vcpus`` is what to hold while pages change halves, ``kvm`` stays the caller's.
 
         Raises:
@@ -103,7 +111,11 @@ class KernelVm:
             return b""
         start = gpa - (slot.base_gfn << PAGE_SHIFT)
         if not slot.attributes[gfn - slot.base_gfn]:
-            return b"" if slot.shared is None else bytes(slot.shared.mapping.memory[start : start + size])
+            return (
+                b""
+                if slot.shared is None
+                else bytes(slot.shared.mapping.memory[start : start + size])
+            )
         with suppress(OSError):
             return b"" if slot.private is None else guest_memfd_half(slot).read(start, size)
         return b""
@@ -112,7 +124,11 @@ class KernelVm:
         """Return the flags of a memory fault at an owner's address."""
         gfn = gpa >> PAGE_SHIFT
         slot = self._slots.at(gfn)
-        private = self._attributes.forbids_mmio(gfn) if slot is None else slot.attributes[gfn - slot.base_gfn]
+        private = (
+            self._attributes.forbids_mmio(gfn)
+            if slot is None
+            else slot.attributes[gfn - slot.base_gfn]
+        )
         return KVM_MEMORY_EXIT_FLAG_PRIVATE if private else 0
 
     def bind(self, token: bytes, window: PageRange) -> GuestMemfdHalf:
@@ -127,11 +143,14 @@ class KernelVm:
         """Let the guest's page tables lead to a slot (``Engine``).
 
         Raises:
-            OSError: EINVAL for a shared half of huge pages: KVM's translations are dropped by MADV_DONTNEED, which does nothing to a part
-                of one. The guest would go on to reach what its pages no longer are.
+            OSError: EINVAL for a shared half of huge pages: KVM's translations are dropped by
+                MADV_DONTNEED, which does nothing to a part of one. The guest would go on to reach
+                what its pages no longer are.
         """
         if slot.shared is not None and slot.shared.file.hugetlb:
-            raise OSError(EINVAL, "the shared half must not be of huge pages (hugetlbfs) on the kernel engine")
+            raise OSError(
+                EINVAL, "the shared half must not be of huge pages (hugetlbfs) on the kernel engine"
+            )
         self._conversion.add(slot)
         try:
             self._slots.add(slot)
@@ -178,7 +197,12 @@ class KernelVm:
             part = data[start : start + STAGING_SIZE]
             self._system.stage(part)
             first = gpa + start >> PAGE_SHIFT
-            with begun(), self._conversion.open_for_copy(slot, gfn_t(first), gfn_t(first + (len(part) >> PAGE_SHIFT))):
+            with (
+                begun(),
+                self._conversion.open_for_copy(
+                    slot, gfn_t(first), gfn_t(first + (len(part) >> PAGE_SHIFT))
+                ),
+            ):
                 self._first.copy(gpa + start, len(part) // 8)
 
     def read_private(self, slot: Memslot, gpa: int, size: int) -> bytes:
@@ -216,12 +240,20 @@ class KernelVm:
     def statistics(self) -> dict[str, object]:
         """Return what the kernel tells; it does not count faults for us (``Engine``)."""
         freed = self._files.freed_pages
-        return {"pages_taken": self._files.resident_pages() + freed, "pages_freed": freed, "invalidations": self._invalidations}
+        return {
+            "pages_taken": self._files.resident_pages() + freed,
+            "pages_freed": freed,
+            "invalidations": self._invalidations,
+        }
 
 
 def _conversion(vm: Vm, own: System, flags: int) -> Conversion:
     slots = KernelSlots(vm, own)
-    return ByAddress(slots, own.tables) if flags & GUEST_MEMFD_FLAG_MMAP else ByAttribute(vm, slots, own.tables)
+    return (
+        ByAddress(slots, own.tables)
+        if flags & GUEST_MEMFD_FLAG_MMAP
+        else ByAttribute(vm, slots, own.tables)
+    )
 
 
 def new_vm(kvm: Kvm, *, debug: bool) -> tuple[Vm, int]:
@@ -244,7 +276,10 @@ def new_vm(kvm: Kvm, *, debug: bool) -> tuple[Vm, int]:
         missing.append(Cap.GUEST_MEMFD_FLAGS.name)
     if missing:
         vm.close()
-        raise OSError(ENODEV, f"/dev/kvm: KVM_CAP_{', KVM_CAP_'.join(missing)} missing (Linux 6.18), and no memory attributes")
+        raise OSError(
+            ENODEV,
+            f"/dev/kvm: KVM_CAP_{', KVM_CAP_'.join(missing)} missing (Linux 6.18), and no memory attributes",
+        )
     if vm.check_extension(Cap.DISABLE_QUIRKS2) & KVM_X86_QUIRK_SLOT_ZAP_ALL:
         vm.enable_cap(Cap.DISABLE_QUIRKS2, KVM_X86_QUIRK_SLOT_ZAP_ALL)
     return vm, flags

@@ -1,7 +1,8 @@
 """Code that one vCPU writes and another executes (Intel SDM 9.1.3).
 
-An emulator notices its own stores to what it has translated, not those of another. So a page that any vCPU fetches from is write-protected
-in the TLBs of all (``Mmu.protect_code``), and the first store by another makes those who have translated it translate it anew.
+An emulator notices its own stores to what it has translated, not those of another. So a page that
+any vCPU fetches from is write-protected in the TLBs of all (``Mmu.protect_code``), and the first
+store by another makes those who have translated it translate it anew.
 """
 
 from typing import final

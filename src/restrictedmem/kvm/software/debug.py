@@ -1,7 +1,8 @@
 """Debugging one emulator: breakpoints, single steps, and the registers that a debugger sees (KVM_SET_GUEST_DEBUG).
 
-A breakpoint is a hook on an address, so nothing in the guest's memory is changed and there may be any number. A hook costs whenever its
-address is executed, set or not; but to put one back costs nothing, which debuggers do at each step away from a breakpoint.
+A breakpoint is a hook on an address, so nothing in the guest's memory is changed and there may be
+any number. A hook costs whenever its address is executed, set or not; but to put one back costs
+nothing, which debuggers do at each step away from a breakpoint.
 """
 
 import struct
@@ -43,7 +44,9 @@ _SEGMENTS: Final = {
 class GuestDebug:
     """Where a vCPU is to stop, and its registers."""
 
-    def __init__(self, uc: Uc, memory: PhysicalMemory, on_breakpoint: Callable[[int, int, int], None]) -> None:
+    def __init__(
+        self, uc: Uc, memory: PhysicalMemory, on_breakpoint: Callable[[int, int, int], None]
+    ) -> None:
         """Debug nothing yet; ``on_breakpoint(uc, address, size)`` is called before the instruction at each address ever set, set or not."""
         self._uc = uc
         self._memory = memory
@@ -84,7 +87,12 @@ class GuestDebug:
     def get_sregs(self) -> kvm_sregs:
         """Return selectors, the bases of FS and GS, and control registers; the rest is 0, for flat segments have nothing else to say."""
         read = self._uc.read
-        sregs = kvm_sregs(cr0=read(unicorn.CR0), cr2=read(unicorn.CR2), cr3=read(unicorn.CR3), cr4=read(unicorn.CR4))
+        sregs = kvm_sregs(
+            cr0=read(unicorn.CR0),
+            cr2=read(unicorn.CR2),
+            cr3=read(unicorn.CR3),
+            cr4=read(unicorn.CR4),
+        )
         for name, number in _SEGMENTS.items():
             getattr(sregs, name).selector = read(number)
         sregs.fs.base, sregs.gs.base = read(unicorn.FS_BASE), read(unicorn.GS_BASE)

@@ -102,7 +102,11 @@ class FetchedCode:
 
     def rewritten(self) -> list[int]:
         """Return the shared pages that are not what they were: of the owner's stores nobody is told."""
-        return [address for address, page in self._shared.items() if hash(page.read(0, PAGE_SIZE)) != page.hash]
+        return [
+            address
+            for address, page in self._shared.items()
+            if hash(page.read(0, PAGE_SIZE)) != page.hash
+        ]
 
     @contextmanager
     def looking(self) -> Generator[None]:

@@ -1,8 +1,8 @@
 """How long an invalid instruction is (Intel SDM volume 2, chapter 2 and appendix A).
 
-A processor fetches an instruction whole before it refuses it. Unicorn fetches no more than it takes to see that it is invalid. So what is
-invalid, and ends on a page that cannot be had, is a fault of that page first. Lengths are those of AMD's processors, on which UD0 and UD1
-have no ModRM.
+A processor fetches an instruction whole before it refuses it. Unicorn fetches no more than it takes
+to see that it is invalid. So what is invalid, and ends on a page that cannot be had, is a fault of
+that page first. Lengths are those of AMD's processors, on which UD0 and UD1 have no ModRM.
 """
 
 from typing import Final
@@ -16,7 +16,8 @@ _OPERAND_SIZE: Final = 0x66
 _SIB: Final = 4
 _DISPLACEMENT: Final = 5
 
-#: Opcodes of one byte that can be invalid and have ModRM, and those that have immediate operands, with how many bytes.
+#: Opcodes of one byte that can be invalid and have ModRM, and those that have immediate operands,
+#: with how many bytes.
 _MODRM: Final = frozenset((0x62, 0x82, 0x8C, 0x8D, 0x8E, 0x8F, 0xC6, 0xC7, 0xFE, 0xFF))
 _IMMEDIATE: Final = {0x82: 1, 0xC6: 1, 0xD4: 1, 0xD5: 1}
 #: Those whose immediate operand has two bytes or four, and how many bytes more.
@@ -26,7 +27,9 @@ _0F_ALONE: Final = frozenset((
     *range(0x04, 0x0D), 0x0E, *range(0x24, 0x28), *range(0x30, 0x40), 0x77, 0x7A, 0x7B, *range(0x80, 0x90),
     0xA0, 0xA1, 0xA2, *range(0xA6, 0xAB), 0xB9, *range(0xC8, 0xD0), 0xFF,
 ))  # fmt: skip
-_0F_IMMEDIATE: Final = frozenset((0x0F, *range(0x70, 0x74), 0xA4, 0xAC, 0xBA, 0xC2, 0xC4, 0xC5, 0xC6))
+_0F_IMMEDIATE: Final = frozenset(
+    (0x0F, *range(0x70, 0x74), 0xA4, 0xAC, 0xBA, 0xC2, 0xC4, 0xC5, 0xC6)
+)
 
 
 def length(code: bytes) -> int:

@@ -1,9 +1,10 @@
 """Memory-mapped I/O: how one instruction that touches pages without memory is carried out.
 
-Unicorn has no way to end a run before a store, nor to hand a load its value later. So the instruction is executed alone, with a device in
-place of every such page: the device knows the values that loads were given so far, and keeps what is stored. Where a value is still
-missing, registers go back to what they were and the VMM is asked; so a load is completed by executing the instruction again with the
-VMM's value. Where nothing is missing, the stores are the exits.
+Unicorn has no way to end a run before a store, nor to hand a load its value later. So the
+instruction is executed alone, with a device in place of every such page: the device knows the
+values that loads were given so far, and keeps what is stored. Where a value is still missing,
+registers go back to what they were and the VMM is asked; so a load is completed by executing the
+instruction again with the VMM's value. Where nothing is missing, the stores are the exits.
 """
 
 from typing import Final, final
@@ -54,8 +55,9 @@ class Scratch:
 
     def answer(self, load: MmioRead, value: int) -> None:
         """Give the value of a load."""
-        # An unaligned load comes as two aligned ones, of which bytes to either side are thrown away: they must not be asked for.
-        # Only the first load is known as it was: each later one is asked for as it comes here.
+        # An unaligned load comes as two aligned ones, of which bytes to either side are thrown
+        # away: they must not be asked for. Only the first load is known as it was: each later one
+        # is asked for as it comes here.
         start = load.gpa & -load.size
         if load.gpa != start:
             self._around = range(start, start + 2 * load.size)
@@ -89,9 +91,12 @@ class Scratch:
     def _write(self, _uc: int, offset: int, size: int, value: int) -> None:
         gpa = self._gpa(offset)
         value &= (1 << 8 * size) - 1
-        # Unicorn takes stores apart (8 bytes into 4 and 4, unaligned ones into single bytes): they are put together again.
+        # Unicorn takes stores apart (8 bytes into 4 and 4, unaligned ones into single bytes): they
+        # are put together again.
         last = self.stores[-1] if self.stores else None
         if last is not None and last.gpa + last.size == gpa and last.size + size <= _LARGEST:
-            self.stores[-1] = MmioWrite(last.gpa, last.size + size, last.data | value << 8 * last.size)
+            self.stores[-1] = MmioWrite(
+                last.gpa, last.size + size, last.data | value << 8 * last.size
+            )
         else:
             self.stores.append(MmioWrite(gpa, size, value))

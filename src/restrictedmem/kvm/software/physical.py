@@ -1,7 +1,8 @@
 """Unicorn's physical memory: where the halves of the slots lie in it, and what was translated into code from there.
 
-Each half that was touched lies there once and whole, whatever of it the guest may see; so no page is ever mapped or unmapped by itself,
-which Unicorn does in quadratic time. Guest addresses do not lead here but through the TLB hook, so everything lies beyond them.
+Each half that was touched lies there once and whole, whatever of it the guest may see; so no page
+is ever mapped or unmapped by itself, which Unicorn does in quadratic time. Guest addresses do not
+lead here but through the TLB hook, so everything lies beyond them.
 """
 
 from bisect import bisect_left, bisect_right
@@ -59,7 +60,8 @@ class Window:
         self.slot = slot
         self.start = slot.base_gfn << PAGE_SHIFT
         self.end = slot.end_gfn << PAGE_SHIFT
-        #: The shared half, the private half; and what leads there from a guest address, by an entry without its rights.
+        #: The shared half, the private half; and what leads there from a guest address, by an entry
+        #: without its rights.
         self.views: tuple[View | None, View | None] = None, None
         self.offsets: tuple[int, ...] = ()
 
@@ -68,8 +70,8 @@ class Window:
 class PhysicalMemory:
     """The halves of all slots of one emulator.
 
-    A slot's halves come here when the guest first touches it: Unicorn takes as long to map one as there are others, and a guest may
-    have thousands of slots that this vCPU never touches.
+    A slot's halves come here when the guest first touches it: Unicorn takes as long to map one as
+    there are others, and a guest may have thousands of slots that this vCPU never touches.
     """
 
     def __init__(self, uc: Uc) -> None:
@@ -112,7 +114,9 @@ class PhysicalMemory:
             self._unmap(shared)
             raise
         window.views = shared, private
-        window.offsets = tuple(0 if view is None else view.base - window.start for view in window.views) * 8
+        window.offsets = (
+            tuple(0 if view is None else view.base - window.start for view in window.views) * 8
+        )
 
     def _map(self, half: Half) -> View:
         base, place = _HALVES, len(self._views)

@@ -1,7 +1,8 @@
 """What a vCPU is before its first instruction: long mode, CPL3, and an I/O breakpoint that only needs a port.
 
-The breakpoint is how IN and OUT become precise exits. Unicorn's own stop takes effect at the end of a block, some instructions later; a
-#DB that the instruction itself raises (DR7.RW0 = I/O, CR4.DE; Intel SDM 18.2.4) does so at once, and costs nothing where no IN or OUT is.
+The breakpoint is how IN and OUT become precise exits. Unicorn's own stop takes effect at the end of
+a block, some instructions later; a #DB that the instruction itself raises (DR7.RW0 = I/O, CR4.DE;
+Intel SDM 18.2.4) does so at once, and costs nothing where no IN or OUT is.
 """
 
 import ctypes
@@ -14,14 +15,21 @@ from restrictedmem.kvm.software.unicorn import Context, Uc
 from restrictedmem.kvm.software.wide import ASK_PROCESSOR, ASKED, WideExchange
 from restrictedmem.units import PAGE_SIZE
 
-#: Where the page with the boot code is while it runs; the address is chosen by nothing but being free.
+#: Where the page with the boot code is while it runs; the address is chosen by nothing but being
+#: free.
 _BOOT: Final = 1 << 45
 _GDT_POINTER: Final = 0x100
 _GDT: Final = 0x180
 _USER_CODE: Final = 0x1C0
 
 # Null, kernel code, kernel data, user data, user code; flat, 64 bits.
-_DESCRIPTORS: Final = (0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF, 0x00CF_F300_0000_FFFF, 0x00AF_FB00_0000_FFFF)
+_DESCRIPTORS: Final = (
+    0,
+    0x00AF_9B00_0000_FFFF,
+    0x00CF_9300_0000_FFFF,
+    0x00CF_F300_0000_FFFF,
+    0x00AF_FB00_0000_FFFF,
+)
 
 _CODE: Final = bytes.fromhex(
     "0f019300010000"  # lgdt   [rbx + 0x100]

@@ -123,7 +123,9 @@ class Tlb:
         self._refuse(exits.MmioRead(address - HOLE, size), MEM_READ, address - HOLE & ~PAGE_MASK)
         return False
 
-    def _make_fill(self) -> tuple[Callable[[int, int, int, int], int], Callable[[], None], Callable[[], int]]:
+    def _make_fill(
+        self,
+    ) -> tuple[Callable[[int, int, int, int], int], Callable[[], None], Callable[[], int]]:
         # Called a million times a second: what it needs is in local variables, the slot of the
         # last miss at hand.
         refill, find = self._refill, self._memory.find
@@ -147,7 +149,12 @@ class Tlb:
                 if window is None or not window.offsets:
                     answer[0], answer[1] = refill(page, access, window)
                     return answer[1]
-                start, end, entries, offsets = window.start, window.end, window.slot.entries, window.offsets
+                start, end, entries, offsets = (
+                    window.start,
+                    window.end,
+                    window.slot.entries,
+                    window.offsets,
+                )
             entry = entries[(page - start) >> PAGE_SHIFT]
             if entry & needed[access]:
                 answer[0] = page + offsets[entry >> 3]
@@ -168,7 +175,11 @@ class Tlb:
             # Its own pages are what they are, and the guest's are not to be taken for it.
             return (page, ALL) if page >= GPA_END else (0, 0)
         try:
-            answer = self._around_slots(page, access) if window is None else self._fault(window, page, access)
+            answer = (
+                self._around_slots(page, access)
+                if window is None
+                else self._fault(window, page, access)
+            )
         except BaseException as error:  # noqa: BLE001 - ctypes would drop it; the run raises it instead.
             self._failure = error
             return 0, 0
@@ -183,7 +194,11 @@ class Tlb:
         if page == REPORT_PAGE and access != MEM_FETCH:
             return REPORT, READ | WRITE
         if page >= GPA_END:
-            return _PAGE_FAULT if not _CANONICAL <= page <= _U64 - _CANONICAL else self._no_address(page, access)
+            return (
+                _PAGE_FAULT
+                if not _CANONICAL <= page <= _U64 - _CANONICAL
+                else self._no_address(page, access)
+            )
         if self._mmu.attributes.forbids_mmio(page >> PAGE_SHIFT):
             return exits.MemoryFault(KVM_MEMORY_EXIT_FLAG_PRIVATE, page, PAGE_SIZE, EFAULT)
         if access == MEM_FETCH:
@@ -223,7 +238,11 @@ class Tlb:
             if fault is Fault.NO_HALF:
                 return _memory_fault(window, page, EFAULT)
         # Read once: zapped meanwhile or never installed, it is 0.
-        entry = self._protect_code(window.slot, page >> PAGE_SHIFT) if access == MEM_FETCH else entries[index]
+        entry = (
+            self._protect_code(window.slot, page >> PAGE_SHIFT)
+            if access == MEM_FETCH
+            else entries[index]
+        )
         if not entry:
             return Stop.AGAIN
         view, physical = window.views[entry >> 3 & 1], page + window.offsets[entry >> 3]
@@ -231,7 +250,9 @@ class Tlb:
         if entry & 1 << access - MEM_READ:
             if access == MEM_FETCH:
                 view.fetched(physical)
-                anew = self._fetched.fetched(page, view.half, physical - view.base, shared=not entry & PRIVATE)
+                anew = self._fetched.fetched(
+                    page, view.half, physical - view.base, shared=not entry & PRIVATE
+                )
                 return Stop.AGAIN if anew else (physical, entry & ALL)
             return physical, entry & (READ | WRITE)
         if access != MEM_WRITE:
@@ -240,7 +261,9 @@ class Tlb:
             self._code.written(page >> PAGE_SHIFT, self.number)
             return physical, READ | WRITE
         # A store to memory that is only to be read is MMIO (KVM_MEM_READONLY).
-        return (self._scratch.translate(page), READ | WRITE) if self._scratch.stepping else Stop.STEP
+        return (
+            (self._scratch.translate(page), READ | WRITE) if self._scratch.stepping else Stop.STEP
+        )
 
     def _protect_code(self, slot: Memslot, gfn: int) -> int:
         if not slot.rights & EXEC:

@@ -1,6 +1,7 @@
 """Taking turns: what is atomic on one emulator is not atomic beside another on the same memory, so one vCPU of a VM runs at a time.
 
-First come, first served. Whoever is next in line stops the one that runs after its slice; an exit or a wait gives the turn up before.
+First come, first served. Whoever is next in line stops the one that runs after its slice; an exit
+or a wait gives the turn up before.
 """
 
 import time

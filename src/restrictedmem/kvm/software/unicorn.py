@@ -1,6 +1,7 @@
 """Unicorn 2.1 through its C interface: the numbers and calls of <unicorn/unicorn.h>, and ``Uc``, one emulated x86-64.
 
-The package's own binding is left alone: importing it takes five times as long (75 ms, not 15), and a TLB fill through it twice as long.
+The package's own binding is left alone: importing it takes five times as long (75 ms, not 15), and
+a TLB fill through it twice as long.
 """
 
 import ctypes
@@ -20,8 +21,9 @@ from restrictedmem.units import PAGE_SIZE
 _ARCH_X86: Final = 4
 _MODE_64: Final = 8
 
-#: For translated code, which is dropped and translated again when it does not fit; and more than an emulator takes beside it. Bytes. By
-#: itself Unicorn takes 1 GiB (DEFAULT_CODE_GEN_BUFFER_SIZE), which a guest could have filled on each vCPU.
+#: For translated code, which is dropped and translated again when it does not fit; and more than an
+#: emulator takes beside it. Bytes. By itself Unicorn takes 1 GiB (DEFAULT_CODE_GEN_BUFFER_SIZE),
+#: which a guest could have filled on each vCPU.
 CODE_BUFFER: Final = 32 << 20
 _OTHER_MEMORY: Final = 64 << 20
 _MAP_NORESERVE: Final = 0x4000
@@ -90,26 +92,37 @@ _TLB_VIRTUAL: Final = 1
 
 #: Bytes of ``struct uc_context`` before the registers.
 _CONTEXT_HEAD: Final = 40
-#: Bytes of ``struct uc_struct`` to search, which has more; and of those between qemu_real_host_page_size and hook_insert (2.1.3, 2.1.4).
+#: Bytes of ``struct uc_struct`` to search, which has more; and of those between
+#: qemu_real_host_page_size and hook_insert (2.1.3, 2.1.4).
 _UC_STRUCT_HEAD: Final = 8192
 _WORDS_BEFORE_FLAGS: Final = 24
 
-# The hooks' prototypes, as cheap as ctypes converts them: the handle, which nobody needs, as an int, and the trailing user_data left out.
-_TlbFill = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_size_t, ctypes.c_int, ctypes.c_size_t)
+# The hooks' prototypes, as cheap as ctypes converts them: the handle, which nobody needs, as an
+# int, and the trailing user_data left out.
+_TlbFill = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_int, ctypes.c_size_t, ctypes.c_int, ctypes.c_size_t
+)
 _Interrupt = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_uint32)
 _In = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_int, ctypes.c_uint32, ctypes.c_int)
 _Out = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint32)
 _Instruction = ctypes.CFUNCTYPE(None, ctypes.c_int)
 _Cpuid = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)
 _Code = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_uint64, ctypes.c_uint32)
-_Unmapped = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_int64)
+_Unmapped = ctypes.CFUNCTYPE(
+    ctypes.c_bool, ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_int64
+)
 _IoRead = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_int, ctypes.c_uint64, ctypes.c_uint)
 _IoWrite = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_uint64, ctypes.c_uint, ctypes.c_uint64)
 
 
 class _Segment(ctypes.Structure):
     # uc_x86_mmr
-    _fields_ = (("selector", ctypes.c_uint16), ("base", ctypes.c_uint64), ("limit", ctypes.c_uint32), ("flags", ctypes.c_uint32))
+    _fields_ = (
+        ("selector", ctypes.c_uint16),
+        ("base", ctypes.c_uint64),
+        ("limit", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+    )
 
 
 @functools.cache
@@ -134,7 +147,12 @@ def library() -> ctypes.CDLL:
     loaded.uc_emu_stop.argtypes = [pointer]
     loaded.uc_hook_del.argtypes = [pointer, pointer]
     loaded.uc_reg_read.argtypes = loaded.uc_reg_write.argtypes = [pointer, number, pointer]
-    loaded.uc_reg_read_batch.argtypes = loaded.uc_reg_write_batch.argtypes = [pointer, pointer, pointer, number]
+    loaded.uc_reg_read_batch.argtypes = loaded.uc_reg_write_batch.argtypes = [
+        pointer,
+        pointer,
+        pointer,
+        number,
+    ]
     loaded.uc_context_alloc.argtypes = [pointer, ctypes.POINTER(pointer)]
     loaded.uc_context_save.argtypes = loaded.uc_context_restore.argtypes = [pointer, pointer]
     loaded.uc_context_free.argtypes = [pointer]
@@ -164,9 +182,13 @@ def _try_memory() -> None:
     """See that an emulator's memory can be had: it takes a buffer for code first, and calls exit(3) when there is none.
 
     Raises:
-        OSError: ENOMEM, also where memory may not be writable and executable at once (SELinux, PR_SET_MDWE).
+        OSError: ENOMEM, also where memory may not be writable and executable at once (SELinux,
+            PR_SET_MDWE).
     """
-    flags, rights = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
+    flags, rights = (
+        mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE,
+        mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC,
+    )
     try:
         mmap.mmap(-1, CODE_BUFFER + _OTHER_MEMORY, flags, rights).close()
     except OSError as error:
@@ -221,11 +243,13 @@ class Uc:
         # First: the next call makes the buffer.
         self._ctl(_CTL_TCG_BUFFER_SIZE, ctypes.c_uint32(CODE_BUFFER))
         self._ctl(_CTL_TLB_TYPE, ctypes.c_int(_TLB_VIRTUAL))
-        #: Unicorn's own flag against ending a run after any memory access of a block: what has read, changed and written memory would be
-        #: executed again then. (It is meant for Arm's IT blocks.) Instead, runs end where a block begins.
+        #: Unicorn's own flag against ending a run after any memory access of a block: what has
+        #: read, changed and written memory would be executed again then. (It is meant for Arm's IT
+        #: blocks.) Instead, runs end where a block begins.
         self._no_exit_request = ctypes.c_bool.from_address(_no_exit_request(handle.value or 0))
         self._no_exit_request.value = True
-        # uc_emu_start's ``until`` counts no more, and no exits are set: no address ends a run by itself.
+        # uc_emu_start's ``until`` counts no more, and no exits are set: no address ends a run by
+        # itself.
         self._ctl(_CTL_USE_EXITS, ctypes.c_int(1))
         self._until = 0
         self._kicked = ctypes.c_ubyte()
@@ -234,7 +258,11 @@ class Uc:
         """Let a code hook's ``stop`` take effect before its instruction, from now on; all code then runs at half the speed."""
         if self._no_exit_request.value:
             self._no_exit_request.value = False
-            self._hook(_HOOK_BLOCK, ctypes.c_void_p(_machine_code()[1]), user_data=ctypes.addressof(self._kicked))
+            self._hook(
+                _HOOK_BLOCK,
+                ctypes.c_void_p(_machine_code()[1]),
+                user_data=ctypes.addressof(self._kicked),
+            )
             self.flush_code()
 
     def close(self) -> None:
@@ -248,26 +276,38 @@ class Uc:
 
     def map(self, address: int, size: int, host: int) -> None:
         """Show ``size`` bytes of this process at ``host`` as physical memory, with every right; the fill hook decides on rights."""
-        _check("uc_mem_map_ptr", self._library.uc_mem_map_ptr(self._handle, address, size, PROT_ALL, host))
+        _check(
+            "uc_mem_map_ptr",
+            self._library.uc_mem_map_ptr(self._handle, address, size, PROT_ALL, host),
+        )
 
     def unmap(self, address: int, size: int) -> None:
         """Remove physical memory; asks the fill hook to translate ``address`` to itself, for a fetch."""
         _check("uc_mem_unmap", self._library.uc_mem_unmap(self._handle, address, size))
 
     def map_device(
-        self, address: int, size: int, read: Callable[[int, int, int], int], write: Callable[[int, int, int, int], None]
+        self,
+        address: int,
+        size: int,
+        read: Callable[[int, int, int], int],
+        write: Callable[[int, int, int, int], None],
     ) -> None:
         """Let ``read(uc, offset, bytes)`` and ``write(uc, offset, bytes, value)`` stand for physical memory."""
         on_read, on_write = _IoRead(read), _IoWrite(write)
         self._callbacks += (on_read, on_write)
-        _check("uc_mmio_map", self._library.uc_mmio_map(self._handle, address, size, on_read, None, on_write, None))
+        _check(
+            "uc_mmio_map",
+            self._library.uc_mmio_map(self._handle, address, size, on_read, None, on_write, None),
+        )
 
-    # Hooks. What one raises ends the engine (``sealing.end_when_lost``): ctypes would drop it, and the guest go on.
+    # Hooks. What one raises ends the engine (``sealing.end_when_lost``): ctypes would drop it, and
+    # the guest go on.
 
     def hook_tlb_fill(self, hook: Callable[[int, int, int, int], int]) -> None:
         """Call ``hook(uc, page, access, result)`` for each TLB miss.
 
-        It writes physical address and rights to the two 64-bit words at ``result`` and returns 1, or returns 0 and ends the run.
+        It writes physical address and rights to the two 64-bit words at ``result`` and returns 1,
+        or returns 0 and ends the run.
         """
         self._hook(_HOOK_TLB_FILL, _TlbFill(hook))
 
@@ -312,12 +352,20 @@ class Uc:
         _check("uc_hook_del", self._library.uc_hook_del(self._handle, hook.number))
         self._callbacks.remove(hook.callback)
 
-    def hook_unmapped_read(self, begin: int, size: int, hook: Callable[[int, int, int, int, int], bool]) -> None:
+    def hook_unmapped_read(
+        self, begin: int, size: int, hook: Callable[[int, int, int, int, int], bool]
+    ) -> None:
         """Call ``hook(uc, type, address, size, value)`` for each load from a hole in physical memory; False ends the run before it."""
         self._hook(_HOOK_MEM_READ_UNMAPPED, _Unmapped(hook), begin, begin + size - 1)
 
     def _hook(
-        self, kind: int, callback: object, begin: int = 1, end: int = 0, instruction: int | None = None, user_data: int | None = None
+        self,
+        kind: int,
+        callback: object,
+        begin: int = 1,
+        end: int = 0,
+        instruction: int | None = None,
+        user_data: int | None = None,
     ) -> "Hook":
         self._callbacks.append(callback)
         variadic = () if instruction is None else (ctypes.c_int(instruction),)
@@ -326,7 +374,15 @@ class Uc:
         hook = ctypes.byref(number)
         _check(
             "uc_hook_add",
-            self._library.uc_hook_add(self._handle, hook, ctypes.c_int(kind), callback, ctypes.c_void_p(user_data), *span, *variadic),
+            self._library.uc_hook_add(
+                self._handle,
+                hook,
+                ctypes.c_int(kind),
+                callback,
+                ctypes.c_void_p(user_data),
+                *span,
+                *variadic,
+            ),
         )
         return Hook(number, callback)
 
@@ -334,17 +390,25 @@ class Uc:
 
     def read(self, register: int) -> int:
         """Return a register."""
-        _check("uc_reg_read", self._library.uc_reg_read(self._handle, register, ctypes.byref(self._word)))
+        _check(
+            "uc_reg_read",
+            self._library.uc_reg_read(self._handle, register, ctypes.byref(self._word)),
+        )
         return self._word.value
 
     def write(self, register: int, value: int) -> None:
         """Set a register."""
         self._word.value = value
-        _check("uc_reg_write", self._library.uc_reg_write(self._handle, register, ctypes.byref(self._word)))
+        _check(
+            "uc_reg_write",
+            self._library.uc_reg_write(self._handle, register, ctypes.byref(self._word)),
+        )
 
     def forget_gdt(self) -> None:
         """Set the GDTR to nothing, so that no selector can be loaded."""
-        _check("uc_reg_write", self._library.uc_reg_write(self._handle, GDTR, ctypes.byref(_Segment())))
+        _check(
+            "uc_reg_write", self._library.uc_reg_write(self._handle, GDTR, ctypes.byref(_Segment()))
+        )
 
     def registers(self, *numbers: int) -> "Registers":
         """Prepare reading and writing several registers at once."""
@@ -416,7 +480,9 @@ class Registers:
 
     __slots__ = ("_call", "_handle", "_library", "_values")
 
-    def __init__(self, library: ctypes.CDLL, handle: ctypes.c_void_p, numbers: tuple[int, ...]) -> None:
+    def __init__(
+        self, library: ctypes.CDLL, handle: ctypes.c_void_p, numbers: tuple[int, ...]
+    ) -> None:
         count = len(numbers)
         self._library = library
         self._handle = handle
@@ -464,7 +530,9 @@ class Context:
 
     def restore(self) -> None:
         """Copy the registers back."""
-        _check("uc_context_restore", self._library.uc_context_restore(self._handle, self._address()))
+        _check(
+            "uc_context_restore", self._library.uc_context_restore(self._handle, self._address())
+        )
 
     def find(self, content: bytes) -> int:
         """Return where some bytes are in the copy, -1 when they are not."""

@@ -1,6 +1,7 @@
 """The engine on Unicorn: guest code is emulated, and every TLB miss of it is a fault of the secondary MMU.
 
-A run ends in a hook, and ``_why`` is the hook's word on it: an exit, or what has to be done before the guest goes on.
+A run ends in a hook, and ``_why`` is the hook's word on it: an exit, or what has to be done before
+the guest goes on.
 """
 
 import ctypes
@@ -86,22 +87,31 @@ class SoftwareVcpu:
         self._scratch = Scratch(uc, SCRATCH)
         self._hypercall_page = mmap.mmap(-1, PAGE_SIZE)
         self._hypercall_page[: len(HYPERCALL)] = HYPERCALL
-        uc.map(HYPERCALL_CODE, PAGE_SIZE, ctypes.addressof(ctypes.c_char.from_buffer(self._hypercall_page)))
+        uc.map(
+            HYPERCALL_CODE,
+            PAGE_SIZE,
+            ctypes.addressof(ctypes.c_char.from_buffer(self._hypercall_page)),
+        )
         uc.map(REPORT, PAGE_SIZE, ctypes.addressof(ctypes.c_char.from_buffer(self._report_page)))
-        self._hypercall = uc.registers(unicorn.RIP, unicorn.RAX, unicorn.RDI, unicorn.RSI, unicorn.RDX, unicorn.R10)
+        self._hypercall = uc.registers(
+            unicorn.RIP, unicorn.RAX, unicorn.RDI, unicorn.RSI, unicorn.RDX, unicorn.R10
+        )
         #: What IN, OUT, INS and OUTS may change.
         self._io = uc.registers(unicorn.RIP, unicorn.RAX, unicorn.RSI, unicorn.RDI)
         self._io_before: tuple[int, ...] = ()
-        #: The answer to the IN or OUT at an address, for when it is executed again: (RIP, port, value).
+        #: The answer to the IN or OUT at an address, for when it is executed again: (RIP, port,
+        #: value).
         self._io_answer: tuple[int, int, int] | None = None
 
         self._why: Exit | Stop | None = None
-        #: The exit that ``complete`` answers, the stores of one instruction still to be reported, and whether one is to be stepped.
+        #: The exit that ``complete`` answers, the stores of one instruction still to be reported,
+        #: and whether one is to be stepped.
         self._asked: exits.PortIn | exits.MmioRead | exits.Hypercall | None = None
         self._stores: deque[exits.MmioWrite] = deque()
         self._unfinished = False
-        #: How the guest stopped for good. It is never entered again: Unicorn stands behind some instructions that raised an exception, and
-        #: takes a second exception for one in the handler of the first, which makes it #DF.
+        #: How the guest stopped for good. It is never entered again: Unicorn stands behind some
+        #: instructions that raised an exception, and takes a second exception for one in the
+        #: handler of the first, which makes it #DF.
         self._ended: exits.Shutdown | None = None
         self._debug = GuestDebug(uc, self._memory, self._on_breakpoint)
         #: Whether an instruction was finished that a single step is still to be reported of.
@@ -368,7 +378,8 @@ class SoftwareVcpu:
             case exits.PortOut(port):
                 rip, _, rsi, _ = self._io_before
                 if self._uc.read(unicorn.RSI) != rsi:
-                    # OUTS: under a REP prefix the breakpoint came before the count, so it has to be executed again to be finished.
+                    # OUTS: under a REP prefix the breakpoint came before the count, so it has to be
+                    # executed again to be finished.
                     self._io.write(self._io_before)
                     self._io_answer = rip, port, 0
                 else:

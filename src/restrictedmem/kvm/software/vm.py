@@ -24,7 +24,12 @@ from restrictedmem.platform.host import NoPlatform, Platform
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t, pgoff_t
 
 #: Each is an emulator of its own, of some 4 MiB; and they take turns.
-_CAPABILITIES: Final = {Cap.NR_VCPUS: 1, Cap.MAX_VCPUS: 64, Cap.MAX_VCPU_ID: 64, Cap.PRE_FAULT_MEMORY: 1}
+_CAPABILITIES: Final = {
+    Cap.NR_VCPUS: 1,
+    Cap.MAX_VCPUS: 64,
+    Cap.MAX_VCPU_ID: 64,
+    Cap.PRE_FAULT_MEMORY: 1,
+}
 
 
 @final
@@ -85,7 +90,9 @@ class SoftwareVm:
         if not bindings:
             raise OSError(ESTALE, "no slot shows that restricted file: a token has to say which")
         binding = next(iter(bindings))
-        return self._binder.bind_again(binding, window, partial(self._show, self._halves[binding].file, window))
+        return self._binder.bind_again(
+            binding, window, partial(self._show, self._halves[binding].file, window)
+        )
 
     def _take_over(self, window: PageRange, bound: Bound) -> MemfdHalf:
         file = self._files.get(bound.ino)
@@ -159,7 +166,8 @@ class SoftwareVm:
         self._find_freed(half, shown)
         self._vcpus.drop(*self.mmu.invalidate_start(half, span))
         self._platform.invalidate(half.ino, shown, order)
-        # Not at the end: faults are let in again a moment before that is heard, and what they map is the guest's.
+        # Not at the end: faults are let in again a moment before that is heard, and what they map
+        # is the guest's.
         self._platform.freed(half.ino, shown)
 
     def invalidate_end(self, binding: int, span: PageRange, order: int | None) -> None:
@@ -274,10 +282,13 @@ class SoftwareVm:
 def _gone(half: MemfdHalf, span: PageRange) -> Iterator[PageRange]:
     """Yield the pages of a range that were taken, never given up, and are not in the file any more.
 
-    A page that was swapped out looks the same to mincore(2); ``lock`` keeps them in, and where it could not, it says so.
+    A page that was swapped out looks the same to mincore(2); ``lock`` keeps them in, and where it
+    could not, it says so.
     """
     start, pages = half.window.start, half.pages
-    present = mincore(half.half.address + (span.start - start << PAGE_SHIFT), len(span) << PAGE_SHIFT)
+    present = mincore(
+        half.half.address + (span.start - start << PAGE_SHIFT), len(span) << PAGE_SHIFT
+    )
     first = present.find(0)
     while first >= 0:
         end = present.find(1, first)

@@ -1,8 +1,8 @@
 """CMPXCHG8B and CMPXCHG16B: Unicorn has all flags but ZF from what an earlier block left.
 
-They are right where a block begins with them. So the emulated processor does not have them (CX8 and CX16 of
-CPUID): each ends the run as an invalid opcode, and is then executed alone, by a processor that has
-them. CPUID says that it does.
+They are right where a block begins with them. So the emulated processor does not have them (CX8 and
+CX16 of CPUID): each ends the run as an invalid opcode, and is then executed alone, by a processor
+that has them. CPUID says that it does.
 """
 
 from collections.abc import Generator
