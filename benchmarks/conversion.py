@@ -52,7 +52,7 @@ class _Machine:
         """Let the guest touch pages; it is back with its next question then."""
         exit_ = self.vcpu.run(_MEMORY + offset + pages - 1)
         if not isinstance(exit_, exits.Hypercall):
-            raise BenchError(f"the guest ended: {exit_}", "see docs/engines.md")
+            raise BenchError(f"the guest ended: {exit_}", "see docs/reference/engines.md")
 
     def populate(self) -> None:
         """Let the guest touch all of the half it sees."""

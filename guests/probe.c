@@ -1,6 +1,6 @@
 /*
  * Deliberate offences, one a run: argument 0 says which.  What is to come of
- * each is in docs/guests.md; a guest that goes on after one exits with 3.
+ * each is in docs/use/guests.md; a guest that goes on after one exits with 3.
  *
  *   attribute	touch a page whose attribute names a half that its slot lacks
  *   unbacked	load from an address that no slot covers

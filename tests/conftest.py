@@ -64,7 +64,7 @@ def _amd() -> str:
     return _processor() or (
         ""
         if emulation.is_amd()
-        else "lengths of what is invalid were compared with AMD's processors alone (docs/engines.md)"
+        else "lengths of what is invalid were compared with AMD's processors alone (docs/reference/engines.md)"
     )
 
 
@@ -146,7 +146,7 @@ def _orders() -> str:
     return (
         ""
         if os.geteuid() == 0
-        else "without root a service cannot learn the order of a folio (docs/folios.md)"
+        else "without root a service cannot learn the order of a folio (docs/understand/folios.md)"
     )
 
 

@@ -42,7 +42,7 @@ from users import as_user
 SEED = 0x0123_4567_89AB_CDEF
 START = 0x4002_6000
 MIB = 1 << 20
-THREAT_MODEL = Path(__file__).parent.parent / "docs" / "threat-model.md"
+THREAT_MODEL = Path(__file__).parent.parent / "docs" / "understand" / "threat-model.md"
 
 
 @pytest.fixture(scope="module")

@@ -152,7 +152,7 @@ USAGE = [
 
 NOT_ELF = r"exec: Exec format error \(not a static x86-64 ELF\)"
 CUT_SHORT = r"exec: Exec format error \(ELF is cut short\)"
-HOW_TO_BUILD = "docs/guests.md says how to build one"
+HOW_TO_BUILD = "docs/use/guests.md says how to build one"
 NO_REPORT = rf"report: Bad message \(it has {REPORT_BYTES} bytes, this has"
 
 INPUTS = [

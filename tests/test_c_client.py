@@ -47,7 +47,7 @@ pytestmark = pytest.mark.requires("cc")
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "clients" / "c"
 HEADER = SOURCE / "restrictedmem.h"
-DOCUMENT = (ROOT / "docs" / "wire-protocol.md").read_text(encoding="utf-8")
+DOCUMENT = (ROOT / "docs" / "reference" / "wire-protocol.md").read_text(encoding="utf-8")
 ENGINES = ["software", pytest.param("kernel", marks=pytest.mark.requires("kvm"))]
 #: Seconds that a program may take.
 PATIENCE = 60

@@ -1,9 +1,10 @@
 """Everything an owner can do to the descriptor, against what v9 and v10 say, and beside the descriptors the kernel has.
 
 One row, one operation. ``proposal`` is what memfd_restricted(2) answers. Where FUSE cannot express
-that, ``here`` is what it answers instead and ``key`` names the row of docs/divergences.md. The
-other columns are what a memfd, memfd_secret (a file made by the proposal's own recipe) and
-guest_memfd answer, where that was measured; they run on what the machine has.
+that, ``here`` is what it answers instead and ``key`` names the row of
+docs/reference/divergences.md. The other columns are what a memfd, memfd_secret (a file made by the
+proposal's own recipe) and guest_memfd answer, where that was measured; they run on what the machine
+has.
 """
 
 import fcntl
@@ -55,7 +56,7 @@ from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
 from restrictedmem.units import MAX_FILE_BYTES
 
-DIVERGENCES = Path(__file__).parent.parent / "docs" / "divergences.md"
+DIVERGENCES = Path(__file__).parent.parent / "docs" / "reference" / "divergences.md"
 KEEP = int(FallocMode.KEEP_SIZE)
 
 

@@ -1,6 +1,7 @@
 """One contract over both engines: what an owner and a guest may rely on, whichever runs the guest.
 
-Where the engines differ, the difference has a key in ``DIFFERENCES`` and a row in docs/engines.md.
+Where the engines differ, the difference has a key in ``DIFFERENCES`` and a row in
+docs/reference/engines.md.
 """
 
 import contextlib
@@ -37,7 +38,7 @@ from waiting import wait_until
 
 pytestmark = pytest.mark.requires("fuse")
 
-ENGINES_MD: Final = Path(__file__).parent.parent / "docs" / "engines.md"
+ENGINES_MD: Final = Path(__file__).parent.parent / "docs" / "reference" / "engines.md"
 PAGE: Final = 4096
 MIB: Final = 1 << 20
 PRIVATE: Final = guest_abi.PRIVATE_BASE

@@ -1,4 +1,4 @@
-"""What a guest sees of the processor, on both engines; what differs has a row in docs/engines.md, and a key here."""
+"""What a guest sees of the processor, on both engines; what differs has a row in docs/reference/engines.md, and a key here."""
 
 import re
 from collections.abc import Iterator

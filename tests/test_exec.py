@@ -237,7 +237,7 @@ def test_it_cannot_be_mapped_privately_either() -> None:
 
 
 def test_a_private_mapping_is_refused_as_a_shared_one_is() -> None:
-    """Of which the kernel alone decides. What depends on more than the numbers of the call is a row of docs/divergences.md."""
+    """Of which the kernel alone decides. What depends on more than the numbers of the call is a row of docs/reference/divergences.md."""
     code = (
         "fd = call(0); os.posix_fallocate(fd, 0, 4096); path = os.open(f'/proc/self/fd/{fd}', os.O_PATH)\n"
         "libc.mmap.restype = ctypes.c_void_p\n"

@@ -226,7 +226,7 @@ def hold_word(seed: int, address: int) -> int:
 
 @pytest.mark.requires("cc", "fuse")
 def test_the_example_of_the_docs_runs(tmp_path: Path) -> None:
-    text = (ROOT / "docs" / "guests.md").read_text()
+    text = (ROOT / "docs" / "use" / "guests.md").read_text()
     (source,) = re.findall(r"```c\n(.*?)```", text, re.DOTALL)
     for name in ("Makefile", "guest.ld", "record.py", "start.S"):
         shutil.copy(GUESTS / name, tmp_path)

@@ -37,7 +37,7 @@ FILTER = "a seccomp filter forbids the call"
             "guests/guest.ld",
         ),
         ("exec", ENOEXEC, "it ends at 0x1, and the stacks of 1 vCPUs begin at 0x0", "--memory"),
-        ("exec", ENOEXEC, "not a static x86-64 ELF", "docs/guests.md"),
+        ("exec", ENOEXEC, "not a static x86-64 ELF", "docs/use/guests.md"),
         ("start", EACCES, "the service cannot start: /dev/fuse", DOCTOR),
         ("start", EPERM, "mount", DOCTOR),
         ("start", ENODEV, "/dev/fuse", DOCTOR),

@@ -156,7 +156,7 @@ FETCHED: Final = (
 def test_what_is_invalid_is_fetched_whole(service: Service, engine: str, code: str) -> None:
     """Up to the page's end, wherever it is cut; the next page is needed for no more than that."""
     if engine == "kernel" and code.startswith("62") and emulation.has("avx512f"):
-        pytest.skip("62 begins a longer instruction here (EVEX): docs/engines.md")
+        pytest.skip("62 begins a longer instruction here (EVEX): docs/reference/engines.md")
     whole = bytes.fromhex(code)
     cuts = [len(bytes.fromhex(code[:index])) for index, letter in enumerate(code) if letter == " "]
     for inside in (*cuts, len(whole)):

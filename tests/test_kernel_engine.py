@@ -574,7 +574,7 @@ def test_what_differs_from_kernel_to_kernel(vm: KernelVm, key: str) -> None:
 
 def test_every_difference_of_kernels_has_its_row() -> None:
     table = (
-        (Path(__file__).parent.parent / "docs" / "engines.md")
+        (Path(__file__).parent.parent / "docs" / "reference" / "engines.md")
         .read_text(encoding="utf-8")
         .split("## From kernel to kernel")[1]
     )

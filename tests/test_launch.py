@@ -81,7 +81,7 @@ class Launched:
         )
 
     def by_the_book(self) -> bytes:
-        """Compute it as docs/reports.md has it, from nothing of the package."""
+        """Compute it as docs/use/reports.md has it, from nothing of the package."""
         value = sha384(b"restrictedmem launch 1\0" + struct.pack("<II", self.policy, 0)).digest()
         for gpa, content in self.pages:
             for start in range(0, len(content), PAGE):
@@ -754,7 +754,7 @@ def test_no_message_shows_a_register_or_private_memory(vm: Vm) -> None:
 @pytest.mark.requires("fuse")
 def test_a_port_shows_as_many_bytes_as_it_is_wide(vm: Vm, engine: str) -> None:
     if engine == "kernel":
-        pytest.skip("ports in private memory: docs/engines.md")
+        pytest.skip("ports in private memory: docs/reference/engines.md")
     with start(vm, code(_FULL, mov(RAX, SECRET), "e642", "66e742", "e742")) as vcpu:
         assert [vcpu.run() for _ in range(3)] == [
             exits.PortOut(0x42, size, SECRET & (1 << 8 * size) - 1) for size in (1, 2, 4)

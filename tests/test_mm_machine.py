@@ -163,7 +163,7 @@ class Shim(RuleBasedStateMachine):
         else:
             assert result is None
             self.size = length
-            # To 0 at size 0, tmpfs frees what lies beyond the end: docs/divergences.md,
+            # To 0 at size 0, tmpfs frees what lies beyond the end: docs/reference/divergences.md,
             # ftruncate-empty.
             if length:
                 os.ftruncate(self.plain.fileno(), length)

@@ -45,10 +45,10 @@ Event = dict[str, Any]
 
 
 def documented() -> dict[str, set[str]]:
-    """The table of docs/trace.md: event, and the fields it may have."""
+    """The table of docs/use/trace.md: event, and the fields it may have."""
     rows = re.findall(
         r"^\| (\w+) \| (?:both|engine|owner) \| (.*) \|$",
-        (ROOT / "docs" / "trace.md").read_text(),
+        (ROOT / "docs" / "use" / "trace.md").read_text(),
         re.MULTILINE,
     )
     return {event: set(fields.split(", ")) for event, fields in rows}

@@ -1,4 +1,4 @@
-"""What ``scripts/under-kernel`` gives to a kernel; whether one boots is tried by hand (docs/kernels.md)."""
+"""What ``scripts/under-kernel`` gives to a kernel; whether one boots is tried by hand (docs/reference/kernels.md)."""
 
 import importlib.util
 import lzma

@@ -316,7 +316,7 @@ def test_an_address_without_memory(service: Service, engine: str) -> None:
     with Vmm(MIB, service, engine=engine) as vmm:
         ended = run(load(vmm, "probe", "unbacked")).ended
     # A guest at CPL 3 cannot have its accesses to private memory emulated by KVM, and so no MMIO
-    # (docs/engines.md).
+    # (docs/reference/engines.md).
     fatal = (
         exits.MmioRead(0x3000_0000, 8)
         if engine == "software"

@@ -1,6 +1,6 @@
 /*
  * A VM on restricted memory, for owners written in C11 or C++11: the protocol
- * of docs/wire-protocol.md, which is KVM's ioctls as messages.
+ * of docs/reference/wire-protocol.md, which is KVM's ioctls as messages.
  *
  * One header and libc, nothing to link.  Compile as gnu11, or define
  * _GNU_SOURCE before the first include.

@@ -9,7 +9,7 @@
  * private service with that interpreter; -x, under `restrictedmem exec`, makes
  * the descriptor by the system call and uses the service behind it.  What a VMM is for here: it makes the
  * descriptor, hands it to the VM, loads the guest, prints the measurement (to
- * stderr) and answers hypercalls (docs/guests.md).  The private memory it
+ * stderr) and answers hypercalls (docs/use/guests.md).  The private memory it
  * cannot see.
  */
 #define _GNU_SOURCE		/* memfd_create, fallocate */

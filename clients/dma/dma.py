@@ -1,4 +1,4 @@
-"""A DMA device whose IOMMU leads to restricted memory: a whole consumer, in one file (docs/consumers.md walks through it).
+"""A DMA device whose IOMMU leads to restricted memory: a whole consumer, in one file (docs/use/consumers.md walks through it).
 
 Its owner attaches windows of restricted files at device addresses, and has the device move bytes
 between them.
@@ -19,10 +19,8 @@ from restrictedmem.service.wire import Call, Channel, Message
 from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
 
 # What an owner says. Addresses are the device's; they and lengths are bytes.
-ATTACH, ATTACH_BODY = (
-    Call("ATTACH", 1),
-    Struct("=16sQQQ"),
-)  # a presented token, address, first page, page after the last
+# A presented token, address, first page, page after the last.
+ATTACH, ATTACH_BODY = Call("ATTACH", 1), Struct("=16sQQQ")
 DETACH, DETACH_BODY = Call("DETACH", 2), Struct("=Q")  # address
 COPY, COPY_BODY = Call("COPY", 3), Struct("=QQQ")  # from, to, length
 FILL, FILL_BODY = Call("FILL", 4), Struct("=QQB")  # to, length, byte

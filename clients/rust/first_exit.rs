@@ -1,4 +1,4 @@
-//! From a restricted descriptor to a guest's first exit, in Rust: docs/wire-protocol.md spoken with std and libc's sockets alone.
+//! From a restricted descriptor to a guest's first exit, in Rust: docs/reference/wire-protocol.md spoken with std and libc's sockets alone.
 //!
 //!     rustc --edition 2021 first_exit.rs && ./first_exit SOCKET
 //!

@@ -7,7 +7,7 @@ __all__ = ["RMFD_HUGEPAGE", "memfd_restricted"]
 __version__ = "0.1.0"
 
 #: Flag of ``memfd_restricted``: a hint to use folios of 2 MiB, whatever the machine's policy
-#: (docs/folios.md).
+#: (docs/understand/folios.md).
 RMFD_HUGEPAGE = 0x0002
 
 

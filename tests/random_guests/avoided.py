@@ -1,6 +1,6 @@
 """Instructions that the engines are known to execute differently: no program has them.
 
-Each has a row in docs/engines.md, and an example that differs as long as the row is true
+Each has a row in docs/reference/engines.md, and an example that differs as long as the row is true
 (``tests/test_fuzz_engines.py``).
 """
 

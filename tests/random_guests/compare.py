@@ -1,4 +1,4 @@
-"""Where two engines differ in what a program did, but for what docs/engines.md says of them."""
+"""Where two engines differ in what a program did, but for what docs/reference/engines.md says of them."""
 
 from itertools import zip_longest
 from typing import Final

@@ -7,7 +7,7 @@ from .operands import Dice
 from .program import Piece
 
 #: With a ``[rbx]`` where there is an operand; whatever it does, nothing else of the program
-#: follows. Selectors are those that no host's table has (docs/engines.md, `selectors`).
+#: follows. Selectors are those that no host's table has (docs/reference/engines.md, `selectors`).
 _CODES: Final = (
     ("ud2", "0f0b"), ("ud1", "0fb9c3"), ("ud0", "0fffc3"), ("int3", "cc"), ("int1", "f1"),
     ("int 0x80", "cd80"), ("int 3", "cd03"), ("int 13", "cd0d"), ("hlt", "f4"), ("cli", "fa"), ("sti", "fb"),

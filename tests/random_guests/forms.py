@@ -123,7 +123,7 @@ def _locks(dice: Dice, rm: int | Mem, size: int) -> bool:
 
 
 def _may_lock(rm: Mem, size: int) -> bool:
-    """Say whether an access may be atomic: not over two cache lines (docs/engines.md, `split-lock`)."""
+    """Say whether an access may be atomic: not over two cache lines (docs/reference/engines.md, `split-lock`)."""
     return not rm.target % (size // 8)
 
 

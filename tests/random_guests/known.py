@@ -1,4 +1,4 @@
-"""Differences that are known, each with its row in docs/engines.md."""
+"""Differences that are known, each with its row in docs/reference/engines.md."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -27,7 +27,8 @@ from .x86 import (
 
 _BYTES: Final = {8: 1, 16: 2, 32: 4, 64: 8}
 _LETTERS: Final = {8: "b", 16: "w", 32: "d", 64: "q"}
-#: Of what PUSHF stores, the bits that this program decides on (docs/engines.md, `flags-register`).
+#: Of what PUSHF stores, the bits that this program decides on (docs/reference/engines.md,
+#: `flags-register`).
 _SEEN: Final = STATUS | DF
 #: Hypercalls that the engine itself has no part in (``guest_abi.ARGUMENTS``).
 _NUMBERS: Final = (0, 1, 2, 4, 5, 77)
@@ -298,7 +299,7 @@ def call(dice: Dice, number: int) -> Pieces:
 
 
 def port(dice: Dice) -> Pieces:
-    """An access to a port, by DX, by a number, or from and to memory; only in shared code (docs/engines.md, `port-in-private-code`)."""
+    """An access to a port, by DX, by a number, or from and to memory; only in shared code (docs/reference/engines.md, `port-in-private-code`)."""
     size = dice.random.choice((8, 16, 32))
     wide, head = size != 8, b"\x66" if size == 16 else b""
     number = load(RDX, dice.random.choice((0, 0x42, 0xF3, 0xF4, 0xF5, 0x3F8, 0xFFF0)))

@@ -2,7 +2,7 @@
 
 What is x86's is in ``kvm_x86``, what a vCPU shares with its process in ``kvm_run``. Numbers are
 those of the header, or of the posting where it never reached a header. The same numbers and structs
-are what an owner sends to an engine process (docs/wire-protocol.md).
+are what an owner sends to an engine process (docs/reference/wire-protocol.md).
 """
 
 import ctypes

@@ -25,7 +25,7 @@ class Outcome(Enum):
     MEASURED = "the measurement tells"
     """It changes the launch, and whoever verifies the guest's report sees that it did."""
     OPEN = "open by design"
-    """It led to the content, and docs/threat-model.md says so."""
+    """It led to the content, and docs/understand/threat-model.md says so."""
     FOUND = "FOUND"
     """It led to the content, or to power over the guest, and nothing says that it should."""
     CONTROL = "found, as it must"
@@ -54,7 +54,7 @@ class Route:
     power: bool = False
     """Whether not being refused is a find in itself, content or none."""
     open_by: str = ""
-    """The item of docs/threat-model.md that leaves it open."""
+    """The item of docs/understand/threat-model.md that leaves it open."""
     root: bool = False
     """Whether capabilities are what it takes."""
     control: bool = False

@@ -2,7 +2,7 @@
 
 A scenario is a function that makes a world; its docstring says for a person what meets what. A
 design that a scenario convicts by its nature is listed with the reason: that is a finding about the
-design (docs/findings.md), and its absence would be news.
+design (docs/understand/findings.md), and its absence would be news.
 """
 
 from errno import ENOMEM, ENOSPC

@@ -91,7 +91,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Run the production code of fault path, notifiers, conversions and teardown in every order of its steps, for each "
         "design of the notifications, and say whether what must hold always does, or show the shortest schedule in which it does not. "
         "Exit status 0 when all was searched and nothing found that is not known of a design, else 1. "
-        "How to read a schedule: docs/check.md.",
+        "How to read a schedule: docs/understand/check.md.",
         epilog="examples:\n"
         "  restrictedmem check                                          everything, a few minutes\n"
         "  restrictedmem check --design v10                             what is the default\n"

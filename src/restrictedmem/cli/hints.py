@@ -21,14 +21,14 @@ _REFUSED: Final = (EACCES, EPERM)
 _ABSENT: Final = (ENOENT, ENODEV, ENOSYS)
 _DOCTOR: Final = "restrictedmem doctor says which way to mount is open here, and how to open one"
 _FORBIDDEN: Final = "a seccomp filter forbids the call, a container's for one (docker run --security-opt); restrictedmem doctor says more"
-_BUILD: Final = "docs/guests.md says how to build one"
-_LINKED: Final = "link it with guests/guest.ld: docs/guests.md"
+_BUILD: Final = "docs/use/guests.md says how to build one"
+_LINKED: Final = "link it with guests/guest.ld: docs/use/guests.md"
 _LARGER: Final = "give it more --memory"
 _MEMORY: Final = (
     "a limit of this process (ulimit -v), of its cgroup (memory.max), or of the machine"
 )
 #: For --pin: more was to be pinned than may be.
-PINNED: Final = "a limit of this user on pinned memory (ulimit -l), which all rings share; who has CAP_IPC_LOCK has none (docs/pinning.md)"
+PINNED: Final = "a limit of this user on pinned memory (ulimit -l), which all rings share; who has CAP_IPC_LOCK has none (docs/understand/pinning.md)"
 _DESCRIPTORS: Final = "a limit of this process: ulimit -n"
 _SERVICES_DESCRIPTORS: Final = (
     "a limit of the service (ulimit -Hn where it starts), or of the machine (fs.file-max)"

@@ -35,7 +35,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser(command: str | None = None) -> argparse.ArgumentParser:
-    """Build the parser, of one command alone when it is named; the help texts in it are the only source of docs/cli.md."""
+    """Build the parser, of one command alone when it is named; the help texts in it are the only source of docs/reference/cli.md."""
     top = _Parser(
         prog="restrictedmem",
         description="Memory that its owner can create, size, preallocate, punch and close, but never read, write or map: "

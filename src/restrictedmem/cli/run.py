@@ -80,7 +80,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--trace",
         metavar="FILE",
-        help="write the events of the run as JSON lines (docs/trace.md); what cannot be written is said, with "
+        help="write the events of the run as JSON lines (docs/use/trace.md); what cannot be written is said, with "
         "the guest's exit status, or 1 in place of 0",
     )
     parser.add_argument(
@@ -97,7 +97,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         const="as-owner",
         metavar="as-root",
         help="instead of a guest of yours run one that holds a random pattern, try every way an owner has to get at it, without the "
-        "capabilities that open any process (as-root: with them), and exit with 1 if one succeeds that docs/threat-model.md does not list",
+        "capabilities that open any process (as-root: with them), and exit with 1 if one succeeds that docs/understand/threat-model.md does not list",
     )
     parser.add_argument(
         "--json",
@@ -121,7 +121,7 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
         "--design",
         type=_design,
         metavar="NAME",
-        help=f"what of a punch the VM hears, and when pages go: {', '.join(design.NAMES)} (docs/designs.md; default: that of --api). With "
+        help=f"what of a punch the VM hears, and when pages go: {', '.join(design.NAMES)} (docs/understand/designs.md; default: that of --api). With "
         f"{design.TEARDOWN} behind it, a VM that ends hears that everything goes, which no posting did",
     )
     parser.add_argument(
@@ -133,13 +133,13 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pin",
         action="store_true",
-        help="keep each page at its physical address once the guest has it (docs/pinning.md; software engine)",
+        help="keep each page at its physical address once the guest has it (docs/understand/pinning.md; software engine)",
     )
     parser.add_argument(
         "--platform",
         choices=host.NAMES,
         help="model a SEV-SNP host under the guest, say at the end what is left of its direct map and RMP, and exit with 1 if a rule was "
-        "violated: snp keeps private pages in the direct map, split where it must be; snp-unmapped takes them out (docs/platform.md; "
+        "violated: snp keeps private pages in the direct map, split where it must be; snp-unmapped takes them out (docs/understand/platform.md; "
         "software engine)",
     )
 
@@ -302,13 +302,13 @@ def _launched(
 def _space(args: argparse.Namespace) -> str:
     """Return what there is to be done for want of space."""
     if args.backing in _POOLS:
-        return f"the machine has no huge page left: set more aside, {_POOLS[args.backing]} (docs/folios.md)"
+        return f"the machine has no huge page left: set more aside, {_POOLS[args.backing]} (docs/understand/folios.md)"
     return "raise --memory-max" if args.memory_max is not None else ""
 
 
 def _tell_lost(path: str, count: int) -> None:
     print(
-        f"{path}: {count} events are missing, which found the socket full (docs/trace.md)",
+        f"{path}: {count} events are missing, which found the socket full (docs/use/trace.md)",
         file=sys.stderr,
     )
 

@@ -96,24 +96,24 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         type=values.memory_size,
         metavar="SIZE",
         help="what all services of clients of one uid may take together, with engines and guests: they are in a cgroup of their own, and "
-        "when that is full, the kernel kills in it alone (docs/threat-model.md; default: all services are in this command's cgroup)",
+        "when that is full, the kernel kills in it alone (docs/understand/threat-model.md; default: all services are in this command's cgroup)",
     )
     parser.add_argument(
         "--design",
         metavar="NAME",
-        help=f"what consumers hear of a punch: {', '.join(design.NAMES)}, each also with {design.TEARDOWN} behind it (docs/designs.md; "
+        help=f"what consumers hear of a punch: {', '.join(design.NAMES)}, each also with {design.TEARDOWN} behind it (docs/understand/designs.md; "
         "default: that of --api)",
     )
     parser.add_argument(
         "--backing",
         choices=KINDS,
         default="memfd",
-        help="what pages are made of (docs/folios.md; default memfd)",
+        help="what pages are made of (docs/understand/folios.md; default memfd)",
     )
     parser.add_argument(
         "--pin",
         action="store_true",
-        help="have consumers keep pages at their physical addresses (docs/pinning.md)",
+        help="have consumers keep pages at their physical addresses (docs/understand/pinning.md)",
     )
     parser.add_argument(
         "--consumer",
@@ -121,7 +121,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action="append",
         default=[],
         metavar="NAME=PATH",
-        help="a Python program that may have the content of descriptors, of whoever asks for NAME (docs/consumers.md); it is trusted as "
+        help="a Python program that may have the content of descriptors, of whoever asks for NAME (docs/use/consumers.md); it is trusted as "
         "this command is. Can be repeated",
     )
     parser.set_defaults(main=main)

@@ -12,7 +12,7 @@ from restrictedmem.paths import NewFile
 
 #: More than any event has.
 _LONGEST_LINE = 1 << 16
-_CUT_OFF = "what there is was converted; the run was killed or is under way, its disk was full, or its pipe was (docs/trace.md)"
+_CUT_OFF = "what there is was converted; the run was killed or is under way, its disk was full, or its pipe was (docs/use/trace.md)"
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -20,7 +20,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "trace",
         help="convert a trace of a run",
-        description="Convert what run --trace wrote (docs/trace.md says what is in it).",
+        description="Convert what run --trace wrote (docs/use/trace.md says what is in it).",
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     to_perfetto = actions.add_parser(

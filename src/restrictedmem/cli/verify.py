@@ -34,7 +34,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="check a guest's report",
         description="Check the signature of a report that a guest asked for, and that it says what is expected. What was not asked for is "
         "not checked, and said to be so. Exit status 0 when the signature and all that was asked for are right, else 1. What a "
-        "report is worth: docs/threat-model.md.",
+        "report is worth: docs/understand/threat-model.md.",
         epilog="examples:\n"
         "  echo report 42 | restrictedmem run seal | restrictedmem verify - --guest seal\n"
         "  restrictedmem verify seal.report --key service.pem --data 3432 --guest seal",

@@ -137,7 +137,7 @@ class BoundFile:
         return self._pages.get_page_noalloc(pgoff)
 
     def put_page(self, pgoff: pgoff_t) -> None:
-        """Give a page back that is not used any more; what was written stays in the file (but docs/designs.md, ``lazy``)."""
+        """Give a page back that is not used any more; what was written stays in the file (but docs/understand/designs.md, ``lazy``)."""
         self._pages.put_page(pgoff)
 
     def _check(self, pgoff: pgoff_t) -> None:

@@ -2,7 +2,7 @@
 
 The file operations a restricted file lacks are refused the way the kernel refuses them for a file
 without those operations; the table of who refuses what, and what FUSE itself answers instead, is
-docs/divergences.md.
+docs/reference/divergences.md.
 """
 
 import ctypes

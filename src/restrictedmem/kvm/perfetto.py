@@ -1,4 +1,4 @@
-"""From events (docs/trace.md) to Perfetto's own trace format, which ui.perfetto.dev opens: protobuf, ``perfetto.protos.Trace``.
+"""From events (docs/use/trace.md) to Perfetto's own trace format, which ui.perfetto.dev opens: protobuf, ``perfetto.protos.Trace``.
 
 A process is a process there and a thread a thread; what has a duration is a slice, a vCPU's time in
 the guest too; what has none is an instant; private pages are a counter of the engine's.

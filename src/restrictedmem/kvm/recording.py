@@ -1,4 +1,4 @@
-"""The owner's part of a trace: the file, and what only the owner knows (docs/trace.md)."""
+"""The owner's part of a trace: the file, and what only the owner knows (docs/use/trace.md)."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Events of a run as JSON lines (docs/trace.md): one schema for owner and engine, and for both engines.
+"""Events of a run as JSON lines (docs/use/trace.md): one schema for owner and engine, and for both engines.
 
 The engine sends its events over a socket to the owner, which writes them, and its own, to a file
 (``recording``). What is in them is metadata that a host has of every guest: numbers of pages, kinds

@@ -264,7 +264,7 @@ class Vm:
             self._channel.call(wire.DBG_WRITE, wire.DBG.pack(gpa + start, len(chunk)) + chunk)
 
     def start_trace(self) -> socket.socket:
-        """Have the engine send its events (docs/trace.md), and return the socket to read them from, which is the caller's.
+        """Have the engine send its events (docs/use/trace.md), and return the socket to read them from, which is the caller's.
 
         It ends where the trace ends: a further one ends the one before.
 

@@ -1,4 +1,4 @@
-"""What an owner says to an engine: KVM's ioctls as messages (docs/wire-protocol.md).
+"""What an owner says to an engine: KVM's ioctls as messages (docs/reference/wire-protocol.md).
 
 A call's number is the ioctl's request number where KVM, v9 or v10 has one, and its body is the
 ioctl's struct. Where an ioctl takes an address of the caller or a restricted descriptor, which mean

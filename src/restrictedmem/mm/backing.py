@@ -32,7 +32,7 @@ class Allocator(Protocol):
 
         Raises:
             OSError: ENOENT for a page that is missing; EACCES, ENOSYS, ENOTTY, EPERM where the
-                kernel does not tell (docs/folios.md).
+                kernel does not tell (docs/understand/folios.md).
         """
         ...
 

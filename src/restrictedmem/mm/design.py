@@ -1,8 +1,8 @@
 """The designs of the thread: what consumers of a file hear of a punch, in which ranges and order, and what is freed when.
 
 One small class each behind one seam, ``Design``; ``RestrictedFile`` calls it with the notifier
-semaphore held. A file, a VM or a study picks one by name (``make``). docs/designs.md has whose each
-is and what is known to be wrong with it.
+semaphore held. A file, a VM or a study picks one by name (``make``). docs/understand/designs.md has
+whose each is and what is known to be wrong with it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

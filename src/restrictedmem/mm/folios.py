@@ -17,7 +17,7 @@ from restrictedmem.abi.memory import PMD_ORDER, PMD_SIZE, Mapping
 from restrictedmem.failure import failed
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
 
-#: What a kernel answers that cannot tell what pages are made of (docs/folios.md).
+#: What a kernel answers that cannot tell what pages are made of (docs/understand/folios.md).
 NOT_TOLD: Final = (EACCES, EINVAL, ENOSYS, ENOTTY, EPERM)
 #: Pages of the folio that a 2 MiB entry maps.
 BLOCK: Final = 1 << PMD_ORDER

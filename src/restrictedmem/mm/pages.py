@@ -26,8 +26,8 @@ class Pages:
 
     Local to the consumer's process: a missing page is allocated in the memfd without a message to
     the service. Every page handed out reads as zero until the consumer writes it (the proposal left
-    the host's old content in: docs/divergences.md). A page that was taken is a reference, until it
-    is put or the range is invalidated.
+    the host's old content in: docs/reference/divergences.md). A page that was taken is a reference,
+    until it is put or the range is invalidated.
 
     Orders are asked of the backing once for each 2 MiB. Only a punch splits a folio, and it is told
     before (``invalidate_start``) and after (``invalidate_end``), for a part of the folio at least.
@@ -99,7 +99,7 @@ class Pages:
         Raises:
             OSError: EAGAIN while the page is being invalidated; EFAULT outside the window; ENOENT
                 for a hole; EACCES, ENOSYS, ENOTTY, EPERM where the kernel does not tell
-                (docs/folios.md).
+                (docs/understand/folios.md).
         """
         if pgoff not in range(self._start, self._window.end):
             raise failed("get_page", EFAULT, "outside the window")

@@ -3,7 +3,7 @@
 The postings left an open end: pages are unevictable, but migration could move what a TD or an SNP
 guest has mapped. The kernel's answer was an address space whose pages cannot migrate; from user
 space it is a reference that migration respects (FOLL_LONGTERM), and one that anybody can take is
-that of a buffer registered with a ring (docs/pinning.md).
+that of a buffer registered with a ring (docs/understand/pinning.md).
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
 """SEV-SNP's reverse map table: whose each physical page is, and what the processor refuses.
 
 The instructions and their failures as Linux relies on them (arch/x86/virt/svm/sev.c); which fields
-an entry has and what each instruction does is in docs/platform.md, with its sources. What Linux
-does with the table is in ``sev``.
+an entry has and what each instruction does is in docs/understand/platform.md, with its sources.
+What Linux does with the table is in ``sev``.
 """
 
 from collections import Counter

@@ -1,8 +1,8 @@
 """A host with SEV-SNP: its reverse map table and direct map, kept in step with what a VM maps and loses.
 
-A model: docs/platform.md says of what, and of what not. Each GiB of a file lies in a GiB of
-physical memory of its own, in the order of first use, so that the same calls always have the same
-result; pages of one folio are contiguous there, and so are pages of many.
+A model: docs/understand/platform.md says of what, and of what not. Each GiB of a file lies in a GiB
+of physical memory of its own, in the order of first use, so that the same calls always have the
+same result; pages of one folio are contiguous there, and so are pages of many.
 """
 
 from collections import deque

@@ -1,4 +1,4 @@
-"""The programs that may hold restricted memory: the library's own, and those that whoever starts a service names (docs/consumers.md).
+"""The programs that may hold restricted memory: the library's own, and those that whoever starts a service names (docs/use/consumers.md).
 
 All are loaded before the service is ready. The owner's files may be other files later.
 """

@@ -1,4 +1,4 @@
-"""An attestation report: what a service says about one of its VMs, over 64 bytes of the guest's choice (docs/reports.md).
+"""An attestation report: what a service says about one of its VMs, over 64 bytes of the guest's choice (docs/use/reports.md).
 
 The layout is fixed and little-endian, so that a report can be kept, sent and checked elsewhere.
 Texts are filled up with zero bytes.

@@ -1,4 +1,4 @@
-"""Messages between owner, service and engine: one datagram each way over a ``SOCK_SEQPACKET`` socket (docs/wire-protocol.md).
+"""Messages between owner, service and engine: one datagram each way over a ``SOCK_SEQPACKET`` socket (docs/reference/wire-protocol.md).
 
 A request is a 32-bit call number, 32 bits of zero and a body; a reply is a 32-bit errno (0 for
 success), 32 bits of zero and a body, which on failure is text for a person. Descriptors travel in
