@@ -9,10 +9,10 @@ from typing import Final
 
 from benchmarks.common import Aim, BenchError, Figure, Lab, Pairs, one_core, service, within
 from restrictedmem.abi import memory
-from restrictedmem.kvm import exits, guest_abi
-from restrictedmem.kvm.vm import Vcpu, Vm
+from restrictedmem.protocol import exits, guest_abi
 from restrictedmem.service.client import Service
 from restrictedmem.units import PAGE_SIZE
+from restrictedmem.vmm.vm import Vcpu, Vm
 
 _STEP: Final = 2 << 20
 _PAGES: Final = _STEP // PAGE_SIZE

@@ -23,7 +23,7 @@ from benchmarks.guest import HEAP_OFFSET
 from restrictedmem.abi import memory
 from restrictedmem.abi.memory import PUNCH, FallocMode
 from restrictedmem.fs.filesystem import NAME
-from restrictedmem.fs.mount import mount_detached
+from restrictedmem.fs.mount_ways import mount_detached
 from restrictedmem.units import PAGE_SIZE
 
 _ALLOCATE: Final = int(FallocMode.KEEP_SIZE)

@@ -7,7 +7,7 @@ from typing import Final
 
 from benchmarks.common import BenchError, Figure, Lab, alternate, below, one_core, within
 from restrictedmem.abi.kvm import Cap, ExitReason, kvm_regs
-from restrictedmem.devkvm import Kvm, Vcpu, address_of
+from restrictedmem.devkvm import Kvm, VcpuFd, address_of
 from restrictedmem.units import PAGE_SIZE
 
 _ROUNDS: Final = 15
@@ -20,7 +20,7 @@ _PRIVATE_SIZE: Final = 1 << 20
 _GUEST: Final = bytes.fromhex("e642 ebfc")
 
 
-def _to_first_exit(then: Callable[[Vcpu], float]) -> float:
+def _to_first_exit(then: Callable[[VcpuFd], float]) -> float:
     """Make what ``kvm_guest.c`` makes, run to the first exit, and do something with the vCPU."""
     with mmap.mmap(-1, PAGE_SIZE) as memory, Kvm.open() as kvm, kvm.create_vm() as vm:
         memory[: len(_GUEST)] = _GUEST
@@ -60,7 +60,7 @@ def exits(lab: Lab) -> Iterator[Figure]:
     _need_guest_memfd()
     count = lab.amount(_EXITS, 200)
 
-    def ours(vcpu: Vcpu) -> float:
+    def ours(vcpu: VcpuFd) -> float:
         began = time.perf_counter()
         for _ in range(count):
             if vcpu.run() != ExitReason.IO:

@@ -13,13 +13,14 @@ from typing import Any, Final
 from benchmarks.common import BenchError, Figure, Lab, alternate, at_speed, service, within
 from restrictedmem import guests
 from restrictedmem.abi import memory
-from restrictedmem.kvm import elf, exits, guest_abi, wire
 from restrictedmem.kvm.memslot import ALL, READ, WRITE
 from restrictedmem.kvm.software.unicorn import MEM_FETCH
-from restrictedmem.kvm.vmm import SHARED_SIZE, Vmm
+from restrictedmem.protocol import exits, guest_abi, vm_wire
 from restrictedmem.service.client import Service
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PAGE_MASK, PAGE_SHIFT
+from restrictedmem.vmm import elf
+from restrictedmem.vmm.vmm import SHARED_SIZE, Vmm
 
 SPIN: Final = elf.parse(guests.path("spin").read_bytes())
 #: What a guest's private memory holds beside its heap.
@@ -174,12 +175,12 @@ def round_trip(lab: Lab) -> Iterator[Figure]:
             [lab.program("echo"), str(theirs.fileno()), str(reply)], pass_fds=[theirs.fileno()]
         )
     channel = Channel(ours_end, "echo")
-    body = wire.COMPLETION.pack(1)
+    body = vm_wire.COMPLETION.pack(1)
 
     def floor() -> float:
         began = time.perf_counter()
         for _ in range(count):
-            channel.call(wire.RUN, body)
+            channel.call(vm_wire.RUN, body)
         return (time.perf_counter() - began) * 1e6 / count
 
     with service() as started, spin(started, 1 << 20, "echo") as vmm:

@@ -17,19 +17,19 @@ from restrictedmem.abi.fuse import Opcode
 from restrictedmem.abi.memory import PUNCH, FallocMode
 from restrictedmem.fd import OwnedFd
 from restrictedmem.fs.filesystem import NAME, FileSystem, Request
-from restrictedmem.fs.mount import mount_detached
-from restrictedmem.fs.server import Server
-from restrictedmem.kvm import guest_abi
-from restrictedmem.kvm.vm import Vm
+from restrictedmem.fs.fuse_server import FuseServer
+from restrictedmem.fs.mount_ways import mount_detached
 from restrictedmem.mm.backing import make_backing
 from restrictedmem.mm.design import NAMES, make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.restrictedmem import RestrictedFile
+from restrictedmem.protocol import guest_abi
 from restrictedmem.service import wire
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PAGE_SIZE, pgoff_t
+from restrictedmem.vmm.vm import Vm
 
 _KEEP: Final = int(FallocMode.KEEP_SIZE)
 _MANY: Final = 16
@@ -139,7 +139,7 @@ def _only_punches() -> Generator[tuple[int, int]]:
                 socket.send_fds(theirs, [b"root"], [root.fileno()])
             with memory.memfd_create("floor") as memfd:
                 os.ftruncate(memfd.fileno(), MAX_FILE_BYTES)
-                Server(device, cast(FileSystem, _OnlyPunches(memfd))).run()
+                FuseServer(device, cast(FileSystem, _OnlyPunches(memfd))).run()
             status = 0
         os._exit(status)
     theirs.close()

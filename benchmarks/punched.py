@@ -16,9 +16,9 @@ from benchmarks.common import BenchError, Figure, Lab, alternate, service
 from benchmarks.guest import HEAP_OFFSET, OVERHEAD, SPIN
 from restrictedmem.abi import memory
 from restrictedmem.fd import receive_with_fds, send_with_fds
-from restrictedmem.kvm.vmm import Vmm
 from restrictedmem.service.client import Service
 from restrictedmem.units import PAGE_SHIFT
+from restrictedmem.vmm.vmm import Vmm
 
 _VCPUS: Final = (1, 2, 4, 8)
 _HEAP: Final = 32 << 20

@@ -10,9 +10,9 @@ from typing import Final
 
 from benchmarks.common import BenchError, Figure, Lab, alternate, service
 from restrictedmem import guests
-from restrictedmem.kvm import elf
-from restrictedmem.kvm.vmm import Vmm
 from restrictedmem.service.client import Service
+from restrictedmem.vmm import elf
+from restrictedmem.vmm.vmm import Vmm
 
 _REQUEST: Final = b"sign " + bytes(range(65, 65 + 26)) * 2 + b"0123456789ab" + b"\n"
 _ANSWER: Final = 65

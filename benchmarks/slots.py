@@ -11,10 +11,10 @@ from typing import Any, Final
 from benchmarks.common import Figure, Lab, Pairs, alternate, below, service
 from restrictedmem.abi import memory
 from restrictedmem.fd import OwnedFd
-from restrictedmem.kvm.vm import Vm
 from restrictedmem.kvm.vm_memory import MAX_SLOTS
 from restrictedmem.service.client import Service
 from restrictedmem.units import PAGE_SIZE
+from restrictedmem.vmm.vm import Vm
 
 _BASE: Final = 0x4000_0000
 #: Bytes of a request for a further slot, and of a reply to it.

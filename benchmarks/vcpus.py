@@ -10,9 +10,10 @@ from benchmarks.common import Figure, Lab, below, percentile, service
 from benchmarks.guest import HEAP_OFFSET, OVERHEAD, SPIN
 from restrictedmem import guests
 from restrictedmem.abi import memory
-from restrictedmem.kvm import elf, exits
-from restrictedmem.kvm.vmm import Vmm
+from restrictedmem.protocol import exits
 from restrictedmem.service.client import Service
+from restrictedmem.vmm import elf
+from restrictedmem.vmm.vmm import Vmm
 
 _VCPUS: Final = 4
 _HEAP: Final = 8 << 20

@@ -17,19 +17,19 @@ from typing import Final, cast
 
 from field import Attack, Field, knock, started, with_private_memory
 from outcomes import Errno, outcome
-from restrictedmem.audit import namespaces
+from restrictedmem.audit import on_namespaces
+from restrictedmem.audit.attacker import Attacker, parent_of
 from restrictedmem.audit.attempt import Outcome, attempt
-from restrictedmem.audit.owner import Owner, parent_of
 from restrictedmem.audit.pattern import Pattern
 from restrictedmem.fd import OwnedFd
-from restrictedmem.kvm import exits, guest_abi
-from restrictedmem.kvm.vm import Vm
+from restrictedmem.protocol import exits, guest_abi
 from restrictedmem.service import wire
 from restrictedmem.service.client import PACKAGE_ROOT
 from restrictedmem.service.listener import listen
 from restrictedmem.service.start import Options
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PAGE_SIZE as PAGE
+from restrictedmem.vmm.vm import Vm
 from waiting import wait_until
 
 PUPPET: Final = Path(__file__).parent / "consumers" / "puppet.py"
@@ -41,8 +41,8 @@ def namespace_handles(field: Field) -> Iterator[None]:
     pid = service.info["pid"]
     victims = {"engine": party.vm.statistics()["pid"], "service": pid, "spawner": parent_of(pid)}
     owner = SimpleNamespace(processes=victims, pattern=Pattern(1, 0, PAGE), as_root=False)
-    for route in namespaces.routes():
-        came = attempt(route, cast(Owner, owner))
+    for route in on_namespaces.routes():
+        came = attempt(route, cast(Attacker, owner))
         assert came.outcome is Outcome.REFUSED, came
 
 
@@ -82,7 +82,7 @@ import os, pathlib
 import restrictedmem
 assert restrictedmem.__file__.startswith(copy)
 from restrictedmem.abi.process import set_name
-from restrictedmem.audit.owner import drop_capabilities
+from restrictedmem.audit.attacker import drop_capabilities
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
 import test_sealing

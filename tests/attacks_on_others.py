@@ -32,14 +32,14 @@ from field import SIZE, Attack, Field, knock, started, with_private_memory, work
 from outcomes import Errno, outcome
 from processes import family, process, stop, wait_gone
 from restrictedmem.abi import memory, userfaultfd
-from restrictedmem.audit.owner import parent_of
+from restrictedmem.audit.attacker import parent_of
 from restrictedmem.fd import readable, send_with_fds
-from restrictedmem.kvm import wire as kvm_wire
-from restrictedmem.kvm.vm import Vm
+from restrictedmem.protocol import vm_wire as kvm_wire
 from restrictedmem.service import wire
 from restrictedmem.service.client import PACKAGE_ROOT, Service
 from restrictedmem.service.start import Options
 from restrictedmem.units import PAGE_SIZE as PAGE
+from restrictedmem.vmm.vm import Vm
 from under_exec import PRELUDE
 from users import ORDINARY, as_user, forbid
 from waiting import PATIENCE, wait_until
@@ -483,7 +483,7 @@ def _line(program: "subprocess.Popen[str]") -> str:
 
 _UNDER_EXEC: Final = """
 sys.path.insert(0, sys.argv[1])
-from restrictedmem.audit.owner import drop_capabilities
+from restrictedmem.audit.attacker import drop_capabilities
 def private(fd):
     libc.mmap.restype = ctypes.c_void_p
     at = libc.mmap(None, ctypes.c_size_t(4096), 1, 2, fd, ctypes.c_long(0))

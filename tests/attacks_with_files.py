@@ -9,9 +9,9 @@ from typing import Final
 from field import Attack, Field
 from outcomes import Errno, outcome
 from processes import process, wait_gone
-from restrictedmem.kvm import wire as kvm_wire
-from restrictedmem.kvm.vm import Vm
+from restrictedmem.protocol import vm_wire as kvm_wire
 from restrictedmem.units import PAGE_SIZE as PAGE
+from restrictedmem.vmm.vm import Vm
 
 
 def fifo_of_a_file_system(field: Field) -> Iterator[None]:

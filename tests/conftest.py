@@ -27,7 +27,7 @@ import emulation
 import hugetlb
 from restrictedmem.abi import memory, process, seccomp
 from restrictedmem.devkvm import Kvm
-from restrictedmem.kvm.kernel.vm import new_vm
+from restrictedmem.kvm.kernel.kernel_vm import new_vm
 from restrictedmem.service.cgroup import Cgroup
 from turns import Turns
 

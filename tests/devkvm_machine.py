@@ -14,7 +14,7 @@ from typing import Final
 
 from restrictedmem.abi.kvm import ExitReason, kvm_regs
 from restrictedmem.abi.kvm_x86 import kvm_segment
-from restrictedmem.devkvm import Kvm, Vcpu, Vm, address_of
+from restrictedmem.devkvm import Kvm, VcpuFd, VmFd, address_of
 
 DATA: Final = 4 << 30
 CODE: Final = 0x8000
@@ -54,8 +54,8 @@ class Machine:
     """A VM with one vCPU at CPL3."""
 
     kvm: Kvm
-    vm: Vm
-    vcpu: Vcpu
+    vm: VmFd
+    vcpu: VcpuFd
     memory: mmap.mmap
 
     def start(

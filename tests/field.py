@@ -15,14 +15,14 @@ from mute_server import MuteServer
 from processes import Process, children, descriptors
 from restrictedmem.abi import memory
 from restrictedmem.abi.process import PR_SET_CHILD_SUBREAPER, prctl
-from restrictedmem.audit.owner import drop_capabilities
+from restrictedmem.audit.attacker import drop_capabilities
 from restrictedmem.fd import OwnedFd
-from restrictedmem.kvm import exits, guest_abi
-from restrictedmem.kvm.vm import Vcpu, Vm
+from restrictedmem.protocol import exits, guest_abi
 from restrictedmem.service.client import Service, address
 from restrictedmem.service.start import Options
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PAGE_SIZE as PAGE
+from restrictedmem.vmm.vm import Vcpu, Vm
 from users import as_user
 from waiting import wait_until
 

@@ -16,7 +16,7 @@ from typing import Final, NoReturn
 from restrictedmem.abi import fuse
 from restrictedmem.abi.fuse import Opcode
 from restrictedmem.fd import OwnedFd, receive_with_fds, send_with_fds
-from restrictedmem.fs.mount import mount_detached
+from restrictedmem.fs.mount_ways import mount_detached
 
 _FILE: Final = 2
 _PAGE: Final = 4096

@@ -37,13 +37,14 @@ from restrictedmem.abi.memory import FallocMode
 from restrictedmem.abi.process import PR_SET_CHILD_SUBREAPER, prctl
 from restrictedmem.fd import send_with_fds
 from restrictedmem.fs.filesystem import PROVE, TOKEN_BYTES
-from restrictedmem.kvm import elf, wire
-from restrictedmem.kvm.vm import Vm
-from restrictedmem.kvm.vmm import Vmm
+from restrictedmem.protocol import vm_wire
 from restrictedmem.service.client import Service, address
 from restrictedmem.service.start import Options
 from restrictedmem.service.wire import Call, Channel
 from restrictedmem.units import PAGE_SIZE as PAGE
+from restrictedmem.vmm import elf
+from restrictedmem.vmm.vm import Vm
+from restrictedmem.vmm.vmm import Vmm
 
 #: Private memory of the guest, all of which it touches.
 GUEST_SIZE: Final = 4 << 20
@@ -156,12 +157,12 @@ class _Owner:
         honest = Channel.call
 
         def call(channel: Channel, what: Call, *rest: Any, **more: Any) -> object:
-            if what.name == step and what is not wire.CREATE_VM:
+            if what.name == step and what is not vm_wire.CREATE_VM:
                 self._die_soon()
             return honest(channel, what, *rest, **more)
 
         setattr(Channel, "call", call)  # noqa: B010  a method of a final class
-        if step == wire.CREATE_VM.name:
+        if step == vm_wire.CREATE_VM.name:
             # With the fork of its engine.
             self._die_soon()
         self._start_guest(self._service)
@@ -242,10 +243,10 @@ class _Owner:
             "service, with the key": lambda file: _to_service(
                 service, [file], bytes.fromhex(service.info["key"])
             ),
-            "VM": lambda file: vm.call(wire.STATISTICS, fds=[file]),
+            "VM": lambda file: vm.call(vm_wire.STATISTICS, fds=[file]),
             # Nobody else reads there but the thread that runs the guest.
             "vCPU": lambda file: send_with_fds(
-                vcpu.sock, _request(wire.RUN, wire.COMPLETION.pack(0)), [file]
+                vcpu.sock, _request(vm_wire.RUN, vm_wire.COMPLETION.pack(0)), [file]
             ),
         }
 

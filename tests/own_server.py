@@ -16,8 +16,8 @@ from typing import final
 import users
 from restrictedmem.fd import OwnedFd, readable, receive_with_fds
 from restrictedmem.fs.filesystem import NAME, PROVE, TOKEN_BYTES, FileSystem
-from restrictedmem.fs.mount import mount_detached
-from restrictedmem.fs.server import Server
+from restrictedmem.fs.fuse_server import FuseServer
+from restrictedmem.fs.mount_ways import mount_detached
 from restrictedmem.mm.notifier import Api
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.units import pgoff_t
@@ -122,7 +122,7 @@ def _serve(sock: socket.socket, api: Api, mount: Mount, uid: int | None) -> None
     with root:
         rights = array.array("i", [root.fileno()])
         sock.sendmsg([b"root"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
-    Server(device, FileSystem(api.value, max_files=100, prove=register)).run()
+    FuseServer(device, FileSystem(api.value, max_files=100, prove=register)).run()
     device.close()
 
 

@@ -14,21 +14,21 @@ from restrictedmem.abi.kvm import kvm_regs
 from restrictedmem.abi.memory import PUNCH
 from restrictedmem.consumer import Bound
 from restrictedmem.fd import OwnedFd
-from restrictedmem.kvm import guest_abi
 from restrictedmem.kvm.attributes import Attributes
-from restrictedmem.kvm.exits import Exit, Shutdown
+from restrictedmem.kvm.engine_vcpu import EngineVcpu, EngineVcpus
 from restrictedmem.kvm.half import SharedFiles, SharedHalf, forbid_shrinking
 from restrictedmem.kvm.memslot import MemfdFile, MemfdHalf, Memslot
 from restrictedmem.kvm.mmu import Mmu
 from restrictedmem.kvm.software.code import CodePages
+from restrictedmem.kvm.software.software_vcpu import SoftwareVcpu
 from restrictedmem.kvm.software.turns import Turns
-from restrictedmem.kvm.software.vcpu import SoftwareVcpu
-from restrictedmem.kvm.vcpu import Vcpu, Vcpus
 from restrictedmem.mm.backing import MemfdBacking
 from restrictedmem.mm.design import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.notifier import Api
 from restrictedmem.mm.restrictedmem import RestrictedFile
+from restrictedmem.protocol import guest_abi
+from restrictedmem.protocol.exits import Exit, Shutdown
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t, pgoff_t
 
 PRIVATE: Final = guest_abi.PRIVATE_BASE
@@ -54,13 +54,13 @@ class Machine:
 
     file: RestrictedFile
     mmu: Mmu
-    vcpus: Vcpus
+    vcpus: EngineVcpus
     engines: list[SoftwareVcpu]
     private: Memslot
     shared: Memslot
 
     @property
-    def vcpu(self) -> Vcpu:
+    def vcpu(self) -> EngineVcpu:
         """The first vCPU."""
         return self.vcpus.all[0]
 
@@ -162,8 +162,8 @@ def make_machine(
     for engine in engines:
         engine.add_slot(private)
         engine.add_slot(shared)
-    machine = Machine(file, mmu, Vcpus(), engines, private, shared)
-    machine.vcpus.all = tuple(Vcpu(engine) for engine in engines)
+    machine = Machine(file, mmu, EngineVcpus(), engines, private, shared)
+    machine.vcpus.all = tuple(EngineVcpu(engine) for engine in engines)
     file.register_notifier(machine)
     yield machine
     file.unregister_notifier(machine)
@@ -179,7 +179,7 @@ def running(machine: Machine) -> Generator[list[Exit], None, None]:
     """Run each vCPU in a thread, to its first exit; that must come before the block's end plus the deadline."""
     found: list[Exit] = []
 
-    def run(vcpu: Vcpu) -> None:
+    def run(vcpu: EngineVcpu) -> None:
         found.append(vcpu.run())
 
     threads = [threading.Thread(target=run, args=[vcpu], daemon=True) for vcpu in machine.vcpus.all]

@@ -24,19 +24,27 @@ import pytest
 from outcomes import Errno, in_child, outcome
 from restrictedmem.abi import memory
 from restrictedmem.abi.process import CLONE_NEWNS
-from restrictedmem.audit import calls, descriptor, host, namespaces, processes, sockets, vm
+from restrictedmem.audit import (
+    on_descriptor,
+    on_host,
+    on_namespaces,
+    on_processes,
+    on_sockets,
+    on_vm,
+    syscalls,
+)
+from restrictedmem.audit.attacker import Attacker, drop_capabilities, end_twin, fork_twin
 from restrictedmem.audit.attempt import Attempt, MeasurementTellsError, Outcome, Route, attempt
-from restrictedmem.audit.guest import HeldGuest, held_guest
-from restrictedmem.audit.memory import of_descriptors, of_file, of_process
-from restrictedmem.audit.owner import Owner, drop_capabilities, end_twin, fork_twin
+from restrictedmem.audit.held_guest import HeldGuest, held_guest
 from restrictedmem.audit.pattern import Pattern, content, word
+from restrictedmem.audit.reading import of_descriptors, of_file, of_process
 from restrictedmem.fd import OwnedFd, send_with_fds
 from restrictedmem.fs.mounter import enter_user_namespace
-from restrictedmem.kvm import exits, guest_abi
-from restrictedmem.kvm.vm import Vm
+from restrictedmem.protocol import exits, guest_abi
 from restrictedmem.service import wire
 from restrictedmem.service.client import Service
 from restrictedmem.service.wire import Channel
+from restrictedmem.vmm.vm import Vm
 from users import as_user
 
 SEED = 0x0123_4567_89AB_CDEF
@@ -50,9 +58,9 @@ def pattern() -> Pattern:
     return Pattern(SEED, START, START + 16 * MIB)
 
 
-def owner_of(pattern: Pattern, **parts: object) -> Owner:
+def owner_of(pattern: Pattern, **parts: object) -> Attacker:
     """An owner that has no more than a route under test asks for."""
-    return cast(Owner, SimpleNamespace(pattern=pattern, as_root=False, **parts))
+    return cast(Attacker, SimpleNamespace(pattern=pattern, as_root=False, **parts))
 
 
 def holding(size: int) -> OwnedFd:
@@ -147,7 +155,7 @@ def test_a_file_is_read_at_its_data_and_not_at_its_holes(pattern: Pattern) -> No
 # Routes, at what is not protected.
 
 
-@pytest.mark.parametrize("route", descriptor.ROUTES, ids=lambda route: route.name)
+@pytest.mark.parametrize("route", on_descriptor.ROUTES, ids=lambda route: route.name)
 def test_an_ordinary_file_gives_its_content_by_every_route(route: Route, pattern: Pattern) -> None:
     with holding(1 << 16) as fd:
         came = attempt(route, owner_of(pattern, fd=fd.fileno()))
@@ -168,11 +176,11 @@ def test_a_rings_read_says_what_it_came_to() -> None:
         file.write(b"content")
         file.flush()
         try:
-            found = calls.io_uring_read(file.fileno(), 100)
+            found = syscalls.io_uring_read(file.fileno(), 100)
         except PermissionError:
             pytest.skip("no rings here: kernel.io_uring_disabled")
         assert found == b"content"
-        assert outcome(lambda: calls.io_uring_read(directory.fileno(), 1)) == outcome(
+        assert outcome(lambda: syscalls.io_uring_read(directory.fileno(), 1)) == outcome(
             lambda: os.read(directory.fileno(), 1)
         )
 
@@ -195,10 +203,10 @@ def test_a_dumpable_process_is_convicted_by_every_way_in(pattern: Pattern) -> No
     ) as holder:
         assert holder.stdout is not None
         assert holder.stdout.read(1) == b"."
-        victim = owner_of(pattern, processes=dict.fromkeys(processes.NAMES, holder.pid))
+        victim = owner_of(pattern, processes=dict.fromkeys(on_processes.NAMES, holder.pid))
         came = {
             route.name: attempt(route, victim)
-            for route in processes.routes()
+            for route in on_processes.routes()
             if route.target.startswith("engine")
         }
         holder.kill()
@@ -236,14 +244,16 @@ def test_a_process_in_a_user_namespace_is_convicted_by_its_handles(
         holder = fork_twin(inside)
         drop_capabilities()
         try:
-            route = next(route for route in namespaces.routes() if "user namespaces" in route.name)
-            owner = owner_of(pattern, processes=dict.fromkeys(processes.NAMES, holder))
+            route = next(
+                route for route in on_namespaces.routes() if "user namespaces" in route.name
+            )
+            owner = owner_of(pattern, processes=dict.fromkeys(on_processes.NAMES, holder))
             return attempt(route, owner), b"".join(map(bytes, route.run(owner))).decode()
         finally:
             end_twin(holder)
 
     try:
-        calls.namespace_handle("/proc/self/ns/user")
+        syscalls.namespace_handle("/proc/self/ns/user")
     except OSError:
         pytest.skip("namespaces have no handles before Linux 6.18")
     came, allowed = as_user(body)
@@ -253,7 +263,7 @@ def test_a_process_in_a_user_namespace_is_convicted_by_its_handles(
 
 
 @contextmanager
-def yes(pattern: Pattern) -> Generator[Owner]:
+def yes(pattern: Pattern) -> Generator[Attacker]:
     """Yield an owner whose service and engine say yes to everything, and give the memory to whoever binds it."""
 
     def answer(sock: socket.socket) -> None:
@@ -300,7 +310,7 @@ def yes(pattern: Pattern) -> Generator[Owner]:
 def test_a_service_that_says_yes_is_convicted_by_every_question(pattern: Pattern) -> None:
     with yes(pattern) as owner:
         came = {
-            f"{route.target}: {route.name}": attempt(route, owner) for route in sockets.routes()
+            f"{route.target}: {route.name}": attempt(route, owner) for route in on_sockets.routes()
         }
     assert {
         name: one.outcome for name, one in came.items() if one.outcome is not Outcome.FOUND
@@ -310,7 +320,7 @@ def test_a_service_that_says_yes_is_convicted_by_every_question(pattern: Pattern
 
 
 def test_a_name_that_nobody_has_is_refused(pattern: Pattern) -> None:
-    route = next(route for route in sockets.routes() if route.name == "names of /proc/net/unix")
+    route = next(route for route in on_sockets.routes() if route.name == "names of /proc/net/unix")
     came = attempt(route, owner_of(pattern, processes={"service": os.getpid()}))
     assert (came.outcome, came.errno) == (Outcome.REFUSED, "ECONNREFUSED")
 
@@ -318,7 +328,9 @@ def test_a_name_that_nobody_has_is_refused(pattern: Pattern) -> None:
 def test_memory_that_is_not_restricted_can_be_shared(pattern: Pattern) -> None:
     """Where the engine takes it, the owner has what the guest writes there."""
     pytest.importorskip("unicorn")
-    route = next(route for route in vm.routes() if route.name == "the descriptor as shared memory")
+    route = next(
+        route for route in on_vm.routes() if route.name == "the descriptor as shared memory"
+    )
     with (
         Service.start() as service,
         Vm(service, engine="software") as machine,
@@ -341,19 +353,19 @@ def test_code_of_the_owners_would_copy_it_out(pattern: Pattern) -> None:
     ):
         fd = service.memfd_restricted()
         os.ftruncate(fd, size)
-        os.ftruncate(window.fileno(), vm.COPIED)
+        os.ftruncate(window.fileno(), on_vm.COPIED)
         machine.set_user_memory_region(
             slot=0, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=size, restricted_fd=fd
         )
         machine.set_user_memory_region(
             slot=1,
             guest_phys_addr=guest_abi.SHARED_BASE,
-            memory_size=vm.COPIED,
+            memory_size=on_vm.COPIED,
             shared_fd=window.fileno(),
         )
         machine.set_memory_attributes(guest_abi.PRIVATE_BASE, size, private=True)
-        machine.launch_update(START, content(SEED, START, vm.COPIED))
-        machine.launch_update(code_at, vm.code_page(guest))
+        machine.launch_update(START, content(SEED, START, on_vm.COPIED))
+        machine.launch_update(code_at, on_vm.code_page(guest))
         with machine.create_vcpu() as vcpu:
             vcpu.set_regs(rip=code_at + 123, rsp=guest_abi.PRIVATE_BASE + size)
             left = vcpu.run()
@@ -366,7 +378,7 @@ def test_code_of_the_owners_would_copy_it_out(pattern: Pattern) -> None:
 def test_a_guest_made_for_debugging_is_open() -> None:
     """And says so in its measurement; the calls are those that any other guest refuses."""
     seed = secrets.randbits(64)
-    routes = {route.name: route for route in vm.routes()}
+    routes = {route.name: route for route in on_vm.routes()}
     with (
         Service.start() as service,
         held_guest(service, 2 * MIB, seed, "software", debug=True) as guest,
@@ -402,7 +414,7 @@ def test_no_capability_is_left() -> None:
 
 
 def verdict(pattern: Pattern, chunks: Iterable[bytes] | Exception, **route: Any) -> Attempt:
-    def run(_: Owner) -> Iterator[bytes]:
+    def run(_: Attacker) -> Iterator[bytes]:
         if isinstance(chunks, Exception):
             raise chunks
         yield from chunks
@@ -410,7 +422,7 @@ def verdict(pattern: Pattern, chunks: Iterable[bytes] | Exception, **route: Any)
     as_root = route.pop("as_root", False)
     return attempt(
         Route("target", "name", run, **route),
-        cast(Owner, SimpleNamespace(pattern=pattern, as_root=as_root)),
+        cast(Attacker, SimpleNamespace(pattern=pattern, as_root=as_root)),
     )
 
 
@@ -440,11 +452,11 @@ def test_verdicts(pattern: Pattern) -> None:
 def test_an_attempt_that_dies_or_breaks_is_no_refusal(
     pattern: Pattern, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def dies(_: Owner) -> Iterator[bytes]:
+    def dies(_: Attacker) -> Iterator[bytes]:
         os.kill(os.getpid(), signal.SIGKILL)
         yield b""
 
-    def breaks(_: Owner) -> Iterator[bytes]:
+    def breaks(_: Attacker) -> Iterator[bytes]:
         raise AssertionError("broken")
 
     for run in (dies, breaks):
@@ -458,7 +470,12 @@ def test_what_is_open_by_design_is_in_the_threat_model() -> None:
     )
     named = {
         route.open_by
-        for route in (*host.routes(), *vm.routes(), *processes.routes(), *descriptor.ROUTES)
+        for route in (
+            *on_host.routes(),
+            *on_vm.routes(),
+            *on_processes.routes(),
+            *on_descriptor.ROUTES,
+        )
     } - {""}
     assert {*named, "Root"} <= items
 
@@ -470,7 +487,7 @@ def test_what_every_try_is_refused_is_refused() -> None:
     def tried(*errnos: int) -> object:
         return outcome(
             lambda: [
-                *processes._each(
+                *on_processes._each(
                     partial(refused, errno) if errno else lambda: iter([b"found"])
                     for errno in errnos
                 )

@@ -15,7 +15,7 @@ import pytest
 from restrictedmem.abi import memory
 from restrictedmem.audit import prove
 from restrictedmem.audit.attempt import Attempt, Outcome
-from restrictedmem.audit.guest import held_guest
+from restrictedmem.audit.held_guest import held_guest
 from restrictedmem.audit.pattern import content
 from restrictedmem.service.client import Service
 from users import as_user

@@ -34,11 +34,12 @@ import pytest
 from restrictedmem import guests
 from restrictedmem.abi import kvm
 from restrictedmem.fs import filesystem
-from restrictedmem.kvm import elf, exits, guest_abi, launch, wire
-from restrictedmem.kvm.vmm import Vmm
+from restrictedmem.protocol import exits, guest_abi, measurement, vm_wire
 from restrictedmem.service import client
 from restrictedmem.service import wire as service_wire
 from restrictedmem.units import PAGE_SIZE
+from restrictedmem.vmm import elf
+from restrictedmem.vmm.vmm import Vmm
 from strangers import listening
 from users import ORDINARY
 
@@ -59,27 +60,27 @@ NUMBERS = {
     "SPAWN": service_wire.SPAWN.number,
     "SIGNING_KEY": service_wire.SIGNING_KEY.number,
     "READY": service_wire.READY.number,
-    "SET_USER_MEMORY_REGION": wire.SET_USER_MEMORY_REGION.number,
-    "SET_MEMORY_ATTRIBUTES": wire.SET_MEMORY_ATTRIBUTES.number,
-    "MEMORY_ENCRYPT_REG_REGION": wire.ENCRYPT_REG_REGION.number,
-    "MEMORY_ENCRYPT_UNREG_REGION": wire.ENCRYPT_UNREG_REGION.number,
-    "CREATE_VCPU": wire.CREATE_VCPU.number,
-    "LAUNCH_UPDATE": wire.LAUNCH_UPDATE.number,
-    "CHECK_EXTENSION": wire.CHECK_EXTENSION.number,
-    "GET_SUPPORTED_MEMORY_ATTRIBUTES": wire.GET_SUPPORTED_MEMORY_ATTRIBUTES.number,
-    "PRE_FAULT_MEMORY": wire.PRE_FAULT_MEMORY.number,
-    "INTERRUPT": wire.INTERRUPT.number,
-    "LAUNCH_FINISH": wire.LAUNCH_FINISH.number,
-    "STATISTICS": wire.STATISTICS.number,
-    "SET_REGS": wire.SET_REGS.number,
-    "RUN": wire.RUN.number,
+    "SET_USER_MEMORY_REGION": vm_wire.SET_USER_MEMORY_REGION.number,
+    "SET_MEMORY_ATTRIBUTES": vm_wire.SET_MEMORY_ATTRIBUTES.number,
+    "MEMORY_ENCRYPT_REG_REGION": vm_wire.ENCRYPT_REG_REGION.number,
+    "MEMORY_ENCRYPT_UNREG_REGION": vm_wire.ENCRYPT_UNREG_REGION.number,
+    "CREATE_VCPU": vm_wire.CREATE_VCPU.number,
+    "LAUNCH_UPDATE": vm_wire.LAUNCH_UPDATE.number,
+    "CHECK_EXTENSION": vm_wire.CHECK_EXTENSION.number,
+    "GET_SUPPORTED_MEMORY_ATTRIBUTES": vm_wire.GET_SUPPORTED_MEMORY_ATTRIBUTES.number,
+    "PRE_FAULT_MEMORY": vm_wire.PRE_FAULT_MEMORY.number,
+    "INTERRUPT": vm_wire.INTERRUPT.number,
+    "LAUNCH_FINISH": vm_wire.LAUNCH_FINISH.number,
+    "STATISTICS": vm_wire.STATISTICS.number,
+    "SET_REGS": vm_wire.SET_REGS.number,
+    "RUN": vm_wire.RUN.number,
     "PROVE": filesystem.PROVE,
     "MEM_READONLY": kvm.KVM_MEM_READONLY,
     "MEM_PRIVATE": kvm.KVM_MEM_PRIVATE,
     "MEMORY_ATTRIBUTE_PRIVATE": kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE,
     "MEMORY_EXIT_FLAG_PRIVATE": kvm.KVM_MEMORY_EXIT_FLAG_PRIVATE,
-    "POLICY_DEBUG": wire.POLICY_DEBUG,
-    "POLICY_EXPLICIT": wire.POLICY_EXPLICIT,
+    "POLICY_DEBUG": vm_wire.POLICY_DEBUG,
+    "POLICY_EXPLICIT": vm_wire.POLICY_EXPLICIT,
     "EXIT_UNKNOWN": kvm.ExitReason.UNKNOWN,
     "EXIT_IO": kvm.ExitReason.IO,
     "EXIT_HYPERCALL": kvm.ExitReason.HYPERCALL,
@@ -89,7 +90,7 @@ NUMBERS = {
     "EXIT_MEMORY_FAULT": kvm.ExitReason.MEMORY_FAULT,
     "PAGE_SIZE": PAGE_SIZE,
     "TOKEN_SIZE": filesystem.TOKEN_BYTES,
-    "MEASUREMENT_SIZE": launch.MEASUREMENT_BYTES,
+    "MEASUREMENT_SIZE": measurement.MEASUREMENT_BYTES,
     "CONNECT_KEY_SIZE": service_wire.KEY_BYTES,
     "KEY_SIZE": 32,
     "MAX_MESSAGE": service_wire.MAX_MESSAGE,
@@ -295,7 +296,7 @@ def test_it_compiles_without_a_warning(tmp_path: Path, standard: str) -> None:
 
 CALLS = [
     call
-    for module in (service_wire, wire)
+    for module in (service_wire, vm_wire)
     for call in vars(module).values()
     if isinstance(call, service_wire.Call)
 ]

@@ -18,13 +18,14 @@ from outcomes import Errno, outcome
 from processes import exists, family
 from restrictedmem import guests
 from restrictedmem.abi import process
-from restrictedmem.kvm import elf, exits, guest_abi
-from restrictedmem.kvm.vm import Vm
-from restrictedmem.kvm.vmm import Vmm
+from restrictedmem.protocol import exits, guest_abi
 from restrictedmem.service import cgroup, client_cgroups, ending, oom
 from restrictedmem.service.cgroup import Cgroup
 from restrictedmem.service.client import Service
 from restrictedmem.service.client_cgroups import ClientCgroups
+from restrictedmem.vmm import elf
+from restrictedmem.vmm.vm import Vm
+from restrictedmem.vmm.vmm import Vmm
 from test_proc_text import instead
 from test_serve import CLIENT, SERVICE_USER, Server, place, served
 from users import as_user

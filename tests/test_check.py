@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import pytest
 
-from restrictedmem.check.explorer import Result, Violation
+from restrictedmem.check.explorer import Result, RuleBroken
 from restrictedmem.check.scenario import Scenario
 from restrictedmem.check.scenarios import SCENARIOS
 from restrictedmem.check.slips import SLIPS
 from restrictedmem.check.world import World
+from restrictedmem.kvm.engine_vcpu import EngineVcpus
 from restrictedmem.kvm.mmu import Mmu
-from restrictedmem.kvm.software.vm import SoftwareVm
-from restrictedmem.kvm.vcpu import Vcpus
+from restrictedmem.kvm.software.software_vm import SoftwareVm
 from restrictedmem.mm.design import NAMES
 from restrictedmem.mm.pages import Pages
 from restrictedmem.mm.sequence import InvalidationSequence
@@ -74,7 +74,7 @@ def _forget_at_the_end(self: Pages, span: PageRange) -> None:
     self.forget(span)
 
 
-def _no_drop(self: Vcpus, start: gfn_t, end: gfn_t) -> None:
+def _no_drop(self: EngineVcpus, start: gfn_t, end: gfn_t) -> None:
     del self, start, end
 
 
@@ -87,7 +87,7 @@ BROKEN: dict[str, tuple[type, str, Callable[..., object]]] = {
     "no retry": (InvalidationSequence, "retry", _no_retry),
     "no refusal of get_page during an invalidation": (Pages, "_refuse_invalidated", _no_refusal),
     "pages forgotten when faults are let in again": (Pages, "invalidate_end", _forget_at_the_end),
-    "translations stay in the TLB": (Vcpus, "drop", _no_drop),
+    "translations stay in the TLB": (EngineVcpus, "drop", _no_drop),
     "entries are not zapped": (Mmu, "_zap", _no_zap),
 }
 
@@ -160,5 +160,5 @@ def test_a_violation_of_a_world_is_raised_once_it_is_looked_for() -> None:
     world = World("v10")
     view = world.add_slot(0x10, 1)
     world.invariants.end(view, PageRange(pgoff_t(0), pgoff_t(1)))
-    with pytest.raises(Violation, match="callbacks out of balance"):
+    with pytest.raises(RuleBroken, match="callbacks out of balance"):
         world.check()

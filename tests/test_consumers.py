@@ -45,14 +45,13 @@ from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import EHWPOISON
 from restrictedmem.consumer import Bound, BoundFile, Consumer, file_is_restrictedmem
 from restrictedmem.fd import OwnedFd, close_all, readable, receive_with_fds, send_with_fds
-from restrictedmem.kvm import exits
-from restrictedmem.kvm.vm import Vm
 from restrictedmem.mm.backing import MemfdBacking, make_backing
 from restrictedmem.mm.design import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.patience import Patience
-from restrictedmem.service import consumer as service_consumer
+from restrictedmem.protocol import exits
+from restrictedmem.service import consumer_process as service_consumer
 from restrictedmem.service import program, wire
 from restrictedmem.service.client import Service
 from restrictedmem.service.consumers import Consumers, Troubles
@@ -62,6 +61,7 @@ from restrictedmem.service.tokens import Tokens
 from restrictedmem.service.wire import Call, Channel
 from restrictedmem.units import MAX_FILE_BYTES, PageRange, pgoff_t
 from restrictedmem.units import PAGE_SIZE as PAGE
+from restrictedmem.vmm.vm import Vm
 from users import as_user
 from waiting import wait_until
 
@@ -933,7 +933,7 @@ def test_a_malformed_answer_ends_who_gave_it(name: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(service_consumer, "refuse_fds", let_through)
     call, answer, with_descriptor, wrong = _ANSWERS[name]
     failures: list[str] = []
-    consumer = service_consumer.Consumer(
+    consumer = service_consumer.ConsumerProcess(
         "third", 7, 5.0, lambda consumer, reason: failures.append(reason)
     )
     binding = service_consumer.Binding(consumer, 1, 1, None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
@@ -976,7 +976,7 @@ def test_only_a_vm_has_reports_signed() -> None:
         assert outcome(lambda: puppet("request", wire.SIGN.number, bytes(64).hex())) == Errno(EPERM)
 
 
-def _bound_to_a_child() -> tuple[Consumers, service_consumer.Consumer, RestrictedFile, int]:
+def _bound_to_a_child() -> tuple[Consumers, service_consumer.ConsumerProcess, RestrictedFile, int]:
     """Make a consumer that has bound a file twice, and whose process is a child that does nothing."""
     consumers = Consumers(Tokens(), Options(), Signer(), Troubles())
     consumer = consumers.add("third")
@@ -1127,7 +1127,7 @@ def test_a_binding_that_its_consumer_is_not_told_of_goes(
 
 
 def test_a_bind_that_fails_holds_nothing() -> None:
-    consumer = service_consumer.Consumer("third", 7, 5.0, lambda _, reason: None)
+    consumer = service_consumer.ConsumerProcess("third", 7, 5.0, lambda _, reason: None)
     file = RestrictedFile(make("v10"), MemfdBacking(), Inode.make(0, 0))
     file.register_notifier(service_consumer.Binding(consumer, 99, 1, file))
     file.holder = 8
@@ -1254,7 +1254,7 @@ def test_a_malformed_report_is_refused_and_no_one_else_sees_it(service: Service)
 
 @pytest.mark.parametrize("engine", [b"\xc3\xa9", b"\xff" * 16, b"soft\0ware", b"\x1b[2J", b"\n"])
 def test_an_engine_has_a_name_in_printable_ascii(engine: bytes) -> None:
-    consumer = service_consumer.Consumer("kvm", 1, 1.0, lambda _, reason: None)
+    consumer = service_consumer.ConsumerProcess("kvm", 1, 1.0, lambda _, reason: None)
     assert outcome(lambda: consumer.launched(0, engine.ljust(16, b"\0"), bytes(48))) == Errno(
         EPROTO
     )

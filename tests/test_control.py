@@ -17,14 +17,14 @@ from restrictedmem.abi import fuse
 from restrictedmem.abi.fuse import Opcode
 from restrictedmem.fd import OwnedFd, readable, spare
 from restrictedmem.fs.filesystem import NAME, Request
-from restrictedmem.fs.mount import Way
+from restrictedmem.fs.mount_ways import Way
 from restrictedmem.mm.backing import MemfdBacking
 from restrictedmem.mm.design import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.service import daemon, sealing, status, wire
 from restrictedmem.service.consumers import Consumers
-from restrictedmem.service.daemon import Service
+from restrictedmem.service.daemon import ControlThread
 from restrictedmem.service.door import Connection
 from restrictedmem.service.ending import Word
 from restrictedmem.service.signing import Signer
@@ -36,11 +36,13 @@ ASKED = Message(6, b"", [])
 
 
 @pytest.fixture
-def service() -> Iterator[Service]:
+def service() -> Iterator[ControlThread]:
     spawner, theirs = Channel.pair("spawner", takes_fds=True)
     endings, heard = Channel.pair("spawner")
     with theirs, heard, ExitStack() as stack:
-        found = Service(spawner, endings, Options(), Origin(1, 0), Way.OWN, Signer(), None, 1000)
+        found = ControlThread(
+            spawner, endings, Options(), Origin(1, 0), Way.OWN, Signer(), None, 1000
+        )
         stack.callback(spawner.close)
         stack.callback(endings.close)
         stack.callback(found._selector.close)
@@ -160,7 +162,7 @@ def test_the_service_ends_after_its_last_consumer(monkeypatch: pytest.MonkeyPatc
         assert in_child(body) == "['mount', 'consumers']"
 
 
-def test_descriptors_are_spared_for_sockets(service: Service) -> None:
+def test_descriptors_are_spared_for_sockets(service: ControlThread) -> None:
     def create() -> bool:
         body = fuse.CREATE_IN.pack(os.O_RDWR | os.O_CREAT, 0o100600, 0, 0) + NAME + b"\0"
         return (
@@ -175,7 +177,7 @@ def test_descriptors_are_spared_for_sockets(service: Service) -> None:
         file.put()
 
 
-def test_status_keeps_no_file(service: Service) -> None:
+def test_status_keeps_no_file(service: ControlThread) -> None:
     body = fuse.CREATE_IN.pack(os.O_RDWR | os.O_CREAT, 0o100600, 0, 0) + NAME + b"\0"
     service.filesystem.handle(Request(Opcode.CREATE, 1, fuse.ROOT_ID, 0, 0, 0, body))
     ((node, file),) = service.filesystem.files().items()
@@ -195,7 +197,10 @@ def test_status_keeps_no_file(service: Service) -> None:
     ids=repr,
 )
 def test_what_is_done_aside_is_answered(
-    failure: Exception | None, errno: int, service: Service, asker: tuple[Connection, socket.socket]
+    failure: Exception | None,
+    errno: int,
+    service: ControlThread,
+    asker: tuple[Connection, socket.socket],
 ) -> None:
     connection, theirs = asker
     go = threading.Event()
@@ -214,7 +219,7 @@ def test_what_is_done_aside_is_answered(
 
 
 def test_without_a_thread_nothing_is_done_aside(
-    service: Service, asker: tuple[Connection, socket.socket], monkeypatch: pytest.MonkeyPatch
+    service: ControlThread, asker: tuple[Connection, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(_: object) -> None:
         raise OSError(EAGAIN, "no thread to be had")
@@ -225,7 +230,7 @@ def test_without_a_thread_nothing_is_done_aside(
 
 
 def test_a_request_that_memory_was_short_for_ends_its_connection(
-    service: Service, asker: tuple[Connection, socket.socket], monkeypatch: pytest.MonkeyPatch
+    service: ControlThread, asker: tuple[Connection, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_memory(*_: object) -> None:
         raise MemoryError
@@ -239,7 +244,7 @@ def test_a_request_that_memory_was_short_for_ends_its_connection(
 
 
 def test_a_page_that_was_lost_keeps_no_file(
-    service: Service, monkeypatch: pytest.MonkeyPatch
+    service: ControlThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = RestrictedFile(make("v10"), MemfdBacking(), Inode.make(0, 0))
     file.get()

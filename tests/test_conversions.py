@@ -10,10 +10,10 @@ import pytest
 
 from restrictedmem.abi import memory
 from restrictedmem.fd import OwnedFd
-from restrictedmem.kvm import exits, guest_abi
-from restrictedmem.kvm.vm import Vcpu, Vm
+from restrictedmem.protocol import exits, guest_abi
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
+from restrictedmem.vmm.vm import Vcpu, Vm
 
 pytestmark = pytest.mark.requires("fuse")
 

@@ -8,13 +8,14 @@ import pytest
 
 from restrictedmem.abi import kvm_x86, memory
 from restrictedmem.abi.kvm import kvm_regs
-from restrictedmem.kvm import debug, exits
-from restrictedmem.kvm.exits import BREAKPOINT, DR6_BS, SINGLE_STEP, Debug
-from restrictedmem.kvm.guest_abi import HYPERCALL_PAGE
-from restrictedmem.kvm.vm import Vcpu, Vm
+from restrictedmem.kvm import debug_requests
+from restrictedmem.protocol import exits
+from restrictedmem.protocol.exits import BREAKPOINT, DR6_BS, SINGLE_STEP, Debug
+from restrictedmem.protocol.guest_abi import HYPERCALL_PAGE
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
 from restrictedmem.units import PAGE_SIZE
+from restrictedmem.vmm.vm import Vcpu, Vm
 from software_machine import CODE, DATA, DEVICE, STACK, Machine, machine_code, make_machine
 
 EPERM, EFAULT, EINVAL, EPROTO, EOPNOTSUPP = 1, 14, 22, 71, 95
@@ -181,12 +182,15 @@ def test_what_kvm_guest_debug_means() -> None:
         kvm_x86.KVM_GUESTDBG_USE_SW_BP,
         kvm_x86.KVM_GUESTDBG_USE_HW_BP,
     )
-    assert debug.parse(body(on | kvm_x86.KVM_GUESTDBG_SINGLESTEP)) == (True, frozenset())
-    assert debug.parse(body(on | software, 1, 2)) == (False, frozenset({1, 2}))
-    assert debug.parse(body(on, 1, 2)) == (False, frozenset())
-    assert debug.parse(body(kvm_x86.KVM_GUESTDBG_SINGLESTEP | software, 1)) == (False, frozenset())
+    assert debug_requests.parse(body(on | kvm_x86.KVM_GUESTDBG_SINGLESTEP)) == (True, frozenset())
+    assert debug_requests.parse(body(on | software, 1, 2)) == (False, frozenset({1, 2}))
+    assert debug_requests.parse(body(on, 1, 2)) == (False, frozenset())
+    assert debug_requests.parse(body(kvm_x86.KVM_GUESTDBG_SINGLESTEP | software, 1)) == (
+        False,
+        frozenset(),
+    )
     # DR0 locally, DR2 globally enabled; DR1 not.
-    assert debug.parse(body(on | hardware, registers={0: 10, 1: 11, 2: 12, 7: 0x21})) == (
+    assert debug_requests.parse(body(on | hardware, registers={0: 10, 1: 11, 2: 12, 7: 0x21})) == (
         False,
         frozenset({10, 12}),
     )
@@ -196,7 +200,7 @@ def test_what_kvm_guest_debug_means() -> None:
         (body(on | hardware, registers={7: 0x10001}), EOPNOTSUPP),
     ):
         with pytest.raises(OSError) as caught:
-            debug.parse(bad)
+            debug_requests.parse(bad)
         assert caught.value.errno == errno
 
 

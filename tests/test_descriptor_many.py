@@ -19,7 +19,7 @@ from own_server import Mount, OwnServer, mount_for_one_user, serving
 from restrictedmem.abi import memory
 from restrictedmem.abi.memory import PUNCH, FallocMode, fallocate
 from restrictedmem.abi.process import tgkill
-from restrictedmem.fs.mount import Way
+from restrictedmem.fs.mount_ways import Way
 from restrictedmem.fs.mounter import mount
 from restrictedmem.mm.notifier import Api
 from restrictedmem.service.client import Service

@@ -32,8 +32,8 @@ from restrictedmem.abi.kvm_x86 import (
     kvm_xcrs,
     kvm_xsave,
 )
-from restrictedmem.devkvm import GuestMemfd, Kvm, Vcpu, Vm, address_of
-from restrictedmem.devkvm.vcpu import KICK
+from restrictedmem.devkvm import GuestMemfd, Kvm, VcpuFd, VmFd, address_of
+from restrictedmem.devkvm.vcpu_fd import KICK
 from restrictedmem.fd import OwnedFd
 from restrictedmem.units import PAGE_SIZE
 from waiting import wait_until
@@ -62,8 +62,8 @@ def guest() -> Generator[Machine]:
 
 HANDLES: dict[type[OwnedFd], Callable[[int], OwnedFd]] = {
     Kvm: Kvm,
-    Vm: lambda number: Vm(number, 2 * PAGE_SIZE),
-    Vcpu: lambda number: Vcpu(number, 2 * PAGE_SIZE),
+    VmFd: lambda number: VmFd(number, 2 * PAGE_SIZE),
+    VcpuFd: lambda number: VcpuFd(number, 2 * PAGE_SIZE),
     GuestMemfd: lambda number: GuestMemfd(number, 0),
 }
 
@@ -137,7 +137,7 @@ def test_the_methods_of_bad_descriptors_are_many() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [(Kvm, "get_api_version"), (Vm, "create_vcpu"), (Vcpu, "get_regs"), (Vcpu, "set_msrs")],
+    [(Kvm, "get_api_version"), (VmFd, "create_vcpu"), (VcpuFd, "get_regs"), (VcpuFd, "set_msrs")],
 )
 def test_errors_name_their_ioctl(kind: type[OwnedFd], name: str) -> None:
     with (
@@ -148,7 +148,7 @@ def test_errors_name_their_ioctl(kind: type[OwnedFd], name: str) -> None:
 
 
 def test_an_ioctl_on_another_kind_of_descriptor_is_enotty_or_einval(kvm: Kvm) -> None:
-    vcpu = Vcpu(kvm.fileno(), PAGE_SIZE)
+    vcpu = VcpuFd(kvm.fileno(), PAGE_SIZE)
     try:
         assert outcome(vcpu.get_regs) in (Errno(ENOTTY), Errno(EINVAL))
     finally:
@@ -357,7 +357,7 @@ def test_prefault_takes_the_capability(guest: Machine) -> None:
 
 
 @contextmanager
-def real_mode(code: bytes) -> Generator[Vcpu]:
+def real_mode(code: bytes) -> Generator[VcpuFd]:
     memory = mmap.mmap(-1, PAGE_SIZE)
     memory[: len(code)] = code
     with Kvm.open() as kvm, kvm.create_vm() as vm, vm.create_vcpu() as vcpu:

@@ -44,7 +44,7 @@ from restrictedmem.abi.memory import (
     FallocMode,
     fallocate,
 )
-from restrictedmem.devkvm import GuestMemfd, Kvm, Vm, address_of
+from restrictedmem.devkvm import GuestMemfd, Kvm, VmFd, address_of
 from restrictedmem.units import PAGE_SIZE
 
 pytestmark = pytest.mark.requires("kvm")
@@ -75,12 +75,12 @@ libc.msync.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 @pytest.fixture
-def vm() -> Generator[Vm]:
+def vm() -> Generator[VmFd]:
     with Kvm.open() as kvm, kvm.create_vm() as made:
         yield made
 
 
-def offered(vm: Vm, flags: int) -> int:
+def offered(vm: VmFd, flags: int) -> int:
     """Return flags, or skip the test when the VM has no such guest_memfd."""
     if not vm.check_extension(Cap.GUEST_MEMFD):
         pytest.skip("KVM_CAP_GUEST_MEMFD is 0")
@@ -90,13 +90,13 @@ def offered(vm: Vm, flags: int) -> int:
 
 
 @pytest.fixture(params=FLAGS, ids=lambda flags: f"flags{flags}")
-def memfd(request: pytest.FixtureRequest, vm: Vm) -> Generator[GuestMemfd]:
+def memfd(request: pytest.FixtureRequest, vm: VmFd) -> Generator[GuestMemfd]:
     with vm.create_guest_memfd(SIZE, offered(vm, request.param)) as made:
         yield made
 
 
 @pytest.fixture
-def shared(vm: Vm) -> Generator[GuestMemfd]:
+def shared(vm: VmFd) -> Generator[GuestMemfd]:
     with vm.create_guest_memfd(SIZE, offered(vm, MMAP | INIT_SHARED)) as made:
         yield made
 
@@ -111,18 +111,18 @@ def guest() -> Generator[Machine]:
 # KVM_CREATE_GUEST_MEMFD.
 
 
-def create(vm: Vm, size: int, flags: int) -> object:
+def create(vm: VmFd, size: int, flags: int) -> object:
     return outcome(lambda: vm.create_guest_memfd(size, flags).close())
 
 
-def test_each_flag_is_taken_or_einval(vm: Vm) -> None:
+def test_each_flag_is_taken_or_einval(vm: VmFd) -> None:
     known = vm.check_extension(Cap.GUEST_MEMFD_FLAGS)
     for bit in range(64):
         assert create(vm, P, 1 << bit) == (None if known >> bit & 1 else Errno(EINVAL)), bit
 
 
 @pytest.mark.parametrize("flags", FLAGS)
-def test_a_size_is_a_whole_number_of_pages(vm: Vm, flags: int) -> None:
+def test_a_size_is_a_whole_number_of_pages(vm: VmFd, flags: int) -> None:
     offered(vm, flags)
     for size in (*range(P), P + 1, 1 << 63, (1 << 64) - P):
         assert create(vm, size, flags) == Errno(EINVAL), size
@@ -130,7 +130,7 @@ def test_a_size_is_a_whole_number_of_pages(vm: Vm, flags: int) -> None:
         assert sparse.size == 1 << 62
 
 
-def test_two_files_are_two_files(vm: Vm) -> None:
+def test_two_files_are_two_files(vm: VmFd) -> None:
     offered(vm, 0)
     with vm.create_guest_memfd(P) as first, vm.create_guest_memfd(2 * P) as second:
         assert (first.size, second.size, first.size) == (P, 2 * P, P)
@@ -279,7 +279,7 @@ OPERATIONS: dict[str, tuple[op.Operation, object]] = {
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_operation(memfd: GuestMemfd, vm: Vm, name: str) -> None:
+def test_operation(memfd: GuestMemfd, vm: VmFd, name: str) -> None:
     operation, expected = OPERATIONS[name]
     thing = op.Thing(
         memfd.fileno(), lambda flags: vm.create_guest_memfd(SIZE, memfd.flags | flags).detach()
@@ -415,7 +415,7 @@ def test_forgotten_ptes_lose_nothing_and_removed_pages_do(shared: GuestMemfd) ->
         assert view[0] == 0
 
 
-def test_huge_pages_are_never_made(vm: Vm) -> None:
+def test_huge_pages_are_never_made(vm: VmFd) -> None:
     size = 2 << 20
     with (
         vm.create_guest_memfd(size, offered(vm, MMAP | INIT_SHARED)) as memfd,

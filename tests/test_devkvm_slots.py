@@ -27,7 +27,7 @@ from restrictedmem.abi.kvm import (
     ExitReason,
 )
 from restrictedmem.abi.memory import memfd_create
-from restrictedmem.devkvm import GuestMemfd, Kvm, Vm, address_of
+from restrictedmem.devkvm import GuestMemfd, Kvm, VmFd, address_of
 from restrictedmem.units import PAGE_SIZE
 from waiting import wait_until
 
@@ -48,7 +48,7 @@ def kvm() -> Generator[Kvm]:
 
 
 @pytest.fixture
-def vm(kvm: Kvm) -> Generator[Vm]:
+def vm(kvm: Kvm) -> Generator[VmFd]:
     with kvm.create_vm() as made:
         yield made
 
@@ -60,7 +60,7 @@ def guest() -> Generator[Machine]:
 
 
 @pytest.fixture(params=[0, BOTH], ids=lambda flags: f"flags{flags}")
-def memfd(request: pytest.FixtureRequest, vm: Vm) -> Generator[GuestMemfd]:
+def memfd(request: pytest.FixtureRequest, vm: VmFd) -> Generator[GuestMemfd]:
     if not vm.check_extension(Cap.GUEST_MEMFD) or request.param & ~vm.check_extension(
         Cap.GUEST_MEMFD_FLAGS
     ):
@@ -75,7 +75,7 @@ def memory() -> mmap.mmap:
 
 
 def bind(
-    vm: Vm,
+    vm: VmFd,
     memfd: GuestMemfd | int,
     gpa: int = GB,
     size: int = 4 * MB,
@@ -93,7 +93,7 @@ def bind(
 # What a slot may be bound to.
 
 
-def test_only_a_guest_memfd_of_this_vm(kvm: Kvm, vm: Vm, memfd: GuestMemfd) -> None:
+def test_only_a_guest_memfd_of_this_vm(kvm: Kvm, vm: VmFd, memfd: GuestMemfd) -> None:
     assert bind(vm, -1) == Errno(EBADF)
     assert bind(vm, kvm.fileno()) == Errno(EINVAL)
     assert bind(vm, vm.fileno()) == Errno(EINVAL)
@@ -106,7 +106,7 @@ def test_only_a_guest_memfd_of_this_vm(kvm: Kvm, vm: Vm, memfd: GuestMemfd) -> N
     assert bind(vm, memfd) is None
 
 
-def test_a_range_lies_in_the_file_and_is_aligned(vm: Vm, memfd: GuestMemfd) -> None:
+def test_a_range_lies_in_the_file_and_is_aligned(vm: VmFd, memfd: GuestMemfd) -> None:
     for offset in range(1, P):
         assert bind(vm, memfd, offset=offset) == Errno(EINVAL), offset
     assert bind(vm, memfd, offset=(1 << 64) - P) == Errno(EINVAL)
@@ -120,7 +120,7 @@ def test_a_range_lies_in_the_file_and_is_aligned(vm: Vm, memfd: GuestMemfd) -> N
     assert bind(vm, memfd) is None
 
 
-def test_offset_and_size_that_overflow(vm: Vm, memfd: GuestMemfd) -> None:
+def test_offset_and_size_that_overflow(vm: VmFd, memfd: GuestMemfd) -> None:
     found = bind(vm, memfd, size=MB, offset=0x7FFF_FFFF_FFF0_0000)
     # Signed arithmetic wrapped here until "KVM: guest_memfd: treat memslot binding offset+size as
     # unsigned" (2026, in stable kernels too).
@@ -129,17 +129,17 @@ def test_offset_and_size_that_overflow(vm: Vm, memfd: GuestMemfd) -> None:
 
 
 @pytest.mark.parametrize("flag", [KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, 1 << 3, 1 << 31])
-def test_flags_that_do_not_go_with_it(vm: Vm, memfd: GuestMemfd, flag: int) -> None:
+def test_flags_that_do_not_go_with_it(vm: VmFd, memfd: GuestMemfd, flag: int) -> None:
     assert bind(vm, memfd, flags=KVM_MEM_GUEST_MEMFD | flag) == Errno(EINVAL)
 
 
-def test_the_old_ioctl_does_not_know_the_flag(vm: Vm, memory: mmap.mmap) -> None:
+def test_the_old_ioctl_does_not_know_the_flag(vm: VmFd, memory: mmap.mmap) -> None:
     assert outcome(
         lambda: vm.set_user_memory_region(1, GB, MB, address_of(memory), KVM_MEM_GUEST_MEMFD)
     ) == Errno(EINVAL)
 
 
-def test_each_flag_of_a_plain_slot_is_taken_or_einval(vm: Vm, memory: mmap.mmap) -> None:
+def test_each_flag_of_a_plain_slot_is_taken_or_einval(vm: VmFd, memory: mmap.mmap) -> None:
     known = KVM_MEM_LOG_DIRTY_PAGES | (
         KVM_MEM_READONLY if vm.check_extension(Cap.READONLY_MEM) else 0
     )
@@ -153,7 +153,7 @@ def test_each_flag_of_a_plain_slot_is_taken_or_einval(vm: Vm, memory: mmap.mmap)
         ), bit
 
 
-def test_a_slot_without_the_flag_ignores_the_rest(vm: Vm, memory: mmap.mmap) -> None:
+def test_a_slot_without_the_flag_ignores_the_rest(vm: VmFd, memory: mmap.mmap) -> None:
     assert (
         outcome(
             lambda: vm.set_user_memory_region2(1, GB, MB, address_of(memory), 12345, 7, flags=0)
@@ -165,7 +165,7 @@ def test_a_slot_without_the_flag_ignores_the_rest(vm: Vm, memory: mmap.mmap) -> 
 # What a bound slot may become.
 
 
-def test_a_bound_slot_can_only_be_deleted(vm: Vm, memfd: GuestMemfd) -> None:
+def test_a_bound_slot_can_only_be_deleted(vm: VmFd, memfd: GuestMemfd) -> None:
     assert bind(vm, memfd) is None
     assert bind(vm, memfd) == Errno(EINVAL)
     assert bind(vm, memfd, flags=0) == Errno(EINVAL)
@@ -179,13 +179,13 @@ def test_a_bound_slot_can_only_be_deleted(vm: Vm, memfd: GuestMemfd) -> None:
 
 
 def test_a_plain_slot_cannot_become_a_bound_one(
-    vm: Vm, memfd: GuestMemfd, memory: mmap.mmap
+    vm: VmFd, memfd: GuestMemfd, memory: mmap.mmap
 ) -> None:
     vm.set_user_memory_region(10, GB, 4 * MB, address_of(memory))
     assert bind(vm, memfd, userspace_addr=address_of(memory)) == Errno(EINVAL)
 
 
-def test_slots_go_after_their_file(vm: Vm) -> None:
+def test_slots_go_after_their_file(vm: VmFd) -> None:
     memfd = vm.create_guest_memfd(4 * MB)
     assert bind(vm, memfd) is None
     memfd.close()
@@ -200,7 +200,7 @@ def test_slots_go_after_their_file(vm: Vm) -> None:
 OVERLAP = (Errno(EINVAL), Errno(EEXIST))
 
 
-def test_overlaps_of_guest_addresses_are_eexist(vm: Vm, memfd: GuestMemfd) -> None:
+def test_overlaps_of_guest_addresses_are_eexist(vm: VmFd, memfd: GuestMemfd) -> None:
     assert bind(vm, memfd) is None
     assert bind(vm, memfd, slot=11, gpa=2 * GB, offset=4 * MB) is None
     vm.delete_memory_region(10)
@@ -210,7 +210,7 @@ def test_overlaps_of_guest_addresses_are_eexist(vm: Vm, memfd: GuestMemfd) -> No
 
 @pytest.mark.parametrize("offset", [2 * MB, 4 * MB, 6 * MB], ids=["half", "full", "tail"])
 def test_overlaps_in_the_file_alone_are_einval_or_eexist(
-    vm: Vm, memfd: GuestMemfd, offset: int
+    vm: VmFd, memfd: GuestMemfd, offset: int
 ) -> None:
     assert bind(vm, memfd, slot=11, gpa=2 * GB, offset=4 * MB) is None
     assert (
@@ -220,7 +220,7 @@ def test_overlaps_in_the_file_alone_are_einval_or_eexist(
     assert bind(vm, memfd, gpa=GB, offset=0) is None
 
 
-def test_a_freed_range_can_be_bound_again(vm: Vm, memfd: GuestMemfd) -> None:
+def test_a_freed_range_can_be_bound_again(vm: VmFd, memfd: GuestMemfd) -> None:
     for gpa in (GB, 2 * GB, GB):
         assert bind(vm, memfd, gpa=gpa) is None
         vm.delete_memory_region(10)
@@ -242,7 +242,7 @@ def test_a_mapping_of_the_file_can_have_a_plain_slot_beside(guest: Machine) -> N
 # Numbers of slots.
 
 
-def test_slot_numbers_end_at_the_capability(vm: Vm, memory: mmap.mmap) -> None:
+def test_slot_numbers_end_at_the_capability(vm: VmFd, memory: mmap.mmap) -> None:
     most = vm.check_extension(Cap.NR_MEMSLOTS)
     assert most > 0
     address = address_of(memory)
@@ -253,7 +253,7 @@ def test_slot_numbers_end_at_the_capability(vm: Vm, memory: mmap.mmap) -> None:
     ) == Errno(EINVAL)
 
 
-def test_another_process_cannot_set_slots(vm: Vm, memory: mmap.mmap) -> None:
+def test_another_process_cannot_set_slots(vm: VmFd, memory: mmap.mmap) -> None:
     assert in_child(lambda: vm.set_user_memory_region(0, 0, MB, address_of(memory))) == repr(
         Errno(EIO)
     )

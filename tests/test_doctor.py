@@ -25,9 +25,8 @@ from restrictedmem.abi import fuse, kvm, memory, pagemap, process, seccomp
 from restrictedmem.child import in_child
 from restrictedmem.cli import doctor
 from restrictedmem.fd import OwnedFd, readable
-from restrictedmem.fs.mount import Way
+from restrictedmem.fs.mount_ways import Way
 from restrictedmem.fs.mounter import enter_user_namespace
-from restrictedmem.kvm.vmm import Vmm
 from restrictedmem.machine import (
     descriptor,
     examination,
@@ -37,10 +36,11 @@ from restrictedmem.machine import (
     laboratory,
     syscall,
 )
-from restrictedmem.machine import memory as memory_probes
+from restrictedmem.machine import memory_kinds as memory_probes
 from restrictedmem.machine.examination import Conclusion, Examination, Group, conclude
 from restrictedmem.machine.finding import Finding, State
 from restrictedmem.units import PAGE_SIZE
+from restrictedmem.vmm.vmm import Vmm
 
 T = TypeVar("T")
 

@@ -14,13 +14,13 @@ from processes import descendants, process
 from restrictedmem.abi import pidfd
 from restrictedmem.failure import FAULT, status_of
 from restrictedmem.fd import OwnedFd
-from restrictedmem.kvm import wire
-from restrictedmem.kvm.vm import Vm
+from restrictedmem.protocol import vm_wire
 from restrictedmem.service import ending
 from restrictedmem.service.client import Service
 from restrictedmem.service.consumers import Endings
 from restrictedmem.service.ending import OomKills, Word, limits, words_of
 from restrictedmem.service.wire import Channel
+from restrictedmem.vmm.vm import Vm
 from waiting import PATIENCE, wait_until
 
 EXITED = 1 << 8
@@ -194,7 +194,7 @@ def test_an_engine_that_refuses_its_vm_ends_with_that_errno() -> None:
             closing(Channel(sock, "engine")) as engine,
             pytest.raises(OSError, match=os.strerror(EINVAL)),
         ):
-            engine.call(wire.STATISTICS)
+            engine.call(vm_wire.STATISTICS)
         assert service.ending(number) == os.strerror(EINVAL)
 
 

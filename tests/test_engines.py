@@ -20,8 +20,8 @@ import emulation
 from hugetlb import reserved
 from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE, ExitReason
-from restrictedmem.kvm import exits, guest_abi
-from restrictedmem.kvm.exits import (
+from restrictedmem.protocol import exits, guest_abi
+from restrictedmem.protocol.exits import (
     Exit,
     Hypercall,
     MemoryFault,
@@ -31,9 +31,9 @@ from restrictedmem.kvm.exits import (
     PortOut,
     Shutdown,
 )
-from restrictedmem.kvm.vm import Vcpu, Vm
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
+from restrictedmem.vmm.vm import Vcpu, Vm
 from waiting import wait_until
 
 pytestmark = pytest.mark.requires("fuse")

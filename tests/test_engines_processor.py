@@ -9,8 +9,8 @@ import pytest
 
 import emulation
 from restrictedmem.abi.kvm import ExitReason
-from restrictedmem.kvm import exits
-from restrictedmem.kvm.exits import Exit, Hypercall, MemoryFault, MmioWrite, Shutdown
+from restrictedmem.protocol import exits
+from restrictedmem.protocol.exits import Exit, Hypercall, MemoryFault, MmioWrite, Shutdown
 from restrictedmem.service.client import Service
 from test_engines import (
     CALL,

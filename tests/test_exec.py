@@ -36,7 +36,7 @@ from processes import stop
 from restrictedmem.abi import memory, seccomp
 from restrictedmem.fd import readable
 from restrictedmem.service.client import Service
-from restrictedmem.syscall import launch
+from restrictedmem.syscall import exec_program
 from restrictedmem.syscall.filter import TABLES, program
 from under_exec import EXEC, PRELUDE, kill_supervisor_of, said, supervisor_of, under
 from users import as_user
@@ -598,10 +598,10 @@ def test_what_keeps_the_supervisor_from_starting_is_said() -> None:
 
 @pytest.mark.parametrize(
     ("told", "expected"),
-    [(None, Errno(ECHILD)), ((EMFILE, "", None), Errno(EMFILE)), (launch._READY, None)],
+    [(None, Errno(ECHILD)), ((EMFILE, "", None), Errno(EMFILE)), (exec_program._READY, None)],
 )
 def test_what_a_supervisor_said_is_heard_though_it_took_no_listener(
-    told: "launch._Told | None", expected: object
+    told: "exec_program._Told | None", expected: object
 ) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours:
@@ -609,7 +609,7 @@ def test_what_a_supervisor_said_is_heard_though_it_took_no_listener(
             ours.send(b"listener")
             if told is not None:
                 theirs.send(marshal.dumps(told))
-        assert outcome(lambda: launch._hear(ours)) == expected
+        assert outcome(lambda: exec_program._hear(ours)) == expected
 
 
 def test_what_keeps_the_first_descriptor_from_being_made_is_said_once() -> None:

@@ -16,7 +16,7 @@ import processes
 from outcomes import Errno, outcome
 from restrictedmem.abi.process import prctl
 from restrictedmem.fd import readable
-from restrictedmem.syscall.launch import Call
+from restrictedmem.syscall.exec_program import CallOptions
 from restrictedmem.syscall.popen import popen
 from under_exec import EXEC, PRELUDE, kill_supervisor_of, under
 from waiting import wait_until
@@ -402,7 +402,7 @@ def test_popen_takes_what_exec_takes() -> None:
         PRELUDE
         + "fd = libc.syscall(ctypes.c_long(1234), ctypes.c_long(0)); os.posix_fallocate(fd, 0, 8192)"
     )
-    call = Call(number=1234, cachestat=False, api="v9", memory_max=4096)
+    call = CallOptions(number=1234, cachestat=False, api="v9", memory_max=4096)
     with popen([sys.executable, "-c", code], call, stderr=subprocess.PIPE, text=True) as process:
         assert "No space left on device" in process.communicate(timeout=60)[1]
 
@@ -412,7 +412,7 @@ def test_popen_judges_flags_strictly_where_they_are_not_cachestats() -> None:
         PRELUDE
         + "fd = os.memfd_create('own', 0); n = (ctypes.c_uint64 * 8)(); at = ctypes.addressof(n); print(call(fd, at, at + 16, 0))"
     )
-    for call, told in ((Call(cachestat=False), f"-{EINVAL}\n"), (None, "0\n")):
+    for call, told in ((CallOptions(cachestat=False), f"-{EINVAL}\n"), (None, "0\n")):
         with popen(
             [sys.executable, "-c", code], call, stdout=subprocess.PIPE, text=True
         ) as process:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from outcomes import in_child
-from restrictedmem.syscall import launch
+from restrictedmem.syscall import exec_program
 from under_exec import EXEC
 
 pytestmark = pytest.mark.requires("fuse", "seccomp")
@@ -94,7 +94,7 @@ def test_the_signal_of_two_ends_is_one_and_stays_for_the_other() -> None:
         pending: list[bool] = []
         for child in children:
             os.waitpid(child, 0)
-            launch._forget_end()
+            exec_program._forget_end()
             pending.append(signal.SIGCHLD in signal.sigpending())
         return pending
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from restrictedmem import sync
 from restrictedmem.check import explorer, model, objects
 from restrictedmem.check.control import UnsoundError, forget, saw, touch, watch
-from restrictedmem.check.explorer import Violation, explore
+from restrictedmem.check.explorer import RuleBroken, explore
 from restrictedmem.cli import check
 from restrictedmem.cli.main import main
 from restrictedmem.sync import RwSem as ProductionRwSem
@@ -135,7 +135,7 @@ class LostUpdate(Base):
 
     def finish(self) -> None:
         if self.memory[0] != self.times:
-            raise Violation(f"{self.times} increments made {self.memory[0]}")
+            raise RuleBroken(f"{self.times} increments made {self.memory[0]}")
 
 
 @pytest.mark.parametrize("how", WHOLE)
@@ -245,7 +245,7 @@ class Torn(Base):
     def read(self) -> None:
         seen = bytes(self.pair[0:2]) if self.at_once else bytes((self.pair[0], self.pair[1]))
         if seen.count(1) == 1:
-            raise Violation(f"torn: {seen.hex()}")
+            raise RuleBroken(f"torn: {seen.hex()}")
 
 
 @pytest.mark.parametrize("how", WHOLE)
@@ -303,7 +303,7 @@ class Semaphore(Base):
 
     def check(self) -> None:
         if self.writing > 1 or (self.writing and self.reading):
-            raise Violation(f"{self.writing} writers and {self.reading} readers are inside")
+            raise RuleBroken(f"{self.writing} writers and {self.reading} readers are inside")
 
 
 def controlled_rwsem() -> Any:
@@ -347,14 +347,14 @@ class Far(Base):
         for _ in range(6):
             self.bytes[0] = (self.bytes[0] + 1) % 256
         if self.bytes[1]:
-            raise Violation("late")
+            raise RuleBroken("late")
         self.bytes[2] = 1
 
     def quick(self) -> None:
         if self.bytes[0] == 0:
             self.bytes[1] = 1
         if not self.bytes[2]:
-            raise Violation("soon")
+            raise RuleBroken("soon")
 
 
 @pytest.mark.parametrize("how", [*WHOLE, {"preemptions": 2}])
@@ -378,7 +378,7 @@ class Twice(Base):
     def look(self) -> None:
         seen = [self.bytes[0] for _ in range(3)]
         if seen == [1, 0, 1]:
-            raise Violation("seen it come, go and come")
+            raise RuleBroken("seen it come, go and come")
 
 
 def test_preemptions_are_counted() -> None:
@@ -624,7 +624,7 @@ class Random(Base):
         found = self.now()
         self.seen.add(found)
         if found == self.forbidden:
-            raise Violation("forbidden")
+            raise RuleBroken("forbidden")
 
     def finish(self) -> None:
         self.ends.add((*self.now(), tuple(self.reads)))
@@ -871,7 +871,7 @@ class Watched(Base):
 
     def check(self) -> None:
         if self.bytes[self.first][0] and not self.bytes[1 - self.first][0]:
-            raise Violation("the first before the second")
+            raise RuleBroken("the first before the second")
 
 
 @pytest.mark.parametrize("first", [0, 1])

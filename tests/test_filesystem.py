@@ -30,7 +30,7 @@ from restrictedmem.abi.memory import PUNCH, FallocMode
 from restrictedmem.fd import OwnedFd
 from restrictedmem.fs import filesystem
 from restrictedmem.fs.filesystem import NAME, PROVE, TOKEN_BYTES, FileSystem, Request
-from restrictedmem.fs.server import Server
+from restrictedmem.fs.fuse_server import FuseServer
 from restrictedmem.mm.notifier import Api
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SIZE, pgoff_t
@@ -530,8 +530,8 @@ def test_the_server_survives_whatever_it_reads(
                 + body
             )
         ours.shutdown(socket.SHUT_WR)
-        monkeypatch.setattr("restrictedmem.fs.server.os.readv", readv_or_end)
-        Server(device, filesystem).run()
+        monkeypatch.setattr("restrictedmem.fs.fuse_server.os.readv", readv_or_end)
+        FuseServer(device, filesystem).run()
         replies = [fuse.OUT_HEADER.unpack_from(ours.recv(4096)) for _ in requests]
     assert [(unique, -error) for _, error, unique in replies] == [
         (unique, errno) for unique, (*_, errno) in enumerate(requests)
@@ -552,9 +552,9 @@ def test_who_waited_to_lead_when_the_mount_went_leaves_the_device_alone(
         reads += 1
         raise OSError(ENODEV, os.strerror(ENODEV))
 
-    monkeypatch.setattr("restrictedmem.fs.server.os.readv", readv)
+    monkeypatch.setattr("restrictedmem.fs.fuse_server.os.readv", readv)
     with OwnedFd(os.open("/dev/null", os.O_RDWR)) as device:
-        server = Server(device, Mount().filesystem)
+        server = FuseServer(device, Mount().filesystem)
         server.run()
     # As another thread of the server, after the first has returned and its caller closed the
     # device.

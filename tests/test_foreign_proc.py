@@ -13,7 +13,7 @@ from restrictedmem.audit.prove import prove
 from restrictedmem.check import live
 from restrictedmem.fd import OwnedFd
 from restrictedmem.fs import mounter
-from restrictedmem.fs.mount import Way
+from restrictedmem.fs.mount_ways import Way
 from restrictedmem.service import discover
 from restrictedmem.service.start import Options
 from users import MS_PRIVATE, MS_REC, mount
@@ -79,4 +79,4 @@ def test_nobody_is_tried_or_missed_in_anothers_place() -> None:
     assert inside(
         lambda: prove(nothing, nothing, 0, engine="software", as_root=False, progress=nothing)
     ) == Errno(ESRCH)
-    assert inside(lambda: live._Run(Options(), None, 0)) == Errno(ESRCH)
+    assert inside(lambda: live._LiveRun(Options(), None, 0)) == Errno(ESRCH)

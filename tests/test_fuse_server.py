@@ -19,9 +19,9 @@ from restrictedmem.abi.memory import PUNCH
 from restrictedmem.failure import status_of
 from restrictedmem.fd import OwnedFd, readable
 from restrictedmem.fs import filesystem as filesystem_module
-from restrictedmem.fs import server as server_module
+from restrictedmem.fs import fuse_server as server_module
 from restrictedmem.fs.filesystem import NAME, FileSystem, Request
-from restrictedmem.fs.server import MAX_THREADS, Server
+from restrictedmem.fs.fuse_server import MAX_THREADS, FuseServer
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.units import PAGE_SIZE, pgoff_t
 from waiting import wait_until
@@ -78,7 +78,7 @@ class Served:
         self._ours.settimeout(PATIENCE)
         self._stack.enter_context(self._ours)
         self._device = OwnedFd(theirs.detach())
-        self.server = Server(self._device, self.filesystem)
+        self.server = FuseServer(self._device, self.filesystem)
         read = self.server._read
 
         def read_or_end() -> Request | None:
@@ -404,7 +404,7 @@ def _serve_until(failure: Exception) -> None:
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     os.readv = fail
-    server = Server(OwnedFd(theirs.detach()), FileSystem("v10", max_files=10))
+    server = FuseServer(OwnedFd(theirs.detach()), FileSystem("v10", max_files=10))
     threading.Thread(target=server.run).start()
     assert not ours.recv(1), "a word of a server that cannot read"
     signal.pause()
@@ -417,7 +417,7 @@ def test_only_enodev_ends_serving(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "readv", gone)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, OwnedFd(theirs.detach()) as device:
-        thread = threading.Thread(target=Server(device, FileSystem("v10", max_files=10)).run)
+        thread = threading.Thread(target=FuseServer(device, FileSystem("v10", max_files=10)).run)
         thread.start()
         thread.join(PATIENCE)
         assert not thread.is_alive(), "waited 10 s for the end of the mount"

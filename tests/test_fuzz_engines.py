@@ -24,7 +24,7 @@ from random_guests.pair import Pair, shrink
 from random_guests.program import Item, Label, Piece, Program, reads_undefined
 from random_guests.units import strings
 from random_guests.x86 import AF, CF, EFFECTS, OF, ZF, Mem, encode, shift_effect
-from restrictedmem.kvm.exits import Hypercall, MemoryFault, PortOut, Shutdown
+from restrictedmem.protocol.exits import Hypercall, MemoryFault, PortOut, Shutdown
 from restrictedmem.service.client import Service
 
 ROOT: Final = Path(__file__).parent.parent

@@ -18,12 +18,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from restrictedmem.kvm import elf, exits
-from restrictedmem.kvm.gdb import rsp, target
-from restrictedmem.kvm.gdb.stub import serve
-from restrictedmem.kvm.vmm import Ended, Vmm
+from restrictedmem.protocol import exits
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
+from restrictedmem.vmm import elf
+from restrictedmem.vmm.gdb import rsp, target
+from restrictedmem.vmm.gdb.stub import serve
+from restrictedmem.vmm.vmm import Ended, Vmm
 from waiting import wait_until
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from restrictedmem import guests
-from restrictedmem.kvm import elf, guest_abi
+from restrictedmem.protocol import guest_abi
+from restrictedmem.vmm import elf
 
 ROOT = Path(__file__).parent.parent
 GUESTS = ROOT / "guests"

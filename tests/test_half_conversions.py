@@ -11,24 +11,24 @@ import pytest
 
 from outcomes import Errno, failing_at, in_child, outcome
 from restrictedmem.abi import kvm
-from restrictedmem.devkvm import Vm
+from restrictedmem.devkvm import VmFd
 from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm import attributes as attributes_module
 from restrictedmem.kvm.attributes import Attributes
+from restrictedmem.kvm.engine_vcpu import EngineVcpus
 from restrictedmem.kvm.half import forbid_shrinking
+from restrictedmem.kvm.kernel.guest_system import SIZE, System
 from restrictedmem.kvm.kernel.page_tables import PRESENT, WRITABLE
 from restrictedmem.kvm.kernel.private import GuestMemfdHalf, PrivateFile
 from restrictedmem.kvm.kernel.slots import ByAddress, ByAttribute, Conversion, KernelSlots
-from restrictedmem.kvm.kernel.system import SIZE, System
 from restrictedmem.kvm.memslot import READ, Memslot
 from restrictedmem.kvm.mmu import Fault, Mmu
-from restrictedmem.kvm.software.vm import SoftwareVm
-from restrictedmem.kvm.trace import Trace
-from restrictedmem.kvm.vcpu import Vcpus
+from restrictedmem.kvm.software.software_vm import SoftwareVm
 from restrictedmem.kvm.vm_memory import VmMemory
 from restrictedmem.kvm.whole import begun, whole
 from restrictedmem.mm.notifier import Api
-from restrictedmem.platform.host import NoPlatform
+from restrictedmem.platform.platform import NoPlatform
+from restrictedmem.protocol.trace_events import Trace
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t, pgoff_t
 from software_machine import shared_half
 
@@ -86,7 +86,7 @@ class Engine:
 
     def __init__(self, by: str) -> None:
         self.own, self.kvm = System(), KvmVm()
-        vm = cast("Vm", self.kvm)
+        vm = cast("VmFd", self.kvm)
         slots, tables = KernelSlots(vm, self.own), self.own.tables
         private = None
         if by == "attribute":
@@ -235,7 +235,9 @@ class Window:
 
     def __init__(self) -> None:
         self.attributes = Attributes(Api.V10)
-        self.engine = SoftwareVm(cast("Any", None), Vcpus(), self.attributes, Trace(), NoPlatform())
+        self.engine = SoftwareVm(
+            cast("Any", None), EngineVcpus(), self.attributes, Trace(), NoPlatform()
+        )
         self.memory = VmMemory(
             self.engine, cast("Any", None), Api.V10, self.attributes, forbid_shrinking
         )
@@ -333,7 +335,7 @@ def test_a_vcpu_that_cannot_be_sent_out_is_no_errno_of_the_call(
         raise OSError(EINVAL, "kick")
 
     window = Window()
-    monkeypatch.setattr(Vcpus, "drop", fail)
+    monkeypatch.setattr(EngineVcpus, "drop", fail)
     with pytest.raises(RuntimeError):
         window.convert()
     window.slot.close()

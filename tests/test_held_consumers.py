@@ -14,12 +14,12 @@ from mute_server import MuteServer
 from outcomes import Errno, outcome
 from processes import family, wait_gone
 from restrictedmem.abi import memory
-from restrictedmem.kvm.vm import Vm
 from restrictedmem.service import wire
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PAGE_SIZE as PAGE
+from restrictedmem.vmm.vm import Vm
 from waiting import wait_until
 
 PUPPET = Path(__file__).parent / "consumers" / "puppet.py"

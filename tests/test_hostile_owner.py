@@ -28,12 +28,12 @@ from outcomes import Errno, in_child, outcome
 from processes import family, stop, wait_gone
 from restrictedmem.abi import process as this_process
 from restrictedmem.fd import OwnedFd
-from restrictedmem.kvm import guest_abi
-from restrictedmem.kvm.vm import Vm
+from restrictedmem.protocol import guest_abi
 from restrictedmem.service import client
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options, harden
 from restrictedmem.units import PAGE_SIZE as PAGE
+from restrictedmem.vmm.vm import Vm
 from users import as_user
 
 pytestmark = pytest.mark.requires("fuse", "root")

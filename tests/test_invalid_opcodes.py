@@ -6,7 +6,7 @@ from typing import Final
 import pytest
 
 import emulation
-from restrictedmem.kvm.exits import Exit, Shutdown
+from restrictedmem.protocol.exits import Exit, Shutdown
 from restrictedmem.service.client import Service
 from test_engines import MIB, PAGE, PRIVATE, STACK, Machine, make_machine, missing_page
 

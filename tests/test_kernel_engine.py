@@ -22,31 +22,33 @@ from restrictedmem.abi import kvm, memory
 from restrictedmem.abi.kvm import Cap, ExitReason
 from restrictedmem.abi.kvm_x86 import kvm_sregs
 from restrictedmem.consumer import Bound
-from restrictedmem.devkvm import Kvm, Vm
+from restrictedmem.devkvm import Kvm, VmFd
 from restrictedmem.fd import OwnedFd
-from restrictedmem.kvm import elf, guest_abi, process
+from restrictedmem.kvm import engine_process
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine import VcpuEngine
-from restrictedmem.kvm.exits import Debug, Hypercall, MemoryFault, Shutdown, Unknown
+from restrictedmem.kvm.engine_vcpu import EngineVcpus
 from restrictedmem.kvm.half import Half
-from restrictedmem.kvm.kernel import system
+from restrictedmem.kvm.kernel import guest_system
+from restrictedmem.kvm.kernel.guest_system import MAX_VCPUS, System
+from restrictedmem.kvm.kernel.kernel_vcpu import KernelVcpu
+from restrictedmem.kvm.kernel.kernel_vm import KernelVm
 from restrictedmem.kvm.kernel.page_tables import USER, WRITABLE, PageTables
 from restrictedmem.kvm.kernel.private import GuestMemfdHalf, PrivateFile
 from restrictedmem.kvm.kernel.slots import ByAddress, ByAttribute, KernelSlots, runs
-from restrictedmem.kvm.kernel.system import MAX_VCPUS, System
-from restrictedmem.kvm.kernel.vcpu import KernelVcpu
-from restrictedmem.kvm.kernel.vm import KernelVm
 from restrictedmem.kvm.memslot import Memslot
-from restrictedmem.kvm.trace import Trace
-from restrictedmem.kvm.vcpu import Vcpus
-from restrictedmem.kvm.vm import Vm as VmOfOwner
-from restrictedmem.kvm.vmm import Vmm
-from restrictedmem.kvm.wire import Creation
 from restrictedmem.mm.notifier import Api
+from restrictedmem.protocol import guest_abi
+from restrictedmem.protocol.exits import Debug, Hypercall, MemoryFault, Shutdown, Unknown
+from restrictedmem.protocol.trace_events import Trace
+from restrictedmem.protocol.vm_wire import Creation
 from restrictedmem.service import SERVER_VARIABLE, client
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PageRange, gfn_t, pgoff_t
+from restrictedmem.vmm import elf
+from restrictedmem.vmm.vm import Vm as VmOfOwner
+from restrictedmem.vmm.vmm import Vmm
 from software_machine import shared_half
 from users import ORDINARY, as_user
 
@@ -102,7 +104,7 @@ def test_an_entry_that_leads_to_a_table_stays() -> None:
 
 def test_page_tables_run_out() -> None:
     own = System()
-    tables = PageTables(own.memory, system.SIZE - 4 * PAGE, system.SIZE)
+    tables = PageTables(own.memory, guest_system.SIZE - 4 * PAGE, guest_system.SIZE)
     tables.reserve(0, 1)
     with pytest.raises(OSError) as caught:
         tables.reserve(1 << 30, 1)
@@ -116,7 +118,7 @@ def test_page_tables_run_out() -> None:
 def test_a_range_that_is_refused_takes_no_page_tables(linear: int, npages: int, errno: int) -> None:
     own = System()
     # The root, three for the first page, and three more.
-    tables = PageTables(own.memory, system.SIZE - 7 * PAGE, system.SIZE)
+    tables = PageTables(own.memory, guest_system.SIZE - 7 * PAGE, guest_system.SIZE)
     tables.reserve(0, 1)
     before = own.memory[:]
     assert outcome(lambda: tables.reserve(linear, npages)) == (Errno(errno) if errno else None)
@@ -129,14 +131,14 @@ def test_a_range_that_is_refused_takes_no_page_tables(linear: int, npages: int, 
 def test_a_guest_reaches_nothing_of_the_engine_but_two_pages() -> None:
     own = System()
     own.add_vcpu(0)
-    for page in range(system.SIZE >> PAGE_SHIFT):
+    for page in range(guest_system.SIZE >> PAGE_SHIFT):
         entry = walk(own, (1 << guest_abi.GPA_BITS) + (page << PAGE_SHIFT))
         assert not entry & USER
     hypercall, report = walk(own, guest_abi.HYPERCALL_PAGE), walk(own, guest_abi.REPORT_PAGE)
     assert hypercall & (USER | WRITABLE) == USER
     assert report & (USER | WRITABLE) == USER | WRITABLE
     assert report >> 63 == 1
-    assert walk(own, system.STAGING) == walk(own, system.COPY) == 0
+    assert walk(own, guest_system.STAGING) == walk(own, guest_system.COPY) == 0
 
 
 # Conversions, against a recording of what is asked of the kernel.
@@ -185,10 +187,10 @@ def slot_of_both(own: System, private: bool = True, shared: bool = True) -> Mems
 
 def test_with_memory_attributes_a_slot_is_one_and_the_kernel_converts() -> None:
     own, vm = System(), Recorder()
-    by = ByAttribute(cast("Vm", vm), KernelSlots(cast("Vm", vm), own), own.tables)
+    by = ByAttribute(cast("VmFd", vm), KernelSlots(cast("VmFd", vm), own), own.tables)
     slot = slot_of_both(own)
     slot.attributes[8:16] = bytes([1]) * 8
-    assert vm.take("set_user_memory_region") == [(0, 0, system.SIZE, own.address)]
+    assert vm.take("set_user_memory_region") == [(0, 0, guest_system.SIZE, own.address)]
     by.add(slot)
     assert slot.shared is not None
     assert isinstance(slot.private, GuestMemfdHalf)
@@ -217,7 +219,7 @@ def test_with_memory_attributes_a_slot_is_one_and_the_kernel_converts() -> None:
 
 def test_with_memory_attributes_a_half_that_is_missing_has_no_entry() -> None:
     own, vm = System(), Recorder()
-    by = ByAttribute(cast("Vm", vm), KernelSlots(cast("Vm", vm), own), own.tables)
+    by = ByAttribute(cast("VmFd", vm), KernelSlots(cast("VmFd", vm), own), own.tables)
     slot = slot_of_both(own, shared=False)
     slot.attributes[1] = 1
     by.add(slot)
@@ -240,7 +242,7 @@ def within_reach(half: Half, page: int) -> bool:
 @pytest.mark.requires("guard")
 def test_with_memory_attributes_the_shared_half_of_private_pages_is_out_of_reach() -> None:
     own, vm = System(), Recorder()
-    by = ByAttribute(cast("Vm", vm), KernelSlots(cast("Vm", vm), own), own.tables)
+    by = ByAttribute(cast("VmFd", vm), KernelSlots(cast("VmFd", vm), own), own.tables)
     slot = slot_of_both(own)
     assert slot.shared is not None
     slot.shared.mapping.memory[9 * PAGE] = 0x55
@@ -285,7 +287,7 @@ def test_with_memory_attributes_the_shared_half_of_private_pages_is_out_of_reach
 
 def test_before_guards_a_shared_half_stays_within_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     own, vm = System(), Recorder()
-    by = ByAttribute(cast("Vm", vm), KernelSlots(cast("Vm", vm), own), own.tables)
+    by = ByAttribute(cast("VmFd", vm), KernelSlots(cast("VmFd", vm), own), own.tables)
     slot = slot_of_both(own)
     slot.attributes[:] = bytes([1]) * PAGES
     assert slot.shared is not None
@@ -297,7 +299,7 @@ def test_before_guards_a_shared_half_stays_within_reach(monkeypatch: pytest.Monk
 
 def test_without_them_each_half_is_a_slot_and_only_pages_that_convert_are_zapped() -> None:
     own, vm = System(), Recorder()
-    by = ByAddress(KernelSlots(cast("Vm", vm), own), own.tables)
+    by = ByAddress(KernelSlots(cast("VmFd", vm), own), own.tables)
     slot = slot_of_both(own, private=False)
     by.add(slot)
     assert len(vm.take("set_user_memory_region")) == 2
@@ -362,7 +364,7 @@ class Files:
 @contextmanager
 def make_vm(*, debug: bool = False) -> Generator[KernelVm]:
     with Kvm.open() as device:
-        vm = KernelVm(Files(), Vcpus(), Attributes(Api.V10), device, debug=debug)
+        vm = KernelVm(Files(), EngineVcpus(), Attributes(Api.V10), device, debug=debug)
     with closing(vm):
         yield vm
 
@@ -670,26 +672,32 @@ def test_without_the_device_auto_is_software_and_the_name_says_why(
         raise OSError(ENOENT, "open: No such file or directory: '/dev/kvm'")
 
     monkeypatch.setattr(Kvm, "open", missing)
-    binder = cast("process.Binding", Nobody())
+    binder = cast("engine_process.EngineBinder", Nobody())
     assert (
-        process.make_engine(Creation("auto"), binder, Vcpus(), Attributes(Api.V10), Trace()).name
+        engine_process.make_engine(
+            Creation("auto"), binder, EngineVcpus(), Attributes(Api.V10), Trace()
+        ).name
         == "software"
     )
     with pytest.raises(OSError, match="/dev/kvm") as caught:
-        process.make_engine(Creation("kernel"), binder, Vcpus(), Attributes(Api.V10), Trace())
+        engine_process.make_engine(
+            Creation("kernel"), binder, EngineVcpus(), Attributes(Api.V10), Trace()
+        )
     assert caught.value.errno == ENOENT
 
 
 @pytest.mark.requires("kvm")
 def test_with_the_device_auto_is_the_kernel() -> None:
-    binder = cast("process.Binding", Nobody())
-    made = process.make_engine(Creation("auto"), binder, Vcpus(), Attributes(Api.V10), Trace())
+    binder = cast("engine_process.EngineBinder", Nobody())
+    made = engine_process.make_engine(
+        Creation("auto"), binder, EngineVcpus(), Attributes(Api.V10), Trace()
+    )
     assert isinstance(made, KernelVm)
     made.close()
     assert made.name == "kernel"
     assert (
-        process.make_engine(
-            Creation("software"), binder, Vcpus(), Attributes(Api.V10), Trace()
+        engine_process.make_engine(
+            Creation("software"), binder, EngineVcpus(), Attributes(Api.V10), Trace()
         ).name
         == "software"
     )

@@ -20,19 +20,21 @@ from restrictedmem import guests
 from restrictedmem.abi import kvm, memory
 from restrictedmem.abi.kvm import kvm_regs
 from restrictedmem.fd import OwnedFd
-from restrictedmem.kvm import elf, exits, guest_abi, wire
 from restrictedmem.kvm.conversions import Conversions
-from restrictedmem.kvm.launch import Launch, Measurement, measure
+from restrictedmem.kvm.engine_vcpu import EngineVcpu as KvmVcpu
+from restrictedmem.kvm.launch import Launch
 from restrictedmem.kvm.machine import Machine
-from restrictedmem.kvm.report import Reporter
-from restrictedmem.kvm.trace import Trace
-from restrictedmem.kvm.vcpu import Vcpu as KvmVcpu
+from restrictedmem.kvm.report_hypercall import Reporter
 from restrictedmem.kvm.vcpu_socket import VcpuSocket
-from restrictedmem.kvm.vm import Vcpu, Vm
-from restrictedmem.kvm.vmm import Vmm, expected_measurement
+from restrictedmem.protocol import exits, guest_abi, vm_wire
+from restrictedmem.protocol.measurement import Measurement, measure
+from restrictedmem.protocol.trace_events import Trace
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
 from restrictedmem.service.wire import Call, Channel
+from restrictedmem.vmm import elf
+from restrictedmem.vmm.vm import Vcpu, Vm
+from restrictedmem.vmm.vmm import Vmm, expected_measurement
 
 GPA = 0x4000_0000
 STACK = GPA + 0x8000
@@ -428,7 +430,7 @@ class _Update:
         reporter = SimpleNamespace(launched=None)
         owner, creation = (
             SimpleNamespace(reply=lambda: None),
-            SimpleNamespace(policy=wire.POLICY_EXPLICIT),
+            SimpleNamespace(policy=vm_wire.POLICY_EXPLICIT),
         )
         none, vcpus = cast(Any, None), SimpleNamespace(held=self._held)
         self.machine = Machine(
@@ -457,7 +459,7 @@ class _Update:
 
     def update(self, failing: int) -> tuple[bool, bool, bool, bool]:
         """Say whether memory was missing, and whether content was written, was measured, and keeps its slot."""
-        content = wire.LAUNCH.pack(GPA) + b"a" * PAGE
+        content = vm_wire.LAUNCH.pack(GPA) + b"a" * PAGE
         failed = failing_at(failing, lambda: self.machine._launch_update(content))
         # Not by ``finish``: a call that found no memory may have been the one to let go of the
         # mutex.
@@ -485,7 +487,7 @@ def test_what_is_put_in_is_measured_whatever_fails() -> None:
 
 def test_what_was_not_put_in_is_neither_measured_nor_kept() -> None:
     update = _Update(OSError(EFAULT, "refused"))
-    assert errno_of(update.machine._launch_update, wire.LAUNCH.pack(GPA) + bytes(PAGE)) == EFAULT
+    assert errno_of(update.machine._launch_update, vm_wire.LAUNCH.pack(GPA) + bytes(PAGE)) == EFAULT
     assert update.update(0) == (True, False, False, False)
 
 
@@ -564,7 +566,7 @@ def test_what_to_expect_is_known_without_running(
             ["an", "argument"],
             private_size=4 * MIB,
             vcpus=vcpus,
-            policy=wire.POLICY_EXPLICIT,
+            policy=vm_wire.POLICY_EXPLICIT,
         )
         assert vmm.launch_finish() == expected
 
@@ -710,7 +712,7 @@ def test_no_exit_shows_a_register_that_the_guest_did_not_pass(vm: Vm, offence: s
     secret = SECRET.to_bytes(8, "little")
     with start(vm, code(_FULL, OFFENCES[offence])) as vcpu:
         channel: Channel = vcpu._channel  # pyright: ignore[reportPrivateUsage]
-        found = [replies(channel, wire.RUN.number, wire.COMPLETION.pack(0)) for _ in range(3)]
+        found = [replies(channel, vm_wire.RUN.number, vm_wire.COMPLETION.pack(0)) for _ in range(3)]
     for reply in found:
         # Nor a piece of one: ports are a byte wide, and nothing else is asked for.
         assert not any(secret[at : at + 2] in reply for at in range(7)), reply.hex()
@@ -719,7 +721,7 @@ def test_no_exit_shows_a_register_that_the_guest_did_not_pass(vm: Vm, offence: s
 @pytest.mark.requires("fuse")
 def test_no_message_shows_a_register_or_private_memory(vm: Vm) -> None:
     secret = SECRET.to_bytes(8, "little")
-    numbers = [call.number for call in vars(wire).values() if isinstance(call, Call)] + [
+    numbers = [call.number for call in vars(vm_wire).values() if isinstance(call, Call)] + [
         0,
         1,
         1 << 16,
@@ -744,7 +746,9 @@ def test_no_message_shows_a_register_or_private_memory(vm: Vm) -> None:
             for number in numbers:
                 for body in bodies:
                     if not (
-                        runs and number == wire.RUN.number and len(body) == wire.COMPLETION.size
+                        runs
+                        and number == vm_wire.RUN.number
+                        and len(body) == vm_wire.COMPLETION.size
                     ):
                         reply = replies(channel, number, body)
                         assert secret[:4] not in reply, (hex(number), reply)
@@ -790,7 +794,7 @@ def test_a_vcpu_that_lost_an_exit_runs_no_more() -> None:
             0,
             channel,
             watched,
-            wire.POLICY_EXPLICIT,
+            vm_wire.POLICY_EXPLICIT,
             cast(Launch, _launch()),
             cast(Conversions, _Failing()),
             cast(Reporter, None),
@@ -798,7 +802,7 @@ def test_a_vcpu_that_lost_an_exit_runs_no_more() -> None:
         )
         made.begin(cast(KvmVcpu, vcpu))
         for expected in (ENOMEM, EIO, EIO):
-            theirs.send(struct.pack("=IIQ", wire.RUN.number, 0, 0))
+            theirs.send(struct.pack("=IIQ", vm_wire.RUN.number, 0, 0))
             assert struct.unpack_from("=I", theirs.recv(1000)) == (expected,)
         assert told == []
         watched.unregister(channel.fileno())

@@ -14,7 +14,9 @@ LAYERS = (
     ("audit",),
     ("check",),
     ("machine",),
+    ("vmm",),
     ("kvm",),
+    ("protocol",),
     ("platform",),
     ("consumer",),
     ("syscall",),
@@ -94,11 +96,19 @@ def test_imports_go_down(module: str, path: Path) -> None:
     assert not upward, f"{module} imports upward: {upward}"
 
 
+def test_owner_and_engine_share_the_protocol_alone() -> None:
+    """The owner's process and the engine's trust each other with nothing but messages."""
+    apart = {"vmm": "restrictedmem.kvm", "kvm": "restrictedmem.vmm"}
+    for layer, other in apart.items():
+        for path in sorted((SOURCE / layer).rglob("*.py")):
+            assert not [name for name in imports_of(path) if name.startswith(other)], path
+
+
 def test_mm_and_the_fault_path_take_locks_only_from_sync() -> None:
     for path in [
         *sorted((SOURCE / "mm").glob("*.py")),
         SOURCE / "kvm" / "mmu.py",
-        SOURCE / "kvm" / "vcpu.py",
+        SOURCE / "kvm" / "engine_vcpu.py",
         SOURCE / "kvm" / "software" / "turns.py",
     ]:
         names = {

@@ -21,7 +21,6 @@ from restrictedmem.abi import memory
 from restrictedmem.abi.memory import PUNCH
 from restrictedmem.consumer import Bound
 from restrictedmem.fd import OwnedFd
-from restrictedmem.kvm import elf, exits
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.lpage import Level
 from restrictedmem.kvm.memslot import (
@@ -35,18 +34,20 @@ from restrictedmem.kvm.memslot import (
     Memslot,
 )
 from restrictedmem.kvm.mmu import FAULT_AROUND, Fault, Mmu
-from restrictedmem.kvm.trace import Trace, pair
-from restrictedmem.kvm.vm import Vcpu
-from restrictedmem.kvm.vmm import Ended, Vmm
 from restrictedmem.mm.backing import MemfdBacking
 from restrictedmem.mm.design import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.notifier import Api
 from restrictedmem.mm.pages import Pages
 from restrictedmem.mm.restrictedmem import RestrictedFile
+from restrictedmem.protocol import exits
+from restrictedmem.protocol.trace_events import Trace, pair
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
 from restrictedmem.units import PAGE_SHIFT, PageRange, gfn_t, pgoff_t
+from restrictedmem.vmm import elf
+from restrictedmem.vmm.vm import Vcpu
+from restrictedmem.vmm.vmm import Ended, Vmm
 
 EFAULT, ENOSPC, EHWPOISON = 14, 28, 133
 PMD, PUD = Level.PMD.pages, Level.PUD.pages

@@ -25,11 +25,11 @@ from processes import children, process, stopped, wait_gone
 from restrictedmem import burial, fd
 from restrictedmem.burial import bury
 from restrictedmem.fd import receive_without_fds
-from restrictedmem.kvm import wire as kvm_wire
-from restrictedmem.kvm.vm import Vm
+from restrictedmem.protocol import vm_wire as kvm_wire
 from restrictedmem.service import client, wire
 from restrictedmem.service.client import Service, address
-from restrictedmem.service.consumer import Consumer
+from restrictedmem.service.consumer_process import ConsumerProcess
+from restrictedmem.vmm.vm import Vm
 from under_exec import PRELUDE, supervisor_of
 from waiting import wait_until
 
@@ -233,7 +233,7 @@ def test_a_consumer_that_answers_with_it(older: bool, monkeypatch: pytest.Monkey
     if older:
         monkeypatch.setattr(fd, "KERNEL_REFUSES", False)
     reasons: list[str] = []
-    consumer = Consumer("broken", 1, 5.0, lambda _, reason: reasons.append(reason))
+    consumer = ConsumerProcess("broken", 1, 5.0, lambda _, reason: reasons.append(reason))
     requests, notify = consumer.give_sockets()
     with (
         requests,

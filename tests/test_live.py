@@ -24,9 +24,9 @@ from restrictedmem.check import live
 from restrictedmem.check.board import MAX_PAGES, Board, Progress
 from restrictedmem.check.owner import NAMES, OPERATIONS, Ground, Owner, Plan, Puncher
 from restrictedmem.check.scenarios import SCENARIOS
-from restrictedmem.kvm.vmm import SHARED_SIZE
 from restrictedmem.service import client
 from restrictedmem.units import PAGE_SIZE
+from restrictedmem.vmm.vmm import SHARED_SIZE
 from waiting import wait_until
 
 ROOT = Path(__file__).parent.parent
@@ -212,7 +212,7 @@ def breaking(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
 
 
 DEAF = """
-from restrictedmem.service.consumer import Binding
+from restrictedmem.service.consumer_process import Binding
 begin, finish, told = Binding.invalidate_start, Binding.invalidate_end, [0]
 unheard = set()
 def start(self, *what):
@@ -229,7 +229,7 @@ def end(self, *what):
 Binding.invalidate_start, Binding.invalidate_end = start, end
 """
 NO_END = """
-from restrictedmem.service.consumer import Binding
+from restrictedmem.service.consumer_process import Binding
 Binding.invalidate_end = lambda self, start, end, order: None
 """
 BUSY = """

@@ -16,7 +16,7 @@ from restrictedmem.mm.sequence import InvalidationSequence
 from restrictedmem.platform.direct_map import DirectMap
 from restrictedmem.platform.snp import Snp
 from restrictedmem.service import wire
-from restrictedmem.service.consumer import Consumer
+from restrictedmem.service.consumer_process import ConsumerProcess
 from restrictedmem.sync import Mutex
 from restrictedmem.units import PAGE_SIZE, PageRange, gfn_t, pgoff_t
 
@@ -34,7 +34,7 @@ class Deaf:
     def error(self, start: pgoff_t, end: pgoff_t) -> None: ...
 
     @staticmethod
-    def failed(consumer: Consumer, reason: str) -> None: ...
+    def failed(consumer: ConsumerProcess, reason: str) -> None: ...
 
     def page_count(self, start: pgoff_t, end: pgoff_t) -> int:
         return 0
@@ -207,9 +207,9 @@ def test_round_trips_to_a_consumer_take_turns(monkeypatch: pytest.MonkeyPatch) -
     def answer(*_: object) -> bytes:
         return b""
 
-    consumer = Consumer("puppet", 1, 1.0, Deaf.failed)
-    monkeypatch.setattr(Consumer, "_make_round_trip", answer)
-    held = watch(monkeypatch, Consumer, "_make_round_trip", consumer._turn)
+    consumer = ConsumerProcess("puppet", 1, 1.0, Deaf.failed)
+    monkeypatch.setattr(ConsumerProcess, "_make_round_trip", answer)
+    held = watch(monkeypatch, ConsumerProcess, "_make_round_trip", consumer._turn)
     consumer.notify(wire.INVALIDATE_START, b"", 0)
     assert held == [True]
     for sock in consumer.give_sockets():

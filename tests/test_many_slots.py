@@ -16,21 +16,22 @@ from design_files import make_file, punch
 from model_backing import Recorder
 from restrictedmem.abi.kvm import kvm_userspace_memory_region_ext
 from restrictedmem.fd import OwnedFd
-from restrictedmem.kvm import exits, vm_memory
+from restrictedmem.kvm import vm_memory
 from restrictedmem.kvm.attributes import Attributes
+from restrictedmem.kvm.engine_vcpu import EngineVcpus
 from restrictedmem.kvm.half import forbid_shrinking
 from restrictedmem.kvm.kernel.slots import KernelSlots
 from restrictedmem.kvm.memslot import Memslot
 from restrictedmem.kvm.memslots import Memslots
-from restrictedmem.kvm.software.vm import SoftwareVm
-from restrictedmem.kvm.trace import Trace
-from restrictedmem.kvm.vcpu import Vcpus
-from restrictedmem.kvm.vm import Vm
+from restrictedmem.kvm.software.software_vm import SoftwareVm
 from restrictedmem.kvm.vm_memory import VmMemory
 from restrictedmem.mm.notifier import Api
-from restrictedmem.platform.host import NoPlatform
+from restrictedmem.platform.platform import NoPlatform
+from restrictedmem.protocol import exits
+from restrictedmem.protocol.trace_events import Trace
 from restrictedmem.service.client import Service
 from restrictedmem.units import PAGE_SHIFT, gfn_t, pgoff_t
+from restrictedmem.vmm.vm import Vm
 from software_machine import HALTED, machine_code, make_machine, shared_half
 
 GPA = 0x4000_0000
@@ -184,7 +185,7 @@ def cost_of(act: Callable[[], object]) -> int:
 
 def test_no_call_takes_longer_for_the_slots_there_are() -> None:
     attributes = Attributes(Api.V10)
-    engine = SoftwareVm(cast("Any", None), Vcpus(), attributes, Trace(), NoPlatform())
+    engine = SoftwareVm(cast("Any", None), EngineVcpus(), attributes, Trace(), NoPlatform())
     memory = VmMemory(engine, cast("Any", None), Api.V10, attributes, forbid_shrinking)
     with OwnedFd(os.memfd_create("window", os.MFD_ALLOW_SEALING)) as fd:
         os.ftruncate(fd.fileno(), PAGE)

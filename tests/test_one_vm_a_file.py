@@ -16,12 +16,12 @@ from outcomes import Errno, outcome
 from processes import family, process, stop, wait_gone
 from restrictedmem.abi import memory
 from restrictedmem.fd import OwnedFd
-from restrictedmem.kvm import exits
-from restrictedmem.kvm.vm import Vm
+from restrictedmem.protocol import exits
 from restrictedmem.service.client import Service
-from restrictedmem.service.consumer import Binding, Consumer
+from restrictedmem.service.consumer_process import Binding, ConsumerProcess
 from restrictedmem.service.consumers import Consumers, Troubles
 from restrictedmem.service.start import Options
+from restrictedmem.vmm.vm import Vm
 from waiting import wait_until
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def test_a_file_is_not_free_before_the_process_has_ended(monkeypatch: pytest.Mon
         while True:
             signal.pause()
     failures: list[str] = []
-    consumer = Consumer("kvm", 1, 1.0, lambda _, reason: failures.append(reason))
+    consumer = ConsumerProcess("kvm", 1, 1.0, lambda _, reason: failures.append(reason))
     consumer.process = OwnedFd(os.pidfd_open(child))
     monkeypatch.setattr(consumer, "kill", lambda: None)
     unbound: list[int] = []
@@ -258,6 +258,8 @@ def test_who_binds_a_file_waits_for_another_holder_alone(
     )
     monkeypatch.setattr(consumers, "_idle", looks)
     file = SimpleNamespace(holder=holder, notifier_count=notifiers)
-    consumers._let_end(cast(Consumer, SimpleNamespace(number=1)), cast("RestrictedFile", file))
+    consumers._let_end(
+        cast(ConsumerProcess, SimpleNamespace(number=1)), cast("RestrictedFile", file)
+    )
     assert looks.found[0] is not waits
     assert len(looks.found) == (4 if waits else 1)

@@ -16,11 +16,11 @@ import pytest
 from foreign_fuse import foreign
 from restrictedmem import guests
 from restrictedmem.abi.fuse import Opcode
-from restrictedmem.kvm import elf, perfetto
-from restrictedmem.kvm.recording import record
-from restrictedmem.kvm.vmm import Ended, Vmm
 from restrictedmem.paths import NewFile
 from restrictedmem.service.client import Service
+from restrictedmem.vmm import elf, perfetto
+from restrictedmem.vmm.recording import record
+from restrictedmem.vmm.vmm import Ended, Vmm
 from waiting import wait_until
 
 COMMAND = [sys.executable, "-m", "restrictedmem"]

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from restrictedmem.platform import host
+from restrictedmem.platform import platform
 from restrictedmem.platform.direct_map import DirectMap
 from restrictedmem.platform.rmp import HYPERVISOR, Entry, Rmp
 from restrictedmem.platform.sev import Sev
@@ -313,10 +313,13 @@ def entries(snp: Snp) -> dict[str, int]:
 
 
 def test_names() -> None:
-    assert host.make("").report() == {}
-    assert [host.make(name).report()["platform"] for name in host.NAMES] == ["snp", "snp-unmapped"]
+    assert platform.make("").report() == {}
+    assert [platform.make(name).report()["platform"] for name in platform.NAMES] == [
+        "snp",
+        "snp-unmapped",
+    ]
     with pytest.raises(OSError) as caught:
-        host.make("tdx")
+        platform.make("tdx")
     assert caught.value.errno == EINVAL
 
 

@@ -11,10 +11,10 @@ import pytest
 
 from outcomes import in_child
 from restrictedmem.abi import process
-from restrictedmem.audit import memory as audit_memory
+from restrictedmem.audit import reading as audit_memory
 from restrictedmem.kvm import vm_memory
 from restrictedmem.machine import finding
-from restrictedmem.machine import memory as memory_probes
+from restrictedmem.machine import memory_kinds as memory_probes
 from restrictedmem.machine.finding import State
 from restrictedmem.service import cgroup, ending, oom
 from restrictedmem.syscall import scout

@@ -16,13 +16,13 @@ from lingering import let_linger
 from outcomes import Errno, outcome
 from processes import Process, descendants, family
 from restrictedmem import fd
-from restrictedmem.audit.calls import pidfd_getfd
+from restrictedmem.audit.syscalls import pidfd_getfd
 from restrictedmem.fd import KERNEL_REFUSES, receive_without_fds, send_with_fds
 from restrictedmem.fs import mounter
-from restrictedmem.kvm.vm import Vm
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
 from restrictedmem.service.wire import Channel
+from restrictedmem.vmm.vm import Vm
 from waiting import wait_until
 
 DMA = Path(__file__).parent.parent / "clients" / "dma" / "dma.py"

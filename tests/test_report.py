@@ -24,14 +24,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import restrictedmem
-from restrictedmem.kvm import exits, guest_abi
-from restrictedmem.kvm.vm import Vcpu, Vm
+from restrictedmem.protocol import exits, guest_abi
 from restrictedmem.service import signing
 from restrictedmem.service.client import Service
-from restrictedmem.service.consumer import Consumer
+from restrictedmem.service.consumer_process import ConsumerProcess
 from restrictedmem.service.report import REPORT_BYTES, Report, signed_by_its_key
 from restrictedmem.service.signing import Signer
 from restrictedmem.service.start import Options
+from restrictedmem.vmm.vm import Vcpu, Vm
 
 EPERM, EACCES, EINVAL, ENOSYS, EBADMSG, ENOENT = 1, 13, 22, 38, 74, 2
 GPA = 0x4000_0000
@@ -227,15 +227,15 @@ def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
-def consumer() -> Iterator[Consumer]:
-    found = Consumer("kvm", 1, 1.0, lambda _consumer, _reason: None)
+def consumer() -> Iterator[ConsumerProcess]:
+    found = ConsumerProcess("kvm", 1, 1.0, lambda _consumer, _reason: None)
     yield found
     found.close()
     for sock in found.give_sockets():
         sock.close()
 
 
-def test_a_guest_is_launched_once(consumer: Consumer) -> None:
+def test_a_guest_is_launched_once(consumer: ConsumerProcess) -> None:
     assert errno_of(consumer.report_over, bytes(64), "v10", bytes(32)) == EPERM
     consumer.launched(2, b"software".ljust(16, b"\0"), b"m" * 48)
     assert errno_of(consumer.launched, 0, b"kernel", b"n" * 48) == EPERM

@@ -15,9 +15,9 @@ from restrictedmem.fd import send_with_fds
 from restrictedmem.mm import design
 from restrictedmem.mm.design import Callback, File
 from restrictedmem.mm.restrictedmem import RestrictedFile
-from restrictedmem.service import consumer as service_consumer
+from restrictedmem.service import consumer_process as service_consumer
 from restrictedmem.service import wire
-from restrictedmem.service.consumer import Binding, Consumer
+from restrictedmem.service.consumer_process import Binding, ConsumerProcess
 from restrictedmem.service.wire import Call, Channel
 from restrictedmem.units import PageRange, pgoff_t
 
@@ -97,10 +97,10 @@ def test_an_answer_that_was_cut_off_is_no_other_calls(pair: tuple[Channel, socke
 
 
 @pytest.fixture
-def consumer() -> Iterator[tuple[Consumer, socket.socket, list[str]]]:
+def consumer() -> Iterator[tuple[ConsumerProcess, socket.socket, list[str]]]:
     """Make a consumer, the end where it is notified, and what it failed with."""
     failures: list[str] = []
-    consumer = Consumer("third", 7, 5.0, lambda _, reason: failures.append(reason))
+    consumer = ConsumerProcess("third", 7, 5.0, lambda _, reason: failures.append(reason))
     requests, notify = consumer.give_sockets()
     yield consumer, notify, failures
     requests.close()
@@ -110,7 +110,9 @@ def consumer() -> Iterator[tuple[Consumer, socket.socket, list[str]]]:
 
 @pytest.mark.parametrize("where", ["receive_flags", "Patience", "_wrong"])
 def test_a_consumer_whose_answer_was_not_read_is_ended(
-    consumer: tuple[Consumer, socket.socket, list[str]], where: str, monkeypatch: pytest.MonkeyPatch
+    consumer: tuple[ConsumerProcess, socket.socket, list[str]],
+    where: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked, notify, failures = consumer
     notify.send(bytes(8))
@@ -130,7 +132,7 @@ def test_a_consumer_whose_answer_was_not_read_is_ended(
 
 
 def test_a_consumer_that_cannot_be_told_of_an_end_is_ended(
-    consumer: tuple[Consumer, socket.socket, list[str]], monkeypatch: pytest.MonkeyPatch
+    consumer: tuple[ConsumerProcess, socket.socket, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, _, failures = consumer
     binding = Binding(asked, 1, 2, cast(RestrictedFile, None))

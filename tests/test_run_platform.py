@@ -14,11 +14,11 @@ import pytest
 
 from processes import descriptors
 from restrictedmem.abi import memory
-from restrictedmem.kvm import exits, wire
-from restrictedmem.kvm.vm import Vcpu, Vm
+from restrictedmem.protocol import exits, vm_wire
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
 from restrictedmem.service.wire import Call
+from restrictedmem.vmm.vm import Vcpu, Vm
 from waiting import wait_until
 
 pytestmark = pytest.mark.requires("fuse")
@@ -128,7 +128,7 @@ def test_without_a_guest_that_ran_what_was_launched_is_the_guests() -> None:
         assert (found["assigned_pages"], found["violated_pages"]) == (1, 0)
 
 
-ALL_CALLS: Final = [call for call in vars(wire).values() if isinstance(call, Call)]
+ALL_CALLS: Final = [call for call in vars(vm_wire).values() if isinstance(call, Call)]
 
 
 def test_after_it_every_call_is_ebadf() -> None:

@@ -20,12 +20,12 @@ from processes import family
 from restrictedmem import guests
 from restrictedmem.failure import FAULT
 from restrictedmem.fd import close_all
-from restrictedmem.kvm import elf, recording
-from restrictedmem.kvm.vm import Vm
-from restrictedmem.kvm.vmm import Vmm
 from restrictedmem.service import sealing, wire
 from restrictedmem.service.client import PACKAGE_ROOT, Service
 from restrictedmem.service.start import Options
+from restrictedmem.vmm import elf, recording
+from restrictedmem.vmm.vm import Vm
+from restrictedmem.vmm.vmm import Vmm
 from watching import opens
 
 DMA = Path(__file__).parent.parent / "clients" / "dma" / "dma.py"

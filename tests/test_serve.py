@@ -26,12 +26,13 @@ from restrictedmem import guests
 from restrictedmem.abi import memory
 from restrictedmem.cli.said import Said
 from restrictedmem.fd import OwnedFd, readable
-from restrictedmem.kvm import elf, exits, guest_abi
-from restrictedmem.kvm.vm import Vm
-from restrictedmem.kvm.vmm import Vmm
+from restrictedmem.protocol import exits, guest_abi
 from restrictedmem.service import SERVER_VARIABLE, client, oom
 from restrictedmem.service.client import Service, default_service
 from restrictedmem.units import PAGE_SIZE as PAGE
+from restrictedmem.vmm import elf
+from restrictedmem.vmm.vm import Vm
+from restrictedmem.vmm.vmm import Vmm
 from users import ORDINARY, as_user
 from waiting import PATIENCE, wait_until
 

@@ -21,13 +21,13 @@ import pytest
 from outcomes import Errno, outcome
 from processes import children, descriptors, exists, family, stop
 from restrictedmem.fd import OwnedFd, peer_credentials, readable
-from restrictedmem.kvm.vm import Vm
+from restrictedmem.service import client_services as serving
 from restrictedmem.service import refusals, wire
-from restrictedmem.service import server as serving
 from restrictedmem.service.client import START_DEADLINE, Service, start_process
+from restrictedmem.service.client_services import ClientServices
 from restrictedmem.service.listener import listen
-from restrictedmem.service.server import Server
 from restrictedmem.service.start import Options
+from restrictedmem.vmm.vm import Vm
 from users import ORDINARY, as_user
 from waiting import PATIENCE, wait_until
 
@@ -54,13 +54,13 @@ class Accepting(socket.socket):
 
 @final
 class Running:
-    """A ``Server`` in a thread of this process, whose starts for the uid ``STUCK`` never end."""
+    """A ``ClientServices`` in a thread of this process, whose starts for the uid ``STUCK`` never end."""
 
     def __init__(self, path: str, listener: socket.socket) -> None:
         self.path = path
         self.said: list[str] = []
         self.stuck: list[subprocess.Popen[bytes]] = []
-        self.server = Server(listener, Options(), PLACES, self.said.append)
+        self.server = ClientServices(listener, Options(), PLACES, self.said.append)
         self._honest = start_process
         self._stop = os.pipe()
         self._thread = threading.Thread(target=lambda: self.server.run(self._stop[0]))
@@ -334,7 +334,7 @@ def test_a_turn_takes_some_of_a_crowd_and_starts_nothing_for_who_hung_up(
         listen(place, 0o600) as (listener, _),
         socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client,
     ):
-        server = Server(listener, Options(), PLACES, said.append)
+        server = ClientServices(listener, Options(), PLACES, said.append)
         # More than a uid has places.
         for _ in range(PLACES + 1):
             gone()
@@ -360,7 +360,7 @@ def test_who_hangs_up_while_it_waits_has_no_service_started(
     monkeypatch.setattr(serving, "start_process", partial(pytest.fail, "a service was started"))
     with listen(place, 0o600) as (listener, _):
         said: list[str] = []
-        server = Server(listener, Options(), PLACES, said.append)
+        server = ClientServices(listener, Options(), PLACES, said.append)
         with (
             monkeypatch.context() as patch,
             socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client,
@@ -382,7 +382,7 @@ def test_no_client_and_no_descriptor_is_no_trouble(place: str) -> None:
     with listen(place, 0o600) as (made, _), Accepting(fileno=os.dup(made.fileno())) as listener:
         Accepting.fails = True
         try:
-            Server(listener, Options(), PLACES, said.append)._accept()
+            ClientServices(listener, Options(), PLACES, said.append)._accept()
         finally:
             Accepting.fails = False
     assert said == []

@@ -20,13 +20,13 @@ from processes import descriptors, exists, family, process, room_for, stop, wait
 from restrictedmem.abi import memory
 from restrictedmem.fd import receive_with_fds, send_with_fds
 from restrictedmem.fs.filesystem import TOKEN_BYTES
-from restrictedmem.kvm import guest_abi
-from restrictedmem.kvm.vm import Vm
+from restrictedmem.protocol import guest_abi
 from restrictedmem.service import client
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PAGE_SIZE as PAGE
+from restrictedmem.vmm.vm import Vm
 from users import ORDINARY, as_user
 from waiting import wait_until
 

@@ -21,16 +21,16 @@ from processes import descriptors, exists, family, stop, wait_gone
 from restrictedmem.abi import kvm, memory
 from restrictedmem.fd import close_all, receive_with_fds, send_with_fds
 from restrictedmem.fs.filesystem import PROVE, TOKEN_BYTES
-from restrictedmem.fs.server import MAX_THREADS
-from restrictedmem.kvm import guest_abi
-from restrictedmem.kvm import wire as kvm_wire
-from restrictedmem.kvm.vm import Vm
+from restrictedmem.fs.fuse_server import MAX_THREADS
+from restrictedmem.protocol import guest_abi
+from restrictedmem.protocol import vm_wire as kvm_wire
 from restrictedmem.service import wire
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
 from restrictedmem.service.tokens import MAX_TOKENS
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PAGE_SIZE as PAGE
+from restrictedmem.vmm.vm import Vm
 from waiting import wait_until
 
 pytestmark = pytest.mark.requires("fuse")

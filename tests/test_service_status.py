@@ -11,11 +11,11 @@ import pytest
 
 from outcomes import Errno, outcome
 from restrictedmem.abi import memory
-from restrictedmem.kvm import guest_abi
-from restrictedmem.kvm.vm import Vm
+from restrictedmem.protocol import guest_abi
 from restrictedmem.service import discover
 from restrictedmem.service.client import Service
 from restrictedmem.units import PAGE_SIZE as PAGE
+from restrictedmem.vmm.vm import Vm
 from users import as_user
 from waiting import wait_until
 

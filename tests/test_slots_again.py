@@ -12,11 +12,11 @@ import pytest
 from outcomes import Errno, in_child, outcome
 from processes import children, descriptors, stop
 from restrictedmem.abi import kvm, memory, stat
-from restrictedmem.kvm import wire
-from restrictedmem.kvm.vm import Vm
-from restrictedmem.kvm.wire import Names
+from restrictedmem.protocol import vm_wire
+from restrictedmem.protocol.vm_wire import SlotFiles
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
+from restrictedmem.vmm.vm import Vm
 from waiting import wait_until
 
 pytestmark = pytest.mark.requires("fuse")
@@ -85,7 +85,7 @@ def seen(vm: Vm, slot: int) -> bytes:
 
 
 def named(
-    slot: int, names: Names, *, token: bytes = bytes(16), flags: int = 0, offset: int = 0
+    slot: int, names: SlotFiles, *, token: bytes = bytes(16), flags: int = 0, offset: int = 0
 ) -> bytes:
     region = kvm.kvm_userspace_memory_region_ext(
         slot=slot,
@@ -97,9 +97,9 @@ def named(
     return bytes(region) + token + names.pack()
 
 
-def name_of(fd: int) -> Names:
+def name_of(fd: int) -> SlotFiles:
     """Name a memfd."""
-    return Names(0, *stat.identity(fd))
+    return SlotFiles(0, *stat.identity(fd))
 
 
 def wait_held(pid: int, expected: list[str]) -> None:
@@ -115,7 +115,7 @@ def end_checker(vm: Vm) -> None:
     (checker,) = children(int(vm.statistics()["pid"]))
     os.kill(checker.pid, signal.SIGKILL)
     ends = os.pipe()
-    assert outcome(lambda: vm._channel.call(wire.TRACE, fds=[ends[1]])) == Errno(ETIMEDOUT)
+    assert outcome(lambda: vm._channel.call(vm_wire.TRACE, fds=[ends[1]])) == Errno(ETIMEDOUT)
     for end in ends:
         os.close(end)
 
@@ -263,18 +263,18 @@ def test_a_name_of_nothing_is_estale_and_costs_no_token(vm: Vm, service: Service
     show(vm, 0, shown)
     token, private = service.token_for(restricted), kvm.KVM_MEM_PRIVATE
 
-    def call(names: Names, flags: int = 0) -> object:
+    def call(names: SlotFiles, flags: int = 0) -> object:
         return outcome(
             lambda: vm._channel.call(
-                wire.SET_USER_MEMORY_REGION, named(1, names, token=token, flags=flags)
+                vm_wire.SET_USER_MEMORY_REGION, named(1, names, token=token, flags=flags)
             )
         )
 
     device, ino = stat.identity(shown)
-    for names in (name_of(hidden), Names(0, device, ino + 1), Names(0, device + 1, ino)):
+    for names in (name_of(hidden), SlotFiles(0, device, ino + 1), SlotFiles(0, device + 1, ino)):
         assert call(names, private) == call(names) == Errno(ESTALE)
     assert call(
-        Names(restricted=stat.identity(restricted)[1], device=device, memfd=ino), private
+        SlotFiles(restricted=stat.identity(restricted)[1], device=device, memfd=ino), private
     ) == Errno(ESTALE)
     assert service.status()["descriptors"][-1]["notifiers"] == 0
     assert call(name_of(shown), private) == (b"", [])
@@ -286,8 +286,8 @@ def test_a_name_of_nothing_is_estale_and_costs_no_token(vm: Vm, service: Service
 def test_a_descriptor_counts_where_a_name_comes_with_it(vm: Vm) -> None:
     first, second = window(b"a"), window(b"b")
     show(vm, 0, first)
-    for slot, name in ((1, name_of(first)), (2, Names(0, 1, 1))):
-        vm._channel.call(wire.SET_USER_MEMORY_REGION, named(slot, name), [second])
+    for slot, name in ((1, name_of(first)), (2, SlotFiles(0, 1, 1))):
+        vm._channel.call(vm_wire.SET_USER_MEMORY_REGION, named(slot, name), [second])
         assert seen(vm, slot) == b"b\0"
     os.close(first)
     os.close(second)
@@ -299,8 +299,8 @@ def test_clients_that_always_send_need_no_more_room(vm: Vm) -> None:
     held = sorted([*descriptors(pid), "/memfd:window (deleted)"])
     show(vm, 0, fd)
     for slot in range(1, 8):
-        region = named(slot, Names(), offset=slot * PAGE)[: wire.TOKEN_OFFSET]
-        vm._channel.call(wire.SET_USER_MEMORY_REGION, region, [fd])
+        region = named(slot, SlotFiles(), offset=slot * PAGE)[: vm_wire.TOKEN_OFFSET]
+        vm._channel.call(vm_wire.SET_USER_MEMORY_REGION, region, [fd])
     wait_held(pid, held)
     assert [seen(vm, slot) for slot in range(8)] == [b"a" + bytes([slot]) for slot in range(8)]
     os.close(fd)
@@ -458,11 +458,11 @@ def test_a_file_without_slots_needs_a_token_again(
         show_private(either, 0, fd)
         delete(either, 1)
         delete(either, 0)
-        names = Names(restricted=os.fstat(fd).st_ino)
+        names = SlotFiles(restricted=os.fstat(fd).st_ino)
         body = named(0, names, flags=kvm.KVM_MEM_PRIVATE)
-        assert outcome(partial(either._channel.call, wire.SET_USER_MEMORY_REGION, body)) == Errno(
-            ESTALE
-        )
+        assert outcome(
+            partial(either._channel.call, vm_wire.SET_USER_MEMORY_REGION, body)
+        ) == Errno(ESTALE)
     assert tokens == [fd, fd]
     os.close(fd)
 
@@ -504,8 +504,8 @@ def test_another_vm_needs_a_token_of_its_own(vm: Vm, service: Service) -> None:
     os.ftruncate(fd, 8 * PAGE)
     show_private(vm, 0, fd)
     with Vm(service, engine="software") as other:
-        body = named(0, Names(restricted=os.fstat(fd).st_ino), flags=kvm.KVM_MEM_PRIVATE)
-        assert outcome(lambda: other._channel.call(wire.SET_USER_MEMORY_REGION, body)) == Errno(
+        body = named(0, SlotFiles(restricted=os.fstat(fd).st_ino), flags=kvm.KVM_MEM_PRIVATE)
+        assert outcome(lambda: other._channel.call(vm_wire.SET_USER_MEMORY_REGION, body)) == Errno(
             ESTALE
         )
     os.close(fd)

@@ -7,7 +7,9 @@ from typing import Final
 import pytest
 
 from restrictedmem.abi.kvm import kvm_regs
-from restrictedmem.kvm.exits import (
+from restrictedmem.kvm.memslot import Memslot
+from restrictedmem.kvm.mmu import Fault
+from restrictedmem.protocol.exits import (
     DR6_BS,
     SINGLE_STEP,
     Debug,
@@ -19,9 +21,7 @@ from restrictedmem.kvm.exits import (
     PortOut,
     Shutdown,
 )
-from restrictedmem.kvm.guest_abi import GPA_BITS
-from restrictedmem.kvm.memslot import Memslot
-from restrictedmem.kvm.mmu import Fault
+from restrictedmem.protocol.guest_abi import GPA_BITS
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, gfn_t
 from software_machine import (
     CODE,

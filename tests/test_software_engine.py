@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import pytest
 
 from restrictedmem.abi.kvm import ExitReason
-from restrictedmem.kvm import guest_abi
-from restrictedmem.kvm.exits import (
+from restrictedmem.kvm.memslot import EXEC, READ, Memslot
+from restrictedmem.protocol import guest_abi
+from restrictedmem.protocol.exits import (
     Exit,
     Hypercall,
     MmioRead,
@@ -16,7 +17,6 @@ from restrictedmem.kvm.exits import (
     Shutdown,
     Unknown,
 )
-from restrictedmem.kvm.memslot import EXEC, READ, Memslot
 from restrictedmem.units import gfn_t
 from software_machine import (
     DATA,

@@ -11,7 +11,6 @@ from typing import Final
 import pytest
 
 from restrictedmem.abi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE, kvm_regs
-from restrictedmem.kvm.exits import Hypercall, MemoryFault, MmioRead, PortOut, Shutdown
 from restrictedmem.kvm.memslot import ALL, READ, WRITE, Memslot
 from restrictedmem.kvm.software import unicorn
 from restrictedmem.mm.backing import MemfdBacking
@@ -19,6 +18,7 @@ from restrictedmem.mm.design import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.pages import Pages
 from restrictedmem.mm.restrictedmem import RestrictedFile
+from restrictedmem.protocol.exits import Hypercall, MemoryFault, MmioRead, PortOut, Shutdown
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t, pgoff_t
 from software_machine import (
     CODE,

@@ -8,12 +8,19 @@ import pytest
 
 from restrictedmem.abi.kvm import kvm_regs
 from restrictedmem.abi.memory import PUNCH
-from restrictedmem.kvm.exits import BREAKPOINT, Debug, MemoryFault, MmioRead, MmioWrite, Shutdown
 from restrictedmem.kvm.half import Half
 from restrictedmem.kvm.memslot import Memslot
 from restrictedmem.kvm.mmu import Fault
 from restrictedmem.kvm.software.fetched import FetchedCode
 from restrictedmem.kvm.software.unicorn import Uc
+from restrictedmem.protocol.exits import (
+    BREAKPOINT,
+    Debug,
+    MemoryFault,
+    MmioRead,
+    MmioWrite,
+    Shutdown,
+)
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, gfn_t
 from software_machine import (
     CODE,

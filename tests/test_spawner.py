@@ -18,11 +18,11 @@ from mute_server import mute_file
 from outcomes import Errno, outcome
 from processes import descriptors, family, process, queued, wait_gone
 from restrictedmem.fd import OwnedFd
-from restrictedmem.kvm.vm import Vm
 from restrictedmem.service import wire
 from restrictedmem.service.client import Service
 from restrictedmem.service.spawner import _Spawner
 from restrictedmem.service.start import Options
+from restrictedmem.vmm.vm import Vm
 from users import as_user
 from waiting import wait_until
 

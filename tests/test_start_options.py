@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from outcomes import Errno, outcome
-from restrictedmem.kvm.wire import Creation
+from restrictedmem.protocol.vm_wire import Creation
 from restrictedmem.service.start import Options
 from restrictedmem.service.wire import Channel
 from waiting import PATIENCE

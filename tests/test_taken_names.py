@@ -19,9 +19,9 @@ from restrictedmem.fd import (
     receive_with_fds,
     send_with_fds,
 )
-from restrictedmem.kvm.vm import Vm
 from restrictedmem.service import wire
 from restrictedmem.service.client import Service
+from restrictedmem.vmm.vm import Vm
 from strangers import listening
 from users import ORDINARY, as_user, enter_user_namespace
 

@@ -14,11 +14,11 @@ from typing import Any, cast
 import pytest
 
 from restrictedmem.audit import prove
-from restrictedmem.cli import doctor, guest, main, table
+from restrictedmem.cli import doctor, guest_arguments, main, table
 from restrictedmem.cli.errors import CommandError
-from restrictedmem.kvm.vmm import Ended, Vmm
 from restrictedmem.machine.finding import Finding, State
 from restrictedmem.text import Line, duration, plain
+from restrictedmem.vmm.vmm import Ended, Vmm
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\r\x7f\u202e\ud800"
 SHOWN = r"\x1b]0;owned\x07\x1b[2J\x9b31m\r\x7f\u202e\ud800"
@@ -141,7 +141,7 @@ def test_durations() -> None:
 def test_options_behind_the_guest(
     name: str, arguments: list[str], hint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    guest.warn(name, arguments, {"--memory", "--quiet"})
+    guest_arguments.warn(name, arguments, {"--memory", "--quiet"})
     assert capsys.readouterr().err == hint
 
 

@@ -18,13 +18,14 @@ import pytest
 from outcomes import Errno, outcome
 from restrictedmem import guests
 from restrictedmem.fd import OwnedFd
-from restrictedmem.kvm import elf, exits, perfetto
-from restrictedmem.kvm.recording import record
-from restrictedmem.kvm.trace import VERSION, Trace, of_exit, pair
-from restrictedmem.kvm.vm import Vm
-from restrictedmem.kvm.vmm import Ended, Vmm
+from restrictedmem.protocol import exits
+from restrictedmem.protocol.trace_events import VERSION, Trace, of_exit, pair
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
+from restrictedmem.vmm import elf, perfetto
+from restrictedmem.vmm.recording import record
+from restrictedmem.vmm.vm import Vm
+from restrictedmem.vmm.vmm import Ended, Vmm
 from users import ORDINARY, as_user
 
 ROOT = Path(__file__).parent.parent

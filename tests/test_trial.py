@@ -17,13 +17,13 @@ import pytest
 from other_kernel import BROKEN_KVM, STUCK_KVM
 from outcomes import in_child
 from restrictedmem.devkvm import Kvm
-from restrictedmem.kvm import process, trial
+from restrictedmem.kvm import engine_process, trial
 from restrictedmem.kvm.attributes import Attributes
-from restrictedmem.kvm.kernel.vm import KernelVm
-from restrictedmem.kvm.trace import Trace
-from restrictedmem.kvm.vcpu import Vcpus
-from restrictedmem.kvm.wire import POLICY_DEBUG, Creation
+from restrictedmem.kvm.engine_vcpu import EngineVcpus
+from restrictedmem.kvm.kernel.kernel_vm import KernelVm
 from restrictedmem.mm.notifier import Api
+from restrictedmem.protocol.trace_events import Trace
+from restrictedmem.protocol.vm_wire import POLICY_DEBUG, Creation
 
 needs_kvm = pytest.mark.requires("kvm")
 filtered = [
@@ -57,7 +57,7 @@ def nothing(*_: object, **__: object) -> None:
 @pytest.mark.parametrize("debug", [False, True])
 def test_a_guest_runs_to_its_end(debug: bool) -> None:
     attempt(debug=debug)
-    assert process.refuse_kernel(Creation("auto", POLICY_DEBUG if debug else 0)) == ""
+    assert engine_process.refuse_kernel(Creation("auto", POLICY_DEBUG if debug else 0)) == ""
 
 
 @needs_kvm
@@ -95,7 +95,7 @@ def test_what_the_kernel_refuses_is_the_reason(
     broken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(KernelVm, broken, raising(OSError(EPERM, "the kernel will not")))
-    assert process.refuse_kernel(Creation("auto")) == "the kernel will not"
+    assert engine_process.refuse_kernel(Creation("auto")) == "the kernel will not"
 
 
 @needs_kvm
@@ -105,18 +105,18 @@ def test_only_who_asked_for_auto_waits_for_a_trial(monkeypatch: pytest.MonkeyPat
     def here(attempt: Callable[[], None], _deadline: float) -> None:
         attempt()
 
-    monkeypatch.setattr(process, "in_child", here)
+    monkeypatch.setattr(engine_process, "in_child", here)
 
     def run_guest(kvm: Kvm, *, debug: bool) -> None:
         tried.append(debug)
 
     monkeypatch.setattr(trial, "run_guest", run_guest)
     for creation in (Creation("kernel"), Creation("software"), Creation("auto", 0, "snp")):
-        assert process.refuse_kernel(creation) == ""
+        assert engine_process.refuse_kernel(creation) == ""
     assert tried == []
     assert (
-        process.refuse_kernel(Creation("auto"))
-        == process.refuse_kernel(Creation("auto", POLICY_DEBUG))
+        engine_process.refuse_kernel(Creation("auto"))
+        == engine_process.refuse_kernel(Creation("auto", POLICY_DEBUG))
         == ""
     )
     assert tried == [False, True]
@@ -131,7 +131,7 @@ def test_a_trial_lets_go_of_its_engines_sockets(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(trial, "run_guest", run_guest)
     with ours, theirs:
-        assert process.refuse_kernel(Creation("auto"), theirs) == "socket -1"
+        assert engine_process.refuse_kernel(Creation("auto"), theirs) == "socket -1"
         assert theirs.fileno() >= 0
 
 
@@ -141,25 +141,25 @@ def test_a_trial_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> N
         signal.pause()
 
     monkeypatch.setattr(trial, "run_guest", run_guest)
-    monkeypatch.setattr(process, "_TRIAL_DEADLINE", 0.1)
+    monkeypatch.setattr(engine_process, "_TRIAL_DEADLINE", 0.1)
     # In a process that has no child of another test's.
     assert in_child(
-        lambda: (process.refuse_kernel(Creation("auto")), os.waitpid(-1, 0)[1])
+        lambda: (engine_process.refuse_kernel(Creation("auto")), os.waitpid(-1, 0)[1])
     ) == repr(("no answer within 0.1 s", 9))
 
 
 def test_who_is_refused_the_kernel_engine_gets_the_software_engine_and_the_reason() -> None:
-    binder = cast("process.Binding", object())
-    engine = process.make_engine(
-        Creation("auto"), binder, Vcpus(), Attributes(Api.V10), Trace(), "it failed"
+    binder = cast("engine_process.EngineBinder", object())
+    engine = engine_process.make_engine(
+        Creation("auto"), binder, EngineVcpus(), Attributes(Api.V10), Trace(), "it failed"
     )
     assert (engine.name, engine.statistics()["not_kernel"]) == ("software", "it failed")
 
 
 def test_who_asked_for_the_software_engine_is_told_nothing_of_the_other() -> None:
-    binder = cast("process.Binding", object())
-    engine = process.make_engine(
-        Creation("software"), binder, Vcpus(), Attributes(Api.V10), Trace()
+    binder = cast("engine_process.EngineBinder", object())
+    engine = engine_process.make_engine(
+        Creation("software"), binder, EngineVcpus(), Attributes(Api.V10), Trace()
     )
     assert "not_kernel" not in engine.statistics()
 

@@ -18,7 +18,7 @@ from restrictedmem.abi.process import CLONE_NEWUSER, unshare
 from restrictedmem.fd import OwnedFd
 from restrictedmem.service import wire
 from restrictedmem.service.client import Service
-from restrictedmem.service.server import _whose
+from restrictedmem.service.client_services import _whose
 from restrictedmem.syscall.porter import _Work
 from restrictedmem.users import is_known, is_own
 from users import ORDINARY, as_user, enter_user_namespace

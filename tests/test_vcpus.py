@@ -12,9 +12,9 @@ import pytest
 from restrictedmem.abi.kvm import kvm_regs
 from restrictedmem.abi.memory import PUNCH
 from restrictedmem.kvm.engine import VcpuEngine
-from restrictedmem.kvm.exits import Exit, Hypercall, Interrupted, PortOut, Shutdown
+from restrictedmem.kvm.engine_vcpu import EngineVcpu, EngineVcpus
 from restrictedmem.kvm.software.turns import SLICE, Turns
-from restrictedmem.kvm.vcpu import Vcpu, Vcpus
+from restrictedmem.protocol.exits import Exit, Hypercall, Interrupted, PortOut, Shutdown
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, gfn_t, pgoff_t
 from software_machine import (
     CODE,
@@ -391,8 +391,8 @@ def test_a_vcpu_that_enters_after_it_was_told_is_not_sent_out() -> None:
             assert second.entered.wait(10), "waited 10 s for the second vCPU to enter"
 
     first, second = OneStay(let_the_other_in), OneStay()
-    vcpus = Vcpus()
-    vcpus.all = tuple(Vcpu(cast("VcpuEngine", engine)) for engine in (first, second))
+    vcpus = EngineVcpus()
+    vcpus.all = tuple(EngineVcpu(cast("VcpuEngine", engine)) for engine in (first, second))
     threads = [threading.Thread(target=vcpu.run, daemon=True) for vcpu in vcpus.all]
     threads[0].start()
     assert first.entered.wait(10), "waited 10 s for the first vCPU to enter"
@@ -408,8 +408,8 @@ def test_a_vcpu_that_enters_after_it_was_told_is_not_sent_out() -> None:
 def test_words_for_a_vcpu_that_is_not_run_do_not_pile_up() -> None:
     engine = OneStay()
     engine.go.set()
-    vcpus = Vcpus()
-    vcpus.all = (Vcpu(cast("VcpuEngine", engine)),)
+    vcpus = EngineVcpus()
+    vcpus.all = (EngineVcpu(cast("VcpuEngine", engine)),)
     told = [number * 7919 % 10_000 for number in range(10_000)]
     for gfn in told:
         vcpus.drop(gfn_t(gfn), gfn_t(gfn + 1))

@@ -14,11 +14,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from restrictedmem import guests
-from restrictedmem.cli import guest
+from restrictedmem.cli import guest_arguments
 from restrictedmem.cli.main import main
-from restrictedmem.kvm import elf
-from restrictedmem.kvm.vmm import expected_measurement
 from restrictedmem.service.report import Report
+from restrictedmem.vmm import elf
+from restrictedmem.vmm.vmm import expected_measurement
 
 MIB = 1 << 20
 KEY = Ed25519PrivateKey.generate()
@@ -229,7 +229,7 @@ def test_what_never_ends_is_not_read_to_its_end(
 def test_a_guest_of_a_terabyte_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guest, "_LARGEST", MIB)
+    monkeypatch.setattr(guest_arguments, "_LARGEST", MIB)
     path = tmp_path / "guest"
     path.write_bytes(b"\x7fELF")
     os.truncate(path, 1 << 40)

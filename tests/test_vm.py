@@ -11,11 +11,11 @@ from processes import descriptors
 from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE
 from restrictedmem.fd import OwnedFd
-from restrictedmem.kvm import exits, wire
-from restrictedmem.kvm.vm import Vcpu, Vm
+from restrictedmem.protocol import exits, vm_wire
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
 from restrictedmem.service.wire import Call
+from restrictedmem.vmm.vm import Vcpu, Vm
 from waiting import wait_until
 
 pytestmark = pytest.mark.requires("fuse")
@@ -318,12 +318,12 @@ def test_a_malformed_request_is_answered_and_harms_no_vm(service: Service, vm: V
             assert errno_of(channel.call, Call("NONSENSE", 0xDEAD)) == EPROTO
             assert errno_of(channel.call, Call("NONSENSE", 0xDEAD), bytes(1000)) == EPROTO
         for call in (
-            wire.SET_USER_MEMORY_REGION,
-            wire.SET_MEMORY_ATTRIBUTES,
-            wire.ENCRYPT_REG_REGION,
-            wire.LAUNCH_UPDATE,
+            vm_wire.SET_USER_MEMORY_REGION,
+            vm_wire.SET_MEMORY_ATTRIBUTES,
+            vm_wire.ENCRYPT_REG_REGION,
+            vm_wire.LAUNCH_UPDATE,
         ):
             assert errno_of(vm._channel.call, call, b"short") == EPROTO
-        for call in (wire.SET_REGS, wire.RUN):
+        for call in (vm_wire.SET_REGS, vm_wire.RUN):
             assert errno_of(vcpu._channel.call, call, b"short") == EPROTO
         assert vcpu.run() == exits.PortOut(0x42, 1, 0)

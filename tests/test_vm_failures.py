@@ -17,15 +17,16 @@ from processes import descriptors
 from restrictedmem.abi import memory
 from restrictedmem.abi import process as this_process
 from restrictedmem.failure import FAULT
-from restrictedmem.kvm import checker, exits, wire
-from restrictedmem.kvm import process as kvm_process
-from restrictedmem.kvm.launch import measure
+from restrictedmem.kvm import checker
+from restrictedmem.kvm import engine_process as kvm_process
+from restrictedmem.kvm.software.software_vcpu import SoftwareVcpu
 from restrictedmem.kvm.software.unicorn import Uc
-from restrictedmem.kvm.software.vcpu import SoftwareVcpu
-from restrictedmem.kvm.vm import Vm
-from restrictedmem.kvm.wire import Creation
+from restrictedmem.protocol import exits, vm_wire
+from restrictedmem.protocol.measurement import measure
+from restrictedmem.protocol.vm_wire import Creation
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
+from restrictedmem.vmm.vm import Vm
 from software_machine import machine_code, make_machine
 
 pytestmark = pytest.mark.requires("fuse")
@@ -226,7 +227,7 @@ FAILURES: dict[str, tuple[Call, int]] = {
     ),
     "launch_update": (lambda vm, _fd, _memfd: vm.launch_update(GPA, bytes(PAGE)), EFAULT),
     "injection": (lambda vm, _fd, _memfd: vm.inject_failure(GPA), EFAULT),
-    "trace": (lambda vm, _fd, _memfd: vm._channel.call(wire.TRACE, b"1"), EPROTO),
+    "trace": (lambda vm, _fd, _memfd: vm._channel.call(vm_wire.TRACE, b"1"), EPROTO),
 }
 
 

@@ -24,18 +24,18 @@ from restrictedmem.abi.memory import PUNCH
 from restrictedmem.consumer import Bound
 from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm.attributes import Attributes
-from restrictedmem.kvm.exits import Exit, MemoryFault, MmioRead, MmioWrite, PortIn, PortOut
+from restrictedmem.kvm.engine_vcpu import EngineVcpu, EngineVcpus
 from restrictedmem.kvm.half import forbid_shrinking
-from restrictedmem.kvm.software.vm import SoftwareVm
-from restrictedmem.kvm.trace import Trace
-from restrictedmem.kvm.vcpu import Vcpu, Vcpus
+from restrictedmem.kvm.software.software_vm import SoftwareVm
 from restrictedmem.kvm.vm_memory import VmMemory
 from restrictedmem.mm.backing import MemfdBacking
 from restrictedmem.mm.design import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.notifier import Api
 from restrictedmem.mm.restrictedmem import RestrictedFile
-from restrictedmem.platform.host import NoPlatform
+from restrictedmem.platform.platform import NoPlatform
+from restrictedmem.protocol.exits import Exit, MemoryFault, MmioRead, MmioWrite, PortIn, PortOut
+from restrictedmem.protocol.trace_events import Trace
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PAGE_SIZE, PageRange, gfn_t, pgoff_t
 
@@ -167,7 +167,7 @@ class VmMachine(RuleBasedStateMachine):
             os.ftruncate(window.fileno(), SLOT * PAGE_SIZE)
             for index, word in enumerate(self.shared[number]):
                 os.pwrite(window.fileno(), word.to_bytes(8, "little"), index * PAGE_SIZE + 8)
-        self.vcpus = Vcpus()
+        self.vcpus = EngineVcpus()
         attributes = Attributes(api)
         binder = Files({bytes([number]) * 16: file for number, file in self.files.items()})
         self.engine = binder.engine = SoftwareVm(
@@ -177,7 +177,7 @@ class VmMachine(RuleBasedStateMachine):
         self.vm.set_region(region(0, CODE, PAGE_SIZE, KVM_MEM_PRIVATE), bytes(16), None)
         self.vm.set_attributes(api, CODE, PAGE_SIZE, KVM_MEMORY_ATTRIBUTE_PRIVATE, 0)
         self.vm.launch_update(CODE, GUEST.ljust(PAGE_SIZE, b"\0"))
-        self.vcpus.all = tuple(Vcpu(self.engine.create_vcpu(number)) for number in range(2))
+        self.vcpus.all = tuple(EngineVcpu(self.engine.create_vcpu(number)) for number in range(2))
         self.slots: dict[int, Slot] = {}
         #: vCPUs that are at the first IN.
         self.asking: set[int] = set()
@@ -404,7 +404,7 @@ def test_a_punch_that_is_under_way_when_a_slot_is_made_has_its_end_there() -> No
     file = RestrictedFile(make("v10"), MemfdBacking(), Inode.make(0, 0))
     binder = Files({bytes(16): file}, when_bound=begin)
     attributes = Attributes(Api.V10)
-    engine = binder.engine = SoftwareVm(binder, Vcpus(), attributes, Trace(), NoPlatform())
+    engine = binder.engine = SoftwareVm(binder, EngineVcpus(), attributes, Trace(), NoPlatform())
     vm = VmMemory(engine, cast(Channel, Reports()), Api.V10, attributes, forbid_shrinking)
     vm.set_region(region(0, CODE, SLOT * PAGE_SIZE, KVM_MEM_PRIVATE), bytes(16), None)
     (slot,) = vm.slots

@@ -19,14 +19,15 @@ from restrictedmem.abi import kvm, memory
 from restrictedmem.abi import userfaultfd as uffd
 from restrictedmem.devkvm import address_of
 from restrictedmem.fd import OwnedFd, readable
-from restrictedmem.kvm import checker, exits, wire
-from restrictedmem.kvm import process as kvm_process
+from restrictedmem.kvm import checker
+from restrictedmem.kvm import engine_process as kvm_process
 from restrictedmem.kvm.half import is_memfd
 from restrictedmem.kvm.serving import serve_one
-from restrictedmem.kvm.vm import Vcpu, Vm
+from restrictedmem.protocol import exits, vm_wire
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
 from restrictedmem.service.wire import MAX_MESSAGE, Call, Channel, Message
+from restrictedmem.vmm.vm import Vcpu, Vm
 from waiting import wait_until
 
 pytestmark = pytest.mark.requires("fuse")
@@ -69,7 +70,7 @@ def request(number: int, body: bytes = b"") -> bytes:
 
 
 Send = Callable[[socket.socket], object]
-STATISTICS = request(wire.STATISTICS.number)
+STATISTICS = request(vm_wire.STATISTICS.number)
 
 
 def with_fds(count: int, data: bytes = STATISTICS) -> Send:
@@ -154,20 +155,20 @@ def test_no_descriptor_of_any_message_stays(service: Service) -> None:
                 held.callback(os.close, end)
             for fd in (file.fileno(), vm._channel.fileno(), *ends):
                 with suppress(OSError):
-                    vm._channel.call(wire.TRACE, fds=[fd])
+                    vm._channel.call(vm_wire.TRACE, fds=[fd])
                 with suppress(OSError):
-                    vm._channel.call(wire.STATISTICS, fds=[fd])
+                    vm._channel.call(vm_wire.STATISTICS, fds=[fd])
         wait_until(
             lambda: [len(descriptors(pid)) for pid in both] == before, "descriptors to be closed"
         )
 
 
 def test_messages_sent_at_once_are_answered_in_turn(vm: Vm) -> None:
-    sock, end = vm._channel.sock, request(wire.TRACE.number, wire.TRACE_REQUEST.pack(0))
+    sock, end = vm._channel.sock, request(vm_wire.TRACE.number, vm_wire.TRACE_REQUEST.pack(0))
     with memory.memfd_create("memfd") as memfd:
         for number in range(3):
             socket.send_fds(sock, [end], [memfd.fileno()])
-            sock.send(request(wire.CHECK_EXTENSION.number, wire.CAP.pack(number)))
+            sock.send(request(vm_wire.CHECK_EXTENSION.number, vm_wire.CAP.pack(number)))
             socket.send_fds(sock, [end], [0])
     for _ in range(3):
         assert [len(sock.recv(100)), len(sock.recv(100))] == [8, 16]
@@ -180,8 +181,8 @@ def test_a_message_while_the_vcpu_runs_ends_the_connection(service: Service, vm:
         sock = vcpu._channel.sock
         engine = int(vm.statistics()["pid"])
         before = len(descriptors(engine))
-        sock.send(request(wire.RUN.number, wire.COMPLETION.pack(0)))
-        sock.send(request(wire.GET_REGS.number))
+        sock.send(request(vm_wire.RUN.number, vm_wire.COMPLETION.pack(0)))
+        sock.send(request(vm_wire.GET_REGS.number))
         assert errno_of_reply(sock) == EPROTO
         assert sock.recv(1) == b""
         # The VM goes on, and the vCPU is no more: it has let go of its socket, unread messages and
@@ -192,7 +193,7 @@ def test_a_message_while_the_vcpu_runs_ends_the_connection(service: Service, vm:
 
 def test_a_vcpu_whose_owner_hangs_up_stops(service: Service, vm: Vm) -> None:
     with started(service, vm, SPIN) as vcpu:
-        vcpu._channel.sock.send(request(wire.RUN.number, wire.COMPLETION.pack(0)))
+        vcpu._channel.sock.send(request(vm_wire.RUN.number, vm_wire.COMPLETION.pack(0)))
         wait_until(
             lambda: vm.statistics()["private_bytes"] and vm.statistics()["tlb_fills"],
             "the guest to run",
@@ -206,9 +207,9 @@ def test_an_engine_ends_whose_socket_holds_its_own_peer() -> None:
         service = Service.start()
         vm = Vm(service, engine="software")
         sock = started(service, vm, SPIN)._channel.sock
-        sock.send(request(wire.RUN.number, wire.COMPLETION.pack(0)))
+        sock.send(request(vm_wire.RUN.number, vm_wire.COMPLETION.pack(0)))
         with suppress(PermissionError):
-            socket.send_fds(sock, [request(wire.GET_REGS.number)], [sock.fileno()])
+            socket.send_fds(sock, [request(vm_wire.GET_REGS.number)], [sock.fileno()])
         for end in (sock, vm._channel.sock):
             socket.send_fds(vm._channel.sock, [STATISTICS], [end.fileno()])
             assert errno_of_reply(vm._channel.sock) == EINVAL
@@ -254,7 +255,7 @@ def test_a_vm_goes_on_without_its_checker(service: Service) -> None:
         ends = os.pipe()
         for _ in range(2):
             with pytest.raises(OSError) as caught:
-                vm._channel.call(wire.TRACE, fds=[ends[1]])
+                vm._channel.call(vm_wire.TRACE, fds=[ends[1]])
             assert caught.value.errno == ETIMEDOUT
         assert vcpu.run() == exits.PortOut(0x42, 1, 0)
         vm.set_memory_attributes(GPA, PAGE, private=False)
@@ -288,8 +289,8 @@ def test_a_vm_goes_on_without_a_checker_that_is_late(service: Service) -> None:
         os.kill(checker_of(vm), 19)
         ends = os.pipe()
         # What came behind it is answered in its turn.
-        socket.send_fds(vm._channel.sock, [request(wire.TRACE.number)], [ends[1]])
-        vm._channel.sock.send(request(wire.CHECK_EXTENSION.number, wire.CAP.pack(0)))
+        socket.send_fds(vm._channel.sock, [request(vm_wire.TRACE.number)], [ends[1]])
+        vm._channel.sock.send(request(vm_wire.CHECK_EXTENSION.number, vm_wire.CAP.pack(0)))
         assert errno_of_reply(vm._channel.sock) == ETIMEDOUT
         assert errno_of_reply(vm._channel.sock) == 0
         for end in ends:
@@ -298,13 +299,15 @@ def test_a_vm_goes_on_without_a_checker_that_is_late(service: Service) -> None:
 
 @pytest.mark.requires("root")
 @pytest.mark.parametrize(
-    "call", [wire.TRACE, wire.SET_USER_MEMORY_REGION, wire.STATISTICS], ids=lambda call: call.name
+    "call",
+    [vm_wire.TRACE, vm_wire.SET_USER_MEMORY_REGION, vm_wire.STATISTICS],
+    ids=lambda call: call.name,
 )
 def test_a_file_that_cannot_be_closed_holds_no_engine(call: Call) -> None:
     region = kvm.kvm_userspace_memory_region_ext(
         slot=1, flags=0, guest_phys_addr=0x1000_0000, memory_size=PAGE, userspace_addr=0
     )
-    body = bytes(region) if call is wire.SET_USER_MEMORY_REGION else b""
+    body = bytes(region) if call is vm_wire.SET_USER_MEMORY_REGION else b""
     # No program can be started while it is open: exec would close it there.
     with Service.start() as own, mute_file() as file:
         vm = Vm(own, engine="software")
@@ -338,7 +341,7 @@ def test_a_checker_that_is_held_keeps_no_owner_waiting(asked: int) -> None:
         engine = int(vm.statistics()["pid"])
         for errno in (EINVAL, ETIMEDOUT)[:asked]:
             with pytest.raises(OSError) as caught:
-                vm._channel.call(wire.TRACE, fds=[file])
+                vm._channel.call(vm_wire.TRACE, fds=[file])
             assert caught.value.errno == errno
         os.kill(engine, 9)
         assert vm._channel.sock.recv(1) == b""
@@ -373,7 +376,7 @@ def test_what_an_owner_that_has_gone_asked_for_is_not_done(service: Service) -> 
                 )
             )
             for _ in range(20):
-                vm._channel.sock.send(request(wire.SET_MEMORY_ATTRIBUTES.number, asked))
+                vm._channel.sock.send(request(vm_wire.SET_MEMORY_ATTRIBUTES.number, asked))
             vm.close()
         reader.settimeout(20)
         told = b"".join(iter(lambda: reader.recv(1 << 16), b""))
@@ -390,14 +393,14 @@ def test_an_engine_ends_whose_vm_holds_the_owners_end_of_a_vcpu(
     vcpu = started(service, vm, SPIN)
     engine = process(int(vm.statistics()["pid"]))
     assert engine is not None
-    vcpu._channel.sock.send(request(wire.RUN.number, wire.COMPLETION.pack(0)))
+    vcpu._channel.sock.send(request(vm_wire.RUN.number, vm_wire.COMPLETION.pack(0)))
     with stopped(engine.pid):
         if last:
             vm._channel.sock.send(last)
         for _ in range(3):
-            vm._channel.sock.send(request(wire.STATISTICS.number))
+            vm._channel.sock.send(request(vm_wire.STATISTICS.number))
             socket.send_fds(
-                vm._channel.sock, [request(wire.STATISTICS.number)], [vcpu._channel.fileno()]
+                vm._channel.sock, [request(vm_wire.STATISTICS.number)], [vcpu._channel.fileno()]
             )
         vcpu.close()
         vm.close()
@@ -517,13 +520,17 @@ def test_a_checker_that_cannot_be_forked_is_the_vms_errno() -> None:
             os.fork = refuse
             ends = socket.socketpair(), socket.socketpair()
             kvm_process.serve(
-                theirs, ends[0][0], ends[1][0], Options(), wire.Creation("software", 0, "").dump()
+                theirs,
+                ends[0][0],
+                ends[1][0],
+                Options(),
+                vm_wire.Creation("software", 0, "").dump(),
             )
         finally:
             os._exit(9)
     theirs.close()
     owner.settimeout(10)
-    owner.send(request(wire.CREATE_VM.number))
+    owner.send(request(vm_wire.CREATE_VM.number))
     assert errno_of_reply(owner) == 11
     assert owner.recv(1) == b""
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 11
@@ -532,7 +539,7 @@ def test_a_checker_that_cannot_be_forked_is_the_vms_errno() -> None:
 
 def test_a_vcpu_is_made_for_who_reads_the_answers(vm: Vm) -> None:
     """Each that is left has a descriptor in flight, and they are counted for all engines of a uid together."""
-    sock, ask = vm._channel.sock, struct.pack("=II", wire.CREATE_VCPU.number, 0)
+    sock, ask = vm._channel.sock, struct.pack("=II", vm_wire.CREATE_VCPU.number, 0)
     sock.send(ask)
     wait_until(lambda: queued(sock), "the first answer")
     first = queued(sock)

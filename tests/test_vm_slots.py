@@ -12,13 +12,13 @@ import pytest
 from restrictedmem.abi import kvm, memory
 from restrictedmem.abi.kvm import Cap
 from restrictedmem.devkvm import Kvm
-from restrictedmem.devkvm import Vm as KernelVm
-from restrictedmem.devkvm.vm import address_of
-from restrictedmem.kvm import exits, wire
-from restrictedmem.kvm.vm import Vcpu, Vm
+from restrictedmem.devkvm import VmFd as KernelVm
+from restrictedmem.devkvm.vm_fd import address_of
 from restrictedmem.kvm.vm_memory import MAX_ALL_PAGES
+from restrictedmem.protocol import exits, vm_wire
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
+from restrictedmem.vmm.vm import Vcpu, Vm
 
 pytestmark = pytest.mark.requires("fuse")
 
@@ -151,7 +151,7 @@ def ours(vm: Vm, window: int, region: Region) -> int:
         memory_size=region.size,
         userspace_addr=region.offset,
     )
-    return errno_of(vm._channel.call, wire.SET_USER_MEMORY_REGION, bytes(request), [window])
+    return errno_of(vm._channel.call, vm_wire.SET_USER_MEMORY_REGION, bytes(request), [window])
 
 
 @pytest.mark.requires("kvm")
@@ -386,10 +386,10 @@ def test_attributes_of_what_is_not_supported(service: Service, vm: Vm) -> None:
         asked = kvm.kvm_memory_attributes(
             address=GPA, size=PAGE, attributes=attributes, flags=flags
         )
-        assert errno_of(vm._channel.call, wire.SET_MEMORY_ATTRIBUTES, bytes(asked)) == EINVAL
+        assert errno_of(vm._channel.call, vm_wire.SET_MEMORY_ATTRIBUTES, bytes(asked)) == EINVAL
     asked = kvm.kvm_memory_attributes(address=GPA, size=MIB, attributes=8)
     left = kvm.kvm_memory_attributes.from_buffer_copy(
-        vm._channel.call(wire.SET_MEMORY_ATTRIBUTES, bytes(asked))[0]
+        vm._channel.call(vm_wire.SET_MEMORY_ATTRIBUTES, bytes(asked))[0]
     )
     assert (left.address, left.size) == (GPA + MIB, 0)
 
@@ -426,7 +426,7 @@ def test_prefault(service: Service, vm: Vm, fd: int, window: int) -> None:
         for gpa, size in ((GPA + 1, PAGE), (GPA, 0), (GPA, 1), ((1 << 64) - PAGE, PAGE)):
             assert errno_of(vcpu.pre_fault_memory, gpa, size) == EINVAL
         asked = kvm.kvm_pre_fault_memory(gpa=GPA, size=PAGE, flags=1)
-        assert errno_of(vcpu._channel.call, wire.PRE_FAULT_MEMORY, bytes(asked)) == EINVAL
+        assert errno_of(vcpu._channel.call, vm_wire.PRE_FAULT_MEMORY, bytes(asked)) == EINVAL
         assert vcpu.pre_fault_memory(WINDOW, MIB) == MIB
         assert os.fstat(window).st_blocks * 512 == MIB
         make_private(vm, service, WINDOW, PAGE)
@@ -517,4 +517,4 @@ def test_an_interrupt_from_the_owner(service: Service, vm: Vm, fd: int) -> None:
         assert found == [exits.Interrupted()] * 2
         second.interrupt()
         assert second.run() == exits.Interrupted()
-        assert errno_of(vm._channel.call, wire.INTERRUPT, wire.VCPU.pack(2)) == EINVAL
+        assert errno_of(vm._channel.call, vm_wire.INTERRUPT, vm_wire.VCPU.pack(2)) == EINVAL

@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from processes import high
 from restrictedmem import guests
 from restrictedmem.abi import memory
-from restrictedmem.kvm import elf, exits, guest_abi
-from restrictedmem.kvm import vmm as vmm_module
-from restrictedmem.kvm.vmm import Ended, Vmm
+from restrictedmem.protocol import exits, guest_abi
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
+from restrictedmem.vmm import elf
+from restrictedmem.vmm import vmm as vmm_module
+from restrictedmem.vmm.vmm import Ended, Vmm
 from waiting import wait_until
 
 pytestmark = pytest.mark.requires("fuse")

@@ -22,10 +22,10 @@ from restrictedmem.abi.memory import FallocMode
 from restrictedmem.abi.process import CLONE_NEWNS, CLONE_NEWUSER, unshare
 from restrictedmem.fd import receive_with_fds, send_with_fds
 from restrictedmem.fs import mounter
-from restrictedmem.fs.mount import Way, mount_fusermount
-from restrictedmem.kvm.vmm import Vmm
+from restrictedmem.fs.mount_ways import Way, mount_fusermount
 from restrictedmem.service.client import Service
 from restrictedmem.units import PAGE_SIZE as PAGE
+from restrictedmem.vmm.vmm import Vmm
 from users import ORDINARY, as_user
 from waiting import wait_until
 

@@ -24,7 +24,7 @@ from restrictedmem.abi.process import (
     unshare,
 )
 from restrictedmem.fd import OwnedFd
-from restrictedmem.fs.mount import DEVICE
+from restrictedmem.fs.mount_ways import DEVICE
 
 #: An ordinary user: nobody, in most systems' words.
 ORDINARY = 65534

@@ -18,17 +18,15 @@ from restrictedmem.abi.kvm import kvm_regs
 from restrictedmem.abi.kvm_x86 import kvm_sregs
 from restrictedmem.consumer import Bound
 from restrictedmem.fd import OwnedFd
-from restrictedmem.kvm import exits, guest_abi, wire
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.conversions import Conversions
 from restrictedmem.kvm.engine import Engine
+from restrictedmem.kvm.engine_vcpu import EngineVcpu, EngineVcpus
 from restrictedmem.kvm.half import forbid_shrinking
 from restrictedmem.kvm.launch import Launch
 from restrictedmem.kvm.machine import Machine
 from restrictedmem.kvm.serving import serve_one
-from restrictedmem.kvm.software.vm import SoftwareVm
-from restrictedmem.kvm.trace import Trace
-from restrictedmem.kvm.vcpu import Vcpu, Vcpus
+from restrictedmem.kvm.software.software_vm import SoftwareVm
 from restrictedmem.kvm.vcpu_socket import VcpuSocket
 from restrictedmem.kvm.vm_memory import MAX_PAGES, VmMemory
 from restrictedmem.mm.backing import MemfdBacking
@@ -36,7 +34,9 @@ from restrictedmem.mm.design import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.notifier import Api
 from restrictedmem.mm.restrictedmem import RestrictedFile
-from restrictedmem.platform.host import NoPlatform
+from restrictedmem.platform.platform import NoPlatform
+from restrictedmem.protocol import exits, guest_abi, vm_wire
+from restrictedmem.protocol.trace_events import Trace
 from restrictedmem.service.wire import Channel, Message
 from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PageRange, gfn_t
 
@@ -46,12 +46,12 @@ _SIZE: Final = 1 << 20
 _PAGES: Final = _SIZE >> 12
 _LARGE: Final = 64 << 30
 _VM_CALLS: Final = (
-    wire.SET_USER_MEMORY_REGION, wire.CREATE_VM, wire.CREATE_VCPU, wire.CHECK_EXTENSION, wire.GET_SUPPORTED_MEMORY_ATTRIBUTES,
-    wire.SET_MEMORY_ATTRIBUTES, wire.ENCRYPT_REG_REGION, wire.ENCRYPT_UNREG_REGION, wire.LAUNCH_UPDATE, wire.LAUNCH_FINISH, wire.STATISTICS,
-    wire.INTERRUPT, wire.DESTROY_VM, wire.INJECT_FAILURE, wire.DBG_READ, wire.DBG_WRITE, wire.TRACE,
+    vm_wire.SET_USER_MEMORY_REGION, vm_wire.CREATE_VM, vm_wire.CREATE_VCPU, vm_wire.CHECK_EXTENSION, vm_wire.GET_SUPPORTED_MEMORY_ATTRIBUTES,
+    vm_wire.SET_MEMORY_ATTRIBUTES, vm_wire.ENCRYPT_REG_REGION, vm_wire.ENCRYPT_UNREG_REGION, vm_wire.LAUNCH_UPDATE, vm_wire.LAUNCH_FINISH, vm_wire.STATISTICS,
+    vm_wire.INTERRUPT, vm_wire.DESTROY_VM, vm_wire.INJECT_FAILURE, vm_wire.DBG_READ, vm_wire.DBG_WRITE, vm_wire.TRACE,
 )  # fmt: skip
 _VCPU_CALLS: Final = (
-    wire.RUN, wire.PRE_FAULT_MEMORY, wire.SET_REGS, wire.GET_REGS, wire.GET_SREGS, wire.SET_GUEST_DEBUG,
+    vm_wire.RUN, vm_wire.PRE_FAULT_MEMORY, vm_wire.SET_REGS, vm_wire.GET_REGS, vm_wire.GET_SREGS, vm_wire.SET_GUEST_DEBUG,
 )  # fmt: skip
 
 
@@ -193,7 +193,7 @@ class _Vm:
         undo.callback(channel.close)
         self.binder = _Binder()
         undo.callback(self.binder.close)
-        self.vcpus, trace, attributes = Vcpus(), Trace(), Attributes(api)
+        self.vcpus, trace, attributes = EngineVcpus(), Trace(), Attributes(api)
         undo.callback(trace.end)
         self.engine = SoftwareVm(self.binder, self.vcpus, attributes, trace, NoPlatform())
         undo.enter_context(mock.patch.object(SoftwareVm, "create_vcpu", side_effect=_Cpu.numbered))
@@ -203,7 +203,7 @@ class _Vm:
         self.memory = VmMemory(
             cast("Engine", self.engine), service, api, attributes, forbid_shrinking
         )
-        creation, reporter = wire.Creation(policy=policy), cast("Any", _Reporter())
+        creation, reporter = vm_wire.Creation(policy=policy), cast("Any", _Reporter())
         self.machine = Machine(
             channel,
             cast("Any", None),
@@ -261,7 +261,10 @@ def vm(data: bytes) -> None:
 def _is_large(message: bytes) -> bool:
     """Whether a slot is asked for whose pages, at some bytes each, may take more than a search has; its owner pays for them."""
     body = message[_HEAD.size :]
-    if number_of(message) != wire.SET_USER_MEMORY_REGION.number or len(body) < wire.TOKEN_OFFSET:
+    if (
+        number_of(message) != vm_wire.SET_USER_MEMORY_REGION.number
+        or len(body) < vm_wire.TOKEN_OFFSET
+    ):
         return False
     return (
         _LARGE
@@ -274,7 +277,7 @@ def _descriptors(kind: int, undo: ExitStack) -> dict[int, int]:
     """Make what comes with a request, by its number: a memfd to share."""
     shared = undo.enter_context(memory.memfd_create("shared"))
     os.ftruncate(shared.fileno(), _SIZE)
-    return {wire.SET_USER_MEMORY_REGION.number: shared.fileno()} if kind & 8 else {}
+    return {vm_wire.SET_USER_MEMORY_REGION.number: shared.fileno()} if kind & 8 else {}
 
 
 def _check_slots(made: _Vm) -> None:
@@ -293,7 +296,7 @@ def _check_vm_reply(made: _Vm, message: bytes, reply: bytes, policy: int) -> Non
     """Check what a call that succeeded has done."""
     body = message[_HEAD.size :]
     match number_of(message):
-        case wire.SET_USER_MEMORY_REGION.number:
+        case vm_wire.SET_USER_MEMORY_REGION.number:
             region = kvm.kvm_userspace_memory_region_ext.from_buffer_copy(body)
             slot = made.memory.slots.get(region.slot)
             assert (slot is not None) == bool(region.memory_size)
@@ -301,7 +304,7 @@ def _check_vm_reply(made: _Vm, message: bytes, reply: bytes, policy: int) -> Non
                 region.guest_phys_addr >> 12,
                 region.memory_size >> 12,
             )
-        case wire.SET_MEMORY_ATTRIBUTES.number:
+        case vm_wire.SET_MEMORY_ATTRIBUTES.number:
             asked = kvm.kvm_memory_attributes.from_buffer_copy(body)
             left = kvm.kvm_memory_attributes.from_buffer_copy(reply)
             assert asked.address + asked.size == left.address + left.size
@@ -311,22 +314,22 @@ def _check_vm_reply(made: _Vm, message: bytes, reply: bytes, policy: int) -> Non
                 assert slot.attributes[(asked.address >> 12) - slot.base_gfn] == bool(
                     asked.attributes
                 )
-        case wire.LAUNCH_UPDATE.number:
-            (gpa,) = wire.LAUNCH.unpack_from(body)
+        case vm_wire.LAUNCH_UPDATE.number:
+            (gpa,) = vm_wire.LAUNCH.unpack_from(body)
             slot = made.memory.slot_of(gpa >> 12)
             assert slot is not None
-            content = body[wire.LAUNCH.size :]
+            content = body[vm_wire.LAUNCH.size :]
             assert content
             assert made.engine.read_private(slot, gpa, len(content)) == content
-        case wire.DBG_READ.number:
-            assert policy & wire.POLICY_DEBUG
-            _, size = wire.DBG.unpack(body)
+        case vm_wire.DBG_READ.number:
+            assert policy & vm_wire.POLICY_DEBUG
+            _, size = vm_wire.DBG.unpack(body)
             assert len(reply) <= size
-        case wire.DBG_WRITE.number:
-            assert policy & wire.POLICY_DEBUG
-        case wire.CREATE_VCPU.number:
+        case vm_wire.DBG_WRITE.number:
+            assert policy & vm_wire.POLICY_DEBUG
+        case vm_wire.CREATE_VCPU.number:
             assert len(made.vcpus.all) == 1 + int.from_bytes(reply, "little")
-        case wire.LAUNCH_FINISH.number:
+        case vm_wire.LAUNCH_FINISH.number:
             assert len(reply) == 48
         case _:
             pass
@@ -363,13 +366,13 @@ def _socket(
     """Make a vCPU's socket whose thread does not serve it: this one does."""
     channel, theirs = Channel.pair("owner")
     watched = undo.enter_context(closing(select.epoll()))
-    conversions = Conversions(made.memory, explicit=bool(policy & wire.POLICY_EXPLICIT))
+    conversions = Conversions(made.memory, explicit=bool(policy & vm_wire.POLICY_EXPLICIT))
     launch = Launch(policy, conversions.launched, lambda _: None)
     with closing(theirs), closing(channel), mock.patch("restrictedmem.threads.start"):
         found = VcpuSocket(
             0, channel, watched, policy, launch, conversions, cast("Any", _Reporter()), Trace()
         )
-        found.vcpu = Vcpu(cpu)
+        found.vcpu = EngineVcpu(cpu)
         watched.register(channel.fileno(), select.EPOLLRDHUP)
         yield found, theirs
 
@@ -379,23 +382,25 @@ def _check_vcpu_reply(
 ) -> None:
     body = message[_HEAD.size :]
     match number_of(message):
-        case wire.RUN.number:
+        case vm_wire.RUN.number:
             assert served.started
             assert len(body) == 8
             assert exits.pack(exits.unpack(reply)) == reply
-        case wire.SET_REGS.number:
+        case vm_wire.SET_REGS.number:
             assert bytes(cpu.regs) == body[: len(bytes(cpu.regs))]
             others = kvm_regs.from_buffer_copy(cpu.regs)
             others.rip = others.rsp = others.rdi = others.rsi = 0
             assert (
-                policy & wire.POLICY_DEBUG if served.started else bytes(others) == bytes(kvm_regs())
+                policy & vm_wire.POLICY_DEBUG
+                if served.started
+                else bytes(others) == bytes(kvm_regs())
             )
-        case wire.GET_REGS.number:
-            assert policy & wire.POLICY_DEBUG
+        case vm_wire.GET_REGS.number:
+            assert policy & vm_wire.POLICY_DEBUG
             assert reply == bytes(cpu.regs)
-        case wire.GET_SREGS.number | wire.SET_GUEST_DEBUG.number:
-            assert policy & wire.POLICY_DEBUG
-        case wire.PRE_FAULT_MEMORY.number:
+        case vm_wire.GET_SREGS.number | vm_wire.SET_GUEST_DEBUG.number:
+            assert policy & vm_wire.POLICY_DEBUG
+        case vm_wire.PRE_FAULT_MEMORY.number:
             asked, left = (
                 kvm.kvm_pre_fault_memory.from_buffer_copy(each) for each in (body, reply)
             )

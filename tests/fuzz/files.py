@@ -17,17 +17,18 @@ from restrictedmem.cli import trace as cli_trace
 from restrictedmem.cli import verify
 from restrictedmem.cli.errors import CommandError
 from restrictedmem.fd import OwnedFd
-from restrictedmem.kvm import elf as guest_elf
-from restrictedmem.kvm import exits, guest_abi, perfetto
-from restrictedmem.kvm.gdb import rsp as protocol
-from restrictedmem.kvm.gdb.gates import Gates
-from restrictedmem.kvm.gdb.stub import Stub, _Detached
-from restrictedmem.kvm.vm import Vcpu
-from restrictedmem.kvm.vmm import launch_pages
-from restrictedmem.kvm.wire import ENGINES, Creation
-from restrictedmem.platform import host
+from restrictedmem.platform import platform
+from restrictedmem.protocol import exits, guest_abi
+from restrictedmem.protocol.vm_wire import ENGINES, Creation
 from restrictedmem.service import report as attestation
 from restrictedmem.units import PAGE_MASK
+from restrictedmem.vmm import elf as guest_elf
+from restrictedmem.vmm import perfetto
+from restrictedmem.vmm.gdb import rsp as protocol
+from restrictedmem.vmm.gdb.gates import Gates
+from restrictedmem.vmm.gdb.stub import Stub, _Detached
+from restrictedmem.vmm.vm import Vcpu
+from restrictedmem.vmm.vmm import launch_pages
 
 _PRIVATE_SIZE: Final = 1 << 20
 
@@ -136,7 +137,7 @@ def creation(data: bytes) -> None:
     assert found.engine in ENGINES
     assert 0 <= found.policy < 4
     assert type(found.policy) is int
-    assert found.platform in ("", *host.NAMES)
+    assert found.platform in ("", *platform.NAMES)
     assert not (found.platform and found.engine == "kernel")
     assert Creation.load(found.dump()) == found
 

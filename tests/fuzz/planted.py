@@ -65,39 +65,47 @@ def planted(mistake: Mistake) -> Generator[None]:
 MISTAKES: Final[dict[str, tuple[Mistake, ...]]] = {
     "control": (
         Mistake(
-            "service.daemon:Service._dispatch",
+            "service.daemon:ControlThread._dispatch",
             "if connection.owner:",
             "if connection.owner or message.number == 2:",
         ),
-        Mistake("service.daemon:Service._error_page", "0 < end - start", "0 <= end - start"),
-        Mistake("service.daemon:Service._reply_status", "start >= len(text)", "start > 1 << 62"),
+        Mistake("service.daemon:ControlThread._error_page", "0 < end - start", "0 <= end - start"),
+        Mistake(
+            "service.daemon:ControlThread._reply_status", "start >= len(text)", "start > 1 << 62"
+        ),
     ),
     "consumer": (
         Mistake(
-            "service.consumer:_can_be_shown", "return value.isprintable()", "return value.isascii()"
+            "service.consumer_process:_can_be_shown",
+            "return value.isprintable()",
+            "return value.isascii()",
         ),
-        Mistake("service.consumer:_can_be_shown", "math.isfinite(value)", "not math.isnan(value)"),
         Mistake(
-            "service.consumer:Binding.page_count",
+            "service.consumer_process:_can_be_shown",
+            "math.isfinite(value)",
+            "not math.isnan(value)",
+        ),
+        Mistake(
+            "service.consumer_process:Binding.page_count",
             "if count > end - start:",
             "if count > end - start + 1:",
         ),
     ),
     "creation": (
         Mistake(
-            "kvm.wire:Creation.load",
+            "protocol.vm_wire:Creation.load",
             "type(found.policy) is not int",
             "not isinstance(found.policy, int)",
         ),
         Mistake(
-            "kvm.wire:Creation.load",
+            "protocol.vm_wire:Creation.load",
             "(RecursionError, TypeError, ValueError)",
             "(TypeError, ValueError)",
         ),
         Mistake(
-            "kvm.wire:Creation.load",
-            'found.platform not in ("", *host.NAMES)',
-            "found.platform and found.platform not in host.NAMES",
+            "protocol.vm_wire:Creation.load",
+            'found.platform not in ("", *platform.NAMES)',
+            "found.platform and found.platform not in platform.NAMES",
         ),
     ),
     "vm": (
@@ -113,7 +121,7 @@ MISTAKES: Final[dict[str, tuple[Mistake, ...]]] = {
         ),
         Mistake(
             "kvm.machine:Machine._dispatch_own",
-            "debug.check_policy(self._creation.policy)\n            gpa, size",
+            "debug_requests.check_policy(self._creation.policy)\n            gpa, size",
             "gpa, size",
         ),
     ),
@@ -126,8 +134,8 @@ MISTAKES: Final[dict[str, tuple[Mistake, ...]]] = {
         Mistake("kvm.vcpu_socket:VcpuSocket._set_regs", "bytes(rest) != bytes(regs)", "regs.rbx"),
         Mistake(
             "kvm.vcpu_socket:VcpuSocket._dispatch",
-            "case wire.GET_REGS.number:\n            debug.check_policy(self._policy)",
-            "case wire.GET_REGS.number:",
+            "case vm_wire.GET_REGS.number:\n            debug_requests.check_policy(self._policy)",
+            "case vm_wire.GET_REGS.number:",
         ),
     ),
     "fuse": (
@@ -149,17 +157,17 @@ MISTAKES: Final[dict[str, tuple[Mistake, ...]]] = {
     ),
     "elf": (
         Mistake(
-            "kvm.elf:_segment", "len(content) != filesz or memsz < filesz", "len(content) != filesz"
+            "vmm.elf:_segment", "len(content) != filesz or memsz < filesz", "len(content) != filesz"
         ),
-        Mistake("kvm.elf:_segments", "left -= len(segment.data)", "left -= 1"),
-        Mistake("kvm.elf:parse", "except struct.error:", "except IndexError:"),
+        Mistake("vmm.elf:_segments", "left -= len(segment.data)", "left -= 1"),
+        Mistake("vmm.elf:parse", "except struct.error:", "except IndexError:"),
     ),
     "rsp": (
         Mistake(
-            "kvm.gdb.rsp:Parser._packet", "if end < 0 or len(self._data) < whole:", "if end < 0:"
+            "vmm.gdb.rsp:Parser._packet", "if end < 0 or len(self._data) < whole:", "if end < 0:"
         ),
-        Mistake("kvm.gdb.stub:Stub._memory", "address + size > 1 << 64", "address > 1 << 64"),
-        Mistake("kvm.gdb.stub:Stub._breakpoint", "0 <= entry[1] < 1 << 64", "0 <= entry[1]"),
+        Mistake("vmm.gdb.stub:Stub._memory", "address + size > 1 << 64", "address > 1 << 64"),
+        Mistake("vmm.gdb.stub:Stub._breakpoint", "0 <= entry[1] < 1 << 64", "0 <= entry[1]"),
     ),
     "report": (
         Mistake(
@@ -169,14 +177,14 @@ MISTAKES: Final[dict[str, tuple[Mistake, ...]]] = {
         Mistake("service.report:signed_by_its_key", "return False", "return True"),
     ),
     "trace": (
-        Mistake("kvm.perfetto:_is_number", "0 <= value < 1 << 63", "value < 1 << 63"),
+        Mistake("vmm.perfetto:_is_number", "0 <= value < 1 << 63", "value < 1 << 63"),
         Mistake(
-            "kvm.perfetto:_parse",
+            "vmm.perfetto:_parse",
             "(ValueError, AttributeError, RecursionError)",
             "(ValueError, AttributeError)",
         ),
         Mistake(
-            "kvm.perfetto:_slices",
+            "vmm.perfetto:_slices",
             "    while open_slices:\n        yield",
             "    if open_slices:\n        yield",
         ),

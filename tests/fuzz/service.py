@@ -13,17 +13,17 @@ from fuzz.source import Source, answer, is_request, is_silent, messages, number_
 from restrictedmem.abi import fuse
 from restrictedmem.fd import OwnedFd, close_all
 from restrictedmem.fs.filesystem import FileSystem, Request
-from restrictedmem.fs.mount import Way
-from restrictedmem.fs.server import Server
+from restrictedmem.fs.fuse_server import FuseServer
+from restrictedmem.fs.mount_ways import Way
 from restrictedmem.fs.usage import Usage
 from restrictedmem.mm.backing import MemfdBacking
 from restrictedmem.mm.design import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.service import program, wire
-from restrictedmem.service.consumer import _MAX_DEPTH
+from restrictedmem.service.consumer_process import _MAX_DEPTH
 from restrictedmem.service.consumers import Consumers, Troubles
-from restrictedmem.service.daemon import Service
+from restrictedmem.service.daemon import ControlThread
 from restrictedmem.service.door import Connection
 from restrictedmem.service.signing import Signer
 from restrictedmem.service.start import Options, Origin
@@ -61,11 +61,11 @@ def _presented(tokens: Tokens) -> Generator[RestrictedFile]:
         file.put()
 
 
-def _service(undo: ExitStack) -> tuple[Service, Channel]:
+def _service(undo: ExitStack) -> tuple[ControlThread, Channel]:
     """Make a service that runs no thread, and the spawner's end."""
     spawner, theirs = Channel.pair("spawner", takes_fds=True)
     endings, nobody = Channel.pair("spawner")
-    service = Service(
+    service = ControlThread(
         spawner,
         endings,
         Options(memory_max=_LIMIT, usage=True),
@@ -140,7 +140,7 @@ def _answer(sock: socket.socket) -> tuple[int, bytes]:
     return error, data[_HEAD.size :]
 
 
-def _refuse_to_fork(service: Service, spawner: Channel, message: bytes) -> None:
+def _refuse_to_fork(service: ControlThread, spawner: Channel, message: bytes) -> None:
     """Be the spawner: it hears what the owner said, and cannot fork."""
     if is_silent(spawner.sock):
         return
@@ -259,7 +259,7 @@ def fuse_bodies(data: bytes) -> None:
     )
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with closing(theirs), OwnedFd(ours.detach()) as device:
-        server = Server(device, filesystem)
+        server = FuseServer(device, filesystem)
         server._filesystem.before_waiting = lambda _: True
         unique, files = 0, set[RestrictedFile]()
         while source and unique < 24:

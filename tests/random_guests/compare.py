@@ -3,7 +3,7 @@
 from itertools import zip_longest
 from typing import Final
 
-from restrictedmem.kvm.exits import MemoryFault, Shutdown
+from restrictedmem.protocol.exits import MemoryFault, Shutdown
 
 from .known import ALLOWED
 from .machines import Event, Run

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from restrictedmem.kvm.exits import PortIn, PortOut, Shutdown
+from restrictedmem.protocol.exits import PortIn, PortOut, Shutdown
 
 from .machines import Event
 

@@ -13,7 +13,7 @@ from typing import Final, Self
 
 from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import kvm_regs
-from restrictedmem.kvm.exits import (
+from restrictedmem.protocol.exits import (
     Exit,
     Hypercall,
     Interrupted,
@@ -24,9 +24,9 @@ from restrictedmem.kvm.exits import (
     PortOut,
     Shutdown,
 )
-from restrictedmem.kvm.guest_abi import HYPERCALL_PAGE
-from restrictedmem.kvm.vm import Vm
+from restrictedmem.protocol.guest_abi import HYPERCALL_PAGE
 from restrictedmem.service.client import Service
+from restrictedmem.vmm.vm import Vm
 
 from . import places
 from .make import content as content_of

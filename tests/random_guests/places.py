@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from restrictedmem.kvm import guest_abi
+from restrictedmem.protocol import guest_abi
 
 PAGE: Final = 4096
 BASE: Final = guest_abi.PRIVATE_BASE

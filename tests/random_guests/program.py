@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Final
 
-from restrictedmem.kvm import guest_abi
+from restrictedmem.protocol import guest_abi
 
 from . import places
 from .x86 import STATUS, Effect

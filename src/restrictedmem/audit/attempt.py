@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from restrictedmem.child import in_child
 
 if TYPE_CHECKING:
-    from restrictedmem.audit.owner import Owner
+    from restrictedmem.audit.attacker import Attacker
 
 #: Seconds that one attempt may take.
 DEADLINE: Final = 20.0
@@ -50,7 +50,7 @@ class Route:
     target: str
     """At whom or what it aims."""
     name: str
-    run: "Callable[[Owner], Iterable[Buffer]]"
+    run: "Callable[[Attacker], Iterable[Buffer]]"
     power: bool = False
     """Whether not being refused is a find in itself, content or none."""
     open_by: str = ""
@@ -73,7 +73,7 @@ class Attempt:
     searched: int = 0
 
 
-def attempt(route: Route, owner: "Owner") -> Attempt:
+def attempt(route: Route, owner: "Attacker") -> Attempt:
     """Try a route, in a child of its own, so that neither a signal nor what it leaves behind reaches the next."""
     try:
         outcome, searched, note = in_child(lambda: _look(route, owner), DEADLINE)
@@ -99,7 +99,7 @@ def attempt(route: Route, owner: "Owner") -> Attempt:
     return Attempt(route.target, route.name, outcome, detail=note, searched=searched)
 
 
-def _look(route: Route, owner: "Owner") -> tuple[Outcome, int, str]:
+def _look(route: Route, owner: "Attacker") -> tuple[Outcome, int, str]:
     searched = 0
     try:
         for chunk in route.run(owner):

@@ -15,18 +15,25 @@ from itertools import chain, zip_longest
 from typing import Any, Final, NoReturn, final
 
 from restrictedmem.abi import process
-from restrictedmem.audit import descriptor, host, namespaces, processes, sockets, vm
-from restrictedmem.audit.attempt import Attempt, Outcome, Route, attempt
-from restrictedmem.audit.guest import HeldGuest, held_guest
-from restrictedmem.audit.memory import of_descriptors, of_process
-from restrictedmem.audit.owner import (
-    Owner,
+from restrictedmem.audit import (
+    on_descriptor,
+    on_host,
+    on_namespaces,
+    on_processes,
+    on_sockets,
+    on_vm,
+)
+from restrictedmem.audit.attacker import (
+    Attacker,
     drop_capabilities,
     end_twin,
     fork_twin,
     trusted_processes,
 )
+from restrictedmem.audit.attempt import Attempt, Outcome, Route, attempt
+from restrictedmem.audit.held_guest import HeldGuest, held_guest
 from restrictedmem.audit.pattern import Pattern, content
+from restrictedmem.audit.reading import of_descriptors, of_process
 from restrictedmem.service.client import Service
 from restrictedmem.text import Line
 
@@ -66,12 +73,12 @@ def prove(
 
 def _routes() -> Iterator[Route]:
     return chain(
-        descriptor.ROUTES,
-        processes.routes(),
-        namespaces.routes(),
-        sockets.routes(),
-        host.routes(),
-        vm.routes(),
+        on_descriptor.ROUTES,
+        on_processes.routes(),
+        on_namespaces.routes(),
+        on_sockets.routes(),
+        on_host.routes(),
+        on_vm.routes(),
     )
 
 
@@ -88,7 +95,7 @@ def _last_routes() -> Iterator[Route]:
 
 def _still_there(guest: HeldGuest) -> Attempt:
     """Ask the guest whether it held the pattern all the time, but for what it gave away."""
-    answer = guest.check(guest.start + vm.CONVERTED, guest.end)
+    answer = guest.check(guest.start + on_vm.CONVERTED, guest.end)
     outcome = Outcome.CONTROL if answer == "intact" else Outcome.FAILED
     return Attempt("control", "the guest still holds it", outcome, detail=answer)
 
@@ -96,14 +103,14 @@ def _still_there(guest: HeldGuest) -> Attempt:
 @contextmanager
 def _owner(
     service: Service, guest: HeldGuest, seed: int, engine: str, as_root: bool
-) -> Generator[Owner]:
+) -> Generator[Attacker]:
     # Both before the pattern's words are in this process.
     twin = fork_twin()
     control = fork_twin(lambda: content(seed, guest.start, _CONTROL_SIZE))
 
     try:
         pattern = Pattern(seed, guest.start, guest.end)
-        yield Owner(
+        yield Attacker(
             service,
             guest,
             seed,
@@ -120,7 +127,7 @@ def _owner(
 
 
 def _as_owner(
-    owner: Callable[[], AbstractContextManager[Owner]],
+    owner: Callable[[], AbstractContextManager[Attacker]],
     routes: Callable[[], Iterable[Route]],
     *,
     as_root: bool,
@@ -149,7 +156,7 @@ def _as_owner(
 
 
 def _try_all(
-    owner: Callable[[], AbstractContextManager[Owner]],
+    owner: Callable[[], AbstractContextManager[Attacker]],
     routes: Callable[[], Iterable[Route]],
     writer: int,
     *,

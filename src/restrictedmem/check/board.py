@@ -10,7 +10,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Final, final
 
-from restrictedmem.kvm import guest_abi
+from restrictedmem.protocol import guest_abi
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE
 
 MAX_PAGES: Final = 8192

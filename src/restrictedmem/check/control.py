@@ -173,7 +173,7 @@ class Names:
 
 
 @final
-class World:
+class Execution:
     """One execution: actors, the objects they share, and whose turn it is."""
 
     __slots__ = (
@@ -194,7 +194,10 @@ class World:
     )
 
     def __init__(
-        self, names: Names, arrive: Callable[["World"], Actor | None], story: Story | None = None
+        self,
+        names: Names,
+        arrive: Callable[["Execution"], Actor | None],
+        story: Story | None = None,
     ) -> None:
         """Make a world without actors; ``arrive`` chooses who goes on once the plan is used up, None to stop."""
         self.names = names
@@ -338,7 +341,7 @@ class World:
         return slot
 
 
-def _work(world: World, actor: Actor, act: Callable[[], None]) -> None:
+def _work(world: Execution, actor: Actor, act: Callable[[], None]) -> None:
     """Be one actor after the other, of one execution each."""
     hub = getcurrent().parent
     assert hub is not None
@@ -349,16 +352,16 @@ def _work(world: World, actor: Actor, act: Callable[[], None]) -> None:
         world, actor, act = hub.switch()
 
 
-_world: World | None = None
+_world: Execution | None = None
 
 
-def current() -> World:
+def current() -> Execution:
     """Return the world in which objects are being made."""
     assert _world is not None, "only in an exploration"
     return _world
 
 
-def enter(world: World | None) -> None:
+def enter(world: Execution | None) -> None:
     """Make it the world in which objects are made."""
     global _world
     _world = world

@@ -33,12 +33,12 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias, final
 
 from restrictedmem.check import objects
-from restrictedmem.check.control import Method, World, summarized
+from restrictedmem.check.control import Execution, Method, summarized
 from restrictedmem.check.futures import conflict
-from restrictedmem.check.model import ENDLESS, Model, Program, State, Violation
+from restrictedmem.check.model import ENDLESS, Model, Program, RuleBroken, State
 from restrictedmem.check.schedule import Counterexample, Teller, straightened
 
-__all__ = ["Program", "Result", "Violation", "effort", "explore"]
+__all__ = ["Program", "Result", "RuleBroken", "effort", "explore"]
 
 #: Executions at random after a complete search, in which nothing may be new.
 _SAMPLES: Final = 50
@@ -284,7 +284,7 @@ def _retell(model: Model, schedule: Sequence[int]) -> tuple[Teller, str | None]:
     teller = Teller()
     found: list[str | None] = []
 
-    def arrive(world: World) -> None:
+    def arrive(world: Execution) -> None:
         found.append(model.wrong(world))
         if not any(world.enabled(actor) for actor in world.actors):
             teller.tell_waiting(world.actors, world.values)

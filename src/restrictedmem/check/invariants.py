@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Final, final
 
 from restrictedmem.check.control import saw, touch
-from restrictedmem.check.explorer import Violation
+from restrictedmem.check.explorer import RuleBroken
 from restrictedmem.check.frames import HUGE_PAGES, MEMORY, Frames
 from restrictedmem.kvm.memslot import PRIVATE, Memslot
 from restrictedmem.units import PageRange, gfn_t, pgoff_t
@@ -63,7 +63,7 @@ class Told:
 
 @final
 @dataclass(slots=True, eq=False)
-class View:
+class SlotHistory:
     """A slot and what the rules remember of it."""
 
     slot: Memslot
@@ -120,8 +120,8 @@ class Invariants:
         self._exact = exact
         self._binds = binds
         self._large = large
-        self._violation: Violation | None = None
-        self.views: list[View] = []
+        self._violation: RuleBroken | None = None
+        self.views: list[SlotHistory] = []
         self.frames: Frames
         #: By page: the frame that the consumer's mapping of the file showed when it took the page
         #: last.
@@ -149,7 +149,7 @@ class Invariants:
         )
         return against(self.taken), views, owner, tuple(sorted(self._written)), poisoned, self._dead
 
-    def _led(self, view: View) -> bytes:
+    def _led(self, view: SlotHistory) -> bytes:
         """Return which entries lead to the frames that their pages have."""
         entries = bytes(memoryview(view.slot.entries)).translate(_PRIVATE_ENTRIES)
         if not entries.strip(b"\0"):
@@ -157,13 +157,13 @@ class Invariants:
         led = self.frames.against(view.led, view.window.start)
         return bytes(entry and one for entry, one in zip(entries, led, strict=True))
 
-    def _live(self) -> list[View]:
+    def _live(self) -> list[SlotHistory]:
         return [view for view in self.views if view.live]
 
     def violate(self, rule: Rule, story: str) -> None:
         """Note that a rule is broken; the first counts."""
         if self._violation is None:
-            self._violation = Violation(f"{rule.value}: {story}")
+            self._violation = RuleBroken(f"{rule.value}: {story}")
 
     # What the owner does.
 
@@ -222,21 +222,21 @@ class Invariants:
         for view in self.views:
             self._may_zap(view, span)
 
-    def _may_zap(self, view: View, span: PageRange) -> None:
+    def _may_zap(self, view: SlotHistory, span: PageRange) -> None:
         view.asked.append(
             view.window.clip(_blocks(span) if self._large or not self._exact else span)
         )
 
     # What the shim does.
 
-    def start(self, view: View, span: PageRange) -> None:
+    def start(self, view: SlotHistory, span: PageRange) -> None:
         """Note that a consumer was told to keep out, and has answered."""
         told = Told(span, acting.get())
         view.told.append(told)
         view.closed.append(told)
         self._check_range(view, span)
 
-    def _check_range(self, view: View, span: PageRange) -> None:
+    def _check_range(self, view: SlotHistory, span: PageRange) -> None:
         if view.leaving:
             return
         if self._binds and not len(view.window.clip(span)):
@@ -251,7 +251,7 @@ class Invariants:
             Rule.RANGE, f"a consumer is told of pages {span}, which nobody asked to invalidate"
         )
 
-    def end(self, view: View, span: PageRange) -> None:
+    def end(self, view: SlotHistory, span: PageRange) -> None:
         """Note that a consumer is told to go on."""
         told = Told(span, acting.get())
         if told not in view.told:
@@ -312,7 +312,7 @@ class Invariants:
         """Note which frames a consumer's mapping shows now."""
         self.taken[span.start : span.end] = self.frames.numbers[span.start : span.end]
 
-    def install(self, view: View, span: PageRange, gfn: gfn_t) -> None:
+    def install(self, view: SlotHistory, span: PageRange, gfn: gfn_t) -> None:
         """Check translations that are about to be installed, under the MMU's lock."""
         for told in view.closed:
             if span.start < told.span.end and told.span.start < span.end:
@@ -351,7 +351,9 @@ class Invariants:
                 Rule.RANGE, f"guest pages {start:#x} to {end:#x} are zapped, which nobody asked for"
             )
 
-    def access(self, view: View, gfn: int, entry: int, number: int, value: int | None) -> None:
+    def access(
+        self, view: SlotHistory, gfn: int, entry: int, number: int, value: int | None
+    ) -> None:
         """Check a guest's access through a translation it has; ``value`` is what it stores, None for a load."""
         index = gfn - view.slot.base_gfn
         private = bool(entry & PRIVATE)
@@ -391,7 +393,7 @@ class Invariants:
                 self.frames.numbers[start:end], "big"
             )
             if mapped & wrong:
-                raise Violation(
+                raise RuleBroken(
                     f"{Rule.FREED.value}: an entry of slot {view.slot.number} leads to a frame that is gone"
                 )
 
@@ -404,23 +406,23 @@ class Invariants:
         self.check()
         for view in self.views:
             if view.told:
-                raise Violation(
+                raise RuleBroken(
                     f"{Rule.BALANCE.value}: no end came for pages {', '.join(str(told.span) for told in view.told)}"
                 )
         for view in self._live():
             half = view.slot.memfd_half
             size = len(view.window)
             if half.sequence.busy():
-                raise Violation(f"{Rule.BALANCE.value}: an invalidation is in progress for ever")
+                raise RuleBroken(f"{Rule.BALANCE.value}: an invalidation is in progress for ever")
             mapped = _mask(view.slot.entries, _PRIVATE_ENTRIES, 0, size)
             if mapped & ~_mask(view.slot.attributes, _ANY_ENTRY, 0, size):
-                raise Violation(
+                raise RuleBroken(
                     f"{Rule.ATTRIBUTE.value}: a shared guest page of slot {view.slot.number} is mapped private"
                 )
             entries = bytes(memoryview(view.slot.entries)).translate(_PRIVATE_ENTRIES)
             for index in (index for index in range(size) if entries[index]):
                 pgoff = pgoff_t(view.window.start + index)
                 if not half.pages.count(PageRange(pgoff, pgoff_t(pgoff + 1))):
-                    raise Violation(
+                    raise RuleBroken(
                         f"{Rule.REFERENCE.value}: page {pgoff:#x} is mapped and not counted as taken"
                     )

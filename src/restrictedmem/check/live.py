@@ -21,7 +21,7 @@ from typing import Any, Final, final
 
 from restrictedmem.abi import process
 from restrictedmem.check.board import Progress
-from restrictedmem.check.explorer import Violation
+from restrictedmem.check.explorer import RuleBroken
 from restrictedmem.check.owner import (
     NAMES,
     OPERATIONS,
@@ -34,12 +34,12 @@ from restrictedmem.check.owner import (
 )
 from restrictedmem.failure import failed
 from restrictedmem.fd import readable
-from restrictedmem.kvm.vm import Vm
 from restrictedmem.mm.design import make
-from restrictedmem.platform import host
+from restrictedmem.platform import platform
 from restrictedmem.service.client import Service
 from restrictedmem.service.start import Options
 from restrictedmem.text import Line
+from restrictedmem.vmm.vm import Vm
 
 #: Which operations make a scenario of ``check.scenarios`` with real processes; faults are always
 #: there.
@@ -110,7 +110,7 @@ def main(
         )
     if seed is None:
         seed = random.SystemRandom().randrange(1 << 32)
-    run = _Run(Options(design=design), scenario, seed)
+    run = _LiveRun(Options(design=design), scenario, seed)
     show = Line(sys.stderr, interval=1.0)
     failure = ""
     try:
@@ -119,7 +119,7 @@ def main(
         run.look_for_remains()
         if not run.total.operations:
             failure = "nothing was done in that time, so nothing is known"
-    except Violation as violation:
+    except RuleBroken as violation:
         failure = str(violation)
     finally:
         show.clear()
@@ -143,7 +143,7 @@ def plan_of(
     return Plan(
         seed=words,
         engine=engine,
-        platform=chosen.choice(("", *host.NAMES)) if engine == "software" else "",
+        platform=chosen.choice(("", *platform.NAMES)) if engine == "software" else "",
         vcpus=before.vcpus if before and reused else chosen.choice(_VCPUS),
         pages=before.pages if before and reused else chosen.choice(_PAGES),
         reused=reused,
@@ -155,7 +155,7 @@ def plan_of(
 
 
 def _print(
-    run: "_Run",
+    run: "_LiveRun",
     failure: str,
     seconds: float,
     design: str | None,
@@ -258,12 +258,14 @@ class _Child:
         try:
             data = self.sock.recv(1 << 16)
         except TimeoutError:
-            raise Violation(f"hang: waited {3 * PATIENCE:g} s for the {self.name} to end") from None
+            raise RuleBroken(
+                f"hang: waited {3 * PATIENCE:g} s for the {self.name} to end"
+            ) from None
         if not data:
-            raise Violation(f"the {self.name} died")
+            raise RuleBroken(f"the {self.name} died")
         report = self.report = json.loads(data)
         if "failure" in report:
-            raise Violation(f"{self.name}: {report['failure']}")
+            raise RuleBroken(f"{self.name}: {report['failure']}")
 
     def stop(self) -> None:
         """Tell it to come to an end."""
@@ -285,7 +287,7 @@ class _Child:
 
 
 @final
-class _Run:
+class _LiveRun:
     """A service, and one VM after the other."""
 
     def __init__(self, options: Options, scenario: str | None, seed: int) -> None:
@@ -422,14 +424,14 @@ class _Run:
         self._said = said
         # Of an engine that was killed it says that it is gone, if anybody punched just then.
         if said != before and not (killed and said.endswith(" is gone")):
-            raise Violation(f"the service says: {said}")
+            raise RuleBroken(f"the service says: {said}")
         wait_for(
             "descriptors that nobody has to go",
             lambda: len(self._service.status()["descriptors"]) <= 1,
         )
         for descriptor in self._service.status()["descriptors"]:
             if descriptor["notifiers"]:
-                raise Violation(f"a consumer is gone and a notifier of it is left: {descriptor}")
+                raise RuleBroken(f"a consumer is gone and a notifier of it is left: {descriptor}")
 
     def _note_processes(self) -> None:
         """Remember every process of the service, by number and start."""
@@ -500,7 +502,7 @@ class _Watch:
         for child in children:
             stuck = child.progress.stuck(PATIENCE)
             if stuck is not None:
-                raise Violation(
+                raise RuleBroken(
                     f"hang: the {child.name} waited {PATIENCE:g} s for the operation {stuck!r} to end"
                 )
         now = time.monotonic()
@@ -508,6 +510,6 @@ class _Watch:
             if self._board.steps(vcpu) != steps:
                 self._steps[vcpu] = self._board.steps(vcpu), now
             elif now - since > PATIENCE:
-                raise Violation(
+                raise RuleBroken(
                     f"hang: waited {PATIENCE:g} s for vCPU {vcpu} to go on after its step {steps}"
                 )

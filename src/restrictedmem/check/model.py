@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Final, Protocol, TypeAlias, final
 
 from restrictedmem.check import control
-from restrictedmem.check.control import Actor, Gate, Names, Story, UnsoundError, World
+from restrictedmem.check.control import Actor, Execution, Gate, Names, Story, UnsoundError
 from restrictedmem.check.futures import Futures
 
 #: The number of what is shared, and of each actor's past.
@@ -28,7 +28,7 @@ _COLLECTED: Final = 256
 ENDLESS: Final = 10_000
 
 
-class Violation(Exception):  # noqa: N818 what a program raises is a finding, not an error
+class RuleBroken(Exception):  # noqa: N818 what a program raises is a finding, not an error
     """A rule that was broken, and the story."""
 
 
@@ -88,7 +88,7 @@ class Model:
         """Return the state before the first step, or what is wrong with it."""
         found: list[State | str] = []
 
-        def arrive(world: World) -> None:
+        def arrive(world: Execution) -> None:
             self._gates = self._gates or [{} for _ in world.actors]
             for actor in world.actors:
                 self.futures.see(actor, None)
@@ -128,7 +128,7 @@ class Model:
         """Return what is wrong with a state in which nobody can go on, to which a schedule leads."""
         if state not in self._ends:
 
-            def arrive(world: World) -> None:
+            def arrive(world: Execution) -> None:
                 self._ends[state] = self._verdict(world) or self._verdict_at_end(world)
 
             self.execute(schedule, arrive)
@@ -150,7 +150,7 @@ class Model:
         """
         state: State | None = None
 
-        def arrive(world: World) -> Actor | None:
+        def arrive(world: Execution) -> Actor | None:
             nonlocal state, index
             if state is None:
                 state = self._read(world)
@@ -173,7 +173,7 @@ class Model:
             assert state is not None
             self._take_note(world, state, index)
 
-    def _take_note(self, world: World, before: State, index: int) -> State | None:
+    def _take_note(self, world: Execution, before: State, index: int) -> State | None:
         """Remember where a step has led, and return it unless a rule is broken there."""
         key = before[0], index, before[index + 1]
         wrong = self._verdict(world)
@@ -187,7 +187,7 @@ class Model:
             self._ends[state] = self._verdict_at_end(world)
         return state
 
-    def _read(self, world: World) -> State:
+    def _read(self, world: Execution) -> State:
         """Return the state that an execution is in."""
         values = world.values
         known = len(values)
@@ -206,29 +206,29 @@ class Model:
 
     # What is right and wrong.
 
-    def _verdict(self, world: World) -> str | None:
+    def _verdict(self, world: Execution) -> str | None:
         """Return what is wrong after a step."""
         if world.broken is not None:
             actor, error = world.broken
-            return str(error) if isinstance(error, Violation) else f"{actor.name} raised {error!r}"
+            return str(error) if isinstance(error, RuleBroken) else f"{actor.name} raised {error!r}"
         try:
             self._program.check()
-        except Violation as violation:
+        except RuleBroken as violation:
             return str(violation)
         return f"no end after {ENDLESS} steps" if world.step > ENDLESS else None
 
-    def _verdict_at_end(self, world: World) -> str | None:
+    def _verdict_at_end(self, world: Execution) -> str | None:
         """Return what is wrong where nobody can go on."""
         stuck = [actor.name for actor in world.actors if not actor.done]
         if stuck:
             return f"deadlock: {' and '.join(stuck)} {'wait' if len(stuck) > 1 else 'waits'}"
         try:
             self._program.finish()
-        except Violation as violation:
+        except RuleBroken as violation:
             return str(violation)
         return None
 
-    def wrong(self, world: World) -> str | None:
+    def wrong(self, world: Execution) -> str | None:
         """Return what is wrong with what an execution has come to."""
         found = self._verdict(world)
         if found is None and not any(world.enabled(actor) for actor in world.actors):
@@ -240,11 +240,11 @@ class Model:
     def execute(
         self,
         schedule: Sequence[int],
-        arrive: Callable[[World], Actor | None],
+        arrive: Callable[[Execution], Actor | None],
         story: Story | None = None,
-    ) -> World:
+    ) -> Execution:
         """Execute the program; ``arrive`` is asked who goes on at the end of the schedule."""
-        world = World(self.names, arrive, story)
+        world = Execution(self.names, arrive, story)
         control.enter(world)
         # Worlds are full of circles; cut open, most of one goes without the collector.
         self._left.clear()
@@ -271,7 +271,7 @@ class Model:
             self.execute((), _Sampler(self, chance, seen).arrive)
 
     def compare(
-        self, world: World, before: State | None, index: int, seen: Callable[[State], bool]
+        self, world: Execution, before: State | None, index: int, seen: Callable[[State], bool]
     ) -> State:
         """Compare one step of an execution with what is known, and return the state it has led to.
 
@@ -302,7 +302,7 @@ class _Sampler:
         self._before: State | None = None
         self._index = 0
 
-    def arrive(self, world: World) -> Actor | None:
+    def arrive(self, world: Execution) -> Actor | None:
         """Go on with anybody."""
         self._before = self._model.compare(world, self._before, self._index, self._seen)
         enabled = self._model.enabled(self._before)

@@ -195,7 +195,7 @@ class Condition:
 
 
 @final
-class RwSem:
+class ControlledRwSem:
     """``sync.RwSem`` as one object: taken and released in one step, or in two by a writer that has to wait."""
 
     __slots__ = ("_readers", "_slot", "_world", "_writers", "_writing")
@@ -253,7 +253,7 @@ class RwSem:
 
 
 @final
-class SharedWords:
+class ControlledSharedWords:
     """``sync.SharedWords``: each load and each store is a step of its own.
 
     Two of these may lie over the same memory, and have the same words then. To the explorer, words
@@ -385,8 +385,8 @@ def _place(where: SupportsIndex | slice) -> Hashable:
 _FACTORIES: Final[dict[str, Callable[..., object]]] = {
     "mutex": Mutex,
     "condition": Condition,
-    "RwSem": RwSem,
-    "SharedWords": SharedWords,
+    "ControlledRwSem": ControlledRwSem,
+    "ControlledSharedWords": ControlledSharedWords,
     "shared_bytes": SharedBytes,
     "relax": relax,
 }

@@ -21,12 +21,13 @@ from restrictedmem import guests
 from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import EHWPOISON
 from restrictedmem.check.board import EXTRA_BASE, EXTRA_PAGES, Board, Lane, Progress, place
-from restrictedmem.check.explorer import Violation
-from restrictedmem.kvm import elf, exits, guest_abi
-from restrictedmem.kvm.vm import Vcpu, Vm
-from restrictedmem.kvm.vmm import SHARED_SIZE, launch_pages, launch_regs
+from restrictedmem.check.explorer import RuleBroken
+from restrictedmem.protocol import exits, guest_abi
 from restrictedmem.service.client import Service
 from restrictedmem.units import PAGE_SHIFT
+from restrictedmem.vmm import elf
+from restrictedmem.vmm.vm import Vcpu, Vm
+from restrictedmem.vmm.vmm import SHARED_SIZE, launch_pages, launch_regs
 
 #: Seconds after which something that was to happen has not.
 PATIENCE: Final = 20.0
@@ -59,7 +60,7 @@ class Plan:
 
     seed: str
     engine: str
-    #: What the host keeps in step, if anything (``platform.host.NAMES``).
+    #: What the host keeps in step, if anything (``platform.platform.NAMES``).
     platform: str
     vcpus: int
     pages: int
@@ -309,7 +310,7 @@ class Owner:
         for thread in self._threads:
             thread.join(PATIENCE)
             if thread.is_alive():
-                raise Violation(
+                raise RuleBroken(
                     self.failure or f"hang: waited {PATIENCE:g} s for every vCPU to end"
                 )
 
@@ -391,7 +392,7 @@ class Owner:
         with self._puncher.progress.doing("wait"):
             self.join()
         if self.failure:
-            raise Violation(self.failure)
+            raise RuleBroken(self.failure)
         with self._puncher.progress.doing("account"):
             if self.vm.engine == "software":
                 self._account()
@@ -399,7 +400,7 @@ class Owner:
                 consumer["in_progress"] for consumer in self._service.status()["consumers"]
             )
             if in_progress:
-                raise Violation(
+                raise RuleBroken(
                     f"accounting: {in_progress} callbacks are without their end, and nobody does anything any more"
                 )
 
@@ -412,7 +413,7 @@ class Owner:
         with self._puncher.progress.doing("destroy"):
             found = self.vm.destroy()
         if found.get("violated_pages"):
-            raise Violation(
+            raise RuleBroken(
                 f"{self._plan.platform}: {found['violated_pages']} pages, the first: {found['violations'][0]}"
             )
 
@@ -431,7 +432,7 @@ class Owner:
             self._puncher.take(range(page, page + 1))
         freed = self.vm.statistics()["pages_freed"] - before
         if freed != len(some):
-            raise Violation(
+            raise RuleBroken(
                 f"accounting: {len(some)} pages were punched, and the engine gave up {freed} of them"
             )
 
@@ -445,7 +446,7 @@ def wait_for(what: str, holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE
     while not holds():
         if time.monotonic() > deadline:
-            raise Violation(f"hang: waited {PATIENCE:g} s for {what}")
+            raise RuleBroken(f"hang: waited {PATIENCE:g} s for {what}")
         time.sleep(0.0005)
 
 
@@ -460,7 +461,7 @@ def be_owner(
         try:
             puncher.go_on(owner.methods, lambda: bool(owner.failure) or _told(parent))
         except OSError as error:
-            raise Violation(owner.failure or f"{error.strerror}") from error
+            raise RuleBroken(owner.failure or f"{error.strerror}") from error
         owner.end()
         report["statistics"] = owner.vm.statistics()
         owner.destroy()
@@ -490,7 +491,7 @@ def _reporting(parent: socket.socket) -> Generator[dict[str, Any]]:
     report: dict[str, Any] = {}
     try:
         yield report
-    except Violation as failure:
+    except RuleBroken as failure:
         report["failure"] = str(failure)
     except BaseException as error:  # noqa: BLE001 - whatever it is, the parent has to hear of it.
         report["failure"] = f"{type(error).__name__}: {error}"

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, Protocol, final
 
-from restrictedmem.check.calls import calls
 from restrictedmem.check.explorer import Program, Result, effort, explore
 from restrictedmem.check.invariants import Rule
+from restrictedmem.check.summaries import calls
 from restrictedmem.check.world import Parts, World
 from restrictedmem.mm.design import NAMES, TEARDOWN
 from restrictedmem.platform.snp import Snp
@@ -25,7 +25,7 @@ class Make(Protocol):
 
 @final
 @dataclass(frozen=True, slots=True)
-class Finding:
+class KnownFault:
     """What a design does wrong by its nature: the rule, and why."""
 
     rule: Rule
@@ -45,7 +45,7 @@ class Scenario:
     #: Names of designs, without ``TEARDOWN``, for which it makes sense.
     designs: tuple[str, ...] = NAMES
     #: By the same names.
-    findings: Mapping[str, Finding] = field(default_factory=dict[str, Finding])
+    findings: Mapping[str, KnownFault] = field(default_factory=dict[str, KnownFault])
     #: Whether it belongs to the part that the test suite runs.
     quick: bool = False
     #: Whether a consumer leaves the file: where none does, invalidation at teardown changes
@@ -82,7 +82,7 @@ class Scenario:
             limit_seconds=limit_seconds,
         )
 
-    def finding(self, design: str) -> Finding | None:
+    def finding(self, design: str) -> KnownFault | None:
         """Return what it is known to find about a design; None where it holds."""
         return self.findings.get(design.removesuffix(TEARDOWN))
 
@@ -94,7 +94,7 @@ def scenario(
     actors: int,
     *,
     designs: tuple[str, ...] = NAMES,
-    findings: Mapping[str, Finding] | None = None,
+    findings: Mapping[str, KnownFault] | None = None,
     quick: bool = False,
     leaves: bool = False,
 ) -> Callable[[Callable[[Make], World]], Callable[[Make], World]]:

@@ -11,13 +11,13 @@ from typing import Final
 
 from restrictedmem.abi.kvm import EHWPOISON
 from restrictedmem.check.frames import HUGE_PAGES
-from restrictedmem.check.guest import load, store
+from restrictedmem.check.guest_cpu import load, store
 from restrictedmem.check.invariants import Rule
-from restrictedmem.check.scenario import SCENARIOS, Finding, Make, scenario
+from restrictedmem.check.scenario import SCENARIOS, KnownFault, Make, scenario
 from restrictedmem.check.world import World
-from restrictedmem.kvm.exits import MemoryFault
-from restrictedmem.kvm.vcpu import Vcpu
+from restrictedmem.kvm.engine_vcpu import EngineVcpu
 from restrictedmem.platform.snp import Snp
+from restrictedmem.protocol.exits import MemoryFault
 
 #: Whoever looks a scenario up needs this module for it to be there.
 __all__ = ["SCENARIOS"]
@@ -28,21 +28,21 @@ SECOND: Final = 0x20
 #: Of a slot that may be mapped large.
 ALIGNED: Final = 2 * HUGE_PAGES
 
-_UNHEARD: Final = Finding(
+_UNHEARD: Final = KnownFault(
     Rule.FREED,
     "a part of 2 MiB is freed without a word, while the guest has it mapped: pages must be converted before they are punched",
 )
-_OPEN: Final = Finding(
+_OPEN: Final = KnownFault(
     Rule.FREED, "start and end come before the operation, and nothing is in progress while it frees"
 )
-_STILL_TAKEN: Final = Finding(
+_STILL_TAKEN: Final = KnownFault(
     Rule.FREED,
     "a page that was converted still counts as taken: after a punch that nobody heard of it is mapped without being there",
 )
 _BY_NATURE: Final = {"batched": _UNHEARD, "folio-poc": _OPEN}
 #: Designs that differ from each other in how they tell of a punch.
 _APART: Final = ("v10", "folio", "folio-poc", "batched", "lazy")
-_DEAF: Final = Finding(Rule.POISON, "consumers do not hear of pages that the machine has lost")
+_DEAF: Final = KnownFault(Rule.POISON, "consumers do not hear of pages that the machine has lost")
 
 
 # Two.
@@ -213,7 +213,7 @@ def no_memory_fault(new: Make) -> World:
     return world
 
 
-def _until_memory(world: World, vcpu: Vcpu) -> None:
+def _until_memory(world: World, vcpu: EngineVcpu) -> None:
     # What a VMM does of an ENOSPC that its owner can do something about, once.
     found = vcpu.run()
     if isinstance(found, MemoryFault):
@@ -266,7 +266,7 @@ def error_fault(new: Make) -> World:
     return world
 
 
-def _until_poison(world: World, vcpu: Vcpu) -> None:
+def _until_poison(world: World, vcpu: EngineVcpu) -> None:
     found = vcpu.run()
     if isinstance(found, MemoryFault):
         assert found.errno == EHWPOISON, found

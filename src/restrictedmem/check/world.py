@@ -14,20 +14,18 @@ from typing import Final, cast, final
 from restrictedmem import sync
 from restrictedmem.abi.memory import PUNCH
 from restrictedmem.check.control import forget, saw, touch, watch
-from restrictedmem.check.explorer import Violation
+from restrictedmem.check.explorer import RuleBroken
 from restrictedmem.check.frames import HUGE, MEMORY, Frames
-from restrictedmem.check.guest import DONE, Access, GuestCpu, WatchedVcpu
-from restrictedmem.check.invariants import Invariants, Rule, View, acting
+from restrictedmem.check.guest_cpu import DONE, Access, GuestCpu, WatchedVcpu
+from restrictedmem.check.invariants import Invariants, Rule, SlotHistory, acting
 from restrictedmem.check.objects import SharedBytes
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine import Binder, VcpuEngine
-from restrictedmem.kvm.exits import Exit, Interrupted, MmioRead
+from restrictedmem.kvm.engine_vcpu import EngineVcpu, EngineVcpus
 from restrictedmem.kvm.half import SharedHalf, forbid_shrinking
 from restrictedmem.kvm.memslot import MemfdHalf, Memslot
 from restrictedmem.kvm.mmu import Mmu
-from restrictedmem.kvm.software.vm import SoftwareVm
-from restrictedmem.kvm.trace import Trace
-from restrictedmem.kvm.vcpu import Vcpu, Vcpus
+from restrictedmem.kvm.software.software_vm import SoftwareVm
 from restrictedmem.kvm.vm_memory import VmMemory
 from restrictedmem.mm import design as designs
 from restrictedmem.mm.design import Design
@@ -37,8 +35,10 @@ from restrictedmem.mm.pages import Pages
 from restrictedmem.mm.punched import Punched
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.mm.sequence import InvalidationSequence
-from restrictedmem.platform.host import NoPlatform, Platform
+from restrictedmem.platform.platform import NoPlatform, Platform
 from restrictedmem.platform.snp import Snp
+from restrictedmem.protocol.exits import Exit, Interrupted, MmioRead
+from restrictedmem.protocol.trace_events import Trace
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PAGE_SHIFT, PageRange, gfn_t, pgoff_t
 
@@ -74,7 +74,7 @@ def _telling(parts: Parts) -> type[InvalidationSequence]:
 
 
 @final
-class Mapping:
+class MappedFile:
     """The file as the engine has it mapped (``Allocator``)."""
 
     def __init__(self, world: "World") -> None:
@@ -151,7 +151,7 @@ class WatchedMmu(Mmu):  # type: ignore[misc] # production's, with a point where 
 class SlotNotifier:
     """What the service has for a slot of the VM (``Notifier``): a round trip to the engine, which does what its notify thread does."""
 
-    def __init__(self, world: "World", view: View) -> None:
+    def __init__(self, world: "World", view: SlotHistory) -> None:
         self._world = world
         self._view = view
 
@@ -201,7 +201,7 @@ class World:
         self.invariants = Invariants(exact=exact, large=kind != "memfd", binds=self.design.binds)
         self.frames = Frames(self.invariants, npages, kind)
         watch(MEMORY)
-        # By ``View.live``.
+        # By ``SlotHistory.live``.
         watch("slots")
         self.invariants.frames = self.frames
         self.invariants.taken = bytearray(npages)
@@ -209,7 +209,7 @@ class World:
         self.sequence = self._make_sequence()
         # The file would make a page of shared memory for it.
         self.file._sequence = self.sequence
-        attributes, self.vcpus = Attributes(Api.V10), Vcpus()
+        attributes, self.vcpus = Attributes(Api.V10), EngineVcpus()
         self.vm = SoftwareVm(
             cast("Binder", None), self.vcpus, attributes, Trace(), platform or NoPlatform()
         )
@@ -247,7 +247,7 @@ class World:
 
     # Making it.
 
-    def add_vcpu(self, *program: Access) -> Vcpu:
+    def add_vcpu(self, *program: Access) -> EngineVcpu:
         """Make a vCPU with guest code on it."""
         cpu = GuestCpu(self, len(self._cpus))
         cpu.program = list(program)
@@ -258,7 +258,9 @@ class World:
         self.vcpus.all = (*self.vcpus.all, vcpu)
         return vcpu
 
-    def make_slot(self, base: int, npages: int, start: int = 0, *, private: bool = True) -> View:
+    def make_slot(
+        self, base: int, npages: int, start: int = 0, *, private: bool = True
+    ) -> SlotHistory:
         """Make a slot at guest page ``base`` that shows the file from page ``start`` on; nobody knows it yet."""
         window = PageRange(pgoff_t(start), pgoff_t(start + npages))
         half = object.__new__(MemfdHalf)
@@ -269,7 +271,7 @@ class World:
             window,
         )
         half.told = 0
-        half.pages, half.sequence = Pages(Mapping(self), window, self.sequence), self.sequence
+        half.pages, half.sequence = Pages(MappedFile(self), window, self.sequence), self.sequence
         half.order, half.may_have_folios = (
             (HUGE, True) if self.frames.kind != "memfd" else (0, False)
         )
@@ -280,12 +282,14 @@ class World:
         slot.attributes[:] = bytes((private,)) * npages
         if isinstance(slot.entries, SharedBytes):
             slot.entries.watch()
-        view = View(slot, window, bytearray(npages))
+        view = SlotHistory(slot, window, bytearray(npages))
         self.invariants.views.append(view)
         self._notifiers[half.binding] = SlotNotifier(self, view)
         return view
 
-    def add_slot(self, base: int, npages: int, start: int = 0, *, private: bool = True) -> View:
+    def add_slot(
+        self, base: int, npages: int, start: int = 0, *, private: bool = True
+    ) -> SlotHistory:
         """Make a slot, register its notifier, and let the guest reach it."""
         view = self.make_slot(base, npages, start, private=private)
         self.register(view)
@@ -311,19 +315,19 @@ class World:
 
         self._actors.append((name, act))
 
-    def guest(self, *program: Access) -> Vcpu:
+    def guest(self, *program: Access) -> EngineVcpu:
         """Add a vCPU and the thread that runs it to its end."""
         vcpu = self.add_vcpu(*program)
         self.actor(f"vCPU {len(self._cpus) - 1}", partial(self.run, vcpu))
         return vcpu
 
-    def run(self, vcpu: Vcpu) -> None:
+    def run(self, vcpu: EngineVcpu) -> None:
         """Run a vCPU until its guest has done all it came for."""
         while isinstance(found := vcpu.run(), Interrupted):
             pass
         self.expect_done(found)
 
-    def run_until_gone(self, vcpu: Vcpu) -> None:
+    def run_until_gone(self, vcpu: EngineVcpu) -> None:
         """Run a vCPU until its guest is done, or finds no slot where there was one."""
         found = vcpu.run()
         if not isinstance(found, MmioRead):
@@ -344,7 +348,7 @@ class World:
             saw(tuple(slot.number for slot in self.vm.mmu.slots))
             yield
 
-    def register(self, view: View) -> None:
+    def register(self, view: SlotHistory) -> None:
         """Register a slot's notifier and let the guest reach the slot, as KVM_SET_USER_MEMORY_REGION does."""
         notifier = self._notifiers[view.slot.memfd_half.binding]
         with self.vcpus.held():
@@ -358,7 +362,7 @@ class World:
             self.vm.add_slot(view.slot)
             self.memory.slots.add(view.slot)
 
-    def unregister(self, view: View) -> None:
+    def unregister(self, view: SlotHistory) -> None:
         """Take a slot away, its notifier and its reference, in production's order."""
         with self.vcpus.held():
             touch("slots", write=True)
@@ -403,7 +407,7 @@ class World:
 
     # What the explorer asks (Program).
 
-    def view_of(self, gfn: int) -> View:
+    def view_of(self, gfn: int) -> SlotHistory:
         """Return the slot that shows a guest page."""
         return next(
             view for view in self.invariants.views if view.slot.base_gfn <= gfn < view.slot.end_gfn
@@ -444,7 +448,9 @@ class World:
         if isinstance(self.platform, Snp):
             found = self.platform._violations
             if found:
-                raise Violation(f"{Rule.PLATFORM.value}: {found[0].rule}, page {found[0].start:#x}")
+                raise RuleBroken(
+                    f"{Rule.PLATFORM.value}: {found[0].rule}, page {found[0].start:#x}"
+                )
 
     def finish(self) -> None:
         """Raise what does not hold at the end.

@@ -75,7 +75,7 @@ _SPELLED: Final = {"cachestat": "--no-cachestat"}
 
 def main(args: argparse.Namespace) -> int:
     """Become the program, or its parent if there is something to say at its end."""
-    from restrictedmem.syscall.launch import Call, install
+    from restrictedmem.syscall.exec_program import CallOptions, install
 
     if args.json == jsonfile.STDOUT:
         args.error("--json takes a file: stdout is the program's")
@@ -83,7 +83,7 @@ def main(args: argparse.Namespace) -> int:
     if service and os.environ.get(SERVER_VARIABLE):
         args.error(f"{service} is for a service of one's own, and {SERVER_VARIABLE} names another")
     number = SYS_memfd_restricted if args.syscall_number is None else args.syscall_number
-    call = Call(number, args.cachestat, args.api or "v10", args.memory_max)
+    call = CallOptions(number, args.cachestat, args.api or "v10", args.memory_max)
     command = [args.program, *args.arguments]
     own = install(call, usage=args.json is not None)
     # Before the file is opened, which empties it.
@@ -106,7 +106,7 @@ def _first_given(args: argparse.Namespace, options: dict[str, Any]) -> str:
 
 def _become(command: list[str]) -> NoReturn:
     """Become a program, or say as a shell does why not, and end with the status that goes with it."""
-    from restrictedmem.syscall.launch import replace
+    from restrictedmem.syscall.exec_program import replace
 
     try:
         replace(command)

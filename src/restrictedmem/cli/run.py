@@ -8,17 +8,17 @@ from contextlib import ExitStack
 from errno import ENOMEM, ENOSPC
 from typing import TYPE_CHECKING, Any, Final
 
-from restrictedmem.cli import guest as guest_option
+from restrictedmem.cli import guest_arguments as guest_option
 from restrictedmem.cli import hints, jsonfile, table, values
 from restrictedmem.cli.errors import CommandError
 from restrictedmem.failure import line_of
 from restrictedmem.mm import design
-from restrictedmem.platform import host
+from restrictedmem.platform import platform
 
 if TYPE_CHECKING:
-    from restrictedmem.kvm.elf import Image
-    from restrictedmem.kvm.vmm import Ended, Vmm
     from restrictedmem.service.client import Service
+    from restrictedmem.vmm.elf import Image
+    from restrictedmem.vmm.vmm import Ended, Vmm
 
 
 #: Backings of huge pages that are set aside, and where it is said how many.
@@ -137,7 +137,7 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--platform",
-        choices=host.NAMES,
+        choices=platform.NAMES,
         help="model a SEV-SNP host under the guest, say at the end what is left of its direct map and RMP, and exit with 1 if a rule was "
         "violated: snp keeps private pages in the direct map, split where it must be; snp-unmapped takes them out (docs/understand/platform.md; "
         "software engine)",
@@ -252,7 +252,7 @@ def _run(
 
 def _stopped(args: argparse.Namespace, fatal: object) -> CommandError:
     """Return what is said of a guest that stopped for good: a memory fault brings an errno alone, and what it comes of depends."""
-    from restrictedmem.kvm import exits
+    from restrictedmem.protocol import exits
 
     why, hint = "", ""
     if isinstance(fatal, exits.MemoryFault) and fatal.errno == ENOSPC:
@@ -266,7 +266,7 @@ def _launched(
     args: argparse.Namespace, service: "Service", image: "Image", stack: ExitStack
 ) -> tuple["Vmm", str]:
     """Return a guest that is ready to run, and its measurement; what belongs to it ends with ``stack``."""
-    from restrictedmem.kvm.vmm import Vmm
+    from restrictedmem.vmm.vmm import Vmm
 
     vmm = stack.enter_context(
         Vmm(
@@ -279,7 +279,7 @@ def _launched(
         )
     )
     if args.trace is not None:
-        from restrictedmem.kvm import recording
+        from restrictedmem.vmm import recording
 
         stack.enter_context(
             recording.record(vmm, args.trace, lambda count: _tell_lost(args.trace, count))
@@ -293,7 +293,7 @@ def _launched(
         raise CommandError(f"loading {args.guest}: {error.strerror}", _space(args)) from None
     measurement = vmm.launch_finish().hex()
     if args.gdb is not None:
-        from restrictedmem.kvm.gdb import stub
+        from restrictedmem.vmm.gdb import stub
 
         stack.enter_context(stub.serve(vmm, args.gdb, str(guest_option.find(args.guest))))
     return vmm, measurement

@@ -130,8 +130,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def main(args: argparse.Namespace) -> int:
     """Serve until interrupted; services that run by then go on."""
     from restrictedmem.abi import process
+    from restrictedmem.service.client_services import ClientServices
     from restrictedmem.service.listener import listen
-    from restrictedmem.service.server import Server
     from restrictedmem.service.start import Options
 
     uids = _uids(args.user)
@@ -156,7 +156,7 @@ def main(args: argparse.Namespace) -> int:
     ):
         for danger in dangers:
             say(f"warning: {danger}, who can put another socket in the place of this one")
-        server = Server(listener, options, args.max_per_user, say, uids, cgroups)
+        server = ClientServices(listener, options, args.max_per_user, say, uids, cgroups)
         say(f"listening on {args.socket}")
         server.run(stop.fileno())
     say.flush(_LAST_WORDS)

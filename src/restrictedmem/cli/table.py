@@ -11,7 +11,7 @@ from restrictedmem.text import Line, duration, plain
 from restrictedmem.units import PAGE_SHIFT, format_size
 
 if TYPE_CHECKING:
-    from restrictedmem.kvm.vmm import Ended, Vmm
+    from restrictedmem.vmm.vmm import Ended, Vmm
 
 _NAME_WIDTH = 19
 _VERBS = {

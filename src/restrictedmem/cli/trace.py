@@ -44,7 +44,7 @@ def _lines(file: TextIO) -> Iterator[str]:
 
 def main(args: argparse.Namespace) -> int:
     """Run the command; a trace that is not all is converted too, and is an error."""
-    from restrictedmem.kvm import perfetto
+    from restrictedmem.vmm import perfetto
 
     source = str(args.source)
     try:

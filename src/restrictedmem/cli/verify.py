@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from restrictedmem.cli import guest, values
+from restrictedmem.cli import guest_arguments, values
 from restrictedmem.cli.errors import CommandError
 from restrictedmem.failure import named
 
@@ -80,7 +80,7 @@ def _add_measure(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description="Print the measurement that a guest has when it is run with these arguments and this much memory, without running it.",
     )
     _add_launch_options(parser)
-    parser.add_argument("guest", metavar="GUEST", help=guest.KINDS)
+    parser.add_argument("guest", metavar="GUEST", help=guest_arguments.KINDS)
     parser.add_argument(
         "args", nargs=argparse.REMAINDER, metavar="ARGS", help="arguments of the guest"
     )
@@ -135,13 +135,13 @@ def measure(args: argparse.Namespace) -> int:
 
 
 def _expected(args: argparse.Namespace, name: str, arguments: list[str]) -> bytes:
-    from restrictedmem.kvm.vmm import expected_measurement
+    from restrictedmem.vmm.vmm import expected_measurement
 
     size = _MEMORY if args.memory is None else args.memory
-    guest.warn(name, arguments, args.options)
-    with guest.naming(name):
+    guest_arguments.warn(name, arguments, args.options)
+    with guest_arguments.naming(name):
         return expected_measurement(
-            guest.read(name),
+            guest_arguments.read(name),
             arguments,
             private_size=size,
             vcpus=args.vcpus or 1,
@@ -150,12 +150,12 @@ def _expected(args: argparse.Namespace, name: str, arguments: list[str]) -> byte
 
 
 def _policy(args: argparse.Namespace) -> int:
-    from restrictedmem.kvm.wire import POLICY_DEBUG, POLICY_EXPLICIT
+    from restrictedmem.protocol.vm_wire import POLICY_DEBUG, POLICY_EXPLICIT
 
     return POLICY_EXPLICIT | (POLICY_DEBUG if args.debug else 0)
 
 
-class State(Enum):
+class Outcome(Enum):
     """How a check came out."""
 
     GOOD = "good"
@@ -168,7 +168,7 @@ class Check:
     """One thing that was looked at, or was not."""
 
     name: str
-    state: State
+    state: Outcome
     detail: str
 
 
@@ -188,7 +188,7 @@ def main(args: argparse.Namespace) -> int:
     except OSError as error:
         raise named("report", error, "stdin" if args.report == "-" else args.report) from None
     checks = list(_checks(args, data, report))
-    bad = [check.name for check in checks if check.state is State.BAD]
+    bad = [check.name for check in checks if check.state is Outcome.BAD]
     if args.json:
         json.dump(
             {
@@ -202,7 +202,7 @@ def main(args: argparse.Namespace) -> int:
     else:
         for check in checks:
             print(f"{check.name:<12} {check.state.value:<12} {check.detail}")
-        open_ = [check.name for check in checks if check.state is State.NOT_CHECKED]
+        open_ = [check.name for check in checks if check.state is Outcome.NOT_CHECKED]
         print(
             f"not verified: {', '.join(bad)}"
             if bad
@@ -240,12 +240,12 @@ def _checks(args: argparse.Namespace, data: bytes, report: "Report") -> Iterator
     key = report.public_key.hex()
     yield Check(
         "signature",
-        State.GOOD if right else State.BAD,
+        Outcome.GOOD if right else Outcome.BAD,
         f"{'by' if right else 'not by'} the key that the report names",
     )
     if args.key is None:
         yield Check(
-            "key", State.NOT_CHECKED, f"nobody vouched for {key}; anyone can make a key (--key)"
+            "key", Outcome.NOT_CHECKED, f"nobody vouched for {key}; anyone can make a key (--key)"
         )
     else:
         yield _compare("key", _public_key(args.key), report.public_key)
@@ -254,13 +254,13 @@ def _checks(args: argparse.Namespace, data: bytes, report: "Report") -> Iterator
     )
     if expected is None:
         text = f"any program may have sent it; {report.measurement.hex()} (--guest, --measurement)"
-        yield Check("measurement", State.NOT_CHECKED, text)
+        yield Check("measurement", Outcome.NOT_CHECKED, text)
     else:
         yield _compare("measurement", expected, report.measurement)
     yield _check_policy(_policy(args), report.policy)
     if args.data is None:
         yield Check(
-            "data", State.NOT_CHECKED, f"it may be an old report; {report.data.hex()} (--data)"
+            "data", Outcome.NOT_CHECKED, f"it may be an old report; {report.data.hex()} (--data)"
         )
     else:
         yield _compare("data", args.data, report.data)
@@ -268,12 +268,12 @@ def _checks(args: argparse.Namespace, data: bytes, report: "Report") -> Iterator
 
 def _compare(name: str, expected: bytes, found: bytes) -> Check:
     if expected == found:
-        return Check(name, State.GOOD, found.hex())
-    return Check(name, State.BAD, f"{found.hex()}, expected {expected.hex()}")
+        return Check(name, Outcome.GOOD, found.hex())
+    return Check(name, Outcome.BAD, f"{found.hex()}, expected {expected.hex()}")
 
 
 def _check_policy(expected: int, found: int) -> Check:
-    from restrictedmem.kvm.wire import POLICY_DEBUG, POLICY_EXPLICIT
+    from restrictedmem.protocol.vm_wire import POLICY_DEBUG, POLICY_EXPLICIT
 
     words = [
         "the owner can look into the guest and change it"
@@ -287,7 +287,7 @@ def _check_policy(expected: int, found: int) -> Check:
     text = "; ".join(
         [*words, *([f"bits that this version does not know: {unknown:#x}"] if unknown else [])]
     )
-    return Check("policy", State.GOOD if found == expected else State.BAD, f"{found}: {text}")
+    return Check("policy", Outcome.GOOD if found == expected else Outcome.BAD, f"{found}: {text}")
 
 
 def _public_key(text: str) -> bytes:

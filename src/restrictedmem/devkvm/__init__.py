@@ -2,7 +2,7 @@
 
 from restrictedmem.devkvm.guest_memfd import GuestMemfd
 from restrictedmem.devkvm.system import Kvm
-from restrictedmem.devkvm.vcpu import Vcpu
-from restrictedmem.devkvm.vm import Vm, address_of
+from restrictedmem.devkvm.vcpu_fd import VcpuFd
+from restrictedmem.devkvm.vm_fd import VmFd, address_of
 
-__all__ = ["GuestMemfd", "Kvm", "Vcpu", "Vm", "address_of"]
+__all__ = ["GuestMemfd", "Kvm", "VcpuFd", "VmFd", "address_of"]

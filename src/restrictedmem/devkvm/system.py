@@ -6,7 +6,7 @@ from typing import Final, Self, final
 from restrictedmem.abi import kvm
 from restrictedmem.abi.kvm_x86 import KVM_GET_SUPPORTED_CPUID, kvm_cpuid_entry2
 from restrictedmem.devkvm._entries import CpuidEntries
-from restrictedmem.devkvm.vm import Vm
+from restrictedmem.devkvm.vm_fd import VmFd
 from restrictedmem.fd import OwnedFd
 
 DEVICE: Final = "/dev/kvm"
@@ -32,7 +32,7 @@ class Kvm(OwnedFd):
         return kvm.KVM_GET_API_VERSION(self)
 
     def check_extension(self, capability: int) -> int:
-        """Return what the kernel says to a ``KVM_CAP_*``, 0 for no; ``Vm.check_extension`` knows better for one VM."""
+        """Return what the kernel says to a ``KVM_CAP_*``, 0 for no; ``VmFd.check_extension`` knows better for one VM."""
         return kvm.KVM_CHECK_EXTENSION(self, capability)
 
     def get_vcpu_mmap_size(self) -> int:
@@ -45,7 +45,7 @@ class Kvm(OwnedFd):
         KVM_GET_SUPPORTED_CPUID(self, entries)
         return entries.listed()
 
-    def create_vm(self, kind: int = kvm.KVM_X86_DEFAULT_VM) -> Vm:
+    def create_vm(self, kind: int = kvm.KVM_X86_DEFAULT_VM) -> VmFd:
         """Create a VM, close-on-exec; the caller owns it. ``kind`` is a ``KVM_X86_*_VM``.
 
         Only the process that created it can use it (its address space is the VM's).
@@ -54,4 +54,4 @@ class Kvm(OwnedFd):
             OSError: EINVAL for a kind that ``KVM_CAP_VM_TYPES`` does not have.
         """
         mmap_size = self.get_vcpu_mmap_size()
-        return Vm(kvm.KVM_CREATE_VM(self, kind), mmap_size)
+        return VmFd(kvm.KVM_CREATE_VM(self, kind), mmap_size)

@@ -28,7 +28,7 @@ from restrictedmem.fd import (
     refuse_fds,
     send_with_fds,
 )
-from restrictedmem.fs.mount import Way, mount_detached, mount_fusermount
+from restrictedmem.fs.mount_ways import Way, mount_detached, mount_fusermount
 
 #: Seconds that a child may take for its part.
 _DEADLINE: Final = 5

@@ -11,12 +11,12 @@ from typing import TypedDict, cast
 
 from restrictedmem.failure import failed
 
-__all__ = ["Image", "Toolchain", "names", "path", "toolchain"]
+__all__ = ["BuiltGuest", "Toolchain", "names", "path", "toolchain"]
 
 _DIRECTORY = Path(__file__).parent
 
 
-class Image(TypedDict):
+class BuiltGuest(TypedDict):
     """Identify one built guest."""
 
     sha256: str
@@ -34,7 +34,7 @@ class Toolchain(TypedDict):
     linker: str
     cflags: list[str]
     ldflags: list[str]
-    guests: dict[str, Image]
+    guests: dict[str, BuiltGuest]
 
 
 def names() -> list[str]:

@@ -1,10 +1,10 @@
-"""Guests on restricted memory.
+"""The engine process, which runs the guest of one VM.
 
-Two processes. The owner's has ``vm`` (VM, vCPU, exits as values), ``vmm`` (what ``run`` does with
-them), ``recording`` and ``gdb``. The engine's has ``process`` (how it starts), ``machine`` and
-``vcpu_socket`` (what is said on its sockets), ``vm_memory``, ``attributes``, ``conversions`` and
-``lpage`` (slots, and what their pages are), ``vcpu`` (entering and leaving the guest), ``launch``,
-``report``, ``debug`` and ``trace``. ``engine`` is the seam to those who run guest code:
-``software``, with ``memslot`` and ``mmu`` as its fault path, and ``kernel``. ``wire`` and ``exits``
-are what both processes agree on.
+``engine_process`` starts it. ``machine`` and ``vcpu_socket`` answer the owner's requests, whose
+format is in ``restrictedmem.protocol``. ``vm_memory``, ``attributes``, ``conversions`` and
+``lpage`` keep slots and what their pages are. ``engine_vcpu`` enters and leaves the guest.
+``launch``, ``report_hypercall`` and ``debug_requests`` are what their names say.
+
+``engine`` is the interface of the two engines: ``software``, with ``memslot`` and ``mmu`` as its
+fault path, and ``kernel``.
 """

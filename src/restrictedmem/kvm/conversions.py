@@ -24,11 +24,11 @@ from typing import Final, final
 
 from restrictedmem import sync
 from restrictedmem.abi.kvm import KVM_MEM_READONLY
-from restrictedmem.kvm.guest_abi import MAP_GPA_RANGE_ENCRYPTED
-from restrictedmem.kvm.launch import Run
 from restrictedmem.kvm.memslot import WRITE, Memslot
 from restrictedmem.kvm.memslots import Memslots
 from restrictedmem.kvm.vm_memory import VmMemory
+from restrictedmem.protocol.guest_abi import MAP_GPA_RANGE_ENCRYPTED
+from restrictedmem.protocol.measurement import Run
 from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, gfn_t
 
 _WORD: Final = (1 << 64) - 1

@@ -11,8 +11,8 @@ from typing import Protocol, TypeVar
 from restrictedmem.abi.kvm import kvm_regs
 from restrictedmem.abi.kvm_x86 import kvm_sregs
 from restrictedmem.consumer import Bound
-from restrictedmem.kvm.exits import Exit
 from restrictedmem.kvm.memslot import Memslot, PrivateHalf
+from restrictedmem.protocol.exits import Exit
 from restrictedmem.units import PageRange, gfn_t
 
 _T = TypeVar("_T")

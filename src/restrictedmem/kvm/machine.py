@@ -3,6 +3,7 @@
 import json
 import select
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack
 from errno import EBADF, EINVAL, EPROTO
 from typing import Final, final
@@ -10,19 +11,21 @@ from typing import Final, final
 from restrictedmem.abi import kvm
 from restrictedmem.abi.kvm import Cap
 from restrictedmem.fd import refuse_fds
-from restrictedmem.kvm import debug, trace, wire
+from restrictedmem.kvm import debug_requests
 from restrictedmem.kvm.checker import Intake
 from restrictedmem.kvm.conversions import Conversions
 from restrictedmem.kvm.engine import Engine
+from restrictedmem.kvm.engine_vcpu import EngineVcpu, EngineVcpus
 from restrictedmem.kvm.launch import Launch
-from restrictedmem.kvm.report import Reporter
+from restrictedmem.kvm.memslot import Memslot
+from restrictedmem.kvm.report_hypercall import Reporter
 from restrictedmem.kvm.serving import hang_up, serve_one
-from restrictedmem.kvm.trace import Trace
-from restrictedmem.kvm.vcpu import Vcpu, Vcpus
 from restrictedmem.kvm.vcpu_socket import VcpuSocket
 from restrictedmem.kvm.vm_memory import MAX_SLOTS, VmMemory
 from restrictedmem.kvm.whole import whole
 from restrictedmem.mm.notifier import Api
+from restrictedmem.protocol import trace_events, vm_wire
+from restrictedmem.protocol.trace_events import Trace
 from restrictedmem.service.wire import MAX_BODY, Channel, Message
 
 #: What every engine has (KVM_CHECK_EXTENSION); the rest depends on posting and engine.
@@ -45,8 +48,8 @@ class Machine:
         intake: Intake,
         memory: VmMemory,
         engine: Engine,
-        vcpus: Vcpus,
-        creation: wire.Creation,
+        vcpus: EngineVcpus,
+        creation: vm_wire.Creation,
         reporter: Reporter,
         trace: Trace,
     ) -> None:
@@ -59,7 +62,7 @@ class Machine:
         self._reporter = reporter
         self._trace = trace
         self._conversions = Conversions(
-            memory, explicit=bool(creation.policy & wire.POLICY_EXPLICIT)
+            memory, explicit=bool(creation.policy & vm_wire.POLICY_EXPLICIT)
         )
         self._launch = Launch(creation.policy, self._conversions.launched, reporter.launched)
         self._sockets: list[VcpuSocket] = []
@@ -97,13 +100,13 @@ class Machine:
         if self._destroyed:
             raise OSError(EBADF, "the VM was destroyed")
         match message.number:
-            case wire.SET_USER_MEMORY_REGION.number:
+            case vm_wire.SET_USER_MEMORY_REGION.number:
                 self._set_user_memory_region(message)
-            case wire.CREATE_VM.number:
+            case vm_wire.CREATE_VM.number:
                 self._owner.reply(self._engine.name.encode())
-            case wire.CREATE_VCPU.number:
+            case vm_wire.CREATE_VCPU.number:
                 self._create_vcpu()
-            case wire.SET_MEMORY_ATTRIBUTES.number:
+            case vm_wire.SET_MEMORY_ATTRIBUTES.number:
                 asked = kvm.kvm_memory_attributes.from_buffer_copy(message.body)
                 with (
                     self._conversions.converting(
@@ -116,14 +119,14 @@ class Machine:
                     )
                 asked.address, asked.size = asked.address + done, asked.size - done
                 self._owner.reply(bytes(asked))
-            case wire.GET_SUPPORTED_MEMORY_ATTRIBUTES.number:
-                self._owner.reply(wire.ATTRIBUTES.pack(self._memory.supported_attributes()))
-            case wire.CHECK_EXTENSION.number:
-                (cap,) = message.unpack(wire.CAP)
-                self._owner.reply(wire.CAP.pack(self._check_extension(cap)))
-            case wire.ENCRYPT_REG_REGION.number | wire.ENCRYPT_UNREG_REGION.number:
+            case vm_wire.GET_SUPPORTED_MEMORY_ATTRIBUTES.number:
+                self._owner.reply(vm_wire.ATTRIBUTES.pack(self._memory.supported_attributes()))
+            case vm_wire.CHECK_EXTENSION.number:
+                (cap,) = message.unpack(vm_wire.CAP)
+                self._owner.reply(vm_wire.CAP.pack(self._check_extension(cap)))
+            case vm_wire.ENCRYPT_REG_REGION.number | vm_wire.ENCRYPT_UNREG_REGION.number:
                 region = kvm.kvm_enc_region.from_buffer_copy(message.body)
-                private = message.number == wire.ENCRYPT_REG_REGION.number
+                private = message.number == vm_wire.ENCRYPT_REG_REGION.number
                 with (
                     self._conversions.converting(region.addr, region.size, private=private),
                     whole(),
@@ -142,35 +145,35 @@ class Machine:
     def _dispatch_own(self, message: Message) -> None:
         """Do what KVM has no ioctl of a VM for."""
         match message.number:
-            case wire.LAUNCH_UPDATE.number:
+            case vm_wire.LAUNCH_UPDATE.number:
                 self._launch_update(message.body)
-            case wire.LAUNCH_FINISH.number:
+            case vm_wire.LAUNCH_FINISH.number:
                 self._owner.reply(self._launch.finish())
-            case wire.DBG_READ.number:
-                debug.check_policy(self._creation.policy)
-                gpa, size = message.unpack(wire.DBG)
+            case vm_wire.DBG_READ.number:
+                debug_requests.check_policy(self._creation.policy)
+                gpa, size = message.unpack(vm_wire.DBG)
                 self._owner.reply(
-                    debug.read_memory(self._memory, self._engine, gpa, min(size, MAX_BODY))
+                    debug_requests.read_memory(self._memory, self._engine, gpa, min(size, MAX_BODY))
                 )
-            case wire.DBG_WRITE.number:
-                debug.check_policy(self._creation.policy)
-                gpa, _ = wire.DBG.unpack_from(message.body)
+            case vm_wire.DBG_WRITE.number:
+                debug_requests.check_policy(self._creation.policy)
+                gpa, _ = vm_wire.DBG.unpack_from(message.body)
                 with self._vcpus.held():
-                    debug.write_memory(
-                        self._memory, self._engine, gpa, message.body[wire.DBG.size :]
+                    debug_requests.write_memory(
+                        self._memory, self._engine, gpa, message.body[vm_wire.DBG.size :]
                     )
                 self._owner.reply()
-            case wire.INTERRUPT.number:
+            case vm_wire.INTERRUPT.number:
                 self._interrupt(message)
-            case wire.INJECT_FAILURE.number:
-                (gpa,) = message.unpack(wire.FAILURE)
+            case vm_wire.INJECT_FAILURE.number:
+                (gpa,) = message.unpack(vm_wire.FAILURE)
                 self._memory.inject_failure(gpa)
                 self._owner.reply()
-            case wire.TRACE.number:
+            case vm_wire.TRACE.number:
                 self._trace_to(message)
-            case wire.STATISTICS.number:
+            case vm_wire.STATISTICS.number:
                 self._owner.reply(json.dumps(self.statistics()).encode())
-            case wire.DESTROY_VM.number:
+            case vm_wire.DESTROY_VM.number:
                 self._destroy()
                 self._owner.reply(json.dumps(self._engine.platform_report()).encode())
             case _:
@@ -188,31 +191,31 @@ class Machine:
             self._engine.destroy()
 
     def _trace_to(self, message: Message) -> None:
-        (wanted,) = message.unpack(wire.TRACE_REQUEST)
+        (wanted,) = message.unpack(vm_wire.TRACE_REQUEST)
         if not wanted:
             self._trace.end()
             self._owner.reply()
             return
         self._owner.check_read()
-        writer, reader = trace.pair()
+        writer, reader = trace_events.pair()
         with reader, self._trace.starting(writer) as write:
             write(
                 "trace",
                 {
-                    "version": trace.VERSION,
+                    "version": trace_events.VERSION,
                     "side": "engine",
                     "engine": self._engine.name,
                     "policy": self._creation.policy,
                 },
             )
             for slot in self._memory.slots:
-                for event, fields in trace.of_slot(slot):
+                for event, fields in _events_of(slot):
                     write(event, fields)
             self._owner.reply(fds=[reader.fileno()])
 
     def _set_user_memory_region(self, message: Message) -> None:
         region = kvm.kvm_userspace_memory_region_ext.from_buffer_copy(message.body)
-        token = message.body[wire.TOKEN_OFFSET : wire.NAMES_OFFSET]
+        token = message.body[vm_wire.TOKEN_OFFSET : vm_wire.NAMES_OFFSET]
         private = bool(region.memory_size and region.flags & kvm.KVM_MEM_PRIVATE)
 
         def change() -> None:
@@ -221,7 +224,7 @@ class Machine:
                     region,
                     token,
                     message.fds[0] if message.fds else None,
-                    wire.Names.of_body(message.body),
+                    vm_wire.SlotFiles.of_body(message.body),
                 )
 
         self._conversions.change_slot(region.slot, change, private=private)
@@ -239,15 +242,15 @@ class Machine:
         )
 
     def _interrupt(self, message: Message) -> None:
-        number: int = message.unpack(wire.VCPU)[0]
+        number: int = message.unpack(vm_wire.VCPU)[0]
         if number >= len(self._sockets):
             raise OSError(EINVAL, f"no vCPU {number}")
         self._sockets[number].vcpu.interrupt()
         self._owner.reply()
 
     def _launch_update(self, body: bytes) -> None:
-        (gpa,) = wire.LAUNCH.unpack_from(body)
-        content = body[wire.LAUNCH.size :]
+        (gpa,) = vm_wire.LAUNCH.unpack_from(body)
+        content = body[vm_wire.LAUNCH.size :]
         with self._launch.opened() as measurement:
             # What needs memory comes first: what is put in is measured, and what is measured was
             # put in.
@@ -284,10 +287,10 @@ class Machine:
                 # From here on its thread closes the socket.
                 undo.pop_all()
                 undo.callback(made.abandon)
-                vcpu = Vcpu(self._engine.create_vcpu(number))
+                vcpu = EngineVcpu(self._engine.create_vcpu(number))
                 self._watched.register(channel.fileno(), select.EPOLLRDHUP)
                 undo.callback(self._watched.unregister, channel.fileno())
-                self._owner.reply(wire.VCPU.pack(number), [theirs.fileno()])
+                self._owner.reply(vm_wire.VCPU.pack(number), [theirs.fileno()])
                 undo.pop_all()
             self._vcpus.all = (*self._vcpus.all, vcpu)
             measurement.set_registers(number, kvm.kvm_regs())
@@ -307,3 +310,23 @@ class Machine:
             "exits": dict(exit_counts),
             "time_in_guest_ns": sum(vcpu.time_in_guest for vcpu in self._vcpus.all),
         }
+
+
+def _events_of(slot: Memslot) -> Iterator[tuple[str, trace_events.Fields]]:
+    """Return the events that would make a slot as it is, for a trace that begins later."""
+    flags = kvm.KVM_MEM_PRIVATE if slot.private is not None else 0
+    yield (
+        "slot",
+        {"slot": slot.number, "flags": flags, "gfn": slot.base_gfn, "npages": len(slot.attributes)},
+    )
+    start = 0
+    while start < len(slot.attributes):
+        private = slot.attributes[start]
+        change = slot.attributes.find(1 - private, start)
+        end = len(slot.attributes) if change < 0 else change
+        if private:
+            yield (
+                "attributes",
+                {"gfn": slot.base_gfn + start, "npages": end - start, "private": True},
+            )
+        start = end

@@ -20,9 +20,9 @@ from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.lpage import Level
 from restrictedmem.kvm.memslot import CODE, LEVEL_SHIFT, PRIVATE, WRITE, MemfdHalf, Memslot
 from restrictedmem.kvm.memslots import Memslots
-from restrictedmem.kvm.trace import Trace, now
 from restrictedmem.mm.sequence import InvalidationSequence
-from restrictedmem.platform.host import NoPlatform, Platform
+from restrictedmem.platform.platform import NoPlatform, Platform
+from restrictedmem.protocol.trace_events import Trace, now
 from restrictedmem.units import PAGE_SHIFT, PageRange, gfn_t
 
 

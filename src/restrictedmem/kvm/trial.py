@@ -16,16 +16,16 @@ from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import kvm_regs
 from restrictedmem.consumer import Bound
 from restrictedmem.devkvm import Kvm
-from restrictedmem.kvm import exits
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine import Engine
-from restrictedmem.kvm.guest_abi import EXIT, PRIVATE_BASE
+from restrictedmem.kvm.engine_vcpu import EngineVcpu, EngineVcpus
 from restrictedmem.kvm.half import SharedFiles, SharedHalf, forbid_shrinking
-from restrictedmem.kvm.kernel.vm import KernelVm
+from restrictedmem.kvm.kernel.kernel_vm import KernelVm
 from restrictedmem.kvm.memslot import Memslot
-from restrictedmem.kvm.vcpu import Vcpu, Vcpus
 from restrictedmem.mm.memfd import make_memfd
 from restrictedmem.mm.notifier import Api
+from restrictedmem.protocol import exits
+from restrictedmem.protocol.guest_abi import EXIT, PRIVATE_BASE
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t, pgoff_t
 
 _T = TypeVar("_T")
@@ -58,9 +58,9 @@ def run_guest(kvm: Kvm, *, debug: bool) -> None:
         OSError: what the kernel refused; EIO when the guest found what should not be there, or
             ended otherwise.
     """
-    vcpus = Vcpus()
+    vcpus = EngineVcpus()
     with (
-        closing(KernelVm(_File(), vcpus, Attributes(Api.V10), kvm, debug=debug)) as engine,
+        closing(KernelVm(_NoService(), vcpus, Attributes(Api.V10), kvm, debug=debug)) as engine,
         memory.memfd_create("trial-shared") as fd,
     ):
         memory.fallocate(fd.fileno(), 0, 0, _PAGES * PAGE_SIZE)
@@ -73,7 +73,7 @@ def run_guest(kvm: Kvm, *, debug: bool) -> None:
         with closing(Memslot(0, _GFN, _PAGES, private=private, shared=shared)) as slot:
             slot.attributes[:] = b"\1" * _PAGES
             engine.add_slot(slot)
-            vcpu = Vcpu(engine.create_vcpu(0))
+            vcpu = EngineVcpu(engine.create_vcpu(0))
             vcpus.all = (vcpu,)
             try:
                 _run(engine, slot, fd.fileno(), vcpu)
@@ -85,7 +85,7 @@ def run_guest(kvm: Kvm, *, debug: bool) -> None:
                 raise
 
 
-def _run(engine: Engine, slot: Memslot, shared: int, vcpu: Vcpu) -> None:
+def _run(engine: Engine, slot: Memslot, shared: int, vcpu: EngineVcpu) -> None:
     start = PRIVATE_BASE + _DATA * PAGE_SIZE
     span, first, last = (
         PageRange(pgoff_t(_DATA), pgoff_t(_DATA + 1)),
@@ -118,7 +118,7 @@ def _run(engine: Engine, slot: Memslot, shared: int, vcpu: Vcpu) -> None:
         raise OSError(EIO, f"a trial guest ended with {ended}")
 
 
-def _expect(what: str, value: int, vcpu: Vcpu) -> None:
+def _expect(what: str, value: int, vcpu: EngineVcpu) -> None:
     """Let the guest look at its page once."""
     vcpu.complete(0)
     match vcpu.run():
@@ -138,7 +138,7 @@ def _word(value: int) -> bytes:
 
 
 @final
-class _File:
+class _NoService:
     """Stands for the service, which this VM has nothing to do with (``Binder``): the engine keeps its pages in a guest_memfd."""
 
     def bind(self, token: bytes, window: PageRange, take: Callable[[Bound], _T]) -> _T:

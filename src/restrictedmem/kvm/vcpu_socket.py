@@ -10,14 +10,15 @@ from typing import Final, final
 
 from restrictedmem import threads
 from restrictedmem.abi import kvm
-from restrictedmem.kvm import debug, exits, guest_abi, wire
+from restrictedmem.kvm import debug_requests
 from restrictedmem.kvm.conversions import Asked, Conversions
+from restrictedmem.kvm.engine_vcpu import EngineVcpu
 from restrictedmem.kvm.launch import Launch
-from restrictedmem.kvm.report import Reporter
+from restrictedmem.kvm.report_hypercall import Reporter
 from restrictedmem.kvm.serving import hang_up, serve_one
-from restrictedmem.kvm.trace import Trace, of_exit
-from restrictedmem.kvm.vcpu import Vcpu
 from restrictedmem.kvm.whole import whole
+from restrictedmem.protocol import exits, guest_abi, vm_wire
+from restrictedmem.protocol.trace_events import Trace, of_exit
 from restrictedmem.service.wire import Channel, Message
 from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, gfn_t
 
@@ -45,7 +46,7 @@ class VcpuSocket:
             OSError: EAGAIN when no thread can be started.
         """
         #: Set by ``begin``, before anybody asks.
-        self.vcpu: Vcpu
+        self.vcpu: EngineVcpu
         self._trace = trace
         self._number = number
         self._launch = launch
@@ -64,7 +65,7 @@ class VcpuSocket:
         self._lost = False
         threads.start(self._serve)
 
-    def begin(self, vcpu: Vcpu) -> None:
+    def begin(self, vcpu: EngineVcpu) -> None:
         """Let the owner drive a vCPU from now on."""
         self.vcpu = vcpu
         self._begun.set()
@@ -123,34 +124,34 @@ class VcpuSocket:
         if self._retired:
             raise OSError(EBADF, "the VM was destroyed")
         match message.number:
-            case wire.RUN.number:
-                (value,) = message.unpack(wire.COMPLETION)
+            case vm_wire.RUN.number:
+                (value,) = message.unpack(vm_wire.COMPLETION)
                 with self._listening():
                     exit_ = self._run(value)
                 self._owner.reply(exits.pack(exit_))
-            case wire.PRE_FAULT_MEMORY.number:
+            case vm_wire.PRE_FAULT_MEMORY.number:
                 self._pre_fault(kvm.kvm_pre_fault_memory.from_buffer_copy(message.body))
-            case wire.SET_REGS.number:
+            case vm_wire.SET_REGS.number:
                 regs = kvm.kvm_regs.from_buffer_copy(message.body)
-                if self._launch.finished and self._policy & wire.POLICY_DEBUG:
+                if self._launch.finished and self._policy & vm_wire.POLICY_DEBUG:
                     with self.vcpu.outside():
                         self.vcpu.engine.change_regs(regs)
                 else:
                     self._set_regs(regs)
                 self._owner.reply()
-            case wire.GET_REGS.number:
-                debug.check_policy(self._policy)
+            case vm_wire.GET_REGS.number:
+                debug_requests.check_policy(self._policy)
                 with self.vcpu.outside():
                     regs = self.vcpu.engine.get_regs()
                 self._owner.reply(bytes(regs))
-            case wire.GET_SREGS.number:
-                debug.check_policy(self._policy)
+            case vm_wire.GET_SREGS.number:
+                debug_requests.check_policy(self._policy)
                 with self.vcpu.outside():
                     sregs = self.vcpu.engine.get_sregs()
                 self._owner.reply(bytes(sregs))
-            case wire.SET_GUEST_DEBUG.number:
-                debug.check_policy(self._policy)
-                step, breakpoints = debug.parse(message.body)
+            case vm_wire.SET_GUEST_DEBUG.number:
+                debug_requests.check_policy(self._policy)
+                step, breakpoints = debug_requests.parse(message.body)
                 with self.vcpu.outside():
                     self.vcpu.engine.set_guest_debug(step=step, breakpoints=breakpoints)
                 self._owner.reply()

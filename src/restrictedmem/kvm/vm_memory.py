@@ -15,14 +15,14 @@ from restrictedmem.abi.stat import Identity
 from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine import Engine
-from restrictedmem.kvm.guest_abi import GPA_BITS, HYPERCALL_PAGE, REPORT_PAGE
 from restrictedmem.kvm.half import SharedFiles, SharedHalf, identity_of
 from restrictedmem.kvm.lpage import Level
 from restrictedmem.kvm.memslot import ALL, EXEC, READ, WRITE, Memslot, PrivateHalf
 from restrictedmem.kvm.memslots import Memslots
 from restrictedmem.kvm.whole import begun, whole
-from restrictedmem.kvm.wire import NO_NAMES, Names
 from restrictedmem.mm.notifier import Api
+from restrictedmem.protocol.guest_abi import GPA_BITS, HYPERCALL_PAGE, REPORT_PAGE
+from restrictedmem.protocol.vm_wire import NO_NAMES, SlotFiles
 from restrictedmem.service import wire
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PageRange, gfn_t
@@ -75,7 +75,7 @@ class VmMemory:
         region: kvm.kvm_userspace_memory_region_ext,
         token: bytes,
         shared_fd: OwnedFd | None,
-        names: Names = NO_NAMES,
+        names: SlotFiles = NO_NAMES,
     ) -> None:
         """Create, move or delete a slot (KVM_SET_USER_MEMORY_REGION); no vCPU is in the guest.
 
@@ -139,7 +139,7 @@ class VmMemory:
         region: kvm.kvm_userspace_memory_region_ext,
         token: bytes,
         shared_fd: OwnedFd | None,
-        names: Names,
+        names: SlotFiles,
     ) -> Memslot:
         """Make a slot, registering with the service for its private half."""
         private = shared = None

@@ -16,7 +16,7 @@ from typing import Final
 from restrictedmem.abi import fuse, process
 from restrictedmem.child import in_child
 from restrictedmem.fd import readable
-from restrictedmem.fs.mount import DEVICE, Way, mount_detached, mount_fusermount
+from restrictedmem.fs.mount_ways import DEVICE, Way, mount_detached, mount_fusermount
 from restrictedmem.fs.mounter import enter_user_namespace
 from restrictedmem.machine.finding import Finding, State, reason, setting
 

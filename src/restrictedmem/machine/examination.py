@@ -12,15 +12,15 @@ from typing import Final
 from restrictedmem import guests as programs
 from restrictedmem.abi import memory
 from restrictedmem.child import in_child
-from restrictedmem.fs.mount import DEVICE
-from restrictedmem.kvm import elf
-from restrictedmem.kvm.guest_abi import PRIVATE_SIZE_MIN
-from restrictedmem.kvm.vmm import Vmm
+from restrictedmem.fs.mount_ways import DEVICE
 from restrictedmem.machine import descriptor, guests, host, laboratory, syscall
-from restrictedmem.machine import memory as memory_probes
+from restrictedmem.machine import memory_kinds as memory_probes
 from restrictedmem.machine.finding import Finding, State, reason
+from restrictedmem.protocol.guest_abi import PRIVATE_SIZE_MIN
 from restrictedmem.service import client
 from restrictedmem.units import PAGE_SIZE, format_size
+from restrictedmem.vmm import elf
+from restrictedmem.vmm.vmm import Vmm
 
 _ENGINES: Final = ("software", "kernel")
 #: What a guest digests, and seconds that it may take, the service's start included.

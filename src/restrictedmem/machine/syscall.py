@@ -10,7 +10,7 @@ from typing import Final, NoReturn
 from restrictedmem.abi import memory, process, seccomp
 from restrictedmem.child import in_child
 from restrictedmem.machine.finding import Finding, State, reason
-from restrictedmem.machine.memory import allocated_pages
+from restrictedmem.machine.memory_kinds import allocated_pages
 
 _CONSEQUENCE: Final = "unmodified programs cannot be given memfd_restricted(2)"
 

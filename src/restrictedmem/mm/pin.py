@@ -22,7 +22,7 @@ BLOCK: Final = 512
 
 
 @final
-class _Run(NamedTuple):
+class _PinnedRun(NamedTuple):
     """Pinned pages, and the buffer that pins them."""
 
     start: pgoff_t
@@ -67,7 +67,7 @@ class PinnedBacking:
         self._window = window
         self._sequence = sequence
         self._mutex = sync.mutex()
-        self._runs: dict[int, list[_Run]] = {}
+        self._runs: dict[int, list[_PinnedRun]] = {}
         self._free = list(range(io_uring.IORING_MAX_REG_BUFFERS - 1, -1, -1))
         #: Pages that lost their pin to a punch beside them, because no buffer was left or the limit
         #: had sunk.
@@ -118,12 +118,12 @@ class PinnedBacking:
         """
         return self._sequence is not None and self._sequence.busy_over(span.start, span.end)
 
-    def _take(self, runs: list[_Run], span: PageRange) -> None:
+    def _take(self, runs: list[_PinnedRun], span: PageRange) -> None:
         self._inner.allocate(span.start << PAGE_SHIFT, len(span) << PAGE_SHIFT)
         runs.append(self._pin(span.start, span.end))
         runs.sort()
 
-    def _pin(self, start: pgoff_t, end: pgoff_t) -> _Run:
+    def _pin(self, start: pgoff_t, end: pgoff_t) -> _PinnedRun:
         if not self._free:
             raise failed("get_page", ENOBUFS, "the ring has no buffer left to pin with")
         address = self._address + ((start - self._window.start) << PAGE_SHIFT)
@@ -131,7 +131,7 @@ class PinnedBacking:
             io_uring.update_buffer(self._ring, self._free[-1], address, (end - start) << PAGE_SHIFT)
         except OSError as error:
             raise _limited(error) from None
-        return _Run(start, end, self._free.pop())
+        return _PinnedRun(start, end, self._free.pop())
 
     def release(self, offset: int, length: int) -> None:
         """Unpin an aligned range (``Allocator``). The rest of a buffer that it cuts is unpinned for a moment, too."""
@@ -152,7 +152,7 @@ class PinnedBacking:
                     if not self._runs[block]:
                         del self._runs[block]
 
-    def _cut(self, run: _Run, span: PageRange) -> Iterator[_Run]:
+    def _cut(self, run: _PinnedRun, span: PageRange) -> Iterator[_PinnedRun]:
         """Unpin what of a run lies in a range; yields the runs that are left of it."""
         if run.end <= span.start or span.end <= run.start:
             yield run
@@ -194,7 +194,7 @@ def _block_range(block: int) -> PageRange:
     return PageRange(pgoff_t(block * BLOCK), pgoff_t((block + 1) * BLOCK))
 
 
-def _gaps(span: PageRange, runs: list[_Run]) -> Iterator[PageRange]:
+def _gaps(span: PageRange, runs: list[_PinnedRun]) -> Iterator[PageRange]:
     """Yield the parts of a range that are in no run; ``runs`` are in order."""
     start = span.start
     for run in runs:

@@ -36,7 +36,7 @@ class _Befell(Enum):
 
 @final
 @dataclass(frozen=True, slots=True)
-class _Call:
+class _EngineCall:
     """One call of the engine, for stories."""
 
     number: int
@@ -74,7 +74,7 @@ class Snp:
         self._lock = sync.mutex()
         #: Which GiB of physical memory holds which GiB of which file. The first is nobody's.
         self._frames: dict[tuple[int, int], int] = {}
-        self._calls = deque[_Call](maxlen=_REMEMBERED)
+        self._calls = deque[_EngineCall](maxlen=_REMEMBERED)
         self._count = 0
         self._violated = 0
         self._violations: list[Violation] = []
@@ -185,7 +185,7 @@ class Snp:
 
     def _remember(self, ino: int, span: PageRange, what: _Befell, detail: str = "") -> None:
         self._count += 1
-        self._calls.append(_Call(self._count, ino, span, what, detail))
+        self._calls.append(_EngineCall(self._count, ino, span, what, detail))
 
     def _violate(self, rule: str, ino: int, start: int, npages: int) -> None:
         self._violated += npages

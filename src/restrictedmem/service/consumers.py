@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, final
 from restrictedmem import sync
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.service import program, wire
-from restrictedmem.service.consumer import Consumer
+from restrictedmem.service.consumer_process import ConsumerProcess
 from restrictedmem.service.signing import Signer
 from restrictedmem.service.tokens import Tokens
 from restrictedmem.service.wire import BindFlag, BindingFlag, Channel, Message
@@ -35,7 +35,7 @@ _AGAIN: Final = int(BindFlag.AGAIN)
 _HUGEPAGE: Final = int(BindingFlag.HUGEPAGE)
 _PIN: Final = int(BindingFlag.PIN)
 _RANGE: Final = int(BindingFlag.RANGE)
-#: The end of a reason that is none (``Consumer.notify``).
+#: The end of a reason that is none (``ConsumerProcess.notify``).
 _GONE: Final = " is gone"
 #: Consumers whose end is remembered.
 _ENDINGS: Final = 256
@@ -107,23 +107,23 @@ class Consumers:
         self._tokens = tokens
         self._options = options
         self._signer = signer
-        self._all: dict[int, Consumer] = {}
+        self._all: dict[int, ConsumerProcess] = {}
         self._next = 1
         self._idle = threading.Condition(sync.mutex())
 
-    def add(self, name: str) -> Consumer:
+    def add(self, name: str) -> ConsumerProcess:
         """Make the service's end of a consumer; only the control thread does.
 
         Raises:
             OSError: EMFILE, ENFILE.
         """
-        consumer = Consumer(name, self._next, self._options.deadline, self._failed)
+        consumer = ConsumerProcess(name, self._next, self._options.deadline, self._failed)
         self._next += 1
         with self._idle:
             self._all[consumer.number] = consumer
         return consumer
 
-    def all(self) -> list[Consumer]:
+    def all(self) -> list[ConsumerProcess]:
         """Return those that there are."""
         with self._idle:
             return list(self._all.values())
@@ -133,7 +133,7 @@ class Consumers:
         with self._idle:
             self._idle.wait_for(lambda: not self._all)
 
-    def serve(self, consumer: Consumer) -> None:
+    def serve(self, consumer: ConsumerProcess) -> None:
         """Serve a consumer until it ends; in a thread of its own, for what it asks may wait for other consumers, or free gigabytes."""
         dispatch = partial(self._dispatch, consumer)
         try:
@@ -145,7 +145,7 @@ class Consumers:
         finally:
             self.end(consumer)
 
-    def _dispatch(self, consumer: Consumer, message: Message) -> None:
+    def _dispatch(self, consumer: ConsumerProcess, message: Message) -> None:
         if message.number == wire.BIND.number:
             self._bind(consumer, message)
         elif message.number == wire.UNBIND.number:
@@ -168,7 +168,7 @@ class Consumers:
         else:
             raise OSError(EPROTO, f"no such call: {message.number}")
 
-    def _bind(self, consumer: Consumer, message: Message) -> None:
+    def _bind(self, consumer: ConsumerProcess, message: Message) -> None:
         token, start, end, flags = message.unpack(wire.BIND_REQUEST)
         again = flags & _AGAIN
         ino, file = _bound_to(consumer, token) if again else self._tokens.take(token)
@@ -199,7 +199,7 @@ class Consumers:
         finally:
             file.put()
 
-    def end(self, consumer: Consumer) -> None:
+    def end(self, consumer: ConsumerProcess) -> None:
         """Close a consumer's connections and forget it."""
         try:
             consumer.close()
@@ -210,7 +210,7 @@ class Consumers:
                 del self._all[consumer.number]
                 self._idle.notify_all()
 
-    def _let_end(self, consumer: Consumer, file: RestrictedFile) -> None:
+    def _let_end(self, consumer: ConsumerProcess, file: RestrictedFile) -> None:
         """Wait for other consumers of a file that are about to end: their owner let go of them a moment ago."""
 
         def alone() -> bool:
@@ -223,7 +223,7 @@ class Consumers:
                 if self._idle.wait_for(alone, _LINGER / _LINGER_SLICES):
                     return
 
-    def _failed(self, consumer: Consumer, reason: str) -> None:
+    def _failed(self, consumer: ConsumerProcess, reason: str) -> None:
         # Called by a FUSE thread in the middle of an invalidation, which holds the file's
         # semaphore. The rest is left to the thread that serves the consumer.
         self._troubles.last = reason
@@ -231,7 +231,7 @@ class Consumers:
         consumer.kill()
 
 
-def _bound_to(consumer: Consumer, token: bytes) -> tuple[int, RestrictedFile]:
+def _bound_to(consumer: ConsumerProcess, token: bytes) -> tuple[int, RestrictedFile]:
     """Return inode number and file of a binding that is named in a token's place; the caller has the file's reference, as of a token."""
     (number,) = wire.NUMBER.unpack_from(token)
     binding = consumer.binding(number)

@@ -25,9 +25,9 @@ from restrictedmem.burial import bury, bury_elsewhere
 from restrictedmem.failure import status_of
 from restrictedmem.fd import MSG_DONTWAIT, OwnedFd
 from restrictedmem.fs.filesystem import FileSystem
-from restrictedmem.fs.mount import Way
+from restrictedmem.fs.fuse_server import FuseServer
+from restrictedmem.fs.mount_ways import Way
 from restrictedmem.fs.mounter import mount_first
-from restrictedmem.fs.server import Server
 from restrictedmem.fs.usage import Usage
 from restrictedmem.service import sealing, signing, status, wire
 from restrictedmem.service.consumers import Consumers, Troubles
@@ -82,7 +82,7 @@ def run(
         drop_privileges(options.become, keep=0)
         # Another uid has reset it.
         process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
-        service = Service(
+        service = ControlThread(
             spawner, endings, options, origin, way, signer, score, process.raise_fd_limit()
         )
         sealing.seal()
@@ -109,7 +109,7 @@ def run(
     bury(owner.sock)
     word.ready()
     with device:
-        Server(device, service.filesystem).run()
+        FuseServer(device, service.filesystem).run()
         service.consumers.wait_idle()
 
 
@@ -121,7 +121,7 @@ def _say_ready(owner: Channel, about: dict[str, str | int | None], root: OwnedFd
 
 
 @final
-class Service:
+class ControlThread:
     """What the control thread does: connections, tokens, status, and consumers until they are there (``Consumers``)."""
 
     def __init__(

@@ -24,7 +24,7 @@ Serve: TypeAlias = Callable[[socket.socket, socket.socket, socket.socket, "Optio
 #: The consumer that is a VM's engine.
 VM: Final = "kvm"
 #: Modules with ``preload()`` and ``serve``.
-_OWN: Final = {VM: "restrictedmem.kvm.process"}
+_OWN: Final = {VM: "restrictedmem.kvm.engine_process"}
 #: Bytes of the largest program that is read.
 _LARGEST: Final = 1 << 20
 _NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,9}")

@@ -16,7 +16,7 @@ from restrictedmem import threads
 from restrictedmem.fd import refuse_fds, spare, speaks
 from restrictedmem.patience import patiently
 from restrictedmem.service import program, wire
-from restrictedmem.service.consumer import Consumer
+from restrictedmem.service.consumer_process import ConsumerProcess
 from restrictedmem.service.consumers import Consumers, Troubles
 from restrictedmem.service.door import Connection
 from restrictedmem.service.wire import Channel, Message
@@ -28,7 +28,7 @@ class _Spawn:
     """A consumer that was asked for: by whom, the body of SPAWN, and both ends of its socket."""
 
     connection: Connection
-    consumer: Consumer
+    consumer: ConsumerProcess
     body: bytes
     owners: socket.socket
     consumers: socket.socket

@@ -2,7 +2,7 @@
 
 from restrictedmem.fs.filesystem import FileSystem
 from restrictedmem.fs.usage import Usage
-from restrictedmem.service.consumer import Consumer
+from restrictedmem.service.consumer_process import ConsumerProcess
 
 
 def of_files(filesystem: FileSystem, usage: Usage | None) -> dict[str, object]:
@@ -25,7 +25,7 @@ def of_files(filesystem: FileSystem, usage: Usage | None) -> dict[str, object]:
     }
 
 
-def of_consumer(consumer: Consumer) -> dict[str, object]:
+def of_consumer(consumer: ConsumerProcess) -> dict[str, object]:
     """Return a consumer's bindings and numbers, and its own report."""
     return {
         "name": consumer.name,

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from restrictedmem.failure import failed
 from restrictedmem.service.client import PACKAGE_ROOT
-from restrictedmem.syscall.launch import Call
+from restrictedmem.syscall.exec_program import CallOptions
 
 _START: Final = (
     "import sys; sys.path.insert(0, sys.argv.pop(1)); from restrictedmem.cli.main import run; run()"
@@ -18,7 +18,7 @@ _START: Final = (
 
 
 def popen(
-    arguments: Sequence[str | os.PathLike[str]], call: Call | None = None, **options: Any
+    arguments: Sequence[str | os.PathLike[str]], call: CallOptions | None = None, **options: Any
 ) -> subprocess.Popen[Any]:
     """Start a program under a supervisor of its own; ``options`` are those of ``subprocess.Popen``, but for ``shell`` and ``executable``.
 
@@ -41,11 +41,11 @@ def popen(
         raise TypeError(
             "popen takes a sequence of arguments, whose first is the program; shell and executable are not among its options"
         )
-    call = call or Call()
+    call = call or CallOptions()
     words = [os.fspath(argument) for argument in arguments]
     _check(words[0], options)
     # What was not asked for is not given: exec refuses what a server or an outer exec decides.
-    usual = Call()
+    usual = CallOptions()
     own = [] if call.api == usual.api else ["--api", call.api]
     own += [] if call.number == usual.number else ["--syscall-number", str(call.number)]
     own += [] if call.cachestat else ["--no-cachestat"]

@@ -10,7 +10,7 @@ from typing import Final, final
 
 from restrictedmem import sync
 from restrictedmem.abi.kvm import GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP
-from restrictedmem.devkvm import GuestMemfd, Vm, address_of
+from restrictedmem.devkvm import GuestMemfd, VmFd, address_of
 from restrictedmem.kvm.engine import Binder
 from restrictedmem.service.wire import BindingFlag
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
@@ -193,7 +193,7 @@ class PrivateFiles:
     heard here.
     """
 
-    def __init__(self, vm: Vm, binder: Binder, flags: int) -> None:
+    def __init__(self, vm: VmFd, binder: Binder, flags: int) -> None:
         """``flags`` are those of every guest_memfd."""
         self._vm = vm
         self._binder = binder

@@ -9,8 +9,8 @@ from typing import Final, Protocol, final
 
 from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import KVM_MEMORY_ATTRIBUTE_PRIVATE
-from restrictedmem.devkvm import Vm
-from restrictedmem.kvm.kernel import system
+from restrictedmem.devkvm import VmFd
+from restrictedmem.kvm.kernel import guest_system
 from restrictedmem.kvm.kernel.page_tables import USER, WRITABLE, PageTables, entries, no_entries
 from restrictedmem.kvm.kernel.private import GuestMemfdHalf
 from restrictedmem.kvm.memslot import WRITE, Memslot
@@ -27,7 +27,7 @@ _ENGINE_SLOT: Final = 0
 class KernelSlots:
     """The slots of a VM, each at the first free guest physical address; the guest never sees these, its page tables lead there."""
 
-    def __init__(self, vm: Vm, own: system.System) -> None:
+    def __init__(self, vm: VmFd, own: guest_system.System) -> None:
         """Make the engine's own slot."""
         self._vm = vm
         # In the order of their addresses: where each begins and ends; and below which address there
@@ -37,7 +37,7 @@ class KernelSlots:
         self._full_below = _HALVES
         self._numbers: dict[int, int] = {}
         self._free_numbers: list[int] = []
-        vm.set_user_memory_region(_ENGINE_SLOT, 0, system.SIZE, own.address)
+        vm.set_user_memory_region(_ENGINE_SLOT, 0, guest_system.SIZE, own.address)
 
     def add(self, size: int, address: int, private: GuestMemfdHalf | None) -> int:
         """Make a slot on memory of this process, on a guest_memfd, or both; returns its guest physical address.
@@ -255,7 +255,7 @@ class ByAttribute:
     could put other instructions there. So that half is out of reach as long.
     """
 
-    def __init__(self, vm: Vm, slots: KernelSlots, tables: PageTables) -> None:
+    def __init__(self, vm: VmFd, slots: KernelSlots, tables: PageTables) -> None:
         self._vm = vm
         self._slots = slots
         self._tables = tables

@@ -6,15 +6,15 @@ The trap flag does it, whose #DB comes right behind the instruction.
 from collections.abc import Callable
 from typing import Final, final
 
-from restrictedmem.kvm import exits
 from restrictedmem.kvm.decode import Instruction
-from restrictedmem.kvm.exits import Exit
 from restrictedmem.kvm.software import unicorn
 from restrictedmem.kvm.software.fetched import FetchedCode
 from restrictedmem.kvm.software.physical import PhysicalMemory
-from restrictedmem.kvm.software.tlb import Stop
+from restrictedmem.kvm.software.tlb import RunEnd
 from restrictedmem.kvm.software.unicorn import Uc
 from restrictedmem.kvm.software.wide import WideExchange, is_wide
+from restrictedmem.protocol import exits
+from restrictedmem.protocol.exits import Exit
 from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, gfn_t
 
 _TRAP_FLAG: Final = 0x100
@@ -33,7 +33,7 @@ class Alone:
         uc: Uc,
         memory: PhysicalMemory,
         fetched: FetchedCode,
-        start: Callable[[], Exit | Stop | None],
+        start: Callable[[], Exit | RunEnd | None],
         drop: Callable[[gfn_t, gfn_t], None],
         wide: WideExchange,
     ) -> None:

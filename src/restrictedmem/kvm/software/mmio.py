@@ -9,8 +9,8 @@ instruction again with the VMM's value. Where nothing is missing, the stores are
 
 from typing import Final, final
 
-from restrictedmem.kvm.exits import MmioRead, MmioWrite
 from restrictedmem.kvm.software.unicorn import Uc
+from restrictedmem.protocol.exits import MmioRead, MmioWrite
 from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 
 #: More than any instruction touches: two operands, each across a page boundary, and the stack.

@@ -12,9 +12,6 @@ from errno import EACCES, EFAULT
 from typing import Final, final
 
 from restrictedmem.abi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE
-from restrictedmem.kvm import exits
-from restrictedmem.kvm.exits import Exit
-from restrictedmem.kvm.guest_abi import GPA_BITS, HYPERCALL_PAGE, REPORT_PAGE
 from restrictedmem.kvm.memslot import ALL, CODE, EXEC, PRIVATE, READ, WRITE, Memslot
 from restrictedmem.kvm.mmu import Fault, Mmu
 from restrictedmem.kvm.software.code import CodePages
@@ -23,6 +20,9 @@ from restrictedmem.kvm.software.flags import LateFlags
 from restrictedmem.kvm.software.mmio import Scratch
 from restrictedmem.kvm.software.physical import PhysicalMemory, Window
 from restrictedmem.kvm.software.unicorn import MEM_FETCH, MEM_READ, MEM_WRITE, RBP, RIP, RSP, Uc
+from restrictedmem.protocol import exits
+from restrictedmem.protocol.exits import Exit
+from restrictedmem.protocol.guest_abi import GPA_BITS, HYPERCALL_PAGE, REPORT_PAGE
 from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 
 # What is the engine's own in Unicorn's physical memory; the halves lie behind it.
@@ -45,7 +45,7 @@ _ENTER: Final = 0xC8
 _LEAVE: Final = 0xC9
 
 
-class Stop(Enum):
+class RunEnd(Enum):
     """Why a run ended that is no exit."""
 
     AGAIN = 1
@@ -80,7 +80,7 @@ class Tlb:
         self._fetched = fetched
         self._scratch = scratch
         self._flags = flags
-        self._refusal: Exit | Stop | None = None
+        self._refusal: Exit | RunEnd | None = None
         self._failure: BaseException | None = None
         #: What was refused: MEM_READ, MEM_WRITE or MEM_FETCH; and of which guest page.
         self.access = 0
@@ -92,7 +92,7 @@ class Tlb:
         """Take note that a run begins."""
         self._refusal = None
 
-    def refused(self) -> Exit | Stop | None:
+    def refused(self) -> Exit | RunEnd | None:
         """Return why an access was refused, which ended the run; None when that ended otherwise.
 
         Raises:
@@ -103,12 +103,12 @@ class Tlb:
             raise failure
         return self._refusal
 
-    def _refuse(self, why: Exit | Stop, access: int, page: int) -> None:
+    def _refuse(self, why: Exit | RunEnd, access: int, page: int) -> None:
         self._refusal, self.access, self.page = why, access, page
         if access != MEM_FETCH:
             self._flags.refused()
 
-    def fetch(self, page: int) -> Exit | Stop | None:
+    def fetch(self, page: int) -> Exit | RunEnd | None:
         """Have a page as a miss of a fetch would, in no run; returns why it is refused, None when it is not.
 
         Raises:
@@ -188,7 +188,7 @@ class Tlb:
         self._refuse(answer, access, page)
         return 0, 0
 
-    def _around_slots(self, page: int, access: int) -> tuple[int, int] | Exit | Stop:
+    def _around_slots(self, page: int, access: int) -> tuple[int, int] | Exit | RunEnd:
         if page == HYPERCALL_PAGE and access != MEM_WRITE:
             return HYPERCALL_CODE, READ | EXEC
         if page == REPORT_PAGE and access != MEM_FETCH:
@@ -205,7 +205,7 @@ class Tlb:
             return exits.MemoryFault(0, page, PAGE_SIZE, EFAULT)
         if self._scratch.stepping:
             return self._scratch.translate(page), READ | WRITE
-        return (HOLE + page, READ) if access == MEM_READ else Stop.STEP
+        return (HOLE + page, READ) if access == MEM_READ else RunEnd.STEP
 
     def _no_address(self, page: int, access: int) -> exits.Shutdown:
         """Say what an address is that is not canonical: for the stack another exception (Intel SDM 3.3.7.1)."""
@@ -225,7 +225,7 @@ class Tlb:
             places += [frame - 8, frame, frame + 7]
         return {place & _U64 & ~PAGE_MASK for place in places}
 
-    def _fault(self, window: Window, page: int, access: int) -> tuple[int, int] | Exit | Stop:
+    def _fault(self, window: Window, page: int, access: int) -> tuple[int, int] | Exit | RunEnd:
         if not window.offsets:
             self._memory.show(window)
         index = (page - window.start) >> PAGE_SHIFT
@@ -244,7 +244,7 @@ class Tlb:
             else entries[index]
         )
         if not entry:
-            return Stop.AGAIN
+            return RunEnd.AGAIN
         view, physical = window.views[entry >> 3 & 1], page + window.offsets[entry >> 3]
         assert view is not None
         if entry & 1 << access - MEM_READ:
@@ -253,7 +253,7 @@ class Tlb:
                 anew = self._fetched.fetched(
                     page, view.half, physical - view.base, shared=not entry & PRIVATE
                 )
-                return Stop.AGAIN if anew else (physical, entry & ALL)
+                return RunEnd.AGAIN if anew else (physical, entry & ALL)
             return physical, entry & (READ | WRITE)
         if access != MEM_WRITE:
             return _memory_fault(window, page, EACCES)
@@ -262,7 +262,7 @@ class Tlb:
             return physical, READ | WRITE
         # A store to memory that is only to be read is MMIO (KVM_MEM_READONLY).
         return (
-            (self._scratch.translate(page), READ | WRITE) if self._scratch.stepping else Stop.STEP
+            (self._scratch.translate(page), READ | WRITE) if self._scratch.stepping else RunEnd.STEP
         )
 
     def _protect_code(self, slot: Memslot, gfn: int) -> int:

@@ -1,0 +1,127 @@
+"""Reading what a process or a file has: page by page, and no page that is not there."""
+
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from errno import EFAULT, ENXIO
+from typing import Final
+
+from restrictedmem.audit import syscalls
+from restrictedmem.audit.attempt import Buffer
+from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE
+
+_CHUNK: Final = 1 << 20
+#: The highest byte of entries of /proc/PID/pagemap whose page is there: bit 63, in memory; bit 62,
+#: in swap.
+_THERE: Final = re.compile(rb"[\x40-\xff]+")
+
+#: Reads at most so many bytes (second) at an address or offset (first).
+Read = Callable[[int, int], bytes]
+
+
+def of_process(pid: int, below: str = "") -> Iterator[Buffer]:
+    """Yield the memory of a process through /proc/PID/mem, or a file of that name ``below``.
+
+    Raises:
+        OSError: EACCES, EPERM who may not.
+    """
+    memory = os.open(f"/proc/{pid}/{below}mem", os.O_RDONLY)
+    try:
+        yield from _of(lambda at, size: os.pread(memory, size, at), regions(pid))
+    finally:
+        os.close(memory)
+
+
+def by_process_vm_readv(pid: int) -> Iterator[Buffer]:
+    """Yield the memory of a process through process_vm_readv(2).
+
+    Raises:
+        OSError: EPERM who may not.
+    """
+    try:
+        # Whoever is let in gets EFAULT: nothing is mapped there. /proc/PID/maps might be refused
+        # for reasons of its own.
+        syscalls.process_vm_readv(pid, 8, 8)
+    except OSError as error:
+        if error.errno != EFAULT:
+            raise
+    yield from _of(lambda at, size: syscalls.process_vm_readv(pid, at, size), regions(pid))
+
+
+def of_file(fd: int) -> Iterator[Buffer]:
+    """Yield what is in a regular file, holes left out.
+
+    Raises:
+        OSError: what reading it was refused with.
+    """
+    size = os.fstat(fd).st_size
+    yield from _of(lambda at, count: os.pread(fd, count, at), _data(fd, size))
+
+
+def _data(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == ENXIO:
+                return
+            raise
+        end = os.lseek(fd, start, os.SEEK_HOLE)
+        yield start, end
+
+
+def of_descriptors() -> Iterator[Buffer]:
+    """Yield what is in every regular file that this process has open, and the names in every directory."""
+    for name in os.listdir("/proc/self/fd"):
+        fd = int(name)
+        with suppress(OSError):
+            mode = os.fstat(fd).st_mode
+            if stat.S_ISREG(mode):
+                yield from of_file(fd)
+            elif stat.S_ISDIR(mode):
+                yield "\0".join(os.listdir(f"/proc/self/fd/{fd}")).encode(errors="surrogateescape")
+
+
+def _of(read: Read, spans: Iterator[tuple[int, int]]) -> Iterator[Buffer]:
+    for start, end in spans:
+        at = start
+        while at < end:
+            try:
+                chunk = read(at, min(_CHUNK, end - at))
+            except OSError:
+                # Of a mapping that cannot be read (a device's), or is gone meanwhile.
+                if at == start == 0:
+                    raise
+                break
+            if not chunk:
+                break
+            yield chunk
+            at += len(chunk)
+
+
+def regions(pid: int) -> Iterator[tuple[int, int]]:
+    """Yield the runs of pages of a process that are there, in memory or in swap (/proc/PID/maps and pagemap); addresses.
+
+    Raises:
+        OSError: EACCES, EPERM who may not.
+    """
+    # Bytes, for a line ends with "\n" alone, and a file's name may hold "\r".
+    with open(f"/proc/{pid}/maps", "rb") as maps:
+        lines = [line.rstrip(b"\n").split(maxsplit=5) for line in maps]
+    with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
+        for span, rights, _, _, _, *path in lines:
+            start, end = (int(number, 16) >> PAGE_SHIFT for number in span.split(b"-"))
+            # Above 2^63 lies the vsyscall page, which is the kernel's. Of what is shared, pages may
+            # be there that this process did not touch: a file is for who has its descriptor, and
+            # the rest is read whole.
+            if rights[:1] != b"r" or start << PAGE_SHIFT >= 1 << 63:
+                continue
+            if rights[3:] == b"s" and path == [b"/dev/zero (deleted)"]:
+                yield start << PAGE_SHIFT, end << PAGE_SHIFT
+            else:
+                entries = os.pread(pagemap.fileno(), (end - start) * 8, start * 8)
+                for run in _THERE.finditer(entries[7::8]):
+                    yield (start + run.start()) * PAGE_SIZE, (start + run.end()) * PAGE_SIZE

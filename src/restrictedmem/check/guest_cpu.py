@@ -1,0 +1,185 @@
+"""The guest of a world: accesses, one after the other, on a CPU with a TLB."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from errno import EFAULT
+from typing import TYPE_CHECKING, Final, final
+
+from restrictedmem.abi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE
+from restrictedmem.check.control import forget, saw, touch
+from restrictedmem.check.frames import MEMORY
+from restrictedmem.check.invariants import SlotHistory, acting
+from restrictedmem.kvm.engine import VcpuEngine
+from restrictedmem.kvm.engine_vcpu import EngineVcpu
+from restrictedmem.kvm.memslot import PRIVATE, READ, WRITE
+from restrictedmem.kvm.mmu import Fault
+from restrictedmem.protocol.exits import Exit, Hypercall, MemoryFault, MmioRead
+from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, gfn_t
+
+if TYPE_CHECKING:
+    from restrictedmem.check.world import World
+
+#: What a guest that has done all it came for exits with.
+DONE: Final = Hypercall(0, (0, 0, 0, 0))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Access:
+    """A guest's access to a page: a load, or a store of ``value``."""
+
+    gfn: int
+    value: int | None = None
+
+
+def load(gfn: int) -> Access:
+    """Make a guest read a page."""
+    return Access(gfn)
+
+
+def store(gfn: int, value: int) -> Access:
+    """Make a guest write a value to a page."""
+    return Access(gfn, value)
+
+
+@final
+class GuestCpu:
+    """A CPU and the guest code on it (what ``VcpuEngine`` has of a run): accesses, one after the other, through a TLB.
+
+    Its run ends as ``SoftwareVcpu``'s: at an exit, when kicked between two instructions, or when a
+    fault has to be tried again.
+    """
+
+    def __init__(self, world: "World", number: int) -> None:
+        self._world = world
+        self._name = f"vCPU {number}"
+        self.program: list[Access] = []
+        self._next = 0
+        #: By guest page: the entry and the number of the frame it led to.
+        self.tlb: dict[int, tuple[int, int]] = {}
+        self.kicked = False
+
+    def state(self) -> Hashable:
+        """Return all of it, as far as the guest will need it."""
+        if self._next == len(self.program):
+            return None
+        tlb = sorted(
+            (gfn, entry, self._leads_to(gfn, number)) for gfn, (entry, number) in self.tlb.items()
+        )
+        return self._next, tuple(tlb), self.kicked
+
+    def _leads_to(self, gfn: int, number: int) -> bytes:
+        view = self._world.view_of(gfn)
+        return self._world.frames.against(
+            bytes([number]), gfn - view.slot.base_gfn + view.window.start
+        )
+
+    def settle(self) -> None:
+        """Wait until no invalidation is in progress, or until ``kick``."""
+        # Whoever comes here has nothing in mind but to go on with the guest.
+        forget(("settle", self._name, acting.get()))
+        self._world.vm.mmu.wait_settled(unless=self._was_kicked)
+
+    def _was_kicked(self) -> bool:
+        touch(self._name, write=False)
+        saw(self.kicked)
+        return self.kicked
+
+    def run(self) -> Exit | None:
+        """Run guest code until it exits, is kicked, or has to wait."""
+        while self._next < len(self.program):
+            touch(self._name, write=True)
+            saw(self.kicked)
+            if self.kicked:
+                self.kicked = False
+                return None
+            access = self.program[self._next]
+            exit_ = self._access(access)
+            if exit_ is not DONE:
+                return exit_
+            self._next += 1
+        return DONE
+
+    def _access(self, access: Access) -> Exit | None:
+        view = self._world.view_of(access.gfn)
+        needed = READ if access.value is None else WRITE
+        if not self.tlb.get(access.gfn, (0, 0))[0] & needed:
+            exit_ = self._fill(view, access.gfn)
+            if exit_ is not DONE:
+                return exit_
+        touch(MEMORY, write=False)
+        saw(None)
+        entry, number = self.tlb[access.gfn]
+        self._world.invariants.access(view, access.gfn, entry, number, access.value)
+        return DONE
+
+    def _fill(self, view: SlotHistory, gfn: int) -> Exit | None:
+        index = gfn - view.slot.base_gfn
+        # Slots come and go only while every vCPU is held, so that looking is no step.
+        if self._world.vm.mmu.slot_of(gfn) is None:
+            return MmioRead(gfn << PAGE_SHIFT, 8)
+        entry = view.slot.entries[index]
+        if not entry:
+            try:
+                fault = self._world.vm.mmu.fault(view.slot, gfn)
+            except OSError as error:
+                return self._memory_fault(gfn, error.errno or EFAULT)
+            if fault is Fault.NO_HALF:
+                return self._memory_fault(gfn, EFAULT)
+            entry = view.slot.entries[index]
+            if not entry:
+                return None
+        self.tlb[gfn] = entry, view.led[index] if entry & PRIVATE else 0
+        return DONE
+
+    @staticmethod
+    def _memory_fault(gfn: int, errno: int) -> MemoryFault:
+        return MemoryFault(KVM_MEMORY_EXIT_FLAG_PRIVATE, gfn << PAGE_SHIFT, PAGE_SIZE, errno)
+
+    def drop(self, start: gfn_t, end: gfn_t) -> None:
+        """Forget translations of a range of guest pages."""
+        self._world.invariants.dropped(start, end)
+        for gfn in [gfn for gfn in self.tlb if start <= gfn < end]:
+            del self.tlb[gfn]
+
+    def kick(self) -> None:
+        """Make ``run`` or ``settle`` return soon."""
+        touch(self._name, write=True)
+        saw(None)
+        self.kicked = True
+        self._world.vm.mmu.wake()
+
+    def flush(self) -> None:
+        """Forget everything, as when a slot goes; the vCPU is held."""
+        self.tlb.clear()
+
+
+@final
+class WatchedVcpu(EngineVcpu):  # type: ignore[misc] # production's, and what it takes to tell its states apart
+    """A vCPU of which a search knows who waits for it to leave the guest, instead of how often it has been there."""
+
+    def __init__(self, engine: VcpuEngine) -> None:
+        super().__init__(engine)
+        self._asked: set[int] = set()
+
+    def state(self) -> Hashable:
+        """Return all of it."""
+        flags = self._running, self._in_guest, self._holds, self._interrupted
+        return flags, frozenset(self._stale), frozenset(self._asked)
+
+    def _enter(self) -> None:
+        super()._enter()
+        self._asked.clear()
+
+    def request_drop(self, start: gfn_t, end: gfn_t) -> int | None:
+        """Note who has to see this stay end."""
+        stay = super().request_drop(start, end)
+        saw(stay is not None)
+        if stay is not None:
+            self._asked.add(acting.get())
+        return stay
+
+    def send_out(self, stay: int) -> None:
+        """Note that somebody has seen it end."""
+        super().send_out(stay)
+        self._asked.discard(acting.get())

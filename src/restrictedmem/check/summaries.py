@@ -1,0 +1,49 @@
+"""Calls of production that a world's actors forget when they return (``control.summarized``).
+
+Each keeps nothing but what ``World.state`` shows and what it returns, or raises.
+"""
+
+from collections.abc import Iterator
+from typing import Final
+
+from restrictedmem.check.control import Method
+from restrictedmem.check.frames import Frames
+from restrictedmem.check.guest_cpu import GuestCpu
+from restrictedmem.check.world import Host, SlotNotifier, World
+from restrictedmem.kvm.engine_vcpu import EngineVcpu, EngineVcpus
+from restrictedmem.kvm.memslot import Memslot
+from restrictedmem.kvm.mmu import Mmu
+from restrictedmem.kvm.software.software_vm import SoftwareVm
+from restrictedmem.mm.design import Batched, Design, FolioPoc, Lazy, _Remembering
+from restrictedmem.mm.pages import Pages
+from restrictedmem.mm.restrictedmem import RestrictedFile
+from restrictedmem.mm.sequence import InvalidationSequence
+
+_CALLS: Final[dict[type, str]] = {
+    InvalidationSequence: "begin end busy_over retry",
+    Mmu: "fault invalidate_start invalidate_end begin set_attributes wait_settled wake _told _install_private _zap",
+    Pages: "get_pages get_page count invalidate_start invalidate_end forget get_page_noalloc put_page _refuse_invalidated",
+    EngineVcpus: "drop",
+    EngineVcpu: "send_out _enter _leave interrupt _goes_on hold release",
+    SoftwareVm: "set_attributes invalidate_start invalidate_end error page_count remove_slot add_slot",
+    Memslot: "install install_large split remove leaf has_code",
+    RestrictedFile: "fallocate _fallocate_locked put get unregister_notifier register_notifier error_page _remove _register "
+    "_set_registrations",
+    Design: "invalidate punch allocate leave invalidate_all",
+    FolioPoc: "invalidate _tell",
+    _Remembering: "invalidate allocate",
+    Batched: "punch",
+    Lazy: "punch leave _goes",
+    SlotNotifier: "invalidate_start invalidate_end error page_count",
+    Host: "prepare invalidate freed",
+    Frames: "allocate punch order_of",
+    GuestCpu: "run _access _fill kick",
+    World: "punch fallocate convert error close",
+}
+
+
+def calls() -> Iterator[Method]:
+    """Yield classes and methods."""
+    for kind, names in _CALLS.items():
+        for name in names.split():
+            yield kind, name

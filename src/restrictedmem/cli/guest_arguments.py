@@ -1,0 +1,89 @@
+"""What commands that take a guest have in common: finding and reading it, and the size of its memory."""
+
+import sys
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from errno import EFBIG, ENOEXEC
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from restrictedmem import guests
+from restrictedmem.cli.errors import CommandError
+from restrictedmem.failure import failed, named
+from restrictedmem.text import plain
+
+if TYPE_CHECKING:
+    from restrictedmem.vmm.elf import Image
+
+#: Bytes of the largest file that is read as a guest.
+_LARGEST = 1 << 30
+_AT_ONCE = 1 << 24
+#: For ``help=``.
+KINDS = "one of: " + ", ".join(guests.names()) + "; or a path to an ELF"
+
+
+def read(name: str) -> "Image":
+    """Read a guest: one of the package's by its name, or a file by a path with a slash.
+
+    Raises:
+        CommandError: when there is none of the package's.
+        OSError: as open(2) and read(2); EFBIG; ENOEXEC when it is no guest.
+    """
+    from restrictedmem.vmm import elf
+
+    path = find(name)
+    try:
+        with path.open("rb") as file:
+            content = file.read(len(elf.MAGIC))
+            # Nothing is read of what goes on for ever, such as a device; and Python makes room for
+            # what it is asked for.
+            while (
+                content.startswith(elf.MAGIC)
+                and len(content) <= _LARGEST
+                and (more := file.read(_AT_ONCE))
+            ):
+                content += more
+    except OSError as error:
+        raise named("open", error, str(path)) from None
+    if len(content) > _LARGEST:
+        raise failed("read", EFBIG, path=str(path))
+    with naming(name):
+        return elf.parse(content)
+
+
+@contextmanager
+def naming(name: str) -> Generator[None]:
+    """Give the errors of what is no guest its path."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != ENOEXEC:
+            raise
+        raise OSError(error.errno, error.strerror, str(find(name))) from None
+
+
+def warn(name: str, arguments: list[str], options: Iterable[str]) -> None:
+    """Say that what looks like an option of the command's went to one of the package's guests, which have none."""
+    strays = [each for each in arguments if each.partition("=")[0] in options]
+    if strays and "/" not in name:
+        print(
+            f"hint: {plain(strays[0])} is an argument of the guest here; options go before GUEST",
+            file=sys.stderr,
+        )
+
+
+def find(name: str) -> Path:
+    """Return where a guest is: one of the package's by its name, or a path that has a slash.
+
+    Raises:
+        CommandError: when there is no such name.
+    """
+    if "/" in name:
+        return Path(name)
+    try:
+        return guests.path(name)
+    except OSError:
+        known = ", ".join(guests.names())
+        raise CommandError(
+            f"no guest named {name}", f"there are {known}; a file needs a slash: ./{name}"
+        ) from None

@@ -1,0 +1,250 @@
+"""The loop between /dev/fuse and the file system.
+
+One thread reads at a time. Before it does something that may wait (for a consumer, or for
+gigabytes), it lets another thread read: so the common request costs one read and one write with no
+hand-over, and a slow one delays nobody else (leader and followers). What would wait for something
+that enough threads wait for already is put off, without a thread, until one of those is done.
+"""
+
+import logging
+import os
+import threading
+from collections import deque
+from contextlib import suppress
+from errno import EINTR, EIO, ENODEV, ENOENT, ENOMEM, ENOSYS, EOPNOTSUPP
+from functools import partial
+from typing import Final, final
+
+from restrictedmem import threads
+from restrictedmem.abi import fuse, process
+from restrictedmem.failure import status_of
+from restrictedmem.fd import OwnedFd
+from restrictedmem.fs.filesystem import FileSystem, Request
+from restrictedmem.patience import patiently
+
+log = logging.getLogger(__name__)
+
+#: Threads that may wait for memory at the same time.
+MAX_THREADS: Final = 8
+#: Threads that stay when there is nothing to wait for any more.
+_SPARE: Final = 8
+#: Nanoseconds. Requests are short, and their callers wait: they should not also wait for a guest's
+#: slice to end.
+_SLICE: Final = 100_000
+#: Larger ones are between parts of the kernel.
+_LAST_ERRNO: Final = 511
+
+_IN_SIZE: Final = fuse.IN_HEADER.size
+_OUT_SIZE: Final = fuse.OUT_HEADER.size
+_NOTHING: Final = bytes(_IN_SIZE)
+#: The longest request is an ioctl with an argument of 16,383 bytes, as many as its number can say
+#: (_IOC_SIZEBITS).
+_BUFFER: Final = fuse.MIN_READ_BUFFER + (1 << 14)
+
+
+@final
+class FuseServer:
+    """Serves one mount until its last descriptor is gone."""
+
+    def __init__(self, device: OwnedFd, filesystem: FileSystem) -> None:
+        """Serve requests of ``device`` (an open /dev/fuse, which the caller keeps until ``run`` has returned)."""
+        self._device = device.fileno()
+        #: The leader's.
+        self._buffer = bytearray(_BUFFER)
+        self._filesystem = filesystem
+        filesystem.before_waiting = self._step_aside
+        self._leading = threading.Lock()
+        #: The thread that holds ``_leading``, 0 when it has stepped aside; and what it is
+        #: answering.
+        self._leader = 0
+        self._request: Request | None = None
+        #: Whether the mount is gone; who waits to lead, or to answer, may not touch the device from
+        #: then on.
+        self._gone = False
+        self._counts = threading.Lock()
+        # Under _counts: threads that wait to lead; how many wait for each consumer, and for memory
+        # (None); who waits for what; and requests that are to wait for something which enough
+        # threads wait for.
+        self._idle = 1
+        self._waiting: dict[int | None, int] = {}
+        self._waits: dict[int, int | None] = {}
+        self._put_off: deque[tuple[int | None, Request]] = deque()
+
+    def run(self) -> None:
+        """Serve until the mount is gone; a thread that fails otherwise ends the process."""
+        self._serve(may_end=False)
+
+    def _serve(self, *, may_end: bool) -> None:
+        me = threading.get_ident()
+        with suppress(OSError):
+            # A matter of speed alone, where it is allowed.
+            process.set_slice(_SLICE)
+        try:
+            while self._lead(me) and self._work_off(me, may_end=may_end):
+                pass
+        except BaseException as error:
+            with suppress(BaseException):
+                log.exception("a FUSE thread cannot go on")
+            # The device would stay open with nobody to read it: whoever waits for the mount would
+            # wait for ever. With the process they get ENOTCONN.
+            os._exit(status_of(error))
+        if self._leader == me:
+            self._leader = 0
+            self._leading.release()
+
+    def _lead(self, me: int) -> bool:
+        """Read and answer requests until one had to wait; false when the mount is gone."""
+        self._leading.acquire()
+        with self._counts:
+            self._idle -= 1
+            if not (self._idle or self._gone):
+                # Before one is needed, when there may be none to be had (RLIMIT_NPROC, say).
+                self._start_thread()
+        self._leader = me
+        while self._leader == me:
+            request = self._request = None if self._gone else self._read()
+            if request is None:
+                self._gone = True
+                return False
+            self._answer(request)
+        return True
+
+    def _step_aside(self, what: int | None) -> bool:
+        """Let another thread read while this one waits for a consumer, or (None) for memory; false when it is not to wait now.
+
+        One thread waits for a consumer: round trips to it take turns anyway. So a consumer that
+        does not answer holds up its own file's owner alone, and takes no more than a thread.
+        """
+        me = threading.get_ident()
+        if self._leader != me:
+            # A second time, or what was put off.
+            return True
+        with self._counts:
+            if self._waiting.get(what, 0) >= _most(what) or not (
+                self._idle or self._start_thread()
+            ):
+                if not self._waiting:
+                    # Nobody would come back to it: there is this thread alone.
+                    return True
+                assert self._request is not None
+                self._put_off.append((what, self._request))
+                return False
+            self._wait_for(me, what)
+        self._leader = 0
+        self._leading.release()
+        return True
+
+    def _work_off(self, me: int, *, may_end: bool) -> bool:
+        """Answer what was put off while this thread waited; false when it is to end, as there are enough others."""
+        while True:
+            with self._counts:
+                self._waited(me)
+                index = next(
+                    (
+                        i
+                        for i, (what, _) in enumerate(self._put_off)
+                        if self._waiting.get(what, 0) < _most(what)
+                    ),
+                    None,
+                )
+                if index is None:
+                    if may_end and self._idle >= _SPARE:
+                        return False
+                    self._idle += 1
+                    return True
+                what, request = self._put_off[index]
+                del self._put_off[index]
+                self._wait_for(me, what)
+            self._answer(request)
+
+    # Preconditions of these: _counts held.
+
+    def _wait_for(self, me: int, what: int | None) -> None:
+        # Counted last: that needs no memory to be taken back.
+        self._waits[me] = what
+        self._waiting[what] = self._waiting.get(what, 0) + 1
+
+    def _waited(self, me: int) -> None:
+        what = self._waits.pop(me)
+        self._waiting[what] -= 1
+        if not self._waiting[what]:
+            del self._waiting[what]
+
+    def _start_thread(self) -> bool:
+        """Start one more thread; false when there cannot be one."""
+        try:
+            threads.start(partial(self._serve, may_end=True))
+        except OSError:
+            return False
+        self._idle += 1
+        return True
+
+    def _read(self) -> Request | None:
+        self._buffer[:_IN_SIZE] = _NOTHING
+        while True:
+            try:
+                return patiently(self._read_one)
+            except OSError as error:
+                # ENOENT: the request was interrupted before it was read. ENODEV: the mount is gone.
+                if error.errno in (ENOENT, EINTR):
+                    continue
+                if error.errno == ENODEV:
+                    return None
+                raise
+
+    def _read_one(self) -> Request:
+        # What had been read when memory ran out is still there.
+        if not fuse.IN_HEADER.unpack_from(self._buffer)[0]:
+            os.readv(self._device, (self._buffer,))
+        size, opcode, unique, nodeid, uid, gid, pid, _, _ = fuse.IN_HEADER.unpack_from(self._buffer)
+        return Request(opcode, unique, nodeid, uid, gid, pid, bytes(self._buffer[_IN_SIZE:size]))
+
+    def _answer(self, request: Request) -> None:
+        error = 0
+        body: bytes | None = b""
+        try:
+            body = self._filesystem.handle(request)
+        except OSError as failure:
+            error = self._number(request, failure)
+        except MemoryError:
+            error = ENOMEM
+        except Exception:  # noqa: BLE001  logged in a function of its own
+            # A bug must not hang the caller: it gets EIO, and the log has the rest.
+            _log_failure("FUSE opcode %d on node %d", request)
+            error = EIO
+        if body is None or self._gone:
+            return
+        patiently(lambda: self._reply(request, error, body))
+
+    def _reply(self, request: Request, error: int, body: bytes) -> None:
+        reply = fuse.OUT_HEADER.pack(_OUT_SIZE + len(body), -error, request.unique) + body
+        try:
+            os.write(self._device, reply)
+        except OSError as failure:
+            # ENOENT: the caller was killed meanwhile; ENODEV: the mount is gone, which the next
+            # read says too.
+            if failure.errno not in (ENOENT, ENODEV):
+                _log_failure("the reply to FUSE opcode %d on node %d", request)
+
+    def _number(self, request: Request, failure: OSError) -> int:
+        """Return the errno that the kernel is told.
+
+        It takes ENOSYS for "never ask again", for all of the mount: what exists must not fail with
+        it, whatever it failed of. Of a number that is none of its own it refuses the whole reply,
+        and the caller would wait for ever.
+        """
+        number = failure.errno or EIO
+        if number == ENOSYS and self._filesystem.knows(request.opcode):
+            return EOPNOTSUPP
+        return number if 0 < number <= _LAST_ERRNO else EIO
+
+
+def _most(what: int | None) -> int:
+    """Return how many threads may wait for a consumer, or for memory."""
+    return MAX_THREADS if what is None else 1
+
+
+def _log_failure(words: str, request: Request) -> None:
+    # The caller gets its answer whatever becomes of the log.
+    with suppress(Exception):
+        log.exception(words, request.opcode, request.nodeid)

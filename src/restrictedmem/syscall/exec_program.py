@@ -1,0 +1,358 @@
+"""Become a program that has the system call: the filter stays with this process, the supervisor is another.
+
+The program is exec'ed by the process that was asked for it, so that its terminal, signals and
+status are its own. The supervisor is a child of nobody's: a program that waits for any child must
+not meet one that it does not know.
+"""
+
+import marshal
+import os
+import signal
+import socket
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from errno import (
+    EACCES,
+    EBUSY,
+    ECHILD,
+    EMFILE,
+    ENFILE,
+    ENODEV,
+    ENOENT,
+    ENOEXEC,
+    ENOMEM,
+    ENOTDIR,
+    ENOTSUP,
+    ESTALE,
+    ETIMEDOUT,
+)
+from typing import TYPE_CHECKING, Final, NoReturn
+
+from restrictedmem.abi import process, seccomp
+from restrictedmem.abi.memory import SYS_memfd_restricted, memfd_restricted
+from restrictedmem.failure import detail_of, failed, named
+from restrictedmem.fd import OwnedFd, above_standard, receive_with_fds, refuse_fds, send_with_fds
+from restrictedmem.service import SERVER_VARIABLE
+from restrictedmem.syscall.filter import TABLES, program
+from restrictedmem.syscall.porter import Complaint, Porter
+from restrictedmem.syscall.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from restrictedmem.service.client import Service
+
+#: The name, in the abstract namespace, of the socket where programs reach their service; behind it
+#: a word that nobody can guess.
+_DOOR_NAME: Final = "restrictedmem-exec/{pid}/{secret}"
+_BACKLOG: Final = 64
+#: What has execvp(3) look in the next place.
+_ELSEWHERE: Final = (ENOENT, ENOTDIR, ESTALE, ENODEV, ETIMEDOUT)
+#: Bytes that are looked at of a file that the kernel cannot execute.
+_FIRST: Final = 256
+#: The longest word of a supervisor's about its start, in bytes.
+_WORD: Final = 4096
+_CANNOT: Final = "the supervisor cannot start"
+#: An error as the supervisor tells it: errno, detail, path. This one says that it answers calls.
+_Told = tuple[int, str, str | None]
+_READY: Final[_Told] = (0, "", None)
+
+
+@dataclass(frozen=True, slots=True)
+class CallOptions:
+    """What a program's calls of memfd_restricted come to."""
+
+    number: int = SYS_memfd_restricted
+    #: Whether a call of the number that is none of memfd_restricted's may be cachestat's.
+    cachestat: bool = True
+    #: What the service is asked for that is started at the first call (``service.start.Options``),
+    #: unless there is a server.
+    api: str = "v10"
+    memory_max: int | None = None
+
+
+def replace(arguments: Sequence[str]) -> NoReturn:
+    """Execute a program in this one's place, found as a shell finds it; a script that names no interpreter is /bin/sh's.
+
+    Raises:
+        OSError: as execvp(3).
+    """
+    # Python ignores them from its start on, and exec would pass that on.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    name, refused = arguments[0], failed("exec", ENOENT)
+    for path in _places(name):
+        try:
+            os.execv(path, list(arguments))
+        except OSError as error:
+            if error.errno == ENOEXEC and _is_text(path):
+                with suppress(OSError):
+                    os.execv("/bin/sh", ["sh", "--", path, *arguments[1:]])
+            if error.errno == EACCES:
+                refused = error
+            elif error.errno not in _ELSEWHERE:
+                raise
+    raise refused
+
+
+def _places(name: str) -> list[str]:
+    if "/" in name or not name:
+        return [name] if name else []
+    # An empty entry is where the program is started.
+    return [os.path.join(directory or ".", name) for directory in os.get_exec_path()]
+
+
+def _is_text(path: str) -> bool:
+    """Say whether a file that the kernel cannot execute may be a shell's script, as shells judge it: by its first line."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(_FIRST)
+    except OSError:
+        return False
+    return not head.startswith(b"\x7fELF") and b"\0" not in head.partition(b"\n")[0]
+
+
+def install(call: CallOptions, *, usage: bool = False) -> bool:
+    """Put this thread and its future children under a supervisor of its own, or leave it to the one it is under already.
+
+    Returns whether it is its own; ``SERVER_VARIABLE`` then names the socket on which programs reach
+    the service behind their descriptors. The supervisor uses the server that this variable named
+    before, if it did. ``usage`` has its own service count what is done.
+
+    Raises:
+        OSError: ENOTSUP for a machine whose numbers are not known; as seccomp(2), EBUSY when a
+            filter above has a listener that is none of this program's; what keeps the supervisor
+            from starting. This thread may be under the filter then, where nobody answers.
+    """
+    machine = os.uname().machine
+    if machine not in TABLES:
+        raise failed("exec", ENOTSUP, f"numbers of system calls on {machine} are not known here")
+    name = _DOOR_NAME.format(pid=os.getpid(), secret=os.urandom(8).hex())
+    with _starting():
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        # Before the filter, which children inherit.
+        with _starting(), _door(name) as door:
+            _fork_supervisor(theirs, door, machine, call, usage=usage)
+        theirs.close()
+        process.prctl(process.PR_SET_NO_NEW_PRIVS, 1)
+        flags = seccomp.FilterFlag.NEW_LISTENER
+        if seccomp.flags_known(flags | seccomp.FilterFlag.WAIT_KILLABLE_RECV):
+            flags |= seccomp.FilterFlag.WAIT_KILLABLE_RECV
+        try:
+            listener = seccomp.install(program(machine, call.number), flags)
+        except OSError as error:
+            if error.errno == EBUSY and _is_present(call.number):
+                return False
+            raise
+        # One that has ended is heard of below.
+        with listener, suppress(ConnectionError):
+            send_with_fds(ours, b"listener", [listener.fileno()])
+        _hear(ours)
+    os.environ[SERVER_VARIABLE] = "@" + name
+    return True
+
+
+def _door(name: str) -> socket.socket:
+    """Return a socket where programs knock, which has a name and leaves nothing behind, as a path would if the supervisor were killed."""
+    door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        # Anybody can connect. To drop a stranger's socket may take as long as it lingers
+        # (SO_LINGER).
+        refuse_fds(door)
+        door.bind("\0" + name)
+        door.listen(_BACKLOG)
+    except BaseException:
+        door.close()
+        raise
+    return door
+
+
+def _is_present(number: int) -> bool:
+    """Say whether a call of the number already gives a restricted descriptor."""
+    try:
+        memfd_restricted(number=number).close()
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _starting() -> Generator[None]:
+    """Have what fails here be that the supervisor cannot start."""
+    try:
+        yield
+    except OSError as error:
+        raise _cannot(*_words(error)) from None
+
+
+def _words(error: OSError | MemoryError) -> _Told:
+    if isinstance(error, MemoryError):
+        return ENOMEM, "", None
+    return error.errno or ECHILD, detail_of(error), error.filename
+
+
+def _cannot(errno: int, detail: str, path: str | None) -> OSError:
+    return failed("exec", errno, _CANNOT + (f": {detail}" if detail else ""), path)
+
+
+def _hear(supervisor: socket.socket) -> None:
+    """Wait until the supervisor answers calls.
+
+    Raises:
+        OSError: what keeps it from that.
+    """
+    try:
+        word = supervisor.recv(_WORD)
+    except ConnectionResetError:
+        # It has ended without taking the listener. What it has said comes after that.
+        word = supervisor.recv(_WORD)
+    told: _Told = marshal.loads(word) if word else (ECHILD, "it was killed", None)
+    if told != _READY:
+        raise _cannot(*told)
+
+
+def _tell(channel: socket.socket, told: _Told) -> None:
+    # Under an outer supervisor nobody waits for this one's word.
+    with suppress(OSError):
+        channel.send(marshal.dumps(told), socket.MSG_NOSIGNAL)
+
+
+@contextmanager
+def _telling(channel: socket.socket) -> Generator[None]:
+    """Tell what fails here to who waits for the supervisor."""
+    try:
+        yield
+    except (OSError, MemoryError) as error:
+        _tell(channel, _words(error))
+
+
+def _fork_supervisor(
+    channel: socket.socket, door: socket.socket, machine: str, call: CallOptions, *, usage: bool
+) -> None:
+    """Start the supervisor; it waits at ``channel`` for the listener, and says there what came of it.
+
+    Its parent ends at once, and whoever reaps such orphans inherits it: init, or the nearest
+    subreaper above this process.
+
+    Raises:
+        OSError: EAGAIN, ENOMEM: no process is to be had.
+    """
+    program_pid, subreaper = os.getpid(), process.is_subreaper()
+    # The program may be one. It is to meet no child that it does not know, the service and its
+    # processes included.
+    process.prctl(process.PR_SET_CHILD_SUBREAPER, 0)
+    pending = signal.SIGCHLD in signal.sigpending()
+    try:
+        child = process.fork()
+        if not child:
+            _be_its_parent(channel, door, machine, call, program_pid, usage=usage)
+        # Where SIGCHLD is ignored the kernel reaps it, and this waits until it has.
+        with suppress(ChildProcessError):
+            os.waitpid(child, 0)
+        if not pending:
+            _forget_end()
+    finally:
+        process.prctl(process.PR_SET_CHILD_SUBREAPER, subreaper)
+
+
+def _forget_end() -> None:
+    """Take the signal of an end that was waited for, where it is blocked: the program never had that child.
+
+    There is one signal of a kind, so it may stand for another child, too.
+    """
+    if signal.SIGCHLD in signal.sigpending():
+        signal.sigtimedwait({signal.SIGCHLD}, 0)
+        with suppress(ChildProcessError):
+            if os.waitid(
+                os.P_ALL, 0, os.WEXITED | os.WSTOPPED | os.WCONTINUED | os.WNOHANG | os.WNOWAIT
+            ):
+                os.kill(os.getpid(), signal.SIGCHLD)
+
+
+def _be_its_parent(
+    channel: socket.socket,
+    door: socket.socket,
+    machine: str,
+    call: CallOptions,
+    program_pid: int,
+    *,
+    usage: bool,
+) -> NoReturn:
+    try:
+        with _telling(channel):
+            # The soft limit is the program's.
+            process.raise_fd_limit()
+            # The program may have closed its standard descriptors; these are not to be in their
+            # place.
+            channel, door = (
+                socket.socket(fileno=above_standard(sock.fileno()).detach())
+                for sock in (channel, door)
+            )
+            with process.proc() as found:
+                proc = above_standard(found.fileno())
+            if process.fork() == 0:
+                with _telling(channel):
+                    _supervise(channel, door, proc, machine, call, program_pid, usage=usage)
+    finally:
+        os._exit(0)
+
+
+def _supervise(
+    channel: socket.socket,
+    door: socket.socket,
+    proc: OwnedFd,
+    machine: str,
+    call: CallOptions,
+    program_pid: int,
+    *,
+    usage: bool,
+) -> None:
+    # What a terminal sends is for the program, and so are its descriptors: who waits for the end of
+    # a pipe waits for the program alone.
+    os.setpgid(0, 0)
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTOU):
+        signal.signal(number, signal.SIG_IGN)
+    process.set_name("rmem-supervisor")
+    complaint = _complaint(program_pid)
+    try:
+        null = os.open(os.devnull, os.O_RDWR)
+    except OSError as error:
+        raise named("open", error) from None
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    kept = () if complaint is None else complaint.filenos()
+    process.close_others((channel.fileno(), door.fileno(), proc.fileno(), *kept))
+    # Or a child would not be there to wait for.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    server = os.environ.get(SERVER_VARIABLE)
+    os.chdir("/")
+    _, fds = receive_with_fds(channel, 16)
+    if not fds:
+        return
+
+    def start() -> "Service":
+        # Late: a program's start makes calls that stop, and waits for no more than it must.
+        from restrictedmem.service.client import Service
+        from restrictedmem.service.start import Options
+
+        options = Options(api=call.api, memory_max=call.memory_max, usage=usage)
+        return Service.connect(server) if server else Service.start(options)
+
+    with channel:
+        porter = Porter(fds[0], door, start, complaint)
+        _tell(channel, _READY)
+    Supervisor(fds[0], porter, proc, TABLES[machine], call.number, cachestat=call.cachestat).run()
+
+
+def _complaint(program: int) -> Complaint | None:
+    """Keep a program's standard error; None where it is closed, or processes cannot be watched.
+
+    Raises:
+        OSError: EMFILE, ENFILE: nobody could be told why there are no descriptors.
+    """
+    try:
+        return Complaint(program)
+    except OSError as error:
+        if error.errno in (EMFILE, ENFILE):
+            raise
+        return None

@@ -1,0 +1,188 @@
+"""The owner's part of a trace: the file, and what only the owner knows (docs/use/trace.md)."""
+
+import os
+import re
+import socket
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Final, final
+
+from restrictedmem import sync
+from restrictedmem.paths import NewFile
+from restrictedmem.protocol import exits, guest_abi, trace_events
+from restrictedmem.protocol.trace_events import Fields, Trace, now
+from restrictedmem.threads import begin
+from restrictedmem.units import PAGE_SHIFT
+from restrictedmem.vmm.vm import Vcpu, Vm
+from restrictedmem.vmm.vmm import Ended, Vmm
+
+#: Bytes to read at a time.
+_PIECE: Final = 1 << 20
+#: Of the bytes of events: how many before one were lost; each process's first, and its last.
+_LOST: Final = re.compile(rb',"lost":(\d+)')
+_FIRST: Final = b',"event":"trace"'
+_LAST: Final = b',"event":"end"'
+_NAMES: Final = {
+    guest_abi.EXIT: "exit",
+    guest_abi.READ: "read",
+    guest_abi.WRITE: "write",
+    guest_abi.PARK: "park",
+    guest_abi.CHECK: "check",
+    guest_abi.MAP_GPA_RANGE: "map_gpa_range",
+}
+
+
+@contextmanager
+def record(
+    vmm: Vmm, path: str | Path, lost: Callable[[int], object] | None = None
+) -> Generator[None]:
+    """Write the events of a VMM, its VM and its vCPUs to a file, made anew; to be entered before the guest is loaded and run.
+
+    The owner's ``end`` is the file's last line: without it, the file is not all. ``lost`` is told
+    at the end how many events found no room on their way, if any did.
+
+    Raises:
+        OSError: as ``paths.create`` and ``Vm.start_trace``; at the end, what the file could not be
+            written or closed with.
+    """
+    file = _EventFile(path)
+    mine = Trace()
+    before = vmm.enter
+    try:
+        writer, reader = trace_events.pair()
+        mine.start(writer)
+        mine.emit("trace", version=trace_events.VERSION, side="owner")
+        with _carried(reader, file):
+            try:
+                with _carried_of_engine(vmm.vm, file):
+                    vmm.enter = _answering(mine, vmm)
+                    yield
+            finally:
+                vmm.enter = before
+                # Behind it comes no event that could say that it was lost.
+                writer.setblocking(True)
+                mine.end(**_how(vmm.outcome))
+    finally:
+        file.close()
+    file.check()
+    if lost is not None and file.lost:
+        lost(file.lost)
+
+
+@final
+class _EventFile:
+    """The file that events are carried to: neither the engine nor the owner's vCPUs wait for it."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._file = NewFile(os.fspath(path))
+        self._mutex = sync.mutex()
+        self._failure: OSError | None = None
+        #: Events that found no room on their way.
+        self.lost = 0
+
+    def write(self, lines: bytes) -> None:
+        """Write lines. After a failure they are forgotten: events that nobody takes off a socket would count as lost."""
+        with self._mutex:
+            self.lost += sum(map(int, _LOST.findall(lines)))
+            # An engine's end may be among what is lost.
+            self.lost += lines.count(_FIRST) - lines.count(_LAST)
+        self._try(partial(self._file.write, lines))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._try(self._file.close)
+
+    def _try(self, act: Callable[[], None]) -> None:
+        with self._mutex:
+            try:
+                if self._failure is None:
+                    act()
+            except OSError as error:
+                self._failure = error
+                with suppress(OSError):
+                    self._file.close()
+
+    def check(self) -> None:
+        """Raise what the file failed with.
+
+        Raises:
+            OSError: as write(2) and close(2).
+        """
+        if self._failure is not None:
+            raise self._failure
+
+
+@contextmanager
+def _carried_of_engine(vm: Vm, file: _EventFile) -> Generator[None]:
+    with _carried(vm.start_trace(), file):
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                # The engine may be gone, and its last words with it.
+                vm.end_trace()
+
+
+@contextmanager
+def _carried(reader: socket.socket, file: _EventFile) -> Generator[None]:
+    """Carry events to a file meanwhile, and close ``reader``."""
+    with reader:
+        thread = threading.Thread(target=_carry, args=(reader, file), name="trace", daemon=True)
+        begin(thread)
+        try:
+            yield
+        finally:
+            # No more than has come: an engine may have been out of reach, and a child may have the
+            # other end, too.
+            reader.shutdown(socket.SHUT_RD)
+            thread.join()
+
+
+def _carry(reader: socket.socket, file: _EventFile) -> None:
+    rest = b""
+    while data := reader.recv(_PIECE):
+        whole, newline, rest = (rest + data).rpartition(b"\n")
+        file.write(whole + newline)
+
+
+def _answering(mine: Trace, vmm: Vmm) -> Callable[[Vcpu, int], exits.Exit]:
+    """Return ``Vmm.enter`` with an event for each exit that was answered."""
+    numbers = {vcpu: index for index, vcpu in enumerate(vmm.vcpus)}
+    asked: dict[Vcpu, tuple[int, exits.Hypercall]] = {}
+    enter = vmm.enter
+
+    def traced(vcpu: Vcpu, value: int) -> exits.Exit:
+        if vcpu in asked:
+            started, call = asked.pop(vcpu)
+            event, fields = _of_answer(call)
+            mine.emit(event, vcpu=numbers[vcpu], **fields, result=value, ns=now() - started)
+        exit_ = enter(vcpu, value)
+        if isinstance(exit_, exits.Hypercall):
+            asked[vcpu] = now(), exit_
+        return exit_
+
+    return traced
+
+
+def _of_answer(call: exits.Hypercall) -> tuple[str, Fields]:
+    if call.number == guest_abi.MAP_GPA_RANGE:
+        gpa, npages, attributes, _ = call.arguments
+        return "conversion", {
+            "gfn": gpa >> PAGE_SHIFT,
+            "npages": npages,
+            "private": bool(attributes & guest_abi.MAP_GPA_RANGE_ENCRYPTED),
+        }
+    return "answer", {"call": _NAMES.get(call.number, str(call.number))}
+
+
+def _how(outcome: Ended | BaseException | None) -> Fields:
+    match outcome:
+        case Ended(status, None):
+            return {"status": status}
+        case Ended(status, fatal):
+            return {"status": status, "fatal": type(fatal).__name__}
+        case _:
+            return {"fatal": type(outcome).__name__}
