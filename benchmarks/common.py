@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 
 FLOOR: Final = Path(__file__).parent / "floor"
 _INCLUDE: Final = FLOOR.parent.parent / "guests" / "include"

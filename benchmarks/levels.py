@@ -11,7 +11,7 @@ from typing import Any, Final
 from benchmarks.common import Figure, Lab, alternate, service
 from benchmarks.guest import OVERHEAD, plain_to_hypercall, run_to_hypercall, spin
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.units import PAGE_SHIFT
 
 _HUGE_PAGE: Final = 2 << 20

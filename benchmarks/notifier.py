@@ -26,7 +26,7 @@ from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.protocol import guest_abi
 from restrictedmem.service import wire
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PAGE_SIZE, pgoff_t
 from restrictedmem.vmm.vm import Vm

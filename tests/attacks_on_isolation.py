@@ -26,7 +26,7 @@ from restrictedmem.protocol import exits, guest_abi
 from restrictedmem.service import wire
 from restrictedmem.service.client import PACKAGE_ROOT
 from restrictedmem.service.listener import listen
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PAGE_SIZE as PAGE
 from restrictedmem.vmm.vm import Vm
@@ -84,7 +84,7 @@ assert restrictedmem.__file__.startswith(copy)
 from restrictedmem.abi.process import set_name
 from restrictedmem.audit.attacker import drop_capabilities
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 import test_sealing
 set_name("attacker")
 place = pathlib.Path(marker).parent

@@ -19,7 +19,7 @@ from restrictedmem.audit.attacker import drop_capabilities
 from restrictedmem.fd import OwnedFd
 from restrictedmem.protocol import exits, guest_abi
 from restrictedmem.service.client import Service, address
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PAGE_SIZE as PAGE
 from restrictedmem.vmm.vm import Vcpu, Vm

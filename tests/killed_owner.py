@@ -39,7 +39,7 @@ from restrictedmem.fd import send_with_fds
 from restrictedmem.fs.filesystem import PROVE, TOKEN_BYTES
 from restrictedmem.protocol import vm_wire
 from restrictedmem.service.client import Service, address
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.service.wire import Call, Channel
 from restrictedmem.units import PAGE_SIZE as PAGE
 from restrictedmem.vmm import elf

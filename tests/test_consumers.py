@@ -55,8 +55,8 @@ from restrictedmem.service import consumer_process as service_consumer
 from restrictedmem.service import program, wire
 from restrictedmem.service.client import Service
 from restrictedmem.service.consumers import Consumers, Troubles
+from restrictedmem.service.options import Options
 from restrictedmem.service.signing import Signer
-from restrictedmem.service.start import Options
 from restrictedmem.service.tokens import Tokens
 from restrictedmem.service.wire import Call, Channel
 from restrictedmem.units import MAX_FILE_BYTES, PageRange, pgoff_t

@@ -27,8 +27,8 @@ from restrictedmem.service.consumers import Consumers
 from restrictedmem.service.daemon import ControlThread
 from restrictedmem.service.door import Connection
 from restrictedmem.service.ending import Word
+from restrictedmem.service.options import Options, Origin
 from restrictedmem.service.signing import Signer
-from restrictedmem.service.start import Options, Origin
 from restrictedmem.service.wire import Call, Channel, Message
 
 PATIENCE = 10.0
@@ -116,7 +116,7 @@ def test_ready_is_said_when_there_is_somebody_to_answer(monkeypatch: pytest.Monk
 
     def body() -> object:
         monkeypatch.setattr(threads, "start", begin)
-        monkeypatch.setattr(daemon, "Server", lambda *_: SimpleNamespace(run=bool))  # pyright: ignore
+        monkeypatch.setattr(daemon, "FuseServer", lambda *_: SimpleNamespace(run=bool))  # pyright: ignore
         start(owner, monkeypatch)
         return began
 
@@ -138,7 +138,7 @@ def test_the_service_is_sealed_before_it_is_ready(monkeypatch: pytest.MonkeyPatc
 
     def body() -> object:
         monkeypatch.setattr(threads, "start", nothing)
-        monkeypatch.setattr(daemon, "Server", lambda *_: SimpleNamespace(run=bool))  # pyright: ignore
+        monkeypatch.setattr(daemon, "FuseServer", lambda *_: SimpleNamespace(run=bool))  # pyright: ignore
         start(owner, monkeypatch, seal)
         return sealed
 
@@ -152,7 +152,7 @@ def test_the_service_ends_after_its_last_consumer(monkeypatch: pytest.MonkeyPatc
     def body() -> object:
         order: list[str] = []
         server = SimpleNamespace(run=lambda: order.append("mount"))
-        monkeypatch.setattr(daemon, "Server", lambda *_: server)  # pyright: ignore
+        monkeypatch.setattr(daemon, "FuseServer", lambda *_: server)  # pyright: ignore
         monkeypatch.setattr(Consumers, "wait_idle", lambda _: order.append("consumers"))  # pyright: ignore
         start(owner, monkeypatch)
         return order

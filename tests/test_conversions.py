@@ -12,7 +12,7 @@ from restrictedmem.abi import memory
 from restrictedmem.fd import OwnedFd
 from restrictedmem.protocol import exits, guest_abi
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.vmm.vm import Vcpu, Vm
 
 pytestmark = pytest.mark.requires("fuse")

@@ -13,7 +13,7 @@ from restrictedmem.protocol import exits
 from restrictedmem.protocol.exits import BREAKPOINT, DR6_BS, SINGLE_STEP, Debug
 from restrictedmem.protocol.guest_abi import HYPERCALL_PAGE
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.units import PAGE_SIZE
 from restrictedmem.vmm.vm import Vcpu, Vm
 from software_machine import CODE, DATA, DEVICE, STACK, Machine, machine_code, make_machine

@@ -53,7 +53,7 @@ from outcomes import Errno, in_child, outcome
 from restrictedmem.abi import kvm, memory, process
 from restrictedmem.abi.memory import PUNCH, FallocMode, fallocate
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.units import MAX_FILE_BYTES
 
 DIVERGENCES = Path(__file__).parent.parent / "docs" / "reference" / "divergences.md"

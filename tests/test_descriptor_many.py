@@ -23,7 +23,7 @@ from restrictedmem.fs.mount_ways import Way
 from restrictedmem.fs.mounter import mount
 from restrictedmem.mm.notifier import Api
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.units import PAGE_SIZE
 from waiting import wait_until
 

@@ -32,7 +32,7 @@ from restrictedmem.protocol.exits import (
     Shutdown,
 )
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.vmm.vm import Vcpu, Vm
 from waiting import wait_until
 

@@ -34,7 +34,7 @@ from restrictedmem.mm.backing import (
 from restrictedmem.mm.folios import BLOCK
 from restrictedmem.mm.pages import Pages
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
 from waiting import wait_until
 

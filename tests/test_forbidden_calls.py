@@ -14,7 +14,7 @@ from restrictedmem.mm.backing import MemfdBacking
 from restrictedmem.mm.design import NAMES, TEARDOWN
 from restrictedmem.mm.folios import NOT_TOLD
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PAGE_SIZE as PAGE
 from users import forbid

@@ -15,7 +15,7 @@ from restrictedmem.fd import OwnedFd
 from restrictedmem.fs import mounter
 from restrictedmem.fs.mount_ways import Way
 from restrictedmem.service import discover
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from users import MS_PRIVATE, MS_REC, mount
 
 pytestmark = pytest.mark.requires("root")

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from restrictedmem.protocol import exits
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.vmm import elf
 from restrictedmem.vmm.gdb import rsp, target
 from restrictedmem.vmm.gdb.stub import serve

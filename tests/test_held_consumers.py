@@ -16,7 +16,7 @@ from processes import family, wait_gone
 from restrictedmem.abi import memory
 from restrictedmem.service import wire
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PAGE_SIZE as PAGE
 from restrictedmem.vmm.vm import Vm

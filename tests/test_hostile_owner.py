@@ -31,7 +31,8 @@ from restrictedmem.fd import OwnedFd
 from restrictedmem.protocol import guest_abi
 from restrictedmem.service import client
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options, harden
+from restrictedmem.service.options import Options
+from restrictedmem.service.privileges import harden
 from restrictedmem.units import PAGE_SIZE as PAGE
 from restrictedmem.vmm.vm import Vm
 from users import as_user

@@ -44,7 +44,7 @@ from restrictedmem.protocol.trace_events import Trace
 from restrictedmem.protocol.vm_wire import Creation
 from restrictedmem.service import SERVER_VARIABLE, client
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PageRange, gfn_t, pgoff_t
 from restrictedmem.vmm import elf
 from restrictedmem.vmm.vm import Vm as VmOfOwner

@@ -30,7 +30,7 @@ from restrictedmem.protocol import exits, guest_abi, vm_wire
 from restrictedmem.protocol.measurement import Measurement, measure
 from restrictedmem.protocol.trace_events import Trace
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.service.wire import Call, Channel
 from restrictedmem.vmm import elf
 from restrictedmem.vmm.vm import Vcpu, Vm

@@ -43,7 +43,7 @@ from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.protocol import exits
 from restrictedmem.protocol.trace_events import Trace, pair
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.units import PAGE_SHIFT, PageRange, gfn_t, pgoff_t
 from restrictedmem.vmm import elf
 from restrictedmem.vmm.vm import Vcpu

@@ -20,7 +20,7 @@ from restrictedmem.protocol import exits
 from restrictedmem.service.client import Service
 from restrictedmem.service.consumer_process import Binding, ConsumerProcess
 from restrictedmem.service.consumers import Consumers, Troubles
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.vmm.vm import Vm
 from waiting import wait_until
 

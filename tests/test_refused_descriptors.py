@@ -20,7 +20,7 @@ from restrictedmem.audit.syscalls import pidfd_getfd
 from restrictedmem.fd import KERNEL_REFUSES, receive_without_fds, send_with_fds
 from restrictedmem.fs import mounter
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.service.wire import Channel
 from restrictedmem.vmm.vm import Vm
 from waiting import wait_until

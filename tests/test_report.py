@@ -28,9 +28,9 @@ from restrictedmem.protocol import exits, guest_abi
 from restrictedmem.service import signing
 from restrictedmem.service.client import Service
 from restrictedmem.service.consumer_process import ConsumerProcess
+from restrictedmem.service.options import Options
 from restrictedmem.service.report import REPORT_BYTES, Report, signed_by_its_key
 from restrictedmem.service.signing import Signer
-from restrictedmem.service.start import Options
 from restrictedmem.vmm.vm import Vcpu, Vm
 
 EPERM, EACCES, EINVAL, ENOSYS, EBADMSG, ENOENT = 1, 13, 22, 38, 74, 2

@@ -16,7 +16,7 @@ from processes import descriptors
 from restrictedmem.abi import memory
 from restrictedmem.protocol import exits, vm_wire
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.service.wire import Call
 from restrictedmem.vmm.vm import Vcpu, Vm
 from waiting import wait_until

@@ -26,7 +26,7 @@ from restrictedmem.service import refusals, wire
 from restrictedmem.service.client import START_DEADLINE, Service, start_process
 from restrictedmem.service.client_services import ClientServices
 from restrictedmem.service.listener import listen
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.vmm.vm import Vm
 from users import ORDINARY, as_user
 from waiting import PATIENCE, wait_until

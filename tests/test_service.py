@@ -23,7 +23,7 @@ from restrictedmem.fs.filesystem import TOKEN_BYTES
 from restrictedmem.protocol import guest_abi
 from restrictedmem.service import client
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PAGE_SIZE as PAGE
 from restrictedmem.vmm.vm import Vm

@@ -26,7 +26,7 @@ from restrictedmem.protocol import guest_abi
 from restrictedmem.protocol import vm_wire as kvm_wire
 from restrictedmem.service import wire
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.service.tokens import MAX_TOKENS
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PAGE_SIZE as PAGE

@@ -15,7 +15,7 @@ from restrictedmem.abi import kvm, memory, stat
 from restrictedmem.protocol import vm_wire
 from restrictedmem.protocol.vm_wire import SlotFiles
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.vmm.vm import Vm
 from waiting import wait_until
 

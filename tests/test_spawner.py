@@ -20,8 +20,8 @@ from processes import descriptors, family, process, queued, wait_gone
 from restrictedmem.fd import OwnedFd
 from restrictedmem.service import wire
 from restrictedmem.service.client import Service
+from restrictedmem.service.options import Options
 from restrictedmem.service.spawner import _Spawner
-from restrictedmem.service.start import Options
 from restrictedmem.vmm.vm import Vm
 from users import as_user
 from waiting import wait_until

@@ -22,9 +22,9 @@ from restrictedmem.service import wire
 from restrictedmem.service.client import Service
 from restrictedmem.service.consumers import Consumers, Troubles
 from restrictedmem.service.door import Connection
+from restrictedmem.service.options import Options
 from restrictedmem.service.signing import Signer
 from restrictedmem.service.spawns import Spawns
-from restrictedmem.service.start import Options
 from restrictedmem.service.tokens import Tokens
 from restrictedmem.service.wire import Channel
 from waiting import wait_until

@@ -13,7 +13,7 @@ import pytest
 
 from outcomes import Errno, outcome
 from restrictedmem.protocol.vm_wire import Creation
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.service.wire import Channel
 from waiting import PATIENCE
 

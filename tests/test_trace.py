@@ -21,7 +21,7 @@ from restrictedmem.fd import OwnedFd
 from restrictedmem.protocol import exits
 from restrictedmem.protocol.trace_events import VERSION, Trace, of_exit, pair
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.vmm import elf, perfetto
 from restrictedmem.vmm.recording import record
 from restrictedmem.vmm.vm import Vm

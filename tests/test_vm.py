@@ -13,7 +13,7 @@ from restrictedmem.abi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE
 from restrictedmem.fd import OwnedFd
 from restrictedmem.protocol import exits, vm_wire
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.service.wire import Call
 from restrictedmem.vmm.vm import Vcpu, Vm
 from waiting import wait_until

@@ -25,7 +25,7 @@ from restrictedmem.protocol import exits, vm_wire
 from restrictedmem.protocol.measurement import measure
 from restrictedmem.protocol.vm_wire import Creation
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.vmm.vm import Vm
 from software_machine import machine_code, make_machine
 

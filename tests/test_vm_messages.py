@@ -25,7 +25,7 @@ from restrictedmem.kvm.half import is_memfd
 from restrictedmem.kvm.serving import serve_one
 from restrictedmem.protocol import exits, vm_wire
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.service.wire import MAX_MESSAGE, Call, Channel, Message
 from restrictedmem.vmm.vm import Vcpu, Vm
 from waiting import wait_until

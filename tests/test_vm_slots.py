@@ -17,7 +17,7 @@ from restrictedmem.devkvm.vm_fd import address_of
 from restrictedmem.kvm.vm_memory import MAX_ALL_PAGES
 from restrictedmem.protocol import exits, vm_wire
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.vmm.vm import Vcpu, Vm
 
 pytestmark = pytest.mark.requires("fuse")

@@ -22,7 +22,7 @@ from restrictedmem import guests
 from restrictedmem.abi import memory
 from restrictedmem.protocol import exits, guest_abi
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.vmm import elf
 from restrictedmem.vmm import vmm as vmm_module
 from restrictedmem.vmm.vmm import Ended, Vmm

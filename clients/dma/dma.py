@@ -14,7 +14,7 @@ from typing import TypeVar
 from restrictedmem import sync
 from restrictedmem.consumer import BoundFile, Consumer
 from restrictedmem.fd import close_all
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.service.wire import Call, Channel, Message
 from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
 

@@ -3,8 +3,9 @@
 Layers, imports going down only: cli, kvm, service, fs, mm, and below them abi, fd, units, sync.
 """
 
+from restrictedmem.version import __version__ as __version__
+
 __all__ = ["RMFD_HUGEPAGE", "memfd_restricted"]
-__version__ = "0.1.0"
 
 #: Flag of ``memfd_restricted``: a hint to use folios of 2 MiB, whatever the machine's policy
 #: (docs/understand/folios.md).

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from restrictedmem.consumer import BoundFile, Consumer
 from restrictedmem.fd import OwnedFd
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.service.wire import Call, Channel
 from restrictedmem.units import PageRange, pgoff_t
 

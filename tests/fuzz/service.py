@@ -20,13 +20,13 @@ from restrictedmem.mm.backing import MemfdBacking
 from restrictedmem.mm.design import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.restrictedmem import RestrictedFile
-from restrictedmem.service import program, wire
+from restrictedmem.service import wire
 from restrictedmem.service.consumer_process import _MAX_DEPTH
 from restrictedmem.service.consumers import Consumers, Troubles
 from restrictedmem.service.daemon import ControlThread
 from restrictedmem.service.door import Connection
+from restrictedmem.service.options import VM, Options, Origin
 from restrictedmem.service.signing import Signer
-from restrictedmem.service.start import Options, Origin
 from restrictedmem.service.tokens import Tokens
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import pgoff_t
@@ -182,7 +182,7 @@ def consumer(data: bytes) -> None:
     source = Source(data)
     tokens, troubles = Tokens(), Troubles()
     consumers = Consumers(tokens, Options(memory_max=_LIMIT), Signer(), troubles)
-    made = consumers.add(program.VM if source.number(1) & 1 else "dma")
+    made = consumers.add(VM if source.number(1) & 1 else "dma")
     theirs, notify = made.give_sockets()
     with closing(theirs), closing(notify), _presented(tokens) as file, ExitStack() as end:
         end.callback(consumers.end, made)
@@ -200,7 +200,7 @@ def consumer(data: bytes) -> None:
             error, body = answer(theirs)
             assert (
                 error
-                or made.name == program.VM
+                or made.name == VM
                 or found.number not in (wire.LAUNCHED.number, wire.SIGN.number)
             )
             if found.number == wire.SIGN.number and not error:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Final
 
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 
 from . import places
 from .make import make

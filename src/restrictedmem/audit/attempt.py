@@ -4,17 +4,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from errno import ECHILD, ETIMEDOUT, errorcode
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from restrictedmem.audit.attacker import Attacker
+from restrictedmem.audit.pattern import Buffer
 from restrictedmem.child import in_child
-
-if TYPE_CHECKING:
-    from restrictedmem.audit.attacker import Attacker
 
 #: Seconds that one attempt may take.
 DEADLINE: Final = 20.0
-
-Buffer = bytes | bytearray | memoryview
 
 
 class Outcome(Enum):
@@ -50,7 +47,7 @@ class Route:
     target: str
     """At whom or what it aims."""
     name: str
-    run: "Callable[[Attacker], Iterable[Buffer]]"
+    run: Callable[[Attacker], Iterable[Buffer]]
     power: bool = False
     """Whether not being refused is a find in itself, content or none."""
     open_by: str = ""
@@ -73,7 +70,7 @@ class Attempt:
     searched: int = 0
 
 
-def attempt(route: Route, owner: "Attacker") -> Attempt:
+def attempt(route: Route, owner: Attacker) -> Attempt:
     """Try a route, in a child of its own, so that neither a signal nor what it leaves behind reaches the next."""
     try:
         outcome, searched, note = in_child(lambda: _look(route, owner), DEADLINE)
@@ -99,7 +96,7 @@ def attempt(route: Route, owner: "Attacker") -> Attempt:
     return Attempt(route.target, route.name, outcome, detail=note, searched=searched)
 
 
-def _look(route: Route, owner: "Attacker") -> tuple[Outcome, int, str]:
+def _look(route: Route, owner: Attacker) -> tuple[Outcome, int, str]:
     searched = 0
     try:
         for chunk in route.run(owner):

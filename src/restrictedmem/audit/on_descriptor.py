@@ -8,7 +8,8 @@ from typing import Final
 from restrictedmem.abi import memory
 from restrictedmem.audit import syscalls
 from restrictedmem.audit.attacker import Attacker
-from restrictedmem.audit.attempt import Buffer, Route
+from restrictedmem.audit.attempt import Route
+from restrictedmem.audit.pattern import Buffer
 from restrictedmem.fd import OwnedFd
 
 _LENGTH: Final = 1 << 16

@@ -12,7 +12,8 @@ from restrictedmem.abi import process
 from restrictedmem.abi.process import CLONE_NEWNS
 from restrictedmem.audit import syscalls
 from restrictedmem.audit.attacker import Attacker
-from restrictedmem.audit.attempt import Buffer, Route
+from restrictedmem.audit.attempt import Route
+from restrictedmem.audit.pattern import Buffer
 from restrictedmem.audit.reading import of_process
 from restrictedmem.fd import OwnedFd
 from restrictedmem.fs.mounter import enter_user_namespace

@@ -15,8 +15,9 @@ from typing import Final
 from restrictedmem.abi.process import CLONE_NEWNS, CLONE_NEWUSER, setns, unshare
 from restrictedmem.audit import syscalls
 from restrictedmem.audit.attacker import Attacker
-from restrictedmem.audit.attempt import Buffer, Route
+from restrictedmem.audit.attempt import Route
 from restrictedmem.audit.on_processes import NAMES, powers
+from restrictedmem.audit.pattern import Buffer
 from restrictedmem.child import in_child
 from restrictedmem.fd import OwnedFd
 

@@ -11,7 +11,8 @@ from typing import Final
 from restrictedmem.abi.process import CLONE_NEWNS, CLONE_NEWUSER
 from restrictedmem.audit import syscalls
 from restrictedmem.audit.attacker import Attacker
-from restrictedmem.audit.attempt import Buffer, Route
+from restrictedmem.audit.attempt import Route
+from restrictedmem.audit.pattern import Buffer
 from restrictedmem.audit.reading import by_process_vm_readv, of_file, of_process
 from restrictedmem.fd import OwnedFd
 from restrictedmem.units import PAGE_SIZE

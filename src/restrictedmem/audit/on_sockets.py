@@ -12,7 +12,8 @@ from functools import partial
 from typing import Final
 
 from restrictedmem.audit.attacker import Attacker
-from restrictedmem.audit.attempt import Buffer, Route
+from restrictedmem.audit.attempt import Route
+from restrictedmem.audit.pattern import Buffer
 from restrictedmem.audit.reading import of_file
 from restrictedmem.fd import OwnedFd, close_all
 from restrictedmem.service import wire

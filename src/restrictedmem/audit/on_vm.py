@@ -10,8 +10,9 @@ from typing import Final
 
 from restrictedmem.abi import memory
 from restrictedmem.audit.attacker import SMALL, Attacker
-from restrictedmem.audit.attempt import Buffer, MeasurementTellsError, Route
+from restrictedmem.audit.attempt import MeasurementTellsError, Route
 from restrictedmem.audit.held_guest import HeldGuest, image
+from restrictedmem.audit.pattern import Buffer
 from restrictedmem.audit.reading import of_descriptors, of_file
 from restrictedmem.fd import OwnedFd, readable
 from restrictedmem.protocol import exits, guest_abi

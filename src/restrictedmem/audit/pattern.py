@@ -2,7 +2,7 @@
 
 from typing import Final, final
 
-from restrictedmem.audit.attempt import Buffer
+Buffer = bytes | bytearray | memoryview
 
 _MASK: Final = (1 << 64) - 1
 _WORD: Final = 8

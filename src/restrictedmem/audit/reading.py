@@ -9,7 +9,7 @@ from errno import EFAULT, ENXIO
 from typing import Final
 
 from restrictedmem.audit import syscalls
-from restrictedmem.audit.attempt import Buffer
+from restrictedmem.audit.pattern import Buffer
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE
 
 _CHUNK: Final = 1 << 20

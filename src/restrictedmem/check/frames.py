@@ -7,14 +7,11 @@ was freed and came back is another one.
 
 from collections.abc import Callable, Hashable, Iterator
 from errno import ENOMEM, ENOSPC
-from typing import TYPE_CHECKING, Final, final
+from typing import Final, Protocol, final
 
 from restrictedmem.check.control import saw, touch
 from restrictedmem.mm.memfd import never
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
-
-if TYPE_CHECKING:
-    from restrictedmem.check.invariants import Invariants
 
 HUGE: Final = 9
 #: Pages of a huge folio.
@@ -25,6 +22,22 @@ _PRESENT: Final = bytes([0]) + bytes([1]) * 255
 MEMORY: Final = "memory"
 
 
+class FrameObserver(Protocol):
+    """Is told of each change of a file's frames (``invariants``); ranges in pages of the file."""
+
+    def before_free(self, span: PageRange) -> None:
+        """Check that nobody uses frames that are about to go."""
+
+    def freed(self, span: PageRange) -> None:
+        """Check that nobody still wants the content of frames that are gone."""
+
+    def zeroed(self, span: PageRange) -> None:
+        """Check that nobody still wants the content of frames that are zero now."""
+
+    def dying(self) -> None:
+        """Note that the last reference to the file is gone."""
+
+
 @final
 class Frames:
     """Frames of one file (``Backing`` for the shim, ``Allocator`` for a consumer).
@@ -33,8 +46,8 @@ class Frames:
     ``hugetlb`` (2 MiB folios, of which a punch inside zeroes what it covers and frees nothing).
     """
 
-    def __init__(self, invariants: "Invariants", npages: int, kind: str) -> None:
-        self._invariants = invariants
+    def __init__(self, observer: FrameObserver, npages: int, kind: str) -> None:
+        self._observer = observer
         self.kind = kind
         #: By page: 0 is a hole, else the number of its frame.
         self.numbers = bytearray(npages)
@@ -129,12 +142,12 @@ class Frames:
             self._zero(span)
 
     def _free(self, span: PageRange) -> None:
-        self._invariants.before_free(span)
+        self._observer.before_free(span)
         touch(MEMORY, write=True)
         saw(None)
         if self.refuses:
             raise OSError(ENOMEM, "punch: no memory to split a folio")
-        self._invariants.freed(span)
+        self._observer.freed(span)
         self.numbers[span.start : span.end] = bytes(len(span))
         self._huge -= {
             head for head in self._huge if span.start < head + HUGE_PAGES and head < span.end
@@ -145,7 +158,7 @@ class Frames:
         if len(span):
             touch(MEMORY, write=True)
             saw(None)
-            self._invariants.zeroed(span)
+            self._observer.zeroed(span)
             self._forget(span)
 
     def _forget(self, span: PageRange) -> None:
@@ -203,6 +216,6 @@ class Frames:
     def close(self) -> None:
         """Free everything (``Backing``)."""
         whole = PageRange(pgoff_t(0), pgoff_t(len(self.numbers)))
-        self._invariants.dying()
+        self._observer.dying()
         self.refuses = False
         self._free(whole)

@@ -3,21 +3,18 @@
 from collections.abc import Hashable
 from dataclasses import dataclass
 from errno import EFAULT
-from typing import TYPE_CHECKING, Final, final
+from typing import Final, final
 
 from restrictedmem.abi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE
 from restrictedmem.check.control import forget, saw, touch
 from restrictedmem.check.frames import MEMORY
-from restrictedmem.check.invariants import SlotHistory, acting
+from restrictedmem.check.invariants import Invariants, SlotHistory, acting
 from restrictedmem.kvm.engine import VcpuEngine
 from restrictedmem.kvm.engine_vcpu import EngineVcpu
 from restrictedmem.kvm.memslot import PRIVATE, READ, WRITE
-from restrictedmem.kvm.mmu import Fault
+from restrictedmem.kvm.mmu import Fault, Mmu
 from restrictedmem.protocol.exits import Exit, Hypercall, MemoryFault, MmioRead
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, gfn_t
-
-if TYPE_CHECKING:
-    from restrictedmem.check.world import World
 
 #: What a guest that has done all it came for exits with.
 DONE: Final = Hypercall(0, (0, 0, 0, 0))
@@ -50,8 +47,9 @@ class GuestCpu:
     fault has to be tried again.
     """
 
-    def __init__(self, world: "World", number: int) -> None:
-        self._world = world
+    def __init__(self, invariants: Invariants, mmu: Mmu, number: int) -> None:
+        self._invariants = invariants
+        self._mmu = mmu
         self._name = f"vCPU {number}"
         self.program: list[Access] = []
         self._next = 0
@@ -69,8 +67,8 @@ class GuestCpu:
         return self._next, tuple(tlb), self.kicked
 
     def _leads_to(self, gfn: int, number: int) -> bytes:
-        view = self._world.view_of(gfn)
-        return self._world.frames.against(
+        view = self._invariants.view_of(gfn)
+        return self._invariants.frames.against(
             bytes([number]), gfn - view.slot.base_gfn + view.window.start
         )
 
@@ -78,7 +76,7 @@ class GuestCpu:
         """Wait until no invalidation is in progress, or until ``kick``."""
         # Whoever comes here has nothing in mind but to go on with the guest.
         forget(("settle", self._name, acting.get()))
-        self._world.vm.mmu.wait_settled(unless=self._was_kicked)
+        self._mmu.wait_settled(unless=self._was_kicked)
 
     def _was_kicked(self) -> bool:
         touch(self._name, write=False)
@@ -101,7 +99,7 @@ class GuestCpu:
         return DONE
 
     def _access(self, access: Access) -> Exit | None:
-        view = self._world.view_of(access.gfn)
+        view = self._invariants.view_of(access.gfn)
         needed = READ if access.value is None else WRITE
         if not self.tlb.get(access.gfn, (0, 0))[0] & needed:
             exit_ = self._fill(view, access.gfn)
@@ -110,18 +108,18 @@ class GuestCpu:
         touch(MEMORY, write=False)
         saw(None)
         entry, number = self.tlb[access.gfn]
-        self._world.invariants.access(view, access.gfn, entry, number, access.value)
+        self._invariants.access(view, access.gfn, entry, number, access.value)
         return DONE
 
     def _fill(self, view: SlotHistory, gfn: int) -> Exit | None:
         index = gfn - view.slot.base_gfn
         # Slots come and go only while every vCPU is held, so that looking is no step.
-        if self._world.vm.mmu.slot_of(gfn) is None:
+        if self._mmu.slot_of(gfn) is None:
             return MmioRead(gfn << PAGE_SHIFT, 8)
         entry = view.slot.entries[index]
         if not entry:
             try:
-                fault = self._world.vm.mmu.fault(view.slot, gfn)
+                fault = self._mmu.fault(view.slot, gfn)
             except OSError as error:
                 return self._memory_fault(gfn, error.errno or EFAULT)
             if fault is Fault.NO_HALF:
@@ -138,7 +136,7 @@ class GuestCpu:
 
     def drop(self, start: gfn_t, end: gfn_t) -> None:
         """Forget translations of a range of guest pages."""
-        self._world.invariants.dropped(start, end)
+        self._invariants.dropped(start, end)
         for gfn in [gfn for gfn in self.tlb if start <= gfn < end]:
             del self.tlb[gfn]
 
@@ -147,7 +145,7 @@ class GuestCpu:
         touch(self._name, write=True)
         saw(None)
         self.kicked = True
-        self._world.vm.mmu.wake()
+        self._mmu.wake()
 
     def flush(self) -> None:
         """Forget everything, as when a slot goes; the vCPU is held."""

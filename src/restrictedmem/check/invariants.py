@@ -266,6 +266,10 @@ class Invariants:
         for view in self.views:
             view.closed = [told for told in view.closed if told.actor != acting.get()]
 
+    def view_of(self, gfn: int) -> SlotHistory:
+        """Return the history of the slot that shows a guest page."""
+        return next(view for view in self.views if view.slot.base_gfn <= gfn < view.slot.end_gfn)
+
     def before_free(self, span: PageRange) -> None:
         """Check that nobody uses frames that are about to go."""
         for view in self._live():

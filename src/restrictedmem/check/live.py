@@ -37,7 +37,7 @@ from restrictedmem.fd import readable
 from restrictedmem.mm.design import make
 from restrictedmem.platform import platform
 from restrictedmem.service.client import Service
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.text import Line
 from restrictedmem.vmm.vm import Vm
 

@@ -385,8 +385,8 @@ def _place(where: SupportsIndex | slice) -> Hashable:
 _FACTORIES: Final[dict[str, Callable[..., object]]] = {
     "mutex": Mutex,
     "condition": Condition,
-    "ControlledRwSem": ControlledRwSem,
-    "ControlledSharedWords": ControlledSharedWords,
+    "RwSem": ControlledRwSem,
+    "SharedWords": ControlledSharedWords,
     "shared_bytes": SharedBytes,
     "relax": relax,
 }

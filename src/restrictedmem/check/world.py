@@ -106,7 +106,7 @@ class Host:
 
     def prepare(self, ino: int, span: PageRange, gfn: gfn_t, order: int) -> None:
         """Check what is about to be mapped."""
-        view = self._world.view_of(gfn)
+        view = self._world.invariants.view_of(gfn)
         self._world.invariants.install(view, span, gfn)
         folio = self._world.frames.order(span.start)
         if order > folio:
@@ -249,7 +249,7 @@ class World:
 
     def add_vcpu(self, *program: Access) -> EngineVcpu:
         """Make a vCPU with guest code on it."""
-        cpu = GuestCpu(self, len(self._cpus))
+        cpu = GuestCpu(self.invariants, self.vm.mmu, len(self._cpus))
         cpu.program = list(program)
         # Of an engine, a run needs no more than it has.
         vcpu = WatchedVcpu(cast("VcpuEngine", cpu))
@@ -406,12 +406,6 @@ class World:
         self.file.put()
 
     # What the explorer asks (Program).
-
-    def view_of(self, gfn: int) -> SlotHistory:
-        """Return the slot that shows a guest page."""
-        return next(
-            view for view in self.invariants.views if view.slot.base_gfn <= gfn < view.slot.end_gfn
-        )
 
     def actors(self) -> Sequence[tuple[str, Callable[[], None]]]:
         """Return who acts."""

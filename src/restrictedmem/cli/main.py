@@ -12,10 +12,10 @@ import sys
 from errno import EPIPE
 from typing import Final, NoReturn, final
 
-from restrictedmem import __version__
 from restrictedmem.cli import hints, streams
 from restrictedmem.cli.errors import CommandError, complain
 from restrictedmem.failure import line_of
+from restrictedmem.version import __version__
 
 #: Modules of this package. Each is imported when it is wanted: ``exec`` is to start as fast as it
 #: can.

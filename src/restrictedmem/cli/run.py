@@ -155,7 +155,7 @@ def main(args: argparse.Namespace) -> int:
     """Run the command and return the guest's exit status, or that of the proof."""
     from restrictedmem.service import SERVER_VARIABLE
     from restrictedmem.service.client import Service
-    from restrictedmem.service.start import Options
+    from restrictedmem.service.options import Options
 
     if (args.guest is None) == (args.prove is None):
         args.error(

@@ -19,7 +19,7 @@ from restrictedmem.mm.backing import KINDS, make_backing
 
 if TYPE_CHECKING:
     from restrictedmem.service.client_cgroups import ClientCgroups
-    from restrictedmem.service.start import Options
+    from restrictedmem.service.options import Options
 
 #: Services of one uid.
 _PLACES = 64
@@ -132,7 +132,7 @@ def main(args: argparse.Namespace) -> int:
     from restrictedmem.abi import process
     from restrictedmem.service.client_services import ClientServices
     from restrictedmem.service.listener import listen
-    from restrictedmem.service.start import Options
+    from restrictedmem.service.options import Options
 
     uids = _uids(args.user)
     options = Options(

@@ -39,7 +39,7 @@ from restrictedmem.service.wire import Channel
 from restrictedmem.units import PageRange, pgoff_t
 
 if TYPE_CHECKING:
-    from restrictedmem.service.start import Options
+    from restrictedmem.service.options import Options
 
 
 _T = TypeVar("_T")

@@ -42,7 +42,7 @@ from restrictedmem.fs.filesystem import HUGEPAGE_MODE, NAME, PROVE
 from restrictedmem.patience import Patience
 from restrictedmem.service import SERVER_VARIABLE, wire
 from restrictedmem.service.ending import limits, words_of
-from restrictedmem.service.start import Options
+from restrictedmem.service.options import Options
 from restrictedmem.service.wire import Channel
 from restrictedmem.users import is_own
 

@@ -16,19 +16,17 @@ from dataclasses import dataclass, field, replace
 from errno import EAGAIN, ETIMEDOUT
 from functools import partial
 from math import inf
-from typing import TYPE_CHECKING, Final, Protocol, final
+from typing import Final, Protocol, final
 
 from restrictedmem.burial import bury
 from restrictedmem.fd import OwnedFd, hung_up, peer_credentials, readable
 from restrictedmem.patience import SLICE, Clock
 from restrictedmem.service.client import START_DEADLINE, start_process
 from restrictedmem.service.client_cgroups import ClientCgroups
+from restrictedmem.service.options import Options
 from restrictedmem.service.refusals import Refusals
 from restrictedmem.service.uids import Uids
 from restrictedmem.users import is_known
-
-if TYPE_CHECKING:
-    from restrictedmem.service.start import Options
 
 #: Services of one uid that are started at the same time.
 _AT_ONCE: Final = 2
@@ -87,7 +85,7 @@ class ClientServices:
     def __init__(
         self,
         listener: socket.socket,
-        options: "Options",
+        options: Options,
         most: int,
         say: Callable[[str], None],
         uids: Sequence[int] = (),
@@ -269,7 +267,7 @@ class ClientServices:
         self._watch(pidfd, select.EPOLLIN, partial(self._started, client))
         self._watch(writer, 0, partial(self._ended, client))
 
-    def _options_for(self, client: _Client) -> "Options":
+    def _options_for(self, client: _Client) -> Options:
         own = self._users[client.uid].own
         return self._options if own is None else replace(self._options, become=(own, own))
 

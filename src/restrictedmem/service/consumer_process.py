@@ -12,7 +12,7 @@ from contextlib import ExitStack, suppress
 from errno import EINVAL, ENOENT, EPERM, EPROTO, errorcode
 from typing import Final, cast, final
 
-from restrictedmem import __version__, sync
+from restrictedmem import sync
 from restrictedmem.burial import bury
 from restrictedmem.fd import MSG_CTRUNC, HasFileno, OwnedFd, readable, receive_flags, refuse_fds
 from restrictedmem.mm.restrictedmem import RestrictedFile
@@ -21,6 +21,7 @@ from restrictedmem.service import wire
 from restrictedmem.service.report import REPORT_DATA_BYTES, Report
 from restrictedmem.service.wire import Call, Channel, Message
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PageRange, pgoff_t
+from restrictedmem.version import __version__
 
 #: The head of a message: number of the call or errno, and zero (``wire``).
 _HEAD: Final = struct.Struct("=II")

@@ -9,19 +9,17 @@ import threading
 from collections.abc import Callable
 from errno import EIO, ENOMEM, EPERM, EPROTO
 from functools import partial
-from typing import TYPE_CHECKING, Final, final
+from typing import Final, final
 
 from restrictedmem import sync
 from restrictedmem.mm.restrictedmem import RestrictedFile
-from restrictedmem.service import program, wire
+from restrictedmem.service import wire
 from restrictedmem.service.consumer_process import ConsumerProcess
+from restrictedmem.service.options import VM, Options
 from restrictedmem.service.signing import Signer
 from restrictedmem.service.tokens import Tokens
 from restrictedmem.service.wire import BindFlag, BindingFlag, Channel, Message
 from restrictedmem.units import PageRange, pgoff_t
-
-if TYPE_CHECKING:
-    from restrictedmem.service.start import Options
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +98,7 @@ class Consumers:
     """All consumers of a service, by number; for any thread."""
 
     def __init__(
-        self, tokens: Tokens, options: "Options", signer: Signer, troubles: Troubles
+        self, tokens: Tokens, options: Options, signer: Signer, troubles: Troubles
     ) -> None:
         self._troubles = troubles
         self.endings = Endings()
@@ -155,7 +153,7 @@ class Consumers:
         elif message.number == wire.REPORT.number:
             consumer.take_report(message.body)
             consumer.requests.reply()
-        elif message.number in _OF_VMS and consumer.name != program.VM:
+        elif message.number in _OF_VMS and consumer.name != VM:
             raise OSError(EPERM, "reports are about VMs, and this consumer is none")
         elif message.number == wire.LAUNCHED.number:
             consumer.launched(*message.unpack(wire.LAUNCH))

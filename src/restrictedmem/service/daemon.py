@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from errno import E2BIG, EACCES, EBUSY, EINVAL, EIO, EPROTO
 from functools import partial
-from typing import TYPE_CHECKING, Final, final
+from typing import Final, final
 
 from restrictedmem import threads
 from restrictedmem.abi import process
@@ -34,6 +34,7 @@ from restrictedmem.service.consumers import Consumers, Troubles
 from restrictedmem.service.door import Connection, Door
 from restrictedmem.service.ending import Word
 from restrictedmem.service.oom import OomScore
+from restrictedmem.service.options import Options, Origin
 from restrictedmem.service.privileges import drop_privileges
 from restrictedmem.service.program import Programs
 from restrictedmem.service.refusals import Refusals
@@ -43,9 +44,6 @@ from restrictedmem.service.tokens import Tokens
 from restrictedmem.service.wire import Channel, Message
 from restrictedmem.units import PAGE_SHIFT, pgoff_t
 from restrictedmem.users import is_own
-
-if TYPE_CHECKING:
-    from restrictedmem.service.start import Options, Origin
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +60,8 @@ def run(
     owner: Channel,
     spawner: Channel,
     endings: Channel,
-    options: "Options",
-    origin: "Origin",
+    options: Options,
+    origin: Origin,
     word: Word,
 ) -> None:
     """Be the service until the mount and every consumer are gone; ``word`` is told when it is ready.
@@ -128,8 +126,8 @@ class ControlThread:
         self,
         spawner: Channel,
         endings: Channel,
-        options: "Options",
-        origin: "Origin",
+        options: Options,
+        origin: Origin,
         way: Way,
         signer: Signer,
         score: OomScore | None,

@@ -4,47 +4,24 @@ All are loaded before the service is ready. The owner's files may be other files
 """
 
 import importlib
-import re
 import socket
 import sys
 from collections.abc import Callable, Iterable
-from errno import EFBIG, EINVAL, ENOEXEC
+from errno import EFBIG, ENOEXEC
 from types import ModuleType
-from typing import TYPE_CHECKING, Final, TypeAlias, final
+from typing import Final, TypeAlias, final
 
 from restrictedmem.failure import failed, named
-
-if TYPE_CHECKING:
-    from restrictedmem.service.start import Options
+from restrictedmem.service.options import VM, Options
 
 #: What a program offers as ``serve``: the owner's socket, the two to the service, the service's
 #: options, the owner's arguments.
-Serve: TypeAlias = Callable[[socket.socket, socket.socket, socket.socket, "Options", str], object]
+Serve: TypeAlias = Callable[[socket.socket, socket.socket, socket.socket, Options, str], object]
 
-#: The consumer that is a VM's engine.
-VM: Final = "kvm"
 #: Modules with ``preload()`` and ``serve``.
 _OWN: Final = {VM: "restrictedmem.kvm.engine_process"}
 #: Bytes of the largest program that is read.
 _LARGEST: Final = 1 << 20
-_NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,9}")
-
-
-def check_names(named: Iterable[tuple[str, str]]) -> None:
-    """Check that each of some programs, name and path, has a name of its own that fits into a process's (``rmem-NAME``).
-
-    Raises:
-        OSError: EINVAL.
-    """
-    taken = set(_OWN)
-    for name, _ in named:
-        if not _NAME.fullmatch(name) or name in taken:
-            raise failed(
-                f"consumer {name!r}",
-                EINVAL,
-                "taken, or not 1 to 10 of a-z, 0-9 and - with a letter first",
-            )
-        taken.add(name)
 
 
 def load(name: str, path: str) -> Serve:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from errno import EAGAIN, EMFILE, EMSGSIZE
 from types import FrameType
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import Final, NoReturn
 
 from restrictedmem.abi import process
 from restrictedmem.burial import bury
@@ -25,12 +25,10 @@ from restrictedmem.fd import OwnedFd, close_all, refuse_fds
 from restrictedmem.patience import Patience
 from restrictedmem.service import daemon, sealing, wire
 from restrictedmem.service.ending import OomKills, Word, words_of
+from restrictedmem.service.options import VM, Options, Origin
 from restrictedmem.service.privileges import drop_privileges
-from restrictedmem.service.program import VM, Programs, Serve
+from restrictedmem.service.program import Programs, Serve
 from restrictedmem.service.wire import Channel, Message
-
-if TYPE_CHECKING:
-    from restrictedmem.service.start import Options, Origin
 
 #: Seconds that consumers may take to end, once they were killed. The kernel may hold one for as
 #: long as a file system's server likes.
@@ -39,7 +37,7 @@ _END: Final = 5.0
 _ENDED_AT_ONCE: Final = 4096
 
 
-def run(owner: Channel, options: "Options", origin: "Origin", word: Word) -> NoReturn:
+def run(owner: Channel, options: Options, origin: Origin, word: Word) -> NoReturn:
     """Fork the service, then consumers as it asks, until it ends; ``word`` is told when that is before it was ready.
 
     Preconditions: undumpable, leader of a process group, and no other thread.
@@ -81,8 +79,8 @@ def _service(
     spawner: Channel,
     endings: Channel,
     parents: list[Channel],
-    options: "Options",
-    origin: "Origin",
+    options: Options,
+    origin: Origin,
     word: Word,
 ) -> None:
     for parent in parents:
@@ -99,7 +97,7 @@ class _Spawner:
         endings: Channel,
         service: int,
         programs: Programs,
-        options: "Options",
+        options: Options,
         word: Word,
     ) -> None:
         self._channel = channel

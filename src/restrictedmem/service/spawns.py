@@ -15,10 +15,11 @@ from typing import final
 from restrictedmem import threads
 from restrictedmem.fd import refuse_fds, spare, speaks
 from restrictedmem.patience import patiently
-from restrictedmem.service import program, wire
+from restrictedmem.service import wire
 from restrictedmem.service.consumer_process import ConsumerProcess
 from restrictedmem.service.consumers import Consumers, Troubles
 from restrictedmem.service.door import Connection
+from restrictedmem.service.options import VM
 from restrictedmem.service.wire import Channel, Message
 
 
@@ -54,7 +55,7 @@ class Spawns:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # An engine has somebody who looks at what comes (``kvm.checker``). Of other consumers'
         # owners it is refused from the first: they can speak before the consumer does anything.
-        if name != program.VM:
+        if name != VM:
             refuse_fds(theirs)
         try:
             consumer = self._consumers.add(name)

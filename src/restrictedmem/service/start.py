@@ -7,126 +7,20 @@ into it. No process of a service enters a user namespace but those that mount, f
 (``fs.mounter``).
 """
 
-import json
 import os
-import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from errno import EINVAL, ENOMEM, EPERM
-from math import inf
-from types import NoneType
-from typing import Any, Final, NoReturn, Self, cast
+from errno import ENOMEM
+from typing import NoReturn
 
-from restrictedmem.abi import process
 from restrictedmem.failure import failed, status_of
 from restrictedmem.fd import peer_credentials, refuse_fds
-from restrictedmem.mm import design
-from restrictedmem.mm.notifier import Api
-from restrictedmem.service import program, spawner
+from restrictedmem.service import spawner
 from restrictedmem.service.ending import Word
+from restrictedmem.service.options import Options, Origin
+from restrictedmem.service.privileges import harden, refuse_tracer
 from restrictedmem.service.wire import Channel
-
-_TRACED: Final = "the service is being traced; strace -f does that, strace without -f and restrictedmem exec -- strace -f PROG do not"
-
-
-def _is(*kinds: type) -> Callable[[Any], bool]:
-    """Return a check that a value is exactly of one of some types, and, where it is a number, one that counts something."""
-    return lambda value: (
-        type(value) in kinds and (type(value) not in (int, float) or 0 <= value < inf)
-    )
-
-
-def _is_pair(kind: type, value: Any) -> bool:
-    return type(value) is tuple and [type(each) for each in cast("tuple[object, ...]", value)] == [
-        kind,
-        kind,
-    ]
-
-
-#: What values of ``Options`` are like: they come over a command line.
-_FITS: Final[dict[str, Callable[[Any], bool]]] = {
-    "api": lambda value: value in [api.value for api in Api],
-    "design": _is(str, NoneType),
-    "memory_max": _is(int, NoneType),
-    "backing": _is(str),
-    "pin": _is(bool),
-    "consumers": lambda value: all(_is_pair(str, each) for each in value),
-    "max_consumers": _is(int, NoneType),
-    "usage": _is(bool),
-    "deadline": _is(float, int),
-    "become": lambda value: value is None or _is_pair(int, value),
-    "signing_key": _is(str, NoneType),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What an owner may ask of the service it starts."""
-
-    api: str = "v10"
-    #: What consumers hear (``mm.design.NAMES``); None for that of the posting.
-    design: str | None = None
-    memory_max: int | None = None
-    #: Where pages lie (``mm.backing``): memfd, thp, hugetlb-2m or hugetlb-1g.
-    backing: str = "memfd"
-    #: Whether consumers keep the pages they take where they are.
-    pin: bool = False
-    #: Consumers beside the library's own: name and path of the program.
-    consumers: tuple[tuple[str, str], ...] = ()
-    #: How many consumers there may be at once, those counted that have ended and left a process;
-    #: None for no limit.
-    max_consumers: int | None = None
-    #: Whether to count what owners do, for STATUS.
-    usage: bool = False
-    #: Seconds a consumer may take to answer an invalidation.
-    deadline: float = 5.0
-    #: User to become once the mount is made (``serve``); None stays.
-    become: tuple[int, int] | None = None
-    #: File with the key that reports are signed with; None makes one when it is needed.
-    signing_key: str | None = None
-
-    def dump(self) -> str:
-        """Return the options as one argument of a command line."""
-        return json.dumps(asdict(self))
-
-    def check(self) -> None:
-        """Check what can be known without a file or a consumer.
-
-        Raises:
-            OSError: EINVAL for a value that is none, a design, or consumers' names.
-        """
-        for name, fits in _FITS.items():
-            if not fits(value := getattr(self, name)):
-                raise OSError(EINVAL, f"start options: {name}: {value!r}")
-        design.make(self.design or self.api)
-        program.check_names(self.consumers)
-
-    @classmethod
-    def load(cls, text: str) -> Self:
-        """Read what ``dump`` wrote.
-
-        Raises:
-            OSError: EINVAL for anything else.
-        """
-        try:
-            fields = json.loads(text)
-            if fields["become"] is not None:
-                fields["become"] = tuple(fields["become"])
-            fields["consumers"] = tuple(tuple(pair) for pair in fields.get("consumers", ()))
-            return cls(**fields)
-        except (KeyError, RecursionError, TypeError, ValueError) as error:
-            raise OSError(EINVAL, f"start options: {error!r}") from None
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """The process that a service was started for."""
-
-    pid: int
-    uid: int
 
 
 def main(arguments: list[str]) -> None:
@@ -177,33 +71,3 @@ def _be_spawner(channel: Channel, options: Options, origin: Origin, word: Word) 
         status = status_of(error)
         word.ended(status << 8)
         os._exit(status)
-
-
-def refuse_tracer() -> None:
-    """Make sure that nobody traces this process.
-
-    Raises:
-        OSError: EPERM.
-    """
-    if process.tracer_pid():
-        raise failed("start", EPERM, _TRACED)
-
-
-def harden() -> None:
-    """Refuse dumps, traces and core files.
-
-    Not new privileges: ``Way.FUSERMOUNT`` has still to run a set-uid program.
-
-    Raises:
-        OSError: EPERM when this process is dumpable all the same.
-    """
-    process.prctl(process.PR_SET_DUMPABLE, 0)
-    # Against accidents: a seccomp filter may have answered in the kernel's place, and could here,
-    # too.
-    if process.prctl(process.PR_GET_DUMPABLE):
-        raise failed("prctl(PR_SET_DUMPABLE)", EPERM, "the process is dumpable still")
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # The owner's limit on file sizes is the kernel's to apply, to the owner's calls; under it no
-    # memfd here could have its size.
-    _, largest = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))

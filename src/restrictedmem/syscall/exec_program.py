@@ -64,7 +64,7 @@ class CallOptions:
     number: int = SYS_memfd_restricted
     #: Whether a call of the number that is none of memfd_restricted's may be cachestat's.
     cachestat: bool = True
-    #: What the service is asked for that is started at the first call (``service.start.Options``),
+    #: What the service is asked for that is started at the first call (``service.options.Options``),
     #: unless there is a server.
     api: str = "v10"
     memory_max: int | None = None
@@ -333,7 +333,7 @@ def _supervise(
     def start() -> "Service":
         # Late: a program's start makes calls that stop, and waits for no more than it must.
         from restrictedmem.service.client import Service
-        from restrictedmem.service.start import Options
+        from restrictedmem.service.options import Options
 
         options = Options(api=call.api, memory_max=call.memory_max, usage=usage)
         return Service.connect(server) if server else Service.start(options)
