@@ -1,7 +1,10 @@
 """The documents are true: examples run, the command reference is generated, each guarantee names tests, and there is a change for them."""
 
 import doctest
+import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,43 +14,79 @@ import pytest
 from guarantees import changes, named_tests
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+#: A page's code blocks. One below ``<!-- extract -->`` is neither run nor compared.
+BLOCK = re.compile(
+    r"^(?P<extract><!-- extract -->\n)?^```(?P<language>\w+)\n(?P<content>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(page: str) -> list[tuple[str, str]]:
+    """Return language and content of each block of a page that is no extract, in order."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [(b["language"], b["content"]) for b in BLOCK.finditer(text) if not b["extract"]]
 
 
 @pytest.mark.requires("fuse")
-def test_the_descriptor_session_in_the_readme() -> None:
-    (session,) = blocks("pycon")
+def test_the_descriptor_session_in_the_quick_start() -> None:
+    (session,) = (
+        text for language, text in blocks("docs/use/quickstart.md") if language == "pycon"
+    )
     # Errors show there without their traceback header, as a person reads them.
     source = re.sub(
         r"^(\w*Error: )", r"Traceback (most recent call last):\n\1", session, flags=re.MULTILINE
     )
-    test = doctest.DocTestParser().get_doctest(source, {}, "README", "README.md", 0)
+    test = doctest.DocTestParser().get_doctest(source, {}, "quickstart", "quickstart.md", 0)
     assert doctest.DocTestRunner().run(test).failed == 0
     assert len(test.examples) == 9
 
 
-@pytest.mark.requires("fuse")
-def test_the_vm_example_in_the_readme() -> None:
-    (example,) = blocks("python")
-    before = "import os\nfrom restrictedmem import memfd_restricted\nfd = memfd_restricted()\nos.ftruncate(fd, 1 << 20)\n"
-    done = subprocess.run(
-        [sys.executable, "-c", before + example],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=True,
-    )
-    assert done.stdout == "PortOut(port=66, size=1, data=0)\n"
-    assert "# " + done.stdout.strip() in example
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """Return the environment of a reader who has activated .venv; ``tmp_path`` is the checkout."""
+    shutil.copy(ROOT / "README.md", tmp_path)
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, words in {"restrictedmem": ["-m", "restrictedmem"], "python": []}.items():
+        script = commands / name
+        script.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, *words])} "$@"\n')
+        script.chmod(0o755)
+    return {**os.environ, "PATH": f"{commands}:{os.environ['PATH']}"}
+
+
+@pytest.mark.requires("fuse", "seccomp")
+@pytest.mark.parametrize(("page", "count"), [("README.md", 4), ("docs/use/quickstart.md", 6)])
+def test_each_block_prints_what_the_page_says(
+    page: str, count: int, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    run, printed = 0, ""
+    for language, content in blocks(page):
+        if language == "text":
+            assert printed == content
+        elif language != "pycon":
+            command = ["bash", "-e"] if language == "sh" else [sys.executable]
+            done = subprocess.run(
+                [*command, "-c", content],
+                cwd=tmp_path,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=100,
+                check=False,
+            )
+            assert done.returncode == 0, (content, done.stdout, done.stderr)
+            run, printed = run + 1, done.stdout
+            said = re.findall(r"^ *print\(.*\)  # (.*)", content, re.MULTILINE)
+            assert not said or printed.splitlines() == said
+            if "sha256sum" in content:
+                guests, ours = printed.splitlines()
+                assert guests == ours
+    assert run == count
 
 
 def test_the_readme_is_short() -> None:
-    assert len(README.splitlines()) < 160
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 160
 
 
 def test_the_command_reference_is_generated() -> None:
