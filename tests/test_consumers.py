@@ -176,7 +176,7 @@ class Puppet:
 
 
 def test_the_document_shows_the_whole_device() -> None:
-    section = DOCUMENT[DOCUMENT.index("## The device") : DOCUMENT.index("## Its owner")]
+    section = DOCUMENT[DOCUMENT.index("## The device") : DOCUMENT.index("## The owner")]
     shown = "\n".join(re.findall(r"^```python\n(.*?)^```\n", section, re.MULTILINE | re.DOTALL))
     code = [line for line in DMA.read_text(encoding="utf-8").splitlines() if line]
     assert [line for line in shown.splitlines() if line] == code
@@ -185,7 +185,7 @@ def test_the_document_shows_the_whole_device() -> None:
 
 @pytest.mark.requires("fuse")
 def test_the_documents_owner_runs() -> None:
-    section = DOCUMENT[DOCUMENT.index("## Its owner") :]
+    section = DOCUMENT[DOCUMENT.index("## The owner") :]
     found = re.search(
         r"^```python\n(.*?)^```\n.*?^```text\n(.*?)^```\n", section, re.MULTILINE | re.DOTALL
     )

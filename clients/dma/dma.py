@@ -1,7 +1,7 @@
-"""A DMA device whose IOMMU leads to restricted memory: a whole consumer, in one file (docs/use/consumers.md walks through it).
+"""A DMA device behind an IOMMU: a whole consumer in one file (docs/use/consumers.md explains it).
 
-Its owner attaches windows of restricted files at device addresses, and has the device move bytes
-between them.
+The owner attaches windows of restricted files at device addresses. Then the owner has the device
+move bytes between them.
 """
 
 import json
@@ -18,22 +18,22 @@ from restrictedmem.service.options import Options
 from restrictedmem.service.wire import Call, Channel, Message
 from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
 
-# What an owner says. Addresses are the device's; they and lengths are bytes.
-# A presented token, address, first page, page after the last.
+# The calls of the owner. Addresses are device addresses. Addresses and lengths are in bytes.
+# Presented token, address, first page, page after the last.
 ATTACH, ATTACH_BODY = Call("ATTACH", 1), Struct("=16sQQQ")
 DETACH, DETACH_BODY = Call("DETACH", 2), Struct("=Q")  # address
 COPY, COPY_BODY = Call("COPY", 3), Struct("=QQQ")  # from, to, length
 FILL, FILL_BODY = Call("FILL", 4), Struct("=QQB")  # to, length, byte
-COMPARE, COMPARE_BODY = Call("COMPARE", 5), Struct("=QQQ")  # one, other, length; reply: EQUAL
+COMPARE, COMPARE_BODY = Call("COMPARE", 5), Struct("=QQQ")  # address, address, length; reply: EQUAL
 STATUS = Call("STATUS", 6)  # reply: JSON
-EQUAL = Struct("=Q")  # how many bytes are equal before one is not
+EQUAL = Struct("=Q")  # equal bytes before the first difference
 
-LARGEST = 1 << 40  # bytes of a window
+LARGEST = 1 << 40  # the most bytes of a window
 T = TypeVar("T")
 
 
 class Window:
-    """Pages of one file at a device address: a table of the IOMMU, and what is told of those pages (``NotifierOps``)."""
+    """A range of one file at a device address: an IOMMU page table, and its ``NotifierOps``."""
 
     def __init__(self, device: "Device", address: int, end: int) -> None:
         self.device = device
@@ -43,22 +43,23 @@ class Window:
         self.file: BoundFile
 
     def invalidate_start(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
-        """Take a range from the device; what it does to a page it does under the lock, so nothing is under way when this returns."""
+        """Unmap a range from the device."""
+        # The device uses pages under this lock alone: no access is under way when this returns.
         with self.device.lock:
             self.device.invalidations += 1
             self.unmap(start, end)
 
     def invalidate_end(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
-        """Do nothing: the device's next access asks for the page again."""
+        """Do nothing: the next access of the device faults and takes the page again."""
 
     def error(self, start: pgoff_t, end: pgoff_t) -> None:
-        """Take lost pages from the device; get_page refuses its next access."""
+        """Unmap pages that the machine has lost; get_page refuses the next access to them."""
         with self.device.lock:
             self.device.errors += 1
             self.unmap(start, end)
 
     def unmap(self, start: int, end: int) -> None:
-        """Remove the entries of a range, which may reach beyond the window."""
+        """Remove the table entries of a range; the range may reach beyond the window."""
         for pgoff in [pgoff for pgoff in self.table if start <= pgoff < end]:
             del self.table[pgoff]
 
@@ -68,12 +69,12 @@ class Device:
 
     def __init__(self, consumer: Consumer) -> None:
         self.consumer = consumer
-        self.lock = sync.mutex()  # mmu_lock: of every table, and held while a page is used
+        self.lock = sync.mutex()  # mmu_lock: guards every table, and is held during each access
         self.windows: dict[int, Window] = {}
         self.invalidations = self.errors = self.faults = self.retries = 0
 
     def attach(self, token: bytes, address: int, start: int, end: int) -> None:
-        """Show a window of a file at an address."""
+        """Attach a window of a file at a device address."""
         size = end - start << PAGE_SHIFT
         if address & PAGE_MASK or not 0 < size <= LARGEST:
             raise OSError(
@@ -83,7 +84,7 @@ class Device:
             address < other.end and address + size > other.address
             for other in self.windows.values()
         ):
-            raise OSError(EEXIST, "a window is there")
+            raise OSError(EEXIST, "another window is there")
         window = Window(self, address, address + size)
         window.file = BoundFile.bind(
             self.consumer, token, PageRange(pgoff_t(start), pgoff_t(end)), window
@@ -91,7 +92,7 @@ class Device:
         self.windows[address] = window
 
     def detach(self, address: int) -> None:
-        """Remove the window at an address."""
+        """Detach the window at a device address."""
         window = self.windows.pop(address, None)
         if window is None:
             raise OSError(ENOENT, f"no window begins at {address:#x}")
@@ -100,7 +101,7 @@ class Device:
         window.file.close()
 
     def access(self, address: int, act: Callable[[memoryview], T]) -> T:
-        """Use the page at an address, which stays mapped meanwhile."""
+        """Call ``act`` on the page at a device address; the page stays mapped meanwhile."""
         window = next(
             (window for window in self.windows.values() if window.address <= address < window.end),
             None,
@@ -119,12 +120,12 @@ class Device:
             )
 
     def read(self, address: int, length: int) -> bytes:
-        """Read bytes of one page."""
+        """Read bytes from one page."""
         at = address & PAGE_MASK
         return self.access(address, lambda page: bytes(page[at : at + length]))
 
     def write(self, address: int, data: bytes) -> None:
-        """Write bytes of one page."""
+        """Write bytes to one page."""
         at = address & PAGE_MASK
 
         def act(page: memoryview) -> None:
@@ -133,17 +134,17 @@ class Device:
         self.access(address, act)
 
     def copy(self, source: int, destination: int, length: int) -> None:
-        """Move bytes."""
+        """Copy bytes from one device address to another."""
         for at, size in pieces(length, source, destination):
             self.write(destination + at, self.read(source + at, size))
 
     def fill(self, address: int, length: int, byte: int) -> None:
-        """Write one byte over and over."""
+        """Fill a range with one byte."""
         for at, size in pieces(length, address):
             self.write(address + at, bytes((byte,)) * size)
 
     def compare(self, one: int, other: int, length: int) -> int:
-        """Return how many bytes are equal before one is not."""
+        """Return how many bytes are equal before the first difference."""
         for at, size in pieces(length, one, other):
             mine, theirs = self.read(one + at, size), self.read(other + at, size)
             if mine != theirs:
@@ -151,7 +152,10 @@ class Device:
         return length
 
     def status(self) -> dict[str, object]:
-        """Return counts since the start, and how many pages are mapped, and taken: those, and lost ones until they are punched."""
+        """Return the counts since the start, and the numbers of mapped and of taken pages.
+
+        Taken pages are the mapped ones, and lost ones until they are punched.
+        """
         mapped = sum(len(window.table) for window in self.windows.values())
         taken = sum(
             window.file.page_count(window.file.window.start, window.file.window.end)
@@ -166,7 +170,7 @@ class Device:
         return {"windows": len(self.windows), "mapped": mapped, "taken": taken, **counts}
 
     def command(self, message: Message) -> bytes:
-        """Do what the owner says; returns the reply."""
+        """Handle one call of the owner and return the reply."""
         match message.number:
             case ATTACH.number if len(message.body) == ATTACH_BODY.size:
                 self.attach(*ATTACH_BODY.unpack(message.body))
@@ -187,7 +191,7 @@ class Device:
 
 
 def pieces(length: int, *addresses: int) -> Iterator[tuple[int, int]]:
-    """Cut ranges of one length where any of them meets the end of a page; yields offset and size."""
+    """Cut ranges of one length at every page boundary of each; yield offset and size."""
     at = 0
     while at < length:
         size = min(length - at, *(PAGE_SIZE - (address + at & PAGE_MASK) for address in addresses))
@@ -202,7 +206,7 @@ def serve(
     options: Options,
     arguments: str,
 ) -> None:
-    """Be one device until its owner lets go of it."""
+    """Serve one device until its owner closes the connection."""
     consumer = Consumer(service, notify)
     channel, device = Channel(owner, "owner"), Device(consumer)
     consumer.report(device.status())
