@@ -26,3 +26,12 @@ def test_program(lines: str, program: str, printed: str) -> None:
     command = [sys.executable, "-W", "error", "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert (done.stdout, done.stderr) == (printed, "")
+
+
+def test_the_comparison_names_rows_that_exist() -> None:
+    docs = Path(__file__).parent.parent / "docs"
+    comparison = (docs / "use" / "guest_memfd.md").read_text(encoding="utf-8")
+    rows = (docs / "reference" / "divergences.md").read_text(encoding="utf-8")
+    keys = set(re.findall(r"`\[([\w-]+)\]`", comparison))
+    assert keys <= set(re.findall(r"^\| `([\w-]+)` \|", rows, re.MULTILINE))
+    assert len(keys) > 10
