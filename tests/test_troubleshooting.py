@@ -28,7 +28,7 @@ def texts() -> str:
             elif isinstance(node, ast.JoinedStr):
                 found.append(
                     "".join(
-                        part.value if isinstance(part, ast.Constant) else VALUE
+                        str(part.value) if isinstance(part, ast.Constant) else VALUE
                         for part in node.values
                     )
                 )
