@@ -9,8 +9,8 @@ from typing import get_args
 
 import pytest
 
-from restrictedmem.kvm import exits
-from restrictedmem.kvm.vm import Vcpu, Vm
+from restrictedmem.protocol import exits
+from restrictedmem.vmm.vm import Vcpu, Vm
 
 PAGE = (Path(__file__).parent.parent / "docs" / "use" / "vm.md").read_text(encoding="utf-8")
 
