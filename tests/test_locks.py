@@ -9,7 +9,6 @@ from restrictedmem.fs.usage import Usage
 from restrictedmem.mm.backing import MemfdBacking
 from restrictedmem.mm.design import make
 from restrictedmem.mm.inode import Inode
-from restrictedmem.mm.memfd import never
 from restrictedmem.mm.pages import Pages
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.mm.sequence import InvalidationSequence
@@ -113,6 +112,11 @@ def test_orders_of_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     pages.close()
 
 
+def fallocate_heard(file: RestrictedFile) -> None:
+    file.register_notifier(Deaf())
+    file.fallocate(0, 0, PAGE_SIZE)
+
+
 FILES: Final[dict[str, tuple[Callable[[RestrictedFile], object], type, str]]] = {
     "ftruncate": (lambda file: file.ftruncate(PAGE_SIZE), Inode, "modified"),
     "fallocate": (
@@ -121,7 +125,7 @@ FILES: Final[dict[str, tuple[Callable[[RestrictedFile], object], type, str]]] = 
         "_fallocate",
     ),
     "fallocate that is heard": (
-        lambda file: file._fallocate_locked(0, 0, PAGE_SIZE, never),
+        fallocate_heard,
         RestrictedFile,
         "_fallocate",
     ),

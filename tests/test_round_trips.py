@@ -177,6 +177,6 @@ def test_an_end_comes_to_whom_a_start_came(
     monkeypatch.setattr(kind, "callbacks", callbacks)
     sequence = SimpleNamespace(begin=nothing, end=nothing)
     file = cast(File, SimpleNamespace(sequence=lambda: sequence, notifiers=notifiers))
-    with pytest.raises(MemoryError):
-        kind(teardown=False).invalidate(file, SPAN, no_memory)
+    with pytest.raises(MemoryError), kind(teardown=False).invalidation(file, SPAN):
+        no_memory()
     assert [listener.heard for listener in listeners] == [["start", "end"], ["start", "end"], []]

@@ -5,7 +5,8 @@ in the place of production's, the scenario that convicts it, and the rule that i
 numbers are those of the project's notes on the postings; mails are those of the series' thread.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, final
 
@@ -108,7 +109,8 @@ class FileThatLocksTwice(RestrictedFile):
             notifier.invalidate_start(span.start, span.end, None)
         self._notifiers_sem.up_read()
         try:
-            self._fallocate_locked(mode, offset, length, abandoned)
+            with self._mutex:
+                self._fallocate(mode, offset, length, abandoned)
         finally:
             self.sequence().end()
             self._notifiers_sem.down_read()
@@ -170,13 +172,15 @@ class BindingsThatLeak(Bindings):  # type: ignore[misc] # a slip
 
     __slots__ = ()
 
-    def invalidate(self, file: File, span: PageRange, operate: Callable[[], None]) -> None:
-        """End only what somebody heard of."""
+    @contextmanager
+    def invalidation(self, file: File, span: PageRange) -> Generator[None]:
+        """End only an invalidation that a consumer heard of."""
         if file.notifiers(span.start, span.end):
-            super().invalidate(file, span, operate)
+            with super().invalidation(file, span):
+                yield
         else:
             file.sequence().begin(span.start, span.end)
-            operate()
+            yield
 
 
 class SequenceWithoutRetry(InvalidationSequence):  # type: ignore[misc] # a slip

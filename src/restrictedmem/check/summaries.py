@@ -27,11 +27,11 @@ _CALLS: Final[dict[type, str]] = {
     EngineVcpu: "send_out _enter _leave interrupt _goes_on hold release",
     SoftwareVm: "set_attributes invalidate_start invalidate_end error page_count remove_slot add_slot",
     Memslot: "install install_large split remove leaf has_code",
-    RestrictedFile: "fallocate _fallocate_locked put get unregister_notifier register_notifier error_page _remove _register "
+    RestrictedFile: "fallocate _fallocate put get unregister_notifier register_notifier error_page _remove _register "
     "_set_registrations",
-    Design: "invalidate punch allocate leave invalidate_all",
-    FolioPoc: "invalidate _tell",
-    _Remembering: "invalidate allocate",
+    Design: "punch allocate leave invalidate_all",
+    FolioPoc: "_tell",
+    _Remembering: "allocate",
     Batched: "punch",
     Lazy: "punch leave _goes",
     SlotNotifier: "invalidate_start invalidate_end error page_count",

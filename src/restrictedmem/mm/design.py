@@ -5,7 +5,8 @@ semaphore held. A file, a VM or a study picks one by name (``make``). docs/under
 whose each is and what is known to be wrong with it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from errno import EINVAL
 from typing import ClassVar, Final, Protocol, final
 
@@ -69,11 +70,16 @@ class Design:
         return self.name + (TEARDOWN if self.teardown else "")
 
     def notifies(self, mode: int) -> bool:
-        """Say whether fallocate with this mode tells consumers; whatever it tells of goes through ``invalidate``."""
+        """Say whether fallocate with this mode tells consumers (``invalidation``)."""
         return bool(mode & _PUNCH_HOLE)
 
-    def invalidate(self, file: File, span: PageRange, operate: Callable[[], None]) -> None:
-        """Do ``operate`` on a range, with consumers told before and after, whatever it raises. The semaphore is held for reading."""
+    @contextmanager
+    def invalidation(self, file: File, span: PageRange) -> Generator[None]:
+        """Invalidate a range around the block that changes it: consumers hear the start before, and the end after it.
+
+        Each consumer that heard a start hears the end, whatever the block raises. The file's
+        semaphore is held for reading.
+        """
         sequence = file.sequence()
         kept_out = self.kept_out(file, span)
         told: list[tuple[Callback, Notifier]] = []
@@ -83,7 +89,7 @@ class Design:
                 for notifier in file.notifiers(*callback[:2]):
                     told.append((callback, notifier))
                     notifier.invalidate_start(*callback)
-            operate()
+            yield
         finally:
             sequence.end()
             for callback, notifier in told:
@@ -110,7 +116,7 @@ class Design:
         file.backing.allocate(offset, length, abandoned)
 
     def punch(self, file: File, offset: int, length: int) -> None:
-        """Free what an owner's punch frees, in bytes; called with the file's mutex held, by ``operate`` or with nobody to tell.
+        """Free what an owner's punch frees, in bytes; called with the file's mutex held, in an ``invalidation`` or with nobody to tell.
 
         Raises:
             OSError: what the backing failed with.
@@ -227,10 +233,11 @@ class FolioPoc(Design):
     tells_errors = False
     __slots__ = ()
 
-    def invalidate(self, file: File, span: PageRange, operate: Callable[[], None]) -> None:
-        """Tell consumers, start and end of each chunk, and then do ``operate``."""
+    @contextmanager
+    def invalidation(self, file: File, span: PageRange) -> Generator[None]:
+        """Tell consumers the start and the end of each chunk, before the block."""
         self._tell(file, span, self.callbacks(file, span))
-        operate()
+        yield
 
     def _tell(self, file: File, span: PageRange, callbacks: Iterable[Callback]) -> None:
         sequence = file.sequence()
@@ -283,10 +290,14 @@ class _Remembering(Design):
         self._punched = Punched()
         self._turn = sync.mutex()
 
-    def invalidate(self, file: File, span: PageRange, operate: Callable[[], None]) -> None:
-        """Do what other designs do, one punch at a time; consumers must not punch the file they hear of, so no turn waits for itself."""
-        with self._turn:
-            super().invalidate(file, span, operate)
+    @contextmanager
+    def invalidation(self, file: File, span: PageRange) -> Generator[None]:
+        """Do what other designs do, one punch at a time.
+
+        A consumer must not punch the file it hears of, so no turn waits for itself.
+        """
+        with self._turn, super().invalidation(file, span):
+            yield
 
     def allocate(self, file: File, offset: int, length: int, abandoned: Callable[[], bool]) -> None:
         """Allocate, and forget that the pages were punched. What consumers allocate is not known here."""

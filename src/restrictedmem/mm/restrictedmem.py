@@ -2,8 +2,8 @@
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from errno import EFBIG, EINVAL, EOPNOTSUPP, EPERM
-from functools import partial
 from itertools import chain
 from typing import Final, NamedTuple, final
 
@@ -146,13 +146,10 @@ class RestrictedFile:
             return
         self._notifiers_sem.down_read()
         try:
-            if self.design.notifies(mode):
-                span = PageRange.around_bytes(offset, length)
-                self.design.invalidate(
-                    self, span, partial(self._fallocate_locked, mode, offset, length, abandoned)
-                )
-            else:
-                self._fallocate_locked(mode, offset, length, abandoned)
+            span = PageRange.around_bytes(offset, length)
+            heard = self.design.notifies(mode)
+            with self.design.invalidation(self, span) if heard else nullcontext(), self._mutex:
+                self._fallocate(mode, offset, length, abandoned)
         finally:
             self._notifiers_sem.up_read()
 
@@ -173,12 +170,6 @@ class RestrictedFile:
                 return False
             self._fallocate(mode, offset, length, abandoned)
             return True
-
-    def _fallocate_locked(
-        self, mode: int, offset: int, length: int, abandoned: Callable[[], bool]
-    ) -> None:
-        with self._mutex:
-            self._fallocate(mode, offset, length, abandoned)
 
     def _fallocate(
         self, mode: int, offset: int, length: int, abandoned: Callable[[], bool]
