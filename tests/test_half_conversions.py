@@ -376,14 +376,14 @@ def test_a_conversion_meanwhile_makes_a_shared_fault_come_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     window = Window()
-    mmu, install = window.engine.mmu, Mmu._install_shared
+    mmu, install = window.engine.mmu, Mmu._map_shared
 
     def overtaken(self: Mmu, slot: Memslot, first: int, last: int) -> Fault:
         self.set_attributes(slot, START, END, private=True)
         return install(self, slot, first, last)
 
     mmu._zap(window.slot, START, END)
-    monkeypatch.setattr(Mmu, "_install_shared", overtaken)
+    monkeypatch.setattr(Mmu, "_map_shared", overtaken)
     assert (mmu.fault(window.slot, START), mmu.counters.retries) == (Fault.RETRY, 1)
     window.slot.close()
 

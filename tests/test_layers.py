@@ -129,6 +129,7 @@ def test_mm_and_the_fault_path_take_locks_only_from_sync() -> None:
     for path in [
         *sorted((SOURCE / "mm").glob("*.py")),
         SOURCE / "kvm" / "mmu.py",
+        SOURCE / "kvm" / "page_fault.py",
         SOURCE / "kvm" / "engine_vcpu.py",
         SOURCE / "kvm" / "software" / "turns.py",
     ]:

@@ -33,7 +33,8 @@ from restrictedmem.kvm.memslot import (
     MemfdHalf,
     Memslot,
 )
-from restrictedmem.kvm.mmu import FAULT_AROUND, Fault, Mmu
+from restrictedmem.kvm.mmu import Fault, Mmu
+from restrictedmem.kvm.page_fault import FAULT_AROUND
 from restrictedmem.mm.backing import MemfdBacking
 from restrictedmem.mm.design import make
 from restrictedmem.mm.inode import Inode

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from errno import EFAULT, ENOENT
-from typing import Final, final
+from typing import final
 
 from restrictedmem import sync
 from restrictedmem.abi import memory
@@ -20,6 +20,7 @@ from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.lpage import Level
 from restrictedmem.kvm.memslot import CODE, LEVEL_SHIFT, PRIVATE, WRITE, MemfdHalf, Memslot
 from restrictedmem.kvm.memslots import Memslots
+from restrictedmem.kvm.page_fault import FAULT_AROUND, PageFault, around
 from restrictedmem.mm.sequence import InvalidationSequence
 from restrictedmem.platform.platform import NoPlatform, Platform
 from restrictedmem.protocol.trace_events import Trace, now
@@ -50,11 +51,6 @@ class Counters:
     freed: int = 0
     splits: int = 0
     """Large translations of which a part had to go or to lose a right; translations."""
-
-
-#: Pages mapped at one fault, an aligned block: 64 KiB, what the kernel maps around a file fault
-#: (fault_around_bytes).
-FAULT_AROUND: Final = 16
 
 
 @final
@@ -115,18 +111,30 @@ class Mmu:
             OSError: what get_page failed with.
         """
         index = gfn - slot.base_gfn
-        if self._trace.on:
-            return self._traced_fault(slot, index)
-        if slot.attributes[index]:
-            return self._fault_private(slot, index)
-        return self._fault_shared(slot, index)
+        return self._traced_fault(slot, index) if self._trace.on else self._fault(slot, index)
+
+    def _fault(self, slot: Memslot, index: int) -> Fault:
+        if not slot.attributes[index]:
+            return self._map_shared(slot, *around(slot, index)) if slot.shared else Fault.NO_HALF
+        if slot.private is None:
+            return Fault.NO_HALF
+        fault = PageFault(slot, index)
+        try:
+            if not fault.get_large():
+                fault.get_around()
+        except BlockingIOError:
+            # EAGAIN of get_page. KVM looks so early, too, since 6.8
+            # (mmu_invalidate_retry_gfn_unsafe).
+            self.counters.retries += 1
+            return Fault.RETRY
+        return self._map_private(fault)
 
     def _traced_fault(self, slot: Memslot, index: int) -> Fault:
         private = bool(slot.attributes[index])
-        first, last = _around(slot, index)
+        first, last = around(slot, index)
         started, result, errno = now(), "", 0
         try:
-            fault = self._fault_private(slot, index) if private else self._fault_shared(slot, index)
+            fault = self._fault(slot, index)
             result = fault.name.lower()
         except OSError as error:
             result, errno = "error", error.errno or EFAULT
@@ -155,89 +163,38 @@ class Mmu:
             - self.counters.freed
         )
 
-    def _fault_private(self, slot: Memslot, index: int) -> Fault:
-        if slot.private is None:
-            return Fault.NO_HALF
-        try:
-            return self._faultin_private(slot, slot.memfd_half, index)
-        except BlockingIOError:
-            # EAGAIN of get_page. KVM looks so early, too, since 6.8
-            # (mmu_invalidate_retry_gfn_unsafe).
-            self.counters.retries += 1
-            return Fault.RETRY
+    def _map_private(self, fault: PageFault) -> Fault:
+        """Install what get_page returned for a fault, unless it is out of date.
 
-    def _faultin_private(self, slot: Memslot, private: MemfdHalf, index: int) -> Fault:
-        if private.may_have_folios:
-            fault = self._fault_large(slot, private, index)
-            if fault is not None:
-                return fault
-        snapshot = private.sequence.snapshot()
-        first, last = _around(slot, index)
-        span = slot.span_of(first, last)
-        if private.failed and private.lost(span):
-            first, span = index, slot.span_of(index, index + 1)
-        try:
-            private.pages.get_pages(span)
-        except OSError:
-            if len(span) == 1:
-                raise
-            # Where a block cannot be had, the page alone may be.
-            first, span = index, slot.span_of(index, index + 1)
-            private.pages.get_pages(span)
-        return self._install_private(slot, snapshot, first, span, Level.PAGE)
-
-    def _fault_large(self, slot: Memslot, private: MemfdHalf, index: int) -> Fault | None:
-        """Map the largest block around a page that alignment, attributes and its folio's order allow; None when that is the page.
-
-        The order is the truth as long as nothing of the block is invalidated, which the retry
-        protocol finds out.
+        Raises:
+            OSError: EHWPOISON when the machine has lost the page, and the fault maps no other.
         """
-        highest = slot.lpage.max_level(slot.base_gfn + index)
-        if highest is Level.PAGE:
-            return None
-        snapshot = private.sequence.snapshot()
-        try:
-            found = _take_large(slot, private, index, highest)
-        except OSError:
-            # The page alone may be had, or fails with an errno of its own.
-            return None
-        return None if found is None else self._install_private(slot, snapshot, *found)
-
-    def _install_private(
-        self, slot: Memslot, snapshot: int, first: int, span: PageRange, level: Level
-    ) -> Fault:
-        """Install what get_page returned since ``snapshot``, the file's pages ``span`` from the slot's ``first`` on, unless out of date."""
-        private, last = slot.memfd_half, first + len(span)
-        large = level is not Level.PAGE
+        slot, private, first, last = fault.slot, fault.private, fault.first, fault.last
+        large = fault.level is not Level.PAGE
         with self._lock:
-            lost = private.failed and private.lost(span)
+            lost = private.failed and private.lost(fault.span)
             if lost and last - first == 1:
                 raise OSError(EHWPOISON, "get_page: the machine has lost the page")
             if (
                 lost
-                or private.sequence.retry(snapshot, span.start, span.end)
+                or private.sequence.retry(fault.snapshot, fault.span.start, fault.span.end)
                 or slot.attributes.count(0, first, last)
                 or (large and slot.has_code(first, last))
             ):
                 self.counters.retries += 1
                 return Fault.RETRY
-            self._platform.prepare(
-                private.ino, span, gfn_t(slot.base_gfn + first), level.order if large else 0
-            )
+            order = fault.level.order if large else 0
+            gfn = gfn_t(slot.base_gfn + first)
+            self._platform.prepare(private.ino, fault.span, gfn, order)
             if large:
-                slot.install_large(first, level)
+                slot.install_large(first, fault.level)
             else:
                 slot.install(first, last, slot.rights | PRIVATE)
             self.counters.faults_private += 1
         return Fault.MAPPED
 
-    def _fault_shared(self, slot: Memslot, index: int) -> Fault:
-        if slot.shared is None:
-            return Fault.NO_HALF
-        first, last = _around(slot, index)
-        return self._install_shared(slot, first, last)
-
-    def _install_shared(self, slot: Memslot, first: int, last: int) -> Fault:
+    def _map_shared(self, slot: Memslot, first: int, last: int) -> Fault:
+        """Install pages of the shared half, unless one was converted meanwhile."""
         with self._lock:
             if slot.attributes.count(1, first, last):
                 self.counters.retries += 1
@@ -279,24 +236,13 @@ class Mmu:
 
     def _prefault_private(self, slot: Memslot, first: int, last: int) -> int:
         """Map pages from ``first`` on; returns the one after the last that is mapped."""
-        private = slot.memfd_half
-        if private.may_have_folios:
-            fault = self._fault_large(slot, private, first)
-            if fault is not None:
-                return slot.leaf(first)[1] if fault is Fault.MAPPED else first
-        snapshot = private.sequence.snapshot()
-        span = slot.span_of(first, last)
-        if private.failed and private.lost(span):
-            span = slot.span_of(first, first + 1)
+        fault = PageFault(slot, first)
         try:
-            private.pages.get_pages(span)
+            if not fault.get_large():
+                fault.get(first, last)
         except BlockingIOError:
             return first
-        return (
-            first + len(span)
-            if self._install_private(slot, snapshot, first, span, Level.PAGE) is Fault.MAPPED
-            else first
-        )
+        return fault.last if self._map_private(fault) is Fault.MAPPED else first
 
     def _prefault_shared(self, slot: Memslot, first: int, last: int) -> Fault:
         assert slot.shared is not None
@@ -305,7 +251,7 @@ class Mmu:
             slot.shared.mapping.madvise(
                 memory.MADV_POPULATE_READ, first << PAGE_SHIFT, (last - first) << PAGE_SHIFT
             )
-        return self._install_shared(slot, first, last)
+        return self._map_shared(slot, first, last)
 
     def protect_code(self, slot: Memslot, gfn: int) -> tuple[int, bool]:
         """Make a page that a vCPU fetches from lose WRITE for all; returns the entry, 0 when it was zapped, and whether it is new to it.
@@ -408,46 +354,3 @@ class Mmu:
     def mapped(self, level: Level) -> int:
         """Return how many translations of a level there are."""
         return sum(slot.mapped[level] for slot in self.slots)
-
-
-def _around(slot: Memslot, index: int) -> tuple[int, int]:
-    """Return the block of pages to map with one: aligned, in the slot, all with its attribute and none mapped yet; or the page alone."""
-    gfn = index + slot.base_gfn
-    first = max(gfn & -FAULT_AROUND, slot.base_gfn) - slot.base_gfn
-    last = min(gfn | FAULT_AROUND - 1, slot.end_gfn - 1) + 1 - slot.base_gfn
-    if (
-        slot.attributes.count(slot.attributes[index], first, last)
-        == slot.entries.count(0, first, last)
-        == last - first
-    ):
-        return first, last
-    return index, index + 1
-
-
-def _take_large(
-    slot: Memslot, private: MemfdHalf, index: int, highest: Level
-) -> tuple[int, PageRange, Level] | None:
-    """Take the largest block around a page that can be mapped as one: its first page, those of the file, its level."""
-    block = slot.span_of(*slot.block(index, min(highest, Level.of_order(private.order))))
-    # As in shmem, pages that came one by one, or remain of a folio that was split, do not become a
-    # folio at a fault.
-    if not private.pages.count(block):
-        private.pages.get_pages(block)
-    level = min(
-        highest, Level.of_order(private.pages.get_page(slot.span_of(index, index + 1).start))
-    )
-    while level > Level.PAGE:
-        first, last = slot.block(index, level)
-        if _may_be_one(slot, first, last):
-            span = slot.span_of(first, last)
-            private.pages.get_pages(span)
-            return first, span, level
-        level = Level(level - 1)
-    return None
-
-
-def _may_be_one(slot: Memslot, first: int, last: int) -> bool:
-    """Say whether a block can be mapped as one: all of it private (``lpage`` may be behind), none of it lost or protected for its code."""
-    private = slot.memfd_half
-    lost = private.failed and private.lost(slot.span_of(first, last))
-    return not lost and not slot.attributes.count(0, first, last) and not slot.has_code(first, last)
