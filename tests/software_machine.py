@@ -13,11 +13,12 @@ from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import kvm_regs
 from restrictedmem.abi.memory import PUNCH
 from restrictedmem.consumer import Bound
+from restrictedmem.consumer.memfd_file import MemfdFile
 from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine_vcpu import EngineVcpu, EngineVcpus
 from restrictedmem.kvm.half import SharedFiles, SharedHalf, forbid_shrinking
-from restrictedmem.kvm.memslot import MemfdFile, MemfdHalf, Memslot
+from restrictedmem.kvm.memslot import MemfdHalf, Memslot
 from restrictedmem.kvm.mmu import Mmu
 from restrictedmem.kvm.software.code import CodePages
 from restrictedmem.kvm.software.software_vcpu import SoftwareVcpu

@@ -20,6 +20,7 @@ from restrictedmem import guests
 from restrictedmem.abi import memory
 from restrictedmem.abi.memory import PUNCH
 from restrictedmem.consumer import Bound
+from restrictedmem.consumer.memfd_file import MemfdFile
 from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.lpage import Level
@@ -29,7 +30,6 @@ from restrictedmem.kvm.memslot import (
     LEVEL_SHIFT,
     PRIVATE,
     WRITE,
-    MemfdFile,
     MemfdHalf,
     Memslot,
 )

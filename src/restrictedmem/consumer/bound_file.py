@@ -10,13 +10,9 @@ from restrictedmem import sync
 from restrictedmem.abi.kvm import EHWPOISON
 from restrictedmem.abi.memory import PMD_SIZE, Mapping
 from restrictedmem.consumer.consumer import Bound, Consumer
+from restrictedmem.consumer.memfd_file import MemfdFile
 from restrictedmem.failure import failed
 from restrictedmem.fs.filesystem import PROVE, TOKEN_BYTES
-from restrictedmem.mm.backing import Allocator, MappedBacking, take_over
-from restrictedmem.mm.pages import Pages
-from restrictedmem.mm.pin import PinnedBacking
-from restrictedmem.mm.sequence import InvalidationSequence
-from restrictedmem.service.wire import BindingFlag
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
 
 #: Seconds after which a fault looks again: an invalidation that this consumer is not told of ends
@@ -79,10 +75,16 @@ class BoundFile:
         self._ops = ops
         self._unbind = unbind
         with ExitStack() as made:
-            self._sequence = InvalidationSequence(bound.sequence, writable=False)
-            made.callback(self._sequence.close)
-            self._mapping, self._pages = _map(bound, window, self._sequence, made)
+            self._file = MemfdFile(bound)
+            self._file.get()
+            made.callback(self._file.put)
+            start, size = window.start << PAGE_SHIFT, len(window) << PAGE_SHIFT
+            alignment = max(PMD_SIZE, self._file.blksize)
+            self._mapping = Mapping(self._file.memfd.fileno(), start, size, alignment)
+            made.callback(self._mapping.close)
+            self._pages = self._file.pages(window, self._mapping)
             made.pop_all()
+        self._sequence = self._file.sequence
         self._settled = sync.condition(sync.mutex())
         # Pages that the machine has lost and nobody has punched since.
         self._lost: set[int] = set()
@@ -213,21 +215,4 @@ class BoundFile:
         self._unbind()
         self._pages.close()
         self._mapping.close()
-        self._sequence.close()
-
-
-def _map(
-    bound: Bound, window: PageRange, sequence: InvalidationSequence, made: ExitStack
-) -> tuple[Mapping, Pages]:
-    """Map a window as its folios lie, and take pages as the service says."""
-    start, hugepage = window.start << PAGE_SHIFT, bool(bound.flags & BindingFlag.HUGEPAGE)
-    memfd = take_over(bound.memfd, limit=bound.limit, base_order=bound.order, hugepage=hugepage)
-    made.callback(memfd.close)
-    mapping = Mapping(
-        memfd.fileno(), start, len(window) << PAGE_SHIFT, max(PMD_SIZE, PAGE_SIZE << bound.order)
-    )
-    made.callback(mapping.close)
-    backing: Allocator = MappedBacking(memfd, mapping, start)
-    if bound.flags & BindingFlag.PIN:
-        backing = PinnedBacking(backing, mapping.address, window, sequence)
-    return mapping, Pages(backing, window, sequence)
+        self._file.put()

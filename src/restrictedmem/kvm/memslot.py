@@ -2,24 +2,13 @@
 
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import replace
-from typing import TYPE_CHECKING, Final, Protocol, final
+from typing import Final, Protocol, final
 
 from restrictedmem import sync
-from restrictedmem.abi import memory
-from restrictedmem.fd import OwnedFd
+from restrictedmem.consumer.memfd_file import MemfdFile
 from restrictedmem.kvm.half import Half, SharedHalf, alignment_for
 from restrictedmem.kvm.lpage import LARGE, Level, LpageInfo
-from restrictedmem.mm.backing import Allocator, MappedBacking, take_over
-from restrictedmem.mm.pages import Pages
-from restrictedmem.mm.pin import PinnedBacking
-from restrictedmem.mm.sequence import InvalidationSequence
-from restrictedmem.service.wire import BindingFlag
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t, pgoff_t
-
-if TYPE_CHECKING:
-    from restrictedmem.consumer import Bound
 
 # What an entry of the secondary page table says; 0 is no translation. The rights are numbered as
 # Unicorn's UC_PROT_*.
@@ -66,69 +55,6 @@ class PrivateHalf(Protocol):
 
 
 @final
-class MemfdFile:
-    """The memfd of a restricted file and the page with its sequence, for all slots of a VM that show it; closed with the last."""
-
-    __slots__ = ("_bound", "_users", "blksize", "ino", "memfd", "order", "pinned", "sequence")
-
-    def __init__(self, bound: "Bound") -> None:
-        """Own both descriptors of ``bound``.
-
-        Raises:
-            OSError: ENOMEM.
-        """
-        self._users = 0
-        self._bound = bound
-        self.ino = bound.ino
-        self.pinned = bool(bound.flags & BindingFlag.PIN)
-        hugepage = bool(bound.flags & BindingFlag.HUGEPAGE)
-        #: The order of the folio that a block becomes when it is taken whole.
-        self.order = max(bound.order, memory.PMD_ORDER if hugepage else 0)
-        self.sequence = InvalidationSequence(bound.sequence, writable=False)
-        self.memfd = take_over(
-            bound.memfd, limit=bound.limit, base_order=bound.order, hugepage=hugepage
-        )
-        #: Bytes of the largest folio that there may be.
-        self.blksize = self.memfd.blksize
-
-    def copy(self) -> "MemfdFile":
-        """Return another of the same file, for a half that shares its own with no other.
-
-        Raises:
-            OSError: EMFILE, ENOMEM.
-        """
-        with ExitStack() as undo:
-            memfd, sequence = (
-                undo.enter_context(OwnedFd(os.dup(fd)))
-                for fd in (self.memfd.fileno(), self.sequence.fd.fileno())
-            )
-            made = MemfdFile(replace(self._bound, memfd=memfd, sequence=sequence))
-            undo.pop_all()
-        return made
-
-    @property
-    def used(self) -> bool:
-        """Whether a half shows it."""
-        return self._users > 0
-
-    @property
-    def closed(self) -> bool:
-        """Whether the last user has gone."""
-        return self.sequence.fd.closed
-
-    def get(self) -> None:
-        """Use it."""
-        self._users += 1
-
-    def put(self) -> None:
-        """Use it no more."""
-        self._users -= 1
-        if not self._users:
-            self.sequence.close()
-            self.memfd.close()
-
-
-@final
 class MemfdHalf:
     """A private half in the file's own memfd, mapped whole (``PrivateHalf``), and what the fault path needs of it."""
 
@@ -170,14 +96,11 @@ class MemfdHalf:
         self.sequence = file.sequence
         start, size = window.start << PAGE_SHIFT, len(window) << PAGE_SHIFT
         self.half = Half(file.memfd.fileno(), start, size, max(alignment_for(size), file.blksize))
-        backing: Allocator = MappedBacking(file.memfd, self.half.mapping, start)
-        if file.pinned:
-            try:
-                backing = PinnedBacking(backing, self.half.address, window, self.sequence)
-            except BaseException:
-                self.half.close()
-                raise
-        self.pages = Pages(backing, window, self.sequence)
+        try:
+            self.pages = file.pages(window, self.half.mapping)
+        except BaseException:
+            self.half.close()
+            raise
         file.get()
 
     def lost(self, span: PageRange) -> bool:

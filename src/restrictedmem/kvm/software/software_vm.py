@@ -9,11 +9,12 @@ from typing import Final, final
 from restrictedmem.abi.kvm import Cap
 from restrictedmem.abi.memory import mincore
 from restrictedmem.consumer import Bound
+from restrictedmem.consumer.memfd_file import MemfdFile
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine import Binder
 from restrictedmem.kvm.engine_vcpu import EngineVcpus
 from restrictedmem.kvm.lpage import Level
-from restrictedmem.kvm.memslot import MemfdFile, MemfdHalf, Memslot
+from restrictedmem.kvm.memslot import MemfdHalf, Memslot
 from restrictedmem.kvm.mmu import Mmu
 from restrictedmem.kvm.software.code import CodePages
 from restrictedmem.kvm.software.software_vcpu import HYPERCALL, SoftwareVcpu
@@ -97,12 +98,7 @@ class SoftwareVm:
     def _take_over(self, window: PageRange, bound: Bound) -> MemfdHalf:
         file = self._files.get(bound.ino)
         if file is None or file.closed or file.pinned:
-            try:
-                file = MemfdFile(bound)
-            except BaseException:
-                bound.memfd.close()
-                bound.sequence.close()
-                raise
+            file = MemfdFile(bound)
         else:
             bound.memfd.close()
             bound.sequence.close()

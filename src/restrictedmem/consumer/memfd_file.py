@@ -1,0 +1,96 @@
+"""A restricted file as its consumer has it: the memfd behind it, and the page with its sequence."""
+
+import os
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import final
+
+from restrictedmem.abi.memory import PMD_ORDER, Mapping
+from restrictedmem.consumer.consumer import Bound
+from restrictedmem.fd import OwnedFd
+from restrictedmem.mm.backing import Allocator, MappedBacking, take_over
+from restrictedmem.mm.pages import Pages
+from restrictedmem.mm.pin import PinnedBacking
+from restrictedmem.mm.sequence import InvalidationSequence
+from restrictedmem.service.wire import BindingFlag
+from restrictedmem.units import PAGE_SHIFT, PageRange
+
+
+@final
+class MemfdFile:
+    """The memfd of a restricted file and the page with its sequence, for all windows of it in this process; closed with the last."""
+
+    __slots__ = ("_bound", "_users", "blksize", "ino", "memfd", "order", "pinned", "sequence")
+
+    def __init__(self, bound: Bound) -> None:
+        """Own both descriptors of ``bound``, which are closed when this fails.
+
+        Raises:
+            OSError: ENOMEM.
+        """
+        self._users = 0
+        self._bound = bound
+        self.ino = bound.ino
+        self.pinned = bool(bound.flags & BindingFlag.PIN)
+        hugepage = bool(bound.flags & BindingFlag.HUGEPAGE)
+        #: The order of the folio that a block becomes when it is taken whole.
+        self.order = max(bound.order, PMD_ORDER if hugepage else 0)
+        with ExitStack() as undo:
+            undo.callback(bound.memfd.close)
+            undo.callback(bound.sequence.close)
+            self.sequence = InvalidationSequence(bound.sequence, writable=False)
+            self.memfd = take_over(
+                bound.memfd, limit=bound.limit, base_order=bound.order, hugepage=hugepage
+            )
+            #: Bytes of the largest folio that there may be.
+            self.blksize = self.memfd.blksize
+            undo.pop_all()
+
+    def copy(self) -> "MemfdFile":
+        """Return another of the same file, for a window that shares its own with no other.
+
+        Raises:
+            OSError: EMFILE, ENOMEM.
+        """
+        with ExitStack() as undo:
+            memfd, sequence = (
+                undo.enter_context(OwnedFd(os.dup(fd)))
+                for fd in (self.memfd.fileno(), self.sequence.fd.fileno())
+            )
+            undo.pop_all()
+        return MemfdFile(replace(self._bound, memfd=memfd, sequence=sequence))
+
+    def pages(self, window: PageRange, mapping: Mapping) -> Pages:
+        """Keep the account of the pages of a window, which ``mapping`` maps; they are pinned if the service says so.
+
+        The account of a pinned file owns the memfd, so such a file has one window, and its account
+        is to be closed.
+
+        Raises:
+            OSError: of a pinned file, as ``PinnedBacking``.
+        """
+        backing: Allocator = MappedBacking(self.memfd, mapping, window.start << PAGE_SHIFT)
+        if self.pinned:
+            backing = PinnedBacking(backing, mapping.address, window, self.sequence)
+        return Pages(backing, window, self.sequence)
+
+    @property
+    def used(self) -> bool:
+        """Whether a window shows it."""
+        return self._users > 0
+
+    @property
+    def closed(self) -> bool:
+        """Whether the last user has gone."""
+        return self.sequence.fd.closed
+
+    def get(self) -> None:
+        """Use it."""
+        self._users += 1
+
+    def put(self) -> None:
+        """Use it no more."""
+        self._users -= 1
+        if not self._users:
+            self.sequence.close()
+            self.memfd.close()
