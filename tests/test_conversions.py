@@ -42,19 +42,10 @@ def service(request: pytest.FixtureRequest) -> Iterator[Service]:
 class Guest:
     """A VM with the policy ``explicit``, what its owner sees of its shared memory, and its file."""
 
-    service: Service
     vm: Vm
     shared: mmap.mmap
     shared_fd: int
     fd: int
-
-    def convert(self, gpa: int, size: int, *, private: bool) -> None:
-        change = (
-            self.vm.set_memory_attributes
-            if self.service.info["api"] == "v10"
-            else self.vm.memory_encrypt_region
-        )
-        change(gpa, size, private=private)
 
     def slot(
         self, number: int, gpa: int, first: int, *, private: bool, readonly: bool = False
@@ -88,15 +79,15 @@ def guest(request: pytest.FixtureRequest, service: Service) -> Iterator[Guest]:
         os.ftruncate(shared_fd, 4 * PAGES * PAGE)
         shared = stack.enter_context(mmap.mmap(shared_fd, 4 * PAGES * PAGE))
         vm = stack.enter_context(Vm(service, engine=request.param, explicit=True))
-        found = Guest(service, vm, shared, shared_fd, fd)
+        found = Guest(vm, shared, shared_fd, fd)
         for number, (gpa, readonly) in enumerate(((GPA, False), (SECOND, False), (READONLY, True))):
             found.slot(number, gpa, number * PAGES, private=True, readonly=readonly)
         found.slot(3, WINDOW, 3 * PAGES, private=False)
         # One page is shared from the start.
-        found.convert(GPA, PAGES * PAGE, private=True)
-        found.convert(SECOND, PAGES * PAGE, private=True)
-        found.convert(SHARED_PAGE, PAGE, private=False)
-        found.convert(READONLY, PAGES * PAGE, private=False)
+        found.vm.convert(GPA, PAGES * PAGE, private=True)
+        found.vm.convert(SECOND, PAGES * PAGE, private=True)
+        found.vm.convert(SHARED_PAGE, PAGE, private=False)
+        found.vm.convert(READONLY, PAGES * PAGE, private=False)
         yield found
 
 
@@ -180,12 +171,12 @@ def test_an_owner_that_answers_0_is_not_believed(guest: Guest, lie: str) -> None
         # It does what it can of it.
         for page in range(min(npages, 2)):
             with suppress(OSError):
-                guest.convert(gpa + page * PAGE, PAGE, private=True)
+                guest.vm.convert(gpa + page * PAGE, PAGE, private=True)
         if gpa == READONLY:
             assert errno_of(vcpu.run, 0) == EPERM, (
                 "the page is private, and not what the guest asked for"
             )
-            guest.convert(gpa, PAGE, private=False)
+            guest.vm.convert(gpa, PAGE, private=False)
         assert told(vcpu) == FAILED
 
 
@@ -204,7 +195,7 @@ def test_an_owner_that_answers_0_has_shared_all_pages(guest: Guest, gpa: int, np
         vcpu.run()
         assert told(vcpu) == FAILED
         # Nor does it do later what it did not do then.
-        assert errno_of(guest.convert, GPA + 4 * PAGE, PAGE, private=False) == EPERM
+        assert errno_of(guest.vm.convert, GPA + 4 * PAGE, PAGE, private=False) == EPERM
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -212,17 +203,17 @@ def test_an_owner_that_refused_does_not_convert(guest: Guest, *, first: bool) ->
     with guest.start(hypercall(guest_abi.MAP_GPA_RANGE, SHARED_PAGE, 1, PRIVATE), TELL) as vcpu:
         vcpu.run()
         if first:
-            guest.convert(SHARED_PAGE, PAGE, private=True)
+            guest.vm.convert(SHARED_PAGE, PAGE, private=True)
         assert told(vcpu, -EIO) == (0 if first else FAILED)
-        assert errno_of(guest.convert, SHARED_PAGE, PAGE, private=not first) == EPERM
+        assert errno_of(guest.vm.convert, SHARED_PAGE, PAGE, private=not first) == EPERM
 
 
 def test_what_was_refused_may_be_undone_first(guest: Guest) -> None:
     with guest.start(hypercall(guest_abi.MAP_GPA_RANGE, GPA + 4 * PAGE, 2, 0), TELL) as vcpu:
         vcpu.run()
-        guest.convert(GPA + 4 * PAGE, PAGE, private=False)
+        guest.vm.convert(GPA + 4 * PAGE, PAGE, private=False)
         assert errno_of(vcpu.run, -EIO) == EPERM
-        guest.convert(GPA + 4 * PAGE, PAGE, private=True)
+        guest.vm.convert(GPA + 4 * PAGE, PAGE, private=True)
         assert told(vcpu, -EIO) == FAILED
 
 
@@ -231,8 +222,8 @@ def test_pages_that_the_guest_does_not_want_changed_stay_meanwhile(guest: Guest)
         vcpu.run()
         for page in range(0, 2 * PAGES * PAGE, PAGE):
             if GPA + page != SHARED_PAGE:
-                assert errno_of(guest.convert, GPA + page, PAGE, private=False) == EPERM
-        guest.convert(SHARED_PAGE, PAGE, private=True)
+                assert errno_of(guest.vm.convert, GPA + page, PAGE, private=False) == EPERM
+        guest.vm.convert(SHARED_PAGE, PAGE, private=True)
         assert told(vcpu) == 0
 
 
@@ -244,15 +235,15 @@ def test_an_answer_to_one_vcpu_leaves_the_owner_what_another_asked_for(
     guest: Guest, *, finished: bool
 ) -> None:
     with asking(guest, (TWO, 2, 0), (TWO, 2, PRIVATE)) as (first, second):
-        guest.convert(TWO, PAGE, private=False)
+        guest.vm.convert(TWO, PAGE, private=False)
         assert told(second, -EIO) == FAILED
         assert errno_of(first.run, 0) == EPERM
         if finished:
-            guest.convert(TWO + PAGE, PAGE, private=False)
+            guest.vm.convert(TWO + PAGE, PAGE, private=False)
         else:
-            guest.convert(TWO, PAGE, private=True)
+            guest.vm.convert(TWO, PAGE, private=True)
         assert told(first) == (0 if finished else FAILED)
-        assert errno_of(guest.convert, TWO, 2 * PAGE, private=finished) == EPERM
+        assert errno_of(guest.vm.convert, TWO, 2 * PAGE, private=finished) == EPERM
 
 
 def test_what_one_vcpu_was_told_to_be_private_is_no_longer_shared_for_another(guest: Guest) -> None:
@@ -261,14 +252,14 @@ def test_what_one_vcpu_was_told_to_be_private_is_no_longer_shared_for_another(gu
         second,
         third,
     ):
-        guest.convert(TWO, 2 * PAGE, private=False)
-        guest.convert(TWO + PAGE, PAGE, private=True)
+        guest.vm.convert(TWO, 2 * PAGE, private=False)
+        guest.vm.convert(TWO + PAGE, PAGE, private=True)
         assert told(second) == 0
-        assert errno_of(guest.convert, TWO + PAGE, PAGE, private=False) == EPERM
+        assert errno_of(guest.vm.convert, TWO + PAGE, PAGE, private=False) == EPERM
         assert errno_of(first.run, 0) == EPERM
-        guest.convert(TWO, PAGE, private=True)
+        guest.vm.convert(TWO, PAGE, private=True)
         assert told(first) == FAILED
-        guest.convert(TWO, PAGE, private=False)
+        guest.vm.convert(TWO, PAGE, private=False)
         assert told(third) == 0
 
 
@@ -288,7 +279,7 @@ def test_a_page_that_another_slot_was_moved_over_is_not_private(guest: Guest) ->
         vcpu.run()
         guest.slot(3, after, 3 * PAGES, private=False)
         with suppress(OSError):
-            guest.convert(after, PAGE, private=True)
+            guest.vm.convert(after, PAGE, private=True)
         assert told(vcpu) == FAILED
 
 
@@ -298,14 +289,14 @@ def test_a_page_that_another_slot_was_moved_over_is_not_private(guest: Guest) ->
 def test_private_pages_of_one_slot_or_two_are_told(guest: Guest, gpa: int, npages: int) -> None:
     with guest.start(hypercall(guest_abi.MAP_GPA_RANGE, gpa, npages, PRIVATE), TELL) as vcpu:
         vcpu.run()
-        guest.convert(gpa, npages * PAGE, private=True)
+        guest.vm.convert(gpa, npages * PAGE, private=True)
         if gpa == SHARED_PAGE:
             # What the owner takes back before it answers, the guest does not take for done.
-            guest.convert(gpa, PAGE, private=False)
+            guest.vm.convert(gpa, PAGE, private=False)
             assert told(vcpu) == FAILED
         else:
             assert told(vcpu) == 0
-        assert errno_of(guest.convert, gpa, PAGE, private=gpa == SHARED_PAGE) == EPERM
+        assert errno_of(guest.vm.convert, gpa, PAGE, private=gpa == SHARED_PAGE) == EPERM
 
 
 def test_what_the_owner_refuses_to_share_stays_private(guest: Guest) -> None:
@@ -313,17 +304,17 @@ def test_what_the_owner_refuses_to_share_stays_private(guest: Guest) -> None:
     with guest.start(hypercall(guest_abi.MAP_GPA_RANGE, page, 1, 0), TELL) as vcpu:
         vcpu.run()
         assert told(vcpu, -EIO) == FAILED
-        assert errno_of(guest.convert, page, PAGE, private=False) == EPERM
+        assert errno_of(guest.vm.convert, page, PAGE, private=False) == EPERM
 
 
 def test_the_guest_hears_of_what_its_owner_shared_and_denies(guest: Guest) -> None:
     page = GPA + 4 * PAGE
     with guest.start(hypercall(guest_abi.MAP_GPA_RANGE, page, 2, 0), TELL) as vcpu:
         vcpu.run()
-        guest.convert(page, PAGE, private=False)
+        guest.vm.convert(page, PAGE, private=False)
         for _ in range(2):
             assert errno_of(vcpu.run, -EIO) == EPERM, "one page of two is shared"
-        guest.convert(page + PAGE, PAGE, private=False)
+        guest.vm.convert(page + PAGE, PAGE, private=False)
         assert told(vcpu, -EIO) == 0
 
 
@@ -332,8 +323,8 @@ def test_a_refusal_of_pages_that_were_in_part_shared_before_is_believed(guest: G
         vcpu.run()
         assert told(vcpu, -EIO) == FAILED
         for page in (SHARED_PAGE - PAGE, SHARED_PAGE + PAGE):
-            assert errno_of(guest.convert, page, PAGE, private=False) == EPERM
-        guest.convert(SHARED_PAGE, PAGE, private=False)
+            assert errno_of(guest.vm.convert, page, PAGE, private=False) == EPERM
+        guest.vm.convert(SHARED_PAGE, PAGE, private=False)
 
 
 def test_no_page_of_the_file_is_at_two_addresses(guest: Guest) -> None:
@@ -355,11 +346,11 @@ def test_without_the_policy_the_owner_answers_as_it_likes(service: Service) -> N
         memory.memfd_create("shared", os.MFD_ALLOW_SEALING) as shared,
     ):
         os.ftruncate(fd.fileno(), PAGES * PAGE)
-        guest = Guest(service, vm, mmap.mmap(-1, PAGE), shared.fileno(), fd.fileno())
+        guest = Guest(vm, mmap.mmap(-1, PAGE), shared.fileno(), fd.fileno())
         vm.set_user_memory_region(
             slot=0, guest_phys_addr=GPA, memory_size=PAGES * PAGE, restricted_fd=fd.fileno()
         )
-        guest.convert(GPA, PAGES * PAGE, private=True)
+        guest.vm.convert(GPA, PAGES * PAGE, private=True)
         with guest.start(hypercall(guest_abi.MAP_GPA_RANGE, WINDOW, 1, PRIVATE), TELL) as vcpu:
             vcpu.run()
             assert told(vcpu) == 0

@@ -115,14 +115,6 @@ class Machine:
     def expect(self, key: str) -> tuple[Any, ...]:
         return DIFFERENCES[key][self.engine]
 
-    def convert(self, gpa: int, size: int, *, private: bool) -> None:
-        change = (
-            self.vm.set_memory_attributes
-            if self.service.info["api"] == "v10"
-            else self.vm.memory_encrypt_region
-        )
-        change(gpa, size, private=private)
-
     def start(self, *instructions: str, rsi: int = 0) -> Exit:
         """Run code from private memory, with rdi at DATA, to its first exit."""
         self.vm.launch_update(CODE, assembled(*instructions).ljust(PAGE, b"\xf4"))
@@ -185,8 +177,8 @@ def make_machine(service: Service, engine: str, *, debug: bool = False) -> Gener
             )
             with vm.create_vcpu() as vcpu:
                 machine = Machine(service, engine, vm, fd, half, window, vcpu)
-                machine.convert(PRIVATE, size, private=True)
-                machine.convert(SHARED, MIB, private=False)
+                machine.vm.convert(PRIVATE, size, private=True)
+                machine.vm.convert(SHARED, MIB, private=False)
                 yield machine
     finally:
         os.close(fd)
@@ -299,9 +291,9 @@ def missing_page(machine: Machine, at: int, content: bytes) -> MemoryFault:
         slot=2, guest_phys_addr=at, memory_size=PAGE, restricted_fd=fd
     )
     os.close(fd)
-    machine.convert(at, PAGE, private=True)
+    machine.vm.convert(at, PAGE, private=True)
     machine.vm.launch_update(at, content.ljust(PAGE, b"\xf4"))
-    machine.convert(at, PAGE, private=False)
+    machine.vm.convert(at, PAGE, private=False)
     return MemoryFault(0, at, PAGE, EFAULT)
 
 
@@ -334,7 +326,7 @@ def test_a_port_is_read_only_for_what_can_be_stored(
         for value in (0x1111, 0x2222, 0x3333, 0x4444):
             if exit_ == missing:
                 found.append(exit_)
-                machine.convert(page, PAGE, private=True)
+                machine.vm.convert(page, PAGE, private=True)
                 exit_ = machine.vcpu.run()
             found.append(exit_)
             exit_ = machine.vcpu.run(value)
@@ -354,7 +346,7 @@ def test_a_value_of_a_port_on_two_pages(service: Service, engine: str) -> None:
             load_rdi(SHARED + MIB - 2), "66ba8000", "6d", CALL
         )  # mov dx, 0x80; insd
         assert (exit_, machine.vcpu.run(), machine.window[-2:]) == (missing, missing, b"ab")
-        machine.convert(SHARED + MIB, PAGE, private=True)
+        machine.vm.convert(SHARED + MIB, PAGE, private=True)
         assert machine.vcpu.run() == PortIn(0x80, 4)
         assert isinstance(machine.vcpu.run(0x64636261), Hypercall)
         assert machine.window[-2:] + machine.vm.read_memory(SHARED + MIB, 2) == b"abcd"
@@ -373,17 +365,17 @@ def test_values_of_a_port_survive_a_page_that_is_taken_away(service: Service, en
     """The owner takes it while it is asked; those that were stored before are not stored again."""
     with make_machine(service, engine, debug=True) as machine:
         missing = missing_page(machine, SHARED + MIB, b"")
-        machine.convert(SHARED + MIB, PAGE, private=True)
+        machine.vm.convert(SHARED + MIB, PAGE, private=True)
         exit_ = machine.start_shared(load_rdi(SHARED + MIB - 4), *INPUT)
         for value in (0x1111, 0x2222, 0x3333, 0x4444):
             if exit_ == missing:
-                machine.convert(SHARED + MIB, PAGE, private=True)
+                machine.vm.convert(SHARED + MIB, PAGE, private=True)
                 exit_ = machine.vcpu.run()
             assert exit_ == PORT_IN
-            machine.convert(SHARED + MIB, PAGE, private=False)
+            machine.vm.convert(SHARED + MIB, PAGE, private=False)
             exit_ = machine.vcpu.run(value)
         if exit_ == missing:
-            machine.convert(SHARED + MIB, PAGE, private=True)
+            machine.vm.convert(SHARED + MIB, PAGE, private=True)
             exit_ = machine.vcpu.run()
         assert isinstance(exit_, Hypercall)
         assert (
@@ -407,11 +399,11 @@ def test_a_value_of_a_port_survives_a_page_that_is_taken_away(
         )
         assert exit_ == missing
         for value in (0x41, 0x42):
-            machine.convert(SHARED + MIB, PAGE, private=True)
+            machine.vm.convert(SHARED + MIB, PAGE, private=True)
             assert machine.vcpu.run() == PortIn(0x80, 1)
-            machine.convert(SHARED + MIB, PAGE, private=False)
+            machine.vm.convert(SHARED + MIB, PAGE, private=False)
             assert [machine.vcpu.run(value), machine.vcpu.run(0x99)] == [missing, missing]
-        machine.convert(SHARED + MIB, PAGE, private=True)
+        machine.vm.convert(SHARED + MIB, PAGE, private=True)
         assert isinstance(machine.vcpu.run(0x99), Hypercall)
         assert machine.vm.read_memory(SHARED + MIB, 1) == b"\x42"
 
@@ -420,12 +412,12 @@ def test_a_value_of_a_port_is_for_its_instruction_alone(service: Service, engine
     """The debugger leads the vCPU to another INS before what was read could be stored."""
     with make_machine(service, engine, debug=True) as machine:
         missing = missing_page(machine, SHARED + MIB, b"")
-        machine.convert(SHARED + MIB, PAGE, private=True)
+        machine.vm.convert(SHARED + MIB, PAGE, private=True)
         # mov dx, 0x80; insb; insb
         assert machine.start_shared(load_rdi(SHARED + MIB), "66ba8000", "6c", "6c", CALL) == PortIn(
             0x80, 1
         )
-        machine.convert(SHARED + MIB, PAGE, private=False)
+        machine.vm.convert(SHARED + MIB, PAGE, private=False)
         assert machine.vcpu.run(0x41) == missing
         regs = machine.vcpu.get_regs()
         regs.rip, regs.rdi = SHARED + 15, SHARED + 0x200
@@ -448,7 +440,7 @@ def test_a_value_of_a_port_is_not_for_the_next_page(machine: Machine) -> None:
         machine.vm.set_user_memory_region(
             slot=2, guest_phys_addr=SHARED + MIB, memory_size=PAGE, shared_fd=fd
         )
-        machine.convert(SHARED + MIB, PAGE, private=False)
+        machine.vm.convert(SHARED + MIB, PAGE, private=False)
         assert machine.vcpu.run() == PortIn(0x80, 1)
         assert machine.window[0x200] == 0x41
 
@@ -456,15 +448,15 @@ def test_a_value_of_a_port_is_not_for_the_next_page(machine: Machine) -> None:
 def test_a_value_of_a_port_survives_a_step_that_faults(service: Service, engine: str) -> None:
     with make_machine(service, engine, debug=True) as machine:
         missing = missing_page(machine, SHARED + MIB, b"")
-        machine.convert(SHARED + MIB, PAGE, private=True)
+        machine.vm.convert(SHARED + MIB, PAGE, private=True)
         # mov edi, SHARED + MIB; mov dx, 0x80; insb
         assert machine.start_shared(
             f"bf{(SHARED + MIB).to_bytes(4, 'little').hex()}", "66ba8000", "6c", CALL
         ) == PortIn(0x80, 1)
-        machine.convert(SHARED + MIB, PAGE, private=False)
+        machine.vm.convert(SHARED + MIB, PAGE, private=False)
         machine.vcpu.set_guest_debug(step=True)
         assert [machine.vcpu.run(0x41), machine.vcpu.run(0x99)] == [missing, missing]
-        machine.convert(SHARED + MIB, PAGE, private=True)
+        machine.vm.convert(SHARED + MIB, PAGE, private=True)
         assert machine.vcpu.run(0x99) == exits.Debug(exits.SINGLE_STEP, SHARED + 10, exits.DR6_BS)
         assert machine.vm.read_memory(SHARED + MIB, 1) == b"\x41"
 
@@ -544,7 +536,7 @@ def test_store_to_read_only_memory(machine: Machine) -> None:
         machine.vm.set_user_memory_region(
             slot=2, guest_phys_addr=SHARED + MIB, memory_size=PAGE, shared_fd=fd, readonly=True
         )
-        machine.convert(SHARED + MIB, PAGE, private=False)
+        machine.vm.convert(SHARED + MIB, PAGE, private=False)
         exit_ = machine.start(
             "bb00001010",  # mov ebx, SHARED + MIB
             "8b3b",  # mov edi, [rbx]
@@ -565,7 +557,7 @@ def test_content_of_a_read_only_slot(machine: Machine) -> None:
     make = machine.vm.set_user_memory_region
     make(slot=2, guest_phys_addr=at, memory_size=4 * PAGE, restricted_fd=fd, readonly=True)
     os.close(fd)
-    machine.convert(at, 4 * PAGE, private=True)
+    machine.vm.convert(at, 4 * PAGE, private=True)
     for start in (2 * PAGE, 0):
         machine.vm.launch_update(at + start, content)
     exit_ = machine.start(
@@ -627,12 +619,12 @@ def test_a_fault_can_be_mended(machine: Machine) -> None:
         slot=2, guest_phys_addr=page, memory_size=PAGE, restricted_fd=fd
     )
     os.close(fd)
-    machine.convert(page, PAGE, private=False)
+    machine.vm.convert(page, PAGE, private=False)
     exit_ = machine.start(
         f"bb{page.to_bytes(4, 'little').hex()}", "c7032a000000", "8b3b", CALL
     )  # mov dword [page], 42; mov edi, [page]
     assert exit_ == machine.vcpu.run() == MemoryFault(0, page, PAGE, EFAULT)
-    machine.convert(page, PAGE, private=True)
+    machine.vm.convert(page, PAGE, private=True)
     found = machine.vcpu.run()
     assert isinstance(found, Hypercall)
     assert found.arguments[0] == 42
@@ -646,7 +638,7 @@ def test_what_precedes_the_end_of_a_page_is_executed(machine: Machine) -> None:
     machine.vcpu.set_regs(rip=SHARED + MIB - len(code), rsp=STACK, rdi=DATA)
     assert machine.vcpu.run() == PortOut(0x42, 1, 0)
     assert [machine.vcpu.run(), machine.vcpu.run()] == [missing, missing]
-    machine.convert(SHARED + MIB, PAGE, private=True)
+    machine.vm.convert(SHARED + MIB, PAGE, private=True)
     assert word(machine.vcpu.run()) == 42
 
 
@@ -679,7 +671,7 @@ def test_an_instruction_that_faulted_has_its_flags(
         CALL,
     )
     assert exit_ == missing
-    machine.convert(page, PAGE, private=True)
+    machine.vm.convert(page, PAGE, private=True)
     assert word(machine.vcpu.run()) == result
 
 
@@ -727,13 +719,13 @@ def test_each_half_keeps_its_content(machine: Machine) -> None:
     machine.half[offset : offset + 8] = (0x51).to_bytes(8, "little")
     assert word(machine.start(*READ_AND_WRITE)) == 0
     assert word(machine.vcpu.run(0x99)) == 0x99
-    machine.convert(DATA, PAGE, private=False)
+    machine.vm.convert(DATA, PAGE, private=False)
     assert word(machine.vcpu.run(0x52)) == 0x52
     assert int.from_bytes(machine.half[offset : offset + 8], "little") == 0x52
-    machine.convert(DATA, PAGE, private=True)
+    machine.vm.convert(DATA, PAGE, private=True)
     assert word(machine.vcpu.run(0x53)) == 0x53
     assert int.from_bytes(machine.half[offset : offset + 8], "little") == 0x52
-    machine.convert(DATA, PAGE, private=False)
+    machine.vm.convert(DATA, PAGE, private=False)
     assert word(machine.vcpu.run(0x54)) == 0x54
 
 
@@ -744,7 +736,7 @@ def test_a_conversion_changes_what_the_next_load_sees(machine: Machine) -> None:
         word(machine.start("488b37", CALL, "ebef")) == 0
     )  # mov rsi, [rdi]; hypercall; jmp to the first
     for private, value in ((False, 0x51), (True, 0), (False, 0x51)):
-        machine.convert(DATA, PAGE, private=private)
+        machine.vm.convert(DATA, PAGE, private=private)
         assert word(machine.vcpu.run()) == value
 
 
@@ -767,7 +759,7 @@ def test_neighbours_of_a_conversion_are_left_alone(machine: Machine, size: int) 
         CALL,
     )
     assert isinstance(exit_, Hypercall)
-    machine.convert(at, size, private=False)
+    machine.vm.convert(at, size, private=False)
     found = machine.vcpu.run()
     assert isinstance(found, Hypercall)
     assert found.arguments[:3] == (7, 0, 7)
@@ -856,7 +848,7 @@ def test_a_file_is_as_large_as_the_kernel_lets_it_be(
         )
         assert found == expected
         if not expected:
-            machine.convert(at, size, private=True)
+            machine.vm.convert(at, size, private=True)
             machine.vm.launch_update(at + size - PAGE, (0x77).to_bytes(PAGE, "little"))
             load = f"48b8{(at + size - PAGE).to_bytes(8, 'little').hex()}"  # mov rax, the last page
             assert (
@@ -1039,9 +1031,9 @@ def test_conversions_and_punches_under_a_running_guest(machine: Machine) -> None
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(machine.vcpu.run)
         for turn in range(20):
-            machine.convert(at + turn * 16 * PAGE, 64 * PAGE, private=bool(turn % 2))
+            machine.vm.convert(at + turn * 16 * PAGE, 64 * PAGE, private=bool(turn % 2))
             machine.punch(at + MIB, 16 * PAGE)
-        machine.convert(at, 2 * MIB, private=False)
+        machine.vm.convert(at, 2 * MIB, private=False)
         wait_until(
             lambda: all(machine.half[2 * MIB : 4 * MIB : PAGE]),
             "the guest's stores to the shared half",
@@ -1084,7 +1076,7 @@ def test_the_measurement_does_not_depend_on_the_engine(service: Service) -> None
                 readonly=True,
             )
             os.close(fd)
-            machine.convert(PRIVATE + 64 * MIB, PAGE, private=True)
+            machine.vm.convert(PRIVATE + 64 * MIB, PAGE, private=True)
             machine.vm.launch_update(PRIVATE + 64 * MIB, b"a" * PAGE)
             machine.vcpu.set_regs(rip=CODE, rsp=STACK)
             found.add(machine.vm.launch_finish())

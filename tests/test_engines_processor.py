@@ -342,7 +342,7 @@ def test_rotate_in_read_only_memory(programs: Programs) -> None:
         machine.vm.set_user_memory_region(
             slot=2, guest_phys_addr=SHARED + MIB, memory_size=PAGE, shared_fd=fd, readonly=True
         )
-        machine.convert(SHARED + MIB, PAGE, private=False)
+        machine.vm.convert(SHARED + MIB, PAGE, private=False)
         exit_ = machine.start(
             "bb00001010", "f9", "d113"
         )  # mov ebx, SHARED + MIB; stc; rcl dword [rbx], 1
@@ -366,6 +366,6 @@ def test_a_store_across_two_pages(programs: Programs, store: str, key: str | Non
         )
         there = machine.vm.read_memory(page - 8, 8)
         assert there == (programs.expect(key)[0] if key else bytes(8))
-        machine.convert(page, PAGE, private=True)
+        machine.vm.convert(page, PAGE, private=True)
         assert isinstance(machine.vcpu.run(), Hypercall)
         assert machine.vm.read_memory(page - 4, 8) == b"\xff" * 8

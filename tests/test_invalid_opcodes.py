@@ -166,5 +166,5 @@ def test_what_is_invalid_is_fetched_whole(service: Service, engine: str, code: s
             machine.vcpu.set_regs(rip=MISSING - inside, rsp=STACK)
             if inside < len(whole):
                 assert machine.vcpu.run() == machine.vcpu.run() == missing
-                machine.convert(MISSING, PAGE, private=True)
+                machine.vm.convert(MISSING, PAGE, private=True)
             assert machine.vcpu.run() == INVALID

@@ -251,11 +251,6 @@ def private_slot(vm: Vm, service: Service, fd: int) -> None:
         vm.set_memory_attributes(GPA, MIB, private=True)
 
 
-def set_shared(service: Service, vm: Vm, gpa: int, size: int = PAGE) -> None:
-    change = vm.set_memory_attributes if service.info["api"] == "v10" else vm.memory_encrypt_region
-    change(gpa, size, private=False)
-
-
 @pytest.fixture
 def fd(service: Service) -> Iterator[int]:
     found = service.memfd_restricted()
@@ -349,7 +344,7 @@ def test_a_vcpu_without_registers_is_measured_too(vm: Vm) -> None:
 
 @pytest.mark.requires("fuse")
 def test_private_memory_is_measured_as_it_is_at_the_end(service: Service, vm: Vm) -> None:
-    set_shared(service, vm, GPA + 4 * PAGE, 2 * PAGE)
+    vm.convert(GPA + 4 * PAGE, 2 * PAGE, private=False)
     rest = MIB - 6 * PAGE
     assert vm.launch_finish() == measure(
         0, [], [], [(GPA, 4 * PAGE, 0, 0), (GPA + 6 * PAGE, rest, 6 * PAGE, 0)]
@@ -387,7 +382,7 @@ def test_the_policy_is_measured(service: Service, engine: str, debug: bool, expl
 @pytest.mark.requires("fuse")
 def test_an_update_that_fails_is_not_measured(service: Service, vm: Vm) -> None:
     vm.launch_update(GPA, bytes(PAGE))
-    set_shared(service, vm, GPA + 8 * PAGE)
+    vm.convert(GPA + 8 * PAGE, PAGE, private=False)
     for gpa, content, errno in (
         (GPA + 1, bytes(PAGE), EINVAL),
         (GPA, bytes(PAGE - 1), EINVAL),
@@ -584,30 +579,25 @@ def test_pages_become_shared_only_when_the_guest_asks(service: Service, explicit
     )
     # mov %rax, %rdi: tells what it was told
     tell = "4889c7" + mov(RAX, guest_abi.EXIT) + _CALL
-    private = (
-        explicit.set_memory_attributes
-        if service.info["api"] == "v10"
-        else explicit.memory_encrypt_region
-    )
     with start(
         explicit, code(hypercall(guest_abi.EXIT, 1), ask, take_back, tell, take_back, tell)
     ) as vcpu:
         vcpu.run()
-        assert errno_of(set_shared, service, explicit, SHARED_PAGE) == EPERM
+        assert errno_of(explicit.convert, SHARED_PAGE, PAGE, private=False) == EPERM
         asked = exits.Hypercall(guest_abi.MAP_GPA_RANGE, (SHARED_PAGE, 2, 0, 0))
         assert vcpu.run() == asked
-        assert errno_of(set_shared, service, explicit, SHARED_PAGE, 3 * PAGE) == EPERM
-        assert errno_of(set_shared, service, explicit, SHARED_PAGE - PAGE, 2 * PAGE) == EPERM
-        set_shared(service, explicit, SHARED_PAGE, 2 * PAGE)
+        assert errno_of(explicit.convert, SHARED_PAGE, 3 * PAGE, private=False) == EPERM
+        assert errno_of(explicit.convert, SHARED_PAGE - PAGE, 2 * PAGE, private=False) == EPERM
+        explicit.convert(SHARED_PAGE, 2 * PAGE, private=False)
         vcpu.run(0)
-        private(SHARED_PAGE, PAGE, private=True)
+        explicit.convert(SHARED_PAGE, PAGE, private=True)
         assert errno_of(vcpu.run, 0) == EPERM, "one page is shared still"
-        set_shared(service, explicit, SHARED_PAGE, 2 * PAGE)
+        explicit.convert(SHARED_PAGE, 2 * PAGE, private=False)
         assert vcpu.run(0) == exits.Hypercall(guest_abi.EXIT, ((1 << 64) - EIO, 0, 0, 0)), (
             "both are shared still"
         )
         vcpu.run(0)
-        private(SHARED_PAGE, 2 * PAGE, private=True)
+        explicit.convert(SHARED_PAGE, 2 * PAGE, private=True)
         assert vcpu.run(0) == exits.Hypercall(guest_abi.EXIT, (0, 0, 0, 0))
 
 
@@ -661,7 +651,7 @@ def test_words_of_a_guest_that_mean_nothing(
         explicit, code(hypercall(guest_abi.MAP_GPA_RANGE, *asked), hypercall(guest_abi.EXIT, 1))
     ) as vcpu:
         assert vcpu.run() == exits.Hypercall(guest_abi.MAP_GPA_RANGE, (*asked, 0))
-        assert errno_of(set_shared, service, explicit, SHARED_PAGE) == EPERM
+        assert errno_of(explicit.convert, SHARED_PAGE, PAGE, private=False) == EPERM
         assert vcpu.run(0) == exits.Hypercall(guest_abi.EXIT, (1, 0, 0, 0))
 
 

@@ -67,13 +67,6 @@ def errno_of(call: object, *args: object, **kwargs: object) -> int:
     return 0
 
 
-def make_private(vm: Vm, service: Service, gpa: int, size: int) -> None:
-    if service.info["api"] == "v10":
-        vm.set_memory_attributes(gpa, size, private=True)
-    else:
-        vm.memory_encrypt_region(gpa, size, private=True)
-
-
 # Requests, ours and the kernel's.
 
 
@@ -275,7 +268,7 @@ def test_a_private_slot_can_only_be_deleted(vm: Vm, fd: int, window: int) -> Non
 
 def start_reader(vm: Vm, service: Service, fd: int) -> None:
     vm.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=MIB, restricted_fd=fd)
-    make_private(vm, service, GPA, MIB)
+    vm.convert(GPA, MIB, private=True)
     vm.launch_update(GPA, READ_LOOP.ljust(PAGE, b"\0"))
 
 
@@ -332,7 +325,7 @@ def test_a_slot_is_deleted_and_made_again_under_a_running_guest(
 def test_a_private_page_without_a_slot(service: Service, vm: Vm, fd: int) -> None:
     """private_mem_kvm_exits_test.c: v10 says so by the attribute; v9 looks at attributes only where a slot is."""
     start_reader(vm, service, fd)
-    make_private(vm, service, WINDOW, PAGE)
+    vm.convert(WINDOW, PAGE, private=True)
     with vm.create_vcpu() as vcpu:
         vcpu.set_regs(rip=GPA)
         v10 = exits.MemoryFault(kvm.KVM_MEMORY_EXIT_FLAG_PRIVATE, WINDOW, PAGE, EFAULT)
@@ -345,7 +338,7 @@ def test_a_private_page_of_a_slot_without_private_half(
     start_reader(vm, service, fd)
     os.pwrite(window, (5).to_bytes(4, "little"), 0)
     vm.set_user_memory_region(slot=1, guest_phys_addr=WINDOW, memory_size=MIB, shared_fd=window)
-    make_private(vm, service, WINDOW, PAGE)
+    vm.convert(WINDOW, PAGE, private=True)
     with vm.create_vcpu() as vcpu:
         vcpu.set_regs(rip=GPA)
         v10 = exits.MemoryFault(kvm.KVM_MEMORY_EXIT_FLAG_PRIVATE, WINDOW, PAGE, EFAULT)
@@ -397,11 +390,10 @@ def test_attributes_of_what_is_not_supported(service: Service, vm: Vm) -> None:
 def test_attributes_may_change_from_page_to_page(service: Service, vm: Vm, fd: int) -> None:
     """More changes than fit a list of requests: KVM keeps one entry a page, and mixed blocks show in the statistics."""
     start_reader(vm, service, fd)
-    change = vm.set_memory_attributes if service.info["api"] == "v10" else vm.memory_encrypt_region
     for page in range(0, 256, 2):
-        change(GPA + page * PAGE, PAGE, private=False)
+        vm.convert(GPA + page * PAGE, PAGE, private=False)
     assert (vm.statistics()["mixed_2m"], vm.statistics()["mixed_1g"]) == (1, 1)
-    change(GPA, MIB, private=True)
+    vm.convert(GPA, MIB, private=True)
     assert (vm.statistics()["mixed_2m"], vm.statistics()["mixed_1g"]) == (0, 0)
 
 
@@ -411,7 +403,7 @@ def test_attributes_may_change_from_page_to_page(service: Service, vm: Vm, fd: i
 def test_prefault(service: Service, vm: Vm, fd: int, window: int) -> None:
     """pre_fault_memory_test.c, and each errno."""
     vm.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=2 * MIB, restricted_fd=fd)
-    make_private(vm, service, GPA, 2 * MIB)
+    vm.convert(GPA, 2 * MIB, private=True)
     vm.set_user_memory_region(slot=1, guest_phys_addr=WINDOW, memory_size=MIB, shared_fd=window)
     with vm.create_vcpu() as vcpu:
         assert vcpu.pre_fault_memory(GPA, 2 * MIB) == 2 * MIB
@@ -429,8 +421,8 @@ def test_prefault(service: Service, vm: Vm, fd: int, window: int) -> None:
         assert errno_of(vcpu._channel.call, vm_wire.PRE_FAULT_MEMORY, bytes(asked)) == EINVAL
         assert vcpu.pre_fault_memory(WINDOW, MIB) == MIB
         assert os.fstat(window).st_blocks * 512 == MIB
-        make_private(vm, service, WINDOW, PAGE)
-        make_private(vm, service, 0x7000_0000, PAGE)
+        vm.convert(WINDOW, PAGE, private=True)
+        vm.convert(0x7000_0000, PAGE, private=True)
         assert errno_of(vcpu.pre_fault_memory, WINDOW, PAGE) == (EFAULT if v10 else 0)
         assert errno_of(vcpu.pre_fault_memory, 0x7000_0000, PAGE) == (EFAULT if v10 else ENOENT)
         memory.fallocate(fd, memory.PUNCH, 0, MIB)
@@ -446,7 +438,7 @@ def test_prefault_of_more_than_there_is(service: Service) -> None:
         fd = small.memfd_restricted()
         os.ftruncate(fd, MIB)
         vm.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=MIB, restricted_fd=fd)
-        make_private(vm, small, GPA, MIB)
+        vm.convert(GPA, MIB, private=True)
         with vm.create_vcpu() as vcpu:
             assert vcpu.pre_fault_memory(GPA, MIB) == 64 * PAGE
             assert errno_of(vcpu.pre_fault_memory, GPA + 64 * PAGE, PAGE) == 28
@@ -467,7 +459,7 @@ def test_a_lost_page_is_a_fault_until_it_is_punched(service: Service, vm: Vm, fd
         restricted_fd=fd,
         restricted_offset=2 * MIB,
     )
-    make_private(vm, service, WINDOW, 2 * MIB)
+    vm.convert(WINDOW, 2 * MIB, private=True)
     with vm.create_vcpu() as vcpu:
         vcpu.set_regs(rip=GPA)
         assert vcpu.run() == exits.PortOut(0x42, 4, 0)
@@ -497,7 +489,7 @@ def test_what_cannot_be_lost(vm: Vm, fd: int, window: int) -> None:
 
 def test_an_interrupt_from_the_owner(service: Service, vm: Vm, fd: int) -> None:
     vm.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=MIB, restricted_fd=fd)
-    make_private(vm, service, GPA, MIB)
+    vm.convert(GPA, MIB, private=True)
     vm.launch_update(GPA, bytes.fromhex("ebfe").ljust(PAGE, b"\0"))
     with vm.create_vcpu() as first, vm.create_vcpu() as second:
         for vcpu in (first, second):

@@ -182,7 +182,7 @@ def _code_in_the_shared_half(owner: Attacker) -> Iterator[Buffer]:
                 code_page(guest) * ((end - start) // PAGE_SIZE),
                 start - guest_abi.PRIVATE_BASE,
             )
-        _set_attributes(owner, guest.vmm.vm, start, end - start, private=False)
+        guest.vmm.vm.convert(start, end - start, private=False)
         yield from _what_it_copied_out(guest)
 
 
@@ -206,7 +206,7 @@ def _code_in_a_slot_of_its_own(owner: Attacker) -> Iterator[Buffer]:
         vm.set_user_memory_region(
             slot=_SLOT + 1, guest_phys_addr=start, memory_size=end - start, shared_fd=code.fileno()
         )
-        _set_attributes(owner, vm, start, end - start, private=False)
+        vm.convert(start, end - start, private=False)
         yield from _what_it_copied_out(guest)
 
 
@@ -275,7 +275,7 @@ def _measured(owner: Attacker, order: tuple[int, int]) -> bytes:
 
         for slot, page in enumerate(order):
             make(slot, page)
-        _set_attributes(owner, vm, base, 2 * PAGE_SIZE, private=True)
+        vm.convert(base, 2 * PAGE_SIZE, private=True)
         for slot, content in enumerate((b"A", b"B")):
             vm.launch_update(base + slot * PAGE_SIZE, content * PAGE_SIZE)
         for slot in range(2):
@@ -313,13 +313,6 @@ def _place(vmm: Vmm, layout: _Layout, replacing: int) -> None:
             restricted_fd=vmm.restricted_fd,
             restricted_offset=shown - guest_abi.PRIVATE_BASE,
         )
-
-
-def _set_attributes(owner: Attacker, vm: Vm, gpa: int, size: int, *, private: bool) -> None:
-    change = (
-        vm.set_memory_attributes if owner.service.info["api"] == "v10" else vm.memory_encrypt_region
-    )
-    change(gpa, size, private=private)
 
 
 def _what_it_copied_out(guest: HeldGuest) -> Iterator[Buffer]:

@@ -210,6 +210,19 @@ class Vm:
         call = vm_wire.ENCRYPT_REG_REGION if private else vm_wire.ENCRYPT_UNREG_REGION
         self._channel.call(call, bytes(kvm.kvm_enc_region(addr=address, size=size)))
 
+    def convert(self, address: int, size: int, *, private: bool) -> None:
+        """Make a range private or shared by the call of the posting that the service follows; bytes.
+
+        Raises:
+            OSError: as ``set_memory_attributes`` (v10) or ``memory_encrypt_region`` (v9).
+        """
+        change = (
+            self.set_memory_attributes
+            if self._service.info["api"] == "v10"
+            else self.memory_encrypt_region
+        )
+        change(address, size, private=private)
+
     def launch_update(self, gpa: int, data: bytes) -> None:
         """Put whole pages of initial content into private memory, before the launch is finished, and extend the measurement by them.
 

@@ -89,7 +89,6 @@ class Vmm:
         self.private_size = private_size
         service = service or default_service()
         self.way: str = service.info["way"]
-        self._api: str = service.info["api"]
         self._design: str = service.info["design"]
         with ExitStack() as stack:
             self.restricted_fd = service.memfd_restricted()
@@ -120,9 +119,9 @@ class Vmm:
                 memory_size=SHARED_SIZE,
                 shared_fd=window,
             )
-            if self._api == "v10":
+            if service.info["api"] == "v10":
                 # v9 starts with everything private.
-                self._set_attributes(guest_abi.PRIVATE_BASE, private_size, private=True)
+                self.vm.convert(guest_abi.PRIVATE_BASE, private_size, private=True)
             self.vcpus: tuple[Vcpu, ...] = tuple(
                 stack.enter_context(self.vm.create_vcpu()) for _ in range(vcpus)
             )
@@ -347,12 +346,6 @@ class Vmm:
 
     # Conversions.
 
-    def _set_attributes(self, gpa: int, size: int, *, private: bool) -> None:
-        change = (
-            self.vm.set_memory_attributes if self._api == "v10" else self.vm.memory_encrypt_region
-        )
-        change(gpa, size, private=private)
-
     def _map_gpa_range(self, gpa: int, npages: int, *, private: bool) -> int:
         """Convert pages, and free what the other half had of them; 0 or a negative errno for the guest."""
         size = npages << PAGE_SHIFT
@@ -363,7 +356,7 @@ class Vmm:
         try:
             # First, so that no other vCPU fills a hole that was just punched in the half which goes
             # out of sight.
-            self._set_attributes(gpa, size, private=private)
+            self.vm.convert(gpa, size, private=private)
             if length > 0:
                 memory.fallocate(
                     self._half_fd if private else self.restricted_fd, memory.PUNCH, start, length
