@@ -18,6 +18,9 @@ pgoff_t = NewType("pgoff_t", int)
 gpa_t = NewType("gpa_t", int)
 gfn_t = NewType("gfn_t", int)
 
+#: The largest number in 64 bits (<linux/limits.h>), and the mask that keeps them.
+U64_MAX: Final = (1 << 64) - 1
+
 PAGE_SIZE: Final = os.sysconf("SC_PAGE_SIZE")
 PAGE_SHIFT: Final = PAGE_SIZE.bit_length() - 1
 PAGE_MASK: Final = PAGE_SIZE - 1

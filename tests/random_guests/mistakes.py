@@ -110,7 +110,7 @@ MISTAKES: Final = (
     Mistake(
         "a width: the result of a hypercall",
         _VCPU,
-        "unicorn.RAX, value & _WORD",
+        "unicorn.RAX, value & U64_MAX",
         "unicorn.RAX, value & 0xFFFF_FFFF",
     ),
     Mistake(

@@ -2,9 +2,10 @@
 
 from typing import Final, final
 
+from restrictedmem.units import U64_MAX
+
 Buffer = bytes | bytearray | memoryview
 
-_MASK: Final = (1 << 64) - 1
 _WORD: Final = 8
 #: At most this many places of the guest's memory are looked for, but at least one in each page.
 _PLACES: Final = 1 << 14
@@ -14,9 +15,9 @@ _GAMMA: Final = 0x9E37_79B9_7F4A_7C15
 
 def word(seed: int, address: int) -> int:
     """Return the word that the guest keeps at an address (guests/hold.h): output number ``address / 8`` of SplitMix64."""
-    z = (seed + address // _WORD * _GAMMA) & _MASK
-    z = (z ^ z >> 30) * 0xBF58_476D_1CE4_E5B9 & _MASK
-    z = (z ^ z >> 27) * 0x94D0_49BB_1331_11EB & _MASK
+    z = (seed + address // _WORD * _GAMMA) & U64_MAX
+    z = (z ^ z >> 30) * 0xBF58_476D_1CE4_E5B9 & U64_MAX
+    z = (z ^ z >> 27) * 0x94D0_49BB_1331_11EB & U64_MAX
     return z ^ z >> 31
 
 
@@ -45,7 +46,7 @@ class Pattern:
         for address in self._addresses:
             pair = word(seed, address) | word(seed, address + _WORD) << 64
             for shift in range(_WORD):
-                self._words[pair >> 8 * shift & _MASK] = address
+                self._words[pair >> 8 * shift & U64_MAX] = address
 
     def find(self, data: Buffer) -> int | None:
         """Return the guest address of something in ``data`` that the guest keeps private, None when there is nothing.

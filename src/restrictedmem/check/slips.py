@@ -20,12 +20,11 @@ from restrictedmem.mm.memfd import never
 from restrictedmem.mm.notifier import Notifier
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.mm.sequence import InvalidationSequence
-from restrictedmem.units import PAGE_SHIFT, PageRange, gfn_t, pgoff_t
+from restrictedmem.units import PAGE_SHIFT, U64_MAX, PageRange, gfn_t, pgoff_t
 
 _IN_PROGRESS: Final = 1
 _START: Final = 2
 _END: Final = 3
-_U64: Final = (1 << 64) - 1
 
 
 @final
@@ -75,7 +74,7 @@ class SlotThatUnderflows(Memslot):  # type: ignore[misc] # a slip
         assert self.private is not None
         base = self.private.window.start
         start = self.base_gfn + (span.start - base if span.start > base else 0)
-        end = self.base_gfn + span.end - base & _U64
+        end = self.base_gfn + span.end - base & U64_MAX
         # Beyond the slot, where KVM went on to zap, there is nothing here.
         start, end = min(start, self.end_gfn), min(end, self.end_gfn)
         return gfn_t(start), gfn_t(max(start, end))

@@ -29,10 +29,9 @@ from restrictedmem.kvm.memslots import Memslots
 from restrictedmem.kvm.vm_memory import VmMemory
 from restrictedmem.protocol.guest_abi import MAP_GPA_RANGE_ENCRYPTED
 from restrictedmem.protocol.measurement import Run
-from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, gfn_t
+from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, U64_MAX, gfn_t
 
-_WORD: Final = (1 << 64) - 1
-_FAILED: Final = -EIO & _WORD
+_FAILED: Final = -EIO & U64_MAX
 #: Exchanges 0 and 1.
 _OTHER: Final = bytes((1, 0)) + bytes(254)
 

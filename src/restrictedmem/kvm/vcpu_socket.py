@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from errno import EBADF, EINVAL, EIO, EPROTO
-from typing import Final, final
+from typing import final
 
 from restrictedmem import threads
 from restrictedmem.abi import kvm
@@ -20,9 +20,7 @@ from restrictedmem.kvm.whole import whole
 from restrictedmem.protocol import exits, guest_abi, vm_wire
 from restrictedmem.protocol.trace_events import Trace, of_exit
 from restrictedmem.service.wire import Channel, Message
-from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, gfn_t
-
-_WORD: Final = (1 << 64) - 1
+from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, U64_MAX, gfn_t
 
 
 @final
@@ -224,7 +222,7 @@ class VcpuSocket:
                 case exits.Hypercall(guest_abi.REPORT):
                     if self._trace.on:
                         self._trace.emit("report", vcpu=self._number)
-                    self.vcpu.complete(self._reporter.answer() & _WORD)
+                    self.vcpu.complete(self._reporter.answer() & U64_MAX)
                 case exits.Hypercall(number, arguments):
                     if number == guest_abi.MAP_GPA_RANGE:
                         self._converting = self._conversions.asked(*arguments[:3])

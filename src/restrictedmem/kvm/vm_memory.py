@@ -25,7 +25,7 @@ from restrictedmem.protocol.guest_abi import GPA_BITS, HYPERCALL_PAGE, REPORT_PA
 from restrictedmem.protocol.vm_wire import NO_NAMES, SlotFiles
 from restrictedmem.service import wire
 from restrictedmem.service.wire import Channel
-from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PageRange, gfn_t
+from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, U64_MAX, PageRange, gfn_t
 
 #: KVM_CAP_NR_MEMSLOTS less KVM's own, as a stock x86 kernel reports it.
 MAX_SLOTS: Final = 32764
@@ -34,7 +34,6 @@ MAX_PAGES: Final = (1 << 31) - 1
 #: Of all slots together, 256 GiB: an engine has up to three bytes for each page, whether there is
 #: memory behind it or not.
 MAX_ALL_PAGES: Final = 1 << 26
-_U64_MAX: Final = (1 << 64) - 1
 #: Seconds from one report for ``ps`` to the next at least: each of thousands of slots would wait
 #: for the service.
 _REPORT_INTERVAL: Final = 0.05
@@ -262,7 +261,7 @@ class VmMemory:
             or attributes & ~kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE
             or not size
             or (address | size) & PAGE_MASK
-            or address + size > _U64_MAX
+            or address + size > U64_MAX
         ):
             raise OSError(
                 EINVAL, "range is empty, unaligned or wraps, or an attribute or flag is unknown"
@@ -392,7 +391,7 @@ def _check(region: kvm.kvm_userspace_memory_region_ext) -> None:
     if region.slot >= MAX_SLOTS or gpa + size > 1 << GPA_BITS:
         raise OSError(EINVAL, "slot number or guest address is out of range")
     if region.flags & kvm.KVM_MEM_PRIVATE and (
-        region.restricted_offset & PAGE_MASK or region.restricted_offset > _U64_MAX - size
+        region.restricted_offset & PAGE_MASK or region.restricted_offset > U64_MAX - size
     ):
         raise OSError(EINVAL, "restricted_offset is not page aligned, or wraps")
 

@@ -26,6 +26,7 @@ from restrictedmem.fd import (
     refuse_fds,
     send_with_fds,
 )
+from restrictedmem.units import U64_MAX
 
 _HEAD: Final = struct.Struct("=II")
 #: No message is longer, header included.
@@ -140,7 +141,7 @@ LAUNCH: Final = struct.Struct("=I16s48s")
 #: A binding's number, first page, page after the last, order of the folio they lie in or
 #: ``NO_FOLIO``.
 INVALIDATION: Final = struct.Struct("=QQQQ")
-NO_FOLIO: Final = (1 << 64) - 1
+NO_FOLIO: Final = U64_MAX
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from typing import Any, Final, final
 
 from restrictedmem.failure import failed
 from restrictedmem.protocol.trace_events import VERSION
+from restrictedmem.units import U64_MAX
 
 # Field numbers of Perfetto's .proto files.
 _TRACE_PACKET: Final = 1
@@ -65,7 +66,7 @@ Event = dict[str, Any]
 
 def _varint(value: int) -> bytes:
     out = bytearray()
-    value &= (1 << 64) - 1
+    value &= U64_MAX
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
         value >>= 7

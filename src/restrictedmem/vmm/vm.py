@@ -19,7 +19,7 @@ from restrictedmem.fs.filesystem import TOKEN_BYTES
 from restrictedmem.protocol import exits, vm_wire
 from restrictedmem.service.client import Service, default_service
 from restrictedmem.service.wire import MAX_BODY, Channel
-from restrictedmem.units import PAGE_MASK
+from restrictedmem.units import PAGE_MASK, U64_MAX
 
 _LAUNCH_CHUNK: Final = (MAX_BODY - vm_wire.LAUNCH.size) & ~PAGE_MASK
 _DBG_CHUNK: Final = MAX_BODY - vm_wire.DBG.size
@@ -396,7 +396,7 @@ class Vcpu:
         Raises:
             OSError: ENOTCONN when the engine is gone.
         """
-        body, _ = self._channel.call(vm_wire.RUN, vm_wire.COMPLETION.pack(value & (1 << 64) - 1))
+        body, _ = self._channel.call(vm_wire.RUN, vm_wire.COMPLETION.pack(value & U64_MAX))
         return exits.unpack(body)
 
     def interrupt(self) -> None:

@@ -17,7 +17,7 @@ from restrictedmem.kvm.kernel.string_input import Place, StringInput
 from restrictedmem.protocol import exits
 from restrictedmem.protocol.exits import Exit
 from restrictedmem.protocol.guest_abi import GPA_BITS, HYPERCALL_PAGE
-from restrictedmem.units import PAGE_MASK, PAGE_SIZE, gfn_t
+from restrictedmem.units import PAGE_MASK, PAGE_SIZE, U64_MAX, gfn_t
 
 # Read at every exit, for which ctypes would be slow: the general registers in ``kvm_run``, in the
 # order of ``kvm_regs``. Between two runs they are the vCPU's: a change there is taken in by the
@@ -29,7 +29,6 @@ _IO_OUT: Final = 1
 _HYPERCALL_OUT: Final = (HYPERCALL_PAGE, HYPERCALL_PAGE + 2)
 
 _TRAP_FLAG: Final = 1 << 8
-_U64: Final = (1 << 64) - 1
 
 # Exceptions (Intel SDM 6.15), and the error code of #PF (4.7).
 _DEBUG: Final = 1
@@ -216,7 +215,7 @@ class KernelVcpu:
         asked, self._asked = self._asked, None
         match asked:
             case exits.Hypercall():
-                _WORD.pack_into(self._shared_regs, 8 * _RAX, value & _U64)
+                _WORD.pack_into(self._shared_regs, 8 * _RAX, value & U64_MAX)
                 self._run.kvm_dirty_regs = KVM_SYNC_X86_REGS
             case exits.PortIn(_, size):
                 assert self._answer_to is not None

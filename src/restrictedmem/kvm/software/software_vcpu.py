@@ -39,7 +39,7 @@ from restrictedmem.kvm.software.wide import is_wide
 from restrictedmem.protocol import exits
 from restrictedmem.protocol.exits import Exit
 from restrictedmem.protocol.guest_abi import HYPERCALL_PAGE
-from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, gfn_t
+from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, U64_MAX, gfn_t
 
 #: An invalid opcode is what ends a run most precisely.
 HYPERCALL: Final = bytes.fromhex(
@@ -49,8 +49,7 @@ HYPERCALL: Final = bytes.fromhex(
 _RET: Final = HYPERCALL_PAGE + 2
 
 #: No port: what the I/O breakpoint is set to when an IN or OUT is to go on.
-_NO_PORT: Final = (1 << 64) - 1
-_WORD: Final = (1 << 64) - 1
+_NO_PORT: Final = U64_MAX
 
 # Exceptions (Intel SDM 6.15).
 _INVALID_OPCODE: Final = exits.Shutdown(6)
@@ -250,7 +249,7 @@ class SoftwareVcpu:
         asked, self._asked = self._asked, None
         match asked:
             case exits.Hypercall():
-                self._uc.write(unicorn.RAX, value & _WORD)
+                self._uc.write(unicorn.RAX, value & U64_MAX)
                 self._uc.write(unicorn.RIP, _RET)
                 self._stepped = self._debug.step
             case exits.PortIn(port, size):

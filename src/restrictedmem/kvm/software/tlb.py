@@ -23,7 +23,7 @@ from restrictedmem.kvm.software.unicorn import MEM_FETCH, MEM_READ, MEM_WRITE, R
 from restrictedmem.protocol import exits
 from restrictedmem.protocol.exits import Exit
 from restrictedmem.protocol.guest_abi import GPA_BITS, HYPERCALL_PAGE, REPORT_PAGE
-from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
+from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, U64_MAX
 
 # What is the engine's own in Unicorn's physical memory; the halves lie behind it.
 GPA_END: Final = 1 << GPA_BITS
@@ -40,7 +40,6 @@ _GENERAL_PROTECTION: Final = exits.Shutdown(13)
 _PAGE_FAULT: Final = exits.Shutdown(14)
 #: Beyond are no addresses, up to those that begin so far below 2^64.
 _CANONICAL: Final = 1 << 47
-_U64: Final = (1 << 64) - 1
 _ENTER: Final = 0xC8
 _LEAVE: Final = 0xC9
 
@@ -196,7 +195,7 @@ class Tlb:
         if page >= GPA_END:
             return (
                 _PAGE_FAULT
-                if not _CANONICAL <= page <= _U64 - _CANONICAL
+                if not _CANONICAL <= page <= U64_MAX - _CANONICAL
                 else self._no_address(page, access)
             )
         if self._mmu.attributes.forbids_mmio(page >> PAGE_SHIFT):
@@ -223,7 +222,7 @@ class Tlb:
         if opcode in (_ENTER, _LEAVE):
             frame = self._uc.read(RBP)
             places += [frame - 8, frame, frame + 7]
-        return {place & _U64 & ~PAGE_MASK for place in places}
+        return {place & U64_MAX & ~PAGE_MASK for place in places}
 
     def _fault(self, window: Window, page: int, access: int) -> tuple[int, int] | Exit | RunEnd:
         if not window.offsets:
