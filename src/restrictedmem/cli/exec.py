@@ -33,9 +33,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "  restrictedmem exec -- python3 -c 'import ctypes; print(ctypes.CDLL(None).syscall(451, 0))'",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--api", choices=("v9", "v10"), help="which posting of the series to follow (default v10)"
-    )
+    values.add_api(parser)
     parser.add_argument(
         "--memory-max",
         type=values.memory_size,
@@ -83,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
     if service and os.environ.get(SERVER_VARIABLE):
         args.error(f"{service} is for a service of one's own, and {SERVER_VARIABLE} names another")
     number = SYS_memfd_restricted if args.syscall_number is None else args.syscall_number
-    call = CallOptions(number, args.cachestat, args.api or "v10", args.memory_max)
+    call = CallOptions(number, args.cachestat, args.api or values.DEFAULT_API, args.memory_max)
     command = [args.program, *args.arguments]
     own = install(call, usage=args.json is not None)
     # Before the file is opened, which empties it.

@@ -60,9 +60,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="SIZE",
         help="what a descriptor may hold at most; beyond it, ENOSPC",
     )
-    parser.add_argument(
-        "--api", choices=("v9", "v10"), help="which posting of the series to follow (default v10)"
-    )
+    values.add_api(parser)
     parser.add_argument(
         "--engine",
         choices=("auto", "kernel", "software"),
@@ -166,7 +164,7 @@ def main(args: argparse.Namespace) -> int:
     server = os.environ.get(SERVER_VARIABLE)
     _check(args, server)
     options = Options(
-        api=args.api or "v10",
+        api=args.api or values.DEFAULT_API,
         design=args.design,
         memory_max=args.memory_max,
         backing=args.backing or "memfd",

@@ -74,12 +74,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="N",
         help="VMs and other consumers that one service may have at the same time; beyond it, EAGAIN (default 64)",
     )
-    parser.add_argument(
-        "--api",
-        choices=("v9", "v10"),
-        default="v10",
-        help="which posting of the series to follow (default v10)",
-    )
+    values.add_api(parser)
     parser.add_argument(
         "--signing-key",
         metavar="FILE",
@@ -136,7 +131,7 @@ def main(args: argparse.Namespace) -> int:
 
     uids = _uids(args.user)
     options = Options(
-        api=args.api,
+        api=args.api or values.DEFAULT_API,
         design=args.design,
         memory_max=args.memory_max,
         backing=args.backing,

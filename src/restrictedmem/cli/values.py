@@ -4,10 +4,13 @@ import argparse
 import math
 import re
 from collections.abc import Callable
+from typing import Final
 
 from restrictedmem.abi.memory import SYS_memfd_restricted
+from restrictedmem.mm.notifier import Api
 from restrictedmem.units import PAGE_MASK, parse_size
 
+DEFAULT_API: Final = Api.V10.value
 #: Of x32, which has numbers of its own.
 _CALL_BITS = 30
 _MOST_PORT = 65535
@@ -15,6 +18,15 @@ _MOST_PORT = 65535
 MOST_VCPUS = 4096
 #: Characters of a text that is none, in an error.
 _SHOWN = 40
+
+
+def add_api(parser: argparse.ArgumentParser) -> None:
+    """Add ``--api``, None unless it is given: commands refuse it where another service is used."""
+    parser.add_argument(
+        "--api",
+        choices=[api.value for api in Api],
+        help=f"which posting of the series to follow (default {DEFAULT_API})",
+    )
 
 
 def memory_size(text: str) -> int:
