@@ -1,8 +1,8 @@
 """Pages and bytes, kept apart by type.
 
 The v9 posting passed byte offsets to callbacks that were declared in pages; a type checker sees
-that slip here. A value is named after its kernel type: ``loff_t`` is bytes in a file, ``pgoff_t``
-pages in a file, ``gpa_t`` bytes and ``gfn_t`` pages in a guest.
+that slip here. Pages have their kernel type: ``pgoff_t`` is pages in a file, ``gfn_t`` pages in a
+guest. Bytes are plain integers.
 """
 
 import os
@@ -13,9 +13,7 @@ from typing import Final, NewType, Self
 
 from restrictedmem.failure import failed
 
-loff_t = NewType("loff_t", int)
 pgoff_t = NewType("pgoff_t", int)
-gpa_t = NewType("gpa_t", int)
 gfn_t = NewType("gfn_t", int)
 
 #: The largest number in 64 bits (<linux/limits.h>), and the mask that keeps them.

@@ -40,7 +40,6 @@ class Pattern:
     def __init__(self, seed: int, start: int, end: int) -> None:
         """Take samples of the heap that the guest holds from ``start`` to ``end``, as evenly as their number allows; addresses."""
         stride = min(max((end - start) // _PLACES & -_WORD, 2 * _WORD), _PAGE)
-        self._seed = seed
         self._addresses = range(start, end - _WORD, stride)
         self._words: dict[int, int] = {}
         for address in self._addresses:

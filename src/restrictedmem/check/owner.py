@@ -41,8 +41,6 @@ OPERATIONS: Final = {
     "interrupt": 10,
     "error": 4,
 }
-#: Of these, what needs no more than a descriptor.
-WITH_A_DESCRIPTOR: Final = ("punch", "punch-block", "allocate")
 NAMES: Final = (*OPERATIONS, "wait", "account", "destroy")
 
 _CHURN: Final = elf.parse(guests.path("churn").read_bytes())

@@ -36,7 +36,6 @@ MEM_FETCH: Final = 18
 PROT_ALL: Final = 7
 
 # uc_err, as far as it is told apart here.
-ERR_OK: Final = 0
 ERR_INSN_INVALID: Final = 10
 
 # uc_x86_reg
