@@ -164,7 +164,15 @@ def test_the_service_ends_after_its_last_consumer(monkeypatch: pytest.MonkeyPatc
 
 def test_descriptors_are_spared_for_sockets(service: ControlThread) -> None:
     def create() -> bool:
-        body = fuse.CREATE_IN.pack(os.O_RDWR | os.O_CREAT, 0o100600, 0, 0) + NAME + b"\0"
+        body = (
+            bytes(
+                fuse.fuse_create_in(
+                    flags=os.O_RDWR | os.O_CREAT, mode=0o100600, umask=0, open_flags=0
+                )
+            )
+            + NAME
+            + b"\0"
+        )
         return (
             service.filesystem.handle(Request(Opcode.CREATE, 1, fuse.ROOT_ID, 0, 0, 0, body))
             is not None
@@ -178,7 +186,13 @@ def test_descriptors_are_spared_for_sockets(service: ControlThread) -> None:
 
 
 def test_status_keeps_no_file(service: ControlThread) -> None:
-    body = fuse.CREATE_IN.pack(os.O_RDWR | os.O_CREAT, 0o100600, 0, 0) + NAME + b"\0"
+    body = (
+        bytes(
+            fuse.fuse_create_in(flags=os.O_RDWR | os.O_CREAT, mode=0o100600, umask=0, open_flags=0)
+        )
+        + NAME
+        + b"\0"
+    )
     service.filesystem.handle(Request(Opcode.CREATE, 1, fuse.ROOT_ID, 0, 0, 0, body))
     ((node, file),) = service.filesystem.files().items()
     status.of_files(service.filesystem, None)

@@ -40,6 +40,10 @@ TOKEN: Final = bytes(range(TOKEN_BYTES))
 MISSING: Final = 99
 
 
+def ioctl_in(command: int, size: int) -> bytes:
+    return bytes(fuse.fuse_ioctl_in(fh=0, flags=0, cmd=command, arg=0, in_size=size, out_size=0))
+
+
 @final
 class Mount:
     """A file system, and requests to it in words."""
@@ -77,7 +81,11 @@ class Mount:
     ) -> int:
         """Create a file and return its node."""
         reply = self.ask(
-            Opcode.CREATE, nodeid, fuse.CREATE_IN.pack(flags, 0o100600, 0, 0) + name + b"\0"
+            Opcode.CREATE,
+            nodeid,
+            bytes(fuse.fuse_create_in(flags=flags, mode=0o100600, umask=0, open_flags=0))
+            + name
+            + b"\0",
         )
         assert reply is not None
         number: int = fuse.ENTRY_OUT.unpack_from(reply)[0]
@@ -108,12 +116,16 @@ class Mount:
     def ioctl(
         self, node: int, command: int, data: bytes, in_size: int | None = None
     ) -> bytes | None:
-        head = fuse.IOCTL_IN.pack(0, 0, command, 0, len(data) if in_size is None else in_size, 0)
+        head = ioctl_in(command, len(data) if in_size is None else in_size)
         return self.ask(Opcode.IOCTL, node, head + data)
 
     def batch_forget(self, *nodes: int) -> bytes | None:
         pairs = b"".join(fuse.FORGET_ONE.pack(node, 1) for node in nodes)
-        return self.ask(Opcode.BATCH_FORGET, 0, fuse.BATCH_FORGET_IN.pack(len(nodes), 0) + pairs)
+        return self.ask(
+            Opcode.BATCH_FORGET,
+            0,
+            bytes(fuse.fuse_batch_forget_in(count=len(nodes), dummy=0)) + pairs,
+        )
 
 
 def attributes(data: bytes) -> dict[str, int]:
@@ -218,7 +230,9 @@ def test_create_replies_with_entry_attributes_and_open_flags(mount: Mount) -> No
     reply = mount.ask(
         Opcode.CREATE,
         fuse.ROOT_ID,
-        fuse.CREATE_IN.pack(os.O_RDWR, 0o100600, 0, 0) + NAME + b"\0",
+        bytes(fuse.fuse_create_in(flags=os.O_RDWR, mode=0o100600, umask=0, open_flags=0))
+        + NAME
+        + b"\0",
         7,
         8,
     )
@@ -446,7 +460,7 @@ def test_batch_forget(mount: Mount) -> None:
 def test_batch_forget_believes_its_count_and_no_more(mount: Mount) -> None:
     node, other = mount.create(), mount.create()
     body = (
-        fuse.BATCH_FORGET_IN.pack(1, 0)
+        bytes(fuse.fuse_batch_forget_in(count=1, dummy=0))
         + fuse.FORGET_ONE.pack(node, 1)
         + fuse.FORGET_ONE.pack(other, 1)
     )
@@ -493,19 +507,25 @@ def test_the_server_survives_whatever_it_reads(
     filesystem = FileSystem("v10", max_files=10, prove=broken)
     root, first = fuse.ROOT_ID, fuse.ROOT_ID + 1
     requests = [
-        (Opcode.CREATE, root, fuse.CREATE_IN.pack(os.O_RDWR, 0o100600, 0, 0) + NAME + b"\0", 0),
+        (
+            Opcode.CREATE,
+            root,
+            bytes(fuse.fuse_create_in(flags=os.O_RDWR, mode=0o100600, umask=0, open_flags=0))
+            + NAME
+            + b"\0",
+            0,
+        ),
         (Opcode.SETATTR, first, b"", EINVAL),
         (Opcode.FALLOCATE, first, b"short", EINVAL),
         (Opcode.CREATE, root, b"", EINVAL),
         (Opcode.INIT, root, b"", EINVAL),
-        (Opcode.IOCTL, first, fuse.IOCTL_IN.pack(0, 0, PROVE, 0, TOKEN_BYTES, 0) + TOKEN, EIO),
+        (Opcode.IOCTL, first, ioctl_in(PROVE, TOKEN_BYTES) + TOKEN, EIO),
         # The kernel never asks again for what was ENOSYS once, and does not take what is no errno.
         *(
             (
                 Opcode.IOCTL,
                 first,
-                fuse.IOCTL_IN.pack(0, 0, PROVE, 0, TOKEN_BYTES, 0)
-                + number.to_bytes(TOKEN_BYTES, "little", signed=True),
+                ioctl_in(PROVE, TOKEN_BYTES) + number.to_bytes(TOKEN_BYTES, "little", signed=True),
                 {ENOSYS: EOPNOTSUPP, 511: 511}.get(number, EIO),
             )
             for number in failures

@@ -664,7 +664,13 @@ def test_a_mapping_shows_huge_pages_of_1_gib_as_one() -> None:
 def test_the_mode_to_create_with_carries_the_hint() -> None:
     def made(backing: str, mode: int) -> tuple[bool, int, int]:
         filesystem = FileSystem("v10", backing=backing, max_files=10)
-        body = fuse.CREATE_IN.pack(os.O_RDWR | os.O_CREAT, mode, 0, 0) + NAME + b"\0"
+        body = (
+            bytes(
+                fuse.fuse_create_in(flags=os.O_RDWR | os.O_CREAT, mode=mode, umask=0, open_flags=0)
+            )
+            + NAME
+            + b"\0"
+        )
         assert filesystem.handle(Request(Opcode.CREATE, 1, fuse.ROOT_ID, 0, 0, 0, body)) is not None
         (file,) = filesystem.files().values()
         return file.backing.hugepage, file.backing.base_order, file.inode.mode & 0o7777

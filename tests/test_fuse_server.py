@@ -131,7 +131,12 @@ class Served:
         """Create a file, for a consumer with a number, and return its node."""
         assert (
             self.ask(
-                Opcode.CREATE, body=fuse.CREATE_IN.pack(os.O_RDWR, 0o100600, 0, 0) + NAME + b"\0"
+                Opcode.CREATE,
+                body=bytes(
+                    fuse.fuse_create_in(flags=os.O_RDWR, mode=0o100600, umask=0, open_flags=0)
+                )
+                + NAME
+                + b"\0",
             )
             == 0
         )

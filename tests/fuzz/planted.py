@@ -145,9 +145,9 @@ MISTAKES: Final[dict[str, tuple[Mistake, ...]]] = {
             "len(self._nodes) > self._max_files",
         ),
         Mistake(
-            "fs.filesystem:FileSystem._setattr",
-            "len(request.body) < ctypes.sizeof(fuse.fuse_setattr_in)",
-            "not request.body",
+            "fs.filesystem:_decode",
+            "except ValueError:",
+            "except IndexError:",
         ),
         Mistake(
             "fs.filesystem:FileSystem._drop",

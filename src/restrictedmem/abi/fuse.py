@@ -261,13 +261,6 @@ class fuse_ioctl_out(ctypes.Structure):
 
 
 @c_struct(size=8)
-class fuse_forget_in(ctypes.Structure):
-    """How many look-ups the kernel forgets."""
-
-    nlookup: u64
-
-
-@c_struct(size=8)
 class fuse_batch_forget_in(ctypes.Structure):
     """Head of a BATCH_FORGET, followed by ``count`` pairs."""
 
@@ -307,10 +300,6 @@ ATTR = codec(fuse_attr)
 ENTRY_OUT = codec(fuse_entry_out)
 ATTR_OUT = codec(fuse_attr_out)
 OPEN_OUT = codec(fuse_open_out)
-CREATE_IN = codec(fuse_create_in)
 FALLOCATE_IN = codec(fuse_fallocate_in)
-IOCTL_IN = codec(fuse_ioctl_in)
 IOCTL_OUT = codec(fuse_ioctl_out)
-FORGET_IN = codec(fuse_forget_in)
-BATCH_FORGET_IN = codec(fuse_batch_forget_in)
 FORGET_ONE = codec(fuse_forget_one)
