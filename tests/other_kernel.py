@@ -40,32 +40,39 @@ def _refuse(error: int) -> sock_filter:
 
 
 def _refuse_flag(number: int, argument: str, flag: int, error: int) -> list[sock_filter]:
-    allow = seccomp.answer(SECCOMP_RET_ALLOW)
-    return [
-        seccomp.skip_unless(number, 4),
+    return seccomp.assemble(
+        seccomp.jump_unless(number, "another call"),
         seccomp.load(argument),
-        seccomp.skip_if_any(flag, 1),
-        allow,
+        seccomp.jump_if_any(flag, "refuse"),
+        seccomp.answer(SECCOMP_RET_ALLOW),
+        "refuse",
         _refuse(error),
-    ]
+        "another call",
+    )
 
 
 def _answer_value(number: int, argument: str, value: int, answer: sock_filter) -> list[sock_filter]:
-    allow = seccomp.answer(SECCOMP_RET_ALLOW)
-    return [
-        seccomp.skip_unless(number, 4),
+    return seccomp.assemble(
+        seccomp.jump_unless(number, "another call"),
         seccomp.load(argument),
-        seccomp.skip_unless(value, 1),
+        seccomp.jump_unless(value, "another value"),
         answer,
-        allow,
-    ]
+        "another value",
+        seccomp.answer(SECCOMP_RET_ALLOW),
+        "another call",
+    )
 
 
 def _native(*rules: sock_filter) -> list[sock_filter]:
     """Let all but x86-64's own calls through, and put the rules to the number of each of those."""
-    allow = seccomp.answer(SECCOMP_RET_ALLOW)
-    arch = sock_filter(code=0x15, jt=1, k=seccomp.AUDIT_ARCH["x86_64"])
-    return [seccomp.load("arch"), arch, allow, seccomp.load("nr"), *rules, allow]
+    return seccomp.assemble(
+        seccomp.load("arch"),
+        seccomp.jump_unless(seccomp.AUDIT_ARCH["x86_64"], "allow"),
+        seccomp.load("nr"),
+        *rules,
+        "allow",
+        seccomp.answer(SECCOMP_RET_ALLOW),
+    )
 
 
 def _old() -> Sequence[sock_filter]:

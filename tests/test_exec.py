@@ -718,6 +718,55 @@ def test_a_service_that_is_full_says_so() -> None:
 
 # The filter.
 
+#: The filters for number 451 as the kernel gets them, four instructions a line.
+_FILTERS = {
+    "x86_64": (
+        "20000000040000001500000f3e0000c0200000000000000015000001c3010000"
+        "060000000000c07f150000018a000000060000000000c07f1500000609000000"
+        "20000000280000004500030020080000540000000f0000001500000102000000"
+        "060000000000c07f060000000000ff7f15000001c30100400600000026000500"
+        "060000000000ff7f1500001103000040200000000000000015000001c3010000"
+        "060000000000c07f1500000164000000060000000000c07f150000010d010000"
+        "060000000000c07f150000015a000000060000000000c07f15000006c0000000"
+        "20000000280000004500030020080000540000000f0000001500000102000000"
+        "060000000000c07f060000000000ff7f060000000000ff7f060000000000ff7f"
+    ),
+    "aarch64": (
+        "20000000040000001500000db70000c0200000000000000015000001c3010000"
+        "060000000000c07f150000012c000000060000000000c07f15000006de000000"
+        "20000000280000004500030020080000540000000f0000001500000102000000"
+        "060000000000c07f060000000000ff7f060000000000ff7f060000000000ff7f"
+    ),
+}
+
+
+@pytest.mark.parametrize("machine", _FILTERS)
+def test_the_filter_is_these_bytes(machine: str) -> None:
+    assert b"".join(map(bytes, program(machine, 451))).hex() == _FILTERS[machine]
+
+
+def test_a_jump_goes_to_the_instruction_after_its_label() -> None:
+    allow = seccomp.answer(seccomp.SECCOMP_RET_ALLOW)
+    made = seccomp.assemble(
+        seccomp.jump_unless(7, "far"),
+        seccomp.jump_if_any(8, "near"),
+        "near",
+        *[allow] * 254,
+        "far",
+        allow,
+    )
+    assert [(one.jt, one.jf, one.k) for one in made[:2]] == [(0, 255, 7), (0, 0, 8)]
+
+
+def test_a_jump_that_classic_bpf_does_not_have_is_refused() -> None:
+    allow, jump = seccomp.answer(seccomp.SECCOMP_RET_ALLOW), seccomp.jump_unless(7, "there")
+    with pytest.raises(ValueError, match="256 instructions away"):
+        seccomp.assemble(jump, *[allow] * 256, "there", allow)
+    with pytest.raises(ValueError, match="-1 instructions away"):
+        seccomp.assemble("there", jump)
+    with pytest.raises(KeyError, match="there"):
+        seccomp.assemble(jump, allow)
+
 
 def test_the_filter_stops_what_it_must() -> None:
     """Interpret it, call by call: classic BPF has four kinds of instructions here."""

@@ -32,8 +32,7 @@ ORDINARY = 65534
 MS_BIND, MS_REC, MS_PRIVATE = 1 << 12, 1 << 14, 1 << 18
 _MNT_DETACH = 2
 _CLONE_NEWNET = 0x4000_0000
-_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, _SECCOMP_RET_ERRNO = 22, 2, 0x0005_0000
-_BPF_JMP_JSET_K = 0x45
+_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 _SYS_UNSHARE = {"x86_64": 272, "aarch64": 97}
 _FUSE_DEVICE = os.makedev(10, 229)
 _ROOT = Path(__file__).parent.parent
@@ -157,14 +156,16 @@ def widen_device() -> None:
 
 def forbid_user_namespaces() -> None:
     """Make unshare(CLONE_NEWUSER) fail with EPERM in this process and what it starts; set-uid programs go on to work, for root asks."""
-    program = [
+    program = seccomp.assemble(
         seccomp.load("nr"),
-        seccomp.skip_unless(_SYS_UNSHARE[os.uname().machine], 3),
+        seccomp.jump_unless(_SYS_UNSHARE[os.uname().machine], "allow"),
         seccomp.load("arg0"),
-        seccomp.sock_filter(code=_BPF_JMP_JSET_K, jf=1, k=CLONE_NEWUSER),
-        seccomp.answer(_SECCOMP_RET_ERRNO | EPERM),
+        seccomp.jump_if_any(CLONE_NEWUSER, "refuse"),
+        "allow",
         seccomp.answer(seccomp.SECCOMP_RET_ALLOW),
-    ]
+        "refuse",
+        seccomp.answer(seccomp.SECCOMP_RET_ERRNO | EPERM),
+    )
     _install(program)
 
 
@@ -172,10 +173,11 @@ def forbid(number: int, calls: Sequence[int]) -> None:
     """Have system calls fail in this process and whatever it runs, as in a container or on an older kernel."""
     program = [seccomp.load("nr")]
     for call in calls:
-        program += [
-            seccomp.skip_unless(call, 1),
+        program += seccomp.assemble(
+            seccomp.jump_unless(call, "another call"),
             seccomp.answer(seccomp.SECCOMP_RET_ERRNO | number),
-        ]
+            "another call",
+        )
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     _install([*program, seccomp.answer(seccomp.SECCOMP_RET_ALLOW)])
 

@@ -5,6 +5,7 @@ import functools
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from enum import IntFlag
 from errno import EFAULT, EINVAL, EOPNOTSUPP
 from typing import Final, TypeVar
@@ -38,6 +39,8 @@ _BPF_JMP_JEQ_K: Final = 0x15
 _BPF_JMP_JSET_K: Final = 0x45
 _BPF_ALU_AND_K: Final = 0x54
 _BPF_RET_K: Final = 0x06
+#: The most instructions that a conditional jump skips.
+_FARTHEST: Final = 255
 
 
 class FilterFlag(IntFlag):
@@ -289,14 +292,55 @@ def load(field: str) -> sock_filter:
     return sock_filter(code=_BPF_LD_W_ABS, k=getattr(seccomp_data, field).offset)
 
 
-def skip_unless(value: int, count: int) -> sock_filter:
-    """Go on when what was loaded equals ``value``, else skip ``count`` instructions (at most 255)."""
-    return sock_filter(code=_BPF_JMP_JEQ_K, jf=count, k=value)
+@dataclass(frozen=True, slots=True)
+class Jump:
+    """A conditional jump to a label; ``assemble`` computes how far."""
+
+    code: int
+    k: int
+    target: str
+    #: Whether it jumps when the condition holds, or when it does not.
+    when: bool
 
 
-def skip_if_any(bits: int, count: int) -> sock_filter:
-    """Skip ``count`` instructions when what was loaded has any of some bits, else go on."""
-    return sock_filter(code=_BPF_JMP_JSET_K, jt=count, k=bits)
+def jump_unless(value: int, target: str) -> Jump:
+    """Go on when what was loaded equals ``value``, else jump."""
+    return Jump(_BPF_JMP_JEQ_K, value, target, when=False)
+
+
+def jump_if_any(bits: int, target: str) -> Jump:
+    """Jump when what was loaded has any of some bits, else go on."""
+    return Jump(_BPF_JMP_JSET_K, bits, target, when=True)
+
+
+def assemble(*lines: sock_filter | Jump | str) -> list[sock_filter]:
+    """Return the instructions, with every jump resolved; a string is the label of the instruction after it.
+
+    A jump is relative, so the instructions may become part of others.
+
+    Raises:
+        KeyError: for a label that is not there.
+        ValueError: for a label before the jump, or more than 255 instructions after it.
+    """
+    labels: dict[str, int] = {}
+    found: list[sock_filter | Jump] = []
+    for line in lines:
+        if isinstance(line, str):
+            labels[line] = len(found)
+        else:
+            found.append(line)
+    return [
+        _resolved(line, labels[line.target] - at - 1) if isinstance(line, Jump) else line
+        for at, line in enumerate(found)
+    ]
+
+
+def _resolved(jump: Jump, distance: int) -> sock_filter:
+    # ctypes would cut it off.
+    if not 0 <= distance <= _FARTHEST:
+        raise ValueError(f"{jump.target!r} is {distance} instructions away")
+    jt, jf = (distance, 0) if jump.when else (0, distance)
+    return sock_filter(code=jump.code, jt=jt, jf=jf, k=jump.k)
 
 
 def keep(bits: int) -> sock_filter:

@@ -95,14 +95,15 @@ def answered_call() -> Finding:
 
 def _answer_one_call() -> None:
     process.prctl(process.PR_SET_NO_NEW_PRIVS, 1)
-    program = [
+    program = seccomp.assemble(
         seccomp.load("arch"),
-        seccomp.skip_unless(seccomp.AUDIT_ARCH.get(os.uname().machine, 0), 3),
+        seccomp.jump_unless(seccomp.AUDIT_ARCH.get(os.uname().machine, 0), "allow"),
         seccomp.load("nr"),
-        seccomp.skip_unless(memory.SYS_memfd_restricted, 1),
+        seccomp.jump_unless(memory.SYS_memfd_restricted, "allow"),
         seccomp.answer(seccomp.SECCOMP_RET_USER_NOTIF),
+        "allow",
         seccomp.answer(seccomp.SECCOMP_RET_ALLOW),
-    ]
+    )
     with (
         memory.memfd_create("restrictedmem-doctor") as file,
         seccomp.install(program, seccomp.FilterFlag.NEW_LISTENER) as listener,

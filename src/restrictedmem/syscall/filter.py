@@ -17,10 +17,11 @@ from restrictedmem.abi.seccomp import (
     SECCOMP_RET_USER_NOTIF,
     X32_BIT,
     answer,
+    assemble,
+    jump_if_any,
+    jump_unless,
     keep,
     load,
-    skip_if_any,
-    skip_unless,
     sock_filter,
 )
 
@@ -67,21 +68,27 @@ def program(machine: str, number: int) -> list[sock_filter]:
     """
     found = [load("arch")]
     for table in TABLES[machine]:
-        block = [load("nr"), *_calls(table, number), answer(SECCOMP_RET_ALLOW)]
-        found += [skip_unless(table.arch, len(block)), *block]
+        found += assemble(
+            jump_unless(table.arch, "another architecture"),
+            load("nr"),
+            *_calls(table, number),
+            answer(SECCOMP_RET_ALLOW),
+            "another architecture",
+        )
     return [*found, answer(SECCOMP_RET_ALLOW)]
 
 
 def _calls(table: Table, number: int) -> Iterator[sock_filter]:
     stop = [answer(SECCOMP_RET_USER_NOTIF)]
-    private = [
+    private = assemble(
         load("arg3"),
-        skip_if_any(MAP_ANONYMOUS | _MAP_DENYWRITE, 3),
+        jump_if_any(MAP_ANONYMOUS | _MAP_DENYWRITE, "allow"),
         keep(MAP_TYPE),
-        skip_unless(MAP_PRIVATE, 1),
+        jump_unless(MAP_PRIVATE, "allow"),
         *stop,
+        "allow",
         answer(SECCOMP_RET_ALLOW),
-    ]
+    )
     rules: list[tuple[int | None, list[sock_filter]]] = [
         (number, stop),
         (table.fstatfs, stop),
@@ -95,4 +102,4 @@ def _calls(table: Table, number: int) -> Iterator[sock_filter]:
         rules.append((number | X32_BIT, [answer(SECCOMP_RET_ERRNO | ENOSYS)]))
     for call, body in rules:
         if call is not None:
-            yield from (skip_unless(call, len(body)), *body)
+            yield from assemble(jump_unless(call, "another call"), *body, "another call")
