@@ -10,7 +10,6 @@ import termios
 import warnings
 from collections.abc import Sequence
 from errno import EMSGSIZE, EPROTO
-from types import TracebackType
 from typing import Final, Protocol, Self, TypeAlias, TypeVar
 
 from restrictedmem.failure import failed
@@ -89,12 +88,7 @@ class OwnedFd:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __del__(self) -> None:

@@ -11,7 +11,6 @@ import re
 from contextlib import suppress
 from errno import EBUSY, ENODEV, ENOENT
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Self, final
 
 from restrictedmem.failure import failed, named
@@ -66,12 +65,7 @@ class ClientCgroups:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Remove those that are empty; what else there is, the next ``serve`` here finds."""
         self._remove_ended(0)
         self._lock.close()

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Collection
 from errno import EACCES, EBADF, EINVAL, ENOTTY, ESTALE
 from functools import partial
-from types import TracebackType
 from typing import Any, Final, Self, final
 
 from restrictedmem.abi import kvm, kvm_x86, stat
@@ -320,12 +319,7 @@ class Vm:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -431,10 +425,5 @@ class Vcpu:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

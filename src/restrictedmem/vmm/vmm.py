@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from errno import EINVAL, EIO, ENOEXEC, ENOSYS
-from types import TracebackType
 from typing import Any, BinaryIO, Final, Self, final
 
 from restrictedmem.abi import memory
@@ -400,12 +399,7 @@ class Vmm:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

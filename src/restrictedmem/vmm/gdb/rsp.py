@@ -4,7 +4,6 @@ import select
 import socket
 from collections.abc import Iterator
 from enum import Enum
-from types import TracebackType
 from typing import Final, Self, final
 
 #: The longest packet taken, in bytes between ``$`` and ``#``; gdb is told, and keeps to it.
@@ -148,10 +147,5 @@ class RspConnection:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._sock.close()
