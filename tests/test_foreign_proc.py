@@ -10,12 +10,12 @@ import pytest
 from outcomes import Errno, in_child, outcome
 from restrictedmem.abi import process
 from restrictedmem.audit.prove import prove
-from restrictedmem.check import live
 from restrictedmem.fd import OwnedFd
 from restrictedmem.fs import mounter
 from restrictedmem.fs.mount_ways import Way
 from restrictedmem.service import discover
 from restrictedmem.service.options import Options
+from restrictedmem.stress.run import Run
 from users import MS_PRIVATE, MS_REC, mount
 
 pytestmark = pytest.mark.requires("root")
@@ -79,4 +79,4 @@ def test_nobody_is_tried_or_missed_in_anothers_place() -> None:
     assert inside(
         lambda: prove(nothing, nothing, 0, engine="software", as_root=False, progress=nothing)
     ) == Errno(ESRCH)
-    assert inside(lambda: live._LiveRun(Options(), None, 0)) == Errno(ESRCH)
+    assert inside(lambda: Run(Options(), None, 0)) == Errno(ESRCH)

@@ -1,1 +1,1 @@
-"""Races, searched: an explorer of interleavings over production code, scenarios for it, and the same with real processes."""
+"""Races, searched: an explorer of interleavings over production code, and scenarios for it."""

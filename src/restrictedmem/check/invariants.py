@@ -384,7 +384,7 @@ class Invariants:
         """Raise what was broken in the last step, or is broken now.
 
         Raises:
-            Violation: with the rule and the story.
+            RuleBroken: with the rule and the story.
         """
         if self._violation is not None:
             raise self._violation
@@ -405,7 +405,7 @@ class Invariants:
         """Raise what must hold once everybody is done and does not.
 
         Raises:
-            Violation: with the rule and the story.
+            RuleBroken: with the rule and the story.
         """
         self.check()
         for view in self.views:

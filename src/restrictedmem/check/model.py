@@ -47,7 +47,7 @@ class Program(Protocol):
         """Look at what must always hold; called after steps, once for each that there is.
 
         Raises:
-            Violation: it does not.
+            RuleBroken: it does not.
         """
         ...
 
@@ -55,7 +55,7 @@ class Program(Protocol):
         """Look at what must hold when all actors have ended.
 
         Raises:
-            Violation: it does not.
+            RuleBroken: it does not.
         """
         ...
 

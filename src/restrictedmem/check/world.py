@@ -436,7 +436,7 @@ class World:
         """Raise what the last step broke.
 
         Raises:
-            Violation: with the rule and the story.
+            RuleBroken: with the rule and the story.
         """
         self.invariants.check()
         if isinstance(self.platform, Snp):
@@ -450,7 +450,7 @@ class World:
         """Raise what does not hold at the end.
 
         Raises:
-            Violation: with the rule and the story.
+            RuleBroken: with the rule and the story.
         """
         self.invariants.finish()
 

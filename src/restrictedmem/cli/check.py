@@ -1,4 +1,4 @@
-"""``restrictedmem check``: races, searched over production code; and the same with real processes."""
+"""``restrictedmem check``: searches for races in production code; ``--random`` runs it with real processes."""
 
 import argparse
 import json
@@ -160,16 +160,16 @@ def _check(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the command."""
     _check(args)
+    if args.random is not None:
+        from restrictedmem.stress import run
+
+        return run.main(args.random, args.design, args.scenario, args.seed, args.json)
     try:
         from restrictedmem.check.scenarios import SCENARIOS
     except ModuleNotFoundError as error:
         raise CommandError(
             f"the check needs {error.name}", "pip install 'restrictedmem[check]'"
         ) from None
-    if args.random is not None:
-        from restrictedmem.check import live
-
-        return live.main(args.random, args.design, args.scenario, args.seed, args.json)
     if args.scenario is not None and args.scenario not in SCENARIOS:
         raise CommandError(f"no scenario {args.scenario!r}", "restrictedmem check --list")
     chosen = [scenario for scenario in SCENARIOS.values() if args.scenario in (None, scenario.name)]

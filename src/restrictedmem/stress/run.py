@@ -1,69 +1,37 @@
-"""``check --random``: the scenarios with real processes and a real guest, for as long as asked.
+"""The run of ``check --random``: one VM after the other, for as long as asked.
 
-A service, an engine for each VM, a guest that tells stale and lost content from what it must find
-(guests/churn.c), its owner and a second process with the descriptor (``check.owner``). This process
-only watches, so whatever hangs cannot keep it from saying so.
+Around each VM there are a service, an engine, the guest ``churn``, the owner (``owner``) and a
+second process with the descriptor (``puncher``). The guest tells stale and lost content from what
+it must find (guests/churn.c). This process only watches, so it can report a hang of any other.
 """
 
 import json
 import os
 import random
-import signal
-import socket
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from errno import EINVAL
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Final, final
 
 from restrictedmem.abi import process
-from restrictedmem.check.board import Progress
-from restrictedmem.check.explorer import RuleBroken
-from restrictedmem.check.owner import (
-    NAMES,
-    OPERATIONS,
-    PATIENCE,
-    Ground,
-    Plan,
-    be_owner,
-    be_second,
-    wait_for,
-)
 from restrictedmem.failure import failed
 from restrictedmem.fd import readable
 from restrictedmem.mm.design import make
-from restrictedmem.platform import platform
 from restrictedmem.service.client import Service
 from restrictedmem.service.options import Options
+from restrictedmem.stress.child import Child
+from restrictedmem.stress.finding import PATIENCE, Finding, wait_for
+from restrictedmem.stress.ground import Ground
+from restrictedmem.stress.owner import be_owner
+from restrictedmem.stress.plan import MIXES, OPERATIONS, Plan, plan_of
+from restrictedmem.stress.puncher import be_second
 from restrictedmem.text import Line
 from restrictedmem.vmm.vm import Vm
 
-#: Which operations make a scenario of ``check.scenarios`` with real processes; faults are always
-#: there.
-MIXES: Final[dict[str, tuple[str, ...]]] = {
-    "punch-fault": ("punch",),
-    "punch-block-fault": ("punch", "punch-block"),
-    "huge-page-in-parts": ("punch", "punch-block", "allocate"),
-    "allocate-fault": ("punch", "allocate"),
-    "punch-register": ("punch", "slot"),
-    "punch-unregister": ("punch", "slot"),
-    "convert-fault": ("convert",),
-    "punch-convert-fault": ("punch", "convert"),
-    "error-fault": ("error",),
-    "error-punch-fault": ("punch", "error"),
-    "interrupt-fault": ("interrupt",),
-    "interrupt-punch-fault": ("punch", "interrupt"),
-}
-
-_VCPUS: Final = (1, 2, 4, 8)
-_PAGES: Final = (64, 512, 2048)
-_CONVERTING: Final = (0, 2, 10)
-#: Seconds that one VM lives; one in so many is killed.
-_LIFE: Final = (2.0, 6.0)
-_KILLED: Final = 4
 _TICK: Final = 0.1
 
 
@@ -110,7 +78,7 @@ def main(
         )
     if seed is None:
         seed = random.SystemRandom().randrange(1 << 32)
-    run = _LiveRun(Options(design=design), scenario, seed)
+    run = Run(Options(design=design), scenario, seed)
     show = Line(sys.stderr, interval=1.0)
     failure = ""
     try:
@@ -119,43 +87,16 @@ def main(
         run.look_for_remains()
         if not run.total.operations:
             failure = "nothing was done in that time, so nothing is known"
-    except RuleBroken as violation:
-        failure = str(violation)
+    except Finding as finding:
+        failure = str(finding)
     finally:
         show.clear()
     _print(run, failure, seconds, design, scenario, as_json=as_json)
     return 1 if failure else 0
 
 
-def plan_of(
-    seed: int,
-    number: int,
-    *,
-    before: Plan | None,
-    engines: Mapping[str, tuple[str, ...]],
-    left: float,
-) -> Plan:
-    """Plan the VM of a number: on an engine of those, with the operations that are done there, and for no more than ``left`` seconds."""
-    words = f"{seed}/{number}"
-    chosen = random.Random(words)
-    engine = chosen.choice(list(engines))
-    reused = before is not None and bool(chosen.randrange(2))
-    return Plan(
-        seed=words,
-        engine=engine,
-        platform=chosen.choice(("", *platform.NAMES)) if engine == "software" else "",
-        vcpus=before.vcpus if before and reused else chosen.choice(_VCPUS),
-        pages=before.pages if before and reused else chosen.choice(_PAGES),
-        reused=reused,
-        converting=chosen.choice(_CONVERTING) if "convert" in engines[engine] else 0,
-        operations=engines[engine],
-        seconds=min(chosen.uniform(*_LIFE), left),
-        killed=not chosen.randrange(_KILLED),
-    )
-
-
 def _print(
-    run: "_LiveRun",
+    run: "Run",
     failure: str,
     seconds: float,
     design: str | None,
@@ -217,77 +158,7 @@ def _ms(total: Total) -> str:
 
 
 @final
-class _Child:
-    """One process of a VM's life, as its parent sees it."""
-
-    def __init__(self, name: str, run: Callable[[Progress, socket.socket], None]) -> None:
-        """Fork it; ``run`` is what it does and does not return from."""
-        self.name = name
-        self.progress = Progress(NAMES)
-        self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.report: dict[str, Any] | None = None
-        self._pid = process.fork()
-        if self._pid == 0:
-            try:
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
-                self.sock.close()
-                run(self.progress, theirs)
-            finally:
-                os._exit(1)
-        theirs.close()
-
-    def poll(self) -> None:
-        """Take its report, if there is one.
-
-        Raises:
-            Violation: what it found; that it died.
-        """
-        if self.report is None and readable([self.sock], 0):
-            self.take_report()
-
-    def take_report(self) -> None:
-        """Wait for its report.
-
-        Raises:
-            Violation: what it found; that it died, or says nothing.
-        """
-        if self.report is not None:
-            return
-        # Its own deadlines come first, and say more.
-        self.sock.settimeout(3 * PATIENCE)
-        try:
-            data = self.sock.recv(1 << 16)
-        except TimeoutError:
-            raise RuleBroken(
-                f"hang: waited {3 * PATIENCE:g} s for the {self.name} to end"
-            ) from None
-        if not data:
-            raise RuleBroken(f"the {self.name} died")
-        report = self.report = json.loads(data)
-        if "failure" in report:
-            raise RuleBroken(f"{self.name}: {report['failure']}")
-
-    def stop(self) -> None:
-        """Tell it to come to an end."""
-        with suppress(BrokenPipeError):
-            self.sock.send(b".")
-
-    def end(self) -> None:
-        """Kill it, if it still runs, and wait for it."""
-        self.sock.close()
-        if self._pid:
-            os.kill(self._pid, signal.SIGKILL)
-            os.waitpid(self._pid, 0)
-            self._pid = 0
-
-    def close(self) -> None:
-        """End it, and let go of what it did."""
-        self.end()
-        self.progress.close()
-
-
-@final
-class _LiveRun:
+class Run:
     """A service, and one VM after the other."""
 
     def __init__(self, options: Options, scenario: str | None, seed: int) -> None:
@@ -336,7 +207,7 @@ class _LiveRun:
         """Run VMs until then; ``line`` is called often, with what makes a line of it.
 
         Raises:
-            Violation: a rule was broken.
+            Finding: a rule was broken.
         """
         self._line = line
         while (left := deadline - time.monotonic()) > 0:
@@ -374,7 +245,7 @@ class _LiveRun:
             finally:
                 self._count(ground, plan, children)
 
-    def _end(self, plan: Plan, children: "tuple[_Child, _Child]", seconds: float) -> None:
+    def _end(self, plan: Plan, children: "tuple[Child, Child]", seconds: float) -> None:
         owner, second = children
         if plan.killed:
             owner.end()
@@ -392,7 +263,7 @@ class _LiveRun:
             self.total.faults += statistics["faults_private"]
             self.total.counted_seconds += seconds
 
-    def _count(self, ground: Ground, plan: Plan, children: "tuple[_Child, _Child]") -> None:
+    def _count(self, ground: Ground, plan: Plan, children: "tuple[Child, Child]") -> None:
         total = self.total
         total.by_engine[plan.engine] = total.by_engine.get(plan.engine, 0) + 1
         total.guest_steps += sum(ground.board.steps(vcpu) for vcpu in range(plan.vcpus))
@@ -402,7 +273,7 @@ class _LiveRun:
             total.pages_punched += child.progress.pages
             total.slowest_punch = max(total.slowest_punch, child.progress.slowest)
 
-    def _say(self, children: "tuple[_Child, _Child]") -> str:
+    def _say(self, children: "tuple[Child, Child]") -> str:
         plan, total = self.plan, self.total
         assert plan is not None
         punches = total.punches + sum(child.progress.punches for child in children)
@@ -424,14 +295,14 @@ class _LiveRun:
         self._said = said
         # Of an engine that was killed it says that it is gone, if anybody punched just then.
         if said != before and not (killed and said.endswith(" is gone")):
-            raise RuleBroken(f"the service says: {said}")
+            raise Finding(f"the service says: {said}")
         wait_for(
             "descriptors that nobody has to go",
             lambda: len(self._service.status()["descriptors"]) <= 1,
         )
         for descriptor in self._service.status()["descriptors"]:
             if descriptor["notifiers"]:
-                raise RuleBroken(f"a consumer is gone and a notifier of it is left: {descriptor}")
+                raise Finding(f"a consumer is gone and a notifier of it is left: {descriptor}")
 
     def _note_processes(self) -> None:
         """Remember every process of the service, by number and start."""
@@ -446,7 +317,7 @@ class _LiveRun:
         """Look whether every process of the service is gone, and its memory with them: it has no other place than their descriptors.
 
         Raises:
-            Violation: what is left.
+            Finding: what is left.
         """
 
         def gone() -> bool:
@@ -472,13 +343,13 @@ def _stat(pid: int) -> tuple[int, str]:
 
 
 @contextmanager
-def _children(service: Service, ground: Ground, plan: Plan) -> "Generator[tuple[_Child, _Child]]":
+def _children(service: Service, ground: Ground, plan: Plan) -> "Generator[tuple[Child, Child]]":
     with ExitStack() as stack:
-        second = _Child(
+        second = Child(
             "second process", lambda progress, sock: be_second(ground, plan, progress, sock)
         )
         stack.callback(second.close)
-        owner = _Child(
+        owner = Child(
             "owner", lambda progress, sock: be_owner(service, ground, plan, progress, sock)
         )
         stack.callback(owner.close)
@@ -493,16 +364,16 @@ class _Watch:
         self._board = ground.board
         self._steps = [(0, time.monotonic())] * plan.vcpus
 
-    def look(self, children: "tuple[_Child, _Child]") -> None:
+    def look(self, children: "tuple[Child, Child]") -> None:
         """Look once.
 
         Raises:
-            Violation: what is stuck.
+            Finding: what is stuck.
         """
         for child in children:
             stuck = child.progress.stuck(PATIENCE)
             if stuck is not None:
-                raise RuleBroken(
+                raise Finding(
                     f"hang: the {child.name} waited {PATIENCE:g} s for the operation {stuck!r} to end"
                 )
         now = time.monotonic()
@@ -510,6 +381,6 @@ class _Watch:
             if self._board.steps(vcpu) != steps:
                 self._steps[vcpu] = self._board.steps(vcpu), now
             elif now - since > PATIENCE:
-                raise RuleBroken(
+                raise Finding(
                     f"hang: waited {PATIENCE:g} s for vCPU {vcpu} to go on after its step {steps}"
                 )

@@ -20,11 +20,15 @@ import pytest
 
 from processes import descendants, wait_gone
 from restrictedmem.abi import memory
-from restrictedmem.check import live
-from restrictedmem.check.board import MAX_PAGES, Board, Progress
-from restrictedmem.check.owner import NAMES, OPERATIONS, Ground, Owner, Plan, Puncher
 from restrictedmem.check.scenarios import SCENARIOS
 from restrictedmem.service import client
+from restrictedmem.stress import run
+from restrictedmem.stress.board import MAX_PAGES, Board
+from restrictedmem.stress.ground import Ground
+from restrictedmem.stress.owner import Owner
+from restrictedmem.stress.plan import MIXES, NAMES, OPERATIONS, Plan, plan_of
+from restrictedmem.stress.progress import Progress
+from restrictedmem.stress.puncher import Puncher
 from restrictedmem.units import PAGE_SIZE
 from restrictedmem.vmm.vmm import SHARED_SIZE
 from waiting import wait_until
@@ -35,17 +39,17 @@ SECONDS = 2.5
 
 def on_engine(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
     """Let every VM run on one engine, and end in good order after two seconds: what is counted then, must be right."""
-    plan = live.plan_of
+    plan = plan_of
 
     def fixed(seed: int, number: int, **options: Any) -> Plan:
         options["engines"] = {engine: options["engines"][engine]}
         return replace(plan(seed, number, **options), seconds=2.0, killed=False)
 
-    monkeypatch.setattr(live, "plan_of", fixed)
+    monkeypatch.setattr(run, "plan_of", fixed)
 
 
-def run(capsys: pytest.CaptureFixture[str], **options: Any) -> tuple[int, dict[str, Any]]:
-    status = live.main(SECONDS, as_json=True, **options)
+def run_stress(capsys: pytest.CaptureFixture[str], **options: Any) -> tuple[int, dict[str, Any]]:
+    status = run.main(SECONDS, as_json=True, **options)
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return status, found
 
@@ -56,7 +60,7 @@ def run(capsys: pytest.CaptureFixture[str], **options: Any) -> tuple[int, dict[s
     ["v10", "v9+teardown", pytest.param("folio", marks=pytest.mark.requires("orders")), "lazy"],
 )
 def test_a_sound_design_holds(design: str, capsys: pytest.CaptureFixture[str]) -> None:
-    status, found = run(capsys, design=design, seed=5)
+    status, found = run_stress(capsys, design=design, seed=5)
     assert (status, found["failure"], found["seed"], found["design"]) == (0, None, 5, design)
     assert found["vms"] >= 1
     assert found["punches"] > 0
@@ -65,7 +69,7 @@ def test_a_sound_design_holds(design: str, capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.requires("fuse")
 def test_a_scenario_is_a_mix_of_operations(capsys: pytest.CaptureFixture[str]) -> None:
-    status, found = run(capsys, scenario="interrupt-fault", seed=6)
+    status, found = run_stress(capsys, scenario="interrupt-fault", seed=6)
     assert (status, found["failure"]) == (0, None)
     assert found["operations"] > 0
 
@@ -79,19 +83,19 @@ class Terminal(io.StringIO):
 def test_a_terminal_is_told_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    live.main(0.1, scenario="interrupt-fault", seed=6, as_json=True)
+    run.main(0.1, scenario="interrupt-fault", seed=6, as_json=True)
     assert re.search(r"\d s  seed 6  VM 1: \w+, [1248] vCPUs, \d+ pages; \d", terminal.getvalue())
 
 
 def test_scenarios_and_operations_exist() -> None:
-    assert live.MIXES.keys() <= SCENARIOS.keys()
-    assert {name for mix in live.MIXES.values() for name in mix} == OPERATIONS.keys()
+    assert MIXES.keys() <= SCENARIOS.keys()
+    assert {name for mix in MIXES.values() for name in mix} == OPERATIONS.keys()
 
 
 def test_what_does_not_exist_is_refused() -> None:
     for design, scenario in ((None, "nonsense"), ("nonsense", None)):
         with pytest.raises(OSError, match="nonsense") as caught:
-            live.main(SECONDS, design, scenario)
+            run.main(SECONDS, design, scenario)
         assert caught.value.errno == EINVAL
 
 
@@ -101,9 +105,7 @@ def test_the_same_seed_makes_the_same_plans() -> None:
         found: list[Plan] = []
         for number in range(9):
             found.append(
-                live.plan_of(
-                    seed, number, before=found[-1] if found else None, engines=engines, left=60
-                )
+                plan_of(seed, number, before=found[-1] if found else None, engines=engines, left=60)
             )
         return found
 
@@ -249,7 +251,7 @@ def test_callbacks_that_do_not_come_are_stale_reads(
 ) -> None:
     breaking(monkeypatch, DEAF)
     on_engine(monkeypatch, "kernel")
-    status, found = run(capsys, scenario="punch-fault", seed=7)
+    status, found = run_stress(capsys, scenario="punch-fault", seed=7)
     assert status == 1
     assert re.search(
         r"the guest ended with 1: stale: page \d+ holds 0x[0-9a-f]+, expected 0x[0-9a-f]+",
@@ -272,10 +274,10 @@ def test_books_that_do_not_balance_are_found(
     source: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     breaking(monkeypatch, source)
-    monkeypatch.setattr("restrictedmem.check.owner.PATIENCE", 3.0)
-    monkeypatch.setattr(live, "PATIENCE", 3.0)
+    for module in ("child", "finding", "owner", "run"):
+        monkeypatch.setattr(f"restrictedmem.stress.{module}.PATIENCE", 3.0)
     on_engine(monkeypatch, "software")
-    status, found = run(capsys, scenario="punch-fault", seed=8)
+    status, found = run_stress(capsys, scenario="punch-fault", seed=8)
     assert status == 1
     assert re.search(words, found["failure"])
 
@@ -290,7 +292,7 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from restrictedmem.abi.process import PR_SET_CHILD_SUBREAPER, prctl; prctl(PR_SET_CHILD_SUBREAPER, 1)\n"
-        "from restrictedmem.check import live; live.main(60, seed=9)"
+        "from restrictedmem.stress import run; run.main(60, seed=9)"
     )
     out = tmp_path / "out"
     with out.open("w", encoding="utf-8") as file:

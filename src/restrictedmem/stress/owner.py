@@ -1,171 +1,34 @@
-"""The processes of a live run: an owner that drives a VM and does to its memory what an owner may, and another that has its descriptor.
+"""The owner of a VM: it drives the vCPUs, and does to the guest's memory what an owner may.
 
-What they do, in which order and to which pages, follows from a seed; when it meets what the guest
-does is the machine's to decide.
+A seed decides which operations the owner does, in which order and to which pages. The machine
+decides what the guest does meanwhile.
 """
 
-import json
-import mmap
 import os
 import random
 import socket
 import threading
-import time
-from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack
 from errno import EIO
-from typing import Any, Final, NoReturn, final
+from typing import NoReturn, final
 
-from restrictedmem import guests
 from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import EHWPOISON
-from restrictedmem.check.board import EXTRA_BASE, EXTRA_PAGES, Board, Lane, Progress, place
-from restrictedmem.check.explorer import RuleBroken
 from restrictedmem.protocol import exits, guest_abi
 from restrictedmem.service.client import Service
+from restrictedmem.stress.board import EXTRA_BASE, EXTRA_PAGES
+from restrictedmem.stress.child import reporting, told_to_stop
+from restrictedmem.stress.finding import PATIENCE, Finding, wait_for
+from restrictedmem.stress.ground import CHURN, Ground, sized_memfd
+from restrictedmem.stress.plan import Plan
+from restrictedmem.stress.progress import Progress
+from restrictedmem.stress.puncher import MOST_PAGES, Puncher
 from restrictedmem.units import PAGE_SHIFT
-from restrictedmem.vmm import elf
 from restrictedmem.vmm.vm import Vcpu, Vm
 from restrictedmem.vmm.vmm import SHARED_SIZE, launch_pages, launch_regs
 
-#: Seconds after which something that was to happen has not.
-PATIENCE: Final = 20.0
-#: Everything an owner does by its own will, and how often beside the others.
-OPERATIONS: Final = {
-    "punch": 60,
-    "punch-block": 3,
-    "allocate": 10,
-    "convert": 6,
-    "slot": 3,
-    "interrupt": 10,
-    "error": 4,
-}
-NAMES: Final = (*OPERATIONS, "wait", "account", "destroy")
-
-_CHURN: Final = elf.parse(guests.path("churn").read_bytes())
 _PRIVATE_SLOT, _WINDOW_SLOT, _EXTRA_SLOT = range(3)
-_BLOCK_PAGES: Final = 512
-_MOST: Final = 32
-#: One pause in so many operations, of at most so many seconds: a guest that is punched all the time
-#: holds nothing.
-_PAUSE_EVERY, _PAUSE = 8, 0.002
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One VM's life, as the seed has it."""
-
-    seed: str
-    engine: str
-    #: What the host keeps in step, if anything (``platform.platform.NAMES``).
-    platform: str
-    vcpus: int
-    pages: int
-    #: Whether on the descriptor of the VM before.
-    reused: bool
-    #: Of 1000 steps of the guest, so many convert their page.
-    converting: int
-    operations: tuple[str, ...]
-    seconds: float
-    #: Whether its owner is killed at the end, in the middle of whatever it does.
-    killed: bool
-
-
-@final
-class Ground:
-    """A descriptor and the owner's memfds that go with it: what a VM is made on, and a later one again."""
-
-    def __init__(self, service: Service, plan: Plan) -> None:
-        """Make them; they are closed together.
-
-        Raises:
-            OSError: EMFILE, ENFILE, ENOMEM.
-        """
-        self.pages, self.vcpus = plan.pages, plan.vcpus
-        self.private_size, self.offset = place(plan.pages, image_end=_CHURN.end, vcpus=plan.vcpus)
-        with ExitStack() as stack:
-            self.fd = service.memfd_restricted()
-            stack.callback(os.close, self.fd)
-            os.ftruncate(self.fd, self.private_size)
-            self.window_fd = _memfd(stack, "window", SHARED_SIZE)
-            self.half_fd = _memfd(stack, "half", self.private_size)
-            self.window = stack.enter_context(mmap.mmap(self.window_fd, SHARED_SIZE))
-            self.board = Board(self.window)
-            stack.callback(self.board.close)
-            self._resources = stack.pop_all()
-
-    def renew(self) -> None:
-        """Say that whatever is in the pages is gone, as it has to be for another VM."""
-        self.board.begin_anew(self.pages)
-        with self.board.lane(0).taking(range(self.pages)):
-            os.ftruncate(self.half_fd, self.private_size)
-            memory.fallocate(self.half_fd, memory.PUNCH, 0, self.private_size)
-
-    def close(self) -> None:
-        """Let go of all of it."""
-        self._resources.close()
-
-
-def _memfd(stack: ExitStack, name: str, size: int) -> int:
-    fd = stack.enter_context(memory.memfd_create(name)).fileno()
-    os.ftruncate(fd, size)
-    return fd
-
-
-@final
-class Puncher:
-    """Someone who has the descriptor, with a lane of its own: enough to take pages away and to allocate them."""
-
-    def __init__(self, ground: Ground, lane: Lane, progress: Progress, seed: str) -> None:
-        self.ground = ground
-        self.lane = lane
-        self.progress = progress
-        self.random = random.Random(seed)
-
-    def some(self, most: int = _MOST) -> range:
-        """Pick a few pages in a row; one, more often than not."""
-        count = self.random.choice((1, 1, 1, 2, 8, most))
-        start = self.random.randrange(self.ground.pages)
-        return range(start, min(start + count, self.ground.pages))
-
-    def punch(self) -> None:
-        """Punch a few pages."""
-        self.take(self.some())
-
-    def punch_block(self) -> None:
-        """Punch 2 MiB, or all there is."""
-        blocks = -(-self.ground.pages // _BLOCK_PAGES)
-        start = self.random.randrange(blocks) * _BLOCK_PAGES
-        self.take(range(start, min(start + _BLOCK_PAGES, self.ground.pages)))
-
-    def take(self, pages: range) -> None:
-        """Punch pages, and say so before and after."""
-        with self.lane.taking(pages), self.progress.punching(len(pages)):
-            memory.fallocate(
-                self.ground.fd, memory.PUNCH, self._at(pages), len(pages) << PAGE_SHIFT
-            )
-
-    def allocate(self) -> None:
-        """Allocate a few pages, which leaves what is there."""
-        pages = self.some()
-        memory.fallocate(
-            self.ground.fd, memory.FallocMode.KEEP_SIZE, self._at(pages), len(pages) << PAGE_SHIFT
-        )
-
-    def _at(self, pages: range) -> int:
-        return self.ground.offset + (pages.start << PAGE_SHIFT)
-
-    def go_on(self, methods: Mapping[str, Callable[[], None]], over: Callable[[], bool]) -> None:
-        """Do one operation after the other until it is over."""
-        names = list(methods)
-        weights = [OPERATIONS[name] for name in names]
-        while not over():
-            (name,) = self.random.choices(names, weights)
-            with self.progress.doing(name):
-                methods[name]()
-            if not self.random.randrange(_PAUSE_EVERY):
-                time.sleep(self.random.random() * _PAUSE)
 
 
 @final
@@ -189,7 +52,7 @@ class Owner:
         # between each other.
         self._converting = threading.Lock()
         self._extra_fd = -1
-        self._extra_half = _memfd(stack, "extra", EXTRA_PAGES << PAGE_SHIFT)
+        self._extra_half = sized_memfd(stack, "extra", EXTRA_PAGES << PAGE_SHIFT)
         self._epoch = 0
         #: What the guest said, and why a vCPU stopped that should not have.
         self.said = ""
@@ -223,10 +86,10 @@ class Owner:
             "0",
             str(plan.converting),
         ]
-        for gpa, content in launch_pages(_CHURN, arguments, private_size=size, vcpus=plan.vcpus):
+        for gpa, content in launch_pages(CHURN, arguments, private_size=size, vcpus=plan.vcpus):
             self.vm.launch_update(gpa, content)
         for index, vcpu in enumerate(self._vcpus):
-            regs = launch_regs(_CHURN, private_size=size, index=index)
+            regs = launch_regs(CHURN, private_size=size, index=index)
             vcpu.set_regs(rip=regs.rip, rsp=regs.rsp, rdi=regs.rdi, rsi=regs.rsi)
 
     @property
@@ -303,14 +166,12 @@ class Owner:
         """Wait for every vCPU to end.
 
         Raises:
-            Violation: one does not.
+            Finding: one does not.
         """
         for thread in self._threads:
             thread.join(PATIENCE)
             if thread.is_alive():
-                raise RuleBroken(
-                    self.failure or f"hang: waited {PATIENCE:g} s for every vCPU to end"
-                )
+                raise Finding(self.failure or f"hang: waited {PATIENCE:g} s for every vCPU to end")
 
     # What the owner does beside.
 
@@ -381,7 +242,7 @@ class Owner:
         """Have the guest end, and look whether all is in balance when nothing is under way any more.
 
         Raises:
-            Violation: what is not.
+            Finding: what is not.
         """
         with self._puncher.progress.doing("slot"):
             if not self.failure:
@@ -390,7 +251,7 @@ class Owner:
         with self._puncher.progress.doing("wait"):
             self.join()
         if self.failure:
-            raise RuleBroken(self.failure)
+            raise Finding(self.failure)
         with self._puncher.progress.doing("account"):
             if self.vm.engine == "software":
                 self._account()
@@ -398,7 +259,7 @@ class Owner:
                 consumer["in_progress"] for consumer in self._service.status()["consumers"]
             )
             if in_progress:
-                raise RuleBroken(
+                raise Finding(
                     f"accounting: {in_progress} callbacks are without their end, and nobody does anything any more"
                 )
 
@@ -406,12 +267,12 @@ class Owner:
         """End the VM, and look at what its platform has to say.
 
         Raises:
-            Violation: a rule of it was violated.
+            Finding: a rule of it was violated.
         """
         with self._puncher.progress.doing("destroy"):
             found = self.vm.destroy()
         if found.get("violated_pages"):
-            raise RuleBroken(
+            raise Finding(
                 f"{self._plan.platform}: {found['violated_pages']} pages, the first: {found['violations'][0]}"
             )
 
@@ -425,81 +286,29 @@ class Owner:
             done = vcpu.pre_fault_memory(gpa, left)
             gpa, left = gpa + done, left - done
         before = self.vm.statistics()["pages_freed"]
-        some = self._puncher.random.sample(range(ground.pages), min(ground.pages, _MOST))
+        some = self._puncher.random.sample(range(ground.pages), min(ground.pages, MOST_PAGES))
         for page in some:
             self._puncher.take(range(page, page + 1))
         freed = self.vm.statistics()["pages_freed"] - before
         if freed != len(some):
-            raise RuleBroken(
+            raise Finding(
                 f"accounting: {len(some)} pages were punched, and the engine gave up {freed} of them"
             )
-
-
-def wait_for(what: str, holds: Callable[[], bool]) -> None:
-    """Wait for something to hold.
-
-    Raises:
-        Violation: when it does not in time.
-    """
-    deadline = time.monotonic() + PATIENCE
-    while not holds():
-        if time.monotonic() > deadline:
-            raise RuleBroken(f"hang: waited {PATIENCE:g} s for {what}")
-        time.sleep(0.0005)
 
 
 def be_owner(
     service: Service, ground: Ground, plan: Plan, progress: Progress, parent: socket.socket
 ) -> NoReturn:
     """Drive a VM until the parent says stop; say what came of it; in a process of its own, which ends."""
-    with _reporting(parent) as report, ExitStack() as stack:
+    with reporting(parent) as report, ExitStack() as stack:
         puncher = Puncher(ground, ground.board.lane(0), progress, plan.seed + " owner")
         owner = Owner(service, ground, plan, puncher, stack)
         owner.start()
         try:
-            puncher.go_on(owner.methods, lambda: bool(owner.failure) or _told(parent))
+            puncher.go_on(owner.methods, lambda: bool(owner.failure) or told_to_stop(parent))
         except OSError as error:
-            raise RuleBroken(owner.failure or f"{error.strerror}") from error
+            raise Finding(owner.failure or f"{error.strerror}") from error
         owner.end()
         report["statistics"] = owner.vm.statistics()
         owner.destroy()
     os._exit(0)
-
-
-def be_second(ground: Ground, plan: Plan, progress: Progress, parent: socket.socket) -> NoReturn:
-    """Do what a descriptor is enough for until the parent says stop; in a process of its own, which ends."""
-    with _reporting(parent):
-        puncher = Puncher(ground, ground.board.lane(1), progress, plan.seed + " second")
-        methods: dict[str, Callable[[], None]] = {
-            "punch": puncher.punch,
-            "punch-block": puncher.punch_block,
-            "allocate": puncher.allocate,
-        }
-        chosen = {name: method for name, method in methods.items() if name in plan.operations}
-        if chosen:
-            puncher.go_on(chosen, lambda: _told(parent))
-        else:
-            parent.recv(1)
-    os._exit(0)
-
-
-@contextmanager
-def _reporting(parent: socket.socket) -> Generator[dict[str, Any]]:
-    """Send the parent what the block has put into the report, and why it failed, if it did."""
-    report: dict[str, Any] = {}
-    try:
-        yield report
-    except RuleBroken as failure:
-        report["failure"] = str(failure)
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the parent has to hear of it.
-        report["failure"] = f"{type(error).__name__}: {error}"
-    parent.send(json.dumps(report).encode())
-
-
-def _told(parent: socket.socket) -> bool:
-    """Say whether the parent has said stop, or is gone."""
-    try:
-        parent.recv(1, socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return False
-    return True

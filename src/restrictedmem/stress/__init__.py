@@ -1,0 +1,1 @@
+"""``check --random``: the scenarios with real processes and a real guest, at random."""

@@ -1,0 +1,108 @@
+"""A process of a run, and the socket between it and its parent.
+
+The parent sends one byte, which says stop. The process sends one message, its report in JSON.
+"""
+
+import json
+import os
+import signal
+import socket
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from typing import Any, final
+
+from restrictedmem.abi import process
+from restrictedmem.fd import readable
+from restrictedmem.stress.finding import PATIENCE, Finding
+from restrictedmem.stress.plan import NAMES
+from restrictedmem.stress.progress import Progress
+
+
+@final
+class Child:
+    """One process of a run, as its parent sees it."""
+
+    def __init__(self, name: str, run: Callable[[Progress, socket.socket], None]) -> None:
+        """Fork it; ``run`` is what it does and does not return from."""
+        self.name = name
+        self.progress = Progress(NAMES)
+        self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.report: dict[str, Any] | None = None
+        self._pid = process.fork()
+        if self._pid == 0:
+            try:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                self.sock.close()
+                run(self.progress, theirs)
+            finally:
+                os._exit(1)
+        theirs.close()
+
+    def poll(self) -> None:
+        """Take its report, if there is one.
+
+        Raises:
+            Finding: what it found; that it died.
+        """
+        if self.report is None and readable([self.sock], 0):
+            self.take_report()
+
+    def take_report(self) -> None:
+        """Wait for its report.
+
+        Raises:
+            Finding: what it found; that it died, or says nothing.
+        """
+        if self.report is not None:
+            return
+        # Its own deadlines come first, and say more.
+        self.sock.settimeout(3 * PATIENCE)
+        try:
+            data = self.sock.recv(1 << 16)
+        except TimeoutError:
+            raise Finding(f"hang: waited {3 * PATIENCE:g} s for the {self.name} to end") from None
+        if not data:
+            raise Finding(f"the {self.name} died")
+        report = self.report = json.loads(data)
+        if "failure" in report:
+            raise Finding(f"{self.name}: {report['failure']}")
+
+    def stop(self) -> None:
+        """Tell it to come to an end."""
+        with suppress(BrokenPipeError):
+            self.sock.send(b".")
+
+    def end(self) -> None:
+        """Kill it, if it still runs, and wait for it."""
+        self.sock.close()
+        if self._pid:
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+            self._pid = 0
+
+    def close(self) -> None:
+        """End it, and let go of what it did."""
+        self.end()
+        self.progress.close()
+
+
+@contextmanager
+def reporting(parent: socket.socket) -> Generator[dict[str, Any]]:
+    """Send the parent what the block has put into the report, and why it failed, if it did."""
+    report: dict[str, Any] = {}
+    try:
+        yield report
+    except Finding as finding:
+        report["failure"] = str(finding)
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the parent has to hear of it.
+        report["failure"] = f"{type(error).__name__}: {error}"
+    parent.send(json.dumps(report).encode())
+
+
+def told_to_stop(parent: socket.socket) -> bool:
+    """Say whether the parent has said stop, or is gone."""
+    try:
+        parent.recv(1, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,95 @@
+"""A process that has the descriptor and nothing else: it punches and allocates pages."""
+
+import os
+import random
+import socket
+import time
+from collections.abc import Callable, Mapping
+from typing import Final, NoReturn, final
+
+from restrictedmem.abi import memory
+from restrictedmem.stress.board import Lane
+from restrictedmem.stress.child import reporting, told_to_stop
+from restrictedmem.stress.ground import Ground
+from restrictedmem.stress.plan import OPERATIONS, Plan
+from restrictedmem.stress.progress import Progress
+from restrictedmem.units import PAGE_SHIFT
+
+_BLOCK_PAGES: Final = 512
+#: The most pages that one call punches or allocates, unless it is for a block.
+MOST_PAGES: Final = 32
+#: One pause in so many operations, of at most so many seconds: a guest that is punched all the time
+#: holds nothing.
+_PAUSE_EVERY, _PAUSE = 8, 0.002
+
+
+@final
+class Puncher:
+    """Someone who has the descriptor, with a lane of its own: enough to take pages away and to allocate them."""
+
+    def __init__(self, ground: Ground, lane: Lane, progress: Progress, seed: str) -> None:
+        self.ground = ground
+        self.lane = lane
+        self.progress = progress
+        self.random = random.Random(seed)
+
+    def some(self, most: int = MOST_PAGES) -> range:
+        """Pick a few pages in a row; one, more often than not."""
+        count = self.random.choice((1, 1, 1, 2, 8, most))
+        start = self.random.randrange(self.ground.pages)
+        return range(start, min(start + count, self.ground.pages))
+
+    def punch(self) -> None:
+        """Punch a few pages."""
+        self.take(self.some())
+
+    def punch_block(self) -> None:
+        """Punch 2 MiB, or all there is."""
+        blocks = -(-self.ground.pages // _BLOCK_PAGES)
+        start = self.random.randrange(blocks) * _BLOCK_PAGES
+        self.take(range(start, min(start + _BLOCK_PAGES, self.ground.pages)))
+
+    def take(self, pages: range) -> None:
+        """Punch pages, and say so before and after."""
+        with self.lane.taking(pages), self.progress.punching(len(pages)):
+            memory.fallocate(
+                self.ground.fd, memory.PUNCH, self._at(pages), len(pages) << PAGE_SHIFT
+            )
+
+    def allocate(self) -> None:
+        """Allocate a few pages, which leaves what is there."""
+        pages = self.some()
+        memory.fallocate(
+            self.ground.fd, memory.FallocMode.KEEP_SIZE, self._at(pages), len(pages) << PAGE_SHIFT
+        )
+
+    def _at(self, pages: range) -> int:
+        return self.ground.offset + (pages.start << PAGE_SHIFT)
+
+    def go_on(self, methods: Mapping[str, Callable[[], None]], over: Callable[[], bool]) -> None:
+        """Do one operation after the other until it is over."""
+        names = list(methods)
+        weights = [OPERATIONS[name] for name in names]
+        while not over():
+            (name,) = self.random.choices(names, weights)
+            with self.progress.doing(name):
+                methods[name]()
+            if not self.random.randrange(_PAUSE_EVERY):
+                time.sleep(self.random.random() * _PAUSE)
+
+
+def be_second(ground: Ground, plan: Plan, progress: Progress, parent: socket.socket) -> NoReturn:
+    """Do what a descriptor is enough for until the parent says stop; in a process of its own, which ends."""
+    with reporting(parent):
+        puncher = Puncher(ground, ground.board.lane(1), progress, plan.seed + " second")
+        methods: dict[str, Callable[[], None]] = {
+            "punch": puncher.punch,
+            "punch-block": puncher.punch_block,
+            "allocate": puncher.allocate,
+        }
+        chosen = {name: method for name, method in methods.items() if name in plan.operations}
+        if chosen:
+            puncher.go_on(chosen, lambda: told_to_stop(parent))
+        else:
+            parent.recv(1)
+    os._exit(0)
