@@ -199,7 +199,7 @@ class Execution:
         arrive: Callable[["Execution"], Actor | None],
         story: Story | None = None,
     ) -> None:
-        """Make a world without actors; ``arrive`` chooses who goes on once the plan is used up, None to stop."""
+        """Make one without actors; ``arrive`` chooses who goes on once the plan is used up, None to stop."""
         self.names = names
         self._arrive = arrive
         self._story = story
@@ -321,7 +321,7 @@ class Execution:
         return slot
 
     def memory(self, memory: object) -> int:
-        """Return the slot of some memory in which objects lie; it must be kept as long as the world."""
+        """Return the slot of some memory in which objects lie; it must be kept as long as the execution."""
         slot = self._memories.get(id(memory))
         if slot is None:
             slot = self._memories[id(memory)] = self.new_slot()
@@ -341,30 +341,30 @@ class Execution:
         return slot
 
 
-def _work(world: Execution, actor: Actor, act: Callable[[], None]) -> None:
+def _work(execution: Execution, actor: Actor, act: Callable[[], None]) -> None:
     """Be one actor after the other, of one execution each."""
     hub = getcurrent().parent
     assert hub is not None
     while True:
-        world.live(actor, act)
+        execution.live(actor, act)
         # Nothing of an execution may be kept until the next.
-        del world, actor, act
-        world, actor, act = hub.switch()
+        del execution, actor, act
+        execution, actor, act = hub.switch()
 
 
-_world: Execution | None = None
+_execution: Execution | None = None
 
 
 def current() -> Execution:
-    """Return the world in which objects are being made."""
-    assert _world is not None, "only in an exploration"
-    return _world
+    """Return the execution that is under way, in which objects are made."""
+    assert _execution is not None, "only in an exploration"
+    return _execution
 
 
-def enter(world: Execution | None) -> None:
-    """Make it the world in which objects are made."""
-    global _world
-    _world = world
+def enter(execution: Execution | None) -> None:
+    """Make an execution the one in which objects are made."""
+    global _execution
+    _execution = execution
 
 
 def touch(name: Hashable, *, write: bool) -> None:
@@ -372,21 +372,23 @@ def touch(name: Hashable, *, write: bool) -> None:
 
     Call it right before the access, and ``saw`` after it if the actor learned something.
     """
-    world = _world
-    if world is not None and world.running is not None:
-        world.point((CHANGES if write else TOUCHES, world.names.place(("model", name)), name))
+    execution = _execution
+    if execution is not None and execution.running is not None:
+        execution.point(
+            (CHANGES if write else TOUCHES, execution.names.place(("model", name)), name)
+        )
 
 
 def saw(value: Hashable) -> None:
     """Say what the running actor's last access to plain data told it; equal findings are equal states."""
-    if _world is not None and _world.running is not None:
-        _world.running.value = value
+    if _execution is not None and _execution.running is not None:
+        _execution.running.value = value
 
 
 def watch(name: Hashable) -> None:
     """Say that the program's check looks at a model's object (``Names.watch``)."""
-    if _world is not None:
-        _world.names.watch(_world.names.place(("model", name)))
+    if _execution is not None:
+        _execution.names.watch(_execution.names.place(("model", name)))
 
 
 def forget(where: Hashable) -> None:
@@ -394,9 +396,9 @@ def forget(where: Hashable) -> None:
 
     Joins states that differ in the way only.
     """
-    if _world is not None and (actor := _world.running) is not None:
+    if _execution is not None and (actor := _execution.running) is not None:
         actor.value = None
-        actor.history = _world.names.past(0, where, None)
+        actor.history = _execution.names.past(0, where, None)
 
 
 #: A class and the name of one of its methods.
@@ -426,13 +428,13 @@ def _summary(method: Callable[_P, _T]) -> Callable[_P, _T]:
 
     @wraps(method)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        world = _world
-        if world is None or (actor := world.running) is None:
+        execution = _execution
+        if execution is None or (actor := execution.running) is None:
             return method(*args, **kwargs)
         before, value = actor.history, actor.value
 
         def sum_up(learned: Hashable) -> None:
-            actor.history = world.names.past(before, value, (name, 0, learned))
+            actor.history = execution.names.past(before, value, (name, 0, learned))
             actor.value = None
 
         try:

@@ -284,10 +284,10 @@ def _retell(model: Model, schedule: Sequence[int]) -> tuple[Teller, str | None]:
     teller = Teller()
     found: list[str | None] = []
 
-    def arrive(world: Execution) -> None:
-        found.append(model.wrong(world))
-        if not any(world.enabled(actor) for actor in world.actors):
-            teller.tell_waiting(world.actors, world.values)
+    def arrive(execution: Execution) -> None:
+        found.append(model.wrong(execution))
+        if not any(execution.enabled(actor) for actor in execution.actors):
+            teller.tell_waiting(execution.actors, execution.values)
 
-    world = model.execute(schedule, arrive, teller)
-    return teller, model.wrong(world) if world.broken is not None else found[-1]
+    execution = model.execute(schedule, arrive, teller)
+    return teller, model.wrong(execution) if execution.broken is not None else found[-1]

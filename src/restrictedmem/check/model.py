@@ -88,17 +88,17 @@ class Model:
         """Return the state before the first step, or what is wrong with it."""
         found: list[State | str] = []
 
-        def arrive(world: Execution) -> None:
-            self._gates = self._gates or [{} for _ in world.actors]
-            for actor in world.actors:
+        def arrive(execution: Execution) -> None:
+            self._gates = self._gates or [{} for _ in execution.actors]
+            for actor in execution.actors:
                 self.futures.see(actor, None)
-            state = self._read(world)
-            found.append(self._verdict(world) or state)
+            state = self._read(execution)
+            found.append(self._verdict(execution) or state)
             if not self.enabled(state):
-                self._ends[state] = self._verdict_at_end(world)
+                self._ends[state] = self._verdict_at_end(execution)
 
-        world = self.execute((), arrive)
-        return found[0] if found else str(self._verdict(world))
+        execution = self.execute((), arrive)
+        return found[0] if found else str(self._verdict(execution))
 
     def enabled(self, state: State) -> list[int]:
         """Return the actors that can go on."""
@@ -128,8 +128,8 @@ class Model:
         """Return what is wrong with a state in which nobody can go on, to which a schedule leads."""
         if state not in self._ends:
 
-            def arrive(world: Execution) -> None:
-                self._ends[state] = self._verdict(world) or self._verdict_at_end(world)
+            def arrive(execution: Execution) -> None:
+                self._ends[state] = self._verdict(execution) or self._verdict_at_end(execution)
 
             self.execute(schedule, arrive)
         return self._ends[state]
@@ -150,14 +150,14 @@ class Model:
         """
         state: State | None = None
 
-        def arrive(world: Execution) -> Actor | None:
+        def arrive(execution: Execution) -> Actor | None:
             nonlocal state, index
             if state is None:
-                state = self._read(world)
+                state = self._read(execution)
                 if state != before:
                     raise UnsoundError(_UNSOUND)
-                return world.actors[index]
-            state = self._take_note(world, state, index)
+                return execution.actors[index]
+            state = self._take_note(execution, state, index)
             unknown = (
                 []
                 if state is None
@@ -166,30 +166,30 @@ class Model:
             if not unknown:
                 return None
             index = index if index in unknown else unknown[0]
-            return world.actors[index]
+            return execution.actors[index]
 
-        world = self.execute(schedule, arrive)
-        if world.broken is not None:
+        execution = self.execute(schedule, arrive)
+        if execution.broken is not None:
             assert state is not None
-            self._take_note(world, state, index)
+            self._take_note(execution, state, index)
 
-    def _take_note(self, world: Execution, before: State, index: int) -> State | None:
+    def _take_note(self, execution: Execution, before: State, index: int) -> State | None:
         """Remember where a step has led, and return it unless a rule is broken there."""
         key = before[0], index, before[index + 1]
-        wrong = self._verdict(world)
+        wrong = self._verdict(execution)
         if wrong is not None:
             self._after[key] = wrong
             return None
-        state, actor = self._read(world), world.actors[index]
+        state, actor = self._read(execution), execution.actors[index]
         self.futures.see(actor, before[index + 1])
         self._after[key] = state[0], actor.history
         if not self.enabled(state):
-            self._ends[state] = self._verdict_at_end(world)
+            self._ends[state] = self._verdict_at_end(execution)
         return state
 
-    def _read(self, world: Execution) -> State:
+    def _read(self, execution: Execution) -> State:
         """Return the state that an execution is in."""
-        values = world.values
+        values = execution.values
         known = len(values)
         while known and values[known - 1] is None:
             # Which objects will be made shows only on the way, and must not tell states apart
@@ -199,27 +199,27 @@ class Model:
         shared = self._shared.setdefault((self._program.state(), present), len(self._shared))
         if shared == len(self._values):
             self._values.append(present)
-        for actor, gates in zip(world.actors, self._gates, strict=True):
+        for actor, gates in zip(execution.actors, self._gates, strict=True):
             if not actor.done:
                 gates[actor.history] = actor.gate
-        return (shared, *[actor.history for actor in world.actors])
+        return (shared, *[actor.history for actor in execution.actors])
 
     # What is right and wrong.
 
-    def _verdict(self, world: Execution) -> str | None:
+    def _verdict(self, execution: Execution) -> str | None:
         """Return what is wrong after a step."""
-        if world.broken is not None:
-            actor, error = world.broken
+        if execution.broken is not None:
+            actor, error = execution.broken
             return str(error) if isinstance(error, RuleBroken) else f"{actor.name} raised {error!r}"
         try:
             self._program.check()
         except RuleBroken as violation:
             return str(violation)
-        return f"no end after {ENDLESS} steps" if world.step > ENDLESS else None
+        return f"no end after {ENDLESS} steps" if execution.step > ENDLESS else None
 
-    def _verdict_at_end(self, world: Execution) -> str | None:
+    def _verdict_at_end(self, execution: Execution) -> str | None:
         """Return what is wrong where nobody can go on."""
-        stuck = [actor.name for actor in world.actors if not actor.done]
+        stuck = [actor.name for actor in execution.actors if not actor.done]
         if stuck:
             return f"deadlock: {' and '.join(stuck)} {'wait' if len(stuck) > 1 else 'waits'}"
         try:
@@ -228,11 +228,11 @@ class Model:
             return str(violation)
         return None
 
-    def wrong(self, world: Execution) -> str | None:
+    def wrong(self, execution: Execution) -> str | None:
         """Return what is wrong with what an execution has come to."""
-        found = self._verdict(world)
-        if found is None and not any(world.enabled(actor) for actor in world.actors):
-            found = self._verdict_at_end(world)
+        found = self._verdict(execution)
+        if found is None and not any(execution.enabled(actor) for actor in execution.actors):
+            found = self._verdict_at_end(execution)
         return found
 
     # Executing.
@@ -244,20 +244,20 @@ class Model:
         story: Story | None = None,
     ) -> Execution:
         """Execute the program; ``arrive`` is asked who goes on at the end of the schedule."""
-        world = Execution(self.names, arrive, story)
-        control.enter(world)
-        # Worlds are full of circles; cut open, most of one goes without the collector.
+        execution = Execution(self.names, arrive, story)
+        control.enter(execution)
+        # A program is full of circles. Cut open, most of it goes without the collector.
         self._left.clear()
         self._program = self._make()
         self._left = vars(self._program)
-        world.run(self._program.actors(), schedule)
+        execution.run(self._program.actors(), schedule)
         self.executions += 1
-        self.transitions += world.step
+        self.transitions += execution.step
         if not self.executions % _COLLECTED:
             gc.collect(0)
-        if world.broken is not None and isinstance(world.broken[1], UnsoundError):
-            raise world.broken[1]
-        return world
+        if execution.broken is not None and isinstance(execution.broken[1], UnsoundError):
+            raise execution.broken[1]
+        return execution
 
     def sample(self, executions: int, seen: Callable[[State], bool]) -> None:
         """Execute at random, and compare what happens with what is known.
@@ -271,16 +271,16 @@ class Model:
             self.execute((), _Sampler(self, chance, seen).arrive)
 
     def compare(
-        self, world: Execution, before: State | None, index: int, seen: Callable[[State], bool]
+        self, execution: Execution, before: State | None, index: int, seen: Callable[[State], bool]
     ) -> State:
         """Compare one step of an execution with what is known, and return the state it has led to.
 
         Raises:
             UnsoundError: see ``sample``.
         """
-        state = self._read(world)
+        state = self._read(execution)
         known = None if before is None else self.after(before, index)
-        wrong = self.wrong(world)
+        wrong = self.wrong(execution)
         if (
             wrong is not None
             or known not in (None, state)
@@ -302,11 +302,11 @@ class _Sampler:
         self._before: State | None = None
         self._index = 0
 
-    def arrive(self, world: Execution) -> Actor | None:
+    def arrive(self, execution: Execution) -> Actor | None:
         """Go on with anybody."""
-        self._before = self._model.compare(world, self._before, self._index, self._seen)
+        self._before = self._model.compare(execution, self._before, self._index, self._seen)
         enabled = self._model.enabled(self._before)
         if not enabled:
             return None
         self._index = self._chance.choice(enabled)
-        return world.actors[self._index]
+        return execution.actors[self._index]

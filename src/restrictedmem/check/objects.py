@@ -59,18 +59,18 @@ _ON_A_CONDITION: Final = (WAITS, WAKES, NOTIFIES)
 class Mutex:
     """``sync.mutex()``."""
 
-    __slots__ = ("_free", "_looks", "_releases", "_takes", "_tries", "_world", "owner", "slot")
+    __slots__ = ("_execution", "_free", "_looks", "_releases", "_takes", "_tries", "owner", "slot")
     owner: Actor | None
 
     def __init__(self) -> None:
-        self._world = current()
-        self.slot = slot = self._world.new_slot()
+        self._execution = current()
+        self.slot = slot = self._execution.new_slot()
         self.owner = None
-        self._world.values[slot] = -1
-        self._takes, self._tries, self._releases, self._looks = self._world.names.operations(
+        self._execution.values[slot] = -1
+        self._takes, self._tries, self._releases, self._looks = self._execution.names.operations(
             slot, _TO_A_MUTEX
         )
-        self._free = self._world.names.gate(_is_free, slot)
+        self._free = self._execution.names.gate(_is_free, slot)
 
     def give(self, owner: Actor | None) -> None:
         """Make somebody, or nobody, the owner; no point."""
@@ -79,18 +79,18 @@ class Mutex:
         elif self.owner is not None:
             self.owner.held -= {self.slot}
         self.owner = owner
-        self._world.values[self.slot] = -1 if owner is None else owner.index
+        self._execution.values[self.slot] = -1 if owner is None else owner.index
 
     def acquire(self, blocking: bool = True) -> bool:
         """Take it; waits unless told not to."""
-        actor = self._world.running
+        actor = self._execution.running
         if actor is None:
             return True
         if blocking:
-            self._world.point(self._takes, self._free)
+            self._execution.point(self._takes, self._free)
         else:
-            self._world.names.tried.add(self.slot)
-            self._world.point(self._tries)
+            self._execution.names.tried.add(self.slot)
+            self._execution.point(self._tries)
             actor.value = self.owner is None
             if not actor.value:
                 return False
@@ -99,19 +99,19 @@ class Mutex:
 
     def release(self) -> None:
         """Release it."""
-        if self._world.running is None:
+        if self._execution.running is None:
             return
-        self._world.point(self._releases)
+        self._execution.point(self._releases)
         if self.owner is None:
             raise RuntimeError("release unlocked lock")
         self.give(None)
 
     def locked(self) -> bool:
         """Say whether somebody holds it."""
-        actor = self._world.running
+        actor = self._execution.running
         if actor is not None:
-            self._world.names.tried.add(self.slot)
-            self._world.point(self._looks)
+            self._execution.names.tried.add(self.slot)
+            self._execution.point(self._looks)
             actor.value = self.owner is not None
         return self.owner is not None
 
@@ -126,23 +126,23 @@ class Mutex:
 class Condition:
     """``sync.condition(lock)``: wakes in the order of waiting, as ``threading.Condition`` does; a timeout never runs out."""
 
-    __slots__ = ("_mutex", "_notifies", "_slot", "_waiters", "_waits", "_wakes", "_world")
+    __slots__ = ("_execution", "_mutex", "_notifies", "_slot", "_waiters", "_waits", "_wakes")
 
     _waiters: tuple[Actor, ...]
 
     def __init__(self, lock: Mutex) -> None:
-        self._world = current()
+        self._execution = current()
         self._mutex = lock
-        self._slot = self._world.new_slot()
+        self._slot = self._execution.new_slot()
         self._set_waiters(())
         # Waiting and waking are things done to the mutex, too.
-        self._waits, self._wakes, self._notifies = self._world.names.operations(
+        self._waits, self._wakes, self._notifies = self._execution.names.operations(
             lock.slot, _ON_A_CONDITION, self._slot
         )
 
     def _set_waiters(self, waiters: tuple[Actor, ...]) -> None:
         self._waiters = waiters
-        self._world.values[self._slot] = tuple(actor.index for actor in waiters)
+        self._execution.values[self._slot] = tuple(actor.index for actor in waiters)
 
     def __enter__(self) -> bool:
         return self._mutex.acquire()
@@ -160,15 +160,15 @@ class Condition:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Release the lock, wait to be notified, take the lock."""
-        actor = self._world.running
+        actor = self._execution.running
         if actor is None or self._mutex.owner is not actor:
             raise RuntimeError("cannot wait on un-acquired lock")
-        self._world.point(self._waits)
+        self._execution.point(self._waits)
         self._mutex.give(None)
         self._set_waiters((*self._waiters, actor))
-        self._world.point(
+        self._execution.point(
             self._wakes,
-            self._world.names.gate(_is_woken, self._mutex.slot, self._slot, actor.index),
+            self._execution.names.gate(_is_woken, self._mutex.slot, self._slot, actor.index),
         )
         self._mutex.give(actor)
         return True
@@ -181,58 +181,58 @@ class Condition:
 
     def notify(self, n: int = 1) -> None:
         """Wake who has waited longest."""
-        world = self._world
-        if world.running is None:
+        execution = self._execution
+        if execution.running is None:
             return
-        if self._mutex.owner is not world.running:
+        if self._mutex.owner is not execution.running:
             raise RuntimeError("cannot notify on un-acquired lock")
-        world.point(self._notifies)
+        execution.point(self._notifies)
         self._set_waiters(self._waiters[n:])
 
     def notify_all(self) -> None:
         """Wake all."""
-        self.notify(len(self._world.actors))
+        self.notify(len(self._execution.actors))
 
 
 @final
 class ControlledRwSem:
     """``sync.RwSem`` as one object: taken and released in one step, or in two by a writer that has to wait."""
 
-    __slots__ = ("_readers", "_slot", "_world", "_writers", "_writing")
+    __slots__ = ("_execution", "_readers", "_slot", "_writers", "_writing")
     _readers: int
     _writers: int
     _writing: bool
 
     def __init__(self) -> None:
-        self._world = current()
-        self._slot = self._world.new_slot()
+        self._execution = current()
+        self._slot = self._execution.new_slot()
         self._set(0, 0, writing=False)
 
     def _point(self, verb: str, gate: Callable[..., bool] | None = None) -> None:
-        self._world.point(
+        self._execution.point(
             (verb, self._slot, None),
-            None if gate is None else self._world.names.gate(gate, self._slot),
+            None if gate is None else self._execution.names.gate(gate, self._slot),
         )
 
     def _set(self, readers: int, writers: int, *, writing: bool) -> None:
         self._readers, self._writers, self._writing = readers, writers, writing
-        self._world.values[self._slot] = (readers, writers, writing)
+        self._execution.values[self._slot] = (readers, writers, writing)
 
     def down_read(self) -> None:
         """Take the read side, after every writer that waits."""
-        if self._world.running is not None:
+        if self._execution.running is not None:
             self._point(TAKES_READ, _has_no_writers)
             self._set(self._readers + 1, self._writers, writing=False)
 
     def up_read(self) -> None:
         """Release the read side."""
-        if self._world.running is not None:
+        if self._execution.running is not None:
             self._point(RELEASES_READ)
             self._set(self._readers - 1, self._writers, writing=False)
 
     def down_write(self) -> None:
         """Take the write side."""
-        actor = self._world.running
+        actor = self._execution.running
         if actor is None:
             return
         self._point(ASKS_WRITE)
@@ -245,7 +245,7 @@ class ControlledRwSem:
 
     def up_write(self) -> None:
         """Release the write side."""
-        actor = self._world.running
+        actor = self._execution.running
         if actor is not None:
             self._point(RELEASES_WRITE)
             actor.held -= {self._slot}
@@ -260,38 +260,38 @@ class ControlledSharedWords:
     of the same index are one object.
     """
 
-    __slots__ = ("_number", "_words", "_world")
+    __slots__ = ("_execution", "_number", "_words")
 
     def __init__(self, memory: memoryview) -> None:
-        self._world = current()
-        self._number = self._world.memory(memory.obj)
+        self._execution = current()
+        self._number = self._execution.memory(memory.obj)
         self._words = memory.cast("B").cast("Q")
 
     def _operation(self, verb: str, index: int) -> Operation:
-        return verb, self._world.names.place(("word", index)), (self._number, index)
+        return verb, self._execution.names.place(("word", index)), (self._number, index)
 
     def read(self, index: int) -> int:
         """Read one word."""
-        actor = self._world.running
+        actor = self._execution.running
         if actor is None:
             return self._words[index]
         operation = verb, place, where = self._operation(READS, index)
-        self._world.point(operation)
+        self._execution.point(operation)
         actor.value = value = self._words[index]
         actor.polled = (
             (verb, place, (where, value)),
-            self._world.names.gate(_is_another, self._world.slot(where), value),
+            self._execution.names.gate(_is_another, self._execution.slot(where), value),
         )
         return value
 
     def write(self, index: int, value: int) -> None:
         """Write one word."""
-        world = self._world
-        if world.running is not None:
-            world.point(self._operation(WRITES, index))
-            world.running.value = value
+        execution = self._execution
+        if execution.running is not None:
+            execution.point(self._operation(WRITES, index))
+            execution.running.value = value
         self._words[index] = value
-        world.values[world.slot((self._number, index))] = value
+        execution.values[execution.slot((self._number, index))] = value
 
     def release(self) -> None:
         """Give the memory back."""
@@ -302,42 +302,42 @@ class ControlledSharedWords:
 class SharedBytes(bytearray):
     """``sync.shared_bytes``: each index, slice, count, search, iteration and assignment is a step of its own."""
 
-    __slots__ = ("_world", "slot")
+    __slots__ = ("_execution", "slot")
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
-        self._world = current()
-        self.slot = self._world.new_slot()
-        self._world.values[self.slot] = bytes(size)
+        self._execution = current()
+        self.slot = self._execution.new_slot()
+        self._execution.values[self.slot] = bytes(size)
 
     def watch(self) -> None:
         """Say that the program's check looks at it (``Names.watch``)."""
-        self._world.names.watch(self.slot)
+        self._execution.names.watch(self.slot)
 
     def _reads(self, where: Hashable) -> None:
-        if self._world.running is not None:
-            self._world.point((READS, self.slot, where))
+        if self._execution.running is not None:
+            self._execution.point((READS, self.slot, where))
 
     def _found(self, value: int) -> int:
-        if self._world.running is not None:
-            self._world.running.value = value
+        if self._execution.running is not None:
+            self._execution.running.value = value
         return value
 
     def __getitem__(self, where: Any) -> Any:
         self._reads(_place(where))
         value = cast("int | bytearray", super().__getitem__(where))
-        if self._world.running is not None:
-            self._world.running.value = bytes(value) if isinstance(value, bytearray) else value
+        if self._execution.running is not None:
+            self._execution.running.value = bytes(value) if isinstance(value, bytearray) else value
         return value
 
     def __setitem__(self, where: Any, value: Any) -> None:
-        world = self._world
-        if world.running is not None:
-            world.point((WRITES, self.slot, _place(where)))
-            world.running.value = value if isinstance(value, int) else bytes(value)
+        execution = self._execution
+        if execution.running is not None:
+            execution.point((WRITES, self.slot, _place(where)))
+            execution.running.value = value if isinstance(value, int) else bytes(value)
         super().__setitem__(where, value)
         # Not bytes(self), which would be one more step.
-        world.values[self.slot] = bytes(memoryview(self))
+        execution.values[self.slot] = bytes(memoryview(self))
 
     def __iter__(self) -> Iterator[int]:
         return iter(self[:])
@@ -367,10 +367,10 @@ class SharedBytes(bytearray):
 
 def relax() -> None:
     """Wait until the shared word that was read last is another: who polls may be passed over at each look that finds nothing new."""
-    world = current()
-    actor = world.running
+    execution = current()
+    actor = execution.running
     if actor is not None and actor.polled is not None:
-        world.point(*actor.polled)
+        execution.point(*actor.polled)
         actor.value = True
 
 
