@@ -12,7 +12,7 @@ from restrictedmem.kvm.half import Half
 from restrictedmem.kvm.memslot import Memslot
 from restrictedmem.kvm.mmu import Fault
 from restrictedmem.kvm.software.fetched import FetchedCode
-from restrictedmem.kvm.software.unicorn import Uc
+from restrictedmem.kvm.software.uc import Uc
 from restrictedmem.protocol.exits import (
     BREAKPOINT,
     Debug,

@@ -20,7 +20,7 @@ from restrictedmem.failure import FAULT
 from restrictedmem.kvm import checker
 from restrictedmem.kvm import engine_process as kvm_process
 from restrictedmem.kvm.software.software_vcpu import SoftwareVcpu
-from restrictedmem.kvm.software.unicorn import Uc
+from restrictedmem.kvm.software.uc import Uc
 from restrictedmem.protocol import exits, vm_wire
 from restrictedmem.protocol.measurement import measure
 from restrictedmem.protocol.vm_wire import Creation

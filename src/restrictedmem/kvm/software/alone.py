@@ -11,7 +11,7 @@ from restrictedmem.kvm.software import unicorn
 from restrictedmem.kvm.software.fetched import FetchedCode
 from restrictedmem.kvm.software.physical import PhysicalMemory
 from restrictedmem.kvm.software.tlb import RunEnd
-from restrictedmem.kvm.software.unicorn import Uc
+from restrictedmem.kvm.software.uc import Uc
 from restrictedmem.kvm.software.wide import WideExchange, is_wide
 from restrictedmem.protocol import exits
 from restrictedmem.protocol.exits import Exit

@@ -7,7 +7,7 @@ from typing import Final, final
 
 from restrictedmem.kvm.decode import LONGEST, PREFIXES, Instruction, decode
 from restrictedmem.kvm.half import Half
-from restrictedmem.kvm.software.unicorn import Hook, Uc
+from restrictedmem.kvm.software.uc import Hook, Uc
 from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 
 #: SETcc with an operand in memory.

@@ -17,7 +17,7 @@ from typing import Final, final
 
 from restrictedmem.kvm.decode import Instruction
 from restrictedmem.kvm.software import unicorn
-from restrictedmem.kvm.software.unicorn import Context, Uc
+from restrictedmem.kvm.software.uc import Context, Uc
 
 #: CF, PF, AF, ZF, SF, OF.
 _STATUS: Final = 0x8D5

@@ -13,7 +13,7 @@ from restrictedmem.abi.kvm import kvm_regs
 from restrictedmem.abi.kvm_x86 import kvm_sregs
 from restrictedmem.kvm.software import unicorn
 from restrictedmem.kvm.software.physical import PhysicalMemory
-from restrictedmem.kvm.software.unicorn import Hook, Uc
+from restrictedmem.kvm.software.uc import Hook, Uc
 
 #: In the order of ``struct kvm_regs``.
 _REGS: Final = (

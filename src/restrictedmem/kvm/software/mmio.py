@@ -9,7 +9,7 @@ instruction again with the VMM's value. Where nothing is missing, the stores are
 
 from typing import Final, final
 
-from restrictedmem.kvm.software.unicorn import Uc
+from restrictedmem.kvm.software.uc import Uc
 from restrictedmem.protocol.exits import MmioRead, MmioWrite
 from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 

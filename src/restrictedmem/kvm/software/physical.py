@@ -13,7 +13,7 @@ from typing import Final, final
 
 from restrictedmem.kvm.half import Half
 from restrictedmem.kvm.memslot import Memslot
-from restrictedmem.kvm.software.unicorn import Uc
+from restrictedmem.kvm.software.uc import Uc
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, gfn_t
 
 #: Below lies what is the engine's own.

@@ -11,7 +11,7 @@ from typing import Final
 
 from restrictedmem.kvm.software import unicorn
 from restrictedmem.kvm.software.flags import MARK_FLAGS, RFLAGS, find_source
-from restrictedmem.kvm.software.unicorn import Context, Uc
+from restrictedmem.kvm.software.uc import Context, Uc
 from restrictedmem.kvm.software.wide import ASK_PROCESSOR, ASKED, WideExchange
 from restrictedmem.units import PAGE_SIZE
 

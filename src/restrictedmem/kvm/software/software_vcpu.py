@@ -34,7 +34,8 @@ from restrictedmem.kvm.software.tlb import (
     Tlb,
 )
 from restrictedmem.kvm.software.turns import Turns
-from restrictedmem.kvm.software.unicorn import MEM_FETCH, Context, Uc
+from restrictedmem.kvm.software.uc import Context, Uc
+from restrictedmem.kvm.software.unicorn import MEM_FETCH
 from restrictedmem.kvm.software.wide import is_wide
 from restrictedmem.protocol import exits
 from restrictedmem.protocol.exits import Exit

@@ -19,7 +19,8 @@ from restrictedmem.kvm.software.fetched import FetchedCode
 from restrictedmem.kvm.software.flags import LateFlags
 from restrictedmem.kvm.software.mmio import Scratch
 from restrictedmem.kvm.software.physical import PhysicalMemory, Window
-from restrictedmem.kvm.software.unicorn import MEM_FETCH, MEM_READ, MEM_WRITE, RBP, RIP, RSP, Uc
+from restrictedmem.kvm.software.uc import Uc
+from restrictedmem.kvm.software.unicorn import MEM_FETCH, MEM_READ, MEM_WRITE, RBP, RIP, RSP
 from restrictedmem.protocol import exits
 from restrictedmem.protocol.exits import Exit
 from restrictedmem.protocol.guest_abi import GPA_BITS, HYPERCALL_PAGE, REPORT_PAGE

@@ -1,4 +1,4 @@
-"""Unicorn 2.1 through its C interface: the numbers and calls of <unicorn/unicorn.h>, and ``Uc``, one emulated x86-64.
+"""Unicorn 2.1 through its C interface: the numbers, prototypes and library of <unicorn/unicorn.h>; ``uc`` has the emulator.
 
 The package's own binding is left alone: importing it takes five times as long (75 ms, not 15), and
 a TLB fill through it twice as long.
@@ -10,11 +10,8 @@ import importlib.util
 import mmap
 import os
 import struct
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from errno import ENOMEM
-from typing import Final, final
+from typing import Final
 
 from restrictedmem.units import PAGE_SIZE
 
@@ -96,16 +93,16 @@ _WORDS_BEFORE_FLAGS: Final = 24
 
 # The hooks' prototypes, as cheap as ctypes converts them: the handle, which nobody needs, as an
 # int, and the trailing user_data left out.
-TlbFill = ctypes.CFUNCTYPE(
+TlbFillHook = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_int, ctypes.c_size_t, ctypes.c_int, ctypes.c_size_t
 )
-Interrupt = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_uint32)
-In = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_int, ctypes.c_uint32, ctypes.c_int)
-Out = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint32)
-Instruction = ctypes.CFUNCTYPE(None, ctypes.c_int)
-Cpuid = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)
-Code = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_uint64, ctypes.c_uint32)
-Unmapped = ctypes.CFUNCTYPE(
+InterruptHook = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_uint32)
+InHook = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_int, ctypes.c_uint32, ctypes.c_int)
+OutHook = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint32)
+InstructionHook = ctypes.CFUNCTYPE(None, ctypes.c_int)
+CpuidHook = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)
+CodeHook = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_uint64, ctypes.c_uint32)
+UnmappedHook = ctypes.CFUNCTYPE(
     ctypes.c_bool, ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_int64
 )
 IoRead = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_int, ctypes.c_uint64, ctypes.c_uint)
@@ -113,7 +110,8 @@ IoWrite = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_uint64, ctypes.c_uint, c
 
 
 class Segment(ctypes.Structure):
-    # uc_x86_mmr
+    """``uc_x86_mmr``."""
+
     _fields_ = (
         ("selector", ctypes.c_uint16),
         ("base", ctypes.c_uint64),
@@ -198,6 +196,7 @@ def error_text(call: str, error: int) -> str:
 
 
 def check(call: str, error: int) -> None:
+    """Raise RuntimeError with the name of a call whose uc_err is not 0."""
     if error:
         raise RuntimeError(error_text(call, error))
 

@@ -11,7 +11,7 @@ from typing import Final, final
 
 from restrictedmem.kvm.decode import Instruction
 from restrictedmem.kvm.software import unicorn
-from restrictedmem.kvm.software.unicorn import Context, Uc
+from restrictedmem.kvm.software.uc import Context, Uc
 
 #: CPUID of leaf 1, to RSI, RDI, R8 and R9, for want of a register that nothing overwrites.
 ASK_PROCESSOR: Final = bytes.fromhex("b8010000000fa24889c64889df4989c84989d1")
