@@ -36,8 +36,9 @@ from restrictedmem.audit.attacker import parent_of
 from restrictedmem.fd import readable, send_with_fds
 from restrictedmem.protocol import vm_wire as kvm_wire
 from restrictedmem.service import wire
-from restrictedmem.service.client import PACKAGE_ROOT, Service
+from restrictedmem.service.client import Service
 from restrictedmem.service.options import Options
+from restrictedmem.service.starter import PACKAGE_ROOT
 from restrictedmem.units import PAGE_SIZE as PAGE
 from restrictedmem.vmm.vm import Vm
 from under_exec import PRELUDE

@@ -35,7 +35,7 @@ from restrictedmem import guests
 from restrictedmem.abi import kvm
 from restrictedmem.fs import filesystem
 from restrictedmem.protocol import exits, guest_abi, measurement, vm_wire
-from restrictedmem.service import client
+from restrictedmem.service import starter
 from restrictedmem.service import wire as service_wire
 from restrictedmem.units import PAGE_SIZE
 from restrictedmem.vmm import elf
@@ -94,7 +94,7 @@ NUMBERS = {
     "CONNECT_KEY_SIZE": service_wire.KEY_BYTES,
     "KEY_SIZE": 32,
     "MAX_MESSAGE": service_wire.MAX_MESSAGE,
-    "START_SECONDS": int(client.START_DEADLINE),
+    "START_SECONDS": int(starter.START_DEADLINE),
 }
 #: Every struct of the header that travels in a message.
 STRUCTS: dict[str, type[ctypes.Structure]] = {

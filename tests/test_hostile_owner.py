@@ -29,7 +29,7 @@ from processes import family, stop, wait_gone
 from restrictedmem.abi import process as this_process
 from restrictedmem.fd import OwnedFd
 from restrictedmem.protocol import guest_abi
-from restrictedmem.service import client
+from restrictedmem.service import starter
 from restrictedmem.service.client import Service
 from restrictedmem.service.options import Options
 from restrictedmem.service.privileges import harden
@@ -322,7 +322,7 @@ def _session_of(pid: int) -> int | None:
 @contextmanager
 def caught_at_exec(spy: Spy) -> Generator[None, None, None]:
     """Show the spy the first process of a service right after its exec."""
-    honest = client.start_process
+    honest = starter.start_process
 
     def start_process(
         theirs: socket.socket,
@@ -336,11 +336,11 @@ def caught_at_exec(spy: Spy) -> Generator[None, None, None]:
         spy.catch(started.pid)
         return started
 
-    client.start_process = start_process
+    starter.start_process = start_process
     try:
         yield
     finally:
-        client.start_process = honest
+        starter.start_process = honest
 
 
 @pytest.mark.parametrize("attach", [seize, attach_and_stop], ids=["SEIZE", "ATTACH"])

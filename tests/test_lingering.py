@@ -26,7 +26,7 @@ from restrictedmem import burial, fd
 from restrictedmem.burial import bury
 from restrictedmem.fd import receive_without_fds
 from restrictedmem.protocol import vm_wire as kvm_wire
-from restrictedmem.service import client, wire
+from restrictedmem.service import starter, wire
 from restrictedmem.service.client import Service, address
 from restrictedmem.service.consumer_process import ConsumerProcess
 from restrictedmem.vmm.vm import Vm
@@ -69,8 +69,8 @@ def pair() -> tuple[socket.socket, socket.socket]:
 
 def command(older: bool, *arguments: str) -> list[str]:
     """Return a command line of the program, and have services that it starts believe the same."""
-    start = f"client._START = client._START.replace('from restrictedmem.service', {OLDER!r} + 'from restrictedmem.service', 1); "
-    setup = f"{OLDER}from restrictedmem.service import client; {start}" if older else ""
+    start = f"starter._START = starter._START.replace('from restrictedmem.service', {OLDER!r} + 'from restrictedmem.service', 1); "
+    setup = f"{OLDER}from restrictedmem.service import starter; {start}" if older else ""
     return [
         sys.executable,
         "-c",
@@ -82,11 +82,11 @@ def command(older: bool, *arguments: str) -> list[str]:
 @pytest.fixture(params=[False, True], ids=["this kernel", "one that refuses nothing"])
 def service(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
     if request.param:
-        older = client._START.replace(
+        older = starter._START.replace(
             "from restrictedmem.service", OLDER + "from restrictedmem.service", 1
         )
-        assert older != client._START
-        monkeypatch.setattr(client, "_START", older)
+        assert older != starter._START
+        monkeypatch.setattr(starter, "_START", older)
     with Service.start() as found:
         yield found
 

@@ -23,10 +23,11 @@ from processes import children, descriptors, exists, family, stop
 from restrictedmem.fd import OwnedFd, peer_credentials, readable
 from restrictedmem.service import client_services as serving
 from restrictedmem.service import refusals, wire
-from restrictedmem.service.client import START_DEADLINE, Service, start_process
+from restrictedmem.service.client import Service
 from restrictedmem.service.client_services import ClientServices
 from restrictedmem.service.listener import listen
 from restrictedmem.service.options import Options
+from restrictedmem.service.starter import START_DEADLINE, start_process
 from restrictedmem.vmm.vm import Vm
 from users import ORDINARY, as_user
 from waiting import PATIENCE, wait_until

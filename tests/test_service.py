@@ -21,7 +21,7 @@ from restrictedmem.abi import memory
 from restrictedmem.fd import receive_with_fds, send_with_fds
 from restrictedmem.fs.filesystem import TOKEN_BYTES
 from restrictedmem.protocol import guest_abi
-from restrictedmem.service import client
+from restrictedmem.service import starter
 from restrictedmem.service.client import Service
 from restrictedmem.service.options import Options
 from restrictedmem.service.wire import Channel
@@ -527,15 +527,15 @@ def test_without_a_way_to_mount_it_says_what_is_missing() -> None:
 
 
 def test_a_service_that_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "START_DEADLINE", 0.2)
-    monkeypatch.setattr(client, "_START", "import time; time.sleep(60)")
+    monkeypatch.setattr(starter, "START_DEADLINE", 0.2)
+    monkeypatch.setattr(starter, "_START", "import time; time.sleep(60)")
     began = time.monotonic()
     assert error_of(Service.start) == ETIMEDOUT
     assert time.monotonic() - began < 5
 
 
 def test_a_service_that_dies_while_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "_START", "raise SystemExit")
+    monkeypatch.setattr(starter, "_START", "raise SystemExit")
     assert error_of(Service.start) == ECONNRESET
 
 

@@ -21,7 +21,8 @@ import pytest
 from processes import descendants, wait_gone
 from restrictedmem.abi import memory
 from restrictedmem.check.scenarios import SCENARIOS
-from restrictedmem.service import client
+from restrictedmem.service import starter
+from restrictedmem.service.client import Service
 from restrictedmem.stress import run
 from restrictedmem.stress.board import MAX_PAGES, Board
 from restrictedmem.stress.ground import Ground
@@ -142,7 +143,7 @@ def owner_of_a_guest(converting: int = 0) -> Generator[tuple[Owner, Ground, Punc
         seconds=0,
         killed=False,
     )
-    with client.Service.start() as service, ExitStack() as stack:
+    with Service.start() as service, ExitStack() as stack:
         ground = Ground(service, plan)
         stack.callback(ground.close)
         progress = Progress(NAMES)
@@ -208,9 +209,10 @@ def test_the_guest_finds_what_is_gone_without_a_word() -> None:
 
 def breaking(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     """Have the service's processes, engines among them, run something of ours first: what they fork has it too."""
+    start = starter._START  # pyright: ignore[reportPrivateUsage]
     monkeypatch.setattr(
-        client, "_START", f"import sys; sys.path.insert(0, sys.argv[1])\n{source}\n{client._START}"
-    )  # pyright: ignore[reportPrivateUsage]
+        starter, "_START", f"import sys; sys.path.insert(0, sys.argv[1])\n{source}\n{start}"
+    )
 
 
 DEAF = """

@@ -18,6 +18,7 @@ from restrictedmem.machine import memory_kinds as memory_probes
 from restrictedmem.machine.finding import Finding, State, reason
 from restrictedmem.protocol.guest_abi import PRIVATE_SIZE_MIN
 from restrictedmem.service import client
+from restrictedmem.service.starter import START_DEADLINE
 from restrictedmem.units import PAGE_SIZE, format_size
 from restrictedmem.vmm import elf
 from restrictedmem.vmm.vmm import Vmm
@@ -25,7 +26,7 @@ from restrictedmem.vmm.vmm import Vmm
 _ENGINES: Final = ("software", "kernel")
 #: What a guest digests, and seconds that it may take, the service's start included.
 _INPUT: Final = bytes(range(256)) * 1024
-_GUEST_DEADLINE: Final = client.START_DEADLINE + 20
+_GUEST_DEADLINE: Final = START_DEADLINE + 20
 
 
 class Group(Enum):
@@ -97,7 +98,7 @@ def make_descriptor() -> Finding:
     """Start a service in a child, and create, size, allocate and close a descriptor: the service ends with the child."""
     name = "descriptor"
     try:
-        way = in_child(_make_descriptor, client.START_DEADLINE + 2)
+        way = in_child(_make_descriptor, START_DEADLINE + 2)
     except OSError as error:
         return Finding(name, State.NO, reason(error))
     return Finding(

@@ -1,16 +1,13 @@
-"""The owner's side: start a service on first use, create descriptors, prove that one holds them, start consumers."""
+"""The owner's side of a service: find one or start it, create descriptors, prove that one holds them, start consumers."""
 
 import atexit
 import fcntl
 import json
 import os
-import select
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from errno import (
     EACCES,
     ECONNREFUSED,
@@ -20,9 +17,7 @@ from errno import (
     ENOENT,
     ENOTCONN,
     EPROTO,
-    ETIMEDOUT,
 )
-from pathlib import Path
 from typing import Any, Final, Self, cast, final
 from weakref import WeakSet
 
@@ -32,16 +27,13 @@ from restrictedmem.abi.memory import RMFD_HUGEPAGE
 from restrictedmem.failure import detail_of, failed, named
 from restrictedmem.fd import (
     OwnedFd,
-    above_standard,
     close_all,
     is_same_peer,
     peer_credentials,
-    receive_with_fds,
 )
 from restrictedmem.fs.filesystem import HUGEPAGE_MODE, NAME, PROVE
-from restrictedmem.patience import Patience
-from restrictedmem.service import SERVER_VARIABLE, wire
-from restrictedmem.service.ending import limits, words_of
+from restrictedmem.service import SERVER_VARIABLE, starter, wire
+from restrictedmem.service.ending import words_of
 from restrictedmem.service.options import Options
 from restrictedmem.service.wire import Channel
 from restrictedmem.users import is_own
@@ -56,14 +48,6 @@ _ENDING_PAUSE: Final = 0.01
 #: The same for a service's own, which the kernel tells once somebody has reaped it: where its
 #: parent is gone, init may never do so.
 _OWN_ENDING_DEADLINE: Final = 0.1
-#: Seconds that a service may take to come up.
-START_DEADLINE: Final = 30.0
-
-_START: Final = "import sys; sys.path.insert(0, sys.argv[1]); from restrictedmem.service.start import main; main(sys.argv[2:])"
-#: First of all, for what a process has by then stays charged where it was.
-_ENTER: Final = "import os, sys; fd = int(sys.argv.pop()); os.write(fd, b'0'); os.close(fd); "
-#: What an interpreter has to have on its path to find this package.
-PACKAGE_ROOT: Final = str(Path(__file__).resolve().parent.parent.parent)
 
 
 @final
@@ -82,7 +66,7 @@ class Service:
                 it died.
         """
         with first:
-            body, fds = _receive_ready(first)
+            body, fds = starter.receive_ready(first)
         try:
             self.info = _object("READY", body)
             self._key = _check(self.info)
@@ -125,7 +109,7 @@ class Service:
                 doctor`` says what is missing.
         """
         try:
-            ours, process = _begin(options or Options())
+            ours, process = starter.begin(options or Options())
         except OSError as error:
             raise named("start", error) from None
         try:
@@ -133,7 +117,9 @@ class Service:
         except ConnectionResetError:
             # Not a word, not even of an errno.
             raise failed(
-                "start", ECONNRESET, f"the service died while it started: {_ending_of(process)}"
+                "start",
+                ECONNRESET,
+                f"the service died while it started: {starter.ending_of(process)}",
             ) from None
         finally:
             # Its work is done, or it hangs.
@@ -374,15 +360,6 @@ class Service:
         return channel
 
 
-def _ending_of(process: subprocess.Popen[bytes]) -> str:
-    """Return how the process ended that starts a service, in words, and what limits it was under."""
-    try:
-        status = process.wait(_ENDING_DEADLINE)
-    except subprocess.TimeoutExpired:
-        return f"its interpreter goes on{limits()}"
-    return (words_of(-status) if status < 0 else f"its interpreter ended with {status}") + limits()
-
-
 def _soon(ask: Callable[[], str], seconds: float) -> str:
     """Return what is known soon, asked again for a moment; empty when it is not."""
     deadline = time.monotonic() + seconds
@@ -437,62 +414,6 @@ def connect(sock: socket.socket, path: str) -> None:
         # Python says what does not fit into the address without an errno.
         detail = _NOBODY if error.errno == ECONNREFUSED else ""
         raise failed("connect", error.errno or ENAMETOOLONG, detail, path) from None
-
-
-def _begin(options: Options) -> tuple[socket.socket, "subprocess.Popen[bytes]"]:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        with theirs:
-            return ours, start_process(theirs, options)
-    except BaseException:
-        ours.close()
-        raise
-
-
-def start_process(
-    theirs: socket.socket,
-    options: Options,
-    inherited: Sequence[int] = (),
-    *,
-    own_session: bool = False,
-    cgroup: OwnedFd | None = None,
-) -> subprocess.Popen[bytes]:
-    """Run ``service.start`` by exec, connected to ``theirs``; it ends as soon as the service runs.
-
-    Descriptors in ``inherited`` stay open in all that it forks: service, spawner and consumers.
-    They share this process's session, and so its scheduling group (sched_autogroup), unless it is
-    an ``own_session``. ``cgroup`` is the cgroup.procs of one that all of them are to be in.
-    Isolated, so that neither PYTHON* variables nor the current directory choose what a trusted
-    process imports.
-    """
-    debug = {name: os.environ[name] for name in ("RESTRICTEDMEM_DEBUG",) if name in os.environ}
-    # Where the owner has closed standard descriptors, theirs may be one of those; /dev/null takes
-    # its place.
-    with ExitStack() as stack:
-        entered = () if cgroup is None else (cgroup.fileno(),)
-        passed = [
-            stack.enter_context(above_standard(fd)).fileno()
-            for fd in (theirs.fileno(), *inherited, *entered)
-        ]
-        command = [sys.executable, "-I", "-c", _START, PACKAGE_ROOT, str(passed[0]), options.dump()]
-        if cgroup is not None:
-            command[3] = _ENTER + _START
-            command.append(str(passed[-1]))
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=None if debug else subprocess.DEVNULL,
-            pass_fds=passed,
-            env={"PATH": os.environ.get("PATH", os.defpath), **debug},
-            start_new_session=own_session,
-        )
-
-
-def _receive_ready(first: socket.socket) -> tuple[bytes, list[OwnedFd]]:
-    if not Patience(START_DEADLINE).wait(first.fileno(), select.POLLIN):
-        raise failed("start", ETIMEDOUT, f"the service did not come up within {START_DEADLINE:g} s")
-    return wire.parse_ready(receive_with_fds(first, wire.MAX_MESSAGE))
 
 
 _services: Final = WeakSet[Service]()
