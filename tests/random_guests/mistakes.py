@@ -48,7 +48,7 @@ _ALONE, _MMIO, _MMU, _TLB, _VCPU = (
     "software/mmio.py",
     "mmu.py",
     "software/tlb.py",
-    "software/vcpu.py",
+    "software/software_vcpu.py",
 )
 _PHYSICAL: Final = "software/physical.py"
 
@@ -157,7 +157,7 @@ MISTAKES: Final = (
     ),
     Mistake(
         "a half: the old one after a conversion",
-        "software/vm.py",
+        "software/software_vm.py",
         "with begun():\n            self._vcpus.drop(*zapped)",
         "del zapped",
     ),
