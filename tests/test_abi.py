@@ -13,7 +13,6 @@ import os
 import pkgutil
 import re
 import shutil
-import signal
 import subprocess
 from collections.abc import Iterator
 from enum import IntEnum
@@ -26,7 +25,7 @@ import pytest
 
 from outcomes import Errno, outcome
 from restrictedmem import abi
-from restrictedmem.abi import fuse, kvm, memory, process, seccomp
+from restrictedmem.abi import fuse, kvm, memory, seccomp
 from restrictedmem.abi._ioctl import Ioctl, IoctlInt
 from restrictedmem.abi._struct import c_struct, codec, u16, u32, u64
 from restrictedmem.fd import OwnedFd
@@ -486,21 +485,3 @@ def test_memfds_are_close_on_exec_and_sealed_against_execution() -> None:
     with memory.memfd_create("made") as fd:
         assert not os.get_inheritable(fd.fileno())
         assert os.fstat(fd.fileno()).st_mode & 0o111 in (0, 0o111), "sealed since Linux 6.3"
-
-
-def test_ctrl_c_at_a_fork_comes_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    forked: list[int] = []
-
-    def fork() -> int:
-        signal.raise_signal(signal.SIGINT)
-        forked.append(1)
-        return 1
-
-    monkeypatch.setattr(os, "fork", fork)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            process.fork()
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert forked

@@ -33,11 +33,12 @@ from restrictedmem.audit import (
     on_vm,
     syscalls,
 )
-from restrictedmem.audit.attacker import Attacker, drop_capabilities, end_twin, fork_twin
+from restrictedmem.audit.attacker import Attacker, drop_capabilities, fork_twin
 from restrictedmem.audit.attempt import Attempt, MeasurementTellsError, Outcome, Route, attempt
 from restrictedmem.audit.held_guest import HeldGuest, held_guest
 from restrictedmem.audit.pattern import Pattern, content, word
 from restrictedmem.audit.reading import of_descriptors, of_file, of_process
+from restrictedmem.child import end_child
 from restrictedmem.fd import OwnedFd, send_with_fds
 from restrictedmem.fs.mounter import enter_user_namespace
 from restrictedmem.protocol import exits, guest_abi
@@ -123,7 +124,7 @@ def test_a_process_that_holds_it_is_convicted(pattern: Pattern) -> None:
     try:
         assert [found(pattern, of_process(pid)) for pid in (clean.pid, holder)] == [False, True]
     finally:
-        end_twin(holder)
+        end_child(holder)
         clean.kill()
         clean.wait()
 
@@ -135,7 +136,7 @@ def test_memory_that_is_shared_without_a_file_is_read_too() -> None:
         try:
             assert any(content(SEED + 2, START, 4096) in bytes(chunk) for chunk in of_process(twin))
         finally:
-            end_twin(twin)
+            end_child(twin)
 
 
 def found(pattern: Pattern, chunks: Iterable[Any]) -> bool:
@@ -250,7 +251,7 @@ def test_a_process_in_a_user_namespace_is_convicted_by_its_handles(
             owner = owner_of(pattern, processes=dict.fromkeys(on_processes.NAMES, holder))
             return attempt(route, owner), b"".join(map(bytes, route.run(owner))).decode()
         finally:
-            end_twin(holder)
+            end_child(holder)
 
     try:
         syscalls.namespace_handle("/proc/self/ns/user")

@@ -22,7 +22,6 @@ from outcomes import Errno, outcome
 from outcomes import in_child as apart
 from processes import children
 from restrictedmem.abi import fuse, kvm, memory, pagemap, process, seccomp
-from restrictedmem.child import in_child
 from restrictedmem.cli import doctor
 from restrictedmem.fd import OwnedFd, readable
 from restrictedmem.fs.mount_ways import Way
@@ -39,6 +38,7 @@ from restrictedmem.machine import (
 from restrictedmem.machine import memory_kinds as memory_probes
 from restrictedmem.machine.examination import Conclusion, Examination, Group, conclude
 from restrictedmem.machine.finding import Finding, State
+from restrictedmem.probe import in_child
 from restrictedmem.units import PAGE_SIZE
 from restrictedmem.vmm.vmm import Vmm
 
@@ -114,7 +114,7 @@ def test_in_child_does_not_wait_for_a_child_that_hangs_once_it_has_answered() ->
 
 def test_the_child_ends_with_who_asked() -> None:
     code = (
-        "import os, signal; from restrictedmem.child import in_child; "
+        "import os, signal; from restrictedmem.probe import in_child; "
         "in_child(lambda: (print(os.getpid(), flush=True), signal.pause()), 100)"
     )
     with subprocess.Popen(

@@ -9,10 +9,10 @@ import pytest
 
 from outcomes import Errno, outcome
 from restrictedmem.abi import memory, userfaultfd
-from restrictedmem.child import in_child
 from restrictedmem.mm.backing import MemfdBacking
 from restrictedmem.mm.design import NAMES, TEARDOWN
 from restrictedmem.mm.folios import NOT_TOLD
+from restrictedmem.probe import in_child
 from restrictedmem.service.client import Service
 from restrictedmem.service.options import Options
 from restrictedmem.service.wire import Channel

@@ -34,6 +34,7 @@ LAYERS = (
         "fd",
         "paths",
         "patience",
+        "probe",
         "text",
         "threads",
         "units",
@@ -152,6 +153,12 @@ def test_mm_and_the_fault_path_take_locks_only_from_sync() -> None:
             if isinstance(node, ast.ImportFrom)
         }
         assert not names & {"threading", "multiprocessing", "queue", "select", "socket"}, path.name
+
+
+def test_one_module_forks() -> None:
+    """What it runs in a child never comes back into the code of the parent (tests/test_child.py)."""
+    found = [module for module, path in modules() if "os.fork" in path.read_text(encoding="utf-8")]
+    assert found == [f"{ROOT}.child"]
 
 
 def test_the_public_face_is_documented() -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from outcomes import in_child as apart
 from processes import stop
-from restrictedmem.child import in_child
 from restrictedmem.patience import Patience
+from restrictedmem.probe import in_child
 from waiting import wait_until
 
 pytestmark = pytest.mark.alone("measures tenths of a second")

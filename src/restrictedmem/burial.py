@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Final, NoReturn
 
 from restrictedmem import fd, sync
-from restrictedmem.abi import process
+from restrictedmem.child import fork
 
 #: Sockets for which no child was to be had so far. Numbers, which Python does not close at its end.
 _unburied: Final = deque[int]()
@@ -95,10 +95,7 @@ def _leave_to_child(number: int) -> None:
             if os.waitpid(pid, os.WNOHANG) == (0, 0):
                 continue
         _dying.discard(pid)
-    parent = os.getpid()
-    child = os.fork()
-    if child == 0:
-        _wait_for_death(parent)
+    child = fork(_wait_for_death, bound=True)
     try:
         os.close(number)
     finally:
@@ -106,13 +103,9 @@ def _leave_to_child(number: int) -> None:
         _dying.add(child)
 
 
-def _wait_for_death(parent: int) -> NoReturn:
-    try:
-        process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
-        while os.getppid() == parent:
-            signal.pause()
-    finally:
-        os._exit(0)
+def _wait_for_death() -> NoReturn:
+    while True:
+        signal.pause()
 
 
 _take: Callable[[int], None] = _leave_to_child

@@ -1,80 +1,91 @@
-"""A forked child that tries something, so that the asking process is neither changed nor held up by it."""
+"""Forked children: how each of this package's begins and ends. No other module calls fork(2).
+
+What runs in a child never comes back into its parent's code: a second copy of the parent would go
+on with the parent's descriptors and the parent's work.
+"""
 
 import os
-import pickle
 import select
 import signal
-import traceback
-from collections.abc import Callable
-from errno import ECHILD, ETIMEDOUT
-from typing import Final, NoReturn, TypeVar
+from collections.abc import Callable, Iterable
 
 from restrictedmem.abi import process
+from restrictedmem.failure import FAULT, named, status_of
 from restrictedmem.fd import OwnedFd
 from restrictedmem.patience import Patience
 
-#: Seconds that a probe in a child may take.
-DEADLINE: Final = 5.0
 
-_T = TypeVar("_T")
+def fork(
+    body: Callable[[], object],
+    *,
+    bound: bool = False,
+    name: str | None = None,
+    keep: Iterable[int] | None = None,
+) -> int:
+    """Run ``body`` in a child, which ends with it; returns the child's pid, which the caller reaps.
 
-
-def in_child(probe: Callable[[], _T], deadline: float = DEADLINE) -> _T:
-    """Return what a probe returns in a forked child, which does nothing else; the answer has to fit in a page.
+    The child exits with 0 when ``body`` has returned, and with ``status_of`` what it raised
+    otherwise; it prints nothing. A ``bound`` child is killed when this process ends (``die_with``).
+    ``name`` is as in ``process.set_name``. With ``keep`` the child has the standard descriptors and
+    those alone, else all that this process has.
 
     Raises:
-        OSError: what the probe raised; ETIMEDOUT after ``deadline`` seconds; ECHILD when the child
-            died of it, by a signal for instance; EAGAIN, EMFILE when there is no child to be had.
+        OSError: EAGAIN, ENOMEM: no process is to be had.
     """
-    reader, writer = map(OwnedFd, os.pipe())
-    with reader, writer:
-        child = process.fork()
-        if child == 0:
-            _answer(probe, writer.fileno())
-        writer.close()
-        if not _ends(child, deadline):
-            # Not waited for: a child stuck in the kernel would hold this process up too.
-            os.kill(child, signal.SIGKILL)
-            raise OSError(ETIMEDOUT, f"no answer within {deadline:g} s")
-        _, status = os.waitpid(child, 0)
-        answer = os.read(reader.fileno(), select.PIPE_BUF)
-    if not answer:
-        code = os.waitstatus_to_exitcode(status)
-        raise OSError(
-            ECHILD,
-            f"the probe was killed by {signal.Signals(-code).name}"
-            if code < 0
-            else "the probe failed",
-        )
-    error: OSError | None
-    value: _T
-    error, value = pickle.loads(answer)
-    if error is not None:
-        raise error
-    return value
-
-
-def _ends(child: int, deadline: float) -> bool:
-    """Say whether a child ends in time, what it has to undo in the kernel included; not reaped."""
+    parent, pid = os.getpid(), -1
+    # What runs at a fork (os.register_at_fork) would swallow KeyboardInterrupt.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        pidfd = OwnedFd(os.pidfd_open(child))
-    except BaseException:
-        os.kill(child, signal.SIGKILL)
-        raise
-    with pidfd:
-        return Patience(deadline).wait(pidfd.fileno(), select.POLLIN)
-
-
-def _answer(probe: Callable[[], object], writer: int) -> NoReturn:
-    try:
-        process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
-        try:
-            answer = pickle.dumps((None, probe()))
-        except OSError as error:
-            answer = pickle.dumps((error, None))
-        os.write(writer, answer)
-        os._exit(0)
-    except Exception:  # noqa: BLE001  a fault of the probe must not go on as a second copy of the caller
-        traceback.print_exc()
+        pid = os.fork()
+    except OSError as error:
+        raise named("fork", error) from None
     finally:
-        os._exit(1)
+        # The child lets it through below, where an exception ends it.
+        if pid:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if pid:
+        return pid
+    try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if bound:
+            die_with(parent)
+        if name is not None:
+            process.set_name(name)
+        if keep is not None:
+            process.close_others(keep)
+        body()
+        os._exit(0)
+    except BaseException as error:  # noqa: BLE001  the child must not go on as a second copy of its parent
+        # Here, where the error still holds the body's variables: to close what they have may take as
+        # long as a stranger likes (``burial``), which the end of a process does not.
+        os._exit(status_of(error))
+    finally:
+        os._exit(FAULT)
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends (PR_SET_PDEATHSIG), or end at once if it has.
+
+    The kernel takes the end of the thread that forked this process for its parent's, and forgets
+    all of it when this process gets another user or group, or more capabilities (commit_creds).
+    """
+    process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
+    # The parent may have ended before the prctl.
+    if os.getppid() != parent:
+        os._exit(128 + signal.SIGKILL)
+
+
+def ends(pid: int, patience: Patience) -> bool:
+    """Say whether a child ends in time, what it has to undo in the kernel included; does not reap it.
+
+    Raises:
+        OSError: EMFILE, ENOMEM as pidfd_open(2).
+    """
+    with OwnedFd(os.pidfd_open(pid)) as pidfd:
+        return patience.wait(pidfd.fileno(), select.POLLIN)
+
+
+def end_child(pid: int) -> None:
+    """Kill a child, which may have ended by itself, and reap it."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)

@@ -70,21 +70,6 @@ def is_subreaper() -> bool:
     return bool(found.value)
 
 
-def fork() -> int:
-    """fork(2) with SIGINT held back meanwhile: what runs at a fork (os.register_at_fork) would swallow KeyboardInterrupt.
-
-    Raises:
-        OSError: EAGAIN, ENOMEM.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        return os.fork()
-    except OSError as error:
-        raise named("fork", error) from None
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def set_name(name: str) -> None:
     """Set what ps(1) and /proc/PID/comm show for this thread; at most 15 bytes count."""
     buffer = ctypes.create_string_buffer(name.encode()[:15])

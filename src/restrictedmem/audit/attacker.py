@@ -5,11 +5,12 @@ import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NoReturn
 
 from restrictedmem.abi import process
 from restrictedmem.audit.held_guest import HeldGuest, held_guest
 from restrictedmem.audit.pattern import Pattern
+from restrictedmem.child import fork
 from restrictedmem.service.client import Service
 
 #: Private memory of a guest that an attempt makes for itself, in bytes.
@@ -73,23 +74,16 @@ def parent_of(pid: int) -> int:
 
 def fork_twin(keep: Callable[[], object] = lambda: None) -> int:
     """Fork a process that has this one's memory and what ``keep`` returns, and does nothing; the caller kills and reaps it."""
-    parent = os.getpid()
     reader, writer = os.pipe()
-    child = process.fork()
-    if child == 0:
-        process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
-        kept = keep()
+
+    def be_twin() -> NoReturn:
+        _kept = keep()
         os.write(writer, b".")
-        while os.getppid() == parent and kept is not NotImplemented:
+        while True:
             signal.pause()
-        os._exit(0)
+
+    twin = fork(be_twin, bound=True)
     os.close(writer)
     os.read(reader, 1)
     os.close(reader)
-    return child
-
-
-def end_twin(pid: int) -> None:
-    """Kill and reap a twin."""
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    return twin

@@ -8,7 +8,7 @@ from typing import Final
 
 from restrictedmem.audit.attacker import Attacker
 from restrictedmem.audit.pattern import Buffer
-from restrictedmem.child import in_child
+from restrictedmem.probe import in_child
 
 #: Seconds that one attempt may take.
 DEADLINE: Final = 20.0

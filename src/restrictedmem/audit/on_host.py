@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from errno import ECHILD, EPERM
 from functools import partial
 from tempfile import TemporaryDirectory
-from typing import Final, NoReturn
+from typing import Final
 
-from restrictedmem.abi import process
 from restrictedmem.abi.process import CLONE_NEWNS
 from restrictedmem.audit import syscalls
 from restrictedmem.audit.attacker import Attacker
 from restrictedmem.audit.attempt import Route
 from restrictedmem.audit.pattern import Buffer
 from restrictedmem.audit.reading import of_process
+from restrictedmem.child import fork
 from restrictedmem.fd import OwnedFd
 from restrictedmem.fs.mounter import enter_user_namespace
 from restrictedmem.service.client import Service
@@ -61,10 +61,12 @@ def _namespace_above(owner: Attacker) -> Iterator[Buffer]:
     """Start a service inside a user namespace of the owner's, and look into its engine from outside."""
     reader, writer = os.pipe()
     hold, release = os.pipe()
-    child = process.fork()
-    if child == 0:
+
+    def be_inside() -> None:
         os.close(release)
         _inside(owner, writer, hold)
+
+    child = fork(be_inside)
     os.close(writer)
     try:
         with open(reader, "rb") as pipe:
@@ -78,7 +80,7 @@ def _namespace_above(owner: Attacker) -> Iterator[Buffer]:
         os.waitpid(child, 0)
 
 
-def _inside(owner: Attacker, writer: int, hold: int) -> NoReturn:
+def _inside(owner: Attacker, writer: int, hold: int) -> None:
     try:
         enter_user_namespace(CLONE_NEWNS)
         with Service.start() as service, owner.another(service) as guest:
@@ -86,8 +88,6 @@ def _inside(owner: Attacker, writer: int, hold: int) -> NoReturn:
             os.read(hold, 1)
     except OSError as error:
         os.write(writer, b"%d\n" % -(error.errno or EPERM))
-    finally:
-        os._exit(0)
 
 
 def routes() -> Iterator[Route]:

@@ -18,8 +18,8 @@ from restrictedmem.audit.attacker import Attacker
 from restrictedmem.audit.attempt import Route
 from restrictedmem.audit.on_processes import NAMES, powers
 from restrictedmem.audit.pattern import Buffer
-from restrictedmem.child import in_child
 from restrictedmem.fd import OwnedFd
+from restrictedmem.probe import in_child
 
 #: Namespaces that were made before the newest and are looked for, by their number: in all, and on
 #: each CPU at least. A CPU takes numbers out of a batch of its own (DEFINE_COOKIE).

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, zip_longest
-from typing import Any, Final, NoReturn, final
+from typing import Any, Final, final
 
 from restrictedmem.abi import process
 from restrictedmem.audit import (
@@ -26,7 +26,6 @@ from restrictedmem.audit import (
 from restrictedmem.audit.attacker import (
     Attacker,
     drop_capabilities,
-    end_twin,
     fork_twin,
     trusted_processes,
 )
@@ -34,6 +33,7 @@ from restrictedmem.audit.attempt import Attempt, Outcome, Route, attempt
 from restrictedmem.audit.held_guest import HeldGuest, held_guest
 from restrictedmem.audit.pattern import Pattern, content
 from restrictedmem.audit.reading import of_descriptors, of_process
+from restrictedmem.child import end_child, fork
 from restrictedmem.service.client import Service
 from restrictedmem.text import Line
 
@@ -122,8 +122,8 @@ def _owner(
             as_root,
         )
     finally:
-        end_twin(twin)
-        end_twin(control)
+        end_child(twin)
+        end_child(control)
 
 
 def _as_owner(
@@ -134,10 +134,12 @@ def _as_owner(
 ) -> Iterator[Attempt]:
     """Try routes in a child that holds all that this process holds, but for its capabilities."""
     reader, writer = os.pipe()
-    child = process.fork()
-    if child == 0:
+
+    def be_owner() -> None:
         os.close(reader)
         _try_all(owner, routes, writer, as_root=as_root)
+
+    child = fork(be_owner)
     os.close(writer)
     try:
         with open(reader, encoding="utf-8") as answers:
@@ -161,18 +163,13 @@ def _try_all(
     writer: int,
     *,
     as_root: bool,
-) -> NoReturn:
-    status = 1
-    try:
-        if not as_root:
-            drop_capabilities()
-        with owner() as found:
-            for route in routes():
-                line = json.dumps(_plain(attempt(route, found)))
-                os.write(writer, line.encode() + b"\n")
-        status = 0
-    finally:
-        os._exit(status)
+) -> None:
+    if not as_root:
+        drop_capabilities()
+    with owner() as found:
+        for route in routes():
+            line = json.dumps(_plain(attempt(route, found)))
+            os.write(writer, line.encode() + b"\n")
 
 
 def _plain(one: Attempt) -> dict[str, Any]:

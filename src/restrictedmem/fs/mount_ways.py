@@ -15,9 +15,10 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from enum import Enum
 from errno import EBUSY, EIO, ENOENT, EPERM
-from typing import Final, NoReturn
+from typing import Final
 
 from restrictedmem.abi import mount, process
+from restrictedmem.child import fork
 from restrictedmem.fd import OwnedFd, above_standard, receive_with_fds
 
 DEVICE: Final = "/dev/fuse"
@@ -105,9 +106,8 @@ def _mount_point(helper: str) -> Generator[tuple[str, int]]:
     reader, writer = map(OwnedFd, os.pipe())
     with writer:
         with reader:
-            cleaner = os.fork()
-            if cleaner == 0:
-                _clean_up(helper, point, reader.fileno())
+            # It outlives this process, if that is killed.
+            cleaner = fork(lambda: _clean_up(helper, point, reader.fileno()))
         try:
             os.mkdir(point, 0o700)
             yield point, writer.fileno()
@@ -118,25 +118,20 @@ def _mount_point(helper: str) -> Generator[tuple[str, int]]:
         raise OSError(EBUSY, f"{point}: it cannot be unmounted and removed")
 
 
-def _clean_up(helper: str, point: str, reader: int) -> NoReturn:
-    status = 1
-    try:
-        # A signal for the others, from a terminal say, is none for this process.
-        os.setsid()
-        process.set_name("rmem-unmounter")
-        process.close_others([reader])
-        os.read(reader, 1)
-        subprocess.run(
-            [helper, "-u", "-z", "--", point],
-            check=False,
-            capture_output=True,
-            stdin=subprocess.DEVNULL,
-        )
-        with suppress(FileNotFoundError):
-            os.rmdir(point)
-        status = 0
-    finally:
-        os._exit(status)
+def _clean_up(helper: str, point: str, reader: int) -> None:
+    # A signal for the others, from a terminal say, is none for this process.
+    os.setsid()
+    process.set_name("rmem-unmounter")
+    process.close_others([reader])
+    os.read(reader, 1)
+    subprocess.run(
+        [helper, "-u", "-z", "--", point],
+        check=False,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+    )
+    with suppress(FileNotFoundError):
+        os.rmdir(point)
 
 
 def _fusermount(helper: str, point: str, hold: int) -> OwnedFd:

@@ -16,9 +16,10 @@ import socket
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from errno import EIO, ENOENT, EPERM, ETIMEDOUT
-from typing import Final, NoReturn
+from typing import Final
 
 from restrictedmem.abi import process
+from restrictedmem.child import end_child, fork
 from restrictedmem.fd import (
     OwnedFd,
     close_all,
@@ -117,7 +118,7 @@ def _user_namespace() -> Generator[OwnedFd]:
                     os.open(f"{child}/ns/user", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc.fileno())
                 )
         finally:
-            _end(child)
+            end_child(child)
     with namespace:
         yield namespace
 
@@ -140,7 +141,7 @@ def _in_child(attempt: Callable[[], Mounted]) -> Mounted:
             theirs.close()
             device, root = _hear(ours, "mount", 2)
         finally:
-            _end(child)
+            end_child(child)
     return device, root
 
 
@@ -170,25 +171,12 @@ def _hear(sock: socket.socket, what: str, max_fds: int) -> list[OwnedFd]:
 
 def _fork(body: Callable[[], None], sock: socket.socket) -> int:
     """Fork a child that runs ``body`` and tells over ``sock`` what that failed with."""
-    parent = os.getpid()
-    child = os.fork()
-    return child or _be_child(body, sock, parent)
 
-
-def _be_child(body: Callable[[], None], sock: socket.socket, parent: int) -> NoReturn:
-    try:
-        process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
-        # The parent may have died before the prctl.
-        if os.getppid() == parent:
+    def telling() -> None:
+        try:
             body()
-    except OSError as error:
-        sock.send(f"{error.errno or EIO} {error.strerror}".encode()[:1000])
-    finally:
-        # The child must not go on as a second copy of its parent.
-        os._exit(0)
+        except OSError as error:
+            sock.send(f"{error.errno or EIO} {error.strerror}".encode()[:1000])
+            raise
 
-
-def _end(child: int) -> None:
-    """Kill a child that may have ended, and reap it."""
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    return fork(telling, bound=True)

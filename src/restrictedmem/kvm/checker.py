@@ -23,10 +23,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from errno import EAGAIN, EINVAL, EMFILE, EMSGSIZE, EPROTO, ETIMEDOUT
-from typing import Final, NoReturn, final
+from typing import Final, final
 
 from restrictedmem import threads
 from restrictedmem.abi import process
+from restrictedmem.child import die_with, ends, fork
 from restrictedmem.failure import status_of
 from restrictedmem.fd import (
     MSG_CTRUNC,
@@ -40,6 +41,7 @@ from restrictedmem.fd import (
 )
 from restrictedmem.kvm.half import forbid_shrinking, is_memfd
 from restrictedmem.kvm.serving import RefusedError
+from restrictedmem.patience import Patience
 from restrictedmem.service.wire import MAX_MESSAGE, Channel, Message
 
 #: How often, and how many milliseconds each time, the engine waits for the checker: time in which
@@ -47,8 +49,8 @@ from restrictedmem.service.wire import MAX_MESSAGE, Channel, Message
 _PATIENCE: Final = (20, 100)
 #: Seconds in which the kernel drops descriptors, unless one lingers.
 _DROP: Final = 2.0
-#: Milliseconds in which a checker that was killed ends, unless it is held.
-_REAP: Final = 100
+#: Seconds in which a checker that was killed ends, unless it is held.
+_REAP: Final = 0.1
 #: What the checker says whenever it has nothing to close, and what the engine asks it then.
 _READY: Final = b"r"
 _TAKE: Final = b"t"
@@ -175,10 +177,8 @@ class Intake:
         self._checker = None
         # Not reaped yet, so the number is its own.
         os.kill(self._pid, signal.SIGKILL)
-        with suppress(OSError), OwnedFd(os.pidfd_open(self._pid)) as pidfd:
-            poll = select.poll()
-            poll.register(pidfd.fileno(), select.POLLIN)
-            if poll.poll(_REAP):
+        with suppress(OSError):
+            if ends(self._pid, Patience(_REAP)):
                 os.waitpid(self._pid, 0)
 
 
@@ -203,31 +203,29 @@ def start(owner: Channel, others: Sequence[socket.socket]) -> Intake:
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     engine = os.getpid()
+
+    def be_checker() -> None:
+        for sock in (ours, owner.sock, *others):
+            sock.close()
+        process.set_name("rmem-checker")
+        _answer_questions(theirs, engine)
+
     try:
-        pid = os.fork()
+        pid = fork(be_checker, bound=True)
     except BaseException:
         ours.close()
         theirs.close()
         raise
-    if pid == 0:
-        try:
-            for sock in (ours, owner.sock, *others):
-                sock.close()
-            _be_checker(theirs, engine)
-        finally:
-            os._exit(1)
     theirs.close()
     return Intake(owner, ours, pid)
 
 
-def _be_checker(engine: socket.socket, parent: int) -> NoReturn:
-    _die_with(parent)
-    process.set_name("rmem-checker")
+def _answer_questions(engine: socket.socket, parent: int) -> None:
     engine.send(_READY)
     while True:
         question, fds = receive_with_fds(engine, len(_TAKE))
         if not question:
-            os._exit(0)
+            return
         fd = fds.pop()
         if question == _SEAL:
             with fd:
@@ -238,7 +236,7 @@ def _be_checker(engine: socket.socket, parent: int) -> NoReturn:
         process.prctl(process.PR_SET_PDEATHSIG, 0)
         with socket.socket(fileno=fd.detach()) as owner:
             taken = _take(owner)
-        _die_with(parent)
+        die_with(parent)
         _answer(taken, engine)
         # Here it may hang, and for ever.
         for held in taken.fds:
@@ -253,12 +251,6 @@ def _sealed(fd: int) -> bytes:
     except OSError as error:
         return _ANSWER.pack(error.errno or EINVAL, 0) + (error.strerror or "").encode()
     return _ANSWER.pack(0, 0)
-
-
-def _die_with(parent: int) -> None:
-    process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 @dataclass(frozen=True, slots=True)

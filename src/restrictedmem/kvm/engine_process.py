@@ -15,7 +15,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Generic, NoReturn, TypeVar, final
 
-from restrictedmem.child import in_child
 from restrictedmem.consumer import Bound, Consumer
 from restrictedmem.devkvm import Kvm
 from restrictedmem.failure import status_of
@@ -32,6 +31,7 @@ from restrictedmem.kvm.software.software_vm import SoftwareVm
 from restrictedmem.kvm.vm_memory import VmMemory
 from restrictedmem.mm.notifier import Api
 from restrictedmem.platform import platform
+from restrictedmem.probe import in_child
 from restrictedmem.protocol.trace_events import Trace, now
 from restrictedmem.protocol.vm_wire import POLICY_DEBUG, Creation
 from restrictedmem.service import sealing

@@ -14,11 +14,11 @@ from errno import EACCES, EAGAIN, ENODEV, ENOENT, ENXIO, EPERM
 from typing import Final
 
 from restrictedmem.abi import fuse, process
-from restrictedmem.child import in_child
 from restrictedmem.fd import readable
 from restrictedmem.fs.mount_ways import DEVICE, Way, mount_detached, mount_fusermount
 from restrictedmem.fs.mounter import enter_user_namespace
 from restrictedmem.machine.finding import Finding, State, reason, setting
+from restrictedmem.probe import in_child
 
 _CLONE_SYSCTL: Final = "/proc/sys/kernel/unprivileged_userns_clone"
 _NAMESPACES_SYSCTL: Final = "/proc/sys/user/max_user_namespaces"

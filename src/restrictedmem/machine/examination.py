@@ -11,11 +11,11 @@ from typing import Final
 
 from restrictedmem import guests as programs
 from restrictedmem.abi import memory
-from restrictedmem.child import in_child
 from restrictedmem.fs.mount_ways import DEVICE
 from restrictedmem.machine import descriptor, guests, host, laboratory, syscall
 from restrictedmem.machine import memory_kinds as memory_probes
 from restrictedmem.machine.finding import Finding, State, reason
+from restrictedmem.probe import in_child
 from restrictedmem.protocol.guest_abi import PRIVATE_SIZE_MIN
 from restrictedmem.service import client
 from restrictedmem.service.starter import START_DEADLINE

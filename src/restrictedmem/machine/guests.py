@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Final
 
 from restrictedmem.abi import kvm
-from restrictedmem.child import in_child
 from restrictedmem.fd import OwnedFd
 from restrictedmem.machine.descriptor import device_mode
 from restrictedmem.machine.finding import Finding, State, reason, setting
+from restrictedmem.probe import in_child
 from restrictedmem.units import PAGE_SIZE
 
 _KVM: Final = "/dev/kvm"

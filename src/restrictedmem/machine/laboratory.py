@@ -11,9 +11,9 @@ from typing import Final
 from restrictedmem.abi import io_uring as ring
 from restrictedmem.abi import mount
 from restrictedmem.abi import userfaultfd as uffd
-from restrictedmem.child import in_child
 from restrictedmem.fd import OwnedFd
 from restrictedmem.machine.finding import Finding, State, reason, setting
+from restrictedmem.probe import in_child
 
 _TRACEFS: Final = Path("/sys/kernel/tracing")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from restrictedmem.abi import memory, pagemap, process
-from restrictedmem.child import in_child
 from restrictedmem.machine.finding import Finding, State, reason, setting
+from restrictedmem.probe import in_child
 from restrictedmem.units import PAGE_SIZE, format_size
 
 _THP: Final = Path("/sys/kernel/mm/transparent_hugepage")

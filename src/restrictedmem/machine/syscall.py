@@ -5,12 +5,13 @@ import signal
 import stat
 from collections.abc import Iterator
 from errno import EBUSY, EINVAL, ENOSYS, EPROTO
-from typing import Final, NoReturn
+from typing import Final
 
 from restrictedmem.abi import memory, process, seccomp
-from restrictedmem.child import in_child
+from restrictedmem.child import fork
 from restrictedmem.machine.finding import Finding, State, reason
 from restrictedmem.machine.memory_kinds import allocated_pages
+from restrictedmem.probe import in_child
 
 _CONSEQUENCE: Final = "unmodified programs cannot be given memfd_restricted(2)"
 
@@ -108,9 +109,7 @@ def _answer_one_call() -> None:
         memory.memfd_create("restrictedmem-doctor") as file,
         seccomp.install(program, seccomp.FilterFlag.NEW_LISTENER) as listener,
     ):
-        caller = process.fork()
-        if caller == 0:
-            _call(os.fstat(file.fileno()).st_ino)
+        caller = fork(lambda: _call(os.fstat(file.fileno()).st_ino))
         notification = seccomp.seccomp_notif(data=seccomp.seccomp_data())
         seccomp.SECCOMP_IOCTL_NOTIF_RECV(listener, notification)
         answer = seccomp.seccomp_notif_addfd(
@@ -126,13 +125,15 @@ def _answer_one_call() -> None:
             raise OSError(EPROTO, "the call was answered with something else")
 
 
-def _call(expected: int) -> NoReturn:
-    """Make the call and end: with status 0 when it returned the file that was expected. Without a listener, it returns ENOSYS."""
-    try:
-        status = os.fstat(memory.memfd_restricted().detach())
-        os._exit(0 if stat.S_ISREG(status.st_mode) and status.st_ino == expected else 1)
-    finally:
-        os._exit(1)
+def _call(expected: int) -> None:
+    """Make the call, which has to return the file that is expected.
+
+    Raises:
+        OSError: ENOSYS without a listener; EPROTO for another file.
+    """
+    status = os.fstat(memory.memfd_restricted().detach())
+    if not stat.S_ISREG(status.st_mode) or status.st_ino != expected:
+        raise OSError(EPROTO, "another file")
 
 
 def number() -> Finding:

@@ -20,7 +20,8 @@ from typing import Final, NoReturn
 
 from restrictedmem.abi import process
 from restrictedmem.burial import bury
-from restrictedmem.failure import named, status_of
+from restrictedmem.child import ends, fork
+from restrictedmem.failure import named
 from restrictedmem.fd import OwnedFd, close_all, refuse_fds
 from restrictedmem.patience import Patience
 from restrictedmem.service import daemon, sealing, wire
@@ -297,9 +298,8 @@ class _Spawner:
         """Kill what consumers had forked, what that had forked, and so on, as far as it ends in time."""
         while left := self._kill_left():
             for child in left:
-                with OwnedFd(os.pidfd_open(child)) as pidfd:
-                    if not patience.wait(pidfd.fileno(), select.POLLIN):
-                        return
+                if not ends(child, patience):
+                    return
                 os.waitpid(child, 0)
 
 
@@ -308,27 +308,18 @@ def _note(_number: int, _frame: FrameType | None) -> None:
 
 
 def _fork(body: Callable[[], None]) -> int:
-    parent = os.getpid()
-    try:
-        child = os.fork()
-    except OSError as error:
-        raise named("fork", error) from None
-    if child:
-        return child
-    status = 0
-    try:
-        process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
-        # The parent may have died before the prctl.
-        if os.getppid() == parent:
+    """Fork a child of the spawner's, which is killed when the spawner ends."""
+
+    def telling() -> None:
+        try:
             body()
-    except BaseException as error:  # noqa: BLE001  the child must not go on as a second copy of its parent
-        status = status_of(error)
-        # There is nobody to raise to, and the traceback of a trusted process is nobody else's to
-        # read.
-        if os.environ.get("RESTRICTEDMEM_DEBUG"):
-            traceback.print_exc()
-    finally:
-        os._exit(status)
+        except BaseException:
+            # The traceback of a trusted process is nobody else's to read.
+            if os.environ.get("RESTRICTEDMEM_DEBUG"):
+                traceback.print_exc()
+            raise
+
+    return fork(telling, bound=True)
 
 
 def _drop_stdio() -> None:

@@ -11,9 +11,11 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from errno import ENOMEM
-from typing import NoReturn
 
+from restrictedmem.child import fork
 from restrictedmem.failure import failed, status_of
 from restrictedmem.fd import peer_credentials, refuse_fds
 from restrictedmem.service import spawner
@@ -33,7 +35,7 @@ def main(arguments: list[str]) -> None:
     # The spawner hears of its children by it, and whoever administers the machine sends others.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     channel = Channel(socket.socket(fileno=int(arguments[0])), "owner")
-    try:
+    with _telling(channel):
         refuse_fds(channel.sock)
         options = Options.load(arguments[1])
         options.check()
@@ -43,31 +45,38 @@ def main(arguments: list[str]) -> None:
         os.chdir("/")
         os.umask(0o077)
         word = Word()
-        if os.fork() == 0:
-            # A tracer that came between its permission check and ours has the child too
-            # (PTRACE_O_TRACEFORK). Later none can come.
-            refuse_tracer()
-            # A process group of its own: a terminal's interrupt is for its owner. But in the
-            # session of its owner, who started it, and so in its scheduling group
-            # (sched_autogroup): each call of the owner waits for the service, which must not queue
-            # behind other sessions for it. ``serve`` has begun a session for it.
-            os.setpgid(0, 0)
-            _be_spawner(channel, options, Origin(pid, uid), word)
+        # It outlives this process.
+        fork(lambda: _be_spawner(channel, options, Origin(pid, uid), word))
         word.hear()
+
+
+@contextmanager
+def _telling(owner: Channel) -> Generator[None]:
+    """Tell the owner what fails here, and end."""
+    try:
+        yield
     except MemoryError:
-        channel.reply_error(failed("start", ENOMEM))
+        owner.reply_error(failed("start", ENOMEM))
         sys.exit(1)
     except OSError as error:
-        channel.reply_error(error)
+        owner.reply_error(error)
         sys.exit(1)
 
 
-def _be_spawner(channel: Channel, options: Options, origin: Origin, word: Word) -> NoReturn:
+def _be_spawner(owner: Channel, options: Options, origin: Origin, word: Word) -> None:
+    with _telling(owner):
+        # A tracer that came between its permission check and ours has the child too
+        # (PTRACE_O_TRACEFORK). Later none can come.
+        refuse_tracer()
+        # A process group of its own: a terminal's interrupt is for its owner. But in the session of
+        # its owner, who started it, and so in its scheduling group (sched_autogroup): each call of
+        # the owner waits for the service, which must not queue behind other sessions for it.
+        # ``serve`` has begun a session for it.
+        os.setpgid(0, 0)
     word.only_tell()
     try:
-        spawner.run(channel, options, origin, word)
-    except BaseException as error:  # noqa: BLE001  the child must not go on as a second copy of its parent
+        spawner.run(owner, options, origin, word)
+    except BaseException as error:
         # The owner's socket is the service's by now.
-        status = status_of(error)
-        word.ended(status << 8)
-        os._exit(status)
+        word.ended(status_of(error) << 8)
+        raise

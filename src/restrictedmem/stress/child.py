@@ -4,14 +4,13 @@ The parent sends one byte, which says stop. The process sends one message, its r
 """
 
 import json
-import os
 import signal
 import socket
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from typing import Any, final
 
-from restrictedmem.abi import process
+from restrictedmem.child import end_child, fork
 from restrictedmem.fd import readable
 from restrictedmem.stress.finding import PATIENCE, Finding
 from restrictedmem.stress.plan import NAMES
@@ -28,14 +27,13 @@ class Child:
         self.progress = Progress(NAMES)
         self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.report: dict[str, Any] | None = None
-        self._pid = process.fork()
-        if self._pid == 0:
-            try:
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
-                self.sock.close()
-                run(self.progress, theirs)
-            finally:
-                os._exit(1)
+
+        def body() -> None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            self.sock.close()
+            run(self.progress, theirs)
+
+        self._pid = fork(body)
         theirs.close()
 
     def poll(self) -> None:
@@ -76,8 +74,7 @@ class Child:
         """Kill it, if it still runs, and wait for it."""
         self.sock.close()
         if self._pid:
-            os.kill(self._pid, signal.SIGKILL)
-            os.waitpid(self._pid, 0)
+            end_child(self._pid)
             self._pid = 0
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Final, NoReturn
 
 from restrictedmem.abi import process
+from restrictedmem.child import end_child, fork
 from restrictedmem.fd import OwnedFd, readable
 
 #: Sent by kill(2) and the like, not by the kernel (SI_USER, SI_QUEUE, SI_TKILL).
@@ -55,17 +56,9 @@ def attend(program: Callable[[], NoReturn]) -> int:
     # These stay with a process in execve(2), and are not its child's.
     timers = [signal.setitimer(timer, 0) for timer in _TIMERS]
     subreaper = process.is_subreaper()
-    parent = os.getpid()
-    try:
-        child = os.fork()
-    except OSError:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        raise
-    if not child:
+
+    def be_program() -> NoReturn:
         try:
-            process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:
-                os._exit(128 + signal.SIGKILL)
             process.prctl(process.PR_SET_CHILD_SUBREAPER, subreaper)
             for timer, (seconds, interval) in zip(_TIMERS, timers, strict=True):
                 signal.setitimer(timer, seconds, interval)
@@ -77,7 +70,14 @@ def attend(program: Callable[[], NoReturn]) -> int:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             program()
         finally:
+            # An errno would pass for a status of the program's.
             os._exit(1)
+
+    try:
+        child = fork(be_program, bound=True)
+    except OSError:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        raise
     # What the program's children leave is the program's.
     process.prctl(process.PR_SET_CHILD_SUBREAPER, 0)
     guard = _guard(child)
@@ -85,8 +85,7 @@ def attend(program: Callable[[], NoReturn]) -> int:
         return _wait(child, awaited)
     finally:
         if guard > 0:
-            os.kill(guard, signal.SIGKILL)
-            os.waitpid(guard, 0)
+            end_child(guard)
 
 
 def _guard(child: int) -> int:
@@ -101,21 +100,15 @@ def _guard(child: int) -> int:
         OwnedFd(os.pidfd_open(os.getpid())) as this,
         OwnedFd(os.pidfd_open(child)) as program,
     ):
-        guard = os.fork()
-        if not guard:
-            _kill_after(this, program)
+        guard = fork(lambda: _kill_after(this, program), name="rmem-guard")
     return guard
 
 
-def _kill_after(attendant: OwnedFd, program: OwnedFd) -> NoReturn:
-    try:
-        process.set_name("rmem-guard")
-        # Whoever kills this process's group is not to kill the guard with it.
-        os.setsid()
-        readable([attendant])
-        signal.pidfd_send_signal(program.fileno(), signal.SIGKILL)
-    finally:
-        os._exit(0)
+def _kill_after(attendant: OwnedFd, program: OwnedFd) -> None:
+    # Whoever kills this process's group is not to kill the guard with it.
+    os.setsid()
+    readable([attendant])
+    signal.pidfd_send_signal(program.fileno(), signal.SIGKILL)
 
 
 def _wait(child: int, awaited: set[signal.Signals]) -> int:
@@ -151,25 +144,18 @@ def _stop_with(child: int) -> None:
     parent, watcher = os.getpid(), -1
     # Without another process, only who continues this one ends the stop.
     with suppress(OSError):
-        watcher = os.fork()
-    if not watcher:
-        _watch(parent, child)
+        watcher = fork(lambda: _watch(parent, child), bound=True)
     os.kill(parent, signal.SIGSTOP)
     if watcher > 0:
-        os.kill(watcher, signal.SIGKILL)
-        os.waitpid(watcher, 0)
+        end_child(watcher)
     _send(child, signal.SIGCONT)
 
 
 def _watch(parent: int, child: int) -> NoReturn:
-    try:
-        process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
-        while os.getppid() == parent:
-            if _is_stopped(parent) and not _is_stopped(child):
-                os.kill(parent, signal.SIGCONT)
-            time.sleep(_LOOK)
-    finally:
-        os._exit(0)
+    while True:
+        if _is_stopped(parent) and not _is_stopped(child):
+            os.kill(parent, signal.SIGCONT)
+        time.sleep(_LOOK)
 
 
 def _is_stopped(pid: int) -> bool:

@@ -9,7 +9,7 @@ import marshal
 import os
 import signal
 import socket
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from errno import (
@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from restrictedmem.abi import process, seccomp
 from restrictedmem.abi.memory import SYS_memfd_restricted, memfd_restricted
+from restrictedmem.child import fork
 from restrictedmem.failure import detail_of, failed, named
 from restrictedmem.fd import OwnedFd, above_standard, receive_with_fds, refuse_fds, send_with_fds
 from restrictedmem.service import SERVER_VARIABLE
@@ -217,13 +218,16 @@ def _tell(channel: socket.socket, told: _Told) -> None:
         channel.send(marshal.dumps(told), socket.MSG_NOSIGNAL)
 
 
-@contextmanager
-def _telling(channel: socket.socket) -> Generator[None]:
-    """Tell what fails here to who waits for the supervisor."""
-    try:
-        yield
-    except (OSError, MemoryError) as error:
-        _tell(channel, _words(error))
+def _fork(channel: socket.socket, body: Callable[[], None]) -> int:
+    """Fork a child that runs ``body`` and tells who waits for the supervisor what that failed with."""
+
+    def telling() -> None:
+        try:
+            body()
+        except (OSError, MemoryError) as error:
+            _tell(channel, _words(error))
+
+    return fork(telling)
 
 
 def _fork_supervisor(
@@ -243,9 +247,10 @@ def _fork_supervisor(
     process.prctl(process.PR_SET_CHILD_SUBREAPER, 0)
     pending = signal.SIGCHLD in signal.sigpending()
     try:
-        child = process.fork()
-        if not child:
-            _be_its_parent(channel, door, machine, call, program_pid, usage=usage)
+        child = _fork(
+            channel,
+            lambda: _be_its_parent(channel, door, machine, call, program_pid, usage=usage),
+        )
         # Where SIGCHLD is ignored the kernel reaps it, and this waits until it has.
         with suppress(ChildProcessError):
             os.waitpid(child, 0)
@@ -277,24 +282,20 @@ def _be_its_parent(
     program_pid: int,
     *,
     usage: bool,
-) -> NoReturn:
-    try:
-        with _telling(channel):
-            # The soft limit is the program's.
-            process.raise_fd_limit()
-            # The program may have closed its standard descriptors; these are not to be in their
-            # place.
-            channel, door = (
-                socket.socket(fileno=above_standard(sock.fileno()).detach())
-                for sock in (channel, door)
-            )
-            with process.proc() as found:
-                proc = above_standard(found.fileno())
-            if process.fork() == 0:
-                with _telling(channel):
-                    _supervise(channel, door, proc, machine, call, program_pid, usage=usage)
-    finally:
-        os._exit(0)
+) -> None:
+    # The soft limit is the program's.
+    process.raise_fd_limit()
+    # The program may have closed its standard descriptors; these are not to be in their place.
+    channel, door = (
+        socket.socket(fileno=above_standard(sock.fileno()).detach()) for sock in (channel, door)
+    )
+    with process.proc() as found:
+        proc = above_standard(found.fileno())
+    with channel, door, proc:
+        _fork(
+            channel,
+            lambda: _supervise(channel, door, proc, machine, call, program_pid, usage=usage),
+        )
 
 
 def _supervise(

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Final, final
 from restrictedmem import sync, threads
 from restrictedmem.abi.seccomp import give, respond
 from restrictedmem.burial import bury
+from restrictedmem.child import fork
 from restrictedmem.failure import failed, line_of
 from restrictedmem.fd import OwnedFd, above_standard, peer_credentials
-from restrictedmem.syscall.child import fork
 from restrictedmem.text import plain
 from restrictedmem.users import is_own
 
@@ -122,9 +122,10 @@ class Porter:
             work = _Work(requests, listener, door, start, self._device, complaint)
             kept = () if complaint is None else complaint.filenos()
             fork(
-                "rmem-porter",
-                [*(fd.fileno() for fd in (requests, listener, door)), *kept],
                 work.run,
+                bound=True,
+                name="rmem-porter",
+                keep=[*(fd.fileno() for fd in (requests, listener, door)), *kept],
             )
             if complaint is not None:
                 complaint.close()

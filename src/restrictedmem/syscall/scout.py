@@ -22,9 +22,9 @@ from functools import partial
 from typing import BinaryIO, Final, final
 
 from restrictedmem.abi.stat import device
+from restrictedmem.child import fork
 from restrictedmem.failure import failed
 from restrictedmem.fd import OwnedFd
-from restrictedmem.syscall.child import fork
 from restrictedmem.syscall.filter import MAP_ANONYMOUS, MAP_PRIVATE, MAP_TYPE
 
 _MESSAGE: Final = 512
@@ -54,7 +54,10 @@ class Scout:
         try:
             with theirs:
                 self.pid: Final = fork(
-                    "rmem-scout", [theirs.fileno(), proc.fileno()], lambda: _serve(theirs, proc)
+                    lambda: _serve(theirs, proc),
+                    bound=True,
+                    name="rmem-scout",
+                    keep=[theirs.fileno(), proc.fileno()],
                 )
         except BaseException:
             self._sock.close()
