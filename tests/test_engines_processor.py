@@ -8,11 +8,7 @@ from typing import Any, Final
 import pytest
 
 import emulation
-from restrictedmem.abi.kvm import ExitReason
-from restrictedmem.protocol import exits
-from restrictedmem.protocol.exits import Exit, Hypercall, MemoryFault, MmioWrite, Shutdown
-from restrictedmem.service.client import Service
-from test_engines import (
+from both_engines import (
     CALL,
     EACCES,
     ENGINES_MD,
@@ -24,6 +20,10 @@ from test_engines import (
     missing_page,
     shared_memory,
 )
+from restrictedmem.abi.kvm import ExitReason
+from restrictedmem.protocol import exits
+from restrictedmem.protocol.exits import Exit, Hypercall, MemoryFault, MmioWrite, Shutdown
+from restrictedmem.service.client import Service
 
 pytestmark = pytest.mark.requires("fuse")
 

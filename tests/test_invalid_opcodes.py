@@ -6,9 +6,9 @@ from typing import Final
 import pytest
 
 import emulation
+from both_engines import MIB, PAGE, PRIVATE, STACK, Machine, make_machine, missing_page
 from restrictedmem.protocol.exits import Exit, Shutdown
 from restrictedmem.service.client import Service
-from test_engines import MIB, PAGE, PRIVATE, STACK, Machine, make_machine, missing_page
 
 pytestmark = pytest.mark.requires("fuse")
 
