@@ -1,345 +1,45 @@
-"""The kernel engine by itself: page tables, the state it gives a guest, and what it asks of the kernel."""
+"""The kernel engine in the test's process, on /dev/kvm.
+
+The tests try the state that it gives a guest, and what differs from kernel to kernel.
+"""
 
 import os
 import re
-import struct
-import subprocess
-import sys
-import tempfile
-import threading
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, closing, contextmanager
-from functools import partial
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final, TypeVar, cast
 
 import pytest
 
-from outcomes import Errno, outcome
-from restrictedmem import guests
 from restrictedmem.abi import kvm, memory
 from restrictedmem.abi.kvm import Cap, ExitReason
 from restrictedmem.abi.kvm_x86 import kvm_sregs
 from restrictedmem.consumer import Bound
-from restrictedmem.devkvm import Kvm, VmFd
+from restrictedmem.devkvm import Kvm
 from restrictedmem.fd import OwnedFd
-from restrictedmem.kvm import engine_process
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine import VcpuEngine
 from restrictedmem.kvm.engine_vcpu import EngineVcpus
-from restrictedmem.kvm.half import Half
-from restrictedmem.kvm.kernel import guest_system
 from restrictedmem.kvm.kernel.guest_system import MAX_VCPUS, System
 from restrictedmem.kvm.kernel.kernel_vcpu import KernelVcpu
 from restrictedmem.kvm.kernel.kernel_vm import KernelVm
-from restrictedmem.kvm.kernel.page_tables import USER, WRITABLE, PageTables
-from restrictedmem.kvm.kernel.private import GuestMemfdHalf, PrivateFile
-from restrictedmem.kvm.kernel.slots import ByAddress, ByAttribute, KernelSlots, runs
+from restrictedmem.kvm.kernel.private import GuestMemfdHalf
 from restrictedmem.kvm.memslot import Memslot
 from restrictedmem.mm.notifier import Api
 from restrictedmem.protocol import guest_abi
 from restrictedmem.protocol.exits import Debug, Hypercall, MemoryFault, Shutdown, Unknown
-from restrictedmem.protocol.trace_events import Trace
-from restrictedmem.protocol.vm_wire import Creation
-from restrictedmem.service import SERVER_VARIABLE, client
-from restrictedmem.service.client import Service
-from restrictedmem.service.options import Options
-from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PageRange, gfn_t, pgoff_t
-from restrictedmem.vmm import elf
-from restrictedmem.vmm.vm import Vm as VmOfOwner
-from restrictedmem.vmm.vmm import Vmm
+from restrictedmem.units import PAGE_SHIFT, PageRange, gfn_t, pgoff_t
 from software_machine import shared_half
-from users import ORDINARY, as_user
 
 PAGE: Final = 4096
 MIB: Final = 1 << 20
 BASE: Final = guest_abi.PRIVATE_BASE
 PAGES: Final = 1024
-ENOENT, ENOMEM, EACCES, EFAULT, ENODEV, EINVAL, ENOSPC, EOPNOTSUPP = 2, 12, 13, 14, 19, 22, 28, 95
+EFAULT, ENODEV, EINVAL, EOPNOTSUPP = 14, 19, 22, 95
 _T = TypeVar("_T")
 CALL: Final = "b863000000b900001000ffd1"
-
-
-# Page tables, walked here by hand.
-
-
-def walk(own: System, linear: int) -> int:
-    table = own.tables.root
-    for shift in (39, 30, 21, 12):
-        (entry,) = struct.unpack_from("=Q", own.memory, table + 8 * (linear >> shift & 511))
-        if not entry & 1:
-            return 0
-        table = entry & ((1 << 52) - 1) & ~0xFFF
-    return int(entry)
-
-
-@pytest.mark.parametrize(
-    "linear", [0x1000, 0x3FFF_F000, 0x7F_FFE0_0000, (1 << 44) - (3 << PAGE_SHIFT)]
-)
-def test_page_tables_lead_where_they_were_told(linear: int) -> None:
-    own = System()
-    own.tables.reserve(linear, 3)
-    own.tables.map(linear, 0x12_3456_7000, 3, USER | WRITABLE)
-    assert [walk(own, linear + PAGE * index) & ~0xFFF for index in range(3)] == [
-        0x12_3456_7000 + PAGE * index for index in range(3)
-    ]
-    assert walk(own, linear) & 0xFFF == 0x67
-    assert own.tables.entry(linear) == walk(own, linear)
-    assert own.tables.entry(linear - PAGE) == walk(own, linear - PAGE) == 0
-    own.tables.unmap(linear + PAGE, 1)
-    assert [bool(walk(own, linear + PAGE * index)) for index in range(3)] == [True, False, True]
-
-
-def test_an_entry_that_leads_to_a_table_stays() -> None:
-    own = System()
-    own.tables.map(BASE, 0, 1, USER)
-    before = bytes(own.memory[own.tables.root : own.tables.root + 4 * PAGE])
-    own.tables.unmap(BASE, 512)
-    own.tables.map(BASE, 1 << 32, 1, USER)
-    after = bytes(own.memory[own.tables.root : own.tables.root + 4 * PAGE])
-    changed = [at for at in range(0, len(after), 8) if before[at : at + 8] != after[at : at + 8]]
-    assert len(changed) <= 1
-
-
-def test_page_tables_run_out() -> None:
-    own = System()
-    tables = PageTables(own.memory, guest_system.SIZE - 4 * PAGE, guest_system.SIZE)
-    tables.reserve(0, 1)
-    with pytest.raises(OSError) as caught:
-        tables.reserve(1 << 30, 1)
-    assert caught.value.errno == ENOMEM
-
-
-@pytest.mark.parametrize(
-    ("linear", "npages", "errno"),
-    [(1 << 30, 3 * 512, ENOMEM), ((2 << 30) - PAGE, 2, ENOMEM), (1 << 30, 2 * 512, 0)],
-)
-def test_a_range_that_is_refused_takes_no_page_tables(linear: int, npages: int, errno: int) -> None:
-    own = System()
-    # The root, three for the first page, and three more.
-    tables = PageTables(own.memory, guest_system.SIZE - 7 * PAGE, guest_system.SIZE)
-    tables.reserve(0, 1)
-    before = own.memory[:]
-    assert outcome(lambda: tables.reserve(linear, npages)) == (Errno(errno) if errno else None)
-    same = own.memory[:] == before
-    assert same is bool(errno)
-    if errno:
-        tables.reserve(1 << 30, 2 * 512)
-
-
-def test_a_guest_reaches_nothing_of_the_engine_but_two_pages() -> None:
-    own = System()
-    own.add_vcpu(0)
-    for page in range(guest_system.SIZE >> PAGE_SHIFT):
-        entry = walk(own, (1 << guest_abi.GPA_BITS) + (page << PAGE_SHIFT))
-        assert not entry & USER
-    hypercall, report = walk(own, guest_abi.HYPERCALL_PAGE), walk(own, guest_abi.REPORT_PAGE)
-    assert hypercall & (USER | WRITABLE) == USER
-    assert report & (USER | WRITABLE) == USER | WRITABLE
-    assert report >> 63 == 1
-    assert walk(own, guest_system.STAGING) == walk(own, guest_system.COPY) == 0
-
-
-# Conversions, against a recording of what is asked of the kernel.
-
-
-class Recorder:
-    """Stands for ``devkvm.Vm``."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, tuple[Any, ...]]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        def record(*arguments: Any) -> None:
-            self.calls.append((name, arguments))
-
-        return record
-
-    def take(self, name: str) -> list[tuple[Any, ...]]:
-        found = [arguments for called, arguments in self.calls if called == name]
-        self.calls = [call for call in self.calls if call[0] != name]
-        return found
-
-
-class NoFile:
-    """Stands for a guest_memfd made without MMAP."""
-
-    flags = 0
-
-
-def slot_of_both(own: System, private: bool = True, shared: bool = True) -> Memslot:
-    window = PageRange(pgoff_t(16), pgoff_t(16 + PAGES))
-    half = GuestMemfdHalf(
-        PrivateFile(1, 1, cast("Any", NoFile()), MAX_FILE_BYTES, None),
-        window,
-        binding=1,
-        unbind=lambda: None,
-    )
-    return Memslot(
-        0,
-        gfn_t(BASE >> PAGE_SHIFT),
-        PAGES,
-        private=half if private else None,
-        shared=shared_half(PAGES) if shared else None,
-    )
-
-
-def test_with_memory_attributes_a_slot_is_one_and_the_kernel_converts() -> None:
-    own, vm = System(), Recorder()
-    by = ByAttribute(cast("VmFd", vm), KernelSlots(cast("VmFd", vm), own), own.tables)
-    slot = slot_of_both(own)
-    slot.attributes[8:16] = bytes([1]) * 8
-    assert vm.take("set_user_memory_region") == [(0, 0, guest_system.SIZE, own.address)]
-    by.add(slot)
-    assert slot.shared is not None
-    assert isinstance(slot.private, GuestMemfdHalf)
-    gpa = 1 << 32
-    assert vm.take("set_user_memory_region2") == [
-        (1, gpa, PAGES * PAGE, slot.shared.address, slot.private.file.memfd, 16 * PAGE)
-    ]
-    private = kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE
-    assert vm.take("set_memory_attributes") == [
-        (gpa, 8 * PAGE, 0),
-        (gpa + 8 * PAGE, 8 * PAGE, private),
-        (gpa + 16 * PAGE, (PAGES - 16) * PAGE, 0),
-    ]
-    assert walk(own, BASE) & ~0xFFF == gpa
-    assert walk(own, BASE + 9 * PAGE) & ~0xFFF == gpa + 9 * PAGE
-    by.convert(slot, gfn_t((BASE >> PAGE_SHIFT) + 1), gfn_t((BASE >> PAGE_SHIFT) + 3), private=True)
-    assert vm.take("set_memory_attributes") == [(gpa + PAGE, 2 * PAGE, private)]
-    assert by.find(gpa + 5) == BASE + 5
-    by.remove(slot)
-    assert vm.take("delete_memory_region") == [(1,)]
-    assert vm.take("set_memory_attributes") == [(gpa, PAGES * PAGE, 0)]
-    assert walk(own, BASE) == 0
-    assert by.find(gpa) is None
-    slot.close()
-
-
-def test_with_memory_attributes_a_half_that_is_missing_has_no_entry() -> None:
-    own, vm = System(), Recorder()
-    by = ByAttribute(cast("VmFd", vm), KernelSlots(cast("VmFd", vm), own), own.tables)
-    slot = slot_of_both(own, shared=False)
-    slot.attributes[1] = 1
-    by.add(slot)
-    assert [bool(walk(own, BASE + PAGE * index)) for index in range(3)] == [False, True, False]
-    (arguments,) = vm.take("set_user_memory_region2")
-    assert arguments[3] == 0
-
-
-def within_reach(half: Half, page: int) -> bool:
-    """Say whether the kernel may read a page of a half for this process, as KVM would."""
-    reader, writer = os.pipe()
-    with OwnedFd(reader), OwnedFd(writer):
-        found = outcome(
-            lambda: os.write(writer, half.mapping.memory[page * PAGE : page * PAGE + 1])
-        )
-        assert found in (1, Errno(EFAULT))
-        return found == 1
-
-
-@pytest.mark.requires("guard")
-def test_with_memory_attributes_the_shared_half_of_private_pages_is_out_of_reach() -> None:
-    own, vm = System(), Recorder()
-    by = ByAttribute(cast("VmFd", vm), KernelSlots(cast("VmFd", vm), own), own.tables)
-    slot = slot_of_both(own)
-    assert slot.shared is not None
-    slot.shared.mapping.memory[9 * PAGE] = 0x55
-    slot.attributes[8:16] = bytes([1]) * 8
-    by.add(slot)
-    assert [within_reach(slot.shared, page) for page in (7, 8, 15, 16)] == [
-        True,
-        False,
-        False,
-        True,
-    ]
-    first = gfn_t(BASE >> PAGE_SHIFT)
-    by.convert(slot, gfn_t(first + 7), gfn_t(first + 8), private=True)
-    by.convert(slot, gfn_t(first + 9), gfn_t(first + 10), private=False)
-    assert [within_reach(slot.shared, page) for page in (6, 7, 8, 9, 10)] == [
-        True,
-        False,
-        False,
-        True,
-        False,
-    ]
-    assert slot.shared.mapping.memory[9 * PAGE] == 0x55
-
-    def refuse(*_: object) -> None:
-        raise OSError(ENOMEM, "no memory for attributes")
-
-    vars(vm)["set_memory_attributes"] = refuse
-    with pytest.raises(OSError, match="no memory for attributes"):
-        by.convert(slot, gfn_t(first + 8), gfn_t(first + 18), private=True)
-    assert [within_reach(slot.shared, page) for page in (8, 9, 10, 16, 17)] == [
-        False,
-        True,
-        False,
-        True,
-        True,
-    ]
-    del vars(vm)["set_memory_attributes"]
-    by.remove(slot)
-    assert all(within_reach(slot.shared, page) for page in range(20))
-    slot.close()
-
-
-def test_before_guards_a_shared_half_stays_within_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    own, vm = System(), Recorder()
-    by = ByAttribute(cast("VmFd", vm), KernelSlots(cast("VmFd", vm), own), own.tables)
-    slot = slot_of_both(own)
-    slot.attributes[:] = bytes([1]) * PAGES
-    assert slot.shared is not None
-    monkeypatch.setattr(memory, "MADV_GUARD_INSTALL", 1000)
-    by.add(slot)
-    assert within_reach(slot.shared, 0)
-    slot.close()
-
-
-def test_without_them_each_half_is_a_slot_and_only_pages_that_convert_are_zapped() -> None:
-    own, vm = System(), Recorder()
-    by = ByAddress(KernelSlots(cast("VmFd", vm), own), own.tables)
-    slot = slot_of_both(own, private=False)
-    by.add(slot)
-    assert len(vm.take("set_user_memory_region")) == 2
-    assert slot.shared is not None
-    slot.shared.mapping.memory[:] = b"x" * PAGES * PAGE
-    resident = resident_pages(slot.shared)
-    by.convert(slot, gfn_t((BASE >> PAGE_SHIFT) + 1), gfn_t((BASE >> PAGE_SHIFT) + 3), private=True)
-    assert [bool(walk(own, BASE + PAGE * index)) for index in range(4)] == [
-        True,
-        False,
-        False,
-        True,
-    ]
-    # Gone from this process, and so from KVM, though not from the file.
-    assert resident - resident_pages(slot.shared) == 2
-    assert slot.shared.mapping.memory[PAGE] == ord("x")
-    slot.close()
-
-
-def resident_pages(half: Half) -> int:
-    """Count the pages that this process maps (/proc/self/pagemap), which MADV_DONTNEED takes away."""
-    with open("/proc/self/pagemap", "rb") as pagemap:
-        pagemap.seek(half.address >> PAGE_SHIFT << 3)
-        return sum(
-            entry >> 63
-            for (entry,) in struct.iter_unpack("=Q", pagemap.read(8 * (half.size >> PAGE_SHIFT)))
-        )
-
-
-def test_runs_of_attributes() -> None:
-    own = System()
-    slot = slot_of_both(own)
-    slot.attributes[2:5] = bytes([1]) * 3
-    base = slot.base_gfn
-    found = [
-        (start - base, end - base, private)
-        for start, end, private in runs(slot, gfn_t(base + 1), gfn_t(base + 8))
-    ]
-    assert found == [(1, 2, False), (2, 5, True), (5, 8, False)]
-    slot.close()
 
 
 # In this process, on /dev/kvm.
@@ -468,6 +168,7 @@ def test_a_step_over_a_hypercall_comes_after_it(debugged: KernelVm) -> None:
 
 
 # Flags.
+
 
 #: pushf; pop rsi; hypercall
 PUSHF: Final = "9c5e" + CALL
@@ -656,152 +357,3 @@ def test_vcpus_are_as_many_as_kernel_and_engine_have() -> None:
     for known, told in ((4, 4), (MAX_VCPUS, MAX_VCPUS), (1000, MAX_VCPUS)):
         engine = SimpleNamespace(_vm=SimpleNamespace(check_extension={Cap.NR_VCPUS: known}.get))
         assert KernelVm.check_extension(cast("Any", engine), Cap.NR_VCPUS) == told
-
-
-# Which engine.
-
-
-class Nobody:
-    """Stands for a service that is not asked."""
-
-
-def test_without_the_device_auto_is_software_and_the_name_says_why(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def missing() -> Kvm:
-        raise OSError(ENOENT, "open: No such file or directory: '/dev/kvm'")
-
-    monkeypatch.setattr(Kvm, "open", missing)
-    binder = cast("engine_process.EngineBinder", Nobody())
-    assert (
-        engine_process.make_engine(
-            Creation("auto"), binder, EngineVcpus(), Attributes(Api.V10), Trace()
-        ).name
-        == "software"
-    )
-    with pytest.raises(OSError, match="/dev/kvm") as caught:
-        engine_process.make_engine(
-            Creation("kernel"), binder, EngineVcpus(), Attributes(Api.V10), Trace()
-        )
-    assert caught.value.errno == ENOENT
-
-
-@pytest.mark.requires("kvm")
-def test_with_the_device_auto_is_the_kernel() -> None:
-    binder = cast("engine_process.EngineBinder", Nobody())
-    made = engine_process.make_engine(
-        Creation("auto"), binder, EngineVcpus(), Attributes(Api.V10), Trace()
-    )
-    assert isinstance(made, KernelVm)
-    made.close()
-    assert made.name == "kernel"
-    assert (
-        engine_process.make_engine(
-            Creation("software"), binder, EngineVcpus(), Attributes(Api.V10), Trace()
-        ).name
-        == "software"
-    )
-
-
-# With a service.
-
-
-@pytest.mark.requires("fuse", "kvm")
-def test_what_a_slot_has_left_counts_for_the_limit() -> None:
-    with (
-        Service.start(Options(memory_max=4 * PAGE)) as limited,
-        VmOfOwner(limited, engine="kernel") as vm,
-    ):
-        fd = limited.memfd_restricted()
-        os.ftruncate(fd, 16 * PAGE)
-
-        def show(slot: int, first: int, count: int) -> object:
-            at, size = BASE + slot * MIB, count * PAGE
-            make = partial(
-                vm.set_user_memory_region, slot=slot, guest_phys_addr=at, memory_size=size
-            )
-            return outcome(lambda: make(restricted_fd=fd, restricted_offset=first * PAGE))
-
-        assert show(0, 0, 4) is None
-        vm.set_memory_attributes(BASE, 4 * PAGE, private=True)
-        vm.launch_update(BASE, bytes(4 * PAGE))
-        vm.set_user_memory_region(slot=0, guest_phys_addr=0, memory_size=0)
-        assert show(1, 4, 1) == Errno(ENOSPC), "four pages are left"
-        assert show(1, 0, 2) is None, "two of them are shown again"
-        assert show(2, 4, 1) == Errno(ENOSPC)
-        memory.fallocate(fd, memory.PUNCH, 2 * PAGE, 2 * PAGE)
-        assert show(2, 4, 2) is None
-        assert show(3, 1, 1) == Errno(ENOSPC), "a page shown twice counts twice"
-        os.close(fd)
-
-
-@pytest.mark.requires("fuse", "kvm")
-def test_a_trace_counts_pages_while_files_come_and_go() -> None:
-    with ExitStack() as held:
-        service = held.enter_context(Service.start())
-        vm = held.enter_context(VmOfOwner(service, engine="kernel"))
-        fds = [service.memfd_restricted() for _ in range(8)]
-        for fd in fds:
-            held.callback(os.close, fd)
-            os.ftruncate(fd, PAGE)
-        vm.set_user_memory_region(
-            slot=0, guest_phys_addr=BASE, memory_size=PAGE, restricted_fd=fds[0]
-        )
-        # Nobody reads it: what is lost has been counted as well.
-        held.enter_context(vm.start_trace())
-        punch, done = partial(memory.fallocate, fds[0], memory.PUNCH, 0, PAGE), threading.Event()
-        puncher = threading.Thread(target=lambda: [punch() for _ in iter(done.is_set, True)])
-        puncher.start()
-        try:
-            for _ in range(40):
-                for number, fd in enumerate(fds[1:], 1):
-                    vm.set_user_memory_region(
-                        slot=number,
-                        guest_phys_addr=BASE + number * MIB,
-                        memory_size=PAGE,
-                        restricted_fd=fd,
-                    )
-                for number in range(1, 8):
-                    vm.set_user_memory_region(slot=number, guest_phys_addr=0, memory_size=0)
-        finally:
-            done.set()
-            puncher.join()
-
-
-@pytest.fixture
-def place() -> Iterator[str]:
-    """Name a directory that every user can enter."""
-    with tempfile.TemporaryDirectory() as directory:
-        os.chmod(directory, 0o755)
-        yield directory
-
-
-@pytest.mark.requires("fuse", "kvm", "root")
-def test_an_owner_that_may_not_open_the_device_gets_the_kernel_by_serve(
-    place: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = f"{place}/socket"
-    monkeypatch.setattr(client, "_default", None)
-    monkeypatch.setenv(SERVER_VARIABLE, path)
-    server = subprocess.Popen(
-        [sys.executable, "-m", "restrictedmem", "serve", "--socket", path, "--user", "nobody"],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-    def body() -> str:
-        with pytest.raises(OSError) as caught:
-            Kvm.open()
-        assert caught.value.errno == EACCES
-        with Vmm(MIB, engine="auto") as vmm:
-            vmm.load(elf.parse(guests.path("spin").read_bytes()), ["exit", "7"])
-            assert isinstance(vmm.vcpus[0].run(), Hypercall)
-            return str(vmm.statistics()["engine"])
-
-    try:
-        assert server.stderr is not None
-        assert server.stderr.readline() == f"listening on {path}\n"
-        assert as_user(body, ORDINARY - 1, fuse=False) == "kernel"
-    finally:
-        server.terminate()
-        server.communicate(timeout=20)
