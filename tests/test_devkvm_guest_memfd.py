@@ -1,4 +1,6 @@
-"""A guest_memfd of the real kernel, operation by operation and errno by errno, for each set of flags that the kernel offers.
+"""A guest_memfd of the real kernel, operation by operation and errno by errno.
+
+The tests try each for each set of flags that the kernel offers.
 
 The assertions of the kernel's own selftest (guest_memfd_test.c) are here under what they assert;
 where that test asks for any error, the errno that Linux 6.18 gives is pinned.
@@ -9,10 +11,9 @@ import errno
 import mmap
 import os
 import signal
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from errno import (
     EACCES,
-    EBADF,
     EFAULT,
     EINVAL,
     EIO,
@@ -29,14 +30,21 @@ import pytest
 
 import descriptor_operations as op
 from descriptor_operations import PRIVATE, SHARED, R, W, X
-from devkvm_machine import COMPARE_AND_FILL, DATA, DONE, Machine, machine
-from outcomes import Errno, checked, in_child, outcome
-from restrictedmem.abi.kvm import (
-    GUEST_MEMFD_FLAG_INIT_SHARED,
-    GUEST_MEMFD_FLAG_MMAP,
-    Cap,
-    ExitReason,
+from guest_memfds import (
+    INIT_SHARED,
+    MMAP,
+    SIGBUS,
+    SIZE,
+    P,
+    libc,
+    mapped,
+    offered,
+    shared,
+    vm,
+    written_from,
 )
+from outcomes import Errno, checked, in_child, outcome
+from restrictedmem.abi.kvm import Cap
 from restrictedmem.abi.memory import (
     MADV_COLLAPSE,
     MADV_POPULATE_WRITE,
@@ -44,67 +52,19 @@ from restrictedmem.abi.memory import (
     FallocMode,
     fallocate,
 )
-from restrictedmem.devkvm import GuestMemfd, Kvm, VmFd, address_of
-from restrictedmem.units import PAGE_SIZE
+from restrictedmem.devkvm import GuestMemfd, VmFd
+
+__all__ = ["shared", "vm"]
 
 pytestmark = pytest.mark.requires("kvm")
 
-P = PAGE_SIZE
-SIZE = 4 * P
-MMAP, INIT_SHARED = GUEST_MEMFD_FLAG_MMAP, GUEST_MEMFD_FLAG_INIT_SHARED
 FLAGS = (0, MMAP, INIT_SHARED, MMAP | INIT_SHARED)
 MADV_COLD, MADV_WIPEONFORK = 20, 18
-SIGBUS = "SIGBUS"
-
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mmap64.argtypes = [
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int64,
-]
-libc.mmap64.restype = ctypes.c_void_p
-libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-libc.mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-libc.msync.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-
-
-@pytest.fixture
-def vm() -> Generator[VmFd]:
-    with Kvm.open() as kvm, kvm.create_vm() as made:
-        yield made
-
-
-def offered(vm: VmFd, flags: int) -> int:
-    """Return flags, or skip the test when the VM has no such guest_memfd."""
-    if not vm.check_extension(Cap.GUEST_MEMFD):
-        pytest.skip("KVM_CAP_GUEST_MEMFD is 0")
-    if flags & ~vm.check_extension(Cap.GUEST_MEMFD_FLAGS):
-        pytest.skip(f"KVM_CAP_GUEST_MEMFD_FLAGS has not {flags:#x}")
-    return flags
 
 
 @pytest.fixture(params=FLAGS, ids=lambda flags: f"flags{flags}")
 def memfd(request: pytest.FixtureRequest, vm: VmFd) -> Generator[GuestMemfd]:
     with vm.create_guest_memfd(SIZE, offered(vm, request.param)) as made:
-        yield made
-
-
-@pytest.fixture
-def shared(vm: VmFd) -> Generator[GuestMemfd]:
-    with vm.create_guest_memfd(SIZE, offered(vm, MMAP | INIT_SHARED)) as made:
-        yield made
-
-
-@pytest.fixture
-def guest() -> Generator[Machine]:
-    with machine() as made:
-        offered(made.vm, MMAP | INIT_SHARED)
         yield made
 
 
@@ -140,21 +100,6 @@ def test_two_files_are_two_files(vm: VmFd) -> None:
 # The file operations.
 
 
-def mapped(then: Callable[[int, int], object], length: int = SIZE) -> op.Operation:
-    """Map ``length`` bytes and do something with (address, descriptor)."""
-
-    def operation(thing: op.Thing) -> object:
-        address = libc.mmap64(None, length, R | W, SHARED, thing.fd, 0)
-        if address == ctypes.c_void_p(-1).value:
-            checked(-1)
-        try:
-            return then(address, thing.fd)
-        finally:
-            checked(libc.munmap(address, length))
-
-    return operation
-
-
 def advise(advice: int) -> op.Operation:
     return mapped(lambda address, _: checked(libc.madvise(address, SIZE, advice)))
 
@@ -177,15 +122,6 @@ def read_own_memory(address: int, _: int) -> int:
         return len(os.pread(fd, 1, address))
     finally:
         os.close(fd)
-
-
-def written_from(address: int, _: int) -> int:
-    reader, writer = os.pipe()
-    try:
-        return os.write(writer, memoryview((ctypes.c_char * 8).from_address(address)))
-    finally:
-        os.close(reader)
-        os.close(writer)
 
 
 def ftruncate(size: int) -> op.Operation:
@@ -313,6 +249,7 @@ def test_a_mapping_past_the_end_is_refused_before_the_kernel_is_asked(shared: Gu
 
 # fallocate.
 
+
 KEEP = FallocMode.KEEP_SIZE
 
 
@@ -377,146 +314,3 @@ def test_pages_are_counted_whoever_may_see_them(memfd: GuestMemfd) -> None:
     memfd.punch_hole(P, P)
     assert resident() == 2
     assert memfd.resident_pages(P, P) == 0
-
-
-# What is in a shared one.
-
-
-def test_a_punched_page_is_zero_and_its_neighbours_stay(shared: GuestMemfd) -> None:
-    with shared.mmap(0, SIZE) as view:
-        view[:] = b"\xaa" * SIZE
-        assert set(view[:]) == {0xAA}
-        shared.punch_hole(0, P)
-        assert set(view[:P]) == {0}
-        assert set(view[P:]) == {0xAA}
-        view[:P] = b"\xaa" * P
-        assert set(view[:]) == {0xAA}
-
-
-def test_a_mapping_longer_than_the_file_faults_at_its_end(shared: GuestMemfd) -> None:
-    thing = op.Thing(shared.fileno(), lambda _: -1)
-    with shared.mmap(0, SIZE) as view:
-        view[:] = bytes(SIZE)
-        write = ctypes.memset
-
-        def fill(address: int, _: int) -> str:
-            return in_child(lambda: write(address, 0xAA, 16 * P) and 0)
-
-        assert mapped(fill, 16 * P)(thing) == SIGBUS
-        assert set(view[:]) == {0xAA}
-
-
-def test_forgotten_ptes_lose_nothing_and_removed_pages_do(shared: GuestMemfd) -> None:
-    with shared.mmap(0, SIZE) as view:
-        view[:] = b"\x5a" * SIZE
-        view.madvise(mmap.MADV_DONTNEED)
-        assert view[0] == 0x5A
-        view.madvise(mmap.MADV_REMOVE)
-        assert view[0] == 0
-
-
-def test_huge_pages_are_never_made(vm: VmFd) -> None:
-    size = 2 << 20
-    with (
-        vm.create_guest_memfd(size, offered(vm, MMAP | INIT_SHARED)) as memfd,
-        memfd.mmap(0, size) as view,
-    ):
-        for offset in range(0, size, P):
-            assert view[offset] == 0
-        view.madvise(mmap.MADV_HUGEPAGE)
-        with pytest.raises(OSError) as raised:
-            view.madvise(MADV_COLLAPSE)
-        assert raised.value.errno == EINVAL
-        view.madvise(mmap.MADV_DONTNEED)
-        assert view[0] == 0
-
-
-def test_mincore_and_cachestat_differ(shared: GuestMemfd) -> None:
-    shared.allocate(0, 2 * P)
-    residency = (ctypes.c_ubyte * 4)()
-    with shared.mmap(0, SIZE) as view:
-        assert view[P] == 0
-        checked(libc.mincore(address_of(view), SIZE, residency))
-        # Allocated but never cleared is not up to date, and so not in core.
-        assert [value & 1 for value in residency] == [0, 1, 0, 0]
-
-
-# With a guest.
-
-
-def test_the_guest_sees_what_the_host_wrote_and_the_other_way_round(guest: Machine) -> None:
-    with guest.vm.create_guest_memfd(P, MMAP | INIT_SHARED) as memfd:
-        guest.vm.set_user_memory_region2(1, DATA, P, 0, memfd)
-        with memfd.mmap(0, P) as view:
-            view[:] = b"\xaa" * P
-        guest.start(COMPARE_AND_FILL, rsi=P, rax=0xAA, rdx=0xFF)
-        assert guest.port() == DONE
-        with memfd.mmap(0, P) as view:
-            assert set(view[:]) == {0xFF}
-
-
-def test_private_memory_is_the_guests_alone(guest: Machine) -> None:
-    with guest.vm.create_guest_memfd(SIZE, MMAP) as memfd:
-        guest.vm.set_user_memory_region2(1, DATA, SIZE, 0, memfd)
-        guest.store(0x1234_5678_9ABC_DEF0, DATA + P)
-        assert guest.load(DATA + P) == 0x1234_5678_9ABC_DEF0
-        assert memfd.resident_pages(0, SIZE) == 1
-        with memfd.mmap(0, SIZE) as view:
-            assert in_child(lambda: view[P]) == SIGBUS
-            assert outcome(lambda: written_from(address_of(view) + P, 0)) == Errno(EFAULT)
-        memfd.punch_hole(P, P)
-        assert memfd.resident_pages(0, SIZE) == 0
-        assert guest.load(DATA + P) == 0
-
-
-def test_closing_the_last_descriptor_is_a_memory_fault(guest: Machine) -> None:
-    memfd = guest.vm.create_guest_memfd(SIZE, MMAP)
-    guest.vm.set_user_memory_region2(1, DATA, SIZE, 0, memfd)
-    guest.store(7)
-    memfd.close()
-    guest.start(bytes.fromhex("488b07 e610"), rdi=DATA + P + 8)
-    assert guest.vcpu.run() == ExitReason.MEMORY_FAULT
-    fault = guest.vcpu.kvm_run.exit.memory_fault
-    assert (fault.flags, fault.gpa, fault.size, guest.vcpu.run_errno) == (0, DATA + P, P, EFAULT)
-    # The slot is still there, and nothing but a slot can be put in its place.
-    guest.vm.delete_memory_region(1)
-    guest.start(bytes.fromhex("488b07 e610"))
-    assert guest.vcpu.run() == ExitReason.MMIO
-
-
-def test_without_mmap_the_guest_gets_the_other_half(guest: Machine) -> None:
-    if guest.vm.check_extension(Cap.MEMORY_ATTRIBUTES):
-        pytest.skip("with memory attributes the kernel serves both halves")
-    half = mmap.mmap(-1, SIZE)
-    with guest.vm.create_guest_memfd(SIZE) as memfd:
-        guest.vm.set_user_memory_region2(1, DATA, SIZE, address_of(half), memfd)
-        guest.store(0x42)
-        assert half[0] == 0x42
-        assert memfd.resident_pages(0, SIZE) == 0
-        guest.vm.delete_memory_region(1)
-        guest.vm.set_user_memory_region2(1, DATA, SIZE, 0, memfd)
-        guest.start(bytes.fromhex("488b07 e610"))
-        assert outcome(guest.vcpu.run) == Errno(EFAULT)
-        assert guest.vcpu.kvm_run.exit_reason != ExitReason.MEMORY_FAULT
-
-
-def test_the_file_outlives_the_vm(guest: Machine) -> None:
-    with guest.vm.create_guest_memfd(SIZE, MMAP | INIT_SHARED) as memfd:
-        guest.vm.set_user_memory_region2(1, DATA, SIZE, 0, memfd)
-        guest.store(5)
-        guest.vcpu.close()
-        guest.vm.close()
-        with memfd.mmap(0, SIZE) as view:
-            assert view[0] == 5
-            memfd.punch_hole(0, SIZE)
-            assert view[0] == 0
-        memfd.allocate(0, SIZE)
-        assert memfd.resident_pages(0, SIZE) == 4
-
-
-def test_a_closed_handle_is_closed(shared: GuestMemfd) -> None:
-    number = shared.fileno()
-    shared.close()
-    assert outcome(lambda: os.fstat(number)) == Errno(EBADF)
-    with pytest.raises(ValueError, match="closed"):
-        shared.allocate(0, P)

@@ -1,110 +1,37 @@
-"""One program under exec that waits, for a file system or for its own memory, keeps no other program's system call waiting."""
+"""One program under exec that waits keeps no other program's system call waiting.
+
+It waits for its own memory, for a processor or for a service.
+"""
 
 import os
 import secrets
 import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
-from errno import EINVAL, ENODEV, ENOSYS
+from contextlib import suppress
+from errno import ENOSYS
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from foreign_fuse import Foreign, foreign
+from foreign_fuse import foreign
 from restrictedmem.abi.fuse import Opcode
 from restrictedmem.abi.process import proc
-from restrictedmem.fd import OwnedFd, readable
-from restrictedmem.fs.filesystem import NAME
+from restrictedmem.fd import OwnedFd
 from restrictedmem.syscall import scout
 from restrictedmem.syscall.supervisor import Supervisor
-from under_exec import EXEC, PRELUDE, supervisor_of
+from under_exec import supervisor_of
 from waiting import wait_until
+from waiting_programs import FUSE_MAGIC, WELL, go_on, heard, mark, program, said, stop
+
+__all__ = ["mark"]
 
 pytestmark = [pytest.mark.requires("fuse", "seccomp", "root")]
-
-MAGIC = 0x5245534D
-FUSE_MAGIC = 0x65735546
-#: What another program says whose calls all go on.
-WELL = (0, MAGIC, True)
-
-CALLS = f"""
-import signal, socket, time
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-libc.mmap.restype = ctypes.c_void_p
-NOWHERE = ctypes.c_void_p(-1).value
-
-def private(fd):
-    "Map a file privately; returns an errno."
-    return ctypes.get_errno() if libc.mmap(None, ctypes.c_size_t(4096), 1, 2, fd, ctypes.c_long(0)) == NOWHERE else 0
-
-def kind(fd, at=None):
-    "Return the file system's magic number that fstatfs says, or writes to an address."
-    found = (ctypes.c_uint64 * 15)() if at is None else (ctypes.c_uint64 * 15).from_address(at)
-    return -ctypes.get_errno() if libc.fstatfs(fd, ctypes.byref(found)) else found[0]
-
-plain = os.open(sys.executable, os.O_RDONLY)
-
-class Other:
-    "Another program: makes, when it is asked to, each of the calls that stop, and says what they came to."
-    def __init__(self):
-        self.sock, theirs = socket.socketpair()
-        self.pid = os.fork()
-        if self.pid == 0:
-            self.sock.close()
-            while theirs.recv(1):
-                theirs.send(repr((private(plain), kind(fd), call(0) > 0)).encode())
-            os._exit(0)
-        theirs.close()
-        self.sock.settimeout(10)
-
-    def goes_on(self):
-        self.sock.send(b".")
-        return eval(self.sock.recv(99))
-
-def forked(body):
-    "Run body in a program of its own."
-    pid = os.fork()
-    if pid == 0:
-        try: body()
-        finally: os._exit(0)
-    return pid
-
-def let_stop():
-    "Have the foreign server stopped."
-    print("None", flush=True); sys.stdin.readline()
-
-def until(what, holds):
-    end = time.monotonic() + 10
-    while not holds():
-        assert time.monotonic() < end, what
-        os.sched_yield()
-
-def enters(pid, number):
-    "Wait until a program is in a system call, and the supervisor's or the kernel's to answer."
-    until("a call to begin", lambda: open(f"/proc/{{pid}}/syscall").read().split()[0] == str(number))
-
-def watched():
-    "Map a page whose first touch waits until the descriptor that is returned is closed."
-    from restrictedmem.abi import userfaultfd as uffd
-    at = libc.mmap(None, ctypes.c_size_t(4096), 3, 0x22, -1, ctypes.c_long(0))
-    watch = uffd.userfaultfd(0)
-    uffd.UFFDIO_API(watch, uffd.uffdio_api(api=uffd.UFFD_API, features=0))
-    uffd.UFFDIO_REGISTER(watch, uffd.uffdio_register(start=at, len=4096, mode=uffd.UFFDIO_REGISTER_MODE_MISSING))
-    return at, watch
-"""
 
 
 def writes(pid: int) -> bool:
     """Say whether a process is in pwrite64."""
     return Path(f"/proc/{pid}/syscall").read_text().startswith("18 ")
-
-
-#: What programs begin with.
-FIRST = "fd = call(0)\n"
 
 
 def children(pid: int) -> dict[str, list[int]]:
@@ -116,187 +43,6 @@ def children(pid: int) -> dict[str, list[int]]:
             if int(rest.split()[1]) == pid and not rest.startswith("Z"):
                 found.setdefault(name, []).append(int(entry.name))
     return found
-
-
-@contextmanager
-def program(
-    code: str, mark: str, server: Foreign | None = None, first: str = FIRST
-) -> Generator[subprocess.Popen[str]]:
-    """Run Python code under exec in a session of its own; ``root`` is that of ``server``'s mount.
-
-    All of it is killed at the end, the server first, without which a call that waits for it would
-    never end.
-    """
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(
-        [
-            *EXEC,
-            "--",
-            sys.executable,
-            "-c",
-            f"{PRELUDE}{CALLS}{first}root = {server and server.root}\n{code}",
-        ],
-        stdin=pipe,
-        stdout=pipe,
-        text=True,
-        env={**os.environ, "MARK": mark},
-        pass_fds=[] if server is None else [server.root],
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        if server is not None:
-            server.kill()
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(10)
-        for end in (process.stdin, process.stdout):
-            assert end is not None
-            end.close()
-        wait_until(lambda: supervisor_of(mark) is None, "the supervisor to end")
-
-
-def said(code: str, mark: str, server: Foreign | None = None, first: str = FIRST) -> Any:
-    """Return the value that Python code prints first."""
-    with program(code, mark, server, first) as process:
-        return heard(process)
-
-
-def heard(process: subprocess.Popen[str]) -> Any:
-    """Return the value of the next line that a program prints; what it does not say within its patience, it never says."""
-    assert process.stdout is not None
-    ready = readable([process.stdout], 30)
-    assert ready, "the program says nothing for 30 s"
-    return eval(process.stdout.readline())
-
-
-def go_on(process: subprocess.Popen[str]) -> None:
-    """Let a program go on that reads a line."""
-    assert process.stdin is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
-
-
-def stop(server: Foreign, process: subprocess.Popen[str]) -> None:
-    """Stop the server of a file that a program has opened."""
-    assert heard(process) is None
-    server.stop()
-    go_on(process)
-
-
-@pytest.fixture
-def mark(tmp_path: Path) -> str:
-    return f"{tmp_path}-{os.getpid()}"
-
-
-# Another's file system.
-
-
-def test_a_server_under_exec_may_map_files_while_its_file_is_mapped(mark: str) -> None:
-    """The supervisor asks it nothing, so that neither waits for the other."""
-    code = """
-from foreign_fuse import Foreign, foreign
-from restrictedmem.abi.fuse import Opcode
-from restrictedmem.abi.process import proc
-with foreign(lambda opcode: opcode == 3 and private(plain)) as server:
-    file = os.open("f", os.O_RDONLY, dir_fd=server.root)
-    print([private(file), kind(file), private(fd)])
-"""
-    assert said(code, mark) == [0, FUSE_MAGIC, ENODEV]
-
-
-def test_a_stopped_servers_file_is_mapped_at_once(mark: str) -> None:
-    # fstatfs asks the server, so who calls it waits.
-    code = """
-other, file = Other(), os.open("f", os.O_RDWR, dir_fd=root)
-let_stop()
-waiting = forked(lambda: kind(file))
-enters(waiting, 138)
-print([private(file), other.goes_on()], flush=True); sys.stdin.readline()
-"""
-    with foreign() as server, program(code, mark, server) as process:
-        stop(server, process)
-        assert heard(process) == [0, WELL]
-
-
-def test_a_foreign_file_of_that_name_is_not_taken_for_a_restricted_one(mark: str) -> None:
-    code = """
-file = os.open("restrictedmem", os.O_RDWR, dir_fd=root)
-os.unlink("restrictedmem", dir_fd=root)
-print(os.readlink(f"/proc/self/fd/{file}") == os.readlink(f"/proc/self/fd/{fd}"), flush=True); sys.stdin.readline()
-print([private(file), kind(file)], flush=True); sys.stdin.readline()
-"""
-    with foreign() as server, program(code, mark, server) as process:
-        assert heard(process) is True
-        server.asked()
-        go_on(process)
-        assert heard(process) == [0, FUSE_MAGIC]
-        assert Opcode.GETATTR not in server.asked()
-
-
-def test_the_scouts_name_is_the_file_systems() -> None:
-    assert "/" + NAME.decode() == scout._NAME  # pyright: ignore[reportPrivateUsage]
-
-
-# Whose descriptor it is.
-
-
-def test_a_restricted_descriptor_is_known_wherever_it_comes_from(mark: str) -> None:
-    code = """
-from restrictedmem.abi.process import CLONE_NEWNS, unshare
-def received():
-    a, b = socket.socketpair()
-    socket.send_fds(a, [b"."], [fd])
-    return socket.recv_fds(b, 1, 1)[1][0]
-def elsewhere():
-    reader, writer = os.pipe()
-    def body():
-        unshare(CLONE_NEWNS)
-        os.write(writer, repr((private(fd), kind(fd))).encode())
-    os.waitpid(forked(body), 0)
-    return eval(os.read(reader, 99))
-found = [(private(one), kind(one)) for one in (fd, os.dup(fd), fcntl.fcntl(fd, fcntl.F_DUPFD, 1000), received())]
-print((found, elsewhere(), subprocess.run([sys.executable, "-c", CHILD, str(fd)], capture_output=True, text=True, close_fds=False).stdout))
-"""
-    child = "import ctypes, sys; found = (ctypes.c_uint64 * 15)(); ctypes.CDLL(None).fstatfs(int(sys.argv[1]), found); print(found[0])"
-    found, elsewhere, inherited = said(code.replace("CHILD", repr(child)), mark)
-    assert (found, elsewhere, inherited) == ([(ENODEV, MAGIC)] * 4, (ENODEV, MAGIC), f"{MAGIC}\n")
-
-
-def test_a_restricted_descriptor_made_by_way_of_a_clone_of_the_mount_is_known(mark: str) -> None:
-    """The mount is another, the file system is the service's."""
-    code = """
-from restrictedmem.service.client import Service
-service = Service.connect(os.environ["RESTRICTEDMEM_SERVER"])
-# open_tree, with OPEN_TREE_CLONE and AT_EMPTY_PATH
-clone = libc.syscall(428, service._mount.fileno(), b"", 0x1001)
-if clone < 0: print(-ctypes.get_errno())
-else:
-    made = os.open("restrictedmem", os.O_RDWR | os.O_CREAT | os.O_EXCL, dir_fd=clone)
-    print((private(made), kind(made)))
-"""
-    found = said(code, mark)
-    if found == -EINVAL:
-        pytest.skip("Linux before 6.15 clones no mount that is attached nowhere")
-    assert found == (ENODEV, MAGIC)
-
-
-def test_another_services_descriptor_is_answered_by_its_file_system(mark: str) -> None:
-    code = """
-from restrictedmem.service.client import Service
-print([kind(Service.start().memfd_restricted()), kind(fd)])
-"""
-    assert said(code, mark) == [FUSE_MAGIC, MAGIC]
-
-
-def test_the_first_descriptor_made_by_way_of_the_door_is_known(mark: str) -> None:
-    """No call of the number comes before it."""
-    code = """
-from restrictedmem.service.client import Service
-print(kind(Service.connect(os.environ["RESTRICTEDMEM_SERVER"]).memfd_restricted()))
-"""
-    assert said(code, mark, first="") == MAGIC
 
 
 # A program's own memory.

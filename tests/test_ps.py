@@ -1,22 +1,15 @@
-"""``ps`` among strangers: names are anybody's to take, and whoever took one answers what it likes, or never."""
+"""``ps`` among strangers: whoever took a service's name answers what it likes, or never."""
 
 import json
 import os
-import re
 import select
-import signal
 import socket
-import struct
-import subprocess
-import sys
 import threading
-import time
-from collections import Counter
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from errno import EPROTO, ESRCH, ETIMEDOUT
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 
@@ -25,58 +18,33 @@ from restrictedmem.abi import process
 from restrictedmem.fd import send_with_fds
 from restrictedmem.service import discover, wire
 from restrictedmem.service.client import Service
-from users import own_network
+from rogues import (
+    HEAD,
+    LATE,
+    ROGUE,
+    alone_by_name,
+    answers,
+    lines_of,
+    ps,
+    real,
+    rogue,
+    said,
+    service,
+    silent,
+    state,
+)
 from waiting import PATIENCE, wait_until
 
+__all__ = ["alone_by_name", "service"]
+
 pytestmark = pytest.mark.requires("fuse", "root")
-
-ROGUE = 64001
-GOOD: dict[str, Any] = {
-    "pid": 1,
-    "owner_pid": 1,
-    "owner_uid": 0,
-    "way": "own mount",
-    "api": "v10",
-    "descriptors": [],
-    "consumers": [],
-    "last_error": "",
-}
-_CLONE_NEWPID = 0x2000_0000
-_HEAD = struct.Struct("=II")
-#: Far above what it takes, far below what one after the other would.
-SOON = discover.PATIENCE + 28
-
-
-def said(text: bytes, total: int | None = None) -> bytes:
-    """Return a reply to STATUS."""
-    return _HEAD.pack(0, 0) + wire.NUMBER.pack(len(text) if total is None else total) + text
-
-
-def state(**changes: object) -> bytes:
-    return said(json.dumps({**GOOD, **changes}).encode())
-
-
-def answers(*replies: bytes) -> Callable[[socket.socket], None]:
-    """Answer each request with the next of some replies, the last of them again and again."""
-
-    def serve(sock: socket.socket) -> None:
-        left = list(replies)
-        while sock.recv(100):
-            sock.send(left.pop(0) if len(left) > 1 else left[0])
-
-    return serve
 
 
 def with_a_pipe(sock: socket.socket) -> None:
     sock.recv(100)
     reader, _ = os.pipe()
-    send_with_fds(sock, _HEAD.pack(0, 0), [reader])
+    send_with_fds(sock, HEAD.pack(0, 0), [reader])
     sock.recv(1)
-
-
-def silent(sock: socket.socket) -> None:
-    while sock.recv(100):
-        pass
 
 
 def nested(depth: int) -> list[Any]:
@@ -86,7 +54,7 @@ def nested(depth: int) -> list[Any]:
 NO_STATE = "its answer is no service's state"
 NO_JSON = "its answer is no JSON"
 NO_ANSWER = "its answer is no service's"
-LATE = f"did not answer within {discover.PATIENCE:g} s"
+
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\x1b[31m\r\nservice 1: uid 0, all is well\u202e\ud800"
 
 MODES: dict[str, tuple[Callable[[socket.socket], None], str]] = {
@@ -102,9 +70,9 @@ MODES: dict[str, tuple[Callable[[socket.socket], None], str]] = {
     "not a number": (answers(state(other=float("nan"))), NO_JSON),
     "infinity": (answers(said(b'{"a": 1e999}')), NO_JSON),
     "no text": (answers(said(b"\xff\xfe")), NO_JSON),
-    "an errno": (answers(_HEAD.pack(0xFFFF_FFFF, 0)), NO_ANSWER),
-    "an error with escapes": (answers(_HEAD.pack(13, 0) + b"\x1b[2J"), r"\x1b[2J"),
-    "a head alone": (answers(_HEAD.pack(0, 0)), NO_ANSWER),
+    "an errno": (answers(HEAD.pack(0xFFFF_FFFF, 0)), NO_ANSWER),
+    "an error with escapes": (answers(HEAD.pack(13, 0) + b"\x1b[2J"), r"\x1b[2J"),
+    "a head alone": (answers(HEAD.pack(0, 0)), NO_ANSWER),
     "half a head": (answers(b"xyz"), NO_ANSWER),
     "too long": (answers(bytes(wire.MAX_MESSAGE + 100)), NO_ANSWER),
     "no state": (answers(said(b"")), NO_ANSWER),
@@ -116,90 +84,6 @@ MODES: dict[str, tuple[Callable[[socket.socket], None], str]] = {
     "many values": (answers(said(b"," * 100_000, 1_100_000)), "say more than 1048576 values"),
     "without an end": (answers(said(bytes(100_000), 1 << 63)), "say more than"),
 }
-
-
-@contextmanager
-def rogue(
-    serve: Callable[[socket.socket], None],
-    name: str = "restrictedmem/{pid}",
-    uid: int = ROGUE,
-    first: Callable[[], object] = os.getpid,
-    more: int = 0,
-) -> Generator[int, None, None]:
-    """Run a process of another user that listens on a name like a service's, and on ``more`` that nobody serves; yields its pid."""
-    ready, said_ready = os.pipe()
-    child = os.fork()
-    if child == 0:
-        first()
-        _be_rogue(serve, name.format(pid=os.getpid()), uid, said_ready, more)
-    try:
-        os.close(said_ready)
-        with open(ready, "rb") as pipe:
-            assert pipe.read(1) == b"."
-        yield child
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-
-
-def _be_rogue(
-    serve: Callable[[socket.socket], None], name: str, uid: int, ready: int, more: int
-) -> NoReturn:
-    try:
-        os.setgroups([])
-        os.setresgid(uid, uid, uid)
-        os.setresuid(uid, uid, uid)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        listener.bind(f"\0{name}")
-        listener.listen(9)
-        kept = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(more)]
-        for number, sock in enumerate(kept):
-            sock.bind(f"\0{name}/{number:x}")
-            sock.listen(9)
-        os.write(ready, b".")
-        os.close(ready)
-        while True:
-            sock, _ = listener.accept()
-            with sock, suppress(OSError):
-                serve(sock)
-    finally:
-        os._exit(1)
-
-
-@pytest.fixture(autouse=True)
-def alone_by_name() -> Iterator[None]:
-    """Other tests' services are not listed, and their names not taken."""
-    with own_network():
-        yield
-
-
-@pytest.fixture
-def service() -> Generator[Service, None, None]:
-    with Service.start() as service:
-        yield service
-
-
-def ps(*arguments: str, start: tuple[str, ...] = ()) -> str:
-    """Return what the command writes to a terminal that knows UTF-8."""
-    began = time.monotonic()
-    done = subprocess.run(
-        [*start, sys.executable, "-m", "restrictedmem", "ps", *arguments],
-        capture_output=True,
-        check=True,
-        timeout=60,
-        env={**os.environ, "PYTHONUTF8": "1"},
-    )
-    assert time.monotonic() - began < SOON
-    return done.stdout.decode()
-
-
-def real(service: Service) -> str:
-    """Return how the line of a service of this process begins."""
-    return f"service {service.info['pid']}: uid 0, owner {os.getpid()}, "
-
-
-def lines_of(pid: int, shown: str) -> list[str]:
-    return [line for line in shown.splitlines() if line.startswith(f"service {pid}:")]
 
 
 def test_every_service_and_one_line_for_each_stranger(service: Service) -> None:
@@ -299,12 +183,6 @@ def test_a_name_of_a_thread_is_no_line_of_its_status(service: Service, pids: str
     ]
 
 
-def test_both_forms_of_a_name() -> None:
-    with rogue(answers(state()), "restrictedmem/{pid}/0123456789abcdef") as pid:
-        assert discover.names()[f"restrictedmem/{pid}/0123456789abcdef"] == pid
-        assert discover.status_of(pid)["uid"] == ROGUE
-
-
 def test_who_asks_stays_as_dumpable_as_it_was() -> None:
     def ask(dumpable: int) -> int:
         process.prctl(process.PR_SET_DUMPABLE, dumpable)
@@ -313,43 +191,6 @@ def test_who_asks_stays_as_dumpable_as_it_was() -> None:
 
     with rogue(answers(state())) as pid:
         assert [in_child(partial(ask, dumpable)) for dumpable in (0, 1)] == ["0", "1"]
-
-
-def test_a_service_in_a_pid_namespace_of_its_own() -> None:
-    def inside() -> None:
-        process.unshare(_CLONE_NEWPID)
-        if os.fork():
-            os.wait()
-            os._exit(0)
-        process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
-        assert os.getpid() == 1
-
-    secret = f"restrictedmem/1/{os.getpid():x}"
-    with rogue(answers(state(api="inside")), secret, uid=0, first=inside) as outer:
-        (entry,) = [each for each in discover.statuses() if each.get("api") == "inside"]
-        assert entry["pid"] > outer
-        assert discover.status_of(1)["pid"] == entry["pid"]
-
-
-def test_a_number_is_first_of_all_one_of_this_pid_namespace(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    numbers_of = discover._numbers_of
-
-    def two_for_one(peer: int) -> set[int]:
-        return {peer, pid} if peer == below else numbers_of(peer)
-
-    with (
-        rogue(answers(state(api="here"))) as pid,
-        rogue(answers(state(api="below")), f"restrictedmem/{pid}/ab") as below,
-    ):
-        monkeypatch.setattr(discover, "_numbers_of", two_for_one)
-        for names in (
-            [f"restrictedmem/{pid}", f"restrictedmem/{pid}/ab"],
-            [f"restrictedmem/{pid}/ab", f"restrictedmem/{pid}"],
-        ):
-            monkeypatch.setattr(discover, "names", lambda: dict.fromkeys(names, pid))  # noqa: B023  called at once
-            assert discover.status_of(pid)["api"] == "here"
 
 
 def test_a_service_without_room_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,79 +222,6 @@ def test_a_service_without_room_is_asked_again(monkeypatch: pytest.MonkeyPatch) 
                     sock.send(state())
                     asking.join()
     assert [each["pid"] for each in found] == [os.getpid()]
-
-
-def test_names_with_junk_are_nobodys(service: Service) -> None:
-    junk = [
-        b"restrictedmem/",
-        b"restrictedmem/x",
-        b"restrictedmem/-1",
-        b"restrictedmem/1 ",
-        b"restrictedmem/1/",
-        b"restrictedmem/1/XYZ",
-        b"restrictedmem/1/00/00",
-        b"restrictedmem/99999999999",
-        "restrictedmem/\u0661".encode(),
-        b"restrictedmem/1\n",
-        b"x@restrictedmem/1",
-        b"x\n0: 2 0 00010000 0005 01 1 @restrictedmem/1",
-        b"\xff\xfe\x1b[2J@restrictedmem/1",
-    ]
-    with ExitStack() as stack:
-        for name in junk:
-            sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-            sock.bind(b"\0" + name)
-            sock.listen()
-        stream = stack.enter_context(socket.socket(socket.AF_UNIX))
-        stream.bind("\0restrictedmem/1")
-        stream.listen()
-        shown = ps()
-    assert real(service) in shown
-    assert not lines_of(1, shown)
-    with ExitStack() as stack:
-        before = discover.names()
-        for name in junk:
-            if b"\n" not in name:
-                sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-                sock.bind(b"\0" + name)
-                sock.listen()
-        assert "restrictedmem/1" not in discover.names().keys() - before.keys()
-
-
-def test_thousands_of_names_in_bounded_time(service: Service) -> None:
-    count = 3000
-    with ExitStack() as stack:
-        pid = os.getpid()
-        for number in range(count):
-            sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-            sock.bind(f"\0restrictedmem/{pid}/{number:x}")
-            # A backlog that is full at once for a third of them; nobody ever accepts.
-            sock.listen(0 if number % 3 else 9)
-        shown = ps()
-    assert real(service) in shown
-    assert len(lines_of(pid, shown)) <= discover_shown()
-    assert re.search(r"^… \d+ more that say no state, of uid 0 ", shown, re.MULTILINE)
-
-
-def test_names_beyond_the_descriptors_of_who_asks(service: Service) -> None:
-    """With few left, so many of a uid are asked at a time, and nobody's answer is that there was none."""
-    with rogue(silent, more=1000) as one, rogue(silent, uid=ROGUE + 1, more=1000) as other:
-        shown = ps("--json", start=("prlimit", "--nofile=1600"))
-    entries = json.loads(shown)["services"]
-    assert [each["owner_pid"] for each in entries if each["pid"] == service.info["pid"]] == [
-        os.getpid()
-    ]
-    for pid, uid in (one, ROGUE), (other, ROGUE + 1):
-        said_so = Counter(each["error"] for each in entries if each["pid"] == pid)
-        assert said_so.keys() == {LATE, f"was not asked: others of uid {uid} did not answer"}
-        assert sum(said_so.values()) == 1001
-        assert said_so[LATE] >= discover._AT_ONCE
-
-
-def discover_shown() -> int:
-    from restrictedmem.cli import ps as command
-
-    return command._SHOWN
 
 
 def test_no_descriptor_of_a_stranger_becomes_ours() -> None:

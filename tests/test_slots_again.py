@@ -1,58 +1,32 @@
-"""Further slots of files that slots show already: the owner names them, and sends neither descriptor nor token."""
+"""Further slots of memfds that slots show already.
+
+The owner names the memfds, and sends no descriptor.
+"""
 
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import pytest
 
 from outcomes import Errno, in_child, outcome
 from processes import children, descriptors, stop
-from restrictedmem.abi import kvm, memory, stat
+from restrictedmem.abi import kvm, stat
 from restrictedmem.protocol import vm_wire
 from restrictedmem.protocol.vm_wire import SlotFiles
 from restrictedmem.service.client import Service
-from restrictedmem.service.options import Options
 from restrictedmem.vmm.vm import Vm
+from slots_shown import GPA, delete, either, named, seen, service, show_private, vm, window
 from waiting import wait_until
+
+__all__ = ["either", "service", "vm"]
 
 pytestmark = pytest.mark.requires("fuse")
 
 PAGE: Final = 4096
-GPA: Final = 0x4000_0000
+
 EPERM, EBADF, EEXIST, EINVAL, ETIMEDOUT, ESTALE = 1, 9, 17, 22, 110, 116
-ENGINES: Final = ["software", pytest.param("kernel", marks=pytest.mark.requires("kvm"))]
-
-
-@pytest.fixture(scope="module", params=["v10", "bindings", "pinned"])
-def service(request: pytest.FixtureRequest) -> Iterator[Service]:
-    options = Options(pin=True) if request.param == "pinned" else Options(design=request.param)
-    with Service.start(options) as found:
-        yield found
-
-
-@pytest.fixture
-def vm(service: Service) -> Iterator[Vm]:
-    with Vm(service, engine="software", debug=True) as found:
-        yield found
-
-
-@pytest.fixture(params=ENGINES)
-def either(request: pytest.FixtureRequest, service: Service) -> Iterator[Vm]:
-    with Vm(service, engine=request.param, debug=True) as found:
-        yield found
-
-
-def window(content: bytes, pages: int = 8) -> int:
-    """Make a memfd, each page of which begins with some bytes and its number."""
-    fd = os.memfd_create("window", os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, pages * PAGE)
-    for page in range(pages):
-        os.pwrite(fd, content + bytes([page]), page * PAGE)
-    return fd
 
 
 def show(vm: Vm, slot: int, fd: int, page: int = 0, at: int | None = None) -> None:
@@ -61,40 +35,6 @@ def show(vm: Vm, slot: int, fd: int, page: int = 0, at: int | None = None) -> No
     vm.set_user_memory_region(
         slot=slot, guest_phys_addr=gpa, memory_size=PAGE, shared_fd=fd, shared_offset=page * PAGE
     )
-
-
-def show_private(vm: Vm, slot: int, fd: int, page: int = 0) -> None:
-    gpa = GPA + slot * PAGE
-    vm.set_user_memory_region(
-        slot=slot,
-        guest_phys_addr=gpa,
-        memory_size=PAGE,
-        restricted_fd=fd,
-        restricted_offset=page * PAGE,
-    )
-    vm.set_memory_attributes(gpa, PAGE, private=True)
-
-
-def delete(vm: Vm, slot: int) -> None:
-    vm.set_user_memory_region(slot=slot, guest_phys_addr=0, memory_size=0)
-
-
-def seen(vm: Vm, slot: int) -> bytes:
-    """Return the first two bytes that the guest has in a slot."""
-    return vm.read_memory(GPA + slot * PAGE, 2)
-
-
-def named(
-    slot: int, names: SlotFiles, *, token: bytes = bytes(16), flags: int = 0, offset: int = 0
-) -> bytes:
-    region = kvm.kvm_userspace_memory_region_ext(
-        slot=slot,
-        flags=flags,
-        guest_phys_addr=GPA + slot * PAGE,
-        memory_size=PAGE,
-        userspace_addr=offset,
-    )
-    return bytes(region) + token + names.pack()
 
 
 def name_of(fd: int) -> SlotFiles:
@@ -361,151 +301,3 @@ def test_two_processes_have_one_vm(vm: Vm, service: Service) -> None:
     assert service.status()["descriptors"][-1]["notifiers"] == 1
     os.close(first)
     os.close(restricted)
-
-
-# Private halves.
-
-
-@pytest.fixture
-def tokens(service: Service, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return the descriptors that tokens were presented on."""
-    presented: list[int] = []
-    ask = service.token_for
-
-    def token_for(fd: int) -> bytes:
-        presented.append(fd)
-        return ask(fd)
-
-    monkeypatch.setattr(service, "token_for", token_for)
-    return presented
-
-
-@pytest.mark.parametrize("both", [False, True])
-def test_slots_of_one_restricted_file_present_one_token(
-    either: Vm, service: Service, tokens: list[int], both: bool
-) -> None:
-    first, second, fd = service.memfd_restricted(), service.memfd_restricted(), window(b"w", 16)
-    for restricted in (first, second):
-        os.ftruncate(restricted, 16 * PAGE)
-    halves: dict[str, Any] = {"shared_fd": fd} if both else {}
-    for slot in range(12):
-        halves |= {"shared_offset": slot * PAGE} if both else {}
-        gpa, offset = GPA + slot * PAGE, slot * PAGE
-        restricted = (first, second)[slot % 2]
-        either.set_user_memory_region(
-            slot=slot,
-            guest_phys_addr=gpa,
-            memory_size=PAGE,
-            restricted_fd=restricted,
-            restricted_offset=offset,
-            **halves,
-        )
-    assert tokens == [first, second]
-    either.set_memory_attributes(GPA, 12 * PAGE, private=True)
-    for slot in range(12):
-        either.write_memory(GPA + slot * PAGE, b"p" + bytes([slot]))
-    assert [seen(either, slot) for slot in range(12)] == [
-        b"p" + bytes([slot]) for slot in range(12)
-    ]
-    # Each slot is told of its own.
-    for number, restricted in enumerate((first, second)):
-        memory.fallocate(restricted, memory.PUNCH, (4 + number) * PAGE, PAGE)
-    assert [slot for slot in range(12) if seen(either, slot) == b"\0\0"] == [4, 5]
-    if both:
-        either.set_memory_attributes(GPA, 12 * PAGE, private=False)
-        assert [seen(either, slot) for slot in range(12)] == [
-            b"w" + bytes([slot]) for slot in range(12)
-        ]
-    for one in (first, second, fd):
-        os.close(one)
-
-
-def notifiers(service: Service, fd: int) -> int:
-    ino = os.fstat(fd).st_ino
-    return int(
-        next(found["notifiers"] for found in service.status()["descriptors"] if found["ino"] == ino)
-    )
-
-
-def test_each_slot_has_a_notifier_that_goes_with_it(vm: Vm, service: Service) -> None:
-    fd = service.memfd_restricted()
-    os.ftruncate(fd, 8 * PAGE)
-    for slot in range(8):
-        show_private(vm, slot, fd, slot)
-        assert notifiers(service, fd) == slot + 1
-    for slot in (0, 3, 7, 5):
-        delete(vm, slot)
-    assert notifiers(service, fd) == 4
-    for slot in (1, 2, 4, 6):
-        vm.write_memory(GPA + slot * PAGE, bytes([1, slot]))
-    for slot in (7, 0):
-        show_private(vm, slot, fd, slot)
-    assert notifiers(service, fd) == 6
-    assert [seen(vm, slot) for slot in (1, 2, 4, 6)] == [bytes([1, slot]) for slot in (1, 2, 4, 6)]
-    os.close(fd)
-
-
-def test_a_file_without_slots_needs_a_token_again(
-    either: Vm, service: Service, tokens: list[int]
-) -> None:
-    fd = service.memfd_restricted()
-    os.ftruncate(fd, 8 * PAGE)
-    for _ in range(2):
-        show_private(either, 0, fd)
-        show_private(either, 1, fd, 1)
-        delete(either, 0)
-        # By the other slot.
-        show_private(either, 0, fd)
-        delete(either, 1)
-        delete(either, 0)
-        names = SlotFiles(restricted=os.fstat(fd).st_ino)
-        body = named(0, names, flags=kvm.KVM_MEM_PRIVATE)
-        assert outcome(
-            partial(either._channel.call, vm_wire.SET_USER_MEMORY_REGION, body)
-        ) == Errno(ESTALE)
-    assert tokens == [fd, fd]
-    os.close(fd)
-
-
-def test_a_slot_that_cannot_be_made_leaves_the_others(
-    either: Vm, service: Service, tokens: list[int]
-) -> None:
-    fd = service.memfd_restricted()
-    os.ftruncate(fd, 8 * PAGE)
-    show_private(either, 0, fd)
-    before = notifiers(service, fd)
-    for _ in range(3):
-        with pytest.raises(OSError) as caught:
-            show_private(either, 1, fd, 1 << 51)
-        assert caught.value.errno == EINVAL
-        with pytest.raises(OSError) as caught:
-            either.set_user_memory_region(
-                slot=1, guest_phys_addr=GPA, memory_size=PAGE, restricted_fd=fd
-            )
-        assert caught.value.errno == EEXIST
-    assert notifiers(service, fd) == before
-    show_private(either, 1, fd, 1)
-    assert tokens == [fd]
-    os.close(fd)
-
-
-def test_a_page_is_bound_once_where_bindings_exclude_each_other(vm: Vm, service: Service) -> None:
-    fd = service.memfd_restricted()
-    os.ftruncate(fd, 8 * PAGE)
-    show_private(vm, 0, fd)
-    assert outcome(lambda: show_private(vm, 1, fd)) == (
-        Errno(EINVAL) if service.info["design"] == "bindings" else None
-    )
-    os.close(fd)
-
-
-def test_another_vm_needs_a_token_of_its_own(vm: Vm, service: Service) -> None:
-    fd = service.memfd_restricted()
-    os.ftruncate(fd, 8 * PAGE)
-    show_private(vm, 0, fd)
-    with Vm(service, engine="software") as other:
-        body = named(0, SlotFiles(restricted=os.fstat(fd).st_ino), flags=kvm.KVM_MEM_PRIVATE)
-        assert outcome(lambda: other._channel.call(vm_wire.SET_USER_MEMORY_REGION, body)) == Errno(
-            ESTALE
-        )
-    os.close(fd)

@@ -1,122 +1,33 @@
-"""The small VMM and the guests of the package, on each engine and for both postings: what a guest says, and what its owner could see."""
+"""The small VMM and the guests of the package, on each engine and for both postings.
 
-import hashlib
-import io
+The tests try what a guest says, and what its owner could see.
+"""
+
 import os
 import re
-import signal
-import subprocess
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryFile
+from collections.abc import Callable
 from typing import Final
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from processes import high
-from restrictedmem import guests
+from package_guests import Done, engine, load, run, service, talk
 from restrictedmem.abi import memory
 from restrictedmem.protocol import exits, guest_abi
 from restrictedmem.service.client import Service
-from restrictedmem.service.options import Options
 from restrictedmem.vmm import elf
 from restrictedmem.vmm import vmm as vmm_module
 from restrictedmem.vmm.vmm import Ended, Vmm
 from waiting import wait_until
 
+__all__ = ["engine", "service"]
+
 pytestmark = pytest.mark.requires("fuse")
 
-ENGINES: Final = ("software", pytest.param("kernel", marks=pytest.mark.requires("kvm")))
-GUESTS: Final = Path(__file__).parent.parent / "guests"
 MIB: Final = 1 << 20
 PAGE: Final = 4096
-E2BIG, ENOEXEC, EFAULT, EINVAL, EPIPE = 7, 8, 14, 22, 32
-PRIVATE_FLAG: Final = 8
-#: Seconds in which what is stopped has to end; the figures are the benchmarks' to take.
-SOON: Final = 5
-
-
-@pytest.fixture(scope="module", params=ENGINES)
-def engine(request: pytest.FixtureRequest) -> str:
-    assert isinstance(request.param, str)
-    return request.param
-
-
-@pytest.fixture(scope="module", params=["v10", "v9"])
-def service(request: pytest.FixtureRequest) -> Iterator[Service]:
-    with Service.start(Options(api=request.param)) as found:
-        yield found
-
-
-@dataclass(frozen=True)
-class Done:
-    ended: Ended
-    out: bytes
-    err: bytes
-
-
-def load(vmm: Vmm, guest: str, *arguments: str) -> Vmm:
-    vmm.load(elf.parse(guests.path(guest).read_bytes()), arguments)
-    return vmm
-
-
-def run(vmm: Vmm, stdin: bytes = b"") -> Done:
-    with (
-        TemporaryFile(buffering=0) as source,
-        TemporaryFile(buffering=0) as out,
-        TemporaryFile(buffering=0) as err,
-    ):
-        source.write(stdin)
-        source.seek(0)
-        ended = vmm.run(source, out, err)
-        out.seek(0)
-        err.seek(0)
-        return Done(ended, out.read(), err.read())
-
-
-@dataclass
-class Talk:
-    """A guest that runs in a thread, and the other ends of its streams."""
-
-    vmm: Vmm
-    say: io.FileIO
-    hear: io.BufferedReader
-    thread: threading.Thread
-    ended: list[Ended]
-
-    def ask(self, request: str) -> str:
-        self.say.write(request.encode() + b"\n")
-        return self.hear.readline().decode().rstrip("\n")
-
-    def end(self) -> Ended:
-        self.say.close()
-        return self.wait()
-
-    def wait(self) -> Ended:
-        self.thread.join(SOON)
-        assert self.ended, f"the guest still ran after {SOON} s"
-        self.hear.close()
-        return self.ended[0]
-
-
-def talk(vmm: Vmm) -> Talk:
-    (guest_in, say), (hear, guest_out) = os.pipe(), os.pipe()
-    ended: list[Ended] = []
-
-    def body() -> None:
-        with (
-            open(guest_in, "rb", buffering=0) as stdin,
-            open(guest_out, "wb", buffering=0) as stdout,
-        ):
-            ended.append(vmm.run(stdin, stdout, stdout))
-
-    thread = threading.Thread(target=body, daemon=True)
-    thread.start()
-    return Talk(vmm, io.FileIO(say, "w"), open(hear, "rb"), thread, ended)
+E2BIG, ENOEXEC, EFAULT, EINVAL = 7, 8, 14, 22
 
 
 # seal.
@@ -373,209 +284,6 @@ def test_hold_keeps_what_it_was_told_to(service: Service, engine: str) -> None:
         guest.say.write(b"exit\n")
         assert guest.wait() == Ended(0)
         guest.say.close()
-
-
-# Several vCPUs.
-
-
-@pytest.fixture(name="build", scope="module")
-def _build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], elf.Image]:
-    tools = guests.toolchain()
-
-    def build(source: str) -> elf.Image:
-        out = tmp_path_factory.mktemp("guest")
-        (out / "guest.c").write_text("#include <restrictedmem/guest.h>\n" + source)
-        sources = ["start.S", str(out / "guest.c")]
-        flags = [*tools["cflags"], "-Wno-unused-parameter", *tools["ldflags"]]
-        subprocess.run(
-            ["gcc", *flags, "-o", str(out / "guest.elf"), *sources],
-            cwd=GUESTS,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        return elf.parse((out / "guest.elf").read_bytes())
-
-    return build
-
-
-LOOPING: Final = (
-    'int secondary(const struct boot_info *boot, u64 index) { for (;;) asm volatile(""); }\n'
-)
-
-
-@pytest.mark.parametrize("vcpus", [1, 2, 4])
-def test_counts_of_several_vcpus_add_up(service: Service, engine: str, vcpus: int) -> None:
-    with Vmm(2 * MIB, service, engine=engine, vcpus=vcpus) as vmm:
-        done = run(load(vmm, "spin", "smp", "20000"))
-    assert done == Done(Ended(0), b"%d\n" % (20000 * vcpus), b"")
-
-
-def test_vcpus_without_work_are_parked(service: Service, engine: str) -> None:
-    with Vmm(MIB, service, engine=engine, vcpus=3) as vmm:
-        assert (
-            run(load(vmm, "sha256"), b"abc").out.split()[0].decode()
-            == hashlib.sha256(b"abc").hexdigest()
-        )
-
-
-@pytest.mark.requires("cc")
-def test_the_exit_of_one_ends_all(
-    service: Service, engine: str, build: Callable[[str], elf.Image]
-) -> None:
-    with Vmm(MIB, service, engine=engine, vcpus=3) as vmm:
-        vmm.load(
-            build(
-                LOOPING
-                + "int main(const struct boot_info *boot) { return shared_read(1) ? 9 : 7; }\n"
-            )
-        )
-        assert talk(vmm).end() == Ended(7)
-
-
-@pytest.mark.requires("cc")
-def test_one_that_waits_for_input_ends_with_the_others(
-    service: Service, engine: str, build: Callable[[str], elf.Image]
-) -> None:
-    with Vmm(MIB, service, engine=engine, vcpus=2) as vmm:
-        main = "int main(const struct boot_info *boot) { return (int)shared_read(1); }\n"
-        vmm.load(
-            build(
-                main + "int secondary(const struct boot_info *boot, u64 index) { guest_exit(5); }\n"
-            )
-        )
-        guest = talk(vmm)
-        assert guest.wait() == Ended(5)
-        guest.say.close()
-
-
-@pytest.mark.requires("cc")
-def test_a_guest_that_parks_all_its_vcpus_has_ended(
-    service: Service, engine: str, build: Callable[[str], elf.Image]
-) -> None:
-    with Vmm(MIB, service, engine=engine, vcpus=2) as vmm:
-        vmm.load(
-            build(
-                "int main(const struct boot_info *boot) { return (int)hypercall(HYPERCALL_PARK, 0, 0, 0); }\n"
-            )
-        )
-        assert run(vmm).ended == Ended(1, exits.Hypercall(guest_abi.PARK, (0, 0, 0, 0)))
-
-
-@pytest.mark.requires("cc")
-def test_each_vcpu_has_its_number_and_its_stack(
-    service: Service, engine: str, build: Callable[[str], elf.Image]
-) -> None:
-    source = """
-    static volatile u64 stacks[3];
-    int secondary(const struct boot_info *boot, u64 index)
-    {
-        u64 here;
-
-        stacks[index] = (u64)&here;
-        return 0;
-    }
-    int main(const struct boot_info *boot)
-    {
-        u64 top = boot->private_base + boot->private_size;
-
-        if (boot->vcpus != 3 || secondary(boot, 0))
-            return 1;
-        for (u64 i = 0; i < 3; i++) {
-            while (!stacks[i])
-                ;
-            if (top - stacks[i] >= STACK_SIZE)
-                return 2;
-            top -= STACK_SIZE;
-        }
-        return guest_heap_end(boot) == top ? 0 : 3;
-    }
-    """
-    with Vmm(MIB, service, engine=engine, vcpus=3) as vmm:
-        vmm.load(build(source))
-        assert run(vmm).ended == Ended(0)
-
-
-# Stopping, and what goes wrong with the streams.
-
-
-@pytest.mark.parametrize("vcpus", [1, 3])
-def test_stop_ends_what_loops(service: Service, engine: str, vcpus: int) -> None:
-    with Vmm(MIB, service, engine=engine, vcpus=vcpus) as vmm:
-        guest = talk(load(vmm, "spin", "loop"))
-        wait_until(lambda: len(vmm._driven) == vcpus, "every vCPU to be driven")
-        vmm.stop()
-        assert guest.end().interrupted
-
-
-def test_stop_ends_a_wait_for_input(service: Service, engine: str) -> None:
-    with Vmm(MIB, service, engine=engine) as vmm:
-        guest = talk(load(vmm, "seal"))
-        assert len(guest.ask("sign abc")) == 64
-        vmm.stop()
-        assert guest.end().interrupted
-
-
-def test_stop_by_a_descriptor_with_a_high_number(service: Service) -> None:
-    with Vmm(MIB, service) as vmm, high(vmm._over) as over:
-        low, vmm._over = vmm._over, over.fileno()
-        guest = talk(load(vmm, "spin", "loop"))
-        vmm.stop()
-        assert guest.end().interrupted
-        vmm._over = low
-
-
-def test_stop_before_the_run(service: Service, engine: str) -> None:
-    with Vmm(MIB, service, engine=engine) as vmm:
-        load(vmm, "spin", "loop")
-        vmm.stop()
-        assert run(vmm).ended.interrupted
-
-
-def test_stop_from_a_signal_handler(service: Service, engine: str) -> None:
-    with Vmm(MIB, service, engine=engine) as vmm:
-        load(vmm, "spin", "loop")
-
-        def stop(_number: int, _frame: object) -> None:
-            vmm.stop()
-
-        before = signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
-        try:
-            assert run(vmm).ended.interrupted
-        finally:
-            signal.signal(signal.SIGALRM, before)
-
-
-@pytest.mark.parametrize("vcpus", [1, 2])
-def test_an_exception_of_a_handler_comes_out_of_run(
-    service: Service, engine: str, vcpus: int
-) -> None:
-    def interrupt(_number: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    with Vmm(MIB, service, engine=engine, vcpus=vcpus) as vmm:
-        load(vmm, "spin", "loop")
-        before = signal.signal(signal.SIGALRM, interrupt)
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
-        try:
-            with pytest.raises(KeyboardInterrupt):
-                run(vmm)
-        finally:
-            signal.signal(signal.SIGALRM, before)
-
-
-def test_an_error_of_a_stream_comes_out_of_run(service: Service, engine: str) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    with (
-        Vmm(MIB, service, engine=engine, vcpus=2) as vmm,
-        open(writer, "wb", buffering=0) as out,
-        open(os.devnull, "rb", buffering=0) as null,
-        pytest.raises(OSError, match=os.strerror(EPIPE)) as caught,
-    ):
-        load(vmm, "sha256").run(null, out, out)
-    assert caught.value.errno == EPIPE
 
 
 # Launch.
