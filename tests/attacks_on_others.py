@@ -1,16 +1,15 @@
-"""Attacks on others' service: what one owner does must neither end, nor block, nor slow down another's."""
+"""Attacks on others' service.
+
+One owner must neither end, nor block, nor slow down another's.
+"""
 
 import os
 import resource
-import secrets
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, suppress
 from errno import (
     E2BIG,
     EACCES,
@@ -28,21 +27,19 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from field import SIZE, Attack, Field, knock, started, with_private_memory, works
+from field import SIZE, Attack, Field, knock, started, with_private_memory
 from outcomes import Errno, outcome
 from processes import family, process, stop, wait_gone
 from restrictedmem.abi import memory, userfaultfd
 from restrictedmem.audit.attacker import parent_of
-from restrictedmem.fd import readable, send_with_fds
+from restrictedmem.fd import send_with_fds
 from restrictedmem.protocol import vm_wire as kvm_wire
 from restrictedmem.service import wire
 from restrictedmem.service.client import Service
 from restrictedmem.service.options import Options
-from restrictedmem.service.starter import PACKAGE_ROOT
 from restrictedmem.units import PAGE_SIZE as PAGE
 from restrictedmem.vmm.vm import Vm
-from under_exec import PRELUDE
-from users import ORDINARY, as_user, forbid
+from users import forbid
 from waiting import PATIENCE, wait_until
 
 #: jmp to itself
@@ -51,11 +48,8 @@ _SPIN: Final = bytes.fromhex("ebfe")
 _DEADLINE: Final = 0.4
 
 
-def _request(number: int, body: bytes = b"") -> bytes:
+def request(number: int, body: bytes = b"") -> bytes:
     return number.to_bytes(4, "little") + bytes(4) + body
-
-
-# Messages and limits.
 
 
 def long_spawn(field: Field) -> Iterator[None]:
@@ -89,9 +83,9 @@ _MALFORMED: Final = {
     "one byte": (b"x", EPROTO),
     "half a head": (bytes(7), EPROTO),
     "too long": (bytes(wire.MAX_MESSAGE + 1), EMSGSIZE),
-    "number 0": (_request(0), EPROTO),
-    "another's call": (_request(wire.BIND.number, bytes(16)), EPROTO),
-    "largest number": (_request(0xFFFF_FFFF), EPROTO),
+    "number 0": (request(0), EPROTO),
+    "another's call": (request(wire.BIND.number, bytes(16)), EPROTO),
+    "largest number": (request(0xFFFF_FFFF), EPROTO),
 }
 
 
@@ -116,9 +110,6 @@ def malformed_messages(field: Field) -> Iterator[None]:
         party.goes_on()
 
 
-# Descriptors of a file that nobody can close.
-
-
 def _foreign_to_service(field: Field) -> Iterator[None]:
     mute = field.mute()
     service, party = field.start()
@@ -128,7 +119,7 @@ def _foreign_to_service(field: Field) -> Iterator[None]:
         for count in (1, 5, 200):
             with closing(connect()) as channel, suppress(PermissionError):
                 # The kernel refuses it to the sender (Linux 6.16), or the service does.
-                send_with_fds(channel.sock, _request(wire.STATUS.number), [file] * count)
+                send_with_fds(channel.sock, request(wire.STATUS.number), [file] * count)
                 assert int.from_bytes(channel.sock.recv(8)[:4], "little") == EPROTO
     party.goes_on()
 
@@ -161,9 +152,9 @@ def _foreign_to_vcpu(field: Field) -> Iterator[None]:
     assert engine is not None
     yield
     file = mute.open()
-    vcpu._channel.sock.send(_request(kvm_wire.RUN.number, kvm_wire.COMPLETION.pack(0)))
+    vcpu._channel.sock.send(request(kvm_wire.RUN.number, kvm_wire.COMPLETION.pack(0)))
     with suppress(PermissionError):
-        send_with_fds(vcpu._channel.sock, _request(kvm_wire.RUN.number), [file])
+        send_with_fds(vcpu._channel.sock, request(kvm_wire.RUN.number), [file])
     party.goes_on()
     vcpu.close()
     vm.close()
@@ -192,17 +183,14 @@ def _hold_own_peer(ready: int) -> None:
     with Service.start() as service, Vm(service) as vm:
         os.close(with_private_memory(service, vm))
         sock = started(vm, _SPIN)._channel.sock
-        sock.send(_request(kvm_wire.RUN.number, kvm_wire.COMPLETION.pack(0)))
+        sock.send(request(kvm_wire.RUN.number, kvm_wire.COMPLETION.pack(0)))
         # What is refused is as good.
         for end in (vm._channel.sock, sock):
             for through in (sock, vm._channel.sock):
                 with suppress(PermissionError):
-                    send_with_fds(through, _request(kvm_wire.STATISTICS.number), [end.fileno()])
+                    send_with_fds(through, request(kvm_wire.STATISTICS.number), [end.fileno()])
         os.write(ready, f"{service.info['pid']}\n".encode())
         signal.pause()
-
-
-# A VM's own calls.
 
 
 def refused_slots(field: Field) -> Iterator[None]:
@@ -275,9 +263,6 @@ def folios_without_cachestat(field: Field) -> Iterator[None]:
         assert service.status()["last_error"] == ""
 
 
-# Silence.
-
-
 def stopped_for_long(field: Field) -> Iterator[None]:
     service, party = field.start(Options(deadline=_DEADLINE))
     yield
@@ -341,183 +326,6 @@ def eight_silent_consumers(field: Field) -> Iterator[None]:
             os.close(fd)
 
 
-# Connections to ``serve``, and to names like a service's.
-
-
-@contextmanager
-def _forks(count: int, body: Callable[[], None]) -> Generator[None]:
-    """Run something in some children, again and again, which are killed at the end."""
-    pids: list[int] = []
-    for _ in range(count):
-        pids.append(os.fork())
-        if pids[-1] == 0:
-            try:
-                while True:
-                    body()
-            finally:
-                os._exit(1)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-
-
-def connect_loops(field: Field) -> Iterator[None]:
-    yield
-
-    def connect() -> None:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock, suppress(OSError):
-            sock.connect(str(field.place / "socket"))
-
-    with _forks(2, connect):
-        for _ in field.until_over():
-            os.sched_yield()
-
-
-def _serve(place: Path) -> None:
-    command = [sys.executable, "-m", "restrictedmem", "serve", "--socket", str(place / "socket")]
-    with open(place / "log", "wb") as log, subprocess.Popen(command, stderr=log) as server:
-        try:
-            wait_until((place / "socket").exists, "the server", 20)
-            for _ in range(5):
-                # Another uid than the attacker's, root's or not.
-                assert as_user(lambda: _served(place / "socket"), ORDINARY - 1, fuse=False)
-            assert server.poll() is None
-        finally:
-            server.terminate()
-            server.wait(PATIENCE)
-
-
-def _served(path: Path) -> bool:
-    began = time.monotonic()
-    with Service.connect(str(path)) as service:
-        found = works(service)
-    assert time.monotonic() - began < 20
-    return found
-
-
-def rogue_status_sockets(field: Field) -> Iterator[None]:
-    yield
-    words = b"\x1b[2J\x1b]0;owned\x07"
-    replies: Sequence[bytes | None] = (
-        None,
-        b"x",
-        _request(13) + words,
-        _request(0) + bytes(8),
-        _request(0, b"\xff" * 9),
-        bytes(wire.MAX_MESSAGE),
-    )
-    with ExitStack() as stack:
-        for number, reply in enumerate(replies):
-            listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-            listener.bind(f"\0restrictedmem/{os.getpid()}/{secrets.token_hex(8)}{number:x}")
-            listener.listen(9)
-            stack.enter_context(_forks(1, partial(_answer, listener, reply)))
-        for _ in field.until_over():
-            os.sched_yield()
-
-
-def _answer(listener: socket.socket, reply: bytes | None) -> None:
-    with listener.accept()[0] as sock:
-        while sock.recv(100):
-            if reply is not None:
-                sock.send(reply)
-
-
-def _ps(_: Path) -> None:
-    with Service.start() as service:
-        done = subprocess.run(
-            [sys.executable, "-m", "restrictedmem", "ps"],
-            capture_output=True,
-            check=True,
-            timeout=60,
-        )
-        shown = done.stdout.decode()
-        assert f"service {service.info['pid']}: uid 0" in shown
-        assert all(line.isprintable() for line in shown.splitlines()), shown
-
-
-# The supervisor of ``exec``.
-
-
-def a_file_under_exec(field: Field) -> Iterator[None]:
-    mute = field.mute()
-    root = mute.root
-    command = [
-        sys.executable,
-        "-m",
-        "restrictedmem",
-        "exec",
-        "--",
-        sys.executable,
-        "-c",
-        PRELUDE + _UNDER_EXEC,
-        PACKAGE_ROOT,
-        str(root),
-    ]
-    pipe = subprocess.PIPE
-    program = subprocess.Popen(
-        command, stdin=pipe, stdout=pipe, text=True, pass_fds=[root], start_new_session=True
-    )
-    with program:
-        try:
-            # It gives its capabilities up itself: before that it needs a service.
-            assert _line(program) == "ready"
-            yield
-            assert program.stdin is not None
-            program.stdin.write("go\n")
-            program.stdin.flush()
-            assert _line(program) == "0"
-        finally:
-            # What waits for the file ends with its server.
-            field.end_mutes()
-            os.killpg(program.pid, signal.SIGKILL)
-
-
-def _line(program: "subprocess.Popen[str]") -> str:
-    assert program.stdout is not None
-    assert readable([program.stdout], 20), "waited 20 s for a line of the program"
-    return program.stdout.readline().rstrip()
-
-
-_UNDER_EXEC: Final = """
-sys.path.insert(0, sys.argv[1])
-from restrictedmem.audit.attacker import drop_capabilities
-def private(fd):
-    libc.mmap.restype = ctypes.c_void_p
-    at = libc.mmap(None, ctypes.c_size_t(4096), 1, 2, fd, ctypes.c_long(0))
-    return ctypes.get_errno() if at == ctypes.c_void_p(-1).value else 0
-def forked(body):
-    pid = os.fork()
-    if pid == 0:
-        try: body()
-        finally: os._exit(0)
-    return pid
-plain = os.open(sys.executable, os.O_RDONLY)
-assert call(0) > 0
-drop_capabilities()
-print("ready", flush=True)
-sys.stdin.readline()
-reader, writer = os.pipe()
-def map_mute():
-    file = os.open("f", os.O_RDWR, dir_fd=int(sys.argv[2]))
-    os.write(writer, b".")
-    private(file)
-forked(map_mute)
-os.read(reader, 1)
-# Whenever it comes to the mapping, the others' go on.
-for _ in range(300):
-    assert private(plain) == 0
-    other = forked(lambda: os.write(writer, b"0" if private(plain) == 0 else b"1"))
-    os.waitpid(other, 0)
-    assert os.read(reader, 1) == b"0"
-print(0, flush=True)
-sys.stdin.readline()
-"""
-
-
 ATTACKS: Final = {
     "a long SPAWN": Attack("E2BIG", long_spawn),
     "limits of the spawner and the service": Attack(
@@ -550,11 +358,4 @@ ATTACKS: Final = {
         "all go on", stopped_for_long, alone="nobody else may be late by 0.4 seconds"
     ),
     "eight silent consumers": Attack("others' calls return before theirs", eight_silent_consumers),
-    "two connect loops at serve": Attack(
-        "another user is served", connect_loops, _serve, seconds=150
-    ),
-    "a FUSE file under exec": Attack("other programs' calls go on", a_file_under_exec, seconds=100),
-    "rogue status sockets": Attack(
-        "ps shows the others, and no escape sequence", rogue_status_sockets, _ps, seconds=100
-    ),
 }

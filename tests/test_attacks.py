@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+import attacks_on_commands
 import attacks_on_isolation
 import attacks_on_others
 import attacks_with_files
@@ -19,6 +20,7 @@ pytestmark = [pytest.mark.requires("fuse", "root", "seccomp"), pytest.mark.timeo
 ATTACKS = {
     **attacks_on_isolation.ATTACKS,
     **attacks_on_others.ATTACKS,
+    **attacks_on_commands.ATTACKS,
     **attacks_with_files.ATTACKS,
 }
 

@@ -14,7 +14,7 @@ from random_guests import places
 from random_guests.avoided import AVOIDED, Avoided
 from random_guests.campaign import Found, run, start
 from random_guests.compare import difference
-from random_guests.forms import bit_test
+from random_guests.forms_bits import bit_test
 from random_guests.known import ALLOWED
 from random_guests.machines import Event, Run, State
 from random_guests.make import make

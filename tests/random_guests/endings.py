@@ -2,8 +2,8 @@
 
 from typing import Final
 
-from .forms import Pieces
 from .operands import Dice
+from .pieces import Pieces
 from .program import Piece
 
 #: With a ``[rbx]`` where there is an operand; whatever it does, nothing else of the program

@@ -10,8 +10,9 @@ from typing import Final, TypeVar
 
 from . import endings, places, units
 from .avoided import is_avoided
-from .forms import FORMS, Pieces, define_flags, load
+from .forms import FORMS
 from .operands import Dice
+from .pieces import Pieces, define_flags, load
 from .program import Action, Fix, Item, Label, Piece, Program, with_flags_defined
 from .x86 import CF, DF, STATUS, Effect, UnencodableError
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Final
 
 from . import places
-from .forms import Pieces, load, op, plain
 from .operands import Dice
+from .pieces import Pieces, load, op, plain
 from .program import ACTIONS, Fix, Label, Piece, hypercall
 from .x86 import (
     CONDITIONS,
