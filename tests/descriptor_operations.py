@@ -1,20 +1,18 @@
-"""Everything an owner can do to a descriptor, each as one small function that returns a value or raises OSError.
+"""Everything an owner can do to a descriptor, each as one small function.
+
+A function returns a value or raises OSError.
 
 Every function gets a ``Thing`` of its own: a new descriptor and a way to make another of the same
 kind. What a function returns is compared with ``==``, so it is a number, a text or a tuple of them.
+Operations on the descriptor as a handle are in descriptor_handle.py.
 """
 
-import array
 import ctypes
-import fcntl
 import mmap
 import os
 import resource
-import select
 import signal
-import socket
 import stat
-import struct
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -27,18 +25,12 @@ from restrictedmem.units import MAX_FILE_BYTES, PAGE_SIZE
 
 PAGE = PAGE_SIZE
 
-SYS_execveat = 322
 SYS_readahead = 187
-FICLONE = 0x4004_9409
-FIBMAP = 1
-FIONREAD = 0x541B
-FS_IOC_GETFLAGS = 0x8008_6601
-MAP_HUGETLB = 0x4_0000
-IN_MODIFY = 0x2
-AT_EMPTY_PATH = 0x1000
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_mmap = _libc.mmap
+MAP_HUGETLB = 0x4_0000
+
+libc = ctypes.CDLL(None, use_errno=True)
+_mmap = libc.mmap
 _mmap.argtypes = [
     ctypes.c_void_p,
     ctypes.c_size_t,
@@ -48,13 +40,13 @@ _mmap.argtypes = [
     ctypes.c_int64,
 ]
 _mmap.restype = ctypes.c_void_p
-_munmap = _libc.munmap
+_munmap = libc.munmap
 _munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_lseek = _libc.lseek64
+_lseek = libc.lseek64
 _lseek.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int]
 _lseek.restype = ctypes.c_int64
-_syscall = _libc.syscall
-_syscall.restype = ctypes.c_long
+system_call = libc.syscall
+system_call.restype = ctypes.c_long
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 R, W, X = mmap.PROT_READ, mmap.PROT_WRITE, mmap.PROT_EXEC
@@ -89,9 +81,6 @@ def _pipe(content: bytes = b"") -> Generator[tuple[int, int]]:
     finally:
         os.close(ours)
         os.close(theirs)
-
-
-# Content.
 
 
 def map_(flags: int, prot: int, length: int = PAGE, offset: int = 0, size: int = PAGE) -> Operation:
@@ -201,10 +190,7 @@ def copy_between(thing: Thing) -> int:
 
 def readahead(thing: Thing) -> int:
     resize(thing.fd, PAGE)
-    return checked(_syscall(SYS_readahead, thing.fd, ctypes.c_long(0), ctypes.c_long(PAGE)))
-
-
-# Size.
+    return checked(system_call(SYS_readahead, thing.fd, ctypes.c_long(0), ctypes.c_long(PAGE)))
 
 
 def sizes(*lengths: int) -> Operation:
@@ -243,9 +229,6 @@ def over_limit(body: Callable[[int], object], limit: int = PAGE) -> Operation:
 def set_twice(fd: int) -> None:
     os.ftruncate(fd, PAGE)
     os.ftruncate(fd, 4 * PAGE)
-
-
-# Space.
 
 
 def allocate(mode: int, offset: int, length: int, size: int = 0) -> Operation:
@@ -295,9 +278,6 @@ def grow_after_truncate(thing: Thing) -> tuple[int, int]:
     return held(thing.fd)
 
 
-# Attributes.
-
-
 def fields(thing: Thing) -> tuple[str, int, int, int, int, int, int, int]:
     """Mode, links, uid, gid, size, blocks, block size, device number."""
     found = os.fstat(thing.fd)
@@ -345,7 +325,7 @@ def size_moves_times(thing: Thing) -> tuple[bool, bool, bool]:
 def statfs(thing: Thing) -> tuple[str, int, int]:
     """f_type, f_bsize, f_namelen."""
     numbers = (ctypes.c_long * 16)()
-    checked(_libc.fstatfs(thing.fd, numbers))
+    checked(libc.fstatfs(thing.fd, numbers))
     return hex(numbers[0]), numbers[1], numbers[8]
 
 
@@ -390,140 +370,3 @@ def identity(thing: Thing) -> tuple[bool, bool, bool]:
         second = os.fstat(other)
     same = (before.st_ino, before.st_dev) == (after.st_ino, after.st_dev)
     return same, second.st_ino != after.st_ino, second.st_dev == after.st_dev
-
-
-# The descriptor as such.
-
-
-def name(thing: Thing) -> str:
-    return os.readlink(f"/proc/self/fd/{thing.fd}")
-
-
-def reopen(flags: int) -> Operation:
-    def operation(thing: Thing) -> int:
-        fd = os.open(f"/proc/self/fd/{thing.fd}", flags)
-        try:
-            return os.fstat(fd).st_size
-        finally:
-            os.close(fd)
-
-    return operation
-
-
-def seals(thing: Thing) -> int:
-    return fcntl.fcntl(thing.fd, fcntl.F_GET_SEALS)
-
-
-def add_seals(thing: Thing) -> int:
-    return fcntl.fcntl(thing.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
-
-
-def execute(thing: Thing) -> str:
-    def body() -> int:
-        empty = (ctypes.c_char_p * 1)()
-        return checked(_syscall(SYS_execveat, thing.fd, b"", empty, empty, AT_EMPTY_PATH))
-
-    return in_child(body)
-
-
-def duplicate(thing: Thing) -> tuple[bool, int]:
-    """dup: the same file, and the size set through the copy."""
-    copy = os.dup(thing.fd)
-    try:
-        resize(copy, 4 * PAGE)
-        return os.path.sameopenfile(copy, thing.fd), os.fstat(thing.fd).st_size
-    finally:
-        os.close(copy)
-
-
-def fork_(thing: Thing) -> tuple[str, int]:
-    """A child sets the size, the parent sees it."""
-    said = in_child(lambda: resize(thing.fd, 4 * PAGE))
-    return said, os.fstat(thing.fd).st_size
-
-
-def pass_on(thing: Thing) -> tuple[bool, int]:
-    """SCM_RIGHTS, and the size set through what arrived after the original is closed here."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, theirs:
-        ours.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [thing.fd]))])
-        _, ancillary, _, _ = theirs.recvmsg(1, socket.CMSG_SPACE(4))
-    (arrived,) = struct.unpack("i", ancillary[0][2])
-    try:
-        resize(arrived, 4 * PAGE)
-        return os.path.sameopenfile(arrived, thing.fd), os.fstat(thing.fd).st_size
-    finally:
-        os.close(arrived)
-
-
-def epoll_add(thing: Thing) -> int:
-    with select.epoll() as epoll:
-        epoll.register(thing.fd, select.EPOLLIN)
-        return 0
-
-
-def poll(thing: Thing) -> int:
-    waiting = select.poll()
-    waiting.register(thing.fd, select.POLLIN | select.POLLOUT)
-    return waiting.poll(0)[0][1]
-
-
-def ioctl(request: int) -> Operation:
-    def operation(thing: Thing) -> int:
-        resize(thing.fd, 4 * PAGE)
-        return int.from_bytes(fcntl.ioctl(thing.fd, request, bytes(8)), "little")
-
-    return operation
-
-
-def ioctl_of(size: int, address: int | None = None) -> Operation:
-    """Issue an unknown request that brings so many bytes, or says that they are at an address."""
-    request = 1 << 30 | size << 16 | 0xEE00
-
-    def operation(thing: Thing) -> int:
-        return fcntl.ioctl(thing.fd, request, bytearray(size) if address is None else address)
-
-    return operation
-
-
-def clone_out(thing: Thing) -> int:
-    with tempfile.TemporaryFile() as target:
-        return fcntl.ioctl(target.fileno(), FICLONE, thing.fd)
-
-
-def flock(thing: Thing) -> int:
-    fcntl.flock(thing.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return 0
-
-
-def record_lock(thing: Thing) -> str:
-    """A lock of this process, tried for by a child."""
-    fcntl.lockf(thing.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return in_child(lambda: fcntl.lockf(thing.fd, fcntl.LOCK_EX | fcntl.LOCK_NB))
-
-
-def read_direct(thing: Thing) -> bytes:
-    resize(thing.fd, PAGE)
-    fcntl.fcntl(thing.fd, fcntl.F_SETFL, os.O_DIRECT)
-    return os.read(thing.fd, PAGE)
-
-
-def inotify(thing: Thing) -> int:
-    """The mask of the event that setting the size gives."""
-    watch = checked(_libc.inotify_init1(os.O_NONBLOCK))
-    try:
-        checked(_libc.inotify_add_watch(watch, f"/proc/self/fd/{thing.fd}".encode(), IN_MODIFY))
-        resize(thing.fd, PAGE)
-        _, mask, _, _ = struct.unpack_from("iIII", os.read(watch, 4096))
-        return int(mask)
-    finally:
-        os.close(watch)
-
-
-def listxattr(thing: Thing) -> int:
-    return len(os.listxattr(thing.fd))
-
-
-def setxattr(thing: Thing) -> int:
-    os.setxattr(thing.fd, "user.x", b"1")
-    return 0

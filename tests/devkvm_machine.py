@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
+import pytest
+
 from restrictedmem.abi.kvm import ExitReason, kvm_regs
 from restrictedmem.abi.kvm_x86 import kvm_segment
 from restrictedmem.devkvm import Kvm, VcpuFd, VmFd, address_of
@@ -113,3 +115,15 @@ def _page_tables(memory: mmap.mmap) -> None:
         (_HIGH, 0, DATA | _LARGE),
     ):
         struct.pack_into("=Q", memory, table + 8 * entry, value | _PRESENT_WRITE_USER)
+
+
+@pytest.fixture
+def kvm() -> Generator[Kvm]:
+    with Kvm.open() as opened:
+        yield opened
+
+
+@pytest.fixture
+def guest() -> Generator[Machine]:
+    with machine() as made:
+        yield made

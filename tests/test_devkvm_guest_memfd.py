@@ -28,6 +28,7 @@ from errno import (
 
 import pytest
 
+import descriptor_handle as handle
 import descriptor_operations as op
 from descriptor_operations import PRIVATE, SHARED, R, W, X
 from guest_memfds import (
@@ -161,10 +162,10 @@ OPERATIONS: dict[str, tuple[op.Operation, object]] = {
     "fsync": (lambda thing: os.fsync(thing.fd), Errno(EINVAL)),
     "fdatasync": (lambda thing: os.fdatasync(thing.fd), Errno(EINVAL)),
     "posix_fadvise": (lambda thing: os.posix_fadvise(thing.fd, 0, P, os.POSIX_FADV_DONTNEED), None),
-    "seals": (op.seals, Errno(EINVAL)),
-    "add seals": (op.add_seals, Errno(EINVAL)),
-    "reopen": (op.reopen(os.O_RDONLY), Errno(ENXIO)),
-    "dup": (lambda thing: op.duplicate(thing)[0], True),
+    "seals": (handle.seals, Errno(EINVAL)),
+    "add seals": (handle.add_seals, Errno(EINVAL)),
+    "reopen": (handle.reopen(os.O_RDONLY), Errno(ENXIO)),
+    "dup": (lambda thing: handle.duplicate(thing)[0], True),
     "mmap shared": (op.map_(SHARED, R | W), with_mmap(0)),
     "mmap private": (op.map_(PRIVATE, R | W), with_mmap(Errno(EINVAL))),
     "mmap executable": (op.map_(SHARED, R | X), Errno(EPERM)),
