@@ -109,7 +109,7 @@ def test_the_nearest_tests_come_first(tmp_path: Path) -> None:
         tmp_path,
         src__restrictedmem__mm__pages="locked_bytes = 0",
         src__restrictedmem__kvm__mmu="from restrictedmem.mm import pages",
-        src__restrictedmem__kvm__vm="from restrictedmem.kvm.mmu import Mmu",
+        src__restrictedmem__vmm__vm="from restrictedmem.kvm.mmu import Mmu",
         src__restrictedmem__cli__run="import restrictedmem.vmm.vm",
         src__restrictedmem__cli__main="COMMANDS = ('run',)\nimport_module(f'restrictedmem.cli.{name}')",
         src__restrictedmem____main__="from restrictedmem.cli.main import run",
