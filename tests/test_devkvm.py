@@ -141,7 +141,7 @@ def test_every_descriptor_is_close_on_exec(guest: Machine) -> None:
 
 
 def test_handles_show_their_kind(guest: Machine) -> None:
-    assert repr(guest.vm) == f"Vm({guest.vm.fileno()})"
+    assert repr(guest.vm) == f"VmFd({guest.vm.fileno()})"
 
 
 def test_a_closed_vcpu_gives_its_mapping_back() -> None:
