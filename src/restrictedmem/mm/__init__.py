@@ -1,6 +1,6 @@
-"""The shim itself: restricted files, their backing, their pages and their notifiers.
+"""The shim: restricted files, their backing, their pages and their notifiers.
 
-Plain code without processes, mounts or sockets: the service, a test, a checker and a simulator all
-drive the same classes. A reader starts in ``restrictedmem``; ``backing`` is the memory, ``pages``
-is get_page, ``sequence`` is what a fault path checks against.
+This package has no processes, mounts or sockets, so the service, the tests and ``check`` drive the
+same classes. Start reading in ``restrictedmem``. ``backing`` is the memory and ``pages`` is
+get_page. A fault path compares against ``sequence`` before it installs a translation.
 """

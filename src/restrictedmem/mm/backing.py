@@ -15,10 +15,12 @@ from restrictedmem.units import PAGE_SIZE, PageRange, pgoff_t
 
 
 class Allocator(Protocol):
-    """Where a consumer gets pages of a restricted file; offsets and lengths in bytes."""
+    """The part of a backing that a consumer uses to take pages; offsets and lengths in bytes."""
 
     def allocate(self, offset: int, length: int) -> None:
-        """Make every page that the range touches present; a page that was there keeps its content, a new one is zero.
+        """Allocate every page that the range touches.
+
+        Present pages keep their content; new pages are zero.
 
         Raises:
             OSError: ENOSPC, ENOMEM, EINTR.
@@ -26,72 +28,88 @@ class Allocator(Protocol):
         ...
 
     def order_of(self, pgoff: pgoff_t) -> int:
-        """Return the order of the folio that a page lies in now, as far as the kernel tells: 0, 9 or 18. Allocates nothing.
+        """Return the order of the folio that contains a page: 0, 9 or 18.
 
-        The truth only while nobody punches; who takes pages checks for that afterwards (``Pages``).
+        This allocates nothing. The order comes from the kernel, as far as it tells. The order is
+        true only until the next punch. The caller (``Pages``) checks afterwards whether a punch
+        came between.
 
         Raises:
-            OSError: ENOENT for a page that is missing; EACCES, ENOSYS, ENOTTY, EPERM where the
-                kernel does not tell (docs/understand/folios.md).
+            OSError: ENOENT for a missing page; EACCES, ENOSYS, ENOTTY or EPERM where the kernel
+                does not tell (docs/understand/folios.md).
         """
         ...
 
     def release(self, offset: int, length: int) -> None:
-        """Let go of the pages of an aligned range, before somebody else frees them: no reference keeps them where they are."""
+        """Drop all references that keep an aligned range of pages in place.
+
+        The caller does this before another process frees the pages.
+        """
         ...
 
     def close(self) -> None:
-        """Free everything, as far as no consumer still has it; what is allocated afterwards is out of such a consumer's reach."""
+        """Free all pages, except those that a consumer still has.
+
+        Such a consumer cannot reach pages that are allocated afterwards.
+        """
         ...
 
 
 class Backing(Allocator, Protocol):
-    """Where a restricted file's pages lie, for the shim, which frees them too."""
+    """The memory of a restricted file, as the shim sees it, which also frees pages."""
 
     def allocate(self, offset: int, length: int, abandoned: Callable[[], bool] = never) -> None:
-        """Make every page that the range touches present (see ``Allocator``); ``abandoned`` is asked before each large piece.
+        """Allocate every page that the range touches (see ``Allocator``).
+
+        The backing asks ``abandoned`` before each large piece.
 
         Raises:
-            OSError: also EINTR when it said yes. The pieces before stay.
+            OSError: as ``Allocator.allocate``; EINTR also when ``abandoned`` returned true. The
+                pieces before stay allocated.
         """
         ...
 
     @property
     def limit(self) -> int | None:
-        """The most bytes it may hold; None for no limit."""
+        """The most bytes that the backing may hold; None for no limit."""
         ...
 
     @property
     def base_order(self) -> int:
-        """The order of the smallest folio there can be."""
+        """The order of the smallest folio that is possible."""
         ...
 
     @property
     def hugepage(self) -> bool:
-        """Whether blocks of 2 MiB that are taken whole are made one folio."""
+        """Whether each 2 MiB block that one allocation covers whole becomes one folio."""
         ...
 
     @property
     def blksize(self) -> int:
-        """The bytes that are best taken at once (``st_blksize``)."""
+        """The best number of bytes to take at once (``st_blksize``)."""
         ...
 
     def punch(self, offset: int, length: int) -> None:
-        """Free the pages of an aligned range; they read as zero when they are allocated again."""
+        """Free the pages of an aligned range.
+
+        Pages that are allocated there again read as zero.
+        """
         ...
 
     def renew(self) -> Callable[[], None]:
-        """Begin anew, empty and in a memfd of its own; returns what frees the pages there were, from whoever has kept the other, too.
+        """Start again, empty and with a new memfd; return a function that frees the old pages.
 
-        That takes as long as the pages are many, and needs no lock.
+        That function also frees the pages for a process that has kept the old memfd. It takes time
+        in proportion to the number of pages, and needs no lock.
         """
         ...
 
     def folios(self, span: PageRange) -> Iterator[Piece]:
-        """Yield what a range is made of, in order and without a gap: first page, page after the last, order of each folio.
+        """Yield the folios of a range, in order and without a gap.
 
-        Folios are whole even where the range begins or ends inside one. Neighbouring pages that are
-        missing come as one run with None, clipped to the range.
+        Each item is the first page, the page after the last, and the order. A folio comes whole
+        even if the range begins or ends inside it. Adjacent missing pages come as one run with
+        order None, clipped to the range.
         """
         ...
 
@@ -100,13 +118,13 @@ class Backing(Allocator, Protocol):
         ...
 
     def fileno(self) -> int:
-        """Return the descriptor a consumer maps."""
+        """Return the descriptor that a consumer maps."""
         ...
 
 
 @final
 class MemfdBacking(InMemfd):
-    """Pages in a memfd (tmpfs), as the proposal's inner file (``Backing``)."""
+    """Pages in a memfd on tmpfs, like the proposal's inner file (``Backing``)."""
 
     __slots__ = ("hugepage",)
 
@@ -115,20 +133,25 @@ class MemfdBacking(InMemfd):
     ) -> None:
         """Make an empty backing, or take over a memfd (``InMemfd``).
 
-        ``hugepage`` asks for folios of 2 MiB whatever the policy (``RMFD_HUGEPAGE``): the blocks
-        that one allocation covers whole are made such, if the kernel can.
+        ``hugepage`` asks for folios of 2 MiB, whatever the policy says (``RMFD_HUGEPAGE``). Each 2
+        MiB block that one allocation covers whole then becomes one folio, if the kernel can make
+        it.
         """
         super().__init__(fd, limit)
         self.hugepage = hugepage
 
     @property
     def base_order(self) -> int:
-        """Return 0; larger folios come by the machine's policy for memfds (transparent_hugepage/shmem_enabled), or by ``hugepage``."""
+        """Return 0.
+
+        Larger folios come by the machine's policy for memfds (transparent_hugepage/shmem_enabled),
+        or by ``hugepage``.
+        """
         return 0
 
     @property
     def blksize(self) -> int:
-        """Return 2 MiB where there may be folios of that size, by hint or by policy; else a page (see ``Backing``)."""
+        """Return 2 MiB where hint or policy allow such folios, else a page (see ``Backing``)."""
         if self.hugepage:
             return memory.PMD_SIZE
         with self._mutex:
@@ -140,8 +163,8 @@ class MemfdBacking(InMemfd):
     def _allocate(self, offset: int, length: int) -> None:
         if self.hugepage:
             make_large(self.fileno(), offset, length)
-        # Never past the memfd's size, so posix_fallocate(3) is fallocate(2) with mode 0, a third
-        # cheaper than through ctypes.
+        # The range is never beyond the memfd's size, so posix_fallocate(3) does what fallocate(2)
+        # does with mode 0. It is a third cheaper than a call through ctypes.
         os.posix_fallocate(self.fileno(), offset, length)
 
     def _held_of(self, start: int, length: int) -> int:
@@ -152,19 +175,22 @@ class MemfdBacking(InMemfd):
         return order_of(self.fileno(), pgoff)
 
     def folios(self, span: PageRange) -> Iterator[Piece]:
-        """Yield folios of 2 MiB, pages and holes (see ``Backing``); what it costs: ``folios_in``."""
+        """Yield folios of 2 MiB, single pages and holes (see ``Backing``).
+
+        ``folios_in`` says what this costs.
+        """
         return folios_in(self.fileno(), span)
 
 
 @functools.cache
 def _empty_memfd() -> OwnedFd:
-    """Return a memfd to ask for the policy of all."""
+    """Return an empty memfd, whose ``st_blksize`` shows the machine's policy."""
     return make_memfd(PAGE_SIZE)
 
 
 Memfd: TypeAlias = MemfdBacking | HugetlbBacking
 _HUGETLB_ORDERS: Final = {"hugetlb-2m": memory.PMD_ORDER, "hugetlb-1g": memory.PUD_ORDER}
-#: The kinds of backing by name; ``thp`` is a memfd with the hint ``RMFD_HUGEPAGE``.
+#: Names of the kinds of backing. ``thp`` is a memfd with the hint ``RMFD_HUGEPAGE``.
 KINDS: Final = ("memfd", "thp", *_HUGETLB_ORDERS)
 
 
@@ -172,7 +198,7 @@ def make_backing(kind: str, *, limit: int | None = None) -> Memfd:
     """Make an empty backing of one of ``KINDS``.
 
     Raises:
-        OSError: EINVAL for another name.
+        OSError: EINVAL for any other name.
     """
     if kind not in KINDS:
         raise OSError(EINVAL, f"no backing {kind!r}: one of {', '.join(KINDS)}")
@@ -182,7 +208,10 @@ def make_backing(kind: str, *, limit: int | None = None) -> Memfd:
 
 
 def take_over(fd: OwnedFd, *, limit: int | None, base_order: int, hugepage: bool) -> Memfd:
-    """Make a consumer's backing of the memfd behind a file's, which it owns from now on, and of what the file's says of itself."""
+    """Make a consumer's backing of the memfd behind a file's backing.
+
+    The result owns ``fd``. The other arguments are the attributes of the file's backing.
+    """
     if base_order:
         return HugetlbBacking(base_order, fd=fd, limit=limit)
     return MemfdBacking(fd=fd, limit=limit, hugepage=hugepage)
@@ -192,42 +221,45 @@ class Mapped(Protocol):
     """A mapping of the memfd: ``memory.Mapping``, or the standard library's."""
 
     def madvise(self, option: int, start: int, length: int, /) -> None:
-        """madvise(2), bytes from the mapping's start on."""
+        """Call madvise(2); ``start`` counts bytes from the mapping's start."""
         ...
 
 
 @final
 class MappedBacking:
-    """A memfd as a consumer has it that maps it: pages come allocated, zeroed and mapped, by one call for all three."""
+    """The backing of a consumer that maps the memfd.
+
+    One call allocates, zeroes and maps pages.
+    """
 
     __slots__ = ("_mapping", "_memfd", "_start")
 
     def __init__(self, memfd: Memfd, mapping: Mapped, start: int) -> None:
-        """Own ``memfd``, but not the mapping of it, which begins at byte ``start`` of the file."""
+        """Own ``memfd``, but not its mapping, which begins at byte ``start`` of the file."""
         self._memfd = memfd
         self._mapping = mapping
         self._start = start
 
     def allocate(self, offset: int, length: int) -> None:
-        """Make every page of an aligned range inside the mapping present (see ``Allocator``)."""
+        """Allocate an aligned range that lies inside the mapping (see ``Allocator``)."""
         self._memfd.charge(offset, length)
         if self._memfd.hugepage:
             make_large(self._memfd.fileno(), offset, length)
         try:
             self._mapping.madvise(memory.MADV_POPULATE_WRITE, offset - self._start, length)
         except OSError as error:
-            # MADV_POPULATE_WRITE came with Linux 5.14; of an empty pool of huge pages it says
-            # EFAULT.
+            # EINVAL: the kernel is older than Linux 5.14 and has no MADV_POPULATE_WRITE. EFAULT:
+            # the pool of huge pages is empty.
             if error.errno not in (EINVAL, EFAULT):
                 raise
             self._memfd.allocate(offset, length)
 
     def order_of(self, pgoff: pgoff_t) -> int:
-        """Return what the memfd's pages are made of (see ``Allocator``)."""
+        """Return the order that the memfd returns (see ``Allocator``)."""
         return self._memfd.order_of(pgoff)
 
     def release(self, offset: int, length: int) -> None:
-        """Do nothing: pages are not held (see ``Allocator``)."""
+        """Do nothing: this backing holds no references (see ``Allocator``)."""
 
     def close(self) -> None:
         """Close the memfd."""

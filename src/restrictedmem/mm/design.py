@@ -1,8 +1,9 @@
-"""The designs of the thread: what consumers of a file hear of a punch, in which ranges and order, and what is freed when.
+"""The designs of the mailing-list thread: what consumers hear of a punch, what is freed when.
 
-One small class each behind one seam, ``Design``; ``RestrictedFile`` calls it with the notifier
-semaphore held. A file, a VM or a study picks one by name (``make``). docs/understand/designs.md has
-whose each is and what is known to be wrong with it.
+A design says which ranges consumers hear of and in which order. Each design is a small class behind
+one interface, ``Design``. ``RestrictedFile`` calls it with the notifier semaphore held. ``make``
+picks a design by name for a file. docs/understand/designs.md names the author and the known defects
+of each.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -18,8 +19,8 @@ from restrictedmem.mm.punched import BLOCK_ORDER, Punched, blocks, outside, roun
 from restrictedmem.mm.sequence import InvalidationSequence
 from restrictedmem.units import PAGE_SHIFT, PageRange, pgoff_t
 
-#: First page, page after the last, and the order of the folio that the range lies in; None where
-#: the design passes none.
+#: First page, page after the last, and the order of the folio that the range lies in. The order is
+#: None where the design passes none.
 Callback = tuple[pgoff_t, pgoff_t, int | None]
 
 _PUNCH_HOLE: Final = int(FallocMode.PUNCH_HOLE)
@@ -27,16 +28,16 @@ TEARDOWN: Final = "+teardown"
 
 
 class File(Protocol):
-    """The file a design works on, as far as it needs it. All of it under the file's notifier semaphore."""
+    """The part of a file that a design uses; the caller holds the file's notifier semaphore."""
 
     @property
     def backing(self) -> Backing:
-        """Where the pages lie."""
+        """Return the file's memory."""
         ...
 
     @property
     def size(self) -> int:
-        """Its size in bytes, which says nothing about where its pages lie."""
+        """Return the file's size in bytes; pages may lie beyond it."""
         ...
 
     def sequence(self) -> InvalidationSequence:
@@ -44,21 +45,22 @@ class File(Protocol):
         ...
 
     def notifiers(self, start: pgoff_t, end: pgoff_t) -> Sequence[Notifier]:
-        """Return those who are to hear of a range of pages, newest first."""
+        """Return the notifiers that hear of a range of pages, newest first."""
         ...
 
 
 class Design:
-    """Base of all designs: exact ranges, one pair of callbacks around each operation that notifies.
+    """Base class of all designs: one pair of callbacks with the exact range.
 
-    One instance for each file, under the file's locks. With ``teardown`` a consumer is told that
-    what it bound goes when it lets go of it.
+    Each operation that notifies gets one pair. Each file has an instance of its own, which the
+    file's locks protect. With ``teardown``, a consumer that unregisters or unbinds first hears an
+    invalidation of its whole range.
     """
 
     name: ClassVar[str]
     #: Whether consumers bind ranges of their own instead of hearing of the whole file.
     binds: ClassVar[bool] = False
-    #: Whether consumers hear of pages that the machine has lost: since v10.
+    #: Whether consumers hear of pages that the machine has lost; true since v10.
     tells_errors: ClassVar[bool] = True
 
     __slots__ = ("teardown",)
@@ -75,10 +77,10 @@ class Design:
 
     @contextmanager
     def invalidation(self, file: File, span: PageRange) -> Generator[None]:
-        """Invalidate a range around the block that changes it: consumers hear the start before, and the end after it.
+        """Tell consumers the start before the block and the end after it.
 
-        Each consumer that heard a start hears the end, whatever the block raises. The file's
-        semaphore is held for reading.
+        The block changes the range ``span``. Each consumer that heard a start hears the end,
+        whatever the block raises. Preconditions: the file's semaphore is held for reading.
         """
         sequence = file.sequence()
         kept_out = self.kept_out(file, span)
@@ -96,19 +98,26 @@ class Design:
                 notifier.invalidate_end(*callback)
 
     def kept_out(self, file: File, span: PageRange) -> PageRange:
-        """Return the range in which no fault maps anything while a punch of ``span`` is under way: at least what ``callbacks`` tells of."""
+        """Return the range in which faults install no translation during a punch of ``span``.
+
+        The range includes all ranges that ``callbacks`` yields.
+        """
         return span
 
     def callbacks(self, file: File, span: PageRange) -> Iterable[Callback]:
-        """Yield what consumers hear before an operation on ``span``, in order; they hear each before the next is asked for.
+        """Yield the callbacks that consumers hear before an operation on ``span``, in order.
+
+        Consumers hear each callback before the next one is computed.
 
         Raises:
-            OSError: what looking at the backing failed with; the operation is not done then.
+            OSError: looking at the backing failed. The operation is then not done.
         """
         return ((span.start, span.end, None),)
 
     def allocate(self, file: File, offset: int, length: int, abandoned: Callable[[], bool]) -> None:
-        """Make present what an owner allocates, in bytes, unless it is ``abandoned``; called with the file's mutex held.
+        """Allocate a range (in bytes) for the owner, unless the request is ``abandoned``.
+
+        Preconditions: the file's mutex is held.
 
         Raises:
             OSError: what the backing failed with.
@@ -116,7 +125,10 @@ class Design:
         file.backing.allocate(offset, length, abandoned)
 
     def punch(self, file: File, offset: int, length: int) -> None:
-        """Free what an owner's punch frees, in bytes; called with the file's mutex held, in an ``invalidation`` or with nobody to tell.
+        """Free a range (in bytes) for the owner's punch.
+
+        Preconditions: the file's mutex is held. An ``invalidation`` runs around this call, or there
+        is no consumer to tell.
 
         Raises:
             OSError: what the backing failed with.
@@ -124,15 +136,21 @@ class Design:
         file.backing.punch(offset, length)
 
     def forget(self) -> None:
-        """Forget what was punched: nothing of the file is left, and nobody is registered. Both locks of the file are held."""
+        """Forget what was punched, because no page of the file is left.
+
+        Preconditions: no consumer is registered; both locks of the file are held.
+        """
 
     def leave(self, file: File, notifier: Notifier, span: PageRange) -> None:
-        """Let a consumer go from ``span``, which it had bound; the semaphore is held for writing."""
+        """Handle a consumer that leaves ``span``, which it had bound.
+
+        Preconditions: the semaphore is held for writing.
+        """
         if self.teardown:
             self.invalidate_all(file, notifier, span)
 
     def invalidate_all(self, file: File, notifier: Notifier, span: PageRange) -> None:
-        """Tell one consumer that everything it bound goes."""
+        """Tell one consumer that all of its range ``span`` goes."""
         sequence = file.sequence()
         told: list[Callback] = []
         sequence.begin(span.start, span.end)
@@ -146,19 +164,19 @@ class Design:
                 notifier.invalidate_end(*callback)
 
     def everything(self, file: File, span: PageRange) -> Iterable[Callback]:
-        """Yield what a consumer hears that loses all of ``span``, in order and without a gap.
+        """Yield, in order and without a gap, callbacks for a consumer that loses ``span``.
 
         Raises:
-            OSError: what looking at the backing failed with; the consumer hears of the rest without
-                an order then.
+            OSError: looking at the backing failed. The consumer then hears of the rest without an
+                order.
         """
         return ((span.start, span.end, None),)
 
 
 def _to_the_end(callbacks: Iterable[Callback], span: PageRange) -> Iterator[Callback]:
-    """Yield callbacks of all of ``span``: where looking at the backing fails, one without an order for what is left.
+    """Yield callbacks for all of ``span``; if looking fails, the last one has no order.
 
-    A consumer that goes cannot stay because the kernel does not tell what its pages are made of.
+    A consumer can leave even when the kernel does not tell the orders of its folios.
     """
     told = span.start
     try:
@@ -185,7 +203,7 @@ class V9(Design):
 
 @final
 class V10(Design):
-    """Only punches notify (2 December 2022). The default."""
+    """Only punches notify (2 December 2022). This is the default."""
 
     name = "v10"
     __slots__ = ()
@@ -193,7 +211,10 @@ class V10(Design):
 
 @final
 class Bindings(Design):
-    """Consumers bind ranges, and hear of a punch, in its own range, when it touches theirs (Sean Christopherson, January 2023)."""
+    """Consumers bind ranges (Sean Christopherson, January 2023).
+
+    A consumer hears of a punch that touches its range. It hears the punch's own range.
+    """
 
     name = "bindings"
     binds = True
@@ -202,31 +223,38 @@ class Bindings(Design):
 
 @final
 class Folio(Design):
-    """One callback for each folio with its order, cut where the punch begins and ends (Michael Roth, 1 November 2022, as he meant it).
+    """One callback for each folio, with its order (Michael Roth, 1 November 2022).
 
-    Together they are the punch, so a run of pages that are missing is told of too, with no order.
+    This is the design as its author meant it. The first and the last callback are cut where the
+    punch begins and ends. All callbacks together are exactly the punch. So consumers hear of a run
+    of missing pages, too, with no order.
     """
 
     name = "folio"
     __slots__ = ()
 
     def callbacks(self, file: File, span: PageRange) -> Iterator[Callback]:
-        """Yield folio by folio."""
+        """Yield one callback for each folio."""
         for start, end, order in file.backing.folios(span):
             yield max(start, span.start), min(end, span.end), order
 
     def everything(self, file: File, span: PageRange) -> Iterator[Callback]:
-        """Yield folio by folio: at teardown a consumer gives back what it could not while a folio lay half in a punch."""
+        """Yield one callback for each folio.
+
+        At teardown, a consumer can thus give back a folio that an earlier punch covered only in
+        part.
+        """
         return self.callbacks(file, span)
 
 
 @final
 class FolioPoc(Design):
-    """The proof of concept that the mail of 1 November 2022 links, as it computes: not what the mail says.
+    """The proof of concept that the mail of 1 November 2022 links, as its code computes.
 
-    Chunks have the length of the distance from the *first* page to the end of the folio after, so
-    that one may reach into the next folio; missing pages are passed over; all is over before the
-    operation begins, and nothing is in progress while it runs.
+    It differs from the mail. Each chunk has the length of the distance from the *first* page to the
+    end of the folio after. So a chunk may reach into the next folio. Missing pages are skipped. All
+    callbacks, starts and ends, come before the operation begins. While the operation runs, no
+    invalidation is in progress.
     """
 
     name = "folio-poc"
@@ -256,31 +284,38 @@ class FolioPoc(Design):
             sequence.end()
 
     def callbacks(self, file: File, span: PageRange) -> Iterator[Callback]:
-        """Yield chunk by chunk, each with the order of the folio that its first page lies in."""
+        """Yield one callback for each chunk, with the order of the chunk's first page."""
         offset = span.start
         for _, end, order in file.backing.folios(span):
             if order is None:
                 offset = max(offset, end)
             elif offset < min(end, span.end):
-                # (1 << order) - (start - ALIGN(start, 1 << order)): ``start``, not ``offset``, and
-                # ALIGN rounds up.
+                # The original computes (1 << order) - (start - ALIGN(start, 1 << order)). It uses
+                # ``start``, not ``offset``, and ALIGN rounds up.
                 chunk = (1 << order) + -span.start % (1 << order)
                 after = pgoff_t(min(offset + chunk, span.end))
                 yield offset, after, order
                 offset = after
 
     def invalidate_all(self, file: File, notifier: Notifier, span: PageRange) -> None:
-        """Tell every consumer, as its TODO admits, of the pages below the file's size: of none, if nobody ever set that."""
+        """Tell every consumer of the pages below the file's size, as the code's TODO admits.
+
+        If the file was never sized, it tells of no page.
+        """
         below = PageRange(pgoff_t(0), pgoff_t(file.size >> PAGE_SHIFT))
         self._tell(file, below, _to_the_end(self.callbacks(file, below), below))
 
 
-#: Blocks that a punch is walked through one by one.
+#: A punch of at most so many blocks walks through all of them, one by one.
 _MANY: Final = 1 << 12
 
 
 class _Remembering(Design):
-    """A design that remembers what was punched. Punches of one file take turns, or two halves would each wait for the other."""
+    """A design that remembers what was punched.
+
+    Punches of one file run one at a time. Otherwise, if two punches covered the two halves of a
+    block, neither would see that the block is complete.
+    """
 
     __slots__ = ("_punched", "_turn")
 
@@ -292,26 +327,33 @@ class _Remembering(Design):
 
     @contextmanager
     def invalidation(self, file: File, span: PageRange) -> Generator[None]:
-        """Do what other designs do, one punch at a time.
+        """Do what ``Design.invalidation`` does, for one punch at a time.
 
-        A consumer must not punch the file it hears of, so no turn waits for itself.
+        A consumer must not punch a file that it hears of, so no thread waits for a turn of its own.
         """
         with self._turn, super().invalidation(file, span):
             yield
 
     def allocate(self, file: File, offset: int, length: int, abandoned: Callable[[], bool]) -> None:
-        """Allocate, and forget that the pages were punched. What consumers allocate is not known here."""
+        """Allocate, and no longer count the pages as punched.
+
+        The design does not learn what consumers allocate.
+        """
         super().allocate(file, offset, length, abandoned)
         self._punched.discard(PageRange.around_bytes(offset, length))
 
     def forget(self) -> None:
-        """Begin again with no page punched."""
+        """Start again with no page punched."""
         self._punched = Punched()
 
     def _blocks(
         self, span: PageRange, order: int, there: Backing | None = None
     ) -> Iterable[PageRange]:
-        """Return the blocks that a punch touches; of very many those at its ends, those in which something was, and what is ``there``."""
+        """Return the blocks that a punch of ``span`` touches.
+
+        Of more than ``_MANY`` blocks it returns only these: the blocks at both ends, blocks with
+        pages that count as punched, and blocks that have pages in the backing ``there``.
+        """
         around, size = round_out(span, order), 1 << order
         if len(around) <= _MANY << order:
             return blocks(span, order)
@@ -328,10 +370,11 @@ class _Remembering(Design):
 
 @final
 class Batched(_Remembering):
-    """Parts of 2 MiB are freed unheard; with the last of them one callback for all (Michael Roth, 1 November 2022).
+    """Parts of 2 MiB are freed without a callback; the last one gets one for all of the block.
 
-    Sound only where pages are converted, and so unmapped, before they are punched: a consumer that
-    still maps a page is not told of it.
+    Michael Roth described it on 1 November 2022. It is sound only where an owner converts pages,
+    and so unmaps them, before it punches them. A consumer that still maps a page does not hear that
+    it goes.
     """
 
     name = "batched"
@@ -342,13 +385,16 @@ class Batched(_Remembering):
         return round_out(span)
 
     def callbacks(self, file: File, span: PageRange) -> Iterator[Callback]:
-        """Yield the blocks that the punch completes, each of the order it has if it was one folio."""
+        """Yield the blocks that this punch completes.
+
+        Each has order 9, which is true if the block was one folio.
+        """
         for block in self._blocks(span, BLOCK_ORDER, file.backing):
             if self._punched.has(outside(block, span)):
                 yield block.start, block.end, BLOCK_ORDER
 
     def punch(self, file: File, offset: int, length: int) -> None:
-        """Free at once, and remember which part of its block is gone."""
+        """Free at once, and remember which part of each block is punched."""
         span = PageRange.of_bytes(offset, length)
         touched = self._blocks(span, BLOCK_ORDER)
         super().punch(file, offset, length)
@@ -361,12 +407,13 @@ class Batched(_Remembering):
 
 @final
 class Lazy(_Remembering):
-    """For huge pages that cannot be split: nothing is freed until all of one was punched (Michael Roth, 31 October 2022).
+    """A huge page is freed only when all of it was punched (Michael Roth, 31 October 2022).
 
-    The punch itself is told of exactly. Of a huge page that it covers in part, the backing clears
-    that part (hugetlbfs does), and the page goes with its last part, told of whole and with its
-    order; not while a consumer has a page of it that was punched before and then touched again. On
-    a backing of small pages it is v10.
+    The design is for huge pages that cannot be split. Consumers hear exactly of the punch itself.
+    If the punch covers a part of a huge page, the backing (hugetlbfs) clears that part. With its
+    last part the huge page goes, and consumers hear of it whole, with its order. It stays while a
+    consumer has a page of it that was punched before and then touched again. On a backing of small
+    pages this design does what v10 does.
     """
 
     name = "lazy"
@@ -374,11 +421,11 @@ class Lazy(_Remembering):
 
     def __init__(self, *, teardown: bool) -> None:
         super().__init__(teardown=teardown)
-        #: The huge pages that consumers were told of in this turn.
+        #: The huge pages that consumers were told of during this punch.
         self._told: set[pgoff_t] = set()
 
     def kept_out(self, file: File, span: PageRange) -> PageRange:
-        """Return all of the huge pages that the punch touches."""
+        """Return all of each huge page that the punch touches."""
         return round_out(span, file.backing.base_order)
 
     def callbacks(self, file: File, span: PageRange) -> Iterator[Callback]:
@@ -395,12 +442,15 @@ class Lazy(_Remembering):
                 yield start, end, order
 
     def everything(self, file: File, span: PageRange) -> Iterable[Callback]:
-        """Yield folio by folio: whatever was punched in part goes now."""
+        """Yield one callback for each folio: all that was punched in part goes now."""
         for start, end, order in file.backing.folios(span):
             yield max(start, span.start), min(end, span.end), order
 
     def _goes(self, file: File, rest: Sequence[PageRange]) -> bool:
-        """Say whether the rest of a huge page was punched before and is nobody's. What the punch covers, consumers let go of just now."""
+        """Say whether the rest of a huge page was punched before and no consumer has it.
+
+        Consumers have just let go of the part that the current punch covers.
+        """
         return self._punched.has(rest) and not any(
             notifier.page_count(part.start, part.end)
             for part in rest
@@ -408,7 +458,7 @@ class Lazy(_Remembering):
         )
 
     def punch(self, file: File, offset: int, length: int) -> None:
-        """Free the huge pages that the punch covers, and those of which it was the last part."""
+        """Free the huge pages that the punch covers, and those whose last part it punches."""
         span, order = PageRange.of_bytes(offset, length), file.backing.base_order
         touched = self._blocks(span, order) if order else ()
         super().punch(file, offset, length)
@@ -423,7 +473,11 @@ class Lazy(_Remembering):
             self._punched.discard(folio)
 
     def leave(self, file: File, notifier: Notifier, span: PageRange) -> None:
-        """Forget the punches of blocks that the consumer has pages of: it has touched them again, and nobody will say so after it."""
+        """Forget the punches of each block that the leaving consumer has pages of.
+
+        The consumer has touched such a block again after its punch. After it has left, no other
+        process knows this.
+        """
         if notifier.page_count(span.start, span.end):
             for block in self._punched.touched(span):
                 if notifier.page_count(block.start, block.end):
@@ -434,7 +488,7 @@ class Lazy(_Remembering):
 _DESIGNS: Final[dict[str, type[Design]]] = {
     design.name: design for design in (V9, V10, Bindings, Folio, FolioPoc, Batched, Lazy)
 }
-#: The designs by name; each may have ``TEARDOWN`` appended.
+#: The designs by name; each name may have ``TEARDOWN`` appended.
 NAMES: Final = tuple(_DESIGNS)
 
 

@@ -1,9 +1,10 @@
-"""What a memfd's pages are made of: asked of the page cache through a mapping for the purpose, without allocating anything.
+"""The folios of a memfd: what orders they have, looked up without allocating anything.
 
-Nothing tells the folio of an offset but a mapping: a folio of 2 MiB is mapped by one entry where it
-can be, and PAGEMAP_SCAN shows that to anybody. Looking must not change what is looked at, and a
-read fault on a hole of a memfd allocates; so the mapping is watched by a userfaultfd, which makes
-such a fault fail.
+Only a mapping shows the folio at an offset. The kernel maps a folio of 2 MiB by one entry where it
+can, and PAGEMAP_SCAN shows this to any process. So this module maps the memfd for a short time.
+
+Looking must not change the file, but a read fault on a hole of a memfd allocates. So a userfaultfd
+watches the mapping and makes such a fault fail.
 """
 
 import mmap
@@ -17,24 +18,24 @@ from restrictedmem.abi.memory import PMD_ORDER, PMD_SIZE, Mapping
 from restrictedmem.failure import failed
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
 
-#: What a kernel answers that cannot tell what pages are made of (docs/understand/folios.md).
+#: Errnos of a kernel that cannot tell what the orders are (docs/understand/folios.md).
 NOT_TOLD: Final = (EACCES, EINVAL, ENOSYS, ENOTTY, EPERM)
 #: Pages of the folio that a 2 MiB entry maps.
 BLOCK: Final = 1 << PMD_ORDER
-#: First page, page after the last, order; None for pages that are missing.
+#: First page, page after the last, order; the order of missing pages is None.
 Piece = tuple[pgoff_t, pgoff_t, int | None]
 
-# Blocks that are mapped at once: 1 GiB.
+# Blocks that one mapping shows: 1 GiB.
 _AT_ONCE: Final = 512
 _ATTEMPTS: Final = 3
 
 
 @contextmanager
 def looking(fd: int, offset: int, length: int, alignment: int) -> Generator[Mapping]:
-    """Map a byte range of a file to look at it: what is missing stays missing (``is_present``).
+    """Map a byte range of a file to look at it; missing pages stay missing (``is_present``).
 
     Raises:
-        OSError: EPERM, ENOSYS where userfaultfd(2) is forbidden or missing; ENOMEM.
+        OSError: EPERM or ENOSYS where userfaultfd(2) is forbidden or missing; ENOMEM.
     """
     mapping = Mapping(fd, offset, length, alignment)
     try:
@@ -45,41 +46,46 @@ def looking(fd: int, offset: int, length: int, alignment: int) -> Generator[Mapp
 
 
 def is_present(mapping: Mapping, start: int) -> bool:
-    """Say whether the page at a byte of such a mapping is there; then it is mapped, and zeroed if it was only preallocated.
+    """Say whether the page at byte ``start`` of a mapping by ``looking`` is present.
+
+    A present page is mapped afterwards. If it was only preallocated, it is zeroed.
 
     Raises:
-        OSError: EINVAL before Linux 5.14 (MADV_POPULATE_READ); ENOMEM.
+        OSError: EINVAL before Linux 5.14 (no MADV_POPULATE_READ); ENOMEM.
     """
     try:
         mapping.madvise(memory.MADV_POPULATE_READ, start, PAGE_SIZE)
     except OSError as error:
         if error.errno in (EINVAL, ENOMEM):
             raise
-        # What the machine has lost (EHWPOISON) is there all the same, until it is punched.
+        # A page that the machine has lost (EHWPOISON) is present until it is punched.
         return error.errno != EFAULT
     return True
 
 
 def order_of(fd: int, pgoff: pgoff_t) -> int:
-    """Return 9 for a page in a 2 MiB folio of a memfd, 0 for another; folios between the two count as pages.
+    """Return 9 for a page in a 2 MiB folio of a memfd, else 0.
+
+    Folios of a size between the two count as pages.
 
     Raises:
-        OSError: ENOENT for a page that is missing; EACCES where the process may not open its own
-            pagemap (undumpable, not root); ENOTTY where there is no PAGEMAP_SCAN (before Linux
-            6.7); as ``looking``.
+        OSError: ENOENT for a missing page; EACCES where the process may not open its own pagemap
+            (undumpable, not root); ENOTTY where there is no PAGEMAP_SCAN (before Linux 6.7); as
+            ``looking``.
     """
     start = (pgoff & -BLOCK) << PAGE_SHIFT
     length = min(PMD_SIZE, MAX_FILE_BYTES - start)
     with looking(fd, start, length, PMD_SIZE) as mapping:
         if not is_present(mapping, (pgoff << PAGE_SHIFT) - start):
-            raise failed("get_page", ENOENT, "no page")
+            raise failed("get_page", ENOENT, "the page is not allocated")
         return PMD_ORDER if pagemap.bytes_in(pagemap.Category.HUGE, mapping.address, length) else 0
 
 
 def make_large(fd: int, offset: int, length: int) -> None:
-    """Make each aligned 2 MiB that lies whole in a byte range one folio, pages and holes alike (MADV_COLLAPSE, Linux 6.1).
+    """Make each aligned 2 MiB block that lies whole in a byte range one folio.
 
-    A hint: what the kernel cannot make large stays as it is, page or hole.
+    The block may have pages and holes. This uses MADV_COLLAPSE (Linux 6.1). It is a hint: pages and
+    holes that the kernel cannot make large stay as they are.
     """
     start, end = -(-offset // PMD_SIZE) * PMD_SIZE, (offset + length) & -PMD_SIZE
     if start >= end:
@@ -88,7 +94,7 @@ def make_large(fd: int, offset: int, length: int) -> None:
         mapping = Mapping(fd, start, end - start)
         try:
             for block in range(0, end - start, PMD_SIZE):
-                # Where all is missing there is nothing to collapse.
+                # A block without any page cannot be collapsed.
                 mapping.madvise(memory.MADV_POPULATE_WRITE, block, PAGE_SIZE)
             _collapse(mapping, end - start)
         finally:
@@ -100,8 +106,8 @@ def _collapse(mapping: Mapping, length: int) -> None:
         try:
             mapping.madvise(memory.MADV_COLLAPSE, 0, length)
         except OSError as error:
-            # A page that somebody just looks at, or that has not reached its list yet; the call may
-            # be made again (madvise(2)).
+            # EAGAIN: another process just looks at a page, or a page has not reached its LRU list
+            # yet. The call may be made again (madvise(2)).
             if error.errno != EAGAIN or attempt == _ATTEMPTS:
                 raise
         else:
@@ -109,15 +115,15 @@ def _collapse(mapping: Mapping, length: int) -> None:
 
 
 def folios_in(fd: int, span: PageRange) -> Iterator[Piece]:
-    """Yield what a range of a memfd is made of (``Backing.folios``).
+    """Yield the folios of a range of a memfd (``Backing.folios``).
 
-    Costs a cachestat(2) for each time that a part has to be halved until it is all there or all
-    missing (at worst one for each page), a fault for each 2 MiB that is all there, and a mapping
-    and a scan for each GiB of those.
+    The lookup halves a part until all of it is present or all of it is missing. It costs a
+    cachestat(2) for each halving, at worst one for each page. It costs a fault for each 2 MiB that
+    is all present, and a mapping and a scan for each GiB of those.
 
     Raises:
-        OSError: ENOSYS where there is no cachestat(2) (before Linux 6.5); as ``order_of``, save
-            ENOENT and EACCES.
+        OSError: ENOSYS where there is no cachestat(2) (before Linux 6.5); as ``order_of``, but not
+            ENOENT or EACCES.
     """
     if not span:
         return
@@ -145,9 +151,12 @@ def folios_in(fd: int, span: PageRange) -> Iterator[Piece]:
 
 
 def _pieces(fd: int, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the runs of folios of one order, 0 or 9, in a range that begins at a block, or lies inside one."""
-    # Of each part by itself: what a count of both leaves for the other is of two moments, and pages
-    # come and go.
+    """Yield the runs of folios of one order, 0 or 9, in a range.
+
+    The range begins at a block, or lies inside one.
+    """
+    # Count each part by itself. Pages come and go, so a difference of two counts would mix two
+    # moments.
     count = memory.resident_pages(fd, start << PAGE_SHIFT, (end - start) << PAGE_SHIFT)
     if not count:
         return
@@ -168,7 +177,10 @@ def _pieces(fd: int, start: int, end: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _large(fd: int, start: int, end: int) -> set[int]:
-    """Return the first pages of the 2 MiB folios in a range that begins at a block and is all there."""
+    """Return the first pages of the 2 MiB folios in a range.
+
+    The range begins at a block, and all of its pages are present.
+    """
     with looking(fd, start << PAGE_SHIFT, (end - start) << PAGE_SHIFT, PMD_SIZE) as mapping:
         for block in range(0, mapping.memory.nbytes, PMD_SIZE):
             is_present(mapping, block)
@@ -176,7 +188,8 @@ def _large(fd: int, start: int, end: int) -> set[int]:
             found = pagemap.runs(pagemap.Category.HUGE, mapping.address, mapping.memory.nbytes)
             large = [at for first, last in found for at in range(first, last, PMD_SIZE)]
         except OSError as error:
-            # A process that has little else mapped, as the service, can look in another place.
+            # The process may not open its pagemap. smaps is slower, but not for a process that has
+            # little else mapped, such as the service.
             if error.errno != EACCES:
                 raise
             large = _large_by_smaps(mapping)
@@ -184,7 +197,11 @@ def _large(fd: int, start: int, end: int) -> set[int]:
 
 
 def _large_by_smaps(mapping: Mapping) -> list[int]:
-    """Return where 2 MiB of a mapping are mapped by one entry; smaps counts those of a mapping, so each block is made one of its own."""
+    """Return the addresses where one entry maps 2 MiB of a mapping.
+
+    smaps counts such entries for each mapping as a whole. So this first makes each block a mapping
+    of its own.
+    """
     length = mapping.memory.nbytes
     for block in range(0, length, 2 * PMD_SIZE):
         mapping.madvise(mmap.MADV_DONTFORK, block, min(PMD_SIZE, length - block))

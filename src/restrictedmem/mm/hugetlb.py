@@ -1,4 +1,4 @@
-"""Pages in a memfd of hugetlbfs: huge pages of one size, set aside by the machine's administrator."""
+"""Backing in a memfd of hugetlbfs: huge pages of one size, reserved by the administrator."""
 
 import os
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ from restrictedmem.mm.folios import Piece, is_present, looking
 from restrictedmem.mm.memfd import InMemfd, make_memfd
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PageRange, pgoff_t
 
-# Bytes that are mapped at once to look at them; at least one huge page.
+# Bytes of the mapping in which the code looks for huge pages; at least one huge page.
 _AT_ONCE: Final = 1 << 30
-#: Huge pages that one walk looks for at most.
+#: The most huge pages that one walk looks for.
 _MOST_LOOKS: Final = 1 << 17
 
 
@@ -22,9 +22,9 @@ _MOST_LOOKS: Final = 1 << 17
 class HugetlbBacking(InMemfd):
     """Huge pages of one order, 9 or 18 (``Backing``).
 
-    As hugetlbfs has it: allocating takes every huge page that the range touches, punching a part of
-    one frees nothing and zeroes that part, and what an allocation took before it found the pool
-    empty stays.
+    It does what hugetlbfs does. Allocating takes every huge page that the range touches. Punching a
+    part of a huge page frees nothing and zeroes that part. If an allocation finds the pool empty,
+    the huge pages that it took before stay.
     """
 
     __slots__ = ("_order",)
@@ -41,7 +41,7 @@ class HugetlbBacking(InMemfd):
 
     @property
     def hugepage(self) -> bool:
-        """Return False: there is nothing to make large."""
+        """Return False: the pages are huge already."""
         return False
 
     @property
@@ -50,12 +50,12 @@ class HugetlbBacking(InMemfd):
         return 1 << self.base_order + PAGE_SHIFT
 
     def _make(self) -> OwnedFd:
-        # It takes nothing from the pool yet.
+        # This reserves nothing from the pool.
         size = self.base_order + PAGE_SHIFT
         return make_memfd(self.blksize, memory.MFD_HUGETLB | size << memory.MFD_HUGE_SHIFT)
 
     def _allocate(self, offset: int, length: int) -> None:
-        # ENOSPC from an empty pool; EINVAL beyond the last whole huge page.
+        # ENOSPC: the pool is empty. EINVAL: the range is beyond the last whole huge page.
         os.posix_fallocate(self.fileno(), offset, length)
 
     def _held_of(self, start: int, length: int) -> int:
@@ -66,22 +66,25 @@ class HugetlbBacking(InMemfd):
         )
 
     def order_of(self, pgoff: pgoff_t) -> int:
-        """Return the order of the huge pages, for a page in one that was taken (see ``Allocator``)."""
+        """Return the order of the huge pages, if the page lies in an allocated one.
+
+        See ``Allocator``.
+        """
         start = (pgoff << PAGE_SHIFT) & -self.blksize
         with looking(self.fileno(), start, self.blksize, self.blksize) as mapping:
             if not is_present(mapping, 0):
-                raise failed("get_page", ENOENT, "no page")
+                raise failed("get_page", ENOENT, "the page is not allocated")
         return self.base_order
 
     def folios(self, span: PageRange) -> Iterator[Piece]:
         """Yield huge pages and holes (see ``Backing``).
 
-        Costs a fault for each huge page that there may be, up to the last that the file has: no
-        call counts those of a range.
+        No system call counts the huge pages of a range. So this costs a fault for each huge page
+        that might be present, up to the last huge page that the file has.
 
         Raises:
-            OSError: ENOSYS where that would be more than ``_MOST_LOOKS``; whoever punches must not
-                keep the service for hours.
+            OSError: ENOSYS where that would be more than ``_MOST_LOOKS`` faults. A punch must not
+                keep the service busy for hours.
         """
         size, told, step = (
             1 << self.base_order,
@@ -89,12 +92,13 @@ class HugetlbBacking(InMemfd):
             max(1 << self.base_order, _AT_ONCE >> PAGE_SHIFT),
         )
         found = 0
-        # Where a range is longer than what lies before it, the last huge page may be found sooner
-        # from the beginning on.
+        # If the range is longer than the part of the file before it, walk from the beginning of the
+        # file. That may find the last huge page sooner.
         first = 0 if len(span) > span.start else span.start & -size
         last = min(span.end, MAX_FILE_BYTES // self.blksize << self.base_order)
         looks = _MOST_LOOKS
-        # Counted each time: pages that came meanwhile must not stand for others.
+        # Count the file's huge pages again each time. With an old count, huge pages that came
+        # meanwhile would end the walk too early.
         while first < last and found < self.resident() // self.blksize:
             if looks <= 0:
                 raise failed("folios", ENOSYS, "huge pages lie too far apart to be looked for")
@@ -111,7 +115,10 @@ class HugetlbBacking(InMemfd):
             yield told, span.end, None
 
     def _present(self, start: int, end: int) -> list[int]:
-        """Return the first pages of the huge pages that are there, of a range that begins at one and may end inside one."""
+        """Return the first pages of the huge pages that are present in a range.
+
+        The range begins at a huge page and may end inside one.
+        """
         size = 1 << self.base_order
         length = (end - start + size - 1 & -size) << PAGE_SHIFT
         with looking(self.fileno(), start << PAGE_SHIFT, length, self.blksize) as mapping:

@@ -1,7 +1,7 @@
-"""The attributes of a restricted file that are no business of the shim: mode, owner, times.
+"""The attributes of a restricted file that do not concern the shim: mode, owner, times.
 
-Both postings forward setattr to the inner tmpfs inode, so what tmpfs does with them
-(setattr_prepare, setattr_copy) is what they do.
+Both postings call setattr of the inner tmpfs inode. So this module does what tmpfs does
+(setattr_prepare, setattr_copy).
 """
 
 import stat
@@ -27,42 +27,42 @@ class Inode:
 
     @classmethod
     def make(cls, uid: int, gid: int) -> "Inode":
-        """Make the inode of a new file: shmem_file_setup gives mode 0777, with the creator's ids."""
+        """Make the inode of a new file: mode 0777 and the creator's ids, as shmem_file_setup."""
         now = time.time_ns()
         return cls(uid, gid, stat.S_IFREG | 0o777, now, now, now)
 
     def modified(self) -> None:
-        """Note that content or size changed."""
+        """Update the times after content or size changed."""
         self.mtime = self.ctime = time.time_ns()
 
     def chmod(self, mode: int, fsuid: int) -> None:
         """Change the permission bits.
 
         Raises:
-            OSError: EPERM for who is neither owner nor root.
+            OSError: EPERM if the caller is neither the file's owner nor root.
         """
         self._require_owner(fsuid)
         self.mode = stat.S_IFREG | stat.S_IMODE(mode)
         self.ctime = time.time_ns()
 
     def chown(self, uid: int | None, gid: int | None, fsuid: int, fsgid: int) -> None:
-        """Change owner or group; ``None`` leaves one as it is.
+        """Change owner or group; ``None`` changes nothing.
 
         Raises:
-            OSError: EPERM; who is not root may only name itself and the group it acts with.
+            OSError: EPERM. A caller that is not root may only name itself and its own fsgid.
         """
         if fsuid and (uid not in (None, self.uid) or gid not in (None, self.gid, fsgid)):
-            raise failed("fchown", EPERM, "not the owner's to give")
+            raise failed("fchown", EPERM, "only root may give it to another user or group")
         self._require_owner(fsuid)
         self.uid = self.uid if uid is None else uid
         self.gid = self.gid if gid is None else gid
         self.ctime = time.time_ns()
 
     def utimens(self, atime: int | None, mtime: int | None, fsuid: int) -> None:
-        """Set access and modification time; ``None`` leaves one as it is.
+        """Set access and modification time; ``None`` changes nothing.
 
         Raises:
-            OSError: EPERM for who is neither owner nor root.
+            OSError: EPERM if the caller is neither the file's owner nor root.
         """
         self._require_owner(fsuid)
         self.atime = self.atime if atime is None else atime

@@ -1,4 +1,4 @@
-"""What backings have in common whose pages lie in a memfd, small ones or huge."""
+"""The common part of backings whose pages, small or huge, lie in a memfd."""
 
 import fcntl
 import os
@@ -16,26 +16,27 @@ from restrictedmem.mm.folios import NOT_TOLD
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SIZE
 
 _SECTOR: Final = 512
-#: Bytes that are allocated at once: a tenth of a second. No folio crosses a multiple of it, or it
-#: is as large.
+#: Bytes of one allocation, which takes a tenth of a second. No folio crosses a multiple of it; a
+#: folio of 1 GiB covers several.
 _PIECE: Final = 256 << 20
-#: Consumers have it, and with F_SEAL_WRITE or F_SEAL_FUTURE_WRITE one could forbid the owner to
-#: punch. F_SEAL_GROW is not among them: it would turn an errno of hugetlbfs into EPERM.
+#: Consumers have the memfd. With F_SEAL_WRITE or F_SEAL_FUTURE_WRITE a consumer could forbid the
+#: owner to punch; F_SEAL_SEAL prevents that. F_SEAL_GROW is missing because it would turn an errno
+#: of hugetlbfs into EPERM.
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
 
 def make_memfd(folio: int, flags: int = 0) -> OwnedFd:
-    """Make the memfd of a file's pages, which nobody can shrink or seal.
+    """Make the memfd of a file's pages, which no process can shrink or seal.
 
-    It has the largest size there may be, in whole folios of so many bytes: no more than this
-    process's limit on file sizes. Beyond that every allocation is EFBIG, as of any file that its
-    owner makes under the limit. ``flags`` are memfd_create's.
+    Its size is the largest possible one in whole folios of ``folio`` bytes. This process's limit on
+    file sizes (RLIMIT_FSIZE) bounds it. Every allocation beyond it is EFBIG, as for any file under
+    that limit. ``flags`` are those of memfd_create.
 
     Raises:
         OSError: as memfd_create(2).
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # One of 2^63 and more is negative here, as RLIM_INFINITY is.
+    # A limit of 2^63 or more is negative here, like RLIM_INFINITY.
     most = MAX_FILE_BYTES if limit < 0 else min(limit, MAX_FILE_BYTES)
     fd = memory.memfd_create("restrictedmem", flags)
     try:
@@ -48,16 +49,16 @@ def make_memfd(folio: int, flags: int = 0) -> OwnedFd:
 
 
 def never() -> bool:
-    """Say no: somebody waits."""
+    """Say no: the caller still waits."""
     return False
 
 
 class InMemfd(ABC):
-    """A memfd that is made when it is first asked for, and how much of it there may be.
+    """A memfd that is made when it is first needed, and a limit on the bytes in it.
 
-    Its own size is the largest there may be (``make_memfd``), for the length of its life: a
-    restricted file's size is a number of the shim alone, and get_page ignores it (``SGP_WRITE`` in
-    v9 and v10). Most of many descriptors never have a page, and so no memfd.
+    The memfd's own size is the largest possible one (``make_memfd``) and never changes. A
+    restricted file's size is a number that the shim alone keeps, and get_page ignores it
+    (``SGP_WRITE`` in v9 and v10). Many descriptors never have a page. They get no memfd.
     """
 
     __slots__ = ("_fd", "_mutex", "limit")
@@ -65,7 +66,7 @@ class InMemfd(ABC):
     def __init__(self, fd: OwnedFd | None, limit: int | None) -> None:
         """Make an empty backing, or take over a memfd that another process made.
 
-        ``limit`` bounds the bytes held; every process that allocates must have the same.
+        ``limit`` bounds the bytes held. Every process that allocates must have the same limit.
         """
         self._fd = fd
         self._mutex = sync.mutex()
@@ -78,11 +79,11 @@ class InMemfd(ABC):
 
     @abstractmethod
     def _make(self) -> OwnedFd:
-        """Make the memfd, of its full size and empty."""
+        """Make the memfd, empty and of its full size."""
 
     @abstractmethod
     def _allocate(self, offset: int, length: int) -> None:
-        """Make the pages of a range present, all or as many as there are.
+        """Allocate the pages of a range; on failure, some may stay allocated.
 
         Raises:
             OSError: ENOSPC, ENOMEM; EINVAL.
@@ -90,28 +91,28 @@ class InMemfd(ABC):
 
     @abstractmethod
     def _held_of(self, start: int, length: int) -> int:
-        """Return the bytes held of a range of whole smallest folios.
+        """Return the bytes held in a range of whole smallest folios.
 
         Raises:
             OSError: one of ``NOT_TOLD`` where the kernel does not tell.
         """
 
     def fileno(self) -> int:
-        """Return the memfd, made now when there was none.
+        """Return the memfd, made now if there was none.
 
         Raises:
             OSError: EMFILE, ENFILE, ENOMEM; ENODEV where the kernel has no huge pages of the size.
         """
         if self._fd is None:
-            # A consumer may bind while the owner allocates for the first time: two memfds would be
-            # two contents.
+            # A consumer may bind while the owner allocates for the first time. Two memfds would
+            # have different content.
             with self._mutex:
                 if self._fd is None:
                     self._fd = self._make()
         return self._fd.fileno()
 
     def charge(self, offset: int, length: int) -> None:
-        """Check that the pages which a byte range touches may be held.
+        """Check the limit for all pages that a byte range touches.
 
         Raises:
             OSError: ENOSPC beyond the limit.
@@ -126,7 +127,8 @@ class InMemfd(ABC):
             try:
                 wanted -= self._held_of(start, wanted)
             except OSError as error:
-                # Nothing else counts preallocated pages of a range: all of it is charged.
+                # The kernel has no other count of preallocated pages in a range. So the whole range
+                # is charged.
                 if error.errno not in NOT_TOLD:
                     raise
         if held + wanted > limit:
@@ -137,11 +139,11 @@ class InMemfd(ABC):
             )
 
     def allocate(self, offset: int, length: int, abandoned: Callable[[], bool] = never) -> None:
-        """Make every page that the range touches present, piece by piece (see ``Backing``).
+        """Allocate every page that the range touches, piece by piece (see ``Backing``).
 
         Raises:
-            OSError: EFBIG, ENOSPC beyond a limit, before anything is allocated; EINTR when it was
-                ``abandoned``.
+            OSError: EFBIG, or ENOSPC beyond a limit, before anything is allocated; EINTR when it
+                was ``abandoned``.
         """
         end = offset + length
         size = os.fstat(self.fileno()).st_size
@@ -149,8 +151,9 @@ class InMemfd(ABC):
             raise failed("fallocate", EFBIG, f"the service's limit on file sizes is {size} bytes")
         self.charge(offset, length)
         while offset < end:
-            # The kernel would notice by itself, and undo all, if the caller's own thread were in
-            # it. Before the first piece too: there may have been a long wait.
+            # The kernel would notice by itself, and undo all, if the caller's own thread made the
+            # call. This is checked before the first piece, too, because the request may have waited
+            # long.
             if length > _PIECE and abandoned():
                 raise failed("fallocate", EINTR, "its caller was killed")
             after = end if end - offset <= _PIECE else (offset & -_PIECE) + _PIECE
@@ -158,12 +161,15 @@ class InMemfd(ABC):
             offset = after
 
     def punch(self, offset: int, length: int) -> None:
-        """Free what an aligned range covers whole, and zero what it has of the rest (see ``Backing``)."""
+        """Free the folios that an aligned range covers whole, and zero the parts of others.
+
+        See ``Backing``.
+        """
         if self._fd is not None:
             memory.fallocate(self._fd.fileno(), memory.PUNCH, offset, length)
 
     def renew(self) -> Callable[[], None]:
-        """Begin anew, and return what frees the pages there were (see ``Backing``)."""
+        """Start again, and return a function that frees the old pages (see ``Backing``)."""
         fd = self._leave()
 
         def free() -> None:
@@ -174,22 +180,25 @@ class InMemfd(ABC):
         return free
 
     def release(self, offset: int, length: int) -> None:  # noqa: B027 not for a subclass to fill
-        """Do nothing: pages are not held (see ``Allocator``)."""
+        """Do nothing: this backing holds no references (see ``Allocator``)."""
 
     def resident(self) -> int:
-        """Return the bytes held (see ``Backing``); for any thread, under no lock of the file."""
+        """Return the bytes held (see ``Backing``).
+
+        Any thread may call this, without any lock of the file.
+        """
         with self._mutex:
             return 0 if self._fd is None else os.fstat(self._fd.fileno()).st_blocks * _SECTOR
 
     def close(self) -> None:
-        """Close the memfd; nothing is held from then on, until another one is asked for."""
+        """Close the memfd; nothing is held until another one is made."""
         fd = self._leave()
         if fd is not None:
             fd.close()
 
     def _leave(self) -> OwnedFd | None:
-        # Somebody may just look at what it holds: an O_PATH descriptor asks for the attributes of a
-        # file that is closed, too.
+        # Another thread may call ``resident`` at this moment: fstat on an O_PATH descriptor asks
+        # the service for the attributes of a file even after its last close.
         with self._mutex:
             fd, self._fd = self._fd, None
         return fd

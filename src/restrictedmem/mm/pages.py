@@ -1,4 +1,4 @@
-"""get_page: how a consumer takes pages of a restricted file."""
+"""get_page: a consumer takes pages of a restricted file."""
 
 from contextlib import suppress
 from errno import EAGAIN, EFAULT, ENOENT
@@ -12,8 +12,8 @@ from restrictedmem.mm.folios import NOT_TOLD
 from restrictedmem.mm.sequence import InvalidationSequence
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
 
-# What is known of a page: nothing, that it was taken, or (from _ORDER on) the order of its folio,
-# too. And of a block.
+# States of a page: 0 is not taken, _TAKEN is taken. From _ORDER on, the page is taken and the state
+# also says its folio's order. A block's order is an order or _UNKNOWN.
 _TAKEN: Final = 1
 _ORDER: Final = 2
 _UNKNOWN: Final = 0xFF
@@ -22,19 +22,22 @@ _WITHOUT_ORDER: Final = bytes([0]) + bytes([_TAKEN]) * 255
 
 @final
 class Pages:
-    """The pages that one consumer takes from a window of a file; one byte of memory for each page of the window.
+    """The pages that one consumer takes from a window of a file.
 
-    Local to the consumer's process: a missing page is allocated in the memfd without a message to
-    the service. Every page handed out reads as zero until the consumer writes it (the proposal left
-    the host's old content in: docs/reference/divergences.md). A page that was taken is a reference,
-    until it is put or the range is invalidated.
+    It needs one byte of memory for each page of the window. It is local to the consumer's process.
+    A missing page is allocated in the memfd without a message to the service. Every page that it
+    returns reads as zero until the consumer writes to it. The proposal left the host's old content
+    in the page (docs/reference/divergences.md). A taken page is a reference until it is put or its
+    range is invalidated.
 
-    Orders are asked of the backing once for each 2 MiB. Only a punch splits a folio, and it is told
-    before (``invalidate_start``) and after (``invalidate_end``), for a part of the folio at least.
-    From the first on no order of the blocks it touches is remembered, until the second they count
-    as pages. So an order other than 0 was the truth when it was returned; and whoever makes one
-    translation of a whole folio checks ``InvalidationSequence.retry`` over all of it, which notices
-    every punch that began since.
+    This class asks the backing for the order once for each 2 MiB block. Only a punch splits a
+    folio. Consumers hear of a punch before it (``invalidate_start``) and after it
+    (``invalidate_end``), for at least a part of the folio. Between the two, this class remembers no
+    order of the blocks that the punch touches, and they count as single pages.
+
+    So an order above 0 was true when it was returned. A consumer that makes one translation of a
+    whole folio must check ``InvalidationSequence.retry`` over the whole folio. That check notices
+    every punch that has begun since.
     """
 
     __slots__ = (
@@ -53,7 +56,10 @@ class Pages:
     def __init__(
         self, backing: Allocator, window: PageRange, sequence: InvalidationSequence | None = None
     ) -> None:
-        """Take pages of ``window``; ``sequence`` is the file's, without which nobody may punch it meanwhile."""
+        """Prepare to take pages of ``window``.
+
+        ``sequence`` is the file's. Without it, no process may punch the file at the same time.
+        """
         self._backing = backing
         self._sequence = sequence
         self._window = window
@@ -63,17 +69,17 @@ class Pages:
         self._orders = bytearray([_UNKNOWN]) * (
             (window.end - 1 >> PMD_ORDER) + 1 - self._first_block
         )
-        # Blocks, as indices of _orders, whose pages are being invalidated.
+        # Blocks, as indices of _orders, in which an invalidation is in progress.
         self._changing: list[range] = []
         self._mutex = sync.mutex()
-        #: How many pages were handed out anew, since the start.
+        #: How many pages were newly taken since the start.
         self.taken = 0
 
     def get_page(self, pgoff: pgoff_t) -> int:
-        """Take one page and return the order of its folio (``restrictedmem_get_page``); allocated if missing, whatever the file's size.
+        """Take one page and return the order of its folio (``restrictedmem_get_page``).
 
-        The order says nothing about where in the folio the page lies, nor whether the rest of it is
-        in the window.
+        A missing page is allocated, whatever the file's size. The order does not say where in the
+        folio the page lies. It does not say either whether the rest of the folio is in the window.
 
         Raises:
             OSError: EAGAIN while the page is being invalidated; EFAULT outside the window; ENOSPC,
@@ -90,11 +96,12 @@ class Pages:
             raise failed("get_page", EFAULT, "outside the window") from None
 
     def get_page_noalloc(self, pgoff: pgoff_t) -> int:
-        """Take one page that is there, and return the order of its folio (``restrictedmem_get_page_noalloc`` of Michael Roth's tree).
+        """Take one present page and return the order of its folio.
 
-        For those who clean up at a file's end. Theirs failed with EINVAL beyond the file's size, so
-        of a file that was never sized it found nothing; here the size does not matter, as for
-        get_page. A page that was only preallocated is not pinned by this.
+        This is ``restrictedmem_get_page_noalloc`` of Michael Roth's tree, for a consumer that
+        cleans up at a file's end. Roth's function failed with EINVAL beyond the file's size, so it
+        found no page of a file that was never sized. Here the size does not matter, as for
+        get_page. This call does not pin a page that was only preallocated.
 
         Raises:
             OSError: EAGAIN while the page is being invalidated; EFAULT outside the window; ENOENT
@@ -112,7 +119,9 @@ class Pages:
             return 0 if self._changes(pgoff) else order
 
     def get_pages(self, span: PageRange) -> None:
-        """Take every page of a range with one call to the backing, which may make folios of what the range covers whole.
+        """Take every page of a range with one call to the backing.
+
+        The backing may make folios of blocks that the range covers whole.
 
         Raises:
             OSError: EAGAIN while a part is being invalidated; EFAULT when a part lies outside the
@@ -131,7 +140,7 @@ class Pages:
                 self.taken += missing
 
     def put_page(self, pgoff: pgoff_t) -> None:
-        """Drop the reference to one page, which stays in the file; without one, nothing happens.
+        """Drop the reference to one page, if there is one; the page stays in the file.
 
         Raises:
             OSError: EFAULT outside the window.
@@ -142,14 +151,17 @@ class Pages:
             self._put(PageRange(pgoff, pgoff_t(pgoff + 1)))
 
     def invalidate_start(self, span: PageRange) -> int:
-        """Let go of the pages of a range that is about to be punched, and return how many were taken."""
+        """Let go of the pages of a range before a punch, and return how many were taken."""
         with self._mutex:
             self._changing.append(self._blocks(span))
             return self._forget(span)
 
     def invalidate_end(self, span: PageRange) -> None:
-        """Let orders of the blocks of a range be remembered again. No page is let go of: what is taken by now was taken after the hole."""
-        # One without a start is for the checker to find, and harms no order.
+        """Remember orders of the blocks of a range again.
+
+        This drops no reference: a page that is taken by now was taken after the punch.
+        """
+        # An end without a start harms no order. ``check`` finds such an end.
         with self._mutex, suppress(ValueError):
             self._changing.remove(self._blocks(span))
 
@@ -159,7 +171,7 @@ class Pages:
             return self._forget(span)
 
     def count(self, span: PageRange) -> int:
-        """Return how many pages of a range are taken: the references this consumer holds."""
+        """Return how many pages of a range this consumer has taken and so holds references to."""
         span = self._window.clip(span)
         with self._mutex:
             return len(span) - self._state.count(
@@ -188,7 +200,8 @@ class Pages:
                 order = self._backing.order_of(pgoff)
             except OSError as error:
                 if error.errno == ENOENT:
-                    # Punched by now, as whoever checks for a retry finds out.
+                    # The page is punched by now. The caller finds this out when it checks for a
+                    # retry.
                     return 0
                 if error.errno not in NOT_TOLD:
                     raise
@@ -198,11 +211,14 @@ class Pages:
         return order
 
     def _refuse_invalidated(self, start: pgoff_t, end: pgoff_t) -> None:
-        """Refuse to take pages that may be about to go: they would still count as taken when they are there no more.
+        """Refuse to take pages that a punch may be about to free.
 
-        Whoever invalidates enters the sequence before it comes for the mutex
-        (``invalidate_start``). So what passes here was taken after the operation, or is let go of
-        there.
+        Such pages would still count as taken after they are gone. An invalidation enters the
+        sequence before it comes for the mutex (``invalidate_start``). So a page that passes this
+        check is either taken after the operation, or ``invalidate_start`` lets go of it.
+
+        Raises:
+            OSError: EAGAIN.
         """
         if self._sequence is not None and self._sequence.busy_over(start, end):
             raise failed("get_page", EAGAIN, "the page is being invalidated")
@@ -220,14 +236,18 @@ class Pages:
         """Drop the references to a range in the window, and return how many there were."""
         first, last = span.start - self._start, span.end - self._start
         if first < last:
-            # Not only where pages were taken: a backing may hold those around them, too.
+            # Release all of the range, not only taken pages. A backing may also hold pages around
+            # them.
             self._backing.release(span.start << PAGE_SHIFT, len(span) << PAGE_SHIFT)
         taken = last - first - self._state.count(0, first, last)
         self._state[first:last] = bytes(last - first)
         return taken
 
     def _blocks(self, span: PageRange) -> range:
-        """Return which blocks a range touches, as indices of ``_orders``; one may be touched outside the window alone."""
+        """Return which blocks a range touches, as indices of ``_orders``.
+
+        A range may touch a block only outside the window.
+        """
         first = max(0, (span.start >> PMD_ORDER) - self._first_block)
         return range(
             first,

@@ -1,9 +1,9 @@
-"""Pages that stay where they are while a consumer has them.
+"""Pinning: pages stay at their physical address while a consumer has them.
 
-The postings left an open end: pages are unevictable, but migration could move what a TD or an SNP
-guest has mapped. The kernel's answer was an address space whose pages cannot migrate; from user
-space it is a reference that migration respects (FOLL_LONGTERM), and one that anybody can take is
-that of a buffer registered with a ring (docs/understand/pinning.md).
+The postings left this open. Pages are unevictable, but migration could move a page that a TD or an
+SNP guest has mapped. The kernel's answer was an address space whose pages cannot migrate. User
+space can take a reference that migration respects (FOLL_LONGTERM). Any process can get such a
+reference by registering a buffer with an io_uring ring (docs/understand/pinning.md).
 """
 
 from collections.abc import Iterator
@@ -17,13 +17,13 @@ from restrictedmem.mm.backing import Allocator
 from restrictedmem.mm.sequence import InvalidationSequence
 from restrictedmem.units import PAGE_SHIFT, PageRange, pgoff_t
 
-#: Pages of a buffer, 2 MiB: with ``io_uring.IORING_MAX_REG_BUFFERS`` of them a ring pins 32 GiB.
+#: Pages of a buffer, 2 MiB. With ``io_uring.IORING_MAX_REG_BUFFERS`` of them a ring pins 32 GiB.
 BLOCK: Final = 512
 
 
 @final
 class _PinnedRun(NamedTuple):
-    """Pinned pages, and the buffer that pins them."""
+    """A run of pinned pages, and the buffer that pins them."""
 
     start: pgoff_t
     end: pgoff_t
@@ -32,10 +32,11 @@ class _PinnedRun(NamedTuple):
 
 @final
 class PinnedBacking:
-    """A mapped backing whose pages are pinned as they are allocated (``Allocator``).
+    """A mapped backing that pins pages when it allocates them (``Allocator``).
 
-    The first page taken of an aligned 2 MiB brings all of it, as one buffer; where the limit
-    forbids that, or a part is being invalidated, what was asked for alone.
+    The first page that is taken of an aligned 2 MiB block brings the whole block, as one buffer. In
+    two cases only the requested pages are taken: if the limit forbids the block, or if a part of it
+    is being invalidated.
     """
 
     __slots__ = (
@@ -57,7 +58,9 @@ class PinnedBacking:
         window: PageRange,
         sequence: InvalidationSequence | None = None,
     ) -> None:
-        """Own ``inner``, whose pages of ``window`` lie from ``address`` on in this process; ``sequence`` is the file's, as for ``Pages``.
+        """Own ``inner``, whose pages of ``window`` lie from ``address`` on in this process.
+
+        ``sequence`` is the file's, as for ``Pages``.
 
         Raises:
             OSError: EPERM or ENOSYS where there is no io_uring; EINVAL before Linux 5.19; ENOMEM.
@@ -69,13 +72,13 @@ class PinnedBacking:
         self._mutex = sync.mutex()
         self._runs: dict[int, list[_PinnedRun]] = {}
         self._free = list(range(io_uring.IORING_MAX_REG_BUFFERS - 1, -1, -1))
-        #: Pages that lost their pin to a punch beside them, because no buffer was left or the limit
-        #: had sunk.
+        #: Pages that a punch beside them has left without a pin, because no buffer was left or the
+        #: limit had been lowered.
         self.unpinned = 0
         try:
             self._ring = io_uring.io_uring_setup(1)
         except OSError as error:
-            # Its own memory counts for the limit, too.
+            # The ring's own memory counts for RLIMIT_MEMLOCK, too.
             if error.errno != ENOMEM:
                 raise
             raise _limited(error) from None
@@ -86,11 +89,11 @@ class PinnedBacking:
             raise
 
     def allocate(self, offset: int, length: int) -> None:
-        """Make every page that an aligned range touches present, and pin it (``Allocator``).
+        """Allocate every page that an aligned range touches, and pin it (``Allocator``).
 
         Raises:
             OSError: ENOMEM over RLIMIT_MEMLOCK; ENOBUFS when the ring has no buffer left; what the
-                backing says.
+                backing raises.
         """
         span = PageRange.of_bytes(offset, length)
         with self._mutex:
@@ -112,9 +115,11 @@ class PinnedBacking:
             self._take(runs, gap)
 
     def _is_invalidated(self, span: PageRange) -> bool:
-        """Say whether a part is being invalidated, which may have been released by now: pinned again, it would outlast the punch.
+        """Say whether a part of a range is being invalidated.
 
-        What is invalidated from here on is released when the caller has let go of ``Pages``' mutex.
+        Such a part may have been released already. If it were pinned again, it would outlast the
+        punch. An invalidation that begins after this check releases the part later, when the caller
+        has dropped the mutex of ``Pages``.
         """
         return self._sequence is not None and self._sequence.busy_over(span.start, span.end)
 
@@ -134,11 +139,15 @@ class PinnedBacking:
         return _PinnedRun(start, end, self._free.pop())
 
     def release(self, offset: int, length: int) -> None:
-        """Unpin an aligned range (``Allocator``). The rest of a buffer that it cuts is unpinned for a moment, too."""
+        """Unpin an aligned range (``Allocator``).
+
+        If the range cuts a buffer, the rest of that buffer is also unpinned for a moment.
+        """
         span = PageRange.of_bytes(offset, length)
         with self._mutex:
             first, last = span.start // BLOCK, (span.end - 1) // BLOCK + 1
-            # A consumer that goes lets go of the largest file there is, of which it has few blocks.
+            # A consumer that ends releases the whole range of the largest possible file, but has
+            # few blocks of it.
             blocks = (
                 range(first, last)
                 if last - first <= len(self._runs)
@@ -153,7 +162,7 @@ class PinnedBacking:
                         del self._runs[block]
 
     def _cut(self, run: _PinnedRun, span: PageRange) -> Iterator[_PinnedRun]:
-        """Unpin what of a run lies in a range; yields the runs that are left of it."""
+        """Unpin the part of a run that lies in a range, and yield the runs that are left."""
         if run.end <= span.start or span.end <= run.start:
             yield run
             return
@@ -164,7 +173,8 @@ class PinnedBacking:
                 try:
                     yield self._pin(start, end)
                 except OSError:
-                    # Nobody can be told: the owner's punch works, pinned neighbours or not.
+                    # The owner's punch must work even if its neighbours lose their pin, so this is
+                    # only counted.
                     self.unpinned += end - start
 
     @property
@@ -177,7 +187,7 @@ class PinnedBacking:
             )
 
     def order_of(self, pgoff: pgoff_t) -> int:
-        """Return what the backing says (``Allocator``)."""
+        """Return the order that the inner backing returns (``Allocator``)."""
         return self._inner.order_of(pgoff)
 
     def close(self) -> None:

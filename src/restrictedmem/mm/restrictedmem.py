@@ -1,4 +1,7 @@
-"""A restricted file: what its owner may do to it, and who hears of it (mm/restrictedmem.c of v9 and v10)."""
+"""A restricted file: the owner's operations and the consumers' notifiers.
+
+The source is mm/restrictedmem.c of v9 and v10.
+"""
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
@@ -25,22 +28,22 @@ _WHOLE: Final = PageRange(pgoff_t(0), pgoff_t(MAX_FILE_BYTES >> PAGE_SHIFT))
 
 @final
 class Registration(NamedTuple):
-    """A notifier and the pages it hears of."""
+    """A notifier and the pages that it hears of."""
 
     notifier: Notifier
     start: pgoff_t
     end: pgoff_t
     exclusive: bool
-    #: Grows with each registration of the file: what is newest.
+    #: Grows with each registration of the file, so the newest has the largest.
     number: int
 
 
 class RestrictedFile:
-    """One file: a size that is set once, a backing, an inode and the notifiers of its consumers.
+    """One file: a size that is set once, a backing, an inode and its consumers' notifiers.
 
     Lock order: ``_notifiers_sem``, then ``_mutex`` or the sequence's own. The semaphore is held for
-    reading over the whole of start, operation and end (Sean Christopherson's order), so nobody can
-    register or unregister in between and leave a pair unbalanced.
+    reading over the whole of start, operation and end (Sean Christopherson's order). So no consumer
+    can register or unregister in between and leave a pair unbalanced.
     """
 
     __slots__ = (
@@ -72,47 +75,48 @@ class RestrictedFile:
         inode: Inode,
         account: Callable[[int], None] | None = None,
     ) -> None:
-        """Make an empty file of size 0, held by one reference: the caller's; ``design`` is its own.
+        """Make an empty file of size 0, with one reference, which the caller owns.
 
-        ``account`` hears by how many bytes the file holds more, or fewer: before it allocates,
-        after it has freed, and, for what consumers have allocated, when one goes.
+        The file has ``design`` for itself alone. ``account`` gets the change of the bytes that the
+        file holds. It is called before an allocation and after pages are freed. For pages that
+        consumers have allocated, it is called when a consumer leaves.
         """
         self.design = design
         self.backing = backing
         self.inode = inode
-        #: Bytes; under ``_mutex`` for writing.
+        #: Bytes; written under ``_mutex``.
         self.size = 0
-        #: Whose content the pages hold: a number of whoever registers notifiers, None for nobody's
-        #: yet.
+        #: Id of the consumer whose data the pages hold; None if none yet.
         self.holder: int | None = None
-        #: Held while that changes, until whoever takes the file has registered.
+        #: Held while ``holder`` changes, until the consumer that takes the file has registered.
         self.taking = sync.mutex()
         self._mutex = sync.mutex()
         self._account = account
-        #: Bytes that it has heard of.
+        #: Bytes that ``_account`` has heard of.
         self._held = 0
         self._notifiers_sem = sync.RwSem()
-        #: By id of the notifier, newest first, and how many in all; changed with the semaphore held
-        #: for writing and ``_mutex`` held.
+        #: By id of the notifier, newest first. ``_count`` is how many there are in all. Both are
+        #: written with the semaphore held for writing and ``_mutex`` held.
         self._registrations: dict[int, tuple[Registration, ...]] = {}
         self._count = 0
-        #: The exclusive bindings, which are all or none and do not overlap, as they lie in the
-        #: file.
+        #: The exclusive bindings, sorted by page. Either all bindings are exclusive or none is, and
+        #: exclusive bindings do not overlap.
         self._exclusive: list[tuple[pgoff_t, pgoff_t]] = []
         self._last = 0
-        #: All of them and whose they are, for who walks them; None from a change to the next walk
-        #: (``registrations``).
+        #: All registrations and their notifiers, for ``registrations``. The first is None from a
+        #: change to the next call.
         self._newest_first: tuple[Registration, ...] | None = ()
         self._notifiers: tuple[Notifier, ...] = ()
         self._sequence: InvalidationSequence | None = None
         self._references = 1
-        # Of its own: who takes a reference must not wait for gigabytes under ``_mutex``.
+        # A lock of its own: under ``_mutex``, taking a reference could wait for the allocation of
+        # gigabytes.
         self._references_lock = sync.mutex()
 
-    # What the owner does.
+    # The owner's operations.
 
     def ftruncate(self, length: int) -> None:
-        """Set the size, in bytes, once; to 0 as often as it is 0.
+        """Set the size, in bytes, once; while it is 0, it may be set to 0 again.
 
         Raises:
             OSError: EPERM once the size is not 0, whatever the length; EINVAL for a length that is
@@ -133,14 +137,14 @@ class RestrictedFile:
     ) -> None:
         """Allocate or free pages; offset and length in bytes, as fallocate(2).
 
-        Mode 0 and KEEP_SIZE allocate and know no alignment; mode 0 past the end grows the size,
-        ftruncate or not. A punch must be aligned, may lie beyond the end, and frees. Who is told of
-        what, and what is freed when, is the design's business. ``abandoned`` says, now and then,
-        whether nobody waits for an allocation any more.
+        Mode 0 and KEEP_SIZE allocate, and need no alignment. Mode 0 past the end grows the size,
+        even if ftruncate has set it. A punch must be aligned and frees pages; it may lie beyond the
+        end. The design decides what consumers hear and when pages are freed. ``abandoned`` is
+        called now and then, and says whether the caller no longer waits for the allocation.
 
         Raises:
-            OSError: EINVAL for an unaligned punch (nobody is notified); EOPNOTSUPP for other modes;
-                ENOSPC, ENOMEM; EINTR for an allocation that was abandoned.
+            OSError: EINVAL for an unaligned punch (no consumer hears of it); EOPNOTSUPP for other
+                modes; ENOSPC, ENOMEM; EINTR for an allocation that was abandoned.
         """
         if self.fallocate_unheard(mode, offset, length, abandoned):
             return
@@ -156,7 +160,9 @@ class RestrictedFile:
     def fallocate_unheard(
         self, mode: int, offset: int, length: int, abandoned: Callable[[], bool] = never
     ) -> bool:
-        """Do ``fallocate`` if there is nobody to tell, which waits for no consumer; false when there is somebody.
+        """Do ``fallocate`` if no consumer is registered; return False if one is.
+
+        This waits for no consumer.
 
         Raises:
             OSError: as ``fallocate``.
@@ -164,8 +170,8 @@ class RestrictedFile:
         if mode & _PUNCH_HOLE and (offset | length) & PAGE_MASK:
             raise failed("fallocate", EINVAL, "hole is not page aligned")
         with self._mutex:
-            # Nobody can register before this is over: no need of the semaphore, which costs three
-            # times as much.
+            # ``_mutex`` keeps consumers from registering until this is over. The semaphore would do
+            # so, too, but costs three times as much.
             if self._registrations:
                 return False
             self._fallocate(mode, offset, length, abandoned)
@@ -174,13 +180,14 @@ class RestrictedFile:
     def _fallocate(
         self, mode: int, offset: int, length: int, abandoned: Callable[[], bool]
     ) -> None:
-        # Preconditions: _mutex held. Allocations of one file take turns, as tmpfs makes them do
-        # under the inode's lock.
+        # Preconditions: _mutex held. Allocations of one file run one at a time, as under the
+        # inode's lock in tmpfs.
         try:
             if mode == PUNCH:
                 self.design.punch(self, offset, length)
             elif mode in _ALLOCATE:
-                # Before: the kernel may look for a process to kill meanwhile.
+                # Account before the allocation, because the OOM killer may look for a process
+                # meanwhile.
                 self._tell(length)
                 self.design.allocate(self, offset, length, abandoned)
                 if mode == 0:
@@ -198,12 +205,13 @@ class RestrictedFile:
             change, self._held = held - self._held, held
             self._account(change)
 
-    # What consumers do.
+    # The consumers' operations.
 
     def register_notifier(self, notifier: Notifier) -> None:
-        """Add a notifier, newest first, for the whole file (``restrictedmem_register_notifier``); waits for a running invalidation.
+        """Add a notifier for the whole file (``restrictedmem_register_notifier``).
 
-        Does not hold the file: the consumer needs a reference of its own until it has unregistered.
+        It becomes the newest. This call waits for a running invalidation. It does not hold the file
+        open: the consumer needs a reference of its own until it has unregistered.
 
         Raises:
             OSError: EINVAL where the design has consumers bind ranges; EMFILE, ENFILE or ENOMEM
@@ -216,12 +224,14 @@ class RestrictedFile:
         self._register(notifier, _WHOLE, exclusive=False)
 
     def bind(self, start: pgoff_t, end: pgoff_t, notifier: Notifier, *, exclusive: bool) -> None:
-        """Add a notifier for a range of pages (``restrictedmem_bind`` of Sean Christopherson's series).
+        """Add a notifier for a range of pages.
+
+        This is ``restrictedmem_bind`` of Sean Christopherson's series.
 
         Raises:
-            OSError: EINVAL where the design has no bindings, for a range that is empty or beyond
-                the largest file, while others are bound that are not exclusive as this one is or is
-                not, and, if exclusive, when a page of the range is bound; EMFILE, ENFILE, ENOMEM as
+            OSError: EINVAL where the design has no bindings; for a range that is empty or beyond
+                the largest file; while another binding of the file differs in ``exclusive``; if
+                exclusive, when a page of the range is bound. EMFILE, ENFILE, ENOMEM as
                 ``register_notifier``.
         """
         if not self.design.binds or not 0 <= start < end <= _WHOLE.end:
@@ -234,7 +244,8 @@ class RestrictedFile:
         self._notifiers_sem.down_write()
         try:
             self.sequence()
-            # Of those that begin before this one's end, the last reaches farthest.
+            # Of the exclusive bindings that begin before this one's end, the last one reaches
+            # farthest.
             before = bisect_left(self._exclusive, (span.end, span.end))
             if len(self._exclusive) != exclusive * self._count or (
                 before and self._exclusive[before - 1][1] > span.start
@@ -242,7 +253,8 @@ class RestrictedFile:
                 raise failed(
                     "bind",
                     EINVAL,
-                    f"pages {span.start:#x} to {span.end:#x} are bound, or others not exclusive alike",
+                    f"pages {span.start:#x} to {span.end:#x}: bound already, "
+                    "or another binding differs in exclusive",
                 )
             self._last += 1
             new = Registration(notifier, span.start, span.end, exclusive, self._last)
@@ -251,26 +263,27 @@ class RestrictedFile:
             self._notifiers_sem.up_write()
 
     def unregister_notifier(self, notifier: Notifier) -> None:
-        """Remove a notifier and its bindings; when this returns, no callback of it runs or will run.
+        """Remove a notifier and its bindings.
 
-        Silent, as in v9 and v10, unless the design is one with invalidation at teardown.
+        When this returns, no callback of the notifier runs or will run. The notifier hears nothing,
+        as in v9 and v10, unless the design has invalidation at teardown.
         """
         self._remove(notifier, _WHOLE)
 
     def unbind(self, start: pgoff_t, end: pgoff_t, notifier: Notifier) -> None:
-        """Remove a notifier from a range, which may be a part of what it has bound (``restrictedmem_unbind``).
+        """Remove a notifier from a range (``restrictedmem_unbind``).
 
-        Others keep what they have bound there; the series stores nothing over the range, whoever
-        has it.
+        The range may be a part of what the notifier has bound. Other consumers keep their bindings
+        of this range. The series removes every binding there, whichever consumer has it.
 
         Raises:
-            OSError: EINVAL when it has no page of the range bound.
+            OSError: EINVAL when the notifier has no page of the range bound.
         """
         if not self.design.binds or not self._remove(notifier, PageRange(start, end)):
             raise failed("unbind", EINVAL, f"no binding in pages {start:#x} to {end:#x}")
 
     def _remove(self, notifier: Notifier, span: PageRange) -> bool:
-        """Cut a range out of a notifier's registrations, and say whether there was anything to cut."""
+        """Cut a range out of a notifier's registrations; return whether it overlapped any."""
         self._notifiers_sem.down_write()
         try:
             stay: list[Registration] = []
@@ -289,8 +302,8 @@ class RestrictedFile:
                 for gone in going:
                     self.design.leave(self, notifier, gone)
             finally:
-                # Whatever became of the last words: a registration that stayed would keep the file
-                # from everybody else.
+                # Remove the registration even if the callbacks failed. Otherwise it would keep all
+                # other consumers from the file.
                 self._set_registrations(notifier, tuple(stay))
             return bool(going)
         finally:
@@ -299,8 +312,8 @@ class RestrictedFile:
     def _set_registrations(
         self, notifier: Notifier, registrations: tuple[Registration, ...]
     ) -> None:
-        # Preconditions: _notifiers_sem held for writing. The mutex keeps out who found nobody
-        # registered and does without the semaphore.
+        # Preconditions: _notifiers_sem held for writing. The mutex keeps out ``fallocate_unheard``,
+        # which does not take the semaphore.
         with self._mutex:
             before = self._registrations.pop(id(notifier), ())
             for old in before if before and before[0].exclusive else ():
@@ -310,16 +323,19 @@ class RestrictedFile:
             if registrations:
                 self._registrations[id(notifier)] = registrations
             self._count += len(registrations) - len(before)
-            # A walk makes these: thousands may come or go before the next one.
+            # ``registrations`` makes these again. Before its next call, thousands may come or go.
             self._newest_first = None
             self._tell()
 
     def registrations(self) -> tuple[Registration, ...]:
-        """Return all registrations, newest first; under the semaphore."""
+        """Return all registrations, newest first.
+
+        Preconditions: the semaphore is held.
+        """
         found = self._newest_first
         if found is None:
-            # Two readers at once make the same. What is left of a binding that was cut has one
-            # number, and stays in order.
+            # Two readers may do this at once; both get the same result. All parts of a binding that
+            # was cut have the same number, and sorting keeps their order.
             every = chain.from_iterable(self._registrations.values())
             found = tuple(sorted(every, key=lambda registration: -registration.number))
             self._notifiers = tuple(registration.notifier for registration in found)
@@ -327,11 +343,13 @@ class RestrictedFile:
         return found
 
     def renew(self) -> None:
-        """Free every page, and drop the memfd and the sequence page: who kept a descriptor of either reaches nothing that comes after.
+        """Free every page, and drop the memfd and the sequence page.
+
+        A consumer that kept a descriptor of either cannot reach later content with it.
 
         Raises:
-            OSError: EINVAL while anybody is registered; what the pages could not be freed with,
-                which nobody reaches by the file any more.
+            OSError: EINVAL while a consumer is registered; the error of freeing the old pages,
+                which are no longer part of the file.
         """
         self._notifiers_sem.down_write()
         try:
@@ -347,18 +365,25 @@ class RestrictedFile:
                 self.inode.modified()
         finally:
             self._notifiers_sem.up_write()
-        # They may be gigabytes, and whoever waits for a lock may be who serves the whole mount.
+        # There may be gigabytes to free. A thread that waits for a lock may be the one that serves
+        # the whole mount.
         free()
 
     def notifiers(self, start: pgoff_t, end: pgoff_t) -> Sequence[Notifier]:
-        """Return those who are to hear of a range of pages, newest first; under the semaphore."""
+        """Return the notifiers that hear of a range of pages, newest first.
+
+        Preconditions: the semaphore is held.
+        """
         every = self.registrations()
         if not self.design.binds:
             return self._notifiers
         return [r.notifier for r in every if start < r.end and end > r.start]
 
     def error_page(self, start: pgoff_t, end: pgoff_t) -> None:
-        """Tell consumers that the machine has lost pages (``restrictedmem_error_page`` of v10, as it was meant); in v9 nobody is told."""
+        """Tell consumers that the machine has lost pages; in v9 no consumer hears of it.
+
+        This is ``restrictedmem_error_page`` of v10, as it was meant.
+        """
         self._notifiers_sem.down_read()
         try:
             for notifier in self.notifiers(start, end) if self.design.tells_errors else ():
@@ -368,18 +393,20 @@ class RestrictedFile:
 
     @property
     def notifier_count(self) -> int:
-        """How many registrations there are: consumers of the whole file, or bindings."""
+        """Return how many registrations there are: consumers of the whole file, or bindings."""
         return self._count
 
     def sequence(self) -> InvalidationSequence:
-        """Return the page that fault paths check, made at the first call, and at the first one after ``renew``.
+        """Return the page that fault paths check.
+
+        The first call makes it; so does the first call after ``renew``.
 
         Raises:
             OSError: EMFILE, ENFILE, ENOMEM.
         """
         made = self._sequence
-        # Never another while there is a consumer: whoever holds the semaphore for reading finds it,
-        # and saves the mutex at each punch.
+        # The page does not change while a consumer is registered. So a thread that holds the
+        # semaphore for reading finds it here, and a punch need not take the mutex.
         return made if made is not None else self._make_sequence()
 
     def _make_sequence(self) -> InvalidationSequence:
@@ -388,7 +415,7 @@ class RestrictedFile:
                 self._sequence = InvalidationSequence.create()
             return self._sequence
 
-    # How long it lives.
+    # Lifetime.
 
     def get(self) -> None:
         """Take a reference (``get_file``)."""
@@ -396,13 +423,16 @@ class RestrictedFile:
             self._references += 1
 
     def get_unless_zero(self) -> bool:
-        """Take a reference unless the last one is gone (``kref_get_unless_zero``); say whether there is one now."""
+        """Take a reference unless the last one is gone; return whether the caller has one now.
+
+        This is ``kref_get_unless_zero``.
+        """
         with self._references_lock:
             self._references += self._references > 0
             return self._references > 0
 
     def put(self) -> None:
-        """Drop a reference (``fput``); with the last one the pages go, and nobody is notified."""
+        """Drop a reference (``fput``); with the last one the pages go, without callbacks."""
         with self._references_lock:
             self._references -= 1
             last = not self._references

@@ -1,10 +1,11 @@
-"""The invalidation sequence of a file: what a fault path compares against before it installs a translation.
+"""The invalidation sequence of a file, which a fault path checks before it maps a page.
 
-KVM keeps ``mmu_invalidate_seq``, ``mmu_invalidate_in_progress`` and the range per VM; here they lie
-in one page per file that the shim writes and every consumer maps for reading, so that a fault costs
-no message. The rule (v10 4/9): a translation of page ``pgoff`` may be installed only when no
-invalidation is in progress over it and the sequence is still what it was before get_page was
-called.
+KVM keeps ``mmu_invalidate_seq``, ``mmu_invalidate_in_progress`` and the range for each VM. Here
+each file has a page with them. The shim writes this page, and every consumer maps it read-only. So
+a fault costs no message.
+
+The rule (v10 4/9): a translation of page ``pgoff`` may be installed only if two things hold. No
+invalidation is in progress over the page, and the sequence is the same as before get_page.
 """
 
 import fcntl
@@ -27,7 +28,7 @@ _END: Final = 3
 
 @final
 class InvalidationSequence:
-    """Sequence, count and range in shared memory: one writer (the shim), any number of readers."""
+    """Sequence, count and range in shared memory, with one writer (the shim) and any readers."""
 
     __slots__ = ("_mapping", "_memory", "_mutex", "_words", "fd")
 
@@ -42,7 +43,9 @@ class InvalidationSequence:
 
     @classmethod
     def create(cls) -> Self:
-        """Make a new page, with nothing in progress, that this object alone can write: whoever else has its descriptor reads.
+        """Make a new page, with no invalidation in progress, that only this object can write.
+
+        Any other process that has the page's descriptor can only read.
 
         Raises:
             OSError: EMFILE, ENFILE, ENOMEM; EINVAL before Linux 5.1.
@@ -58,7 +61,11 @@ class InvalidationSequence:
         return made
 
     def begin(self, start: pgoff_t, end: pgoff_t) -> None:
-        """Enter an invalidation; ranges that overlap in time merge to their hull until all have ended, as in KVM."""
+        """Enter an invalidation.
+
+        Ranges of invalidations that overlap in time merge to their hull until all have ended, as in
+        KVM.
+        """
         words = self._words
         with self._mutex:
             in_progress = words.read(_IN_PROGRESS)
@@ -70,18 +77,24 @@ class InvalidationSequence:
             words.write(_IN_PROGRESS, in_progress + 1)
 
     def end(self) -> None:
-        """Leave an invalidation: the sequence rises before the count falls, so that a reader sees one or the other."""
+        """Leave an invalidation.
+
+        The sequence rises before the count falls, so a reader sees at least one of the two.
+        """
         words = self._words
         with self._mutex:
             words.write(_SEQ, words.read(_SEQ) + 1)
             words.write(_IN_PROGRESS, words.read(_IN_PROGRESS) - 1)
 
     def snapshot(self) -> int:
-        """Return the sequence, to be read before get_page."""
+        """Return the sequence; call this before get_page."""
         return self._words.read(_SEQ)
 
     def busy(self) -> bool:
-        """Say whether any invalidation is in progress; for a reader whom the file was taken from meanwhile (``close``), none is."""
+        """Say whether any invalidation is in progress.
+
+        After ``close``, which another thread may call meanwhile, the answer is no.
+        """
         try:
             return self._words.read(_IN_PROGRESS) > 0
         except ValueError:
@@ -95,7 +108,10 @@ class InvalidationSequence:
         )
 
     def retry(self, snapshot: int, start: pgoff_t, end: pgoff_t) -> bool:
-        """Say whether translations of pages ``start`` to ``end`` must not be installed (``mmu_invalidate_retry_gfn``)."""
+        """Say whether translations of pages ``start`` to ``end`` must not be installed.
+
+        This is ``mmu_invalidate_retry_gfn``.
+        """
         return self.busy_over(start, end) or self._words.read(_SEQ) != snapshot
 
     def close(self) -> None:
