@@ -1,6 +1,8 @@
-"""What a third kernel module had of restricted memory, for a process that the service trusts: notifiers, bindings, pages.
+"""The consumer's interface to restricted memory: notifiers, bindings, pages.
 
-docs/use/consumers.md walks through a whole consumer; the engines (``kvm``) are two others.
+A consumer does what a third kernel module could have done beside the shim and KVM. The service has
+to trust a consumer's process. docs/use/consumers.md walks through a whole consumer. The engines
+(``kvm``) are two others.
 """
 
 from restrictedmem.consumer.bound_file import BoundFile, NotifierOps, file_is_restrictedmem

@@ -1,4 +1,4 @@
-"""A window of a restricted file in a consumer's process: its pages, where they are mapped, and what is told of them."""
+"""A consumer's window of a restricted file: pages, their mapping and the callbacks."""
 
 import fcntl
 from collections.abc import Callable
@@ -15,13 +15,15 @@ from restrictedmem.failure import failed
 from restrictedmem.fs.filesystem import PROVE, TOKEN_BYTES
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
 
-#: Seconds after which a fault looks again: an invalidation that this consumer is not told of ends
-#: without a word too.
+#: Seconds after which a fault looks again. The service does not tell this consumer of every
+#: invalidation, nor of its end.
 _LOOK_AGAIN: Final = 0.001
 
 
 def file_is_restrictedmem(fd: int) -> bool:
-    """Say whether a descriptor is a restricted one, of whatever service; for owners, since no consumer ever has one.
+    """Say whether a descriptor is a restricted one, of whatever service.
+
+    This is for owners, since a consumer never has such a descriptor.
 
     Raises:
         OSError: EBADF.
@@ -31,7 +33,7 @@ def file_is_restrictedmem(fd: int) -> bool:
     except OSError as error:
         if error.errno in (ENOTTY, EINVAL):
             return False
-        # No service has given that token out.
+        # EACCES: no service has given out this token.
         if error.errno == EACCES:
             return True
         raise
@@ -39,14 +41,14 @@ def file_is_restrictedmem(fd: int) -> bool:
 
 
 class NotifierOps(Protocol):
-    """What a consumer does about a window (``struct restrictedmem_notifier_ops``), called by the notify thread, which all files share.
+    """A consumer's callbacks for a window (``struct restrictedmem_notifier_ops``).
 
-    Ranges are pages of the file and may reach beyond the window; ``order`` is as in
-    ``mm.notifier.Notifier``, whose rules hold.
+    The notify thread, which all files share, calls them. Ranges are pages of the file and may reach
+    beyond the window. ``order`` is as in ``mm.notifier.Notifier``, whose rules hold here, too.
     """
 
     def invalidate_start(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
-        """Return when nothing that is installed leads to the range, and no access to it is under way."""
+        """Zap the range, and return when no access to it is under way any more."""
         ...
 
     def invalidate_end(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
@@ -54,18 +56,25 @@ class NotifierOps(Protocol):
         ...
 
     def error(self, start: pgoff_t, end: pgoff_t) -> None:
-        """Let go of pages that the machine has lost; ``get_page`` refuses them until they are punched."""
+        """Let go of pages that the machine has lost.
+
+        ``get_page`` refuses them until they are punched.
+        """
         ...
 
 
 @final
 class BoundFile:
-    """A window of a file whose ops are called by the service; itself the ``Notifier`` in between, which keeps the account of pages."""
+    """A window of a file, with ops that the service calls.
+
+    This object is the ``Notifier`` between the service and the ops. It also counts the window's
+    pages.
+    """
 
     def __init__(
         self, bound: Bound, window: PageRange, ops: NotifierOps, unbind: Callable[[], None]
     ) -> None:
-        """Map the window; ``bound``'s descriptors are this object's from now on.
+        """Map the window, and own the descriptors of ``bound`` from now on.
 
         Raises:
             OSError: ENOMEM.
@@ -86,14 +95,17 @@ class BoundFile:
             made.pop_all()
         self._sequence = self._file.sequence
         self._settled = sync.condition(sync.mutex())
-        # Pages that the machine has lost and nobody has punched since.
+        # Pages that the machine has lost and that were not punched since.
         self._lost: set[int] = set()
 
     @classmethod
     def register_notifier(
         cls, consumer: Consumer, token: bytes, window: PageRange, ops: NotifierOps
     ) -> Self:
-        """Register a notifier for the whole file, pages of which are to be taken from ``window`` (``Consumer.register_notifier``)."""
+        """Register a notifier for the whole file (``Consumer.register_notifier``).
+
+        Pages can be taken from ``window``.
+        """
         return consumer.register_notifier(
             token, lambda bound: cls(bound, window, ops, lambda: consumer.unbind(bound.number))
         )
@@ -118,28 +130,34 @@ class BoundFile:
     # Taking pages.
 
     def get_page(self, pgoff: pgoff_t) -> int:
-        """Take a page, allocated when it is missing, and return the order of its folio (``restrictedmem_get_page``).
+        """Take a page and return the order of its folio (``restrictedmem_get_page``).
 
-        What is done with it has to stand the test of ``retry``, or to go through ``fault``.
+        A missing page is allocated. Before the caller maps or uses the page, it must check
+        ``retry``, or use ``fault`` instead.
 
         Raises:
-            OSError: EAGAIN while the page is being invalidated; EHWPOISON for one that the machine
-                has lost; EFAULT outside the window; ENOSPC, ENOMEM.
+            OSError: EAGAIN while the page is being invalidated; EHWPOISON for a page that the
+                machine has lost; EFAULT outside the window; ENOSPC, ENOMEM.
         """
         self._check(pgoff)
         return self._pages.get_page(pgoff)
 
     def get_page_noalloc(self, pgoff: pgoff_t) -> int:
-        """Take a page that is there and return the order of its folio (``restrictedmem_get_page_noalloc``).
+        """Take a present page and return its order (``restrictedmem_get_page_noalloc``).
+
+        The order is that of the page's folio.
 
         Raises:
-            OSError: ENOENT where none is; else as ``get_page``.
+            OSError: ENOENT for a missing page; else as ``get_page``.
         """
         self._check(pgoff)
         return self._pages.get_page_noalloc(pgoff)
 
     def put_page(self, pgoff: pgoff_t) -> None:
-        """Give a page back that is not used any more; what was written stays in the file (but docs/understand/designs.md, ``lazy``)."""
+        """Give back a page that is not used any more.
+
+        Its content stays in the file (with one exception: docs/understand/designs.md, ``lazy``).
+        """
         self._pages.put_page(pgoff)
 
     def _check(self, pgoff: pgoff_t) -> None:
@@ -147,29 +165,35 @@ class BoundFile:
             raise failed("get_page", EHWPOISON, "the machine has lost the page")
 
     def page(self, pgoff: pgoff_t) -> memoryview:
-        """Return a page's content, to be read or written while the page is installed (``fault``), and then released."""
+        """Return a page's content, which may be used while the page is installed.
+
+        The caller reads or writes it between ``fault`` and the next zap, and then releases it.
+        """
         start = (pgoff - self.window.start) << PAGE_SHIFT
         return self._mapping.memory[start : start + PAGE_SIZE]
 
     # The fault path.
 
     def snapshot(self) -> int:
-        """Return the file's invalidation sequence, to be read before ``get_page``."""
+        """Return the file's invalidation sequence; call this before ``get_page``."""
         return self._sequence.snapshot()
 
     def retry(self, snapshot: int, pgoff: pgoff_t, order: int = 0) -> bool:
-        """Say whether the folio of ``order`` that was taken since ``snapshot`` must not be installed (``mmu_invalidate_retry_gfn``)."""
+        """Say whether a folio of ``order``, taken since ``snapshot``, must not be installed.
+
+        This is ``mmu_invalidate_retry_gfn``.
+        """
         start = pgoff_t(pgoff & -(1 << order))
         return self._sequence.retry(snapshot, start, pgoff_t(start + (1 << order)))
 
     def fault(self, pgoff: pgoff_t, lock: sync.Mutex, install: Callable[[int], None]) -> int:
-        """Take a page and have it installed, with its order, by ``install`` under ``lock`` (``kvm_faultin_pfn``); returns the retries.
+        """Take a page, call ``install`` with its order under ``lock``, and return the retries.
 
-        ``lock`` is the one under which the notifier's ``invalidate_start`` and ``error`` take away
-        what is installed.
+        This is ``kvm_faultin_pfn``. ``lock`` must be the lock under which the notifier's
+        ``invalidate_start`` and ``error`` remove translations.
 
         Raises:
-            OSError: as ``get_page``, but EAGAIN.
+            OSError: as ``get_page``, but not EAGAIN.
         """
         retries = 0
         while True:
@@ -185,10 +209,10 @@ class BoundFile:
             with self._settled:
                 self._settled.wait_for(lambda: not self._sequence.busy(), _LOOK_AGAIN)
 
-    # What the service says (``Notifier``).
+    # The service's callbacks (``Notifier``).
 
     def invalidate_start(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
-        """Have the consumer let go of a range, then give its pages back."""
+        """Call the consumer's ``invalidate_start``, then give the range's pages back."""
         self._ops.invalidate_start(start, end, order)
         self._pages.invalidate_start(PageRange(start, end))
         self._lost -= {pgoff for pgoff in self._lost if start <= pgoff < end}
@@ -201,7 +225,7 @@ class BoundFile:
             self._settled.notify_all()
 
     def error(self, start: pgoff_t, end: pgoff_t) -> None:
-        """Refuse pages until they are punched, and have the consumer let go of them."""
+        """Refuse pages until they are punched, and call the consumer's ``error``."""
         lost = self.window.clip(PageRange(start, end))
         self._lost |= set(range(lost.start, lost.end))
         self._ops.error(start, end)
@@ -211,7 +235,11 @@ class BoundFile:
         return self._pages.count(PageRange(start, end))
 
     def close(self) -> None:
-        """Unbind, unmap and close; nothing is installed any more by then, or the design tells the notifier now."""
+        """Unbind, unmap and close.
+
+        The caller has zapped the window already, except where the design tells the notifier at
+        teardown.
+        """
         self._unbind()
         self._pages.close()
         self._mapping.close()

@@ -1,4 +1,7 @@
-"""A consumer's two connections to its service: it asks on one, and answers on the other, so that neither waits for the other."""
+"""A consumer's two connections to its service.
+
+The consumer asks on one and answers on the other, so neither waits for the other.
+"""
 
 import json
 import os
@@ -27,9 +30,11 @@ _NOTHING: Final = PageRange(pgoff_t(0), pgoff_t(0))
 @final
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """What the service answers to BIND: the binding's number, the file, its limit in bytes, and two descriptors that are the taker's.
+    """The service's answer to BIND.
 
-    ``flags`` is a ``wire.BindingFlag``, ``order`` that of the smallest folio the backing has.
+    It has the binding's number, the file's inode number and limit in bytes, and two descriptors,
+    which the receiver owns. ``flags`` is a ``wire.BindingFlag``. ``order`` is the order of the
+    smallest folio of the backing.
     """
 
     number: int
@@ -43,30 +48,30 @@ class Bound:
 
 @final
 class Consumer:
-    """This process's hold on restricted files; a thread of its own answers what the service says of them.
+    """The restricted files of this process; a thread of its own answers the service.
 
-    When the service is gone so is the memory, and the process ends.
+    When the service ends, the memory is gone, and so the process ends.
     """
 
     def __init__(self, service: socket.socket, notify: socket.socket) -> None:
         """Take over both sockets that ``serve`` was given for the service.
 
         Raises:
-            OSError: EAGAIN when there is no thread to be had.
+            OSError: EAGAIN when no thread can be started.
         """
         self.requests = Channel(service, "service", takes_fds=True)
         self._notify = Channel(notify, "service")
         self._known = sync.condition(sync.mutex())
         self._notifiers: dict[int, Notifier] = {}
-        #: How many calls are under way whose binding this process does not know yet.
+        #: How many BIND calls are under way, whose bindings this process does not know yet.
         self._binding = 0
         threads.start(self._answer_all)
 
     def register_notifier(self, token: bytes, make: Callable[[Bound], _N]) -> _N:
-        """Register a notifier for the whole file whose holder presented ``token`` (``restrictedmem_register_notifier``).
+        """Register a notifier for the whole file (``restrictedmem_register_notifier``).
 
-        ``make`` gets what came of it, descriptors included, and returns the notifier, which hears
-        of nothing before.
+        The holder of the file's descriptor has presented ``token``. ``make`` gets the new binding,
+        descriptors included, and returns the notifier. The notifier gets no callback before that.
 
         Raises:
             OSError: EINVAL for a token of no restricted descriptor, while another consumer has the
@@ -77,7 +82,9 @@ class Consumer:
     def bind(
         self, token: bytes, span: PageRange, make: Callable[[Bound], _N], *, exclusive: bool = True
     ) -> _N:
-        """Bind pages of a file to a notifier, in the design ``bindings`` (``restrictedmem_bind``), else as ``register_notifier``.
+        """Bind pages of a file to a notifier, in the design ``bindings``.
+
+        This is ``restrictedmem_bind``. In all else it does what ``register_notifier`` does.
 
         Raises:
             OSError: EINVAL for a token of no restricted descriptor, while another consumer has the
@@ -90,10 +97,12 @@ class Consumer:
     def bind_again(
         self, binding: int, span: PageRange, make: Callable[[int], _N], *, exclusive: bool = True
     ) -> _N:
-        """Bind further pages of a file, of which this consumer has a binding; ``make`` gets the number of the new one.
+        """Bind further pages of a file of which this consumer has a binding.
+
+        ``make`` gets the number of the new binding.
 
         Raises:
-            OSError: ENOENT for no binding of this consumer; EINVAL as ``bind``; what ``make``
+            OSError: ENOENT if this consumer has no such binding; EINVAL as ``bind``; what ``make``
                 raises.
         """
         flags = _AGAIN | _EXCLUSIVE if exclusive else _AGAIN
@@ -106,7 +115,8 @@ class Consumer:
             return self._register(number, partial(make, number))
 
     def _bind(self, token: bytes, span: PageRange, flags: int, make: Callable[[Bound], _N]) -> _N:
-        # A reply that this process has no room for is lost, and with it the binding's number.
+        # Fail now if there is no room for two descriptors. Otherwise they would be lost with the
+        # reply, and with them the binding's number.
         with OwnedFd(os.dup(self.requests.fileno())), OwnedFd(os.dup(self.requests.fileno())):
             pass
         with self._asking():
@@ -115,7 +125,7 @@ class Consumer:
                     wire.BIND, wire.BIND_REQUEST.pack(token, span.start, span.end, flags)
                 )
             except OSError as error:
-                # As fget and file_is_restrictedmem failing: EINVAL for both.
+                # EINVAL for both failures, of fget and of file_is_restrictedmem.
                 raise failed(
                     "bind", EINVAL if error.errno == EACCES else error.errno, detail_of(error)
                 ) from None
@@ -153,16 +163,18 @@ class Consumer:
             self._known.notify_all()
 
     def unbind(self, number: int) -> None:
-        """Unregister a notifier; with invalidation at teardown it hears once more before this returns, and then of nothing.
+        """Unregister a notifier, which then gets no callback any more.
+
+        With invalidation at teardown, it gets its last callback before this returns.
 
         Raises:
-            OSError: ENOENT for no binding; ENOTCONN.
+            OSError: ENOENT if there is no such binding; ENOTCONN.
         """
         self.requests.call(wire.UNBIND, wire.NUMBER.pack(number))
         del self._notifiers[number]
 
     def report(self, report: dict[str, object]) -> None:
-        """Tell ``ps`` of this process; the pid is added.
+        """Send the service a report of this process for ``ps``; the pid is added.
 
         Raises:
             OSError: ENOTCONN.
@@ -170,12 +182,15 @@ class Consumer:
         self.requests.call(wire.REPORT, json.dumps({"pid": os.getpid(), **report}).encode())
 
     def close(self) -> None:
-        """Unregister everything. The process holds no page of any file by then, and is about to end."""
+        """Unregister everything.
+
+        The process holds no page of any file any more, and is about to end.
+        """
         with suppress(OSError):
             for number in tuple(self._notifiers):
                 self.unbind(number)
 
-    # The thread.
+    # The notify thread.
 
     def _answer_all(self) -> None:
         try:
@@ -184,16 +199,16 @@ class Consumer:
                 if reply is not None:
                     self._notify.reply(reply)
         finally:
-            # Gone, or told something that this process cannot do: whoever goes on using pages then
-            # uses freed ones.
+            # The service is gone, or has sent a message that this process cannot obey. If the
+            # process went on, it would use freed pages.
             os._exit(FAULT)
 
     def _answer(self, message: Message) -> bytes | None:
-        """Do what a message says, and return the reply; None for one that has none."""
+        """Do what a message says, and return the reply, or None if there is none."""
         number, first, last, folio = message.unpack(wire.INVALIDATION)
         start, end, order = pgoff_t(first), pgoff_t(last), None if folio == wire.NO_FOLIO else folio
         if message.number == wire.INVALIDATE_END.number:
-            # One that was unbound meanwhile has nothing to go on with.
+            # A binding that was removed meanwhile needs no end.
             found = self._notifiers.get(number)
             if found is not None:
                 found.invalidate_end(start, end, order)
@@ -209,9 +224,11 @@ class Consumer:
         return b""
 
     def _find(self, number: int) -> Notifier:
-        """Return a binding's notifier; one that was just made may be heard of before BIND has returned, which it will.
+        """Return a binding's notifier, and wait while a BIND call is under way.
 
-        Where the service made it, and then could not say so, nobody here has a page of it.
+        The service may send a callback for a new binding before BIND has returned here. If the
+        reply to BIND was lost, the notifier is ``_DEAF``: no thread here has a page of this
+        binding.
         """
         with self._known:
             self._known.wait_for(lambda: number in self._notifiers or not self._binding)
@@ -220,7 +237,7 @@ class Consumer:
 
 @final
 class _Deaf:
-    """The notifier of a binding that nobody came to use (``Notifier``)."""
+    """The notifier of a binding that is not in use (``Notifier``)."""
 
     def invalidate_start(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
         """Do nothing."""
@@ -232,7 +249,7 @@ class _Deaf:
         """Do nothing."""
 
     def page_count(self, start: pgoff_t, end: pgoff_t) -> int:
-        """Hold nothing."""
+        """Return 0."""
         return 0
 
 

@@ -1,4 +1,4 @@
-"""A restricted file as its consumer has it: the memfd behind it, and the page with its sequence."""
+"""A restricted file in its consumer's process: the memfd and the sequence page."""
 
 import os
 from contextlib import ExitStack
@@ -18,12 +18,15 @@ from restrictedmem.units import PAGE_SHIFT, PageRange
 
 @final
 class MemfdFile:
-    """The memfd of a restricted file and the page with its sequence, for all windows of it in this process; closed with the last."""
+    """The memfd and the sequence page of a restricted file.
+
+    It is shared by all windows of the file in this process. The last ``put`` closes both.
+    """
 
     __slots__ = ("_bound", "_users", "blksize", "ino", "memfd", "order", "pinned", "sequence")
 
     def __init__(self, bound: Bound) -> None:
-        """Own both descriptors of ``bound``, which are closed when this fails.
+        """Own both descriptors of ``bound``, which are closed if this fails.
 
         Raises:
             OSError: ENOMEM.
@@ -42,12 +45,12 @@ class MemfdFile:
             self.memfd = take_over(
                 bound.memfd, limit=bound.limit, base_order=bound.order, hugepage=hugepage
             )
-            #: Bytes of the largest folio that there may be.
+            #: Bytes of the largest folio that is possible.
             self.blksize = self.memfd.blksize
             undo.pop_all()
 
     def copy(self) -> "MemfdFile":
-        """Return another of the same file, for a window that shares its own with no other.
+        """Return another object for the same file, for a window that shares its own with none.
 
         Raises:
             OSError: EMFILE, ENOMEM.
@@ -61,10 +64,10 @@ class MemfdFile:
         return MemfdFile(replace(self._bound, memfd=memfd, sequence=sequence))
 
     def pages(self, window: PageRange, mapping: Mapping) -> Pages:
-        """Keep the account of the pages of a window, which ``mapping`` maps; they are pinned if the service says so.
+        """Return the ``Pages`` of a window, which ``mapping`` maps.
 
-        The account of a pinned file owns the memfd, so such a file has one window, and its account
-        is to be closed.
+        If the service has asked for pinning, the pages are pinned. The ``Pages`` of a pinned file
+        own the memfd. So such a file has only one window, and the caller must close its ``Pages``.
 
         Raises:
             OSError: of a pinned file, as ``PinnedBacking``.
@@ -76,7 +79,7 @@ class MemfdFile:
 
     @property
     def used(self) -> bool:
-        """Whether a window shows it."""
+        """Whether any window uses the file."""
         return self._users > 0
 
     @property
@@ -85,11 +88,11 @@ class MemfdFile:
         return self.sequence.fd.closed
 
     def get(self) -> None:
-        """Use it."""
+        """Add a user."""
         self._users += 1
 
     def put(self) -> None:
-        """Use it no more."""
+        """Remove a user; after the last one both descriptors are closed."""
         self._users -= 1
         if not self._users:
             self.sequence.close()
