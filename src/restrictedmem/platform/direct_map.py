@@ -1,8 +1,8 @@
-"""The kernel's direct map, of a modelled physical memory: through which entry the kernel reaches each page, and whether it does.
+"""A model of the kernel's direct map: which entry maps each page, and whether it is present.
 
-Every GiB begins as one entry. Who needs other rights for a part of it splits it (``set_memory_4k``,
-``__split_large_page``); the kernel that the thread speaks of never merged one again, so that
-putting entries together is done here only where somebody asks for it.
+The map covers a modelled physical memory. Every GiB begins as one entry. A caller that needs other
+rights for a part of an entry splits it (``set_memory_4k``, ``__split_large_page``). The kernel of
+the mailing-list thread never merged entries again. So this model merges them only on request.
 """
 
 from collections import Counter
@@ -13,21 +13,24 @@ PMD_ORDER: Final = 9
 PUD_ORDER: Final = 18
 _STEP: Final = 9
 
-#: Entries by their number in physical memory: present or not, or the table of 512 that a split put
-#: in its place.
+#: Entries by their number in physical memory. A value says whether the entry is present, or is the
+#: table of 512 entries that a split has put in its place.
 _Table = dict[int, "bool | _Table"]
 
 
 @final
 class DirectMap:
-    """Entries of 1 GiB, 2 MiB and 4 KiB over the GiB that ``add`` named. Pages are pfns, orders those of the entries."""
+    """Entries of 1 GiB, 2 MiB and 4 KiB over every GiB that ``add`` was called for.
+
+    Pages are pfns. Orders are those of entries.
+    """
 
     __slots__ = ("_top", "merges", "removals", "restores", "splits")
 
     def __init__(self) -> None:
         self._top: _Table = {}
-        #: How many entries of an order were split, put together, made absent and made present since
-        #: the start.
+        #: How many entries of an order were split, merged, made absent and made present since the
+        #: start.
         self.splits, self.merges, self.removals, self.restores = (Counter[int]() for _ in range(4))
 
     def add(self, pfn: int) -> None:
@@ -35,19 +38,29 @@ class DirectMap:
         self._top.setdefault(pfn >> PUD_ORDER, True)
 
     def lookup(self, pfn: int) -> tuple[int, bool]:
-        """Return the order of the entry that covers a page, and whether it is present (``lookup_address``)."""
+        """Return the order of the entry that covers a page, and whether it is present.
+
+        This is ``lookup_address``.
+        """
         table, order = self._table_of(pfn, PTE_ORDER)
         return order, bool(table[pfn >> order])
 
     def _table_of(self, pfn: int, order: int) -> tuple[_Table, int]:
-        """Return the table with the entry of a page, and the entry's order: the one asked for, or above it where nothing was split."""
+        """Return the table with the entry that covers a page, and the entry's order.
+
+        This is ``order``, or a larger order where no split has made such an entry.
+        """
         table, found = self._top, PUD_ORDER
         while found > order and isinstance(below := table[pfn >> found], dict):
             table, found = below, found - _STEP
         return table, found
 
     def split(self, pfn: int, order: int) -> None:
-        """Split what covers a page until its entry is of ``order`` (``set_memory_4k`` for 0); 512 entries with the rights of the one."""
+        """Split the entry that covers a page until it is of ``order``.
+
+        Each split makes 512 entries with the rights of the old one. With order 0 this is
+        ``set_memory_4k``.
+        """
         table, found = self._table_of(pfn, order)
         while found > order:
             present = table[pfn >> found]
@@ -58,12 +71,18 @@ class DirectMap:
             table, found = below, found - _STEP
 
     def remove(self, pfn: int, order: int) -> None:
-        """Unmap ``1 << order`` aligned pages (``set_direct_map_invalid_noflush``); an entry that covers more is split first."""
+        """Unmap ``1 << order`` aligned pages (``set_direct_map_invalid_noflush``).
+
+        An entry that covers more is split first.
+        """
         self._set_present(pfn, order, present=False)
         self.removals[order] += 1
 
     def restore(self, pfn: int, order: int) -> None:
-        """Map ``1 << order`` aligned pages again (``set_direct_map_default_noflush``), by the entries there are."""
+        """Map ``1 << order`` aligned pages again (``set_direct_map_default_noflush``).
+
+        This merges no entries.
+        """
         self._set_present(pfn, order, present=True)
         self.restores[order] += 1
 
@@ -77,7 +96,10 @@ class DirectMap:
             table[pfn >> order] = present
 
     def merge(self, pfn: int, order: int) -> bool:
-        """Put the 512 entries below one of ``order`` together; say whether there is one now: not unless all are present entries."""
+        """Merge the 512 entries below an entry of ``order``; return whether it is one now.
+
+        They are merged only if each is a present entry, not a table.
+        """
         table, found = self._table_of(pfn, order)
         entry = table[pfn >> found]
         if isinstance(entry, dict):
@@ -88,7 +110,7 @@ class DirectMap:
         return bool(table[pfn >> found])
 
     def entries(self) -> Counter[int]:
-        """Count the entries there are by order, present or not."""
+        """Count the entries by order, present or not."""
         return Counter(order for order, _ in self._leaves())
 
     def absent(self) -> int:

@@ -1,4 +1,4 @@
-"""The seam between an engine and the state of the host that has to follow its private memory."""
+"""The interface between an engine and the host's state that follows private memory."""
 
 from errno import EINVAL
 from typing import Final, Protocol, final
@@ -8,16 +8,18 @@ from restrictedmem.units import PageRange, gfn_t
 
 
 class Platform(Protocol):
-    """A host's state, told by an engine. Files are named by inode number, pages by their number in the file.
+    """The host's state, as an engine reports its mappings to it.
 
-    For any thread: ``prepare`` is called under the engine's MMU lock, the others by its notify
-    thread while no fault is let in on the range; faults on other ranges go on.
+    Files are named by inode number, pages by their number in the file.
+
+    Any thread may call these. An engine calls ``prepare`` under its MMU lock. Its notify thread
+    calls the others, while no fault in the range is let in. Faults in other ranges go on.
     """
 
     def prepare(self, ino: int, span: PageRange, gfn: gfn_t, order: int) -> None:
-        """Take note that pages are about to be mapped at ``gfn``, out of a folio of ``order`` (``kvm_arch_gmem_prepare``).
+        """Note that pages of a folio of ``order`` are about to be mapped at ``gfn``.
 
-        Again for pages that are mapped already; then nothing changes.
+        This is ``kvm_arch_gmem_prepare``. For pages that are mapped already, nothing changes.
 
         Raises:
             OSError: EFAULT when a rule of the platform forbids it; the message tells the story of
@@ -26,11 +28,17 @@ class Platform(Protocol):
         ...
 
     def invalidate(self, ino: int, span: PageRange, order: int | None) -> None:
-        """Make pages the host's again: translations are gone, the pages not yet (``invalidate_start``)."""
+        """Give pages back to the host (``invalidate_start``).
+
+        The translations are gone already. The pages are not freed yet.
+        """
         ...
 
     def freed(self, ino: int, span: PageRange) -> None:
-        """Take note that the host has pages back and writes to them, whether it was told of it or not."""
+        """Note that the host has pages back and writes to them.
+
+        The engine may or may not have reported before that they go.
+        """
         ...
 
     def report(self) -> dict[str, object]:
@@ -40,7 +48,7 @@ class Platform(Protocol):
 
 @final
 class NoPlatform:
-    """A host that has nothing to keep in step (``Platform``)."""
+    """A host that has no state to keep in step (``Platform``)."""
 
     def prepare(self, ino: int, span: PageRange, gfn: gfn_t, order: int) -> None:
         """Do nothing."""
@@ -52,16 +60,16 @@ class NoPlatform:
         """Do nothing."""
 
     def report(self) -> dict[str, object]:
-        """Return nothing."""
+        """Return an empty report."""
         return {}
 
 
-#: The platforms that can be asked for.
+#: The platforms that a user can ask for.
 NAMES: Final = ("snp", "snp-unmapped")
 
 
 def make(name: str) -> Platform:
-    """Make a platform by its name; none for an empty one.
+    """Make a platform by its name; an empty name gives ``NoPlatform``.
 
     Raises:
         OSError: EINVAL for a name that is not one of ``NAMES``.

@@ -1,8 +1,8 @@
-"""SEV-SNP's reverse map table: whose each physical page is, and what the processor refuses.
+"""A model of SEV-SNP's reverse map table (RMP), which has an owner for each physical page.
 
-The instructions and their failures as Linux relies on them (arch/x86/virt/svm/sev.c); which fields
-an entry has and what each instruction does is in docs/understand/platform.md, with its sources.
-What Linux does with the table is in ``sev``.
+Instructions return the errors that Linux relies on (arch/x86/virt/svm/sev.c). The fields of an
+entry and the effects of each instruction are in docs/understand/platform.md, with sources. ``sev``
+models how Linux uses the table.
 """
 
 from collections import Counter
@@ -16,29 +16,32 @@ _PAGES: Final = 1 << PMD_ORDER
 
 
 class Fail(IntEnum):
-    """What RMPUPDATE, PSMASH and PVALIDATE answer."""
+    """Results of RMPUPDATE, PSMASH and PVALIDATE."""
 
     NONE = 0
     INPUT = 1
-    """An address that is not aligned for the size, or an entry of the wrong size for PSMASH."""
+    """The address is not aligned for the size, or PSMASH found an entry of the wrong size."""
     PERMISSION = 2
     """The page is immutable."""
     INUSE = 3
-    """Another processor or firmware holds the entry: transient."""
+    """Another processor or firmware holds the entry; this is transient."""
     OVERLAP = 4
-    """4 KiB inside an entry of 2 MiB, or 2 MiB over one of 4 KiB."""
+    """A 4 KiB page inside an entry of 2 MiB, or 2 MiB over an entry of 4 KiB."""
     SIZEMISMATCH = 6
     """PVALIDATE of 2 MiB where the table has 4 KiB."""
 
 
-#: Linux's word for PVALIDATE with carry set: the page was in that state before.
+#: Linux's name for PVALIDATE with carry set: the page was in that state before.
 PVALIDATE_FAIL_NOUPDATE: Final = 255
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An entry of the table (``struct rmpentry``), as far as Linux uses it; ``order`` is its page size, 0 or 9."""
+    """An entry of the table (``struct rmpentry``), with the fields that Linux uses.
+
+    ``order`` is its page size, 0 or 9.
+    """
 
     assigned: bool = False
     asid: int = 0
@@ -48,7 +51,7 @@ class Entry:
     validated: bool = False
 
 
-#: A page of the host's: all zero.
+#: The entry of a page that belongs to the host: all zero.
 HYPERVISOR: Final = Entry()
 
 
@@ -59,16 +62,19 @@ class Rmp:
     __slots__ = ("_blocks", "in_use", "operations")
 
     def __init__(self) -> None:
-        # By block of 2 MiB, then by pfn: entries that are not the host's. One of 2 MiB stands
-        # alone, at the head.
+        # By block of 2 MiB, then by pfn: entries that are not the host's. An entry of 2 MiB is the
+        # only one of its block, under the block's first pfn.
         self._blocks: dict[int, dict[int, Entry]] = {}
         #: Pages whose entries another processor or firmware holds.
         self.in_use = set[int]()
-        #: How often an instruction did something, by its name and size.
+        #: How often each instruction succeeded, by its name and size.
         self.operations = Counter[str]()
 
     def lookup(self, pfn: int) -> Entry:
-        """Return the entry that rules a page: that of its 2 MiB where the head says so (``snp_lookup_rmpentry``)."""
+        """Return the entry that applies to a page (``snp_lookup_rmpentry``).
+
+        If the first entry of the page's 2 MiB block is of 2 MiB, it applies to all of the block.
+        """
         block = self._blocks.get(pfn >> PMD_ORDER, {})
         head = block.get(pfn & -_PAGES, HYPERVISOR)
         return head if head.order == PMD_ORDER else block.get(pfn, HYPERVISOR)
@@ -85,7 +91,7 @@ class Rmp:
         )
 
     def rmpupdate(self, pfn: int, new: Entry) -> Fail:
-        """Write an entry, which the guest has to validate again (RMPUPDATE, by the host)."""
+        """Write an entry (RMPUPDATE, by the host); the guest has to validate it again."""
         size = 1 << new.order
         if pfn & size - 1 or new.gpa >> 12 & size - 1:
             return Fail.INPUT
@@ -107,7 +113,10 @@ class Rmp:
         return Fail.NONE
 
     def psmash(self, pfn: int) -> Fail:
-        """Make 512 entries of one, each as validated as it was (PSMASH, by the host). There is no way back but freeing all of them."""
+        """Split an entry into 512, each as validated as the old one (PSMASH, by the host).
+
+        Only freeing all of them makes one entry possible again.
+        """
         entry = self.lookup(pfn)
         if pfn & _PAGES - 1 or entry.order != PMD_ORDER:
             return Fail.INPUT
@@ -122,7 +131,10 @@ class Rmp:
         return Fail.NONE
 
     def pvalidate(self, pfn: int, order: int) -> int:
-        """Accept a page (PVALIDATE, by the guest that it is assigned to); ``Fail`` or ``PVALIDATE_FAIL_NOUPDATE``."""
+        """Validate a page (PVALIDATE, by the guest that the page is assigned to).
+
+        Return ``Fail`` or ``PVALIDATE_FAIL_NOUPDATE``.
+        """
         entry = self.lookup(pfn)
         if pfn & (1 << order) - 1:
             return Fail.INPUT
@@ -135,9 +147,10 @@ class Rmp:
         return Fail.NONE
 
     def write_faults(self, pfn: int, order: int) -> bool:
-        """Say whether a write by the host to a page, through a mapping of ``order``, is #PF with the RMP bit.
+        """Say whether the host's write to a page, through a mapping of ``order``, faults.
 
-        Through 2 MiB and above, all of the page's 2 MiB is looked at: one of 1 GiB counts as 2 MiB.
+        The fault is #PF with the RMP bit. Through a mapping of 2 MiB or more, the processor checks
+        all of the page's 2 MiB; a mapping of 1 GiB counts as 2 MiB.
         """
         return bool(self.assigned(pfn)) if order >= PMD_ORDER else self.lookup(pfn).assigned
 

@@ -1,4 +1,7 @@
-"""What Linux does with the reverse map table and its direct map (arch/x86/virt/svm/sev.c, arch/x86/kvm/svm/sev.c)."""
+"""A model of what Linux does with the RMP and its direct map.
+
+The sources are arch/x86/virt/svm/sev.c and arch/x86/kvm/svm/sev.c.
+"""
 
 from errno import EFAULT
 from typing import final
@@ -11,11 +14,11 @@ _PAGES = 1 << PMD_ORDER
 
 @final
 class Sev:
-    """The host's calls, in Linux's names. Pages are pfns.
+    """The host's calls, under Linux's names. Pages are pfns.
 
-    With ``unmap`` pages that a guest gets leave the direct map, as in the first posting of SNP for
-    guest_memfd (December 2023); without they stay in it, in entries of 4 KiB where the table has 4
-    KiB, as merged.
+    With ``unmap``, pages that a guest gets leave the direct map, as in the first posting of SNP for
+    guest_memfd (December 2023). Without it they stay, as in the version that was merged. They then
+    have entries of 4 KiB where the table has 4 KiB.
     """
 
     __slots__ = ("_unmap", "direct_map", "leaked", "rmp")
@@ -24,24 +27,26 @@ class Sev:
         self._unmap = unmap
         self.rmp = Rmp()
         self.direct_map = DirectMap()
-        #: Pages that nobody gets any more (``snp_leaked_pages_list``).
+        #: Pages that are never used again (``snp_leaked_pages_list``).
         self.leaked = set[int]()
 
     def make_private(self, pfn: int, gpa: int, order: int, asid: int) -> None:
         """Give pages to a guest, as one entry of ``order`` (``rmp_make_private``).
 
         Raises:
-            OSError: EFAULT, whatever RMPUPDATE failed with.
+            OSError: EFAULT for every failure of RMPUPDATE.
         """
         if self._unmap:
             self.direct_map.remove(pfn, order)
         self._rmpupdate(pfn, Entry(assigned=True, asid=asid, gpa=gpa, order=order))
 
     def make_shared(self, pfn: int, order: int) -> None:
-        """Take pages back from a guest (``rmp_make_shared``); 4 KiB of an entry of 2 MiB smash it first.
+        """Take pages back from a guest (``rmp_make_shared``).
+
+        If they are 4 KiB of an entry of 2 MiB, the entry is split first (PSMASH).
 
         Raises:
-            OSError: EFAULT, whatever PSMASH or RMPUPDATE failed with.
+            OSError: EFAULT for every failure of PSMASH or RMPUPDATE.
         """
         entry = self.rmp.lookup(pfn)
         if not entry.assigned:
@@ -56,24 +61,27 @@ class Sev:
         """Split an entry of 2 MiB.
 
         Raises:
-            OSError: EFAULT; Linux tries again while the entry is in use, which here it would be for
-                ever.
+            OSError: EFAULT. Linux tries again while the entry is in use; in this model that would
+                never end.
         """
         _check("PSMASH", pfn, self.rmp.psmash(pfn))
 
     def _rmpupdate(self, pfn: int, new: Entry) -> None:
-        # adjust_direct_map: writes through a larger mapping would fault. One of 2 MiB needs none,
-        # for 1 GiB is checked as 2 MiB.
+        # As adjust_direct_map does: a write through a larger mapping would fault. An entry of 2 MiB
+        # needs no split, because a mapping of 1 GiB is checked as 2 MiB.
         if new.order == PTE_ORDER:
             self.direct_map.split(pfn, PTE_ORDER)
         _check("RMPUPDATE", pfn, self.rmp.rmpupdate(pfn, new))
 
     def is_shared(self, pfn: int) -> bool:
-        """Say whether nothing of the 2 MiB of a page is assigned (``is_pfn_range_shared``)."""
+        """Say whether no page of a page's 2 MiB is assigned (``is_pfn_range_shared``)."""
         return not self.rmp.assigned(pfn)
 
     def reclaim(self, start: int, end: int) -> None:
-        """Take pages back as large as the table has them (``sev_gmem_invalidate``); those that cannot be had are leaked."""
+        """Take pages back in the sizes that the table has (``sev_gmem_invalidate``).
+
+        Pages that cannot be taken back are leaked.
+        """
         pfn = start
         while pfn < end:
             entry = self.rmp.lookup(pfn)
@@ -86,7 +94,7 @@ class Sev:
                 if entry != HYPERVISOR:
                     self.make_shared(pfn, order)
             except OSError:
-                # snp_leak_pages
+                # As snp_leak_pages does.
                 self.leaked.update(range(pfn, pfn + (1 << order)))
             pfn += 1 << order
 

@@ -1,8 +1,8 @@
-"""A host with SEV-SNP: its reverse map table and direct map, kept in step with what a VM maps and loses.
+"""A host with SEV-SNP: RMP and direct map, in step with what a VM maps and loses.
 
-A model: docs/understand/platform.md says of what, and of what not. Each GiB of a file lies in a GiB
-of physical memory of its own, in the order of first use, so that the same calls always have the
-same result; pages of one folio are contiguous there, and so are pages of many.
+docs/understand/platform.md says what this models and what it does not. Each GiB of a file lies in a
+GiB of physical memory of its own, in the order of first use. So the same calls always have the same
+result. The pages of one folio are contiguous there, but so are pages of several folios.
 """
 
 from collections import deque
@@ -19,9 +19,9 @@ from restrictedmem.units import PAGE_SHIFT, PageRange, gfn_t
 
 _PMD_PAGES: Final = 1 << PMD_ORDER
 _PUD_PAGES: Final = 1 << PUD_ORDER
-#: Address space identifier of the one guest there is.
+#: Address space identifier of the only guest.
 _ASID: Final = 1
-#: Calls that stories are told from, stories that are told, and calls in each.
+#: Calls that are remembered for stories, stories in a report, and calls in each story.
 _REMEMBERED: Final = 1 << 16
 _STORIES: Final = 16
 _TOLD_CALLS: Final = 16
@@ -52,7 +52,10 @@ class _EngineCall:
 @final
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """Pages of a file, alike, for which a rule of the platform was violated, and what befell the first of them."""
+    """Adjacent pages of a file that violate a rule of the platform in the same way.
+
+    ``story`` says what happened to the first of them.
+    """
 
     rule: str
     ino: int
@@ -63,16 +66,19 @@ class Violation:
 
 @final
 class Snp:
-    """Direct map and RMP under one VM (``Platform``). ``_lock`` is taken last of all: held for one call, never across a wait."""
+    """Direct map and RMP under one VM (``Platform``).
+
+    ``_lock`` is the last lock in the lock order. It is held for one call, never across a wait.
+    """
 
     __slots__ = ("_calls", "_count", "_frames", "_lock", "_name", "_violated", "_violations", "sev")
 
     def __init__(self, *, unmap: bool) -> None:
-        """Begin with memory that is the host's; ``unmap`` is that of ``Sev``."""
+        """Begin with memory that belongs to the host; ``unmap`` is that of ``Sev``."""
         self.sev = Sev(unmap=unmap)
         self._name = "snp-unmapped" if unmap else "snp"
         self._lock = sync.mutex()
-        #: Which GiB of physical memory holds which GiB of which file. The first is nobody's.
+        #: The GiB of physical memory that holds each GiB of a file. GiB 0 is not used.
         self._frames: dict[tuple[int, int], int] = {}
         self._calls = deque[_EngineCall](maxlen=_REMEMBERED)
         self._count = 0
@@ -80,7 +86,11 @@ class Snp:
         self._violations: list[Violation] = []
 
     def prepare(self, ino: int, span: PageRange, gfn: gfn_t, order: int) -> None:
-        """Assign what is not assigned yet (``sev_gmem_prepare``): 2 MiB as one if they come whole out of one folio, else by 4 KiB."""
+        """Assign the pages that are not assigned yet (``sev_gmem_prepare``).
+
+        A block of 2 MiB that lies whole in the range and in one folio gets one entry. All other
+        pages get entries of 4 KiB.
+        """
         with self._lock:
             self._remember(ino, span, _Befell.MAPPED, f" from gfn {gfn:#x} on, order {order}")
             for frame in range(span.start >> PUD_ORDER, (span.end - 1 >> PUD_ORDER) + 1):
@@ -111,17 +121,20 @@ class Snp:
                     EFAULT, f"page {pgoff + index:#x} is assigned to the guest at another address"
                 )
             if entry.order == PMD_ORDER and len(pfns) < _PMD_PAGES:
-                # A private access through 4 KiB of an entry of 2 MiB is #NPF with the SIZEM bit,
-                # and the host's answer this.
+                # A private access through 4 KiB of an entry of 2 MiB is #NPF with the SIZEM bit.
+                # The host then does this.
                 self.sev.psmash(pfn & -_PMD_PAGES)
 
     def _assign(self, pfn: int, gpa: int, order: int) -> None:
         self.sev.make_private(pfn, gpa, order, _ASID)
-        # Guests here take memory as it comes: lazy acceptance, at the first touch.
+        # A guest of this project accepts memory lazily, at its first touch.
         self.sev.rmp.pvalidate(pfn, order)
 
     def invalidate(self, ino: int, span: PageRange, order: int | None) -> None:
-        """Take pages back: large entries of the direct map come back for blocks that go whole and are known to be of one folio."""
+        """Take pages back, and merge direct map entries where a whole block comes back.
+
+        Entries are merged only if the block is known to be of one folio.
+        """
         with self._lock:
             self._remember(
                 ino,
@@ -143,7 +156,7 @@ class Snp:
                         self.sev.direct_map.merge(start, PUD_ORDER)
 
     def freed(self, ino: int, span: PageRange) -> None:
-        """Let the host write to each page, as it clears what it gives to somebody else."""
+        """Let the host write to each page, as it does when it clears a page for its next user."""
         with self._lock:
             self._remember(ino, span, _Befell.FREED)
             for pgoff, start, end in self._blocks(ino, span):
@@ -168,12 +181,15 @@ class Snp:
                     )
 
     def _write_faults(self, pfn: int) -> bool:
-        # What is absent is assigned: that it is not mapped either makes no difference.
+        # Pages that are absent from the direct map are assigned. So the RMP alone decides.
         order, _ = self.sev.direct_map.lookup(pfn)
         return self.sev.rmp.write_faults(pfn, order)
 
     def _blocks(self, ino: int, span: PageRange) -> Iterator[tuple[int, int, int]]:
-        """Yield a range cut at 2 MiB, where it has been used: page of the file, first pfn, pfn after the last."""
+        """Yield a range cut at 2 MiB: page of the file, first pfn, pfn after the last.
+
+        Parts that were never used are left out.
+        """
         pgoff = int(span.start)
         while pgoff < span.end:
             frame = self._frames.get((ino, pgoff >> PUD_ORDER))
@@ -229,7 +245,7 @@ class Snp:
 
 
 def _runs(pfns: Iterator[int]) -> Iterator[tuple[int, int]]:
-    """Put neighbouring pages together: first, and the one after the last."""
+    """Yield runs of adjacent pages: the first page, and the page after the last."""
     first = last = -1
     for pfn in pfns:
         if pfn != last:
