@@ -1,4 +1,8 @@
-"""/dev/kvm as typed, owned handles: one class for each kind of descriptor, one method for each ioctl, each error named by its ioctl."""
+"""/dev/kvm as typed, owned handles.
+
+There is one class for each kind of descriptor, and one method for each ioctl. Each error names its
+ioctl.
+"""
 
 from restrictedmem.devkvm.guest_memfd import GuestMemfd
 from restrictedmem.devkvm.system import Kvm

@@ -1,4 +1,7 @@
-"""The structs of KVM that end in an array of no fixed length, with room for as many entries as the kernel ever takes."""
+"""KVM's structs that end in an array of variable length.
+
+Each has room for as many entries as the kernel ever takes.
+"""
 
 import ctypes
 from collections.abc import Iterable, Mapping
@@ -9,7 +12,7 @@ from restrictedmem.abi.kvm import kvm_signal_mask
 from restrictedmem.abi.kvm_x86 import kvm_cpuid2, kvm_cpuid_entry2, kvm_msr_entry, kvm_msrs
 from restrictedmem.failure import failed
 
-#: KVM_MAX_CPUID_ENTRIES, and MAX_IO_MSRS, of the kernel's source.
+#: KVM_MAX_CPUID_ENTRIES and MAX_IO_MSRS in the kernel's source.
 MOST: Final = 256
 
 E = TypeVar("E")
@@ -33,7 +36,7 @@ class CpuidEntries(kvm_cpuid2):
         """Return a struct with these entries.
 
         Raises:
-            OSError: E2BIG, as the kernel's.
+            OSError: E2BIG for too many entries, like the kernel.
         """
         entries = fitting(list(given), "KVM_SET_CPUID2")
         made = cls(nent=len(entries))
@@ -58,7 +61,7 @@ class MsrEntries(kvm_msrs):
         """Return a struct with these registers.
 
         Raises:
-            OSError: E2BIG, as the kernel's.
+            OSError: E2BIG for too many entries, like the kernel.
         """
         entries = fitting(
             [kvm_msr_entry(index=index, data=data) for index, data in values.items()], call
@@ -89,10 +92,10 @@ class SignalSet(kvm_signal_mask):
 
 
 def fitting(entries: list[E], call: str) -> list[E]:
-    """Return ``entries`` if the kernel takes so many.
+    """Return ``entries`` if they are not too many for the kernel.
 
     Raises:
-        OSError: E2BIG, as the kernel's.
+        OSError: E2BIG for too many entries, like the kernel.
     """
     if len(entries) > MOST:
         raise failed(call, E2BIG)

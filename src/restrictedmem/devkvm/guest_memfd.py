@@ -1,4 +1,7 @@
-"""A guest_memfd: memory of one VM that its owner allocates and frees, and reads or maps only as far as its flags let it."""
+"""A guest_memfd: memory of one VM that its owner allocates and frees.
+
+The owner can read or map it only as far as its flags allow.
+"""
 
 import mmap
 import os
@@ -12,15 +15,15 @@ from restrictedmem.fd import OwnedFd
 class GuestMemfd(OwnedFd):
     """The descriptor of KVM_CREATE_GUEST_MEMFD.
 
-    The file keeps its VM alive, not the other way round: what slots have bound is lost to the guest
-    with the last descriptor and mapping.
+    The file keeps its VM alive, but the VM does not keep the file alive. With the last descriptor
+    and mapping, the guest loses the memory that slots have bound.
     """
 
     __slots__ = ("flags",)
 
     def __init__(self, fd: int, flags: int) -> None:
         super().__init__(fd)
-        #: ``GUEST_MEMFD_FLAG_*`` it was created with.
+        #: The ``GUEST_MEMFD_FLAG_*`` that it was created with.
         self.flags = flags
 
     def fstat(self) -> os.stat_result:
@@ -29,11 +32,13 @@ class GuestMemfd(OwnedFd):
 
     @property
     def size(self) -> int:
-        """Bytes, set for good at creation."""
+        """Return the bytes, which are fixed at creation."""
         return self.fstat().st_size
 
     def allocate(self, offset: int, length: int) -> None:
-        """Allocate the pages of a byte range (fallocate(2), FALLOC_FL_KEEP_SIZE); they are cleared when first touched.
+        """Allocate the pages of a byte range (fallocate(2), FALLOC_FL_KEEP_SIZE).
+
+        The kernel clears the pages when they are first touched.
 
         Raises:
             OSError: EINVAL unless aligned and within the size; EINTR with part of it allocated.
@@ -41,7 +46,9 @@ class GuestMemfd(OwnedFd):
         memory.fallocate(self.fileno(), memory.FallocMode.KEEP_SIZE, offset, length)
 
     def punch_hole(self, offset: int, length: int) -> None:
-        """Free the pages of a byte range, and take them from the guest and from mappings; a range past the end is none.
+        """Free the pages of a byte range, and remove them from the guest and from mappings.
+
+        A range past the end has no effect.
 
         Raises:
             OSError: EINVAL unless aligned.
@@ -49,14 +56,19 @@ class GuestMemfd(OwnedFd):
         memory.fallocate(self.fileno(), memory.PUNCH, offset, length)
 
     def resident_pages(self, offset: int, length: int) -> int:
-        """Count the allocated pages of a byte range (cachestat(2)), which works without MMAP too."""
+        """Count the allocated pages of a byte range (cachestat(2)).
+
+        This works without GUEST_MEMFD_FLAG_MMAP, too.
+        """
         return memory.resident_pages(self.fileno(), offset, length)
 
     def mmap(self, offset: int, length: int) -> mmap.mmap:
-        """Map a byte range, shared; a touch is SIGBUS without INIT_SHARED.
+        """Map a byte range, shared.
+
+        Without GUEST_MEMFD_FLAG_INIT_SHARED, an access to the mapping is SIGBUS.
 
         Raises:
             OSError: ENODEV without GUEST_MEMFD_FLAG_MMAP.
-            ValueError: past the size (mmap(2) itself would take it).
+            ValueError: past the size (mmap(2) itself would accept it).
         """
         return mmap.mmap(self.fileno(), length, offset=offset)

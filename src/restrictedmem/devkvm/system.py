@@ -14,7 +14,7 @@ DEVICE: Final = "/dev/kvm"
 
 @final
 class Kvm(OwnedFd):
-    """The device: what the kernel can do, and where VMs come from."""
+    """The descriptor of /dev/kvm: what the kernel supports, and the creation of VMs."""
 
     __slots__ = ()
 
@@ -28,11 +28,14 @@ class Kvm(OwnedFd):
         return cls(os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC))
 
     def get_api_version(self) -> int:
-        """Return KVM_API_VERSION, which is 12 for good."""
+        """Return KVM_API_VERSION, which is always 12."""
         return kvm.KVM_GET_API_VERSION(self)
 
     def check_extension(self, capability: int) -> int:
-        """Return what the kernel says to a ``KVM_CAP_*``, 0 for no; ``VmFd.check_extension`` knows better for one VM."""
+        """Return the kernel's answer for a ``KVM_CAP_*``; 0 means no.
+
+        For one VM, ``VmFd.check_extension`` is more exact.
+        """
         return kvm.KVM_CHECK_EXTENSION(self, capability)
 
     def get_vcpu_mmap_size(self) -> int:
@@ -40,15 +43,16 @@ class Kvm(OwnedFd):
         return kvm.KVM_GET_VCPU_MMAP_SIZE(self)
 
     def get_supported_cpuid(self) -> list[kvm_cpuid_entry2]:
-        """Return all that CPUID can answer in a guest, for ``Vcpu.set_cpuid2``."""
+        """Return all that CPUID can answer in a guest, for ``VcpuFd.set_cpuid2``."""
         entries = CpuidEntries.room()
         KVM_GET_SUPPORTED_CPUID(self, entries)
         return entries.listed()
 
     def create_vm(self, kind: int = kvm.KVM_X86_DEFAULT_VM) -> VmFd:
-        """Create a VM, close-on-exec; the caller owns it. ``kind`` is a ``KVM_X86_*_VM``.
+        """Create a VM, close-on-exec; the caller owns it.
 
-        Only the process that created it can use it (its address space is the VM's).
+        ``kind`` is a ``KVM_X86_*_VM``. Only the process that created the VM can use it, because the
+        VM uses this process's address space.
 
         Raises:
             OSError: EINVAL for a kind that ``KVM_CAP_VM_TYPES`` does not have.

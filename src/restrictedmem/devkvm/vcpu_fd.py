@@ -1,4 +1,4 @@
-"""A vCPU: its registers, its exits, and how another thread takes it out of the guest."""
+"""A vCPU: its registers and exits, and how another thread kicks it out of the guest."""
 
 import ctypes
 import mmap
@@ -17,8 +17,8 @@ from restrictedmem.devkvm._entries import CpuidEntries, MsrEntries, SignalSet
 from restrictedmem.failure import failed
 from restrictedmem.fd import OwnedFd
 
-#: Sent by ``VcpuFd.kick``: ignored by default, so that it does no harm to a thread that does not
-#: expect it.
+#: The signal that ``VcpuFd.kick`` sends. It is ignored by default, so it does no harm to a thread
+#: that does not expect it.
 KICK: Final = signal.SIGURG
 
 _RUN: Final = kvm.KVM_RUN.request
@@ -27,7 +27,10 @@ _MEMORY_FAULT: Final = int(kvm.ExitReason.MEMORY_FAULT)
 
 @final
 class VcpuFd(OwnedFd):
-    """The descriptor of KVM_CREATE_VCPU, for one thread at a time; only ``kick`` is for others."""
+    """The descriptor of KVM_CREATE_VCPU.
+
+    One thread uses it at a time; only ``kick`` is for other threads.
+    """
 
     __slots__ = ("_mapping", "_mmap_size", "_page", "_thread", "run_errno")
 
@@ -37,18 +40,24 @@ class VcpuFd(OwnedFd):
         self._mapping: mmap.mmap | None = None
         self._page: shared.kvm_run | None = None
         self._thread = 0
-        #: Why the last memory fault happened: EFAULT, or EHWPOISON for a page that the machine has
+        #: Cause of the last memory fault: EFAULT, or EHWPOISON for a page that the machine has
         #: lost.
         self.run_errno = 0
 
     def close(self) -> None:
-        """Close the descriptor; the mapping goes when nothing refers to ``kvm_run`` and ``io_data`` any more."""
+        """Close the descriptor.
+
+        The mapping goes when nothing refers to ``kvm_run`` and ``io_data`` any more.
+        """
         self._page = self._mapping = None
         super().close()
 
     @property
     def kvm_run(self) -> shared.kvm_run:
-        """What the vCPU shares with this process: ``exit_reason``, ``exit``, ``immediate_exit``, the registers in ``s``."""
+        """Return the struct that the vCPU shares with this process.
+
+        It has ``exit_reason``, ``exit``, ``immediate_exit`` and the registers in ``s``.
+        """
         return self._page or self._map()
 
     def _map(self) -> shared.kvm_run:
@@ -57,23 +66,28 @@ class VcpuFd(OwnedFd):
         return self._page
 
     def io_data(self) -> memoryview:
-        """Return the bytes of the KVM_EXIT_IO that just happened: those written, or room for those to be read."""
+        """Return the bytes of the last KVM_EXIT_IO.
+
+        They are the bytes that the guest has written, or room for those that it reads.
+        """
         io = self.kvm_run.exit.io
         assert self._mapping is not None
         return memoryview(self._mapping)[io.data_offset : io.data_offset + io.size * io.count]
 
     def run(self) -> int:
-        """Run the guest until it exits, and return ``KVM_EXIT_*``; what comes with it is in ``kvm_run.exit``.
+        """Run the guest until it exits, and return ``KVM_EXIT_*``.
 
-        A memory fault is an exit too, although KVM_RUN fails then: ``run_errno`` says with what.
+        ``kvm_run.exit`` has the rest. A memory fault is an exit too, although KVM_RUN fails then.
+        ``run_errno`` has its errno.
 
         Raises:
             OSError: EINTR after a signal, a kick or with ``immediate_exit``, and then nothing has
-                been lost; EFAULT for a page that cannot be had and of which the kernel says no
-                more; EIO in another process than the VM's.
+                been lost; EFAULT for a page that the kernel cannot get, without further
+                information; EIO in another process than the VM's.
         """
         page = self._page or self._map()
-        # An errno other than EFAULT leaves the last exit's reason behind.
+        # If KVM_RUN fails with another errno than EFAULT, it leaves the last exit's reason in
+        # place.
         page.exit_reason = 0
         if raw_ioctl(self.fileno(), _RUN, None) < 0:
             self._run_failed(page)
@@ -89,10 +103,10 @@ class VcpuFd(OwnedFd):
         raise_errno("KVM_RUN", number)
 
     def accept_kicks(self) -> None:
-        """Let ``kick`` reach this thread, which is the one to call ``run`` from now on.
+        """Let ``kick`` reach this thread, which must be the one that calls ``run`` afterwards.
 
-        SIGURG stays blocked in the thread, but for the time it spends in KVM_RUN; the signals
-        blocked there are those blocked now.
+        SIGURG stays blocked in the thread, except while the thread is in KVM_RUN. The other signals
+        that are blocked now are the signals that KVM_RUN blocks.
         """
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         self.set_signal_mask(blocked - {KICK})
@@ -100,7 +114,9 @@ class VcpuFd(OwnedFd):
         self._thread = threading.get_native_id()
 
     def kick(self) -> None:
-        """Make the KVM_RUN that is under way, or else the next one, return EINTR; from any thread, and never lost.
+        """Make the current KVM_RUN, or else the next one, return EINTR.
+
+        Any thread may call this. A kick is never lost.
 
         Raises:
             OSError: EINVAL before ``accept_kicks``, ESRCH when the thread has ended.
@@ -146,13 +162,13 @@ class VcpuFd(OwnedFd):
         kvm_x86.KVM_SET_FPU(self, fpu)
 
     def get_xsave(self) -> kvm_x86.kvm_xsave:
-        """Return what XSAVE would store, as far as it fits 4096 bytes."""
+        """Return the data that XSAVE would store, as far as it fits 4096 bytes."""
         xsave = kvm_x86.kvm_xsave()
         kvm_x86.KVM_GET_XSAVE(self, xsave)
         return xsave
 
     def set_xsave(self, xsave: kvm_x86.kvm_xsave) -> None:
-        """Set what XRSTOR would load.
+        """Set the data that XRSTOR would load.
 
         Raises:
             OSError: EINVAL for features that the vCPU does not have.
@@ -174,20 +190,20 @@ class VcpuFd(OwnedFd):
         kvm_x86.KVM_SET_XCRS(self, xcrs)
 
     def get_vcpu_events(self) -> kvm_x86.kvm_vcpu_events:
-        """Return the exceptions and interrupts on their way into the guest."""
+        """Return the exceptions and interrupts that are pending for the guest."""
         events = kvm_x86.kvm_vcpu_events()
         kvm_x86.KVM_GET_VCPU_EVENTS(self, events)
         return events
 
     def set_vcpu_events(self, events: kvm_x86.kvm_vcpu_events) -> None:
-        """Set the exceptions and interrupts on their way into the guest."""
+        """Set the exceptions and interrupts that are pending for the guest."""
         kvm_x86.KVM_SET_VCPU_EVENTS(self, events)
 
     def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
         """Return model specific registers by their number.
 
         Raises:
-            OSError: EINVAL with the number of one that cannot be read.
+            OSError: EINVAL with the number of a register that cannot be read.
         """
         entries = MsrEntries.of(dict.fromkeys(indices, 0), kvm_x86.KVM_GET_MSRS.name)
         _all_msrs(kvm_x86.KVM_GET_MSRS.name, entries, kvm_x86.KVM_GET_MSRS(self, entries))
@@ -197,19 +213,20 @@ class VcpuFd(OwnedFd):
         """Set model specific registers in turn.
 
         Raises:
-            OSError: EINVAL with the number of one that refuses its value; those before it are set.
+            OSError: EINVAL with the number of a register that refuses its value; those before it
+                are set.
         """
         entries = MsrEntries.of(values, kvm_x86.KVM_SET_MSRS.name)
         _all_msrs(kvm_x86.KVM_SET_MSRS.name, entries, kvm_x86.KVM_SET_MSRS(self, entries))
 
     def get_cpuid2(self) -> list[kvm_x86.kvm_cpuid_entry2]:
-        """Return what CPUID answers in the guest."""
+        """Return the guest's CPUID entries."""
         entries = CpuidEntries.room()
         kvm_x86.KVM_GET_CPUID2(self, entries)
         return entries.listed()
 
     def set_cpuid2(self, entries: Iterable[kvm_x86.kvm_cpuid_entry2]) -> None:
-        """Set what CPUID answers in the guest, and so which features its registers may turn on.
+        """Set the guest's CPUID entries, and so which features its registers may turn on.
 
         Raises:
             OSError: E2BIG for more than 256 entries, EINVAL for a change after the first run.
@@ -226,7 +243,7 @@ class VcpuFd(OwnedFd):
         """Set ``KVM_MP_STATE_*``.
 
         Raises:
-            OSError: EINVAL for a state that takes an interrupt controller.
+            OSError: EINVAL for a state that needs an interrupt controller.
         """
         kvm_x86.KVM_SET_MP_STATE(self, kvm_x86.kvm_mp_state(mp_state=state))
 
@@ -238,13 +255,18 @@ class VcpuFd(OwnedFd):
         kvm_x86.KVM_SET_GUEST_DEBUG(self, debug)
 
     def translate(self, linear_address: int) -> int | None:
-        """Return where the guest's page tables take a linear address, None if nowhere."""
+        """Return the guest physical address of a linear address, None if it is not mapped.
+
+        The address comes from the guest's page tables.
+        """
         translation = kvm_x86.kvm_translation(linear_address=linear_address)
         kvm_x86.KVM_TRANSLATE(self, translation)
         return translation.physical_address if translation.valid else None
 
     def pre_fault_memory(self, gpa: int, size: int) -> int:
-        """Map guest physical memory before the guest touches it, as far as one call goes; return the bytes that are left.
+        """Map guest physical memory before the guest touches it, and return the bytes left.
+
+        One call may map only a part.
 
         Raises:
             OSError: EOPNOTSUPP without KVM_CAP_PRE_FAULT_MEMORY, ENOENT where no slot is, EINVAL

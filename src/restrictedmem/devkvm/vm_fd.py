@@ -14,13 +14,19 @@ from restrictedmem.fd import OwnedFd
 
 
 def address_of(memory: mmap.mmap | bytearray) -> int:
-    """Return where memory of this process lies, for ``userspace_addr``; it has to stay for as long as a slot has it."""
+    """Return the address of memory of this process, for ``userspace_addr``.
+
+    The memory must stay in place as long as a slot uses it.
+    """
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 @final
 class VmFd(OwnedFd):
-    """The descriptor of KVM_CREATE_VM, for the process that created it: any other gets EIO. Addresses and sizes are bytes."""
+    """The descriptor of KVM_CREATE_VM, for the process that created it.
+
+    Any other process gets EIO. Addresses and sizes are bytes.
+    """
 
     __slots__ = ("_vcpu_mmap_size",)
 
@@ -29,14 +35,14 @@ class VmFd(OwnedFd):
         self._vcpu_mmap_size = vcpu_mmap_size
 
     def check_extension(self, capability: int) -> int:
-        """Return what the kernel says to a ``KVM_CAP_*`` for this VM, 0 for no."""
+        """Return the kernel's answer for a ``KVM_CAP_*`` of this VM; 0 means no."""
         return kvm.KVM_CHECK_EXTENSION(self, capability)
 
     def enable_cap(self, capability: int, *arguments: int) -> None:
         """Turn a capability on.
 
         Raises:
-            OSError: EINVAL for one that cannot be.
+            OSError: EINVAL for a capability that cannot be turned on.
         """
         request = kvm.kvm_enable_cap(cap=capability)
         request.args[: len(arguments)] = list(arguments)
@@ -46,16 +52,16 @@ class VmFd(OwnedFd):
         """Create a vCPU, close-on-exec; the caller owns it.
 
         Raises:
-            OSError: EEXIST when there is one of that number, EINVAL when it is not below
+            OSError: EEXIST when there is one of that number, EINVAL when the number is not below
                 KVM_CAP_MAX_VCPU_ID.
         """
         return VcpuFd(kvm.KVM_CREATE_VCPU(self, number), self._vcpu_mmap_size)
 
     def create_guest_memfd(self, size: int, flags: int = 0) -> GuestMemfd:
-        """Create a guest_memfd of ``size`` bytes for slots of this VM, close-on-exec; the caller owns it.
+        """Create a guest_memfd of ``size`` bytes for slots of this VM; the caller owns it.
 
-        The kernel creates it without close-on-exec: a program that another thread starts at that
-        moment may inherit it.
+        The descriptor is close-on-exec. The kernel creates it without close-on-exec, so a program
+        that another thread starts at that moment may inherit it.
 
         Raises:
             OSError: EINVAL for size 0 or not of whole pages, or flags outside
@@ -71,10 +77,12 @@ class VmFd(OwnedFd):
     def set_user_memory_region(
         self, slot: int, guest_phys_addr: int, memory_size: int, userspace_addr: int, flags: int = 0
     ) -> None:
-        """Create a slot on memory of this process, or move it, change its flags, or (size 0) delete it.
+        """Create a slot on memory of this process, move it, change its flags, or delete it.
+
+        Size 0 deletes it.
 
         Raises:
-            OSError: EEXIST where another slot is, EINVAL unless aligned; or for a slot with a
+            OSError: EEXIST where another slot is; EINVAL unless aligned, or for a slot with a
                 guest_memfd, which can only be deleted.
         """
         region = kvm.kvm_userspace_memory_region(
@@ -96,10 +104,11 @@ class VmFd(OwnedFd):
         guest_memfd_offset: int = 0,
         flags: int = kvm.KVM_MEM_GUEST_MEMFD,
     ) -> None:
-        """Create a slot that has a range of a guest_memfd, which is bound to it until the slot is deleted or the file is gone.
+        """Create a slot with a range of a guest_memfd.
 
-        On a default VM a file with GUEST_MEMFD_FLAG_MMAP serves every access of the guest, and one
-        without serves none.
+        The range is bound to the slot until the slot is deleted or the file is gone. On a default
+        VM, a file with GUEST_MEMFD_FLAG_MMAP serves every access of the guest. A file without it
+        serves none.
 
         Raises:
             OSError: EBADF for a bad ``guest_memfd``; EEXIST where another slot is; EINVAL unless
@@ -127,11 +136,13 @@ class VmFd(OwnedFd):
         self.set_user_memory_region(slot, 0, 0, 0)
 
     def set_memory_attributes(self, address: int, size: int, attributes: int) -> None:
-        """Make a range private (``KVM_MEMORY_ATTRIBUTE_PRIVATE``) or shared (0); what is in it stays where it was.
+        """Make a range private (``KVM_MEMORY_ATTRIBUTE_PRIVATE``) or shared (0).
+
+        This does not move the content.
 
         Raises:
-            OSError: ENOTTY when the device lacks KVM_CAP_MEMORY_ATTRIBUTES; EINVAL for attributes
-                that the VM's does not have, which may be none, or unless aligned.
+            OSError: ENOTTY when the device lacks KVM_CAP_MEMORY_ATTRIBUTES; EINVAL unless aligned,
+                or for attributes that the VM's capability lacks, which may be all.
         """
         kvm.KVM_SET_MEMORY_ATTRIBUTES(
             self, kvm.kvm_memory_attributes(address=address, size=size, attributes=attributes)
@@ -141,14 +152,16 @@ class VmFd(OwnedFd):
         """Limit the pages that shadow page tables take; at least 64.
 
         Raises:
-            OSError: EINVAL below that.
+            OSError: EINVAL below 64.
         """
         kvm.KVM_SET_NR_MMU_PAGES(self, pages)
 
     def set_tss_addr(self, address: int) -> None:
-        """Give three pages of guest physical memory below 4 GiB to Intel processors that cannot run real mode by themselves.
+        """Give KVM three pages of guest physical memory below 4 GiB for real mode.
+
+        Intel processors that cannot run real mode by themselves need them.
 
         Raises:
-            OSError: EINVAL above that, EEXIST where a slot is.
+            OSError: EINVAL above 4 GiB, EEXIST where a slot is.
         """
         KVM_SET_TSS_ADDR(self, address)
