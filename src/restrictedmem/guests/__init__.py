@@ -1,7 +1,7 @@
-"""The guest programs that come with the package.
+"""The guest programs of the package.
 
-Static x86-64 ELFs for guest ABI version 2, built from ``guests/`` in the source tree
-by its Makefile; ``toolchain.json`` says with what.
+They are static x86-64 ELFs for guest ABI version 2. The Makefile of ``guests/`` in the source tree
+builds them. The tools that it used are in ``toolchain.json``.
 """
 
 import errno
@@ -17,17 +17,17 @@ _DIRECTORY = Path(__file__).parent
 
 
 class BuiltGuest(TypedDict):
-    """Identify one built guest."""
+    """One built guest: its hash and its size in bytes."""
 
     sha256: str
     size: int
 
 
 class Toolchain(TypedDict):
-    """Tell how the packaged guests were built.
+    """The tools that built the packaged guests.
 
-    ``compiler`` and ``linker`` are the first lines of what the tools print
-    for ``--version``; ``guests`` is keyed by guest name.
+    ``compiler`` and ``linker`` are the first lines that the tools print for ``--version``.
+    ``guests`` is keyed by guest name.
     """
 
     compiler: str
@@ -38,18 +38,17 @@ class Toolchain(TypedDict):
 
 
 def names() -> list[str]:
-    """List the packaged guests.
-
-    The names are in alphabetical order, as :func:`path` takes them.
-    """
+    """Return the names of the packaged guests, in alphabetical order."""
     return sorted(elf.stem for elf in _DIRECTORY.glob("*.elf"))
 
 
 def path(name: str) -> Path:
-    """Find a packaged guest's ELF by name.
+    """Return the path of a packaged guest's ELF.
 
-    Raises :class:`OSError` with ``errno`` ENOENT and the name as ``filename``
-    when there is no such guest; a name is never taken for a path.
+    ``name`` is never taken for a path.
+
+    Raises:
+        OSError: ENOENT, with the name as ``filename``, when there is no such guest.
     """
     if name not in names():
         raise failed("guest", errno.ENOENT, path=name)
@@ -57,9 +56,9 @@ def path(name: str) -> Path:
 
 
 def toolchain() -> Toolchain:
-    """Read the record of what the packaged guests were built with.
+    """Return the record of the tools that built the packaged guests.
 
-    It is written at build time, by the Makefile that builds the guests.
+    The guests' Makefile writes it.
     """
     text = (_DIRECTORY / "toolchain.json").read_text(encoding="utf-8")
     return cast(Toolchain, json.loads(text))
