@@ -1,5 +1,5 @@
 """The descriptor: a FUSE pseudo file system over ``mm``.
 
-``filesystem`` turns one request into one reply, ``server`` reads and writes /dev/fuse, ``mount``
-makes the mount that has no mount point.
+``filesystem`` turns one request into one reply. ``fuse_server`` reads and writes /dev/fuse.
+``mounter`` makes the mount, which has no mount point.
 """

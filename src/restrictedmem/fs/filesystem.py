@@ -1,8 +1,8 @@
-"""FUSE requests on restricted files: decode, do, encode.
+"""FUSE requests on restricted files: decode, execute, encode.
 
-The file operations a restricted file lacks are refused the way the kernel refuses them for a file
-without those operations; the table of who refuses what, and what FUSE itself answers instead, is
-docs/reference/divergences.md.
+A restricted file refuses the file operations that it lacks, in the way that the kernel refuses them
+for a file without those operations. The table of refusals, and of the operations that FUSE itself
+answers instead, is in docs/reference/divergences.md.
 """
 
 import ctypes
@@ -26,22 +26,23 @@ from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.units import PAGE_SIZE
 
-#: The only name that can be created. It shows in /proc/PID/fd as ``/restrictedmem (deleted)``.
+#: The only name that can be created. /proc/PID/fd shows it as ``/restrictedmem (deleted)``.
 NAME: Final = b"restrictedmem"
-#: The bit of the mode to create with that asks for folios of 2 MiB (``RMFD_HUGEPAGE``): beside the
-#: name, what open(2) passes on whole.
+#: The bit of the mode of a create that asks for folios of 2 MiB (``RMFD_HUGEPAGE``). Only the name
+#: and the mode go through open(2) unchanged.
 HUGEPAGE_MODE: Final = stat.S_ISVTX
-#: ioctl(fd, PROVE, token): show the service that the caller holds this descriptor; a 16-byte token,
-#: direction write, magic 'R'.
+#: ioctl(fd, PROVE, token) shows the service that the caller holds this descriptor. The token has 16
+#: bytes, direction write, magic 'R'.
 TOKEN_BYTES: Final = 16
 PROVE: Final = 1 << 30 | TOKEN_BYTES << 16 | ord("R") << 8 | 1
 
-#: No file reaches there (MAX_LFS_FILESIZE); the kernel asks for nothing beyond.
+#: No file reaches this offset (MAX_LFS_FILESIZE); the kernel requests nothing beyond it.
 _FILE_END: Final = 1 << 63
 _HUGE_REQUEST: Final = 64 << 20
 _NANO: Final = 1_000_000_000
-# No DIRECT_IO_ALLOW_MMAP is negotiated, so MAP_SHARED is ENODEV; STREAM takes seeking and p-calls
-# away, as a file without FMODE_LSEEK; NOFLUSH keeps close() from waiting for this process.
+# DIRECT_IO without DIRECT_IO_ALLOW_MMAP, which is not negotiated: MAP_SHARED is ENODEV. STREAM
+# takes away seeking, pread and pwrite, as for a file without FMODE_LSEEK. NOFLUSH keeps close()
+# from waiting for this process.
 _OPEN_FLAGS: Final = OpenFlag.DIRECT_IO | OpenFlag.NONSEEKABLE | OpenFlag.STREAM | OpenFlag.NOFLUSH
 _ROOT_ATTR: Final = fuse.ATTR.pack(
     fuse.ROOT_ID, 0, 0, 0, 0, 0, 0, 0, 0, stat.S_IFDIR | 0o700, 2, 0, 0, 0, PAGE_SIZE, 0
@@ -52,14 +53,15 @@ _S = TypeVar("_S", bound=ctypes.Structure)
 
 
 class Request(NamedTuple):
-    """One request: the header's fields that matter, and the bytes after it."""
+    """One request: the fields of its header that are used, and the bytes after the header."""
 
     opcode: int
     unique: int
     nodeid: int
     uid: int
     gid: int
-    #: The calling thread, as the process that mounted numbers it; 0 when it cannot.
+    #: The calling thread's id in the PID namespace of the process that mounted; 0 if it has none
+    #: there.
     pid: int
     body: bytes
 
@@ -73,7 +75,7 @@ class _Node:
 
 @final
 class FileSystem:
-    """The nodes of one mount and what each request does to them; one request may run at the same time as another."""
+    """The nodes of one mount and the handler of each request; requests may run concurrently."""
 
     def __init__(
         self,
@@ -89,19 +91,22 @@ class FileSystem:
         """Make an empty file system.
 
         ``design`` and ``backing`` name those of each file (``mm.design``, ``mm.backing``).
-        ``memory_max`` bounds the bytes of each descriptor. ``max_files`` is how many descriptors
-        may exist at once; creating one more is ENFILE. ``prove`` hears of each token presented by
-        ioctl, with the inode number and the file, and raises OSError for one it does not know.
-        ``usage`` counts, if it is to be known what was done: that takes a quarter of an
-        allocation's time. ``account`` hears what files hold (``RestrictedFile``).
+        ``memory_max`` is the most bytes that a descriptor may hold. At most ``max_files``
+        descriptors exist at once; creating one more is ENFILE.
+
+        ``prove`` is called for each token that an ioctl presents, with the inode number and the
+        file. It raises OSError for an unknown token. ``usage`` counts what owners do, if the counts
+        are wanted; that takes a quarter of an allocation's time. ``account`` gets the changes of
+        the bytes that files hold (``RestrictedFile``).
 
         Raises:
             OSError: EINVAL for an unknown backing.
         """
         make_backing(backing)
-        #: Called before a request waits: for a consumer, with its number, or for much memory, with
-        #: None. Whoever serves others too lets them go on then. False when the request was put off
-        #: instead: it will be handled again, and has no reply yet.
+        #: Called before a request waits: with a consumer's number, or with None if it waits for
+        #: much memory. A server with other requests lets another thread handle them now. The call
+        #: returns False if the server has put the request off instead. Such a request has no reply
+        #: yet and will be handled again.
         self.before_waiting: Callable[[int | None], bool] = _go_on
         self._design = design
         self._backing = backing
@@ -135,7 +140,7 @@ class FileSystem:
         }
 
     def handle(self, request: Request) -> bytes | None:
-        """Do what a request asks and return the reply's body, ``None`` when it wants no reply.
+        """Execute a request and return the reply's body, or ``None`` for no reply.
 
         Raises:
             OSError: the errno of the reply; EINVAL for a request too short for its opcode.
@@ -149,7 +154,7 @@ class FileSystem:
             raise OSError(EINVAL, f"FUSE opcode {request.opcode}: {error}") from None
 
     def knows(self, opcode: int) -> bool:
-        """Say whether there is such an operation; ``handle`` answers ENOSYS to all others."""
+        """Say whether an operation exists; ``handle`` raises ENOSYS for all others."""
         return opcode in self._handlers
 
     def files(self) -> dict[int, RestrictedFile]:
@@ -166,13 +171,11 @@ class FileSystem:
     # The mount and its directory.
 
     def _init(self, request: Request) -> bytes:
-        # Before 7.36 the kernel sent the first 16 bytes alone.
+        # Before 7.36 the kernel sent only the first 16 bytes.
         body = request.body.ljust(ctypes.sizeof(fuse.fuse_init_in), b"\0")
         offered = fuse.fuse_init_in.from_buffer_copy(body)
         if offered.major != fuse.KERNEL_VERSION or offered.minor < fuse.OLDEST_MINOR_VERSION:
-            raise OSError(
-                EINVAL, f"FUSE protocol {offered.major}.{offered.minor} is not spoken here"
-            )
+            raise OSError(EINVAL, f"FUSE protocol {offered.major}.{offered.minor} is not supported")
         reply = fuse.fuse_init_out(
             major=fuse.KERNEL_VERSION,
             minor=min(offered.minor, fuse.KERNEL_MINOR_VERSION),
@@ -186,8 +189,8 @@ class FileSystem:
         return bytes(reply)
 
     def _lookup(self, request: Request) -> bytes:
-        # Nothing can be found by name: the owner unlinks a file right after creating it, and names
-        # are never cached.
+        # No name is ever found: the owner unlinks a file right after creating it, and the kernel
+        # never caches the names.
         raise OSError(ENOENT, "lookup")
 
     def _create(self, request: Request) -> bytes:
@@ -202,7 +205,7 @@ class FileSystem:
                 raise OSError(ENFILE, "create: the service has no descriptor left for another file")
             nodeid = self._next_node
             self._next_node += 1
-            # A hint: where every page is a huge one already, it says nothing.
+            # The bit is a hint. It has no effect where every page is a huge page already.
             kind = (
                 "thp" if asked.mode & HUGEPAGE_MODE and self._backing == "memfd" else self._backing
             )
@@ -231,7 +234,7 @@ class FileSystem:
     # One file.
 
     def _open(self, request: Request) -> bytes:
-        # An anonymous inode has no_open_fops: open("/proc/self/fd/N") finds nothing to open.
+        # An anonymous inode has no_open_fops, so open("/proc/self/fd/N") is ENXIO.
         raise OSError(ENXIO, "open")
 
     def _getattr(self, request: Request) -> bytes:
@@ -259,7 +262,7 @@ class FileSystem:
         return _ATTR_OUT_UNCACHED + _attributes(request.nodeid, file)
 
     def _fallocate(self, request: Request) -> bytes | None:
-        # Not by ``_decode``: with a ctypes struct, fallocate(2) takes 5 % longer here.
+        # This does not use ``_decode``: with a ctypes struct, fallocate(2) takes 5 % longer here.
         _fh, offset, length, mode, _padding = fuse.FALLOCATE_IN.unpack_from(request.body)
         file = self._file(request.nodeid)
         if offset + length >= _FILE_END:
@@ -272,10 +275,10 @@ class FileSystem:
         punches = bool(mode & FallocMode.PUNCH_HOLE)
         if self._usage is not None and punches:
             self._usage.before_punch(file)
-        # A thread that waits for a reply cannot end: its number is its own.
+        # A thread that waits for a reply cannot end, so its id is not reused meanwhile.
         abandoned = partial(process.is_dying, request.pid)
         if not file.fallocate_unheard(mode, offset, length, abandoned):
-            # A consumer may have come this moment.
+            # A consumer may have registered after the first check.
             if not heard and not self.before_waiting(file.holder):
                 return None
             file.fallocate(mode, offset, length, abandoned)
@@ -297,7 +300,7 @@ class FileSystem:
     def _refuse(self, request: Request) -> bytes:
         raise OSError(EINVAL, "the file has no such operation")
 
-    # Lifetimes. RELEASE comes at the last close, FORGET when the kernel drops the inode; FORGET,
+    # Lifetimes. RELEASE comes at the last close, FORGET when the kernel drops the inode. FORGET,
     # BATCH_FORGET and INTERRUPT have no reply.
 
     def _release(self, request: Request) -> bytes | None:
@@ -328,8 +331,7 @@ class FileSystem:
     def _drop(self, nodeid: int) -> None:
         with self._mutex:
             node = self._nodes.pop(nodeid, None)
-        # A create that was interrupted after our reply is forgotten without ever having been
-        # opened.
+        # If a create is interrupted after our reply, FORGET comes without any open or release.
         if node is not None and node.open:
             node.open = False
             self._put(node.file)
@@ -341,11 +343,15 @@ class FileSystem:
         file.put()
 
     def _interrupt(self, request: Request) -> None:
-        """Go on: a punch cannot stop half way. An allocation looks for itself whether its caller dies, whom any signal interrupts."""
+        """Do nothing: a punch cannot stop half way, and an allocation needs no INTERRUPT.
+
+        The kernel sends INTERRUPT for any signal. An allocation checks by itself whether its caller
+        dies.
+        """
 
 
 def _decode(kind: type[_S], request: Request) -> _S:
-    """Return the struct that a request's body begins with.
+    """Return the struct at the beginning of a request's body.
 
     Raises:
         OSError: EINVAL for a shorter body.
@@ -360,7 +366,7 @@ _ATTR_OUT_UNCACHED: Final = fuse.ATTR_OUT.pack(0, 0, 0)
 
 
 def _go_on(_consumer: int | None) -> bool:
-    """Let the request wait: there are no others."""
+    """Let the request wait, because this process has no other requests."""
     return True
 
 

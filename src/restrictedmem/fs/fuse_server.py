@@ -1,9 +1,11 @@
 """The loop between /dev/fuse and the file system.
 
-One thread reads at a time. Before it does something that may wait (for a consumer, or for
-gigabytes), it lets another thread read: so the common request costs one read and one write with no
-hand-over, and a slow one delays nobody else (leader and followers). What would wait for something
-that enough threads wait for already is put off, without a thread, until one of those is done.
+One thread reads at a time, the leader. Before it does something that may wait (for a consumer, or
+for gigabytes), it lets another thread read (the leader/followers pattern). So the common request
+costs one read and one write with no hand-over, and a slow one delays no other request.
+
+A request may have to wait for something that enough threads wait for already. The server puts it
+off, without a thread, until one of those threads is done.
 """
 
 import logging
@@ -26,19 +28,19 @@ log = logging.getLogger(__name__)
 
 #: Threads that may wait for memory at the same time.
 MAX_THREADS: Final = 8
-#: Threads that stay when there is nothing to wait for any more.
+#: Threads that stay when no request waits any more.
 _SPARE: Final = 8
-#: Nanoseconds. Requests are short, and their callers wait: they should not also wait for a guest's
-#: slice to end.
+#: Nanoseconds. Requests are short, and their callers wait. With a short slice the server need not
+#: also wait until a guest's slice ends.
 _SLICE: Final = 100_000
-#: Larger ones are between parts of the kernel.
+#: Larger errnos are internal to the kernel.
 _LAST_ERRNO: Final = 511
 
 _IN_SIZE: Final = fuse.IN_HEADER.size
 _OUT_SIZE: Final = fuse.OUT_HEADER.size
 _NOTHING: Final = bytes(_IN_SIZE)
-#: The longest request is an ioctl with an argument of 16,383 bytes, as many as its number can say
-#: (_IOC_SIZEBITS).
+#: The longest request is an ioctl with an argument of 16,383 bytes, the most that an ioctl's number
+#: can encode (_IOC_SIZEBITS).
 _BUFFER: Final = fuse.MIN_READ_BUFFER + (1 << 14)
 
 
@@ -47,37 +49,40 @@ class FuseServer:
     """Serves one mount until its last descriptor is gone."""
 
     def __init__(self, device: OwnedFd, filesystem: FileSystem) -> None:
-        """Serve requests of ``device`` (an open /dev/fuse, which the caller keeps until ``run`` has returned)."""
+        """Serve requests of ``device``, an open /dev/fuse.
+
+        The caller owns ``device`` and keeps it open until ``run`` has returned.
+        """
         self._device = device.fileno()
-        #: The leader's.
+        #: Only the leader uses it.
         self._buffer = bytearray(_BUFFER)
         self._filesystem = filesystem
         filesystem.before_waiting = self._step_aside
         self._leading = threading.Lock()
-        #: The thread that holds ``_leading``, 0 when it has stepped aside; and what it is
-        #: answering.
+        #: The thread that holds ``_leading``, 0 when it has stepped aside; and the request that it
+        #: handles.
         self._leader = 0
         self._request: Request | None = None
-        #: Whether the mount is gone; who waits to lead, or to answer, may not touch the device from
-        #: then on.
+        #: Whether the mount is gone. After that, threads that wait to lead or to reply may not use
+        #: the device.
         self._gone = False
         self._counts = threading.Lock()
-        # Under _counts: threads that wait to lead; how many wait for each consumer, and for memory
-        # (None); who waits for what; and requests that are to wait for something which enough
-        # threads wait for.
+        # Under _counts. _idle: threads that wait to lead. _waiting: how many threads wait for each
+        # consumer, and for memory (None). _waits: what each thread waits for. _put_off: requests
+        # that have to wait for something that enough threads wait for.
         self._idle = 1
         self._waiting: dict[int | None, int] = {}
         self._waits: dict[int, int | None] = {}
         self._put_off: deque[tuple[int | None, Request]] = deque()
 
     def run(self) -> None:
-        """Serve until the mount is gone; a thread that fails otherwise ends the process."""
+        """Serve until the mount is gone; a thread that fails in another way ends the process."""
         self._serve(may_end=False)
 
     def _serve(self, *, may_end: bool) -> None:
         me = threading.get_ident()
         with suppress(OSError):
-            # A matter of speed alone, where it is allowed.
+            # The slice is only for speed. The kernel may not allow it.
             process.set_slice(_SLICE)
         try:
             while self._lead(me) and self._work_off(me, may_end=may_end):
@@ -85,20 +90,21 @@ class FuseServer:
         except BaseException as error:
             with suppress(BaseException):
                 log.exception("a FUSE thread cannot go on")
-            # The device would stay open with nobody to read it: whoever waits for the mount would
-            # wait for ever. With the process they get ENOTCONN.
+            # Without this, the device would stay open with no thread to read it, and callers on the
+            # mount would wait for ever. When the process ends, they get ENOTCONN.
             os._exit(status_of(error))
         if self._leader == me:
             self._leader = 0
             self._leading.release()
 
     def _lead(self, me: int) -> bool:
-        """Read and answer requests until one had to wait; false when the mount is gone."""
+        """Read and answer requests until one had to wait; return False when the mount is gone."""
         self._leading.acquire()
         with self._counts:
             self._idle -= 1
             if not (self._idle or self._gone):
-                # Before one is needed, when there may be none to be had (RLIMIT_NPROC, say).
+                # Start the next thread before it is needed. By then a limit, such as RLIMIT_NPROC,
+                # may forbid it.
                 self._start_thread()
         self._leader = me
         while self._leader == me:
@@ -110,21 +116,23 @@ class FuseServer:
         return True
 
     def _step_aside(self, what: int | None) -> bool:
-        """Let another thread read while this one waits for a consumer, or (None) for memory; false when it is not to wait now.
+        """Let another thread read while this one waits; return False if it must not wait now.
 
-        One thread waits for a consumer: round trips to it take turns anyway. So a consumer that
-        does not answer holds up its own file's owner alone, and takes no more than a thread.
+        The thread waits for a consumer, or for memory (None). At most one thread waits for each
+        consumer, because round trips to a consumer run one at a time anyway. So a consumer that
+        does not answer delays only the owner of its own files, and takes only one thread.
         """
         me = threading.get_ident()
         if self._leader != me:
-            # A second time, or what was put off.
+            # The thread has stepped aside before, or handles a request that was put off.
             return True
         with self._counts:
             if self._waiting.get(what, 0) >= _most(what) or not (
                 self._idle or self._start_thread()
             ):
                 if not self._waiting:
-                    # Nobody would come back to it: there is this thread alone.
+                    # This is the only thread, so no thread would come back to a request that was
+                    # put off.
                     return True
                 assert self._request is not None
                 self._put_off.append((what, self._request))
@@ -135,7 +143,10 @@ class FuseServer:
         return True
 
     def _work_off(self, me: int, *, may_end: bool) -> bool:
-        """Answer what was put off while this thread waited; false when it is to end, as there are enough others."""
+        """Answer requests that were put off while this thread waited.
+
+        Return False if this thread has to end, because there are enough others.
+        """
         while True:
             with self._counts:
                 self._waited(me)
@@ -160,7 +171,7 @@ class FuseServer:
     # Preconditions of these: _counts held.
 
     def _wait_for(self, me: int, what: int | None) -> None:
-        # Counted last: that needs no memory to be taken back.
+        # Count last: if memory runs out in the line before, the count has not changed.
         self._waits[me] = what
         self._waiting[what] = self._waiting.get(what, 0) + 1
 
@@ -171,7 +182,7 @@ class FuseServer:
             del self._waiting[what]
 
     def _start_thread(self) -> bool:
-        """Start one more thread; false when there cannot be one."""
+        """Start one more thread; return False if that fails."""
         try:
             threads.start(partial(self._serve, may_end=True))
         except OSError:
@@ -193,7 +204,7 @@ class FuseServer:
                 raise
 
     def _read_one(self) -> Request:
-        # What had been read when memory ran out is still there.
+        # If memory ran out after the read, the request is still in the buffer.
         if not fuse.IN_HEADER.unpack_from(self._buffer)[0]:
             os.readv(self._device, (self._buffer,))
         size, opcode, unique, nodeid, uid, gid, pid, _, _ = fuse.IN_HEADER.unpack_from(self._buffer)
@@ -209,7 +220,7 @@ class FuseServer:
         except MemoryError:
             error = ENOMEM
         except Exception:  # noqa: BLE001  logged in a function of its own
-            # A bug must not hang the caller: it gets EIO, and the log has the rest.
+            # A bug must not hang the caller. The caller gets EIO, and the log has the rest.
             _log_failure("FUSE opcode %d on node %d", request)
             error = EIO
         if body is None or self._gone:
@@ -221,17 +232,17 @@ class FuseServer:
         try:
             os.write(self._device, reply)
         except OSError as failure:
-            # ENOENT: the caller was killed meanwhile; ENODEV: the mount is gone, which the next
-            # read says too.
+            # ENOENT: the caller was killed meanwhile. ENODEV: the mount is gone; the next read gets
+            # ENODEV, too.
             if failure.errno not in (ENOENT, ENODEV):
                 _log_failure("the reply to FUSE opcode %d on node %d", request)
 
     def _number(self, request: Request, failure: OSError) -> int:
-        """Return the errno that the kernel is told.
+        """Return the errno for the kernel.
 
-        It takes ENOSYS for "never ask again", for all of the mount: what exists must not fail with
-        it, whatever it failed of. Of a number that is none of its own it refuses the whole reply,
-        and the caller would wait for ever.
+        The kernel takes ENOSYS for "never ask again", for the whole mount. So a known operation
+        must not fail with ENOSYS, whatever the cause. If the errno is not one of the kernel's, the
+        kernel refuses the whole reply, and the caller would wait for ever.
         """
         number = failure.errno or EIO
         if number == ENOSYS and self._filesystem.knows(request.opcode):
@@ -245,6 +256,6 @@ def _most(what: int | None) -> int:
 
 
 def _log_failure(words: str, request: Request) -> None:
-    # The caller gets its answer whatever becomes of the log.
+    # The caller must get its reply even if logging fails.
     with suppress(Exception):
         log.exception(words, request.opcode, request.nodeid)

@@ -1,7 +1,7 @@
-"""Ways to make the mount. None leaves a mount point, and none opens a file on the mount.
+"""The ways to make the mount; none leaves a mount point or opens a file on the mount.
 
-Which is possible differs from machine to machine; ``Way`` lists them in the order in which they are
-tried. A process that does nothing else makes it (``mounter``).
+Not every way is possible on every machine. ``Way`` lists the ways in the order in which the service
+tries them. A process that does nothing else mounts (``mounter``).
 """
 
 import array
@@ -26,24 +26,34 @@ _ATTRIBUTES: Final = mount.MOUNT_ATTR_NOSUID | mount.MOUNT_ATTR_NODEV | mount.MO
 
 
 class Way(Enum):
-    """How the mount was made."""
+    """The way in which the mount was made."""
 
     OWN = "own mount"
-    """By fsopen and fsmount with CAP_SYS_ADMIN; ``allow_other``, so a descriptor works for whoever it is passed to."""
+    """By fsopen and fsmount with CAP_SYS_ADMIN.
+
+    The mount has ``allow_other``, so a descriptor works for every process that gets it.
+    """
 
     USERNS = "user namespace"
-    """The same inside a user namespace; a descriptor works for its owner's uid and gid alone."""
+    """By the same calls inside a user namespace.
+
+    A descriptor works only for its owner's uid and gid.
+    """
 
     FUSERMOUNT = "fusermount3"
-    """By the set-uid helper of the fuse3 package; a descriptor works for its owner's uid and gid alone."""
+    """By the set-uid helper of the fuse3 package.
+
+    A descriptor works only for its owner's uid and gid.
+    """
 
 
 def mount_detached(*, allow_other: bool) -> tuple[OwnedFd, OwnedFd]:
-    """Mount by descriptors, in the namespaces this process is in; ``Way.OWN`` or ``Way.USERNS``.
+    """Mount by descriptors, in this process's namespaces; ``Way.OWN`` or ``Way.USERNS``.
 
-    /dev/fuse must be opened in the user namespace that the mount belongs to, so this opens it.
-    Returns the device and the root of the mount (``O_PATH``), both owned by the caller, who must
-    hand the second on and keep none: a server that holds a file of its own mount cannot be killed.
+    This function opens /dev/fuse, because it must be opened in the user namespace that the mount
+    belongs to. It returns the device and the root of the mount (``O_PATH``). The caller owns both.
+    It must hand the root on and keep no copy: a server that holds a file of its own mount cannot be
+    killed.
 
     Raises:
         OSError: EPERM without CAP_SYS_ADMIN over the user namespace; EACCES or ENOENT for
@@ -71,10 +81,11 @@ def mount_detached(*, allow_other: bool) -> tuple[OwnedFd, OwnedFd]:
 
 
 def mount_fusermount() -> tuple[OwnedFd, OwnedFd]:
-    """Mount through fusermount3 and detach at once; ``Way.FUSERMOUNT``. Returns what ``mount_detached`` does.
+    """Mount through fusermount3, and detach the mount at once; ``Way.FUSERMOUNT``.
 
-    The mount point exists from one command to the next, in a directory of its own that is removed
-    again, whoever is killed meanwhile.
+    It returns what ``mount_detached`` returns. The mount point exists only between two commands, in
+    a directory of its own. A separate process (``rmem-unmounter``) removes the directory, even if
+    the others are killed meanwhile.
 
     Raises:
         OSError: ENOENT without the helper; EPERM when it refuses, with its words; EBUSY when the
@@ -94,10 +105,10 @@ def mount_fusermount() -> tuple[OwnedFd, OwnedFd]:
 
 @contextmanager
 def _mount_point(helper: str) -> Generator[tuple[str, int]]:
-    """Yield a directory to mount on, and a descriptor for each process that may.
+    """Yield a directory to mount on, and a descriptor for each process that may mount.
 
-    Once all that have it open are gone or are through, a process of its own unmounts and removes
-    the directory.
+    A process of its own unmounts and removes the directory. It does so when every process that has
+    the descriptor open has ended or closed it.
 
     Raises:
         OSError: EBUSY when it could not.

@@ -1,9 +1,10 @@
-"""The process that mounts: it does nothing else, hands /dev/fuse and the mount on, and ends.
+"""The process that mounts: it hands /dev/fuse and the mount on, and ends.
 
-A user namespace belongs to the user who made it. That user has every capability in it, may enter it
-by a handle (open_by_handle_at on nsfs, Linux 6.18), and with it the mount namespaces that it owns.
-A service in there would execute what its owner mounts over the interpreter's files. So the service
-stays where its owner is. Two children enter the namespace for it, and they hold nothing else:
+A user namespace belongs to the user who made it. That user has every capability in it, and may
+enter it by a handle (open_by_handle_at on nsfs, Linux 6.18). The same holds for the mount
+namespaces that the user namespace owns. If the service ran in there, the user could mount other
+files over the interpreter's, and the service would execute them. So the service stays in its
+owner's namespaces. Two children enter the namespace for it, and they hold nothing else:
 
 - The first makes the namespace. It has to be dumpable to write its own maps, so any process of the
   same user may look into it.
@@ -41,14 +42,14 @@ Mounted = tuple[OwnedFd, OwnedFd]
 
 
 def mount_first() -> tuple[Way, OwnedFd, OwnedFd]:
-    """Mount in the first way that works; returns it with /dev/fuse and the root (``O_PATH``).
+    """Mount in the first way that works; return it with /dev/fuse and the root (``O_PATH``).
 
-    The caller owns both descriptors, has to hand the root on, and keeps no copy of it.
+    The caller owns both descriptors. It has to hand the root on, and keeps no copy of it.
 
-    Preconditions: undumpable; no other thread.
+    Preconditions: this process is undumpable and has no other thread.
 
     Raises:
-        OSError: when none works, with what is wrong with each.
+        OSError: when no way works, with the failure of each.
     """
     number, words = EPERM, ""
     for way in Way:
@@ -66,7 +67,7 @@ def mount(way: Way) -> Mounted:
     """Mount in one way; see ``mount_first``.
 
     Raises:
-        OSError: what the kernel or the helper said; ETIMEDOUT when a child did not come to an end.
+        OSError: the error of the kernel or the helper; ETIMEDOUT when a child did not end.
     """
     match way:
         case Way.OWN:
@@ -81,9 +82,10 @@ def mount(way: Way) -> Mounted:
 def enter_user_namespace(others: int = 0) -> None:
     """Become uid 0 of a new user namespace, in which only this user is mapped.
 
-    ``others`` are CLONE_NEW* of namespaces that belong to it and are entered, too.
+    ``others`` are CLONE_NEW* flags. This process also enters new namespaces of these kinds, which
+    belong to the user namespace.
 
-    Preconditions: dumpable, for /proc/self/uid_map belongs to root otherwise.
+    Preconditions: this process is dumpable. Otherwise /proc/self/uid_map belongs to root.
 
     Raises:
         OSError: EPERM, EACCES, ENOSPC when the namespace cannot be had.
@@ -104,7 +106,7 @@ def _mount_inside(namespace: OwnedFd) -> Mounted:
 
 @contextmanager
 def _user_namespace() -> Generator[OwnedFd]:
-    """Make a user namespace, which lasts as long as the descriptor of it that is yielded."""
+    """Make a user namespace and yield a descriptor of it, which keeps it alive."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     # Whoever copies the child's end may send some.
     refuse_fds(ours)
@@ -133,7 +135,7 @@ def _make_namespace(sock: socket.socket) -> None:
 
 
 def _in_child(attempt: Callable[[], Mounted]) -> Mounted:
-    """Return what a child has mounted, or raise what it failed with."""
+    """Return the mount that a child has made, or raise the child's error."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         child = _fork(lambda: _hand_on(theirs, *attempt()), theirs)
@@ -150,10 +152,10 @@ def _hand_on(sock: socket.socket, device: OwnedFd, root: OwnedFd) -> None:
 
 
 def _hear(sock: socket.socket, what: str, max_fds: int) -> list[OwnedFd]:
-    """Wait for a child's word; returns the descriptors that came with it, none unless some are due.
+    """Wait for a child's message; return the ``max_fds`` descriptors that came with it.
 
     Raises:
-        OSError: its errno and words; EIO when it died; ETIMEDOUT.
+        OSError: the errno and text of the message; EIO when the child died; ETIMEDOUT.
     """
     if not readable([sock], _DEADLINE):
         raise OSError(ETIMEDOUT, f"{what}: no end within {_DEADLINE} s")
@@ -170,7 +172,7 @@ def _hear(sock: socket.socket, what: str, max_fds: int) -> list[OwnedFd]:
 
 
 def _fork(body: Callable[[], None], sock: socket.socket) -> int:
-    """Fork a child that runs ``body`` and tells over ``sock`` what that failed with."""
+    """Fork a child that runs ``body``, and sends its error over ``sock``."""
 
     def telling() -> None:
         try:

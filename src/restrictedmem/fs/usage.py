@@ -1,4 +1,4 @@
-"""What the owners of a mount's files have done, and the most memory that the files had at once."""
+"""Counts of what the owners of a mount's files do, and the files' peak of memory."""
 
 from itertools import chain
 from typing import final
@@ -11,14 +11,15 @@ from restrictedmem.mm.restrictedmem import RestrictedFile
 class Usage:
     """Counts since the start; sizes in bytes.
 
-    Memory is looked at when there may be more: after an allocation, and before pages go of a file
-    that consumers have had, who take theirs without a word. What they take and give back in between
-    is missed, and what outlives its last descriptor.
+    The memory of a file is read when it may have grown: after an allocation. Consumers take pages
+    without a message. So the memory of a file that consumers have had is also read before its pages
+    go. The peak does not include pages that consumers take and give back in between, nor memory
+    that outlives its last descriptor.
     """
 
     def __init__(self) -> None:
         self.created = 0
-        #: Files whose size was set, and to how much in all.
+        #: Files whose size was set, and the sum of these sizes.
         self.sized = 0
         self.sized_bytes = 0
         #: Holes that were punched.
@@ -26,13 +27,14 @@ class Usage:
         self.punched_bytes = 0
         self.peak_bytes = 0
         self._mutex = sync.mutex()
-        #: By open file: what it had when it was looked at; and which have been punched since.
+        #: By open file: its memory at the last look. _stale has the files that were punched since
+        #: then.
         self._known: dict[RestrictedFile, int] = {}
         self._stale: set[RestrictedFile] = set()
         self._bytes = 0
 
     def create(self, file: RestrictedFile) -> None:
-        """Count a file."""
+        """Count a new file."""
         with self._mutex:
             self.created += 1
             self._known[file] = 0
@@ -44,7 +46,10 @@ class Usage:
             self.sized_bytes += length
 
     def before_punch(self, file: RestrictedFile) -> None:
-        """Look at the memory of a file that consumers have, who take theirs without a word, before a hole is punched."""
+        """Read the memory of a file before a punch, if consumers have had the file.
+
+        Consumers take pages without a message.
+        """
         with self._mutex:
             if file.holder is not None:
                 self._look(file)
@@ -57,7 +62,7 @@ class Usage:
             self._stale.add(file)
 
     def allocate(self, file: RestrictedFile) -> None:
-        """Look at the memory of a file that was allocated."""
+        """Read the memory of a file after an allocation."""
         with self._mutex:
             self._look(file)
 
@@ -70,10 +75,10 @@ class Usage:
             self._bytes -= self._known.pop(file, 0)
 
     def _look(self, *files: RestrictedFile) -> None:
-        # Preconditions: _mutex held. Those that were punched first: they make the sum smaller.
+        # Preconditions: _mutex held. Punched files come first, because they make the sum smaller.
         for file in chain(self._stale, files):
             known = self._known.get(file)
-            # None of one that was closed meanwhile.
+            # A file that was closed meanwhile is not in _known.
             if known is not None:
                 found = self._known[file] = file.backing.resident()
                 self._bytes += found - known
@@ -81,7 +86,10 @@ class Usage:
         self.peak_bytes = max(self.peak_bytes, self._bytes)
 
     def report(self, files: list[RestrictedFile]) -> dict[str, int]:
-        """Return the counts, after a look at files that consumers had, among ``files``, of which some may be closed by now."""
+        """Return the counts, after a look at those of ``files`` that consumers have had.
+
+        Some of ``files`` may be closed by now.
+        """
         with self._mutex:
             self._look(*(file for file in files if file.holder is not None))
             return {
