@@ -1,1 +1,1 @@
-"""Races, searched: an explorer of interleavings over production code, and scenarios for it."""
+"""The search for races: an explorer of interleavings of production code, and scenarios."""

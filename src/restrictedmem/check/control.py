@@ -1,8 +1,10 @@
-"""Taking control of ``sync``: every lock, wait and unlocked shared access becomes a point at which an explorer says who goes on.
+"""Control over ``sync``: the explorer decides at each synchronization which actor goes on.
 
-Each actor is a greenlet. It stops *before* each operation on an object made by ``sync``; the
-operation and the plain code up to the next one are a single step. What runs outside the actors
-(making the program, its checks) passes through without points.
+Each lock operation, wait and unlocked shared access is a scheduling point, called a point here.
+Each actor is a greenlet. It stops *before* each operation on an object made by ``sync``. The
+operation and the plain code up to the next operation are one step.
+
+Code outside the actors, which makes the program and checks it, has no points.
 """
 
 from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
@@ -15,9 +17,9 @@ from greenlet import GreenletExit, getcurrent, greenlet
 _P = ParamSpec("_P")
 _T = TypeVar("_T", bound=Hashable)
 
-#: Says by the state of all objects whether something can be done.
+#: A function of the states of all objects: whether an operation can be done now.
 Gate: TypeAlias = Callable[[Sequence[Any]], bool]
-#: What an actor is about to do: a verb, the number of the object, and where in it.
+#: An operation that an actor is about to do: a verb, the number of the object, and the part of it.
 Operation: TypeAlias = tuple[str, int, Hashable]
 
 TAKES: Final = "takes"
@@ -37,27 +39,34 @@ WRITES: Final = "writes"
 TOUCHES: Final = "looks at"
 CHANGES: Final = "changes"
 
-#: What an owner alone does to its mutex, and nobody else can do anything meanwhile.
+#: Operations that only a mutex's owner does; nobody else can do anything to the mutex meanwhile.
 OWNERS: Final = frozenset({RELEASES, WAITS, NOTIFIES})
-#: What may change what a program's check looks at.
+#: Operations that may change the data that a program's check looks at.
 VISIBLE: Final = frozenset({WRITES, CHANGES})
-#: Two of these on one object commute; readers of a semaphore come and go in any order.
+#: Operations of which any two on one object commute. The readers of a semaphore come and go in any
+#: order.
 COMMUTE: Final = frozenset({LOOKS, TAKES_READ, RELEASES_READ, READS, TOUCHES})
 
 
 class UnsoundError(Exception):
-    """A program that hides something of its state, or does not do the same each time: nothing found about it counts."""
+    """A program hides part of its state, or does not do the same in each execution.
+
+    No result about such a program is valid.
+    """
 
 
 class Story(Protocol):
-    """Who wants to hear what happens, in the one execution that is told to a person."""
+    """A listener to one execution, which is to be shown to a person."""
 
     def made(self, slot: int) -> None:
-        """Hear of an object just made by ``sync``; who made it is on the stack."""
+        """Hear that ``sync`` has just made an object; its maker is on the stack."""
         ...
 
     def arrives(self, actor: "Actor", operation: Operation | None) -> None:
-        """Hear that an actor stopped before an operation, or ended; what its last one returned is known now."""
+        """Hear that an actor stopped before an operation, or ended (None).
+
+        The result of its last operation is known now (``Actor.value``).
+        """
         ...
 
     def performs(self, actor: "Actor") -> None:
@@ -67,7 +76,7 @@ class Story(Protocol):
 
 @final
 class Actor:
-    """One of the parties: a greenlet, what it is about to do, and all it has done and read."""
+    """An actor: a greenlet, its next operation, and all that it has done and read."""
 
     __slots__ = (
         "done",
@@ -87,24 +96,28 @@ class Actor:
         self.index = index
         self.name = name
         self.switch = switch
-        #: The number of everything this actor did and read so far, and is about to do: equal
-        #: exactly for equal pasts.
+        #: The number of the actor's past: everything that it did and read so far, and is about to
+        #: do. Two numbers are equal exactly if the pasts are.
         self.history = 0
-        #: What the operation under way returned.
+        #: The result of the operation under way.
         self.value: Hashable = None
         self.pending: Operation | None = None
-        #: Says whether the operation can be done now; None: always.
+        #: Whether the operation can be done now; None: always.
         self.gate: Gate | None = None
-        #: Slots of what it holds that only one can hold.
+        #: Slots of the exclusive locks that it holds.
         self.held: frozenset[int] = frozenset()
-        #: How to wait until the shared word that it read last is another.
+        #: The operation and the gate of a wait until the shared word that it read last has changed.
         self.polled: tuple[Operation, Gate] | None = None
         self.done = False
         self.made = 0
 
 
 class Names:
-    """What stays from one execution to the next: numbers of objects and of actors' pasts, and the greenlets, which cost more to make."""
+    """State that lasts from one execution to the next.
+
+    It consists of the numbers of objects and of actors' pasts, and of the greenlets, which cost
+    more to make than to keep.
+    """
 
     __slots__ = (
         "_gates",
@@ -119,23 +132,26 @@ class Names:
 
     def __init__(self) -> None:
         self.workers: list[greenlet] = []
-        #: Objects whose state the explorer sees, from 0 up; and those whose state it does not, from
-        #: -1 down.
+        #: Numbers of objects whose state the explorer sees, from 0 up. ``_places`` has the numbers
+        #: of those whose state it does not see, from -1 down.
         self.slots: dict[Hashable, int] = {}
         self._places: dict[Hashable, int] = {}
         self._operations: dict[tuple[int, tuple[str, ...], Hashable], tuple[Operation, ...]] = {}
         self._gates: dict[tuple[Hashable, ...], Gate] = {}
-        #: Mutexes that somebody looks at, or tries to take, without waiting.
+        #: Mutexes that some actor looks at, or tries to take, without waiting.
         self.tried: set[int] = set()
         self._pasts: dict[tuple[int, Hashable, Operation | None], int] = {}
         self._watched: set[int] | None = None
 
     def watch(self, place: int) -> None:
-        """Say that the program's check looks at an object; if this is never said, it may look at any."""
+        """Declare that the program's check looks at an object.
+
+        If no object is declared, the check may look at any.
+        """
         self._watched = {place} | (self._watched or set())
 
     def visible(self, operation: Operation | None) -> bool:
-        """Say whether an operation may change what the program's check looks at."""
+        """Return whether an operation may change data that the program's check looks at."""
         return (
             operation is not None
             and operation[0] in VISIBLE
@@ -153,7 +169,7 @@ class Names:
     def operations(
         self, slot: int, verbs: tuple[str, ...], where: Hashable = None
     ) -> tuple[Operation, ...]:
-        """Return what is done to an object, ready to use."""
+        """Return the operations of an object, one for each verb."""
         key = slot, verbs, where
         found = self._operations.get(key)
         if found is None:
@@ -161,20 +177,24 @@ class Names:
         return found
 
     def gate(self, says: Callable[..., bool], *about: Hashable) -> Gate:
-        """Return ``says`` about something, to be asked with the state of all objects."""
+        """Return a gate that calls ``says`` with ``about`` and the states of all objects."""
         found = self._gates.get((says, *about))
         if found is None:
             found = self._gates[says, *about] = partial(says, *about)
         return found
 
     def past(self, before: int, value: Hashable, operation: Operation | None) -> int:
-        """Return the number of a past: an earlier one, what its last operation returned, and what comes now."""
+        """Return the number of a past.
+
+        A past is an earlier past, the result of its last operation, and the operation that comes
+        now.
+        """
         return self._pasts.setdefault((before, value, operation), len(self._pasts) + 1)
 
 
 @final
 class Execution:
-    """One execution: actors, the objects they share, and whose turn it is."""
+    """One execution: its actors, the objects they share, and the actor whose turn it is."""
 
     __slots__ = (
         "_arrive",
@@ -199,7 +219,11 @@ class Execution:
         arrive: Callable[["Execution"], Actor | None],
         story: Story | None = None,
     ) -> None:
-        """Make one without actors; ``arrive`` chooses who goes on once the plan is used up, None to stop."""
+        """Make an execution without actors.
+
+        ``arrive`` chooses the actor that goes on once the schedule is used up; None stops the
+        execution.
+        """
         self.names = names
         self._arrive = arrive
         self._story = story
@@ -210,19 +234,22 @@ class Execution:
         self._made = 0
         self._memories: dict[int, int] = {}
         self.actors: tuple[Actor, ...] = ()
-        #: Whose turn it is; None while code outside the actors runs.
+        #: The actor whose turn it is; None while code outside the actors runs.
         self.running: Actor | None = None
-        #: How many steps were done.
+        #: The number of steps that were done.
         self.step = 0
-        #: The state of each object behind ``sync``, by slot; None for one that is not made yet.
+        #: By slot: the state of each object of ``sync``; None for an object that is not made yet.
         self.values: list[Hashable] = [None] * len(names.slots)
-        #: What an actor raised.
+        #: An exception that an actor raised, and the actor.
         self.broken: tuple[Actor, Exception] | None = None
 
     # Executing.
 
     def run(self, acts: Sequence[tuple[str, Callable[[], None]]], schedule: Sequence[int]) -> None:
-        """Bring each actor to its first point, follow the schedule, then ask; unfinished actors are dropped where they stand."""
+        """Run each actor to its first point, follow the schedule, then ask ``arrive``.
+
+        At the end, unfinished actors are dropped where they stand.
+        """
         workers = self.names.workers
         workers.extend(greenlet(_work) for _ in range(len(acts) - len(workers)))
         self.actors = tuple(
@@ -245,12 +272,12 @@ class Execution:
             raise self._failure
 
     def live(self, actor: Actor, act: Callable[[], None]) -> None:
-        """Be an actor until it ends or is dropped."""
+        """Run an actor until it ends or is dropped."""
         try:
             act()
         except GreenletExit:
             return
-        except Exception as error:  # noqa: BLE001 whatever it is, it is the finding
+        except Exception as error:  # noqa: BLE001 any exception is the finding
             self.broken = actor, error
         actor.done = True
         if self._story is not None:
@@ -260,7 +287,7 @@ class Execution:
         self.running = self._hub if self.broken else self._next()
 
     def enabled(self, actor: Actor) -> bool:
-        """Say whether an actor can go on."""
+        """Return whether an actor can go on."""
         return not actor.done and (actor.gate is None or actor.gate(self.values))
 
     def _next(self) -> Actor:
@@ -268,12 +295,12 @@ class Execution:
         if step < len(self._plan):
             following = self._plan[step]
             if following.done:
-                raise UnsoundError(f"{following.name} had a step more in an earlier execution")
+                raise UnsoundError(f"{following.name} had one step more in an earlier execution")
         else:
             self.running = None
             try:
                 chosen = self._arrive(self)
-            except BaseException as error:  # noqa: BLE001 it must not run through an actor's code
+            except BaseException as error:  # noqa: BLE001 it must not unwind an actor's code
                 self._failure = error
                 chosen = None
             if chosen is None:
@@ -283,7 +310,7 @@ class Execution:
         return following
 
     def point(self, operation: Operation, gate: Gate | None = None) -> None:
-        """Stop the running actor before an operation until it is chosen to do it."""
+        """Stop the running actor before an operation until the explorer chooses it."""
         actor = self.running
         if self._over or actor is None:
             raise GreenletExit
@@ -302,7 +329,7 @@ class Execution:
             self._story.performs(actor)
 
     def _end(self) -> None:
-        """Drop the actors: whatever operation their ``finally`` clauses come to ends them at once."""
+        """Drop the actors; an operation in a ``finally`` clause ends its actor at once."""
         self._over = True
         for actor, worker in zip(self.actors, self.names.workers, strict=False):
             self.running = actor
@@ -314,21 +341,27 @@ class Execution:
     # Objects.
 
     def slot(self, name: Hashable) -> int:
-        """Return the slot of an object by its name."""
+        """Return the slot of the object with a name."""
         slot = self.names.slot(name)
         if slot >= len(self.values):
             self.values.extend([None] * (slot + 1 - len(self.values)))
         return slot
 
     def memory(self, memory: object) -> int:
-        """Return the slot of some memory in which objects lie; it must be kept as long as the execution."""
+        """Return the slot of a block of memory in which objects lie.
+
+        The caller must keep the memory as long as the execution.
+        """
         slot = self._memories.get(id(memory))
         if slot is None:
             slot = self._memories[id(memory)] = self.new_slot()
         return slot
 
     def new_slot(self) -> int:
-        """Return the slot of an object being made: the same in each execution, whatever the others did before."""
+        """Return the slot of an object that the running actor makes.
+
+        The slot is the same in each execution, no matter what the other actors did before.
+        """
         maker = self.running
         if maker is None:
             self._made += 1
@@ -342,12 +375,12 @@ class Execution:
 
 
 def _work(execution: Execution, actor: Actor, act: Callable[[], None]) -> None:
-    """Be one actor after the other, of one execution each."""
+    """Run one actor after the other, each of another execution."""
     hub = getcurrent().parent
     assert hub is not None
     while True:
         execution.live(actor, act)
-        # Nothing of an execution may be kept until the next.
+        # The greenlet must keep nothing of an execution until the next one.
         del execution, actor, act
         execution, actor, act = hub.switch()
 
@@ -356,21 +389,21 @@ _execution: Execution | None = None
 
 
 def current() -> Execution:
-    """Return the execution that is under way, in which objects are made."""
+    """Return the execution under way; new objects belong to it."""
     assert _execution is not None, "only in an exploration"
     return _execution
 
 
 def enter(execution: Execution | None) -> None:
-    """Make an execution the one in which objects are made."""
+    """Set the execution that new objects belong to."""
     global _execution
     _execution = execution
 
 
 def touch(name: Hashable, *, write: bool) -> None:
-    """Mark an access to an object of a model: a point for each actor, and nothing outside an exploration.
+    """Mark an access to a model's object: a point for an actor, else nothing.
 
-    Call it right before the access, and ``saw`` after it if the actor learned something.
+    Call this right before the access. Call ``saw`` after it if the actor learned something.
     """
     execution = _execution
     if execution is not None and execution.running is not None:
@@ -380,21 +413,25 @@ def touch(name: Hashable, *, write: bool) -> None:
 
 
 def saw(value: Hashable) -> None:
-    """Say what the running actor's last access to plain data told it; equal findings are equal states."""
+    """Record what the running actor learned from its last access to plain data.
+
+    Equal values make equal states.
+    """
     if _execution is not None and _execution.running is not None:
         _execution.running.value = value
 
 
 def watch(name: Hashable) -> None:
-    """Say that the program's check looks at a model's object (``Names.watch``)."""
+    """Declare that the program's check looks at a model's object (``Names.watch``)."""
     if _execution is not None:
         _execution.names.watch(_execution.names.place(("model", name)))
 
 
 def forget(where: Hashable) -> None:
-    """Say that the running actor's code keeps nothing of what it has read: of its past only matters that it is at ``where``.
+    """Declare that the running actor's code keeps nothing of what it has read.
 
-    Joins states that differ in the way only.
+    Of its past, only ``where`` matters from now on: the place that it has reached. This joins
+    states that differ only in how the actor came there.
     """
     if _execution is not None and (actor := _execution.running) is not None:
         actor.value = None
@@ -407,11 +444,12 @@ Method: TypeAlias = tuple[type, str]
 
 @contextmanager
 def summarized(methods: Iterable[Method]) -> Generator[None]:
-    """Have actors forget what they read in these methods once they return: what stays with the caller is what they return or raise.
+    """Make actors forget what they read in these methods once the methods return.
 
-    Joins most of all states, for code is made of calls that have come by different ways to the same
-    end. It is sound for a method that keeps nothing in plain data that the program's ``state`` does
-    not show; results have to be hashable.
+    The caller keeps only what a method returns or raises. Nothing else joins so many states,
+    because code consists of calls, and a call can come to the same end in different ways. It is
+    sound for a method that keeps nothing in plain data, except data that the program's ``state``
+    shows. Results must be hashable.
     """
     replaced = [(kind, name, vars(kind)[name]) for kind, name in methods]
     try:

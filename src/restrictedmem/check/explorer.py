@@ -1,27 +1,35 @@
-"""Every interleaving of a program's actors, or every one that may differ, over production code.
+"""A search through all interleavings of a program's actors over production code.
 
-The search goes through a model of the program that executions fill (``model``), breadth first, so
-that what it finds is short. A state is known again by the objects behind ``sync``, what the program
-says of its own, and each actor's past: all that it did and read, as far as it has not forgotten it
-(``control.forget``, ``control.summarized``).
+The search goes breadth first through a model of the program, so that counterexamples are short.
+Executions fill the model (``model``). A state is identified by:
 
-Reduced search leaves out what only swaps neighbours that do not meet. In each state it goes on with
-a persistent set: actors such that nothing the others may do, before one of these moves, meets what
-they do next. Two accesses meet when they are to one object and not both of a kind that commutes,
-unless a lock that both actors hold keeps them apart; and when ``Program.check`` may see both. What
-an actor may still do after each of its pasts is learned on the way (``futures``). When it turns out
-to be more than some state relied upon, that state is gone on from again.
+- the objects of ``sync``,
+- the result of the program's ``state``,
+- each actor's past: all that it did and read, except what it has forgotten (``control.forget``,
+  ``control.summarized``).
 
-At the end nothing is left to learn. For take the shortest execution to a step that the search has
-not seen, and the first state on its way in which it leaves the search, by a step of somebody who
-had to wait there. What happens from there until one of the persistent set moves is known but for
-the last step of all. If all of it commutes with the step of the set that comes next, that one could
-as well have come first, and so on. If not, then the last step is an access that the state relied
-upon not to come.
+**Reduced search** leaves out interleavings that differ only in the order of neighbouring steps that
+do not meet. In each state it goes on with the actors of a persistent set. No step that the other
+actors may do before one of the set moves meets a next step of the set.
 
-With ``preemptions`` an actor that could go on is left that often. Of the reduction remains that a
-step that nobody can meet follows the last without a choice: whoever would have run before it may as
-well run after it, for no more preemptions.
+Two accesses meet in two cases. They access one object, are not both of a kind that commutes, and no
+lock that both actors hold keeps them apart. Or ``Program.check`` may see both.
+
+The search learns on the way what an actor may still do after each of its pasts (``futures``). When
+this turns out to be more than some state relied upon, the search goes on from that state again.
+
+**Nothing is lost**: at the end, nothing is left to learn. To see this, assume steps that the search
+has not seen, and take the shortest execution to one of them. This execution leaves the search in
+some state: an actor moves there that the search made wait. Take the first such state. From there
+until an actor of the persistent set moves, all steps are known, except the last step of the
+execution. Assume that all of them commute with the next step of the set. Then that step could as
+well have come first, and so on. If they do not all commute, the last step is an access that the
+state relied upon not to come.
+
+**With ``preemptions``** the search counts how often an execution leaves an actor that could go on,
+and bounds this number. One part of the reduction remains. A step that nobody can meet follows the
+actor's last step without a choice. An actor that would have run before this step may as well run
+after it, with no more preemptions.
 """
 
 import gc
@@ -40,32 +48,32 @@ from restrictedmem.check.schedule import Counterexample, Teller, straightened
 
 __all__ = ["Program", "Result", "RuleBroken", "effort", "explore"]
 
-#: Executions at random after a complete search, in which nothing may be new.
+#: Random executions after a complete search, in which nothing may be new.
 _SAMPLES: Final = 50
 #: Seconds to look for a shorter counterexample than the first.
 _SHORTENING: Final = 3.0
 _NOBODY: Final = -1
 
-#: A state, and who ran last if that one could go on and it matters.
+#: A state, and the actor that ran last if it could go on and this matters, else ``_NOBODY``.
 _Place: TypeAlias = tuple[State, int]
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a search found."""
+    """The result of a search."""
 
     states: int
     transitions: int
     executions: int
     seconds: float
-    #: Whether all was searched that was asked for.
+    #: Whether everything that was asked for was searched.
     complete: bool
     counterexample: Counterexample | None
 
     @property
     def holds(self) -> bool:
-        """Whether all was searched and nothing found."""
+        """Whether everything was searched and nothing was found."""
         return self.complete and self.counterexample is None
 
 
@@ -77,11 +85,11 @@ def explore(
     calls: Iterable[Method] = (),
     limit_seconds: float = 600,
 ) -> Result:
-    """Search the interleavings of a program for a violation, and for the shortest one if there is any.
+    """Search the interleavings of a program for a violation, and then for a shortest one.
 
-    All of them; with ``reduce``, all that may differ; with ``preemptions``, those in which an actor
-    that could go on is left that often. ``calls`` are forgotten once they have returned
-    (``control.summarized``).
+    By default this searches all interleavings. With ``reduce``, it searches all that may differ.
+    With ``preemptions``, it searches those in which an actor that could go on is left at most that
+    often. Actors forget ``calls`` once they have returned (``control.summarized``).
     """
     started = time.monotonic()
     deadline = started + limit_seconds
@@ -103,10 +111,11 @@ def explore(
 
 
 def effort(actors: int, *, exhaustive: bool) -> tuple[int | None, bool, str]:
-    """Return how much is searched with so many actors: preemptions and whether to reduce, as ``explore`` takes them, and in words.
+    """Return how much to search with so many actors: preemptions, whether to reduce, words.
 
-    With two or three, all interleavings that may differ; with four, those of three preemptions.
-    ``exhaustive``: all with two, and with four all that may differ.
+    The first two are arguments of ``explore``. Two or three actors are searched in all
+    interleavings that may differ, four actors in those with up to three preemptions. With
+    ``exhaustive``, two actors are searched in all interleavings, and four in all that may differ.
     """
     if actors == 2 and exhaustive:
         return None, False, "all interleavings"
@@ -117,7 +126,10 @@ def effort(actors: int, *, exhaustive: bool) -> tuple[int | None, bool, str]:
 
 @contextmanager
 def _without_collections() -> Generator[None]:
-    """Keep the garbage collector from walking over all states again and again; the model calls it for what is new."""
+    """Keep the garbage collector from walking over all states again and again.
+
+    The model calls the collector for new objects only.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -129,34 +141,38 @@ def _without_collections() -> Generator[None]:
 
 @final
 class _Search:
-    """One search, by preemptions first and then by steps."""
+    """One search, in the order of preemptions first and then of steps."""
 
     def __init__(self, model: Model, preemptions: int | None, *, reduce: bool) -> None:
         self._model = model
         self._bounded = preemptions is not None
         self._reduces = reduce
-        #: By place: how many preemptions it took to come there, and from where by how many steps of
-        #: whom.
+        #: By place: the number of preemptions on the way there (``_spent``); the place before it,
+        #: the actor that moved and its number of steps (``_came``).
         self._spent: dict[_Place, int] = {}
         self._came: dict[_Place, tuple[_Place, int, int] | None] = {}
         #: By preemptions: places to go on from.
         self._queues = tuple(deque[_Place]() for _ in range(1 + (preemptions or 0)))
-        #: How many mutexes somebody is known to try or look at.
+        #: The number of mutexes that some actor is known to try or to look at.
         self._tried = 0
         #: The schedule that ends in a violation.
         self.found: list[int] | None = None
 
     @property
     def states(self) -> int:
-        """How many states there were to choose in, each counted once for each actor that could have gone on without a preemption."""
+        """The number of states in which the search chose an actor.
+
+        With bounded preemptions, a state counts once for each actor that came there last and could
+        have gone on without a preemption.
+        """
         return len(self._came)
 
     def has(self, state: State) -> bool:
-        """Say whether an unbounded search has seen a state."""
+        """Return whether an unbounded search has seen a state."""
         return (state, _NOBODY) in self._came
 
     def run(self, deadline: float) -> bool:
-        """Search until something is found; returns whether all was searched up to there."""
+        """Search until something is found; return whether all up to there was searched."""
         start = self._model.start()
         if isinstance(start, str):
             self.found = []
@@ -184,7 +200,7 @@ class _Search:
             self._queues[spent].append(place)
 
     def _go_on(self, place: _Place) -> None:
-        """Take all steps from a place that are to be taken."""
+        """Take all necessary steps from a place."""
         state, last = place
         enabled = self._model.enabled(state)
         if not enabled and self._model.end(state, self._schedule(place)) is not None:
@@ -200,7 +216,7 @@ class _Search:
                 self._reach((after, following), spent, (place, index, steps))
 
     def _choose(self, state: State, enabled: list[int]) -> Sequence[int]:
-        """Return who has to be tried next, and remember what that relies upon."""
+        """Return the actors that have to be tried next; remember what this relies upon."""
         if not self._reduces or self._bounded or len(enabled) < 2:
             return enabled
         futures, pasts = self._model.futures, tuple(enumerate(state[1:]))
@@ -209,7 +225,10 @@ class _Search:
         return [index for index in enabled if index in group]
 
     def _follow(self, place: _Place, index: int) -> tuple[State | None, int]:
-        """Take an actor's step and all of its next that nobody can meet; returns what they lead to, None for a violation, and how many."""
+        """Take an actor's step, and all its following steps that nobody can meet.
+
+        Return the state that they lead to, or None for a violation, and the number of steps.
+        """
         state, steps = place[0], 0
         while True:
             after = self._model.after(state, index)
@@ -226,7 +245,7 @@ class _Search:
                 return state, steps
 
     def _alone(self, state: State, index: int) -> bool:
-        """Say whether an actor has a next step that nobody can meet, and remember what that relies upon."""
+        """Return whether nobody can meet an actor's next step; remember this reliance."""
         if not self._reduces or not self._model.can_go(state, index):
             return False
         futures, pasts = self._model.futures, tuple(enumerate(state[1:]))
@@ -236,7 +255,7 @@ class _Search:
         return True
 
     def _interesting(self, state: State) -> Sequence[int]:
-        """Return who is worth executing on the way."""
+        """Return the actors that are worth executing on the way."""
         enabled = self._model.enabled(state)
         if not self._reduces or self._bounded or len(enabled) < 2:
             return enabled
@@ -244,11 +263,12 @@ class _Search:
         return [index for index in enabled if index in group]
 
     def _look_again(self) -> None:
-        """Go on once more from places that relied on a future without what is known of it now."""
+        """Queue again the places that relied on a future of which more is known now."""
         wrong, tried = self._model.futures.wrong, len(self._model.names.tried)
         if not wrong and tried == self._tried:
             return
-        # With mutexes that only their owner was thought to touch, any may have.
+        # If actors try more mutexes than was known, any place may have relied on owners alone
+        # touching those mutexes.
         places = [
             place
             for place in self._came
@@ -260,7 +280,7 @@ class _Search:
             self._queues[self._spent[place]].append(place)
 
     def _schedule(self, place: _Place) -> list[int]:
-        """Return whose steps lead to a place."""
+        """Return the schedule that leads to a place."""
         runs: list[tuple[int, int]] = []
         while (came := self._came[place]) is not None:
             place, index, steps = came
@@ -269,14 +289,14 @@ class _Search:
 
 
 def _tell(model: Model, schedule: Sequence[int], *, shortest: bool) -> Counterexample:
-    """Execute a schedule once more, with as few changes of actors as it can be told with."""
+    """Execute a schedule once more, in its order with the fewest changes of actor."""
     teller, _ = _retell(model, schedule)
     order = straightened(schedule[: len(teller.steps)], teller.operations, conflict)
     straight, violation = _retell(model, order)
     if violation is None:
-        # Plain data made a difference that no operation shows.
+        # Plain data made a difference, and no operation shows it.
         straight, violation = _retell(model, schedule)
-    assert violation is not None, "what was found is found again"
+    assert violation is not None, "the schedule's violation did not happen again"
     return Counterexample(violation, tuple(straight.steps), shortest, straight.waiting)
 
 

@@ -1,8 +1,8 @@
 """A file's page frames without a kernel: the backing of the checker's worlds.
 
-What tmpfs and hugetlbfs do to frames, and nothing else: who may still use one is ``invariants``'
-business. A frame is known by its page and by a number that grows with each allocation, so one that
-was freed and came back is another one.
+This module does to frames what tmpfs and hugetlbfs do, and nothing else. ``invariants`` decides who
+may still use a frame. A frame is identified by its page and by a number that grows with each
+allocation. So a frame that was freed and allocated again counts as another frame.
 """
 
 from collections.abc import Callable, Hashable, Iterator
@@ -17,22 +17,22 @@ HUGE: Final = 9
 #: Pages of a huge folio.
 HUGE_PAGES: Final = 1 << HUGE
 _PRESENT: Final = bytes([0]) + bytes([1]) * 255
-#: The one name that all frames of a world have for the explorer: their operations conflict unless
+#: The name that the explorer has for all frames of a world together: two operations conflict unless
 #: both only read.
 MEMORY: Final = "memory"
 
 
 class FrameObserver(Protocol):
-    """Is told of each change of a file's frames (``invariants``); ranges in pages of the file."""
+    """A listener to changes of a file's frames (``invariants``); ranges are in file pages."""
 
     def before_free(self, span: PageRange) -> None:
-        """Check that nobody uses frames that are about to go."""
+        """Check that nobody uses frames that are about to be freed."""
 
     def freed(self, span: PageRange) -> None:
-        """Check that nobody still wants the content of frames that are gone."""
+        """Check that nobody still wants the content of frames that were freed."""
 
     def zeroed(self, span: PageRange) -> None:
-        """Check that nobody still wants the content of frames that are zero now."""
+        """Check that nobody still wants the content of frames that were zeroed."""
 
     def dying(self) -> None:
         """Note that the last reference to the file is gone."""
@@ -42,30 +42,36 @@ class FrameObserver(Protocol):
 class Frames:
     """Frames of one file (``Backing`` for the shim, ``Allocator`` for a consumer).
 
-    ``kind`` is ``memfd`` (single pages), ``thp`` (2 MiB folios, which a punch inside splits) or
-    ``hugetlb`` (2 MiB folios, of which a punch inside zeroes what it covers and frees nothing).
+    ``kind`` is one of these:
+
+    - ``memfd``: single pages.
+    - ``thp``: 2 MiB folios; a punch inside one splits it.
+    - ``hugetlb``: 2 MiB folios; a punch inside one zeroes the range and frees nothing.
     """
 
     def __init__(self, observer: FrameObserver, npages: int, kind: str) -> None:
         self._observer = observer
         self.kind = kind
-        #: By page: 0 is a hole, else the number of its frame.
+        #: By page: the number of its frame; 0 for a hole.
         self.numbers = bytearray(npages)
         self._births = bytearray(npages)
-        #: By page: what the guest wrote last; a page that is not here is zero.
+        #: By page: the value that the guest wrote last; a page that is not here is zero.
         self.content: dict[int, int] = {}
-        #: Huge folios that are whole, by their first page.
+        #: First pages of the huge folios that are not split.
         self._huge: set[int] = set()
         self.limit: int | None = None
         self.base_order = HUGE if kind == "hugetlb" else 0
         self.hugepage = kind == "thp"
         self.blksize = PAGE_SIZE << (0 if kind == "memfd" else HUGE)
-        #: Whether there is no memory, and whether a punch fails.
+        #: Whether there is no memory (``exhausted``), and whether a punch fails (``refuses``).
         self.exhausted = False
         self.refuses = False
 
     def state(self) -> Hashable:
-        """Return all of it but the frames' numbers, of which it matters only whether others are the same (``against``)."""
+        """Return the state without the frames' numbers.
+
+        Of the numbers, only this matters: which remembered numbers are equal to them (``against``).
+        """
         return (
             self.against(self.numbers),
             tuple(sorted(self.content.items())),
@@ -74,7 +80,10 @@ class Frames:
         )
 
     def against(self, remembered: bytes | bytearray, start: int = 0) -> bytes:
-        """Return for each number, remembered of a page from ``start`` on, whether it is none, the page's present one, or a past one."""
+        """Return for each remembered number: 0 if 0, 1 if it is still valid, 2 if it is past.
+
+        The numbers are those that the pages from ``start`` on had at some time.
+        """
         present = self.numbers[start : start + len(remembered)]
         if remembered == present:
             return bytes(present.translate(_PRESENT))
@@ -83,12 +92,12 @@ class Frames:
         )
 
     def fileno(self) -> int:
-        """Return no descriptor (``Backing``): nobody maps it."""
+        """Return -1 for no descriptor (``Backing``): nobody maps the frames."""
         return -1
 
     def allocate(self, offset: int, length: int, abandoned: Callable[[], bool] = never) -> None:
         """Make pages present (``Backing``)."""
-        # Two that allocate may do so in either order.
+        # Two allocations commute, so this access counts as a read.
         touch(MEMORY, write=False)
         saw(None)
         first, last = offset >> PAGE_SHIFT, -(-(offset + length) >> PAGE_SHIFT)
@@ -110,7 +119,7 @@ class Frames:
             self.numbers[pgoff] = self._births[pgoff]
 
     def _round(self, first: int, last: int) -> tuple[int, int]:
-        """Widen a range to the huge folios that would be allocated for it."""
+        """Return a range, widened to the huge folios that the kernel would allocate for it."""
         start, end = first & -HUGE_PAGES, -(-last // HUGE_PAGES) * HUGE_PAGES
         return (
             (start, end)
@@ -119,13 +128,13 @@ class Frames:
         )
 
     def refill(self) -> None:
-        """Let there be memory again."""
+        """End the shortage of memory."""
         touch(MEMORY, write=True)
         saw(None)
         self.exhausted = False
 
     def punch(self, offset: int, length: int) -> None:
-        """Free what the kernel would free of a range (``Backing``)."""
+        """Free those frames of a range that the kernel would free (``Backing``)."""
         span = PageRange.of_bytes(offset, length)
         span = PageRange(pgoff_t(0), pgoff_t(len(self.numbers))).clip(span)
         if self.kind != "hugetlb":
@@ -173,7 +182,7 @@ class Frames:
         return order
 
     def order(self, pgoff: int) -> int:
-        """Return the order of a page's folio, which is no step of anybody."""
+        """Return the order of a page's folio; this is no step of an actor."""
         return HUGE if pgoff & -HUGE_PAGES in self._huge else 0
 
     def folios(self, span: PageRange) -> Iterator[tuple[pgoff_t, pgoff_t, int | None]]:
@@ -197,7 +206,7 @@ class Frames:
                 start = pgoff
                 while pgoff < min(span.end, len(self.numbers)) and not self.numbers[pgoff]:
                     pgoff += 1
-                # Beyond all frames there is nothing as far as the file goes.
+                # Beyond the last frame, the rest of the range is one hole.
                 pgoff = span.end if pgoff >= len(self.numbers) else pgoff
                 yield pgoff_t(start), pgoff_t(pgoff), None
 
@@ -205,12 +214,12 @@ class Frames:
         """Do nothing: frames are not pinned (``Allocator``)."""
 
     def renew(self) -> Callable[[], None]:
-        """Free everything, with nothing left for later (``Backing``)."""
+        """Free everything; the function returned does nothing (``Backing``)."""
         self.punch(0, len(self.numbers) << PAGE_SHIFT)
         return lambda: None
 
     def resident(self) -> int:
-        """Return the bytes held (``Backing``)."""
+        """Return the number of allocated bytes (``Backing``)."""
         return (len(self.numbers) - self.numbers.count(0)) << PAGE_SHIFT
 
     def close(self) -> None:

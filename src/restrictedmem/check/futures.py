@@ -1,20 +1,26 @@
-"""What actors may still do, as far as is known: the ground on which a search leaves some of them waiting (``explorer``)."""
+"""Futures: the accesses that actors may still make, as far as they are known.
+
+A search makes some actors wait on the ground of these (``explorer``).
+"""
 
 from collections.abc import Iterator, Sequence, Set
 from typing import Final, TypeAlias, final
 
 from restrictedmem.check.control import COMMUTE, OWNERS, Actor, Names, Operation
 
-#: An actor and a past of its own.
+#: An actor and one of its pasts.
 Past: TypeAlias = tuple[int, int]
-#: An actor, an object, whether what it does to it commutes with its like, whether ``Program.check``
-#: may see it, and the locks it holds.
+#: An actor, an object, whether the operation commutes with others of its kind, whether
+#: ``Program.check`` may see it, and the locks that the actor holds.
 _Access: TypeAlias = tuple[int, int, bool, bool, frozenset[int]]
 _NONE: Final = -1
 
 
 def conflict(one: Operation | None, other: Operation | None) -> bool:
-    """Say whether the order of two operations matters: same object, and not both of a kind that commutes."""
+    """Return whether the order of two operations matters.
+
+    It does if they are to the same object, and not both of a kind that commutes.
+    """
     return (
         one is not None
         and other is not None
@@ -24,7 +30,7 @@ def conflict(one: Operation | None, other: Operation | None) -> bool:
 
 
 def _meet(one: _Access, other: _Access) -> bool:
-    """Say whether two actors may come to two accesses at the same moment, and their order matters."""
+    """Return whether two actors can be at two accesses at once, and their order matters."""
     if one[0] == other[0] or not one[4].isdisjoint(other[4]):
         return False
     return (one[1] == other[1] and not (one[2] and other[2])) or (one[3] and other[3])
@@ -32,33 +38,37 @@ def _meet(one: _Access, other: _Access) -> bool:
 
 @final
 class Futures:
-    """For each past of an actor, which accesses may follow; sets of accesses are the bits of an integer."""
+    """The accesses that may follow each past of an actor.
+
+    A set of accesses is an integer with one bit for each access.
+    """
 
     def __init__(self, names: Names) -> None:
         """Know nothing yet."""
         self._names = names
         self._numbers: dict[_Access, int] = {}
         self._accesses: list[_Access] = []
-        #: By access: those that it may meet.
+        #: By access: the set of accesses that it may meet.
         self._meets: list[int] = []
-        #: By past: the next access; the mutex it is done to if the owner alone can do it; all
-        #: accesses from there on; the pasts before.
+        #: By past: the next access (``_next``); its mutex, if only the owner can do this access
+        #: (``_owned``); the set of all accesses from there on (``_all``); the pasts before
+        #: (``_before``).
         self._next: dict[Past, int] = {}
         self._owned: dict[Past, int] = {}
         self._all: dict[Past, int] = {}
         self._before: dict[Past, set[Past]] = {}
-        #: By past: accesses that were relied upon to meet nothing in its future; and pasts for
-        #: which that was wrong.
+        #: By past: accesses that the search relied upon to meet nothing in its future
+        #: (``_relied``); pasts for which that was wrong (``wrong``).
         self._relied: dict[Past, int] = {}
         self.wrong: set[Past] = set()
 
     @property
     def known(self) -> int:
-        """How many steps from one past to another are known."""
+        """The number of known steps from one past to another."""
         return sum(map(len, self._before.values()))
 
     def see(self, actor: Actor, past: int | None) -> None:
-        """Take note of what an actor is about to do, after a past of its own if there is one."""
+        """Record what an actor is about to do, and the past before its last step, if any."""
         here = actor.index, actor.history
         if here not in self._all:
             number = self._next[here] = (
@@ -91,7 +101,7 @@ class Futures:
         return number
 
     def _grow(self, past: Past, accesses: int) -> None:
-        """Add accesses to a past's future and to those of all before it."""
+        """Add accesses to the future of a past and to the futures of all pasts before it."""
         todo = [past]
         while todo:
             past = todo.pop()
@@ -104,9 +114,11 @@ class Futures:
                 todo += self._before.get(past, ())
 
     def fewest(self, pasts: Sequence[Past], enabled: Sequence[int]) -> Set[int]:
-        """Return a persistent set (Godefroid, 1996, definition 4.1) with as few of the enabled actors as there are in one.
+        """Return a persistent set (Godefroid, 1996, definition 4.1).
 
-        Whatever the others do before one of the set moves meets no next step of the set.
+        No step that the other actors may do before one of the set moves meets a next step of the
+        set. Of the sets that grow from one enabled actor (``_closure``), this is one with the
+        fewest enabled actors.
         """
         meets = [self._met_by_next(past) for past in pasts]
         coming = [self._all[past] for past in pasts]
@@ -122,19 +134,19 @@ class Futures:
         return best
 
     def alone(self, pasts: Sequence[Past], index: int) -> bool:
-        """Say whether nothing that others may do meets an actor's next step."""
+        """Return whether nothing that other actors may do meets an actor's next step."""
         met = self._met_by_next(pasts[index])
         return not any(met & self._all[past] for past in pasts if past[0] != index)
 
     def _met_by_next(self, past: Past) -> int:
         number = self._next[past]
         if number == _NONE or (past in self._owned and self._owned[past] not in self._names.tried):
-            # Nothing, or what an owner alone does to its mutex, and nobody looks at.
+            # The actor has ended; or only a mutex's owner can do this, and nobody looks at it.
             return 0
         return self._meets[number]
 
     def rely(self, pasts: Sequence[Past], group: Set[int]) -> None:
-        """Remember that what a group does next is said to meet nothing in the others' futures."""
+        """Remember that the search relies on a group's next steps to meet no other future."""
         accesses = 0
         for index in group:
             accesses |= 1 << max(0, self._next[pasts[index]])
@@ -146,7 +158,10 @@ class Futures:
 
 
 def _closure(first: int, meets: Sequence[int], coming: Sequence[int]) -> set[int]:
-    """Return the least set of actors with ``first`` such that nothing in another's future meets what one in it does next."""
+    """Return the least set of actors that has ``first`` and no conflict with the others.
+
+    Nothing in the future of an actor outside the set meets the next step of an actor in it.
+    """
     found, todo = {first}, [first]
     while todo:
         met = meets[todo.pop()]

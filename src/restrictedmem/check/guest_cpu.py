@@ -1,4 +1,4 @@
-"""The guest of a world: accesses, one after the other, on a CPU with a TLB."""
+"""The guest of a world: a sequence of accesses on a CPU with a TLB."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from restrictedmem.kvm.mmu import Fault, Mmu
 from restrictedmem.protocol.exits import Exit, Hypercall, MemoryFault, MmioRead
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, gfn_t
 
-#: What a guest that has done all it came for exits with.
+#: The exit of a guest that has done all its accesses.
 DONE: Final = Hypercall(0, (0, 0, 0, 0))
 
 
@@ -30,21 +30,21 @@ class Access:
 
 
 def load(gfn: int) -> Access:
-    """Make a guest read a page."""
+    """Return a guest's read of a page."""
     return Access(gfn)
 
 
 def store(gfn: int, value: int) -> Access:
-    """Make a guest write a value to a page."""
+    """Return a guest's write of a value to a page."""
     return Access(gfn, value)
 
 
 @final
 class GuestCpu:
-    """A CPU and the guest code on it (what ``VcpuEngine`` has of a run): accesses, one after the other, through a TLB.
+    """A CPU and its guest code: a sequence of accesses through a TLB.
 
-    Its run ends as ``SoftwareVcpu``'s: at an exit, when kicked between two instructions, or when a
-    fault has to be tried again.
+    It has the part of ``VcpuEngine`` that a run needs. Its run ends as ``SoftwareVcpu``'s does: at
+    an exit, at a kick between two instructions, or when a fault has to be tried again.
     """
 
     def __init__(self, invariants: Invariants, mmu: Mmu, number: int) -> None:
@@ -53,12 +53,12 @@ class GuestCpu:
         self._name = f"vCPU {number}"
         self.program: list[Access] = []
         self._next = 0
-        #: By guest page: the entry and the number of the frame it led to.
+        #: By guest page: the entry, and the number of the frame that it led to.
         self.tlb: dict[int, tuple[int, int]] = {}
         self.kicked = False
 
     def state(self) -> Hashable:
-        """Return all of it, as far as the guest will need it."""
+        """Return the state, as far as the guest will still need it."""
         if self._next == len(self.program):
             return None
         tlb = sorted(
@@ -74,7 +74,7 @@ class GuestCpu:
 
     def settle(self) -> None:
         """Wait until no invalidation is in progress, or until ``kick``."""
-        # Whoever comes here has nothing in mind but to go on with the guest.
+        # A caller of this remembers nothing that it has read; it only goes on with the guest.
         forget(("settle", self._name, acting.get()))
         self._mmu.wait_settled(unless=self._was_kicked)
 
@@ -84,7 +84,7 @@ class GuestCpu:
         return self.kicked
 
     def run(self) -> Exit | None:
-        """Run guest code until it exits, is kicked, or has to wait."""
+        """Run guest code until it exits, is kicked, or a fault has to be tried again."""
         while self._next < len(self.program):
             touch(self._name, write=True)
             saw(self.kicked)
@@ -113,7 +113,7 @@ class GuestCpu:
 
     def _fill(self, view: SlotHistory, gfn: int) -> Exit | None:
         index = gfn - view.slot.base_gfn
-        # Slots come and go only while every vCPU is held, so that looking is no step.
+        # Slots come and go only while every vCPU is held, so this look at them is no step.
         if self._mmu.slot_of(gfn) is None:
             return MmioRead(gfn << PAGE_SHIFT, 8)
         entry = view.slot.entries[index]
@@ -135,7 +135,7 @@ class GuestCpu:
         return MemoryFault(KVM_MEMORY_EXIT_FLAG_PRIVATE, gfn << PAGE_SHIFT, PAGE_SIZE, errno)
 
     def drop(self, start: gfn_t, end: gfn_t) -> None:
-        """Forget translations of a range of guest pages."""
+        """Drop the translations of a range of guest pages."""
         self._invariants.dropped(start, end)
         for gfn in [gfn for gfn in self.tlb if start <= gfn < end]:
             del self.tlb[gfn]
@@ -148,20 +148,26 @@ class GuestCpu:
         self._mmu.wake()
 
     def flush(self) -> None:
-        """Forget everything, as when a slot goes; the vCPU is held."""
+        """Drop all translations, as when a slot is deleted.
+
+        Preconditions: the vCPU is held.
+        """
         self.tlb.clear()
 
 
 @final
-class WatchedVcpu(EngineVcpu):  # type: ignore[misc] # production's, and what it takes to tell its states apart
-    """A vCPU of which a search knows who waits for it to leave the guest, instead of how often it has been there."""
+class WatchedVcpu(EngineVcpu):  # type: ignore[misc] # production's, with a finite state
+    """A vCPU whose state has the actors that wait for it to exit the guest.
+
+    These stand for the number of its entries into the guest, which would make each state new.
+    """
 
     def __init__(self, engine: VcpuEngine) -> None:
         super().__init__(engine)
         self._asked: set[int] = set()
 
     def state(self) -> Hashable:
-        """Return all of it."""
+        """Return the state."""
         flags = self._running, self._in_guest, self._holds, self._interrupted
         return flags, frozenset(self._stale), frozenset(self._asked)
 
@@ -170,7 +176,7 @@ class WatchedVcpu(EngineVcpu):  # type: ignore[misc] # production's, and what it
         self._asked.clear()
 
     def request_drop(self, start: gfn_t, end: gfn_t) -> int | None:
-        """Note who has to see this stay end."""
+        """Request the drop, and record the actor if it has to wait for the vCPU's exit."""
         stay = super().request_drop(start, end)
         saw(stay is not None)
         if stay is not None:
@@ -178,6 +184,6 @@ class WatchedVcpu(EngineVcpu):  # type: ignore[misc] # production's, and what it
         return stay
 
     def send_out(self, stay: int) -> None:
-        """Note that somebody has seen it end."""
+        """Wait for the vCPU's exit, and record that the actor has seen it."""
         super().send_out(stay)
         self._asked.discard(acting.get())

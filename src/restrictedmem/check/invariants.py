@@ -1,8 +1,8 @@
-"""What must hold whatever the interleaving: the rules, and what they need to remember of a run.
+"""The rules that hold in every interleaving, and the part of an execution that they remember.
 
-Rules are checked where two parties meet (an access, an installed translation, a frame on its way
-out, a callback) and not only after each step, so that a search which skips equivalent orders loses
-none of them. A rule that is broken is noted and raised after the step.
+Rules are checked where two actors meet, and not only after each step: at an access, when a
+translation is installed, before a frame is freed, and at a callback. So a search that skips
+equivalent orders misses no violation. A broken rule is recorded, and raised after the step.
 """
 
 from collections.abc import Generator
@@ -20,42 +20,54 @@ from restrictedmem.units import PageRange, gfn_t, pgoff_t
 
 
 class Rule(Enum):
-    """What a counterexample is about; the words come first in its text."""
+    """The rule that a counterexample breaks; its text begins with these words."""
 
     FREED = "use of a freed page"
-    """A translation leads to a frame that the file gave up (semantics 5.5 no. 1)."""
+    """A translation leads to a frame that the file has freed (semantics 5.5 no. 1)."""
     WINDOW = "mapped between start and end"
-    """A page was mapped while its consumer had been told to keep out (no. 3)."""
+    """A page was mapped after its consumer had been told to map nothing there (no. 3)."""
     BALANCE = "callbacks out of balance"
-    """An end without a start, or a start or an invalidation that never ends (no. 4)."""
+    """An end has no start, or a start or an invalidation never ends (no. 4)."""
     ATTRIBUTE = "the wrong half"
-    """A guest reaches the half of a page that its attribute does not name, or another page of the file (no. 5)."""
+    """A guest reaches the wrong half or page (no. 5).
+
+    This is the half that the page's attribute does not name, or another page of the file.
+    """
     LEVEL = "mapped larger than it is"
     """A translation is larger than the folio it leads to (no. 6)."""
     RANGE = "told of something else"
-    """A consumer heard of pages that nobody asked to invalidate, or did not hear of those (no. 7)."""
+    """A consumer heard of pages that nobody asked for, or not of those asked for (no. 7).
+
+    The owner's operations ask to invalidate pages.
+    """
     LOST = "content lost"
-    """What a guest wrote is gone although nobody punched it since."""
+    """Content that a guest wrote is gone, although nobody has punched it since."""
     STALE = "content that should be gone"
-    """What a guest wrote before a punch is still there after it."""
+    """Content that a guest wrote before a punch is still there after it."""
     POISON = "use of a lost page"
     """A guest reaches a page that the machine has lost."""
     REFERENCE = "mapped without a reference"
-    """A page is mapped that its consumer does not count as taken, so that nobody knows it is in use."""
+    """A page is mapped, but its consumer does not count it as taken.
+
+    So nobody knows that the page is in use.
+    """
     DEADLOCK = "deadlock"
-    """Nobody can go on; the explorer's to find."""
+    """No actor can go on; the explorer finds this."""
     PLATFORM = "a rule of the platform"
     """The host's RMP or direct map would have faulted (no. 1, 2 and 6)."""
 
 
-#: Number of the actor whose code this is; of nobody while a world is made.
+#: Number of the actor whose code runs; -1 while a world is made.
 acting: Final = ContextVar("acting", default=-1)
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Told:
-    """A range that a consumer was told to keep out of, and answered; by whom."""
+    """A range that a consumer was told to map nothing in, and the actor that told it.
+
+    The consumer has answered.
+    """
 
     span: PageRange
     actor: int
@@ -64,19 +76,20 @@ class Told:
 @final
 @dataclass(slots=True, eq=False)
 class SlotHistory:
-    """A slot and what the rules remember of it."""
+    """A slot, and the facts that the rules remember of it."""
 
     slot: Memslot
     window: PageRange
-    #: By page of the slot: the number of the frame that its entry leads to, if there is an entry.
+    #: By page of the slot: the number of the frame that its entry leads to, if it has an entry.
     led: bytearray
-    #: What was told and not ended yet; of this, what no page may be mapped in, for an invalidation
-    #: is in progress.
+    #: Ranges that were told and have not ended yet (``told``). Of these, the ranges in which no
+    #: page may be mapped, because an invalidation is in progress (``closed``).
     told: list[Told] = field(default_factory=list[Told])
     closed: list[Told] = field(default_factory=list[Told])
-    #: All that was ever asked for, clipped to the window: nothing else may be zapped.
+    #: All ranges that were ever asked for, clipped to the window: nothing else may be zapped.
     asked: list[PageRange] = field(default_factory=list[PageRange])
-    #: Whether it is being unregistered, when everything may be told; and whether the guest has it.
+    #: Whether the slot is being unregistered, when any range may be told (``leaving``); whether the
+    #: guest has the slot (``live``).
     leaving: bool = False
     live: bool = True
 
@@ -86,14 +99,14 @@ _ANY_ENTRY: Final = bytes(255 if entry else 0 for entry in range(256))
 
 
 def _remember() -> None:
-    # What the rules remember is as shared as the frames it is about; the actor itself learns
-    # nothing.
+    # The facts that the rules remember are shared, as are the frames that they are about. The actor
+    # itself learns nothing.
     touch(MEMORY, write=True)
     saw(None)
 
 
 def _mask(memory: bytes | bytearray, table: bytes, first: int, last: int) -> int:
-    # Through a view: the slot's arrays are under the explorer's control, and looking at them is no
+    # The view bypasses the explorer, which controls the slot's arrays: this look at them is no
     # step.
     return int.from_bytes(bytes(memoryview(memory)[first:last]).translate(table), "big")
 
@@ -110,12 +123,14 @@ def _blocks(span: PageRange) -> PageRange:
 
 @final
 class Invariants:
-    """The rules over one world; ranges in pages of the file."""
+    """The rules of one world; ranges are in pages of the file."""
 
     def __init__(self, *, exact: bool, large: bool, binds: bool) -> None:
-        """``exact``: callbacks are to stay within what the owner asked for; else, and so zaps if ``large``, within its 2 MiB blocks.
+        """Make the rules.
 
-        ``binds``: nor may they go to who has bound no page of it.
+        Callbacks must stay within the range that the owner asked for if ``exact``, else within the
+        2 MiB blocks of this range. Zaps may reach these blocks also if ``large``. If ``binds``,
+        callbacks must not go to a consumer that has bound no page of the range.
         """
         self._exact = exact
         self._binds = binds
@@ -123,20 +138,20 @@ class Invariants:
         self._violation: RuleBroken | None = None
         self.views: list[SlotHistory] = []
         self.frames: Frames
-        #: By page: the frame that the consumer's mapping of the file showed when it took the page
-        #: last.
+        #: By page: the number of the frame in the consumer's mapping of the file when the consumer
+        #: last took the page.
         self.taken = bytearray()
-        #: Operations of the owner under way.
+        #: Ranges of the owner's operations under way.
         self._punching: list[PageRange] = []
         self._converting: list[tuple[int, int]] = []
-        #: Pages a guest wrote, and nobody punched since.
+        #: Pages that a guest wrote, and that nobody has punched since.
         self._written: set[int] = set()
-        #: By page that the machine has lost: the number of its frame then.
+        #: By page that the machine has lost: the number of the frame that it had then.
         self.poisoned: dict[int, int] = {}
         self._dead = False
 
     def state(self) -> tuple[object, ...]:
-        """Return what is remembered, as far as a rule may still ask for it."""
+        """Return the remembered facts, as far as a rule may still ask for them."""
         against = self.frames.against
         views = tuple(
             (self._led(view), _told(view.told), _told(view.closed), view.leaving, view.live)
@@ -150,7 +165,7 @@ class Invariants:
         return against(self.taken), views, owner, tuple(sorted(self._written)), poisoned, self._dead
 
     def _led(self, view: SlotHistory) -> bytes:
-        """Return which entries lead to the frames that their pages have."""
+        """Return for each entry: 0 if none, 1 if it leads to its page's frame, else 2."""
         entries = bytes(memoryview(view.slot.entries)).translate(_PRIVATE_ENTRIES)
         if not entries.strip(b"\0"):
             return b""
@@ -161,15 +176,19 @@ class Invariants:
         return [view for view in self.views if view.live]
 
     def violate(self, rule: Rule, story: str) -> None:
-        """Note that a rule is broken; the first counts."""
+        """Record that a rule is broken; the first violation counts."""
         if self._violation is None:
             self._violation = RuleBroken(f"{rule.value}: {story}")
 
-    # What the owner does.
+    # The owner's operations.
 
     @contextmanager
     def punching(self, span: PageRange) -> Generator[None]:
-        """Note that the owner asks for a hole meanwhile; raises what the operation does."""
+        """Record that the owner punches a hole meanwhile.
+
+        Raises:
+            OSError: the error of the operation.
+        """
         self._ask(span)
         old = {
             pgoff: value
@@ -181,17 +200,17 @@ class Invariants:
         try:
             yield
         except OSError:
-            # Nothing is asked for any more, but content may be gone.
+            # The request is over, but content may be gone.
             self._punching.remove(span)
             raise
         self._punching.remove(span)
         for pgoff, value in old.items():
             if self.frames.content.get(pgoff) == value:
-                self.violate(Rule.STALE, f"page {pgoff:#x} shows what it did before it was punched")
+                self.violate(Rule.STALE, f"page {pgoff:#x} has its old content after the punch")
 
     @contextmanager
     def allocating(self, span: PageRange) -> Generator[None]:
-        """Note that the owner preallocates meanwhile, of which v9 tells."""
+        """Record that the owner preallocates meanwhile, which v9 tells consumers."""
         self._ask(span)
         self._punching.append(span)
         yield
@@ -199,7 +218,7 @@ class Invariants:
 
     @contextmanager
     def converting(self, start: gfn_t, end: gfn_t) -> Generator[None]:
-        """Note that the owner changes attributes meanwhile."""
+        """Record that the owner changes attributes meanwhile."""
         for view in self.views:
             first, last = view.slot.clip(start, end)
             shift = view.window.start - view.slot.base_gfn
@@ -211,7 +230,10 @@ class Invariants:
 
     @contextmanager
     def losing(self, span: PageRange) -> Generator[None]:
-        """Note that the machine loses what lies in pages now, and that consumers have given it up afterwards."""
+        """Record that the machine loses the frames that pages have now.
+
+        When the block ends, consumers have given these frames up.
+        """
         self._ask(span)
         lost = {pgoff: self.frames.numbers[pgoff] for pgoff in range(span.start, span.end)}
         yield
@@ -227,10 +249,10 @@ class Invariants:
             view.window.clip(_blocks(span) if self._large or not self._exact else span)
         )
 
-    # What the shim does.
+    # The shim's callbacks and frees.
 
     def start(self, view: SlotHistory, span: PageRange) -> None:
-        """Note that a consumer was told to keep out, and has answered."""
+        """Record that a consumer was told of an invalidation's start, and has answered."""
         told = Told(span, acting.get())
         view.told.append(told)
         view.closed.append(told)
@@ -252,7 +274,7 @@ class Invariants:
         )
 
     def end(self, view: SlotHistory, span: PageRange) -> None:
-        """Note that a consumer is told to go on."""
+        """Record that a consumer is told of an invalidation's end."""
         told = Told(span, acting.get())
         if told not in view.told:
             self.violate(Rule.BALANCE, f"an end for pages {span} without a start")
@@ -262,7 +284,7 @@ class Invariants:
             view.closed.remove(told)
 
     def opened(self) -> None:
-        """Note that the invalidation that the actor began is not in progress any more: whoever saw it may map again."""
+        """Record that the actor's invalidation is over: faults may map pages again."""
         for view in self.views:
             view.closed = [told for told in view.closed if told.actor != acting.get()]
 
@@ -271,11 +293,11 @@ class Invariants:
         return next(view for view in self.views if view.slot.base_gfn <= gfn < view.slot.end_gfn)
 
     def before_free(self, span: PageRange) -> None:
-        """Check that nobody uses frames that are about to go."""
+        """Check that nobody uses frames that are about to be freed."""
         for view in self._live():
             inside = view.window.clip(span)
             first, last = inside.start - view.window.start, inside.end - view.window.start
-            # Through the explorer, so that a zap before and one after are not the same to it.
+            # This look is a step, so that the explorer tells a zap before it from a zap after it.
             if first < last and view.slot.entries.count(0, first, last) < last - first:
                 numbers = self.frames.numbers[inside.start : inside.end]
                 mapped = _mask(view.slot.entries, _PRIVATE_ENTRIES, first, last) & _mask(
@@ -287,11 +309,11 @@ class Invariants:
                     )
 
     def freed(self, span: PageRange) -> None:
-        """Check that nobody still wants what was in frames that are gone."""
+        """Check that nobody still wants the content of frames that were freed."""
         self._gone(span)
 
     def zeroed(self, span: PageRange) -> None:
-        """Check that nobody still wants what was in frames that are zero now."""
+        """Check that nobody still wants the content of frames that were zeroed."""
         self._gone(span)
 
     def _gone(self, span: PageRange) -> None:
@@ -303,21 +325,25 @@ class Invariants:
                 ):
                     self.violate(
                         Rule.LOST,
-                        f"page {pgoff:#x} is emptied, which the guest wrote to and nobody has punched since",
+                        f"page {pgoff:#x} loses its content: the guest wrote to the page, and "
+                        "nobody has punched it since",
                     )
 
     def dying(self) -> None:
-        """Note that the last reference to the file is gone."""
+        """Record that the last reference to the file is gone."""
         self._dead = True
 
-    # What the consumer and its guest do.
+    # The consumer and its guest.
 
     def take(self, span: PageRange) -> None:
-        """Note which frames a consumer's mapping shows now."""
+        """Record the frames that a consumer's mapping shows now."""
         self.taken[span.start : span.end] = self.frames.numbers[span.start : span.end]
 
     def install(self, view: SlotHistory, span: PageRange, gfn: gfn_t) -> None:
-        """Check translations that are about to be installed, under the MMU's lock."""
+        """Check translations that are about to be installed.
+
+        Preconditions: mmu_lock is held.
+        """
         for told in view.closed:
             if span.start < told.span.end and told.span.start < span.end:
                 self.violate(
@@ -328,7 +354,8 @@ class Invariants:
         if memoryview(view.slot.attributes)[first:last].tobytes().count(0):
             self.violate(
                 Rule.ATTRIBUTE,
-                f"guest pages {gfn:#x} to {gfn + len(span):#x} are mapped private, and not all of them are",
+                f"guest pages {gfn:#x} to {gfn + len(span):#x} are mapped private, but some of "
+                "them are shared",
             )
         if span.start - view.window.start != first:
             self.violate(
@@ -336,11 +363,11 @@ class Invariants:
             )
         taken = self.taken[span.start : span.end]
         if taken != self.frames.numbers[span.start : span.end] or taken.count(0):
-            self.violate(Rule.FREED, f"pages {span} are mapped to frames that are gone")
+            self.violate(Rule.FREED, f"pages {span} are mapped to frames that were freed")
         view.led[first:last] = taken
 
     def dropped(self, start: gfn_t, end: gfn_t) -> None:
-        """Check that a guest loses only translations that somebody asked it to."""
+        """Check that a guest loses only translations of ranges that were asked for."""
         for view in self.views:
             first, last = view.slot.clip(start, end)
             if first < last:
@@ -352,13 +379,14 @@ class Invariants:
                     return
         if start < end:
             self.violate(
-                Rule.RANGE, f"guest pages {start:#x} to {end:#x} are zapped, which nobody asked for"
+                Rule.RANGE,
+                f"guest pages {start:#x} to {end:#x} are zapped, but nobody asked for it",
             )
 
     def access(
         self, view: SlotHistory, gfn: int, entry: int, number: int, value: int | None
     ) -> None:
-        """Check a guest's access through a translation it has; ``value`` is what it stores, None for a load."""
+        """Check an access through a guest's translation; ``value`` is None for a load."""
         index = gfn - view.slot.base_gfn
         private = bool(entry & PRIVATE)
         converting = any(start <= gfn < end for start, end in self._converting)
@@ -371,7 +399,7 @@ class Invariants:
             return
         pgoff = index + view.window.start
         if self.frames.numbers[pgoff] != number:
-            self.violate(Rule.FREED, f"a guest reaches the frame that page {pgoff:#x} had once")
+            self.violate(Rule.FREED, f"a guest reaches a former frame of page {pgoff:#x}")
         if self.poisoned.get(pgoff) == number:
             self.violate(Rule.POISON, f"a guest reaches page {pgoff:#x}")
         if value is not None:
@@ -381,10 +409,10 @@ class Invariants:
     # Always, and at the end.
 
     def check(self) -> None:
-        """Raise what was broken in the last step, or is broken now.
+        """Raise if a rule was broken in the last step, or is broken now.
 
         Raises:
-            RuleBroken: with the rule and the story.
+            RuleBroken: the rule, and how it is broken.
         """
         if self._violation is not None:
             raise self._violation
@@ -398,20 +426,22 @@ class Invariants:
             )
             if mapped & wrong:
                 raise RuleBroken(
-                    f"{Rule.FREED.value}: an entry of slot {view.slot.number} leads to a frame that is gone"
+                    f"{Rule.FREED.value}: an entry of slot {view.slot.number} leads to a freed "
+                    "frame"
                 )
 
     def finish(self) -> None:
-        """Raise what must hold once everybody is done and does not.
+        """Raise if a rule is broken now that all actors have ended.
 
         Raises:
-            RuleBroken: with the rule and the story.
+            RuleBroken: the rule, and how it is broken.
         """
         self.check()
         for view in self.views:
             if view.told:
                 raise RuleBroken(
-                    f"{Rule.BALANCE.value}: no end came for pages {', '.join(str(told.span) for told in view.told)}"
+                    f"{Rule.BALANCE.value}: no end came for pages "
+                    f"{', '.join(str(told.span) for told in view.told)}"
                 )
         for view in self._live():
             half = view.slot.memfd_half
@@ -421,12 +451,14 @@ class Invariants:
             mapped = _mask(view.slot.entries, _PRIVATE_ENTRIES, 0, size)
             if mapped & ~_mask(view.slot.attributes, _ANY_ENTRY, 0, size):
                 raise RuleBroken(
-                    f"{Rule.ATTRIBUTE.value}: a shared guest page of slot {view.slot.number} is mapped private"
+                    f"{Rule.ATTRIBUTE.value}: a shared guest page of slot {view.slot.number} is "
+                    "mapped private"
                 )
             entries = bytes(memoryview(view.slot.entries)).translate(_PRIVATE_ENTRIES)
             for index in (index for index in range(size) if entries[index]):
                 pgoff = pgoff_t(view.window.start + index)
                 if not half.pages.count(PageRange(pgoff, pgoff_t(pgoff + 1))):
                     raise RuleBroken(
-                        f"{Rule.REFERENCE.value}: page {pgoff:#x} is mapped and not counted as taken"
+                        f"{Rule.REFERENCE.value}: page {pgoff:#x} is mapped, but not counted as "
+                        "taken"
                     )

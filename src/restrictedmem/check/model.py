@@ -1,12 +1,12 @@
-"""What is known of a program: its states, and where each actor's next step leads from there.
+"""A model of a program: its known states, and the state that each actor's next step leads to.
 
-Production code cannot be copied in the middle of a call, so a state is reached by executing all
-that led to it. That takes a hundred times as long as to look up where a step leads; but what a step
-does depends on what is shared and on the past of the actor alone, not on how far the others are. So
-it is executed once, and known from then on wherever the same meets again.
+Production code cannot be copied in the middle of a call. So a state is reached by executing all
+steps that led to it, which takes a hundred times as long as a look-up in the model. But the effect
+of a step depends only on the shared state and on the actor's own past, not on how far the others
+are. So each step is executed once, and looked up wherever the same combination occurs again.
 
-Each execution begins with a schedule put together of steps that are known, and finds out whether it
-really leads where it should.
+Each execution begins with a schedule put together of known steps. The model checks that it arrives
+in the state that these steps lead to.
 """
 
 import gc
@@ -18,74 +18,83 @@ from restrictedmem.check import control
 from restrictedmem.check.control import Actor, Execution, Gate, Names, Story, UnsoundError
 from restrictedmem.check.futures import Futures
 
-#: The number of what is shared, and of each actor's past.
+#: The number of the shared state, and the number of each actor's past.
 State: TypeAlias = tuple[int, ...]
 
-_UNSOUND: Final = "state() does not show all that matters, or not each execution does the same"
-#: Executions after which what they left behind is collected.
+_UNSOUND: Final = (
+    "state() does not show all data that matter, or two executions of one schedule differ"
+)
+#: Executions after which their garbage is collected.
 _COLLECTED: Final = 256
-#: Steps after which an execution counts as one without an end.
+#: Steps after which an execution counts as endless.
 ENDLESS: Final = 10_000
 
 
-class RuleBroken(Exception):  # noqa: N818 what a program raises is a finding, not an error
-    """A rule that was broken, and the story."""
+class RuleBroken(Exception):  # noqa: N818 a finding about the program, not an error
+    """The violation of a rule: the rule, and how it was broken."""
 
 
 class Program(Protocol):
     """Actors over production objects, made anew for each execution."""
 
     def actors(self) -> Sequence[tuple[str, Callable[[], None]]]:
-        """Return names and bodies; what a body does before its first point happens before anything else."""
+        """Return the names and the bodies of the actors.
+
+        The code of a body before its first point runs before anything else.
+        """
         ...
 
     def state(self) -> Hashable:
-        """Return the shared state that is behind no object of ``sync``: a model's backing, content, counters that matter."""
+        """Return the shared state that no object of ``sync`` holds.
+
+        Examples are a model's backing, content, and counters that matter.
+        """
         ...
 
     def check(self) -> None:
-        """Look at what must always hold; called after steps, once for each that there is.
+        """Check the rules that always hold; called at least once after each different step.
 
         Raises:
-            RuleBroken: it does not.
+            RuleBroken: a rule does not hold.
         """
         ...
 
     def finish(self) -> None:
-        """Look at what must hold when all actors have ended.
+        """Check the rules that hold when all actors have ended.
 
         Raises:
-            RuleBroken: it does not.
+            RuleBroken: a rule does not hold.
         """
         ...
 
 
 @final
 class Model:
-    """The states of a program that were executed, and the steps between them."""
+    """The executed states of a program, and the steps between them."""
 
     def __init__(self, make: Callable[[], Program]) -> None:
-        """Know nothing yet."""
+        """Make a model that knows no state yet."""
         self._make = make
         self.names = Names()
         self.futures = Futures(self.names)
         self._program: Program
         self._left: dict[str, object] = {}
-        #: By what is shared: its number; and by that, the states of all objects.
+        #: By shared state: its number (``_shared``). By this number: the states of all objects
+        #: (``_values``).
         self._shared: dict[Hashable, int] = {}
         self._values: list[tuple[Hashable, ...]] = []
-        #: By actor, whether it can go on after a past of its own: whenever it likes if None.
+        #: By actor and past: the gate of its next operation; None: it can always go on.
         self._gates: list[dict[int, Gate | None]] = []
-        #: By what is shared, an actor and its past: the same after its step; or how that violates a
-        #: rule.
+        #: By the numbers of a shared state, an actor and its past: the shared state and the past
+        #: after its step, or how this step violates a rule.
         self._after: dict[tuple[int, int, int], tuple[int, int] | str] = {}
-        #: What is wrong with states in which nobody can go on; None: nothing.
+        #: By state in which no actor can go on: the violation there; None: there is none.
         self._ends: dict[State, str | None] = {}
         self.executions = 0
         self.transitions = 0
 
     def start(self) -> State | str:
-        """Return the state before the first step, or what is wrong with it."""
+        """Return the state before the first step, or the violation there."""
         found: list[State | str] = []
 
         def arrive(execution: Execution) -> None:
@@ -106,18 +115,18 @@ class Model:
         enabled: list[int] = []
         for index, gates in enumerate(self._gates):
             past = state[index + 1]
-            # Who is done has no gate.
+            # An actor that has ended has no gate.
             if past in gates and ((gate := gates[past]) is None or gate(values)):
                 enabled.append(index)
         return enabled
 
     def can_go(self, state: State, index: int) -> bool:
-        """Say whether one actor can go on."""
+        """Return whether one actor can go on."""
         gates, past = self._gates[index], state[index + 1]
         return past in gates and ((gate := gates[past]) is None or gate(self._values[state[0]]))
 
     def after(self, state: State, index: int) -> State | str | None:
-        """Return the state after a step, or how that violates a rule; None: not known yet."""
+        """Return the state after a step, or how it violates a rule; None: not known yet."""
         after = self._after.get((state[0], index, state[index + 1]))
         if after is None or isinstance(after, str):
             return after
@@ -125,7 +134,10 @@ class Model:
         return (shared, *state[1 : index + 1], past, *state[index + 2 :])
 
     def end(self, state: State, schedule: Sequence[int]) -> str | None:
-        """Return what is wrong with a state in which nobody can go on, to which a schedule leads."""
+        """Return the violation, if any, in a state in which no actor can go on.
+
+        ``schedule`` leads to this state.
+        """
         if state not in self._ends:
 
             def arrive(execution: Execution) -> None:
@@ -141,12 +153,13 @@ class Model:
         index: int,
         go_on: Callable[[State], Sequence[int]],
     ) -> None:
-        """Execute a schedule, which leads to the state ``before``, then a step from there that is not known, and further such steps.
+        """Execute a schedule to the state ``before``, then an unknown step of an actor.
 
-        ``go_on`` says who is of interest in a state.
+        Then execute further unknown steps, as long as there are any. ``go_on`` returns the actors
+        that are of interest in a state.
 
         Raises:
-            UnsoundError: the schedule leads to another state than it should by what is known.
+            UnsoundError: the schedule leads to another state than the model says.
         """
         state: State | None = None
 
@@ -174,7 +187,7 @@ class Model:
             self._take_note(execution, state, index)
 
     def _take_note(self, execution: Execution, before: State, index: int) -> State | None:
-        """Remember where a step has led, and return it unless a rule is broken there."""
+        """Record the state that a step led to; return it, or None if it breaks a rule."""
         key = before[0], index, before[index + 1]
         wrong = self._verdict(execution)
         if wrong is not None:
@@ -192,8 +205,8 @@ class Model:
         values = execution.values
         known = len(values)
         while known and values[known - 1] is None:
-            # Which objects will be made shows only on the way, and must not tell states apart
-            # before.
+            # It shows only later which objects an execution makes. Objects that are not made yet
+            # must not tell states apart.
             known -= 1
         present = tuple(values[:known])
         shared = self._shared.setdefault((self._program.state(), present), len(self._shared))
@@ -204,10 +217,10 @@ class Model:
                 gates[actor.history] = actor.gate
         return (shared, *[actor.history for actor in execution.actors])
 
-    # What is right and wrong.
+    # Violations.
 
     def _verdict(self, execution: Execution) -> str | None:
-        """Return what is wrong after a step."""
+        """Return the violation after a step, if any."""
         if execution.broken is not None:
             actor, error = execution.broken
             return str(error) if isinstance(error, RuleBroken) else f"{actor.name} raised {error!r}"
@@ -218,7 +231,7 @@ class Model:
         return f"no end after {ENDLESS} steps" if execution.step > ENDLESS else None
 
     def _verdict_at_end(self, execution: Execution) -> str | None:
-        """Return what is wrong where nobody can go on."""
+        """Return the violation where no actor can go on, if any."""
         stuck = [actor.name for actor in execution.actors if not actor.done]
         if stuck:
             return f"deadlock: {' and '.join(stuck)} {'wait' if len(stuck) > 1 else 'waits'}"
@@ -229,7 +242,7 @@ class Model:
         return None
 
     def wrong(self, execution: Execution) -> str | None:
-        """Return what is wrong with what an execution has come to."""
+        """Return the violation in the state that an execution has come to, if any."""
         found = self._verdict(execution)
         if found is None and not any(execution.enabled(actor) for actor in execution.actors):
             found = self._verdict_at_end(execution)
@@ -243,10 +256,11 @@ class Model:
         arrive: Callable[[Execution], Actor | None],
         story: Story | None = None,
     ) -> Execution:
-        """Execute the program; ``arrive`` is asked who goes on at the end of the schedule."""
+        """Execute the program; after the schedule, ``arrive`` chooses the next actor."""
         execution = Execution(self.names, arrive, story)
         control.enter(execution)
-        # A program is full of circles. Cut open, most of it goes without the collector.
+        # A program is full of reference cycles. Once they are cut here, most of it is freed without
+        # the collector.
         self._left.clear()
         self._program = self._make()
         self._left = vars(self._program)
@@ -260,11 +274,11 @@ class Model:
         return execution
 
     def sample(self, executions: int, seen: Callable[[State], bool]) -> None:
-        """Execute at random, and compare what happens with what is known.
+        """Execute at random, and compare each step with the model.
 
         Raises:
-            UnsoundError: a step led elsewhere than it did before; or an end, or any state that
-                ``seen`` denies, is new.
+            UnsoundError: a step led to another state than before; there was a violation; or an end
+                is new, or a state for which ``seen`` returns false.
         """
         chance = random.Random(executions)
         for _ in range(executions):
@@ -273,7 +287,7 @@ class Model:
     def compare(
         self, execution: Execution, before: State | None, index: int, seen: Callable[[State], bool]
     ) -> State:
-        """Compare one step of an execution with what is known, and return the state it has led to.
+        """Compare one step of an execution with the model, and return the state it led to.
 
         Raises:
             UnsoundError: see ``sample``.
@@ -303,7 +317,7 @@ class _Sampler:
         self._index = 0
 
     def arrive(self, execution: Execution) -> Actor | None:
-        """Go on with anybody."""
+        """Choose any actor that can go on."""
         self._before = self._model.compare(execution, self._before, self._index, self._seen)
         enabled = self._model.enabled(self._before)
         if not enabled:

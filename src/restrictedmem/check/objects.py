@@ -1,4 +1,4 @@
-"""What stands in for the objects of ``sync`` while their steps are under control."""
+"""Replacements for the objects of ``sync`` while the explorer controls their steps."""
 
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ from restrictedmem.check.control import (
     enter,
 )
 
-# When an operation can be done, by the states of all objects.
+# Gates: whether an operation can be done, by the states of all objects.
 
 
 def _is_free(mutex: int, values: Sequence[Any]) -> bool:
@@ -47,7 +47,7 @@ def _is_unused(semaphore: int, values: Sequence[Any]) -> bool:
 
 
 def _is_another(word: int, value: int, values: Sequence[Any]) -> bool:
-    # A word that has no state yet was never written.
+    # A word without a state was never written.
     return word < len(values) and values[word] not in (None, value)
 
 
@@ -73,7 +73,7 @@ class Mutex:
         self._free = self._execution.names.gate(_is_free, slot)
 
     def give(self, owner: Actor | None) -> None:
-        """Make somebody, or nobody, the owner; no point."""
+        """Set the owner, or None for no owner; this is no point."""
         if owner is not None:
             owner.held |= {self.slot}
         elif self.owner is not None:
@@ -82,7 +82,7 @@ class Mutex:
         self._execution.values[self.slot] = -1 if owner is None else owner.index
 
     def acquire(self, blocking: bool = True) -> bool:
-        """Take it; waits unless told not to."""
+        """Take the mutex, and wait for it unless told not to."""
         actor = self._execution.running
         if actor is None:
             return True
@@ -98,7 +98,7 @@ class Mutex:
         return True
 
     def release(self) -> None:
-        """Release it."""
+        """Release the mutex."""
         if self._execution.running is None:
             return
         self._execution.point(self._releases)
@@ -107,7 +107,7 @@ class Mutex:
         self.give(None)
 
     def locked(self) -> bool:
-        """Say whether somebody holds it."""
+        """Return whether some actor holds the mutex."""
         actor = self._execution.running
         if actor is not None:
             self._execution.names.tried.add(self.slot)
@@ -124,7 +124,10 @@ class Mutex:
 
 @final
 class Condition:
-    """``sync.condition(lock)``: wakes in the order of waiting, as ``threading.Condition`` does; a timeout never runs out."""
+    """``sync.condition(lock)``; a timeout never runs out.
+
+    It wakes actors in the order of their waits, as ``threading.Condition`` does.
+    """
 
     __slots__ = ("_execution", "_mutex", "_notifies", "_slot", "_waiters", "_waits", "_wakes")
 
@@ -135,7 +138,7 @@ class Condition:
         self._mutex = lock
         self._slot = self._execution.new_slot()
         self._set_waiters(())
-        # Waiting and waking are things done to the mutex, too.
+        # Waiting and waking are also operations on the mutex.
         self._waits, self._wakes, self._notifies = self._execution.names.operations(
             lock.slot, _ON_A_CONDITION, self._slot
         )
@@ -159,7 +162,7 @@ class Condition:
         self._mutex.release()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Release the lock, wait to be notified, take the lock."""
+        """Release the lock, wait for a notification, and take the lock."""
         actor = self._execution.running
         if actor is None or self._mutex.owner is not actor:
             raise RuntimeError("cannot wait on un-acquired lock")
@@ -174,13 +177,13 @@ class Condition:
         return True
 
     def wait_for(self, predicate: Callable[[], bool], timeout: float | None = None) -> bool:
-        """Wait until something is true."""
+        """Wait until a predicate is true."""
         while not predicate():
             self.wait(timeout)
         return True
 
     def notify(self, n: int = 1) -> None:
-        """Wake who has waited longest."""
+        """Wake the ``n`` actors that have waited longest."""
         execution = self._execution
         if execution.running is None:
             return
@@ -190,13 +193,16 @@ class Condition:
         self._set_waiters(self._waiters[n:])
 
     def notify_all(self) -> None:
-        """Wake all."""
+        """Wake all actors that wait."""
         self.notify(len(self._execution.actors))
 
 
 @final
 class ControlledRwSem:
-    """``sync.RwSem`` as one object: taken and released in one step, or in two by a writer that has to wait."""
+    """``sync.RwSem`` as one object.
+
+    An actor takes or releases it in one step; a writer that has to wait takes it in two.
+    """
 
     __slots__ = ("_execution", "_readers", "_slot", "_writers", "_writing")
     _readers: int
@@ -219,7 +225,7 @@ class ControlledRwSem:
         self._execution.values[self._slot] = (readers, writers, writing)
 
     def down_read(self) -> None:
-        """Take the read side, after every writer that waits."""
+        """Take the read side, after all writers that wait."""
         if self._execution.running is not None:
             self._point(TAKES_READ, _has_no_writers)
             self._set(self._readers + 1, self._writers, writing=False)
@@ -256,8 +262,8 @@ class ControlledRwSem:
 class ControlledSharedWords:
     """``sync.SharedWords``: each load and each store is a step of its own.
 
-    Two of these may lie over the same memory, and have the same words then. To the explorer, words
-    of the same index are one object.
+    Two of these over the same memory have the same words. To the explorer, all words of the same
+    index are one object.
     """
 
     __slots__ = ("_execution", "_number", "_words")
@@ -294,13 +300,16 @@ class ControlledSharedWords:
         execution.values[execution.slot((self._number, index))] = value
 
     def release(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
         self._words.release()
 
 
 @final
 class SharedBytes(bytearray):
-    """``sync.shared_bytes``: each index, slice, count, search, iteration and assignment is a step of its own."""
+    """``sync.shared_bytes``.
+
+    Each index, slice, count, search, iteration and assignment is a step of its own.
+    """
 
     __slots__ = ("_execution", "slot")
 
@@ -311,7 +320,7 @@ class SharedBytes(bytearray):
         self._execution.values[self.slot] = bytes(size)
 
     def watch(self) -> None:
-        """Say that the program's check looks at it (``Names.watch``)."""
+        """Declare that the program's check looks at these bytes (``Names.watch``)."""
         self._execution.names.watch(self.slot)
 
     def _reads(self, where: Hashable) -> None:
@@ -336,7 +345,7 @@ class SharedBytes(bytearray):
             execution.point((WRITES, self.slot, _place(where)))
             execution.running.value = value if isinstance(value, int) else bytes(value)
         super().__setitem__(where, value)
-        # Not bytes(self), which would be one more step.
+        # bytes(self) would be one more step.
         execution.values[self.slot] = bytes(memoryview(self))
 
     def __iter__(self) -> Iterator[int]:
@@ -349,24 +358,27 @@ class SharedBytes(bytearray):
         return bytes(self[:])
 
     def count(self, *args: Any) -> int:
-        """Count, in one step."""
+        """Count occurrences, in one step."""
         self._reads(("count", *args))
         return self._found(super().count(*args))
 
     def find(self, *args: Any) -> int:
-        """Find, in one step."""
+        """Find an occurrence, in one step."""
         self._reads(("find", *args))
         return self._found(super().find(*args))
 
     def index(self, *args: Any) -> int:
-        """Find or raise, in one step."""
+        """Find an occurrence in one step, or raise ValueError."""
         if (found := self.find(*args)) < 0:
             raise ValueError("subsection not found")
         return found
 
 
 def relax() -> None:
-    """Wait until the shared word that was read last is another: who polls may be passed over at each look that finds nothing new."""
+    """Wait until the shared word that the actor read last has changed.
+
+    So the search skips the polls that find nothing new.
+    """
     execution = current()
     actor = execution.running
     if actor is not None and actor.polled is not None:
@@ -394,7 +406,7 @@ _FACTORIES: Final[dict[str, Callable[..., object]]] = {
 
 @contextmanager
 def controlled() -> Generator[None]:
-    """Put these objects in the place of ``sync``'s own; the real ones are back afterwards, whatever happened."""
+    """Replace the objects of ``sync`` by those of this module; restore them in any case."""
     replaced = {name: getattr(sync, name) for name in _FACTORIES}
     assert Mutex not in replaced.values(), "explorations do not nest"
     try:

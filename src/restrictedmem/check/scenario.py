@@ -1,4 +1,4 @@
-"""What a scenario is: who does what at the same moment, for which designs, and what is known to come of it."""
+"""Scenarios: actors that act at the same moment, designs to search, and known findings."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,19 +14,19 @@ from restrictedmem.platform.snp import Snp
 
 
 class Make(Protocol):
-    """Makes a world of the design, and with the slip, that is searched."""
+    """A maker of worlds of the searched design, with the searched slip."""
 
     def __call__(
         self, *, npages: int = 1, kind: str = "memfd", platform: Snp | None = None
     ) -> World:
-        """Make one without slots."""
+        """Make a world without slots."""
         ...
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class KnownFault:
-    """What a design does wrong by its nature: the rule, and why."""
+    """A fault that a design has by its nature: the rule that it breaks, and why."""
 
     rule: Rule
     reason: str
@@ -35,25 +35,24 @@ class KnownFault:
 @final
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """Something to search."""
+    """A small program to search."""
 
     name: str
     description: str
-    #: How many act; how much is searched depends on it (``explorer.effort``).
+    #: Number of actors; the effort of a search depends on it (``explorer.effort``).
     actors: int
     build: Callable[[Make], World]
-    #: Names of designs, without ``TEARDOWN``, for which it makes sense.
+    #: Names, without ``TEARDOWN``, of the designs for which the scenario makes sense.
     designs: tuple[str, ...] = NAMES
-    #: By the same names.
+    #: By the same names: the known fault of the design.
     findings: Mapping[str, KnownFault] = field(default_factory=dict[str, KnownFault])
-    #: Whether it belongs to the part that the test suite runs.
+    #: Whether the scenario belongs to the part that the test suite runs.
     quick: bool = False
-    #: Whether a consumer leaves the file: where none does, invalidation at teardown changes
-    #: nothing.
+    #: Whether a consumer leaves the file. If none does, invalidation at teardown changes nothing.
     leaves: bool = False
 
     def program(self, design: str, parts: Parts | None = None) -> Callable[[], Program]:
-        """Return what makes its world for a design, ``TEARDOWN`` included."""
+        """Return a maker of the world for a design, whose name may include ``TEARDOWN``."""
         exact = design.removesuffix(TEARDOWN) not in ("batched", "lazy")
 
         def make(*, npages: int = 1, kind: str = "memfd", platform: Snp | None = None) -> World:
@@ -71,7 +70,7 @@ class Scenario:
         exhaustive: bool = False,
         limit_seconds: float = 600,
     ) -> Result:
-        """Search it for a design as far as ``effort`` says."""
+        """Search the scenario for a design, as far as ``effort`` says."""
         preemptions, reduce, _ = effort(self.actors, exhaustive=exhaustive)
         program = self.program(design, parts)
         return explore(
@@ -83,7 +82,7 @@ class Scenario:
         )
 
     def finding(self, design: str) -> KnownFault | None:
-        """Return what it is known to find about a design; None where it holds."""
+        """Return the known fault of a design; None where the design holds."""
         return self.findings.get(design.removesuffix(TEARDOWN))
 
 
@@ -98,7 +97,7 @@ def scenario(
     quick: bool = False,
     leaves: bool = False,
 ) -> Callable[[Callable[[Make], World]], Callable[[Make], World]]:
-    """Put a function that makes a world among ``SCENARIOS``."""
+    """Return a decorator that adds a maker of a world to ``SCENARIOS``."""
 
     def add(build: Callable[[Make], World]) -> Callable[[Make], World]:
         name = build.__name__.replace("_", "-")

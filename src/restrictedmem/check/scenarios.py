@@ -1,8 +1,8 @@
-"""The scenarios that are searched (``scenario``), two actors first.
+"""The scenarios that are searched (``scenario``), those with two actors first.
 
-A scenario is a function that makes a world; its docstring says for a person what meets what. A
-design that a scenario convicts by its nature is listed with the reason: that is a finding about the
-design (docs/understand/findings.md), and its absence would be news.
+A scenario is a function that makes a world. Its docstring is the description that a person reads.
+If a design breaks a rule by its nature, the scenario has an entry for it with the reason. This is a
+finding about the design (docs/understand/findings.md). A search that does not find it fails.
 """
 
 from errno import ENOMEM, ENOSPC
@@ -19,38 +19,41 @@ from restrictedmem.kvm.engine_vcpu import EngineVcpu
 from restrictedmem.platform.snp import Snp
 from restrictedmem.protocol.exits import MemoryFault
 
-#: Whoever looks a scenario up needs this module for it to be there.
+#: A module that looks up a scenario imports this module, which fills ``SCENARIOS``.
 __all__ = ["SCENARIOS"]
 
 #: Guest pages of the first and the second slot.
 FIRST: Final = 0x10
 SECOND: Final = 0x20
-#: Of a slot that may be mapped large.
+#: First guest page of a slot that may be mapped large.
 ALIGNED: Final = 2 * HUGE_PAGES
 
 _UNHEARD: Final = KnownFault(
     Rule.FREED,
-    "a part of 2 MiB is freed without a word, while the guest has it mapped: pages must be converted before they are punched",
+    "a part of 2 MiB is freed without a callback, while the guest has it mapped: this design needs "
+    "pages to be converted before they are punched",
 )
 _OPEN: Final = KnownFault(
     Rule.FREED, "start and end come before the operation, and nothing is in progress while it frees"
 )
 _STILL_TAKEN: Final = KnownFault(
     Rule.FREED,
-    "a page that was converted still counts as taken: after a punch that nobody heard of it is mapped without being there",
+    "a page that was converted still counts as taken: after a punch without a callback the page is "
+    "mapped although it was freed",
 )
 _BY_NATURE: Final = {"batched": _UNHEARD, "folio-poc": _OPEN}
-#: Designs that differ from each other in how they tell of a punch.
+#: Designs that differ from each other in how they tell consumers of a punch.
 _APART: Final = ("v10", "folio", "folio-poc", "batched", "lazy")
 _DEAF: Final = KnownFault(Rule.POISON, "consumers do not hear of pages that the machine has lost")
 
 
-# Two.
+# Two actors.
 
 
 @scenario(2, findings=_BY_NATURE, quick=True)
 def punch_fault(new: Make) -> World:
-    """The owner punches a page that the guest has mapped, while the guest reads, writes and reads it."""
+    """The owner punches a page while the guest, which has it mapped, reads and writes it."""
+    # The guest reads, writes and reads again.
     world = new()
     world.add_slot(FIRST, 1)
     world.touched(store(FIRST, 1))
@@ -61,7 +64,8 @@ def punch_fault(new: Make) -> World:
 
 @scenario(2, findings=_BY_NATURE)
 def punch_block_fault(new: Make) -> World:
-    """The owner punches the second of two pages; the guest touches both, and the fault of one maps the other."""
+    """The owner punches the second of two pages; the guest touches both."""
+    # The fault of one page maps the other.
     world = new(npages=2)
     world.add_slot(FIRST, 2)
     world.guest(store(FIRST, 1), store(FIRST + 1, 2), load(FIRST))
@@ -71,7 +75,7 @@ def punch_block_fault(new: Make) -> World:
 
 @scenario(2, findings={"batched": _UNHEARD})
 def punch_punch(new: Make) -> World:
-    """Two threads of the owner punch ranges that overlap, of pages that the guest has mapped."""
+    """Two threads of the owner punch overlapping ranges of pages that the guest has mapped."""
     world = new(npages=3)
     world.add_slot(FIRST, 3)
     world.touched(store(FIRST, 1), store(FIRST + 1, 2), store(FIRST + 2, 3))
@@ -119,7 +123,8 @@ def convert_fault(new: Make) -> World:
 
 @scenario(2, quick=True)
 def convert_then_punch(new: Make) -> World:
-    """The owner makes a page shared, and only then punches what it held: what batched callbacks ask for. The guest goes on touching it."""
+    """The owner makes a page shared, then punches it; the guest goes on touching the page."""
+    # This is the order that batched callbacks ask for.
     world = new()
     world.add_slot(FIRST, 1)
     world.touched(store(FIRST, 1))
@@ -132,7 +137,8 @@ def convert_then_punch(new: Make) -> World:
 
 @scenario(2, findings=_BY_NATURE)
 def punch_then_convert(new: Make) -> World:
-    """The owner punches a page that is still private, and makes it shared then: the order of KVM's selftests. The guest touches it."""
+    """The owner punches a still private page, then makes it shared; the guest touches it."""
+    # This is the order of KVM's selftests.
     world = new()
     world.add_slot(FIRST, 1)
     world.touched(store(FIRST, 1))
@@ -145,7 +151,7 @@ def punch_then_convert(new: Make) -> World:
 
 @scenario(2, designs=("bindings",))
 def bind_punch(new: Make) -> World:
-    """A second range is bound, beside one that was bound before, while the owner punches both."""
+    """A second range is bound, beside one bound before, while the owner punches both."""
     world = new(npages=2)
     world.add_slot(FIRST, 1)
     world.touched(store(FIRST, 1))
@@ -158,7 +164,8 @@ def bind_punch(new: Make) -> World:
 
 @scenario(2, designs=("bindings",), leaves=True)
 def unbind_punch(new: Make) -> World:
-    """One of two bound ranges is unbound while the owner punches both; then the guest touches what is left."""
+    """One of two bound ranges is unbound, the owner punches both, the guest touches one."""
+    # After the unbinding, the vCPU touches the range that is left.
     world = new(npages=2)
     world.add_slot(FIRST, 1)
     view = world.add_slot(SECOND, 1, start=1)
@@ -171,7 +178,7 @@ def unbind_punch(new: Make) -> World:
 
 @scenario(2, designs=("bindings",), quick=True)
 def punch_unbound(new: Make) -> World:
-    """The owner punches pages that nobody has bound, while the guest touches one that it has."""
+    """The owner punches pages that nobody has bound, while the guest touches a bound page."""
     world = new(npages=2)
     world.add_slot(FIRST, 1)
     world.guest(store(FIRST, 1), load(FIRST))
@@ -181,7 +188,8 @@ def punch_unbound(new: Make) -> World:
 
 @scenario(2, findings=_BY_NATURE)
 def punch_beside(new: Make) -> World:
-    """Two slots show a page each of a file, at guest pages below its own; the owner punches one, and the guest touches both."""
+    """Two slots show a page of a file each; the owner punches one, the guest touches both."""
+    # The first slot's guest page has a lower number than its page of the file.
     world = new(npages=4)
     world.add_slot(0, 1, start=3)
     world.add_slot(1, 1, start=1)
@@ -193,10 +201,10 @@ def punch_beside(new: Make) -> World:
 
 @scenario(2, findings={"batched": _STILL_TAKEN}, quick=True)
 def no_memory_fault(new: Make) -> World:
-    """The guest touches a page that cannot be had, beside one that it has written; the owner preallocates once there is memory again."""
+    """The guest touches a page while memory is short; later the owner allocates it."""
     world = new(npages=2)
     world.add_slot(FIRST, 2)
-    # The fault of one maps both.
+    # The guest has written the page beside it. This fault maps both.
     world.touched(store(FIRST, 1))
     world.convert(FIRST + 1, FIRST + 2, private=False)
     world.punch(1, 2)
@@ -214,7 +222,7 @@ def no_memory_fault(new: Make) -> World:
 
 
 def _until_memory(world: World, vcpu: EngineVcpu) -> None:
-    # What a VMM does of an ENOSPC that its owner can do something about, once.
+    # A VMM does the same: it exits with an ENOSPC that its owner can mend. Here it exits once.
     found = vcpu.run()
     if isinstance(found, MemoryFault):
         assert found.errno == ENOSPC, found
@@ -224,7 +232,7 @@ def _until_memory(world: World, vcpu: EngineVcpu) -> None:
 
 @scenario(2, findings={"folio-poc": _OPEN, "batched": _UNHEARD}, quick=True)
 def failing_punch(new: Make) -> World:
-    """A punch fails, for want of memory to split a folio, while the guest reads and writes the page."""
+    """A punch fails without memory to split a folio; the guest reads and writes the page."""
     world = new()
     world.add_slot(FIRST, 1)
     world.touched(store(FIRST, 1))
@@ -241,12 +249,13 @@ def _fail_to_punch(world: World) -> None:
         world.punch(0, 1)
     except OSError as error:
         errno = error.errno
-    assert errno == ENOMEM, f"the punch was to fail for want of memory, not with {errno}"
+    assert errno == ENOMEM, f"the punch was to fail with ENOMEM, not with {errno}"
 
 
 @scenario(2, quick=True)
 def allocate_fault(new: Make) -> World:
-    """The owner preallocates pages that the guest takes at the same moment; v9 tells consumers of that, too."""
+    """The owner preallocates pages that the guest faults at the same moment."""
+    # v9 tells consumers of preallocations, too.
     world = new(npages=2)
     world.add_slot(FIRST, 2)
     world.guest(store(FIRST, 1), load(FIRST), store(FIRST + 1, 2))
@@ -284,12 +293,13 @@ def interrupt_fault(new: Make) -> World:
     return world
 
 
-# Two, with huge folios.
+# Two actors, with huge folios.
 
 
 @scenario(2, findings=_BY_NATURE)
 def folios_fault(new: Make) -> World:
-    """The owner punches across the ends of two huge folios, while the guest writes into the first, which it has mapped as one."""
+    """The owner punches a huge folio and a page of the next; the guest writes to the first."""
+    # The guest has mapped the first folio as one.
     world = new(npages=2 * HUGE_PAGES, kind="thp")
     world.add_slot(ALIGNED, 2 * HUGE_PAGES)
     world.touched(store(ALIGNED + 1, 1), store(ALIGNED + HUGE_PAGES, 2))
@@ -300,7 +310,8 @@ def folios_fault(new: Make) -> World:
 
 @scenario(2, findings=_BY_NATURE, quick=True)
 def sub_page_fault(new: Make) -> World:
-    """The owner punches a page inside a huge folio, which splits it; the guest writes to that page and to another."""
+    """The owner punches a page of a huge folio; the guest writes to this page and another."""
+    # The punch splits the folio.
     world = new(npages=HUGE_PAGES, kind="thp")
     world.add_slot(ALIGNED, HUGE_PAGES)
     world.touched(store(ALIGNED, 1))
@@ -311,7 +322,8 @@ def sub_page_fault(new: Make) -> World:
 
 @scenario(2)
 def huge_page_in_parts(new: Make) -> World:
-    """The owner punches a huge page of hugetlb in two parts; the guest writes to the first again, before, between or after them."""
+    """The owner punches a hugetlb page in two parts; the guest writes to the first part."""
+    # The guest writes again: before, between or after the punches.
     world = new(npages=HUGE_PAGES, kind="hugetlb")
     world.add_slot(ALIGNED, HUGE_PAGES)
     world.touched(store(ALIGNED, 1))
@@ -326,7 +338,7 @@ def huge_page_in_parts(new: Make) -> World:
 
 @scenario(2, findings=_BY_NATURE)
 def punch_fault_snp(new: Make) -> World:
-    """As ``punch-fault``, and the host keeps its RMP and direct map in step."""
+    """As ``punch-fault``; the host also keeps its RMP and direct map in step."""
     world = new(platform=Snp(unmap=False))
     world.add_slot(FIRST, 1)
     world.touched(store(FIRST, 1))
@@ -335,13 +347,13 @@ def punch_fault_snp(new: Make) -> World:
     return world
 
 
-# Three. v9 differs from v10 in plain allocations and memory errors alone, bindings in who comes,
-# who goes, and who hears of what.
+# Three actors. v9 differs from v10 only in plain allocations and memory errors. The design
+# ``bindings`` differs only in how consumers come and go, and in which consumers hear of a range.
 
 
 @scenario(3, designs=_APART, findings=_BY_NATURE)
 def punch_convert_fault(new: Make) -> World:
-    """One thread of the owner punches a page, another makes it shared, and the guest writes it."""
+    """One thread of the owner punches a page, another makes it shared; the guest writes it."""
     world = new()
     world.add_slot(FIRST, 1)
     world.guest(store(FIRST, 1))
@@ -352,7 +364,8 @@ def punch_convert_fault(new: Make) -> World:
 
 @scenario(3, designs=_APART, findings=_BY_NATURE)
 def punch_punch_fault(new: Make) -> World:
-    """Two threads of the owner punch neighbouring pages, and the guest touches one, which maps both."""
+    """Two threads of the owner punch neighbouring pages, and the guest touches one of them."""
+    # The guest's fault maps both pages.
     world = new(npages=2)
     world.add_slot(FIRST, 2)
     world.guest(store(FIRST, 1))
@@ -399,7 +412,8 @@ def error_punch_fault(new: Make) -> World:
 
 @scenario(3, designs=("bindings", *_APART), findings=_BY_NATURE, leaves=True)
 def teardown(new: Make) -> World:
-    """The VM ends, its owner closes the file, and who has a reference of its own punches it: one of them is the last to let go."""
+    """The VM ends, the owner closes the file, and another holder punches and closes it."""
+    # Any of the three may drop the last reference.
     world = new()
     view = world.add_slot(FIRST, 1)
     world.touched(store(FIRST, 1))
@@ -424,7 +438,7 @@ def interrupt_punch_fault(new: Make) -> World:
 
 @scenario(3, designs=("v10", "bindings", "folio"))
 def unregister_one_of_two(new: Make) -> World:
-    """One of two slots of a file is deleted; the guest goes on with the other, and the owner punches a page of that."""
+    """One of two slots of a file is deleted; the owner punches, the guest reads the other."""
     world = new(npages=2)
     gone = world.add_slot(FIRST, 1)
     world.add_slot(SECOND, 1, start=1)
@@ -437,7 +451,7 @@ def unregister_one_of_two(new: Make) -> World:
 
 @scenario(3, designs=("batched", "lazy", "v10"))
 def huge_page_in_turn(new: Make) -> World:
-    """Two threads of the owner punch one half each of a huge page of hugetlb, while the guest writes to the first."""
+    """Two threads of the owner punch the halves of a hugetlb page; the guest writes to one."""
     world = new(npages=HUGE_PAGES, kind="hugetlb")
     world.add_slot(ALIGNED, HUGE_PAGES)
     world.guest(store(ALIGNED, 1))
@@ -446,12 +460,12 @@ def huge_page_in_turn(new: Make) -> World:
     return world
 
 
-# Four.
+# Four actors.
 
 
 @scenario(4, designs=("v10",))
 def four_at_once(new: Make) -> World:
-    """The guest reads a page, while two threads of the owner punch it and another makes it shared."""
+    """Two threads of the owner punch a page, a third makes it shared; the guest reads it."""
     world = new()
     world.add_slot(FIRST, 1)
     world.touched(store(FIRST, 1))
@@ -464,7 +478,7 @@ def four_at_once(new: Make) -> World:
 
 @scenario(4, designs=("v10",))
 def four_with_unregister(new: Make) -> World:
-    """The guest reads a page, while two threads of the owner punch it and the slot is deleted."""
+    """Two threads of the owner punch a page, its slot is deleted; the guest reads the page."""
     world = new()
     view = world.add_slot(FIRST, 1)
     world.touched(store(FIRST, 1))

@@ -1,4 +1,4 @@
-"""A counterexample as a person reads it: who did what, where in the production code, in which order."""
+"""A counterexample as a person reads it: steps in order, with actors and code places."""
 
 import ast
 import heapq
@@ -18,10 +18,11 @@ from restrictedmem.check.control import Actor, Operation
 
 _HERE: Final = Path(__file__).parent
 _SOURCE: Final = _HERE.parent
-#: Beyond so many ways to be under way a schedule is told as it was found.
+#: The most combinations of the actors' progress for which a schedule is straightened; beyond this,
+#: the schedule is shown as it was found.
 _STRAIGHTENABLE: Final = 100_000
 
-#: How many steps of each actor are done, and who did the last.
+#: The number of steps that each actor has done, and the actor that did the last.
 _Way: TypeAlias = tuple[tuple[int, ...], int]
 
 _ASSIGNED: Final = re.compile(r"(?:\w+\.)?(\w+)\s*(?::[^=]+)?=[^=]")
@@ -39,7 +40,7 @@ _SIDES: Final = {
 @final
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one actor did at once, and where: a file below the package, a line and a function."""
+    """A step of an actor, and its place: a file below the package, a line and a function."""
 
     actor: str
     does: str
@@ -55,24 +56,27 @@ class Counterexample:
 
     violation: str
     steps: tuple[Step, ...]
-    #: Whether there is none in fewer steps.
+    #: Whether no counterexample has fewer steps.
     shortest: bool
-    #: In a deadlock, what each actor waits to do.
+    #: In a deadlock, the step that each actor waits to do.
     stuck: tuple[Step, ...]
 
     def as_data(self) -> dict[str, Any]:
-        """Return it as JSON shows it."""
+        """Return the counterexample as JSON shows it."""
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """Write it for a person: steps in order, those that one actor does in a row under its name."""
+        """Return lines for a person: the steps in order, below the names of their actors."""
         steps = (*self.steps, *self.stuck)
         places = [f"{step.file}:{step.line}" for step in steps]
         width = max(map(len, places), default=0)
         column = max((len(step.function) for step in steps), default=0)
 
         def line(number: str, step: Step) -> str:
-            return f"  {number:>4}  {f'{step.file}:{step.line}':<{width}}  {step.function:<{column}}  {step.does}"
+            return (
+                f"  {number:>4}  {f'{step.file}:{step.line}':<{width}}  "
+                f"{step.function:<{column}}  {step.does}"
+            )
 
         found: list[str] = []
         number = 0
@@ -91,19 +95,19 @@ class Counterexample:
 
 @final
 class Teller:
-    """Hears one execution (``control.Story``) and makes steps of it."""
+    """A listener to one execution (``control.Story``) that makes steps of it."""
 
     def __init__(self) -> None:
         self._labels: dict[int, str] = {}
         self._at: dict[int, tuple[Operation, str, Step]] = {}
-        #: By actor: the step that it is doing.
+        #: By actor: the index of the step that it is doing.
         self._doing: dict[int, int] = {}
         self.operations: list[Operation] = []
         self.steps: list[Step] = []
         self.waiting: tuple[Step, ...] = ()
 
     def made(self, slot: int) -> None:
-        """Name an object after who made it: its class and the attribute that it became."""
+        """Name an object after its maker's class and the attribute that it became."""
         frame = _caller(production=False)
         line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
         assigned = _ASSIGNED.search(line)
@@ -116,7 +120,7 @@ class Teller:
         self._labels[slot] = label if number == 1 else f"{label} ({number})"
 
     def arrives(self, actor: Actor, operation: Operation | None) -> None:
-        """Hear that an actor stopped (``control.Story``)."""
+        """Add the result to the actor's last step, and prepare its next step."""
         index = self._doing.pop(actor.index, None)
         if (
             index is not None
@@ -138,14 +142,14 @@ class Teller:
             self._at[actor.index] = operation, does, step
 
     def performs(self, actor: Actor) -> None:
-        """Hear that an actor goes on (``control.Story``)."""
+        """Add the step that an actor does now."""
         operation, _, step = self._at[actor.index]
         self._doing[actor.index] = len(self.steps)
         self.operations.append(operation)
         self.steps.append(step)
 
     def tell_waiting(self, actors: Sequence[Actor], values: Sequence[Hashable]) -> None:
-        """Note what those wait for who have not ended."""
+        """Record what each actor that has not ended waits for."""
         for actor in actors:
             if not actor.done and actor.index in self._at:
                 (verb, slot, _), does, step = self._at[actor.index]
@@ -174,13 +178,13 @@ class Teller:
         if where is None or slot in self._labels:
             return f"{verb} {self._labels[slot]}{_place(where)}"
         word: Any = where
-        # Of a wait until the word is another, it comes with the value.
+        # In a wait until the word has changed, the word comes with its value.
         memory, index = word[0] if isinstance(word[0], tuple) else word
         return f"{verb} {_argument(frame) or f'word {index}'} of {self._labels[memory]}"
 
 
 def _words(name: Any) -> str:
-    """Write the name of a model's object."""
+    """Return the name of a model's object in words."""
     return (
         " ".join(map(str, cast("tuple[object, ...]", name)))
         if isinstance(name, tuple)
@@ -189,7 +193,7 @@ def _words(name: Any) -> str:
 
 
 def _place(where: Any) -> str:
-    """Write which part of shared bytes is meant."""
+    """Return the part of shared bytes that is meant, as Python code."""
     match where:
         case None:
             return ""
@@ -206,7 +210,10 @@ def _value(value: Hashable) -> str:
 
 
 def _caller(*, production: bool) -> FrameType:
-    """Return the frame that called into the controlled objects; or the innermost one of production code, where there is one."""
+    """Return the frame that called into the controlled objects.
+
+    With ``production``, return the innermost frame of production code, if there is one.
+    """
     frames = [sys._getframe(1)]  # pyright: ignore[reportPrivateUsage]
     while (outer := frames[-1].f_back) is not None:
         frames.append(outer)
@@ -229,7 +236,7 @@ def _file(frame: FrameType) -> str:
 
 
 def _argument(frame: FrameType) -> str:
-    """Return the name of the constant that is the first argument of the call under way, if it is one."""
+    """Return the name of the constant that is the present call's first argument, else ""."""
     positions = list(frame.f_code.co_positions())
     line, end_line, start, end = positions[frame.f_lasti // 2]
     if line is None or line != end_line:
@@ -254,10 +261,10 @@ def straightened(
     operations: Sequence[Operation],
     conflict: Callable[[Operation, Operation], bool],
 ) -> list[int]:
-    """Return the same steps with the fewest changes of actor: only neighbours that do not meet are swapped.
+    """Return the same steps in the order with the fewest changes of actor.
 
-    The shortest way through all orders in which each step comes after those before it that it
-    conflicts with.
+    Only neighbours that do not conflict are swapped. This is the shortest path through all orders
+    in which each step comes after the earlier steps that it conflicts with.
     """
     actors = sorted(set(schedule))
     own = [[index for index, other in enumerate(schedule) if other == actor] for actor in actors]
@@ -293,7 +300,7 @@ def straightened(
                 best[reached] = cost
                 came[reached] = at, last
                 heapq.heappush(heap, (cost, *reached))
-    raise AssertionError("a schedule is one of its own orders")
+    raise AssertionError("no order found, not even the schedule's own")
 
 
 def _way(came: dict[_Way, _Way], at: _Way, actors: Sequence[int]) -> list[int]:

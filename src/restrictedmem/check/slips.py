@@ -1,8 +1,9 @@
-"""Mistakes that the postings made, each put back into production's code for the checker, and nowhere else.
+"""Slips: mistakes of the postings, which ``restrictedmem check`` puts back into the code.
 
-A search that finds nothing has shown something only if it would have found these. Each is a class
-in the place of production's, the scenario that convicts it, and the rule that it breaks. Section
-numbers are those of the project's notes on the postings; mails are those of the series' thread.
+No other command does so. A search that finds nothing shows something only if it would have found
+these. Each slip has a class that replaces production's, the scenario that convicts it, and the rule
+that it breaks. Section numbers are those of the project's notes on the postings; mails are those of
+the series' thread.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -34,48 +35,51 @@ class Slip:
 
     name: str
     description: str
-    #: Where it is known from.
+    #: The source that describes the mistake.
     source: str
     parts: Parts
-    #: What convicts it, with this design, and by which rule.
+    #: The scenario that convicts it, with which design, by which rule.
     scenario: str
     design: str
     rule: Rule
 
     def search(self, *, exhaustive: bool = False, limit_seconds: float = 600) -> Result:
-        """Search its scenario, with the slip in it."""
+        """Search the slip's scenario with the slip in it."""
         return SCENARIOS[self.scenario].search(
             self.design, parts=self.parts, exhaustive=exhaustive, limit_seconds=limit_seconds
         )
 
 
 class BytesAsPages(Design):
-    """Callbacks get byte offsets where they take pages for granted (v9)."""
+    """Callbacks get byte offsets, but take them for page offsets (v9)."""
 
     name = "v9"
     __slots__ = ()
 
     def callbacks(self, file: File, span: PageRange) -> Sequence[Callback]:
-        """Yield the range as v9's restrictedmem_fallocate passed it."""
+        """Return the range as v9's restrictedmem_fallocate passed it."""
         del file
         return ((pgoff_t(span.start << PAGE_SHIFT), pgoff_t(span.end << PAGE_SHIFT), None),)
 
     def kept_out(self, file: File, span: PageRange) -> PageRange:
-        """Return the same: consumers kept faults out of what they were told."""
+        """Return the same range: consumers kept faults out of the range they were told."""
         start, end, _ = self.callbacks(file, span)[0]
         return PageRange(start, end)
 
 
 class SlotThatUnderflows(Memslot):  # type: ignore[misc] # a slip
-    """A hole that ends below the slot's window wraps around, and all of the slot counts as hit (v9 and v10)."""
+    """A hole that ends below the slot's window wraps around (v9 and v10).
+
+    So the whole slot counts as hit.
+    """
 
     def gfns_of(self, span: PageRange) -> tuple[gfn_t, gfn_t]:
-        """Compute as kvm_restrictedmem_invalidate_start did, in 64 bits."""
+        """Return what kvm_restrictedmem_invalidate_start computed, in 64 bits."""
         assert self.private is not None
         base = self.private.window.start
         start = self.base_gfn + (span.start - base if span.start > base else 0)
         end = self.base_gfn + span.end - base & U64_MAX
-        # Beyond the slot, where KVM went on to zap, there is nothing here.
+        # KVM went on to zap beyond the slot; here nothing is there.
         start, end = min(start, self.end_gfn), min(end, self.end_gfn)
         return gfn_t(start), gfn_t(max(start, end))
 
@@ -84,7 +88,7 @@ class SlotWithoutIndex(Memslot):  # type: ignore[misc] # a slip
     """The slot's first page of the file is not subtracted (Sean Christopherson's branch)."""
 
     def gfns_of(self, span: PageRange) -> tuple[gfn_t, gfn_t]:
-        """Compute ``base_gfn + max(start, index)``, and the end likewise."""
+        """Return ``base_gfn + max(start, index)``, and the end likewise."""
         assert self.private is not None
         inside = self.private.window.clip(span)
         if not len(inside):
@@ -93,14 +97,17 @@ class SlotWithoutIndex(Memslot):  # type: ignore[misc] # a slip
 
 
 class FileThatLocksTwice(RestrictedFile):
-    """The pass over notifiers for start and the one for end each take the lock, and let it go in between (v9 and v10)."""
+    """The lock is dropped between the notifiers' starts and their ends (v9 and v10).
+
+    The pass over the notifiers for start takes the lock, and so does the pass for end.
+    """
 
     __slots__ = ()
 
     def fallocate(
         self, mode: int, offset: int, length: int, abandoned: Callable[[], bool] = never
     ) -> None:
-        """Do what restrictedmem_fallocate did; the sequence is what each consumer had for itself."""
+        """Do what restrictedmem_fallocate did; there each consumer had its own sequence."""
         span = PageRange.around_bytes(offset, length)
         self.sequence().begin(span.start, span.end)
         self._notifiers_sem.down_read()
@@ -119,12 +126,15 @@ class FileThatLocksTwice(RestrictedFile):
 
 
 class SequenceThatOverwrites(InvalidationSequence):  # type: ignore[misc] # a slip
-    """One begin and then each range by itself: as long as one invalidation is in progress, the last range is all there is (v10)."""
+    """One begin, and then each range is added by itself (v10).
+
+    As long as a single invalidation is in progress, each range overwrites the one before.
+    """
 
     __slots__ = ()
 
     def range_add(self, start: pgoff_t, end: pgoff_t) -> None:
-        """Add a range as kvm_mmu_invalidate_range_add did."""
+        """Add a range as v10's kvm_mmu_invalidate_range_add did."""
         words = self._words
         with self._mutex:
             if words.read(_IN_PROGRESS) != 1:
@@ -137,17 +147,17 @@ class SequenceThatOverwrites(InvalidationSequence):  # type: ignore[misc] # a sl
 
 
 class FoliosAddedOneByOne(Folio):  # type: ignore[misc] # a slip
-    """Folio by folio, each added to the invalidation under way by ``range_add``."""
+    """Callbacks go folio by folio; ``range_add`` adds each to the invalidation under way."""
 
     __slots__ = ()
 
     def kept_out(self, file: File, span: PageRange) -> PageRange:
-        """Return nothing: ranges are added later."""
+        """Return an empty range: ``callbacks`` adds the ranges."""
         del file
         return PageRange(span.start, span.start)
 
     def callbacks(self, file: File, span: PageRange) -> Iterator[Callback]:
-        """Add all ranges before the first is told."""
+        """Add all ranges before consumers hear of the first."""
         sequence = file.sequence()
         assert isinstance(sequence, SequenceThatOverwrites)
         found = list(super().callbacks(file, span))
@@ -157,17 +167,20 @@ class FoliosAddedOneByOne(Folio):  # type: ignore[misc] # a slip
 
 
 class FileWithInclusiveEnds(RestrictedFile):
-    """Bindings end with the page after the last, which xa_store_range takes for one of theirs (Sean Christopherson's series)."""
+    """Bindings include the page after their last (Sean Christopherson's series).
+
+    xa_store_range takes the last index as part of the range.
+    """
 
     __slots__ = ()
 
     def notifiers(self, start: pgoff_t, end: pgoff_t) -> Sequence[Notifier]:
-        """Return those whose range, end included, meets this one, end included."""
+        """Return the notifiers whose range overlaps this range, the ends of both included."""
         return [r.notifier for r in self.registrations() if start <= r.end and end >= r.start]
 
 
 class BindingsThatLeak(Bindings):  # type: ignore[misc] # a slip
-    """The count rises for each punch, and falls only if somebody had bound the range (kvm_rmem)."""
+    """The count rises for each punch, but falls only if the range was bound (kvm_rmem)."""
 
     __slots__ = ()
 
@@ -183,26 +196,26 @@ class BindingsThatLeak(Bindings):  # type: ignore[misc] # a slip
 
 
 class SequenceWithoutRetry(InvalidationSequence):  # type: ignore[misc] # a slip
-    """Nobody looks whether what get_page returned is still true."""
+    """The fault path does not check whether the result of get_page is still valid."""
 
     __slots__ = ()
 
     def busy_over(self, start: pgoff_t, end: pgoff_t) -> bool:
-        """Say no."""
+        """Return false."""
         return False
 
     def retry(self, snapshot: int, start: pgoff_t, end: pgoff_t) -> bool:
-        """Say no."""
+        """Return false."""
         return False
 
 
 class FileThatTellsAll(RestrictedFile):
-    """Whoever unregisters has every consumer of the file told that all of it goes (the SNP trees' cleanup)."""
+    """An unregistration tells all consumers that all of the file goes (SNP trees' cleanup)."""
 
     __slots__ = ()
 
     def unregister_notifier(self, notifier: Notifier) -> None:
-        """Tell all, then remove one."""
+        """Tell all consumers, then unregister one."""
         self._notifiers_sem.down_read()
         everything = pgoff_t(0), pgoff_t(1 << 20)
         self.sequence().begin(*everything)
@@ -216,7 +229,7 @@ class FileThatTellsAll(RestrictedFile):
 
 
 class LazyByItsBits(Lazy):  # type: ignore[misc] # a slip
-    """A huge page goes when every part of it was punched once, whoever has touched it since."""
+    """A huge page is freed once each part was punched, even if it has been touched since."""
 
     __slots__ = ()
 
@@ -232,7 +245,8 @@ def _designed(kind: type[Design]) -> Callable[[str], Design]:
 _ALL: Final = (
     Slip(
         "bytes-as-pages",
-        "v9 passes byte offsets to callbacks that take pages: from the second page on nothing is zapped",
+        "v9 passes byte offsets to callbacks that take pages, so nothing is zapped from the second "
+        "page on",
         "semantics 2.2; Michael Roth, 28 November 2022",
         Parts(design=_designed(BytesAsPages)),
         "punch-block-fault",
@@ -241,7 +255,7 @@ _ALL: Final = (
     ),
     Slip(
         "clip-underflow",
-        "a hole that ends below a slot's window wraps around and hits all of the slot",
+        "a hole that ends below a slot's window wraps around and hits the whole slot",
         "semantics 3.3; Vishal Annapurve on v10",
         Parts(slot=SlotThatUnderflows),
         "punch-beside",
@@ -250,7 +264,8 @@ _ALL: Final = (
     ),
     Slip(
         "no-index",
-        "guest pages are computed without subtracting the slot's first page of the file: the wrong ones are zapped",
+        "guest pages are computed without subtracting the slot's first page of the file, so the "
+        "wrong pages are zapped",
         "semantics 3.3; Sean Christopherson's branch",
         Parts(slot=SlotWithoutIndex),
         "punch-beside",
@@ -259,7 +274,8 @@ _ALL: Final = (
     ),
     Slip(
         "two-locks-register",
-        "the lock is dropped between start and end: who registers meanwhile hears an end without a start",
+        "the lock is dropped between start and end: a consumer that registers meanwhile hears an "
+        "end without a start",
         "semantics 2.3; Sean Christopherson, January 2023",
         Parts(file=FileThatLocksTwice),
         "punch-register",
@@ -268,7 +284,8 @@ _ALL: Final = (
     ),
     Slip(
         "two-locks-unregister",
-        "the lock is dropped between start and end: who unregisters meanwhile never hears the end",
+        "the lock is dropped between start and end: a consumer that unregisters meanwhile never "
+        "hears the end",
         "semantics 2.3; Sean Christopherson, January 2023",
         Parts(file=FileThatLocksTwice),
         "punch-unregister",
@@ -277,7 +294,7 @@ _ALL: Final = (
     ),
     Slip(
         "range-add-overwrites",
-        "of several ranges added to one invalidation the last is all that faults are kept out of",
+        "several ranges are added to one invalidation, but faults are kept out of the last only",
         "semantics 3.5; v10 4/9, repaired in v13",
         Parts(design=_designed(FoliosAddedOneByOne), sequence=SequenceThatOverwrites),
         "folios-fault",
@@ -286,7 +303,7 @@ _ALL: Final = (
     ),
     Slip(
         "inclusive-end",
-        "a binding counts the page after its last as its own, and hears of it",
+        "a binding includes the page after its last, so its consumer hears of that page",
         "semantics 2.10; Michael Roth and Chao Peng on Sean Christopherson's series",
         Parts(file=FileWithInclusiveEnds),
         "punch-unbound",
@@ -295,7 +312,7 @@ _ALL: Final = (
     ),
     Slip(
         "begin-without-end",
-        "the count of invalidations rises for a range that nobody bound, and does not fall again",
+        "the count of invalidations rises for a range that no consumer bound, and stays there",
         "semantics 3.5; kvm_rmem",
         Parts(design=_designed(BindingsThatLeak)),
         "punch-unbound",
@@ -304,8 +321,8 @@ _ALL: Final = (
     ),
     Slip(
         "no-retry",
-        "a fault installs what get_page returned without looking whether it was invalidated since",
-        "semantics 3.5: what the retry protocol is for",
+        "a fault installs the result of get_page without checking for an invalidation since",
+        "semantics 3.5: the purpose of the retry protocol",
         Parts(sequence=SequenceWithoutRetry),
         "punch-fault",
         "v10",
@@ -313,7 +330,7 @@ _ALL: Final = (
     ),
     Slip(
         "unregister-tells-all",
-        "one slot's deletion has the pages of every slot of the file given back",
+        "the deletion of one slot makes consumers give back the pages of every slot of the file",
         "semantics 4.4; the SNP trees of December 2022",
         Parts(file=FileThatTellsAll),
         "unregister-one-of-two",
@@ -322,8 +339,8 @@ _ALL: Final = (
     ),
     Slip(
         "lazy-by-bits",
-        "a huge page is freed once each part was punched, though the guest has touched one again",
-        "semantics 4.1, point 3, taken at its word",
+        "a huge page is freed once each part was punched, although the guest has touched one again",
+        "semantics 4.1, point 3, taken literally",
         Parts(design=_designed(LazyByItsBits)),
         "huge-page-in-parts",
         "lazy",

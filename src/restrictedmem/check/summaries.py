@@ -1,6 +1,7 @@
-"""Calls of production that a world's actors forget when they return (``control.summarized``).
+"""Calls of production that a world's actors forget once they have returned.
 
-Each keeps nothing but what ``World.state`` shows and what it returns, or raises.
+``control.summarized`` says how. Each call keeps nothing except data that ``World.state`` shows, and
+its result or its exception.
 """
 
 from collections.abc import Iterator
@@ -21,14 +22,17 @@ from restrictedmem.mm.sequence import InvalidationSequence
 
 _CALLS: Final[dict[type, str]] = {
     InvalidationSequence: "begin end busy_over retry",
-    Mmu: "fault invalidate_start invalidate_end begin set_attributes wait_settled wake _told _map_private _zap",
-    Pages: "get_pages get_page count invalidate_start invalidate_end forget get_page_noalloc put_page _refuse_invalidated",
+    Mmu: "fault invalidate_start invalidate_end begin set_attributes wait_settled wake _told "
+    "_map_private _zap",
+    Pages: "get_pages get_page count invalidate_start invalidate_end forget get_page_noalloc "
+    "put_page _refuse_invalidated",
     EngineVcpus: "drop",
     EngineVcpu: "send_out _enter _leave interrupt _goes_on hold release",
-    SoftwareVm: "set_attributes invalidate_start invalidate_end error page_count remove_slot add_slot",
+    SoftwareVm: "set_attributes invalidate_start invalidate_end error page_count remove_slot "
+    "add_slot",
     Memslot: "install install_large split remove leaf has_code",
-    RestrictedFile: "fallocate _fallocate put get unregister_notifier register_notifier error_page _remove _register "
-    "_set_registrations",
+    RestrictedFile: "fallocate _fallocate put get unregister_notifier register_notifier error_page "
+    "_remove _register _set_registrations",
     Design: "punch allocate leave invalidate_all",
     FolioPoc: "_tell",
     _Remembering: "allocate",
@@ -43,7 +47,7 @@ _CALLS: Final[dict[type, str]] = {
 
 
 def calls() -> Iterator[Method]:
-    """Yield classes and methods."""
+    """Yield each class with the name of one of its methods."""
     for kind, names in _CALLS.items():
         for name in names.split():
             yield kind, name

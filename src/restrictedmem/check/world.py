@@ -1,8 +1,8 @@
-"""A world small enough to search: one restricted file, one VM on it, made of the objects of production.
+"""A world small enough to search: one restricted file and one VM of production's objects.
 
-Only what no search could take along is a model: frames (``frames``), the guest with its TLB
-(``GuestCpu``), and the sockets between service and engine, of which a mutex is left, for a consumer
-answers one notification at a time.
+Three parts are models, because no search could control the real ones: the frames (``frames``), the
+guest with its TLB (``GuestCpu``), and the sockets between service and engine. A mutex stands for
+the sockets, because a consumer answers one notification at a time.
 """
 
 from collections.abc import Callable, Generator, Hashable, Sequence
@@ -48,7 +48,7 @@ _INO: Final = 1
 @final
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The classes a world is made of: production's, or with a slip of a posting in one of them (``slips``)."""
+    """The classes of a world: production's, or one with a slip of a posting (``slips``)."""
 
     design: Callable[[str], Design] = designs.make
     file: type[RestrictedFile] = RestrictedFile
@@ -58,7 +58,7 @@ class Parts:
 
 @cache
 def _telling(parts: Parts) -> type[InvalidationSequence]:
-    """Return the class of a world's sequence, which tells the rules when it opens."""
+    """Return the class of a sequence that tells the rules when an invalidation ends."""
 
     class Sequence(parts.sequence):  # type: ignore[name-defined, misc]
         __slots__ = ("_invariants",)
@@ -75,7 +75,7 @@ def _telling(parts: Parts) -> type[InvalidationSequence]:
 
 @final
 class MappedFile:
-    """The file as the engine has it mapped (``Allocator``)."""
+    """The engine's mapping of the file (``Allocator``)."""
 
     def __init__(self, world: "World") -> None:
         self._world = world
@@ -93,48 +93,52 @@ class MappedFile:
         """Do nothing: frames are not pinned."""
 
     def close(self) -> None:
-        """Let the mapping go; the frames are the file's."""
+        """Do nothing: the frames belong to the file."""
 
 
 @final
 class Host:
-    """The platform of a world (``Platform``): what is asked of the real one passes the rules first."""
+    """The platform of a world (``Platform``): it applies the rules, then asks the real one."""
 
     def __init__(self, world: "World", inner: Platform) -> None:
         self._world = world
         self.inner = inner
 
     def prepare(self, ino: int, span: PageRange, gfn: gfn_t, order: int) -> None:
-        """Check what is about to be mapped."""
+        """Check pages that are about to be mapped, and pass them on."""
         view = self._world.invariants.view_of(gfn)
         self._world.invariants.install(view, span, gfn)
         folio = self._world.frames.order(span.start)
         if order > folio:
             self._world.invariants.violate(
                 Rule.LEVEL,
-                f"pages {span} are mapped as order {order}, and their folio is of {folio}",
+                f"pages {span} are mapped with order {order}, but their folio has order {folio}",
             )
         self.inner.prepare(ino, span, gfn, order)
 
     def invalidate(self, ino: int, span: PageRange, order: int | None) -> None:
-        """Pass it on."""
+        """Pass the call on."""
         self.inner.invalidate(ino, span, order)
 
     def freed(self, ino: int, span: PageRange) -> None:
-        """Pass it on."""
+        """Pass the call on."""
         self.inner.freed(ino, span)
 
     def report(self) -> dict[str, object]:
-        """Pass it on."""
+        """Pass the call on."""
         return self.inner.report()
 
 
 @final
-class WatchedMmu(Mmu):  # type: ignore[misc] # production's, with a point where it looks at slots that may be going
-    """The MMU. Everywhere else slots stay while somebody looks: every vCPU is held when they go, and the engine's thread was reached."""
+class WatchedMmu(Mmu):  # type: ignore[misc] # production's, with points
+    """The MMU, with a point where it looks at slots that may be going.
+
+    Elsewhere slots stay while code looks at them. A slot goes only while every vCPU is held, and
+    the engine's notify thread has a point of its own (``World.reaching_engine``).
+    """
 
     def wait_settled(self, unless: Callable[[], bool]) -> None:
-        """Wait for the invalidations of the slots that there are."""
+        """Wait for the invalidations of the present slots."""
         self._look()
         super().wait_settled(unless)
 
@@ -149,33 +153,36 @@ class WatchedMmu(Mmu):  # type: ignore[misc] # production's, with a point where 
 
 @final
 class SlotNotifier:
-    """What the service has for a slot of the VM (``Notifier``): a round trip to the engine, which does what its notify thread does."""
+    """The service's notifier for a slot of the VM (``Notifier``).
+
+    It makes a round trip to the engine, and does there what the engine's notify thread does.
+    """
 
     def __init__(self, world: "World", view: SlotHistory) -> None:
         self._world = world
         self._view = view
 
     def invalidate_start(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
-        """Stop using a range."""
+        """Make the engine stop using a range."""
         span = PageRange(start, end)
         with self._world.reaching_engine():
             self._world.vm.invalidate_start(self._view.slot.memfd_half.binding, span, order)
         self._world.invariants.start(self._view, span)
 
     def invalidate_end(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
-        """Go on."""
+        """Let the engine use the range again."""
         span = PageRange(start, end)
         self._world.invariants.end(self._view, span)
         with self._world.reaching_engine():
             self._world.vm.invalidate_end(self._view.slot.memfd_half.binding, span, order)
 
     def error(self, start: pgoff_t, end: pgoff_t) -> None:
-        """Give pages up."""
+        """Make the engine give pages up."""
         with self._world.reaching_engine():
             self._world.vm.error(self._view.slot.memfd_half.binding, PageRange(start, end))
 
     def page_count(self, start: pgoff_t, end: pgoff_t) -> int:
-        """Count references."""
+        """Return the number of the engine's references."""
         with self._world.reaching_engine():
             return self._world.vm.page_count(
                 self._view.slot.memfd_half.binding, PageRange(start, end)
@@ -184,7 +191,10 @@ class SlotNotifier:
 
 @final
 class World:
-    """One file, one VM with slots on it, and actors (``Program``). The file's pages 0 to ``npages`` are all there are."""
+    """One file, one VM with slots on it, and actors (``Program``).
+
+    The file has the pages below ``npages``, and no others.
+    """
 
     def __init__(
         self,
@@ -201,13 +211,13 @@ class World:
         self.invariants = Invariants(exact=exact, large=kind != "memfd", binds=self.design.binds)
         self.frames = Frames(self.invariants, npages, kind)
         watch(MEMORY)
-        # By ``SlotHistory.live``.
+        # The check looks at ``SlotHistory.live``.
         watch("slots")
         self.invariants.frames = self.frames
         self.invariants.taken = bytearray(npages)
         self.file = self.parts.file(self.design, self.frames, Inode.make(0, 0))
         self.sequence = self._make_sequence()
-        # The file would make a page of shared memory for it.
+        # The file itself would make a page of shared memory for the sequence.
         self.file._sequence = self.sequence
         attributes, self.vcpus = Attributes(Api.V10), EngineVcpus()
         self.vm = SoftwareVm(
@@ -215,7 +225,7 @@ class World:
         )
         self.vm.mmu = WatchedMmu(attributes, Trace(), Host(self, platform or NoPlatform()))
         self.platform = platform
-        # mincore(2) of production, which needs a mapping.
+        # Production calls mincore(2), which needs a mapping.
         self.vm._find_freed = self._find_freed  # type: ignore[method-assign]
         self.memory = VmMemory(
             self.vm, cast("Channel", None), Api.V10, attributes, forbid_shrinking
@@ -227,7 +237,7 @@ class World:
         self._actors: list[tuple[str, Callable[[], None]]] = []
 
     def _make_sequence(self) -> InvalidationSequence:
-        """Make what the service and the engine share, without a page of memory for it."""
+        """Make the sequence that service and engine share, without a page of shared memory."""
         sequence = object.__new__(_telling(self.parts))
         sequence._invariants = self.invariants  # type: ignore[attr-defined]
         sequence._words = sync.SharedWords(memoryview(bytearray(4 * 8)))
@@ -245,13 +255,13 @@ class World:
                     self.platform.freed(half.ino, gone)
                     half.pages.forget(gone)
 
-    # Making it.
+    # Making a world.
 
     def add_vcpu(self, *program: Access) -> EngineVcpu:
-        """Make a vCPU with guest code on it."""
+        """Make a vCPU with guest code."""
         cpu = GuestCpu(self.invariants, self.vm.mmu, len(self._cpus))
         cpu.program = list(program)
-        # Of an engine, a run needs no more than it has.
+        # The CPU has the part of ``VcpuEngine`` that a run needs.
         vcpu = WatchedVcpu(cast("VcpuEngine", cpu))
         self._cpus.append(cpu)
         self._vcpus.append(vcpu)
@@ -261,7 +271,10 @@ class World:
     def make_slot(
         self, base: int, npages: int, start: int = 0, *, private: bool = True
     ) -> SlotHistory:
-        """Make a slot at guest page ``base`` that shows the file from page ``start`` on; nobody knows it yet."""
+        """Make a slot at guest page ``base`` that shows the file from page ``start`` on.
+
+        The slot is not registered yet.
+        """
         window = PageRange(pgoff_t(start), pgoff_t(start + npages))
         half = object.__new__(MemfdHalf)
         half.binding, half.ino, half.failed, half.window = (
@@ -290,13 +303,13 @@ class World:
     def add_slot(
         self, base: int, npages: int, start: int = 0, *, private: bool = True
     ) -> SlotHistory:
-        """Make a slot, register its notifier, and let the guest reach it."""
+        """Make a slot, register its notifier, and let the guest reach the slot."""
         view = self.make_slot(base, npages, start, private=private)
         self.register(view)
         return view
 
     def touched(self, *accesses: Access) -> None:
-        """Have a vCPU do something before anything else happens, and forget it."""
+        """Make a vCPU do accesses before anything else happens, and remove the vCPU."""
         before, self.vcpus.all = self.vcpus.all, ()
         self.run(self.add_vcpu(*accesses))
         self._cpus.pop()
@@ -304,7 +317,7 @@ class World:
         self.vcpus.all = before
 
     def actor(self, name: str, *steps: Callable[[], None]) -> None:
-        """Add an actor that does one thing after the other."""
+        """Add an actor that calls ``steps`` one after the other."""
         number = len(self._actors)
 
         def act() -> None:
@@ -316,40 +329,43 @@ class World:
         self._actors.append((name, act))
 
     def guest(self, *program: Access) -> EngineVcpu:
-        """Add a vCPU and the thread that runs it to its end."""
+        """Add a vCPU, and an actor that runs it to its end."""
         vcpu = self.add_vcpu(*program)
         self.actor(f"vCPU {len(self._cpus) - 1}", partial(self.run, vcpu))
         return vcpu
 
     def run(self, vcpu: EngineVcpu) -> None:
-        """Run a vCPU until its guest has done all it came for."""
+        """Run a vCPU until its guest has done all its accesses."""
         while isinstance(found := vcpu.run(), Interrupted):
             pass
         self.expect_done(found)
 
     def run_until_gone(self, vcpu: EngineVcpu) -> None:
-        """Run a vCPU until its guest is done, or finds no slot where there was one."""
+        """Run a vCPU until its guest is done, or finds a slot deleted."""
         found = vcpu.run()
         if not isinstance(found, MmioRead):
             self.expect_done(found)
 
     @staticmethod
     def expect_done(found: Exit) -> None:
-        """See that a guest had no reason to exit."""
-        assert found is DONE, f"the guest left with {found}"
+        """Check that a guest exited only because it was done."""
+        assert found is DONE, f"the guest exited with {found} before it was done"
 
-    # What actors do.
+    # Actions of actors.
 
     @contextmanager
     def reaching_engine(self) -> Generator[None]:
-        """Hold the engine's notify thread; which slots there are it finds out when it has been reached."""
+        """Hold the engine's notify thread, which finds out first which slots there are."""
         with self._channel:
             touch("slots", write=False)
             saw(tuple(slot.number for slot in self.vm.mmu.slots))
             yield
 
     def register(self, view: SlotHistory) -> None:
-        """Register a slot's notifier and let the guest reach the slot, as KVM_SET_USER_MEMORY_REGION does."""
+        """Register a slot's notifier and let the guest reach the slot.
+
+        KVM_SET_USER_MEMORY_REGION does the same.
+        """
         notifier = self._notifiers[view.slot.memfd_half.binding]
         with self.vcpus.held():
             if self.design.binds:
@@ -363,7 +379,7 @@ class World:
             self.memory.slots.add(view.slot)
 
     def unregister(self, view: SlotHistory) -> None:
-        """Take a slot away, its notifier and its reference, in production's order."""
+        """Delete a slot, then its notifier and its reference, in production's order."""
         with self.vcpus.held():
             touch("slots", write=True)
             saw(None)
@@ -378,13 +394,13 @@ class World:
             self.file.put()
 
     def punch(self, start: int, end: int) -> None:
-        """Punch a hole (fallocate(2)); pages of the file."""
+        """Punch a hole (fallocate(2)); the range is in pages of the file."""
         span = PageRange(pgoff_t(start), pgoff_t(end))
         with self.invariants.punching(span):
             self.file.fallocate(PUNCH, start << PAGE_SHIFT, (end - start) << PAGE_SHIFT)
 
     def fallocate(self, start: int, end: int) -> None:
-        """Preallocate (fallocate(2) with mode 0); pages of the file."""
+        """Preallocate (fallocate(2) with mode 0); the range is in pages of the file."""
         with self.invariants.allocating(PageRange(pgoff_t(start), pgoff_t(end))):
             self.file.fallocate(0, start << PAGE_SHIFT, (end - start) << PAGE_SHIFT)
 
@@ -396,7 +412,7 @@ class World:
             )
 
     def error(self, start: int, end: int) -> None:
-        """Have the machine lose pages of the file."""
+        """Make the machine lose pages of the file."""
         span = PageRange(pgoff_t(start), pgoff_t(end))
         with self.invariants.losing(span):
             self.file.error_page(span.start, span.end)
@@ -405,14 +421,14 @@ class World:
         """Drop the owner's reference to the file."""
         self.file.put()
 
-    # What the explorer asks (Program).
+    # Questions of the explorer (Program).
 
     def actors(self) -> Sequence[tuple[str, Callable[[], None]]]:
-        """Return who acts."""
+        """Return the actors."""
         return self._actors
 
     def state(self) -> Hashable:
-        """Return what is shared and behind no object of ``sync``."""
+        """Return the shared state that no object of ``sync`` holds."""
         return (
             self.frames.state(),
             self.invariants.state(),
@@ -433,10 +449,10 @@ class World:
         )
 
     def check(self) -> None:
-        """Raise what the last step broke.
+        """Raise if the last step broke a rule.
 
         Raises:
-            RuleBroken: with the rule and the story.
+            RuleBroken: the rule, and how it was broken.
         """
         self.invariants.check()
         if isinstance(self.platform, Snp):
@@ -447,10 +463,10 @@ class World:
                 )
 
     def finish(self) -> None:
-        """Raise what does not hold at the end.
+        """Raise if a rule does not hold at the end.
 
         Raises:
-            RuleBroken: with the rule and the story.
+            RuleBroken: the rule, and how it is broken.
         """
         self.invariants.finish()
 
@@ -467,7 +483,7 @@ def _half_state(half: MemfdHalf) -> Hashable:
 
 
 def _plain(thing: object) -> Hashable:
-    """Return what a design remembers, whatever that is; its locks are the explorer's."""
+    """Return the data that a design remembers; the explorer knows the state of its locks."""
     match thing:
         case int() | str() | PageRange():
             return thing
