@@ -1,1 +1,1 @@
-"""``check --random``: the scenarios with real processes and a real guest, at random."""
+"""``check --random``: scenarios of ``check`` at random, with real processes and guests."""

@@ -1,6 +1,6 @@
-"""What the owner of the guest ``churn`` tells it: words in shared memory.
+"""The board: words in shared memory by which the owner tells the guest ``churn`` what it does.
 
-The guest's side is guests/churn.c, which says what follows from which word.
+guests/churn.c is the guest's side, and says what the guest concludes from each word.
 """
 
 import mmap
@@ -15,11 +15,11 @@ from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE
 MAX_PAGES: Final = 8192
 LANES: Final = 2
 MAX_VCPUS: Final = 64
-#: Guest address and pages of the range that comes and goes.
+#: Guest address and number of pages of the slot that the owner adds and deletes.
 EXTRA_BASE: Final = 0x8000_0000
 EXTRA_PAGES: Final = 64
 
-# Bytes from the window's start: the first page is for what the guest prints.
+# Bytes from the window's start; the first page is for the guest's output.
 _STOP: Final = PAGE_SIZE
 _EXTRA: Final = _STOP + 4
 _EXTRA_USERS: Final = _STOP + 8
@@ -32,7 +32,10 @@ _BLOCK: Final = 0x20_0000
 
 
 def place(pages: int, *, image_end: int, vcpus: int) -> tuple[int, int]:
-    """Return the private memory, in bytes, that a guest on so many pages needs, and where in it they begin: on a 2 MiB boundary."""
+    """Return the bytes of private memory that a guest with so many pages needs, and an offset.
+
+    This is the offset of the pages in the memory, a multiple of 2 MiB.
+    """
     offset = -(-(image_end - guest_abi.PRIVATE_BASE) // _BLOCK) * _BLOCK
     return offset + (pages << PAGE_SHIFT) + vcpus * guest_abi.STACK_SIZE, offset
 
@@ -47,7 +50,10 @@ class Board:
 
     @property
     def extra(self) -> int:
-        """Which file the guest finds at ``EXTRA_BASE``, by a number that never comes again; 0 for none."""
+        """The number of the file that the guest finds at ``EXTRA_BASE``; 0 for none.
+
+        A number never comes again.
+        """
         return self._words[_EXTRA >> 2]
 
     @extra.setter
@@ -56,12 +62,12 @@ class Board:
 
     @property
     def extra_users(self) -> int:
-        """How many vCPUs are about to touch it."""
+        """The number of vCPUs that are about to touch this file."""
         return self._words[_EXTRA_USERS >> 2]
 
     @contextmanager
     def exposing(self, pages: range) -> Generator[None]:
-        """Have the guest see shared pages inside the block, without its word."""
+        """Tell the guest that the owner makes pages shared inside the block, unasked."""
         for page in pages:
             self._words[(_EXPOSED >> 2) + page] += 1
         yield
@@ -73,45 +79,45 @@ class Board:
         self._words[_STOP >> 2] = 1
 
     def begin_anew(self, pages: int) -> None:
-        """Forget what is one guest's; generations are the descriptor's and go on."""
+        """Reset the words of one guest; generations belong to the descriptor and go on."""
         for word in (_STOP, _EXTRA, _EXTRA_USERS, *range(_EXPOSED, _EXPOSED + 4 * pages, 4)):
             self._words[word >> 2] = 0
         for vcpu in range(MAX_VCPUS):
             self._steps[vcpu] = 0
 
     def steps(self, vcpu: int) -> int:
-        """Return how far a vCPU is."""
+        """Return the number of steps that a vCPU has done."""
         return self._steps[vcpu]
 
     def lane(self, number: int) -> "Lane":
-        """Return one process's words."""
+        """Return the words of one process."""
         return Lane(
             self._words, (_BEGUN >> 2) + number * MAX_PAGES, (_DONE >> 2) + number * MAX_PAGES
         )
 
     def close(self) -> None:
-        """Give the window back."""
+        """Release the window's memory."""
         self._words.release()
         self._steps.release()
 
 
 @final
 class Lane:
-    """What one process says of the pages it takes away: before, and when they are gone."""
+    """The words by which one process says that it takes pages away, and that they are gone."""
 
     def __init__(self, words: memoryview, begun: int, done: int) -> None:
-        """Write the words of a board from these two on."""
+        """Use the words of a board that begin at these two indexes."""
         self._words, self._begun, self._done = words, begun, done
         self._mutex = threading.Lock()
-        #: It only rises, whoever had the lane before.
+        #: The generation only rises, also from one process that has the lane to the next.
         self._generation = max(words[begun + page] for page in range(MAX_PAGES))
 
     @contextmanager
     def taking(self, pages: range) -> Generator[None]:
-        """Take pages away inside the block; when it raises, they may or may not be gone."""
+        """Announce that the block takes pages away; if it raises, they may be gone or not."""
         with self._mutex:
             self._generation += 1
-            # Word by word: a store of several bytes is whole only as one word.
+            # Word by word: only the store of a single word is atomic.
             for page in pages:
                 self._words[self._begun + page] = self._generation
             yield

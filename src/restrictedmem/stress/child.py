@@ -1,6 +1,6 @@
 """A process of a run, and the socket between it and its parent.
 
-The parent sends one byte, which says stop. The process sends one message, its report in JSON.
+The parent sends one byte, which means stop. The process sends one message, its report in JSON.
 """
 
 import json
@@ -22,7 +22,7 @@ class Child:
     """One process of a run, as its parent sees it."""
 
     def __init__(self, name: str, run: Callable[[Progress, socket.socket], None]) -> None:
-        """Fork it; ``run`` is what it does and does not return from."""
+        """Fork the process, which calls ``run`` and then ends."""
         self.name = name
         self.progress = Progress(NAMES)
         self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -37,23 +37,23 @@ class Child:
         theirs.close()
 
     def poll(self) -> None:
-        """Take its report, if there is one.
+        """Take the process's report, if there is one.
 
         Raises:
-            Finding: what it found; that it died.
+            Finding: the process found something, or died.
         """
         if self.report is None and readable([self.sock], 0):
             self.take_report()
 
     def take_report(self) -> None:
-        """Wait for its report.
+        """Wait for the process's report.
 
         Raises:
-            Finding: what it found; that it died, or says nothing.
+            Finding: the process found something, died, or sends nothing.
         """
         if self.report is not None:
             return
-        # Its own deadlines come first, and say more.
+        # The process's own deadlines come earlier, and their findings say more.
         self.sock.settimeout(3 * PATIENCE)
         try:
             data = self.sock.recv(1 << 16)
@@ -66,38 +66,38 @@ class Child:
             raise Finding(f"{self.name}: {report['failure']}")
 
     def stop(self) -> None:
-        """Tell it to come to an end."""
+        """Tell the process to end."""
         with suppress(BrokenPipeError):
             self.sock.send(b".")
 
     def end(self) -> None:
-        """Kill it, if it still runs, and wait for it."""
+        """Kill the process if it still runs, and wait for it."""
         self.sock.close()
         if self._pid:
             end_child(self._pid)
             self._pid = 0
 
     def close(self) -> None:
-        """End it, and let go of what it did."""
+        """End the process, and release the memory of its progress."""
         self.end()
         self.progress.close()
 
 
 @contextmanager
 def reporting(parent: socket.socket) -> Generator[dict[str, Any]]:
-    """Send the parent what the block has put into the report, and why it failed, if it did."""
+    """Send the parent the block's report, and why the block failed, if it did."""
     report: dict[str, Any] = {}
     try:
         yield report
     except Finding as finding:
         report["failure"] = str(finding)
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the parent has to hear of it.
+    except BaseException as error:  # noqa: BLE001 - the parent has to hear of any exception
         report["failure"] = f"{type(error).__name__}: {error}"
     parent.send(json.dumps(report).encode())
 
 
 def told_to_stop(parent: socket.socket) -> bool:
-    """Say whether the parent has said stop, or is gone."""
+    """Return whether the parent has said stop, or is gone."""
     try:
         parent.recv(1, socket.MSG_DONTWAIT)
     except BlockingIOError:

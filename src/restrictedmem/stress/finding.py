@@ -1,22 +1,22 @@
-"""What a run finds wrong, and how long it waits before it calls something a hang."""
+"""The findings of a run, and the time after which it calls a wait a hang."""
 
 import time
 from collections.abc import Callable
 from typing import Final
 
-#: Seconds after which something that was to happen has not.
+#: Seconds after which a wait counts as a hang.
 PATIENCE: Final = 20.0
 
 
-class Finding(Exception):  # noqa: N818 a broken rule is what a run looks for, not an error
-    """A rule that was broken, in words."""
+class Finding(Exception):  # noqa: N818 a run looks for broken rules; they are no errors
+    """A broken rule, in words."""
 
 
 def wait_for(what: str, holds: Callable[[], bool]) -> None:
-    """Wait for something to hold.
+    """Wait until ``holds`` returns true; ``what`` names this for the finding.
 
     Raises:
-        Finding: when it does not in time.
+        Finding: it does not within ``PATIENCE``.
     """
     deadline = time.monotonic() + PATIENCE
     while not holds():

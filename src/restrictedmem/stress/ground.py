@@ -1,4 +1,4 @@
-"""A descriptor and the owner's memory that goes with it: what the guest ``churn`` runs on."""
+"""A descriptor and the owner's memory that goes with it, for the guest ``churn``."""
 
 import mmap
 import os
@@ -18,10 +18,13 @@ CHURN: Final = elf.parse(guests.path("churn").read_bytes())
 
 @final
 class Ground:
-    """A descriptor and the owner's memfds that go with it: what a VM is made on, and a later one again."""
+    """A descriptor and the owner's memfds that go with it, for a VM and perhaps for later VMs.
+
+    It owns their file descriptors.
+    """
 
     def __init__(self, service: Service, plan: Plan) -> None:
-        """Make them; they are closed together.
+        """Make the descriptor and the memfds; ``close`` closes them together.
 
         Raises:
             OSError: EMFILE, ENFILE, ENOMEM.
@@ -40,14 +43,14 @@ class Ground:
             self._resources = stack.pop_all()
 
     def renew(self) -> None:
-        """Say that whatever is in the pages is gone, as it has to be for another VM."""
+        """Announce that the content of all pages is gone, as another VM must find it."""
         self.board.begin_anew(self.pages)
         with self.board.lane(0).taking(range(self.pages)):
             os.ftruncate(self.half_fd, self.private_size)
             memory.fallocate(self.half_fd, memory.PUNCH, 0, self.private_size)
 
     def close(self) -> None:
-        """Let go of all of it."""
+        """Close the descriptor, the memfds and the mapping."""
         self._resources.close()
 
 

@@ -1,7 +1,7 @@
-"""The owner of a VM: it drives the vCPUs, and does to the guest's memory what an owner may.
+"""The owner of a VM: it drives the vCPUs, and does to the guest's memory what an owner may do.
 
-A seed decides which operations the owner does, in which order and to which pages. The machine
-decides what the guest does meanwhile.
+A seed decides which operations the owner does, in which order and to which pages. The machine's
+scheduling decides what the guest does meanwhile.
 """
 
 import os
@@ -38,23 +38,23 @@ class Owner:
     def __init__(
         self, service: Service, ground: Ground, plan: Plan, puncher: Puncher, stack: ExitStack
     ) -> None:
-        """Make the VM and load the guest; ``stack`` closes it.
+        """Make the VM and load the guest; ``stack`` closes the VM.
 
         Raises:
-            OSError: what kept the engine from starting.
+            OSError: the engine could not start.
         """
         self._service = service
         self._ground = ground
         self._plan = plan
         self._puncher = puncher
         self._board = ground.board
-        # A conversion and its punch are one thing: the guest's and the owner's own must not get
-        # between each other.
+        # A conversion and its punch belong together. Those of the guest must not come between those
+        # of the owner, nor the other way round.
         self._converting = threading.Lock()
         self._extra_fd = -1
         self._extra_half = sized_memfd(stack, "extra", EXTRA_PAGES << PAGE_SHIFT)
         self._epoch = 0
-        #: What the guest said, and why a vCPU stopped that should not have.
+        #: The guest's output (``said``), and why a vCPU stopped that should not have (``failure``).
         self.said = ""
         self.failure = ""
         self.vm = stack.enter_context(Vm(service, engine=plan.engine, platform=plan.platform))
@@ -94,7 +94,7 @@ class Owner:
 
     @property
     def methods(self) -> dict[str, Callable[[], None]]:
-        """What it does, by name, as far as the plan has it."""
+        """The owner's operations that the plan has, by name."""
         puncher = self._puncher
         found: dict[str, Callable[[], None]] = {
             "punch": puncher.punch,
@@ -123,7 +123,7 @@ class Owner:
             self.failure = self.failure or f"vCPU {vcpu.number}: {error.strerror}"
 
     def _answer(self, exit_: exits.Exit) -> int | None:
-        """Answer an exit; None when the vCPU has ended."""
+        """Return the answer to an exit; None when the vCPU has ended."""
         match exit_:
             case exits.Interrupted():
                 return 0
@@ -166,17 +166,17 @@ class Owner:
         """Wait for every vCPU to end.
 
         Raises:
-            Finding: one does not.
+            Finding: a vCPU does not end.
         """
         for thread in self._threads:
             thread.join(PATIENCE)
             if thread.is_alive():
                 raise Finding(self.failure or f"hang: waited {PATIENCE:g} s for every vCPU to end")
 
-    # What the owner does beside.
+    # The owner's operations.
 
     def _convert(self) -> None:
-        """Make pages shared and private again, which the guest did not ask for."""
+        """Make pages shared and then private again, without a request of the guest."""
         pages = self._puncher.some()
         start, size = self._ground.offset + (pages.start << PAGE_SHIFT), len(pages) << PAGE_SHIFT
         with self._converting, self._puncher.lane.taking(pages), self._board.exposing(pages):
@@ -186,7 +186,10 @@ class Owner:
             memory.fallocate(self._ground.half_fd, memory.PUNCH, start, size)
 
     def _change_slot(self) -> None:
-        """Put another file where the guest looks now and then, or none; now and then punch it."""
+        """Add a slot with a new file at ``EXTRA_BASE``; or punch or delete the slot there.
+
+        Now and then, the guest accesses this slot and is counted meanwhile (``extra_users``).
+        """
         if self._extra_fd >= 0 and self._puncher.random.randrange(2):
             start = self._puncher.random.randrange(EXTRA_PAGES)
             memory.fallocate(
@@ -217,7 +220,8 @@ class Owner:
         if self._extra_fd < 0:
             return
         self._board.extra = 0
-        # A system call: no vCPU reads the old word from here on, or it is counted.
+        # A system call is a barrier. From here on, a vCPU that has read the old word is counted in
+        # extra_users.
         os.sched_yield()
         wait_for(
             "the guest to leave the slot that is to be deleted",
@@ -228,21 +232,21 @@ class Owner:
         self._extra_fd = -1
 
     def _interrupt(self) -> None:
-        """End a vCPU's run, which goes on at once."""
+        """Interrupt a vCPU; its thread runs it again at once."""
         self._puncher.random.choice(self._vcpus).interrupt()
 
     def _lose_page(self) -> None:
-        """Have the machine lose a page; it is punched when the guest finds out."""
+        """Make the machine lose a page; the owner punches it when the guest finds out."""
         page = self._puncher.random.randrange(self._ground.pages)
         self.vm.inject_failure(guest_abi.PRIVATE_BASE + self._ground.offset + (page << PAGE_SHIFT))
 
     # The end.
 
     def end(self) -> None:
-        """Have the guest end, and look whether all is in balance when nothing is under way any more.
+        """End the guest; check the balance of callbacks and pages when nothing is under way.
 
         Raises:
-            Finding: what is not.
+            Finding: the guest failed or does not end, or something is out of balance.
         """
         with self._puncher.progress.doing("slot"):
             if not self.failure:
@@ -260,26 +264,31 @@ class Owner:
             )
             if in_progress:
                 raise Finding(
-                    f"accounting: {in_progress} callbacks are without their end, and nobody does anything any more"
+                    f"accounting: {in_progress} callbacks are without their end, although no "
+                    "operation is under way"
                 )
 
     def destroy(self) -> None:
-        """End the VM, and look at what its platform has to say.
+        """End the VM, and check the report of its platform.
 
         Raises:
-            Finding: a rule of it was violated.
+            Finding: a rule of the platform was violated.
         """
         with self._puncher.progress.doing("destroy"):
             found = self.vm.destroy()
         if found.get("violated_pages"):
             raise Finding(
-                f"{self._plan.platform}: {found['violated_pages']} pages, the first: {found['violations'][0]}"
+                f"{self._plan.platform}: {found['violated_pages']} pages violate a rule; the "
+                f"first violation: {found['violations'][0]}"
             )
 
     def _account(self) -> None:
-        """Map every page, which no invalidation may hinder now, punch some, and compare what the engine gave back with what was taken."""
+        """Map every page, punch some, and check that the engine gave back as many pages.
+
+        No invalidation can hinder the mapping now.
+        """
         ground, vcpu = self._ground, self._vcpus[0]
-        # Pages that are lost would refuse.
+        # Pages that the machine has lost cannot be mapped before they are punched.
         self._puncher.take(range(ground.pages))
         gpa, left = guest_abi.PRIVATE_BASE + ground.offset, ground.pages << PAGE_SHIFT
         while left:
@@ -292,14 +301,15 @@ class Owner:
         freed = self.vm.statistics()["pages_freed"] - before
         if freed != len(some):
             raise Finding(
-                f"accounting: {len(some)} pages were punched, and the engine gave up {freed} of them"
+                f"accounting: {len(some)} pages were punched, and the engine gave up {freed} of "
+                "them"
             )
 
 
 def be_owner(
     service: Service, ground: Ground, plan: Plan, progress: Progress, parent: socket.socket
 ) -> NoReturn:
-    """Drive a VM until the parent says stop; say what came of it; in a process of its own, which ends."""
+    """Drive a VM until the parent says stop, send a report, and end the process."""
     with reporting(parent) as report, ExitStack() as stack:
         puncher = Puncher(ground, ground.board.lane(0), progress, plan.seed + " owner")
         owner = Owner(service, ground, plan, puncher, stack)

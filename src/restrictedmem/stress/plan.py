@@ -1,4 +1,4 @@
-"""What the processes of one VM do, as it follows from a seed: engine, operations, and how the VM ends."""
+"""The plan of one VM, which follows from a seed: engine, operations, and how the VM ends."""
 
 import random
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Final
 
 from restrictedmem.platform import platform
 
-#: Everything an owner does by its own will, and how often beside the others.
+#: The operations that an owner does unasked, and their relative frequencies.
 OPERATIONS: Final = {
     "punch": 60,
     "punch-block": 3,
@@ -17,10 +17,10 @@ OPERATIONS: Final = {
     "interrupt": 10,
     "error": 4,
 }
-#: The same, and what an owner does at the VM's end.
+#: The same names, and those of the owner's operations at the VM's end.
 NAMES: Final = (*OPERATIONS, "wait", "account", "destroy")
-#: Which operations make a scenario of ``restrictedmem check`` with real processes; faults are always
-#: there.
+#: By scenario of ``restrictedmem check``: its operations with real processes. There are always
+#: faults.
 MIXES: Final[dict[str, tuple[str, ...]]] = {
     "punch-fault": ("punch",),
     "punch-block-fault": ("punch", "punch-block"),
@@ -39,28 +39,29 @@ MIXES: Final[dict[str, tuple[str, ...]]] = {
 _VCPUS: Final = (1, 2, 4, 8)
 _PAGES: Final = (64, 512, 2048)
 _CONVERTING: Final = (0, 2, 10)
-#: Seconds that one VM lives; one in so many is killed.
+#: Seconds that a VM lives, at least and at most (``_LIFE``). The owner of one VM in so many is
+#: killed (``_KILLED``).
 _LIFE: Final = (2.0, 6.0)
 _KILLED: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One VM's life, as the seed has it."""
+    """The plan of one VM."""
 
     seed: str
     engine: str
-    #: What the host keeps in step, if anything (``platform.platform.NAMES``).
+    #: The name of the host's platform, or "" for none (``platform.platform.NAMES``).
     platform: str
     vcpus: int
     pages: int
-    #: Whether on the descriptor of the VM before.
+    #: Whether the VM has the descriptor of the VM before.
     reused: bool
-    #: Of 1000 steps of the guest, so many convert their page.
+    #: Number of steps in 1000 at which the guest converts its page.
     converting: int
     operations: tuple[str, ...]
     seconds: float
-    #: Whether its owner is killed at the end, in the middle of whatever it does.
+    #: Whether the owner is killed at the end, in the middle of its operations.
     killed: bool
 
 
@@ -72,7 +73,10 @@ def plan_of(
     engines: Mapping[str, tuple[str, ...]],
     left: float,
 ) -> Plan:
-    """Plan the VM of a number: on an engine of those, with the operations that are done there, and for no more than ``left`` seconds."""
+    """Plan the VM with a number, for at most ``left`` seconds.
+
+    ``engines`` has the engines to choose from, with the operations that are done on each.
+    """
     words = f"{seed}/{number}"
     chosen = random.Random(words)
     engine = chosen.choice(list(engines))

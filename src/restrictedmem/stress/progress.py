@@ -1,4 +1,4 @@
-"""What a process of a run tells the process that watches it: words in shared memory."""
+"""The progress of a process of a run, in memory shared with the process that watches it."""
 
 import mmap
 import time
@@ -12,37 +12,40 @@ _OPERATIONS, _PUNCHES, _PAGES, _SLOWEST, _DOING, _SINCE = range(_FIELDS)
 
 @final
 class Progress:
-    """The words of one process; they stay readable when it is killed."""
+    """The words of one process; they stay readable after a kill of the process."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
-        """Begin with nothing done, for this process and those it forks; ``names`` are those of all operations."""
+        """Begin with nothing done; ``names`` are the names of all operations.
+
+        This process and the processes that it forks share the words.
+        """
         self._memory = mmap.mmap(-1, 8 * _FIELDS)
         self._words = memoryview(self._memory).cast("B").cast("Q")
         self._names = names
 
     @property
     def operations(self) -> int:
-        """How many operations are over."""
+        """The number of operations that have ended."""
         return self._words[_OPERATIONS]
 
     @property
     def punches(self) -> int:
-        """How many of them were punches."""
+        """The number of punches."""
         return self._words[_PUNCHES]
 
     @property
     def pages(self) -> int:
-        """How many pages were punched."""
+        """The number of punched pages."""
         return self._words[_PAGES]
 
     @property
     def slowest(self) -> float:
-        """Seconds that the slowest punch took."""
+        """The duration of the slowest punch in seconds."""
         return self._words[_SLOWEST] / 1e9
 
     @contextmanager
     def doing(self, name: str) -> Generator[None]:
-        """Be doing something inside the block."""
+        """Record that the operation ``name`` is under way inside the block."""
         words = self._words
         words[_SINCE] = time.monotonic_ns()
         words[_DOING] = self._names.index(name) + 1
@@ -52,7 +55,7 @@ class Progress:
 
     @contextmanager
     def punching(self, pages: int) -> Generator[None]:
-        """Punch so many pages inside the block."""
+        """Record that the block punches so many pages."""
         began = time.monotonic_ns()
         yield
         words = self._words
@@ -61,12 +64,12 @@ class Progress:
         words[_SLOWEST] = max(words[_SLOWEST], time.monotonic_ns() - began)
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
         self._words.release()
         self._memory.close()
 
     def stuck(self, seconds: float) -> str | None:
-        """Return what has been under way for longer than so many seconds."""
+        """Return the operation that has been under way for more than ``seconds``, or None."""
         doing, since = self._words[_DOING], self._words[_SINCE]
         if not doing or time.monotonic_ns() - since < seconds * 1e9:
             return None

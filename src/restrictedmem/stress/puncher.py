@@ -1,4 +1,4 @@
-"""A process that has the descriptor and nothing else: it punches and allocates pages."""
+"""The process that has only the descriptor: it punches and allocates pages."""
 
 import os
 import random
@@ -16,16 +16,16 @@ from restrictedmem.stress.progress import Progress
 from restrictedmem.units import PAGE_SHIFT
 
 _BLOCK_PAGES: Final = 512
-#: The most pages that one call punches or allocates, unless it is for a block.
+#: The most pages that one call punches or allocates, except for a block.
 MOST_PAGES: Final = 32
-#: One pause in so many operations, of at most so many seconds: a guest that is punched all the time
-#: holds nothing.
+#: One pause in so many operations, of at most so many seconds. Without pauses, the guest's pages
+#: would be punched all the time, and it would hold none.
 _PAUSE_EVERY, _PAUSE = 8, 0.002
 
 
 @final
 class Puncher:
-    """Someone who has the descriptor, with a lane of its own: enough to take pages away and to allocate them."""
+    """A holder of the descriptor with a lane of its own, who can punch and allocate pages."""
 
     def __init__(self, ground: Ground, lane: Lane, progress: Progress, seed: str) -> None:
         self.ground = ground
@@ -34,7 +34,7 @@ class Puncher:
         self.random = random.Random(seed)
 
     def some(self, most: int = MOST_PAGES) -> range:
-        """Pick a few pages in a row; one, more often than not."""
+        """Pick a few consecutive pages, in about half of the cases a single one."""
         count = self.random.choice((1, 1, 1, 2, 8, most))
         start = self.random.randrange(self.ground.pages)
         return range(start, min(start + count, self.ground.pages))
@@ -44,20 +44,20 @@ class Puncher:
         self.take(self.some())
 
     def punch_block(self) -> None:
-        """Punch 2 MiB, or all there is."""
+        """Punch 2 MiB, or all pages if there are fewer."""
         blocks = -(-self.ground.pages // _BLOCK_PAGES)
         start = self.random.randrange(blocks) * _BLOCK_PAGES
         self.take(range(start, min(start + _BLOCK_PAGES, self.ground.pages)))
 
     def take(self, pages: range) -> None:
-        """Punch pages, and say so before and after."""
+        """Punch pages, and announce this before and after on the board."""
         with self.lane.taking(pages), self.progress.punching(len(pages)):
             memory.fallocate(
                 self.ground.fd, memory.PUNCH, self._at(pages), len(pages) << PAGE_SHIFT
             )
 
     def allocate(self) -> None:
-        """Allocate a few pages, which leaves what is there."""
+        """Allocate a few pages; pages that are there keep their content."""
         pages = self.some()
         memory.fallocate(
             self.ground.fd, memory.FallocMode.KEEP_SIZE, self._at(pages), len(pages) << PAGE_SHIFT
@@ -67,7 +67,7 @@ class Puncher:
         return self.ground.offset + (pages.start << PAGE_SHIFT)
 
     def go_on(self, methods: Mapping[str, Callable[[], None]], over: Callable[[], bool]) -> None:
-        """Do one operation after the other until it is over."""
+        """Do one operation after the other until ``over`` returns true."""
         names = list(methods)
         weights = [OPERATIONS[name] for name in names]
         while not over():
@@ -79,7 +79,7 @@ class Puncher:
 
 
 def be_second(ground: Ground, plan: Plan, progress: Progress, parent: socket.socket) -> NoReturn:
-    """Do what a descriptor is enough for until the parent says stop; in a process of its own, which ends."""
+    """Do operations on the mere descriptor until the parent says stop, and end the process."""
     with reporting(parent):
         puncher = Puncher(ground, ground.board.lane(1), progress, plan.seed + " second")
         methods: dict[str, Callable[[], None]] = {

@@ -1,8 +1,8 @@
-"""The run of ``check --random``: one VM after the other, for as long as asked.
+"""The run of ``check --random``: one VM after the other, for the time asked for.
 
 Around each VM there are a service, an engine, the guest ``churn``, the owner (``owner``) and a
-second process with the descriptor (``puncher``). The guest tells stale and lost content from what
-it must find (guests/churn.c). This process only watches, so it can report a hang of any other.
+second process with the descriptor (``puncher``). The guest finds stale and lost content
+(guests/churn.c). This process only watches, so it can report a hang of any other process.
 """
 
 import json
@@ -37,7 +37,7 @@ _TICK: Final = 0.1
 
 @dataclass(slots=True)
 class Total:
-    """What was done, over all VMs."""
+    """The totals over all VMs."""
 
     vms: int = 0
     killed: int = 0
@@ -48,13 +48,13 @@ class Total:
     slowest_punch: float = 0.0
     guest_steps: int = 0
     faults: int = 0
-    #: Seconds of the VMs that the faults were counted of.
+    #: Seconds that the VMs ran whose faults were counted.
     counted_seconds: float = 0.0
     by_engine: dict[str, int] = field(default_factory=dict[str, int])
 
     @property
     def faults_a_second(self) -> float:
-        """Private faults a second, of the VMs on the software engine that ended by themselves."""
+        """Private faults a second of the software engine's VMs whose owner was not killed."""
         return self.faults / self.counted_seconds if self.counted_seconds else 0.0
 
 
@@ -65,16 +65,17 @@ def main(
     seed: int | None = None,
     as_json: bool = False,
 ) -> int:
-    """Run for so many seconds, print what was done and found, and return 1 when a rule was broken.
+    """Run for so many seconds, print totals and findings, and return 1 if a rule was broken.
 
     Raises:
-        OSError: EINVAL for an unknown design or scenario; what kept the service from starting.
+        OSError: EINVAL for an unknown design or scenario; the service could not start.
     """
     if scenario is not None and scenario not in MIXES:
         raise failed(
             "check",
             EINVAL,
-            f"the scenario {scenario!r} has no meaning with real processes; those that have: {', '.join(MIXES)}",
+            f"the scenario {scenario!r} cannot run with real processes; choose one of these: "
+            f"{', '.join(MIXES)}",
         )
     if seed is None:
         seed = random.SystemRandom().randrange(1 << 32)
@@ -86,7 +87,7 @@ def main(
             run.until(time.monotonic() + seconds, show.update)
         run.look_for_remains()
         if not run.total.operations:
-            failure = "nothing was done in that time, so nothing is known"
+            failure = "no operation was done in this time, so nothing was tested; use a longer time"
     except Finding as finding:
         failure = str(finding)
     finally:
@@ -131,20 +132,25 @@ def _print(
         return
     engines = ", ".join(f"{count} {name}" for name, count in total.by_engine.items())
     print(
-        f"seed         {run.seed}, {run.elapsed:.0f} s, design {design or 'v10'}, scenario {scenario or 'all'}"
+        f"seed         {run.seed}, {run.elapsed:.0f} s, design {design or 'v10'}, "
+        f"scenario {scenario or 'all'}"
     )
     print(
-        f"VMs          {total.vms} ({engines}), {total.killed} killed, {total.reused} on a descriptor that had another before"
+        f"VMs          {total.vms} ({engines}), {total.killed} killed, "
+        f"{total.reused} on the descriptor of an earlier VM"
     )
     print(
-        f"operations   {total.operations}, {total.punches} of them punches of {total.pages_punched} pages; slowest {_ms(total)}"
+        f"operations   {total.operations}, {total.punches} of them punches of "
+        f"{total.pages_punched} pages; slowest {_ms(total)}"
     )
     print(
-        f"guest        {total.guest_steps} steps, {total.faults_a_second:,.0f} private faults a second (software engine)"
+        f"guest        {total.guest_steps} steps, {total.faults_a_second:,.0f} private faults a "
+        "second (software engine)"
     )
     if not failure:
         print(
-            "holds        no stale read, nothing lost, no hang, callbacks in balance, nothing left behind"
+            "holds        no stale read, nothing lost, no hang, callbacks in balance, "
+            "nothing left behind"
         )
         return
     print(f"FAILED       {failure}")
@@ -159,24 +165,24 @@ def _ms(total: Total) -> str:
 
 @final
 class Run:
-    """A service, and one VM after the other."""
+    """A run: a service, and one VM after the other."""
 
     def __init__(self, options: Options, scenario: str | None, seed: int) -> None:
         self.seed = seed
         self.total = Total()
         self.plan: Plan | None = None
         self.elapsed = 0.0
-        # A guest_memfd loses no page by a call; and what it is told of it frees, even where a
-        # design tells of an allocation.
+        # On the kernel engine, no call makes a guest_memfd lose a page. And the engine frees from
+        # the guest_memfd each range it is told of, even when a design tells of an allocation.
         told_of_allocation = make(options.design or options.api).notifies(0)
         operations = MIXES[scenario] if scenario else tuple(OPERATIONS)
         left_out = ("error", "allocate") if told_of_allocation else ("error",)
-        #: What is done on which engine.
+        #: By engine: the operations that are done on it.
         self._engines = {"software": operations}
         if any(name not in left_out for name in operations):
             self._engines["kernel"] = tuple(name for name in operations if name not in left_out)
         self._began = time.monotonic()
-        # What a service leaves behind is looked for by pid.
+        # The run looks by pid for processes that the service leaves behind.
         process.proc().close()
         self._resources = ExitStack()
         self._service = self._resources.enter_context(Service.start(options))
@@ -204,7 +210,7 @@ class Run:
         return True
 
     def until(self, deadline: float, line: Callable[[Callable[[], str]], None]) -> None:
-        """Run VMs until then; ``line`` is called often, with what makes a line of it.
+        """Run VMs until a deadline; ``line`` often gets a function that returns a status line.
 
         Raises:
             Finding: a rule was broken.
@@ -219,7 +225,7 @@ class Run:
             self._look_at_the_service(killed=self.plan.killed)
 
     def _next_ground(self, plan: Plan) -> Ground:
-        """Make a descriptor, or take the one of the VM before: what that left must not be seen."""
+        """Make a descriptor, or reuse the last; the new VM must not see its old content."""
         if self._ground is not None and plan.reused:
             self.total.reused += 1
             self._ground.renew()
@@ -254,7 +260,8 @@ class Run:
         second.take_report()
         if plan.killed:
             return
-        # The guest ends alone, and the books are looked at when nobody else writes in them.
+        # The second process has ended: no other operation disturbs the guest's end and the check of
+        # callbacks and pages.
         owner.stop()
         owner.take_report()
         assert owner.report is not None
@@ -284,7 +291,7 @@ class Run:
             f"{seconds:5.0f} s  seed {self.seed}  {vm}; {operations} operations, {punches} punches"
         )
 
-    # What must be true when a VM, or all of it, is over.
+    # Checks when a VM or the run is over.
 
     def _look_at_the_service(self, *, killed: bool) -> None:
         def engines_gone() -> bool:
@@ -293,19 +300,19 @@ class Run:
         wait_for("the engine to end with its owner", engines_gone)
         said, before = self._service.status()["last_error"], self._said
         self._said = said
-        # Of an engine that was killed it says that it is gone, if anybody punched just then.
+        # If a punch met an engine that was killed, the service says that the engine is gone.
         if said != before and not (killed and said.endswith(" is gone")):
             raise Finding(f"the service says: {said}")
         wait_for(
-            "descriptors that nobody has to go",
+            "the closed descriptors to go from the service's list",
             lambda: len(self._service.status()["descriptors"]) <= 1,
         )
         for descriptor in self._service.status()["descriptors"]:
             if descriptor["notifiers"]:
-                raise Finding(f"a consumer is gone and a notifier of it is left: {descriptor}")
+                raise Finding(f"a consumer is gone, but its notifier is left: {descriptor}")
 
     def _note_processes(self) -> None:
-        """Remember every process of the service, by number and start."""
+        """Remember every process of the service by its pid and start time."""
         pid = self._service.info["pid"]
         spawner = _stat(pid)[0]
         for number in (int(name) for name in os.listdir("/proc") if name.isdigit()):
@@ -314,10 +321,12 @@ class Run:
                 self._processes.add((number, started))
 
     def look_for_remains(self) -> None:
-        """Look whether every process of the service is gone, and its memory with them: it has no other place than their descriptors.
+        """Check that every process of the service is gone.
+
+        The memory is gone with them, because only their descriptors keep it.
 
         Raises:
-            Finding: what is left.
+            Finding: a process is left.
         """
 
         def gone() -> bool:
@@ -329,7 +338,7 @@ class Run:
 
 
 def _stat(pid: int) -> tuple[int, str]:
-    """Return a process's parent and when it began; 0 and nothing when it is gone."""
+    """Return a process's parent and its start time; 0 and "" when it is gone."""
     try:
         fields = (
             Path(f"/proc/{pid}/stat")
@@ -358,23 +367,24 @@ def _children(service: Service, ground: Ground, plan: Plan) -> "Generator[tuple[
 
 @final
 class _Watch:
-    """Says when something has not gone on for too long."""
+    """A watch over operations and vCPUs that do not go on for too long."""
 
     def __init__(self, ground: Ground, plan: Plan) -> None:
         self._board = ground.board
         self._steps = [(0, time.monotonic())] * plan.vcpus
 
     def look(self, children: "tuple[Child, Child]") -> None:
-        """Look once.
+        """Check all processes and vCPUs once.
 
         Raises:
-            Finding: what is stuck.
+            Finding: an operation or a vCPU is stuck.
         """
         for child in children:
             stuck = child.progress.stuck(PATIENCE)
             if stuck is not None:
                 raise Finding(
-                    f"hang: the {child.name} waited {PATIENCE:g} s for the operation {stuck!r} to end"
+                    f"hang: the {child.name} waited {PATIENCE:g} s for the operation {stuck!r} to "
+                    "end"
                 )
         now = time.monotonic()
         for vcpu, (steps, since) in enumerate(self._steps):
