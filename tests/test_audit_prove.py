@@ -97,7 +97,7 @@ def test_an_ordinary_user_gets_what_the_threat_model_says() -> None:
     came = as_user(lambda: proof("software"))
     assert bad(came) == {}
     by_design = [name for name, (said, _) in came.items() if said == Outcome.OPEN.value]
-    assert by_design == [("machine", "a service inside one's own user namespace")]
+    assert by_design == [("machine", "a service in a user namespace of the owner's")]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -112,7 +112,7 @@ def test_root_has_the_engine(engine: str) -> None:
     for route in (
         ("engine /proc", "mem"),
         ("engine", "process_vm_readv"),
-        ("machine", "a service inside one's own user namespace"),
+        ("machine", "a service in a user namespace of the owner's"),
     ):
         assert came[route][0] == by_reading.value, route
     # What is the VM's to refuse, it refuses to root as well.

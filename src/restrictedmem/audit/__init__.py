@@ -1,6 +1,6 @@
-"""Every way an owner has to get at its guest's memory, tried: what ``restrictedmem run --prove`` does.
+"""The audit: ``restrictedmem run --prove`` tries every known route to the guest's memory.
 
 The guest ``spin hold`` fills its private memory with a pattern that follows from a seed. An owner
-without capabilities then tries its routes one by one, and whatever bytes it gets are searched for
-that pattern.
+without capabilities then tries its routes one by one. All bytes that it gets are searched for this
+pattern.
 """

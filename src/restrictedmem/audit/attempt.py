@@ -1,4 +1,4 @@
-"""A route to the memory, and what came of trying it."""
+"""A route to the memory, and the outcome of an attempt on it."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,52 +15,52 @@ DEADLINE: Final = 20.0
 
 
 class Outcome(Enum):
-    """What an attempt came to."""
+    """The outcome of an attempt."""
 
     REFUSED = "refused"
     NOTHING = "nothing found"
     MEASURED = "the measurement tells"
-    """It changes the launch, and whoever verifies the guest's report sees that it did."""
+    """It changes the launch, and a verifier of the guest's report sees the change."""
     OPEN = "open by design"
-    """It led to the content, and docs/understand/threat-model.md says so."""
+    """It led to the content, and docs/understand/threat-model.md says that it does."""
     FOUND = "FOUND"
-    """It led to the content, or to power over the guest, and nothing says that it should."""
+    """It led to the content, or to power over the guest, and no document says that it does."""
     CONTROL = "found, as it must"
-    """A control: that the search can find, and that there was something to find."""
+    """A control: the search can find the pattern, and there was a pattern to find."""
     FAILED = "FAILED"
     """It could not be tried, so nothing was shown."""
 
     @property
     def bad(self) -> bool:
-        """Whether the proof fails by it."""
+        """Whether this outcome makes the proof fail."""
         return self in (Outcome.FOUND, Outcome.FAILED)
 
 
 class MeasurementTellsError(Exception):
-    """What a route raises when the guest it would look into is not the one that was measured."""
+    """The guest that a route looks into has another measurement than an honest guest."""
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One thing to try: it yields whatever bytes the owner gets by it, or raises OSError where it is refused."""
+    """A route to try: it yields the bytes that the owner gets; OSError means refused."""
 
     target: str
-    """At whom or what it aims."""
+    """The process, file or interface that it attacks."""
     name: str
     run: Callable[[Attacker], Iterable[Buffer]]
     power: bool = False
-    """Whether not being refused is a find in itself, content or none."""
+    """Whether it is a find if the route is not refused, even without content."""
     open_by: str = ""
-    """The item of docs/understand/threat-model.md that leaves it open."""
+    """The item of docs/understand/threat-model.md by which the route is open; "" for none."""
     root: bool = False
-    """Whether capabilities are what it takes."""
+    """Whether capabilities open the route."""
     control: bool = False
-    """Whether it must find."""
+    """Whether it is a control, which must find the pattern."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """What trying one route came to; ``searched`` counts the bytes that were got and searched."""
+    """The result of trying one route; ``searched`` is the number of bytes got and searched."""
 
     target: str
     name: str
@@ -71,7 +71,10 @@ class Attempt:
 
 
 def attempt(route: Route, owner: Attacker) -> Attempt:
-    """Try a route, in a child of its own, so that neither a signal nor what it leaves behind reaches the next."""
+    """Try a route in a child of its own.
+
+    So no signal and nothing that the attempt leaves behind affects the next attempt.
+    """
     try:
         outcome, searched, note = in_child(lambda: _look(route, owner), DEADLINE)
     except OSError as error:
@@ -87,7 +90,7 @@ def attempt(route: Route, owner: Attacker) -> Attempt:
         )
     if route.control:
         outcome = Outcome.CONTROL if outcome is Outcome.FOUND else Outcome.FAILED
-        note = note or "the search is blind"
+        note = note or "the search did not find the pattern"
     elif outcome is Outcome.NOTHING and route.power:
         outcome, note = Outcome.FOUND, "accepted"
     open_by = route.open_by or ("Root" if route.root and owner.as_root else "")

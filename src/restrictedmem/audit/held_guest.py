@@ -1,4 +1,4 @@
-"""A guest that holds the pattern: ``spin hold`` in a VM of its own, run and talked to."""
+"""A guest that holds the pattern: ``spin hold`` in a VM of its own, and requests to it."""
 
 import os
 import threading
@@ -29,13 +29,16 @@ def image() -> elf.Image:
 
 @final
 class HeldGuest:
-    """The owner's ways to its guest: the VMM, the guest's input and output, and where its heap lies (addresses)."""
+    """The owner's access to its guest: the VMM, the guest's input and output, and its heap.
+
+    ``start`` and ``end`` are the guest addresses of the heap.
+    """
 
     def __init__(self, vmm: Vmm, requests: int, replies: int, runs: threading.Thread) -> None:
-        """Wait until the guest holds the pattern; both pipe ends stay the caller's.
+        """Wait until the guest holds the pattern; the caller owns both pipe ends.
 
         Raises:
-            OSError: ETIMEDOUT when it does not answer, EIO when it ended.
+            OSError: ETIMEDOUT if the guest does not answer, EIO if it ended.
         """
         self.vmm = vmm
         self._requests = requests
@@ -43,33 +46,35 @@ class HeldGuest:
         self._runs = runs
         word, *heap = self._answer().split()
         if word != "ready" or len(heap) != 2:
-            raise failed("prove", EIO, f"the guest is not ready: {word}")
+            raise failed("prove", EIO, f"the guest did not say that it is ready, but: {word}")
         self.start, self.end = (int(address, 16) for address in heap)
 
     def ask(self, request: str | bytes) -> str:
         """Return the guest's answer to a line (guests/hold.h).
 
         Raises:
-            OSError: ETIMEDOUT when there is none, EIO when the guest ended.
+            OSError: ETIMEDOUT if there is no answer, EIO if the guest ended.
         """
         self.send(request)
         return self._answer()
 
     def send(self, request: str | bytes) -> None:
-        """Give the guest a line."""
+        """Send the guest a line."""
         os.write(
             self._requests, (request.encode() if isinstance(request, str) else request) + b"\n"
         )
 
     def check(self, start: int, end: int) -> str:
-        """Have the guest compare what it holds in a range of addresses."""
+        """Make the guest compare a range of addresses with the pattern; return its answer."""
         return self.ask(f"check {start:x} {end - start:x}")
 
     def wait_idle(self) -> None:
-        """Wait until the guest waits for a line, out of guest code; for the process that runs it.
+        """Wait until the guest waits for a line, outside guest code.
+
+        Preconditions: the calling process runs the guest.
 
         Raises:
-            OSError: ETIMEDOUT when it does not come to that.
+            OSError: ETIMEDOUT if the guest does not wait in time.
         """
         deadline = time.monotonic() + DEADLINE
         # The vCPU's thread waits for the engine in recvmsg(2), and for the guest's input in
@@ -86,7 +91,7 @@ class HeldGuest:
             time.sleep(0.001)
 
     def wait_end(self) -> None:
-        """Wait until the guest runs no more, whatever ended it."""
+        """Wait until the guest has ended for any reason."""
         self._runs.join(DEADLINE)
 
     def _answer(self) -> str:
@@ -105,7 +110,9 @@ class HeldGuest:
 def held_guest(
     service: Service, size: int, seed: int, engine: str, *, debug: bool = False
 ) -> Generator[HeldGuest]:
-    """Run a guest of ``size`` bytes of private memory that holds the pattern of ``seed``; it ends with the block.
+    """Run a guest that holds the pattern of ``seed`` in ``size`` bytes of private memory.
+
+    It ends with the block.
 
     Raises:
         OSError: as ``Vmm``; ETIMEDOUT and EIO as ``HeldGuest``.
@@ -123,7 +130,7 @@ def held_guest(
         vmm.load(image(), ["hold", f"{seed:016x}"])
 
         def run() -> None:
-            # Whatever it is, whoever waits for the guest finds its output at an end.
+            # After any error, a thread that waits for the guest finds the end of its output.
             with suppress(OSError):
                 vmm.run(stdin, stdout, stdout)
             stdout.close()

@@ -1,4 +1,4 @@
-"""The restricted descriptor: every operation that could give its content."""
+"""Routes by the restricted descriptor: every operation that could return its content."""
 
 import mmap
 import os
@@ -27,7 +27,8 @@ def _preadv(fd: int) -> bytes:
 
 def _map(fd: int, flags: int, protection: int) -> bytes:
     with mmap.mmap(fd, _LENGTH, flags, protection) as mapping, memory.memfd_create("copy") as copy:
-        # The kernel's own copying turns the SIGBUS of a touch into EFAULT.
+        # write(2) makes the kernel read the mapping: it returns EFAULT where an access by this
+        # process would raise SIGBUS.
         return os.pread(copy.fileno(), os.write(copy.fileno(), mapping), 0)
 
 

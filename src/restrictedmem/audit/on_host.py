@@ -1,4 +1,4 @@
-"""The machine: physical memory, the kernel's own view of it, and code of one's own in the kernel."""
+"""Routes by the machine: physical memory, the kernel's view of it, own code in the kernel."""
 
 import os
 import stat
@@ -58,7 +58,7 @@ def _tracefs(_: Attacker) -> Iterator[Buffer]:
 
 
 def _namespace_above(owner: Attacker) -> Iterator[Buffer]:
-    """Start a service inside a user namespace of the owner's, and look into its engine from outside."""
+    """Start a service in the owner's user namespace; look into its engine from outside."""
     reader, writer = os.pipe()
     hold, release = os.pipe()
 
@@ -73,7 +73,7 @@ def _namespace_above(owner: Attacker) -> Iterator[Buffer]:
             answer = pipe.readline()
         number = int(answer or -ECHILD)
         if number < 0:
-            raise OSError(-number, "no service can be started in a user namespace")
+            raise OSError(-number, "a service cannot start in a user namespace")
         yield from of_process(number)
     finally:
         os.close(release)
@@ -91,7 +91,7 @@ def _inside(owner: Attacker, writer: int, hold: int) -> None:
 
 
 def routes() -> Iterator[Route]:
-    """Yield what is tried on the machine."""
+    """Yield the routes by the machine."""
     for path in _PHYSICAL:
         yield Route("machine", path, partial(_file, path), root=True)
     yield Route("machine", "mknod mem", _made_device, root=True)
@@ -100,7 +100,7 @@ def routes() -> Iterator[Route]:
     yield Route("machine", "tracefs", _tracefs, power=True, root=True)
     yield Route(
         "machine",
-        "a service inside one's own user namespace",
+        "a service in a user namespace of the owner's",
         _namespace_above,
         open_by="Owners of a user namespace",
     )

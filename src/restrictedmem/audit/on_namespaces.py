@@ -1,8 +1,9 @@
-"""Namespaces by file handle: who made a user namespace has every capability in it, wherever it is.
+"""Routes by namespaces: the maker of a user namespace opens it by a file handle.
 
-Linux 6.18 opens any namespace by its number (open_by_handle_at on nsfs). The user who made a user
-namespace may enter it so, and with it the mount namespaces that it owns. What a process in there
-executes would be that user's to choose.
+The user who made a user namespace has every capability in it, wherever it is. Linux 6.18 opens any
+namespace by its number (open_by_handle_at on nsfs). So this user may enter the user namespace, and
+then the mount namespaces that it owns. There the user could choose the files that a process
+executes.
 """
 
 import os
@@ -21,25 +22,25 @@ from restrictedmem.audit.pattern import Buffer
 from restrictedmem.fd import OwnedFd
 from restrictedmem.probe import in_child
 
-#: Namespaces that were made before the newest and are looked for, by their number: in all, and on
-#: each CPU at least. A CPU takes numbers out of a batch of its own (DEFINE_COOKIE).
+#: How many numbers before the newest namespace's are tried: on all CPUs together (``_LAST``), and
+#: on each CPU at least (``_LEAST``). A CPU takes numbers from a batch of its own (DEFINE_COOKIE).
 _LAST: Final = 1000
 _LEAST: Final = 100
-#: The inode number of the first namespace that is not the kernel's own (PROC_DYNAMIC_FIRST), less
-#: some.
+#: A little less than the inode number of the first namespace that is not the kernel's own
+#: (PROC_DYNAMIC_FIRST).
 _FIRST_INODE: Final = 0xF000_0000 - 10
 
 
 def find(kind: int, name: str) -> Iterator[OwnedFd]:
-    """Open, by handle, each namespace of a kind that is not this process's own.
+    """Open by handle each namespace of a kind except this process's own; the caller owns them.
 
     Raises:
-        OSError: EOPNOTSUPP where namespaces have no handles; EPERM where none can be made.
+        OSError: EOPNOTSUPP where namespaces have no handles; EPERM where no namespace can be made.
     """
     mine = os.readlink(f"/proc/self/ns/{name}")
     cpus = os.sched_getaffinity(0)
     for cpu in cpus:
-        # A new one tells how far its numbers go.
+        # A new namespace has the CPU's newest number.
         newest, newest_inode = in_child(partial(_made, name, cpu))
         for number in range(newest, max(0, newest - max(_LEAST, _LAST // len(cpus))), -1):
             for inode in range(_FIRST_INODE, newest_inode + 10):
@@ -74,7 +75,7 @@ def _mounts(_: Attacker) -> Iterator[Buffer]:
 
 
 def _users(owner: Attacker) -> Iterator[Buffer]:
-    """Enter each user namespace that can be opened, and try from there what is tried from outside."""
+    """Enter each user namespace that opens; try mount namespaces and ``powers`` there."""
     mounts = list(find(CLONE_NEWNS, "mnt"))
     allowed: list[str] = []
     for namespace in find(CLONE_NEWUSER, "user"):
@@ -83,7 +84,7 @@ def _users(owner: Attacker) -> Iterator[Buffer]:
     for fd in mounts:
         fd.close()
     if not allowed:
-        raise PermissionError(EPERM, "nothing is allowed inside any of them")
+        raise PermissionError(EPERM, "no user namespace that can be entered allows anything")
     yield ", ".join(allowed).encode()
 
 
@@ -102,6 +103,6 @@ def _inside(namespace: OwnedFd, mounts: list[OwnedFd], owner: Attacker) -> list[
 
 
 def routes() -> Iterator[Route]:
-    """Yield what is tried by handles."""
+    """Yield the routes by handles."""
     yield Route("machine", "mount namespaces by handle", _mounts, power=True, root=True)
     yield Route("machine", "user namespaces by handle", _users, power=True, root=True)

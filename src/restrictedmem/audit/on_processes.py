@@ -1,4 +1,4 @@
-"""The trusted processes: what the kernel lets one process see of another."""
+"""Routes by the trusted processes: the kernel's interfaces of one process to another."""
 
 import os
 import resource
@@ -18,7 +18,7 @@ from restrictedmem.fd import OwnedFd
 from restrictedmem.units import PAGE_SIZE
 
 NAMES: Final = ("engine", "service", "spawner")
-#: Descriptors of another that are tried, by number.
+#: Descriptors below this number are tried in another process.
 _DESCRIPTORS: Final = 64
 _MOST: Final = 1 << 20
 _NAMESPACES: Final = {
@@ -36,7 +36,7 @@ Look = Callable[[int], Iterable[Buffer]]
 
 
 def _nothing(call: Callable[[int], object]) -> Look:
-    """Make a look of a call that gives no content."""
+    """Return a look by a call that gives no content."""
 
     def look(pid: int) -> Iterator[Buffer]:
         call(pid)
@@ -48,12 +48,16 @@ def _nothing(call: Callable[[int], object]) -> Look:
 def _attach(pid: int) -> None:
     syscalls.ptrace(syscalls.PTRACE_ATTACH, pid)
     os.waitpid(pid, syscalls.WALL)
-    # Or it would stay as it is, stopped.
+    # Otherwise the process would stay stopped.
     syscalls.ptrace(syscalls.PTRACE_DETACH, pid)
 
 
 def _each(tries: Iterable[Callable[[], Iterable[Buffer]]]) -> Iterator[Buffer]:
-    """Yield what any of several gives; when all are refused, raise as the last one that was not about something missing."""
+    """Yield the content that several tries give.
+
+    If all are refused, raise the error of the last one that did not fail because something is
+    missing (EBADF, ENOENT).
+    """
     refusal: OSError | None = None
     allowed = False
     for one in tries:
@@ -89,7 +93,7 @@ def _proc_file(name: str) -> Look:
 
 
 def _opened(directory: str) -> Look:
-    """Make a look at the files behind the links of a directory of /proc/PID."""
+    """Return a look at the files behind the links in a directory of /proc/PID."""
 
     def one(path: str, seen: set[tuple[int, int]]) -> Iterator[Buffer]:
         with OwnedFd(os.open(path, os.O_RDONLY | os.O_NONBLOCK)) as fd:
@@ -125,7 +129,7 @@ def _calls() -> Iterator[tuple[str, Look]]:
 
 
 def powers() -> Iterator[tuple[str, Look]]:
-    """Yield calls that give power over a process, or a look into it that nobody should have."""
+    """Yield calls that give power over a process, or a look that an owner must not have."""
     yield "PTRACE_ATTACH", _nothing(_attach)
     yield "PTRACE_SEIZE", _nothing(partial(syscalls.ptrace, syscalls.PTRACE_SEIZE))
     yield f"pidfd_getfd 0 to {_DESCRIPTORS - 1}", _getfd
@@ -151,7 +155,7 @@ def _setns(kind: int, pid: int) -> None:
 
 
 def routes() -> Iterator[Route]:
-    """Yield what is tried on each of the trusted processes."""
+    """Yield the routes by each of the trusted processes."""
     for process in NAMES:
         for target, power, found in (
             (f"{process} /proc", False, _proc()),

@@ -1,6 +1,7 @@
-"""The sockets of service and engine: what is a consumer's to ask, asked by the owner, with the key of READY, without, and with others.
+"""Routes by the sockets of service and engine: the owner sends the requests of a consumer.
 
-What would be answered is power over the guest, a report it did not ask for, or the memory itself.
+It sends them with the key of READY, without a key, and with other keys. An answer would give it
+power over the guest, a report that the guest did not ask for, or the memory itself.
 """
 
 import os
@@ -20,11 +21,11 @@ from restrictedmem.service import wire
 from restrictedmem.service.client import address
 from restrictedmem.service.wire import Call, Channel
 
-#: Keys that are guessed beside the right one's neighbours.
+#: Random keys that are tried, besides keys that differ a little from the right one.
 _GUESSES: Final = 100
 _NAMES: Final = "/proc/net/unix"
 
-#: What an owner has no business to ask, and a body that is right for whoever has.
+#: The requests that only a consumer may send, each with a valid body.
 _CONSUMERS: Final = (
     (wire.LAUNCHED, wire.LAUNCH.pack(2, b"kernel", bytes(48))),
     (wire.SIGN, bytes(64)),
@@ -46,14 +47,14 @@ def _connect(name: str) -> Channel:
 
 
 def _enter(owner: Attacker) -> Channel:
-    """Connect as the owner that this process is."""
+    """Connect with the owner's key."""
     channel = _connect(owner.service.info["socket"])
     channel.call(wire.CONNECT, bytes.fromhex(owner.service.info["key"]))
     return channel
 
 
 def _call(channel: Channel, call: Call, body: bytes) -> Iterator[Buffer]:
-    """Ask, and yield what comes: the reply, and whatever is in a file that came with it."""
+    """Send a request; yield the reply and the content of the files that came with it."""
     reply, fds = channel.call(call, body)
     yield reply
     for fd in fds:
@@ -78,7 +79,7 @@ def _bind(owner: Attacker) -> Iterator[Buffer]:
 
 
 def _guess(owner: Attacker) -> Iterator[Buffer]:
-    """Connect with keys that are near the right one, or of another length, or guessed."""
+    """Connect with keys that are almost right, of another length, or random."""
     key = bytes.fromhex(owner.service.info["key"])
     keys = [
         b"",
@@ -102,9 +103,9 @@ def _guess(owner: Attacker) -> Iterator[Buffer]:
 
 
 def _by_name(owner: Attacker) -> Iterator[Buffer]:
-    """Ask whoever listens by a name with the number of a trusted process in it."""
+    """Send a request to each listening name that has the pid of a trusted process in it."""
     numbers = {str(pid) for pid in owner.processes.values()}
-    refusal = OSError(ECONNREFUSED, "there is no such name")
+    refusal = OSError(ECONNREFUSED, "no name has the pid of a trusted process in it")
     with open(_NAMES, encoding="utf-8", errors="replace") as file:
         names = [fields[7] for line in file if len(fields := line.split()) == 8]
     for name in names:
@@ -120,20 +121,23 @@ def _by_name(owner: Attacker) -> Iterator[Buffer]:
 
 
 def _foreign(owner: Attacker) -> Iterator[Buffer]:
-    """Give the service a descriptor to close, and the restricted one, which it could not be killed with."""
+    """Send the service a descriptor of /dev/null and the restricted one.
+
+    A service that held the restricted descriptor could not be killed.
+    """
     with OwnedFd(os.open(os.devnull, os.O_RDONLY)) as null, closing(_enter(owner)) as channel:
         channel.call(wire.TOKEN, fds=[null.fileno(), owner.fd])
         yield b""
 
 
 def _to_engine(call: Call, body: bytes, owner: Attacker) -> Iterator[Buffer]:
-    # The VM's methods make the calls that are its owner's, and no others.
+    # The VM's methods send only the requests of an owner.
     channel = owner.guest.vmm.vm._channel  # pyright: ignore[reportPrivateUsage]
     yield from _call(channel, call, body)
 
 
 def routes() -> Iterator[Route]:
-    """Yield what is tried by asking."""
+    """Yield the routes by the sockets."""
     for call, body in (
         *_CONSUMERS,
         (wire.TOKEN, b""),
@@ -150,6 +154,6 @@ def routes() -> Iterator[Route]:
         yield Route("service's socket", call.name, partial(_inside, call, body), power=True)
         yield Route("VM's socket", call.name, partial(_to_engine, call, body), power=True)
     yield Route("service's socket", "BIND", _bind, power=True)
-    yield Route("service's socket", "keys that are none", _guess, power=True)
+    yield Route("service's socket", "wrong keys", _guess, power=True)
     yield Route("service's socket", "names of /proc/net/unix", _by_name, power=True)
     yield Route("service's socket", "descriptors", _foreign, power=True)

@@ -1,4 +1,4 @@
-"""The VM's own interface: slots, registers, launch and conversions turned against the guest."""
+"""Routes by the VM's interface: slots, registers, launch and conversions against the guest."""
 
 import mmap
 import os
@@ -20,22 +20,25 @@ from restrictedmem.units import PAGE_MASK, PAGE_SIZE
 from restrictedmem.vmm.vm import Vcpu, Vm
 from restrictedmem.vmm.vmm import Vmm
 
-#: A slot's number that the VMM does not use.
+#: A slot number that the VMM does not use.
 _SLOT: Final = 100
 #: A guest address at which the VMM has nothing.
 _ELSEWHERE: Final = 1 << guest_abi.GPA_BITS - 1
 #: The VMM's slot of private memory.
 _PRIVATE_SLOT: Final = 0
-#: What the guest takes as one line, in bytes.
+#: Bytes that the guest takes as one line.
 _LINE: Final = 15 * PAGE_SIZE
-#: What is converted, in bytes.
+#: Bytes that a route converts.
 CONVERTED: Final = 1 << 20
-#: What is copied out by the owner's code, in bytes.
+#: Bytes that the owner's code copies out.
 COPIED: Final = 1 << 16
 
 
 def _on_vcpu(call: Callable[[Vcpu, int], object], owner: Attacker) -> None:
-    """Call upon the vCPU of another guest, one that this process runs: of one that another process runs, it would take the exits away."""
+    """Call ``call`` on a vCPU of a guest that this process runs.
+
+    On a guest of another process, the call would consume the exits of that process.
+    """
     with owner.another() as guest:
         guest.wait_idle()
         call(guest.vmm.vcpus[0], guest.start)
@@ -51,7 +54,7 @@ def _create_vcpu(owner: Attacker) -> None:
 
 
 def _slot_over(address: int, size: int, owner: Attacker) -> None:
-    """Put a slot of the owner's memory over guest addresses, and take it away again for the next attempt."""
+    """Put a slot of the owner's memory over guest addresses; delete the slot afterwards."""
     region = owner.guest.vmm.vm.set_user_memory_region
     with _own_memory(size) as fd:
         region(slot=_SLOT, guest_phys_addr=address, memory_size=size, shared_fd=fd.fileno())
@@ -73,7 +76,7 @@ def _second_vm(owner: Attacker) -> None:
 
 
 def _descriptor_as_shared(owner: Attacker) -> None:
-    """Give the restricted file to the engine as if it were the owner's own memory."""
+    """Give the engine the restricted file as if it were the owner's shared memory."""
     owner.guest.vmm.vm.set_user_memory_region(
         slot=_SLOT, guest_phys_addr=_ELSEWHERE, memory_size=PAGE_SIZE, shared_fd=owner.fd
     )
@@ -144,11 +147,14 @@ def _converted(guest: HeldGuest, request: str, expected: str) -> None:
         raise AssertionError(f"{request}: {answer}")
 
 
-# The owner's code in the guest, each in a guest of its own.
+# The owner's code in the guest; each route has a guest of its own.
 
 
 def code_page(guest: HeldGuest) -> bytes:
-    """Return a page of code that, from wherever it is entered, copies private memory to the shared window and exits."""
+    """Return a page of code that copies private memory to the shared window and exits.
+
+    The guest may enter the page anywhere before this code: it begins with NOPs.
+    """
     code = b"".join(
         (
             b"\xfc\x48\xbe" + guest.start.to_bytes(8, "little"),  # cld; mov rsi, start
@@ -165,14 +171,17 @@ def code_page(guest: HeldGuest) -> bytes:
 
 
 def _program() -> tuple[int, int]:
-    """Return where the guest's program begins and ends, without what it has no content for; guest addresses of pages."""
+    """Return the page-aligned guest addresses where the guest's program begins and ends.
+
+    Memory for which the program has no content is left out.
+    """
     segments = image().segments
     end = max(segment.gpa + len(segment.data) for segment in segments)
     return min(segment.gpa for segment in segments) & ~PAGE_MASK, (end + PAGE_MASK) & ~PAGE_MASK
 
 
 def _code_in_the_shared_half(owner: Attacker) -> Iterator[Buffer]:
-    """Make the guest's program shared, with the owner's code in its place, and let the guest go on."""
+    """Make the guest's program shared, with the owner's code in its place; run the guest."""
     start, end = _program()
     with owner.another() as guest:
         guest.wait_idle()
@@ -195,7 +204,10 @@ def _shared_halves() -> Iterator[int]:
 
 
 def _code_in_a_slot_of_its_own(owner: Attacker) -> Iterator[Buffer]:
-    """Put a slot of the owner's memory, with its code, in the place of the guest's program, and let the guest go on."""
+    """Replace the guest's program by a slot of the owner's memory, with the owner's code.
+
+    Then let the guest go on.
+    """
     start, end = _program()
     with owner.another() as guest, _own_memory(end - start) as code:
         guest.wait_idle()
@@ -211,12 +223,16 @@ def _code_in_a_slot_of_its_own(owner: Attacker) -> Iterator[Buffer]:
 
 
 def _code_in_its_input(owner: Attacker) -> Iterator[Buffer]:
-    """Give the guest the owner's code as input, put the pages that hold it in the place of its program, and let it go on."""
+    """Give the guest the owner's code as input, and replace its program by the input's pages.
+
+    Then let the guest go on.
+    """
     start, end = _program()
     with owner.another() as guest:
         guest.ask(code_page(guest) * (_LINE // PAGE_SIZE))
         guest.wait_idle()
-        # The guest's one buffer ends with its program's memory, and is filled from its beginning.
+        # The guest has one buffer. It ends where the program's memory ends, and is filled from its
+        # beginning.
         code_at = (image().end - _LINE) & ~PAGE_MASK
         base, top = guest_abi.PRIVATE_BASE, guest_abi.PRIVATE_BASE + guest.vmm.private_size
         _place(
@@ -225,12 +241,12 @@ def _code_in_its_input(owner: Attacker) -> Iterator[Buffer]:
         yield from _what_it_copied_out(guest)
 
 
-# Launches of another kind. Each is tried to the end only if whoever verifies the guest could not
-# tell.
+# Dishonest launches. Each is tried to the end only if a verifier of the guest could not tell it
+# from an honest one.
 
 
 def _no_slot_below_its_heap(owner: Attacker) -> Iterator[Buffer]:
-    """Leave the guest's heap without a slot, so that what it writes there comes out as MMIO."""
+    """Leave the guest's heap without a slot, so that its writes there exit as MMIO."""
     base, top = guest_abi.PRIVATE_BASE, guest_abi.PRIVATE_BASE + SMALL
     heap, stack = (image().end + PAGE_MASK) & ~PAGE_MASK, top - guest_abi.STACK_SIZE
     with (
@@ -249,14 +265,18 @@ def _no_slot_below_its_heap(owner: Attacker) -> Iterator[Buffer]:
 
 
 def _pages_exchanged(owner: Attacker) -> Iterator[Buffer]:
-    """Exchange two pages after they were put in and measured."""
+    """Exchange two pages after they were added and measured."""
     if _measured(owner, (0, 1)) != _measured(owner, (1, 0)):
         raise MeasurementTellsError
     yield b""
 
 
 def _measured(owner: Attacker, order: tuple[int, int]) -> bytes:
-    """Launch a VM of two slots of a page, which show the file's pages in some order until both have content, and in their own after."""
+    """Launch a VM with two slots of one page each; return its measurement.
+
+    The slots show the file's pages in ``order`` until both have content, and then in the order of
+    the file.
+    """
     base = guest_abi.PRIVATE_BASE
     with (
         OwnedFd(owner.service.memfd_restricted()) as fd,
@@ -285,8 +305,8 @@ def _measured(owner: Attacker, order: tuple[int, int]) -> bytes:
         return vm.launch_finish()
 
 
-#: Slots: where each begins and ends, and whose page of straight memory its first one shows; guest
-#: addresses.
+#: Slots, in guest addresses: the beginning and the end of each, and the address at which an honest
+#: VMM would have the page that the slot shows first.
 _Layout = list[tuple[int, int, int]]
 
 
@@ -299,7 +319,7 @@ def _launched(owner: Attacker, layout: _Layout) -> Generator[Vmm]:
 
 
 def _place(vmm: Vmm, layout: _Layout, replacing: int) -> None:
-    """Make slots of private memory in the place of ``replacing`` others."""
+    """Replace ``replacing`` slots of private memory by those of a layout."""
     numbers = (_PRIVATE_SLOT, *range(_SLOT, _SLOT + len(layout) + replacing))
     for number in numbers[:replacing]:
         vmm.vm.set_user_memory_region(
@@ -325,7 +345,7 @@ def _what_it_copied_out(guest: HeldGuest) -> Iterator[Buffer]:
 
 
 def _killed(number: signal.Signals, owner: Attacker) -> Iterator[Buffer]:
-    """End another guest's engine by a signal that dumps core, and look for the core."""
+    """Kill another guest's engine by a signal that dumps core, and read the core file."""
     places = _core_places()
     before = {entry.path for place in places for entry in os.scandir(place)}
     with owner.another() as guest:
@@ -341,14 +361,17 @@ def _killed(number: signal.Signals, owner: Attacker) -> Iterator[Buffer]:
 
 
 def _core_places() -> set[str]:
-    """Return where core files of this machine go: the directory that its pattern names, or that of the process."""
+    """Return the directories of this machine's core files.
+
+    The directory is that of the pattern in core_pattern, or else one of the process.
+    """
     with open("/proc/sys/kernel/core_pattern", encoding="utf-8") as file:
         pattern = file.read().strip()
     return {os.path.dirname(pattern)} if pattern.startswith("/") else {os.getcwd(), "/"}
 
 
 def routes() -> Iterator[Route]:
-    """Yield what is tried by the VM's own calls; what costs the guest its memory comes last."""
+    """Yield the routes by the VM's calls; those that cost the guest its memory come last."""
     for name, call in _POWERS.items():
         yield Route("VM", name, partial(_without_content, call), power=True)
     yield Route("VM", "DBG_READ", _debug_read)
@@ -356,9 +379,9 @@ def routes() -> Iterator[Route]:
         yield Route("core dump", number.name, partial(_killed, number))
     yield Route("VM", "owner's code in the shared half", _code_in_the_shared_half)
     yield Route("VM", "owner's code in a slot of its own", _code_in_a_slot_of_its_own)
-    yield Route("VM", "owner's code in pages that took its input", _code_in_its_input)
-    yield Route("launch", "no slot below its heap", _no_slot_below_its_heap)
+    yield Route("VM", "owner's code in the pages of the guest's input", _code_in_its_input)
+    yield Route("launch", "no slot below the guest's heap", _no_slot_below_its_heap)
     yield Route("launch", "pages exchanged after they were measured", _pages_exchanged, power=True)
     yield Route("VM", "shared half after a conversion", _shared_half)
     yield Route("VM", "memory that a punch freed", _freed_pages)
-    yield Route("VM", "shared half after the way back", _hidden_again)
+    yield Route("VM", "shared half after a conversion back", _hidden_again)

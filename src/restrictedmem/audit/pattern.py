@@ -1,4 +1,4 @@
-"""Recognising the guest's memory: the words that ``spin hold`` puts into it, and a search that is not found by itself."""
+"""The pattern of the guest's memory: the words of ``spin hold``, and a search for them."""
 
 from typing import Final, final
 
@@ -7,14 +7,18 @@ from restrictedmem.units import U64_MAX
 Buffer = bytes | bytearray | memoryview
 
 _WORD: Final = 8
-#: At most this many places of the guest's memory are looked for, but at least one in each page.
+#: The search looks for at most this many places of the guest's memory, but for at least one in each
+#: page.
 _PLACES: Final = 1 << 14
 _PAGE: Final = 4096
 _GAMMA: Final = 0x9E37_79B9_7F4A_7C15
 
 
 def word(seed: int, address: int) -> int:
-    """Return the word that the guest keeps at an address (guests/hold.h): output number ``address / 8`` of SplitMix64."""
+    """Return the word that the guest keeps at an address (guests/hold.h).
+
+    It is output number ``address / 8`` of SplitMix64.
+    """
     z = (seed + address // _WORD * _GAMMA) & U64_MAX
     z = (z ^ z >> 30) * 0xBF58_476D_1CE4_E5B9 & U64_MAX
     z = (z ^ z >> 27) * 0x94D0_49BB_1331_11EB & U64_MAX
@@ -22,7 +26,7 @@ def word(seed: int, address: int) -> int:
 
 
 def content(seed: int, start: int, size: int) -> bytes:
-    """Return what the guest keeps from an address on; bytes, whole words."""
+    """Return the words that the guest keeps from an address on; ``size`` is in bytes."""
     return b"".join(
         word(seed, address).to_bytes(_WORD, "little")
         for address in range(start, start + size, _WORD)
@@ -31,14 +35,18 @@ def content(seed: int, start: int, size: int) -> bytes:
 
 @final
 class Pattern:
-    """Words of the guest's memory, at every distance from a word's boundary, to look for in what was got.
+    """Words of the guest's memory to look for in data, at any distance from a word's boundary.
 
-    They are kept as Python integers, in pieces of 30 bits, beside hashes: so the table has to stay
-    in the searching process, and another's memory is what it may search.
+    Python keeps them as integers, in pieces of 30 bits, with hashes beside them; a hash may equal
+    its word. So a search of the own process would find this table. The table must stay in the
+    searching process, and this process may search only the memory of others.
     """
 
     def __init__(self, seed: int, start: int, end: int) -> None:
-        """Take samples of the heap that the guest holds from ``start`` to ``end``, as evenly as their number allows; addresses."""
+        """Take samples of the guest's heap from address ``start`` to address ``end``.
+
+        The samples lie as evenly as their number allows.
+        """
         stride = min(max((end - start) // _PLACES & -_WORD, 2 * _WORD), _PAGE)
         self._addresses = range(start, end - _WORD, stride)
         self._words: dict[int, int] = {}
@@ -48,10 +56,10 @@ class Pattern:
                 self._words[pair >> 8 * shift & U64_MAX] = address
 
     def find(self, data: Buffer) -> int | None:
-        """Return the guest address of something in ``data`` that the guest keeps private, None when there is nothing.
+        """Return the guest address of a private word that is in ``data``, or None.
 
-        A whole page is found however it lies; of less, one sample and the word after it must be
-        there.
+        A whole page of the guest is found at any alignment. A smaller part is found if it has a
+        sample and the word after it.
         """
         view = memoryview(data).cast("B")
         with view[: len(view) & -_WORD].cast("Q") as words:

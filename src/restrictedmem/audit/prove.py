@@ -1,4 +1,7 @@
-"""``run --prove``: all routes, tried by an owner that gave up what would void the question, and the table of what came of them."""
+"""``run --prove``: an owner without capabilities tries all routes; a table shows the outcomes.
+
+Capabilities would open routes by themselves; only with ``as_root`` does the owner keep them.
+"""
 
 import json
 import os
@@ -37,7 +40,7 @@ from restrictedmem.child import end_child, fork
 from restrictedmem.service.client import Service
 from restrictedmem.text import Line
 
-#: What the control holds, in bytes.
+#: Bytes of the pattern that the control holds.
 _CONTROL_SIZE: Final = 1 << 16
 _NARROWEST: Final = 40
 
@@ -47,19 +50,20 @@ Progress = Callable[[Attempt], None]
 def prove(
     service: Service, guest: HeldGuest, seed: int, *, engine: str, as_root: bool, progress: Progress
 ) -> list[Attempt]:
-    """Try every route to the memory of a guest that holds the pattern of ``seed``; ``progress`` hears of each attempt after it.
+    """Try every route to the memory of a guest that holds the pattern of ``seed``.
 
-    Preconditions: nobody else talks to the guest meanwhile.
+    ``progress`` is called with each attempt after it. Preconditions: nobody else may talk to the
+    guest meanwhile.
 
     Raises:
-        OSError: EIO when the trying process died; ENOENT, ESRCH without this PID namespace's /proc
+        OSError: EIO if the trying process died; ENOENT, ESRCH without this PID namespace's /proc
             (``abi.process``).
     """
-    # Routes lead to processes by their pids: the wrong ones would let in, or refuse, for reasons of
-    # their own.
+    # Routes find processes by their pids. In another namespace's /proc, the pids would be those of
+    # other processes, which allow or refuse for reasons of their own.
     process.proc().close()
     found: list[Attempt] = []
-    # The owner's own memory comes last, in a process of which all that went before is a part.
+    # The owner's own memory comes last, in a new process that is forked after all other attempts.
     for routes in (_routes, _last_routes):
         for one in _as_owner(
             partial(_owner, service, guest, seed, engine, as_root), routes, as_root=as_root
@@ -94,7 +98,7 @@ def _last_routes() -> Iterator[Route]:
 
 
 def _still_there(guest: HeldGuest) -> Attempt:
-    """Ask the guest whether it held the pattern all the time, but for what it gave away."""
+    """Ask the guest whether it still holds the pattern outside the range that it converted."""
     answer = guest.check(guest.start + on_vm.CONVERTED, guest.end)
     outcome = Outcome.CONTROL if answer == "intact" else Outcome.FAILED
     return Attempt("control", "the guest still holds it", outcome, detail=answer)
@@ -104,7 +108,7 @@ def _still_there(guest: HeldGuest) -> Attempt:
 def _owner(
     service: Service, guest: HeldGuest, seed: int, engine: str, as_root: bool
 ) -> Generator[Attacker]:
-    # Both before the pattern's words are in this process.
+    # Both are forked before the pattern's words are in this process.
     twin = fork_twin()
     control = fork_twin(lambda: content(seed, guest.start, _CONTROL_SIZE))
 
@@ -132,7 +136,10 @@ def _as_owner(
     *,
     as_root: bool,
 ) -> Iterator[Attempt]:
-    """Try routes in a child that holds all that this process holds, but for its capabilities."""
+    """Try routes in a child that has all that this process has, except its capabilities.
+
+    With ``as_root`` the child has the capabilities, too.
+    """
     reader, writer = os.pipe()
 
     def be_owner() -> None:
@@ -179,18 +186,18 @@ def _plain(one: Attempt) -> dict[str, Any]:
 @final
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What was tried, and what came of it."""
+    """All attempts, and whether their outcomes prove that the guest's memory is private."""
 
     as_root: bool
     attempts: list[Attempt]
 
     @property
     def proved(self) -> bool:
-        """Whether nothing succeeded that should not."""
+        """Whether no attempt succeeded that must not, and all could be tried."""
         return not any(one.outcome.bad for one in self.attempts)
 
     def as_data(self) -> dict[str, Any]:
-        """Return it as JSON shows it."""
+        """Return the proof as JSON shows it."""
         return {
             "as_root": self.as_root,
             "proved": self.proved,
@@ -199,10 +206,12 @@ class Proof:
 
 
 def prove_main(service: Service, *, memory: int, engine: str, as_root: bool, quiet: bool) -> Proof:
-    """Prove it with a guest of ``memory`` bytes; progress is said on a terminal, unless ``quiet``.
+    """Try all routes with a guest of ``memory`` bytes; show progress unless ``quiet``.
+
+    Progress is shown only on a terminal.
 
     Raises:
-        OSError: what kept the guest from running.
+        OSError: the guest could not run.
     """
     seed = secrets.randbits(64)
     line = Line(sys.stderr, show=not quiet)
@@ -217,10 +226,13 @@ def prove_main(service: Service, *, memory: int, engine: str, as_root: bool, qui
 
 
 def show(found: list[Attempt]) -> None:
-    """Print what was tried, one line for all that came to the same; targets with the same lines share them."""
+    """Print a table with a line for all routes to a target that had the same outcome.
+
+    Targets with equal lines are in one line.
+    """
     names: dict[tuple[str, str], list[str]] = {}
     for one in found:
-        # Of a refusal the errno says enough.
+        # The errno of a refusal says enough.
         came = f"{one.outcome.value} {one.errno or one.detail}".rstrip()
         names.setdefault((one.target, came), []).append(one.name)
     targets: dict[tuple[str, str], list[str]] = {}
@@ -239,7 +251,7 @@ def show(found: list[Attempt]) -> None:
 
 
 def _table(rows: Sequence[tuple[str, str, str]], columns: int | None) -> Iterator[str]:
-    """Write rows below each other; on a terminal of so many columns, within these."""
+    """Yield the lines of a table of ``columns`` columns, or of any width if None."""
     widths = [max(len(row[place]) for row in rows) for place in range(2)]
     if columns is not None:
         widths = [min(width, columns // 4) for width in widths]

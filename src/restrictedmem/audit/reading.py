@@ -1,4 +1,4 @@
-"""Reading what a process or a file has: page by page, and no page that is not there."""
+"""Reads of a process's memory and of files, without the pages that are not there."""
 
 import os
 import re
@@ -13,19 +13,19 @@ from restrictedmem.audit.pattern import Buffer
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE
 
 _CHUNK: Final = 1 << 20
-#: The highest byte of entries of /proc/PID/pagemap whose page is there: bit 63, in memory; bit 62,
-#: in swap.
+#: The highest bytes of entries of /proc/PID/pagemap whose pages are there: in memory (bit 63) or in
+#: swap (bit 62).
 _THERE: Final = re.compile(rb"[\x40-\xff]+")
 
-#: Reads at most so many bytes (second) at an address or offset (first).
+#: A function that reads at an address or offset (first argument) at most so many bytes (second).
 Read = Callable[[int, int], bytes]
 
 
 def of_process(pid: int, below: str = "") -> Iterator[Buffer]:
-    """Yield the memory of a process through /proc/PID/mem, or a file of that name ``below``.
+    """Yield the memory of a process through /proc/PID/mem, or a mem file ``below`` PID.
 
     Raises:
-        OSError: EACCES, EPERM who may not.
+        OSError: EACCES or EPERM if the caller may not read it.
     """
     memory = os.open(f"/proc/{pid}/{below}mem", os.O_RDONLY)
     try:
@@ -38,11 +38,11 @@ def by_process_vm_readv(pid: int) -> Iterator[Buffer]:
     """Yield the memory of a process through process_vm_readv(2).
 
     Raises:
-        OSError: EPERM who may not.
+        OSError: EPERM if the caller may not read it.
     """
     try:
-        # Whoever is let in gets EFAULT: nothing is mapped there. /proc/PID/maps might be refused
-        # for reasons of its own.
+        # Nothing is mapped at address 8, so a caller that may read gets EFAULT. This comes before
+        # /proc/PID/maps, which the kernel might refuse for other reasons.
         syscalls.process_vm_readv(pid, 8, 8)
     except OSError as error:
         if error.errno != EFAULT:
@@ -51,10 +51,10 @@ def by_process_vm_readv(pid: int) -> Iterator[Buffer]:
 
 
 def of_file(fd: int) -> Iterator[Buffer]:
-    """Yield what is in a regular file, holes left out.
+    """Yield the content of a regular file without its holes.
 
     Raises:
-        OSError: what reading it was refused with.
+        OSError: the kernel refuses to read the file.
     """
     size = os.fstat(fd).st_size
     yield from _of(lambda at, count: os.pread(fd, count, at), _data(fd, size))
@@ -74,7 +74,7 @@ def _data(fd: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def of_descriptors() -> Iterator[Buffer]:
-    """Yield what is in every regular file that this process has open, and the names in every directory."""
+    """Yield the content of each open regular file, and the names in each open directory."""
     for name in os.listdir("/proc/self/fd"):
         fd = int(name)
         with suppress(OSError):
@@ -92,7 +92,7 @@ def _of(read: Read, spans: Iterator[tuple[int, int]]) -> Iterator[Buffer]:
             try:
                 chunk = read(at, min(_CHUNK, end - at))
             except OSError:
-                # Of a mapping that cannot be read (a device's), or is gone meanwhile.
+                # The mapping cannot be read (a device's), or is gone meanwhile.
                 if at == start == 0:
                     raise
                 break
@@ -103,20 +103,22 @@ def _of(read: Read, spans: Iterator[tuple[int, int]]) -> Iterator[Buffer]:
 
 
 def regions(pid: int) -> Iterator[tuple[int, int]]:
-    """Yield the runs of pages of a process that are there, in memory or in swap (/proc/PID/maps and pagemap); addresses.
+    """Yield the address ranges of a process's pages that are there, in memory or in swap.
+
+    The source is /proc/PID/maps and pagemap.
 
     Raises:
-        OSError: EACCES, EPERM who may not.
+        OSError: EACCES or EPERM if the caller may not read them.
     """
-    # Bytes, for a line ends with "\n" alone, and a file's name may hold "\r".
+    # Read bytes: only "\n" ends a line, and a file's name may contain "\r".
     with open(f"/proc/{pid}/maps", "rb") as maps:
         lines = [line.rstrip(b"\n").split(maxsplit=5) for line in maps]
     with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
         for span, rights, _, _, _, *path in lines:
             start, end = (int(number, 16) >> PAGE_SHIFT for number in span.split(b"-"))
-            # Above 2^63 lies the vsyscall page, which is the kernel's. Of what is shared, pages may
-            # be there that this process did not touch: a file is for who has its descriptor, and
-            # the rest is read whole.
+            # Above 2^63 lies the vsyscall page, which is the kernel's. A shared mapping may have
+            # pages that this process did not touch, and pagemap does not show them. Routes read a
+            # file through its descriptor; shared anonymous memory is read whole here.
             if rights[:1] != b"r" or start << PAGE_SHIFT >= 1 << 63:
                 continue
             if rights[3:] == b"s" and path == [b"/dev/zero (deleted)"]:

@@ -1,4 +1,7 @@
-"""System calls by which one process looks into another or into a file, where the standard library has none; numbers are x86-64's."""
+"""System calls that look into another process or a file, and that the standard library lacks.
+
+The numbers are those of x86-64.
+"""
 
 import ctypes
 import mmap
@@ -27,8 +30,8 @@ _MADV_PAGEOUT: Final = 21
 _AT_FDCWD: Final = -100
 _AT_SYMLINK_FOLLOW: Final = 0x400
 _FD_NSFS_ROOT: Final = -10003
-#: ``struct file_handle`` with ``struct nsfs_file_handle``: bytes, type; number, CLONE_NEW*, inode
-#: number.
+#: ``struct file_handle`` (bytes, type) with ``struct nsfs_file_handle`` (number, CLONE_NEW*, inode
+#: number).
 _NAMESPACE: Final = struct.Struct("=IiQII")
 _NAMESPACE_BYTES: Final = 16
 _FILEID_NSFS: Final = 0xF1
@@ -46,10 +49,10 @@ class _iovec(ctypes.Structure):
 
 
 def process_vm_readv(pid: int, address: int, length: int) -> bytes:
-    """Read another process's memory (process_vm_readv(2)); bytes.
+    """Read ``length`` bytes of another process's memory (process_vm_readv(2)).
 
     Raises:
-        OSError: EPERM who may not, EFAULT where nothing is mapped.
+        OSError: EPERM if the caller may not; EFAULT where nothing is mapped.
     """
     buffer = ctypes.create_string_buffer(length)
     local, remote = _iovec(ctypes.addressof(buffer), length), _iovec(address, length)
@@ -60,20 +63,20 @@ def process_vm_readv(pid: int, address: int, length: int) -> bytes:
 
 
 def ptrace(request: int, pid: int) -> None:
-    """ptrace(2) without address and data.
+    """Call ptrace(2) without address and data.
 
     Raises:
-        OSError: EPERM who may not trace it.
+        OSError: EPERM if the caller may not trace the process.
     """
     if libc.ptrace(request, pid, None, None) < 0:
         raise_errno("ptrace")
 
 
 def pidfd_getfd(pid: int, number: int) -> OwnedFd:
-    """Take a copy of another process's descriptor (pidfd_getfd(2)), which the caller owns.
+    """Duplicate another process's descriptor (pidfd_getfd(2)); the caller owns the duplicate.
 
     Raises:
-        OSError: EPERM who may not, EBADF for a number that is not open there.
+        OSError: EPERM if the caller may not; EBADF for a number that is not open there.
     """
     with OwnedFd(os.pidfd_open(pid)) as pidfd:
         return OwnedFd(syscall("pidfd_getfd", _SYS_PIDFD_GETFD, pidfd.fileno(), number, 0))
@@ -98,10 +101,10 @@ def namespace_handle(path: str) -> tuple[int, int]:
 
 
 def open_namespace(number: int, kind: int, inode: int) -> OwnedFd | None:
-    """Open a namespace by its handle (open_by_handle_at(2), Linux 6.18); the caller owns the descriptor.
+    """Open a namespace by its handle (open_by_handle_at(2), Linux 6.18).
 
-    None where there is none of these numbers, or it is another user's: it is asked of a great many
-    numbers.
+    The caller owns the descriptor. The result is None, and not an error, if no namespace has these
+    numbers or it is another user's, because callers try a great many numbers.
     """
     handle = _NAMESPACE.pack(_NAMESPACE_BYTES, _FILEID_NSFS, number, kind, inode)
     fd: int = libc.open_by_handle_at(_FD_NSFS_ROOT, handle, os.O_RDONLY | os.O_CLOEXEC)
@@ -112,7 +115,7 @@ def setns(pid: int, kind: int) -> None:
     """Join a namespace of another process (setns(2) with a pidfd).
 
     Raises:
-        OSError: EPERM who may not.
+        OSError: EPERM if the caller may not.
     """
     with OwnedFd(os.pidfd_open(pid)) as pidfd:
         if libc.setns(pidfd.fileno(), kind):
@@ -123,34 +126,34 @@ def kcmp(pid: int) -> int:
     """Compare descriptor 0 of another process with our own (kcmp(2), KCMP_FILE).
 
     Raises:
-        OSError: EPERM who may not look into it.
+        OSError: EPERM if the caller may not look into the process.
     """
     return syscall("kcmp", _SYS_KCMP, os.getpid(), pid, 0, 0, 0)
 
 
 def move_pages(pid: int) -> int:
-    """Ask about no page of another process (move_pages(2)).
+    """Call move_pages(2) on another process with no page, as a test of permission.
 
     Raises:
-        OSError: EPERM who may not look into it.
+        OSError: EPERM if the caller may not look into the process.
     """
     return syscall("move_pages", _SYS_MOVE_PAGES, pid, 0, b"", b"", b"", 0)
 
 
 def get_robust_list(pid: int) -> int:
-    """Ask for an address in another process (get_robust_list(2)).
+    """Ask for the address of another process's list of robust futexes (get_robust_list(2)).
 
     Raises:
-        OSError: EPERM who may not look into it.
+        OSError: EPERM if the caller may not look into the process.
     """
     return syscall("get_robust_list", _SYS_GET_ROBUST_LIST, pid, bytes(8), bytes(8))
 
 
 def process_madvise(pid: int, address: int) -> int:
-    """Ask for a page of another process to be written to swap (process_madvise(2), MADV_PAGEOUT).
+    """Ask the kernel to swap out a page of another process (process_madvise(2), MADV_PAGEOUT).
 
     Raises:
-        OSError: EPERM who may not.
+        OSError: EPERM if the caller may not.
     """
     with OwnedFd(os.pidfd_open(pid)) as pidfd:
         vector = bytes(_iovec(address, mmap.PAGESIZE))
@@ -160,10 +163,12 @@ def process_madvise(pid: int, address: int) -> int:
 
 
 def perf_event_open(pid: int, cpu: int = -1) -> OwnedFd:
-    """Sample another process, or with -1 a whole CPU (perf_event_open(2), task clock, user space); the caller owns the descriptor.
+    """Sample another process, or a whole CPU if ``pid`` is -1 (perf_event_open(2)).
+
+    The event is the task clock in user space. The caller owns the descriptor.
 
     Raises:
-        OSError: EACCES, EPERM who may not.
+        OSError: EACCES or EPERM if the caller may not.
     """
     # struct perf_event_attr: PERF_TYPE_SOFTWARE, its size, PERF_COUNT_SW_TASK_CLOCK; exclude_kernel
     # and exclude_hv at byte 40.
@@ -172,7 +177,7 @@ def perf_event_open(pid: int, cpu: int = -1) -> OwnedFd:
 
 
 def bpf_prog_load() -> OwnedFd:
-    """Load a program that a kprobe could run, which returns 0 (bpf(2)); the caller owns the descriptor.
+    """Load a program for a kprobe that returns 0 (bpf(2)); the caller owns the descriptor.
 
     Raises:
         OSError: EPERM without CAP_BPF and CAP_PERFMON.
@@ -199,7 +204,8 @@ def io_uring_read(fd: int, length: int) -> bytes:
     """Read the first bytes of a file by a ring (io_uring_enter(2), IORING_OP_READ).
 
     Raises:
-        OSError: what the read came to; EPERM where rings are forbidden (kernel.io_uring_disabled).
+        OSError: the error of the read; EPERM where rings are forbidden
+            (kernel.io_uring_disabled).
     """
     params = ctypes.create_string_buffer(_URING_PARAMS)
     into = ctypes.create_string_buffer(length)
