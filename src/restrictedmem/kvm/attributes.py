@@ -1,4 +1,7 @@
-"""Which guest pages are private, whatever slots there are: v9 5/8, v10 2/9 (KVM keeps an xarray, one entry a page)."""
+"""The attribute of each guest page, private or shared, whatever slots there are.
+
+This follows v9 5/8 and v10 2/9. KVM keeps the attributes in an xarray, with one entry a page.
+"""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
@@ -9,39 +12,48 @@ from typing import Final, final
 from restrictedmem.mm.notifier import Api
 from restrictedmem.units import gfn_t
 
-#: More than a guest of 1 TiB has when every other 1 MiB is shared; 8 bytes each.
+#: How often the attribute may change along the guest pages; each change takes 8 bytes. A guest of
+#: 1 TiB in which every other 1 MiB is shared has fewer changes.
 _MAX_CHANGES: Final = 1 << 21
 
-#: Which of the pages at which attributes change go, by their numbers, and those that come in their
-#: place.
+#: An update of the list of changes: the first index and the end index of the entries that go, and
+#: the pages that come in their place.
 Change = tuple[int, int, list[gfn_t]]
 
 
 @final
 class Attributes:
-    """The attribute of every guest page, kept as the pages at which it changes; written by the VM's thread alone."""
+    """The attributes of all guest pages, kept as a list of the pages at which they change.
+
+    Only the VM's thread writes it.
+    """
 
     __slots__ = ("_api", "_changes")
 
     def __init__(self, api: Api) -> None:
-        """Make every page shared (v10) or private (v9)."""
+        """Begin with every page shared (v10) or private (v9)."""
         self._api = api
         self._changes: list[int] = []
 
     def _after(self, changes: int) -> bool:
-        """Say what pages are after so many changes."""
+        """Say whether the pages behind so many changes are private."""
         return (self._api is Api.V9) ^ bool(changes & 1)
 
     def is_private(self, gfn: int) -> bool:
-        """Say what a page is."""
+        """Say whether a page is private."""
         return self._after(bisect_right(self._changes, gfn))
 
     def forbids_mmio(self, gfn: int) -> bool:
-        """Say whether an access without a slot is a memory fault: of a private page in v10; v9 asked only where a slot was."""
+        """Say whether an access to a page without a slot is a memory fault.
+
+        In v10 it is one if the page is private. v9 looked at attributes only where a slot was.
+        """
         return self._api is Api.V10 and self.is_private(gfn)
 
     def prepare(self, start: gfn_t, end: gfn_t, *, private: bool) -> Change:
-        """Return what makes a range private or shared, for ``apply`` before anything else is changed.
+        """Return the update that makes a range private or shared, for ``apply``.
+
+        The caller calls it before it changes anything else.
 
         Raises:
             OSError: ENOMEM.
@@ -60,7 +72,7 @@ class Attributes:
         self.apply(self.prepare(start, end, private=private))
 
     def apply(self, change: Change) -> None:
-        """Make the change."""
+        """Make an update that ``prepare`` returned."""
         first, last, edges = change
         self._changes[first:last] = edges
 
@@ -68,7 +80,7 @@ class Attributes:
         """Yield the runs of private pages in a range."""
         before, after = bisect_right(self._changes, start), bisect_left(self._changes, end)
         if before >= after:
-            # No change in there, as in most slots.
+            # The attribute does not change in the range, as in most slots.
             if start < end and self._after(before):
                 yield start, end
             return

@@ -1,15 +1,18 @@
-"""Descriptors of the owner are looked at by a process that nobody needs, before the engine has them.
+"""The checker: a process that looks at the owner's descriptors before the engine has them.
 
-To close a file of the owner's FUSE file system asks the owner's server (FUSE_FLUSH). One that does
-not answer keeps whoever closes in state D, where SIGKILL does not reach. So the engine receives
-without a control buffer, and what comes with descriptors is left to the checker. It takes the
-message, asks the descriptor what it is in ways that no file system hears of, and passes on what the
-kernel alone answers for: a memfd. Only when the engine has its answer, the checker closes what it
-has. It may hang there for ever, and so it has let go of the VM's socket before, of which it gets a
-copy with each question: with the engine gone, the owner is not to wait for it.
+To close a file of the owner's FUSE file system asks the owner's server (FUSE_FLUSH). If that server
+does not answer, the process that closes the file stays in state D, where SIGKILL does not reach it.
+So the engine receives without a control buffer, and leaves messages with descriptors to the
+checker, which nobody needs.
 
-A memfd can hold whoever changes it, too: an owner's write to it has its inode's lock, for as long
-as the page that it writes from does not come. So the checker seals it.
+The checker takes such a message, and asks the descriptor what it is in ways that no file system
+hears of. It passes on only a memfd, for which the kernel alone answers. It closes what it has only
+when the engine has its answer, because it may hang there for ever. So it has let go of the VM's
+socket before, and gets a copy of it with each question. Otherwise the owner would wait for the
+socket's end after the engine is gone.
+
+A memfd can also hold a process that changes it. An owner's write to a memfd holds its inode's lock
+until the page that it writes from comes. So the checker seals it.
 """
 
 import array
@@ -44,27 +47,27 @@ from restrictedmem.kvm.serving import RefusedError
 from restrictedmem.patience import Patience
 from restrictedmem.service.wire import MAX_MESSAGE, Channel, Message
 
-#: How often, and how many milliseconds each time, the engine waits for the checker: time in which
-#: neither ran counts once at most.
+#: How often, and how many milliseconds each time, the engine waits for the checker. Time in which
+#: neither of them ran counts as one wait at most.
 _PATIENCE: Final = (20, 100)
-#: Seconds in which the kernel drops descriptors, unless one lingers.
+#: Seconds in which the kernel drops descriptors, unless one of them lingers.
 _DROP: Final = 2.0
 #: Seconds in which a checker that was killed ends, unless it is held.
 _REAP: Final = 0.1
-#: What the checker says whenever it has nothing to close, and what the engine asks it then.
+#: The checker's message whenever it has nothing to close; and the engine's questions after that.
 _READY: Final = b"r"
 _TAKE: Final = b"t"
 _SEAL: Final = b"s"
-#: The checker's answer: an errno, whether the message was malformed, and then the message or what
-#: is wrong with it.
+#: The checker's answer: an errno, whether the message was malformed, and then the message or the
+#: text of the error.
 _ANSWER: Final = struct.Struct("=II")
-#: How a request begins: its number, 0.
+#: The beginning of a request: its number, and 0.
 _HEAD: Final = struct.Struct("=II")
 
 
 @final
 class Intake:
-    """The VM's socket: its messages, of which the checker takes those that bring descriptors."""
+    """The VM's socket. The checker takes those of its messages that bring descriptors."""
 
     def __init__(self, owner: Channel, checker: socket.socket, pid: int) -> None:
         self._owner = owner
@@ -84,7 +87,7 @@ class Intake:
             return self._owner.receive(MSG_DONTWAIT)
         answer = self._ask(_TAKE, self._owner.fileno())
         if answer is None:
-            # The checker may have died with it in its hands: the owner is to hear that, too.
+            # The checker may have died while it had the message. The owner has to hear that, too.
             with suppress(BlockingIOError):
                 if brings_fds(self._owner.sock, MSG_DONTWAIT):
                     self._drop()
@@ -105,7 +108,8 @@ class Intake:
         """Have the checker seal a memfd (``half.forbid_shrinking``).
 
         Raises:
-            OSError: as that; ETIMEDOUT when the checker is late, for it is held, or gone.
+            OSError: the errnos of ``half.forbid_shrinking``; ETIMEDOUT when the checker is gone, or
+                late because it is held.
         """
         answer = self._ask(_SEAL, fd)
         if answer is None:
@@ -117,21 +121,25 @@ class Intake:
             raise OSError(errno, answer[0][_ANSWER.size :].decode())
 
     def drop_rest(self) -> None:
-        """Take what is left in a socket that was shut down, for nothing: a vCPU's owner among it would never hang up."""
+        """Take and drop all messages that are left in a socket that was shut down.
+
+        Otherwise a vCPU's socket in such a message would never hang up.
+        """
         while True:
             try:
                 message = self.receive()
             except OSError:
-                # It is gone from the queue all the same.
+                # The message is gone from the queue all the same.
                 continue
             if message is None:
                 return
             close_all(message.fds)
 
     def _drop(self) -> None:
-        """Have the kernel drop the next message. One that lingers (SO_LINGER) ends the engine.
+        """Have the kernel drop the next message; end the engine if a descriptor lingers.
 
-        In a thread: this one would not find out that the owner is gone.
+        A descriptor lingers if it is a socket with SO_LINGER. This takes a thread: the caller's own
+        would not find out that the owner is gone.
         """
         dropped = threading.Event()
 
@@ -148,11 +156,15 @@ class Intake:
             os._exit(ETIMEDOUT)
 
     def _ask(self, question: bytes, fd: int) -> tuple[bytes, list[OwnedFd]] | None:
-        """Have the checker answer a question about a descriptor; None when it does not answer, now or ever."""
+        """Have the checker answer a question about a descriptor.
+
+        Return None when it does not answer, now or ever.
+        """
         if self._checker is None:
             return None
         try:
-            # While it is held, a question would wait with the VM's socket in it.
+            # The checker speaks first: if it is held, a question would wait with the VM's socket in
+            # it.
             if _speaks(self._checker) and self._checker.recv(1):
                 send_with_fds(self._checker, question, [fd], MSG_DONTWAIT)
                 if _speaks(self._checker):
@@ -163,19 +175,19 @@ class Intake:
             if error.errno == EMSGSIZE:
                 raise RefusedError(EMFILE, "there is no room for one more descriptor") from None
         except BaseException:
-            # Its answer may still come, and would be taken for the next one's.
+            # The checker's answer may still come, and the next question would take it for its own.
             self.close()
             raise
         self.close()
         return None
 
     def close(self) -> None:
-        """End the checker. One that a server of the owner's holds for ever is left to it."""
+        """End the checker. If a server of the owner holds it for ever, leave it behind."""
         if self._checker is None:
             return
         self._checker.close()
         self._checker = None
-        # Not reaped yet, so the number is its own.
+        # The checker was not reaped yet, so the number is its own.
         os.kill(self._pid, signal.SIGKILL)
         with suppress(OSError):
             if ends(self._pid, Patience(_REAP)):
@@ -183,7 +195,7 @@ class Intake:
 
 
 def _speaks(checker: socket.socket) -> bool:
-    """Wait for a word of the checker's, or its end."""
+    """Wait until the checker has sent something, or has ended."""
     poll = select.poll()
     poll.register(checker, select.POLLIN)
     times, milliseconds = _PATIENCE
@@ -191,10 +203,10 @@ def _speaks(checker: socket.socket) -> bool:
 
 
 def start(owner: Channel, others: Sequence[socket.socket]) -> Intake:
-    """Fork the checker of the VM's socket, which keeps neither that nor ``others``.
+    """Fork the checker of the VM's socket.
 
-    What says that a client of ``serve`` still has something, it does keep: one that cannot end
-    counts.
+    The checker keeps neither that socket nor ``others``. It does keep the descriptor by which
+    ``serve`` sees that something of a client's service is left: a checker that cannot end counts.
 
     Preconditions: no other thread, and nothing else in this process that the checker must not have.
 
@@ -232,20 +244,21 @@ def _answer_questions(engine: socket.socket, parent: int) -> None:
                 engine.send(_sealed(fd.fileno()))
             engine.send(_READY)
             continue
-        # Killed with both in its hands, it would keep the VM's socket for as long as it is held.
+        # If the checker were killed with the socket and a descriptor, it would keep the socket for
+        # as long as the descriptor holds it. So the engine's end does not kill it meanwhile.
         process.prctl(process.PR_SET_PDEATHSIG, 0)
         with socket.socket(fileno=fd.detach()) as owner:
             taken = _take(owner)
         die_with(parent)
         _answer(taken, engine)
-        # Here it may hang, and for ever.
+        # This may hang for ever.
         for held in taken.fds:
             os.close(held)
         engine.send(_READY)
 
 
 def _sealed(fd: int) -> bytes:
-    """Seal a memfd; here, too, it may hang."""
+    """Seal a memfd; this may hang, too."""
     try:
         forbid_shrinking(fd)
     except OSError as error:
@@ -255,7 +268,7 @@ def _sealed(fd: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class _Taken:
-    """A message of the owner's, the descriptors with it, and recvmsg's flags; or why there is none."""
+    """A message of the owner, its descriptors and recvmsg's flags; or why there is none."""
 
     data: bytes = b""
     fds: tuple[int, ...] = ()
@@ -264,7 +277,7 @@ class _Taken:
 
 
 def _take(owner: socket.socket) -> _Taken:
-    # Room for one: the kernel drops the others, and they never are this process's to close.
+    # There is room for one: the kernel drops the others, and this process never has to close them.
     fds, room = array.array("i"), socket.CMSG_LEN(array.array("i").itemsize)
     try:
         data, ancillary, flags, _ = owner.recvmsg(

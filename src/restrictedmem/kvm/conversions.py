@@ -1,18 +1,27 @@
-"""Pages are converted at the guest's word alone (``POLICY_EXPLICIT``).
+"""Conversions under ``POLICY_EXPLICIT``: the owner converts only what the guest asks for.
 
-KVM lets an owner make any page shared at any time. On hardware that does no harm: a bit of the
-address or of the guest's own page tables says which half an access means, and where the attribute
-says otherwise, it exits. Guests here have no such bit. An owner who made a page shared behind a
-guest's back would read what the guest puts there next, or have it run the owner's code; one who
-deleted its slot would have it store to MMIO; one who showed private pages at another address, say
-in the shared window, would have it overwrite or tell them. So under this policy a page becomes what
-the guest asked for by MAP_GPA_RANGE, and private memory lies where it was at the launch.
+KVM lets an owner make any page shared at any time. On hardware this does no harm. There, a bit of
+the address or of the guest's own page tables says which half an access means. An access exits if
+the attribute differs from that bit.
 
-The owner also answers the call, and the guest goes by what it is told. So the engine looks at the
-pages that the guest wants changed. It tells the guest 0 when all that it asked for is so, and a
-failure when none of them changed. Until then the owner may convert these pages both ways, and so
-finish or undo what it began. Where several vCPUs ask at once, an answer to one ends its own request
-alone; but pages that the guest was told to be private are no longer any other's to share.
+Guests here have no such bit. Without this policy an owner could attack its guest in three ways:
+
+- It makes a page shared behind the guest's back. Then it reads what the guest stores there next,
+  or has the guest run the owner's code.
+- It deletes the slot of a page. Then the guest's stores become MMIO.
+- It shows private pages at another address, for example in the shared window. Then the guest
+  overwrites them, or discloses their content.
+
+So under this policy the owner may convert a page only as the guest asked by MAP_GPA_RANGE. Private
+memory stays where it was at the launch.
+
+The owner also answers the guest's call, and the guest relies on the result. So the engine looks at
+the pages of the request. It tells the guest 0 when all of them are as the guest asked, and a
+failure when none of them changed. Until then the owner may convert these pages both ways, to finish
+or to undo the change.
+
+Several vCPUs may ask at once. An answer to one ends only the request of that one. But once the
+guest was told that pages are private, no other request lets the owner share them.
 """
 
 from collections.abc import Callable, Generator, Iterator
@@ -32,31 +41,34 @@ from restrictedmem.protocol.measurement import Run
 from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, U64_MAX, gfn_t
 
 _FAILED: Final = -EIO & U64_MAX
-#: Exchanges 0 and 1.
+#: A table for bytes.translate that exchanges 0 and 1.
 _OTHER: Final = bytes((1, 0)) + bytes(254)
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Asked:
-    """A conversion that the guest has asked for, and its owner has not answered yet; each vCPU has one at most."""
+    """A conversion that the guest has asked for, and that its owner has not answered yet.
+
+    Each vCPU has at most one.
+    """
 
     start: gfn_t
     end: gfn_t
     private: bool
-    #: Of each slot with a private half in the range: the first page, by its number in the slot, and
-    #: a byte a page, 1 for one to change.
+    #: For each slot with a private half in the range: the slot, the number of the first page in
+    #: it, and a byte for each page, which is 1 if the page has to change.
     changes: list[tuple[Memslot, int, bytearray]]
 
     def wanted(self, slot: Memslot, first: int, last: int) -> int:
-        """Return a byte for each page of a range of a slot, 1 for one to change."""
+        """Return a byte for each page of a slot's range, 1 for a page that has to change."""
         wanted = bytearray(last - first)
         for change, start, end, at in self._in(slot, first, last):
             wanted[start - first : end - first] = change[start - at : end - at]
         return _word(wanted)
 
     def leave(self, slot: Memslot, first: int, last: int) -> None:
-        """Let the pages of a range of a slot stay as they are."""
+        """Take the pages of a range of a slot out of the request."""
         for change, start, end, at in self._in(slot, first, last):
             change[start - at : end - at] = bytes(end - start)
 
@@ -71,26 +83,30 @@ class Asked:
 
 @final
 class Conversions:
-    """What of its memory a guest holds to be private, and what its owner may therefore not do; used by the VM's and the vCPUs' threads."""
+    """The pages that the guest holds to be private, and what its owner may therefore not do.
+
+    The VM's thread and the vCPUs' threads use it.
+    """
 
     def __init__(self, memory: VmMemory, *, explicit: bool) -> None:
         self._memory = memory
         self._explicit = explicit
         self._mutex = sync.mutex()
-        #: From the launch on, under the mutex: the slots with a private half, and what the guest
-        #: wants changed in them.
+        #: The slots with a private half at the launch, and the requests of the guest that are not
+        #: answered yet. The mutex protects both.
         self._slots = Memslots()
         self._open: list[Asked] = []
         self._launched = False
-        #: Slots that content was put into: showing other pages, they would make the measurement
-        #: untrue.
+        #: Slots that content was put into. If such a slot showed other pages, the measurement would
+        #: not be true any more.
         self._filled: set[int] = set()
 
     def launched(self) -> list[Run]:
-        """Take what is private now for what the guest holds to be; returns its runs.
+        """Note what is private now as what the guest holds to be private, and return its runs.
 
         Raises:
-            OSError: EINVAL when two slots show one page of a restricted file.
+            OSError: EINVAL under this policy, when two slots show the same page of a restricted
+                file.
         """
         with self._mutex:
             slots = [slot for slot in self._memory.slots if slot.private is not None]
@@ -102,7 +118,10 @@ class Conversions:
 
     @contextmanager
     def putting_in(self, gpa: int) -> Generator[None]:
-        """Note that content is put into the slot of a guest address meanwhile (launch_update); nothing was, when that raises OSError."""
+        """Note that content is put into the slot of a guest address meanwhile (launch_update).
+
+        If that raises OSError, nothing was put in, and the note is taken back.
+        """
         slot = self._memory.slot_of(gpa >> PAGE_SHIFT)
         first = {slot.number} - self._filled if self._explicit and slot is not None else set[int]()
         self._filled |= first
@@ -114,11 +133,11 @@ class Conversions:
 
     @contextmanager
     def converting(self, address: int, size: int, *, private: bool) -> Generator[None]:
-        """Let the owner convert a range meanwhile.
+        """Let the owner convert a range of bytes meanwhile.
 
         Raises:
-            OSError: EPERM, once launched, for pages of which the guest has asked for something
-                else.
+            OSError: EPERM, after the launch, for a page that would change without a request of the
+                guest.
         """
         with self._mutex:
             for slot, first, last in self._parts(*_pages(address, size)):
@@ -128,28 +147,34 @@ class Conversions:
                 if unasked:
                     raise OSError(
                         EPERM,
-                        f"the guest has not asked for pages to be {'private' if private else 'shared'}",
+                        "the guest has not asked for these pages to be "
+                        f"{'private' if private else 'shared'}",
                     )
             yield
 
     def change_slot(self, number: int, change: Callable[[], None], *, private: bool) -> None:
-        """Let the owner create, delete or change a slot by ``change``, into one with a private half or without.
+        """Let the owner create, delete or change a slot, by a call of ``change``.
+
+        ``private`` says whether the slot will have a private half.
 
         Raises:
-            OSError: EPERM for one with a private half, once launched or with content that was
-                measured.
+            OSError: EPERM, after the launch, for a slot that has a private half or would get one;
+                EPERM for a slot with content that was measured.
         """
         with self._mutex:
             if private and self._launched:
-                raise OSError(EPERM, "the guest was launched: it gets no other private memory")
+                raise OSError(EPERM, "after the launch the guest gets no further private memory")
             if number in self._filled:
-                raise OSError(EPERM, "what was put in there has been measured where it is")
+                raise OSError(EPERM, "the slot has content that was measured: it cannot change")
             if self._slots.get(number) is not None:
-                raise OSError(EPERM, "the guest was launched with private memory there")
+                raise OSError(EPERM, "after the launch a slot with private memory cannot change")
             change()
 
     def asked(self, gpa: int, npages: int, attributes: int) -> Asked:
-        """Take the guest's word (MAP_GPA_RANGE), before its owner hears it; no page is asked for at an address inside of one."""
+        """Note a request of the guest (MAP_GPA_RANGE), before its owner hears of it.
+
+        A request whose address is not aligned asks for no page.
+        """
         private = bool(attributes & MAP_GPA_RANGE_ENCRYPTED)
         start, end = (gfn_t(0), gfn_t(0)) if gpa & PAGE_MASK else _pages(gpa, npages << PAGE_SHIFT)
         with self._mutex:
@@ -164,19 +189,19 @@ class Conversions:
         return asked
 
     def answered(self, asked: Asked, result: int) -> int:
-        """Return what the guest is told of a conversion that its owner has answered.
+        """Return the result that the guest gets for a conversion that its owner has answered.
 
         Raises:
-            OSError: EPERM when some of the pages were converted and others not: the owner has to
-                finish or to undo it first.
+            OSError: EPERM when some of the pages were converted and others were not. The owner has
+                to finish or to undo the conversion first.
         """
         if not self._launched:
             return result
         with self._mutex:
             told = self._truth(asked, result)
             if asked.private and not told:
-                # Whatever else the guest has asked for: it takes these pages for private from now
-                # on.
+                # No other request may share these pages: from now on the guest takes them for
+                # private.
                 for other in self._open:
                     for slot, first, change in asked.changes:
                         other.leave(slot, first, first + len(change))
@@ -193,12 +218,15 @@ class Conversions:
         if changed:
             raise OSError(
                 EPERM,
-                "some of the pages were converted and others not: the guest can be told neither",
+                "some of the pages were converted and others not: finish or undo the conversion",
             )
         return result or _FAILED
 
     def _is_private(self, asked: Asked) -> bool:
-        """Say whether all pages are private memory that can be written: what is stored elsewhere, the owner gets."""
+        """Say whether all pages are private memory that can be written.
+
+        The owner would get what the guest stores to other memory.
+        """
         gfn = asked.start
         for slot, first, last in self._parts(asked.start, asked.end):
             if (
@@ -217,7 +245,10 @@ class Conversions:
         )
 
     def _parts(self, start: gfn_t, end: gfn_t) -> Iterator[tuple[Memslot, int, int]]:
-        """Yield the slots that the guest was launched with in a range, each with the pages of it, by their numbers in the slot."""
+        """Yield the slots of the launch that lie in a range, each with its pages of the range.
+
+        The pages are given by their numbers in the slot.
+        """
         if start >= end:
             return
         for slot in self._slots.overlapping(start, end):
@@ -231,7 +262,10 @@ def _pages(address: int, size: int) -> tuple[gfn_t, gfn_t]:
 
 
 def _refuse_aliases(slots: list[Memslot]) -> None:
-    """Refuse a page at two addresses: the guest would overwrite its own memory where it asked for other."""
+    """Refuse slots that show one page at two addresses.
+
+    The guest would overwrite its own memory where it asked for other memory.
+    """
     windows = sorted(
         (half.ino, half.window.start, half.window.end)
         for slot in slots
@@ -242,7 +276,7 @@ def _refuse_aliases(slots: list[Memslot]) -> None:
 
 
 def _others(slot: Memslot, first: int, last: int, *, private: bool) -> bytes:
-    """Return a byte for each of a slot's pages, 1 for one that is not as ``private`` says."""
+    """Return a byte for each of a slot's pages, 1 if its attribute is not ``private``."""
     attributes = bytes(slot.attributes[first:last])
     return attributes.translate(_OTHER) if private else attributes
 

@@ -1,4 +1,4 @@
-"""What a debug policy opens to the owner, in the engine process: memory, registers, breakpoints and single steps.
+"""The requests that need a debug policy: memory, registers, breakpoints and single steps.
 
 SEV guests have the same bit: without SEV_POLICY_NODBG the host may have memory decrypted
 (KVM_SEV_DBG_DECRYPT).
@@ -25,17 +25,17 @@ from restrictedmem.protocol.vm_wire import POLICY_DEBUG
 from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 
 _WORD: Final = struct.Struct("=Q")
-# DR7 (Intel SDM 17.2.4): enable bits from bit 0, two for each register; condition and length from
-# bit 16, four for each.
+# DR7 (Intel SDM 17.2.4): two enable bits for each register from bit 0 on; four bits of condition
+# and length for each register from bit 16 on.
 _DR7_CONDITIONS: Final = 16
 _REGISTERS: Final = 4
 
 
 def check_policy(policy: int) -> None:
-    """Refuse what takes a debug policy.
+    """Refuse a request that needs a debug policy, if the VM has none.
 
     Raises:
-        OSError: EPERM without it.
+        OSError: EPERM without a debug policy.
     """
     if not policy & POLICY_DEBUG:
         raise OSError(
@@ -48,8 +48,8 @@ def parse(body: bytes) -> tuple[bool, frozenset[int]]:
     """Return whether to step, and the breakpoints, from the body of KVM_SET_GUEST_DEBUG.
 
     Raises:
-        OSError: EPROTO for another length; EOPNOTSUPP for a debug register that waits for a load or
-            store.
+        OSError: EPROTO for a body of another length; EOPNOTSUPP for a debug register that waits for
+            a load or store.
     """
     rest = len(body) - sizeof(kvm_guest_debug)
     if rest < 0 or rest % _WORD.size:
@@ -75,11 +75,11 @@ def _debug_registers(debug: kvm_guest_debug) -> Iterator[int]:
 
 
 def read_memory(memory: VmMemory, engine: Engine, gpa: int, size: int) -> bytes:
-    """Return memory as the guest has it, private and shared pages alike; bytes.
+    """Return bytes of memory as the guest sees it, from private and shared pages alike.
 
     Raises:
-        OSError: EFAULT where no slot is, or the page's half is missing; EOPNOTSUPP when the engine
-            cannot look at private memory.
+        OSError: EFAULT where there is no slot, or where the slot lacks the page's half; EOPNOTSUPP
+            when the engine cannot read private memory.
     """
     found = bytearray()
     if gpa & ~PAGE_MASK == HYPERCALL_PAGE and (gpa & PAGE_MASK) + size <= PAGE_SIZE:
@@ -95,7 +95,9 @@ def read_memory(memory: VmMemory, engine: Engine, gpa: int, size: int) -> bytes:
 
 
 def write_memory(memory: VmMemory, engine: Engine, gpa: int, data: bytes) -> None:
-    """Change memory as the guest has it, private and shared pages alike. No vCPU is in the guest.
+    """Change memory as the guest sees it, in private and shared pages alike.
+
+    Preconditions: no vCPU is in the guest.
 
     Raises:
         OSError: as ``read_memory``; ENOSPC, ENOMEM.
@@ -110,7 +112,7 @@ def write_memory(memory: VmMemory, engine: Engine, gpa: int, data: bytes) -> Non
 
 
 def _pieces(memory: VmMemory, gpa: int, size: int) -> Iterator[tuple[Memslot, int, int, bool]]:
-    """Cut a range of bytes into runs of pages of one half of one slot."""
+    """Cut a range of bytes into pieces, each of pages of one half of one slot."""
     end = gpa + size
     while gpa < end:
         slot = memory.slot_of(gpa >> PAGE_SHIFT)

@@ -1,8 +1,8 @@
-"""What runs guest code: the seam between a VM and its engine, of which there are two (``software``, ``kernel``).
+"""The interface between a VM and its engine, which runs guest code (``software``, ``kernel``).
 
-A VM keeps slots and attributes (``vm_memory``) and knows when vCPUs enter and leave the guest
-(``vcpu``). An engine knows where private memory lies, maps it into the guest as slots and
-attributes say, and runs one instruction after the other.
+A VM keeps slots and attributes (``vm_memory``), and knows when vCPUs enter and leave the guest
+(``engine_vcpu``). An engine knows where private memory lies. It maps memory into the guest as slots
+and attributes say, and runs one instruction after the other.
 """
 
 from collections.abc import Callable
@@ -24,17 +24,19 @@ class Binder(Protocol):
     def bind(self, token: bytes, window: PageRange, take: Callable[[Bound], _T]) -> _T:
         """Register a notifier on a range of the file whose holder presented ``token``.
 
-        ``take`` gets what came of it, descriptors included, and returns what the engine makes of
-        it, which hears of nothing before.
+        ``take`` gets the result of the registration, descriptors included. It returns what the
+        engine makes of it. The notifier is called only after ``take`` has returned.
 
         Raises:
-            OSError: EINVAL for a token of no restricted descriptor; what ``take`` raises, and then
-                nothing is registered.
+            OSError: EINVAL for a token that was presented on no restricted descriptor; an error of
+                ``take``, and then nothing is registered.
         """
         ...
 
     def bind_again(self, binding: int, window: PageRange, take: Callable[[int], _T]) -> _T:
-        """Register a further notifier on a file, of which this process has a binding; ``take`` gets the number of the new one.
+        """Register another notifier on a file of which this process has a binding.
+
+        ``take`` gets the number of the new binding.
 
         Raises:
             OSError: as ``bind``.
@@ -42,94 +44,122 @@ class Binder(Protocol):
         ...
 
     def unbind(self, number: int) -> None:
-        """Unregister it; the file may go."""
+        """Unregister a notifier; the file may go away after that."""
         ...
 
 
 class VcpuEngine(Protocol):
-    """Guest code on one vCPU. All but ``kick`` are called by the vCPU's thread, or while it is outside the guest and kept there."""
+    """One vCPU that runs guest code.
+
+    The vCPU's thread calls these methods. Another thread may call them while it keeps the vCPU
+    outside the guest. Any thread may call ``kick`` at any time.
+    """
 
     def set_regs(self, regs: kvm_regs) -> None:
-        """Set where the guest starts (rip, rsp, rdi, rsi); all other registers are what they are at reset."""
+        """Set where the guest starts (rip, rsp, rdi, rsi).
+
+        All other registers have their values at reset.
+        """
         ...
 
     def get_regs(self) -> kvm_regs:
-        """Return the general registers. This and the next three only for a debug policy.
+        """Return the general registers.
+
+        Only a debug policy allows this call and the next three.
 
         Raises:
-            OSError: EOPNOTSUPP when the engine cannot; so the next three.
+            OSError: EOPNOTSUPP when the engine cannot; the next three raise the same.
         """
         ...
 
     def change_regs(self, regs: kvm_regs) -> None:
-        """Set the general registers of a guest that may have run, and no others."""
+        """Set all general registers of a guest that may have run, and no other registers."""
         ...
 
     def get_sregs(self) -> kvm_sregs:
-        """Return selectors, the bases of FS and GS, and control registers, if no more."""
+        """Return at least the selectors, the bases of FS and GS, and the control registers."""
         ...
 
     def set_guest_debug(self, *, step: bool, breakpoints: frozenset[int]) -> None:
-        """Stop (``exits.Debug``) after each instruction, or before those at the addresses; the guest sees no other code for it.
+        """Stop (``exits.Debug``) after each instruction, or before those at the breakpoints.
 
-        A hypercall, port or MMIO instruction first exits as ever, and is a step once it was
-        completed.
+        The guest's code looks unchanged to the guest. A hypercall, port or MMIO instruction first
+        exits as usual, and is a step once it was completed.
 
         Raises:
-            OSError: EOPNOTSUPP; ENOSPC for more breakpoints than the engine has.
+            OSError: EOPNOTSUPP when the engine cannot; ENOSPC for more breakpoints than the engine
+                has.
         """
         ...
 
     def complete(self, value: int) -> None:
-        """Give the value that the last exit asked for; ignored when it asked for none."""
+        """Pass on the value that the last exit asked for, if it asked for one."""
         ...
 
     def settle(self) -> None:
-        """Wait, outside the guest, until whatever made ``run`` return None is over, or until ``kick``."""
+        """Wait outside the guest until the cause for which ``run`` returned None is over.
+
+        ``kick`` ends the wait, too.
+        """
         ...
 
     def run(self) -> Exit | None:
-        """Run guest code until it exits; None when it was kicked, or ``settle`` has to be called."""
+        """Run guest code until it exits; return None if kicked or if ``settle`` is needed."""
         ...
 
     def drop(self, start: gfn_t, end: gfn_t) -> None:
-        """Forget cached translations and translated code of a range of guest pages."""
+        """Drop cached translations and translated code of a range of guest pages."""
         ...
 
     def kick(self) -> None:
-        """Make ``run`` or ``settle`` return soon; called by any thread, with no lasting effect outside them."""
+        """Make ``run`` or ``settle`` return soon; outside of these, have no lasting effect.
+
+        Any thread may call it.
+        """
         ...
 
     def prefault(self, start: gfn_t, end: gfn_t) -> int:
-        """Map pages from ``start`` on as a read would, and return how many were done: at least one. The vCPU is outside the guest.
+        """Map pages from ``start`` on as a read would, and return how many.
+
+        0 means that the caller has to call ``settle`` and to try again.
+
+        Preconditions: the vCPU is outside the guest.
 
         Raises:
-            OSError: EOPNOTSUPP when the engine cannot; ENOENT where no slot is; EFAULT where the
-                slot lacks the half; EHWPOISON; ENOSPC, ENOMEM.
+            OSError: EOPNOTSUPP when the engine cannot; ENOENT where there is no slot; EFAULT where
+                the slot lacks the half; EHWPOISON; ENOSPC, ENOMEM.
         """
         ...
 
 
 class Engine(Protocol):
-    """One VM's memory and vCPUs. ``add_slot``, ``remove_slot`` and ``set_attributes`` are called by the VM's thread."""
+    """The memory and the vCPUs of one VM.
+
+    The VM's thread calls ``add_slot``, ``remove_slot`` and ``set_attributes``.
+    """
 
     @property
     def name(self) -> str:
-        """What ``--engine`` calls it."""
+        """The name that ``--engine`` has for the engine."""
         ...
 
     @property
     def hypercall_code(self) -> bytes:
-        """What the guest finds on the hypercall page; zeroes follow."""
+        """The code that is on the hypercall page; zeroes follow."""
         ...
 
     @property
     def report_page(self) -> memoryview:
-        """What the guest finds at ``guest_abi.REPORT_PAGE``, to read and write: one page of this process, of all vCPUs."""
+        """The page that the guest can read and write at ``guest_abi.REPORT_PAGE``.
+
+        It is memory of this process, and the same for all vCPUs.
+        """
         ...
 
     def bind(self, token: bytes, window: PageRange) -> PrivateHalf:
-        """Make the private half of a slot that shows ``window`` of a restricted file; its ``close`` unbinds it.
+        """Make the private half of a slot that shows ``window`` of a restricted file.
+
+        Closing the half unbinds it.
 
         Raises:
             OSError: EINVAL as ``Binder.bind``; ENOMEM.
@@ -137,7 +167,7 @@ class Engine(Protocol):
         ...
 
     def bind_again(self, ino: int, window: PageRange) -> PrivateHalf:
-        """Make the private half of a further slot, of the file with an inode number.
+        """Make the private half of another slot, of the file with an inode number.
 
         Raises:
             OSError: ESTALE when no slot shows the file; else as ``bind``.
@@ -145,31 +175,43 @@ class Engine(Protocol):
         ...
 
     def add_slot(self, slot: Memslot) -> None:
-        """Let the guest reach a slot. No vCPU is in the guest."""
+        """Let the guest reach a slot.
+
+        Preconditions: no vCPU is in the guest.
+        """
         ...
 
     def remove_slot(self, slot: Memslot) -> None:
-        """Forget a slot and whatever was cached of it. No vCPU is in the guest."""
+        """Forget a slot and everything that was cached of it.
+
+        Preconditions: no vCPU is in the guest.
+        """
         ...
 
     def destroy(self) -> None:
-        """Unbind what outlives the slots, which are gone. No vCPU enters the guest any more."""
+        """Unbind what outlives the slots.
+
+        Preconditions: the slots are gone, and no vCPU enters the guest any more.
+        """
         ...
 
     def set_attributes(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:
-        """Write a range of ``slot.attributes`` and return when no vCPU reaches the other half of it any more. vCPUs may be running.
+        """Write a range of ``slot.attributes``; return when no vCPU reaches the other half.
+
+        vCPUs may be running.
 
         Raises:
-            OSError: ENOMEM, and nothing was changed; after any other exception anything may have
-                been.
+            OSError: ENOMEM, and nothing was changed. After any other exception the range may have
+                been changed in part.
         """
         ...
 
     def invalidate_start(self, binding: int, span: PageRange, order: int | None) -> None:
-        """Return when no page of a range of a bound file is used any more; unknown bindings are ignored.
+        """Return when no page of a range of a bound file is in use any more.
 
-        ``order`` is that of the folio the range lies in, where the file's design tells it. Called
-        by the notify thread, as the next three.
+        ``order`` is that of the folio in which the range lies, if the file's design tells it. The
+        notify thread calls this method and the next three. The next three do nothing for an
+        unknown binding.
         """
         ...
 
@@ -178,24 +220,31 @@ class Engine(Protocol):
         ...
 
     def error(self, binding: int, span: PageRange) -> None:
-        """Give pages of a bound file up until they are punched: the machine has lost them. Ignored by an engine that cannot."""
+        """Give up pages of a bound file until they are punched: the machine has lost them.
+
+        An engine that cannot do this ignores the call.
+        """
         ...
 
     def page_count(self, binding: int, span: PageRange) -> int:
-        """Return how many pages of a range of a bound file are taken and were not let go of since."""
+        """Return how many pages of a bound file's range are taken and not given up since."""
         ...
 
     def launch_update(self, slot: Memslot, gpa: int, data: bytes) -> None:
-        """Write whole pages of content into the private half of a slot. No vCPU has run yet.
+        """Write whole pages of content into the private half of a slot.
+
+        Preconditions: no vCPU has run yet.
 
         Raises:
-            OSError: ENOSPC, ENOMEM, EFAULT as the platform has it; nothing was written then, for it
-                will not be measured.
+            OSError: ENOSPC, ENOMEM, EFAULT as the platform has it. Nothing was written then,
+                because the content of a failed call will not be measured.
         """
         ...
 
     def read_private(self, slot: Memslot, gpa: int, size: int) -> bytes:
-        """Return content of the private half of a slot, for a debug policy; pages that are missing read as zero and stay missing.
+        """Return content of the private half of a slot, for a debug policy.
+
+        Missing pages read as zero and stay missing.
 
         Raises:
             OSError: EOPNOTSUPP when the engine cannot.
@@ -203,7 +252,9 @@ class Engine(Protocol):
         ...
 
     def write_private(self, slot: Memslot, gpa: int, data: bytes) -> None:
-        """Change content of the private half of a slot, for a debug policy. No vCPU is in the guest.
+        """Change content of the private half of a slot, for a debug policy.
+
+        Preconditions: no vCPU is in the guest.
 
         Raises:
             OSError: EOPNOTSUPP when the engine cannot; ENOSPC, ENOMEM.
@@ -211,7 +262,9 @@ class Engine(Protocol):
         ...
 
     def inject_failure(self, slot: Memslot, gfn: gfn_t) -> None:
-        """Act as if the machine had lost the page of the private half that a slot shows there, until it is punched.
+        """Act as if the machine had lost the page of a slot's private half at ``gfn``.
+
+        The page stays lost until it is punched.
 
         Raises:
             OSError: EOPNOTSUPP when the engine cannot.
@@ -219,21 +272,23 @@ class Engine(Protocol):
         ...
 
     def check_extension(self, cap: int) -> int:
-        """Answer KVM_CHECK_EXTENSION for what depends on the engine; 0 for what it does not know."""
+        """Answer KVM_CHECK_EXTENSION for what depends on the engine; 0 for anything else."""
         ...
 
     def create_vcpu(self, number: int) -> VcpuEngine:
-        """Make a vCPU, which reaches all slots there are, or return one that was made in vain: numbers are used in turn.
+        """Make a vCPU that reaches all present slots.
+
+        The VM uses numbers in turn. If the last vCPU was made in vain, return it again.
 
         Raises:
-            OSError: what the machine lacks, ENOMEM for one.
+            OSError: the errno for what the machine lacks, for example ENOMEM.
         """
         ...
 
     def statistics(self) -> dict[str, object]:
-        """Return counts since the start, those that this engine can know."""
+        """Return counts since the start, as far as this engine knows them."""
         ...
 
     def platform_report(self) -> dict[str, object]:
-        """Return what the platform under the engine reports (``Platform.report``); nothing when there is none."""
+        """Return the platform's report (``Platform.report``), which is empty without one."""
         ...

@@ -1,10 +1,14 @@
 """The engine process: one VM, its memory and its vCPUs, driven by the owner's messages.
 
-It is forked by the service's spawner, so it is undumpable from its first instruction, and it gets
-the memory behind restricted descriptors from the service, never the descriptors. Three kinds of
-threads, each waiting in a system call when it has nothing to do: the main one for the VM's socket,
-one for each vCPU, and one that answers the service's invalidations and nothing else, so that an
-owner's punch never waits for anything but the guest's exit.
+The service's spawner forks it, so it is undumpable from its first instruction. It gets the memory
+behind restricted descriptors from the service, and never gets the descriptors.
+
+It has three kinds of threads. Each waits in a system call when it has nothing to do:
+
+- The main thread serves the VM's socket.
+- Each vCPU has a thread.
+- One thread answers the service's invalidations and does nothing else. So an owner's punch waits
+  only for the guest's exit.
 """
 
 import gc
@@ -44,28 +48,28 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-#: Seconds after which a thread has to let others run Python: a vCPU that faults all the time would
-#: keep a stop request waiting for 5 ms.
+#: Seconds after which a thread has to let others run Python. By default it is 5 ms, and a vCPU that
+#: faults all the time would delay a stop request by as much.
 _SWITCH_INTERVAL: Final = 0.0002
 
 #: New objects until Python looks for cycles among them, and how often it does so until it looks at
-#: older ones, too. Slots are objects by the ten thousand, and all of them stay: to look each 700,
-#: as is usual, takes a tenth of the time in which slots are made.
+#: older ones, too. A VM has tens of thousands of slot objects, and all of them stay. With a look
+#: each 700 objects, as is usual, the looks take a tenth of the time in which slots are made.
 _YOUNG: Final = 20_000
 _YOUNGER: Final = 20
 
-#: Seconds that a trial guest may take, which needs some milliseconds; a KVM that hangs holds the
-#: owner's VM up as long.
+#: Seconds that a trial guest may take; it needs some milliseconds. A KVM that hangs delays the
+#: owner's VM by as much.
 _TRIAL_DEADLINE: Final = 5.0
 
-#: /dev/kvm, where it had to be opened early.
+#: /dev/kvm, if it had to be opened early.
 _preloaded: Kvm | None = None
 
 
 def preload(*, devices: bool) -> None:
-    """Load what ``serve`` needs later; with ``devices`` open /dev/kvm, too."""
+    """Load what ``serve`` needs later, and open /dev/kvm if ``devices`` says so."""
     global _preloaded
-    # What is missing, the owner's first VM or vCPU says.
+    # The owner's first VM or vCPU reports what is missing.
     with suppress(RuntimeError, OSError):
         unicorn.library()
     if devices:
@@ -80,20 +84,20 @@ def serve(
     options: "Options",
     arguments: str,
 ) -> NoReturn:
-    """Be the engine of one VM until its owner lets go of it or the service ends."""
+    """Run the engine of one VM until its owner closes it or the service ends."""
     channel = Channel(owner, "owner")
-    # A guest whose exception a hook of the emulator lost, for want of memory, would go on behind
-    # it.
+    # A hook of the emulator may raise an exception that gets lost, for want of memory. Then this
+    # process has to end, or the guest would go on behind it.
     sealing.end_when_lost()
     try:
-        # First of all: the checker must have nothing that this process is about to get.
+        # This comes first: the checker must have nothing that this process is about to get.
         intake = checker.start(channel, (service, notify))
         sys.setswitchinterval(_SWITCH_INTERVAL)
         gc.set_threshold(_YOUNG, _YOUNGER)
         vcpus = EngineVcpus()
         trace = Trace()
         creation = Creation.load(arguments)
-        # While this process has no other thread.
+        # This forks, so it comes while this process has no other thread.
         refusal = refuse_kernel(creation, owner, service, notify)
         consumer = Consumer(service, notify)
         api = Api(options.api)
@@ -102,8 +106,8 @@ def serve(
         binder.engine = engine = make_engine(creation, binder, vcpus, attributes, trace, refusal)
     except OSError as error:
         with suppress(OSError):
-            # What it says does not matter, as long as it said something. Descriptors stay where
-            # they are, for to drop them may take for ever.
+            # The content of the owner's first message does not matter, but there has to be one.
+            # Descriptors stay in the queue, because to drop them may take for ever.
             if not brings_fds(owner):
                 channel.receive()
         channel.reply_error(error)
@@ -120,10 +124,11 @@ def serve(
 
 
 def refuse_kernel(creation: Creation, *sockets: socket.socket) -> str:
-    """Say why ``auto`` does not take the kernel engine; empty when a guest has just run on it (``trial``), or nobody asked.
+    """Say why ``auto`` does not take the kernel engine; return "" if nothing is against it.
 
-    A child tries it, which lets go of this process's sockets, and which is left behind when the
-    kernel holds it up.
+    Nothing is against it when a guest has just run on it (``trial``), or when nobody asked for
+    ``auto``. A child runs that guest, and closes its copies of this process's sockets. If the
+    kernel holds the child up, it is left behind.
     """
     if creation.engine != "auto" or creation.platform:
         return ""
@@ -149,10 +154,13 @@ def make_engine(
     trace: Trace,
     refusal: str = "",
 ) -> Engine:
-    """Make the engine that the owner asked for; ``auto`` is the kernel's unless there is a ``refusal``, the software's for a platform.
+    """Make the engine that the owner asked for.
+
+    ``auto`` means the kernel engine, or the software engine if there is a ``refusal``. With a
+    platform it means the software engine.
 
     Raises:
-        OSError: why /dev/kvm cannot be used, when it was asked for by name.
+        OSError: why /dev/kvm cannot be used, when the owner asked for the kernel engine by name.
     """
     if creation.engine != "software" and not creation.platform and not refusal:
         try:
@@ -169,12 +177,15 @@ def make_engine(
 
 @final
 class EngineBinder:
-    """The engine's bindings (``Binder``), and what the service says of them on its way to the engine and the trace."""
+    """The engine's bindings (``Binder``).
+
+    It passes on what the service says of a binding, to the engine and to the trace.
+    """
 
     def __init__(self, consumer: Consumer, trace: Trace) -> None:
         self._consumer = consumer
         self._trace = trace
-        #: Made after this, and before anything is bound.
+        #: Set after this object is made, and before anything is bound.
         self.engine: Engine
 
     def bind(self, token: bytes, window: PageRange, take: Callable[[Bound], _T]) -> _T:
@@ -186,7 +197,7 @@ class EngineBinder:
         ).taken
 
     def bind_again(self, binding: int, window: PageRange, take: Callable[[int], _T]) -> _T:
-        """Register a further one (``Binder``)."""
+        """Register another notifier (``Binder``)."""
         return self._consumer.bind_again(
             binding,
             window,
@@ -194,13 +205,13 @@ class EngineBinder:
         ).taken
 
     def unbind(self, number: int) -> None:
-        """Unregister it (``Binder``)."""
+        """Unregister a notifier (``Binder``)."""
         self._consumer.unbind(number)
 
 
 @final
 class _Notifier(Generic[_T]):
-    """One binding's callbacks (``Notifier``), and what the engine made of it."""
+    """The callbacks of one binding (``Notifier``), and what the engine made of the binding."""
 
     def __init__(self, binding: int, taken: _T, engine: Engine, trace: Trace) -> None:
         self.taken = taken
@@ -217,7 +228,7 @@ class _Notifier(Generic[_T]):
         )
 
     def invalidate_end(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
-        """Let the engine go on."""
+        """Let the engine use a range again."""
         self._tell(
             "invalidate_end",
             PageRange(start, end),
@@ -225,11 +236,11 @@ class _Notifier(Generic[_T]):
         )
 
     def error(self, start: pgoff_t, end: pgoff_t) -> None:
-        """Let the engine give pages up."""
+        """Let the engine give up pages."""
         self._tell("error", PageRange(start, end), self._engine.error)
 
     def page_count(self, start: pgoff_t, end: pgoff_t) -> int:
-        """Ask the engine."""
+        """Return the engine's count of pages in a range."""
         return self._engine.page_count(self._binding, PageRange(start, end))
 
     def _tell(self, event: str, span: PageRange, act: Callable[[int, PageRange], None]) -> None:
@@ -248,7 +259,7 @@ class _Notifier(Generic[_T]):
 
 
 def _private_pages(engine: Engine) -> dict[str, int]:
-    """Return the trace's count of private pages, of an engine that can know it."""
+    """Return the trace's count of private pages, if the engine knows it."""
     match engine.statistics():
         case {"pages_taken": int(taken), "pages_freed": int(freed)}:
             return {"private_pages": taken - freed}

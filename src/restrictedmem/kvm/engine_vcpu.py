@@ -1,8 +1,9 @@
 """Entering and leaving the guest: how a vCPU is stopped, and what it does before it goes on.
 
-Translations that a vCPU has cached (its TLB, its translated code) can be dropped only by itself and
-only outside the guest. So who takes pages away zaps the entries first, then leaves word here and
-kicks until the vCPU is out of the guest once; the vCPU drops what was named before it enters again.
+Only the vCPU itself can drop the translations that it has cached (its TLB, its translated code),
+and only outside the guest. So a thread that takes pages away zaps the entries first. Then it queues
+a drop here, and kicks the vCPU until it has exited the guest once. The vCPU makes the queued drops
+before it enters again.
 """
 
 import time
@@ -17,12 +18,12 @@ from restrictedmem.kvm.engine import VcpuEngine
 from restrictedmem.protocol.exits import Exit, Interrupted
 from restrictedmem.units import gfn_t
 
-#: Seconds between kicks. One kick may be lost (Unicorn forgets an emu_stop that comes just before
-#: emu_start), a second one is not.
+#: Seconds between kicks. One kick may be lost, because Unicorn forgets an emu_stop that comes just
+#: before emu_start. A second kick is not lost.
 KICK_INTERVAL: Final = 0.0002
 
-#: Ranges that a vCPU drops one by one when it enters, some 10 µs each; of more it drops all that
-#: lies between the first and the last.
+#: Ranges that a vCPU drops one by one when it enters, at some 10 µs each. If there are more, it
+#: drops everything from the first to the last.
 _MOST_STALE: Final = 64
 
 _T = TypeVar("_T")
@@ -30,13 +31,13 @@ _T = TypeVar("_T")
 
 @final
 class EngineVcpu:
-    """One vCPU: an engine, and the word that other threads leave for it."""
+    """One vCPU: an engine, and the requests that other threads have left for it."""
 
     def __init__(self, engine: VcpuEngine) -> None:
         self.engine = engine
         self._lock = sync.mutex()
         self._changed = sync.condition(self._lock)
-        #: Whether a run is under way, and the guest's code with it.
+        #: Whether a run is under way; and whether the vCPU is in the guest.
         self._running = False
         self._in_guest = False
         self._entries = 0
@@ -46,10 +47,13 @@ class EngineVcpu:
         #: Nanoseconds spent running guest code and its faults.
         self.time_in_guest = 0
 
-    # Its own thread.
+    # For the vCPU's own thread.
 
     def run(self) -> Exit:
-        """Run the guest until it exits or is interrupted, waiting out invalidations and kicks on the way."""
+        """Run the guest until it exits or is interrupted.
+
+        On the way, the vCPU waits out invalidations and kicks.
+        """
         try:
             while self._goes_on():
                 exit_ = self._inside(self.engine.run)
@@ -69,10 +73,12 @@ class EngineVcpu:
             return False
 
     def prefault(self, start: gfn_t, end: gfn_t) -> int:
-        """Map pages as a read would (KVM_PRE_FAULT_MEMORY), until it fails or the vCPU is interrupted; returns how many, at least one.
+        """Map pages as a read would (KVM_PRE_FAULT_MEMORY), and return how many: at least one.
+
+        It ends early at the first failure, or when the vCPU is interrupted.
 
         Raises:
-            OSError: EINTR; what ``VcpuEngine.prefault`` raises; each only before the first page.
+            OSError: EINTR; the errnos of ``VcpuEngine.prefault``; each only before the first page.
         """
         done = start
         try:
@@ -86,7 +92,7 @@ class EngineVcpu:
         return done - start
 
     def complete(self, value: int) -> None:
-        """Give the value that the last exit asked for."""
+        """Pass on the value that the last exit asked for."""
         with self._changed:
             while self._holds:
                 self._changed.wait()
@@ -94,7 +100,10 @@ class EngineVcpu:
 
     @contextmanager
     def outside(self) -> Generator[None]:
-        """Keep slots from being changed while the vCPU's own thread has the engine do something outside the guest."""
+        """Keep slots from being changed meanwhile.
+
+        The vCPU's own thread uses it when it has the engine do something outside the guest.
+        """
         with self._changed:
             while self._holds:
                 self._changed.wait()
@@ -125,10 +134,13 @@ class EngineVcpu:
             self._in_guest = False
             self._changed.notify_all()
 
-    # Any other.
+    # For any other thread.
 
     def interrupt(self) -> None:
-        """Make ``run`` return ``Interrupted``: the one under way, or else the next; returns when it has left the guest for that."""
+        """Make ``run`` return ``Interrupted``: the present call, or else the next.
+
+        Return when the present call has left the guest for that.
+        """
         with self._changed:
             self._interrupted = True
             self.engine.kick()
@@ -137,7 +149,10 @@ class EngineVcpu:
                 self.engine.kick()
 
     def request_drop(self, start: gfn_t, end: gfn_t) -> int | None:
-        """Have the vCPU drop a range before it enters again; returns the stay in the guest that has to end first, if there is one."""
+        """Queue a range that the vCPU drops before it enters again.
+
+        Return the number of the stay in the guest that has to end first; None outside the guest.
+        """
         with self._changed:
             self._stale.append((start, end))
             if len(self._stale) > _MOST_STALE:
@@ -146,7 +161,7 @@ class EngineVcpu:
             return self._entries if self._in_guest else None
 
     def send_out(self, stay: int) -> None:
-        """Return when the vCPU has left the guest that it was in.
+        """Kick the vCPU until it has ended a stay in the guest.
 
         Preconditions: not the vCPU's own thread; no lock held that a fault needs.
         """
@@ -156,7 +171,10 @@ class EngineVcpu:
                 self._changed.wait(KICK_INTERVAL)
 
     def hold(self) -> None:
-        """Stop the vCPU and keep it out of the guest until ``release``; other vCPUs may have to wait for their turn as long."""
+        """Stop the vCPU and keep it out of the guest until ``release``.
+
+        Other vCPUs may have to wait for their turn meanwhile.
+        """
         with self._changed:
             self._holds += 1
             while self._in_guest:
@@ -172,7 +190,7 @@ class EngineVcpu:
 
 @final
 class EngineVcpus:
-    """All vCPUs of a VM; appended to by the VM's thread, walked by any."""
+    """All vCPUs of a VM. Only the VM's thread appends to them; any thread may read them."""
 
     def __init__(self) -> None:
         self.all: tuple[EngineVcpu, ...] = ()
@@ -182,8 +200,9 @@ class EngineVcpus:
 
         Preconditions: not a vCPU's own thread; no lock held that a fault needs.
         """
-        # All are told before the first is sent out (kvm_make_all_cpus_request): where they take
-        # turns, who leaves lets another in, and one that was told before it came in need not leave.
+        # All vCPUs get the request before the first is sent out (kvm_make_all_cpus_request). Where
+        # they take turns, a vCPU that leaves lets another in. A vCPU that got the request before it
+        # entered need not leave.
         for vcpu, stay in [(vcpu, vcpu.request_drop(start, end)) for vcpu in self.all]:
             if stay is not None:
                 vcpu.send_out(stay)
@@ -195,7 +214,10 @@ class EngineVcpus:
 
 @final
 class _Held:
-    """Some vCPUs, out of the guest inside ``with``; by hand, for a generator takes as long as all else that a slot's change begins with."""
+    """Some vCPUs that are kept out of the guest inside ``with``.
+
+    It is no generator: that would take as long as all else with which a slot's change begins.
+    """
 
     __slots__ = ("_vcpus",)
 

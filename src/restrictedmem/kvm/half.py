@@ -1,8 +1,9 @@
-"""Halves of slots as this process maps them; the shared ones show memfds of the owner's.
+"""Halves of slots as this process maps them; a shared half shows a memfd of the owner.
 
-A slot brings its memfd as a descriptor, which another process looks at first (``checker``). Most
-VMMs have one memfd for all slots. So the engine keeps a memfd open for as long as a slot shows it,
-and further slots may name it by device and inode number, which no other file can have meanwhile.
+A request for a slot brings its memfd as a descriptor, which another process looks at first
+(``checker``). Most VMMs have one memfd for all slots. So the engine keeps a memfd open for as long
+as a slot shows it. Further requests may name it by device and inode number, which no other file can
+have meanwhile.
 """
 
 import fcntl
@@ -22,12 +23,17 @@ _F_SEAL_SHRINK: Final = 2
 
 
 class Half:
-    """One half of a slot, mapped whole into this process, and so that huge pages of its file can be mapped as one."""
+    """One half of a slot, mapped whole into this process.
+
+    Its alignment lets huge pages of its file be mapped as one.
+    """
 
     __slots__ = ("address", "locked", "mapping", "offset", "size", "unlocked_because")
 
     def __init__(self, fd: int, offset: int, size: int, alignment: int = 0) -> None:
-        """Map ``size`` bytes of ``fd`` from byte ``offset`` on; the descriptor stays the caller's. ``alignment``: ``memory.Mapping``.
+        """Map ``size`` bytes of ``fd`` from byte ``offset`` on; the caller keeps ``fd``.
+
+        ``alignment`` is that of ``memory.Mapping``; 0 means the one that fits ``size``.
 
         Raises:
             OSError: ENOMEM.
@@ -35,14 +41,17 @@ class Half:
         self.size = size
         self.offset = offset
         self.mapping = memory.Mapping(fd, offset, size, alignment or alignment_for(size))
-        #: Where the half lies in this process.
+        #: Address of the half in this process.
         self.address = self.mapping.address
-        #: Bytes locked; when 0, why.
+        #: How many bytes are locked; and why, if none are.
         self.locked = 0
         self.unlocked_because = ""
 
     def lock(self) -> None:
-        """Lock the half as its pages come, all of it or nothing; where the limit forbids it, remember why."""
+        """Lock the pages of the half as they come, all or none.
+
+        If a limit forbids it, note why.
+        """
         try:
             memory.mlock_onfault(self.address, self.size)
             self.locked = self.size
@@ -54,31 +63,40 @@ class Half:
         self.mapping.memory[start : start + len(data)] = data
 
     def close(self) -> None:
-        """Unmap the half; nobody may use its address any more."""
+        """Unmap the half.
+
+        Preconditions: nobody uses its address any more.
+        """
         self.mapping.close()
 
 
 def alignment_for(size: int) -> int:
-    """Return how a half is to be aligned: a small one has no huge page, and of many the padding would use up vm.max_map_count."""
+    """Return how a half of ``size`` bytes has to be aligned.
+
+    A small half has no huge page, and the padding of many would use up vm.max_map_count.
+    """
     return memory.PMD_SIZE if size >= memory.PMD_SIZE else PAGE_SIZE
 
 
 @final
 class SharedFile:
-    """A memfd that cannot shrink any more, closed with the last half that shows it."""
+    """A memfd that cannot shrink any more. It is closed with the last half that shows it."""
 
     __slots__ = ("_all", "_fd", "_size", "_users", "hugetlb", "identity")
 
     def __init__(
         self, fd: OwnedFd, identity: Identity, size: int, of: dict[Identity, "SharedFile"]
     ) -> None:
-        """Own ``fd``, of which ``size`` bytes are there for good; ``of`` has it until it is closed."""
+        """Own ``fd``, of which ``size`` bytes stay for good.
+
+        ``of`` contains this object until it is closed.
+        """
         self._fd = fd
         self._size = size
         self._users = 0
         self._all = of
         self.identity = identity
-        #: Whether its pages are huge ones, of which a part cannot be dropped.
+        #: Whether its pages are huge ones; a part of a huge page cannot be dropped.
         self.hugetlb = memory.is_hugetlbfs(fd.fileno())
 
     def fileno(self) -> int:
@@ -86,22 +104,22 @@ class SharedFile:
         return self._fd.fileno()
 
     def check(self, end: int) -> None:
-        """Check that it reaches to a byte.
+        """Check that the memfd reaches to a byte.
 
         Raises:
-            OSError: EINVAL.
+            OSError: EINVAL when it ends before.
         """
-        # It may have grown.
+        # The memfd may have grown.
         if end > self._size:
             self._size = os.fstat(self.fileno()).st_size
             _check_size(end, self._size)
 
     def get(self) -> None:
-        """Use it."""
+        """Take a reference."""
         self._users += 1
 
     def put(self) -> None:
-        """Use it no more."""
+        """Drop a reference; close the memfd with the last one."""
         self._users -= 1
         if not self._users:
             del self._all[self.identity]
@@ -118,16 +136,18 @@ class SharedFiles:
         self._all: dict[Identity, SharedFile] = {}
 
     def of_fd(self, fd: int, end: int) -> SharedFile:
-        """Return the memfd behind a descriptor, which stays the caller's, sealed against shrinking; to be shown by a half at once.
+        """Seal the memfd behind a descriptor against shrinking, and return it.
+
+        The caller keeps the descriptor, and makes a half show the memfd at once.
 
         Raises:
             OSError: EINVAL when it ends before byte ``end``, is no memfd, or is sealed against
                 seals; EMFILE; what ``seal`` raises.
         """
-        # Before the seal, which would stay, and again after it: until then the memfd can be shrunk.
+        # Check before the seal, which would stay, and after it: until then the memfd can shrink.
         _check_size(end, _look(fd)[1])
-        # Sealed or not: this asks for the right to write, too, which who has another descriptor of
-        # the memfd may have.
+        # This also checks that the descriptor may write, so it is called even for a sealed memfd.
+        # Below, the memfd may be found under another descriptor, which may write.
         self._seal(fd)
         identity, size = _look(fd)
         _check_size(end, size)
@@ -137,21 +157,21 @@ class SharedFiles:
         return found
 
     def of_name(self, identity: Identity, end: int) -> SharedFile:
-        """Return the memfd of a device and an inode number.
+        """Return the memfd with a device and an inode number.
 
         Raises:
             OSError: ESTALE when no slot shows it; EINVAL when it ends before byte ``end``.
         """
         known = self._all.get(identity)
         if known is None:
-            raise OSError(ESTALE, "no slot shows that memfd: it has to be sent")
+            raise OSError(ESTALE, "no slot shows that memfd: send its descriptor")
         known.check(end)
         return known
 
 
 @final
 class SharedHalf(Half):
-    """A part of a memfd of the owner's."""
+    """A shared half: a part of a memfd of the owner."""
 
     __slots__ = ("file",)
 
@@ -180,7 +200,7 @@ class SharedHalf(Half):
 
 
 def identity_of(fd: int) -> Identity:
-    """Return which file a memfd is."""
+    """Return the device and inode number of a memfd."""
     return _look(fd)[0]
 
 
@@ -195,7 +215,10 @@ def _check_size(end: int, size: int) -> None:
 
 
 def is_memfd(fd: int) -> bool:
-    """Say whether a descriptor is a memfd's: the kernel alone answers, where fstat(2) and fstatfs(2) would ask a file system."""
+    """Say whether a descriptor is a memfd's.
+
+    The kernel answers this alone. fstat(2) and fstatfs(2) would ask a file system.
+    """
     try:
         fcntl.fcntl(fd, _F_GET_SEALS)
     except OSError:
@@ -204,13 +227,14 @@ def is_memfd(fd: int) -> bool:
 
 
 def forbid_shrinking(fd: int) -> None:
-    """Seal a memfd of the owner's against shrinking: a mapping past its end would be SIGBUS for whoever touches it.
+    """Seal a memfd of the owner against shrinking.
 
-    This takes the lock of the memfd's inode. An owner's write to it holds that, for as long as its
-    page that it writes from does not come.
+    An access to a mapping past the memfd's end would raise SIGBUS. The seal takes the lock of the
+    memfd's inode. An owner's write to the memfd holds this lock until the page that it writes from
+    comes.
 
     Raises:
-        OSError: EINVAL when it is no memfd, is sealed against seals, or is open to be read alone.
+        OSError: EINVAL when it is no memfd, is sealed against seals, or is open only for reading.
     """
     try:
         fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK)

@@ -1,4 +1,4 @@
-"""The launch: what an owner puts into a guest before it runs, until it is measured and closed."""
+"""The launch: an owner puts content into a guest, until the launch is measured and closed."""
 
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
@@ -11,12 +11,19 @@ from restrictedmem.protocol.measurement import Measurement, Run
 
 @final
 class Launch:
-    """A VM's launch: open until its owner finishes it, or runs a vCPU; used by the VM's thread and by those of its vCPUs."""
+    """A VM's launch, which is open until its owner finishes it or runs a vCPU.
+
+    The VM's thread and the vCPUs' threads use it.
+    """
 
     def __init__(
         self, policy: int, private: Callable[[], Iterable[Run]], finished: Callable[[bytes], None]
     ) -> None:
-        """Open it; before the first vCPU enters the guest ``private`` says what is private, and ``finished`` takes the measurement."""
+        """Open the launch.
+
+        Before the first vCPU enters the guest, ``private`` returns what is private, and
+        ``finished`` takes the measurement.
+        """
         self._mutex = sync.mutex()
         self._measurement = Measurement(policy)
         self._private = private
@@ -25,10 +32,12 @@ class Launch:
 
     @contextmanager
     def opened(self) -> Generator[Measurement]:
-        """Keep the launch open meanwhile, to put something in and then extend the measurement by it.
+        """Keep the launch open meanwhile.
+
+        The caller puts something in, and then extends the measurement by it.
 
         Raises:
-            OSError: EPERM when it is finished.
+            OSError: EPERM when the launch is finished.
         """
         with self._mutex:
             if self._result is not None:
@@ -39,14 +48,14 @@ class Launch:
 
     @property
     def finished(self) -> bool:
-        """Whether it is closed."""
+        """Whether the launch is finished."""
         return self._result is not None
 
     def finish(self) -> bytes:
-        """Close the launch, if that was not done yet, and return the measurement.
+        """Close the launch, unless it is closed already, and return the measurement.
 
         Raises:
-            OSError: what ``finished`` raised; the launch stays open then.
+            OSError: an error of ``finished``; the launch stays open then.
         """
         with self._mutex:
             if self._result is None:

@@ -1,4 +1,7 @@
-"""The largest block that may be mapped as one: ``kvm_lpage_info`` with v10's bit for mixed attributes (v10 6/9)."""
+"""The largest block that may be mapped as one, as in ``kvm_lpage_info``.
+
+It also has v10's bit for mixed attributes (v10 6/9).
+"""
 
 from enum import IntEnum
 from typing import Final, final
@@ -31,14 +34,17 @@ class Level(IntEnum):
 #: Levels of more than a page.
 LARGE: Final = (Level.PMD, Level.PUD)
 _NO_BLOCKS: Final = bytearray()
-# At hand: to look up a member of an enumeration takes as long as to count blocks.
+# In variables: to look up a member of an enumeration takes as long as to count blocks.
 _PMD, _PUD = Level.PMD.order, Level.PUD.order
 _PMD_ALONE, _BOTH = (Level.PMD,), (Level.PUD, Level.PMD)
 
 
 @final
 class LpageInfo:
-    """For each 2 MiB and 1 GiB block of a slot: does it lie in the slot whole, and are its pages all private or all shared?"""
+    """Two facts about each 2 MiB and 1 GiB block of a slot.
+
+    Does the block lie whole in the slot? Are its pages all private or all shared?
+    """
 
     __slots__ = ("_attributes", "_base", "_end", "_levels", "_mixed")
 
@@ -47,9 +53,9 @@ class LpageInfo:
     ) -> None:
         """Describe pages ``base`` to ``end``, all with the same attribute so far.
 
-        ``starts`` is the first page that each half shows of its file: a block whose guest pages and
-        file pages are not equally aligned cannot be mapped as one. ``attributes`` stays the slot's,
-        one byte a page.
+        ``starts`` has the first page that each half shows of its file. A block cannot be mapped as
+        one if its guest pages and its file pages are not equally aligned. ``attributes`` stays the
+        slot's, with one byte a page.
         """
         self._base = base
         self._end = end
@@ -57,7 +63,7 @@ class LpageInfo:
         shifts = 0
         for start in starts:
             shifts |= start - base
-        #: Levels at which they are, the largest first.
+        #: Levels at which guest pages and file pages are equally aligned, the largest first.
         self._levels: tuple[Level, ...] = (
             () if shifts & (1 << _PMD) - 1 else _PMD_ALONE if shifts & (1 << _PUD) - 1 else _BOTH
         )
@@ -74,7 +80,10 @@ class LpageInfo:
         return (gfn >> level.order) - (self._base >> level.order)
 
     def update(self, start: gfn_t, end: gfn_t) -> None:
-        """Take note that the attributes of a range were made equal: what lies between its first and its last block is not mixed."""
+        """Note that the attributes of a range were made equal.
+
+        So the blocks between its first block and its last block are not mixed.
+        """
         for level in LARGE:
             first, last = self._block(level, start), self._block(level, end - 1)
             mixed = self._mixed[level]
@@ -83,7 +92,7 @@ class LpageInfo:
                 mixed[block] = self._is_mixed(level, block)
 
     def _is_mixed(self, level: Level, block: int) -> bool:
-        """Look at a whole block, as far as it lies in the slot."""
+        """Say whether a block is mixed, as far as it lies in the slot."""
         start = (block + self._base // level.pages) * level.pages
         first, last = max(start, self._base), min(start + level.pages, self._end)
         step = 1
@@ -93,14 +102,17 @@ class LpageInfo:
             ]
             if any(children):
                 return True
-            # None of them is mixed: one page speaks for each.
+            # None of the smaller blocks is mixed, so one page of each is enough.
             step = Level.PMD.pages
         pages = self._attributes[first - self._base : last - self._base : step]
         pages.append(self._attributes[last - 1 - self._base])
         return 0 < pages.count(0) < len(pages)
 
     def max_level(self, gfn: int) -> Level:
-        """Return the largest level at which a page may be mapped (``kvm_mmu_max_mapping_level``, without the order)."""
+        """Return the largest level at which a page may be mapped.
+
+        This is ``kvm_mmu_max_mapping_level`` without the order of the page's folio.
+        """
         for level in self._levels:
             start = gfn & -level.pages
             if (

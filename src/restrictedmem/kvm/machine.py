@@ -1,4 +1,4 @@
-"""One VM in its engine process: what each message of its owner does."""
+"""One VM in its engine process, and what each message of its owner does."""
 
 import json
 import select
@@ -28,7 +28,7 @@ from restrictedmem.protocol import trace_events, vm_wire
 from restrictedmem.protocol.trace_events import Trace
 from restrictedmem.service.wire import MAX_BODY, Channel, Message
 
-#: What every engine has (KVM_CHECK_EXTENSION); the rest depends on posting and engine.
+#: Capabilities of every engine (KVM_CHECK_EXTENSION); the others depend on posting and engine.
 _CAPABILITIES: Final = {
     Cap.USER_MEMORY: 1,
     Cap.NR_MEMSLOTS: MAX_SLOTS,
@@ -40,7 +40,7 @@ _CAPABILITIES: Final = {
 
 @final
 class Machine:
-    """A VM's socket, and what hangs on it."""
+    """A VM's socket, and everything that its messages act on."""
 
     def __init__(
         self,
@@ -67,12 +67,12 @@ class Machine:
         self._launch = Launch(creation.policy, self._conversions.launched, reporter.launched)
         self._sockets: list[VcpuSocket] = []
         self._watched = select.epoll()
-        #: Those of them whose owner has not let go, by descriptor.
+        #: The vCPUs' sockets that their owner has not closed, by descriptor.
         self._open: dict[int, VcpuSocket] = {}
         self._destroyed = False
 
     def serve(self) -> None:
-        """Serve the VM's socket until it and every vCPU's socket are closed by the owner."""
+        """Serve the VM's socket, until the owner has closed it and every vCPU's socket."""
         dispatch = self._trace.requests(self._dispatch)
         vm_fd = self._owner.fileno()
         self._watched.register(vm_fd, select.EPOLLIN)
@@ -80,15 +80,15 @@ class Machine:
         while vm_open or self._open:
             for fd, events in self._watched.poll(self._memory.report_due_in()):
                 if fd in self._open:
-                    # The owner hung up, or it spoke while its last call was being answered.
+                    # The owner hung up, or sent something while its last call was being answered.
                     self._watched.unregister(fd)
                     self._open.pop(fd).let_go()
                 elif fd == vm_fd and (
                     events & select.EPOLLHUP
                     or not serve_one(self._owner, self._intake.receive, dispatch)
                 ):
-                    # What an owner that has gone had asked for, hundreds of requests perhaps, is
-                    # nobody's wish.
+                    # The owner has gone, and nobody waits any more for what it had asked for,
+                    # hundreds of requests perhaps.
                     self._watched.unregister(vm_fd)
                     vm_open = False
                     hang_up(self._owner)
@@ -143,7 +143,7 @@ class Machine:
                 self._dispatch_own(message)
 
     def _dispatch_own(self, message: Message) -> None:
-        """Do what KVM has no ioctl of a VM for."""
+        """Answer the requests for which KVM has no ioctl of a VM."""
         match message.number:
             case vm_wire.LAUNCH_UPDATE.number:
                 self._launch_update(message.body)
@@ -180,13 +180,17 @@ class Machine:
                 raise OSError(EPROTO, f"no such call: {message.number:#x}")
 
     def _destroy(self) -> None:
-        """Do what the end of this process does without a word, with the service still there to tell of what goes."""
+        """Free what the end of this process would free without telling anybody.
+
+        The service is still there, and is told what goes.
+        """
         self._destroyed = True
         for vcpu in self._sockets:
             vcpu.retire()
         with self._vcpus.held():
             self._memory.clear()
-            # Before there is nothing to count, for an end that is told late.
+            # The trace ends first: an invalidation's end may come late, and the trace would then
+            # count pages of slots that are gone.
             self._trace.end()
             self._engine.destroy()
 
@@ -252,10 +256,9 @@ class Machine:
         (gpa,) = vm_wire.LAUNCH.unpack_from(body)
         content = body[vm_wire.LAUNCH.size :]
         with self._launch.opened() as measurement:
-            # What needs memory comes first: what is put in is measured, and what is measured was
-            # put in.
+            # What needs memory comes first: content is measured if and only if it was put in.
             extended = measurement.extended(gpa, content)
-            # With a vCPU of the kernel engine the content is copied: nobody else may set its
+            # On the kernel engine a vCPU copies the content. Nobody else may set that vCPU's
             # registers meanwhile.
             with self._vcpus.held(), whole(), self._conversions.putting_in(gpa):
                 self._memory.launch_update(gpa, content)
@@ -271,7 +274,7 @@ class Machine:
         with self._launch.opened() as measurement, ExitStack() as undo:
             channel, theirs = Channel.pair("owner")
             undo.callback(channel.close)
-            # The owner has no use for descriptors of a vCPU's.
+            # The owner has no use for descriptors from a vCPU's socket.
             refuse_fds(theirs)
             with theirs:
                 made = VcpuSocket(
@@ -284,7 +287,7 @@ class Machine:
                     self._reporter,
                     self._trace,
                 )
-                # From here on its thread closes the socket.
+                # From here on the thread of the VcpuSocket closes the channel.
                 undo.pop_all()
                 undo.callback(made.abandon)
                 vcpu = EngineVcpu(self._engine.create_vcpu(number))
@@ -299,7 +302,7 @@ class Machine:
             made.begin(vcpu)
 
     def statistics(self) -> dict[str, object]:
-        """Return what ``run`` shows at the end."""
+        """Return the statistics that ``run`` shows at the end."""
         exit_counts: Counter[str] = Counter()
         for vcpu in self._sockets:
             exit_counts.update(vcpu.exits)
@@ -313,7 +316,7 @@ class Machine:
 
 
 def _events_of(slot: Memslot) -> Iterator[tuple[str, trace_events.Fields]]:
-    """Return the events that would make a slot as it is, for a trace that begins later."""
+    """Yield the events that would make a slot as it is, for a trace that begins later."""
     flags = kvm.KVM_MEM_PRIVATE if slot.private is not None else 0
     yield (
         "slot",

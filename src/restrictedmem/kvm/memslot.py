@@ -1,4 +1,4 @@
-"""Memory slots: a range of guest pages, its two halves, and which pages the guest has mapped."""
+"""Memslots: a range of guest pages, its two halves, and the pages that are mapped."""
 
 import os
 from collections.abc import Callable
@@ -10,28 +10,28 @@ from restrictedmem.kvm.half import Half, SharedHalf, alignment_for
 from restrictedmem.kvm.lpage import LARGE, Level, LpageInfo
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t, pgoff_t
 
-# What an entry of the secondary page table says; 0 is no translation. The rights are numbered as
-# Unicorn's UC_PROT_*.
+# Bits of an entry of the secondary page table; an entry of 0 is no translation. The rights have the
+# numbers of Unicorn's UC_PROT_*.
 READ: Final = 1
 WRITE: Final = 2
 EXEC: Final = 4
 ALL: Final = READ | WRITE | EXEC
 #: The entry leads to the private half.
 PRIVATE: Final = 8
-#: Some vCPU may have translated code of the page; what lacks WRITE for it can be written all the
-#: same, with notice (``Mmu.protect_code``).
+#: A vCPU may have translated code of the page. A page that lacks WRITE for this can be written all
+#: the same, with notice (``Mmu.protect_code``).
 CODE: Final = 16
-#: Bits of an entry below its level, which is ``Level`` less 1; all entries of a 2 MiB or 1 GiB
+#: Bits of an entry below its level, which is ``Level`` less 1. All entries of a 2 MiB or 1 GiB
 #: mapping are equal, and none has CODE.
 LEVEL_SHIFT: Final = 5
 
-# At hand: to look up a member of an enumeration takes as long as to count the entries of a fault.
+# In variables: to look up a member of an enumeration takes as long as to count a fault's entries.
 _PAGE: Final = int(Level.PAGE)
 _LEVELS: Final = int(Level.PUD) + 1
 
 
 class PrivateHalf(Protocol):
-    """The half in a restricted file, whatever an engine keeps it in."""
+    """The half of a slot that is in a restricted file, however an engine keeps it."""
 
     #: The binding with the service, the file's inode number, and the part of the file that the slot
     #: shows.
@@ -41,22 +41,28 @@ class PrivateHalf(Protocol):
 
     @property
     def locked(self) -> int:
-        """Bytes locked."""
+        """How many bytes are locked."""
         ...
 
     @property
     def unlocked_because(self) -> str:
-        """Why nothing is locked, when nothing is."""
+        """Why nothing is locked, if nothing is."""
         ...
 
     def close(self) -> None:
-        """Unbind and let go of the half; nobody may use it any more."""
+        """Unbind the half and free it.
+
+        Preconditions: nobody uses it any more.
+        """
         ...
 
 
 @final
 class MemfdHalf:
-    """A private half in the file's own memfd, mapped whole (``PrivateHalf``), and what the fault path needs of it."""
+    """A private half in the file's own memfd, mapped whole (``PrivateHalf``).
+
+    It also has what the fault path needs of the file.
+    """
 
     __slots__ = (
         "_unbind",
@@ -76,7 +82,9 @@ class MemfdHalf:
     def __init__(
         self, file: MemfdFile, binding: int, window: PageRange, unbind: Callable[[], None]
     ) -> None:
-        """Use ``file``, which no other half does if it is pinned; ``window`` is the part of it that the slot shows.
+        """Use ``file``; ``window`` is the part of it that the slot shows.
+
+        If the file is pinned, no other half uses it.
 
         Raises:
             OSError: ENOMEM.
@@ -85,7 +93,7 @@ class MemfdHalf:
         self.ino = file.ino
         #: Pages of the file that the machine has lost, under the MMU's lock.
         self.failed: set[int] = set()
-        #: Invalidations that were told of and have not ended, under the MMU's lock.
+        #: How many invalidations have been told of and have not ended, under the MMU's lock.
         self.told = 0
         self.window = window
         self._unbind = unbind
@@ -108,21 +116,24 @@ class MemfdHalf:
         return any(span.start <= pgoff < span.end for pgoff in tuple(self.failed))
 
     def read(self, start: int, size: int) -> bytes:
-        """Return content from a byte offset of the half on, taking no page: one that is missing reads as zero."""
+        """Return content from a byte offset of the half on.
+
+        This takes no page: a missing page reads as zero.
+        """
         return os.pread(self.file.memfd.fileno(), size, (self.window.start << PAGE_SHIFT) + start)
 
     @property
     def locked(self) -> int:
-        """Bytes locked."""
+        """How many bytes are locked."""
         return self.half.locked
 
     @property
     def unlocked_because(self) -> str:
-        """Why nothing is locked."""
+        """Why nothing is locked, if nothing is."""
         return self.half.unlocked_because
 
     def close(self) -> None:
-        """Unbind, unmap and close (``PrivateHalf``)."""
+        """Unbind, unmap and close the half (``PrivateHalf``)."""
         self._unbind()
         self.half.close()
         if self.file.pinned:
@@ -132,10 +143,11 @@ class MemfdHalf:
 
 @final
 class Memslot:
-    """Guest pages ``base_gfn`` to ``end_gfn``; each shows its page of one half at a time, as its attribute says.
+    """Guest pages ``base_gfn`` to ``end_gfn``. Each shows its page of one half at a time.
 
-    ``attributes`` says which pages are private; ``entries`` is the secondary page table of an
-    engine whose MMU is ours. One byte a page each, written only under the MMU's lock.
+    ``attributes`` says which pages are private, and so which half they show. ``entries`` is the
+    secondary page table, if the engine's MMU is ours. Both have one byte a page. Such an engine
+    writes them only under the MMU's lock.
     """
 
     __slots__ = (
@@ -161,7 +173,7 @@ class Memslot:
         shared: SharedHalf | None,
         rights: int = ALL,
     ) -> None:
-        """Make a slot of one or two halves, each of ``npages`` pages, with every page shared."""
+        """Make a slot of one or two halves of ``npages`` pages, with every page shared."""
         self.number = number
         self.base_gfn = base_gfn
         self.end_gfn = gfn_t(base_gfn + npages)
@@ -170,7 +182,7 @@ class Memslot:
         self.rights = rights
         self.entries = sync.shared_bytes(npages)
         self.attributes = sync.shared_bytes(npages)
-        #: By level, how many translations ``entries`` holds (KVM's statistics pages_4k, pages_2m
+        #: How many translations ``entries`` holds, by level (KVM's statistics pages_4k, pages_2m
         #: and pages_1g).
         self.mapped = [0] * _LEVELS
         starts: tuple[int, ...] = () if private is None else (int(private.window.start),)
@@ -179,20 +191,23 @@ class Memslot:
 
     @property
     def memfd_half(self) -> MemfdHalf:
-        """The private half, of an engine that keeps it in the file's memfd."""
+        """The private half, if the engine keeps it in the file's memfd."""
         assert isinstance(self.private, MemfdHalf)
         return self.private
 
     def clip(self, start: gfn_t, end: gfn_t) -> tuple[gfn_t, gfn_t]:
-        """Return the part of a range of guest pages that lies in this slot, empty (start == end) when there is none."""
+        """Return the part of a range of guest pages that lies in this slot.
+
+        It is empty (start == end) when there is none.
+        """
         first = max(start, self.base_gfn)
         return first, max(first, min(end, self.end_gfn))
 
     def gfns_of(self, span: PageRange) -> tuple[gfn_t, gfn_t]:
         """Return the guest pages that show a range of the private half's file.
 
-        The posted arithmetic underflowed for a hole that ends below the slot's window; clipping to
-        the window first cannot.
+        The arithmetic of the postings underflowed for a hole that ends below the slot's window.
+        This method clips to the window first, and so cannot.
         """
         assert self.private is not None
         inside = self.private.window.clip(span)
@@ -200,7 +215,10 @@ class Memslot:
         return gfn_t(inside.start + shift), gfn_t(inside.end + shift)
 
     def span_of(self, first: int, last: int) -> PageRange:
-        """Return the range of the private half's file that a range of the slot's pages shows, by their numbers in the slot."""
+        """Return the range of the private half's file that pages of the slot show.
+
+        ``first`` and ``last`` are numbers of pages in the slot.
+        """
         assert self.private is not None
         start = self.private.window.start
         return PageRange(pgoff_t(start + first), pgoff_t(start + last))
@@ -210,22 +228,28 @@ class Memslot:
         assert self.private is not None
         return pgoff_t(gfn - self.base_gfn + self.private.window.start)
 
-    # Translations, by the numbers of the pages in the slot; all under the MMU's lock but ``leaf``.
+    # Translations, by the numbers of the pages in the slot. Changes need the MMU's lock.
 
     def _private_entry(self, level: Level) -> int:
         return self.rights | PRIVATE | level - 1 << LEVEL_SHIFT
 
     def block(self, index: int, level: Level) -> tuple[int, int]:
-        """Return the first page of the aligned block that a page lies in, and the page after its last; it may not lie in the slot."""
+        """Return the first page of the aligned block around a page, and its end.
+
+        Either may lie outside the slot.
+        """
         first = (self.base_gfn + index & -level.pages) - self.base_gfn
         return first, first + level.pages
 
     def leaf(self, index: int) -> tuple[int, int]:
-        """Return the pages that are translated as one with a page: the page alone unless its translation is a large one."""
+        """Return the pages that are translated as one with a page.
+
+        That is the page alone, unless its translation is a large one.
+        """
         return self.block(index, Level((self.entries[index] >> LEVEL_SHIFT) + 1))
 
     def has_code(self, first: int, last: int) -> bool:
-        """Say whether any private page of a range is protected for the code on it."""
+        """Say whether any private page of a range is write-protected for the code on it."""
         return self.entries.find(self.rights & ~WRITE | PRIVATE | CODE, first, last) >= 0
 
     def install(self, first: int, last: int, entry: int) -> None:
@@ -240,14 +264,17 @@ class Memslot:
         self.mapped[_PAGE] += missing
 
     def install_large(self, first: int, level: Level) -> None:
-        """Translate a private block as one, in place of what smaller ones it has."""
+        """Translate a private block as one, in place of the smaller translations in it."""
         last = first + level.pages
         self.remove(first, last)
         self.entries[first:last] = bytes((self._private_entry(level),)) * level.pages
         self.mapped[level] += 1
 
     def split(self, index: int) -> int:
-        """Make the translation of a page one of that page alone (demote); returns how many large ones that took."""
+        """Make the translation of a page one of that page alone (demote).
+
+        Return how many large translations this split.
+        """
         splits = 0
         while (level := Level((self.entries[index] >> LEVEL_SHIFT) + 1)) in LARGE:
             first, last = self.block(index, level)
@@ -259,7 +286,10 @@ class Memslot:
         return splits
 
     def remove(self, first: int, last: int) -> int:
-        """Remove the translations of a range that cuts no large one; returns of how many pages."""
+        """Remove the translations of a range, and return of how many pages.
+
+        Preconditions: the range cuts no large translation.
+        """
         nothing = bytes(last - first)
         removed = small = last - first - self.entries.count(0, first, last)
         for level in LARGE:
@@ -272,7 +302,10 @@ class Memslot:
         return removed
 
     def close(self) -> None:
-        """Unmap both halves; no vCPU may know the slot any more."""
+        """Unmap both halves.
+
+        Preconditions: no vCPU knows the slot any more.
+        """
         if self.private is not None:
             self.private.close()
         if self.shared is not None:

@@ -1,4 +1,7 @@
-"""The slots of one VM, found by number and by guest page in logarithmic time (``struct kvm_memslots``)."""
+"""The slots of one VM, found by number and by guest page in logarithmic time.
+
+They are the counterpart of ``struct kvm_memslots``.
+"""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
@@ -13,7 +16,11 @@ _END: Final = attrgetter("end_gfn")
 
 @final
 class Memslots:
-    """Slots that do not overlap. One thread changes them; any may walk them, and look up while none is changed."""
+    """Slots that do not overlap.
+
+    One thread changes them. Any thread may iterate over them at any time, and may look slots up
+    while none is changed.
+    """
 
     __slots__ = ("_by_gfn", "_by_number")
 
@@ -25,7 +32,7 @@ class Memslots:
             self.add(slot)
 
     def add(self, slot: Memslot) -> None:
-        """Add a slot, whose number and guest pages no other has."""
+        """Add a slot. No other slot has its number or any of its guest pages."""
         self._by_gfn.insert(bisect_left(self._by_gfn, slot.base_gfn, key=_BASE), slot)
         self._by_number[slot.number] = slot
 
@@ -39,7 +46,7 @@ class Memslots:
         del self._by_gfn[bisect_left(self._by_gfn, slot.base_gfn, key=_BASE)]
 
     def get(self, number: int) -> Memslot | None:
-        """Return the slot of a number."""
+        """Return the slot with a number."""
         return self._by_number.get(number)
 
     def at(self, gfn: int) -> Memslot | None:
@@ -50,12 +57,15 @@ class Memslots:
         return None
 
     def overlapping(self, start: int, end: int) -> list[Memslot]:
-        """Return the slots with any of the guest pages ``start`` to ``end``, in the order of their addresses."""
+        """Return the slots with any of the guest pages ``start`` to ``end``.
+
+        They are in the order of their addresses.
+        """
         first = bisect_right(self._by_gfn, start, key=_END)
         return self._by_gfn[first : max(first, bisect_left(self._by_gfn, end, key=_BASE))]
 
     def __iter__(self) -> Iterator[Memslot]:
-        """Walk the slots that there are now, in the order they were added."""
+        """Iterate over the slots that there are now, in the order they were added."""
         return iter(self._by_number.copy().values())
 
     def __len__(self) -> int:

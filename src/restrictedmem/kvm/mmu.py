@@ -1,9 +1,11 @@
-"""The fault path: from a guest page without a translation to one with, or to the reason why not (v10 8/9, kvm_faultin_pfn).
+"""The fault path, which translates a guest page or says why it cannot.
 
-Whoever runs guest code asks ``fault`` for a missing page. Whoever takes pages away zaps them before
-(``invalidate_start``, ``set_attributes``, ``lose``), and makes every vCPU drop what it cached. In
-between stands the retry protocol: what was looked up while a range was being invalidated is thrown
-away.
+It follows v10 8/9 (kvm_faultin_pfn).
+
+A vCPU that misses a page calls ``fault``. A thread that takes pages away first zaps them
+(``invalidate_start``, ``set_attributes``, ``lose``). Then it makes every vCPU drop what it cached.
+The retry protocol orders the two: a fault throws away what it looked up while the range was being
+invalidated.
 """
 
 from collections.abc import Callable
@@ -28,7 +30,7 @@ from restrictedmem.units import PAGE_SHIFT, PageRange, gfn_t
 
 
 class Fault(Enum):
-    """How a fault ended, when it did not end in an errno."""
+    """The result of a fault that did not end in an errno."""
 
     MAPPED = 1
     """The translation is installed."""
@@ -41,7 +43,7 @@ class Fault(Enum):
 @final
 @dataclass(slots=True)
 class Counters:
-    """What the MMU did, since the VM was made; pages unless said otherwise."""
+    """Counts since the VM was made; ``zapped`` and ``freed`` count pages, others events."""
 
     faults_private: int = 0
     faults_shared: int = 0
@@ -50,12 +52,15 @@ class Counters:
     zapped: int = 0
     freed: int = 0
     splits: int = 0
-    """Large translations of which a part had to go or to lose a right; translations."""
+    """Large translations that were split, because a part had to go or to lose a right."""
 
 
 @final
 class Mmu:
-    """The slots of one VM and their secondary page tables. ``_lock`` is mmu_lock: held for each change of an entry, never across a wait."""
+    """The slots of one VM and their secondary page tables.
+
+    ``_lock`` is mmu_lock. It is held for each change of an entry, and never across a wait.
+    """
 
     def __init__(
         self, attributes: Attributes, trace: Trace | None = None, platform: Platform | None = None
@@ -65,12 +70,12 @@ class Mmu:
         self._trace = trace or Trace()
         self._platform = platform or NoPlatform()
         self.slots = Memslots()
-        #: Those with a private half, by its binding.
+        #: The slots with a private half, by the half's binding.
         self._bound: dict[int, Memslot] = {}
-        #: The sequences of their files, each with how many slots have it.
+        #: The sequences of these halves' files, each with the number of slots that have it.
         self._sequences: dict[InvalidationSequence, int] = {}
-        #: Halves with an invalidation that was told of and has not ended, under the lock; slots of
-        #: some may be gone, or yet to come.
+        #: Halves with an invalidation that was told of and has not ended, under the lock. The slot
+        #: of such a half may be gone, or not yet there.
         self._told_halves: set[MemfdHalf] = set()
         self.counters = Counters()
         self._lock = sync.mutex()
@@ -81,11 +86,17 @@ class Mmu:
         return self.slots.at(gfn)
 
     def slot_of_binding(self, binding: int) -> Memslot | None:
-        """Return the slot that a binding belongs to; None while the slot is being made or after it was deleted: it has no entries then."""
+        """Return the slot of a binding.
+
+        Return None while the slot is being made, or after it was deleted: it has no entries then.
+        """
         return self._bound.get(binding)
 
     def add_slot(self, slot: Memslot) -> None:
-        """Know a slot from now on. No vCPU is in the guest."""
+        """Add a slot.
+
+        Preconditions: no vCPU is in the guest.
+        """
         self.slots.add(slot)
         if slot.private is not None:
             half = slot.memfd_half
@@ -93,7 +104,10 @@ class Mmu:
             self._sequences[half.sequence] = self._sequences.get(half.sequence, 0) + 1
 
     def remove_slot(self, slot: Memslot) -> None:
-        """Forget a slot. No vCPU is in the guest."""
+        """Forget a slot.
+
+        Preconditions: no vCPU is in the guest.
+        """
         self.slots.remove(slot)
         if slot.private is not None:
             half = slot.memfd_half
@@ -101,14 +115,14 @@ class Mmu:
             self._sequences[half.sequence] -= 1
             if not self._sequences[half.sequence]:
                 del self._sequences[half.sequence]
-        # Who waits for the end of an invalidation of this slot will not hear of it.
+        # A thread that waits for the end of an invalidation of this slot will not hear of it.
         self.wake()
 
     def fault(self, slot: Memslot, gfn: int) -> Fault:
         """Install the translation of a page of a slot.
 
         Raises:
-            OSError: what get_page failed with.
+            OSError: the errno of get_page.
         """
         index = gfn - slot.base_gfn
         return self._traced_fault(slot, index) if self._trace.on else self._fault(slot, index)
@@ -123,7 +137,7 @@ class Mmu:
             if not fault.get_large():
                 fault.get_around()
         except BlockingIOError:
-            # EAGAIN of get_page. KVM looks so early, too, since 6.8
+            # get_page returned EAGAIN. KVM looks so early, too, since 6.8
             # (mmu_invalidate_retry_gfn_unsafe).
             self.counters.retries += 1
             return Fault.RETRY
@@ -167,7 +181,7 @@ class Mmu:
         """Install what get_page returned for a fault, unless it is out of date.
 
         Raises:
-            OSError: EHWPOISON when the machine has lost the page, and the fault maps no other.
+            OSError: EHWPOISON when the machine has lost the page, and the fault maps no other page.
         """
         slot, private, first, last = fault.slot, fault.private, fault.first, fault.last
         large = fault.level is not Level.PAGE
@@ -194,7 +208,7 @@ class Mmu:
         return Fault.MAPPED
 
     def _map_shared(self, slot: Memslot, first: int, last: int) -> Fault:
-        """Install pages of the shared half, unless one was converted meanwhile."""
+        """Install pages of the shared half, unless a page was converted meanwhile."""
         with self._lock:
             if slot.attributes.count(1, first, last):
                 self.counters.retries += 1
@@ -204,13 +218,14 @@ class Mmu:
         return Fault.MAPPED
 
     def prefault(self, start: gfn_t, end: gfn_t) -> int:
-        """Map pages from ``start`` on as a read would (``kvm_arch_vcpu_pre_fault_memory``), up to the end of the 2 MiB they lie in.
+        """Map pages from ``start`` on as a read would (``kvm_arch_vcpu_pre_fault_memory``).
 
-        Returns how many, 0 when an invalidation came between.
+        Map them up to the end of the 2 MiB in which they lie. Return how many, or 0 when an
+        invalidation came between.
 
         Raises:
-            OSError: ENOENT where no slot is; EFAULT where the slot lacks the half; EHWPOISON;
-                ENOSPC, ENOMEM.
+            OSError: ENOENT where there is no slot, but EFAULT if that page is private in v10;
+                EFAULT where the slot lacks the half; EHWPOISON; ENOSPC, ENOMEM.
         """
         slot = self.slot_of(start)
         if slot is None:
@@ -220,7 +235,7 @@ class Mmu:
             )
         first = start - slot.base_gfn
         private = slot.attributes[first]
-        # Beyond what can be one block, 16 pages that are alike, or one.
+        # Where no block can be one translation, take 16 pages; where pages are not alike, take one.
         block = Level.PMD.pages if slot.lpage.max_level(start) > Level.PAGE else FAULT_AROUND
         last = min(end, slot.end_gfn, gfn_t((start | block - 1) + 1)) - slot.base_gfn
         if slot.attributes.count(private, first, last) < last - first:
@@ -235,7 +250,7 @@ class Mmu:
         return min(done, end - slot.base_gfn) - first
 
     def _prefault_private(self, slot: Memslot, first: int, last: int) -> int:
-        """Map pages from ``first`` on; returns the one after the last that is mapped."""
+        """Map pages from ``first`` on; return the page after the last one mapped."""
         fault = PageFault(slot, first)
         try:
             if not fault.get_large():
@@ -247,34 +262,35 @@ class Mmu:
     def _prefault_shared(self, slot: Memslot, first: int, last: int) -> Fault:
         assert slot.shared is not None
         with suppress(OSError):
-            # A guest's first access does the same; the call came with Linux 5.14.
+            # A guest's first access does the same. The call came with Linux 5.14.
             slot.shared.mapping.madvise(
                 memory.MADV_POPULATE_READ, first << PAGE_SHIFT, (last - first) << PAGE_SHIFT
             )
         return self._map_shared(slot, first, last)
 
     def protect_code(self, slot: Memslot, gfn: int) -> tuple[int, bool]:
-        """Make a page that a vCPU fetches from lose WRITE for all; returns the entry, 0 when it was zapped, and whether it is new to it.
+        """Write-protect a page for all vCPUs, because one of them fetches from it.
 
-        The caller makes every other vCPU drop its translation before that runs again.
+        Return the entry, or 0 when it was zapped; and whether the protection is new to the entry.
+        The caller makes every other vCPU drop its translation before that vCPU runs again.
         """
         index = gfn - slot.base_gfn
         with self._lock:
             entry = slot.entries[index]
             if not entry or entry & CODE:
                 return entry, False
-            # What is protected is the page alone: the rest of a large translation keeps its rights
+            # Only the page itself is protected. The rest of a large translation keeps its rights
             # (KVM splits for write tracking, too).
             self.counters.splits += slot.split(index)
             slot.entries[index] = entry = slot.entries[index] & ~WRITE | CODE
             return entry, True
 
     def wait_settled(self, unless: Callable[[], bool]) -> None:
-        """Wait until no invalidation is in progress over any slot, which is when a fault that had to retry may work.
+        """Wait until no invalidation is in progress over any slot, so that a retry may work.
 
-        Ends early when ``unless`` becomes true, followed by ``wake``; and soon where nobody will
-        tell of the end, for a design may leave a punch untold, or tell of its end before it is
-        over.
+        The wait ends early when ``unless`` becomes true and ``wake`` is then called. It ends soon
+        if nobody will tell of the end: a design may leave a punch untold, or tell of its end
+        before it is over.
         """
         if not any(sequence.busy() for sequence in self._sequences.copy()):
             return
@@ -288,18 +304,21 @@ class Mmu:
         return any(half.binding in self._bound for half in self._told_halves)
 
     def begin(self, half: MemfdHalf) -> None:
-        """Take note that an invalidation of a half's file was told of."""
+        """Note that an invalidation of a half's file was told of."""
         with self._lock:
             half.told += 1
             self._told_halves.add(half)
 
     def wake(self) -> None:
-        """Make ``wait_settled`` look again."""
+        """Make ``wait_settled`` check again."""
         with self._settled:
             self._settled.notify_all()
 
     def lose(self, half: MemfdHalf, span: PageRange) -> tuple[gfn_t, gfn_t]:
-        """Refuse pages of a half until they are punched (``kvm_gmem_error_folio``); returns the guest pages that showed them, zapped."""
+        """Refuse pages of a half until they are punched (``kvm_gmem_error_folio``).
+
+        Return the guest pages that showed them, which are zapped.
+        """
         lost = half.window.clip(span)
         with self._lock:
             half.failed.update(range(lost.start, lost.end))
@@ -307,9 +326,12 @@ class Mmu:
             return (gfn_t(0), gfn_t(0)) if slot is None else self._zap(slot, *slot.gfns_of(span))
 
     def _zap(self, slot: Memslot, start: gfn_t, end: gfn_t) -> tuple[gfn_t, gfn_t]:
-        """Remove the translations of guest pages of a slot, large ones whole; returns which pages that were, at least those asked for.
+        """Remove the translations of guest pages of a slot, and large ones whole.
 
-        Every vCPU has to drop them before anybody relies on it. Preconditions: _lock held.
+        Return the pages whose translations were removed: at least those given. Every vCPU has to
+        drop them before anybody relies on it.
+
+        Preconditions: _lock held.
         """
         if start == end:
             return start, end
@@ -322,7 +344,10 @@ class Mmu:
         return gfn_t(slot.base_gfn + first), gfn_t(slot.base_gfn + last)
 
     def invalidate_start(self, half: MemfdHalf, span: PageRange) -> tuple[gfn_t, gfn_t]:
-        """Zap what shows a range of a half's file and forget its pages; returns the guest pages zapped, none while the half has no slot."""
+        """Zap what shows a range of a half's file, and forget the pages of the range.
+
+        Return the guest pages zapped, none while the half has no slot.
+        """
         with self._lock:
             slot = self._bound.get(half.binding)
             zapped = (gfn_t(0), gfn_t(0)) if slot is None else self._zap(slot, *slot.gfns_of(span))
@@ -332,7 +357,7 @@ class Mmu:
         return zapped
 
     def invalidate_end(self, half: MemfdHalf, span: PageRange) -> None:
-        """Take note that an invalidation of a half's file has ended, and let those who wait for it go on."""
+        """Note the end of an invalidation of a half's file, and wake those who wait for it."""
         half.pages.invalidate_end(span)
         with self._settled:
             half.told -= 1
@@ -343,7 +368,10 @@ class Mmu:
     def set_attributes(
         self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool
     ) -> tuple[gfn_t, gfn_t]:
-        """Say which half a range of guest pages of a slot shows, and zap it; returns the pages that every vCPU has to drop."""
+        """Set which half a range of guest pages of a slot shows, and zap the range.
+
+        Return the pages that every vCPU has to drop.
+        """
         attributes = bytes([private]) * (end - start)
         with self._lock:
             # Attributes come last: where they say private, no entry leads to the shared half.

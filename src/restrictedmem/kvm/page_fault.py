@@ -1,4 +1,7 @@
-"""One fault of a private page: what is looked up for it before mmu_lock is taken (``struct kvm_page_fault``)."""
+"""One fault of a private page: what it looks up before mmu_lock is taken.
+
+It is the counterpart of ``struct kvm_page_fault``.
+"""
 
 from typing import Final, final
 
@@ -6,17 +9,17 @@ from restrictedmem.kvm.lpage import Level
 from restrictedmem.kvm.memslot import MemfdHalf, Memslot
 from restrictedmem.units import PageRange
 
-#: Pages mapped at one fault, an aligned block: 64 KiB, what the kernel maps around a file fault
-#: (fault_around_bytes).
+#: Pages mapped at one fault, in an aligned block: 64 KiB, as much as the kernel maps around a file
+#: fault (fault_around_bytes).
 FAULT_AROUND: Final = 16
 
 
 @final
 class PageFault:
-    """The pages that a fault is to map: of the slot from ``first`` to ``last``, of the file ``span``.
+    """The pages for a fault to map: ``first`` to ``last`` of the slot, ``span`` of the file.
 
-    ``get_large``, ``get_around`` and ``get`` take the pages (kvm_mmu_faultin_pfn). They note a
-    ``snapshot`` of the file's sequence before (mmu_seq), and ``Mmu`` checks it under mmu_lock.
+    ``get_large``, ``get_around`` and ``get`` take the pages (kvm_mmu_faultin_pfn). Before that they
+    note a ``snapshot`` of the file's sequence (mmu_seq), which ``Mmu`` checks under mmu_lock.
     """
 
     __slots__ = ("first", "index", "level", "private", "slot", "snapshot", "span")
@@ -34,7 +37,7 @@ class PageFault:
 
     @property
     def last(self) -> int:
-        """The slot's page after the last that is to be mapped."""
+        """The slot's page after the last page that has to be mapped."""
         return self.first + len(self.span)
 
     def _cover(self, first: int, last: int) -> None:
@@ -42,10 +45,11 @@ class PageFault:
         self.span = self.slot.span_of(first, last)
 
     def get_large(self) -> bool:
-        """Take the largest block around the page that may be one translation; say whether there is one beyond a page.
+        """Take the largest block around the page that may be one translation.
 
-        Alignment, attributes and the order of its folio allow a block. The order is true as long as
-        nothing of the block is invalidated, and the snapshot tells that.
+        Return whether there is a block larger than a page. Alignment, attributes and the order of
+        the page's folio allow a block. The order is true as long as nothing of the block is
+        invalidated, and the snapshot tells that.
         """
         if not self.private.may_have_folios:
             return False
@@ -56,15 +60,15 @@ class PageFault:
         try:
             return self._get_block(highest)
         except OSError:
-            # The page alone may be had, or fails with an errno of its own.
+            # The page alone may be available, or fail with an errno of its own.
             return False
 
     def _get_block(self, highest: Level) -> bool:
         slot, pages = self.slot, self.private.pages
         expected = min(highest, Level.of_order(self.private.order))
         block = slot.span_of(*slot.block(self.index, expected))
-        # As in shmem, pages that came one by one, or remain of a folio that was split, do not
-        # become a folio at a fault.
+        # As in shmem, a fault makes no folio of pages that came one by one, or that remain of a
+        # folio that was split.
         if not pages.count(block):
             pages.get_pages(block)
         order = pages.get_page(slot.span_of(self.index, self.index + 1).start)
@@ -80,17 +84,20 @@ class PageFault:
         return False
 
     def _may_be_one(self, first: int, last: int) -> bool:
-        """Say whether a block is private as a whole (``lpage`` may be behind), and none of it lost or protected for its code."""
+        """Say whether a block is all private, with no page lost or protected for its code.
+
+        ``lpage`` may be out of date.
+        """
         slot, private = self.slot, self.private
         if private.failed and private.lost(slot.span_of(first, last)):
             return False
         return not slot.attributes.count(0, first, last) and not slot.has_code(first, last)
 
     def get_around(self) -> None:
-        """Take the page and those around it that are alike; where they cannot be had, the page alone.
+        """Take the page and those around it that are alike; if that fails, the page alone.
 
         Raises:
-            OSError: what get_page failed with; BlockingIOError while the page is being invalidated.
+            OSError: the errno of get_page; BlockingIOError while the page is being invalidated.
         """
         self.snapshot = self.private.sequence.snapshot()
         self._cover(*around(self.slot, self.index))
@@ -100,12 +107,12 @@ class PageFault:
         except OSError:
             if len(self.span) == 1:
                 raise
-            # Where a block cannot be had, the page alone may be.
+            # If the block is not available, the page alone may be.
             self._cover(self.index, self.index + 1)
             self.private.pages.get_pages(self.span)
 
     def get(self, first: int, last: int) -> None:
-        """Take the pages from ``first`` to ``last``, or ``first`` alone when one of them is lost.
+        """Take the pages ``first`` to ``last``, or ``first`` alone when one of them is lost.
 
         Raises:
             OSError: as ``get_around``.
@@ -121,7 +128,10 @@ class PageFault:
 
 
 def around(slot: Memslot, index: int) -> tuple[int, int]:
-    """Return the block of pages to map with one: aligned, in the slot, all with its attribute and none mapped yet; or the page alone."""
+    """Return the block of pages to map with a page, or the page alone.
+
+    The block is aligned and in the slot. Its pages have the page's attribute, and none is mapped.
+    """
     gfn = index + slot.base_gfn
     first = max(gfn & -FAULT_AROUND, slot.base_gfn) - slot.base_gfn
     last = min(gfn | FAULT_AROUND - 1, slot.end_gfn - 1) + 1 - slot.base_gfn

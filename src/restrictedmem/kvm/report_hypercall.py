@@ -1,4 +1,4 @@
-"""Reports in the engine process: the hypercall that asks for one is answered here, and its owner hears nothing of it."""
+"""Reports: the engine process answers the hypercall for one, and the owner hears nothing."""
 
 from errno import EIO
 from typing import final
@@ -10,7 +10,7 @@ from restrictedmem.service.wire import Channel
 
 @final
 class Reporter:
-    """What the service is told of a VM, and asked to sign for it."""
+    """The calls to the service that tell of a VM's launch and ask for signed reports."""
 
     def __init__(self, service: Channel, page: memoryview, policy: int, engine: str) -> None:
         """``page`` is the report page, which the VM's guest reads and writes."""
@@ -20,7 +20,7 @@ class Reporter:
         self._engine = engine
 
     def launched(self, measurement: bytes) -> None:
-        """Tell the service what was launched, before the guest runs.
+        """Tell the service the measurement of the launch, before the guest runs.
 
         Raises:
             OSError: ENOTCONN when the service is gone.
@@ -30,7 +30,10 @@ class Reporter:
         )
 
     def answer(self) -> int:
-        """Put a signed report over the page's first 64 bytes there, and return its length, or a negative errno."""
+        """Have the page's first 64 bytes signed, and write the report to the page's start.
+
+        Return the report's length, or a negative errno.
+        """
         try:
             signed, _ = self._service.call(wire.SIGN, bytes(self._page[:REPORT_DATA_BYTES]))
         except OSError as error:

@@ -12,27 +12,30 @@ from restrictedmem.service.wire import MAX_MESSAGE, Channel, Message
 
 
 class RefusedError(OSError):
-    """A call that cannot be done for what came with it; other than after a malformed message, the connection goes on."""
+    """A call that cannot be done because of what came with it.
+
+    The connection goes on, unlike after a malformed message.
+    """
 
 
 def serve_one(
     channel: Channel, receive: Callable[[], Message | None], dispatch: Callable[[Message], None]
 ) -> bool:
-    """Receive one request and have it answered, whatever goes wrong, so that nobody waits for ever.
+    """Receive one request and answer it, even by an error, so that nobody waits for ever.
 
-    False when there will be no other: the owner is gone, or what it sent was no request.
-    ``hang_up`` is then due.
+    Return False when there will be no other request: the owner is gone, or it sent no request. The
+    caller then calls ``hang_up``.
     """
     try:
         message = receive()
     except BlockingIOError:
-        # Whoever gave us our end may have kept a copy of it, and taken the request away.
+        # The process that gave us our end may have kept a copy of it, and taken the request away.
         return True
     except OSError as error:
         channel.reply_error(error)
         return isinstance(error, RefusedError)
     except MemoryError:
-        # What was asked may be lost.
+        # The request may be lost.
         channel.reply_error(OSError(ENOMEM, os.strerror(ENOMEM)))
         return False
     if message is None:
@@ -45,7 +48,7 @@ def serve_one(
         channel.reply_error(OSError(ENOMEM, os.strerror(ENOMEM)))
     except (struct.error, ValueError) as error:
         channel.reply_error(OSError(EPROTO, str(error)))
-    except Exception as error:  # noqa: BLE001 - the owner gets it.
+    except Exception as error:  # noqa: BLE001 - the owner gets the error.
         channel.reply_error(OSError(EIO, f"{type(error).__name__}: {error}"))
     finally:
         close_all(message.fds)
@@ -53,12 +56,12 @@ def serve_one(
 
 
 def hang_up(channel: Channel) -> None:
-    """Let the owner find the end of the stream behind the last reply, even where a copy of the socket stays open."""
+    """End the stream behind the last reply, even where a copy of the socket stays open."""
     with suppress(OSError):
         channel.sock.shutdown(socket.SHUT_RDWR)
-        # Closed with messages unread, it would be ECONNRESET in place of that reply. None can be
-        # added any more. Descriptors stay: to drop a socket that lingers (SO_LINGER) takes as long
-        # as the owner likes.
+        # If the socket were closed with unread messages, the owner would get ECONNRESET in place of
+        # that reply. So they are read, and none can be added any more. Messages with descriptors
+        # stay: to drop a socket that lingers (SO_LINGER) takes as long as the owner likes.
         while not brings_fds(channel.sock, socket.MSG_DONTWAIT) and channel.sock.recv(
             MAX_MESSAGE, socket.MSG_DONTWAIT
         ):

@@ -1,9 +1,9 @@
-"""A guest of a few instructions, run to its end on the kernel engine: who has seen it believes that guests run there.
+"""A trial guest of a few instructions, which shows that guests run on the kernel engine.
 
-A kernel may have every capability that is asked for and still not run a guest, or run it wrongly.
-The guest reads and writes a page that was launched, converted to the shared half and back, and
-freed; each time it says what it found. VM and memory go away with the process that tries it, a
-child (``in_child``), and so does what hangs.
+A kernel may have all required capabilities and still not run a guest, or run it wrongly. The guest
+reads and writes a page that was launched, converted to the shared half and back, and freed. Each
+time it says what it found. A child tries the guest (``in_child``). VM and memory go away with the
+child, and so does anything that hangs.
 """
 
 import os
@@ -35,7 +35,7 @@ _W: Final = 8
 _CODE, _DATA, _STACK, _PAGES = range(4)
 _GFN: Final = gfn_t(PRIVATE_BASE >> PAGE_SHIFT)
 
-#: A hypercall that the guest ABI has not: all of its arguments are seen.
+#: A hypercall that is not in the guest ABI, so that all of its arguments are passed on.
 _FOUND: Final = 0x100
 _GUEST: Final = bytes.fromhex(
     "488b37"  # again: mov (%rdi), %rsi
@@ -52,10 +52,10 @@ _GUEST: Final = bytes.fromhex(
 
 
 def run_guest(kvm: Kvm, *, debug: bool) -> None:
-    """Run the guest on a VM of its own; ``kvm`` stays the caller's. It hangs where the kernel does.
+    """Run the guest on a VM of its own; the caller keeps ``kvm``. It hangs if the kernel does.
 
     Raises:
-        OSError: what the kernel refused; EIO when the guest found what should not be there, or
+        OSError: the errno with which the kernel refused; EIO when the guest found a wrong value, or
             ended otherwise.
     """
     vcpus = EngineVcpus()
@@ -78,8 +78,7 @@ def run_guest(kvm: Kvm, *, debug: bool) -> None:
             try:
                 _run(engine, slot, fd.fileno(), vcpu)
             except RuntimeError as error:
-                # The VM ends here all the same; what the kernel refused is what the caller asks
-                # for.
+                # The VM ends here all the same. The caller asks for the kernel's errno.
                 if isinstance(error.__cause__, OSError):
                     raise error.__cause__ from None
                 raise
@@ -98,7 +97,7 @@ def _run(engine: Engine, slot: Memslot, shared: int, vcpu: EngineVcpu) -> None:
         kvm_regs(rip=PRIVATE_BASE, rsp=PRIVATE_BASE + _PAGES * PAGE_SIZE, rdi=start)
     )
     _expect("launched", 5, vcpu)
-    # As an owner would: this process may be kept from its own mapping.
+    # By the descriptor, as an owner would: this process may be kept from its own mapping.
     os.pwrite(shared, _word(50), _DATA * PAGE_SIZE)
     engine.set_attributes(slot, first, last, private=False)
     _expect("shared", 50, vcpu)
@@ -111,7 +110,7 @@ def _run(engine: Engine, slot: Memslot, shared: int, vcpu: EngineVcpu) -> None:
     engine.invalidate_start(slot.private.binding, span, None)
     engine.invalidate_end(slot.private.binding, span, None)
     _expect("freed", 0, vcpu)
-    # What `run` shows at the end needs the kernel too.
+    # The statistics that `run` shows at the end need the kernel, too.
     engine.statistics()
     vcpu.complete(1)
     if (ended := vcpu.run()) != exits.Hypercall(EXIT, (start, 0, 0, 0)):
@@ -119,7 +118,7 @@ def _run(engine: Engine, slot: Memslot, shared: int, vcpu: EngineVcpu) -> None:
 
 
 def _expect(what: str, value: int, vcpu: EngineVcpu) -> None:
-    """Let the guest look at its page once."""
+    """Let the guest look at its page once, and check what it found."""
     vcpu.complete(0)
     match vcpu.run():
         case exits.Hypercall(number, (_, found, _, _)) if number == _FOUND:
@@ -139,16 +138,19 @@ def _word(value: int) -> bytes:
 
 @final
 class _NoService:
-    """Stands for the service, which this VM has nothing to do with (``Binder``): the engine keeps its pages in a guest_memfd."""
+    """A stand-in for the service, which this VM does not need (``Binder``).
+
+    The engine keeps the VM's pages in a guest_memfd.
+    """
 
     def bind(self, token: bytes, window: PageRange, take: Callable[[Bound], _T]) -> _T:
-        """Bind to a file that has nothing in it."""
+        """Bind to an empty file."""
         memfd, sequence = make_memfd(PAGE_SIZE), memory.memfd_create("trial-sequence")
         return take(Bound(1, 1, None, memfd, sequence, flags=0, order=0))
 
     def bind_again(self, binding: int, window: PageRange, take: Callable[[int], _T]) -> _T:
-        """Show more of it."""
+        """Show more of the file."""
         return take(binding + 1)
 
     def unbind(self, number: int) -> None:
-        """Do nothing: nobody would be told of."""
+        """Do nothing: there are no invalidations."""

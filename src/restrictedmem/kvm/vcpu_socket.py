@@ -1,4 +1,4 @@
-"""A vCPU's socket in the engine process: what its owner says to it, and the thread that listens."""
+"""A vCPU's socket in the engine process: its owner's requests, and its thread."""
 
 import select
 import threading
@@ -25,7 +25,7 @@ from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, U64_MAX, gfn_t
 
 @final
 class VcpuSocket:
-    """A vCPU and the thread that serves its socket: registers before the first run, then runs."""
+    """A vCPU and the thread that serves its socket: first registers, then runs."""
 
     def __init__(
         self,
@@ -38,18 +38,20 @@ class VcpuSocket:
         reporter: Reporter,
         trace: Trace,
     ) -> None:
-        """Serve ``owner`` once there is a vCPU; what ``watched`` has to say of it, its waiter answers with ``let_go``.
+        """Serve ``owner`` once there is a vCPU.
+
+        When ``watched`` reports the socket, the thread that waits for it calls ``let_go``.
 
         Raises:
             OSError: EAGAIN when no thread can be started.
         """
-        #: Set by ``begin``, before anybody asks.
+        #: Set by ``begin``, before anybody asks for it.
         self.vcpu: EngineVcpu
         self._trace = trace
         self._number = number
         self._launch = launch
         self._conversions = conversions
-        #: The conversion that the guest asks for.
+        #: The conversion that the guest has asked for.
         self._converting: Asked | None = None
         self._reporter = reporter
         self._owner = owner
@@ -69,19 +71,22 @@ class VcpuSocket:
         self._begun.set()
 
     def abandon(self) -> None:
-        """End without a vCPU, in place of ``begin``."""
+        """End the thread without a vCPU, in place of ``begin``."""
         self._ended = True
         self._let_go.set()
         self._begun.set()
 
     def let_go(self) -> None:
-        """End, for the owner hung up or did not wait for its answer; the socket is not watched any more."""
+        """End, because the owner hung up or did not wait for its answer.
+
+        Preconditions: the socket is not watched any more.
+        """
         self._ended = True
         self._let_go.set()
         self.vcpu.interrupt()
 
     def retire(self) -> None:
-        """Make the vCPU leave the guest, and refuse whatever its owner asks for from now on."""
+        """Make the vCPU leave the guest, and refuse all requests of its owner from now on."""
         self._retired = True
         self.vcpu.interrupt()
 
@@ -91,16 +96,16 @@ class VcpuSocket:
         while not self._ended and serve_one(self._owner, self._owner.receive, self._dispatch):
             pass
         hang_up(self._owner)
-        # Closed before, its number could be another's while it is watched.
+        # If the socket were closed earlier, its number could become another's while it is watched.
         self._let_go.wait()
         self._owner.close()
 
     @contextmanager
     def _listening(self) -> Generator[None]:
-        """Have the VM's thread notice meanwhile what the owner sends; it has to wait for its answer.
+        """Have the VM's thread notice meanwhile whether the owner sends anything.
 
-        A message that nobody reads may hold the owner's own end of the socket, which then never
-        hangs up.
+        The owner has to wait for its answer. A message that nobody reads may hold the owner's own
+        end of the socket, which then never hangs up.
 
         Raises:
             OSError: EPROTO when something came.
@@ -109,7 +114,7 @@ class VcpuSocket:
         try:
             yield
         finally:
-            # Before the answer goes out, which the owner's next message may follow at once.
+            # Before the answer goes out: the owner's next message may follow at once.
             self._listen_for(select.EPOLLRDHUP)
         if self._ended:
             raise OSError(EPROTO, "a message came before the last one was answered")
@@ -188,7 +193,7 @@ class VcpuSocket:
         except OSError:
             raise
         except BaseException:
-            # An exit may have been taken from the guest, and what it asks for not been noted.
+            # An exit may have been taken from the guest without a note of what it asks for.
             self._lost = True
             raise
 
@@ -210,13 +215,13 @@ class VcpuSocket:
         return exit_
 
     def _run_to_an_exit(self) -> exits.Exit:
-        """Run the guest until it needs its owner, who learns nothing else about it."""
+        """Run the guest until it needs its owner, who learns nothing else about the guest."""
         while True:
             try:
                 exit_ = self.vcpu.run()
             except (OSError, MemoryError):
                 raise
-            except Exception as error:  # noqa: BLE001 - what a bug says may be made of registers or memory.
+            except Exception as error:  # noqa: BLE001 - its text may show registers or memory.
                 raise RuntimeError(type(error).__name__) from None
             match exit_:
                 case exits.Hypercall(guest_abi.REPORT):

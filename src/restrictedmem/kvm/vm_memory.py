@@ -1,4 +1,7 @@
-"""The memory of one VM: slots made from the owner's requests and the service's bindings, and the attributes of its pages."""
+"""The memory of one VM: its slots and the attributes of its pages.
+
+Slots are made from the owner's requests and the service's bindings.
+"""
 
 import json
 import os
@@ -27,21 +30,21 @@ from restrictedmem.service import wire
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, U64_MAX, PageRange, gfn_t
 
-#: KVM_CAP_NR_MEMSLOTS less KVM's own, as a stock x86 kernel reports it.
+#: KVM_CAP_NR_MEMSLOTS of a stock x86 kernel, which leaves out KVM's own slots.
 MAX_SLOTS: Final = 32764
 #: KVM_MEM_MAX_NR_PAGES.
 MAX_PAGES: Final = (1 << 31) - 1
-#: Of all slots together, 256 GiB: an engine has up to three bytes for each page, whether there is
-#: memory behind it or not.
+#: Pages of all slots together, 256 GiB. An engine has up to three bytes for each page, whether or
+#: not there is memory behind it.
 MAX_ALL_PAGES: Final = 1 << 26
-#: Seconds from one report for ``ps`` to the next at least: each of thousands of slots would wait
-#: for the service.
+#: Least seconds from one report for ``ps`` to the next. Without a limit, each of thousands of slots
+#: would wait for the service.
 _REPORT_INTERVAL: Final = 0.05
 
 
 @final
 class VmMemory:
-    """Slots, attributes and the fault path of one VM; changed by the VM's thread alone."""
+    """Slots and attributes of one VM, which only the VM's thread changes."""
 
     def __init__(
         self,
@@ -51,19 +54,19 @@ class VmMemory:
         attributes: Attributes,
         seal: Callable[[int], None],
     ) -> None:
-        """``seal``: ``SharedFiles``."""
+        """Make a VM without slots; ``seal`` is that of ``SharedFiles``."""
         self.slots = Memslots()
         self._npages = 0
         self._shared_files = SharedFiles(seal)
-        #: Of the private halves, as ``statistics`` has them: sizes, and how many are not locked, by
-        #: the reason.
+        #: Of the private halves, for ``statistics``: their bytes, and how many are locked; and the
+        #: number of halves that are not locked, by the reason.
         self._private_bytes = self._locked_bytes = 0
         self._unlocked: Counter[str] = Counter()
         self.api = api
         self._engine = engine
         self._service = service
         self._attributes = attributes
-        #: Whether ``ps`` is to hear of something, and when it may (``time.monotonic``).
+        #: Whether ``ps`` has to hear of something, and when it may (``time.monotonic``).
         self._unreported = False
         self._next_report = 0.0
 
@@ -76,17 +79,19 @@ class VmMemory:
         shared_fd: OwnedFd | None,
         names: SlotFiles = NO_NAMES,
     ) -> None:
-        """Create, move or delete a slot (KVM_SET_USER_MEMORY_REGION); no vCPU is in the guest.
+        """Create, move or delete a slot (KVM_SET_USER_MEMORY_REGION).
 
-        ``names`` say what the token or the descriptor would, of files that slots show already. A
-        slot with a private half can only be deleted, as v9 and v10 meant it: they let one lose its
-        flag, and with it its notifier.
+        ``names`` replace the token or the descriptor, for files that slots show already. A slot
+        with a private half can only be deleted, as v9 and v10 meant it. The postings let such a
+        slot lose its flag, and with it its notifier.
+
+        Preconditions: no vCPU is in the guest.
 
         Raises:
             OSError: EINVAL and EEXIST as v9, v10 and KVM have them (tests/test_vm_slots.py asks the
-                kernel): EINVAL for a descriptor that is not restricted, a deletion of nothing,
-                dirty logging, and every change but a move; ESTALE for a name of nothing that a slot
-                shows, and then the token is as it was; ENOMEM for more pages than
+                kernel); EINVAL for a descriptor that is not restricted, a deletion of nothing,
+                dirty logging, and every change but a move; ESTALE for the name of a file that no
+                slot shows, and then the token is as it was; ENOMEM for more pages than
                 ``MAX_ALL_PAGES``.
         """
         _check(region)
@@ -127,7 +132,10 @@ class VmMemory:
                 self._replace(old, moved)
 
     def clear(self) -> None:
-        """Delete every slot, as the end of a VM does; no vCPU is in the guest."""
+        """Delete every slot, as the end of a VM does.
+
+        Preconditions: no vCPU is in the guest.
+        """
         for slot in self.slots:
             self._replace(slot, None)
             slot.close()
@@ -140,10 +148,10 @@ class VmMemory:
         shared_fd: OwnedFd | None,
         names: SlotFiles,
     ) -> Memslot:
-        """Make a slot, registering with the service for its private half."""
+        """Make a slot; register with the service for its private half."""
         private = shared = None
         end = region.userspace_addr + region.memory_size
-        # Before the token is used up.
+        # This may fail, so it comes before the token is used up.
         file = (
             None
             if shared_fd is not None or names.shared is None
@@ -179,8 +187,8 @@ class VmMemory:
     def _replace(self, old: Memslot | None, new: Memslot | None) -> None:
         """Take a slot away and put another in its place, or leave things as they were.
 
-        A slot that the engine has and this list has not would be in no measurement, and be held by
-        nobody.
+        A slot that only the engine has, and not this list, would be in no measurement, and nobody
+        would own it.
         """
         with whole():
             if old is not None:
@@ -234,7 +242,7 @@ class VmMemory:
     # Attributes.
 
     def supported_attributes(self) -> int:
-        """Return what can be set (KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES).
+        """Return the attributes that can be set (KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES).
 
         Raises:
             OSError: EOPNOTSUPP for v9, which had no such call.
@@ -244,15 +252,16 @@ class VmMemory:
         return kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE
 
     def set_attributes(self, api: Api, address: int, size: int, attributes: int, flags: int) -> int:
-        """Make a range private or shared, slots or none; no vCPU reaches the other half of what was done any more.
+        """Make a range private or shared, with or without slots in it.
 
-        Returns how many bytes were done, from the start: all, or up to the slot where an engine
-        failed.
+        Return how many bytes were done, from the start: all, or up to the slot where an engine
+        failed. From then on, no vCPU can reach the other half of these bytes.
 
         Raises:
-            OSError: EINVAL for unaligned, empty or wrapping ranges, unknown attributes or flags;
-                EOPNOTSUPP for the other posting's call; when nothing was done, what the engine
-                failed with (v10 said 0 then, which its authors corrected later), or ENOMEM.
+            OSError: EINVAL for an unaligned, empty or wrapping range, and for an unknown attribute
+                or flag; EOPNOTSUPP for the other posting's call; the errno of the engine, or
+                ENOMEM, when nothing was done (v10 returned 0 then, which its authors corrected
+                later), and in v9 also when a part was done.
         """
         if api is not self.api:
             raise OSError(EOPNOTSUPP, f"this VM follows {self.api.value}")
@@ -292,7 +301,7 @@ class VmMemory:
         return size
 
     def _heeds_attributes(self, slot: Memslot) -> bool:
-        # v9 compared them with the access only where the slot could be private; v10 always.
+        # v9 compared attributes with the access only where the slot could be private; v10 always.
         return self.api is Api.V10 or slot.private is not None
 
     def _set_attributes(self, start: gfn_t, end: gfn_t, *, private: bool) -> None:
@@ -300,11 +309,11 @@ class VmMemory:
             self._attributes.set(start, end, private=private)
 
     def inject_failure(self, gpa: int) -> None:
-        """Act as if the machine had lost a page of private memory, until it is punched; for tests.
+        """Act as if the machine had lost a private page, until it is punched; for tests.
 
         Raises:
-            OSError: EINVAL unless aligned; EFAULT where no private half is; EOPNOTSUPP when the
-                engine cannot.
+            OSError: EINVAL for an unaligned address; EFAULT where there is no private half;
+                EOPNOTSUPP when the engine cannot.
         """
         slot = self.slot_of(gpa >> PAGE_SHIFT)
         if gpa & PAGE_MASK:
@@ -320,7 +329,7 @@ class VmMemory:
 
         Raises:
             OSError: EINVAL for part of a page; EFAULT where the range is not private pages of one
-                slot; ENOSPC, ENOMEM when pages cannot be had.
+                slot; ENOSPC, ENOMEM when there are no pages for it.
         """
         if not data or (gpa | len(data)) & PAGE_MASK:
             raise OSError(EINVAL, "launch_update: not whole pages")
@@ -333,7 +342,7 @@ class VmMemory:
         self._engine.launch_update(slot, gpa, data)
 
     def statistics(self) -> dict[str, object]:
-        """Return sizes, what is locked, and who pays for it."""
+        """Return sizes, how much is locked, and which cgroup pays for it."""
         return {
             **self._locking(),
             "memlock_limit": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
@@ -358,23 +367,23 @@ class VmMemory:
             "unlocked_because": reason,
         }
 
-    # For ps, which asks the service and not us.
+    # For ``ps``, which asks the service and not this process.
 
     def _changed(self) -> None:
         self._unreported = True
         self.report_if_due()
 
     def report_due_in(self) -> float | None:
-        """Return the seconds until ``report_if_due`` has something to do; None for never, as things are."""
+        """Return the seconds until ``report_if_due`` has something to do; None for never."""
         return max(0.0, self._next_report - time.monotonic()) if self._unreported else None
 
     def report_if_due(self) -> None:
-        """Tell the service what changed since the last report, if that was long enough ago."""
+        """Tell the service what changed since the last report, if that is long enough ago."""
         if self._unreported and time.monotonic() >= self._next_report:
             self._report()
 
     def _report(self) -> None:
-        # No call fails for it: the slot is there, or gone.
+        # No call fails because of this: the slot is there, or gone.
         with suppress(OSError):
             self._service.call(wire.REPORT, json.dumps(self._locking()).encode())
         self._unreported = False
@@ -382,7 +391,7 @@ class VmMemory:
 
 
 def _check(region: kvm.kvm_userspace_memory_region_ext) -> None:
-    """Check what does not depend on other slots, for a deletion too."""
+    """Check what does not depend on other slots; for a deletion, too."""
     gpa, size = region.guest_phys_addr, region.memory_size
     if region.flags & ~(kvm.KVM_MEM_PRIVATE | kvm.KVM_MEM_READONLY):
         raise OSError(EINVAL, f"flags {region.flags:#x}")
@@ -399,7 +408,10 @@ def _check(region: kvm.kvm_userspace_memory_region_ext) -> None:
 def _check_move(
     old: Memslot, region: kvm.kvm_userspace_memory_region_ext, shown: Identity | None
 ) -> None:
-    """Check that all a request changes of a slot is its guest address; ``shown`` is the memfd that it means."""
+    """Check that a request changes nothing of a slot but its guest address.
+
+    ``shown`` is the memfd that the request names.
+    """
     if old.private is not None or region.flags & kvm.KVM_MEM_PRIVATE:
         raise OSError(EINVAL, f"slot {old.number} has a private half: it can only be deleted")
     readonly = bool(region.flags & kvm.KVM_MEM_READONLY)
@@ -413,7 +425,10 @@ def _check_move(
 
 
 def swap_exists() -> bool:
-    """Say whether any swap area is in use (/proc/swaps): only then does it matter whether memory is locked."""
+    """Say whether any swap area is in use (/proc/swaps).
+
+    Only then does it matter whether memory is locked.
+    """
     try:
         with open("/proc/swaps", "rb") as swaps:
             return len(swaps.readlines()) > 1
@@ -422,7 +437,10 @@ def swap_exists() -> bool:
 
 
 def cgroup() -> str:
-    """Return the cgroup whose memory controller pays for the pages this process takes (/proc/self/cgroup)."""
+    """Return the cgroup whose memory controller pays for this process's pages.
+
+    It is in /proc/self/cgroup.
+    """
     found = (
         path
         for controllers, path in process.cgroups()

@@ -1,4 +1,7 @@
-"""Changes that are done whole, where half of one would let an owner deceive its guest or whoever reads a report."""
+"""Changes that are done whole or not at all.
+
+By half of such a change an owner could deceive its guest, or the reader of a report.
+"""
 
 import os
 from collections.abc import Generator
@@ -9,16 +12,16 @@ from restrictedmem.failure import status_of
 
 @contextmanager
 def whole() -> Generator[None]:
-    """Do what changes nothing when it raises OSError, or end this process.
+    """Do what raises OSError only if it changed nothing; at other exceptions, exit.
 
-    An engine that failed half way, for want of memory, may have told the attributes and left a vCPU
-    the other half, or have put in what it did not measure. The owner, who can limit the memory,
-    would use that.
+    An engine that failed half way, for want of memory, may have set the attributes and left a vCPU
+    the other half. Or it may have put in content that it did not measure. The owner, who can limit
+    the memory, would use that.
     """
     try:
         yield
     except OSError:
-        # Foreseen: what was not done is told.
+        # This was foreseen: the caller tells what was not done.
         raise
     except BaseException as error:  # noqa: BLE001  there is nobody to raise to
         os._exit(status_of(error))
@@ -26,7 +29,9 @@ def whole() -> Generator[None]:
 
 @contextmanager
 def begun() -> Generator[None]:
-    """Do what nothing can take back: an OSError in the middle is not one of a call that changed nothing.
+    """Do a change that cannot be undone.
+
+    An OSError in its middle is not the error of a call that changed nothing.
 
     Raises:
         RuntimeError: in place of OSError, which is its cause.

@@ -1,1 +1,1 @@
-"""The kernel engine: guest code on /dev/kvm, private memory in guest_memfd."""
+"""The kernel engine: it runs guest code on /dev/kvm, with private memory in guest_memfd."""

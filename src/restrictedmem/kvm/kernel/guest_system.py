@@ -1,12 +1,14 @@
-"""What of a guest is the engine's own: descriptor tables, exception handlers, hypercall and report page, stacks, page tables.
+"""The engine's own part of a guest, which the processor needs beside the owner's slots.
 
-All of it lies in ordinary memory of this process, in one slot from guest physical address 0 on; so
-a guest physical address there is an offset. A guest at CPL3 reaches the hypercall page and the
-report page; the rest is mapped beyond the owner's addresses, for the processor alone (U/S = 0).
+It has descriptor tables, exception handlers, hypercall and report page, stacks and page tables. All
+of it lies in ordinary memory of this process, in one slot from guest physical address 0 on. So a
+guest physical address there is an offset in the slot. A guest at CPL3 can reach the hypercall page
+and the report page. The rest is mapped beyond the owner's addresses, for the processor alone
+(U/S = 0).
 
-An exception takes the vCPU to CPL0, into a handler that does nothing but OUT to the port of its
-vector's number: an exit with which the engine learns vector, error code and stack frame. Nothing
-ever returns from there by itself; the engine puts the vCPU back.
+An exception takes the vCPU to CPL0, into a handler. The handler only executes an OUT to the port of
+its vector's number. By this exit the engine learns vector, error code and stack frame. No handler
+ever returns by itself; the engine puts the vCPU back.
 """
 
 import mmap
@@ -20,11 +22,11 @@ from restrictedmem.kvm.kernel.page_tables import NO_EXECUTE, USER, WRITABLE, Pag
 from restrictedmem.protocol.guest_abi import GPA_BITS, HYPERCALL_PAGE, REPORT_PAGE
 from restrictedmem.units import PAGE_SIZE
 
-#: Bytes of the slot. Most of it is room for page tables, of which a page serves 2 MiB of guest
-#: addresses; taken only when used.
+#: Bytes of the slot. Most of it is room for page tables, each of which serves 2 MiB of guest
+#: addresses. Memory is taken only when it is used.
 SIZE: Final = 64 << 20
 
-# Where things lie in the slot.
+# Offsets in the slot.
 _GDT: Final = 0 * PAGE_SIZE
 _IDT: Final = 1 * PAGE_SIZE
 _HANDLERS: Final = 2 * PAGE_SIZE
@@ -36,8 +38,8 @@ STAGING_SIZE: Final = 64 * PAGE_SIZE
 _VCPUS: Final = 128 * PAGE_SIZE
 _TABLES: Final = 2048 * PAGE_SIZE
 
-# Of each vCPU: a task state segment with its I/O permission bitmap, and behind them a page of stack
-# for exceptions.
+# For each vCPU: a task state segment with its I/O permission bitmap, and behind them a page of
+# stack for exceptions.
 _VCPU_SIZE: Final = 4 * PAGE_SIZE
 MAX_VCPUS: Final = (_TABLES - _VCPUS) // _VCPU_SIZE
 _TSS_SIZE: Final = 0x68
@@ -50,43 +52,44 @@ _SYSTEM: Final = 1 << GPA_BITS
 STAGING: Final = 1 << GPA_BITS + 1
 COPY: Final = STAGING + STAGING_SIZE
 
-#: What the guest calls: ``out 0xf4, al; ret``.
+#: The code that the guest calls: ``out 0xf4, al; ret``.
 HYPERCALL_CODE: Final = bytes.fromhex("e6f4c3")
 HYPERCALL_PORT: Final = 0xF4
-#: ``rep movsq; out 0xf4, al``: copies, and says so.
+#: ``rep movsq; out 0xf4, al``: this copies, and exits when it is done.
 _COPY_CODE: Final = bytes.fromhex("f348a5e6f4")
 
 _KERNEL_CODE: Final = 0x08
 _USER_DATA: Final = 0x1B
 _USER_CODE: Final = 0x23
-#: Null and 64-bit code. Nothing a guest at CPL3 could load, so that every selector but null is #GP.
+#: Null and 64-bit code. A guest at CPL3 can load no segment from here, so every selector but null
+#: is #GP.
 _DESCRIPTORS: Final = (0, 0x00AF_9B00_0000_FFFF)
 _VECTORS: Final = 256
-#: ``out vector, al``, and two bytes to spare.
+#: Bytes of a handler: ``out vector, al``, and two to spare.
 _HANDLER_SIZE: Final = 4
-#: A gate of a 64-bit interrupt, present, DPL 3: INT n with the vector of an exception is that
-#: exception.
+#: A gate of a 64-bit interrupt, present, DPL 3. So INT n with the vector of an exception counts as
+#: that exception.
 _GATE: Final = struct.Struct("<HHBBHII")
 _GATE_TYPE: Final = 0xEE
 
-#: Where SYSCALL leads on a host that cannot turn it off: nowhere at CPL3, so a #PF with this
-#: address.
+#: Where SYSCALL leads on a host that cannot turn it off. CPL3 cannot reach the page, so the guest
+#: gets a #PF with this address.
 SYSCALL_TARGET: Final = _SYSTEM + _HANDLERS + 6 * _HANDLER_SIZE
 
-# Registers (Intel SDM 2.5, 2.2.1), as Linux has them for its processes: under PVM a guest is one,
-# and sees no others.
+# Registers (Intel SDM 2.5, 2.2.1), as Linux has them for its processes. Under PVM a guest is such a
+# process, and sees no other values.
 _CR0: Final = 0x8005_0033  # PG, AM, WP, NE, ET, MP, PE
 _CR4: Final = 0x620  # OSXMMEXCPT, OSFXSR, PAE
 _UMIP: Final = 1 << 11
 _FSGSBASE: Final = 1 << 16
 _EFER: Final = 0xD00  # NXE, LMA, LME
-#: RFLAGS of a guest at its start, as of every process: nothing but IF. No interrupt ever comes.
+#: RFLAGS of a guest at its start, as of every process: only IF is set. No interrupt ever comes.
 USER_FLAGS: Final = 0x202
 IOPL_3: Final = 3 << 12
 
 
 def vector_at(rip: int) -> int | None:
-    """Return the vector whose handler ``rip`` is in."""
+    """Return the vector whose handler contains ``rip``, None if none does."""
     offset = rip - _SYSTEM - _HANDLERS
     return offset // _HANDLER_SIZE if 0 <= offset < _VECTORS * _HANDLER_SIZE else None
 
@@ -96,14 +99,14 @@ class System:
     """The slot's memory, and the page tables in it."""
 
     def __init__(self) -> None:
-        """Allocate and fill it."""
+        """Allocate the slot and fill it."""
         self.memory = mmap.mmap(-1, SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        #: Where it lies in this process.
+        #: Address of the memory in this process.
         self.address = address_of(self.memory)
-        #: What the guest finds at REPORT_PAGE.
+        #: The page that the guest finds at REPORT_PAGE.
         self.report_page = memoryview(self.memory)[_REPORT : _REPORT + PAGE_SIZE]
         self.tables = PageTables(self.memory, _TABLES, SIZE)
-        #: RFLAGS that a guest starts with, and CR4.
+        #: RFLAGS and CR4 that a guest starts with.
         self.user_flags = USER_FLAGS
         self.cr4 = _CR4
         self._fill()
@@ -111,7 +114,7 @@ class System:
             self._map(_SYSTEM + page, page, 1, rights)
         self._map(HYPERCALL_PAGE, _HYPERCALL, 1, USER)
         self._map(REPORT_PAGE, _REPORT, 1, USER | WRITABLE | NO_EXECUTE)
-        # Copying has a tree of its own, whose root leads to the guest's tables too.
+        # The vCPU that copies has page tables of its own. Their root leads to the guest's, too.
         self._copy_tables = PageTables(self.memory, _VCPUS - 8 * PAGE_SIZE, _VCPUS)
         self._copy_tables.reserve(STAGING, 1)
         self._copy_tables.map(STAGING, _STAGING, STAGING_SIZE // PAGE_SIZE, USER)
@@ -144,13 +147,16 @@ class System:
         self.memory[_COPY : _COPY + len(_COPY_CODE)] = _COPY_CODE
 
     def use(self, cpuid: Iterable[kvm_cpuid_entry2]) -> None:
-        """Turn on what the processor has: UMIP, which hides the engine's tables from SGDT and its like, and FSGSBASE."""
+        """Turn on UMIP and FSGSBASE, if the processor has them.
+
+        With UMIP, instructions such as SGDT cannot show the engine's tables.
+        """
         for leaf in cpuid:
             if (leaf.function, leaf.index) == (7, 0):
                 self.cr4 |= (_UMIP if leaf.ecx >> 2 & 1 else 0) | (_FSGSBASE if leaf.ebx & 1 else 0)
 
     def stage(self, data: bytes) -> None:
-        """Put content where a vCPU with ``copy_sregs`` copies it from, and show it the guest's memory."""
+        """Put content into staging memory, and let a copying vCPU reach the guest's memory."""
         self.memory[_STAGING : _STAGING + len(data)] = data
         guest, copy = self.tables.root, self._copy_tables.root
         # The owner's addresses, and those of the descriptor tables.
@@ -162,7 +168,7 @@ class System:
         tss = _tss(number)
         self._map(_SYSTEM + tss, tss, _VCPU_SIZE // PAGE_SIZE, WRITABLE)
         struct.pack_into("<Q", self.memory, tss + _RSP0, stack_top(number))
-        # Every port may be used, as with IOPL 3, which PVM does not let a guest have.
+        # This allows every port, as IOPL 3 does, which PVM does not give to a guest.
         struct.pack_into("<H", self.memory, tss + _IO_MAP_BASE, _TSS_SIZE)
         self.memory[tss + _TSS_SIZE + _IO_MAP_SIZE] = 0xFF
 
@@ -172,7 +178,7 @@ class System:
         return struct.unpack_from(f"<{count}Q", self.memory, rsp - _SYSTEM)
 
     def sregs(self, base: kvm_sregs, number: int, *, copying: bool = False) -> kvm_sregs:
-        """Return the state of a vCPU in long mode at CPL3; what is not said here is as in ``base``."""
+        """Return the state of a vCPU in long mode at CPL3; the rest is as in ``base``."""
         sregs = kvm_sregs.from_buffer_copy(base)
         enter_user_mode(sregs)
         sregs.ds = sregs.es = sregs.fs = sregs.gs = kvm_segment(type=3, unusable=1)
@@ -192,7 +198,7 @@ class System:
 
 
 def enter_user_mode(sregs: kvm_sregs) -> None:
-    """Give a vCPU the code and stack segment of CPL3."""
+    """Give a vCPU the code and stack segments of CPL3."""
     sregs.cs = kvm_segment(
         limit=0xFFFF_FFFF, selector=_USER_CODE, type=11, present=1, dpl=3, s=1, l=1, g=1
     )
@@ -202,7 +208,7 @@ def enter_user_mode(sregs: kvm_sregs) -> None:
 
 
 def stack_top(number: int) -> int:
-    """Return where the exception stack of a vCPU begins, by linear address."""
+    """Return the linear address at which the exception stack of a vCPU begins."""
     return _SYSTEM + _tss(number) + _VCPU_SIZE
 
 

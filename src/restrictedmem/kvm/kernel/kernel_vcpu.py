@@ -1,4 +1,4 @@
-"""A vCPU of the kernel engine: KVM_RUN, and what each of its exits is to the owner."""
+"""A vCPU of the kernel engine: KVM_RUN, and what its exits mean to the owner."""
 
 import struct
 from collections import deque
@@ -19,9 +19,9 @@ from restrictedmem.protocol.exits import Exit
 from restrictedmem.protocol.guest_abi import GPA_BITS, HYPERCALL_PAGE
 from restrictedmem.units import PAGE_MASK, PAGE_SIZE, U64_MAX, gfn_t
 
-# Read at every exit, for which ctypes would be slow: the general registers in ``kvm_run``, in the
-# order of ``kvm_regs``. Between two runs they are the vCPU's: a change there is taken in by the
-# next run.
+# The general registers in ``kvm_run``, in the order of ``kvm_regs``. They are read at every exit,
+# for which ctypes would be slow. Between two runs they are the vCPU's: the next run takes in a
+# change there.
 _REGS: Final = struct.Struct("=18Q")
 _RAX, _RCX, _RDX, _RSI, _RDI, _RSP, _R10, _RIP, _RFLAGS = 0, 2, 3, 4, 5, 6, 10, 16, 17
 _WORD: Final = struct.Struct("=Q")
@@ -38,7 +38,7 @@ _PAGE_FAULT: Final = 14
 _PF_WRITE: Final = 1 << 1
 _PF_FETCH: Final = 1 << 4
 
-#: KVM's word for an instruction that it cannot carry out.
+#: KVM's exit for an instruction that it cannot carry out.
 _EMULATION_FAILURE: Final = exits.Unknown(ExitReason.INTERNAL_ERROR)
 
 _MSR_LSTAR: Final = 0xC000_0082
@@ -61,8 +61,8 @@ class KernelVcpu:
     ) -> None:
         """Own ``vcpu``, which is new.
 
-        ``find`` knows what of the owner's lies at a guest physical address, ``flags_of`` what that
-        is, and ``read`` what it can tell of a piece of a page.
+        ``find`` returns the owner's address of a guest physical address. ``flags_of`` returns the
+        flags of a memory fault there. ``read`` returns what can be read of a piece of a page.
         """
         self._number = number
         self._system = own
@@ -80,18 +80,18 @@ class KernelVcpu:
         self._entered = False
         self._step = False
         self._breakpoints: frozenset[int] = frozenset()
-        #: Whether a #DB is to come that the guest did not ask for; and whether OUT was carried out
-        #: and is still to be reported as a step.
+        #: Whether a #DB has to come that the guest did not ask for; and whether OUT was carried
+        #: out, and its step is still to be reported.
         self._trapped = False
         self._stepped = False
-        #: The exit that ``complete`` answers and where to; and what is left of one string
-        #: instruction, each access with its place.
+        #: The exit that ``complete`` answers; the rest of one string instruction, each access with
+        #: the place of its value; and where the answer goes.
         self._asked: exits.Hypercall | exits.PortIn | None = None
         self._strings: deque[tuple[exits.PortIn | exits.PortOut, memoryview]] = deque()
         self._answer_to: memoryview | None = None
         self._input = StringInput(own.tables, read)
         self._ended: exits.Shutdown | exits.Unknown | None = None
-        #: Whether KVM may still have to carry out the IN or OUT that it exited for; and the
+        #: Whether KVM may still have to carry out the IN or OUT for which it exited; and the
         #: registers at that exit.
         self._in_pending = self._out_pending = False
         self._regs_at_io: tuple[int, ...] = ()
@@ -99,7 +99,7 @@ class KernelVcpu:
     # Registers.
 
     def set_regs(self, regs: kvm_regs) -> None:
-        """Set where the guest starts (``VcpuEngine``); it is done when it starts."""
+        """Set where the guest starts (``VcpuEngine``); this is done when it starts."""
         self._start = kvm_regs(
             rip=regs.rip, rsp=regs.rsp, rdi=regs.rdi, rsi=regs.rsi, rflags=self._system.user_flags
         )
@@ -119,10 +119,10 @@ class KernelVcpu:
         self._run.kvm_dirty_regs = KVM_SYNC_X86_REGS
 
     def _finish_io(self) -> None:
-        """Have KVM carry out the IN or OUT that it exited for, and enter no guest; registers may have been changed meanwhile.
+        """Have KVM carry out the IN or OUT for which it exited, without entering the guest.
 
-        KVM's emulator, which changes registers only now, would forget what IN has read if it saw
-        such a change.
+        Registers may have been changed meanwhile. KVM's emulator changes registers only now. If it
+        saw such a change, it would forget what IN has read.
         """
         self._in_pending = self._out_pending = False
         changed, wanted = self._run.kvm_dirty_regs, bytes(self._shared_regs)
@@ -134,7 +134,7 @@ class KernelVcpu:
                 self.vcpu.run()
         finally:
             self._run.immediate_exit = 0
-        # Of a fault nobody hears: it goes when registers are set, and comes again.
+        # Nobody hears of a fault: it goes when registers are set, and comes again.
         self._input.faulted(_place(_REGS.unpack(self._shared_regs)))
         if changed:
             each = zip(
@@ -145,41 +145,55 @@ class KernelVcpu:
             )
 
     def get_regs(self) -> kvm_regs:
-        """Return the general registers (``VcpuEngine``), behind an OUT that has exited."""
+        """Return the general registers (``VcpuEngine``).
+
+        After an exit for OUT, they are those behind the OUT.
+        """
         self._enter()
         if self._out_pending:
             self._finish_io()
         return kvm_regs.from_buffer_copy(self._shared_regs)
 
     def change_regs(self, regs: kvm_regs) -> None:
-        """Set the general registers of a guest on its way (``VcpuEngine``); elsewhere, it is done with the instruction it was at."""
+        """Set the general registers of a guest that may have run (``VcpuEngine``).
+
+        If RIP changes, the guest is done with the instruction that it was at.
+        """
         if regs.rip != self.get_regs().rip:
             self._asked = None
             self._strings.clear()
         self._put_regs(bytes(regs))
 
     def get_sregs(self) -> kvm_sregs:
-        """Return what KVM has (``VcpuEngine``)."""
+        """Return the registers that KVM has (``VcpuEngine``)."""
         self._enter()
         return self.vcpu.get_sregs()
 
     def set_guest_debug(self, *, step: bool, breakpoints: frozenset[int]) -> None:
-        """Say where to stop (``VcpuEngine``); with any breakpoint, every instruction is a step that is looked at."""
+        """Set where the guest has to stop (``VcpuEngine``).
+
+        With any breakpoint, the engine runs step by step, and looks at RIP before every
+        instruction.
+        """
         self._step = step
         self._breakpoints = breakpoints
         self._stepped = False
 
     def copy(self, to: int, words: int) -> None:
-        """Copy 8-byte words from staging memory to the guest's linear address ``to``; what is in the registers is lost.
+        """Copy 8-byte words from staging memory to the guest's linear address ``to``.
+
+        The content of the registers is lost.
 
         Raises:
-            OSError: EFAULT, EHWPOISON or ENOMEM as KVM_RUN, when a page cannot be had.
+            OSError: EFAULT, EHWPOISON or ENOMEM as KVM_RUN, when there is no page for it.
         """
         if self._run_copy(to, words, guest_system.IOPL_3) is not None:
             raise OSError(EFAULT, "the vCPU that copies ended with an exception")
 
     def needs_iopl(self) -> bool:
-        """Return whether CPL3 may use ports with IOPL 3 alone, whatever the TSS says: it tries. What is in the registers is lost.
+        """Say whether CPL3 may use ports with IOPL 3 only, whatever the TSS says.
+
+        The vCPU tries it. The content of the registers is lost.
 
         Raises:
             OSError: as KVM_RUN.
@@ -188,7 +202,7 @@ class KernelVcpu:
         return self._run_copy(0, 0, 0) == _GENERAL_PROTECTION
 
     def _run_copy(self, to: int, words: int, flags: int) -> int | None:
-        """Copy, and return None, or the vector of the exception that it ended with."""
+        """Copy; return None, or the vector of the exception that ended the copy."""
         self.vcpu.set_sregs(self._system.sregs(self._base, self._number, copying=True))
         regs = kvm_regs(
             rip=guest_system.COPY,
@@ -205,13 +219,16 @@ class KernelVcpu:
         return guest_system.vector_at(self._run.s.regs.regs.rip)
 
     def prefault(self, start: gfn_t, end: gfn_t) -> int:
-        """Refuse: KVM cannot with shadow paging, and was not tried with any other (``VcpuEngine``)."""
+        """Refuse (``VcpuEngine``).
+
+        KVM cannot do it with shadow paging, and was not tried with any other paging.
+        """
         raise OSError(EOPNOTSUPP, "the kernel engine cannot prefault")
 
     # Running.
 
     def complete(self, value: int) -> None:
-        """Give the value that the last exit asked for (``VcpuEngine``)."""
+        """Pass on the value that the last exit asked for (``VcpuEngine``)."""
         asked, self._asked = self._asked, None
         match asked:
             case exits.Hypercall():
@@ -224,15 +241,15 @@ class KernelVcpu:
                 pass
 
     def settle(self) -> None:
-        """Do nothing: KVM itself waits for what takes pages away (``VcpuEngine``)."""
+        """Do nothing: KVM itself waits for invalidations to end (``VcpuEngine``)."""
 
     def drop(self, start: gfn_t, end: gfn_t) -> None:
-        """Do nothing: KVM zaps what it has of a page when the page goes (``VcpuEngine``)."""
+        """Do nothing: KVM zaps the translations of a page that goes (``VcpuEngine``)."""
 
     def kick(self) -> None:
         """Make KVM_RUN return EINTR (``VcpuEngine``)."""
         with suppress(OSError):
-            # Before the vCPU's first run there is nobody to signal.
+            # Before the vCPU's first run there is no thread to signal.
             self.vcpu.kick()
 
     def run(self) -> Exit | None:
@@ -261,22 +278,25 @@ class KernelVcpu:
             case ExitReason.MEMORY_FAULT:
                 return self._memory_fault()
             case ExitReason.MMIO:
-                # INS or OUTS with private memory, which KVM cannot touch; it would go on with
-                # zeroes.
+                # This is INS or OUTS with private memory, which KVM cannot touch. It would go on
+                # with zeroes.
                 self._ended = _EMULATION_FAILURE
                 return self._ended
             case _:
                 return exits.Unknown(reason)
 
     def _run_in_steps(self) -> Exit | None:
-        """Run with the trap flag set, whose #DB our handler gets: PVM has no debug exits (KVM_SET_GUEST_DEBUG)."""
+        """Run with the trap flag set, so that our handler gets its #DB.
+
+        PVM has no debug exits (KVM_SET_GUEST_DEBUG).
+        """
         stepped, self._stepped = self._stepped, False
         if self._in_pending:
             self._finish_io()
-            # With the trap flag at its exit it has its #DB, which goes when registers are set,
-            # without it none.
+            # If the trap flag was set at the exit, a #DB is pending now; setting registers drops
+            # it. Else there is none.
             self._put_regs(bytes(self._shared_regs))
-            # INS may have faulted.
+            # INS may have faulted, and then this was no step.
             stepped = _place(_REGS.unpack(self._shared_regs)) != _place(self._regs_at_io)
         if stepped and self._step:
             return exits.Debug(exits.SINGLE_STEP, self.get_regs().rip, exits.DR6_BS)
@@ -292,7 +312,7 @@ class KernelVcpu:
             regs.rflags &= ~_TRAP_FLAG
             self._put_regs(bytes(regs))
             if not isinstance(exit_, exits.Debug) or self._step:
-                # KVM emulates OUT, and forgets the trap flag over it.
+                # KVM emulates OUT, and forgets the trap flag meanwhile.
                 self._stepped = isinstance(exit_, exits.Hypercall | exits.PortOut)
                 return exit_
 
@@ -351,7 +371,7 @@ class KernelVcpu:
     # Exceptions.
 
     def _exception(self, vector: int, regs: tuple[int, ...]) -> Exit | None:
-        """Put the vCPU back to where the exception happened, and say what it is to the owner."""
+        """Put the vCPU back to where the exception happened; return the exit for its owner."""
         # rip, cs, rflags, rsp and ss, after the error code if there is one.
         *code, rip, _, rflags, rsp, _ = self._system.read_stack(self._number, regs[_RSP])
         sregs = self.vcpu.get_sregs()
@@ -378,7 +398,7 @@ class KernelVcpu:
         return self._ended
 
     def _page_fault(self, address: int, code: int) -> Exit | None:
-        """Say which page cannot be had and why; None when meanwhile it can."""
+        """Say which page cannot be had and why; None if it can be had by now."""
         entry = self._system.tables.entry(address)
         if entry & PRESENT:
             if not (

@@ -38,7 +38,7 @@ from restrictedmem.kvm.memslots import Memslots
 from restrictedmem.kvm.whole import begun
 from restrictedmem.units import PAGE_SHIFT, PageRange, gfn_t
 
-#: What no VM here does without.
+#: Capabilities that every VM here needs.
 _NEEDED: Final = (Cap.USER_MEMORY2, Cap.MEMORY_FAULT_INFO, Cap.GUEST_MEMFD, Cap.SYNC_REGS)
 
 
@@ -49,10 +49,12 @@ class KernelVm:
     def __init__(
         self, binder: Binder, vcpus: EngineVcpus, attributes: Attributes, kvm: Kvm, *, debug: bool
     ) -> None:
-        """Make a VM without slots; ``vcpus`` is what to hold while pages change halves, ``kvm`` stays the caller's.
+        """Make a VM without slots; the caller keeps ``kvm``.
+
+        ``vcpus`` are the vCPUs to hold while pages change halves.
 
         Raises:
-            OSError: ENODEV for a capability that the kernel lacks, and as KVM_CREATE_VM.
+            OSError: ENODEV for a capability that the kernel lacks; the errnos of KVM_CREATE_VM.
         """
         self._vcpus = vcpus
         self._attributes = attributes
@@ -69,7 +71,7 @@ class KernelVm:
             stack.callback(self._files.close)
             self._made = stack.enter_context(ExitStack())
             self._numbers: dict[int, VcpuFd] = {}
-            # It copies the owner's content in before it is anybody's.
+            # This vCPU copies the owner's content in, before ``create_vcpu`` hands it out.
             self._first = self._make_vcpu(0)
             if self._first.needs_iopl():
                 self._system.user_flags |= IOPL_3
@@ -77,26 +79,26 @@ class KernelVm:
             self._resources = stack.pop_all()
 
     def close(self) -> None:
-        """Close every descriptor; for a process that does not end with its VM."""
+        """Close every descriptor; for a process that outlives its VM."""
         self._resources.close()
 
     @property
     def name(self) -> str:
-        """What ``--engine`` calls it (``Engine``)."""
+        """The name that ``--engine`` has for the engine (``Engine``)."""
         return "kernel"
 
     @property
     def hypercall_code(self) -> bytes:
-        """What is executed there (``Engine``)."""
+        """The code that is on the hypercall page (``Engine``)."""
         return HYPERCALL_CODE
 
     @property
     def report_page(self) -> memoryview:
-        """What every vCPU finds at the report page (``Engine``)."""
+        """The report page that every vCPU can reach (``Engine``)."""
         return self._system.report_page
 
     def _make_vcpu(self, number: int) -> KernelVcpu:
-        # KVM gives each number once, whatever came of it here.
+        # KVM gives out each number once, even if the vCPU then could not be made here.
         if number not in self._numbers:
             self._numbers[number] = self._made.enter_context(self._vm.create_vcpu(number))
         return KernelVcpu(
@@ -110,7 +112,7 @@ class KernelVm:
         )
 
     def _read(self, gpa: int, size: int) -> bytes:
-        """Return a piece of what a guest page shows, nothing where the engine cannot see it."""
+        """Return a piece of what a guest page shows; nothing if the engine cannot see it."""
         gfn = gpa >> PAGE_SHIFT
         slot = self._slots.at(gfn)
         if slot is None:
@@ -142,16 +144,16 @@ class KernelVm:
         return self._files.bind(token, window)
 
     def bind_again(self, ino: int, window: PageRange) -> GuestMemfdHalf:
-        """Show a further window of a file's guest_memfd (``Engine``)."""
+        """Show another window of a file's guest_memfd (``Engine``)."""
         return self._files.bind_again(ino, window)
 
     def add_slot(self, slot: Memslot) -> None:
         """Let the guest's page tables lead to a slot (``Engine``).
 
         Raises:
-            OSError: EINVAL for a shared half of huge pages: KVM's translations are dropped by
-                MADV_DONTNEED, which does nothing to a part of one. The guest would go on to reach
-                what its pages no longer are.
+            OSError: EINVAL for a shared half of huge pages. KVM's translations are dropped by
+                MADV_DONTNEED, which does nothing to a part of a huge page. The guest could still
+                reach shared pages that were made private.
         """
         if slot.shared is not None and slot.shared.file.hugetlb:
             raise OSError(
@@ -170,11 +172,11 @@ class KernelVm:
         self._slots.remove(slot)
 
     def destroy(self) -> None:
-        """Let go of the files, with what the VM had in them (``Engine``)."""
+        """Let go of the files, and of what the VM had in them (``Engine``)."""
         self._files.unbind()
 
     def set_attributes(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:
-        """Let pages change halves, with every vCPU out of the guest meanwhile (``Engine``)."""
+        """Let pages change halves, while every vCPU is kept out of the guest (``Engine``)."""
         first, last = start - slot.base_gfn, end - slot.base_gfn
         if slot.attributes.count(private, first, last) == last - first:
             return
@@ -186,18 +188,18 @@ class KernelVm:
         self._invalidations += self._files.punch(binding, span)
 
     def invalidate_end(self, binding: int, span: PageRange, order: int | None) -> None:
-        """Do nothing: what a guest touches after its pages were freed is new already (``Engine``)."""
+        """Do nothing: a page touched after it was freed is a new one already (``Engine``)."""
 
     def error(self, binding: int, span: PageRange) -> None:
-        """Do nothing: a guest_memfd's pages are the machine's to lose (``Engine``)."""
+        """Do nothing: only the machine loses pages of a guest_memfd (``Engine``)."""
 
     def page_count(self, binding: int, span: PageRange) -> int:
         """Count the pages that the guest_memfd holds (``Engine``)."""
         return self._files.resident(binding, span)
 
     def launch_update(self, slot: Memslot, gpa: int, data: bytes) -> None:
-        """Let a vCPU copy pages in, as nobody else can write them (``Engine``)."""
-        # What can fail comes first: content that is only in part there would not be measured.
+        """Let a vCPU copy pages in, because nobody else can write them (``Engine``)."""
+        # What can fail comes first: content that is there only in part would not be measured.
         guest_memfd_half(slot).allocate(gpa - (slot.base_gfn << PAGE_SHIFT), len(data))
         for start in range(0, len(data), STAGING_SIZE):
             part = data[start : start + STAGING_SIZE]
@@ -212,11 +214,11 @@ class KernelVm:
                 self._first.copy(gpa + start, len(part) // 8)
 
     def read_private(self, slot: Memslot, gpa: int, size: int) -> bytes:
-        """Read the mapping, where it can be read (``Engine``)."""
+        """Read the mapping, if it can be read (``Engine``)."""
         return guest_memfd_half(slot).read(gpa - (slot.base_gfn << PAGE_SHIFT), size)
 
     def write_private(self, slot: Memslot, gpa: int, data: bytes) -> None:
-        """Write the mapping, where it can be written (``Engine``)."""
+        """Write the mapping, if it can be written (``Engine``)."""
         guest_memfd_half(slot).write(gpa - (slot.base_gfn << PAGE_SHIFT), data)
 
     def inject_failure(self, slot: Memslot, gfn: gfn_t) -> None:
@@ -240,11 +242,11 @@ class KernelVm:
         return self._engines[number]
 
     def platform_report(self) -> dict[str, object]:
-        """Return nothing: what KVM maps, it does not tell (``Engine``)."""
+        """Return nothing: KVM does not tell what it maps (``Engine``)."""
         return {}
 
     def statistics(self) -> dict[str, object]:
-        """Return what the kernel tells; it does not count faults for us (``Engine``)."""
+        """Return the kernel's counts; it does not count faults for us (``Engine``)."""
         freed = self._files.freed_pages
         return {
             "pages_taken": self._files.resident_pages() + freed,
@@ -263,12 +265,13 @@ def _conversion(vm: VmFd, own: System, flags: int) -> Conversion:
 
 
 def new_vm(kvm: Kvm, *, debug: bool) -> tuple[VmFd, int]:
-    """Make a VM, and choose the flags of its guest_memfd: 0 where the kernel has memory attributes.
+    """Make a VM, and choose the flags of its guest_memfds.
 
-    A VM that may be debugged has no attributes, since only without them its memory can be read.
+    The flags are 0 if the kernel has memory attributes. A VM that may be debugged has no
+    attributes, because only without them can its memory be read.
 
     Raises:
-        OSError: ENODEV where KVM has not what the engine needs.
+        OSError: ENODEV when KVM lacks anything that the engine needs.
     """
     if not debug and kvm.check_extension(Cap.VM_TYPES) >> KVM_X86_SW_PROTECTED_VM & 1:
         vm = kvm.create_vm(KVM_X86_SW_PROTECTED_VM)
@@ -284,7 +287,8 @@ def new_vm(kvm: Kvm, *, debug: bool) -> tuple[VmFd, int]:
         vm.close()
         raise OSError(
             ENODEV,
-            f"/dev/kvm: KVM_CAP_{', KVM_CAP_'.join(missing)} missing (Linux 6.18), and no memory attributes",
+            f"/dev/kvm: KVM_CAP_{', KVM_CAP_'.join(missing)} missing (Linux 6.18), "
+            "and no memory attributes",
         )
     if vm.check_extension(Cap.DISABLE_QUIRKS2) & KVM_X86_QUIRK_SLOT_ZAP_ALL:
         vm.enable_cap(Cap.DISABLE_QUIRKS2, KVM_X86_QUIRK_SLOT_ZAP_ALL)

@@ -1,12 +1,12 @@
-"""The guest's page tables, which are the engine's: they lie in its own memory, and neither guest nor owner reaches them.
+"""The guest's page tables, in the engine's memory, where no guest or owner reaches them.
 
-A guest sees its slots where the owner put them, by linear address. Where that leads in guest
-physical memory is decided here, page by page; so an address that no slot covers is a #PF with its
-exact address, and a page changes halves by a change of its entry.
+A guest sees its slots at the linear addresses where the owner put them. These page tables decide,
+page by page, where such an address leads in guest physical memory. So an address that no slot
+covers is a #PF with its exact address, and a page changes halves by a change of its entry.
 
-KVM does not notice what the host writes here while it has an entry shadowed (it tracks the guest's
-own writes). So the entry of a page is only relied on after KVM's translation of the page was
-zapped, and an entry that leads to another table never changes again.
+While KVM has an entry shadowed, it does not notice what the host writes here (it tracks the guest's
+own writes). So the engine relies on a page's entry only after KVM's translation of the page was
+zapped. And an entry that leads to another table never changes again.
 """
 
 import mmap
@@ -34,8 +34,8 @@ _ENTRY: Final = struct.Struct("=Q")
 
 def entries(gpa: int, npages: int, rights: int) -> bytes:
     """Return entries that lead to pages from ``gpa`` on."""
-    # Accessed and dirty: KVM would set them one by one, and map each page twice to learn of the
-    # first store.
+    # Accessed and dirty are set. KVM would set them one by one, and map each page twice to learn of
+    # the first store.
     flags = rights | PRESENT | _ACCESSED | _DIRTY
     return array(
         "Q", range(gpa | flags, (gpa | flags) + (npages << PAGE_SHIFT), PAGE_SIZE)
@@ -49,7 +49,10 @@ def no_entries(npages: int) -> bytes:
 
 @final
 class PageTables:
-    """A tree of tables in ``memory``, whose guest physical addresses are its offsets; tables come from the bytes ``start`` to ``end``."""
+    """A tree of tables in ``memory``, whose guest physical addresses are its offsets.
+
+    The tables come from the bytes ``start`` to ``end``.
+    """
 
     def __init__(self, memory: mmap.mmap, start: int, end: int) -> None:
         """Make a tree without entries; the root is the first table."""
@@ -58,7 +61,7 @@ class PageTables:
         self._end = end
         #: Guest physical address of the root, for CR3.
         self.root = self._take()
-        #: By level, which table serves a block of guest addresses.
+        #: By level, the table that serves each block of guest addresses.
         self._tables: dict[int, dict[int, int]] = {shift: {} for shift in _LEVELS}
         self._leaves = self._tables[_LEVELS[-1]]
 
@@ -69,7 +72,7 @@ class PageTables:
         return self._next - PAGE_SIZE
 
     def _leaf(self, linear: int) -> int:
-        """Return the table with the entry of a page, made when there is none."""
+        """Return the table with the entry of a page; make it if there is none."""
         table = self._leaves.get(linear >> _LEVELS[-1])
         if table is None:
             table = self.root
@@ -81,13 +84,13 @@ class PageTables:
     def _next_table(self, at: int) -> int:
         entry: int = _ENTRY.unpack_from(self._memory, at)[0]
         if not entry:
-            # Rights are decided by the last entry alone.
+            # The last entry alone decides on rights.
             entry = self._take() | PRESENT | WRITABLE | USER | _ACCESSED
             _ENTRY.pack_into(self._memory, at, entry)
         return entry & _ADDRESS
 
     def reserve(self, linear: int, npages: int) -> None:
-        """Make the tables of a range, or none of them, so that ``map`` cannot fail there.
+        """Make all tables of a range, or none of them, so that ``map`` cannot fail there.
 
         Raises:
             OSError: ENOMEM.
@@ -114,7 +117,10 @@ class PageTables:
         self.write(linear, no_entries(npages))
 
     def write(self, linear: int, entries: bytes) -> None:
-        """Write the entries of pages from ``linear`` on, whose tables there are (``reserve``)."""
+        """Write the entries of pages from ``linear`` on.
+
+        Preconditions: their tables have been made (``reserve``).
+        """
         done = 0
         while done < len(entries):
             at = _ENTRY.size * (linear >> PAGE_SHIFT & _ENTRIES - 1)

@@ -34,7 +34,7 @@ class PrivateFile:
     ) -> None:
         """``size`` is the guest_memfd's, in bytes."""
         self.ino = ino
-        #: Whether each slot has a binding of its own; else the first one stays, for all.
+        #: Whether each slot has a binding of its own. If not, the first binding stays, for all.
         self.ranged = ranged
         self.bindings = {binding}
         self.memfd = memfd
@@ -42,21 +42,21 @@ class PrivateFile:
         self.limit = limit
         #: Pages freed by the owner.
         self.freed = 0
-        #: What slots show, and by how many each; and the pages of all of them.
+        #: The windows that slots show, each with the number of its slots; and the pages of all.
         self.shown: Counter[PageRange] = Counter()
         self._shown_pages = 0
 
     @property
     def binding(self) -> int:
-        """Any of its bindings."""
+        """A binding of the file; it may be any of them."""
         return next(iter(self.bindings))
 
     def check_limit(self, window: PageRange) -> None:
-        """Check that the file has room for one more slot, whose guest will allocate without asking.
+        """Check that the file has room for a further slot: guests allocate without asking.
 
         Raises:
-            OSError: ENOSPC when it would hold more than its limit with every slot's pages there,
-                and those that slots left.
+            OSError: ENOSPC when the file could hold more than its limit: all pages of its slots,
+                and those that are left of deleted slots.
         """
         if self.limit is None:
             return
@@ -67,16 +67,17 @@ class PrivateFile:
             if left + wanted > self.limit >> PAGE_SHIFT:
                 raise OSError(
                     ENOSPC,
-                    "guest_memfd grows without asking: slots, and what is left of others, must fit the service's limit",
+                    "the file's slots, and pages left by deleted ones, must fit the service's "
+                    "limit: guest_memfd grows without asking",
                 )
 
     def show(self, window: PageRange) -> None:
-        """Note a slot's window."""
+        """Note the window of a new slot."""
         self.shown[window] += 1
         self._shown_pages += len(window)
 
     def hide(self, window: PageRange) -> None:
-        """Note that a slot goes, whose pages stay."""
+        """Note that a slot goes; its pages stay."""
         self._shown_pages -= len(window)
         self.shown[window] -= 1
         if not self.shown[window]:
@@ -86,13 +87,13 @@ class PrivateFile:
         return self.memfd.resident_pages(span.start << PAGE_SHIFT, len(span) << PAGE_SHIFT)
 
     def punch(self, span: PageRange) -> None:
-        """Free the pages of a range and take them from every vCPU."""
+        """Free the pages of a range, and take them away from every vCPU."""
         self.freed += self._resident(span)
         self.memfd.punch_hole(span.start << PAGE_SHIFT, len(span) << PAGE_SHIFT)
 
 
 def _merged(spans: Iterable[PageRange]) -> list[PageRange]:
-    """Return what ranges cover, in ranges that do not overlap."""
+    """Return the pages of some ranges as ranges that do not overlap."""
     found: list[PageRange] = []
     for span in sorted(spans, key=lambda span: span.start):
         if found and span.start <= found[-1].end:
@@ -111,13 +112,13 @@ class GuestMemfdHalf:
     def __init__(
         self, file: PrivateFile, window: PageRange, binding: int, unbind: Callable[[], None]
     ) -> None:
-        """Show ``window`` of a file; ``unbind`` is called when the half is closed."""
+        """Show ``window`` of a file; closing the half calls ``unbind``."""
         self.file = file
         self.ino = file.ino
         self.binding = binding
         self.window = window
         self._unbind = unbind
-        #: Of the window, if the kernel lets it be mapped at all. To touch it is SIGBUS, unless the
+        #: A mapping of the window, if the kernel allows one. An access to it is SIGBUS, unless the
         #: VM may be debugged.
         self.mapping: mmap.mmap | None = None
         if file.memfd.flags & GUEST_MEMFD_FLAG_MMAP:
@@ -126,12 +127,12 @@ class GuestMemfdHalf:
 
     @property
     def locked(self) -> int:
-        """Bytes locked: all, for guest_memfd is neither swapped nor moved."""
+        """How many bytes are locked: all, because guest_memfd is neither swapped nor moved."""
         return len(self.window) << PAGE_SHIFT
 
     @property
     def unlocked_because(self) -> str:
-        """Why nothing is locked."""
+        """Empty, because all bytes are locked."""
         return ""
 
     @property
@@ -153,7 +154,7 @@ class GuestMemfdHalf:
         return self.mapping
 
     def read(self, start: int, size: int) -> bytes:
-        """Return content from a byte offset of the window on; pages that are missing stay so.
+        """Return content from a byte offset of the window on; missing pages stay missing.
 
         Raises:
             OSError: EOPNOTSUPP unless the VM may be debugged.
@@ -176,7 +177,7 @@ class GuestMemfdHalf:
         self._readable()[start : start + len(data)] = data
 
     def close(self) -> None:
-        """Unmap the window (``PrivateHalf``)."""
+        """Unmap the window, and unbind it (``PrivateHalf``)."""
         self.file.hide(self.window)
         if self.mapping is not None:
             self.mapping.close()
@@ -187,21 +188,21 @@ class GuestMemfdHalf:
 class PrivateFiles:
     """The restricted files of one VM.
 
-    A notifier of a whole file stays for as long as its content, so that every punch of the owner
-    reaches it: slots come and go. Where a binding is told of its range alone (design ``bindings``),
-    each slot has its own; with it goes what the range holds, for whoever punches that later is not
-    heard here.
+    A binding of a whole file stays for as long as the file's content, although slots come and go.
+    So every punch of the owner reaches the content. In the design ``bindings``, a binding is told
+    of its own range alone, so each slot has its own. When such a slot goes, the content of its
+    range goes, too: a later punch would not be heard here.
     """
 
     def __init__(self, vm: VmFd, binder: Binder, flags: int) -> None:
-        """``flags`` are those of every guest_memfd."""
+        """Know no file yet; ``flags`` are those of every guest_memfd."""
         self._vm = vm
         self._binder = binder
         self._flags = flags
-        #: Changed by the VM's thread, and walked by the one that answers the service, too.
+        #: The VM's thread changes it; the thread that answers the service iterates over it, too.
         self._by_ino: dict[int, PrivateFile] = {}
         self._mutex = sync.mutex()
-        # By binding, also what it is told of.
+        # By binding: its file, and the range that it is told of.
         self._bindings: dict[int, tuple[PrivateFile, PageRange]] = {}
 
     def bind(self, token: bytes, window: PageRange) -> GuestMemfdHalf:
@@ -211,8 +212,8 @@ class PrivateFiles:
             OSError: EINVAL as ``Binder.bind``; ENOSPC for more than the service's limit.
         """
         bound = self._binder.bind(token, window, lambda bound: bound)
-        # It never changes, while that of the restricted file does; a file of huge pages ends with a
-        # whole one.
+        # The memfd's size never changes, while the restricted file's does. A file of huge pages
+        # ends with a whole huge page.
         size = os.fstat(bound.memfd.fileno()).st_size
         bound.memfd.close()
         bound.sequence.close()
@@ -237,7 +238,7 @@ class PrivateFiles:
         """Make a half that shows ``window`` of a file that a slot shows (``Engine``).
 
         Raises:
-            OSError: ESTALE when none does; else as ``bind``.
+            OSError: ESTALE when no slot shows the file; else as ``bind``.
         """
         file = self._by_ino.get(ino)
         if file is None or not file.shown:
@@ -269,7 +270,7 @@ class PrivateFiles:
         file.punch(window)
 
     def _let_go_if_empty(self, file: PrivateFile) -> None:
-        """Forget a file without slots and content, as one whose first slot could not be made."""
+        """Forget a file without slots and content, such as one whose first slot failed."""
         if not file.shown and not file.memfd.resident_pages(0, 0):
             self._binder.unbind(file.binding)
             del self._bindings[file.binding]
@@ -278,8 +279,11 @@ class PrivateFiles:
                 file.memfd.close()
 
     def unbind(self) -> None:
-        """Unbind and close every file; no slot shows one any more."""
-        # Punches come until the last is unbound.
+        """Unbind and close every file.
+
+        Preconditions: no slot shows a file any more.
+        """
+        # Punches come until the last binding is gone.
         for binding in self._bindings:
             self._binder.unbind(binding)
         self._bindings.clear()
@@ -293,7 +297,7 @@ class PrivateFiles:
             self._by_ino.clear()
 
     def resident(self, binding: int, span: PageRange) -> int:
-        """Count the pages held of a range of the file of a binding."""
+        """Count the pages that are held in a range of a binding's file."""
         found = self._bindings.get(binding)
         if found is None:
             return 0
@@ -306,7 +310,7 @@ class PrivateFiles:
         )
 
     def punch(self, binding: int, span: PageRange) -> bool:
-        """Free a range of the file of a binding; False when there is none."""
+        """Free a range of a binding's file; return False if there is no such binding."""
         found = self._bindings.get(binding)
         if found is None:
             return False

@@ -1,4 +1,4 @@
-"""Slots of the kernel's VM, and how each page of an owner's slot comes to show one half or the other."""
+"""The slots of the kernel's VM, and how pages of an owner's slot come to show a half."""
 
 import mmap
 from bisect import bisect_left, bisect_right
@@ -17,21 +17,24 @@ from restrictedmem.kvm.memslot import WRITE, Memslot
 from restrictedmem.kvm.whole import begun
 from restrictedmem.units import PAGE_SHIFT, gfn_t
 
-#: The owner's halves lie from here on in guest physical memory: past the engine's own slot, and
-#: past the APIC's page.
+#: The owner's halves lie from here on in guest physical memory: behind the engine's own slot, and
+#: behind the APIC's page.
 _HALVES: Final = 1 << 32
 _ENGINE_SLOT: Final = 0
 
 
 @final
 class KernelSlots:
-    """The slots of a VM, each at the first free guest physical address; the guest never sees these, its page tables lead there."""
+    """The slots of a VM, each at the first free guest physical address.
+
+    The guest never sees these addresses: its page tables lead there.
+    """
 
     def __init__(self, vm: VmFd, own: guest_system.System) -> None:
         """Make the engine's own slot."""
         self._vm = vm
-        # In the order of their addresses: where each begins and ends; and below which address there
-        # is no gap.
+        # In the order of their addresses: where each slot begins, and where it ends. Below
+        # ``_full_below`` there is no gap.
         self._bases: list[int] = []
         self._ends: list[int] = []
         self._full_below = _HALVES
@@ -40,10 +43,12 @@ class KernelSlots:
         vm.set_user_memory_region(_ENGINE_SLOT, 0, guest_system.SIZE, own.address)
 
     def add(self, size: int, address: int, private: GuestMemfdHalf | None) -> int:
-        """Make a slot on memory of this process, on a guest_memfd, or both; returns its guest physical address.
+        """Make a slot on memory of this process, on a guest_memfd, or both.
+
+        Return its guest physical address.
 
         Raises:
-            OSError: EINVAL for a range of a file that another slot shows, or without a free slot;
+            OSError: EINVAL for a range of a file that another slot shows, or when no slot is free;
                 ENOMEM.
         """
         base = self._full_below
@@ -67,8 +72,8 @@ class KernelSlots:
                     private.window.start << PAGE_SHIFT,
                 )
             except FileExistsError as error:
-                # The word of Linux 7.2 and later for a range that is bound; no slot lies at an
-                # address that was chosen here.
+                # Linux 7.2 and later use EEXIST for a range that is bound. It cannot be for the
+                # address, because the address was chosen here.
                 raise OSError(EINVAL, error.strerror) from error
         if self._free_numbers:
             self._free_numbers.pop()
@@ -90,16 +95,19 @@ class KernelSlots:
         self._full_below = min(self._full_below, base)
 
     def base_below(self, gpa: int) -> int:
-        """Return where the last slot begins that does so at an address or before it; 0 without one."""
+        """Return where the last slot at or before an address begins; 0 without one."""
         place = bisect_right(self._bases, gpa)
         return self._bases[place - 1] if place else 0
 
 
 class Conversion(Protocol):
-    """How pages change from one half of a slot to the other. No vCPU is in the guest."""
+    """The way in which pages change from one half of a slot to the other.
+
+    Preconditions: no vCPU is in the guest.
+    """
 
     def add(self, slot: Memslot) -> None:
-        """Put the halves of a slot where the guest's page tables can lead, and let them.
+        """Put a slot's halves where the guest's page tables can lead, and let them do so.
 
         Raises:
             OSError: as ``KernelSlots.add``; ENOMEM.
@@ -110,28 +118,31 @@ class Conversion(Protocol):
         """Let a range of pages show one half, and write ``slot.attributes``.
 
         Raises:
-            OSError: ENOMEM, and nothing was changed; after any other exception anything may have
-                been.
+            OSError: ENOMEM, and nothing was changed. After any other exception the range may have
+                been changed in part.
         """
         ...
 
     def open_for_copy(
         self, slot: Memslot, start: gfn_t, end: gfn_t
     ) -> AbstractContextManager[None]:
-        """Let a vCPU of the engine's write a range of private pages of a slot, read-only or not, meanwhile."""
+        """Let a vCPU of the engine write a range of private pages of a slot meanwhile.
+
+        The slot may be read-only.
+        """
         ...
 
     def remove(self, slot: Memslot) -> None:
-        """Take a slot away."""
+        """Remove a slot."""
         ...
 
     def find(self, gpa: int) -> int | None:
-        """Return the owner's address of what lies at a guest physical address."""
+        """Return the owner's address of a guest physical address, None without one."""
         ...
 
 
 def rights_of(slot: Memslot) -> int:
-    """Return what the page tables say of a slot's pages."""
+    """Return the rights that the page tables give to a slot's pages."""
     return USER | (WRITABLE if slot.rights & WRITE else 0)
 
 
@@ -148,17 +159,19 @@ def runs(slot: Memslot, start: gfn_t, end: gfn_t) -> Iterator[tuple[gfn_t, gfn_t
 
 @final
 class ByAddress:
-    """Each half is a slot of its own, and the page tables lead to one of them: for kernels without memory attributes.
+    """Conversion for kernels without memory attributes: each half is a slot of its own.
 
-    KVM's translation of a page goes with the mapping of that page in this process, which is taken
-    away for a moment (MADV_DONTNEED: no content is lost). That works for guest_memfd too, whose
-    mapping nobody can touch. So a conversion zaps its own pages and no others.
+    The page tables lead to one of the two slots. KVM's translation of a page goes with the mapping
+    of that page in this process, so that mapping is taken away for a moment (MADV_DONTNEED: no
+    content is lost). This works for guest_memfd, too, whose mapping nobody can touch. So a
+    conversion zaps its own pages and no others.
     """
 
     def __init__(self, slots: KernelSlots, tables: PageTables) -> None:
         self._slots = slots
         self._tables = tables
-        #: Guest physical addresses of the shared and of the private half, and whose each is.
+        #: The guest physical addresses of the shared and of the private half of each slot; and the
+        #: slot of each such address.
         self._halves: dict[Memslot, tuple[int | None, int | None]] = {}
         self._owners: dict[int, Memslot] = {}
 
@@ -175,7 +188,7 @@ class ByAddress:
             if slot.shared is not None:
                 shared = self._slots.add(size, slot.shared.address, None)
                 undo.callback(self._slots.remove, shared)
-            # Last: a slot that the kernel refuses takes no tables, which are never given back.
+            # This comes last: tables are never given back, so a refused slot must not take any.
             self._tables.reserve(slot.base_gfn << PAGE_SHIFT, npages)
             undo.pop_all()
         self._halves[slot] = shared, private
@@ -190,7 +203,7 @@ class ByAddress:
             raise
 
     def convert(self, slot: Memslot, start: gfn_t, end: gfn_t, *, private: bool) -> None:
-        """Lead to the other half, and zap the one that was shown (``Conversion``)."""
+        """Lead to the other half, and zap the half that was shown (``Conversion``)."""
         leading, attributes = (
             self._entries(slot, start, end, private=private),
             bytes([private]) * (end - start),
@@ -234,7 +247,7 @@ class ByAddress:
         )
 
     def remove(self, slot: Memslot) -> None:
-        """Delete its slots, and with them KVM's translations (``Conversion``)."""
+        """Delete both halves' slots, and with them KVM's translations (``Conversion``)."""
         self._tables.unmap(slot.base_gfn << PAGE_SHIFT, slot.end_gfn - slot.base_gfn)
         for half in self._halves.pop(slot):
             if half is not None:
@@ -242,17 +255,19 @@ class ByAddress:
                 del self._owners[half]
 
     def find(self, gpa: int) -> int | None:
-        """Return the owner's address of what lies at a guest physical address (``Conversion``)."""
+        """Return the owner's address of a guest physical address (``Conversion``)."""
         return _find(gpa, self._slots.base_below(gpa), self._owners)
 
 
 @final
 class ByAttribute:
-    """Both halves are one slot of the kernel's, which picks one by the page's memory attribute (KVM_SET_MEMORY_ATTRIBUTES).
+    """Conversion by memory attributes: both halves are one slot of the kernel.
 
-    The page tables only say where there is a half to be seen; the kernel zaps what it converts.
-    Where KVM emulates an instruction it reads the shared half even if the page is private: an owner
-    could put other instructions there. So that half is out of reach as long.
+    The kernel picks a half by the page's attribute (KVM_SET_MEMORY_ATTRIBUTES), and zaps what it
+    converts. The page tables only say where there is a half to see.
+
+    When KVM emulates an instruction, it reads the shared half even if the page is private. An owner
+    could put other instructions there. So the shared half is out of reach while a page is private.
     """
 
     def __init__(self, vm: VmFd, slots: KernelSlots, tables: PageTables) -> None:
@@ -270,7 +285,7 @@ class ByAttribute:
             npages << PAGE_SHIFT, slot.shared.address if slot.shared else 0, private
         )
         try:
-            # Last: a slot that the kernel refuses takes no tables, which are never given back.
+            # This comes last: tables are never given back, so a refused slot must not take any.
             self._tables.reserve(slot.base_gfn << PAGE_SHIFT, npages)
         except BaseException:
             self._slots.remove(base)
@@ -291,7 +306,7 @@ class ByAttribute:
         )
         missing = (slot.private if private else slot.shared) is None
         leading = no_entries(end - start) if missing else entries(gpa, end - start, rights_of(slot))
-        # ENOMEM comes before the kernel changes anything.
+        # The kernel fails with ENOMEM before it changes anything.
         if private:
             _hide(slot, start, end)
         try:
@@ -311,7 +326,7 @@ class ByAttribute:
 
     @contextmanager
     def open_for_copy(self, slot: Memslot, start: gfn_t, end: gfn_t) -> Generator[None]:
-        """Change the entries, and have the kernel zap what it made of them (``Conversion``)."""
+        """Change the entries, and have the kernel zap its translations (``Conversion``)."""
         if slot.rights & WRITE:
             yield
             return
@@ -327,7 +342,10 @@ class ByAttribute:
                 self._vm.set_memory_attributes(gpa, size, attribute)
 
     def remove(self, slot: Memslot) -> None:
-        """Delete its slot; attributes belong to addresses and would stay (``Conversion``)."""
+        """Delete the slot (``Conversion``).
+
+        Also reset its attributes: they belong to addresses and would stay.
+        """
         npages = slot.end_gfn - slot.base_gfn
         self._tables.unmap(slot.base_gfn << PAGE_SHIFT, npages)
         base = self._bases.pop(slot)
@@ -337,12 +355,14 @@ class ByAttribute:
         _show(slot, slot.base_gfn, slot.end_gfn)
 
     def find(self, gpa: int) -> int | None:
-        """Return the owner's address of what lies at a guest physical address (``Conversion``)."""
+        """Return the owner's address of a guest physical address (``Conversion``)."""
         return _find(gpa, self._slots.base_below(gpa), self._owners)
 
 
 def _hide(slot: Memslot, start: gfn_t, end: gfn_t) -> None:
-    """Keep this process, and KVM in it, from the shared half of pages; in vain before Linux 6.15.
+    """Keep this process, and KVM in it, from the shared half of pages.
+
+    Before Linux 6.15 this has no effect.
 
     Raises:
         OSError: ENOMEM.
@@ -351,7 +371,7 @@ def _hide(slot: Memslot, start: gfn_t, end: gfn_t) -> None:
 
 
 def _show(slot: Memslot, start: gfn_t, end: gfn_t) -> None:
-    """Let it reach them again."""
+    """Let this process reach the shared half of pages again."""
     _guard(slot, start, end, memory.MADV_GUARD_REMOVE)
 
 
@@ -367,13 +387,16 @@ def _guard(slot: Memslot, start: gfn_t, end: gfn_t, advice: int) -> None:
 
 
 def guest_memfd_half(slot: Memslot) -> GuestMemfdHalf:
-    """Return the private half of a slot of this engine."""
+    """Return the private half of a slot, for this engine."""
     assert isinstance(slot.private, GuestMemfdHalf)
     return slot.private
 
 
 def _find(gpa: int, base: int, owners: dict[int, Memslot]) -> int | None:
-    """Return the owner's address of what lies at a guest physical address, at ``base`` or behind it."""
+    """Return the owner's address of a guest physical address in a slot at ``base``.
+
+    Return None if the slot does not have it.
+    """
     slot = owners.get(base)
     if slot is None or gpa >= base + (slot.end_gfn - slot.base_gfn << PAGE_SHIFT):
         return None

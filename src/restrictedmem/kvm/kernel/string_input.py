@@ -1,9 +1,9 @@
-"""INS, of which KVM reads the port before it looks where the values go, several at once under REP.
+"""INS, for which KVM reads the port before it looks where the values go, several under REP.
 
 On a processor the page fault comes first, and no port is read in vain. KVM lets the store fault
-later; executed again, the instruction asks for values anew, and those that were given are lost. So
-the owner is asked only for what can be stored. Where a page is taken away while it is asked, KVM
-gets the same values again.
+later. The instruction, executed again, would then ask for values anew, and the values that the
+owner gave would be lost. So the engine asks the owner only for what can be stored. If a page is
+taken away meanwhile, KVM gets the same values again.
 """
 
 from collections.abc import Callable
@@ -18,27 +18,30 @@ _ADDRESS_SIZE: Final = 0x67
 _DIRECTION_FLAG: Final = 1 << 10
 _U32: Final = (1 << 32) - 1
 
-#: Where an instruction stands: RIP, RCX and RDI.
+#: The progress of an instruction: RIP, RCX and RDI.
 Place = tuple[int, int, int]
 
 
 @final
 class StringInput:
-    """The values of one vCPU's INS under way."""
+    """The values of an INS of one vCPU that is under way."""
 
     def __init__(self, tables: PageTables, read: Callable[[int, int], bytes]) -> None:
         """``read`` returns what the engine can see of a piece of a guest page."""
         self._tables = tables
         self._read = read
-        #: What KVM is going to take, how much of it the owner gives, and what it gave before; then
-        #: what KVM was given. Each with the bytes of one value.
+        #: What KVM is about to take, how many bytes of it the owner gives, and what the owner gave
+        #: before; then what KVM was given. Each also has its place, and the bytes of one value.
         self._asked: tuple[Place, memoryview, int, bytes, int] | None = None
         self._given: tuple[Place, bytes, int] | None = None
-        #: What was given for a place, and not stored there.
+        #: What was given at a place, and not stored there.
         self._rest: tuple[Place, bytes] | None = None
 
     def ask(self, place: Place, flags: int, data: memoryview, size: int) -> range:
-        """Fill in what KVM reads from a port; returns which bytes the owner is to be asked for, ``size`` at a time."""
+        """Fill in what KVM reads from a port.
+
+        Return the offsets of the values that the owner has to be asked for, ``size`` bytes each.
+        """
         rest, self._rest = self._rest, None
         known = rest[1] if rest is not None and rest[0] == place else b""
         data[: len(known)] = known
@@ -49,7 +52,7 @@ class StringInput:
         return range(len(known), wanted, size)
 
     def entered(self) -> None:
-        """Take note that KVM takes the values, before it runs."""
+        """Note that KVM takes the values, before it runs."""
         asked, self._asked = self._asked, None
         self._given = None
         if asked is not None:
@@ -57,13 +60,13 @@ class StringInput:
             self._given = place, max(known, bytes(data[:wanted]), key=len), size
 
     def faulted(self, place: Place) -> None:
-        """Take note that the instruction at a place faulted, as the end of the last run."""
+        """Note that the last run ended with a fault of the instruction at a place."""
         if self._given is not None and self._given[0][0] == place[0]:
             before, values, size = self._given
             self._rest = place, values[(before[1] - place[1]) * size :]
 
     def _storable(self, place: Place, flags: int, length: int, size: int) -> int:
-        """Return how many bytes can be stored before a store faults; all of them if it is IN."""
+        """Return how many bytes can be stored before a store faults; all of them for IN."""
         address = self._destination(place)
         if address is None:
             return length
@@ -78,13 +81,16 @@ class StringInput:
         return length
 
     def _there(self, place: Place, flags: int, done: int, size: int) -> bytes:
-        """Return what is where the first value would go that cannot be stored: KVM stores the part that it can."""
+        """Return what is where the first value would go that cannot be stored.
+
+        KVM stores the part of this value that it can.
+        """
         address = self._destination(place)
         assert address is not None
         return self._read(_at(address, flags, done), size)
 
     def _destination(self, place: Place) -> int | None:
-        """Return where an INS stores first; None for IN."""
+        """Return the address at which an INS stores first; None for IN."""
         rip, _, rdi = place
         piece = min(LONGEST, PAGE_SIZE - (rip & PAGE_MASK))
         instruction = decode(self._read(rip, piece) + self._read(rip + piece, LONGEST - piece))
@@ -98,5 +104,5 @@ class StringInput:
 
 
 def _at(address: int, flags: int, done: int) -> int:
-    """Return where a value goes after ``done`` bytes."""
+    """Return the address of a value after ``done`` bytes."""
     return address - done if flags & _DIRECTION_FLAG else address + done

@@ -1,1 +1,1 @@
-"""The software engine: guest code on Unicorn, each TLB miss of it a fault of our MMU."""
+"""The software engine: guest code runs on Unicorn; each TLB miss is a fault of our MMU."""

@@ -1,6 +1,6 @@
-"""Executing one instruction and no more, which Unicorn has no call for.
+"""Execution of one instruction and no more, for which Unicorn has no call.
 
-The trap flag does it, whose #DB comes right behind the instruction.
+The trap flag does this: its #DB comes right behind the instruction.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ _INT: Final = 0xCD
 
 @final
 class Alone:
-    """Executes single instructions of one emulator; the guest does not notice."""
+    """An executor of single instructions on one emulator; the guest does not notice."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Alone:
         drop: Callable[[gfn_t, gfn_t], None],
         wide: WideExchange,
     ) -> None:
-        """``start`` runs until something ends the run, and says what; ``drop`` forgets code."""
+        """``start`` runs until something ends the run, and says why; ``drop`` forgets code."""
         self._uc = uc
         self._memory = memory
         self._fetched = fetched
@@ -46,7 +46,10 @@ class Alone:
         self._wide = wide
 
     def execute(self) -> bool:
-        """Execute the instruction at RIP. When it is not done, the last ``start`` said why."""
+        """Execute the instruction at RIP, and say whether it was completed.
+
+        If it was not, the last ``start`` said why.
+        """
         rip, flags = self._uc.read(unicorn.RIP), self._uc.read(unicorn.RFLAGS)
         instruction = self._instruction(rip)
         if instruction is None and self._memory.find(rip & ~PAGE_MASK) is not None:
@@ -56,7 +59,8 @@ class Alone:
         if not is_wide(instruction):
             return self._trap(flags, instruction)
         if flags & _TRAP_FLAG:
-            # The guest's own: with it, the instruction may have been translated as an invalid one.
+            # The guest has set it. With it, the instruction may have been translated as an invalid
+            # one.
             self._uc.flush_code()
         with self._wide.available():
             return self._trap(flags, instruction)
@@ -72,7 +76,7 @@ class Alone:
 
     def _trap(self, flags: int, instruction: Instruction | None) -> bool:
         if flags & _TRAP_FLAG:
-            # The guest's own: so is the #DB.
+            # The guest has set it, so the #DB is the guest's, too.
             self._start()
             return False
         uc, opcode = self._uc, 0 if instruction is None else instruction.opcode
@@ -80,7 +84,7 @@ class Alone:
         done = False
         try:
             why = self._start()
-            # INT 1 raises the same vector. Its operand stands where others have ModRM.
+            # INT 1 raises the same vector. Its operand stands where other instructions have ModRM.
             one = instruction is not None and instruction.modrm == 1
             done = why == _DEBUG and not (opcode == _INT and one)
         finally:
@@ -89,8 +93,8 @@ class Alone:
         return done
 
     def _push_flags(self, rip: int, end: int) -> bool:
-        """Execute PUSHF without the trap flag, which it would store: as a block of its own."""
-        # No block must go on from here; Unicorn itself drops the one that ends there.
+        """Execute PUSHF without the trap flag, which it would store, as a block of its own."""
+        # No translated block may go on beyond it. Unicorn itself drops the block that ends there.
         self._drop(gfn_t(rip >> PAGE_SHIFT), gfn_t((end - 1 >> PAGE_SHIFT) + 1))
         with self._uc.stop_at(end):
             why = self._start()

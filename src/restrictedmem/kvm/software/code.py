@@ -1,8 +1,8 @@
 """Code that one vCPU writes and another executes (Intel SDM 9.1.3).
 
-An emulator notices its own stores to what it has translated, not those of another. So a page that
-any vCPU fetches from is write-protected in the TLBs of all (``Mmu.protect_code``), and the first
-store by another makes those who have translated it translate it anew.
+An emulator notices its own stores to what it has translated, but not those of another emulator. So
+a page that any vCPU fetches from is write-protected in the TLBs of all (``Mmu.protect_code``). At
+the first store by another vCPU, those that have translated the page translate it again.
 """
 
 from typing import final
@@ -10,7 +10,10 @@ from typing import final
 
 @final
 class CodePages:
-    """Which vCPUs may have translated code of which guest page; asked and told only by the vCPU whose turn it is."""
+    """The vCPUs that may have translated code of each guest page.
+
+    Only the vCPU whose turn it is asks or changes it.
+    """
 
     def __init__(self) -> None:
         #: By guest page: a bit for each vCPU.
@@ -18,12 +21,15 @@ class CodePages:
         self._stale: list[set[int]] = []
 
     def add_vcpu(self) -> int:
-        """Return the number of one more vCPU."""
+        """Add a vCPU, and return its number."""
         self._stale.append(set())
         return len(self._stale) - 1
 
     def fetched(self, gfn: int, vcpu: int, *, newly_protected: bool) -> None:
-        """Take note that a vCPU translates code of a page; the others may have it in their TLBs to be written."""
+        """Note that a vCPU translates code of a page.
+
+        The others may have the page in their TLBs as writable.
+        """
         holders = self._holders.get(gfn, 0)
         if newly_protected or not holders >> vcpu & 1:
             self._holders[gfn] = holders | 1 << vcpu
@@ -32,7 +38,10 @@ class CodePages:
                     stale.add(gfn)
 
     def written(self, gfn: int, vcpu: int) -> None:
-        """Take note that a vCPU may write to a page from now on; the others have to translate its code anew."""
+        """Note that a vCPU may write to a page from now on.
+
+        The others have to translate the page's code again.
+        """
         holders = self._holders.get(gfn, 0)
         self._holders[gfn] = holders & 1 << vcpu
         for number, stale in enumerate(self._stale):

@@ -1,4 +1,4 @@
-"""What a vCPU has fetched its code from, and the hooks there that flags need (``flags``)."""
+"""The code that a vCPU has fetched, and the hooks on it that flags need (``flags``)."""
 
 import re
 from collections.abc import Generator
@@ -12,16 +12,16 @@ from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 
 #: SETcc with an operand in memory.
 _SETCC: Final = re.compile(rb"\x0f[\x90-\x9f][\x00-\xbf]")
-#: With more on one page, a single hook serves it whole. Each hook makes all translation dearer,
-#: that one all code of the page.
+#: With more SETcc on one page, a single hook serves the whole page. Each hook makes all translation
+#: slower, and that single hook makes all code of the page slower.
 _MANY: Final = 16
-#: With more altogether, all are taken away, and put back where code is still executed.
+#: With more hooks altogether, all are removed. They come back where code is still executed.
 _MOST: Final = 512
 
 
 @final
 class _Page:
-    """Where a page lay when it was last fetched from, what was there, and its hooks."""
+    """Where a page lay when it was last fetched from, its content then, and its hooks."""
 
     __slots__ = ("half", "hash", "hooks", "offset")
 
@@ -29,7 +29,7 @@ class _Page:
         self.half = half
         self.offset = offset
         self.hash = 0
-        #: By first and last address; also those of instructions that only end on this page.
+        #: By first and last address. Hooks of instructions that only end on this page are included.
         self.hooks: dict[tuple[int, int], Hook] = {}
 
     def read(self, start: int, end: int) -> bytes:
@@ -40,14 +40,14 @@ class _Page:
 class FetchedCode:
     """The pages that one emulator translated code from, and the hooks on them.
 
-    Whether a byte begins an instruction cannot be seen. A hook on one that does not is never
+    Nothing shows whether a byte begins an instruction. A hook on a byte that does not is never
     called, and costs a little where code is translated.
     """
 
     def __init__(self, uc: Uc) -> None:
         self._uc = uc
         self._pages: dict[int, _Page] = {}
-        #: Those that show the shared half.
+        #: The pages that show the shared half.
         self._shared: dict[int, _Page] = {}
         self._hooks = 0
         self._looking = False
@@ -58,10 +58,11 @@ class FetchedCode:
         return self._hooks > _MOST
 
     def fetched(self, address: int, half: Half, offset: int, *, shared: bool) -> bool:
-        """Take note that code of a guest page, at ``offset`` of a half, is going to be translated.
+        """Note that code of a guest page, at ``offset`` of a half, is going to be translated.
 
-        Returns whether that has to begin anew: an instruction got a hook, and Unicorn had looked
-        for one already, as it does before it fetches an instruction.
+        Return whether the translation has to begin again. It has to when an instruction got a hook
+        for which Unicorn had already looked: Unicorn looks for hooks before it fetches an
+        instruction.
         """
         known = address in self._pages
         page = self._pages.setdefault(address, _Page(half, offset))
@@ -77,7 +78,7 @@ class FetchedCode:
         return first <= address or (self._looking and not known)
 
     def _hook(self, address: int, content: bytes) -> int:
-        """Put hooks on a page and across its borders; returns the first new address with one."""
+        """Put hooks on a page and across its borders; return the first new one's address."""
         hooks = self._pages[address].hooks
         before = self._read(address - PAGE_SIZE, PAGE_SIZE - LONGEST, PAGE_SIZE)
         code = before + content + self._read(address + PAGE_SIZE, 0, LONGEST)
@@ -101,7 +102,10 @@ class FetchedCode:
         return b"" if page is None else page.read(start, end)
 
     def rewritten(self) -> list[int]:
-        """Return the shared pages that are not what they were: of the owner's stores nobody is told."""
+        """Return the shared pages whose content has changed.
+
+        The owner stores to shared pages, and nobody tells the engine.
+        """
         return [
             address
             for address, page in self._shared.items()
@@ -110,7 +114,7 @@ class FetchedCode:
 
     @contextmanager
     def looking(self) -> Generator[None]:
-        """Let translation begin anew after each page that is fetched from for the first time."""
+        """Let translation begin anew after each page that is fetched for the first time."""
         self._looking = True
         try:
             yield
@@ -124,11 +128,14 @@ class FetchedCode:
         return any(first <= address <= last for first, last in hooks)
 
     def instruction(self, address: int) -> Instruction | None:
-        """Return the instruction at an address; None where nothing was fetched since a drop."""
+        """Return the instruction at an address; None if it was not fetched since a drop."""
         return decode(self.code(address))
 
     def code(self, address: int) -> bytes:
-        """Return as much as an instruction at an address may take, and was fetched since a drop."""
+        """Return the fetched code at an address, as much as an instruction may take.
+
+        Code that was fetched before a drop does not count.
+        """
         code, end = b"", address + LONGEST
         while address < end and (page := self._pages.get(address & ~PAGE_MASK)) is not None:
             inside = address & PAGE_MASK
@@ -138,9 +145,10 @@ class FetchedCode:
         return code
 
     def drop(self, start: int, end: int) -> None:
-        """Forget a range of guest addresses, whose translated code is dropped too.
+        """Forget a range of guest addresses, whose translated code is dropped, too.
 
-        Asks the fill hook for some, which must refuse (``PhysicalMemory.maintenance``).
+        Unicorn asks the fill hook for some of these addresses, and the hook must refuse
+        (``PhysicalMemory.maintenance``).
         """
         every = end - start >> PAGE_SHIFT > len(self._pages)
         for address in [*self._pages] if every else range(start, end, PAGE_SIZE):

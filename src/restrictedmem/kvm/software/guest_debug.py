@@ -1,8 +1,9 @@
-"""Debugging one emulator: breakpoints, single steps, and the registers that a debugger sees (KVM_SET_GUEST_DEBUG).
+"""Debugging of one emulator: breakpoints, single steps and registers (KVM_SET_GUEST_DEBUG).
 
-A breakpoint is a hook on an address, so nothing in the guest's memory is changed and there may be
-any number. A hook costs whenever its address is executed, set or not; but to put one back costs
-nothing, which debuggers do at each step away from a breakpoint.
+A breakpoint is a hook on an address. So nothing in the guest's memory is changed, and there may be
+any number of breakpoints. A hook costs time whenever its address is executed, even when its
+breakpoint is not set. But to set the breakpoint again costs nothing, and debuggers do this at each
+step away from a breakpoint.
 """
 
 import struct
@@ -15,7 +16,7 @@ from restrictedmem.kvm.software import unicorn
 from restrictedmem.kvm.software.physical import PhysicalMemory
 from restrictedmem.kvm.software.uc import Hook, Uc
 
-#: In the order of ``struct kvm_regs``.
+#: The general registers, in the order of ``struct kvm_regs``.
 _REGS: Final = (
     unicorn.RAX,
     unicorn.RBX,
@@ -42,12 +43,16 @@ _SEGMENTS: Final = {
 
 @final
 class GuestDebug:
-    """Where a vCPU is to stop, and its registers."""
+    """Where a vCPU has to stop, and its registers."""
 
     def __init__(
         self, uc: Uc, memory: PhysicalMemory, on_breakpoint: Callable[[int, int, int], None]
     ) -> None:
-        """Debug nothing yet; ``on_breakpoint(uc, address, size)`` is called before the instruction at each address ever set, set or not."""
+        """Debug nothing yet.
+
+        ``on_breakpoint(uc, address, size)`` is called before the instruction at each address that
+        ever had a breakpoint, whether or not it is set.
+        """
         self._uc = uc
         self._memory = memory
         self._on_breakpoint = on_breakpoint
@@ -57,7 +62,7 @@ class GuestDebug:
         self.breakpoints: frozenset[int] = frozenset()
 
     def set(self, *, step: bool, breakpoints: frozenset[int]) -> None:
-        """Stop after each instruction, or before those at the addresses, from now on."""
+        """Stop after each instruction, or before those at the breakpoints, from now on."""
         self.step = step
         self.breakpoints = breakpoints
         if self._hooks and not step and not breakpoints:
@@ -69,7 +74,7 @@ class GuestDebug:
         for address in breakpoints - self._hooks.keys():
             self._hooks[address] = self._uc.hook_code(address, self._on_breakpoint)
             self._uc.stop_inside_blocks()
-            # Hooks are part of translated code.
+            # Translated code contains the hooks.
             self._uc.flush_code()
 
     def has_hook(self, address: int) -> bool:
@@ -85,7 +90,10 @@ class GuestDebug:
         self._regs.write(_LAYOUT.unpack(bytes(regs)))
 
     def get_sregs(self) -> kvm_sregs:
-        """Return selectors, the bases of FS and GS, and control registers; the rest is 0, for flat segments have nothing else to say."""
+        """Return selectors, the bases of FS and GS, and control registers.
+
+        The rest is 0, because flat segments have nothing else to say.
+        """
         read = self._uc.read
         sregs = kvm_sregs(
             cr0=read(unicorn.CR0),

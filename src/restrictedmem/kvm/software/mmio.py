@@ -1,10 +1,12 @@
 """Memory-mapped I/O: how one instruction that touches pages without memory is carried out.
 
-Unicorn has no way to end a run before a store, nor to hand a load its value later. So the
-instruction is executed alone, with a device in place of every such page: the device knows the
-values that loads were given so far, and keeps what is stored. Where a value is still missing,
-registers go back to what they were and the VMM is asked; so a load is completed by executing the
-instruction again with the VMM's value. Where nothing is missing, the stores are the exits.
+Unicorn cannot end a run before a store, and cannot give a load its value later. So the engine
+executes the instruction alone, with a device in place of every such page. The device knows the
+values that loads were given so far, and keeps the instruction's stores.
+
+If a value is missing, the engine puts registers back to what they were, and asks the VMM. Then it
+executes the instruction again with the VMM's value, which completes the load. If no value is
+missing, the stores are the exits.
 """
 
 from typing import Final, final
@@ -13,29 +15,32 @@ from restrictedmem.kvm.software.uc import Uc
 from restrictedmem.protocol.exits import MmioRead, MmioWrite
 from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 
-#: More than any instruction touches: two operands, each across a page boundary, and the stack.
+#: More pages than any instruction touches: two operands, each across a page boundary, and a stack.
 _PAGES: Final = 8
-#: The largest access of one exit, as ``kvm_run.mmio.data``.
+#: The largest access of one exit, as in ``kvm_run.mmio.data``; bytes.
 _LARGEST: Final = 8
 
 
 @final
 class Scratch:
-    """The device, at ``base`` in physical memory; its pages stand for guest pages in the order the instruction touches them."""
+    """The device, at ``base`` in physical memory.
+
+    Its pages are in place of guest pages, in the order in which the instruction touches them.
+    """
 
     __slots__ = ("_around", "_base", "_known", "_pages", "_slack", "stepping", "stores", "wanted")
 
     def __init__(self, uc: Uc, base: int) -> None:
         self._base = base
         self._known: dict[int, int] = {}
-        #: What Unicorn loads for the first load, to throw away the bytes beside it; and what of
-        #: that it has not loaded in this try.
+        #: The bytes that Unicorn loads for the first load, with those beside it that it throws
+        #: away; and the bytes of these that it has not loaded in this try.
         self._around = range(0)
         self._slack: set[int] = set()
         self._pages: list[int] = []
         #: Whether an instruction is being executed with the device in place.
         self.stepping = False
-        #: What it stored, and the first load whose value is not known.
+        #: What the instruction stored, and the first load whose value is not known.
         self.stores: list[MmioWrite] = []
         self.wanted: MmioRead | None = None
         uc.map_device(base, _PAGES * PAGE_SIZE, self._read, self._write)
@@ -49,15 +54,15 @@ class Scratch:
         self.stepping = True
 
     def forget(self) -> None:
-        """Forget the values: the next instruction loads anew."""
+        """Forget the values, because the next instruction loads anew."""
         self._known.clear()
         self._around = range(0)
 
     def answer(self, load: MmioRead, value: int) -> None:
         """Give the value of a load."""
-        # An unaligned load comes as two aligned ones, of which bytes to either side are thrown
-        # away: they must not be asked for. Only the first load is known as it was: each later one
-        # is asked for as it comes here.
+        # An unaligned load comes as two aligned ones. Unicorn throws away bytes to either side of
+        # it, and the VMM must not be asked for them. Only the first load is known as it was. Each
+        # later load is asked for as it comes here.
         start = load.gpa & -load.size
         if load.gpa != start:
             self._around = range(start, start + 2 * load.size)
@@ -91,8 +96,8 @@ class Scratch:
     def _write(self, _uc: int, offset: int, size: int, value: int) -> None:
         gpa = self._gpa(offset)
         value &= (1 << 8 * size) - 1
-        # Unicorn takes stores apart (8 bytes into 4 and 4, unaligned ones into single bytes): they
-        # are put together again.
+        # Unicorn takes stores apart: 8 bytes into 4 and 4, unaligned ones into single bytes. Here
+        # they are put together again.
         last = self.stores[-1] if self.stores else None
         if last is not None and last.gpa + last.size == gpa and last.size + size <= _LARGEST:
             self.stores[-1] = MmioWrite(

@@ -1,8 +1,8 @@
-"""Unicorn's physical memory: where the halves of the slots lie in it, and what was translated into code from there.
+"""Unicorn's physical memory: where the slots' halves lie in it, and which code is theirs.
 
-Each half that was touched lies there once and whole, whatever of it the guest may see; so no page
-is ever mapped or unmapped by itself, which Unicorn does in quadratic time. Guest addresses do not
-lead here but through the TLB hook, so everything lies beyond them.
+Each half that was touched lies there once and whole, whatever the guest may see of it. So no page
+is ever mapped or unmapped by itself, which Unicorn does in quadratic time. Guest addresses lead
+here only through the TLB hook, so everything lies beyond them.
 """
 
 from bisect import bisect_left, bisect_right
@@ -16,9 +16,9 @@ from restrictedmem.kvm.memslot import Memslot
 from restrictedmem.kvm.software.uc import Uc
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, gfn_t
 
-#: Below lies what is the engine's own.
+#: Halves lie from here on. Below lies the engine's own memory.
 _HALVES: Final = 1 << 48
-#: From this size on, dropping the translated code of a range costs more than dropping all of it.
+#: From this size on, to drop the translated code of a range costs more than to drop all code.
 _MUCH_CODE: Final = 16 << 20
 _START: Final = attrgetter("start")
 _WINDOW_END: Final = attrgetter("end")
@@ -26,7 +26,7 @@ _WINDOW_END: Final = attrgetter("end")
 
 @final
 class View:
-    """A half in physical memory at ``base``, and the hull of where the guest has fetched code from it."""
+    """A half in physical memory at ``base``, and a range with all code fetched from it."""
 
     __slots__ = ("_code_end", "_code_start", "base", "end", "half")
 
@@ -37,22 +37,28 @@ class View:
         self.forget_code()
 
     def forget_code(self) -> None:
-        """Take note that no translated code is left."""
+        """Note that no translated code is left."""
         self._code_start, self._code_end = self.end, self.base
 
     def fetched(self, page: int) -> None:
-        """Take note that there may be translated code of a page."""
+        """Note that there may be translated code of a page."""
         self._code_start = min(self._code_start, page)
         self._code_end = max(self._code_end, page + PAGE_SIZE)
 
     def code_in(self, start: int, end: int) -> tuple[int, int]:
-        """Return the part of a range that may have translated code; nothing when it does not begin before it ends."""
+        """Return the part of a range that may have translated code.
+
+        There is none if the part does not begin before it ends.
+        """
         return max(start, self._code_start), min(end, self._code_end)
 
 
 @final
 class Window:
-    """A slot in the guest's addresses, from ``start`` to ``end``, and its halves in physical memory, from the first touch on."""
+    """A slot in guest addresses ``start`` to ``end``, and its halves in physical memory.
+
+    The halves get there at the first touch.
+    """
 
     __slots__ = ("end", "offsets", "slot", "start", "views")
 
@@ -60,8 +66,8 @@ class Window:
         self.slot = slot
         self.start = slot.base_gfn << PAGE_SHIFT
         self.end = slot.end_gfn << PAGE_SHIFT
-        #: The shared half, the private half; and what leads there from a guest address, by an entry
-        #: without its rights.
+        #: The shared half and the private half; and what leads there from a guest address, by an
+        #: entry without its rights.
         self.views: tuple[View | None, View | None] = None, None
         self.offsets: tuple[int, ...] = ()
 
@@ -70,23 +76,23 @@ class Window:
 class PhysicalMemory:
     """The halves of all slots of one emulator.
 
-    A slot's halves come here when the guest first touches it: Unicorn takes as long to map one as
-    there are others, and a guest may have thousands of slots that this vCPU never touches.
+    A slot's halves come here when the guest first touches the slot. The more halves there are, the
+    longer Unicorn takes to map one. A guest may have thousands of slots that this vCPU never
+    touches.
     """
 
     def __init__(self, uc: Uc) -> None:
         self._uc = uc
-        # Both in the order of their addresses.
+        # Both are in the order of their addresses.
         self._windows: list[Window] = []
         self._views: list[View] = []
-        #: Whether Unicorn is at work on physical memory itself: a TLB miss then asks for the page
-        #: of the same
-        #: number, if it is none of the guest's.
+        #: Whether Unicorn is at work on physical memory itself. A TLB miss then asks for the
+        #: physical page of the same number, if the page is not one of the guest's.
         self.maintaining = False
 
     @contextmanager
     def maintenance(self) -> Generator[None]:
-        """Let nothing be taken for the guest meanwhile."""
+        """Let no TLB miss be taken for the guest's meanwhile."""
         self.maintaining = True
         try:
             yield
@@ -99,7 +105,7 @@ class PhysicalMemory:
         return self._windows[index - 1] if index and gpa < self._windows[index - 1].end else None
 
     def add(self, slot: Memslot) -> None:
-        """Take note of a slot."""
+        """Add a slot, without its halves yet."""
         window = Window(slot)
         self._windows.insert(bisect_right(self._windows, window.start, key=_START), window)
         self._uc.flush_tlb()
@@ -136,7 +142,10 @@ class PhysicalMemory:
                 self._views.remove(view)
 
     def remove(self, slot: Memslot) -> None:
-        """Take a slot's halves out of physical memory, with their code and translations; one that never got there is nothing."""
+        """Remove a slot's halves from physical memory, with their code and translations.
+
+        A slot that was never added is ignored.
+        """
         window = self.find(slot.base_gfn << PAGE_SHIFT)
         if window is None or window.slot is not slot:
             return
@@ -146,7 +155,10 @@ class PhysicalMemory:
         self._uc.flush_tlb()
 
     def drop(self, start: gfn_t, end: gfn_t) -> None:
-        """Forget the code and the translations of a range of guest pages, in time that does not depend on its size."""
+        """Forget the code and the translations of a range of guest pages.
+
+        The time for this does not depend on the range's size.
+        """
         first = bisect_right(self._windows, start << PAGE_SHIFT, key=_WINDOW_END)
         last = bisect_left(self._windows, end << PAGE_SHIFT, key=_START)
         for window in self._windows[first:last]:

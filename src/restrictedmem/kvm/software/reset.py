@@ -1,8 +1,9 @@
-"""What a vCPU is before its first instruction: long mode, CPL3, and an I/O breakpoint that only needs a port.
+"""The state of a vCPU before its first instruction.
 
-The breakpoint is how IN and OUT become precise exits. Unicorn's own stop takes effect at the end of
-a block, some instructions later; a #DB that the instruction itself raises (DR7.RW0 = I/O, CR4.DE;
-Intel SDM 18.2.4) does so at once, and costs nothing where no IN or OUT is.
+The vCPU is in long mode at CPL3, with an I/O breakpoint that only needs a port. By this breakpoint
+IN and OUT become precise exits. Unicorn's own stop takes effect at the end of a block, some
+instructions later. A #DB that the instruction itself raises (DR7.RW0 = I/O, CR4.DE; Intel SDM
+18.2.4) takes effect at once. It costs nothing where no IN or OUT is.
 """
 
 import ctypes
@@ -15,8 +16,7 @@ from restrictedmem.kvm.software.uc import Context, Uc
 from restrictedmem.kvm.software.wide import ASK_PROCESSOR, ASKED, WideExchange
 from restrictedmem.units import PAGE_SIZE
 
-#: Where the page with the boot code is while it runs; the address is chosen by nothing but being
-#: free.
+#: Address of the page with the boot code while it runs; it only has to be free.
 _BOOT: Final = 1 << 45
 _GDT_POINTER: Final = 0x100
 _GDT: Final = 0x180
@@ -60,8 +60,8 @@ _USER: Final = 3
 def enter_user_mode(uc: Uc) -> tuple[Context, int, WideExchange]:
     """Bring a new emulator, without hooks yet, to the state.
 
-    Returns a copy of it, to start again from; where flags are in a copy (``flags.find_source``);
-    and what the emulator had to lose.
+    Return a copy of the state, to start again from; the offset of flags in a copy
+    (``flags.find_source``); and the instructions that the emulator had to lose.
 
     Raises:
         RuntimeError: when this version of Unicorn does not get there.
@@ -80,7 +80,7 @@ def enter_user_mode(uc: Uc) -> tuple[Context, int, WideExchange]:
     state.save()
     source = find_source(state)
     wide = WideExchange(uc, tuple(uc.read(register) for register in ASKED))
-    # Selectors that the guest loads give #GP from here on, whatever it loads: the table is gone.
+    # From here on each selector that the guest loads gives #GP, because the table is gone.
     uc.forget_gdt()
     for register in (unicorn.RAX, unicorn.RBX, unicorn.RDX, unicorn.RSP, *ASKED):
         uc.write(register, 0)

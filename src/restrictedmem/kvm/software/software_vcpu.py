@@ -1,7 +1,7 @@
-"""The engine on Unicorn: guest code is emulated, and every TLB miss of it is a fault of the secondary MMU.
+"""A vCPU on Unicorn, which emulates guest code; each TLB miss is a fault of our MMU.
 
-A run ends in a hook, and ``_why`` is the hook's word on it: an exit, or what has to be done before
-the guest goes on.
+A hook ends each run. ``_why`` is the reason that the hook gave: an exit, or something that has to
+be done before the guest goes on.
 """
 
 import ctypes
@@ -42,22 +42,22 @@ from restrictedmem.protocol.exits import Exit
 from restrictedmem.protocol.guest_abi import HYPERCALL_PAGE
 from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, U64_MAX, gfn_t
 
-#: An invalid opcode is what ends a run most precisely.
+#: The code of the hypercall page. Of all things, an invalid opcode ends a run most precisely.
 HYPERCALL: Final = bytes.fromhex(
     "0f0b"  # ud2
     "c3"  # ret
 )
 _RET: Final = HYPERCALL_PAGE + 2
 
-#: No port: what the I/O breakpoint is set to when an IN or OUT is to go on.
+#: No port. The I/O breakpoint is set to it when an IN or OUT has to go on.
 _NO_PORT: Final = U64_MAX
 
 # Exceptions (Intel SDM 6.15).
 _INVALID_OPCODE: Final = exits.Shutdown(6)
-# What Unicorn takes for invalid opcodes: INT1 raises #DB, a trap, and RDPMC #GP (CR4.PCE is clear).
+# What Unicorn takes for invalid opcodes: INT1 raises #DB, a trap; RDPMC #GP (CR4.PCE is clear).
 _INT1: Final = 0xF1
 _NOT_INVALID: Final = {_INT1: exits.Shutdown(1), 0x0F33: exits.Shutdown(13)}
-#: KVM's word for an instruction that it cannot carry out: string I/O between a port and MMIO.
+#: KVM's exit for an instruction that it cannot carry out: string I/O between a port and MMIO.
 _EMULATION_FAILURE: Final = exits.Unknown(ExitReason.INTERNAL_ERROR)
 
 
@@ -66,7 +66,7 @@ class SoftwareVcpu:
     """One vCPU on Unicorn (``VcpuEngine``)."""
 
     def __init__(self, mmu: Mmu, report_page: mmap.mmap, turns: Turns, code: CodePages) -> None:
-        """Make a vCPU in its reset state, without slots; all else is its VM's.
+        """Make a vCPU in its reset state, without slots; all arguments are its VM's.
 
         Raises:
             RuntimeError: when Unicorn is missing or its version does not fit.
@@ -86,7 +86,7 @@ class SoftwareVcpu:
         self._number = self._tlb.number = code.add_vcpu()
 
     def _set_up(self, uc: Uc) -> None:
-        """Bring a new emulator to where a guest can run on it."""
+        """Bring a new emulator to a state in which a guest can run on it."""
         self._reset, source, wide = enter_user_mode(uc)
         self._undo = Context(uc)
         self._flags = LateFlags(uc, source)
@@ -104,25 +104,24 @@ class SoftwareVcpu:
         self._hypercall = uc.registers(
             unicorn.RIP, unicorn.RAX, unicorn.RDI, unicorn.RSI, unicorn.RDX, unicorn.R10
         )
-        #: What IN, OUT, INS and OUTS may change.
+        #: The registers that IN, OUT, INS and OUTS may change.
         self._io = uc.registers(unicorn.RIP, unicorn.RAX, unicorn.RSI, unicorn.RDI)
         self._io_before: tuple[int, ...] = ()
-        #: The answer to the IN or OUT at an address, for when it is executed again: (RIP, port,
-        #: value).
+        #: The answer to the IN or OUT at an address, for its second execution: (RIP, port, value).
         self._io_answer: tuple[int, int, int] | None = None
 
         self._why: Exit | RunEnd | None = None
-        #: The exit that ``complete`` answers, the stores of one instruction still to be reported,
-        #: and whether one is to be stepped.
+        #: The exit that ``complete`` answers; the stores of one instruction that are still to be
+        #: reported; and whether an instruction has to be stepped.
         self._asked: exits.PortIn | exits.MmioRead | exits.Hypercall | None = None
         self._stores: deque[exits.MmioWrite] = deque()
         self._unfinished = False
-        #: How the guest stopped for good. It is never entered again: Unicorn stands behind some
-        #: instructions that raised an exception, and takes a second exception for one in the
-        #: handler of the first, which makes it #DF.
+        #: How the guest stopped for good. It is never entered again: after some exceptions RIP is
+        #: behind the instruction that raised them. And Unicorn takes a second exception for one in
+        #: the handler of the first, and makes it a #DF.
         self._ended: exits.Shutdown | None = None
         self._debug = GuestDebug(uc, self._memory, self._on_breakpoint)
-        #: Whether an instruction was finished that a single step is still to be reported of.
+        #: Whether an instruction was finished whose single step is still to be reported.
         self._stepped = False
 
         self._alone = Alone(uc, self._memory, self._fetched, self._start, self.drop, wide)
@@ -155,17 +154,17 @@ class SoftwareVcpu:
     # Slots.
 
     def add_slot(self, slot: Memslot) -> None:
-        """Make a slot's halves reachable."""
+        """Let the guest reach a slot's halves."""
         self._memory.add(slot)
 
     def remove_slot(self, slot: Memslot) -> None:
-        """Forget a slot and whatever was cached of it."""
+        """Forget a slot and everything that was cached of it."""
         self._forget_code(slot.base_gfn, slot.end_gfn)
         self._memory.remove(slot)
         self._tlb.forget_window()
 
     def drop(self, start: gfn_t, end: gfn_t) -> None:
-        """Forget cached translations and translated code of a range of guest pages (``VcpuEngine``)."""
+        """Drop cached translations and translated code of some pages (``VcpuEngine``)."""
         self._forget_code(start, end)
         self._memory.drop(start, end)
 
@@ -186,7 +185,7 @@ class SoftwareVcpu:
         self._uc.stop()
 
     def _on_breakpoint(self, _uc: int, address: int, _size: int) -> None:
-        # An instruction that is executed again, to be finished, was reported before.
+        # An instruction that is executed again, to be finished, was already reported.
         if address in self._debug.breakpoints and not self._unfinished:
             self._why = exits.Debug(exits.BREAKPOINT, address)
             self._uc.stop()
@@ -202,7 +201,10 @@ class SoftwareVcpu:
             self._why = exits.PortOut(port, size, data)
 
     def _io_value(self, port: int) -> int | None:
-        """Return the answer to this very IN or OUT; without one, set the breakpoint that ends the run right after it."""
+        """Return the answer to this very IN or OUT.
+
+        Without an answer, set the breakpoint that ends the run right after the instruction.
+        """
         self._io_before = self._io.read()
         answer, self._io_answer = self._io_answer, None
         if answer is not None and answer[:2] == (self._io_before[0], port):
@@ -214,7 +216,7 @@ class SoftwareVcpu:
     # Running.
 
     def set_regs(self, regs: kvm_regs) -> None:
-        """Set where the guest starts; every other register is what it is at reset (``VcpuEngine``)."""
+        """Set where the guest starts; reset all other registers (``VcpuEngine``)."""
         self._reset.restore()
         self._uc.write(unicorn.RIP, regs.rip)
         self._uc.write(unicorn.RSP, regs.rsp)
@@ -229,7 +231,10 @@ class SoftwareVcpu:
         return self._debug.get_regs()
 
     def change_regs(self, regs: kvm_regs) -> None:
-        """Set the general registers of a guest on its way (``VcpuEngine``); elsewhere, it is done with the instruction it was at."""
+        """Set the general registers of a guest that may have run (``VcpuEngine``).
+
+        If RIP changes, the guest is done with the instruction that it was at.
+        """
         if regs.rip != self._uc.read(unicorn.RIP):
             self._asked = self._io_answer = None
             self._finish_instruction()
@@ -241,12 +246,12 @@ class SoftwareVcpu:
         return self._debug.get_sregs()
 
     def set_guest_debug(self, *, step: bool, breakpoints: frozenset[int]) -> None:
-        """Say where to stop (``VcpuEngine``)."""
+        """Set where the guest has to stop (``VcpuEngine``)."""
         self._stepped = False
         self._debug.set(step=step, breakpoints=breakpoints)
 
     def complete(self, value: int) -> None:
-        """Give the value that the last exit asked for; ignored when it asked for none (``VcpuEngine``)."""
+        """Pass on the value that the last exit asked for, if it asked (``VcpuEngine``)."""
         asked, self._asked = self._asked, None
         match asked:
             case exits.Hypercall():
@@ -261,12 +266,15 @@ class SoftwareVcpu:
                 pass
 
     def settle(self) -> None:
-        """Wait until no invalidation is in progress, and it is this vCPU's turn (``VcpuEngine``)."""
+        """Wait for the end of invalidations, and for this vCPU's turn (``VcpuEngine``)."""
         self._mmu.wait_settled(unless=lambda: self._turn.kicked)
         self._turns.take(self._turn)
 
     def run(self) -> Exit | None:
-        """Run guest code until it exits (``VcpuEngine``), if it is this vCPU's turn; an exit that got no value it asked for comes again."""
+        """Run guest code until it exits, if it is this vCPU's turn (``VcpuEngine``).
+
+        An exit that did not get the value it asked for comes again.
+        """
         if not self._turns.has(self._turn):
             return None
         try:
@@ -316,7 +324,7 @@ class SoftwareVcpu:
         self._mmu.wake()
 
     def _start(self) -> Exit | RunEnd | None:
-        """Run until something ends the run, and note why."""
+        """Run until something ends the run; note and return the reason."""
         self._why = None
         self._tlb.begin()
         error = self._uc.start()
@@ -332,11 +340,14 @@ class SoftwareVcpu:
         return self._why
 
     def _refused_access(self) -> None:
-        """Give the guest its flags back if the instruction at RIP had computed them; say if it may touch nothing."""
+        """Give the guest its flags back, if the instruction at RIP had computed them.
+
+        Set ``_why`` if the instruction is invalid, and so may touch nothing.
+        """
         rip = self._uc.read(unicorn.RIP)
         instruction = self._fetched.instruction(rip)
         if instruction is not None and instruction.is_invalid:
-            # Unicorn notices only after the access.
+            # Unicorn notices this only after the access.
             self._why = _INVALID_OPCODE
         hooked = self._fetched.has_hook(rip) or self._debug.has_hook(rip)
         if hooked or computes_first(instruction):
@@ -361,9 +372,9 @@ class SoftwareVcpu:
         return _NOT_INVALID.get(instruction.opcode, _INVALID_OPCODE)
 
     def _exit(self, *, alone: bool = False) -> Exit | None:
-        """Turn the reason why the run ended into an exit, or into None when the guest is to go on.
+        """Turn the reason why the run ended into an exit, or None if the guest has to go on.
 
-        ``alone`` says that it was an instruction that was executed alone.
+        ``alone`` says that the run was of one instruction alone.
         """
         match self._why:
             case None | RunEnd.AGAIN:
@@ -386,8 +397,8 @@ class SoftwareVcpu:
             case exits.PortOut(port):
                 rip, _, rsi, _ = self._io_before
                 if self._uc.read(unicorn.RSI) != rsi:
-                    # OUTS: under a REP prefix the breakpoint came before the count, so it has to be
-                    # executed again to be finished.
+                    # OUTS: under a REP prefix the breakpoint came before the count was changed. So
+                    # the instruction has to be executed again to be finished.
                     self._io.write(self._io_before)
                     self._io_answer = rip, port, 0
                 else:
@@ -399,7 +410,7 @@ class SoftwareVcpu:
         return self._why
 
     def _may_need_no_page(self) -> bool:
-        """Say whether a page could not be fetched that the instruction at RIP may not need.
+        """Say whether the run ended at a fetch that the instruction at RIP may not need.
 
         Unicorn translates a block whole before it executes the first instruction.
         """
@@ -408,7 +419,10 @@ class SoftwareVcpu:
         return self._tlb.page != self._uc.read(unicorn.RIP) & ~PAGE_MASK
 
     def _go_alone(self, *, to_the_end: bool = False) -> Exit | None:
-        """Execute the instruction at RIP alone; ``to_the_end`` of its page, those that follow, too."""
+        """Execute the instruction at RIP alone.
+
+        With ``to_the_end``, execute those that follow on its page, too.
+        """
         before = self._uc.read(unicorn.RIP)
         while self._alone.execute():
             rip = self._uc.read(unicorn.RIP)
@@ -418,7 +432,10 @@ class SoftwareVcpu:
         return self._exit(alone=True)
 
     def _step(self) -> Exit | None:
-        """Try the one instruction at RIP that touches MMIO; ``_unfinished`` says whether it is done."""
+        """Try the instruction at RIP, which touches MMIO.
+
+        ``_unfinished`` is False once it is done.
+        """
         uc, scratch = self._uc, self._scratch
         self._undo.save()
         uc.flush_tlb()

@@ -1,4 +1,7 @@
-"""One VM on the software engine: private memory is the restricted file's own memfd, and the MMU is ours."""
+"""One VM on the software engine: its private memory is the restricted file's memfd.
+
+The MMU is ours.
+"""
 
 import mmap
 from collections.abc import Iterator
@@ -24,7 +27,7 @@ from restrictedmem.platform.platform import NoPlatform, Platform
 from restrictedmem.protocol.trace_events import Trace
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t, pgoff_t
 
-#: Each is an emulator of its own, of some 4 MiB; and they take turns.
+#: Each vCPU is an emulator of its own, of some 4 MiB, and vCPUs take turns.
 _CAPABILITIES: Final = {
     Cap.NR_VCPUS: 1,
     Cap.MAX_VCPUS: 64,
@@ -46,8 +49,9 @@ class SoftwareVm:
         platform: Platform,
         not_kernel: str = "",
     ) -> None:
-        """Make a VM without slots; ``vcpus`` is what to stop when memory goes away, and faults go to ``trace``.
+        """Make a VM without slots.
 
+        ``vcpus`` are the vCPUs to stop when memory goes away. Faults go to ``trace``.
         ``not_kernel`` is why ``auto`` did not take the kernel engine, for the statistics.
         """
         self._not_kernel = not_kernel
@@ -59,26 +63,26 @@ class SoftwareVm:
         self._binder = binder
         self._vcpus = vcpus
         self._engines: list[SoftwareVcpu] = []
-        #: By inode number, those that slots show; one that is closed may stay.
+        #: The files that slots show, by inode number; a file that is closed may stay.
         self._files: dict[int, MemfdFile] = {}
         #: By binding, from BIND until UNBIND has been answered: longer than there is a slot.
         self._halves: dict[int, MemfdHalf] = {}
-        #: Of them, those of each file, by its inode number.
+        #: The bindings of each file, by its inode number.
         self._bindings: dict[int, set[int]] = {}
 
     @property
     def name(self) -> str:
-        """What ``--engine`` calls it (``Engine``)."""
+        """The name that ``--engine`` has for the engine (``Engine``)."""
         return "software"
 
     @property
     def hypercall_code(self) -> bytes:
-        """What is executed there (``Engine``)."""
+        """The code that is on the hypercall page (``Engine``)."""
         return HYPERCALL
 
     @property
     def report_page(self) -> memoryview:
-        """What every vCPU finds at the report page (``Engine``)."""
+        """The report page that every vCPU can reach (``Engine``)."""
         return memoryview(self._report_page)
 
     def bind(self, token: bytes, window: PageRange) -> MemfdHalf:
@@ -86,7 +90,7 @@ class SoftwareVm:
         return self._binder.bind(token, window, partial(self._take_over, window))
 
     def bind_again(self, ino: int, window: PageRange) -> MemfdHalf:
-        """Map a further window of a file's memfd (``Engine``)."""
+        """Map another window of a file's memfd (``Engine``)."""
         bindings = self._bindings.get(ino)
         if not bindings:
             raise OSError(ESTALE, "no slot shows that restricted file: a token has to say which")
@@ -111,7 +115,7 @@ class SoftwareVm:
         try:
             half = MemfdHalf(file, binding, window, unbind=partial(self._unbind, binding))
         finally:
-            # What the half uses, it has got by now.
+            # By now the half has its own references.
             file.put()
         self._files[file.ino] = file
         half.half.lock()
@@ -122,7 +126,7 @@ class SoftwareVm:
     def _unbind(self, binding: int) -> None:
         half = self._halves[binding]
         self._find_freed(half, half.window)
-        # With a design that invalidates at teardown, invalidations come meanwhile.
+        # If the design invalidates at teardown, invalidations come meanwhile.
         self._binder.unbind(binding)
         del self._halves[binding]
         self._bindings[half.ino].remove(binding)
@@ -155,39 +159,42 @@ class SoftwareVm:
             self._vcpus.drop(*zapped)
 
     def invalidate_start(self, binding: int, span: PageRange, order: int | None) -> None:
-        """Zap what shows a range of the file, then let the platform have it back (``Engine``)."""
+        """Zap what shows a range of the file, then return it to the platform (``Engine``)."""
         half = self._halves[binding]
         self.mmu.begin(half)
         shown = half.window.clip(span)
         self._find_freed(half, shown)
         self._vcpus.drop(*self.mmu.invalidate_start(half, span))
         self._platform.invalidate(half.ino, shown, order)
-        # Not at the end: faults are let in again a moment before that is heard, and what they map
-        # is the guest's.
+        # This does not wait for the end: a moment before the end is heard, faults work again, and
+        # what they map is the guest's.
         self._platform.freed(half.ino, shown)
 
     def invalidate_end(self, binding: int, span: PageRange, order: int | None) -> None:
-        """Let faults work again (``Engine``)."""
+        """Let faults on a range work again (``Engine``)."""
         half = self._halves.get(binding)
-        # An end is not waited for: the binding may have gone before it was heard.
+        # The service does not wait for the answer to an end, so the binding may be gone already.
         if half is not None:
             self.mmu.invalidate_end(half, span)
 
     def _find_freed(self, half: MemfdHalf, span: PageRange) -> None:
-        """Tell the platform of pages that were freed, and that nobody was told of."""
+        """Tell the platform of pages that were freed without telling the engine."""
         if not isinstance(self._platform, NoPlatform):
             for gone in _gone(half, span):
                 self._platform.freed(half.ino, gone)
                 half.pages.forget(gone)
 
     def error(self, binding: int, span: PageRange) -> None:
-        """Take pages from the slot that shows them, and refuse them (``Engine``); the file's other bindings are told themselves."""
+        """Zap pages in the slot that shows them, and refuse them (``Engine``).
+
+        The file's other bindings get calls of their own.
+        """
         half = self._halves.get(binding)
         if half is not None:
             self._vcpus.drop(*self.mmu.lose(half, span))
 
     def page_count(self, binding: int, span: PageRange) -> int:
-        """Count (``Engine``)."""
+        """Count the pages of a range that are taken (``Engine``)."""
         slot = self.mmu.slot_of_binding(binding)
         return 0 if slot is None else slot.memfd_half.pages.count(span)
 
@@ -196,18 +203,21 @@ class SoftwareVm:
         private = slot.memfd_half
         start = slot.pgoff_of(gpa >> PAGE_SHIFT)
         span = PageRange(start, pgoff_t(start + (len(data) >> PAGE_SHIFT)))
-        # What can fail comes first: content of a call that failed would not be measured.
+        # What can fail comes first: the content of a call that failed would not be measured.
         self._take(private, span)
-        # By 4 KiB, whatever the folio, as SNP_LAUNCH_UPDATE has it.
+        # The order is 0 whatever the folio's is, because SNP_LAUNCH_UPDATE works by 4 KiB.
         self._platform.prepare(private.ino, span, gfn_t(gpa >> PAGE_SHIFT), 0)
         private.half.write(gpa - (slot.base_gfn << PAGE_SHIFT), data)
 
     def read_private(self, slot: Memslot, gpa: int, size: int) -> bytes:
-        """Read the memfd, where a hole is zero (``Engine``)."""
+        """Read the memfd, where a hole reads as zero (``Engine``)."""
         return slot.memfd_half.read(gpa - (slot.base_gfn << PAGE_SHIFT), size)
 
     def write_private(self, slot: Memslot, gpa: int, data: bytes) -> None:
-        """Take pages of the memfd, write them, and forget what was translated from there (``Engine``)."""
+        """Take pages of the memfd and write them (``Engine``).
+
+        Also drop what was translated from them.
+        """
         private = slot.memfd_half
         first, last = gfn_t(gpa >> PAGE_SHIFT), gfn_t((gpa + len(data) - 1 >> PAGE_SHIFT) + 1)
         self._take(private, PageRange(slot.pgoff_of(first), slot.pgoff_of(last)))
@@ -215,7 +225,7 @@ class SoftwareVm:
         self._vcpus.drop(first, last)
 
     def inject_failure(self, slot: Memslot, gfn: gfn_t) -> None:
-        """Take a page from every slot that shows it, and refuse it (``Engine``)."""
+        """Zap a page in every slot that shows it, and refuse it (``Engine``)."""
         pgoff = slot.pgoff_of(gfn)
         span = PageRange(pgoff, pgoff_t(pgoff + 1))
         self._take(slot.memfd_half, span)
@@ -224,7 +234,10 @@ class SoftwareVm:
                 self._vcpus.drop(*self.mmu.lose(half, span))
 
     def _take(self, half: MemfdHalf, span: PageRange) -> None:
-        """Take pages for the owner, who waits for a punch as it would for the file's lock (filemap_invalidate_lock)."""
+        """Take pages for the owner.
+
+        The owner waits for a punch as it would for the file's lock (filemap_invalidate_lock).
+        """
         while True:
             try:
                 half.pages.get_pages(span)
@@ -276,10 +289,10 @@ class SoftwareVm:
 
 
 def _gone(half: MemfdHalf, span: PageRange) -> Iterator[PageRange]:
-    """Yield the pages of a range that were taken, never given up, and are not in the file any more.
+    """Yield pages of a range that were taken and never given up, and are gone from the file.
 
-    A page that was swapped out looks the same to mincore(2); ``lock`` keeps them in, and where it
-    could not, it says so.
+    A page that was swapped out looks the same to mincore(2). ``lock`` keeps pages in memory; where
+    it could not, it says so.
     """
     start, pages = half.window.start, half.pages
     present = mincore(

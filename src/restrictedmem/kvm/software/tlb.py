@@ -1,8 +1,8 @@
 """TLB misses of one emulator: each is a fault of the secondary MMU, to be answered or refused.
 
-Guest addresses are identity mapped. Both halves of a slot lie in Unicorn's physical memory
-(``physical``); which one a guest page shows, and with what rights, the slot's entry decides at
-each miss (UC_HOOK_TLB_FILL). So to take pages away is to zap entries and flush the TLB.
+Guest addresses are identity mapped. Both halves of a slot are in Unicorn's physical memory
+(``physical``). At each miss (UC_HOOK_TLB_FILL) the slot's entry decides which half a guest page
+shows, and with what rights. So to take pages away means to zap entries and to flush the TLB.
 """
 
 import ctypes
@@ -26,39 +26,39 @@ from restrictedmem.protocol.exits import Exit
 from restrictedmem.protocol.guest_abi import GPA_BITS, HYPERCALL_PAGE, REPORT_PAGE
 from restrictedmem.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, U64_MAX
 
-# What is the engine's own in Unicorn's physical memory; the halves lie behind it.
+# The engine's own addresses in Unicorn's physical memory. The halves lie behind them.
 GPA_END: Final = 1 << GPA_BITS
 HYPERCALL_CODE: Final = 1 << 45
 REPORT: Final = HYPERCALL_CODE + PAGE_SIZE
 SCRATCH: Final = 1 << 46
-#: A load from nowhere is sent to its own address in this hole, for the hook that learns its exact
-#: address and size.
+#: A load from an address without memory is sent to its own address in this hole. The hole's hook
+#: then learns the exact address and size.
 HOLE: Final = 1 << 47
 
 # Exceptions (Intel SDM 6.15).
 _STACK_FAULT: Final = exits.Shutdown(12)
 _GENERAL_PROTECTION: Final = exits.Shutdown(13)
 _PAGE_FAULT: Final = exits.Shutdown(14)
-#: Beyond are no addresses, up to those that begin so far below 2^64.
+#: First address that is not canonical. The last one is as far below 2^64.
 _CANONICAL: Final = 1 << 47
 _ENTER: Final = 0xC8
 _LEAVE: Final = 0xC9
 
 
 class RunEnd(Enum):
-    """Why a run ended that is no exit."""
+    """The reason for which a run ended, other than an exit."""
 
     AGAIN = 1
-    """A fault has to be tried again, after an invalidation."""
+    """A fault has to be tried again, because an invalidation came between."""
     STEP = 2
-    """The instruction stores to a page without memory to write to."""
+    """The instruction stores to a page that has no memory for it."""
     ALONE = 3
     """The instruction has to be executed alone."""
 
 
 @final
 class Tlb:
-    """What fills the TLB of one emulator."""
+    """The TLB of one emulator, filled by a hook."""
 
     def __init__(
         self,
@@ -70,11 +70,11 @@ class Tlb:
         scratch: Scratch,
         flags: LateFlags,
     ) -> None:
-        """``mmu`` and ``code`` are the VM's, the rest is the emulator's."""
+        """``mmu`` and ``code`` are the VM's; the others are the emulator's."""
         self._uc = uc
         self._mmu = mmu
         self._code = code
-        #: The vCPU's, in ``code``.
+        #: The vCPU's number in ``code``.
         self.number = 0
         self._memory = memory
         self._fetched = fetched
@@ -82,21 +82,21 @@ class Tlb:
         self._flags = flags
         self._refusal: Exit | RunEnd | None = None
         self._failure: BaseException | None = None
-        #: What was refused: MEM_READ, MEM_WRITE or MEM_FETCH; and of which guest page.
+        #: The access that was refused (MEM_READ, MEM_WRITE or MEM_FETCH), and its guest page.
         self.access = 0
         self.page = 0
-        #: The hook; to be called when a slot is gone; how many misses there were.
+        #: The hook; a function to call when a slot is gone; a function that counts the misses.
         self.fill, self.forget_window, self.count = self._make_fill()
 
     def begin(self) -> None:
-        """Take note that a run begins."""
+        """Note that a run begins."""
         self._refusal = None
 
     def refused(self) -> Exit | RunEnd | None:
-        """Return why an access was refused, which ended the run; None when that ended otherwise.
+        """Return why an access was refused, which ended the run; None if none was.
 
         Raises:
-            BaseException: what the fault path raised.
+            BaseException: the exception of the fault path.
         """
         failure, self._failure = self._failure, None
         if failure is not None:
@@ -109,7 +109,9 @@ class Tlb:
             self._flags.refused()
 
     def fetch(self, page: int) -> Exit | RunEnd | None:
-        """Have a page as a miss of a fetch would, in no run; returns why it is refused, None when it is not.
+        """Translate a page as a miss of a fetch would, in no run; return why that is refused.
+
+        Return None when it is not refused.
 
         Raises:
             BaseException: as ``refused``.
@@ -119,21 +121,21 @@ class Tlb:
         return self.refused()
 
     def on_unmapped_read(self, _uc: int, _kind: int, address: int, size: int, _value: int) -> bool:
-        """Refuse a load from the hole, now that it is known what it loads."""
+        """Refuse a load from the hole, now that its address and size are known."""
         self._refuse(exits.MmioRead(address - HOLE, size), MEM_READ, address - HOLE & ~PAGE_MASK)
         return False
 
     def _make_fill(
         self,
     ) -> tuple[Callable[[int, int, int, int], int], Callable[[], None], Callable[[], int]]:
-        # Called a million times a second: what it needs is in local variables, the slot of the
-        # last miss at hand.
+        # Unicorn calls it a million times a second. So what it needs is in local variables, with
+        # the slot of the last miss.
         refill, find = self._refill, self._memory.find
         start = end = fills = last_result = 0
         entries = bytearray()
         offsets: tuple[int, ...] = ()
         answer = memoryview(bytearray(16)).cast("Q")
-        # By access; a fetch always goes the long way, which notes where there is code.
+        # By access. A fetch always takes the long way, which notes where code is.
         needed = [0] * (MEM_FETCH + 1)
         needed[MEM_READ], needed[MEM_WRITE] = READ, WRITE
 
@@ -170,9 +172,10 @@ class Tlb:
         return fill, forget, lambda: fills
 
     def _refill(self, page: int, access: int, window: Window | None) -> tuple[int, int]:
-        """Answer a miss: physical page and rights; no rights refuse it, which ends the run."""
+        """Answer a miss: physical page and rights. No rights refuse it, which ends the run."""
         if self._memory.maintaining:
-            # Its own pages are what they are, and the guest's are not to be taken for it.
+            # Unicorn asks for itself: this is no access of the guest. Pages of the engine map to
+            # themselves; the guest's are refused.
             return (page, ALL) if page >= GPA_END else (0, 0)
         try:
             answer = (
@@ -180,7 +183,7 @@ class Tlb:
                 if window is None
                 else self._fault(window, page, access)
             )
-        except BaseException as error:  # noqa: BLE001 - ctypes would drop it; the run raises it instead.
+        except BaseException as error:  # noqa: BLE001 - ctypes would drop it; ``refused`` raises it.
             self._failure = error
             return 0, 0
         if isinstance(answer, tuple):
@@ -208,8 +211,11 @@ class Tlb:
         return (HOLE + page, READ) if access == MEM_READ else RunEnd.STEP
 
     def _no_address(self, page: int, access: int) -> exits.Shutdown:
-        """Say what an address is that is not canonical: for the stack another exception (Intel SDM 3.3.7.1)."""
-        # Unicorn has put RIP where the instruction is.
+        """Return the exception of an address that is not canonical.
+
+        For an access to the stack it is another one (Intel SDM 3.3.7.1).
+        """
+        # By now Unicorn has set RIP to the instruction.
         instruction = None if access == MEM_FETCH else self._fetched.instruction(self._uc.read(RIP))
         if instruction is None:
             return _GENERAL_PROTECTION
@@ -237,7 +243,7 @@ class Tlb:
                 return _memory_fault(window, page, error.errno or EFAULT)
             if fault is Fault.NO_HALF:
                 return _memory_fault(window, page, EFAULT)
-        # Read once: zapped meanwhile or never installed, it is 0.
+        # The entry is read once. If it was zapped meanwhile or never installed, it is 0.
         entry = (
             self._protect_code(window.slot, page >> PAGE_SHIFT)
             if access == MEM_FETCH
@@ -260,7 +266,7 @@ class Tlb:
         if entry & CODE and window.slot.rights & WRITE:
             self._code.written(page >> PAGE_SHIFT, self.number)
             return physical, READ | WRITE
-        # A store to memory that is only to be read is MMIO (KVM_MEM_READONLY).
+        # A store to read-only memory is MMIO (KVM_MEM_READONLY).
         return (
             (self._scratch.translate(page), READ | WRITE) if self._scratch.stepping else RunEnd.STEP
         )

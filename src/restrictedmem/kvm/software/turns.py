@@ -1,7 +1,8 @@
-"""Taking turns: what is atomic on one emulator is not atomic beside another on the same memory, so one vCPU of a VM runs at a time.
+"""Turns of vCPUs: one vCPU of a VM runs at a time.
 
-First come, first served. Whoever is next in line stops the one that runs after its slice; an exit
-or a wait gives the turn up before.
+An instruction that is atomic on one emulator is not atomic beside another emulator on the same
+memory. The first vCPU to come is the first to run. The next in line stops the vCPU that runs after
+its slice. An exit or a wait gives the turn up earlier.
 """
 
 import time
@@ -11,15 +12,15 @@ from typing import Final, final
 
 from restrictedmem import sync
 
-#: Seconds that a vCPU may run while others wait: some ten times what a change costs.
+#: Seconds that a vCPU may run while others wait: some ten times the cost of a change of turns.
 SLICE: Final = 0.001
-#: Seconds between kicks, of which the first may be lost (``unicorn.Uc.kick``).
+#: Seconds between kicks, of which the first may be lost (``uc.Uc.kick``).
 _KICK_INTERVAL: Final = 0.0002
 
 
 @final
 class Turn:
-    """One vCPU's place in the line; ``stop`` ends its run soon, from any thread."""
+    """One vCPU's place in the line. ``stop`` ends its run soon, and any thread may call it."""
 
     __slots__ = ("changed", "kicked", "stop")
 
@@ -31,7 +32,7 @@ class Turn:
 
 @final
 class Turns:
-    """The vCPUs of one VM: which runs, and which wait."""
+    """The vCPUs of one VM: the one that runs, and those that wait."""
 
     def __init__(self) -> None:
         self._lock = sync.mutex()
@@ -40,11 +41,14 @@ class Turns:
         self._waiting: deque[Turn] = deque()
 
     def join(self, stop: Callable[[], None]) -> Turn:
-        """Make the place of one more vCPU."""
+        """Make the place of a new vCPU."""
         return Turn(self._lock, stop)
 
     def has(self, turn: Turn) -> bool:
-        """Say whether it is a vCPU's turn; asked by that vCPU, for whom nobody else changes it."""
+        """Say whether it is a vCPU's turn.
+
+        Only that vCPU asks, and meanwhile no other thread changes the answer.
+        """
         return self._running is turn
 
     def take(self, turn: Turn) -> None:
@@ -74,7 +78,7 @@ class Turns:
             turn.changed.wait(timeout)
 
     def give(self, turn: Turn) -> None:
-        """Give the turn up, to whoever has waited longest."""
+        """Give the turn up, to the vCPU that has waited longest."""
         with self._lock:
             assert self._running is turn
             self._running = None
@@ -85,12 +89,12 @@ class Turns:
                 self._wake_next()
 
     def _wake_next(self) -> None:
-        """Let the next in line watch the slice."""
+        """Let the next in line watch the slice of the vCPU that runs."""
         if self._waiting:
             self._waiting[0].changed.notify()
 
     def kick(self, turn: Turn) -> None:
-        """End a vCPU's wait, this one or else the next."""
+        """End a vCPU's wait: the present one, or else the next."""
         with self._lock:
             turn.kicked = True
             turn.changed.notify()

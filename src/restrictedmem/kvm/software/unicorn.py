@@ -1,7 +1,7 @@
-"""Unicorn 2.1 through its C interface: the numbers, prototypes and library of <unicorn/unicorn.h>; ``uc`` has the emulator.
+"""Unicorn 2.1 through its C interface: numbers, prototypes and library of <unicorn/unicorn.h>.
 
-The package's own binding is left alone: importing it takes five times as long (75 ms, not 15), and
-a TLB fill through it twice as long.
+The emulator itself is in ``uc``. The package's own binding is not used: it takes five times as long
+to import (75 ms, not 15), and a TLB fill through it takes twice as long.
 """
 
 import ctypes
@@ -18,21 +18,21 @@ from restrictedmem.units import PAGE_SIZE
 ARCH_X86: Final = 4
 MODE_64: Final = 8
 
-#: For translated code, which is dropped and translated again when it does not fit; and more than an
-#: emulator takes beside it. Bytes. By itself Unicorn takes 1 GiB (DEFAULT_CODE_GEN_BUFFER_SIZE),
-#: which a guest could have filled on each vCPU.
+#: Bytes for translated code. Code that does not fit is dropped and translated again. By itself
+#: Unicorn takes 1 GiB (DEFAULT_CODE_GEN_BUFFER_SIZE), which a guest could fill on each vCPU.
+#: ``_OTHER_MEMORY`` is more than an emulator takes beside this buffer; bytes.
 CODE_BUFFER: Final = 32 << 20
 _OTHER_MEMORY: Final = 64 << 20
 _MAP_NORESERVE: Final = 0x4000
 
-# uc_mem_type, as a TLB fill names the access; 1 << (access - MEM_READ) is the right it needs.
+# uc_mem_type: the kind of access of a TLB fill. It needs the right 1 << (access - MEM_READ).
 MEM_READ: Final = 16
 MEM_WRITE: Final = 17
 MEM_FETCH: Final = 18
 
 PROT_ALL: Final = 7
 
-# uc_err, as far as it is told apart here.
+# uc_err, as far as the engine distinguishes it.
 ERR_INSN_INVALID: Final = 10
 
 # uc_x86_reg
@@ -86,13 +86,13 @@ CTL_TCG_BUFFER_SIZE: Final = 13 | 1 << 26 | 1 << 30
 CTL_TLB_TYPE: Final = 12 | 1 << 26 | 1 << 30
 TLB_VIRTUAL: Final = 1
 
-#: Bytes of ``struct uc_struct`` to search, which has more; and of those between
+#: Bytes of ``struct uc_struct`` to search, which has more; and bytes between its fields
 #: qemu_real_host_page_size and hook_insert (2.1.3, 2.1.4).
 _UC_STRUCT_HEAD: Final = 8192
 _WORDS_BEFORE_FLAGS: Final = 24
 
-# The hooks' prototypes, as cheap as ctypes converts them: the handle, which nobody needs, as an
-# int, and the trailing user_data left out.
+# The hooks' prototypes, which ctypes converts at the lowest cost. The handle is an int, because
+# nobody needs it, and the trailing user_data is left out.
 TlbFillHook = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_int, ctypes.c_size_t, ctypes.c_int, ctypes.c_size_t
 )
@@ -159,10 +159,10 @@ def library() -> ctypes.CDLL:
 def machine_code() -> tuple[mmap.mmap, int, int]:
     """Return a page of machine code, and the addresses of two hooks in it.
 
-    The first, for each block, stops the run when the byte at ``user_data`` is set. uc_emu_stop
-    itself, called by another thread, may end a run inside a block, in the middle of an
-    instruction, which is then executed a second time. Called by the run's own thread before a
-    block, it is exact. The second does nothing.
+    The first hook is for each block. It stops the run when the byte at ``user_data`` is set. If
+    another thread calls uc_emu_stop, a run may end inside a block, in the middle of an instruction.
+    That instruction is then executed a second time. A call by the run's own thread before a block
+    is exact. The second hook does nothing.
     """
     page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
     stop = ctypes.cast(library().uc_emu_stop, ctypes.c_void_p).value or 0
@@ -174,7 +174,9 @@ def machine_code() -> tuple[mmap.mmap, int, int]:
 
 
 def try_memory() -> None:
-    """See that an emulator's memory can be had: it takes a buffer for code first, and calls exit(3) when there is none.
+    """Check that there is memory for an emulator.
+
+    An emulator first takes a buffer for code, and calls exit(3) when there is none.
 
     Raises:
         OSError: ENOMEM, also where memory may not be writable and executable at once (SELinux,
@@ -196,16 +198,19 @@ def error_text(call: str, error: int) -> str:
 
 
 def check(call: str, error: int) -> None:
-    """Raise RuntimeError with the name of a call whose uc_err is not 0."""
+    """Raise RuntimeError with the name of a call if its uc_err is not 0."""
     if error:
         raise RuntimeError(error_text(call, error))
 
 
 def no_exit_request(handle: int) -> int:
-    """Return the address of ``uc_struct.no_exit_request``: the third of four flags that lie behind the host's page sizes and some words.
+    """Return the address of ``uc_struct.no_exit_request``.
+
+    It is the third of four flags, which lie behind the host's page sizes and some words.
 
     Raises:
-        RuntimeError: when they do not; tests/test_vcpus.py shows that the right one was found.
+        RuntimeError: when they lie elsewhere; tests/test_vcpus.py shows that the right flag was
+            found.
     """
     content = ctypes.string_at(handle, _UC_STRUCT_HEAD)
     sizes = content.find(struct.pack("=QQ", PAGE_SIZE, PAGE_SIZE))

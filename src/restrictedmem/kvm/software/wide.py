@@ -1,8 +1,9 @@
-"""CMPXCHG8B and CMPXCHG16B: Unicorn has all flags but ZF from what an earlier block left.
+"""CMPXCHG8B and CMPXCHG16B, whose flags Unicorn gets wrong.
 
-They are right where a block begins with them. So the emulated processor does not have them (CX8 and
-CX16 of CPUID): each ends the run as an invalid opcode, and is then executed alone, by a processor
-that has them. CPUID says that it does.
+Unicorn takes all flags but ZF from an earlier block. The flags are right where a block begins with
+the instruction. So the emulated processor does not have the two instructions (CX8 and CX16 of
+CPUID). Each ends the run as an invalid opcode, and is then executed alone, on a processor that has
+it. To the guest, CPUID says that the processor has both.
 """
 
 from collections.abc import Generator
@@ -13,21 +14,22 @@ from restrictedmem.kvm.decode import Instruction
 from restrictedmem.kvm.software import unicorn
 from restrictedmem.kvm.software.uc import Context, Uc
 
-#: CPUID of leaf 1, to RSI, RDI, R8 and R9, for want of a register that nothing overwrites.
+#: Code that copies CPUID of leaf 1 to RSI, RDI, R8 and R9, which later code does not
+#: overwrite.
 ASK_PROCESSOR: Final = bytes.fromhex("b8010000000fa24889c64889df4989c84989d1")
 ASKED: Final = (unicorn.RSI, unicorn.RDI, unicorn.R8, unicorn.R9)
 _LEAF: Final = 1
 _CX8: Final = 1 << 8
 _CX16: Final = 1 << 13
 _OSXSAVE: Final = 1 << 27
-#: Bytes of ``CPUX86State`` behind what a context has, as far as ``features[FEAT_1_ECX]``, and some
+#: Bytes of ``CPUX86State`` behind those of a context: as far as ``features[FEAT_1_ECX]``, and some
 #: more.
 _FEATURES: Final = 128
 _OPCODE: Final = 0x0FC7
 
 
 def is_wide(instruction: Instruction | None) -> bool:
-    """Say whether an instruction is one of the two."""
+    """Say whether an instruction is CMPXCHG8B or CMPXCHG16B."""
     if instruction is None or not instruction.in_memory:
         return False
     return instruction.opcode == _OPCODE and instruction.group == 1
@@ -35,10 +37,10 @@ def is_wide(instruction: Instruction | None) -> bool:
 
 @final
 class WideExchange:
-    """Takes the two from one emulator, and gives them back for a moment."""
+    """A switch that takes the two instructions from one emulator, and can give them back."""
 
     def __init__(self, uc: Uc, cpuid: tuple[int, ...]) -> None:
-        """Take them; ``cpuid`` is what ASK_PROCESSOR found, eax to edx.
+        """Take the two instructions; ``cpuid`` is what ASK_PROCESSOR found, eax to edx.
 
         Raises:
             RuntimeError: when this version of Unicorn keeps its processor's features elsewhere.
@@ -66,7 +68,7 @@ class WideExchange:
 
     @contextmanager
     def available(self) -> Generator[None]:
-        """Let them be translated meanwhile."""
+        """Let the two instructions be translated meanwhile."""
         self._set(available=True)
         try:
             yield
@@ -74,7 +76,7 @@ class WideExchange:
             self._set(available=False)
 
     def _on_cpuid(self, _uc: int) -> int:
-        """Answer CPUID of leaf 1; that of another is Unicorn's to answer."""
+        """Answer CPUID of leaf 1; leave every other leaf to Unicorn."""
         if self._registers.read()[0] & 0xFFFF_FFFF != _LEAF:
             return 0
         self._registers.write(self._cpuid)
