@@ -103,8 +103,6 @@ class Model:
                 self.futures.see(actor, None)
             state = self._read(execution)
             found.append(self._verdict(execution) or state)
-            if not self.enabled(state):
-                self._ends[state] = self._verdict_at_end(execution)
 
         execution = self.execute((), arrive)
         return found[0] if found else str(self._verdict(execution))
