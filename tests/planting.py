@@ -1,0 +1,32 @@
+"""Errors that are planted where code calls something else, and objects with no more than their user asks for."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NoReturn, TypeVar
+
+_T = TypeVar("_T")
+
+
+class PlantedError(Exception):
+    """What is made to fail."""
+
+
+class Stub(SimpleNamespace):
+    """An object that is equal to itself alone."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return id(self)
+
+
+def fail(*_: object, **__: object) -> NoReturn:
+    raise PlantedError
+
+
+def stub(**parts: object) -> Any:
+    """Return an object with these attributes; it passes for any type."""
+    return Stub(**parts)
+
+
+def always(answer: _T) -> Callable[..., _T]:
+    """Make a function that gives the same answer to everything."""
+    return lambda *_: answer
