@@ -5,7 +5,7 @@ import struct
 from typing import Final
 
 from restrictedmem.abi._struct import c_struct, u32, u64
-from restrictedmem.abi._syscall import libc, raise_errno
+from restrictedmem.abi._syscall import syscall
 from restrictedmem.fd import OwnedFd
 
 SYS_io_uring_setup: Final = 425
@@ -52,10 +52,7 @@ def io_uring_setup(entries: int) -> OwnedFd:
     # A struct io_uring_params that is all zero asks for nothing special; what the kernel writes
     # into it serves to map the ring.
     params = ctypes.create_string_buffer(_PARAMS_BYTES)
-    fd: int = libc.syscall(ctypes.c_long(SYS_io_uring_setup), ctypes.c_long(entries), params)
-    if fd < 0:
-        raise_errno("io_uring_setup")
-    return OwnedFd(fd)
+    return OwnedFd(syscall("io_uring_setup", SYS_io_uring_setup, entries, ctypes.addressof(params)))
 
 
 def register_sparse_buffers(ring: OwnedFd, count: int) -> None:
@@ -87,10 +84,11 @@ def update_buffer(ring: OwnedFd, index: int, address: int, length: int) -> None:
 
 
 def _register(ring: OwnedFd, opcode: int, argument: ctypes.Structure) -> None:
-    number, fd, size = (
-        ctypes.c_long(SYS_io_uring_register),
-        ctypes.c_long(ring.fileno()),
-        ctypes.c_long(ctypes.sizeof(argument)),
+    syscall(
+        "io_uring_register",
+        SYS_io_uring_register,
+        ring.fileno(),
+        opcode,
+        ctypes.addressof(argument),
+        ctypes.sizeof(argument),
     )
-    if libc.syscall(number, fd, ctypes.c_long(opcode), ctypes.byref(argument), size) < 0:
-        raise_errno("io_uring_register")
