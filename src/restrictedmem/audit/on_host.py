@@ -68,6 +68,7 @@ def _namespace_above(owner: Attacker) -> Iterator[Buffer]:
 
     child = fork(be_inside)
     os.close(writer)
+    os.close(hold)
     try:
         with open(reader, "rb") as pipe:
             answer = pipe.readline()
