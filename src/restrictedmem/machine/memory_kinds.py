@@ -111,7 +111,8 @@ def transparent_huge_pages() -> Finding:
     on = [
         f"{format_size(size << 10)} {policy}"
         for size, policy in sorted(effective.items())
-        if policy != "never"
+        # "deny" holds for every size (shmem_allowable_huge_orders).
+        if policy != "never" and general != "deny"
     ]
     detail = f"shmem_enabled {general}; " + (
         ", ".join(on)
