@@ -458,7 +458,7 @@ def test_who_else_could_exchange_the_socket_is_said(tmp_path: Path, theirs: Path
     room.mkdir()
     os.chmod(room, 0o777)
     with listener.listen(str(room / "socket"), 0o666) as (_, dangers):
-        assert dangers[:2] == [f"others may write to {room}", f"{theirs} is uid {ORDINARY}'s"]
+        assert dangers[:2] == [f"others may write to {room}", f"{theirs} belongs to uid {ORDINARY}"]
     os.chmod(room, 0o1777)
     with listener.listen(str(room / "socket"), 0o666) as (_, dangers):
-        assert dangers[0] == f"{theirs} is uid {ORDINARY}'s"
+        assert dangers[0] == f"{theirs} belongs to uid {ORDINARY}"

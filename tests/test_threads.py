@@ -113,5 +113,5 @@ def test_one_that_is_joined_cannot_be_had_either(monkeypatch: pytest.MonkeyPatch
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", fail)
-    with pytest.raises(BlockingIOError, match=r"pthread_create: .* \(no thread to be had: .*\)"):
+    with pytest.raises(BlockingIOError, match=r"pthread_create: .* \(no thread can be made: .*\)"):
         threads.begin(threading.Thread())

@@ -188,4 +188,4 @@ def test_who_may_change_a_path_is_said_of_directories_that_may_be_strangers(plac
             return list(paths.dangers(directory))
 
     # Neither /tmp nor / is named: root alone has made them.
-    assert as_user(body, OTHER) == [f"{place} is uid {NOBODY}'s"]
+    assert as_user(body, OTHER) == [f"{place} belongs to uid {NOBODY}"]

@@ -1,11 +1,12 @@
-"""Closing a socket in whose queue a stranger may have left a descriptor.
+"""Closing a socket in whose queue another party may have left a descriptor.
 
-Whoever closes it drops the descriptor, and waits as long as the stranger likes if that is a socket
-that lingers (SO_LINGER): a signal alone ends the wait. A process that exits does not linger. So a
-child that does nothing gets the last copy of the socket, and is killed.
+That descriptor may be a socket that lingers (SO_LINGER). The process that closes the queue drops
+the descriptor, and then waits as long as the other party likes. Only a signal ends the wait. A
+process that exits does not linger. So a child that does nothing gets the last copy of the socket,
+and is killed.
 
-For a socket that refuses descriptors (``fd.refuse_fds``), and where no message is left, ``bury`` is
-close(2).
+``bury`` is close(2) for a socket that refuses descriptors (``fd.refuse_fds``), and for a socket
+without messages in its queue.
 """
 
 import os
@@ -19,16 +20,17 @@ from typing import Final, NoReturn
 from restrictedmem import fd, sync
 from restrictedmem.child import fork
 
-#: Sockets for which no child was to be had so far. Numbers, which Python does not close at its end.
+#: Sockets for which no child could be forked so far. They are kept as numbers, because Python
+#: closes socket objects at its end.
 _unburied: Final = deque[int]()
-#: Children that were killed, and may not have ended yet.
+#: Children that were killed and may not have ended yet.
 _dying: Final = set[int]()
 
 
 def bury(sock: socket.socket, *, shared: bool = False) -> None:
     """Close a socket that takes no descriptors, and never wait for what is in its queue.
 
-    Other processes go on with a ``shared`` one; any other is shut down.
+    Other processes go on with a ``shared`` socket; any other socket is shut down.
 
     Preconditions: no other thread receives from it.
     """
@@ -48,20 +50,22 @@ def bury(sock: socket.socket, *, shared: bool = False) -> None:
 
 
 def bury_elsewhere(send: Callable[[list[int]], None]) -> None:
-    """Have ``send`` give another process a copy of each socket to bury: this one must not fork.
+    """Bury each socket in another process from now on, because this process must not fork.
 
-    That process keeps the copies until ``send`` gives it none: whoever closes a socket last waits.
-    It raises OSError when it cannot.
+    ``send`` gives that process a copy of a socket. The process keeps its copies until ``send``
+    sends an empty list, because the process that closes a socket last waits. ``send`` raises
+    OSError when it cannot send.
     """
     global _take
-    # Or another thread's socket would count as let go.
+    # Without the mutex, an empty list could tell the other process to close a socket of another
+    # thread.
     mutex = sync.mutex()
 
     def take(number: int) -> None:
         with mutex:
             send([number])
             os.close(number)
-            # Or with the next one.
+            # If this fails, the copy is closed together with the next one.
             with suppress(OSError):
                 send([])
 
@@ -69,28 +73,28 @@ def bury_elsewhere(send: Callable[[list[int]], None]) -> None:
 
 
 def _holds_messages(sock: socket.socket) -> bool:
-    """End a connection, and say whether messages are left; no other can come then."""
+    """Shut a connection down, and say whether messages are left; no other can come then."""
     try:
         sock.shutdown(socket.SHUT_RDWR)
-        # With it every message looks as if it brought descriptors, an empty one too. The end of
-        # the stream does not.
+        # With SO_PASSCRED every message, even an empty one, looks as if it had descriptors. The end
+        # of the stream does not.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         return fd.brings_fds(sock, socket.MSG_DONTWAIT)
     except BlockingIOError:
         return False
     except OSError:
-        # A listening socket: those that it has not accepted have queues.
+        # This is a listening socket. The connections that it has not accepted have queues.
         return True
 
 
 def _leave_to_child(number: int) -> None:
-    """Close a socket that a child still has, and kill the child.
+    """Close a socket of which a child still has a copy, and kill the child.
 
     Raises:
         OSError: EAGAIN, ENOMEM as fork(2).
     """
     for pid in list(_dying):
-        # Never waited for: what else it has inherited may hold it up.
+        # Never wait for a child: something else that it has inherited may hold it up.
         with suppress(ChildProcessError):
             if os.waitpid(pid, os.WNOHANG) == (0, 0):
                 continue

@@ -1,7 +1,7 @@
-"""Forked children: how each of this package's begins and ends. No other module calls fork(2).
+"""Forked children: how each child of this package begins and ends.
 
-What runs in a child never comes back into its parent's code: a second copy of the parent would go
-on with the parent's descriptors and the parent's work.
+No other module calls fork(2). A child never comes back into its parent's code. There it would go on
+as a second copy of the parent, with the parent's descriptors and the parent's work.
 """
 
 import os
@@ -22,25 +22,25 @@ def fork(
     name: str | None = None,
     keep: Iterable[int] | None = None,
 ) -> int:
-    """Run ``body`` in a child, which ends with it; returns the child's pid, which the caller reaps.
+    """Run ``body`` in a child, which ends with it; return the child's pid.
 
-    The child exits with 0 when ``body`` has returned, and with ``status_of`` what it raised
-    otherwise; it prints nothing. A ``bound`` child is killed when this process ends (``die_with``).
-    ``name`` is as in ``process.set_name``. With ``keep`` the child has the standard descriptors and
-    those alone, else all that this process has.
+    The caller reaps the child. The child exits with 0 when ``body`` has returned, else with
+    ``status_of`` the error; it prints nothing. A ``bound`` child is killed when this process ends
+    (``die_with``). ``name`` is as in ``process.set_name``. With ``keep`` the child has the standard
+    descriptors and those alone; else it has all that this process has.
 
     Raises:
-        OSError: EAGAIN, ENOMEM: no process is to be had.
+        OSError: EAGAIN, ENOMEM when no process can be made.
     """
     parent, pid = os.getpid(), -1
-    # What runs at a fork (os.register_at_fork) would swallow KeyboardInterrupt.
+    # Functions that run at a fork (os.register_at_fork) would swallow KeyboardInterrupt.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         pid = os.fork()
     except OSError as error:
         raise named("fork", error) from None
     finally:
-        # The child lets it through below, where an exception ends it.
+        # The child lets the signal through below, where an exception ends it.
         if pid:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if pid:
@@ -56,18 +56,19 @@ def fork(
         body()
         os._exit(0)
     except BaseException as error:  # noqa: BLE001  the child must not go on as a second copy of its parent
-        # Here, where the error still holds the body's variables: to close what they have may take as
-        # long as a stranger likes (``burial``), which the end of a process does not.
+        # End here, where the error still holds the body's variables. Closing their sockets may take
+        # as long as a stranger likes (``burial``); the end of a process does not.
         os._exit(status_of(error))
     finally:
         os._exit(FAULT)
 
 
 def die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends (PR_SET_PDEATHSIG), or end at once if it has.
+    """Make the kernel kill this process when its parent ends (PR_SET_PDEATHSIG).
 
-    The kernel takes the end of the thread that forked this process for its parent's, and forgets
-    all of it when this process gets another user or group, or more capabilities (commit_creds).
+    If the parent has ended already, this process ends at once. The kernel takes the end of the
+    thread that forked this process for the end of the parent. The kernel forgets the setting when
+    this process gets another user or group, or more capabilities (commit_creds).
     """
     process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
     # The parent may have ended before the prctl.
@@ -76,7 +77,9 @@ def die_with(parent: int) -> None:
 
 
 def ends(pid: int, patience: Patience) -> bool:
-    """Say whether a child ends in time, what it has to undo in the kernel included; does not reap it.
+    """Say whether a child ends in time, without reaping it.
+
+    The end includes what the kernel has to undo for the child.
 
     Raises:
         OSError: EMFILE, ENOMEM as pidfd_open(2).

@@ -1,4 +1,7 @@
-"""Errors in the one form that they all have: ``CALL: strerror (detail)``, the path in ``filename``."""
+"""Errors in the one form that all errors here have: ``CALL: strerror (detail)``.
+
+The path is in ``filename``.
+"""
 
 import os
 from errno import EIO, ENOMEM
@@ -6,15 +9,15 @@ from typing import Final
 
 #: MAX_ERRNO of the kernel.
 _LARGEST: Final = 4095
-#: The exit status of a child whose program failed with what is no errno.
+#: Exit status of a child whose program failed with something other than an errno.
 FAULT: Final = 255
 
 
 def failed(call: str, errno: int | None, detail: str = "", path: str | None = None) -> OSError:
-    """Return the error of a call: its name, the errno's words, and what else is known of it.
+    """Return the error of a call: its name, the errno's text, and further detail.
 
-    ``errno`` is that of an OSError at hand, or another process's word; what is none is EIO.
-    ``path`` is what the call was about.
+    ``errno`` comes from an OSError or from another process. A value that is no errno becomes EIO.
+    ``path`` is the file that the call was about.
     """
     number = errno if errno is not None and 0 < errno <= _LARGEST else EIO
     words = f"{call}: {os.strerror(number)}" + (f" ({detail})" if detail else "")
@@ -22,28 +25,28 @@ def failed(call: str, errno: int | None, detail: str = "", path: str | None = No
 
 
 def named(call: str, error: OSError, path: str | None = None) -> OSError:
-    """Return an error of Python's, or of a part of a call, as that of ``call``.
+    """Return an error of Python, or of a part of a call, as the error of ``call``.
 
-    What it says beside the errno's words becomes the detail. Its own path stays, unless another is
-    given.
+    The detail is all that ``error`` says beside the errno's text. The path of ``error`` stays,
+    unless ``path`` is given.
     """
     known = error.filename if isinstance(error.filename, str) else None
     detail = detail_of(error)
-    # It may have been made for this call.
+    # ``error`` may have been made for this call.
     detail = detail.removeprefix(f"{call}: ") if detail != call else ""
     return failed(call, error.errno, detail, known if path is None else path)
 
 
 def line_of(error: OSError) -> str:
-    """Return an error in one line: the path, if it has one, the call, the errno's words, and what else is known."""
+    """Return an error in one line: its path if any, the call, the errno's text, the detail."""
     text = error.strerror or str(error)
     return text if error.filename is None else f"{error.filename}: {text}"
 
 
 def detail_of(error: OSError) -> str:
-    """Return what an error says beside its errno's words; empty when that is nothing.
+    """Return what an error says beside its errno's text; empty if it says nothing else.
 
-    Of one in the form above, the call and its detail.
+    For an error in the form above, this is the call and its detail.
     """
     text = error.strerror or str(error)
     if error.errno is None:
@@ -57,7 +60,7 @@ def detail_of(error: OSError) -> str:
 
 
 def status_of(error: BaseException) -> int:
-    """Return the exit status with which a child tells its parent what it failed with: an errno, or ``FAULT``."""
+    """Return the status that tells a parent why its child failed: an errno, or ``FAULT``."""
     if isinstance(error, MemoryError):
         return ENOMEM
     return (

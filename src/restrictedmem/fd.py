@@ -19,23 +19,23 @@ from restrictedmem.users import is_known
 _UCRED: Final = struct.Struct("=iII")
 _SO_PEERPIDFD: Final = 77
 _SO_PASSRIGHTS: Final = 83
-#: For a call that is not to wait. This and the next are plain numbers: to combine two members of an
-#: enumeration takes as long as to send.
+#: Flag of a call that must not wait. This flag and those below are plain ints, because combining
+#: two members of an enumeration takes as long as a send.
 MSG_DONTWAIT: Final = int(socket.MSG_DONTWAIT)
 _MSG_NOSIGNAL: Final = int(socket.MSG_NOSIGNAL)
 _MSG_PEEK: Final = int(socket.MSG_PEEK)
 _MSG_CMSG_CLOEXEC: Final = int(socket.MSG_CMSG_CLOEXEC)
-#: What recvmsg says of a message that was cut off, and of descriptors.
+#: Flags by which recvmsg says that a message was cut off, and that it had descriptors.
 MSG_TRUNC: Final = int(socket.MSG_TRUNC)
 MSG_CTRUNC: Final = int(socket.MSG_CTRUNC)
 _INT: Final = array.array("i").itemsize
 
 
 class HasFileno(Protocol):
-    """What owns a descriptor."""
+    """An object that owns a descriptor."""
 
     def fileno(self) -> int:
-        """Return the number."""
+        """Return the descriptor's number."""
         ...
 
 
@@ -44,10 +44,11 @@ _W = TypeVar("_W", bound=Waited)
 
 
 class OwnedFd:
-    """One file descriptor with one owner: closed on exit of ``with``, by ``close``, or (with a warning) when collected.
+    """One file descriptor with one owner.
 
-    Everything in this package that returns a new descriptor internally returns one of these; only
-    the public face hands out bare ints.
+    It is closed on exit of ``with``, by ``close``, or (with a warning) when the object is
+    collected. Every function of this package that returns a new descriptor internally returns an
+    OwnedFd. Only the public interface returns bare ints.
     """
 
     __slots__ = ("_fd",)
@@ -58,7 +59,7 @@ class OwnedFd:
         self._fd = fd
 
     def fileno(self) -> int:
-        """Return the number.
+        """Return the descriptor's number.
 
         Raises:
             ValueError: after close or detach.
@@ -73,14 +74,14 @@ class OwnedFd:
         return self._fd < 0
 
     def detach(self) -> int:
-        """Give the number away: the caller closes it from now on."""
+        """Give the number away; the caller has to close it from now on."""
         fd, self._fd = self.fileno(), -1
         return fd
 
     def close(self) -> None:
         """Close the descriptor; a second call does nothing."""
-        # The field goes first: a number that the kernel has handed out again must never be closed
-        # by us.
+        # Clear the field first. The kernel may give the number to another file, which we must never
+        # close.
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
@@ -103,7 +104,9 @@ class OwnedFd:
 def send_with_fds(
     sock: socket.socket, data: bytes, fds: Sequence[int] = (), flags: int = 0
 ) -> None:
-    """Send one message with copies of ``fds``; the caller keeps its own. ``flags`` are sendmsg's beside MSG_NOSIGNAL.
+    """Send one message with copies of ``fds``; the caller keeps its own.
+
+    ``flags`` are sendmsg's, beside MSG_NOSIGNAL.
 
     Raises:
         OSError: as sendmsg(2); EPIPE when the peer is gone (no signal is raised).
@@ -116,10 +119,11 @@ def send_with_fds(
 
 
 def receive_without_fds(sock: socket.socket, size: int, flags: int = 0) -> bytes:
-    """Receive one message of at most ``size`` bytes; ``flags`` are recvmsg's.
+    """Receive one message of at most ``size`` bytes; refuse its descriptors.
 
-    This process never has descriptors that come with it: to close the descriptor of a stranger's
-    file may mean to wait for that stranger for ever (FUSE_FLUSH). See ``receive_flags``.
+    This process never gets the descriptors of the message. Closing the descriptor of another
+    party's file may mean to wait for that party for ever (FUSE_FLUSH). See ``receive_flags``.
+    ``flags`` are recvmsg's.
 
     Raises:
         OSError: as recvmsg(2); EPROTO for descriptors; EMSGSIZE when the message was cut off.
@@ -133,12 +137,12 @@ def receive_without_fds(sock: socket.socket, size: int, flags: int = 0) -> bytes
 
 
 def receive_flags(sock: socket.socket, size: int, flags: int = 0) -> tuple[bytes, int]:
-    """Receive one message of at most ``size`` bytes without its descriptors, and what recvmsg says.
+    """Receive one message without its descriptors; return it and the flags of recvmsg.
 
-    With MSG_CTRUNC it had descriptors, and the connection is of no more use. The message then
-    stays in the queue: to drop a socket that lingers (SO_LINGER) takes as long as its owner likes.
-    ``bury`` closes such a connection. A socket that has refused descriptors from the first
-    (``refuse_fds``) never has such a message.
+    The message has at most ``size`` bytes. MSG_CTRUNC says that it had descriptors; then the
+    connection is of no more use. Such a message stays in the queue, because dropping a socket that
+    lingers (SO_LINGER) takes as long as its owner likes. ``bury`` closes such a connection. A
+    socket that has refused descriptors from the first (``refuse_fds``) never has such a message.
 
     Raises:
         OSError: as recvmsg(2).
@@ -150,7 +154,9 @@ def receive_flags(sock: socket.socket, size: int, flags: int = 0) -> tuple[bytes
 
 
 def brings_fds(sock: socket.socket, flags: int = 0) -> bool:
-    """Say whether descriptors come with the next message, which stays; an end of the stream brings none.
+    """Say whether the next message brings descriptors; the message stays in the queue.
+
+    The end of the stream brings none.
 
     Raises:
         OSError: as recvmsg(2).
@@ -159,18 +165,18 @@ def brings_fds(sock: socket.socket, flags: int = 0) -> bool:
 
 
 def refuse_fds(sock: socket.socket) -> None:
-    """Have the kernel refuse descriptors to whoever sends them here (SO_PASSRIGHTS, Linux 6.16).
+    """Make the kernel refuse descriptors that others send here (SO_PASSRIGHTS, Linux 6.16).
 
-    Otherwise they lie in the queue until the message is received, so it has to be done before
-    anybody else has the other end. Older kernels lack the option. What a listening socket accepts
-    inherits it.
+    The sender gets the error. Without this, descriptors lie in the queue until the message is
+    received. So set it before any other process has the other end. Older kernels do not have the
+    option. A socket that is accepted inherits it from the listening socket.
     """
     if KERNEL_REFUSES:
         sock.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
 
 
 def refuses_fds(sock: socket.socket) -> bool:
-    """Say whether the kernel refuses descriptors to whoever sends them to this end."""
+    """Say whether the kernel refuses descriptors that others send to this end."""
     return KERNEL_REFUSES and not sock.getsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS)
 
 
@@ -191,10 +197,10 @@ KERNEL_REFUSES: Final = _kernel_refuses()
 def receive_with_fds(
     sock: socket.socket, size: int, max_fds: int = 4, flags: int = 0
 ) -> tuple[bytes, list[OwnedFd]]:
-    """Receive one message of at most ``size`` bytes and the descriptors with it, which the caller then owns; ``flags`` are recvmsg's.
+    """Receive one message and the descriptors with it, which the caller then owns.
 
-    An empty message means that the peer is gone. A message or a set of descriptors that was cut
-    short counts as malformed.
+    The message has at most ``size`` bytes. ``flags`` are recvmsg's. An empty message means that the
+    peer is gone. A message or a set of descriptors that was cut off counts as malformed.
 
     Raises:
         OSError: as recvmsg(2); EMSGSIZE when something was cut off (what did arrive is closed).
@@ -215,9 +221,10 @@ def receive_with_fds(
 
 
 def readable(files: Sequence[_W], seconds: float | None = None) -> list[_W]:
-    """Wait until some of ``files`` can be read or have hung up, and return those; none after ``seconds``.
+    """Wait until some of ``files`` can be read or have hung up, and return those.
 
-    Not by select(2), which knows no number above 1023.
+    The list is empty after ``seconds``. This uses poll(2), because select(2) takes no number above
+    1023.
     """
     poll = select.poll()
     for file in files:
@@ -236,21 +243,24 @@ def speaks(sock: socket.socket) -> bool:
 
 
 def hung_up(sock: socket.socket) -> bool:
-    """Say whether the other end of a connection is closed (POLLHUP), whatever it has left to receive."""
+    """Say whether the other end of a connection is closed (POLLHUP).
+
+    This end may still have messages to receive.
+    """
     poll = select.poll()
     poll.register(sock, 0)
     return bool(poll.poll(0))
 
 
 def all_read(sock: socket.socket) -> bool:
-    """Say whether the other end of a connected socket has taken every message (SIOCOUTQ)."""
+    """Say whether the other end of a socket has received every message (SIOCOUTQ)."""
     waiting = array.array("i", [0])
     fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, waiting)
     return not waiting[0]
 
 
 def spare() -> OwnedFd:
-    """Return a descriptor to close when its number is needed.
+    """Open a descriptor that is closed later, when its number is needed.
 
     Raises:
         OSError: EMFILE, ENFILE.
@@ -259,7 +269,10 @@ def spare() -> OwnedFd:
 
 
 def above_standard(fd: int) -> OwnedFd:
-    """Return a duplicate that standard descriptors cannot take the place of, as they do where they were closed before.
+    """Return a duplicate with a number above those of the standard descriptors.
+
+    Where these were closed before, ``fd`` may have one of their numbers. Opening them again would
+    replace it.
 
     Raises:
         OSError: EMFILE.
@@ -274,7 +287,7 @@ def close_all(fds: Sequence[OwnedFd]) -> None:
 
 
 def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
-    """Return pid, uid and gid of who made the other end of a connection (SO_PEERCRED)."""
+    """Return pid, uid and gid of the process that made the other end (SO_PEERCRED)."""
     pid, uid, gid = _UCRED.unpack(
         sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     )
@@ -282,10 +295,11 @@ def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
 
 
 def is_same_peer(one: socket.socket, other: socket.socket) -> bool:
-    """Say whether one user's process has made the other ends of two connections (SO_PEERCRED).
+    """Say whether one user's process has made the other ends of two connections.
 
-    Where that user's uid is not known here (``users``), nobody else's process may have its number
-    again: only pidfs tells processes apart for good (Linux 6.9), and before it the answer is no.
+    Both ends must have the same SO_PEERCRED. Where that user's uid is not known here (``users``),
+    another user's process may have got the same pid meanwhile. Only pidfs (Linux 6.9) tells
+    processes apart for good. On older kernels the answer is then no.
     """
     found = peer_credentials(one)
     if found != peer_credentials(other):
@@ -298,7 +312,7 @@ def is_same_peer(one: socket.socket, other: socket.socket) -> bool:
         )
     except OSError:
         return False
-    # Before pidfs all pidfds have one inode.
+    # Before pidfs all pidfds have the same inode.
     return ones == others != mine
 
 

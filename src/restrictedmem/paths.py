@@ -1,8 +1,8 @@
 """Paths that lead through directories where others may write.
 
-Whoever may write to a directory can put a symbolic link, a FIFO or a second name of a foreign file
-there, at any moment. So a path is walked one name at a time, each in a directory that is held open,
-and what was looked at is what is used.
+A user who may write to a directory can put a symbolic link, a FIFO or a second name of another's
+file there, at any moment. So this module walks a path one name at a time, and holds each directory
+open. It uses exactly the file that it has looked at.
 """
 
 import os
@@ -17,17 +17,17 @@ from restrictedmem.fd import OwnedFd
 from restrictedmem.users import is_known
 
 _LOOK: Final = os.O_PATH | os.O_CLOEXEC
-#: As many as the kernel follows (MAXSYMLINKS).
+#: Most links that the kernel follows in one path (MAXSYMLINKS).
 _MOST_LINKS: Final = 40
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
 def _is_trusted(found: os.stat_result, room: os.stat_result) -> bool:
-    """Say whether what stands in a directory is of a user whose doings are no danger.
+    """Say whether a file in a directory belongs to a user whose actions are no danger.
 
-    That is root, this process, and the owner of /, which is what root looks like from a user
-    namespace that has none. Strangers look the same there (``users``): then a thing counts where
-    nobody but such an owner may put one.
+    Such users are root, the user of this process, and the owner of /. In a user namespace without
+    root, root looks like the owner of /. Strangers look the same there (``users``). Then the file
+    is trusted only if nobody but such a user may put files into its directory (``room``).
     """
     good = {0, os.geteuid(), os.stat("/").st_uid}
     if found.st_uid not in good:
@@ -36,11 +36,11 @@ def _is_trusted(found: os.stat_result, room: os.stat_result) -> bool:
 
 
 def resolve(path: str, *, last: bool) -> tuple[OwnedFd, str, int]:
-    """Open the directory of a path's last name (``O_PATH``); only links of trusted users count.
+    """Open the directory of a path's last name (``O_PATH``); follow trusted users' links.
 
-    Returns the directory, which the caller owns, the name, and O_NOFOLLOW; or 0 in its place for a
-    link that the kernel itself made (/proc/self/fd/1). The last name is followed with ``last``,
-    else it is whatever stands there.
+    Returns the directory, which the caller owns, the name, and O_NOFOLLOW. The last is 0 instead
+    for a link that the kernel itself made (/proc/self/fd/1). With ``last``, a link at the last name
+    is followed. Without it, the last name is whatever stands there.
 
     Raises:
         OSError: ELOOP for another user's link; EISDIR for a path without a last name; as openat(2).
@@ -76,7 +76,7 @@ def resolve(path: str, *, last: bool) -> tuple[OwnedFd, str, int]:
 
 
 def _proc() -> int:
-    """Return the device of /proc; -1, which no file has, where none is mounted."""
+    """Return the device of /proc; -1, which no file has, where /proc is not mounted."""
     try:
         return os.stat("/proc/self").st_dev
     except FileNotFoundError:
@@ -92,7 +92,10 @@ def _root(path: str) -> OwnedFd:
 
 
 def _link(directory: OwnedFd, name: str, proc: int) -> tuple[str | None, int]:
-    """Return where a name leads if it is a symbolic link; O_NOFOLLOW unless it is the kernel's."""
+    """Return where a name leads if it is a symbolic link, and a flag to open the name with.
+
+    The flag is O_NOFOLLOW, or 0 for a link that the kernel itself made.
+    """
     try:
         fd = OwnedFd(os.open(name, _LOOK | os.O_NOFOLLOW, dir_fd=directory.fileno()))
     except FileNotFoundError:
@@ -110,12 +113,12 @@ def _link(directory: OwnedFd, name: str, proc: int) -> tuple[str | None, int]:
 
 
 def create(path: str) -> OwnedFd:
-    """Open a file to write to its end, made anew or emptied; the caller owns it.
+    """Open a file for appending, created or emptied; the caller owns it.
 
     Raises:
         OSError: as ``resolve``; EMLINK for a file that has another name, too; EACCES for another
-            user's FIFO or device, and for its file where all may put theirs; EAGAIN when a lease
-            keeps another's file; as open(2).
+            user's FIFO or device, and for another user's file in a directory where others may put
+            theirs; EAGAIN when a lease keeps another user's file; as open(2).
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
     directory, name, follow = resolve(path, last=True)
@@ -136,9 +139,9 @@ def create(path: str) -> OwnedFd:
 
 
 def _reopen(there: OwnedFd, flags: int, *, waits: bool) -> OwnedFd:
-    """Open a file that is held (``O_PATH``), by its inode: another may have the name by now.
+    """Open a file that is held (``O_PATH``) by its inode, as its name may be another's by now.
 
-    Unless this ``waits``, an owner's lease (fcntl(2)) is EAGAIN.
+    If this does not wait (``waits``), an owner's lease (fcntl(2)) is EAGAIN.
 
     Raises:
         OSError: ENOENT without /proc; as open(2).
@@ -153,9 +156,9 @@ def _reopen(there: OwnedFd, flags: int, *, waits: bool) -> OwnedFd:
 
 
 def _check_target(found: os.stat_result, room: os.stat_result) -> bool:
-    """Check that what stands in a directory may be written; returns whether to wait for its owner.
+    """Check that the file in a directory may be written; return whether to wait for its owner.
 
-    Other than with O_CREAT, the kernel takes no file in a sticky directory for planted
+    The kernel itself checks for planted files in sticky directories only with O_CREAT
     (fs.protected_regular).
     """
     trusted = _is_trusted(found, room)
@@ -163,11 +166,13 @@ def _check_target(found: os.stat_result, room: os.stat_result) -> bool:
         raise failed("open", ELOOP)
     if not stat.S_ISREG(found.st_mode):
         if not trusted:
-            raise failed("open", EACCES, f"not a file, and uid {found.st_uid}'s")
+            raise failed(
+                "open", EACCES, f"not a regular file, and it belongs to uid {found.st_uid}"
+            )
     elif found.st_nlink > 1:
         raise failed("open", EMLINK, "the file has another name, too, and is not emptied")
     elif not trusted and room.st_mode & stat.S_ISVTX and room.st_mode & _OTHERS_WRITE:
-        words = f"uid {found.st_uid}'s file, where others may put theirs"
+        words = f"it belongs to uid {found.st_uid}, in a directory where others may create files"
         raise failed("open", EACCES, words)
     return trusted
 
@@ -176,11 +181,12 @@ def _check_target(found: os.stat_result, room: os.stat_result) -> bool:
 class NewFile:
     """A file that is written once, from its beginning to its end; every error has its path.
 
-    What writes too little, or fails at close (a quota, a network's file system), is an error.
+    A write of too few bytes is an error, and so is a failure at close (a quota, a network file
+    system).
     """
 
     def __init__(self, path: str) -> None:
-        """Open it as ``create`` does, which raises what this raises."""
+        """Open the file as ``create`` does, with the same errors."""
         self._path = path
         self._fd = create(path)
 
@@ -197,7 +203,7 @@ class NewFile:
             raise named("write", error, self._path) from None
 
     def close(self) -> None:
-        """Close it; a second call does nothing.
+        """Close the file; a second call does nothing.
 
         Raises:
             OSError: as close(2).
@@ -215,26 +221,31 @@ class NewFile:
 
 
 def open_regular(path: str, flags: int = os.O_RDONLY) -> OwnedFd:
-    """Open a file whose opening does nothing to a device and waits for nobody; the caller owns it.
+    """Open a regular file without waiting for anybody; the caller owns it.
+
+    A device is not opened, because that might have an effect.
 
     Raises:
-        OSError: EINVAL for anything but a regular file; EAGAIN for one with a lease; as open(2).
+        OSError: EINVAL for anything but a regular file; EAGAIN for a file with a lease; as open(2).
     """
     try:
         with OwnedFd(os.open(path, _LOOK)) as there:
             if not stat.S_ISREG(os.fstat(there.fileno()).st_mode):
-                raise failed("open", EINVAL, "not a file")
+                raise failed("open", EINVAL, "not a regular file")
             return _reopen(there, flags | os.O_CLOEXEC, waits=False)
     except OSError as error:
         raise named("open", error, path) from None
 
 
 def dangers(directory: OwnedFd) -> Iterator[str]:
-    """Say of a directory and those above it what lets other users change where its path leads."""
+    """Yield what lets other users change where a directory's path leads.
+
+    The directory and all directories above it are checked.
+    """
     path = Path(os.readlink(f"/proc/self/fd/{directory.fileno()}"))
     for each in (path, *path.parents):
         found = each.stat()
         if not _is_trusted(found, each.parent.stat()):
-            yield f"{each} is uid {found.st_uid}'s"
+            yield f"{each} belongs to uid {found.st_uid}"
         elif found.st_mode & _OTHERS_WRITE and not found.st_mode & stat.S_ISVTX:
             yield f"others may write to {each}"

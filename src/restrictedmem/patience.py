@@ -1,4 +1,7 @@
-"""Waiting for another process, with a deadline that counts only time in which this one runs; and for memory."""
+"""Deadlines for another process, which count only time in which this process runs.
+
+The module also has a retry for when memory is short.
+"""
 
 import select
 import time
@@ -6,7 +9,7 @@ from collections.abc import Callable
 from errno import EINVAL
 from typing import Final, TypeVar, final
 
-#: Seconds that one look may count.
+#: Most seconds that one look at the clock counts.
 SLICE: Final = 0.05
 #: How often something is tried while memory is short, and the seconds between two tries.
 _TRIES: Final = 100
@@ -17,22 +20,22 @@ _T = TypeVar("_T")
 
 @final
 class Clock:
-    """Counts the seconds in which this process runs.
+    """A count of the seconds in which this process runs.
 
-    Whoever stops this process (SIGSTOP, a frozen cgroup, a suspended machine) stops the other one
-    as well, often. So whoever waits looks at the clock every 50 ms, and what has passed since the
-    last look counts as that much, however long it was.
+    When this process is stopped (SIGSTOP, a frozen cgroup, a suspended machine), the other process
+    is often stopped as well. So a process that waits looks at the clock every 50 ms. The time since
+    the last look counts as 50 ms at most, however long it was.
     """
 
     __slots__ = ("_last", "seconds")
 
     def __init__(self) -> None:
-        #: As of the last look.
+        #: The count at the last look.
         self.seconds = 0.0
         self._last = time.monotonic()
 
     def look(self) -> float:
-        """Return the seconds up to now."""
+        """Look at the clock, and return the seconds counted up to now."""
         now = time.monotonic()
         self.seconds += min(now - self._last, SLICE)
         self._last = now
@@ -41,7 +44,7 @@ class Clock:
 
 @final
 class Patience:
-    """So many seconds of a ``Clock`` to wait for another process."""
+    """A number of seconds of a ``Clock`` to wait for another process."""
 
     __slots__ = ("_clock", "_seconds")
 
@@ -50,7 +53,7 @@ class Patience:
         self._clock = Clock()
 
     def wait(self, fd: int, events: int) -> bool:
-        """Wait until a descriptor has one of some events of poll(2); false when there is no patience left."""
+        """Wait for events of poll(2) on a descriptor; return false when the time is over."""
         poll = select.poll()
         poll.register(fd, events)
         while True:
@@ -60,8 +63,8 @@ class Patience:
             except OSError as error:
                 if error.errno != EINVAL:
                     raise
-                # The limit on descriptors is 0, where poll(2) takes not even one. It may rise
-                # again.
+                # While the limit on descriptors is 0, poll(2) takes not even one. The limit may
+                # rise again.
                 time.sleep(_PAUSE)
                 ready = []
             if self._clock.look() >= self._seconds or ready:
@@ -69,7 +72,7 @@ class Patience:
 
 
 def patiently(act: Callable[[], _T]) -> _T:
-    """Do something again while memory is short; the last MemoryError is raised."""
+    """Call ``act`` again while memory is short; raise the last MemoryError."""
     for _ in range(_TRIES - 1):
         try:
             return act()

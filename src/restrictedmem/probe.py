@@ -1,4 +1,7 @@
-"""A forked child that tries something, so that the asking process is neither changed nor held up by it."""
+"""A forked child that tries something.
+
+The process that asks is neither changed nor held up by it.
+"""
 
 import os
 import pickle
@@ -20,11 +23,13 @@ _T = TypeVar("_T")
 
 
 def in_child(probe: Callable[[], _T], deadline: float = DEADLINE) -> _T:
-    """Return what a probe returns in a forked child, which does nothing else; the answer has to fit in a page.
+    """Return what a probe returns in a forked child, which does nothing else.
+
+    The answer has to fit into a page.
 
     Raises:
-        OSError: what the probe raised; ETIMEDOUT after ``deadline`` seconds; ECHILD when the child
-            died of it, by a signal for instance; EAGAIN, EMFILE when there is no child to be had.
+        OSError: the error of the probe; ETIMEDOUT after ``deadline`` seconds; ECHILD when the child
+            died of the probe, for instance by a signal; EAGAIN, EMFILE when no child can be made.
     """
     reader, writer = map(OwnedFd, os.pipe())
     with reader, writer:
@@ -35,7 +40,8 @@ def in_child(probe: Callable[[], _T], deadline: float = DEADLINE) -> _T:
             ended = ends(child, Patience(deadline))
         finally:
             if not ended:
-                # Not waited for: a child stuck in the kernel would hold this process up too.
+                # Do not wait for the child: if the kernel holds it, it would hold this process up
+                # too.
                 os.kill(child, signal.SIGKILL)
         if not ended:
             raise OSError(ETIMEDOUT, f"no answer within {deadline:g} s")
@@ -65,6 +71,6 @@ def _answer(probe: Callable[[], object], writer: int) -> None:
             answer = pickle.dumps((error, None))
         os.write(writer, answer)
     except Exception:
-        # Nobody else tells of a fault of the probe's.
+        # Nobody else reports a fault of the probe.
         traceback.print_exc()
         raise

@@ -1,8 +1,8 @@
-"""The only source of locks, waits and unlocked shared reads for ``mm`` and the guests' fault path.
+"""The only source of locks, waits and unlocked shared reads for ``mm`` and the fault path.
 
-A checker that wants every interleaving replaces the factories here; nothing in ``mm`` or in the
-fault path reaches for ``threading`` or for shared memory by itself. Each name is the kernel's:
-``mutex``, ``RwSem`` (``struct rw_semaphore``), ``SharedWords`` for what the kernel reads with
+A checker replaces the factories here to try every interleaving. Nothing in ``mm`` or in the guests'
+fault path uses ``threading`` or shared memory by itself. Each name is the kernel's: ``mutex``,
+``RwSem`` (``struct rw_semaphore``), and ``SharedWords`` for words that the kernel reads with
 READ_ONCE and writes with WRITE_ONCE.
 """
 
@@ -11,7 +11,7 @@ import time
 from typing import Final, TypeAlias, final
 
 Mutex: TypeAlias = threading.Lock
-#: Seconds.
+#: Seconds of ``relax``.
 _RELAX: Final = 0.0001
 
 
@@ -21,12 +21,15 @@ def mutex() -> Mutex:
 
 
 def shared_bytes(size: int) -> bytearray:
-    """Make so many zero bytes that threads read without a lock; each access is whole."""
+    """Make ``size`` zero bytes that threads read without a lock; no access is torn."""
     return bytearray(size)
 
 
 def relax() -> None:
-    """Let others go on for a moment (``cpu_relax``): for who has just read a shared word and will look at it again."""
+    """Let others go on for a moment (``cpu_relax``).
+
+    A thread calls this after it has read a shared word, and before it reads the word again.
+    """
     time.sleep(_RELAX)
 
 
@@ -37,21 +40,21 @@ def condition(lock: Mutex) -> threading.Condition:
 
 @final
 class RwSem:
-    """A readers-writer semaphore: many readers or one writer; a waiting writer goes before new readers.
+    """A readers-writer semaphore: many readers or one writer.
 
-    Not recursive in either mode, as the kernel's: a callback that runs under the read side must not
-    take it again.
+    A waiting writer goes before new readers. Neither mode is recursive, as in the kernel: a
+    callback that runs under the read side must not take it again.
     """
 
     __slots__ = ("_changed", "_lock", "_readers", "_writers", "_writing")
 
     def __init__(self) -> None:
         self._lock = mutex()
-        # Made at the first contention: there is a semaphore for each of thousands of files, and few
-        # ever wait.
+        # Made at the first contention: each of thousands of files has a semaphore, and few ever
+        # wait.
         self._changed: threading.Condition | None = None
         self._readers = 0
-        # Those that wait count too, so that one look keeps new readers out.
+        # Waiting writers count too, so one look at the count keeps new readers out.
         self._writers = 0
         self._writing = False
 
@@ -98,9 +101,9 @@ class RwSem:
 class SharedWords:
     """64-bit words in memory that another process writes or reads at the same time.
 
-    Each access is one aligned load or store, so a word is never torn. Order between words is that
-    of the machine's memory model plus the interpreter's own barriers; on x86-64 loads stay in order
-    and so do stores, which is all the invalidation sequence needs.
+    Each access is one aligned load or store, so a word is never torn. The order between words is
+    that of the machine's memory model plus the interpreter's own barriers. On x86-64 loads stay in
+    order and so do stores. The invalidation sequence needs no more.
     """
 
     __slots__ = ("_words",)

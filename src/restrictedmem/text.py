@@ -1,4 +1,4 @@
-"""Text of other parties, made fit for a terminal; and a line there that is written again and again."""
+"""Text of other parties, made fit for a terminal; and a progress line on a terminal."""
 
 import os
 import time
@@ -9,9 +9,9 @@ _CLEAR: Final = "\r\x1b[K"
 
 
 def plain(text: object) -> str:
-    """Write each character that a terminal would obey, and not show, as its escape.
+    """Escape each character that a terminal would obey and not show.
 
-    Among them: control characters, line ends, changes of direction, halves of characters.
+    Among these are control characters, line ends, changes of direction, and halves of characters.
     """
     return "".join(
         each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(text)
@@ -19,7 +19,7 @@ def plain(text: object) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Write a time for a person: ``0:07``, ``1:02:03``."""
+    """Format a number of seconds for a person: ``0:07``, ``1:02:03``."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
@@ -27,25 +27,31 @@ def duration(seconds: float) -> str:
 
 @final
 class Line:
-    """The last line of a terminal, which says how far something is; nothing where there is no terminal."""
+    """The last line of a terminal, which shows progress; without a terminal, nothing."""
 
     def __init__(self, file: TextIO, *, show: bool = True, interval: float = 0.1) -> None:
-        """Write to ``file``, if it is a terminal and ``show`` is true, no more often than each ``interval`` seconds."""
+        """Write to ``file``, if it is a terminal and ``show`` is true.
+
+        Two updates are at least ``interval`` seconds apart.
+        """
         self._file = file if show and file.isatty() else None
         self._interval = interval
         self._next = 0.0
 
     def update(self, text: Callable[[], str]) -> None:
-        """Show what ``text`` returns, if it is time to."""
+        """Show what ``text`` returns, if the interval is over."""
         now = time.monotonic()
         if self._file is not None and now >= self._next:
             self._next = now + self._interval
-            # One that is wrapped cannot be cleared.
+            # A line that is wrapped cannot be cleared.
             self._file.write(f"{_CLEAR}{plain(text())[: self._columns() - 1]}")
             self._file.flush()
 
     def clear(self) -> None:
-        """Take the line away, for something else to be written; the next update shows it again at once."""
+        """Clear the line, so that something else can be written.
+
+        The next update shows the line again at once.
+        """
         if self._file is not None:
             self._file.write(_CLEAR)
             self._file.flush()
@@ -54,7 +60,7 @@ class Line:
     def _columns(self) -> int:
         assert self._file is not None
         try:
-            # Some have no size.
+            # Some terminals have no size.
             return os.get_terminal_size(self._file.fileno()).columns or 80
         except OSError:
             return 80

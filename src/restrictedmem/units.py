@@ -1,8 +1,8 @@
 """Pages and bytes, kept apart by type.
 
-The v9 posting passed byte offsets to callbacks that were declared in pages; a type checker sees
-that slip here. Pages have their kernel type: ``pgoff_t`` is pages in a file, ``gfn_t`` pages in a
-guest. Bytes are plain integers.
+The v9 posting passed byte offsets to callbacks that were declared in pages. A type checker finds
+that mistake here. Pages have their kernel type: ``pgoff_t`` is pages in a file, ``gfn_t`` pages in
+a guest. Bytes are plain integers.
 """
 
 import os
@@ -23,7 +23,7 @@ PAGE_SIZE: Final = os.sysconf("SC_PAGE_SIZE")
 PAGE_SHIFT: Final = PAGE_SIZE.bit_length() - 1
 PAGE_MASK: Final = PAGE_SIZE - 1
 
-#: Largest page-aligned file size tmpfs takes (MAX_LFS_FILESIZE rounded down to a page).
+#: Largest page-aligned file size that tmpfs takes (MAX_LFS_FILESIZE rounded down to a page).
 MAX_FILE_BYTES: Final = ((1 << 63) - 1) & ~PAGE_MASK
 
 
@@ -36,7 +36,7 @@ class PageRange:
 
     @classmethod
     def of_bytes(cls, offset: int, length: int) -> Self:
-        """Build the range that ``length`` bytes at ``offset`` cover exactly.
+        """Return the range that ``length`` bytes at ``offset`` cover exactly.
 
         Raises:
             OSError: EINVAL when either number is not a multiple of the page size.
@@ -47,7 +47,7 @@ class PageRange:
 
     @classmethod
     def around_bytes(cls, offset: int, length: int) -> Self:
-        """Build the smallest range that contains ``length`` bytes at ``offset``."""
+        """Return the smallest range that contains ``length`` bytes at ``offset``."""
         return cls(
             pgoff_t(offset >> PAGE_SHIFT), pgoff_t((offset + length + PAGE_MASK) >> PAGE_SHIFT)
         )
@@ -65,18 +65,18 @@ class PageRange:
 
 
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
-#: Characters of a text that is none, in an error.
+#: Characters that an error shows of a text that is not a size.
 _SHOWN = 40
 _SUFFIXES = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
 def parse_size(text: str) -> int:
-    """Read a size in bytes such as ``4096``, ``64K``, ``64M`` or ``1G`` (powers of 1024).
+    """Parse a size in bytes such as ``4096``, ``64K``, ``64M`` or ``1G`` (powers of 1024).
 
     Raises:
         ValueError: when the text is not a size, or the size is larger than any file's.
     """
-    # Not more digits than any size has, for which int() would take its time, or fail.
+    # No size has more digits. For a text of many digits int() is slow, or fails.
     found = re.fullmatch(r"([0-9]{1,20})([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if found is None:
         raise ValueError(f"not a size: {text[:_SHOWN]!r} (write 4096, 64K, 64M or 1G)")
@@ -87,7 +87,7 @@ def parse_size(text: str) -> int:
 
 
 def format_size(count: int) -> str:
-    """Write a number of bytes for a person: ``64 MiB``, ``1.5 GiB``, ``512 B``."""
+    """Format a number of bytes for a person: ``64 MiB``, ``1.5 GiB``, ``512 B``."""
     if count < 1024:
         return f"{count} B"
     power = min((count.bit_length() - 1) // 10, len(_UNITS))
