@@ -1,6 +1,7 @@
-"""memfd_restricted(2) for programs that nobody changed: a filter that stops their call, and a supervisor that answers it.
+"""memfd_restricted(2) for unmodified programs.
 
-``popen`` starts such a program, ``launch`` becomes one. ``filter`` says which calls stop, and
-``supervisor`` what they come to. It waits for nobody: a ``porter``, which has the service, and
-``scout``s, which look into programs, do what may have to.
+A filter stops the call, and a supervisor answers it. ``popen`` starts such a program, and
+``exec_program`` becomes one. ``filter`` says which calls stop, and ``supervisor`` answers them. The
+supervisor waits for nobody. Other processes do the work that may have to wait: a ``porter`` has the
+service, and ``scout`` processes look into programs.
 """

@@ -1,9 +1,10 @@
-"""Wait for a program as if it ran in this process's place: for who has something to say when it has ended.
+"""Waiting for a program as if it ran in this process's place.
 
-Both are of one process group, so a terminal's signals reach both and are not passed on. What
-somebody sends to this process is passed on, and what a terminal tells the leader of its session
-alone: that it is gone. When the program stops, so does this process, for the shell that looks at
-it; it goes on with the program, and ends as the program did.
+This is for a process that has something to say when the program has ended. Both are in one process
+group, so a terminal's signals reach both and are not passed on. A signal that another process sends
+to this process is passed on. So is the signal by which a terminal tells the leader of its session
+alone that it is gone. When the program stops, this process stops too, for the shell that looks at
+it. It goes on with the program, and ends as the program did.
 """
 
 import os
@@ -18,13 +19,14 @@ from restrictedmem.abi import process
 from restrictedmem.child import end_child, fork
 from restrictedmem.fd import OwnedFd, readable
 
-#: Sent by kill(2) and the like, not by the kernel (SI_USER, SI_QUEUE, SI_TKILL).
+#: Codes of signals sent by kill(2) and the like, not by the kernel (SI_USER, SI_QUEUE, SI_TKILL).
 _SENT: Final = (0, -1, -6)
-#: The kernel's own (SI_KERNEL).
+#: Code of the kernel's own signals (SI_KERNEL).
 _KERNEL: Final = 0x80
-#: What the kernel sends to the leader of a session whose terminal is gone, and to nobody else.
+#: Signals that the kernel sends to the leader of a session whose terminal is gone, and to no other
+#: process.
 _HANG_UP: Final = (signal.SIGHUP, signal.SIGCONT)
-#: Seconds between two looks at a program that is stopped.
+#: Seconds between two looks at a stopped program.
 _LOOK: Final = 0.05
 _TIMERS: Final = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 _UNBLOCKABLE: Final = {
@@ -38,22 +40,23 @@ _UNBLOCKABLE: Final = {
 
 
 def attend(program: Callable[[], NoReturn]) -> int:
-    """Run ``program`` in a child, and return its wait status when it has ended; it is killed if this process is.
+    """Run ``program`` in a child, and return its wait status when it has ended.
 
-    Signals are blocked from then on: what was sent to the program after its end is not to keep this
-    process from telling of it, and ``end_as`` ends this process as the program did.
+    The child is killed if this process ends. Signals are blocked from then on: a signal that was
+    sent to the program after its end must not keep this process from reporting the end. ``end_as``
+    ends this process as the program did.
 
     Preconditions: this process has one thread, and no other children that may end meanwhile.
 
     Raises:
-        OSError: EAGAIN, ENOMEM: no process is to be had.
+        OSError: EAGAIN, ENOMEM when no process can be made.
     """
     awaited = signal.valid_signals() - _UNBLOCKABLE
     before = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
-    # Inherited as ignored, it would let the kernel reap what is waited for. The program is to
-    # inherit it.
+    # If SIGCHLD was inherited as ignored, the kernel would reap the child that is waited for. The
+    # program inherits the old setting.
     inherited = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    # These stay with a process in execve(2), and are not its child's.
+    # Timers stay with a process in execve(2), and are not inherited by its child.
     timers = [signal.setitimer(timer, 0) for timer in _TIMERS]
     subreaper = process.is_subreaper()
 
@@ -63,14 +66,13 @@ def attend(program: Callable[[], NoReturn]) -> int:
             for timer, (seconds, interval) in zip(_TIMERS, timers, strict=True):
                 signal.setitimer(timer, seconds, interval)
             signal.signal(signal.SIGCHLD, inherited)
-            # Until the program is executed it has Python's handler, whose exception nobody would
-            # hear of.
+            # Until exec the child has Python's handler, and nobody would hear of the exception.
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             program()
         finally:
-            # An errno would pass for a status of the program's.
+            # An errno could be taken for an exit status of the program.
             os._exit(1)
 
     try:
@@ -78,7 +80,7 @@ def attend(program: Callable[[], NoReturn]) -> int:
     except OSError:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         raise
-    # What the program's children leave is the program's.
+    # Processes that the program's children leave are the program's, not this process's.
     process.prctl(process.PR_SET_CHILD_SUBREAPER, 0)
     guard = _guard(child)
     try:
@@ -89,10 +91,10 @@ def attend(program: Callable[[], NoReturn]) -> int:
 
 
 def _guard(child: int) -> int:
-    """Start a process that kills the program when this process ends; returns its pid, or -1.
+    """Start a process that kills the program when this process ends; return its pid, or -1.
 
-    The kernel does that by itself (PR_SET_PDEATHSIG), and forgets it of a program that changes its
-    user or group (commit_creds). So without a guard, only such a program lives on.
+    The kernel does that by itself (PR_SET_PDEATHSIG), but forgets it when the program changes its
+    user or group (commit_creds). So if there is no guard, only such a program lives on.
     """
     guard = -1
     with (
@@ -105,7 +107,7 @@ def _guard(child: int) -> int:
 
 
 def _kill_after(attendant: OwnedFd, program: OwnedFd) -> None:
-    # Whoever kills this process's group is not to kill the guard with it.
+    # A kill of this process's group must not kill the guard with it.
     os.setsid()
     readable([attendant])
     signal.pidfd_send_signal(program.fileno(), signal.SIGKILL)
@@ -117,7 +119,7 @@ def _wait(child: int, awaited: set[signal.Signals]) -> int:
         sent = info.si_code in _SENT and info.si_pid != child
         if sent or (info.si_code == _KERNEL and info.si_signo in _HANG_UP and _leads()):
             _send(child, info.si_signo)
-        # One that was sent may stand for the kernel's, too: there is one of a kind at a time.
+        # A sent SIGCHLD may stand for the kernel's, too: one of a kind is pending at a time.
         if info.si_signo != signal.SIGCHLD:
             continue
         pid, status = os.waitpid(child, os.WNOHANG | os.WUNTRACED)
@@ -140,9 +142,12 @@ def _send(child: int, number: int) -> None:
 
 
 def _stop_with(child: int) -> None:
-    """Stop until somebody continues this process, or the program alone, which another process has to see."""
+    """Stop until another process continues this process, or continues the program alone.
+
+    A watcher process has to see the latter.
+    """
     parent, watcher = os.getpid(), -1
-    # Without another process, only who continues this one ends the stop.
+    # Without a watcher, the stop ends only when another process continues this one.
     with suppress(OSError):
         watcher = fork(lambda: _watch(parent, child), bound=True)
     os.kill(parent, signal.SIGSTOP)
@@ -164,16 +169,16 @@ def _is_stopped(pid: int) -> bool:
 
 
 def end_as(status: int) -> int:
-    """Return the exit status that says a wait status, or end by the signal that it says."""
+    """Return the exit status in a wait status, or end by the signal in it."""
     if not os.WIFSIGNALED(status):
         return os.WEXITSTATUS(status)
     number = os.WTERMSIG(status)
-    # The program's core is the one to look at.
+    # The core to look at is the program's.
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     with suppress(OSError):
         signal.signal(number, signal.SIG_DFL)
-    # Two numbers are the C library's, and are never blocked.
+    # Two signals are the C library's, and are never blocked.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {number} & signal.valid_signals())
     os.kill(os.getpid(), number)
     return 128 + number

@@ -1,8 +1,9 @@
-"""Become a program that has the system call: the filter stays with this process, the supervisor is another.
+"""Becoming a program that has the system call.
 
-The program is exec'ed by the process that was asked for it, so that its terminal, signals and
-status are its own. The supervisor is a child of nobody's: a program that waits for any child must
-not meet one that it does not know.
+The filter stays with this process. The supervisor is another process. The process that was started
+for the program executes it, so that terminal, signals and status are the program's own. The
+supervisor is a child of nobody's: a program that waits for any child must not meet one that it does
+not know.
 """
 
 import marshal
@@ -42,42 +43,44 @@ from restrictedmem.syscall.supervisor import Supervisor
 if TYPE_CHECKING:
     from restrictedmem.service.client import Service
 
-#: The name, in the abstract namespace, of the socket where programs reach their service; behind it
-#: a word that nobody can guess.
+#: Abstract name of the socket on which programs reach their service. It ends with a word that
+#: nobody can guess.
 _DOOR_NAME: Final = "restrictedmem-exec/{pid}/{secret}"
 _BACKLOG: Final = 64
-#: What has execvp(3) look in the next place.
+#: Errors after which execvp(3) looks in the next place.
 _ELSEWHERE: Final = (ENOENT, ENOTDIR, ESTALE, ENODEV, ETIMEDOUT)
-#: Bytes that are looked at of a file that the kernel cannot execute.
+#: Bytes to read of a file that the kernel cannot execute.
 _FIRST: Final = 256
-#: The longest word of a supervisor's about its start, in bytes.
+#: Bytes of a supervisor's longest message about its start.
 _WORD: Final = 4096
 _CANNOT: Final = "the supervisor cannot start"
-#: An error as the supervisor tells it: errno, detail, path. This one says that it answers calls.
+#: An error as the supervisor tells it: errno, detail, path. ``_READY`` says that it answers calls.
 _Told = tuple[int, str, str | None]
 _READY: Final[_Told] = (0, "", None)
 
 
 @dataclass(frozen=True, slots=True)
 class CallOptions:
-    """What a program's calls of memfd_restricted come to."""
+    """The settings for a program's calls of memfd_restricted."""
 
     number: int = SYS_memfd_restricted
-    #: Whether a call of the number that is none of memfd_restricted's may be cachestat's.
+    #: Whether a call of the number that is not memfd_restricted's may be cachestat's.
     cachestat: bool = True
-    #: What the service is asked for that is started at the first call (``service.options.Options``),
+    #: Options of the service that is started at the first call (``service.options.Options``),
     #: unless there is a server.
     api: str = "v10"
     memory_max: int | None = None
 
 
 def replace(arguments: Sequence[str]) -> NoReturn:
-    """Execute a program in this one's place, found as a shell finds it; a script that names no interpreter is /bin/sh's.
+    """Execute a program in this one's place, found as a shell finds it.
+
+    /bin/sh executes a script that names no interpreter.
 
     Raises:
         OSError: as execvp(3).
     """
-    # Python ignores them from its start on, and exec would pass that on.
+    # Python ignores these signals from its start on, and exec would pass that on.
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
     name, refused = arguments[0], failed("exec", ENOENT)
@@ -98,12 +101,15 @@ def replace(arguments: Sequence[str]) -> NoReturn:
 def _places(name: str) -> list[str]:
     if "/" in name or not name:
         return [name] if name else []
-    # An empty entry is where the program is started.
+    # An empty entry is the directory where the program is started.
     return [os.path.join(directory or ".", name) for directory in os.get_exec_path()]
 
 
 def _is_text(path: str) -> bool:
-    """Say whether a file that the kernel cannot execute may be a shell's script, as shells judge it: by its first line."""
+    """Say whether a file that the kernel cannot execute may be a script for a shell.
+
+    Shells judge it the same way: by its first line.
+    """
     try:
         with open(path, "rb") as file:
             head = file.read(_FIRST)
@@ -113,16 +119,18 @@ def _is_text(path: str) -> bool:
 
 
 def install(call: CallOptions, *, usage: bool = False) -> bool:
-    """Put this thread and its future children under a supervisor of its own, or leave it to the one it is under already.
+    """Put this thread and its future children under a supervisor of its own.
 
-    Returns whether it is its own; ``SERVER_VARIABLE`` then names the socket on which programs reach
-    the service behind their descriptors. The supervisor uses the server that this variable named
-    before, if it did. ``usage`` has its own service count what is done.
+    If it is under one already, leave it to that one. Returns whether the supervisor is its own.
+    Then ``SERVER_VARIABLE`` names the socket on which programs reach the service behind their
+    descriptors. The supervisor uses the server that this variable named before, if it did. With
+    ``usage``, its own service counts what is done.
 
     Raises:
-        OSError: ENOTSUP for a machine whose numbers are not known; as seccomp(2), EBUSY when a
-            filter above has a listener that is none of this program's; what keeps the supervisor
-            from starting. This thread may be under the filter then, where nobody answers.
+        OSError: ENOTSUP for a machine whose numbers are not known; as seccomp(2), with EBUSY when a
+            filter above has a listener that is not this program's; the error that keeps the
+            supervisor from starting. Then this thread may be under a filter whose calls nobody
+            answers.
     """
     machine = os.uname().machine
     if machine not in TABLES:
@@ -131,7 +139,7 @@ def install(call: CallOptions, *, usage: bool = False) -> bool:
     with _starting():
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
-        # Before the filter, which children inherit.
+        # Before the filter, because children inherit it.
         with _starting(), _door(name) as door:
             _fork_supervisor(theirs, door, machine, call, usage=usage)
         theirs.close()
@@ -145,7 +153,7 @@ def install(call: CallOptions, *, usage: bool = False) -> bool:
             if error.errno == EBUSY and _is_present(call.number):
                 return False
             raise
-        # One that has ended is heard of below.
+        # If the supervisor has ended, ``_hear`` reports it.
         with listener, suppress(ConnectionError):
             send_with_fds(ours, b"listener", [listener.fileno()])
         _hear(ours)
@@ -154,10 +162,13 @@ def install(call: CallOptions, *, usage: bool = False) -> bool:
 
 
 def _door(name: str) -> socket.socket:
-    """Return a socket where programs knock, which has a name and leaves nothing behind, as a path would if the supervisor were killed."""
+    """Return the socket on which programs reach the service.
+
+    It has an abstract name: a path would be left behind if the supervisor were killed.
+    """
     door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        # Anybody can connect. To drop a stranger's socket may take as long as it lingers
+        # Anybody can connect. Dropping a stranger's socket may take as long as it lingers
         # (SO_LINGER).
         refuse_fds(door)
         door.bind("\0" + name)
@@ -179,7 +190,7 @@ def _is_present(number: int) -> bool:
 
 @contextmanager
 def _starting() -> Generator[None]:
-    """Have what fails here be that the supervisor cannot start."""
+    """Report an error of the block as one of a supervisor that cannot start."""
     try:
         yield
     except OSError as error:
@@ -200,12 +211,12 @@ def _hear(supervisor: socket.socket) -> None:
     """Wait until the supervisor answers calls.
 
     Raises:
-        OSError: what keeps it from that.
+        OSError: the error that keeps it from that.
     """
     try:
         word = supervisor.recv(_WORD)
     except ConnectionResetError:
-        # It has ended without taking the listener. What it has said comes after that.
+        # The supervisor has ended without receiving the listener. Its message comes after that.
         word = supervisor.recv(_WORD)
     told: _Told = marshal.loads(word) if word else (ECHILD, "it was killed", None)
     if told != _READY:
@@ -213,13 +224,13 @@ def _hear(supervisor: socket.socket) -> None:
 
 
 def _tell(channel: socket.socket, told: _Told) -> None:
-    # Under an outer supervisor nobody waits for this one's word.
+    # Under an outer supervisor nobody waits for this one's message.
     with suppress(OSError):
         channel.send(marshal.dumps(told), socket.MSG_NOSIGNAL)
 
 
 def _fork(channel: socket.socket, body: Callable[[], None]) -> int:
-    """Fork a child that runs ``body`` and tells who waits for the supervisor what that failed with."""
+    """Fork a child that runs ``body``, and sends an error in it to ``channel``."""
 
     def telling() -> None:
         try:
@@ -233,17 +244,17 @@ def _fork(channel: socket.socket, body: Callable[[], None]) -> int:
 def _fork_supervisor(
     channel: socket.socket, door: socket.socket, machine: str, call: CallOptions, *, usage: bool
 ) -> None:
-    """Start the supervisor; it waits at ``channel`` for the listener, and says there what came of it.
+    """Start the supervisor; it waits at ``channel`` for the listener, and reports there.
 
-    Its parent ends at once, and whoever reaps such orphans inherits it: init, or the nearest
-    subreaper above this process.
+    The supervisor's parent ends at once. Then it belongs to the process that reaps such orphans:
+    init, or the nearest subreaper above this process.
 
     Raises:
-        OSError: EAGAIN, ENOMEM: no process is to be had.
+        OSError: EAGAIN, ENOMEM when no process can be made.
     """
     program_pid, subreaper = os.getpid(), process.is_subreaper()
-    # The program may be one. It is to meet no child that it does not know, the service and its
-    # processes included.
+    # The program may be a subreaper. It must not meet a child that it does not know, the service
+    # and its processes included.
     process.prctl(process.PR_SET_CHILD_SUBREAPER, 0)
     pending = signal.SIGCHLD in signal.sigpending()
     try:
@@ -251,7 +262,7 @@ def _fork_supervisor(
             channel,
             lambda: _be_its_parent(channel, door, machine, call, program_pid, usage=usage),
         )
-        # Where SIGCHLD is ignored the kernel reaps it, and this waits until it has.
+        # If SIGCHLD is ignored, the kernel reaps the child, and waitpid waits until it has.
         with suppress(ChildProcessError):
             os.waitpid(child, 0)
         if not pending:
@@ -261,9 +272,10 @@ def _fork_supervisor(
 
 
 def _forget_end() -> None:
-    """Take the signal of an end that was waited for, where it is blocked: the program never had that child.
+    """Take the pending SIGCHLD of a child that was waited for, if the signal is blocked.
 
-    There is one signal of a kind, so it may stand for another child, too.
+    The program never had that child. Only one signal of a kind is pending, so it may stand for
+    another child, too.
     """
     if signal.SIGCHLD in signal.sigpending():
         signal.sigtimedwait({signal.SIGCHLD}, 0)
@@ -283,9 +295,10 @@ def _be_its_parent(
     *,
     usage: bool,
 ) -> None:
-    # The soft limit is the program's.
+    # The soft limit is meant for the program.
     process.raise_fd_limit()
-    # The program may have closed its standard descriptors; these are not to be in their place.
+    # The program may have closed its standard descriptors. These sockets must not have their
+    # numbers.
     channel, door = (
         socket.socket(fileno=above_standard(sock.fileno()).detach()) for sock in (channel, door)
     )
@@ -308,8 +321,8 @@ def _supervise(
     *,
     usage: bool,
 ) -> None:
-    # What a terminal sends is for the program, and so are its descriptors: who waits for the end of
-    # a pipe waits for the program alone.
+    # Signals from the terminal are for the program. So are its descriptors: a process that waits
+    # for the end of a pipe waits for the program alone.
     os.setpgid(0, 0)
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTOU):
         signal.signal(number, signal.SIG_IGN)
@@ -323,7 +336,7 @@ def _supervise(
         os.dup2(null, standard)
     kept = () if complaint is None else complaint.filenos()
     process.close_others((channel.fileno(), door.fileno(), proc.fileno(), *kept))
-    # Or a child would not be there to wait for.
+    # With SIGCHLD ignored, no child would be there to wait for.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     server = os.environ.get(SERVER_VARIABLE)
     os.chdir("/")
@@ -332,7 +345,7 @@ def _supervise(
         return
 
     def start() -> "Service":
-        # Late: a program's start makes calls that stop, and waits for no more than it must.
+        # Import late: a program's start makes calls that stop, and waits for no more than it must.
         from restrictedmem.service.client import Service
         from restrictedmem.service.options import Options
 
@@ -346,10 +359,12 @@ def _supervise(
 
 
 def _complaint(program: int) -> Complaint | None:
-    """Keep a program's standard error; None where it is closed, or processes cannot be watched.
+    """Keep a program's standard error.
+
+    Returns None where it is closed, or where processes cannot be watched.
 
     Raises:
-        OSError: EMFILE, ENFILE: nobody could be told why there are no descriptors.
+        OSError: EMFILE, ENFILE, because nobody could be told why there are no descriptors.
     """
     try:
         return Complaint(program)

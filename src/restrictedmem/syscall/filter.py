@@ -1,7 +1,7 @@
-"""Which calls of a program stop for the supervisor: as few as classic BPF can tell apart.
+"""The calls of a program that stop for the supervisor, as few as classic BPF can tell apart.
 
 A filter sees the architecture, the number and the arguments of a call, and no memory. Number 451 is
-that of v9 and v10 in both tables of x86; since Linux 6.5 it is cachestat's, which the supervisor
+that of v9 and v10 in both tables of x86. Since Linux 6.5 it is cachestat's, which the supervisor
 tells apart.
 """
 
@@ -31,8 +31,8 @@ MAP_FIXED: Final = 0x10
 MAP_ANONYMOUS: Final = 0x20
 MAP_HUGETLB: Final = 0x4_0000
 MAP_FIXED_NOREPLACE: Final = 0x10_0000
-#: Set by glibc's loader on everything that it maps, and ignored by the kernel: so programs start
-#: even if the supervisor is gone.
+#: glibc's loader sets this flag on everything that it maps, and the kernel ignores it. So programs
+#: start even if the supervisor is gone.
 _MAP_DENYWRITE: Final = 0x0800
 
 
@@ -43,14 +43,14 @@ class Table:
     arch: int
     mmap: int
     fstatfs: int
-    #: i386 has a second one, with the size of the struct between its arguments.
+    #: i386 has a second fstatfs, with the size of the struct between its arguments.
     fstatfs64: int | None = None
-    #: And a first mmap, whose arguments are in a struct, where no filter sees them: it always
+    #: i386 also has an old mmap, whose arguments are in a struct that no filter sees. It always
     #: stops.
     old_mmap: int | None = None
 
 
-#: By machine, the tables of the programs it runs. aarch64 is untried.
+#: For each machine, the tables of the programs that it runs. aarch64 is untried.
 TABLES: Final[dict[str, tuple[Table, ...]]] = {
     "x86_64": (
         Table(AUDIT_ARCH["x86_64"], mmap=9, fstatfs=138),
@@ -61,7 +61,7 @@ TABLES: Final[dict[str, tuple[Table, ...]]] = {
 
 
 def program(machine: str, number: int) -> list[sock_filter]:
-    """Build the filter of a machine, with memfd_restricted's number.
+    """Return the filter of a machine, with memfd_restricted's number.
 
     Raises:
         KeyError: for a machine whose numbers are not known.
@@ -97,8 +97,8 @@ def _calls(table: Table, number: int) -> Iterator[sock_filter]:
         (table.mmap, private),
     ]
     if table.arch == AUDIT_ARCH["x86_64"]:
-        # No kernel had it in the table of x32, and what such a program passes by reference would
-        # have to be read otherwise.
+        # No kernel had the call in the table of x32. The arguments that such a program passes by
+        # reference would have to be read otherwise.
         rules.append((number | X32_BIT, [answer(SECCOMP_RET_ERRNO | ENOSYS)]))
     for call, body in rules:
         if call is not None:

@@ -1,4 +1,4 @@
-"""Start a program that has the system call, as ``subprocess.Popen`` starts any."""
+"""Starting a program that has the system call, as ``subprocess.Popen`` starts any."""
 
 import os
 import shutil
@@ -20,13 +20,12 @@ _START: Final = (
 def popen(
     arguments: Sequence[str | os.PathLike[str]], call: CallOptions | None = None, **options: Any
 ) -> subprocess.Popen[Any]:
-    """Start a program under a supervisor of its own; ``options`` are those of ``subprocess.Popen``, but for ``shell`` and ``executable``.
+    """Start a program under a supervisor of its own; return a ``subprocess.Popen``.
 
-    What is returned is a ``subprocess.Popen``.
-
-    It is ``restrictedmem exec`` that is started, and that the program replaces: so ``pid`` is the
-    program's, and this process may have any number of threads. The program finds the service behind
-    its descriptors by ``service.SERVER_VARIABLE``.
+    ``options`` are those of ``subprocess.Popen``, except ``shell`` and ``executable``. This starts
+    ``restrictedmem exec``, which the program replaces. So ``pid`` is the program's, and this
+    process may have any number of threads. The program finds the service behind its descriptors by
+    ``service.SERVER_VARIABLE``.
 
     Raises:
         TypeError: for a string in place of a sequence, or one of those two options.
@@ -39,12 +38,14 @@ def popen(
         or options.get("executable") is not None
     ):
         raise TypeError(
-            "popen takes a sequence of arguments, whose first is the program; shell and executable are not among its options"
+            "popen takes a sequence of arguments, whose first is the program; "
+            "it does not take the options shell and executable"
         )
     call = call or CallOptions()
     words = [os.fspath(argument) for argument in arguments]
     _check(words[0], options)
-    # What was not asked for is not given: exec refuses what a server or an outer exec decides.
+    # Pass only options that were asked for: exec refuses those that a server or an outer exec
+    # decides.
     usual = CallOptions()
     own = [] if call.api == usual.api else ["--api", call.api]
     own += [] if call.number == usual.number else ["--syscall-number", str(call.number)]
@@ -57,7 +58,7 @@ def popen(
 
 def _check(program: str, options: dict[str, Any]) -> None:
     named = bool(os.path.dirname(program))
-    # What is relative is so to where the program is to run.
+    # A relative path is relative to the directory where the program is to run.
     here = os.fsdecode(options.get("cwd") or "")
     place = os.path.join(here, program) if named else program
     path = os.pathsep.join(

@@ -1,12 +1,13 @@
-"""Has the service behind a supervisor: starts it at first need, makes descriptors, and lets in who knocks at the door.
+"""The process that has the service behind a supervisor.
 
-It is a process of its own, for all of that waits for others: for a service that starts or was
-stopped, for a server that does not answer, for a queue that is full. The supervisor meanwhile
-answers calls that need no service.
+The porter starts the service at first need and makes descriptors. It also lets in the processes
+that connect to the door, a listening socket. It is a process of its own, because all of that waits
+for others. It may wait for a service that starts or was stopped, for a server that does not answer,
+or for a full queue. The supervisor meanwhile answers calls that need no service.
 
-To put a descriptor into a caller takes until that has run, for which a program of low priority may
-wait for seconds (SCHED_IDLE on a processor that is busy). So the porter has hands, a thread each,
-and one of them is always free to take the next call.
+Putting a descriptor into a caller takes until the caller has run. A program of low priority may
+wait for that for seconds (SCHED_IDLE on a processor that is busy). So the porter has hands. Each
+hand is a thread, and one of them is always free to take the next call.
 """
 
 import mmap
@@ -31,14 +32,14 @@ from restrictedmem.users import is_own
 if TYPE_CHECKING:
     from restrictedmem.service.client import Service
 
-#: What is written at once, or not at all, to a pipe.
+#: Bytes that are written to a pipe at once, or not at all.
 _LONGEST: Final = select.PIPE_BUF
 #: A notification's id, and the flags of the call.
 _REQUEST: Final = struct.Struct("=QI")
-#: Callers, at most, that descriptors are being put into at the same time: the porter holds one for
-#: each, and no more.
+#: Most callers into which descriptors are being put at the same time. The porter holds one
+#: descriptor for each, and no more.
 _HANDS: Final = 256
-#: Hands kept for the next calls.
+#: Hands that are kept for the next calls.
 _IDLE: Final = 4
 
 
@@ -46,12 +47,13 @@ _IDLE: Final = 4
 class Complaint:
     """A program's standard error, kept to say once why there are no descriptors.
 
-    Who waits for the end of a pipe waits for the program alone. So it goes when somebody has a
-    descriptor, or can make some, and when the program has ended.
+    A process that waits for the end of a pipe waits for the program alone. So the porter closes
+    standard error when some process has a descriptor, or can make some, and when the program has
+    ended.
     """
 
     def __init__(self, program: int) -> None:
-        """Take what is standard error now; ``program`` is the pid of whose it is.
+        """Take the current standard error; ``program`` is the pid of the process whose it is.
 
         Raises:
             OSError: EBADF when it is closed; ENOSYS, ESRCH, EMFILE.
@@ -64,17 +66,17 @@ class Complaint:
             raise
 
     def fileno(self) -> int:
-        """Return what becomes readable when the program has ended."""
+        """Return a descriptor that becomes readable when the program has ended."""
         return self._program.fileno()
 
     def filenos(self) -> tuple[int, int]:
-        """Return both descriptors that it holds."""
+        """Return both descriptors of this object."""
         return self._program.fileno(), self._stderr.fileno()
 
     def say(self, error: OSError) -> None:
-        """Say why there are no descriptors, unless the reader keeps one waiting, and let go.
+        """Say why there are no descriptors, and let go of standard error.
 
-        Once it was let go, nothing is said.
+        If the reader would make this wait, or standard error was let go before, nothing is said.
         """
         if self._stderr.closed:
             return
@@ -87,7 +89,10 @@ class Complaint:
         self.let_go()
 
     def let_go(self) -> None:
-        """Let go of standard error. A process ends as well while somebody waits for that."""
+        """Close standard error, and keep the pidfd.
+
+        Another thread may wait on the pidfd. That does not keep the program from ending.
+        """
         self._stderr.close()
 
     def close(self) -> None:
@@ -98,7 +103,7 @@ class Complaint:
 
 @final
 class Porter:
-    """The supervisor's hold on it."""
+    """The supervisor's hold on the porter."""
 
     def __init__(
         self,
@@ -107,12 +112,13 @@ class Porter:
         start: Callable[[], "Service"],
         complaint: Complaint | None = None,
     ) -> None:
-        """Fork it; it answers calls at ``listener``, lets processes of this user in at ``door``, and ``start`` makes the service.
+        """Fork the porter, which answers calls at ``listener``.
 
-        ``complaint`` is the porter's alone from then on.
+        It lets processes of this user in at ``door``. ``start`` makes the service. From then on the
+        porter alone has ``complaint``.
 
         Raises:
-            OSError: EAGAIN, ENOMEM: no process is to be had.
+            OSError: EAGAIN, ENOMEM when no process can be made.
         """
         self._device = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")
         theirs, ours = os.pipe()
@@ -132,15 +138,15 @@ class Porter:
 
     @property
     def device(self) -> int:
-        """Device number of the service's descriptors; 0 as long as there are none, and nobody who could make one."""
+        """Device number of the service's descriptors; 0 while nobody has or can make one."""
         return self._device[0]
 
     def fileno(self) -> int:
-        """Return what has an error (POLLERR) when the porter has ended."""
+        """Return a descriptor that has an error (POLLERR) when the porter has ended."""
         return self._pipe.fileno()
 
     def ask(self, call: int, flags: int) -> None:
-        """Have a call answered with a descriptor; does not wait.
+        """Have a call answered with a descriptor, without waiting for that.
 
         Raises:
             OSError: EAGAIN when some four thousand calls wait; EPIPE when the porter has ended.
@@ -149,11 +155,15 @@ class Porter:
 
 
 def _with_errno(error: Exception) -> OSError:
-    """Return what went wrong, want of memory for one, as an error of what was asked for: it is not to be the porter's end."""
+    """Return an error, such as a lack of memory, as an OSError of what was asked for.
+
+    It must not be the end of the porter.
+    """
     if isinstance(error, OSError):
         return error
     if isinstance(error, MemoryError | RuntimeError | SystemError):
-        # The interpreter has many words for it: "can't allocate read lock" is a RuntimeError.
+        # The interpreter has many texts for a lack of memory: "can't allocate read lock" is a
+        # RuntimeError.
         return failed("start", ENOMEM, str(error))
     if isinstance(error, ImportError):
         return failed("start", ELIBACC, str(error))
@@ -180,12 +190,12 @@ class _Work:
         self._service: Service | None = None
         #: Protects the service while it starts, and the complaint.
         self._mutex = sync.mutex()
-        #: Protects the number of hands, and how many of them are free.
+        #: Protects the number of hands, and the number of those that are free.
         self._hands_mutex = sync.mutex()
         self._hands = self._free = 0
 
     def run(self) -> None:
-        """Let in who knocks, while hands serve requests, until the supervisor is gone."""
+        """Let in connecting processes, while hands serve requests, until the end."""
         try:
             self._add_hand()
         except OSError as error:
@@ -193,7 +203,7 @@ class _Work:
             self._refuse_all(error)
             return
         poll = select.poll()
-        # A hand reads it; but that the supervisor is gone is always reported.
+        # A hand reads the requests. But poll always reports that the supervisor is gone.
         poll.register(self._requests.fileno(), 0)
         poll.register(self._door.fileno(), select.POLLIN)
         if self._complaint is not None:
@@ -209,7 +219,7 @@ class _Work:
                     self._end_complaint()
 
     def _refuse_all(self, error: OSError) -> None:
-        """Answer every request with an error: not even one thread is to be had."""
+        """Answer every request with an error, because not even one thread can be made."""
         self._door.close()
         while request := os.read(self._requests.fileno(), _REQUEST.size):
             respond(self._listener, _REQUEST.unpack(request)[0], error.errno or EIO)
@@ -227,7 +237,7 @@ class _Work:
             raise
 
     def _serve(self) -> None:
-        """Be a hand: serve requests until the supervisor is gone, or enough others are free."""
+        """Serve requests until the supervisor is gone, or enough other hands are free."""
         while request := os.read(self._requests.fileno(), _REQUEST.size):
             with self._hands_mutex:
                 self._free -= 1
@@ -239,7 +249,10 @@ class _Work:
                 self._free += 1
 
     def _answer(self, call: int, flags: int) -> None:
-        """Create a descriptor and put it into the caller, as the call's result: lowest free number, not close-on-exec."""
+        """Create a descriptor and put it into the caller, as the call's result.
+
+        It has the lowest free number there, and is not close-on-exec.
+        """
         try:
             with self._made(flags) as fd:
                 self._leave_a_hand_free()
@@ -248,7 +261,10 @@ class _Work:
             respond(self._listener, call, _with_errno(error).errno or EIO)
 
     def _leave_a_hand_free(self) -> None:
-        """See that this hand may wait; where there is no further one, others wait for it."""
+        """Make another hand if no other is free, because this hand may wait.
+
+        If none can be made, other calls wait for this one.
+        """
         with self._hands_mutex:
             enough = self._free or self._hands >= _HANDS
         if not enough:
@@ -256,7 +272,10 @@ class _Work:
                 self._add_hand()
 
     def _let_in(self) -> None:
-        """Make who knocks an owner of the service; one that nothing can be done for finds the connection closed."""
+        """Make a connecting process an owner of the service.
+
+        If that fails, the process finds the connection closed.
+        """
         with suppress(Exception), ExitStack() as undo:
             sock, _ = self._door.accept()
             undo.callback(bury, sock)
@@ -284,13 +303,13 @@ class _Work:
                     if self._complaint is not None:
                         self._complaint.say(told)
                     raise told from None
-                # Before anybody has a descriptor: its first mmap already has to be seen.
+                # Do this before any process has a descriptor: its first mmap must already stop.
                 self._device[0] = service.device
                 self._service = service
             return self._service
 
     def _end_complaint(self, error: OSError | None = None) -> None:
-        """Say why there are no descriptors, or, where there are some, say nothing ever."""
+        """Say why there are no descriptors. If there are some, never say anything."""
         if self._complaint is None:
             return
         with self._mutex:

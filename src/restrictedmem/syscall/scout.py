@@ -1,13 +1,13 @@
-"""Looks into programs, and writes to them, in processes that can be spared.
+"""Processes that look into programs, and write to them, and that can be spared.
 
-To look at a program can take as long as somebody likes. Its memory may be backed by a file system
-whose server was stopped; what keeps its mappings still, or the directory of its descriptors, may be
-held by a thread that waits for such memory. And if it closes a descriptor while somebody looks,
-that one has the last hold on the file, and releases it in the program's place.
+A look at a program can take as long as somebody likes. Its memory may be backed by a file system
+whose server was stopped. A thread that waits for such memory may hold the lock of its mappings, or
+of the directory of its descriptors. And if the program closes a descriptor during a look, the scout
+has the last hold on the file, and releases it in the program's place.
 
-So the supervisor has a scout do it, one for each call under way, and kills a scout that nobody
-waits for any more. One that waits for a file system's server may outlive that; it holds nothing
-then but its end of a socket, /proc, and the file in question.
+So the supervisor has a scout look, one for each call under way. It kills a scout that nobody waits
+for any more. A killed scout that waits for a file system's server may live on. It then holds
+nothing but its end of a socket, /proc, and the file in question.
 """
 
 import marshal
@@ -28,11 +28,11 @@ from restrictedmem.fd import OwnedFd
 from restrictedmem.syscall.filter import MAP_ANONYMOUS, MAP_PRIVATE, MAP_TYPE
 
 _MESSAGE: Final = 512
-#: What is in the path of every restricted descriptor, whoever has mounted its file system where.
+#: Part of the path of every restricted descriptor, whoever has mounted its file system, and where.
 _NAME: Final = "/restrictedmem"
 _RANGE_BYTES: Final = 16
 _CACHESTAT_BYTES: Final = 40
-#: Flags and descriptor of i386's ``struct mmap_arg_struct``, behind address, length and protection,
+#: Flags and descriptor in i386's ``struct mmap_arg_struct``, after address, length and protection,
 #: before the offset.
 _OLD_MMAP: Final = struct.Struct("=12xIi4x")
 
@@ -42,10 +42,10 @@ Question = tuple[str, tuple[int | bytes, ...]]
 
 @final
 class Scout:
-    """The supervisor's hold on one: a question, its answer, the next question."""
+    """The supervisor's hold on a scout: a question, its answer, the next question."""
 
     def __init__(self, proc: OwnedFd) -> None:
-        """Fork one, which looks into programs by way of ``proc`` (``abi.process``).
+        """Fork a scout, which looks into programs by way of ``proc`` (``abi.process``).
 
         Raises:
             OSError: EAGAIN, ENOMEM, EMFILE.
@@ -64,14 +64,14 @@ class Scout:
             raise
 
     def fileno(self) -> int:
-        """Return what becomes readable when there is an answer, or when the scout has ended."""
+        """Return a descriptor that is readable at an answer, or when the scout has ended."""
         return self._sock.fileno()
 
     def ask(self, question: Question) -> None:
-        """Ask a question; the one before has been answered, so this does not wait.
+        """Ask a question, after the one before was answered, so that this does not wait.
 
         Raises:
-            BrokenPipeError: it has ended.
+            BrokenPipeError: when the scout has ended.
         """
         self._sock.send(marshal.dumps(question), socket.MSG_NOSIGNAL)
 
@@ -79,8 +79,8 @@ class Scout:
         """Return the answer to the last question.
 
         Raises:
-            BlockingIOError: there is none yet.
-            OSError: what the question failed with; EIO when the scout has ended.
+            BlockingIOError: when there is none yet.
+            OSError: the error of the question; EIO when the scout has ended.
         """
         message = self._sock.recv(_MESSAGE, socket.MSG_DONTWAIT)
         errno, found = marshal.loads(message) if message else (EIO, 0)
@@ -89,7 +89,7 @@ class Scout:
         return bool(found)
 
     def kill(self) -> None:
-        """Let go of it, whatever it waits for; its ``pid`` is still to be reaped."""
+        """Kill the scout, whatever it waits for; its ``pid`` is still to be reaped."""
         self._sock.close()
         os.kill(self.pid, signal.SIGKILL)
 
@@ -107,24 +107,30 @@ def _serve(sock: socket.socket, proc: OwnedFd) -> None:
 
 
 class _Looks:
-    """What a scout can be asked about a process or one of its threads; each raises OSError for one that may not be looked into."""
+    """The questions that a scout can answer about a process or one of its threads.
+
+    Each raises OSError for a process that may not be looked into.
+    """
 
     def __init__(self, proc: OwnedFd) -> None:
         self._proc = proc.fileno()
-        #: A process's memory and its mappings, both of the same one, whoever has its number by now.
+        #: Memory and mappings of the same process, even if another has its number by now.
         self._memory: tuple[OwnedFd, BinaryIO] | None = None
 
     def is_restricted(self, pid: int, fd: int, wanted: int) -> bool:
-        """Say whether a descriptor is a restricted one, of the service whose device is ``wanted``, without a word to any file system.
+        """Say whether a descriptor is a restricted one of the service with device ``wanted``.
 
-        The name is not enough, for anybody may give it to a file; but it is what is had fastest,
-        and what most files have not.
+        This sends no request to any file system. The name alone is not enough, because anybody may
+        give it to a file. But it is the fastest to get, and most files do not have it.
         """
         path = f"{pid}/fd/{fd}"
         return _NAME in os.readlink(path, dir_fd=self._proc) and device(path, self._proc) == wanted
 
     def may_be_cachestat(self, pid: int, fd: int, span: int, result: int) -> bool:
-        """Say whether the arguments are cachestat's: an open descriptor, and two structs that are mapped whole."""
+        """Say whether the arguments may be cachestat's.
+
+        These are an open descriptor, and two structs that are mapped whole.
+        """
         try:
             os.lstat(f"{pid}/fd/{fd}", dir_fd=self._proc)
         except FileNotFoundError:
@@ -134,9 +140,12 @@ class _Looks:
         return _covers(spans, span, _RANGE_BYTES) and _covers(spans, result, _CACHESTAT_BYTES)
 
     def is_mapped_privately(self, pid: int, arguments: int, wanted: int) -> bool:
-        """Say whether the arguments of i386's first mmap, at an address, map such a descriptor privately."""
+        """Say whether i386's old mmap maps a restricted descriptor privately.
+
+        Its arguments are a struct at the address ``arguments``.
+        """
         with self._opened(pid, os.O_RDONLY) as memory, _mappings(self._proc, pid) as maps:
-            # What the process may not read itself, the kernel is to refuse.
+            # If the process itself may not read them, the kernel should refuse the call.
             if not _covers(list(_spans(maps, b"r")), arguments, _OLD_MMAP.size):
                 return False
             content = os.pread(memory.fileno(), _OLD_MMAP.size, arguments)
@@ -148,7 +157,10 @@ class _Looks:
         )
 
     def open_memory(self, pid: int, fd: int, wanted: int) -> bool:
-        """Say as ``is_restricted`` whose descriptor it is; if it is, open the process's memory for ``write``."""
+        """Say as ``is_restricted`` whose a descriptor is.
+
+        If it is the service's, open the process's memory for ``write``.
+        """
         self._let_go()
         if not self.is_restricted(pid, fd, wanted):
             return False
@@ -159,15 +171,16 @@ class _Looks:
         return True
 
     def write(self, address: int, content: bytes) -> bool:
-        """Write to the memory that was opened last; false when not all of it is there, or the process may not write to it itself.
+        """Write to the memory that was opened last.
 
-        /proc/PID/mem minds no protection. process_vm_writev(2) does, but takes a number, which may
+        Returns false when not all of it is there, or when the process itself may not write to it.
+        /proc/PID/mem ignores protection. process_vm_writev(2) does not, but takes a pid, which may
         be another process's by then.
         """
         assert self._memory is not None
         memory, maps = self._memory
         try:
-            # Closed before the write, which may take as long as somebody likes.
+            # Close the mappings before the write, which may take as long as somebody likes.
             with maps:
                 writable = _covers(list(_spans(maps, b"w")), address, len(content))
             return writable and os.pwrite(memory.fileno(), content, address) == len(content)
@@ -186,13 +199,13 @@ class _Looks:
 
 
 def _mappings(proc: int, pid: int) -> BinaryIO:
-    # Bytes, for a line ends with "\n" alone, which is "\\012" in a file's name. "\r" is left there
-    # as it is.
+    # Read bytes: a line ends with "\n" alone, which is "\\012" in a file's name. A "\r" in a name
+    # is left as it is.
     return open(f"{pid}/maps", "rb", opener=partial(os.open, dir_fd=proc))
 
 
 def _spans(maps: BinaryIO, right: bytes = b"") -> Iterator[tuple[int, int]]:
-    """Return the ranges of addresses that are mapped, with a right, in their order."""
+    """Yield the ranges of addresses that are mapped with a right, in their order."""
     for line in maps:
         edges, rights, _ = line.split(b" ", 2)
         if right in rights:
@@ -201,7 +214,7 @@ def _spans(maps: BinaryIO, right: bytes = b"") -> Iterator[tuple[int, int]]:
 
 
 def _covers(spans: list[tuple[int, int]], start: int, size: int) -> bool:
-    """Say whether a range of so many bytes lies in ``spans`` whole."""
+    """Say whether ``size`` bytes at ``start`` lie in ``spans`` whole."""
     at = start
     for first, last in spans:
         if first <= at < last:

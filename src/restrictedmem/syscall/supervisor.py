@@ -1,13 +1,14 @@
-"""Answers the calls that a filter stops, of all processes under it, until the last of them has ended.
+"""The process that answers the calls which a filter stops.
 
-It waits for nobody while it does. What may have to is another's work: the porter has the service,
-and scouts look into programs.
+It answers for all processes under the filter until the last of them has ended. It waits for nobody
+meanwhile. Other processes do the work that may have to wait: the porter has the service, and scouts
+look into programs.
 
-What is read of a process, from its memory or from /proc, may be another's or changed by the time it
-is used. So nothing that is granted rests on it: a descriptor is given for the flags in the
-notification alone; the kernel judges once more whatever is let through to it; and before a byte is
-written, the process is known to be still the one that waits. If that is gone, and another of its
-number was looked at, the kernel refuses the answer, for nobody waits for it.
+The supervisor trusts nothing that it reads of a process, from its memory or from /proc. By the time
+of use that may have changed, or be another process's. So a descriptor is given for the flags in the
+notification alone. The kernel checks once more each call that is let through to it. Before a byte
+is written, the supervisor knows that the process still waits. If that process is gone and another
+of its number was looked at, the kernel refuses the answer, because nobody waits for it.
 """
 
 import os
@@ -38,35 +39,35 @@ from restrictedmem.units import MAX_FILE_BYTES, PAGE_SIZE
 #: ``RESTRICTEDMEM_MAGIC`` of v9 and v10: "RESM".
 RESTRICTEDMEM_MAGIC: Final = 0x5245_534D
 
-#: Calls that are looked into at the same time; for a further one, the oldest is given up.
+#: Most calls that are looked into at the same time. For a further one, the oldest is given up.
 _SCOUTS: Final = 64
-#: Scouts kept for the next call.
+#: Scouts that are kept for the next call.
 _IDLE: Final = 4
-#: Milliseconds to wait for a busy scout before there is another: an answer takes a hundredth of
-#: that, a new one half of it.
+#: Milliseconds to wait for a busy scout before there is another. An answer takes a hundredth of
+#: that, a new scout half of it.
 _PATIENCE: Final = 2
-#: Milliseconds after which, with nothing else to do, the calls under way are checked for callers
-#: that were killed.
+#: Milliseconds without other work, after which the supervisor looks for calls under way whose
+#: callers were killed.
 _SWEEP: Final = 1000
 
 _U32: Final = 0xFFFF_FFFF
-# struct statfs of 64-bit machines; of i386, and its statfs64, which is packed there.
+# struct statfs of 64-bit machines; that of i386; and i386's statfs64, which is packed there.
 _STATFS: Final = struct.Struct("=7q2i7q")
 _STATFS_I386: Final = struct.Struct("=2i5I2i7i")
 _STATFS64_I386: Final = struct.Struct("=2I5Q2i7I")
 
-#: Bytes of the addresses that programs have on x86-64 (TASK_SIZE), and of those that one with five
-#: levels of page tables can ask for.
+#: Bytes of the addresses that programs have on x86-64 (TASK_SIZE), and of those that a program can
+#: ask for with five levels of page tables.
 _USUAL: Final = (1 << 47) - PAGE_SIZE
 _FIVE_LEVELS: Final = (1 << 56) - PAGE_SIZE
 
-#: What a call comes to, step by step: questions to its scout, whose answers it is sent, until it
-#: returns (0) or raises.
+#: The steps of a call. They yield questions to its scout and are sent the answers, until they
+#: return (0) or raise.
 _Steps = Generator[Question, bool, None]
 
 
 class _Continue(Exception):  # noqa: N818 not an error
-    """The kernel is to do the call as if nobody had looked."""
+    """The kernel should do the call as if nobody had looked."""
 
 
 @dataclass(slots=True)
@@ -80,7 +81,7 @@ class _Call:
 
 @final
 class Supervisor:
-    """One filter's listener, and who works for it."""
+    """One filter's listener, and the processes that work for it."""
 
     def __init__(
         self,
@@ -92,9 +93,10 @@ class Supervisor:
         *,
         cachestat: bool,
     ) -> None:
-        """Answer for ``listener``, with descriptors that ``porter`` makes; scouts look into programs by way of ``proc`` (``abi.process``).
+        """Answer for ``listener``, with descriptors that ``porter`` makes.
 
-        ``cachestat``: a call of the number that cannot be memfd_restricted's may be cachestat's.
+        Scouts look into programs by way of ``proc`` (``abi.process``). With ``cachestat``, a call
+        of the number that cannot be memfd_restricted's may be cachestat's.
         """
         self._listener = listener
         self._porter = porter
@@ -103,19 +105,22 @@ class Supervisor:
         self._number = number
         self._cachestat = cachestat
         self._poll = select.poll()
-        #: Scouts alone, even while they are idle, for to take one out and in again costs more.
+        #: Polls the scouts alone, even idle ones: to take one out and in again costs more.
         self._scouts = select.poll()
         #: By the number of their scout's socket, the oldest first.
         self._calls: dict[int, _Call] = {}
         self._idle: list[Scout] = []
-        #: Processes that were killed, and are to be reaped.
+        #: Pids of processes that were killed, and are to be reaped.
         self._killed: set[int] = set()
 
     def run(self) -> None:
-        """Answer until no process is left under the filter, or the porter is gone, without which there are no descriptors."""
+        """Answer until no process is left under the filter, or the porter is gone.
+
+        Without the porter there are no descriptors.
+        """
         wake_up_synchronously(self._listener)
         self._poll.register(self._listener.fileno(), select.POLLIN)
-        # It says nothing; but that it is gone is always reported.
+        # The porter says nothing. But poll always reports that it is gone.
         self._poll.register(self._porter.fileno(), 0)
         # Programs may use up all processes that there may be.
         with suppress(OSError):
@@ -124,7 +129,10 @@ class Supervisor:
             pass
 
     def _turn(self) -> bool:
-        """Wait, and do what there is to do; false when no process is left, or the porter is gone."""
+        """Wait, and serve what comes.
+
+        Returns false when no process is left, or the porter is gone.
+        """
         waits = self._calls or self._killed
         found = self._poll.poll(_SWEEP if waits else None)
         if waits and not found:
@@ -147,7 +155,7 @@ class Supervisor:
         try:
             SECCOMP_IOCTL_NOTIF_RECV(self._listener, notification)
         except OSError as error:
-            # The caller was killed before it was heard.
+            # The caller was killed before its call was received.
             if error.errno in (ENOENT, EINTR):
                 return
             raise
@@ -159,7 +167,7 @@ class Supervisor:
             else:
                 self._ask_porter(notification.id, flags)
         elif not self._porter.device:
-            # Nobody has a descriptor yet.
+            # No process has a descriptor yet.
             respond(self._listener, notification.id, flags=SECCOMP_USER_NOTIF_FLAG_CONTINUE)
         elif data.nr == table.mmap and _is_refused_anyway(data, table):
             respond(self._listener, notification.id, flags=SECCOMP_USER_NOTIF_FLAG_CONTINUE)
@@ -209,7 +217,7 @@ class Supervisor:
                 self._kill(scout)
             else:
                 return scout
-        # All of them are busy: for callers that are still there?
+        # All scouts are busy. Some may work for callers that are gone.
         self._sweep()
         scout = self._new_scout()
         try:
@@ -228,7 +236,7 @@ class Supervisor:
     def _go_on(self, fd: int) -> None:
         call = self._calls.get(fd)
         if call is None:
-            # An idle one has ended, or one that was killed a moment ago had an answer.
+            # An idle scout has ended, or a scout that was killed a moment ago had an answer.
             for scout in [scout for scout in self._idle if scout.fileno() == fd]:
                 self._idle.remove(scout)
                 self._kill(scout)
@@ -236,13 +244,13 @@ class Supervisor:
         try:
             answer: bool | OSError = call.scout.answer()
         except BlockingIOError:
-            # It was another's, of the same number, who has ended since.
+            # The event was another scout's, of the same number, which has ended since.
             return
         except OSError as error:
             answer = error
         question = self._step(call.notification, call.steps, answer)
         if question is not None:
-            # One that has ended is heard of next.
+            # If the scout has ended, the next event says so.
             with suppress(BrokenPipeError):
                 call.scout.ask(question)
             return
@@ -255,7 +263,10 @@ class Supervisor:
     def _step(
         self, notification: seccomp_notif, steps: _Steps, answer: bool | OSError | None
     ) -> Question | None:
-        """Take a call's next step, with the answer to its last question or what that failed with; None when the call was answered."""
+        """Take a call's next step; return its next question, or None if the call was answered.
+
+        ``answer`` is the answer to its last question, or the error of that.
+        """
         try:
             if isinstance(answer, OSError):
                 return steps.throw(answer)
@@ -269,7 +280,7 @@ class Supervisor:
         return None
 
     def _give_up(self, call: _Call) -> None:
-        """Answer a call without knowing more."""
+        """Answer a call without further questions."""
         del self._calls[call.scout.fileno()]
         self._kill(call.scout)
         question = self._step(call.notification, call.steps, OSError(EIO, "given up"))
@@ -282,7 +293,7 @@ class Supervisor:
         self._killed.add(scout.pid)
 
     def _sweep(self) -> None:
-        """Let go of scouts whose callers were killed, and of what is left of those that were killed themselves."""
+        """Give up calls whose callers were killed, and reap scouts that were killed."""
         for call in list(self._calls.values()):
             try:
                 check_waiting(self._listener, call.notification)
@@ -291,11 +302,13 @@ class Supervisor:
         self._killed = {pid for pid in self._killed if not os.waitpid(pid, os.WNOHANG)[0]}
 
     def _pass_cachestat(self, notification: seccomp_notif) -> _Steps:
-        """Let a call through that can only be cachestat: the kernel writes to memory that the caller named, and to no other.
+        """Let a call through that can only be cachestat's.
+
+        The kernel then writes to memory that the caller named, and to no other.
 
         Raises:
-            _Continue: it is one.
-            OSError: EINVAL: it is memfd_restricted with flags that are none; EAGAIN: there is no
+            _Continue: when it is cachestat's.
+            OSError: EINVAL when it is memfd_restricted with unknown flags; EAGAIN when there is no
                 scout to tell.
         """
         data = notification.data
@@ -309,13 +322,13 @@ class Supervisor:
                 ):
                     raise _Continue
             except OSError as error:
-                # EIO: the scout was killed, or given up.
+                # EIO: the scout was killed, or the call was given up.
                 if error.errno in (EAGAIN, ENOMEM, EMFILE, ENFILE, EIO):
                     raise OSError(EAGAIN, os.strerror(EAGAIN)) from None
         raise OSError(EINVAL, "memfd_restricted: unknown flags")
 
-    # What FUSE cannot say, of the descriptors of this supervisor's service; of others, and where
-    # nobody may look, the kernel says it.
+    # Answers that FUSE cannot give, for descriptors of this supervisor's service. For other
+    # descriptors, and where nobody may look, the kernel answers.
 
     def _refuse_mmap(self, notification: seccomp_notif, question: str, about: int) -> _Steps:
         try:
@@ -330,8 +343,8 @@ class Supervisor:
         """Answer fstatfs as the proposal's file system would (simple_statfs).
 
         Raises:
-            _Continue: it is another file, or nobody can write to the caller (Yama, say): it gets
-                what its file system says.
+            _Continue: for another file, or when nobody may write to the caller (for instance,
+                because of Yama). Then the caller gets what its file system says.
             OSError: EINVAL for another size of the struct.
         """
         data = notification.data
@@ -350,25 +363,28 @@ class Supervisor:
             address, content = data.arg1 & _U32, _STATFS_I386.pack(*head, *tail)
         else:
             address, content = data.arg1, _STATFS.pack(*head, *tail)
-        # What was opened is the caller's if the caller still waits.
+        # The memory that was opened is the caller's if the caller still waits.
         check_waiting(self._listener, notification)
         try:
             written = yield "write", (address, content)
         except OSError:
             written = False
         if not written:
-            # The kernel says EFAULT, or waits as long as there is somebody to bring the page
+            # The kernel then says EFAULT. Or it waits as long as somebody may bring the page
             # (userfaultfd), and then says what FUSE does.
             raise _Continue
 
 
 def _is_refused_anyway(data: seccomp_data, table: Table) -> bool:
-    """Say whether the kernel refuses an mmap for its numbers, before it asks what file it is (ksys_mmap_pgoff, do_mmap)."""
+    """Say whether the kernel refuses an mmap for its numbers (ksys_mmap_pgoff, do_mmap).
+
+    It checks them before it asks which file it is.
+    """
     fixed = data.arg3 & (MAP_FIXED | MAP_FIXED_NOREPLACE)
     if table.old_mmap is None:
         address, length, offset = data.arg0, data.arg1, data.arg5
     else:
-        # i386 has words of 32 bits, and its offset in pages.
+        # i386 has words of 32 bits, and its offset is in pages.
         address, length, offset = data.arg0 & _U32, data.arg1 & _U32, 0
     return (
         not 0 < length <= (_FIVE_LEVELS if fixed else _USUAL)
