@@ -104,7 +104,7 @@ USAGE = [
 NOT_ELF = r"exec: Exec format error \(not a static x86-64 ELF\)"
 CUT_SHORT = r"exec: Exec format error \(ELF is cut short\)"
 HOW_TO_BUILD = "docs/use/guests.md says how to build one"
-NO_REPORT = rf"report: Bad message \(it has {REPORT_BYTES} bytes, this has"
+NO_REPORT = rf"report: Bad message \(a report has {REPORT_BYTES} bytes, this has"
 
 INPUTS = [
     Case("measure nonesuch", 1, "no guest named nonesuch", "a file needs a slash"),
@@ -231,9 +231,9 @@ INPUTS = [
         Case("run sha256", 1, f"{line}", environment={"RESTRICTEDMEM_SERVER": f"IN/{name}.socket"})
         for name, line in {
             "silent": r"start: Connection reset by peer \(.*\)",
-            "nested": r"READY: Protocol error \(its answer is no object in JSON\)",
-            "number": r"READY: Protocol error \(its answer is no object in JSON\)",
-            "object": r"READY: Protocol error \(it does not say what a service says of itself\)",
+            "nested": r"READY: Protocol error \(its answer is not an object in JSON\)",
+            "number": r"READY: Protocol error \(its answer is not an object in JSON\)",
+            "object": r"READY: Protocol error \(it lacks fields that every service sends\)",
             "errno": r"start: Input/output error \(the service cannot start\)",
         }.items()
     ),

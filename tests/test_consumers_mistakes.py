@@ -61,7 +61,7 @@ _MISTAKES = {
     "garbage": (False, r"puppet 1 answered INVALIDATE_START with a reply of another size"),
     "refuse": (False, r"puppet 1 answered INVALIDATE_START with EINVAL"),
     "refuse in numbers": (False, r"puppet 1 answered INVALIDATE_START with errno 2147483653"),
-    "short": (False, r"puppet 1 answered INVALIDATE_START with what is no reply"),
+    "short": (False, r"puppet 1 answered INVALIDATE_START with a malformed reply"),
     "empty": (False, r"puppet 1: INVALIDATE_START: puppet 1 is gone"),
 }
 
@@ -148,8 +148,8 @@ _ANSWERS: dict[str, tuple[Call, bytes, bool, str]] = {
         False,
         "errno 4294967295",
     ),
-    "one byte": (_START, b"x", False, "what is no reply"),
-    "half a head": (_COUNT, bytes(7), False, "what is no reply"),
+    "one byte": (_START, b"x", False, "a malformed reply"),
+    "half a head": (_COUNT, bytes(7), False, "a malformed reply"),
     "a byte more": (_START, _FINE + b"x", False, "a reply of another size"),
     "100 KiB": (_START, bytes(100 << 10), False, "a reply of another size"),
     "no count": (_COUNT, _FINE, False, "a reply of another size"),

@@ -124,7 +124,7 @@ def serve_fails(place: Path, *arguments: str) -> str:
     ("arguments", "words"),
     [
         (["--consumer", "dma"], "write NAME=PATH"),
-        (["--consumer", f"kvm={DMA}"], "consumer 'kvm': Invalid argument (taken"),
+        (["--consumer", f"kvm={DMA}"], "consumer 'kvm': Invalid argument (the name is taken"),
         (["--design", "v11"], "no design 'v11'"),
         (["--backing", "disk"], "invalid choice: 'disk'"),
     ],

@@ -214,7 +214,7 @@ def test_a_call_says_how_its_service_ended() -> None:
             (service.memfd_restricted, f"memfd_restricted: .* ({ended})"),
             (
                 vm.create_vcpu,
-                f"KVM_CREATE_VCPU: .* (engine is gone: so is its service (ENDING: {ended}))",
+                f"KVM_CREATE_VCPU: .* (engine is gone: its service is gone, too (ENDING: {ended}))",
             ),
         ):
             with pytest.raises(

@@ -248,7 +248,7 @@ def test_a_consumer_that_answers_with_it(older: bool, monkeypatch: pytest.Monkey
         consumer.close()
     assert reasons == [
         "broken 1 answered INVALIDATE_START with "
-        + ("descriptors" if taken else "what is no reply")
+        + ("descriptors" if taken else "a malformed reply")
     ]
 
 

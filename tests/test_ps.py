@@ -51,9 +51,9 @@ def nested(depth: int) -> list[Any]:
     return [nested(depth - 1)] if depth else []
 
 
-NO_STATE = "its answer is no service's state"
-NO_JSON = "its answer is no JSON"
-NO_ANSWER = "its answer is no service's"
+NO_STATE = "its answer is not a service's state"
+NO_JSON = "its answer is not JSON"
+NO_ANSWER = "its answer is not a service's"
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\x1b[31m\r\nservice 1: uid 0, all is well\u202e\ud800"
 

@@ -120,7 +120,7 @@ def test_a_consumer_whose_answer_was_not_read_is_ended(
     with pytest.raises(MemoryError):
         asked.notify(wire.INVALIDATE_START, b"first", 0)
     monkeypatch.undo()
-    assert failures == ["what was said to a consumer was broken off"]
+    assert failures == ["a call of a consumer was broken off"]
     assert asked.notify(wire.INVALIDATE_START, b"second", 0) == b""
     notify.setblocking(False)
     heard: list[bytes] = []
@@ -139,7 +139,7 @@ def test_a_consumer_that_cannot_be_told_of_an_end_is_ended(
     monkeypatch.setattr(asked, "tell", no_memory)
     # Others are told after it, so it raises nothing.
     binding.invalidate_end(pgoff_t(0), pgoff_t(1), None)
-    assert failures == ["what was said to a consumer was broken off"]
+    assert failures == ["a call of a consumer was broken off"]
 
 
 class Listener:

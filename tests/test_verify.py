@@ -203,11 +203,11 @@ def test_a_report_on_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", "it has 288 bytes, this has 0"),
-        (b"abcd", "it has 288 bytes, this has 2"),
+        (b"", "a report has 288 bytes, this has 0"),
+        (b"abcd", "a report has 288 bytes, this has 2"),
         (b"abc", "odd number"),
         (bytes(288), "not of version 1"),
-        (b"error: this engine signs no reports\n", "it has 288 bytes"),
+        (b"error: this engine signs no reports\n", "a report has 288 bytes"),
     ],
 )
 def test_what_is_no_report(verify: Verify, data: bytes, words: str) -> None:

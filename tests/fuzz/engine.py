@@ -161,9 +161,9 @@ class _Binder:
         return self.bind_again(0, window, lambda number: take(bound(number)))
 
     def bind_again(self, binding: int, window: PageRange, take: Callable[[int], _T]) -> _T:
-        # As the service does for what is no range of a file; none is larger here.
+        # As the service does for a range that no file has; none is larger here.
         if not 0 <= window.start <= window.end <= _PAGES:
-            raise OSError(EINVAL, f"{window} is no range of a file")
+            raise OSError(EINVAL, f"{window} is not a range of a file")
         self._made += 1
         self.bound.add(self._made)
         try:

@@ -1,4 +1,4 @@
-"""Which cgroup memory is charged to (cgroups(7))."""
+"""The cgroup that memory is charged to (cgroups(7))."""
 
 import os
 import re
@@ -16,14 +16,14 @@ class Cgroup:
     """A cgroup in the hierarchy that has the memory controller."""
 
     version: int
-    #: As in /proc/PID/cgroup, for a text.
+    #: As in /proc/PID/cgroup, for texts.
     path: str
-    #: Where that is mounted here.
+    #: Where the cgroup is mounted here.
     directory: Path
 
     @classmethod
     def own(cls) -> Self | None:
-        """Find this process's; None where it is not mounted, or there is no /proc."""
+        """Find this process's cgroup; None where it is not mounted, or there is no /proc."""
         with suppress(OSError):
             for controllers, path in process.cgroups():
                 if not controllers or b"memory" in controllers.split(b","):
@@ -38,9 +38,12 @@ class Cgroup:
 
 
 def _mounted(version: int, path: bytes) -> Path | None:
-    """Find a cgroup's directory: a mount may show no more than a part of its hierarchy."""
+    """Find a cgroup's directory.
+
+    A mount may show only a part of its hierarchy.
+    """
     own = Path(os.fsdecode(path))
-    # Bytes: a path may hold what Python takes for a line's end.
+    # Read bytes: a path may hold characters that Python takes for a line's end.
     with open("/proc/self/mountinfo", "rb") as lines:
         for line in lines:
             mount, _, about = line.partition(b" - ")
@@ -60,5 +63,5 @@ def _mounted(version: int, path: bytes) -> Path | None:
 
 
 def _character(found: re.Match[bytes]) -> bytes:
-    """Return what an escape in octal digits stands for."""
+    """Return the character that an octal escape stands for."""
     return bytes([int(found[1], 8)])

@@ -1,4 +1,8 @@
-"""The owner's side of a service: find one or start it, create descriptors, prove that one holds them, start consumers."""
+"""The owner's side of a service.
+
+An owner finds or starts a service, creates descriptors, proves that it holds one, and starts
+consumers.
+"""
 
 import atexit
 import fcntl
@@ -40,30 +44,31 @@ from restrictedmem.users import is_own
 
 #: Connections that the service may drop before this process gives up.
 _TRIES: Final = 8
-#: A name that begins with ``@`` is its network namespace's (unix(7)).
+#: A name that begins with ``@`` is known in one network namespace (unix(7)).
 _NOBODY: Final = "the service does not listen there: it is gone, or in another network namespace"
-#: Seconds that the word of a consumer's end may take, and between two questions for it.
+#: Seconds to wait for the report of a consumer's end, and seconds between two questions for it.
 _ENDING_DEADLINE: Final = 1.0
 _ENDING_PAUSE: Final = 0.01
-#: The same for a service's own, which the kernel tells once somebody has reaped it: where its
-#: parent is gone, init may never do so.
+#: The same for the service's own end. The kernel reports it once somebody has reaped the service.
+#: If the service's parent is gone, init may never do so.
 _OWN_ENDING_DEADLINE: Final = 0.1
 
 
 @final
 class Service:
-    """An owner's hold on a service: the mount, and a connection for each process that inherited it by fork.
+    """An owner's hold on a service: the mount, and a connection.
 
-    The service lives as long as this, any descriptor it made, or any consumer, in whatever process;
-    nothing has to be shut down.
+    Each process that inherited this object by fork has a connection of its own. The service lives
+    as long as this object, any descriptor that it made, or any consumer, in whatever process.
+    Nothing has to be shut down.
     """
 
     def __init__(self, first: socket.socket) -> None:
-        """Wait on a connected socket, which this closes, for the service to say READY.
+        """Wait for READY on a connected socket, and close the socket.
 
         Raises:
-            OSError: what the service failed with; ETIMEDOUT when it says nothing; ECONNRESET when
-                it died.
+            OSError: the error of the service; ETIMEDOUT when it sends nothing; ECONNRESET when it
+                died.
         """
         with first:
             body, fds = starter.receive_ready(first)
@@ -74,13 +79,13 @@ class Service:
             close_all(fds)
             raise
         self._mount, witness = fds
-        #: SO_PEERCRED of it is the service's.
+        #: A socket whose SO_PEERCRED is the service's.
         self._witness = socket.socket(fileno=witness.detach())
         self._channel: Channel | None = None
-        #: A pidfd of the service's, once this process has connected, where it can be seen from
-        #: here.
+        #: A pidfd of the service, once this process has connected. None where the service cannot be
+        #: seen from here.
         self._process: OwnedFd | None = None
-        #: How it ended, once this process has asked.
+        #: How the service ended, once this process has asked.
         self._ending: str | None = None
         self._mutex = sync.mutex()
         #: Held from the first piece of a status to the last.
@@ -89,11 +94,15 @@ class Service:
 
     @property
     def device(self) -> int:
-        """Device number (``st_dev``) of this service's descriptors, and of no other files."""
+        """The device number (``st_dev``) that only this service's descriptors have."""
         return os.fstat(self._mount.fileno()).st_dev
 
     def after_fork_in_child(self) -> None:
-        """Let go of the parent's connection, for two readers on one socket steal each other's replies, and of a lock that a thread held."""
+        """Drop the parent's connection and its locks.
+
+        Two readers on one socket would steal each other's replies. Another thread may have held a
+        lock at the fork.
+        """
         if self._channel is not None:
             self._channel.close()
         self._channel = None
@@ -105,8 +114,8 @@ class Service:
         """Start a private service.
 
         Raises:
-            OSError: what kept it from starting, for instance EACCES for /dev/fuse; ``restrictedmem
-                doctor`` says what is missing.
+            OSError: the error that kept it from starting, for instance EACCES for /dev/fuse;
+                ``restrictedmem doctor`` says what is missing.
         """
         try:
             ours, process = starter.begin(options or Options())
@@ -115,20 +124,22 @@ class Service:
         try:
             return cls(ours)
         except ConnectionResetError:
-            # Not a word, not even of an errno.
+            # The service has sent nothing, not even an errno.
             raise failed(
                 "start",
                 ECONNRESET,
                 f"the service died while it started: {starter.ending_of(process)}",
             ) from None
         finally:
-            # Its work is done, or it hangs.
+            # The process has done its work, or it hangs.
             process.kill()
             process.wait()
 
     @classmethod
     def connect(cls, path: str) -> Self:
-        """Get a service from ``restrictedmem serve``, or be let into that of ``restrictedmem exec``, which is one of this user.
+        """Get a service from ``restrictedmem serve``, or share that of ``restrictedmem exec``.
+
+        The service of ``exec`` has to be this user's.
 
         Raises:
             OSError: ENOENT, ECONNREFUSED, EACCES as connect(2); EACCES for an abstract name that is
@@ -140,15 +151,17 @@ class Service:
         except OSError:
             sock.close()
             raise
-        # Of a path the directory says whose it is. A name is anybody's, once the supervisor is
-        # gone.
+        # The directory of a path says whose the socket is. An abstract name can be anybody's, once
+        # the supervisor is gone.
         if path.startswith("@") and not is_own(uid := peer_credentials(sock)[1]):
             sock.close()
-            raise failed("connect", EACCES, f"it is uid {uid}'s, not this user's", path)
+            raise failed("connect", EACCES, f"it belongs to uid {uid}, not to this user", path)
         return cls(sock)
 
     def share(self, sock: socket.socket) -> None:
-        """Make whoever is at the other end of ``sock`` an owner of this service, too: there it is as from ``connect``.
+        """Make the process at the other end of ``sock`` an owner of this service, too.
+
+        That process gets the service as from ``connect``.
 
         Raises:
             OSError: EPIPE when the other end is gone.
@@ -160,7 +173,10 @@ class Service:
         )
 
     def memfd_restricted(self, flags: int = 0) -> int:
-        """Create a restricted descriptor, close-on-exec, which the caller owns; see ``restrictedmem.memfd_restricted``."""
+        """Create a restricted descriptor, close-on-exec, which the caller owns.
+
+        See ``restrictedmem.memfd_restricted``.
+        """
         _check_flags(flags)
         mount = self._mount.fileno()
         mode = HUGEPAGE_MODE if flags & RMFD_HUGEPAGE else 0
@@ -176,15 +192,17 @@ class Service:
         try:
             os.unlink(NAME, dir_fd=mount)
         except OSError as error:
-            # Names are never cached, so the look-up that unlink begins with finds none, and drops
-            # the name for good.
+            # The kernel never caches the name. So the look-up at the beginning of unlink finds no
+            # name, and drops it for good.
             if error.errno != ENOENT:
                 os.close(fd)
                 raise
         return fd
 
     def token_for(self, fd: int) -> bytes:
-        """Prove that this process holds a restricted descriptor; the token returned lets a consumer bind its file, once.
+        """Prove that this process holds a restricted descriptor; return a token.
+
+        The token lets a consumer bind the descriptor's file, once.
 
         Raises:
             OSError: EBADF; ENOTTY for another kind of file; EACCES for a descriptor of another
@@ -198,24 +216,31 @@ class Service:
         return token
 
     def spawn(self, consumer: str, arguments: str = "") -> socket.socket:
-        """Start a consumer of a kind the service trusts, with arguments that it understands; returns the socket it serves the caller on.
+        """Start a consumer; return the socket on which it serves the caller.
+
+        ``consumer`` is a kind that the service trusts. The consumer reads ``arguments``.
 
         Raises:
-            OSError: EINVAL for a kind it does not know; E2BIG for longer arguments than a message
-                has room for; EAGAIN, ENOMEM or EMFILE when there can be no further process; what a
-                program cannot be loaded with; ENOTCONN when the service is gone.
+            OSError: EINVAL for a kind that the service does not know; E2BIG for arguments that do
+                not fit into a message; EAGAIN, ENOMEM or EMFILE when no further process can be
+                made; the error of loading the consumer's program; ENOTCONN when the service is
+                gone.
         """
         return self.spawn_numbered(consumer, arguments)[1]
 
     def spawn_numbered(self, consumer: str, arguments: str = "") -> tuple[int, socket.socket]:
-        """Start a consumer as ``spawn`` does; returns its number, which ``ending`` takes, too."""
+        """Start a consumer as ``spawn`` does; return its number and its socket.
+
+        ``ending`` takes the number.
+        """
         number, fds = self._call(wire.SPAWN, f"{consumer} {arguments}".encode())
         return int(number), socket.socket(fileno=fds.pop().detach())
 
     def ending(self, number: int) -> str:
-        """Return how the process of a consumer ended that is gone, in words; empty when nobody knows.
+        """Return in words how a consumer's process ended; empty when nobody knows.
 
-        Its end of a socket closes before its parent hears of it, so this waits a moment.
+        The consumer's end of a socket closes before its parent hears of its end. So this waits for
+        a moment.
         """
 
         def ask() -> str:
@@ -225,12 +250,14 @@ class Service:
         try:
             return _soon(ask, _ENDING_DEADLINE)
         except OSError as error:
-            return f"so is its service ({detail_of(error)})" if error.errno == ENOTCONN else ""
+            return (
+                f"its service is gone, too ({detail_of(error)})" if error.errno == ENOTCONN else ""
+            )
 
     def _own_ending(self) -> str:
-        """Return how the service ended that is gone, in words; empty where the kernel does not tell (Linux 6.15).
+        """Return in words how the service ended; empty where the kernel does not tell.
 
-        The first to ask waits a moment, and nobody after that.
+        Linux 6.15 and later tell it. Only the first call waits for a moment.
         """
         process = self._process
         if process is None:
@@ -248,9 +275,10 @@ class Service:
         return self._ending
 
     def error_page(self, fd: int, start: int, end: int) -> None:
-        """Act as if the machine had lost pages ``start`` to ``end`` of a descriptor (``restrictedmem_error_page``), at most a folio's.
+        """Act as if the machine had lost pages ``start`` to ``end`` of a descriptor.
 
-        Its consumers are told, and refuse them until they are punched.
+        The pages are at most a folio's. The service tells the file's consumers
+        (``restrictedmem_error_page``). They refuse the pages until these are punched.
 
         Raises:
             OSError: as ``token_for``; EINVAL for another range.
@@ -258,7 +286,9 @@ class Service:
         self._call(wire.ERROR_PAGE, wire.ERROR_REQUEST.pack(self.token_for(fd), start, end))
 
     def signing_key(self) -> bytes:
-        """Return the public key that reports on this service's VMs are signed with, 32 bytes; made now if there is none yet.
+        """Return the public key, 32 bytes, for reports on this service's VMs.
+
+        The service makes a key now if there is none yet.
 
         Raises:
             OSError: ENOSYS when the package ``cryptography`` is missing; ENOTCONN when the service
@@ -304,37 +334,44 @@ class Service:
             try:
                 return channel.call(call, body)
             except OSError as error:
-                # Another thread's call was interrupted and has closed it, before this one was sent.
+                # An interrupted call of another thread has closed the connection before this call
+                # was sent.
                 if error.errno != ENOTCONN or channel.fileno() >= 0:
                     raise
 
     def _own_channel(self) -> Channel:
-        """Return this process's connection, made at the first call and again after an interrupted one."""
+        """Return this process's connection.
+
+        It is made at the first call, and again after an interrupted one.
+        """
         with self._mutex:
             if self._channel is None or self._channel.fileno() < 0:
                 self._channel = self._connect()
             return self._channel
 
     def _connect(self) -> Channel:
-        """Connect, again where others without the key came between and had this connection dropped."""
+        """Connect to the service, several times if it drops the connection.
+
+        Other processes without the key may have come between.
+        """
         for _ in range(_TRIES):
             with suppress(ConnectionResetError):
                 return self._knock()
         raise failed("connect", ENOTCONN, "the service drops every connection", self.info["socket"])
 
     def _watch(self, sock: socket.socket) -> None:
-        """Keep hold of who listens, to know later how that ended."""
+        """Keep a pidfd of the process that listens, to learn later how it ended."""
         if self._process is None and (pid := peer_credentials(sock)[0]):
             with suppress(OSError):
                 self._process = OwnedFd(os.pidfd_open(pid))
 
     def _knock(self) -> Channel:
-        """Connect, and show the key that READY brought, to nobody but the service.
+        """Connect, and show the key from READY to the service and to nobody else.
 
         Raises:
-            OSError: ENOTCONN when nobody listens, or somebody else: the service is gone, or this
-                process is in another network namespace; ECONNRESET when the service has dropped the
-                connection.
+            OSError: ENOTCONN when nobody listens or somebody else does, because the service is gone
+                or this process is in another network namespace; ECONNRESET when the service has
+                dropped the connection.
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         channel = Channel(sock, "service", takes_fds=True, why=self._own_ending)
@@ -361,7 +398,7 @@ class Service:
 
 
 def _soon(ask: Callable[[], str], seconds: float) -> str:
-    """Return what is known soon, asked again for a moment; empty when it is not."""
+    """Ask again for some ``seconds`` until there is an answer; return it, or an empty one."""
     deadline = time.monotonic() + seconds
     while not (words := ask()) and time.monotonic() < deadline:
         time.sleep(_ENDING_PAUSE)
@@ -369,7 +406,7 @@ def _soon(ask: Callable[[], str], seconds: float) -> str:
 
 
 def _check(info: dict[str, Any]) -> bytes:
-    """Check what READY says, as far as it is used here; returns the key for CONNECT.
+    """Check the parts of READY that are used here; return the key for CONNECT.
 
     Raises:
         OSError: EPROTO.
@@ -379,11 +416,13 @@ def _check(info: dict[str, Any]) -> bytes:
             return bytes.fromhex(info["key"])
     except (KeyError, TypeError, ValueError):
         pass
-    raise failed("READY", EPROTO, "it does not say what a service says of itself")
+    raise failed("READY", EPROTO, "it lacks fields that every service sends")
 
 
 def _object(call: str, text: bytes) -> dict[str, Any]:
-    """Return the object in JSON that an answer is; whoever gave the socket may have put anybody behind it.
+    """Return the JSON object in an answer.
+
+    The answer is not trusted: the owner may have got a socket with any process behind it.
 
     Raises:
         OSError: EPROTO for anything else.
@@ -393,12 +432,15 @@ def _object(call: str, text: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise failed(call, EPROTO, "its answer is no object in JSON")
+        raise failed(call, EPROTO, "its answer is not an object in JSON")
     return cast("dict[str, Any]", found)
 
 
 def address(path: str) -> str:
-    """Return the address of a socket by its path, or, where that begins with ``@``, by its name in the abstract namespace (unix(7))."""
+    """Return the address of a socket.
+
+    A path that begins with ``@`` is a name in the abstract namespace (unix(7)).
+    """
     return "\0" + path[1:] if path.startswith("@") else path
 
 
@@ -411,7 +453,7 @@ def connect(sock: socket.socket, path: str) -> None:
     try:
         sock.connect(address(path))
     except OSError as error:
-        # Python says what does not fit into the address without an errno.
+        # Python reports a path that does not fit into the address without an errno.
         detail = _NOBODY if error.errno == ECONNREFUSED else ""
         raise failed("connect", error.errno or ENAMETOOLONG, detail, path) from None
 
@@ -422,10 +464,13 @@ _default_mutex = sync.mutex()
 
 
 def default_service() -> Service:
-    """Return this process's service, started (or connected to, see ``SERVER_VARIABLE``) at the first call; children inherit it by fork.
+    """Return this process's service.
+
+    The first call starts the service, or connects to it (``SERVER_VARIABLE``). Children inherit it
+    by fork.
 
     Raises:
-        OSError: what kept it from starting.
+        OSError: the error that kept it from starting.
     """
     global _default
     with _default_mutex:
@@ -437,8 +482,11 @@ def default_service() -> Service:
 
 
 def memfd_restricted(flags: int = 0) -> int:
-    """Create a descriptor with this process's service; the public face is ``restrictedmem.memfd_restricted``."""
-    # Tested before anything else, as in v9 and v10.
+    """Create a descriptor with this process's service.
+
+    The public interface is ``restrictedmem.memfd_restricted``.
+    """
+    # v9 and v10 test the flags before anything else, too.
     _check_flags(flags)
     return default_service().memfd_restricted(flags)
 

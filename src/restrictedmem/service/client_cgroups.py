@@ -1,8 +1,8 @@
-"""A cgroup with a limit on memory for each client's uid of ``serve`` (cgroups(7)).
+"""A cgroup with a memory limit for each client's uid of ``serve`` (cgroups(7)).
 
-Pages that a guest has from KVM (guest_memfd) count for no process, and so not in the kernel's
-choice of whom to kill when memory runs out. But they are charged to the cgroup of who takes them.
-At a cgroup's own limit the kernel kills in that cgroup alone.
+Pages that a guest has from KVM (guest_memfd) count for no process. So they do not count when the
+kernel chooses a process to kill for lack of memory. But they are charged to the cgroup of the
+process that takes them. At a cgroup's own limit the kernel kills in that cgroup alone.
 """
 
 import fcntl
@@ -17,25 +17,26 @@ from restrictedmem.failure import failed, named
 from restrictedmem.fd import OwnedFd
 from restrictedmem.service.cgroup import Cgroup
 
-#: Of version 2: where ``serve`` itself is, for a cgroup that has processes has no children with
-#: limits.
+#: Version 2 only: the cgroup of ``serve`` itself. A cgroup that has processes cannot have children
+#: with limits.
 _LEAF: Final = "restrictedmem-serve"
 
-#: How many cgroups stay whose uids have no service any more. What the kernel holds for a client,
-#: answers that it leaves unread for one, is charged to its cgroup alone as long as that is there.
+#: Most cgroups that stay although their uids have no service any more. The kernel may hold memory
+#: for a client, such as answers that it leaves unread. That memory is charged to the client's
+#: cgroup only as long as the cgroup exists.
 _KEPT: Final = 256
 
 
 @final
 class ClientCgroups:
-    """Makes and removes the cgroups of clients' uids, below that in which this process was started."""
+    """The cgroups of clients' uids, below the cgroup in which this process was started."""
 
     def __init__(self, limit: int) -> None:
-        """Prepare this process's cgroup, and try to make one of ``limit`` bytes below it.
+        """Prepare this process's cgroup, and try to make a cgroup of ``limit`` bytes below it.
 
         Raises:
             OSError: ENOENT, ENODEV without a memory controller; EBUSY when another process is in
-                the way; EACCES, EROFS and others of files there.
+                this process's cgroup; EACCES, EROFS and others of files there.
         """
         own = Cgroup.own()
         if own is None:
@@ -43,15 +44,15 @@ class ClientCgroups:
         self._version = own.version
         self._limit = str(limit)
         self._base = own.directory.parent if own.directory.name == _LEAF else own.directory
-        #: Uids whose cgroup has its limit from this process.
+        #: Uids whose cgroup has got its limit from this process.
         self._limited: set[int] = set()
         self._lock = self._take()
         try:
             if self._version == 2:
                 self._make_room()
             names = (re.fullmatch(r"restrictedmem-(\d+)", name) for name in os.listdir(self._base))
-            #: Uids none of whose services, by this process, is left: their cgroups are to go, the
-            #: first one first.
+            #: Uids without any service of this process. Their cgroups are to be removed, the first
+            #: one first.
             self._ended = dict.fromkeys(int(found[1]) for found in names if found)
             try:
                 self.open(0).close()
@@ -66,12 +67,15 @@ class ClientCgroups:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Remove those that are empty; what else there is, the next ``serve`` here finds."""
+        """Remove the cgroups that are empty; the next ``serve`` here finds the others."""
         self._remove_ended(0)
         self._lock.close()
 
     def open(self, uid: int) -> OwnedFd:
-        """Return a uid's cgroup.procs: a process that writes 0 there is in it, with all that it forks from then on.
+        """Return the file cgroup.procs of a uid's cgroup, which is made if it is missing.
+
+        A process that writes 0 to the file is in the cgroup, with all processes that it forks from
+        then on.
 
         Raises:
             OSError: as mkdir(2), open(2) and write(2) there.
@@ -83,7 +87,10 @@ class ClientCgroups:
         return _open(self._of(uid) / "cgroup.procs")
 
     def leave(self, uid: int) -> None:
-        """Let a uid's cgroup go, of whose services none is left; it is there for the next one, unless many others came after it."""
+        """Let the cgroup go of a uid that has no service left.
+
+        The cgroup stays for the uid's next service, unless many other uids come after it.
+        """
         self._limited.discard(uid)
         self._ended[uid] = None
         self._remove_ended(_KEPT)
@@ -92,7 +99,7 @@ class ClientCgroups:
         return self._base / f"restrictedmem-{uid}"
 
     def _take(self) -> OwnedFd:
-        """Keep others from this: what one has just made, another would remove."""
+        """Lock the directory: another ``serve`` would remove cgroups that were just made."""
         directory = _open(self._base, os.O_RDONLY)
         try:
             fcntl.flock(directory.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -104,12 +111,12 @@ class ClientCgroups:
         return directory
 
     def _make_room(self) -> None:
-        """Go out of the way of version 2, and have limits on memory below."""
+        """Move this process out of the way, and enable limits on memory below (version 2)."""
         base = self._base
         if "memory" not in (base / "cgroup.controllers").read_text(encoding="ascii").split():
             raise failed("cgroup", ENODEV, "it has no memory controller", str(base))
         others = {*(base / "cgroup.procs").read_text(encoding="ascii").split()} - {str(os.getpid())}
-        # The root, which has no type, may have processes.
+        # The root cgroup, which has no type, may have processes.
         if others and (base / "cgroup.type").exists():
             raise failed(
                 "cgroup", EBUSY, f"process {min(others, key=int)} is in it, too", str(base)
@@ -125,16 +132,20 @@ class ClientCgroups:
             swap, most = group / "memory.swap.max", "0"
         else:
             swap, most = group / "memory.memsw.limit_in_bytes", self._limit
-            # It may not be less than the other, which an earlier ``serve`` may have set lower.
+            # The limit with swap may not be below the limit on memory. An earlier ``serve`` may
+            # have set it below the new limit.
             if swap.exists():
                 _write(swap, "-1")
             _write(group / "memory.limit_in_bytes", self._limit)
-        # Without swap, or its accounting, there is no such file.
+        # Without swap, or without its accounting, this file does not exist.
         if swap.exists():
             _write(swap, most)
 
     def _remove_ended(self, most: int) -> None:
-        """Remove cgroups that are to go until ``most`` are left; another call does when the kernel is not done with one yet."""
+        """Remove cgroups of ended uids until ``most`` are left.
+
+        If the kernel is not done with a cgroup yet, a later call removes it.
+        """
         for uid in list(self._ended):
             if len(self._ended) <= most:
                 return
@@ -153,8 +164,8 @@ class ClientCgroups:
 def _holds_files(group: Path) -> bool:
     """Say whether pages of files are charged to a cgroup.
 
-    With no process left they are a memfd's of the client's own, which an engine has filled. In a
-    new cgroup the client could do that again, until this process's own is full.
+    If the cgroup has no process left, these are pages of a client's own memfd, which an engine has
+    filled. In a new cgroup the client could do that again, until this process's own cgroup is full.
     """
     with suppress(OSError):
         lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()

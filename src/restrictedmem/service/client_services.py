@@ -1,8 +1,9 @@
-"""What ``serve`` does for its clients: a service for each, without one waiting for another user's.
+"""The service that ``serve`` starts for each client.
 
-A uid has so many places, and a client of it holds one from its connection until nothing of its
-service is left. Of a uid's clients a few are started at once; the rest wait for those. All of it is
-one thread that waits in one call alone, so nobody can hold it up.
+No client waits for another user's. A uid has a number of places. Each client of the uid holds one
+from its connection until nothing of its service is left. A few clients of a uid are started at the
+same time; the others wait for these. One thread does all of this. It waits in one system call
+alone, so nobody can hold it up.
 """
 
 import os
@@ -30,9 +31,9 @@ from restrictedmem.users import is_known
 
 #: Services of one uid that are started at the same time.
 _AT_ONCE: Final = 2
-#: Connections that are taken before others are heard again: a crowd has thousands.
+#: Connections that are accepted before other events are served: a crowd has thousands.
 _AT_A_TURN: Final = 64
-#: Seconds without accept(2) after it failed for want of descriptors or memory.
+#: Seconds without accept(2) after it failed for lack of descriptors or memory.
 _PAUSE: Final = 0.1
 
 
@@ -43,15 +44,19 @@ class _HasFd(Protocol):
 @final
 @dataclass(eq=False)
 class _User:
-    """The clients of one uid; those whose uids are not known here are one user (``users``)."""
+    """The clients of one uid.
 
-    #: The uid, and gid, that their services have and no other user's; None for that of all.
+    All clients whose uids are not known here are one user (``users``).
+    """
+
+    #: The uid, and gid, that only this user's services have; None if all services have the same
+    #: uid.
     own: int | None = None
     waiting: "deque[_Client]" = field(default_factory=deque["_Client"])
     starting: int = 0
     #: Clients that wait, start, or have a service.
     places: int = 0
-    #: Whether it was said, since the last start, that there is no place left.
+    #: Whether ``say`` was told, since the last start, that no place is left.
     full: bool = False
 
 
@@ -62,24 +67,23 @@ class _Client:
 
     pid: int
     uid: int
-    #: Open until its service has started.
+    #: Open until the client's service has started.
     sock: socket.socket
-    #: The process that starts the service, and its pidfd, until it has ended.
+    #: The process that starts the service, and its pidfd, until that process has ended.
     process: subprocess.Popen[bytes] | None = None
     pidfd: OwnedFd | None = None
     deadline: float = inf
-    #: The write end of a pipe. All that belongs to the service has inherited the other; without a
-    #: reader, nothing of it is left.
+    #: The write end of a pipe. All processes of the service have inherited the read end. When no
+    #: reader is left, nothing of the service is left.
     life: OwnedFd | None = None
 
 
 @final
 class ClientServices:
-    """Serves the clients of a listening socket that does not wait.
+    """The server for the clients of a listening socket, which does not block.
 
-    Each uid has ``most`` places; ``say`` is told what happens. Where there are ``uids``, the
-    services of each uid become one of them (``uids``), where there are ``cgroups``, they are in
-    one.
+    Each uid has ``most`` places. ``say`` is told what happens. If there are ``uids``, the services
+    of each client's uid run as one of them (``uids``). If there are ``cgroups``, they run in one.
     """
 
     def __init__(
@@ -97,30 +101,30 @@ class ClientServices:
         self._say = say
         self._uids = Uids(uids)
         self._cgroups = cgroups
-        #: Whether it was said, since one came free, that all of them are taken.
+        #: Whether ``say`` was told, since a uid came free, that all uids are taken.
         self._crowded = False
         self._users: dict[int, _User] = {}
-        #: Those whose socket is open.
+        #: Clients whose socket is open.
         self._clients: set[_Client] = set()
         self._refusals = Refusals()
-        #: In the order of their deadlines.
+        #: Clients that start, in the order of their deadlines.
         self._starting: dict[_Client, None] = {}
         self._epoll = select.epoll()
         self._ready: dict[int, Callable[[], None]] = {}
-        #: Of deadlines: a machine that was suspended has not used them up.
+        #: For deadlines: the time of a suspended machine does not count.
         self._clock = Clock()
         self._resume = inf
-        #: Whether it was said that accept(2) fails.
+        #: Whether ``say`` was told that accept(2) fails.
         self._short = False
 
     def run(self, stop: int) -> None:
-        """Serve until the descriptor ``stop`` can be read; services that run by then go on."""
+        """Serve until the descriptor ``stop`` can be read; running services go on."""
         self._epoll.register(stop, select.EPOLLIN)
         self._watch(self._listener, select.EPOLLIN, self._accept)
         self._watch(self._refusals, select.EPOLLIN, self._refusals.hear)
         while True:
-            # One at a time: what it does may close another's descriptor, or have its number used
-            # again.
+            # Serve one event at a time: that may close another event's descriptor, or have its
+            # number used again.
             for fd, _ in self._epoll.poll(self._patience(), 1):
                 if fd == stop:
                     for client in list(self._clients):
@@ -169,10 +173,10 @@ class ClientServices:
             except ConnectionError:
                 continue
             except OSError as error:
-                # The kernel looks for a number first.
+                # Without a free number, accept(2) fails even if no connection waits.
                 if not readable([self._listener], 0):
                     return
-                # The connection stays in its queue, and the event would come again at once.
+                # The connection stays in the queue, and the event would come again at once.
                 if not self._short:
                     self._say(f"clients have to wait: {error.strerror}")
                 self._short = True
@@ -199,7 +203,7 @@ class ClientServices:
         self._start_next(user)
 
     def _new_user(self, client: _Client) -> _User | None:
-        """Make a user; None when all uids for services are taken."""
+        """Make a user; return None when all uids for services are taken."""
         own = None
         if self._uids:
             own = self._uids.give(client.uid, self._users)
@@ -228,13 +232,14 @@ class ClientServices:
                 self._hang_up(client)
                 self._leave(client)
                 continue
-            # Not before: who connects and hangs up, again and again, writes no log.
+            # Do not log earlier: a client that connects and hangs up, again and again, must not
+            # fill the log.
             self._say(f"client {client.pid} of {_whose(client.uid)}")
             user.full = False
             try:
                 self._start(client)
             except OSError as error:
-                # No process to be had now, say: this client's trouble.
+                # The error is this client's alone, for instance that no process can be made now.
                 self._refuse(client, error)
                 self._leave(client)
             else:
@@ -245,7 +250,8 @@ class ClientServices:
         reader, writer = map(OwnedFd, os.pipe())
         try:
             with reader, self._cgroup_for(client) as cgroup:
-                # Of the processor too each client has its own share, its service's start included.
+                # A session of its own gives each client its own share of the processor, for the
+                # start of its service, too.
                 process = start_process(
                     client.sock,
                     self._options_for(client),
@@ -281,7 +287,10 @@ class ClientServices:
         self._refusals.refuse(client.sock, client.uid, error)
 
     def _kill(self, client: _Client) -> None:
-        """End the start of a service; what it has forked by then finds no client, and ends."""
+        """Kill the process that starts a service.
+
+        A child that it has forked by then finds no client, and ends.
+        """
         self._starting.pop(client, None)
         if client.process is not None:
             client.process.kill()
@@ -300,7 +309,7 @@ class ClientServices:
         bury(client.sock, shared=shared)
 
     def _started(self, client: _Client) -> None:
-        """The starting process has ended: the service runs, or will not."""
+        """Note that the starting process has ended: the service runs, or never will."""
         assert client.process is not None
         assert client.pidfd is not None
         self._forget(client.pidfd)
@@ -309,7 +318,7 @@ class ClientServices:
         client.process = client.pidfd = None
         self._starting.pop(client, None)
         if client in self._clients:
-            # What it has forked answers the client.
+            # A child of the starting process answers the client.
             self._hang_up(client, shared=True)
         user = self._users[client.uid]
         user.starting -= 1
@@ -318,7 +327,7 @@ class ClientServices:
         self._start_next(user)
 
     def _ended(self, client: _Client) -> None:
-        """Nothing of the service is left."""
+        """Note that nothing of the service is left."""
         assert client.life is not None
         self._forget(client.life)
         client.life.close()

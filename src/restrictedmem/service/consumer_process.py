@@ -23,21 +23,24 @@ from restrictedmem.service.wire import Call, Channel, Message
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PageRange, pgoff_t
 from restrictedmem.version import __version__
 
-#: The head of a message: number of the call or errno, and zero (``wire``).
+#: Head of a message: number of the call or errno, and zero (``wire``).
 _HEAD: Final = struct.Struct("=II")
 _MAX_PAGES: Final = MAX_FILE_BYTES >> PAGE_SHIFT
-#: Seconds that a process which was killed may take to end. The kernel may hold it for as long as a
-#: file system's server likes.
+#: Seconds that a killed process may take to end. The kernel may hold it for as long as a file
+#: system's server likes.
 _END: Final = 5.0
-#: Put together beforehand, for then there may be no memory.
-_BROKEN_OFF: Final = "what was said to a consumer was broken off"
-#: How deep a report may be nested; what shows it to people nests it a little deeper.
+#: Made beforehand, because there may be no memory when it is needed.
+_BROKEN_OFF: Final = "a call of a consumer was broken off"
+#: Most levels of nesting in a report. Commands that show it to people nest it a little deeper.
 _MAX_DEPTH: Final = 8
 
 
 @final
 class Binding:
-    """A consumer's use of one file; the ``Notifier`` that carries the file's invalidations to it."""
+    """A consumer's use of one file.
+
+    It is the ``Notifier`` that carries the file's invalidations to the consumer.
+    """
 
     def __init__(
         self, consumer: "ConsumerProcess", number: int, ino: int, file: RestrictedFile
@@ -48,26 +51,27 @@ class Binding:
         self._consumer = consumer
 
     def invalidate_start(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
-        """Tell the consumer and wait until it uses no page of the range."""
+        """Tell the consumer, and wait until it uses no page of the range."""
         self._consumer.invalidations += 1
         self._consumer.in_progress += 1
         self._notify(wire.INVALIDATE_START, start, end, order)
 
     def invalidate_end(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
-        """Tell the consumer that it may go on; when it does is its own affair, so nobody waits for it."""
+        """Tell the consumer that it may go on; do not wait until it does."""
         try:
             self._consumer.tell(wire.INVALIDATE_END, self._pack(start, end, order))
         except MemoryError:
-            # It would wait for that for ever, and the other consumers have still to be told.
+            # The consumer would wait for this message for ever, and the other consumers have still
+            # to be told.
             self._consumer.fail(_BROKEN_OFF)
         self._consumer.in_progress -= 1
 
     def error(self, start: pgoff_t, end: pgoff_t) -> None:
-        """Tell the consumer and wait until it has given the pages up."""
+        """Tell the consumer, and wait until it has given the pages up."""
         self._notify(wire.ERROR, start, end, None)
 
     def page_count(self, start: pgoff_t, end: pgoff_t) -> int:
-        """Ask the consumer; one that is late or gone holds nothing."""
+        """Ask the consumer for its pages; a consumer that is late or gone holds none."""
         reply = self._notify(wire.PAGE_COUNT, start, end, None, wire.COUNT.size)
         count: int = wire.COUNT.unpack(reply)[0] if reply else 0
         if count > end - start:
@@ -90,9 +94,10 @@ class Binding:
 
 @final
 class ConsumerProcess:
-    """One consumer process, reached over two sockets: it asks on one, and answers invalidations on the other.
+    """One consumer process, reached over two sockets.
 
-    Two, so that a consumer which waits for an answer of the service can still answer the service.
+    The consumer asks on one socket, and answers invalidations on the other. So a consumer that
+    waits for an answer of the service can still answer the service.
     """
 
     def __init__(
@@ -102,12 +107,15 @@ class ConsumerProcess:
         deadline: float,
         failed: Callable[["ConsumerProcess", str], None],
     ) -> None:
-        """Make both connections; ``failed`` is called with the reason when the consumer breaks the protocol, or does not end."""
+        """Make both connections.
+
+        ``failed`` is called with the reason when the consumer breaks the protocol, or does not end.
+        """
         self.name = name
         self.number = number
         self.report: dict[str, object] = {}
         self.invalidations = 0
-        #: Of them, those whose end is still to come.
+        #: Invalidations whose end is still to come.
         self.in_progress = 0
         self.bindings: dict[int, Binding] = {}
         self._vm = secrets.token_bytes(16)
@@ -117,14 +125,14 @@ class ConsumerProcess:
         self._mutex = sync.mutex()
         self._gone = False
         self._deadline = deadline
-        #: Its process, from the fork on.
+        #: A pidfd of the consumer's process, from the fork on.
         self.process: OwnedFd | None = None
         self.requests, self._their_requests = Channel.pair(str(self))
         self._notify, self._their_notify = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (self._notify, self._their_notify):
             refuse_fds(end)
         self._notify.setblocking(False)
-        # One round trip at a time.
+        # Held for one round trip.
         self._turn = sync.mutex()
 
     def __str__(self) -> str:
@@ -135,16 +143,17 @@ class ConsumerProcess:
         return self._their_requests, self._their_notify
 
     def receive(self) -> Message | None:
-        """Wait for what the consumer asks next; None when it has ended.
+        """Wait for the consumer's next request; return None when the consumer has ended.
 
-        What it has forked may keep its end of the connection.
+        The end of the connection does not tell that, because the consumer's children may keep it
+        open.
 
         Raises:
             OSError: as ``Channel.receive``.
         """
         if self.process is not None:
             ends: list[HasFileno] = [self.requests, self.process]
-            # A limit on descriptors below two forbids poll(2).
+            # poll(2) fails when the limit on descriptors is below two.
             with suppress(OSError):
                 if self.process in readable(ends):
                     return None
@@ -153,8 +162,8 @@ class ConsumerProcess:
     def notify(self, call: Call, body: bytes, size: int) -> bytes:
         """Make one round trip to the consumer, whose reply has ``size`` bytes.
 
-        One that is late or gone, or answers anything else, is ended instead of holding the owner
-        up; nothing is returned then.
+        A consumer that is late or gone, or answers anything else, is ended, so that it does not
+        hold up the owner. The result is then empty.
         """
         with self._turn:
             if self._gone:
@@ -162,8 +171,8 @@ class ConsumerProcess:
             try:
                 return self._make_round_trip(call, body, size)
             except BaseException:
-                # For want of memory, say. The next call would take the answer for its own, if it is
-                # still to come.
+                # For instance, there was no memory. The answer may still come, and the next call
+                # would take it for its own.
                 self.fail(_BROKEN_OFF)
                 raise
 
@@ -191,7 +200,10 @@ class ConsumerProcess:
         return b""
 
     def tell(self, call: Call, body: bytes) -> None:
-        """Say something that has no reply; a consumer that takes no messages any more is ended as by ``notify``."""
+        """Send a message that has no reply.
+
+        A consumer that takes no messages any more is ended as in ``notify``.
+        """
         if not self._gone:
             try:
                 self._send(call, body, Patience(self._deadline))
@@ -210,7 +222,10 @@ class ConsumerProcess:
                 return
 
     def fail(self, reason: str) -> None:
-        """End a consumer that broke the protocol. Nobody waits for it any more, and its bindings go with its connection."""
+        """End a consumer that broke the protocol.
+
+        Nobody waits for it any more. Its bindings go with its connection.
+        """
         with self._mutex:
             if self._gone:
                 return
@@ -219,66 +234,69 @@ class ConsumerProcess:
         self._failed(self, reason)
 
     def all_bindings(self) -> list[Binding]:
-        """Return the bindings there are now; for any thread."""
+        """Return the current bindings; any thread may call this."""
         return list(self.bindings.values())
 
     def take_report(self, body: bytes) -> None:
-        """Take note of what the consumer says of itself for ``ps``: an object in JSON.
+        """Store the consumer's own report for ``ps``: an object in JSON.
 
         Raises:
-            OSError: EPROTO for anything else, and for what could not be shown.
+            OSError: EPROTO for anything else, and for a report that could not be shown.
         """
         try:
             report: object = json.loads(body)
         except (ValueError, RecursionError):
             report = None
         if not isinstance(report, dict) or not _can_be_shown(cast(object, report), _MAX_DEPTH):
-            raise OSError(EPROTO, "a report is an object in JSON, of numbers and printable texts")
+            raise OSError(
+                EPROTO, "a report must be an object in JSON of numbers and printable texts"
+            )
         self.report = cast(dict[str, object], report)
 
     def launched(self, policy: int, engine: bytes, measurement: bytes) -> None:
-        """Take note of how a guest was launched.
+        """Record how a guest was launched.
 
         Raises:
-            OSError: EPERM when it was before; EPROTO for an engine whose name is not printable
-                ASCII.
+            OSError: EPERM when it was launched before; EPROTO for an engine whose name is not
+                printable ASCII.
         """
         if self._launch is not None:
-            raise OSError(EPERM, "launched before")
+            raise OSError(EPERM, "the guest was launched before")
         name = engine.rstrip(b"\0").decode("latin-1")
         if not (name.isascii() and name.isprintable()):
             raise OSError(EPROTO, "the engine's name is not printable ASCII")
         self._launch = policy, name, measurement
 
     def report_over(self, data: bytes, api: str, public_key: bytes) -> Report:
-        """Return what there is to say about the guest, over 64 bytes of its choice.
+        """Return a report on the guest, over 64 bytes of its choice.
 
         Raises:
             OSError: EINVAL for another length; EPERM for a guest that was not launched.
         """
         if self._launch is None:
-            raise OSError(EPERM, "not launched")
+            raise OSError(EPERM, "the guest was not launched")
         if len(data) != REPORT_DATA_BYTES:
-            raise OSError(EINVAL, f"a report is over {REPORT_DATA_BYTES} bytes")
+            raise OSError(EINVAL, f"a report takes {REPORT_DATA_BYTES} bytes of data")
         policy, engine, measurement = self._launch
         return Report(policy, measurement, data, self._vm, engine, api, __version__, public_key)
 
     def bind(self, ino: int, file: RestrictedFile, span: PageRange, *, exclusive: bool) -> Binding:
-        """Register a notifier on a file, or bind a range of it where its design has that, and hold the file for it.
+        """Register a notifier on a file, or bind a range of it, and hold the file.
 
-        An empty range asks for a notifier whatever the design. A page is one consumer's, as the RMP
-        or a key of its own make it on hardware: what another one left in the file goes first, and
-        so do the memfd and the sequence page that it was given.
+        The range is bound if the file's design has bindings. An empty range asks for a notifier in
+        any design. A page belongs to one consumer, as on hardware, where the RMP or a consumer's
+        own key ensures that. So pages that another consumer has left in the file are dropped first.
+        The memfd and the sequence page that the other consumer was given are replaced, too.
 
         Raises:
-            OSError: EINVAL while another consumer has the file, for what is no range of a file, and
-                as ``RestrictedFile`` has it; EMFILE, ENFILE, ENOMEM when there is no memfd or
-                sequence page.
+            OSError: EINVAL while another consumer has the file, for a range that no file has, and
+                as in ``RestrictedFile``; EMFILE, ENFILE, ENOMEM when no memfd or sequence page can
+                be made.
         """
-        # The file of a pool ends with a whole huge page.
+        # A file in a pool of huge pages ends with a whole huge page.
         order = file.backing.base_order
         if not 0 <= span.start <= span.end <= _MAX_PAGES >> order << order:
-            raise OSError(EINVAL, f"{span} is no range of a file")
+            raise OSError(EINVAL, f"{span} is not a range of a file")
         binding = Binding(self, self._next_binding, ino, file)
         file.get()
         self.bindings[binding.number] = binding
@@ -293,11 +311,11 @@ class ConsumerProcess:
 
     def _register(self, binding: Binding, span: PageRange, *, exclusive: bool) -> None:
         file = binding.file
-        # Two consumers that come at the same time: one of them finds the other's notifier.
+        # When two consumers come at the same time, one of them finds the other's notifier.
         with file.taking:
             if file.holder not in (None, self.number):
                 file.renew()
-            # What the consumer is sent: there is no binding without it.
+            # The consumer is sent both descriptors. Without them there is no binding.
             file.backing.fileno()
             file.sequence()
             file.holder = self.number
@@ -330,19 +348,20 @@ class ConsumerProcess:
             binding.file.put()
 
     def kill(self) -> None:
-        """Kill the process; one that is stopped, too."""
+        """Kill the process, even if it is stopped."""
         with self._mutex:
-            # Its number may be another's once it is closed.
+            # Once the pidfd is closed, its number may be another file's.
             if self.process is not None and not self.process.closed:
                 with suppress(ProcessLookupError):
                     signal.pidfd_send_signal(self.process.fileno(), signal.SIGKILL)
 
     def close(self) -> None:
-        """End the consumer, and unregister everything once its process has ended: until then it may use what it has mapped.
+        """End the consumer, and unregister everything once its process has ended.
 
-        One that the kernel holds executes nothing any more. Its files are another's after a while,
-        in another memfd than its own. Whatever fails, the rest is done: a binding that stayed would
-        keep its file from everybody else.
+        Until then the process may use what it has mapped. A killed process that the kernel holds
+        executes nothing any more. After a while its files go to another consumer, in another memfd.
+        If a part fails, the rest is still done: a binding that stayed would keep its file from
+        everybody else.
         """
         with self._mutex:
             self._gone = True
@@ -365,11 +384,14 @@ class ConsumerProcess:
 
 
 def _wrong(reply: bytes, flags: int, size: int) -> str:
-    """Say what is wrong with a consumer's answer, which is to have so many bytes; nothing when it is right."""
+    """Say what is wrong with a consumer's answer; empty when it is right.
+
+    The answer should have ``size`` bytes.
+    """
     if flags & MSG_CTRUNC:
         return "descriptors"
     if len(reply) < _HEAD.size:
-        return "what is no reply"
+        return "a malformed reply"
     number, _ = _HEAD.unpack_from(reply)
     if number:
         return errorcode.get(number, f"errno {number}")
@@ -377,7 +399,10 @@ def _wrong(reply: bytes, flags: int, size: int) -> str:
 
 
 def _can_be_shown(value: object, depth: int) -> bool:
-    """Say whether a value out of JSON can be put into JSON again, a little deeper, and on a terminal."""
+    """Say whether a JSON value can be put into JSON again, and be shown on a terminal.
+
+    It may be nested ``depth`` levels deep, and JSON around it nests it a little deeper.
+    """
     match value:
         case str():
             return value.isprintable()

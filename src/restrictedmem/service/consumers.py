@@ -1,6 +1,6 @@
-"""The consumers of a service: a thread for each serves what it asks.
+"""The consumers of a service: one thread serves the requests of each.
 
-The control thread (``daemon``) adds them, and asks for their numbers.
+The control thread (``daemon``) adds consumers, and reads their numbers for STATUS.
 """
 
 import logging
@@ -23,27 +23,30 @@ from restrictedmem.units import PageRange, pgoff_t
 
 log = logging.getLogger(__name__)
 
-#: Seconds that a consumer's process may take to end after its owner has let go of it, and how they
-#: are waited.
+#: Seconds that a consumer's process may take to end after its owner has let go of it, and the
+#: number of slices of this wait.
 _LINGER: Final = 0.2
 _LINGER_SLICES: Final = 4
-# At hand: to combine members of an enumeration takes as long as a message.
+# Plain ints, because combining members of an enumeration takes as long as a message.
 _EXCLUSIVE: Final = int(BindFlag.EXCLUSIVE)
 _AGAIN: Final = int(BindFlag.AGAIN)
 _HUGEPAGE: Final = int(BindingFlag.HUGEPAGE)
 _PIN: Final = int(BindingFlag.PIN)
 _RANGE: Final = int(BindingFlag.RANGE)
-#: The end of a reason that is none (``ConsumerProcess.notify``).
+#: The end of a reason that explains nothing (``ConsumerProcess.notify``).
 _GONE: Final = " is gone"
-#: Consumers whose end is remembered.
+#: Number of consumers whose end is remembered.
 _ENDINGS: Final = 256
-#: What consumers that are VMs may ask for alone.
+#: Calls that only a consumer that is a VM may make.
 _OF_VMS: Final = (wire.LAUNCHED.number, wire.SIGN.number)
 
 
 @final
 class Troubles:
-    """Answers requests whatever happens to them, and keeps the last trouble for ``ps``; for any thread."""
+    """The answers to requests that fail, and the last trouble for ``ps``.
+
+    Any thread may use it.
+    """
 
     def __init__(self) -> None:
         self.last = ""
@@ -51,14 +54,17 @@ class Troubles:
     def answer(
         self, channel: Channel, dispatch: Callable[[Message], None], message: Message
     ) -> None:
-        """Let ``dispatch`` answer a request; what it raises is the answer."""
+        """Let ``dispatch`` answer a request; if it raises an error, answer with that."""
         try:
             dispatch(message)
         except Exception as error:  # noqa: BLE001  a bug must not hang the caller
             channel.reply_error(self.of(f"call {message.number}", error))
 
     def of(self, what: str, error: Exception) -> OSError:
-        """Return what a caller is told of a failure: of a bug EIO, ps and the log have the rest."""
+        """Return the error that a caller is told of a failure.
+
+        A bug is told as EIO; ``ps`` and the log have the rest.
+        """
         if isinstance(error, OSError):
             return error
         if isinstance(error, MemoryError):
@@ -70,32 +76,32 @@ class Troubles:
 
 @final
 class Endings:
-    """How consumers ended, by number; for any thread."""
+    """How consumers ended, by number. Any thread may use it."""
 
     def __init__(self) -> None:
         self._words: dict[int, str] = {}
-        #: What this service killed them for, before it is known that they ended.
+        #: Why this service killed them, before it is known that they ended.
         self._reasons: dict[int, str] = {}
 
     def blame(self, consumer: int, reason: str) -> None:
-        """Keep what a consumer is killed for, unless it had ended by itself."""
+        """Store why a consumer is killed, unless it had ended by itself."""
         if consumer not in self._words and not reason.endswith(_GONE):
             self._reasons[consumer] = reason
 
     def note(self, consumer: int, words: str) -> None:
-        """Keep how a consumer's process ended, of so many as have ended last."""
+        """Store how a consumer's process ended; keep the last ``_ENDINGS`` of them."""
         self._words[consumer] = self._reasons.pop(consumer, words)
         if len(self._words) > _ENDINGS:
             del self._words[next(iter(self._words))]
 
     def of(self, consumer: int) -> str:
-        """Return how a consumer's process ended; empty when that is not known, or not any more."""
+        """Return how a consumer's process ended; empty when that is unknown or forgotten."""
         return self._words.get(consumer, "")
 
 
 @final
 class Consumers:
-    """All consumers of a service, by number; for any thread."""
+    """All consumers of a service, by number. Any thread may use it."""
 
     def __init__(
         self, tokens: Tokens, options: Options, signer: Signer, troubles: Troubles
@@ -110,7 +116,7 @@ class Consumers:
         self._idle = threading.Condition(sync.mutex())
 
     def add(self, name: str) -> ConsumerProcess:
-        """Make the service's end of a consumer; only the control thread does.
+        """Make the service's end of a consumer; only the control thread may call this.
 
         Raises:
             OSError: EMFILE, ENFILE.
@@ -122,7 +128,7 @@ class Consumers:
         return consumer
 
     def all(self) -> list[ConsumerProcess]:
-        """Return those that there are."""
+        """Return the consumers that there are."""
         with self._idle:
             return list(self._all.values())
 
@@ -132,13 +138,17 @@ class Consumers:
             self._idle.wait_for(lambda: not self._all)
 
     def serve(self, consumer: ConsumerProcess) -> None:
-        """Serve a consumer until it ends; in a thread of its own, for what it asks may wait for other consumers, or free gigabytes."""
+        """Serve a consumer until it ends.
+
+        This runs in a thread of its own, because a request may wait for other consumers, or free
+        gigabytes.
+        """
         dispatch = partial(self._dispatch, consumer)
         try:
             while message := consumer.receive():
                 self._troubles.answer(consumer.requests, dispatch, message)
         except (OSError, MemoryError) as error:
-            # What it asked for may be lost.
+            # The consumer's request may be lost.
             consumer.requests.reply_error(self._troubles.of(str(consumer), error))
         finally:
             self.end(consumer)
@@ -154,7 +164,7 @@ class Consumers:
             consumer.take_report(message.body)
             consumer.requests.reply()
         elif message.number in _OF_VMS and consumer.name != VM:
-            raise OSError(EPERM, "reports are about VMs, and this consumer is none")
+            raise OSError(EPERM, "reports are about VMs, and this consumer is not a VM")
         elif message.number == wire.LAUNCHED.number:
             consumer.launched(*message.unpack(wire.LAUNCH))
             consumer.requests.reply()
@@ -176,8 +186,8 @@ class Consumers:
             span = PageRange(pgoff_t(start), pgoff_t(end))
             binding = consumer.bind(ino, file, span, exclusive=bool(flags & _EXCLUSIVE))
             try:
-                # Those that the binding holds: before it, they may be those of who had the file
-                # last.
+                # Take the descriptors now that the binding holds them. Before it, they may be those
+                # of the file's last holder.
                 fds = [] if again else [backing.fileno(), file.sequence().fd.fileno()]
                 how = (
                     (_HUGEPAGE if backing.hugepage else 0)
@@ -190,8 +200,8 @@ class Consumers:
                     ),
                     fds,
                 )
-            except Exception as error:  # noqa: BLE001  whatever it is, nobody knows of the binding
-                # Told first: a punch may wait for the consumer, which waits for this.
+            except Exception as error:  # noqa: BLE001  after any error nobody knows of the binding
+                # Reply first: a punch may wait for the consumer, which waits for this reply.
                 consumer.requests.reply_error(self._troubles.of("BIND", error))
                 consumer.unbind(binding.number)
         finally:
@@ -209,28 +219,34 @@ class Consumers:
                 self._idle.notify_all()
 
     def _let_end(self, consumer: ConsumerProcess, file: RestrictedFile) -> None:
-        """Wait for other consumers of a file that are about to end: their owner let go of them a moment ago."""
+        """Wait a little for other consumers of a file to end.
+
+        Their owner may have let go of them a moment ago.
+        """
 
         def alone() -> bool:
-            # All notifiers of a file are its holder's, of which there may be thousands.
+            # All notifiers of a file are its holder's, and there may be thousands of them.
             return file.holder == consumer.number or not file.notifier_count
 
         with self._idle:
-            # Slices, as time in which this process did not run does not count.
+            # Wait in slices, because time in which this process did not run does not count.
             for _ in range(_LINGER_SLICES):
                 if self._idle.wait_for(alone, _LINGER / _LINGER_SLICES):
                     return
 
     def _failed(self, consumer: ConsumerProcess, reason: str) -> None:
-        # Called by a FUSE thread in the middle of an invalidation, which holds the file's
-        # semaphore. The rest is left to the thread that serves the consumer.
+        # A FUSE thread calls this in the middle of an invalidation, while it holds the file's
+        # semaphore. The thread that serves the consumer does the rest.
         self._troubles.last = reason
         self.endings.blame(consumer.number, reason)
         consumer.kill()
 
 
 def _bound_to(consumer: ConsumerProcess, token: bytes) -> tuple[int, RestrictedFile]:
-    """Return inode number and file of a binding that is named in a token's place; the caller has the file's reference, as of a token."""
+    """Return inode number and file of the binding that is named in a token's place.
+
+    The caller gets a reference to the file, as for a token.
+    """
     (number,) = wire.NUMBER.unpack_from(token)
     binding = consumer.binding(number)
     binding.file.get()

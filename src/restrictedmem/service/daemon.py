@@ -1,10 +1,12 @@
-"""The service: FUSE in the main thread, what owners ask in a second one, and a thread for each consumer (``consumers``).
+"""The service: FUSE, the requests of owners, and the consumers.
 
-It takes descriptors from nobody: with a stranger's FUSE file in its hands it could not even be
-killed (FUSE_FLUSH). Owners connect to it, and it makes the connections to consumers itself.
+FUSE runs in the main thread, and the requests of owners in the control thread. Each consumer has a
+thread (``consumers``). The service takes descriptors from nobody. If it held another party's FUSE
+file, it could not even be killed (FUSE_FLUSH). Owners connect to the service. The service makes the
+connections to consumers itself.
 
-No thread is ever busy: all wait in system calls. A connection that sends something malformed gets
-an error and nobody else notices; one that breaks off takes with it what it had, and no more.
+No thread is ever busy: all wait in system calls. A connection that sends a malformed message gets
+an error, and nobody else notices. When a connection breaks off, only its own resources go with it.
 """
 
 import json
@@ -47,12 +49,12 @@ from restrictedmem.users import is_own
 
 log = logging.getLogger(__name__)
 
-#: Descriptors that the service keeps free for sockets and sequence pages: so many, or a quarter of
-#: all.
+#: Descriptors that the service keeps free for sockets and sequence pages: this number, or a quarter
+#: of all if that is more.
 _SPARE_FDS: Final = 256
-#: Seconds until a newcomer is asked in again for whom there is no descriptor.
+#: Seconds until connections are accepted again after there was no descriptor for one.
 _PAUSE: Final = 0.1
-#: Pages of the largest folio there is, 1 GiB.
+#: Pages of the largest folio, 1 GiB.
 _LARGEST_FOLIO: Final = 1 << 30 - PAGE_SHIFT
 
 
@@ -64,28 +66,31 @@ def run(
     origin: Origin,
     word: Word,
 ) -> None:
-    """Be the service until the mount and every consumer are gone; ``word`` is told when it is ready.
+    """Be the service until the mount and every consumer are gone.
+
+    ``word`` is told when the service is ready.
 
     Raises:
-        OSError: when the mount, a socket or a thread cannot be made, or READY not be said; the
+        OSError: when the mount, a socket or a thread cannot be made, or READY cannot be sent; the
             owner was told.
     """
     try:
         way, device, root = mount_first()
         signing.preload()
         signer = Signer() if options.signing_key is None else Signer.load(options.signing_key)
-        # The file of a process that is not dumpable is root's. Huge pages are no others' memory.
+        # Open it before this process becomes another user: the file of a process that is not
+        # dumpable is root's. Huge pages do not count, because nobody else could have that memory.
         counts = options.become is not None and not options.backing.startswith("hugetlb")
         score = OomScore.open() if counts else None
         drop_privileges(options.become, keep=0)
-        # Another uid has reset it.
+        # The change of uid has reset it.
         process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
         service = ControlThread(
             spawner, endings, options, origin, way, signer, score, process.raise_fd_limit()
         )
         sealing.seal()
         service.wait_loaded()
-        # This process has threads, and /dev/fuse.
+        # This process must not fork, because it has threads and /dev/fuse.
         bury_elsewhere(lambda fds: spawner.post(wire.BURY, fds=fds))
         about = {
             "pid": os.getpid(),
@@ -95,7 +100,7 @@ def run(
             "signing_key": service.signing_key(),
             **service.address(),
         }
-        # Before READY: it may find no memory, and the owner would find nobody.
+        # Start the thread before READY. If there is no memory for it, the owner would find nobody.
         threads.start(service.run)
         with root:
             _say_ready(owner, about, root)
@@ -103,7 +108,7 @@ def run(
         owner.reply_error(error)
         word.ready()
         raise
-    # Nobody waits for more on it.
+    # The owner waits for nothing more on this socket.
     bury(owner.sock)
     word.ready()
     with device:
@@ -112,7 +117,7 @@ def run(
 
 
 def _say_ready(owner: Channel, about: dict[str, str | int | None], root: OwnedFd) -> None:
-    # Both ends are this process's, and say so to whoever asks.
+    # This process makes both ends, so SO_PEERCRED of either names this process.
     witness, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with witness, other:
         owner.post(wire.READY, json.dumps(about).encode(), [root.fileno(), witness.fileno()])
@@ -120,7 +125,10 @@ def _say_ready(owner: Channel, about: dict[str, str | int | None], root: OwnedFd
 
 @final
 class ControlThread:
-    """What the control thread does: connections, tokens, status, and consumers until they are there (``Consumers``)."""
+    """The work of the control thread: connections, tokens, status, and new consumers.
+
+    ``Consumers`` has a consumer once it exists.
+    """
 
     def __init__(
         self,
@@ -155,7 +163,7 @@ class ControlThread:
         self._troubles = Troubles()
         self.consumers = Consumers(self._tokens, options, signer, self._troubles)
         self._spawns = Spawns(spawner, self.consumers, self._troubles)
-        # Half of them for owners' connections, the rest for what consumers need.
+        # One half is for owners' connections, the rest for what consumers need.
         self._door = Door(spare // 2)
         self._refusals = Refusals()
         self._paused_until: float | None = None
@@ -169,10 +177,10 @@ class ControlThread:
         return {"socket": f"@{self._door.name}", "key": self._door.key.hex()}
 
     def wait_loaded(self) -> None:
-        """Wait until the spawner has loaded all that consumers execute.
+        """Wait until the spawner has loaded all programs that consumers execute.
 
         Raises:
-            OSError: EIO when it has died.
+            OSError: EIO when the spawner has died.
         """
         if self._spawner.receive() is None:
             raise OSError(EIO, "the process that forks consumers died")
@@ -189,19 +197,19 @@ class ControlThread:
                 for key, _ in self._selector.select(self._pause()):
                     self._do(key.data)
         except BaseException as error:  # noqa: BLE001
-            # For want of memory, say. Whoever asks would wait for ever.
+            # For instance, there is no memory. Callers would wait for ever.
             os._exit(status_of(error))
 
     def _do(self, ready: Callable[[], None]) -> None:
         try:
             ready()
         except Exception as error:
-            # One connection's trouble stays its own.
+            # An error of one connection concerns no other.
             log.exception("control")
             self._troubles.last = f"{type(error).__name__}: {error}"
 
     def _pause(self) -> float | None:
-        """Return for how long newcomers are left waiting; they are asked in again when that is over."""
+        """Return how long newcomers have to wait; accept them again when that is over."""
         if self._paused_until is None:
             return None
         left = self._paused_until - time.monotonic()
@@ -218,15 +226,16 @@ class ControlThread:
         """Serve the next request of a connection."""
         channel = connection.channel
         if channel.fileno() < 0:
-            # A newcomer of the same round of the selector has taken its place.
+            # A newcomer in the same round of the selector has taken the place of this connection.
             return
         try:
-            # Never waits: another request of the same round of the selector may have ended it.
+            # Never wait: another request in the same round of the selector may have ended the
+            # connection.
             message = channel.receive(MSG_DONTWAIT)
         except BlockingIOError:
             return
         except (OSError, MemoryError) as error:
-            # What was asked may be lost.
+            # The request may be lost.
             self._end(connection, self._troubles.of("a request", error))
             return
         if message is None:
@@ -251,7 +260,7 @@ class ControlThread:
             self._end(surplus)
 
     def _end(self, connection: Connection, error: OSError | None = None) -> None:
-        """End a connection, with an error in the place of the next answer."""
+        """End a connection; ``error`` is sent in the place of the next answer."""
         sock = connection.channel.sock
         self._selector.unregister(sock)
         self._door.forget(connection)
@@ -272,7 +281,7 @@ class ControlThread:
         ):
             self._reply_status(connection, message)
         else:
-            # It could have itself told so for ever, and read nothing.
+            # Otherwise the other end could ask for the error for ever, and read nothing.
             self._end(connection, OSError(EACCES, "the key of this service was not shown"))
 
     def _dispatch_owner(self, connection: Connection, message: Message) -> None:
@@ -297,13 +306,15 @@ class ControlThread:
     def _aside(
         self, connection: Connection, act: Callable[[Message], None], message: Message
     ) -> None:
-        """Do what may wait for consumers in a thread of its own, one for a connection, and answer it then.
+        """Run ``act``, which may wait for consumers, in a thread, and answer then.
+
+        A connection has one such thread at most.
 
         Raises:
-            OSError: EBUSY while there is one; EAGAIN when there can be none.
+            OSError: EBUSY while the connection has one; EAGAIN when there can be none.
         """
         if connection.busy:
-            raise OSError(EBUSY, "the call before it is under way")
+            raise OSError(EBUSY, "the call before it is still under way")
         connection.busy = True
 
         def done(message: Message) -> None:
@@ -322,15 +333,15 @@ class ControlThread:
     # Consumers.
 
     def _spawn(self, connection: Connection, body: bytes) -> None:
-        """Have a consumer forked; the reply comes once it was, or could not be.
+        """Have a consumer forked; the reply comes once it was forked, or could not be.
 
         Raises:
-            OSError: EINVAL for one that is not known; E2BIG for arguments that are too long;
-                EMFILE; EBUSY while the call before it is under way; EAGAIN while answers have not
+            OSError: EINVAL for an unknown consumer; E2BIG for arguments that are too long; EMFILE;
+                EBUSY while the call before it is still under way; EAGAIN while answers have not
                 been read.
         """
         if connection.busy:
-            raise OSError(EBUSY, "the call before it is under way")
+            raise OSError(EBUSY, "the call before it is still under way")
         name = body.partition(b" ")[0].decode(errors="replace")
         if name not in self._programs:
             raise OSError(EINVAL, f"no such consumer: {name}")
@@ -359,7 +370,7 @@ class ControlThread:
         _, file = self._tokens.take(token)
         try:
             if not 0 < end - start <= _LARGEST_FOLIO:
-                raise OSError(EINVAL, f"pages {start:#x} to {end:#x} are no folio")
+                raise OSError(EINVAL, f"pages {start:#x} to {end:#x} are not part of a folio")
             file.error_page(pgoff_t(start), pgoff_t(end))
         finally:
             file.put()
@@ -367,14 +378,14 @@ class ControlThread:
     # Status.
 
     def _reply_status(self, connection: Connection, message: Message) -> None:
-        # In messages: whoever asks should have no descriptor of ours to look into, and none to
-        # close.
+        # Send the state in messages: a caller should have no descriptor of ours to look into, and
+        # none to close.
         (start,) = message.unpack(wire.NUMBER) if message.body else (0,)
         if start == 0:
             connection.status = json.dumps(self._status()).encode()
         text = connection.status
         if start and start >= len(text):
-            raise OSError(EINVAL, f"there are {len(text)} bytes, none from {start} on")
+            raise OSError(EINVAL, f"the state has {len(text)} bytes, none from {start} on")
         piece = text[start : start + wire.MAX_BODY - wire.NUMBER.size]
         if start + len(piece) == len(text):
             connection.status = b""

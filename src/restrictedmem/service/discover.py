@@ -1,8 +1,8 @@
-"""Finding the services of this machine: each listens on an abstract socket whose name has its pid.
+"""The services of this machine: each listens on an abstract socket whose name has its pid.
 
-Such a name is anybody's to take, and whoever took it answers what it likes, or nothing. So all are
-asked side by side within one time, nobody's descriptor is received, each answer is checked, and
-what is known of a process comes from the kernel.
+Any process can take such a name, and then answer anything, or nothing. So all sockets are asked
+side by side within one time limit. No descriptor is received, and each answer is checked. The
+kernel alone is trusted for facts about a process.
 """
 
 import json
@@ -26,28 +26,28 @@ from restrictedmem.failure import named
 from restrictedmem.fd import peer_credentials, receive_flags, refuse_fds
 from restrictedmem.service import wire
 
-_NO_ANSWER: Final = "its answer is no service's"
-#: Seconds in which all services answer.
+_NO_ANSWER: Final = "its answer is not a service's"
+#: Seconds in which all services have to answer.
 PATIENCE: Final = 2.0
 #: Seconds until a socket without room for one more connection is asked again.
 _AGAIN: Final = 0.05
-#: Bytes that the services of one uid may say altogether.
+#: Bytes that all services of one uid may send together.
 _MOST_BYTES: Final = 32 << 20
-#: Values in it, for a small dictionary takes 30 times the memory that it is written in.
+#: Values in these bytes: a small dictionary takes 30 times the memory of its text.
 _MOST_VALUES: Final = 1 << 20
-#: Lists and dictionaries in one another: a consumer's report has 8, and is the fourth.
+#: Levels of nested lists and dictionaries. A consumer's report has 8, and begins at the fourth.
 _DEEPEST: Final = 16
-#: Sockets of one uid that are asked at the same time once most descriptors are taken. Who has more
-#: of them waits for its own to answer.
+#: Sockets of one uid that are asked at the same time once most descriptors are taken. A further
+#: socket waits until another one of its uid has answered.
 _AT_ONCE: Final = 256
 _LARGEST_ERRNO: Final = 4095
-#: A line of /proc/net/unix of a listening SOCK_SEQPACKET socket; behind the pid what makes the name
-#: one that nobody can take first.
+#: A line of /proc/net/unix for a listening SOCK_SEQPACKET socket. The word after the pid makes the
+#: name one that nobody can take first.
 _NAME: Final = rb"(restrictedmem/(\d{1,10})(?:/[0-9a-f]{1,64})?)"
 _ROW: Final = re.compile(rb"\S+: \S+ \S+ 00010000 0005 01 +\d+ @" + _NAME)
 _HEAD: Final = struct.Struct("=II")
 
-#: What a state has at least: the type of a value, of a list's members, or of a dictionary's.
+#: The least that a state has: the type of a value, of a list's members, or of a dictionary's.
 _SHAPE: Final[dict[str, object]] = {
     "owner_pid": int,
     "owner_uid": int,
@@ -62,9 +62,9 @@ _SHAPE: Final[dict[str, object]] = {
 
 
 def names() -> dict[str, int]:
-    """Return the names that services of any user listen on, each with the pid in it."""
-    # A name may hold any byte, a line's end too: what is no service's is found out when it is
-    # asked.
+    """Return the names on which services of any user listen, each with the pid in it."""
+    # A name may hold any byte, a line's end too. A name that is no service's is found out when it
+    # is asked.
     try:
         with open("/proc/net/unix", "rb") as table:
             rows = (_ROW.fullmatch(line.rstrip(b"\n")) for line in table)
@@ -74,7 +74,7 @@ def names() -> dict[str, int]:
 
 
 def pids() -> list[int]:
-    """Return the pids that name themselves services, of any user."""
+    """Return the pids of processes of any user that claim to be services."""
     return sorted(set(names().values()))
 
 
@@ -82,11 +82,11 @@ def status_of(pid: int) -> dict[str, Any]:
     """Ask one service for its state.
 
     Raises:
-        OSError: ESRCH when there is none, or the name is somebody else's; ENOTCONN when it is
-            another user's; ETIMEDOUT; EPROTO for an answer that is none.
+        OSError: ESRCH when there is no such service, or somebody else holds the name; ENOTCONN when
+            it is another user's; ETIMEDOUT; EPROTO for an invalid answer.
     """
     asked = _ask_all([_Question(name, number) for name, number in names().items() if number == pid])
-    # Another, in a PID namespace below, may have the same number there.
+    # Another service, in a PID namespace below, may have the same number there.
     asked.sort(key=lambda question: question.pid != pid)
     error = OSError(ESRCH, f"there is no service {pid}")
     for question in asked:
@@ -99,7 +99,7 @@ def status_of(pid: int) -> dict[str, Any]:
 def statuses() -> list[dict[str, Any]]:
     """Return the state of each service, in the order of their pids.
 
-    Of one that does not say it there is ``pid``, ``uid`` (None when unknown), and ``error``.
+    A service that does not tell its state has ``pid``, ``uid`` (None when unknown), and ``error``.
     """
     found = _ask_all([_Question(name, pid) for name, pid in names().items()])
     return sorted((each.entry() for each in found if not each.gone), key=lambda entry: entry["pid"])
@@ -108,19 +108,19 @@ def statuses() -> list[dict[str, Any]]:
 @final
 @dataclass(eq=False)
 class _Question:
-    """One name, and what came of asking there."""
+    """One name, and the result of asking there."""
 
     name: str
-    #: That of the name, then that of who listens there.
+    #: The pid in the name, then the pid of the process that listens there.
     pid: int
     uid: int | None = None
     sock: socket.socket | None = None
     said: bytearray = field(default_factory=bytearray)
-    #: Whether all was said.
+    #: Whether the whole state was received.
     whole: bool = False
     state: dict[str, Any] = field(default_factory=dict[str, Any])
     error: OSError | None = None
-    #: Whether it ended before it was asked.
+    #: Whether the service ended before it was asked.
     gone: bool = False
 
     @property
@@ -129,17 +129,17 @@ class _Question:
         return self.whole or self.error is not None
 
     def entry(self) -> dict[str, Any]:
-        """Return what ``ps`` shows."""
+        """Return the entry that ``ps`` shows."""
         if self.error is None:
             return self.state
         return {"pid": self.pid, "uid": self.uid, "error": self.error.strerror or str(self.error)}
 
     def fail(self, number: int, words: str) -> None:
-        """End without a state."""
+        """End with an error instead of a state."""
         self.error = OSError(number, words)
 
     def check(self, budget: dict[int, int]) -> None:
-        """Look at what was said, once nothing more is waited for."""
+        """Check what was received, once nothing more is waited for."""
         try:
             if self.whole:
                 assert self.uid is not None
@@ -154,17 +154,18 @@ class _Question:
             elif self.error is None:
                 self.fail(ETIMEDOUT, f"did not answer within {PATIENCE:g} s")
         except MemoryError:
-            self.fail(ENOMEM, "no memory for what it says")
+            self.fail(ENOMEM, "no memory for its answer")
         except OSError as error:
             self.error = error
 
     def connect(self, admit: Callable[[int], bool]) -> bool:
-        """Connect and send the first request; False when there is no room for now, at the socket or here.
+        """Connect and send the first request; return false when there is no room for now.
 
-        ``admit`` says whether one more socket of a uid may be asked now; if not, it is connected
-        only. The connection shows whose the socket is. Root then makes another as that user: a
-        service in a user namespace of its own cannot tell root from a stranger, and nobody gets a
-        connection that is another's.
+        The room may be missing at the socket or here. ``admit`` says whether one more socket of a
+        uid may be asked now. If not, this only connects, and the connection shows whose the socket
+        is. Root then connects again as that user: a service in a user namespace of its own cannot
+        tell root from a stranger. So root asks no service over a connection of another user than
+        the service's.
         """
         try:
             self.sock = self._connected()
@@ -181,7 +182,7 @@ class _Question:
                 with _as_user(uid):
                     self.sock = self._connected()
                 if peer_credentials(self.sock)[:2] != (peer, uid):
-                    self.fail(ESRCH, "the name changes hands")
+                    self.fail(ESRCH, "another process has taken the name meanwhile")
                     return True
             self.pid = peer
             self._request()
@@ -213,7 +214,7 @@ class _Question:
         self.sock.send(message, socket.MSG_NOSIGNAL)
 
     def receive(self, budget: dict[int, int]) -> None:
-        """Take one piece of the answer, and ask for the next."""
+        """Receive one piece of the answer, and ask for the next."""
         assert self.sock is not None
         assert self.uid is not None
         try:
@@ -241,14 +242,17 @@ class _Question:
             self.error = error
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         if self.sock is not None:
             bury(self.sock)
             self.sock = None
 
 
 def _ask_all(questions: list[_Question]) -> list[_Question]:
-    """Ask side by side, within one time; checked afterwards, as that takes time of its own."""
+    """Ask all services side by side, within one time limit.
+
+    The answers are checked afterwards, because that takes time of its own.
+    """
     _hear(questions)
     budget = dict[int, int]()
     for question in questions:
@@ -260,7 +264,7 @@ def _ask_all(questions: list[_Question]) -> list[_Question]:
 def _hear(questions: Iterable[_Question]) -> None:
     waiting = list(questions)
     with select.epoll() as epoll, closing(_Asking(epoll)) as asking:
-        # Whose a name is shows when it is connected to; only then the time of all begins.
+        # A connection shows whose a name is. Only then the time limit for all begins.
         waiting = [each for each in waiting if not asking.begin(each)]
         deadline = time.monotonic() + PATIENCE
         while (waiting or asking.open) and (left := deadline - time.monotonic()) > 0:
@@ -271,7 +275,10 @@ def _hear(questions: Iterable[_Question]) -> None:
 
 @final
 class _Asking:
-    """Those that are asked side by side: any, and with few descriptors left so many of each uid."""
+    """The services that are asked side by side.
+
+    With few descriptors left, only some of each uid are asked at the same time.
+    """
 
     def __init__(self, epoll: select.epoll) -> None:
         self._epoll = epoll
@@ -279,12 +286,12 @@ class _Asking:
         #: By the socket's descriptor.
         self.open: dict[int, _Question] = {}
         self._of: Counter[int] = Counter()
-        #: Those of a uid that wait for others of it.
+        #: Questions of a uid that wait for others of that uid.
         self._later: defaultdict[int, deque[_Question]] = defaultdict(deque)
         self._budget: dict[int, int] = {}
 
     def begin(self, question: _Question) -> bool:
-        """Ask, or have it wait for others of its uid; False when it has to be tried again."""
+        """Ask, or let the question wait for others of its uid; return false to try again."""
         begun = question.connect(self._admits)
         if begun and question.sock is not None and not question.over:
             assert question.uid is not None
@@ -301,7 +308,7 @@ class _Asking:
         return len(self.open) < self._plenty or self._of[uid] < _AT_ONCE
 
     def hear(self, fd: int) -> list[_Question]:
-        """Take a piece of an answer; when it was the last, return who has waited for that."""
+        """Receive a piece of an answer; after the last, return a question that waited."""
         question = self.open[fd]
         question.receive(self._budget)
         if not question.over:
@@ -309,14 +316,14 @@ class _Asking:
         assert question.uid is not None
         del self.open[fd]
         self._of[question.uid] -= 1
-        # A child may have a copy for a moment (``bury``), which would be heard of.
+        # A child may have a copy for a moment (``bury``), and epoll would report its events.
         self._epoll.unregister(fd)
         question.close()
         later = self._later[question.uid]
         return [later.popleft()] if later else []
 
     def close(self) -> None:
-        """Let go of all; those that were not asked say so."""
+        """Close all questions; those that were not asked get an error."""
         for question in self.open.values():
             question.close()
         for uid, later in self._later.items():
@@ -325,7 +332,7 @@ class _Asking:
 
 
 def _numbers_of(pid: int) -> set[int]:
-    """Return a process's pids, here and in its own PID namespace; none for one not seen here."""
+    """Return a process's pids here and in its own PID namespace; none if it is not seen."""
     if not pid:
         return set()
     try:
@@ -345,16 +352,16 @@ def _as_user(uid: int) -> Generator[None, None, None]:
         yield
     finally:
         os.seteuid(0)
-        # Another uid took it away, from a process that is the caller's.
+        # The change of uid took it away, from a process that is the caller's.
         if dumpable == 1:
             process.prctl(process.PR_SET_DUMPABLE, dumpable)
 
 
 def _parse(data: bytes) -> tuple[int, bytes]:
-    """Return the bytes of a state in all, and those in one reply.
+    """Return the size of the whole state in bytes, and the bytes in one reply.
 
     Raises:
-        OSError: the errno of the reply; EPROTO for what is none.
+        OSError: the errno of the reply; EPROTO for an invalid reply.
     """
     if _HEAD.size <= len(data) <= wire.MAX_MESSAGE:
         number, _ = _HEAD.unpack_from(data)
@@ -377,9 +384,9 @@ def _check(text: bytearray) -> dict[str, Any]:
     try:
         found = json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError):
-        raise OSError(EPROTO, "its answer is no JSON") from None
+        raise OSError(EPROTO, "its answer is not JSON") from None
     if not _fits(found, _SHAPE) or not _is_shallow(found, _DEEPEST):
-        raise OSError(EPROTO, "its answer is no service's state")
+        raise OSError(EPROTO, "its answer is not a service's state")
     state: dict[str, Any] = found
     return state
 
@@ -412,6 +419,6 @@ def _fits(value: Any, shape: Any) -> bool:
         items: list[Any] = value
         return type(value) is list and all(_fits(each, shape[0]) for each in items)
     if shape is int:
-        # Not bool, which is an int to Python; and no number here has more than 64 bits.
+        # bool is an int to Python, and is refused. No number here has more than 64 bits.
         return type(value) is int and 0 <= value < 1 << 64
     return shape is object or type(value) is shape

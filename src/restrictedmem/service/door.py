@@ -1,8 +1,8 @@
-"""Where a service is reached: a listening socket, and the connections that have not shown the key.
+"""A service's listening socket, and the connections that have not shown the key.
 
-Whoever shows the key that came with READY is an owner from then on. Others may ask for the state of
-a service of their own. Anybody can connect, so connections without the key are few, for each user
-and in all: a further one takes the place of the oldest.
+A connection that shows the key from READY is an owner's from then on. Others may ask for the state
+of a service of their own user. Anybody can connect, so connections without the key are few, for
+each user and in all. A further one takes the place of the oldest.
 """
 
 import os
@@ -18,31 +18,31 @@ from restrictedmem.burial import bury
 from restrictedmem.fd import hung_up, peer_credentials, refuse_fds, spare
 from restrictedmem.service.wire import KEY_BYTES, Channel
 
-#: Abstract, so that it goes with the process; random, so that nobody can take it beforehand, nor
-#: two PID namespaces meet.
+#: Abstract, so that the name goes with the process. Random, so that nobody can take it beforehand,
+#: and two PID namespaces have different names.
 NAME: Final = "restrictedmem/{pid}/{word}"
-#: Connections without the key.
+#: Most connections without the key, of a user and in all.
 _MOST_OF_A_USER: Final = 8
 _MOST: Final = 64
 _BACKLOG: Final = 128
-#: Connections that are taken before others are heard again: a crowd has thousands.
+#: Connections that are accepted before other events are served: a crowd has thousands.
 _AT_A_TURN: Final = 16
 
 
 @final
 @dataclass(eq=False, slots=True)
 class Connection:
-    """A connection to the listening socket: the uid of its other end, and what it has shown."""
+    """A connection to the listening socket: its other end's uid, and what it has shown."""
 
     channel: Channel
     uid: int
-    #: Whether it has shown the key.
+    #: Whether the connection has shown the key.
     owner: bool = False
-    #: Tokens that were given out on it, oldest first.
+    #: Tokens that were given out on the connection, oldest first.
     tokens: list[bytes] = field(default_factory=list[bytes])
-    #: Whether a call of it is under way elsewhere: with the spawner, or in a thread.
+    #: Whether a call is under way elsewhere: in the spawner, or in a thread.
     busy: bool = False
-    #: The state it is being told in pieces, as it was at the first.
+    #: The state that is sent in pieces, as it was at the first piece.
     status: bytes = b""
 
 
@@ -51,14 +51,14 @@ class Door:
     """The listening socket, for the control thread."""
 
     def __init__(self, most: int) -> None:
-        """Listen; ``most`` connections may have shown the key at once."""
+        """Listen; ``most`` connections may have shown the key at the same time."""
         self._most = most
         self._inside = 0
         self.key = secrets.token_bytes(KEY_BYTES)
         self.name = NAME.format(pid=os.getpid(), word=secrets.token_hex(8))
         kind = socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
         self.listener = socket.socket(socket.AF_UNIX, kind)
-        # What is accepted inherits it.
+        # An accepted socket inherits this.
         refuse_fds(self.listener)
         self.listener.bind("\0" + self.name)
         self.listener.listen(_BACKLOG)
@@ -66,11 +66,11 @@ class Door:
         self._spare = spare()
 
     def accept(self) -> Iterator[Connection]:
-        """Take the connections that wait, ``_AT_A_TURN`` at most; those that were hung up go at once.
+        """Accept waiting connections, ``_AT_A_TURN`` at most; drop those that have hung up.
 
         Raises:
-            OSError: EMFILE, ENFILE when one could not even be turned away: it waits, and whoever
-                asks again at once asks for ever.
+            OSError: EMFILE, ENFILE when a connection could not even be turned away. It stays in the
+                queue, so a caller that asks again at once asks for ever.
         """
         for _ in range(_AT_A_TURN):
             try:
@@ -91,23 +91,26 @@ class Door:
             yield connection
 
     def _turn_away(self) -> bool:
-        """Close the connection that comes next, for which no descriptor is left; false when that cannot be done now.
+        """Close the next connection, which has no descriptor; return false if that fails.
 
-        The number that is kept for that may be lost: another thread is faster.
+        The spare number may be lost, because another thread is faster.
         """
         self._spare.close()
         try:
             bury(self.listener.accept()[0])
             done = True
         except OSError as error:
-            # There may be none: the kernel looks for a number first.
+            # There may be no connection: accept(2) looks for a number first.
             done = error.errno == EAGAIN
         with suppress(OSError):
             self._spare = spare()
         return done
 
     def surplus(self, uid: int) -> Connection | None:
-        """Return the connection that has to go, now that a user has one more."""
+        """Return the connection that has to go, now that a user has one more.
+
+        The result is None if none has to go.
+        """
         same = [other for other in self._outside if other.uid == uid]
         if len(same) > _MOST_OF_A_USER:
             return same[0]
@@ -117,7 +120,7 @@ class Door:
         """Make a connection an owner's if it shows the key.
 
         Raises:
-            OSError: EMFILE while there are too many: pages need descriptors, too.
+            OSError: EMFILE while there are too many, because pages need descriptors, too.
         """
         if not secrets.compare_digest(key, self.key):
             return False

@@ -1,6 +1,7 @@
 """How a process ended, in words: by which signal, at which limit, with which errno.
 
-Its parent alone learns that; of a process that is no child, Linux 6.15 and later tell it.
+Only the parent of a process is told that. For a process that is no child, Linux 6.15 and later tell
+it.
 """
 
 import os
@@ -14,15 +15,15 @@ from restrictedmem.failure import FAULT, failed
 from restrictedmem.fd import OwnedFd
 from restrictedmem.service.cgroup import Cgroup
 
-#: By signal, the limit that it says was reached.
+#: For each signal, the limit that was reached.
 _LIMITS: Final[dict[int, str]] = {
     signal.SIGXCPU: "the limit on CPU time, ulimit -t",
     signal.SIGXFSZ: "the limit on file sizes, ulimit -f",
 }
-#: Options of the shell's, which has them in KiB, but for seconds.
+#: Options of the shell's ulimit, which has them in KiB, except for seconds.
 _ULIMITS: Final = {"-v": resource.RLIMIT_AS, "-d": resource.RLIMIT_DATA, "-t": resource.RLIMIT_CPU}
 _READY: Final = b"."
-#: Bytes of a word, which are written at once.
+#: Most bytes of what is said on a pipe, in one write.
 _LONGEST: Final = 1000
 _NO_MEMORY: Final = "no memory: ulimit -v, memory.max of its cgroup, or the machine's"
 
@@ -30,9 +31,9 @@ _NO_MEMORY: Final = "no memory: ulimit -v, memory.max of its cgroup, or the mach
 def words_of(status: int, *, cpu_seconds: float = 0.0, oom: str = "") -> str:
     """Say how a process with a wait status ended.
 
-    ``cpu_seconds`` is the time that it took of processors, for a limit that kills without a word;
-    ``oom`` the cgroup in which the kernel killed for want of memory meanwhile, if it did. Of either
-    it is said what is known: that it was the cause is not.
+    ``cpu_seconds`` is the CPU time that it took, for a limit that kills without a word. ``oom`` is
+    the cgroup in which the kernel meanwhile killed for lack of memory, if it did. The text says
+    both as facts. It does not say that they were the cause.
     """
     if not os.WIFSIGNALED(status):
         return _words_of_exit(os.WEXITSTATUS(status))
@@ -45,16 +46,16 @@ def words_of(status: int, *, cpu_seconds: float = 0.0, oom: str = "") -> str:
     if number == signal.SIGKILL:
         _, most = resource.getrlimit(resource.RLIMIT_CPU)
         if most != resource.RLIM_INFINITY and cpu_seconds > most / 2:
-            # The kernel counts by ticks what it limits, and here what was run: the sums differ.
+            # The kernel limits a sum of ticks, and this is the time that was run: the sums differ.
             why = f"after {cpu_seconds:.1f} of {most} seconds of CPU time, ulimit -Ht"
         elif oom:
-            # It may have been another of them.
+            # The kernel may have killed another process of the cgroup.
             why = f"and the kernel killed for want of memory in the cgroup {oom}"
     return f"killed by {name}" + (f", {why}" if why else "")
 
 
 def limits() -> str:
-    """Return which limits this process passes on, in words that follow others; empty when there is none."""
+    """Return the limits that this process passes on, to append to a text; empty if none."""
     found = {option: resource.getrlimit(kind)[0] for option, kind in _ULIMITS.items()}
     words = [
         f"ulimit {option} {most >> 10 if option != '-t' else most}"
@@ -74,20 +75,21 @@ def _words_of_exit(status: int) -> str:
 
 @final
 class Word:
-    """A pipe on which a service that starts says that it is ready, or its parent how it ended; the first to speak is heard.
+    """A pipe for the outcome of a service's start; the first to speak is heard.
 
-    Made before they are forked.
+    The service says on it that it is ready, or its parent says how it ended. The pipe is made
+    before they are forked.
     """
 
     def __init__(self) -> None:
         self._reader, self._writer = map(OwnedFd, os.pipe())
 
     def hear(self) -> None:
-        """Wait for the word.
+        """Wait until one of them speaks.
 
         Raises:
-            OSError: what is said in place of "ready"; EIO when it was killed, or all have died
-                without a word.
+            OSError: the error that was said in place of "ready"; EIO when the service was killed,
+                or all its processes have died without a word.
         """
         self._writer.close()
         with self._reader:
@@ -98,15 +100,15 @@ class Word:
         raise failed("start", int(number) if number else EIO, words or "its processes died")
 
     def only_tell(self) -> None:
-        """Let go of the end to hear with, in a process that is to speak."""
+        """Close the read end, in a process that is to speak."""
         self._reader.close()
 
     def ready(self) -> None:
-        """Say that the service is ready, or has told its owner itself what is wrong."""
+        """Say that the service is ready, or has itself told its owner what is wrong."""
         self._tell(_READY)
 
     def ended(self, status: int, oom: str = "") -> None:
-        """Say with which wait status it ended."""
+        """Say with which wait status the service ended."""
         number = os.WEXITSTATUS(status) if os.WIFEXITED(status) else FAULT
         self._tell(
             f"{number if 0 < number < FAULT else EIO} {words_of(status, oom=oom)}".encode()[
@@ -115,12 +117,12 @@ class Word:
         )
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close both ends."""
         self._reader.close()
         self._writer.close()
 
     def _tell(self, said: bytes) -> None:
-        # Whoever waited may be gone.
+        # The process that waited may be gone.
         with suppress(OSError):
             os.write(self._writer.fileno(), said)
         self.close()
@@ -128,7 +130,7 @@ class Word:
 
 @final
 class OomKills:
-    """Whether the kernel killed a process of this one's cgroup for want of memory, since this was asked last."""
+    """The kernel's kills for lack of memory in this process's cgroup."""
 
     def __init__(self) -> None:
         #: The cgroup, and the file that counts; empty where there is none.
@@ -136,7 +138,7 @@ class OomKills:
         self._seen = self._count()
 
     def since(self) -> str:
-        """Return the cgroup if it did, else nothing."""
+        """Return the cgroup if the kernel killed there since the last call, else nothing."""
         before, self._seen = self._seen, self._count()
         return self._cgroup if self._seen > before else ""
 
@@ -150,7 +152,10 @@ class OomKills:
 
 
 def _counter() -> tuple[str, str]:
-    """Find the counter of kills: memory.events of cgroup v2, memory.oom_control of v1 (Linux 4.13)."""
+    """Find the counter of kills.
+
+    It is memory.events of cgroup v2, memory.oom_control of v1 (Linux 4.13).
+    """
     own = Cgroup.own()
     if own is None:
         return "", ""

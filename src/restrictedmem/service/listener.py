@@ -21,12 +21,13 @@ _LOOK: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 def listen(path: str, mode: int) -> Generator[tuple[socket.socket, list[str]]]:
     """Listen at a path on a socket of permissions ``mode``, and remove it at the end.
 
-    Yields the socket, which does not wait, and what lets other users put another in its place
-    (``paths.dangers``). A socket of this user that nobody listens on any more is replaced. What is
-    removed is one name in one directory, looked at just before. Whoever may write there can still
-    put something else under the name in that moment; then that goes.
+    Yields the socket, which does not block, and what lets other users put another in its place
+    (``paths.dangers``). A socket of this user on which nobody listens any more is replaced.
 
-    Preconditions: no other thread, for the umask is the process's.
+    At the end this looks at the name in its directory, and then removes the name. Between the two,
+    a user who may write there can put something else under the name. Then that is removed.
+
+    Preconditions: no other thread, because the umask is the process's.
 
     Raises:
         OSError: EADDRINUSE when something else stands there; EEXIST when somebody exchanged it at
@@ -35,19 +36,19 @@ def listen(path: str, mode: int) -> Generator[tuple[socket.socket, list[str]]]:
     directory, name, _ = paths.resolve(path, last=False)
     with directory, _socket() as listener:
         _remove_stale(directory, name)
-        # The socket is made with its permissions. To change them later would follow whatever stands
-        # there by then.
+        # bind(2) makes the socket with its permissions. A later chmod(2) would follow whatever
+        # stands there by then.
         before = os.umask(~mode & 0o777)
         try:
             listener.bind(f"/proc/self/fd/{directory.fileno()}/{name}")
         except OSError as error:
-            # Python says what does not fit into the address without an errno. The directory is
-            # held.
+            # Python reports a path that does not fit into the address without an errno. ENOENT is
+            # not about the directory, which is held.
             detail = "/proc is not mounted" if error.errno == ENOENT else ""
             raise failed("bind", error.errno or ENAMETOOLONG, detail, path) from None
         finally:
             os.umask(before)
-        # Held, so that nobody else's inode can have its number.
+        # Hold the socket, so that no other inode can have its number.
         with OwnedFd(os.open(name, _LOOK, dir_fd=directory.fileno())) as made:
             if not _is_own_socket(made):
                 raise failed(
@@ -58,15 +59,15 @@ def listen(path: str, mode: int) -> Generator[tuple[socket.socket, list[str]]]:
                 yield listener, list(paths.dangers(directory))
             finally:
                 _remove(directory, name, made)
-                # Not all who are in its queue were let in.
+                # Some connections in its queue were not accepted.
                 bury(listener)
 
 
 def _socket() -> socket.socket:
     made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-    # Whoever listens may have no room for us, and whoever connects may be gone.
+    # A listening process may have no room for us, and a connecting process may be gone.
     made.setblocking(False)
-    # To drop a stranger's socket may take as long as it lingers (SO_LINGER).
+    # Dropping a stranger's socket may take as long as it lingers (SO_LINGER).
     refuse_fds(made)
     return made
 
@@ -87,7 +88,10 @@ def _remove(directory: OwnedFd, name: str, entry: OwnedFd) -> None:
 
 
 def _remove_stale(directory: OwnedFd, name: str) -> None:
-    """Remove a socket of ours that nobody listens on; bind says what else stands in the way."""
+    """Remove a socket of this user on which nobody listens.
+
+    If something else stands there, bind(2) fails.
+    """
     try:
         entry = OwnedFd(os.open(name, _LOOK, dir_fd=directory.fileno()))
     except OSError:

@@ -1,8 +1,9 @@
-"""Which process the kernel kills when memory runs out: the service whose files hold the most.
+"""The kernel's choice of a process to kill when memory runs out.
 
-Pages of a memfd count for the processes that map them (oom_badness() in mm/oom_kill.c). What was
-only allocated counts for none, so another client's engine would be killed in the place of a service
-that has filled the memory of all. So a service says in oom_score_adj what its files hold.
+It should be the service whose files hold the most. Pages of a memfd count for the processes that
+map them (oom_badness() in mm/oom_kill.c). Pages that were only allocated count for none. So if a
+service has filled the memory of all, the kernel would kill another client's engine instead. A
+service therefore says in oom_score_adj how much its files hold.
 """
 
 import os
@@ -19,10 +20,10 @@ _ALL: Final = 1000
 
 @final
 class OomScore:
-    """This process's oom_score_adj, which follows what is accounted to it."""
+    """This process's oom_score_adj, which follows the bytes that its files hold."""
 
     def __init__(self, file: OwnedFd, total: int) -> None:
-        """Own ``file``, and take it for the score of ``total`` bytes held."""
+        """Own ``file``; ``total`` is the number of bytes that counts as all memory."""
         self._file = file
         self._total = total
         self._least = self._written = int(os.pread(file.fileno(), 16, 0))
@@ -31,21 +32,21 @@ class OomScore:
 
     @classmethod
     def open(cls) -> Self:
-        """Open this process's own.
+        """Open this process's own oom_score_adj.
 
         Raises:
-            OSError: EACCES for who is not root in a process that is not dumpable.
+            OSError: EACCES for a user who is not root, in a process that is not dumpable.
         """
         return cls(
             OwnedFd(os.open("/proc/self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC)), _memory()
         )
 
     def account(self, change: int) -> None:
-        """Note that so many bytes more are held; for any thread."""
+        """Note that ``change`` more bytes are held; any thread may call this."""
         with self._mutex:
             self._held += change
             wanted = min(_ALL, self._least + _ALL * self._held // self._total)
-            # Root may have set a least one meanwhile: no owner's trouble.
+            # Root may have set a minimum meanwhile. That must not fail an owner's request.
             with suppress(OSError):
                 if wanted != self._written:
                     os.pwrite(self._file.fileno(), str(wanted).encode(), 0)
@@ -53,13 +54,17 @@ class OomScore:
 
 
 def _memory() -> int:
-    """Return the bytes that this process may share with others: the machine's, or the least limit of its cgroups."""
+    """Return the bytes that this process may share with others.
+
+    They are the machine's memory, or the least limit of this process's cgroups.
+    """
     found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     own = Cgroup.own()
     if own is not None:
         name = "memory.max" if own.version == 2 else "memory.limit_in_bytes"
         for directory in (own.directory, *own.directory.parents):
-            # "max" is no limit; the root of version 2 has no such file, nor what is above.
+            # "max" is no limit. The root cgroup of version 2 has no such file, nor have the
+            # directories above.
             with suppress(OSError, ValueError):
                 found.append(int((directory / name).read_text(encoding="ascii")))
     return max(min(found), 1)

@@ -1,4 +1,4 @@
-"""What an owner asks of the service it starts, and the process that the service is started for."""
+"""The options of a service, and the process that it is started for."""
 
 import json
 import re
@@ -19,7 +19,10 @@ _NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,9}")
 
 
 def _is(*kinds: type) -> Callable[[Any], bool]:
-    """Return a check that a value is exactly of one of some types, and, where it is a number, one that counts something."""
+    """Return a check that a value is exactly of one of some types.
+
+    A number must also be finite and not negative.
+    """
     return lambda value: (
         type(value) in kinds and (type(value) not in (int, float) or 0 <= value < inf)
     )
@@ -32,7 +35,7 @@ def _is_pair(kind: type, value: Any) -> bool:
     ]
 
 
-#: What values of ``Options`` are like: they come over a command line.
+#: Checks of the values of ``Options``, which come over a command line.
 _FITS: Final[dict[str, Callable[[Any], bool]]] = {
     "api": lambda value: value in [api.value for api in Api],
     "design": _is(str, NoneType),
@@ -50,28 +53,28 @@ _FITS: Final[dict[str, Callable[[Any], bool]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What an owner may ask of the service it starts."""
+    """The options that an owner may give to the service that it starts."""
 
     api: str = "v10"
-    #: What consumers hear (``mm.design.NAMES``); None for that of the posting.
+    #: Design, which decides what consumers hear (``mm.design.NAMES``); None for the posting's own.
     design: str | None = None
     memory_max: int | None = None
     #: Where pages lie (``mm.backing``): memfd, thp, hugetlb-2m or hugetlb-1g.
     backing: str = "memfd"
-    #: Whether consumers keep the pages they take where they are.
+    #: Whether consumers pin the pages that they take.
     pin: bool = False
     #: Consumers beside the library's own: name and path of the program.
     consumers: tuple[tuple[str, str], ...] = ()
-    #: How many consumers there may be at once, those counted that have ended and left a process;
-    #: None for no limit.
+    #: Most consumers at the same time; None for no limit. Ended consumers that have left a process
+    #: count, too.
     max_consumers: int | None = None
     #: Whether to count what owners do, for STATUS.
     usage: bool = False
-    #: Seconds a consumer may take to answer an invalidation.
+    #: Seconds that a consumer may take to answer an invalidation.
     deadline: float = 5.0
-    #: User to become once the mount is made (``serve``); None stays.
+    #: User to become once the mount is made (``serve``); None for no change.
     become: tuple[int, int] | None = None
-    #: File with the key that reports are signed with; None makes one when it is needed.
+    #: File with the key that signs reports; None makes a key when it is needed.
     signing_key: str | None = None
 
     def dump(self) -> str:
@@ -79,10 +82,10 @@ class Options:
         return json.dumps(asdict(self))
 
     def check(self) -> None:
-        """Check what can be known without a file or a consumer.
+        """Check the options, as far as that needs no file and no consumer.
 
         Raises:
-            OSError: EINVAL for a value that is none, a design, or consumers' names.
+            OSError: EINVAL for an invalid value, design, or name of a consumer.
         """
         for name, fits in _FITS.items():
             if not fits(value := getattr(self, name)):
@@ -116,7 +119,9 @@ class Origin:
 
 
 def _check_names(named: Iterable[tuple[str, str]]) -> None:
-    """Check that each of some programs, name and path, has a name of its own that fits into a process's (``rmem-NAME``).
+    """Check the names of some programs, which are given as name and path.
+
+    Each name must be unique and fit into a process's name (``rmem-NAME``).
 
     Raises:
         OSError: EINVAL.
@@ -127,6 +132,6 @@ def _check_names(named: Iterable[tuple[str, str]]) -> None:
             raise failed(
                 f"consumer {name!r}",
                 EINVAL,
-                "taken, or not 1 to 10 of a-z, 0-9 and - with a letter first",
+                "the name is taken, or not 1 to 10 of a-z, 0-9 and - with a letter first",
             )
         taken.add(name)

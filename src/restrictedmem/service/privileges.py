@@ -1,4 +1,4 @@
-"""Being left alone by other processes, and giving up what a process of a service does not need any more."""
+"""Protection from other processes, and the privileges that a service's process drops."""
 
 import os
 import resource
@@ -15,7 +15,10 @@ _TRACED: Final = (
 
 
 def drop_privileges(become: tuple[int, int] | None, keep: int) -> None:
-    """Become another user when asked, give up every capability that is not in the mask ``keep``, and gain none by exec."""
+    """Become another user if asked, drop all capabilities but ``keep``, and gain none by exec.
+
+    ``keep`` is a mask.
+    """
     kept = process.effective_capabilities() & keep
     if become is not None:
         uid, gid = become
@@ -23,7 +26,7 @@ def drop_privileges(become: tuple[int, int] | None, keep: int) -> None:
         os.setgroups([])
         os.setresgid(gid, gid, gid)
         os.setresuid(uid, uid, uid)
-        # Another uid resets it (to fs.suid_dumpable).
+        # The change of uid resets it (to fs.suid_dumpable).
         process.prctl(process.PR_SET_DUMPABLE, 0)
     process.set_capabilities(kept)
     process.prctl(process.PR_SET_NO_NEW_PRIVS, 1)
@@ -42,18 +45,18 @@ def refuse_tracer() -> None:
 def harden() -> None:
     """Refuse dumps, traces and core files.
 
-    Not new privileges: ``Way.FUSERMOUNT`` has still to run a set-uid program.
+    New privileges are not refused, because ``Way.FUSERMOUNT`` has still to run a set-uid program.
 
     Raises:
-        OSError: EPERM when this process is dumpable all the same.
+        OSError: EPERM when this process is still dumpable.
     """
     process.prctl(process.PR_SET_DUMPABLE, 0)
-    # Against accidents: a seccomp filter may have answered in the kernel's place, and could here,
-    # too.
+    # This only finds accidents: a seccomp filter may have answered in the kernel's place, and could
+    # do so here, too.
     if process.prctl(process.PR_GET_DUMPABLE):
-        raise failed("prctl(PR_SET_DUMPABLE)", EPERM, "the process is dumpable still")
+        raise failed("prctl(PR_SET_DUMPABLE)", EPERM, "the process is still dumpable")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # The owner's limit on file sizes is the kernel's to apply, to the owner's calls; under it no
+    # The kernel applies the owner's limit on file sizes to the owner's calls. Under that limit no
     # memfd here could have its size.
     _, largest = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))

@@ -1,6 +1,7 @@
-"""The programs that may hold restricted memory: the library's own, and those that whoever starts a service names (docs/use/consumers.md).
+"""The programs that may hold restricted memory (docs/use/consumers.md).
 
-All are loaded before the service is ready. The owner's files may be other files later.
+They are the library's own, and those that the starter of a service names. All are loaded before the
+service is ready, because the owner's files may be other files later.
 """
 
 import importlib
@@ -14,22 +15,24 @@ from typing import Final, TypeAlias, final
 from restrictedmem.failure import failed, named
 from restrictedmem.service.options import VM, Options
 
-#: What a program offers as ``serve``: the owner's socket, the two to the service, the service's
-#: options, the owner's arguments.
+#: The function that a program offers as ``serve``. Its arguments: the owner's socket, the two
+#: sockets to the service, the service's options, the owner's arguments.
 Serve: TypeAlias = Callable[[socket.socket, socket.socket, socket.socket, Options, str], object]
 
 #: Modules with ``preload()`` and ``serve``.
 _OWN: Final = {VM: "restrictedmem.kvm.engine_process"}
-#: Bytes of the largest program that is read.
+#: Size of the largest program that is read, in bytes.
 _LARGEST: Final = 1 << 20
 
 
 def load(name: str, path: str) -> Serve:
-    """Run a program's top level and return its ``serve``; no bytecode is read or written, so that PATH alone says what is trusted.
+    """Run a program's top level and return its function ``serve``.
+
+    No bytecode is read or written, so that ``path`` alone says what is trusted.
 
     Raises:
-        OSError: ENOENT, EACCES, EISDIR as open(2); EFBIG beyond 1 MiB; ENOEXEC when it fails, or
-            has no function ``serve``.
+        OSError: ENOENT, EACCES, EISDIR as open(2); EFBIG beyond 1 MiB; ENOEXEC when the program
+            fails, or has no function ``serve``.
     """
     try:
         with open(path, "rb") as file:
@@ -40,7 +43,7 @@ def load(name: str, path: str) -> Serve:
         raise failed(f"consumer {name}", EFBIG, path=path)
     module = ModuleType(f"consumer {name}")
     module.__file__ = path
-    # Dataclasses look their module up.
+    # Dataclasses look their module up there.
     sys.modules[module.__name__] = module
     try:
         exec(compile(source, path, "exec"), module.__dict__)  # noqa: S102  a program is what it is
@@ -56,7 +59,7 @@ def load(name: str, path: str) -> Serve:
 
 @final
 class Programs:
-    """What a service's spawner can start, by name."""
+    """The programs that a service's spawner can start, by name."""
 
     def __init__(self, named: Iterable[tuple[str, str]]) -> None:
         self._paths = dict(named)
@@ -66,9 +69,10 @@ class Programs:
         return name in _OWN or name in self._paths
 
     def load(self, *, devices: bool) -> None:
-        """Load all of them, for a process that will load nothing later; what fails, ``find`` says.
+        """Load all programs, for a process that will load nothing later.
 
-        ``devices``: open theirs too, for a process that is about to become a user who may not.
+        ``find`` raises what failed here. With ``devices``, the programs open their devices, too:
+        the process is about to become a user who may not.
         """
         for name, module in _OWN.items():
             program = importlib.import_module(module)
@@ -81,7 +85,7 @@ class Programs:
                 self._loaded[name] = error
 
     def find(self, name: str) -> Serve:
-        """Return what to call in a process of its own.
+        """Return the function to call in a process of its own.
 
         Raises:
             OSError: as ``load`` of this module.

@@ -1,9 +1,9 @@
-"""Errors that end a connection, which its other end may never read.
+"""Errors that end a connection, and that its other end may never read.
 
-The kernel charges a message to the memory cgroup of its sender until somebody reads it, also when
-the sender has closed its end. So a process that strangers connect to keeps its end of a connection
-that it refused until the error was read. It keeps so many of a uid, and in all; beyond them a
-connection ends without a word.
+The kernel charges a message to the memory cgroup of its sender until it is read, even if the sender
+has closed its end. So a process that strangers connect to keeps its end of a refused connection
+until the error was read. It keeps some connections of each uid, and some in all. Beyond these
+limits a connection ends without an error.
 """
 
 import select
@@ -14,14 +14,14 @@ from restrictedmem.burial import bury
 from restrictedmem.fd import all_read
 from restrictedmem.service.wire import Channel
 
-#: Errors that may be unread.
+#: Most errors that may be unread, of a uid and in all.
 _MOST_OF_A_USER: Final = 8
 _MOST: Final = 64
 
 
 @final
 class Refusals:
-    """Connections that were refused and have not read why, for one thread."""
+    """Refused connections whose error was not read yet, for one thread."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
@@ -38,28 +38,27 @@ class Refusals:
             _, sock = self._unread[fd]
             if all_read(sock):
                 del self._unread[fd]
-                # A copy that the burial makes would keep it there.
+                # The copy that a burial makes would keep it registered.
                 self._epoll.unregister(fd)
                 bury(sock)
 
     def refuse(self, sock: socket.socket, uid: int, error: OSError) -> None:
-        """Own a connection of ``uid``, and end it with an error in the place of an answer."""
-        # One that has read the last one is often back before anybody hears of that.
+        """Take over a connection of ``uid``, and end it with an error as an answer."""
+        # A client that has read its last error is often back before its event was heard.
         self.hear()
         of_user = sum(other == uid for other, _ in self._unread.values())
         if of_user >= _MOST_OF_A_USER or len(self._unread) >= _MOST:
             bury(sock)
             return
         Channel(sock, "client").reply_error(error)
-        # The other end finds the end of the stream after it.
+        # The other end finds the end of the stream after the error.
         sock.shutdown(socket.SHUT_WR)
         self._unread[sock.fileno()] = uid, sock
-        # An event comes with each thing that happens there: a message was read, the other end was
-        # shut down or closed.
+        # An event comes whenever a message was read, or the other end was shut down or closed.
         self._epoll.register(sock, select.EPOLLOUT | select.EPOLLET)
 
     def close(self) -> None:
-        """Close all connections; what is unread stays so."""
+        """Close all connections; unread errors stay unread."""
         for _, sock in self._unread.values():
             bury(sock, shared=True)
         self._unread.clear()

@@ -1,7 +1,7 @@
-"""An attestation report: what a service says about one of its VMs, over 64 bytes of the guest's choice (docs/use/reports.md).
+"""An attestation report: a service's statement about one of its VMs (docs/use/reports.md).
 
-The layout is fixed and little-endian, so that a report can be kept, sent and checked elsewhere.
-Texts are filled up with zero bytes.
+It is made over 64 bytes of the guest's choice. The layout is fixed and little-endian, so that a
+report can be kept, sent and checked elsewhere. Texts are filled up with zero bytes.
 """
 
 import struct
@@ -17,25 +17,25 @@ _VERSION: Final = 1
 #: signature over all of it follows.
 _BODY: Final = struct.Struct("<8sII48s64s16s16s16s16s32s")
 _SIGNATURE_BYTES: Final = 64
-#: Bytes of a report, and of what a guest can have it made over.
+#: Bytes of a report, and of the guest's data in it.
 REPORT_BYTES: Final = _BODY.size + _SIGNATURE_BYTES
 REPORT_DATA_BYTES: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What is signed: the VM's policy and measurement, the guest's own data, and by whom."""
+    """The signed content: the VM's policy and measurement, the guest's data, the signer."""
 
     policy: int
     measurement: bytes
     data: bytes
-    #: 16 random bytes that the service has given the VM.
+    #: 16 random bytes that the service has given to the VM.
     vm: bytes
     engine: str
     api: str
     #: Version of this package.
     software: str
-    #: Of the key that signs (RFC 8032).
+    #: Public key of the signature (RFC 8032).
     public_key: bytes
 
     def pack(self) -> bytes:
@@ -51,13 +51,15 @@ class Report:
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        """Read a signed report, without looking at the signature.
+        """Read a signed report, without checking the signature.
 
         Raises:
             OSError: EBADMSG for anything that is not a report of this version.
         """
         if len(data) != REPORT_BYTES:
-            raise failed("report", EBADMSG, f"it has {REPORT_BYTES} bytes, this has {len(data)}")
+            raise failed(
+                "report", EBADMSG, f"a report has {REPORT_BYTES} bytes, this has {len(data)}"
+            )
         magic, version, policy, measurement, report_data, vm, engine, api, software, public_key = (
             _BODY.unpack_from(data)
         )
@@ -73,7 +75,7 @@ class Report:
 
 
 def signed_by_its_key(data: bytes) -> bool:
-    """Say whether a report's signature is that of the public key in it, whosever that is.
+    """Say whether a report's signature is by the public key in it, whosever that key is.
 
     Raises:
         OSError: EBADMSG as ``Report.unpack``; ENOSYS when the package ``cryptography`` is missing.

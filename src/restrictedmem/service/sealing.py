@@ -1,7 +1,8 @@
-"""Nothing is loaded once a service is ready.
+"""A ready service loads nothing any more.
 
-A module that a process imports late comes from files that may have changed since it started. The
-files of a private service are its owner's, who would so run code of its own where the memory is.
+A module that a process imports late comes from files that may have changed since its start. The
+files of a private service are its owner's. The owner could so run code of its own where the memory
+is.
 """
 
 import encodings.ascii
@@ -19,12 +20,14 @@ from restrictedmem.failure import FAULT
 
 _P = ParamSpec("_P")
 
-#: Imported above for what looks them up by name, later.
+#: Imported above, because other modules look them up by name, later.
 _BY_NAME = encodings.ascii, encodings.latin_1
 
 
 def seal() -> None:
-    """Make every later import fail, in this process and its children; no source file is read either.
+    """Make every later import fail, in this process and its children.
+
+    No source file is read any more, either.
 
     Preconditions: all that will be used has been imported.
     """
@@ -45,11 +48,12 @@ def seal() -> None:
 
 
 def end_when_lost() -> None:
-    """Make an exception that nobody gets end this process (``FAULT``), once it was told.
+    """Make an uncaught exception end this process (``FAULT``), once it was reported.
 
-    What a callback of a C library raises is such a one: ctypes drops it, and the library goes on.
+    This includes an exception in a callback of a C library: ctypes drops it, and the library goes
+    on.
     """
-    # The interpreter hands those to the one that come before the callback is called.
+    # sys.excepthook gets the exceptions that come before the callback is called.
     sys.excepthook = _ending(sys.excepthook)
     sys.unraisablehook = _ending(sys.unraisablehook)
 

@@ -1,4 +1,7 @@
-"""The key that a service signs reports with: Ed25519 (RFC 8032), held by the service and by nobody it forks."""
+"""The key that a service signs reports with: Ed25519 (RFC 8032).
+
+The service holds the key. No process that it forks has it.
+"""
 
 import importlib
 import os
@@ -14,36 +17,39 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 _OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
-#: More than any key file has.
+#: More bytes than any key file has.
 _LARGEST_FILE: Final = 64 << 10
 PUBLIC_KEY_BYTES: Final = 32
 _MISSING: Final = "reports need the package cryptography"
 
 
 def preload() -> None:
-    """Load all of the library that a service uses, for a process that will load nothing later."""
+    """Load all parts of the library that a service uses, before it stops loading."""
     with suppress(ImportError):
-        # Missing, it is the first report that says so. The library aborts where it finds no
-        # exceptions.
+        # If the library is missing, the first report says so. Without its exceptions the library
+        # aborts.
         for module in ("exceptions", "hazmat.primitives.asymmetric.ed25519"):
             importlib.import_module(f"cryptography.{module}")
 
 
 @final
 class Signer:
-    """A signing key: a lasting one from a file, or one that is made when it is first needed and goes with the process."""
+    """A signing key, from a file or temporary.
+
+    A temporary key is made when it is first needed, and goes with the process.
+    """
 
     def __init__(self, key: "Ed25519PrivateKey | None" = None) -> None:
         self._key = key
 
     @classmethod
     def load(cls, path: str) -> Self:
-        """Take the key of a file: PKCS #8 in PEM, without a passphrase, and only its owner's to read.
+        """Load a key from a file that only its owner may read: PKCS #8 in PEM, no passphrase.
 
         Raises:
             OSError: EACCES when others may read the file, or it is another user's; EINVAL for
-                another kind of key or file; ENOSYS when the package ``cryptography`` is missing;
-                what open(2) says.
+                another kind of key or file; ENOSYS when the package ``cryptography`` is missing; as
+                open(2).
         """
         try:
             from cryptography.exceptions import UnsupportedAlgorithm
@@ -88,11 +94,13 @@ class Signer:
 
 
 def read_public_key(path: str) -> bytes:
-    """Return the public key in a file, 32 bytes: in PEM, or 64 hexadecimal digits.
+    """Return the public key in a file, 32 bytes.
+
+    The file has it in PEM, or as 64 hexadecimal digits.
 
     Raises:
         OSError: EINVAL for another kind of key or file; ENOSYS when the package ``cryptography`` is
-            missing; what open(2) says.
+            missing; as open(2).
     """
     try:
         with open(path, "rb") as file:
@@ -119,11 +127,14 @@ def read_public_key(path: str) -> bytes:
 
 
 def _read_private(path: str) -> bytes:
-    # The file that is looked at is the one that is read.
+    # Read the same file that is checked.
     with open(paths.open_regular(path).detach(), "rb") as file:
         status = os.fstat(file.fileno())
         if status.st_mode & _OTHERS or status.st_uid not in (os.geteuid(), 0):
             raise failed(
-                "open", EACCES, f"not private: chmod 600 {path}, and make it its reader's own", path
+                "open",
+                EACCES,
+                f"not private: chmod 600 {path}, and chown it to the user who reads it",
+                path,
             )
         return file.read(_LARGEST_FILE)

@@ -1,10 +1,10 @@
 """The parent of a service and of its consumers.
 
-It is undumpable and holds neither /dev/fuse nor memory, so what it forks is as safe as the service
-and starts without exec. It loads all that consumers will execute, and nothing later. When the
-service ends, for whatever reason, it kills the consumers; when it ends itself, the kernel kills all
-of them (PR_SET_PDEATHSIG). What a consumer has forked becomes its child with the consumer's end
-(PR_SET_CHILD_SUBREAPER), and it kills that, too.
+It is undumpable and holds neither /dev/fuse nor memory. So its children are as safe as the service,
+and start without exec. It loads all programs that consumers will execute, and nothing later. When
+the service ends, for whatever reason, the spawner kills the consumers. When the spawner ends, the
+kernel kills all of them (PR_SET_PDEATHSIG). When a consumer ends, the processes that it has forked
+become the spawner's children (PR_SET_CHILD_SUBREAPER), and the spawner kills them, too.
 """
 
 import os
@@ -31,17 +31,19 @@ from restrictedmem.service.privileges import drop_privileges
 from restrictedmem.service.program import Programs, Serve
 from restrictedmem.service.wire import Channel, Message
 
-#: Seconds that consumers may take to end, once they were killed. The kernel may hold one for as
-#: long as a file system's server likes.
+#: Seconds that killed consumers may take to end. The kernel may hold one for as long as a file
+#: system's server likes.
 _END: Final = 5.0
-#: Ends of children that are told at once.
+#: Most ends of children that one read reports.
 _ENDED_AT_ONCE: Final = 4096
 
 
 def run(owner: Channel, options: Options, origin: Origin, word: Word) -> NoReturn:
-    """Fork the service, then consumers as it asks, until it ends; ``word`` is told when that is before it was ready.
+    """Fork the service, and consumers as it asks, until it ends.
 
-    Preconditions: undumpable, leader of a process group, and no other thread.
+    ``word`` is told when the service ends before it was ready.
+
+    Preconditions: this process is undumpable, leads a process group, and has no other thread.
     """
     process.set_name("rmem-spawner")
     # Descriptors come from the service alone, which has made them itself.
@@ -67,7 +69,7 @@ def run(owner: Channel, options: Options, origin: Origin, word: Word) -> NoRetur
     programs.load(devices=options.become is not None)
     drop_privileges(options.become, keep=1 << process.CAP_IPC_LOCK)
     process.raise_fd_limit()
-    # What a consumer leaves is this process's to count.
+    # This process must be able to count what a consumer leaves.
     process.prctl(process.PR_SET_CHILD_SUBREAPER, 1)
     sealing.seal()
     channel.reply()
@@ -107,25 +109,30 @@ class _Spawner:
         self._options = options
         self._service = service
         self._word = word
-        # Not poll(2), which fails where the limit on descriptors is below what it is to watch.
+        # Not poll(2): it fails where the limit on descriptors is below the number of those to
+        # watch.
         self._poll = select.epoll()
         self._pidfds: dict[int, OwnedFd] = {}
-        # A byte for each child that ends: what consumers leave has no pidfd here.
+        # A pipe gets a byte for each child that ends: processes that consumers leave have no pidfd
+        # here.
         self._ended, self._ends = map(OwnedFd, os.pipe())
         for end in (self._ended, self._ends):
             os.set_blocking(end.fileno(), False)
         signal.signal(signal.SIGCHLD, _note)
         signal.set_wakeup_fd(self._ends.fileno(), warn_on_full_buffer=False)
-        #: Numbers of the consumers in these processes.
+        #: Numbers of the consumers in these processes, by pid.
         self._numbers: dict[int, int] = {}
-        #: Sessions of VMs' engines: what one leaves is its checker, which ends by itself.
+        #: Sessions of VMs' engines. An engine leaves its checker, which ends by itself.
         self._engines: set[int] = set()
         self._oom = OomKills()
-        #: Sockets that the service may have open still.
+        #: Sockets that the service may still have open.
         self._to_bury: list[socket.socket] = []
 
     def loop(self) -> None:
-        """Serve the service until its end of the channel closes, then kill every child, and reap those that end in time."""
+        """Serve the service until its end of the channel closes, then end all consumers.
+
+        Every child is killed. Those that end in time are reaped.
+        """
         for fd in (self._channel.fileno(), self._ended.fileno()):
             self._poll.register(fd, select.EPOLLIN)
         while True:
@@ -136,7 +143,7 @@ class _Spawner:
                         return
                 elif fd == self._ended.fileno():
                     os.read(fd, _ENDED_AT_ONCE)
-                    # Without a free number, at the next end of a child.
+                    # Without a free number, this is done at the next end of a child.
                     with suppress(OSError):
                         self._kill_left()
                 else:
@@ -145,12 +152,15 @@ class _Spawner:
             self._reap_left()
 
     def _serve(self) -> bool:
-        """Do what the service asks for next, if that can be done: a limit of this process is one consumer's trouble, and no other's."""
+        """Do what the service asks for next; return false when the service is gone.
+
+        An error at a limit of this process concerns one consumer, and no other.
+        """
         try:
             message = self._channel.receive()
         except OSError as error:
             # Without a free number the kernel cuts descriptors off. They are FORK's: BURY has one,
-            # and a FORK leaves more free.
+            # and a FORK leaves more than that free.
             number = EMFILE if error.errno == EMSGSIZE else error.errno
             self._channel.reply_error(OSError(number, error.strerror))
             return True
@@ -168,38 +178,40 @@ class _Spawner:
             if message.fds:
                 self._to_bury.append(socket.socket(fileno=message.take_fd().detach()))
             else:
-                # The service has let go of them.
+                # The service has closed its own copies.
                 while self._to_bury:
                     bury(self._to_bury.pop())
         return True
 
     def _consumer(self, message: Message) -> OwnedFd:
-        """Fork a consumer; returns its pidfd, which stays this process's.
+        """Fork a consumer; return its pidfd, which stays this process's.
 
         Raises:
             OSError: EAGAIN beyond the service's limit; EAGAIN, ENOMEM, EMFILE as fork(2) and
-                pidfd_open(2); what its program could not be loaded with.
+                pidfd_open(2); the error of loading its program.
         """
         limit = self._options.max_consumers
         if limit is not None and self._descendants() >= limit:
             raise OSError(
-                EAGAIN, f"this service has {limit} consumers, those counted that cannot end"
+                EAGAIN, f"this service has {limit} consumers, counting those that cannot end"
             )
         name, _, arguments = (
             message.body[wire.NUMBER.size :].decode(errors="replace").partition(" ")
         )
         program = self._programs.find(name)
-        # From here on it may be this one's cgroup that is meant.
+        # A kill that is counted from here on may be one of this consumer.
         self._oom.since()
         child = _fork(lambda: self._be(name, program, message.fds, arguments))
         try:
             pidfd = OwnedFd(os.pidfd_open(child))
         except OSError as error:
-            # Reaped as what a consumer leaves: at its end, and by nobody who waits for it.
+            # Kill it. It is reaped at its end like a process that a consumer leaves, and nobody
+            # waits for it.
             os.kill(child, signal.SIGKILL)
             raise named("pidfd_open", error) from None
         self._pidfds[child] = pidfd
-        # A consumer's session has its number. No session is left of whoever had that before.
+        # A consumer's session has the consumer's pid as its number. No session of an earlier
+        # process with that pid is left.
         self._engines.discard(child)
         if name == VM:
             self._engines.add(child)
@@ -208,7 +220,10 @@ class _Spawner:
         return pidfd
 
     def _descendants(self) -> int:
-        """Count consumers, and what ended ones have left (``run``): a checker that a server of the owner's holds in state D."""
+        """Count the consumers, and the processes that ended consumers have left (``run``).
+
+        Such a process is a checker that a FUSE server of the owner's holds in state D.
+        """
         self._reap_left()
         return len(self._children() - {self._service})
 
@@ -218,26 +233,26 @@ class _Spawner:
             with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as children:
                 return set(map(int, children.read().split()))
         except FileNotFoundError:
-            # A kernel without CONFIG_PROC_CHILDREN.
+            # This is a kernel without CONFIG_PROC_CHILDREN.
             return {self._service, *self._pidfds}
 
     def _kill_left(self) -> list[int]:
-        """Kill what ended consumers had forked, and return it."""
+        """Kill the processes that ended consumers had forked, and return them."""
         sessions = {
             child: os.getsid(child) for child in self._children() - {self._service, *self._pidfds}
         }
         self._engines &= {*self._pidfds, *sessions.values()}
         left = [child for child, session in sessions.items() if session not in self._engines]
         for child in left:
-            # It may execute a set-uid program.
+            # The process may execute a set-uid program.
             with suppress(PermissionError):
                 os.kill(child, signal.SIGKILL)
         return left
 
     def _reap_left(self) -> None:
-        """Reap what ended consumers have left, and what sockets were buried with."""
+        """Reap the processes that ended consumers have left, and those of burials."""
         known = {self._service, *self._pidfds}
-        # Of several that have ended, only the first is told. A known one is reaped elsewhere, in
+        # If several have ended, waitid tells only the first. A known one is reaped elsewhere, in
         # another turn.
         while (
             ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -256,14 +271,14 @@ class _Spawner:
         # A scheduling group of its own (sched_autogroup): a guest that never rests must not share
         # the service's.
         os.setsid()
-        # What its children leave is its own, until it ends.
+        # The processes that its children leave are its own, until it ends.
         process.prctl(process.PR_SET_CHILD_SUBREAPER, 1)
         owner, service, notify = (socket.socket(fileno=fd.detach()) for fd in fds)
         program(owner, service, notify, self._options, arguments)
 
     def _reap(self, fd: int) -> None:
         child = next(child for child, pidfd in self._pidfds.items() if pidfd.fileno() == fd)
-        # It may have had the number of one that a burial was about to reap.
+        # Its pid may be that of an earlier child that a burial was about to reap.
         with suppress(ChildProcessError):
             os.waitid(os.P_PIDFD, fd, os.WEXITED | os.WNOWAIT)
             _, status, usage = os.wait4(child, 0)
@@ -274,7 +289,7 @@ class _Spawner:
     def _tell_ending(self, child: int, status: int, cpu_seconds: float) -> None:
         oom = self._oom.since() if os.WIFSIGNALED(status) else ""
         words = words_of(status, cpu_seconds=cpu_seconds, oom=oom)
-        # A service that does not hear it now has no use for it.
+        # A service that does not receive it now has no use for it.
         with suppress(OSError):
             self._endings.post(
                 wire.ENDED,
@@ -295,7 +310,11 @@ class _Spawner:
         self._word.ended(status, self._oom.since())
 
     def _end_left(self, patience: Patience) -> None:
-        """Kill what consumers had forked, what that had forked, and so on, as far as it ends in time."""
+        """Kill the processes that consumers had forked, until none is left.
+
+        Their own children follow when they have ended. This stops at a process that does not end in
+        time.
+        """
         while left := self._kill_left():
             for child in left:
                 if not ends(child, patience):
@@ -304,7 +323,7 @@ class _Spawner:
 
 
 def _note(_number: int, _frame: FrameType | None) -> None:
-    """Let the signal be written to the wake-up descriptor, as one that is ignored is not."""
+    """Let the signal be written to the wake-up descriptor; an ignored signal is not."""
 
 
 def _fork(body: Callable[[], None]) -> int:
@@ -314,7 +333,7 @@ def _fork(body: Callable[[], None]) -> int:
         try:
             body()
         except BaseException:
-            # The traceback of a trusted process is nobody else's to read.
+            # Nobody else may read the traceback of a trusted process.
             if os.environ.get("RESTRICTEDMEM_DEBUG"):
                 traceback.print_exc()
             raise
@@ -323,7 +342,10 @@ def _fork(body: Callable[[], None]) -> int:
 
 
 def _drop_stdio() -> None:
-    """Let go of the owner's terminal and pipes, which must not stay open for as long as the service lives."""
+    """Replace the owner's terminal and pipes by /dev/null.
+
+    They must not stay open for as long as the service lives.
+    """
     null = os.open(os.devnull, os.O_RDWR)
     for fd in range(2 if os.environ.get("RESTRICTEDMEM_DEBUG") else 3):
         os.dup2(null, fd)

@@ -1,6 +1,6 @@
-"""Consumers that owners have asked for, until each is there: the spawner forks one at a time.
+"""Consumers that owners have asked for, until each is there; the spawner forks one at a time.
 
-Whatever fails of one is the answer to whoever asked for it, and the next one's turn comes.
+If one cannot be made, its request gets the error, and the next one's turn comes.
 """
 
 import os
@@ -26,7 +26,7 @@ from restrictedmem.service.wire import Channel, Message
 @final
 @dataclass(eq=False, slots=True)
 class _Spawn:
-    """A consumer that was asked for: by whom, the body of SPAWN, and both ends of its socket."""
+    """A requested consumer: the connection, the body of SPAWN, both ends of its socket."""
 
     connection: Connection
     consumer: ConsumerProcess
@@ -37,7 +37,10 @@ class _Spawn:
 
 @final
 class Spawns:
-    """What the spawner has still to fork, for the control thread; it is asked for the first."""
+    """The consumers that the spawner has still to fork, for the control thread.
+
+    The spawner was asked for the first of them.
+    """
 
     def __init__(self, spawner: Channel, consumers: Consumers, troubles: Troubles) -> None:
         self._spawner = spawner
@@ -47,14 +50,18 @@ class Spawns:
         self._spare = spare()
 
     def add(self, connection: Connection, name: str, body: bytes) -> None:
-        """Have a consumer forked for a connection, which is busy until it was, or could not be: then it has its answer.
+        """Have a consumer forked for a connection.
+
+        The connection is busy until the consumer was forked, or could not be. Then it has its
+        answer.
 
         Raises:
             OSError: EMFILE, ENFILE.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # An engine has somebody who looks at what comes (``kvm.checker``). Of other consumers'
-        # owners it is refused from the first: they can speak before the consumer does anything.
+        # An engine has a checker, which looks at what comes (``kvm.checker``). Other consumers
+        # refuse descriptors from the first, because their owners can speak before the consumers do
+        # anything.
         if name != VM:
             refuse_fds(theirs)
         try:
@@ -69,7 +76,7 @@ class Spawns:
             self._ask()
 
     def _ask(self) -> None:
-        """Have the first one forked of those that can be asked for."""
+        """Ask the spawner for the first consumer for which that does not fail."""
         while self._waiting:
             spawn = self._waiting[0]
             try:
@@ -78,14 +85,17 @@ class Spawns:
                     body = wire.NUMBER.pack(spawn.consumer.number) + spawn.body
                     fds = [spawn.consumers.fileno(), requests.fileno(), notify.fileno()]
                     self._spawner.post(wire.FORK, body, fds)
-            except Exception as error:  # noqa: BLE001  whatever it is, whoever asked has to hear it
+            except Exception as error:  # noqa: BLE001  the caller has to hear of any error
                 self._waiting.popleft()
                 self._refuse(spawn, error)
             else:
                 return
 
     def hear(self) -> bool:
-        """Hear from the spawner what came of the first one; false when there is no spawner any more."""
+        """Receive the spawner's answer about the first one.
+
+        Returns false when the spawner is gone.
+        """
         heard: Message | OSError | None
         try:
             heard = self._receive()
@@ -94,27 +104,28 @@ class Spawns:
         except OSError as error:
             heard = error
         except MemoryError:
-            # What became of the first one is not known, and no other's turn would ever come.
+            # Nobody knows what became of the first one, and no other's turn would ever come.
             os._exit(ENOMEM)
         if heard is None:
             return False
         spawn = self._waiting.popleft()
         try:
             self._settle(spawn, heard)
-        except Exception as error:  # noqa: BLE001  whatever it is, whoever asked has to hear it
+        except Exception as error:  # noqa: BLE001  the caller has to hear of any error
             self._refuse(spawn, error)
         finally:
             self._ask()
         return True
 
     def _receive(self) -> Message | None:
-        """Take what the spawner says; None when it is gone.
+        """Receive a message of the spawner's; return None when the spawner is gone.
 
         Raises:
-            OSError: EAGAIN when it says nothing now; EMFILE, ENOMEM when it did, and that is lost.
+            OSError: EAGAIN when there is none now; EMFILE, ENOMEM when there was one, and it is
+                lost.
             MemoryError: when neither can be told.
         """
-        # Its number is for the pidfd, unless another thread is faster.
+        # The pidfd gets this number, unless another thread is faster.
         self._spare.close()
         try:
             return self._spawner.receive(socket.MSG_DONTWAIT)
@@ -123,7 +134,8 @@ class Spawns:
             number = EMFILE if error.errno == EMSGSIZE else error.errno or EIO
             raise OSError(number, os.strerror(number)) from None
         except MemoryError:
-            # What was not taken yet is still there, and nothing else can be: one FORK at a time.
+            # A message that was not received is still there. There can be no other: one FORK at a
+            # time.
             if patiently(lambda: speaks(self._spawner.sock)):
                 raise BlockingIOError from None
             raise OSError(ENOMEM, os.strerror(ENOMEM)) from None
@@ -132,7 +144,10 @@ class Spawns:
                 self._spare = spare()
 
     def _settle(self, spawn: _Spawn, heard: Message | OSError) -> None:
-        """Have a consumer served that was forked, and give whoever asked for it its socket, unless that has gone meanwhile."""
+        """Have a forked consumer served, and give its socket to the requesting connection.
+
+        The connection may have gone meanwhile.
+        """
         if isinstance(heard, OSError):
             raise heard
         if heard.number:
@@ -147,12 +162,15 @@ class Spawns:
             try:
                 if channel.fileno() >= 0:
                     channel.reply(str(consumer.number).encode(), [spawn.owners.fileno()])
-            except Exception as error:  # noqa: BLE001  as in ``hear``, but its thread ends the consumer
+            except Exception as error:  # noqa: BLE001  the consumer's thread ends it
                 consumer.kill()
                 channel.reply_error(self._troubles.of("SPAWN", error))
 
     def _refuse(self, spawn: _Spawn, error: Exception) -> None:
-        """End a consumer that cannot be, and say why to whoever asked for it."""
+        """End a consumer that could not be made, and report the error.
+
+        The connection that asked for the consumer gets the error.
+        """
         spawn.connection.busy = False
         try:
             self._consumers.end(spawn.consumer)

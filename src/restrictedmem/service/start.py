@@ -1,9 +1,9 @@
 """The order in which a service starts, so that its owner cannot look into it.
 
-The owner runs this by exec. Until PR_SET_DUMPABLE is 0 a process of the same user may open
-/proc/PID/mem or attach, and keeps what it opened; so this process takes neither /dev/fuse nor
-memory. It forks once it is undumpable and untraced: a child's memory is new, and nobody holds a way
-into it. No process of a service enters a user namespace but those that mount, for a moment
+The owner runs this by exec. Until PR_SET_DUMPABLE is 0, a process of the same user may open
+/proc/PID/mem or attach, and keeps what it has opened. So this process takes neither /dev/fuse nor
+memory. It forks once it is undumpable and untraced. A child's memory is new, and nobody holds a way
+into it. No process of a service enters a user namespace, except those that mount, for a moment
 (``fs.mounter``).
 """
 
@@ -26,13 +26,15 @@ from restrictedmem.service.wire import Channel
 
 
 def main(arguments: list[str]) -> None:
-    """Start a service: the number of a connected socket, then the options. Returns when it is ready, in processes of its own.
+    """Start a service, and return when it is ready, in processes of its own.
 
-    What goes wrong is told to the owner over the socket, in place of READY.
+    ``arguments`` are the number of a connected socket, and the options. An error is sent to the
+    owner over the socket, in place of READY.
     """
-    # An owner that ignores SIGCHLD passes that on by exec, and nobody could wait for a child.
+    # An owner that ignores SIGCHLD passes that on by exec. Then nobody could wait for a child.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    # The spawner hears of its children by it, and whoever administers the machine sends others.
+    # Unblock all signals: the spawner learns of its children by SIGCHLD, and administrators send
+    # others.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     channel = Channel(socket.socket(fileno=int(arguments[0])), "owner")
     with _telling(channel):
@@ -45,14 +47,14 @@ def main(arguments: list[str]) -> None:
         os.chdir("/")
         os.umask(0o077)
         word = Word()
-        # It outlives this process.
+        # The child is not bound, because it outlives this process.
         fork(lambda: _be_spawner(channel, options, Origin(pid, uid), word))
         word.hear()
 
 
 @contextmanager
 def _telling(owner: Channel) -> Generator[None]:
-    """Tell the owner what fails here, and end."""
+    """Send an error of the block to the owner, and end."""
     try:
         yield
     except MemoryError:
@@ -65,18 +67,19 @@ def _telling(owner: Channel) -> Generator[None]:
 
 def _be_spawner(owner: Channel, options: Options, origin: Origin, word: Word) -> None:
     with _telling(owner):
-        # A tracer that came between its permission check and ours has the child too
+        # A tracer that came between its permission check and our check has the child too
         # (PTRACE_O_TRACEFORK). Later none can come.
         refuse_tracer()
-        # A process group of its own: a terminal's interrupt is for its owner. But in the session of
-        # its owner, who started it, and so in its scheduling group (sched_autogroup): each call of
-        # the owner waits for the service, which must not queue behind other sessions for it.
-        # ``serve`` has begun a session for it.
+        # A process group of its own, because an interrupt from a terminal is for the owner. But it
+        # stays in the session of the owner that started it, and so in the owner's scheduling group
+        # (sched_autogroup). Each call of the owner waits for the service, which must not queue
+        # behind other sessions for that. If ``serve`` is the owner, it has begun a session for
+        # this.
         os.setpgid(0, 0)
     word.only_tell()
     try:
         spawner.run(owner, options, origin, word)
     except BaseException as error:
-        # The owner's socket is the service's by now.
+        # By now the owner's socket is the service's.
         word.ended(status_of(error) << 8)
         raise

@@ -1,6 +1,7 @@
-"""How an owner starts a service: by exec of ``start``, until READY has come or the process has died.
+"""How an owner starts a service: by exec of ``start``, until READY has come.
 
-The process that runs ``start`` is the owner's child. It ends when the service runs.
+The process that runs ``start`` is the owner's child. It ends when the service runs. If it dies
+before READY, the start has failed.
 """
 
 import os
@@ -21,20 +22,25 @@ from restrictedmem.service import wire
 from restrictedmem.service.ending import limits, words_of
 from restrictedmem.service.options import Options
 
-#: Seconds that a service may take to come up.
+#: Seconds that a service may take to start.
 START_DEADLINE: Final = 30.0
 
-_START: Final = "import sys; sys.path.insert(0, sys.argv[1]); from restrictedmem.service.start import main; main(sys.argv[2:])"
-#: First of all, for what a process has by then stays charged where it was.
+_START: Final = (
+    "import sys; sys.path.insert(0, sys.argv[1]); "
+    "from restrictedmem.service.start import main; main(sys.argv[2:])"
+)
+#: Runs first of all, because memory that a process has by then stays charged to its old cgroup.
 _ENTER: Final = "import os, sys; fd = int(sys.argv.pop()); os.write(fd, b'0'); os.close(fd); "
-#: What an interpreter has to have on its path to find this package.
+#: The directory that an interpreter must have on its path to find this package.
 PACKAGE_ROOT: Final = str(Path(__file__).resolve().parent.parent.parent)
 #: Seconds that an interpreter that has said nothing may take to end.
 _ENDING_DEADLINE: Final = 1.0
 
 
 def begin(options: Options) -> tuple[socket.socket, subprocess.Popen[bytes]]:
-    """Run ``service.start`` by exec; returns the socket on which the service will say READY, and the process, which the caller ends.
+    """Run ``service.start`` by exec; return the socket for READY, and the process.
+
+    The caller ends the process.
 
     Raises:
         OSError: as socketpair(2), fork(2) and execve(2).
@@ -56,17 +62,18 @@ def start_process(
     own_session: bool = False,
     cgroup: OwnedFd | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Run ``service.start`` by exec, connected to ``theirs``; it ends as soon as the service runs.
+    """Run ``service.start`` by exec, connected to ``theirs``; it ends when the service runs.
 
-    Descriptors in ``inherited`` stay open in all that it forks: service, spawner and consumers.
-    They share this process's session, and so its scheduling group (sched_autogroup), unless it is
-    an ``own_session``. ``cgroup`` is the cgroup.procs of one that all of them are to be in.
-    Isolated, so that neither PYTHON* variables nor the current directory choose what a trusted
-    process imports.
+    Descriptors in ``inherited`` stay open in all processes that it forks: service, spawner and
+    consumers. They share this process's session, and so its scheduling group (sched_autogroup),
+    unless ``own_session`` is true. ``cgroup`` is the cgroup.procs of a cgroup for all of them.
+
+    The interpreter is isolated. So neither PYTHON* variables nor the current directory can choose
+    what a trusted process imports.
     """
     debug = {name: os.environ[name] for name in ("RESTRICTEDMEM_DEBUG",) if name in os.environ}
-    # Where the owner has closed standard descriptors, theirs may be one of those; /dev/null takes
-    # its place.
+    # If the owner has closed its standard descriptors, these may have their numbers, and /dev/null
+    # would take their place.
     with ExitStack() as stack:
         entered = () if cgroup is None else (cgroup.fileno(),)
         passed = [
@@ -89,11 +96,10 @@ def start_process(
 
 
 def receive_ready(first: socket.socket) -> tuple[bytes, list[OwnedFd]]:
-    """Wait for READY; returns what it says, and the mount and the witness, which the caller owns.
+    """Wait for READY; return its body, and the mount and the witness, which the caller owns.
 
     Raises:
-        OSError: what the service failed with; ETIMEDOUT when it says nothing; ECONNRESET when it
-            died.
+        OSError: the error of the service; ETIMEDOUT when it says nothing; ECONNRESET when it died.
     """
     if not Patience(START_DEADLINE).wait(first.fileno(), select.POLLIN):
         raise failed("start", ETIMEDOUT, f"the service did not come up within {START_DEADLINE:g} s")
@@ -101,9 +107,9 @@ def receive_ready(first: socket.socket) -> tuple[bytes, list[OwnedFd]]:
 
 
 def ending_of(process: subprocess.Popen[bytes]) -> str:
-    """Return how the process ended that starts a service, in words, and what limits it was under."""
+    """Return how the process that starts a service ended, and the limits that it was under."""
     try:
         status = process.wait(_ENDING_DEADLINE)
     except subprocess.TimeoutExpired:
-        return f"its interpreter goes on{limits()}"
+        return f"its interpreter is still running{limits()}"
     return (words_of(-status) if status < 0 else f"its interpreter ended with {status}") + limits()

@@ -1,4 +1,4 @@
-"""What a service says of itself (STATUS): its files and its consumers, for ``ps``."""
+"""The state that a service reports (STATUS): its files and its consumers, for ``ps``."""
 
 from restrictedmem.fs.filesystem import FileSystem
 from restrictedmem.fs.usage import Usage
@@ -6,9 +6,9 @@ from restrictedmem.service.consumer_process import ConsumerProcess
 
 
 def of_files(filesystem: FileSystem, usage: Usage | None) -> dict[str, object]:
-    """Return the descriptors that there are, and what owners did with them if that is counted."""
-    # They may be closed while we look, and hold nothing then. A reference could be the last one,
-    # and this thread would free gigabytes.
+    """Return the current descriptors, and what owners did with them if that is counted."""
+    # Files may be closed while we look, and hold nothing then. We take no reference: it could be
+    # the last one, and this thread would free gigabytes.
     held = filesystem.files()
     files = [
         {

@@ -1,8 +1,8 @@
-"""Tokens: one-time words by which the holder of a descriptor shows it to the service.
+"""Tokens: secrets for one use, by which the holder of a descriptor shows it to the service.
 
-No descriptor of its own mount ever travels to the service, which could not be killed if it held
-one. Its holder asks for a token, presents it on the descriptor by ioctl, and names it to a
-consumer.
+No descriptor of the service's own mount ever travels to the service, because it could not be killed
+if it held one. Instead its holder asks for a token, presents it on the descriptor by ioctl, and
+names it to a consumer.
 """
 
 import secrets
@@ -13,22 +13,22 @@ from restrictedmem import sync
 from restrictedmem.fs.filesystem import TOKEN_BYTES
 from restrictedmem.mm.restrictedmem import RestrictedFile
 
-#: Tokens of one connection that are not used up; a further one takes the oldest one's place.
+#: Most unused tokens of one connection; a further one takes the oldest one's place.
 MAX_TOKENS: Final = 64
 
 
 @final
 class Tokens:
-    """All tokens that were given out and not used, with the file on which one was presented."""
+    """All unused tokens that were given out, with the file on which each was presented."""
 
     def __init__(self) -> None:
         self._mutex = sync.mutex()
-        # Under the mutex. A file is not held: whoever dropped the last reference, would free
+        # Protected by the mutex. Files are not held, because dropping the last reference would free
         # gigabytes.
         self._files: dict[bytes, tuple[int, RestrictedFile] | None] = {}
 
     def issue(self, issued: list[bytes]) -> bytes:
-        """Make a token for a connection and append it to those the connection has, oldest first."""
+        """Make a token for a connection, and append it to its tokens, oldest first."""
         token = secrets.token_bytes(TOKEN_BYTES)
         with self._mutex:
             issued[:] = [old for old in issued if old in self._files]
@@ -39,10 +39,10 @@ class Tokens:
         return token
 
     def prove(self, token: bytes, ino: int, file: RestrictedFile) -> None:
-        """Note that whoever presents a token holds a file's descriptor; called by FUSE.
+        """Note that the presenter of a token holds a file's descriptor; FUSE calls this.
 
         Raises:
-            OSError: EACCES for a token that is none, or was presented before.
+            OSError: EACCES for an unknown token, or one that was presented before.
         """
         with self._mutex:
             if self._files.get(token, file) is not None:
@@ -50,10 +50,10 @@ class Tokens:
             self._files[token] = ino, file
 
     def take(self, token: bytes) -> tuple[int, RestrictedFile]:
-        """Use up a token: returns inode number and file; the caller has the file's reference.
+        """Use up a token; return inode number and file, with a reference for the caller.
 
         Raises:
-            OSError: EACCES for one that was never presented, or whose file is gone.
+            OSError: EACCES for a token that was never presented, or whose file is gone.
         """
         with self._mutex:
             proved = self._files.get(token)

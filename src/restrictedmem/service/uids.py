@@ -1,7 +1,7 @@
-"""Uids of services: each client's uid has one for itself, for as long as there are enough of them.
+"""Uids for services: each client's uid has one for itself, as long as there are enough.
 
-What the kernel counts for a uid outlives the uid's processes: descriptors in flight, for one
-(unix(7)). So another client's uid gets one that nobody had, as long as there is one.
+The kernel's counts for a uid outlive the uid's processes, for instance the count of descriptors in
+flight (unix(7)). So another client's uid gets a uid that nobody had, as long as there is one.
 """
 
 import os
@@ -13,18 +13,18 @@ from typing import final
 
 @final
 class Uids:
-    """Which client's uid has which of some uids, remembered for this object's life."""
+    """The uid of each client's services, remembered for this object's life."""
 
     def __init__(self, uids: Sequence[int]) -> None:
         self._uids = uids
-        #: By client's uid; the one whose services ended the longest ago comes first.
+        #: By client's uid. The client whose services ended the longest ago comes first.
         self._given: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self._uids)
 
     def give(self, client: int, served: Container[int]) -> int | None:
-        """Return the uid of a client's services; None when there is none to be had.
+        """Return the uid of a client's services; None when none can be given.
 
         Clients whose uids are in ``served`` keep theirs.
         """
@@ -43,7 +43,7 @@ class Uids:
 
     def _unused(self, client: int) -> int | None:
         given = set(self._given.values())
-        # The client most often had the same with a server before this one.
+        # The client most often had the same uid with an earlier server.
         first = client % len(self._uids)
         every = chain(self._uids[first:], self._uids[:first])
         return next((uid for uid in every if uid not in given and not _has_processes(uid)), None)
@@ -54,9 +54,9 @@ class Uids:
 
 
 def _has_processes(uid: int) -> bool:
-    """Say whether there are processes of a uid: services of a server before this one."""
+    """Say whether a uid has processes: services of an earlier server."""
     try:
-        # Python takes an int, the kernel an uid_t.
+        # Python takes an int, the kernel a uid_t.
         os.getpriority(os.PRIO_USER, c_int(uid).value)
     except ProcessLookupError:
         return False
