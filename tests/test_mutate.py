@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -135,7 +136,11 @@ def test_the_nearest_tests_come_first(tmp_path: Path) -> None:
 
 def run(root: Path, *arguments: str) -> tuple[int, str]:
     command = [sys.executable, str(root / "scripts" / "mutate"), *arguments]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=100)
+    # A person may have a tree of their own there.
+    env = {**os.environ, "PYTHONPATH": str(root / "src")}
+    done = subprocess.run(
+        command, env=env, check=False, capture_output=True, text=True, timeout=100
+    )
     assert done.stderr == ""
     return done.returncode, done.stdout
 
