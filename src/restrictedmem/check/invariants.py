@@ -23,20 +23,20 @@ class Rule(Enum):
     """The rule that a counterexample breaks; its text begins with these words."""
 
     FREED = "use of a freed page"
-    """A translation leads to a frame that the file has freed (semantics 5.5 no. 1)."""
+    """A translation leads to a frame that the file has freed."""
     WINDOW = "mapped between start and end"
-    """A page was mapped after its consumer had been told to map nothing there (no. 3)."""
+    """A page was mapped after its consumer had been told to map nothing there."""
     BALANCE = "callbacks out of balance"
-    """An end has no start, or a start or an invalidation never ends (no. 4)."""
+    """An end has no start, or a start or an invalidation never ends."""
     ATTRIBUTE = "the wrong half"
-    """A guest reaches the wrong half or page (no. 5).
+    """A guest reaches the wrong half or page.
 
     This is the half that the page's attribute does not name, or another page of the file.
     """
     LEVEL = "mapped larger than it is"
-    """A translation is larger than the folio it leads to (no. 6)."""
+    """A translation is larger than the folio it leads to."""
     RANGE = "told of something else"
-    """A consumer heard of pages that nobody asked for, or not of those asked for (no. 7).
+    """A consumer heard of pages that nobody asked for, or not of those asked for.
 
     The owner's operations ask to invalidate pages.
     """
@@ -54,7 +54,7 @@ class Rule(Enum):
     DEADLOCK = "deadlock"
     """No actor can go on; the explorer finds this."""
     PLATFORM = "a rule of the platform"
-    """The host's RMP or direct map would have faulted (no. 1, 2 and 6)."""
+    """The host's RMP or direct map would have faulted."""
 
 
 #: Number of the actor whose code runs; -1 while a world is made.

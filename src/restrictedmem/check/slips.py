@@ -247,7 +247,7 @@ _ALL: Final = (
         "bytes-as-pages",
         "v9 passes byte offsets to callbacks that take pages, so nothing is zapped from the second "
         "page on",
-        "semantics 2.2; Michael Roth, 28 November 2022",
+        "Michael Roth, 28 November 2022",
         Parts(design=_designed(BytesAsPages)),
         "punch-block-fault",
         "v9",
@@ -256,7 +256,7 @@ _ALL: Final = (
     Slip(
         "clip-underflow",
         "a hole that ends below a slot's window wraps around and hits the whole slot",
-        "semantics 3.3; Vishal Annapurve on v10",
+        "Vishal Annapurve on v10",
         Parts(slot=SlotThatUnderflows),
         "punch-beside",
         "v10",
@@ -266,7 +266,7 @@ _ALL: Final = (
         "no-index",
         "guest pages are computed without subtracting the slot's first page of the file, so the "
         "wrong pages are zapped",
-        "semantics 3.3; Sean Christopherson's branch",
+        "Sean Christopherson's branch",
         Parts(slot=SlotWithoutIndex),
         "punch-beside",
         "v10",
@@ -276,7 +276,7 @@ _ALL: Final = (
         "two-locks-register",
         "the lock is dropped between start and end: a consumer that registers meanwhile hears an "
         "end without a start",
-        "semantics 2.3; Sean Christopherson, January 2023",
+        "Sean Christopherson, January 2023",
         Parts(file=FileThatLocksTwice),
         "punch-register",
         "v10",
@@ -286,7 +286,7 @@ _ALL: Final = (
         "two-locks-unregister",
         "the lock is dropped between start and end: a consumer that unregisters meanwhile never "
         "hears the end",
-        "semantics 2.3; Sean Christopherson, January 2023",
+        "Sean Christopherson, January 2023",
         Parts(file=FileThatLocksTwice),
         "punch-unregister",
         "v10",
@@ -295,7 +295,7 @@ _ALL: Final = (
     Slip(
         "range-add-overwrites",
         "several ranges are added to one invalidation, but faults are kept out of the last only",
-        "semantics 3.5; v10 4/9, repaired in v13",
+        "v10 4/9, repaired in v13",
         Parts(design=_designed(FoliosAddedOneByOne), sequence=SequenceThatOverwrites),
         "folios-fault",
         "folio",
@@ -304,7 +304,7 @@ _ALL: Final = (
     Slip(
         "inclusive-end",
         "a binding includes the page after its last, so its consumer hears of that page",
-        "semantics 2.10; Michael Roth and Chao Peng on Sean Christopherson's series",
+        "Michael Roth and Chao Peng on Sean Christopherson's series",
         Parts(file=FileWithInclusiveEnds),
         "punch-unbound",
         "bindings",
@@ -313,7 +313,7 @@ _ALL: Final = (
     Slip(
         "begin-without-end",
         "the count of invalidations rises for a range that no consumer bound, and stays there",
-        "semantics 3.5; kvm_rmem",
+        "kvm_rmem of Sean Christopherson's series",
         Parts(design=_designed(BindingsThatLeak)),
         "punch-unbound",
         "bindings",
@@ -322,7 +322,7 @@ _ALL: Final = (
     Slip(
         "no-retry",
         "a fault installs the result of get_page without checking for an invalidation since",
-        "semantics 3.5: the purpose of the retry protocol",
+        "the retry protocol of KVM, without its check (mmu_invalidate_retry)",
         Parts(sequence=SequenceWithoutRetry),
         "punch-fault",
         "v10",
@@ -331,7 +331,7 @@ _ALL: Final = (
     Slip(
         "unregister-tells-all",
         "the deletion of one slot makes consumers give back the pages of every slot of the file",
-        "semantics 4.4; the SNP trees of December 2022",
+        "the SNP trees of December 2022",
         Parts(file=FileThatTellsAll),
         "unregister-one-of-two",
         "v10",
@@ -340,7 +340,7 @@ _ALL: Final = (
     Slip(
         "lazy-by-bits",
         "a huge page is freed once each part was punched, although the guest has touched one again",
-        "semantics 4.1, point 3, taken literally",
+        "Michael Roth, 31 October 2022, taken literally",
         Parts(design=_designed(LazyByItsBits)),
         "huge-page-in-parts",
         "lazy",
