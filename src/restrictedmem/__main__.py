@@ -1,4 +1,4 @@
-"""``python -m restrictedmem`` is the command ``restrictedmem``."""
+"""The command ``restrictedmem``, started by ``python -m restrictedmem``."""
 
 from restrictedmem.cli.main import run
 

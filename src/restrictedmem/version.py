@@ -1,3 +1,3 @@
-"""The version of the package, for those who must not import the package's public face."""
+"""The package's version, for modules that must not import ``restrictedmem`` itself."""
 
 __version__ = "0.1.0"
