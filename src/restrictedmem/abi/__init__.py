@@ -1,1 +1,4 @@
-"""Numbers, structs and calls of the kernel's headers; one module for each header's subject. Imports nothing above itself."""
+"""Numbers, structs and calls of the kernel's headers, one module for each subject.
+
+These modules must not import from a higher layer.
+"""

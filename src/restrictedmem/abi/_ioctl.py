@@ -1,4 +1,7 @@
-"""ioctl requests, computed from magic, number, direction and argument size as <asm-generic/ioctl.h> does."""
+"""ioctl requests, computed as <asm-generic/ioctl.h> does.
+
+The parts are magic, number, direction and argument size.
+"""
 
 import ctypes
 from dataclasses import dataclass
@@ -17,15 +20,15 @@ class HasFileno(Protocol):
 
 
 class Dir(IntFlag):
-    """Which way the argument travels, from the caller's side."""
+    """The direction of the argument, as the caller sees it."""
 
     NONE = 0
     WRITE = 1
     READ = 2
 
 
-#: ioctl(2) itself, returning -1 with the errno in ``ctypes.get_errno()``. fcntl.ioctl would not do:
-#: it takes no integer beyond 31 bits.
+#: ioctl(2) itself, which returns -1 and sets the errno of ``ctypes.get_errno()``. fcntl.ioctl takes
+#: no integer beyond 31 bits.
 raw_ioctl: Final = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p, use_errno=True
 )(("ioctl", libc))
@@ -35,7 +38,7 @@ A = TypeVar("A", bound=ctypes.Structure)
 
 @dataclass(frozen=True, slots=True)
 class Ioctl(Generic[A]):
-    """One request of a driver that takes a pointer to a struct; call it as ``NAME(fd, struct)``."""
+    """A request that takes a pointer to a struct; call it as ``NAME(fd, struct)``."""
 
     name: str
     magic: int
@@ -45,11 +48,11 @@ class Ioctl(Generic[A]):
 
     @property
     def request(self) -> int:
-        """The 32-bit request number."""
+        """Return the 32-bit request number."""
         return self.direction << 30 | ctypes.sizeof(self.argument) << 16 | self.magic << 8 | self.nr
 
     def __call__(self, fd: HasFileno | int, argument: A) -> int:
-        """Issue the request; what the kernel writes back is in ``argument`` afterwards.
+        """Issue the request; the kernel writes its results into ``argument``.
 
         Raises:
             OSError: the kernel's errno, with the request's name.
@@ -59,7 +62,7 @@ class Ioctl(Generic[A]):
 
 @dataclass(frozen=True, slots=True)
 class IoctlInt:
-    """One request that takes a plain integer instead of a pointer."""
+    """A request that takes a plain integer instead of a pointer."""
 
     name: str
     magic: int
@@ -67,7 +70,7 @@ class IoctlInt:
 
     @property
     def request(self) -> int:
-        """The 32-bit request number."""
+        """Return the 32-bit request number."""
         return self.magic << 8 | self.nr
 
     def __call__(self, fd: HasFileno | int, argument: int = 0) -> int:

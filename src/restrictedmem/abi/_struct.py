@@ -1,8 +1,8 @@
 """C structs declared once: the annotations are the layout.
 
-``@c_struct(size=…)`` turns a class of annotated fields into a ``ctypes.Structure`` with keyword
-construction that both type checkers see, and refuses a layout whose size is not the one the kernel
-header has.
+``@c_struct(size=…)`` turns a class with annotated fields into a ``ctypes.Structure``. Both type
+checkers can see its keyword arguments. A layout is refused if its size is not that of the kernel's
+header.
 """
 
 import ctypes
@@ -35,7 +35,7 @@ _CODES = {
     ctypes.c_int64: "q",
 }
 
-#: Default of a field that is a struct or an array and may be left out: zeroes.
+#: The default of an optional struct or array field: zeroes.
 ZERO: Final[Any] = 0
 
 S = TypeVar("S", bound=ctypes.Structure | ctypes.Union)
@@ -47,10 +47,10 @@ def _ctype(annotation: Any) -> Any:
 
 @dataclass_transform(kw_only_default=True)
 def c_struct(*, size: int) -> Callable[[type[S]], type[S]]:
-    """Give a subclass of ``ctypes.Structure`` or ``ctypes.Union`` the fields its annotations name, in order.
+    """Give a ``ctypes.Structure`` or ``Union`` the fields that its annotations name, in order.
 
-    ``size`` is ``sizeof`` in C, in bytes. A default of 0 in the class body says that the field may
-    be left out.
+    ``size`` is ``sizeof`` in C, in bytes. A field with a default of 0 in the class body is
+    optional.
 
     Raises:
         TypeError: when the layout has another size.
@@ -71,7 +71,7 @@ def c_struct(*, size: int) -> Callable[[type[S]], type[S]]:
 
 
 def codec(cls: type[ctypes.Structure]) -> struct.Struct:
-    """Return the ``struct.Struct`` of a layout of plain integers, for paths where ctypes is too slow.
+    """Return the ``struct.Struct`` of a layout of plain integers, where ctypes is too slow.
 
     Raises:
         TypeError: when the layout has holes, arrays or nested structs.

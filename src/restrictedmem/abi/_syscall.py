@@ -1,4 +1,4 @@
-"""The one handle on libc, and the one function that turns its failures into OSError."""
+"""The handle on libc, and the function that turns its failures into OSError."""
 
 import ctypes
 from typing import NoReturn
@@ -10,16 +10,18 @@ libc.syscall.restype = ctypes.c_long
 
 
 def raise_errno(call: str, errno: int | None = None) -> NoReturn:
-    """Raise OSError for a failed call, named in the message; ``errno`` defaults to libc's."""
+    """Raise OSError for a failed call; ``errno`` defaults to libc's."""
     number = ctypes.get_errno() if errno is None else errno
     raise failed(call, number)
 
 
 def syscall(name: str, number: int, *arguments: int | bytes | None) -> int:
-    """Make a system call that libc has no wrapper for (syscall(2)); integers are widened to ``long``.
+    """Make a system call that libc has no wrapper for (syscall(2)).
+
+    Integers are widened to ``long``.
 
     Raises:
-        OSError: what the kernel answered, with ``name``.
+        OSError: the kernel's errno, with ``name``.
     """
     wide = [
         ctypes.c_long(argument) if isinstance(argument, int) else argument for argument in arguments

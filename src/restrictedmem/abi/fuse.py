@@ -1,4 +1,4 @@
-"""The FUSE protocol, as far as a restricted file needs it (<linux/fuse.h>, protocol 7.31 and later)."""
+"""The part of FUSE that a restricted file needs (<linux/fuse.h>, protocol 7.31 and later)."""
 
 import ctypes
 from enum import IntEnum, IntFlag
@@ -7,7 +7,7 @@ from typing import Final
 from restrictedmem.abi._struct import c_struct, codec, s32, u16, u32, u64
 
 KERNEL_VERSION: Final = 7
-#: The protocol this server speaks; 7.38 has FOPEN_NOFLUSH (since 7.35) and total_extlen.
+#: The protocol version of this server; 7.38 has FOPEN_NOFLUSH (since 7.35) and total_extlen.
 KERNEL_MINOR_VERSION: Final = 38
 #: The oldest minor version whose kernel knows FOPEN_NOFLUSH (Linux 5.16).
 OLDEST_MINOR_VERSION: Final = 35
@@ -48,7 +48,7 @@ class Opcode(IntEnum):
 
 
 class InitFlag(IntFlag):
-    """Features negotiated by INIT."""
+    """Features that INIT negotiates."""
 
     ATOMIC_O_TRUNC = 1 << 3
     PARALLEL_DIROPS = 1 << 18
@@ -66,7 +66,7 @@ class OpenFlag(IntFlag):
 
 
 class AttrValid(IntFlag):
-    """``FATTR_*``: which fields of a SETATTR count."""
+    """``FATTR_*``: which fields of a SETATTR are valid."""
 
     MODE = 1 << 0
     UID = 1 << 1
@@ -83,7 +83,7 @@ class AttrValid(IntFlag):
 
 @c_struct(size=40)
 class fuse_in_header(ctypes.Structure):
-    """Head of every request."""
+    """The head of every request."""
 
     len: u32
     opcode: u32
@@ -98,7 +98,7 @@ class fuse_in_header(ctypes.Structure):
 
 @c_struct(size=16)
 class fuse_out_header(ctypes.Structure):
-    """Head of every reply; ``error`` is 0 or a negative errno."""
+    """The head of every reply; ``error`` is 0 or a negative errno."""
 
     len: u32
     error: s32
@@ -107,7 +107,7 @@ class fuse_out_header(ctypes.Structure):
 
 @c_struct(size=64)
 class fuse_init_in(ctypes.Structure):
-    """What the kernel offers."""
+    """The kernel's offer in INIT."""
 
     major: u32
     minor: u32
@@ -124,7 +124,7 @@ class fuse_init_in(ctypes.Structure):
 
 @c_struct(size=64)
 class fuse_init_out(ctypes.Structure):
-    """What the server takes of it."""
+    """The server's answer to INIT: the features that it uses."""
 
     major: u32
     minor: u32
@@ -167,7 +167,7 @@ class fuse_attr(ctypes.Structure):
 
 @c_struct(size=40)
 class fuse_entry_out(ctypes.Structure):
-    """Head of a reply to LOOKUP and CREATE, followed by the attributes."""
+    """The head of a reply to LOOKUP and CREATE; the attributes follow."""
 
     nodeid: u64
     generation: u64
@@ -179,7 +179,7 @@ class fuse_entry_out(ctypes.Structure):
 
 @c_struct(size=16)
 class fuse_attr_out(ctypes.Structure):
-    """Head of a reply to GETATTR and SETATTR, followed by the attributes."""
+    """The head of a reply to GETATTR and SETATTR; the attributes follow."""
 
     attr_valid: u64
     attr_valid_nsec: u32
@@ -188,7 +188,7 @@ class fuse_attr_out(ctypes.Structure):
 
 @c_struct(size=16)
 class fuse_open_out(ctypes.Structure):
-    """Reply to OPEN, and the end of a reply to CREATE."""
+    """The reply to OPEN, and the end of a reply to CREATE."""
 
     fh: u64
     open_flags: u32
@@ -207,7 +207,7 @@ class fuse_create_in(ctypes.Structure):
 
 @c_struct(size=88)
 class fuse_setattr_in(ctypes.Structure):
-    """New attributes; ``valid`` says which."""
+    """New attributes; ``valid`` says which fields count."""
 
     valid: u32
     padding: u32
@@ -229,7 +229,7 @@ class fuse_setattr_in(ctypes.Structure):
 
 @c_struct(size=32)
 class fuse_fallocate_in(ctypes.Structure):
-    """fallocate(2): bytes."""
+    """fallocate(2); offset and length in bytes."""
 
     fh: u64
     offset: u64
@@ -240,7 +240,7 @@ class fuse_fallocate_in(ctypes.Structure):
 
 @c_struct(size=32)
 class fuse_ioctl_in(ctypes.Structure):
-    """ioctl(2): the argument's bytes follow, as many as the request number says."""
+    """ioctl(2); the bytes of the argument follow, as many as the request number says."""
 
     fh: u64
     flags: u32
@@ -252,7 +252,7 @@ class fuse_ioctl_in(ctypes.Structure):
 
 @c_struct(size=16)
 class fuse_ioctl_out(ctypes.Structure):
-    """Result of an ioctl."""
+    """The result of an ioctl."""
 
     result: s32
     flags: u32
@@ -262,7 +262,7 @@ class fuse_ioctl_out(ctypes.Structure):
 
 @c_struct(size=8)
 class fuse_batch_forget_in(ctypes.Structure):
-    """Head of a BATCH_FORGET, followed by ``count`` pairs."""
+    """The head of a BATCH_FORGET; ``count`` pairs follow."""
 
     count: u32
     dummy: u32

@@ -1,4 +1,4 @@
-"""<linux/io_uring.h>: a ring, and pages pinned by registering them as its buffers; no I/O."""
+"""<linux/io_uring.h>: a ring that pins pages as registered buffers, without I/O."""
 
 import ctypes
 import struct
@@ -13,7 +13,7 @@ SYS_io_uring_register: Final = 427
 IORING_REGISTER_BUFFERS2: Final = 15
 IORING_REGISTER_BUFFERS_UPDATE: Final = 16
 IORING_RSRC_REGISTER_SPARSE: Final = 1
-#: Of a ring; in no header (io_uring/rsrc.c).
+#: The most buffers of a ring; not in a header (io_uring/rsrc.c).
 IORING_MAX_REG_BUFFERS: Final = 1 << 14
 _PARAMS_BYTES: Final = 120
 #: ``struct iovec``: address and length.
@@ -22,7 +22,7 @@ _IOVEC: Final = struct.Struct("@PN")
 
 @c_struct(size=32)
 class io_uring_rsrc_register(ctypes.Structure):
-    """How many buffers a ring is to have."""
+    """The number of buffers of a new table."""
 
     nr: u32
     flags: u32 = 0
@@ -33,7 +33,7 @@ class io_uring_rsrc_register(ctypes.Structure):
 
 @c_struct(size=32)
 class io_uring_rsrc_update2(ctypes.Structure):
-    """Which of them are to be others, and where those lie (``data``: an array of ``iovec``)."""
+    """The buffers to replace, and their new places (``data``: an array of ``iovec``)."""
 
     offset: u32
     resv: u32 = 0
@@ -49,14 +49,14 @@ def io_uring_setup(entries: int) -> OwnedFd:
     Raises:
         OSError: EPERM where kernel.io_uring_disabled or a filter forbids it; ENOSYS; ENOMEM.
     """
-    # A struct io_uring_params that is all zero asks for nothing special; what the kernel writes
-    # into it serves to map the ring.
+    # A zero struct io_uring_params asks for nothing special. The kernel's answer in it is only
+    # needed to map the ring.
     params = ctypes.create_string_buffer(_PARAMS_BYTES)
     return OwnedFd(syscall("io_uring_setup", SYS_io_uring_setup, entries, ctypes.addressof(params)))
 
 
 def register_sparse_buffers(ring: OwnedFd, count: int) -> None:
-    """Give a ring a table of buffers, all of them empty (IORING_REGISTER_BUFFERS2, Linux 5.19).
+    """Give a ring a table of empty buffers (IORING_REGISTER_BUFFERS2, Linux 5.19).
 
     Raises:
         OSError: EINVAL for more than ``IORING_MAX_REG_BUFFERS``, and on older kernels; ENOMEM.
@@ -66,10 +66,10 @@ def register_sparse_buffers(ring: OwnedFd, count: int) -> None:
 
 
 def update_buffer(ring: OwnedFd, index: int, address: int, length: int) -> None:
-    """Make one buffer of a ring a range of this process's memory, at most 1 GiB, or empty with address and length 0.
+    """Set one buffer of a ring to a range of this process's memory, at most 1 GiB.
 
-    Its pages are faulted in and pinned (FOLL_LONGTERM) until the buffer is another or the ring is
-    closed.
+    Address and length 0 make the buffer empty. The pages of the range are faulted in, and stay
+    pinned (FOLL_LONGTERM) until the buffer is replaced or the ring closed.
 
     Raises:
         OSError: ENOMEM over RLIMIT_MEMLOCK, which counts all rings of a user, unless CAP_IPC_LOCK;

@@ -1,8 +1,8 @@
-"""<linux/kvm.h>: ioctls and structs of /dev/kvm, of VMs, of guest_memfd, and of the v9 and v10 postings.
+"""<linux/kvm.h>: ioctls and structs of /dev/kvm, VMs, guest_memfd, and of v9 and v10.
 
-What is x86's is in ``kvm_x86``, what a vCPU shares with its process in ``kvm_run``. Numbers are
-those of the header, or of the posting where it never reached a header. The same numbers and structs
-are what an owner sends to an engine process (docs/reference/wire-protocol.md).
+``kvm_x86`` has the x86 part, and ``kvm_run`` the memory that a vCPU shares with its process.
+Numbers are those of the header, or of the posting if they never reached a header. An owner sends
+the same numbers and structs to an engine process (docs/reference/wire-protocol.md).
 """
 
 import ctypes
@@ -14,7 +14,7 @@ from restrictedmem.abi._struct import ZERO, c_struct, u32, u64
 
 KVMIO: Final = 0xAE
 
-#: <errno.h>: memory that the machine has lost. Python has no name for it.
+#: <errno.h>: the machine has lost the memory. Python has no name for it.
 EHWPOISON: Final = 133
 
 #: Slot flag of v9 and v10: the slot has a private half in a restricted descriptor. (guest_memfd
@@ -35,18 +35,18 @@ GUEST_MEMFD_FLAG_INIT_SHARED: Final = 1 << 1
 KVM_X86_DEFAULT_VM: Final = 0
 KVM_X86_SW_PROTECTED_VM: Final = 1
 
-#: Number of the hypercall by which a guest asks for a conversion: gpa, pages, attributes
+#: The hypercall by which a guest asks for a conversion: gpa, pages, attributes
 #: (KVM_EXIT_HYPERCALL).
 KVM_HC_MAP_GPA_RANGE: Final = 12
 
 
-#: v9's capability of private memory, in whose place v10 put KVM_CAP_MEMORY_ATTRIBUTES; later
-#: kernels gave the number to another.
+#: v9's capability of private memory, which KVM_CAP_MEMORY_ATTRIBUTES replaced in v10. Later kernels
+#: use the number for another capability.
 KVM_CAP_PRIVATE_MEM: Final = 224
 
 
 class Cap(IntEnum):
-    """``KVM_CAP_*``: what KVM_CHECK_EXTENSION is asked for."""
+    """``KVM_CAP_*``: the arguments of KVM_CHECK_EXTENSION."""
 
     USER_MEMORY = 3
     SET_TSS_ADDR = 4
@@ -98,7 +98,10 @@ class ExitReason(IntEnum):
 
 @c_struct(size=160)
 class kvm_userspace_memory_region_ext(ctypes.Structure):
-    """A slot with a private half (v9 and v10 3/9); its first 32 bytes are ``struct kvm_userspace_memory_region``."""
+    """A slot with a private half (v9 and v10 3/9).
+
+    Its first 32 bytes are ``struct kvm_userspace_memory_region``.
+    """
 
     slot: u32
     flags: u32
@@ -124,7 +127,10 @@ class kvm_userspace_memory_region(ctypes.Structure):
 
 @c_struct(size=160)
 class kvm_userspace_memory_region2(ctypes.Structure):
-    """A slot that may have a guest_memfd beside, or instead of, memory of the caller; bytes."""
+    """A slot with a guest_memfd beside, or instead of, memory of the caller; bytes.
+
+    The guest_memfd is optional.
+    """
 
     slot: u32
     flags: u32
@@ -139,7 +145,7 @@ class kvm_userspace_memory_region2(ctypes.Structure):
 
 @c_struct(size=144)
 class kvm_regs(ctypes.Structure):
-    """General registers of x86-64."""
+    """The general registers of x86-64."""
 
     rax: u64 = 0
     rbx: u64 = 0
@@ -163,7 +169,7 @@ class kvm_regs(ctypes.Structure):
 
 @c_struct(size=64)
 class kvm_create_guest_memfd(ctypes.Structure):
-    """Size in bytes and ``GUEST_MEMFD_FLAG_*``."""
+    """The size in bytes, and ``GUEST_MEMFD_FLAG_*``."""
 
     size: u64
     flags: u64
@@ -177,7 +183,7 @@ class kvm_create_guest_memfd(ctypes.Structure):
 
 @c_struct(size=32)
 class kvm_memory_attributes(ctypes.Structure):
-    """v10 2/9 and merged: bytes of guest physical memory and ``KVM_MEMORY_ATTRIBUTE_*``."""
+    """v10 2/9 and merged: bytes of guest physical memory, and ``KVM_MEMORY_ATTRIBUTE_*``."""
 
     address: u64
     size: u64
@@ -187,7 +193,10 @@ class kvm_memory_attributes(ctypes.Structure):
 
 @c_struct(size=64)
 class kvm_pre_fault_memory(ctypes.Structure):
-    """Bytes of guest physical memory to map; the kernel moves ``gpa`` and ``size`` on to what is left."""
+    """Bytes of guest physical memory to map.
+
+    The kernel advances ``gpa`` and ``size`` to the part that is left.
+    """
 
     gpa: u64
     size: u64
@@ -207,14 +216,14 @@ class kvm_enable_cap(ctypes.Structure):
 
 @c_struct(size=4)
 class kvm_signal_mask(ctypes.Structure):
-    """Head of a set of signals of ``len`` bytes, 8 for the kernel's own."""
+    """The head of a set of signals of ``len`` bytes, 8 for the kernel's own."""
 
     len: u32
 
 
 @c_struct(size=16)
 class kvm_enc_region(ctypes.Structure):
-    """v9 5/8 takes ``addr`` as a guest physical address."""
+    """A range in bytes; in v9 5/8 ``addr`` is a guest physical address."""
 
     addr: u64
     size: u64
@@ -242,7 +251,7 @@ KVM_SET_MEMORY_ATTRIBUTES: Final = Ioctl(
     "KVM_SET_MEMORY_ATTRIBUTES", KVMIO, 0xD2, Dir.WRITE, kvm_memory_attributes
 )
 """Needs KVM_CAP_MEMORY_ATTRIBUTES (233) of the VM."""
-#: v10 2/9, gone when it was merged: the attributes that can be set, as a u64 (_IOR(KVMIO, 0xd2,
+#: v10 2/9, not in the merged code: the attributes that can be set, as a u64 (_IOR(KVMIO, 0xd2,
 #: __u64)).
 KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES_REQUEST: Final = Dir.READ << 30 | 8 << 16 | KVMIO << 8 | 0xD2
 KVM_MEMORY_ENCRYPT_REG_REGION: Final = Ioctl(
@@ -265,6 +274,6 @@ KVM_PRE_FAULT_MEMORY: Final = Ioctl(
 )
 """Needs KVM_CAP_PRE_FAULT_MEMORY (236) of the VM."""
 
-#: KVM_SET_USER_MEMORY_REGION: v9 and v10 kept its number, which encodes the size of the base
-#: struct, and chose what to copy by the flag.
+#: v9 and v10 kept the number of KVM_SET_USER_MEMORY_REGION, which encodes the size of the base
+#: struct. The flag says how much to copy.
 KVM_SET_USER_MEMORY_REGION_REQUEST: Final = KVM_SET_USER_MEMORY_REGION.request

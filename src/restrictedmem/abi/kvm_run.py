@@ -1,4 +1,4 @@
-"""``struct kvm_run``: the page in which a vCPU says why it came back, and takes what it is to go on with."""
+"""``struct kvm_run``: the page through which a vCPU reports an exit and gets the answer."""
 
 import ctypes
 from typing import Annotated
@@ -34,7 +34,10 @@ class kvm_exit_exception(ctypes.Structure):
 
 @c_struct(size=16)
 class kvm_exit_io(ctypes.Structure):
-    """KVM_EXIT_IO: ``count`` accesses of ``size`` bytes, their data at ``data_offset`` bytes from the page's start."""
+    """KVM_EXIT_IO: ``count`` accesses of ``size`` bytes.
+
+    Their data are ``data_offset`` bytes from the start of the page.
+    """
 
     direction: u8 = 0
     size: u8 = 0
@@ -52,7 +55,10 @@ class kvm_exit_debug(ctypes.Structure):
 
 @c_struct(size=24)
 class kvm_exit_mmio(ctypes.Structure):
-    """KVM_EXIT_MMIO: ``len`` bytes at a guest physical address; the data of a read are put into ``data``."""
+    """KVM_EXIT_MMIO: ``len`` bytes at a guest physical address.
+
+    The caller puts the data of a read into ``data``.
+    """
 
     phys_addr: u64 = 0
     data: Annotated[ctypes.Array[ctypes.c_uint8], ctypes.c_uint8 * 8] = ZERO
@@ -62,7 +68,10 @@ class kvm_exit_mmio(ctypes.Structure):
 
 @c_struct(size=72)
 class kvm_exit_hypercall(ctypes.Structure):
-    """KVM_EXIT_HYPERCALL: the result is put into ``ret``. The kernel exits for KVM_HC_MAP_GPA_RANGE only."""
+    """KVM_EXIT_HYPERCALL: the caller puts the result into ``ret``.
+
+    The kernel exits for KVM_HC_MAP_GPA_RANGE only.
+    """
 
     nr: u64 = 0
     args: Annotated[_Words, ctypes.c_uint64 * 6] = ZERO
@@ -91,7 +100,10 @@ class kvm_exit_system_event(ctypes.Structure):
 
 @c_struct(size=24)
 class kvm_exit_msr(ctypes.Structure):
-    """KVM_EXIT_X86_RDMSR and KVM_EXIT_X86_WRMSR: ``error`` and the ``data`` of a read are put in."""
+    """KVM_EXIT_X86_RDMSR and KVM_EXIT_X86_WRMSR.
+
+    The caller sets ``error``, and for a read ``data``.
+    """
 
     error: u8 = 0
     pad: Annotated[object, ctypes.c_uint8 * 7] = ZERO
@@ -111,7 +123,7 @@ class kvm_exit_memory_fault(ctypes.Structure):
 
 @c_struct(size=256)
 class kvm_exit(ctypes.Union):
-    """What an exit carries; ``kvm_run.exit_reason`` says which member holds."""
+    """The data of an exit; ``kvm_run.exit_reason`` says which member is valid."""
 
     hw: kvm_exit_unknown = ZERO
     fail_entry: kvm_exit_fail_entry = ZERO
@@ -129,7 +141,7 @@ class kvm_exit(ctypes.Union):
 
 @c_struct(size=2048)
 class kvm_run_regs(ctypes.Union):
-    """Room for the shared registers."""
+    """The space for shared registers."""
 
     regs: kvm_sync_regs = ZERO
     padding: Annotated[object, ctypes.c_uint8 * 2048] = ZERO

@@ -14,14 +14,13 @@ KVM_GUESTDBG_SINGLESTEP: Final = 0x0000_0002
 KVM_GUESTDBG_USE_SW_BP: Final = 0x0001_0000
 KVM_GUESTDBG_USE_HW_BP: Final = 0x0002_0000
 
-#: ``kvm_run.kvm_valid_regs`` and ``kvm_dirty_regs``: which of ``kvm_sync_regs`` to bring out, and
-#: to take in.
+#: For ``kvm_run.kvm_valid_regs`` and ``kvm_dirty_regs``: the parts of ``kvm_sync_regs`` that KVM
+#: copies out, and takes in.
 KVM_SYNC_X86_REGS: Final = 1 << 0
 KVM_SYNC_X86_SREGS: Final = 1 << 1
 KVM_SYNC_X86_EVENTS: Final = 1 << 2
 
-#: For ``Cap.DISABLE_QUIRKS2``: the deletion of one slot takes the pages of all slots from the guest
-#: (Linux 6.12).
+#: For ``Cap.DISABLE_QUIRKS2``: the deletion of one slot zaps the pages of all slots (Linux 6.12).
 KVM_X86_QUIRK_SLOT_ZAP_ALL: Final = 1 << 7
 
 KVM_MP_STATE_RUNNABLE: Final = 0
@@ -33,7 +32,7 @@ _Words = ctypes.Array[ctypes.c_uint64]
 
 @c_struct(size=24)
 class kvm_segment(ctypes.Structure):
-    """A segment register with what the processor has cached of its descriptor."""
+    """A segment register with the processor's cached descriptor."""
 
     base: u64 = 0
     limit: u32 = 0
@@ -85,7 +84,7 @@ class kvm_sregs(ctypes.Structure):
 
 @c_struct(size=416)
 class kvm_fpu(ctypes.Structure):
-    """x87 and SSE registers."""
+    """The x87 and SSE registers."""
 
     fpr: Annotated[ctypes.Array[_Bytes], (ctypes.c_uint8 * 16) * 8] = ZERO  # codespell:ignore
     fcw: u16 = 0
@@ -102,7 +101,7 @@ class kvm_fpu(ctypes.Structure):
 
 @c_struct(size=4096)
 class kvm_xsave(ctypes.Structure):
-    """What XSAVE stores, in the processor's own layout."""
+    """The area that XSAVE writes, in the processor's own layout."""
 
     region: Annotated[ctypes.Array[ctypes.c_uint32], ctypes.c_uint32 * 1024] = ZERO
 
@@ -118,7 +117,7 @@ class kvm_xcr(ctypes.Structure):
 
 @c_struct(size=392)
 class kvm_xcrs(ctypes.Structure):
-    """The extended control registers; XCR0 is the only one there is."""
+    """The extended control registers; only XCR0 exists."""
 
     nr_xcrs: u32 = 0
     flags: u32 = 0
@@ -137,7 +136,7 @@ class kvm_msr_entry(ctypes.Structure):
 
 @c_struct(size=8)
 class kvm_msrs(ctypes.Structure):
-    """Head of ``nmsrs`` entries."""
+    """The head of ``nmsrs`` entries."""
 
     nmsrs: u32
     pad: u32 = 0
@@ -145,7 +144,7 @@ class kvm_msrs(ctypes.Structure):
 
 @c_struct(size=40)
 class kvm_cpuid_entry2(ctypes.Structure):
-    """What CPUID answers for one function (and index)."""
+    """The result of CPUID for one function (and index)."""
 
     function: u32 = 0
     index: u32 = 0
@@ -159,7 +158,7 @@ class kvm_cpuid_entry2(ctypes.Structure):
 
 @c_struct(size=8)
 class kvm_cpuid2(ctypes.Structure):
-    """Head of ``nent`` entries."""
+    """The head of ``nent`` entries."""
 
     nent: u32
     padding: u32 = 0
@@ -233,7 +232,7 @@ class kvm_sync_regs(ctypes.Structure):
 
 @c_struct(size=32)
 class kvm_debug_exit_arch(ctypes.Structure):
-    """Where a debug exit happened, and by which debug register."""
+    """The place of a debug exit, and the debug registers that tell its cause."""
 
     exception: u32 = 0
     pad: u32 = 0
@@ -260,7 +259,7 @@ class kvm_mp_state(ctypes.Structure):
 
 @c_struct(size=24)
 class kvm_translation(ctypes.Structure):
-    """A linear address, and where the guest's page tables take it."""
+    """A linear address, and its translation by the guest's page tables."""
 
     linear_address: u64
     physical_address: u64 = 0

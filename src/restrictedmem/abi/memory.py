@@ -1,4 +1,4 @@
-"""memfd, fallocate(2), madvise(2) and mlock2(2): numbers and calls the standard library lacks."""
+"""memfd, fallocate(2), madvise(2) and mlock2(2): numbers and calls that Python lacks."""
 
 import ctypes
 import mmap
@@ -21,10 +21,10 @@ MADV_GUARD_INSTALL: Final = 102
 MADV_GUARD_REMOVE: Final = 103
 MLOCK_ONFAULT: Final = 1
 
-#: memfd_restricted's number in v9 and v10, in both tables of x86; since Linux 6.5 it is
+#: The number of memfd_restricted in v9 and v10, in both tables of x86. Since Linux 6.5 it is
 #: cachestat's.
 SYS_memfd_restricted: Final = 451
-#: Of memfd_restricted(2), proposed after v10; bit 0 was RMFD_TMPFILE.
+#: A flag of memfd_restricted(2), proposed after v10; bit 0 was RMFD_TMPFILE.
 RMFD_HUGEPAGE: Final = 2
 MFD_CLOEXEC: Final = 1
 MFD_ALLOW_SEALING: Final = 2
@@ -32,8 +32,8 @@ MFD_HUGETLB: Final = 4
 MFD_NOEXEC_SEAL: Final = 8
 MFD_HUGE_SHIFT: Final = 26
 
-#: Orders of the larger folios that a page table maps with one entry, and the bytes of the smaller
-#: one.
+#: Orders of the large folios that one page table entry maps, and the size of the smaller one in
+#: bytes.
 PMD_ORDER: Final = 9
 PUD_ORDER: Final = 18
 PMD_SIZE: Final = mmap.PAGESIZE << PMD_ORDER
@@ -78,17 +78,19 @@ _READ_WRITE: Final = mmap.PROT_READ | mmap.PROT_WRITE
 
 
 def memfd_restricted(flags: int = 0, number: int = SYS_memfd_restricted) -> OwnedFd:
-    """Make the system call itself, which a supervisor may answer; a kernel of today takes it for cachestat, with pointers to nothing.
+    """Make the system call itself, which a supervisor may answer.
+
+    A kernel since Linux 6.5 takes it for cachestat, with null pointers.
 
     Raises:
-        OSError: what the kernel or the supervisor says; ENOSYS and EFAULT are usual where the call
-            is not present.
+        OSError: the errno of the kernel or the supervisor; ENOSYS and EFAULT are usual where the
+            call is not present.
     """
     return OwnedFd(syscall("memfd_restricted", number, flags, 0, 0, 0))
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    """fallocate(2) with a mode; offset and length in bytes.
+    """Call fallocate(2) with a mode; offset and length in bytes.
 
     Raises:
         OSError: the kernel's errno.
@@ -98,7 +100,9 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 
 
 def memfd_create(name: str, flags: int = 0) -> OwnedFd:
-    """Create an empty memfd that is close-on-exec and can be sealed (the caller owns it); from Linux 6.3 on it can never be executed.
+    """Create an empty memfd that is close-on-exec and can be sealed; the caller owns it.
+
+    From Linux 6.3 on it can never be executed.
 
     Raises:
         OSError: EMFILE, ENFILE, ENOMEM; ENODEV for huge pages of a size that the kernel does not
@@ -114,7 +118,7 @@ def memfd_create(name: str, flags: int = 0) -> OwnedFd:
 
 
 def memfd_secret(flags: int = 0) -> OwnedFd:
-    """memfd_secret(2); the caller owns the descriptor.
+    """Create secret memory (memfd_secret(2)); the caller owns the descriptor.
 
     Raises:
         OSError: ENOSYS where the kernel was booted without it, EINVAL for unknown flags.
@@ -123,7 +127,9 @@ def memfd_secret(flags: int = 0) -> OwnedFd:
 
 
 def mlock_onfault(address: int, length: int) -> None:
-    """Lock a mapping's pages as they come, all of the range or none of it (mlock2(2), MLOCK_ONFAULT); bytes.
+    """Lock pages of a mapping as they are faulted in (mlock2(2), MLOCK_ONFAULT); bytes.
+
+    The call locks the whole range or nothing.
 
     Raises:
         OSError: ENOMEM over RLIMIT_MEMLOCK, EPERM when the limit is 0.
@@ -133,9 +139,10 @@ def mlock_onfault(address: int, length: int) -> None:
 
 
 def map_over(address: int, length: int, fd: int, offset: int = 0) -> None:
-    """Map ``length`` bytes of a file from byte ``offset`` on, shared, over what this process has mapped at ``address`` (MAP_FIXED).
+    """Map a file shared over memory that this process has mapped at ``address`` (MAP_FIXED).
 
-    Reserves no huge pages: they are taken as they are touched.
+    ``length`` and ``offset`` are in bytes. No huge pages are reserved; each is taken at the first
+    touch.
 
     Raises:
         OSError: as mmap(2).
@@ -146,16 +153,18 @@ def map_over(address: int, length: int, fd: int, offset: int = 0) -> None:
 
 @final
 class Mapping:
-    """Bytes of a file, mapped shared at an address as aligned as they are in the file, so that a huge page of it can be mapped as one.
+    """Bytes of a file, mapped shared so that huge pages of the file can be mapped whole.
 
-    The huge pages around the range are mapped too, whole; what is not the range's is nobody's to
-    touch.
+    Address and file offset are equally aligned. The huge pages around the range are mapped whole,
+    too; nobody may touch the bytes outside the range.
     """
 
     __slots__ = ("_area", "_offset", "address", "memory")
 
     def __init__(self, fd: int, offset: int, length: int, alignment: int = PMD_SIZE) -> None:
-        """Map ``length`` bytes of ``fd`` from byte ``offset`` on; the descriptor stays the caller's. ``alignment`` is a power of 2.
+        """Map ``length`` bytes of ``fd`` from byte ``offset`` on.
+
+        The descriptor stays the caller's. ``alignment`` is a power of 2.
 
         Raises:
             OSError: as mmap(2).
@@ -167,8 +176,8 @@ class Mapping:
                 min((offset + length + alignment - 1) & -alignment, _LAST_BYTE & -mmap.PAGESIZE)
                 - start
             )
-        # The address must be known before the file is mapped: a mapping may not begin elsewhere
-        # once it has pages.
+        # The address must be known before the file is mapped, because a mapping with pages cannot
+        # be moved to an aligned address.
         self._area = mmap.mmap(-1, size + alignment - mmap.PAGESIZE, _RESERVED, _READ_WRITE)
         try:
             address = ctypes.addressof(ctypes.c_char.from_buffer(self._area))
@@ -178,13 +187,13 @@ class Mapping:
             self._area.close()
             raise
         self._offset = padding + offset - start
-        #: Where byte ``offset`` of the file lies in this process.
+        #: The address of byte ``offset`` of the file.
         self.address = address + self._offset
-        #: The range, to be read and written.
+        #: The range, for reading and writing.
         self.memory = memoryview(self._area)[self._offset : self._offset + length]
 
     def madvise(self, option: int, start: int, length: int) -> None:
-        """madvise(2) for ``length`` bytes from byte ``start`` of the range on.
+        """Call madvise(2) for ``length`` bytes from byte ``start`` of the range on.
 
         Raises:
             OSError: the kernel's errno.
@@ -192,7 +201,7 @@ class Mapping:
         self._area.madvise(option, self._offset + start, length)
 
     def close(self) -> None:
-        """Unmap everything; nobody may use the address any more."""
+        """Unmap everything; the address must not be used any more."""
         self.memory.release()
         self._area.close()
 
@@ -207,7 +216,7 @@ class cachestat_range(ctypes.Structure):
 
 @c_struct(size=40)
 class cachestat(ctypes.Structure):
-    """Page counts of a range."""
+    """The page counts of a range."""
 
     nr_cache: u64 = 0
     nr_dirty: u64 = 0
@@ -217,7 +226,9 @@ class cachestat(ctypes.Structure):
 
 
 def resident_pages(fd: int, offset: int, length: int) -> int:
-    """Count the allocated pages of a byte range, those only preallocated or swapped out included (cachestat(2), Linux 6.5).
+    """Count the allocated pages of a byte range (cachestat(2), Linux 6.5).
+
+    Pages that are only preallocated or swapped out count too.
 
     Raises:
         OSError: ENOSYS on older kernels; EOPNOTSUPP for hugetlbfs.
@@ -235,7 +246,7 @@ def resident_pages(fd: int, offset: int, length: int) -> int:
 
 
 def is_hugetlbfs(fd: int) -> bool:
-    """Say whether a file lies on hugetlbfs, whose pages are taken and dropped whole (fstatfs(2))."""
+    """Say whether a file is on hugetlbfs, which takes and drops whole pages (fstatfs(2))."""
     # struct statfs: f_type is its first word.
     found = (ctypes.c_long * 32)()
     if libc.fstatfs(fd, found):
@@ -244,7 +255,9 @@ def is_hugetlbfs(fd: int) -> bool:
 
 
 def mincore(address: int, length: int) -> bytes:
-    """Say for each page of a mapping whether its file has it in memory: 1 or 0 (mincore(2)); hugetlbfs too.
+    """Say for each page of a mapping whether its file has it in memory: 1 or 0 (mincore(2)).
+
+    This works for hugetlbfs too.
 
     Raises:
         OSError: ENOMEM where nothing is mapped.

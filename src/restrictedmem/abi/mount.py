@@ -1,4 +1,4 @@
-"""The mount API by descriptors: fsopen(2), fsconfig(2), fsmount(2); no mount point is needed."""
+"""The mount API by descriptors, without mount points: fsopen(2), fsconfig(2), fsmount(2)."""
 
 import os
 from typing import Final
@@ -34,7 +34,7 @@ def fsconfig(context: OwnedFd, key: str, value: str | None = None) -> None:
     """Set one option of a context: a flag, or a string when ``value`` is given.
 
     Raises:
-        OSError: EINVAL, with the kernel's own words where it left some in the context.
+        OSError: EINVAL, with the kernel's message if it left one in the context.
     """
     command = FSCONFIG_SET_FLAG if value is None else FSCONFIG_SET_STRING
     text = None if value is None else value.encode()
@@ -47,7 +47,10 @@ def fsconfig_create(context: OwnedFd) -> None:
 
 
 def fsmount(context: OwnedFd, attributes: int) -> OwnedFd:
-    """Make a mount that is attached nowhere; it lives as long as descriptors on it. The caller owns the descriptor of its root."""
+    """Make a mount that is attached nowhere, and return a descriptor of its root.
+
+    The caller owns the descriptor. The mount lives as long as descriptors on it.
+    """
     return OwnedFd(syscall("fsmount", SYS_fsmount, context.fileno(), FSMOUNT_CLOEXEC, attributes))
 
 

@@ -1,4 +1,7 @@
-"""/proc/PID/pagemap: what a mapping's pages are made of (<linux/fs.h>, Documentation/admin-guide/mm/pagemap.rst)."""
+"""/proc/PID/pagemap: the pages behind a mapping.
+
+The sources are <linux/fs.h> and Documentation/admin-guide/mm/pagemap.rst.
+"""
 
 import ctypes
 import os
@@ -55,7 +58,9 @@ PAGEMAP_SCAN: Final = Ioctl("PAGEMAP_SCAN", ord("f"), 16, Dir.READ | Dir.WRITE, 
 
 
 def runs(category: Category, address: int, length: int) -> Iterator[tuple[int, int]]:
-    """Yield the ranges of addresses of this process that are in all of the categories, each as its first byte and the one after its last.
+    """Yield the ranges of addresses of this process that are in all of the categories.
+
+    Each is a pair of the first address and the address after the last.
 
     Raises:
         OSError: ENOTTY where the kernel has no PAGEMAP_SCAN (before Linux 6.7).
@@ -81,12 +86,15 @@ def runs(category: Category, address: int, length: int) -> Iterator[tuple[int, i
 
 
 def bytes_in(category: Category, address: int, length: int) -> int:
-    """Count the bytes of a range of this process that are in all of the categories (``runs``)."""
+    """Count the bytes of a range of this process that are in all categories (``runs``)."""
     return sum(end - start for start, end in runs(category, address, length))
 
 
 def frame_number(address: int) -> int:
-    """Return the page frame behind an address of this process, 0 where the kernel does not tell (no CAP_SYS_ADMIN, Linux 4.2)."""
+    """Return the page frame behind an address of this process.
+
+    It is 0 where the kernel does not tell (no CAP_SYS_ADMIN, Linux 4.2).
+    """
     with open(_PATH, "rb", buffering=0) as pagemap:
         entry = os.pread(
             pagemap.fileno(), _ENTRY_BYTES, address // os.sysconf("SC_PAGE_SIZE") * _ENTRY_BYTES

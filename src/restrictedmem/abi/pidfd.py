@@ -1,4 +1,7 @@
-"""What a pidfd tells of a process that is nobody's child here (<linux/pidfd.h>)."""
+"""Information that a pidfd gives about another process (<linux/pidfd.h>).
+
+The process need not be a child of this one.
+"""
 
 import ctypes
 from typing import Final
@@ -11,7 +14,7 @@ PIDFD_INFO_EXIT: Final = 1 << 3
 
 @c_struct(size=64)
 class pidfd_info(ctypes.Structure):
-    """``struct pidfd_info``, as far as Linux 6.15 has it; before that, without ``exit_code``."""
+    """``struct pidfd_info`` of Linux 6.15; earlier kernels have no ``exit_code``."""
 
     mask: u64 = 0
     cgroupid: u64 = 0
@@ -33,7 +36,9 @@ PIDFD_GET_INFO: Final = Ioctl("PIDFD_GET_INFO", 0xFF, 11, Dir.READ | Dir.WRITE, 
 
 
 def wait_status(pidfd: HasFileno) -> int | None:
-    """Return the wait status of a process that has ended and was reaped; None before that (Linux 6.15).
+    """Return the wait status of a process that has ended and was reaped (Linux 6.15).
+
+    Before that, return None.
 
     Raises:
         OSError: ENOTTY, EINVAL on older kernels; ESRCH there and where the pidfd was made too late.

@@ -1,4 +1,4 @@
-"""prctl(2), unshare(2) and what else a process does to itself to be left alone."""
+"""Calls by which a process changes or examines itself: prctl(2), unshare(2) and others."""
 
 import ctypes
 import os
@@ -48,7 +48,7 @@ libc.unshare.argtypes = [ctypes.c_int]
 
 
 def prctl(option: int, argument: int = 0) -> int:
-    """prctl(2) with one integer argument.
+    """Call prctl(2) with one integer argument.
 
     Raises:
         OSError: the kernel's errno.
@@ -60,7 +60,7 @@ def prctl(option: int, argument: int = 0) -> int:
 
 
 def is_subreaper() -> bool:
-    """Say whether this process inherits the children that its descendants leave (PR_SET_CHILD_SUBREAPER).
+    """Say whether this process inherits orphans of its descendants (PR_SET_CHILD_SUBREAPER).
 
     Raises:
         OSError: EINVAL before Linux 3.4.
@@ -71,14 +71,14 @@ def is_subreaper() -> bool:
 
 
 def set_name(name: str) -> None:
-    """Set what ps(1) and /proc/PID/comm show for this thread; at most 15 bytes count."""
+    """Set the name of this thread in ps(1) and /proc/PID/comm; at most 15 bytes count."""
     buffer = ctypes.create_string_buffer(name.encode()[:15])
     if libc.prctl(PR_SET_NAME, ctypes.addressof(buffer), 0, 0, 0):
         raise_errno("prctl(PR_SET_NAME)")
 
 
 def unshare(flags: int) -> None:
-    """unshare(2).
+    """Call unshare(2).
 
     Raises:
         OSError: EPERM where namespaces are forbidden, ENOSPC over user.max_user_namespaces.
@@ -88,7 +88,7 @@ def unshare(flags: int) -> None:
 
 
 def setns(fd: int, kind: int) -> None:
-    """setns(2): move this process into a namespace; ``kind`` is its CLONE_NEW*.
+    """Move this process into a namespace (setns(2)); ``kind`` is its CLONE_NEW*.
 
     Raises:
         OSError: EPERM without CAP_SYS_ADMIN in it, EINVAL for a namespace of another kind.
@@ -118,7 +118,9 @@ class cap_header(ctypes.Structure):
 
 
 def set_capabilities(mask: int) -> None:
-    """Keep only the capabilities of ``mask`` (a bit for each number), effective and permitted (capset(2)).
+    """Keep only the capabilities of ``mask``, effective and permitted (capset(2)).
+
+    The mask has a bit for each capability's number.
 
     Raises:
         OSError: EPERM when the mask has one that is not permitted now.
@@ -141,10 +143,10 @@ def effective_capabilities() -> int:
 
 
 def set_slice(nanoseconds: int) -> None:
-    """Ask for time slices of this length for the calling thread, 0.1 ms to 100 ms (sched_setattr(2), SCHED_OTHER).
+    """Set the time slice of this thread, 0.1 ms to 100 ms (sched_setattr(2), SCHED_OTHER).
 
-    Since Linux 6.12 a thread with a short slice that wakes need not wait out the slice of the one
-    that runs; older kernels ignore it.
+    Since Linux 6.12 a thread with a short slice need not wait for the end of the running thread's
+    slice when it wakes. Older kernels do nothing with it.
 
     Raises:
         OSError: EPERM where a security module forbids it.
@@ -157,7 +159,7 @@ def set_slice(nanoseconds: int) -> None:
 
 
 def tracer_pid() -> int:
-    """Return the pid of the process that traces this one, 0 when none does (/proc/self/status).
+    """Return the pid of this process's tracer, 0 without one (/proc/self/status).
 
     Raises:
         OSError: ENOENT without /proc.
@@ -168,12 +170,12 @@ def tracer_pid() -> int:
 def proc() -> OwnedFd:
     """Open /proc, to find other processes in it by their pids; the caller owns it.
 
-    It has to number them as this process's PID namespace does. By the same pid another namespace's,
-    which ``unshare -pf`` leaves in place, has another process. What is opened beside the descriptor
-    (``dir_fd``) is there whatever is mounted over it meanwhile.
+    This /proc must number processes as this process's PID namespace does. ``unshare -pf`` leaves
+    the /proc of another namespace in place, where a pid names another process. Files opened by the
+    descriptor (``dir_fd``) are found even if something is mounted over /proc meanwhile.
 
     Raises:
-        OSError: ENOENT without /proc; ESRCH where it is another namespace's.
+        OSError: ENOENT without /proc; ESRCH where /proc belongs to another namespace.
     """
     with ExitStack() as undo:
         try:
@@ -186,7 +188,8 @@ def proc() -> OwnedFd:
             raise failed("open", ENOENT, "/proc is not mounted", "/proc") from None
         except OSError as error:
             raise named("open", error, "/proc") from None
-        # In that of a namespace above it has as many as there are namespaces from there down.
+        # In the /proc of an outer namespace, this process has a pid for each namespace from there
+        # down.
         if len(numbers) != 1:
             raise failed(
                 "open", ESRCH, "it numbers the processes of another PID namespace", "/proc"
@@ -196,7 +199,10 @@ def proc() -> OwnedFd:
 
 
 def _own_numbers(proc: OwnedFd) -> list[bytes]:
-    """Return this process's pids by a /proc: none in that of a namespace below, or beside this one."""
+    """Return this process's pids in a /proc.
+
+    There are none in the /proc of an inner or a sibling namespace.
+    """
     try:
         return status("self", b"NSpid:", proc)
     except FileNotFoundError:
@@ -204,13 +210,16 @@ def _own_numbers(proc: OwnedFd) -> list[bytes]:
 
 
 def status(whose: str | int, name: bytes, proc: OwnedFd | None = None) -> list[bytes]:
-    """Return the words behind a name in /proc/PID/status; none where the kernel has no such line. For a pid, ``proc`` has to be given.
+    """Return the words behind a name in /proc/PID/status; none if the kernel has no such line.
+
+    For a pid, ``proc`` must be given.
 
     Raises:
-        OSError: ENOENT, ESRCH when it has ended.
+        OSError: ENOENT, ESRCH when the process has ended.
     """
     opener = None if proc is None else partial(os.open, dir_fd=proc.fileno())
-    # Bytes, for a line ends with "\n" alone. In a thread's name the kernel leaves "\r" as it is.
+    # Bytes, because a line ends with "\n" alone, and the kernel leaves "\r" in a thread's name as
+    # it is.
     with open(f"{'/proc/' if proc is None else ''}{whose}/status", "rb", opener=opener) as lines:
         return next((line for line in lines if line.startswith(name)), b"").split()[1:]
 
@@ -223,21 +232,24 @@ def _own_status(whose: str, name: bytes) -> bytes:
 
 
 def cgroups() -> list[tuple[bytes, bytes]]:
-    """Return the controllers, none for version 2, and the path of each cgroup of this process (/proc/self/cgroup).
+    """Return the controllers and the path of each cgroup of this process (/proc/self/cgroup).
+
+    A cgroup of version 2 has no controllers.
 
     Raises:
         OSError: ENOENT without /proc.
     """
-    # Bytes, as above: a path may hold any but "\n".
+    # Bytes, as above, because a path may contain every character but "\n".
     with open("/proc/self/cgroup", "rb") as lines:
         rows = [line.rstrip(b"\n").split(b":", 2) for line in lines]
     return [(controllers, path) for _, controllers, path in rows]
 
 
 def is_dying(thread: int) -> bool:
-    """Say whether a thread has SIGKILL pending, as a process's threads have once any fatal signal came (/proc/TID/status); else False.
+    """Say whether SIGKILL is pending for a thread (/proc/TID/status).
 
-    False too for a thread that cannot be looked at, and for 0.
+    SIGKILL is pending for all threads of a process once any fatal signal has come. Return False for
+    a thread that cannot be examined, and for 0.
     """
     try:
         with proc() as place:
@@ -248,17 +260,16 @@ def is_dying(thread: int) -> bool:
 
 
 def raise_fd_limit() -> int:
-    """Raise the soft limit on descriptors to the hard one and return it."""
+    """Raise the soft limit on descriptors to the hard limit, and return it."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard
 
 
 def close_others(keep: Iterable[int], first: int = 3) -> None:
-    """Close every descriptor from ``first`` on that is not in ``keep``, whatever its number (close_range(2)).
+    """Close every descriptor from ``first`` on that is not in ``keep`` (close_range(2)).
 
-    A limit says nothing of what is open: descriptors stay when the limit is lowered below their
-    numbers (setrlimit(2)).
+    The limit on descriptors does not matter: those above a lowered limit stay open (setrlimit(2)).
     """
     kept = sorted(keep)
     try:
@@ -276,7 +287,7 @@ def close_others(keep: Iterable[int], first: int = 3) -> None:
 
 
 def tgkill(process: int, thread: int, number: int) -> None:
-    """tgkill(2): send a signal to one thread, by its kernel number.
+    """Send a signal to one thread by its kernel number (tgkill(2)).
 
     Raises:
         OSError: EINVAL for thread 0, ESRCH when it has ended.

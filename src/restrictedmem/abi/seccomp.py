@@ -1,4 +1,4 @@
-"""<linux/seccomp.h>: filters, and the notifications by which another process answers a system call."""
+"""<linux/seccomp.h>: filters, and notifications to a process that answers system calls."""
 
 import ctypes
 import functools
@@ -19,7 +19,7 @@ _A = TypeVar("_A", bound=ctypes.Structure)
 
 SYS_seccomp: Final = {"x86_64": 317, "aarch64": 277}
 AUDIT_ARCH: Final = {"x86_64": 0xC000_003E, "aarch64": 0xC000_00B7, "i386": 0x4000_0003}
-#: Set in the number of an x32 call (__X32_SYSCALL_BIT), whose architecture is x86-64's.
+#: The bit that marks an x32 call (__X32_SYSCALL_BIT), whose architecture is x86-64's.
 X32_BIT: Final = 0x4000_0000
 
 SECCOMP_SET_MODE_FILTER: Final = 1
@@ -39,7 +39,7 @@ _BPF_JMP_JEQ_K: Final = 0x15
 _BPF_JMP_JSET_K: Final = 0x45
 _BPF_ALU_AND_K: Final = 0x54
 _BPF_RET_K: Final = 0x06
-#: The most instructions that a conditional jump skips.
+#: The most instructions that a conditional jump can skip.
 _FARTHEST: Final = 255
 
 
@@ -70,7 +70,7 @@ class sock_fprog(ctypes.Structure):
 
 @c_struct(size=6)
 class seccomp_notif_sizes(ctypes.Structure):
-    """Sizes in bytes that the running kernel gives its structs."""
+    """Sizes in bytes of the running kernel's structs."""
 
     seccomp_notif: u16 = 0
     seccomp_notif_resp: u16 = 0
@@ -94,7 +94,7 @@ class seccomp_data(ctypes.Structure):
 
 @c_struct(size=80)
 class seccomp_notif(ctypes.Structure):
-    """A call that waits for an answer; to be zero when it is handed to the kernel."""
+    """A call that waits for an answer; it must be zero when it is passed to the kernel."""
 
     id: u64 = 0
     pid: u32 = 0
@@ -104,13 +104,16 @@ class seccomp_notif(ctypes.Structure):
 
 @c_struct(size=8)
 class _word(ctypes.Structure):
-    # Bare in the kernel's header.
+    # The kernel's header has a bare integer.
     value: u64
 
 
 @c_struct(size=24)
 class seccomp_notif_resp(ctypes.Structure):
-    """An answer: what the call returns, or minus the errno it fails with, or SECCOMP_USER_NOTIF_FLAG_CONTINUE."""
+    """The answer to a call.
+
+    It is a return value, minus an errno, or SECCOMP_USER_NOTIF_FLAG_CONTINUE.
+    """
 
     id: u64
     val: s64 = 0
@@ -120,7 +123,10 @@ class seccomp_notif_resp(ctypes.Structure):
 
 @c_struct(size=24)
 class seccomp_notif_addfd(ctypes.Structure):
-    """A descriptor to put into the caller; with SECCOMP_ADDFD_FLAG_SEND its number is also what the call returns."""
+    """A descriptor to install in the caller.
+
+    With SECCOMP_ADDFD_FLAG_SEND, the call returns its number.
+    """
 
     id: u64
     flags: u32
@@ -150,8 +156,7 @@ SECCOMP_IOCTL_NOTIF_SET_FLAGS: Final = Ioctl(
 def _seccomp(
     operation: int, flags: int, argument: ctypes.Structure | ctypes.c_uint32 | None
 ) -> int:
-    # -1 is no call at all: ENOSYS, which is what there is to say of a machine whose number is not
-    # known here.
+    # The number -1 gives ENOSYS, which is right for a machine whose number is not known here.
     number = ctypes.c_long(SYS_seccomp.get(os.uname().machine, -1))
     pointer = None if argument is None else ctypes.byref(argument)
     result: int = libc.syscall(number, ctypes.c_long(operation), ctypes.c_long(flags), pointer)
@@ -187,10 +192,10 @@ def notif_sizes() -> seccomp_notif_sizes:
 
 
 def flags_known(flags: FilterFlag) -> bool:
-    """Say whether the kernel knows the flags, without installing anything.
+    """Say whether the kernel knows the flags, without installing a filter.
 
-    The kernel looks at flags before it reads the program, so that no program gives EFAULT where
-    they are known (seccomp(2)).
+    The kernel checks flags before it reads the program. So a null program gives EFAULT if the flags
+    are known (seccomp(2)).
 
     Raises:
         OSError: ENOSYS without seccomp.
@@ -205,12 +210,14 @@ def flags_known(flags: FilterFlag) -> bool:
 
 
 def install(program: Sequence[sock_filter], flags: FilterFlag) -> OwnedFd:
-    """Put this thread and its future children under a filter, for good; returns its listener, which the caller owns.
+    """Put this thread and its future children under a filter; return its listener.
+
+    The filter is permanent. The caller owns the listener.
 
     Preconditions: PR_SET_NO_NEW_PRIVS or CAP_SYS_ADMIN; ``NEW_LISTENER`` among the flags.
 
     Raises:
-        OSError: EACCES without the precondition; EBUSY when a filter above already has a listener;
+        OSError: EACCES without the precondition; EBUSY when an outer filter already has a listener;
             EINVAL for the program or flags.
     """
     instructions = (sock_filter * len(program))(*program)
@@ -219,13 +226,13 @@ def install(program: Sequence[sock_filter], flags: FilterFlag) -> OwnedFd:
 
 
 def _decided(request: Ioctl[_A], listener: OwnedFd, argument: _A) -> int:
-    """Issue a request at a listener until the kernel has decided it.
+    """Issue a request at a listener, and repeat it after EINTR.
 
-    EINTR says that nothing was done: this process was stopped, frozen or traced while it waited for
-    the listener's lock.
+    EINTR means that nothing was done: this process was stopped, frozen or traced while it waited
+    for the listener's lock.
     """
     while True:
-        # Not by contextlib: each answer passes here.
+        # contextlib would be too slow, because each answer passes here.
         try:
             return request(listener, argument)
         except InterruptedError:
@@ -242,11 +249,11 @@ def respond(listener: OwnedFd, call: int, error: int = 0, flags: int = 0, value:
 def give(listener: OwnedFd, call: int, fd: OwnedFd) -> None:
     """Put a copy of a descriptor into a caller, and answer its call with the number.
 
-    Waits until the caller has run. Where callers wait so that only a fatal signal ends it
-    (WAIT_KILLABLE_RECV), these are two steps. As one (SECCOMP_ADDFD_FLAG_SEND), the call would be 0
-    without a descriptor when whoever gives was stopped, frozen or killed meanwhile:
-    seccomp_notify_addfd() takes the descriptor back then, and leaves the call answered. On older
-    kernels a signal to the caller could come between two steps.
+    Wait until the caller has run. If only a fatal signal ends a caller's wait (WAIT_KILLABLE_RECV),
+    the copy and the answer are two steps. As one step (SECCOMP_ADDFD_FLAG_SEND), the call would
+    return 0 without a descriptor if this process was stopped, frozen or killed meanwhile. In this
+    case seccomp_notify_addfd() takes the descriptor back, but leaves the call answered. On older
+    kernels a signal to the caller could come between two steps, so one step is used there.
 
     Raises:
         OSError: ENOENT when the call waits no more; EMFILE when the caller's table is full.
@@ -261,21 +268,25 @@ def give(listener: OwnedFd, call: int, fd: OwnedFd) -> None:
 
 @functools.cache
 def _waits_killably() -> bool:
-    """Say whether filters are installed with WAIT_KILLABLE_RECV: where it is known (Linux 5.19)."""
+    """Say whether filters are installed with WAIT_KILLABLE_RECV, which needs Linux 5.19."""
     return flags_known(FilterFlag.NEW_LISTENER | FilterFlag.WAIT_KILLABLE_RECV)
 
 
 def check_waiting(listener: OwnedFd, notification: seccomp_notif) -> None:
-    """Check that a call still waits for its answer: what was opened of its caller before is the caller's.
+    """Check that a call still waits for its answer.
+
+    If it does, files of its caller that were opened before are really the caller's.
 
     Raises:
-        OSError: ENOENT.
+        OSError: ENOENT when it does not.
     """
     _decided(SECCOMP_IOCTL_NOTIF_ID_VALID, listener, _word(value=notification.id))
 
 
 def wake_up_synchronously(listener: OwnedFd) -> None:
-    """Have callers and who answers them run in turn on one processor, which is faster for both; before Linux 6.6 nothing is done.
+    """Have callers and this process run in turn on one processor, which is faster for both.
+
+    Before Linux 6.6 this does nothing.
 
     Raises:
         OSError: EBADF.
@@ -294,32 +305,32 @@ def load(field: str) -> sock_filter:
 
 @dataclass(frozen=True, slots=True)
 class Jump:
-    """A conditional jump to a label; ``assemble`` computes how far."""
+    """A conditional jump to a label; ``assemble`` computes the distance."""
 
     code: int
     k: int
     target: str
-    #: Whether it jumps when the condition holds, or when it does not.
+    #: Whether it jumps if the condition holds (True) or if it does not.
     when: bool
 
 
 def jump_unless(value: int, target: str) -> Jump:
-    """Go on when what was loaded equals ``value``, else jump."""
+    """Jump unless the loaded value equals ``value``."""
     return Jump(_BPF_JMP_JEQ_K, value, target, when=False)
 
 
 def jump_if_any(bits: int, target: str) -> Jump:
-    """Jump when what was loaded has any of some bits, else go on."""
+    """Jump if the loaded value has any of some bits."""
     return Jump(_BPF_JMP_JSET_K, bits, target, when=True)
 
 
 def assemble(*lines: sock_filter | Jump | str) -> list[sock_filter]:
-    """Return the instructions, with every jump resolved; a string is the label of the instruction after it.
+    """Return the instructions with every jump resolved; a string labels the next instruction.
 
-    A jump is relative, so the instructions may become part of others.
+    Jumps are relative, so the instructions may become part of a larger program.
 
     Raises:
-        KeyError: for a label that is not there.
+        KeyError: for a label that does not exist.
         ValueError: for a label before the jump, or more than 255 instructions after it.
     """
     labels: dict[str, int] = {}
@@ -336,7 +347,7 @@ def assemble(*lines: sock_filter | Jump | str) -> list[sock_filter]:
 
 
 def _resolved(jump: Jump, distance: int) -> sock_filter:
-    # ctypes would cut it off.
+    # ctypes would truncate the distance.
     if not 0 <= distance <= _FARTHEST:
         raise ValueError(f"{jump.target!r} is {distance} instructions away")
     jt, jf = (distance, 0) if jump.when else (0, distance)
@@ -344,7 +355,7 @@ def _resolved(jump: Jump, distance: int) -> sock_filter:
 
 
 def keep(bits: int) -> sock_filter:
-    """Clear all other bits of what was loaded."""
+    """Clear all other bits of the loaded value."""
     return sock_filter(code=_BPF_ALU_AND_K, k=bits)
 
 

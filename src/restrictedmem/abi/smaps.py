@@ -1,4 +1,7 @@
-"""/proc/self/smaps, which an undumpable process may read without privileges, as it may not /proc/self/pagemap (proc_pid_smaps(5))."""
+"""/proc/self/smaps, which an undumpable process may read without privileges.
+
+Such a process may not read /proc/self/pagemap (proc_pid_smaps(5)).
+"""
 
 from collections.abc import Iterator
 from typing import Final
@@ -8,9 +11,10 @@ _HUGE: Final = b"ShmemPmdMapped:"
 
 
 def large_mappings(start: int, end: int) -> Iterator[int]:
-    """Yield the addresses of the mappings between two addresses of this process that entries of 2 MiB map whole, of shmem alone.
+    """Yield the addresses of shmem mappings in a range that 2 MiB entries map whole.
 
-    Costs a walk over all page tables of the process.
+    ``start`` and ``end`` are addresses of this process. The call costs a walk over all page tables
+    of the process.
 
     Raises:
         OSError: ENOENT where /proc is another file system.

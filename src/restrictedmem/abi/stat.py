@@ -1,4 +1,4 @@
-"""statx(2), for what can be known of a file without its file system."""
+"""statx(2), for the attributes of a file that the kernel knows without its file system."""
 
 import ctypes
 import os
@@ -9,7 +9,7 @@ from restrictedmem.abi._syscall import libc, raise_errno
 
 SYS_statx: Final = {"x86_64": 332, "aarch64": 291}
 
-#: Device and inode number, which no two files have at the same time.
+#: Device and inode number; no two files have the same at the same time.
 Identity = tuple[int, int]
 
 AT_STATX_DONT_SYNC: Final = 0x4000
@@ -28,10 +28,10 @@ _open_flags: Final = ctypes.c_long(AT_STATX_DONT_SYNC | _AT_EMPTY_PATH)
 
 
 def device(path: str, directory: int = _AT_FDCWD) -> int:
-    """Return the device number (``st_dev``) of the file that a path leads to, from a directory if it is relative.
+    """Return the device number (``st_dev``) of the file at a path.
 
-    A FUSE server is not asked: the kernel keeps the device itself, and with AT_STATX_DONT_SYNC
-    fuse_update_get_attr never sends GETATTR.
+    A relative path begins at ``directory``. A FUSE server is not asked: the kernel keeps the device
+    number itself, and with AT_STATX_DONT_SYNC fuse_update_get_attr never sends GETATTR.
 
     Raises:
         OSError: as statx(2).
@@ -43,7 +43,9 @@ def device(path: str, directory: int = _AT_FDCWD) -> int:
 
 
 def identity(fd: int) -> Identity:
-    """Return which file is open, of whatever kind, without asking its file system (``device``).
+    """Return the identity of an open file of any kind, without asking its file system.
+
+    ``device`` says why this works.
 
     Raises:
         OSError: EBADF.

@@ -1,4 +1,7 @@
-"""userfaultfd(2): the call, and what it takes to make a fault on a missing page fail; whoever has the descriptor can hold up a fault."""
+"""userfaultfd(2), and its use to make faults on missing pages fail.
+
+A process that has such a descriptor can block a fault.
+"""
 
 import ctypes
 import os
@@ -19,7 +22,7 @@ UFFDIO_REGISTER_MODE_MISSING: Final = 1
 
 @c_struct(size=24)
 class uffdio_api(ctypes.Structure):
-    """What is asked of the descriptor."""
+    """The features that are asked of the descriptor."""
 
     api: u64
     features: u64
@@ -53,9 +56,10 @@ def userfaultfd(flags: int) -> OwnedFd:
 
 
 def refuse_missing(address: int, length: int) -> OwnedFd:
-    """Make faults on missing pages of a mapping fail instead of allocating: SIGBUS, or EFAULT in a system call (Linux 4.14).
+    """Make faults on missing pages of a mapping fail, until the returned descriptor is closed.
 
-    Until the descriptor returned is closed, which the caller owns. Needs no privilege.
+    Such a fault is SIGBUS, or EFAULT in a system call, and allocates nothing (Linux 4.14). The
+    caller owns the descriptor. No privilege is needed.
 
     Raises:
         OSError: EPERM, ENOSYS where userfaultfd(2) is forbidden or missing.
