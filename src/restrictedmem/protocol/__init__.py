@@ -1,1 +1,4 @@
-"""What an owner and its engine say to each other: requests, exits, hypercall numbers, trace events, the measurement."""
+"""The messages between an owner and its engine.
+
+They are requests, exits, hypercall numbers, trace events and the measurement.
+"""

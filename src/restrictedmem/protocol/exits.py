@@ -1,4 +1,4 @@
-"""Why a vCPU came back: one value for each kind, and their form on the wire (after ``struct kvm_run``)."""
+"""The exits of a vCPU as values, and their form on the wire (after ``struct kvm_run``)."""
 
 import struct
 from dataclasses import dataclass
@@ -6,13 +6,13 @@ from typing import Final
 
 from restrictedmem.abi.kvm import ExitReason
 
-#: exit_reason, flags, and six words whose meaning depends on the reason.
+#: exit_reason, flags, and six words; the reason gives the words their meaning.
 LAYOUT: Final = struct.Struct("=II6Q")
 
 
 @dataclass(frozen=True, slots=True)
 class PortIn:
-    """The guest reads a port; the next run takes the value."""
+    """The guest reads a port; the next run passes the value."""
 
     port: int
     size: int
@@ -29,7 +29,7 @@ class PortOut:
 
 @dataclass(frozen=True, slots=True)
 class MmioRead:
-    """The guest reads an address that no slot covers; the next run takes the value."""
+    """The guest reads an address that no slot covers; the next run passes the value."""
 
     gpa: int
     size: int
@@ -46,7 +46,10 @@ class MmioWrite:
 
 @dataclass(frozen=True, slots=True)
 class Hypercall:
-    """The guest called the hypercall page; the next run takes the result. Only these registers leave the engine."""
+    """The guest called the hypercall page; the next run passes the result.
+
+    Only these registers leave the engine.
+    """
 
     number: int
     arguments: tuple[int, int, int, int]
@@ -54,10 +57,10 @@ class Hypercall:
 
 @dataclass(frozen=True, slots=True)
 class MemoryFault:
-    """A page could not be had (``KVM_EXIT_MEMORY_FAULT``): flags of ``KVM_MEMORY_EXIT_FLAG_*``, the page, its size, and why.
+    """A page could not be mapped (``KVM_EXIT_MEMORY_FAULT``).
 
-    v9 and v10 would retry for ever when get_page fails; as guest_memfd does, the errno is reported
-    instead.
+    ``flags`` are ``KVM_MEMORY_EXIT_FLAG_*``; ``gpa`` and ``size`` name the page. v9 and v10 would
+    retry for ever when get_page fails. Here the errno is reported instead, as guest_memfd does.
     """
 
     flags: int
@@ -68,16 +71,20 @@ class MemoryFault:
 
 @dataclass(frozen=True, slots=True)
 class Shutdown:
-    """The guest stopped for good: an exception it has no handler for (``vector``), at ``rip`` only if the VM may be debugged."""
+    """The guest stopped for good, at an exception for which it has no handler.
+
+    ``vector`` is the exception. The address (``rip``) can be read only if the VM may be debugged.
+    """
 
     vector: int
 
 
 @dataclass(frozen=True, slots=True)
 class Debug:
-    """KVM_SET_GUEST_DEBUG stopped the guest before the instruction at ``pc``; all three as ``kvm_debug_exit_arch`` has them.
+    """KVM_SET_GUEST_DEBUG stopped the guest before the instruction at ``pc``.
 
-    A breakpoint is #BP (3), a single step #DB (1) with ``DR6_BS``.
+    The fields are those of ``kvm_debug_exit_arch``. A breakpoint is #BP (3), and a single step is
+    #DB (1) with ``DR6_BS``.
     """
 
     exception: int
@@ -87,12 +94,15 @@ class Debug:
 
 @dataclass(frozen=True, slots=True)
 class Interrupted:
-    """The owner asked for it (``Vcpu.interrupt``, KVM_EXIT_INTR); nothing of the guest is lost, and it goes on at the next run."""
+    """The owner interrupted the vCPU (``Vcpu.interrupt``, KVM_EXIT_INTR).
+
+    The guest has lost nothing, and goes on at the next run.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """A reason this version has no name for."""
+    """A reason that this version does not know."""
 
     reason: int
 
@@ -110,7 +120,7 @@ Exit = (
     | Unknown
 )
 
-#: Of ``Debug.dr6``: a single step.
+#: The bit of ``Debug.dr6`` for a single step.
 DR6_BS: Final = 1 << 14
 BREAKPOINT: Final = 3
 SINGLE_STEP: Final = 1

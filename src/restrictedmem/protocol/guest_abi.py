@@ -1,4 +1,4 @@
-"""What a guest and whoever runs it agree on: guests/include/restrictedmem/guest.h in Python."""
+"""The interface between a guest and its VMM: guests/include/restrictedmem/guest.h."""
 
 import os
 import struct
@@ -8,8 +8,7 @@ from typing import Final
 
 from restrictedmem.failure import failed
 
-#: Guest physical addresses have this many bits; a guest is identity mapped, and #PF is what it gets
-#: beyond.
+#: Bits of a guest physical address. A guest is identity mapped, and an access beyond is #PF.
 GPA_BITS: Final = 44
 
 # Guest physical addresses and sizes, in bytes.
@@ -28,7 +27,7 @@ BOOT_VERSION: Final = 2
 #: ``struct boot_info``, without the argument strings that follow it.
 BOOT_INFO: Final = struct.Struct("=QII9Q")
 
-# Hypercalls (HYPERCALL_* there), and the streams of WRITE.
+# Hypercalls (HYPERCALL_* in guest.h), and the streams of WRITE.
 EXIT: Final = 0
 READ: Final = 1
 WRITE: Final = 2
@@ -38,21 +37,23 @@ CHECK: Final = 5
 MAP_GPA_RANGE: Final = 12
 STREAM_OUT: Final = 1
 STREAM_ERR: Final = 2
-#: How many arguments each has: other registers are not the owner's to see. Of any other hypercall
-#: it sees four.
+#: How many arguments each hypercall has: the owner must not see other registers. Of an unknown
+#: hypercall it sees four.
 ARGUMENTS: Final = {EXIT: 1, READ: 2, WRITE: 3, REPORT: 0, PARK: 0, CHECK: 4, MAP_GPA_RANGE: 3}
-#: Bytes that a report is over.
+#: Bytes of a guest's data in a report.
 REPORT_DATA: Final = 64
 
-#: MAP_GPA_RANGE's third argument: bits 0 to 3 are a page size, which is only a hint; with this one
-#: pages become private, else shared.
+#: MAP_GPA_RANGE's third argument: bits 0 to 3 are a page size, which is only a hint. With this bit
+#: set pages become private, else shared.
 MAP_GPA_RANGE_ENCRYPTED: Final = 1 << 4
 
 
 def boot_info(
     *, private_size: int, shared_size: int, heap_base: int, vcpus: int, arguments: Sequence[str]
 ) -> bytes:
-    """Return what lies at ``PRIVATE_BASE`` when a guest starts: ``struct boot_info`` and the argument strings.
+    """Return the content of the boot pages, which begin at ``PRIVATE_BASE``.
+
+    It is ``struct boot_info`` and then the argument strings.
 
     Raises:
         OSError: E2BIG for arguments that do not fit the boot pages.

@@ -1,8 +1,8 @@
-"""Events of a run as JSON lines (docs/use/trace.md): one schema for owner and engine, and for both engines.
+"""The events of a run as JSON lines (docs/use/trace.md), the same for owner and both engines.
 
-The engine sends its events over a socket to the owner, which writes them, and its own, to a file
-(``recording``). What is in them is metadata that a host has of every guest: numbers of pages, kinds
-of exits, times; no content, no register, no argument of a hypercall.
+The engine sends its events over a socket to the owner. The owner writes them and its own events to
+a file (``recording``). The events are metadata that a host has of every guest: numbers of pages,
+kinds of exits, times. They have no content, no register and no argument of a hypercall.
 """
 
 import json
@@ -22,10 +22,10 @@ from restrictedmem.protocol import exits, vm_wire
 from restrictedmem.service.wire import Message
 from restrictedmem.units import PAGE_MASK, PAGE_SHIFT
 
-#: Of the schema; whoever reads another one cannot rely on it.
+#: The schema's version; a reader must not rely on another version.
 VERSION: Final = 1
-#: Events for which a socket has room, in bytes of the kernel's memory, some 800 for each; the most
-#: that an ordinary user gets is less (net.core.wmem_max).
+#: A socket's room for events in bytes of the kernel's memory; each event takes some 800. An
+#: ordinary user gets less (net.core.wmem_max).
 _ROOM: Final = 1 << 20
 
 Value = int | str | bool
@@ -33,36 +33,37 @@ Fields = dict[str, Value]
 
 
 def now() -> int:
-    """Return the time of an event: CLOCK_MONOTONIC in nanoseconds, the same in every process."""
+    """Return the time for an event: CLOCK_MONOTONIC in nanoseconds, alike in every process."""
     return time.monotonic_ns()
 
 
 class Output(Protocol):
-    """Where a process's events go; never waits."""
+    """The destination of a process's events; it never waits."""
 
     def send(self, line: bytes, /) -> object:
-        """Take a line whole or not at all.
+        """Take a whole line or nothing.
 
         Raises:
-            BlockingIOError: there is no room for it.
+            BlockingIOError: there is no room for the line.
             OSError: nobody takes lines any more.
         """
 
     def close(self) -> None:
-        """Take no more."""
+        """Stop taking lines."""
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
-    """Return a socket to send events to, an ``Output``, and one to read them from.
+    """Return a socket to send events to, an ``Output``, and a socket to read them from.
 
-    Not a pipe: its lock is held while a reader's memory is filled, which a FUSE server of the
-    owner's may delay for ever. Nobody can send anything to the one that writes.
+    A pipe would not do. Its lock is held while a reader's memory is filled, which a FUSE server of
+    the owner may delay for ever. Nobody can send anything to the writing socket.
 
     Raises:
         OSError: EMFILE.
     """
     writer, reader = socket.socketpair()
-    # A line is far shorter than half the room, so the kernel takes it whole (unix_stream_sendmsg).
+    # A line is far shorter than half of the room, so the kernel takes it whole
+    # (unix_stream_sendmsg).
     writer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ROOM)
     writer.setblocking(False)
     writer.shutdown(socket.SHUT_RD)
@@ -71,7 +72,7 @@ def pair() -> tuple[socket.socket, socket.socket]:
 
 @final
 class Trace:
-    """Where a process writes its events, if anywhere; for any thread."""
+    """The trace of a process, which writes events if an output is set; for any thread."""
 
     __slots__ = ("_lock", "_lost", "_output", "on")
 
@@ -79,19 +80,19 @@ class Trace:
         self._lock = sync.mutex()
         self._output: Output | None = None
         self._lost = 0
-        #: Whether anybody wants events; to be asked before one is put together.
+        #: Whether events are wanted; a caller checks this before it builds one.
         self.on = False
 
     def start(self, output: Output) -> None:
-        """Write events to ``output`` from now on, own it, and close the one before."""
+        """Write events to ``output`` from now on, own it, and close the previous output."""
         with self.starting(output):
             pass
 
     @contextmanager
     def starting(self, output: Output) -> Generator[Callable[[str, Fields], None]]:
-        """Do the same, unless the block fails: then the one before goes on. Nobody else writes an event meanwhile.
+        """Do the same as ``start``, but keep the previous output if the block fails.
 
-        Yields what writes one.
+        Yield a function that writes an event. No other caller writes an event within the block.
         """
         with self._lock:
             before = self._output, self._lost, self.on
@@ -112,12 +113,16 @@ class Trace:
             self._output = None
 
     def emit(self, event: str, **fields: Value) -> None:
-        """Write an event. One for which there is no room is lost, and counted in the next; one that nobody reads ends the trace."""
+        """Write an event.
+
+        An event for which there is no room is lost, and counted in the next event. If nobody reads
+        events any more, the trace ends.
+        """
         with self._lock:
             self._write(event, fields)
 
     def end(self, **fields: Value) -> None:
-        """Write the last event, and then no more."""
+        """Write the last event, and close the output."""
         with self._lock:
             self._write("end", fields)
             self._close()
@@ -125,7 +130,10 @@ class Trace:
     def _write(self, event: str, fields: Fields) -> None:
         if self._output is None:
             return
-        line = f'{{"ts":{now()},"pid":{os.getpid()},"tid":{threading.get_native_id()},"event":"{event}"'
+        line = (
+            f'{{"ts":{now()},"pid":{os.getpid()},"tid":{threading.get_native_id()},'
+            f'"event":"{event}"'
+        )
         if self._lost:
             fields["lost"] = self._lost
         for name, value in fields.items():
@@ -139,7 +147,10 @@ class Trace:
             self._close()
 
     def requests(self, dispatch: Callable[[Message], None]) -> Callable[[Message], None]:
-        """Return ``dispatch`` with an event for each request of the owner that the schema knows, errno and duration in it."""
+        """Return ``dispatch`` with an event for each of the owner's requests in the schema.
+
+        The event has the request's errno and duration.
+        """
 
         def traced(message: Message) -> None:
             if not self.on:
@@ -194,7 +205,7 @@ def _of_request(message: Message) -> tuple[str, Fields]:
             case _:
                 return "", {}
     except (ValueError, struct.error):
-        # Not as long as its struct, so the request failed too.
+        # The body is shorter than its struct, so the request failed too.
         return "", {}
 
 
@@ -203,7 +214,7 @@ def _pages(address: int, size: int) -> Fields:
 
 
 def of_exit(exit_: exits.Exit) -> Fields:
-    """Return what an exit is, without what the guest passed with it."""
+    """Return an exit's fields, without the data that the guest passed with it."""
     fields: Fields = {"reason": type(exit_).__name__}
     match exit_:
         case exits.PortIn(port, size) | exits.PortOut(port, size):
