@@ -1,1 +1,4 @@
-"""What the machine offers, found by trying: each probe is quick, needs no privilege, and leaves nothing behind."""
+"""Probes of what the machine offers (``doctor``).
+
+Each probe tries one thing. A probe is quick, needs no privilege, and leaves nothing behind.
+"""

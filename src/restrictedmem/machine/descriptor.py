@@ -1,4 +1,4 @@
-"""What the descriptor needs: /dev/fuse, a way to mount it, and the FUSE protocol of the kernel."""
+"""Probes for the descriptor: /dev/fuse, ways to mount it, and the kernel's FUSE protocol."""
 
 import grp
 import os
@@ -41,7 +41,7 @@ def probe() -> Iterator[Finding]:
 
 
 def fuse_device() -> Finding:
-    """Open /dev/fuse, which alone does nothing."""
+    """Open /dev/fuse; this alone has no effect."""
     name = DEVICE
     consequence = "no restricted descriptor can be made"
     try:
@@ -51,9 +51,15 @@ def fuse_device() -> Finding:
             case e if e in (ENOENT, ENODEV, ENXIO):
                 remedy = "sudo modprobe fuse (for a container: start it with --device /dev/fuse)"
             case e if e == EACCES:
-                remedy = "sudo chmod 0666 /dev/fuse (until the next boot; for good: sudo apt install udev, whose rule sets that mode at each)"
+                remedy = (
+                    "sudo chmod 0666 /dev/fuse (until the next boot; for good: sudo apt install"
+                    " udev, whose rule sets this mode at each boot)"
+                )
             case _:
-                remedy = "allow the device to this container: --device /dev/fuse, or a device cgroup rule for 10:229"
+                remedy = (
+                    "allow the device to this container: --device /dev/fuse, or a device cgroup"
+                    " rule for 10:229"
+                )
         return Finding(
             name, State.NO, f"{reason(error)}; {device_mode(DEVICE)}", consequence, remedy
         )
@@ -61,7 +67,7 @@ def fuse_device() -> Finding:
 
 
 def device_mode(path: str) -> str:
-    """Say who may open a device, by its mode."""
+    """Return which users a device's mode allows to open it."""
     try:
         status = os.stat(path)
     except OSError:
@@ -90,7 +96,10 @@ def _group_name(gid: int) -> str:
 
 
 def try_way(way: Way) -> int | OSError:
-    """Mount for a moment in a child, answer nothing, and return the minor version of the protocol that the kernel offers."""
+    """Make a mount for a moment in a child, and return the minor version of the FUSE protocol.
+
+    The child answers no request. If the child fails, return its error.
+    """
     try:
         return in_child(lambda: _offered_minor(way))
     except OSError as error:
@@ -104,7 +113,7 @@ def _offered_minor(way: Way) -> int:
         mount_fusermount() if way is Way.FUSERMOUNT else mount_detached(allow_other=way is Way.OWN)
     )
     with root, device:
-        # INIT is queued as the mount is made. A server that read without looking could wait for
+        # The kernel queues INIT when the mount is made. A read without this check could wait for
         # ever.
         if not readable([device], 1):
             raise OSError(EAGAIN, "the kernel sent no INIT")
@@ -123,7 +132,7 @@ def own_mount(tried: int | OSError | None) -> Finding:
             return Finding(
                 name,
                 State.YES,
-                "fsopen, fsmount and allow_other: a descriptor works for whoever it is passed to",
+                "fsopen, fsmount and allow_other: a descriptor works for every user who gets it",
             )
         case OSError() as error:
             without = "" if _privileged() else " (no CAP_SYS_ADMIN)"
@@ -131,7 +140,7 @@ def own_mount(tried: int | OSError | None) -> Finding:
                 name,
                 State.NO,
                 f"{reason(error)}{without}",
-                "a descriptor that is passed to another user is of no use to that user",
+                "another user cannot use a descriptor that is passed to it",
                 "run the program as root (sudo)",
             )
 
@@ -175,7 +184,10 @@ def fusermount(tried: int | OSError | None) -> Finding:
             "sudo apt install fuse3",
         )
     others = re.search(r"^\s*user_allow_other\b", setting("/etc/fuse.conf") or "", re.MULTILINE)
-    installed = f"{_version_of(helper)}, user_allow_other {'set' if others else 'not set'} in /etc/fuse.conf (not needed)"
+    installed = (
+        f"{_version_of(helper)}, user_allow_other {'set' if others else 'not set'}"
+        " in /etc/fuse.conf (not needed)"
+    )
     match tried:
         case None:
             return Finding(name, State.UNKNOWN, f"{installed}; {_AFTER_DEVICE}")
@@ -196,7 +208,10 @@ def _fusermount_remedy(helper: str) -> str:
     if not (status.st_mode & stat.S_ISUID and status.st_uid == 0):
         return "sudo apt install --reinstall fuse3 (the helper has to be set-uid root)"
     if process.prctl(process.PR_GET_NO_NEW_PRIVS):
-        return "allow new privileges (systemd: NoNewPrivileges=no, container: without --security-opt no-new-privileges)"
+        return (
+            "allow new privileges (systemd: NoNewPrivileges=no, container: without"
+            " --security-opt no-new-privileges)"
+        )
     return "give this container CAP_SYS_ADMIN, or run outside of it"
 
 
@@ -209,7 +224,7 @@ def _version_of(helper: str) -> str:
 
 
 def user_namespaces() -> Finding:
-    """Enter a user namespace in a child, with its maps, and say what forbids it where it fails."""
+    """Enter a user namespace in a child, with its maps; on failure, report what forbids it."""
     name = "user namespaces"
     limit = setting(_NAMESPACES_SYSCTL)
     apparmor = setting(_APPARMOR_SYSCTL)
@@ -217,7 +232,7 @@ def user_namespaces() -> Finding:
     if apparmor is not None:
         detail += f"; AppArmor restricts them: {'yes' if apparmor != '0' else 'no'}"
     elif setting(_APPARMOR_ENABLED) == "Y":
-        detail += "; AppArmor is on and has no say in them"
+        detail += "; AppArmor is on and does not restrict them"
     else:
         detail += "; no AppArmor"
     try:
@@ -247,17 +262,18 @@ def _namespace_remedy(error: OSError, limit: str | None, apparmor: str | None) -
     if setting(_CLONE_SYSCTL) == "0":
         return "sudo sysctl kernel.unprivileged_userns_clone=1"
     if apparmor not in (None, "0") and error.errno in (EPERM, EACCES):
-        return "sudo apt install fuse3 (or, for every program: sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0)"
-    return "sudo apt install fuse3 (in a container: a seccomp profile that lets unshare through)"
+        return (
+            "sudo apt install fuse3 (or, for every program: sudo sysctl"
+            " kernel.apparmor_restrict_unprivileged_userns=0)"
+        )
+    return "sudo apt install fuse3 (in a container: a seccomp profile that allows unshare)"
 
 
 def protocol(minors: list[int]) -> Finding:
-    """Judge the FUSE protocol by what INIT said on the mounts that could be made."""
+    """Judge the FUSE protocol by the minor versions that INIT gave on the mounts made."""
     name = "FUSE protocol"
     if not minors:
-        return Finding(
-            name, State.UNKNOWN, "no mount could be made on which the kernel would say it"
-        )
+        return Finding(name, State.UNKNOWN, "it could not be asked for without a mount")
     minor = max(minors)
     needed = f"{fuse.KERNEL_VERSION}.{fuse.OLDEST_MINOR_VERSION}"
     said = f"{fuse.KERNEL_VERSION}.{minor} offered, {needed} needed"
@@ -273,7 +289,10 @@ def protocol(minors: list[int]) -> Finding:
 
 
 def descriptors_at_once() -> Finding:
-    """Say how many descriptors a service can hold: it has a memfd for each one that has pages."""
+    """Report how many descriptors a service can hold.
+
+    The service has a memfd for each descriptor that has pages.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     detail = f"RLIMIT_NOFILE {soft:,}, raised by the service to {hard:,}"
     if hard < 10_000:

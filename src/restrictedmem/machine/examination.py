@@ -1,4 +1,4 @@
-"""All findings together, and what of restrictedmem a machine can carry."""
+"""The examination of a machine: all findings, and which parts of restrictedmem work here."""
 
 import os
 from collections.abc import Iterable
@@ -24,13 +24,13 @@ from restrictedmem.vmm import elf
 from restrictedmem.vmm.vmm import Vmm
 
 _ENGINES: Final = ("software", "kernel")
-#: What a guest digests, and seconds that it may take, the service's start included.
+#: The input of the trial guest, and seconds that it may take, with the service's start.
 _INPUT: Final = bytes(range(256)) * 1024
 _GUEST_DEADLINE: Final = START_DEADLINE + 20
 
 
 class Group(Enum):
-    """What a finding is about."""
+    """The subject of a finding."""
 
     HOST = "Host"
     DESCRIPTOR = "Descriptor"
@@ -42,7 +42,7 @@ class Group(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Conclusion:
-    """The parts of restrictedmem, and whether this machine has what each needs."""
+    """The parts of restrictedmem, and whether each works on this machine."""
 
     descriptor: Finding
     software_engine: Finding
@@ -51,7 +51,7 @@ class Conclusion:
 
     @property
     def usable(self) -> bool:
-        """Whether a guest ran in restricted memory, on either engine."""
+        """Say whether a guest ran in restricted memory, on either engine."""
         return self.descriptor.state is State.YES and State.YES in (
             self.software_engine.state,
             self.kernel_engine.state,
@@ -69,7 +69,7 @@ class Conclusion:
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """What ``examine`` found."""
+    """The result of ``examine``."""
 
     groups: dict[Group, tuple[Finding, ...]]
     conclusion: Conclusion
@@ -86,7 +86,7 @@ _PROBES: Final = {
 
 
 def examine() -> Examination:
-    """Try everything, which takes some seconds, and draw the conclusion."""
+    """Make all probes, which takes some seconds, and draw the conclusion."""
     groups = {group: tuple(probe()) for group, probe in _PROBES.items()}
     found = {finding.name: finding for findings in groups.values() for finding in findings}
     made = make_descriptor()
@@ -95,7 +95,10 @@ def examine() -> Examination:
 
 
 def make_descriptor() -> Finding:
-    """Start a service in a child, and create, size, allocate and close a descriptor: the service ends with the child."""
+    """Start a service in a child, and create, size, allocate and close a descriptor.
+
+    The service ends with the child.
+    """
     name = "descriptor"
     try:
         way = in_child(_make_descriptor, START_DEADLINE + 2)
@@ -116,7 +119,10 @@ def _make_descriptor() -> str:
 
 
 def run_guest(engine: str, made: Finding) -> Finding:
-    """Run a guest to its end on an engine as ``run`` does, with a service that is a child's and ends with it."""
+    """Run a guest to its end on an engine, as ``run`` does, with a child's service.
+
+    The service ends with the child.
+    """
     name = f"{engine} engine"
     if made.state is not State.YES:
         return Finding(name, State.UNKNOWN, "it could not be tried without a descriptor")
@@ -125,7 +131,7 @@ def run_guest(engine: str, made: Finding) -> Finding:
     except OSError as error:
         return Finding(name, State.NO, f"no guest ran: {reason(error)}")
     return Finding(
-        name, State.YES, f"a guest ran to its end and digested {format_size(len(_INPUT))} right"
+        name, State.YES, f"a guest ran to its end and digested {format_size(len(_INPUT))} correctly"
     )
 
 
@@ -148,7 +154,11 @@ def _run_guest(engine: str) -> None:
 
 
 def conclude(found: dict[str, Finding], made: Finding, ran: dict[str, Finding]) -> Conclusion:
-    """Draw the conclusion from the findings by name, and from the attempts to make a descriptor and to run a guest on each engine."""
+    """Draw the conclusion from the findings by name, and from the attempts at each part.
+
+    ``made`` is the attempt to make a descriptor, and ``ran`` has those to run a guest on each
+    engine.
+    """
     return Conclusion(
         descriptor=_descriptor(found, made),
         software_engine=_engine(ran["software"], [found["Unicorn"]]),
@@ -174,7 +184,10 @@ def _descriptor(found: dict[str, Finding], made: Finding) -> Finding:
 
 
 def _engine(ran: Finding, needed: Iterable[Finding]) -> Finding:
-    """Judge an attempt to run a guest; where it failed, the remedy is that of the first thing that is missing."""
+    """Judge an attempt to run a guest.
+
+    After a failure, the remedy is that of the first missing thing.
+    """
     if ran.state is State.YES:
         return ran
     missing = next((one for one in needed if one.state is not State.YES), None)

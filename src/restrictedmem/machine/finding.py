@@ -1,4 +1,4 @@
-"""What a probe says."""
+"""The result of a probe."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -17,15 +17,18 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing a machine offers or lacks; ``name`` is stable, the rest is for a person."""
+    """One thing that a machine offers or lacks.
+
+    ``name`` is stable; the other texts are for people.
+    """
 
     name: str
     state: State
     detail: str
     consequence: str = ""
-    """What follows for restrictedmem, where something is missing."""
+    """The consequence for restrictedmem, where something is missing."""
     remedy: str = ""
-    """How to get it: a command where there is one."""
+    """How to get the missing thing: a command where there is one."""
 
 
 def reason(error: OSError) -> str:
@@ -34,9 +37,12 @@ def reason(error: OSError) -> str:
 
 
 def setting(path: str) -> str | None:
-    """Return the text of a file of /proc or /sys without white space around it; None where it is missing or unreadable."""
+    """Return the text of a file of /proc or /sys without white space around it.
+
+    None where the file is missing or unreadable.
+    """
     try:
-        # A line ends with "\n" alone: "\r" is part of a name.
+        # Bytes, because a line ends with "\n" alone, and "\r" may be part of a name.
         return Path(path).read_bytes().decode("ascii", "replace").strip()
     except OSError:
         return None

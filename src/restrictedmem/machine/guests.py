@@ -1,4 +1,4 @@
-"""What guests need: Unicorn for the software engine; /dev/kvm and guest_memfd for the kernel engine."""
+"""Probes for guests: Unicorn for one engine, /dev/kvm and guest_memfd for the other."""
 
 import ctypes
 import importlib.util
@@ -23,12 +23,12 @@ _AFTER_KVM: Final = "it could not be tried without /dev/kvm"
 
 _UC_ARCH_X86: Final = 4
 _UC_MODE_64: Final = 1 << 3
-#: What pyproject.toml asks for: UC_HOOK_TLB_FILL and the flushes that the engine relies on are
-#: tried with these.
+#: The versions that pyproject.toml asks for. UC_HOOK_TLB_FILL and the flushes that the engine needs
+#: were tried with these.
 _UNICORN_FIRST: Final = (2, 1, 3)
 _UNICORN_AFTER: Final = (2, 2, 0)
 
-#: The capabilities that decide what guests can do here.
+#: The capabilities that decide which guests can run here.
 _CAPABILITIES: Final = (
     kvm.Cap.USER_MEMORY2,
     kvm.Cap.MEMORY_FAULT_INFO,
@@ -38,7 +38,7 @@ _CAPABILITIES: Final = (
     kvm.Cap.PRE_FAULT_MEMORY,
     kvm.Cap.GUEST_MEMFD_FLAGS,
 )
-#: Flags of KVM_CREATE_GUEST_MEMFD, each set tried for itself.
+#: Sets of flags of KVM_CREATE_GUEST_MEMFD; each set is tried by itself.
 _FLAGS: Final = {
     "guest_memfd": 0,
     "guest_memfd, MMAP": kvm.GUEST_MEMFD_FLAG_MMAP,
@@ -71,7 +71,10 @@ def probe() -> Iterator[Finding]:
 
 
 def unicorn() -> Finding:
-    """Load Unicorn's library in a child, ask its version and open an x86-64 engine; the Python module is not imported."""
+    """Load Unicorn's library in a child, get its version, and open an x86-64 engine.
+
+    The Python module is not imported.
+    """
     name = "Unicorn"
     consequence = "no guest runs on the software engine"
     remedy = "python -m pip install 'unicorn>=2.1.3,<2.2'"
@@ -97,7 +100,7 @@ def unicorn() -> Finding:
         return Finding(
             name,
             State.PARTLY,
-            f"{detail}, not tried with this version",
+            f"{detail}, with which restrictedmem was not tested",
             "guests may fail on the software engine",
             remedy,
         )
@@ -114,7 +117,7 @@ def _unicorn_version(path: str) -> tuple[int, int, int]:
 
 
 def hardware() -> Finding:
-    """Say whether the processor has virtualisation to offer; information only."""
+    """Report whether the processor has virtualisation; this is information only."""
     name = "hardware virtualisation"
     flags = re.search(r"^flags\s*:(.*)$", setting("/proc/cpuinfo") or "", re.MULTILINE)
     words = set(flags[1].split()) if flags else set[str]()
@@ -126,7 +129,7 @@ def hardware() -> Finding:
         name,
         State.NO,
         f"neither vmx nor svm in /proc/cpuinfo, {where}",
-        "where KVM works all the same, it emulates a guest's kernel mode slowly",
+        "if KVM works nevertheless, it emulates a guest's kernel mode slowly",
     )
 
 
@@ -139,7 +142,10 @@ def kvm_device() -> Finding:
     except OSError as error:
         match error.errno:
             case e if e in (ENOENT, ENODEV, ENXIO):
-                remedy = "turn virtualisation on in the firmware, or nested virtualisation on the host; sudo modprobe kvm_intel or kvm_amd"
+                remedy = (
+                    "turn virtualisation on in the firmware, or nested virtualisation on the host;"
+                    " sudo modprobe kvm_intel or kvm_amd"
+                )
             case e if e == EACCES:
                 remedy = _kvm_permission()
             case _:
@@ -156,7 +162,10 @@ def kvm_device() -> Finding:
 def _kvm_permission() -> str:
     if os.stat(_KVM).st_mode & 0o060 == 0o060:
         return "sudo usermod -aG kvm $USER, then log in again"
-    return "sudo chmod 0666 /dev/kvm (until the next boot; for good: sudo apt install udev && sudo usermod -aG kvm $USER, then reboot)"
+    return (
+        "sudo chmod 0666 /dev/kvm (until the next boot; for good: sudo apt install udev && sudo"
+        " usermod -aG kvm $USER, then reboot)"
+    )
 
 
 def _new_vm(device: OwnedFd) -> OwnedFd:
@@ -164,13 +173,13 @@ def _new_vm(device: OwnedFd) -> OwnedFd:
 
 
 def _capabilities() -> dict[str, int]:
-    # A VM belongs to the address space that made it, so all of this has to be in one process.
+    # A VM belongs to the address space that made it, so one process has to do all of this.
     with OwnedFd(os.open(_KVM, os.O_RDWR | os.O_CLOEXEC)) as device, _new_vm(device) as vm:
         return {cap.name: kvm.KVM_CHECK_EXTENSION(vm, cap) for cap in _CAPABILITIES}
 
 
 def kvm_capabilities(found: dict[str, int]) -> Finding:
-    """Judge what KVM_CHECK_EXTENSION says on a VM."""
+    """Judge the answers of KVM_CHECK_EXTENSION on a VM."""
     needed = {
         cap.name for cap in (kvm.Cap.USER_MEMORY2, kvm.Cap.MEMORY_FAULT_INFO, kvm.Cap.GUEST_MEMFD)
     }
@@ -188,22 +197,29 @@ def kvm_capabilities(found: dict[str, int]) -> Finding:
 
 
 def memory_attributes(found: dict[str, int]) -> Finding:
-    """Say whether the kernel itself keeps pages private or shared, which takes a VM type that has private memory."""
+    """Report whether KVM itself keeps pages private or shared.
+
+    This takes a VM type that has private memory.
+    """
     name = "memory attributes"
-    detail = f"KVM_CAP_MEMORY_ATTRIBUTES {found['MEMORY_ATTRIBUTES']:#x} on a default VM, KVM_CAP_VM_TYPES {found['VM_TYPES']:#x}"
+    detail = (
+        f"KVM_CAP_MEMORY_ATTRIBUTES {found['MEMORY_ATTRIBUTES']:#x} on a default VM,"
+        f" KVM_CAP_VM_TYPES {found['VM_TYPES']:#x}"
+    )
     if not found["MEMORY_ATTRIBUTES"] and found["VM_TYPES"] <= 1:
         return Finding(
             name,
             State.NO,
             detail,
-            "the kernel's own conversion between private and shared cannot be seen here; restrictedmem keeps its attributes itself",
+            "the kernel's own conversion between private and shared cannot be tried here;"
+            " restrictedmem keeps its attributes itself",
             "a kernel with CONFIG_KVM_SW_PROTECTED_VM, SEV-SNP or TDX",
         )
     return Finding(name, State.YES, detail)
 
 
 def guest_memfd(name: str, flags: int) -> Finding:
-    """Create a guest_memfd of one page for real, map it, touch it, and say how far that went."""
+    """Create a guest_memfd of one page, map and touch it, and report how far this went."""
     try:
         went = in_child(lambda: _create_and_map(flags))
     except OSError as error:
@@ -232,11 +248,17 @@ def _create_and_map(flags: int) -> str:
             except OSError as error:
                 return f"mmap is refused ({reason(error)})"
             with mapping:
-                return f"mmap succeeds, a touch {'succeeds too' if _readable(mapping) else 'is SIGBUS'}"
+                return (
+                    "mmap succeeds, a touch"
+                    f" {'succeeds too' if _readable(mapping) else 'is SIGBUS'}"
+                )
 
 
 def _readable(mapping: mmap.mmap) -> bool:
-    """Say whether a mapping can be touched, by letting the kernel do it: what is SIGBUS to a program is EFAULT to write(2)."""
+    """Say whether a mapping can be touched, by letting write(2) read from it.
+
+    An access that is SIGBUS to a program is EFAULT to write(2).
+    """
     reader, writer = os.pipe()
     with OwnedFd(reader), OwnedFd(writer):
         try:

@@ -1,4 +1,4 @@
-"""What everything runs on: kernel, interpreter, user."""
+"""Probes of the host: kernel, interpreter, user."""
 
 import os
 import platform
@@ -10,14 +10,14 @@ from restrictedmem.machine.finding import Finding, State
 
 
 def probe() -> Iterator[Finding]:
-    """Yield the findings about the host; what works is found by trying and never derived from them."""
+    """Yield the findings about the host; no other finding is derived from them."""
     yield kernel()
     yield Finding("Python", State.YES, f"{platform.python_version()}, {sys.executable}")
     yield user()
 
 
 def kernel() -> Finding:
-    """Say which kernel runs, on which machine."""
+    """Report the kernel and the machine type."""
     name = os.uname()
     detail = f"{name.sysname} {name.release}, {name.machine}"
     if name.machine != "x86_64":
@@ -25,14 +25,14 @@ def kernel() -> Finding:
             "kernel",
             State.PARTLY,
             detail,
-            "guests are x86-64 and emulated; nothing was ever tried on this processor",
+            "guests are x86-64 and emulated; restrictedmem was never tested on this processor",
             "an x86-64 machine",
         )
     return Finding("kernel", State.YES, detail)
 
 
 def user() -> Finding:
-    """Say who asks, and with which of the capabilities that make a difference."""
+    """Report the user, with the capabilities that make a difference."""
     held = process.effective_capabilities()
     known = {"CAP_SYS_ADMIN": process.CAP_SYS_ADMIN, "CAP_IPC_LOCK": process.CAP_IPC_LOCK}
     capabilities = (

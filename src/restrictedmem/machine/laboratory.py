@@ -1,4 +1,4 @@
-"""What measuring and attacking need: tracing, other ways to pin or hold up pages, a compiler."""
+"""Probes for measurements and attacks: tracing, pinning or blocking pages, a compiler."""
 
 import os
 import re
@@ -28,9 +28,13 @@ def probe() -> Iterator[Finding]:
 
 
 def tracefs() -> Finding:
-    """Look for KVM's trace events where tracefs is mounted, else on a mount that lasts a moment and stands nowhere."""
+    """Look for KVM's trace events in tracefs.
+
+    Where tracefs is not mounted, the probe makes a mount of its own. That mount lasts for a moment
+    and is attached nowhere.
+    """
     name = "KVM trace events"
-    consequence = "exits and faults of the kernel engine are counted by itself alone"
+    consequence = "only the kernel engine itself counts its exits and faults"
     try:
         if (_TRACEFS / "events").is_dir():
             where, events = f"in {_TRACEFS}", set(os.listdir(_TRACEFS / "events"))
@@ -67,7 +71,7 @@ def _events_of_own_mount() -> set[str]:
 
 
 def io_uring() -> Finding:
-    """Make a ring: with one, an attacker can pin pages."""
+    """Make a ring, with which an attacker can pin pages."""
     name = "io_uring"
     setting_text = (
         f"kernel.io_uring_disabled {setting('/proc/sys/kernel/io_uring_disabled') or 'unknown'}"
@@ -79,16 +83,22 @@ def io_uring() -> Finding:
             name,
             State.NO,
             f"{reason(error)}; {setting_text}",
-            "pins by io_uring are not tried",
+            "attacks that pin pages by io_uring are not tried",
             "sudo sysctl kernel.io_uring_disabled=0",
         )
     return Finding(name, State.YES, setting_text)
 
 
 def userfaultfd() -> Finding:
-    """Make a userfaultfd: with one, an attacker can hold up a fault, the kernel's own too where it is not for user mode alone."""
+    """Make a userfaultfd, with which an attacker can block a fault.
+
+    One that is not limited to user mode also blocks faults of the kernel.
+    """
     name = "userfaultfd"
-    setting_text = f"vm.unprivileged_userfaultfd {setting('/proc/sys/vm/unprivileged_userfaultfd') or 'unknown'}"
+    setting_text = (
+        "vm.unprivileged_userfaultfd"
+        f" {setting('/proc/sys/vm/unprivileged_userfaultfd') or 'unknown'}"
+    )
     try:
         in_child(lambda: uffd.userfaultfd(0).close())
     except OSError as error:
@@ -102,20 +112,23 @@ def userfaultfd() -> Finding:
             name,
             State.NO,
             reason(first),
-            "holding up faults is not tried",
+            "attacks that block a fault are not tried",
             "a kernel with CONFIG_USERFAULTFD",
         )
     return Finding(
         name,
         State.PARTLY,
         f"faults of user mode only; {setting_text}",
-        "holding up faults inside a system call is not tried",
+        "attacks that block a fault inside a system call are not tried",
         "sudo sysctl vm.unprivileged_userfaultfd=1, or run as root",
     )
 
 
 def ptrace() -> Finding:
-    """Read Yama's word on ptrace; a service is closed to it in any case, being undumpable."""
+    """Read Yama's setting for ptrace.
+
+    Nobody can trace a service in any case, because it is undumpable.
+    """
     name = "ptrace of one's own"
     scope = setting("/proc/sys/kernel/yama/ptrace_scope")
     meaning = {
@@ -135,13 +148,13 @@ def ptrace() -> Finding:
         name,
         State.PARTLY,
         detail,
-        "an attack by ptrace would fail for Yama's sake, so it proves less about the service",
+        "an attack by ptrace would fail because of Yama, so it proves less about the service",
         "sudo sysctl kernel.yama.ptrace_scope=0 (3 lasts until the next boot)",
     )
 
 
 def compiler() -> Finding:
-    """Look for a C compiler; nothing but benchmarks and the rebuilding of guests needs one."""
+    """Look for a C compiler, which only benchmarks and the rebuilding of guests need."""
     name = "C compiler"
     for command in ("cc", "gcc", "clang"):
         path = shutil.which(command)

@@ -1,4 +1,4 @@
-"""What the memory behind a descriptor can be: locked, huge, looked at, taken out of the direct map."""
+"""Probes of memory: locked, huge and secret memory, and calls that report on pages."""
 
 import ctypes
 import mmap
@@ -15,7 +15,7 @@ from restrictedmem.units import PAGE_SIZE, format_size
 
 _THP: Final = Path("/sys/kernel/mm/transparent_hugepage")
 _HUGETLB: Final = Path("/sys/kernel/mm/hugepages")
-#: What ``run`` gives a guest when nothing else is asked for.
+#: The private memory of a guest of ``run`` by default.
 _USUAL_SLOT: Final = 64 << 20
 
 
@@ -35,7 +35,10 @@ def probe() -> Iterator[Finding]:
 
 
 def lockable(*, harmless: bool) -> Finding:
-    """Try to lock a slot of the usual size (no page of it is ever there), and say what the limit is; ``harmless`` when no swap exists."""
+    """Try to lock a slot of the usual size, and report the limit.
+
+    No page of the slot is ever allocated. ``harmless`` says that no swap exists.
+    """
     name = "locked memory"
     soft, hard = (_limit(value) for value in resource.getrlimit(resource.RLIMIT_MEMLOCK))
     capable = process.effective_capabilities() >> process.CAP_IPC_LOCK & 1
@@ -44,7 +47,7 @@ def lockable(*, harmless: bool) -> Finding:
         in_child(_lock_usual_slot)
     except OSError as error:
         effect = (
-            "which matters little, for there is no swap" if harmless else "and can be swapped out"
+            "which matters little, as there is no swap" if harmless else "and can be swapped out"
         )
         return Finding(
             name,
@@ -62,7 +65,7 @@ def _limit(value: int) -> str:
 
 
 def _lock_usual_slot() -> None:
-    # A private mapping with ONFAULT and nothing touched: the limit is asked, no memory is used.
+    # With ONFAULT and an untouched private mapping, the kernel checks the limit but uses no memory.
     mapping = mmap.mmap(-1, _USUAL_SLOT, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.mlock_onfault(_address(mapping), _USUAL_SLOT)
 
@@ -72,7 +75,7 @@ def _address(mapping: mmap.mmap) -> int:
 
 
 def no_swap() -> Finding:
-    """Say whether pages that are not locked can leave the RAM."""
+    """Report whether pages that are not locked can leave the RAM."""
     name = "no swap"
     swaps = setting("/proc/swaps")
     if swaps is None:
@@ -85,12 +88,12 @@ def no_swap() -> Finding:
         )
     detail = "; ".join(f"{fields[0]} {format_size(int(fields[2]) << 10)}" for fields in lines)
     return Finding(
-        name, State.NO, detail + zswap, "what is not locked can be swapped out", "sudo swapoff -a"
+        name, State.NO, detail + zswap, "unlocked pages can be swapped out", "sudo swapoff -a"
     )
 
 
 def transparent_huge_pages() -> Finding:
-    """Read the policy for huge pages in memfds: the one for all sizes, and the one for each size that can differ from it."""
+    """Read the policies for huge pages in memfds: the general one, and one for each size."""
     name = "huge pages in memfds"
     general = _chosen(setting(str(_THP / "shmem_enabled")))
     if general is None:
@@ -139,7 +142,7 @@ def _chosen(text: str | None) -> str | None:
 
 
 def collapse() -> Finding:
-    """Make one huge page of a memfd's small ones, and look whether it is one."""
+    """Collapse small pages of a memfd into a huge page, and check that it is one."""
     name = "MADV_COLLAPSE"
     size = int(setting(str(_THP / "hpage_pmd_size")) or 0)
     if not size:
@@ -158,14 +161,14 @@ def collapse() -> Finding:
             State.NO,
             reason(error),
             "no huge page on demand",
-            "Linux 6.1 or later, or free memory that is less in pieces",
+            "Linux 6.1 or later, or less fragmented free memory",
         )
     seen = {
-        None: "not checked, for want of PAGEMAP_SCAN",
+        None: "not checked, because PAGEMAP_SCAN is missing",
         True: "and seen to be mapped as one",
     }.get(huge, "but not seen to be mapped as one")
     state = State.PARTLY if huge is False else State.YES
-    return Finding(name, state, f"{format_size(size)} of a memfd made one page, {seen}")
+    return Finding(name, state, f"{format_size(size)} of a memfd collapsed into one page, {seen}")
 
 
 def _collapse(size: int) -> bool | None:
@@ -174,8 +177,8 @@ def _collapse(size: int) -> bool | None:
         base = _address(room)
         start = -base % size
         memory.fallocate(file.fileno(), 0, 0, size)
-        # Only a mapping whose address and offset in the file agree in alignment can be collapsed,
-        # hence one at an address.
+        # A mapping can be collapsed only if address and offset in the file are equally aligned. So
+        # the file is mapped at a chosen address.
         memory.map_over(base + start, size, file.fileno())
         room.madvise(memory.MADV_POPULATE_WRITE, start, size)
         room.madvise(memory.MADV_COLLAPSE, start, size)
@@ -226,10 +229,10 @@ def populate() -> Finding:
             name,
             State.NO,
             reason(error),
-            "mapping ahead has to touch page after page",
+            "prefaulting has to touch each page",
             "Linux 5.14 or later",
         )
-    return Finding(name, State.YES, "pages of a memfd mapped ahead")
+    return Finding(name, State.YES, "pages of a memfd can be prefaulted")
 
 
 def _populate() -> None:
@@ -261,7 +264,7 @@ def cachestat() -> Finding:
 
 
 def allocated_pages() -> int:
-    """Return how many pages the kernel counts in a memfd that has one (number 451).
+    """Return how many pages the kernel counts in a memfd with one page (call number 451).
 
     Raises:
         OSError: ENOSYS where the kernel has no such call.
@@ -272,7 +275,10 @@ def allocated_pages() -> int:
 
 
 def memfd_secret() -> Finding:
-    """Create secret memory, without touching a page: that would split the kernel's direct map, and nothing puts it together again."""
+    """Create secret memory, without touching a page.
+
+    A touch would split the kernel's direct map, and nothing would put it together again.
+    """
     name = "memfd_secret"
     try:
         in_child(lambda: memory.memfd_secret().close())
@@ -284,11 +290,11 @@ def memfd_secret() -> Finding:
             "the direct map's fragmentation cannot be measured",
             "boot with secretmem.enable=1 (Linux 5.14, the default since 6.5), CONFIG_SECRETMEM",
         )
-    return Finding(name, State.YES, "can be created; nothing of it was touched")
+    return Finding(name, State.YES, "can be created; no page of it was touched")
 
 
 def pagemap_scan() -> Finding:
-    """Ask which pages of a mapping are there."""
+    """Ask which pages of a mapping are present."""
     name = "PAGEMAP_SCAN"
     try:
         found = in_child(_scan_one_page)
@@ -304,7 +310,7 @@ def pagemap_scan() -> Finding:
         return Finding(
             name,
             State.PARTLY,
-            f"reports {found} bytes of a page that is there",
+            f"reports {found} bytes of a page that is present",
             "whether a page is huge is not shown",
         )
     return Finding(name, State.YES, "for this user")
@@ -327,7 +333,7 @@ def _frame_of_one_page() -> int:
 
 
 def frame_numbers() -> Finding:
-    """Ask which physical page is behind a virtual one."""
+    """Ask for the physical page behind a virtual one."""
     name = "page frame numbers"
     try:
         frame = in_child(_frame_of_one_page)
@@ -341,6 +347,6 @@ def frame_numbers() -> Finding:
         name,
         State.NO,
         detail,
-        "physical contiguity is not measured; nothing else needs them",
+        "physical contiguity is not measured; nothing else needs frame numbers",
         "run as root (CAP_SYS_ADMIN)",
     )

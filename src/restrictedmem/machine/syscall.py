@@ -1,4 +1,4 @@
-"""What memfd_restricted(2) as a system call for unmodified programs needs: seccomp's user notification."""
+"""Probes for memfd_restricted(2) in unmodified programs: seccomp's user notification."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from restrictedmem.machine.finding import Finding, State, reason
 from restrictedmem.machine.memory_kinds import allocated_pages
 from restrictedmem.probe import in_child
 
-_CONSEQUENCE: Final = "unmodified programs cannot be given memfd_restricted(2)"
+_CONSEQUENCE: Final = "unmodified programs cannot have memfd_restricted(2)"
 
 
 def probe() -> Iterator[Finding]:
@@ -30,7 +30,7 @@ def probe() -> Iterator[Finding]:
 
 
 def action() -> Finding:
-    """Ask for the filter's return action, and for the sizes of its structs."""
+    """Ask whether the kernel has the filter's return action, and for its structs' sizes."""
     name = "user notification"
     try:
         if not seccomp.action_available(seccomp.SECCOMP_RET_USER_NOTIF):
@@ -49,16 +49,17 @@ def action() -> Finding:
     return Finding(
         name,
         State.YES,
-        f"structs of {sizes.seccomp_notif}, {sizes.seccomp_notif_resp} and {sizes.seccomp_data} bytes",
+        f"structs of {sizes.seccomp_notif}, {sizes.seccomp_notif_resp} and"
+        f" {sizes.seccomp_data} bytes",
     )
 
 
 def flag(flags: seccomp.FilterFlag, since: str) -> Finding:
-    """Ask whether a filter may have a flag; only WAIT_KILLABLE_RECV can be done without."""
+    """Ask whether the kernel knows a filter flag; only WAIT_KILLABLE_RECV is optional."""
     optional = seccomp.FilterFlag.WAIT_KILLABLE_RECV in flags
     name = "WAIT_KILLABLE_RECV" if optional else "NEW_LISTENER"
     consequence = (
-        "a signal can make a program repeat a call that is half answered"
+        "a signal can make a program repeat a call that was answered in part"
         if optional
         else _CONSEQUENCE
     )
@@ -74,7 +75,10 @@ def flag(flags: seccomp.FilterFlag, since: str) -> Finding:
 
 
 def answered_call() -> Finding:
-    """Put a child under a filter and answer its call of number 451 with a descriptor, as the supervisor does."""
+    """Put a child under a filter, and answer its call of number 451 with a descriptor.
+
+    The supervisor of ``exec`` does the same.
+    """
     name = "answered call"
     try:
         in_child(_answer_one_call)
@@ -83,9 +87,9 @@ def answered_call() -> Finding:
             return Finding(
                 name,
                 State.UNKNOWN,
-                "a filter above has a listener already, that of restrictedmem exec for instance",
+                "an outer filter has a listener already, such as that of restrictedmem exec",
             )
-        remedy = "Linux 5.14 or later (SECCOMP_ADDFD_FLAG_SEND), and no other listener above"
+        remedy = "Linux 5.14 or later (SECCOMP_ADDFD_FLAG_SEND), and no outer listener"
         return Finding(name, State.NO, reason(error), _CONSEQUENCE, remedy)
     return Finding(
         name,
@@ -126,7 +130,7 @@ def _answer_one_call() -> None:
 
 
 def _call(expected: int) -> None:
-    """Make the call, which has to return the file that is expected.
+    """Make the call, which has to return the expected file.
 
     Raises:
         OSError: ENOSYS without a listener; EPROTO for another file.
@@ -137,7 +141,7 @@ def _call(expected: int) -> None:
 
 
 def number() -> Finding:
-    """Say what the kernel itself does with number 451."""
+    """Report what the kernel itself does at number 451."""
     name = "number 451"
     try:
         in_child(allocated_pages)
@@ -150,12 +154,13 @@ def number() -> Finding:
         name,
         State.PARTLY,
         "cachestat(2) in this kernel",
-        "under a supervisor a call of 451 with first argument 0 is memfd_restricted, so cachestat of descriptor 0 is not to be had",
+        "under a supervisor a call of 451 with first argument 0 is memfd_restricted, so cachestat"
+        " of descriptor 0 does not work",
     )
 
 
 def presence() -> Finding:
-    """Call it."""
+    """Call memfd_restricted(2) itself."""
     name = "memfd_restricted(2)"
     try:
         memory.memfd_restricted().close()
