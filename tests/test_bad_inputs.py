@@ -180,12 +180,12 @@ INPUTS = [
     Case(
         "trace to-perfetto /dev/zero IN/new",
         1,
-        r"/dev/zero: read: Invalid argument \(line 1 is no event\)",
+        r"/dev/zero: read: Invalid argument \(line 1 is not an event\)",
     ),
     Case(
         "trace to-perfetto IN/nested IN/new",
         1,
-        r"IN/nested: read: Invalid argument \(no trace: .*\)",
+        r"IN/nested: read: Invalid argument \(not a trace: .*\)",
     ),
     Case("trace to-perfetto IN/missing IN/new", 1, "IN/missing: read: No such file or directory"),
     Case("exec --json IN/missing/new true", 1, "IN/missing/new: open: No such file or directory"),

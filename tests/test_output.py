@@ -174,7 +174,7 @@ def test_a_trace_that_was_cut_off(tmp_path: Path, recorded: list[str]) -> None:
     status, line, hint = convert(tmp_path, "".join(recorded)[:-2])
     assert (status, line) == (
         1,
-        f"error: IN: missing of the trace: its last line was cut off, the owner's end ({owner})",
+        f"error: IN: missing of the trace: the end of its last line, the owner's end ({owner})",
     )
     assert hint.startswith("hint: what there is was converted")
     status, line, _ = convert(tmp_path, "".join(recorded[:-1]))
@@ -192,7 +192,7 @@ def test_a_trace_that_says_it_has_lost_events(tmp_path: Path, recorded: list[str
 
 
 def test_a_number_of_lost_events_that_is_none() -> None:
-    with pytest.raises(OSError, match="line 1 is no event"):
+    with pytest.raises(OSError, match="line 1 is not an event"):
         perfetto.read(['{"ts":1,"pid":1,"tid":1,"event":"end","lost":"3"}\n'])
 
 

@@ -143,8 +143,8 @@ def test_a_slice_ends_where_the_one_around_it_does() -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("", "no trace"),
-        ('{"ts":1,"pid":1,"tid":1,"event":"enter","vcpu":0}\n', "no trace"),
+        ("", "not a trace"),
+        ('{"ts":1,"pid":1,"tid":1,"event":"enter","vcpu":0}\n', "not a trace"),
         ('{"ts":1,"pid":1,"tid":1,"event":"trace","version":2,"side":"owner"}\n', "version 2"),
         ('{"ts":1,"pid":1,"tid":1,"event":"trace","version":1,"side":"owner"}\n[]\n', "line 2"),
         ('{"ts":"1","pid":1,"tid":1,"event":"trace","version":1}\n', "line 1"),

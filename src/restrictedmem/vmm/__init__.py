@@ -1,7 +1,7 @@
-"""The owner of a VM.
+"""The owner's side of a VM.
 
-``vm`` offers the VM and its vCPUs in KVM's words. ``vmm`` is the small VMM of ``restrictedmem
-run``, with ``elf`` to load a guest, ``recording`` and ``perfetto`` for traces, and ``gdb`` for a
-debugger. The owner's process never imports the engine's (``restrictedmem.kvm``): the two share the
-messages of ``restrictedmem.protocol``.
+``vm`` has the VM and its vCPUs in KVM's words. ``vmm`` is the small VMM of ``restrictedmem run``.
+``elf`` loads a guest, ``recording`` and ``perfetto`` handle traces, and ``gdb`` is a stub for a
+debugger. The owner's process must not import the engine's code (``restrictedmem.kvm``). The two
+share the messages of ``restrictedmem.protocol``.
 """

@@ -1,4 +1,4 @@
-"""Reading a guest: a static x86-64 ELF, of which only the loadable segments matter (elf(5))."""
+"""A parser for guests: static x86-64 ELFs, of which only loadable segments count (elf(5))."""
 
 import struct
 from collections.abc import Iterator
@@ -15,13 +15,16 @@ _PT_LOAD: Final = 1
 _ET_EXEC: Final = 2
 _EM_X86_64: Final = 62
 _CLASS64: Final = 2
-#: What errors call this.
+#: The name of the call in errors.
 _CALL: Final = "exec"
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Bytes to put at a guest address; ``size`` counts the zeroes after them too."""
+    """Bytes to put at a guest physical address.
+
+    ``size`` is the size in guest memory. The bytes beyond ``data`` are zero.
+    """
 
     gpa: int
     data: bytes
@@ -30,14 +33,14 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A guest program: where it starts and what it is made of."""
+    """A guest program: its entry point and its segments."""
 
     entry: int
     segments: tuple[Segment, ...]
 
     @property
     def end(self) -> int:
-        """The first address after the image."""
+        """Return the first address after the image."""
         return max(segment.gpa + segment.size for segment in self.segments)
 
 
@@ -45,7 +48,7 @@ def parse(data: bytes) -> Image:
     """Read a static ELF.
 
     Raises:
-        OSError: ENOEXEC for anything that is not one.
+        OSError: ENOEXEC for any other file.
     """
     if not data.startswith(MAGIC):
         raise failed(_CALL, ENOEXEC, "not a static x86-64 ELF")
@@ -60,7 +63,8 @@ def parse(data: bytes) -> Image:
             or phentsize != _PHDR.size
         ):
             raise failed(_CALL, ENOEXEC, "not a static x86-64 ELF")
-        # Numbers beyond the file, up to 2^64, are for no slice and no offset.
+        # The offset may lie anywhere up to 2^64, far beyond the file, where nothing can be sliced
+        # or unpacked.
         headers = data[min(phoff, len(data)) :][: phnum * _PHDR.size]
         if len(headers) != phnum * _PHDR.size:
             raise failed(_CALL, ENOEXEC, "ELF is cut short")
@@ -68,19 +72,22 @@ def parse(data: bytes) -> Image:
     except struct.error:
         raise failed(_CALL, ENOEXEC, "ELF is cut short") from None
     if not segments:
-        raise failed(_CALL, ENOEXEC, "ELF has nothing to load")
+        raise failed(_CALL, ENOEXEC, "ELF has no segment to load")
     return Image(entry, tuple(segments))
 
 
 def _segments(data: bytes, headers: bytes) -> Iterator[Segment]:
-    """Yield what is to be loaded, which is not more than there is: of a small file, 65,535 headers could name all."""
+    """Yield the segments to load, whose contents together are no larger than the file.
+
+    Without this limit, the 65,535 headers of a small file could each name the whole file.
+    """
     left = len(data)
     for header in _PHDR.iter_unpack(headers):
         segment = _segment(data, *header)
         if segment is not None:
             left -= len(segment.data)
             if left < 0:
-                raise failed(_CALL, ENOEXEC, "ELF has more to load than there is in the file")
+                raise failed(_CALL, ENOEXEC, "ELF's segments are together larger than the file")
             yield segment
 
 
@@ -95,7 +102,7 @@ def _segment(
     memsz: int,
     align: int,
 ) -> Segment | None:
-    """Return what a program header says is to be loaded."""
+    """Return the segment that a program header describes; None if it loads nothing."""
     if kind != _PT_LOAD or not memsz:
         return None
     content = data[offset : offset + filesz]

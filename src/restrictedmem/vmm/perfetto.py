@@ -1,7 +1,8 @@
-"""From events (docs/use/trace.md) to Perfetto's own trace format, which ui.perfetto.dev opens: protobuf, ``perfetto.protos.Trace``.
+"""Conversion of a trace (docs/use/trace.md) to Perfetto's format, which ui.perfetto.dev opens.
 
-A process is a process there and a thread a thread; what has a duration is a slice, a vCPU's time in
-the guest too; what has none is an instant; private pages are a counter of the engine's.
+The format is protobuf, ``perfetto.protos.Trace``. Processes and threads become Perfetto's processes
+and threads. An event with a duration becomes a slice, and so does a vCPU's time in the guest. An
+event without a duration becomes an instant. The engine's private pages become a counter.
 """
 
 import json
@@ -50,11 +51,11 @@ _COUNTER: Final = 4
 _UNIT_COUNT: Final = 2
 _INCREMENTAL_STATE_CLEARED: Final = 1
 
-#: All packets are of one writer.
+#: All packets are written by one writer.
 _SEQUENCE: Final = 1
 _COUNTER_UUID: Final = 1 << 62
 _LENGTH_DELIMITED: Final = 2
-#: What every event has, and what becomes something else than an annotation.
+#: Fields that do not become annotations.
 _NO_ANNOTATION: Final = ("ts", "pid", "tid", "event", "ns")
 
 _ALWAYS: Final = {"ts", "pid", "tid", "event"}
@@ -83,7 +84,7 @@ def _field(number: int, value: int | str | bytes) -> bytes:
 
 @dataclass(slots=True)
 class _Slice:
-    """What lasted from ``start`` to ``end``, in nanoseconds."""
+    """An interval from ``start`` to ``end``, in nanoseconds."""
 
     start: int
     end: int
@@ -100,7 +101,7 @@ class _Track:
     tid: int
     name: str = ""
     slices: list[_Slice] = field(default_factory=list["_Slice"])
-    #: The slice of the vCPU that is in the guest.
+    #: The open slice of a vCPU that is in the guest.
     inside: _Slice | None = None
 
     @property
@@ -111,17 +112,17 @@ class _Track:
 @final
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A trace as it was read: its events in the order of their time, and what of it is missing, in words."""
+    """The events of a trace in the order of time, and a text that says what is missing."""
 
     events: list[Event]
     missing: str
 
 
 def read(lines: Iterable[str]) -> Read:
-    """Read a trace; a last line that was cut off is left out.
+    """Read a trace; leave out a last line that was cut off.
 
     Raises:
-        OSError: EINVAL for what is no trace, or one of another version.
+        OSError: EINVAL for a file that is no trace, or a trace of another version.
     """
     events: list[Event] = []
     running: dict[int, str] = {}
@@ -132,13 +133,13 @@ def read(lines: Iterable[str]) -> Read:
             cut = not line.endswith("\n")
             if cut:
                 break
-            raise failed("read", EINVAL, f"line {number} is no event")
+            raise failed("read", EINVAL, f"line {number} is not an event")
         if event["event"] == "trace":
             if event.get("version") != VERSION:
                 raise failed(
                     "read",
                     EINVAL,
-                    f"a trace of version {event.get('version')}, and this reads {VERSION}",
+                    f"the trace has version {event.get('version')}, only {VERSION} can be read",
                 )
             running[event["pid"]] = event.get("side", "?")
         elif event["event"] == "end":
@@ -146,8 +147,8 @@ def read(lines: Iterable[str]) -> Read:
         lost += event.get("lost", 0)
         events.append(event)
     if not any(event["event"] == "trace" for event in events):
-        raise failed("read", EINVAL, "no trace: no event says of which version it is")
-    missing = ["its last line was cut off"] if cut else []
+        raise failed("read", EINVAL, "not a trace: no event gives its version")
+    missing = ["the end of its last line"] if cut else []
     missing += [f"the {side}'s end ({pid})" for pid, side in running.items()]
     missing += [f"{lost} events"] if lost else []
     return Read(sorted(events, key=lambda event: event["ts"]), ", ".join(missing))
@@ -160,7 +161,8 @@ def _parse(line: str) -> Event | None:
             event.keys() >= _ALWAYS
             and all(isinstance(event.get(name, ""), str) for name in _TEXTS)
             and all(_is_number(event.get(name, 0)) for name in _NUMBERS)
-            # What is deep can be read, and not be written: that takes a little more of the stack.
+            # Writing a deeply nested value takes a little more stack than reading it, so it could
+            # be read and then not be written.
             and not any(isinstance(value, dict | list) for value in event.values())
         )
     except (ValueError, AttributeError, RecursionError):
@@ -169,12 +171,12 @@ def _parse(line: str) -> Event | None:
 
 
 def _is_number(value: object) -> bool:
-    """Say whether a value is a count or a time: not below zero, and no more than Perfetto's numbers hold."""
+    """Say whether a value is an integer from 0 to 2^63 - 1, the largest number in Perfetto."""
     return type(value) is int and 0 <= value < 1 << 63
 
 
 def convert(events: list[Event]) -> bytes:
-    """Return the trace of some events in the order of their time."""
+    """Return some events, which are in the order of time, as a Perfetto trace."""
     threads: dict[tuple[int, int], _Track] = {}
     processes: dict[int, str] = {}
     packets: list[tuple[int, bytes]] = []
@@ -204,7 +206,7 @@ def convert(events: list[Event]) -> bytes:
 
 
 def _take(thread: _Track, event: Event) -> Iterator[tuple[int, bytes]]:
-    """Put an event's slice on its thread's track, or yield the packet of one that has none."""
+    """Put an event's slice on its thread's track, or yield the packet of another event."""
     ts, name = event["ts"], event["event"]
     if "private_pages" in event:
         yield _event(ts, _COUNTER, _COUNTER_UUID | thread.pid, value=event["private_pages"])
@@ -229,7 +231,7 @@ def _take(thread: _Track, event: Event) -> Iterator[tuple[int, bytes]]:
 
 
 def _slices(thread: _Track) -> Iterator[tuple[int, bytes]]:
-    """Yield begin and end of each slice, one inside the other."""
+    """Yield the begin and the end of each slice, properly nested."""
     open_slices: list[_Slice] = []
     for piece in sorted(thread.slices, key=lambda piece: (piece.start, -piece.end)):
         while open_slices and open_slices[-1].end <= piece.start:
@@ -281,7 +283,10 @@ def _value(value: object) -> bytes:
 def _tracks(
     threads: Iterable[_Track], processes: dict[int, str], counting: set[int]
 ) -> Iterator[bytes]:
-    """Yield the description of each track; the first packet says that nothing came before it."""
+    """Yield the description of each track.
+
+    The first packet says that no packet came before it.
+    """
     flags = _field(_PACKET_SEQUENCE_FLAGS, _INCREMENTAL_STATE_CLEARED)
     for pid, name in processes.items():
         process = _field(_PROCESS_PID, pid) + _field(_PROCESS_NAME, name)

@@ -1,4 +1,4 @@
-"""The owner's part of a trace: the file, and what only the owner knows (docs/use/trace.md)."""
+"""The owner's part of a trace: the file and the owner's own events (docs/use/trace.md)."""
 
 import os
 import re
@@ -21,7 +21,7 @@ from restrictedmem.vmm.vmm import Ended, Vmm
 
 #: Bytes to read at a time.
 _PIECE: Final = 1 << 20
-#: Of the bytes of events: how many before one were lost; each process's first, and its last.
+#: Bytes to find in events: the count of lost events, a process's first event, and its last one.
 _LOST: Final = re.compile(rb',"lost":(\d+)')
 _FIRST: Final = b',"event":"trace"'
 _LAST: Final = b',"event":"end"'
@@ -39,14 +39,15 @@ _NAMES: Final = {
 def record(
     vmm: Vmm, path: str | Path, lost: Callable[[int], object] | None = None
 ) -> Generator[None]:
-    """Write the events of a VMM, its VM and its vCPUs to a file, made anew; to be entered before the guest is loaded and run.
+    """Write the events of a VMM, its VM and its vCPUs to a new file.
 
-    The owner's ``end`` is the file's last line: without it, the file is not all. ``lost`` is told
-    at the end how many events found no room on their way, if any did.
+    Enter this context before the guest is loaded and run. The owner's ``end`` is the file's last
+    line; without it, the file is incomplete. ``lost`` is called at the end with the number of
+    events that were dropped because a socket was full, if there were any.
 
     Raises:
-        OSError: as ``paths.create`` and ``Vm.start_trace``; at the end, what the file could not be
-            written or closed with.
+        OSError: as ``paths.create`` and ``Vm.start_trace``; at the end, the error of writing or
+            closing the file.
     """
     file = _EventFile(path)
     mine = Trace()
@@ -62,7 +63,7 @@ def record(
                     yield
             finally:
                 vmm.enter = before
-                # Behind it comes no event that could say that it was lost.
+                # No later event could report that this one was lost.
                 writer.setblocking(True)
                 mine.end(**_how(vmm.outcome))
     finally:
@@ -74,20 +75,24 @@ def record(
 
 @final
 class _EventFile:
-    """The file that events are carried to: neither the engine nor the owner's vCPUs wait for it."""
+    """The file of events; neither the engine nor the owner's vCPUs wait for writes to it."""
 
     def __init__(self, path: str | Path) -> None:
         self._file = NewFile(os.fspath(path))
         self._mutex = sync.mutex()
         self._failure: OSError | None = None
-        #: Events that found no room on their way.
+        #: Events that were dropped because a socket was full.
         self.lost = 0
 
     def write(self, lines: bytes) -> None:
-        """Write lines. After a failure they are forgotten: events that nobody takes off a socket would count as lost."""
+        """Write lines; after a failure drop them.
+
+        The caller must go on reading the socket after a failure: events that nobody reads would
+        count as lost.
+        """
         with self._mutex:
             self.lost += sum(map(int, _LOST.findall(lines)))
-            # An engine's end may be among what is lost.
+            # The engine's last event may itself be lost.
             self.lost += lines.count(_FIRST) - lines.count(_LAST)
         self._try(partial(self._file.write, lines))
 
@@ -106,7 +111,7 @@ class _EventFile:
                     self._file.close()
 
     def check(self) -> None:
-        """Raise what the file failed with.
+        """Raise the error of the first failed write or close.
 
         Raises:
             OSError: as write(2) and close(2).
@@ -122,21 +127,21 @@ def _carried_of_engine(vm: Vm, file: _EventFile) -> Generator[None]:
             yield
         finally:
             with suppress(OSError):
-                # The engine may be gone, and its last words with it.
+                # The engine may be gone, and its last event with it.
                 vm.end_trace()
 
 
 @contextmanager
 def _carried(reader: socket.socket, file: _EventFile) -> Generator[None]:
-    """Carry events to a file meanwhile, and close ``reader``."""
+    """Copy events to a file in a thread within the context, and close ``reader`` after it."""
     with reader:
         thread = threading.Thread(target=_carry, args=(reader, file), name="trace", daemon=True)
         begin(thread)
         try:
             yield
         finally:
-            # No more than has come: an engine may have been out of reach, and a child may have the
-            # other end, too.
+            # Copy only the events that have arrived. The engine may have been unreachable, or a
+            # child may hold the other end, so the end of the stream may never come.
             reader.shutdown(socket.SHUT_RD)
             thread.join()
 
@@ -149,7 +154,7 @@ def _carry(reader: socket.socket, file: _EventFile) -> None:
 
 
 def _answering(mine: Trace, vmm: Vmm) -> Callable[[Vcpu, int], exits.Exit]:
-    """Return ``Vmm.enter`` with an event for each exit that was answered."""
+    """Return ``Vmm.enter`` with an event for each exit that the owner has answered."""
     numbers = {vcpu: index for index, vcpu in enumerate(vmm.vcpus)}
     asked: dict[Vcpu, tuple[int, exits.Hypercall]] = {}
     enter = vmm.enter

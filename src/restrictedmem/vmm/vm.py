@@ -1,4 +1,4 @@
-"""The owner's side of a VM, in KVM's words: a VM, its slots, its vCPU, and exits as values."""
+"""The owner's side of a VM in KVM's words: the VM, its slots, its vCPUs and their exits."""
 
 import fcntl
 import json
@@ -23,13 +23,16 @@ from restrictedmem.units import PAGE_MASK, U64_MAX
 _LAUNCH_CHUNK: Final = (MAX_BODY - vm_wire.LAUNCH.size) & ~PAGE_MASK
 _DBG_CHUNK: Final = MAX_BODY - vm_wire.DBG.size
 _NOT_RESTRICTED: Final = (EBADF, ENOTTY, EACCES)
-#: Files that a VM may name; most have two for all their slots.
+#: How many files of slots a VM remembers; most VMs have two files for all slots.
 _SHOWN: Final = 8
 
 
 @final
 class Vm:
-    """A VM in an engine process of its own; it lives as long as this or any of its vCPUs is open."""
+    """A VM in an engine process of its own.
+
+    The VM lives until this object and all its vCPUs are closed.
+    """
 
     def __init__(
         self,
@@ -40,18 +43,18 @@ class Vm:
         explicit: bool = False,
         platform: str = "",
     ) -> None:
-        """Start an engine (KVM_CREATE_VM), by the process's own service or another.
+        """Start an engine (KVM_CREATE_VM), by the given service or the process's own.
 
-        ``engine`` is ``software``, ``kernel``, or ``auto`` for the kernel's where it works.
-        ``debug`` opens registers and private memory to the owner; with ``explicit`` pages are
-        converted only when the guest has asked for it (MAP_GPA_RANGE), and private memory lies
-        where it was at the launch. Both are part of the measurement. ``platform`` names what the
-        host keeps in step with private memory (``platform.platform.NAMES``); ``auto`` is then
-        ``software``.
+        ``engine`` is ``software``, ``kernel`` or ``auto``; ``auto`` takes the kernel engine where
+        it works. ``debug`` opens registers and private memory to the owner. With ``explicit``,
+        pages are converted only when the guest has asked for it (MAP_GPA_RANGE), and private memory
+        stays where it was at the launch. Both are part of the measurement. ``platform`` names the
+        model of the host state that is kept in step with private memory
+        (``platform.platform.NAMES``); with it, ``auto`` means ``software``.
 
         Raises:
-            OSError: EINVAL for an unknown engine or platform; EOPNOTSUPP for a platform under
-                ``kernel``; what kept the service or the engine from starting.
+            OSError: EINVAL for an unknown engine or platform; EOPNOTSUPP for a platform with
+                ``kernel``; the error that kept the service or the engine from starting.
         """
         self._service = service or default_service()
         policy = (vm_wire.POLICY_DEBUG if debug else 0) | (
@@ -59,7 +62,7 @@ class Vm:
         )
         creation = vm_wire.Creation(engine, policy, platform)
         number, sock = self._service.spawn_numbered("kvm", creation.dump())
-        #: Says how the engine ended, once it is gone.
+        #: Returns how the engine ended, once it is gone.
         self._why = partial(self._service.ending, number)
         self._channel = Channel(sock, "engine", takes_fds=True, why=self._why)
         try:
@@ -67,10 +70,10 @@ class Vm:
         except BaseException:
             self._channel.close()
             raise
-        #: Files of slots, the last ones. The engine says whether one still is: a slot may be gone,
-        #: and others may have this VM too.
+        #: The files of the last slots. Only the engine knows whether a slot still shows a file: the
+        #: slot may be gone, and other processes may have this VM too.
         self._shown = deque[Identity](maxlen=_SHOWN)
-        #: The engine it runs on: ``software`` or ``kernel``.
+        #: The engine that runs the VM: ``software`` or ``kernel``.
         self.engine = name.decode()
 
     def set_user_memory_region(
@@ -85,16 +88,18 @@ class Vm:
         shared_offset: int = 0,
         readonly: bool = False,
     ) -> None:
-        """Create a slot, move one, or delete it with ``memory_size=0`` (KVM_SET_USER_MEMORY_REGION); addresses and sizes in bytes.
+        """Create, move or delete a slot (KVM_SET_USER_MEMORY_REGION).
 
-        ``restricted_fd`` gives the private half (``KVM_MEM_PRIVATE``); the slot holds the file
-        until it is deleted. ``shared_fd`` gives the shared half: a memfd, which is sealed against
-        shrinking. Both stay the caller's; while a slot shows the file, further ones only name it. A
-        slot without private half moves to another guest address when all else is given as it was;
-        nothing else of a slot can be changed. vCPUs may be running.
+        Addresses and sizes are in bytes. ``memory_size=0`` deletes the slot. ``restricted_fd``
+        gives the private half (``KVM_MEM_PRIVATE``); the slot holds the file until it is deleted.
+        ``shared_fd`` gives the shared half: a memfd, which gets sealed against shrinking. The
+        caller keeps both descriptors. While a slot shows a file, further slots send the file's name
+        instead of a descriptor. A slot without a private half moves to another guest address when
+        all other arguments are unchanged. Nothing else of a slot can be changed. vCPUs may be
+        running.
 
         Raises:
-            OSError: EINVAL, EEXIST as v9 and v10; EINVAL for a closed descriptor or one that is not
+            OSError: EINVAL, EEXIST as v9 and v10; EINVAL for a descriptor that is closed or not
                 restricted; ENOMEM for slots of more than 256 GiB together.
         """
         flags = kvm.KVM_MEM_PRIVATE if restricted_fd is not None else 0
@@ -130,7 +135,11 @@ class Vm:
         private: Identity | None,
         shared: Identity | None,
     ) -> None:
-        """Make the call; ``private`` and ``shared`` name what a slot shows already, in place of token and descriptor."""
+        """Make the call.
+
+        ``private`` and ``shared`` name files that a slot shows already, in place of a token and a
+        descriptor.
+        """
         token = (
             b""
             if restricted_fd is None or private or not region.memory_size
@@ -158,11 +167,11 @@ class Vm:
             raise
 
     def set_memory_attributes(self, address: int, size: int, *, private: bool) -> None:
-        """Make a range of guest memory private or shared (v10: KVM_SET_MEMORY_ATTRIBUTES); bytes.
+        """Make a range of bytes private or shared (v10: KVM_SET_MEMORY_ATTRIBUTES).
 
         Raises:
             OSError: EINVAL for an empty, unaligned or wrapping range; EOPNOTSUPP on a service that
-                follows v9; what the engine failed with, and then a part at the start may be done.
+                follows v9; the engine's error, after which a part at the start may be done.
         """
         attributes = kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0
         left = kvm.kvm_memory_attributes(address=address, size=size, attributes=attributes)
@@ -173,7 +182,7 @@ class Vm:
                 return
 
     def get_supported_memory_attributes(self) -> int:
-        """Return what can be set: ``KVM_MEMORY_ATTRIBUTE_PRIVATE`` (v10: KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES).
+        """Return ``KVM_MEMORY_ATTRIBUTE_PRIVATE`` (v10: KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES).
 
         Raises:
             OSError: EOPNOTSUPP on a service that follows v9.
@@ -184,18 +193,20 @@ class Vm:
         return int(found)
 
     def check_extension(self, cap: int) -> int:
-        """Return what this VM says to a ``KVM_CAP_*``, 0 for no (KVM_CHECK_EXTENSION)."""
+        """Return the VM's answer for a ``KVM_CAP_*``, 0 for no (KVM_CHECK_EXTENSION)."""
         (found,) = vm_wire.CAP.unpack(
             self._channel.call(vm_wire.CHECK_EXTENSION, vm_wire.CAP.pack(cap))[0]
         )
         return int(found)
 
     def inject_failure(self, gpa: int) -> None:
-        """Act as if the machine had lost a page of private memory: EHWPOISON for the guest, until it is punched. For tests.
+        """Act as if the machine had lost a page of private memory; for tests.
+
+        The guest gets EHWPOISON for the page until the page is punched.
 
         Raises:
-            OSError: EINVAL unless aligned; EFAULT where no private half is; EOPNOTSUPP on an engine
-                that cannot.
+            OSError: EINVAL unless aligned; EFAULT where no slot has a private half; EOPNOTSUPP on
+                an engine that cannot.
         """
         self._channel.call(vm_wire.INJECT_FAILURE, vm_wire.FAILURE.pack(gpa))
 
@@ -210,7 +221,7 @@ class Vm:
         self._channel.call(call, bytes(kvm.kvm_enc_region(addr=address, size=size)))
 
     def convert(self, address: int, size: int, *, private: bool) -> None:
-        """Make a range private or shared by the call of the posting that the service follows; bytes.
+        """Make a range private or shared by the call of the service's posting; bytes.
 
         Raises:
             OSError: as ``set_memory_attributes`` (v10) or ``memory_encrypt_region`` (v9).
@@ -223,20 +234,23 @@ class Vm:
         change(address, size, private=private)
 
     def launch_update(self, gpa: int, data: bytes) -> None:
-        """Put whole pages of initial content into private memory, before the launch is finished, and extend the measurement by them.
+        """Put whole pages of content into private memory before the launch is finished.
 
-        What does not fit one message goes in several, which fail by themselves.
+        The pages extend the measurement. Content too large for one message is sent in several
+        messages, each of which may fail by itself.
 
         Raises:
-            OSError: EPERM when it is finished; EINVAL for part of a page; EFAULT where the range is
-                not private memory of one slot; ENOSPC, ENOMEM.
+            OSError: EPERM when the launch is finished; EINVAL for part of a page; EFAULT where the
+                range is not private memory of one slot; ENOSPC, ENOMEM.
         """
         for start in range(0, len(data), _LAUNCH_CHUNK):
             chunk = data[start : start + _LAUNCH_CHUNK]
             self._channel.call(vm_wire.LAUNCH_UPDATE, vm_wire.LAUNCH.pack(gpa + start) + chunk)
 
     def launch_finish(self) -> bytes:
-        """Close the launch and return its measurement, 48 bytes; the first run of a vCPU does it too.
+        """Close the launch and return its measurement, 48 bytes.
+
+        The first run of a vCPU closes the launch too.
 
         Raises:
             OSError: ENOTCONN when the engine or its service is gone.
@@ -248,18 +262,19 @@ class Vm:
         """Make a vCPU (KVM_CREATE_VCPU).
 
         Raises:
-            OSError: EPERM when the launch is finished.
-            OSError: EINVAL for one more than a VM can have.
+            OSError: EPERM when the launch is finished; EINVAL for one vCPU more than a VM can have.
         """
         body, fds = self._channel.call(vm_wire.CREATE_VCPU)
         (number,) = vm_wire.VCPU.unpack(body)
         return Vcpu(socket.socket(fileno=fds[0].detach()), self._channel, number, self._why)
 
     def read_memory(self, gpa: int, size: int) -> bytes:
-        """Return memory as the guest has it, private pages too, of a VM made with ``debug``; a missing page reads as zero.
+        """Return memory as the guest sees it, private pages too, of a VM made with ``debug``.
+
+        A missing page reads as zero.
 
         Raises:
-            OSError: EPERM without ``debug``; EFAULT where nothing is.
+            OSError: EPERM without ``debug``; EFAULT where no memory is.
         """
         found = bytearray()
         while len(found) < size:
@@ -271,7 +286,7 @@ class Vm:
         return bytes(found)
 
     def write_memory(self, gpa: int, data: bytes) -> None:
-        """Change memory as the guest has it, private pages too, of a VM made with ``debug``.
+        """Change memory as the guest sees it, private pages too, of a VM made with ``debug``.
 
         Raises:
             OSError: as ``read_memory``; ENOSPC, ENOMEM.
@@ -281,19 +296,20 @@ class Vm:
             self._channel.call(vm_wire.DBG_WRITE, vm_wire.DBG.pack(gpa + start, len(chunk)) + chunk)
 
     def start_trace(self) -> socket.socket:
-        """Have the engine send its events (docs/use/trace.md), and return the socket to read them from, which is the caller's.
+        """Have the engine send its events, and return the socket to read them from.
 
-        It ends where the trace ends: a further one ends the one before.
+        docs/use/trace.md describes the events. The caller owns the socket. The stream ends when the
+        trace ends. A second trace ends the first.
 
         Raises:
-            OSError: EMFILE, here or in the engine; ETOOMANYREFS as unix(7). The one before goes on
-                then.
+            OSError: EMFILE, here or in the engine; ETOOMANYREFS as unix(7). An earlier trace then
+                goes on.
         """
         _, (reader,) = self._channel.call(vm_wire.TRACE, vm_wire.TRACE_REQUEST.pack(1))
         return socket.socket(fileno=reader.detach())
 
     def end_trace(self) -> None:
-        """Have the engine send no more events; the last says that it is the last."""
+        """Have the engine stop sending events; its last event marks the end."""
         self._channel.call(vm_wire.TRACE, vm_wire.TRACE_REQUEST.pack(0))
 
     def statistics(self) -> dict[str, Any]:
@@ -303,17 +319,19 @@ class Vm:
         return found
 
     def destroy(self) -> dict[str, Any]:
-        """End the VM now: vCPUs leave the guest, slots go, files are unbound; returns what its platform reports, {} without one.
+        """End the VM now, and return its platform's report, {} without a platform.
 
-        What a run under way gets is ``exits.Interrupted``; every later call of the VM and its vCPUs
-        is EBADF. Closing them ends a VM too, but says nothing, and not when.
+        vCPUs leave the guest, slots are deleted, and files are unbound. A run that is under way
+        returns ``exits.Interrupted``. Every later call of the VM and its vCPUs is EBADF. Closing
+        the VM and its vCPUs ends the VM too, but returns no report, and does not say when the VM
+        has ended.
         """
         body, _ = self._channel.call(vm_wire.DESTROY_VM)
         found: dict[str, Any] = json.loads(body)
         return found
 
     def close(self) -> None:
-        """Let go of the VM."""
+        """Close the VM's socket."""
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -324,7 +342,11 @@ class Vm:
 
 
 def _identity(fd: int) -> Identity | None:
-    """Return which file a descriptor is of; None where it may not be written to, or is closed: then its name would do what it cannot."""
+    """Return the device and inode number that may stand for a descriptor in a request.
+
+    None for a descriptor that is closed or cannot be written to: the file's name would allow more
+    than the descriptor does.
+    """
     try:
         found = stat.identity(fd)
         return found if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR else None
@@ -334,48 +356,58 @@ def _identity(fd: int) -> Identity | None:
 
 @final
 class Vcpu:
-    """A vCPU; one thread at a time runs it, any other may interrupt it."""
+    """A vCPU; one thread at a time may run it, any other thread may interrupt it."""
 
     def __init__(
         self, sock: socket.socket, vm: Channel, number: int, why: Callable[[], str] | None = None
     ) -> None:
         self._channel = Channel(sock, "engine", why=why)
         self._vm = vm
-        #: From 0 on, in the order they were made.
+        #: vCPUs are numbered from 0 in the order in which they were made.
         self.number: Final = number
 
     def set_regs(self, *, rip: int, rsp: int = 0, rdi: int = 0, rsi: int = 0) -> None:
-        """Set where the guest starts, its stack and its arguments, before the first run (KVM_SET_REGS).
+        """Set a guest's entry point, stack and arguments before its first run (KVM_SET_REGS).
 
         Raises:
-            OSError: EPERM after it, or when the launch is finished: a private guest's registers are
-                its own.
+            OSError: EPERM after the first run or when the launch is finished, because a private
+                guest's registers are its own.
         """
         self._channel.call(
             vm_wire.SET_REGS, bytes(kvm.kvm_regs(rip=rip, rsp=rsp, rdi=rdi, rsi=rsi))
         )
 
     def get_regs(self) -> kvm.kvm_regs:
-        """Return the general registers (KVM_GET_REGS), of a VM made with ``debug``, when the vCPU is not being run.
+        """Return the general registers (KVM_GET_REGS) of a vCPU that is not running.
 
         Raises:
-            OSError: EPERM without ``debug``; EOPNOTSUPP on an engine that cannot; so the next
-                three.
+            OSError: EPERM for a VM made without ``debug``; EOPNOTSUPP on an engine that cannot. The
+                next three methods raise the same.
         """
         body, _ = self._channel.call(vm_wire.GET_REGS)
         return kvm.kvm_regs.from_buffer_copy(body)
 
     def change_regs(self, regs: kvm.kvm_regs) -> None:
-        """Set the general registers of a guest that has run (KVM_SET_REGS); before its first run, ``set_regs`` is what there is."""
+        """Set the general registers of a guest that has run (KVM_SET_REGS).
+
+        Before the first run, use ``set_regs``.
+        """
         self._channel.call(vm_wire.SET_REGS, bytes(regs))
 
     def get_sregs(self) -> kvm_x86.kvm_sregs:
-        """Return selectors, the bases of FS and GS, and control registers (KVM_GET_SREGS); the rest is 0."""
+        """Return the system registers (KVM_GET_SREGS).
+
+        Selectors, the bases of FS and GS, and control registers are filled in. The rest is 0.
+        """
         body, _ = self._channel.call(vm_wire.GET_SREGS)
         return kvm_x86.kvm_sregs.from_buffer_copy(body)
 
     def set_guest_debug(self, *, step: bool = False, breakpoints: Collection[int] = ()) -> None:
-        """Exit with ``exits.Debug`` after each instruction, or before those at the addresses (KVM_SET_GUEST_DEBUG)."""
+        """Exit with ``exits.Debug`` at steps and breakpoints (KVM_SET_GUEST_DEBUG).
+
+        With ``step``, the vCPU exits after each instruction. It exits before the instruction at
+        each address in ``breakpoints``.
+        """
         control = kvm_x86.KVM_GUESTDBG_SINGLESTEP if step else 0
         control |= kvm_x86.KVM_GUESTDBG_USE_SW_BP if breakpoints else 0
         control |= kvm_x86.KVM_GUESTDBG_ENABLE if control else 0
@@ -385,7 +417,9 @@ class Vcpu:
         )
 
     def run(self, value: int = 0) -> exits.Exit:
-        """Run the guest until it needs its owner (KVM_RUN); ``value`` is what the exit before asked for, if it asked.
+        """Run the guest until it needs its owner (KVM_RUN).
+
+        ``value`` answers the previous exit, if that exit asked for a value.
 
         Raises:
             OSError: ENOTCONN when the engine is gone.
@@ -394,24 +428,26 @@ class Vcpu:
         return exits.unpack(body)
 
     def interrupt(self) -> None:
-        """Make ``run`` return ``exits.Interrupted``: the one under way, or else the next; from any thread.
+        """Make ``run`` return ``exits.Interrupted``; any thread may call this.
+
+        If no run is under way, the next run returns so.
 
         Raises:
-            OSError: ENOTCONN when the VM is closed or the engine gone.
+            OSError: ENOTCONN when the VM is closed or the engine is gone.
         """
         self._vm.call(vm_wire.INTERRUPT, vm_wire.VCPU.pack(self.number))
 
     def pre_fault_memory(self, gpa: int, size: int) -> int:
-        """Map guest memory as a read by the guest would, before it needs it (KVM_PRE_FAULT_MEMORY); returns how many bytes were done.
+        """Map guest memory before the guest needs it, as a read would (KVM_PRE_FAULT_MEMORY).
 
-        That may be fewer than asked for: ask for the rest, and if that cannot be had, the errno
-        says why.
+        Return the number of bytes done, which may be fewer than ``size``. The caller then asks for
+        the rest; if the rest cannot be mapped, that call's errno says why.
 
         Raises:
             OSError: EINVAL for an empty, unaligned or wrapping range; ENOENT where no slot is;
-                EFAULT where the slot lacks the half that is shown; EHWPOISON for a page that the
-                machine has lost; ENOSPC, ENOMEM; EINTR when interrupted; EOPNOTSUPP on an engine
-                that cannot. Each only when nothing was done.
+                EFAULT where the slot lacks the half that the attribute selects; EHWPOISON for a
+                page that the machine has lost; ENOSPC, ENOMEM; EINTR when interrupted; EOPNOTSUPP
+                on an engine that cannot. Each is raised only when nothing was done.
         """
         body, _ = self._channel.call(
             vm_wire.PRE_FAULT_MEMORY, bytes(kvm.kvm_pre_fault_memory(gpa=gpa, size=size))
@@ -419,7 +455,7 @@ class Vcpu:
         return size - int(kvm.kvm_pre_fault_memory.from_buffer_copy(body).size)
 
     def close(self) -> None:
-        """Let go of the vCPU."""
+        """Close the vCPU's socket."""
         self._channel.close()
 
     def __enter__(self) -> Self:

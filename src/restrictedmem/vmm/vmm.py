@@ -1,8 +1,8 @@
-"""A small VMM: what ``restrictedmem run`` does with a VM, and an example for whoever writes their own.
+"""A small VMM: the one behind ``restrictedmem run``, and an example for other VMMs.
 
-It is an owner and no more: it makes a restricted descriptor and gives it to the VM, loads the guest
-before the first run, and then only answers exits. Input and output pass through the shared window;
-private memory it never sees, but for the pages that the guest shares.
+The VMM is a plain owner. It makes a restricted descriptor, gives it to the VM, loads the guest
+before the first run, and then only answers exits. Input and output pass through the shared window.
+The VMM never sees private memory, except pages that the guest makes shared.
 """
 
 import mmap
@@ -28,9 +28,9 @@ from restrictedmem.units import PAGE_MASK, PAGE_SHIFT
 from restrictedmem.vmm import elf
 from restrictedmem.vmm.vm import Vcpu, Vm
 
-#: The window that guest and VMM both see, in bytes.
+#: The size of the window that guest and VMM both see, in bytes.
 SHARED_SIZE: Final = 1 << 20
-#: Behind the last physical address that any x86-64 processor has.
+#: The end of the physical addresses of x86-64: no processor has more.
 _PHYSICAL_END: Final = 1 << 52
 _PRIVATE_SLOT: Final = 0
 _SHARED_SLOT: Final = 1
@@ -38,20 +38,20 @@ _SHARED_SLOT: Final = 1
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a guest ended: its exit status, or the exit that nobody can answer."""
+    """How a guest ended: its exit status, or the exit that the VMM cannot answer."""
 
     status: int
     fatal: exits.Exit | None = None
 
     @property
     def interrupted(self) -> bool:
-        """Say whether it was stopped (``Vmm.stop``) and did not end by itself."""
+        """Say whether ``Vmm.stop`` stopped the guest before it ended by itself."""
         return isinstance(self.fatal, exits.Interrupted)
 
 
 @dataclass(frozen=True, slots=True)
 class _Streams:
-    """The guest's input and output, and what says that nobody needs to wait for input any more."""
+    """The guest's input and output, and a poll object for input and the guest's end."""
 
     stdin: BinaryIO
     outputs: dict[int, BinaryIO]
@@ -60,7 +60,7 @@ class _Streams:
 
 @final
 class Vmm:
-    """One guest from descriptor to exit status."""
+    """One guest from the making of its descriptor to its exit status."""
 
     def __init__(
         self,
@@ -72,12 +72,14 @@ class Vmm:
         debug: bool = False,
         platform: str = "",
     ) -> None:
-        """Make descriptor and VM with ``private_size`` bytes of private memory; ``engine``, ``debug``, ``platform`` are those of ``Vm``.
+        """Make a descriptor and a VM with ``private_size`` bytes of private memory.
+
+        ``engine``, ``debug`` and ``platform`` are those of ``Vm``.
 
         Raises:
-            OSError: EINVAL for a size that is not whole pages or under the guest ABI's minimum, or
-                more vCPUs than a VM can have; whatever kept the service or the engine from
-                starting.
+            OSError: EINVAL for a size that is not whole pages or is below the guest ABI's minimum,
+                or for more vCPUs than a VM can have; the error that kept the service or the engine
+                from starting.
         """
         if private_size & PAGE_MASK or private_size < guest_abi.PRIVATE_SIZE_MIN:
             raise failed(
@@ -98,8 +100,8 @@ class Vmm:
                 raise failed(
                     "ftruncate", error.errno, f"{private_size} bytes of private memory"
                 ) from None
-            # Of both ranges that the guest shares, the owner's side: the window, and the shared
-            # half of private memory.
+            # The owner's memory for both ranges that the guest can share: the window, and the
+            # shared half of private memory.
             window, self._shared = self._memory(stack, "shared-window", SHARED_SIZE)
             self._half_fd, self._half = self._memory(stack, "shared-half", private_size)
             self.vm = stack.enter_context(
@@ -119,19 +121,19 @@ class Vmm:
                 shared_fd=window,
             )
             if service.info["api"] == "v10":
-                # v9 starts with everything private.
+                # With v9, all memory of a private slot starts as private.
                 self.vm.convert(guest_abi.PRIVATE_BASE, private_size, private=True)
             self.vcpus: tuple[Vcpu, ...] = tuple(
                 stack.enter_context(self.vm.create_vcpu()) for _ in range(vcpus)
             )
-            #: Readable from the moment when the guest has ended or is to end.
+            #: Readable once the guest has ended or has to end.
             self._over = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             stack.callback(os.close, self._over)
             self._resources = stack.pop_all()
         self._lock = threading.Lock()
         self._driven: set[Vcpu] = set()
-        #: How a vCPU is run, ``Vcpu.run`` unless someone wants to come between: a debugger, a
-        #: trace.
+        #: The function that runs a vCPU: ``Vcpu.run``, unless a debugger or a trace has replaced
+        #: it.
         self.enter: Callable[[Vcpu, int], exits.Exit] = Vcpu.run
         self._outcome: Ended | BaseException | None = None
         #: Nanoseconds from the first run to the last exit, and bytes read and written meanwhile.
@@ -151,7 +153,7 @@ class Vmm:
     # Launch.
 
     def load(self, image: elf.Image, arguments: Sequence[str] = ()) -> None:
-        """Put a guest and its arguments into private memory (launch_update), and set where its vCPUs start.
+        """Put a guest and its arguments into private memory (launch_update); set up its vCPUs.
 
         Raises:
             OSError: as ``launch_pages``; ENOSPC, ENOMEM.
@@ -165,7 +167,9 @@ class Vmm:
             vcpu.set_regs(rip=regs.rip, rsp=regs.rsp, rdi=regs.rdi, rsi=regs.rsi)
 
     def launch_finish(self) -> bytes:
-        """Close the launch and return its measurement (LAUNCH_FINISH): 48 bytes, the same ones each time.
+        """Close the launch and return its measurement, 48 bytes (LAUNCH_FINISH).
+
+        Each call returns the same bytes.
 
         Raises:
             OSError: ENOTCONN when the engine is gone.
@@ -181,13 +185,14 @@ class Vmm:
         stderr: BinaryIO,
         progress: Callable[[], None] | None = None,
     ) -> Ended:
-        """Run the guest to its end, once, a thread for each vCPU: the first has the caller's, which calls ``progress`` after each exit.
+        """Run the guest to its end, once, with a thread for each vCPU.
 
-        The streams are not buffered: what counts is their descriptors.
+        The first vCPU runs in the caller's thread, which calls ``progress`` after each exit. The
+        VMM reads and writes the streams' descriptors directly, without their buffers.
 
         Raises:
-            OSError: what a stream failed with; ENOTCONN when the engine is gone; EAGAIN when there
-                are no threads.
+            OSError: the error of a stream; ENOTCONN when the engine is gone; EAGAIN when no thread
+                can be started.
         """
         started = time.monotonic_ns()
         poll = select.poll()
@@ -221,17 +226,21 @@ class Vmm:
 
     @property
     def outcome(self) -> Ended | BaseException | None:
-        """How the guest ended; None while it runs, and between ``stop`` and its effect."""
+        """Return how the guest ended; None while it runs and until ``stop`` took effect."""
         return self._outcome
 
     def fileno(self) -> int:
-        """Return a descriptor that is readable from the moment when the guest has ended or is to end; it stays the VMM's."""
+        """Return a descriptor that is readable once the guest has ended or has to end.
+
+        The VMM keeps the descriptor.
+        """
         return self._over
 
     def stop(self) -> None:
-        """End ``run`` early, from any thread or a signal handler; one that has not begun ends at once.
+        """End ``run`` early, from any thread or signal handler.
 
-        Output that nobody takes is still waited for.
+        A run that has not begun ends at once. ``run`` still waits for a reader to take the guest's
+        output.
         """
         os.eventfd_write(self._over, 1)
 
@@ -242,8 +251,8 @@ class Vmm:
         os.eventfd_write(self._over, 1)
 
     def _interrupt_at_the_end(self) -> None:
-        # A thread of its own, since a signal's handler may wait for none of the locks that a
-        # request needs.
+        # A thread of its own does this, because a signal handler must not wait for the locks that a
+        # request takes.
         readable([self._over])
         if self._outcome is None:
             self._end(Ended(1, exits.Interrupted()))
@@ -253,7 +262,7 @@ class Vmm:
             try:
                 vcpu.interrupt()
             except OSError:
-                # The engine is gone, which ends the run of its vCPUs too.
+                # The engine is gone, so the runs of its vCPUs end too.
                 return
 
     def _drive(
@@ -274,7 +283,7 @@ class Vmm:
     def _run_vcpu(
         self, vcpu: Vcpu, streams: _Streams, progress: Callable[[], None] | None
     ) -> Ended | None:
-        """Run one vCPU until it ends the guest, or until another one has or it is parked (None)."""
+        """Run a vCPU until it ends the guest; None if it parks or another one ends it."""
         value = 0
         while self._outcome is None:
             match self.enter(vcpu, value):
@@ -318,8 +327,8 @@ class Vmm:
             return -EINVAL
         with window:
             if self._over in dict(streams.poll.poll()):
-                # Where nobody has said yet why it is over, it was stopped; the thread that is to
-                # say so may come later than this one.
+                # The guest was stopped, unless an outcome is set already. The thread that sets this
+                # outcome may run later than this one.
                 self._end(Ended(1, exits.Interrupted()))
                 return -EIO
             try:
@@ -346,15 +355,18 @@ class Vmm:
     # Conversions.
 
     def _map_gpa_range(self, gpa: int, npages: int, *, private: bool) -> int:
-        """Convert pages, and free what the other half had of them; 0 or a negative errno for the guest."""
+        """Convert pages, and free their memory in the other half.
+
+        Return 0 or a negative errno for the guest.
+        """
         size = npages << PAGE_SHIFT
         if gpa & PAGE_MASK or not npages or gpa + size >= 1 << 64:
             return -EINVAL
         start = max(gpa - guest_abi.PRIVATE_BASE, 0)
         length = min(gpa - guest_abi.PRIVATE_BASE + size, self.private_size) - start
         try:
-            # First, so that no other vCPU fills a hole that was just punched in the half which goes
-            # out of sight.
+            # Convert before punching. Otherwise another vCPU could fill the hole again, in the half
+            # that is about to be hidden.
             self.vm.convert(gpa, size, private=private)
             if length > 0:
                 memory.fallocate(
@@ -365,7 +377,10 @@ class Vmm:
         return 0
 
     def _check(self, gpa: int, length: int, old: int, new: int) -> int:
-        """Look at the shared half: 0 when every byte was ``old``, and now each is ``new``."""
+        """Answer CHECK: fill a range of the shared half with ``new`` if every byte is ``old``.
+
+        Return 0 or a negative errno for the guest.
+        """
         start = gpa - guest_abi.PRIVATE_BASE
         if start < 0 or start + length > self.private_size:
             return -EINVAL
@@ -375,7 +390,10 @@ class Vmm:
         return 0
 
     def statistics(self) -> dict[str, Any]:
-        """Return the engine's statistics, with what only the owner knows; the time outside the guest is that of all vCPUs."""
+        """Return the engine's statistics, with those that only the owner knows.
+
+        The time outside the guest is the sum over all vCPUs.
+        """
         found = self.vm.statistics()
         outside = self.elapsed * len(self.vcpus) - found["time_in_guest_ns"]
         return {
@@ -389,11 +407,11 @@ class Vmm:
         }
 
     def destroy(self) -> dict[str, Any]:
-        """End the VM while its descriptor is still there; returns what the platform reports (``Vm.destroy``)."""
+        """End the VM, keep the descriptor, return the platform's report (``Vm.destroy``)."""
         return self.vm.destroy()
 
     def close(self) -> None:
-        """Let go of the VM and the descriptor."""
+        """Close the VM and the descriptor."""
         self._resources.close()
 
     def __enter__(self) -> Self:
@@ -404,18 +422,20 @@ class Vmm:
 
 
 def _name(stream: BinaryIO) -> str:
-    """Return what an error calls a stream: Python's own are ``<stdin>`` and the like."""
+    """Return the name of a stream for errors, without the brackets of ``<stdin>``."""
     return str(stream.name).strip("<>")
 
 
 def launch_pages(
     image: elf.Image, arguments: Sequence[str], *, private_size: int, vcpus: int
 ) -> Iterator[tuple[int, bytes]]:
-    """Return what a guest's private memory holds at its start, in order: runs of whole pages and their guest addresses.
+    """Return a guest's initial private memory: runs of whole pages with their guest addresses.
+
+    The runs are in the order of addresses.
 
     Raises:
-        OSError: ENOEXEC for an image that does not fit where guests are linked; E2BIG for arguments
-            that do not fit the boot pages.
+        OSError: ENOEXEC for an image that does not fit between the guest ABI's first address and
+            the stacks; E2BIG for arguments that do not fit the boot pages.
     """
     limit = guest_abi.PRIVATE_BASE + private_size - vcpus * guest_abi.STACK_SIZE
     for segment in image.segments:
@@ -423,7 +443,8 @@ def launch_pages(
             raise failed(
                 "exec",
                 ENOEXEC,
-                f"linked at {segment.gpa:#x}, and guests are linked from {guest_abi.IMAGE_BASE:#x} on",
+                f"linked at {segment.gpa:#x}, and guests are linked from"
+                f" {guest_abi.IMAGE_BASE:#x} on",
             )
     if image.end > limit:
         raise failed(
@@ -448,7 +469,7 @@ def launch_pages(
 
 
 def launch_regs(image: elf.Image, *, private_size: int, index: int) -> kvm_regs:
-    """Return the registers that a vCPU starts with."""
+    """Return the initial registers of a vCPU."""
     stack = guest_abi.PRIVATE_BASE + private_size - index * guest_abi.STACK_SIZE
     return kvm_regs(rip=image.entry, rsp=stack, rdi=guest_abi.PRIVATE_BASE, rsi=index)
 
@@ -456,7 +477,7 @@ def launch_regs(image: elf.Image, *, private_size: int, index: int) -> kvm_regs:
 def expected_measurement(
     image: elf.Image, arguments: Sequence[str], *, private_size: int, vcpus: int, policy: int
 ) -> bytes:
-    """Return the measurement that a guest has when a ``Vmm`` has loaded it, for who wants to know without running it.
+    """Return the measurement of a guest that a ``Vmm`` has loaded, without loading it.
 
     Raises:
         OSError: as ``launch_pages``.
@@ -469,7 +490,7 @@ def expected_measurement(
 
 
 def _whole_pages(pieces: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
-    """Merge pieces of content, each at its guest address, into runs of whole pages, zero where no piece is."""
+    """Merge pieces of content at guest addresses into runs of whole pages, zero in gaps."""
     start, content = 0, bytearray()
     for gpa, data in sorted((gpa, data) for gpa, data in pieces if data):
         first, end = gpa & ~PAGE_MASK, (gpa + len(data) + PAGE_MASK) & ~PAGE_MASK

@@ -1,1 +1,1 @@
-"""A GDB remote stub on the owner's side, for a VM that was made with ``debug``."""
+"""A GDB remote stub in the owner's process, for a VM that was made with ``debug``."""

@@ -1,7 +1,7 @@
-"""A gate before each vCPU of a running ``Vmm``: shut, it keeps the vCPU out of the guest, for a debugger to look at it.
+"""Gates that keep the vCPUs of a ``Vmm`` out of the guest while a debugger looks at it.
 
-A vCPU that is outside anyway, because the VMM answers its exit, counts as stopped, and meets the
-gate when it wants to enter.
+A closed gate stops its vCPU from entering the guest. A vCPU that is outside because the VMM answers
+its exit counts as stopped. It waits at the gate when it enters again.
 """
 
 import os
@@ -18,42 +18,51 @@ from restrictedmem.vmm.vmm import Vmm
 
 @dataclass(slots=True, eq=False)
 class Gate:
-    """The gate of a vCPU; its state is guarded by the lock of ``Gates``."""
+    """The gate of a vCPU; the lock of ``Gates`` guards its state."""
 
     index: int
     vcpu: Vcpu
     open: bool = False
-    #: Whether the vCPU is in the guest, or about to enter.
+    #: Whether the vCPU is in the guest or about to enter it.
     inside: bool = False
-    #: What the vCPU was last told: whether to step, and the breakpoints.
+    #: The vCPU's last debug settings: whether to step, and the breakpoints.
     told: tuple[bool, frozenset[int]] = (False, frozenset())
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """An exit that shut the vCPU's gate: one that a debugger wants, or that the VMM cannot answer."""
+    """An exit that closed its vCPU's gate: a debug exit, or one that the VMM cannot answer."""
 
     gate: Gate
     why: exits.Exit
 
     @property
     def wanted(self) -> bool:
-        """Whether it comes again by itself when the vCPU goes on: a breakpoint does, and who steps one vCPU of many steps on."""
+        """Say whether the exit occurs again by itself when the vCPU goes on.
+
+        A breakpoint does. A debugger that single-steps one vCPU among several will step it again.
+        """
         return isinstance(self.why, exits.Debug)
 
 
 @final
 class Gates:
-    """The gates of a VMM, shut at first. Methods are the debugger's thread's to call, but for ``enter``."""
+    """The gates of a VMM, closed at first.
+
+    Only the debugger's thread calls its methods, except ``enter``.
+    """
 
     def __init__(self, vmm: Vmm, wake: int) -> None:
-        """Come between ``vmm`` and its vCPUs; each stop is counted on the eventfd ``wake``, which stays the caller's."""
+        """Put a gate between ``vmm`` and each of its vCPUs.
+
+        Each stop is counted on the eventfd ``wake``, which stays the caller's.
+        """
         self._vmm = vmm
         self._wake = wake
         self._gates = {vcpu: Gate(index, vcpu) for index, vcpu in enumerate(vmm.vcpus)}
         self.all = (*self._gates.values(),)
         self._stops: list[Stop] = []
-        #: Whether nothing is held up any more, and whether nothing is run.
+        #: ``_removed``: gates hold nothing up any more. ``_over``: no vCPU may enter any more.
         self._removed = self._over = False
         self._lock = sync.mutex()
         self._changed = sync.condition(self._lock)
@@ -61,7 +70,7 @@ class Gates:
         vmm.enter = self.enter
 
     def enter(self, vcpu: Vcpu, value: int) -> exits.Exit:
-        """Run a vCPU when its gate is open (``Vmm.enter``); returns what is for the VMM to answer."""
+        """Run a vCPU once its gate is open, and return an exit for the VMM (``Vmm.enter``)."""
         gate = self._gates[vcpu]
         while self._wait(gate, entering=True):
             stop = None
@@ -75,7 +84,8 @@ class Gates:
                 case exits.Debug():
                     pass
                 case exits.Interrupted():
-                    # By ``shut``, or too late for it; when the VMM wants it, there is an outcome.
+                    # ``shut`` interrupted it, perhaps too late. If the VMM interrupted it, there is
+                    # an outcome.
                     if self._vmm.outcome is not None:
                         return exit_
                 case exits.Hypercall():
@@ -101,7 +111,7 @@ class Gates:
             self._changed.notify_all()
 
     def shut(self) -> None:
-        """Shut every gate, and wait until no vCPU is in the guest.
+        """Close every gate, and wait until no vCPU is in the guest.
 
         Raises:
             OSError: ENOTCONN when the engine is gone.
@@ -118,9 +128,12 @@ class Gates:
     def open(
         self, gates: Sequence[Gate], *, step: Sequence[Gate], breakpoints: frozenset[int]
     ) -> None:
-        """Open some gates; a vCPU of ``step`` comes back after one instruction, each at any of the breakpoints. All are shut.
+        """Open some gates, after telling each vCPU the breakpoints and whether to step.
 
-        None is opened while a stop waits to be taken.
+        Each vCPU of ``step`` returns after one instruction. Each vCPU returns at any of the
+        breakpoints. No gate is opened while a stop waits to be taken.
+
+        Preconditions: all gates are closed.
 
         Raises:
             OSError: as ``Vcpu.set_guest_debug``.
@@ -139,10 +152,12 @@ class Gates:
             self._changed.notify_all()
 
     def take_stop(self) -> Stop | None:
-        """Take the stop that a debugger is to be told of, if there is one. All gates are shut.
+        """Take the stop to tell the debugger of, or None.
 
-        Of several, an exception goes first, and waits if it is not the only one, for it does not
-        come again.
+        An exception goes first, because it does not occur again. Further exceptions wait. Debug
+        exits are dropped then, because they occur again.
+
+        Preconditions: all gates are closed.
         """
         self._stops.sort(key=lambda stop: stop.wanted)
         if not self._stops:
@@ -152,12 +167,13 @@ class Gates:
         return first
 
     def remove(self) -> None:
-        """Let every vCPU go on by itself, without breakpoints."""
+        """Let every vCPU go on without a debugger and without breakpoints."""
         if not self._over:
             with suppress(OSError):
-                # The engine may be gone, which the vCPUs find out by themselves.
+                # The engine may be gone; the vCPUs find that out by themselves.
                 self.shut()
-                # Nobody is left to be told, and a stop that waits would keep the breakpoints set.
+                # No debugger is left to report stops to, and a waiting stop would keep ``open``
+                # from clearing the breakpoints.
                 self._stops.clear()
                 self.open(self.all, step=(), breakpoints=frozenset())
         with self._changed:
@@ -165,7 +181,7 @@ class Gates:
             self._changed.notify_all()
 
     def end(self) -> None:
-        """Take note that the guest has ended or is to end: no vCPU enters it any more."""
+        """Note that the guest has ended or has to end, so no vCPU enters it any more."""
         with self._changed:
             self._over = True
             self._changed.notify_all()

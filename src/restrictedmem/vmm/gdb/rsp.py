@@ -1,4 +1,4 @@
-"""GDB's remote serial protocol: packets and their framing (GDB manual, appendix E), nothing of what they mean."""
+"""The framing of packets in GDB's remote serial protocol (GDB manual, appendix E)."""
 
 import select
 import socket
@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from enum import Enum
 from typing import Final, Self, final
 
-#: The longest packet taken, in bytes between ``$`` and ``#``; gdb is told, and keeps to it.
+#: The longest packet that is accepted, in bytes between ``$`` and ``#``. The stub tells gdb, which
+#: keeps to it.
 PACKET_SIZE: Final = 0x4000
 _CHECKSUM: Final = 2
 _START: Final = ord("$")
@@ -15,7 +16,7 @@ _ESCAPED: Final = b"#$}*"
 
 
 class Sign(Enum):
-    """What comes outside packets."""
+    """Signals of the protocol that stand outside packets."""
 
     INTERRUPT = 1
     """Ctrl-C."""
@@ -48,13 +49,16 @@ def unescape(payload: bytes) -> bytes:
 
 @final
 class Parser:
-    """Cuts a stream of bytes into packets and signs."""
+    """A parser that cuts a stream of bytes into packets and signs."""
 
     def __init__(self) -> None:
         self._data = bytearray()
 
     def feed(self, data: bytes) -> Iterator[bytes | Sign]:
-        """Take bytes as they come; yields each payload (still escaped) and sign that is complete, and throws away what is neither."""
+        """Take received bytes, and yield each complete payload (still escaped) and each sign.
+
+        Bytes that are neither are dropped.
+        """
         self._data += data
         while self._data:
             if self._data[0] == _START:
@@ -68,7 +72,7 @@ class Parser:
                     yield sign
 
     def _packet(self) -> bytes | Sign | None:
-        """Cut off a packet; None until it is complete."""
+        """Cut off a packet; return None until it is complete."""
         end = self._data.find(b"#")
         whole = end + 1 + _CHECKSUM
         if end < 0 or len(self._data) < whole:
@@ -83,10 +87,14 @@ class Parser:
 
 @final
 class RspConnection:
-    """One gdb; owns the socket."""
+    """A connection to one gdb; it owns the socket."""
 
     def __init__(self, sock: socket.socket, over: int) -> None:
-        """Speak on ``sock``; from when the descriptor ``over`` (the caller's) is readable, nothing waits for a gdb that does not read."""
+        """Use ``sock`` for the connection.
+
+        ``over`` is a descriptor of the caller. Once it is readable, no method waits for a gdb that
+        does not read.
+        """
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setblocking(False)
         self._writable = select.poll()
@@ -95,7 +103,7 @@ class RspConnection:
         self._sock = sock
         self._parser = Parser()
         self._last = b""
-        #: Whether packets are acknowledged, as they are until gdb says QStartNoAckMode.
+        #: Whether packets are acknowledged: yes until gdb sends QStartNoAckMode.
         self.acknowledge = True
 
     def fileno(self) -> int:
@@ -103,11 +111,11 @@ class RspConnection:
         return self._sock.fileno()
 
     def receive(self) -> Iterator[bytes | Sign]:
-        """Take the bytes that are there; yields the payloads and signs in them.
+        """Read the bytes that have arrived, and yield the payloads and signs in them.
 
         Raises:
             ConnectionError: when gdb is gone, or does not read.
-            BlockingIOError: when there are none.
+            BlockingIOError: when no bytes have arrived.
         """
         data = self._sock.recv(PACKET_SIZE)
         if not data:

@@ -1,7 +1,7 @@
-"""The stub: a thread that speaks with one gdb and opens and shuts the vCPUs' gates as it says.
+"""The stub: a thread that talks to one gdb, and opens and closes the vCPUs' gates as gdb asks.
 
-All vCPUs stop together and go on as gdb names them (its all-stop mode). When gdb goes, the guest
-goes on by itself.
+All vCPUs stop together, and those go on that gdb names (gdb's all-stop mode). When gdb disconnects,
+the guest goes on by itself.
 """
 
 import os
@@ -30,7 +30,7 @@ _SIGFPE: Final = 8
 _SIGBUS: Final = 10
 _SIGSEGV: Final = 11
 _SIGTERM: Final = 15
-#: By exception vector (Intel SDM 6.15), as Linux has them; all others are SIGSEGV.
+#: Signals by exception vector (Intel SDM 6.15), as on Linux. Every other vector is SIGSEGV.
 _SIGNALS: Final = {
     0: _SIGFPE,
     1: _SIGTRAP,
@@ -42,28 +42,29 @@ _SIGNALS: Final = {
 }
 
 
-class _Detached(Exception):  # noqa: N818 - an ending, no error.
-    """gdb lets go of the guest."""
+class _Detached(Exception):  # noqa: N818 - not an error.
+    """Raised when gdb detaches from the guest."""
 
 
 @contextmanager
 def serve(vmm: Vmm, port: int, program: str, talk: TextIO = sys.stderr) -> Generator[int]:
-    """Let one gdb debug the guest, on a TCP port of 127.0.0.1 (0 for a free one); within, ``vmm.run`` waits until gdb lets the guest go.
+    """Let one gdb debug the guest on a TCP port of 127.0.0.1, and yield the port.
 
-    What to type is said on ``talk``; ``program`` is the guest's ELF. Yields the port.
+    Port 0 means a free one. Within the context, ``vmm.run`` waits until gdb lets the guest go. The
+    command to type is printed to ``talk``. ``program`` is the path of the guest's ELF.
 
     Raises:
-        OSError: EADDRINUSE, EACCES for a port that is not to be had; EPERM for a VM made without
+        OSError: EADDRINUSE, EACCES for a port that cannot be used; EPERM for a VM made without
             ``debug``.
     """
     with socket.create_server(("127.0.0.1", port)) as listener:
-        # From here on registers are gdb's to change.
+        # Only after the launch may gdb change registers.
         vmm.vm.launch_finish()
         vmm.vcpus[0].get_regs()
         port = listener.getsockname()[1]
         stub = Stub(vmm, listener)
-        # gdb takes it for granted that whoever is remote has watchpoints in hardware; its own are
-        # single steps.
+        # gdb assumes that a remote stub has hardware watchpoints. With this setting it single-steps
+        # instead.
         own = "set can-use-hw-watchpoints 0"
         print(
             f"gdb: type  gdb {program} -ex '{own}' -ex 'target remote 127.0.0.1:{port}'",
@@ -78,17 +79,20 @@ def serve(vmm: Vmm, port: int, program: str, talk: TextIO = sys.stderr) -> Gener
 
 @final
 class Stub:
-    """One gdb, and the thread that speaks with it."""
+    """One gdb, and the thread that talks to it."""
 
     def __init__(self, vmm: Vmm, listener: socket.socket) -> None:
-        """Shut the gates of every vCPU, and wait for gdb on ``listener``, which stays the caller's."""
+        """Close the gates of all vCPUs, and wait for gdb on ``listener``.
+
+        The caller keeps ``listener``.
+        """
         self._vmm = vmm
         self._listener = listener
         self._stopped = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._gates = Gates(vmm, self._stopped)
-        #: The vCPU that gdb talks about.
+        #: The vCPU that gdb's commands are for.
         self._current = self._gates.all[0]
-        #: Of Z0 and Z1: type and address.
+        #: Breakpoints of packets Z0 and Z1: type and address.
         self._breakpoints: set[tuple[bytes, int]] = set()
         self._swbreak = False
         self._last_stop = self._stop_reply(self._current, _SIGTRAP)
@@ -96,7 +100,7 @@ class Stub:
         begin(self._thread)
 
     def close(self) -> None:
-        """Tell gdb how the guest ended, and be done; ends the guest if it has not."""
+        """Stop the guest if it still runs, tell gdb how it ended, and end the thread."""
         self._vmm.stop()
         self._thread.join()
         os.close(self._stopped)
@@ -169,7 +173,7 @@ class Stub:
     # Commands.
 
     def _obey(self, gdb: RspConnection, packet: bytes) -> bool:
-        """Do what a packet says and answer it; returns whether the guest runs now."""
+        """Execute a packet's command and answer it; return whether the guest runs now."""
         try:
             answer = self._answer(gdb, packet)
         except (ValueError, LookupError):
@@ -186,7 +190,10 @@ class Stub:
         return False
 
     def _answer(self, gdb: RspConnection, packet: bytes) -> bytes | None:
-        """Return the reply; None when it comes with the next stop, and nothing when the command is not known here."""
+        """Return the reply to a packet; it is empty for an unknown command.
+
+        None means that the reply follows at the next stop.
+        """
         command, rest = packet[:1], packet[1:]
         match command:
             case b"?":
@@ -204,8 +211,7 @@ class Stub:
                 self._gate(rest)
                 return b"OK"
             case b"c" | b"C" | b"s" | b"S":
-                # An address or a signal to go on with would be more than gdb uses of a stub with
-                # vCont.
+                # gdb sends no address and no signal with these packets when the stub has vCont.
                 self._resume(self._gates.all, (self._current,) if command in (b"s", b"S") else ())
                 return None
             case b"D":
@@ -221,10 +227,10 @@ class Stub:
                 return b""
 
     def _gate(self, text: bytes) -> Gate:
-        """Return the gate of the thread that gdb names; 0 and -1 are any."""
+        """Return the gate of the thread that gdb names; 0 and -1 name any thread."""
         number = int(text, 16)
         if number < -1:
-            raise ValueError("a thread that is none")
+            raise ValueError("no such thread")
         return self._gates.all[number - 1] if number > 0 else self._current
 
     def _query(self, packet: bytes) -> bytes:
@@ -268,12 +274,12 @@ class Stub:
                 return b""
 
     def _continue(self, actions: Sequence[bytes]) -> None:
-        """Do the first action that is for a thread; one without an action stays stopped."""
+        """Do the first action for each thread; a thread without an action stays stopped."""
         steps: dict[Gate, bool] = {}
         for action in actions:
             what, _, whom = action.partition(b":")
             if what[:1] not in (b"c", b"C", b"s", b"S"):
-                raise ValueError("an action that was not offered")
+                raise ValueError("unknown action")
             for gate in self._gates.all if whom in (b"", b"-1") else (self._gate(whom),):
                 steps.setdefault(gate, what[:1] in (b"s", b"S"))
         self._resume((*steps,), [gate for gate, step in steps.items() if step])
@@ -298,17 +304,17 @@ class Stub:
         where, _, data = rest.partition(b":")
         address, size = (int(word, 16) for word in where.split(b","))
         if address < 0 or size < 0 or address + size > 1 << 64:
-            raise ValueError("an address that is none")
+            raise ValueError("no such address")
         if command == b"m":
             return self._read(address, min(size, PACKET_SIZE // 2)).hex().encode()
         content = unescape(data) if command == b"X" else bytes.fromhex(data.decode())
         if len(content) != size:
-            raise ValueError("content of another size")
+            raise ValueError("the content has another size than announced")
         self._vmm.vm.write_memory(address, content)
         return b"OK"
 
     def _read(self, address: int, size: int) -> bytes:
-        """Read as far as there is memory."""
+        """Return the memory from ``address`` on, up to the first page that does not exist."""
         try:
             return self._vmm.vm.read_memory(address, size)
         except OSError as error:
@@ -329,7 +335,7 @@ class Stub:
             return b""
         entry = kind, int(address, 16)
         if not 0 <= entry[1] < 1 << 64:
-            raise ValueError("an address that is none")
+            raise ValueError("no such address")
         if command == b"Z":
             self._breakpoints.add(entry)
         else:
@@ -338,7 +344,7 @@ class Stub:
 
 
 def _number(gate: Gate) -> int:
-    """Return gdb's number of the vCPU's thread: from 1, for 0 is any."""
+    """Return gdb's number of the vCPU's thread, from 1, because 0 means any thread."""
     return gate.index + 1
 
 
@@ -349,7 +355,8 @@ def _signal_of(exit_: exits.Exit) -> int:
         case exits.Shutdown(vector):
             return _SIGNALS.get(vector, _SIGSEGV)
         case _:
-            # Memory that cannot be had, or a device that this VMM does not have.
+            # The guest accessed memory that could not be taken, or a device that this VMM does not
+            # have.
             return _SIGBUS
 
 
@@ -370,8 +377,8 @@ def _read_description(rest: bytes) -> bytes:
         return b"E00"
     offset, length = (int(word, 16) for word in window.split(b","))
     if offset < 0 or length < 0:
-        raise ValueError("a window that is none")
+        raise ValueError("no such range of the description")
     whole = target.description()
-    # An escaped byte takes two, and the reply has to fit too.
+    # An escaped byte takes two bytes, and the reply has to fit into a packet.
     piece = whole[offset : offset + min(length, PACKET_SIZE // 2)]
     return (b"m" if offset + len(piece) < len(whole) else b"l") + escape(piece)

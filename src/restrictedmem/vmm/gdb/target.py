@@ -1,4 +1,4 @@
-"""What gdb is told of a vCPU: its registers, their order and sizes, as an XML target description (GDB manual, appendix G)."""
+"""A vCPU's registers as gdb sees them (GDB manual, appendix G)."""
 
 from dataclasses import dataclass
 from operator import attrgetter
@@ -10,7 +10,11 @@ from restrictedmem.abi.kvm_x86 import kvm_sregs
 
 @dataclass(frozen=True, slots=True)
 class Register:
-    """One of gdb's registers: bytes, gdb's type for it, and where it is in ``kvm_regs`` or ``kvm_sregs``; in neither, it is unavailable."""
+    """One of gdb's registers: its size in bytes, gdb's type for it, and its place.
+
+    ``general`` is a path in ``kvm_regs``, ``special`` one in ``kvm_sregs``. A register with neither
+    is unavailable.
+    """
 
     name: str
     size: int
@@ -19,7 +23,7 @@ class Register:
     special: str = ""
 
     def read(self, regs: kvm_regs, sregs: kvm_sregs) -> bytes:
-        """Return the value as gdb takes it, in hexadecimal; x for each digit of one that is unavailable."""
+        """Return the value in hexadecimal for gdb, or an ``x`` for each missing digit."""
         if not self.general and not self.special:
             return b"xx" * self.size
         value: int = (
@@ -42,7 +46,7 @@ def _core() -> tuple[Register, ...]:
         *(f"r{number}" for number in range(8, 16)),
         "rip",
     )
-    # gdb wants the x87 registers in this feature, whoever has them.
+    # gdb requires the x87 registers in this feature, even where they are unavailable.
     return (
         *(Register(name, 8, types.get(name, "int64"), general=name) for name in general),
         Register("eflags", 4, "i386_eflags", general="rflags"),
@@ -104,18 +108,18 @@ def description() -> bytes:
 
 
 def read_all(regs: kvm_regs, sregs: kvm_sregs) -> bytes:
-    """Return every register, for ``g``."""
+    """Return every register, for packet ``g``."""
     return b"".join(register.read(regs, sregs) for register in REGISTERS)
 
 
 def write_all(regs: kvm_regs, text: bytes) -> None:
-    """Take every register that can be set from ``G``; the others keep their values.
+    """Set every register that can be set from packet ``G``; the others keep their values.
 
     Raises:
-        ValueError: for another length, or what is no hexadecimal number.
+        ValueError: for another length, or text that is not hexadecimal.
     """
     if len(text) != 2 * sum(register.size for register in REGISTERS):
-        raise ValueError("G of another length")
+        raise ValueError("G has another length")
     start = 0
     for register in REGISTERS:
         end = start + 2 * register.size
@@ -125,10 +129,11 @@ def write_all(regs: kvm_regs, text: bytes) -> None:
 
 
 def write(regs: kvm_regs, register: Register, text: bytes) -> None:
-    """Take one register, for ``P``.
+    """Set one register, for packet ``P``.
 
     Raises:
-        ValueError: for one that cannot be set, or what is no hexadecimal number of its size.
+        ValueError: for a register that cannot be set, or text that is not a hexadecimal number of
+            its size.
     """
     if not register.general or len(text) != 2 * register.size:
         raise ValueError(f"{register.name} cannot be set")
@@ -139,9 +144,10 @@ def register(number: bytes) -> Register:
     """Return the register with one of gdb's numbers, in hexadecimal.
 
     Raises:
-        ValueError: for what is no number; IndexError for one that there is not.
+        ValueError: for text that is not a number.
+        IndexError: for a number that no register has.
     """
     index = int(number, 16)
     if index < 0:
-        raise ValueError("a register number that is none")
+        raise ValueError("no such register")
     return REGISTERS[index]
