@@ -47,7 +47,7 @@ USAGE = [
         Case(
             f"run {option} sha256",
             2,
-            f"{option.split()[0]} is for a service of one's own, .*",
+            f"{option.split()[0]} is for a service that this command starts, .*",
             environment={"RESTRICTEDMEM_SERVER": "@x"},
         )
         for option in ("--api v9", "--memory-max 64M", "--design v9", "--backing memfd", "--pin")
@@ -63,7 +63,7 @@ USAGE = [
     Case(
         "exec --api v9 true",
         2,
-        "--api is for a service of one's own, .*",
+        "--api is for a service that this command starts, .*",
         environment={"RESTRICTEDMEM_SERVER": "@x"},
     ),
     Case(
@@ -82,10 +82,8 @@ USAGE = [
         2,
         "argument --vcpus: (-1 is not a number of vCPUs, 1 to 4096|expected one argument)",
     ),
-    Case(
-        "verify IN/empty --memory 1M", 2, "--memory and --vcpus are a guest's, and go with --guest"
-    ),
-    Case("verify IN/empty --guest", 2, "--guest takes a guest, after it: .*"),
+    Case("verify IN/empty --memory 1M", 2, "--memory and --vcpus go with --guest"),
+    Case("verify IN/empty --guest", 2, "--guest needs a guest: .*"),
     Case("check --random 0", 2, "argument --random: 0 is not a number of seconds"),
     Case(
         "check --random -1",
@@ -97,7 +95,7 @@ USAGE = [
     Case("check --jobs 0", 2, "argument --jobs: 0 is not a number of jobs, 1 to 1048576"),
     Case("check --seed 1", 2, "--seed goes with --random"),
     Case("check --random 1 --jobs 1", 2, "--jobs is for searches, not for --random"),
-    Case("check --random 1 --list", 2, "--list goes without --random"),
+    Case("check --random 1 --list", 2, "--list does not go with --random"),
     Case("check --list --exhaustive", 2, "--exhaustive is for searches, not for --list"),
 ]
 
@@ -107,7 +105,7 @@ HOW_TO_BUILD = "docs/use/guests.md says how to build one"
 NO_REPORT = rf"report: Bad message \(a report has {REPORT_BYTES} bytes, this has"
 
 INPUTS = [
-    Case("measure nonesuch", 1, "no guest named nonesuch", "a file needs a slash"),
+    Case("measure nonesuch", 1, "no guest named nonesuch", "a path needs a slash"),
     Case("measure IN/missing", 1, "IN/missing: open: No such file or directory"),
     Case("measure IN/", 1, "IN: open: Is a directory"),
     Case("measure IN/empty", 1, f"IN/empty: {NOT_ELF}", HOW_TO_BUILD),

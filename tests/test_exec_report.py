@@ -218,7 +218,9 @@ def test_without_a_supervisor_the_status_is_still_the_programs(tmp_path: Path) -
         assert process.stdout.readline() == "False\n"
         kill_supervisor_of(mark)
         assert (process.communicate("\n", timeout=60), process.returncode) == (("", ""), 5)
-    assert reported(tmp_path / "report")["error"].startswith("what was done is not known: ")
+    assert reported(tmp_path / "report")["error"].startswith(
+        "the program's use of descriptors is not known: "
+    )
 
 
 @pytest.mark.requires("root")
@@ -236,7 +238,7 @@ def test_a_servers_service_does_not_count(tmp_path: Path) -> None:
         server.terminate()
         server.stderr.read()
     assert reported(tmp_path / "report")["error"] == (
-        "what was done is not known: STATUS: Operation not supported (a server's services do not count)"
+        "the program's use of descriptors is not known: STATUS: Operation not supported (a server's services do not count)"
     )
 
 

@@ -23,8 +23,8 @@ import pytest
 from restrictedmem.cli import hints
 from restrictedmem.failure import failed
 
-DOCTOR = "which way to mount"
-FILTER = "a seccomp filter forbids the call"
+DOCTOR = "which ways to mount"
+FILTER = "a seccomp filter, such as a container's, forbids the call"
 
 
 @pytest.mark.parametrize(

@@ -174,11 +174,14 @@ def test_a_trace_that_was_cut_off(tmp_path: Path, recorded: list[str]) -> None:
     status, line, hint = convert(tmp_path, "".join(recorded)[:-2])
     assert (status, line) == (
         1,
-        f"error: IN: missing of the trace: the end of its last line, the owner's end ({owner})",
+        f"error: IN: the trace is incomplete; missing: the end of its last line, the owner's end ({owner})",
     )
-    assert hint.startswith("hint: what there is was converted")
+    assert hint.startswith("hint: the rest was converted")
     status, line, _ = convert(tmp_path, "".join(recorded[:-1]))
-    assert (status, line) == (1, f"error: IN: missing of the trace: the owner's end ({owner})")
+    assert (status, line) == (
+        1,
+        f"error: IN: the trace is incomplete; missing: the owner's end ({owner})",
+    )
 
 
 @pytest.mark.requires("fuse")
@@ -188,7 +191,10 @@ def test_a_trace_that_says_it_has_lost_events(tmp_path: Path, recorded: list[str
         + recorded[-1].replace("}", ',"lost":3}')
         + recorded[-1].replace("}", ',"lost":4}')
     )
-    assert convert(tmp_path, text)[:2] == (1, "error: IN: missing of the trace: 7 events")
+    assert convert(tmp_path, text)[:2] == (
+        1,
+        "error: IN: the trace is incomplete; missing: 7 events",
+    )
 
 
 def test_a_number_of_lost_events_that_is_none() -> None:

@@ -126,7 +126,7 @@ def test_thousands_of_names_in_bounded_time(service: Service) -> None:
         shown = ps()
     assert real(service) in shown
     assert len(lines_of(pid, shown)) <= discover_shown()
-    assert re.search(r"^… \d+ more that say no state, of uid 0 ", shown, re.MULTILINE)
+    assert re.search(r"^… \d+ more without a state, of uid 0 ", shown, re.MULTILINE)
 
 
 def test_names_beyond_the_descriptors_of_who_asks(service: Service) -> None:

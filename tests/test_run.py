@@ -59,7 +59,7 @@ def test_memory_may_be_far_below_the_input(engine: str) -> None:
 def test_an_option_behind_the_guest_is_its_argument_and_that_is_said() -> None:
     done = run("run", "--quiet", "--engine", "software", "sha256", "--memory=4M", status=2)
     assert done.stderr.decode().splitlines() == [
-        "hint: --memory=4M is an argument of the guest here; options go before GUEST",
+        "hint: --memory=4M is an argument of the guest; options go before GUEST",
         "sha256: no arguments are taken",
     ]
 

@@ -352,7 +352,7 @@ def test_a_file_in_the_way_stays(place: str) -> None:
 @pytest.mark.parametrize("text", ["0-5", "7-6", "5-4294967295"])
 def test_no_range_of_uids(place: str, text: str) -> None:
     said = _fails("--socket", place, "--user", text)
-    assert re.search(rf"error: --user: {text} is no range of uids\nhint: ", said)
+    assert re.search(rf"error: --user: {text} is not a range of uids\nhint: ", said)
 
 
 def test_each_user_has_services_of_a_uid_of_its_own(place: str) -> None:

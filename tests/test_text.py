@@ -126,12 +126,12 @@ def test_durations() -> None:
         (
             "sha256",
             ["--memory=4M"],
-            "hint: --memory=4M is an argument of the guest here; options go before GUEST\n",
+            "hint: --memory=4M is an argument of the guest; options go before GUEST\n",
         ),
         (
             "sha256",
             ["x", "--memory"],
-            "hint: --memory is an argument of the guest here; options go before GUEST\n",
+            "hint: --memory is an argument of the guest; options go before GUEST\n",
         ),
         ("sha256", ["--other"], ""),
         # One of somebody's own may have such an option.

@@ -189,7 +189,7 @@ class TestNoGuestRunsOnKvm:
         assert os.strerror(EFAULT) in found["not_kernel"] or "KVM_RUN" in found["not_kernel"]
         table = run(BROKEN_KVM, "run", "--memory", "4M", "sha256").stderr.decode()
         assert (
-            f"kernel engine      not taken, a trial guest did not run: {found['not_kernel']}\n"
+            f"kernel engine      not used, a trial guest did not run: {found['not_kernel']}\n"
             in table
         )
 

@@ -1,1 +1,4 @@
-"""The command ``restrictedmem``: one module for each subcommand, data on stdout, talk on stderr."""
+"""The command ``restrictedmem``: one module for each subcommand.
+
+Data goes to stdout, messages for people go to stderr.
+"""

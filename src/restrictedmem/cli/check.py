@@ -1,4 +1,7 @@
-"""``restrictedmem check``: searches for races in production code; ``--random`` runs it with real processes."""
+"""``restrictedmem check``: a search for races in production code, or in real processes.
+
+``--random`` runs real processes instead of the search.
+"""
 
 import argparse
 import json
@@ -25,43 +28,44 @@ if TYPE_CHECKING:
     from restrictedmem.check.explorer import Result
     from restrictedmem.check.scenario import Scenario
 
-#: Seconds between two looks at the clock.
+#: Seconds between two updates of the progress line.
 _TICK: Final = 0.5
 
 
 class Verdict(Enum):
-    """How a search came out."""
+    """The result of a search."""
 
     HOLDS = "holds"
     KNOWN = "known"
-    """A counterexample, which the scenario says this design has by its nature."""
+    """A counterexample that the scenario lists as a property of this design."""
     VIOLATED = "violated"
     MISSING = "holds, and should not"
     """No counterexample, although the scenario says that there is one."""
     UNFINISHED = "not finished"
-    """No counterexample in the time there was."""
+    """No counterexample before the time limit."""
 
 
 _GOOD: Final = (Verdict.HOLDS, Verdict.KNOWN)
-#: Seconds for a search; none takes as long.
+#: The default limit of a search in seconds; no search needs as many.
 _LIMIT: Final = 600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One scenario and one design, or one slip, searched."""
+    """The search of one scenario with one design or one known mistake (slip)."""
 
     scenario: str
     design: str
-    #: What was searched: all interleavings, or which.
+    #: Which interleavings were searched, in words.
     search: str
-    #: Which rule it is expected to break, and why, if it is.
+    #: The rule that the design is expected to break, and the reason; None if it should break no
+    #: rule.
     expected: tuple[str, str] | None
     result: "Result"
 
     @property
     def verdict(self) -> Verdict:
-        """How it came out."""
+        """Return the result of the search."""
         if self.result.counterexample is not None:
             known = self.expected is not None and self.result.counterexample.violation.startswith(
                 self.expected[0]
@@ -72,12 +76,12 @@ class Case:
         return Verdict.HOLDS if self.expected is None else Verdict.MISSING
 
     def as_data(self) -> dict[str, Any]:
-        """Return it as JSON shows it."""
+        """Return the case as a dictionary for JSON."""
         found = asdict(self)
         return {**found, **found.pop("result"), "verdict": self.verdict.value}
 
     def line(self) -> str:
-        """Write it in one line."""
+        """Return the case as one line of text."""
         result = self.result
         numbers = f"{result.states:>9} states {result.seconds:>7.1f} s"
         return f"{self.scenario:<28} {self.design:<20} {numbers}   {self.verdict.value}"
@@ -87,62 +91,64 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     """Add the command."""
     parser = commands.add_parser(
         "check",
-        help="search for races between punches, faults, conversions and the rest",
-        description="Run the production code of fault path, notifiers, conversions and teardown in every order of its steps, for each "
-        "design of the notifications, and say whether what must hold always does, or show the shortest schedule in which it does not. "
-        "Exit status 0 when all was searched and nothing found that is not known of a design, else 1. "
-        "How to read a schedule: docs/understand/check.md.",
+        help="search for races between punches, faults, conversions and others",
+        description="Run the production code of fault path, notifiers, conversions and teardown in"
+        " every order of\nits steps, for each design of the notifications. For each search, print"
+        " whether the rules\nalways hold, or the shortest schedule that breaks one.\n\n"
+        "Exit status 0 if every search was finished and found only the known faults of its design,"
+        "\nelse 1. docs/understand/check.md explains how to read a schedule.",
         epilog="examples:\n"
-        "  restrictedmem check                                          everything, a few minutes\n"
-        "  restrictedmem check --design v10                             what is the default\n"
+        "  restrictedmem check                               search everything, in a few minutes\n"
+        "  restrictedmem check --design v10                  search the default design\n"
         "  restrictedmem check --design folio-poc --scenario punch-fault\n"
-        "                                                               one search, and the schedule\n"
-        "  restrictedmem check --design v10 --exhaustive                two actors in all interleavings, four in all that may differ\n"
-        "  restrictedmem check --list                                   scenarios, and designs for each\n"
-        "  restrictedmem check --random 60                              real processes and a real guest",
+        "                                                    one search, with its schedule\n"
+        "  restrictedmem check --design v10 --exhaustive     two actors in all interleavings, four"
+        "\n                                                    in all that may differ\n"
+        "  restrictedmem check --list                        list scenarios and their designs\n"
+        "  restrictedmem check --random 60                   use real processes and a real guest",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--design",
         metavar="NAME",
-        help="this one alone, or a known slip; +teardown: told of everything at unregister",
+        help="search only this design, or only this known mistake of a posting (slip). With"
+        " +teardown behind it, a consumer is told at unregister that all pages go",
     )
-    parser.add_argument("--scenario", metavar="NAME", help="this one alone")
-    parser.add_argument(
-        "--list", action="store_true", help="list the scenarios, and search nothing"
-    )
-    parser.add_argument("--json", action="store_true", help="each search as JSON")
+    parser.add_argument("--scenario", metavar="NAME", help="search only this scenario")
+    parser.add_argument("--list", action="store_true", help="list the scenarios without searching")
+    parser.add_argument("--json", action="store_true", help="print each search as JSON")
     parser.add_argument(
         "--jobs",
         type=values.count_of("jobs"),
         metavar="N",
-        help="searches at the same time (default: one for each CPU)",
+        help="number of searches at the same time (default: one for each CPU)",
     )
     parser.add_argument(
         "--limit",
         type=values.seconds,
         metavar="SECONDS",
-        help=f"for each search (default: {_LIMIT:g})",
+        help=f"time limit of each search (default: {_LIMIT:g})",
     )
     parser.add_argument(
         "--exhaustive",
         action="store_true",
-        help="search two actors in all interleavings, not only in those that may differ, and four with any number of preemptions",
+        help="search two actors in all interleavings, not only in those that may differ, and four"
+        " actors with any number of preemptions",
     )
     parser.add_argument(
         "--random",
         type=values.seconds,
         metavar="SECONDS",
-        help="run service, engine and guest at random instead, for so long",
+        help="instead run a real service, engine and guest at random for this time",
     )
     parser.add_argument(
-        "--seed", type=values.seed, metavar="N", help="for --random: do what another run did"
+        "--seed", type=values.seed, metavar="N", help="with --random: repeat the run with this seed"
     )
     parser.set_defaults(main=main, error=parser.error)
 
 
 def _check(args: argparse.Namespace) -> None:
-    """End the program for options that would do nothing."""
+    """End the program if an option would have no effect."""
     search = {
         "--jobs": args.jobs is not None,
         "--limit": args.limit is not None,
@@ -150,7 +156,7 @@ def _check(args: argparse.Namespace) -> None:
     }
     given = next((name for name, value in search.items() if value), None)
     if args.random is not None and args.list:
-        args.error("--list goes without --random")
+        args.error("--list does not go with --random")
     if args.random is None and args.seed is not None:
         args.error("--seed goes with --random")
     if given is not None and (args.random is not None or args.list):
@@ -181,7 +187,8 @@ def main(args: argparse.Namespace) -> int:
         return 0
     if not cases:
         raise CommandError(
-            f"{args.scenario} makes no sense for {args.design}", "restrictedmem check --list"
+            f"scenario {args.scenario} does not fit design {args.design}",
+            "restrictedmem check --list",
         )
     jobs = args.jobs or len(os.sched_getaffinity(0))
     found: list[Case] = []
@@ -192,7 +199,8 @@ def main(args: argparse.Namespace) -> int:
         bad = sum(case.verdict not in _GOOD for case in found)
         line.update(
             lambda: (
-                f"{len(found)} of {len(cases)} searched, {bad} bad, {duration(time.monotonic() - began)}: {', '.join(now)}"
+                f"{len(found)} of {len(cases)} searched, {bad} bad,"
+                f" {duration(time.monotonic() - began)}: {', '.join(now)}"
             )
         )
 
@@ -213,7 +221,10 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _designs(scenario: "Scenario", wanted: str | None) -> list[str]:
-    """Return the designs to search a scenario for, and the slips that it convicts; of all these, one may be asked for."""
+    """Return the designs to search for a scenario, and the slips that it has to find.
+
+    If ``wanted`` is given, return only that one.
+    """
     from restrictedmem.check.slips import SLIPS
     from restrictedmem.mm.design import TEARDOWN, make
 
@@ -234,7 +245,7 @@ def _designs(scenario: "Scenario", wanted: str | None) -> list[str]:
 
 
 def _list(cases: Sequence[tuple["Scenario", str]], *, as_json: bool) -> None:
-    """Print which scenarios there are, and for which designs."""
+    """Print the scenarios, and the designs of each."""
     scenarios = {scenario.name: scenario for scenario, _ in cases}
     designs = {
         name: [design for scenario, design in cases if scenario.name == name] for name in scenarios
@@ -262,7 +273,7 @@ def _list(cases: Sequence[tuple["Scenario", str]], *, as_json: bool) -> None:
 
 
 def _search_one(name: str, design: str, *, limit: float, exhaustive: bool) -> Case:
-    """Search one scenario, in a process of its own."""
+    """Search one scenario; runs in a process of its own."""
     from restrictedmem.check.explorer import effort
     from restrictedmem.check.scenarios import SCENARIOS
     from restrictedmem.check.slips import SLIPS
@@ -283,7 +294,7 @@ def _search_one(name: str, design: str, *, limit: float, exhaustive: bool) -> Ca
 
 
 def _begin() -> None:
-    """End with whoever started the search, and without a word at Ctrl-C."""
+    """Have this process end with its parent, and silently at Ctrl-C."""
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -295,8 +306,12 @@ def _search_all(
     search: Callable[[str, str], Case],
     tell: Callable[[Sequence[str]], None],
 ) -> Iterator[Case]:
-    """Search, those with most actors first, for they take longest; yields what is ready, and often tells what is searched now."""
-    # Late, for they take longer to import than most commands to run.
+    """Search all cases, and yield each result when it is ready.
+
+    The searches with most actors start first, because they take longest. ``tell`` is called often
+    with the searches under way.
+    """
+    # Imported late, because these imports take longer than most commands.
     import multiprocessing
     from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
     from concurrent.futures.process import BrokenProcessPool
@@ -306,7 +321,7 @@ def _search_all(
     )
     ordered = sorted(cases, key=lambda case: -case[0].actors)
     try:
-        # What runs at a fork would swallow the exception.
+        # The handlers that Python runs at a fork would swallow a KeyboardInterrupt.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             futures: dict[Future[Case], str] = {
@@ -317,8 +332,8 @@ def _search_all(
             raise named("fork", error) from None
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         while futures:
-            # Those in front that are not done: the executor calls some running that wait for a
-            # process.
+            # The first searches that are not done. The executor also calls searches running that
+            # wait for a process.
             tell([name for name, _ in zip(futures.values(), range(jobs), strict=False)])
             for future in wait(futures, _TICK, FIRST_COMPLETED).done:
                 del futures[future]
@@ -326,7 +341,7 @@ def _search_all(
     except BrokenProcessPool:
         raise CommandError(
             "a process that searched was killed",
-            "by whom: dmesg; with fewer --jobs it takes less memory",
+            "dmesg may say why; if memory ran out, use fewer --jobs",
         ) from None
     except BaseException:
         for process in multiprocessing.active_children():
@@ -337,7 +352,10 @@ def _search_all(
 
 
 def _lines(case: Case, *, in_full: bool) -> Iterator[str]:
-    """Write a case: its line, the schedule of a counterexample that is news or was asked for, and why it is none."""
+    """Yield the lines of a case: its result, its schedule, why a fault was expected.
+
+    The schedule is left out if the fault was expected, unless ``in_full``.
+    """
     yield case.line()
     counterexample = case.result.counterexample
     if counterexample is not None and (in_full or case.verdict is Verdict.VIOLATED):
@@ -347,10 +365,13 @@ def _lines(case: Case, *, in_full: bool) -> Iterator[str]:
 
 
 def _summary(found: Sequence[Case]) -> str:
-    """Write how many searches came out how."""
+    """Return a line that counts the searches by result."""
     counts = [
         f"{number} {verdict.value}"
         for verdict in Verdict
         if (number := sum(case.verdict is verdict for case in found))
     ]
-    return f"{len(found)} searches, {sum(case.result.states for case in found)} states: {'; '.join(counts)}"
+    return (
+        f"{len(found)} searches, {sum(case.result.states for case in found)} states:"
+        f" {'; '.join(counts)}"
+    )

@@ -1,4 +1,4 @@
-"""``restrictedmem doctor``: what this machine offers, what follows from it, and how to get what is missing."""
+"""``restrictedmem doctor``: a report on what this machine offers and lacks."""
 
 import argparse
 import json
@@ -33,12 +33,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "doctor",
         help="say what this machine offers and how to get what is missing",
-        description="Try what restrictedmem needs, each thing for itself and without leaving anything behind, and run a guest on each "
-        "engine; say what follows, and how to get what is missing. Exit status 0 when a guest ran in restricted memory here, else 1.",
+        description="Try each thing that restrictedmem needs, and run a guest on each engine."
+        " Print what works, what does not work without it, and how to get what is missing. Nothing"
+        " is left behind. Exit status 0 if a guest ran in restricted memory here, else 1.",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="the findings and the conclusion, as JSON"
-    )
+    parser.add_argument("--json", action="store_true", help="print findings and conclusion as JSON")
     parser.set_defaults(main=main)
 
 
@@ -61,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def as_data(examination: "Examination") -> dict[str, Any]:
-    """Return an examination as JSON shows it."""
+    """Return an examination as a dictionary for JSON."""
     findings = [
         {"group": group.name.lower(), **_data(finding)}
         for group, findings in examination.groups.items()
@@ -79,7 +78,10 @@ def _data(finding: "Finding") -> dict[str, str]:
 
 
 def as_lines(examination: "Examination", width: int, *, colour: bool) -> Iterator[str]:
-    """Write an examination for a person, in lines of at most ``width`` columns where words allow it."""
+    """Yield an examination as lines of text.
+
+    They have at most ``width`` columns, except where a word is longer.
+    """
     names = [finding.name for findings in examination.groups.values() for finding in findings]
     column = len(_INDENT) + _MARK_WIDTH + max(map(len, names)) + 2
     for group, findings in examination.groups.items():
@@ -102,7 +104,7 @@ def _finding_lines(finding: "Finding", column: int, width: int, *, colour: bool)
         + finding.name.ljust(column - len(_INDENT) - _MARK_WIDTH)
     )
     blank = " " * column
-    # Words of other programs, fusermount3 for one.
+    # The detail may have words of other programs, such as fusermount3.
     detail = plain(" ".join(finding.detail.split()))
     wrapped = textwrap.wrap(
         detail, width - column, break_long_words=False, break_on_hyphens=False
@@ -128,7 +130,10 @@ def _verdict(conclusion: "Conclusion") -> str:
     missing = [part.name for part in (conclusion.descriptor,) if part.state.value != "yes"] or [
         part.name for part in engines
     ]
-    return f"No guest can run in restricted memory here: {' and '.join(f'the {name}' for name in missing)} will not work."
+    return (
+        "No guest can run in restricted memory here:"
+        f" {' and '.join(f'the {name}' for name in missing)} will not work."
+    )
 
 
 def _styled(text: str, style: str, *, colour: bool) -> str:

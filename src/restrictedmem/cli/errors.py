@@ -1,4 +1,4 @@
-"""What a command raises for the person who typed it."""
+"""The error that a command raises for its user, and the printing of errors."""
 
 import sys
 
@@ -6,7 +6,7 @@ from restrictedmem.text import plain
 
 
 class CommandError(Exception):
-    """A message, with a hint when there is one, and the exit status that goes with it."""
+    """An error message, an optional hint, and the exit status."""
 
     def __init__(self, message: str, hint: str = "", status: int = 1) -> None:
         super().__init__(message)
@@ -15,9 +15,9 @@ class CommandError(Exception):
 
 
 def complain(message: str, hint: str = "", status: int = 1) -> int:
-    """Write one error and perhaps a hint, and return the exit status that goes with them.
+    """Print an error and its hint, and return the exit status.
 
-    Further lines of the error are indented, so that no words of another party look like ours.
+    Further lines of the error are indented, so that no text of another party looks like ours.
     """
     first, *others = message.split("\n")
     print(f"error: {plain(first)}", file=sys.stderr)

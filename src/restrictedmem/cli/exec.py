@@ -1,4 +1,4 @@
-"""``restrictedmem exec``: a program nobody changed, with memfd_restricted(2) present."""
+"""``restrictedmem exec``: an unmodified program with memfd_restricted(2) present."""
 
 import argparse
 import os
@@ -21,16 +21,21 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "exec",
         help="run a program with the system call present",
-        description="Run a program and all its descendants with memfd_restricted(2) present: syscall(451, 0) returns a restricted "
-        "descriptor, lowest free number and not close-on-exec. The program takes this process's place, so its terminal, signals and exit "
-        "status are its own; 126 and 127 as a shell. A nested exec uses the outer supervisor. What the program cannot do: gain privileges "
-        "by exec (sudo, ping), or have a seccomp listener of its own (EBUSY). RESTRICTEDMEM_SERVER names, to the program, the socket of "
-        "the service behind its descriptors, for the C client and restrictedmem run; set before, the server it names is used, with the "
-        "server's own options.",
+        description="Run a program and all its descendants with memfd_restricted(2) present:"
+        " syscall(451, 0)\nreturns a restricted descriptor, with the lowest free number and not"
+        " close-on-exec.\n\n"
+        "The program takes this process's place, so terminal, signals and exit status are the"
+        "\nprogram's own. The status is 126 or 127 if the program cannot be executed, as in a"
+        " shell.\nA nested exec uses the outer supervisor. The program cannot gain privileges by"
+        " exec\n(sudo, ping), and cannot have a seccomp listener of its own (EBUSY).\n\n"
+        "RESTRICTEDMEM_SERVER tells the program the socket of the service behind its descriptors,"
+        "\nfor the C client and restrictedmem run. If the variable is set already, the server that"
+        " it\nnames is used, with the server's own options.",
         epilog="examples:\n"
         "  restrictedmem exec -- ./vmm --memory 64M\n"
         "  restrictedmem exec --json used.json -- ./vmm --memory 64M\n"
-        "  restrictedmem exec -- python3 -c 'import ctypes; print(ctypes.CDLL(None).syscall(451, 0))'",
+        "  restrictedmem exec -- python3 -c 'import ctypes;"
+        " print(ctypes.CDLL(None).syscall(451, 0))'",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     values.add_api(parser)
@@ -38,53 +43,57 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--memory-max",
         type=values.memory_size,
         metavar="SIZE",
-        help="what a descriptor may hold at most",
+        help="limit on the memory of a descriptor",
     )
     parser.add_argument(
         "--syscall-number",
         type=values.call_number,
         metavar="N",
-        help=f"number of the call (default {SYS_memfd_restricted}, as in both postings)",
+        help=f"number of the system call (default {SYS_memfd_restricted}, as in both postings)",
     )
     parser.add_argument(
         "--no-cachestat",
         dest="cachestat",
         action="store_false",
-        help="judge flags strictly; without this, a call of the number with other flags goes to the kernel if it can only be cachestat(2), "
-        "whose number it is since Linux 6.5",
+        help="refuse all unknown flags. Without this option, a call with unknown flags goes to the"
+        " kernel if it can only be cachestat(2), which has this number since Linux 6.5",
     )
     parser.add_argument(
         "--json",
         metavar="FILE",
-        help="write, when the program has ended, what was created, sized and punched, and the most memory that descriptors had at once; "
-        "the program is then a child, which gets the signals sent to this process and is killed with it. If it cannot be written, that "
-        "is said, and the exit status is the program's, or 1 in place of 0",
+        help="when the program has ended, write to FILE what was created, sized and punched, and"
+        " the most memory that descriptors had at once. The program is then a child, which gets the"
+        " signals sent to this process and is killed with it. If FILE cannot be written, print an"
+        " error, and exit with the program's status, or 1 if that is 0",
     )
-    parser.add_argument("program", metavar="PROG", help="found as a shell finds it")
+    parser.add_argument("program", metavar="PROG", help="program to run, found as a shell finds it")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARG")
     parser.set_defaults(main=main, error=parser.error)
 
 
-#: Options by their names here, with what they are when they were not given.
+#: Options and their defaults.
 _OF_SERVICE: Final = {"api": None, "memory_max": None}
 _OF_SUPERVISOR: Final = {"syscall_number": None, "cachestat": True, **_OF_SERVICE, "json": None}
 _SPELLED: Final = {"cachestat": "--no-cachestat"}
 
 
 def main(args: argparse.Namespace) -> int:
-    """Become the program, or its parent if there is something to say at its end."""
+    """Become the program, or its parent if there is a report to write at its end."""
     from restrictedmem.syscall.exec_program import CallOptions, install
 
     if args.json == jsonfile.STDOUT:
         args.error("--json takes a file: stdout is the program's")
     service = _first_given(args, _OF_SERVICE)
     if service and os.environ.get(SERVER_VARIABLE):
-        args.error(f"{service} is for a service of one's own, and {SERVER_VARIABLE} names another")
+        args.error(
+            f"{service} is for a service that this command starts, and {SERVER_VARIABLE} names"
+            " another"
+        )
     number = SYS_memfd_restricted if args.syscall_number is None else args.syscall_number
     call = CallOptions(number, args.cachestat, args.api or values.DEFAULT_API, args.memory_max)
     command = [args.program, *args.arguments]
     own = install(call, usage=args.json is not None)
-    # Before the file is opened, which empties it.
+    # This check comes before the file is opened, which empties the file.
     if not own and (outers := _first_given(args, _OF_SUPERVISOR)):
         raise CommandError(
             f"{outers}: {os.strerror(EBUSY)}",
@@ -97,13 +106,13 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _first_given(args: argparse.Namespace, options: dict[str, Any]) -> str:
-    """Return the first of some options that was given, empty when none was."""
+    """Return the first of some options that was given, or an empty string."""
     given = (name for name, default in options.items() if getattr(args, name) != default)
     return next((_SPELLED.get(name, f"--{name.replace('_', '-')}") for name in given), "")
 
 
 def _become(command: list[str]) -> NoReturn:
-    """Become a program, or say as a shell does why not, and end with the status that goes with it."""
+    """Become a program, or print an error and end with a status as a shell does."""
     from restrictedmem.syscall.exec_program import replace
 
     try:
@@ -129,12 +138,12 @@ def _run_and_say(command: list[str], write: Callable[[object], None]) -> int:
     try:
         report |= _usage()
     except OSError as error:
-        report["error"] = f"what was done is not known: {error.strerror}"
+        report["error"] = f"the program's use of descriptors is not known: {error.strerror}"
     try:
         write(report)
     except OSError as error:
         complain(f"--json: {line_of(error)}")
-        # What the program came to is still to be told, but not that all is well.
+        # The exit status still tells how the program ended, but must not be 0 now.
         return end_as(status) or 1
     return end_as(status)
 
@@ -143,8 +152,8 @@ def _usage() -> dict[str, int]:
     """Ask the service what its owners have done.
 
     Raises:
-        OSError: supervisor or service are gone; EOPNOTSUPP for a server, whose services do not
-            count.
+        OSError: the supervisor or the service is gone; EOPNOTSUPP for a server, whose services do
+            not count.
     """
     from restrictedmem.service.client import Service
 

@@ -1,4 +1,4 @@
-"""What commands that take a guest have in common: finding and reading it, and the size of its memory."""
+"""The guest arguments that several commands have: find a guest, and read it."""
 
 import sys
 from collections.abc import Generator, Iterable
@@ -15,7 +15,7 @@ from restrictedmem.text import plain
 if TYPE_CHECKING:
     from restrictedmem.vmm.elf import Image
 
-#: Bytes of the largest file that is read as a guest.
+#: Size of the largest file that is read as a guest.
 _LARGEST = 1 << 30
 _AT_ONCE = 1 << 24
 #: For ``help=``.
@@ -23,11 +23,11 @@ KINDS = "one of: " + ", ".join(guests.names()) + "; or a path to an ELF"
 
 
 def read(name: str) -> "Image":
-    """Read a guest: one of the package's by its name, or a file by a path with a slash.
+    """Read a guest: one of the package by its name, or a file by a path with a slash.
 
     Raises:
-        CommandError: when there is none of the package's.
-        OSError: as open(2) and read(2); EFBIG; ENOEXEC when it is no guest.
+        CommandError: when the package has no guest of this name.
+        OSError: as open(2) and read(2); EFBIG; ENOEXEC when the file is not a guest.
     """
     from restrictedmem.vmm import elf
 
@@ -35,8 +35,8 @@ def read(name: str) -> "Image":
     try:
         with path.open("rb") as file:
             content = file.read(len(elf.MAGIC))
-            # Nothing is read of what goes on for ever, such as a device; and Python makes room for
-            # what it is asked for.
+            # A file without the magic is read no further, because it may be an endless device. The
+            # pieces are limited, because Python allocates as much as it is asked to read.
             while (
                 content.startswith(elf.MAGIC)
                 and len(content) <= _LARGEST
@@ -53,7 +53,7 @@ def read(name: str) -> "Image":
 
 @contextmanager
 def naming(name: str) -> Generator[None]:
-    """Give the errors of what is no guest its path."""
+    """Add the guest's path to ENOEXEC errors."""
     try:
         yield
     except OSError as error:
@@ -63,20 +63,23 @@ def naming(name: str) -> Generator[None]:
 
 
 def warn(name: str, arguments: list[str], options: Iterable[str]) -> None:
-    """Say that what looks like an option of the command's went to one of the package's guests, which have none."""
+    """Warn of an argument of a packaged guest that looks like an option of the command.
+
+    The guests of the package have no options.
+    """
     strays = [each for each in arguments if each.partition("=")[0] in options]
     if strays and "/" not in name:
         print(
-            f"hint: {plain(strays[0])} is an argument of the guest here; options go before GUEST",
+            f"hint: {plain(strays[0])} is an argument of the guest; options go before GUEST",
             file=sys.stderr,
         )
 
 
 def find(name: str) -> Path:
-    """Return where a guest is: one of the package's by its name, or a path that has a slash.
+    """Return the path of a guest: one of the package by its name, or a path with a slash.
 
     Raises:
-        CommandError: when there is no such name.
+        CommandError: when the package has no guest of this name.
     """
     if "/" in name:
         return Path(name)
@@ -85,5 +88,5 @@ def find(name: str) -> Path:
     except OSError:
         known = ", ".join(guests.names())
         raise CommandError(
-            f"no guest named {name}", f"there are {known}; a file needs a slash: ./{name}"
+            f"no guest named {name}", f"the guests are {known}; a path needs a slash: ./{name}"
         ) from None

@@ -1,4 +1,4 @@
-"""What a person can do about an error, by what failed and not by the errno alone."""
+"""Hints for errors: they tell what the user can do, by the call that failed and its errno."""
 
 from errno import (
     EACCES,
@@ -19,35 +19,46 @@ from typing import Final
 
 _REFUSED: Final = (EACCES, EPERM)
 _ABSENT: Final = (ENOENT, ENODEV, ENOSYS)
-_DOCTOR: Final = "restrictedmem doctor says which way to mount is open here, and how to open one"
-_FORBIDDEN: Final = "a seccomp filter forbids the call, a container's for one (docker run --security-opt); restrictedmem doctor says more"
+_DOCTOR: Final = "restrictedmem doctor says which ways to mount work here, and how to enable one"
+_FORBIDDEN: Final = (
+    "a seccomp filter, such as a container's, forbids the call (docker run --security-opt);"
+    " restrictedmem doctor says more"
+)
 _BUILD: Final = "docs/use/guests.md says how to build one"
 _LINKED: Final = "link it with guests/guest.ld: docs/use/guests.md"
 _LARGER: Final = "give it more --memory"
 _MEMORY: Final = (
-    "a limit of this process (ulimit -v), of its cgroup (memory.max), or of the machine"
+    "raise the limit of this process (ulimit -v) or of its cgroup (memory.max), or free memory"
 )
-#: For --pin: more was to be pinned than may be.
-PINNED: Final = "a limit of this user on pinned memory (ulimit -l), which all rings share; who has CAP_IPC_LOCK has none (docs/understand/pinning.md)"
-_DESCRIPTORS: Final = "a limit of this process: ulimit -n"
+#: For --pin: pinning would exceed the limit.
+PINNED: Final = (
+    "raise this user's limit on pinned memory (ulimit -l), which all rings share; there is none"
+    " with CAP_IPC_LOCK (docs/understand/pinning.md)"
+)
+_DESCRIPTORS: Final = "raise the limit of this process: ulimit -n"
 _SERVICES_DESCRIPTORS: Final = (
-    "a limit of the service (ulimit -Hn where it starts), or of the machine (fs.file-max)"
+    "raise the limit of the service (ulimit -Hn where it starts), or of the machine (fs.file-max)"
 )
-_PROCESSES: Final = "a limit of this user (ulimit -u), or of this process's cgroup (pids.max)"
-_FILE_SIZE: Final = "a limit of this process: ulimit -f"
-_PROC: Final = "mount that of this PID namespace there: unshare --fork --mount-proc, or mount -t proc proc /proc"
+_PROCESSES: Final = (
+    "raise the limit of this user (ulimit -u), or of this process's cgroup (pids.max)"
+)
+_FILE_SIZE: Final = "raise the limit of this process: ulimit -f"
+_PROC: Final = (
+    "mount the /proc of this PID namespace: unshare --fork --mount-proc, or mount -t proc proc"
+    " /proc"
+)
 #: Calls that a limit on processes refuses.
 _FORKING: Final = ("exec", "fork", "start")
 #: Calls that RLIMIT_FSIZE refuses.
 _SIZED: Final = ("ftruncate", "memfd_restricted", "mmap", "write")
-#: Calls that a kernel with this package's needs lets anybody make, and those of a service that come
-#: down to such.
+#: Calls that need no privilege on a kernel that this package can use, and requests to a service
+#: that make such calls.
 _EVERYBODYS: Final = ("memfd_create", "seccomp", "memfd_restricted", "SPAWN")
 _BY_ERRNO: Final = {ENOMEM: _MEMORY, EMFILE: _DESCRIPTORS, ENFILE: _SERVICES_DESCRIPTORS}
 
 
 def of(error: OSError) -> str:
-    """Return a hint for an error that a command ends with; empty when there is none."""
+    """Return the hint for an error that ends a command; empty when there is none."""
     if error.filename == "/proc" and error.errno in (ENOENT, ESRCH):
         return _PROC
     call, _, detail = (error.strerror or "").partition(": ")

@@ -1,4 +1,4 @@
-"""Where ``--json FILE`` goes."""
+"""The file of ``--json FILE``."""
 
 import json
 from collections.abc import Callable, Generator
@@ -12,9 +12,10 @@ STDOUT: Final = "-"
 
 @contextmanager
 def opened(path: str) -> Generator[Callable[[object], None]]:
-    """Open a file, or stdout for ``-``; yields what writes an object to it and closes it, once.
+    """Open a file, or stdout for ``-``; yield a function that writes an object.
 
-    What cannot be opened is known before anything is done.
+    The function closes the file, and may be called once. The file is opened first, so that an error
+    is known before the command does anything.
 
     Raises:
         OSError: as ``paths.NewFile``.

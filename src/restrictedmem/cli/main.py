@@ -1,7 +1,7 @@
-"""The command line: parse, dispatch, and one place where errors become words.
+"""The command line: it parses, dispatches, and prints every error in one place.
 
-Exit status: 0, or the guest's own; 1 after ``error:``; 2 for a wrong command line; 128 + n when a
-signal ended it.
+Exit status: 0, or the guest's own; 1 after ``error:``; 2 for a wrong command line; 128 + n when
+signal n ended the command.
 """
 
 import argparse
@@ -17,29 +17,32 @@ from restrictedmem.cli.errors import CommandError, complain
 from restrictedmem.failure import line_of
 from restrictedmem.version import __version__
 
-#: Modules of this package. Each is imported when it is wanted: ``exec`` is to start as fast as it
-#: can.
+#: Modules of this package. Each is imported only when it is needed, so that ``exec`` starts fast.
 _COMMANDS: Final = ("run", "exec", "doctor", "check", "ps", "serve", "trace", "verify")
 
-#: The variable that has a service say what goes wrong in it, and this what went wrong here.
+#: With this variable set, services and commands show the traceback of an internal error.
 _DEBUG: Final = "RESTRICTEDMEM_DEBUG"
 
 
 @final
 class _Parser(argparse.ArgumentParser):
-    """A parser whose error is one line, as all others are; subcommands' are of the same kind."""
+    """A parser whose errors look like all other errors; subcommands use it too."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong with the command line, and end."""
+        """Print what is wrong with the command line, and end."""
         self.exit(complain(message, f"{self.prog} --help", 2))
 
 
 def parser(command: str | None = None) -> argparse.ArgumentParser:
-    """Build the parser, of one command alone when it is named; the help texts in it are the only source of docs/reference/cli.md."""
+    """Build the parser; for one command alone if it is named.
+
+    docs/reference/cli.md is generated from the help texts in it, which are its only source.
+    """
     top = _Parser(
         prog="restrictedmem",
-        description="Memory that its owner can create, size, preallocate, punch and close, but never read, write or map: "
-        "memfd_restricted(2) as proposed for Linux in 2022, and guests that run on it, on a stock kernel.",
+        description="memfd_restricted(2), as proposed for Linux in 2022, on a stock kernel, and"
+        " guests that run on such memory. The owner of a descriptor can create, size, preallocate,"
+        " punch and close it, but can never read, write or map it.",
     )
     top.add_argument("--version", action="version", version=f"restrictedmem {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -49,14 +52,15 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
 
 
 def run() -> NoReturn:
-    """Be the console script."""
+    """Run the command as the console script does."""
     sys.exit(main(sys.argv[1:], standalone=True))
 
 
 def main(arguments: list[str], *, standalone: bool = False) -> int:
     """Run one command and return its exit status.
 
-    ``standalone``: this process is the command's alone, its standard streams and signals too.
+    ``standalone`` says that the process belongs to the command alone, with its standard streams and
+    signals.
     """
     try:
         if standalone:
@@ -68,17 +72,17 @@ def main(arguments: list[str], *, standalone: bool = False) -> int:
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except MemoryError:
-        status = complain("this process cannot have more memory", hints.of_memory())
+        status = complain("this process is out of memory", hints.of_memory())
     except OSError as error:
         gone = error.errno == EPIPE and streams.reader_is_gone()
-        # End as a signal would have ended us.
+        # The status is that of a death by the signal.
         status = 128 + signal.SIGPIPE if gone else complain(line_of(error), hints.of(error))
     except Exception as error:
         if not standalone or _DEBUG in os.environ:
             raise
         status = complain(
-            f"a fault of this program: {type(error).__name__}: {error}",
-            f"{_DEBUG}=1 shows where; please report it",
+            f"internal error: {type(error).__name__}: {error}",
+            f"{_DEBUG}=1 shows a traceback; please report it",
         )
     else:
         return status
@@ -87,10 +91,10 @@ def main(arguments: list[str], *, standalone: bool = False) -> int:
 
 
 def _prepare(arguments: list[str]) -> None:
-    """Make of this process what commands take it for, however it was started."""
+    """Set up streams and signals, however the process was started."""
     streams.prepare()
-    # Whoever ignores it passes that on, and no child could be waited for. A program that is
-    # executed is to find it as it was.
+    # A parent that ignores SIGCHLD passes this on, and then no child could be waited for. A program
+    # that ``exec`` executes must find the signal unchanged.
     if arguments[:1] != ["exec"]:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
@@ -100,6 +104,6 @@ def _run(arguments: list[str]) -> int:
         args = parser(arguments[0] if arguments else None).parse_args(arguments)
         status: int = args.main(args)
     except SystemExit as ended:
-        # argparse: it has said all, be it help or what is wrong.
+        # argparse has printed everything, the help or the error.
         return ended.code if isinstance(ended.code, int) else 0
     return status

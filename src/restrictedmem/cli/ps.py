@@ -1,4 +1,4 @@
-"""``restrictedmem ps``: the services of this machine and what they hold."""
+"""``restrictedmem ps``: the services of this machine, with their descriptors and VMs."""
 
 import argparse
 import json
@@ -9,9 +9,9 @@ from typing import Any
 from restrictedmem.text import plain
 from restrictedmem.units import format_size
 
-#: Lines of one kind, and numbers in one.
+#: The most lines of one kind, and the most numbers in a line.
 _SHOWN = 20
-#: Characters of a line: a service may say 32 MiB.
+#: The most characters of a line: a service may send 32 MiB.
 _WIDEST = 1000
 
 
@@ -20,10 +20,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "ps",
         help="list services, their descriptors and VMs",
-        description="List the services of this machine, their owners, descriptors and VMs. Another user's service says nothing "
-        "but that it is there; root sees all.",
+        description="List the services of this machine with their owners, descriptors and VMs. Of"
+        " another user's service, only its existence is shown; root sees everything.",
     )
-    parser.add_argument("--json", action="store_true", help="everything, as JSON")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.set_defaults(main=main)
 
 
@@ -32,22 +32,25 @@ def main(args: argparse.Namespace) -> int:
     from restrictedmem.abi import process
     from restrictedmem.service import discover
 
-    # One for each service that is asked.
+    # Each service that is asked needs a descriptor.
     process.raise_fd_limit()
     found = discover.statuses()
     if args.json:
-        # Whole, or nothing.
+        # JSON is printed whole or not at all.
         print(json.dumps({"services": found}))
         return 0
     for line in _all_lines(found):
         print(plain(line[:_WIDEST]))
     if not found:
-        print("no service runs")
+        print("no service is running")
     return 0
 
 
 def _locked(report: dict[str, Any]) -> str:
-    """Say what a VM has locked; another consumer does not report it, or what it likes."""
+    """Return how much memory a VM has locked.
+
+    A third party's consumer may report nothing, or anything.
+    """
     locked = report.get("locked_bytes")
     if type(locked) is not int or not 0 <= locked < 1 << 64:
         return ""
@@ -56,13 +59,13 @@ def _locked(report: dict[str, Any]) -> str:
 
 
 def _whose(service: dict[str, Any]) -> str:
-    """Say the uid that the kernel knows it by, and the owner's where the service says another."""
+    """Return a service's uid from the kernel, and the uid of its owner if it differs."""
     uid, owner = service["uid"], service["owner_uid"]
     return f"uid {uid}" if uid == owner else f"uid {uid} for uid {owner}"
 
 
 def _all_lines(found: list[dict[str, Any]]) -> Iterator[str]:
-    """Write all services, and of those that say nothing useful the first of each uid."""
+    """Yield the lines of all services, at most 20 per uid of those without a state."""
     bad: Counter[int | None] = Counter()
     for service in found:
         if "error" not in service:
@@ -73,7 +76,7 @@ def _all_lines(found: list[dict[str, Any]]) -> Iterator[str]:
             yield f"service {service['pid']}: {service['error']}{_of(service)}"
     for uid, count in bad.items():
         if count > _SHOWN:
-            yield f"… {count - _SHOWN} more that say no state, of uid {uid} (--json lists all)"
+            yield f"… {count - _SHOWN} more without a state, of uid {uid} (--json lists all)"
 
 
 def _of(service: dict[str, Any]) -> str:
@@ -84,8 +87,9 @@ def _lines(service: dict[str, Any]) -> list[str]:
     files = service["descriptors"]
     resident = sum(file["resident"] for file in files)
     lines = [
-        f"service {service['pid']}: {_whose(service)}, owner {service['owner_pid']}, {service['way']}, {service['api']}, "
-        f"{len(files)} descriptors, {format_size(resident)} resident"
+        f"service {service['pid']}: {_whose(service)}, owner {service['owner_pid']},"
+        f" {service['way']}, {service['api']}, {len(files)} descriptors,"
+        f" {format_size(resident)} resident"
     ]
     for file in files[:_SHOWN]:
         size, held = format_size(file["size"]), format_size(file["resident"])
@@ -96,13 +100,14 @@ def _lines(service: dict[str, Any]) -> list[str]:
         lines.append(f"  … {len(files) - _SHOWN} more (--json lists all)")
     consumers = service["consumers"]
     for vm in consumers[:_SHOWN]:
-        # A third party's consumer reports what it likes.
+        # A third party's consumer may report anything.
         report: dict[str, Any] = vm["report"] if type(vm["report"]) is dict else {}
         more = ["…"] if len(vm["files"]) > _SHOWN else []
         files_of = " ".join([*map(str, vm["files"][:_SHOWN]), *more]) or "none"
         name = f"{vm['name']} {vm['number']}: pid {report.get('pid', '?')}"
         lines.append(
-            f"  {name}, descriptors {files_of}{_locked(report)}, {vm['invalidations']} invalidations"
+            f"  {name}, descriptors {files_of}{_locked(report)},"
+            f" {vm['invalidations']} invalidations"
         )
     if len(consumers) > _SHOWN:
         lines.append(f"  … {len(consumers) - _SHOWN} more VMs and consumers (--json lists all)")

@@ -1,4 +1,4 @@
-"""``restrictedmem run``: a guest on restricted memory, its input from stdin, its output to stdout."""
+"""``restrictedmem run``: a guest on restricted memory, between stdin and stdout."""
 
 import argparse
 import os
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from restrictedmem.vmm.vmm import Ended, Vmm
 
 
-#: Backings of huge pages that are set aside, and where it is said how many.
+#: Backings of reserved huge pages, and where their number is set.
 _POOLS: Final = {
     "hugetlb-2m": "sysctl vm.nr_hugepages",
     "hugetlb-1g": "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages",
@@ -33,17 +33,19 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "run",
         help="run a guest in private memory",
-        description="Create a restricted descriptor, give it to a VM as private memory, and run a guest on it. The guest's input is "
-        "stdin, its output stdout, its exit status ours. What happened is said on stderr.",
+        description="Create a restricted descriptor, give it to a VM as private memory, and run a"
+        " guest on it.\nThe guest reads stdin and writes stdout; the command exits with the guest's"
+        " status.\nProgress and a closing table go to stderr.",
         epilog="examples:\n"
         "  restrictedmem run sha256 </usr/bin/python3      digest a file inside private memory\n"
-        "  restrictedmem run --memory 2M sha256 <big.iso   the input may be far larger than the memory\n"
-        "  restrictedmem run --engine software convert     pages turned shared and private, on emulated vCPUs\n"
+        "  restrictedmem run --memory 2M sha256 <big.iso   digest more than fits into the memory\n"
+        "  restrictedmem run --engine software convert     convert pages, on emulated vCPUs\n"
         "  restrictedmem run --platform snp --design folio+teardown convert\n"
-        "                                                  what comes back of the host's direct map\n"
-        "  restrictedmem run --prove                       every way to the guest's memory, tried\n"
-        "  restrictedmem run --gdb 1234 ./my.elf           debug a guest of one's own\n"
-        "  restrictedmem run --json run.json ./my.elf arg",
+        "                                                  see how much of the host's direct map\n"
+        "                                                  is put together again\n"
+        "  restrictedmem run --prove                       try every known way to guest memory\n"
+        "  restrictedmem run --gdb 1234 ./my.elf           debug a guest of your own\n"
+        "  restrictedmem run --json run.json ./my.elf arg  write the closing table as JSON",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     size = values.memory_size
@@ -52,41 +54,43 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         type=size,
         default="64M",
         metavar="SIZE",
-        help="private memory of the guest (default 64M)",
+        help="size of the guest's private memory (default 64M)",
     )
     parser.add_argument(
         "--memory-max",
         type=size,
         metavar="SIZE",
-        help="what a descriptor may hold at most; beyond it, ENOSPC",
+        help="limit on the memory of a descriptor; beyond it, ENOSPC",
     )
     values.add_api(parser)
     parser.add_argument(
         "--engine",
         choices=("auto", "kernel", "software"),
         default="auto",
-        help="what runs guest code: /dev/kvm with guest_memfd, Unicorn, or the first of them that works here (default auto; a --memory-max "
-        "below --memory is for Unicorn alone, and --gdb is far faster there)",
+        help="engine that runs the guest: kernel uses /dev/kvm with guest_memfd; software uses"
+        " Unicorn, an emulator; auto takes the first of them that works here (default auto). A"
+        " --memory-max below --memory needs the software engine, and --gdb is far faster there, so"
+        " auto takes it for them",
     )
     _add_memory(parser)
     parser.add_argument(
         "--vcpus",
         type=values.count_of("vCPUs", values.MOST_VCPUS),
         metavar="N",
-        help="vCPUs of the guest (default 1)",
+        help="number of vCPUs (default 1)",
     )
     parser.add_argument(
         "--trace",
         metavar="FILE",
-        help="write the events of the run as JSON lines (docs/use/trace.md); what cannot be written is said, with "
-        "the guest's exit status, or 1 in place of 0",
+        help="write the events of the run to FILE as JSON lines (docs/use/trace.md). If FILE cannot"
+        " be written, print an error, and exit with the guest's status, or 1 if that is 0",
     )
     parser.add_argument(
         "--gdb",
         type=values.port,
         metavar="PORT",
-        help="wait for gdb on this port of 127.0.0.1, 0 for a free one; the VM's policy then allows its owner everything, "
-        "and its measurement says so",
+        help="wait for gdb on this port of 127.0.0.1, 0 for a free one. The VM's policy then opens"
+        " the guest to its owner, and the measurement includes this policy",
     )
     parser.add_argument(
         "--prove",
@@ -94,16 +98,19 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         choices=("as-owner", "as-root"),
         const="as-owner",
         metavar="as-root",
-        help="instead of a guest of yours run one that holds a random pattern, try every way an owner has to get at it, without the "
-        "capabilities that open any process (as-root: with them), and exit with 1 if one succeeds that docs/understand/threat-model.md does not list",
+        help="instead of GUEST, run a guest that holds a random pattern, and try every known way"
+        " for its owner to read it. Exit with 1 if a way succeeds that"
+        " docs/understand/threat-model.md does not list. The attempts are made without the"
+        " capabilities that open any process; with as-root, they have these capabilities",
     )
     parser.add_argument(
         "--json",
         metavar="FILE",
-        help="write the closing table as JSON; with --prove, what was tried, and - is stdout then, in place of the table. What cannot be "
-        "written is said as for --trace",
+        help="write the closing table to FILE as JSON. With --prove, write the attempts; then -"
+        " means stdout, in place of the table. If FILE cannot be written, the same happens as for"
+        " --trace",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress, no table")
+    parser.add_argument("--quiet", action="store_true", help="show no progress and no table")
     parser.add_argument("guest", metavar="GUEST", nargs="?", help=guest_option.KINDS)
     parser.add_argument(
         "args", nargs=argparse.REMAINDER, metavar="ARGS", help="arguments of the guest"
@@ -114,31 +121,36 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _add_memory(parser: argparse.ArgumentParser) -> None:
-    """Add what the thread argued about: who hears what of a punch, where pages lie, and what the host has to put right after it."""
+    """Add the options for the design of notifications, the backing and the modelled host."""
     parser.add_argument(
         "--design",
         type=_design,
         metavar="NAME",
-        help=f"what of a punch the VM hears, and when pages go: {', '.join(design.NAMES)} (docs/understand/designs.md; default: that of --api). With "
-        f"{design.TEARDOWN} behind it, a VM that ends hears that everything goes, which no posting did",
+        help="design of the notifications: what the VM hears of a punch, and when pages are freed:"
+        f" {', '.join(design.NAMES)} (docs/understand/designs.md; default: that of --api). With"
+        f" {design.TEARDOWN} behind it, a VM that ends is told that all its pages go, which no"
+        " posting did",
     )
     parser.add_argument(
         "--backing",
         choices=("memfd", "thp", "hugetlb-2m", "hugetlb-1g"),
-        help="what the pages are: of 4 KiB; of 2 MiB where shmem has them, which a punch splits; or huge pages that the machine has set "
-        "aside, which nothing splits (default memfd; all others on the software engine)",
+        help="pages behind the descriptor: memfd has pages of 4 KiB; thp has pages of 2 MiB where"
+        " shmem has them, and a punch splits them; hugetlb-2m and hugetlb-1g are reserved huge"
+        " pages, which nothing splits (default memfd; all others need the software engine)",
     )
     parser.add_argument(
         "--pin",
         action="store_true",
-        help="keep each page at its physical address once the guest has it (docs/understand/pinning.md; software engine)",
+        help="keep each page at its physical address once the guest has it"
+        " (docs/understand/pinning.md; software engine)",
     )
     parser.add_argument(
         "--platform",
         choices=platform.NAMES,
-        help="model a SEV-SNP host under the guest, say at the end what is left of its direct map and RMP, and exit with 1 if a rule was "
-        "violated: snp keeps private pages in the direct map, split where it must be; snp-unmapped takes them out (docs/understand/platform.md; "
-        "software engine)",
+        help="model a SEV-SNP host under the guest, and show at the end what is left of its direct"
+        " map and RMP. Exit with 1 if a rule of the platform was violated. snp keeps private pages"
+        " in the direct map, which it splits where it must; snp-unmapped takes them out"
+        " (docs/understand/platform.md; software engine)",
     )
 
 
@@ -150,7 +162,7 @@ def _design(text: str) -> str:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command and return the guest's exit status, or that of the proof."""
+    """Run the command and return the guest's exit status, or the status of ``--prove``."""
     from restrictedmem.service import SERVER_VARIABLE
     from restrictedmem.service.client import Service
     from restrictedmem.service.options import Options
@@ -177,17 +189,19 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace, server: str | None) -> None:
-    """End the program for options that do not go together, or would do nothing."""
+    """End the program if options conflict, or if one would have no effect."""
     if args.engine == "kernel" and (word := _software_alone(args)):
         args.error(
-            f"{word} is for the software engine: the kernel's keeps private memory in a guest_memfd"
+            f"{word} is for the software engine: the kernel engine keeps private memory in a"
+            " guest_memfd"
         )
     if args.prove is None and args.json == jsonfile.STDOUT:
         args.error("--json takes a file: stdout is the guest's")
     services = _first(args, "api", "design", "backing", "memory_max", "pin")
     if server and services:
         args.error(
-            f"{services} is for a service of one's own, and RESTRICTEDMEM_SERVER names another"
+            f"{services} is for a service that this command starts, and RESTRICTEDMEM_SERVER names"
+            " another"
         )
     guests = _first(args, "vcpus", "trace", "gdb", "platform")
     if args.prove is not None and guests:
@@ -195,8 +209,8 @@ def _check(args: argparse.Namespace, server: str | None) -> None:
 
 
 def _first(args: argparse.Namespace, *names: str) -> str:
-    """Return the first of some options that was given, empty when none was."""
-    # Not by comparison: port 0 is one.
+    """Return the first of some options that was given, or an empty string."""
+    # 0 counts as given: it is a port.
     given = (
         name
         for name in names
@@ -206,7 +220,7 @@ def _first(args: argparse.Namespace, *names: str) -> str:
 
 
 def _software_alone(args: argparse.Namespace) -> str:
-    """Return the option that only the software engine has, if one was given."""
+    """Return the first given option that only the software engine has, or an empty string."""
     return (
         ""
         if args.backing == "memfd" and not args.platform and not args.pin
@@ -226,7 +240,7 @@ def _run(
             vmm, measurement = _launched(args, service, image, stack)
             ended = _to_its_end(vmm, quiet=args.quiet)
             found = {**vmm.statistics(), "measurement": measurement}
-            # After the statistics, for the VM that they are of is gone then.
+            # After the statistics, because the VM is gone then.
             platform = vmm.destroy() if args.platform else {}
             if not args.quiet:
                 table.show({**found, "platform": platform})
@@ -235,13 +249,14 @@ def _run(
     except OSError as error:
         if ended is None or ended.fatal is not None:
             raise
-        # What the guest came to is still to be told, but not that all is well.
+        # The exit status still tells how the guest ended, but must not be 0 now.
         raise CommandError(line_of(error), status=ended.status or 1) from None
     if platform.get("violated_pages"):
-        # Before what stopped the guest, which may have come of it.
+        # Reported before the exit that stopped the guest, because the violation may have caused it.
         story = "\n  ".join(table.story(platform))
         raise CommandError(
-            f"rules of the platform were violated for {platform['violated_pages']} pages; the first:\n  {story}"
+            f"rules of the platform were violated for {platform['violated_pages']} pages;"
+            f" the first:\n  {story}"
         )
     if ended.fatal is not None:
         raise _stopped(args, ended.fatal)
@@ -249,7 +264,10 @@ def _run(
 
 
 def _stopped(args: argparse.Namespace, fatal: object) -> CommandError:
-    """Return what is said of a guest that stopped for good: a memory fault brings an errno alone, and what it comes of depends."""
+    """Return the error for a guest that stopped for good.
+
+    A memory fault has only an errno, whose cause depends on the options.
+    """
     from restrictedmem.protocol import exits
 
     why, hint = "", ""
@@ -263,7 +281,7 @@ def _stopped(args: argparse.Namespace, fatal: object) -> CommandError:
 def _launched(
     args: argparse.Namespace, service: "Service", image: "Image", stack: ExitStack
 ) -> tuple["Vmm", str]:
-    """Return a guest that is ready to run, and its measurement; what belongs to it ends with ``stack``."""
+    """Return a guest that is ready to run, and its measurement; ``stack`` closes it."""
     from restrictedmem.vmm.vmm import Vmm
 
     vmm = stack.enter_context(
@@ -298,22 +316,25 @@ def _launched(
 
 
 def _space(args: argparse.Namespace) -> str:
-    """Return what there is to be done for want of space."""
+    """Return the hint for a lack of space."""
     if args.backing in _POOLS:
-        return f"the machine has no huge page left: set more aside, {_POOLS[args.backing]} (docs/understand/folios.md)"
+        return (
+            "the machine has no huge page left: reserve more,"
+            f" {_POOLS[args.backing]} (docs/understand/folios.md)"
+        )
     return "raise --memory-max" if args.memory_max is not None else ""
 
 
 def _tell_lost(path: str, count: int) -> None:
     print(
-        f"{path}: {count} events are missing, which found the socket full (docs/use/trace.md)",
+        f"{path}: {count} events are missing, because the socket was full (docs/use/trace.md)",
         file=sys.stderr,
     )
 
 
 def _engine(args: argparse.Namespace) -> str:
-    # A guest_memfd has no limit but its size, and the kernel engine steps through all code while
-    # there is a breakpoint.
+    # A guest_memfd has no limit below its size. While there is a breakpoint, the kernel engine
+    # single-steps all code.
     bounded = args.memory_max is not None and args.memory_max < args.memory
     return (
         "software"

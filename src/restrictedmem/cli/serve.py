@@ -1,4 +1,4 @@
-"""``restrictedmem serve``: services for owners who are not to be trusted even while one starts."""
+"""``restrictedmem serve``: services for owners that are not even trusted during the start."""
 
 import argparse
 import os
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from restrictedmem.service.client_cgroups import ClientCgroups
     from restrictedmem.service.options import Options
 
-#: Services of one uid.
+#: The most services of one uid.
 _PLACES = 64
-#: Seconds for the reader of stderr at the end.
+#: Seconds that the reader of stderr has at the end.
 _LAST_WORDS = 1.0
 _MOST_MODE = 0o777
-#: The next is no uid.
+#: The largest uid; the next number means no uid.
 _LAST_UID = (1 << 32) - 2
 _CGROUP_HINT = (
-    "start it in a cgroup of its own that it may write: systemd-run -p Delegate=memory (a unit: Delegate=memory); "
-    "in a container, with /sys/fs/cgroup writable"
+    "start it in a cgroup of its own that it may write: systemd-run -p Delegate=memory"
+    " (a unit: Delegate=memory); in a container, with /sys/fs/cgroup writable"
 )
 _KEY_HINT = "make one: umask 077; openssl genpkey -algorithm ed25519 -out FILE"
 
@@ -40,70 +40,82 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "serve",
         help="start services for other users",
-        description="Listen on a socket and start a service for each client, under a uid that is not the client's. A service "
-        "that its owner starts itself is safe from the owner only if the owner was honest when it started; one from here always "
-        "is. Clients set RESTRICTEDMEM_SERVER to the socket. Start it as root: only a mount made by root lets descriptors work "
-        "for other users.",
+        description="Listen on a socket and start a service for each client, under a uid that is"
+        " not the client's. A service that its owner starts itself is safe from the owner only if"
+        " the owner was honest at that time. A service started here is always safe from its owner."
+        " Clients set RESTRICTEDMEM_SERVER to the socket. Start the command as root: only a mount"
+        " made by root lets descriptors work for other users.",
     )
     parser.add_argument(
         "--socket",
         required=True,
         metavar="PATH",
-        help="where to listen; made here, removed at the end",
+        help="path of the socket, which is created, and removed at the end",
     )
     parser.add_argument(
         "--user",
         metavar="NAME|FIRST-LAST",
-        help="user that the services become once they have mounted, or uids that nobody else has, of which the services of each client's "
-        "uid get one for themselves, at least as many as clients have uids (default: stay)",
+        help="user that the services become once they have mounted; or a range of uids that nobody"
+        " else has, at least one for each uid of a client. The services of each client's uid then"
+        " get a uid of their own (default: the services keep this command's uid)",
     )
     parser.add_argument(
-        "--mode", type=_mode, default=0o666, metavar="OCTAL", help="who may connect (default 666)"
+        "--mode",
+        type=_mode,
+        default=0o666,
+        metavar="OCTAL",
+        help="mode of the socket, which says who may connect (default 666)",
     )
     parser.add_argument(
         "--max-per-user",
         type=values.count_of("services"),
         default=_PLACES,
         metavar="N",
-        help="services that clients of one uid may have at the same time; beyond it, EAGAIN (default %(default)s)",
+        help="limit on the services of clients of one uid at the same time; beyond it, EAGAIN"
+        " (default %(default)s)",
     )
     parser.add_argument(
         "--max-vms",
         type=values.count_of("VMs"),
         default=64,
         metavar="N",
-        help="VMs and other consumers that one service may have at the same time; beyond it, EAGAIN (default 64)",
+        help="limit on the VMs and other consumers of one service at the same time; beyond it,"
+        " EAGAIN (default 64)",
     )
     values.add_api(parser)
     parser.add_argument(
         "--signing-key",
         metavar="FILE",
-        help="key to sign guests' reports with: Ed25519 in PEM, mode 600 (default: a new one each service)",
+        help="key that signs guests' reports: Ed25519 in PEM, mode 600 (default: a new key for each"
+        " service)",
     )
     parser.add_argument(
         "--memory-max",
         type=values.memory_size,
         metavar="SIZE",
-        help="what a descriptor may hold at most; a client may have many (--client-memory)",
+        help="limit on the memory of a descriptor; --client-memory limits a client, which may have"
+        " many descriptors",
     )
     parser.add_argument(
         "--client-memory",
         type=values.memory_size,
         metavar="SIZE",
-        help="what all services of clients of one uid may take together, with engines and guests: they are in a cgroup of their own, and "
-        "when that is full, the kernel kills in it alone (docs/understand/threat-model.md; default: all services are in this command's cgroup)",
+        help="limit on the memory of all services of clients of one uid together, with engines and"
+        " guests. These are in a cgroup of their own; when it is full, the kernel kills only"
+        " processes in it (docs/understand/threat-model.md; default: all services are in this"
+        " command's cgroup)",
     )
     parser.add_argument(
         "--design",
         metavar="NAME",
-        help=f"what consumers hear of a punch: {', '.join(design.NAMES)}, each also with {design.TEARDOWN} behind it (docs/understand/designs.md; "
-        "default: that of --api)",
+        help=f"design of the notifications of a punch: {', '.join(design.NAMES)}, each also with"
+        f" {design.TEARDOWN} behind it (docs/understand/designs.md; default: that of --api)",
     )
     parser.add_argument(
         "--backing",
         choices=KINDS,
         default="memfd",
-        help="what pages are made of (docs/understand/folios.md; default memfd)",
+        help="pages behind the descriptors (docs/understand/folios.md; default memfd)",
     )
     parser.add_argument(
         "--pin",
@@ -116,14 +128,15 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action="append",
         default=[],
         metavar="NAME=PATH",
-        help="a Python program that may have the content of descriptors, of whoever asks for NAME (docs/use/consumers.md); it is trusted as "
-        "this command is. Can be repeated",
+        help="Python program of a consumer. Any client may ask for NAME, and the program may then"
+        " access the content of that client's descriptors (docs/use/consumers.md). The program is"
+        " trusted as this command is. Can be repeated",
     )
     parser.set_defaults(main=main)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Serve until interrupted; services that run by then go on."""
+    """Serve until a signal comes; services that run by then go on."""
     from restrictedmem.abi import process
     from restrictedmem.service.client_services import ClientServices
     from restrictedmem.service.listener import listen
@@ -150,7 +163,7 @@ def main(args: argparse.Namespace) -> int:
         listen(args.socket, args.mode) as (listener, dangers),
     ):
         for danger in dangers:
-            say(f"warning: {danger}, who can put another socket in the place of this one")
+            say(f"warning: {danger}, who can replace this socket by another one")
         server = ClientServices(listener, options, args.max_per_user, say, uids, cgroups)
         say(f"listening on {args.socket}")
         server.run(stop.fileno())
@@ -159,28 +172,28 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _do_nothing(*_: object) -> None:
-    """Let a signal end no more than a wait."""
+    """Handle a signal, which then only ends waits."""
 
 
 def _stop_at(*numbers: signal.Signals) -> socket.socket:
-    """Return a socket that can be read once one of some signals has come.
+    """Return a socket that is readable once one of some signals has come.
 
-    An exception, which Python's own handlers raise, would cut short what has to be done at the end.
+    Python's own handlers raise an exception, which would interrupt the cleanup at the end.
     """
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     signal.set_wakeup_fd(theirs.detach(), warn_on_full_buffer=False)
-    # All of them: a shell starts what runs in the background with SIGINT ignored.
+    # Handlers are set for every signal, because a shell ignores SIGINT in background commands.
     for number in numbers:
         signal.signal(number, _do_nothing)
-    # Whoever ignores it passes that on by exec, and nobody could wait for a child.
+    # A parent that ignores SIGCHLD passes this on by exec, and then no child could be waited for.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return ours
 
 
 def _mode(text: str) -> int:
     if not re.fullmatch("[0-7]{1,4}", text) or int(text, 8) > _MOST_MODE:
-        raise argparse.ArgumentTypeError(f"{text} is not 000 to 777")
+        raise argparse.ArgumentTypeError(f"{text} is not a mode: 000 to 777")
     return int(text, 8)
 
 
@@ -192,7 +205,7 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def _check(options: "Options") -> None:
-    """Find out now what every client would be told later: an option that is none, a machine or a program that will not do."""
+    """Check what would fail for every client: options, machine, consumers' programs."""
     from restrictedmem.service import program
 
     try:
@@ -216,7 +229,7 @@ def _cgroups(limit: int | None) -> "AbstractContextManager[ClientCgroups | None]
 
 
 def _check_key(path: str) -> str:
-    """Return the path for services to read the key from, once that has worked, and say what reports are to be checked with."""
+    """Check that the key can be read, print its public key, and return its absolute path."""
     from restrictedmem.service.signing import Signer
 
     try:
@@ -228,15 +241,15 @@ def _check_key(path: str) -> str:
 
 
 def _uids(text: str | None) -> range:
-    """Return a range of uids, empty when ``--user`` is none."""
+    """Return a range of uids, empty when ``--user`` is not a range."""
     found = re.fullmatch(r"(\d{1,10})-(\d{1,10})", text or "")
     if not found:
         return range(0)
     first, last = map(int, found.groups())
     if not 0 < first <= last <= _LAST_UID:
         raise CommandError(
-            f"--user: {text} is no range of uids",
-            f"1 to {_LAST_UID}, without root's and those of others",
+            f"--user: {text} is not a range of uids",
+            f"use uids from 1 to {_LAST_UID} that nobody has",
         )
     _check_root()
     return range(first, last + 1)

@@ -1,7 +1,7 @@
-"""The standard streams of a command: they are there, take every character, and say what they lost.
+"""The standard streams of a command: never closed, able to write every character, and checked.
 
-What is written to stdout is data: what of it is lost is an error. What is said on stderr is for
-people: a command does not fail because nobody can be told.
+Text on stdout is data, so its loss is an error. Text on stderr is for people, and a command does
+not fail when it cannot be written.
 """
 
 import codecs
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 _SPELLING: Final = "restrictedmem"
-#: Characters that messages have, for terminals that lack them.
+#: Replacements for characters in messages that a terminal may lack.
 _PLAIN: Final = {"→": "->", "…": "...", "µ": "u"}
 
 
 def prepare() -> None:
-    """Make the standard streams what the rest of a command takes them for.
+    """Replace the standard streams by those that commands rely on.
 
-    A descriptor that was closed gets a placeholder, so that no other file is in its place; to read
-    or write it is EBADF still, and a program that is executed finds it closed.
+    A closed descriptor gets a placeholder, so that no other file takes its number. Reads and writes
+    of it still fail with EBADF, and a program that is executed finds it closed.
     """
     codecs.register_error(_SPELLING, _spell)
     for fd, mode in enumerate((os.O_WRONLY, os.O_RDONLY, os.O_RDONLY)):
         try:
             fcntl.fcntl(fd, fcntl.F_GETFD)
         except OSError:
-            # The lowest number that is free.
+            # os.open takes the lowest free number, which is ``fd``.
             os.open(os.devnull, mode | os.O_CLOEXEC)
     stdin: TextIO | None = sys.stdin
     if stdin is None:
@@ -48,7 +48,7 @@ def prepare() -> None:
 
 @final
 class _Data(io.FileIO):
-    """Standard output; its errors have the call and the name."""
+    """Standard output, with the call and the stream's name in its errors."""
 
     def write(self, data: "ReadableBuffer", /) -> int:
         """Write as much as there is room for."""
@@ -60,10 +60,10 @@ class _Data(io.FileIO):
 
 @final
 class _Talk(io.FileIO):
-    """Standard error; what nobody can be told is dropped."""
+    """Standard error, which drops text that cannot be written."""
 
     def write(self, data: "ReadableBuffer", /) -> int:
-        """Write what can be written."""
+        """Write as much as can be written."""
         try:
             return super().write(data)
         except OSError:
@@ -71,7 +71,7 @@ class _Talk(io.FileIO):
 
 
 def _text(raw: io.FileIO, name: str, before: TextIO | None) -> io.TextIOWrapper:
-    """Return a stream of text, with the encoding of that which Python made."""
+    """Return a text stream with the encoding of Python's own stream."""
     raw.name = name
     encoding = None if before is None else before.encoding
     at_once = name == "stderr" or raw.isatty()
@@ -79,7 +79,7 @@ def _text(raw: io.FileIO, name: str, before: TextIO | None) -> io.TextIOWrapper:
 
 
 def _spell(error: UnicodeError) -> tuple[str, int]:
-    """Write what an encoding lacks in ASCII (``codecs.register_error``)."""
+    """Replace characters that an encoding lacks by ASCII (``codecs.register_error``)."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lacking = error.object[error.start : error.end]
@@ -91,7 +91,7 @@ def _escaped(character: str) -> str:
 
 
 def finish() -> None:
-    """Write out what stdout holds, and hear what its file system says when it is closed.
+    """Flush stdout, and check for an error that its file system reports at close.
 
     Raises:
         OSError: as write(2) and close(2).
@@ -105,7 +105,7 @@ def finish() -> None:
 
 
 def give_up() -> None:
-    """Write out what stdout holds if that can be done, else drop it: nothing more is said about it."""
+    """Flush stdout, or drop its content if that fails, without another error."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -113,7 +113,7 @@ def give_up() -> None:
 
 
 def reader_is_gone() -> bool:
-    """Say whether nobody reads stdout any more, or stderr: a pipe, or a socket."""
+    """Say whether the reader of stdout or stderr, a pipe or a socket, is gone."""
     poll = select.poll()
     for fd in (1, 2):
         poll.register(fd, 0)

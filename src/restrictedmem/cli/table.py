@@ -1,4 +1,4 @@
-"""What ``restrictedmem run`` shows while a guest runs and when it has ended; all on stderr."""
+"""The progress line and the closing table of ``restrictedmem run``, both on stderr."""
 
 import os
 import sys
@@ -24,10 +24,10 @@ _VERBS = {
 
 @contextmanager
 def progress(vmm: "Vmm", *, show: bool) -> Generator[Callable[[], None], None, None]:
-    """Show bytes and rate on a terminal while the guest runs; yields what the VMM calls after each exit.
+    """Show bytes and rate on a terminal while the guest runs.
 
-    Nothing while stdout is a terminal: what the guest writes there would be in the middle of the
-    line.
+    Yield the function that the VMM calls after each exit. Nothing is shown while stdout is a
+    terminal, because the guest's output would be in the middle of the line.
     """
     line = Line(sys.stderr, show=show and not sys.stdout.isatty())
     began, total = time.monotonic(), _input_size()
@@ -54,14 +54,14 @@ def _input_size() -> int | None:
 
 
 def as_data(found: dict[str, Any], ended: "Ended") -> dict[str, Any]:
-    """Return what the closing table says as JSON has it."""
+    """Return the closing table as a dictionary for JSON."""
     return {**found, "status": ended.status, "fatal": ended.fatal and str(ended.fatal)}
 
 
 def show(found: dict[str, Any]) -> None:
     """Print the closing table."""
     for name, value in _rows(found):
-        # The engine says most of it, and a guest may have broken out into that.
+        # Most of the table comes from the engine, and a guest may have broken out into the engine.
         print(f"{name:{_NAME_WIDTH}}{plain(value)}", file=sys.stderr)
 
 
@@ -74,7 +74,7 @@ def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     )
     yield "engine, mount", f"{found['engine']}, {found['way']}"
     if "not_kernel" in found:
-        yield "kernel engine", f"not taken, a trial guest did not run: {found['not_kernel']}"
+        yield "kernel engine", f"not used, a trial guest did not run: {found['not_kernel']}"
     yield "measurement", found["measurement"]
     yield (
         "input, output",
@@ -82,12 +82,14 @@ def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     )
     yield (
         "pages taken",
-        f"{found['pages_taken']} ({format_size(found['pages_taken'] << PAGE_SHIFT)} of {format_size(found['private_bytes'])})",
+        f"{found['pages_taken']} ({format_size(found['pages_taken'] << PAGE_SHIFT)}"
+        f" of {format_size(found['private_bytes'])})",
     )
     if "faults_private" in found:
         yield (
             "faults",
-            f"{found['faults_private']} private, {found['faults_shared']} shared, {found['fault_retries']} retried",
+            f"{found['faults_private']} private, {found['faults_shared']} shared,"
+            f" {found['fault_retries']} retried",
         )
     yield "invalidations", _invalidations(found)
     yield (
@@ -100,12 +102,13 @@ def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield from _platform_rows(found)
     yield (
         "time",
-        f"{found['time_in_guest_ns'] / 1e9:.3f} s in the guest, {found['time_outside_ns'] / 1e9:.3f} s outside",
+        f"{found['time_in_guest_ns'] / 1e9:.3f} s in the guest,"
+        f" {found['time_outside_ns'] / 1e9:.3f} s outside",
     )
 
 
 def _platform_rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Say what a design left behind of the host's state, if there is any."""
+    """Yield the rows about the platform's state after the run, if there is a platform."""
     platform = found["platform"]
     if not platform:
         return
@@ -138,10 +141,11 @@ def _platform_rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def story(platform: dict[str, Any]) -> list[str]:
-    """Tell what befell the first page for which a rule of the platform was violated."""
+    """Return the history of the first page for which a rule of the platform was violated."""
     first = platform["violations"][0]
     return [
-        f"{first['rule']}: page {first['start']:#x} of file {first['ino']}, {first['npages']} pages alike",
+        f"{first['rule']}: page {first['start']:#x} of file {first['ino']},"
+        f" {first['npages']} pages alike",
         *first["story"],
     ]
 
@@ -163,4 +167,7 @@ def _locked(found: dict[str, Any]) -> str:
         if found["swap"]
         else "no swap exists, so nothing is written out"
     )
-    return f"no ({found['unlocked_because']}: the limit is {format_size(found['memlock_limit'])}); {swap}"
+    return (
+        f"no ({found['unlocked_because']}: the limit is {format_size(found['memlock_limit'])});"
+        f" {swap}"
+    )

@@ -1,4 +1,4 @@
-"""What stands behind an option, read for argparse (``type=``)."""
+"""The values of options, parsed for argparse (``type=``)."""
 
 import argparse
 import math
@@ -11,17 +11,20 @@ from restrictedmem.mm.notifier import Api
 from restrictedmem.units import PAGE_MASK, parse_size
 
 DEFAULT_API: Final = Api.V10.value
-#: Of x32, which has numbers of its own.
+#: Higher bits mark a call of x32, which has numbers of its own.
 _CALL_BITS = 30
 _MOST_PORT = 65535
-#: As many as KVM has of them anywhere.
+#: The largest number of vCPUs of KVM on any machine.
 MOST_VCPUS = 4096
-#: Characters of a text that is none, in an error.
+#: The most characters of a wrong value in an error.
 _SHOWN = 40
 
 
 def add_api(parser: argparse.ArgumentParser) -> None:
-    """Add ``--api``, None unless it is given: commands refuse it where another service is used."""
+    """Add ``--api``, which is None unless given.
+
+    Commands refuse it when they use another service.
+    """
     parser.add_argument(
         "--api",
         choices=[api.value for api in Api],
@@ -30,7 +33,7 @@ def add_api(parser: argparse.ArgumentParser) -> None:
 
 
 def memory_size(text: str) -> int:
-    """Read a size in bytes that is whole pages, and not none."""
+    """Parse a size in bytes, which must be whole pages and not 0."""
     try:
         found = parse_size(text)
     except ValueError as error:
@@ -41,7 +44,7 @@ def memory_size(text: str) -> int:
 
 
 def count_of(what: str, most: int = 1 << 20) -> Callable[[str], int]:
-    """Return what reads a number of something, from 1 on."""
+    """Return a parser for a number of something, from 1 on."""
 
     def read(text: str) -> int:
         found = _number(text)
@@ -55,7 +58,7 @@ def count_of(what: str, most: int = 1 << 20) -> Callable[[str], int]:
 
 
 def seconds(text: str) -> float:
-    """Read a time, longer than none."""
+    """Parse a time in seconds, greater than 0."""
     try:
         found = float(text)
     except ValueError:
@@ -66,17 +69,17 @@ def seconds(text: str) -> float:
 
 
 def seed(text: str) -> int:
-    """Read what random numbers begin with."""
+    """Parse a seed for random numbers."""
     found = _number(text)
     if found is None:
         raise argparse.ArgumentTypeError(
-            f"{text[:_SHOWN]} is not a seed: a number that another run said"
+            f"{text[:_SHOWN]} is not a seed: give the number that another run printed"
         )
     return found
 
 
 def port(text: str) -> int:
-    """Read the number of a port, 0 for a free one."""
+    """Parse a port's number, 0 for a free port."""
     found = _number(text)
     if found is None or found > _MOST_PORT:
         raise argparse.ArgumentTypeError(f"{text[:_SHOWN]} is not a port")
@@ -84,7 +87,7 @@ def port(text: str) -> int:
 
 
 def call_number(text: str) -> int:
-    """Read the number of a system call that programs do not make for something else."""
+    """Parse the number of a system call that programs do not use for something else."""
     found = _number(text)
     if found is None or found >> _CALL_BITS:
         raise argparse.ArgumentTypeError(f"{text[:_SHOWN]} is not a system call's number")
@@ -96,5 +99,5 @@ def call_number(text: str) -> int:
 
 
 def _number(text: str) -> int | None:
-    """Return a number in decimal digits, of no more than 64 bits have."""
+    """Return a decimal number of at most 20 digits (64 bits); None for any other text."""
     return int(text) if re.fullmatch("[0-9]{1,20}", text) else None

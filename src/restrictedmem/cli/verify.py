@@ -1,4 +1,4 @@
-"""``restrictedmem verify`` and ``measure``: what a report says, and what a guest's measurement has to be."""
+"""``restrictedmem verify`` and ``measure``: checks of reports, measurements of guests."""
 
 import argparse
 import json
@@ -17,12 +17,12 @@ from restrictedmem.failure import named
 if TYPE_CHECKING:
     from restrictedmem.service.report import Report
 
-#: Bytes of a guest's memory, unless it is said.
+#: Bytes of a guest's memory by default.
 _MEMORY = 64 << 20
 _KEY_BYTES = 32
 _MEASUREMENT_BYTES = 48
 _DATA_BYTES = 64
-#: More than a report has in hexadecimal, with white space.
+#: More characters than a report has in hexadecimal, with white space.
 _LARGEST_REPORT = 1 << 16
 
 
@@ -32,9 +32,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "verify",
         help="check a guest's report",
-        description="Check the signature of a report that a guest asked for, and that it says what is expected. What was not asked for is "
-        "not checked, and said to be so. Exit status 0 when the signature and all that was asked for are right, else 1. What a "
-        "report is worth: docs/understand/threat-model.md.",
+        description="Check the signature and the policy of a report that a guest asked for. Key,"
+        " measurement and data\nare checked if their option is given; the output says which were"
+        " not checked.\n\n"
+        "Exit status 0 if the signature and every checked value are right, else 1.\n"
+        "docs/understand/threat-model.md says what a report is worth.",
         epilog="examples:\n"
         "  echo report 42 | restrictedmem run seal | restrictedmem verify - --guest seal\n"
         "  restrictedmem verify seal.report --key service.pem --data 3432 --guest seal",
@@ -43,31 +45,34 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "report",
         metavar="REPORT",
-        help="file with the report, as it is or in hexadecimal; - for stdin",
+        help="file with the report, in binary or hexadecimal; - for stdin",
     )
     parser.add_argument(
         "--key",
         metavar="KEY",
-        help="the service's public key: 64 hexadecimal digits, or a file with PEM or the digits",
+        help="expected public key of the service: 64 hexadecimal digits, or a file with PEM or the"
+        " digits",
     )
     parser.add_argument(
         "--data",
         type=_data,
         metavar="HEX",
-        help="what the guest had it signed over, at most 64 bytes",
+        help="expected data that the guest had signed, at most 64 bytes",
     )
     expected = parser.add_mutually_exclusive_group()
     expected.add_argument(
-        "--measurement", type=_measurement, metavar="HEX", help="the measurement expected"
+        "--measurement", type=_measurement, metavar="HEX", help="expected measurement"
     )
     expected.add_argument(
         "--guest",
         nargs=argparse.REMAINDER,
         metavar="GUEST",
-        help="the guest expected, and its arguments: all that follows on the command line",
+        help="expected guest and its arguments: everything that follows on the command line",
     )
     _add_launch_options(parser)
-    parser.add_argument("--json", action="store_true", help="the report and each check, as JSON")
+    parser.add_argument(
+        "--json", action="store_true", help="print the report and each check as JSON"
+    )
     parser.set_defaults(
         main=main, error=parser.error, options=frozenset(parser._option_string_actions)
     )
@@ -77,7 +82,8 @@ def _add_measure(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = commands.add_parser(
         "measure",
         help="compute the measurement of a guest",
-        description="Print the measurement that a guest has when it is run with these arguments and this much memory, without running it.",
+        description="Print the measurement that a guest has when it is run with these arguments and"
+        " this much memory. The guest is not run.",
     )
     _add_launch_options(parser)
     parser.add_argument("guest", metavar="GUEST", help=guest_arguments.KINDS)
@@ -92,18 +98,18 @@ def _add_launch_options(parser: argparse.ArgumentParser) -> None:
         "--memory",
         type=values.memory_size,
         metavar="SIZE",
-        help="the guest's private memory (default 64M)",
+        help="size of the guest's private memory (default 64M)",
     )
     parser.add_argument(
         "--vcpus",
         type=values.count_of("vCPUs", values.MOST_VCPUS),
         metavar="N",
-        help="its vCPUs (default 1)",
+        help="number of the guest's vCPUs (default 1)",
     )
     parser.add_argument(
         "--debug",
         action="store_true",
-        help="with a policy that opens registers and private memory to the owner",
+        help="assume a policy that opens registers and private memory to the owner",
     )
 
 
@@ -156,7 +162,7 @@ def _policy(args: argparse.Namespace) -> int:
 
 
 class Outcome(Enum):
-    """How a check came out."""
+    """The result of a check."""
 
     GOOD = "good"
     BAD = "bad"
@@ -165,7 +171,7 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at, or was not."""
+    """One value of a report, checked or not."""
 
     name: str
     state: Outcome
@@ -177,11 +183,9 @@ def main(args: argparse.Namespace) -> int:
     from restrictedmem.service.report import Report
 
     if args.guest == []:
-        args.error(
-            "--guest takes a guest, after it: it and its arguments are the last on the command line"
-        )
+        args.error("--guest needs a guest: it and its arguments come last on the command line")
     if args.guest is None and (args.memory is not None or args.vcpus is not None):
-        args.error("--memory and --vcpus are a guest's, and go with --guest")
+        args.error("--memory and --vcpus go with --guest")
     data = _read(args.report)
     try:
         report = Report.unpack(data)
@@ -212,7 +216,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _read(name: str) -> bytes:
-    """Read a report; one in hexadecimal may have white space anywhere."""
+    """Read a report; a hexadecimal one may have white space anywhere."""
     if name == "-":
         try:
             data = sys.stdin.buffer.read(_LARGEST_REPORT)
