@@ -85,6 +85,10 @@ _NO_VERBS: Final = frozenset(
         "range",
     }
 )
+#: Verbs that no docstring need begin with.
+_MORE_VERBS: Final = frozenset(
+    {"bound", "come", "differ", "forward", "list", "see", "serve", "support", "travel"}
+)
 #: Where one sentence ends and another begins.
 _END: Final = re.compile(r"(?<=[.!?])[)\"”]*\s+(?=[(\"“`*\[]*[A-Z0-9`/])")
 _ABBREVIATIONS: Final = re.compile(r"\b(?:e\.g|i\.e|cf|no|vs|etc|resp)\.(?=\s)", re.IGNORECASE)
@@ -117,7 +121,7 @@ def imperatives() -> frozenset[str]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not _is_property(node):
                 found |= {word.lower() for word in (ast.get_docstring(node) or "").split()[:1]}
-    return frozenset(found - _NO_VERBS)
+    return frozenset(found - _NO_VERBS | _MORE_VERBS)
 
 
 def _is_property(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
@@ -209,6 +213,8 @@ def of_page(path: Path) -> Iterator[Prose]:
     """Yield the paragraphs, items of lists and cells of tables of a page in Markdown."""
     block: list[str] = []
     begun, fenced = 0, False
+    #: The columns of a table that show how not to write.
+    bad: set[int] = set()
 
     def done() -> Iterator[Prose]:
         if block:
@@ -221,8 +227,13 @@ def of_page(path: Path) -> Iterator[Prose]:
         if fenced or _IGNORABLE.match(line.lstrip()):
             yield from done()
             if not fenced and line.lstrip().startswith("|"):
-                for cell in re.split(r"(?<!\\)\|", line.strip().strip("|")):
-                    yield Prose(f"{_name(path)}:{number}", cell, whole_sentences=False)
+                cells = re.split(r"(?<!\\)\|", line.strip().strip("|"))
+                bad |= {at for at, cell in enumerate(cells) if cell.strip() == "before"}
+                for at, cell in enumerate(cells):
+                    if at not in bad:
+                        yield Prose(f"{_name(path)}:{number}", cell, whole_sentences=False)
+            else:
+                bad.clear()
             continue
         if re.match(r"\s*(?:[-*]|\d+\.)\s", line):
             yield from done()

@@ -6,6 +6,14 @@ import pytest
 
 import prose
 
+PAGES = [*prose.ROOT.glob("*.md"), *(prose.ROOT / "docs").rglob("*.md")]
+MODULES = [*(prose.ROOT / "src").rglob("*.py")]
+
+
+@pytest.mark.parametrize("path", [*PAGES, *MODULES], ids=lambda path: path.name)
+def test_prose_is_plain(path: Path) -> None:
+    assert list(prose.of_file(path)) == []
+
 
 @pytest.mark.parametrize(
     ("text", "whole", "found"),
