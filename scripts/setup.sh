@@ -1,10 +1,11 @@
-# Sourced by demo and test: make .venv and install into it what is missing.
+# Sourced by demo, test and bench: make .venv and install what is missing into it.
 
 find_python() {
     local python
     for python in python3.14 python3.13 python3.12 python3.11 python3; do
-        # A shim of pyenv's stands for versions that are not there, and says so.
-        if command -v "$python" >/dev/null && "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        # pyenv has shims for versions that are not installed. Such a shim fails when it runs.
+        if command -v "$python" >/dev/null &&
+            "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             echo "$python"
             return
         fi
@@ -14,7 +15,8 @@ find_python() {
     return 1
 }
 
-# setup_venv [GROUP]: install the project, and the dependency group if one is named. Does nothing when it is up to date.
+# setup_venv [GROUP]: install the project, and the dependency group if one is named. It does nothing
+# when .venv is up to date.
 setup_venv() {
     local group=${1:-} python stamp
     python=$(find_python) || exit 1
@@ -38,7 +40,8 @@ setup_venv() {
     echo "installing into .venv"
     .venv/bin/pip --quiet --disable-pip-version-check install --upgrade "pip>=25.1"
     if [ -n "$group" ]; then
-        .venv/bin/pip --quiet --disable-pip-version-check install --editable '.[check,report]' --group "$group"
+        .venv/bin/pip --quiet --disable-pip-version-check install --editable '.[check,report]' \
+            --group "$group"
     else
         .venv/bin/pip --quiet --disable-pip-version-check install --editable '.[check,report]'
     fi

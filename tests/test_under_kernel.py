@@ -70,4 +70,4 @@ def test_what_is_missing_is_said() -> None:
         check=False,
     )
     assert done.returncode == 2
-    assert "/no/kernel: there is no such file" in done.stderr or "is not installed" in done.stderr
+    assert "/no/kernel: no such file" in done.stderr or "is not installed" in done.stderr
