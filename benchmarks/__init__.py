@@ -1,1 +1,4 @@
-"""What the project promises to be fast or small, measured against the least that it could cost (``scripts/bench``)."""
+"""Benchmarks of time and memory, each beside a floor: the least that it could cost.
+
+``scripts/bench`` runs them.
+"""

@@ -45,21 +45,31 @@ BENCHES: Final[dict[str, Callable[[Lab], Iterator[Figure]]]] = {
 
 
 def main() -> int:
-    """Run the benchmarks that were named, or all; 1 when an aim was missed."""
+    """Run the named benchmarks, or all.
+
+    Returns 1 when an aim was missed, and 2 when a benchmark cannot run.
+    """
     parser = argparse.ArgumentParser(
-        prog="scripts/bench", description="Measure every figure beside its floor, in turns."
+        prog="scripts/bench",
+        description="Measure every figure beside its floor, the least the same work could cost, "
+        "in turns.",
     )
     parser.add_argument("--json", action="store_true", help="write JSON instead of a table")
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="little of everything: shows that it runs, not how fast",
+        help="measure little of everything: shows that the benchmarks run, not how fast",
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="of: " + ", ".join(BENCHES))
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="benchmarks to run (default all): " + ", ".join(BENCHES),
+    )
     args = parser.parse_args()
     unknown = [name for name in args.names if name not in BENCHES]
     if unknown:
-        parser.error(f"no benchmark {unknown[0]}; there are {', '.join(BENCHES)}")
+        parser.error(f"no benchmark {unknown[0]}; choose from {', '.join(BENCHES)}")
     figures: list[dict[str, object]] = []
     if not args.json:
         print(

@@ -1,8 +1,8 @@
-"""Alternation, statistics, the C programs and the table: what every benchmark needs.
+"""Parts that every benchmark uses: measuring in turns, statistics, the C programs, the table.
 
-A figure compares ours with a floor, the least the same thing could cost. The two are measured in
-turns in one run, and the ratio is the median of the ratios pair by pair: this way a machine that
-others use too, or that slows down half way, does not decide.
+A figure compares our code with a floor, the least the same work could cost. The two are measured in
+turns in one run, and the ratio is the median of the pairs' ratios. So a machine that is shared, or
+that slows down half way, does not decide the result.
 """
 
 import os
@@ -28,7 +28,7 @@ _CORE: Final = 0
 
 
 class BenchError(Exception):
-    """A benchmark cannot run here: one line on why, and one on what helps."""
+    """The error of a benchmark that cannot run here, with the reason and a hint, a line each."""
 
     def __init__(self, why: str, hint: str) -> None:
         super().__init__(why)
@@ -37,7 +37,7 @@ class BenchError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Aim:
-    """What a figure has to stay under: its ratio to the floor, or, where it has none, the value itself."""
+    """The limit of a figure: of its ratio to the floor, or of the value if there is no floor."""
 
     text: str
     limit: float
@@ -45,23 +45,23 @@ class Aim:
 
 
 def within(times: float) -> Aim:
-    """Aim at no more than so many times what the floor takes."""
+    """Return the aim of at most ``times`` the floor."""
     return Aim(f"within {times:g}x", times)
 
 
 def at_speed(share: float) -> Aim:
-    """Aim at no less than this share of the floor's speed."""
+    """Return the aim of at least this share of the floor's speed."""
     return Aim(f"≥ {share:g} of its speed", 1 / share)
 
 
 def below(limit: float, text: str) -> Aim:
-    """Aim at a value under a limit, in the figure's unit."""
+    """Return the aim of a value under a limit, in the figure's unit."""
     return Aim(text, limit, of_ratio=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One measured line: medians in ``unit``, and the median of the pairs' ratios."""
+    """One line of the table: medians in ``unit``, and the median of the pairs' ratios."""
 
     what: str
     unit: str
@@ -73,7 +73,7 @@ class Figure:
 
     @property
     def met(self) -> bool | None:
-        """Whether the aim was met; None without one."""
+        """Whether the aim was met; None without an aim."""
         if self.aim is None:
             return None
         value = self.ratio if self.aim.of_ratio else self.ours
@@ -100,24 +100,24 @@ HEAD: Final = f"{'what':58} {'floor':>8} {'ours':>8} {'unit':7} {'ratio':>6}  {'
 
 @dataclass(frozen=True, slots=True)
 class Lab:
-    """Where and how thoroughly benchmarks run; ``quick`` shows only that they do."""
+    """The place where benchmarks run, and how thoroughly; ``quick`` only shows that they run."""
 
     directory: Path
     quick: bool
 
     def rounds(self, count: int) -> int:
-        """Return how many pairs to measure, after one that does not count."""
+        """Return how many pairs to measure, after a first pair that does not count."""
         return 1 if self.quick else count
 
     def amount(self, full: int, quick: int) -> int:
-        """Return how much to do at once."""
+        """Return the amount of work of one measurement: ``full``, or ``quick`` in a quick run."""
         return quick if self.quick else full
 
     def program(self, name: str) -> str:
         """Return a C program of ``floor/``, compiled at the first call.
 
         Raises:
-            BenchError: without a compiler, or when it fails.
+            BenchError: there is no compiler, or it fails.
         """
         built = self.directory / name
         if not built.exists():
@@ -146,7 +146,7 @@ class Lab:
         return str(built)
 
     def run(self, name: str, *arguments: object, pass_fds: Sequence[int] = ()) -> list[int]:
-        """Run a C program of ``floor/`` to its end and return the numbers it printed."""
+        """Run a C program of ``floor/`` to its end, and return the numbers it printed."""
         command = [self.program(name), *map(str, arguments)]
         done = subprocess.run(
             command, check=True, stdout=subprocess.PIPE, text=True, pass_fds=pass_fds
@@ -156,7 +156,7 @@ class Lab:
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """What was measured in turns: the floor's values, and ours."""
+    """Values measured in turns: the floor's, and ours."""
 
     floor: list[float]
     ours: list[float]
@@ -178,23 +178,26 @@ class Pairs:
 
 
 def alternate(floor: Callable[[], float], ours: Callable[[], float], rounds: int) -> Pairs:
-    """Measure floor, ours, floor, ours …; the first pair, which warms caches and memory up, does not count."""
+    """Measure the floor and ours in turns.
+
+    The first pair warms caches and memory up, and does not count.
+    """
     pairs = [(floor(), ours()) for _ in range(rounds + 1)][1:]
     return Pairs([pair[0] for pair in pairs], [pair[1] for pair in pairs])
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
-    """Return the value that so many percent of the values do not exceed."""
+    """Return the value that ``percent`` percent of the values do not exceed."""
     return sorted(values)[min(len(values) - 1, len(values) * percent // 100)]
 
 
 @contextmanager
 def one_core(*pids: int) -> Generator[None]:
-    """Keep this process, what it starts meanwhile, and the threads of ``pids`` on one core.
+    """Keep this process, its new children, and the threads of ``pids`` on one core.
 
-    A round trip between cores that sleep costs what waking a core costs, a hundred microseconds on
-    a virtual machine; which of two servers the scheduler then happens to keep beside the caller
-    says nothing about either.
+    A round trip between sleeping cores costs as much as waking a core: a hundred microseconds on a
+    virtual machine. The scheduler may then keep one of two servers on the caller's core. That would
+    say nothing about either server.
     """
     threads = [0, *(int(thread) for pid in pids for thread in os.listdir(f"/proc/{pid}/task"))]
     before = {thread: os.sched_getaffinity(thread) for thread in threads}
@@ -204,17 +207,17 @@ def one_core(*pids: int) -> Generator[None]:
         yield
     finally:
         for thread, cores in before.items():
-            # It may have ended.
+            # The thread may have ended.
             with suppress(ProcessLookupError):
                 os.sched_setaffinity(thread, cores)
 
 
 @contextmanager
 def service(options: Options | None = None) -> Generator[Service]:
-    """Start a service of its own for one benchmark.
+    """Start a service for one benchmark.
 
     Raises:
-        BenchError: when it cannot start.
+        BenchError: the service cannot start.
     """
     try:
         started = Service.start(options)
@@ -229,7 +232,7 @@ def service(options: Options | None = None) -> Generator[Service]:
 
 @cache
 def machine() -> dict[str, str]:
-    """Describe where the figures come from."""
+    """Describe the machine and the versions that the figures come from."""
     return {
         "kernel": platform.release(),
         "cpu": _cpu_model(),

@@ -1,4 +1,4 @@
-"""Conversions: what it costs an owner and a guest to turn memory shared and private again."""
+"""Conversions: the cost of converting memory to shared and to private again."""
 
 import os
 import time
@@ -16,13 +16,13 @@ from restrictedmem.vmm.vm import Vcpu, Vm
 
 _STEP: Final = 2 << 20
 _PAGES: Final = _STEP // PAGE_SIZE
-#: Before the memory that is converted: the guest's code and stack.
+#: Bytes for the guest's code and stack, before the memory that is converted.
 _OWN: Final = 2 << 20
 _MEMORY: Final = guest_abi.PRIVATE_BASE + _OWN
 _AIMS: Final = {"kernel": 2, "software": 3}
 
-#: Asks what to touch, and touches it, for ever. The answer is an address and, in its low bits, the
-#: number of pages less one.
+#: A guest that asks its owner which pages to touch, and touches them, for ever. The answer is an
+#: address and, in its low 12 bits, the number of pages less one.
 _GUEST: Final = bytes.fromhex(
     "bb00001000"  # mov    ebx, HYPERCALL_PAGE
     "b863000000"  # ask:   mov    eax, 99
@@ -49,18 +49,18 @@ class _Machine:
     size: int
 
     def touch(self, offset: int, pages: int) -> None:
-        """Let the guest touch pages; it is back with its next question then."""
+        """Let the guest touch pages and exit with its next question."""
         exit_ = self.vcpu.run(_MEMORY + offset + pages - 1)
         if not isinstance(exit_, exits.Hypercall):
             raise BenchError(f"the guest ended: {exit_}", "see docs/reference/engines.md")
 
     def populate(self) -> None:
-        """Let the guest touch all of the half it sees."""
+        """Let the guest touch every page of the half that it sees."""
         for offset in range(0, self.size, _STEP):
             self.touch(offset, _PAGES)
 
     def convert(self, offset: int, *, private: bool) -> None:
-        """Convert a step, and free what the other half had of it."""
+        """Convert a step, and free its pages in the other half."""
         if not private:
             memory.fallocate(self.restricted_fd, memory.PUNCH, _OWN + offset, _STEP)
         self.vm.set_memory_attributes(_MEMORY + offset, _STEP, private=private)
@@ -68,7 +68,7 @@ class _Machine:
             memory.fallocate(self.shared_fd, memory.PUNCH, _OWN + offset, _STEP)
 
     def convert_all(self, *, private: bool, touches: int) -> float:
-        """Convert step by step, with so many pages touched after each; seconds."""
+        """Convert step by step, with ``touches`` pages touched after each; return the seconds."""
         began = time.perf_counter()
         for offset in range(0, self.size, _STEP):
             self.convert(offset, private=private)
@@ -106,7 +106,10 @@ def _machine(started: Service, engine: str, size: int) -> Generator[_Machine]:
 
 
 def _both_ways(lab: Lab, engine: str, size: int, touches: int) -> tuple[Pairs, Pairs, Pairs]:
-    """Measure the way to shared and the way to private, floor and ours in turns; microseconds a step, of both ways, and of each."""
+    """Measure the conversions to shared and to private, floor and ours in turns.
+
+    Returns the pairs of both together, to shared, and to private, in microseconds a step.
+    """
     steps = size // _STEP
     floors, ours = list[tuple[float, ...]](), list[tuple[float, ...]]()
     with service() as started:
@@ -138,7 +141,7 @@ def _both_ways(lab: Lab, engine: str, size: int, touches: int) -> tuple[Pairs, P
 
 
 def conversion(lab: Lab) -> Iterator[Figure]:
-    """Convert memory that has all its pages, step by step, with one page touched a step, and with all of them."""
+    """Convert fully populated memory step by step, with one page touched a step, then with all."""
     size = lab.amount(1 << 30, 16 << 20)
     for engine, limit in _AIMS.items():
         yield from _figures(lab, engine, size, 1, within(limit))

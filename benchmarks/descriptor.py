@@ -28,17 +28,19 @@ from restrictedmem.units import PAGE_SIZE
 
 _ALLOCATE: Final = int(FallocMode.KEEP_SIZE)
 _SIZE: Final = 1 << 30
-#: Pages allocated and punched at a time while guests run: few enough to be done before they have
-#: faulted everything in.
+#: Pages allocated and punched at a time while guests run: few enough to finish before the guests
+#: have faulted everything in.
 _AMONG: Final = 500
 
 
 @contextmanager
 def served_by_c(lab: Lab, *, real: bool = False) -> Generator[int]:
-    """Mount as the service does, served by C, which does nothing or the ``real`` thing; yields a descriptor of the mount's root.
+    """Mount as the service does, with a server in C; yield a descriptor of the mount's root.
+
+    The server does nothing at FALLOCATE; with ``real`` it allocates and punches.
 
     Raises:
-        BenchError: where this process may not mount.
+        BenchError: this process may not mount.
     """
     with _mounted(lab, real=real) as (_, root):
         yield root
@@ -46,7 +48,7 @@ def served_by_c(lab: Lab, *, real: bool = False) -> Generator[int]:
 
 @contextmanager
 def _floor(lab: Lab, *, real: bool = False) -> Generator[tuple[int, int]]:
-    """Yield the pid of such a server and a restricted descriptor of it."""
+    """Yield the pid of a server in C, and a restricted descriptor of it."""
     with _mounted(lab, real=real) as (pid, root):
         fd = os.open(NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, dir_fd=root)
         try:
@@ -75,7 +77,7 @@ def _mounted(lab: Lab, *, real: bool) -> Generator[tuple[int, int]]:
 
 @contextmanager
 def _ours() -> Generator[tuple[int, int]]:
-    """Start a service; yields its pid and a descriptor."""
+    """Start a service; yield its pid and a descriptor."""
     with service() as started:
         fd = started.memfd_restricted()
         try:
@@ -88,7 +90,10 @@ def _ours() -> Generator[tuple[int, int]]:
 def _calls(
     lab: Lab, fd: int, count: int, start: int = 0, pause: int = 0
 ) -> tuple[list[float], list[float]]:
-    """Allocate and punch so many pages in turns, from C; returns the microseconds of each allocation and of each punch."""
+    """Allocate and punch ``count`` pages in turns, from C.
+
+    Returns the microseconds of each allocation, and of each punch.
+    """
     taken = [
         value / 1e3
         for value in lab.run(
@@ -99,7 +104,10 @@ def _calls(
 
 
 def _compare(lab: Lab, floor: int, ours: int, rounds: int) -> tuple[Pairs, Pairs]:
-    """Measure both servers in turns; returns the pairs of allocations and of punches, each a median of many calls."""
+    """Measure both servers in turns.
+
+    Returns the pairs of allocations and of punches. Each value is a median of many calls.
+    """
     allocations, punches = Pairs([], []), Pairs([], [])
     for counts in [False, *[True] * rounds]:
         measured = [
@@ -116,7 +124,7 @@ def _compare(lab: Lab, floor: int, ours: int, rounds: int) -> tuple[Pairs, Pairs
 
 
 def idle(lab: Lab) -> Iterator[Figure]:
-    """Call while nothing else asks the service, on one core and as the scheduler likes."""
+    """Call while the service has no other requests: on one core, then on any cores."""
     with (
         _floor(lab) as (floor_pid, floor),
         _floor(lab, real=True) as (real_pid, real),
@@ -139,10 +147,11 @@ def idle(lab: Lab) -> Iterator[Figure]:
 
 
 def busy(lab: Lab) -> Iterator[Figure]:
-    """Call while two guests of the same service fault as fast as they can: in new memory, and in what their owners punch meanwhile.
+    """Call while two guests of the same service fault as fast as they can.
 
-    Twice each: a caller that calls once a millisecond, and one that never rests. The second wants a
-    CPU together with the server, where the guests want both: what it waits for is its turn.
+    The guests fault in new memory, then in memory that their owners punch meanwhile. For each, one
+    caller calls once a millisecond, and one calls without a pause. The second needs a CPU together
+    with the server, and the guests need both CPUs. So it waits for its turn.
     """
     with _floor(lab, real=True) as (_, floor), service() as started, ExitStack() as stack:
         fd = started.memfd_restricted()
@@ -190,8 +199,11 @@ def busy(lab: Lab) -> Iterator[Figure]:
 def _tail(
     what: str, ours: Sequence[float], floor: Sequence[float] | None = None, more: str = ""
 ) -> Figure:
-    """Return the slowest hundredth as a figure; the aim holds where there is a floor."""
-    note = f"median {statistics.median(ours):.0f} µs, mean {statistics.mean(ours):.0f} µs, largest {max(ours):.0f} µs"
+    """Return the 99th percentile as a figure, with an aim if there is a floor."""
+    note = (
+        f"median {statistics.median(ours):.0f} µs, mean {statistics.mean(ours):.0f} µs, "
+        f"largest {max(ours):.0f} µs"
+    )
     tail = percentile(ours, 99)
     if floor is None:
         return Figure(what, "µs", None, tail, None, None, note)
@@ -208,7 +220,7 @@ def _tail(
 
 
 def _load(guests: Sequence[FaultingGuest]) -> str:
-    """Stop the guests and say how fast they were."""
+    """Stop the guests, and describe how fast they were."""
     found: list[dict[str, Any]] = [guest.stop() for guest in guests]
     faults, pages, fills = (
         sum(one[key] / one["seconds"] for one in found)

@@ -1,4 +1,4 @@
-"""The bindings of /dev/kvm beside the same calls in C, on a guest that writes to a port for ever."""
+"""The bindings of /dev/kvm beside the same calls in C; the guest writes to a port for ever."""
 
 import mmap
 import time
@@ -16,12 +16,12 @@ _MACHINES: Final = 100
 _CODE: Final = 0x1000
 _PRIVATE_BASE: Final = 1 << 32
 _PRIVATE_SIZE: Final = 1 << 20
-#: out 0x42, al; jmp to it
+#: out 0x42, al; jmp back to it
 _GUEST: Final = bytes.fromhex("e642 ebfc")
 
 
 def _to_first_exit(then: Callable[[VcpuFd], float]) -> float:
-    """Make what ``kvm_guest.c`` makes, run to the first exit, and do something with the vCPU."""
+    """Make the VM that ``kvm_guest.c`` makes, run to the first exit, and call ``then``."""
     with mmap.mmap(-1, PAGE_SIZE) as memory, Kvm.open() as kvm, kvm.create_vm() as vm:
         memory[: len(_GUEST)] = _GUEST
         vm.set_user_memory_region(0, _CODE, PAGE_SIZE, address_of(memory))
@@ -39,7 +39,8 @@ def _to_first_exit(then: Callable[[VcpuFd], float]) -> float:
 def _expect_io(reason: int) -> None:
     if reason != ExitReason.IO:
         raise BenchError(
-            f"the guest exits with {reason}", "restrictedmem doctor says what KVM can do here"
+            f"the guest exits with reason {reason}",
+            "restrictedmem doctor says what KVM can do here",
         )
 
 

@@ -1,4 +1,4 @@
-"""Guests that fault as fast as they can, as load for what is measured meanwhile."""
+"""Guests that fault as fast as they can, as load during a measurement."""
 
 import json
 import os
@@ -15,19 +15,24 @@ from restrictedmem.abi import memory
 from restrictedmem.fd import OwnedFd, receive_with_fds, send_with_fds
 from restrictedmem.service.client import Service
 
-#: Seconds between punches of a guest's whole heap, in which it faults it in again.
+#: Seconds between punches of a guest's whole heap. Meanwhile the guest faults it in again.
 _PUNCH_INTERVAL: Final = 0.01
 
 
 @final
 class FaultingGuest:
-    """A guest that goes round its heap for ever, and its owner, who may punch the heap again and again, in a process of their own."""
+    """A process with a guest that writes to its whole heap, over and over, and the guest's owner.
+
+    The owner may punch the heap again and again.
+    """
 
     def __init__(self, started: Service, heap: int, *, punched: bool) -> None:
-        """Start the guest on ``heap`` bytes, by a service that may serve others too; unless ``punched``, it faults for one round.
+        """Start the guest on ``heap`` bytes of heap, with a service that may serve others too.
+
+        Unless ``punched``, the guest faults only in its first pass.
 
         Raises:
-            BenchError: when it does not come up.
+            BenchError: the guest does not start.
         """
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._child = os.fork()
@@ -38,7 +43,7 @@ class FaultingGuest:
         _, fds = receive_with_fds(self._sock, 64)
         if not fds:
             self._end()
-            raise BenchError("a guest did not come up", "scripts/test tests/test_run.py says why")
+            raise BenchError("a guest did not start", "scripts/test tests/test_run.py says why")
         #: The guest's private memory; its heap begins at ``HEAP_OFFSET``.
         self.descriptor: OwnedFd = fds[0]
 
@@ -83,7 +88,7 @@ def _be_owner(started: Service, heap: int, parent: socket.socket, *, punched: bo
                 json.dumps({**vmm.vm.statistics(), "seconds": time.monotonic() - began}).encode()
             )
             parent.settimeout(None)
-            # Killed here; the guest's thread never ends by itself.
+            # The parent kills this process here: the guest's thread never ends by itself.
             parent.recv(1)
         status = 0
     finally:

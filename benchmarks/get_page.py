@@ -1,4 +1,4 @@
-"""get_page, as a consumer calls it, beside fallocate(2) on a bare memfd."""
+"""get_page as a consumer calls it, beside fallocate(2) on a bare memfd."""
 
 import os
 import time
@@ -24,7 +24,7 @@ def _pages(count: int) -> Generator[Pages]:
 
 
 def _fallocate(lab: Lab, length: int, count: int) -> float:
-    """Return the microseconds that C takes to allocate ``count`` times ``length`` bytes of an empty memfd."""
+    """Return the µs that C takes to allocate ``count`` times ``length`` bytes of an empty memfd."""
     with memory.memfd_create("floor") as fd:
         os.ftruncate(fd.fileno(), MAX_FILE_BYTES)
         return (
@@ -34,7 +34,7 @@ def _fallocate(lab: Lab, length: int, count: int) -> float:
 
 
 def cold_range(lab: Lab) -> Iterator[Figure]:
-    """Take every page of a range with one call."""
+    """Get every page of a range with one call."""
     count = lab.amount(512 << 20, 8 << 20) >> PAGE_SHIFT
 
     def ours() -> float:
@@ -51,7 +51,7 @@ def cold_range(lab: Lab) -> Iterator[Figure]:
 
 
 def cold_each(lab: Lab) -> Iterator[Figure]:
-    """Take page after page."""
+    """Get page after page."""
     count = lab.amount(64 << 20, 1 << 20) >> PAGE_SHIFT
 
     def ours() -> float:
@@ -63,7 +63,7 @@ def cold_each(lab: Lab) -> Iterator[Figure]:
 
 
 def warm(lab: Lab) -> Iterator[Figure]:
-    """Take pages that were taken before, beside taking a lock and nothing else."""
+    """Get allocated pages, beside taking a lock and nothing else."""
     count = 4096
     lock = sync.mutex()
 
@@ -83,7 +83,7 @@ def warm(lab: Lab) -> Iterator[Figure]:
 
 
 def _each(pages: Pages, count: int) -> float:
-    """Return the microseconds of one get_page."""
+    """Return the mean microseconds of one get_page."""
     get_page = pages.get_page
     offsets = [pgoff_t(index) for index in range(count)]
     started = time.perf_counter()

@@ -23,24 +23,24 @@ from restrictedmem.vmm import elf
 from restrictedmem.vmm.vmm import SHARED_SIZE, Vmm
 
 SPIN: Final = elf.parse(guests.path("spin").read_bytes())
-#: What a guest's private memory holds beside its heap.
+#: The offset of a guest's heap in its private memory, and all its bytes besides the heap.
 HEAP_OFFSET: Final = ((SPIN.end + PAGE_MASK) & ~PAGE_MASK) - guest_abi.PRIVATE_BASE
 OVERHEAD: Final = HEAP_OFFSET + guest_abi.STACK_SIZE
 
 
 @contextmanager
 def spin(started: Service, heap: int, *arguments: str) -> Generator[Vmm]:
-    """Make a VM whose guest has so many bytes of heap, ready to run."""
+    """Make a VM, ready to run, whose guest has ``heap`` bytes of heap."""
     with Vmm(heap + OVERHEAD, started) as vmm:
         vmm.load(SPIN, arguments)
         yield vmm
 
 
 def run_to_hypercall(vmm: Vmm) -> float:
-    """Run until the guest first calls its owner; returns seconds.
+    """Run to the guest's first hypercall; return the seconds.
 
     Raises:
-        BenchError: when it stops for another reason.
+        BenchError: the guest stops for another reason.
     """
     began = time.perf_counter()
     found = vmm.vcpus[0].run()
@@ -54,13 +54,14 @@ def run_to_hypercall(vmm: Vmm) -> float:
 
 
 def plain_to_hypercall(heap: int, *arguments: str, identity: bool = False) -> float:
-    """Run the same guest to its first hypercall on Unicorn alone, in one anonymous mapping; returns seconds.
+    """Run the same guest to its first hypercall on Unicorn alone, and return the seconds.
 
-    There is no hook, or, for ``identity``, one: it lets each TLB miss lead to its own address.
-    Without paging every page may be executed, so Unicorn looks at each store whether it overwrites
-    code; the hook can say which accesses are to data, and those are then faster.
+    The guest's memory is one anonymous mapping. There is no hook; with ``identity`` there is one,
+    which maps each address that misses in the TLB to itself. Without paging every page is
+    executable, so Unicorn checks at each store whether it overwrites code. The hook can say which
+    accesses are to data; those are then faster.
     """
-    # Unicorn's binding has no types that a strict checker takes.
+    # Unicorn's binding has no types that a strict type checker accepts.
     unicorn: Any = importlib.import_module("unicorn")
     registers: Any = importlib.import_module("unicorn.x86_const")
     size = heap + OVERHEAD
@@ -90,7 +91,7 @@ def plain_to_hypercall(heap: int, *arguments: str, identity: bool = False) -> fl
     began = time.perf_counter()
     emulator.emu_start(SPIN.entry, guest_abi.HYPERCALL_PAGE)
     taken = time.perf_counter() - began
-    # The emulator goes before the memory that it maps, and that before the next measurement.
+    # Free the emulator before the memory that it maps, and the memory before the next measurement.
     del emulator, first
     content.close()
     return taken
@@ -118,7 +119,10 @@ def first_touch(lab: Lab) -> Iterator[Figure]:
         pairs = alternate(
             lambda: plain_to_hypercall(heap, "touch") * 1e6 / pages, ours, lab.rounds(5)
         )
-    note = f"{counted['pages_taken']} pages taken at {counted['faults_private']} faults, {counted['tlb_fills']} TLB fills"
+    note = (
+        f"{counted['pages_taken']} pages taken at {counted['faults_private']} faults, "
+        f"{counted['tlb_fills']} TLB fills"
+    )
     yield pairs.figure(
         f"guest's first touch of {heap >> 20} MiB of private memory; a page",
         "µs",
@@ -128,7 +132,7 @@ def first_touch(lab: Lab) -> Iterator[Figure]:
 
 
 def digest(lab: Lab) -> Iterator[Figure]:
-    """Let a guest digest its heap, over and over."""
+    """Let a guest hash its heap (SHA-256), over and over."""
     heap, amount = 8 << 20, lab.amount(64, 1)
     counted: dict[str, Any] = {}
     with service() as started:
@@ -150,7 +154,7 @@ def digest(lab: Lab) -> Iterator[Figure]:
 
 
 def punch_mapped(lab: Lab) -> Iterator[Figure]:
-    """Punch all of what a guest has mapped."""
+    """Punch all memory that a guest has mapped."""
     heap = lab.amount(1 << 30, 16 << 20)
     with service() as started:
 
@@ -166,7 +170,7 @@ def punch_mapped(lab: Lab) -> Iterator[Figure]:
 
 
 def round_trip(lab: Lab) -> Iterator[Figure]:
-    """Leave the guest for a hypercall, answer it, and enter again."""
+    """Exit for a hypercall, answer it, and enter the guest again."""
     count = lab.amount(2000, 50)
     ours_end, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     reply = 8 + exits.LAYOUT.size
@@ -188,7 +192,7 @@ def round_trip(lab: Lab) -> Iterator[Figure]:
         def ours() -> float:
             began = time.perf_counter()
             for _ in range(count):
-                # One byte read, one written: echo calls for each.
+                # The guest echo reads one byte and writes one, with a hypercall for each.
                 vmm.vcpus[0].run(1)
             return (time.perf_counter() - began) * 1e6 / count
 

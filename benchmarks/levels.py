@@ -1,4 +1,4 @@
-"""A guest's first touch of its memory, by what its pages come as."""
+"""A guest's first touch of its memory, for each kind of backing."""
 
 import fcntl
 import os
@@ -20,7 +20,7 @@ _POOL: Final = Path(f"/sys/kernel/mm/hugepages/hugepages-{_HUGE_PAGE >> 10}kB/nr
 
 @contextmanager
 def _huge_pages(count: int) -> Generator[None]:
-    """Set so many more huge pages aside meanwhile."""
+    """Make the kernel reserve ``count`` more huge pages meanwhile."""
     with _POOL.open("r+") as setting:
         fcntl.flock(setting, fcntl.LOCK_EX)
         before = int(_POOL.read_text())
@@ -32,7 +32,10 @@ def _huge_pages(count: int) -> Generator[None]:
 
 
 def first_touch(lab: Lab) -> Iterator[Figure]:
-    """Let a guest write to each page of 64 MiB for the first time: pages, folios made by MADV_COLLAPSE, huge pages."""
+    """Let a guest write to each page of 64 MiB for the first time.
+
+    The memory comes as 4 KiB pages, as folios made by MADV_COLLAPSE, and as huge pages.
+    """
     heap = lab.amount(64 << 20, 8 << 20)
     pages, rounds = heap >> PAGE_SHIFT, lab.rounds(9)
     counted: dict[str, Any] = {}
@@ -49,7 +52,10 @@ def first_touch(lab: Lab) -> Iterator[Figure]:
     def compare(backing: str) -> Iterator[Figure]:
         with service(Options(backing=backing)) as started:
             plain = alternate(floor, partial(ours, started), rounds)
-            note = f"{counted['mapped_4k']} translations of 4 KiB, {counted['mapped_2m']} of 2 MiB, at {counted['faults_private']} faults"
+            note = (
+                f"{counted['mapped_4k']} translations of 4 KiB, {counted['mapped_2m']} of 2 MiB, "
+                f"at {counted['faults_private']} faults"
+            )
             yield plain.figure(
                 f"guest's first touch of {heap >> 20} MiB, {backing}; a page", "µs", note=note
             )
@@ -60,7 +66,7 @@ def first_touch(lab: Lab) -> Iterator[Figure]:
     with service() as small:
         yield from compare("memfd")
         yield from compare("thp")
-        # Only root can set huge pages aside; a machine without is measured all the same.
+        # Only root can reserve huge pages. The other backings are measured without root, too.
         if os.access(_POOL, os.W_OK):
             with _huge_pages(-(-(heap + OVERHEAD) // _HUGE_PAGE)):
                 yield from compare("hugetlb-2m")

@@ -1,4 +1,4 @@
-"""What the service weighs: idle, and with ten thousand descriptors."""
+"""The service's resident memory: idle, and with ten thousand descriptors."""
 
 import os
 import resource
@@ -12,18 +12,18 @@ _KIB: Final = 1024
 
 
 def resident(pid: int) -> int:
-    """Return the bytes of a process that are in memory, libraries it shares with others included (VmRSS)."""
+    """Return the resident bytes of a process, shared libraries included (VmRSS)."""
     with open(f"/proc/{pid}/status", encoding="ascii") as file:
         return next(int(line.split()[1]) * _KIB for line in file if line.startswith("VmRSS:"))
 
 
 def footprint(lab: Lab) -> Iterator[Figure]:
-    """Weigh the service before and after its owner makes descriptors, first without pages and then with one each."""
+    """Measure the memory that the service has: idle, with descriptors, with a page in each."""
     count = lab.amount(_MANY, 500)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < count + 64:
         raise BenchError(
-            f"{count} descriptors need a limit of as many open files, the hard limit is {hard}",
+            f"{count} descriptors need RLIMIT_NOFILE of {count + 64}, but the hard limit is {hard}",
             "ulimit -Hn 20000",
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,4 +1,4 @@
-"""What it costs to tell consumers of a punch: each notifier, each consumer process, each design."""
+"""The cost of notifying consumers of a punch: per notifier, per consumer process, per design."""
 
 import fcntl
 import os
@@ -39,7 +39,7 @@ _POOL: Final = Path(f"/sys/kernel/mm/hugepages/hugepages-{_HUGE >> 10}kB")
 
 @final
 class _Counting:
-    """A notifier that counts what it hears, and has no page."""
+    """A notifier that counts its callbacks, and has no page."""
 
     __slots__ = ("heard",)
 
@@ -69,7 +69,10 @@ def _register(file: RestrictedFile) -> _Counting:
 
 
 def notifier(lab: Lab) -> Iterator[Figure]:
-    """Punch a file without a page, in this process, with no notifier, one, and many: what is left is the shim's own work."""
+    """Punch a file without pages in this process, with no notifier, one, and many.
+
+    So only the shim's own work is measured.
+    """
     count = lab.amount(5000, 200)
     files: dict[int, RestrictedFile] = {}
     for notifiers in (0, 1, _MANY):
@@ -80,7 +83,7 @@ def notifier(lab: Lab) -> Iterator[Figure]:
     for _ in range(lab.rounds(41) + 1):
         for notifiers, file in files.items():
             fallocate = file.fallocate
-            # Nothing waits here, so the time that others had the processor does not count.
+            # Nothing waits here, so time that other processes had the CPU does not count.
             began = time.thread_time()
             for _ in range(count):
                 fallocate(PUNCH, PAGE_SIZE, PAGE_SIZE)
@@ -90,7 +93,7 @@ def notifier(lab: Lab) -> Iterator[Figure]:
     none, one, many = (statistics.median(values[1:]) for values in taken.values())
     note = f"a punch with none {none:.2f} µs, with one {one:.2f} µs, with {_MANY} {many:.2f} µs"
     yield Figure(
-        f"a notifier and a punch, in one process ({_MANY}, less none)",
+        f"a further notifier of a punch, one process ({_MANY}, less none)",
         "µs",
         None,
         (many - none) / _MANY,
@@ -98,7 +101,7 @@ def notifier(lab: Lab) -> Iterator[Figure]:
         _UNDER,
         note,
     )
-    yield Figure("  the first, with semaphore and sequence", "µs", None, one - none, None)
+    yield Figure("  the first one, with semaphore and sequence", "µs", None, one - none, None)
 
 
 _UNDER: Final = below(0.6, "under 0.6 µs")
@@ -106,7 +109,7 @@ _UNDER: Final = below(0.6, "under 0.6 µs")
 
 @final
 class _OnlyPunches:
-    """A file system whose FALLOCATE is fallocate(2) of a memfd, and nothing else."""
+    """A file system whose FALLOCATE is only fallocate(2) of a memfd."""
 
     def __init__(self, memfd: OwnedFd) -> None:
         self._inner = FileSystem("v10", max_files=10)
@@ -128,7 +131,10 @@ class _OnlyPunches:
 
 @contextmanager
 def _only_punches() -> Generator[tuple[int, int]]:
-    """Serve a mount from a child with the service's own loop and ``_OnlyPunches``; yields its pid and a descriptor."""
+    """Serve a mount from a child with the service's own loop and ``_OnlyPunches``.
+
+    Yields the child's pid and a descriptor.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     child = os.fork()
     if child == 0:
@@ -158,7 +164,7 @@ def _only_punches() -> Generator[tuple[int, int]]:
 
 
 def _punches(lab: Lab, fd: int) -> float:
-    """Allocate and punch pages in turns, from C; returns the median of the punches, in µs."""
+    """Allocate and punch pages in turns, from C; return the median of the punches in µs."""
     taken = lab.run(
         "fallocate", fd, 0, PAGE_SIZE, lab.amount(500, 20), 0, _KEEP, PUNCH, pass_fds=[fd]
     )
@@ -166,7 +172,10 @@ def _punches(lab: Lab, fd: int) -> float:
 
 
 def unheard(lab: Lab) -> Iterator[Figure]:
-    """Punch through a descriptor that has no notifier, beside the same server with fallocate(2) in the place of the shim."""
+    """Punch through a descriptor without a consumer.
+
+    The floor is the same server with fallocate(2) in place of the shim.
+    """
     with (
         _only_punches() as (floor_pid, floor),
         service() as started,
@@ -177,13 +186,16 @@ def unheard(lab: Lab) -> Iterator[Figure]:
             lambda: _punches(lab, floor), lambda: _punches(lab, file.fileno()), lab.rounds(31)
         )
     yield pairs.figure(
-        "punch of a page nobody hears of (floor: the server without the shim)", "µs", within(1.1)
+        "punch of a page, no consumer (floor: server without shim)", "µs", within(1.1)
     )
 
 
 @contextmanager
 def _listener(started: Service, size: int) -> Generator[tuple[int, int]]:
-    """Let an engine bind ``size`` bytes of a new descriptor, and no guest run; yields the engine's pid and the descriptor."""
+    """Let an engine bind ``size`` bytes of a new descriptor, without running a guest.
+
+    Yields the engine's pid and the descriptor.
+    """
     with (
         OwnedFd(started.memfd_restricted()) as file,
         memory.memfd_create("shared") as shared,
@@ -203,7 +215,10 @@ def _listener(started: Service, size: int) -> Generator[tuple[int, int]]:
 
 @contextmanager
 def _echo(lab: Lab) -> Generator[tuple[int, Channel]]:
-    """Start a program in C that answers each message with an empty reply; yields its pid, and the way there."""
+    """Start a program in C that answers each message with an empty reply.
+
+    Yields its pid and a channel to it.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         echo = subprocess.Popen(
@@ -218,7 +233,10 @@ def _echo(lab: Lab) -> Generator[tuple[int, Channel]]:
 
 
 def heard(lab: Lab) -> Iterator[Figure]:
-    """Punch what a consumer process has bound, beside a punch that nobody hears of and two round trips to a program in C."""
+    """Punch a page that a consumer process has bound.
+
+    The floor is a punch without a consumer and two round trips to a program in C.
+    """
     count, body = lab.amount(500, 20), wire.INVALIDATION.pack(1, 0, 1, wire.NO_FOLIO)
     with (
         service() as started,
@@ -235,18 +253,21 @@ def heard(lab: Lab) -> Iterator[Figure]:
 
         with one_core(started.info["pid"], engine, echo):
             pairs = alternate(floor, lambda: _punches(lab, file), lab.rounds(21))
-    yield pairs.figure("punch of a page that one consumer process hears of", "µs")
+    yield pairs.figure("punch of a page, one consumer process", "µs")
 
 
 def designs(lab: Lab) -> Iterator[Figure]:
-    """Punch much memory with one call: what each design tells of it, and how long that takes beside the punch alone."""
+    """Punch much memory with one call, with each design, beside the punch alone.
+
+    A figure's note counts the callbacks that the design makes.
+    """
     size = lab.amount(1 << 30, 4 << 20)
     kinds = {"memfd": "4 KiB pages", "thp": "2 MiB folios", "hugetlb-2m": "hugetlb pages"}
     with _huge_pages(2 * size // _HUGE) as huge:
         for kind, what in kinds.items():
             for name in NAMES:
-                # Where pages cannot be split is what ``lazy`` is for; others show nothing there
-                # that they do not with folios.
+                # ``lazy`` is for pages that cannot be split. The other designs behave with hugetlb
+                # pages as they do with folios.
                 if kind != "hugetlb-2m" or (name == "lazy" and huge):
                     yield _design(
                         lab, name, kind, f"{name}: {size >> 20} MiB of {what}, one punch", size
@@ -258,7 +279,7 @@ def designs(lab: Lab) -> Iterator[Figure]:
                     lab,
                     name,
                     kind,
-                    f"  {name}: {size >> 20} MiB of {kinds[kind]}, heard by a consumer process",
+                    f"  {name}: {size >> 20} MiB of {kinds[kind]}, one consumer process",
                     size,
                 )
 
@@ -312,7 +333,10 @@ def _design_heard(lab: Lab, name: str, kind: str, what: str, size: int) -> Figur
 
 @contextmanager
 def _huge_pages(count: int) -> Generator[bool]:
-    """Set huge pages of 2 MiB aside, as root, and say whether they are there; who else does so locks the file as well, and waits."""
+    """Reserve huge pages of 2 MiB, as root; yield whether they are there.
+
+    Tests and benchmarks that reserve huge pages lock this file, so they wait for each other.
+    """
     with ExitStack() as stack:
         there = False
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Guests that fault while another process punches what they fault in, beside threads and a memfd."""
+"""Guests that fault while another process punches their memory, beside threads and a memfd."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from restrictedmem.vmm.vmm import Vmm
 
 _VCPUS: Final = (1, 2, 4, 8)
 _HEAP: Final = 32 << 20
-#: Bytes of a punch: what one fault of the software engine maps.
+#: Bytes of a punch: as many as one fault of the software engine maps.
 _CHUNK: Final = 64 << 10
 #: Seconds that a guest may take to touch its heap once.
 _PATIENCE: Final = 60.0
@@ -30,7 +30,7 @@ _PATIENCE: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class _Counted:
-    """Pages that were faulted in, punches, and seconds."""
+    """Counts of pages that were faulted in and of punches, and the seconds."""
 
     pages: int
     punches: int
@@ -38,16 +38,20 @@ class _Counted:
 
     @property
     def each(self) -> float:
-        """Microseconds a page."""
+        """The microseconds that a page took."""
         return self.seconds * 1e6 / max(self.pages, 1)
 
     def __str__(self) -> str:
-        return f"{self.pages / self.seconds:,.0f} pages and {self.punches / self.seconds:,.0f} punches a second"
+        pages, punches = self.pages / self.seconds, self.punches / self.seconds
+        return f"{pages:,.0f} pages and {punches:,.0f} punches a second"
 
 
 @contextmanager
 def _guest(started: Service, vcpus: int, engine: str) -> Generator[tuple[int, Callable[[], int]]]:
-    """Let a guest go round its heap for ever, in the hands of a process of its own; gives its descriptor, and what counts its pages."""
+    """Start a process whose guest writes to its whole heap, over and over.
+
+    Yields the guest's descriptor, and a function that returns how many pages it has taken.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     child = os.fork()
     if child == 0:
@@ -57,7 +61,7 @@ def _guest(started: Service, vcpus: int, engine: str) -> Generator[tuple[int, Ca
     try:
         _, fds = receive_with_fds(ours, 64)
         if not fds:
-            raise BenchError("a guest did not come up", "scripts/test tests/test_run.py says why")
+            raise BenchError("a guest did not start", "scripts/test tests/test_run.py says why")
         with fds[0] as descriptor:
             yield descriptor.fileno(), partial(_pages, ours)
     finally:
@@ -95,8 +99,8 @@ def _touched_once(started: Service, vcpus: int, engine: str) -> _Counted:
         while (now := pages()) < all_of_it:
             if time.perf_counter() - began > _PATIENCE:
                 raise BenchError(
-                    f"waited {_PATIENCE:g} s for {vcpus} vCPUs to touch their memory once",
-                    "a vCPU hangs: report it",
+                    f"{vcpus} vCPUs did not touch their memory once in {_PATIENCE:g} s",
+                    "a vCPU hangs: report this as a bug",
                 )
             time.sleep(0.002)
         return _Counted(now - before, 0, time.perf_counter() - began)

@@ -1,4 +1,4 @@
-"""The guest ``seal``, request by request: what an owner pays for a signature it could not have made."""
+"""The guest ``seal``: the cost of a signature that the owner could not have made itself."""
 
 import socket
 import subprocess
@@ -20,7 +20,7 @@ ENGINES: Final = ("software", "kernel")
 
 
 def requests(sock: socket.socket, count: int) -> float:
-    """Have so many messages of 64 bytes signed, one after the other; returns how many a second."""
+    """Have ``count`` messages of 64 bytes signed, one after the other; return how many a second."""
     began = time.perf_counter()
     for _ in range(count):
         sock.sendall(_REQUEST)
@@ -61,7 +61,7 @@ def _process(lab: Lab) -> Generator[socket.socket]:
 
 
 def seal(lab: Lab) -> Iterator[Figure]:
-    """Sign messages of 64 bytes, beside a process that does the same over the same socket."""
+    """Sign messages of 64 bytes, beside a process that does the same over such a socket."""
     count = lab.amount(2000, 20)
     for engine in ENGINES:
         with service() as started, _process(lab) as process, _guest(started, engine) as guest:

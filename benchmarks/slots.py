@@ -1,4 +1,4 @@
-"""As many slots as KVM_CAP_NR_MEMSLOTS promises, beside the messages that they cannot do without."""
+"""As many slots as KVM_CAP_NR_MEMSLOTS promises, beside the messages that they need."""
 
 import os
 import socket
@@ -17,7 +17,7 @@ from restrictedmem.units import PAGE_SIZE
 from restrictedmem.vmm.vm import Vm
 
 _BASE: Final = 0x4000_0000
-#: Bytes of a request for a further slot, and of a reply to it.
+#: A request for a slot, and a reply to it, of the real messages' sizes.
 _REQUEST: Final = bytes(208)
 _REPLY: Final = bytes(8)
 _SOON: Final = below(3, "under 3 s")
@@ -25,7 +25,10 @@ _SOON: Final = below(3, "under 3 s")
 
 @contextmanager
 def _relays(count: int) -> Generator[socket.socket]:
-    """Start processes that do nothing but answer a request, each when the next one has answered its own; yields the end to ask."""
+    """Start ``count`` processes in a row; each asks the next one, and then answers a request.
+
+    Yields the socket to the first process.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
     if pid == 0:
@@ -50,7 +53,7 @@ def _relay(asked: socket.socket, others: int) -> None:
 
 
 def _ask(relays: socket.socket, count: int) -> float:
-    """Return the seconds that so many round trips take."""
+    """Return the seconds that ``count`` round trips take."""
     began = time.perf_counter()
     for _ in range(count):
         relays.send(_REQUEST)
@@ -61,7 +64,10 @@ def _ask(relays: socket.socket, count: int) -> float:
 def _make_all(
     started: Service, count: int, halves: dict[str, Any], deletions: list[float]
 ) -> float:
-    """Make slots of a page each, one page apart, and delete them; returns the seconds in which they were made."""
+    """Make slots of a page each, one page apart, and delete them.
+
+    Returns the seconds that the making took, and appends those of the deletion to ``deletions``.
+    """
     with Vm(started, engine="software") as vm:
         offsets = [name.replace("_fd", "_offset") for name in halves]
         began = time.perf_counter()
@@ -79,10 +85,10 @@ def _make_all(
 
 
 def slots(lab: Lab) -> Iterator[Figure]:
-    """Make all slots there can be, of one memfd or of one restricted file, and delete them, by a Vm's own calls.
+    """Make the most slots of a VM, on one memfd or on one restricted file, and delete them.
 
-    The floor is bare Python: for each slot the owner asks the engine, which of a private half asks
-    the service.
+    The floor is bare Python that sends the same messages: for each slot the owner asks the engine,
+    and for a private half the engine asks the service.
     """
     count = lab.amount(MAX_SLOTS, 200)
     with ExitStack() as stack:
@@ -101,10 +107,8 @@ def slots(lab: Lab) -> Iterator[Figure]:
                 pairs = alternate(
                     ask, partial(_make_all, started, count, halves, deletions), lab.rounds(3)
                 )
-            yield pairs.figure(
-                f"{count:,} slots with a {name} half made; floor their messages", "s", _SOON
-            )
-            yield Pairs(pairs.floor, deletions[1:]).figure("  and deleted; floor the same", "s")
+            yield pairs.figure(f"{count:,} slots made, {name} half (floor: messages)", "s", _SOON)
+            yield Pairs(pairs.floor, deletions[1:]).figure("  deleted (floor: the same)", "s")
 
 
 BENCHES: Final[dict[str, Callable[[Lab], Iterator[Figure]]]] = {"slots": slots}

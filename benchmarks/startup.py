@@ -1,4 +1,4 @@
-"""From shell to shell, beside a Python that does nothing."""
+"""Commands from start to end, beside a Python that does nothing."""
 
 import statistics
 import subprocess
@@ -13,7 +13,7 @@ _ROUNDS: Final = 15
 
 
 def _timed(*arguments: str) -> float:
-    """Return the milliseconds a fresh interpreter takes."""
+    """Return the milliseconds that a new interpreter takes with these arguments."""
     started = time.perf_counter()
     subprocess.run(
         [sys.executable, *arguments], check=True, stdin=subprocess.DEVNULL, capture_output=True
@@ -26,7 +26,7 @@ def _nothing() -> float:
 
 
 def start(lab: Lab) -> Iterator[Figure]:
-    """Time the help, the import, a guest that does nothing, and a program that does nothing under exec."""
+    """Measure what the help, the import, an empty guest, and an empty program under exec take."""
     rounds = lab.rounds(_ROUNDS)
     helped = alternate(_nothing, lambda: _timed("-m", "restrictedmem", "--help"), rounds)
     yield helped.figure("restrictedmem --help", "ms", below(150, "under 150 ms"))

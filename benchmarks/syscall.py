@@ -1,4 +1,8 @@
-"""Programs under ``restrictedmem exec``: what the call costs, beside a supervisor and a FUSE server in C, and what nothing else should."""
+"""Programs under ``restrictedmem exec``: the cost of memfd_restricted(2) and of other calls.
+
+The floor of memfd_restricted(2) is a supervisor and a FUSE server in C. Other system calls, and
+programs as a whole, should take as long as outside.
+"""
 
 import statistics
 import subprocess
@@ -15,15 +19,20 @@ _SOURCE: Final = """
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-int main(int argc, char **argv) { for (int i = 0; i < argc; i++) puts(argv[i]); return strlen(argv[0]) == 0; }
+int main(int argc, char **argv)
+{
+    for (int i = 0; i < argc; i++)
+        puts(argv[i]);
+    return strlen(argv[0]) == 0;
+}
 """
 
 
 def _numbers(*command: str, pass_fds: tuple[int, ...] = ()) -> list[int]:
-    """Run a program to its end and return the numbers it printed.
+    """Run a program to its end, and return the numbers it printed.
 
     Raises:
-        BenchError: when it fails.
+        BenchError: the program fails.
     """
     done = subprocess.run(command, check=False, capture_output=True, text=True, pass_fds=pass_fds)
     if done.returncode:
@@ -34,7 +43,10 @@ def _numbers(*command: str, pass_fds: tuple[int, ...] = ()) -> list[int]:
 
 
 def create(lab: Lab) -> Iterator[Figure]:
-    """Make a descriptor and close it: all parties on one core, then as the scheduler likes; one thread, then eight."""
+    """Make a descriptor and close it.
+
+    All processes are on one core, then where the scheduler puts them; one thread calls, then eight.
+    """
     supervise, program = lab.program("supervise"), lab.program("create")
     count, rounds = str(lab.amount(2000, 50)), lab.rounds(15)
 
@@ -55,7 +67,7 @@ def create(lab: Lab) -> Iterator[Figure]:
 
 
 def others(lab: Lab) -> Iterator[Figure]:
-    """Call what the filter lets through, beside a filter that lets everything through."""
+    """Make calls that the filter allows, beside a filter that allows everything."""
     program, count = lab.program("calls"), lab.amount(100_000, 1000)
     getppid, mmap = Pairs([], []), Pairs([], [])
     for _ in range(lab.rounds(15)):
@@ -68,7 +80,10 @@ def others(lab: Lab) -> Iterator[Figure]:
 
 
 def programs(lab: Lab) -> Iterator[Figure]:
-    """Start programs under exec, beside outside; what exec itself takes to start is a figure of its own."""
+    """Start programs under exec, beside the same programs outside.
+
+    The start of exec itself is another figure (``start``).
+    """
     source = Path(lab.directory) / "hello.c"
     source.write_text(_SOURCE)
     compiler = ("cc", "-O2", "-o", str(source.with_suffix("")), str(source))

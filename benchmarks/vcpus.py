@@ -23,7 +23,10 @@ _PROBE: Final = elf.parse(guests.path("probe").read_bytes())
 def _interrupts(
     started: Service, image: elf.Image, vcpus: int, count: int, *, punched: bool
 ) -> list[float]:
-    """Interrupt vCPUs in turn while all of them loop; returns milliseconds from the request to the end of KVM_RUN."""
+    """Interrupt vCPUs in turn while all of them loop.
+
+    Returns the milliseconds from each request to the return of KVM_RUN.
+    """
     found: list[float] = []
     with Vmm(_HEAP + OVERHEAD, started, vcpus=vcpus, engine="software") as vmm:
         vmm.load(image, ["loop"])
@@ -47,8 +50,8 @@ def _interrupts(
             index = number % vcpus
             if punched:
                 memory.fallocate(vmm.restricted_fd, memory.PUNCH, HEAP_OFFSET, _HEAP)
-            # Long enough for the guest to be at work again, whoever's turn it is; not the same each
-            # time.
+            # So long that the guest runs again, whichever vCPU has its turn, and not always the
+            # same.
             time.sleep(0.002 + number % 7 / 1000)
             began = time.perf_counter()
             vmm.vcpus[index].interrupt()
@@ -64,7 +67,7 @@ def _interrupts(
 
 
 def interrupt(lab: Lab) -> Iterator[Figure]:
-    """Stop a guest that never leaves by itself."""
+    """Interrupt a guest that never exits by itself."""
     count = lab.amount(1000, 20)
     cases = [
         ("an endless loop", _PROBE, 1, 1.0),
@@ -88,7 +91,7 @@ def interrupt(lab: Lab) -> Iterator[Figure]:
 
 
 def turns(lab: Lab) -> Iterator[Figure]:
-    """Let vCPUs that take turns do together what one does alone."""
+    """Let vCPUs that take turns share the work that one vCPU does alone."""
     count = lab.amount(4_000_000, 20_000)
     with service() as started:
 

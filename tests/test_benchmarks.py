@@ -100,5 +100,5 @@ def test_without_a_compiler_there_is_one_line_and_a_hint() -> None:
 def test_an_unknown_name_is_refused_and_every_known_one_is_tested() -> None:
     done = bench("nonsense")
     assert done.returncode == 2
-    offered = done.stderr.partition("no benchmark nonsense; there are ")[2].strip().split(", ")
+    offered = done.stderr.partition("no benchmark nonsense; choose from ")[2].strip().split(", ")
     assert sorted(offered) == sorted((*COMPARED, *KVM, *ABSOLUTE))

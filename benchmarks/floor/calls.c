@@ -1,8 +1,9 @@
 /*
- * System calls that are none of a supervisor's business: calls COUNT FILTERED
+ * Time system calls that a supervisor does not answer: calls COUNT FILTERED
  *
  * Prints the picoseconds of a getppid(), and of an anonymous mmap() with its
- * munmap(), under a filter of its own that allows everything, or without.
+ * munmap().  If FILTERED is not 0, the calls pass a filter that allows
+ * everything.
  */
 #define _GNU_SOURCE
 #include <linux/filter.h>

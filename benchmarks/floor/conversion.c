@@ -1,15 +1,16 @@
 /*
- * Time what a conversion cannot do without: conversion kernel|software SIZE TOUCHES
+ * Time the necessary work of conversions: conversion kernel|software SIZE TOUCHES
  *
- * Both halves of SIZE bytes have all their pages, which the guest has mapped.
- * Then, in steps of 2 MiB, first all private, then all shared: punch the half
- * that is left, and touch TOUCHES pages of the other.  Prints nanoseconds for
- * the way to shared and the way to private.
+ * Both halves of SIZE bytes have all their pages, and the guest has mapped them.
+ * Then, in steps of 2 MiB, the program first converts all private memory to
+ * shared, then all shared memory to private.  Each step punches the half that
+ * the guest leaves, and touches TOUCHES pages of the other half.  Prints the
+ * nanoseconds of the conversion to shared and of the one to private.
  *
- * kernel: the private half is a guest_memfd, the touches are a guest's on
- * /dev/kvm.  The guest runs at CPL3, with page tables of 4 KiB pages, and says
- * that it is done by OUT, allowed by the I/O permission bitmap.
- * software: both halves are memfds mapped here, the touches are ours.
+ * kernel: the private half is a guest_memfd, and a guest on /dev/kvm makes the
+ * touches.  The guest runs at CPL3, with page tables of 4 KiB pages.  It ends a
+ * step with OUT, which the I/O permission bitmap allows.
+ * software: both halves are memfds mapped here, and this program touches them.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -23,7 +24,7 @@
 #include <time.h>
 #include <unistd.h>
 
-/* Of <linux/kvm.h>, under names of our own: many systems have an older one. */
+/* From <linux/kvm.h>, under other names: many systems have an older header. */
 #define SLOT_GUEST_MEMFD	(1U << 2)
 #define MEMFD_MMAP		(1UL << 0)
 
@@ -105,11 +106,15 @@ static void start_guest(int kvm, int vm, long size)
 {
 	/* out %al, $0xf4; touch: movb $1, (%rdi); add $4096, %rdi; dec %ecx; jnz touch; jmp out */
 	static const unsigned char code[] = {
-		0xe6, 0xf4, 0xc6, 0x07, 0x01, 0x48, 0x81, 0xc7, 0, 0x10, 0, 0, 0xff, 0xc9, 0x75, 0xf2, 0xeb, 0xee,
+		0xe6, 0xf4, 0xc6, 0x07, 0x01, 0x48, 0x81, 0xc7, 0,
+		0x10, 0, 0, 0xff, 0xc9, 0x75, 0xf2, 0xeb, 0xee,
 	};
-	struct kvm_segment text = { .limit = -1, .selector = 0x23, .type = 11, .present = 1, .dpl = 3, .s = 1, .l = 1, .g = 1 };
-	struct kvm_segment data = { .limit = -1, .selector = 0x1b, .type = 3, .present = 1, .dpl = 3, .db = 1, .s = 1, .g = 1 };
-	struct kvm_segment task = { .base = TSS, .limit = 0x68 + 8192, .selector = 0x28, .type = 11, .present = 1 };
+	struct kvm_segment text = { .limit = -1, .selector = 0x23, .type = 11,
+				    .present = 1, .dpl = 3, .s = 1, .l = 1, .g = 1 };
+	struct kvm_segment data = { .limit = -1, .selector = 0x1b, .type = 3,
+				    .present = 1, .dpl = 3, .db = 1, .s = 1, .g = 1 };
+	struct kvm_segment task = { .base = TSS, .limit = 0x68 + 8192, .selector = 0x28,
+				    .type = 11, .present = 1 };
 	struct kvm_regs regs = { .rflags = 2 };
 	struct kvm_sregs sregs;
 
@@ -124,7 +129,8 @@ static void start_guest(int kvm, int vm, long size)
 	vcpu = ioctl(vm, KVM_CREATE_VCPU, 0);
 	if (vcpu < 0 || ioctl(vcpu, KVM_GET_SREGS, &sregs))
 		die("KVM_CREATE_VCPU");
-	run = mmap(NULL, ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0), PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, 0);
+	run = mmap(NULL, ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0), PROT_READ | PROT_WRITE,
+		   MAP_SHARED, vcpu, 0);
 	sregs.cs = text;
 	sregs.ds = sregs.es = sregs.fs = sregs.gs = sregs.ss = data;
 	sregs.tr = task;

@@ -1,7 +1,8 @@
 /*
  * Make descriptors by memfd_restricted(2) and close them: create COUNT THREADS
  *
- * Prints the nanoseconds that one took, of all threads' together.
+ * Prints the nanoseconds of one descriptor: the whole time, divided by the
+ * descriptors of all threads.
  */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -43,7 +44,7 @@ int main(int argc, char **argv)
 		fprintf(stderr, "usage: create COUNT THREADS\n");
 		return 2;
 	}
-	/* The first starts the service. */
+	/* The first call starts the service. */
 	each = 1;
 	create(NULL);
 	each = atol(argv[1]) / threads;

@@ -1,7 +1,7 @@
 /*
- * The least an engine can do for its owner: echo FD LENGTH
+ * The least that an engine can do for its owner: echo FD LENGTH
  *
- * Answers each message on the socket it inherits with one of LENGTH zeroes.
+ * Answers each message on the inherited socket with one of LENGTH zero bytes.
  * Ends with the connection.
  */
 #include <stdio.h>

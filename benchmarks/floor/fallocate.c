@@ -1,9 +1,9 @@
 /*
  * Time fallocate(2): fallocate FD START LENGTH COUNT PAUSE MODE...
  *
- * Goes over COUNT ranges of LENGTH bytes from START on, and calls it once with
- * each MODE for each range, PAUSE nanoseconds after the call before (0: at
- * once).  Prints how many nanoseconds each call took.
+ * For each of COUNT ranges of LENGTH bytes from START on, calls fallocate(2)
+ * once with each MODE, PAUSE nanoseconds after the previous call (0: at once).
+ * Prints the nanoseconds of each call.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -38,7 +38,7 @@ int main(int argc, char **argv)
 	taken = malloc(calls * sizeof(*taken));
 	if (!taken)
 		return 1;
-	/* Touched here, so that no page fault is timed. */
+	/* Touch the memory here, so that no page fault is timed. */
 	memset(taken, 1, calls * sizeof(*taken));
 	for (long i = 0; i < calls; i++) {
 		int mode = atoi(argv[6 + i % modes]);

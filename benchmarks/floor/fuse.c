@@ -1,10 +1,10 @@
 /*
- * The least a FUSE server can do for a restricted descriptor:
+ * The least that a FUSE server can do for a restricted descriptor:
  * fuse DEVICE [MEMFD]
  *
- * Speaks the kernel's protocol over the /dev/fuse that it inherits as
- * descriptor DEVICE, lets files be created, and answers FALLOCATE with 0
- * without doing anything, or after doing it to MEMFD.  Ends with the mount.
+ * Speaks the kernel's protocol over /dev/fuse, inherited as descriptor DEVICE.
+ * It lets files be created.  It answers FALLOCATE with 0, without doing
+ * anything, or after doing it to MEMFD.  Ends with the mount.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -17,7 +17,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* One for each file: the kernel waits for a node of the same number to go. */
+/* A new number for each file: the kernel waits until its old node is gone. */
 static uint64_t next_node = FUSE_ROOT_ID + 1;
 
 static union {
@@ -121,7 +121,8 @@ int main(int argc, char **argv)
 			perror("read");
 			return 1;
 		}
-		if (in.head.opcode == FUSE_FORGET || in.head.opcode == FUSE_BATCH_FORGET || in.head.opcode == FUSE_INTERRUPT)
+		if (in.head.opcode == FUSE_FORGET || in.head.opcode == FUSE_BATCH_FORGET ||
+		    in.head.opcode == FUSE_INTERRUPT)
 			continue;
 		out.head.unique = in.head.unique;
 		out.head.len = sizeof(out.head);

@@ -1,10 +1,11 @@
 /*
  * Time a guest that writes to a port for ever: kvm_guest exits|machines COUNT
  *
- * exits: makes one such guest, and prints how many nanoseconds COUNT exits
- * and re-entries took. machines: COUNT times opens /dev/kvm, makes a VM with
- * a slot on memory of this process, one on a guest_memfd and a vCPU, runs to
- * the first exit and takes all of it down again; prints the nanoseconds.
+ * exits: makes one such guest, and prints the nanoseconds of COUNT exits and
+ * re-entries.
+ * machines: prints the nanoseconds of COUNT VMs.  For each it opens /dev/kvm,
+ * makes a VM, a slot on memory of this process, one on a guest_memfd and a
+ * vCPU, runs to the first exit, and closes all of it again.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -64,7 +65,7 @@ static int check(const char *call, int result)
 
 static struct machine make(void)
 {
-	/* out 0x42, al; jmp to it */
+	/* out 0x42, al; jmp back to it */
 	static const unsigned char code[] = { 0xe6, 0x42, 0xeb, 0xfc };
 	struct kvm_create_guest_memfd asked = { .size = PRIVATE_SIZE };
 	struct kvm_regs regs = { .rip = CODE, .rflags = 2 };
@@ -76,13 +77,16 @@ static struct machine make(void)
 	m.vm = check("KVM_CREATE_VM", ioctl(m.kvm, KVM_CREATE_VM, 0));
 	m.memory = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	memcpy(m.memory, code, sizeof code);
-	check("KVM_SET_USER_MEMORY_REGION", ioctl(m.vm, KVM_SET_USER_MEMORY_REGION, &(struct kvm_userspace_memory_region){
-		.slot = 0, .guest_phys_addr = CODE, .memory_size = 4096, .userspace_addr = (unsigned long)m.memory }));
+	check("KVM_SET_USER_MEMORY_REGION",
+	      ioctl(m.vm, KVM_SET_USER_MEMORY_REGION, &(struct kvm_userspace_memory_region){
+		.slot = 0, .guest_phys_addr = CODE, .memory_size = 4096,
+		.userspace_addr = (unsigned long)m.memory }));
 	m.memfd = check("KVM_CREATE_GUEST_MEMFD", ioctl(m.vm, KVM_CREATE_GUEST_MEMFD, &asked));
 	check("fcntl", fcntl(m.memfd, F_SETFD, FD_CLOEXEC));
-	check("KVM_SET_USER_MEMORY_REGION2", ioctl(m.vm, KVM_SET_USER_MEMORY_REGION2, &(struct kvm_userspace_memory_region2){
-		.slot = 1, .flags = KVM_MEM_GUEST_MEMFD, .guest_phys_addr = PRIVATE_BASE, .memory_size = PRIVATE_SIZE,
-		.guest_memfd = m.memfd }));
+	check("KVM_SET_USER_MEMORY_REGION2",
+	      ioctl(m.vm, KVM_SET_USER_MEMORY_REGION2, &(struct kvm_userspace_memory_region2){
+		.slot = 1, .flags = KVM_MEM_GUEST_MEMFD, .guest_phys_addr = PRIVATE_BASE,
+		.memory_size = PRIVATE_SIZE, .guest_memfd = m.memfd }));
 	m.vcpu = check("KVM_CREATE_VCPU", ioctl(m.vm, KVM_CREATE_VCPU, 0));
 	m.run = mmap(NULL, m.mapped, PROT_READ | PROT_WRITE, MAP_SHARED, m.vcpu, 0);
 	if (m.memory == MAP_FAILED || m.run == MAP_FAILED)

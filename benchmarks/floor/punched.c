@@ -2,10 +2,10 @@
  * Count page faults beside punches: punched LENGTH CHUNK THREADS MS PUNCH
  *
  * Threads go round a memfd of LENGTH bytes that this process maps, and write to
- * each page.  For MS milliseconds, with PUNCH not 0, another process meanwhile
- * punches CHUNK bytes at a time, all the way round again and again.  Without,
- * one round is made.  Prints the faults, the nanoseconds they were counted
- * over, and the punches.
+ * each page.  If PUNCH is not 0, they do so for MS milliseconds.  Meanwhile
+ * another process punches CHUNK bytes at a time, round and round.  If PUNCH is
+ * 0, they make one round.  Prints the faults, the nanoseconds in which they
+ * were counted, and the punches.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>

@@ -1,7 +1,7 @@
 /*
  * Run a program to its end, again and again: repeat COUNT PROGRAM [ARGUMENT...]
  *
- * Prints the microseconds of each.
+ * Prints the microseconds of each run.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>

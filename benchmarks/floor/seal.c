@@ -1,6 +1,5 @@
 /*
- * What the guest `seal` does, by a process that anybody may look into:
- * seal FD
+ * The work of the guest `seal`, done by an ordinary process: seal FD
  *
  * Answers each line `sign DATA` on the socket with HMAC-SHA-256 of DATA in
  * hexadecimal, by the guest's own SHA-256.  Ends with the connection.
@@ -12,7 +11,7 @@
 #include <sys/random.h>
 #include <sys/socket.h>
 
-/* The guest's types, without the rest of its world. */
+/* The guest's types, without the rest of guest.h. */
 #define RESTRICTEDMEM_GUEST_H
 typedef unsigned char u8;
 typedef unsigned int u32;

@@ -1,10 +1,11 @@
 /*
- * The least a supervisor can do for memfd_restricted(2):
+ * The least that a supervisor can do for memfd_restricted(2):
  * supervise ROOT PROGRAM [ARGUMENT...]
  *
- * Runs PROGRAM with number 451 stopped, and answers with a file that it makes
- * and unlinks in the directory it inherits as descriptor ROOT, waking and being
- * woken as synchronously as the kernel can.  Ends with the program's status.
+ * Runs PROGRAM under a filter that stops system call 451.  Answers each call
+ * with a file that it makes and unlinks in the directory inherited as
+ * descriptor ROOT.  Wake-ups are as synchronous as the kernel can make them.
+ * Ends with the program's status.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -49,7 +50,7 @@ static int install(void)
 			    SECCOMP_FILTER_FLAG_NEW_LISTENER, &program);
 }
 
-/* One descriptor over a socket, either way. */
+/* Send or receive one descriptor over a socket. */
 static int pass(int sock, int fd)
 {
 	union {
@@ -109,7 +110,7 @@ int main(int argc, char **argv)
 	if (!fork()) {
 		close(root);
 		pass(pair[1], install());
-		/* The number that the call will return is free again. */
+		/* The descriptor number that the call returns is free again. */
 		closefrom(3);
 		execvp(argv[2], argv + 2);
 		die(argv[2]);
