@@ -1,10 +1,10 @@
 /*
- * What restrictedmem.h says when something is refused, or the other end is not
- * what it should be.  Prints, for each attempt, its name, what it returned and
- * the handle's words, separated by "|"; a test knows what that has to be.
+ * Errors of restrictedmem.h: refused calls, and peers that misbehave.  For each
+ * attempt this prints its name, the return value and the handle's error text,
+ * separated by "|".  A test compares the lines.
  *
- *	check peer		of peers made here, which answer nonsense
- *	check PYTHON ENGINE	of a private service and a VM
+ *	check peer		peers made here, which answer nonsense
+ *	check PYTHON ENGINE	a private service and a VM
  */
 #define _GNU_SOURCE			/* memfd_create */
 #include <dirent.h>
@@ -49,7 +49,7 @@ static void connect_to(int pair[2])
 		abort();
 }
 
-/* Send a message: its first word, a body, and a descriptor if fd >= 0. */
+/* Send a message: its first word, a body, and fd as a descriptor if >= 0. */
 static void say(int socket, uint32_t number, const void *body, size_t size,
 		int fd)
 {
@@ -59,7 +59,7 @@ static void say(int socket, uint32_t number, const void *body, size_t size,
 		abort();
 }
 
-/* Ask for a token (16 bytes, no descriptor) of a peer that has answered. */
+/* Ask a peer, which has answered already, for a token: 16 bytes, no fd. */
 static void ask(const char *what, uint32_t error, size_t size, int fd)
 {
 	static const char body[2000] = "some words";
@@ -89,7 +89,7 @@ static void take(const char *what, uint32_t number, const char *words, int fd)
 	close(pair[1]);
 }
 
-/* Say READY with the root of a mount, and this process for a witness. */
+/* Send READY with a mount's root, and a socket of this process as witness. */
 static void take_ready(const char *what, const char *json)
 {
 	uint32_t head[2] = { RMEM_READY, 0 };
@@ -123,7 +123,7 @@ static void take_ready(const char *what, const char *json)
 	close(pair[1]);
 }
 
-/* Somebody else has the name; returns how many bytes the client has sent. */
+/* Another process listens at the name; return how many bytes it receives. */
 static int stranger(const char *name, const char *json)
 {
 	struct sockaddr_un address;
@@ -143,7 +143,7 @@ static int stranger(const char *name, const char *json)
 	fflush(stdout);
 	child = fork();
 	if (!child) {
-		/* Whoever listens is the other end. */
+		/* SO_PEERCRED names the process that called listen(). */
 		if (listen(listener, 1) || write(go[1], "", 1) != 1)
 			abort();
 		_exit((int)recv(accept(listener, NULL, NULL), &byte, 1, 0));
@@ -176,7 +176,7 @@ static void check_peers(void)
 	ask("an error of many words", EPERM, 1000, -1);
 	ask("an error that is none", 5000, 10, -1);
 
-	/* It gives up, and what comes then is no other call's reply. */
+	/* The call times out; a late reply must not answer the next call. */
 	connect_to(pair);
 	vm.socket.fd = pair[0];
 	if (setsockopt(pair[0], SOL_SOCKET, SO_RCVTIMEO, &soon, sizeof(soon)))
@@ -342,12 +342,12 @@ static void check_attributes(struct rmem_vm *vm)
 				       NULL, 0), &vm->socket);
 }
 
-/* The hypercall read(rdi, rsi), then an endless loop. */
+/* A guest: the hypercall read(rdi, rsi), then an endless loop. */
 static const unsigned char code[RMEM_PAGE_SIZE] = {
 	0xb8, 1, 0, 0, 0,		/* mov eax, 1 */
 	0xb9, 0, 0, 0x10, 0,		/* mov ecx, the hypercall page */
 	0xff, 0xd1,			/* call rcx */
-	0xff, 0xc8, 0xeb, 0xfc,		/* dec eax; jmp to it */
+	0xff, 0xc8, 0xeb, 0xfc,		/* dec eax; jmp back to it */
 };
 
 static void check_launch(struct rmem_vm *vm, struct rmem_vcpu *vcpu)
@@ -393,7 +393,7 @@ static void *run(void *vcpu)
 	return (void *)(uintptr_t)(rc ? 0 : exit.exit_reason);
 }
 
-/* The guest is in its endless loop, or about to be: either way it stops. */
+/* Stop a guest that is in its endless loop, or about to be there. */
 static void check_interrupt(struct rmem_vm *vm, struct rmem_vcpu *vcpu)
 {
 	pthread_t thread;

@@ -1,19 +1,22 @@
 /*
- * A VM on restricted memory, for owners written in C11 or C++11: the protocol
- * of docs/reference/wire-protocol.md, which is KVM's ioctls as messages.
+ * A VM on restricted memory, for owners written in C11 or C++11.  The header
+ * speaks the protocol of docs/reference/wire-protocol.md: KVM's ioctls as
+ * messages.
  *
- * One header and libc, nothing to link.  Compile as gnu11, or define
- * _GNU_SOURCE before the first include.
+ * The header needs only libc; there is nothing to link.  Compile as gnu11, or
+ * define _GNU_SOURCE before the first include.
  *
- * Every function returns 0 or a negative errno; the handle's socket.error then
- * names the call and says what the other end said.  -ENOTCONN means of every
- * call that the other end is gone, -EPROTO that it answered nonsense.
+ * Every function returns 0 or a negative errno.  After an error, the handle's
+ * socket.error names the call and holds the other end's words.  From every
+ * call, -ENOTCONN means that the other end is gone, and -EPROTO that its
+ * answer was malformed.
  *
- * What is passed in stays the caller's.  What is handed out, descriptor or
- * handle, is the caller's to close, and close-on-exec; after an error it is
- * nothing.  Addresses, sizes and offsets are bytes.  A handle is for one thread
- * at a time: each vCPU has its own, and if their threads share the VM's, it is
- * theirs to lock.  No call is cut short by a signal.
+ * The caller keeps the descriptors that it passes in.  The caller owns and has
+ * to close each descriptor or handle that a function returns; all are
+ * close-on-exec.  A function that fails returns none.  Addresses, sizes and
+ * offsets are bytes.  Only one thread at a time may use a handle.  Each vCPU
+ * has its own handle; threads that share the VM's handle have to lock it.  No
+ * signal interrupts a call.
  */
 #ifndef RESTRICTEDMEM_H
 #define RESTRICTEDMEM_H
@@ -38,7 +41,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-/* Calls: owner to service, the service's first message, owner to engine. */
+/* Messages: owner to service, the service's first message, owner to engine. */
 #define RMEM_CONNECT			1
 #define RMEM_TOKEN			2
 #define RMEM_SPAWN			3
@@ -59,10 +62,10 @@
 #define RMEM_RUN			0xae80
 #define RMEM_PRE_FAULT_MEMORY		0xc040aed5
 
-/* ioctl of a restricted descriptor: show a token to its service. */
+/* ioctl on a restricted descriptor: present a token to its service. */
 #define RMEM_PROVE			0x40105201
 
-/* Flags of a slot, of a page, of an exit, of a VM. */
+/* Flags of a slot, a page's attribute, flags of an exit, a VM's policy. */
 #define RMEM_MEM_READONLY		(1U << 1)
 #define RMEM_MEM_PRIVATE		(1U << 2)
 #define RMEM_MEMORY_ATTRIBUTE_PRIVATE	(1U << 3)
@@ -99,7 +102,7 @@ struct rmem_userspace_memory_region_ext {
 	uint64_t memory_size;		/* 0 deletes the slot */
 	uint64_t userspace_addr;	/* where the shared half starts in its memfd */
 	uint64_t restricted_offset;
-	uint32_t restricted_fd;		/* not looked at: a token says it */
+	uint32_t restricted_fd;		/* ignored: the token names the file */
 	uint32_t pad1;
 	uint64_t pad2[14];
 };
@@ -118,7 +121,7 @@ struct rmem_enc_region {
 	uint64_t size;
 };
 
-/* struct kvm_pre_fault_memory, whose name is a function here. */
+/* struct kvm_pre_fault_memory; that name is a function here. */
 struct rmem_pre_fault_range {
 	uint64_t gpa;
 	uint64_t size;
@@ -149,15 +152,15 @@ struct rmem_exit_memory_fault {
 	uint64_t flags, gpa, size, error;
 };
 
-/* Why a vCPU came back.  Take a reason that is not listed as UNKNOWN. */
+/* A vCPU's exit.  Treat a reason that is not listed above as UNKNOWN. */
 struct rmem_exit {
 	uint32_t exit_reason;
 	uint32_t flags;			/* IO, MMIO: 1 for an out or a write */
 	union {
 		uint64_t words[6];
-		struct rmem_exit_io io;			/* in: run's value */
-		struct rmem_exit_hypercall hypercall;	/* run's value: rax */
-		struct rmem_exit_mmio mmio;		/* read: run's value */
+		struct rmem_exit_io io;			/* in: next run's value */
+		struct rmem_exit_hypercall hypercall;	/* rax: next run's value */
+		struct rmem_exit_mmio mmio;		/* read: next run's value */
 		struct rmem_exit_memory_fault memory_fault;
 		uint64_t vector;			/* SHUTDOWN */
 		uint64_t reason;			/* UNKNOWN */
@@ -171,24 +174,24 @@ static_assert(sizeof(struct rmem_pre_fault_range) == 64, "ABI");
 static_assert(sizeof(struct rmem_regs) == 144, "ABI");
 static_assert(sizeof(struct rmem_exit) == 56, "ABI");
 
-/* One end of a connection; error is the text of the last call that failed. */
+/* One end of a connection; error is the text of the last error. */
 struct rmem_socket {
 	int fd;
 	const char *call;
 	char error[512];
 };
 
-/* Its service lives while this, a descriptor or a VM of it is open. */
+/* The service lives while this handle, a descriptor or a VM of it is open. */
 struct rmem_service {
 	struct rmem_socket socket;
-	int root;			/* its mount, O_PATH */
-	int witness;			/* a socket: SO_PEERCRED is its own */
+	int root;			/* the root of its mount, O_PATH */
+	int witness;			/* a socket with the service's SO_PEERCRED */
 	char api[8];			/* "v9" or "v10" */
-	char address[108];		/* where it listens, and the key */
+	char address[108];		/* its listening socket, and below the key */
 	unsigned char key[RMEM_CONNECT_KEY_SIZE];
 };
 
-/* A VM lives while this or any of its vCPUs is open. */
+/* A VM lives while this handle or any of its vCPUs is open. */
 struct rmem_vm {
 	struct rmem_socket socket;
 };
@@ -254,7 +257,7 @@ static inline int rmem_send(struct rmem_socket *s, const char *call,
 	return 0;
 }
 
-/* Take the descriptors of a message: the first are the caller's, if wanted. */
+/* Take a message's descriptors: return the first wanted ones, close the rest. */
 static inline void rmem_take_fds(struct msghdr *message, int *fds, int wanted)
 {
 	struct cmsghdr *c;
@@ -277,10 +280,10 @@ static inline void rmem_take_fds(struct msghdr *message, int *fds, int wanted)
 }
 
 /*
- * Receive a message: its first word, at most *size bytes of body (*size
- * becomes their number), and as many descriptors as are wanted, -1 for those
- * that did not come.  What does not fit the body goes to spill, which is large
- * enough for the words of an error.
+ * Receive a message: its first word, at most *size bytes of body, and the
+ * wanted number of descriptors, -1 for each that is missing.  *size becomes the
+ * number of bytes of body.  Bytes that do not fit go to spill, which is large
+ * enough for an error's text.
  */
 static inline int rmem_receive(struct rmem_socket *s, uint32_t *number,
 			       void *body, size_t *size, char spill[1024],
@@ -312,7 +315,7 @@ static inline int rmem_receive(struct rmem_socket *s, uint32_t *number,
 		return rmem_fail(s, ENOTCONN, "the other end is gone");
 	if (got < 0) {
 		rc = rmem_fail(s, errno, "recvmsg");
-		/* It may still come, and is no later call's reply. */
+		/* The reply may still come, and must not answer a later call. */
 		rmem_close(&s->fd);
 		return rc;
 	}
@@ -330,19 +333,19 @@ static inline int rmem_receive(struct rmem_socket *s, uint32_t *number,
 	return 0;
 }
 
-/* Turn an error in place of what was expected into -errno and its words. */
+/* Turn an error reply into -errno, and keep its text. */
 static inline int rmem_refused(struct rmem_socket *s, uint32_t error,
 			       const void *body, size_t size, const char *spill,
 			       size_t spilt)
 {
-	char words[sizeof(s->error) - 64];	/* which the name needs */
+	char words[sizeof(s->error) - 64];	/* 64 for the call's name */
 
 	snprintf(words, sizeof(words), "%.*s%.*s", (int)size,
 		 size ? (const char *)body : "", (int)spilt, spill);
 	return rmem_fail(s, error && error < 4096 ? (int)error : EPROTO, words);
 }
 
-/* Wait for a reply of at most *size bytes, which becomes their number. */
+/* Wait for a reply of at most *size bytes; *size becomes its length. */
 static inline int rmem_reply_upto(struct rmem_socket *s, void *body,
 				  size_t *size, int *fd)
 {
@@ -378,7 +381,7 @@ static inline int rmem_reply(struct rmem_socket *s, void *body, size_t size,
 	return rmem_fail(s, EPROTO, "reply is too short");
 }
 
-/* A request and its reply, neither with descriptors. */
+/* Send a request and wait for its reply, neither with descriptors. */
 static inline int rmem_call(struct rmem_socket *s, const char *call,
 			    uint32_t number, const void *body, size_t size,
 			    void *reply, size_t reply_size)
@@ -398,8 +401,8 @@ static inline void rmem_service_close(struct rmem_service *service)
 }
 
 /*
- * Whether a uid is one user's.  In a user namespace all that are not mapped
- * there look like the overflow uid.
+ * Say whether a uid identifies one user.  In a user namespace, all uids that
+ * are not mapped there appear as the overflow uid.
  */
 static inline int rmem_uid_is_known(uid_t uid)
 {
@@ -436,7 +439,7 @@ static inline int rmem_peer_of(int fd, struct rmem_peer *peer)
 	return getsockopt(fd, SOL_SOCKET, SO_PEERCRED, peer, &size);
 }
 
-/* The inode of a pidfd, which this closes; 0 where there is none. */
+/* Return the inode of a pidfd, and close it; 0 without a pidfd. */
 static inline ino_t rmem_pidfd_inode(int pidfd)
 {
 	struct stat found;
@@ -457,9 +460,9 @@ static inline ino_t rmem_peer_inode(int fd)
 }
 
 /*
- * Whether one user's process has made the other ends of two connections.  If
- * that user's uid is not known here, pidfds have to tell (Linux 6.9): before,
- * all have one inode.
+ * Say whether the same process made the other ends of two connections.  If its
+ * uid does not identify a user here, pidfds have to tell (Linux 6.9): before,
+ * all pidfds have the same inode.
  */
 static inline int rmem_is_same_peer(int one, int other)
 {
@@ -505,9 +508,9 @@ static inline int rmem_connect(struct rmem_socket *s, const char *path)
 }
 
 /*
- * Take a connection of this process's own (CONNECT).  For a child that has
- * inherited the handle by fork: two readers of one socket would take each
- * other's replies.
+ * Make a new connection for this process (CONNECT).  A child that inherited
+ * the handle by fork has to call this: two readers of one socket would take
+ * each other's replies.
  *
  * -ENOTCONN when the service is gone.
  */
@@ -516,7 +519,7 @@ static inline int rmem_service_after_fork(struct rmem_service *service)
 	struct rmem_socket *s = &service->socket;
 	int rc = 0, tries;
 
-	/* Connections of others, without the key, may push this one out. */
+	/* Strangers' connections, without the key, may push this one out. */
 	for (tries = 0; tries < 8; tries++) {
 		rmem_close(&s->fd);
 		s->call = "CONNECT";
@@ -538,7 +541,7 @@ static inline int rmem_service_after_fork(struct rmem_service *service)
 	return rc;
 }
 
-/* Find a string in the JSON object that READY carries; "" without it. */
+/* Find a string in READY's JSON object; "" if it is missing. */
 static inline void rmem_json_string(const char *json, const char *name,
 				    char *value, size_t size)
 {
@@ -557,7 +560,7 @@ static inline void rmem_json_string(const char *json, const char *name,
 	}
 }
 
-/* Read the key, in hexadecimal digits. */
+/* Read the key: hexadecimal digits in READY's JSON object. */
 static inline int rmem_read_key(struct rmem_service *service, const char *json)
 {
 	char digits[2 * RMEM_CONNECT_KEY_SIZE + 1];
@@ -573,7 +576,7 @@ static inline int rmem_read_key(struct rmem_service *service, const char *json)
 	return 0;
 }
 
-/* Wait on a socket, which this closes, for a service to say READY. */
+/* Wait for READY on a socket, and close it; then connect to the service. */
 static inline int rmem_service_take(struct rmem_service *service, int first)
 {
 	struct pollfd ready = { first, POLLIN, 0 };
@@ -588,7 +591,7 @@ static inline int rmem_service_take(struct rmem_service *service, int first)
 	while (rc < 0 && errno == EINTR);
 	if (rc <= 0)
 		rc = rmem_fail(&service->socket, rc ? errno : ETIMEDOUT,
-			       "the service says nothing");
+			       "the service did not answer");
 	else
 		rc = rmem_receive(&service->socket, &number, json, &size, spill,
 				  &spilt, fds, 2);
@@ -621,14 +624,14 @@ static inline void rmem_service_init(struct rmem_service *service,
 }
 
 /*
- * Get a service from `restrictedmem serve --socket path`, under another uid:
- * what an owner needs whom nobody should have to trust.  Or be let into that
- * of `restrictedmem exec`: a path that begins with @ is an abstract name, which
- * has to be this user's.
+ * Get a service from `restrictedmem serve --socket path`.  It runs under
+ * another uid, so nobody has to trust the owner.  Or join the service of
+ * `restrictedmem exec`: a path that begins with @ is an abstract name, and a
+ * process of this user has to listen there.
  *
  * -ENAMETOOLONG; -ENOENT, -ECONNREFUSED, -EACCES as connect(2); -EACCES for
- * another user's name; -ETIMEDOUT after RMEM_START_SECONDS; what kept the
- * service from starting.
+ * another user's name; -ETIMEDOUT after RMEM_START_SECONDS; the errno that
+ * kept the service from starting.
  */
 static inline int rmem_service_connect(struct rmem_service *service,
 				       const char *path)
@@ -654,7 +657,7 @@ static inline void rmem_service_exec(int socket, const char *python,
 	char *const environment[] = { path, NULL };
 	int null = open("/dev/null", O_RDWR), fd;
 
-	/* Above what it will be, whatever this process has open below. */
+	/* Move the socket above 3, where it must not be overwritten. */
 	socket = fcntl(socket, F_DUPFD, 10);
 	for (fd = 0; fd < 3; fd++)
 		dup2(null, fd);
@@ -665,16 +668,18 @@ static inline void rmem_service_exec(int socket, const char *python,
 }
 
 /*
- * Start a private service, which ends with the last of what it made.
+ * Start a private service.  It ends when this handle and every descriptor and
+ * VM that it made are closed.
  *
- * python is the path of an interpreter that has the package restrictedmem
- * (-I: neither PYTHON* nor the current directory choose what it imports), api
- * the posting to follow, "v9" or "v10".  The service starts with no descriptor
- * of this process but its socket.
+ * python is the path of an interpreter that has the package restrictedmem.  It
+ * runs with -I, so neither PYTHON* nor the current directory choose what it
+ * imports.  api is the posting to follow, "v9" or "v10".  The service inherits
+ * no descriptor of this process but its socket.
  *
- * -ECONNRESET when it died without a word, for instance for want of python or
- * package; -ETIMEDOUT after RMEM_START_SECONDS; what else kept it from
- * starting, -EACCES for /dev/fuse, say: `restrictedmem doctor` knows more.
+ * -ECONNRESET when the service died without a message, for instance because
+ * python or the package is missing; -ETIMEDOUT after RMEM_START_SECONDS; any
+ * other errno that kept it from starting, for instance -EACCES for /dev/fuse.
+ * `restrictedmem doctor` says more.
  */
 static inline int rmem_service_start(struct rmem_service *service,
 				     const char *python, const char *api)
@@ -707,7 +712,7 @@ static inline int rmem_service_start(struct rmem_service *service,
 		return rc;
 	}
 	rc = rmem_service_take(service, pair[0]);
-	/* Its work is done, or it hangs. */
+	/* The child has started the service, or it hangs. */
 	kill(child, SIGKILL);
 	while (waitpid(child, NULL, 0) < 0 && errno == EINTR)
 		;
@@ -715,8 +720,9 @@ static inline int rmem_service_start(struct rmem_service *service,
 }
 
 /*
- * Create a restricted descriptor: memfd_restricted(2).  Size it once by
- * ftruncate; allocate and punch by fallocate; nothing reads, writes or maps it.
+ * Create a restricted descriptor: memfd_restricted(2).  The owner can size it
+ * once with ftruncate, and allocate and punch with fallocate.  It cannot read,
+ * write or map it.
  *
  * -ENFILE, -EMFILE; -ENOTCONN when the service is gone.
  */
@@ -730,7 +736,7 @@ static inline int rmem_memfd_restricted(struct rmem_service *service, int *fd)
 		     O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
 	if (*fd < 0)
 		return rmem_fail(&service->socket, errno, "");
-	/* Names are not cached: that none is found is what unlink is for. */
+	/* The kernel caches no name here, so unlink may find none: ENOENT. */
 	if (unlinkat(service->root, name, 0) && errno != ENOENT) {
 		rc = rmem_fail(&service->socket, errno, "unlinkat");
 		rmem_close(fd);
@@ -740,11 +746,13 @@ static inline int rmem_memfd_restricted(struct rmem_service *service, int *fd)
 }
 
 /*
- * Show the service that this process holds a restricted descriptor; the token
- * makes one slot of it, once, of whichever VM it is given to.
+ * Get a token, and present it with a restricted descriptor to the service, to
+ * show that this process holds the descriptor.  The token makes one slot, once,
+ * in any VM of the service.
  *
  * -EBADF; -ENOTTY for another kind of file; -EACCES for a descriptor of
- * another service.  The oldest of 64 that were never used makes room.
+ * another service.  The service keeps 64 unused tokens; a further one replaces
+ * the oldest.
  */
 static inline int rmem_token(struct rmem_service *service, int fd,
 			     unsigned char token[RMEM_TOKEN_SIZE])
@@ -759,9 +767,9 @@ static inline int rmem_token(struct rmem_service *service, int fd,
 }
 
 /*
- * Get the public key (Ed25519) that this service signs reports with.
+ * Get the public key (Ed25519) with which this service signs reports.
  *
- * -ENOSYS when the service has no library to sign with.
+ * -ENOSYS when the service has no library for signing.
  */
 static inline int rmem_signing_key(struct rmem_service *service,
 				   unsigned char key[RMEM_KEY_SIZE])
@@ -779,14 +787,16 @@ static inline void rmem_vm_close(struct rmem_vm *vm)
 
 /*
  * Start a VM in an engine process of its own (KVM_CREATE_VM).  engine is
- * "software", "kernel" or "auto"; policy, which is measured, has the bits
- * RMEM_POLICY_DEBUG: registers and private memory are open to the owner, and
- * RMEM_POLICY_EXPLICIT: after the launch, pages become shared only when the
- * guest has asked (MAP_GPA_RANGE), and slots with a private half stay.
+ * "software", "kernel" or "auto".  policy is measured; its bits are:
  *
- * -EAGAIN, -ENOMEM or -EMFILE when there can be no further process; -ENOTCONN
- * when the service is gone.  What the engine cannot do, -EINVAL for
- * an unknown one among it, is the answer to the VM's first call.
+ *   RMEM_POLICY_DEBUG	the owner may access registers and private memory
+ *   RMEM_POLICY_EXPLICIT after the launch, pages become shared only if the
+ *			guest asked for it (MAP_GPA_RANGE), and slots with a
+ *			private half cannot be changed
+ *
+ * -EAGAIN, -ENOMEM or -EMFILE when no further process can be made; -ENOTCONN
+ * when the service is gone.  If the engine cannot run here, or does not exist
+ * (-EINVAL), the VM's first call returns the error.
  */
 static inline int rmem_vm_create(struct rmem_service *service,
 				 const char *engine, uint32_t policy,
@@ -811,11 +821,13 @@ static inline int rmem_vm_create(struct rmem_service *service,
  * to another guest_phys_addr (KVM_SET_USER_MEMORY_REGION).
  *
  * With RMEM_MEM_PRIVATE, token is one that rmem_token gave for the restricted
- * descriptor, which the slot keeps alive; else NULL.  shared_fd is a memfd
- * with the shared half, or -1; it is sealed against shrinking.
+ * descriptor; the slot keeps its file alive.  Else token is NULL.  shared_fd
+ * is a memfd with the shared half, or -1; the memfd is sealed against
+ * shrinking.
  *
- * -EINVAL, -EEXIST as v9 and v10; -EINVAL for a token of no descriptor, and
- * for a shared_fd that is no memfd or too short; -EPERM as the policy says.
+ * -EINVAL, -EEXIST as in v9 and v10; -EINVAL for a token without a descriptor,
+ * and for a shared_fd that is no memfd or too short; -EPERM if the policy
+ * forbids the change.
  */
 static inline int
 rmem_set_user_memory_region(struct rmem_vm *vm,
@@ -830,12 +842,12 @@ rmem_set_user_memory_region(struct rmem_vm *vm,
 }
 
 /*
- * Make a range private or shared (v10: KVM_SET_MEMORY_ATTRIBUTES).  On return
- * address and size are what is left to be done, and of what is done no vCPU
- * reaches the other half any more.
+ * Make a range private or shared (v10: KVM_SET_MEMORY_ATTRIBUTES).  On return,
+ * address and size are the part that is left to do.  In the part that is done,
+ * no vCPU reaches the other half any more.
  *
  * -EINVAL for an empty, unaligned or wrapping range, an unknown attribute or
- * flag; -EPERM as the policy says; -EOPNOTSUPP of a service that follows v9.
+ * flag; -EPERM if the policy forbids it; -EOPNOTSUPP if the service follows v9.
  */
 static inline int
 rmem_set_memory_attributes(struct rmem_vm *vm,
@@ -854,8 +866,8 @@ rmem_set_memory_attributes(struct rmem_vm *vm,
 /*
  * Make a range private (v9: KVM_MEMORY_ENCRYPT_REG_REGION) or shared.
  *
- * -EINVAL for an empty, unaligned or wrapping range; -EPERM as the policy says;
- * -EOPNOTSUPP of a service that follows v10.
+ * -EINVAL for an empty, unaligned or wrapping range; -EPERM if the policy
+ * forbids it; -EOPNOTSUPP if the service follows v10.
  */
 static inline int rmem_memory_encrypt_reg_region(struct rmem_vm *vm,
 						 const struct rmem_enc_region *region)
@@ -874,9 +886,9 @@ static inline int rmem_memory_encrypt_unreg_region(struct rmem_vm *vm,
 }
 
 /*
- * Put initial content into private memory, whole aligned pages of it, before
- * the launch is finished (LAUNCH_UPDATE).  Pages count towards the measurement
- * in the order in which they come.
+ * Write initial content, whole aligned pages, to private memory before the
+ * launch is finished (LAUNCH_UPDATE).  The measurement covers the pages in the
+ * order of these calls.
  *
  * -EINVAL for less than whole pages; -EPERM once the launch is finished;
  * -EFAULT where the range is not private memory of one slot; -ENOSPC, -ENOMEM.
@@ -884,7 +896,7 @@ static inline int rmem_memory_encrypt_unreg_region(struct rmem_vm *vm,
 static inline int rmem_launch_update(struct rmem_vm *vm, uint64_t gpa,
 				     const void *data, size_t size)
 {
-	/* As many pages as a message holds. */
+	/* The most whole pages that a message holds. */
 	const size_t most = (RMEM_MAX_MESSAGE - RMEM_PAGE_SIZE) &
 			    ~(size_t)(RMEM_PAGE_SIZE - 1);
 	const unsigned char *from = (const unsigned char *)data;
@@ -904,8 +916,9 @@ static inline int rmem_launch_update(struct rmem_vm *vm, uint64_t gpa,
 }
 
 /*
- * Finish the launch and get its measurement (LAUNCH_FINISH); again gets the
- * same.  The first run does so too, if nobody did.
+ * Finish the launch and get its measurement (LAUNCH_FINISH).  A second call
+ * returns the same measurement.  The first rmem_run finishes the launch if
+ * this was not called.
  */
 static inline int
 rmem_launch_finish(struct rmem_vm *vm,
@@ -916,8 +929,8 @@ rmem_launch_finish(struct rmem_vm *vm,
 }
 
 /*
- * Stop a vCPU: its run, which another thread waits for, or else its next one,
- * ends with RMEM_EXIT_INTR (INTERRUPT).  Returns when it is outside the guest.
+ * Stop a vCPU (INTERRUPT): its rmem_run in another thread, or else the next
+ * one, ends with RMEM_EXIT_INTR.  Returns once the vCPU has left the guest.
  *
  * -EINVAL for a number that no vCPU has.
  */
@@ -927,7 +940,7 @@ static inline int rmem_interrupt(struct rmem_vm *vm, uint64_t number)
 			 sizeof(number), NULL, 0);
 }
 
-/* Ask about a KVM_CAP_* (KVM_CHECK_EXTENSION); *value is 0 for no. */
+/* Ask about a KVM_CAP_* (KVM_CHECK_EXTENSION); *value is 0 if not supported. */
 static inline int rmem_check_extension(struct rmem_vm *vm, uint64_t cap,
 				       uint64_t *value)
 {
@@ -939,7 +952,7 @@ static inline int rmem_check_extension(struct rmem_vm *vm, uint64_t cap,
 /*
  * Ask which attributes pages can have (KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES).
  *
- * -EOPNOTSUPP of a service that follows v9.
+ * -EOPNOTSUPP if the service follows v9.
  */
 static inline int rmem_get_supported_memory_attributes(struct rmem_vm *vm,
 						       uint64_t *attributes)
@@ -949,7 +962,7 @@ static inline int rmem_get_supported_memory_attributes(struct rmem_vm *vm,
 			 attributes, sizeof(*attributes));
 }
 
-/* Write what the engine has counted into json, a string (STATISTICS). */
+/* Write the engine's counters into json, as a string (STATISTICS). */
 static inline int rmem_statistics(struct rmem_vm *vm, char *json, size_t size)
 {
 	int rc = rmem_send(&vm->socket, "STATISTICS", RMEM_STATISTICS, NULL, 0,
@@ -971,8 +984,8 @@ static inline void rmem_vcpu_close(struct rmem_vcpu *vcpu)
 }
 
 /*
- * Make a vCPU (KVM_CREATE_VCPU); they are numbered from 0 in the order in
- * which they are made.
+ * Make a vCPU (KVM_CREATE_VCPU).  vCPUs are numbered from 0 in the order of
+ * creation.
  *
  * -EINVAL for one more than a VM can have; -EPERM once the launch is finished.
  */
@@ -989,11 +1002,11 @@ static inline int rmem_vcpu_create(struct rmem_vm *vm, struct rmem_vcpu *vcpu)
 }
 
 /*
- * Say where the guest starts (KVM_SET_REGS): rip, rsp, rdi and rsi; all else
- * is as at reset and must be 0 here.
+ * Set the registers with which the guest starts (KVM_SET_REGS): rip, rsp, rdi
+ * and rsi.  All others have their values at reset, and must be 0 here.
  *
- * -EINVAL for another register; -EPERM once the launch is finished: a private
- * guest's registers are its own.
+ * -EINVAL for another register; -EPERM once the launch is finished: the owner
+ * cannot access a private guest's registers.
  */
 static inline int rmem_set_regs(struct rmem_vcpu *vcpu,
 				const struct rmem_regs *regs)
@@ -1003,12 +1016,12 @@ static inline int rmem_set_regs(struct rmem_vcpu *vcpu,
 }
 
 /*
- * Map a range before the guest touches it (KVM_PRE_FAULT_MEMORY).  On return
- * gpa and size are what is left to be done.
+ * Map a range before the guest touches it (KVM_PRE_FAULT_MEMORY).  On return,
+ * gpa and size are the part that is left to do.
  *
  * -EINVAL for an empty, unaligned or wrapping range, or a flag; -ENOENT where
- * no slot is; -EFAULT where a page's half is missing; -EHWPOISON, -ENOMEM;
- * -EOPNOTSUPP of an engine without KVM_CAP_PRE_FAULT_MEMORY (236).
+ * there is no slot; -EFAULT where a page's half is missing; -EHWPOISON,
+ * -ENOMEM; -EOPNOTSUPP if the engine lacks KVM_CAP_PRE_FAULT_MEMORY (236).
  */
 static inline int rmem_pre_fault_memory(struct rmem_vcpu *vcpu,
 					struct rmem_pre_fault_range *range)
@@ -1024,8 +1037,9 @@ static inline int rmem_pre_fault_memory(struct rmem_vcpu *vcpu,
 }
 
 /*
- * Run the guest until it needs its owner (KVM_RUN).  value is what the last
- * exit asked for, as the comments of struct rmem_exit say; else ignored.
+ * Run the guest until it exits to its owner (KVM_RUN).  value answers the last
+ * exit, as the comments of struct rmem_exit say; after other exits it is
+ * ignored.
  */
 static inline int rmem_run(struct rmem_vcpu *vcpu, uint64_t value,
 			   struct rmem_exit *exit)

@@ -1,16 +1,21 @@
 /*
- * A VMM in C: runs a guest of this package on restricted memory, by way of
+ * A VMM in C: runs a guest of this package on restricted memory, with
  * restrictedmem.h alone, and exits with the guest's status.
  *
  *	vmm [-s SOCKET | -p PYTHON | -x] [-e ENGINE] [-m MIB] GUEST.elf
  *	    [ARGUMENT...]
  *
- * -s uses `restrictedmem serve --socket SOCKET`; -p, or nothing, starts a
- * private service with that interpreter; -x, under `restrictedmem exec`, makes
- * the descriptor by the system call and uses the service behind it.  What a VMM is for here: it makes the
- * descriptor, hands it to the VM, loads the guest, prints the measurement (to
- * stderr) and answers hypercalls (docs/use/guests.md).  The private memory it
- * cannot see.
+ *	-s  use `restrictedmem serve --socket SOCKET`
+ *	-p  start a private service with this interpreter (default
+ *	    /usr/bin/python3)
+ *	-x  under `restrictedmem exec`: make the descriptor by the system call,
+ *	    and use the service behind it
+ *	-e  the engine (default auto)
+ *	-m  MiB of private memory
+ *
+ * The VMM makes the descriptor, gives it to the VM, loads the guest, prints the
+ * measurement to stderr, and answers hypercalls (docs/use/guests.md).  It
+ * cannot see the guest's private memory.
  */
 #define _GNU_SOURCE		/* memfd_create, fallocate */
 #include <elf.h>
@@ -21,7 +26,7 @@
 
 #include "restrictedmem.h"
 
-/* Of the guests' header only the numbers: it is its own libc otherwise. */
+/* Only the numbers of the guests' header; the rest would clash with libc. */
 #define __ASSEMBLER__
 #include <restrictedmem/guest.h>
 #undef __ASSEMBLER__
@@ -38,7 +43,7 @@ struct boot_info {
 	uint64_t hypercall_page, heap_base, args, report_page, vcpus;
 };
 
-static_assert(sizeof(struct boot_info) == 88, "guest.h has another");
+static_assert(sizeof(struct boot_info) == 88, "guest.h has another size");
 
 struct vmm {
 	struct rmem_service service;
@@ -47,9 +52,9 @@ struct vmm {
 	uint64_t size;			/* of private memory */
 	bool by_system_call;
 	int restricted_fd;
-	int converted_fd;		/* what is shown of it once shared */
-	unsigned char *converted;
-	unsigned char *window;		/* shared from the start */
+	int converted_fd;		/* its shared half */
+	unsigned char *converted;	/* the shared half, mapped */
+	unsigned char *window;		/* the window, shared from the start */
 };
 
 static _Noreturn void __attribute__((format(printf, 1, 2)))
@@ -75,7 +80,7 @@ static uint64_t whole_pages(uint64_t size)
 	return (size + PAGE_SIZE - 1) & ~(uint64_t)(PAGE_SIZE - 1);
 }
 
-/* A memfd of a size, mapped here. */
+/* Make a memfd of a size, and map it. */
 static unsigned char *shared_memory(uint64_t size, int *fd)
 {
 	void *at;
@@ -89,7 +94,7 @@ static unsigned char *shared_memory(uint64_t size, int *fd)
 	return at;
 }
 
-/* Make a range of private memory private again, or shared. */
+/* Make a range of private memory shared, or private again. */
 static int set_private(struct vmm *v, uint64_t gpa, uint64_t size, bool private)
 {
 	struct rmem_memory_attributes attributes = {
@@ -103,7 +108,7 @@ static int set_private(struct vmm *v, uint64_t gpa, uint64_t size, bool private)
 	if (!strcmp(v->service.api, "v9"))
 		return private ? rmem_memory_encrypt_reg_region(&v->vm, &region)
 			       : rmem_memory_encrypt_unreg_region(&v->vm, &region);
-	/* Success may be of a part, which is then left out of the struct. */
+	/* The call may do only a part; the struct then has the rest. */
 	do
 		rc = rmem_set_memory_attributes(&v->vm, &attributes);
 	while (!rc && attributes.size);
@@ -147,7 +152,7 @@ static void make_slots(struct vmm *v)
 	must(&v->vm.socket, set_private(v, PRIVATE_BASE, v->size, true));
 }
 
-/* Map a file to read; its size goes to *size. */
+/* Map a file for reading; store its size in *size. */
 static const unsigned char *open_file(const char *path, size_t *size)
 {
 	int fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -165,8 +170,8 @@ static const unsigned char *open_file(const char *path, size_t *size)
 }
 
 /*
- * Lay out a guest as its memory will be, from PRIVATE_BASE on; the caller
- * frees it.  *size becomes its whole pages, without what is zero at the end.
+ * Lay out a guest as its memory will be, from PRIVATE_BASE on.  The caller
+ * frees it.  *size becomes the size in whole pages, without zeroes at the end.
  */
 static unsigned char *lay_out(struct vmm *v, const unsigned char *elf,
 			      size_t elf_size, uint64_t *entry, uint64_t *end,
@@ -209,7 +214,7 @@ static unsigned char *lay_out(struct vmm *v, const unsigned char *elf,
 	return memory;
 }
 
-/* Write boot_info and the arguments after it; their size in whole pages. */
+/* Write boot_info and, after it, the arguments; return the size in pages. */
 static size_t write_boot_info(unsigned char *memory, uint64_t private_size,
 			      uint64_t heap_base, char *const arguments[])
 {
@@ -263,7 +268,7 @@ static void load(struct vmm *v, const char *path, char *const arguments[])
 	must(&v->vcpu.socket, rmem_set_regs(&v->vcpu, &regs));
 }
 
-/* Say what was launched: whoever knows guest and arguments can compare. */
+/* Print the measurement, which depends on the guest and its arguments. */
 static void print_measurement(struct vmm *v)
 {
 	unsigned char measurement[RMEM_MEASUREMENT_SIZE];
@@ -275,7 +280,7 @@ static void print_measurement(struct vmm *v)
 	fputc('\n', stderr);
 }
 
-/* The hypercalls: each returns what the guest gets, or a negative errno. */
+/* The hypercalls: each returns the guest's result, or a negative errno. */
 
 static int64_t transfer(struct vmm *v, int fd, uint64_t offset, uint64_t length)
 {
@@ -290,7 +295,7 @@ static int64_t transfer(struct vmm *v, int fd, uint64_t offset, uint64_t length)
 	return n < 0 ? -errno : n;
 }
 
-/* Whether gpa and size are whole pages of private memory. */
+/* Say whether gpa and size are whole pages of private memory. */
 static bool is_private_range(const struct vmm *v, uint64_t gpa, uint64_t size)
 {
 	return size && !((gpa | size) & (PAGE_SIZE - 1)) &&
@@ -304,7 +309,7 @@ static int punch(int fd, uint64_t offset, uint64_t size)
 			 (off_t)offset, (off_t)size) ? -errno : 0;
 }
 
-/* Whichever half the guest will not see gives its memory back. */
+/* Convert pages, and free those of the half that the guest sees no more. */
 static int64_t map_gpa_range(struct vmm *v, uint64_t gpa, uint64_t npages,
 			     uint64_t attributes)
 {
@@ -321,7 +326,7 @@ static int64_t map_gpa_range(struct vmm *v, uint64_t gpa, uint64_t npages,
 	return rc ? rc : set_private(v, gpa, size, false);
 }
 
-/* Compare the owner's half of a range with what the guest says; change it. */
+/* Compare the shared half of a range with old; fill it with new if equal. */
 static int64_t check(struct vmm *v, uint64_t gpa, uint64_t size, uint64_t old,
 		     uint64_t new)
 {
@@ -356,7 +361,7 @@ static int64_t hypercall(struct vmm *v, const struct rmem_exit_hypercall *call)
 	}
 }
 
-/* Run the guest to its end and return its exit status. */
+/* Run the guest to its end, and return its exit status. */
 static int run(struct vmm *v)
 {
 	struct rmem_exit exit;
@@ -385,7 +390,7 @@ int main(int argc, char *argv[])
 	struct vmm v = { .size = PRIVATE_SIZE_DEFAULT };
 	int option, status;
 
-	/* "+": what follows the guest's name is the guest's. */
+	/* "+": arguments after the guest's name belong to the guest. */
 	while ((option = getopt(argc, argv, "+s:p:xe:m:")) != -1) {
 		switch (option) {
 		case 's':
@@ -398,7 +403,7 @@ int main(int argc, char *argv[])
 			server = getenv("RESTRICTEDMEM_SERVER");
 			v.by_system_call = true;
 			if (!server)
-				die("-x is for programs of restrictedmem exec");
+				die("-x works only under restrictedmem exec");
 			break;
 		case 'e':
 			engine = optarg;

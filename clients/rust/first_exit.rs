@@ -1,8 +1,12 @@
-//! From a restricted descriptor to a guest's first exit, in Rust: docs/reference/wire-protocol.md spoken with std and libc's sockets alone.
+//! From a restricted descriptor to a guest's first exit, in Rust.
+//!
+//! The program speaks the protocol of docs/reference/wire-protocol.md with std and libc's sockets
+//! alone.
 //!
 //!     rustc --edition 2021 first_exit.rs && ./first_exit SOCKET
 //!
-//! SOCKET is that of `restrictedmem serve`. Prints the exit: port, size and data of the guest's `out 0x42, al`.
+//! SOCKET is that of `restrictedmem serve`. The program prints the exit: port, size and data of the
+//! guest's `out 0x42, al`.
 
 use std::ffi::{c_char, c_int, c_ulong, c_void};
 use std::fs::File;
@@ -26,7 +30,13 @@ struct Rights(usize, c_int, c_int, [c_int; 2]);
 
 extern "C" {
     fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int;
-    fn getsockopt(socket: c_int, level: c_int, name: c_int, value: *mut c_void, size: *mut u32) -> c_int;
+    fn getsockopt(
+        socket: c_int,
+        level: c_int,
+        name: c_int,
+        value: *mut c_void,
+        size: *mut u32,
+    ) -> c_int;
     fn connect(socket: c_int, name: *const c_void, size: u32) -> c_int;
     fn send(socket: c_int, message: *const c_void, size: usize, flags: c_int) -> isize;
     fn recvmsg(socket: c_int, message: *mut MsgHdr, flags: c_int) -> isize;
@@ -47,7 +57,7 @@ fn owned(fd: RawFd) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
-/// Return pid, uid and gid of who made the other end (SO_PEERCRED).
+/// Return pid, uid and gid of the process that made the other end (SO_PEERCRED).
 fn peer(of: &OwnedFd) -> Result<[u32; 3]> {
     let (mut found, mut size) = ([0; 3], 12);
     checked(unsafe { getsockopt(of.as_raw_fd(), 1, 17, found.as_mut_ptr().cast(), &mut size) })?;
@@ -60,22 +70,29 @@ fn receive(from: &OwnedFd) -> Result<(u32, Vec<u8>, Vec<OwnedFd>)> {
     let piece = IoVec(message.as_mut_ptr().cast(), message.len());
     let mut rights = Rights(0, 0, 0, [-1; 2]);
     let mut header = MsgHdr(null(), 0, &piece, 1, (&raw mut rights).cast(), RIGHTS_SIZE, 0);
-    let size = checked(unsafe { recvmsg(from.as_raw_fd(), &mut header, 0x4000_0000) } as c_int)? as usize;
+    let got = unsafe { recvmsg(from.as_raw_fd(), &mut header, 0x4000_0000) }; // MSG_CMSG_CLOEXEC
+    let size = checked(got as c_int)? as usize;
     if size < 8 {
         return Err(Error::other("the other end is gone"));
     }
     message.truncate(size);
     let body = message.split_off(8);
-    let fds = if header.5 >= 20 { rights.3[..(rights.0 - 16) / 4].iter().map(|fd| owned(*fd)).collect() } else { vec![] };
+    let fds = if header.5 >= 20 {
+        rights.3[..(rights.0 - 16) / 4].iter().map(|fd| owned(*fd)).collect()
+    } else {
+        vec![]
+    };
     Ok((u32::from_ne_bytes(message[..4].try_into().unwrap()), body, fds))
 }
 
 fn call(to: &OwnedFd, number: u32, body: &[u8]) -> Result<(Vec<u8>, Vec<OwnedFd>)> {
     let message = [&number.to_ne_bytes(), &[0; 4], body].concat();
-    checked(unsafe { send(to.as_raw_fd(), message.as_ptr().cast(), message.len(), 0x4000) } as c_int)?;
+    let sent = unsafe { send(to.as_raw_fd(), message.as_ptr().cast(), message.len(), 0x4000) };
+    checked(sent as c_int)?; // 0x4000: MSG_NOSIGNAL
     let (error, reply, got) = receive(to)?;
     if error != 0 {
-        return Err(Error::other(format!("{}: {}", Error::from_raw_os_error(error as i32), String::from_utf8_lossy(&reply))));
+        let name = Error::from_raw_os_error(error as i32);
+        return Err(Error::other(format!("{name}: {}", String::from_utf8_lossy(&reply))));
     }
     Ok((reply, got))
 }
@@ -99,7 +116,7 @@ fn dial(path: &str) -> Result<OwnedFd> {
     Ok(to)
 }
 
-/// Find a string in the JSON object that READY carries.
+/// Return a string of READY's JSON object.
 fn string(json: &[u8], name: &str) -> String {
     let text = String::from_utf8_lossy(json);
     let after = text.split_once(&format!("\"{name}\": \"")).map_or("", |(_, after)| after);
@@ -109,19 +126,26 @@ fn string(json: &[u8], name: &str) -> String {
 fn main() -> Result<()> {
     let path = std::env::args().nth(1).ok_or(Error::other("usage: first_exit SOCKET"))?;
     let first = dial(&path)?;
-    let (READY, ready, fds) = receive(&first)? else { return Err(Error::other("the service cannot start")) };
-    let [root, witness] = &fds[..] else { return Err(Error::other("READY without its descriptors")) };
+    let (READY, ready, fds) = receive(&first)? else {
+        return Err(Error::other("the service cannot start"));
+    };
+    let [root, witness] = &fds[..] else {
+        return Err(Error::other("READY without its descriptors"));
+    };
 
     let (socket, key) = (string(&ready, "socket"), string(&ready, "key"));
     let service = dial(&socket)?;
     if peer(&service)? != peer(witness)? {
-        return Err(Error::other("the service is gone, and another process listens there"));
+        return Err(Error::other("the service is gone, and another process listens at its socket"));
     }
-    let key: Vec<u8> = (0..16).map(|at| u8::from_str_radix(&key[2 * at..2 * at + 2], 16).unwrap()).collect();
+    let key: Vec<u8> =
+        (0..16).map(|at| u8::from_str_radix(&key[2 * at..2 * at + 2], 16).unwrap()).collect();
     call(&service, CONNECT, &key)?;
     let file = unsafe {
-        let fd = owned(checked(openat(root.as_raw_fd(), c"restrictedmem".as_ptr(), 0o2 | 0o100 | 0o200 | 0o2000000, 0o600))?);
-        unlinkat(root.as_raw_fd(), c"restrictedmem".as_ptr(), 0);
+        // O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC
+        let (name, flags) = (c"restrictedmem".as_ptr(), 0o2 | 0o100 | 0o200 | 0o2000000);
+        let fd = owned(checked(openat(root.as_raw_fd(), name, flags, 0o600))?);
+        unlinkat(root.as_raw_fd(), name, 0);
         File::from(fd)
     };
     file.set_len(PAGE)?;
@@ -146,7 +170,8 @@ fn main() -> Result<()> {
     regs[16] = GPA; // rip
     call(vcpu, SET_REGS, &words(&regs))?;
     let (exit, _) = call(vcpu, RUN, &words(&[0]))?;
-    let exit: Vec<u64> = exit.chunks(8).map(|word| u64::from_ne_bytes(word.try_into().unwrap())).collect();
+    let exit: Vec<u64> =
+        exit.chunks(8).map(|word| u64::from_ne_bytes(word.try_into().unwrap())).collect();
     assert_eq!((exit.len(), exit[0]), (7, 1 << 32 | 2), "an out (KVM_EXIT_IO)");
     println!("{:#x} {} {}", exit[1], exit[2], exit[3]);
     Ok(())
