@@ -1,30 +1,35 @@
 /*
- * Touch pages of private memory in an order that follows from a seed, on every
- * vCPU, while their owner punches them; and look whether any of what is read
- * is older than it may be.
+ * Touch pages of private memory on every vCPU, in an order that follows from a
+ * seed, while the owner punches them; and check that no word read is older
+ * than it may be.
  *
  *   churn SEED PAGES STEPS [CONVERT]
  *
- * PAGES pages at the heap's end, from a multiple of 2 MiB on; vCPU 0 ends the
- * guest after STEPS steps (0: none), or when the owner says stop; CONVERT of
- * 1000 steps make their page shared and private again.
+ * The guest uses PAGES pages at the heap's end, from a multiple of 2 MiB on.
+ * vCPU 0 ends the guest after STEPS steps (0: never), or when the owner sets
+ * stop.  CONVERT of 1000 steps make their page shared and private again.
  *
- * The owner says on a board in the shared window what it does, on a lane for
- * each of its processes: its generation, which only rises, is put into
- * begun[lane][page] before it takes a page away, and into done[lane][page]
- * afterwards.  A stamp is a word for each lane, of the page's number and of
- * what begun[] was; it is written again if that has changed meanwhile, so it
- * was there before any later generation began.  Hence a word that is older
- * than done[], read before it, is stale; and a word that is gone while
- * begun[] is still what it was, and was done when it was written, is lost.
- * What is taken away is private, so of a shared page only the latter is said:
- * exposed[page] is odd while its owner has made it shared by its own will.
+ * The owner announces its punches on a board in the shared window, with a lane
+ * for each of its processes.  A lane's generation only rises.  The process
+ * writes it to begun[lane][page] before it punches a page, and to
+ * done[lane][page] afterwards.
  *
- * A second range comes and goes at EXTRA_BASE: as long as extra is not 0 it
- * may be touched by whoever is counted in extra_users.  Each time it is
- * another file, which nobody has written.
+ * A stamp has a word for each lane, made of the page's number and the value of
+ * begun[].  The guest writes the stamp again if begun[] has changed meanwhile,
+ * so the stamp was there before any later generation began.  Hence a word is
+ * stale if it is older than done[] as read before the word.  A word is lost if
+ * it is gone, begun[] has not changed, and that generation was done when the
+ * word was written.
  *
- * Exits with 1, and says why, at the first page that is not as it must be.
+ * The owner punches the private half.  So in a shared page a word can only be
+ * lost, not stale.  exposed[page] is odd while the owner has made the page
+ * shared without being asked.
+ *
+ * A second range comes and goes at EXTRA_BASE.  While extra is not 0, a vCPU
+ * that is counted in extra_users may touch it.  Each time it is another file,
+ * which nobody has written.
+ *
+ * Prints the reason and exits with 1 at the first page that is wrong.
  */
 #include <restrictedmem/guest.h>
 
@@ -38,7 +43,7 @@
 #define BLOCK		0x200000	/* 2 MiB */
 #define APART		(PAGE_SIZE / LANES / sizeof(u64))
 
-/* One page into the shared window: the first is for what is printed. */
+/* At page 1 of the shared window; page 0 is for output. */
 struct board {
 	volatile u32 stop, extra, extra_users, reserved;
 	volatile u64 steps[MAX_VCPUS];
@@ -49,11 +54,11 @@ struct board {
 
 _Static_assert(sizeof(struct board) == 164368, "the owner writes it, too");
 
-/* What the guest knows of a page; the page is whose who has set locked. */
+/* The guest's record of a page; the vCPU that set locked owns the page. */
 struct page {
 	volatile u32 locked;
-	u32 kept;		/* its words were written after all was done */
-	u32 begun[LANES];	/* as of its words */
+	u32 kept;		/* no punch was under way as it was written */
+	u32 begun[LANES];	/* begun[] as in its words */
 };
 
 static struct page pages[MAX_PAGES];
@@ -82,7 +87,7 @@ static void add(volatile u32 *at, u32 value)
 	asm volatile("lock addl %1, %0" : "+m"(*at) : "r"(value) : "cc", "memory");
 }
 
-/* A store that is done before anything behind it is read. */
+/* A store that is visible before any later load. */
 static void store(volatile u64 *at, u64 value)
 {
 	asm volatile("xchgq %0, %1" : "+r"(value), "+m"(*at) : : "memory");
@@ -113,7 +118,7 @@ static int fail(const struct boot_info *boot, const char *what, u64 p,
 	guest_exit(1);
 }
 
-/* Whether nothing was under way when @begun was read, and nothing began since. */
+/* No punch was under way when @begun was read, and none has begun since. */
 static int quiet(u64 p, const u32 begun[LANES], int was_done)
 {
 	for (int lane = 0; lane < LANES; lane++)
@@ -121,7 +126,7 @@ static int quiet(u64 p, const u32 begun[LANES], int was_done)
 	return was_done;
 }
 
-/* Whether its owner has not exposed the page since @exposed was read. */
+/* The owner has not exposed the page since @exposed was read. */
 static int still_hidden(u64 p, u32 exposed)
 {
 	return !(exposed & 1) && board->exposed[p] == exposed;
@@ -138,7 +143,7 @@ static int read_begun(u64 p, u32 begun[LANES])
 	return all_done;
 }
 
-/* These are true when all is well. */
+/* The functions below return true when all is well. */
 
 static int look(const struct boot_info *boot, u64 p, int private)
 {
@@ -178,7 +183,7 @@ static void write(u64 p)
 	} while (!quiet(p, page->begun, 1));
 }
 
-/* Nobody writes here meanwhile, unless it is the other half they write to. */
+/* Nobody writes to this half of the page meanwhile. */
 static int new(const struct boot_info *boot, u64 p, u32 exposed,
 	       const char *otherwise)
 {
@@ -191,7 +196,7 @@ static int new(const struct boot_info *boot, u64 p, u32 exposed,
 	return 1;
 }
 
-/* Shared and private again: new both times, whatever was there. */
+/* Make a page shared and private again: it has new zeroes both times. */
 static int there_and_back(const struct boot_info *boot, u64 p)
 {
 	const void *start = (const void *)word_of(p, 0);
@@ -235,7 +240,7 @@ static int step(const struct boot_info *boot, u64 *state)
 
 	if (random % 16 == 0 && !touch_extra(boot, random >> 4))
 		return 0;
-	/* Another vCPU's: there are others. */
+	/* Another vCPU owns this page; there are other pages. */
 	if (exchange(&pages[p].locked, 1))
 		return 1;
 	good = look(boot, p, 1);
@@ -259,7 +264,7 @@ static int run(const struct boot_info *boot, u64 index, u64 steps)
 	return 0;
 }
 
-/* What it stores is used by vCPUs that came here before, and is the same. */
+/* vCPUs that came earlier use the number already; it is the same each time. */
 static int parse(const char *s, u64 *number)
 {
 	u64 n = 0;
@@ -272,7 +277,7 @@ static int parse(const char *s, u64 *number)
 	return !*s;
 }
 
-/* On each vCPU for itself: all come to the same. */
+/* Each vCPU runs this, with the same result. */
 static int begin(const struct boot_info *boot, u64 *steps)
 {
 	u64 end = guest_heap_end(boot), start;

@@ -1,11 +1,11 @@
 /*
- * Walk private memory, turn ranges of it shared and private again, and look
- * from both sides at what is there after each turn: the guest for itself, the
- * VMM for the check hypercall, at its own mapping of the shared half.
+ * Walk private memory, make ranges of it shared and private again, and check
+ * the content from both sides after each conversion.  The guest checks its own
+ * view; the VMM checks its mapping of the shared half (hypercall check).
  *
- * What KVM's private_mem_conversions_test looks at, with a second byte that
- * the VMM puts into the shared half of pages that are private; and with every
- * other range really of the other kind than its neighbours.
+ * The checks are those of KVM's private_mem_conversions_test, and two more: the
+ * VMM puts another byte into the shared half of private pages, and in one stage
+ * every other range really is of the other kind than its neighbours.
  *
  * Prints a line for each stage; exits with 1 after the first that fails.
  */
@@ -14,12 +14,12 @@
 #include "lines.h"
 
 
-/* What memory is filled with; 0 is what is new. */
+/* Bytes that memory is filled with; new memory is 0. */
 #define GUARD	0xcc		/* private, and not being converted */
 #define SECRET	0x11		/* private */
-#define PUBLIC	0x22		/* the guest's, shared */
-#define OWNERS	0x33		/* the VMM's, put there while private */
-#define ANSWER	0x44		/* the VMM's, after PUBLIC */
+#define PUBLIC	0x22		/* shared, written by the guest */
+#define OWNERS	0x33		/* written by the VMM while the page is private */
+#define ANSWER	0x44		/* written by the VMM over PUBLIC */
 
 static const char *failed;
 static u64 failed_at;
@@ -31,7 +31,7 @@ static int fail(const char *what, const void *at)
 	return 0;
 }
 
-/* These are true when all is well. */
+/* The functions below return true when all is well. */
 
 static int share(const u8 *at, u64 length)
 {
@@ -54,7 +54,7 @@ static int guest_sees(const u8 *at, u64 length, u8 byte, const char *otherwise)
 	return 1;
 }
 
-/* The VMM's half holds @old throughout, and @new from now on. */
+/* The VMM's half holds only @old; the VMM fills it with @new. */
 static int owner_sees(const u8 *at, u64 length, u8 old, u8 new,
 		      const char *otherwise)
 {
@@ -62,7 +62,7 @@ static int owner_sees(const u8 *at, u64 length, u8 old, u8 new,
 	       fail(otherwise, at);
 }
 
-/* Private, shared and private again: leaves zeroes in both halves. */
+/* Convert private memory to shared and back; leaves zeroes in both halves. */
 static int there_and_back(u8 *at, u64 length)
 {
 	memset(at, SECRET, length);
@@ -88,7 +88,7 @@ static int one_by_one(u8 *start, u64 size, u64 n)
 		if (!there_and_back(at, size))
 			return 0;
 		memset(at, GUARD, size);
-		/* Nothing of this may have reached the pages beside. */
+		/* The conversions must not have changed the pages beside. */
 		if (at > start && !guest_sees(at - PAGE_SIZE, PAGE_SIZE, GUARD,
 					      "the page before has changed"))
 			return 0;
@@ -99,7 +99,7 @@ static int one_by_one(u8 *start, u64 size, u64 n)
 	return 1;
 }
 
-/* Every other range shared; then those private and the others shared. */
+/* Make every other range shared; then make these private, the others shared. */
 static int odd_and_even(u8 *start, u64 size, u64 n)
 {
 	u8 *at = start;
@@ -128,7 +128,7 @@ static int odd_and_even(u8 *start, u64 size, u64 n)
 		if (!guest_sees(start + i * size, size, i % 2 ? 0 : OWNERS,
 				"the guest sees something else, exchanged"))
 			return 0;
-	/* In one call over pages of both kinds. */
+	/* One call, over pages of both kinds. */
 	return unshare(start, n * size) &&
 	       guest_sees(start, n * size, 0, "not all is new") &&
 	       owner_sees(start, n * size, 0, 0, "the owner's half is not new");

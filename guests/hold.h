@@ -1,16 +1,18 @@
 /*
- * spin hold: private memory that holds what whoever knows SEED can recognise,
- * and what never passed through the VMM.
+ * spin hold: private memory with content that never passed through the VMM,
+ * and that can be recognised with SEED.
  *
  * The word at address A of the heap is output number A / 8 of SplitMix64
  * (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014)
- * seeded with SEED: wherever a word turns up, it tells where it comes from.
+ * seeded with SEED.  So wherever a word turns up, it tells its own address.
  *
- * It says "ready START END", then answers a line with a line until stdin ends:
+ * The guest prints "ready START END", where the heap is.  Then it answers each
+ * line with a line, until stdin ends:
  *
- *   check START LENGTH	"intact", or "broken ADDRESS" at the first other word
+ *   check START LENGTH	"intact", or "broken ADDRESS" of the first other word
  *   share START LENGTH	make whole pages shared: "shared", or "error"
- *   hide START LENGTH	make them private, which leaves zeroes: "hidden", ...
+ *   hide START LENGTH	make whole pages private, full of zeroes: "hidden", or
+ *			"error"
  *   exit		end at once
  *
  * Numbers are hexadecimal and addresses are the guest's own.

@@ -1,9 +1,9 @@
 /*
- * Requests on stdin, one a line, for guests that are talked to.
+ * Requests on stdin, one a line, for guests that answer requests.
  *
- * A line ends with a newline, or with the input; it may hold any other byte,
- * NUL included, and is handed out in private memory, where the VMM cannot
- * change it between a look and the next.
+ * A line ends with a newline, or with the input.  It may hold any other byte,
+ * NUL included.  A guest gets it in private memory, where the VMM cannot change
+ * it after a check.
  */
 #ifndef LINES_H
 #define LINES_H
@@ -14,15 +14,16 @@
 
 struct lines {
 	const struct boot_info *boot;
-	u64 start, end;		/* of what was read and not yet handed out */
-	int skipping;		/* the rest of a line that was too long */
+	u64 start, end;		/* of the bytes read and not yet returned */
+	int skipping;		/* inside a line that was too long */
 	u8 buffer[LINE_MAX + 1];
 };
 
 /*
- * The next line: its length, with the line at *line until the next call.
- * LINES_END at the end of the input, LINES_TOO_LONG for a line that does not
- * fit and is skipped, a negative errno when the input cannot be read.
+ * Read the next line, and return its length; the line is at *line until the
+ * next call.  Returns LINES_END at the end of the input, LINES_TOO_LONG for a
+ * line that does not fit and is skipped, or a negative errno when the input
+ * cannot be read.
  */
 #define LINES_END	(-1000)
 #define LINES_TOO_LONG	(-1001)
@@ -51,7 +52,7 @@ static inline s64 next_line(struct lines *in, u8 **line)
 			in->skipping = 1;
 			in->start = in->end;
 		}
-		/* They may overlap: ours copies upwards, a word at a time. */
+		/* They may overlap; guest.h's memcpy copies upwards. */
 		memcpy(in->buffer, in->buffer + in->start, in->end - in->start);
 		in->end -= in->start;
 		in->start = 0;
@@ -76,8 +77,8 @@ static inline s64 next_line(struct lines *in, u8 **line)
 }
 
 /*
- * Take @word off the front of a line, with the space after it: whether it was
- * there.  A word alone on its line has nothing after it.
+ * Take @word and the space after it off the front of a line.  Returns whether
+ * the word was there.  A word alone on its line has nothing after it.
  */
 static inline int take_word(const char *word, u8 **line, u64 *length)
 {
@@ -123,7 +124,7 @@ static inline int take_hex(u8 **line, u64 *length, u64 *number)
 	return digits != 0;
 }
 
-/* Write a number; the value is where it ends, as for all put_*(). */
+/* Write a number; return its end, as all put_*() do. */
 static inline char *put_number(char *to, u64 number, u64 base)
 {
 	char digits[20];

@@ -1,10 +1,10 @@
 /*
- * Deliberate offences, one a run: argument 0 says which.  What is to come of
- * each is in docs/use/guests.md; a guest that goes on after one exits with 3.
+ * Deliberate offences, one a run; argument 0 chooses it.  docs/use/guests.md
+ * says what has to happen.  A guest that survives its offence exits with 3.
  *
  *   attribute	touch a page whose attribute names a half that its slot lacks
  *   unbacked	load from an address that no slot covers
- *   punched	look at a page that was taken away: is it zero again?
+ *   punched	read a page that the owner punched: is it zero again?
  *   divide	divide by zero
  *   loop	loop for ever, without an exit
  */

@@ -1,9 +1,8 @@
-"""Record what the guests in a directory are and which tools made them.
+"""The record of the guests in a directory and the tools that made them (toolchain.json).
 
-Run by the Makefile as ``record.py OUT``, with CC, CFLAGS and LDFLAGS in the
-environment: the compiler and the flags that every ELF in OUT was built with.
-Writes OUT/toolchain.json, from which anyone with the same tools can tell
-whether their own build came out the same.
+The Makefile runs ``record.py OUT`` with CC, CFLAGS and LDFLAGS in the environment: the compiler and
+the flags with which every ELF in OUT was built. The script writes OUT/toolchain.json. With the same
+tools, anyone can tell whether their own build came out the same.
 """
 
 import hashlib
@@ -22,7 +21,7 @@ def output(*command: str) -> str:
 
 
 def variable(name: str) -> str:
-    """Look up what the Makefile exports."""
+    """Return a variable that the Makefile exports."""
     try:
         return os.environ[name]
     except KeyError:
@@ -32,8 +31,7 @@ def variable(name: str) -> str:
 def record(out: Path) -> dict[str, object]:
     """Describe the guests in a directory.
 
-    The linker is the one the compiler calls, which need not be the first
-    ``ld`` in PATH.
+    The linker is the one that the compiler calls. It need not be the first ``ld`` in PATH.
     """
     compiler = shlex.split(variable("CC"))
     images = {elf.stem: elf.read_bytes() for elf in sorted(out.glob("*.elf"))}

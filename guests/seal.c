@@ -1,24 +1,24 @@
 /*
- * A service that signs for its owner with a key its owner cannot have: made
- * here, of RDRAND, used here, and gone with the guest.
+ * A service that signs for its owner, with a key that the owner cannot get.
+ * The guest makes the key of RDRAND; the key never leaves it and ends with it.
  *
- * One request a line on stdin, one line of answer each, until stdin ends:
+ * Each line on stdin is a request, answered by a line, until stdin ends:
  *
  *   sign DATA		HMAC-SHA-256 (FIPS 198-1) of DATA, 64 hexadecimal digits
- *   verify TAG DATA	"ok" when TAG is what sign would say, else "bad"
+ *   verify TAG DATA	"ok" if TAG is what sign would answer, else "bad"
  *   report DATA	the engine's signed report over DATA, at most 64 bytes,
  *			filled up with zero bytes; in hexadecimal
  *
- * Whatever cannot be done is answered by a line that begins with "error".
+ * The answer to a request that fails begins with "error".
  */
 #include <restrictedmem/guest.h>
 
 #include "lines.h"
 #include "sha256_block.h"
 
-#define RDRAND_TRIES	10	/* what Intel asks for before giving up */
+#define RDRAND_TRIES	10	/* as Intel recommends before giving up */
 
-/* SHA-256 after the padded key's block: where each HMAC takes off. */
+/* SHA-256 after the padded key's block: the start of each HMAC. */
 struct key {
 	struct sha256 inner, outer;
 };
@@ -49,7 +49,7 @@ static void pad_key(struct sha256 *sha, const u64 secret[8], u64 pad)
 	sha256_blocks(sha, (const u8 *)block, sizeof(block));
 }
 
-/* Make a key as long as SHA-256's block: HMAC takes it as it is. */
+/* Make a key as long as SHA-256's block; HMAC uses such a key unchanged. */
 static int make_key(struct key *key)
 {
 	u64 secret[8];
@@ -76,7 +76,7 @@ static void sign(const struct key *key, const u8 *data, u64 length,
 	sha256_finish(&sha, (const u8 *)digest, sizeof(digest), tag);
 }
 
-/* In a time that does not depend on where a wrong tag differs. */
+/* Compare in a time that does not depend on where a wrong tag differs. */
 static int same(const u8 *a, const char *b, u64 length)
 {
 	u8 difference = 0;
@@ -91,7 +91,7 @@ static char *verify(char *to, const struct key *key, const u8 *line, u64 length)
 	char tag[SHA256_HEX];
 	u64 taken = SHA256_HEX + 1;
 
-	if (length == SHA256_HEX)	/* of no DATA, and no space before it */
+	if (length == SHA256_HEX)	/* no DATA, and no space before it */
 		taken = length;
 	else if (length < taken || line[SHA256_HEX] != ' ')
 		return put_string(to, "error: TAG is 64 hexadecimal digits");

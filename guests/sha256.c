@@ -1,11 +1,11 @@
 /*
- * sha256sum for stdin: the input comes through the shared window, is copied
- * into private memory and only there looked at.
+ * sha256sum for stdin.  The input comes through the shared window.  The guest
+ * copies it into private memory, and reads only the copy.
  *
  * The copies go round the whole heap rather than into one buffer, so that a
- * long input really works on all of the guest's private memory.  The heap is
- * a whole number of pages and so of 64-byte blocks: no block straddles the
- * turn, however short the reads are.
+ * long input uses all of the guest's private memory.  The heap is a whole
+ * number of pages, and so of 64-byte blocks.  So no block crosses the heap's
+ * end, however short the reads are.
  */
 #include <restrictedmem/guest.h>
 

@@ -1,14 +1,13 @@
 /*
  * SHA-256 (FIPS 180-4) for an emulated CPU.
  *
- * On a translating emulator an addition or a rotation becomes about one host
- * instruction, but each access to memory a TLB lookup and a call: some ten
- * times as much.  So everything here serves to keep memory out of the way:
+ * On a translating emulator, an addition or a rotation becomes about one host
+ * instruction.  An access to memory becomes a TLB lookup and a call, which cost
+ * some ten times as much.  So this code avoids memory:
  *
- *   - Message words come in pairs, two to a 64-bit register.  The 16 latest
- *     words, all that the schedule ever looks at, are then eight registers,
- *     and a pair costs one store and one load, as a message pair needs only
- *     one bswap.
+ *   - Message words come in pairs, two to a 64-bit register.  The schedule uses
+ *     only the 16 latest words, so eight registers hold them.  A pair costs one
+ *     store and one load, and a message pair needs only one bswap.
  *   - The schedule runs ahead of the rounds, since its eight registers and
  *     the rounds' eight do not fit side by side.
  *   - The 64 rounds are written out: their constants become immediates, and
@@ -49,11 +48,11 @@ static const u32 sha256_k[64] = {
 };
 
 /*
- * Have @x in a register here, as a value gcc knows nothing about, after what
- * was settled before and ahead of what will be next.  Left alone, gcc orders
- * the sums of several rounds so as to hide latency, names a word in memory
- * over and over, keeps what could be had by one shift.  An emulator has no
- * latency to hide, and the many values alive at once end up on the stack.
+ * Force @x into a register here, as a value that gcc knows nothing about, after
+ * earlier SETTLE()s and before later ones.  Otherwise gcc reorders the sums of
+ * several rounds to hide latency, reads a word from memory repeatedly, and
+ * keeps values that one shift could recompute.  An emulator has no latency to
+ * hide, and with so many live values some end up on the stack.
  */
 #define SETTLE(x) asm volatile("" : "+r"(x))
 
@@ -80,9 +79,9 @@ static inline u32 ror(u32 x, int n)
 }
 
 /*
- * The four sigmas, FIPS 180-4 section 4.1.2.  Rotations are applied to what
- * was accumulated so far, not each to a fresh copy of x: ror(ror(x, 9) ^ x, 11)
- * is ror(x, 20) ^ ror(x, 11).
+ * The four sigmas, FIPS 180-4 section 4.1.2.  Each rotation applies to the
+ * value accumulated so far, not to a fresh copy of x: ror(ror(x, 9) ^ x, 11) is
+ * ror(x, 20) ^ ror(x, 11).
  */
 static inline u32 big_sigma0(u32 x)		/* 2, 13, 22 */
 {
@@ -110,9 +109,9 @@ static inline u64 message_pair(const u8 *block, int i)
 }
 
 /*
- * Two words of the schedule: p0 holds the words 16 and 15 back, p1 those 14
- * and 13 back, and so on up to p7.  The new pair is the latest one from here
- * on, so it takes the place of p0, which is never needed again.
+ * Compute two words of the schedule.  p0 holds the words 16 and 15 back, p1
+ * those 14 and 13 back, and so on up to p7.  The new pair replaces p0, which is
+ * never needed again.
  */
 #define EXPAND(p0, p1, p4, p5, p7, pair) do {				\
 	u32 x = word0(p0), y = word1(p0);				\
@@ -128,8 +127,9 @@ static inline u64 message_pair(const u8 *block, int i)
 } while (0)
 
 /*
- * The words 16 to 63, 16 a turn.  A loop, since written out it runs slower:
- * gcc then carries words from one turn to the next, by way of the stack.
+ * Compute the words 16 to 63, 16 in an iteration.  This is a loop because it is
+ * slower unrolled: gcc then carries words from one iteration to the next on the
+ * stack.
  */
 static inline void sha256_schedule(u64 w[24], const u8 *block)
 {
@@ -228,7 +228,7 @@ static inline void sha256_init(struct sha256 *sha)
 	*sha = initial;
 }
 
-/* Digest the whole blocks in @data; the value is how many bytes they are. */
+/* Digest the whole blocks in @data; return how many bytes they are. */
 static __attribute__((noinline)) u64
 sha256_blocks(struct sha256 *sha, const u8 *data, u64 length)
 {
@@ -264,7 +264,7 @@ static inline void sha256_last(struct sha256 *sha, const u8 *tail, u64 length)
 	sha256_blocks(sha, last, padded);
 }
 
-/* The same; @hex gets the digest, with no NUL. */
+/* Do the same; write the digest to @hex, without a NUL. */
 static inline void sha256_finish(struct sha256 *sha, const u8 *tail, u64 length,
 				 char hex[SHA256_HEX])
 {

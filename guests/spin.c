@@ -1,21 +1,22 @@
 /*
- * Something to do for tests and benchmarks: argument 0 says what, argument 1
- * is a decimal number for those that take one.
+ * Workloads for tests and benchmarks.  Argument 0 chooses one; argument 1 is a
+ * decimal number for those that take one.
  *
  *   empty	nothing at all
  *   exit N	exit with status N, at most 255
  *   echo	copy stdin to stdout, all within the shared window
  *   touch	write one word in each page of the heap
- *   loop	do so over and over, for ever, on every vCPU
- *   hash N	touch N MiB of the heap, then print their SHA-256; the heap is
- *		gone round as often as N takes, and as all its pages look alike
- *		(HEAP_WORD, then zeros) the digest does not depend on its size
- *   smp N	N atomic increments of one counter and N plain ones of its own
- *		on every vCPU; prints the sum
+ *   loop	touch the heap over and over, for ever, on every vCPU
+ *   hash N	touch N MiB of the heap, then print their SHA-256; the guest
+ *		goes round the heap as often as N needs, and all pages look
+ *		alike (HEAP_WORD, then zeros), so the digest does not depend on
+ *		the heap's size
+ *   smp N	on every vCPU, N atomic increments of one counter and N plain
+ *		ones of the vCPU's own; prints the sum
  *   convert-steps N
- *		touch the whole heap; then make it shared, 2 MiB at a time and N
- *		of their pages touched; then private likewise.  Prints a line
- *		after each of the three
+ *		touch the whole heap; then make it shared, 2 MiB at a time, and
+ *		touch N pages of each 2 MiB; then make it private likewise;
+ *		prints a line after each of the three
  *   hold SEED	fill the heap with a stream made of SEED, 16 hexadecimal digits,
  *		and answer requests about it; see hold.h
  */
@@ -28,7 +29,7 @@
 #define NUMBER_MAX	0xffffffff		/* N MiB still fit a u64 */
 #define STEP		0x200000		/* 2 MiB */
 
-/* One vCPU's part of smp, on a page of its own, all at the heap's beginning. */
+/* One vCPU's part of smp, on a page of its own at the heap's beginning. */
 struct turns {
 	volatile u64 count;
 	u8 padding[PAGE_SIZE - 8];
@@ -38,7 +39,7 @@ static volatile u64 total, finished;
 
 static void touch(u8 *start, u8 *end)
 {
-	/* volatile: nobody reads the words, the writing is the point. */
+	/* volatile: nobody reads the words, but the writes must happen. */
 	for (; start < end; start += PAGE_SIZE)
 		*(volatile u64 *)start = HEAP_WORD;
 }
@@ -107,7 +108,7 @@ static int smp(const struct boot_info *boot, u64 n)
 	return total != n * boot->vcpus;
 }
 
-/* Make each whole STEP what @convert makes it and touch @n of its pages. */
+/* Convert each whole STEP with @convert, and touch @n of its pages. */
 static int steps(const struct boot_info *boot, u8 *heap, u8 *end, u64 n,
 		 s64 (*convert)(const void *, u64), const char *line)
 {
@@ -131,7 +132,7 @@ static int convert_steps(const struct boot_info *boot, u8 *heap, u8 *end, u64 n)
 	       steps(boot, heap, end, n, guest_unshare, "private\n");
 }
 
-/* Whether @s is a decimal number; none given is 0. */
+/* Parse @s as a decimal number, 0 if NULL; return whether it is one. */
 static int parse(const char *s, u64 *number)
 {
 	*number = 0;

@@ -1,7 +1,7 @@
 /*
  * Entry: rdi = struct boot_info, rsi = number of the vCPU, rsp = top of its
- * stack.  The loader has mapped bss as zero pages, so nothing is left to
- * prepare but the stack.
+ * stack.  The loader has mapped bss as zero pages, so this only prepares the
+ * stack.
  */
 #include <restrictedmem/guest.h>
 
@@ -25,6 +25,6 @@ _start:
 	call	*%rax
 2:	movl	$HYPERCALL_PARK, %eax
 	call	HYPERCALL_PAGE
-	ud2				/* nor must park */
+	ud2				/* park must not return */
 
 	.section .note.GNU-stack, "", @progbits

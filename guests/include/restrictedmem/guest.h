@@ -1,35 +1,37 @@
 /*
- * Guest ABI, version 2: everything a guest and its loader agree on.
+ * Guest ABI, version 2: the contract between a guest and its loader.
  *
- * A guest is a static x86-64 ELF run in long mode at CPL3, identity mapped
- * (guest virtual = guest physical).  It sees four ranges and nothing else:
+ * A guest is a static x86-64 ELF.  It runs in long mode at CPL3, identity
+ * mapped (guest virtual = guest physical).  It sees only four ranges:
  *
- *   HYPERCALL_PAGE              one page, read/execute, the engine's own
- *   REPORT_PAGE                 one page, read/write, the engine's own
+ *   HYPERCALL_PAGE              one page, read/execute, made by the engine
+ *   REPORT_PAGE                 one page, read/write, made by the engine
  *   SHARED_BASE  + shared_size  visible to the guest and to the VMM
- *   PRIVATE_BASE + private_size visible to the guest alone, but for the pages
- *                               that it has converted, see map_gpa_range()
+ *   PRIVATE_BASE + private_size visible to the guest alone, except for pages
+ *                               that it has made shared: map_gpa_range()
  *
- * Private memory starts out zero, except for what the loader writes:
+ * Private memory starts as zeroes, except for the parts that the loader writes:
  *
  *   PRIVATE_BASE                struct boot_info, then the argument strings
  *   PRIVATE_BASE + BOOT_SIZE    the ELF (IMAGE_BASE), bss included
  *   heap_base                   free for the guest
- *   PRIVATE_BASE + private_size the stacks, which grow down: that of vCPU i
- *                               begins i * STACK_SIZE below
+ *   PRIVATE_BASE + private_size the stacks, which grow down; the stack of vCPU
+ *                               i begins i * STACK_SIZE below this address
  *
- * Every vCPU begins at _start, all at the same time.  rdi holds the address of
- * struct boot_info, rsi the vCPU's number, rsp is 16-byte aligned (nothing was
- * pushed), the direction flag is clear and all other registers are unspecified.
- * vCPU 0 calls main(), the others secondary(); the guest ends when any of them
+ * All vCPUs begin at _start, at the same time.  rdi holds the address of struct
+ * boot_info and rsi the vCPU's number.  rsp is 16-byte aligned (nothing was
+ * pushed).  The direction flag is clear; all other registers are unspecified.
+ * vCPU 0 calls main(), the others secondary().  The guest ends when any vCPU
  * calls exit.  Guests use no SSE or x87 state.
  *
- * A hypercall is a near call to HYPERCALL_PAGE with the number in rax and the
+ * A hypercall is a near call to HYPERCALL_PAGE, with the number in rax and the
  * arguments in rdi, rsi, rdx, r10, r8.  The result is in rax: a negative errno
- * on failure.  rcx, r11 and the flags are clobbered, all else is preserved.
+ * on failure.  The call clobbers rcx, r11 and the flags, and preserves all
+ * other registers.
  *
- * Whatever comes back from the VMM, results as well as shared memory, may be
- * wrong or change at any time: copy into private memory first, then look.
+ * A hypercall's result and shared memory come from the VMM.  Both may be wrong,
+ * and shared memory may change at any time.  So copy data into private memory
+ * first, then check the copy.
  */
 #ifndef RESTRICTEDMEM_GUEST_H
 #define RESTRICTEDMEM_GUEST_H
@@ -40,7 +42,7 @@
 #define PRIVATE_BASE		0x40000000
 #define PRIVATE_SIZE_DEFAULT	0x04000000	/* 64 MiB */
 #define PRIVATE_SIZE_MIN	0x00100000	/* 1 MiB */
-#define BOOT_SIZE		0x00010000	/* kept for boot_info, arguments */
+#define BOOT_SIZE		0x00010000	/* for boot_info and arguments */
 #define IMAGE_BASE		0x40010000	/* PRIVATE_BASE + BOOT_SIZE */
 #define STACK_SIZE		0x00010000	/* of each vCPU */
 #define PAGE_SIZE		0x1000
@@ -49,22 +51,26 @@
 #define BOOT_VERSION		2
 
 /*
- * exit(status)			0 to 255; never returns
- * read(offset, length)		bytes the VMM put at SHARED_BASE + offset, at
- *				most length; 0 only at the end of the input
- * write(stream, offset, length) bytes the VMM took from SHARED_BASE + offset,
- *				at least 1 unless length is 0
- * report()			answered by the engine and not by the VMM: signs
- *				the first REPORT_DATA bytes of REPORT_PAGE and
- *				puts the report there; its length
- * park()			never returns: this vCPU is not run again
- * check(gpa, length, old, new)	the VMM looks at its half of a range of private
- *				memory: 0 when each byte was old, and now each
- *				is new; -EIO, and nothing changed, when not
+ * exit(status)			ends the guest with a status from 0 to 255;
+ *				never returns
+ * read(offset, length)		the VMM writes input to SHARED_BASE + offset;
+ *				returns the bytes written, at most length, and
+ *				0 only at the end of the input
+ * write(stream, offset, length) the VMM reads output at SHARED_BASE + offset;
+ *				returns the bytes taken, at least 1 unless
+ *				length is 0
+ * report()			the engine, not the VMM, answers: it signs the
+ *				first REPORT_DATA bytes of REPORT_PAGE and
+ *				writes the report there; returns its length
+ * park()			never returns: this vCPU does not run again
+ * check(gpa, length, old, new)	the VMM compares its half of a range of private
+ *				memory; returns 0 if each byte was old, and
+ *				makes each new; else returns -EIO and changes
+ *				nothing
  * map_gpa_range(gpa, npages, attributes)
  *				KVM_HC_MAP_GPA_RANGE: makes pages shared, or
  *				private with MAP_GPA_RANGE_ENCRYPTED; their old
- *				content is gone either way
+ *				content is lost in both directions
  */
 #define HYPERCALL_EXIT		0
 #define HYPERCALL_READ		1
@@ -101,25 +107,25 @@ typedef long s64;
 struct boot_info {
 	u64 magic;			/* BOOT_MAGIC */
 	u32 version;			/* BOOT_VERSION */
-	u32 argc;			/* arguments, no program name */
+	u32 argc;			/* arguments, without a program name */
 	u64 private_base;
 	u64 private_size;
 	u64 shared_base;
 	u64 shared_size;
 	u64 hypercall_page;
 	u64 heap_base;			/* first page after the ELF's bss */
-	u64 args;			/* argc NUL-terminated strings in a row */
+	u64 args;			/* argc strings in a row, each with NUL */
 	u64 report_page;
 	u64 vcpus;
 };
 
 _Static_assert(sizeof(struct boot_info) == 88, "boot_info is ABI");
 
-/* What a guest defines: main(), and secondary() if other vCPUs are to work. */
+/* A guest defines main(), and secondary() if other vCPUs have work. */
 int main(const struct boot_info *boot);
 int secondary(const struct boot_info *boot, u64 index);
 
-/* Words at any address, of whatever type: what a plain u64 * may not do. */
+/* A word at any address, over data of any type, as a plain u64 may not be. */
 typedef u64 __attribute__((may_alias, aligned(1))) any_u64;
 
 static inline void *memcpy(void *to, const void *from, u64 length)
@@ -128,8 +134,8 @@ static inline void *memcpy(void *to, const void *from, u64 length)
 	const u8 *s = from;
 
 	/*
-	 * An emulated access costs the same for 8 bytes as for 1, and a turn of
-	 * a loop more than either: hence words, and eight of them a turn.
+	 * An emulated access costs the same for 8 bytes as for 1, and a loop's
+	 * iteration costs more.  So this copies words, eight in an iteration.
 	 */
 	for (; length >= 64; d += 64, s += 64, length -= 64)
 #pragma GCC unroll 8
@@ -198,13 +204,13 @@ static inline void __attribute__((noreturn)) guest_exit(int status)
 		hypercall(HYPERCALL_EXIT, (u64)status, 0, 0);
 }
 
-/* The VMM's count is only believed when it lies within what was asked for. */
+/* Accept a count from the VMM only if it is at most the length asked for. */
 static inline s64 checked_count(s64 n, u64 length)
 {
 	return n > 0 && (u64)n > length ? -EIO : n;
 }
 
-/* Argument @i, counted from 0, or NULL. */
+/* Return argument @i, counted from 0, or NULL. */
 static inline const char *guest_argument(const struct boot_info *boot, u32 i)
 {
 	const char *s = (const char *)boot->args;
@@ -222,7 +228,7 @@ static inline s64 shared_read(u64 length)
 	return checked_count(hypercall(HYPERCALL_READ, 0, length, 0), length);
 }
 
-/* Hand over all of the first @length bytes of the shared window. */
+/* Write all of the first @length bytes of the shared window to @stream. */
 static inline s64 shared_write(int stream, u64 length)
 {
 	u64 done = 0;
@@ -238,7 +244,7 @@ static inline s64 shared_write(int stream, u64 length)
 	return 0;
 }
 
-/* Read up to @length bytes into private memory; 0 at the end of the input. */
+/* Read at most @length bytes into private memory; 0 at the end of the input. */
 static inline s64 guest_read(const struct boot_info *boot, void *to, u64 length)
 {
 	s64 n;
@@ -271,7 +277,7 @@ static inline s64 guest_write(const struct boot_info *boot, int stream,
 	return 0;
 }
 
-/* Say @message on the error stream; the value is the status to exit with. */
+/* Write @message to the error stream, and return @status, to exit with. */
 static inline int guest_fail(const struct boot_info *boot, const char *message,
 			     int status)
 {
@@ -285,13 +291,14 @@ static inline s64 map_gpa_range(u64 gpa, u64 npages, u64 attributes)
 	return hypercall(HYPERCALL_MAP_GPA_RANGE, gpa, npages, attributes);
 }
 
-/* The same in bytes, whole pages, and said in words. */
+/* Make a range shared; @length is in bytes, whole pages. */
 static inline s64 guest_share(const void *start, u64 length)
 {
 	return map_gpa_range((u64)start, length / PAGE_SIZE,
 			     MAP_GPA_RANGE_DECRYPTED);
 }
 
+/* Make a range private again; @length is in bytes, whole pages. */
 static inline s64 guest_unshare(const void *start, u64 length)
 {
 	return map_gpa_range((u64)start, length / PAGE_SIZE,
@@ -299,8 +306,8 @@ static inline s64 guest_unshare(const void *start, u64 length)
 }
 
 /*
- * Have the engine sign @data.  The report's length, and the report itself at
- * boot->report_page until the next one; a negative errno on failure.
+ * Have the engine sign @data.  Returns the report's length, or a negative errno
+ * on failure.  The report is at boot->report_page until the next one.
  */
 static inline s64 guest_report(const struct boot_info *boot,
 			       const u8 data[REPORT_DATA])
@@ -309,14 +316,14 @@ static inline s64 guest_report(const struct boot_info *boot,
 	return checked_count(hypercall(HYPERCALL_REPORT, 0, 0, 0), PAGE_SIZE);
 }
 
-/* The heap ends, page aligned, where the stack of the last vCPU may end. */
+/* Return the end of the heap: page aligned, below the last vCPU's stack. */
 static inline u64 guest_heap_end(const struct boot_info *boot)
 {
 	return (boot->private_base + boot->private_size -
 		boot->vcpus * STACK_SIZE) & ~(u64)(PAGE_SIZE - 1);
 }
 
-/* Whether this is a loader of our version, with at least a page of heap. */
+/* Say whether the loader has this ABI's version, and the heap has a page. */
 static inline int guest_boot_ok(const struct boot_info *boot)
 {
 	return boot->magic == BOOT_MAGIC && boot->version == BOOT_VERSION &&
