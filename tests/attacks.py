@@ -1,4 +1,7 @@
-"""Ways of one process to look into another, each as a function that returns what it got or raises OSError."""
+"""Ways of one process to look into another.
+
+Each is a function that returns the data, or raises OSError.
+"""
 
 import ctypes
 import os
@@ -42,7 +45,7 @@ class _Iovec(ctypes.Structure):
 
 
 def ptrace(request: int, pid: int, data: int = 0) -> None:
-    """ptrace(2) without an address."""
+    """Call ptrace(2) without an address."""
     checked(_libc.ptrace(ctypes.c_long(request), ctypes.c_long(pid), None, ctypes.c_void_p(data)))
 
 
@@ -67,7 +70,7 @@ def _process_vm(call: str) -> Attack:
     def attack(pid: int) -> int:
         buffer = ctypes.create_string_buffer(8)
         local = _Iovec(ctypes.addressof(buffer), 8)
-        # Whoever is let in gets EFAULT: nothing is mapped there.
+        # A process with access gets EFAULT: nothing is mapped there.
         remote = _Iovec(8, 8)
         return checked(
             getattr(_libc, call)(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
@@ -169,7 +172,7 @@ ATTACKS: Final[dict[str, Attack]] = {
 
 
 def search(pid: int, pattern: bytes, memory: int | None = None, maps: str | None = None) -> bool:
-    """Look for a pattern in a process's memory, through /proc/PID/mem or a descriptor of it opened before."""
+    """Look for a pattern in a process's memory, by /proc/PID/mem or a descriptor opened before."""
     if maps is None:
         with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as file:
             maps = file.read()
@@ -187,7 +190,7 @@ def _chunks(fd: int, maps: str) -> Iterator[bytes]:
         if rights[0] != "r" or "[v" in line:
             continue
         start, end = (int(number, 16) for number in span.split("-"))
-        # Of a huge mapping, sparse as a rule, the beginning has to do.
+        # A huge mapping is sparse as a rule, so this reads only its beginning.
         end = min(end, start + (64 << 20))
         while start < end:
             try:

@@ -148,7 +148,7 @@ def a_file_under_exec(field: Field) -> Iterator[None]:
             program.stdin.flush()
             assert _line(program) == "0"
         finally:
-            # What waits for the file ends with its server.
+            # A process that waits for the file ends with the file's server.
             field.end_mutes()
             os.killpg(program.pid, signal.SIGKILL)
 

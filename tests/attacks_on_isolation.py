@@ -1,4 +1,7 @@
-"""Attacks on what an owner must not have: a place among the trusted processes, another's file, and the guest's secret."""
+"""Attacks on things that an owner must not have.
+
+These are a place among the trusted processes, another owner's file, and the guest's secret.
+"""
 
 import json
 import mmap
@@ -72,8 +75,8 @@ def late_imports(field: Field) -> Iterator[None]:
     assert names == {"attacker"}, names
 
 
-#: Argument 1 is a copied installation, 2 the tests, 3 the file in which whoever executes another's
-#: code leaves its name.
+#: Argument 1 is a copied installation, 2 the tests, 3 the file in which a process that executes
+#: another party's code leaves its name.
 _WITH_OTHER_FILES: Final = """
 import sys
 copy, tests, marker = sys.argv[1:]
@@ -90,7 +93,8 @@ set_name("attacker")
 place = pathlib.Path(marker).parent
 with Service.start(Options(consumers=(("dma", str(test_sealing.DMA)),))) as service:
     drop_capabilities()
-    evil = "import os; open(%r, 'a').write(open('/proc/self/comm').read())\\nraise ImportError('another file')\\n" % marker
+    evil = "import os; open(%r, 'a').write(open('/proc/self/comm').read())\\n" % marker
+    evil += "raise ImportError('another file')\\n"
     for path in pathlib.Path(copy).rglob("*.py"):
         path.write_text(evil)
     for path in pathlib.Path(copy).rglob("*.pyc"):

@@ -184,7 +184,7 @@ def _hold_own_peer(ready: int) -> None:
         os.close(with_private_memory(service, vm))
         sock = started(vm, _SPIN)._channel.sock
         sock.send(request(kvm_wire.RUN.number, kvm_wire.COMPLETION.pack(0)))
-        # What is refused is as good.
+        # A refusal is as good.
         for end in (vm._channel.sock, sock):
             for through in (sock, vm._channel.sock):
                 with suppress(PermissionError):

@@ -1,4 +1,4 @@
-"""Attacks with files: of a file system whose server is the attacker's, and where others look for their own."""
+"""Attacks with files: on the attacker's own FUSE server, and where others look for their own."""
 
 import os
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ def fifo_of_a_file_system(field: Field) -> Iterator[None]:
     slot = partial(vm.set_user_memory_region, slot=0, guest_phys_addr=0, memory_size=PAGE)
     for file in (fifo, writer):
         assert outcome(partial(slot, shared_fd=file)) == Errno(EINVAL)
-    # What was looked at holds nobody, so the next one is looked at, too.
+    # The files already looked at hold nobody, so the next one is looked at, too.
     for file in (fifo, writer):
         assert outcome(partial(vm._channel.call, kvm_wire.TRACE, fds=[file])) == Errno(EINVAL)
     party.goes_on()

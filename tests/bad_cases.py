@@ -40,7 +40,7 @@ ANSWERS = {
 }
 REPORT = Report(0, bytes(48), bytes(64), bytes(16), "software", "v10", "1", bytes(32))
 COMMAND = [sys.executable, "-m", "restrictedmem"]
-#: Of a command that could be run for the cases at the same time.
+#: Commands that run at the same time, for the cases.
 _AT_ONCE = 3
 
 
@@ -50,14 +50,14 @@ class Case:
 
     words: str
     status: int
-    #: What the line matches, behind ``error: ``; empty when nothing is said.
+    #: A pattern of the line after ``error: ``; empty when nothing is printed.
     line: str
-    #: What a hint in a second line contains, if there is to be one.
+    #: A part of the hint in a second line, if there has to be one.
     hint: str | None = None
     environment: dict[str, str] = field(default_factory=dict[str, str])
     #: How a shell starts it.
     start: str = 'exec "$@"'
-    #: What stdout begins with.
+    #: The beginning of stdout.
     out: str = ""
 
     def __str__(self) -> str:

@@ -53,7 +53,7 @@ NUMBER: Final = 99
 CALL: Final = "b863000000b900001000ffd1"
 
 
-#: What differs: by key, the software engine's answers and the kernel engine's.
+#: Differences, by key: the software engine's answers and the kernel engine's.
 DIFFERENCES: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
     "mmio": {
         "software": (MmioRead(NOWHERE + 8, 4), MmioWrite(NOWHERE + 8, 4, 0x1234)),
@@ -114,7 +114,7 @@ class Machine:
         return self.vcpu.run()
 
     def start_shared(self, *instructions: str) -> Exit:
-        """The same from the shared window."""
+        """Start the guest from the shared window."""
         code = assembled(*instructions)
         self.window[: len(code)] = code
         self.vcpu.set_regs(rip=SHARED, rsp=STACK, rdi=DATA)
@@ -192,7 +192,10 @@ def errno_of(call: object, *args: object, **kwargs: object) -> int:
 
 
 def missing_page(machine: Machine, at: int, content: bytes) -> MemoryFault:
-    """Make a slot of one private page, which shows the half that it lacks; returns what comes of a touch."""
+    """Make a slot of one private page, and let the guest touch it; return the exit.
+
+    The page's attribute names the half that the slot lacks.
+    """
     fd = machine.service.memfd_restricted()
     machine.vm.set_user_memory_region(
         slot=2, guest_phys_addr=at, memory_size=PAGE, restricted_fd=fd

@@ -1,8 +1,8 @@
-"""What tests may assume about the machine, and how they say that it is not so.
+"""Features of the machine that tests may need, and fixtures that all tests share.
 
-``@pytest.mark.requires("fuse", "root")`` skips a test where one of the features is missing, with
-the reason; ``RESTRICTEDMEM_REQUIRE=fuse,root`` turns that skip into a failure, so that a run can
-promise what it covered. ``@pytest.mark.alone("why")`` keeps all other tests of the machine away
+``@pytest.mark.requires("fuse", "root")`` skips a test if one of the features is missing, and says
+why. ``RESTRICTEDMEM_REQUIRE=fuse,root`` turns such a skip into a failure, so that a run can promise
+what it covered. ``@pytest.mark.alone("why")`` keeps all other tests of the machine away
 (``turns``).
 """
 
@@ -31,7 +31,7 @@ from restrictedmem.kvm.kernel.kernel_vm import new_vm
 from restrictedmem.service.cgroup import Cgroup
 from turns import Turns
 
-# How fast examples come depends on what else the machine does.
+# The speed of examples depends on the machine's other work.
 settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -64,7 +64,8 @@ def _amd() -> str:
     return _processor() or (
         ""
         if emulation.is_amd()
-        else "lengths of what is invalid were compared with AMD's processors alone (docs/reference/engines.md)"
+        else "lengths of what is invalid were compared with AMD's processors alone "
+        "(docs/reference/engines.md)"
     )
 
 
@@ -152,7 +153,7 @@ def _orders() -> str:
 
 @cache
 def _rust() -> str:
-    # A command rustc may be rustup's, which knows no compiler in another HOME.
+    # The command rustc may be rustup's, which knows no compiler in another HOME.
     try:
         asked = subprocess.run(["rustc", "--version"], check=False, capture_output=True, text=True)
     except FileNotFoundError:
@@ -240,7 +241,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Together, so that others wait for them once.
+    # A group of such tests runs together, so that other tests wait for them once.
     items.sort(key=_is_alone)
 
 
@@ -248,7 +249,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_protocol(
     item: pytest.Item, nextitem: pytest.Item | None
 ) -> Generator[None, object, object]:
-    # Around the time that a test may take.
+    # This wait is outside the time that a test may take.
     _turns.begin(alone=_is_alone(item))
     try:
         return (yield)
@@ -262,13 +263,14 @@ def _programs_hear_all_signals() -> None:
 
 
 def hear_all_signals() -> None:
-    """Have programs that this process starts ignore no signal that it was told to ignore itself, and still not end of one.
+    """Make programs that this process starts ignore no signal that this process ignores.
 
-    Python ignores SIGPIPE and SIGXFSZ on its own, and subprocess undoes that.
+    Otherwise a program would inherit an ignored signal. The signal must not end this process
+    either. Python ignores SIGPIPE and SIGXFSZ on its own, and subprocess undoes that.
     """
     for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:
         if signal.getsignal(number) is signal.SIG_IGN:
-            # exec keeps what is ignored, and no handler.
+            # exec keeps ignored signals, but no handlers.
             signal.signal(number, _go_on)
 
 

@@ -3,7 +3,7 @@
 A function returns a value or raises OSError.
 
 Every function gets a ``Thing`` of its own: a new descriptor and a way to make another of the same
-kind. What a function returns is compared with ``==``, so it is a number, a text or a tuple of them.
+kind. Tests compare the returned values with ``==``, so they are numbers, texts or tuples of them.
 Operations on the descriptor as a handle are in descriptor_handle.py.
 """
 
@@ -194,7 +194,7 @@ def readahead(thing: Thing) -> int:
 
 
 def sizes(*lengths: int) -> Operation:
-    """Set each size in turn and return the outcome of the last call with the size that then stands."""
+    """Set each size in turn; return the outcome of the last call, with the size after it."""
 
     def operation(thing: Thing) -> tuple[object, int]:
         last: object = None
@@ -294,7 +294,7 @@ def fields(thing: Thing) -> tuple[str, int, int, int, int, int, int, int]:
 
 
 def after_close(thing: Thing) -> tuple[int, int]:
-    """Size and pages held that an O_PATH descriptor sees once the last open descriptor is closed."""
+    """Return size and pages that an O_PATH descriptor sees after the last open one is closed."""
     resize(thing.fd, PAGE)
     with suppress(OSError):
         fallocate(thing.fd, FallocMode.KEEP_SIZE, 0, PAGE)
@@ -323,7 +323,7 @@ def size_moves_times(thing: Thing) -> tuple[bool, bool, bool]:
 
 
 def statfs(thing: Thing) -> tuple[str, int, int]:
-    """f_type, f_bsize, f_namelen."""
+    """Return f_type, f_bsize and f_namelen."""
     numbers = (ctypes.c_long * 16)()
     checked(libc.fstatfs(thing.fd, numbers))
     return hex(numbers[0]), numbers[1], numbers[8]
@@ -335,7 +335,7 @@ def chmod(thing: Thing) -> str:
 
 
 def chown(thing: Thing) -> tuple[int, int]:
-    """Return how far owner and group are from what they were set to; only root may give a file away."""
+    """Return how far owner and group are from the values set. Only root may give a file away."""
     uid, gid = (os.getuid(), os.getgid()) if os.geteuid() else (12, 34)
     os.fchown(thing.fd, uid, gid)
     found = os.fstat(thing.fd)
@@ -360,7 +360,11 @@ def utimens(thing: Thing) -> tuple[int, int]:
 
 
 def identity(thing: Thing) -> tuple[bool, bool, bool]:
-    """Whether inode and device stay while size and pages change, whether another has another inode, and the same device."""
+    """Return facts about inode and device.
+
+    They say whether both stay while size and pages change, and whether another file has another
+    inode and the same device.
+    """
     before = os.fstat(thing.fd)
     resize(thing.fd, PAGE)
     with suppress(OSError):

@@ -26,13 +26,19 @@ _RELEASE = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2
 
 
 def since(release: tuple[int, int], answer: object, before: object) -> object:
-    """Return an answer of this kernel, which gave another ``before`` a release; seen on 6.1, 6.12, 6.18 and 7.3."""
+    """Return this kernel's answer; kernels before a release gave ``before``.
+
+    The answers were seen on 6.1, 6.12, 6.18 and 7.3.
+    """
     return answer if release <= _RELEASE else before
 
 
 @dataclass(frozen=True)
 class Row:
-    """One operation and its outcomes; ``gmem`` is guest_memfd with flags 0, ``gmem_mmap`` with MMAP (None: the same)."""
+    """One operation and its outcomes.
+
+    ``gmem`` is guest_memfd with flags 0, ``gmem_mmap`` with MMAP (None: the same).
+    """
 
     id: str
     operation: Operation
@@ -58,12 +64,15 @@ class Row:
 
 
 def row(id: str, operation: Operation, proposal: object, **columns: Any) -> Row:
-    """Write a row; ``all_same`` says that secret and both kinds of guest_memfd answer as the proposal."""
+    """Write a row; ``all_same``: secret and both kinds of guest_memfd answer as the proposal."""
     if columns.pop("all_same", False):
         columns = {"secret": SAME, "gmem": SAME, **columns}
     return Row(id, operation, proposal, **columns)
 
 
 def refused(id: str, operation: Operation, errno: int, **columns: Any) -> Row:
-    """Write a row for an operation that the proposal refuses, and with it secret and guest_memfd unless a column says otherwise."""
+    """Write a row for an operation that the proposal refuses.
+
+    Secret and guest_memfd refuse it too, unless a column says otherwise.
+    """
     return row(id, operation, Errno(errno), **{"all_same": True, **columns})

@@ -1,8 +1,8 @@
-"""A guest on /dev/kvm for tests: 64-bit code at CPL3, which runs natively everywhere, in memory of this process.
+"""A guest on /dev/kvm for tests, in memory of this process.
 
-Guest physical memory: page tables and code in slot 0 from 0 on; slots of a test at ``DATA`` (2 MiB
-are mapped there). An OUT ends a step, and stands in slot 0 because KVM may have to read the
-instruction itself.
+It is 64-bit code at CPL3, which runs natively everywhere. Page tables and code are in slot 0, from
+guest physical address 0 on. A test's slots are at ``DATA``, where 2 MiB are mapped. An OUT ends a
+step. It stands in slot 0, because KVM may have to read the instruction itself.
 """
 
 import mmap

@@ -1,4 +1,7 @@
-"""Whose processor this is, and under which hypervisor: what an emulated one lacks is the machine's, not the kernel's."""
+"""The processor's vendor and the hypervisor.
+
+If an emulated processor lacks something, the machine is the cause, not the kernel.
+"""
 
 import ctypes
 import mmap
@@ -15,7 +18,7 @@ _CPUID: Final = bytes.fromhex("53 b800000040 0fa2 891f 894f04 895708 5b c3")
 
 @cache
 def hypervisor() -> bytes:
-    """Return its signature; something else on bare metal. For x86-64."""
+    """Return the hypervisor's signature; on bare metal, something else. It works only on x86-64."""
     with mmap.mmap(
         -1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
     ) as page:

@@ -1,4 +1,7 @@
-"""Where attacks are run: an attacker without capabilities, what is another party's, and what has to be gone afterwards."""
+"""The place where attacks run: an attacker without capabilities, and another party's service.
+
+It also checks what has to be gone afterwards.
+"""
 
 import os
 import signal
@@ -49,7 +52,7 @@ def works(service: Service) -> bool:
 
 
 def with_private_memory(service: Service, vm: Vm) -> int:
-    """Give a VM private memory at its usual place; returns the descriptor, which the caller owns."""
+    """Give a VM private memory at its usual place; return the descriptor, which the caller owns."""
     fd = service.memfd_restricted()
     os.ftruncate(fd, SIZE)
     vm.set_user_memory_region(
@@ -69,7 +72,7 @@ def started(vm: Vm, code: bytes) -> Vcpu:
 
 @final
 class Party:
-    """An owner who does no harm: its VM, with a guest that exits whenever it runs, and its descriptor."""
+    """An owner who does no harm: its VM, whose guest exits whenever it runs, and its descriptor."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -99,10 +102,10 @@ class Party:
 
 @final
 class Field:
-    """What an attacker has, in a process of its own."""
+    """The attacker's process, and the objects that it may use."""
 
     def __init__(self, place: Path) -> None:
-        #: A directory that anybody may write to, empty but for what the attack puts there.
+        #: A directory that anybody may write to. It contains only the attack's own files.
         self.place = place
         self.stack = ExitStack()
         self._parties: list[Party] = []
@@ -121,7 +124,10 @@ class Field:
         return self.stack.enter_context(Service.start(options))
 
     def mute(self) -> MuteServer:
-        """Start a FUSE server that does not answer; before what it must not have, which is all that its child would hold."""
+        """Start a FUSE server that does not answer.
+
+        Call this first: its child inherits all that is open.
+        """
         self._mutes.append(MuteServer())
         return self._mutes[-1]
 
@@ -143,18 +149,21 @@ class Field:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Who closes may wait for them.
+        # A process that closes their files may wait for them.
         self.end_mutes()
         self.stack.close()
 
 
 @dataclass(frozen=True)
 class Attack:
-    """One attack, in two parts: what is prepared, and after a ``yield`` what is done without any capability."""
+    """One attack in two parts.
+
+    It prepares, and after a ``yield`` it acts without any capability.
+    """
 
     right: str
     run: Callable[[Field], Iterator[None]]
-    #: What the test does meanwhile, as root: it is what is attacked.
+    #: A function that runs as root meanwhile: the attacked action.
     beside: Callable[[Path], None] | None = None
     seconds: int = 60
     #: Why no other test may run meanwhile, where none may.

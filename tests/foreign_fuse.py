@@ -1,4 +1,4 @@
-"""A FUSE file system that is none of this project's, whose server is a process that can be stopped and killed.
+"""A FUSE file system that is not this project's; its server can be stopped and killed.
 
 Every name is a file of one page; attributes are never cached.
 """
@@ -56,9 +56,10 @@ class Foreign:
 def foreign(
     before: Callable[[int], object] = lambda opcode: None, failing: Mapping[int, int] | None = None
 ) -> Generator[Foreign]:
-    """Mount one, detached, as root; its server calls ``before`` with each request's opcode first, and is killed at the end.
+    """Mount a foreign file system, detached, as root; kill its server at the end.
 
-    What is written goes nowhere. Opcodes in ``failing`` are answered with its errnos.
+    The server calls ``before`` with each request's opcode first. It drops all data written. It
+    answers the opcodes in ``failing`` with the errnos there.
     """
     events, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
@@ -106,7 +107,7 @@ def _serve(
         body = None if opcode in failing else _answer(opcode, node, data)
         errno = failing.get(opcode, ENOSYS) if body is None else 0
         header = fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + len(body or b""), -errno, unique)
-        # Whoever asked may have been killed.
+        # The caller may have been killed.
         with suppress(FileNotFoundError):
             os.write(device.fileno(), header + (body or b""))
 

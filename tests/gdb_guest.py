@@ -70,19 +70,25 @@ int main(const struct boot_info *boot)
 	return (int)sum;
 }
 """
-#: What the stub tells to type first: `watch` fails without it.
+#: The command that the stub tells its user to type first: `watch` fails without it.
 OWN_WATCHPOINTS = "set can-use-hw-watchpoints 0"
-#: What main returns.
+#: The value that main returns.
 STATUS = 12
 
 
 @pytest.fixture(scope="module")
 def guest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A guest with symbols."""
+    """Build a guest with symbols."""
     folder = tmp_path_factory.mktemp("guest")
     (folder / "guest.c").write_text(GUEST)
-    flags = "-g -O1 -std=gnu11 -march=x86-64 -ffreestanding -fno-pie -mgeneral-regs-only -mno-red-zone -fcf-protection=none"
-    flags += " -fno-stack-protector -nostdlib -static -no-pie -Wl,--build-id=none -Wl,-z,max-page-size=4096 -Wl,-z,noexecstack"
+    flags = (
+        "-g -O1 -std=gnu11 -march=x86-64 -ffreestanding -fno-pie -mgeneral-regs-only "
+        "-mno-red-zone -fcf-protection=none"
+    )
+    flags += (
+        " -fno-stack-protector -nostdlib -static -no-pie -Wl,--build-id=none "
+        "-Wl,-z,max-page-size=4096 -Wl,-z,noexecstack"
+    )
     sources = [str(ROOT / "guests" / "start.S"), str(folder / "guest.c")]
     script = ["-I", str(ROOT / "guests" / "include"), f"-Wl,-T,{ROOT / 'guests' / 'guest.ld'}"]
     compiler = shutil.which("gcc") or "cc"

@@ -1,4 +1,7 @@
-"""The guarantees of SPECIFICATION.md: the tests that each names, and a change of the code that one of them notices (guarantees.txt)."""
+"""The guarantees of SPECIFICATION.md, and the tests that each names.
+
+guarantees.txt has for each a change of the code that one of these tests notices.
+"""
 
 import re
 from dataclasses import dataclass
@@ -9,7 +12,10 @@ from mutation import Mutant
 
 @dataclass(frozen=True)
 class Change:
-    """A change that breaks a guarantee: in a file, from the root of the tree, ``old``, which is there once, becomes ``new``."""
+    """A change that breaks a guarantee: in a file, ``old`` becomes ``new``.
+
+    The path is relative to the tree's root, and ``old`` occurs once.
+    """
 
     file: str
     old: str

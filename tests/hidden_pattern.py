@@ -27,7 +27,7 @@ def owner_of(pattern: Pattern, **parts: object) -> Attacker:
 
 
 def holding(size: int) -> OwnedFd:
-    """A memfd with the pattern."""
+    """Make a memfd with the pattern."""
     fd = memory.memfd_create("pattern")
     os.write(fd.fileno(), content(SEED, START, size))
     return fd

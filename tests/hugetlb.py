@@ -1,4 +1,7 @@
-"""Huge pages for tests: reserved as root through sysfs, and given back. Tests that want some take turns, in whatever process they run."""
+"""Huge pages for tests, reserved as root through sysfs and released afterwards.
+
+Tests that need some take turns, in whatever process they run.
+"""
 
 import fcntl
 import functools
@@ -26,10 +29,9 @@ def free_pages(size: int) -> int:
 
 @contextmanager
 def reserved(size: int, count: int) -> Generator[None, None, None]:
-    """Have exactly ``count`` huge pages of ``size`` bytes free at the start; not recursive for one size.
+    """Reserve exactly ``count`` free huge pages of ``size`` bytes; not recursive for one size.
 
-    Skips the test where so much memory cannot be had in one piece, which depends on what ran
-    before.
+    Skips the test if so much memory cannot be had in one piece, which depends on what ran before.
 
     Raises:
         OSError: EACCES without root.
@@ -43,7 +45,10 @@ def reserved(size: int, count: int) -> Generator[None, None, None]:
             # A process that has just ended gives its pages back a moment later.
             while free_pages(size) != count:
                 if time.monotonic() > deadline:
-                    why = f"only {free_pages(size)} of {count} huge pages of {size >> 20} MiB can be had"
+                    why = (
+                        f"only {free_pages(size)} of {count} huge pages of {size >> 20} MiB can "
+                        f"be had"
+                    )
                     if "hugetlb" in os.environ.get("RESTRICTEDMEM_REQUIRE", "").split(","):
                         pytest.fail(why)
                     pytest.skip(why)
@@ -56,7 +61,7 @@ def reserved(size: int, count: int) -> Generator[None, None, None]:
 
 
 def _make_room() -> None:
-    """Have the kernel let go of cached files and move what lies scattered; a kernel without either does what it can."""
+    """Let the kernel drop cached files and compact memory, as far as this kernel can."""
     for name, value in ("drop_caches", "3"), ("compact_memory", "1"):
         with suppress(OSError):
             Path(f"/proc/sys/vm/{name}").write_text(value)

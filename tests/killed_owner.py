@@ -1,4 +1,7 @@
-"""The owner in a round of ``killing``: uses a service until it fails or all is said to be over, then tries every call it can make."""
+"""The owner in a round of ``killing``.
+
+It uses a service until the service fails or the round is over. Then it tries every call it can.
+"""
 
 import fcntl
 import json
@@ -49,11 +52,11 @@ from restrictedmem.vmm.vmm import Vmm
 #: Private memory of the guest, all of which it touches.
 GUEST_SIZE: Final = 4 << 20
 _HELD: Final = 6
-# What a call gets that waits while the service dies: aborted with the connection; or EIO, when the
-# kernel was just copying the request into the dying process (fuse_dev_do_read).
+# Errors of a call that waits while the service dies. The call is aborted with the connection. Or it
+# is EIO, if the kernel was just copying the request into the dying process (fuse_dev_do_read).
 _DYING: Final = (ECONNABORTED, EIO)
-#: What whoever sends a foreign descriptor may hear: the kernel's refusal or the receiver's, or that
-#: the receiver was killed.
+#: Errors for the sender of a foreign descriptor: the kernel's or the receiver's refusal, or the
+#: error when the receiver was killed.
 _FOREIGN: Final = (
     EPERM,
     EINVAL,
@@ -111,10 +114,10 @@ class _Owner:
         self._faults: list[str] = []
         self._calls = 0
         self._done: Counter[str] = Counter()
-        # It must have nothing of the service.
+        # The mute server must have no descriptor of the service.
         self._mute = MuteServer() if round.kind.act is Act.FOREIGN else None
-        #: What there is to send foreign descriptors to; to each once, or often where the kernel
-        #: refuses that.
+        #: Sockets for foreign descriptors: one message to each, or many where the kernel refuses
+        #: them.
         self._foreign: dict[str, Callable[[int], object]] = {}
         self._foreign_file = -1
 
@@ -170,10 +173,10 @@ class _Owner:
     def _die_soon(self) -> None:
         self._sock.send(b"ready")
         self._sock.recv(10)
-        # What it does to a process is to end it.
+        # SIGALRM ends the process.
         signal.setitimer(signal.ITIMER_REAL, self._round.delay)
 
-    # What it does all the time.
+    # The owner's calls while the service lives.
 
     def _use(self) -> None:
         deadline = self._round.deadline
@@ -259,10 +262,10 @@ class _Owner:
         if number not in (0, *_FOREIGN):
             self._faults.append(f"foreign descriptor to {to}: {errorcode.get(number, number)}")
 
-    # What it finds in the end.
+    # The owner's calls after the service's end.
 
     def _check(self, expected: int | None) -> None:
-        """Make every call on every descriptor, and expect one errno of all (0: success; None: either)."""
+        """Make every call on every descriptor, and expect one errno (0: success; None: either)."""
         for fd in self._fds:
             for name, call in _CALLS.items():
                 self._expect(f"{name} on {fd}", partial(call, fd), expected)
@@ -277,17 +280,20 @@ class _Owner:
             found = _errno(call)
         if time.monotonic() - began > LIMIT:
             self._faults.append(f"{name} took {time.monotonic() - began:.2f} s")
-        # What a service refuses because it is the wrong moment or the wrong token is an answer of
-        # one that works.
+        # A working service may refuse a call, because the moment or the token is wrong.
         if found in (EPERM, EACCES):
             found = 0
         if expected is not None and found != expected:
             self._faults.append(
-                f"{name}: {errorcode.get(found, 'worked')}, expected {errorcode.get(expected, 'to work')}"
+                f"{name}: {errorcode.get(found, 'worked')}, "
+                f"expected {errorcode.get(expected, 'to work')}"
             )
 
     def _check_going_on(self) -> None:
-        """Check that the service makes VMs, and that the one there was is there, unless its engine alone was the victim."""
+        """Check that the service makes VMs.
+
+        The old VM has to work, unless only its engine was the victim.
+        """
         assert self._service is not None
         self._expect("another VM", Vm(self._service).close, 0)
         said = self._service.status()["last_error"]
@@ -331,7 +337,7 @@ def _request(call: Call, body: bytes = b"") -> bytes:
 
 
 def _to_service(service: Service, fds: Sequence[int], key: bytes = b"") -> None:
-    """Send descriptors on a connection of their own to the listening socket; with a key, as an owner's."""
+    """Send descriptors to the listening socket on a new connection; with a key, as an owner's."""
     from restrictedmem.service import wire as services
 
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)

@@ -1,8 +1,8 @@
 """Killing, stopping and freezing a service's processes at a random moment, and what that leaves.
 
-One round of it, for test and script. The owner (``killed_owner``) is a child that uses descriptors
-as fast as it can, and a VM perhaps. It is the subreaper of what it starts, so that every process of
-the service is found below it from the first moment on.
+The rounds are for the test and for the script. The owner (``killed_owner``) is a child that uses
+descriptors as fast as it can, and perhaps a VM. It is the subreaper of the processes that it
+starts. So every process of the service is found below it from the first moment on.
 """
 
 import json
@@ -31,7 +31,7 @@ _LONGER: Final = (0.1, 0.2)
 
 
 class Act(Enum):
-    """What is done to some process."""
+    """An action on a process."""
 
     KILL = "kill"
     STOP = "stop"
@@ -47,7 +47,7 @@ class Act(Enum):
 
 @dataclass(frozen=True)
 class Kind:
-    """What happens in a round; ``guest``: while a guest runs."""
+    """An action and its victim; with ``guest``, a guest runs meanwhile."""
 
     act: Act
     victim: str
@@ -65,7 +65,7 @@ STEPS: Final = (
     "KVM_CREATE_VCPU",
     "KVM_RUN",
 )
-#: ``start`` is whatever there is while a service comes up, ``all`` the owner and everything below
+#: ``start`` is any process of a service that is starting, ``all`` the owner and everything below
 #: it, ``server`` the FUSE server that does not answer.
 KINDS: Final = (
     *(Kind(Act.KILL, victim) for victim in ("service", "spawner", "engine")),
@@ -86,7 +86,7 @@ _NAMES: Final = {
 
 @dataclass(frozen=True)
 class Round:
-    """What to do to whom, when, and what the owner does meanwhile: all of it follows from a seed."""
+    """One round: action, victim, moment, and the owner's calls. A seed decides all of them."""
 
     seed: int
     kind: Kind
@@ -116,7 +116,7 @@ class Round:
 
 @dataclass
 class Outcome:
-    """What came of a round; ``faults`` is empty when all was well. Seconds."""
+    """The outcome of a round; ``faults`` is empty when all was well. Times are in seconds."""
 
     round: Round
     faults: list[str] = field(default_factory=list[str])
@@ -126,16 +126,16 @@ class Outcome:
     #: of everything.
     gone: float = 0.0
     calls: int = 0
-    #: What was done how often.
+    #: Counts of the actions.
     done: Counter[str] = field(default_factory=Counter[str])
     #: All that there was of the service.
     processes: list[Process] = field(default_factory=list[Process])
-    #: What was still there when nothing should have been.
+    #: Leftovers when nothing should be left.
     left: list[str] = field(default_factory=list[str])
 
 
 def play(round: Round) -> Outcome:
-    """Play one round."""
+    """Play one round, and return its outcome."""
     # It knows this module.
     import killed_owner
 
@@ -209,7 +209,7 @@ class _Watcher:
             raise ConnectionError
         return said
 
-    # What is done.
+    # Actions.
 
     def _victims(self) -> list[Process]:
         if self._round.kind.victim == "all":
@@ -234,7 +234,8 @@ class _Watcher:
             for victim in self._order(victims):
                 _send(victim, signal_)
                 if signal_ == signal.SIGSTOP and victim.name == _NAMES["engine"]:
-                    # What the owner calls meanwhile waits for it, and is in the service's hands.
+                    # The owner's calls meanwhile wait for the engine, and the service has received
+                    # them.
                     time.sleep(self._dice.uniform(0, 0.02))
             if signal_ == signal.SIGSTOP:
                 time.sleep(DEADLINE + self._dice.uniform(*_LONGER))
@@ -275,7 +276,7 @@ class _Watcher:
         names = {name: role for role, name in _NAMES.items()}
         self.outcome.done[f"{what} {names.get(victim.name, 'at the start')}"] += 1
 
-    # What came of it.
+    # Results.
 
     def _finish(self) -> None:
         """Hear what the owner found, have it close all it has, and look for what is left."""
@@ -395,13 +396,13 @@ class _Cgroup:
 
 
 def _send(victim: Process, number: signal.Signals) -> None:
-    # It is not waited for by anyone, so the number is its own or nobody's.
+    # Nobody waits for the process, so its number cannot be another process's.
     with suppress(ProcessLookupError):
         os.kill(victim.pid, number)
 
 
 def _below(roots: Iterable[int], *, everyone: bool = False) -> list[Process]:
-    """Return the descendants of some processes, the mute FUSE server left out unless ``everyone`` is meant."""
+    """Return the descendants of some processes; the mute FUSE server only if ``everyone``."""
     return [found for found in descendants(roots) if everyone or found.name != mute_server.NAME]
 
 

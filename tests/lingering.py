@@ -1,4 +1,4 @@
-"""A socket that whoever closes it last waits for: it lingers (SO_LINGER), and its peer reads nothing."""
+"""A socket that lingers (SO_LINGER): its last close waits, because its peer reads nothing."""
 
 import array
 import encodings.idna
@@ -12,7 +12,7 @@ from typing import Final
 
 from processes import be_idle
 
-#: For addresses. Who has become another user may not be able to load it.
+#: Socket addresses need this module. A process that became another user may not be able to load it.
 _LOADED = encodings.idna
 #: Seconds that the last close takes, and in which everybody else has to be done.
 LINGER: Final = 25
@@ -42,9 +42,9 @@ def unread() -> Generator[socket.socket]:
 def let_linger(
     sock: socket.socket, data: bytes = b"", before: tuple[bytes, ...] = ()
 ) -> Generator[bool]:
-    """Send a message with a socket that lingers, of which this process keeps no copy; says whether the kernel took it.
+    """Send a message with a socket that lingers; return whether the kernel accepted it.
 
-    It lingers until the end of the block at most.
+    This process keeps no copy of the socket. The socket lingers until the end of the block at most.
     """
     with unread() as lingers:
         for message in before:
@@ -64,7 +64,10 @@ def let_linger(
 
 
 def _drop(lingers: socket.socket) -> None:
-    """Close a socket that lingers, and do not wait where the receiver has let go of it before: who is killed does not linger."""
+    """Close a socket that lingers, without waiting if the receiver has dropped it.
+
+    A killed process does not linger.
+    """
     child = os.fork()
     if child == 0:
         be_idle()

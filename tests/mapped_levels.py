@@ -30,7 +30,11 @@ BASE: Final = 1 << 20
 
 @dataclass
 class Folios:
-    """Pages without memory (``Allocator``): a block that is allocated whole and had no page becomes a folio of ``order``, unless 0."""
+    """Pages without memory (``Allocator``).
+
+    If a whole block is allocated that had no page, it becomes a folio of ``order``, unless
+    ``order`` is 0.
+    """
 
     order: int
     pages: int
@@ -95,7 +99,10 @@ class Host:
 
 @dataclass
 class Vm:
-    """One private slot, no guest: ``tlb`` is what a vCPU has cached that touches pages, a byte each, and drops what it is told to."""
+    """One private slot without a guest.
+
+    ``tlb`` stands for a vCPU's cached translations, a byte a page, and drops pages when told to.
+    """
 
     file: RestrictedFile
     folios: Folios
@@ -178,9 +185,10 @@ def made(
     offered: int | None = None,
     trace: Trace | None = None,
 ) -> Generator[Vm, None, None]:
-    """Make a VM whose slot begins ``first`` pages behind an aligned one, and at page ``first + shift`` of the file.
+    """Make a VM whose slot begins ``first`` pages after an aligned page.
 
-    Pages come as folios of ``order``, or, when something else is ``offered``, as those.
+    The slot shows the file from page ``first + shift`` on. Pages come as folios of ``order``, or as
+    ``offered`` if that differs.
     """
     file = RestrictedFile(make("v10"), MemfdBacking(), Inode.make(0, 0))
     fd, sequence = (

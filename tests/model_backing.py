@@ -29,12 +29,12 @@ class ModelBacking:
         self.order = order
         self.splits = splits
         self.content: dict[int, int] = {}
-        #: What happens to the operations to come, first to last: True for one that fails. Then all
+        #: Outcomes of the next operations, first to last: True for a failure. All later ones
         #: succeed.
         self.failures: list[bool] = []
         #: How many folios may be looked at before looking fails; None for any number.
         self.looks: int | None = None
-        #: What to do in a punch.
+        #: A function to call in a punch.
         self.on_punch: Callable[[], object] = lambda: None
         #: The folios that were freed whole.
         self.freed: list[tuple[int, int]] = []
@@ -158,14 +158,14 @@ class ModelBacking:
 @final
 @dataclass(eq=False)
 class Recorder:
-    """A consumer that takes pages of a backing, gives them up when it is told, and notes what it is told."""
+    """A consumer that takes pages, releases them when told to, and records the callbacks."""
 
     backing: Backing
     heard: list[Heard] = field(default_factory=list[Heard])
     held: set[int] = field(default_factory=set[int])
-    #: What it was asked to count.
+    #: The ranges it was asked to count.
     asked: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
-    #: What to do in invalidate_start.
+    #: A function to call in invalidate_start.
     at_start: Callable[[pgoff_t, pgoff_t], object] = lambda start, end: None
 
     def take(self, page: int) -> None:

@@ -1,4 +1,4 @@
-"""Small changes of the package's expressions, and the test files that belong to a module (scripts/mutate)."""
+"""Small changes of the package's expressions, and the test files of a module (scripts/mutate)."""
 
 import ast
 import random
@@ -43,7 +43,10 @@ _NAMES: Final = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change: from byte ``start`` to ``end`` a file has ``text`` instead. Lines that were ``old`` become ``new``."""
+    """One change: bytes ``start`` to ``end`` of a file become ``text``.
+
+    Lines ``old`` become ``new``.
+    """
 
     file: str
     line: int
@@ -62,7 +65,10 @@ class Mutant:
 
 
 def layer_of(path: Path) -> str:
-    """Return the layer of a module, from its path below the package: its first folder, or the package's name for what has none."""
+    """Return a module's layer, from its path below the package.
+
+    The layer is its first folder, or the package's name for a module without a folder.
+    """
     return path.parts[0] if len(path.parts) > 1 else PACKAGE
 
 
@@ -99,7 +105,10 @@ def _in_a_line(source: bytes) -> str:
 
 
 def _nodes(node: ast.AST) -> Iterator[ast.expr | ast.stmt]:
-    """Walk through what is executed and may be told apart by a test: no annotations, texts, decorators, assertions or logging."""
+    """Walk through the nodes that are executed and that a test can tell apart.
+
+    Annotations, texts, decorators, assertions and logging are left out.
+    """
     if isinstance(node, ast.expr | ast.stmt):
         yield node
     for name, value in ast.iter_fields(node):
@@ -126,7 +135,7 @@ def _is_beside_the_point(node: ast.AST) -> bool:
 
 
 def _changes(node: ast.expr | ast.stmt) -> Iterator[str]:
-    """Yield what a node may become, in parentheses where it is an expression that needs them anywhere."""
+    """Yield the changed forms of a node, in parentheses if an expression may need them."""
     match node:
         case ast.Compare(left, operators, comparators):
             for index, operator in enumerate(operators):
@@ -141,7 +150,8 @@ def _changes(node: ast.expr | ast.stmt) -> Iterator[str]:
         ):
             yield f"({ast.unparse(ast.BinOp(left, _OPERATORS[type(operator)](), right))})"
         case ast.BoolOp(operator, values):
-            yield f"({ast.unparse(ast.BoolOp(ast.Or() if isinstance(operator, ast.And) else ast.And(), values))})"
+            other = ast.Or() if isinstance(operator, ast.And) else ast.And()
+            yield f"({ast.unparse(ast.BoolOp(other, values))})"
         case ast.UnaryOp(ast.Not(), operand):
             yield f"({ast.unparse(operand)})"
         case ast.AugAssign(target, operator, value) if type(
@@ -167,7 +177,10 @@ def _is_text(node: ast.expr) -> bool:
 
 
 def choose(root: Path, layers: list[str], count: int, seed: int) -> list[Mutant]:
-    """Choose lines of the package, a layer in turn, and a change of each; fewer than ``count`` where there are no more lines."""
+    """Choose lines of the package, from each layer in turn, and a change of each.
+
+    There are fewer than ``count`` if there are no more lines.
+    """
     source, chance = root / "src" / PACKAGE, random.Random(seed)
     lines: dict[str, list[list[Mutant]]] = {layer: [] for layer in layers}
     for path in sorted(source.rglob("*.py")):

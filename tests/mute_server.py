@@ -1,6 +1,6 @@
-"""A FUSE server of an owner's own that opens files and then does not answer: neither FLUSH, nor STATFS, GETATTR or WRITE.
+"""An owner's FUSE server that opens files, and then answers no FLUSH, STATFS, GETATTR or WRITE.
 
-A file of the name ``fifo`` is one, and nobody is told its attributes.
+A file named ``fifo`` is a FIFO, and the server answers no GETATTR of it.
 """
 
 import os
@@ -15,7 +15,7 @@ from restrictedmem.abi.fuse import Opcode
 from restrictedmem.fd import OwnedFd, receive_with_fds, send_with_fds
 from restrictedmem.fs.mounter import mount_first
 
-#: What the server is called among processes.
+#: The server's name among processes.
 NAME: Final = "mute-server"
 _KNOWN: Final = 3600
 _FILE: Final = 2
@@ -24,7 +24,9 @@ _FIFO: Final = 3
 
 @final
 class MuteServer:
-    """A child that serves the mount; it holds what this process holds now, and ends with the thread that makes it.
+    """A child that serves the mount.
+
+    It inherits all descriptors, and ends with the thread that makes it.
 
     Nobody can close a file of it as long as it lives: not by ``close``, nor by ``exec``, nor by
     ending.
@@ -84,7 +86,7 @@ class MuteServer:
 
 @contextmanager
 def mute_file() -> Generator[int]:
-    """Yield a file that nobody can close as long as this lasts, a child that exits or runs a program neither."""
+    """Yield a file that nobody can close meanwhile, not even by exit or exec in a child."""
     server = MuteServer()
     try:
         yield server.open()
@@ -112,7 +114,7 @@ def _serve(sock: socket.socket) -> None:
 
 
 def _reply(device: OwnedFd, unique: int, answer: bytes) -> None:
-    # Whoever asked may have been killed.
+    # The caller may have been killed.
     with suppress(FileNotFoundError):
         os.write(
             device.fileno(),
@@ -133,7 +135,7 @@ def _answer(operation: int, node: int, name: bytes, *, opened: bool) -> bytes | 
             }
             return bytes(fuse.fuse_init_out(**init, max_write=4096, time_gran=1))
         case Opcode.LOOKUP:
-            # Who asks for attributes asks the server.
+            # A GETATTR reaches the server, which does not answer.
             ino = _FIFO if name == b"fifo\0" else _FILE
             return fuse.ENTRY_OUT.pack(ino, 0, _KNOWN, 0, 0, 0) + _attr(ino)
         case Opcode.GETATTR if node != _FIFO and not opened:

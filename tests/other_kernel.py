@@ -1,7 +1,9 @@
-"""Other kernels, as far as a filter can make them of this one: ``other_kernel.py KIND PROGRAM [ARG…]`` runs a program, and all it starts.
+"""Other kernels, as far as a filter can imitate them.
 
-- ``old`` is Linux 5.16: what came later is refused as that kernel refuses it. What /dev/fuse and
-  /dev/kvm say of themselves stays.
+``other_kernel.py KIND PROGRAM [ARG…]`` runs a program, and all that it starts, under such a kernel.
+
+- ``old`` is Linux 5.16: newer calls fail as that kernel makes them fail. The answers of /dev/fuse
+  and /dev/kvm themselves stay.
 - ``broken-kvm`` has all of KVM, but no guest runs: KVM_RUN is EFAULT.
 - ``stuck-kvm`` has all of KVM, but KVM_RUN never returns.
 """
@@ -25,7 +27,7 @@ from restrictedmem.abi.seccomp import (
 )
 
 _RUN = [sys.executable, str(Path(__file__).resolve())]
-#: What to put before a command.
+#: Prefixes of a command.
 OLD, BROKEN_KVM, STUCK_KVM = ([*_RUN, kind] for kind in ("old", "broken-kvm", "stuck-kvm"))
 
 _LAST_CALL = 449  # futex_waitv, of Linux 5.16

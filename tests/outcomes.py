@@ -1,4 +1,4 @@
-"""What an operation came to, here or in a child: its value, its errno, or the signal that ended it."""
+"""The outcome of an operation, here or in a child: a value, an errno, or a fatal signal."""
 
 import ctypes
 import faulthandler
@@ -38,13 +38,13 @@ def checked(result: int) -> int:
 
 
 def in_child(body: Callable[[], object]) -> str:
-    """Run something in a child and return ``repr`` of its outcome, or the name of the signal that ended it."""
+    """Run a function in a child; return ``repr`` of its outcome, or a fatal signal's name."""
     ours, theirs = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            # A signal that is the outcome is no crash of the test run's, whose output would show it
-            # as one.
+            # A fatal signal can be the expected outcome. The output of the test run must not show
+            # it as a crash.
             faulthandler.disable()
             os.close(ours)
             os.write(theirs, repr(outcome(body)).encode())

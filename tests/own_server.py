@@ -127,7 +127,7 @@ def _serve(sock: socket.socket, api: Api, mount: Mount, uid: int | None) -> None
 
 
 def mount_for_one_user(uid: int) -> Mount:
-    """Mount as the set-uid fusermount3 does: with root's rights, in the initial user namespace, for one user alone."""
+    """Mount as set-uid fusermount3 does: as root, in the initial user namespace, for one user."""
 
     def mount() -> tuple[OwnedFd, OwnedFd]:
         os.setresgid(uid, uid, uid)

@@ -23,7 +23,10 @@ def service() -> Iterator[Service]:
 
 
 def in_fork(body: Callable[[], object]) -> Callable[[], object]:
-    """Run something in a child, which ends without the parent's clean-up; the function returned waits for its answer, as JSON."""
+    """Run a function in a child, which ends without the parent's clean-up.
+
+    Returns a function that waits for the child's answer, as JSON.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     child = os.fork()
     if child == 0:

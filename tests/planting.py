@@ -1,4 +1,4 @@
-"""Errors that are planted where code calls something else, and objects with no more than their user asks for."""
+"""Errors planted where code calls other code, and objects with only the parts that code needs."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ _T = TypeVar("_T")
 
 
 class PlantedError(Exception):
-    """What is made to fail."""
+    """The error of a planted failure."""
 
 
 class Stub(SimpleNamespace):

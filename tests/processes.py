@@ -1,4 +1,4 @@
-"""Looking at processes from outside: a service's relatives, what they hold, and whether they are gone."""
+"""Tests' view of processes from outside: a service's relatives, their files, and their ends."""
 
 import array
 import fcntl
@@ -22,7 +22,10 @@ from waiting import PATIENCE, wait_until
 
 @dataclass(frozen=True)
 class Process:
-    """What /proc/PID/stat says: the start time tells a process from a later one of the same number."""
+    """The fields of /proc/PID/stat.
+
+    The start time tells a process from a later one of the same number.
+    """
 
     pid: int
     name: str
@@ -40,7 +43,8 @@ def process(pid: int) -> Process | None:
     found = re.fullmatch(r"\d+ \((.*)\) (.*)\n", text, re.DOTALL)
     assert found is not None
     fields = found[2].split()
-    # A first thread that has ended is a zombie while others still hold what the process had.
+    # A first thread that has ended is a zombie while other threads still hold the process's
+    # objects.
     return (
         None
         if fields[0] in "ZX" and int(fields[17]) <= 1
@@ -55,7 +59,10 @@ def exists(known: Process) -> bool:
 
 
 def stop(pid: int) -> None:
-    """Stop a process, and wait until all its threads are: before that one of them may answer yet."""
+    """Stop a process, and wait until all its threads have stopped.
+
+    Before that, a thread may still answer.
+    """
     os.kill(pid, signal.SIGSTOP)
     wait_until(lambda: _all_are(pid, "Tt"), f"process {pid} to stop")
 
@@ -71,7 +78,10 @@ def stopped(pid: int) -> Generator[None]:
 
 
 def go_on(pid: int) -> None:
-    """Continue a process all of whose threads were waiting, and wait until they do so again: before that one may not have run yet."""
+    """Continue a process whose threads were all waiting, and wait until they wait again.
+
+    Before that, a thread may not have run yet.
+    """
     os.kill(pid, signal.SIGCONT)
     wait_until(lambda: _all_are(pid, "S"), f"process {pid} to wait again")
 
@@ -86,19 +96,25 @@ def _is(task: Path, states: str) -> bool:
             0
         ] in states
     except (FileNotFoundError, ProcessLookupError):
-        # It has ended meanwhile.
+        # The process has ended meanwhile.
         return True
 
 
 def children(pid: int) -> list[Process]:
-    """Return the children of a process, the oldest first (/proc/PID/task/TID/children is not in every kernel)."""
+    """Return the children of a process, the oldest first.
+
+    Not every kernel has /proc/PID/task/TID/children.
+    """
     return sorted(
         (found for found in _every() if found.parent == pid), key=lambda found: found.started
     )
 
 
 def descendants(roots: Iterable[int]) -> list[Process]:
-    """Return all that descends from some processes; those above whom somebody ended may have other parents by now."""
+    """Return all descendants of some processes.
+
+    Killed ancestors may have left them to other parents.
+    """
     every, pids, below = _every(), set(roots), list[Process]()
     while more := [found for found in every if found.parent in pids and found.pid not in pids]:
         pids |= {found.pid for found in more}
@@ -172,6 +188,6 @@ def room_for(count: int) -> Generator[None]:
 
 @contextmanager
 def high(fd: int) -> Generator[OwnedFd]:
-    """Duplicate a descriptor to a number that a process with many descriptors hands out."""
+    """Duplicate a descriptor, and get a number as high as a process with many descriptors has."""
     with room_for(2048), OwnedFd(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 1024)) as found:
         yield found

@@ -1,7 +1,7 @@
-"""What a machine can see of plain words: long sentences, headless clauses, fragments (CONTRIBUTING.md, Language).
+"""The part of CONTRIBUTING.md's Language rules that a program can check.
 
-``python tests/prose.py FILE…`` prints what it finds in pages (.md) and in the docstrings of
-modules (.py).
+It finds long sentences, headless clauses and fragments. ``python tests/prose.py FILE…`` prints them
+for pages (.md) and for the docstrings of modules (.py).
 """
 
 import ast
@@ -137,7 +137,7 @@ def _stems(word: str) -> Iterator[str]:
 
 
 def has_verb(sentence: str) -> bool:
-    """Say whether a sentence has a verb, as far as one can tell by words that docstrings begin with."""
+    """Say whether a sentence has a verb, judged by the words that docstrings begin with."""
     words = re.findall(r"[A-Za-z']+", sentence.lower())
     return any(word in _AUXILIARIES or word in _FINITE for word in words) or any(
         stem in imperatives() for word in words for stem in (word, *_stems(word))
@@ -243,7 +243,7 @@ def of_page(path: Path) -> Iterator[Prose]:
 
 
 def of_module(path: Path) -> Iterator[Prose]:
-    """Yield the docstrings of a module, paragraph by paragraph; and comments that explain an attribute (``#:``)."""
+    """Yield the docstrings of a module, paragraph by paragraph."""
     source = path.read_text(encoding="utf-8")
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

@@ -31,7 +31,7 @@ GOOD: dict[str, Any] = {
 }
 
 HEAD = struct.Struct("=II")
-#: Far above what it takes, far below what one after the other would.
+#: Seconds: far above the time it takes, far below the time for one service after the other.
 SOON = discover.PATIENCE + 28
 
 
@@ -71,7 +71,10 @@ def rogue(
     first: Callable[[], object] = os.getpid,
     more: int = 0,
 ) -> Generator[int, None, None]:
-    """Run a process of another user that listens on a name like a service's, and on ``more`` that nobody serves; yields its pid."""
+    """Run another user's process that listens on a name like a service's; yield its pid.
+
+    The process also listens on ``more`` further names, which nobody serves.
+    """
     ready, said_ready = os.pipe()
     child = os.fork()
     if child == 0:

@@ -1,4 +1,7 @@
-"""A VM on the software engine, all in the test's process; guests are machine code, shown with its disassembly."""
+"""A VM on the software engine, in the test's own process.
+
+Guests are machine code, shown with their disassembly.
+"""
 
 import contextlib
 import mmap
@@ -35,11 +38,11 @@ from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t, pgoff_t
 PRIVATE: Final = guest_abi.PRIVATE_BASE
 SHARED: Final = guest_abi.SHARED_BASE
 PAGES: Final = 64
-#: Where guests start, the page that rdi points to, and the end of their stack.
+#: The address where guests start, the page that rdi points to, and the end of their stack.
 CODE: Final = PRIVATE + 0x1000
 DATA: Final = PRIVATE + 0x8000
 STACK: Final = PRIVATE + 0x7000
-#: No slot covers it.
+#: An address that no slot covers.
 DEVICE: Final = 0xD000_0000
 HALTED: Final = Shutdown(13)
 DEADLINE: Final = 20.0
@@ -51,7 +54,10 @@ def machine_code(*instructions: str) -> bytes:
 
 @dataclass
 class Machine:
-    """A VM in this process: private memory in a restricted file, a shared window, and the notifier between file and vCPUs."""
+    """A VM in this process: private memory in a restricted file, a shared window, and a notifier.
+
+    The notifier connects the file and the vCPUs.
+    """
 
     file: RestrictedFile
     mmu: Mmu
@@ -62,7 +68,7 @@ class Machine:
 
     @property
     def vcpu(self) -> EngineVcpu:
-        """The first vCPU."""
+        """Return the first vCPU."""
         return self.vcpus.all[0]
 
     @property
@@ -97,7 +103,7 @@ class Machine:
 
     def start(self, code: bytes, at: int = CODE, vcpu: int = 0) -> None:
         self.put(at, code)
-        # What was translated there before: the host's stores go unnoticed.
+        # Drop earlier translations of this page: the emulator does not notice the host's stores.
         self.engines[vcpu].drop(gfn_t(at >> PAGE_SHIFT), gfn_t((at >> PAGE_SHIFT) + 1))
         self.engines[vcpu].set_regs(kvm_regs(rip=at, rsp=STACK - vcpu * 256, rdi=DATA, rsi=vcpu))
 
@@ -177,7 +183,10 @@ def make_machine(
 
 @contextlib.contextmanager
 def running(machine: Machine) -> Generator[list[Exit], None, None]:
-    """Run each vCPU in a thread, to its first exit; that must come before the block's end plus the deadline."""
+    """Run each vCPU in a thread, to its first exit.
+
+    The exit has to come before the block's end plus the deadline.
+    """
     found: list[Exit] = []
 
     def run(vcpu: EngineVcpu) -> None:

@@ -14,7 +14,10 @@ from users import as_user
 def listening(
     name: str, uid: int, said: bytes = b"", fds: tuple[int, ...] = ()
 ) -> Generator[list[bytes]]:
-    """Have another process listen on a name, and say something to the first who comes; what it hears is there in the end."""
+    """Let another process listen on a name, and send a message to the first client.
+
+    At the end, the bytes that it received are available.
+    """
     heard: list[bytes] = []
     reader, writer = os.pipe()
 
@@ -26,7 +29,7 @@ def listening(
             with listener.accept()[0] as sock:
                 sock.settimeout(10)
                 if said:
-                    # Who does not want it hangs up.
+                    # A client that does not want the message hangs up.
                     with suppress(BrokenPipeError):
                         send_with_fds(sock, said, fds)
                 # With what was said still unread, the end is a reset.

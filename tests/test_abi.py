@@ -1,8 +1,8 @@
-"""Every struct and number of ``abi`` against the C headers installed here.
+"""Every struct and number of ``abi``, compared with the C headers installed here.
 
-One generated C program prints sizes, offsets and values. A line the compiler refuses names
-something that the headers do not have; that must stand in ``RECORDED``, with the kernel version
-whose headers have it.
+One generated C program prints sizes, offsets and values. If the compiler refuses a line, the
+headers lack that name. ``RECORDED`` then must have it, with the kernel version whose headers have
+it.
 """
 
 import ctypes
@@ -25,10 +25,13 @@ from restrictedmem import abi
 from restrictedmem.abi import seccomp
 from restrictedmem.abi._ioctl import Ioctl, IoctlInt
 
-_LINUX = "audit capability falloc fcntl filter fs errno fuse io_uring kvm kvm_para memfd mman mount prctl sched seccomp userfaultfd"
+_LINUX = (
+    "audit capability falloc fcntl filter fs errno fuse io_uring kvm kvm_para memfd mman "
+    "mount prctl sched seccomp userfaultfd"
+)
 HEADERS = [*(f"linux/{name}.h" for name in _LINUX.split()), "asm/unistd.h"]
 
-#: What each enumeration's members are called in C.
+#: The prefix of each enumeration's members in C.
 PREFIXES = {
     "Opcode": "FUSE_",
     "InitFlag": "FUSE_",
@@ -228,14 +231,14 @@ RECORDED = {
     "MADV_GUARD_REMOVE": (103, "6.13"),
     "GUEST_MEMFD_FLAG_MMAP": (1, "6.18"),
     "GUEST_MEMFD_FLAG_INIT_SHARED": (2, "6.18"),
-    # Of the v9 and v10 postings, in no kernel.
+    # Names of the v9 and v10 postings, in no kernel.
     "KVM_MEM_PRIVATE": (4, "v10"),
     "KVM_CAP_PRIVATE_MEM": (224, "v9"),
     "KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES_REQUEST": (0x8008_AED2, "v10"),
     "kvm_userspace_memory_region_ext": (160, "v10"),
     "kvm_userspace_memory_region_ext.restricted_offset": (32, "v10"),
     "kvm_userspace_memory_region_ext.restricted_fd": (40, "v10"),
-    # Of a series on top of v10, 18 February 2023.
+    # Names of a series on top of v10, 18 February 2023.
     "RMFD_HUGEPAGE": (2, "RFC"),
 }
 _FILLER = re.compile(r"(unused|reserved|spare|padding|pad|dummy|resv)\d*")
@@ -345,7 +348,8 @@ def test_structs_and_numbers_are_the_headers(tmp_path: Path) -> None:
     absent = sorted(set(ours) - set(theirs) - set(RECORDED))
     assert absent == [], "in no header here: record value and kernel version"
     print(
-        f"{len(theirs)} of {len(ours)} compared with the headers, {len(ours) - len(theirs)} with recorded values"
+        f"{len(theirs)} of {len(ours)} compared with the headers, "
+        f"{len(ours) - len(theirs)} with recorded values"
     )
 
 

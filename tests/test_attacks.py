@@ -1,6 +1,7 @@
-"""Every attack of the tables, by an ordinary user and by root without capabilities; what is right is in the table.
+"""Every attack of the tables, by an ordinary user and by root without capabilities.
 
-After each, another party's service, VM and descriptor work, and nothing of the attacker's is left.
+The tables say what each attack must come to. After each, another party's service, VM and descriptor
+work, and nothing of the attacker's is left.
 """
 
 from collections.abc import Iterator

@@ -99,7 +99,7 @@ def test_nothing_is_started_for_who_is_gone_before_the_kernel_would_tell(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def body() -> object:
-        # As if another had forked, and this one taken the child in.
+        # Pretend that another process forked the child, and this one adopted it.
         monkeypatch.setattr(os, "getpid", lambda: 1 << 30)
         return os.waitstatus_to_exitcode(attend(lambda: os._exit(0)))
 

@@ -1,4 +1,7 @@
-"""The tools of ``run --prove``, each shown to find what is there: a proof that could not fail would prove nothing."""
+"""The tools of ``run --prove``: each finds what is there.
+
+A proof that could not fail would prove nothing.
+"""
 
 import mmap
 import os
@@ -138,7 +141,7 @@ def test_a_file_is_read_at_its_data_and_not_at_its_holes(pattern: Pattern) -> No
 def test_an_ordinary_file_gives_its_content_by_every_route(route: Route, pattern: Pattern) -> None:
     with holding(1 << 16) as fd:
         came = attempt(route, owner_of(pattern, fd=fd.fileno()))
-    # Those without an offset of their own begin where writing ended.
+    # Calls without an offset of their own begin where writing ended.
     at_the_end = {"read", "readv", "splice", "sendfile", "copy_file_range"}
     assert came.outcome is (
         Outcome.NOTHING if route.name in at_the_end and came.searched == 0 else Outcome.FOUND
@@ -243,7 +246,7 @@ def test_a_process_in_a_user_namespace_is_convicted_by_its_handles(
 
 @contextmanager
 def yes(pattern: Pattern) -> Generator[Attacker]:
-    """Yield an owner whose service and engine say yes to everything, and give the memory to whoever binds it."""
+    """Yield an owner whose service and engine allow everything, and give memory to any binder."""
 
     def answer(sock: socket.socket) -> None:
         with sock:
@@ -321,7 +324,7 @@ def test_memory_that_is_not_restricted_can_be_shared(pattern: Pattern) -> None:
 
 
 def test_code_of_the_owners_would_copy_it_out(pattern: Pattern) -> None:
-    """What is tried against a guest works where the owner is let: as a guest of its own."""
+    """The attempts against a guest work when the owner allows them: with a guest of its own."""
     pytest.importorskip("unicorn")
     size, code_at = MIB, guest_abi.PRIVATE_BASE + 0x10000
     guest = cast(HeldGuest, SimpleNamespace(start=START))

@@ -1,4 +1,7 @@
-"""What attempts at the machine leave behind, and that the one in a namespace waits for its engine."""
+"""The leftovers of attempts at the machine.
+
+The attempt in a namespace has to wait for its engine.
+"""
 
 import os
 import signal

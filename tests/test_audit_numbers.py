@@ -1,4 +1,7 @@
-"""The numbers by which an attempt speaks to the kernel: with a wrong one it would be refused, and prove nothing."""
+"""The numbers with which an attempt calls the kernel.
+
+With a wrong number the kernel would refuse the attempt, and it would prove nothing.
+"""
 
 from typing import Final
 

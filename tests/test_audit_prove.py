@@ -1,4 +1,7 @@
-"""``run --prove``, whole: what an owner gets of a running guest's memory, and that the verdict can be guilty."""
+"""``run --prove`` as a whole: what an owner gets of a running guest's memory.
+
+The verdict can also be guilty.
+"""
 
 import json
 import os
@@ -32,8 +35,14 @@ Came = dict[tuple[str, str], tuple[str, str]]
 
 
 def proof(engine: str, *, as_root: bool = False) -> Came:
-    """Prove in a process of its own, all of whose memory is searched: this one has much, and what other tests have left there."""
-    code = f"import sys; sys.path.insert(0, sys.argv[1]); import test_audit_prove; test_audit_prove.tell({engine!r}, as_root={as_root})"
+    """Prove in a process of its own, whose whole memory is searched.
+
+    This process has much memory, and other tests have left data there.
+    """
+    code = (
+        f"import sys; sys.path.insert(0, sys.argv[1]); import test_audit_prove; "
+        f"test_audit_prove.tell({engine!r}, as_root={as_root})"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, str(Path(__file__).parent)],
         capture_output=True,
@@ -77,7 +86,7 @@ def bad(came: Came) -> Came:
 @pytest.mark.requires("root")
 def test_root_without_capabilities_gets_nothing(engine: str) -> None:
     came = proof(engine)
-    # What root owns it may use without a capability, too: tracing the kernel, where that is
+    # Root may use its own files without a capability: it can trace the kernel, where tracefs is
     # mounted.
     assert bad(came).keys() == (
         {("machine", "tracefs")} if os.path.isdir("/sys/kernel/tracing/events") else set()
@@ -115,7 +124,7 @@ def test_root_has_the_engine(engine: str) -> None:
         ("machine", "a service in a user namespace of the owner's"),
     ):
         assert came[route][0] == by_reading.value, route
-    # What is the VM's to refuse, it refuses to root as well.
+    # The VM's refusals hold for root as well.
     assert bad(came) == {}
 
 
@@ -146,7 +155,7 @@ def guilty(seed: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         return seed
 
     monkeypatch.setattr(secrets, "randbits", known)
-    # What is the owner's own is looked at last.
+    # The owner's own objects are looked at last.
     monkeypatch.setattr(prove, "_routes", lambda: iter(()))
     with Service.start() as service:
         said = prove.prove_main(service, memory=SIZE, engine="software", as_root=False, quiet=True)

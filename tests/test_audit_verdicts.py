@@ -130,7 +130,7 @@ def test_what_every_try_is_refused_is_refused() -> None:
             ]
         )
 
-    # What is missing says nothing, unless there is nothing else.
+    # A missing route says nothing, unless there is no other.
     assert tried(EPERM, EBADF) == tried(EBADF, EPERM) == Errno(EPERM)
     assert tried(EBADF, EBADF) == Errno(EBADF)
     assert tried(EPERM, 0) == [b"found"]

@@ -45,7 +45,7 @@ ENGINES = ["software", pytest.param("kernel", marks=pytest.mark.requires("kvm"))
 
 @pytest.fixture(scope="module")
 def sanitizers(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Return the options for memory and undefined behaviour to be watched, where the compiler has the libraries."""
+    """Return the options of the memory and undefined-behaviour sanitizers, if installed."""
     directory = tmp_path_factory.mktemp("sanitizers")
     (directory / "empty.c").write_text("int main(void) { return 0; }\n")
     options = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -67,7 +67,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory, sanitizers: list[str]) ->
 
 
 def answers(program: Path, *arguments: str) -> dict[str, tuple[int, str]]:
-    """Run a program that prints attempts and return, of each, the errno (0 for success) and the words."""
+    """Run a program that prints attempts; return the errno of each (0 for success) and its text."""
     done = run(program, *arguments)
     assert (done.returncode, done.stderr) == (0, b"")
     rows = [line.split("|") for line in done.stdout.decode().splitlines()]
@@ -75,7 +75,7 @@ def answers(program: Path, *arguments: str) -> dict[str, tuple[int, str]]:
     return {what: (-int(result), words) for what, result, words in rows}
 
 
-# What it makes of refusals and of nonsense.
+# Its handling of refusals and of nonsense.
 
 
 def test_peers_that_answer_nonsense(programs: Path) -> None:
@@ -106,7 +106,7 @@ def test_peers_that_answer_nonsense(programs: Path) -> None:
     }
 
 
-#: What a service and a VM refuse: the errno, and the call that the words name.
+#: Refusals of a service and a VM: the errno, and the call that the text names.
 REFUSED = {
     "no socket": (ENOENT, "connect"),
     "a long name": (ENAMETOOLONG, "connect"),

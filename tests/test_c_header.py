@@ -134,20 +134,25 @@ def test_its_structs_are_this_packages(tmp_path: Path) -> None:
         ),
         (
             exits.MmioRead(0x1000, 8),
-            "e.exit_reason == RMEM_EXIT_MMIO && !e.flags && e.mmio.gpa == 0x1000 && e.mmio.size == 8",
+            "e.exit_reason == RMEM_EXIT_MMIO && !e.flags"
+            " && e.mmio.gpa == 0x1000 && e.mmio.size == 8",
         ),
         (
             exits.MmioWrite(0x1000, 1, 9),
-            "e.exit_reason == RMEM_EXIT_MMIO && e.flags == 1 && e.mmio.size == 1 && e.mmio.data == 9",
+            "e.exit_reason == RMEM_EXIT_MMIO && e.flags == 1"
+            " && e.mmio.size == 1 && e.mmio.data == 9",
         ),
         (
             exits.Hypercall(12, (1, 2, 3, 4)),
-            "e.exit_reason == RMEM_EXIT_HYPERCALL && e.hypercall.nr == 12 && e.hypercall.args[0] == 1 && e.hypercall.args[3] == 4",
+            "e.exit_reason == RMEM_EXIT_HYPERCALL && e.hypercall.nr == 12"
+            " && e.hypercall.args[0] == 1 && e.hypercall.args[3] == 4",
         ),
         (
             exits.MemoryFault(kvm.KVM_MEMORY_EXIT_FLAG_PRIVATE, 0x2000, 0x1000, 28),
-            "e.exit_reason == RMEM_EXIT_MEMORY_FAULT && e.memory_fault.flags == RMEM_MEMORY_EXIT_FLAG_PRIVATE"
-            " && e.memory_fault.gpa == 0x2000 && e.memory_fault.size == 0x1000 && e.memory_fault.error == 28",
+            "e.exit_reason == RMEM_EXIT_MEMORY_FAULT"
+            " && e.memory_fault.flags == RMEM_MEMORY_EXIT_FLAG_PRIVATE"
+            " && e.memory_fault.gpa == 0x2000 && e.memory_fault.size == 0x1000"
+            " && e.memory_fault.error == 28",
         ),
         (exits.Shutdown(14), "e.exit_reason == RMEM_EXIT_SHUTDOWN && e.vector == 14"),
         (exits.Interrupted(), "e.exit_reason == RMEM_EXIT_INTR"),
@@ -162,7 +167,7 @@ def test_an_exit_reads_as_it_was_written(
     built = compile_c(tmp_path / "exit.c", tmp_path / "exit")
     assert built.returncode == 0, built.stderr
     assert run(tmp_path / "exit", data=exits.pack(exit_)).returncode == 0
-    # And it can fail.
+    # The comparison can fail, too.
     assert run(tmp_path / "exit", data=bytes(exits.LAYOUT.size - 1) + b"\1").returncode == 1
 
 
@@ -217,7 +222,8 @@ def test_the_documented_calls_compile(tmp_path: Path) -> None:
     ).split("\n", 1)
     names = ("service", "vm", "vcpu", "exit", "regs")
     variables = "".join(f"struct rmem_{name} {name};" for name in names)
-    variables += "struct rmem_userspace_memory_region_ext region; struct rmem_memory_attributes range; uint64_t gpa; off_t size;"
+    variables += "struct rmem_userspace_memory_region_ext region;"
+    variables += "struct rmem_memory_attributes range; uint64_t gpa; off_t size;"
     variables += (
         "unsigned char token[RMEM_TOKEN_SIZE], measurement[RMEM_MEASUREMENT_SIZE], content[4096];"
     )

@@ -1,4 +1,7 @@
-"""Which cgroup memory is charged to, and one for each client's uid of ``serve`` (``service.cgroup``, ``service.client_cgroups``)."""
+"""The cgroup that memory is charged to, and a cgroup for each client's uid of ``serve``.
+
+The modules are ``service.cgroup`` and ``service.client_cgroups``.
+"""
 
 import os
 import re
@@ -147,7 +150,11 @@ def _remove(group: Path) -> None:
 
 
 def is_empty(group: Path) -> bool:
-    """Say whether the kernel would remove a cgroup, or has: of version 2 it says so, while processes on their way out are not listed."""
+    """Say whether the kernel would remove a cgroup, or has removed it.
+
+    In version 2 the kernel says so in cgroup.events. Exiting processes count there, although
+    cgroup.procs does not list them.
+    """
     try:
         events = group / "cgroup.events"
         return not members(group) and not (
@@ -245,7 +252,8 @@ def test_memory_that_runs_out_is_one_clients(
         assert isinstance(vmm.vcpus[0].run(), exits.Hypercall)
         assert service.status()["last_error"] == ""
         wait_until(lambda: is_empty(ground / THERE), "the end of the other client's processes")
-        # What the kernel still holds for it is its own, also when it comes again.
+        # Memory that the kernel still holds for a client is charged to it, also when it comes
+        # again.
         with served(server):
             assert of_clients(ground) == {HERE, THERE}
     wait_until(lambda: is_empty(ground / HERE), "the end of all processes")
@@ -296,7 +304,10 @@ def test_there_is_one_serve_in_a_cgroup(place: str, ground: Path) -> None:
 
 @final
 class Tree:
-    """A directory in the place of a cgroup: one that is made in it has the files that the kernel would make."""
+    """A directory that stands for a cgroup.
+
+    A directory made in it gets the files the kernel would make.
+    """
 
     def __init__(self, place: Path, version: int, *swap: str) -> None:
         self.place = place

@@ -1,4 +1,7 @@
-"""The production code holds in the checker's scenarios, every slip of the postings is found, and so is what tests break themselves."""
+"""The checker's scenarios hold for the production code.
+
+The checker finds every slip of the postings, and the mistakes that tests make.
+"""
 
 import threading
 import time
@@ -24,7 +27,7 @@ QUICK = [
     scenario for scenario in SCENARIOS.values() if scenario.quick and "v10" in scenario.designs
 ]
 SOUND = [scenario for scenario in SCENARIOS.values() if "v10" in scenario.designs]
-#: What designs are convicted of, one scenario each; all others are for ``restrictedmem check``.
+#: Known convictions of designs, one scenario each; ``restrictedmem check`` has all others.
 FINDINGS = [("punch-fault", "batched"), ("punch-fault", "folio-poc"), ("error-fault", "v9")]
 
 
@@ -150,7 +153,7 @@ def test_a_scenario_is_what_it_says(scenario: Scenario) -> None:
 def test_one_actor_after_the_other_breaks_no_rule(scenario: Scenario) -> None:
     program = scenario.program("v10")()
     for name, act in program.actors():
-        # Whoever stops a run that has ended waits for the next one to end: that one goes first.
+        # An actor that stops an ended run waits for the next run to end: that run goes first.
         if not name.startswith("VM") or "interrupt" not in scenario.name:
             act()
     program.check()

@@ -1,4 +1,4 @@
-"""What ``scripts/test`` says, and with which status it ends, when its checks say this or that."""
+"""The output and exit status of ``scripts/test``, by the results of its checks."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""What runs in a forked child ends with it, whatever comes of it."""
+"""The code that runs in a forked child ends with the child, whatever happens."""
 
 import os
 import signal
@@ -60,7 +60,7 @@ def test_one_that_cannot_even_tell_its_error_ends_all_the_same() -> None:
 
 
 def test_what_the_body_has_is_not_closed_before_the_end() -> None:
-    """The end of a process does not wait for what lingers in a socket's queue, as close(2) would."""
+    """The end of a process does not wait for a lingering socket in a queue, as close(2) would."""
 
     class Held:
         def __del__(self) -> None:
@@ -96,7 +96,7 @@ def test_it_has_the_name_and_the_descriptors_that_it_is_given() -> None:
 def test_a_bound_one_does_nothing_for_a_parent_that_is_gone(
     bound: bool, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As if another had forked it, and this process taken it in.
+    # Pretend that another process forked the child, and this one adopted it.
     monkeypatch.setattr(os, "getpid", lambda: 1 << 30)
     assert exit_code(fork(lambda: None, bound=bound)) == status
 

@@ -1,4 +1,4 @@
-"""One consumer as the service keeps it: its sockets, and the account of invalidations that STATUS shows."""
+"""One consumer as the service keeps it: its sockets, and STATUS's account of invalidations."""
 
 import socket
 from collections.abc import Callable, Generator, Iterable

@@ -140,7 +140,10 @@ def test_the_next_consumer_waits_so_long_for_the_last_ones_end(
 def test_a_binding_that_its_consumer_is_not_told_of_goes(
     failure: Exception, errno: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The consumer hears of it first: a punch may be waiting for its answer, which it gives once it knows."""
+    """The consumer gets the error before the binding is removed.
+
+    A punch may be waiting for its answer, which it gives once it knows.
+    """
     tokens = Tokens()
     consumers = Consumers(tokens, Options(), Signer(), Troubles())
     consumer = consumers.add("third")

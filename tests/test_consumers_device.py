@@ -130,8 +130,8 @@ def test_ps_shows_it(service: Service, fd: int) -> None:
             timeout=20,
         ).stdout
         assert (
-            f"dma {found['number']}: pid {known.pid}, descriptors {found['files'][0]}, 1 invalidations"
-            in shown
+            f"dma {found['number']}: pid {known.pid}, descriptors {found['files'][0]}, "
+            f"1 invalidations" in shown
         )
     wait_gone([known])
 
@@ -208,7 +208,7 @@ BoundFile.get_page, BoundFile.retry = get_page, lambda *_: False
 
 
 """
-#: What a device without one of the rules looks like: what is replaced in its program, and by what.
+#: Devices without one of the rules: the replaced text of its program, and the replacement.
 _SLIPS = {
     "none": ("", ""),
     "deaf": (
@@ -222,7 +222,11 @@ _SLIPS = {
 @pytest.mark.requires("fuse")
 @pytest.mark.parametrize("slip", _SLIPS)
 def test_a_storm_of_punches(slip: str, tmp_path: Path) -> None:
-    """Punch pages that a device uses: it maps none that it has not, and what it reads was never punched. Without a rule this shows."""
+    """A device's pages are punched while it uses them.
+
+    It maps no page that it does not hold, and reads no page that was punched. Without one of the
+    rules, this test fails.
+    """
     source = DMA.read_text(encoding="utf-8")
     old, new = _SLIPS[slip]
     assert old in source

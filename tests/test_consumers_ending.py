@@ -38,7 +38,7 @@ __all__ = ["fd", "service"]
 
 
 def _bound_to_a_child() -> tuple[Consumers, service_consumer.ConsumerProcess, RestrictedFile, int]:
-    """Make a consumer that has bound a file twice, and whose process is a child that does nothing."""
+    """Make a consumer that has bound a file twice. Its process is a child that does nothing."""
     consumers = Consumers(Tokens(), Options(), Signer(), Troubles())
     consumer = consumers.add("third")
     for sock in consumer.give_sockets():
@@ -60,7 +60,7 @@ def test_what_a_consumer_forked_goes_with_it(end: str, service: Service, fd: int
             puppet.bind(fd, 0, 8)
             left, pid = process(puppet("leave")), puppet("pid")
             assert left is not None
-            # As long as the consumer is there, it is the consumer's own affair.
+            # While the consumer lives, the child concerns only the consumer.
             wait_until(
                 lambda: (found := process(left.pid)) is not None and found.parent == pid,
                 "the consumer to be its parent",
@@ -83,7 +83,10 @@ def test_what_a_consumer_forked_goes_with_the_service() -> None:
 
 
 def test_a_consumers_end_is_its_process_end() -> None:
-    """What it forked may keep its sockets, and answers nobody: neither its file nor a punch under way waits for that."""
+    """A process that a consumer forked may keep its sockets, and answers nobody.
+
+    Neither the consumer's file nor a punch waits for it.
+    """
     consumers = Consumers(Tokens(), Options(deadline=3600), Signer(), Troubles())
     consumer = consumers.add("third")
     requests, notify = consumer.give_sockets()

@@ -164,7 +164,7 @@ _ANSWERS: dict[str, tuple[Call, bytes, bool, str]] = {
 
 @pytest.mark.parametrize("name", _ANSWERS)
 def test_a_malformed_answer_ends_who_gave_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # As on a kernel that cannot refuse descriptors to the sender.
+    # Act as a kernel that cannot refuse descriptors to the sender.
     def let_through(_: socket.socket) -> None:
         """Refuse nothing."""
 
@@ -192,7 +192,7 @@ def test_a_malformed_answer_ends_who_gave_it(name: str, monkeypatch: pytest.Monk
     expected = None if call is _START else 0 if wrong else int.from_bytes(answer[8:], "little")
     assert asking[call]() == expected
     thread.join()
-    # What came with it was never this process's.
+    # This process never had the descriptors that came with it.
     assert len(os.listdir("/proc/self/fd")) == before
     assert failures == ([f"third 7 answered {call.name} with {wrong}"] if wrong else [])
     if wrong:

@@ -100,7 +100,10 @@ def test_the_service_of_an_ordinary_user_tells_folios() -> None:
 
 
 def test_a_page_taken_before_the_end_was_heard_stays_taken() -> None:
-    """The sequence rises before invalidate_end comes; what is installed in between is in use, and must be accounted for."""
+    """The sequence rises before invalidate_end comes.
+
+    A page installed in between is in use, and must be counted.
+    """
     file = RestrictedFile(make("v10"), MemfdBacking(), Inode.make(0, 0))
     memfd, sequence = (
         OwnedFd(os.dup(number)) for number in (file.backing.fileno(), file.sequence().fd.fileno())
@@ -132,7 +135,7 @@ def test_a_page_taken_before_the_end_was_heard_stays_taken() -> None:
 
 @pytest.fixture
 def bound() -> Iterator[tuple[RestrictedFile, BoundFile]]:
-    """A window of two folios and three pages more, from page 3 on, of a file that is in this process."""
+    """Yield a window of two folios and three more pages, from page 3 on, of a local file."""
     file = RestrictedFile(make("v10"), MemfdBacking(), Inode.make(0, 0))
     memfd, sequence = (
         OwnedFd(os.dup(number)) for number in (file.backing.fileno(), file.sequence().fd.fileno())

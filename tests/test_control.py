@@ -1,4 +1,7 @@
-"""The control thread of a service: whatever becomes of one request, it is answered or its connection ends."""
+"""The control thread of a service.
+
+It answers each request or ends its connection, whatever happens to the request.
+"""
 
 import json
 import os
@@ -147,7 +150,10 @@ def test_the_service_is_sealed_before_it_is_ready(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_service_ends_after_its_last_consumer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mount may be gone before: a consumer is in the middle of its work, and the service hears how that ends."""
+    """The mount may go first.
+
+    A consumer is then still at work, and the service hears how that ends.
+    """
 
     def body() -> object:
         order: list[str] = []

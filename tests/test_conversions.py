@@ -1,4 +1,7 @@
-"""What a guest is told of a conversion (policy ``explicit``): never that memory is private which its owner reads."""
+"""The answers that a guest gets to its conversions (policy ``explicit``).
+
+The service never says that memory is private which the owner can read.
+"""
 
 import mmap
 import os
@@ -132,7 +135,7 @@ def errno_of(call: Callable[..., object], *args: object, **kwargs: object) -> in
 
 @contextmanager
 def asking(guest: Guest, *asked: tuple[int, int, int]) -> Generator[list[Vcpu]]:
-    """Start a vCPU for each call of MAP_GPA_RANGE; all wait for the answer, and say then what it was."""
+    """Start a vCPU for each call of MAP_GPA_RANGE. All wait for the answer, and then report it."""
     code = [
         bytes.fromhex(hypercall(guest_abi.MAP_GPA_RANGE, *arguments) + TELL).ljust(PAGE, b"\xf4")
         for arguments in asked
@@ -194,7 +197,7 @@ def test_an_owner_that_answers_0_has_shared_all_pages(guest: Guest, gpa: int, np
     with guest.start(hypercall(guest_abi.MAP_GPA_RANGE, gpa, npages, 0), TELL) as vcpu:
         vcpu.run()
         assert told(vcpu) == FAILED
-        # Nor does it do later what it did not do then.
+        # The owner cannot do it later either.
         assert errno_of(guest.vm.convert, GPA + 4 * PAGE, PAGE, private=False) == EPERM
 
 
@@ -291,7 +294,8 @@ def test_private_pages_of_one_slot_or_two_are_told(guest: Guest, gpa: int, npage
         vcpu.run()
         guest.vm.convert(gpa, npages * PAGE, private=True)
         if gpa == SHARED_PAGE:
-            # What the owner takes back before it answers, the guest does not take for done.
+            # The owner undoes the conversion before it answers. The guest does not take it for
+            # done.
             guest.vm.convert(gpa, PAGE, private=False)
             assert told(vcpu) == FAILED
         else:

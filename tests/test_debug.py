@@ -1,4 +1,7 @@
-"""What a debug policy opens: registers, memory, breakpoints, single steps; and what stays shut without it."""
+"""A debug policy opens registers, memory, breakpoints and single steps.
+
+Without it they stay closed.
+"""
 
 import os
 import struct

@@ -1,12 +1,10 @@
-"""Everything an owner can do to the descriptor, against what v9 and v10 say.
+"""Everything an owner can do to the descriptor, compared with v9 and v10, and with other files.
 
-Beside it are the descriptors that the kernel has.
-
-One row, one operation. ``proposal`` is what memfd_restricted(2) answers. Where FUSE cannot express
-that, ``here`` is what it answers instead and ``key`` names the row of
-docs/reference/divergences.md. The other columns are what a memfd, memfd_secret (a file made by the
-proposal's own recipe) and guest_memfd answer, where that was measured; they run on what the machine
-has. The rows are in descriptor_rows_*.py.
+Each row is one operation. ``proposal`` is the answer of memfd_restricted(2). Where FUSE cannot
+express that, ``here`` is this project's answer, and ``key`` names the row of
+docs/reference/divergences.md. The other columns are the answers of a memfd, of memfd_secret (a file
+made by the proposal's own recipe) and of guest_memfd, where these were measured. They run if the
+machine has these kinds. The rows are in descriptor_rows_*.py.
 """
 
 import fcntl
@@ -62,7 +60,7 @@ def _guest_memfd(base: int) -> Make:
 
 @pytest.fixture(scope="module")
 def makers() -> Iterator[Callable[[str], Make]]:
-    """Give the function that makes descriptors of a kind; services are started at their first use."""
+    """Return a function that makes descriptors of a kind. Services start at their first use."""
     services: dict[str, Service] = {}
     kinds: dict[str, Make] = {
         "memfd": lambda flags: os.memfd_create("compared", flags),
@@ -116,7 +114,7 @@ def test_ids_are_unique() -> None:
     assert sorted(set(ids)) == sorted(ids)
 
 
-#: The proposal reads freed memory there, and what it would answer cannot be stated; the others are
+#: For the first, the proposal reads freed memory, so its answer cannot be stated; the others are
 #: some kernels'.
 _SOME = {"path-after-close", "fibmap", "splice-empty", "splice-out", "last-byte"}
 

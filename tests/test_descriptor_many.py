@@ -245,7 +245,7 @@ def listening(api: Api) -> Generator[tuple[OwnServer, int], None, None]:
 
 
 def callbacks(server: OwnServer, call: Callable[[], object]) -> tuple[object, list[str]]:
-    """Make a call in a thread, let every callback go on, and return the call's outcome and the callbacks."""
+    """Make a call in a thread, let every callback go on, and return outcome and callbacks."""
     found: list[object] = []
     heard: list[str] = []
     thread = threading.Thread(target=lambda: found.append(outcome(call)), daemon=True)

@@ -35,7 +35,10 @@ def closing(fds: list[int]) -> Generator[list[int], None, None]:
 def passed(
     mount: Mount, owner: int | None, creator: int | None = None
 ) -> Generator[int, None, None]:
-    """Give a descriptor, sized, on a mount that ``owner`` made (None: root); it was created by ``creator``, or else by the owner."""
+    """Yield a sized descriptor on a mount that ``owner`` made (None: root).
+
+    ``creator`` created the descriptor, or else the owner.
+    """
     uid = creator if creator is not None else owner
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs, serving(Api.V10, mount, owner) as server:
@@ -138,7 +141,7 @@ def test_another_user_on_a_file_of_the_proposals_recipe() -> None:
 def test_another_user_on_a_user_namespace_mount() -> None:
     with passed(partial(mount, Way.USERNS), OWNER) as fd:
         assert in_child(as_user(STRANGER, lambda: what_works(fd))) == repr(OWNER_ALONE)
-        # Not even root.
+        # Root cannot do more.
         assert in_child(lambda: what_works(fd)) == repr(OWNER_ALONE)
         works = in_child(as_user(OWNER, lambda: what_works(fd)["fallocate"]))
         assert works == repr(None)

@@ -1,4 +1,4 @@
-"""What each design tells of a punch, callback by callback, and what it frees."""
+"""The callbacks that each design makes at a punch, one by one, and the memory that it frees."""
 
 from collections.abc import Callable, Sequence
 from errno import EINVAL, EOPNOTSUPP
@@ -348,7 +348,7 @@ def test_the_example_of_the_thread_on_real_folios() -> None:
 
 
 def test_the_newest_registration_hears_first() -> None:
-    """Whoever came and went in between, and whichever of its bindings a notifier cut."""
+    """The order holds whichever notifiers came and went, and whichever bindings were cut."""
     file, order = make_file("bindings"), list[str]()
     of = {name: Recorder(file.backing) for name in "abc"}
 

@@ -1,8 +1,8 @@
-"""Each design over each backing, driven at random against a model of sets of pages, and against a bare memfd that does the same.
+"""Each design over each backing, driven at random, compared with a model and with a bare memfd.
 
-The model knows what each page holds, who has taken it, which pages were punched and not yet told of
-(batched) or freed (lazy), and so what each operation must tell, free and keep. The memfd answers
-errno and content.
+The model knows what each page holds, and who has taken it. It knows which punched pages a design
+has not yet announced (batched) or freed (lazy). So it knows what each operation must announce, free
+and keep. The memfd answers errno and content.
 """
 
 import mmap
@@ -87,8 +87,8 @@ class Designs(RuleBasedStateMachine):
         )
         self.plain = memory.memfd_create("compared")
         self.consumers: list[tuple[Recorder, range]] = []
-        # What was written and not punched since; the pages that are there, huge ones whole; what
-        # the designs that remember remember.
+        # Content that was written and not punched since; the existing pages, huge ones whole; and
+        # the pages that remembering designs remember.
         self.content: dict[int, int] = {}
         self.present: set[int] = set()
         self.remembered: set[int] = set()
@@ -159,7 +159,7 @@ class Designs(RuleBasedStateMachine):
                 == result
             )
 
-    # What it must tell.
+    # The callbacks that it must make.
 
     def _expected(self, span: range) -> list[Callback] | None:
         """Return what a punch must tell, None where its form alone is given."""
@@ -287,7 +287,7 @@ class Designs(RuleBasedStateMachine):
     @precondition(lambda self: self.consumers)
     @rule(data=st.data(), page=some_pages, byte=st.integers(0, 255))
     def take_and_write(self, data: st.DataObject, page: int, byte: int) -> None:
-        """Take a page that is bound, find in it what was written last, and write; 0 for a page that is only taken."""
+        """Take a page that is bound, check its last content, and write ``byte`` (0: only take)."""
         choice = [recorder for recorder, bound in self.consumers if page in bound]
         if not choice:
             return
@@ -321,7 +321,7 @@ class Designs(RuleBasedStateMachine):
         ) as mapping:
             mapping[(page - start) * PAGE_SIZE] = byte
 
-    # What always holds.
+    # Invariants.
 
     @invariant()
     def no_page_is_lost_and_none_comes_back(self) -> None:

@@ -177,7 +177,10 @@ def test_lazy_never_frees_what_a_consumer_that_left_had_taken_again(design: str)
 
 
 def test_lazy_takes_back_a_page_that_was_taken_while_the_huge_page_was_going() -> None:
-    """As a fault does that was inside get_page: it finds that it has to try again, and must find its page forgotten then."""
+    """A consumer takes the page during the start, as a fault inside get_page does.
+
+    Such a fault finds that it must retry. It must find its page forgotten then.
+    """
     backing = huge(1)
     file = make_file("lazy", backing)
     recorder = register(file)
@@ -260,7 +263,7 @@ def test_lazy_does_not_remember_a_punch_that_failed() -> None:
         assert recorder.callbacks()[-2:] == [(0x100, 0x200, None), (0, 0x200, 9)]
         assert not file.sequence().busy()
     recorder.heard.clear()
-    # Not even the part that had worked.
+    # The part that had worked is gone, too.
     punch(file, 0, 1)
     assert backing.freed == []
     punch(file, 0x100, 0x200)
@@ -283,7 +286,7 @@ def test_lazy_counts_no_punch_that_failed() -> None:
 
 
 def test_teardown_does_not_count_as_a_punch() -> None:
-    """What a design remembers is of the file, whoever comes and goes."""
+    """A design remembers the state of the file, whichever consumers come and go."""
     for design in ("batched+teardown", "lazy+teardown"):
         file = make_file(design, huge(1))
         first = register(file)
@@ -351,7 +354,7 @@ def test_lazy_clears_and_frees_real_huge_pages(kind: str, order: int) -> None:
         file.put()
 
 
-# What is remembered.
+# The design's memory of a file.
 
 
 def test_punched_is_a_set_of_pages() -> None:

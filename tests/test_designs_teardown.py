@@ -73,7 +73,8 @@ _BY_FOLIO: Callbacks = [
 EVERYTHING: dict[str, Callbacks] = {
     "folio": _BY_FOLIO,
     "lazy": _BY_FOLIO,
-    # Below the file's size; and told to all, not only to who leaves.
+    # It announces ranges below the file's size, and to all notifiers, not only to the one that
+    # leaves.
     "folio-poc": [(0, 0x200, 9), (0x300, 0x301, 0)],
 }
 
@@ -113,7 +114,7 @@ def test_a_consumer_goes_whatever_looking_comes_to(design: str, looks: int) -> N
     backing.looks = looks
     file.unregister_notifier(recorder)
     told = recorder.callbacks()
-    # All of it, once, in order; only the proof of concept passes over what is missing.
+    # Everything is announced once, in order; only the proof of concept skips missing pages.
     end = 0x301 if design == "folio-poc" else ALL.end
     assert (told[0][0], told[-1][1]) == (0, end)
     if design != "folio-poc":
@@ -158,7 +159,7 @@ def test_a_punch_that_nobody_hears_of_looks_at_nothing(design: str) -> None:
     punch(file, 0, 0x180)
     file.fallocate(PUNCH, 0, MAX_FILE_BYTES)
     assert backing.resident() == 0
-    # Nor does it remember what is gone: the other half of a block does not complete it.
+    # It does not remember freed pages: the other half of a block does not complete it.
     backing.looks = None
     recorder = register(file)
     punch(file, 0x180, 0x200)
@@ -207,7 +208,7 @@ def test_a_callback_may_take_the_files_mutex(design: str) -> None:
 
 @final
 class Meeting:
-    """What two threads do that meet in a start, or give up waiting for the other."""
+    """Two threads of which one meets the other in a start, or gives up waiting for it."""
 
     def __init__(self, seconds: float) -> None:
         self._barrier = threading.Barrier(2, timeout=seconds)

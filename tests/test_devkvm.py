@@ -87,7 +87,7 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
     "resident_pages": (0, PAGE_SIZE),
     "mmap": (0, PAGE_SIZE),
 }
-#: Those of every owned descriptor, those that make no call on it, and the one that makes the
+#: Methods of every owned descriptor, methods that make no call on it, and the one that makes the
 #: descriptor.
 WITHOUT_A_CALL = {"close", "closed", "detach", "fileno", "kick", "flags", "run_errno", "open"}
 
@@ -145,7 +145,7 @@ def test_handles_show_their_kind(guest: Machine) -> None:
 
 
 def test_a_closed_vcpu_gives_its_mapping_back() -> None:
-    # Those of other tests' VMs, which are cycles.
+    # VMs of other tests are cycles, which may still hold descriptors.
     gc.collect()
     with machine() as guest:
         guest.start(OUTS)

@@ -1,4 +1,7 @@
-"""docs/use/devkvm.md: both programs run as they stand there, print what is said, and are as short as their headings say."""
+"""Both programs of docs/use/devkvm.md.
+
+They run as they stand there, print what the page says, and are as short as their headings say.
+"""
 
 import re
 import subprocess

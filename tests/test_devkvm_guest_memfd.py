@@ -1,9 +1,8 @@
 """A guest_memfd of the real kernel, operation by operation and errno by errno.
 
-The tests try each for each set of flags that the kernel offers.
-
-The assertions of the kernel's own selftest (guest_memfd_test.c) are here under what they assert;
-where that test asks for any error, the errno that Linux 6.18 gives is pinned.
+The tests try each operation for each set of flags that the kernel offers. The kernel's own selftest
+(guest_memfd_test.c) makes the same assertions; these tests are named after them. The selftest
+accepts any error in some places; there these tests have the errno of Linux 6.18.
 """
 
 import ctypes

@@ -40,7 +40,7 @@ def guest() -> Generator[Machine]:
         yield made
 
 
-# What is in a shared one.
+# The content of a shared guest_memfd.
 
 
 def test_a_punched_page_is_zero_and_its_neighbours_stay(shared: GuestMemfd) -> None:

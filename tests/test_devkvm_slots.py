@@ -1,7 +1,7 @@
-"""Slots of the real kernel: what binds a guest_memfd, what is refused, and with which errno.
+"""Slots of the real kernel: bindings of a guest_memfd, refusals, and their errnos.
 
-After the kernel's own set_memory_region_test.c where these handles allow it, and beyond it where
-that test asks for less than its name says: ranges of one file that overlap while their guest
+The tests follow the kernel's own set_memory_region_test.c where these handles allow it. They go
+beyond it where it tests less than its name says: ranges of one file may overlap while their guest
 addresses do not.
 """
 
@@ -90,7 +90,7 @@ def bind(
     )
 
 
-# What a slot may be bound to.
+# Bindings that a slot may have.
 
 
 def test_only_a_guest_memfd_of_this_vm(kvm: Kvm, vm: VmFd, memfd: GuestMemfd) -> None:
@@ -162,7 +162,7 @@ def test_a_slot_without_the_flag_ignores_the_rest(vm: VmFd, memory: mmap.mmap) -
     )
 
 
-# What a bound slot may become.
+# Changes that a bound slot allows.
 
 
 def test_a_bound_slot_can_only_be_deleted(vm: VmFd, memfd: GuestMemfd) -> None:
@@ -174,7 +174,7 @@ def test_a_bound_slot_can_only_be_deleted(vm: VmFd, memfd: GuestMemfd) -> None:
     vm.delete_memory_region(10)
     assert outcome(lambda: vm.delete_memory_region(10)) == Errno(EINVAL)
     assert bind(vm, memfd) is None
-    # As the selftest does it.
+    # The selftest does it in this way.
     assert bind(vm, -1, gpa=0, size=0) is None
 
 
@@ -364,7 +364,10 @@ def test_a_slot_moved_under_a_running_guest(guest: Machine) -> None:
 
 
 def test_the_last_slot_deleted_under_a_running_guest(guest: Machine) -> None:
-    """Its page tables are gone: with nested paging KVM tries to inject a #PF for ever, and leaves that only for a signal."""
+    """The guest's page tables are gone.
+
+    With nested paging KVM then tries to inject a #PF for ever, and stops only at a signal.
+    """
     guest.start(SPIN)
     reasons: list[int] = []
     ready = threading.Event()

@@ -1,4 +1,7 @@
-"""The documents are true: examples run, the command reference is generated, each guarantee names tests, and there is a change for them."""
+"""The documents are true.
+
+Examples run, the command reference is generated, and each guarantee names tests and has a change.
+"""
 
 import doctest
 import os

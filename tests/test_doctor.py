@@ -61,7 +61,7 @@ def test_in_child_does_not_wait_for_a_probe_that_hangs() -> None:
         came = outcome(lambda: in_child(signal.pause, deadline=0.1))
         return came, time.monotonic() - began < 5, os.waitpid(-1, 0)[1]
 
-    # Of all children it is to be the only one.
+    # This child has to be the only one.
     assert apart(body) == repr((Errno(errno.ETIMEDOUT), True, 9))
 
 
@@ -134,7 +134,7 @@ def test_an_examination_leaves_nothing_behind() -> None:
         except ChildProcessError:
             return False
 
-    # Of other tests in this process.
+    # Other tests of this process may have left children.
     while reaped():
         pass
     before = there_is()
@@ -352,7 +352,8 @@ def test_colour_is_on_marks_and_heads_alone() -> None:
 def test_the_command_line_is_light() -> None:
     code = (
         "import sys, restrictedmem.cli.doctor; "
-        "print(sorted(name for name in sys.modules if name.startswith(('unicorn', 'rich', 'restrictedmem.machine'))))"
+        "print(sorted(name for name in sys.modules if "
+        "name.startswith(('unicorn', 'rich', 'restrictedmem.machine'))))"
     )
     assert (
         subprocess.run(

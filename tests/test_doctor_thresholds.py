@@ -1,4 +1,4 @@
-"""Where a finding of the doctor changes from one state to the other: the last value on each side."""
+"""The thresholds at which a finding of the doctor changes: the last value on each side."""
 
 import importlib.util
 import resource

@@ -1,4 +1,4 @@
-"""Who is let into a service, and what a crowd before its door can do."""
+"""The rules for connections to a service, and the effect of a crowd of them."""
 
 import os
 import resource
@@ -85,7 +85,7 @@ def test_so_many_of_a_crowd_are_told_that_they_have_no_key(service: Service) -> 
     assert works(service)
     before = descriptors(service.info["pid"])
     told, last = as_user(crowd)
-    # Those that a further one made go were never asked; of the others, so many are told.
+    # A connection that a further one pushed out was never told. Of the others, this many are told.
     assert len([count for count in told if count]) == 8
     assert last == Errno(EACCES)
     wait_until(lambda: descriptors(service.info["pid"]) == before, "the crowd's end in the service")
@@ -216,7 +216,7 @@ def test_a_turn_takes_some_of_a_crowd_and_drops_who_hung_up(
             assert len(made) == found
             for connection in made:
                 stack.enter_context(closing(connection.channel))
-                # Those that were dropped are not known.
+                # The door does not know dropped connections.
                 door.forget(connection)
         assert door._outside == []
         assert list(door.accept()) == []
@@ -245,7 +245,7 @@ def test_a_paused_door_opens_again(service: Service) -> None:
     assert works(service)
     pid = service.info["pid"]
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    # Below what is in use: not even a spare one helps.
+    # This is below the descriptors in use, so even a spare one does not help.
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, before[1]))
     late = knock(service)
     wait_until(lambda: outcome(service.status) != Errno(ENOTCONN), "the service to go on")

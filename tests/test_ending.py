@@ -1,4 +1,7 @@
-"""How processes of a service ended: what is known of it is said by the call that finds them gone, or by the start."""
+"""The reports of how a service's processes ended.
+
+A call that finds the process gone reports it, and so does the start.
+"""
 
 import os
 import resource
@@ -128,7 +131,8 @@ def test_a_word() -> None:
     )
     assert heard(lambda word: word.ended(signal.SIGKILL, "/a")) == (
         EIO,
-        "start: Input/output error (killed by SIGKILL, and the kernel killed for want of memory in the cgroup /a)",
+        "start: Input/output error (killed by SIGKILL, "
+        "and the kernel killed for want of memory in the cgroup /a)",
     )
     assert heard(Word.close) == (EIO, "start: Input/output error (its processes died)")
 

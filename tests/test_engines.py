@@ -162,7 +162,7 @@ def test_conversions_and_punches_under_a_running_guest(machine: Machine) -> None
         assert isinstance(running.result(DEADLINE), Hypercall)
 
 
-# What only some engines can.
+# Abilities of some engines.
 
 
 def test_prefault(machine: Machine) -> None:

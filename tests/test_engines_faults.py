@@ -62,7 +62,7 @@ def test_exceptions(machine: Machine, code: str, vector: int | str) -> None:
     exit_ = machine.start(code)
     assert isinstance(exit_, Shutdown)
     assert exit_.vector in (machine.expect(vector)[0] if isinstance(vector, str) else {vector})
-    # For good.
+    # The exit is permanent.
     assert machine.vcpu.run() == exit_
 
 
@@ -108,7 +108,10 @@ def test_store_to_read_only_memory(machine: Machine) -> None:
 
 
 def test_content_of_a_read_only_slot(machine: Machine) -> None:
-    """The owner's content comes in and is measured; the guest's stores do not, before and after it was read."""
+    """The owner's content is written and measured.
+
+    The guest's stores fail, before and after it reads.
+    """
     at, content = PRIVATE + 64 * MIB, bytes(range(1, 129)) * 64
     fd = machine.service.memfd_restricted()
     make = machine.vm.set_user_memory_region
@@ -149,7 +152,10 @@ def test_store_to_the_hypercall_page(machine: Machine) -> None:
 
 
 def test_code_that_its_owner_rewrites(machine: Machine) -> None:
-    """In shared memory: seen when the vCPU enters the guest, and on the kernel engine while it is there."""
+    """The code is in shared memory.
+
+    A vCPU sees new code when it enters the guest, and on the kernel engine also while it runs.
+    """
     assert machine.start_shared("e680", "b001", "ebfa") == PortOut(
         0x80, 1, 0
     )  # out 0x80, al; mov al, 1; jmp to the first
@@ -169,7 +175,10 @@ def test_code_that_its_owner_rewrites(machine: Machine) -> None:
 
 
 def test_a_fault_can_be_mended(machine: Machine) -> None:
-    """The attribute names a half that the slot lacks, until the owner changes it: the instruction is tried again."""
+    """The attribute names a half that the slot lacks, until the owner changes it.
+
+    Then the guest executes the instruction again.
+    """
     page = PRIVATE + 64 * MIB
     fd = machine.service.memfd_restricted()
     machine.vm.set_user_memory_region(

@@ -37,7 +37,7 @@ MIB: Final = 1 << 20
 EEXIST, EFAULT, EINVAL = 17, 14, 22
 
 READ_AND_WRITE: Final = (
-    "488b37",  # mov rsi, [rdi]          (rdi is DATA; the answer to a hypercall is what to write next)
+    "488b37",  # mov rsi, [rdi] (rdi is DATA; a hypercall's answer is written next)
     CALL,
     "488907",  # mov [rdi], rax
     "ebec",  # jmp to the first
@@ -273,7 +273,7 @@ def test_room_for_page_tables(service: Service, engine: str) -> None:
 
 def test_a_slot_holds_its_file(machine: Machine) -> None:
     def consumers() -> int:
-        # Of this VM: an earlier one may take its time to end.
+        # This is for this VM: an earlier one may take its time to end.
         own = machine.vm.statistics()["pid"]
         return sum(
             vm["files"] != [] and vm["report"].get("pid") == own

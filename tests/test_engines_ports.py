@@ -87,7 +87,7 @@ INPUT: Final = (
 
 
 def load_rdi(value: int) -> str:
-    """mov rdi, value"""
+    """Return the code of ``mov rdi, value``."""
     return "48bf" + value.to_bytes(8, "little").hex()
 
 
@@ -95,7 +95,10 @@ def load_rdi(value: int) -> str:
 def test_a_port_is_read_only_for_what_can_be_stored(
     service: Service, engine: str, backwards: bool
 ) -> None:
-    """The fault of a page comes before the values for it are asked for; each value is asked for once."""
+    """A page's fault comes before the owner is asked for the values that go there.
+
+    The owner is asked for each value once.
+    """
     with make_machine(service, engine, debug=True) as machine:
         page, first, before = (
             (SHARED - PAGE, SHARED + 4, 3) if backwards else (SHARED + MIB, SHARED + MIB - 4, 2)
@@ -166,7 +169,10 @@ def test_values_of_a_port_survive_a_page_that_is_taken_away(service: Service, en
 def test_a_value_of_a_port_survives_a_page_that_is_taken_away(
     service: Service, engine: str
 ) -> None:
-    """The owner takes it while it is asked; the instruction is executed again, and gets what it was given."""
+    """The owner takes the page away while it is asked for the value.
+
+    The guest executes the instruction again, and gets the value that the owner gave.
+    """
     with make_machine(service, engine, debug=True) as machine:
         missing = missing_page(machine, SHARED + MIB, b"")
         exit_ = machine.start_shared(
@@ -252,7 +258,7 @@ def test_string_instructions_between_ports_and_private_memory(
         exit_ = machine.vcpu.run(0x41)
     assert exit_ in machine.expect("port-to-private-memory")[0]
     if isinstance(exit_, exits.Unknown):
-        # For good: it would go on with what is not its memory.
+        # The exit is permanent: the guest would go on in memory that is not its own.
         assert machine.vcpu.run() == exit_
 
 

@@ -1,4 +1,7 @@
-"""What a guest sees of the processor, on both engines; what differs has a row in docs/reference/engines.md, and a key here."""
+"""The processor as a guest sees it, on both engines.
+
+Each difference has a row in docs/reference/engines.md, and a key here.
+"""
 
 import re
 from collections.abc import Iterator
@@ -27,15 +30,15 @@ from restrictedmem.service.client import Service
 
 pytestmark = pytest.mark.requires("fuse")
 
-#: What Linux's table lets a process load: user data, user code, and the segment whose limit is the
-#: processor's number.
+#: Selectors that Linux's table lets a process load: user data, user code, and the segment whose
+#: limit is the processor's number.
 HOST_SELECTORS: Final = (*range(0x28, 0x2C), *range(0x30, 0x34), *range(0x78, 0x7C))
 #: By key, the software engine's answers and the kernel engine's: sets of what may come, None where
 #: the guest goes on.
 DIFFERENCES: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
     "iopl": {"software": ({0},), "kernel": ({0, 3},)},
-    # Those of GS, FS, ES, DS, SS and CS; which may be loaded; and what comes of a far return to the
-    # host's for user code.
+    # The selectors of GS, FS, ES, DS, SS and CS; those that may be loaded; and the result of a far
+    # return to the host's for user code.
     "selectors": {
         "software": ({"1b0023"}, [()], {Shutdown(13)}),
         "kernel": ({"2b0033", "1b0023"}, [(), HOST_SELECTORS], {None, Shutdown(13)}),
@@ -258,7 +261,10 @@ def test_sse_and_x87(programs: Programs) -> None:
 
 
 def test_the_processor(programs: Programs) -> None:
-    """What CPUID has is there, and what it has not is not; the rest is the machine's."""
+    """Each feature that CPUID shows works, and no other does.
+
+    The remaining bits are the machine's.
+    """
     assert programs.end("f30fc7f8") in programs.expect("processor")[0]  # rdpid rax
     if programs.engine == "software":
         # mov eax, 7; xor ecx, ecx; cpuid; mov edi, ebx; after that rbx is nobody's
@@ -304,7 +310,7 @@ def test_lock_is_refused(programs: Programs, code: str) -> None:
 
 @pytest.mark.parametrize(("code", "index"), [("8fd0", 0), ("f6c801", 1)])
 def test_opcodes_that_are_not_defined(programs: Programs, code: str, index: int) -> None:
-    """8F /2; TEST /1."""
+    """Two of these opcodes are 8F /2 and TEST /1."""
     assert programs.end(code) == programs.expect("undefined-opcodes")[index]
 
 
@@ -333,7 +339,10 @@ def test_alignment(programs: Programs) -> None:
 
 
 def test_rotate_in_read_only_memory(programs: Programs) -> None:
-    """RCL of 1, with CF set, is 3; on the software engine CF is lost when the store is found to be MMIO."""
+    """RCL of 1, with CF set, is 3.
+
+    On the software engine CF is lost when the store turns out to be MMIO.
+    """
     with (
         make_machine(programs.service, programs.engine) as machine,
         shared_memory(PAGE) as (fd, mapping),
@@ -353,7 +362,10 @@ def test_rotate_in_read_only_memory(programs: Programs) -> None:
     ("store", "key"), [("488943fc", None), ("0f1143f8", "partial-stores")]
 )  # mov [rbx - 4], rax; movups
 def test_a_store_across_two_pages(programs: Programs, store: str, key: str | None) -> None:
-    """Its second page cannot be had; what is on the first, then. Of 8 bytes none is stored, everywhere."""
+    """The second page is missing, and the test reads the first page.
+
+    Of a store of 8 bytes, no engine has stored any.
+    """
     with make_machine(programs.service, programs.engine, debug=True) as machine:
         page = PRIVATE + 4 * MIB
         missing = missing_page(machine, page, b"")

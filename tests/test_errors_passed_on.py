@@ -1,4 +1,7 @@
-"""Where one errno means that there is another way, every other comes out, and the other way is not taken."""
+"""Where one errno leads to another way, every other errno is passed on.
+
+The other way is not taken then.
+"""
 
 import os
 from collections.abc import Callable
@@ -135,7 +138,7 @@ def read_a_process(patch: pytest.MonkeyPatch, refuse: Fail) -> object:
 
 
 def try_each(_: pytest.MonkeyPatch, refuse: Fail) -> object:
-    """What is missing says less than a refusal before it."""
+    """A missing way says less than a refusal before it."""
     with suppress(PermissionError):
         list(on_processes._each([raising(EACCES), refuse]))
         return None
@@ -175,7 +178,8 @@ PLACES: Final[dict[str, tuple[Act, set[int]]]] = {
     "a file's name": (name_a_file, {ESTALE}),
     "a closed connection": (call_again, {ENOTCONN}),
 }
-#: What is neither: EFAULT says that flags are known, EACCES was refused before, ENOSPC is the limit.
+#: Errnos that are neither: EFAULT says that flags are known, EACCES was an earlier refusal, ENOSPC
+#: is the limit.
 ACCEPTED: Final = {("filter flags", EFAULT), ("each descriptor", EACCES), ("cachestat", ENOSPC)}
 #: Errnos of which most mean nothing to any of them.
 ALL: Final = {

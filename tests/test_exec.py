@@ -26,7 +26,8 @@ pytestmark = pytest.mark.requires("fuse", "seccomp")
 
 def test_a_descriptor_is_the_lowest_free_and_stays_open_across_exec() -> None:
     found = said(
-        "before = opened(); fd = call(0); print((before, fd, os.get_inheritable(fd), os.fstat(fd).st_size))"
+        "before = opened(); fd = call(0); print((before, fd, os.get_inheritable(fd), "
+        "os.fstat(fd).st_size))"
     )
     # The listing itself has one open.
     assert found == ([0, 1, 2, 3], 3, True, 0)
@@ -34,7 +35,10 @@ def test_a_descriptor_is_the_lowest_free_and_stays_open_across_exec() -> None:
 
 def test_its_owner_may_size_and_allocate_it_and_not_read_it() -> None:
     code = "fd = call(0); os.ftruncate(fd, 8192); os.posix_fallocate(fd, 0, 4096)\n"
-    code += "try: os.read(fd, 1)\nexcept OSError as error: print((os.fstat(fd).st_size, os.fstat(fd).st_blocks, error.errno))"
+    code += (
+        "try: os.read(fd, 1)\nexcept OSError as error: "
+        "print((os.fstat(fd).st_size, os.fstat(fd).st_blocks, error.errno))"
+    )
     assert said(code) == (8192, 8, EINVAL)
 
 
@@ -113,7 +117,7 @@ def test_a_wrong_command_line(options: list[str], message: str) -> None:
     )
 
 
-# Whose process it is.
+# The program as a process.
 
 
 @pytest.mark.parametrize(
@@ -145,14 +149,15 @@ def test_the_status_is_the_programs(arguments: list[str], status: int, message: 
 
 def test_the_process_and_its_children_are_the_programs() -> None:
     process = under(
-        "print((os.getpid(), os.getpgid(0), os.getsid(0)))\ntry: os.wait()\nexcept ChildProcessError: print('none')"
+        "print((os.getpid(), os.getpgid(0), os.getsid(0)))\ntry: os.wait()\n"
+        "except ChildProcessError: print('none')"
     )
     out, _ = process.communicate(timeout=60)
     assert out == f"({process.pid}, {os.getpgid(0)}, {os.getsid(0)})\nnone\n"
 
 
 def test_a_subreaper_stays_one_and_inherits_what_the_program_leaves_alone() -> None:
-    """It waits for its children until there are none: one of its own, and the orphan that this one leaves."""
+    """The subreaper waits for all its children: its own child, and an orphan of that child."""
     code = (
         "from restrictedmem.abi.process import is_subreaper\n"
         "call(0)\n"
@@ -162,7 +167,10 @@ def test_a_subreaper_stays_one_and_inherits_what_the_program_leaves_alone() -> N
         "    while True: statuses.append(os.wait()[1] >> 8)\n"
         "except ChildProcessError: print((is_subreaper(), sorted(statuses)))"
     )
-    start = "import os, sys; from restrictedmem.abi import process; process.prctl(36, 1); os.execv(sys.argv[1], sys.argv[1:])"
+    start = (
+        "import os, sys; from restrictedmem.abi import process; process.prctl(36, 1); "
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
     command = [sys.executable, "-c", start, *EXEC, "--", sys.executable, "-c", PRELUDE + code]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (done.stdout, done.stderr) == ("(True, [0, 7])\n", "")
@@ -172,8 +180,10 @@ def test_a_nested_exec_uses_the_outer_supervisor() -> None:
     code = (
         "fd = call(0)\n"
         "inner = 'import ctypes, os; print(os.fstat(ctypes.CDLL(None).syscall(451, 0)).st_dev)'\n"
-        "command = [sys.executable, '-m', 'restrictedmem', 'exec', '--', sys.executable, '-c', inner]\n"
-        "print(os.fstat(fd).st_dev == int(subprocess.run(command, capture_output=True, check=True).stdout))"
+        "command = [sys.executable, '-m', 'restrictedmem', 'exec', '--', sys.executable, '-c', "
+        "inner]\n"
+        "print(os.fstat(fd).st_dev == int(subprocess.run(command, capture_output=True, "
+        "check=True).stdout))"
     )
     assert said(code) is True
 
@@ -281,10 +291,12 @@ def test_vfork_and_a_chain_of_execs() -> None:
         "import ctypes, os; fd = ctypes.CDLL(None).syscall(451, 0); print(fd, os.fstat(fd).st_size)"
     )
     code = (
-        f"command = ['sh', '-c', 'exec env exec=1 nice \"$0\" -c \"$1\"', sys.executable, {inner!r}]\n"
+        f"command = ['sh', '-c', 'exec env exec=1 nice \"$0\" -c \"$1\"', sys.executable, "
+        f"{inner!r}]\n"
         # Without pass_fds and the like, subprocess and posix_spawn use vfork.
         "pid = os.posix_spawnp('sh', command, os.environ); status = os.waitpid(pid, 0)[1]\n"
-        "print((status, subprocess.run(command, capture_output=True, text=True, close_fds=False).stdout))"
+        "print((status, subprocess.run(command, capture_output=True, text=True, "
+        "close_fds=False).stdout))"
     )
     process = under(code)
     out, err = process.communicate(timeout=60)

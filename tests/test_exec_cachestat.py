@@ -75,7 +75,8 @@ for first in firsts:
                 if low in (0, 2):
                     right = found > 2 and os.close(found) is None
                 elif fourth & 0xFFFFFFFF == 0 and low in (1, 3) and {one, other} <= mapped:
-                    # To the kernel, which knows whether the file has a page cache, and the call (Linux 6.5).
+                    # The kernel answers: it knows whether the file has a page cache, and whether it
+                    # has the call (Linux 6.5).
                     right = found in KERNELS
                 else:
                     right = found == -errno.EINVAL

@@ -52,7 +52,8 @@ def test_a_foreign_file_of_that_name_is_not_taken_for_a_restricted_one(mark: str
     code = """
 file = os.open("restrictedmem", os.O_RDWR, dir_fd=root)
 os.unlink("restrictedmem", dir_fd=root)
-print(os.readlink(f"/proc/self/fd/{file}") == os.readlink(f"/proc/self/fd/{fd}"), flush=True); sys.stdin.readline()
+print(os.readlink(f"/proc/self/fd/{file}") == os.readlink(f"/proc/self/fd/{fd}"), flush=True)
+sys.stdin.readline()
 print([private(file), kind(file)], flush=True); sys.stdin.readline()
 """
     with foreign() as server, program(code, mark, server) as process:
@@ -67,7 +68,7 @@ def test_the_scouts_name_is_the_file_systems() -> None:
     assert "/" + NAME.decode() == scout._NAME  # pyright: ignore[reportPrivateUsage]
 
 
-# Whose descriptor it is.
+# The descriptor's file.
 
 
 def test_a_restricted_descriptor_is_known_wherever_it_comes_from(mark: str) -> None:
@@ -84,10 +85,16 @@ def elsewhere():
         os.write(writer, repr((private(fd), kind(fd))).encode())
     os.waitpid(forked(body), 0)
     return eval(os.read(reader, 99))
-found = [(private(one), kind(one)) for one in (fd, os.dup(fd), fcntl.fcntl(fd, fcntl.F_DUPFD, 1000), received())]
-print((found, elsewhere(), subprocess.run([sys.executable, "-c", CHILD, str(fd)], capture_output=True, text=True, close_fds=False).stdout))
+copies = fd, os.dup(fd), fcntl.fcntl(fd, fcntl.F_DUPFD, 1000), received()
+found = [(private(one), kind(one)) for one in copies]
+command = [sys.executable, "-c", CHILD, str(fd)]
+inherited = subprocess.run(command, capture_output=True, text=True, close_fds=False).stdout
+print((found, elsewhere(), inherited))
 """
-    child = "import ctypes, sys; found = (ctypes.c_uint64 * 15)(); ctypes.CDLL(None).fstatfs(int(sys.argv[1]), found); print(found[0])"
+    child = (
+        "import ctypes, sys; found = (ctypes.c_uint64 * 15)(); "
+        "ctypes.CDLL(None).fstatfs(int(sys.argv[1]), found); print(found[0])"
+    )
     found, elsewhere, inherited = said(code.replace("CHILD", repr(child)), mark)
     assert (found, elsewhere, inherited) == ([(ENODEV, MAGIC)] * 4, (ENODEV, MAGIC), f"{MAGIC}\n")
 

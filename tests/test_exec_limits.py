@@ -1,4 +1,4 @@
-"""Limits and errors that keep exec from a service, a supervisor or a descriptor, and what it says."""
+"""Limits and errors that keep exec from a service, a supervisor or a descriptor, and its texts."""
 
 import marshal
 import os
@@ -39,8 +39,8 @@ def test_what_keeps_the_service_from_starting_is_said_once() -> None:
     out, err = process.communicate(timeout=60)
     assert out == f"{[-ENOENT, -ENOENT]}\n"
     assert (
-        err
-        == "restrictedmem exec: no descriptor can be made: /nonexistent: connect: No such file or directory\n"
+        err == "restrictedmem exec: no descriptor can be made: /nonexistent: connect: "
+        "No such file or directory\n"
     )
 
 
@@ -98,7 +98,7 @@ def test_a_soft_limit_on_descriptors_is_the_programs_alone() -> None:
 @pytest.mark.requires("root")
 @pytest.mark.parametrize("most", range(2, 8))
 def test_a_limit_on_processes_is_said(most: int) -> None:
-    # What other processes of the user are there would count, too.
+    # Other processes of the user would count, too.
     uid = 1_000_000 + os.getpid()
     as_user(lambda: _said_of_a_limit(resource.RLIMIT_NPROC, most, most), uid)
 
@@ -148,8 +148,8 @@ def test_what_keeps_the_first_descriptor_from_being_made_is_said_once() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == f"{[-ENFILE, -ENFILE]}\n"
     assert (
-        done.stderr
-        == "restrictedmem exec: no descriptor can be made: memfd_restricted: Too many open files in system\n"
+        done.stderr == "restrictedmem exec: no descriptor can be made: memfd_restricted: "
+        "Too many open files in system\n"
     )
 
 
@@ -161,8 +161,8 @@ def test_what_a_full_table_of_the_caller_refuses_is_not_said() -> None:
 
 def test_a_limit_on_file_sizes_is_no_limit_on_descriptors() -> None:
     code = (
-        PRELUDE
-        + "fd = call(0); os.ftruncate(fd, 4096); os.posix_fallocate(fd, 0, 4096); print(fd, call(2))"
+        PRELUDE + "fd = call(0); os.ftruncate(fd, 4096); os.posix_fallocate(fd, 0, 4096); "
+        "print(fd, call(2))"
     )
     command = [
         "sh",
@@ -193,7 +193,11 @@ def test_standard_error_is_kept_no_longer_than_until_descriptors_can_be_made(fir
 
 
 def test_an_inherited_descriptor_above_the_limit_is_the_programs_alone() -> None:
-    """Who waits for the end of a pipe waits for the program, whatever number the pipe has there, and whatever the limit is by now."""
+    """Only the program keeps the pipe open.
+
+    So a process that waits for the end of the pipe waits for the program. The pipe's number and the
+    present limit do not matter.
+    """
     code = "call(0); os.close(700); input()"
     command = [
         "sh",
@@ -220,7 +224,10 @@ def test_an_inherited_descriptor_above_the_limit_is_the_programs_alone() -> None
 
 def test_a_service_that_is_full_says_so() -> None:
     # Its descriptors are as many as its hard limit lets it have, less what it keeps for itself.
-    code = "found = [call(0) for _ in range(100)]; print((found.index(-errno.ENFILE), {fd for fd in found if fd < 0}, call(0)))"
+    code = (
+        "found = [call(0) for _ in range(100)]; "
+        "print((found.index(-errno.ENFILE), {fd for fd in found if fd < 0}, call(0)))"
+    )
     command = [
         "sh",
         "-c",

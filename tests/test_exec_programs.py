@@ -54,7 +54,10 @@ def compiled(tmp_path: Path, *words: str | Path) -> Path:
 
 @pytest.fixture
 def one_core() -> Iterator[None]:
-    """Keep what is started on one core: where a wake-up across cores is dear, a hundred thousand of them take minutes."""
+    """Keep all processes on one core.
+
+    Where a wake-up across cores is slow, 100,000 of them take minutes.
+    """
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(before)})
     yield
@@ -65,7 +68,10 @@ def one_core() -> Iterator[None]:
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("one_core")
 def test_a_hundred_thousand_descriptors_under_signals(tmp_path: Path) -> None:
-    """None is lost and none made twice by ten thousand signals a second, and neither supervisor nor service grows."""
+    """With ten thousand signals a second, no descriptor is lost or made twice.
+
+    The memory of supervisor and service does not grow.
+    """
     storm = compiled(tmp_path, "-pthread", PROGRAMS / "storm.c")
     code = f"""
 sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -75,14 +81,18 @@ service = Service.connect(os.environ["RESTRICTEDMEM_SERVER"])
 supervisor = supervisor_of(os.environ["MARK"])
 def sizes():
     def resident(pid):
-        return next(int(line.split()[1]) for line in open(f"/proc/{{pid}}/status") if line.startswith("VmRSS"))
-    return resident(supervisor), resident(service.info["pid"]), len(os.listdir(f"/proc/{{supervisor}}/fd"))
+        lines = open(f"/proc/{{pid}}/status")
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+    descriptors = len(os.listdir(f"/proc/{{supervisor}}/fd"))
+    return resident(supervisor), resident(service.info["pid"]), descriptors
 def storm(count):
-    return subprocess.run([{str(storm)!r}, str(count), "1", "100"], capture_output=True, text=True, check=True).stdout
+    command = [{str(storm)!r}, str(count), "1", "100"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 storm(2000)
 before, created = sizes(), service.status()["usage"]["created"]
 out = storm({MANY})
-print((out, service.status()["usage"]["created"] - created, [after - was for was, after in zip(before, sizes())]))
+created = service.status()["usage"]["created"] - created
+print((out, created, [after - was for was, after in zip(before, sizes())]))
 """
     out, created, (supervisor, service, descriptors) = said(
         code,
@@ -177,8 +187,8 @@ def test_a_vmm_in_c_runs_a_guest_on_a_descriptor_of_the_system_call(
 # From distributions' packages.
 
 SIZE = 65536
-#: Descriptor 3 is restricted. What each says of it is what it says of a guest_memfd, or else the
-#: words beside it.
+#: Commands on descriptor 3, which is restricted. Each prints the same as for a guest_memfd, or else
+#: the words beside it.
 COMMANDS: dict[str, str | None] = {
     "stat -c %s - <&3": None,
     "stat -L -c %F /dev/fd/3": None,
@@ -214,7 +224,7 @@ COMMANDS: dict[str, str | None] = {
 
 
 def says(command: str, fd: int) -> tuple[int, str]:
-    """Return what a shell's command says, and its status, as another process whose descriptor 3 is this one."""
+    """Return output and status of a shell's command, run as a child that has ``fd`` as 3."""
     words = ["bash", "-c", f"exec 3<&{fd}; {command}"]
     done = subprocess.run(
         words,
@@ -281,7 +291,10 @@ print((done.returncode, done.stderr))
 
 @pytest.mark.requires("musl")
 def test_a_program_of_another_c_library(tmp_path: Path) -> None:
-    """Its loader maps libraries without MAP_DENYWRITE: with a supervisor they stop there and go on, without one they are not loaded."""
+    """The library's loader maps libraries without MAP_DENYWRITE.
+
+    With a supervisor these calls stop there and go on; without one, the libraries are not loaded.
+    """
     (tmp_path / "three.c").write_text("int three(void) { return 3; }\n")
     (tmp_path / "program.c").write_text(
         "int syscall(), three();\nint main() { return syscall(451, 0) != three(); }\n"

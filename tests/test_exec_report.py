@@ -1,4 +1,7 @@
-"""``restrictedmem exec --json``: what was done, by a program that is a child and behaves as if it were not; and ``popen``."""
+"""``restrictedmem exec --json``, the report of a program's calls; and ``popen``.
+
+The program is a child, and behaves as if it were not.
+"""
 
 import json
 import os
@@ -238,11 +241,12 @@ def test_a_servers_service_does_not_count(tmp_path: Path) -> None:
         server.terminate()
         server.stderr.read()
     assert reported(tmp_path / "report")["error"] == (
-        "the program's use of descriptors is not known: STATUS: Operation not supported (a server's services do not count)"
+        "the program's use of descriptors is not known: STATUS: Operation not supported "
+        "(a server's services do not count)"
     )
 
 
-# As if it ran in that process's place.
+# The program behaves as if it ran in that process's place.
 
 
 def is_gone(pid: int) -> bool:
@@ -304,7 +308,10 @@ def test_the_program_is_killed_with_the_command(tmp_path: Path) -> None:
 
 @pytest.mark.requires("root")
 def test_a_program_of_another_user_is_killed_with_the_command(tmp_path: Path) -> None:
-    code = "import os, sys; os.setuid(65534); print('ready'); print(os.getpid(), flush=True); sys.stdin.read()"
+    code = (
+        "import os, sys; os.setuid(65534); print('ready'); print(os.getpid(), flush=True); "
+        "sys.stdin.read()"
+    )
     with start(tmp_path, f'exec {sys.executable} -c "{code}"') as process:
         assert process.stdout is not None
         program = int(process.stdout.readline())
@@ -314,7 +321,10 @@ def test_a_program_of_another_user_is_killed_with_the_command(tmp_path: Path) ->
 
 @pytest.mark.requires("root")
 def test_nor_does_it_outlive_the_commands_process_group(tmp_path: Path) -> None:
-    code = "import os, sys; os.setsid(); os.setuid(65534); print('ready'); print(os.getpid(), flush=True); sys.stdin.read()"
+    code = (
+        "import os, sys; os.setsid(); os.setuid(65534); print('ready'); "
+        "print(os.getpid(), flush=True); sys.stdin.read()"
+    )
     with start(tmp_path, f'exec {sys.executable} -c "{code}"', process_group=0) as process:
         assert process.stdout is not None
         program = int(process.stdout.readline())
@@ -324,7 +334,10 @@ def test_nor_does_it_outlive_the_commands_process_group(tmp_path: Path) -> None:
 
 @pytest.mark.requires("root")
 def test_a_program_that_may_not_be_killed_is_waited_for(tmp_path: Path) -> None:
-    code = "import os, sys; os.setuid(65534); print('ready', flush=True); sys.stdin.read(); sys.exit(7)"
+    code = (
+        "import os, sys; os.setuid(65534); print('ready', flush=True); sys.stdin.read(); "
+        "sys.exit(7)"
+    )
     with start(
         tmp_path,
         f'exec {sys.executable} -c "{code}"',
@@ -342,7 +355,8 @@ import signal, sys
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGUSR1])
 print("ready", flush=True)
 found = [signal.sigwait([signal.SIGINT, signal.SIGUSR1]).name]
-while (info := signal.sigtimedwait([signal.SIGINT, signal.SIGUSR1], 1)): found.append(signal.Signals(info.si_signo).name)
+while (info := signal.sigtimedwait([signal.SIGINT, signal.SIGUSR1], 1)):
+    found.append(signal.Signals(info.si_signo).name)
 print(*found)
 """
     pid, terminal = pty.fork()
@@ -368,7 +382,10 @@ print(*found)
 
 
 def test_a_program_hears_that_its_terminal_is_gone(tmp_path: Path) -> None:
-    """The kernel tells that to the leader of the session alone, which the command is here, as a terminal's first program is."""
+    """The kernel tells only the session's leader.
+
+    Here that is the command, as a terminal's first program.
+    """
     code = (
         f"trap 'echo heard > {tmp_path}/heard; exit 3' HUP; echo ready; while :; do sleep 0.1; done"
     )
@@ -401,8 +418,8 @@ def test_popen_starts_the_program_itself() -> None:
 
 def test_popen_takes_what_exec_takes() -> None:
     code = (
-        PRELUDE
-        + "fd = libc.syscall(ctypes.c_long(1234), ctypes.c_long(0)); os.posix_fallocate(fd, 0, 8192)"
+        PRELUDE + "fd = libc.syscall(ctypes.c_long(1234), ctypes.c_long(0)); "
+        "os.posix_fallocate(fd, 0, 8192)"
     )
     call = CallOptions(number=1234, cachestat=False, api="v9", memory_max=4096)
     with popen([sys.executable, "-c", code], call, stderr=subprocess.PIPE, text=True) as process:
@@ -412,7 +429,8 @@ def test_popen_takes_what_exec_takes() -> None:
 def test_popen_judges_flags_strictly_where_they_are_not_cachestats() -> None:
     code = (
         PRELUDE
-        + "fd = os.memfd_create('own', 0); n = (ctypes.c_uint64 * 8)(); at = ctypes.addressof(n); print(call(fd, at, at + 16, 0))"
+        + "fd = os.memfd_create('own', 0); n = (ctypes.c_uint64 * 8)(); at = ctypes.addressof(n); "
+        "print(call(fd, at, at + 16, 0))"
     )
     for call, told in ((CallOptions(cachestat=False), f"-{EINVAL}\n"), (None, "0\n")):
         with popen(

@@ -1,4 +1,4 @@
-"""The program that ``restrictedmem exec`` becomes: where it is found, and which signals it finds pending."""
+"""The program that ``restrictedmem exec`` becomes: its path, and the signals pending in it."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.requires("fuse", "seccomp")
 
 
 def places(tmp_path: Path, **contents: bytes) -> dict[str, str]:
-    """Make a file called "tried" in some directories, and return an environment whose PATH has them in their order."""
+    """Make a file "tried" in some directories; return an environment with these as PATH."""
     for directory, content in contents.items():
         (tmp_path / directory).mkdir()
         path = tmp_path / directory / "tried"
@@ -27,7 +27,7 @@ def places(tmp_path: Path, **contents: bytes) -> dict[str, str]:
 
 _SCRIPT = b'echo "$0 $1"; exit 5\n'
 _ELF = Path("/bin/true").read_bytes()
-#: Of another machine, with a line that a shell would obey.
+#: An ELF of another machine, with a line that a shell would obey.
 _FOREIGN = _ELF[:18] + b"\xb7" + _ELF[19:100] + b"\n>made\n"
 
 
@@ -35,8 +35,7 @@ _FOREIGN = _ELF[:18] + b"\xb7" + _ELF[19:100] + b"\n>made\n"
     ("contents", "status", "found"),
     [
         ({"a": _SCRIPT}, 5, "a"),
-        # execvp(3) goes no further for what the kernel cannot execute, and further for what is not
-        # there.
+        # execvp(3) stops at a file that the kernel cannot execute, and goes on after a missing one.
         ({"a": _SCRIPT, "b": b"#!/bin/sh\n" + _SCRIPT}, 5, "a"),
         ({"a": b"#!/no/such/interpreter\n", "b": _SCRIPT}, 5, "b"),
         ({"a": b"#!/etc/passwd\n", "b": _SCRIPT}, 5, "b"),
@@ -102,13 +101,19 @@ def test_the_signal_of_two_ends_is_one_and_stays_for_the_other() -> None:
 
 
 def test_a_childs_end_is_not_taken_for_the_supervisors() -> None:
-    """There is one signal of a kind: that of a child that the program has is pending afterwards, too."""
+    """Only one signal of a kind can be pending.
+
+    The signal of the program's own child is pending afterwards, too.
+    """
     code = (
         "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})\n"
         "if os.fork() == 0: os.read(int(sys.argv[1]), 1); os._exit(0)\n"
         "os.execv(sys.argv[2], sys.argv[2:])"
     )
-    program = "import os, signal; print(signal.sigtimedwait({signal.SIGCHLD}, 20) is not None, os.wait()[1])"
+    program = (
+        "import os, signal; print(signal.sigtimedwait({signal.SIGCHLD}, 20) is not None, "
+        "os.wait()[1])"
+    )
     reader, writer = os.pipe()
     command = [sys.executable, "-c", code, str(reader), *EXEC, "--", sys.executable, "-c", program]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, pass_fds=[reader]) as process:

@@ -66,7 +66,10 @@ print((well, before, found))
 
 
 def test_where_a_program_keeps_its_descriptors_from_being_looked_at_others_go_on(mark: str) -> None:
-    """One thread lists them into memory that does not come, another would create one there: who looks one up waits for both."""
+    """One thread lists descriptors into memory that is never filled.
+
+    Another would create a file there. A process that looks one up waits for both.
+    """
     code = """
 other, begin, tids = Other(), threading.Event(), []
 def look():
@@ -82,8 +85,9 @@ listing = os.open(path, os.O_RDONLY)
 def create():
     try: os.open(path + "/new", os.O_CREAT | os.O_WRONLY)
     except OSError: pass
-# getdents64
-lists = threading.Thread(target=lambda: libc.syscall(217, listing, ctypes.c_void_p(at), ctypes.c_long(4096)))
+def getdents64():
+    libc.syscall(217, listing, ctypes.c_void_p(at), ctypes.c_long(4096))
+lists = threading.Thread(target=getdents64)
 creates = threading.Thread(target=create)
 lists.start(); enters(lists.native_id, 217)
 creates.start(); enters(creates.native_id, 257)
@@ -200,7 +204,7 @@ print(call(0), flush=True); sys.stdin.readline()
 
 @pytest.mark.alone("beside other tests the callers that hardly run might not run at all")
 def test_callers_that_do_not_run_keep_nobody_waiting(mark: str) -> None:
-    """A descriptor is put into a caller when that runs, and one of the lowest priority hardly does."""
+    """A caller gets its descriptor when it runs, and one of the lowest priority hardly runs."""
     code = """
 made = (ctypes.c_uint64 * 20).from_buffer(mmap.mmap(-1, 4096))
 def loop():
@@ -240,8 +244,15 @@ try:
     waiting = threading.Thread(target=call, args=(0,))
     waiting.start()
     enters(waiting.native_id, 451)
-    other = forked(lambda: os._exit(7 if (private(plain), private(fd), kind(fd)) == (0, 19, 0x5245534D) else 1))
-    until("the other to end", lambda: (found := os.waitpid(other, os.WNOHANG))[0] and [globals().update(status=found[1])])
+    def body():
+        found = private(plain), private(fd), kind(fd)
+        os._exit(7 if found == (0, 19, 0x5245534D) else 1)
+    other = forked(body)
+    def ended():
+        global status
+        pid, status = os.waitpid(other, os.WNOHANG)
+        return pid
+    until("the other to end", ended)
     before = waiting.is_alive()
 finally:
     os.kill(service.info["pid"], signal.SIGCONT)

@@ -49,7 +49,7 @@ def test_all_positions_are_states(actors: int, loads: int) -> None:
     result = explore(partial(Loads, actors, loads))
     assert result.holds
     assert result.states == (loads + 1) ** actors
-    # What does not meet is done in one order.
+    # Operations that do not conflict run in one order.
     reduced = explore(partial(Loads, actors, loads), reduce=True)
     assert reduced.holds
     assert (reduced.executions, reduced.transitions, reduced.states) == (
@@ -93,7 +93,7 @@ def test_every_order_of_critical_sections_is_tried(actors: int) -> None:
     assert reduced.executions <= 2 * factorial(actors) + actors
 
 
-# What is found.
+# Findings.
 
 
 class LostUpdate(Base):
@@ -180,7 +180,7 @@ def test_a_deadlock_says_who_holds_what(how: dict[str, Any]) -> None:
 
 
 class WakeUp(Base):
-    """One waits for a flag, the other sets it; ``late`` looks at the flag before it has the lock."""
+    """One actor waits for a flag, the other sets it; ``late`` reads the flag before it locks."""
 
     def __init__(self, *, late: bool) -> None:
         self.lock = sync.mutex()
@@ -213,7 +213,7 @@ def test_a_missed_wake_up(how: dict[str, Any]) -> None:
 
 
 class Torn(Base):
-    """A writer sets two bytes that belong together; a reader reads them at once, or one after the other."""
+    """A writer sets two bytes that belong together. A reader reads them at once, or one by one."""
 
     def __init__(self, *, at_once: bool) -> None:
         self.pair = sync.shared_bytes(2)

@@ -19,7 +19,7 @@ from restrictedmem.sync import RwSem as ProductionRwSem
 
 
 class Semaphore(Base):
-    """Readers and writers note when they are inside; ``nested`` has a reader take the read side twice."""
+    """Readers and writers note when they are inside; with ``nested``, a reader locks twice."""
 
     def __init__(self, kind: Callable[[], Any], *, nested: bool, readers: int = 2) -> None:
         self.sem = kind()
@@ -46,7 +46,7 @@ class Semaphore(Base):
         self.sem.up_write()
 
     def state(self) -> Hashable:
-        # What production's own has behind its lock.
+        # The state that production's own lock guards.
         inside = [
             getattr(self.sem, name)
             for name in getattr(ProductionRwSem, "__slots__", ())

@@ -43,7 +43,7 @@ Seen = tuple[tuple[int, ...], ...]
 
 
 def brute_force(bodies: Sequence[Operations]) -> tuple[set[Any], set[Seen], bool]:
-    """Follow every interleaving of bodies: (ends, what check sees on the way, whether one is a deadlock)."""
+    """Follow every interleaving: (ends, results of check on the way, whether one deadlocks)."""
     ends: set[Any] = set()
     seen: set[Seen] = set()
     stuck = False
@@ -171,7 +171,7 @@ def test_searches_find_what_every_interleaving_one_by_one_does(
             assert ends == expected_ends
             assert seen == expected_seen
     if not stuck:
-        # Whatever check might forbid is found, by both, and in as few steps.
+        # Both find whatever check might forbid, and in as few steps.
         forbidden = sorted(expected_seen)[which % len(expected_seen)]
         lengths = set[int]()
         for how in WHOLE:

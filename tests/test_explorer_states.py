@@ -116,7 +116,7 @@ def test_of_a_call_that_is_summarized_only_the_result_tells_states_apart() -> No
 
 
 class Keeps(Base):
-    """What it has read stays in plain data that no state shows."""
+    """A program that keeps a value it read in plain data, which no state shows."""
 
     def __init__(self) -> None:
         self.words = sync.SharedWords(memoryview(bytearray(8)))

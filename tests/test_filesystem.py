@@ -33,8 +33,8 @@ def test_init_takes_the_older_of_two_minor_versions(mount: Mount) -> None:
         assert reply is not None
         answer = fuse.fuse_init_out.from_buffer_copy(reply)
         assert (answer.major, answer.minor) == (7, spoken)
-        # Whatever is offered, neither mmap of direct I/O (flags2 bit 4) nor write-back nor
-        # readahead is taken.
+        # The reply takes neither mmap of direct I/O (flags2 bit 4) nor write-back nor readahead,
+        # whatever the kernel offers.
         assert (answer.flags, answer.flags2, answer.max_readahead) == (
             InitFlag.PARALLEL_DIROPS,
             0,
@@ -187,7 +187,7 @@ def test_setattr_mode_owner_and_times(mount: Mount) -> None:
     mount.setattr(node, AttrValid.UID | AttrValid.GID, uid_of_caller=0, uid=5, gid=6)
     found = mount.getattr(node)
     assert (found["uid"], found["gid"]) == (5, 6)
-    # As chown(2) has it, -1 leaves one as it is.
+    # In chown(2), -1 leaves an id as it is.
     for valid, now in ((AttrValid.UID, (7, 6)), (AttrValid.GID, (7, 7))):
         mount.setattr(node, valid, uid_of_caller=0, uid=7, gid=7)
         found = mount.getattr(node)

@@ -30,7 +30,7 @@ __all__ = ["mount"]
 
 def _memfds() -> int:
     """Count this process's open descriptors."""
-    # The first look at a block size makes the memfd that backings share, whichever test comes first.
+    # The first read of a block size makes the memfd that backings share.
     assert MemfdBacking().blksize
     return len(os.listdir("/proc/self/fd"))
 
@@ -141,7 +141,10 @@ def test_short_requests_are_einval(mount: Mount, opcode: int, size: int) -> None
 def test_the_server_survives_whatever_it_reads(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A socket in place of /dev/fuse: every request has one reply, the last is answered as well as the first."""
+    """A socket stands for /dev/fuse.
+
+    Every request has one reply, and the last is answered as the first.
+    """
 
     failures = {
         number: OSError(number, "an errno")
@@ -224,7 +227,7 @@ def test_who_waited_to_lead_when_the_mount_went_leaves_the_device_alone(
     with OwnedFd(os.open("/dev/null", os.O_RDWR)) as device:
         server = FuseServer(device, Mount().filesystem)
         server.run()
-    # As another thread of the server, after the first has returned and its caller closed the
-    # device.
+    # This acts as another thread of the server, after the first has returned and its caller closed
+    # the device.
     server.run()
     assert reads == 1

@@ -1,4 +1,4 @@
-"""What the pages of a file are made of.
+"""The folios of a file's pages.
 
 The tests compare the answers with the kernel's own objects and, as root, with its page flags.
 """
@@ -51,7 +51,7 @@ def orders(backing: Memfd, pages: list[int]) -> list[object]:
 
 
 def order_by_flags(backing: Memfd, page: int) -> int:
-    """Return the order of a page's folio by /proc/kpageflags, which shows each page frame to root."""
+    """Return the order of a page's folio by /proc/kpageflags, which only root can read by frame."""
     with mapped(backing.fileno(), page, 1, max(backing.blksize, PMD_SIZE)) as mapping:
         mapping.madvise(memory.MADV_POPULATE_READ, 0, PAGE_SIZE)
         frame = pagemap.frame_number(mapping.address)
@@ -74,7 +74,7 @@ def order_by_flags(backing: Memfd, page: int) -> int:
 
 @contextmanager
 def twin_of(kind: str, blocks: int) -> Generator[OwnedFd]:
-    """Make the kernel's own object, with its first blocks taken: a memfd that is collapsed, or one of huge pages."""
+    """Make the kernel's own object with its first blocks: a collapsed memfd, or huge pages."""
     flags = (
         0
         if kind == "thp"
@@ -92,7 +92,10 @@ def twin_of(kind: str, blocks: int) -> Generator[OwnedFd]:
 
 
 def zero_pages(fd: int, first: int, count: int, alignment: int) -> list[bool]:
-    """Say of each page whether it reads as zero; through a mapping, for hugetlbfs has no write and so no common way but this."""
+    """Say of each page whether it reads as zero.
+
+    It uses a mapping, because hugetlbfs has no write, and only this works for all kinds.
+    """
     with mapped(fd, first, count, alignment) as mapping:
         return [
             bytes(mapping.memory[at : at + PAGE_SIZE]) == bytes(PAGE_SIZE)
@@ -275,8 +278,8 @@ def test_the_kernels_page_flags_say_the_same(kind: str) -> None:
         allocate(backing, 0, BLOCK)
         assert order_by_flags(backing, 3) == backing.order_of(pgoff_t(3)) == ORDERS.get(kind, 0)
         punch(backing, 5, 1)
-        # What tmpfs leaves may be folios of 4 or 8 pages (Linux 6.15 splits no further than it
-        # must), which are of no use to a page table.
+        # tmpfs may leave folios of 4 or 8 pages (Linux 6.15 splits no further than it must), which
+        # are of no use to a page table.
         left = order_by_flags(backing, 3)
         assert left == ORDERS[kind] if kind in hugetlb.SIZES else left < 9
         assert backing.order_of(pgoff_t(3)) == (left if left >= 9 else 0)

@@ -131,7 +131,7 @@ def test_the_largest_file_is_one_hole_and_its_folios(thp: MemfdBacking) -> None:
 
 
 def test_looking_never_allocates_even_against_a_punch(thp: MemfdBacking) -> None:
-    """What is punched between the count and the look stays punched."""
+    """A page that is punched between the count and the look stays punched."""
     allocate(thp, 0, BLOCK)
     found = thp.folios(span(0, BLOCK))
     real = memory.resident_pages

@@ -1,4 +1,7 @@
-"""Kernels and containers that do not tell what pages are made of: no descriptor, no file and no service is lost to that."""
+"""Kernels and containers that do not tell which folios pages have.
+
+No descriptor, file or service fails because of that.
+"""
 
 import os
 from errno import ENOSYS, EOPNOTSUPP, EPERM
@@ -37,12 +40,15 @@ def alone(service: Service) -> bool:
 
 
 def life_of_a_file(design: str) -> tuple[int, object, int, int]:
-    """Return the service's pid, what a punch came to that a consumer hears of, and what is left after one that nobody hears of."""
+    """Return the service's pid, the outcome of a punch that a consumer hears of, and what is left.
+
+    The last is measured after a punch without a consumer.
+    """
     with Service.start(Options(design=design, consumers=(("dma", str(DMA)),))) as service:
         fd, other = service.memfd_restricted(), service.memfd_restricted()
         first = device(service, fd)
         punched = outcome(lambda: memory.fallocate(fd, memory.PUNCH, 0, PAGE))
-        # Whatever it was, the mount still has the operation.
+        # After any error, the mount still has the operation.
         os.posix_fallocate(other, 0, PAGE)
         first.close()
         wait_until(lambda: alone(service), "the consumer's end")

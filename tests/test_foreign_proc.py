@@ -1,4 +1,7 @@
-"""A /proc that numbers the processes of another PID namespace, as ``unshare -pf`` leaves it: nobody is found by a pid there."""
+"""A /proc with another PID namespace's numbers, as ``unshare -pf`` leaves it.
+
+No process is found by its pid there.
+"""
 
 import os
 from collections.abc import Callable
@@ -24,7 +27,7 @@ _CLONE_NEWPID = 0x2000_0000
 
 
 def inside(body: Callable[[], object]) -> Any:
-    """Return what comes of something in the first process of a PID namespace below, with this one's /proc."""
+    """Return a function's outcome in the first process of a new PID namespace, with our /proc."""
 
     def enter() -> str:
         process.unshare(_CLONE_NEWPID)

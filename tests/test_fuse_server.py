@@ -58,7 +58,7 @@ class Consumer:
 
 
 def _threads() -> int:
-    # Of Python's: /proc/self/task still has one that was joined a moment ago.
+    # This counts Python's threads: /proc/self/task still has one that was joined a moment ago.
     return _thread._count()
 
 
@@ -230,7 +230,7 @@ def test_no_thread_to_be_had(at_all: bool, dies: bool, monkeypatch: pytest.Monke
         second.answers.set()
         punches += [served.punch(node) for node in nodes[1:]]
         if at_all:
-            # What need not wait does not, and what has to comes to its turn.
+            # Requests that need not wait do not, and waiting requests come to their turn.
             served.serves()
             assert not set(punches) & served.replies.keys()
         first.answers.set()
@@ -332,7 +332,7 @@ def test_what_a_request_fails_of_is_its_own(
     with Served() as served:
         with monkeypatch.context() as patch:
             patch.setattr(served.filesystem, "handle", fail)
-            # Nor does the log have any.
+            # The log has no memory either.
             patch.setattr(server_module.log, "exception", no_memory)
             assert served.ask(Opcode.GETATTR, body=bytes(16)) == errno
         served.create()
@@ -387,7 +387,10 @@ def test_no_request_is_lost_while_memory_is_short(
 
 @pytest.mark.parametrize("failure", [OSError(EIO, "readv"), MemoryError(), ValueError()], ids=repr)
 def test_a_thread_that_cannot_go_on_ends_the_process(failure: Exception) -> None:
-    """Another thread reads, and the main one waits: /dev/fuse would stay open, with nobody who reads it."""
+    """Another thread reads, and the main one waits.
+
+    Else /dev/fuse would stay open without a reader.
+    """
     child = os.fork()
     if child == 0:
         try:

@@ -1,4 +1,7 @@
-"""The corpus of the fuzzing targets, replayed: what was found once stays mended, and each planted mistake is found."""
+"""The corpus of the fuzzing targets, replayed.
+
+A mistake that was found once stays fixed, and each planted mistake is found.
+"""
 
 import pytest
 

@@ -1,4 +1,7 @@
-"""The fuzzer of the two engines: that what it says is true, and a short run of it. ``scripts/fuzz-engines`` runs the long ones."""
+"""The fuzzer of the two engines: what it says is true, and a short run passes.
+
+``scripts/fuzz-engines`` does the long runs.
+"""
 
 import random
 import re
@@ -28,7 +31,7 @@ from restrictedmem.protocol.exits import Hypercall, MemoryFault, PortOut, Shutdo
 from restrictedmem.service.client import Service
 
 ROOT: Final = Path(__file__).parent.parent
-#: Of the short run: the first seed, and the seconds after which it is enough on a busy machine.
+#: The short run's first seed, and the seconds after which it is enough on a busy machine.
 SEED: Final = 1
 PROGRAMS: Final = 300
 SECONDS: Final = 20.0
@@ -132,7 +135,7 @@ def test_operands_are_encoded_as_an_assembler_does(code: str, operand: Mem) -> N
     assert encode(b"\x89", 32, 0, operand).code.hex() == code
 
 
-# What is compared.
+# The comparison.
 
 
 def program_of(*pieces: Piece) -> Program:

@@ -76,7 +76,7 @@ def test_a_session(host: Host, guest: Path, tmp_path: Path) -> None:
     assert "exited with code" in said
     assert isinstance(ended, Ended)
     assert ended.fatal is None
-    # What it was set to, and what two more turns added.
+    # The value that was set, and the additions of two more turns.
     assert "= 45" in said
     assert "= 100" in said
     assert (tmp_path / "out").read_bytes() == b"hello\n"

@@ -323,7 +323,7 @@ def packets(draw: st.DrawFn) -> bytes:
     command = draw(COMMANDS)
     head = bytes([command]) if isinstance(command, int) else command
     packet = head + b"".join(draw(st.lists(NUMBERS, max_size=5))) + draw(st.binary(max_size=8))
-    # What is well-formed and ends the session, or sends the guest somewhere else.
+    # These packets are well-formed, and end the session or send the guest somewhere else.
     assume(not packet.startswith((b"vKill", b"P10=")))
     return packet
 
@@ -344,7 +344,7 @@ def test_the_stub_takes_anything(endless: Gdb, said: list[bytes], noise: bytes) 
     for packet in said:
         endless.send(rsp.escape(packet))
     endless.sock.sendall(noise.replace(b"$", b""))
-    # Whatever runs now is stopped; then it answers as ever.
+    # Stop the vCPU that runs now; then the stub answers as before.
     endless.sock.sendall(b"\x03")
     endless.send(b"qC")
     while (answer := endless.receive()) != b"QC1":

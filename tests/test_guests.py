@@ -1,4 +1,8 @@
-"""The packaged guests: rebuilt where the compiler is the recorded one, and the same tests for whatever was built."""
+"""The packaged guests, rebuilt and tested.
+
+A rebuilt guest has the same bytes if the compiler is the recorded one. The tests are the same for
+any compiler.
+"""
 
 import hashlib
 import hmac
@@ -113,7 +117,10 @@ def test_the_header_and_the_package_agree(tmp_path: Path) -> None:
         f'printf("{name} %lu\\n", (unsigned long){"HYPERCALL_" * (name in HYPERCALLS)}{name});'
         for name in expected
     )
-    head = "#define __ASSEMBLER__\n#include <restrictedmem/guest.h>\n#undef __ASSEMBLER__\n#include <stdio.h>\n"
+    head = (
+        "#define __ASSEMBLER__\n#include <restrictedmem/guest.h>\n#undef __ASSEMBLER__\n"
+        "#include <stdio.h>\n"
+    )
     printed = host_program(tmp_path, head + f"int main(void) {{ {lines} return 0; }}\n").decode()
     assert printed.splitlines() == [f"{name} {value}" for name, value in expected.items()]
 

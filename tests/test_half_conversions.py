@@ -1,4 +1,4 @@
-"""Conversions that fail half way, as an owner can have them do who limits its engine's memory (prlimit)."""
+"""Conversions that fail half way, because an owner limits its engine's memory (prlimit)."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -41,7 +41,10 @@ _T = TypeVar("_T")
 
 
 def each_failure(make: Callable[[], _T], act: Callable[[_T], object]) -> Iterator[_T]:
-    """Yield what became of one after another as each call of ``act`` found no memory; then what becomes of one where all do."""
+    """Yield objects of ``make`` after ``act``: one for each call of ``act`` that finds no memory.
+
+    The last object is one for which all calls find memory.
+    """
     for number in count():
         made = make()
         failed = failing_at(number, partial(act, made))
@@ -51,7 +54,10 @@ def each_failure(make: Callable[[], _T], act: Callable[[_T], object]) -> Iterato
 
 
 class KvmVm:
-    """What slots need of the kernel's VM: its attributes, whether it has memory for them, and which slots there are."""
+    """The kernel's VM as far as slots need it: its attributes, its memory, and its slots.
+
+    It can lack memory for the slots.
+    """
 
     def __init__(self) -> None:
         self.private: set[int] = set()
@@ -157,7 +163,7 @@ def test_pages_of_a_read_only_slot_can_be_written_to_while_content_is_put_in() -
         assert writable() == list(range(START, END))
         engine.kvm.private.clear()
     assert writable() == []
-    # What the kernel made of the entries is zapped by a change of the attribute and back.
+    # A change of the attribute and back zaps the kernel's translations of the entries.
     assert engine.kvm.private == {
         (engine.own.tables.entry(gfn << PAGE_SHIFT) & (1 << 52) - 1) >> PAGE_SHIFT
         for gfn in range(START, END)
@@ -286,7 +292,7 @@ def test_the_softwares_entries_go_before_pages_are_told_to_be_private() -> None:
 def change_slot(
     window: Window, number: int, gpa: int, size: int, failing: int
 ) -> tuple[bool, tuple[set[int], ...]]:
-    """Say whether memory was missing, and which slots the VM and its engine know, by their numbers and by their pages."""
+    """Say whether memory was missing, and which slots VM and engine know, by number and by page."""
     with OwnedFd(os.memfd_create("other", os.MFD_ALLOW_SEALING)) as fd:
         os.ftruncate(fd.fileno(), PAGE_SIZE)
         region = kvm.kvm_userspace_memory_region_ext(
@@ -306,7 +312,10 @@ def change_slot(
 def test_a_slot_is_known_everywhere_or_nowhere_whatever_fails(
     number: int, gpa: int, size: int, after: set[int]
 ) -> None:
-    """One that the engine had and the VM's own list had not would be in no measurement, and be held by nobody."""
+    """A slot known to the engine but not to the VM's own list would be in no measurement.
+
+    Nothing would hold it.
+    """
     window = Window()
     done, outcomes = repr((False, (after,) * 4)), list[str]()
     while done not in outcomes:
@@ -393,7 +402,7 @@ def test_a_conversion_meanwhile_makes_a_shared_fault_come_again(
     [(Api.V9, 0, Errno(ENOMEM)), (Api.V10, kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE, PAGE_SIZE)],
 )
 def test_of_two_slots_of_which_the_second_fails(api: Api, attribute: int, told: object) -> None:
-    """v10 says how much was done, v9 what it failed with; to both, the first slot's pages have changed."""
+    """v10 returns how much was done, v9 the error. In both, the first slot's pages have changed."""
 
     def set_attributes(slot: Memslot, *_: object, **__: object) -> None:
         if slot is second:

@@ -1,4 +1,7 @@
-"""A consumer that the kernel holds, for it has a file whose server does not answer, keeps nothing of anybody's but itself."""
+"""A consumer that the kernel holds, because it has a file whose server does not answer.
+
+It keeps no other process from going on.
+"""
 
 import json
 import os

@@ -1,7 +1,7 @@
-"""An owner that is an ordinary user and tries to look into what it started: before, during and after the start, and in every way there is.
+"""An owner, an ordinary user, that tries to look into the processes that it started.
 
-Root looks on from outside, and does find the secret: a search that could find nothing would prove
-nothing.
+It tries before, during and after the start, and in every known way. Root looks on from outside, and
+does find the secret: a search that could find nothing would prove nothing.
 """
 
 import faulthandler
@@ -103,7 +103,7 @@ def test_every_attack_is_refused(namespaces: bool) -> None:
                         stop(target.pid)
                     found[target.name + state] = allowed(target.pid)
                     if found[target.name + state]:
-                        # Who was let in may have stopped it for good.
+                        # A process with access may have stopped it for good.
                         return found
                 os.kill(target.pid, signal.SIGCONT)
             # It was not hurt either.
@@ -202,10 +202,16 @@ def core_files() -> Generator[str, None, None]:
 
 @final
 class Spy:
-    """A process of the owner's user that looks into each new one of its session: keeps its memory open, and attaches, where it can."""
+    """A process of the owner's user that looks into each new process of its session.
+
+    It keeps the memory open and attaches, where it can.
+    """
 
     def __init__(self, attach: Callable[[int], None] | None, *, scan: bool) -> None:
-        """Start it; with ``scan`` it looks for new processes all the time, else only at those it is told of."""
+        """Start the spy.
+
+        With ``scan`` it always looks for new processes, else only at those it is told of.
+        """
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.pid = os.fork()
         if self.pid == 0:
@@ -294,7 +300,10 @@ class _SpyProcess:
             return
 
     def _let_run(self) -> None:
-        """Let whoever stopped go on; a tracer that only stopped its victim would keep it from starting at all."""
+        """Let a stopped process continue.
+
+        A tracer that only stops its victim would keep it from starting.
+        """
         with suppress(ChildProcessError):
             while (waited := os.waitpid(-1, os.WNOHANG | WALL))[0]:
                 if os.WIFSTOPPED(waited[1]):

@@ -1,4 +1,7 @@
-"""What an invalid instruction does before it is refused, on both engines: it is fetched whole, and touches nothing."""
+"""The effects of an invalid instruction before #UD, on both engines.
+
+The processor has to fetch it whole, and it must not touch any memory.
+"""
 
 from collections.abc import Iterator
 from typing import Final

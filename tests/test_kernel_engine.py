@@ -120,7 +120,7 @@ def test_private_memory_is_readable_for_nobody_without_it(vm: KernelVm) -> None:
         return
     reader, writer = os.pipe()
     with OwnedFd(reader), OwnedFd(writer):
-        # As the kernel says to any access of this process.
+        # The kernel answers so to any access of this process.
         with pytest.raises(OSError) as caught:
             os.write(writer, memoryview(half.mapping)[:6])
         assert caught.value.errno == EFAULT

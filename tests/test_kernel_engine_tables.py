@@ -287,7 +287,7 @@ def test_without_them_each_half_is_a_slot_and_only_pages_that_convert_are_zapped
 
 
 def resident_pages(half: Half) -> int:
-    """Count the pages that this process maps (/proc/self/pagemap), which MADV_DONTNEED takes away."""
+    """Count the pages that this process maps (/proc/self/pagemap). MADV_DONTNEED unmaps them."""
     with open("/proc/self/pagemap", "rb") as pagemap:
         pagemap.seek(half.address >> PAGE_SHIFT << 3)
         return sum(

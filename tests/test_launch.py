@@ -153,7 +153,10 @@ def test_an_update_that_finds_no_memory_writes_and_measures_nothing() -> None:
 
 
 class _Update:
-    """A machine, as far as LAUNCH_UPDATE needs one, whose call of a number finds no memory, or whose write fails."""
+    """A machine, as far as LAUNCH_UPDATE needs it, with a failure.
+
+    The call of a number finds no memory, or the write fails.
+    """
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error, self.written, self.held = error, False, False
@@ -190,11 +193,14 @@ class _Update:
         self.written = True
 
     def update(self, failing: int) -> tuple[bool, bool, bool, bool]:
-        """Say whether memory was missing, and whether content was written, was measured, and keeps its slot."""
+        """Say whether memory was missing, and whether content was written and measured.
+
+        The last value says whether the content keeps its slot.
+        """
         content = vm_wire.LAUNCH.pack(GPA) + b"a" * PAGE
         failed = failing_at(failing, lambda: self.machine._launch_update(content))
-        # Not by ``finish``: a call that found no memory may have been the one to let go of the
-        # mutex.
+        # This does not use ``finish``: a call that found no memory may have been the one to release
+        # the mutex.
         value = self.machine._launch._measurement.finish(())
         measured = {measure(2, [], [], []): False, measure(2, [(GPA, b"a" * PAGE)], [], []): True}[
             value
@@ -226,7 +232,10 @@ def test_what_was_not_put_in_is_neither_measured_nor_kept() -> None:
 @pytest.mark.requires("fuse")
 @pytest.mark.parametrize("platform", ["", "snp", "snp-unmapped"])
 def test_what_a_platform_refuses_was_never_there(platform: str) -> None:
-    """The same page of the file at a second address: content that came in there would be in no measurement."""
+    """The same page of the file is at a second address.
+
+    Content written there would be in no measurement.
+    """
     honest, other = (
         bytes.fromhex("b048e642").ljust(PAGE, b"\0"),
         bytes.fromhex("b045e642").ljust(PAGE, b"\0"),

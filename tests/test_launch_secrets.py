@@ -183,7 +183,7 @@ def test_no_exit_shows_a_register_that_the_guest_did_not_pass(vm: Vm, offence: s
         channel: Channel = vcpu._channel  # pyright: ignore[reportPrivateUsage]
         found = [replies(channel, vm_wire.RUN.number, vm_wire.COMPLETION.pack(0)) for _ in range(3)]
     for reply in found:
-        # Nor a piece of one: ports are a byte wide, and nothing else is asked for.
+        # No piece of one is there either: ports are a byte wide, and nothing else is asked for.
         assert not any(secret[at : at + 2] in reply for at in range(7)), reply.hex()
 
 

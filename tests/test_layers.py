@@ -156,7 +156,7 @@ def test_mm_and_the_fault_path_take_locks_only_from_sync() -> None:
 
 
 def test_one_module_forks() -> None:
-    """What it runs in a child never comes back into the code of the parent (tests/test_child.py)."""
+    """Code that the child runs never returns into the code of the parent (tests/test_child.py)."""
     found = [module for module, path in modules() if "os.fork" in path.read_text(encoding="utf-8")]
     assert found == [f"{ROOT}.child"]
 

@@ -337,7 +337,7 @@ HUGETLB: Final = pytest.mark.requires("hugetlb")
 
 @contextmanager
 def vmm_on(backing: str, size: int) -> Generator[Vmm, None, None]:
-    """Make a VM with so many bytes of private memory, out of huge pages set aside for it where it is to have such."""
+    """Make a VM with ``size`` bytes of private memory, of huge pages reserved for it if wanted."""
     with ExitStack() as stack:
         if backing in hugetlb.SIZES:
             page = hugetlb.SIZES[backing]
@@ -361,7 +361,10 @@ def mapped(vmm: Vmm) -> tuple[int, int, int]:
     ],
 )
 def test_a_punch_under_a_guest_that_goes_on_computing(backing: str) -> None:
-    """sha256 goes round its heap: the page was digested when it is punched, and is written again later."""
+    """sha256 goes round its heap.
+
+    The punched page was digested already, and is written again later.
+    """
     data = bytes(range(251)) * (24 * MIB // 251)
     found: list[tuple[int, int, int]] = []
     with (
@@ -389,8 +392,8 @@ def test_a_punch_under_a_guest_that_goes_on_computing(backing: str) -> None:
         splits = vmm.vm.statistics()["splits"]
     match backing:
         case "thp":
-            # The first 2 MiB were taken page by page, for the launch; what is left of the punched
-            # folio is pages.
+            # The first 2 MiB were taken page by page, for the launch. The rest of the punched folio
+            # is single pages.
             assert (large, after, at_the_end[1]) == (4, (small, large - 1, 0), 16 // 2 - 2)
             assert at_the_end[0] - after[0] == PMD
         case "hugetlb-2m":
@@ -404,7 +407,10 @@ def test_a_punch_under_a_guest_that_goes_on_computing(backing: str) -> None:
 
 @pytest.mark.requires("fuse", "hugetlb")
 def test_a_guest_on_a_huge_page_of_1_gib() -> None:
-    """Mapped as one at the first fetch, which has its page's code protected: so it ends as all smaller levels."""
+    """The first fetch maps the page as one block, and write-protects the page of code.
+
+    So the block is split into mappings of all smaller levels.
+    """
     with vmm_on("hugetlb-1g", 1 << 30) as vmm, open("/dev/null", "r+b", buffering=0) as null:
         vmm.load(elf.parse(guests.path("spin").read_bytes()), ["hash", "64"])
         assert vmm.run(null, null, null) == Ended(0)

@@ -27,7 +27,7 @@ _ANY: Final = bytes([0] + [1] * 255)
 
 
 def naive_level(vm: Vm, index: int, order: int) -> Level:
-    """Return the largest level at which a private page may be mapped that lies in a folio of ``order``."""
+    """Return the largest level at which a private page in a folio of ``order`` may be mapped."""
     slot, half = vm.slot, vm.half
     for level in (Level.PUD, Level.PMD):
         first = (slot.base_gfn + index) // level.pages * level.pages - slot.base_gfn

@@ -1,4 +1,7 @@
-"""Nobody waits for a socket that lingers and that a stranger has sent: where the kernel refuses it, and where it cannot."""
+"""A socket that lingers, sent by a stranger: nobody waits for it.
+
+The kernel refuses such a socket, or cannot.
+"""
 
 import json
 import os
@@ -35,7 +38,7 @@ from waiting import wait_until
 
 ROGUE = 64002
 _HEAD = struct.Struct("=II")
-#: As if the kernel were older than Linux 6.16.
+#: Act as if the kernel were older than Linux 6.16.
 OLDER = "from restrictedmem import fd; fd.KERNEL_REFUSES = False; "
 STATUS = _HEAD.pack(wire.STATUS.number, 0)
 in_both = pytest.mark.parametrize(
@@ -69,7 +72,10 @@ def pair() -> tuple[socket.socket, socket.socket]:
 
 def command(older: bool, *arguments: str) -> list[str]:
     """Return a command line of the program, and have services that it starts believe the same."""
-    start = f"starter._START = starter._START.replace('from restrictedmem.service', {OLDER!r} + 'from restrictedmem.service', 1); "
+    start = (
+        f"starter._START = starter._START.replace('from restrictedmem.service', "
+        f"{OLDER!r} + 'from restrictedmem.service', 1); "
+    )
     setup = f"{OLDER}from restrictedmem.service import starter; {start}" if older else ""
     return [
         sys.executable,
@@ -323,7 +329,7 @@ def test_serve(older: bool, places: int) -> None:
             send_and_hang_up(connected(path), hold)
 
         with ExitStack() as hold:
-            # Else it might have hung up before anything came.
+            # Otherwise it might have hung up before anything came.
             with stopped(running.pid):
                 hold.enter_context(stranger(act))
             with soon("another client of serve"), Service.connect(path) as service:
@@ -355,7 +361,10 @@ def test_serve_ends_with_clients_that_wait_or_were_not_let_in(older: bool) -> No
 @pytest.mark.requires("fuse", "root")
 @in_both
 def test_exec(older: bool) -> None:
-    code = f"{PRELUDE}\nprint(call(0) >= 0, flush=True)\nsys.stdin.readline()\nprint(call(0) >= 0, os.environ['RESTRICTEDMEM_SERVER'])"
+    code = (
+        f"{PRELUDE}\nprint(call(0) >= 0, flush=True)\nsys.stdin.readline()\n"
+        f"print(call(0) >= 0, os.environ['RESTRICTEDMEM_SERVER'])"
+    )
     mark = f"{os.getpid()}-{older}-{time.monotonic_ns()}"
     arguments = command(older, "exec", "--", sys.executable, "-c", code)
     pipe = subprocess.PIPE

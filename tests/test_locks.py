@@ -1,4 +1,7 @@
-"""What threads share is changed under its lock. A race that nobody runs would not show, so the change itself says whether it is held."""
+"""Data that threads share is changed under its lock.
+
+A race that never happens would not show. So each change itself checks that the lock is held.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Final

@@ -1,4 +1,4 @@
-"""Thousands of slots: what the containers do, and that no call takes longer for the slots that there are."""
+"""Thousands of slots: the containers' answers, and that the number of slots slows no call down."""
 
 import os
 import sys
@@ -85,7 +85,10 @@ def vm(request: pytest.FixtureRequest, service: Service) -> Iterator[Vm]:
 @pytest.mark.requires("fuse")
 @pytest.mark.parametrize("vcpus_first", [False, True])
 def test_a_guest_reaches_each_of_many_slots(service: Service, vm: Vm, vcpus_first: bool) -> None:
-    """It adds up the first bytes of all, in slots that were made in another order than they lie, some of them anew."""
+    """The guest adds up the first bytes of all slots.
+
+    They were made in another order than they lie, and some were made anew.
+    """
     fd = service.memfd_restricted()
     os.ftruncate(fd, PAGE)
     vm.set_user_memory_region(slot=COUNT, guest_phys_addr=GPA, memory_size=PAGE, restricted_fd=fd)
@@ -209,7 +212,7 @@ def test_no_call_takes_longer_for_the_slots_there_are() -> None:
                 cost_of(partial(change, number, at, 0)),
             ]
 
-        # Of a memfd that no slot shows yet, one takes longer.
+        # A slot on a memfd that no slot shows yet takes longer.
         change(1, GPA + 2 * PAGE)
         first = calls(0)
         for number in range(2, 500):

@@ -45,7 +45,7 @@ def test_sequence_merges_ranges_that_overlap_in_time() -> None:
     sequence.end()
     assert not sequence.busy()
     assert not sequence.retry(sequence.snapshot(), pgoff_t(30), pgoff_t(31))
-    # Whoever took the sequence before has to start again, wherever it was.
+    # A fault that read the sequence before has to retry, at any page.
     assert sequence.retry(before, pgoff_t(1000), pgoff_t(1001))
     assert sequence.snapshot() == before + 2
     sequence.close()
@@ -53,7 +53,10 @@ def test_sequence_merges_ranges_that_overlap_in_time() -> None:
 
 @final
 class _Words:
-    """A sequence's words: stores are kept for later, and come one by one before the loads of ``moments``."""
+    """A sequence's words.
+
+    Stores are delayed, and become visible one by one before ``moments``' loads.
+    """
 
     def __init__(self, words: SharedWords) -> None:
         self._words = words
@@ -110,7 +113,10 @@ def test_a_consumer_maps_the_sequence_for_reading() -> None:
     "kind", ["memfd", "thp", pytest.param("hugetlb-2m", marks=pytest.mark.requires("hugetlb"))]
 )
 def test_a_consumer_takes_no_punch_from_the_owner(kind: str) -> None:
-    """It has the memfd, and what it could seal there it could forbid the owner and the next consumer."""
+    """The consumer has the memfd.
+
+    A seal set there would forbid punches to the owner and to the next consumer.
+    """
     backing = make_backing(kind)
     with OwnedFd(os.dup(backing.fileno())) as consumers:
         number = consumers.fileno()
@@ -125,7 +131,7 @@ def test_a_consumer_takes_no_punch_from_the_owner(kind: str) -> None:
 
 
 def test_only_who_made_the_sequence_writes_it() -> None:
-    """A consumer that writes could keep the faults of other consumers out for ever, or let stale ones in."""
+    """Such a consumer could block the faults of other consumers for ever, or let stale ones in."""
     sequence = InvalidationSequence.create()
     fd = sequence.fd.fileno()
     reader = mmap.mmap(fd, PAGE_SIZE, mmap.MAP_SHARED, mmap.PROT_READ)

@@ -125,7 +125,10 @@ def test_a_renewed_file_is_empty_whatever_becomes_of_the_pages(
 
 
 def test_a_file_is_renewed_between_punches_and_under_looks() -> None:
-    """Who looks at st_blocks and st_blksize, allocates or punches meanwhile, uses one memfd or the other, and never a closed one."""
+    """A concurrent call uses one memfd or the other, and never a closed one.
+
+    The calls read st_blocks and st_blksize, allocate or punch.
+    """
     file, failed, stop = new_file(), list[BaseException](), threading.Event()
 
     def again(*acts: Callable[[], object]) -> None:

@@ -1,8 +1,8 @@
-"""The shim driven at random against a model of pages in a dict, and against a bare memfd that does the same.
+"""The shim, driven at random, compared with a model of pages in a dict and with a bare memfd.
 
-The model knows what each page holds, what each consumer has taken and what each notifier must have
-heard; the memfd answers errno, size and blocks for what exists on it too (all but the rules that
-are the shim's own: one sizing, aligned punches, the limit).
+The model knows what each page holds, what each consumer has taken, and what each notifier must have
+heard. The memfd answers errno, size and blocks for operations that it has too. The shim's own rules
+are excepted: one sizing, aligned punches, the limit.
 """
 
 import os
@@ -97,7 +97,10 @@ Callback = tuple[str, int, int]
 @final
 @dataclass(eq=False)
 class Listener:
-    """A consumer's notifier: it lets go of pages at start and again at end, and notes each callback."""
+    """A consumer's notifier.
+
+    It releases pages at start and again at end, and records each callback.
+    """
 
     window: Pages
     heard: list[Callback] = field(default_factory=list[Callback])
@@ -176,8 +179,8 @@ class Shim(RuleBasedStateMachine):
         expected = self._expect(mode, offset, length)
         assert result == expected
         if expected is None or expected == Errno(EOPNOTSUPP):
-            # What a bare memfd says to the same; ZERO_RANGE and the like are refused there by the
-            # same file system.
+            # A bare memfd's answer to the same; the same file system refuses ZERO_RANGE and the
+            # like there.
             assert (
                 outcome(lambda: memory.fallocate(self.plain.fileno(), mode, offset, length))
                 == result
@@ -285,7 +288,7 @@ class Shim(RuleBasedStateMachine):
         os.pwrite(self.backing.fileno(), bytes([byte]) * PAGE_SIZE, page * PAGE_SIZE)
         self.present[page] = byte
 
-    # What always holds.
+    # Invariants.
 
     @invariant()
     def size_and_pages_are_the_models_and_the_memfds(self) -> None:

@@ -1,4 +1,7 @@
-"""Attributes of pages and the largest block that may be mapped as one, against models that look at every page."""
+"""Attributes of pages and the largest block that may be mapped as one.
+
+The models look at every page.
+"""
 
 from itertools import pairwise
 from typing import Final

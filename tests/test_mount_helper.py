@@ -1,4 +1,7 @@
-"""Mounting by fusermount3, with another program in its place, and what a child that mounts may say."""
+"""Mounting by fusermount3, with another program in its place.
+
+The tests also read the messages of a child that mounts.
+"""
 
 import os
 import shutil

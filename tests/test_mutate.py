@@ -1,4 +1,4 @@
-"""Which changes ``scripts/mutate`` makes, which tests it runs for them, and what it says of a small tree."""
+"""The changes that ``scripts/mutate`` makes, the tests it runs, and its report on a small tree."""
 
 import ast
 import json
@@ -92,7 +92,7 @@ def test_layers_take_turns_and_a_seed_says_which_lines() -> None:
     ] == layers * 10
     assert len({(mutant.file, mutant.line) for mutant in chosen}) == 30
     assert mutation.choose(ROOT, layers, 30, 5) == chosen != mutation.choose(ROOT, layers, 30, 6)
-    # As many as there are.
+    # The layer has fewer lines than were asked for.
     assert 0 < len(mutation.choose(ROOT, ["guests"], 1000, 5)) < 100
 
 
@@ -112,7 +112,8 @@ def test_the_nearest_tests_come_first(tmp_path: Path) -> None:
         src__restrictedmem__kvm__mmu="from restrictedmem.mm import pages",
         src__restrictedmem__vmm__vm="from restrictedmem.kvm.mmu import Mmu",
         src__restrictedmem__cli__run="import restrictedmem.vmm.vm",
-        src__restrictedmem__cli__main="COMMANDS = ('run',)\nimport_module(f'restrictedmem.cli.{name}')",
+        src__restrictedmem__cli__main="COMMANDS = ('run',)\n"
+        "import_module(f'restrictedmem.cli.{name}')",
         src__restrictedmem____main__="from restrictedmem.cli.main import run",
         tests__helper="import restrictedmem.kvm.mmu",
         tests__test_a="command = ['-m', 'restrictedmem', 'run']",
@@ -157,7 +158,8 @@ def a_tree_to_search(place: Path, limits: str, tests: str) -> Path:
         shutil.copy(ROOT / file, place / file)
     root = tree(
         place,
-        src__restrictedmem__abi__process="from ctypes import CDLL\nPR_SET_CHILD_SUBREAPER = 36\nprctl = CDLL(None).prctl\n",
+        src__restrictedmem__abi__process="from ctypes import CDLL\nPR_SET_CHILD_SUBREAPER = 36\n"
+        "prctl = CDLL(None).prctl\n",
         src__restrictedmem__mm__limits=limits,
         tests__test_limits=tests,
     )
@@ -166,7 +168,10 @@ def a_tree_to_search(place: Path, limits: str, tests: str) -> Path:
 
 
 def test_a_tree_is_searched_and_left_alone(tmp_path: Path) -> None:
-    """One line is tested to its limit, of another the half; one test fails anyway, and one leaves a process."""
+    """One line is tested to its limit, another only half.
+
+    One test fails anyway, and one leaves a process.
+    """
     mark = tmp_path / "left"
     root = a_tree_to_search(
         tmp_path,
@@ -219,7 +224,10 @@ def test_tests_that_hang_are_told_of(tmp_path: Path) -> None:
 def test_tests_that_end_their_process_have_noticed(tmp_path: Path) -> None:
     """With a status that says that all is well, as a child's is that goes on as its parent."""
     limits = "def inside(x): return x < y\ny = int('3')\n"
-    tests = "import os\nfrom restrictedmem.mm import limits\ndef test_it():\n    if limits.inside(3): os._exit(0)\n"
+    tests = (
+        "import os\nfrom restrictedmem.mm import limits\ndef test_it():\n"
+        "    if limits.inside(3): os._exit(0)\n"
+    )
     status, found = mutate(a_tree_to_search(tmp_path, limits, tests), "--count", "1")
     assert (status, found["mutants"], len(found["survivors"])) == (0, 1, 0)
 

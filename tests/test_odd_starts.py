@@ -67,7 +67,7 @@ ODD = [
         features=("fuse", "seccomp"),
     ),
     *(
-        # The program finds closed what was.
+        # The program still finds this descriptor closed.
         odd(
             closed(number),
             f"exec -- sh -c test${{IFS}}!${{IFS}}-e${{IFS}}/proc/$$/fd/{number}",
@@ -115,7 +115,8 @@ ODD = [
         'ulimit -t 1; exec "$@"',
         f"{QUICK} spin loop",
         1,
-        r"KVM_RUN: .* \(engine is gone: killed by SIG(KILL, after .* of 1 seconds|XCPU, the limit on) .*CPU time, ulimit -H?t\)",
+        r"KVM_RUN: .* \(engine is gone: killed by SIG(KILL, after .* of 1 seconds|XCPU, "
+        r"the limit on) .*CPU time, ulimit -H?t\)",
     ),
     # A guest is read without room for the largest there could be.
     odd('ulimit -v 600000; exec "$@"', f"{QUICK} sha256", 0, "", DIGEST),
@@ -199,7 +200,8 @@ ODD = [
         FOREIGN_PROC,
         "exec true",
         1,
-        r"/proc: exec: No such process \(the supervisor cannot start: open: it numbers the processes of another PID namespace\)",
+        r"/proc: exec: No such process \(the supervisor cannot start: open: "
+        r"it numbers the processes of another PID namespace\)",
         features=("root", "seccomp"),
     ),
     odd(

@@ -52,7 +52,8 @@ def test_the_filter_makes_the_kernel_older() -> None:
         "    outcome(lambda: memory.resident_pages(0, 0, 0)),\n"
         "    outcome(lambda: page.madvise(memory.MADV_COLLAPSE, 0, 4096)),\n"
         "    outcome(lambda: pagemap.bytes_in(pagemap.Category.PRESENT, page.address, 4096)),\n"
-        "    seccomp.flags_known(seccomp.FilterFlag.NEW_LISTENER | seccomp.FilterFlag.WAIT_KILLABLE_RECV)])\n"
+        "    seccomp.flags_known(seccomp.FilterFlag.NEW_LISTENER | "
+        "seccomp.FilterFlag.WAIT_KILLABLE_RECV)])\n"
     )
     done = subprocess.run(
         [*OLD, sys.executable, "-c", code], capture_output=True, text=True, check=True

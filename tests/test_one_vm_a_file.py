@@ -1,4 +1,8 @@
-"""A page is one VM's: what hardware does by the RMP or a key for each VM, the service does by who may bind a file."""
+"""A page belongs to one VM.
+
+In hardware this is done by the RMP, or a key for each VM. The service does it by its rule for
+bindings of a file.
+"""
 
 import os
 import signal
@@ -130,7 +134,7 @@ def test_what_an_earlier_engine_keeps_reaches_nothing_of_a_later_vm(
             "the other file to be gone",
         )
         bind(second, fd)
-        # What the first had is gone, and the machine has its memory back, whoever keeps the memfd.
+        # The first VM's memory is freed, and the machine has it back, whoever keeps the memfd.
         assert (os.fstat(memfds[0]).st_blocks, os.fstat(fd).st_blocks) == (0, 0)
         assert run(second, WRITER) == exits.PortOut(0x42, 1, SECRET)
         assert os.pread(memfds[0], MIB, 0) == bytes(MIB)
@@ -139,7 +143,7 @@ def test_what_an_earlier_engine_keeps_reaches_nothing_of_a_later_vm(
         memory.fallocate(fd, memory.PUNCH, 0, MIB)
         assert os.pread(sequences[0], PAGE, 0) == before
         assert os.fstat(fd).st_blocks == 0
-        # The first gets what the second has got, and not what it had.
+        # The first VM gets the second VM's content, and not its own old one.
         second.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=0)
         bind(first, fd)
         first.launch_update(GPA, bytes(PAGE))
@@ -167,7 +171,10 @@ def test_what_the_owner_allocated_stays(service: Service, fd: int) -> None:
 @pytest.mark.requires("fuse", "root")
 @pytest.mark.parametrize("spawner_too", [False, True])
 def test_a_stopped_engine_keeps_its_file_until_it_is_dead(spawner_too: bool) -> None:
-    """It does not answer a punch, and is killed. If it could go on first, its guest would write to the next VM's memory."""
+    """The engine does not answer a punch, and is killed.
+
+    If it could continue first, its guest would write to the next VM's memory.
+    """
     with (
         Service.start(Options(deadline=0.3)) as service,
         Vm(service) as first,
@@ -204,7 +211,10 @@ def takes(vm: Vm, fd: int) -> bool:
 
 @pytest.mark.requires("fuse", "root")
 def test_a_file_is_not_free_before_the_process_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The service's own side: a consumer that broke the protocol is unbound once its pidfd says so."""
+    """This is the service's own side.
+
+    A consumer that broke the protocol is unbound once its pidfd says that it has ended.
+    """
     child = os.fork()
     if child == 0:
         while True:

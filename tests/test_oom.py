@@ -1,4 +1,4 @@
-"""What a service's oom_score_adj says (``service.oom``), and what it hears for that of its files."""
+"""A service's oom_score_adj (``service.oom``), by the memory of its files."""
 
 import os
 from errno import ENOSPC

@@ -1,4 +1,7 @@
-"""Devices are opened for reading and writing, close-on-exec; and a descriptor may have any number, 0 too."""
+"""Devices are opened for reading and writing, close-on-exec.
+
+A descriptor may have any number, 0 too.
+"""
 
 import fcntl
 import os

@@ -1,4 +1,7 @@
-"""What a command writes is there when it says so: each write and each close is heard, and said."""
+"""A command's output is there when the command says so.
+
+It checks each write and each close, and reports an error.
+"""
 
 import json
 import os
@@ -29,7 +32,7 @@ MIB = 1 << 20
 
 
 def run(*arguments: str, stdout: str | None = None) -> tuple[int, str, str]:
-    """Run a command; returns its status, and what it said on stderr and on stdout, unless that goes to a file."""
+    """Run a command; return its status, stderr and stdout, unless stdout goes to a file."""
     with open(stdout or os.devnull, "wb") as file:
         done = subprocess.run(
             [*COMMAND, *arguments],
@@ -141,7 +144,7 @@ def test_a_full_stdout(arguments: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The lines of a whole trace."""
+    """Return the lines of a whole trace."""
     path = tmp_path_factory.mktemp("trace") / "run.jsonl"
     lost: list[int] = []
     with Service.start() as service, Vmm(4 * MIB, service) as vmm, record(vmm, path, lost.append):
@@ -153,7 +156,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def convert(tmp_path: Path, text: str) -> tuple[int, str, str]:
-    """Convert a trace; returns the command's status, and what it said, with IN for the name of what it read."""
+    """Convert a trace; return status and output, with IN in place of the input's name."""
     source, target = tmp_path / "in", tmp_path / "out"
     source.write_text(text, encoding="ascii")
     status, said, _ = run("trace", "to-perfetto", str(source), str(target))
@@ -174,7 +177,8 @@ def test_a_trace_that_was_cut_off(tmp_path: Path, recorded: list[str]) -> None:
     status, line, hint = convert(tmp_path, "".join(recorded)[:-2])
     assert (status, line) == (
         1,
-        f"error: IN: the trace is incomplete; missing: the end of its last line, the owner's end ({owner})",
+        f"error: IN: the trace is incomplete; missing: the end of its last line, "
+        f"the owner's end ({owner})",
     )
     assert hint.startswith("hint: the rest was converted")
     status, line, _ = convert(tmp_path, "".join(recorded[:-1]))

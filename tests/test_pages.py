@@ -1,4 +1,4 @@
-"""The pages that a consumer takes: their orders while others punch, what is put, and what a kernel cannot tell."""
+"""The pages that a consumer takes: orders beside punches, pages put, kernels that cannot tell."""
 
 from collections.abc import Iterator
 from errno import EFAULT, ENOENT, ENOMEM, ENOTTY
@@ -31,7 +31,7 @@ def test_an_order_is_remembered_until_a_part_of_its_block_is_invalidated(thp: Me
     everywhere = [pgoff_t(page) for page in (3, 8, BLOCK - 1, BLOCK)]
     assert [window.get_page(page) for page in everywhere] == [9, 9, 9, 9]
     assert window.invalidate_start(span(7, 8)) == 1
-    # Not split yet, and about to be: nobody may count on the folio any more.
+    # The folio is not split yet, but is about to be: nobody may count on it any more.
     assert thp.order_of(pgoff_t(3)) == 9
     assert [window.get_page(page) for page in everywhere] == [0, 0, 0, 9]
     assert window.get_page_noalloc(pgoff_t(3)) == 0

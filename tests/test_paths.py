@@ -128,7 +128,7 @@ def test_another_users_fifo_is_not_waited_for(theirs: Path) -> None:
 def test_another_users_file_is_not_written_where_all_may_put_theirs(
     tmp_path: Path, mode: int
 ) -> None:
-    """fs.protected_regular minds O_CREAT alone."""
+    """The kernel's fs.protected_regular covers only O_CREAT, so it does not prevent this."""
     tmp_path.chmod(mode)
     for uid, right in ((ORDINARY, Errno(EACCES)), (0, None)):
         file = tmp_path / str(uid)
@@ -226,7 +226,7 @@ def test_a_link_that_comes_after_the_look(
     (theirs / "file").write_text("old", encoding="ascii")
     swap = lambda: plant(theirs / "file", victim)  # noqa: E731
     racing(monkeypatch, paths, "_check_target", swap)
-    # What was looked at is what is opened.
+    # The file that was checked is the file that is opened.
     assert close(paths.create(str(theirs / "file"))).startswith(str(theirs))
     assert intact(victim)
 
@@ -284,7 +284,10 @@ def test_no_command_writes_through_a_planted_link(
         stdin=subprocess.DEVNULL,
     )
     assert intact(victim)
-    words = f"open: {os.strerror(ELOOP)} (file is a symbolic link of uid {ORDINARY}, which is not followed)"
+    words = (
+        f"open: {os.strerror(ELOOP)} (file is a symbolic link of uid {ORDINARY}, "
+        f"which is not followed)"
+    )
     assert (done.returncode, done.stderr) == (1, f"error: {theirs}/file: {words}\n")
 
 

@@ -36,7 +36,7 @@ def test_it_is_at_an_end_after_so_many_seconds() -> None:
 
 
 def test_what_comes_at_once_uses_it_up_too() -> None:
-    """Whoever always has another word is not listened to for ever."""
+    """A peer that always sends another message is not listened to for ever."""
     reader, writer = os.pipe()
     os.write(writer, b"x")
     began, patience, last = time.monotonic(), Patience(SECONDS), 0.0

@@ -1,4 +1,4 @@
-"""Pinned pages stay where they are, until they are punched; the page tables of the kernel say so."""
+"""Pinned pages stay where they are until they are punched, as the kernel's page tables show."""
 
 import ctypes
 import mmap
@@ -34,7 +34,7 @@ _CONTROLS: Final = 8
 
 @dataclass
 class Rig:
-    """A memfd of some blocks, mapped as a consumer maps it, 2 MiB-congruent, and its pages pinned."""
+    """A memfd of some blocks, mapped as a consumer maps it (2 MiB-congruent), with pinned pages."""
 
     memfd: MemfdBacking
     mapping: mmap.mmap
@@ -57,7 +57,7 @@ class Rig:
 
 
 def frames(address: int, count: int) -> list[int]:
-    """Return the page frames behind some pages of this process; of CAP_SYS_ADMIN only are they other than 0."""
+    """Return the page frames behind some pages of this process. Without CAP_SYS_ADMIN all are 0."""
     with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
         entries = os.pread(pagemap.fileno(), count * 8, (address >> PAGE_SHIFT) * 8)
     return [entry & _PFN for (entry,) in struct.iter_unpack("=Q", entries)]
@@ -69,7 +69,7 @@ def rig(
 ) -> Generator[Rig]:
     memfd = MemfdBacking(limit=limit)
     size = blocks * BLOCK_BYTES
-    # As much as is needed to find 2 MiB-congruent addresses in it.
+    # The mapping is large enough to find 2 MiB-congruent addresses in it.
     mapping = mmap.mmap(memfd.fileno(), size + BLOCK_BYTES, mmap.MAP_SHARED)
     address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
     shift = -address % BLOCK_BYTES
@@ -115,7 +115,7 @@ def collapse(found: Rig, block: int) -> object:
 
 
 def pinned_by_rings() -> int:
-    """Return how much the kernel says is pinned by this process, in bytes (VmPin: io_uring counts what it registers)."""
+    """Return the bytes that the kernel counts as pinned by this process (VmPin, for io_uring)."""
     with open("/proc/self/status", encoding="ascii") as status:
         return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmPin:"))
 
@@ -136,10 +136,10 @@ def every_other(found: Rig) -> list[int]:
 
 @pytest.mark.requires("root")
 def test_frames_stay_across_compaction() -> None:
-    """Every other page of a lot of memory is freed, so that compaction has cause and room to move the others.
+    """Every other page of much memory is freed. So compaction has cause and room to move pages.
 
-    Which it moves depends on where in the zone they lie, so controls are made, each somewhere else,
-    until one of them was moved.
+    Their place in the zone is what decides which pages move. So the test makes controls, each
+    somewhere else, until one of them was moved.
     """
     with rig(blocks=64) as pinned, ExitStack() as controls:
         pinned.allocate(0, len(pinned.window))
@@ -168,7 +168,7 @@ def test_frames_stay_across_compaction() -> None:
 
 
 def test_what_is_pinned_cannot_be_collapsed() -> None:
-    """A witness that needs no privilege: MADV_COLLAPSE must move pages, and cannot while somebody else holds them."""
+    """This needs no privilege: MADV_COLLAPSE must move pages, and cannot while others hold them."""
     with rig() as found:
         found.allocate(0)
         assert collapse(found, 0) in (Errno(EAGAIN), Errno(EBUSY))
@@ -200,7 +200,7 @@ def test_a_partial_punch_moves_no_neighbour() -> None:
 
 
 def test_close_lets_go() -> None:
-    """The ring goes with it: no page is held any more when the file's are gone, and its memory can be moved."""
+    """The ring ends too: it holds no page any more after the file, and the memory can be moved."""
     with rig() as found:
         found.allocate(0)
         before = pinned_by_rings()
@@ -224,7 +224,7 @@ def test_under_a_limit_the_page_alone() -> None:
 
 
 def test_beside_an_invalidation_the_page_alone() -> None:
-    """What is being punched was released before, and nobody would release it once more."""
+    """A page being punched was released before, and nobody would release it again."""
     with (
         closing(InvalidationSequence.create()) as sequence,
         rig(blocks=2, sequence=sequence) as found,
@@ -330,7 +330,10 @@ def test_run_names_the_limit_on_pinned_memory(kilobytes: int, what: str) -> None
 
 
 class PinMachine(RuleBasedStateMachine):
-    """Random takes and punches, against the set of pages that must be pinned; the memfd says which of them there are."""
+    """Random takes and punches, compared with the set of pages that must be pinned.
+
+    The memfd says which of them exist.
+    """
 
     @initialize()
     def create(self) -> None:

@@ -17,7 +17,7 @@ from restrictedmem.units import gfn_t
 EFAULT, EINVAL = 14, 22
 
 
-# What Linux does with it.
+# Linux's use of it.
 
 
 def sev(*, unmap: bool = False) -> Sev:
@@ -85,7 +85,7 @@ def test_a_failed_update_is_efault_with_the_number() -> None:
     assert caught.value.errno == EFAULT
 
 
-# What an engine tells.
+# An engine's calls.
 
 
 def entries(snp: Snp) -> dict[str, int]:
@@ -223,8 +223,8 @@ def test_a_page_freed_without_a_word_is_a_violation_with_its_story() -> None:
     (violation,) = cast(list[dict[str, Any]], report["violations"])
     assert (violation["start"], violation["npages"]) == (4, 4)
     assert (
-        violation["rule"]
-        == "the host writes to a page that is the guest's (gpa 0x44000), and nobody was told that it goes"
+        violation["rule"] == "the host writes to a page that is the guest's (gpa 0x44000), "
+        "and nobody was told that it goes"
     )
     assert violation["story"] == [
         "1. [0x0, 0x10) mapped into the guest from gfn 0x40 on, order 0",

@@ -14,7 +14,7 @@ from restrictedmem.units import gfn_t
 
 
 class SnpMachine(RuleBasedStateMachine):
-    """Two blocks of 2 MiB of one file, of which a few pages at each edge are used; guest pages are the file's."""
+    """Two blocks of 2 MiB of one file, with a few used pages at each edge; GFNs are the file's."""
 
     BLOCKS: Final = 2
     EDGES: Final = (0, 1, 2, 510, 511, 512, 513, 514, 1022, 1023, 1024)

@@ -1,4 +1,7 @@
-"""Which entries of the direct map come back when a guest's pages go: no larger than the folio that they were of."""
+"""The entries of the direct map that come back when a guest's pages go.
+
+They are no larger than the folio of the pages.
+"""
 
 from typing import Final
 

@@ -8,7 +8,7 @@ from platform_pages import GPA, PFN, PMD
 from restrictedmem.platform.direct_map import DirectMap
 from restrictedmem.platform.rmp import HYPERVISOR, Entry, Rmp
 
-#: What the instructions answer.
+#: Results of the instructions.
 OK, INPUT, PERMISSION, INUSE, OVERLAP, SIZEMISMATCH, NOUPDATE = 0, 1, 2, 3, 4, 6, 255
 
 

@@ -26,8 +26,8 @@ from waiting import wait_until
 
 #: Calls by their ids: one whose caller does not run before it is let, and one whose does at once.
 _STARVED, _QUICK = 1, 2
-#: What is shared with the porter, a word each: whether starved callers run; answers to either kind;
-#: the most starved callers at once; its process id; the last errno that a call was answered with.
+#: Words shared with the porter: whether starved callers run; answers to either kind; the most
+#: starved callers at once; its process id; the last errno that a call was answered with.
 _RUN, _PUT, _MOST, _PID, _ERRNO = range(5)
 
 
@@ -70,7 +70,7 @@ def _porter(
         try:
             yield asked, words
         finally:
-            # Whoever asks being gone, it ends, whatever its hands wait for.
+            # When the caller is gone, the porter ends, whatever its hands wait for.
             asked._pipe.close()  # pyright: ignore[reportPrivateUsage]
             os.waitpid(words[_PID] or -1, 0)
 
@@ -99,7 +99,7 @@ def test_hands_are_no_more_than_there_may_be_and_do_not_stay(
         words[_RUN] = 1
         wait_until(lambda: words[_PUT] == 30, "all to be answered")
         assert words[_MOST] == 20
-        # Beside the thread that lets in who knocks.
+        # These come beside the thread that accepts connections.
         wait_until(lambda: len(os.listdir(f"/proc/{words[_PID]}/task")) <= 5, "hands to go")
 
 
@@ -153,7 +153,7 @@ def test_what_the_service_cannot_start_with_is_one_calls_errno(
         wait_until(lambda: words[_PUT], "the next one to be answered")
 
 
-# What is given to a caller that does not run.
+# Descriptors for a caller that does not run.
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""The text of /proc, where names that anybody gives to threads, files and cgroups hold what Python takes for a line's end."""
+"""The text of /proc.
+
+Anybody can name threads, files and cgroups, with characters that Python takes for a line's end.
+"""
 
 import mmap
 import os
@@ -19,7 +22,7 @@ from restrictedmem.machine.finding import State
 from restrictedmem.service import cgroup, ending, oom
 from restrictedmem.syscall import scout
 
-#: What ends a line for ``open`` or ``str.splitlines``, and not for the kernel.
+#: Characters that end a line for ``open`` or ``str.splitlines``, and not for the kernel.
 ENDS = "\r\v\f\x1c\x85\u2028"
 
 
@@ -67,7 +70,7 @@ def instead(monkeypatch: pytest.MonkeyPatch, module: ModuleType, path: Path) -> 
 
 @pytest.mark.parametrize("end", ENDS, ids=repr)
 def test_a_cgroups_name_is_one(end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever has a cgroup makes others in it, and gives them any name without "\\n" and "/"."""
+    """A user who has a cgroup can make others in it, with any name without "\\n" and "/"."""
     name = f"/a{end}b:c".encode() + b"\xff"
     table = tmp_path / "cgroup"
     table.write_bytes(b"4:cpu:%b\n3:memory:%b\n0::/\n" % (name, name))

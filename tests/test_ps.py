@@ -122,7 +122,7 @@ def test_what_a_stranger_says_of_itself_is_shown_as_text(service: Service) -> No
         shown = ps()
         entry = next(each for each in json.loads(ps("--json"))["services"] if each["pid"] == pid)
     assert real(service) in shown
-    # Whose it is says the kernel.
+    # The kernel says whose process it is.
     (line,) = lines_of(pid, shown)
     assert line.startswith(f"service {pid}: uid {ROGUE} for uid 0, ")
     assert (entry["pid"], entry["uid"]) == (pid, ROGUE)

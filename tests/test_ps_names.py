@@ -130,7 +130,10 @@ def test_thousands_of_names_in_bounded_time(service: Service) -> None:
 
 
 def test_names_beyond_the_descriptors_of_who_asks(service: Service) -> None:
-    """With few left, so many of a uid are asked at a time, and nobody's answer is that there was none."""
+    """With few descriptors left, ``ps`` asks a limited number of each uid's services at a time.
+
+    No service fails for want of descriptors.
+    """
     with rogue(silent, more=1000) as one, rogue(silent, uid=ROGUE + 1, more=1000) as other:
         shown = ps("--json", start=("prlimit", "--nofile=1600"))
     entries = json.loads(shown)["services"]

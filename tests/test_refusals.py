@@ -67,7 +67,7 @@ def test_so_many_of_a_uid_and_in_all(kept: Refusals, monkeypatch: pytest.MonkeyP
     theirs = [refused(kept, uid) for uid in uids]
     told = [bool(sock.recv(1, socket.MSG_PEEK)) for sock in theirs]
     assert told == [True] * 8 + [False] + [True] * 2 + [False]
-    # One that reads makes room, before anybody hears of it.
+    # A client that reads makes room, before another message comes.
     theirs[0].recv(100)
     with refused(kept, 2) as late:
         assert late.recv(100)
@@ -81,7 +81,7 @@ def test_descriptors_that_wait_in_a_refused_connection_go_with_it(kept: Refusals
         socket.send_fds(theirs, [b"."], [writer])
         os.close(writer)
     kept.hear()
-    # A child has the socket at last, which has to be gone first.
+    # A child holds the last copy of the socket, and has to end first.
     assert readable([reader], PATIENCE)
     assert os.read(reader, 1) == b""
     os.close(reader)

@@ -1,4 +1,4 @@
-"""Each socket that a process receives from without descriptors refuses them to the sender (SO_PASSRIGHTS, Linux 6.16)."""
+"""Sockets that receive no descriptors refuse them to the sender (SO_PASSRIGHTS, Linux 6.16)."""
 
 import os
 import socket
@@ -36,7 +36,7 @@ def taking(pid: int) -> int:
     """Count the sockets of a process to which descriptors can be sent."""
     found = 0
     for number in map(int, os.listdir(f"/proc/{pid}/fd")):
-        # What it closes meanwhile does not count.
+        # Descriptors that it closes meanwhile do not count.
         with suppress(OSError), pidfd_getfd(pid, number) as copy:
             if stat.S_ISSOCK(os.fstat(copy.fileno()).st_mode):
                 with socket.socket(fileno=copy.detach()) as sock:
@@ -108,7 +108,7 @@ def test_an_owner_sends_no_descriptor_to_a_consumer() -> None:
 
 
 def test_a_socket_that_refuses_nothing_has_them_left_in_its_queue() -> None:
-    """Whatever the kernel can do for other sockets."""
+    """This holds whatever the kernel can do for other sockets."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs, let_linger(theirs) as taken:
         assert taken

@@ -1,4 +1,4 @@
-"""A guest's report: its layout, who signs it and with what, and that the owner has no part in it."""
+"""A guest's report: its layout, its signer and key, and that the owner has no part in it."""
 
 import os
 import re
@@ -223,7 +223,7 @@ def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert errno_of(signed_by_its_key, data) == ENOSYS
 
 
-# What a service says of an engine.
+# A service's statements on an engine.
 
 
 @pytest.fixture
@@ -465,7 +465,10 @@ def test_serve_refuses_a_key_that_others_may_read(tmp_path: Path) -> None:
 
 @pytest.mark.requires("fuse", "root")
 def test_the_key_is_in_the_service_alone(tmp_path: Path) -> None:
-    """The engine, where a guest may break out, was never the process that had it: not even the library is loaded there."""
+    """The engine, from which a guest may break out, never had the key.
+
+    It does not even load the library.
+    """
     path = write_key(tmp_path / "key", pem(Ed25519PrivateKey.generate()))
     with (
         Service.start(Options(signing_key=path)) as service,

@@ -1,4 +1,4 @@
-"""The main job, as a person types it: a guest digests its input in memory that its owner cannot see."""
+"""The main job as a person types it: a guest digests its input in memory its owner cannot see."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""A platform under a real guest: what it hears by each design, DESTROY_VM, and what ``run`` says of it."""
+"""A platform under a real guest: its notifications by design, DESTROY_VM, and ``run``'s report."""
 
 import json
 import os
@@ -37,7 +37,7 @@ TOUCH: Final = bytes.fromhex(
     "e642"  # told: out 0x42, al
     "ebfc"  # jmp told
 )
-#: What lies around the guest's code, mapped with it: a block of the fault path.
+#: The pages around the guest's code that are mapped with it: a block of the fault path.
 BLOCK: Final = 16
 TOUCHED: Final = exits.PortOut(0x42, 1, 0)
 SPIN: Final = bytes.fromhex("ebfe")
@@ -206,7 +206,7 @@ def test_its_engine_keeps_no_file(engine: str, design: str) -> None:
             os.close(fd)
 
 
-# What each design leaves behind, of a memfd's pages of 4 KiB.
+# Leftovers of each design, with a memfd's pages of 4 KiB.
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from restrictedmem.cli import run, table
 
 
 class Terminal(io.StringIO):
-    """What passes for one."""
+    """An object that passes for a terminal."""
 
     def isatty(self) -> bool:
         return True

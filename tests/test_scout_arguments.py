@@ -1,4 +1,7 @@
-"""What a scout says of arguments in a program's memory: what the program may not read itself is nothing."""
+"""A scout's answers on arguments in a program's memory.
+
+For memory that the program may not read itself, it returns nothing.
+"""
 
 import ctypes
 import mmap
@@ -22,7 +25,10 @@ MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS = 1, 2, 0x20
 
 @contextmanager
 def looks() -> Generator[tuple[scout._Looks, mmap.mmap, int]]:
-    """A scout's eyes on this process, two pages of which the second cannot be read, and their address."""
+    """Yield a scout that reads this process, two pages, and their address.
+
+    The second page cannot be read.
+    """
     with process.proc() as proc, mmap.mmap(-1, 2 * PAGE) as pages:
         address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
         assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + PAGE), PAGE, 0) == 0
@@ -31,7 +37,7 @@ def looks() -> Generator[tuple[scout._Looks, mmap.mmap, int]]:
 
 @pytest.fixture
 def restricted() -> Generator[tuple[OwnedFd, int]]:
-    """What is taken for a restricted descriptor, and its device."""
+    """Yield a file that is taken for a restricted descriptor, and its device."""
     with memory.memfd_create(scout._NAME) as fd:
         yield fd, os.fstat(fd.fileno()).st_dev
 

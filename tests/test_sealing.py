@@ -146,7 +146,7 @@ def test_no_process_of_a_service_opens_a_program_after_ready(
     assert [path for pid, path in seen if pid in pids and program(path)] == []
 
 
-# What sealing is.
+# The effects of sealing.
 
 
 @pytest.mark.requires("fuse")
@@ -173,8 +173,8 @@ def serve(owner, service, notify, options, arguments):
 
 def test_nothing_is_imported_after_sealing() -> None:
     def body() -> list[str]:
-        # In the child only: a module that is loaded twice is two modules to those who have the
-        # first.
+        # This runs only in the child: a module loaded twice would be two modules to the users of
+        # the first.
         for name in ("decimal", "restrictedmem.cli.ps"):
             sys.modules.pop(name, None)
         sealing.seal()
@@ -193,7 +193,10 @@ def test_nothing_is_imported_after_sealing() -> None:
 
 
 def test_no_source_is_shown_after_sealing(tmp_path: Path) -> None:
-    """A traceback shows lines of files that may be others now, and reads them as the file itself asks."""
+    """A traceback would show lines of files that may have been replaced.
+
+    It would decode them as the file itself asks.
+    """
     done = subprocess.run(
         [sys.executable, "-I", "-c", _RAISES, PACKAGE_ROOT, str(tmp_path)],
         capture_output=True,

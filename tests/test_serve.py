@@ -1,4 +1,7 @@
-"""``restrictedmem serve``: services under another uid for owners who are not trusted even while one starts."""
+"""``restrictedmem serve``: services under another uid, for owners that are never trusted.
+
+They are not trusted even while a service starts.
+"""
 
 import fcntl
 import os
@@ -119,7 +122,7 @@ def identity(found: Process) -> tuple[str, str, str, str]:
 def test_a_client_of_another_uid_can_do_everything(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Not the service that another test may have left in this process.
+    # Forget a service that another test may have left in this process.
     monkeypatch.setattr(client, "_default", None)
     monkeypatch.setenv(SERVER_VARIABLE, server.socket)
 
@@ -147,7 +150,7 @@ def test_a_client_of_another_uid_can_do_everything(
         os.close(fd)
         return os.getpid(), default_service().info["pid"], status
 
-    # Not even /dev/fuse is theirs to open.
+    # Clients cannot even open /dev/fuse.
     pid, service, status = as_user(body, CLIENT, fuse=False)
     assert server.said() == f"client {pid} of uid {CLIENT}"
     assert (status["owner_pid"], status["owner_uid"], status["pid"]) == (pid, CLIENT, service)
@@ -198,7 +201,7 @@ def test_one_service_for_each_client(server: Server) -> None:
 
 
 def test_each_service_is_a_session_of_its_own(server: Server) -> None:
-    """A session is a scheduling group (sched_autogroup): one that is busy takes no other's share."""
+    """A session is a scheduling group (sched_autogroup). A busy session takes no other's share."""
     with served(server) as (first, _), served(server) as (second, _), Service.start() as private:
         sessions = [
             {os.getsid(each.pid) for each in family(one)} for one in (first, second, private)
@@ -356,7 +359,10 @@ def test_no_range_of_uids(place: str, text: str) -> None:
 
 
 def test_each_user_has_services_of_a_uid_of_its_own(place: str) -> None:
-    """What the kernel counts for a uid is counted apart, descriptors in flight for one (unix(7))."""
+    """The kernel counts some things by uid, for instance descriptors in flight (unix(7)).
+
+    So the counts of two users are separate.
+    """
     server = Server("--user", f"{FIRST_UID}-{FIRST_UID + 2}", socket_path=place)
 
     def uids() -> list[str]:
@@ -372,7 +378,7 @@ def test_each_user_has_services_of_a_uid_of_its_own(place: str) -> None:
     assert as_user(uids, 1001) == of(FIRST_UID + 2)
     with served(server) as (service, _):
         assert [facts(found.pid)["Uid"] for found in family(service)] == of(FIRST_UID)[:2]
-        # What nobody had comes before what nobody has.
+        # A uid that nobody had comes before one that nobody has now.
         assert as_user(uids, 1004) == of(FIRST_UID + 1)
         assert as_user(uids, 1001) == of(FIRST_UID + 2)
     assert server.stop() == 0
@@ -401,9 +407,12 @@ def test_a_user_for_whom_no_uid_is_left_is_turned_away(place: str) -> None:
 
 
 def test_the_service_that_holds_the_most_is_killed_first(server: Server) -> None:
-    """When memory runs out (oom_score_adj): a memfd's pages count for no process that does not map them."""
+    """This is about running out of memory (oom_score_adj).
+
+    A memfd's pages count for no process that does not map them.
+    """
     unit = oom._memory() // 1000 // PAGE * PAGE + PAGE
-    # Whatever the tests inherited: 1000 is the most there is.
+    # The tests may have inherited any value: 1000 is the most there is.
     Path(f"/proc/{server.process.pid}/oom_score_adj").write_text("0", encoding="ascii")
 
     def score(service: Service) -> int:
@@ -434,7 +443,10 @@ def test_the_service_that_holds_the_most_is_killed_first(server: Server) -> None
 
 
 def test_a_limit_on_tasks_is_each_clients_own(place: str) -> None:
-    """What ``serve`` has as RLIMIT_NPROC, the services of each client's uid may have, for each has a uid of its own."""
+    """Each client's services may have as many tasks as ``serve`` (RLIMIT_NPROC).
+
+    Each client has a uid of its own.
+    """
     # Others than those of tests above, whose processes init may not have reaped.
     server = Server("--user", f"{FIRST_UID + 4}-{FIRST_UID + 5}", socket_path=place)
     resource.prlimit(server.process.pid, resource.RLIMIT_NPROC, (24, 24))

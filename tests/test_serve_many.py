@@ -1,4 +1,7 @@
-"""``serve`` under many clients: none waits for another user's, a uid has so many places, and nothing is left behind."""
+"""``serve`` under many clients.
+
+No client waits for another user's, each uid has a limit of places, and nothing is left behind.
+"""
 
 import os
 import resource
@@ -34,7 +37,7 @@ from waiting import PATIENCE, wait_until
 
 pytestmark = pytest.mark.requires("fuse", "root")
 
-#: Whose handshakes never end.
+#: A uid whose handshakes never end.
 STUCK = ORDINARY - 2
 OTHER = ORDINARY - 1
 PLACES = 3
@@ -55,7 +58,7 @@ class Accepting(socket.socket):
 
 @final
 class Running:
-    """A ``ClientServices`` in a thread of this process, whose starts for the uid ``STUCK`` never end."""
+    """A ``ClientServices`` in a thread of this process. Starts for the uid ``STUCK`` never end."""
 
     def __init__(self, path: str, listener: socket.socket) -> None:
         self.path = path
@@ -190,7 +193,7 @@ def test_a_handshake_loses_no_time_while_all_is_stopped(
     with ExitStack() as stack:
         connect_as(STUCK, running.path, stack)
         wait_until(lambda: running.starting(STUCK) == 1, "the handshake")
-        # As when a machine was suspended.
+        # Time leaps as after a suspend.
         leap, before = 10 * START_DEADLINE, looks
         wait_until(lambda: looks > before + 3, "looks at the clock")
         assert running.starting(STUCK) == 1
@@ -202,7 +205,7 @@ def test_a_client_that_dies_in_the_handshake_frees_its_place(running: Running) -
         for _ in range(PLACES):
             connect_as(STUCK, running.path, stack)
         wait_until(lambda: running.places() == {STUCK: PLACES}, "the clients")
-    # Those that waited too.
+    # The clients that waited are gone, too.
     wait_until(lambda: running.places() == {}, "the places")
     with ExitStack() as stack:
         connect_as(STUCK, running.path, stack)
@@ -235,7 +238,7 @@ def test_a_uid_has_so_many_places(running: Running) -> None:
 def test_so_many_of_a_crowd_are_told_that_there_is_no_place(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What they leave unread is charged to serve, and so to all clients."""
+    """Messages that they do not read are charged to serve, and so to all clients."""
     monkeypatch.setattr(refusals, "_MOST", 12)
     with ExitStack() as stack:
         for _ in range(PLACES):
@@ -290,7 +293,10 @@ def test_a_start_that_fails_is_told_and_frees_its_place(
 def test_so_many_are_told_that_no_service_starts(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client whose tasks are used up has no service started; it could connect for ever, and read nothing."""
+    """A client that has used up its tasks gets no service.
+
+    It could connect for ever, and read nothing.
+    """
 
     def fail(*_: object, **__: object) -> None:
         raise OSError(EAGAIN, os.strerror(EAGAIN))
@@ -371,7 +377,7 @@ def test_who_hangs_up_while_it_waits_has_no_service_started(
                 gone.connect(place)
             client.connect(place)
             server._accept()
-        # Who hung up before has no place.
+        # A client that hung up before has no place.
         (user,) = server._users.values()
         assert user.places == 1
         server._start_next(user)

@@ -36,7 +36,7 @@ def error_of(operation: Callable[[], object]) -> int | None:
     return caught.value.errno
 
 
-# When it starts, and who has it.
+# The service's start and its users.
 
 
 def test_it_starts_at_the_first_use_and_serves_all_later_ones() -> None:
@@ -48,7 +48,8 @@ def test_it_starts_at_the_first_use_and_serves_all_later_ones() -> None:
         "assert client._default is None\n"
         "fds = [restrictedmem.memfd_restricted() for _ in range(3)]\n"
         "assert all(not os.get_inheritable(fd) for fd in fds)\n"
-        "print(client.default_service().info['pid'], len(client.default_service().status()['descriptors']))\n"
+        "print(client.default_service().info['pid'], "
+        "len(client.default_service().status()['descriptors']))\n"
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", script],
@@ -193,7 +194,7 @@ def test_an_engine_has_a_session_of_its_own(service: Service) -> None:
         assert os.getsid(engine) == engine
 
 
-# What it leaves in sight, and what it holds.
+# The service's visible traces, and its descriptors.
 
 
 @pytest.mark.requires("root")

@@ -139,7 +139,7 @@ def test_parent_and_child_ask_at_the_same_time(service: Service) -> None:
 
 def test_a_child_may_be_forked_while_a_thread_asks(service: Service) -> None:
     service.status()
-    # What another thread may hold at the moment of the fork.
+    # Another thread may hold this lock at the moment of the fork.
     with service._mutex:
         join = in_fork(lambda: service.status()["pid"])
     assert join() == service.info["pid"]

@@ -1,6 +1,7 @@
-"""Processes of a service killed, stopped or frozen at any moment: no call hangs, every later one is right, and nothing is left.
+"""Processes of a service killed, stopped or frozen at any moment.
 
-A few rounds here; ``scripts/kill-test`` plays a thousand of the same.
+No call hangs, every later call is right, and nothing is left. This runs a few rounds;
+``scripts/kill-test`` runs a thousand of the same.
 """
 
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What a client can send, and what a consumer can fail to: each harms its sender and nobody else."""
+"""Messages that a client can send, and a consumer's failures. Each can harm only its sender."""
 
 import fcntl
 import os
@@ -53,7 +53,7 @@ def connect(service: Service) -> Channel:
 
 
 def ask(channel: Channel, message: bytes, fds: list[int]) -> int | None:
-    """Send a message as it is and return the errno that comes back; None when the connection ends without a word."""
+    """Send a message as it is; return the errno of the answer, or None if the connection ends."""
     send_with_fds(channel.sock, message, fds)
     data, received = receive_with_fds(channel.sock, wire.MAX_MESSAGE)
     close_all(received)
@@ -265,7 +265,10 @@ def test_a_token_ends_with_its_connection(service: Service) -> None:
 
 
 def test_a_token_holds_no_file(service: Service) -> None:
-    """Else it could be the last to let go, and the thread that serves all owners would free gigabytes."""
+    """A token that held a file could drop its last reference.
+
+    The thread that serves all owners would then free gigabytes.
+    """
     fd = service.memfd_restricted()
     token = service.token_for(fd)
     os.close(fd)
@@ -367,7 +370,10 @@ def test_many_that_wait_for_it_wait_once(service: Service) -> None:
 
 @pytest.mark.alone("nobody may be late by half a second")
 def test_what_owners_ask_goes_on_while_it_is_waited_for(service: Service) -> None:
-    """A lost page of its file, and another VM that would have its file: only who asked for them waits."""
+    """A client reports a lost page of a stopped VM's file, and another VM wants the file.
+
+    Only the callers of these requests wait.
+    """
     fd = service.memfd_restricted()
     os.posix_fallocate(fd, 0, PAGE)
     vm, _ = _stopped_vm(service, fd)
@@ -437,7 +443,7 @@ def test_others_go_on_while_it_is_waited_for(service: Service) -> None:
             os.posix_fallocate(other, 0, PAGE)
             assert os.fstat(files[0]).st_size == 0
             os.close(service.memfd_restricted())
-            # Nor is who answers held up by who does not.
+            # A silent consumer does not delay one that answers.
             memory.fallocate(healthy, memory.PUNCH, 0, PAGE)
             assert service.status()["pid"] == service.info["pid"]
             worst, rounds = max(worst, time.monotonic() - began), rounds + 1

@@ -1,4 +1,4 @@
-"""What ``ps`` shows of services: all of it true, and to nobody whom it does not concern."""
+"""The status of services in ``ps``: all of it is true, and only those concerned see it."""
 
 import os
 import secrets

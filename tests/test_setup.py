@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-#: What pyenv has on the path for a version that is not installed.
+#: The file that pyenv has in PATH for a version that is not installed.
 SHIM = '#!/bin/sh\necho "pyenv: $0: command not found" >&2\nexit 127\n'
 OLD = "#!/bin/sh\nexit 1\n"
 

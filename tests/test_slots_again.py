@@ -43,7 +43,10 @@ def name_of(fd: int) -> SlotFiles:
 
 
 def wait_held(pid: int, expected: list[str]) -> None:
-    """Wait until a process has certain descriptors: what came with a request is closed when that was answered."""
+    """Wait until a process has certain descriptors.
+
+    It closes the descriptors of a request after the answer.
+    """
     wait_until(
         lambda: sorted(descriptors(pid)) == expected,
         f"{expected} instead of {sorted(descriptors(pid))}",
@@ -277,7 +280,10 @@ def test_threads_make_slots_of_two_memfds_at_once(vm: Vm) -> None:
 
 
 def test_two_processes_have_one_vm(vm: Vm, service: Service) -> None:
-    """Each remembers what it sent itself. What the other one has deleted, it sends again."""
+    """Each process remembers only what it sent itself.
+
+    So it sends a slot again that the other deleted.
+    """
     first, restricted = window(b"a"), service.memfd_restricted()
     os.ftruncate(restricted, 8 * PAGE)
     show(vm, 0, first)

@@ -94,7 +94,7 @@ def test_what_precedes_the_end_of_a_page_exits_first(
 
 @pytest.mark.parametrize("inside", range(1, 7))
 def test_an_instruction_across_the_end(machine: Machine, inside: int) -> None:
-    """What precedes it is done, it is not, and where it begins is where the guest stands."""
+    """The instructions before it are done, it is not, and RIP is at its beginning."""
     # inc qword [rdi]; mov eax, 5; then one that computes flags before it loads: rcl dword [rdi +
     # 256], 5
     code = machine_code("48ff07", "b805000000", "c1970001000005", "f4")
@@ -204,7 +204,7 @@ def test_the_end_of_the_last_page(machine: Machine) -> None:
 
 
 def test_the_trap_flag_of_the_guest_itself(machine: Machine) -> None:
-    """What a guest pops into its flags is its own, also where the engine had set the same."""
+    """The flags that a guest pops are its own, even if the engine had set the same flag."""
     code = machine_code(
         "6802010000", "9d", "48ff07", "48ff07"
     )  # push 0x102; popf; inc qword [rdi], twice
@@ -286,7 +286,10 @@ def test_a_step_that_cannot_fetch(machine: Machine) -> None:
 
 @pytest.mark.parametrize("inside", range(1, 4))
 def test_a_step_over_what_the_next_page_says(machine: Machine, inside: int) -> None:
-    """An opcode whose meaning depends on a byte that no page has yet: CMPXCHG16B and INT 1 are not what a byte of 0 would make them."""
+    """An opcode's meaning depends on a byte on a missing page.
+
+    CMPXCHG16B and INT 1 do not get the meaning that a byte of 0 would give.
+    """
     code = machine_code("f0480fc70f", "f4")  # lock cmpxchg16b [rdi]
     at = NEXT - 1 - inside
     machine.put(at, code)

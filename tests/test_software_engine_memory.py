@@ -1,4 +1,4 @@
-"""Memory of the software engine: faults, rights, slots, and the owner's punches while the guest runs."""
+"""Memory of the software engine: faults, rights, slots, and punches while the guest runs."""
 
 import itertools
 import os
@@ -99,7 +99,10 @@ def test_translation_for_data_is_none_for_fetches(machine: Machine) -> None:
 
 
 def test_fault_takes_an_aligned_block_of_like_pages(machine: Machine) -> None:
-    """16 pages, as the kernel's fault_around_bytes; alone, a page whose neighbours are not all like it."""
+    """A fault takes 16 pages, as the kernel's fault_around_bytes.
+
+    It takes a page alone if a neighbour differs from it.
+    """
     code = machine_code("8807", "f4")  # mov [rdi], al; hlt
     machine.start(code)
     odd = gfn_t((PRIVATE >> PAGE_SHIFT) + 40)
@@ -290,7 +293,10 @@ def converted_meanwhile(machine: Machine) -> None:
 def test_change_between_get_page_and_the_lock(
     machine: Machine, meanwhile: Callable[[Machine], None]
 ) -> None:
-    """What get_page returned may be out of date by then: nothing of the block is mapped, although no invalidation is in progress."""
+    """The answer of get_page may be stale by then.
+
+    The fault maps nothing of the block, although no invalidation is in progress.
+    """
     private = machine.private.memfd_half
 
     class Interrupted:

@@ -34,7 +34,7 @@ from software_machine import (
 )
 
 STATUS: Final = 0x8D5
-#: What sets flags, each in its own way of being computed late.
+#: Instructions that set flags; Unicorn computes each one's flags late in another way.
 SETTERS: Final = {
     "nothing": "",
     "cmp": "4839d8",  # cmp rax, rbx
@@ -161,7 +161,8 @@ def test_setcc_to_a_device(machine: Machine, setter: str) -> None:
             assert flags == machine.engine.get_regs().rflags
 
 
-#: What touches memory at [rdi + 0xffc] or across the end of its page: each loads, stores, or both.
+#: Instructions that touch memory at [rdi + 0xffc] or across the end of its page: each loads,
+#: stores, or both.
 INSTRUCTIONS: Final = {
     **{f"set{condition:x}": f"0f{0x90 + condition:02x}87ff0f0000" for condition in range(16)},
     "setl across a prefix": "3e400f9c87ff0f0000",
@@ -199,7 +200,8 @@ INSTRUCTIONS: Final = {
     "pop": "8f87fc0f0000",
     "movups": "0f1187f80f0000",
     "pushf to there": "488da7fc0f00009c",  # lea rsp, [rdi + 0xffc]; pushf
-    "popf from there": "c787fc0f000041000000488da7fc0f00009d",  # mov dword [rdi + 0xffc], 0x41; lea rsp, …; popf
+    "popf from there": "c787fc0f000041000000488da7fc0f00009d",
+    # mov dword [rdi + 0xffc], 0x41; lea rsp, …; popf
     "call": "488da7fc0f0000e800000000",  # lea rsp, …; call the next
     "enter": "488da7fc0f0000c8100001",  # lea rsp, …; enter 16, 1
     "leave": "488daffc0f0000c9",  # lea rbp, …; leave
@@ -214,7 +216,7 @@ INSTRUCTIONS: Final = {
 }
 
 
-#: What the manual leaves undefined, which depends on where a block begins.
+#: Values that the manual leaves undefined, and that depend on where a block begins.
 UNDEFINED: Final = {
     "bts": 0x894,
     "lock btc": 0x894,
@@ -350,7 +352,7 @@ def test_the_direction_flag_survives(machine: Machine) -> None:
 
 
 def test_an_instruction_with_a_breakpoint(machine: Machine) -> None:
-    """What was ever debugged has a hook, whatever it is; flags have been computed early there, too."""
+    """An instruction that was ever debugged has a hook, and its flags are computed early, too."""
     code = machine_code(COMPARE, "408836", "f4")  # mov [rsi], sil
     for breakpoints in ({CODE + 3}, {CODE + 6}, set[int]()):
         machine.engine.set_guest_debug(step=False, breakpoints=frozenset(breakpoints))
@@ -360,7 +362,7 @@ def test_an_instruction_with_a_breakpoint(machine: Machine) -> None:
             if not again and breakpoints:
                 start(machine, code, **OVERFLOW)
             else:
-                # What was translated with the hook has to go with it.
+                # The code that was translated with the hook has to go with it.
                 machine.engine.set_regs(kvm_regs(rip=CODE))
                 registers = machine.engine.get_regs()
                 registers.rax, registers.rbx, registers.rsi = OVERFLOW.values()

@@ -1,4 +1,7 @@
-"""A limit that the spawner meets is one request's trouble: its caller gets an errno, and all else goes on."""
+"""A limit that the spawner meets fails one request.
+
+Its caller gets an errno, and everything else goes on.
+"""
 
 import json
 import os
@@ -118,7 +121,10 @@ def test_a_service_has_so_many_consumers() -> None:
 
 
 def test_a_process_that_cannot_end_counts_as_a_consumer() -> None:
-    """Or an owner would fill the machine with them: one for each VM to which it gives a file of a server that does not answer."""
+    """Otherwise an owner would fill the machine with such processes.
+
+    It makes one with each VM to which it gives a file of a server that does not answer.
+    """
     with Service.start(Options(max_consumers=1)) as service:
         with mute_file() as file:
             with Vm(service) as vm:
@@ -138,7 +144,7 @@ def test_a_process_that_cannot_end_counts_as_a_consumer() -> None:
 
 
 def test_what_consumers_leave_does_not_pile_up() -> None:
-    """An engine leaves its checker, which ends when a server lets go of it, and nothing else happens."""
+    """An engine leaves its checker, which ends when a server lets it go. Nothing else happens."""
     with Service.start() as service:
         spawner = family(service)[0]
         with mute_file() as file:
@@ -215,7 +221,10 @@ def test_a_consumer_that_was_reaped_by_its_number_is_forgotten() -> None:
 
 
 def test_a_consumer_is_made_for_who_reads_the_answers() -> None:
-    """Each that is left has a descriptor in flight, and they are counted for all services of a uid together."""
+    """Each unread answer has a descriptor in flight.
+
+    The kernel counts these for all services of a uid together.
+    """
     with Service.start() as service, closing(service._connect()) as connection:
         sock = connection.sock
         connection.post(wire.SPAWN, b"kvm {}")
@@ -229,7 +238,10 @@ def test_a_consumer_is_made_for_who_reads_the_answers() -> None:
 
 
 def test_many_at_once() -> None:
-    """Requests of several connections wait for the spawner in turn; one that nobody waits for any more ends."""
+    """Requests of several connections wait for the spawner in turn.
+
+    A request whose caller has gone ends.
+    """
     with Service.start() as service, Vm(service) as vm:
         connections = [service._connect() for _ in range(20)]
         for connection in connections:

@@ -1,6 +1,6 @@
-"""Consumers that were asked for: whatever fails of one is its own asker's trouble, and the next one's turn comes.
+"""Consumers that were requested: if one fails, only its own caller gets an error.
 
-The test is the spawner.
+The next caller's turn comes. In these tests, the test is the spawner.
 """
 
 import os
@@ -52,7 +52,7 @@ class Asker:
 
 @final
 class Spawning:
-    """What is tested, with the other ends of all its connections."""
+    """The object under test, with the other ends of all its connections."""
 
     def __init__(self, stack: ExitStack) -> None:
         ours, theirs = Channel.pair("service", takes_fds=True)

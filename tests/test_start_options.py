@@ -1,4 +1,7 @@
-"""What a service and an engine are started with comes as JSON from an owner: what is malformed has an errno and words."""
+"""The options of a service and an engine, which an owner sends as JSON.
+
+Malformed options have an errno and a text.
+"""
 
 import json
 import os

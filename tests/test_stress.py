@@ -1,4 +1,7 @@
-"""The random mode of ``check``: it runs, it convicts what is broken, and it leaves nothing behind, however it ends."""
+"""The random mode of ``check``.
+
+It runs, convicts broken code, and leaves nothing behind, however it ends.
+"""
 
 import io
 import json
@@ -39,7 +42,7 @@ SECONDS = 2.5
 
 
 def on_engine(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
-    """Let every VM run on one engine, and end in good order after two seconds: what is counted then, must be right."""
+    """Let every VM run on one engine, and end after two seconds. The counts then must be right."""
     plan = plan_of
 
     def fixed(seed: int, number: int, **options: Any) -> Plan:
@@ -126,7 +129,7 @@ def test_the_same_seed_makes_the_same_plans() -> None:
     )
 
 
-# The guest, with an owner that does not do what it says.
+# The guest, with an owner that breaks its word.
 
 
 @contextmanager
@@ -204,11 +207,11 @@ def test_the_guest_finds_what_is_gone_without_a_word() -> None:
     assert owner.failure == "the guest ended with 1: lost: page 7 holds 0x0, expected 0x800000000"
 
 
-# What is broken is convicted.
+# Broken code is convicted.
 
 
 def breaking(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
-    """Have the service's processes, engines among them, run something of ours first: what they fork has it too."""
+    """Make the service's processes and engines run our code first. Their children have it too."""
     start = starter._START  # pyright: ignore[reportPrivateUsage]
     monkeypatch.setattr(
         starter, "_START", f"import sys; sys.path.insert(0, sys.argv[1])\n{source}\n{start}"
@@ -289,11 +292,12 @@ def test_books_that_do_not_balance_are_found(
 
 @pytest.mark.requires("fuse")
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
-    # What it started is below it, a service too, whose first parent ends. Whoever starts this may
-    # ignore SIGINT.
+    # Its descendants stay below it (a subreaper), and so does a service whose first parent ends.
+    # The tests' parent may ignore SIGINT.
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from restrictedmem.abi.process import PR_SET_CHILD_SUBREAPER, prctl; prctl(PR_SET_CHILD_SUBREAPER, 1)\n"
+        "from restrictedmem.abi.process import PR_SET_CHILD_SUBREAPER, prctl; "
+        "prctl(PR_SET_CHILD_SUBREAPER, 1)\n"
         "from restrictedmem.stress import run; run.main(60, seed=9)"
     )
     out = tmp_path / "out"

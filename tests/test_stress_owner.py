@@ -1,4 +1,4 @@
-"""What a random owner takes for a failure of its guest: the first one, in its words."""
+"""The text that a random owner gives for its guest's failure: that of the first error."""
 
 from errno import EIO
 from functools import partial

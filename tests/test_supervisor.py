@@ -1,7 +1,7 @@
-"""What the supervisor makes of a listener whose lock it did not get, for it was stopped, frozen or traced meanwhile.
+"""The supervisor when it does not get a listener's lock, because it was stopped, frozen or traced.
 
-The kernel then says POLLERR or EINTR. That takes contended calls and many tries, so here it is said
-in the kernel's place.
+The kernel's answer is then POLLERR or EINTR. To cause that takes contended calls and many tries. So
+here the test returns it in the kernel's place.
 """
 
 import ctypes
@@ -83,7 +83,7 @@ def test_what_was_not_done_is_done_again(
 
     monkeypatch.setattr(seccomp, f"SECCOMP_IOCTL_NOTIF_{name}", request)
     monkeypatch.setattr(seccomp, "_waits_killably", lambda: killably)
-    # Of a call that nobody waits for any more an answer is none the less given.
+    # A call that nobody waits for any more is answered none the less.
     assert outcome(lambda: _REQUESTS[name](_file(0))) == (None if name == "SEND" else Errno(ENOENT))
     assert answers == []
 

@@ -1,4 +1,7 @@
-"""A name of a service, or of ``exec``, that a stranger has taken when its process was gone: it gets nothing."""
+"""A name of a service, or of ``exec``, that a stranger took when the process was gone.
+
+The stranger gets nothing.
+"""
 
 import json
 import os
@@ -71,7 +74,7 @@ def test_an_abstract_name_is_to_be_this_users(uid: int) -> None:
         assert outcome(connect) == (Errno(EACCES) if uid else True)
 
 
-# Who the other end is.
+# The identity of the other end.
 
 
 def made_by_another() -> socket.socket:

@@ -1,4 +1,4 @@
-"""What other parties say reaches a terminal as text, wherever it is shown."""
+"""Strings of other parties reach a terminal as text, wherever they are shown."""
 
 import fcntl
 import importlib

@@ -1,4 +1,7 @@
-"""A thread that dies before it has begun keeps nobody waiting, and one that fails later ends its process."""
+"""A thread that dies before it begins keeps nobody waiting.
+
+One that fails later ends its process.
+"""
 
 import _thread
 import os
@@ -98,7 +101,7 @@ def test_what_it_fails_with_ends_the_process(
 
     child = os.fork()
     if child == 0:
-        # Nor is there memory for the log.
+        # There is no memory for the log either.
         monkeypatch.setattr(threads.log, "exception", fail)
         try:
             threads.start(fail)

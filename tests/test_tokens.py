@@ -1,4 +1,7 @@
-"""Tokens and files (``service.tokens``), and what looks at files in the thread that serves all owners."""
+"""Tokens and files (``service.tokens``).
+
+Files are looked at in the thread that serves all owners.
+"""
 
 from errno import EACCES
 
@@ -29,7 +32,7 @@ def test_an_unused_token_holds_no_file(file: RestrictedFile) -> None:
         tokens.prove(token, 1, file)
     assert tokens.take(first) == (1, file)
     file.put()
-    # Who took it has it still.
+    # The consumer that took the page still has it.
     assert file.backing.resident() == PAGE
     file.put()
     assert file.backing.resident() == 0

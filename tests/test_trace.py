@@ -55,7 +55,7 @@ def documented() -> dict[str, set[str]]:
 
 
 def check(events: list[Event]) -> None:
-    """Check the schema: documented events and fields, values of the right kind, time that goes forward in each thread."""
+    """Check the schema: documented events and fields, kinds of values, rising time by thread."""
     known = documented()
     last: dict[int, int] = {}
     for event in events:
@@ -188,7 +188,7 @@ def test_a_further_trace_that_fails_ends_nothing() -> None:
 
 @pytest.mark.requires("fuse", "root")
 def test_a_further_trace_that_cannot_be_sent_ends_nothing() -> None:
-    """The kernel counts the descriptors that a uid's processes have sent and nobody has received."""
+    """The kernel counts the descriptors that a uid's processes sent, until they are received."""
 
     def owner() -> tuple[object, set[str]]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))

@@ -17,7 +17,10 @@ __all__ = ["engine", "recorded", "service"]
 
 @pytest.fixture(scope="module")
 def excerpt(recorded: Path) -> Path:
-    """A part of that run that has some of everything: the beginning, and both ends. What each process wrote last may come mixed."""
+    """Return a part of the run that has some of everything: the beginning, and both ends.
+
+    The last lines of the processes may come interleaved.
+    """
     path, every = (
         recorded.with_name("excerpt.jsonl"),
         recorded.read_text().splitlines(keepends=True),

@@ -1,4 +1,4 @@
-"""``auto`` and ``doctor`` believe in the kernel engine after a guest has run on it, and not before."""
+"""``auto`` and ``doctor`` trust the kernel engine only after a guest has run on it."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""docs/use/troubleshooting.md: the program says each text that the page quotes, and the page has each hint."""
+"""docs/use/troubleshooting.md: the program prints each text it quotes, and it has each hint."""
 
 import ast
 import re

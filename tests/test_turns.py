@@ -90,7 +90,7 @@ def test_children_of_a_test_keep_no_turn(place: Callable[[], Turns]) -> None:
     "number", [signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGCHLD], ids=lambda s: s.name
 )
 def test_what_a_test_starts_ignores_no_signal(number: signal.Signals) -> None:
-    """Whoever started the tests may: nohup does, and a shell for what it runs in the background."""
+    """The parent of the tests may ignore signals: nohup does, and a shell for background jobs."""
 
     def body() -> object:
         signal.signal(number, signal.SIG_IGN)

@@ -31,7 +31,7 @@ def test_what_was_unused_the_longest_is_given_away_first() -> None:
         uids.rest(client)
     assert uids.give(3, {2}) == FIRST + 1
     assert uids.give(4, {2, 3}) == FIRST
-    # Those have lost theirs.
+    # These clients have lost their uids.
     assert uids.give(1, {2, 3, 4}) is None
 
 

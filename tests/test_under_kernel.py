@@ -1,4 +1,7 @@
-"""What ``scripts/under-kernel`` gives to a kernel; whether one boots is tried by hand (docs/reference/kernels.md)."""
+"""The files that ``scripts/under-kernel`` gives to a kernel.
+
+Booting is tried by hand (docs/reference/kernels.md).
+"""
 
 import importlib.util
 import lzma
@@ -42,7 +45,7 @@ def test_a_module_comes_behind_what_it_depends_on(script: ModuleType, tmp_path: 
 
 
 def entries(archive: bytes) -> Iterator[tuple[str, int, bytes]]:
-    """Yield name, mode and content of each entry, as the kernel's Documentation on initramfs has the format."""
+    """Yield name, mode and content of each entry, in the kernel's documented initramfs format."""
     at = 0
     while at < len(archive):
         assert archive[at : at + 6] == b"070701"

@@ -1,8 +1,8 @@
-"""What fails half way comes out as it is, and leaves no descriptor and no mapping behind.
+"""A call that fails half way passes the error on, and leaves no descriptor and no mapping behind.
 
-A table of the places that undo by themselves: what is made to fail there, and who then fails. The
-error is kept while the process is looked at, and with it all that its frames hold: what is left is
-not collected before.
+The table has the places that undo by themselves, the call that is made to fail there, and the
+caller that then fails. The error is kept while the process is looked at, and with it all that its
+frames hold. So leftovers are not collected before.
 """
 
 import fcntl
@@ -44,7 +44,7 @@ LARGE: Final = 64 << 30
 
 
 def held() -> tuple[list[str], int]:
-    """What this process has: its descriptors, and its address space in halves of a large mapping."""
+    """Return this process's descriptors, and its address space in halves of a large mapping."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     # The list's own descriptor has the same number each time, unless something is left.
     return sorted(os.listdir("/proc/self/fd")), pages * PAGE_SIZE // (LARGE // 2)

@@ -1,6 +1,7 @@
-"""What fails half way is taken back where no descriptor is at stake: slots, bindings, emulators, traces.
+"""A call that fails half way undoes its work: slots, bindings, emulators, traces.
 
-A table of the places that undo by themselves, and of what each has to do for that.
+No descriptor is at stake here. The table has the places that undo by themselves, and the work that
+each has to undo.
 """
 
 import os
@@ -29,7 +30,7 @@ WINDOW: Final = PageRange(pgoff_t(0), pgoff_t(4))
 
 
 class Undone(list[str]):
-    """What was taken back."""
+    """The work that was undone."""
 
     def note(self, what: str) -> Callable[..., None]:
         return lambda *_: self.append(what)

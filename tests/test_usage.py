@@ -1,4 +1,4 @@
-"""What a service counts of its owners' doings, to the byte."""
+"""A service's counts of its owners' calls and bytes, exact to the byte."""
 
 from typing import Any
 

@@ -79,7 +79,7 @@ def test_without_proc_only_the_overflow_uid_is_unknown(monkeypatch: pytest.Monke
     assert found == [True, True, False]
 
 
-# Whom it lets in: here the user itself, who looks like a stranger.
+# Users that it lets in: here the user itself, who looks like a stranger.
 
 _BY_UID = pytest.mark.parametrize(
     ("inside", "let_in"), [(OTHER, True), (NOBODY, False), (None, False)]
@@ -121,12 +121,15 @@ def test_a_services_state(inside: int, answer: object) -> None:
     assert as_user(body, OTHER) == answer
 
 
-# What stands in a directory. Root's things look like a stranger's.
+# Files in a directory. Root's files look like a stranger's.
 
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """Make a directory that others reach: in ``open`` anybody may put something, in ``closed`` root alone. Both lead to ``file``."""
+    """Make a directory that others can reach.
+
+    Anybody may put files in ``open``, only root in ``closed``. Both lead to ``file``.
+    """
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         place.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Several vCPUs of one VM on the software engine: turns, memory between them, stop requests; and that a kick is exact."""
+"""Several vCPUs of one VM on the software engine: turns, shared memory, stops, exact kicks."""
 
 import os
 import threading
@@ -35,7 +35,7 @@ LOOP: Final = machine_code("ebfe")  # jmp to itself
 
 
 def repeat(*instructions: str, count: int = COUNT) -> bytes:
-    """Put ``mov ecx, count`` before some instructions, and behind them ``dec ecx``, a jump back, and hlt."""
+    """Return a loop over some instructions, ended by hlt; ecx counts it."""
     length = sum(len(instruction) // 2 for instruction in instructions) + 2
     back = (-length - 6).to_bytes(4, "little", signed=True).hex()
     return machine_code(
@@ -120,7 +120,10 @@ def test_a_lock_of_cmpxchg_excludes() -> None:
 
 
 def test_messages_pass_between_vcpus() -> None:
-    """Two vCPUs hand a counter back and forth, each waiting for its parity; the payload is written before the flag."""
+    """Two vCPUs pass a counter back and forth, and each waits for its parity.
+
+    A vCPU writes the payload before the flag.
+    """
     code = machine_code(
         "8b07",  # wait: mov eax, [rdi]
         "89c2",  # mov edx, eax
@@ -146,7 +149,10 @@ def test_messages_pass_between_vcpus() -> None:
 
 
 def test_code_that_another_vcpu_wrote_is_executed() -> None:
-    """vCPU 0 executes a function over and over; vCPU 1 first has translated it too, then writes another in its place."""
+    """The first vCPU executes a function over and over.
+
+    The second has translated it too, and then writes another in its place.
+    """
     function = PRIVATE + 0x20000
     runner = machine_code(
         "bb00000240",  # mov ebx, function
@@ -241,7 +247,7 @@ def test_a_kick_ends_a_wait_for_the_turn_and_the_line_closes_up() -> None:
 
 
 def test_punches_and_conversions_while_all_vcpus_fault() -> None:
-    """Each vCPU walks all pages; memory comes and goes under them, and none of them stops for another reason than the end."""
+    """Each vCPU walks all pages, while memory comes and goes. None of them stops before the end."""
     code = machine_code(
         "b9e8030000",  # mov ecx, 1000
         "bf00000140",  # outer: mov edi, PRIVATE + 0x10000
@@ -357,7 +363,7 @@ def test_each_vcpu_has_registers_of_its_own() -> None:
 
 
 class OneStay:
-    """A guest (``VcpuEngine``, as much of it as a run needs) that stays until it is kicked or told to go."""
+    """A guest (``VcpuEngine``, as far as a run needs it) that stays until kicked or told to go."""
 
     def __init__(self, on_kick: Callable[[], None] = lambda: None) -> None:
         self.entered, self.go = threading.Event(), threading.Event()
@@ -383,7 +389,10 @@ class OneStay:
 
 
 def test_a_vcpu_that_enters_after_it_was_told_is_not_sent_out() -> None:
-    """Where vCPUs take turns, each that is sent out lets the next in: one kick has to be enough for all."""
+    """When vCPUs take turns, each kicked vCPU lets the next one in.
+
+    One kick has to be enough for all.
+    """
 
     def let_the_other_in() -> None:
         if not second.entered.is_set():

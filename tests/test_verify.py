@@ -1,4 +1,4 @@
-"""``verify`` and ``measure``: what is checked, what is said not to have been, and the exit status that goes with it."""
+"""``verify`` and ``measure``: the checks, the checks they say they skipped, and the exit status."""
 
 import io
 import json
@@ -126,7 +126,7 @@ def test_a_wrong_signature(verify: Verify) -> None:
 
 
 def test_a_report_of_another_key_in_its_place(verify: Verify) -> None:
-    """Whoever makes a report signs it with a key; which one is what counts."""
+    """Anyone can sign a report with some key, so the key itself is compared."""
     other = Ed25519PrivateKey.generate()
     body = Report.unpack(report())
     forged = Report(
@@ -293,7 +293,7 @@ def test_measure(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.requires("fuse")
 def test_from_a_guest_to_a_verdict() -> None:
-    """The whole way, in three processes."""
+    """The whole way passes through three processes."""
     nonce = os.urandom(16).hex()
     command = [sys.executable, "-m", "restrictedmem"]
     ran = subprocess.run(

@@ -1,4 +1,4 @@
-"""A VM from the owner's side, in the engine process: slots, attributes, launch, runs, and their errnos."""
+"""A VM from the owner's side, in the engine process: slots, attributes, launch, runs, errnos."""
 
 import mmap
 import os

@@ -88,7 +88,7 @@ def test_a_vm_goes_on_without_a_checker_that_is_late(service: Service) -> None:
         vm._channel.sock.settimeout(30)
         os.kill(checker_of(vm), 19)
         ends = os.pipe()
-        # What came behind it is answered in its turn.
+        # The next message is answered in its turn.
         socket.send_fds(vm._channel.sock, [request(vm_wire.TRACE.number)], [ends[1]])
         vm._channel.sock.send(request(vm_wire.CHECK_EXTENSION.number, vm_wire.CAP.pack(0)))
         assert errno_of_reply(vm._channel.sock) == ETIMEDOUT
@@ -135,7 +135,7 @@ def test_a_file_that_cannot_be_closed_holds_no_engine(call: Call) -> None:
 @pytest.mark.requires("root")
 @pytest.mark.parametrize("asked", [1, 2])
 def test_a_checker_that_is_held_keeps_no_owner_waiting(asked: int) -> None:
-    """What it holds of the VM's would stay open when the engine is gone."""
+    """The checker's descriptors of the VM would stay open after the engine has ended."""
     with Service.start() as own, mute_file() as file, Vm(own, engine="software") as vm:
         vm._channel.sock.settimeout(30)
         engine = int(vm.statistics()["pid"])
@@ -192,12 +192,12 @@ def test_a_question_to_the_checker_that_was_given_up_is_the_last(
 
 @contextmanager
 def being_written(memfd: int) -> Generator[None]:
-    """Have a child write to a memfd from a page that does not come, so that it holds the lock of its inode meanwhile."""
+    """Let a child write to a memfd from a page that never comes; so it holds the inode's lock."""
     ours, theirs = socket.socketpair()
     pid = os.fork()
     if pid == 0:
         try:
-            # What others wait for the end of.
+            # Other processes wait until these are closed.
             kept = sorted((memfd, theirs.fileno()))
             os.closerange(3, kept[0])
             os.closerange(kept[0] + 1, kept[1])

@@ -1,4 +1,7 @@
-"""A call that fails leaves nothing behind: no descriptor, mapping or thread in the engine, no slot, no binding in the service."""
+"""A call that fails leaves nothing behind.
+
+The engine keeps no descriptor, mapping, thread or slot, and the service no binding.
+"""
 
 import fcntl
 import os
@@ -60,7 +63,7 @@ def fd(service: Service) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Held:
-    """What a VM's engine and its service hold."""
+    """The objects that a VM's engine and its service hold."""
 
     descriptors: list[str]
     threads: int
@@ -262,7 +265,7 @@ def test_an_engine_without_descriptors_left_is_an_errno_and_hears_of_punches(
     pid = int(vm.statistics()["pid"])
     before = held(service, vm)
     _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    # For none of two that come with a binding, then for one.
+    # There is room for none of the two that come with a binding, then for one.
     for room in (1, 2):
         taken = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
         free = [number for number in range(len(taken) + 3) if number not in taken]

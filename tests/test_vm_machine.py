@@ -1,4 +1,8 @@
-"""A VM against a model: slots made, moved and deleted, pages converted, punched, lost, prefaulted, and a guest that loads and stores."""
+"""A VM compared with a model.
+
+Slots are made, moved and deleted; pages are converted, punched, lost and prefaulted; a guest loads
+and stores.
+"""
 
 import mmap
 import os
@@ -107,7 +111,7 @@ class Files:
         default_factory=dict[int, tuple[RestrictedFile, Notified]]
     )
     count: int = 0
-    #: What happens when a binding is there, and its slot is not yet.
+    #: A function that runs when a binding exists and its slot does not yet.
     when_bound: Callable[[Notified], None] = lambda _: None
 
     def bind(self, token: bytes, window: PageRange, take: Callable[[Bound], _T]) -> _T:
@@ -141,7 +145,10 @@ class Files:
 
 @dataclass
 class Slot:
-    """A slot of the model: its first page, and whether it has a private half, which begins at page 0 of the file, as the shared one."""
+    """A slot of the model: its first page, and whether it has a private half.
+
+    Both halves begin at page 0 of their file.
+    """
 
     first: int
     private: bool
@@ -151,7 +158,10 @@ class Slot:
 
 
 class VmMachine(RuleBasedStateMachine):
-    """One restricted file and one memfd for each slot number; ``private`` and ``shared`` are their content, a word a page."""
+    """One restricted file and one memfd for each slot number.
+
+    ``private`` and ``shared`` are their content, a word a page.
+    """
 
     @initialize(api=st.sampled_from(list(Api)))
     def make(self, api: Api) -> None:

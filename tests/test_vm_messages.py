@@ -239,7 +239,10 @@ def test_an_engine_ends_whose_vm_holds_the_owners_end_of_a_vcpu(
 
 
 def test_a_vcpu_is_made_for_who_reads_the_answers(vm: Vm) -> None:
-    """Each that is left has a descriptor in flight, and they are counted for all engines of a uid together."""
+    """Each unread answer has a descriptor in flight.
+
+    The kernel counts these for all engines of a uid together.
+    """
     sock, ask = vm._channel.sock, struct.pack("=II", vm_wire.CREATE_VCPU.number, 0)
     sock.send(ask)
     wait_until(lambda: queued(sock), "the first answer")

@@ -31,7 +31,7 @@ EEXIST, EINVAL, ENOMEM = 17, 22, 12
 
 @dataclass(frozen=True)
 class Region:
-    """One request for a slot without private half; ``offset`` is where it begins in 4 MiB of memory."""
+    """One request for a slot without a private half; ``offset`` is its place in 4 MiB of memory."""
 
     slot: int = 0
     gpa: int = GPA
@@ -216,7 +216,7 @@ def test_a_private_slot_can_only_be_deleted(vm: Vm, fd: int, window: int) -> Non
         )
         == EINVAL
     )
-    # Deleted with the flag set or without, whatever the descriptor.
+    # Slots are deleted with the flag set or without, whatever the descriptor is.
     vm.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=0)
     vm.set_user_memory_region(**private)
     vm.set_user_memory_region(slot=0, guest_phys_addr=0, memory_size=0, restricted_fd=-1)

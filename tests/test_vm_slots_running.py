@@ -37,7 +37,10 @@ def start_reader(vm: Vm, service: Service, fd: int) -> None:
 
 
 def test_a_slot_moves_under_a_running_guest(service: Service, vm: Vm, fd: int, window: int) -> None:
-    """Each load finds the slot where it was or where it is, or nothing there; never other memory (set_memory_region_test.c)."""
+    """Each load finds the slot at its old or new place, or no memory there.
+
+    It never finds other memory (set_memory_region_test.c).
+    """
     start_reader(vm, service, fd)
     os.pwrite(window, (1).to_bytes(4, "little"), 0)
     os.pwrite(window, (2).to_bytes(4, "little"), PAGE)
@@ -87,7 +90,10 @@ def test_a_slot_is_deleted_and_made_again_under_a_running_guest(
 
 
 def test_a_private_page_without_a_slot(service: Service, vm: Vm, fd: int) -> None:
-    """private_mem_kvm_exits_test.c: v10 says so by the attribute; v9 looks at attributes only where a slot is."""
+    """In v10 the attribute decides; v9 looks at attributes only where there is a slot.
+
+    The test follows private_mem_kvm_exits_test.c.
+    """
     start_reader(vm, service, fd)
     vm.convert(WINDOW, PAGE, private=True)
     with vm.create_vcpu() as vcpu:
@@ -152,7 +158,10 @@ def test_attributes_of_what_is_not_supported(service: Service, vm: Vm) -> None:
 
 
 def test_attributes_may_change_from_page_to_page(service: Service, vm: Vm, fd: int) -> None:
-    """More changes than fit a list of requests: KVM keeps one entry a page, and mixed blocks show in the statistics."""
+    """There are more changes than a list of requests holds.
+
+    KVM keeps one entry a page, and the statistics show mixed blocks.
+    """
     start_reader(vm, service, fd)
     for page in range(0, 256, 2):
         vm.convert(GPA + page * PAGE, PAGE, private=False)
@@ -165,7 +174,7 @@ def test_attributes_may_change_from_page_to_page(service: Service, vm: Vm, fd: i
 
 
 def test_prefault(service: Service, vm: Vm, fd: int, window: int) -> None:
-    """pre_fault_memory_test.c, and each errno."""
+    """This follows pre_fault_memory_test.c, and adds each errno."""
     vm.set_user_memory_region(slot=0, guest_phys_addr=GPA, memory_size=2 * MIB, restricted_fd=fd)
     vm.convert(GPA, 2 * MIB, private=True)
     vm.set_user_memory_region(slot=1, guest_phys_addr=WINDOW, memory_size=MIB, shared_fd=window)
@@ -210,7 +219,10 @@ def test_prefault_of_more_than_there_is(service: Service) -> None:
 
 
 def test_a_lost_page_is_a_fault_until_it_is_punched(service: Service, vm: Vm, fd: int) -> None:
-    """memory-failure extension of guest_memfd_test.c: translations go, the page is not given back, a hole heals."""
+    """This follows the memory-failure extension of guest_memfd_test.c.
+
+    Translations go, the page is not given back, and a punch heals the fault.
+    """
     start_reader(vm, service, fd)
     vm.set_user_memory_region(
         slot=1, guest_phys_addr=WINDOW, memory_size=MIB, restricted_fd=fd, restricted_offset=2 * MIB

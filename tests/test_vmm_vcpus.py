@@ -101,7 +101,8 @@ def test_a_guest_that_parks_all_its_vcpus_has_ended(
     with Vmm(MIB, service, engine=engine, vcpus=2) as vmm:
         vmm.load(
             build(
-                "int main(const struct boot_info *boot) { return (int)hypercall(HYPERCALL_PARK, 0, 0, 0); }\n"
+                "int main(const struct boot_info *boot) "
+                "{ return (int)hypercall(HYPERCALL_PARK, 0, 0, 0); }\n"
             )
         )
         assert run(vmm).ended == Ended(1, exits.Hypercall(guest_abi.PARK, (0, 0, 0, 0)))

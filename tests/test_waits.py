@@ -1,4 +1,7 @@
-"""Who waits on a condition waits at all, for what it says, and goes on when that is so: no thread, and no time."""
+"""A wait on a condition really waits, for the state that it names, and ends when that holds.
+
+These tests use no thread and no time.
+"""
 
 from collections.abc import Callable
 from typing import Any, Final, final

@@ -165,7 +165,10 @@ def test_a_vm_has_its_memory(way: Way, uid: int, namespaces: bool) -> None:
 @each_way
 @pytest.mark.parametrize("other", [0, ORDINARY, ORDINARY - 1], ids=["root", "nobody", "another"])
 def test_what_another_user_can_do_with_it(way: Way, uid: int, namespaces: bool, other: int) -> None:
-    """Root's own mount alone lets everybody in; the other ways let in the uid and gid that made it."""
+    """Only root's own mount lets everybody in.
+
+    The other ways let in the uid and gid that made it.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def owner() -> None:
@@ -204,7 +207,10 @@ def test_what_another_user_can_do_with_it(way: Way, uid: int, namespaces: bool, 
 
 
 def test_root_of_a_user_namespace_without_the_mounts_takes_the_next_way() -> None:
-    """CAP_SYS_ADMIN alone is not enough: it must be over the mount namespace (``unshare --user`` without ``--mount``)."""
+    """CAP_SYS_ADMIN alone is not enough.
+
+    It must be over the mount namespace (``unshare --user`` without ``--mount``).
+    """
 
     def body() -> str:
         uid = os.geteuid()

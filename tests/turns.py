@@ -1,7 +1,8 @@
-"""Tests side by side: in several processes of one run, and in runs of several copies of the repository on one machine.
+"""Tests side by side: in processes of one run, and in runs of several copies of the repository.
 
-Most tests share the machine. One that is marked ``alone`` has it for itself: it looks at, or
-changes, what all processes have together, or measures a time that a busy neighbour would stretch.
+Most tests do not need the machine for themselves. A test that is marked ``alone`` does. Such a test
+looks at, or changes, something that all processes share, or measures a time that a busy neighbour
+would stretch.
 """
 
 import fcntl
@@ -9,8 +10,9 @@ import os
 import time
 from typing import Final, final
 
-#: What every copy finds, whoever runs it, and nothing else locks. Who wants the machine for itself
-#: holds the gate while it waits for the others to end, so that none of them begins anew.
+#: Directories that every copy finds, whoever runs it, and that nothing else locks. A test that
+#: wants the machine for itself holds the gate while it waits for the others to end. So none of them
+#: begins anew.
 _GATE: Final = "/sys/kernel"
 _MACHINE: Final = "/sys/kernel/mm"
 #: Seconds that tests of other processes may take until it is this one's turn.

@@ -9,8 +9,8 @@ from typing import Any
 
 from waiting import wait_until
 
-#: What every program under test has: the bare call, as libc makes it, and whatever it returns or
-#: minus the errno.
+#: The beginning of every program under test: the bare call, as libc makes it. It returns the call's
+#: value or minus the errno.
 PRELUDE = """
 import ctypes, errno, fcntl, mmap, os, resource, subprocess, sys, threading
 libc = ctypes.CDLL(None, use_errno=True)
@@ -51,7 +51,7 @@ def said(
 
 
 def kill_supervisor_of(mark: str) -> None:
-    """Kill the supervisor that was started with a variable of this value, and return when it is gone."""
+    """Kill the supervisor whose environment has a variable of this value, and wait for its end."""
     supervisor = supervisor_of(mark)
     assert supervisor is not None
     os.kill(supervisor, signal.SIGKILL)

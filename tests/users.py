@@ -1,4 +1,7 @@
-"""Running part of a test as a user who is not root, on a machine whose devices and interpreter may be root's alone."""
+"""Running part of a test as a user who is not root.
+
+On some machines only root can reach the devices and the interpreter.
+"""
 
 import ctypes
 import os
@@ -26,7 +29,7 @@ from restrictedmem.abi.process import (
 from restrictedmem.fd import OwnedFd
 from restrictedmem.fs.mount_ways import DEVICE
 
-#: An ordinary user: nobody, in most systems' words.
+#: An ordinary user; in most systems its name is nobody.
 ORDINARY = 65534
 
 MS_BIND, MS_REC, MS_PRIVATE = 1 << 12, 1 << 14, 1 << 18
@@ -44,11 +47,13 @@ T = TypeVar("T")
 def as_user(
     body: Callable[[], T], uid: int = ORDINARY, *, fuse: bool = True, namespaces: bool = True
 ) -> T:
-    """Return what ``body`` returns in a child that became another user, or raise what it raised; needs root.
+    """Run ``body`` in a child that became another user; return its value or raise its exception.
 
-    With ``fuse`` the child can open /dev/fuse (the device itself stays as it is: the child has a
-    mount namespace of its own); without ``namespaces`` it can make no user namespace, as in a
-    container with the usual seccomp profile.
+    It needs root.
+
+    With ``fuse`` the child can open /dev/fuse. The device itself stays as it is, because the child
+    has a mount namespace of its own. Without ``namespaces`` the child cannot make a user namespace,
+    as in a container with the usual seccomp profile.
     """
     reader, writer = os.pipe()
     child = os.fork()
@@ -91,13 +96,16 @@ def become(uid: int, *, fuse: bool, namespaces: bool = True) -> None:
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
-    # Another uid took it away.
+    # The change of the uid has cleared it.
     prctl(PR_SET_DUMPABLE, 1)
 
 
 @contextmanager
 def own_network() -> Generator[None]:
-    """Be in a network namespace of one's own, and with it whatever is started: nobody else's abstract sockets are there; needs root."""
+    """Enter a new network namespace, without other processes' abstract sockets.
+
+    Programs started later are in it too. It needs root.
+    """
     with OwnedFd(os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)) as before:
         unshare(_CLONE_NEWNET)
         try:
@@ -107,7 +115,7 @@ def own_network() -> Generator[None]:
 
 
 def enter_user_namespace(inside: int | None) -> None:
-    """Enter a user namespace where this process's uid alone is mapped, to the uid ``inside``, or not even that."""
+    """Enter a user namespace that maps this process's uid alone, to the uid ``inside``, or none."""
     own = os.geteuid(), os.getegid()
     unshare(CLONE_NEWUSER)
     if inside is not None:
@@ -120,7 +128,7 @@ def enter_user_namespace(inside: int | None) -> None:
 
 
 def open_the_way(paths: set[str]) -> None:
-    """Cover directories that others may not search with ones that hold nothing but what leads to ``paths``."""
+    """Mount directories that lead only to ``paths`` over directories that others may not search."""
     closed = {path: door for path in paths for door in [_closed_door(path)] if door is not None}
     rooms = {path: os.open(path, os.O_PATH | os.O_DIRECTORY) for path in closed}
     for door in set(closed.values()):
@@ -155,7 +163,10 @@ def widen_device() -> None:
 
 
 def forbid_user_namespaces() -> None:
-    """Make unshare(CLONE_NEWUSER) fail with EPERM in this process and what it starts; set-uid programs go on to work, for root asks."""
+    """Make unshare(CLONE_NEWUSER) fail with EPERM in this process and its children.
+
+    Set-uid programs still work, because root installs the filter.
+    """
     program = seccomp.assemble(
         seccomp.load("nr"),
         seccomp.jump_unless(_SYS_UNSHARE[os.uname().machine], "allow"),
@@ -170,7 +181,7 @@ def forbid_user_namespaces() -> None:
 
 
 def forbid(number: int, calls: Sequence[int]) -> None:
-    """Have system calls fail in this process and whatever it runs, as in a container or on an older kernel."""
+    """Make system calls fail here and in all children, as in a container or on an older kernel."""
     program = [seccomp.load("nr")]
     for call in calls:
         program += seccomp.assemble(

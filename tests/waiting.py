@@ -1,11 +1,14 @@
-"""Waiting in tests: for a condition, with a deadline that says what was waited for; never for a time."""
+"""Waiting in tests for a condition, never for a time.
+
+If the deadline passes, the error names the condition.
+"""
 
 import sys
 import threading
 import time
 from collections.abc import Callable
 
-#: Seconds after which something that was to happen did not.
+#: Seconds after which an expected event counts as missing.
 PATIENCE = 20.0
 
 

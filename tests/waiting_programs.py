@@ -18,7 +18,7 @@ from waiting import wait_until
 
 MAGIC = 0x5245534D
 FUSE_MAGIC = 0x65735546
-#: What another program says whose calls all go on.
+#: The answer of another program whose calls all go on.
 WELL = (0, MAGIC, True)
 
 CALLS = f"""
@@ -28,8 +28,9 @@ libc.mmap.restype = ctypes.c_void_p
 NOWHERE = ctypes.c_void_p(-1).value
 
 def private(fd):
-    "Map a file privately; returns an errno."
-    return ctypes.get_errno() if libc.mmap(None, ctypes.c_size_t(4096), 1, 2, fd, ctypes.c_long(0)) == NOWHERE else 0
+    "Map a file privately; return an errno."
+    at = libc.mmap(None, ctypes.c_size_t(4096), 1, 2, fd, ctypes.c_long(0))
+    return ctypes.get_errno() if at == NOWHERE else 0
 
 def kind(fd, at=None):
     "Return the file system's magic number that fstatfs says, or writes to an address."
@@ -39,7 +40,7 @@ def kind(fd, at=None):
 plain = os.open(sys.executable, os.O_RDONLY)
 
 class Other:
-    "Another program: makes, when it is asked to, each of the calls that stop, and says what they came to."
+    "Another program: on request, it makes each of the calls that stop, and reports the results."
     def __init__(self):
         self.sock, theirs = socket.socketpair()
         self.pid = os.fork()
@@ -75,7 +76,8 @@ def until(what, holds):
 
 def enters(pid, number):
     "Wait until a program is in a system call, and the supervisor's or the kernel's to answer."
-    until("a call to begin", lambda: open(f"/proc/{{pid}}/syscall").read().split()[0] == str(number))
+    path = f"/proc/{{pid}}/syscall"
+    until("a call to begin", lambda: open(path).read().split()[0] == str(number))
 
 def watched():
     "Map a page whose first touch waits until the descriptor that is returned is closed."
@@ -83,11 +85,12 @@ def watched():
     at = libc.mmap(None, ctypes.c_size_t(4096), 3, 0x22, -1, ctypes.c_long(0))
     watch = uffd.userfaultfd(0)
     uffd.UFFDIO_API(watch, uffd.uffdio_api(api=uffd.UFFD_API, features=0))
-    uffd.UFFDIO_REGISTER(watch, uffd.uffdio_register(start=at, len=4096, mode=uffd.UFFDIO_REGISTER_MODE_MISSING))
+    missing = uffd.UFFDIO_REGISTER_MODE_MISSING
+    uffd.UFFDIO_REGISTER(watch, uffd.uffdio_register(start=at, len=4096, mode=missing))
     return at, watch
 """
 
-#: What programs begin with.
+#: The beginning of programs.
 FIRST = "fd = call(0)\n"
 
 
@@ -137,7 +140,7 @@ def said(code: str, mark: str, server: Foreign | None = None, first: str = FIRST
 
 
 def heard(process: subprocess.Popen[str]) -> Any:
-    """Return the value of the next line that a program prints; what it does not say within its patience, it never says."""
+    """Return the value of the next line that a program prints, or fail after its patience."""
     assert process.stdout is not None
     ready = readable([process.stdout], 30)
     assert ready, "the program says nothing for 30 s"

@@ -19,7 +19,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @final
 class Opens:
-    """What was opened on some file systems since the last look."""
+    """The files opened on some file systems since the last look."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -44,7 +44,7 @@ class Opens:
 
 @contextmanager
 def opens(*paths: str) -> Generator[Opens]:
-    """Watch the file systems on which some paths lie."""
+    """Make a watch on the file systems of some paths."""
     fd = _libc.fanotify_init(
         _FAN_CLOEXEC | _FAN_NONBLOCK | _FAN_UNLIMITED_QUEUE, os.O_RDONLY | os.O_CLOEXEC
     )

@@ -1,4 +1,4 @@
-"""A consumer that does what a test says, in JSON, and may break each rule that a consumer can break."""
+"""A consumer that does what a test says, in JSON, and may break each rule that consumers have."""
 
 import json
 import os
@@ -88,7 +88,10 @@ class Puppet:
         self.ops[file].manner = manner
 
     def heard(self, file: int) -> list[list[object]]:
-        """Return what was heard, when each start has had its end, for which the service does not wait."""
+        """Return the callbacks, once each start has had its end.
+
+        The service does not wait for the end.
+        """
         ops = self.ops[file]
         with ops.balanced:
             if not ops.balanced.wait_for(
@@ -115,7 +118,10 @@ class Puppet:
         return os.getpid()
 
     def leave(self) -> int:
-        """Leave a process that has all that this one has, in a session of its own; its parent has ended when this returns."""
+        """Leave a process with copies of all descriptors, in its own session.
+
+        Its parent has ended at return.
+        """
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:

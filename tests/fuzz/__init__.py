@@ -1,1 +1,4 @@
-"""Fuzzing: a target for each parser of bytes from outside, its corpus, and mistakes that the corpus has to find."""
+"""Fuzzing: a target for each parser of foreign bytes, its corpus, and planted mistakes.
+
+The corpus has to find each planted mistake.
+"""

@@ -1,4 +1,4 @@
-"""The target of system calls whose arguments a supervisor looks at, in a program's registers and in its memory."""
+"""The target of system calls whose arguments the supervisor reads from registers and memory."""
 
 import ctypes
 import io
@@ -46,7 +46,10 @@ class _Area:
 
     def maps(self, rights: str, proc: int, pid: int) -> io.BytesIO:
         """Return /proc/PID/maps."""
-        line = f"{self.address:x}-{self.address + mmap.PAGESIZE:x} {rights} 00000000 00:01 1 /dev/zero (deleted)\n"
+        line = (
+            f"{self.address:x}-{self.address + mmap.PAGESIZE:x} {rights} 00000000 00:01 1 "
+            f"/dev/zero (deleted)\n"
+        )
         return io.BytesIO(line.encode())
 
 
@@ -86,7 +89,7 @@ class _Scout:
 
 
 class _Porter:
-    """What makes descriptors (``Porter``): it takes note of the flags."""
+    """A ``Porter``, which makes descriptors, that records the flags."""
 
     def __init__(self, number: int) -> None:
         self.device = number
@@ -97,7 +100,10 @@ class _Porter:
 
 
 def _argument(source: Source, restricted: int, other: int) -> int:
-    """Make an argument: a descriptor, an address in the area, or any number; perhaps with upper bits that mean nothing to some calls."""
+    """Make an argument: a descriptor, an address in the area, or any number.
+
+    Perhaps it has upper bits that mean nothing to some calls.
+    """
     kind = source.number(1)
     match kind & 7:
         case 0:
@@ -114,7 +120,11 @@ def _argument(source: Source, restricted: int, other: int) -> int:
 
 
 def calls(data: bytes) -> None:
-    """Calls under a filter: each has one answer, what is granted goes by the registers alone, and nobody else's memory is written to."""
+    """Answer calls under a filter.
+
+    Each call has one answer. The supervisor decides by the registers alone, and writes to no memory
+    of another process.
+    """
     source = Source(data)
     kind, area = source.number(1), _area()
     with ExitStack() as undo:
@@ -181,7 +191,10 @@ def _end(made: supervisor.Supervisor) -> None:
 
 
 def _ask(made: supervisor.Supervisor, table: int, number: int, words: list[int]) -> list[int]:
-    """Have a call heard, and its scouts too; return the errnos it is answered with, ``_CONTINUE`` for the kernel's own."""
+    """Let the supervisor and its scouts answer a call, and return the errnos.
+
+    ``_CONTINUE`` stands for an answer by the kernel.
+    """
     given: list[int] = []
     found = seccomp_data(
         nr=number,

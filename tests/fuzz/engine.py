@@ -46,17 +46,24 @@ _SIZE: Final = 1 << 20
 _PAGES: Final = _SIZE >> 12
 _LARGE: Final = 64 << 30
 _VM_CALLS: Final = (
-    vm_wire.SET_USER_MEMORY_REGION, vm_wire.CREATE_VM, vm_wire.CREATE_VCPU, vm_wire.CHECK_EXTENSION, vm_wire.GET_SUPPORTED_MEMORY_ATTRIBUTES,
-    vm_wire.SET_MEMORY_ATTRIBUTES, vm_wire.ENCRYPT_REG_REGION, vm_wire.ENCRYPT_UNREG_REGION, vm_wire.LAUNCH_UPDATE, vm_wire.LAUNCH_FINISH, vm_wire.STATISTICS,
-    vm_wire.INTERRUPT, vm_wire.DESTROY_VM, vm_wire.INJECT_FAILURE, vm_wire.DBG_READ, vm_wire.DBG_WRITE, vm_wire.TRACE,
+    vm_wire.SET_USER_MEMORY_REGION, vm_wire.CREATE_VM, vm_wire.CREATE_VCPU, vm_wire.CHECK_EXTENSION,
+    vm_wire.GET_SUPPORTED_MEMORY_ATTRIBUTES,
+    vm_wire.SET_MEMORY_ATTRIBUTES, vm_wire.ENCRYPT_REG_REGION, vm_wire.ENCRYPT_UNREG_REGION,
+    vm_wire.LAUNCH_UPDATE, vm_wire.LAUNCH_FINISH, vm_wire.STATISTICS,
+    vm_wire.INTERRUPT, vm_wire.DESTROY_VM, vm_wire.INJECT_FAILURE, vm_wire.DBG_READ,
+    vm_wire.DBG_WRITE, vm_wire.TRACE,
 )  # fmt: skip
 _VCPU_CALLS: Final = (
-    vm_wire.RUN, vm_wire.PRE_FAULT_MEMORY, vm_wire.SET_REGS, vm_wire.GET_REGS, vm_wire.GET_SREGS, vm_wire.SET_GUEST_DEBUG,
+    vm_wire.RUN, vm_wire.PRE_FAULT_MEMORY, vm_wire.SET_REGS, vm_wire.GET_REGS, vm_wire.GET_SREGS,
+    vm_wire.SET_GUEST_DEBUG,
 )  # fmt: skip
 
 
 class _Cpu:
-    """A vCPU that executes nothing (``VcpuEngine``): each run ends as the value of the one before says."""
+    """A vCPU (``VcpuEngine``) that executes nothing.
+
+    The previous run's value says how each run ends.
+    """
 
     def __init__(self) -> None:
         self.regs = kvm_regs()
@@ -123,7 +130,10 @@ class _Cpu:
 
 
 class _Service:
-    """What an engine has of its service (``Channel``): it is told, and signs with zeroes."""
+    """A stand-in for the engine's ``Channel`` to its service.
+
+    It takes messages, and signs with zeroes.
+    """
 
     def call(self, call: object, body: bytes = b"") -> tuple[bytes, list[OwnedFd]]:
         return bytes(64), []
@@ -236,7 +246,10 @@ class _Vm:
 
 
 def vm(data: bytes) -> None:
-    """A VM's socket: each request has one answer, which is no bug's; no slot overlaps another, and none is lost."""
+    """Send requests to a VM's socket.
+
+    Each has one answer, which no bug caused. No slot overlaps another, and none is lost.
+    """
     source = Source(data)
     kind = source.number(1)
     with ExitStack() as undo:
@@ -259,7 +272,10 @@ def vm(data: bytes) -> None:
 
 
 def _is_large(message: bytes) -> bool:
-    """Whether a slot is asked for whose pages, at some bytes each, may take more than a search has; its owner pays for them."""
+    """Say whether a request for a slot may need more memory than a search has.
+
+    The engine keeps some bytes for each page, and its owner pays for them.
+    """
     body = message[_HEAD.size :]
     if (
         number_of(message) != vm_wire.SET_USER_MEMORY_REGION.number
@@ -336,7 +352,10 @@ def _check_vm_reply(made: _Vm, message: bytes, reply: bytes, policy: int) -> Non
 
 
 def vcpu(data: bytes) -> None:
-    """A vCPU's socket: each request has one answer, which is no bug's, and the guest's registers are its own."""
+    """Send requests to a vCPU's socket.
+
+    Each has one answer, which no bug caused, and the owner cannot change the guest's registers.
+    """
     source = Source(data)
     policy = source.number(1) & 3
     with ExitStack() as undo:

@@ -1,4 +1,4 @@
-"""Targets of files and texts: a guest's ELF, a report, a trace, what a VM is made with, and what gdb says."""
+"""Targets of files and texts: a guest's ELF, a report, a trace, a VM's options, gdb's packets."""
 
 import io
 import os
@@ -57,7 +57,10 @@ def elf(data: bytes) -> None:
 
 
 def report(data: bytes) -> None:
-    """A report, as it is or in hexadecimal: what is read says what was signed, and a changed byte is not signed."""
+    """Read a report, binary or in hexadecimal.
+
+    The parser returns what was signed, and a report with a changed byte is not signed.
+    """
     with mock.patch.object(sys, "stdin", mock.Mock(buffer=io.BytesIO(data))):
         try:
             found = verify._read("-")
@@ -80,7 +83,7 @@ def report(data: bytes) -> None:
 
 
 def trace(data: bytes) -> None:
-    """A trace: it is converted whole, each slice has begin and end, and nothing of it is larger than it was."""
+    """Convert a trace: it is converted whole, each slice has begin and end, no part of it grows."""
     lines = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", errors="replace")
     try:
         found = perfetto.read(cli_trace._lines(lines))
@@ -128,7 +131,10 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def creation(data: bytes) -> None:
-    """SPAWN's arguments of a VM: what is taken is known, and says the same when it is written again."""
+    """Read SPAWN's arguments of a VM.
+
+    All accepted options are known, and writing them gives the same.
+    """
     try:
         found = Creation.load(data.decode(errors="replace"))
     except OSError as error:
@@ -143,7 +149,7 @@ def creation(data: bytes) -> None:
 
 
 class _Vcpu:
-    """What the stub needs of a vCPU."""
+    """A vCPU with the parts that the stub needs."""
 
     def __init__(self) -> None:
         self.regs = kvm_regs()
@@ -167,7 +173,7 @@ class _Vcpu:
 
 
 class _Guest:
-    """What the stub needs of a VMM, its VM included: two pages of memory, and two vCPUs that never run."""
+    """A VMM and its VM as far as the stub needs them: two pages of memory, and two idle vCPUs."""
 
     START: Final = 0x1000
 
@@ -215,7 +221,11 @@ class _Gdb:
 
 
 def rsp(data: bytes) -> None:
-    """What gdb says: cut into the same packets however it comes, each answered by one packet or by the guest going on."""
+    """Read gdb's bytes.
+
+    However they are split, the stub finds the same packets. It answers each by one packet, or lets
+    the guest run.
+    """
     source = Source(data)
     step, stream = source.number(1) + 1, source.rest()
     items = list(protocol.Parser().feed(stream))

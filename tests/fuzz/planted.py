@@ -1,4 +1,4 @@
-"""Mistakes to be found: for each target three lines of the package, and what somebody might have written there."""
+"""Mistakes to find: for each target three lines of the package, and a wrong version of each."""
 
 import __future__
 

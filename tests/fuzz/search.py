@@ -1,4 +1,4 @@
-"""What ``scripts/fuzz`` starts for a target: libFuzzer on it, with the package's code instrumented for coverage."""
+"""The program that ``scripts/fuzz`` starts for a target: libFuzzer, on the instrumented package."""
 
 import importlib
 import shlex

@@ -1,4 +1,4 @@
-"""Targets of the service: what owners and consumers send to it, and what the kernel asks it about files."""
+"""Targets of the service: messages of owners and consumers, and the kernel's requests on files."""
 
 import json
 import os
@@ -96,7 +96,11 @@ def _service(undo: ExitStack) -> tuple[ControlThread, Channel]:
 
 
 def control(data: bytes) -> None:
-    """A connection: each request has one answer, no bug's; no request ends it, nor does one that needs the key and shows none."""
+    """Send requests on a connection.
+
+    Each has one answer, which no bug caused. No request ends the connection, and no request that
+    needs the key works without it.
+    """
     source, undo = Source(data), ExitStack()
     service, spawner = _service(undo)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -178,7 +182,10 @@ def _check_reply(connection: Connection, message: bytes, body: bytes) -> None:
 
 
 def consumer(data: bytes) -> None:
-    """A consumer's requests, and then its answer to PAGE_COUNT: the service keeps nothing that cannot be shown, and believes no count."""
+    """Send a consumer's requests, and then its answer to PAGE_COUNT.
+
+    The service keeps nothing that it could not show, and trusts no count.
+    """
     source = Source(data)
     tokens, troubles = Tokens(), Troubles()
     consumers = Consumers(tokens, Options(memory_max=_LIMIT), Signer(), troubles)
@@ -250,7 +257,10 @@ _MAX_FILES: Final = 3
 
 
 def fuse_bodies(data: bytes) -> None:
-    """Requests of the kernel, of which a program has a say in the body: one reply each, and what is forgotten is gone."""
+    """Send the kernel's requests whose body a program can choose.
+
+    Each has one reply, and a forgotten node is gone.
+    """
     source, usage = Source(data), Usage()
     tokens = Tokens()
     tokens._files[TOKEN] = None

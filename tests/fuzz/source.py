@@ -1,4 +1,4 @@
-"""What targets share: input taken from its front, messages made of it, and what an error has to be."""
+"""Parts that targets share: input taken from its front, messages made of it, checks of errors."""
 
 import socket
 import struct
@@ -91,7 +91,7 @@ def is_silent(sock: socket.socket) -> bool:
 
 
 def check_declared(error: OSError, *errnos: int) -> None:
-    """Check that an error is of those that the parser's docstring names, and has words that can be said."""
+    """Check that the parser's docstring names an error, and that the error has a printable text."""
     assert error.errno in errnos, error
     assert error.strerror
     error.strerror.encode()

@@ -1,4 +1,7 @@
-"""The targets by name: each feeds bytes to a parser of this process, and fails when it breaks its word."""
+"""The targets by name.
+
+Each feeds bytes to a parser in this process, and fails when the parser breaks its contract.
+"""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -11,7 +11,10 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class Avoided:
-    """Instructions, by what they look like; ``example`` is machine code, shared with its owner if ``shared``."""
+    """Instructions, by their form.
+
+    ``example`` is machine code, shared with its owner if ``shared``.
+    """
 
     row: str
     text: str

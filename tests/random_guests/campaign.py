@@ -1,4 +1,4 @@
-"""Many programs in a row: what was run, what differed, and each difference as its reader wants to see it."""
+"""Many programs in a row: which ran, which differed, and each difference as a reader needs it."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -23,10 +23,10 @@ ENOUGH: Final = 20
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A difference: where it was first seen, and the smallest programs that show it, the last of which differs.
+    """A difference: where it was first seen, and the smallest programs that show it.
 
-    Without any it was never seen again; with more than one, those before leave behind what it
-    needs.
+    The last of these differs. If there is none, the difference never showed again. If there are
+    several, the earlier ones leave behind a state that the last one needs.
     """
 
     seed: int
@@ -51,10 +51,16 @@ def _listing(program: Program) -> Iterable[str]:
     registers = [
         f"{name(number, 64)}={value:#x}" for number, value in enumerate(program.registers) if value
     ]
-    yield f"  program {program.seed}{' in a storm' if program.storm else ''}: {' '.join(registers)} flags={program.flags:#x}"
+    yield (
+        f"  program {program.seed}{' in a storm' if program.storm else ''}: "
+        f"{' '.join(registers)} flags={program.flags:#x}"
+    )
     for page, private in places.AT_REST.items():
         if (page in program.private) != private:
-            yield f"    page {page} ({places.address(page):#x}) is {'private' if not private else 'shared'}"
+            yield (
+                f"    page {page} ({places.address(page):#x}) is "
+                f"{'private' if not private else 'shared'}"
+            )
     for page in sorted(program.punched):
         yield f"    page {page} ({places.address(page):#x}) is punched"
     for number, action in enumerate(program.actions):
@@ -65,7 +71,7 @@ def _listing(program: Program) -> Iterable[str]:
 
 @dataclass(slots=True)
 class Outcome:
-    """What came of a campaign; seconds."""
+    """The outcome of a campaign; times are in seconds."""
 
     programs: int = 0
     instructions: int = 0
@@ -76,7 +82,7 @@ class Outcome:
 
 
 def start() -> Service:
-    """Start a service that lets engines take their time: none is to be killed because the machine is busy."""
+    """Start a service with long deadlines: it kills no engine because the machine is busy."""
     return Service.start(Options(deadline=_PATIENCE))
 
 
@@ -88,10 +94,11 @@ def run(
     told: Callable[[Outcome], None],
     small: bool = True,
 ) -> Outcome:
-    """Run the programs of consecutive seeds, as long as ``more`` says so of how many there were; ``told`` hears of each.
+    """Run the programs of consecutive seeds, and call ``told`` after each.
 
-    ``small`` says whether differences are made small; those of storms, and of what earlier programs
-    left behind, take their time.
+    ``more`` gets the number of programs so far, and says whether to go on. ``small`` says whether
+    differences are reduced. A difference in a storm, or one that earlier programs caused, takes
+    long to reduce.
     """
     outcome, began, pair = Outcome(), time.monotonic(), None
     try:
@@ -119,7 +126,7 @@ def run(
 
 
 def _small(service: Service, history: list[Program], seen: str) -> Found:
-    """Make a difference small: alone if it shows alone, else with as few of the programs before as it takes."""
+    """Reduce a difference to its program, or to that and as few earlier programs as it needs."""
     program = history[-1]
     before: list[Program] = []
     if not differs_after(service, before, program):
@@ -147,7 +154,7 @@ def _needed(programs: list[Program], suffices: Callable[[list[Program]], bool]) 
 
 
 def until_found(service: Service, first: int, programs: int) -> tuple[int, str]:
-    """Run programs up to the first that differs; returns how many that took and the difference, 0 when there was none."""
+    """Run programs up to the first that differs; return their number and the difference, or 0."""
     seen: list[Found] = []
     outcome = run(
         service,

@@ -1,4 +1,7 @@
-"""Where two engines differ in what a program did, but for what docs/reference/engines.md says of them."""
+"""The comparison of two engines' runs of a program.
+
+It leaves out the differences that docs/reference/engines.md excepts.
+"""
 
 from itertools import zip_longest
 from typing import Final
@@ -71,4 +74,7 @@ def _states(one: Event, other: Event, lines: dict[int, Line]) -> str:
 
 def _bytes(one: bytes, other: bytes) -> str:
     at = next(index for index, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
-    return f"from byte {at:#x} on software {one[at : at + 16].hex()}, kernel {other[at : at + 16].hex()}"
+    return (
+        f"from byte {at:#x} on software {one[at : at + 16].hex()}, "
+        f"kernel {other[at : at + 16].hex()}"
+    )

@@ -71,7 +71,7 @@ def move(dice: Dice) -> Pieces:
 
 
 def _move_offset(dice: Dice, size: int) -> Piece:
-    """MOV between the accumulator and an absolute address of 64 bits."""
+    """Make a MOV between the accumulator and an absolute address of 64 bits."""
     address, opcode = dice.address(size // 8), dice.random.choice((0xA0, 0xA2)) | (size != 8)
     head = {8: b"", 16: b"\x66", 32: b"", 64: b"\x48"}[size] + bytes([opcode])
     text = (
@@ -205,15 +205,19 @@ def checksum(dice: Dice) -> Pieces:
     small = any_size(dice)
     size = {8: dice.random.choice((32, 64)), 64: 64}.get(small, 32)
     return [
-        op("crc32", "0f38f0" if small == 8 else "0f38f1", 16 if small == 16 else 32, dice.target_register(), dice.source(small),
+        op("crc32", "0f38f0" if small == 8 else "0f38f1", 16 if small == 16 else 32,
+        dice.target_register(), dice.source(small),
            operands="{reg}, {rm}", sizes=(size, small), mandatory=b"\xf2", wide=size == 64)
     ]  # fmt: skip
 
 
 _CONVERSIONS: Final = (
-    ("6698", "cbw"), ("98", "cwde"), ("4898", "cdqe"), ("6699", "cwd"), ("99", "cdq"), ("4899", "cqo"),
-    ("9f", "lahf"), ("9e", "sahf"), ("f8", "clc"), ("f9", "stc"), ("f5", "cmc"), ("fc", "cld"), ("fd", "std"),
-    ("90", "nop"), ("f390", "pause"), ("f30f1efa", "endbr64"), ("0faef0", "mfence"), ("0faee8", "lfence"), ("0faef8", "sfence"),
+    ("6698", "cbw"), ("98", "cwde"), ("4898", "cdqe"), ("6699", "cwd"), ("99", "cdq"),
+    ("4899", "cqo"),
+    ("9f", "lahf"), ("9e", "sahf"), ("f8", "clc"), ("f9", "stc"), ("f5", "cmc"), ("fc", "cld"),
+    ("fd", "std"),
+    ("90", "nop"), ("f390", "pause"), ("f30f1efa", "endbr64"), ("0faef0", "mfence"),
+    ("0faee8", "lfence"), ("0faef8", "sfence"),
 )  # fmt: skip
 
 
@@ -273,8 +277,11 @@ def exchange_accumulator(dice: Dice) -> Pieces:
 
 #: Each with how often it is taken.
 FORMS: Final[tuple[tuple[Callable[[Dice], Pieces], int], ...]] = (
-    (arithmetic, 12), (test, 3), (move, 10), (extend, 3), (address, 2), (unary, 5), (product, 3), (quotient, 2),
-    (shift, 8), (double_shift, 2), (bit_test, 4), (scan, 3), (bits, 2), (deposit, 1), (condition, 9), (exchange, 5),
-    (compare_wide, 1), (swap_bytes, 2), (checksum, 1), (without_operands, 5), (hint, 1), (table_look_up, 1),
+    (arithmetic, 12), (test, 3), (move, 10), (extend, 3), (address, 2), (unary, 5), (product, 3),
+    (quotient, 2),
+    (shift, 8), (double_shift, 2), (bit_test, 4), (scan, 3), (bits, 2), (deposit, 1),
+    (condition, 9), (exchange, 5),
+    (compare_wide, 1), (swap_bytes, 2), (checksum, 1), (without_operands, 5), (hint, 1),
+    (table_look_up, 1),
     (store_past_caches, 1), (exchange_accumulator, 1),
 )  # fmt: skip

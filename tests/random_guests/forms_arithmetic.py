@@ -149,7 +149,10 @@ def product(dice: Dice) -> Pieces:
 
 
 def quotient(dice: Dice) -> Pieces:
-    """A division that mostly has a result: a large divisor, and a dividend whose upper half is 0 or a sign."""
+    """Make a division that mostly has a result.
+
+    Its divisor is large, and the dividend's upper half is 0 or a sign.
+    """
     size, (mnemonic, digit) = any_size(dice), dice.random.choice((("div", 6), ("idiv", 7)))
     rm: int | Mem = dice.target_register() if dice.one_in(2) else dice.memory(size)
     if rm in (RAX, RDX):

@@ -79,7 +79,7 @@ def double_shift(dice: Dice) -> Pieces:
     size = any_size(dice, (16, 32, 64))
     mnemonic, opcode = dice.random.choice((("shld", 0xA4), ("shrd", 0xAC)))
     reg, rm, operands = dice.source_register(), dice.target(size), "{rm}, {reg}, "
-    # Of 16 bits, more than 16 leave everything undefined.
+    # With 16 bits, a count above 16 leaves everything undefined.
     count = dice.random.randrange(17) if size == 16 else _count(dice)
     effect = shift_effect(mnemonic, size, count)
     if dice.one_in(2):
@@ -147,7 +147,7 @@ def scan(dice: Dice) -> Pieces:
     last = op(mnemonic, opcode, size, reg, rm, operands="{reg}, {rm}", mandatory=mandatory)
     if mandatory:
         return [last]
-    # Of 0 the result is undefined.
+    # For an operand of 0 the result is undefined.
     bit = dice.random.randrange(size)
     return [
         op("bts", "0fba", size, 5, rm, operands=f"{{rm}}, {bit}", imm=bytes([bit]), digit=True),
@@ -156,7 +156,7 @@ def scan(dice: Dice) -> Pieces:
 
 
 def bits(dice: Dice) -> Pieces:
-    """BMI1 and BMI2."""
+    """Make an instruction of BMI1 or BMI2."""
     size, reg, other, third = (
         any_size(dice, (32, 64)),
         dice.target_register(),
@@ -190,7 +190,8 @@ def bits(dice: Dice) -> Pieces:
         )
     else:
         mnemonic, mandatory, opcode = (
-            ("bextr", 0, 0xF7), ("bzhi", 0, 0xF5), ("shlx", 1, 0xF7), ("sarx", 2, 0xF7), ("shrx", 3, 0xF7)
+            ("bextr", 0, 0xF7), ("bzhi", 0, 0xF5), ("shlx", 1, 0xF7), ("sarx", 2, 0xF7),
+            ("shrx", 3, 0xF7)
         )[choice - 6]  # fmt: skip
         encoded, text = (
             encode_vex(2, mandatory, wide, opcode, reg, other, rm),

@@ -11,7 +11,10 @@ from .machines import Event
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """What the two engines may say differently, the software engine's word first; a comparison ends there."""
+    """A difference that the two engines may show, the software engine's value first.
+
+    A comparison ends there.
+    """
 
     row: str
     tells: Callable[[Event, Event], bool]
@@ -28,8 +31,8 @@ def _shutdowns(software: Callable[[int], bool], kernel: int) -> Callable[[Event,
     return tells
 
 
-#: What `mmio` and `readonly-store` allow is done away with by ``Machine``, which makes the same of
-#: both.
+#: ``Machine`` removes the differences that `mmio` and `readonly-store` allow: it makes both engines
+#: do the same.
 ALLOWED: Final = (
     Allowed("general-protection", _shutdowns(lambda vector: vector == 13, 6)),
     Allowed("interrupt-number", _shutdowns(lambda vector: vector == 0x80, 6)),

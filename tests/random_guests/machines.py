@@ -1,4 +1,4 @@
-"""One VM on one engine that runs program after program, and what each of them did there, as a list of events."""
+"""One VM on one engine that runs program after program; each run is a list of events."""
 
 import contextlib
 import mmap
@@ -64,7 +64,7 @@ _INVERTED: Final = bytes(range(255, -1, -1))
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a debugger sees of a vCPU: registers by number, and the status flags and DF."""
+    """A vCPU as a debugger sees it: registers by number, and the status flags and DF."""
 
     registers: tuple[int, ...]
     rip: int
@@ -79,7 +79,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What came out of a guest, or a word on it; ``state`` is None where the two engines stop at different points."""
+    """An exit of a guest, or a remark; ``state`` is None if the engines stop at other points."""
 
     exit: Exit | str
     state: State | None = None
@@ -90,7 +90,7 @@ _NOWHERE: Final = Event("an access to where nothing is")
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a program did: its events, what each page's halves held afterwards, and which pages it needed."""
+    """A run of a program: its events, the content of pages' halves after it, and pages needed."""
 
     events: tuple[Event, ...]
     memory: Mapping[int, tuple[bytes, ...]]
@@ -121,18 +121,21 @@ class Memory:
 
 
 class Machine:
-    """A VM with every kind of page (``places``); only under a debug policy registers can be seen at each exit.
+    """A VM with every kind of page (``places``).
 
-    Stores to memory that is only to be read go through in the end, and what no slot covers is
-    memory of the owner's: on the software engine by its answers to MMIO, on the kernel engine by a
-    slot that it puts there when the guest first needs it. So guests find the same.
+    A debug policy lets the owner see registers at each exit. Stores to read-only memory succeed in
+    the end, and an address without a slot is the owner's memory. On the software engine the owner
+    answers MMIO for it. On the kernel engine the owner makes a slot there when the guest first
+    needs it. So guests find the same content.
     """
 
     def __init__(self, service: Service, engine: str, vcpus: int = VCPUS) -> None:
-        """Make a VM with vCPUs that have run; each descriptor is this object's, the service stays the caller's.
+        """Make a VM with vCPUs that have run.
+
+        The VM closes the descriptors; the caller keeps the service.
 
         Raises:
-            OSError: what the service or the engine failed with.
+            OSError: the service's or the engine's error.
         """
         self.engine = engine
         with contextlib.ExitStack() as stack:
@@ -231,7 +234,7 @@ class Machine:
             return Run((*events, Event(f"error: {error}")), {}, frozenset())
 
     def _rewind(self, program: Program) -> None:
-        """Put back what earlier programs changed, then let pages be what the program wants them to be."""
+        """Undo the changes of earlier programs, then set up pages as the program needs them."""
         self._close_pages()
         private = {page: content_of(program.content, page) for page in places.PRIVATE_RUN}
         private |= dict(zip(places.CODE, code_pages(program), strict=True))
@@ -259,7 +262,10 @@ class Machine:
         self._opened.clear()
 
     def _memory(self) -> dict[int, tuple[bytes, ...]]:
-        """Return what the halves of each page hold; nothing is private any more then that can be shared."""
+        """Return the content of each page's halves.
+
+        Afterwards no page that can be shared is private.
+        """
         self._rest()
         run = places.PRIVATE_RUN
         content = self._vm.read_memory(places.address(run.start), len(run) * PAGE)
@@ -349,7 +355,7 @@ class Machine:
         return fault.errno == (EACCES if readonly else EFAULT) and places.MISSING.get(page, True)
 
     def _open(self, page: int) -> bool:
-        """Let the guest have a page that was not to be written, or was none; False where the owner has nothing to give."""
+        """Give the guest a page that was read-only or missing; return False if there is none."""
         if page not in places.ROM and page not in places.HOLE:
             return False
         if page not in self._opened and self.engine == "kernel":
@@ -405,7 +411,8 @@ class Machine:
             case "punch":
                 self._punch(action.pages)
             case _:
-                # As the guest sees them: where it would fault, there is nothing to write to.
+                # This writes as the guest sees the pages: where it would fault, there is nothing to
+                # write to.
                 for page in action.pages:
                     if self._private[page] is not places.MISSING.get(page):
                         self._vm.write_memory(
@@ -414,7 +421,7 @@ class Machine:
 
     @contextlib.contextmanager
     def _storm(self, program: Program) -> Generator[None]:
-        """Have a thread stop the guest and take pages away beside those that it uses, for the programs that want it."""
+        """Run a thread that stops the guest and punches other pages, if the program has a storm."""
         if not program.storm:
             yield
             return

@@ -70,18 +70,24 @@ def make(seed: int) -> Program:
 
 
 def content(number: int, page: int) -> bytes:
-    """Return what some program's page holds at the start; the shared half of one is the page with its bits inverted."""
+    """Return a program's page as it is at the start.
+
+    The shared half of a page has its bits inverted.
+    """
     return _PAGES[(number + 7 * page) % _CONTENTS]
 
 
 def _weights(*, storm: bool) -> list[int]:
-    """Return how often pages are used: MMIO and memory that is only to be read more rarely, for each access is an exit."""
+    """Return how often pages are used. MMIO and read-only memory are rarer: each access exits."""
     rare = {*places.ROM, *places.HOLE}
     return [(0 if storm else 1) if page in rare else 4 for page in places.DATA]
 
 
 def _private(dice: random.Random) -> frozenset[int]:
-    """Choose the halves that pages show at the start; where there is none, the owner has to convert first."""
+    """Choose the halves that pages show at the start.
+
+    If a page has none, the owner converts it first.
+    """
     both = (
         [page for page in (*places.CODE[:2], *places.STACK) if dice.random() < 0.8]
         if dice.random() < 0.5
@@ -97,7 +103,10 @@ def _private(dice: random.Random) -> frozenset[int]:
 
 
 def _unmended(dice: random.Random, items: Sequence[Item]) -> frozenset[int]:
-    """Choose memory faults that end the program; not where that could be before what PUSHF stored is cut down to what is compared."""
+    """Choose memory faults that end the program; none if it has a PUSHF.
+
+    A fault could come before the flags that PUSHF stored are reduced to those that are compared.
+    """
     pushes = any(piece.text == "pushf" for item in items for piece in item.pieces)
     return (
         frozenset(dice.sample(range(8), 2)) if dice.random() < 0.2 and not pushes else frozenset()
@@ -135,7 +144,7 @@ def _action(dice: random.Random, pages: Sequence[int]) -> Action:
 
 
 def _items(dice: Dice, actions: Sequence[Action], *, storm: bool, ports: bool) -> tuple[Item, ...]:
-    """Return the items of a program: in a storm all of it is one loop, else some have a loop in the middle."""
+    """Return a program's items. In a storm they are one loop; else some have a loop inside."""
     items: list[Item] = []
 
     def add(make: Callable[[], Pieces]) -> None:

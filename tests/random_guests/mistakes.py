@@ -1,4 +1,7 @@
-"""Mistakes to be planted in the software engine, to see whether the fuzzer finds them: a flag, a width, an order, a half."""
+"""Mistakes to plant in the software engine: a wrong flag, width, order or half.
+
+They show whether the fuzzer finds such mistakes.
+"""
 
 import shutil
 import subprocess
@@ -177,11 +180,13 @@ MISTAKES: Final = (
 
 
 def programs_until_found(root: Path, mistake: Mistake, seed: int, programs: int) -> tuple[int, str]:
-    """Plant a mistake in a copy of the repository, and run programs there; returns as ``campaign.until_found``.
+    """Plant a mistake in a copy of the repository, and run programs there.
+
+    Returns the same as ``campaign.until_found``.
 
     Raises:
         ValueError: as ``Mistake.plant``.
-        subprocess.CalledProcessError: when no program could be run there.
+        subprocess.CalledProcessError: no program could run there.
     """
     with tempfile.TemporaryDirectory(prefix="restrictedmem-mistake-") as place:
         copy = Path(place)

@@ -14,7 +14,7 @@ _BORDERS: Final = tuple(
     for value in ((1 << bits - 1) - 1, 1 << bits - 1, (1 << bits) - 1, 1 << bits)
 )
 _VALUES: Final = (0, 1, 2, _MASK, _MASK - 1, 0x55AA, 0x1010_1010_1010_1010, *_BORDERS)
-#: Those that an instruction never needs by its nature.
+#: Registers that no instruction needs by its nature.
 _RESERVABLE: Final = (RBX, 5, 8, 9, 10, 11, 12, 13, 14, 15)
 _HIGH_OF: Final = dict(zip(HIGH_BYTES, (RAX, RCX, RDX, RBX), strict=True))
 
@@ -23,9 +23,9 @@ _HIGH_OF: Final = dict(zip(HIGH_BYTES, (RAX, RCX, RDX, RBX), strict=True))
 class Dice:
     """One program's source of chance, its registers, and the pages that it uses.
 
-    Four registers keep their values, so that addresses made of them are known: ``near`` points into
-    the data, ``far`` somewhere, perhaps with 32 bits of nonsense above; ``index`` is small, and
-    ``counter`` is a loop's.
+    Four registers keep their values, so that addresses made of them are known. ``near`` is an
+    address in the data. ``far`` is any address, perhaps with 32 random upper bits. ``index`` is
+    small, and ``counter`` is a loop's counter.
     """
 
     random: Random
@@ -91,7 +91,10 @@ class Dice:
         return self.source_register(size) if self.random.random() < 0.5 else self.memory(size)
 
     def memory(self, size: int) -> Mem:
-        """Return an operand of some bits in one of the program's pages, one time in two near or across its border."""
+        """Return an operand in one of the program's pages.
+
+        Half of them are at or across a page border.
+        """
         return self.mem_at(self.address(size // 8))
 
     def address(self, length: int) -> int:

@@ -38,7 +38,7 @@ class Pair:
                 stack.enter_context(Machine(service, engine, vcpus)) for engine in ENGINES
             ]
             self._resources = stack.pop_all()
-        #: What was run, in this order; and how many exits the last of them had that were compared.
+        #: The programs that ran, in order; and how many exits of the last were compared.
         self.history: list[Program] = []
         self.exits = 0
 
@@ -51,7 +51,8 @@ class Pair:
         """Run a program on both; returns the difference in words, or nothing."""
         self.history.append(program)
         runs = [self._threads.submit(machine.run, program) for machine in self._machines]
-        # All, on Ctrl-C: whoever closes the VMs waits for those who run them.
+        # On Ctrl-C both are late: the process that closes the VMs waits for the threads that run
+        # them.
         late = {*runs}
         try:
             late = wait(runs, HANG).not_done
@@ -74,7 +75,10 @@ class Pair:
 
 
 def differs_after(service: Service, before: Sequence[Program], program: Program) -> str:
-    """Run a program in new VMs after some others; a storm's several times, for there it may take chance."""
+    """Run a program in new VMs after some others.
+
+    A storm runs several times, because it depends on chance.
+    """
     for _ in range(10 if program.storm else 1):
         with Pair(service, vcpus=len(before) + 1) as pair:
             for earlier in before:
@@ -86,7 +90,7 @@ def differs_after(service: Service, before: Sequence[Program], program: Program)
 
 
 def kind_of(difference: str) -> str:
-    """Return what differences have in common that are taken for the same while a program is made smaller."""
+    """Return the key by which two differences count as the same while a program is reduced."""
     return re.sub(r"^event \d+|0x[0-9a-f]+|\d{4,}|\b[0-9a-f]{32}\b", "#", difference)[:60]
 
 
@@ -121,7 +125,10 @@ class _Shrinking:
 
 
 def shrink(program: Program, differs: Callable[[Program], str]) -> tuple[Program, str]:
-    """Leave out of a program whatever its difference does not need; returns what is left and the difference."""
+    """Remove all parts of a program that its difference does not need.
+
+    Returns the rest and the difference.
+    """
     small = _Shrinking(program, differs)
     small.take(replace(small.program, storm=False))
     small.take(replace(small.program, punched=frozenset(), unmended=frozenset()))

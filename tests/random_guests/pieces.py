@@ -106,5 +106,5 @@ def takes_lock(dice: Dice, rm: int | Mem, size: int) -> bool:
 
 
 def may_lock(rm: Mem, size: int) -> bool:
-    """Say whether an access may be atomic: not over two cache lines (docs/reference/engines.md, `split-lock`)."""
+    """Say whether an access may be atomic: not across cache lines (engines.md, `split-lock`)."""
     return not rm.target % (size // 8)

@@ -26,8 +26,8 @@ ROM: Final = range(28, 29)
 #: No slot: MMIO, and what its attribute forbids to be MMIO.
 HOLE: Final = range(29, 31)
 DATA: Final = range(BOTH.start, HOLE.stop)
-#: No program uses them: they are converted and punched under it, beside what it does use
-#: (``mmu.FAULT_AROUND``).
+#: Pages that no program uses. They are converted and punched while it runs, beside the pages that
+#: it uses (``mmu.FAULT_AROUND``).
 SPARE: Final = (*range(1, 6), *range(12, 20))
 #: From the first to the last page whose private half programs see, those between included.
 PRIVATE_RUN: Final = range(STACK.start, LONE.stop)

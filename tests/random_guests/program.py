@@ -1,4 +1,7 @@
-"""A guest program as the fuzzer has it: pieces of machine code, in items that can be left out, and what its owner does meanwhile."""
+"""A guest program of the fuzzer: pieces of machine code in items, and its owner's actions.
+
+The items can be left out one by one.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +24,10 @@ _CALL: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """A place in the code: ``piece`` of the item with a number, the next one if that is gone, and bytes from there on."""
+    """A place in the code: ``piece`` of an item by number, and an offset in bytes.
+
+    If that item is gone, the next one counts.
+    """
 
     item: int
     piece: int = 0
@@ -50,9 +56,12 @@ class Piece:
     goes_on: bool = True
     """Whether it may go to the next instruction."""
     partial: int = 0
-    """Flags that nobody defined when it stops half way at a fault (REPE CMPS and the like; SDM volume 2, REP)."""
+    """Flags that are undefined after a fault half way (REPE CMPS and others; SDM volume 2, REP)."""
     narrow: bool = False
-    """When it stops half way, the upper halves of RCX, RSI and RDI may be those of before or 0: a string instruction with prefix 67."""
+    """Whether this is a string instruction with prefix 67.
+
+    When it stops half way, the upper halves of RCX, RSI and RDI may be their old values or 0.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +74,10 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """What the owner does at a hypercall: ``convert``, ``punch`` or ``write`` to some pages, by their numbers."""
+    """The owner's action at a hypercall: ``convert``, ``punch`` or ``write``, for some pages.
+
+    The pages are given by their numbers.
+    """
 
     kind: str
     pages: tuple[int, ...]
@@ -105,12 +117,12 @@ class Program:
 
     @property
     def start(self) -> int:
-        """The first instruction's address."""
+        """Return the first instruction's address."""
         return places.address(places.TAIL_SLOT.start) - self.before_border
 
     @cached_property
     def lines(self) -> list["Line"]:
-        """The instructions where they lie."""
+        """Return the instructions with their addresses."""
         return lay_out(self)
 
 
@@ -202,7 +214,7 @@ def _undefined(pieces: Sequence[Piece], begins: dict[int, int]) -> list[int]:
 
 
 def reads_undefined(program: Program) -> Iterator[tuple[int, int]]:
-    """Yield the item and the piece in it of each instruction that reads a flag that may be undefined."""
+    """Yield item and piece of each instruction that reads a flag which may be undefined."""
     pieces, begins = _flatten(program.items)
     undefined = _undefined(pieces, begins)
     for item in program.items:
@@ -212,9 +224,10 @@ def reads_undefined(program: Program) -> Iterator[tuple[int, int]]:
 
 
 def with_flags_defined(program: Program, define: Piece) -> Program:
-    """Return the program with ``define``, which defines all of them, before each item that reads a flag that may be undefined.
+    """Return the program with ``define`` before each item that reads a flag which may be undefined.
 
-    Inside an item none may be undefined that it reads, but for what comes in from before it.
+    The code ``define`` is to define all flags. Inside an item, no instruction may read an undefined
+    flag, except one that was undefined before the item.
     """
     assert define.effect.defines == STATUS
     while True:

@@ -1,4 +1,7 @@
-"""Parts of a program that are more than one instruction: strings, the stack, jumps, code that changes itself, calls of the owner."""
+"""Parts of a program with several instructions.
+
+These are strings, the stack, jumps, self-modifying code, and calls of the owner.
+"""
 
 from collections.abc import Callable
 from typing import Final
@@ -27,7 +30,7 @@ from .x86 import (
 
 _BYTES: Final = {8: 1, 16: 2, 32: 4, 64: 8}
 _LETTERS: Final = {8: "b", 16: "w", 32: "d", 64: "q"}
-#: Of what PUSHF stores, the bits that this program decides on (docs/reference/engines.md,
+#: The bits stored by PUSHF that this program decides on (docs/reference/engines.md,
 #: `flags-register`).
 _SEEN: Final = STATUS | DF
 #: Hypercalls that the engine itself has no part in (``guest_abi.ARGUMENTS``).
@@ -35,7 +38,7 @@ _NUMBERS: Final = (0, 1, 2, 4, 5, 77)
 
 
 def strings(dice: Dice) -> Pieces:
-    """A string instruction, with or without REP, forwards or backwards."""
+    """Make a string instruction, with or without REP, forwards or backwards."""
     size = dice.random.choice((8, 16, 32, 64))
     mnemonic, opcode = dice.random.choice(
         (("movs", 0xA4), ("stos", 0xAA), ("lods", 0xAC), ("cmps", 0xA6), ("scas", 0xAE))
@@ -187,7 +190,8 @@ def _frame(dice: Dice) -> Pieces:
     )
     if dice.one_in(2):
         frame = load(5, dice.address(8 * level) + 8 * level)
-    return [frame, Piece(f"enter {size}, {level}", bytes([0xC8, size, 0, level])), op("mov", "8b", 32, RAX, 5, operands="{reg}, {rm}"),
+    return [frame, Piece(f"enter {size}, {level}", bytes([0xC8, size, 0, level])),
+    op("mov", "8b", 32, RAX, 5, operands="{reg}, {rm}"),
             plain("c9", "leave")]  # fmt: skip
 
 
@@ -195,7 +199,7 @@ def _frame(dice: Dice) -> Pieces:
 
 
 def conditional_jump(dice: Dice, number: int) -> Pieces:
-    """Over some of the items that follow."""
+    """Make a jump over some of the items that follow."""
     code = dice.random.randrange(16)
     suffix, reads = CONDITIONS[code]
     label = Label(number + dice.random.randrange(1, 5))
@@ -231,7 +235,7 @@ def over_nothing(dice: Dice, number: int) -> Pieces:
 
 
 def short_loop(dice: Dice, number: int) -> Pieces:
-    """LOOP and its kin around one instruction."""
+    """Make a LOOP, LOOPE or LOOPNE around one instruction."""
     code = dice.random.choice((0xE0, 0xE1, 0xE2))
     body = op(
         "add",
@@ -299,7 +303,10 @@ def call(dice: Dice, number: int) -> Pieces:
 
 
 def port(dice: Dice) -> Pieces:
-    """An access to a port, by DX, by a number, or from and to memory; only in shared code (docs/reference/engines.md, `port-in-private-code`)."""
+    """Make an access to a port: by DX, by a number, or with INS or OUTS.
+
+    It is only in shared code (docs/reference/engines.md, `port-in-private-code`).
+    """
     size = dice.random.choice((8, 16, 32))
     wide, head = size != 8, b"\x66" if size == 16 else b""
     number = load(RDX, dice.random.choice((0, 0x42, 0xF3, 0xF4, 0xF5, 0x3F8, 0xFFF0)))
@@ -331,7 +338,10 @@ def port(dice: Dice) -> Pieces:
 
 
 def changes_itself(dice: Dice, number: int) -> Pieces:
-    """A store into the immediate operand of the next instruction, or of one a little later (SDM volume 3, 9.1.3)."""
+    """Make a store into the immediate operand of the next instruction, or of a later one near it.
+
+    See SDM volume 3, 9.1.3.
+    """
     far, register = dice.random.randrange(3), dice.target_register()
     changed = load(register, dice.value(32))
     at = Label(number, 1 + far, len(changed.code) - 4)
@@ -375,5 +385,6 @@ def act(number: int) -> Pieces:
 #: Each with how often it is taken; those that have labels get the number of their item.
 UNITS: Final[tuple[tuple[Callable[[Dice], Pieces], int], ...]] = ((strings, 1), (stack, 1))
 JUMPS: Final[tuple[tuple[Callable[[Dice, int], Pieces], int], ...]] = (
-    (conditional_jump, 4), (over_nothing, 2), (short_loop, 1), (indirect_jump, 1), (call, 2), (changes_itself, 2),
+    (conditional_jump, 4), (over_nothing, 2), (short_loop, 1), (indirect_jump, 1), (call, 2),
+    (changes_itself, 2),
 )  # fmt: skip

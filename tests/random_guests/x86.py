@@ -1,7 +1,8 @@
-"""x86-64 machine code: encodings, and which flags an instruction reads, defines and leaves undefined.
+"""x86-64 machine code: encodings, and the flags that instructions read, define or leave undefined.
 
-Sources: Intel SDM volume 2 (instruction reference) and its appendix A of volume 1 (EFLAGS cross
-reference); AMD APM volume 3, appendix F. Where the two differ, the flag counts as undefined.
+The sources are Intel SDM volume 2 (instruction reference) and appendix A of volume 1 (EFLAGS cross
+reference), and AMD APM volume 3, appendix F. Where the two vendors differ, the flag counts as
+undefined.
 """
 
 from dataclasses import dataclass
@@ -29,8 +30,10 @@ SEGMENTS: Final = {"es": 0x26, "cs": 0x2E, "ss": 0x36, "ds": 0x3E, "fs": 0x64, "
 
 #: Condition codes in the order of their numbers, by pairs: the flags that they look at.
 CONDITIONS: Final = (
-    ("o", OF), ("no", OF), ("b", CF), ("ae", CF), ("e", ZF), ("ne", ZF), ("be", CF | ZF), ("a", CF | ZF),
-    ("s", SF), ("ns", SF), ("p", PF), ("np", PF), ("l", SF | OF), ("ge", SF | OF), ("le", ZF | SF | OF), ("g", ZF | SF | OF),
+    ("o", OF), ("no", OF), ("b", CF), ("ae", CF), ("e", ZF), ("ne", ZF), ("be", CF | ZF),
+    ("a", CF | ZF),
+    ("s", SF), ("ns", SF), ("p", PF), ("np", PF), ("l", SF | OF), ("ge", SF | OF),
+    ("le", ZF | SF | OF), ("g", ZF | SF | OF),
 )  # fmt: skip
 
 
@@ -40,7 +43,10 @@ class UnencodableError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Mem:
-    """A memory operand whose address is known: ``target``. Without base and index it is absolute, or ``rip`` relative."""
+    """A memory operand whose address ``target`` is known.
+
+    Without base and index it is absolute, or ``rip`` relative.
+    """
 
     target: int
     base: int | None = None
@@ -75,7 +81,10 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """What an instruction does to the six status flags; those that it may leave as they were are in neither set."""
+    """An instruction's effect on the six status flags.
+
+    Flags that may stay as they were are in no set.
+    """
 
     reads: int = 0
     defines: int = 0
@@ -151,7 +160,10 @@ def encode_vex(
     rm: int | Mem,
     imm: bytes = b"",
 ) -> Encoded:
-    """Encode an instruction of general registers that has a VEX prefix: ``other`` is VEX.vvvv (SDM volume 2, 2.3.5)."""
+    """Encode an instruction of general registers with a VEX prefix.
+
+    ``other`` is VEX.vvvv (SDM volume 2, 2.3.5).
+    """
     if isinstance(rm, int):
         extension, prefixes, disp_at = rm >> 3, b"", None
         tail = bytes([0xC0 | (reg & 7) << 3 | rm & 7])
@@ -173,7 +185,7 @@ def _memory_prefixes(rm: Mem) -> bytes:
 
 
 def _memory_tail(code: int, rm: Mem) -> tuple[bytes, int | None]:
-    """Return ModRM, SIB and displacement, and where in them a RIP-relative displacement is missing."""
+    """Return ModRM, SIB and displacement, and where a RIP-relative displacement is missing."""
     disp32 = (rm.disp & 0xFFFF_FFFF).to_bytes(4, "little")
     if rm.rip:
         return bytes([code << 3 | 5]) + bytes(4), 1
@@ -199,8 +211,8 @@ _COUNT_ZEROS = Effect(defines=ZF | CF, undefines=OF | SF | PF | AF)
 _BMI = Effect(defines=CF | ZF | SF | OF, undefines=AF | PF)
 _LOW_FLAGS: Final = CF | PF | AF | ZF | SF
 
-#: By mnemonic; who is not named here touches no status flag. Shifts: ``shift_effect``; conditions:
-#: ``CONDITIONS``.
+#: Effects by mnemonic; all other instructions touch no status flag. For shifts see
+#: ``shift_effect``, for conditions ``CONDITIONS``.
 EFFECTS: Final[dict[str, Effect]] = {
     **dict.fromkeys(
         ("add", "sub", "cmp", "neg", "xadd", "cmpxchg", "cmps", "scas", "popcnt", "popf"), _ALL
@@ -225,7 +237,7 @@ EFFECTS: Final[dict[str, Effect]] = {
 
 
 def shift_effect(mnemonic: str, size: int, count: int | None) -> Effect:
-    """Return what a shift or rotation by ``count`` does to the flags; None is a count that is not known (CL)."""
+    """Return the effect on the flags of a shift or rotation by ``count``; None: not known (CL)."""
     masked = None if count is None else count & (63 if size == 64 else 31)
     rotates = mnemonic in ("rol", "ror", "rcl", "rcr")
     reads = CF if mnemonic in ("rcl", "rcr") else 0
