@@ -1,5 +1,8 @@
 # Sourced by demo, test and bench: make .venv and install what is missing into it.
 
+# With such a variable, Python or pytest would use another tree's modules or other settings.
+unset "${!PYTHON@}" "${!PYTEST_@}"
+
 find_python() {
     local python
     for python in python3.14 python3.13 python3.12 python3.11 python3; do

@@ -1,5 +1,6 @@
 """scripts/setup.sh finds an interpreter, and says nothing of those that it does not take."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,3 +41,18 @@ def test_without_an_interpreter_it_says_what_is_needed(tmp_path: Path) -> None:
     assert (status, out) == (1, "")
     assert err.splitlines()[0] == "error: Python 3.11 or later is needed"
     assert "pyenv" not in err
+
+
+def test_inherited_settings_of_python_are_dropped() -> None:
+    script = f"set -eu; . {ROOT}/scripts/setup.sh; env"
+    inherited = {"PYTHONPATH": "/other", "PYTEST_ADDOPTS": "-x", "PYENV_VERSION": "3.11"}
+    for extra in ({}, inherited):
+        done = subprocess.run(
+            ["/bin/bash", "-c", script],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PATH": os.defpath, **extra},
+        )
+        names = {line.partition("=")[0] for line in done.stdout.splitlines()}
+        assert names & inherited.keys() == extra.keys() & {"PYENV_VERSION"}
