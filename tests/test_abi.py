@@ -52,7 +52,6 @@ C_NAMES = {
     "X32_BIT": "__X32_SYSCALL_BIT",
     "_word": "struct { __u64 value; }",
     "PUNCH": "(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)",
-    "KVM_SET_USER_MEMORY_REGION_REQUEST": "KVM_SET_USER_MEMORY_REGION",
     "cap_data": "struct { struct __user_cap_data_struct low, high; }",
     "cap_header": "struct __user_cap_header_struct",
     "fuse_statfs_out": "struct fuse_kstatfs",

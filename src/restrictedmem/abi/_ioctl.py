@@ -36,6 +36,11 @@ raw_ioctl: Final = ctypes.CFUNCTYPE(
 A = TypeVar("A", bound=ctypes.Structure)
 
 
+def request_number(magic: int, nr: int, direction: Dir = Dir.NONE, size: int = 0) -> int:
+    """Return the 32-bit number of a request whose argument has ``size`` bytes (_IOC)."""
+    return direction << 30 | size << 16 | magic << 8 | nr
+
+
 @dataclass(frozen=True, slots=True)
 class Ioctl(Generic[A]):
     """A request that takes a pointer to a struct; call it as ``NAME(fd, struct)``."""
@@ -49,7 +54,8 @@ class Ioctl(Generic[A]):
     @property
     def request(self) -> int:
         """Return the 32-bit request number."""
-        return self.direction << 30 | ctypes.sizeof(self.argument) << 16 | self.magic << 8 | self.nr
+        size = ctypes.sizeof(self.argument)
+        return request_number(self.magic, self.nr, self.direction, size)
 
     def __call__(self, fd: HasFileno | int, argument: A) -> int:
         """Issue the request; the kernel writes its results into ``argument``.
@@ -71,7 +77,7 @@ class IoctlInt:
     @property
     def request(self) -> int:
         """Return the 32-bit request number."""
-        return self.magic << 8 | self.nr
+        return request_number(self.magic, self.nr)
 
     def __call__(self, fd: HasFileno | int, argument: int = 0) -> int:
         """Issue the request and return its value.

@@ -9,7 +9,7 @@ import ctypes
 from enum import IntEnum
 from typing import Annotated, Final
 
-from restrictedmem.abi._ioctl import Dir, Ioctl, IoctlInt
+from restrictedmem.abi._ioctl import Dir, Ioctl, IoctlInt, request_number
 from restrictedmem.abi._struct import ZERO, c_struct, u32, u64
 
 KVMIO: Final = 0xAE
@@ -17,11 +17,11 @@ KVMIO: Final = 0xAE
 #: <errno.h>: the machine has lost the memory. Python has no name for it.
 EHWPOISON: Final = 133
 
-#: Slot flag of v9 and v10: the slot has a private half in a restricted descriptor. (guest_memfd
-#: reuses the bit: KVM_MEM_GUEST_MEMFD.)
-KVM_MEM_PRIVATE: Final = 1 << 2
 KVM_MEM_LOG_DIRTY_PAGES: Final = 1 << 0
 KVM_MEM_READONLY: Final = 1 << 1
+#: Slot flag of v9 and v10: the slot has a private half in a restricted descriptor.
+KVM_MEM_PRIVATE: Final = 1 << 2
+#: The slot has a guest_memfd. The merged code reuses the bit.
 KVM_MEM_GUEST_MEMFD: Final = 1 << 2
 #: In ``kvm_memory_fault.flags``: the access was private (v10 and merged; bit 0 in v9).
 KVM_MEMORY_EXIT_FLAG_PRIVATE: Final = 1 << 3
@@ -38,7 +38,6 @@ KVM_X86_SW_PROTECTED_VM: Final = 1
 #: The hypercall by which a guest asks for a conversion: gpa, pages, attributes
 #: (KVM_EXIT_HYPERCALL).
 KVM_HC_MAP_GPA_RANGE: Final = 12
-
 
 #: v9's capability of private memory, which KVM_CAP_MEMORY_ATTRIBUTES replaced in v10. Later kernels
 #: use the number for another capability.
@@ -111,7 +110,7 @@ class kvm_userspace_memory_region_ext(ctypes.Structure):
     restricted_offset: u64 = 0
     restricted_fd: u32 = 0
     pad1: u32 = 0
-    pad2: Annotated[object, ctypes.c_uint64 * 14] = 0
+    pad2: Annotated[object, ctypes.c_uint64 * 14] = ZERO
 
 
 @c_struct(size=32)
@@ -253,7 +252,7 @@ KVM_SET_MEMORY_ATTRIBUTES: Final = Ioctl(
 """Needs KVM_CAP_MEMORY_ATTRIBUTES (233) of the VM."""
 #: v10 2/9, not in the merged code: the attributes that can be set, as a u64 (_IOR(KVMIO, 0xd2,
 #: __u64)).
-KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES_REQUEST: Final = Dir.READ << 30 | 8 << 16 | KVMIO << 8 | 0xD2
+KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES_REQUEST: Final = request_number(KVMIO, 0xD2, Dir.READ, 8)
 KVM_MEMORY_ENCRYPT_REG_REGION: Final = Ioctl(
     "KVM_MEMORY_ENCRYPT_REG_REGION", KVMIO, 0xBB, Dir.READ, kvm_enc_region
 )
@@ -267,13 +266,8 @@ KVM_CREATE_GUEST_MEMFD: Final = Ioctl(
 
 # vCPUs.
 KVM_RUN: Final = IoctlInt("KVM_RUN", KVMIO, 0x80)
-KVM_SET_REGS: Final = Ioctl("KVM_SET_REGS", KVMIO, 0x82, Dir.WRITE, kvm_regs)
 KVM_SET_SIGNAL_MASK: Final = Ioctl("KVM_SET_SIGNAL_MASK", KVMIO, 0x8B, Dir.WRITE, kvm_signal_mask)
 KVM_PRE_FAULT_MEMORY: Final = Ioctl(
     "KVM_PRE_FAULT_MEMORY", KVMIO, 0xD5, Dir.READ | Dir.WRITE, kvm_pre_fault_memory
 )
 """Needs KVM_CAP_PRE_FAULT_MEMORY (236) of the VM."""
-
-#: v9 and v10 kept the number of KVM_SET_USER_MEMORY_REGION, which encodes the size of the base
-#: struct. The flag says how much to copy.
-KVM_SET_USER_MEMORY_REGION_REQUEST: Final = KVM_SET_USER_MEMORY_REGION.request

@@ -276,6 +276,7 @@ KVM_GET_SUPPORTED_CPUID: Final = Ioctl(
 KVM_SET_TSS_ADDR: Final = IoctlInt("KVM_SET_TSS_ADDR", KVMIO, 0x47)
 
 KVM_GET_REGS: Final = Ioctl("KVM_GET_REGS", KVMIO, 0x81, Dir.READ, kvm_regs)
+KVM_SET_REGS: Final = Ioctl("KVM_SET_REGS", KVMIO, 0x82, Dir.WRITE, kvm_regs)
 KVM_GET_SREGS: Final = Ioctl("KVM_GET_SREGS", KVMIO, 0x83, Dir.READ, kvm_sregs)
 KVM_SET_SREGS: Final = Ioctl("KVM_SET_SREGS", KVMIO, 0x84, Dir.WRITE, kvm_sregs)
 KVM_TRANSLATE: Final = Ioctl("KVM_TRANSLATE", KVMIO, 0x85, Dir.READ | Dir.WRITE, kvm_translation)

@@ -135,7 +135,7 @@ class VcpuFd(OwnedFd):
 
     def set_regs(self, regs: kvm.kvm_regs) -> None:
         """Set the general registers."""
-        kvm.KVM_SET_REGS(self, regs)
+        kvm_x86.KVM_SET_REGS(self, regs)
 
     def get_sregs(self) -> kvm_x86.kvm_sregs:
         """Return the segment, descriptor table and control registers."""

@@ -17,6 +17,7 @@ from typing import Final, NamedTuple, TypeVar, final
 
 from restrictedmem import sync
 from restrictedmem.abi import fuse, process
+from restrictedmem.abi._ioctl import Dir, request_number
 from restrictedmem.abi.fuse import AttrValid, InitFlag, Opcode, OpenFlag
 from restrictedmem.abi.memory import FallocMode
 from restrictedmem.fs.usage import Usage
@@ -34,7 +35,7 @@ HUGEPAGE_MODE: Final = stat.S_ISVTX
 #: ioctl(fd, PROVE, token) shows the service that the caller holds this descriptor. The token has 16
 #: bytes, direction write, magic 'R'.
 TOKEN_BYTES: Final = 16
-PROVE: Final = 1 << 30 | TOKEN_BYTES << 16 | ord("R") << 8 | 1
+PROVE: Final = request_number(ord("R"), 1, Dir.WRITE, TOKEN_BYTES)
 
 #: No file reaches this offset (MAX_LFS_FILESIZE); the kernel requests nothing beyond it.
 _FILE_END: Final = 1 << 63

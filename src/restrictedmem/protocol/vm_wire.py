@@ -20,11 +20,12 @@ from restrictedmem.platform import platform
 from restrictedmem.service.wire import Call
 
 SET_USER_MEMORY_REGION: Final = Call(
-    "KVM_SET_USER_MEMORY_REGION", kvm.KVM_SET_USER_MEMORY_REGION_REQUEST
+    "KVM_SET_USER_MEMORY_REGION", kvm.KVM_SET_USER_MEMORY_REGION.request
 )
 """Body: ``kvm_userspace_memory_region_ext``, then the 16 bytes of the restricted descriptor's token
 if ``KVM_MEM_PRIVATE``. Descriptor 0, if there is one, is a memfd with the shared half from byte
-``userspace_addr`` on. ``SlotFiles`` may follow the token's place."""
+``userspace_addr`` on. ``SlotFiles`` may follow the token's place. As in v9 and v10, the number is
+that of the ioctl with the shorter ``kvm_userspace_memory_region``."""
 CREATE_VM: Final = Call("KVM_CREATE_VM", kvm.KVM_CREATE_VM.request)
 """The first call, or never made. SPAWN has made the VM already; this call reports a failure early.
 Reply: the engine's name."""
@@ -49,7 +50,7 @@ ENCRYPT_UNREG_REGION: Final = Call(
     "KVM_MEMORY_ENCRYPT_UNREG_REGION", kvm.KVM_MEMORY_ENCRYPT_UNREG_REGION.request
 )
 """v9: make a range shared."""
-SET_REGS: Final = Call("KVM_SET_REGS", kvm.KVM_SET_REGS.request)
+SET_REGS: Final = Call("KVM_SET_REGS", kvm_x86.KVM_SET_REGS.request)
 """On a vCPU's socket, before the first run: ``kvm_regs``, of which only rip, rsp, rdi and rsi may
 differ from 0."""
 RUN: Final = Call("KVM_RUN", kvm.KVM_RUN.request)
