@@ -38,7 +38,7 @@ _JUMP_IF_ABOVE = 0x25  # BPF_JMP | BPF_JGT | BPF_K
 
 
 def _refuse(error: int) -> sock_filter:
-    return seccomp.answer(SECCOMP_RET_ERRNO | error)
+    return seccomp.ret(SECCOMP_RET_ERRNO | error)
 
 
 def _refuse_flag(number: int, argument: str, flag: int, error: int) -> list[sock_filter]:
@@ -46,7 +46,7 @@ def _refuse_flag(number: int, argument: str, flag: int, error: int) -> list[sock
         seccomp.jump_unless(number, "another call"),
         seccomp.load(argument),
         seccomp.jump_if_any(flag, "refuse"),
-        seccomp.answer(SECCOMP_RET_ALLOW),
+        seccomp.ret(SECCOMP_RET_ALLOW),
         "refuse",
         _refuse(error),
         "another call",
@@ -60,7 +60,7 @@ def _answer_value(number: int, argument: str, value: int, answer: sock_filter) -
         seccomp.jump_unless(value, "another value"),
         answer,
         "another value",
-        seccomp.answer(SECCOMP_RET_ALLOW),
+        seccomp.ret(SECCOMP_RET_ALLOW),
         "another call",
     )
 
@@ -73,7 +73,7 @@ def _native(*rules: sock_filter) -> list[sock_filter]:
         seccomp.load("nr"),
         *rules,
         "allow",
-        seccomp.answer(SECCOMP_RET_ALLOW),
+        seccomp.ret(SECCOMP_RET_ALLOW),
     )
 
 
@@ -111,7 +111,7 @@ def main(kind: str, command: list[str]) -> None:
         case _:
             # Nobody answers while this process is there to listen.
             with seccomp.install(
-                _kvm_run(seccomp.answer(SECCOMP_RET_USER_NOTIF)), FilterFlag.NEW_LISTENER
+                _kvm_run(seccomp.ret(SECCOMP_RET_USER_NOTIF)), FilterFlag.NEW_LISTENER
             ):
                 sys.exit(subprocess.run(command, check=False).returncode)
     os.execv(command[0], command)

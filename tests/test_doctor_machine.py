@@ -195,7 +195,7 @@ def test_a_call_is_answered_unless_a_listener_is_above() -> None:
     def under_a_listener() -> Finding:
         process.prctl(process.PR_SET_NO_NEW_PRIVS, 1)
         with seccomp.install(
-            [seccomp.answer(seccomp.SECCOMP_RET_ALLOW)], seccomp.FilterFlag.NEW_LISTENER
+            [seccomp.ret(seccomp.SECCOMP_RET_ALLOW)], seccomp.FilterFlag.NEW_LISTENER
         ):
             return syscall.answered_call()
 

@@ -191,7 +191,7 @@ def test_a_nested_exec_uses_the_outer_supervisor() -> None:
 def test_another_listener_and_new_privileges_are_refused() -> None:
     code = (
         "from restrictedmem.abi import process, seccomp\n"
-        "program = [seccomp.answer(seccomp.SECCOMP_RET_ALLOW)]\n"
+        "program = [seccomp.ret(seccomp.SECCOMP_RET_ALLOW)]\n"
         "try: seccomp.install(program, seccomp.FilterFlag.NEW_LISTENER)\n"
         "except OSError as error: print((error.errno, process.prctl(process.PR_GET_NO_NEW_PRIVS)))"
     )
@@ -334,7 +334,7 @@ def test_the_filter_is_these_bytes(machine: str) -> None:
 
 
 def test_a_jump_goes_to_the_instruction_after_its_label() -> None:
-    allow = seccomp.answer(seccomp.SECCOMP_RET_ALLOW)
+    allow = seccomp.ret(seccomp.SECCOMP_RET_ALLOW)
     made = seccomp.assemble(
         seccomp.jump_unless(7, "far"),
         seccomp.jump_if_any(8, "near"),
@@ -347,7 +347,7 @@ def test_a_jump_goes_to_the_instruction_after_its_label() -> None:
 
 
 def test_a_jump_that_classic_bpf_does_not_have_is_refused() -> None:
-    allow, jump = seccomp.answer(seccomp.SECCOMP_RET_ALLOW), seccomp.jump_unless(7, "there")
+    allow, jump = seccomp.ret(seccomp.SECCOMP_RET_ALLOW), seccomp.jump_unless(7, "there")
     with pytest.raises(ValueError, match="256 instructions away"):
         seccomp.assemble(jump, *[allow] * 256, "there", allow)
     with pytest.raises(ValueError, match="-1 instructions away"):

@@ -173,9 +173,9 @@ def forbid_user_namespaces() -> None:
         seccomp.load("arg0"),
         seccomp.jump_if_any(CLONE_NEWUSER, "refuse"),
         "allow",
-        seccomp.answer(seccomp.SECCOMP_RET_ALLOW),
+        seccomp.ret(seccomp.SECCOMP_RET_ALLOW),
         "refuse",
-        seccomp.answer(seccomp.SECCOMP_RET_ERRNO | EPERM),
+        seccomp.ret(seccomp.SECCOMP_RET_ERRNO | EPERM),
     )
     _install(program)
 
@@ -186,11 +186,11 @@ def forbid(number: int, calls: Sequence[int]) -> None:
     for call in calls:
         program += seccomp.assemble(
             seccomp.jump_unless(call, "another call"),
-            seccomp.answer(seccomp.SECCOMP_RET_ERRNO | number),
+            seccomp.ret(seccomp.SECCOMP_RET_ERRNO | number),
             "another call",
         )
     prctl(PR_SET_NO_NEW_PRIVS, 1)
-    _install([*program, seccomp.answer(seccomp.SECCOMP_RET_ALLOW)])
+    _install([*program, seccomp.ret(seccomp.SECCOMP_RET_ALLOW)])
 
 
 def _install(program: list[seccomp.sock_filter]) -> None:

@@ -225,7 +225,7 @@ def install(program: Sequence[sock_filter], flags: FilterFlag) -> OwnedFd:
     return OwnedFd(_seccomp(SECCOMP_SET_MODE_FILTER, flags, fprog))
 
 
-def _decided(request: Ioctl[_A], listener: OwnedFd, argument: _A) -> int:
+def _uninterrupted(request: Ioctl[_A], listener: OwnedFd, argument: _A) -> int:
     """Issue a request at a listener, and repeat it after EINTR.
 
     EINTR means that nothing was done: this process was stopped, frozen or traced while it waited
@@ -243,7 +243,7 @@ def respond(listener: OwnedFd, call: int, error: int = 0, flags: int = 0, value:
     """Answer a call, by its notification's id, with a value or an errno, if it still waits."""
     with suppress(FileNotFoundError):
         answer = seccomp_notif_resp(id=call, val=value, error=-error, flags=flags)
-        _decided(SECCOMP_IOCTL_NOTIF_SEND, listener, answer)
+        _uninterrupted(SECCOMP_IOCTL_NOTIF_SEND, listener, answer)
 
 
 def give(listener: OwnedFd, call: int, fd: OwnedFd) -> None:
@@ -260,10 +260,10 @@ def give(listener: OwnedFd, call: int, fd: OwnedFd) -> None:
     """
     gift = seccomp_notif_addfd(id=call, flags=0, srcfd=fd.fileno())
     if _waits_killably():
-        respond(listener, call, value=_decided(SECCOMP_IOCTL_NOTIF_ADDFD, listener, gift))
+        respond(listener, call, value=_uninterrupted(SECCOMP_IOCTL_NOTIF_ADDFD, listener, gift))
     else:
         gift.flags = SECCOMP_ADDFD_FLAG_SEND
-        _decided(SECCOMP_IOCTL_NOTIF_ADDFD, listener, gift)
+        _uninterrupted(SECCOMP_IOCTL_NOTIF_ADDFD, listener, gift)
 
 
 @functools.cache
@@ -280,7 +280,7 @@ def check_waiting(listener: OwnedFd, notification: seccomp_notif) -> None:
     Raises:
         OSError: ENOENT when it does not.
     """
-    _decided(SECCOMP_IOCTL_NOTIF_ID_VALID, listener, _word(value=notification.id))
+    _uninterrupted(SECCOMP_IOCTL_NOTIF_ID_VALID, listener, _word(value=notification.id))
 
 
 def wake_up_synchronously(listener: OwnedFd) -> None:
@@ -298,9 +298,22 @@ def wake_up_synchronously(listener: OwnedFd) -> None:
             raise
 
 
+# The instructions of a filter, and their assembly.
+
+
 def load(field: str) -> sock_filter:
     """Load the low 32 bits of a field of ``struct seccomp_data``."""
     return sock_filter(code=_BPF_LD_W_ABS, k=getattr(seccomp_data, field).offset)
+
+
+def keep(bits: int) -> sock_filter:
+    """Clear all other bits of the loaded value."""
+    return sock_filter(code=_BPF_ALU_AND_K, k=bits)
+
+
+def ret(action: int) -> sock_filter:
+    """End the filter with an action."""
+    return sock_filter(code=_BPF_RET_K, k=action)
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,13 +365,3 @@ def _resolved(jump: Jump, distance: int) -> sock_filter:
         raise ValueError(f"{jump.target!r} is {distance} instructions away")
     jt, jf = (distance, 0) if jump.when else (0, distance)
     return sock_filter(code=jump.code, jt=jt, jf=jf, k=jump.k)
-
-
-def keep(bits: int) -> sock_filter:
-    """Clear all other bits of the loaded value."""
-    return sock_filter(code=_BPF_ALU_AND_K, k=bits)
-
-
-def answer(action: int) -> sock_filter:
-    """End the filter with an action."""
-    return sock_filter(code=_BPF_RET_K, k=action)

@@ -105,9 +105,9 @@ def _answer_one_call() -> None:
         seccomp.jump_unless(seccomp.AUDIT_ARCH.get(os.uname().machine, 0), "allow"),
         seccomp.load("nr"),
         seccomp.jump_unless(memory.SYS_memfd_restricted, "allow"),
-        seccomp.answer(seccomp.SECCOMP_RET_USER_NOTIF),
+        seccomp.ret(seccomp.SECCOMP_RET_USER_NOTIF),
         "allow",
-        seccomp.answer(seccomp.SECCOMP_RET_ALLOW),
+        seccomp.ret(seccomp.SECCOMP_RET_ALLOW),
     )
     with (
         memory.memfd_create("restrictedmem-doctor") as file,

@@ -16,12 +16,12 @@ from restrictedmem.abi.seccomp import (
     SECCOMP_RET_ERRNO,
     SECCOMP_RET_USER_NOTIF,
     X32_BIT,
-    answer,
     assemble,
     jump_if_any,
     jump_unless,
     keep,
     load,
+    ret,
     sock_filter,
 )
 
@@ -72,14 +72,14 @@ def program(machine: str, number: int) -> list[sock_filter]:
             jump_unless(table.arch, "another architecture"),
             load("nr"),
             *_calls(table, number),
-            answer(SECCOMP_RET_ALLOW),
+            ret(SECCOMP_RET_ALLOW),
             "another architecture",
         )
-    return [*found, answer(SECCOMP_RET_ALLOW)]
+    return [*found, ret(SECCOMP_RET_ALLOW)]
 
 
 def _calls(table: Table, number: int) -> Iterator[sock_filter]:
-    stop = [answer(SECCOMP_RET_USER_NOTIF)]
+    stop = [ret(SECCOMP_RET_USER_NOTIF)]
     private = assemble(
         load("arg3"),
         jump_if_any(MAP_ANONYMOUS | _MAP_DENYWRITE, "allow"),
@@ -87,7 +87,7 @@ def _calls(table: Table, number: int) -> Iterator[sock_filter]:
         jump_unless(MAP_PRIVATE, "allow"),
         *stop,
         "allow",
-        answer(SECCOMP_RET_ALLOW),
+        ret(SECCOMP_RET_ALLOW),
     )
     rules: list[tuple[int | None, list[sock_filter]]] = [
         (number, stop),
@@ -99,7 +99,7 @@ def _calls(table: Table, number: int) -> Iterator[sock_filter]:
     if table.arch == AUDIT_ARCH["x86_64"]:
         # No kernel had the call in the table of x32. The arguments that such a program passes by
         # reference would have to be read otherwise.
-        rules.append((number | X32_BIT, [answer(SECCOMP_RET_ERRNO | ENOSYS)]))
+        rules.append((number | X32_BIT, [ret(SECCOMP_RET_ERRNO | ENOSYS)]))
     for call, body in rules:
         if call is not None:
             yield from assemble(jump_unless(call, "another call"), *body, "another call")
