@@ -75,6 +75,9 @@ DESTROY_VM: Final = Call("DESTROY_VM", 1 << 16 | 6)
 """Reply: the platform's report (``Platform.report``), JSON. It comes when the vCPUs have left the
 guest for good, slots are deleted and files unbound. Every later call, on a vCPU's socket too, is
 EBADF."""
+TRACE: Final = Call("TRACE", 1 << 16 | 34)
+"""Body: ``TRACE_REQUEST``, which says whether events are wanted from now on. If they are,
+descriptor 0 of the reply is the socket to read them from."""
 INJECT_FAILURE: Final = Call("INJECT_FAILURE", 1 << 16 | 5)
 """For tests. Body: ``FAILURE``. Act as if the machine had lost the private page there: each access
 is EHWPOISON until the page is punched."""
@@ -92,10 +95,6 @@ DBG_READ: Final = Call("DBG_READ", 1 << 16 | 32)
 """Body: ``DBG``. Reply: the bytes there, private or shared (SEV: KVM_SEV_DBG_DECRYPT)."""
 DBG_WRITE: Final = Call("DBG_WRITE", 1 << 16 | 33)
 """Body: ``DBG``, then the bytes to put there (SEV: KVM_SEV_DBG_ENCRYPT)."""
-
-TRACE: Final = Call("TRACE", 1 << 16 | 34)
-"""Body: ``TRACE_REQUEST``, which says whether events are wanted from now on. If they are,
-descriptor 0 of the reply is the socket to read them from."""
 
 #: The value that the previous exit asked for; ignored if it asked for none.
 COMPLETION: Final = struct.Struct("=Q")
