@@ -116,16 +116,16 @@ class Vm:
         shared = None if shared_fd is None or not memory_size else _identity(shared_fd)
         shown = self._shown
         try:
-            named = private if private in shown else None, shared if shared in shown else None
+            named = [each if each in shown else None for each in (private, shared)]
             self._set_region(region, restricted_fd, shared_fd, *named)
         except OSError as error:
+            # The engine has no slot that shows the file any more.
             if error.errno != ESTALE:
                 raise
             self._set_region(region, restricted_fd, shared_fd, None, None)
-        if private is not None and private not in shown:
-            shown.append(private)
-        if shared is not None and shared not in shown:
-            shown.append(shared)
+        for each in (private, shared):
+            if each is not None and each not in shown:
+                shown.append(each)
 
     def _set_region(
         self,
