@@ -141,7 +141,10 @@ class FileSystem:
         }
 
     def handle(self, request: Request) -> bytes | None:
-        """Execute a request and return the reply's body, or ``None`` for no reply.
+        """Execute a request and return the reply's body, or ``None`` for no reply now.
+
+        A request without a reply now has none at all (FORGET), or the server has put it off
+        (``before_waiting``).
 
         Raises:
             OSError: the errno of the reply; EINVAL for a request too short for its opcode.

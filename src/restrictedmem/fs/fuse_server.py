@@ -67,12 +67,14 @@ class FuseServer:
         #: the device.
         self._gone = False
         self._counts = threading.Lock()
-        # Under _counts. _idle: threads that wait to lead. _waiting: how many threads wait for each
-        # consumer, and for memory (None). _waits: what each thread waits for. _put_off: requests
-        # that have to wait for something that enough threads wait for.
+        # The rest is used under _counts.
+        #: How many threads wait to lead.
         self._idle = 1
-        self._waiting: dict[int | None, int] = {}
-        self._waits: dict[int, int | None] = {}
+        #: How many threads wait for each consumer, and for memory (None).
+        self._waiters: dict[int | None, int] = {}
+        #: What each thread waits for, by the thread's identifier.
+        self._waits_for: dict[int, int | None] = {}
+        #: Requests that have to wait for something that enough threads wait for.
         self._put_off: deque[tuple[int | None, Request]] = deque()
 
     def run(self) -> None:
@@ -127,17 +129,17 @@ class FuseServer:
             # The thread has stepped aside before, or handles a request that was put off.
             return True
         with self._counts:
-            if self._waiting.get(what, 0) >= _most(what) or not (
+            if self._waiters.get(what, 0) >= _most_waiters(what) or not (
                 self._idle or self._start_thread()
             ):
-                if not self._waiting:
+                if not self._waiters:
                     # This is the only thread, so no thread would come back to a request that was
                     # put off.
                     return True
                 assert self._request is not None
                 self._put_off.append((what, self._request))
                 return False
-            self._wait_for(me, what)
+            self._begin_wait(me, what)
         self._leader = 0
         self._leading.release()
         return True
@@ -149,12 +151,12 @@ class FuseServer:
         """
         while True:
             with self._counts:
-                self._waited(me)
+                self._end_wait(me)
                 index = next(
                     (
                         i
                         for i, (what, _) in enumerate(self._put_off)
-                        if self._waiting.get(what, 0) < _most(what)
+                        if self._waiters.get(what, 0) < _most_waiters(what)
                     ),
                     None,
                 )
@@ -165,21 +167,21 @@ class FuseServer:
                     return True
                 what, request = self._put_off[index]
                 del self._put_off[index]
-                self._wait_for(me, what)
+                self._begin_wait(me, what)
             self._answer(request)
 
     # Preconditions of these: _counts held.
 
-    def _wait_for(self, me: int, what: int | None) -> None:
+    def _begin_wait(self, me: int, what: int | None) -> None:
         # Count last: if memory runs out in the line before, the count has not changed.
-        self._waits[me] = what
-        self._waiting[what] = self._waiting.get(what, 0) + 1
+        self._waits_for[me] = what
+        self._waiters[what] = self._waiters.get(what, 0) + 1
 
-    def _waited(self, me: int) -> None:
-        what = self._waits.pop(me)
-        self._waiting[what] -= 1
-        if not self._waiting[what]:
-            del self._waiting[what]
+    def _end_wait(self, me: int) -> None:
+        what = self._waits_for.pop(me)
+        self._waiters[what] -= 1
+        if not self._waiters[what]:
+            del self._waiters[what]
 
     def _start_thread(self) -> bool:
         """Start one more thread; return False if that fails."""
@@ -216,7 +218,7 @@ class FuseServer:
         try:
             body = self._filesystem.handle(request)
         except OSError as failure:
-            error = self._number(request, failure)
+            error = self._errno_of(request, failure)
         except MemoryError:
             error = ENOMEM
         except Exception:  # noqa: BLE001  logged in a function of its own
@@ -237,7 +239,7 @@ class FuseServer:
             if failure.errno not in (ENOENT, ENODEV):
                 _log_failure("the reply to FUSE opcode %d on node %d", request)
 
-    def _number(self, request: Request, failure: OSError) -> int:
+    def _errno_of(self, request: Request, failure: OSError) -> int:
         """Return the errno for the kernel.
 
         The kernel takes ENOSYS for "never ask again", for the whole mount. So a known operation
@@ -250,7 +252,7 @@ class FuseServer:
         return number if 0 < number <= _LAST_ERRNO else EIO
 
 
-def _most(what: int | None) -> int:
+def _most_waiters(what: int | None) -> int:
     """Return how many threads may wait for a consumer, or for memory."""
     return MAX_THREADS if what is None else 1
 
