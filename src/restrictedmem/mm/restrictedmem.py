@@ -188,17 +188,18 @@ class RestrictedFile:
             elif mode in _ALLOCATE:
                 # Account before the allocation, because the OOM killer may look for a process
                 # meanwhile.
-                self._tell(length)
+                self._account_change(length)
                 self.design.allocate(self, offset, length, abandoned)
                 if mode == 0:
                     self.size = max(self.size, offset + length)
             else:
                 raise failed("fallocate", EOPNOTSUPP, f"mode {mode:#x}")
         finally:
-            self._tell()
+            self._account_change()
         self.inode.modified()
 
-    def _tell(self, more: int = 0) -> None:
+    def _account_change(self, more: int = 0) -> None:
+        # Tell ``_account`` what the file holds now, and ``more`` bytes that it is about to take.
         # Preconditions: _mutex held, or no reference left.
         if self._account is not None:
             held = self.backing.resident() + more
@@ -316,16 +317,19 @@ class RestrictedFile:
         # which does not take the semaphore.
         with self._mutex:
             before = self._registrations.pop(id(notifier), ())
-            for old in before if before and before[0].exclusive else ():
-                del self._exclusive[bisect_left(self._exclusive, (old.start, old.end))]
-            for new in registrations if registrations and registrations[0].exclusive else ():
-                insort(self._exclusive, (new.start, new.end))
+            # A notifier's registrations are alike in this, and there may be thousands.
+            if before and before[0].exclusive:
+                for old in before:
+                    del self._exclusive[bisect_left(self._exclusive, (old.start, old.end))]
+            if registrations and registrations[0].exclusive:
+                for new in registrations:
+                    insort(self._exclusive, (new.start, new.end))
             if registrations:
                 self._registrations[id(notifier)] = registrations
             self._count += len(registrations) - len(before)
             # ``registrations`` makes these again. Before its next call, thousands may come or go.
             self._newest_first = None
-            self._tell()
+            self._account_change()
 
     def registrations(self) -> tuple[Registration, ...]:
         """Return all registrations, newest first.
@@ -357,7 +361,7 @@ class RestrictedFile:
                 if self._registrations:
                     raise failed("renew", EINVAL, "a consumer has the file")
                 free = self.backing.renew()
-                self._tell()
+                self._account_change()
                 self.design.forget()
                 sequence, self._sequence = self._sequence, None
                 if sequence is not None:
@@ -438,6 +442,6 @@ class RestrictedFile:
             last = not self._references
         if last:
             self.backing.close()
-            self._tell()
+            self._account_change()
             if self._sequence is not None:
                 self._sequence.close()
