@@ -152,7 +152,7 @@ class Vm:
 
     def invalidate_start(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
         del order
-        self.mmu.begin(self.half)
+        self.mmu.expect_end(self.half)
         self.drop(*self.mmu.invalidate_start(self.half, PageRange(start, end)))
         self.folios.punch(PageRange(start, end))
 

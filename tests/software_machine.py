@@ -76,7 +76,7 @@ class Machine:
         return self.engines[0]
 
     def invalidate_start(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:
-        self.mmu.begin(self.private.memfd_half)
+        self.mmu.expect_end(self.private.memfd_half)
         self.vcpus.drop(*self.mmu.invalidate_start(self.private.memfd_half, PageRange(start, end)))
 
     def invalidate_end(self, start: pgoff_t, end: pgoff_t, order: int | None) -> None:

@@ -22,8 +22,8 @@ from restrictedmem.mm.sequence import InvalidationSequence
 
 _CALLS: Final[dict[type, str]] = {
     InvalidationSequence: "begin end busy_over retry",
-    Mmu: "fault invalidate_start invalidate_end begin set_attributes wait_settled wake _told "
-    "_map_private _zap",
+    Mmu: "fault invalidate_start invalidate_end expect_end set_attributes wait_settled wake "
+    "_told _map_private _zap",
     Pages: "get_pages get_page count invalidate_start invalidate_end forget get_page_noalloc "
     "put_page _refuse_invalidated",
     EngineVcpus: "drop",

@@ -288,9 +288,9 @@ class Mmu:
     def wait_settled(self, unless: Callable[[], bool]) -> None:
         """Wait until no invalidation is in progress over any slot, so that a retry may work.
 
-        The wait ends early when ``unless`` becomes true and ``wake`` is then called. It ends soon
-        if nobody will tell of the end: a design may leave a punch untold, or tell of its end
-        before it is over.
+        The wait ends early when ``unless`` becomes true and ``wake`` is then called. Some designs
+        tell consumers nothing of a punch, or tell them its end too early. Nobody wakes this thread
+        at the end of such a punch, so this call does not wait for that end.
         """
         if not any(sequence.busy() for sequence in self._sequences.copy()):
             return
@@ -303,8 +303,8 @@ class Mmu:
     def _told(self) -> bool:
         return any(half.binding in self._bound for half in self._told_halves)
 
-    def begin(self, half: MemfdHalf) -> None:
-        """Note that an invalidation of a half's file was told of."""
+    def expect_end(self, half: MemfdHalf) -> None:
+        """Make ``wait_settled`` wait for the end of an invalidation of a half's file."""
         with self._lock:
             half.told += 1
             self._told_halves.add(half)

@@ -161,7 +161,7 @@ class SoftwareVm:
     def invalidate_start(self, binding: int, span: PageRange, order: int | None) -> None:
         """Zap what shows a range of the file, then return it to the platform (``Engine``)."""
         half = self._halves[binding]
-        self.mmu.begin(half)
+        self.mmu.expect_end(half)
         shown = half.window.clip(span)
         self._find_freed(half, shown)
         self._vcpus.drop(*self.mmu.invalidate_start(half, span))
