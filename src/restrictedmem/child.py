@@ -60,6 +60,7 @@ def fork(
         # as long as a stranger likes (``burial``); the end of a process does not.
         os._exit(status_of(error))
     finally:
+        # An error in the lines above, such as a signal handler's, must not bring the child back.
         os._exit(FAULT)
 
 
