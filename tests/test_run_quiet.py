@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from planting import stub
-from restrictedmem.cli import run, table
+from restrictedmem.cli import run, run_table
 
 
 class Terminal(io.StringIO):
@@ -26,10 +26,10 @@ def test_the_line_is_shown_unless_quiet_and_beside_no_output(
         return "ended"
 
     stream = stub(buffer=stub(), isatty=lambda: stdout)
-    monkeypatch.setattr(table, "_input_size", lambda: None)
+    monkeypatch.setattr(run_table, "_input_size", lambda: None)
     monkeypatch.setattr(run, "sys", stub(stdin=stream, stdout=stream, stderr=stream))
     shown = Terminal()
-    monkeypatch.setattr(table, "sys", stub(stdout=stream, stderr=shown))
+    monkeypatch.setattr(run_table, "sys", stub(stdout=stream, stderr=shown))
     vmm: Any = stub(run=guest, bytes_in=1 << 20)
     ended: object = run._to_its_end(vmm, quiet=quiet)
     assert ended == "ended"

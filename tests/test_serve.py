@@ -27,7 +27,7 @@ from outcomes import Errno, outcome
 from processes import Process, exists, family, process, wait_gone
 from restrictedmem import guests
 from restrictedmem.abi import memory
-from restrictedmem.cli.said import Said
+from restrictedmem.cli.server_messages import ServerMessages
 from restrictedmem.fd import OwnedFd, readable
 from restrictedmem.protocol import exits, guest_abi
 from restrictedmem.service import SERVER_VARIABLE, client, oom
@@ -304,7 +304,7 @@ def test_lines_that_nobody_reads_are_dropped_which_is_said(monkeypatch: pytest.M
     with open(reader, encoding="ascii") as lines, open(writer, "w", encoding="ascii") as stderr:
         _fill(reader)
         monkeypatch.setattr(sys, "__stderr__", stderr)
-        say = Said()
+        say = ServerMessages()
         for number in range(1000):
             say(f"line {number}")
         numbers = [line for line in (lines.readline() for _ in range(PAGE + 256)) if line != "\n"]

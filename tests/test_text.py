@@ -14,7 +14,7 @@ from typing import Any, cast
 import pytest
 
 from restrictedmem.audit import prove
-from restrictedmem.cli import doctor, guest_arguments, main, table
+from restrictedmem.cli import doctor, guest_arguments, main, run_table
 from restrictedmem.cli.errors import CommandError
 from restrictedmem.machine.finding import Finding, State
 from restrictedmem.text import Line, duration, plain
@@ -72,11 +72,11 @@ def test_the_closing_table(capsys: pytest.CaptureFixture[str]) -> None:
         "cgroup": f"/{EVIL}",
         "platform": {},
     }
-    table.show(found)
+    run_table.show(found)
     lines = capsys.readouterr().err.splitlines()
     assert all(line.isprintable() for line in lines)
     assert sum(SHOWN in line for line in lines) == 3
-    shown = json.dumps(table.as_data(found, Ended(0)))
+    shown = json.dumps(run_table.as_data(found, Ended(0)))
     assert shown.isprintable()
     assert json.loads(shown)["engine"] == EVIL
 
@@ -162,8 +162,8 @@ def test_no_line_stands_between_the_guests_words(
 ) -> None:
     monkeypatch.setattr(sys, "stdout", stdout)
     monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setattr(table, "_input_size", lambda: None)
-    with table.progress(cast(Vmm, SimpleNamespace(bytes_in=4096)), show=True) as tick:
+    monkeypatch.setattr(run_table, "_input_size", lambda: None)
+    with run_table.progress(cast(Vmm, SimpleNamespace(bytes_in=4096)), show=True) as tick:
         tick()
         said = cast(Terminal, sys.stderr).getvalue()
     assert said.removeprefix("\r\x1b[K").startswith(shown) if shown else said == ""

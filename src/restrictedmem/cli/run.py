@@ -8,8 +8,7 @@ from contextlib import ExitStack
 from errno import ENOMEM, ENOSPC
 from typing import TYPE_CHECKING, Any, Final
 
-from restrictedmem.cli import guest_arguments as guest_option
-from restrictedmem.cli import hints, jsonfile, table, values
+from restrictedmem.cli import guest_arguments, hints, jsonfile, run_table, values
 from restrictedmem.cli.errors import CommandError
 from restrictedmem.failure import line_of
 from restrictedmem.mm import design
@@ -111,7 +110,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         " --trace",
     )
     parser.add_argument("--quiet", action="store_true", help="show no progress and no table")
-    parser.add_argument("guest", metavar="GUEST", nargs="?", help=guest_option.KINDS)
+    parser.add_argument("guest", metavar="GUEST", nargs="?", help=guest_arguments.KINDS)
     parser.add_argument(
         "args", nargs=argparse.REMAINDER, metavar="ARGS", help="arguments of the guest"
     )
@@ -231,8 +230,8 @@ def _software_alone(args: argparse.Namespace) -> str:
 def _run(
     args: argparse.Namespace, service: "Service", write: Callable[[object], None] | None
 ) -> int:
-    image = guest_option.read(args.guest)
-    guest_option.warn(args.guest, args.args, args.options)
+    image = guest_arguments.read(args.guest)
+    guest_arguments.warn(args.guest, args.args, args.options)
     ended: Ended | None = None
     platform: dict[str, Any] = {}
     try:
@@ -243,9 +242,9 @@ def _run(
             # After the statistics, because the VM is gone then.
             platform = vmm.destroy() if args.platform else {}
             if not args.quiet:
-                table.show({**found, "platform": platform})
+                run_table.show({**found, "platform": platform})
             if write is not None:
-                write(table.as_data({**found, "platform": platform}, ended))
+                write(run_table.as_data({**found, "platform": platform}, ended))
     except OSError as error:
         if ended is None or ended.fatal is not None:
             raise
@@ -253,7 +252,7 @@ def _run(
         raise CommandError(line_of(error), status=ended.status or 1) from None
     if platform.get("violated_pages"):
         # Reported before the exit that stopped the guest, because the violation may have caused it.
-        story = "\n  ".join(table.story(platform))
+        story = "\n  ".join(run_table.story(platform))
         raise CommandError(
             f"rules of the platform were violated for {platform['violated_pages']} pages;"
             f" the first:\n  {story}"
@@ -301,7 +300,7 @@ def _launched(
             recording.record(vmm, args.trace, lambda count: _tell_lost(args.trace, count))
         )
     try:
-        with guest_option.naming(args.guest):
+        with guest_arguments.naming(args.guest):
             vmm.load(image, args.args)
     except OSError as error:
         if error.errno != ENOSPC:
@@ -311,7 +310,7 @@ def _launched(
     if args.gdb is not None:
         from restrictedmem.vmm.gdb import stub
 
-        stack.enter_context(stub.serve(vmm, args.gdb, str(guest_option.find(args.guest))))
+        stack.enter_context(stub.serve(vmm, args.gdb, str(guest_arguments.find(args.guest))))
     return vmm, measurement
 
 
@@ -344,7 +343,7 @@ def _engine(args: argparse.Namespace) -> str:
 
 
 def _to_its_end(vmm: "Vmm", *, quiet: bool) -> "Ended":
-    with table.progress(vmm, show=not quiet) as tick:
+    with run_table.progress(vmm, show=not quiet) as tick:
         return vmm.run(sys.stdin.buffer, sys.stdout.buffer, sys.stderr.buffer, tick)
 
 

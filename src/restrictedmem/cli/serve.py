@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from restrictedmem.cli import values
 from restrictedmem.cli.errors import CommandError
-from restrictedmem.cli.said import Said
+from restrictedmem.cli.server_messages import ServerMessages
 from restrictedmem.failure import line_of
 from restrictedmem.mm import design
 from restrictedmem.mm.backing import KINDS, make_backing
@@ -156,7 +156,7 @@ def main(args: argparse.Namespace) -> int:
     )
     _check(options)
     process.raise_fd_limit()
-    say = Said()
+    say = ServerMessages()
     stop = _stop_at(signal.SIGINT, signal.SIGTERM)
     with (
         _cgroups(args.client_memory) as cgroups,

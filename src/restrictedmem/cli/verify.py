@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 #: Bytes of a guest's memory by default.
 _MEMORY = 64 << 20
 _KEY_BYTES = 32
-_MEASUREMENT_BYTES = 48
-_DATA_BYTES = 64
 #: More characters than a report has in hexadecimal, with white space.
 _LARGEST_REPORT = 1 << 16
 
@@ -124,13 +122,17 @@ def _hex(text: str, size: int) -> bytes:
 
 
 def _data(text: str) -> bytes:
-    return _hex(text, _DATA_BYTES).ljust(_DATA_BYTES, b"\0")
+    from restrictedmem.service.report import REPORT_DATA_BYTES
+
+    return _hex(text, REPORT_DATA_BYTES).ljust(REPORT_DATA_BYTES, b"\0")
 
 
 def _measurement(text: str) -> bytes:
-    found = _hex(text, _MEASUREMENT_BYTES)
-    if len(found) != _MEASUREMENT_BYTES:
-        raise argparse.ArgumentTypeError(f"{len(found)} bytes, {_MEASUREMENT_BYTES} expected")
+    from restrictedmem.protocol.measurement import MEASUREMENT_BYTES
+
+    found = _hex(text, MEASUREMENT_BYTES)
+    if len(found) != MEASUREMENT_BYTES:
+        raise argparse.ArgumentTypeError(f"{len(found)} bytes, {MEASUREMENT_BYTES} expected")
     return found
 
 

@@ -12,7 +12,7 @@ _MOST: Final = 256
 
 
 @final
-class Said:
+class ServerMessages:
     """A queue of lines for stderr, which a thread writes.
 
     No caller waits for the reader. If too many lines wait, further ones are dropped. A line says so
@@ -24,7 +24,7 @@ class Said:
         self._dropped = 0
         # If stderr was closed, its number may belong to another file.
         self._fd = -1 if sys.__stderr__ is None else sys.__stderr__.fileno()
-        threading.Thread(target=self._write, name="said", daemon=True).start()
+        threading.Thread(target=self._write, name="messages", daemon=True).start()
 
     def __call__(self, line: str) -> None:
         """Queue a line; only one thread may call this."""
