@@ -63,9 +63,11 @@ class Row:
         return self.proposal if found is SAME else found
 
 
-def row(id: str, operation: Operation, proposal: object, **columns: Any) -> Row:
+def row(
+    id: str, operation: Operation, proposal: object, *, all_same: bool = False, **columns: Any
+) -> Row:
     """Write a row; ``all_same``: secret and both kinds of guest_memfd answer as the proposal."""
-    if columns.pop("all_same", False):
+    if all_same:
         columns = {"secret": SAME, "gmem": SAME, **columns}
     return Row(id, operation, proposal, **columns)
 
@@ -75,4 +77,4 @@ def refused(id: str, operation: Operation, errno: int, **columns: Any) -> Row:
 
     Secret and guest_memfd refuse it too, unless a column says otherwise.
     """
-    return row(id, operation, Errno(errno), **{"all_same": True, **columns})
+    return row(id, operation, Errno(errno), all_same=True, **columns)

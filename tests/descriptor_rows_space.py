@@ -15,7 +15,8 @@ from restrictedmem.units import MAX_FILE_BYTES
 
 def no_fallocate(id: str, operation: Operation, proposal: object, **columns: Any) -> Row:
     """Write a row that memfd answers as the proposal does: the shmem half of it."""
-    return row(id, operation, proposal, **{"memfd": SAME, **columns})
+    columns.setdefault("memfd", SAME)
+    return row(id, operation, proposal, **columns)
 
 
 _GMEM_DONE = (4 * PAGE, 0)
