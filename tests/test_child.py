@@ -139,36 +139,38 @@ def test_a_fork_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
 
-def test_ctrl_c_at_a_fork_comes_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGALRM, signal.SIGRTMAX])
+def test_a_signal_at_a_fork_comes_behind_it(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     forked: list[int] = []
 
     def with_an_interrupt() -> int:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
         forked.append(1)
         return 1
 
     monkeypatch.setattr(os, "fork", with_an_interrupt)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(number, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             fork(lambda: None)
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
     assert forked
 
 
-def test_ctrl_c_that_a_child_finds_ends_the_child() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGALRM, signal.SIGRTMAX])
+def test_a_signal_that_a_child_finds_ends_the_child(number: int) -> None:
     def body() -> str:
         this, forks = os.getpid(), os.fork
 
         def with_an_interrupt() -> int:
             pid = forks()
             if not pid:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
             return pid
 
         os.fork = with_an_interrupt
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(number, signal.default_int_handler)
         try:
             child = fork(lambda: None)
         except KeyboardInterrupt:

@@ -61,6 +61,7 @@ FILTER = "a seccomp filter, such as a container's, forbids the call"
         ("memfd_restricted", ENFILE, "", "ulimit -Hn"),
         ("exec", EAGAIN, "the supervisor cannot start: fork", "ulimit -u"),
         ("start", EAGAIN, "", "ulimit -u"),
+        ("KVM_CREATE_VM", EAGAIN, "fork", "ulimit -u"),
         ("read", EAGAIN, "", None),
         ("memfd_restricted", EFBIG, "", "ulimit -f"),
         ("write", EFBIG, "", "ulimit -f"),

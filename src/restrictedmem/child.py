@@ -33,14 +33,15 @@ def fork(
         OSError: EAGAIN, ENOMEM when no process can be made.
     """
     parent, pid = os.getpid(), -1
+    # A handler that raises between the fork and the child's try would bring the child back.
     # Functions that run at a fork (os.register_at_fork) would swallow KeyboardInterrupt.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         pid = os.fork()
     except OSError as error:
         raise named("fork", error) from None
     finally:
-        # The child lets the signal through below, where an exception ends it.
+        # The child lets signals through below, where an exception ends it.
         if pid:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if pid:

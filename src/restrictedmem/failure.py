@@ -54,9 +54,13 @@ def detail_of(error: OSError) -> str:
     words = os.strerror(error.errno)
     if text == words:
         return ""
-    call, found, detail = text.partition(f": {words}")
-    inner = detail.removeprefix(" (").removesuffix(")")
-    return f"{call}: {inner}" if found and inner else call
+    call, _, detail = text.partition(f": {words}")
+    if not detail:
+        return call
+    if not (detail.startswith(" (") and detail.endswith(")")):
+        # The errno's text stands in a text of another form, such as a list of errors.
+        return text
+    return f"{call}: {detail[2:-1]}"
 
 
 def status_of(error: BaseException) -> int:

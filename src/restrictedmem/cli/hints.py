@@ -66,7 +66,7 @@ def of(error: OSError) -> str:
         return _LINKED if "linked at" in detail else _LARGER if "ends at" in detail else _BUILD
     if call == "start" and error.errno in (*_REFUSED, *_ABSENT):
         return "" if "traced" in detail else _DOCTOR
-    if call in _FORKING and error.errno == EAGAIN:
+    if error.errno == EAGAIN and (call in _FORKING or detail.endswith("(fork)")):
         return _PROCESSES
     if error.errno == EFBIG and call in _SIZED:
         return _FILE_SIZE
