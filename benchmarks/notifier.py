@@ -20,7 +20,7 @@ from restrictedmem.fs.filesystem import NAME, FileSystem, Request
 from restrictedmem.fs.fuse_server import FuseServer
 from restrictedmem.fs.mount_ways import mount_detached
 from restrictedmem.mm.backing import make_backing
-from restrictedmem.mm.design import NAMES, make
+from restrictedmem.mm.designs import NAMES, make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.protocol import guest_abi

@@ -3,7 +3,7 @@
 from model_backing import ModelBacking, Recorder
 from restrictedmem.abi.memory import PUNCH, FallocMode
 from restrictedmem.mm.backing import Backing
-from restrictedmem.mm.design import make
+from restrictedmem.mm.designs import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t

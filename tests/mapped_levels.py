@@ -15,7 +15,7 @@ from restrictedmem.kvm.lpage import Level
 from restrictedmem.kvm.memslot import LEVEL_SHIFT, MemfdHalf, Memslot
 from restrictedmem.kvm.mmu import Fault, Mmu
 from restrictedmem.mm.backing import MemfdBacking
-from restrictedmem.mm.design import make
+from restrictedmem.mm.designs import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.notifier import Api
 from restrictedmem.mm.pages import Pages

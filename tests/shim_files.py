@@ -7,7 +7,7 @@ import pytest
 
 from restrictedmem.abi.memory import FallocMode
 from restrictedmem.mm.backing import MemfdBacking
-from restrictedmem.mm.design import make
+from restrictedmem.mm.designs import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.notifier import Api
 from restrictedmem.mm.restrictedmem import RestrictedFile

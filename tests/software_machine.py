@@ -27,7 +27,7 @@ from restrictedmem.kvm.software.code import CodePages
 from restrictedmem.kvm.software.software_vcpu import SoftwareVcpu
 from restrictedmem.kvm.software.turns import Turns
 from restrictedmem.mm.backing import MemfdBacking
-from restrictedmem.mm.design import make
+from restrictedmem.mm.designs import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.notifier import Api
 from restrictedmem.mm.restrictedmem import RestrictedFile

@@ -17,7 +17,7 @@ from restrictedmem.check.world import World
 from restrictedmem.kvm.engine_vcpu import EngineVcpus
 from restrictedmem.kvm.mmu import Mmu
 from restrictedmem.kvm.software.software_vm import SoftwareVm
-from restrictedmem.mm.design import NAMES
+from restrictedmem.mm.designs import NAMES
 from restrictedmem.mm.pages import Pages
 from restrictedmem.mm.sequence import InvalidationSequence
 from restrictedmem.units import PageRange, gfn_t, pgoff_t

@@ -22,7 +22,7 @@ from restrictedmem import sync
 from restrictedmem.consumer import Bound, BoundFile, Consumer
 from restrictedmem.fd import close_all, readable, receive_with_fds
 from restrictedmem.mm.backing import MemfdBacking, make_backing
-from restrictedmem.mm.design import make
+from restrictedmem.mm.designs import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.service import consumer_process as service_consumer

@@ -19,7 +19,7 @@ from restrictedmem.abi import memory
 from restrictedmem.consumer import Consumer
 from restrictedmem.fd import OwnedFd, readable
 from restrictedmem.mm.backing import MemfdBacking
-from restrictedmem.mm.design import make
+from restrictedmem.mm.designs import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.patience import Patience

@@ -16,7 +16,7 @@ from restrictedmem.abi import memory
 from restrictedmem.consumer import Bound, BoundFile, file_is_restrictedmem
 from restrictedmem.fd import OwnedFd
 from restrictedmem.mm.backing import MemfdBacking
-from restrictedmem.mm.design import make
+from restrictedmem.mm.designs import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.service.client import Service

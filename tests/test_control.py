@@ -22,7 +22,7 @@ from restrictedmem.fd import OwnedFd, readable, spare
 from restrictedmem.fs.filesystem import NAME, Request
 from restrictedmem.fs.mount_ways import Way
 from restrictedmem.mm.backing import MemfdBacking
-from restrictedmem.mm.design import make
+from restrictedmem.mm.designs import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.service import daemon, sealing, status, wire

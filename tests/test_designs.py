@@ -11,7 +11,8 @@ from model_backing import ModelBacking, Recorder
 from outcomes import Errno, outcome
 from restrictedmem.abi.memory import FallocMode
 from restrictedmem.mm.backing import MemfdBacking, make_backing
-from restrictedmem.mm.design import NAMES, TEARDOWN, make
+from restrictedmem.mm.design import TEARDOWN
+from restrictedmem.mm.designs import NAMES, make
 from restrictedmem.units import PAGE_SIZE, pgoff_t
 
 #: A folio's first page, its order, and how many there are; where all are huge, they are the

@@ -32,7 +32,8 @@ from outcomes import Errno, outcome
 from restrictedmem.abi import memory
 from restrictedmem.abi.memory import PUNCH, FallocMode
 from restrictedmem.mm.backing import Backing, make_backing
-from restrictedmem.mm.design import NAMES, TEARDOWN, make
+from restrictedmem.mm.design import TEARDOWN
+from restrictedmem.mm.designs import NAMES, make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.units import PAGE_SIZE, pgoff_t

@@ -14,7 +14,8 @@ from model_backing import ModelBacking
 from outcomes import Errno, outcome
 from restrictedmem.abi.memory import PUNCH
 from restrictedmem.mm.backing import Backing, make_backing
-from restrictedmem.mm.design import NAMES, TEARDOWN
+from restrictedmem.mm.design import TEARDOWN
+from restrictedmem.mm.designs import NAMES
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SIZE, pgoff_t
 from waiting import wait_until, waits
 

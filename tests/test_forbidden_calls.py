@@ -13,7 +13,8 @@ import pytest
 from outcomes import Errno, outcome
 from restrictedmem.abi import memory, userfaultfd
 from restrictedmem.mm.backing import MemfdBacking
-from restrictedmem.mm.design import NAMES, TEARDOWN
+from restrictedmem.mm.design import TEARDOWN
+from restrictedmem.mm.designs import NAMES
 from restrictedmem.mm.folios import NOT_TOLD
 from restrictedmem.probe import in_child
 from restrictedmem.service.client import Service

@@ -19,7 +19,7 @@ from restrictedmem.abi.memory import PUNCH
 from restrictedmem.fd import OwnedFd
 from restrictedmem.mm import memfd
 from restrictedmem.mm.backing import MemfdBacking, make_backing
-from restrictedmem.mm.design import make
+from restrictedmem.mm.designs import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SIZE

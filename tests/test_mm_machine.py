@@ -20,7 +20,7 @@ from outcomes import Errno, outcome
 from restrictedmem.abi import memory
 from restrictedmem.abi.memory import PUNCH, FallocMode
 from restrictedmem.mm.backing import MemfdBacking
-from restrictedmem.mm.design import make
+from restrictedmem.mm.designs import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.memfd import never
 from restrictedmem.mm.notifier import Api

@@ -11,7 +11,7 @@ from outcomes import Errno, outcome
 from restrictedmem.abi import memory
 from restrictedmem.fd import OwnedFd
 from restrictedmem.mm.backing import MemfdBacking
-from restrictedmem.mm.design import make
+from restrictedmem.mm.designs import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.service.oom import OomScore

@@ -14,7 +14,7 @@ from restrictedmem.abi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE, kvm_regs
 from restrictedmem.kvm.memslot import ALL, READ, WRITE, Memslot
 from restrictedmem.kvm.software import unicorn
 from restrictedmem.mm.backing import MemfdBacking
-from restrictedmem.mm.design import make
+from restrictedmem.mm.designs import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.pages import Pages
 from restrictedmem.mm.restrictedmem import RestrictedFile

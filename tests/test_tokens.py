@@ -10,7 +10,7 @@ import pytest
 from outcomes import Errno, outcome
 from restrictedmem.fs.filesystem import FileSystem
 from restrictedmem.mm.backing import MemfdBacking
-from restrictedmem.mm.design import make
+from restrictedmem.mm.designs import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.service import status

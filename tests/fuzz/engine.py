@@ -30,7 +30,7 @@ from restrictedmem.kvm.software.software_vm import SoftwareVm
 from restrictedmem.kvm.vcpu_socket import VcpuSocket
 from restrictedmem.kvm.vm_memory import MAX_PAGES, VmMemory
 from restrictedmem.mm.backing import MemfdBacking
-from restrictedmem.mm.design import make
+from restrictedmem.mm.designs import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.notifier import Api
 from restrictedmem.mm.restrictedmem import RestrictedFile

@@ -17,7 +17,7 @@ from restrictedmem.fs.fuse_server import FuseServer
 from restrictedmem.fs.mount_ways import Way
 from restrictedmem.fs.usage import Usage
 from restrictedmem.mm.backing import MemfdBacking
-from restrictedmem.mm.design import make
+from restrictedmem.mm.designs import make
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.service import wire

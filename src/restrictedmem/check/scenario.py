@@ -9,7 +9,8 @@ from restrictedmem.check.explorer import Program, Result, effort, explore
 from restrictedmem.check.invariants import Rule
 from restrictedmem.check.summaries import calls
 from restrictedmem.check.world import Parts, World
-from restrictedmem.mm.design import NAMES, TEARDOWN
+from restrictedmem.mm.design import TEARDOWN
+from restrictedmem.mm.designs import NAMES
 from restrictedmem.platform.snp import Snp
 
 

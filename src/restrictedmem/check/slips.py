@@ -16,9 +16,10 @@ from restrictedmem.check.invariants import Rule
 from restrictedmem.check.scenarios import SCENARIOS
 from restrictedmem.check.world import Parts
 from restrictedmem.kvm.memslot import Memslot
-from restrictedmem.mm.design import Bindings, Callback, Design, File, Folio, Lazy
+from restrictedmem.mm.design import Bindings, Callback, Design, File, Folio
 from restrictedmem.mm.memfd import never
 from restrictedmem.mm.notifier import Notifier
+from restrictedmem.mm.remembering import Lazy
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.mm.sequence import InvalidationSequence
 from restrictedmem.units import PAGE_SHIFT, U64_MAX, PageRange, gfn_t, pgoff_t

@@ -15,8 +15,9 @@ from restrictedmem.kvm.engine_vcpu import EngineVcpu, EngineVcpus
 from restrictedmem.kvm.memslot import Memslot
 from restrictedmem.kvm.mmu import Mmu
 from restrictedmem.kvm.software.software_vm import SoftwareVm
-from restrictedmem.mm.design import Batched, Design, FolioPoc, Lazy, _Remembering
+from restrictedmem.mm.design import Design, FolioPoc
 from restrictedmem.mm.pages import Pages
+from restrictedmem.mm.remembering import Batched, Lazy, _Remembering
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.mm.sequence import InvalidationSequence
 

@@ -27,7 +27,7 @@ from restrictedmem.kvm.memslot import MemfdHalf, Memslot
 from restrictedmem.kvm.mmu import Mmu
 from restrictedmem.kvm.software.software_vm import SoftwareVm
 from restrictedmem.kvm.vm_memory import VmMemory
-from restrictedmem.mm import design as designs
+from restrictedmem.mm import designs
 from restrictedmem.mm.design import Design
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.notifier import Api

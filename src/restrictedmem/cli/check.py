@@ -226,7 +226,8 @@ def _designs(scenario: "Scenario", wanted: str | None) -> list[str]:
     If ``wanted`` is given, return only that one.
     """
     from restrictedmem.check.slips import SLIPS
-    from restrictedmem.mm.design import TEARDOWN, make
+    from restrictedmem.mm.design import TEARDOWN
+    from restrictedmem.mm.designs import make
 
     if wanted is not None and wanted not in SLIPS:
         try:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 from restrictedmem.cli import guest_arguments, hints, jsonfile, run_table, values
 from restrictedmem.cli.errors import CommandError
 from restrictedmem.failure import line_of
-from restrictedmem.mm import design
+from restrictedmem.mm import designs
+from restrictedmem.mm.design import TEARDOWN
 from restrictedmem.platform import platform
 
 if TYPE_CHECKING:
@@ -126,8 +127,8 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
         type=_design,
         metavar="NAME",
         help="design of the notifications: what the VM hears of a punch, and when pages are freed:"
-        f" {', '.join(design.NAMES)} (docs/understand/designs.md; default: that of --api). With"
-        f" {design.TEARDOWN} behind it, a VM that ends is told that all its pages go, which no"
+        f" {', '.join(designs.NAMES)} (docs/understand/designs.md; default: that of --api). With"
+        f" {TEARDOWN} behind it, a VM that ends is told that all its pages go, which no"
         " posting did",
     )
     parser.add_argument(
@@ -155,7 +156,7 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
 
 def _design(text: str) -> str:
     try:
-        return str(design.make(text))
+        return str(designs.make(text))
     except OSError as error:
         raise argparse.ArgumentTypeError(error.strerror) from None
 

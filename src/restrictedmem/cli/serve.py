@@ -14,8 +14,9 @@ from restrictedmem.cli import values
 from restrictedmem.cli.errors import CommandError
 from restrictedmem.cli.server_messages import ServerMessages
 from restrictedmem.failure import line_of
-from restrictedmem.mm import design
+from restrictedmem.mm import designs
 from restrictedmem.mm.backing import KINDS, make_backing
+from restrictedmem.mm.design import TEARDOWN
 
 if TYPE_CHECKING:
     from restrictedmem.service.client_cgroups import ClientCgroups
@@ -108,8 +109,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--design",
         metavar="NAME",
-        help=f"design of the notifications of a punch: {', '.join(design.NAMES)}, each also with"
-        f" {design.TEARDOWN} behind it (docs/understand/designs.md; default: that of --api)",
+        help=f"design of the notifications of a punch: {', '.join(designs.NAMES)}, each also with"
+        f" {TEARDOWN} behind it (docs/understand/designs.md; default: that of --api)",
     )
     parser.add_argument(
         "--backing",

@@ -21,7 +21,7 @@ from restrictedmem.abi._ioctl import Dir, request_number
 from restrictedmem.abi.fuse import AttrValid, InitFlag, Opcode, OpenFlag
 from restrictedmem.abi.memory import FallocMode
 from restrictedmem.fs.usage import Usage
-from restrictedmem.mm import design
+from restrictedmem.mm import designs
 from restrictedmem.mm.backing import make_backing
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.restrictedmem import RestrictedFile
@@ -215,7 +215,7 @@ class FileSystem:
             )
             backing = make_backing(kind, limit=self.memory_max)
             file = RestrictedFile(
-                design.make(self._design),
+                designs.make(self._design),
                 backing,
                 Inode.make(request.uid, request.gid),
                 self._account,

@@ -10,7 +10,7 @@ from types import NoneType
 from typing import Any, Final, Self, cast
 
 from restrictedmem.failure import failed
-from restrictedmem.mm import design
+from restrictedmem.mm import designs
 from restrictedmem.mm.notifier import Api
 
 #: The consumer that is a VM's engine.
@@ -56,7 +56,7 @@ class Options:
     """The options that an owner may give to the service that it starts."""
 
     api: str = "v10"
-    #: Design, which decides what consumers hear (``mm.design.NAMES``); None for the posting's own.
+    #: Design, which decides what consumers hear (``mm.designs.NAMES``); None for the posting's own.
     design: str | None = None
     memory_max: int | None = None
     #: Where pages lie (``mm.backing``): memfd, thp, hugetlb-2m or hugetlb-1g.
@@ -90,7 +90,7 @@ class Options:
         for name, fits in _FITS.items():
             if not fits(value := getattr(self, name)):
                 raise OSError(EINVAL, f"start options: {name}: {value!r}")
-        design.make(self.design or self.api)
+        designs.make(self.design or self.api)
         _check_names(self.consumers)
 
     @classmethod

@@ -20,7 +20,7 @@ from typing import Final, final
 from restrictedmem.abi import process
 from restrictedmem.failure import failed
 from restrictedmem.fd import readable
-from restrictedmem.mm.design import make
+from restrictedmem.mm.designs import make
 from restrictedmem.service.client import Service
 from restrictedmem.service.options import Options
 from restrictedmem.stress.child import Child
