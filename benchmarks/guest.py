@@ -20,7 +20,8 @@ from restrictedmem.service.client import Service
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PAGE_MASK, PAGE_SHIFT
 from restrictedmem.vmm import elf
-from restrictedmem.vmm.vmm import SHARED_SIZE, Vmm
+from restrictedmem.vmm.boot import SHARED_SIZE
+from restrictedmem.vmm.vmm import Vmm
 
 SPIN: Final = elf.parse(guests.path("spin").read_bytes())
 #: The offset of a guest's heap in its private memory, and all its bytes besides the heap.

@@ -21,7 +21,8 @@ from restrictedmem.abi.process import PR_SET_CHILD_SUBREAPER, prctl
 from restrictedmem.audit.attacker import drop_capabilities
 from restrictedmem.fd import OwnedFd
 from restrictedmem.protocol import exits, guest_abi
-from restrictedmem.service.client import Service, address
+from restrictedmem.service.address import address
+from restrictedmem.service.client import Service
 from restrictedmem.service.options import Options
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PAGE_SIZE as PAGE

@@ -41,7 +41,8 @@ from restrictedmem.abi.process import PR_SET_CHILD_SUBREAPER, prctl
 from restrictedmem.fd import send_with_fds
 from restrictedmem.fs.filesystem import PROVE, TOKEN_BYTES
 from restrictedmem.protocol import vm_wire
-from restrictedmem.service.client import Service, address
+from restrictedmem.service.address import address
+from restrictedmem.service.client import Service
 from restrictedmem.service.options import Options
 from restrictedmem.service.wire import Call, Channel
 from restrictedmem.units import PAGE_SIZE as PAGE

@@ -20,7 +20,8 @@ from processes import descriptors, stop
 from restrictedmem.fd import OwnedFd, receive_without_fds, send_with_fds
 from restrictedmem.service import door as door_module
 from restrictedmem.service import wire
-from restrictedmem.service.client import Service, address
+from restrictedmem.service.address import address
+from restrictedmem.service.client import Service
 from restrictedmem.service.door import Connection, Door
 from restrictedmem.service.wire import Call, Channel
 from users import as_user

@@ -43,8 +43,9 @@ from restrictedmem.service.client import Service
 from restrictedmem.service.options import Options
 from restrictedmem.service.wire import Call, Channel
 from restrictedmem.vmm import elf
+from restrictedmem.vmm.boot import expected_measurement
 from restrictedmem.vmm.vm import Vm
-from restrictedmem.vmm.vmm import Vmm, expected_measurement
+from restrictedmem.vmm.vmm import Vmm
 
 __all__ = ["engine", "explicit", "fd", "service", "vm"]
 

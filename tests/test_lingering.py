@@ -30,7 +30,8 @@ from restrictedmem.burial import bury
 from restrictedmem.fd import receive_without_fds
 from restrictedmem.protocol import vm_wire as kvm_wire
 from restrictedmem.service import starter, wire
-from restrictedmem.service.client import Service, address
+from restrictedmem.service.address import address
+from restrictedmem.service.client import Service
 from restrictedmem.service.consumer_process import ConsumerProcess
 from restrictedmem.vmm.vm import Vm
 from under_exec import PRELUDE, supervisor_of

@@ -34,7 +34,7 @@ from restrictedmem.stress.plan import MIXES, NAMES, OPERATIONS, Plan, plan_of
 from restrictedmem.stress.progress import Progress
 from restrictedmem.stress.puncher import Puncher
 from restrictedmem.units import PAGE_SIZE
-from restrictedmem.vmm.vmm import SHARED_SIZE
+from restrictedmem.vmm.boot import SHARED_SIZE
 from waiting import wait_until
 
 ROOT = Path(__file__).parent.parent

@@ -18,7 +18,7 @@ from restrictedmem.cli import guest_arguments
 from restrictedmem.cli.main import main
 from restrictedmem.service.report import Report
 from restrictedmem.vmm import elf
-from restrictedmem.vmm.vmm import expected_measurement
+from restrictedmem.vmm.boot import expected_measurement
 
 MIB = 1 << 20
 KEY = Ed25519PrivateKey.generate()

@@ -16,8 +16,7 @@ from package_guests import Done, engine, load, run, service, talk
 from restrictedmem.abi import memory
 from restrictedmem.protocol import exits, guest_abi
 from restrictedmem.service.client import Service
-from restrictedmem.vmm import elf
-from restrictedmem.vmm import vmm as vmm_module
+from restrictedmem.vmm import boot, elf
 from restrictedmem.vmm.vmm import Ended, Vmm
 from waiting import wait_until
 
@@ -339,7 +338,7 @@ PIECE: Final = st.tuples(
 
 @given(st.lists(PIECE, max_size=5))
 def test_pieces_of_content_become_whole_pages(pieces: list[tuple[int, bytes]]) -> None:
-    found = list(vmm_module._whole_pages(pieces))
+    found = list(boot._whole_pages(pieces))
     expected: dict[int, int] = {}
     for start, data in sorted(pieces):
         expected.update(zip(range(start, start + len(data)), data, strict=True))

@@ -24,11 +24,11 @@ from restrictedmem.service import report as attestation
 from restrictedmem.units import PAGE_MASK
 from restrictedmem.vmm import elf as guest_elf
 from restrictedmem.vmm import perfetto
+from restrictedmem.vmm.boot import launch_pages
 from restrictedmem.vmm.gdb import rsp as protocol
 from restrictedmem.vmm.gdb.gates import Gates
 from restrictedmem.vmm.gdb.stub import Stub, _Detached
 from restrictedmem.vmm.vm import Vcpu
-from restrictedmem.vmm.vmm import launch_pages
 
 _PRIVATE_SIZE: Final = 1 << 20
 

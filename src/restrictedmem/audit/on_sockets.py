@@ -18,7 +18,7 @@ from restrictedmem.audit.pattern import Buffer
 from restrictedmem.audit.reading import of_file
 from restrictedmem.fd import OwnedFd, close_all
 from restrictedmem.service import wire
-from restrictedmem.service.client import address
+from restrictedmem.service.address import address
 from restrictedmem.service.wire import Call, Channel
 
 #: Random keys that are tried, besides keys that differ a little from the right one.

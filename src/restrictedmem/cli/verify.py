@@ -143,7 +143,7 @@ def measure(args: argparse.Namespace) -> int:
 
 
 def _expected(args: argparse.Namespace, name: str, arguments: list[str]) -> bytes:
-    from restrictedmem.vmm.vmm import expected_measurement
+    from restrictedmem.vmm.boot import expected_measurement
 
     size = _MEMORY if args.memory is None else args.memory
     guest_arguments.warn(name, arguments, args.options)

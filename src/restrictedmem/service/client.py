@@ -14,10 +14,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from errno import (
     EACCES,
-    ECONNREFUSED,
     ECONNRESET,
     EINVAL,
-    ENAMETOOLONG,
     ENOENT,
     ENOTCONN,
     EPROTO,
@@ -37,6 +35,7 @@ from restrictedmem.fd import (
 )
 from restrictedmem.fs.filesystem import HUGEPAGE_MODE, NAME, PROVE
 from restrictedmem.service import SERVER_VARIABLE, starter, wire
+from restrictedmem.service.address import NOBODY, connect
 from restrictedmem.service.ending import words_of
 from restrictedmem.service.options import Options
 from restrictedmem.service.wire import Channel
@@ -44,8 +43,6 @@ from restrictedmem.users import is_own
 
 #: Connections that the service may drop before this process gives up.
 _TRIES: Final = 8
-#: A name that begins with ``@`` is known in one network namespace (unix(7)).
-_NOBODY: Final = "the service does not listen there: it is gone, or in another network namespace"
 #: Seconds to wait for the report of a consumer's end, and seconds between two questions for it.
 _ENDING_DEADLINE: Final = 1.0
 _ENDING_PAUSE: Final = 0.01
@@ -383,7 +380,7 @@ class Service:
             channel.call(wire.CONNECT, self._key)
         except ConnectionRefusedError:
             channel.close()
-            raise failed("connect", ENOTCONN, _NOBODY, self.info["socket"]) from None
+            raise failed("connect", ENOTCONN, NOBODY, self.info["socket"]) from None
         except OSError as error:
             channel.close()
             if error.errno == ENOTCONN:
@@ -434,28 +431,6 @@ def _object(call: str, text: bytes) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise failed(call, EPROTO, "its answer is not an object in JSON")
     return cast("dict[str, Any]", found)
-
-
-def address(path: str) -> str:
-    """Return the address of a socket.
-
-    A path that begins with ``@`` is a name in the abstract namespace (unix(7)).
-    """
-    return "\0" + path[1:] if path.startswith("@") else path
-
-
-def connect(sock: socket.socket, path: str) -> None:
-    """Connect to the address of a path.
-
-    Raises:
-        OSError: ENAMETOOLONG for a path that no socket can have; as connect(2).
-    """
-    try:
-        sock.connect(address(path))
-    except OSError as error:
-        # Python reports a path that does not fit into the address without an errno.
-        detail = _NOBODY if error.errno == ECONNREFUSED else ""
-        raise failed("connect", error.errno or ENAMETOOLONG, detail, path) from None
 
 
 _services: Final = WeakSet[Service]()

@@ -11,7 +11,7 @@ from restrictedmem.service.client import Service
 from restrictedmem.stress.board import Board, place
 from restrictedmem.stress.plan import Plan
 from restrictedmem.vmm import elf
-from restrictedmem.vmm.vmm import SHARED_SIZE
+from restrictedmem.vmm.boot import SHARED_SIZE
 
 CHURN: Final = elf.parse(guests.path("churn").read_bytes())
 

@@ -25,8 +25,8 @@ from restrictedmem.stress.plan import Plan
 from restrictedmem.stress.progress import Progress
 from restrictedmem.stress.puncher import MOST_PAGES, Puncher
 from restrictedmem.units import PAGE_SHIFT
+from restrictedmem.vmm.boot import SHARED_SIZE, launch_pages, launch_regs
 from restrictedmem.vmm.vm import Vcpu, Vm
-from restrictedmem.vmm.vmm import SHARED_SIZE, launch_pages, launch_regs
 
 _PRIVATE_SLOT, _WINDOW_SLOT, _EXTRA_SLOT = range(3)
 
