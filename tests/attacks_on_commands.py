@@ -18,7 +18,7 @@ from field import Attack, Field, works
 from restrictedmem.fd import readable
 from restrictedmem.service import wire
 from restrictedmem.service.client import Service
-from restrictedmem.service.starter import PACKAGE_ROOT
+from restrictedmem.service.exec_service import PACKAGE_ROOT
 from under_exec import PRELUDE
 from users import ORDINARY, as_user
 from waiting import PATIENCE, wait_until

@@ -27,9 +27,9 @@ from restrictedmem.audit.pattern import Pattern
 from restrictedmem.fd import OwnedFd
 from restrictedmem.protocol import exits, guest_abi
 from restrictedmem.service import wire
+from restrictedmem.service.exec_service import PACKAGE_ROOT
 from restrictedmem.service.listener import listen
 from restrictedmem.service.options import Options
-from restrictedmem.service.starter import PACKAGE_ROOT
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PAGE_SIZE as PAGE
 from restrictedmem.vmm.vm import Vm

@@ -12,7 +12,7 @@ from c_programs import ROOT, SOURCE, compile_c, compiler, run
 from restrictedmem.abi import kvm
 from restrictedmem.fs import filesystem
 from restrictedmem.protocol import exits, measurement, vm_wire
-from restrictedmem.service import starter
+from restrictedmem.service import exec_service
 from restrictedmem.service import wire as service_wire
 from restrictedmem.units import PAGE_SIZE
 
@@ -62,7 +62,7 @@ NUMBERS = {
     "CONNECT_KEY_SIZE": service_wire.KEY_BYTES,
     "KEY_SIZE": 32,
     "MAX_MESSAGE": service_wire.MAX_MESSAGE,
-    "START_SECONDS": int(starter.START_DEADLINE),
+    "START_SECONDS": int(exec_service.START_DEADLINE),
 }
 #: Every struct of the header that travels in a message.
 STRUCTS: dict[str, type[ctypes.Structure]] = {

@@ -29,7 +29,7 @@ from processes import family, stop, wait_gone
 from restrictedmem.abi import process as this_process
 from restrictedmem.fd import OwnedFd
 from restrictedmem.protocol import guest_abi
-from restrictedmem.service import starter
+from restrictedmem.service import exec_service
 from restrictedmem.service.client import Service
 from restrictedmem.service.options import Options
 from restrictedmem.service.privileges import harden
@@ -331,7 +331,7 @@ def _session_of(pid: int) -> int | None:
 @contextmanager
 def caught_at_exec(spy: Spy) -> Generator[None, None, None]:
     """Show the spy the first process of a service right after its exec."""
-    honest = starter.start_process
+    honest = exec_service.start_process
 
     def start_process(
         theirs: socket.socket,
@@ -345,11 +345,11 @@ def caught_at_exec(spy: Spy) -> Generator[None, None, None]:
         spy.catch(started.pid)
         return started
 
-    starter.start_process = start_process
+    exec_service.start_process = start_process
     try:
         yield
     finally:
-        starter.start_process = honest
+        exec_service.start_process = honest
 
 
 @pytest.mark.parametrize("attach", [seize, attach_and_stop], ids=["SEIZE", "ATTACH"])

@@ -29,7 +29,7 @@ from restrictedmem import burial, fd
 from restrictedmem.burial import bury
 from restrictedmem.fd import receive_without_fds
 from restrictedmem.protocol import vm_wire as kvm_wire
-from restrictedmem.service import starter, wire
+from restrictedmem.service import exec_service, wire
 from restrictedmem.service.address import address
 from restrictedmem.service.client import Service
 from restrictedmem.service.consumer_process import ConsumerProcess
@@ -89,11 +89,11 @@ def command(older: bool, *arguments: str) -> list[str]:
 @pytest.fixture(params=[False, True], ids=["this kernel", "one that refuses nothing"])
 def service(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
     if request.param:
-        older = starter._START.replace(
+        older = exec_service._START.replace(
             "from restrictedmem.service", OLDER + "from restrictedmem.service", 1
         )
-        assert older != starter._START
-        monkeypatch.setattr(starter, "_START", older)
+        assert older != exec_service._START
+        monkeypatch.setattr(exec_service, "_START", older)
     with Service.start() as found:
         yield found
 

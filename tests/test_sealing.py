@@ -22,8 +22,8 @@ from restrictedmem.failure import FAULT
 from restrictedmem.fd import close_all
 from restrictedmem.service import sealing, wire
 from restrictedmem.service.client import Service
+from restrictedmem.service.exec_service import PACKAGE_ROOT
 from restrictedmem.service.options import Options
-from restrictedmem.service.starter import PACKAGE_ROOT
 from restrictedmem.vmm import elf, recording
 from restrictedmem.vmm.vm import Vm
 from restrictedmem.vmm.vmm import Vmm

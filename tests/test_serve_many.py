@@ -28,9 +28,9 @@ from restrictedmem.service import client_services as serving
 from restrictedmem.service import refusals, wire
 from restrictedmem.service.client import Service
 from restrictedmem.service.client_services import ClientServices
+from restrictedmem.service.exec_service import START_DEADLINE, start_process
 from restrictedmem.service.listener import listen
 from restrictedmem.service.options import Options
-from restrictedmem.service.starter import START_DEADLINE, start_process
 from restrictedmem.vmm.vm import Vm
 from users import ORDINARY, as_user
 from waiting import PATIENCE, wait_until

@@ -18,7 +18,7 @@ import pytest
 from owned_service import in_fork, service, works
 from processes import descriptors, exists, family, process, room_for, wait_gone
 from restrictedmem.protocol import guest_abi
-from restrictedmem.service import starter
+from restrictedmem.service import exec_service
 from restrictedmem.service.client import Service
 from restrictedmem.units import PAGE_SIZE as PAGE
 from restrictedmem.vmm.vm import Vm
@@ -318,15 +318,15 @@ def test_without_a_way_to_mount_it_says_what_is_missing() -> None:
 
 
 def test_a_service_that_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(starter, "START_DEADLINE", 0.2)
-    monkeypatch.setattr(starter, "_START", "import time; time.sleep(60)")
+    monkeypatch.setattr(exec_service, "START_DEADLINE", 0.2)
+    monkeypatch.setattr(exec_service, "_START", "import time; time.sleep(60)")
     began = time.monotonic()
     assert error_of(Service.start) == ETIMEDOUT
     assert time.monotonic() - began < 5
 
 
 def test_a_service_that_dies_while_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(starter, "_START", "raise SystemExit")
+    monkeypatch.setattr(exec_service, "_START", "raise SystemExit")
     assert error_of(Service.start) == ECONNRESET
 
 

@@ -17,14 +17,14 @@ import pytest
 from processes import be_idle
 from restrictedmem import threads
 from restrictedmem.fd import KERNEL_REFUSES, OwnedFd, close_all, readable, spare
-from restrictedmem.service import spawns as spawns_module
+from restrictedmem.service import spawn_requests as spawns_module
 from restrictedmem.service import wire
 from restrictedmem.service.client import Service
 from restrictedmem.service.consumers import Consumers, Troubles
 from restrictedmem.service.door import Connection
 from restrictedmem.service.options import Options
 from restrictedmem.service.signing import Signer
-from restrictedmem.service.spawns import Spawns
+from restrictedmem.service.spawn_requests import Spawns
 from restrictedmem.service.tokens import Tokens
 from restrictedmem.service.wire import Channel
 from waiting import wait_until

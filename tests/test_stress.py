@@ -24,7 +24,7 @@ import pytest
 from processes import descendants, wait_gone
 from restrictedmem.abi import memory
 from restrictedmem.check.scenarios import SCENARIOS
-from restrictedmem.service import starter
+from restrictedmem.service import exec_service
 from restrictedmem.service.client import Service
 from restrictedmem.stress import run
 from restrictedmem.stress.board import MAX_PAGES, Board
@@ -212,9 +212,9 @@ def test_the_guest_finds_what_is_gone_without_a_word() -> None:
 
 def breaking(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     """Make the service's processes and engines run our code first. Their children have it too."""
-    start = starter._START  # pyright: ignore[reportPrivateUsage]
+    start = exec_service._START  # pyright: ignore[reportPrivateUsage]
     monkeypatch.setattr(
-        starter, "_START", f"import sys; sys.path.insert(0, sys.argv[1])\n{source}\n{start}"
+        exec_service, "_START", f"import sys; sys.path.insert(0, sys.argv[1])\n{source}\n{start}"
     )
 
 
@@ -279,7 +279,7 @@ def test_books_that_do_not_balance_are_found(
     source: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     breaking(monkeypatch, source)
-    for module in ("child", "finding", "owner", "run"):
+    for module in ("party", "finding", "owner", "run"):
         monkeypatch.setattr(f"restrictedmem.stress.{module}.PATIENCE", 3.0)
     on_engine(monkeypatch, "software")
     status, found = run_stress(capsys, scenario="punch-fault", seed=8)

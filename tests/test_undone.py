@@ -29,8 +29,8 @@ from restrictedmem.service import (
     client_cgroups,
     client_services,
     discover,
-    spawns,
-    starter,
+    exec_service,
+    spawn_requests,
     wire,
 )
 from restrictedmem.service.cgroup import Cgroup
@@ -160,7 +160,7 @@ def make_a_vm(patch: pytest.MonkeyPatch) -> None:
 
 def fork_a_consumer(_: pytest.MonkeyPatch) -> None:
     some = stub(_consumers=stub(add=fail), _waiting=[])
-    spawns.Spawns.add(some, stub(), "dma", b"")
+    spawn_requests.Spawns.add(some, stub(), "dma", b"")
 
 
 def start_a_client(_: pytest.MonkeyPatch) -> None:
@@ -180,7 +180,7 @@ PLACES: Final[dict[str, Place]] = {
     "MemfdHalf": show_a_pinned_file,
     "SharedHalf": share_a_memfd,
     "take_over": take_a_bound_file_over,
-    "begin": place(starter, "start_process", lambda: starter.begin(Options())),
+    "begin": place(exec_service, "start_process", lambda: exec_service.begin(Options())),
     "knock": connect_to_a_service,
     "call": make_a_round_trip,
     "ask": ask_the_checker,

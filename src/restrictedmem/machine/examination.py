@@ -18,7 +18,7 @@ from restrictedmem.machine.finding import Finding, State, reason
 from restrictedmem.probe import in_child
 from restrictedmem.protocol.guest_abi import PRIVATE_SIZE_MIN
 from restrictedmem.service import client
-from restrictedmem.service.starter import START_DEADLINE
+from restrictedmem.service.exec_service import START_DEADLINE
 from restrictedmem.units import PAGE_SIZE, format_size
 from restrictedmem.vmm import elf
 from restrictedmem.vmm.vmm import Vmm

@@ -34,7 +34,7 @@ from restrictedmem.fd import (
     peer_credentials,
 )
 from restrictedmem.fs.filesystem import HUGEPAGE_MODE, NAME, PROVE
-from restrictedmem.service import SERVER_VARIABLE, starter, wire
+from restrictedmem.service import SERVER_VARIABLE, exec_service, wire
 from restrictedmem.service.address import NOBODY, connect
 from restrictedmem.service.ending import words_of
 from restrictedmem.service.options import Options
@@ -68,7 +68,7 @@ class Service:
                 died.
         """
         with first:
-            body, fds = starter.receive_ready(first)
+            body, fds = exec_service.receive_ready(first)
         try:
             self.info = _object("READY", body)
             self._key = _check(self.info)
@@ -115,7 +115,7 @@ class Service:
                 ``restrictedmem doctor`` says what is missing.
         """
         try:
-            ours, process = starter.begin(options or Options())
+            ours, process = exec_service.begin(options or Options())
         except OSError as error:
             raise named("start", error) from None
         try:
@@ -125,7 +125,7 @@ class Service:
             raise failed(
                 "start",
                 ECONNRESET,
-                f"the service died while it started: {starter.ending_of(process)}",
+                f"the service died while it started: {exec_service.ending_of(process)}",
             ) from None
         finally:
             # The process has done its work, or it hangs.

@@ -23,9 +23,9 @@ from restrictedmem.burial import bury
 from restrictedmem.fd import OwnedFd, hung_up, peer_credentials, readable
 from restrictedmem.patience import SLICE, Clock
 from restrictedmem.service.client_cgroups import ClientCgroups
+from restrictedmem.service.exec_service import START_DEADLINE, start_process
 from restrictedmem.service.options import Options
 from restrictedmem.service.refusals import Refusals
-from restrictedmem.service.starter import START_DEADLINE, start_process
 from restrictedmem.service.uids import Uids
 from restrictedmem.users import is_known
 

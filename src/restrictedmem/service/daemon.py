@@ -41,7 +41,7 @@ from restrictedmem.service.privileges import drop_privileges
 from restrictedmem.service.program import Programs
 from restrictedmem.service.refusals import Refusals
 from restrictedmem.service.signing import Signer
-from restrictedmem.service.spawns import Spawns
+from restrictedmem.service.spawn_requests import Spawns
 from restrictedmem.service.tokens import Tokens
 from restrictedmem.service.wire import Channel, Message
 from restrictedmem.units import PAGE_SHIFT, pgoff_t

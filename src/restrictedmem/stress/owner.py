@@ -18,9 +18,9 @@ from restrictedmem.abi.kvm import EHWPOISON
 from restrictedmem.protocol import exits, guest_abi
 from restrictedmem.service.client import Service
 from restrictedmem.stress.board import EXTRA_BASE, EXTRA_PAGES
-from restrictedmem.stress.child import reporting, told_to_stop
 from restrictedmem.stress.finding import PATIENCE, Finding, wait_for
 from restrictedmem.stress.ground import CHURN, Ground, sized_memfd
+from restrictedmem.stress.party import reporting, told_to_stop
 from restrictedmem.stress.plan import Plan
 from restrictedmem.stress.progress import Progress
 from restrictedmem.stress.puncher import MOST_PAGES, Puncher

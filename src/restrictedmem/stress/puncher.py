@@ -9,8 +9,8 @@ from typing import Final, NoReturn, final
 
 from restrictedmem.abi import memory
 from restrictedmem.stress.board import Lane
-from restrictedmem.stress.child import reporting, told_to_stop
 from restrictedmem.stress.ground import Ground
+from restrictedmem.stress.party import reporting, told_to_stop
 from restrictedmem.stress.plan import OPERATIONS, Plan
 from restrictedmem.stress.progress import Progress
 from restrictedmem.units import PAGE_SHIFT

@@ -23,10 +23,10 @@ from restrictedmem.fd import readable
 from restrictedmem.mm.designs import make
 from restrictedmem.service.client import Service
 from restrictedmem.service.options import Options
-from restrictedmem.stress.child import Child
 from restrictedmem.stress.finding import PATIENCE, Finding, wait_for
 from restrictedmem.stress.ground import Ground
 from restrictedmem.stress.owner import be_owner
+from restrictedmem.stress.party import Child
 from restrictedmem.stress.plan import MIXES, OPERATIONS, Plan, plan_of
 from restrictedmem.stress.puncher import be_second
 from restrictedmem.text import Line

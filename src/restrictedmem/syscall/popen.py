@@ -9,7 +9,7 @@ from errno import EACCES, ENOENT
 from typing import Any, Final
 
 from restrictedmem.failure import failed
-from restrictedmem.service.starter import PACKAGE_ROOT
+from restrictedmem.service.exec_service import PACKAGE_ROOT
 from restrictedmem.syscall.exec_program import CallOptions
 
 _START: Final = (
