@@ -177,3 +177,15 @@ def test_the_package_imports_nothing_heavy() -> None:
             for node in top
             if node.module and node.module.split(".")[0] in ("rich", "unicorn")
         ], module
+
+
+def test_no_file_is_longer_than_500_lines() -> None:
+    root = SOURCE.parent.parent
+    files = [path for place in (SOURCE, root / "tests") for path in place.rglob("*.py")]
+    assert len(files) > 400
+    longer = {
+        str(path.relative_to(root)): lines
+        for path in files
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 500
+    }
+    assert not longer
