@@ -20,6 +20,7 @@ from errno import EACCES, EPERM
 from functools import partial
 from pathlib import Path
 from typing import Any, final
+from unittest import mock
 
 import pytest
 
@@ -330,8 +331,12 @@ def _session_of(pid: int) -> int | None:
 
 @contextmanager
 def caught_at_exec(spy: Spy) -> Generator[None, None, None]:
-    """Show the spy the first process of a service right after its exec."""
+    """Show the spy the first process of a service right after its exec.
+
+    The process stops itself before its first step, else a busy machine might show it too late.
+    """
     honest = exec_service.start_process
+    begin = f"import os; os.kill(os.getpid(), {int(signal.SIGSTOP)}); {exec_service._START}"
 
     def start_process(
         theirs: socket.socket,
@@ -342,14 +347,17 @@ def caught_at_exec(spy: Spy) -> Generator[None, None, None]:
         cgroup: OwnedFd | None = None,
     ) -> "subprocess.Popen[bytes]":
         started = honest(theirs, options, inherited, own_session=own_session, cgroup=cgroup)
+        _, status = os.waitpid(started.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
         spy.catch(started.pid)
+        os.kill(started.pid, signal.SIGCONT)
         return started
 
-    exec_service.start_process = start_process
-    try:
+    with (
+        mock.patch.object(exec_service, "start_process", start_process),
+        mock.patch.object(exec_service, "_START", begin),
+    ):
         yield
-    finally:
-        exec_service.start_process = honest
 
 
 @pytest.mark.parametrize("attach", [seize, attach_and_stop], ids=["SEIZE", "ATTACH"])

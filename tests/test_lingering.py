@@ -74,10 +74,10 @@ def pair() -> tuple[socket.socket, socket.socket]:
 def command(older: bool, *arguments: str) -> list[str]:
     """Return a command line of the program, and have services that it starts believe the same."""
     start = (
-        f"starter._START = starter._START.replace('from restrictedmem.service', "
+        f"exec_service._START = exec_service._START.replace('from restrictedmem.service', "
         f"{OLDER!r} + 'from restrictedmem.service', 1); "
     )
-    setup = f"{OLDER}from restrictedmem.service import starter; {start}" if older else ""
+    setup = f"{OLDER}from restrictedmem.service import exec_service; {start}" if older else ""
     return [
         sys.executable,
         "-c",
