@@ -10,7 +10,8 @@ from typing import Any, Final
 import pytest
 
 from planting import always, stub
-from restrictedmem.abi import kvm, process
+from restrictedmem.abi import kvm, process, seccomp
+from restrictedmem.abi.seccomp import FilterFlag
 from restrictedmem.machine import descriptor, guests, memory_kinds, syscall
 from restrictedmem.machine.finding import Finding, State
 from restrictedmem.units import PAGE_SIZE
@@ -286,3 +287,24 @@ def test_pools(
         (pool / "free_hugepages").write_text(str(free))
     monkeypatch.setattr(memory_kinds, "_HUGETLB", tmp_path)
     assert memory_kinds.hugetlb().state is state
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "words"),
+    [
+        (FilterFlag.NEW_LISTENER, "NEW_LISTENER", "cannot have memfd_restricted(2)"),
+        (
+            FilterFlag.NEW_LISTENER | FilterFlag.WAIT_KILLABLE_RECV,
+            "WAIT_KILLABLE_RECV",
+            "repeat a call",
+        ),
+    ],
+    ids=["needed", "optional"],
+)
+def test_what_a_kernel_without_a_flag_lacks(
+    flags: FilterFlag, name: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seccomp, "flags_known", always(False))
+    found = syscall.flag(flags, "Linux 5.19")
+    assert (found.name, found.remedy) == (name, "Linux 5.19")
+    assert words in found.consequence
