@@ -342,17 +342,6 @@ def chown(thing: Thing) -> tuple[int, int]:
     return found.st_uid - uid, found.st_gid - gid
 
 
-def chown_to_other(thing: Thing) -> str:
-    """As uid 65534 who got it passed."""
-
-    def body() -> int:
-        os.setresuid(65534, 65534, 65534)
-        os.fchown(thing.fd, 65534, -1)
-        return 0
-
-    return in_child(body)
-
-
 def utimens(thing: Thing) -> tuple[int, int]:
     os.utime(thing.fd, ns=(1_000_000_001, 2_000_000_002))
     found = os.fstat(thing.fd)

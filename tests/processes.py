@@ -20,6 +20,16 @@ from restrictedmem.service.client import Service
 from waiting import PATIENCE, wait_until
 
 
+@contextmanager
+def closing(fds: list[int]) -> Generator[list[int], None, None]:
+    """Close the descriptors that a list holds in the end."""
+    try:
+        yield fds
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
 @dataclass(frozen=True)
 class Process:
     """The fields of /proc/PID/stat.

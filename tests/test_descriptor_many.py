@@ -18,6 +18,7 @@ import pytest
 import descriptor_operations as do
 from outcomes import Errno, in_child, outcome
 from own_server import OwnServer, serving
+from processes import closing
 from restrictedmem.abi.memory import PUNCH, FallocMode, fallocate
 from restrictedmem.abi.process import tgkill
 from restrictedmem.fs.mount_ways import Way
@@ -36,16 +37,6 @@ LARGE = (256 << 20) + PAGE_SIZE
 def service() -> Iterator[Service]:
     with Service.start() as started:
         yield started
-
-
-@contextmanager
-def closing(fds: list[int]) -> Generator[list[int], None, None]:
-    """Close the descriptors that a list holds in the end."""
-    try:
-        yield fds
-    finally:
-        for fd in fds:
-            os.close(fd)
 
 
 def resident(pid: int) -> int:

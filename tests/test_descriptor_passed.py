@@ -11,6 +11,7 @@ import pytest
 
 from outcomes import Errno, in_child, outcome
 from own_server import Mount, mount_for_one_user, serving
+from processes import closing
 from restrictedmem.abi import memory
 from restrictedmem.abi.memory import PUNCH, FallocMode, fallocate
 from restrictedmem.fs.mount_ways import Way
@@ -19,16 +20,6 @@ from restrictedmem.mm.notifier import Api
 from restrictedmem.units import PAGE_SIZE
 
 OWNER, STRANGER = 65534, 65533
-
-
-@contextmanager
-def closing(fds: list[int]) -> Generator[list[int], None, None]:
-    """Close the descriptors that a list holds in the end."""
-    try:
-        yield fds
-    finally:
-        for fd in fds:
-            os.close(fd)
 
 
 @contextmanager
