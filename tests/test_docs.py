@@ -129,3 +129,25 @@ def test_every_guarantee_has_a_change_that_breaks_it() -> None:
         changed = mutant.applied((ROOT / change.file).read_bytes())
         if change.file.endswith(".py"):
             compile(changed, f"{change.file} of {number}", "exec")
+
+
+#: The pages whose unmarked blocks tests run, or which are generated.
+_RUN = {
+    "README.md",
+    "docs/reference/cli.md",
+    "docs/reference/wire-protocol.md",
+    "docs/use/consumers.md",
+    "docs/use/devkvm.md",
+    "docs/use/guests.md",
+    "docs/use/quickstart.md",
+    "docs/use/vm.md",
+}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_block_that_no_test_runs_is_marked(page: Path) -> None:
+    lines = ["", *page.read_text(encoding="utf-8").splitlines()]
+    fences = [number for number, line in enumerate(lines) if line.startswith("```")]
+    unmarked = [number for number in fences[::2] if "<!-- extract -->" not in lines[number - 1]]
+    assert len(fences) % 2 == 0
+    assert not unmarked or str(page.relative_to(ROOT)) in _RUN
