@@ -125,13 +125,16 @@ class Mmu:
             OSError: the errno of get_page.
         """
         index = gfn - slot.base_gfn
-        return self._traced_fault(slot, index) if self._trace.on else self._fault(slot, index)
+        private = bool(slot.attributes[index])
+        if self._trace.on:
+            return self._traced_fault(slot, index, private=private)
+        return self._fault(slot, index, private=private)
 
-    def _fault(self, slot: Memslot, index: int) -> Fault:
-        if not slot.attributes[index]:
-            return self._map_shared(slot, *around(slot, index)) if slot.shared else Fault.NO_HALF
-        if slot.private is None:
+    def _fault(self, slot: Memslot, index: int, *, private: bool) -> Fault:
+        if (slot.private if private else slot.shared) is None:
             return Fault.NO_HALF
+        if not private:
+            return self._map_shared(slot, *around(slot, index))
         fault = PageFault(slot, index)
         try:
             if not fault.get_large():
@@ -143,12 +146,11 @@ class Mmu:
             return Fault.RETRY
         return self._map_private(fault)
 
-    def _traced_fault(self, slot: Memslot, index: int) -> Fault:
-        private = bool(slot.attributes[index])
+    def _traced_fault(self, slot: Memslot, index: int, *, private: bool) -> Fault:
         first, last = around(slot, index)
         started, result, errno = now(), "", 0
         try:
-            fault = self._fault(slot, index)
+            fault = self._fault(slot, index, private=private)
             result = fault.name.lower()
         except OSError as error:
             result, errno = "error", error.errno or EFAULT
