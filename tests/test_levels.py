@@ -17,8 +17,9 @@ from mapped_levels import BASE, PMD, PUD, made
 from restrictedmem import guests
 from restrictedmem.abi import memory
 from restrictedmem.abi.memory import PUNCH
+from restrictedmem.kvm import mmu
 from restrictedmem.kvm.lpage import Level
-from restrictedmem.kvm.memslot import ALL, CODE, LEVEL_SHIFT, PRIVATE, WRITE
+from restrictedmem.kvm.memslot import ALL, CODE, LEVEL_SHIFT, PRIVATE, WRITE, Memslot
 from restrictedmem.kvm.mmu import Fault
 from restrictedmem.kvm.page_fault import FAULT_AROUND
 from restrictedmem.mm.pages import Pages
@@ -326,6 +327,24 @@ def test_the_trace_says_the_level() -> None:
         (16, 16, 1, "mapped"),
         (96, 0, 0, "error"),
     ]
+
+
+def test_the_trace_names_the_half_of_its_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = Trace()
+    writer, reader = pair()
+    trace.start(writer)
+
+    def convert_meanwhile(slot: Memslot, index: int) -> tuple[int, int]:
+        slot.attributes[index] = 0
+        return index, index + 1
+
+    with made(trace=trace) as vm, open(reader.detach(), encoding="ascii") as events:
+        vm.folios.order = 0
+        monkeypatch.setattr(mmu, "around", convert_meanwhile)
+        assert vm.mmu.fault(vm.slot, BASE + 20) is Fault.RETRY
+        trace.end()
+        (event, _) = [json.loads(line) for line in events]
+    assert (event["private"], event["result"]) == (True, "retry")
 
 
 # Guests.
