@@ -71,6 +71,14 @@ USAGE = [
         2,
         "argument --memory-max: 1 is not a whole number of pages",
     ),
+    *(
+        Case(
+            f"serve --socket IN/socket --mode {mode}",
+            2,
+            f"argument --mode: {mode} is not a mode: 000 to 777",
+        )
+        for mode in ("1000", "778", "0o7", "00777")
+    ),
     Case(
         "serve --socket IN/socket --max-vms 0",
         2,

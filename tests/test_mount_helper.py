@@ -15,9 +15,11 @@ from typing import Final
 
 import pytest
 
+from outcomes import in_child
 from planting import always
-from restrictedmem.fd import send_with_fds
-from restrictedmem.fs import mounter
+from restrictedmem.abi import mount
+from restrictedmem.fd import OwnedFd, send_with_fds
+from restrictedmem.fs import mount_ways, mounter
 from restrictedmem.fs.mount_ways import mount_fusermount
 
 #: Sends /dev/null for /dev/fuse; to unmount it does nothing.
@@ -108,3 +110,47 @@ def test_what_comes_with_an_error_is_closed(
             mounter._hear(ours, "mount", 2)
         assert os.listdir("/proc/self/fd") == before
     assert (caught.value.errno, caught.value.strerror) == (number, words)
+
+
+def test_a_mount_point_goes_though_the_helper_cannot_unmount(
+    helped: Callable[[str], Path], tmp_path: Path
+) -> None:
+    points = helped("import sys\nsys.exit(1)\n")
+    point = points / "point"
+    point.mkdir()
+    reader, writer = os.pipe()
+    os.close(writer)
+    in_child(lambda: mount_ways._clean_up(str(tmp_path / "fusermount3"), str(point), reader))
+    os.close(reader)
+    assert not point.exists()
+
+
+def test_a_mount_says_whose_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its type is fuse.restrictedmem, as in /proc/self/mountinfo."""
+    asked: dict[str, str | None] = {}
+
+    def fsconfig(_: OwnedFd, key: str, value: str | None = None) -> None:
+        asked[key] = value
+
+    def opened(*_: object) -> OwnedFd:
+        return OwnedFd(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
+
+    monkeypatch.setattr(mount_ways, "DEVICE", os.devnull)
+    for name, does in {
+        "fsopen": opened,
+        "fsconfig": fsconfig,
+        "fsconfig_create": always(None),
+        "fsmount": opened,
+    }.items():
+        monkeypatch.setattr(mount, name, does)
+    device, root = mount_ways.mount_detached(allow_other=True)
+    with device, root:
+        assert asked == {
+            "source": "restrictedmem",
+            "subtype": "restrictedmem",
+            "fd": str(device.fileno()),
+            "rootmode": "40000",
+            "user_id": str(os.getuid()),
+            "group_id": str(os.getgid()),
+            "allow_other": None,
+        }

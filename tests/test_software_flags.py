@@ -6,13 +6,15 @@ from typing import Final, cast
 
 import pytest
 
+from planting import always
 from restrictedmem.abi.kvm import kvm_regs
 from restrictedmem.abi.memory import PUNCH
 from restrictedmem.kvm.half import Half
 from restrictedmem.kvm.memslot import Memslot
 from restrictedmem.kvm.mmu import Fault
 from restrictedmem.kvm.software.fetched import FetchedCode
-from restrictedmem.kvm.software.uc import Uc
+from restrictedmem.kvm.software.flags import RFLAGS, find_source
+from restrictedmem.kvm.software.uc import Context, Uc
 from restrictedmem.protocol.exits import (
     BREAKPOINT,
     Debug,
@@ -451,3 +453,20 @@ def test_cmpxchg16b_elsewhere(machine: Machine) -> None:
     for code in ("0fc7c8", "0fc737"):  # cmpxchg8b eax; what only a hypervisor has
         start(machine, machine_code(code, "f4"))
         assert machine.vcpu.run() == Shutdown(6)
+
+
+@pytest.mark.parametrize(
+    ("source", "flags", "direction"), [(7, RFLAGS, 1), (8, 0, 1), (8, RFLAGS, 0xFFFF_FFFF)]
+)
+def test_flags_that_unicorn_keeps_elsewhere_are_not_believed(
+    source: int, flags: int, direction: int
+) -> None:
+    words = {source - 16: flags, source + 20: direction}
+    context = SimpleNamespace(find=always(source - 8), word=words.__getitem__)
+    with pytest.raises(RuntimeError, match="keeps flags otherwise"):
+        find_source(cast("Context", context))
+
+
+def test_flags_are_found_where_they_are() -> None:
+    context = SimpleNamespace(find=always(16), word={8: RFLAGS | 0x8D5, 44: 1}.__getitem__)
+    assert find_source(cast("Context", context)) == 24

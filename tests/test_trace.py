@@ -15,11 +15,15 @@ from typing import Any
 import pytest
 
 from outcomes import Errno, outcome
+from planting import always
 from recorded_runs import engine, recorded, service
+from restrictedmem.abi import kvm
 from restrictedmem.fd import OwnedFd
-from restrictedmem.protocol import exits
+from restrictedmem.protocol import exits, vm_wire
 from restrictedmem.protocol.trace_events import VERSION, Trace, of_exit, pair
 from restrictedmem.service.client import Service
+from restrictedmem.service.wire import Message
+from restrictedmem.units import PAGE_SIZE
 from restrictedmem.vmm.recording import record
 from restrictedmem.vmm.vm import Vm
 from restrictedmem.vmm.vmm import Vmm
@@ -372,3 +376,73 @@ def test_a_child_that_has_the_socket_too_does_not_keep_a_trace_from_ending(
     os.waitpid(child, 0)
     os.close(held[0])
     assert lines(tmp_path / "run.jsonl")[-1]["event"] == "end"
+
+
+@pytest.mark.parametrize(
+    ("message", "event"),
+    [
+        (
+            Message(
+                vm_wire.SET_USER_MEMORY_REGION.number,
+                bytes(
+                    kvm.kvm_userspace_memory_region_ext(
+                        slot=3,
+                        flags=4,
+                        guest_phys_addr=2 * PAGE_SIZE,
+                        memory_size=5 * PAGE_SIZE,
+                        userspace_addr=0,
+                    )
+                ),
+                [],
+            ),
+            {"event": "slot", "slot": 3, "flags": 4, "gfn": 2, "npages": 5},
+        ),
+        (
+            Message(
+                vm_wire.SET_MEMORY_ATTRIBUTES.number,
+                bytes(
+                    kvm.kvm_memory_attributes(address=PAGE_SIZE, size=2 * PAGE_SIZE, attributes=8)
+                ),
+                [],
+            ),
+            {"event": "attributes", "gfn": 1, "npages": 2, "private": True},
+        ),
+        (
+            Message(
+                vm_wire.ENCRYPT_UNREG_REGION.number,
+                bytes(kvm.kvm_enc_region(addr=PAGE_SIZE, size=2 * PAGE_SIZE)),
+                [],
+            ),
+            {"event": "attributes", "gfn": 1, "npages": 2, "private": False},
+        ),
+        (
+            Message(
+                vm_wire.LAUNCH_UPDATE.number,
+                vm_wire.LAUNCH.pack(7 * PAGE_SIZE) + bytes(3 * PAGE_SIZE),
+                [],
+            ),
+            {"event": "launch_update", "gfn": 7, "npages": 3},
+        ),
+        (
+            Message(vm_wire.INTERRUPT.number, vm_wire.VCPU.pack(6), []),
+            {"event": "interrupt", "vcpu": 6},
+        ),
+    ],
+    ids=lambda value: value["event"] if isinstance(value, dict) else "",
+)
+def test_a_request_is_an_event(message: Message, event: Event) -> None:
+    writer, reader = pair()
+    trace = Trace()
+    trace.start(writer)
+    trace.requests(always(None))(message)
+    with pytest.raises(OSError, match="refused"):
+        trace.requests(refuse)(message)
+    done, refused = read_all(reader)
+    reader.close()
+    trace.end()
+    assert {name: done[name] for name in (*event, "errno")} == {**event, "errno": 0}
+    assert {name: refused[name] for name in (*event, "errno")} == {**event, "errno": EINVAL}
+
+
+def refuse(_: Message) -> None:
+    raise OSError(EINVAL, "refused")
