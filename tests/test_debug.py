@@ -6,12 +6,15 @@ Without it they stay closed.
 import os
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
+from planting import always, stub
 from restrictedmem.abi import kvm_x86, memory
 from restrictedmem.abi.kvm import kvm_regs
 from restrictedmem.kvm import debug_requests
+from restrictedmem.kvm.software.guest_debug import GuestDebug
 from restrictedmem.protocol import exits
 from restrictedmem.protocol.exits import BREAKPOINT, DR6_BS, SINGLE_STEP, Debug
 from restrictedmem.protocol.guest_abi import HYPERCALL_PAGE
@@ -316,3 +319,30 @@ def test_steps_and_breakpoints_by_the_owner(service: Service) -> None:
         vcpu.set_guest_debug()
         assert vcpu.run() == exits.PortOut(0x42, 1, 0x55)
         assert vcpu.get_sregs().cs.selector == 0x23
+
+
+def test_the_last_breakpoint_takes_its_hooks_out_of_translated_code() -> None:
+    """Translated code calls the hooks that it was translated with, removed or not."""
+    did: list[str] = []
+
+    @contextmanager
+    def maintenance() -> Iterator[None]:
+        did.append("stop")
+        yield
+        did.append("go on")
+
+    uc = stub(
+        registers=always(None),
+        hook_code=lambda address, _: f"hook at {address}",
+        stop_inside_blocks=always(None),
+        flush_code=lambda: did.append("flush"),
+        unhook=lambda hook: did.append(f"no {hook}"),
+    )
+    debug = GuestDebug(uc, stub(maintenance=maintenance), always(None))
+    debug.set(step=False, breakpoints=frozenset({1}))
+    assert did == ["flush"]
+    debug.set(step=True, breakpoints=frozenset())
+    assert did == ["flush"]
+    debug.set(step=False, breakpoints=frozenset())
+    assert did == ["flush", "stop", "no hook at 1", "go on", "flush"]
+    assert not debug.has_hook(1)

@@ -1,8 +1,10 @@
 """Folios at their limits and with empty pools, and a consumer that maps the file."""
 
 import os
-from errno import EINVAL, ENOSPC
+from errno import EAGAIN, EINVAL, ENOSPC
 from functools import partial
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -12,9 +14,10 @@ from outcomes import Errno, outcome
 from real_folios import HUGETLB, allocate, backing_of, mapped, needs_pool, punch, span
 from restrictedmem.abi import fuse, memory, pagemap
 from restrictedmem.abi.fuse import Opcode
-from restrictedmem.abi.memory import PMD_SIZE, PUNCH
+from restrictedmem.abi.memory import PMD_SIZE, PUNCH, Mapping
 from restrictedmem.fd import OwnedFd
 from restrictedmem.fs.filesystem import HUGEPAGE_MODE, NAME, FileSystem, Request
+from restrictedmem.mm import folios
 from restrictedmem.mm.backing import KINDS, MappedBacking, Memfd, make_backing, take_over
 from restrictedmem.mm.folios import BLOCK
 from restrictedmem.mm.pages import Pages
@@ -189,3 +192,28 @@ def test_a_service_of_huge_pages(kind: str) -> None:
             assert os.fstat(fd.fileno()).st_blocks == 0
             memory.fallocate(fd.fileno(), 0, size, 1)
         wait_until(lambda: hugetlb.free_pages(size) == 1, "the huge page of a file that was closed")
+
+
+@pytest.mark.parametrize(
+    ("errors", "calls", "answer"),
+    [
+        ([], 1, None),
+        ([EAGAIN], 2, None),
+        ([EAGAIN] * 2, 3, None),
+        ([EAGAIN] * 3, 3, Errno(EAGAIN)),
+        ([EINVAL], 1, Errno(EINVAL)),
+    ],
+)
+def test_a_collapse_that_meets_somebody_is_tried_three_times(
+    errors: list[int], calls: int, answer: object
+) -> None:
+    asked: list[tuple[int, int, int]] = []
+
+    def madvise(*call: int) -> None:
+        asked.append(cast("tuple[int, int, int]", call))
+        if len(asked) <= len(errors):
+            raise OSError(errors[len(asked) - 1], "refused")
+
+    mapping = cast("Mapping", SimpleNamespace(madvise=madvise))
+    assert outcome(lambda: folios._collapse(mapping, PMD_SIZE)) == answer
+    assert asked == [(memory.MADV_COLLAPSE, 0, PMD_SIZE)] * calls
