@@ -7,16 +7,21 @@ import ctypes
 import errno
 import mmap
 import os
+import re
 import resource
 import subprocess
 import sys
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
-from outcomes import outcome
+from outcomes import Errno, outcome
+from planting import stub
 from probing import always, say, without_capabilities
 from restrictedmem.abi import kvm, memory, pagemap, process, seccomp
+from restrictedmem.fd import OwnedFd
 from restrictedmem.machine import finding, guests, host, laboratory, syscall
 from restrictedmem.machine import memory_kinds as memory_probes
 from restrictedmem.machine.finding import Finding, State
@@ -42,6 +47,34 @@ def test_a_missing_unicorn_is_named_with_its_command(monkeypatch: pytest.MonkeyP
     assert "pip install" in found.remedy
 
 
+def test_a_unicorn_without_its_library_is_told_from_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    spec = stub(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr("importlib.util.find_spec", always(spec))
+    found = guests.unicorn()
+    assert (found.state, found.detail) == (State.NO, "its library is missing")
+
+
+def test_unicorn_has_to_open_an_engine_and_says_its_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers = {"uc_open": 0, "uc_version": 0x12_34_56_FF}
+    opened = list[tuple[object, ...]]()
+
+    def uc_open(*arguments: object) -> int:
+        opened.append(arguments[:2])
+        return answers["uc_open"]
+
+    library = stub(uc_open=uc_open, uc_version=lambda *_: answers["uc_version"])
+    monkeypatch.setattr(ctypes, "CDLL", always(library))
+    assert guests._unicorn_version("library") == (0x12, 0x34, 0x56)
+    # UC_ARCH_X86 and UC_MODE_64 of <unicorn/unicorn.h>.
+    assert opened == [(4, 8)]
+    answers["uc_open"] = 1
+    assert outcome(lambda: guests._unicorn_version("library")) == Errno(errno.EIO)
+
+
 def test_another_unicorn_is_not_promised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guests, "_unicorn_version", always((2, 2, 0)))
     assert guests.unicorn().state is State.PARTLY
@@ -52,6 +85,8 @@ def test_hardware_is_read_from_cpuinfo(monkeypatch: pytest.MonkeyPatch) -> None:
     assert guests.hardware().detail == "AMD SVM, itself inside a virtual machine"
     say(monkeypatch, guests, cpuinfo="flags\t\t: fpu\n")
     assert guests.hardware().state is State.NO
+    say(monkeypatch, guests, cpuinfo="flags\t\t: fpu vmx\n")
+    assert guests.hardware().detail == "Intel VMX, on bare metal"
 
 
 @pytest.mark.requires("kvm")
@@ -70,6 +105,34 @@ def test_without_kvm_the_rest_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_pa
     found = list(guests.probe())
     assert found[2].state is State.NO
     assert {one.state for one in found[3:]} == {State.UNKNOWN}
+
+
+def test_without_a_vm_the_rest_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise OSError(errno.ENOMEM, "no room")
+
+    monkeypatch.setattr(guests, "kvm_device", lambda: Finding("/dev/kvm", State.YES, ""))
+    monkeypatch.setattr(guests, "in_child", refuse)
+    found = {one.name: one for one in list(guests.probe())[3:]}
+    assert found.keys() == {"KVM capabilities", "memory attributes", *guests._FLAGS}
+    assert {(one.state, one.detail) for one in found.values()} == {
+        (State.UNKNOWN, "a VM could not be made: no room")
+    }
+
+
+def test_a_touch_that_would_be_sigbus_is_no_touch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EIO, "planted")
+
+    with memory.memfd_create("touched") as file:
+        os.ftruncate(file.fileno(), PAGE_SIZE)
+        with mmap.mmap(file.fileno(), PAGE_SIZE) as mapping:
+            assert guests._readable(mapping)
+            os.ftruncate(file.fileno(), 0)
+            assert not guests._readable(mapping)
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "write", refuse)
+                assert outcome(lambda: guests._readable(mapping)) == Errno(errno.EIO)
 
 
 def test_kvm_capabilities_name_what_is_missing() -> None:
@@ -94,8 +157,25 @@ def test_a_slot_over_the_limit_is_not_promised() -> None:
         True,
         True,
     )
+    assert "a slot of 64 MiB: " in found.detail
     assert "swapped out" in found.consequence
     assert "no swap" in in_child(lambda: limited(harmless=True)).consequence
+
+
+def test_the_limit_matters_where_there_is_swap(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[bool]()
+
+    def lockable(*, harmless: bool) -> Finding:
+        asked.append(harmless)
+        return Finding("locked memory", State.YES, "")
+
+    monkeypatch.setattr(memory_probes, "lockable", lockable)
+    for state in (State.YES, State.NO, State.UNKNOWN):
+        swapless = Finding("no swap", state, "")
+        monkeypatch.setattr(memory_probes, "no_swap", lambda found=swapless: found)
+        first, second = islice(memory_probes.probe(), 2)
+        assert (first.name, second) == ("locked memory", swapless)
+    assert asked == [True, False, False]
 
 
 def test_swap_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +187,13 @@ def test_swap_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         State.NO,
         "/dev/sda2 2 GiB, zswap on",
     )
+    # A name may have spaces.
+    say(monkeypatch, memory_probes, swaps=f"{head}\n/a b partition 1024 0 -2\n/c file 2048 0 -3")
+    assert memory_probes.no_swap().detail == "/a b 1 MiB; /c 2 MiB"
+    say(monkeypatch, memory_probes, swaps=head, enabled="Y")
+    assert "/proc/swaps is empty, zswap on: " in memory_probes.no_swap().detail
+    say(monkeypatch, memory_probes)
+    assert memory_probes.no_swap().state is State.UNKNOWN
 
 
 def test_a_size_may_differ_from_the_policy_for_all(
@@ -130,6 +217,10 @@ def test_hugetlb_pools_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (tmp_path / f"hugepages-{size}kB" / "free_hugepages").write_text(f"{free}\n")
     found = memory_probes.hugetlb()
     assert (found.state, found.detail) == (State.YES, "2 MiB: 3 free of 4; 1 GiB: 0 free of 4")
+    for name in ("nr_hugepages", "free_hugepages"):
+        (tmp_path / "hugepages-2048kB" / name).unlink()
+    found = memory_probes.hugetlb()
+    assert (found.state, found.detail) == (State.PARTLY, "2 MiB: 0 free of 0; 1 GiB: 0 free of 4")
 
 
 def test_the_kernel_counts_the_one_page() -> None:
@@ -162,16 +253,49 @@ def test_a_scan_counts_the_pages_that_are_there() -> None:
 
 
 def test_the_kernel_collapses_for_the_probe_what_it_does_for_others() -> None:
-    def by_hand() -> None:
+    def by_hand() -> str:
         with memory.memfd_create("collapsed") as file:
             os.ftruncate(file.fileno(), memory.PMD_SIZE)
             mapping = memory.Mapping(file.fileno(), 0, memory.PMD_SIZE, memory.PMD_SIZE)
             mapping.madvise(memory.MADV_POPULATE_WRITE, 0, memory.PMD_SIZE)
             mapping.madvise(memory.MADV_COLLAPSE, 0, memory.PMD_SIZE)
+            try:
+                huge = pagemap.bytes_in(pagemap.Category.HUGE, mapping.address, memory.PMD_SIZE)
+            except OSError:
+                return "not checked, because PAGEMAP_SCAN is missing"
+            return f"{'and' if huge else 'but not'} seen to be mapped as one"
 
-    refused = outcome(lambda: in_child(by_hand))
+    said = outcome(lambda: in_child(by_hand))
     found = memory_probes.collapse()
-    assert (found.state is State.NO) == (refused is not None), found.detail
+    assert (found.state is State.NO) == isinstance(said, Errno), found.detail
+    if found.state is not State.NO:
+        assert found.detail == f"2 MiB of a memfd collapsed into one page, {said}"
+
+
+def test_small_pages_are_there_before_they_are_collapsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[tuple[int, int, int]]()
+
+    def madvise(_: memory.Mapping, *asks: int) -> None:
+        asked.append((asks[0], asks[1], asks[2]))
+
+    monkeypatch.setattr(memory.Mapping, "madvise", madvise)
+    with suppress(OSError):
+        # Nothing is mapped.
+        assert memory_probes._collapse(memory.PMD_SIZE) is False
+    assert asked == [
+        (memory.MADV_POPULATE_WRITE, 0, memory.PMD_SIZE),
+        (memory.MADV_COLLAPSE, 0, memory.PMD_SIZE),
+    ]
+
+
+def test_a_page_is_there_once_it_is_prefaulted(monkeypatch: pytest.MonkeyPatch) -> None:
+    with memory.memfd_create("prefaulted") as file:
+        again = OwnedFd(os.dup(file.fileno()))
+        monkeypatch.setattr(memory, "memfd_create", always(again))
+        refused = outcome(memory_probes._populate)
+        blocks = os.fstat(file.fileno()).st_blocks
+    # Linux 5.14 has MADV_POPULATE_WRITE.
+    assert (refused, blocks) in [(None, PAGE_SIZE // 512), (Errno(errno.EINVAL), 0)]
 
 
 def test_requests_have_the_numbers_of_the_headers() -> None:
@@ -203,6 +327,59 @@ def test_a_call_is_answered_unless_a_listener_is_above() -> None:
     assert (found.state, "has a listener already" in found.detail) == (State.UNKNOWN, True)
 
 
+def test_an_answer_with_another_file_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    with memory.memfd_create("one") as one, memory.memfd_create("other") as other:
+        expected = os.fstat(one.fileno())
+        for file, wanted in ((one, None), (other, Errno(errno.EPROTO))):
+            monkeypatch.setattr(
+                memory, "memfd_restricted", lambda fd=file: OwnedFd(os.dup(fd.fileno()))
+            )
+            assert outcome(lambda: syscall._call(expected)) == wanted
+
+
+def test_a_caller_that_fails_after_its_answer_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    if syscall.answered_call().state is not State.YES:
+        pytest.skip(syscall.answered_call().detail)
+
+    def call(_: object) -> None:
+        memory.memfd_restricted().close()
+        raise OSError(errno.EPROTO, "another file")
+
+    monkeypatch.setattr(syscall, "_call", call)
+    found = syscall.answered_call()
+    assert (found.state, found.detail) == (State.NO, "the call was answered with something else")
+
+
+def test_a_kernel_without_seccomp_has_neither_action_nor_flags(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: object) -> bool:
+        raise OSError(errno.ENOSYS, "seccomp")
+
+    monkeypatch.setattr(seccomp, "flags_known", refuse)
+    assert syscall.flag(seccomp.FilterFlag.NEW_LISTENER, "Linux 5.0").state is State.NO
+    monkeypatch.setattr(seccomp, "action_available", refuse)
+    assert "CONFIG_SECCOMP_FILTER" in syscall.action().remedy
+    monkeypatch.setattr(seccomp, "action_available", always(False))
+    assert (syscall.action().state, syscall.action().remedy) == (State.NO, "Linux 5.0 or later")
+
+
+def test_the_kernel_is_asked_for_the_flags_that_the_supervisor_uses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = list[seccomp.FilterFlag]()
+
+    def flags_known(flags: seccomp.FilterFlag) -> bool:
+        asked.append(flags)
+        return True
+
+    monkeypatch.setattr(seccomp, "flags_known", flags_known)
+    monkeypatch.setattr(syscall, "in_child", always(None))
+    assert {one.state for one in list(syscall.probe())[1:3]} == {State.YES}
+    listener = seccomp.FilterFlag.NEW_LISTENER
+    assert asked == [listener, listener | seccomp.FilterFlag.WAIT_KILLABLE_RECV]
+
+
 def test_the_call_is_there_if_it_gives_a_descriptor() -> None:
     tried = outcome(lambda: memory.memfd_restricted().close())
     assert syscall.presence().state is (State.YES if tried is None else State.NO)
@@ -229,6 +406,46 @@ def test_yama_is_read(monkeypatch: pytest.MonkeyPatch, scope: str | None, state:
     assert laboratory.ptrace().state is state
 
 
+@pytest.mark.parametrize(
+    ("events", "state", "detail"),
+    [
+        (["sched"], State.NO, "without events of KVM"),
+        (["sched", "kvm"], State.YES, "with kvm"),
+        (["kvmmmu", "kvm"], State.YES, "with kvm and kvmmmu"),
+    ],
+)
+def test_kvms_events_are_looked_for(
+    events: list[str], state: State, detail: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in events:
+        (tmp_path / "events" / name).mkdir(parents=True)
+    monkeypatch.setattr(laboratory, "_TRACEFS", tmp_path)
+    found = laboratory.tracefs()
+    assert (found.state, found.detail) == (state, f"in {tmp_path}, {detail}")
+
+
+@pytest.mark.requires("root")
+def test_tracefs_is_mounted_for_a_look(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(laboratory, "_TRACEFS", tmp_path)
+    there = re.search(r"\ttracefs$", Path("/proc/filesystems").read_text(), re.MULTILINE)
+    found = laboratory.tracefs()
+    assert found.detail.startswith("tracefs can be mounted, " if there else "tracefs: "), found
+
+
+def test_an_older_kernel_has_rings_and_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise OSError(errno.EPERM, "no ring")
+
+    say(monkeypatch, laboratory)
+    monkeypatch.setattr(laboratory, "in_child", always(None))
+    found = laboratory.io_uring()
+    assert (found.state, found.detail) == (State.YES, "kernel.io_uring_disabled unknown")
+    monkeypatch.setattr(laboratory, "in_child", refuse)
+    say(monkeypatch, laboratory, io_uring_disabled="2")
+    found = laboratory.io_uring()
+    assert (found.state, found.detail) == (State.NO, "no ring; kernel.io_uring_disabled 2")
+
+
 def test_a_missing_compiler_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert "apt install gcc" in laboratory.compiler().remedy
@@ -240,6 +457,31 @@ def test_an_ordinary_user_gets_userfaultfd_at_most_for_user_mode(
     if finding.setting("/proc/sys/vm/unprivileged_userfaultfd") != "0":
         pytest.skip("vm.unprivileged_userfaultfd is not 0")
     assert without_capabilities(laboratory.userfaultfd).state in (State.PARTLY, State.NO)
+
+
+@pytest.mark.parametrize(
+    ("held", "words"),
+    [
+        (1 << 14, "CAP_IPC_LOCK"),
+        (1 << 21, "CAP_SYS_ADMIN"),
+        (1 << 14 | 1 << 21, "CAP_SYS_ADMIN and CAP_IPC_LOCK"),
+        (~(1 << 14 | 1 << 21), "neither CAP_SYS_ADMIN nor CAP_IPC_LOCK"),
+    ],
+)
+def test_each_capability_that_counts(
+    held: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "effective_capabilities", lambda: held)
+    assert host.user().detail == f"uid {os.geteuid()}, {words}"
+
+
+@pytest.mark.parametrize(("machine", "state"), [("x86_64", State.YES), ("arm64", State.PARTLY)])
+def test_the_processor_is_one_that_was_tried(
+    machine: str, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uname = stub(sysname="Linux", release="6.1", machine=machine)
+    monkeypatch.setattr(os, "uname", lambda: uname)
+    assert (host.kernel().state, host.kernel().detail) == (state, f"Linux 6.1, {machine}")
 
 
 def test_the_user_is_named_with_the_capabilities_that_count() -> None:

@@ -1,6 +1,5 @@
 """Probes for measurements and attacks: tracing, pinning or blocking pages, a compiler."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -11,7 +10,6 @@ from typing import Final
 from restrictedmem.abi import io_uring as ring
 from restrictedmem.abi import mount
 from restrictedmem.abi import userfaultfd as uffd
-from restrictedmem.fd import OwnedFd
 from restrictedmem.machine.finding import Finding, State, reason, setting
 from restrictedmem.probe import in_child
 
@@ -37,9 +35,9 @@ def tracefs() -> Finding:
     consequence = "only the kernel engine itself counts its exits and faults"
     try:
         if (_TRACEFS / "events").is_dir():
-            where, events = f"in {_TRACEFS}", set(os.listdir(_TRACEFS / "events"))
+            where, found = f"in {_TRACEFS}", _kvm_events(_TRACEFS)
         else:
-            where, events = "tracefs can be mounted", in_child(_events_of_own_mount)
+            where, found = "tracefs can be mounted", in_child(_events_of_own_mount)
     except OSError as error:
         return Finding(
             name,
@@ -48,7 +46,6 @@ def tracefs() -> Finding:
             consequence,
             "run as root, and: sudo mount -t tracefs tracefs /sys/kernel/tracing",
         )
-    found = sorted(events & {"kvm", "kvmmmu"})
     if not found:
         return Finding(
             name,
@@ -60,14 +57,15 @@ def tracefs() -> Finding:
     return Finding(name, State.YES, f"{where}, with {' and '.join(found)}")
 
 
-def _events_of_own_mount() -> set[str]:
+def _events_of_own_mount() -> list[str]:
     with mount.fsopen("tracefs") as context:
         mount.fsconfig_create(context)
-        with (
-            mount.fsmount(context, 0) as root,
-            OwnedFd(os.open("events", os.O_RDONLY | os.O_CLOEXEC, dir_fd=root.fileno())) as events,
-        ):
-            return set(os.listdir(events.fileno())) & {"kvm", "kvmmmu"}
+        with mount.fsmount(context, 0) as root:
+            return _kvm_events(Path(f"/proc/self/fd/{root.fileno()}"))
+
+
+def _kvm_events(tracefs: Path) -> list[str]:
+    return [name for name in ("kvm", "kvmmmu") if (tracefs / "events" / name).is_dir()]
 
 
 def io_uring() -> Finding:

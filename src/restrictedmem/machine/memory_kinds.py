@@ -2,9 +2,11 @@
 
 import ctypes
 import mmap
+import os
 import re
 import resource
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 
@@ -173,19 +175,14 @@ def collapse() -> Finding:
 
 def _collapse(size: int) -> bool | None:
     with memory.memfd_create("restrictedmem-doctor") as file:
-        room = mmap.mmap(-1, 2 * size)
-        base = _address(room)
-        start = -base % size
-        memory.fallocate(file.fileno(), 0, 0, size)
-        # A mapping can be collapsed only if address and offset in the file are equally aligned. So
-        # the file is mapped at a chosen address.
-        memory.map_over(base + start, size, file.fileno())
-        room.madvise(memory.MADV_POPULATE_WRITE, start, size)
-        room.madvise(memory.MADV_COLLAPSE, start, size)
-        try:
-            return pagemap.bytes_in(pagemap.Category.HUGE, base + start, size) == size
-        except OSError:
-            return None
+        os.ftruncate(file.fileno(), size)
+        with closing(memory.Mapping(file.fileno(), 0, size, size)) as mapping:
+            mapping.madvise(memory.MADV_POPULATE_WRITE, 0, size)
+            mapping.madvise(memory.MADV_COLLAPSE, 0, size)
+            try:
+                return pagemap.bytes_in(pagemap.Category.HUGE, mapping.address, size) == size
+            except OSError:
+                return None
 
 
 def hugetlb() -> Finding:
@@ -237,7 +234,7 @@ def populate() -> Finding:
 
 def _populate() -> None:
     with memory.memfd_create("restrictedmem-doctor") as file:
-        memory.fallocate(file.fileno(), 0, 0, PAGE_SIZE)
+        os.ftruncate(file.fileno(), PAGE_SIZE)
         mmap.mmap(file.fileno(), PAGE_SIZE).madvise(memory.MADV_POPULATE_WRITE)
 
 
@@ -270,7 +267,7 @@ def allocated_pages() -> int:
         OSError: ENOSYS where the kernel has no such call.
     """
     with memory.memfd_create("restrictedmem-doctor") as file:
-        memory.fallocate(file.fileno(), 0, 0, PAGE_SIZE)
+        os.write(file.fileno(), b"\0")
         return memory.resident_pages(file.fileno(), 0, PAGE_SIZE)
 
 

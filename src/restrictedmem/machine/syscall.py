@@ -2,7 +2,6 @@
 
 import os
 import signal
-import stat
 from collections.abc import Iterator
 from errno import EBUSY, EINVAL, ENOSYS, EPROTO
 from typing import Final
@@ -113,7 +112,7 @@ def _answer_one_call() -> None:
         memory.memfd_create("restrictedmem-doctor") as file,
         seccomp.install(program, seccomp.FilterFlag.NEW_LISTENER) as listener,
     ):
-        caller = fork(lambda: _call(os.fstat(file.fileno()).st_ino))
+        caller = fork(lambda: _call(os.fstat(file.fileno())))
         notification = seccomp.seccomp_notif(data=seccomp.seccomp_data())
         seccomp.SECCOMP_IOCTL_NOTIF_RECV(listener, notification)
         answer = seccomp.seccomp_notif_addfd(
@@ -129,15 +128,15 @@ def _answer_one_call() -> None:
             raise OSError(EPROTO, "the call was answered with something else")
 
 
-def _call(expected: int) -> None:
+def _call(expected: os.stat_result) -> None:
     """Make the call, which has to return the expected file.
 
     Raises:
         OSError: ENOSYS without a listener; EPROTO for another file.
     """
-    status = os.fstat(memory.memfd_restricted().detach())
-    if not stat.S_ISREG(status.st_mode) or status.st_ino != expected:
-        raise OSError(EPROTO, "another file")
+    with memory.memfd_restricted() as came:
+        if not os.path.samestat(os.fstat(came.fileno()), expected):
+            raise OSError(EPROTO, "another file")
 
 
 def number() -> Finding:
