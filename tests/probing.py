@@ -11,11 +11,6 @@ from restrictedmem.probe import in_child
 T = TypeVar("T")
 
 
-def always(answer: T) -> Callable[[object], T]:
-    """Make a function that gives the same answer to everything."""
-    return lambda _: answer
-
-
 def without_capabilities(probe: Callable[[], T]) -> T:
     def attempt() -> T:
         process.set_capabilities(0)

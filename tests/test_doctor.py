@@ -18,7 +18,7 @@ import pytest
 
 from outcomes import Errno, outcome
 from outcomes import in_child as apart
-from probing import always
+from planting import always
 from processes import children
 from restrictedmem.cli import doctor
 from restrictedmem.fd import OwnedFd, readable

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from outcomes import Errno, outcome
-from planting import stub
-from probing import always, say, without_capabilities
+from planting import always, stub
+from probing import say, without_capabilities
 from restrictedmem.abi import kvm, memory, pagemap, process, seccomp
 from restrictedmem.fd import OwnedFd
 from restrictedmem.machine import finding, guests, host, laboratory, syscall
