@@ -158,8 +158,9 @@ def test_a_collapse_is_looked_at(
     monkeypatch.setattr(memory_kinds, "setting", always("2097152"))
     monkeypatch.setattr(memory_kinds, "in_child", answering(huge))
     assert memory_kinds.collapse().state is state
-    monkeypatch.setattr(memory_kinds, "setting", always("0"))
-    assert memory_kinds.collapse().state is NO
+    for none in ("0", None):
+        monkeypatch.setattr(memory_kinds, "setting", always(none))
+        assert memory_kinds.collapse().detail == "no transparent huge pages"
 
 
 @pytest.mark.parametrize(

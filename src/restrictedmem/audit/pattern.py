@@ -48,9 +48,8 @@ class Pattern:
         The samples lie as evenly as their number allows.
         """
         stride = min(max((end - start) // _PLACES & -_WORD, 2 * _WORD), _PAGE)
-        self._addresses = range(start, end - _WORD, stride)
         self._words: dict[int, int] = {}
-        for address in self._addresses:
+        for address in range(start, end - _WORD, stride):
             pair = word(seed, address) | word(seed, address + _WORD) << 64
             for shift in range(_WORD):
                 self._words[pair >> 8 * shift & U64_MAX] = address

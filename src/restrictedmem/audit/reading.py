@@ -116,10 +116,10 @@ def regions(pid: int) -> Iterator[tuple[int, int]]:
     with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
         for span, rights, _, _, _, *path in lines:
             start, end = (int(number, 16) >> PAGE_SHIFT for number in span.split(b"-"))
-            # Above 2^63 lies the vsyscall page, which is the kernel's. A shared mapping may have
-            # pages that this process did not touch, and pagemap does not show them. Routes read a
-            # file through its descriptor; shared anonymous memory is read whole here.
-            if rights[:1] != b"r" or start << PAGE_SHIFT >= 1 << 63:
+            # A shared mapping may have pages that this process did not touch, and pagemap does not
+            # show them. Routes read a file through its descriptor; shared anonymous memory is read
+            # whole here. The kernel's vsyscall page has no entry in pagemap.
+            if rights[:1] != b"r":
                 continue
             if rights[3:] == b"s" and path == [b"/dev/zero (deleted)"]:
                 yield start << PAGE_SHIFT, end << PAGE_SHIFT

@@ -187,7 +187,7 @@ def bpf_prog_load() -> OwnedFd:
     text = ctypes.create_string_buffer(b"GPL")
     attr = struct.pack(
         "=IIQQ", _BPF_PROG_TYPE_KPROBE, 2, ctypes.addressof(program), ctypes.addressof(text)
-    ).ljust(128, b"\0")
+    )
     return OwnedFd(syscall("bpf", _SYS_BPF, _BPF_PROG_LOAD, attr, len(attr)))
 
 
@@ -227,15 +227,9 @@ def io_uring_read(fd: int, length: int) -> bytes:
             )
             struct.pack_into("=I", rings, sq_array, 0)
             struct.pack_into("=I", rings, sq_tail, 1)
+            # Without a signal mask the kernel does not look at its size.
             syscall(
-                "io_uring_enter",
-                _SYS_IO_URING_ENTER,
-                ring.fileno(),
-                1,
-                1,
-                _URING_GETEVENTS,
-                None,
-                0,
+                "io_uring_enter", _SYS_IO_URING_ENTER, ring.fileno(), 1, 1, _URING_GETEVENTS, None
             )
             _, result, _ = _CQE.unpack_from(rings, cqes)
     if result < 0:
