@@ -84,6 +84,11 @@ def test_every_capability_that_is_needed(missing: int) -> None:
     assert (lacking.state, lacking.consequence.split()[-1]) == (NO, names[missing])
 
 
+def test_each_set_of_flags_is_tried() -> None:
+    """<linux/kvm.h>: MMAP is bit 0, INIT_SHARED bit 1."""
+    assert [*guests._FLAGS.values()] == [0, 1, 3]
+
+
 @pytest.mark.parametrize(
     ("flags", "consequence", "since"),
     [
@@ -141,6 +146,13 @@ def test_cachestat_counts_one(pages: int, words: str, monkeypatch: pytest.Monkey
 def test_a_scan_finds_one_page(size: int, state: State, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_kinds, "in_child", answering(size))
     assert memory_kinds.pagemap_scan().state is state
+
+
+@pytest.mark.parametrize("name", ["populate", "cachestat", "memfd_secret", "pagemap_scan"])
+def test_a_call_that_is_refused_is_not_there(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_kinds, "in_child", answering(OSError(ENOSYS, "refused")))
+    found = getattr(memory_kinds, name)()
+    assert (found.state, found.detail) == (NO, "refused")
 
 
 @pytest.mark.parametrize(("frame", "state"), [(0, NO), (1, YES), (OSError(EPERM, "no"), NO)])
@@ -225,7 +237,9 @@ def test_each_refusal_of_a_device_has_its_remedy(
         (0o660, "for root and group g"),
         (0o664, "for root and group g"),
         (0o662, "for root and group g"),
+        (0o661, "for root and group g"),
         (0o666, "for everyone"),
+        (0o667, "for everyone"),
     ],
 )
 def test_a_device_is_for_who_may_read_and_write(

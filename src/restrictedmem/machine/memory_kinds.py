@@ -188,15 +188,14 @@ def _collapse(size: int) -> bool | None:
 def hugetlb() -> Finding:
     """Read the pools of reserved huge pages."""
     name = "hugetlb pools"
-    pools: list[str] = []
-    free = 0
+    # The free pages of each pool, by its line.
+    pools: dict[str, int] = {}
     for pool in sorted(_HUGETLB.glob("hugepages-*kB"), key=lambda path: len(path.name)):
         size = int(pool.name.removeprefix("hugepages-").removesuffix("kB")) << 10
         total, unused = (
             int(setting(str(pool / f)) or 0) for f in ("nr_hugepages", "free_hugepages")
         )
-        free += unused
-        pools.append(f"{format_size(size)}: {unused} free of {total}")
+        pools[f"{format_size(size)}: {unused} free of {total}"] = unused
     if not pools:
         return Finding(
             name,
@@ -205,7 +204,7 @@ def hugetlb() -> Finding:
             "only transparent huge pages can be compared",
             "a kernel with CONFIG_HUGETLBFS",
         )
-    if not free:
+    if not any(pools.values()):
         return Finding(
             name,
             State.PARTLY,
@@ -315,7 +314,7 @@ def pagemap_scan() -> Finding:
 
 def _touched_page() -> tuple[mmap.mmap, int]:
     mapping = mmap.mmap(-1, PAGE_SIZE)
-    mapping[0] = 1
+    mapping.write(b"1")
     return mapping, _address(mapping)
 
 
