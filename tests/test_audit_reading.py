@@ -130,20 +130,24 @@ def test_pages_that_are_there_are_found_and_no_others() -> None:
         mmap.mmap(-1, pages * PAGE_SIZE, mmap.MAP_PRIVATE) as private,
         mmap.mmap(-1, pages * PAGE_SIZE, mmap.MAP_PRIVATE, prot=mmap.PROT_WRITE) as unreadable,
         mmap.mmap(-1, pages * PAGE_SIZE) as shared,
+        memory.memfd_create("untouched") as file,
     ):
         # No huge page brings its neighbours in.
         private.madvise(mmap.MADV_NOHUGEPAGE)
         for page in (1, 2, 4):
             private[page * PAGE_SIZE] = unreadable[page * PAGE_SIZE] = 1
-        own, hidden, given = map(address_of, (private, unreadable, shared))
-        found = list(reading.regions(os.getpid()))
+        os.ftruncate(file.fileno(), pages * PAGE_SIZE)
+        with mmap.mmap(file.fileno(), pages * PAGE_SIZE) as of_file:
+            own, hidden, given, other = map(address_of, (private, unreadable, shared, of_file))
+            found = list(reading.regions(os.getpid()))
     inside = [
         ((start - own) // PAGE_SIZE, (end - own) // PAGE_SIZE)
         for start, end in found
         if own <= start < own + pages * PAGE_SIZE
     ]
     assert inside == [(1, 3), (4, 5)]
-    assert not [span for span in found if hidden <= span[0] < hidden + pages * PAGE_SIZE]
+    for none in (hidden, other):
+        assert not [span for span in found if none <= span[0] < none + pages * PAGE_SIZE]
     # Another process may have touched what this one did not.
     assert (given, given + pages * PAGE_SIZE) in found
 

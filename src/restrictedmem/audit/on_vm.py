@@ -20,7 +20,7 @@ from restrictedmem.units import PAGE_MASK, PAGE_SIZE
 from restrictedmem.vmm.vm import Vcpu, Vm
 from restrictedmem.vmm.vmm import Vmm
 
-#: A slot number that the VMM does not use.
+#: The first of the slot numbers that the VMM does not use.
 _SLOT: Final = 100
 #: A guest address at which the VMM has nothing.
 _ELSEWHERE: Final = 1 << guest_abi.GPA_BITS - 1
@@ -127,10 +127,8 @@ def _shared_half(owner: Attacker) -> Iterator[Buffer]:
 
 def _freed_pages(owner: Attacker) -> Iterator[Buffer]:
     memory.fallocate(owner.fd, memory.PUNCH, owner.guest.start - guest_abi.PRIVATE_BASE, CONVERTED)
-    with mmap.mmap(-1, 8 * CONVERTED) as fresh:
-        fresh.madvise(memory.MADV_POPULATE_WRITE)
-        with memoryview(fresh) as view:
-            yield view
+    with mmap.mmap(-1, 8 * CONVERTED) as fresh, memoryview(fresh) as view:
+        yield view
     with _own_memory(8 * CONVERTED) as file:
         memory.fallocate(file.fileno(), 0, 0, 8 * CONVERTED)
         yield os.pread(file.fileno(), 8 * CONVERTED, 0)
@@ -213,10 +211,13 @@ def _code_in_a_slot_of_its_own(owner: Attacker) -> Iterator[Buffer]:
         guest.wait_idle()
         os.pwrite(code.fileno(), code_page(guest) * ((end - start) // PAGE_SIZE), 0)
         base, top = guest_abi.PRIVATE_BASE, guest_abi.PRIVATE_BASE + guest.vmm.private_size
-        _place(guest.vmm, [(base, start, base), (end, top, end)], replacing=1)
+        _place(guest.vmm, [(base, start, base), (end, top, end)])
         vm = guest.vmm.vm
         vm.set_user_memory_region(
-            slot=_SLOT + 1, guest_phys_addr=start, memory_size=end - start, shared_fd=code.fileno()
+            slot=_PRIVATE_SLOT,
+            guest_phys_addr=start,
+            memory_size=end - start,
+            shared_fd=code.fileno(),
         )
         vm.convert(start, end - start, private=False)
         yield from _what_it_copied_out(guest)
@@ -235,9 +236,7 @@ def _code_in_its_input(owner: Attacker) -> Iterator[Buffer]:
         # beginning.
         code_at = (image().end - _LINE) & ~PAGE_MASK
         base, top = guest_abi.PRIVATE_BASE, guest_abi.PRIVATE_BASE + guest.vmm.private_size
-        _place(
-            guest.vmm, [(base, start, base), (start, end, code_at), (end, top, end)], replacing=1
-        )
+        _place(guest.vmm, [(base, start, base), (start, end, code_at), (end, top, end)])
         yield from _what_it_copied_out(guest)
 
 
@@ -313,20 +312,17 @@ _Layout = list[tuple[int, int, int]]
 @contextmanager
 def _launched(owner: Attacker, layout: _Layout) -> Generator[Vmm]:
     with Vmm(SMALL, owner.service, engine=owner.engine) as vmm:
-        _place(vmm, layout, replacing=1)
+        _place(vmm, layout)
         vmm.load(image(), ["hold", f"{owner.seed:016x}"])
         yield vmm
 
 
-def _place(vmm: Vmm, layout: _Layout, replacing: int) -> None:
-    """Replace ``replacing`` slots of private memory by those of a layout."""
-    numbers = (_PRIVATE_SLOT, *range(_SLOT, _SLOT + len(layout) + replacing))
-    for number in numbers[:replacing]:
-        vmm.vm.set_user_memory_region(
-            slot=number, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=0
-        )
-    for number, (first, after, shown) in zip(numbers, layout, strict=False):
-        vmm.vm.set_user_memory_region(
+def _place(vmm: Vmm, layout: _Layout) -> None:
+    """Replace the slot of private memory by those of a layout."""
+    region = vmm.vm.set_user_memory_region
+    region(slot=_PRIVATE_SLOT, guest_phys_addr=guest_abi.PRIVATE_BASE, memory_size=0)
+    for number, (first, after, shown) in enumerate(layout, _SLOT):
+        region(
             slot=number,
             guest_phys_addr=first,
             memory_size=after - first,
