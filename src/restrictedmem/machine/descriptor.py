@@ -117,7 +117,7 @@ def _offered_minor(way: Way) -> int:
         # ever.
         if not readable([device], 1):
             raise OSError(EAGAIN, "the kernel sent no INIT")
-        request = os.read(device.fileno(), 2 * fuse.MIN_READ_BUFFER)
+        request = os.read(device.fileno(), fuse.MIN_READ_BUFFER)
     _, minor = struct.unpack_from("=II", request, fuse.IN_HEADER.size)
     return int(minor)
 
