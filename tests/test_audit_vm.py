@@ -228,19 +228,19 @@ def test_the_guest_is_asked_to_convert(
 def test_freed_pages_are_looked_for_in_new_memory(
     notes: Notes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    before = memory.memfd_create
     own = list[OwnedFd]()
 
-    def own_memory(size: int) -> OwnedFd:
-        fd = memory.memfd_create("looked at")
-        os.ftruncate(fd.fileno(), size)
+    def create(name: str) -> OwnedFd:
+        fd = before(name)
         own.append(OwnedFd(os.dup(fd.fileno())))
         return fd
 
-    monkeypatch.setattr(on_vm, "_own_memory", own_memory)
     owner = owner_of(notes)
     with memory.memfd_create("private") as private:
         os.write(private.fileno(), bytes(4 * MIB))
         owner.fd = private.fileno()
+        monkeypatch.setattr(memory, "memfd_create", create)
         sizes = [len(chunk) for chunk in on_vm._freed_pages(owner)]
         hole = os.lseek(private.fileno(), 0, os.SEEK_HOLE)
         data = os.lseek(private.fileno(), hole, os.SEEK_DATA)

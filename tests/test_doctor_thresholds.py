@@ -253,7 +253,7 @@ def test_a_device_is_for_who_may_read_and_write(
 
 
 @pytest.mark.parametrize(
-    ("group", "remedy"), [(0o660, "usermod"), (0o640, "chmod"), (0o620, "chmod"), (0, "chmod")]
+    ("group", "remedy"), [(0o661, "usermod"), (0o640, "chmod"), (0o620, "chmod"), (0, "chmod")]
 )
 def test_kvms_group_is_the_remedy_where_it_may(
     group: int, remedy: str, monkeypatch: pytest.MonkeyPatch

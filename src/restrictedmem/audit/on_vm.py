@@ -127,11 +127,12 @@ def _shared_half(owner: Attacker) -> Iterator[Buffer]:
 
 def _freed_pages(owner: Attacker) -> Iterator[Buffer]:
     memory.fallocate(owner.fd, memory.PUNCH, owner.guest.start - guest_abi.PRIVATE_BASE, CONVERTED)
-    with mmap.mmap(-1, 8 * CONVERTED) as fresh, memoryview(fresh) as view:
+    size = 8 * CONVERTED
+    with mmap.mmap(-1, size) as fresh, memoryview(fresh) as view:
         yield view
-    with _own_memory(8 * CONVERTED) as file:
-        memory.fallocate(file.fileno(), 0, 0, 8 * CONVERTED)
-        yield os.pread(file.fileno(), 8 * CONVERTED, 0)
+    with memory.memfd_create("owner") as file:
+        memory.fallocate(file.fileno(), 0, 0, size)
+        yield os.pread(file.fileno(), size, 0)
 
 
 def _hidden_again(owner: Attacker) -> Iterator[Buffer]:
