@@ -108,10 +108,16 @@ def test_idle_is_in_poll(monkeypatch: pytest.MonkeyPatch) -> None:
                     patch.setattr(held_guest, "DEADLINE", 0)
                     assert outcome(guest.wait_idle) == Errno(ETIMEDOUT)
 
-                def sleep(_: float) -> None:
-                    os.write(go_on, b".")
+                before, slept = time.sleep, list[float]()
+
+                def sleep(seconds: float) -> None:
+                    if not slept:
+                        os.write(go_on, b".")
+                    slept.append(seconds)
+                    before(seconds)
 
                 # It is not idle at first.
+                monkeypatch.setattr(held_guest, "DEADLINE", PATIENCE)
                 monkeypatch.setattr(time, "sleep", sleep)
                 guest.wait_idle()
         finally:
