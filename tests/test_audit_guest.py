@@ -50,6 +50,7 @@ def guest_that_says(words: bytes, runs: object = None) -> Generator[tuple[HeldGu
     """Yield a guest, and the end of the pipe on which requests come."""
     with pipe() as (replies, said), pipe() as (asked, requests):
         os.write(said, words)
+        os.set_blocking(asked, False)
         yield HeldGuest(stub(), requests, replies, cast(Any, runs)), asked
 
 
