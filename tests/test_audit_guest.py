@@ -69,9 +69,13 @@ def test_a_guest_that_is_not_ready_is_none(words: bytes) -> None:
 def test_requests_are_lines_and_answers_come_in_pieces() -> None:
     with guest_that_says(READY) as (guest, asked):
         answers = iter([b"int", b"act", b"\n"])
+
+        def read(_: int, __: int) -> bytes:
+            return next(answers)
+
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(held_guest, "readable", always(True))
-            patch.setattr(os, "read", lambda *_: next(answers))
+            patch.setattr(os, "read", read)
             assert guest.check(0x5000, 0x7000) == "intact"
         assert os.read(asked, 100) == b"check 5000 2000\n"
         guest.send(b"\xff bytes")
@@ -168,6 +172,14 @@ class Machine:
 
 
 def test_a_guest_runs_in_a_thread_until_the_block_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    joined = threading.Event()
+
+    class Thread(threading.Thread):
+        def join(self, timeout: float | None = None) -> None:
+            joined.set()
+            super().join(timeout)
+
+    monkeypatch.setattr(threading, "Thread", Thread)
     monkeypatch.setattr(held_guest, "Vmm", Machine)
     monkeypatch.setattr(held_guest, "image", lambda: "image")
     service: Any = "service"
@@ -181,7 +193,8 @@ def test_a_guest_runs_in_a_thread_until_the_block_ends(monkeypatch: pytest.Monke
         machine.stop()
         # It ended with an error, and says no more.
         assert outcome(lambda: guest.ask("check 0 0")) == Errno(EIO)
-    assert not machine.thread.is_alive()
+        assert not joined.is_set()
+    assert joined.is_set()
     assert machine.notes == [
         (1 << 20, "service", {"engine": "software", "debug": False}),
         ("image", ["hold", "00000000000000ab"]),
@@ -200,7 +213,11 @@ def test_a_guest_runs_in_a_thread_until_the_block_ends(monkeypatch: pytest.Monke
 
 def test_another_guest_has_the_same_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = list[tuple[object, ...]]()
-    monkeypatch.setattr(attacker, "held_guest", lambda *arguments: asked.append(arguments))
+
+    def held(*arguments: object) -> None:
+        asked.append(arguments)
+
+    monkeypatch.setattr(attacker, "held_guest", held)
     guest: Any = stub(vmm=stub(restricted_fd=7))
     service: Any = "service"
     owner = Attacker(service, guest, 5, "kernel", cast(Pattern, None), {}, 0, 0, as_root=False)
@@ -229,7 +246,10 @@ def test_a_twin_waits_whatever_signals_come() -> None:
     with pipe() as (came, comes):
 
         def keep() -> None:
-            signal.signal(signal.SIGUSR1, lambda *_: os.write(comes, b"."))
+            def come(_: int, __: object) -> None:
+                os.write(comes, b".")
+
+            signal.signal(signal.SIGUSR1, come)
 
         twin = fork_twin(keep)
         try:

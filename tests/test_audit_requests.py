@@ -176,7 +176,7 @@ def test_keys_that_are_almost_right_are_tried(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_key_that_opens_ends_the_guessing(monkeypatch: pytest.MonkeyPatch) -> None:
-    with channels(monkeypatch, lambda *_: b"") as notes:
+    with channels(monkeypatch, always(b"")) as notes:
         owner: Any = stub(service=service_with(bytes(16)))
         assert list(on_sockets._guess(owner)) == [b"a key that is none"]
     assert [note[0] for note in notes] == ["connect", "CONNECT", "close"]
@@ -248,6 +248,6 @@ def test_descriptors_that_come_with_a_reply_are_read_and_closed() -> None:
     files = [memory.memfd_create("came") for _ in range(2)]
     for number, file in enumerate(files):
         os.write(file.fileno(), b"%d" % number)
-    channel: Any = stub(call=lambda *_: (b"reply", files))
+    channel: Any = stub(call=always((b"reply", files)))
     assert list(on_sockets._call(channel, wire.TOKEN, b"")) == [b"reply", b"0", b"1"]
     assert held() == before

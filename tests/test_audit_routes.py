@@ -205,7 +205,7 @@ def test_the_newest_numbers_of_each_cpu_are_tried(
         made.append(make.args)
         return newest, 0xF000_0000 - 19
 
-    monkeypatch.setattr(os, "sched_getaffinity", always(cpus))
+    monkeypatch.setattr(os, "sched_getaffinity", {0: cpus}.get)
     monkeypatch.setattr(on_namespaces, "in_child", made_in_child)
     monkeypatch.setattr(syscalls, "open_namespace", open_namespace)
     assert list(on_namespaces.find(7, "mnt")) == []
@@ -237,7 +237,11 @@ def test_a_namespace_is_found_once_and_ones_own_is_none(monkeypatch: pytest.Monk
 
 def test_a_namespace_is_made_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = list[object]()
-    monkeypatch.setattr(os, "sched_setaffinity", lambda *which: asked.append(which))
+
+    def sched_setaffinity(pid: int, cpus: set[int]) -> None:
+        asked.append((pid, cpus))
+
+    monkeypatch.setattr(os, "sched_setaffinity", sched_setaffinity)
     monkeypatch.setattr(on_namespaces, "unshare", asked.append)
     monkeypatch.setattr(syscalls, "namespace_handle", asked.append)
     on_namespaces._made("mnt", 5)
@@ -277,16 +281,17 @@ def test_one_mount_namespace_that_can_be_entered_is_enough(
     assert held() == before
 
 
-@pytest.mark.parametrize(
-    ("answers", "came"),
-    [
-        ([EPERM, EPERM], Errno(EPERM)),
-        ([[], []], Errno(EPERM)),
-        ([["a"], EPERM, ["b", "c"]], [b"a, b, c"]),
-    ],
-)
+#: What each user namespace allows, or its refusal.
+ANSWERS: Final[list[tuple[list[list[str] | int], object]]] = [
+    ([EPERM, EPERM], Errno(EPERM)),
+    ([[], []], Errno(EPERM)),
+    ([["a"], EPERM, ["b", "c"]], [b"a, b, c"]),
+]
+
+
+@pytest.mark.parametrize(("answers", "came"), ANSWERS)
 def test_every_user_namespace_is_tried(
-    answers: list[Any], came: object, monkeypatch: pytest.MonkeyPatch
+    answers: list[list[str] | int], came: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = iter(answers)
 
@@ -300,8 +305,7 @@ def test_every_user_namespace_is_tried(
         answer = next(left)
         if isinstance(answer, int):
             raise OSError(answer, "refused")
-        found: list[str] = answer
-        return found
+        return answer
 
     monkeypatch.setattr(on_namespaces, "find", find)
     monkeypatch.setattr(on_namespaces, "in_child", in_child)

@@ -9,11 +9,11 @@ import signal
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import pytest
 
-from planting import always, stub
+from planting import stub
 from restrictedmem.abi import memory
 from restrictedmem.audit import on_vm
 from restrictedmem.audit.attacker import fork_twin
@@ -114,15 +114,14 @@ def restricted(slot: int, start: int, size: int, offset: int) -> Request:
 
 def told(notes: Notes) -> list[Request]:
     """The notes, with "own" for each descriptor of the owner's own."""
-    return [
-        tuple(
-            {**part, "shared_fd": "own"}
-            if isinstance(part, dict) and part.get("shared_fd", 77) != 77
-            else part
-            for part in request
-        )
-        for request in notes
-    ]
+    return [tuple(map(without_number, request)) for request in notes]
+
+
+def without_number(part: object) -> object:
+    if not isinstance(part, dict):
+        return part
+    named = cast(dict[str, object], part)
+    return named | {"shared_fd": "own"} if named.get("shared_fd", 77) != 77 else named
 
 
 def on_another(*requests: Request) -> list[Request]:
@@ -369,15 +368,17 @@ def test_a_heap_without_a_slot_is_read_by_its_writes(
 def test_pages_are_exchanged_unless_the_measurement_tells(
     notes: Notes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(on_vm, "_measured", lambda _, order: b"same" if order else b"")
+    def measured(_: object, order: tuple[int, int]) -> bytes:
+        notes.append(("measured", order))
+        return bytes(order) if tells else b"same"
+
+    monkeypatch.setattr(on_vm, "_measured", measured)
+    tells = False
     assert list(on_vm._pages_exchanged(owner_of(notes))) == [b""]
-    monkeypatch.setattr(on_vm, "_measured", lambda _, order: bytes(order))
-    asked = notes.call("measured", b"same")
+    assert notes == [("measured", (0, 1)), ("measured", (1, 0))]
+    tells = True
     with pytest.raises(MeasurementTellsError):
         list(on_vm._pages_exchanged(owner_of(notes)))
-    monkeypatch.setattr(on_vm, "_measured", lambda _, order: asked(order))
-    list(on_vm._pages_exchanged(owner_of(notes)))
-    assert notes == [("measured", (0, 1)), ("measured", (1, 0))]
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -475,6 +476,9 @@ def test_new_core_files_are_read(
 def test_core_files_are_where_the_machine_puts_them(
     pattern: str, places: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = always(io.StringIO(pattern))
-    monkeypatch.setattr(on_vm, "open", lambda *_, **__: opened(), raising=False)
+    def opened(path: str, **_: object) -> io.StringIO:
+        assert path == "/proc/sys/kernel/core_pattern"
+        return io.StringIO(pattern)
+
+    monkeypatch.setattr(on_vm, "open", opened, raising=False)
     assert on_vm._core_places() == places

@@ -98,7 +98,7 @@ def test_each_way_is_tried_with_what_it_needs(way: Way, monkeypatch: pytest.Monk
     before = os.listdir("/proc/self/fd")
     assert descriptor._offered_minor(way) == 45
     assert asked == {Way.OWN: [True], Way.USERNS: [CLONE_NEWNS, False], Way.FUSERMOUNT: []}[way]
-    monkeypatch.setattr(descriptor, "readable", lambda *_: False)
+    monkeypatch.setattr(descriptor, "readable", always(False))
     assert outcome(lambda: descriptor._offered_minor(way)) == Errno(errno.EAGAIN)
     assert os.listdir("/proc/self/fd") == before
 

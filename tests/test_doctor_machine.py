@@ -58,19 +58,18 @@ def test_a_unicorn_without_its_library_is_told_from_none(
 def test_unicorn_has_to_open_an_engine_and_says_its_version(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    answers = {"uc_open": 0, "uc_version": 0x12_34_56_FF}
+    answers = [0, 1]
     opened = list[tuple[object, ...]]()
 
     def uc_open(*arguments: object) -> int:
         opened.append(arguments[:2])
-        return answers["uc_open"]
+        return answers.pop(0)
 
-    library = stub(uc_open=uc_open, uc_version=lambda *_: answers["uc_version"])
+    library = stub(uc_open=uc_open, uc_version=always(0x12_34_56_FF))
     monkeypatch.setattr(ctypes, "CDLL", always(library))
     assert guests._unicorn_version("library") == (0x12, 0x34, 0x56)
     # UC_ARCH_X86 and UC_MODE_64 of <unicorn/unicorn.h>.
     assert opened == [(4, 8)]
-    answers["uc_open"] = 1
     assert outcome(lambda: guests._unicorn_version("library")) == Errno(errno.EIO)
 
 
