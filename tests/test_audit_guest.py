@@ -9,7 +9,7 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from errno import ECHILD, EIO, EPERM, ETIMEDOUT
-from typing import Any, Final, cast
+from typing import Any, Final, NoReturn, cast
 
 import pytest
 
@@ -282,6 +282,14 @@ def test_an_attempt_has_a_deadline(pattern: Pattern, monkeypatch: pytest.MonkeyP
         assert came[number] == Attempt("target", "name", Outcome.FAILED, detail="why")
     assert came[EPERM] == Attempt("target", "name", Outcome.FAILED, "EPERM", "why")
     assert asked == [attempts.DEADLINE] * 3
+
+
+def test_a_refusal_without_an_errno_has_none(pattern: Pattern) -> None:
+    def refuse(_: Attacker) -> NoReturn:
+        raise OSError("refused")
+
+    came = attempt(Route("target", "name", refuse), owner_of(pattern))
+    assert (came.outcome, came.errno) == (Outcome.REFUSED, "None")
 
 
 DETAILS: Final[list[tuple[dict[str, Any], bool, Outcome, str]]] = [

@@ -188,6 +188,7 @@ NAMES: Final = """Num RefCount Protocol Flags Type St Inode Path
 2: 2 0 10000 5 01 102 /run/17/socket
 3: 2 0 10000 5 01 103
 4: 2 0 10000 5 01 104 @another/170/17
+5: 2 0 10000 5 01 105 @19
 """
 
 
@@ -197,6 +198,7 @@ NAMES: Final = """Num RefCount Protocol Flags Type St Inode Path
         ([1], None, Errno(ECONNREFUSED), []),
         ([17], None, Errno(EIO), ["@restrictedmem/17/abc", "@another/170/17"]),
         ([18], None, Errno(EIO), ["@restrictedmem/18/abc"]),
+        ([19], None, Errno(EIO), ["@19"]),
         (
             [17, 18],
             None,

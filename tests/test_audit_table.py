@@ -265,7 +265,7 @@ def test_a_terminals_width_is_kept(
     capsys.readouterr()
 
 
-ROWS: Final = [("a", "one two three", "x" * 9), ("first second", "", "one two three four five")]
+ROWS: Final = [("a", "one two three", "x" * 16), ("first second", "", "one two three four five")]
 
 
 @pytest.mark.parametrize(
@@ -274,14 +274,14 @@ ROWS: Final = [("a", "one two three", "x" * 9), ("first second", "", "one two th
         (
             None,
             [
-                "a             one two three  xxxxxxxxx",
+                "a             one two three  xxxxxxxxxxxxxxxx",
                 "first second                 one two three four five",
             ],
         ),
         (
             40,
             [
-                "a           one two     xxxxxxxxx",
+                "a           one two     xxxxxxxxxxxxxxxx",
                 "            three",
                 "first                   one two three",
                 "second                  four five",
@@ -290,7 +290,7 @@ ROWS: Final = [("a", "one two three", "x" * 9), ("first second", "", "one two th
         (
             100,
             [
-                "a             one two three  xxxxxxxxx",
+                "a             one two three  xxxxxxxxxxxxxxxx",
                 "first second                 one two three four five",
             ],
         ),

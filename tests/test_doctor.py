@@ -12,21 +12,28 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
 from outcomes import Errno, outcome
 from outcomes import in_child as apart
-from planting import always
+from planting import always, stub
 from processes import children
+from restrictedmem.abi import memory
 from restrictedmem.cli import doctor
 from restrictedmem.fd import OwnedFd, readable
 from restrictedmem.machine import examination, finding
 from restrictedmem.machine.examination import Conclusion, Examination, Group, conclude
 from restrictedmem.machine.finding import Finding, State
 from restrictedmem.probe import in_child
-from restrictedmem.vmm.vmm import Vmm
+from restrictedmem.protocol import exits
+from restrictedmem.service import client
+from restrictedmem.units import PAGE_SIZE
+from restrictedmem.vmm.vmm import Ended, Vmm
 
 
 def do_nothing(*_: object) -> None:
@@ -278,6 +285,52 @@ def test_a_guest_that_does_not_run_right_is_no_guest_that_ran(
     found = examination.run_guest(engine, MADE)
     assert found.state is State.NO
     assert found.detail.startswith("no guest ran: ")
+
+
+@pytest.mark.parametrize(
+    ("ended", "said", "refused"),
+    [
+        (Ended(0), b"%s  -\n", None),
+        (Ended(3), b"%s  -\n", "the guest stopped: status 3"),
+        (Ended(0, exits.Shutdown(8)), b"%s  -\n", f"the guest stopped: {exits.Shutdown(8)}"),
+        (Ended(0), b"- %s\n", "the guest's digest is wrong"),
+        (Ended(0), b"", "the guest's digest is wrong"),
+    ],
+)
+def test_a_guest_ends_well_and_says_the_digest(
+    ended: Ended, said: bytes, refused: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(stdin: BinaryIO, stdout: BinaryIO, _: BinaryIO) -> Ended:
+        digest = hashlib.sha256(stdin.read()).hexdigest().encode()
+        stdout.write(said.replace(b"%s", digest))
+        return ended
+
+    @contextmanager
+    def made(size: int, *, engine: str) -> Generator[object]:
+        assert (size, engine) == (1 << 20, "kernel")
+        yield stub(load=do_nothing, run=run)
+
+    monkeypatch.setattr(examination, "Vmm", made)
+    before = sorted(os.listdir("/proc/self/fd"))
+    if refused is None:
+        examination._run_guest("kernel")
+    else:
+        with pytest.raises(OSError) as caught:
+            examination._run_guest("kernel")
+        assert (caught.value.errno, caught.value.strerror) == (errno.EIO, refused)
+        del caught
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_descriptor_is_sized_allocated_and_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with memory.memfd_create("restricted") as file:
+        given = os.dup(file.fileno())
+        service = stub(memfd_restricted=lambda: given, info={"way": "own mount"})
+        monkeypatch.setattr(client, "default_service", lambda: service)
+        assert examination._make_descriptor() == "own mount"
+        status = os.fstat(file.fileno())
+        assert (status.st_size, status.st_blocks) == (PAGE_SIZE, PAGE_SIZE // 512)
+    assert outcome(lambda: os.fstat(given)) == Errno(errno.EBADF)
 
 
 @pytest.mark.requires("fuse")
