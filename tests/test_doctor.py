@@ -326,6 +326,13 @@ def test_a_descriptor_is_sized_allocated_and_closed(monkeypatch: pytest.MonkeyPa
     with memory.memfd_create("restricted") as file:
         given = os.dup(file.fileno())
         service = stub(memfd_restricted=lambda: given, info={"way": "own mount"})
+        before = memory.fallocate
+
+        def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+            assert os.fstat(fd).st_size == PAGE_SIZE
+            before(fd, mode, offset, length)
+
+        monkeypatch.setattr(memory, "fallocate", fallocate)
         monkeypatch.setattr(client, "default_service", lambda: service)
         assert examination._make_descriptor() == "own mount"
         status = os.fstat(file.fileno())
