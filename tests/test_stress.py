@@ -5,7 +5,6 @@ It runs, convicts broken code, and leaves nothing behind, however it ends.
 
 import io
 import json
-import mmap
 import os
 import re
 import signal
@@ -27,14 +26,12 @@ from restrictedmem.check.scenarios import SCENARIOS
 from restrictedmem.service import exec_service
 from restrictedmem.service.client import Service
 from restrictedmem.stress import run
-from restrictedmem.stress.board import MAX_PAGES, Board
 from restrictedmem.stress.ground import Ground
 from restrictedmem.stress.owner import Owner
 from restrictedmem.stress.plan import MIXES, NAMES, OPERATIONS, Plan, plan_of
 from restrictedmem.stress.progress import Progress
 from restrictedmem.stress.puncher import Puncher
 from restrictedmem.units import PAGE_SIZE
-from restrictedmem.vmm.boot import SHARED_SIZE
 from waiting import wait_until
 
 ROOT = Path(__file__).parent.parent
@@ -321,23 +318,3 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
         child.kill()
         child.wait()
     wait_gone(started, 20)
-
-
-def test_the_board_keeps_generations_and_forgets_the_rest() -> None:
-    with mmap.mmap(-1, SHARED_SIZE) as window:
-
-        def words() -> list[int]:
-            with memoryview(window).cast("I") as found:
-                return [word for word in found if word]
-
-        board = Board(window)
-        with board.lane(1).taking(range(3, 5)):
-            assert words() == [1, 1]
-        with board.exposing(range(1)), board.lane(1).taking(range(3, 4)):
-            board.extra = 9
-            assert sorted(words()) == [1, 1, 1, 1, 2, 9]
-            board.begin_anew(MAX_PAGES)
-            assert words() == [2, 1, 1, 1]
-        board.stop()
-        assert board.steps(0) == 0
-        board.close()
