@@ -19,14 +19,14 @@ MAX_VCPUS: Final = 64
 EXTRA_BASE: Final = 0x8000_0000
 EXTRA_PAGES: Final = 64
 
-# Bytes from the window's start; the first page is for the guest's output.
-_STOP: Final = PAGE_SIZE
-_EXTRA: Final = _STOP + 4
-_EXTRA_USERS: Final = _STOP + 8
-_STEPS: Final = _STOP + 16
-_BEGUN: Final = _STEPS + 8 * MAX_VCPUS
-_DONE: Final = _BEGUN + 4 * LANES * MAX_PAGES
-_EXPOSED: Final = _DONE + 4 * LANES * MAX_PAGES
+# Words of 32 bits from the window's start; the first page is for the guest's output.
+_STOP: Final = PAGE_SIZE // 4
+_EXTRA: Final = _STOP + 1
+_EXTRA_USERS: Final = _STOP + 2
+_STEPS: Final = _STOP + 4
+_BEGUN: Final = _STEPS + 2 * MAX_VCPUS
+_DONE: Final = _BEGUN + LANES * MAX_PAGES
+_EXPOSED: Final = _DONE + LANES * MAX_PAGES
 
 _BLOCK: Final = 0x20_0000
 
@@ -46,7 +46,7 @@ class Board:
 
     def __init__(self, window: mmap.mmap) -> None:
         self._words = memoryview(window).cast("I")
-        self._steps = memoryview(window)[_STEPS : _STEPS + 8 * MAX_VCPUS].cast("Q")
+        self._steps = memoryview(window)[4 * _STEPS : 4 * _BEGUN].cast("Q")
 
     @property
     def extra(self) -> int:
@@ -54,34 +54,34 @@ class Board:
 
         A number never comes again.
         """
-        return self._words[_EXTRA >> 2]
+        return self._words[_EXTRA]
 
     @extra.setter
     def extra(self, value: int) -> None:
-        self._words[_EXTRA >> 2] = value
+        self._words[_EXTRA] = value
 
     @property
     def extra_users(self) -> int:
         """The number of vCPUs that are about to touch this file."""
-        return self._words[_EXTRA_USERS >> 2]
+        return self._words[_EXTRA_USERS]
 
     @contextmanager
     def exposing(self, pages: range) -> Generator[None]:
         """Tell the guest that the owner makes pages shared inside the block, unasked."""
         for page in pages:
-            self._words[(_EXPOSED >> 2) + page] += 1
+            self._words[_EXPOSED + page] += 1
         yield
         for page in pages:
-            self._words[(_EXPOSED >> 2) + page] += 1
+            self._words[_EXPOSED + page] += 1
 
     def stop(self) -> None:
         """Tell the guest to end."""
-        self._words[_STOP >> 2] = 1
+        self._words[_STOP] = 1
 
     def begin_anew(self, pages: int) -> None:
         """Reset the words of one guest; generations belong to the descriptor and go on."""
-        for word in (_STOP, _EXTRA, _EXTRA_USERS, *range(_EXPOSED, _EXPOSED + 4 * pages, 4)):
-            self._words[word >> 2] = 0
+        for word in (_STOP, _EXTRA, _EXTRA_USERS, *range(_EXPOSED, _EXPOSED + pages)):
+            self._words[word] = 0
         for vcpu in range(MAX_VCPUS):
             self._steps[vcpu] = 0
 
@@ -91,9 +91,7 @@ class Board:
 
     def lane(self, number: int) -> "Lane":
         """Return the words of one process."""
-        return Lane(
-            self._words, (_BEGUN >> 2) + number * MAX_PAGES, (_DONE >> 2) + number * MAX_PAGES
-        )
+        return Lane(self._words, _BEGUN + number * MAX_PAGES, _DONE + number * MAX_PAGES)
 
     def close(self) -> None:
         """Release the window's memory."""
