@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from errno import EIO
-from typing import NoReturn, final
+from typing import final
 
 from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import EHWPOISON
@@ -308,8 +308,8 @@ class Owner:
 
 def be_owner(
     service: Service, ground: Ground, plan: Plan, progress: Progress, parent: socket.socket
-) -> NoReturn:
-    """Drive a VM until the parent says stop, send a report, and end the process."""
+) -> None:
+    """Drive a VM until the parent says stop, and send a report."""
     with reporting(parent) as report, ExitStack() as stack:
         puncher = Puncher(ground, ground.board.lane(0), progress, plan.seed + " owner")
         owner = Owner(service, ground, plan, puncher, stack)
@@ -321,4 +321,3 @@ def be_owner(
         owner.end()
         report["statistics"] = owner.vm.statistics()
         owner.destroy()
-    os._exit(0)

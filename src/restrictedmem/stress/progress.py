@@ -71,6 +71,6 @@ class Progress:
     def stuck(self, seconds: float) -> str | None:
         """Return the operation that has been under way for more than ``seconds``, or None."""
         doing, since = self._words[_DOING], self._words[_SINCE]
-        if not doing or time.monotonic_ns() - since < seconds * 1e9:
+        if not doing or time.monotonic_ns() - since <= seconds * 1e9:
             return None
         return self._names[doing - 1]

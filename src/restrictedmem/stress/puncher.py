@@ -1,11 +1,10 @@
 """The process that has only the descriptor: it punches and allocates pages."""
 
-import os
 import random
 import socket
 import time
 from collections.abc import Callable, Mapping
-from typing import Final, NoReturn, final
+from typing import Final, final
 
 from restrictedmem.abi import memory
 from restrictedmem.stress.board import Lane
@@ -78,8 +77,8 @@ class Puncher:
                 time.sleep(self.random.random() * _PAUSE)
 
 
-def be_second(ground: Ground, plan: Plan, progress: Progress, parent: socket.socket) -> NoReturn:
-    """Do operations on the mere descriptor until the parent says stop, and end the process."""
+def be_second(ground: Ground, plan: Plan, progress: Progress, parent: socket.socket) -> None:
+    """Do operations on the mere descriptor until the parent says stop, and send a report."""
     with reporting(parent):
         puncher = Puncher(ground, ground.board.lane(1), progress, plan.seed + " second")
         methods: dict[str, Callable[[], None]] = {
@@ -92,4 +91,3 @@ def be_second(ground: Ground, plan: Plan, progress: Progress, parent: socket.soc
             puncher.go_on(chosen, lambda: told_to_stop(parent))
         else:
             parent.recv(1)
-    os._exit(0)
