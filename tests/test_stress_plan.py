@@ -267,13 +267,12 @@ def test_the_second_process_works_until_it_is_stopped(name: str) -> None:
 
 
 def test_the_second_process_waits_where_it_has_nothing_to_do() -> None:
-    with holder(8) as (_, board), closing(second(board, ("slot", "interrupt"))) as child:
-        child.sock.settimeout(0.05)
-        with pytest.raises(TimeoutError):
-            child.sock.recv(1)
-        child.stop()
-        child.take_report()
-        assert (child.report, child.progress.operations) == ({}, 0)
+    said = list[object]()
+    parent: Any = stub(recv=said.append, send=said.append)
+    board: Any = stub(lane=lambda _: stub())
+    plan: Any = stub(operations=("slot", "interrupt"), seed="1/0")
+    be_second(stub(board=board), plan, stub(), parent)
+    assert said == [1, b"{}"]
 
 
 def test_the_second_process_reports_an_error() -> None:

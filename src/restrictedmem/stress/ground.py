@@ -46,7 +46,6 @@ class Ground:
         """Announce that the content of all pages is gone, as another VM must find it."""
         self.board.begin_anew(self.pages)
         with self.board.lane(0).taking(range(self.pages)):
-            os.ftruncate(self.half_fd, self.private_size)
             memory.fallocate(self.half_fd, memory.PUNCH, 0, self.private_size)
 
     def close(self) -> None:
