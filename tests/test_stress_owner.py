@@ -266,7 +266,7 @@ def test_a_conversion_unasked_is_announced_and_frees_both_halves(
     assert punched == [(scene.ground.fd, at, size), (scene.ground.half_fd, at, size)]
 
 
-def slot_of(scene: Scene) -> dict[str, int]:
+def slot_of(scene: Scene) -> dict[str, int | None]:
     return {
         "slot": 2,
         "guest_phys_addr": EXTRA_BASE,
@@ -283,12 +283,22 @@ def test_a_slot_comes_is_punched_and_goes(scene: Scene, monkeypatch: pytest.Monk
     assert scene.vm.done == [("slot", slot_of(scene)), ("private", EXTRA_BASE, size)]
     assert board.extra == 1
     fd = scene.owner._extra_fd
+    assert fd is not None
     assert (os.fstat(fd).st_size, os.fstat(scene.owner._extra_half).st_size) == (size, size)
     # It is punched from one page on to the end.
     os.pwrite(fd, b"x" * size, 0)
     scene.clear()
     scene.choices(1, 62)
-    scene.owner._change_slot()
+    fallocate, punched = memory.fallocate, list[tuple[int, ...]]()
+
+    def watched(*of: int) -> None:
+        punched.append(of)
+        fallocate(*of)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "fallocate", watched)
+        scene.owner._change_slot()
+    assert punched == [(fd, memory.PUNCH, 62 * PAGE_SIZE, 2 * PAGE_SIZE)]
     assert scene.drawn == [2, EXTRA_PAGES]
     assert os.pread(fd, size, 0).rstrip(b"\0") == b"x" * (62 * PAGE_SIZE)
     assert os.fstat(fd).st_size == size
@@ -326,22 +336,7 @@ def test_a_guest_that_failed_leaves_no_slot(scene: Scene) -> None:
     scene.board.write("extra_users", 1)
     scene.owner.failure = "stale"
     scene.owner._remove_extra()
-    assert scene.owner._extra_fd == -1
-
-
-def test_a_slot_of_descriptor_0_is_one(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    scene.owner._change_slot()
-    closed = list[int]()
-    os.close(scene.owner._extra_fd)
-    scene.owner._extra_fd = 0
-    monkeypatch.setattr(os, "close", closed.append)
-    monkeypatch.setattr(memory, "fallocate", lambda fd, *_: closed.append(~fd))
-    scene.choices(1, 3)
-    scene.owner._change_slot()
-    scene.choices(0)
-    scene.owner._change_slot()
-    monkeypatch.undo()
-    assert closed == [~0, 0]
+    assert scene.owner._extra_fd is None
 
 
 def test_a_vcpu_is_interrupted_and_a_page_is_lost(scene: Scene) -> None:

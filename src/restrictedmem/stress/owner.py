@@ -51,7 +51,7 @@ class Owner:
         # A conversion and its punch belong together. Those of the guest must not come between those
         # of the owner, nor the other way round.
         self._converting = threading.Lock()
-        self._extra_fd = -1
+        self._extra_fd: int | None = None
         self._extra_half = sized_memfd(stack, "extra", EXTRA_PAGES << PAGE_SHIFT)
         self._epoch = 0
         #: The guest's output (``said``), and why a vCPU stopped that should not have (``failure``).
@@ -190,7 +190,7 @@ class Owner:
 
         Now and then, the guest accesses this slot and is counted meanwhile (``extra_users``).
         """
-        if self._extra_fd >= 0 and self._puncher.random.randrange(2):
+        if self._extra_fd is not None and self._puncher.random.randrange(2):
             start = self._puncher.random.randrange(EXTRA_PAGES)
             memory.fallocate(
                 self._extra_fd,
@@ -199,7 +199,7 @@ class Owner:
                 (EXTRA_PAGES - start) << PAGE_SHIFT,
             )
             return
-        if self._extra_fd >= 0:
+        if self._extra_fd is not None:
             self._remove_extra()
             return
         size = EXTRA_PAGES << PAGE_SHIFT
@@ -217,7 +217,7 @@ class Owner:
         self._board.extra = self._epoch
 
     def _remove_extra(self) -> None:
-        if self._extra_fd < 0:
+        if self._extra_fd is None:
             return
         self._board.extra = 0
         # A system call is a barrier. From here on, a vCPU that has read the old word is counted in
@@ -229,7 +229,7 @@ class Owner:
         )
         self.vm.set_user_memory_region(slot=_EXTRA_SLOT, guest_phys_addr=EXTRA_BASE, memory_size=0)
         os.close(self._extra_fd)
-        self._extra_fd = -1
+        self._extra_fd = None
 
     def _interrupt(self) -> None:
         """Interrupt a vCPU; its thread runs it again at once."""
