@@ -3,7 +3,7 @@
 import os
 import random
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from errno import EINVAL, EIO
 from functools import partial
@@ -24,7 +24,6 @@ from restrictedmem.stress.ground import CHURN
 from restrictedmem.stress.owner import Owner
 from restrictedmem.units import PAGE_SIZE
 from restrictedmem.vmm.boot import SHARED_SIZE, launch_pages, launch_regs
-from waiting import wait_until
 
 EXIT_1: Final = Hypercall(guest_abi.EXIT, (1, 0, 0, 0))
 
@@ -316,26 +315,29 @@ def test_a_slot_comes_is_punched_and_goes(scene: Scene, monkeypatch: pytest.Monk
     assert (board.extra, len(scene.service.opened)) == (2, 3)
 
 
-def test_a_slot_stays_while_the_guest_uses_it(scene: Scene) -> None:
+def test_a_slot_stays_while_the_guest_uses_it(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited = list[str]()
+
+    def wait_for(what: str, holds: Callable[[], bool]) -> None:
+        waited.append(what)
+        assert (scene.vm.done, scene.ground.board.extra) == ([], 0)
+        assert not holds()
+        scene.owner.failure = "stale"
+        assert holds()
+        scene.owner.failure = ""
+        scene.board.write("extra_users", 0)
+        assert holds()
+
+    monkeypatch.setattr(owner, "wait_for", wait_for)
     scene.owner._change_slot()
     scene.clear()
     scene.board.write("extra_users", 1)
-    thread = threading.Thread(target=scene.owner._remove_extra)
-    thread.start()
-    wait_until(lambda: not scene.ground.board.extra, "the owner to withdraw the slot")
-    assert scene.vm.done == []
-    scene.board.write("extra_users", 0)
-    thread.join(20)
+    scene.owner._remove_extra()
+    scene.owner._remove_extra()
+    assert waited == ["the guest to leave the slot that is to be deleted"]
     assert [what for what, *_ in scene.vm.done] == ["slot"]
-    scene.owner._remove_extra()
-    assert len(scene.vm.done) == 1
-
-
-def test_a_guest_that_failed_leaves_no_slot(scene: Scene) -> None:
-    scene.owner._change_slot()
-    scene.board.write("extra_users", 1)
-    scene.owner.failure = "stale"
-    scene.owner._remove_extra()
     assert scene.owner._extra_fd is None
 
 
