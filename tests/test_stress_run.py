@@ -157,12 +157,12 @@ def test_vms_follow_one_another_until_the_deadline(
     scene.run._live = live
     scene.run._next_ground = lambda plan: f"ground of {plan.seed}"
     scene.run._look_at_the_service = lambda *, killed: told.append(killed)
-    scene.run.until(scene.now + 8, print)
+    scene.run.until(scene.now + 4.5, print)
     assert told == [
-        (3, 0, None, 8),
+        (3, 0, None, 4.5),
         ("3/0", "ground of 3/0"),
         False,
-        (3, 1, "3/0", 4),
+        (3, 1, "3/0", 0.5),
         ("3/1", "ground of 3/1"),
         True,
     ]
@@ -194,8 +194,9 @@ def test_a_ground_is_reused_or_closed(
     assert next_ground(replace(PLAN, seed="d", reused=True)) is other
     assert (done, total.reused) == (["renew a", "close a", "renew c"], 2)
     scene.now += 2.5
+    scene.run._note_processes = lambda: done.append(f"note, closed {scene.service.closed}")
     scene.run.__exit__()
-    assert done[3:] == ["close c"]
+    assert done[3:] == ["close c", "note, closed False"]
     assert scene.service.closed
     assert scene.run.elapsed == 2.5
 
