@@ -101,31 +101,27 @@ class Frames:
         touch(MEMORY, write=False)
         saw(None)
         first, last = offset >> PAGE_SHIFT, -(-(offset + length) >> PAGE_SHIFT)
-        if self.kind != "memfd":
-            first, last = self._round(first, last)
+        # Where a huge folio has room, the kernel allocates one, also beyond the range.
+        folios = [] if self.kind == "memfd" else self._room(first, last)
+        if folios:
+            first, last = min(first, folios[0]), max(last, folios[-1] + HUGE_PAGES)
         missing = [pgoff for pgoff in range(first, last) if not self.numbers[pgoff]]
         if not missing:
             return
         if self.exhausted:
             raise OSError(ENOSPC, "allocate: no memory")
-        if self.kind != "memfd":
-            self._huge.update(
-                head
-                for head in range(first, last, HUGE_PAGES)
-                if not any(self.numbers[head : head + HUGE_PAGES])
-            )
+        self._huge.update(folios)
         for pgoff in missing:
             self._births[pgoff] += 1
             self.numbers[pgoff] = self._births[pgoff]
 
-    def _round(self, first: int, last: int) -> tuple[int, int]:
-        """Return a range, widened to the huge folios that the kernel would allocate for it."""
-        start, end = first & -HUGE_PAGES, -(-last // HUGE_PAGES) * HUGE_PAGES
-        return (
-            (start, end)
-            if self.kind == "hugetlb" or not any(self.numbers[start:end])
-            else (first, last)
-        )
+    def _room(self, first: int, last: int) -> list[int]:
+        """Return the first pages of the empty blocks of 2 MiB that a range meets."""
+        return [
+            head
+            for head in range(first & -HUGE_PAGES, last, HUGE_PAGES)
+            if not any(self.numbers[head : head + HUGE_PAGES])
+        ]
 
     def refill(self) -> None:
         """End the shortage of memory."""
