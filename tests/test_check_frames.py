@@ -108,6 +108,8 @@ def test_numbers_are_compared_with_those_of_now() -> None:
     assert made.against(before) == bytes([1, 2, 2, 1, 0])
     assert made.against(before[2:4], 2) == bytes([2, 1])
     assert made.against(made.numbers[2:4], 2) == bytes([1, 1])
+    with pytest.raises(ValueError, match="zip"):
+        made.against(before, 1)
     assert made.against(b"\0", 4) == made.against(b"\0", 0) == b"\0"
 
 
@@ -250,6 +252,15 @@ def test_a_punch_splits_the_folios_that_it_meets() -> None:
     allocate(made, MIB_2 - 1, MIB_2)
     assert present(made) == [(0, MIB_2), (MIB_2 + 1, FOLIOS)]
     assert made.order(0) == 0
+
+
+def test_a_block_with_pages_has_no_room_for_a_folio() -> None:
+    made, _ = frames_of(FOLIOS, "thp")
+    allocate(made, 0, FOLIOS)
+    punch(made, MIB_2, 2 * MIB_2 - 1)
+    allocate(made, MIB_2, MIB_2 + 1)
+    assert present(made) == [(0, MIB_2 + 1), (2 * MIB_2 - 1, FOLIOS)]
+    assert [made.order(page) for page in (0, MIB_2, 2 * MIB_2)] == [9, 0, 9]
 
 
 def test_a_range_over_several_blocks_fills_holes_with_folios() -> None:

@@ -385,6 +385,19 @@ def test_processes_of_the_service_are_noted_and_looked_for(
         end_child(other)
 
 
+def test_the_parent_of_a_process_is_not_its_group() -> None:
+    def lead() -> None:
+        os.setsid()
+        signal.pause()
+
+    pid = fork(lead)
+    try:
+        wait_until(lambda: os.getpgid(pid) == pid, "the process to lead a group")
+        assert run._stat(pid)[0] == os.getpid()
+    finally:
+        end_child(pid)
+
+
 def test_a_process_that_was_not_reaped_is_gone() -> None:
     pid = fork(lambda: None)
     try:
@@ -447,6 +460,10 @@ def test_a_vcpu_that_hangs_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None
     now[0] = 80
     watch.look(nobody)
     now[0] = 80.5
+    fresh = run._Watch(stub(board=stub(steps=lambda _: 0)), replace(PLAN, vcpus=1))
     words = "hang: waited 20 s for vCPU 0 to go on after its step 7"
     with pytest.raises(Finding, match=f"^{words}$"):
         watch.look(nobody)
+    now[0] += 21
+    with pytest.raises(Finding, match=r"vCPU 0 to go on after its step 0$"):
+        fresh.look(nobody)
