@@ -1,6 +1,7 @@
 """Each rule of the checker: what breaks it, and what just does not."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -48,6 +49,8 @@ def test_a_consumer_is_told_of_one_of_several_punches() -> None:
             assert broken(rules) == ""
         rules.start(view, span(1, 4))
         assert broken(rules)
+    rules.start(view, span(3, 4))
+    assert broken(rules)
     with pytest.raises(OSError, match=r"^$"), rules.punching(span(1, 2)):
         raise OSError
     rules.start(view, span(1, 2))
@@ -250,6 +253,22 @@ def test_a_frame_is_freed_after_it_was_zapped() -> None:
     view.live = False
     rules.before_free(span(0, 6))
     assert broken(rules) == ""
+
+
+def test_a_slot_that_shows_nothing_of_a_range_is_not_looked_at() -> None:
+    class Entries(bytearray):
+        def count(self, *of: Any) -> int:
+            counted.append(of)
+            return super().count(*of)
+
+    counted: list[tuple[int, ...]] = []
+    _, rules, view = world_of()
+    view.slot.entries = Entries(4)
+    for first, end in ((0, 1), (5, 6), (2, 2)):
+        rules.before_free(span(first, end))
+    assert counted == []
+    rules.before_free(span(2, 6))
+    assert counted == [(0, 1, 4)]
 
 
 @pytest.mark.parametrize("gone", [Invariants.freed, Invariants.zeroed])

@@ -4,7 +4,7 @@ A search makes some actors wait on the ground of these (``explorer``).
 """
 
 from collections.abc import Iterator, Sequence, Set
-from typing import Final, TypeAlias, final
+from typing import TypeAlias, final
 
 from restrictedmem.check.control import COMMUTE, OWNERS, Actor, Names, Operation
 
@@ -13,7 +13,6 @@ Past: TypeAlias = tuple[int, int]
 #: An actor, an object, whether the operation commutes with others of its kind, whether
 #: ``Program.check`` may see it, and the locks that the actor holds.
 _Access: TypeAlias = tuple[int, int, bool, bool, frozenset[int]]
-_NONE: Final = -1
 
 
 def conflict(one: Operation | None, other: Operation | None) -> bool:
@@ -46,13 +45,13 @@ class Futures:
     def __init__(self, names: Names) -> None:
         """Know nothing yet."""
         self._names = names
-        self._numbers: dict[_Access, int] = {}
-        self._accesses: list[_Access] = []
-        #: By access: the set of accesses that it may meet.
-        self._meets: list[int] = []
-        #: By past: the next access (``_next``); its mutex, if only the owner can do this access
-        #: (``_owned``); the set of all accesses from there on (``_all``); the pasts before
-        #: (``_before``).
+        #: The bit of each known access.
+        self._bits: dict[_Access, int] = {}
+        #: By this bit: the set of accesses that it may meet. An actor that has ended meets nothing.
+        self._meets: dict[int, int] = {0: 0}
+        #: By past: the next access, 0 if there is none (``_next``); its mutex, if only the owner
+        #: can do this access (``_owned``); the set of all accesses from there on (``_all``); the
+        #: pasts before (``_before``).
         self._next: dict[Past, int] = {}
         self._owned: dict[Past, int] = {}
         self._all: dict[Past, int] = {}
@@ -62,19 +61,13 @@ class Futures:
         self._relied: dict[Past, int] = {}
         self.wrong: set[Past] = set()
 
-    @property
-    def known(self) -> int:
-        """The number of known steps from one past to another."""
-        return sum(map(len, self._before.values()))
-
     def see(self, actor: Actor, past: int | None) -> None:
         """Record what an actor is about to do, and the past before its last step, if any."""
         here = actor.index, actor.history
         if here not in self._all:
-            number = self._next[here] = (
-                _NONE if actor.pending is None else self._number(actor, actor.pending)
+            self._next[here] = self._all[here] = (
+                0 if actor.pending is None else self._bit(actor, actor.pending)
             )
-            self._all[here] = 0 if number == _NONE else 1 << number
             if (
                 actor.pending is not None
                 and actor.pending[0] in OWNERS
@@ -88,17 +81,17 @@ class Futures:
                 found.add(before)
                 self._grow(before, self._all[here])
 
-    def _number(self, actor: Actor, pending: Operation) -> int:
+    def _bit(self, actor: Actor, pending: Operation) -> int:
         verb, place, _ = pending
         access = actor.index, place, verb in COMMUTE, self._names.visible(pending), actor.held
-        number = self._numbers.setdefault(access, len(self._numbers))
-        if number == len(self._accesses):
-            met = [other for other, known in enumerate(self._accesses) if _meet(access, known)]
-            self._accesses.append(access)
-            self._meets.append(sum(1 << other for other in met))
+        bit = self._bits.get(access)
+        if bit is None:
+            met = [other for known, other in self._bits.items() if _meet(access, known)]
+            bit = self._bits[access] = 1 << len(self._bits)
+            self._meets[bit] = sum(met)
             for other in met:
-                self._meets[other] |= 1 << number
-        return number
+                self._meets[other] |= bit
+        return bit
 
     def _grow(self, past: Past, accesses: int) -> None:
         """Add accesses to the future of a past and to the futures of all pasts before it."""
@@ -109,7 +102,7 @@ class Futures:
             if new:
                 self._all[past] |= new
                 relied = self._relied.get(past, 0)
-                if any(self._meets[number] & relied for number in _bits(new)):
+                if any(self._meets[access] & relied for access in _bits(new)):
                     self.wrong.add(past)
                 todo += self._before.get(past, ())
 
@@ -139,21 +132,18 @@ class Futures:
         return not any(met & self._all[past] for past in pasts if past[0] != index)
 
     def _met_by_next(self, past: Past) -> int:
-        number = self._next[past]
-        if number == _NONE or (past in self._owned and self._owned[past] not in self._names.tried):
-            # The actor has ended; or only a mutex's owner can do this, and nobody looks at it.
+        if past in self._owned and self._owned[past] not in self._names.tried:
+            # Only a mutex's owner can do this, and nobody looks at it.
             return 0
-        return self._meets[number]
+        return self._meets[self._next[past]]
 
     def rely(self, pasts: Sequence[Past], group: Set[int]) -> None:
         """Remember that the search relies on a group's next steps to meet no other future."""
         accesses = 0
         for index in group:
-            accesses |= 1 << max(0, self._next[pasts[index]])
+            accesses |= self._next[pasts[index]]
         for past in pasts:
-            if past[0] not in group and self._relied.get(past, 0) | accesses != self._relied.get(
-                past
-            ):
+            if past[0] not in group:
                 self._relied[past] = self._relied.get(past, 0) | accesses
 
 
@@ -175,5 +165,5 @@ def _closure(first: int, meets: Sequence[int], coming: Sequence[int]) -> set[int
 def _bits(number: int) -> Iterator[int]:
     while number:
         lowest = number & -number
-        yield lowest.bit_length() - 1
+        yield lowest
         number ^= lowest
