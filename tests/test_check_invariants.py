@@ -203,6 +203,17 @@ def test_a_guest_loses_what_was_asked_for(how: str, first: int, end: int, good: 
     assert broken(rules) == ""
 
 
+def test_a_guest_loses_what_any_operation_asked_for_of_its_slot() -> None:
+    world, rules, _ = world_of(npages=9)
+    world.add_slot(BASE + 4, 2, start=5)
+    for asked in (span(1, 3), span(3, 5)):
+        with rules.punching(asked):
+            pass
+    for first, end, good in ((0, 2, True), (2, 4, True), (1, 3, False), (4, 5, False)):
+        rules.dropped(gfn_t(BASE + first), gfn_t(BASE + end))
+        assert (broken(rules) == "") is good
+
+
 def test_a_conversion_asks_for_its_guest_pages() -> None:
     _, rules, _ = world_of()
     with rules.converting(gfn_t(BASE + 1), gfn_t(BASE + 3)):

@@ -105,7 +105,7 @@ def _remember() -> None:
     saw(None)
 
 
-def _mask(memory: bytes | bytearray, table: bytes, first: int, last: int) -> int:
+def _mask(memory: bytes | bytearray, table: bytes, first: int = 0, last: int | None = None) -> int:
     # The view bypasses the explorer, which controls the slot's arrays: this look at them is no
     # step.
     return int.from_bytes(bytes(memoryview(memory)[first:last]).translate(table), "big")
@@ -297,16 +297,17 @@ class Invariants:
         for view in self._live():
             inside = view.window.clip(span)
             first, last = inside.start - view.window.start, inside.end - view.window.start
+            if first == last:
+                continue
             # This look is a step, so that the explorer tells a zap before it from a zap after it.
-            if first < last and view.slot.entries.count(0, first, last) < last - first:
-                numbers = self.frames.numbers[inside.start : inside.end]
-                mapped = _mask(view.slot.entries, _PRIVATE_ENTRIES, first, last) & _mask(
-                    numbers, _ANY_ENTRY, 0, len(numbers)
+            view.slot.entries.count(0, first, last)
+            mapped = _mask(view.slot.entries, _PRIVATE_ENTRIES, first, last) & _mask(
+                self.frames.numbers[inside.start : inside.end], _ANY_ENTRY
+            )
+            if mapped:
+                self.violate(
+                    Rule.FREED, f"pages of {inside} are freed while the guest has them mapped"
                 )
-                if mapped:
-                    self.violate(
-                        Rule.FREED, f"pages of {inside} are freed while the guest has them mapped"
-                    )
 
     def freed(self, span: PageRange) -> None:
         """Check that nobody still wants the content of frames that were freed."""
@@ -418,7 +419,7 @@ class Invariants:
             raise self._violation
         for view in self._live():
             start, end = view.window.start, view.window.end
-            mapped = _mask(view.slot.entries, _PRIVATE_ENTRIES, 0, end - start)
+            mapped = _mask(view.slot.entries, _PRIVATE_ENTRIES)
             if not mapped:
                 continue
             wrong = int.from_bytes(view.led, "big") ^ int.from_bytes(
@@ -448,8 +449,8 @@ class Invariants:
             size = len(view.window)
             if half.sequence.busy():
                 raise RuleBroken(f"{Rule.BALANCE.value}: an invalidation is in progress for ever")
-            mapped = _mask(view.slot.entries, _PRIVATE_ENTRIES, 0, size)
-            if mapped & ~_mask(view.slot.attributes, _ANY_ENTRY, 0, size):
+            mapped = _mask(view.slot.entries, _PRIVATE_ENTRIES)
+            if mapped & ~_mask(view.slot.attributes, _ANY_ENTRY):
                 raise RuleBroken(
                     f"{Rule.ATTRIBUTE.value}: a shared guest page of slot {view.slot.number} is "
                     "mapped private"
