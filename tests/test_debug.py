@@ -5,7 +5,7 @@ Without it they stay closed.
 
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -326,17 +326,23 @@ def test_the_last_breakpoint_takes_its_hooks_out_of_translated_code() -> None:
     did: list[str] = []
 
     @contextmanager
-    def maintenance() -> Iterator[None]:
+    def maintenance() -> Generator[None]:
         did.append("stop")
         yield
         did.append("go on")
 
+    def hook_code(address: int, _: object) -> str:
+        return f"hook at {address}"
+
+    def unhook(hook: str) -> None:
+        did.append(f"no {hook}")
+
     uc = stub(
         registers=always(None),
-        hook_code=lambda address, _: f"hook at {address}",
+        hook_code=hook_code,
         stop_inside_blocks=always(None),
         flush_code=lambda: did.append("flush"),
-        unhook=lambda hook: did.append(f"no {hook}"),
+        unhook=unhook,
     )
     debug = GuestDebug(uc, stub(maintenance=maintenance), always(None))
     debug.set(step=False, breakpoints=frozenset({1}))

@@ -428,7 +428,7 @@ def test_a_child_that_has_the_socket_too_does_not_keep_a_trace_from_ending(
             {"event": "interrupt", "vcpu": 6},
         ),
     ],
-    ids=lambda value: value["event"] if isinstance(value, dict) else "",
+    ids=["slot", "v10", "v9", "launch_update", "interrupt"],
 )
 def test_a_request_is_an_event(message: Message, event: Event) -> None:
     writer, reader = pair()
