@@ -122,8 +122,8 @@ def test_what_the_check_may_see_meets_whatever_else_it_may_see() -> None:
 @pytest.mark.parametrize("verb", [RELEASES, WAITS, NOTIFIES])
 def test_only_the_owner_does_something_to_a_mutex_that_nobody_tries(verb: str) -> None:
     made, _ = known()
-    made.see(actor(0, 1, (verb, MUTEX), (MUTEX,)), None)
     made.see(actor(1, 1, (TAKES, MUTEX)), None)
+    made.see(actor(0, 1, (verb, MUTEX), (MUTEX,)), None)
     pasts = [(0, 1), (1, 1)]
     assert made.alone(pasts, 0)
     assert not made.alone(pasts, 1)
@@ -180,6 +180,23 @@ def test_a_reliance_that_was_wrong_is_found_out() -> None:
     assert made.wrong == set()
 
 
+def test_one_wrong_access_of_several_is_enough() -> None:
+    made, pasts = known((READS, X), (WRITES, Z))
+    made.rely(pasts, {1})
+    made.see(actor(0, 8, (READS, Y)), None)
+    made.see(actor(0, 9, (READS, Z)), 8)
+    made.see(actor(0, 8, (READS, Y)), 1)
+    assert made.wrong == {(0, 1)}
+
+
+def test_an_actor_that_has_ended_is_in_nobodys_way() -> None:
+    made, pasts = known((WRITES, X), (WRITES, X), None)
+    made.see(actor(0, 2, FREE), None)
+    pasts[0] = 0, 2
+    assert made.alone(pasts, 1)
+    assert made.fewest(pasts, [1]) == {1}
+
+
 def test_reliances_add_up() -> None:
     made, pasts = known((READS, X), (WRITES, Y), (WRITES, Z))
     made.rely(pasts, {1})
@@ -202,6 +219,7 @@ FREE: Final = (WRITES, 50)
         # The first that is alone.
         (((WRITES, X), (WRITES, X), FREE), [0, 1, 2], {2}),
         ((FREE, (WRITES, X), (WRITES, X)), [0, 1, 2], {0}),
+        (((WRITES, X), FREE, (WRITES, X)), [0, 1, 2], {1}),
         # Groups of two; the first of equal ones.
         (((WRITES, X), (WRITES, X), (WRITES, Y), (WRITES, Y)), [0, 1, 2, 3], {0, 1}),
         (((WRITES, X), (WRITES, Y), (WRITES, X), (WRITES, Y)), [1, 2], {1, 3}),

@@ -14,13 +14,15 @@ from restrictedmem.check.frames import HUGE_PAGES, MEMORY
 from restrictedmem.check.guest_cpu import DONE, GuestCpu, load, store
 from restrictedmem.check.invariants import SlotHistory, acting
 from restrictedmem.check.world import World
+from restrictedmem.kvm.engine_vcpu import EngineVcpu
 from restrictedmem.kvm.memslot import ALL, PRIVATE
 from restrictedmem.kvm.mmu import Fault
 from restrictedmem.mm.notifier import Notifier
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.platform.platform import NoPlatform
 from restrictedmem.platform.snp import Snp
-from restrictedmem.protocol.exits import MemoryFault, MmioRead
+from restrictedmem.protocol import guest_abi
+from restrictedmem.protocol.exits import Hypercall, MemoryFault, MmioRead
 from restrictedmem.units import gfn_t
 
 # Facts that the rules remember.
@@ -253,12 +255,16 @@ def test_a_guest_loads_and_stores_through_its_tlb(steps: list[tuple[object, ...]
     made, cpu = guest_of(load(BASE), store(BASE, 5), store(BASE + 1, 6))
     steps.clear()
     assert cpu.run() is DONE
-    mine = [step for step in steps if step[0] in ("vCPU 3", MEMORY)]
-    assert mine == [("vCPU 3", "write"), (MEMORY, "read")] * 3
+    mine = [step for step in steps if step[0] in ("vCPU 3", MEMORY, "saw")]
+    assert mine == [("vCPU 3", "write"), ("saw", False), (MEMORY, "read"), ("saw", None)] * 3
     assert made.frames.content == {1: 5, 2: 6}
     assert {gfn: number for gfn, (_, number) in cpu.tlb.items()} == {BASE: 1, BASE + 1: 1}
     assert cpu.run() is DONE
     assert made.frames.content == {1: 5, 2: 6}
+
+
+def test_a_guest_that_is_done_has_ended_well() -> None:
+    assert Hypercall(guest_abi.EXIT, (0, 0, 0, 0)) == DONE
 
 
 def test_a_kick_ends_a_run_once(steps: list[tuple[object, ...]]) -> None:
@@ -322,15 +328,19 @@ def test_a_shared_page_has_no_frame_of_the_file() -> None:
     (slot,) = made.vm.mmu.slots
     slot.attributes[:] = bytes(4)
     slot.entries[:] = bytes([ALL]) * 4
+    made.invariants.view_of(BASE).led[0] = 1
     assert cpu.run() is DONE
     assert (cpu.tlb, made.frames.content) == ({BASE: (ALL, 0)}, {})
 
 
 def test_a_store_needs_an_entry_that_may_be_written() -> None:
-    made, cpu = guest_of(load(BASE), store(BASE, 5))
-    cpu.tlb[BASE] = 1 | PRIVATE, 1
+    made, cpu = guest_of()
+    made.frames.punch(1 << 12, 1 << 12)
+    made.frames.allocate(1 << 12, 1 << 12)
+    made.invariants.take(span(1, 2))
+    cpu.tlb[BASE] = 1 | PRIVATE, 2
     assert cpu._access(load(BASE)) is DONE
-    assert cpu.tlb[BASE] == (1 | PRIVATE, 1)
+    assert cpu.tlb[BASE] == (1 | PRIVATE, 2)
     assert cpu._access(store(BASE, 5)) is DONE
     assert cpu.tlb[BASE][0] & 2
     assert made.frames.content == {1: 5}
@@ -368,7 +378,7 @@ def test_the_state_of_a_guest_ends_with_its_program() -> None:
 
 
 def test_the_state_of_a_vcpu_has_who_waits_for_its_exit(
-    steps: list[tuple[object, ...]],
+    steps: list[tuple[object, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, _, _ = world_of()
     made.add_vcpu(load(BASE))
@@ -383,13 +393,14 @@ def test_the_state_of_a_vcpu_has_who_waits_for_its_exit(
     assert steps == [("saw", False), ("saw", True)]
     assert (stay, vcpu._asked) == (0, {4})
     states.append(vcpu.state())
-    vcpu._in_guest = False
-    vcpu.send_out(0)
-    assert vcpu._asked == set()
+    sent: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(EngineVcpu, "send_out", lambda _, stay: sent.append(stay))
+        vcpu.send_out(0)
+    assert (vcpu._asked, sent) == (set(), [0])
     vcpu._asked.add(4)
-    vcpu._stale.clear()
     vcpu._enter()
-    assert vcpu._asked == set()
+    assert (vcpu._asked, vcpu._stale, vcpu._in_guest) == (set(), [], True)
     vcpu._leave()
     for name in ("_running", "_interrupted"):
         setattr(vcpu, name, True)

@@ -4,7 +4,6 @@ The tests try how much it searches, what it finds, and its command. Their progra
 to know the answer.
 """
 
-import gc
 import os
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from collections.abc import Hashable
 from functools import partial
 from itertools import permutations
 from math import factorial
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
@@ -58,40 +57,6 @@ def test_all_positions_are_states(actors: int, loads: int) -> None:
         actors * loads,
         actors + 1,
     )
-
-
-class Counted(Loads):
-    """A program that counts how often it is made, and notes whether garbage is collected."""
-
-    made = 0
-    collects: ClassVar[set[bool]] = set()
-
-    def __init__(self) -> None:
-        super().__init__(2, 3)
-        Counted.made += 1
-        Counted.collects.add(gc.isenabled())
-
-
-@pytest.mark.parametrize(
-    ("how", "samples"), [({}, 50), ({"reduce": True}, 50), ({"preemptions": 0}, 0)]
-)
-def test_a_complete_search_is_followed_by_fifty_executions_at_random(
-    how: dict[str, Any], samples: int
-) -> None:
-    Counted.made = 0
-    assert explore(Counted, **how).executions == Counted.made - samples
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_garbage_is_collected_after_a_search_as_before(enabled: bool) -> None:
-    before = gc.isenabled()
-    Counted.collects.clear()
-    try:
-        (gc.enable if enabled else gc.disable)()
-        explore(Counted)
-        assert (Counted.collects, gc.isenabled()) == ({False}, enabled)
-    finally:
-        (gc.enable if before else gc.disable)()
 
 
 class Orders(Base):

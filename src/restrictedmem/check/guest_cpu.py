@@ -101,7 +101,7 @@ class GuestCpu:
     def _access(self, access: Access) -> Exit | None:
         view = self._invariants.view_of(access.gfn)
         needed = READ if access.value is None else WRITE
-        if not self.tlb.get(access.gfn, (0, 0))[0] & needed:
+        if access.gfn not in self.tlb or not self.tlb[access.gfn][0] & needed:
             exit_ = self._fill(view, access.gfn)
             if exit_ is not DONE:
                 return exit_
