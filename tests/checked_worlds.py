@@ -1,5 +1,6 @@
 """A world of the checker outside a search, and the rules that are broken in it."""
 
+from collections.abc import Callable
 from typing import Any, Final
 
 from restrictedmem.check.explorer import RuleBroken
@@ -51,3 +52,12 @@ def ended(rules: Invariants) -> str:
 def map_pages(view: SlotHistory, first: int, last: int) -> None:
     """Map pages of a slot to the frames of the file."""
     view.slot.entries[first:last] = bytes([ENTRY]) * (last - first)
+
+
+def touches(heard: list[tuple[object, ...]]) -> Callable[..., None]:
+    """Make a ``control.touch`` that adds each access and its kind to a list."""
+
+    def touch(name: object, *, write: bool) -> None:
+        heard.append((name, "write" if write else "read"))
+
+    return touch

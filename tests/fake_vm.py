@@ -9,7 +9,7 @@ from typing import Any, Final, cast
 import pytest
 
 from churn_board import Both
-from planting import stub
+from planting import always, stub
 from restrictedmem.abi import memory
 from restrictedmem.protocol import guest_abi
 from restrictedmem.protocol.exits import Hypercall
@@ -78,10 +78,13 @@ class FakeVm:
             self.done.append(("map", number, gpa, size))
             return min(size, self.maps)
 
+        def set_regs(**regs: int) -> None:
+            self.done.append(("regs", number, regs))
+
         yield stub(
             number=number,
-            run=lambda _: PARK,
-            set_regs=lambda **regs: self.done.append(("regs", number, regs)),
+            run=always(PARK),
+            set_regs=set_regs,
             interrupt=lambda: self.done.append(("interrupt", number)),
             pre_fault_memory=pre_fault,
         )

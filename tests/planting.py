@@ -27,6 +27,15 @@ def stub(**parts: object) -> Any:
     return Stub(**parts)
 
 
+def noting(into: list[tuple[object, ...]], *words: object) -> Callable[..., None]:
+    """Make a function that adds a tuple to a list: these words, and its arguments."""
+
+    def note(*of: object) -> None:
+        into.append((*words, *of))
+
+    return note
+
+
 def always(answer: _T) -> Callable[..., _T]:
     """Make a function that gives the same answer to everything."""
     return lambda *_: answer

@@ -5,7 +5,9 @@ from typing import Final
 
 import pytest
 
+from checked_worlds import touches
 from outcomes import Errno, outcome
+from planting import noting
 from restrictedmem.check import control, frames
 from restrictedmem.check.frames import HUGE_PAGES, MEMORY, Frames
 from restrictedmem.units import PAGE_SIZE, PageRange, pgoff_t
@@ -69,10 +71,8 @@ def present(of: Frames) -> list[tuple[int, int]]:
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
     """What the explorer hears of accesses to frames."""
     heard: list[tuple[object, ...]] = []
-    monkeypatch.setattr(
-        frames, "touch", lambda name, *, write: heard.append((name, "write" if write else "read"))
-    )
-    monkeypatch.setattr(frames, "saw", lambda value: heard.append(("saw", value)))
+    monkeypatch.setattr(frames, "touch", touches(heard))
+    monkeypatch.setattr(frames, "saw", noting(heard, "saw"))
     return heard
 
 

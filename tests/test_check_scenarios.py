@@ -73,7 +73,8 @@ class Recorder:
         return vcpu
 
     def actor(self, name: str, *steps: Callable[[], object]) -> None:
-        outer, self.lines = self.lines, []
+        outer = self.lines
+        self.lines = list[str]()
         for step in steps:
             step()
         outer.append(f"actor {name}: {'; '.join(self.lines)}")

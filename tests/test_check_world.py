@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from errno import EFAULT
+from typing import Final
 
 import pytest
 
-from checked_worlds import BASE, ENTRY, broken, map_pages, span, world_of
-from planting import stub
+from checked_worlds import BASE, ENTRY, broken, map_pages, span, touches, world_of
+from planting import noting, stub
 from restrictedmem.abi.kvm import EHWPOISON
 from restrictedmem.check import control, guest_cpu, invariants, objects, world
 from restrictedmem.check.explorer import RuleBroken
@@ -28,28 +29,30 @@ from restrictedmem.units import gfn_t
 # Facts that the rules remember.
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda world, view: world.invariants.taken.__setitem__(2, 0),
-        lambda world, view: view.slot.entries.__setitem__(0, ENTRY),
-        lambda world, view: view.told.append(invariants.Told(span(1, 2), 3)),
-        lambda world, view: view.closed.append(invariants.Told(span(1, 2), 3)),
-        lambda world, view: setattr(view, "leaving", True),
-        lambda world, view: setattr(view, "live", False),
-        lambda world, view: world.invariants._punching.append(span(1, 2)),
-        lambda world, view: world.invariants._converting.append((1, 2)),
-        lambda world, view: world.invariants._written.add(1),
-        lambda world, view: world.invariants.poisoned.update({2: 1}),
-        lambda world, view: world.invariants.dying(),
-    ],
-)
-def test_the_state_has_each_fact(change: Callable[[World, SlotHistory], None]) -> None:
+TOLD: Final = invariants.Told(span(1, 2), 3)
+#: Facts that tell states apart: how each becomes another.
+FACTS: Final[dict[str, Callable[[World, SlotHistory], object]]] = {
+    "taken": lambda world, _: world.invariants.taken.__setitem__(2, 0),
+    "entry": lambda _, view: view.slot.entries.__setitem__(0, ENTRY),
+    "told": lambda _, view: view.told.append(TOLD),
+    "closed": lambda _, view: view.closed.append(TOLD),
+    "leaving": lambda _, view: setattr(view, "leaving", True),
+    "live": lambda _, view: setattr(view, "live", False),
+    "punching": lambda world, _: world.invariants._punching.append(span(1, 2)),
+    "converting": lambda world, _: world.invariants._converting.append((1, 2)),
+    "written": lambda world, _: world.invariants._written.add(1),
+    "poisoned": lambda world, _: world.invariants.poisoned.update({2: 1}),
+    "dying": lambda world, _: world.invariants.dying(),
+}
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_the_state_has_each_fact(name: str) -> None:
     world, rules, view = world_of()
     view.led[:] = world.frames.numbers[1:5]
     before = rules.state()
     assert before == world_of()[1].state()
-    change(world, view)
+    FACTS[name](world, view)
     assert rules.state() != before
 
 
@@ -68,13 +71,13 @@ def test_the_state_says_whether_entries_lead_to_their_frames() -> None:
 def test_a_rule_that_remembers_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[tuple[object, ...]] = []
     _, rules, _ = world_of()
-    monkeypatch.setattr(invariants, "touch", lambda name, *, write: heard.append((name, write)))
-    monkeypatch.setattr(invariants, "saw", lambda value: heard.append(("saw", value)))
+    monkeypatch.setattr(invariants, "touch", touches(heard))
+    monkeypatch.setattr(invariants, "saw", noting(heard, "saw"))
     for doing in (rules.converting(gfn_t(BASE), gfn_t(BASE + 1)), rules.losing(span(1, 2))):
         heard.clear()
         with doing:
             assert heard == []
-        assert heard == [(MEMORY, True), ("saw", None)]
+        assert heard == [(MEMORY, "write"), ("saw", None)]
 
 
 def test_a_guest_page_belongs_to_one_slot() -> None:
@@ -93,13 +96,9 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
     """What the explorer hears of a world's models."""
     heard: list[tuple[object, ...]] = []
     for module in (world, guest_cpu):
-        monkeypatch.setattr(
-            module,
-            "touch",
-            lambda name, *, write: heard.append((name, "write" if write else "read")),
-        )
-        monkeypatch.setattr(module, "saw", lambda value: heard.append(("saw", value)))
-    monkeypatch.setattr(guest_cpu, "forget", lambda where: heard.append(("forget", where)))
+        monkeypatch.setattr(module, "touch", touches(heard))
+        monkeypatch.setattr(module, "saw", noting(heard, "saw"))
+    monkeypatch.setattr(guest_cpu, "forget", noting(heard, "forget"))
     return heard
 
 
@@ -167,16 +166,57 @@ def test_a_mapping_larger_than_its_folio_is_found() -> None:
     assert broken(rules) == f"mapped larger than it is: {words}"
 
 
+def test_a_notifier_tells_the_rules_and_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[tuple[object, ...]] = []
+    made, _, view = world_of()
+    half = view.slot.memfd_half.binding
+    for name in ("invalidate_start", "invalidate_end", "error"):
+        monkeypatch.setattr(made.vm, name, noting(heard, name))
+    for name in ("start", "end"):
+        monkeypatch.setattr(made.invariants, name, noting(heard, name))
+    notifier = made._notifiers[half]
+    first, end = span(1, 3).start, span(1, 3).end
+    notifier.invalidate_start(first, end, 5)
+    notifier.invalidate_end(first, end, 5)
+    notifier.error(first, end)
+    # A consumer closes its range before it answers, and opens it after it was told.
+    assert heard == [
+        ("invalidate_start", half, span(1, 3), 5),
+        ("start", view, span(1, 3)),
+        ("end", view, span(1, 3)),
+        ("invalidate_end", half, span(1, 3), 5),
+        ("error", half, span(1, 3)),
+    ]
+    made.touched(load(BASE))
+    assert notifier.page_count(first, end) == 2
+
+
+def test_the_end_of_a_sequence_is_known_before_faults_go_on() -> None:
+    made, rules, view = world_of()
+    view.leaving = True
+    made.sequence.begin(span(2, 3).start, span(2, 3).end)
+    rules.start(view, span(2, 3))
+    assert view.closed
+    made.sequence.end()
+    assert (view.closed, made.sequence.busy()) == ([], False)
+
+
+def test_the_consumers_mapping_allocates_and_shows_frames() -> None:
+    made = World("v10")
+    assert len(made.frames.numbers) == 1
+    file = world.MappedFile(made)
+    file.allocate(0, 1 << 12)
+    assert bytes(made.invariants.taken) == bytes(made.frames.numbers) == b"\1"
+    assert file.order_of(span(0, 1).start) == 0
+
+
 def test_the_platform_hears_what_the_world_does() -> None:
     heard: list[tuple[object, ...]] = []
 
-    def note(what: str) -> Callable[..., None]:
-        return lambda *of: heard.append((what, *of))
-
     inner = stub(
-        prepare=note("prepare"),
-        invalidate=note("invalidate"),
-        freed=note("freed"),
+        prepare=noting(heard, "prepare"),
+        invalidate=noting(heard, "invalidate"),
+        freed=noting(heard, "freed"),
         report=lambda: {"pages": 3},
     )
     made, _, _ = world_of()
@@ -211,7 +251,7 @@ def test_the_platform_hears_of_taken_pages_that_are_holes(steps: list[tuple[obje
     made.frames.punch(2 << 12, 3 << 12)
     made.vm._find_freed(half, span(1, 5))
     assert half.pages.count(span(1, 5)) == 4
-    made.platform = stub(freed=lambda *of: heard.append(of))
+    made.platform = stub(freed=noting(heard))
     steps.clear()
     made.vm._find_freed(half, span(1, 3))
     assert (heard, steps) == ([(1, span(2, 3))], [(MEMORY, "read")])
@@ -348,8 +388,8 @@ def test_a_store_needs_an_entry_that_may_be_written() -> None:
 
 def test_dropped_translations_are_those_of_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
     made, cpu = guest_of()
-    heard: list[tuple[int, int]] = []
-    monkeypatch.setattr(made.invariants, "dropped", lambda *of: heard.append(of))
+    heard: list[tuple[object, ...]] = []
+    monkeypatch.setattr(made.invariants, "dropped", noting(heard))
     cpu.tlb = {BASE + page: (ENTRY, 1) for page in range(4)}
     cpu.drop(gfn_t(BASE + 1), gfn_t(BASE + 3))
     assert (list(cpu.tlb), heard) == ([BASE, BASE + 3], [(BASE + 1, BASE + 3)])
@@ -393,11 +433,11 @@ def test_the_state_of_a_vcpu_has_who_waits_for_its_exit(
     assert steps == [("saw", False), ("saw", True)]
     assert (stay, vcpu._asked) == (0, {4})
     states.append(vcpu.state())
-    sent: list[int] = []
+    sent: list[tuple[object, ...]] = []
     with monkeypatch.context() as patch:
-        patch.setattr(EngineVcpu, "send_out", lambda _, stay: sent.append(stay))
+        patch.setattr(EngineVcpu, "send_out", noting(sent))
         vcpu.send_out(0)
-    assert (vcpu._asked, sent) == (set(), [0])
+    assert (vcpu._asked, sent) == (set(), [(vcpu, 0)])
     vcpu._asked.add(4)
     vcpu._enter()
     assert (vcpu._asked, vcpu._stale, vcpu._in_guest) == (set(), [], True)

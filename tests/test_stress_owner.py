@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator
 from dataclasses import replace
 from errno import EINVAL, EIO
 from functools import partial
+from operator import itemgetter
 from typing import Any, Final
 
 import pytest
@@ -117,7 +118,12 @@ def test_a_vcpu_that_does_not_end_is_a_hang(
 ) -> None:
     monkeypatch.setattr(owner, "PATIENCE", 0.05)
     release = threading.Event()
-    monkeypatch.setattr(scene.owner._vcpus[1], "run", lambda _: (release.wait(20), PARK)[1])
+
+    def run(_: int) -> exits.Exit:
+        release.wait(20)
+        return PARK
+
+    monkeypatch.setattr(scene.owner._vcpus[1], "run", run)
     scene.owner.start()
     scene.owner.failure = failure
     words = failure or "hang: waited 0.05 s for every vCPU to end"
@@ -342,7 +348,7 @@ def test_a_slot_stays_while_the_guest_uses_it(
 
 
 def test_a_vcpu_is_interrupted_and_a_page_is_lost(scene: Scene) -> None:
-    scene.puncher.random = stub(choice=lambda of: of[1], randrange=lambda most: most - 1)
+    scene.puncher.random = stub(choice=itemgetter(1), randrange=(-1).__add__)
     scene.owner._interrupt()
     scene.owner._lose_page()
     last = guest_abi.PRIVATE_BASE + scene.ground.offset + 39 * PAGE_SIZE

@@ -82,7 +82,10 @@ def ended(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     done: list[str] = []
 
     def note(what: str) -> Any:
-        return lambda *_: done.append(f"{what} during {scene.puncher.progress.stuck(-1)}")
+        def act(_: Owner) -> None:
+            done.append(f"{what} during {scene.puncher.progress.stuck(-1)}")
+
+        return act
 
     monkeypatch.setattr(Owner, "_remove_extra", note("slot"))
     monkeypatch.setattr(Owner, "join", note("join"))

@@ -167,7 +167,7 @@ ENDS: Final[dict[str, tuple[Body, str]]] = {
     "finding": (refuse(Finding("page 3")), "clerk: page 3"),
     "error": (refuse(ValueError("a value")), "clerk: ValueError: a value"),
     "exit": (refuse(SystemExit(5)), "clerk: SystemExit: 5"),
-    "silence": (lambda *_: os._exit(0), "the clerk died"),
+    "silence": (lambda _progress, _parent: os._exit(0), "the clerk died"),
 }
 
 

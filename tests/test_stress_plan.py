@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import pytest
 
-from planting import stub
+from planting import always, stub
 from restrictedmem.abi import memory
 from restrictedmem.platform import platform
 from restrictedmem.stress import puncher
@@ -145,7 +145,7 @@ def test_an_allocation_fills_holes_and_announces_nothing() -> None:
     with holder(8) as (made, board):
         made.take(range(8))
         used = os.fstat(board.fd).st_blocks
-        made.random = stub(choice=lambda _: 2, randrange=lambda _: 3)
+        made.random = stub(choice=always(2), randrange=always(3))
         made.allocate()
         assert os.fstat(board.fd).st_blocks == used + 2 * PAGE_SIZE // 512
         # Pages 3 and 4 are there now.
@@ -159,7 +159,7 @@ def test_an_allocation_fills_holes_and_announces_nothing() -> None:
 def test_an_allocation_keeps_content_and_size() -> None:
     with holder(8) as (made, board):
         os.ftruncate(board.fd, OFFSET + 4 * PAGE_SIZE)
-        made.random = stub(choice=lambda _: 2, randrange=lambda _: 3)
+        made.random = stub(choice=always(2), randrange=always(3))
         made.allocate()
         assert board.present() == list(range(-3, 4))
         assert os.fstat(board.fd).st_size == OFFSET + 4 * PAGE_SIZE
@@ -182,7 +182,7 @@ def test_pages_are_picked_among_the_guests() -> None:
 
 def test_punch_takes_some_pages() -> None:
     with holder(8) as (made, board):
-        made.random = stub(choice=lambda _: 2, randrange=lambda _: 3)
+        made.random = stub(choice=always(2), randrange=always(3))
         made.punch()
     assert [pages for pages, *_ in board.announced] == [range(3, 5)]
 
@@ -269,7 +269,7 @@ def test_the_second_process_works_until_it_is_stopped(name: str) -> None:
 def test_the_second_process_waits_where_it_has_nothing_to_do() -> None:
     said = list[object]()
     parent: Any = stub(recv=said.append, send=said.append)
-    board: Any = stub(lane=lambda _: stub())
+    board: Any = stub(lane=always(stub()))
     plan: Any = stub(operations=("slot", "interrupt"), seed="1/0")
     be_second(stub(board=board), plan, stub(), parent)
     assert said == [1, b"{}"]

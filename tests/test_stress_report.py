@@ -137,7 +137,7 @@ def test_a_seed_is_chosen_when_none_is_given(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     acts()
-    chosen = always(stub(randrange=lambda most: most - 1))
+    chosen = always(stub(randrange=(-1).__add__))
     monkeypatch.setattr(run, "random", stub(SystemRandom=chosen))
     run.main(2.5, as_json=True)
     assert json.loads(capsys.readouterr().out)["seed"] == 0xFFFF_FFFF
@@ -150,7 +150,11 @@ def test_the_line_on_a_terminal_is_cleared(
 
     def line(file: object, *, interval: float) -> Any:
         assert interval == 1
-        return stub(update=lambda text: shown.append(text()), clear=lambda: shown.append("clear"))
+
+        def update(text: Callable[[], str]) -> None:
+            shown.append(text())
+
+        return stub(update=update, clear=lambda: shown.append("clear"))
 
     acts()
     monkeypatch.setattr(run, "Line", line)

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import pytest
 
-from planting import PlantedError, Stub, fail, stub
+from planting import PlantedError, Stub, always, fail, noting, stub
 from restrictedmem.abi import process
 from restrictedmem.child import end_child, fork
 from restrictedmem.service import client
@@ -153,10 +153,16 @@ def test_vms_follow_one_another_until_the_deadline(
         told.append((plan.seed, ground))
         scene.now += 4
 
+    def next_ground(plan: Plan) -> str:
+        return f"ground of {plan.seed}"
+
+    def look(*, killed: bool) -> None:
+        told.append(killed)
+
     monkeypatch.setattr(run, "plan_of", plan_of)
     scene.run._live = live
-    scene.run._next_ground = lambda plan: f"ground of {plan.seed}"
-    scene.run._look_at_the_service = lambda *, killed: told.append(killed)
+    scene.run._next_ground = next_ground
+    scene.run._look_at_the_service = look
     scene.run.until(scene.now + 4.5, print)
     assert told == [
         (3, 0, None, 4.5),
@@ -217,7 +223,7 @@ def test_a_vm_lives_as_long_as_planned(
 ) -> None:
     scene, done = made(), list[str]()
     both = child("owner", done), child("second", done)
-    ground: Any = stub(board=stub(steps=lambda vcpu: 10 + vcpu))
+    ground: Any = stub(board=stub(steps=(10).__add__))
 
     @contextmanager
     def children(*of: object) -> Generator[Any]:
@@ -233,13 +239,19 @@ def test_a_vm_lives_as_long_as_planned(
         assert children is both
         done.append("look")
 
+    def line(text: Callable[[], str]) -> None:
+        done.append(text())
+
+    def end(_plan: Plan, _children: object, seconds: float) -> None:
+        done.append(f"end after {seconds}")
+
     monkeypatch.setattr(run, "_children", children)
     monkeypatch.setattr(run, "readable", readable)
     monkeypatch.setattr(run._Watch, "look", look)
     scene.run.plan = PLAN
-    scene.run._line = lambda text: done.append(text())
+    scene.run._line = line
     scene.run._note_processes = lambda: done.append("note")
-    scene.run._end = lambda plan, children, seconds: done.append(f"end after {seconds}")
+    scene.run._end = end
     scene.run._live(PLAN, ground)
     assert done == [
         *("owner poll", "second poll", "look"),
@@ -289,7 +301,11 @@ def test_an_owner_is_killed_in_the_middle(made: Callable[..., Scene]) -> None:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     """Return what is waited for, and whether it holds."""
     waited: list[tuple[str, bool]] = []
-    monkeypatch.setattr(run, "wait_for", lambda what, holds: waited.append((what, holds())))
+
+    def wait_for(what: str, holds: Callable[[], bool]) -> None:
+        waited.append((what, holds()))
+
+    monkeypatch.setattr(run, "wait_for", wait_for)
     return waited
 
 
@@ -409,23 +425,23 @@ def test_a_process_that_was_not_reaped_is_gone() -> None:
 
 
 def test_the_processes_of_a_vm_end_with_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[str] = []
+    done: list[tuple[object, ...]] = []
 
     def child(name: str, body: Callable[[object, object], None]) -> Any:
         body("progress", "sock")
-        return stub(name=name, close=lambda: done.append(f"close {name}"))
+        return stub(name=name, close=lambda: done.append(("close", name)))
 
     monkeypatch.setattr(run, "Child", child)
-    monkeypatch.setattr(run, "be_owner", lambda *of: done.append(f"owner {of}"))
-    monkeypatch.setattr(run, "be_second", lambda *of: done.append(f"second {of}"))
+    monkeypatch.setattr(run, "be_owner", noting(done, "owner"))
+    monkeypatch.setattr(run, "be_second", noting(done, "second"))
     names: Any = "service", "ground", "plan"
     with run._children(*names) as children:
         assert [each.name for each in children] == ["owner", "second process"]
         assert done == [
-            "second ('ground', 'plan', 'progress', 'sock')",
-            "owner ('service', 'ground', 'plan', 'progress', 'sock')",
+            ("second", "ground", "plan", "progress", "sock"),
+            ("owner", "service", "ground", "plan", "progress", "sock"),
         ]
-    assert done[2:] == ["close owner", "close second process"]
+    assert done[2:] == [("close", "owner"), ("close", "second process")]
 
 
 # Hangs.
@@ -450,7 +466,7 @@ def test_an_operation_that_hangs_is_a_finding(monkeypatch: pytest.MonkeyPatch) -
 def test_a_vcpu_that_hangs_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     now, steps = [50.0], [0, 0]
     monkeypatch.setattr(run, "time", stub(monotonic=lambda: now[0]))
-    watch = run._Watch(stub(board=stub(steps=lambda vcpu: steps[vcpu])), PLAN)
+    watch = run._Watch(stub(board=stub(steps=steps.__getitem__)), PLAN)
     nobody: Any = ()
     now[0], steps[0] = 60, 7
     watch.look(nobody)
@@ -460,7 +476,7 @@ def test_a_vcpu_that_hangs_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None
     now[0] = 80
     watch.look(nobody)
     now[0] = 80.5
-    fresh = run._Watch(stub(board=stub(steps=lambda _: 0)), replace(PLAN, vcpus=1))
+    fresh = run._Watch(stub(board=stub(steps=always(0))), replace(PLAN, vcpus=1))
     words = "hang: waited 20 s for vCPU 0 to go on after its step 7"
     with pytest.raises(Finding, match=f"^{words}$"):
         watch.look(nobody)
