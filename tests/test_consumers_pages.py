@@ -7,12 +7,14 @@ import os
 import socket
 from collections.abc import Iterator
 from errno import EACCES, EAGAIN, EFAULT, ENOENT
+from functools import partial
 
 import pytest
 
 from outcomes import Errno, outcome
 from restrictedmem import sync
 from restrictedmem.abi import memory
+from restrictedmem.abi.kvm import EHWPOISON
 from restrictedmem.consumer import Bound, BoundFile, file_is_restrictedmem
 from restrictedmem.fd import OwnedFd
 from restrictedmem.mm.backing import MemfdBacking
@@ -168,6 +170,29 @@ def test_a_window_lies_where_its_blocks_can_be_mapped_as_one(
     bound: tuple[RestrictedFile, BoundFile],
 ) -> None:
     assert (bound[1]._mapping.address - 3 * PAGE) % memory.PMD_SIZE == 0
+
+
+def test_lost_pages_are_refused_and_the_consumer_hears_of_all_of_them(
+    bound: tuple[RestrictedFile, BoundFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The window begins at page 3; the range is not cut for the consumer."""
+    _, window = bound
+    heard: list[tuple[int, int]] = []
+
+    def error(_: Heard, start: pgoff_t, end: pgoff_t) -> None:
+        heard.append((start, end))
+
+    monkeypatch.setattr(Heard, "error", error)
+    window.error(pgoff_t(1), pgoff_t(5))
+    assert heard == [(1, 5)]
+    refused = [outcome(partial(window.get_page, pgoff_t(page))) for page in (3, 4, 5)]
+    assert refused == [Errno(EHWPOISON), Errno(EHWPOISON), 0]
+    window.invalidate_start(pgoff_t(4), pgoff_t(5), None)
+    window.invalidate_end(pgoff_t(4), pgoff_t(5), None)
+    assert [outcome(partial(window.get_page, pgoff_t(page))) for page in (3, 4)] == [
+        Errno(EHWPOISON),
+        0,
+    ]
 
 
 class Heard:
