@@ -77,6 +77,16 @@ def stop(pid: int) -> None:
     wait_until(lambda: _all_are(pid, "Tt"), f"process {pid} to stop")
 
 
+def stops(pid: int) -> bool:
+    """Stop a process, as ``stop``; say whether it was still there."""
+    try:
+        os.kill(pid, signal.SIGSTOP)
+        wait_until(lambda: _all_are(pid, "TtZX"), f"process {pid} to stop")
+        return _all_are(pid, "Tt") and process(pid) is not None
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 @contextmanager
 def stopped(pid: int) -> Generator[None]:
     """Keep a process stopped meanwhile."""

@@ -6,6 +6,7 @@ On some machines only root can reach the devices and the interpreter.
 import ctypes
 import os
 import pickle
+import stat
 import sys
 import tempfile
 import traceback
@@ -89,8 +90,7 @@ def become(uid: int, *, fuse: bool, namespaces: bool = True) -> None:
     unshare(CLONE_NEWNS)
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     open_the_way({os.path.realpath(path) for path in (sys.base_prefix, sys.prefix, _ROOT)})
-    if fuse:
-        widen_device()
+    put_device(0o666 if fuse else 0o600)
     if not namespaces:
         forbid_user_namespaces()
     os.setgroups([])
@@ -150,13 +150,16 @@ def _closed_door(path: str) -> str | None:
     )
 
 
-def widen_device() -> None:
-    """Put a /dev/fuse that everyone may open into this process's mount namespace."""
+def put_device(mode: int) -> None:
+    """Put a /dev/fuse with this mode into this process's mount namespace.
+
+    The machine's own has mode 0600 or 0666, as its distribution likes.
+    """
     place = tempfile.mkdtemp()
     mount("tmpfs", place, "tmpfs", 0)
     node = os.path.join(place, "fuse")
-    os.mknod(node, 0o020666, _FUSE_DEVICE)
-    os.chmod(node, 0o666)
+    os.mknod(node, stat.S_IFCHR, _FUSE_DEVICE)
+    os.chmod(node, mode)
     mount(node, DEVICE, None, MS_BIND)
     checked(_libc.umount2(place.encode(), _MNT_DETACH))
     os.rmdir(place)
