@@ -11,7 +11,7 @@ SOURCE = Path(restrictedmem.__file__).parent
 #: From the top down; a module may import from its own layer and those below it.
 LAYERS = (
     ("cli", "__main__"),
-    ("audit",),
+    ("audit", "conformance"),
     ("check",),
     ("stress",),
     ("machine",),

@@ -18,7 +18,17 @@ from restrictedmem.failure import line_of
 from restrictedmem.version import __version__
 
 #: Modules of this package. Each is imported only when it is needed, so that ``exec`` starts fast.
-_COMMANDS: Final = ("run", "exec", "doctor", "check", "ps", "serve", "trace", "verify")
+_COMMANDS: Final = (
+    "run",
+    "exec",
+    "conformance",
+    "doctor",
+    "check",
+    "ps",
+    "serve",
+    "trace",
+    "verify",
+)
 
 #: With this variable set, services and commands show the traceback of an internal error.
 _DEBUG: Final = "RESTRICTEDMEM_DEBUG"

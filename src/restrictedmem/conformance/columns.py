@@ -1,0 +1,228 @@
+"""The columns: each kind of memory that a machine may have, and how to make it."""
+
+import os
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from errno import EFAULT, EINVAL, ENOSYS
+from typing import Any, Final, Protocol
+
+from restrictedmem.abi import kvm, memory
+from restrictedmem.conformance.case import Case, Family, UnsupportedError
+from restrictedmem.conformance.files import File
+from restrictedmem.conformance.steps import Steps
+from restrictedmem.devkvm import Kvm, VmFd
+from restrictedmem.service.client import Service
+from restrictedmem.service.options import Options
+from restrictedmem.units import PAGE_SIZE
+
+#: The size of a guest_memfd, which has it from creation.
+_SIZE: Final = 4 * PAGE_SIZE
+
+
+class Ground(Protocol):
+    """A column that is open: it makes a fresh object for each case."""
+
+    def subject(self, case: Case, steps: Steps) -> AbstractContextManager[Any]:
+        """Make the object that a case needs, and close it afterwards.
+
+        Raises:
+            UnsupportedError: where the machine lacks what the case needs.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One kind of memory."""
+
+    name: str
+    says: str
+    #: Names by which cases state its answers, the nearest first.
+    answers: tuple[str, ...]
+    families: frozenset[Family]
+    #: Opens it, in the process that runs the cases; raises UnsupportedError.
+    open: Callable[[], AbstractContextManager[Ground]]
+    #: Arguments of ``restrictedmem`` under which that process runs.
+    under: tuple[str, ...] = ()
+
+    @property
+    def target(self) -> str:
+        """The part of the name that columns of one kind share."""
+        return self.name.partition("/")[0]
+
+
+class _FileGround:
+    """A ground whose objects are descriptors."""
+
+    def __init__(self, make: Callable[[int], int], creation: str) -> None:
+        self._make, self._creation = make, creation
+
+    @contextmanager
+    def subject(self, case: Case, steps: Steps) -> Generator[File]:
+        """Make a descriptor."""
+        assert case.family is Family.FILE
+        file = File(self._make, steps, self._creation)
+        try:
+            yield file
+        finally:
+            file.close()
+
+
+_FILES: Final = frozenset({Family.FILE})
+
+
+def _descriptor(api: str) -> Column:
+    @contextmanager
+    def opened() -> Generator[Ground]:
+        try:
+            service = Service.start(Options(api=api))
+        except OSError as error:
+            raise UnsupportedError(f"no service can be started: {error.strerror}") from error
+        with service:
+            yield _FileGround(service.memfd_restricted, "memfd_restricted(0)")
+
+    return Column(
+        f"descriptor/{api}",
+        f"memfd_restricted of this project, as {api}",
+        (api, "descriptor", "proposal"),
+        _FILES,
+        opened,
+    )
+
+
+@contextmanager
+def _by_syscall() -> Generator[Ground]:
+    def make(flags: int) -> int:
+        return memory.memfd_restricted(flags).detach()
+
+    _try(make, "syscall(451, 0) makes no descriptor")
+    yield _FileGround(make, "syscall(451, 0)")
+
+
+def _try(make: Callable[[int], int], why: str) -> None:
+    """Make a descriptor once.
+
+    Raises:
+        UnsupportedError: where the kernel has no such descriptor.
+    """
+    try:
+        os.close(make(0))
+    except OSError as error:
+        if error.errno not in (EFAULT, EINVAL, ENOSYS):
+            raise
+        raise UnsupportedError(f"{why}: {error.strerror}") from error
+
+
+@contextmanager
+def _memfd() -> Generator[Ground]:
+    yield _FileGround(lambda flags: os.memfd_create("case", flags), 'memfd_create("case", 0)')
+
+
+@contextmanager
+def _memfd_secret() -> Generator[Ground]:
+    def make(flags: int) -> int:
+        return memory.memfd_secret(flags).detach()
+
+    _try(make, "memfd_secret is not enabled")
+    yield _FileGround(make, "memfd_secret(0)")
+
+
+class KernelGround:
+    """VMs of /dev/kvm of one type, and their guest_memfds with some flags."""
+
+    def __init__(self, device: Kvm, kind: int, flags: int) -> None:
+        self.device, self.kind, self.flags = device, kind, flags
+
+    def _make(self, flags: int) -> int:
+        # ``devkvm`` would make the descriptor close-on-exec; a case asks what the kernel made it.
+        with self.device.create_vm(self.kind) as vm:
+            size = kvm.kvm_create_guest_memfd(size=_SIZE, flags=self.flags | flags)
+            return kvm.KVM_CREATE_GUEST_MEMFD(vm, size)
+
+    @contextmanager
+    def subject(self, case: Case, steps: Steps) -> Generator[Any]:
+        """Make a guest_memfd, or a VM."""
+        creation = f"ioctl(vm, KVM_CREATE_GUEST_MEMFD, {{size={_SIZE:#x}, flags={self.flags:#x}}})"
+        file = File(self._make, steps, creation)
+        try:
+            yield file
+        finally:
+            file.close()
+
+
+def _needs_flags(vm: VmFd, flags: int) -> None:
+    if not vm.check_extension(kvm.Cap.GUEST_MEMFD):
+        raise UnsupportedError("KVM_CAP_GUEST_MEMFD is 0")
+    offered = vm.check_extension(kvm.Cap.GUEST_MEMFD_FLAGS)
+    if flags & ~offered:
+        raise UnsupportedError(f"KVM_CAP_GUEST_MEMFD_FLAGS is {offered:#x}")
+
+
+def _kernel(kind: int, kind_name: str, flags: int) -> Column:
+    @contextmanager
+    def opened() -> Generator[Ground]:
+        try:
+            device = Kvm.open()
+        except OSError as error:
+            raise UnsupportedError(f"/dev/kvm: {error.strerror}") from error
+        with device:
+            try:
+                vm = device.create_vm(kind)
+            except OSError as error:
+                raise UnsupportedError(f"no VM of type {kind}: {error.strerror}") from error
+            with vm:
+                _needs_flags(vm, flags)
+            yield KernelGround(device, kind, flags)
+
+    mapped = bool(flags & kvm.GUEST_MEMFD_FLAG_MMAP)
+    shared = mapped and bool(flags & kvm.GUEST_MEMFD_FLAG_INIT_SHARED)
+    answers = [
+        *(["gmem-shared"] if shared else []),
+        *(["gmem-mapped"] if mapped else ["gmem-unmapped"]),
+        "gmem",
+    ]
+    return Column(
+        f"kernel{kind_name}/flags={flags}",
+        f"guest_memfd of this kernel, VM type {kind}, flags {flags:#x}",
+        tuple(answers),
+        frozenset(Family),
+        opened,
+    )
+
+
+_TYPES: Final = {"": kvm.KVM_X86_DEFAULT_VM, "-sw-protected": 1}
+COLUMNS: Final = (
+    *(_kernel(kind, name, flags) for name, kind in _TYPES.items() for flags in range(4)),
+    _descriptor("v9"),
+    _descriptor("v10"),
+    Column("memfd", "memfd of this kernel", ("memfd",), _FILES, _memfd),
+    Column("memfd_secret", "memfd_secret of this kernel", ("secret",), _FILES, _memfd_secret),
+    *(
+        Column(
+            f"syscall/{api}",
+            f"the system call under restrictedmem exec, as {api}",
+            ("syscall", api, "descriptor", "proposal"),
+            _FILES,
+            _by_syscall,
+            ("exec", "--api", api, "--"),
+        )
+        for api in ("v9", "v10")
+    ),
+    Column(
+        "posting",
+        "a kernel that has memfd_restricted(2) itself",
+        ("posting", "proposal"),
+        _FILES,
+        _by_syscall,
+    ),
+)
+
+
+def column_of(name: str) -> Column:
+    """Return the column of a name.
+
+    Raises:
+        KeyError: for any other name.
+    """
+    return {column.name: column for column in COLUMNS}[name]
