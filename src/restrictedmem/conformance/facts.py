@@ -1,4 +1,4 @@
-"""What differs between versions of Linux, with the source of each fact.
+"""The differences between versions of Linux, each with its source.
 
 The suite recognises a fact by the kernel's answer, never by the number of a version: vendors carry
 changes to older kernels. ``versions`` is a note for the reader.

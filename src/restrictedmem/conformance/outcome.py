@@ -1,4 +1,4 @@
-"""What an operation answers, as text: a value, an errno, or the signal that killed a process."""
+"""The answer of an operation as text: a value, an errno, or the signal that killed a process."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a descriptor's content answers: read, write, and the calls between files."""
+"""Cases about a descriptor's content: read, write, and the calls between files."""
 
 from errno import EINVAL, ESPIPE
 from typing import Final
