@@ -9,7 +9,7 @@ import signal
 import socket
 import termios
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -66,6 +66,21 @@ def exists(known: Process) -> bool:
     """Say whether a process still runs."""
     now = process(known.pid)
     return now is not None and now.started == known.started
+
+
+def runs(pid: int) -> bool:
+    """Say whether a process has not ended."""
+    return process(pid) is not None
+
+
+def in_session(session: int) -> list[Process]:
+    """Return the processes of a session, which may be orphans."""
+    found: list[Process] = []
+    for each in _every():
+        with suppress(ProcessLookupError):
+            if os.getsid(each.pid) == session:
+                found.append(each)
+    return found
 
 
 def stop(pid: int) -> None:

@@ -2,28 +2,37 @@
 
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
-import tempfile
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from queue import SimpleQueue
-from typing import IO, Final, final
+import time
+from collections import deque
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final, final
 
+from restrictedmem.abi import memory
+from restrictedmem.child import ends
 from restrictedmem.conformance.case import Case
 from restrictedmem.conformance.columns import Column
-from restrictedmem.conformance.result import Result, Verdict
-from restrictedmem.patience import Patience
+from restrictedmem.conformance.result import Result, Verdict, load
+from restrictedmem.failure import named
+from restrictedmem.fd import readable
+from restrictedmem.patience import SLICE, Clock, Patience
 from restrictedmem.service.exec_service import PACKAGE_ROOT
 
 #: Seconds that one case may take, with the opening of its column where it is the first.
 DEADLINE: Final = 60.0
-#: Bytes of a worker's last words that a result has.
+#: How many processes of a column in turn may say nothing; then its other cases are not tried.
+_SILENT: Final = 2
+#: Seconds that the processes which a worker has started may take to end after it.
+_ENDING: Final = 5.0
+#: Seconds between two looks at them.
+_LOOK: Final = 0.01
+#: Bytes of a worker's last words that a result has, and of a line.
 _WORDS: Final = 400
+_LONGEST: Final = 1 << 20
 
 _PYTHON: Final = (
     sys.executable,
@@ -34,77 +43,7 @@ _PYTHON: Final = (
 )
 
 
-def run(columns: Sequence[Column], cases: Sequence[Case], jobs: int) -> Iterator[Result]:
-    """Run cases on columns, ``jobs`` columns at the same time; yield results as they come.
-
-    Each column runs the cases of its families, in a process of its own. A case whose process dies,
-    or says nothing for too long, has failed; a new process runs the cases after it. When the
-    iterator is closed, the processes are killed.
-    """
-    found: SimpleQueue[Result | BaseException | None] = SimpleQueue()
-    stop = threading.Event()
-
-    def run_column(column: Column) -> None:
-        mine = [case for case in cases if case.family in column.families]
-        try:
-            while mine and not stop.is_set():
-                done = _run_worker(column, mine, found.put, stop)
-                mine = mine[done:]
-        except BaseException as error:  # noqa: BLE001  the caller's thread raises it
-            found.put(error)
-        finally:
-            found.put(None)
-
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            for column in columns:
-                pool.submit(run_column, column)
-            left = len(columns)
-            while left:
-                each = found.get()
-                if each is None:
-                    left -= 1
-                elif isinstance(each, BaseException):
-                    raise each
-                else:
-                    yield each
-        finally:
-            stop.set()
-
-
-def _run_worker(
-    column: Column, cases: Sequence[Case], put: Callable[[Result], None], stop: threading.Event
-) -> int:
-    """Run cases in a new process until it ends; return the number of cases that have a result."""
-    with tempfile.TemporaryFile() as asked, tempfile.TemporaryFile() as words:
-        asked.write("".join(f"{case.id}\n" for case in cases).encode())
-        asked.seek(0)
-        worker = subprocess.Popen(
-            _command(column),
-            stdin=asked,
-            stdout=subprocess.PIPE,
-            stderr=words,
-            start_new_session=True,
-        )
-        done = 0
-        try:
-            assert worker.stdout is not None
-            lines = _Lines(worker.stdout)
-            for case in cases:
-                line = lines.next(stop)
-                if stop.is_set():
-                    return done
-                if line is None:
-                    put(Result(case.id, column.name, Verdict.FAIL, why=_end(worker, words)))
-                    return done + 1
-                put(Result.load(json.loads(line)))
-                done += 1
-            return done
-        finally:
-            _kill(worker)
-
-
-def _command(column: Column) -> list[str]:
+def command_of(column: Column) -> list[str]:
     """Return the command of a column's process."""
     worker = [
         *(part.format(module="conformance.worker", function="main") for part in _PYTHON),
@@ -117,46 +56,216 @@ def _command(column: Column) -> list[str]:
     return [*outer, PACKAGE_ROOT, *column.under, *worker]
 
 
-def _end(worker: subprocess.Popen[bytes], words: IO[bytes]) -> str:
-    """Say how a process ended that owed a result."""
-    status = worker.poll()
-    if status is None:
-        return f"no answer within {DEADLINE:g} s"
-    words.seek(max(0, words.seek(0, os.SEEK_END) - _WORDS))
-    last = words.read().decode(errors="replace").strip().rpartition("\n")[2]
-    how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-    return f"the process of the case ended: {how}" + (f"; {last}" if last else "")
+def run(
+    columns: Sequence[Column],
+    cases: Sequence[Case],
+    jobs: int,
+    *,
+    command: Callable[[Column], Sequence[str]] = command_of,
+    deadline: float = DEADLINE,
+) -> Generator[Result]:
+    """Run cases on columns, ``jobs`` columns at the same time; yield results as they come.
+
+    Each column runs the cases of its families, in a process of its own (``command``). A case whose
+    process dies, or says nothing for ``deadline`` seconds, has failed; a new process runs the cases
+    after it. When the iterator ends or is closed, all these processes are gone, with everything
+    that they have started.
+
+    Raises:
+        OSError: a process cannot be started.
+    """
+    waiting = deque(
+        _Part(column, mine)
+        for column in columns
+        if (mine := [case.id for case in cases if case.family in column.families])
+    )
+    running: list[_Worker] = []
+    ended: list[_Worker] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                part = waiting.popleft()
+                with _uninterrupted():
+                    running.append(_Worker(part, command(part.column), deadline))
+            ready = readable(running, SLICE)
+            for worker in tuple(running):
+                yield from worker.take() if worker in ready else worker.wait()
+                if worker.over:
+                    running.remove(worker)
+                    ended.append(worker)
+                    worker.kill()
+                    rest = worker.rest()
+                    if rest.silent >= _SILENT:
+                        yield from rest.given_up()
+                    elif rest.cases:
+                        waiting.appendleft(rest)
+    finally:
+        for worker in running:
+            worker.kill()
+        _end([*running, *ended])
 
 
-def _kill(worker: subprocess.Popen[bytes]) -> None:
-    """Kill a process and what it has started, and reap it."""
-    with suppress(ProcessLookupError):
-        os.killpg(worker.pid, signal.SIGKILL)
-    worker.wait()
-    if worker.stdout is not None:
-        worker.stdout.close()
+@contextmanager
+def _uninterrupted() -> Generator[None]:
+    """Let Ctrl-C wait, so that it comes to no process between its start and its record."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @final
-class _Lines:
-    """Lines of a pipe, each of which has to come within the deadline."""
+class _Part:
+    """Cases of a column that no process has run yet."""
 
-    def __init__(self, pipe: IO[bytes]) -> None:
-        self._fd = pipe.fileno()
-        self._got = b""
+    def __init__(self, column: Column, cases: Sequence[str], silent: int = 0) -> None:
+        self.column, self.cases = column, cases
+        #: How many processes in turn have said nothing before.
+        self.silent = silent
 
-    def next(self, stop: threading.Event) -> bytes | None:
-        """Return the next line; None at the end of the pipe or of the deadline, or to stop."""
-        patience = Patience(DEADLINE)
-        while b"\n" not in self._got:
-            if not self._ready(patience, stop):
+    def given_up(self) -> Iterator[Result]:
+        """Yield a result for each case."""
+        why = f"not tried: {self.silent} processes in turn gave no answer"
+        for case in self.cases:
+            yield Result(case, self.column.name, Verdict.FAIL, why=why)
+
+
+@final
+class _Worker:
+    """A process that runs cases of a column."""
+
+    def __init__(self, part: _Part, command: Sequence[str], deadline: float) -> None:
+        self._part, self._left = part, deque(part.cases)
+        self._deadline, self._clock = deadline, Clock()
+        self._got, self._steps = b"", list[str]()
+        self._silent = False
+        self.over = False
+        with memory.memfd_create("cases") as asked:
+            text = "".join(f"{case}\n" for case in part.cases)
+            os.pwrite(asked.fileno(), text.encode(), 0)
+            self._words = memory.memfd_create("words")
+            try:
+                # A session of its own: no signal of this terminal, and one id for all of it.
+                self.process = subprocess.Popen(
+                    command,
+                    stdin=asked.fileno(),
+                    stdout=subprocess.PIPE,
+                    stderr=self._words.fileno(),
+                    start_new_session=True,
+                )
+            except OSError as error:
+                self._words.close()
+                raise error if error.filename else named("fork", error) from None
+
+    def fileno(self) -> int:
+        """Return the pipe on which the process speaks."""
+        assert self.process.stdout is not None
+        return self.process.stdout.fileno()
+
+    def take(self) -> Iterator[Result]:
+        """Yield the results that have come, when something has come."""
+        piece = os.read(self.fileno(), 1 << 16)
+        self._got += piece
+        yield from self._results()
+        if not piece and not self.over:
+            yield self._failed(self._how())
+
+    def wait(self) -> Iterator[Result]:
+        """Yield that a case has failed, when the process has said nothing for too long."""
+        if self._clock.look() >= self._deadline:
+            self._silent = True
+            yield self._failed(f"no answer within {self._deadline:g} s")
+
+    def _results(self) -> Iterator[Result]:
+        while not self.over and (b"\n" in self._got or len(self._got) > _LONGEST):
+            line, _, self._got = self._got.partition(b"\n")
+            try:
+                result = self._heard(json.loads(line))
+            except (ValueError, RecursionError):
+                shown = line[:_WORDS].decode(errors="replace")
+                yield self._failed(f"the process of the case wrote no result, but {shown!r}")
+                return
+            if result is not None:
+                self._left.popleft()
+                self._steps, self._clock = [], Clock()
+                self.over = not self._left
+                yield result
+
+    def _heard(self, found: object) -> Result | None:
+        """Return a result; None for a line of the steps.
+
+        Raises:
+            ValueError: for anything else, and for the result of another case.
+        """
+        match found:
+            case [int(number), str(text)]:
+                self._steps[number:] = [text]
                 return None
-            piece = os.read(self._fd, 1 << 16)
-            if not piece:
-                return None
-            self._got += piece
-        line, _, self._got = self._got.partition(b"\n")
-        return line
+            case _:
+                result = load(Result, found)
+        if (result.case, result.column) != (self._left[0], self._part.column.name):
+            raise ValueError(f"the result of {result.case} on {result.column}")
+        return result
 
-    def _ready(self, patience: Patience, stop: threading.Event) -> bool:
-        return not stop.is_set() and patience.wait(self._fd, select.POLLIN)
+    def _failed(self, why: str) -> Result:
+        """Return the result of the case that the process owes one."""
+        self.over = True
+        case, column = self._left.popleft(), self._part.column.name
+        return Result(case, column, Verdict.FAIL, why=why, steps=tuple(self._steps))
+
+    def _how(self) -> str:
+        """Say how the process ended."""
+        if not ends(self.process.pid, Patience(_ENDING)):
+            return "the process of the case closed its output"
+        found = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+        assert found is not None
+        how = (
+            f"exit status {found.si_status}"
+            if found.si_code == os.CLD_EXITED
+            else signal.Signals(found.si_status).name
+        )
+        size = os.fstat(self._words.fileno()).st_size
+        words = os.pread(self._words.fileno(), _WORDS, max(0, size - _WORDS))
+        last = words.decode(errors="replace").strip().rpartition("\n")[2]
+        return f"the process of the case ended: {how}" + (f"; {last}" if last else "")
+
+    def kill(self) -> None:
+        """Kill the process and its group, and close all that is open. ``_end`` reaps it."""
+        # It is not reaped yet, so that its id stays that of its session.
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        self._words.close()
+
+    def rest(self) -> _Part:
+        """Return the cases that have no result."""
+        silent = self._part.silent + 1 if self._silent else 0
+        return _Part(self._part.column, tuple(self._left), silent)
+
+
+def _end(workers: Sequence[_Worker]) -> None:
+    """Reap killed workers, after the end of everything that they have started.
+
+    Services end by themselves when their owner is gone. A process that does not end is killed.
+    """
+    sessions, clock = {worker.process.pid for worker in workers}, Clock()
+    while clock.look() < 2 * _ENDING and (left := list(_members(sessions))):
+        if clock.seconds >= _ENDING:
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(_LOOK)
+    for worker in workers:
+        worker.process.wait()
+
+
+def _members(sessions: Container[int]) -> Iterator[int]:
+    """Yield the processes of some sessions that have not ended."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            # The name in parentheses may have any character.
+            state, _, _, session, *_ = path.read_bytes().rpartition(b") ")[2].split()
+            if int(session) in sessions and state not in (b"Z", b"X"):
+                yield int(path.parent.name)

@@ -20,11 +20,13 @@ _ANSWER: Final = "\0"
 class Steps:
     """A record of calls and their answers.
 
-    One process writes it at a time: a child's lines follow those of its parent.
+    One process writes it at a time: a child's lines follow those of its parent. ``told`` is called
+    with the number and the text of each line that is new or has changed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, told: Callable[[int, str], object] = lambda _number, _text: None) -> None:
         self.lines: list[str] = []
+        self._told = told
         #: In a child, the pipe to the parent.
         self._pipe = -1
 
@@ -64,7 +66,8 @@ class Steps:
         if code < 0:
             answer = signal.Signals(-code).name
             lines += f" = {answer}" if lines and not lines.endswith("\n") else ""
-        self.lines += [f"{_CHILD}{line}" for line in lines.splitlines()]
+        for line in lines.splitlines():
+            self._add(f"{_CHILD}{line}")
         return answer
 
     def _speak(self, body: Callable[[], object], pipe: int) -> None:
@@ -78,14 +81,18 @@ class Steps:
         if self._pipe >= 0:
             self._write(text)
         else:
-            self.lines.append(text)
+            self._add(text)
 
     def _end(self, answer: str) -> None:
         text = f" = {answer}" if answer else ""
         if self._pipe >= 0:
             self._write(f"{text}\n")
         else:
-            self.lines[-1] += text
+            self._add(self.lines.pop() + text)
+
+    def _add(self, line: str) -> None:
+        self.lines.append(line)
+        self._told(len(self.lines) - 1, line)
 
     def _write(self, text: str) -> None:
         os.write(self._pipe, text.encode())

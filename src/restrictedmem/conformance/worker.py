@@ -1,46 +1,58 @@
 """The process that runs cases of one column.
 
-``python -m restrictedmem.conformance.worker COLUMN`` reads ids of cases from stdin, one a line, and
-writes each result to stdout as a line of JSON. A case that ends the process ends no other.
+It reads ids of cases from stdin, one a line, and writes lines of JSON to stdout. A list of number
+and text is a line of the steps of the case that runs. An object is the case's result. A case that
+ends the process ends no other.
 """
 
 import json
+import os
 import resource
+import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
+from restrictedmem.abi.process import PR_SET_PDEATHSIG, prctl
 from restrictedmem.conformance.case import Case, NotApplicable, Since, UnsupportedError
 from restrictedmem.conformance.cases import CASES
-from restrictedmem.conformance.columns import Column, Ground, column_of
+from restrictedmem.conformance.columns import COLUMNS, Column, Ground
 from restrictedmem.conformance.outcome import outcome, spell
 from restrictedmem.conformance.result import Result, Verdict
 from restrictedmem.conformance.steps import Steps
 
 
-def results(column: Column, cases: Iterable[Case]) -> Iterator[Result]:
+def results(
+    column: Column, cases: Iterable[Case], new_steps: Callable[[], Steps] = Steps
+) -> Iterator[Result]:
     """Run cases of a column in this process, and yield their results."""
     try:
         with column.open() as ground:
             for case in cases:
-                yield result_of(case, column, ground)
+                yield result_of(case, column, ground, new_steps())
     except UnsupportedError as missing:
         for case in cases:
             yield Result(case.id, column.name, Verdict.UNSUPPORTED, why=str(missing))
 
 
-def result_of(case: Case, column: Column, ground: Ground) -> Result:
+def result_of(case: Case, column: Column, ground: Ground, steps: Steps | None = None) -> Result:
     """Run one case."""
     expected = case.expects(column.answers)
     if isinstance(expected, NotApplicable):
         return Result(case.id, column.name, Verdict.NOT_APPLICABLE, why=expected.why)
-    steps, started = Steps(), time.monotonic()
+    steps, started = steps or Steps(), time.monotonic()
+    seen = wrong = ""
     try:
         with ground.subject(case, steps) as subject:
             seen = spell(outcome(lambda: case.does(subject)))
     except UnsupportedError as missing:
         return Result(case.id, column.name, Verdict.UNSUPPORTED, why=str(missing))
+    except Exception as error:  # noqa: BLE001  a result for every case
+        # A mistake in a case must not take the steps with it that show where the case was.
+        wrong = f"{type(error).__name__}: {error}"
     verdict, wanted, why = judged(expected, seen)
+    if wrong:
+        verdict, why = Verdict.FAIL, wrong
     took = time.monotonic() - started
     return Result(case.id, column.name, verdict, wanted, seen, why, tuple(steps.lines), took)
 
@@ -56,14 +68,33 @@ def judged(expected: object, seen: str) -> tuple[Verdict, str, str]:
 
 
 def main() -> None:
-    """Run the cases that stdin names."""
+    """Run the cases that stdin names, on the column that the command line names."""
+    serve(COLUMNS, CASES)
+
+
+def serve(columns: Iterable[Column], cases: Iterable[Case]) -> None:
+    """Run cases of a table on a column of a table, as ``main``."""
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    column = column_of(sys.argv[1])
-    known = {case.id: case for case in CASES}
-    asked = [known[line.rstrip("\n")] for line in sys.stdin]
-    for result in results(column, asked):
-        print(json.dumps(result.dump()), flush=True)
+    column = {column.name: column for column in columns}[sys.argv[1]]
+    known = {case.id: case for case in cases}
+    asked = sys.stdin.read().split()
+    # Nothing that a case or its children print may look like a result.
+    said = os.fdopen(os.dup(1), "w", encoding="ascii")
+    os.dup2(2, 1)
 
+    def say(found: object) -> None:
+        print(json.dumps(found), file=said, flush=True)
 
-if __name__ == "__main__":
-    main()
+    def tell(number: int, line: str) -> None:
+        say((number, line))
+
+    mine = [known[each] for each in asked if each in known]
+    for result in results(column, mine, lambda: Steps(tell)):
+        say(result.dump())
+    for each in asked:
+        if each not in known:
+            why = "this version of the suite has no such case"
+            say(Result(each, column.name, Verdict.FAIL, why=why).dump())
