@@ -23,6 +23,7 @@ from typing import Final
 import pytest
 from hypothesis import HealthCheck, settings
 
+import browser
 import emulation
 import hugetlb
 from restrictedmem.abi import memory, process, seccomp
@@ -229,6 +230,7 @@ FEATURES: dict[str, Callable[[], str]] = {
     "i386": _i386,
     "hugetlb": hugetlb.missing,
     "atheris": _atheris,
+    "chromium": browser.missing,
 }
 
 
