@@ -59,7 +59,10 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.requires("fuse", "seccomp")
-@pytest.mark.parametrize(("page", "count"), [("README.md", 4), ("docs/use/quickstart.md", 6)])
+@pytest.mark.parametrize(
+    ("page", "count"),
+    [("README.md", 4), ("docs/use/quickstart.md", 6), ("docs/use/conformance.md", 2)],
+)
 def test_each_block_prints_what_the_page_says(
     page: str, count: int, tmp_path: Path, environment: dict[str, str]
 ) -> None:
@@ -136,6 +139,7 @@ _RUN = {
     "README.md",
     "docs/reference/cli.md",
     "docs/reference/wire-protocol.md",
+    "docs/use/conformance.md",
     "docs/use/consumers.md",
     "docs/use/devkvm.md",
     "docs/use/guests.md",

@@ -21,7 +21,15 @@ if TYPE_CHECKING:
 
 _SPELLING: Final = "restrictedmem"
 #: Replacements for characters in messages that a terminal may lack.
-_PLAIN: Final = {"→": "->", "…": "...", "µ": "u"}
+_PLAIN: Final = {
+    "→": "->",
+    "…": "...",
+    "µ": "u",
+    "─": "-",
+    "│": "|",
+    "┐": "+",
+    "┘": "+",
+}
 
 
 def prepare() -> None:
