@@ -53,7 +53,7 @@ def _hanging() -> Generator[Ground]:
     yield _Ground()
 
 
-def _pause(*_: object) -> None:
+def _pause() -> None:
     threading.Event().wait()
 
 
@@ -70,14 +70,15 @@ def _ends(subject: _Subject) -> None:
 
 def _leaves(subject: _Subject) -> int:
     """Leave a process that is in no group of the worker's; note its pid."""
-
-    def stay() -> None:
-        os.setpgid(0, 0)
-        signal.pause()
-
-    pid = fork(stay)
+    pid = fork(signal.pause)
+    os.setpgid(pid, pid)
     subject.steps.note(f"left {pid}")
     return 0
+
+
+def _silent(subject: _Subject) -> None:
+    subject.steps.note(f"waits {os.getpid()}")
+    _pause()
 
 
 def _prints(subject: _Subject) -> int:
@@ -114,7 +115,7 @@ CASES: Final = (
     _case("mistaken", _mistaken),
     _case("state", _state, "True 0 0"),
     _case("senseless", lambda _: 0, NotApplicable("no sense")),
-    _case("silent", _pause),
+    _case("silent", _silent),
     _case("last", lambda _: 0),
 )
 
