@@ -146,6 +146,6 @@ if __name__ == "__main__":
         serve(COLUMNS, CASES)
     else:
         cases = [case for case in CASES if case.id in sys.argv[2:]]
-        with closing(run(COLUMNS[:2], cases, 2, command=command)) as results:
+        with closing(run(COLUMNS[:1], cases, 1, command=command)) as results:
             for result in results:
                 print(result.case, *result.steps, sep="\n", flush=True)
