@@ -4,7 +4,7 @@ import mmap
 import signal
 import subprocess
 import sys
-from errno import EBADF, EEXIST, EFAULT, EINVAL, ENODEV, ENOMEM, EOVERFLOW
+from errno import EBADF, EEXIST, EFAULT, EINVAL, ENODEV, ENOMEM, EOVERFLOW, EPERM
 
 import pytest
 
@@ -41,9 +41,9 @@ def test_a_private_mapping_is_refused_as_a_shared_one_is() -> None:
         "fd = call(0); os.posix_fallocate(fd, 0, 4096); "
         "path = os.open(f'/proc/self/fd/{fd}', os.O_PATH)\n"
         "libc.mmap.restype = ctypes.c_void_p\n"
-        "def map(fd, kind, address=0, length=4096, flags=0, offset=0):\n"
+        "def map(fd, kind, address=0, length=4096, flags=0, offset=0, prot=mmap.PROT_READ):\n"
         "    word = ctypes.c_ulong\n"
-        "    found = libc.mmap(word(address), word(length), mmap.PROT_READ, kind | flags, fd, "
+        "    found = libc.mmap(word(address), word(length), prot, kind | flags, fd, "
         "ctypes.c_long(offset))\n"
         "    return ctypes.get_errno() if found == ctypes.c_void_p(-1).value else 0\n"
         "held = mmap.mmap(-1, 4096); here = ctypes.addressof(ctypes.c_char.from_buffer(held))\n"
@@ -57,6 +57,7 @@ def test_a_private_mapping_is_refused_as_a_shared_one_is() -> None:
         "(fd, {'address': here + 1, 'flags': FIXED}),\n"
         "    (fd, {'address': here + 1, 'flags': NOREPLACE}), (fd, {'flags': HUGETLB}), "
         "(fd, {'offset': -4096}),\n"
+        "    (fd, {'prot': mmap.PROT_READ | mmap.PROT_EXEC}), (fd, {'prot': mmap.PROT_EXEC}),\n"
         # The kernel unmaps what was at a fixed address before it asks the file.
         "    (path, {}), (fd, {'address': here, 'flags': FIXED})]\n"
         "print([(map(fd, mmap.MAP_PRIVATE, **how), map(fd, mmap.MAP_SHARED, **how)) for fd, "
@@ -65,7 +66,15 @@ def test_a_private_mapping_is_refused_as_a_shared_one_is() -> None:
     rows = [(ENODEV, EEXIST), (ENODEV, EBADF)]
     found = said(code)
     assert [one for one in found if one[0] != one[1]] == rows
-    assert {shared for _, shared in found} == {ENODEV, EINVAL, ENOMEM, EOVERFLOW, EEXIST, EBADF}
+    assert {shared for _, shared in found} == {
+        ENODEV,
+        EINVAL,
+        ENOMEM,
+        EOVERFLOW,
+        EEXIST,
+        EBADF,
+        EPERM,
+    }
 
 
 def test_its_file_system_is_the_proposals() -> None:

@@ -11,6 +11,7 @@ is written, the supervisor knows that the process still waits. If that process i
 of its number was looked at, the kernel refuses the answer, because nobody waits for it.
 """
 
+import mmap
 import os
 import select
 import struct
@@ -378,7 +379,8 @@ class Supervisor:
 def _is_refused_anyway(data: seccomp_data, table: Table) -> bool:
     """Say whether the kernel refuses an mmap for its numbers (ksys_mmap_pgoff, do_mmap).
 
-    It checks them before it asks which file it is.
+    It checks them before it asks which file it is. An executable mapping of a restricted file is
+    EPERM, as in the proposal.
     """
     fixed = data.arg3 & (MAP_FIXED | MAP_FIXED_NOREPLACE)
     if table.old_mmap is None:
@@ -390,6 +392,8 @@ def _is_refused_anyway(data: seccomp_data, table: Table) -> bool:
         not 0 < length <= (_FIVE_LEVELS if fixed else _USUAL)
         or bool(fixed and (address % PAGE_SIZE or address > _FIVE_LEVELS - length))
         or bool(data.arg3 & MAP_HUGETLB)
+        # Every way to mount makes the service's file system noexec.
+        or bool(data.arg2 & mmap.PROT_EXEC)
         or bool(offset % PAGE_SIZE)
         or offset > MAX_FILE_BYTES - length
     )
