@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from errno import errorcode
+from errno import EOPNOTSUPP, errorcode
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,6 +12,9 @@ class Errno:
     number: int
 
     def __str__(self) -> str:
+        # On Linux ENOTSUP is another name for it, which errorcode prefers.
+        if self.number == EOPNOTSUPP:
+            return "EOPNOTSUPP"
         return errorcode.get(self.number, f"errno {self.number}")
 
 

@@ -30,8 +30,8 @@ class Steps:
         #: In a child, the pipe to the parent.
         self._pipe = -1
 
-    def call(self, text: str, act: Callable[[], _T]) -> _T:
-        """Do something; note what it is, and then what it answers.
+    def call(self, text: str, act: Callable[[], _T], shows: Callable[[_T], str] = spell) -> _T:
+        """Do something; note what it is, and then what it answers, as ``shows`` writes it.
 
         Raises:
             OSError: that of ``act``.
@@ -42,7 +42,7 @@ class Steps:
         except OSError as error:
             self._end(f"-1 {Errno(error.errno or 0)}")
             raise
-        self._end(spell(value))
+        self._end(shows(value))
         return value
 
     def note(self, text: str) -> None:
