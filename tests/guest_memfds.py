@@ -1,14 +1,11 @@
-"""guest_memfds of the real kernel, for each set of flags that it offers, and mappings of them."""
+"""guest_memfds of the real kernel, for each set of flags that it offers."""
 
 import ctypes
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 
 import pytest
 
-import descriptor_operations as op
-from descriptor_operations import SHARED, R, W
-from outcomes import checked
 from restrictedmem.abi.kvm import GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, Cap
 from restrictedmem.devkvm import GuestMemfd, Kvm, VmFd
 from restrictedmem.units import PAGE_SIZE
@@ -18,23 +15,6 @@ SIZE = 4 * P
 MMAP, INIT_SHARED = GUEST_MEMFD_FLAG_MMAP, GUEST_MEMFD_FLAG_INIT_SHARED
 
 SIGBUS = "SIGBUS"
-
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mmap64.argtypes = [
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int64,
-]
-libc.mmap64.restype = ctypes.c_void_p
-libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-libc.mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-libc.msync.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 @pytest.fixture
@@ -58,22 +38,7 @@ def shared(vm: VmFd) -> Generator[GuestMemfd]:
         yield made
 
 
-def mapped(then: Callable[[int, int], object], length: int = SIZE) -> op.Operation:
-    """Map ``length`` bytes and do something with (address, descriptor)."""
-
-    def operation(thing: op.Thing) -> object:
-        address = libc.mmap64(None, length, R | W, SHARED, thing.fd, 0)
-        if address == ctypes.c_void_p(-1).value:
-            checked(-1)
-        try:
-            return then(address, thing.fd)
-        finally:
-            checked(libc.munmap(address, length))
-
-    return operation
-
-
-def written_from(address: int, _: int) -> int:
+def written_from(address: int) -> int:
     reader, writer = os.pipe()
     try:
         return os.write(writer, memoryview((ctypes.c_char * 8).from_address(address)))

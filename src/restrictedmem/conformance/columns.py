@@ -2,22 +2,22 @@
 
 import os
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from errno import EFAULT, EINVAL, ENOSYS
 from typing import Any, Final, Protocol
 
 from restrictedmem.abi import kvm, memory
+from restrictedmem.conformance import holder
 from restrictedmem.conformance.case import Case, Family, UnsupportedError
-from restrictedmem.conformance.files import File
+from restrictedmem.conformance.files import Creation, File
 from restrictedmem.conformance.steps import Steps
 from restrictedmem.devkvm import Kvm, VmFd
+from restrictedmem.fd import OwnedFd
 from restrictedmem.service.client import Service
 from restrictedmem.service.options import Options
+from restrictedmem.service.wire import Channel
 from restrictedmem.units import PAGE_SIZE
-
-#: The size of a guest_memfd, which has it from creation.
-_SIZE: Final = 4 * PAGE_SIZE
 
 
 class Ground(Protocol):
@@ -55,14 +55,21 @@ class Column:
 class _FileGround:
     """A ground whose objects are descriptors."""
 
-    def __init__(self, make: Callable[[int], int], creation: str) -> None:
-        self._make, self._creation = make, creation
+    def __init__(
+        self,
+        make: Callable[[int], int],
+        says: Callable[[int], str],
+        backing: Callable[[int, int], AbstractContextManager[int]] | None = None,
+    ) -> None:
+        self._creation = Creation(
+            lambda flags, _: make(flags), lambda flags, _: says(flags), backing=backing
+        )
 
     @contextmanager
     def subject(self, case: Case, steps: Steps) -> Generator[File]:
         """Make a descriptor."""
         assert case.family is Family.FILE
-        file = File(self._make, steps, self._creation)
+        file = File(self._creation, steps)
         try:
             yield file
         finally:
@@ -72,23 +79,53 @@ class _FileGround:
 _FILES: Final = frozenset({Family.FILE})
 
 
-def _descriptor(api: str) -> Column:
+def _descriptor(api: str, *, pin: bool = False) -> Column:
     @contextmanager
     def opened() -> Generator[Ground]:
+        options = Options(api=api, pin=pin, consumers=((holder.NAME, holder.__file__),))
         try:
-            service = Service.start(Options(api=api))
+            service = Service.start(options)
         except OSError as error:
             raise UnsupportedError(f"no service can be started: {error.strerror}") from error
         with service:
-            yield _FileGround(service.memfd_restricted, "memfd_restricted(0)")
+            yield _FileGround(
+                service.memfd_restricted,
+                "memfd_restricted({:#x})".format,
+                lambda fd, pages: _held(service, fd, pages),
+            )
 
     return Column(
-        f"descriptor/{api}",
-        f"memfd_restricted of this project, as {api}",
-        (api, "descriptor", "proposal"),
+        f"descriptor{'-pinned' if pin else ''}/{api}",
+        f"memfd_restricted of this project, as {api}" + (", with pins" if pin else ""),
+        (*(["descriptor-pinned"] if pin else []), api, "descriptor", "proposal"),
         _FILES,
         opened,
     )
+
+
+@contextmanager
+def _held(service: Service, fd: int, pages: int) -> Generator[int]:
+    """Let a consumer take pages of a descriptor; open the memfd that has them.
+
+    Raises:
+        UnsupportedError: where this process may not open a consumer's memfd.
+    """
+    with closing(Channel(service.spawn(holder.NAME), "consumer")) as channel:
+        body = holder.TAKE_BODY.pack(service.token_for(fd), pages)
+        reply, _ = channel.call(holder.TAKE, body)
+        (pid,) = holder.TAKEN.unpack(reply)
+        try:
+            (name,) = (
+                entry.path
+                for entry in os.scandir(f"/proc/{pid}/fd")
+                if os.readlink(entry.path).startswith("/memfd:")
+                and os.stat(entry.path).st_size >= pages * PAGE_SIZE
+            )
+            memfd = OwnedFd(os.open(name, os.O_RDWR | os.O_CLOEXEC))
+        except PermissionError as error:
+            raise UnsupportedError("only root may open a consumer's memfd") from error
+        with memfd:
+            yield memfd.fileno()
 
 
 @contextmanager
@@ -97,7 +134,7 @@ def _by_syscall() -> Generator[Ground]:
         return memory.memfd_restricted(flags).detach()
 
     _try(make, "syscall(451, 0) makes no descriptor")
-    yield _FileGround(make, "syscall(451, 0)")
+    yield _FileGround(make, "syscall(451, {:#x})".format)
 
 
 def _try(make: Callable[[int], int], why: str) -> None:
@@ -116,7 +153,9 @@ def _try(make: Callable[[int], int], why: str) -> None:
 
 @contextmanager
 def _memfd() -> Generator[Ground]:
-    yield _FileGround(lambda flags: os.memfd_create("case", flags), 'memfd_create("case", 0)')
+    yield _FileGround(
+        lambda flags: os.memfd_create("case", flags), 'memfd_create("case", {:#x})'.format
+    )
 
 
 @contextmanager
@@ -125,30 +164,39 @@ def _memfd_secret() -> Generator[Ground]:
         return memory.memfd_secret(flags).detach()
 
     _try(make, "memfd_secret is not enabled")
-    yield _FileGround(make, "memfd_secret(0)")
+    yield _FileGround(make, "memfd_secret({:#x})".format)
 
 
 class KernelGround:
     """VMs of /dev/kvm of one type, and their guest_memfds with some flags."""
 
-    def __init__(self, device: Kvm, kind: int, flags: int) -> None:
-        self.device, self.kind, self.flags = device, kind, flags
+    def __init__(self, device: Kvm, kind: int, flags: int, vm: VmFd) -> None:
+        self.device, self.kind, self._vm = device, kind, vm
+        self._creation = Creation(
+            self._make,
+            _says_guest_memfd,
+            flags,
+            vm.check_extension(kvm.Cap.GUEST_MEMFD_FLAGS),
+            vm.fileno(),
+        )
 
-    def _make(self, flags: int) -> int:
+    def _make(self, flags: int, size: int) -> int:
         # ``devkvm`` would make the descriptor close-on-exec; a case asks what the kernel made it.
-        with self.device.create_vm(self.kind) as vm:
-            size = kvm.kvm_create_guest_memfd(size=_SIZE, flags=self.flags | flags)
-            return kvm.KVM_CREATE_GUEST_MEMFD(vm, size)
+        wanted = kvm.kvm_create_guest_memfd(size=size, flags=flags)
+        return kvm.KVM_CREATE_GUEST_MEMFD(self._vm, wanted)
 
     @contextmanager
     def subject(self, case: Case, steps: Steps) -> Generator[Any]:
         """Make a guest_memfd, or a VM."""
-        creation = f"ioctl(vm, KVM_CREATE_GUEST_MEMFD, {{size={_SIZE:#x}, flags={self.flags:#x}}})"
-        file = File(self._make, steps, creation)
+        file = File(self._creation, steps)
         try:
             yield file
         finally:
             file.close()
+
+
+def _says_guest_memfd(flags: int, size: int) -> str:
+    return f"ioctl(vm, KVM_CREATE_GUEST_MEMFD, {{.size = {size:#x}, .flags = {flags:#x}}})"
 
 
 def _needs_flags(vm: VmFd, flags: int) -> None:
@@ -173,13 +221,13 @@ def _kernel(kind: int, kind_name: str, flags: int) -> Column:
                 raise UnsupportedError(f"no VM of type {kind}: {error.strerror}") from error
             with vm:
                 _needs_flags(vm, flags)
-            yield KernelGround(device, kind, flags)
+                yield KernelGround(device, kind, flags, vm)
 
     mapped = bool(flags & kvm.GUEST_MEMFD_FLAG_MMAP)
     shared = mapped and bool(flags & kvm.GUEST_MEMFD_FLAG_INIT_SHARED)
     answers = [
-        *(["gmem-shared"] if shared else []),
-        *(["gmem-mapped"] if mapped else ["gmem-unmapped"]),
+        *(["gmem-shared" if shared else "gmem-private", "gmem-mapped"] if mapped else []),
+        *([] if mapped else ["gmem-unmapped"]),
         "gmem",
     ]
     return Column(
@@ -196,6 +244,7 @@ COLUMNS: Final = (
     *(_kernel(kind, name, flags) for name, kind in _TYPES.items() for flags in range(4)),
     _descriptor("v9"),
     _descriptor("v10"),
+    _descriptor("v10", pin=True),
     Column("memfd", "memfd of this kernel", ("memfd",), _FILES, _memfd),
     Column("memfd_secret", "memfd_secret of this kernel", ("secret",), _FILES, _memfd_secret),
     *(

@@ -1,4 +1,4 @@
-"""The differences between versions of Linux, each with its source.
+"""Facts: the differences between versions of Linux, each with its source.
 
 The suite recognises a fact by the kernel's answer, never by the number of a version: vendors carry
 changes to older kernels. ``versions`` is a note for the reader.
@@ -29,4 +29,66 @@ OVERLAP_IN_FILE: Final = Fact(
     "2026-06",
 )
 
-FACTS: Final = (OVERLAP_IN_FILE,)
+ANON_FILE: Final = Fact(
+    "anon-file",
+    "Files on anonymous inodes, memfd_secret and guest_memfd among them, took readahead(2) and "
+    "FIONREAD as regular files do. readahead is EINVAL now, and FIONREAD is ENOTTY.",
+    "up to 6.15, and stable kernels without the backport",
+    "19bbfe7b5fcc, fs: add S_ANON_INODE",
+    "2025-04",
+)
+ANON_NOEXEC: Final = Fact(
+    "anon-noexec",
+    "An executable mapping of a guest_memfd was ENODEV; it is EPERM now, as its file system "
+    "forbids execution.",
+    "6.8 to 6.15, and stable kernels without the backport",
+    "anon_inode: raise SB_I_NODEV and SB_I_NOEXEC (series of 2025-04-07, patch 5 of 9)",
+    "2025-04",
+)
+OWN_FILE_SYSTEM: Final = Fact(
+    "gmem-own-file-system",
+    "A guest_memfd was an inode of anon_inodefs, named anon_inode:[kvm-gmem]; it is on a file "
+    "system of its own now.",
+    "6.8 to 6.18",
+    "a13cd380ddf6, KVM: guest_memfd: Use guest mem inodes instead of anonymous inodes",
+    "2025-10",
+)
+FLAGS_OFFERED: Final = Fact(
+    "gmem-flags",
+    "KVM_CREATE_GUEST_MEMFD took no flag; now it takes those of KVM_CAP_GUEST_MEMFD_FLAGS.",
+    "6.8 to 6.17",
+    "3d3a04fad25a (mmap of guest_memfd), d2042d8f96dd (KVM_CAP_GUEST_MEMFD_FLAGS)",
+    "2025-10",
+)
+FUSE_SPLICE_EMPTY: Final = Fact(
+    "fuse-splice-empty",
+    "splice from an empty FUSE file asked the server; it is 0 now, as the kernel sees the end.",
+    "up to 6.4",
+    "2cb1e08985e3, splice: Use filemap_splice_read() instead of generic_file_splice_read()",
+    "2023-05",
+)
+FUSE_SPLICE_ERROR: Final = Fact(
+    "fuse-splice-error",
+    "splice from a FUSE file returned the server's errno, and returns EIO now.",
+    "up to 6.18; EIO was seen on 7.3",
+    "runs on 6.1, 6.12, 6.18 and 7.3",
+    "2026",
+)
+LAST_BYTE: Final = Fact(
+    "last-byte",
+    "fallocate up to byte 2^63 - 2 was done for FUSE and tmpfs, and is EFBIG now.",
+    "up to 6.18; EFBIG was seen on 7.3",
+    "runs on 6.1, 6.12, 6.18 and 7.3",
+    "2026",
+)
+
+FACTS: Final = (
+    OVERLAP_IN_FILE,
+    ANON_FILE,
+    ANON_NOEXEC,
+    OWN_FILE_SYSTEM,
+    FLAGS_OFFERED,
+    FUSE_SPLICE_EMPTY,
+    FUSE_SPLICE_ERROR,
+    LAST_BYTE,
+)

@@ -1,0 +1,59 @@
+"""Short ways to write a case of a descriptor."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from restrictedmem.conformance.case import Case, Family, NotApplicable
+from restrictedmem.conformance.files import File
+from restrictedmem.conformance.outcome import Errno
+
+#: The selftest of guest_memfd.
+GMEM_TEST: Final = "tools/testing/selftests/kvm/guest_memfd_test.c"
+#: The selftest of memfd_secret.
+MM_TEST: Final = "tools/testing/selftests/mm/memfd_secret.c"
+#: The two postings of memfd_restricted.
+POSTING: Final = "memfd_restricted v9 and v10, mm/restrictedmem.c"
+
+
+def file(
+    id: str,
+    does: Callable[[File], object],
+    expected: Mapping[str, object],
+    source: str,
+    covers: tuple[str, ...] = (),
+    *,
+    divergence: str = "",
+) -> Case:
+    """Write a case of a descriptor."""
+    return Case(id, Family.FILE, does, expected, source, covers, divergence=divergence)
+
+
+def private(answer: object) -> dict[str, object]:
+    """Return one answer for the private kinds: the proposal, memfd_secret and guest_memfd."""
+    return dict.fromkeys(("proposal", "secret", "gmem"), answer)
+
+
+def everywhere(answer: object) -> dict[str, object]:
+    """Return one answer for every kind."""
+    return {**private(answer), "memfd": answer}
+
+
+def refused(errno: int, **others: Any) -> dict[str, object]:
+    """Return an errno for the private kinds, and answers of others."""
+    return {**private(Errno(errno)), **others}
+
+
+def mapped(answer: object, why: str = "it cannot be mapped") -> dict[str, object]:
+    """Return one answer for each kind that can be mapped; the others have none."""
+    return {
+        "memfd": answer,
+        "secret": answer,
+        "gmem-mapped": answer,
+        "gmem-unmapped": NotApplicable(why),
+        "proposal": NotApplicable(why),
+    }
+
+
+def only_gmem(answer: object, why: str) -> dict[str, object]:
+    """Return an answer of guest_memfd; for the others the case makes no sense."""
+    return {**everywhere(NotApplicable(why)), "gmem": answer}

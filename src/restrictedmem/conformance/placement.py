@@ -1,0 +1,187 @@
+"""Where the pages of a descriptor lie, and what moves them or takes them out of memory.
+
+Page frames are read in /proc/self/pagemap, which shows them to root alone. The pages of a
+restricted descriptor lie in a memfd that its consumer has, which root can map.
+"""
+
+import ctypes
+import os
+import struct
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE
+from pathlib import Path
+from typing import Final
+
+from restrictedmem.abi import memory, process
+from restrictedmem.conformance import calls
+from restrictedmem.conformance.case import UnsupportedError
+from restrictedmem.conformance.files import File
+from restrictedmem.conformance.mappings import Mapping, mapping
+from restrictedmem.conformance.outcome import Errno
+from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE
+
+MOVED: Final = "moved"
+STAYED: Final = "stayed"
+SWAPPED: Final = "swapped out"
+_FRAME: Final = (1 << 55) - 1
+_SWAPPED_BIT: Final = 62
+#: Bytes of the file and of the memfd beside it; tries, and how many of them have to count.
+_FILE: Final = 8 << 20
+_BESIDE: Final = 32 << 20
+_TRIES: Final = 8
+_COUNTED: Final = 3
+_COMPACT: Final = Path("/proc/sys/vm/compact_memory")
+
+
+def after_compaction(file: File) -> str:
+    """Compact memory; say what became of the file's pages, of which every other one is free.
+
+    Their place in the zone decides which pages move. So there is a memfd beside the file, and a try
+    counts where pages of the memfd have moved.
+
+    Raises:
+        UnsupportedError: without root, or where compaction moves nothing.
+    """
+    counted = 0
+    with ExitStack() as kept:
+        for _ in range(_TRIES):
+            control = kept.enter_context(memory.memfd_create("control")).fileno()
+            os.ftruncate(control, _BESIDE)
+            beside = kept.enter_context(_aligned(file, _BESIDE, control))
+            m, mine = kept.enter_context(_taken(file, _FILE))
+            _touch(beside, 0)
+            _free_every_other(file, control, _BESIDE)
+            _free_every_other(file, mine.fd, _FILE)
+            before, before_beside = _frames(m), _frames(beside)
+            _compact(file)
+            if _frames(m) != before:
+                return MOVED
+            counted += _frames(beside) != before_beside
+            if counted == _COUNTED:
+                return STAYED
+    if not counted:
+        raise UnsupportedError(f"compaction moved nothing of {_TRIES} memfds")
+    return STAYED
+
+
+def _compact(file: File) -> None:
+    try:
+        file.steps.call(f'write "1" to {_COMPACT}', lambda: _COMPACT.write_text("1"))
+    except FileNotFoundError as error:
+        raise UnsupportedError("the kernel has no compaction") from error
+
+
+def after_collapse(file: File) -> str:
+    """Ask for a huge page in place of 512 small ones; say what became of the pages."""
+    with _taken(file, memory.PMD_SIZE) as (m, _):
+        before = _frames(m)
+        try:
+            m.madvise(memory.MADV_COLLAPSE, 0, memory.PMD_SIZE)
+        except OSError as error:
+            file.steps.note(f"the call was refused: {Errno(error.errno or 0)}")
+        return MOVED if _frames(m) != before else STAYED
+
+
+def after_move_pages(file: File) -> str:
+    """Ask for the first page to be moved to another node; say what became of it.
+
+    Raises:
+        UnsupportedError: on a machine of one node.
+    """
+    nodes = sorted(Path("/sys/devices/system/node").glob("node[0-9]*"))
+    if len(nodes) < 2:
+        raise UnsupportedError("the machine has one NUMA node")
+    with _taken(file, memory.PMD_SIZE) as (m, _):
+        before = _frames(m)[:1]
+        here = calls.move_page(m.address, None)
+        other = next(int(node.name[4:]) for node in nodes if int(node.name[4:]) != here)
+        m.steps.call(
+            f"move_pages(0, 1, {{p}}, {{{other}}}, &status, MPOL_MF_MOVE), status",
+            lambda: calls.move_page(m.address, other),
+        )
+        return MOVED if _frames(m)[:1] != before else STAYED
+
+
+def after_pageout(file: File) -> str:
+    """Ask for the pages to be swapped out; say what became of them.
+
+    Raises:
+        UnsupportedError: where no memory can be swapped out.
+    """
+    if len(Path("/proc/swaps").read_text(encoding="ascii").splitlines()) < 2:
+        raise UnsupportedError("the machine has no swap area")
+    with _taken(file, memory.PMD_SIZE) as (m, _):
+        try:
+            m.madvise(calls.MADV_PAGEOUT, 0, memory.PMD_SIZE)
+        except OSError as error:
+            file.steps.note(f"the call was refused: {Errno(error.errno or 0)}")
+        return SWAPPED if any(entry >> _SWAPPED_BIT & 1 for entry in _entries(m)) else STAYED
+
+
+@contextmanager
+def _taken(file: File, length: int) -> Generator[tuple[Mapping, File]]:
+    """Make a file of a length with all pages, and map what has them; yield the mapping and it.
+
+    Raises:
+        UnsupportedError: without root.
+    """
+    if not process.effective_capabilities() >> process.CAP_SYS_ADMIN & 1:
+        raise UnsupportedError("page frames are shown to root alone")
+    with ExitStack() as made:
+        mine = made.enter_context(file.another(length))
+        mine.resize(length)
+        fd = mine.fd
+        if mine.creation.backing is not None:
+            pages = length >> PAGE_SHIFT
+            fd = made.enter_context(mine.creation.backing(fd, pages))
+            file.steps.note(f"a consumer takes {pages} pages; root maps the memfd that has them")
+        m = made.enter_context(_aligned(mine, length, fd))
+        _touch(m, 0)
+        yield m, mine
+
+
+@contextmanager
+def _aligned(file: File, length: int, fd: int) -> Generator[Mapping]:
+    """Map a descriptor at an address that a huge page can have."""
+    size = length + memory.PMD_SIZE
+    area = calls.mmap(0, size, 0, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    try:
+        at = area + -area % memory.PMD_SIZE
+        with mapping(file, length=length, at=at, fd=fd) as m:
+            yield m
+    finally:
+        calls.munmap(area, size)
+
+
+def _free_every_other(file: File, fd: int, length: int) -> None:
+    """Punch pages 0, 2, 4 … of a descriptor that can be punched."""
+    try:
+        for offset in range(0, length, 2 * PAGE_SIZE):
+            memory.fallocate(fd, memory.PUNCH, offset, PAGE_SIZE)
+    except OSError as error:
+        file.steps.note(f"its pages cannot be punched: {Errno(error.errno or 0)}")
+    else:
+        file.steps.note("every other page is punched")
+
+
+def _touch(m: Mapping, first: int) -> None:
+    """Read a byte of every page, or of each page with an odd number (``first`` is 1)."""
+    for offset in range(first << PAGE_SHIFT, m.length, PAGE_SIZE << first):
+        ctypes.string_at(m.address + offset, 1)
+
+
+def _frames(m: Mapping) -> list[int]:
+    """Return the frames of the pages with odd numbers, which nobody has punched.
+
+    A read waits for a migration of its page that is under way.
+    """
+    _touch(m, 1)
+    return [entry & _FRAME for entry in _entries(m)[1::2]]
+
+
+def _entries(m: Mapping) -> list[int]:
+    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+        count = m.length >> PAGE_SHIFT
+        found = os.pread(pagemap.fileno(), count * 8, (m.address >> PAGE_SHIFT) * 8)
+    return [entry for (entry,) in struct.iter_unpack("=Q", found)]
