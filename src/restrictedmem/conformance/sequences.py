@@ -42,6 +42,12 @@ def over_end(file: File) -> tuple[str, str, str]:
         )
 
 
+def touched_at_size_0(file: File) -> str:
+    """Map a file that has no size yet, and read a byte."""
+    with mapping(file) as m:
+        return m.steps.in_child(m.load)
+
+
 def collapse(small: File) -> tuple[object, ...]:
     """Read 2 MiB, advise for a huge page, collapse, drop the pages, and read again."""
     with small.another(PMD_SIZE) as file:

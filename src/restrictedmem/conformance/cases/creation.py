@@ -2,8 +2,9 @@
 
 import fcntl
 import os
+import resource
 from collections.abc import Callable
-from errno import EFAULT, EINVAL
+from errno import EFAULT, EINVAL, EMFILE
 from typing import Final
 
 from restrictedmem.abi import kvm
@@ -79,6 +80,22 @@ def _null(file: File) -> int:
     )
 
 
+def _without_numbers(file: File) -> int:
+    """Create in a process that may have no further descriptor.
+
+    It is this process, because a VM serves no other.
+    """
+    number = os.dup(file.fd)
+    os.close(number)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    file.steps.note(f"setrlimit(RLIMIT_NOFILE, {{{number}, …}})")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (number, limits[1]))
+    try:
+        return file.create()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def _sized(id: str, size: int, answer: object) -> Case:
     return file(
         f"create-size-{id}",
@@ -102,6 +119,12 @@ CASES: Final[tuple[Case, ...]] = (
         _FLAGS,
     ),
     file("create", _with_flag(0), everywhere(0), f"{MM_TEST}; {_FLAGS}", ("SEC-0",)),
+    file(
+        "create-without-numbers",
+        _without_numbers,
+        everywhere(Errno(EMFILE)),
+        f"{_FLAGS}; getrlimit(2), RLIMIT_NOFILE",
+    ),
     file(
         "create-each-flag",
         _each_flag,

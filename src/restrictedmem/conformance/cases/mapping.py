@@ -147,6 +147,16 @@ CASES: Final[tuple[Case, ...]] = (
         _TOUCH,
     ),
     file(
+        "touch-at-size-0",
+        sequences.touched_at_size_0,
+        {
+            **mapped("SIGBUS"),
+            "gmem": NotApplicable("it has its size from creation"),
+            "gmem-mapped": NotApplicable("it has its size from creation"),
+        },
+        "mmap(2), SIGBUS; memfd_secret(2)",
+    ),
+    file(
         "touch-filled-and-punched",
         sequences.fill_and_punch,
         {

@@ -88,6 +88,7 @@ CASES: Final[tuple[Case, ...]] = (
     ),
     _set("negative", -1, then=(Errno(EINVAL), 0)),
     _set("negative-again", PAGE_SIZE, -1, then=(Errno(EINVAL), PAGE_SIZE)),
+    _set("4-pages", SIZE, then=(None, SIZE)),
     _set("to-maximum", MAX_FILE_BYTES, then=(None, MAX_FILE_BYTES)),
     _set(
         "beyond-maximum",
