@@ -14,7 +14,7 @@ LAYERS = (
     ("audit", "conformance"),
     ("check",),
     ("stress",),
-    ("machine",),
+    ("machine", "emulated"),
     ("vmm",),
     ("kvm",),
     ("protocol",),

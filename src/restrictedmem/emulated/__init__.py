@@ -1,0 +1,1 @@
+"""Other Linux kernels, which QEMU emulates on this machine without KVM."""
