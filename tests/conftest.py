@@ -17,6 +17,7 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from types import FrameType
 from typing import Final
 
@@ -28,6 +29,7 @@ import emulation
 import hugetlb
 from restrictedmem.abi import memory, process, seccomp
 from restrictedmem.devkvm import Kvm
+from restrictedmem.emulated.machine import EmulationError, Kernel
 from restrictedmem.kvm.kernel.kernel_vm import new_vm
 from restrictedmem.service.cgroup import Cgroup
 from turns import Turns
@@ -199,6 +201,28 @@ def _qemu() -> str:
     )
 
 
+def _busybox() -> str:
+    return "" if shutil.which("busybox") else "busybox is not installed (package busybox-static)"
+
+
+def _kernel_build() -> str:
+    missing = [name for name in ("make", "flex", "bison", "bc", "patch") if not shutil.which(name)]
+    if not Path("/usr/include/libelf.h").exists():
+        missing.append("libelf.h (package libelf-dev)")
+    return f"no kernel can be built here without {', '.join(missing)}" if missing else ""
+
+
+def _emulated_kernel() -> str:
+    image = os.environ.get("RESTRICTEDMEM_KERNEL")
+    if image is None:
+        return "RESTRICTEDMEM_KERNEL names no kernel image (scripts/kernel-lab builds one)"
+    try:
+        Kernel(Path(image)).check()
+    except EmulationError as error:
+        return f"{error}; {error.hint}"
+    return ""
+
+
 def _gdb() -> str:
     return "" if shutil.which("gdb") else "gdb is not installed (package gdb)"
 
@@ -226,6 +250,9 @@ FEATURES: dict[str, Callable[[], str]] = {
     "rust": _rust,
     "orders": _orders,
     "qemu": _qemu,
+    "busybox": _busybox,
+    "kernel-build": _kernel_build,
+    "emulated-kernel": _emulated_kernel,
     "musl": _musl,
     "i386": _i386,
     "hugetlb": hugetlb.missing,

@@ -4,11 +4,12 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from restrictedmem.cli import jsonfile, values
@@ -49,7 +50,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "  restrictedmem conformance --list                list the cases with their sources\n"
         "  restrictedmem conformance --json old.json --html old.html\n"
         "                                                  keep results for programs and for people"
-        "\n  restrictedmem conformance --diff old.json new.json\n"
+        "\n  restrictedmem conformance --kernel bzImage       ask another kernel, under emulation\n"
+        "  restrictedmem conformance --diff old.json new.json\n"
         "                                                  say what changed between two kernels",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -95,6 +97,19 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="run nothing; print each answer that differs between two files of --json. Exit status"
         " 1 if any differs, else 0, as diff(1)",
     )
+    parser.add_argument(
+        "--kernel",
+        type=Path,
+        metavar="IMAGE",
+        help="run under this kernel (a bzImage or vmlinuz), which QEMU emulates; scripts/kernel-lab"
+        " builds one. The Debian packages qemu-system-x86 and busybox-static are needed",
+    )
+    parser.add_argument(
+        "--modules",
+        type=Path,
+        metavar="DIR",
+        help="with --kernel: the kernel's directory in /lib/modules, for kernels of distributions",
+    )
     parser.set_defaults(main=main, error=parser.error)
 
 
@@ -121,6 +136,7 @@ def _check(args: argparse.Namespace) -> None:
         "--tap": args.tap,
         "--html": args.html is not None,
         "--jobs": args.jobs is not None,
+        "--kernel": args.kernel is not None,
     }
     choice = {"--target": args.target is not None, "--case": args.case is not None}
     instead = {"--diff": {**run, **choice, "--list": args.list}, "--list": run}
@@ -130,6 +146,8 @@ def _check(args: argparse.Namespace) -> None:
             args.error(f"{given} does not go with {option}")
     if args.tap and args.json == jsonfile.STDOUT:
         args.error("--json - does not go with --tap: both print to stdout")
+    if args.modules is not None and args.kernel is None:
+        args.error("--modules is for --kernel")
     if args.html == jsonfile.STDOUT:
         args.error("--html takes a file")
 
@@ -171,9 +189,30 @@ def _chosen(
 
 
 def _run(args: argparse.Namespace, columns: "list[Column]", cases: "list[Case]") -> int:
+    from restrictedmem.conformance.run import run
+    from restrictedmem.emulated.machine import EmulationError, Kernel
+
+    if args.kernel is None:
+        return _report(args, columns, cases, run, lambda: os.uname().release)
+    from restrictedmem.conformance.emulated import EmulatedRun
+
+    try:
+        emulated = EmulatedRun(Kernel(args.kernel, args.modules))
+        return _report(args, columns, cases, emulated.run, lambda: emulated.release)
+    except EmulationError as error:
+        raise CommandError(str(error), error.hint) from error
+
+
+def _report(
+    args: argparse.Namespace,
+    columns: "list[Column]",
+    cases: "list[Case]",
+    run: "Callable[[list[Column], list[Case], int], Generator[Result]]",
+    release: Callable[[], str],
+) -> int:
+    """Run cases on columns, and report the results."""
     from restrictedmem.conformance import page, table
     from restrictedmem.conformance.report import Report
-    from restrictedmem.conformance.run import run
 
     jobs = args.jobs or len(os.sched_getaffinity(0))
     count = sum(case.family in column.families for case in cases for column in columns)
@@ -188,7 +227,7 @@ def _run(args: argparse.Namespace, columns: "list[Column]", cases: "list[Case]")
             columns,
             cases,
             found,
-            kernel=os.uname().release,
+            kernel=release(),
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=time.monotonic() - began,
         )
