@@ -81,6 +81,29 @@ LAST_BYTE: Final = Fact(
     "runs on 6.1, 6.12, 6.18 and 7.3",
     "2026",
 )
+NO_BLOCK_LAYER: Final = Fact(
+    "no-block-layer",
+    "A kernel without the block layer answers FIBMAP of a FUSE file with EINVAL, others with 0.",
+    "any, without CONFIG_BLOCK; seen on 6.1",
+    "<linux/fs.h>, bmap",
+    "2020-01",
+)
+SECRET_UNLOCKED: Final = Fact(
+    "secret-unlocked",
+    "A mapping of memfd_secret was locked (VmLck) and counted for RLIMIT_MEMLOCK, as "
+    "memfd_secret(2) says. It is neither on 7.3.",
+    "5.14 to 6.18",
+    "runs on 6.18 and 7.3.4; mm/secretmem.c secretmem_mmap_prepare",
+    "2026",
+)
+TMPFS_XATTR: Final = Fact(
+    "tmpfs-xattr",
+    "A memfd had no user extended attributes, and without CONFIG_TMPFS_XATTR it has no inode "
+    "flags either.",
+    "up to 6.5, and any without CONFIG_TMPFS_XATTR",
+    "2daf18a7884d, tmpfs,xattr: enable limited user extended attributes",
+    "2023-08",
+)
 
 FACTS: Final = (
     OVERLAP_IN_FILE,
@@ -91,4 +114,7 @@ FACTS: Final = (
     FUSE_SPLICE_EMPTY,
     FUSE_SPLICE_ERROR,
     LAST_BYTE,
+    NO_BLOCK_LAYER,
+    SECRET_UNLOCKED,
+    TMPFS_XATTR,
 )

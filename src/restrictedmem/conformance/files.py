@@ -18,6 +18,7 @@ from typing import Final, final
 
 from restrictedmem.abi import memory
 from restrictedmem.conformance import calls
+from restrictedmem.conformance.case import UnsupportedError
 from restrictedmem.conformance.outcome import outcome, spell
 from restrictedmem.conformance.steps import Steps
 from restrictedmem.units import PAGE_SIZE
@@ -254,7 +255,16 @@ class File:
         return found.st_size, found.st_blocks * 512 // PAGE_SIZE
 
     def cached(self, offset: int = 0, length: int = SIZE) -> int:
-        """Return the number of pages that a range has (cachestat(2))."""
+        """Return the number of pages that a range has (cachestat(2)).
+
+        Raises:
+            UnsupportedError: where no file has cachestat.
+        """
+        with memory.memfd_create("probe") as probe:
+            try:
+                memory.resident_pages(probe.fileno(), 0, PAGE_SIZE)
+            except OSError as error:
+                raise UnsupportedError("the kernel has no cachestat (Linux 6.5)") from error
         return self.steps.call(
             f"cachestat(fd, {{{offset:#x}, {length:#x}}}, &cs, 0)",
             lambda: memory.resident_pages(self.fd, offset, length),

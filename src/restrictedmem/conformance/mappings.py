@@ -9,6 +9,7 @@ from typing import Final, final
 
 from restrictedmem.abi import memory, userfaultfd
 from restrictedmem.conformance import calls
+from restrictedmem.conformance.case import UnsupportedError
 from restrictedmem.conformance.files import SIZE, File, pipe
 from restrictedmem.conformance.steps import Steps
 from restrictedmem.units import PAGE_SIZE
@@ -28,6 +29,8 @@ _FLAGS: Final = {
 _MODES: Final = {1: "MISSING", 2: "WP", 4: "MINOR"}
 #: Bytes that cases move by a call.
 _FEW: Final = 8
+#: A directory of /sys/kernel/mm.
+HUGE_PAGES: Final = "transparent_hugepage"
 
 
 @final
@@ -93,6 +96,16 @@ class Mapping:
             lambda: calls.madvise(self.address + offset, length, advice),
         )
 
+    def advised(self, advice: int, setting: str) -> None:
+        """Call madvise(2) where the kernel has a directory below /sys/kernel/mm.
+
+        Raises:
+            UnsupportedError: where it has not.
+        """
+        if setting and not os.path.isdir(f"/sys/kernel/mm/{setting}"):
+            raise UnsupportedError(f"the kernel has no /sys/kernel/mm/{setting}")
+        self.madvise(advice)
+
     def mlock(self) -> None:
         """Lock four pages."""
         self.steps.call(f"mlock(p, {SIZE:#x})", lambda: calls.mlock(self.address, SIZE))
@@ -134,7 +147,12 @@ class Mapping:
             os.close(fd)
 
     def process_vm_readv(self) -> int:
-        """Read it as another process would; return the number of bytes."""
+        """Read it as another process would; return the number of bytes.
+
+        Raises:
+            UnsupportedError: where the kernel lacks the call.
+        """
+        need_process_vm_readv()
         return self.steps.call(
             "process_vm_readv(getpid(), {buf, 8}, 1, {p, 8}, 1, 0)",
             lambda: calls.process_vm_readv(os.getpid(), self.address, _FEW),
@@ -173,6 +191,19 @@ class Mapping:
                 ),
             )
         return 0
+
+
+def need_process_vm_readv() -> None:
+    """Read memory of this process by process_vm_readv.
+
+    Raises:
+        UnsupportedError: where the kernel lacks the call.
+    """
+    known = ctypes.create_string_buffer(_FEW)
+    try:
+        calls.process_vm_readv(os.getpid(), ctypes.addressof(known), _FEW)
+    except OSError as error:
+        raise UnsupportedError(f"process_vm_readv: {error.strerror}") from error
 
 
 @contextmanager

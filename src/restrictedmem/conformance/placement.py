@@ -43,6 +43,7 @@ def after_compaction(file: File) -> str:
     Raises:
         UnsupportedError: without root, or where compaction moves nothing.
     """
+    _need_root()
     counted = 0
     with ExitStack() as kept:
         for _ in range(_TRIES):
@@ -73,14 +74,29 @@ def _compact(file: File) -> None:
 
 
 def after_collapse(file: File) -> str:
-    """Ask for a huge page in place of 512 small ones; say what became of the pages."""
+    """Ask for a huge page in place of 512 small ones; say what became of the pages.
+
+    Raises:
+        UnsupportedError: without root, or where the same call does nothing to a memfd.
+    """
+    _need_root()
+    with memory.memfd_create("control") as control:
+        os.ftruncate(control.fileno(), memory.PMD_SIZE)
+        with _aligned(file, memory.PMD_SIZE, control.fileno()) as beside:
+            _touch(beside, 0)
+            if _collapsed(beside) == STAYED:
+                raise UnsupportedError("the kernel collapses no memfd here")
     with _taken(file, memory.PMD_SIZE) as (m, _):
-        before = _frames(m)
-        try:
-            m.madvise(memory.MADV_COLLAPSE, 0, memory.PMD_SIZE)
-        except OSError as error:
-            file.steps.note(f"the call was refused: {Errno(error.errno or 0)}")
-        return MOVED if _frames(m) != before else STAYED
+        return _collapsed(m)
+
+
+def _collapsed(m: Mapping) -> str:
+    before = _frames(m)
+    try:
+        m.madvise(memory.MADV_COLLAPSE, 0, memory.PMD_SIZE)
+    except OSError as error:
+        m.steps.note(f"the call was refused: {Errno(error.errno or 0)}")
+    return MOVED if _frames(m) != before else STAYED
 
 
 def after_move_pages(file: File) -> str:
@@ -119,6 +135,11 @@ def after_pageout(file: File) -> str:
         return SWAPPED if any(entry >> _SWAPPED_BIT & 1 for entry in _entries(m)) else STAYED
 
 
+def _need_root() -> None:
+    if not process.effective_capabilities() >> process.CAP_SYS_ADMIN & 1:
+        raise UnsupportedError("page frames are shown to root alone")
+
+
 @contextmanager
 def _taken(file: File, length: int) -> Generator[tuple[Mapping, File]]:
     """Make a file of a length with all pages, and map what has them; yield the mapping and it.
@@ -126,8 +147,7 @@ def _taken(file: File, length: int) -> Generator[tuple[Mapping, File]]:
     Raises:
         UnsupportedError: without root.
     """
-    if not process.effective_capabilities() >> process.CAP_SYS_ADMIN & 1:
-        raise UnsupportedError("page frames are shown to root alone")
+    _need_root()
     with ExitStack() as made:
         mine = made.enter_context(file.another(length))
         mine.resize(length)

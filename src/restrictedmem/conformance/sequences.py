@@ -9,7 +9,7 @@ from restrictedmem.abi import process
 from restrictedmem.abi.memory import MADV_COLLAPSE, PMD_SIZE, PUNCH, FallocMode
 from restrictedmem.conformance import calls
 from restrictedmem.conformance.files import SIZE, File
-from restrictedmem.conformance.mappings import Mapping, mapping
+from restrictedmem.conformance.mappings import HUGE_PAGES, Mapping, mapping, need_process_vm_readv
 from restrictedmem.conformance.outcome import outcome
 from restrictedmem.units import PAGE_SIZE
 
@@ -56,13 +56,10 @@ def collapse(small: File) -> tuple[object, ...]:
         area = calls.mmap(0, 2 * PMD_SIZE, 0, reserved, -1, 0)
         with mapping(file, length=PMD_SIZE, at=area + -area % PMD_SIZE) as m:
             read = m.values(0, PMD_SIZE)
+            m.advised(python_mmap.MADV_HUGEPAGE, HUGE_PAGES)
             advise = [
                 outcome(partial(m.madvise, advice, 0, PMD_SIZE))
-                for advice in (
-                    python_mmap.MADV_HUGEPAGE,
-                    MADV_COLLAPSE,
-                    python_mmap.MADV_DONTNEED,
-                )
+                for advice in (MADV_COLLAPSE, python_mmap.MADV_DONTNEED)
             ]
             found = read, *advise, m.load()
         calls.munmap(area, 2 * PMD_SIZE)
@@ -135,7 +132,12 @@ def _maps(file: File, length: int) -> int:
 
 
 def read_by_child(m: Mapping) -> str:
-    """Let a child read the parent's mapping by process_vm_readv."""
+    """Let a child read the parent's mapping by process_vm_readv.
+
+    Raises:
+        UnsupportedError: where the kernel lacks the call.
+    """
+    need_process_vm_readv()
     parent = os.getpid()
     m.store(FILLED)
     return m.steps.in_child(

@@ -6,7 +6,7 @@ from typing import Final
 from restrictedmem.conformance import handles
 from restrictedmem.conformance.case import Case, NotApplicable, Since
 from restrictedmem.conformance.cases.rows import GMEM_TEST, POSTING, everywhere, file
-from restrictedmem.conformance.facts import OWN_FILE_SYSTEM
+from restrictedmem.conformance.facts import OWN_FILE_SYSTEM, TMPFS_XATTR
 from restrictedmem.conformance.files import SIZE
 from restrictedmem.conformance.outcome import Errno
 from restrictedmem.units import PAGE_SIZE
@@ -90,11 +90,16 @@ CASES: Final[tuple[Case, ...]] = (
         "flistxattr(2)",
         divergence="listxattr",
     ),
-    file("fsetxattr", lambda f: f.setxattr(), {**everywhere(_NONE), "memfd": 0}, "fsetxattr(2)"),
+    file(
+        "fsetxattr",
+        lambda f: f.setxattr(),
+        {**everywhere(_NONE), "memfd": Since(0, _NONE, TMPFS_XATTR)},
+        "fsetxattr(2)",
+    ),
     file(
         "fgetxattr",
         lambda f: f.getxattr(),
-        {**everywhere(_NONE), "memfd": Errno(ENODATA)},
+        {**everywhere(_NONE), "memfd": Since(Errno(ENODATA), _NONE, TMPFS_XATTR)},
         "fgetxattr(2)",
     ),
 )

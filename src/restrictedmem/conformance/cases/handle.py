@@ -15,7 +15,12 @@ from restrictedmem.conformance.cases.rows import (
     private,
     refused,
 )
-from restrictedmem.conformance.facts import ANON_FILE, OWN_FILE_SYSTEM
+from restrictedmem.conformance.facts import (
+    ANON_FILE,
+    NO_BLOCK_LAYER,
+    OWN_FILE_SYSTEM,
+    TMPFS_XATTR,
+)
 from restrictedmem.conformance.files import SIZE
 from restrictedmem.conformance.outcome import Errno
 
@@ -123,7 +128,7 @@ CASES: Final[tuple[Case, ...]] = (
         handles.fibmap,
         {
             **private(Since(Errno(ENOTTY), Errno(EINVAL), ANON_FILE)),
-            "descriptor": 0,
+            "descriptor": Since(0, Errno(EINVAL), NO_BLOCK_LAYER),
             "memfd": Errno(EINVAL),
         },
         "fs/ioctl.c ioctl_fibmap; capabilities(7), CAP_SYS_RAWIO",
@@ -156,7 +161,11 @@ CASES: Final[tuple[Case, ...]] = (
     file(
         "ioctl-getflags",
         lambda f: handles.ioctl(f, handles.FS_IOC_GETFLAGS),
-        {**everywhere(Errno(ENOTTY)), "descriptor": Errno(ENXIO), "memfd": 0},
+        {
+            **everywhere(Errno(ENOTTY)),
+            "descriptor": Errno(ENXIO),
+            "memfd": Since(0, Errno(ENOTTY), TMPFS_XATTR),
+        },
         f"{POSTING}: no fileattr operation; ioctl_iflags(2)",
         divergence="fileattr",
     ),

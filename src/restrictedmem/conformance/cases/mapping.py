@@ -1,7 +1,7 @@
 """Cases of a mapping: whether there is one, what a touch does, and calls on its range."""
 
 import mmap
-from errno import EACCES, EFAULT, EINVAL, EIO, ENODEV, ENOMEM, EPERM
+from errno import EACCES, EFAULT, EINVAL, EIO, ENODEV, ENOMEM, EOPNOTSUPP, EPERM
 from typing import Final
 
 from restrictedmem.abi.memory import MADV_COLLAPSE, MADV_POPULATE_READ, MADV_POPULATE_WRITE
@@ -16,9 +16,10 @@ from restrictedmem.conformance.cases.rows import (
     mapped,
     refused,
 )
-from restrictedmem.conformance.facts import ANON_NOEXEC
+from restrictedmem.conformance.facts import ANON_NOEXEC, SECRET_UNLOCKED
 from restrictedmem.conformance.files import SIZE
 from restrictedmem.conformance.mappings import (
+    HUGE_PAGES,
     PRIVATE,
     SHARED,
     R,
@@ -63,11 +64,19 @@ def _by_owner(touched: object, private: object, **others: object) -> dict[str, o
     return {**mapped(touched), "gmem-private": private, **others}
 
 
-def _advice(id: str, advice: int, **answers: object) -> Case:
-    """Write a case of madvise(2): 0, unless an answer says otherwise."""
+def _unlocked(now: object, locked: object = _INVALID) -> Since:
+    """Return the answer of memfd_secret, whose mappings were locked once."""
+    return Since(now, locked, SECRET_UNLOCKED)
+
+
+def _advice(id: str, advice: int, setting: str = "", **answers: object) -> Case:
+    """Write a case of madvise(2): 0, unless an answer says otherwise.
+
+    ``setting`` is a directory of /sys/kernel/mm without which the kernel does not know the advice.
+    """
     return file(
         f"madvise-{id}",
-        on_mapping(lambda m: m.madvise(advice)),
+        on_mapping(lambda m: m.advised(advice, setting)),
         {**mapped(None), **{name.replace("_", "-"): answer for name, answer in answers.items()}},
         _ADVICE,
     )
@@ -181,11 +190,11 @@ CASES: Final[tuple[Case, ...]] = (
         "collapse-2-mib",
         sequences.collapse,
         {
-            "gmem-shared": ("0x00", None, _INVALID, None, 0),
+            "gmem-shared": ("0x00", _INVALID, None, 0),
             "gmem-private": NotApplicable("its owner cannot touch it"),
             "gmem-unmapped": NotApplicable("it cannot be mapped"),
-            "secret": ("0x00", None, _INVALID, _INVALID, 0),
-            "memfd": ("0x00", None, None, None, 0),
+            "secret": _unlocked(("0x00", _INVALID, None, 0), ("0x00", _INVALID, _INVALID, 0)),
+            "memfd": NotApplicable("settings of the kernel decide whether it can be collapsed"),
             "proposal": NotApplicable("it cannot be mapped"),
         },
         f"{GMEM_TEST} test_collapse",
@@ -213,26 +222,26 @@ CASES: Final[tuple[Case, ...]] = (
     file(
         "mlock-then-dontneed",
         on_mapping(sequences.dropped_after_mlock),
-        _by_owner((None, _INVALID), _LOCKED, secret=_LOCKED),
+        _by_owner((None, _INVALID), _LOCKED, secret=_unlocked((Errno(ENOMEM), None), _LOCKED)),
         "mlock(2), madvise(2): VM_LOCKED stays set; a run on Linux 6.18",
     ),
     file(
         "mlock-limit",
         sequences.locked_limit,
-        {**mapped("0, 0"), "secret": "0, EAGAIN"},
+        {**mapped("0, 0"), "secret": _unlocked("0, 0", "0, EAGAIN")},
         f"{MM_TEST} test_mlock_limit; memfd_secret(2), RLIMIT_MEMLOCK",
         ("SEC-1", "SEC-2"),
     ),
     _advice("populate-read", MADV_POPULATE_READ, secret=_INVALID, gmem_private=Errno(EFAULT)),
     _advice("populate-write", MADV_POPULATE_WRITE, secret=_INVALID, gmem_private=Errno(EFAULT)),
-    _advice("dontneed", mmap.MADV_DONTNEED, secret=_INVALID),
-    _advice("remove", mmap.MADV_REMOVE, secret=_INVALID),
-    _advice("hugepage", mmap.MADV_HUGEPAGE),
-    _advice("mergeable", mmap.MADV_MERGEABLE),
+    _advice("dontneed", mmap.MADV_DONTNEED, secret=_unlocked(None)),
+    _advice("remove", mmap.MADV_REMOVE, secret=_unlocked(Errno(EOPNOTSUPP))),
+    _advice("hugepage", mmap.MADV_HUGEPAGE, HUGE_PAGES),
+    _advice("mergeable", mmap.MADV_MERGEABLE, "ksm"),
     _advice("dontfork", mmap.MADV_DONTFORK),
     _advice("dontdump", mmap.MADV_DONTDUMP),
-    _advice("cold", calls.MADV_COLD, secret=_INVALID),
-    _advice("pageout", calls.MADV_PAGEOUT, secret=_INVALID),
+    _advice("cold", calls.MADV_COLD, secret=_unlocked(None)),
+    _advice("pageout", calls.MADV_PAGEOUT, secret=_unlocked(None)),
     _advice("free", mmap.MADV_FREE, secret=_INVALID, gmem_mapped=_INVALID, memfd=_INVALID),
     _advice(
         "wipeonfork", calls.MADV_WIPEONFORK, secret=_INVALID, gmem_mapped=_INVALID, memfd=_INVALID
@@ -243,7 +252,7 @@ CASES: Final[tuple[Case, ...]] = (
         on_mapping(sequences.kept_after_dontneed),
         {
             **mapped(sequences.FILLED),
-            "secret": _INVALID,
+            "secret": _unlocked(sequences.FILLED),
             "gmem-private": NotApplicable("its owner cannot touch it"),
         },
         _ADVICE,
@@ -253,7 +262,7 @@ CASES: Final[tuple[Case, ...]] = (
         on_mapping(sequences.gone_after_remove),
         {
             **mapped(0),
-            "secret": _INVALID,
+            "secret": _unlocked(Errno(EOPNOTSUPP)),
             "gmem-private": NotApplicable("its owner cannot touch it"),
         },
         _ADVICE,

@@ -6,7 +6,7 @@ from errno import EFBIG, EINVAL, EOPNOTSUPP
 from typing import Final
 
 from restrictedmem.abi.memory import PUNCH, FallocMode
-from restrictedmem.conformance.case import Case, NotApplicable, Since
+from restrictedmem.conformance.case import Case, Since
 from restrictedmem.conformance.cases.rows import (
     GMEM_TEST,
     POSTING,
@@ -282,7 +282,6 @@ CASES: Final[tuple[Case, ...]] = (
         _counted(_P, _P),
         {
             "proposal": (0, 0, 0),
-            "posting": NotApplicable("number 451 is memfd_restricted there"),
             "memfd": (0, 3, 2),
             "secret": _NONE,
             "gmem": (0, 3, 2),
