@@ -10,7 +10,10 @@ from typing import Any, Final, Protocol
 from restrictedmem.abi import kvm, memory
 from restrictedmem.conformance import holder
 from restrictedmem.conformance.case import Case, Family, UnsupportedError
+from restrictedmem.conformance.engine_machine import EngineMachine
 from restrictedmem.conformance.files import Creation, File
+from restrictedmem.conformance.kernel_machine import KernelMachine
+from restrictedmem.conformance.machines import Machine
 from restrictedmem.conformance.steps import Steps
 from restrictedmem.devkvm import Kvm, VmFd
 from restrictedmem.fd import OwnedFd
@@ -18,6 +21,7 @@ from restrictedmem.service.client import Service
 from restrictedmem.service.options import Options
 from restrictedmem.service.wire import Channel
 from restrictedmem.units import PAGE_SIZE
+from restrictedmem.vmm.vm import Vm
 
 
 class Ground(Protocol):
@@ -79,15 +83,21 @@ class _FileGround:
 _FILES: Final = frozenset({Family.FILE})
 
 
+@contextmanager
+def _service(api: str, *, pin: bool = False) -> Generator[Service]:
+    options = Options(api=api, pin=pin, consumers=((holder.NAME, holder.__file__),))
+    try:
+        service = Service.start(options)
+    except OSError as error:
+        raise UnsupportedError(f"no service can be started: {error.strerror}") from error
+    with service:
+        yield service
+
+
 def _descriptor(api: str, *, pin: bool = False) -> Column:
     @contextmanager
     def opened() -> Generator[Ground]:
-        options = Options(api=api, pin=pin, consumers=((holder.NAME, holder.__file__),))
-        try:
-            service = Service.start(options)
-        except OSError as error:
-            raise UnsupportedError(f"no service can be started: {error.strerror}") from error
-        with service:
+        with _service(api, pin=pin) as service:
             yield _FileGround(
                 service.memfd_restricted,
                 "memfd_restricted({:#x})".format,
@@ -171,7 +181,7 @@ class KernelGround:
     """VMs of /dev/kvm of one type, and their guest_memfds with some flags."""
 
     def __init__(self, device: Kvm, kind: int, flags: int, vm: VmFd) -> None:
-        self.device, self.kind, self._vm = device, kind, vm
+        self.device, self.kind, self.flags, self._vm = device, kind, flags, vm
         self._creation = Creation(
             self._make,
             _says_guest_memfd,
@@ -188,6 +198,10 @@ class KernelGround:
     @contextmanager
     def subject(self, case: Case, steps: Steps) -> Generator[Any]:
         """Make a guest_memfd, or a VM."""
+        if case.family is Family.VM:
+            with KernelMachine(steps, self.device, self.kind, self.flags) as machine:
+                yield having(case.needs, machine)
+            return
         file = File(self._creation, steps)
         try:
             yield file
@@ -226,6 +240,7 @@ def _kernel(kind: int, kind_name: str, flags: int) -> Column:
     mapped = bool(flags & kvm.GUEST_MEMFD_FLAG_MMAP)
     shared = mapped and bool(flags & kvm.GUEST_MEMFD_FLAG_INIT_SHARED)
     answers = [
+        *(["gmem-attributes"] if kind else []),
         *(["gmem-shared" if shared else "gmem-private", "gmem-mapped"] if mapped else []),
         *([] if mapped else ["gmem-unmapped"]),
         "gmem",
@@ -239,12 +254,61 @@ def _kernel(kind: int, kind_name: str, flags: int) -> Column:
     )
 
 
-_TYPES: Final = {"": kvm.KVM_X86_DEFAULT_VM, "-sw-protected": 1}
+class _EngineGround:
+    """VMs of one of this project's engines."""
+
+    def __init__(self, service: Service, engine: str) -> None:
+        self._service, self._engine = service, engine
+
+    @contextmanager
+    def subject(self, case: Case, steps: Steps) -> Generator[Any]:
+        """Make a VM."""
+        with EngineMachine(steps, self._service, self._engine) as machine:
+            yield having(case.needs, machine)
+
+
+def having(needs: tuple[str, ...], machine: Machine) -> Machine:
+    """Return a machine that has what a case needs.
+
+    Raises:
+        UnsupportedError: where it lacks something.
+    """
+    for why in filter(None, map(machine.lacks, needs)):
+        raise UnsupportedError(why)
+    return machine
+
+
+def _engine(name: str, engine: str, api: str) -> Column:
+    @contextmanager
+    def opened() -> Generator[Ground]:
+        with _service(api) as service:
+            ground = _EngineGround(service, engine)
+            try:
+                Vm(service, engine=engine).close()
+            except OSError as error:
+                raise UnsupportedError(f"the engine does not start: {error.strerror}") from error
+            yield ground
+
+    return Column(
+        f"{name}/{api}",
+        f"a VM of this project on the {engine} engine, as {api}",
+        (f"{name}/{api}", name, api, "proposal"),
+        frozenset({Family.VM}),
+        opened,
+    )
+
+
+_TYPES: Final = {"": kvm.KVM_X86_DEFAULT_VM, "-sw-protected": kvm.KVM_X86_SW_PROTECTED_VM}
 COLUMNS: Final = (
     *(_kernel(kind, name, flags) for name, kind in _TYPES.items() for flags in range(4)),
     _descriptor("v9"),
     _descriptor("v10"),
     _descriptor("v10", pin=True),
+    *(
+        _engine(name, engine, api)
+        for name, engine in (("software", "software"), ("kernel-engine", "kernel"))
+        for api in ("v9", "v10")
+    ),
     Column("memfd", "memfd of this kernel", ("memfd",), _FILES, _memfd),
     Column("memfd_secret", "memfd_secret of this kernel", ("secret",), _FILES, _memfd_secret),
     *(
