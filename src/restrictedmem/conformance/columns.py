@@ -240,6 +240,7 @@ def _kernel(kind: int, kind_name: str, flags: int) -> Column:
     mapped = bool(flags & kvm.GUEST_MEMFD_FLAG_MMAP)
     shared = mapped and bool(flags & kvm.GUEST_MEMFD_FLAG_INIT_SHARED)
     answers = [
+        *(["gmem-attributes-mapped"] if kind and mapped else []),
         *(["gmem-attributes"] if kind else []),
         *(["gmem-shared" if shared else "gmem-private", "gmem-mapped"] if mapped else []),
         *([] if mapped else ["gmem-unmapped"]),

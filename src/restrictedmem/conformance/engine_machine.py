@@ -50,7 +50,11 @@ class EngineMachine(Machine):
 
     def lacks(self, need: str) -> str:
         """Say what the machine lacks of a need of a case."""
-        return "the owner cannot map a restricted descriptor" if need == "mapping" else ""
+        if need == "mapping":
+            return "the owner cannot map a restricted descriptor"
+        if need == "pre-fault" and not self._vm.check_extension(kvm.Cap.PRE_FAULT_MEMORY):
+            return "KVM_CAP_PRE_FAULT_MEMORY is 0"
+        return ""
 
     def another(self) -> "EngineMachine":
         """Make another VM of the kind."""
@@ -82,6 +86,22 @@ class EngineMachine(Machine):
             lambda: os.fstat(fd).st_blocks * 512 // PAGE_SIZE,
         )
 
+    def view(self, fd: int) -> mmap.mmap:
+        """Map a restricted file, which no posting allows."""
+        size = os.fstat(fd).st_size
+        return self.steps.call(
+            f"mmap(NULL, {size:#x}, …, MAP_SHARED, {self._name(fd)}, 0)",
+            lambda: mmap.mmap(fd, size),
+        )
+
+    def end(self) -> None:
+        """End the VM by DESTROY_VM."""
+        self.steps.call("DESTROY_VM", self._vm.destroy)
+
+    def at(self, address: int) -> int:
+        """Return an address as the place in ``memory`` that it would be."""
+        return address
+
     def set_region(
         self,
         slot: int = SLOT,
@@ -110,7 +130,11 @@ class EngineMachine(Machine):
             f"ioctl(vm, KVM_SET_USER_MEMORY_REGION, {{slot={slot}, flags={bits:#x}, gpa={gpa:#x},"
             f" size={size:#x}, userspace_addr={half}{file}}})",
             lambda: self._set_region(
-                region, private, None if shared is None else self._shared.fileno(), None, None
+                region,
+                private if bits & kvm.KVM_MEM_PRIVATE else None,
+                None if shared is None else self._shared.fileno(),
+                None,
+                None,
             ),
         )
 
@@ -188,6 +212,12 @@ class EngineMachine(Machine):
 
     def _run_bare(self) -> str:
         return self._enter(0)
+
+    def _accept_kicks(self) -> None:
+        """Do nothing, because no guest of an engine needs a kick to exit."""
+
+    def _kick(self) -> None:
+        """Do nothing."""
 
     def _enter(self, value: int) -> str:
         return spell_exit(self._running.run(value))

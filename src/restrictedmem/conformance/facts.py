@@ -104,6 +104,14 @@ TMPFS_XATTR: Final = Fact(
     "2daf18a7884d, tmpfs,xattr: enable limited user extended attributes",
     "2023-08",
 )
+SIGNED_OFFSET: Final = Fact(
+    "signed-offset",
+    "The end of a slot's range in its guest_memfd was computed with a sign, so a range that"
+    " overflows was taken; it is EINVAL now.",
+    "6.8 to 7.0, and stable kernels without the repair",
+    'virt/kvm/guest_memfd.c, "KVM: guest_memfd: treat memslot binding offset+size as unsigned"',
+    "2026-04",
+)
 
 FACTS: Final = (
     OVERLAP_IN_FILE,
@@ -117,4 +125,5 @@ FACTS: Final = (
     NO_BLOCK_LAYER,
     SECRET_UNLOCKED,
     TMPFS_XATTR,
+    SIGNED_OFFSET,
 )

@@ -98,6 +98,11 @@ def spin() -> bytes:
     return bytes.fromhex("ebfe")
 
 
+def trap() -> bytes:
+    """Execute UD2."""
+    return bytes.fromhex("0f0b")
+
+
 def map_gpa_range(gpa: int, pages: int, attributes: int, call: bytes, result: int) -> bytes:
     """Ask the owner for a conversion by hypercall, and keep its answer at ``result``.
 

@@ -4,7 +4,7 @@ import mmap
 import os
 import re
 import struct
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final, final
 
@@ -134,6 +134,17 @@ class KernelMachine(Machine):
             lambda: mmap.mmap(fd, size),
         )
 
+    def end(self) -> None:
+        """Close vCPU and VM."""
+        self.steps.note("close(vcpu), close(vm)")
+        if self._vcpu is not None:
+            self._vcpu.close()
+        self._vm.close()
+
+    def at(self, address: int) -> int:
+        """Return the place in ``memory`` that an address would have."""
+        return address - address_of(self.memory)
+
     def set_region(
         self,
         slot: int = SLOT,
@@ -153,7 +164,7 @@ class KernelMachine(Machine):
         name = "KVM_SET_USER_MEMORY_REGION" + ("" if first else "2")
         text = (
             f"ioctl(vm, {name}, {{slot={slot}, flags={bits:#x}, gpa={gpa:#x}, size={size:#x},"
-            f" userspace_addr={'NULL' if shared is None else f'memory + {shared:#x}'}"
+            f" userspace_addr={_place(shared)}"
         )
         if first:
             self.steps.call(
@@ -271,12 +282,31 @@ class KernelMachine(Machine):
                 run.exit.hypercall.ret = value
             case _:
                 pass
-        try:
-            vcpu.run()
-        except OSError as error:
-            # The kernel has said nothing but the errno.
-            return str(Errno(error.errno or 0))
-        return _exit_of(vcpu)
+        while True:
+            try:
+                vcpu.run()
+                return _exit_of(vcpu)
+            except InterruptedError:
+                # A guest that cannot even fetch its code gets the same exception for ever.
+                pending = vcpu.get_vcpu_events().exception
+                if pending.injected:
+                    return f"EXCEPTION {pending.nr}"
+            except OSError as error:
+                # The kernel has said nothing but the errno.
+                return str(Errno(error.errno or 0))
+
+    def _accept_kicks(self) -> None:
+        self._running.accept_kicks()
+
+    def _kick(self) -> None:
+        # The thread may have ended, or not begun.
+        with suppress(OSError):
+            self._running.kick()
+
+
+def _place(shared: int | None) -> str:
+    """Return an offset in the owner's memory, in C."""
+    return "NULL" if shared is None else f"memory + {shared & U64_MAX:#x}"
 
 
 def _exit_of(vcpu: VcpuFd) -> str:

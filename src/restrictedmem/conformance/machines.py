@@ -19,6 +19,7 @@ from restrictedmem.conformance import guest
 from restrictedmem.conformance.outcome import Errno, outcome
 from restrictedmem.conformance.steps import Steps
 from restrictedmem.failure import failed
+from restrictedmem.patience import SLICE, Clock
 from restrictedmem.protocol import exits
 from restrictedmem.units import PAGE_SIZE
 
@@ -97,6 +98,10 @@ class Machine(ABC):
         ``flags`` say that there is a private half if one is given, unless the case says other
         flags. ``old`` makes the first version of the call although there is a private half.
         """
+
+    @abstractmethod
+    def at(self, address: int) -> int:
+        """Return an address of this process as a place in ``memory``, for ``set_region``."""
 
     @abstractmethod
     def set_attributes(
@@ -194,6 +199,46 @@ class Machine(ABC):
         if not self.lacks("attributes"):
             self.set_attributes(gpa, size)
 
+    def make_shared(self, gpa: int, size: int) -> None:
+        """Make a range shared where the machine has attributes."""
+        if not self.lacks("attributes"):
+            self.set_attributes(gpa, size, 0)
+
+    def delete_guest(self) -> None:
+        """Delete the slot that has the guest's code."""
+        self.delete(GUEST_SLOT)
+
+    @abstractmethod
+    def end(self) -> None:
+        """End the VM; its files stay."""
+
+    # The owner's side of private memory.
+
+    @abstractmethod
+    def view(self, fd: int) -> mmap.mmap:
+        """Map all of a private file; the mapping goes with its last reference."""
+
+    def host_fill_file(self, fd: int, byte: int) -> None:
+        """Set each byte of a private file by a mapping."""
+        view = self.view(fd)
+        self.steps.note(f"memset(view, {byte:#x}, {len(view):#x})")
+        view[:] = bytes((byte,)) * len(view)
+
+    def host_sees_file(self, fd: int) -> str:
+        """Return the byte that is everywhere in a private file, by a mapping."""
+        view = self.view(fd)
+        return self.steps.call("bytes of the view", lambda: uniform(view[:]))
+
+    def host_reads(self, fd: int, offset: int) -> str:
+        """Read 8 bytes of a private file by a mapping, in a child; return them, or its signal."""
+        view = self.view(fd)
+        return self.steps.in_child(
+            lambda: self.steps.call(
+                f"*(u64 *)(view + {offset:#x})",
+                lambda: hex(int.from_bytes(view[offset : offset + 8], "little")),
+            )
+        )
+
     # The owner's side of shared memory.
 
     def host_fill(self, offset: int, size: int, byte: int) -> None:
@@ -252,6 +297,14 @@ class Machine(ABC):
         """Answer the last exit, and return what the interrupted step comes to."""
         return self.steps.call(f"answer {value:#x}, and go on", lambda: self._finish(value))
 
+    @abstractmethod
+    def _accept_kicks(self) -> None:
+        """Let ``_kick`` reach this thread, which runs the vCPU."""
+
+    @abstractmethod
+    def _kick(self) -> None:
+        """Take the vCPU out of a guest that may be unable to exit."""
+
     def run_bare(self) -> str:
         """Run a vCPU of a VM that has no slot at all; return the exit."""
         return self.steps.call("ioctl(vcpu, KVM_RUN)", self._run_bare)
@@ -259,14 +312,22 @@ class Machine(ABC):
     @abstractmethod
     def _run_bare(self) -> str: ...
 
+    def trap(self) -> Answer:
+        """Let the guest execute an undefined opcode, for which it has no handler."""
+        return self._step("ud2", guest.trap())
+
     @contextmanager
-    def waiting(self, value: int, address: int = DATA) -> Generator[Callable[[], Answer]]:
+    def waiting(
+        self, value: int, address: int = DATA, answer: int | None = None
+    ) -> Generator[Callable[[], Answer]]:
         """Let the guest read 8 bytes, in a thread, until they are no longer ``value``.
 
-        Yield a function that returns what it then reads, or the exit.
+        Yield a function that returns what it then reads, or the exit. With ``answer``, a read that
+        finds no slot is answered so, and is no end.
         """
         code = guest.wait_while(address, value, self._base + RESULT)
-        with self._in_thread(f"while (*(u64 *){address:#x} == {value:#x});", code) as end:
+        text = f"while (*(u64 *){address:#x} == {value:#x});"
+        with self._in_thread(text, code, answer) as end:
             yield end
 
     @contextmanager
@@ -276,19 +337,30 @@ class Machine(ABC):
             yield end
 
     @contextmanager
-    def _in_thread(self, text: str, code: bytes) -> Generator[Callable[[], Answer]]:
+    def _in_thread(
+        self, text: str, code: bytes, mmio: int | None = None
+    ) -> Generator[Callable[[], Answer]]:
         self.steps.note(f"guest, in a thread: {text}")
         self._write(code, self._kept)
         found: list[object] = []
-        thread = threading.Thread(
-            target=lambda: found.append(outcome(lambda: self._finish(0))), daemon=True
-        )
+
+        def run() -> Answer:
+            self._accept_kicks()
+            answer = self._finish(0)
+            while mmio is not None and str(answer).startswith("MMIO read"):
+                answer = self._finish(mmio)
+            return answer
+
+        thread = threading.Thread(target=lambda: found.append(outcome(run)), daemon=True)
         thread.start()
 
         def end() -> Answer:
-            thread.join(_DEADLINE)
-            if thread.is_alive():
-                raise failed("guest", ETIMEDOUT, "the guest did not exit")
+            clock = Clock()
+            while thread.is_alive():
+                if clock.look() > _DEADLINE:
+                    raise failed("guest", ETIMEDOUT, "the guest did not exit")
+                thread.join(SLICE)
+                self._kick()
             (answer,) = found
             return self.steps.call("guest, in the thread:", lambda: _raised(answer))
 

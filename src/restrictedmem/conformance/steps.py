@@ -3,7 +3,8 @@
 import os
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Final, TypeVar, final
 
 from restrictedmem.child import fork
@@ -49,6 +50,15 @@ class Steps:
         """Add a line that has no answer."""
         self._begin(text)
         self._end("")
+
+    @contextmanager
+    def summed(self, text: str) -> Generator[None]:
+        """Note one line in place of the calls of a block, of which there are many."""
+        start = len(self.lines)
+        try:
+            yield
+        finally:
+            self.lines[start:] = [text]
 
     def in_child(self, body: Callable[[], object]) -> str:
         """Run a function in a forked child, and return its answer as text.

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from errno import (
     EACCES,
+    EBADF,
     ECONNRESET,
     EINVAL,
     ENOENT,
@@ -205,6 +206,9 @@ class Service:
             OSError: EBADF; ENOTTY for another kind of file; EACCES for a descriptor of another
                 service.
         """
+        if fd < 0:
+            # For such a number fcntl raises ValueError.
+            raise failed("ioctl", EBADF, f"restricted descriptor {fd}")
         token, _ = self._call(wire.TOKEN)
         try:
             fcntl.ioctl(fd, PROVE, token)

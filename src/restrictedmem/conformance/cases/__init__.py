@@ -7,12 +7,19 @@ from typing import Final
 from restrictedmem.conformance.case import Case
 from restrictedmem.conformance.cases import (
     attributes,
+    binding,
     content,
+    conversions,
     creation,
+    exits,
+    guest_memory,
     handle,
     mapping,
+    memory_attributes,
     place,
+    pre_fault,
     size,
+    slots,
     space,
 )
 
@@ -25,5 +32,12 @@ SUBJECTS: Final[Mapping[str, tuple[Case, ...]]] = {
     "handle": handle.CASES,
     "mapping": mapping.CASES,
     "place": place.CASES,
+    "binding": binding.CASES,
+    "slots": slots.CASES,
+    "memory attributes": memory_attributes.CASES,
+    "guest memory": guest_memory.CASES,
+    "exits": exits.CASES,
+    "conversions": conversions.CASES,
+    "pre fault": pre_fault.CASES,
 }
 CASES: Final = tuple(chain.from_iterable(SUBJECTS.values()))
