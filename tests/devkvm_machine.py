@@ -22,7 +22,6 @@ DATA: Final = 4 << 30
 CODE: Final = 0x8000
 SIZE: Final = 0x10000
 DONE: Final = 0x10
-FAILED: Final = 0x11
 
 #: mov rax, [rdi]; out DONE, al
 LOAD: Final = bytes.fromhex("488b07 e610")
@@ -32,11 +31,6 @@ STORE: Final = bytes.fromhex("488907 e610")
 SPIN: Final = bytes.fromhex("ebfe")
 #: out DONE, al, for ever
 OUTS: Final = bytes.fromhex("e610 ebfc")
-#: Compare rsi bytes at rdi with al, then fill them with dl: out DONE, or FAILED when one differs.
-COMPARE_AND_FILL: Final = bytes.fromhex(
-    "4889f1 38440fff 750e 48ffc9 75f5 4889f1 88d0 f3aa e610 e611"
-)
-
 _PML4, _PDPT, _LOW, _HIGH = 0x1000, 0x2000, 0x3000, 0x4000
 _PRESENT_WRITE_USER, _LARGE = 7, 1 << 7
 _CODE_SEGMENT = kvm_segment(
@@ -60,14 +54,10 @@ class Machine:
     vcpu: VcpuFd
     memory: mmap.mmap
 
-    def start(
-        self, code: bytes, *, rdi: int = DATA, rsi: int = 0, rax: int = 0, rdx: int = 0
-    ) -> None:
+    def start(self, code: bytes, *, rdi: int = DATA, rax: int = 0) -> None:
         """Put code in place and the vCPU at its start."""
         self.memory[CODE : CODE + len(code)] = code
-        self.vcpu.set_regs(
-            kvm_regs(rip=CODE, rflags=_RFLAGS_IOPL3, rdi=rdi, rsi=rsi, rax=rax, rdx=rdx)
-        )
+        self.vcpu.set_regs(kvm_regs(rip=CODE, rflags=_RFLAGS_IOPL3, rdi=rdi, rax=rax))
 
     def port(self) -> int:
         """Run to the next port and return it."""

@@ -1,6 +1,5 @@
 """Exits of a vCPU of /dev/kvm, and ways to take it out of the guest."""
 
-import ctypes
 import mmap
 import os
 import signal
@@ -8,11 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from errno import EAGAIN, EFAULT, EINTR, EINVAL, ESRCH
+from errno import EAGAIN, EINTR, EINVAL, ESRCH
 
 import pytest
 
-from devkvm_machine import CODE, DATA, LOAD, OUTS, SPIN, Machine, guest
+from devkvm_machine import CODE, OUTS, SPIN, Machine, guest
 from outcomes import Errno, outcome
 from restrictedmem.abi.kvm import Cap, ExitReason, kvm_regs
 from restrictedmem.abi.kvm_x86 import (
@@ -84,29 +83,6 @@ def test_a_string_instruction_brings_several_items() -> None:
         assert vcpu.kvm_run.exit_reason == ExitReason.HLT
 
 
-def test_memory_mapped_io(guest: Machine) -> None:
-    mmio = guest.vcpu.kvm_run.exit.mmio
-    guest.start(LOAD, rdi=DATA + 8)
-    assert guest.vcpu.run() == ExitReason.MMIO
-    assert (mmio.phys_addr, mmio.len, mmio.is_write) == (DATA + 8, 8, 0)
-    mmio.data[:] = list(b"\x01\x02\x03\x04\x05\x06\x07\x08")
-    assert guest.port()
-    assert guest.vcpu.get_regs().rax == 0x0807060504030201
-    guest.start(bytes.fromhex("668907 e610"), rdi=DATA, rax=0xBEEF)  # mov [rdi], ax
-    assert guest.vcpu.run() == ExitReason.MMIO
-    assert (mmio.phys_addr, mmio.len, mmio.is_write, bytes(mmio.data[:2])) == (
-        DATA,
-        2,
-        1,
-        b"\xef\xbe",
-    )
-
-
-def test_an_exception_without_a_handler_is_a_shutdown(guest: Machine) -> None:
-    guest.start(bytes.fromhex("0f0b"))  # ud2
-    assert guest.vcpu.run() == ExitReason.SHUTDOWN
-
-
 def test_single_steps_are_debug_exits() -> None:
     with real_mode(bytes.fromhex("9090 e642")) as vcpu:
         vcpu.set_guest_debug(KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP)
@@ -152,23 +128,6 @@ def test_an_errno_other_than_efault_leaves_no_old_reason_behind(guest: Machine) 
     guest.vcpu.kvm_run.kvm_valid_regs = 1 << 63
     assert outcome(guest.vcpu.run) == Errno(EINVAL)
     assert guest.vcpu.kvm_run.exit_reason == ExitReason.UNKNOWN
-
-
-def test_efault_alone_is_an_error(guest: Machine) -> None:
-    memory = mmap.mmap(-1, PAGE_SIZE)
-    address = address_of(memory)
-    guest.vm.set_user_memory_region(1, DATA, PAGE_SIZE, address)
-    guest.store(1)
-    mprotect = ctypes.CDLL(None).mprotect
-    mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    assert mprotect(address, PAGE_SIZE, 0) == 0
-    guest.start(LOAD)
-    found = outcome(guest.vcpu.run)
-    if found == ExitReason.MEMORY_FAULT:  # kernels that say more
-        assert guest.vcpu.run_errno == EFAULT
-    else:
-        assert found == Errno(EFAULT)
-        assert guest.vcpu.kvm_run.exit_reason != ExitReason.MEMORY_FAULT
 
 
 # Taking a vCPU out of the guest.

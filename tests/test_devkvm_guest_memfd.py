@@ -3,20 +3,44 @@
 What the kernel answers to each operation is in the cases of ``restrictedmem conformance``.
 """
 
+import os
 from collections.abc import Generator
-from errno import EINVAL
+from errno import EBADF, EINVAL
 
 import pytest
 
-from guest_memfds import INIT_SHARED, MMAP, SIZE, P, offered, shared, vm
 from outcomes import Errno, outcome
-from restrictedmem.devkvm import GuestMemfd, VmFd
-
-__all__ = ["shared", "vm"]
+from restrictedmem.abi.kvm import GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, Cap
+from restrictedmem.devkvm import GuestMemfd, Kvm, VmFd
+from restrictedmem.units import PAGE_SIZE
 
 pytestmark = pytest.mark.requires("kvm")
 
+P = PAGE_SIZE
+SIZE = 4 * P
+MMAP, INIT_SHARED = GUEST_MEMFD_FLAG_MMAP, GUEST_MEMFD_FLAG_INIT_SHARED
 FLAGS = (0, MMAP, INIT_SHARED, MMAP | INIT_SHARED)
+
+
+@pytest.fixture
+def vm() -> Generator[VmFd]:
+    with Kvm.open() as kvm, kvm.create_vm() as made:
+        yield made
+
+
+def offered(vm: VmFd, flags: int) -> int:
+    """Return flags, or skip the test when the VM has no such guest_memfd."""
+    if not vm.check_extension(Cap.GUEST_MEMFD):
+        pytest.skip("KVM_CAP_GUEST_MEMFD is 0")
+    if flags & ~vm.check_extension(Cap.GUEST_MEMFD_FLAGS):
+        pytest.skip(f"KVM_CAP_GUEST_MEMFD_FLAGS has not {flags:#x}")
+    return flags
+
+
+@pytest.fixture
+def shared(vm: VmFd) -> Generator[GuestMemfd]:
+    with vm.create_guest_memfd(SIZE, offered(vm, MMAP | INIT_SHARED)) as made:
+        yield made
 
 
 @pytest.fixture(params=FLAGS, ids=lambda flags: f"flags{flags}")
@@ -47,3 +71,11 @@ def test_pages_are_counted_whoever_may_see_them(memfd: GuestMemfd) -> None:
     assert memfd.resident_pages(P, P) == 0
     assert outcome(lambda: memfd.allocate(SIZE, P)) == Errno(EINVAL)
     assert outcome(lambda: memfd.punch_hole(P, 1)) == Errno(EINVAL)
+
+
+def test_a_closed_handle_is_closed(shared: GuestMemfd) -> None:
+    number = shared.fileno()
+    shared.close()
+    assert outcome(lambda: os.fstat(number)) == Errno(EBADF)
+    with pytest.raises(ValueError, match="closed"):
+        shared.allocate(0, P)

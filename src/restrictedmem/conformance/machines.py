@@ -135,17 +135,17 @@ class Machine(ABC):
     @property
     @abstractmethod
     def _code(self) -> memoryview:
-        """The memory of the guest's code page and of those behind it."""
+        """Return the memory of the guest's code page and of those behind it."""
 
     @property
     @abstractmethod
     def _base(self) -> int:
-        """The guest address of the code page."""
+        """Return the guest address of the code page."""
 
     @property
     @abstractmethod
     def _call(self) -> bytes:
-        """The instructions of a hypercall."""
+        """Return the instructions of a hypercall."""
 
     # Files.
 

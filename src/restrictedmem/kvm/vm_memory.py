@@ -88,10 +88,10 @@ class VmMemory:
         Preconditions: no vCPU is in the guest.
 
         Raises:
-            OSError: EINVAL and EEXIST as v9, v10 and KVM have them (tests/test_vm_slots.py asks the
-                kernel); EINVAL for a descriptor that is not restricted, a deletion of nothing,
-                dirty logging, and every change but a move; ESTALE for the name of a file that no
-                slot shows, and then the token is as it was; ENOMEM for more pages than
+            OSError: EINVAL and EEXIST as v9, v10 and KVM have them (conformance/cases/slots.py
+                asks the kernel); EINVAL for a descriptor that is not restricted, a deletion of
+                nothing, dirty logging, and every change but a move; ESTALE for the name of a file
+                that no slot shows, and then the token is as it was; ENOMEM for more pages than
                 ``MAX_ALL_PAGES``.
         """
         _check(region)
