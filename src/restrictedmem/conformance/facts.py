@@ -17,7 +17,7 @@ class Fact:
     #: The versions of mainline Linux with the earlier answer.
     versions: str
     source: str
-    #: Year and month of the change.
+    #: Year of the change, and its month where that is known.
     date: str
 
 
@@ -108,9 +108,9 @@ SIGNED_OFFSET: Final = Fact(
     "signed-offset",
     "The end of a slot's range in its guest_memfd was computed with a sign, so a range that"
     " overflows was taken; it is EINVAL now.",
-    "6.8 to 7.0, and stable kernels without the repair",
-    'virt/kvm/guest_memfd.c, "KVM: guest_memfd: treat memslot binding offset+size as unsigned"',
-    "2026-04",
+    "6.8 to 7.0 or 7.1, and stable kernels without the repair",
+    "virt/kvm/guest_memfd.c kvm_gmem_bind, eba85fee7fc6",
+    "2026",
 )
 
 FACTS: Final = (

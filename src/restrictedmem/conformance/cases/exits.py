@@ -65,14 +65,6 @@ def _mmio(m: Machine) -> object:
     return m.load(DATA + 8), m.go_on(0x0807_0605_0403_0201), m.store(0xBEEF), m.go_on()
 
 
-def _fault_and_retry(m: Machine) -> object:
-    """Give the guest its memory after the fault; the access is then repeated."""
-    fault = m.load()
-    m.host_fill(0, P, 5)
-    m.set_region(size=P, shared=0)
-    return fault, m.go_on(0)
-
-
 def _hypercall(m: Machine) -> object:
     return m.map_gpa_range(DATA, 2, 1 << 4), m.go_on(0), m.map_gpa_range(DATA, 1, 0), m.go_on(5)
 

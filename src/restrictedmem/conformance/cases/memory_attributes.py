@@ -17,7 +17,9 @@ _BAD: Final = Errno(EINVAL)
 _NO_ARGUMENT: Final = NotApplicable("the call of v9 has no such argument")
 
 
-def _set(gpa: int, size: int, attributes: int = PRIVATE, flags: int = 0) -> Callable[..., object]:
+def _set(
+    gpa: int, size: int, attributes: int = PRIVATE, flags: int = 0
+) -> Callable[[Machine], object]:
     return lambda m: outcome(lambda: m.set_attributes(gpa, size, attributes, flags))
 
 
