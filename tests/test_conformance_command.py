@@ -180,7 +180,8 @@ def test_a_report_of_a_run() -> None:
         (case.id, column.name) for case in cases for column in columns
     ]
     assert report.facts == FACTS
-    assert report.cases[0] == CaseNote("read", "content", CASES[0].source, CASES[0].covers)
+    first = CASES[0]
+    assert report.cases[0] == CaseNote(first.id, "creation", first.source, first.covers)
 
 
 def changed(**fields: object) -> dict[str, Any]:
