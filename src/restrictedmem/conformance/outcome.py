@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from errno import EOPNOTSUPP, errorcode
+from typing import cast
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,6 @@ def spell(answer: object) -> str:
         case bool():
             return "yes" if answer else "no"
         case tuple():
-            return ", ".join(map(spell, answer))
+            return ", ".join(map(spell, cast("tuple[object, ...]", answer)))
         case _:
             return str(answer)

@@ -1,5 +1,6 @@
 """Cases of the calls that set a size."""
 
+from collections.abc import Callable
 from errno import EINVAL, EPERM
 from typing import Final
 
@@ -31,9 +32,14 @@ def _set(id: str, *sizes: int, then: object, **others: object) -> Case:
     )
 
 
-def _over_limit(id: str, does: object, then: str, divergence: str = "", **others: object) -> Case:
+def _over_limit(
+    id: str,
+    does: Callable[[File], object],
+    then: str,
+    divergence: str = "",
+    **others: object,
+) -> Case:
     """Write a case under RLIMIT_FSIZE: an outcome, and the number of signals."""
-    assert callable(does)
     return file(
         f"{id}-over-rlimit",
         lambda f: f.over_limit(lambda: does(f)),
