@@ -13,7 +13,6 @@ from outcomes import Errno, failing_at, in_child, outcome
 from restrictedmem.abi import kvm
 from restrictedmem.devkvm import VmFd
 from restrictedmem.fd import OwnedFd
-from restrictedmem.kvm import attributes as attributes_module
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine_vcpu import EngineVcpus
 from restrictedmem.kvm.half import forbid_shrinking
@@ -26,6 +25,7 @@ from restrictedmem.kvm.mmu import Fault, Mmu
 from restrictedmem.kvm.software.software_vm import SoftwareVm
 from restrictedmem.kvm.vm_memory import VmMemory
 from restrictedmem.kvm.whole import begun, whole
+from restrictedmem.mm import attributes as attributes_module
 from restrictedmem.mm.notifier import Api
 from restrictedmem.platform.platform import NoPlatform
 from restrictedmem.protocol.trace_events import Trace
