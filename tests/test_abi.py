@@ -237,6 +237,15 @@ RECORDED = {
     "kvm_userspace_memory_region_ext": (160, "v10"),
     "kvm_userspace_memory_region_ext.restricted_offset": (32, "v10"),
     "kvm_userspace_memory_region_ext.restricted_fd": (40, "v10"),
+    # Names of the series of conversion in place, in no kernel yet.
+    "KVM_SET_MEMORY_ATTRIBUTES2": (0xC080_AED2, "v8"),
+    "KVM_SET_MEMORY_ATTRIBUTES2_ZERO": (1, "v8"),
+    "KVM_SET_MEMORY_ATTRIBUTES2_PRESERVE": (2, "v8"),
+    "kvm_memory_attributes2": (128, "v8"),
+    **{
+        f"kvm_memory_attributes2.{name}": (at * 8, "v8")
+        for at, name in enumerate(("offset", "size", "attributes", "flags", "error_offset"))
+    },
     # Names of a series on top of v10, 18 February 2023.
     "RMFD_HUGEPAGE": (2, "RFC"),
 }

@@ -1,10 +1,15 @@
 """The part of FUSE that a restricted file needs (<linux/fuse.h>, protocol 7.31 and later)."""
 
 import ctypes
+import fcntl
+import os
+import struct
 from enum import IntEnum, IntFlag
 from typing import Final
 
-from restrictedmem.abi._struct import c_struct, codec, s32, u16, u32, u64
+from restrictedmem.abi._ioctl import Dir, request_number
+from restrictedmem.abi._struct import c_struct, codec, s32, s64, u16, u32, u64
+from restrictedmem.fd import OwnedFd
 
 KERNEL_VERSION: Final = 7
 #: The protocol version of this server; 7.38 has FOPEN_NOFLUSH (since 7.35) and total_extlen.
@@ -63,6 +68,14 @@ class OpenFlag(IntFlag):
     STREAM = 1 << 4
     NOFLUSH = 1 << 5
     PARALLEL_DIRECT_WRITES = 1 << 6
+
+
+#: ``fuse_read_in.read_flags``: a read(2) with O_DIRECT. The page cache's own reads lack it.
+FUSE_READ_LOCKOWNER: Final = 1 << 1
+#: ``fuse_write_in.write_flags``: a page of the page cache is written back.
+FUSE_WRITE_CACHE: Final = 1 << 0
+#: The ``error`` of a message with ``unique`` 0: drop pages from the page cache.
+FUSE_NOTIFY_INVAL_INODE: Final = 2
 
 
 class AttrValid(IntFlag):
@@ -238,6 +251,49 @@ class fuse_fallocate_in(ctypes.Structure):
     padding: u32
 
 
+@c_struct(size=40)
+class fuse_read_in(ctypes.Structure):
+    """A read of ``size`` bytes."""
+
+    fh: u64
+    offset: u64
+    size: u32
+    read_flags: u32
+    lock_owner: u64
+    flags: u32
+    padding: u32
+
+
+@c_struct(size=40)
+class fuse_write_in(ctypes.Structure):
+    """A write of ``size`` bytes, which follow."""
+
+    fh: u64
+    offset: u64
+    size: u32
+    write_flags: u32
+    lock_owner: u64
+    flags: u32
+    padding: u32
+
+
+@c_struct(size=8)
+class fuse_write_out(ctypes.Structure):
+    """How many bytes were written."""
+
+    size: u32
+    padding: u32
+
+
+@c_struct(size=24)
+class fuse_notify_inval_inode_out(ctypes.Structure):
+    """A range of a file's page cache, in bytes."""
+
+    ino: u64
+    off: s64
+    len: s64
+
+
 @c_struct(size=32)
 class fuse_ioctl_in(ctypes.Structure):
     """ioctl(2); the bytes of the argument follow, as many as the request number says."""
@@ -300,6 +356,30 @@ ATTR = codec(fuse_attr)
 ENTRY_OUT = codec(fuse_entry_out)
 ATTR_OUT = codec(fuse_attr_out)
 OPEN_OUT = codec(fuse_open_out)
+READ_IN = codec(fuse_read_in)
+WRITE_IN = codec(fuse_write_in)
+WRITE_OUT = codec(fuse_write_out)
+NOTIFY_INVAL_INODE_OUT = codec(fuse_notify_inval_inode_out)
 FALLOCATE_IN = codec(fuse_fallocate_in)
 IOCTL_OUT = codec(fuse_ioctl_out)
 FORGET_ONE = codec(fuse_forget_one)
+
+_CLONE: Final = request_number(229, 0, Dir.READ, 4)
+
+
+def clone(device: OwnedFd) -> OwnedFd:
+    """Return another /dev/fuse for the same mount (FUSE_DEV_IOC_CLONE), which the caller owns.
+
+    Each has the requests that were read from it. When the last descriptor of one is closed, the
+    kernel fails the requests that were read from it and have no answer.
+
+    Raises:
+        OSError: EACCES for /dev/fuse; EMFILE, ENFILE.
+    """
+    made = OwnedFd(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    try:
+        fcntl.ioctl(made.fileno(), _CLONE, struct.pack("=I", device.fileno()))
+    except BaseException:
+        made.close()
+        raise
+    return made

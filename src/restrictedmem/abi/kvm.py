@@ -31,6 +31,11 @@ KVM_MEMORY_ATTRIBUTE_PRIVATE: Final = 1 << 3
 GUEST_MEMFD_FLAG_MMAP: Final = 1 << 0
 GUEST_MEMFD_FLAG_INIT_SHARED: Final = 1 << 1
 
+#: Flags of KVM_SET_MEMORY_ATTRIBUTES2: the content of pages that change. Without a flag it is not
+#: specified.
+KVM_SET_MEMORY_ATTRIBUTES2_ZERO: Final = 1 << 0
+KVM_SET_MEMORY_ATTRIBUTES2_PRESERVE: Final = 1 << 1
+
 #: Types of KVM_CREATE_VM; ``Cap.VM_TYPES`` has a bit for each that the kernel offers.
 KVM_X86_DEFAULT_VM: Final = 0
 KVM_X86_SW_PROTECTED_VM: Final = 1
@@ -190,6 +195,21 @@ class kvm_memory_attributes(ctypes.Structure):
     flags: u64 = 0
 
 
+@c_struct(size=128)
+class kvm_memory_attributes2(ctypes.Structure):
+    """Conversion in place (v8): bytes of a guest_memfd, and ``KVM_MEMORY_ATTRIBUTE_*``.
+
+    The kernel sets ``error_offset`` to the first page that kept it from the change.
+    """
+
+    offset: u64
+    size: u64
+    attributes: u64
+    flags: u64 = 0
+    error_offset: u64 = 0
+    reserved: Annotated[ctypes.Array[ctypes.c_uint64], ctypes.c_uint64 * 11] = ZERO
+
+
 @c_struct(size=64)
 class kvm_pre_fault_memory(ctypes.Structure):
     """Bytes of guest physical memory to map.
@@ -263,6 +283,11 @@ KVM_CREATE_GUEST_MEMFD: Final = Ioctl(
     "KVM_CREATE_GUEST_MEMFD", KVMIO, 0xD4, Dir.READ | Dir.WRITE, kvm_create_guest_memfd
 )
 """Needs KVM_CAP_GUEST_MEMFD (234) of the VM; flags of KVM_CAP_GUEST_MEMFD_FLAGS (244)."""
+
+# guest_memfd.
+KVM_SET_MEMORY_ATTRIBUTES2: Final = Ioctl(
+    "KVM_SET_MEMORY_ATTRIBUTES2", KVMIO, 0xD2, Dir.READ | Dir.WRITE, kvm_memory_attributes2
+)
 
 # vCPUs.
 KVM_RUN: Final = IoctlInt("KVM_RUN", KVMIO, 0x80)
