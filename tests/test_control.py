@@ -82,7 +82,7 @@ def start(
     Channel(theirs, "service").reply()
     endings, heard = Channel.pair("spawner")
     with heard:
-        daemon.run(owner, spawner, endings, Options(), Origin(1, 0), Word())
+        daemon.run(owner, spawner, endings, Options(), Origin(1, 0), Word(), None)
 
 
 @pytest.mark.parametrize(

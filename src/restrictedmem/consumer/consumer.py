@@ -16,6 +16,7 @@ from typing import Final, TypeVar, final
 from restrictedmem import sync, threads
 from restrictedmem.failure import FAULT, detail_of, failed
 from restrictedmem.fd import OwnedFd
+from restrictedmem.mm.guest_memfd import Converts
 from restrictedmem.mm.notifier import Notifier
 from restrictedmem.service import wire
 from restrictedmem.service.wire import BindFlag, Channel, Message
@@ -162,6 +163,14 @@ class Consumer:
             self._notifiers[number] = notifier
             self._known.notify_all()
 
+    def device(self) -> int:
+        """Return the device number of the service's files.
+
+        Raises:
+            OSError: ENOTCONN.
+        """
+        return int(wire.NUMBER.unpack(self.requests.call(wire.DEVICE)[0])[0])
+
     def unbind(self, number: int) -> None:
         """Unregister a notifier, which then gets no callback any more.
 
@@ -219,6 +228,9 @@ class Consumer:
                 notifier.invalidate_start(start, end, order)
             case wire.ERROR.number:
                 notifier.error(start, end)
+            case wire.PRIVATE.number | wire.SHARED.number:
+                if isinstance(notifier, Converts):
+                    notifier.convert(start, end, private=message.number == wire.PRIVATE.number)
             case _:
                 return wire.COUNT.pack(notifier.page_count(start, end))
         return b""

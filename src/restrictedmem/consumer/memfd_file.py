@@ -23,7 +23,17 @@ class MemfdFile:
     It is shared by all windows of the file in this process. The last ``put`` closes both.
     """
 
-    __slots__ = ("_bound", "_users", "blksize", "ino", "memfd", "order", "pinned", "sequence")
+    __slots__ = (
+        "_bound",
+        "_users",
+        "blksize",
+        "ino",
+        "is_guest_memfd",
+        "memfd",
+        "order",
+        "pinned",
+        "sequence",
+    )
 
     def __init__(self, bound: Bound) -> None:
         """Own both descriptors of ``bound``, which are closed if this fails.
@@ -34,6 +44,7 @@ class MemfdFile:
         self._users = 0
         self._bound = bound
         self.ino = bound.ino
+        self.is_guest_memfd = bool(bound.flags & BindingFlag.GUEST_MEMFD)
         self.pinned = bool(bound.flags & BindingFlag.PIN)
         hugepage = bool(bound.flags & BindingFlag.HUGEPAGE)
         #: The order of the folio that a block becomes when it is taken whole.

@@ -11,7 +11,18 @@ import stat
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from errno import EACCES, EFBIG, EINVAL, ENFILE, ENOENT, ENOSYS, ENOTTY, ENXIO, EPERM
+from errno import (
+    EACCES,
+    EFBIG,
+    EINVAL,
+    ENFILE,
+    ENOENT,
+    ENOMEM,
+    ENOSYS,
+    ENOTTY,
+    ENXIO,
+    EPERM,
+)
 from functools import partial
 from typing import Final, NamedTuple, TypeVar, final
 
@@ -19,13 +30,16 @@ from restrictedmem import sync
 from restrictedmem.abi import fuse, process
 from restrictedmem.abi._ioctl import Dir, request_number
 from restrictedmem.abi.fuse import AttrValid, InitFlag, Opcode, OpenFlag
+from restrictedmem.abi.kvm import KVM_SET_MEMORY_ATTRIBUTES2, kvm_memory_attributes2
 from restrictedmem.abi.memory import FallocMode
+from restrictedmem.fs import guest_memfd
 from restrictedmem.fs.usage import Usage
 from restrictedmem.mm import designs
 from restrictedmem.mm.backing import make_backing
+from restrictedmem.mm.guest_memfd import GuestMemfd
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.restrictedmem import RestrictedFile
-from restrictedmem.units import PAGE_SIZE
+from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange
 
 #: The only name that can be created. /proc/PID/fd shows it as ``/restrictedmem (deleted)``.
 NAME: Final = b"restrictedmem"
@@ -109,6 +123,11 @@ class FileSystem:
         #: returns False if the server has put the request off instead. Such a request has no reply
         #: yet and will be handled again.
         self.before_waiting: Callable[[int | None], bool] = _go_on
+        #: Drops a range of bytes of a file from the page cache (``fs.invalidator``). None where no
+        #: guest_memfd can be made.
+        self.drop_pages: Callable[[int, int, int], None] | None = None
+        #: Whether this thread is the only one that reads requests.
+        self.is_alone: Callable[[], bool] = _never
         self._design = design
         self._backing = backing
         self.memory_max = memory_max
@@ -135,8 +154,8 @@ class FileSystem:
             Opcode.IOCTL: self._ioctl,
             Opcode.FALLOCATE: self._fallocate,
             Opcode.INTERRUPT: self._interrupt,
-            Opcode.READ: self._refuse,
-            Opcode.WRITE: self._refuse,
+            Opcode.READ: self._read,
+            Opcode.WRITE: self._write,
             Opcode.FSYNC: self._refuse,
         }
 
@@ -200,7 +219,8 @@ class FileSystem:
     def _create(self, request: Request) -> bytes:
         asked = _decode(fuse.fuse_create_in, request)
         name = request.body[ctypes.sizeof(asked) :].rstrip(b"\0")
-        if request.nodeid != fuse.ROOT_ID or name != NAME:
+        made = guest_memfd.parse_name(name) if self.drop_pages is not None else None
+        if request.nodeid != fuse.ROOT_ID or (name != NAME and made is None):
             raise OSError(EACCES, "create: not a name of this file system")
         if asked.flags & os.O_ACCMODE != os.O_RDWR:
             raise OSError(EINVAL, "create: a restricted file is opened for reading and writing")
@@ -209,22 +229,24 @@ class FileSystem:
                 raise OSError(ENFILE, "create: the service has no descriptor left for another file")
             nodeid = self._next_node
             self._next_node += 1
-            # The bit is a hint. It has no effect where every page is a huge page already.
-            kind = (
-                "thp" if asked.mode & HUGEPAGE_MODE and self._backing == "memfd" else self._backing
-            )
-            backing = make_backing(kind, limit=self.memory_max)
-            file = RestrictedFile(
-                designs.make(self._design),
-                backing,
-                Inode.make(request.uid, request.gid),
-                self._account,
+            inode = Inode.make(request.uid, request.gid)
+            file = (
+                self._make_restricted(asked.mode, inode)
+                if made is None
+                else GuestMemfd(*made, inode, self._account, limit=self.memory_max)
             )
             self._nodes[nodeid] = _Node(file)
         if self._usage is not None:
             self._usage.create(file)
         entry = fuse.ENTRY_OUT.pack(nodeid, 0, 0, 0, 0, 0)
-        return entry + _attributes(nodeid, file) + fuse.OPEN_OUT.pack(0, _OPEN_FLAGS, 0)
+        flags = _OPEN_FLAGS if made is None else guest_memfd.OPEN_FLAGS
+        return entry + _attributes(nodeid, file) + fuse.OPEN_OUT.pack(0, flags, 0)
+
+    def _make_restricted(self, mode: int, inode: Inode) -> RestrictedFile:
+        # The bit is a hint. It has no effect where every page is a huge page already.
+        kind = "thp" if mode & HUGEPAGE_MODE and self._backing == "memfd" else self._backing
+        backing = make_backing(kind, limit=self.memory_max)
+        return RestrictedFile(designs.make(self._design), backing, inode, self._account)
 
     def _unlink(self, request: Request) -> bytes:
         return _EMPTY
@@ -249,6 +271,8 @@ class FileSystem:
     def _setattr(self, request: Request) -> bytes:
         file = self._file(request.nodeid)
         asked = _decode(fuse.fuse_setattr_in, request)
+        if isinstance(file, GuestMemfd):
+            raise OSError(EINVAL, "setattr: a guest_memfd's attributes cannot be changed")
         if asked.valid & AttrValid.SIZE:
             file.ftruncate(asked.size)
             if self._usage is not None:
@@ -293,13 +317,49 @@ class FileSystem:
                 self._usage.allocate(file)
         return _EMPTY
 
-    def _ioctl(self, request: Request) -> bytes:
+    def _ioctl(self, request: Request) -> bytes | None:
         asked = _decode(fuse.fuse_ioctl_in, request)
+        if asked.cmd == KVM_SET_MEMORY_ATTRIBUTES2.request:
+            return self._set_memory_attributes(request)
         if asked.cmd != PROVE or self._prove is None or asked.in_size != TOKEN_BYTES:
             raise OSError(ENOTTY, f"ioctl {asked.cmd:#x}")
         token = request.body[ctypes.sizeof(asked) :][:TOKEN_BYTES]
         self._prove(token, request.nodeid, self._file(request.nodeid))
         return fuse.IOCTL_OUT.pack(0, 0, 0, 0)
+
+    # A guest_memfd.
+
+    def _guest_memfd(self, request: Request, errno: int) -> GuestMemfd:
+        file = self._file(request.nodeid)
+        if not isinstance(file, GuestMemfd):
+            raise OSError(errno, "the file has no such operation")
+        return file
+
+    def _read(self, request: Request) -> bytes:
+        return guest_memfd.read(self._guest_memfd(request, EINVAL), request.body)
+
+    def _write(self, request: Request) -> bytes:
+        return guest_memfd.write(self._guest_memfd(request, EINVAL), request.body)
+
+    def _set_memory_attributes(self, request: Request) -> bytes | None:
+        file = self._guest_memfd(request, ENOTTY)
+        asked = _decode_at(kvm_memory_attributes2, request, ctypes.sizeof(fuse.fuse_ioctl_in))
+        conversion = guest_memfd.Conversion.of(asked, file.size)
+        if not self.before_waiting(file.holder):
+            return None
+        if self.is_alone():
+            raise OSError(ENOMEM, "no other thread would answer the kernel meanwhile")
+        file.convert(
+            conversion.span,
+            private=conversion.private,
+            zero=conversion.zero,
+            drop=partial(self._drop_pages, request.nodeid),
+        )
+        return fuse.IOCTL_OUT.pack(0, 0, 0, 0) + bytes(asked)
+
+    def _drop_pages(self, nodeid: int, span: PageRange) -> None:
+        assert self.drop_pages is not None
+        self.drop_pages(nodeid, span.start << PAGE_SHIFT, len(span) << PAGE_SHIFT)
 
     def _refuse(self, request: Request) -> bytes:
         raise OSError(EINVAL, "the file has no such operation")
@@ -360,8 +420,17 @@ def _decode(kind: type[_S], request: Request) -> _S:
     Raises:
         OSError: EINVAL for a shorter body.
     """
+    return _decode_at(kind, request, 0)
+
+
+def _decode_at(kind: type[_S], request: Request, start: int) -> _S:
+    """Return the struct at a byte of a request's body.
+
+    Raises:
+        OSError: EINVAL for a shorter body.
+    """
     try:
-        return kind.from_buffer_copy(request.body)
+        return kind.from_buffer_copy(request.body, start)
     except ValueError:
         raise OSError(EINVAL, f"FUSE opcode {request.opcode}: short request") from None
 
@@ -374,6 +443,11 @@ def _go_on(_consumer: int | None) -> bool:
     return True
 
 
+def _never() -> bool:
+    """Say no: a server without threads serves no page cache either."""
+    return False
+
+
 def _attributes(nodeid: int, file: RestrictedFile) -> bytes:
     inode = file.inode
     atime, atimensec = divmod(inode.atime, _NANO)
@@ -382,7 +456,7 @@ def _attributes(nodeid: int, file: RestrictedFile) -> bytes:
     return fuse.ATTR.pack(
         nodeid,
         file.size,
-        file.backing.resident() // 512,
+        0 if isinstance(file, GuestMemfd) else file.backing.resident() // 512,
         atime,
         mtime,
         ctime,
@@ -394,6 +468,6 @@ def _attributes(nodeid: int, file: RestrictedFile) -> bytes:
         inode.uid,
         inode.gid,
         0,
-        file.backing.blksize,
+        PAGE_SIZE if isinstance(file, GuestMemfd) else file.backing.blksize,
         0,
     )

@@ -58,6 +58,7 @@ class FuseServer:
         self._buffer = bytearray(_BUFFER)
         self._filesystem = filesystem
         filesystem.before_waiting = self._step_aside
+        filesystem.is_alone = self._is_leader
         self._leading = threading.Lock()
         #: The thread that holds ``_leading``, 0 when it has stepped aside; and the request that it
         #: handles.
@@ -143,6 +144,10 @@ class FuseServer:
         self._leader = 0
         self._leading.release()
         return True
+
+    def _is_leader(self) -> bool:
+        """Say whether no other thread reads requests until this one is done."""
+        return self._leader == threading.get_ident()
 
     def _work_off(self, me: int, *, may_end: bool) -> bool:
         """Answer requests that were put off while this thread waited.

@@ -6,7 +6,8 @@ So the engine receives without a control buffer, and leaves messages with descri
 checker, which nobody needs.
 
 The checker takes such a message, and asks the descriptor what it is in ways that no file system
-hears of. It passes on only a memfd, for which the kernel alone answers. It closes what it has only
+hears of. It passes on only a memfd, for which the kernel alone answers, and a file of the engine's
+own service (docs/understand/conversion-in-place.md). It closes what it has only
 when the engine has its answer, because it may hang there for ever. So it has let go of the VM's
 socket before, and gets a copy of it with each question. Otherwise the owner would wait for the
 socket's end after the engine is gone.
@@ -29,7 +30,7 @@ from errno import EAGAIN, EINVAL, EMFILE, EMSGSIZE, EPROTO, ETIMEDOUT
 from typing import Final, final
 
 from restrictedmem import threads
-from restrictedmem.abi import process
+from restrictedmem.abi import process, stat
 from restrictedmem.child import die_with, ends, fork
 from restrictedmem.failure import status_of
 from restrictedmem.fd import (
@@ -58,6 +59,8 @@ _REAP: Final = 0.1
 _READY: Final = b"r"
 _TAKE: Final = b"t"
 _SEAL: Final = b"s"
+#: Follows ``_TAKE``.
+_DEVICE: Final = struct.Struct("=Q")
 #: The checker's answer: an errno, whether the message was malformed, and then the message or the
 #: text of the error.
 _ANSWER: Final = struct.Struct("=II")
@@ -71,6 +74,8 @@ class Intake:
 
     def __init__(self, owner: Channel, checker: socket.socket, pid: int) -> None:
         self._owner = owner
+        #: The device number of the service's files, which the owner may send, too; 0 for none.
+        self.device = 0
         self._checker: socket.socket | None = checker
         self._pid = pid
 
@@ -80,12 +85,12 @@ class Intake:
         Raises:
             OSError: EAGAIN when there is none; EMSGSIZE for more than one descriptor; else as
                 ``Channel.receive``.
-            RefusedError: EINVAL for a descriptor of anything but a memfd; EMFILE; ETIMEDOUT when
-                the checker is late or gone.
+            RefusedError: EINVAL for a descriptor of anything but a memfd or a file of ``device``;
+                EMFILE; ETIMEDOUT when the checker is late or gone.
         """
         if not brings_fds(self._owner.sock, MSG_DONTWAIT):
             return self._owner.receive(MSG_DONTWAIT)
-        answer = self._ask(_TAKE, self._owner.fileno())
+        answer = self._ask(_TAKE + _DEVICE.pack(self.device), self._owner.fileno())
         if answer is None:
             # The checker may have died while it had the message. The owner has to hear that, too.
             with suppress(BlockingIOError):
@@ -235,7 +240,7 @@ def start(owner: Channel, others: Sequence[socket.socket]) -> Intake:
 def _answer_questions(engine: socket.socket, parent: int) -> None:
     engine.send(_READY)
     while True:
-        question, fds = receive_with_fds(engine, len(_TAKE))
+        question, fds = receive_with_fds(engine, len(_TAKE) + _DEVICE.size)
         if not question:
             return
         fd = fds.pop()
@@ -250,7 +255,8 @@ def _answer_questions(engine: socket.socket, parent: int) -> None:
         with socket.socket(fileno=fd.detach()) as owner:
             taken = _take(owner)
         die_with(parent)
-        _answer(taken, engine)
+        (device,) = _DEVICE.unpack_from(question, len(_TAKE))
+        _answer(taken, engine, device)
         # This may hang for ever.
         for held in taken.fds:
             os.close(held)
@@ -291,8 +297,8 @@ def _take(owner: socket.socket) -> _Taken:
     return _Taken(data, tuple(fds), flags)
 
 
-def _answer(taken: _Taken, engine: socket.socket) -> None:
-    """Pass a message on, or say what is wrong with it."""
+def _answer(taken: _Taken, engine: socket.socket, device: int) -> None:
+    """Pass a message on, or say what is wrong with it; ``device`` is that of ``Intake``."""
     if taken.error is not None:
         engine.send(
             _ANSWER.pack(taken.error.errno or EAGAIN, 1) + (taken.error.strerror or "").encode()
@@ -301,7 +307,7 @@ def _answer(taken: _Taken, engine: socket.socket) -> None:
         engine.send(_ANSWER.pack(EMSGSIZE, 1) + b"recvmsg: message or descriptors cut off")
     elif len(taken.data) < _HEAD.size:
         engine.send(_ANSWER.pack(EPROTO, 1) + f"message of {len(taken.data)} bytes".encode())
-    elif all(is_memfd(fd) for fd in taken.fds):
+    elif all(is_memfd(fd) or stat.identity(fd)[0] == device for fd in taken.fds):
         send_with_fds(engine, _ANSWER.pack(0, 0) + taken.data, taken.fds)
     else:
         engine.send(_ANSWER.pack(EINVAL, 0) + b"the descriptor is not a memfd")

@@ -111,6 +111,8 @@ class Conversions:
         with self._mutex:
             slots = [slot for slot in self._memory.slots if slot.private is not None]
             if self._explicit:
+                if any(slot.in_place for slot in slots):
+                    raise OSError(EINVAL, "the owner of a guest_memfd converts its pages unasked")
                 _refuse_aliases(slots)
                 self._launched = True
                 self._slots = Memslots(slots)

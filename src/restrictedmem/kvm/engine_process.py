@@ -100,6 +100,8 @@ def serve(
         # This forks, so it comes while this process has no other thread.
         refusal = refuse_kernel(creation, owner, service, notify)
         consumer = Consumer(service, notify)
+        if options.guest_memfd:
+            intake.device = consumer.device()
         api = Api(options.api)
         attributes = Attributes(api)
         binder = EngineBinder(consumer, trace)
@@ -238,6 +240,12 @@ class _Notifier(Generic[_T]):
     def error(self, start: pgoff_t, end: pgoff_t) -> None:
         """Let the engine give up pages."""
         self._tell("error", PageRange(start, end), self._engine.error)
+
+    def convert(self, start: pgoff_t, end: pgoff_t, *, private: bool) -> None:
+        """Let the engine show another half (``mm.guest_memfd.Converts``)."""
+        # The kernel engine binds no guest_memfd.
+        assert isinstance(self._engine, SoftwareVm)
+        self._engine.convert(self._binding, PageRange(start, end), private=private)
 
     def page_count(self, start: pgoff_t, end: pgoff_t) -> int:
         """Return the engine's count of pages in a range."""

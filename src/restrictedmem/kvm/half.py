@@ -156,6 +156,18 @@ class SharedFiles:
             found = self._all[identity] = SharedFile(OwnedFd(os.dup(fd)), identity, size, self._all)
         return found
 
+    def of_guest_memfd(self, fd: int) -> SharedFile:
+        """Return the guest_memfd of the service behind a descriptor, which the caller keeps.
+
+        Raises:
+            OSError: EMFILE.
+        """
+        identity, size = _look(fd)
+        found = self._all.get(identity)
+        if found is None:
+            found = self._all[identity] = SharedFile(OwnedFd(os.dup(fd)), identity, size, self._all)
+        return found
+
     def of_name(self, identity: Identity, end: int) -> SharedFile:
         """Return the memfd with a device and an inode number.
 

@@ -195,6 +195,11 @@ class Memslot:
         assert isinstance(self.private, MemfdHalf)
         return self.private
 
+    @property
+    def in_place(self) -> bool:
+        """Whether both halves are one guest_memfd, whose pages are converted in place."""
+        return isinstance(self.private, MemfdHalf) and self.private.file.is_guest_memfd
+
     def clip(self, start: gfn_t, end: gfn_t) -> tuple[gfn_t, gfn_t]:
         """Return the part of a range of guest pages that lies in this slot.
 

@@ -26,7 +26,7 @@ from restrictedmem.kvm.page_fault import FAULT_AROUND, PageFault, around
 from restrictedmem.mm.sequence import InvalidationSequence
 from restrictedmem.platform.platform import NoPlatform, Platform
 from restrictedmem.protocol.trace_events import Trace, now
-from restrictedmem.units import PAGE_SHIFT, PageRange, gfn_t
+from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t
 
 
 class Fault(Enum):
@@ -134,6 +134,8 @@ class Mmu:
         if (slot.private if private else slot.shared) is None:
             return Fault.NO_HALF
         if not private:
+            if slot.in_place:
+                return self._fault_in_place(slot, index)
             return self._map_shared(slot, *around(slot, index))
         fault = PageFault(slot, index)
         try:
@@ -219,6 +221,34 @@ class Mmu:
             self.counters.faults_shared += 1
         return Fault.MAPPED
 
+    def _fault_in_place(self, slot: Memslot, index: int) -> Fault:
+        """Install a shared page of a guest_memfd, unless the file's sequence has changed.
+
+        The kernel asks the service for the page now, not when the guest touches it: there, a
+        refusal would be a SIGBUS.
+
+        Raises:
+            OSError: EFAULT when the service has no page.
+        """
+        assert slot.shared is not None
+        half = slot.memfd_half
+        snapshot = half.sequence.snapshot()
+        failure: OSError | None = None
+        try:
+            slot.shared.mapping.madvise(memory.MADV_POPULATE_READ, index << PAGE_SHIFT, PAGE_SIZE)
+        except OSError as error:
+            failure = error
+        span = slot.span_of(index, index + 1)
+        with self._lock:
+            if slot.attributes[index] or half.sequence.retry(snapshot, span.start, span.end):
+                self.counters.retries += 1
+                return Fault.RETRY
+            if failure is not None:
+                raise failure
+            slot.install(index, index + 1, slot.rights)
+            self.counters.faults_shared += 1
+        return Fault.MAPPED
+
     def prefault(self, start: gfn_t, end: gfn_t) -> int:
         """Map pages from ``start`` on as a read would (``kvm_arch_vcpu_pre_fault_memory``).
 
@@ -246,6 +276,8 @@ class Mmu:
             raise OSError(
                 EFAULT, f"prefault: the slot has no such half at {start << PAGE_SHIFT:#x}"
             )
+        if not private and slot.in_place:
+            return int(self._fault_in_place(slot, first) is Fault.MAPPED)
         if not private:
             return last - first if self._prefault_shared(slot, first, last) is Fault.MAPPED else 0
         done = self._prefault_private(slot, first, last)
@@ -380,6 +412,20 @@ class Mmu:
             zapped = self._zap(slot, start, end)
             slot.attributes[start - slot.base_gfn : end - slot.base_gfn] = attributes
             return zapped
+
+    def convert(self, half: MemfdHalf, span: PageRange, *, private: bool) -> tuple[gfn_t, gfn_t]:
+        """Set which half the guest pages show that show a range of a guest_memfd.
+
+        Return the pages that every vCPU has to drop, none while the half has no slot.
+        """
+        slot = self._bound.get(half.binding)
+        if slot is None:
+            return gfn_t(0), gfn_t(0)
+        start, end = slot.gfns_of(span)
+        zapped = self.set_attributes(slot, start, end, private=private)
+        if start < end:
+            slot.lpage.update(start, end)
+        return zapped
 
     def mapped(self, level: Level) -> int:
         """Return how many translations of a level there are."""

@@ -18,9 +18,9 @@ from restrictedmem.abi.stat import Identity
 from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm.attributes import Attributes
 from restrictedmem.kvm.engine import Engine
-from restrictedmem.kvm.half import SharedFiles, SharedHalf, identity_of
+from restrictedmem.kvm.half import SharedFile, SharedFiles, SharedHalf, identity_of
 from restrictedmem.kvm.lpage import Level
-from restrictedmem.kvm.memslot import ALL, EXEC, READ, WRITE, Memslot, PrivateHalf
+from restrictedmem.kvm.memslot import ALL, EXEC, READ, WRITE, MemfdHalf, Memslot, PrivateHalf
 from restrictedmem.kvm.memslots import Memslots
 from restrictedmem.kvm.whole import begun, whole
 from restrictedmem.mm.notifier import Api
@@ -165,8 +165,15 @@ class VmMemory:
                 else self._engine.bind(token, window)
             )
         try:
+            in_place = isinstance(private, MemfdHalf) and private.file.is_guest_memfd
             if shared_fd is not None:
-                file = self._shared_files.of_fd(shared_fd.fileno(), end)
+                file = (
+                    self._shared_files.of_guest_memfd(shared_fd.fileno())
+                    if in_place
+                    else self._shared_files.of_fd(shared_fd.fileno(), end)
+                )
+            if private is not None and in_place:
+                _check_in_place(region, private, file)
             if file is not None:
                 shared = SharedHalf(file, region.userspace_addr, region.memory_size)
             rights = READ | EXEC if region.flags & kvm.KVM_MEM_READONLY else ALL
@@ -223,6 +230,15 @@ class VmMemory:
             new.attributes[start - new.base_gfn : end - new.base_gfn] = b"\1" * (end - start)
             new.lpage.update(start, end)
         self._engine.add_slot(new)
+        if new.in_place:
+            # From now on the slot hears of conversions. Those before this call count, too.
+            half = new.memfd_half
+            pages = wire.BOUND_PAGES.pack(half.binding, half.window.start, half.window.end)
+            try:
+                self._service.call(wire.ATTRIBUTES, pages)
+            except OSError:
+                self._engine.remove_slot(new)
+                raise
 
     def _check_overlap(
         self, region: kvm.kvm_userspace_memory_region_ext, itself: Memslot | None
@@ -280,6 +296,8 @@ class VmMemory:
             gfn_t((address + size) >> PAGE_SHIFT),
             bool(attributes),
         )
+        if any(slot.in_place for slot in self.slots.overlapping(start, end)):
+            raise OSError(EINVAL, "pages of a guest_memfd are converted on the file")
         done = start
         try:
             for slot in self.slots.overlapping(start, end):
@@ -302,7 +320,7 @@ class VmMemory:
 
     def _heeds_attributes(self, slot: Memslot) -> bool:
         # v9 compared attributes with the access only where the slot could be private; v10 always.
-        return self.api is Api.V10 or slot.private is not None
+        return not slot.in_place and (self.api is Api.V10 or slot.private is not None)
 
     def _set_attributes(self, start: gfn_t, end: gfn_t, *, private: bool) -> None:
         if start < end:
@@ -403,6 +421,19 @@ def _check(region: kvm.kvm_userspace_memory_region_ext) -> None:
         region.restricted_offset & PAGE_MASK or region.restricted_offset > U64_MAX - size
     ):
         raise OSError(EINVAL, "restricted_offset is not page aligned, or wraps")
+
+
+def _check_in_place(
+    region: kvm.kvm_userspace_memory_region_ext, private: PrivateHalf, file: SharedFile | None
+) -> None:
+    """Check that both halves are the same part of the same guest_memfd, and can be written."""
+    if (
+        file is None
+        or file.identity[1] != private.ino
+        or region.userspace_addr != region.restricted_offset
+        or region.flags & kvm.KVM_MEM_READONLY
+    ):
+        raise OSError(EINVAL, "a guest_memfd serves both halves of a slot, which is not read-only")
 
 
 def _check_move(

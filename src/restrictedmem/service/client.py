@@ -35,11 +35,13 @@ from restrictedmem.fd import (
     peer_credentials,
 )
 from restrictedmem.fs.filesystem import HUGEPAGE_MODE, NAME, PROVE
+from restrictedmem.fs.guest_memfd import name_of
 from restrictedmem.service import SERVER_VARIABLE, exec_service, wire
 from restrictedmem.service.address import NOBODY, connect
 from restrictedmem.service.ending import words_of
 from restrictedmem.service.options import Options
 from restrictedmem.service.wire import Channel
+from restrictedmem.units import MAX_FILE_BYTES, U64_MAX
 from restrictedmem.users import is_own
 
 #: Connections that the service may drop before this process gives up.
@@ -176,19 +178,34 @@ class Service:
         See ``restrictedmem.memfd_restricted``.
         """
         _check_flags(flags)
-        mount = self._mount.fileno()
         mode = HUGEPAGE_MODE if flags & RMFD_HUGEPAGE else 0
+        return self._create("memfd_restricted", NAME, 0, mode)
+
+    def create_guest_memfd(self, size: int, flags: int) -> int:
+        """Create a guest_memfd whose pages can be converted; close-on-exec, owned by the caller.
+
+        ``size`` is in bytes, and ``flags`` are ``GUEST_MEMFD_FLAG_*``, MMAP among them. The service
+        was started with ``Options(guest_memfd=True)``.
+
+        Raises:
+            OSError: EINVAL for other flags, and for a size that is not positive or not page
+                aligned; EACCES from a service that makes none; ENFILE; ENOTCONN when the service is
+                gone.
+        """
+        if not 0 < size <= MAX_FILE_BYTES or not 0 <= flags <= U64_MAX:
+            raise failed("create_guest_memfd", EINVAL, f"size {size:#x}, flags {flags:#x}")
+        return self._create("create_guest_memfd", name_of(size, flags), os.O_DIRECT, 0)
+
+    def _create(self, call: str, name: bytes, flags: int, mode: int) -> int:
+        mount = self._mount.fileno()
+        flags |= os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
-            fd = os.open(
-                NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode, dir_fd=mount
-            )
+            fd = os.open(name, flags, mode, dir_fd=mount)
         except OSError as error:
             ending = self._own_ending() if error.errno == ENOTCONN else ""
-            raise failed(
-                "memfd_restricted", error.errno, ending and f"service is gone: {ending}"
-            ) from None
+            raise failed(call, error.errno, ending and f"service is gone: {ending}") from None
         try:
-            os.unlink(NAME, dir_fd=mount)
+            os.unlink(name, dir_fd=mount)
         except OSError as error:
             # The kernel never caches the name. So the look-up at the beginning of unlink finds no
             # name, and drops it for good.

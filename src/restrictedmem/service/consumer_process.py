@@ -15,9 +15,11 @@ from typing import Final, cast, final
 from restrictedmem import sync
 from restrictedmem.burial import bury
 from restrictedmem.fd import MSG_CTRUNC, HasFileno, OwnedFd, readable, receive_flags, refuse_fds
+from restrictedmem.mm.guest_memfd import GuestMemfd
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.patience import Patience
 from restrictedmem.service import wire
+from restrictedmem.service.options import VM
 from restrictedmem.service.report import REPORT_DATA_BYTES, Report
 from restrictedmem.service.wire import Call, Channel, Message
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PageRange, pgoff_t
@@ -69,6 +71,10 @@ class Binding:
     def error(self, start: pgoff_t, end: pgoff_t) -> None:
         """Tell the consumer, and wait until it has given the pages up."""
         self._notify(wire.ERROR, start, end, None)
+
+    def convert(self, start: pgoff_t, end: pgoff_t, *, private: bool) -> None:
+        """Tell the consumer, and wait until it has noted it (``mm.guest_memfd.Converts``)."""
+        self._notify(wire.PRIVATE if private else wire.SHARED, start, end, None)
 
     def page_count(self, start: pgoff_t, end: pgoff_t) -> int:
         """Ask the consumer for its pages; a consumer that is late or gone holds none."""
@@ -297,6 +303,8 @@ class ConsumerProcess:
         order = file.backing.base_order
         if not 0 <= span.start <= span.end <= _MAX_PAGES >> order << order:
             raise OSError(EINVAL, f"{span} is not a range of a file")
+        if isinstance(file, GuestMemfd) and (self.name != VM or span.end << PAGE_SHIFT > file.size):
+            raise OSError(EINVAL, "a guest_memfd is bound to VMs, and within its size")
         binding = Binding(self, self._next_binding, ino, file)
         file.get()
         self.bindings[binding.number] = binding
@@ -333,6 +341,17 @@ class ConsumerProcess:
         if number not in self.bindings:
             raise OSError(ENOENT, f"no binding {number}")
         return self.bindings[number]
+
+    def tell_attributes(self, number: int, span: PageRange) -> None:
+        """Tell the consumer which pages of a range of a guest_memfd are private.
+
+        Raises:
+            OSError: ENOENT when there is no such binding; EINVAL for another kind of file.
+        """
+        binding = self.binding(number)
+        if not isinstance(binding.file, GuestMemfd):
+            raise OSError(EINVAL, "the file has no attributes")
+        binding.file.tell_attributes(binding, span)
 
     def unbind(self, number: int) -> None:
         """Unregister one notifier and let its file go.

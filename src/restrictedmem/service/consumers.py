@@ -12,6 +12,7 @@ from functools import partial
 from typing import Final, final
 
 from restrictedmem import sync
+from restrictedmem.mm.guest_memfd import GuestMemfd
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.service import wire
 from restrictedmem.service.consumer_process import ConsumerProcess
@@ -33,6 +34,7 @@ _AGAIN: Final = int(BindFlag.AGAIN)
 _HUGEPAGE: Final = int(BindingFlag.HUGEPAGE)
 _PIN: Final = int(BindingFlag.PIN)
 _RANGE: Final = int(BindingFlag.RANGE)
+_GUEST_MEMFD: Final = int(BindingFlag.GUEST_MEMFD)
 #: The end of a reason that explains nothing (``ConsumerProcess.notify``).
 _GONE: Final = " is gone"
 #: Number of consumers whose end is remembered.
@@ -110,6 +112,8 @@ class Consumers:
         self.endings = Endings()
         self._tokens = tokens
         self._options = options
+        #: The device number of the service's files, once there is a mount.
+        self.device = 0
         self._signer = signer
         self._all: dict[int, ConsumerProcess] = {}
         self._next = 1
@@ -160,6 +164,12 @@ class Consumers:
             (number,) = message.unpack(wire.NUMBER)
             consumer.unbind(number)
             consumer.requests.reply()
+        elif message.number == wire.ATTRIBUTES.number:
+            number, start, end = message.unpack(wire.BOUND_PAGES)
+            consumer.tell_attributes(number, PageRange(pgoff_t(start), pgoff_t(end)))
+            consumer.requests.reply()
+        elif message.number == wire.DEVICE.number:
+            consumer.requests.reply(wire.NUMBER.pack(self.device))
         elif message.number == wire.REPORT.number:
             consumer.take_report(message.body)
             consumer.requests.reply()
@@ -193,6 +203,7 @@ class Consumers:
                     (_HUGEPAGE if backing.hugepage else 0)
                     | (_PIN if self._options.pin else 0)
                     | (_RANGE if file.design.binds else 0)
+                    | (_GUEST_MEMFD if isinstance(file, GuestMemfd) else 0)
                 )
                 consumer.requests.reply(
                     wire.BINDING.pack(

@@ -22,12 +22,13 @@ from functools import partial
 from typing import Final, final
 
 from restrictedmem import threads
-from restrictedmem.abi import process
+from restrictedmem.abi import fuse, process, stat
 from restrictedmem.burial import bury, bury_elsewhere
 from restrictedmem.failure import status_of
 from restrictedmem.fd import MSG_DONTWAIT, OwnedFd
 from restrictedmem.fs.filesystem import FileSystem
 from restrictedmem.fs.fuse_server import FuseServer
+from restrictedmem.fs.invalidator import Invalidator
 from restrictedmem.fs.mount_ways import Way
 from restrictedmem.fs.mounter import mount_first
 from restrictedmem.fs.usage import Usage
@@ -65,6 +66,7 @@ def run(
     options: Options,
     origin: Origin,
     word: Word,
+    invalidator: Invalidator | None,
 ) -> None:
     """Be the service until the mount and every consumer are gone.
 
@@ -76,6 +78,10 @@ def run(
     """
     try:
         way, device, root = mount_first()
+        # Open /dev/fuse before this process becomes another user.
+        if invalidator is not None:
+            with fuse.clone(device) as clone:
+                invalidator.give(clone)
         signing.preload()
         signer = Signer() if options.signing_key is None else Signer.load(options.signing_key)
         # Open it before this process becomes another user: the file of a process that is not
@@ -86,10 +92,20 @@ def run(
         # The change of uid has reset it.
         process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
         service = ControlThread(
-            spawner, endings, options, origin, way, signer, score, process.raise_fd_limit()
+            spawner,
+            endings,
+            options,
+            origin,
+            way,
+            signer,
+            score,
+            process.raise_fd_limit(),
         )
+        service.consumers.device = stat.identity(root.fileno())[0]
         sealing.seal()
         service.wait_loaded()
+        if invalidator is not None:
+            service.filesystem.drop_pages = invalidator.drop
         # This process must not fork, because it has threads and /dev/fuse.
         bury_elsewhere(lambda fds: spawner.post(wire.BURY, fds=fds))
         about = {

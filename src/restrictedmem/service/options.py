@@ -48,6 +48,7 @@ _FITS: Final[dict[str, Callable[[Any], bool]]] = {
     "deadline": _is(float, int),
     "become": lambda value: value is None or _is_pair(int, value),
     "signing_key": _is(str, NoneType),
+    "guest_memfd": _is(bool),
 }
 
 
@@ -76,6 +77,8 @@ class Options:
     become: tuple[int, int] | None = None
     #: File with the key that signs reports; None makes a key when it is needed.
     signing_key: str | None = None
+    #: Whether owners can make a guest_memfd, whose pages are converted in place.
+    guest_memfd: bool = False
 
     def dump(self) -> str:
         """Return the options as one argument of a command line."""

@@ -23,6 +23,7 @@ from restrictedmem.burial import bury
 from restrictedmem.child import ends, fork
 from restrictedmem.failure import named
 from restrictedmem.fd import OwnedFd, close_all, refuse_fds
+from restrictedmem.fs.invalidator import Invalidator
 from restrictedmem.patience import Patience
 from restrictedmem.service import daemon, sealing, wire
 from restrictedmem.service.ending import OomKills, Word, words_of
@@ -38,7 +39,13 @@ _END: Final = 5.0
 _ENDED_AT_ONCE: Final = 4096
 
 
-def run(owner: Channel, options: Options, origin: Origin, word: Word) -> NoReturn:
+def run(
+    owner: Channel,
+    options: Options,
+    origin: Origin,
+    word: Word,
+    invalidator: Invalidator | None,
+) -> NoReturn:
     """Fork the service, and consumers as it asks, until it ends.
 
     ``word`` is told when the service ends before it was ready.
@@ -59,12 +66,15 @@ def run(owner: Channel, options: Options, origin: Origin, word: Word) -> NoRetur
             options,
             origin,
             word,
+            invalidator,
         )
     )
+    if invalidator is not None:
+        invalidator.close()
     owner.close()
     theirs.close()
     heard.close()
-    _drop_stdio()
+    drop_stdio()
     programs = Programs(options.consumers)
     programs.load(devices=options.become is not None)
     drop_privileges(options.become, keep=1 << process.CAP_IPC_LOCK)
@@ -85,12 +95,13 @@ def _service(
     options: Options,
     origin: Origin,
     word: Word,
+    invalidator: Invalidator | None,
 ) -> None:
     for parent in parents:
         parent.close()
     process.set_name("rmem-service")
-    _drop_stdio()
-    daemon.run(owner, spawner, endings, options, origin, word)
+    drop_stdio()
+    daemon.run(owner, spawner, endings, options, origin, word, invalidator)
 
 
 class _Spawner:
@@ -341,7 +352,7 @@ def _fork(body: Callable[[], None]) -> int:
     return fork(telling, bound=True)
 
 
-def _drop_stdio() -> None:
+def drop_stdio() -> None:
     """Replace the owner's terminal and pipes by /dev/null.
 
     They must not stay open for as long as the service lives.

@@ -14,14 +14,16 @@ import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from errno import ENOMEM
+from functools import partial
 
 from restrictedmem.child import fork
 from restrictedmem.failure import failed, status_of
 from restrictedmem.fd import peer_credentials, refuse_fds
-from restrictedmem.service import spawner
+from restrictedmem.fs.invalidator import Invalidator
+from restrictedmem.service import sealing, spawner
 from restrictedmem.service.ending import Word
 from restrictedmem.service.options import Options, Origin
-from restrictedmem.service.privileges import harden, refuse_tracer
+from restrictedmem.service.privileges import drop_privileges, harden, refuse_tracer
 from restrictedmem.service.wire import Channel
 
 
@@ -46,9 +48,14 @@ def main(arguments: list[str]) -> None:
         refuse_tracer()
         os.chdir("/")
         os.umask(0o077)
+        invalidator = (
+            Invalidator.start(partial(_settle, channel, options)) if options.guest_memfd else None
+        )
         word = Word()
         # The child is not bound, because it outlives this process.
-        fork(lambda: _be_spawner(channel, options, Origin(pid, uid), word))
+        fork(lambda: _be_spawner(channel, options, Origin(pid, uid), word, invalidator))
+        if invalidator is not None:
+            invalidator.close()
         word.hear()
 
 
@@ -65,7 +72,23 @@ def _telling(owner: Channel) -> Generator[None]:
         sys.exit(1)
 
 
-def _be_spawner(owner: Channel, options: Options, origin: Origin, word: Word) -> None:
+def _settle(owner: Channel, options: Options) -> None:
+    """Keep nothing of the owner's, nor its user."""
+    owner.close()
+    # Its process group is its own for the spawner's reason below.
+    os.setpgid(0, 0)
+    spawner.drop_stdio()
+    drop_privileges(options.become, keep=0)
+    sealing.seal()
+
+
+def _be_spawner(
+    owner: Channel,
+    options: Options,
+    origin: Origin,
+    word: Word,
+    invalidator: Invalidator | None,
+) -> None:
     with _telling(owner):
         # A tracer that came between its permission check and our check has the child too
         # (PTRACE_O_TRACEFORK). Later none can come.
@@ -78,7 +101,7 @@ def _be_spawner(owner: Channel, options: Options, origin: Origin, word: Word) ->
         os.setpgid(0, 0)
     word.only_tell()
     try:
-        spawner.run(owner, options, origin, word)
+        spawner.run(owner, options, origin, word, invalidator)
     except BaseException as error:
         # By now the owner's socket is the service's.
         word.ended(status_of(error) << 8)

@@ -96,6 +96,12 @@ was measured.
 """
 SIGN: Final = Call("SIGN", 20)
 """Body: 64 bytes of the guest's choice. Reply: a signed report over them (``report.Report``)."""
+ATTRIBUTES: Final = Call("ATTRIBUTES", 21)
+"""Body: ``BOUND_PAGES`` of a guest_memfd. Before the reply, the service tells the consumer by
+PRIVATE which of them are private.
+"""
+DEVICE: Final = Call("DEVICE", 22)
+"""Reply: ``NUMBER``, the device number (``st_dev``) of the files of this service."""
 
 # The service to a consumer.
 INVALIDATE_START: Final = Call("INVALIDATE_START", 32)
@@ -108,6 +114,10 @@ PAGE_COUNT: Final = Call("PAGE_COUNT", 35)
 """Body: ``INVALIDATION``. Reply: ``COUNT``, the number of pages to which the consumer holds a
 reference.
 """
+PRIVATE: Final = Call("PRIVATE", 36)
+"""Body: ``INVALIDATION``. Pages of a guest_memfd are private from now on."""
+SHARED: Final = Call("SHARED", 37)
+"""Body: ``INVALIDATION``. Pages of a guest_memfd are shared from now on."""
 
 # The service to its spawner. The spawner sends one reply without a request, when it has loaded all
 # programs.
@@ -133,6 +143,8 @@ BIND_REQUEST: Final = struct.Struct("=16sQQQ")
 #: lost.
 ERROR_REQUEST: Final = struct.Struct("=16sQQ")
 NUMBER: Final = struct.Struct("=Q")
+#: A binding's number, first page, page after the last.
+BOUND_PAGES: Final = struct.Struct("=QQQ")
 
 
 class BindFlag(IntFlag):
@@ -155,6 +167,8 @@ class BindingFlag(IntFlag):
     """Pin pages: take them with a reference that keeps them where they are."""
     RANGE = 4
     """Callbacks come for the bound range alone (design ``bindings``), else for the whole file."""
+    GUEST_MEMFD = 8
+    """The file is a guest_memfd, whose owner converts its pages in place."""
 
 
 #: A binding: its number, the file's inode number, the limit on the file's bytes (0 for none),

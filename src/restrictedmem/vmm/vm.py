@@ -127,6 +127,34 @@ class Vm:
             if each is not None and each not in shown:
                 shown.append(each)
 
+    def set_user_memory_region2(
+        self,
+        *,
+        slot: int,
+        guest_phys_addr: int,
+        memory_size: int,
+        guest_memfd: int,
+        guest_memfd_offset: int = 0,
+    ) -> None:
+        """Create or delete a slot of a guest_memfd (KVM_SET_USER_MEMORY_REGION2).
+
+        Its attributes say which half a guest page shows (KVM_SET_MEMORY_ATTRIBUTES2). The slot
+        holds the file until it is deleted.
+
+        Raises:
+            OSError: EINVAL, EEXIST as ``set_user_memory_region``; EINVAL for a file that another VM
+                has, and for a range beyond its end; EOPNOTSUPP on the kernel engine.
+        """
+        self.set_user_memory_region(
+            slot=slot,
+            guest_phys_addr=guest_phys_addr,
+            memory_size=memory_size,
+            restricted_fd=guest_memfd,
+            restricted_offset=guest_memfd_offset,
+            shared_fd=guest_memfd,
+            shared_offset=guest_memfd_offset,
+        )
+
     def _set_region(
         self,
         region: kvm.kvm_userspace_memory_region_ext,

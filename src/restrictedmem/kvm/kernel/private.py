@@ -10,6 +10,7 @@ from typing import Final, final
 
 from restrictedmem import sync
 from restrictedmem.abi.kvm import GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP
+from restrictedmem.consumer import Bound
 from restrictedmem.devkvm import GuestMemfd, VmFd, address_of
 from restrictedmem.kvm.engine import Binder
 from restrictedmem.service.wire import BindingFlag
@@ -90,6 +91,19 @@ class PrivateFile:
         """Free the pages of a range, and take them away from every vCPU."""
         self.freed += self._resident(span)
         self.memfd.punch_hole(span.start << PAGE_SHIFT, len(span) << PAGE_SHIFT)
+
+
+def _check(bound: Bound) -> Bound:
+    """Return a binding of a restricted file.
+
+    Raises:
+        OSError: EOPNOTSUPP for a guest_memfd of the service's, whose pages are converted in place.
+    """
+    if bound.flags & BindingFlag.GUEST_MEMFD:
+        bound.memfd.close()
+        bound.sequence.close()
+        raise OSError(EOPNOTSUPP, "the kernel engine has no conversion in place")
+    return bound
 
 
 def _merged(spans: Iterable[PageRange]) -> list[PageRange]:
@@ -209,9 +223,10 @@ class PrivateFiles:
         """Make a half that shows ``window`` of a file (``Engine``).
 
         Raises:
-            OSError: EINVAL as ``Binder.bind``; ENOSPC for more than the service's limit.
+            OSError: EINVAL as ``Binder.bind``; ENOSPC for more than the service's limit; EOPNOTSUPP
+                for a guest_memfd of the service's.
         """
-        bound = self._binder.bind(token, window, lambda bound: bound)
+        bound = self._binder.bind(token, window, _check)
         # The memfd's size never changes, while the restricted file's does. A file of huge pages
         # ends with a whole huge page.
         size = os.fstat(bound.memfd.fileno()).st_size

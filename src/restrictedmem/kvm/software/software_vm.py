@@ -177,6 +177,12 @@ class SoftwareVm:
         if half is not None:
             self.mmu.invalidate_end(half, span)
 
+    def convert(self, binding: int, span: PageRange, *, private: bool) -> None:
+        """Show another half of a guest_memfd's pages."""
+        half = self._halves.get(binding)
+        if half is not None:
+            self._vcpus.drop(*self.mmu.convert(half, span, private=private))
+
     def _find_freed(self, half: MemfdHalf, span: PageRange) -> None:
         """Tell the platform of pages that were freed without telling the engine."""
         if not isinstance(self._platform, NoPlatform):
