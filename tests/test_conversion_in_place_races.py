@@ -7,7 +7,10 @@ import ctypes
 import fcntl
 import mmap
 import os
+import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -293,8 +296,10 @@ def die(victim: str, rounds: int) -> str:
     found = {name: pid for pid, name in children()}
     pids = {"service": service.info["pid"], "owner": owner} | found
     service.close()
+    os.close(tell)
     for _ in range(rounds):
-        os.read(told, 1)
+        if not os.read(told, 1):
+            return "the owner could not convert"
     os.kill(pids[victim], signal.SIGKILL)
     with suppress(ChildProcessError):
         while True:
@@ -322,3 +327,14 @@ def test_an_engine_that_dies_leaves_the_file_to_its_owner() -> None:
         assert it.load(0) == SECRET
         memory.fallocate(it.fd, memory.PUNCH, 0, P)
         assert it.load(0) == 0
+
+
+def test_the_program_of_the_page_runs() -> None:
+    page = Path(__file__).parent.parent / "docs" / "understand" / "conversion-in-place.md"
+    program, printed = re.findall(
+        r"```python\n(.*?)```\n\n```text\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL
+    )[0]
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert run.stdout == printed

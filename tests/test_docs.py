@@ -139,6 +139,7 @@ _RUN = {
     "README.md",
     "docs/reference/cli.md",
     "docs/reference/wire-protocol.md",
+    "docs/understand/conversion-in-place.md",
     "docs/use/conformance.md",
     "docs/use/consumers.md",
     "docs/use/devkvm.md",

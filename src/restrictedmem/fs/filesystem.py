@@ -202,7 +202,7 @@ class FileSystem:
         reply = fuse.fuse_init_out(
             major=fuse.KERNEL_VERSION,
             minor=min(offered.minor, fuse.KERNEL_MINOR_VERSION),
-            max_readahead=0,
+            max_readahead=0 if self.drop_pages is None else guest_memfd.READ_AROUND,
             flags=offered.flags & InitFlag.PARALLEL_DIROPS,
             max_background=16,
             congestion_threshold=12,

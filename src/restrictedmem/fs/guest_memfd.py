@@ -16,10 +16,13 @@ from restrictedmem.abi.kvm import (
     kvm_memory_attributes2,
 )
 from restrictedmem.mm.guest_memfd import GuestMemfd
-from restrictedmem.units import PAGE_MASK, PageRange
+from restrictedmem.units import PAGE_MASK, PAGE_SIZE, PageRange
 
 _NAME: Final = re.compile(rb"guest_memfd-([0-9a-f]{1,16})-([0-9a-f]{1,16})")
 _MODES: Final = KVM_SET_MEMORY_ATTRIBUTES2_ZERO | KVM_SET_MEMORY_ATTRIBUTES2_PRESERVE
+#: Bytes that the kernel reads around a fault, as many as an engine maps at one
+#: (``kvm.page_fault.FAULT_AROUND``). With a page at a time, a first touch takes ten times as long.
+READ_AROUND: Final = 16 * PAGE_SIZE
 #: Without DIRECT_IO there is a page cache, and so the file can be mapped.
 OPEN_FLAGS: Final = OpenFlag.NONSEEKABLE | OpenFlag.STREAM | OpenFlag.NOFLUSH
 

@@ -167,19 +167,21 @@ class GuestMemfd(RestrictedFile):
     # The page cache's operations.
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return the content of shared pages, which are allocated now if they were missing.
+        """Return the content of shared pages.
 
-        A page that was read can be written back, whatever the limit is.
+        Under a limit, missing pages are allocated now, so that they can be written back later.
 
         Raises:
-            OSError: EIO if a page is private or about to be; ENOSPC, ENOMEM.
+            OSError: EIO if a page is private or about to be; ENOSPC, ENOMEM. The kernel then asks
+                for the page alone that was touched.
         """
         span = PageRange.around_bytes(offset, length)
         with self._content:
             if len(self._leaving.clip(span)):
                 raise failed("read", EIO, "the page is about to be private")
             self._check_shared(span)
-            self.backing.allocate(offset, length)
+            if self.backing.limit is not None:
+                self.backing.allocate(offset, length)
             return os.pread(self.backing.fileno(), length, offset)
 
     def write_back(self, offset: int, data: bytes) -> None:
