@@ -343,7 +343,7 @@ class FileSystem:
 
     def _set_memory_attributes(self, request: Request) -> bytes | None:
         file = self._guest_memfd(request, ENOTTY)
-        asked = _decode_at(kvm_memory_attributes2, request, ctypes.sizeof(fuse.fuse_ioctl_in))
+        asked = _decode(kvm_memory_attributes2, request, ctypes.sizeof(fuse.fuse_ioctl_in))
         conversion = guest_memfd.Conversion.of(asked, file.size)
         if not self.before_waiting(file.holder):
             return None
@@ -414,16 +414,7 @@ class FileSystem:
         """
 
 
-def _decode(kind: type[_S], request: Request) -> _S:
-    """Return the struct at the beginning of a request's body.
-
-    Raises:
-        OSError: EINVAL for a shorter body.
-    """
-    return _decode_at(kind, request, 0)
-
-
-def _decode_at(kind: type[_S], request: Request, start: int) -> _S:
+def _decode(kind: type[_S], request: Request, start: int = 0) -> _S:
     """Return the struct at a byte of a request's body.
 
     Raises:

@@ -178,8 +178,7 @@ class Service:
         See ``restrictedmem.memfd_restricted``.
         """
         _check_flags(flags)
-        mode = HUGEPAGE_MODE if flags & RMFD_HUGEPAGE else 0
-        return self._create("memfd_restricted", NAME, 0, mode)
+        return self._create("memfd_restricted", NAME, 0, flags and HUGEPAGE_MODE)
 
     def create_guest_memfd(self, size: int, flags: int) -> int:
         """Create a guest_memfd whose pages can be converted; close-on-exec, owned by the caller.
@@ -207,8 +206,7 @@ class Service:
         try:
             os.unlink(name, dir_fd=mount)
         except OSError as error:
-            # The kernel never caches the name. So the look-up at the beginning of unlink finds no
-            # name, and drops it for good.
+            # The kernel never caches the name, so the look-up of unlink drops it for good.
             if error.errno != ENOENT:
                 os.close(fd)
                 raise
