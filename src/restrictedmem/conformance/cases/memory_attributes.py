@@ -53,7 +53,7 @@ def _at_first(m: Machine) -> object:
 
 
 def _chosen_half(m: Machine) -> object:
-    """Convert a page to and fro; no conversion moves content or frees it."""
+    """Convert a page back and forth; no conversion moves content or frees it."""
     _both_halves(m)
     m.set_attributes(DATA, P, 0)
     m.fill(DATA, P, 1)
