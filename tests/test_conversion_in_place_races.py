@@ -22,11 +22,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from in_place_calls import set_memory_attributes
 from owned_service import in_fork
 from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import (
     KVM_SET_MEMORY_ATTRIBUTES2_PRESERVE,
     KVM_SET_MEMORY_ATTRIBUTES2_ZERO,
+    Cap,
 )
 from restrictedmem.abi.process import PR_SET_CHILD_SUBREAPER, prctl
 from restrictedmem.audit.syscalls import io_uring_read, process_vm_readv
@@ -35,7 +37,6 @@ from restrictedmem.conformance.in_place import (
     SHARED,
     InPlace,
     machine,
-    set_memory_attributes,
 )
 from restrictedmem.conformance.steps import Steps
 from restrictedmem.fd import OwnedFd
@@ -127,7 +128,7 @@ class Pages(RuleBasedStateMachine):
     @invariant()
     def the_engine_lives(self) -> None:
         if hasattr(self, "it"):
-            self.it.vm.statistics()
+            self.it.machine.check_extension(Cap.MEMORY_ATTRIBUTES)
 
     def teardown(self) -> None:
         self.made.close()

@@ -12,6 +12,7 @@ from restrictedmem.conformance import holder
 from restrictedmem.conformance.case import Case, Family, UnsupportedError
 from restrictedmem.conformance.engine_machine import EngineMachine
 from restrictedmem.conformance.files import Creation, File
+from restrictedmem.conformance.in_place import SHARED, InPlaceMachine, creation_of
 from restrictedmem.conformance.kernel_machine import KernelMachine
 from restrictedmem.conformance.machines import Machine
 from restrictedmem.conformance.steps import Steps
@@ -84,8 +85,10 @@ _FILES: Final = frozenset({Family.FILE})
 
 
 @contextmanager
-def _service(api: str, *, pin: bool = False) -> Generator[Service]:
-    options = Options(api=api, pin=pin, consumers=((holder.NAME, holder.__file__),))
+def _service(api: str, *, pin: bool = False, guest_memfd: bool = False) -> Generator[Service]:
+    options = Options(
+        api=api, pin=pin, guest_memfd=guest_memfd, consumers=((holder.NAME, holder.__file__),)
+    )
     try:
         service = Service.start(options)
     except OSError as error:
@@ -299,6 +302,38 @@ def _engine(name: str, engine: str, api: str) -> Column:
     )
 
 
+class _InPlaceGround:
+    """VMs of the software engine, and guest_memfds of this project."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._creation = Creation(
+            lambda flags, size: service.create_guest_memfd(size, flags),
+            creation_of,
+            SHARED,
+            SHARED,
+        )
+
+    @contextmanager
+    def subject(self, case: Case, steps: Steps) -> Generator[Any]:
+        """Make a guest_memfd, or a VM."""
+        if case.family is Family.VM:
+            with InPlaceMachine(steps, self._service) as machine:
+                yield having(case.needs, machine)
+            return
+        file = File(self._creation, steps)
+        try:
+            yield file
+        finally:
+            file.close()
+
+
+@contextmanager
+def _in_place() -> Generator[Ground]:
+    with _service("v10", guest_memfd=True) as service:
+        yield _InPlaceGround(service)
+
+
 _TYPES: Final = {"": kvm.KVM_X86_DEFAULT_VM, "-sw-protected": kvm.KVM_X86_SW_PROTECTED_VM}
 COLUMNS: Final = (
     *(_kernel(kind, name, flags) for name, kind in _TYPES.items() for flags in range(4)),
@@ -309,6 +344,13 @@ COLUMNS: Final = (
         _engine(name, engine, api)
         for name, engine in (("software", "software"), ("kernel-engine", "kernel"))
         for api in ("v9", "v10")
+    ),
+    Column(
+        "software/in-place",
+        "guest_memfd of this project, flags 0x3, whose pages are converted in place",
+        ("in-place", "gmem-shared", "gmem-mapped", "gmem"),
+        frozenset(Family),
+        _in_place,
     ),
     Column("memfd", "memfd of this kernel", ("memfd",), _FILES, _memfd),
     Column("memfd_secret", "memfd_secret of this kernel", ("secret",), _FILES, _memfd_secret),

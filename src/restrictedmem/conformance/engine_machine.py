@@ -3,7 +3,7 @@
 import mmap
 import os
 from contextlib import ExitStack
-from typing import final
+from typing import ClassVar
 
 from restrictedmem.abi import kvm, memory
 from restrictedmem.conformance import guest
@@ -26,7 +26,6 @@ from restrictedmem.units import PAGE_SIZE, U64_MAX
 from restrictedmem.vmm.vm import Vcpu, Vm
 
 
-@final
 class EngineMachine(Machine):
     """A VM in an engine process, whose private files are restricted descriptors.
 
@@ -42,17 +41,18 @@ class EngineMachine(Machine):
         self._own = self._stack.enter_context(memory.memfd_create("guest"))
         os.ftruncate(self._own.fileno(), GUEST_SIZE)
         self._space = mmap.mmap(self._own.fileno(), GUEST_SIZE)
-        self._vm = self._stack.enter_context(Vm(service, engine=engine))
+        #: The VM itself.
+        self.vm = self._stack.enter_context(Vm(service, engine=engine))
         # Cases send numbers that the methods of a VM do not take.
-        self._channel = self._vm._channel  # pyright: ignore[reportPrivateUsage]
-        self._set_region = self._vm._set_region  # pyright: ignore[reportPrivateUsage]
+        self._channel = self.vm._channel  # pyright: ignore[reportPrivateUsage]
+        self._set_region = self.vm._set_region  # pyright: ignore[reportPrivateUsage]
         self._vcpu: Vcpu | None = None
 
     def lacks(self, need: str) -> str:
         """Say what the machine lacks of a need of a case."""
-        if need == "mapping":
+        if need in ("mapping", "in-place"):
             return "the owner cannot map a restricted descriptor"
-        if need == "pre-fault" and not self._vm.check_extension(kvm.Cap.PRE_FAULT_MEMORY):
+        if need == "pre-fault" and not self.vm.check_extension(kvm.Cap.PRE_FAULT_MEMORY):
             return "KVM_CAP_PRE_FAULT_MEMORY is 0"
         return ""
 
@@ -96,7 +96,7 @@ class EngineMachine(Machine):
 
     def end(self) -> None:
         """End the VM by DESTROY_VM."""
-        self.steps.call("DESTROY_VM", self._vm.destroy)
+        self.steps.call("DESTROY_VM", self.vm.destroy)
 
     def at(self, address: int) -> int:
         """Return an address as the place in ``memory`` that it would be."""
@@ -127,16 +127,25 @@ class EngineMachine(Machine):
         half = "NULL" if shared is None else f"memory + {shared:#x}"
         file = "" if private is None else f", {self._name(private)}, offset={offset:#x}"
         self.steps.call(
-            f"ioctl(vm, KVM_SET_USER_MEMORY_REGION, {{slot={slot}, flags={bits:#x}, gpa={gpa:#x},"
+            f"ioctl(vm, {self._region_call}, {{slot={slot}, flags={bits:#x}, gpa={gpa:#x},"
             f" size={size:#x}, userspace_addr={half}{file}}})",
-            lambda: self._set_region(
+            lambda: self._put_region(
                 region,
                 private if bits & kvm.KVM_MEM_PRIVATE else None,
                 None if shared is None else self._shared.fileno(),
-                None,
-                None,
             ),
         )
+
+    #: The name of the call that makes a slot.
+    _region_call: ClassVar[str] = "KVM_SET_USER_MEMORY_REGION"
+
+    def _put_region(
+        self,
+        region: kvm.kvm_userspace_memory_region_ext,
+        private: int | None,
+        shared: int | None,
+    ) -> None:
+        self._set_region(region, private, shared, None, None)
 
     def set_attributes(
         self, gpa: int, size: int, attributes: int = PRIVATE, flags: int = 0
@@ -146,7 +155,7 @@ class EngineMachine(Machine):
             name = vm_wire.ENCRYPT_REG_REGION if attributes else vm_wire.ENCRYPT_UNREG_REGION
             self.steps.call(
                 f"ioctl(vm, {name.name}, {{{gpa:#x}, {size:#x}}})",
-                lambda: self._vm.memory_encrypt_region(gpa, size, private=bool(attributes)),
+                lambda: self.vm.memory_encrypt_region(gpa, size, private=bool(attributes)),
             )
             return
         request = kvm.kvm_memory_attributes(
@@ -165,7 +174,7 @@ class EngineMachine(Machine):
         """Return the VM's answer for a capability."""
         return self.steps.call(
             f"ioctl(vm, KVM_CHECK_EXTENSION, {capability})",
-            lambda: self._vm.check_extension(capability),
+            lambda: self.vm.check_extension(capability),
         )
 
     def pre_fault(self, gpa: int, size: int, flags: int = 0) -> int:
@@ -186,7 +195,7 @@ class EngineMachine(Machine):
     @property
     def _running(self) -> Vcpu:
         if self._vcpu is None:
-            self._vcpu = self._vm.create_vcpu()
+            self._vcpu = self.vm.create_vcpu()
         return self._vcpu
 
     @property
@@ -202,7 +211,7 @@ class EngineMachine(Machine):
         return guest.call_page(HYPERCALL_PAGE, SHARED_BASE + STACK)
 
     def _boot(self) -> None:
-        self._vm.set_user_memory_region(
+        self.vm.set_user_memory_region(
             slot=GUEST_SLOT,
             guest_phys_addr=SHARED_BASE,
             memory_size=GUEST_SIZE,

@@ -25,7 +25,7 @@ from restrictedmem.conformance.outcome import Errno
 from restrictedmem.conformance.steps import Steps
 from restrictedmem.devkvm import Kvm, VcpuFd, address_of
 from restrictedmem.protocol import exits
-from restrictedmem.units import U64_MAX
+from restrictedmem.units import PAGE_SIZE, U64_MAX
 
 # Guest physical addresses in the guest's slot.
 _PML4, _PDPT, _LOW, _HIGH = 0x1000, 0x2000, 0x3000, 0x4000
@@ -58,8 +58,8 @@ class KernelMachine(Machine):
     """
 
     def __init__(self, steps: Steps, device: Kvm, kind: int, flags: int) -> None:
-        super().__init__(steps, mmap.mmap(-1, DATA_SIZE))
-        self._device, self._kind, self._flags = device, kind, flags
+        super().__init__(steps, mmap.mmap(-1, DATA_SIZE), flags)
+        self._device, self._kind = device, kind
         self._vm = device.create_vm(kind)
         self._stack = ExitStack()
         self._stack.callback(self._vm.close)
@@ -71,9 +71,11 @@ class KernelMachine(Machine):
 
     def lacks(self, need: str) -> str:
         """Say what the machine lacks of a need of a case."""
-        mapped = bool(self._flags & kvm.GUEST_MEMFD_FLAG_MMAP)
-        shared = mapped and bool(self._flags & kvm.GUEST_MEMFD_FLAG_INIT_SHARED)
+        mapped = bool(self.flags & kvm.GUEST_MEMFD_FLAG_MMAP)
+        shared = mapped and bool(self.flags & kvm.GUEST_MEMFD_FLAG_INIT_SHARED)
         attributes = bool(self._vm.check_extension(Cap.MEMORY_ATTRIBUTES) & PRIVATE)
+        if need == "in-place":
+            return self._lacks_conversion()
         missing = {
             "attributes": (not attributes, "KVM_CAP_MEMORY_ATTRIBUTES is 0 for this VM"),
             "halves": (
@@ -96,9 +98,19 @@ class KernelMachine(Machine):
         lacking, why = missing[need]
         return why if lacking else ""
 
+    def _lacks_conversion(self) -> str:
+        """Say why a page of a file cannot be converted in place, "" if it can."""
+        try:
+            with self._vm.create_guest_memfd(PAGE_SIZE, self.flags) as file:
+                wanted = kvm.kvm_memory_attributes2(offset=0, size=PAGE_SIZE, attributes=PRIVATE)
+                kvm.KVM_SET_MEMORY_ATTRIBUTES2(file, wanted)
+        except OSError as error:
+            return error.strerror or ""
+        return ""
+
     def another(self) -> "KernelMachine":
         """Make another VM of the kind."""
-        return KernelMachine(self.steps, self._device, self._kind, self._flags)
+        return KernelMachine(self.steps, self._device, self._kind, self.flags)
 
     def close(self) -> None:
         """End the VM and close its files."""
@@ -112,12 +124,10 @@ class KernelMachine(Machine):
         return {"device": self._device, "vm": self._vm}[kind].fileno()
 
     def _create(self, size: int, flags: int) -> int:
-        return self._vm.create_guest_memfd(size, self._flags | flags).detach()
+        return self._vm.create_guest_memfd(size, flags).detach()
 
     def _creation(self, size: int, flags: int) -> str:
-        return (
-            f"ioctl(vm, KVM_CREATE_GUEST_MEMFD, {{size={size:#x}, flags={self._flags | flags:#x}}})"
-        )
+        return f"ioctl(vm, KVM_CREATE_GUEST_MEMFD, {{size={size:#x}, flags={flags:#x}}})"
 
     def held(self, fd: int) -> int:
         """Count the pages of a guest_memfd by cachestat(2)."""

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from errno import EFAULT, ETIMEDOUT
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from restrictedmem.abi import kvm, memory
 from restrictedmem.abi.memory import PUNCH, FallocMode
@@ -45,12 +45,14 @@ Answer = int | str
 class Machine(ABC):
     """A VM whose only slot is that of its guest, which appears when the guest first runs.
 
-    ``memory`` is ordinary memory of the owner for the shared halves of slots.
+    ``memory`` is ordinary memory of the owner for the shared halves of slots, and ``flags`` are
+    those of its private files.
     """
 
-    def __init__(self, steps: Steps, shared: mmap.mmap) -> None:
+    def __init__(self, steps: Steps, shared: mmap.mmap, flags: int = 0) -> None:
         self.steps = steps
         self.memory = shared
+        self.flags = flags
         self._files: dict[int, str] = {}
         #: How many steps the guest has begun, and whether it is there.
         self._begun = 0
@@ -73,7 +75,7 @@ class Machine(ABC):
 
     @abstractmethod
     def _create(self, size: int, flags: int) -> int:
-        """Create a private file."""
+        """Create a private file with these flags."""
 
     @abstractmethod
     def descriptor(self, kind: str) -> int:
@@ -151,6 +153,10 @@ class Machine(ABC):
 
     def private_file(self, size: int, flags: int = 0) -> int:
         """Create a private file of some bytes; the machine owns the descriptor."""
+        return self.exact_file(size, self.flags | flags)
+
+    def exact_file(self, size: int, flags: int) -> int:
+        """Create a private file with these flags, and none of the machine's own."""
         name = f"fd{len(self._files) or ''}"
         fd = self.steps.call(
             f"{name} = {self._creation(size, flags)}", lambda: self._create(size, flags)
@@ -187,6 +193,21 @@ class Machine(ABC):
         for fd in self._files:
             os.close(fd)
         self._files.clear()
+
+    def convert(
+        self, fd: int, offset: int, size: int, attributes: int = PRIVATE, **fields: Any
+    ) -> kvm.kvm_memory_attributes2:
+        """Convert a range of a private file in place; return the struct as the call left it."""
+        wanted = kvm.kvm_memory_attributes2(
+            offset=offset, size=size, attributes=attributes, **fields
+        )
+        more = "".join(f", {name}={value}" for name, value in fields.items())
+        self.steps.call(
+            f"ioctl({self._name(fd)}, KVM_SET_MEMORY_ATTRIBUTES2, {{{offset:#x}, {size:#x},"
+            f" attributes={attributes:#x}{more}}})",
+            lambda: kvm.KVM_SET_MEMORY_ATTRIBUTES2(fd, wanted),
+        )
+        return wanted
 
     # Slots and attributes.
 

@@ -14,6 +14,7 @@ from restrictedmem.conformance.cases import (
     exits,
     guest_memory,
     handle,
+    in_place,
     mapping,
     memory_attributes,
     place,
@@ -39,5 +40,6 @@ SUBJECTS: Final[Mapping[str, tuple[Case, ...]]] = {
     "exits": exits.CASES,
     "conversions": conversions.CASES,
     "pre fault": pre_fault.CASES,
+    "conversion in place": in_place.CASES,
 }
 CASES: Final = tuple(chain.from_iterable(SUBJECTS.values()))

@@ -5,7 +5,7 @@ from typing import Final
 
 from restrictedmem.conformance import handles
 from restrictedmem.conformance.case import Case, NotApplicable, Since
-from restrictedmem.conformance.cases.rows import GMEM_TEST, POSTING, everywhere, file
+from restrictedmem.conformance.cases.rows import GMEM_TEST, POSTING, by_fuse, everywhere, file
 from restrictedmem.conformance.facts import OWN_FILE_SYSTEM, TMPFS_XATTR
 from restrictedmem.conformance.files import SIZE
 from restrictedmem.conformance.outcome import Errno
@@ -28,6 +28,7 @@ CASES: Final[tuple[Case, ...]] = (
             **dict.fromkeys(("proposal", "memfd"), ("-rwxrwxrwx", 0, 0, 0, 0, 0, _P, 0)),
             "secret": ("-rw-------", 1, 0, 0, 0, 0, _P, 0),
             "gmem": ("-rw-------", 1, 0, 0, SIZE, 0, _P, 0),
+            "in-place": ("-rw-------", 0, 0, 0, SIZE, 0, _P, 0),
         },
         _STAT,
         ("GM-STAT-1",),
@@ -64,7 +65,7 @@ CASES: Final[tuple[Case, ...]] = (
         lambda f: f.statfs(),
         {
             "proposal": ("0x5245534d", _P, 255),
-            "descriptor": ("0x65735546", _P, 255),
+            **by_fuse(("0x65735546", _P, 255)),
             "syscall": ("0x5245534d", _P, 255),
             "memfd": ("0x1021994", _P, 255),
             "secret": ("0x5345434d", _P, 255),
@@ -86,7 +87,7 @@ CASES: Final[tuple[Case, ...]] = (
     file(
         "flistxattr",
         lambda f: f.listxattr(),
-        {**everywhere(0), "descriptor": _NONE},
+        {**everywhere(0), **by_fuse(_NONE)},
         "flistxattr(2)",
         divergence="listxattr",
     ),

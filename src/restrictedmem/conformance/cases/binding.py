@@ -159,7 +159,9 @@ def _case(id_: str, does: Callable[[Machine], object], gmem: object, **more: Any
     return Case(id_, Family.VM, does, answers, more.pop("source", _BIND), **more)
 
 
-_NAMES: Final = ("proposal", "software", "kernel_engine")
+_NAMES: Final = ("proposal", "software", "kernel_engine", "in_place")
+
+_NO_ADDRESS: Final = NotApplicable("the call has no userspace_addr beside a guest_memfd")
 
 CASES: Final = (
     _case(
@@ -170,7 +172,7 @@ CASES: Final = (
         source="set_memory_region_test.c test_add_private_memory_region",
         covers=("SMR-ADD-last",),
     ),
-    _case("bind-no-descriptor", lambda m: bind(m, -1), Errno(EBADF), proposal=_BAD),
+    _case("bind-no-descriptor", lambda m: bind(m, -1), Errno(EBADF), proposal=_BAD, in_place=_BAD),
     _case(
         "bind-device",
         lambda m: bind(m, m.descriptor("device")),
@@ -193,6 +195,7 @@ CASES: Final = (
         proposal=(None, None),
         software=(None, _BAD),
         kernel_engine=(None, _BAD),
+        in_place=(None, _BAD),
         divergence="one-vm-a-file",
         covers=("SMR-ADD-4", "SMR-ADD-5"),
     ),
@@ -218,12 +221,20 @@ CASES: Final = (
     ),
     _case("bind-unaligned-gpa", _of_new(gpa=GB + 1), _BAD, proposal=_BAD, source=_REGION),
     _case("bind-unaligned-size", _of_new(size=P + 1), _BAD, proposal=_BAD, source=_REGION),
-    _case("bind-unaligned-shared", _of_new(shared=1), _BAD, proposal=_BAD, source=_REGION),
+    _case(
+        "bind-unaligned-shared",
+        _of_new(shared=1),
+        _BAD,
+        proposal=_BAD,
+        in_place=_NO_ADDRESS,
+        source=_REGION,
+    ),
     _case(
         "bind-shared-of-kernel",
         lambda m: bind(m, m.private_file(_FILE), shared=m.at(0xFFFF_8000_0000_0000)),
         _BAD,
         proposal=_BAD,
+        in_place=_NO_ADDRESS,
         source=_REGION,
     ),
     _case("bind-both-halves", _of_new(shared=0), None, proposal=None, source=_REGION),
@@ -261,6 +272,7 @@ CASES: Final = (
         _of_new(shared=0, old=True),
         _BAD,
         proposal=NotApplicable("the postings have one call, with a longer struct"),
+        in_place=NotApplicable("this project has one call, for both kinds of private files"),
         source="set_memory_region_test.c test_invalid_memory_region_flags",
         covers=("SMR-FLAGS",),
     ),
@@ -310,6 +322,7 @@ CASES: Final = (
             _OVERLAP,
             proposal=None,
             kernel_engine=_BAD,
+            in_place=None,
             divergence="overlap",
             covers=covers,
         )

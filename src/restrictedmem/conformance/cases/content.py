@@ -7,7 +7,14 @@ from typing import Final
 
 from restrictedmem.conformance import handles
 from restrictedmem.conformance.case import Case, Since
-from restrictedmem.conformance.cases.rows import GMEM_TEST, POSTING, everywhere, file, refused
+from restrictedmem.conformance.cases.rows import (
+    GMEM_TEST,
+    POSTING,
+    by_fuse,
+    everywhere,
+    file,
+    refused,
+)
 from restrictedmem.conformance.facts import ANON_FILE, FUSE_SPLICE_EMPTY, FUSE_SPLICE_ERROR
 from restrictedmem.conformance.files import File
 from restrictedmem.conformance.outcome import Errno
@@ -41,7 +48,7 @@ CASES: Final[tuple[Case, ...]] = (
     file(
         "read-nothing",
         lambda f: f.read(0),
-        refused(EINVAL, descriptor=0, memfd=0),
+        refused(EINVAL, memfd=0, **by_fuse(0)),
         _VFS,
         divergence="zero-length",
     ),
@@ -49,7 +56,7 @@ CASES: Final[tuple[Case, ...]] = (
     file(
         "readv-nothing",
         lambda f: f.readv(0),
-        refused(EINVAL, descriptor=0, memfd=0),
+        refused(EINVAL, memfd=0, **by_fuse(0)),
         _VFS,
         divergence="zero-length",
     ),
@@ -57,7 +64,7 @@ CASES: Final[tuple[Case, ...]] = (
     file(
         "write-nothing",
         lambda f: f.write(0),
-        refused(EINVAL, descriptor=0, memfd=0),
+        refused(EINVAL, memfd=0, **by_fuse(0)),
         _VFS,
         divergence="zero-length",
     ),
@@ -130,7 +137,7 @@ CASES: Final[tuple[Case, ...]] = (
         _sized(lambda f: f.readahead()),
         {
             **dict.fromkeys(("proposal", "secret", "gmem"), Since(Errno(EINVAL), 0, ANON_FILE)),
-            "descriptor": 0,
+            **by_fuse(0),
             "memfd": 0,
         },
         "readahead(2); mm/readahead.c, ksys_readahead",

@@ -30,7 +30,7 @@ _MAP_PRIVATE: Final = 1 << 4
 Check = tuple[str, object, object]
 
 
-def _all_right(checks: Iterator[Check]) -> str:
+def all_right(checks: Iterator[Check]) -> str:
     """Return the first check that fails, as text; go no further."""
     for what, seen, wanted in checks:
         if seen != wanted:
@@ -39,7 +39,7 @@ def _all_right(checks: Iterator[Check]) -> str:
 
 
 def _scenario(body: Callable[[Machine], Iterator[Check]]) -> Callable[[Machine], object]:
-    return lambda m: _all_right(body(m))
+    return lambda m: all_right(body(m))
 
 
 def _two_halves(m: Machine) -> int:
@@ -253,7 +253,11 @@ CASES: Final = (
         "file-after-vm",
         Family.VM,
         _after_the_vm,
-        {"gmem": (None, None, _SIZE // P), "proposal": (None, None, _SIZE // P)},
+        {
+            "gmem": (None, None, _SIZE // P),
+            "in-place": (None, None, 0),
+            "proposal": (None, None, _SIZE // P),
+        },
         _TEST + "__test_mem_conversions",
         ("PMC-END-1", "PMC-END-2"),
     ),

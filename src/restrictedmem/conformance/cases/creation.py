@@ -8,7 +8,7 @@ from errno import EFAULT, EINVAL, EMFILE
 from typing import Final
 
 from restrictedmem.abi import kvm
-from restrictedmem.conformance.case import Case, Since
+from restrictedmem.conformance.case import Case, NotApplicable, Since
 from restrictedmem.conformance.cases.rows import (
     GMEM_TEST,
     MM_TEST,
@@ -110,6 +110,7 @@ def _with_flag(flag: int) -> Callable[[File], int]:
 
 
 _INVALID: Final = Errno(EINVAL)
+_BY_NAME: Final = {"in-place": NotApplicable("its creation takes no structure")}
 CASES: Final[tuple[Case, ...]] = (
     file("create-flags-99", _with_flag(99), everywhere(_INVALID), _FLAGS),
     file(
@@ -148,13 +149,13 @@ CASES: Final[tuple[Case, ...]] = (
     file(
         "create-reserved",
         _reserved,
-        only_gmem(0, "its creation has no reserved words"),
+        {**only_gmem(0, "its creation has no reserved words"), **_BY_NAME},
         "virt/kvm/guest_memfd.c kvm_gmem_create: looks at size and flags; a run on Linux 6.18",
     ),
     file(
         "create-null",
         _null,
-        only_gmem(Errno(EFAULT), "its creation takes no structure"),
+        {**only_gmem(Errno(EFAULT), "its creation takes no structure"), **_BY_NAME},
         "Documentation/virt/kvm/api.rst, KVM_CREATE_GUEST_MEMFD; a run on Linux 6.18",
     ),
 )

@@ -125,7 +125,7 @@ CASES: Final = (
             "gmem-attributes": _FAULT.format("0x8", DATA + P),
             "gmem": _FAULT.format("0x0", DATA + P),
             # The slot holds the file.
-            "proposal": 0,
+            **dict.fromkeys(("proposal", "in-place"), 0),
         },
         "virt/kvm/guest_memfd.c kvm_gmem_release; v10 3/9",
         ("PME-3",),
@@ -159,7 +159,10 @@ CASES: Final = (
         _unmapped,
         {
             "gmem": "EFAULT",
-            "proposal": NotApplicable("the shared half is a memfd, which stays accessible"),
+            **dict.fromkeys(
+                ("proposal", "in-place"),
+                NotApplicable("the shared half is a memfd, which stays accessible"),
+            ),
         },
         _API,
     ),

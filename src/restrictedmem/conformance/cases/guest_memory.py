@@ -86,6 +86,7 @@ def _logged_alias(m: Machine) -> object:
 _GUEST: Final = "guest_memfd_test.c test_guest_memfd_guest"
 _REACHED: Final = ("private-memory",)
 _NO_VIEW: Final = NotApplicable("the owner cannot map a restricted descriptor")
+_NO_LOG: Final = NotApplicable("the engine has no dirty log, and no slot of a FUSE file alone")
 _FREED: Final = (4, 3, 0, 4, "0x7")
 
 CASES: Final = (
@@ -123,7 +124,7 @@ CASES: Final = (
         "guest-takes-page",
         Family.VM,
         _taken,
-        {"gmem": 1, "proposal": 1, "software": 16, "kernel-engine": 0},
+        {"gmem": 1, "proposal": 1, "software": 16, "in-place": 16, "kernel-engine": 0},
         "virt/kvm/guest_memfd.c kvm_gmem_get_pfn; v10 1/9",
         needs=_REACHED,
         divergence="fault-around",
@@ -141,7 +142,7 @@ CASES: Final = (
         "guest-uses-allocated",
         Family.VM,
         _allocated,
-        {"gmem": (2, "0x0"), "proposal": (2, "0x0")},
+        {"gmem": (2, "0x0"), "in-place": (0, "0x0"), "proposal": (2, "0x0")},
         "virt/kvm/guest_memfd.c kvm_gmem_allocate; v10 1/9",
         needs=_REACHED,
     ),
@@ -157,7 +158,7 @@ CASES: Final = (
         "guest-logged-alias",
         Family.VM,
         _logged_alias,
-        {"gmem": 0xABCD, "proposal": _NO_VIEW},
+        {"gmem": 0xABCD, "in-place": _NO_LOG, "proposal": _NO_VIEW},
         "virt/kvm/kvm_main.c kvm_set_memory_region",
         needs=("mapping",),
     ),

@@ -10,6 +10,7 @@ from restrictedmem.conformance.case import Case, Since
 from restrictedmem.conformance.cases.rows import (
     GMEM_TEST,
     POSTING,
+    by_fuse,
     everywhere,
     file,
     private,
@@ -29,20 +30,23 @@ _OPEN: Final = f"{POSTING}: an anonymous inode has no_open_fops; open(2)"
 _COPY: Final = f"{GMEM_TEST}; dup(2), fork(2), unix(7)"
 _IOCTL: Final = f"{POSTING}: no ioctl operation; ioctl(2)"
 _LARGEFILE: Final = 0o100000
+_OPENED: Final = os.O_RDWR | _LARGEFILE
 
 CASES: Final[tuple[Case, ...]] = (
-    file("getfl", handles.getfl, everywhere(os.O_RDWR | _LARGEFILE), _FCNTL),
+    file(
+        "getfl", handles.getfl, {**everywhere(_OPENED), "in-place": _OPENED | os.O_DIRECT}, _FCNTL
+    ),
     file(
         "getfd",
         handles.getfd,
-        {**everywhere(0), "descriptor": fcntl.FD_CLOEXEC, "syscall": 0},
+        {**everywhere(0), **by_fuse(fcntl.FD_CLOEXEC), "syscall": 0},
         _FCNTL,
         divergence="cloexec",
     ),
     file(
         "set-direct",
         handles.set_direct,
-        {**everywhere(Errno(EINVAL)), "descriptor": 0},
+        {**everywhere(Errno(EINVAL)), **by_fuse(0)},
         _FCNTL,
         divergence="o-direct",
     ),
@@ -64,6 +68,7 @@ CASES: Final[tuple[Case, ...]] = (
             "memfd": "/memfd:case (deleted)",
             "secret": "/secretmem (deleted)",
             "gmem": Since("/[kvm-gmem] (deleted)", "anon_inode:[kvm-gmem]", OWN_FILE_SYSTEM),
+            "in-place": f"/guest_memfd-{SIZE:x}-3 (deleted)",
         },
         f"{POSTING}; proc_pid_fd(5)",
     ),
@@ -93,7 +98,7 @@ CASES: Final[tuple[Case, ...]] = (
     file(
         "epoll-add",
         handles.epoll_add,
-        {**everywhere(Errno(EPERM)), "descriptor": 0},
+        {**everywhere(Errno(EPERM)), **by_fuse(0)},
         "epoll_ctl(2)",
         divergence="epoll",
     ),
@@ -119,7 +124,7 @@ CASES: Final[tuple[Case, ...]] = (
     file(
         "ioctl-unknown-null",
         lambda f: handles.unknown_ioctl(f, 8, readable=False),
-        {**everywhere(Errno(ENOTTY)), "descriptor": Errno(EFAULT)},
+        {**everywhere(Errno(ENOTTY)), **by_fuse(Errno(EFAULT))},
         _IOCTL,
         divergence="ioctl-argument",
     ),
@@ -128,7 +133,7 @@ CASES: Final[tuple[Case, ...]] = (
         handles.fibmap,
         {
             **private(Since(Errno(ENOTTY), Errno(EINVAL), ANON_FILE)),
-            "descriptor": Since(0, Errno(EINVAL), NO_BLOCK_LAYER),
+            **by_fuse(Since(0, Errno(EINVAL), NO_BLOCK_LAYER)),
             "memfd": Errno(EINVAL),
         },
         "fs/ioctl.c ioctl_fibmap; capabilities(7), CAP_SYS_RAWIO",
@@ -139,7 +144,7 @@ CASES: Final[tuple[Case, ...]] = (
         handles.fibmap_unprivileged,
         {
             **private(Since("ENOTTY", "EPERM", ANON_FILE)),
-            "descriptor": "EPERM",
+            **by_fuse("EPERM"),
             "memfd": "EPERM",
         },
         "fs/ioctl.c ioctl_fibmap; capabilities(7), CAP_SYS_RAWIO",
@@ -150,7 +155,7 @@ CASES: Final[tuple[Case, ...]] = (
         lambda f: handles.ioctl(f, handles.FIONREAD),
         {
             "proposal": Since(Errno(ENOTTY), 0, ANON_FILE),
-            "descriptor": SIZE,
+            **by_fuse(SIZE),
             "memfd": SIZE,
             "secret": Since(Errno(ENOTTY), SIZE, ANON_FILE),
             "gmem": Since(Errno(ENOTTY), SIZE, ANON_FILE),
@@ -163,7 +168,7 @@ CASES: Final[tuple[Case, ...]] = (
         lambda f: handles.ioctl(f, handles.FS_IOC_GETFLAGS),
         {
             **everywhere(Errno(ENOTTY)),
-            "descriptor": Errno(ENXIO),
+            **by_fuse(Errno(ENXIO)),
             "memfd": Since(0, Errno(ENOTTY), TMPFS_XATTR),
         },
         f"{POSTING}: no fileattr operation; ioctl_iflags(2)",

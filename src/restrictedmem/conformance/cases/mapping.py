@@ -11,6 +11,7 @@ from restrictedmem.conformance.cases.rows import (
     GMEM_TEST,
     MM_TEST,
     POSTING,
+    by_fuse,
     everywhere,
     file,
     mapped,
@@ -44,7 +45,7 @@ _COW: Final = {
     **refused(EINVAL, memfd=0),
     "proposal": Errno(ENODEV),
     "gmem-unmapped": Errno(ENODEV),
-    "descriptor": 0,
+    **by_fuse(0),
     "syscall": Errno(ENODEV),
 }
 _COW_TOUCH: Final = {
@@ -138,14 +139,14 @@ CASES: Final[tuple[Case, ...]] = (
     file(
         "touch-private-read",
         in_child(lambda m: m.load(), R, PRIVATE),
-        {**_COW_TOUCH, "memfd": "0"},
+        {**_COW_TOUCH, "memfd": "0", "in-place": "0"},
         _MMAP,
         divergence="map-private",
     ),
     file(
         "touch-private-write",
         in_child(lambda m: m.store(1), R | W, PRIVATE),
-        {**_COW_TOUCH, "memfd": "1"},
+        {**_COW_TOUCH, "memfd": "1", "in-place": "1"},
         _MMAP,
         divergence="map-private",
     ),
@@ -206,6 +207,7 @@ CASES: Final[tuple[Case, ...]] = (
         {
             "memfd": ("0000", "1000"),
             "gmem-shared": ("0000", "1000"),
+            "in-place": ("0000", "1111"),
             "gmem-private": ("0000", "0000"),
             "gmem-unmapped": NotApplicable("it cannot be mapped"),
             "secret": NotApplicable("it cannot be allocated without a touch"),

@@ -138,7 +138,7 @@ CASES: Final = (
         "attributes-supported",
         Family.VM,
         lambda m: m.check_extension(kvm.Cap.MEMORY_ATTRIBUTES),
-        {"gmem-attributes": PRIVATE, "gmem": 0, "v10": PRIVATE, "v9": 0},
+        {"gmem-attributes": PRIVATE, "gmem": 0, "v10": PRIVATE, "v9": 0, "in-place": PRIVATE},
         _API,
     ),
     Case(
@@ -148,7 +148,7 @@ CASES: Final = (
         {
             "gmem-attributes": NotApplicable("the VM has the capability"),
             "gmem": "refused",
-            "proposal": NotApplicable("the VM has the capability"),
+            **dict.fromkeys(("proposal", "in-place"), NotApplicable("the VM has the capability")),
         },
         _CALL,
     ),

@@ -13,7 +13,14 @@ _UNSEEN: Final = NotApplicable("its owner can touch no page, so no frame of it c
 _SUPERVISED: Final = NotApplicable("its service belongs to the supervisor, which has no consumer")
 
 
-def _place(id: str, does: Callable[[File], str], memfd: str, descriptor: str, source: str) -> Case:
+def _place(
+    id: str,
+    does: Callable[[File], str],
+    memfd: str,
+    descriptor: str,
+    in_place: object,
+    source: str,
+) -> Case:
     """Write a case whose pages stay, except those of a memfd and of an unpinned descriptor."""
     return file(
         id,
@@ -25,6 +32,7 @@ def _place(id: str, does: Callable[[File], str], memfd: str, descriptor: str, so
             "secret": STAYED,
             "gmem-shared": STAYED,
             "gmem": _UNSEEN,
+            "in-place": in_place,
             "syscall": _SUPERVISED,
             "proposal": _UNSEEN,
         },
@@ -38,6 +46,7 @@ CASES: Final[tuple[Case, ...]] = (
         placement.after_compaction,
         MOVED,
         MOVED,
+        MOVED,
         "Documentation/admin-guide/sysctl/vm.rst, compact_memory; AS_UNMOVABLE",
     ),
     _place(
@@ -45,11 +54,13 @@ CASES: Final[tuple[Case, ...]] = (
         placement.after_collapse,
         MOVED,
         MOVED,
+        STAYED,
         "madvise(2), MADV_COLLAPSE; guest_memfd_test.c test_collapse",
     ),
     _place(
         "place-move-pages",
         placement.after_move_pages,
+        MOVED,
         MOVED,
         MOVED,
         "move_pages(2); virt/kvm/guest_memfd.c kvm_gmem_migrate_folio; mm/secretmem.c",
@@ -59,6 +70,7 @@ CASES: Final[tuple[Case, ...]] = (
         placement.after_pageout,
         SWAPPED,
         STAYED,
+        NotApplicable("its page cache is written back to the service, which is no swap area"),
         "madvise(2), MADV_PAGEOUT; AS_UNEVICTABLE",
     ),
 )

@@ -1,8 +1,9 @@
 """KVM_PRE_FAULT_MEMORY: guest memory that its owner has mapped before the guest touches it."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from errno import EAGAIN, EFAULT, EINTR, EINVAL, ENOENT, EOPNOTSUPP
+from types import MappingProxyType
 from typing import Final
 
 from restrictedmem.abi.kvm import Cap
@@ -132,9 +133,10 @@ def _case(
     source: str = _API,
     covers: tuple[str, ...] = (),
     needs: tuple[str, ...] = (),
+    others: Mapping[str, object] = MappingProxyType({}),
 ) -> Case:
     # No posting has the call; the engines answer as the kernel does.
-    expected = {"gmem": answer, "proposal": answer}
+    expected = {"gmem": answer, "proposal": answer, **others}
     return Case(id_, Family.VM, does, expected, source, covers, (*_NEEDS, *needs))
 
 
@@ -150,7 +152,13 @@ CASES: Final = (
         )
         for private in (False, True)
     ),
-    _case("pre-fault-takes-pages", _pages, (8, "0x0"), needs=("private-memory",)),
+    _case(
+        "pre-fault-takes-pages",
+        _pages,
+        (8, "0x0"),
+        needs=("private-memory",),
+        others={"in-place": (16, "0x0")},
+    ),
     _case("pre-fault-keeps-content", _content, ((0, None), "0x7", "0x9"), needs=("halves",)),
     _case("pre-fault-unaligned-gpa", _refused(DATA + 1, P), _BAD),
     _case("pre-fault-unaligned-size", _refused(DATA, P + 1), _BAD),
@@ -181,7 +189,9 @@ CASES: Final = (
         {
             "gmem": Errno(EOPNOTSUPP),
             "kernel-engine": Errno(EOPNOTSUPP),
-            "software": NotApplicable("the engine has the capability"),
+            **dict.fromkeys(
+                ("software", "in-place"), NotApplicable("the engine has the capability")
+            ),
         },
         _API,
         divergence="prefault",

@@ -54,6 +54,11 @@ def mapped(answer: object, why: str = "it cannot be mapped") -> dict[str, object
     }
 
 
+def by_fuse(answer: object) -> dict[str, object]:
+    """Return one answer for the files of this project, which FUSE serves."""
+    return {"descriptor": answer, "in-place": answer}
+
+
 def only_gmem(answer: object, why: str) -> dict[str, object]:
     """Return an answer of guest_memfd; for the others the case makes no sense."""
     return {**everywhere(NotApplicable(why)), "gmem": answer}

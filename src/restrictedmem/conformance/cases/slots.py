@@ -116,7 +116,7 @@ _SEQUENCES: Final[dict[str, tuple[list[_Region], list[object]]]] = {
 
 def _unless_engine(answer: object) -> dict[str, object]:
     """Return the same answer of both engines, where it is not that of the postings."""
-    return {"software": answer, "kernel-engine": answer}
+    return {"software": answer, "kernel-engine": answer, "in-place": answer}
 
 
 def _sequence(regions: Sequence[_Region]) -> Callable[[Machine], object]:
@@ -259,6 +259,7 @@ CASES: Final = (
             "gmem": "INTERNAL_ERROR 1",
             "proposal": "INTERNAL_ERROR 1",
             "software": "SHUTDOWN",
+            "in-place": "SHUTDOWN",
             "kernel-engine": "MEMORY_FAULT flags=0x0 gpa=0x0 size=0x1000",
         },
         source=_TEST + "test_zero_memory_regions",

@@ -285,6 +285,7 @@ CASES: Final[tuple[Case, ...]] = (
             "memfd": (0, 3, 2),
             "secret": _NONE,
             "gmem": (0, 3, 2),
+            "in-place": (0, 0, 0),
         },
         "cachestat(2); a run on Linux 6.18",
     ),

@@ -1,0 +1,44 @@
+"""The cases on the guest_memfd of this project: none fails, and each difference has a row."""
+
+import re
+from typing import Final
+
+import pytest
+
+from restrictedmem.conformance.case import Case, NotApplicable
+from restrictedmem.conformance.cases import CASES, in_place
+from restrictedmem.conformance.columns import column_of
+from restrictedmem.conformance.result import Verdict
+from restrictedmem.conformance.run import run
+from test_conformance_vm import keys_of
+
+IN_PLACE: Final = column_of("software/in-place")
+HEADING: Final = "The guest_memfd of this project"
+
+
+@pytest.mark.requires("fuse")
+def test_no_case_fails() -> None:
+    results = list(run([IN_PLACE], CASES, 1))
+    assert [result.case for result in results] == [case.id for case in CASES]
+    for result in results:
+        assert result.verdict is not Verdict.FAIL, result
+        assert result.why or result.verdict is Verdict.PASS, result
+    passed = {result.case for result in results if result.verdict is Verdict.PASS}
+    assert passed >= {case.id for case in in_place.CASES}
+    assert len(passed) > len(CASES) * 4 / 5
+
+
+def differs(case: Case) -> bool:
+    """Say whether the file answers another thing than a guest_memfd of the kernel."""
+    ours, kernel = (case.expects(names) for names in (IN_PLACE.answers, IN_PLACE.answers[1:]))
+    return ours != kernel and not isinstance(ours, NotApplicable)
+
+
+def test_each_difference_has_a_row_and_each_row_a_case() -> None:
+    rows = keys_of("divergences.md", HEADING)
+    assert rows
+    shown = {key: re.findall(r"`([\w-]+)`", cells[-1]) for key, cells in rows.items()}
+    assert all(shown.values()), shown
+    assert {id_ for ids in shown.values() for id_ in ids} == {
+        case.id for case in CASES if differs(case)
+    }
