@@ -23,7 +23,7 @@ from restrictedmem.conformance.cases import CASES, SUBJECTS
 from restrictedmem.conformance.columns import COLUMNS, column_of
 from restrictedmem.conformance.facts import FACTS, OVERLAP_IN_FILE
 from restrictedmem.conformance.outcome import Errno
-from restrictedmem.conformance.report import CaseNote, Report, differences
+from restrictedmem.conformance.report import CaseNote, Report, differences, spans
 from restrictedmem.conformance.result import Result, Verdict
 from restrictedmem.conformance.run import run
 from users import as_user
@@ -77,8 +77,8 @@ known overlap-in-file
   Linux 6.8 to 7.1; changed 2026-06; virt/kvm/guest_memfd.c, kvm_gmem_bind
   bind-again on one
 
-2 cases on 3 columns in 1:01, Linux 6.18: 1 pass, 2 FAIL, 1 known, 1 not
-applicable, 3 unsupported here
+2 cases (1 in no selftest) on 3 columns in 1:01, Linux 6.18: 1 pass, 2 FAIL, 1
+known, 1 not applicable, 3 unsupported here
 """
 
 
@@ -161,6 +161,15 @@ def test_a_list_says_what_is_expected_of_whom() -> None:
     for name in (*(each.id for each in CASES), *(each.name for each in COLUMNS)):
         assert f"\n  {name}  " in shown
     assert max(len(line) for line in shown.splitlines()) <= 100
+    assert "[GM-SIZE-1..4095]" in shown
+    untested = sum(not each.covers for each in CASES)
+    assert f"{len(CASES)} cases ({untested} in no selftest of the kernel)." in shown
+
+
+def test_a_run_of_assertions_is_one_text() -> None:
+    ids = ("GM-00", "GM-01", "GM-02", "GM-04", "SEC-5", "END", "PFM-inv", "A-6..9", "A-last")
+    assert list(spans(ids)) == ["GM-00..02", *ids[3:]]
+    assert not list(spans(()))
 
 
 def test_every_case_has_a_subject_and_an_id_of_its_own() -> None:
@@ -349,7 +358,7 @@ def test_wrong_command_lines(
 def test_a_run_in_an_odd_process(start: str) -> None:
     done = command(*MEMFD, start=start)
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.search(r"Linux [^ ]+: 1 pass, 0 FAIL\n$", done.stdout)
+    assert re.search(r"Linux [^ ]+: 1 pass, 0 FAIL$", " ".join(done.stdout.split()))
 
 
 def test_too_few_descriptors_are_one_line() -> None:

@@ -8,7 +8,7 @@ from typing import Final
 from restrictedmem.conformance.case import Case
 from restrictedmem.conformance.cases import SUBJECTS
 from restrictedmem.conformance.columns import Column
-from restrictedmem.conformance.report import spell_expected
+from restrictedmem.conformance.report import alone, counted, spans, spell_expected
 
 _WIDTH: Final = 80
 
@@ -25,10 +25,16 @@ def lines(columns: Sequence[Column], cases: Sequence[Case]) -> Iterator[str]:
             yield ""
             yield f"Cases: {subject}"
         for case in mine:
-            ids = f" [{' '.join(case.covers)}]" if case.covers else ""
+            ids = f" [{' '.join(spans(case.covers))}]" if case.covers else ""
             yield from _wrapped(f"  {case.id}  ", f"{case.source}{ids}")
             for answer, names in answers(columns, case).items():
                 yield from _wrapped("      ", f"{answer}: {' '.join(names)}")
+    yield ""
+    yield from _wrapped(
+        "",
+        f"{counted(len(cases), 'case')} ({alone(cases)} in no selftest of the kernel). In brackets"
+        " stand the assertions of selftests that a case makes.",
+    )
 
 
 def answers(columns: Sequence[Column], case: Case) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Final, final
 
-from restrictedmem.conformance.report import CaseNote, Report, counted
+from restrictedmem.conformance.report import CaseNote, Report, counted, spans
 from restrictedmem.conformance.result import Result, Verdict
 from restrictedmem.text import duration, plain
 
@@ -140,7 +140,7 @@ class _Page:
         found = self._of_case[case.id]
         is_open = " open" if any(each.verdict is Verdict.FAIL for each in found.values()) else ""
         marks = "".join(self._mark(found.get(name), name) for name in self._names)
-        source = _text(" ".join((case.source, *case.covers)))
+        source = _text(" ".join((case.source, *spans(case.covers))))
         yield f'<details class="case" id="case-{_text(case.id)}"{is_open}>'
         yield f'<summary class="row"><span class="id">{_text(case.id)}</span>'
         yield f'<span class="source">{source}</span>{marks}</summary>'

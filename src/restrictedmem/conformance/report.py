@@ -1,8 +1,10 @@
 """A report: all results of a run, with what a reader needs to understand them."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
+from string import digits
 from typing import Any, Final, Self, cast
 
 from restrictedmem.conformance.case import Case, NotApplicable, Since
@@ -151,6 +153,24 @@ class Report:
 def counted(number: int, noun: str) -> str:
     """Return a number of things as text."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def alone(cases: Iterable[Case | CaseNote]) -> int:
+    """Return how many cases make no assertion of the kernel's selftests."""
+    return sum(not case.covers for case in cases)
+
+
+def spans(ids: Iterable[str]) -> Iterator[str]:
+    """Yield ids of assertions; a run of numbers is one text, such as ``GM-RW-1..4``."""
+
+    def series(numbered: tuple[int, str]) -> tuple[str, int]:
+        at, id_ = numbered
+        prefix = id_.rstrip(digits)
+        return prefix, int(id_[len(prefix) :] or at) - at
+
+    for (prefix, _), run in groupby(enumerate(ids), series):
+        (_, first), *rest = run
+        yield f"{first}..{rest[-1][1].removeprefix(prefix)}" if rest else first
 
 
 def spell_expected(expected: object) -> str:

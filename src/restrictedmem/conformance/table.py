@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Final
 
-from restrictedmem.conformance.report import Report, counted
+from restrictedmem.conformance.report import Report, alone, counted
 from restrictedmem.conformance.result import Result, Verdict
 from restrictedmem.text import duration, plain
 
@@ -185,6 +185,7 @@ def _total(report: Report) -> str:
         if number or verdict is Verdict.FAIL
     )
     return (
-        f"{counted(len(report.cases), 'case')} on {counted(columns, 'column')} in"
+        f"{counted(len(report.cases), 'case')} ({alone(report.cases)} in no"
+        f" selftest) on {counted(columns, 'column')} in"
         f" {duration(report.seconds)}, Linux {plain(report.kernel)}: {shares}"
     )
