@@ -1,21 +1,23 @@
 """Cases of fallocate: allocation, punching, and the modes that nobody has."""
 
+import signal
 from collections.abc import Callable
 from contextlib import suppress
 from errno import EFBIG, EINVAL, EOPNOTSUPP
 from typing import Final
 
 from restrictedmem.abi.memory import PUNCH, FallocMode
-from restrictedmem.conformance.case import Case, Since
+from restrictedmem.conformance.case import Case, NotApplicable, Since
 from restrictedmem.conformance.cases.rows import (
     GMEM_TEST,
     POSTING,
     everywhere,
     file,
+    only_gmem,
 )
 from restrictedmem.conformance.facts import LAST_BYTE
 from restrictedmem.conformance.files import SIZE, File, answers_of
-from restrictedmem.conformance.outcome import Errno
+from restrictedmem.conformance.outcome import Errno, outcome
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SIZE
 
 _P: Final = PAGE_SIZE
@@ -33,6 +35,9 @@ _UNALIGNED: Final = tuple(
     for length in (1, _P - 1, _P, _P + 1)
     if offset == 1 or length != _P
 )
+#: Bytes that take longer to allocate than a timer needs, and how often a case tries.
+_LARGE: Final = 64 << 20
+_ATTEMPTS: Final = 100
 _MODES: Final = {
     "punch-alone": 0x02,
     "no-hide-stale": 0x04,
@@ -105,6 +110,28 @@ def _grow_after(file: File) -> tuple[int, int]:
     file.resize(_P)
     file.fallocate(0, 0, SIZE + 1)
     return file.held()
+
+
+def _interrupted(small: File) -> str:
+    """Allocate 64 MiB, in a child, until a signal comes meanwhile; say whether a part is there."""
+    with small.another(_LARGE) as large:
+
+        def body() -> tuple[object, bool]:
+            answer: object = None
+            there = 0
+            signal.signal(signal.SIGALRM, lambda _number, _frame: None)
+            for attempt in range(_ATTEMPTS):
+                large.steps.note("setitimer(ITIMER_REAL, {0, a few 100 µs})")
+                signal.setitimer(signal.ITIMER_REAL, (attempt % 10 + 1) * 2e-4)
+                answer = outcome(lambda: large.fallocate(_KEEP, 0, _LARGE))
+                there = large.cached(0, _LARGE)
+                # The signal may come before the first page.
+                if answer is not None and there:
+                    break
+                large.fallocate(PUNCH, 0, _LARGE)
+            return answer, 0 < there < _LARGE // _P
+
+        return large.steps.in_child(body)
 
 
 def _refilled(file: File) -> tuple[int, int]:
@@ -243,6 +270,15 @@ CASES: Final[tuple[Case, ...]] = (
         for id, mode in _MODES.items()
     ),
     _row("allocate-nothing", _allocate(_KEEP, 0, 0), _INVALID, _INVALID, _VFS, secret=_INVALID),
+    file(
+        "allocate-interrupted",
+        _interrupted,
+        {
+            **only_gmem("EINTR, yes", "its file system decides"),
+            "in-place": NotApplicable("only a signal that kills the caller ends it"),
+        },
+        "virt/kvm/guest_memfd.c kvm_gmem_allocate; fallocate(2), EINTR",
+    ),
     _row("allocate-negative", _allocate(0, 0, -1), _INVALID, _INVALID, _VFS, secret=_INVALID),
     _row(
         "allocate-negative-offset",
