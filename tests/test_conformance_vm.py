@@ -161,6 +161,10 @@ def test_a_guest_finds_what_its_owner_wrote_and_the_other_way_round(machine: Mac
     assert machine.load(DATA) == 0xABAB_ABAB_ABAB_ABAB
     assert machine.fill(DATA + PAGE, 2 * PAGE, 0xCD) == 0
     assert bytes(machine.memory[PAGE : 4 * PAGE]) == b"\xcd" * 2 * PAGE + bytes(PAGE)
+    assert machine.fill(DATA + 2 * PAGE, PAGE, 0xAB) == 0
+    assert machine.sees(DATA, PAGE, 2, 2 * PAGE) == "0xab"
+    assert machine.sees(DATA + PAGE, PAGE, 2, 2 * PAGE) == "mixed"
+    assert machine.sees(DATA, PAGE, 3, PAGE) == "mixed"
     assert machine.store(1, DATA + PAGE - 8) == 0
     # A word that differs at either end, or that alone is of two bytes.
     for first, size in ((DATA, PAGE), (DATA + PAGE - 8, PAGE), (DATA + PAGE - 8, 8)):
@@ -250,13 +254,21 @@ def test_the_code_of_two_steps_lies_in_two_places() -> None:
 
 
 def test_many_calls_are_one_line() -> None:
-    steps = Steps()
+    told: list[str] = []
+    steps = Steps(lambda _, text: told.append(text))
     steps.note("before")
-    with steps.summed("3 notes"):
+    with steps.summed("many calls"):
         for _ in range(3):
             steps.note("one")
-    steps.note("behind")
-    assert steps.lines == ["before", "3 notes", "behind"]
+            assert steps.call("two", lambda: 2) == 2
+            assert steps.in_child(lambda: steps.call("three", lambda: 3)) == "3"
+        with steps.summed("many more"):
+            steps.note("four")
+        steps.note("five")
+    assert steps.call("six", lambda: 6) == 6
+    assert steps.lines == ["before", "many calls", "six = 6"]
+    # Nobody hears of the calls that one line stands for, because that would take longer than they.
+    assert set(told) == {"before", "many calls", "six", "six = 6"}
 
 
 def test_bytes_that_are_the_same() -> None:

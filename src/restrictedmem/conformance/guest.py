@@ -68,13 +68,17 @@ def fill(address: int, size: int, byte: int) -> bytes:
     return _mov(_RDI, address) + _mov(_RCX, size // 8) + words + bytes.fromhex("fc f348ab")
 
 
-def compare(address: int, size: int, result: int) -> bytes:
+def compare(address: int, size: int, result: int, count: int = 1, stride: int = 0) -> bytes:
     """Compare each word of a range with the first, and keep that word at ``result``.
 
-    Behind it, keep 1 if a word differs, else 0.
+    Behind it, keep 1 if a word differs, else 0. There may be ``count`` such ranges, ``stride``
+    bytes apart, whose words are all compared with the first range's first.
     """
-    # cld; mov rax, [rdi]; repe scasq
-    scan = _mov(_RDI, address) + _mov(_RCX, size // 8) + bytes.fromhex("fc 488b07 f348af")
+    places = _mov(_RDI, address) + _mov(_RSI, stride - size) + _mov(_RDX, count)
+    # repe scasq; jne to the end; add rdi, rsi; dec rdx; jnz to the count of words
+    loop = _mov(_RCX, size // 8) + bytes.fromhex("f348af 7508 4801f7 48ffca 75e9")
+    # cld; mov rax, [rdi]
+    scan = places + bytes.fromhex("fc 488b07") + loop
     # setne al; movzx eax, al
     return scan + _keep(result) + bytes.fromhex("0f95c0 0fb6c0") + _keep(result + 8)
 

@@ -292,11 +292,15 @@ class Machine(ABC):
             f"memset({address:#x}, {byte:#x}, {size:#x})", guest.fill(address, size, byte)
         )
 
-    def sees(self, address: int, size: int) -> Answer:
-        """Return the byte that the guest finds everywhere in a range, ``mixed``, or the exit."""
+    def sees(self, address: int, size: int, count: int = 1, stride: int = 0) -> Answer:
+        """Return the byte that the guest finds everywhere in a range, ``mixed``, or the exit.
+
+        There may be ``count`` ranges, ``stride`` bytes apart.
+        """
+        more = f", and of {count - 1} more, each {stride:#x} further" if count > 1 else ""
         return self._step(
-            f"bytes of {address:#x}, {size:#x}",
-            guest.compare(address, size, self._base + RESULT),
+            f"bytes of {address:#x}, {size:#x}{more}",
+            guest.compare(address, size, self._base + RESULT, count, stride),
             lambda: "mixed" if self._kept(8) else uniform(bytes(self._code[RESULT : RESULT + 8])),
         )
 

@@ -30,6 +30,8 @@ class Steps:
         self._told = told
         #: In a child, the pipe to the parent.
         self._pipe = -1
+        #: Whether one line stands for the calls that are made now.
+        self._sums = False
 
     def call(self, text: str, act: Callable[[], _T], shows: Callable[[_T], str] = spell) -> _T:
         """Do something; note what it is, and then what it answers, as ``shows`` writes it.
@@ -37,6 +39,8 @@ class Steps:
         Raises:
             OSError: that of ``act``.
         """
+        if self._sums:
+            return act()
         self._begin(text)
         try:
             value = act()
@@ -48,17 +52,19 @@ class Steps:
 
     def note(self, text: str) -> None:
         """Add a line that has no answer."""
-        self._begin(text)
-        self._end("")
+        if not self._sums:
+            self._begin(text)
+            self._end("")
 
     @contextmanager
     def summed(self, text: str) -> Generator[None]:
         """Note one line in place of the calls of a block, of which there are many."""
-        start = len(self.lines)
+        self.note(text)
+        before, self._sums = self._sums, True
         try:
             yield
         finally:
-            self.lines[start:] = [text]
+            self._sums = before
 
     def in_child(self, body: Callable[[], object]) -> str:
         """Run a function in a forked child, and return its answer as text.

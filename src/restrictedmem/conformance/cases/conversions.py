@@ -101,18 +101,19 @@ def _neighbours(m: Machine, start: int, size: int) -> Iterator[Check]:
 def _every_other(m: Machine, fd: int, start: int, size: int, backed: bool) -> Iterator[Check]:
     """Make the odd pages of a private range shared, and look at both kinds."""
     odd = range(start + P, start + size, 2 * P)
-    for page in odd:
-        _convert(m, fd, page, P, 0, backed)
-        yield "an odd page of the shared half", m.host_sees(page, P), "0x11"
-        m.host_fill(page, P, 0x33)
-    for page in range(start, start + size, P):
-        wanted = "0x33" if page in odd else "0x22"
-        yield f"page {page // P}", m.sees(DATA + page, P), wanted
-        yield (
-            f"page {page // P} of the shared half",
-            m.host_sees(page, P),
-            ("0x33" if page in odd else "0x11"),
-        )
+    with m.steps.summed(f"make each of {len(odd)} odd pages shared, look at it, and fill it"):
+        for page in odd:
+            _convert(m, fd, page, P, 0, backed)
+            yield "an odd page of the shared half", m.host_sees(page, P), "0x11"
+            m.host_fill(page, P, 0x33)
+    for first, wanted in ((start, "0x22"), (start + P, "0x33")):
+        if count := len(range(first, start + size, 2 * P)):
+            seen = m.sees(DATA + first, P, count, 2 * P)
+            yield f"every other page from page {first // P}", seen, wanted
+    with m.steps.summed("look at each page of the shared half"):
+        for page in range(start, start + size, P):
+            wanted = "0x33" if page in odd else "0x11"
+            yield f"page {page // P} of the shared half", m.host_sees(page, P), wanted
 
 
 def _punched(whole: bool) -> Callable[[Machine], Iterator[Check]]:
