@@ -11,7 +11,6 @@ import sys
 import threading
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, closing, contextmanager
-from pathlib import Path
 from typing import Final
 
 from restrictedmem.child import fork
@@ -136,16 +135,16 @@ COLUMNS: Final = (
 )
 
 
-def command(column: Column) -> list[str]:
-    """Return the command of a worker for one of these columns."""
-    return [sys.executable, str(Path(__file__)), column.name]
+def body(column: Column) -> Callable[[], None]:
+    """Return the body of a worker for one of these columns."""
+    return lambda: serve(column.name, COLUMNS, CASES)
 
 
 if __name__ == "__main__":
     if sys.argv[1] != "run":
-        serve(COLUMNS, CASES)
+        serve(sys.argv[1], COLUMNS, CASES)
     else:
         cases = [case for case in CASES if case.id in sys.argv[2:]]
-        with closing(run(COLUMNS[:1], cases, 1, command=command)) as results:
+        with closing(run(COLUMNS[:1], cases, 1, body=body)) as results:
             for result in results:
                 print(result.case, *result.steps, sep="\n", flush=True)

@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from conformance_worker import CASES, COLUMNS, command
+from conformance_worker import CASES, COLUMNS, body
 from processes import in_session, runs
 from restrictedmem.conformance.case import Case, Family
 from restrictedmem.conformance.columns import Column
@@ -28,8 +28,12 @@ def chosen(*names: str) -> list[Case]:
     return [case for case in CASES if case.id in names]
 
 
+def executes(*command: str) -> Callable[[Column], Callable[[], object]]:
+    return lambda _: lambda: os.execvp(command[0], command)
+
+
 def outcome(*names: str, columns: Sequence[Column] = (ONE,), jobs: int = 2) -> list[Result]:
-    return list(run(columns, chosen(*names), jobs, command=command, deadline=PATIENCE))
+    return list(run(columns, chosen(*names), jobs, body=body, deadline=PATIENCE))
 
 
 def test_each_verdict_and_the_steps() -> None:
@@ -71,7 +75,7 @@ def test_a_case_that_prints_says_nothing_for_the_worker() -> None:
 
 
 def test_a_silent_case_is_ended_before_the_next_one_runs() -> None:
-    results = run([ONE], chosen("answers", "silent", "last"), 1, command=command, deadline=1.5)
+    results = run([ONE], chosen("answers", "silent", "last"), 1, body=body, deadline=1.5)
     assert next(results).verdict is Verdict.PASS
     silent = next(results)
     assert (silent.verdict, silent.why) == (Verdict.FAIL, "no answer within 1.5 s")
@@ -83,9 +87,7 @@ def test_a_silent_case_is_ended_before_the_next_one_runs() -> None:
 
 
 def test_a_column_that_never_opens_is_given_up() -> None:
-    found = list(
-        run([HANGING], chosen("answers", "fails", "last"), 1, command=command, deadline=0.2)
-    )
+    found = list(run([HANGING], chosen("answers", "fails", "last"), 1, body=body, deadline=0.2))
     assert [each.why for each in found] == [
         "no answer within 0.2 s",
         "no answer within 0.2 s",
@@ -103,7 +105,7 @@ def test_a_column_that_the_machine_lacks() -> None:
 def test_a_case_that_the_worker_does_not_know() -> None:
     stranger = Case("stranger", Family.FILE, lambda _: 0, {}, source="a test")
     known = chosen("last")
-    found = list(run([ONE], [*known, stranger], 1, command=command, deadline=PATIENCE))
+    found = list(run([ONE], [*known, stranger], 1, body=body, deadline=PATIENCE))
     assert [(each.case, each.verdict, each.why) for each in found] == [
         ("last", Verdict.PASS, ""),
         ("stranger", Verdict.FAIL, "this version of the suite has no such case"),
@@ -134,7 +136,7 @@ def test_a_case_that_the_worker_does_not_know() -> None:
 )
 def test_garbage_on_the_pipe(said: str) -> None:
     found = list(
-        run([ONE], chosen("answers"), 1, command=lambda _: ["printf", "%s\n", said], deadline=9)
+        run([ONE], chosen("answers"), 1, body=executes("printf", "%s\n", said), deadline=9)
     )
     (only,) = found
     assert (only.case, only.column, only.verdict) == ("answers", "good/one", Verdict.FAIL)
@@ -144,19 +146,22 @@ def test_garbage_on_the_pipe(said: str) -> None:
 
 
 def test_a_line_without_an_end() -> None:
-    (only,) = run([ONE], chosen("answers"), 1, command=lambda _: ["cat", "/dev/zero"], deadline=60)
+    (only,) = run([ONE], chosen("answers"), 1, body=executes("cat", "/dev/zero"), deadline=60)
     assert only.why.startswith("the process of the case wrote no result, but '\\x00")
 
 
 def test_a_process_that_closes_its_output_and_stays() -> None:
-    stays = ["sh", "-c", "exec >&- 2>&-; kill -STOP $$"]
-    (only,) = run([ONE], chosen("answers"), 1, command=lambda _: stays, deadline=60)
+    stays = executes("sh", "-c", "exec >&- 2>&-; kill -STOP $$")
+    (only,) = run([ONE], chosen("answers"), 1, body=stays, deadline=60)
     assert only.why == "the process of the case closed its output"
 
 
 def test_a_program_that_is_not_there() -> None:
-    with pytest.raises(FileNotFoundError, match="/nonesuch"):
-        list(run([ONE], chosen("answers"), 1, command=lambda _: ["/nonesuch"]))
+    (only,) = run([ONE], chosen("answers"), 1, body=executes("/nonesuch"), deadline=60)
+    assert only.why == (
+        "the process of the case ended: exit status 2;"
+        " FileNotFoundError: [Errno 2] No such file or directory"
+    )
 
 
 def test_what_a_case_has_started_ends_with_the_run() -> None:
@@ -166,7 +171,7 @@ def test_what_a_case_has_started_ends_with_the_run() -> None:
 
 
 def test_a_run_that_is_closed_ends_its_processes() -> None:
-    with closing(run([ONE, TWO], chosen("leaves", "silent"), 2, command=command)) as results:
+    with closing(run([ONE, TWO], chosen("leaves", "silent"), 2, body=body)) as results:
         (left,) = [next(results)]
         pid = int(left.steps[-1].removeprefix("left "))
         session = os.getsid(pid)

@@ -3,22 +3,22 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Container, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final, final
 
-from restrictedmem.abi import memory
-from restrictedmem.child import ends
-from restrictedmem.conformance.case import Case
-from restrictedmem.conformance.columns import Column
+from restrictedmem.abi import memory, process
+from restrictedmem.child import ends, fork
+from restrictedmem.conformance.case import Case, Family
+from restrictedmem.conformance.cases import CASES
+from restrictedmem.conformance.columns import COLUMNS, Column
 from restrictedmem.conformance.result import Result, Verdict, load
-from restrictedmem.failure import named
-from restrictedmem.fd import readable
+from restrictedmem.conformance.worker import serve
+from restrictedmem.fd import OwnedFd, readable
 from restrictedmem.patience import SLICE, Clock, Patience
 from restrictedmem.service.exec_service import PACKAGE_ROOT
 
@@ -43,17 +43,18 @@ _PYTHON: Final = (
 )
 
 
-def command_of(column: Column) -> list[str]:
-    """Return the command of a column's process."""
+def body_of(column: Column) -> Callable[[], object]:
+    """Return what a column's process does: it is the worker, or executes a command around it."""
+    if not column.under:
+        return lambda: serve(column.name, COLUMNS, CASES)
     worker = [
         *(part.format(module="conformance.worker", function="main") for part in _PYTHON),
         PACKAGE_ROOT,
         column.name,
     ]
-    if not column.under:
-        return worker
     outer = [part.format(module="cli.main", function="run") for part in _PYTHON]
-    return [*outer, PACKAGE_ROOT, *column.under, *worker]
+    command = [*outer, PACKAGE_ROOT, *column.under, *worker]
+    return lambda: os.execv(command[0], command)
 
 
 def run(
@@ -61,12 +62,13 @@ def run(
     cases: Sequence[Case],
     jobs: int,
     *,
-    command: Callable[[Column], Sequence[str]] = command_of,
+    body: Callable[[Column], Callable[[], object]] = body_of,
     deadline: float = DEADLINE,
 ) -> Generator[Result]:
     """Run cases on columns, ``jobs`` columns at the same time; yield results as they come.
 
-    Each column runs the cases of its families, in a process of its own (``command``). A case whose
+    Each column runs the cases of its families, in a process of its own (``body``). Those with VMs
+    take longest, and come first. A case whose
     process dies, or says nothing for ``deadline`` seconds, has failed; a new process runs the cases
     after it. When the iterator ends or is closed, all these processes are gone, with everything
     that they have started.
@@ -76,7 +78,7 @@ def run(
     """
     waiting = deque(
         _Part(column, mine)
-        for column in columns
+        for column in sorted(columns, key=lambda column: Family.VM not in column.families)
         if (mine := [case.id for case in cases if case.family in column.families])
     )
     running: list[_Worker] = []
@@ -86,7 +88,7 @@ def run(
             while waiting and len(running) < jobs:
                 part = waiting.popleft()
                 with _uninterrupted():
-                    running.append(_Worker(part, command(part.column), deadline))
+                    running.append(_Worker(part, body(part.column), deadline))
             ready = readable(running, SLICE)
             for worker in tuple(running):
                 yield from worker.take() if worker in ready else worker.wait()
@@ -131,37 +133,52 @@ class _Part:
             yield Result(case, self.column.name, Verdict.FAIL, why=why)
 
 
+def _begin(body: Callable[[], object], given: Sequence[int]) -> None:
+    """Be a column's process, with these standard descriptors.
+
+    It has a session of its own: no signal of this terminal, and one id for all of it.
+    """
+    os.setsid()
+    for number, fd in enumerate(given):
+        os.dup2(fd, number)
+    process.close_others(())
+    # Python's own streams have other descriptors where something has replaced them, as pytest does.
+    sys.stdin, sys.stdout, sys.stderr = (
+        os.fdopen(number, mode, buffering=1, encoding="utf-8", closefd=False)
+        for number, mode in enumerate("rww")
+    )
+    try:
+        body()
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise
+
+
 @final
 class _Worker:
     """A process that runs cases of a column."""
 
-    def __init__(self, part: _Part, command: Sequence[str], deadline: float) -> None:
+    def __init__(self, part: _Part, body: Callable[[], object], deadline: float) -> None:
         self._part, self._left = part, deque(part.cases)
         self._deadline, self._clock = deadline, Clock()
         self._got, self._steps = b"", list[str]()
         self._silent = False
         self.over = False
-        with memory.memfd_create("cases") as asked:
+        with ExitStack() as stack:
+            asked = stack.enter_context(memory.memfd_create("cases"))
             text = "".join(f"{case}\n" for case in part.cases)
             os.pwrite(asked.fileno(), text.encode(), 0)
-            self._words = memory.memfd_create("words")
-            try:
-                # A session of its own: no signal of this terminal, and one id for all of it.
-                self.process = subprocess.Popen(
-                    command,
-                    stdin=asked.fileno(),
-                    stdout=subprocess.PIPE,
-                    stderr=self._words.fileno(),
-                    start_new_session=True,
-                )
-            except OSError as error:
-                self._words.close()
-                raise error if error.filename else named("fork", error) from None
+            self._words = stack.enter_context(memory.memfd_create("words"))
+            self._said, said = map(stack.enter_context, map(OwnedFd, os.pipe()))
+            given = asked.fileno(), said.fileno(), self._words.fileno()
+            self.pid = fork(lambda: _begin(body, given), bound=True, keep=given)
+            asked.close()
+            said.close()
+            stack.pop_all()
 
     def fileno(self) -> int:
         """Return the pipe on which the process speaks."""
-        assert self.process.stdout is not None
-        return self.process.stdout.fileno()
+        return self._said.fileno()
 
     def take(self) -> Iterator[Result]:
         """Yield the results that have come, when something has come."""
@@ -216,9 +233,9 @@ class _Worker:
 
     def _how(self) -> str:
         """Say how the process ended."""
-        if not ends(self.process.pid, Patience(_ENDING)):
+        if not ends(self.pid, Patience(_ENDING)):
             return "the process of the case closed its output"
-        found = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+        found = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         assert found is not None
         how = (
             f"exit status {found.si_status}"
@@ -232,11 +249,11 @@ class _Worker:
 
     def kill(self) -> None:
         """Kill the process and its group, and close all that is open. ``_end`` reaps it."""
-        # It is not reaped yet, so that its id stays that of its session.
+        # It is not reaped yet, so that its id stays that of its session, if it has begun one.
+        os.kill(self.pid, signal.SIGKILL)
         with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+            os.killpg(self.pid, signal.SIGKILL)
+        self._said.close()
         self._words.close()
 
     def rest(self) -> _Part:
@@ -250,7 +267,7 @@ def _end(workers: Sequence[_Worker]) -> None:
 
     Services end by themselves when their owner is gone. A process that does not end is killed.
     """
-    sessions, clock = {worker.process.pid for worker in workers}, Clock()
+    sessions, clock = {worker.pid for worker in workers}, Clock()
     while clock.look() < 2 * _ENDING and (left := list(_members(sessions))):
         if clock.seconds >= _ENDING:
             for pid in left:
@@ -258,7 +275,7 @@ def _end(workers: Sequence[_Worker]) -> None:
                     os.kill(pid, signal.SIGKILL)
         time.sleep(_LOOK)
     for worker in workers:
-        worker.process.wait()
+        os.waitpid(worker.pid, 0)
 
 
 def _members(sessions: Container[int]) -> Iterator[int]:

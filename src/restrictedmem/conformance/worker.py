@@ -69,16 +69,16 @@ def judged(expected: object, seen: str) -> tuple[Verdict, str, str]:
 
 def main() -> None:
     """Run the cases that stdin names, on the column that the command line names."""
-    serve(COLUMNS, CASES)
+    serve(sys.argv[1], COLUMNS, CASES)
 
 
-def serve(columns: Iterable[Column], cases: Iterable[Case]) -> None:
-    """Run cases of a table on a column of a table, as ``main``."""
+def serve(name: str, columns: Iterable[Column], cases: Iterable[Case]) -> None:
+    """Run the cases of a table that stdin names, on a column of a table."""
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    column = {column.name: column for column in columns}[sys.argv[1]]
+    column = {column.name: column for column in columns}[name]
     known = {case.id: case for case in cases}
     asked = sys.stdin.read().split()
     # Nothing that a case or its children print may look like a result.
