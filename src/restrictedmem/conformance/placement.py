@@ -6,9 +6,10 @@ restricted descriptor lie in a memfd that its consumer has, which root can map.
 
 import ctypes
 import os
+import resource
 import struct
-from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Iterable
+from contextlib import ExitStack, contextmanager, suppress
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE
 from pathlib import Path
 from typing import Final
@@ -37,8 +38,10 @@ _COMPACT: Final = Path("/proc/sys/vm/compact_memory")
 def after_compaction(file: File) -> str:
     """Compact memory; say what became of the file's pages, of which every other one is free.
 
-    Their place in the zone decides which pages move. So there is a memfd beside the file, and a try
-    counts where pages of the memfd have moved.
+    Their place in the zone decides which pages move. So a memfd has holes before the file takes its
+    pages. A try counts if a page of the memfd has moved that shared a block with one of the file's.
+    The kernel puts pages that cannot move in blocks of their own. Then each page of the memfd
+    counts.
 
     Raises:
         UnsupportedError: without root, or where compaction moves nothing.
@@ -50,15 +53,20 @@ def after_compaction(file: File) -> str:
             control = kept.enter_context(memory.memfd_create("control")).fileno()
             os.ftruncate(control, _BESIDE)
             beside = kept.enter_context(_aligned(file, _BESIDE, control))
-            m, mine = kept.enter_context(_taken(file, _FILE))
             _touch(beside, 0)
             _free_every_other(file, control, _BESIDE)
+            m, mine = kept.enter_context(_taken(file, _FILE))
             _free_every_other(file, mine.fd, _FILE)
             before, before_beside = _frames(m), _frames(beside)
             _compact(file)
             if _frames(m) != before:
                 return MOVED
-            counted += _frames(beside) != before_beside
+            after_beside = _frames(beside)
+            moved = _blocks(
+                was for was, now in zip(before_beside, after_beside, strict=True) if was != now
+            )
+            shared = _blocks(before) & _blocks(before_beside)
+            counted += bool(moved & shared if shared else moved)
             if counted == _COUNTED:
                 return STAYED
     if not counted:
@@ -125,7 +133,9 @@ def after_pageout(file: File) -> str:
     Raises:
         UnsupportedError: where no memory can be swapped out.
     """
-    if len(Path("/proc/swaps").read_text(encoding="ascii").splitlines()) < 2:
+    swaps = Path("/proc/swaps")
+    # A kernel without swap has no such file.
+    if not swaps.exists() or len(swaps.read_text(encoding="ascii").splitlines()) < 2:
         raise UnsupportedError("the machine has no swap area")
     with _taken(file, memory.PMD_SIZE) as (m, _):
         try:
@@ -145,10 +155,11 @@ def _taken(file: File, length: int) -> Generator[tuple[Mapping, File]]:
     """Make a file of a length with all pages, and map what has them; yield the mapping and it.
 
     Raises:
-        UnsupportedError: without root.
+        UnsupportedError: without root, or where it may not have so many pages.
     """
     _need_root()
     with ExitStack() as made:
+        made.enter_context(_without_locked_limit())
         mine = made.enter_context(file.another(length))
         mine.resize(length)
         fd = mine.fd
@@ -157,8 +168,22 @@ def _taken(file: File, length: int) -> Generator[tuple[Mapping, File]]:
             fd = made.enter_context(mine.creation.backing(fd, pages))
             file.steps.note(f"a consumer takes {pages} pages; root maps the memfd that has them")
         m = made.enter_context(_aligned(mine, length, fd))
+        if file.steps.in_child(lambda: _touch(m, 0)) == "SIGBUS":
+            raise UnsupportedError("RLIMIT_MEMLOCK allows fewer pages")
         _touch(m, 0)
         yield m, mine
+
+
+@contextmanager
+def _without_locked_limit() -> Generator[None]:
+    """Lift RLIMIT_MEMLOCK where root may, because memfd_secret counts root's pages (Linux 7.3)."""
+    before = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    with suppress(ValueError):
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY,) * 2)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, before)
 
 
 @contextmanager
@@ -187,8 +212,8 @@ def _free_every_other(file: File, fd: int, length: int) -> None:
 
 def _touch(m: Mapping, first: int) -> None:
     """Read a byte of every page, or of each page with an odd number (``first`` is 1)."""
-    for offset in range(first << PAGE_SHIFT, m.length, PAGE_SIZE << first):
-        ctypes.string_at(m.address + offset, 1)
+    content = memoryview((ctypes.c_ubyte * m.length).from_address(m.address)).cast("B")
+    bytes(content[first << PAGE_SHIFT :: PAGE_SIZE << first])
 
 
 def _frames(m: Mapping) -> list[int]:
@@ -198,6 +223,11 @@ def _frames(m: Mapping) -> list[int]:
     """
     _touch(m, 1)
     return [entry & _FRAME for entry in _entries(m)[1::2]]
+
+
+def _blocks(frames: Iterable[int]) -> set[int]:
+    """Return the blocks that compaction looks at one after the other."""
+    return {frame // (memory.PMD_SIZE // PAGE_SIZE) for frame in frames}
 
 
 def _entries(m: Mapping) -> list[int]:
