@@ -90,10 +90,11 @@ NO_BLOCK_LAYER: Final = Fact(
 )
 SECRET_UNLOCKED: Final = Fact(
     "secret-unlocked",
-    "A mapping of memfd_secret was locked (VmLck) and counted for RLIMIT_MEMLOCK, as "
-    "memfd_secret(2) says. It is neither on 7.3.",
+    "A mapping of memfd_secret was locked (VmLck), and all of it counted for RLIMIT_MEMLOCK, as "
+    "memfd_secret(2) says. On 7.3 it is not locked, and a page counts from its first touch, which "
+    "is SIGBUS beyond the limit.",
     "5.14 to 6.18",
-    "runs on 6.18 and 7.3.4; mm/secretmem.c secretmem_mmap_prepare",
+    "runs on 6.18 and 7.3.4; mm/secretmem.c secretmem_mmap_prepare, secretmem_fault",
     "2026",
 )
 TMPFS_XATTR: Final = Fact(

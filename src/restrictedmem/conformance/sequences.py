@@ -126,6 +126,22 @@ def locked_limit(file: File) -> str:
     return file.steps.in_child(body)
 
 
+def touched_over_locked_limit(small: File) -> str:
+    """Fill twice as much as RLIMIT_MEMLOCK allows, in a child without capabilities."""
+
+    def body() -> str:
+        process.set_capabilities(0)
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (_LIMIT, _LIMIT))
+        file.steps.note(f"setrlimit(RLIMIT_MEMLOCK, {{{_LIMIT:#x}, {_LIMIT:#x}}})")
+        with mapping(file, length=2 * _LIMIT) as m:
+            m.fill(FILLED, 0, 2 * _LIMIT)
+            return m.values(0, 2 * _LIMIT)
+
+    with small.another(2 * _LIMIT) as file:
+        file.resize(2 * _LIMIT)
+        return file.steps.in_child(body)
+
+
 def _maps(file: File, length: int) -> int:
     with mapping(file, length=length):
         return 0

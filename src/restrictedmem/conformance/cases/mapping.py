@@ -234,6 +234,12 @@ CASES: Final[tuple[Case, ...]] = (
         f"{MM_TEST} test_mlock_limit; memfd_secret(2), RLIMIT_MEMLOCK",
         ("SEC-1", "SEC-2"),
     ),
+    file(
+        "mlock-limit-touched",
+        sequences.touched_over_locked_limit,
+        _by_owner("0xaa", "SIGBUS", secret=_unlocked("SIGBUS", "EAGAIN")),
+        "memfd_secret(2), RLIMIT_MEMLOCK; mm/secretmem.c secretmem_fault; runs on Linux 6.18, 7.3",
+    ),
     _advice("populate-read", MADV_POPULATE_READ, secret=_INVALID, gmem_private=Errno(EFAULT)),
     _advice("populate-write", MADV_POPULATE_WRITE, secret=_INVALID, gmem_private=Errno(EFAULT)),
     _advice("dontneed", mmap.MADV_DONTNEED, secret=_unlocked(None)),
