@@ -1,6 +1,6 @@
 """A worker of the conformance suite with cases that misbehave.
 
-``conformance_worker.py COLUMN`` runs cases of COLUMNS on a column. ``conformance_worker.py run
+``conformance_worker.py COLUMN CASE…`` runs some of CASES on a column. ``conformance_worker.py run
 CASE…`` runs some of CASES, as the command does, and prints each result with its steps.
 """
 
@@ -9,7 +9,7 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from typing import Final
 
@@ -135,14 +135,14 @@ COLUMNS: Final = (
 )
 
 
-def body(column: Column) -> Callable[[], None]:
+def body(column: Column, cases: Sequence[str]) -> Callable[[], None]:
     """Return the body of a worker for one of these columns."""
-    return lambda: serve(column.name, COLUMNS, CASES)
+    return lambda: serve(column.name, cases, COLUMNS, CASES)
 
 
 if __name__ == "__main__":
     if sys.argv[1] != "run":
-        serve(sys.argv[1], COLUMNS, CASES)
+        serve(sys.argv[1], sys.argv[2:], COLUMNS, CASES)
     else:
         cases = [case for case in CASES if case.id in sys.argv[2:]]
         with closing(run(COLUMNS[:1], cases, 1, body=body)) as results:

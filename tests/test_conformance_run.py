@@ -7,9 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import pytest
 
@@ -18,7 +19,7 @@ from processes import in_session, runs
 from restrictedmem.conformance.case import Case, Family
 from restrictedmem.conformance.columns import Column
 from restrictedmem.conformance.result import Result, Verdict
-from restrictedmem.conformance.run import run
+from restrictedmem.conformance.run import Body, run
 from waiting import PATIENCE, wait_until
 
 ONE, TWO, MISSING, HANGING = COLUMNS
@@ -28,8 +29,8 @@ def chosen(*names: str) -> list[Case]:
     return [case for case in CASES if case.id in names]
 
 
-def executes(*command: str) -> Callable[[Column], Callable[[], object]]:
-    return lambda _: lambda: os.execvp(command[0], command)
+def executes(*command: str) -> Body:
+    return lambda _column, _cases: lambda: os.execvp(command[0], command)
 
 
 def outcome(*names: str, columns: Sequence[Column] = (ONE,), jobs: int = 2) -> list[Result]:
@@ -187,14 +188,15 @@ def test_signals_and_limits_are_those_of_a_fresh_process() -> None:
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     program = str(Path(__file__).with_name("conformance_worker.py"))
-    done = subprocess.run(
-        [sys.executable, "-c", script, program, ONE.name],
-        input="state\n",
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
+    with TemporaryFile() as steps:
+        done = subprocess.run(
+            [sys.executable, "-c", script, program, ONE.name, "state"],
+            stdin=steps,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
     assert '"verdict": "pass"' in done.stdout.splitlines()[-1], done.stdout
 
 

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Final, final
+from typing import Final, TypeAlias, final
 
 from restrictedmem.abi import memory, process
 from restrictedmem.child import ends, fork
@@ -43,17 +43,19 @@ _PYTHON: Final = (
 )
 
 
-def body_of(column: Column) -> Callable[[], object]:
-    """Return what a column's process does: it is the worker, or executes a command around it."""
+#: Takes a column and the ids of its cases; returns what the process does that runs them.
+Body: TypeAlias = Callable[[Column, Sequence[str]], Callable[[], object]]
+
+
+def body_of(column: Column, cases: Sequence[str]) -> Callable[[], object]:
+    """Return a body that is the worker, or executes a command around it."""
     if not column.under:
-        return lambda: serve(column.name, COLUMNS, CASES)
-    worker = [
-        *(part.format(module="conformance.worker", function="main") for part in _PYTHON),
-        PACKAGE_ROOT,
-        column.name,
-    ]
-    outer = [part.format(module="cli.main", function="run") for part in _PYTHON]
-    command = [*outer, PACKAGE_ROOT, *column.under, *worker]
+        return lambda: serve(column.name, cases, COLUMNS, CASES)
+    outer, worker = (
+        [*(part.format(module=module, function=function) for part in _PYTHON), PACKAGE_ROOT]
+        for module, function in (("cli.main", "run"), ("conformance.worker", "main"))
+    )
+    command = [*outer, *column.under, *worker, column.name, *cases]
     return lambda: os.execv(command[0], command)
 
 
@@ -62,7 +64,7 @@ def run(
     cases: Sequence[Case],
     jobs: int,
     *,
-    body: Callable[[Column], Callable[[], object]] = body_of,
+    body: Body = body_of,
     deadline: float = DEADLINE,
 ) -> Generator[Result]:
     """Run cases on columns, ``jobs`` columns at the same time; yield results as they come.
@@ -88,7 +90,7 @@ def run(
             while waiting and len(running) < jobs:
                 part = waiting.popleft()
                 with _uninterrupted():
-                    running.append(_Worker(part, body(part.column), deadline))
+                    running.append(_Worker(part, body(part.column, part.cases), deadline))
             ready = readable(running, SLICE)
             for worker in tuple(running):
                 yield from worker.take() if worker in ready else worker.wait()
@@ -161,18 +163,16 @@ class _Worker:
     def __init__(self, part: _Part, body: Callable[[], object], deadline: float) -> None:
         self._part, self._left = part, deque(part.cases)
         self._deadline, self._clock = deadline, Clock()
-        self._got, self._steps = b"", list[str]()
+        self._got = b""
         self._silent = False
         self.over = False
         with ExitStack() as stack:
-            asked = stack.enter_context(memory.memfd_create("cases"))
-            text = "".join(f"{case}\n" for case in part.cases)
-            os.pwrite(asked.fileno(), text.encode(), 0)
-            self._words = stack.enter_context(memory.memfd_create("words"))
+            self._kept, self._words = (
+                stack.enter_context(memory.memfd_create(name)) for name in ("steps", "words")
+            )
             self._said, said = map(stack.enter_context, map(OwnedFd, os.pipe()))
-            given = asked.fileno(), said.fileno(), self._words.fileno()
+            given = self._kept.fileno(), said.fileno(), self._words.fileno()
             self.pid = fork(lambda: _begin(body, given), bound=True, keep=given)
-            asked.close()
             said.close()
             stack.pop_all()
 
@@ -203,24 +203,18 @@ class _Worker:
                 shown = line[:_WORDS].decode(errors="replace")
                 yield self._failed(f"the process of the case wrote no result, but {shown!r}")
                 return
-            if result is not None:
-                self._left.popleft()
-                self._steps, self._clock = [], Clock()
-                self.over = not self._left
-                yield result
+            self._left.popleft()
+            self._clock = Clock()
+            self.over = not self._left
+            yield result
 
-    def _heard(self, found: object) -> Result | None:
-        """Return a result; None for a line of the steps.
+    def _heard(self, found: object) -> Result:
+        """Return the result of the case that the process owes one.
 
         Raises:
-            ValueError: for anything else, and for the result of another case.
+            ValueError: for anything else.
         """
-        match found:
-            case [int(number), str(text)]:
-                self._steps[number:] = [text]
-                return None
-            case _:
-                result = load(Result, found)
+        result = load(Result, found)
         if (result.case, result.column) != (self._left[0], self._part.column.name):
             raise ValueError(f"the result of {result.case} on {result.column}")
         return result
@@ -229,7 +223,8 @@ class _Worker:
         """Return the result of the case that the process owes one."""
         self.over = True
         case, column = self._left.popleft(), self._part.column.name
-        return Result(case, column, Verdict.FAIL, why=why, steps=tuple(self._steps))
+        steps = os.pread(self._kept.fileno(), _LONGEST, 0).decode(errors="replace").splitlines()
+        return Result(case, column, Verdict.FAIL, why=why, steps=tuple(steps))
 
     def _how(self) -> str:
         """Say how the process ended."""
@@ -254,6 +249,7 @@ class _Worker:
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._said.close()
+        self._kept.close()
         self._words.close()
 
     def rest(self) -> _Part:

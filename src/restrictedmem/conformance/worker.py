@@ -1,8 +1,7 @@
 """The process that runs cases of one column.
 
-It reads ids of cases from stdin, one a line, and writes lines of JSON to stdout. A list of number
-and text is a line of the steps of the case that runs. An object is the case's result. A case that
-ends the process ends no other.
+It writes the result of each case to stdout, a line of JSON. stdin is a file in which it keeps the
+steps of the case that runs. So a case that ends the process ends no other, and leaves its steps.
 """
 
 import json
@@ -11,7 +10,8 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import final
 
 from restrictedmem.abi.process import PR_SET_PDEATHSIG, prctl
 from restrictedmem.conformance.case import Case, NotApplicable, Since, UnsupportedError
@@ -67,34 +67,55 @@ def judged(expected: object, seen: str) -> tuple[Verdict, str, str]:
     return (Verdict.PASS if seen == wanted else Verdict.FAIL), wanted, ""
 
 
+@final
+class _Kept:
+    """The steps of the case that runs, in a file that outlives this process."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        #: Where in the file each line begins.
+        self._starts = [0]
+
+    def tell(self, number: int, line: str) -> None:
+        """Write a line, which is new or has become longer."""
+        start, data = self._starts[number], f"{line}\n".encode()
+        os.pwrite(self._fd, data, start)
+        self._starts[number + 1 :] = [start + len(data)]
+
+    def clear(self) -> None:
+        """Forget all lines, for the next case."""
+        os.ftruncate(self._fd, 0)
+        self._starts = [0]
+
+
 def main() -> None:
-    """Run the cases that stdin names, on the column that the command line names."""
-    serve(sys.argv[1], COLUMNS, CASES)
+    """Run cases on a column, all of which the command line names."""
+    serve(sys.argv[1], sys.argv[2:], COLUMNS, CASES)
 
 
-def serve(name: str, columns: Iterable[Column], cases: Iterable[Case]) -> None:
-    """Run the cases of a table that stdin names, on a column of a table."""
+def serve(
+    name: str, asked: Sequence[str], columns: Iterable[Column], cases: Iterable[Case]
+) -> None:
+    """Run cases of a table on a column of a table, as ``main``."""
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     column = {column.name: column for column in columns}[name]
     known = {case.id: case for case in cases}
-    asked = sys.stdin.read().split()
     # Nothing that a case or its children print may look like a result.
     said = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)
+    kept = _Kept(0)
 
-    def say(found: object) -> None:
-        print(json.dumps(found), file=said, flush=True)
-
-    def tell(number: int, line: str) -> None:
-        say((number, line))
+    def say(result: Result) -> None:
+        print(json.dumps(result.dump()), file=said, flush=True)
+        kept.clear()
 
     mine = [known[each] for each in asked if each in known]
-    for result in results(column, mine, lambda: Steps(tell)):
-        say(result.dump())
+    for result in results(column, mine, lambda: Steps(kept.tell)):
+        say(result)
     for each in asked:
         if each not in known:
             why = "this version of the suite has no such case"
-            say(Result(each, column.name, Verdict.FAIL, why=why).dump())
+            say(Result(each, column.name, Verdict.FAIL, why=why))
