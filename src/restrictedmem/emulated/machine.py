@@ -233,8 +233,12 @@ def _command(
     kernel: Kernel, console: int, channel: int, first: int, *, attached: bool
 ) -> list[str]:
     """Return the command of QEMU."""
-    # A machine whose kernel has had an oops gives no more answers. Panics are shown at level 1.
-    append = "console=ttyS0 loglevel=1 panic=-1 oops=panic mitigations=off secretmem.enable=1"
+    # A machine whose kernel has had an oops gives no more answers. Panics are shown at level 1. The
+    # timer of a busy machine may be too late for the check of the kernel.
+    append = (
+        "console=ttyS0 loglevel=1 panic=-1 oops=panic no_timer_check mitigations=off"
+        " secretmem.enable=1"
+    )
     options = {
         "accel": "tcg,thread=multi",
         "machine": "q35",
