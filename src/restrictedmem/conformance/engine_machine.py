@@ -32,6 +32,8 @@ class EngineMachine(Machine):
     The guest runs in long mode at CPL 3. Its code lies in shared memory.
     """
 
+    by_message = True
+
     def __init__(self, steps: Steps, service: Service, engine: str) -> None:
         self._stack = ExitStack()
         self._service, self._engine = service, engine

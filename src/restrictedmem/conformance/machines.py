@@ -49,6 +49,9 @@ class Machine(ABC):
     those of its private files.
     """
 
+    #: Whether a call is a message to another process, so that a loop of thousands takes long.
+    by_message = False
+
     def __init__(self, steps: Steps, shared: mmap.mmap, flags: int = 0) -> None:
         self.steps = steps
         self.memory = shared
