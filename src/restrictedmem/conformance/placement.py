@@ -28,7 +28,7 @@ SWAPPED: Final = "swapped out"
 _FRAME: Final = (1 << 55) - 1
 _SWAPPED_BIT: Final = 62
 #: Bytes of the file and of the memfd beside it; tries, and how many of them have to count.
-_FILE: Final = 8 << 20
+_FILE: Final = 1 << 20
 _BESIDE: Final = 32 << 20
 _TRIES: Final = 8
 _COUNTED: Final = 3
