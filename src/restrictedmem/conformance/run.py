@@ -18,6 +18,7 @@ from restrictedmem.conformance.cases import CASES
 from restrictedmem.conformance.columns import COLUMNS, Column
 from restrictedmem.conformance.result import Result, Verdict, load
 from restrictedmem.conformance.worker import serve
+from restrictedmem.failure import named
 from restrictedmem.fd import OwnedFd, readable
 from restrictedmem.patience import SLICE, Clock, Patience
 from restrictedmem.service.exec_service import PACKAGE_ROOT
@@ -135,6 +136,14 @@ class _Part:
             yield Result(case, self.column.name, Verdict.FAIL, why=why)
 
 
+def _pipe() -> tuple[OwnedFd, OwnedFd]:
+    try:
+        reader, writer = os.pipe()
+    except OSError as error:
+        raise named("pipe", error) from None
+    return OwnedFd(reader), OwnedFd(writer)
+
+
 def _begin(body: Callable[[], object], given: Sequence[int]) -> None:
     """Be a column's process, with these standard descriptors.
 
@@ -170,7 +179,7 @@ class _Worker:
             self._kept, self._words = (
                 stack.enter_context(memory.memfd_create(name)) for name in ("steps", "words")
             )
-            self._said, said = map(stack.enter_context, map(OwnedFd, os.pipe()))
+            self._said, said = map(stack.enter_context, _pipe())
             given = self._kept.fileno(), said.fileno(), self._words.fileno()
             self.pid = fork(lambda: _begin(body, given), bound=True, keep=given)
             said.close()
