@@ -179,7 +179,9 @@ def _without_locked_limit() -> Generator[None]:
     """Lift RLIMIT_MEMLOCK where root may, because memfd_secret counts root's pages (Linux 7.3)."""
     before = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     with suppress(ValueError):
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY,) * 2)
+        resource.setrlimit(
+            resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        )
     try:
         yield
     finally:

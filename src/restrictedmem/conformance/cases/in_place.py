@@ -153,7 +153,7 @@ def _state(it: InPlace) -> object:
 
 
 def _kept(flags: int, it: InPlace) -> object:
-    """Convert a page to and fro with a mode; return what each side then finds."""
+    """Convert a page and back with a mode; return what each side then finds."""
     it.store(0, _A)
     it.convert(0, private=True, flags=flags)
     private = it.guest(0, _B)
@@ -213,8 +213,11 @@ def _refusal(fields: dict[str, Any], it: InPlace) -> object:
     return answer, *map(it.load, range(_FEW))
 
 
-def _raw(request: int, argument: Any, text: str, it: InPlace) -> object:
-    return outcome(lambda: it.steps.call(text, lambda: fcntl.ioctl(it.fd, request, argument)))
+def _raw(request: int, argument: int | bytes, text: str, it: InPlace) -> object:
+    def act() -> None:
+        fcntl.ioctl(it.fd, request, argument)
+
+    return outcome(lambda: it.steps.call(text, act))
 
 
 def _case(
