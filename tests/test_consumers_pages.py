@@ -6,7 +6,7 @@ A consumer takes pages of its windows, gives them back, and hears of punches.
 import os
 import socket
 from collections.abc import Iterator
-from errno import EACCES, EAGAIN, EFAULT, ENOENT
+from errno import EACCES, EAGAIN, EFAULT, ENOENT, ENOMEM
 from functools import partial
 
 import pytest
@@ -193,6 +193,27 @@ def test_lost_pages_are_refused_and_the_consumer_hears_of_all_of_them(
         Errno(EHWPOISON),
         0,
     ]
+
+
+@pytest.mark.parametrize("failing", ["Mapping", "MemfdFile.pages"])
+def test_a_window_that_cannot_be_made_keeps_no_descriptor(
+    failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = RestrictedFile(make("v10"), MemfdBacking(), Inode.make(0, 0))
+    memfd, sequence = (
+        OwnedFd(os.dup(number)) for number in (file.backing.fileno(), file.sequence().fd.fileno())
+    )
+    taken = Bound(1, 1, None, memfd, sequence, flags=0, order=0)
+
+    def refuse(*_: object) -> None:
+        raise OSError(ENOMEM, "refused")
+
+    monkeypatch.setattr(f"restrictedmem.consumer.bound_file.{failing}", refuse)
+    with pytest.raises(OSError, match="refused"):
+        BoundFile(taken, PageRange(pgoff_t(0), pgoff_t(8)), Heard(), lambda: None)
+    assert memfd.closed
+    assert sequence.closed
+    file.put()
 
 
 class Heard:
