@@ -2,23 +2,27 @@
 
 import os
 import struct
+from collections.abc import Callable
 from typing import Any, Final, cast
 
 import pytest
 
 from outcomes import Errno, outcome
+from planting import always, stub
 from restrictedmem.abi import kvm, memory
+from restrictedmem.consumer import Bound
 from restrictedmem.devkvm import VmFd
 from restrictedmem.fd import OwnedFd
 from restrictedmem.kvm.half import Half
 from restrictedmem.kvm.kernel import guest_system
 from restrictedmem.kvm.kernel.guest_system import System
 from restrictedmem.kvm.kernel.page_tables import USER, WRITABLE, PageTables
-from restrictedmem.kvm.kernel.private import GuestMemfdHalf, PrivateFile
+from restrictedmem.kvm.kernel.private import GuestMemfdHalf, PrivateFile, PrivateFiles
 from restrictedmem.kvm.kernel.slots import ByAddress, ByAttribute, KernelSlots, runs
 from restrictedmem.kvm.memslot import Memslot
 from restrictedmem.protocol import guest_abi
-from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PageRange, gfn_t, pgoff_t
+from restrictedmem.service.wire import BindingFlag
+from restrictedmem.units import MAX_FILE_BYTES, PAGE_SHIFT, PAGE_SIZE, PageRange, gfn_t, pgoff_t
 from software_machine import shared_half
 
 PAGE: Final = 4096
@@ -307,3 +311,32 @@ def test_runs_of_attributes() -> None:
     ]
     assert found == [(1, 2, False), (2, 5, True), (5, 8, False)]
     slot.close()
+
+
+def test_pages_are_counted_where_a_binding_hears_of_them() -> None:
+    """The binding is told of pages 16 to 31 of the file."""
+    counted: list[tuple[int, int]] = []
+
+    def resident_pages(offset: int, length: int) -> int:
+        counted.append((offset, length))
+        return 5
+
+    gmem = stub(flags=0, resident_pages=resident_pages)
+
+    def bind(_: bytes, window: PageRange, take: Callable[[Bound], object]) -> Bound:
+        del window, take
+        memfd, sequence = memory.memfd_create("file"), memory.memfd_create("sequence")
+        os.ftruncate(memfd.fileno(), 64 * PAGE_SIZE)
+        return Bound(7, 1, None, memfd, sequence, flags=BindingFlag.RANGE, order=0)
+
+    files = PrivateFiles(stub(create_guest_memfd=always(gmem)), stub(bind=bind), 0)
+    files.bind(b"", PageRange(pgoff_t(16), pgoff_t(32)))
+    spans = [(0, 17), (20, 22), (31, 40), (0, 16), (32, 40)]
+    found = [files.resident(7, PageRange(pgoff_t(first), pgoff_t(last))) for first, last in spans]
+    assert found == [5, 5, 5, 0, 0]
+    assert counted == [
+        (16 * PAGE_SIZE, PAGE_SIZE),
+        (20 * PAGE_SIZE, 2 * PAGE_SIZE),
+        (31 * PAGE_SIZE, PAGE_SIZE),
+    ]
+    assert files.resident(8, PageRange(pgoff_t(16), pgoff_t(17))) == 0
