@@ -38,6 +38,9 @@ COLUMNS_OF_VMS: Final = [
     if Family.VM in column.families and column.name != "software/in-place"
 ]
 
+#: How many cases pass at least on a column that the machine has.
+_FEWEST = 60
+
 
 # The cases.
 
@@ -49,8 +52,10 @@ def test_no_case_fails(column: Column) -> None:
     for result in results:
         assert result.verdict is not Verdict.FAIL, result
         assert result.why or result.verdict is Verdict.PASS, result
-    if column.target != "kernel-sw-protected":
-        assert sum(result.verdict is Verdict.PASS for result in results) > len(VM_CASES) / 2
+    if all(result.verdict is Verdict.UNSUPPORTED for result in results):
+        assert column.target not in ("software", "kernel-engine")
+        pytest.skip(results[0].why)
+    assert sum(result.verdict is Verdict.PASS for result in results) > _FEWEST
 
 
 def test_ids_are_unique_and_can_be_typed() -> None:
