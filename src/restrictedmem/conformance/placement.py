@@ -8,7 +8,8 @@ import ctypes
 import os
 import resource
 import struct
-from collections.abc import Generator, Iterable
+from collections import Counter
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE
 from pathlib import Path
@@ -27,51 +28,63 @@ STAYED: Final = "stayed"
 SWAPPED: Final = "swapped out"
 _FRAME: Final = (1 << 55) - 1
 _SWAPPED_BIT: Final = 62
-#: Bytes of the file and of the memfd beside it; tries, and how many of them have to count.
+#: Bytes of the file, and of the memfd beside it.
 _FILE: Final = 1 << 20
 _BESIDE: Final = 32 << 20
 _TRIES: Final = 8
-_COUNTED: Final = 3
+#: How many pages of the file have to be due to move before it is said that they stay.
+_DUE: Final = 10
+#: Frames of a block, in which compaction looks at all pages before it goes on.
+_BLOCK: Final = memory.PMD_SIZE // PAGE_SIZE
 _COMPACT: Final = Path("/proc/sys/vm/compact_memory")
 
 
 def after_compaction(file: File) -> str:
-    """Compact memory; say what became of the file's pages, of which every other one is free.
+    """Compact memory; say what became of the file's pages.
 
     Their place in the zone decides which pages move. So a memfd has holes before the file takes its
-    pages. A try counts if a page of the memfd has moved that shared a block with one of the file's.
-    The kernel puts pages that cannot move in blocks of their own. Then each page of the memfd
-    counts.
+    pages, and what has moved of it says how many pages of the file would have moved.
 
     Raises:
-        UnsupportedError: without root, or where compaction moves nothing.
+        UnsupportedError: without root, or where compaction moves too little.
     """
     _need_root()
-    counted = 0
+    due = 0.0
     with ExitStack() as kept:
         for _ in range(_TRIES):
             control = kept.enter_context(memory.memfd_create("control")).fileno()
             os.ftruncate(control, _BESIDE)
             beside = kept.enter_context(_aligned(file, _BESIDE, control))
-            _touch(beside, 0)
-            _free_every_other(file, control, _BESIDE)
-            m, mine = kept.enter_context(_taken(file, _FILE))
-            _free_every_other(file, mine.fd, _FILE)
-            before, before_beside = _frames(m), _frames(beside)
+            _touch(beside)
+            file.steps.note("every other page of it is punched")
+            for offset in range(0, _BESIDE, 2 * PAGE_SIZE):
+                memory.fallocate(control, memory.PUNCH, offset, PAGE_SIZE)
+            m, _ = kept.enter_context(_taken(file, _FILE))
+            before, before_beside = _frames(m), _frames(beside, 1)
             _compact(file)
             if _frames(m) != before:
                 return MOVED
-            after_beside = _frames(beside)
-            moved = _blocks(
-                was for was, now in zip(before_beside, after_beside, strict=True) if was != now
-            )
-            shared = _blocks(before) & _blocks(before_beside)
-            counted += bool(moved & shared if shared else moved)
-            if counted == _COUNTED:
+            due += _due(before, before_beside, _frames(beside, 1))
+            if due >= _DUE:
                 return STAYED
-    if not counted:
-        raise UnsupportedError(f"compaction moved nothing of {_TRIES} memfds")
-    return STAYED
+    raise UnsupportedError(f"compaction moved too little in {_TRIES} tries")
+
+
+def _due(file: list[int], before: list[int], after: list[int]) -> float:
+    """Return how many of a file's frames would be others if they were a memfd's.
+
+    ``before`` and ``after`` are a memfd's frames. In a block that has some of them, as many of the
+    file's move, in proportion. The kernel puts pages that cannot move in blocks of their own; then
+    all of the memfd's frames count.
+    """
+    there, moved = Counter[int](), Counter[int]()
+    for was, now in zip(before, after, strict=True):
+        there[was // _BLOCK] += 1
+        moved[was // _BLOCK] += was != now
+    near = [frame // _BLOCK for frame in file if frame // _BLOCK in there]
+    if not near:
+        return len(file) * moved.total() / len(before)
+    return sum(moved[block] / there[block] for block in near)
 
 
 def _compact(file: File) -> None:
@@ -91,7 +104,7 @@ def after_collapse(file: File) -> str:
     with memory.memfd_create("control") as control:
         os.ftruncate(control.fileno(), memory.PMD_SIZE)
         with _aligned(file, memory.PMD_SIZE, control.fileno()) as beside:
-            _touch(beside, 0)
+            _touch(beside)
             if _collapsed(beside) == STAYED:
                 raise UnsupportedError("the kernel collapses no memfd here")
     with _taken(file, memory.PMD_SIZE) as (m, _):
@@ -168,9 +181,9 @@ def _taken(file: File, length: int) -> Generator[tuple[Mapping, File]]:
             fd = made.enter_context(mine.creation.backing(fd, pages))
             file.steps.note(f"a consumer takes {pages} pages; root maps the memfd that has them")
         m = made.enter_context(_aligned(mine, length, fd))
-        if file.steps.in_child(lambda: _touch(m, 0)) == "SIGBUS":
+        if file.steps.in_child(lambda: _touch(m)) == "SIGBUS":
             raise UnsupportedError("RLIMIT_MEMLOCK allows fewer pages")
-        _touch(m, 0)
+        _touch(m)
         yield m, mine
 
 
@@ -201,35 +214,19 @@ def _aligned(file: File, length: int, fd: int) -> Generator[Mapping]:
         calls.munmap(area, size)
 
 
-def _free_every_other(file: File, fd: int, length: int) -> None:
-    """Punch pages 0, 2, 4 … of a descriptor that can be punched."""
-    try:
-        for offset in range(0, length, 2 * PAGE_SIZE):
-            memory.fallocate(fd, memory.PUNCH, offset, PAGE_SIZE)
-    except OSError as error:
-        file.steps.note(f"its pages cannot be punched: {Errno(error.errno or 0)}")
-    else:
-        file.steps.note("every other page is punched")
-
-
-def _touch(m: Mapping, first: int) -> None:
-    """Read a byte of every page, or of each page with an odd number (``first`` is 1)."""
+def _touch(m: Mapping, odd: int = 0) -> None:
+    """Read a byte of every page, or (``odd`` is 1) of each page with an odd number."""
     content = memoryview((ctypes.c_ubyte * m.length).from_address(m.address)).cast("B")
-    bytes(content[first << PAGE_SHIFT :: PAGE_SIZE << first])
+    bytes(content[odd << PAGE_SHIFT :: PAGE_SIZE << odd])
 
 
-def _frames(m: Mapping) -> list[int]:
-    """Return the frames of the pages with odd numbers, which nobody has punched.
+def _frames(m: Mapping, odd: int = 0) -> list[int]:
+    """Return the frames of its pages, or of those with odd numbers.
 
     A read waits for a migration of its page that is under way.
     """
-    _touch(m, 1)
-    return [entry & _FRAME for entry in _entries(m)[1::2]]
-
-
-def _blocks(frames: Iterable[int]) -> set[int]:
-    """Return the blocks that compaction looks at one after the other."""
-    return {frame // (memory.PMD_SIZE // PAGE_SIZE) for frame in frames}
+    _touch(m, odd)
+    return [entry & _FRAME for entry in _entries(m)[odd :: 1 + odd]]
 
 
 def _entries(m: Mapping) -> list[int]:
