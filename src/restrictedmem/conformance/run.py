@@ -31,6 +31,8 @@ _SILENT: Final = 2
 _ENDING: Final = 5.0
 #: Seconds between two looks at them.
 _LOOK: Final = 0.01
+#: Targets whose calls are messages to an engine.
+_ENGINES: Final = ("software", "kernel-engine")
 #: Bytes of a worker's last words that a result has, and of a line.
 _WORDS: Final = 400
 _LONGEST: Final = 1 << 20
@@ -70,8 +72,8 @@ def run(
 ) -> Generator[Result]:
     """Run cases on columns, ``jobs`` columns at the same time; yield results as they come.
 
-    Each column runs the cases of its families, in a process of its own (``body``). Those with VMs
-    take longest, and come first. A case whose
+    Each column runs the cases of its families, in a process of its own (``body``). Those that take
+    longest come first. A case whose
     process dies, or says nothing for ``deadline`` seconds, has failed; a new process runs the cases
     after it. When the iterator ends or is closed, all these processes are gone, with everything
     that they have started.
@@ -81,7 +83,7 @@ def run(
     """
     waiting = deque(
         _Part(column, mine)
-        for column in sorted(columns, key=lambda column: Family.VM not in column.families)
+        for column in sorted(columns, key=_turn)
         if (mine := [case.id for case in cases if case.family in column.families])
     )
     running: list[_Worker] = []
@@ -108,6 +110,11 @@ def run(
         for worker in running:
             worker.kill()
         _end([*running, *ended])
+
+
+def _turn(column: Column) -> tuple[bool, bool]:
+    """Return what comes first if it is small: VMs of the engines, then other VMs, then files."""
+    return Family.VM not in column.families, column.target not in _ENGINES
 
 
 @contextmanager
