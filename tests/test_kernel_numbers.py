@@ -11,6 +11,7 @@ import pytest
 import restrictedmem
 from restrictedmem import fd
 from restrictedmem.audit import attacker, held_guest, syscalls
+from restrictedmem.conformance import calls
 from restrictedmem.kvm import half
 from restrictedmem.kvm.software import unicorn
 from restrictedmem.mm import sequence
@@ -22,7 +23,7 @@ from test_abi import ask_headers
 
 SOURCE = Path(restrictedmem.__file__).parent
 MODULES: tuple[ModuleType, ...] = (
-    *(attacker, fd, guest_abi, half, held_guest, scout, seccomp_filter, sequence, syscalls),
+    *(attacker, calls, fd, guest_abi, half, held_guest, scout, seccomp_filter, sequence, syscalls),
     unicorn,
 )
 HEADERS = (

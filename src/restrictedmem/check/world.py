@@ -283,7 +283,7 @@ class World:
             set(),
             window,
         )
-        half.told = 0
+        half.told, half.in_place = 0, False
         half.pages, half.sequence = Pages(MappedFile(self), window, self.sequence), self.sequence
         half.order, half.may_have_folios = (
             (HUGE, True) if self.frames.kind != "memfd" else (0, False)

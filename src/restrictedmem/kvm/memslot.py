@@ -70,6 +70,7 @@ class MemfdHalf:
         "failed",
         "file",
         "half",
+        "in_place",
         "ino",
         "may_have_folios",
         "order",
@@ -98,6 +99,8 @@ class MemfdHalf:
         self.window = window
         self._unbind = unbind
         self.file = file
+        #: Whether the file is a guest_memfd, whose pages are converted in place.
+        self.in_place = file.is_guest_memfd
         self.order = file.order
         #: Whether a page may lie in a folio larger than itself.
         self.may_have_folios = file.blksize > PAGE_SIZE
@@ -198,7 +201,7 @@ class Memslot:
     @property
     def in_place(self) -> bool:
         """Whether both halves are one guest_memfd, whose pages are converted in place."""
-        return isinstance(self.private, MemfdHalf) and self.private.file.is_guest_memfd
+        return isinstance(self.private, MemfdHalf) and self.private.in_place
 
     def clip(self, start: gfn_t, end: gfn_t) -> tuple[gfn_t, gfn_t]:
         """Return the part of a range of guest pages that lies in this slot.

@@ -165,7 +165,7 @@ class VmMemory:
                 else self._engine.bind(token, window)
             )
         try:
-            in_place = isinstance(private, MemfdHalf) and private.file.is_guest_memfd
+            in_place = isinstance(private, MemfdHalf) and private.in_place
             if shared_fd is not None:
                 file = (
                     self._shared_files.of_guest_memfd(shared_fd.fileno())

@@ -11,6 +11,7 @@ from typing import Final
 from restrictedmem.conformance.case import Case, Family
 from restrictedmem.conformance.machines import DATA, PRIVATE, Machine
 from restrictedmem.conformance.outcome import outcome
+from restrictedmem.protocol.guest_abi import MAP_GPA_RANGE_ENCRYPTED
 from restrictedmem.units import PAGE_SIZE
 
 P: Final = PAGE_SIZE
@@ -24,7 +25,6 @@ _RANGES: Final = {
     "2m-from-second-page": (P, 2 * MB),
     "last-page": (2 * MB, P),
 }
-_MAP_PRIVATE: Final = 1 << 4
 
 #: What was looked at, what was there, and what ought to be there.
 Check = tuple[str, object, object]
@@ -201,7 +201,7 @@ def _by_hypercall(m: Machine) -> Generator[Check]:
     fd = _two_halves(m)
     m.host_fill(0, _SIZE, 0xCC)
     for name, (start, size) in _RANGES.items():
-        for attributes in (_MAP_PRIVATE, 0):
+        for attributes in (MAP_GPA_RANGE_ENCRYPTED, 0):
             asked = m.map_gpa_range(DATA + start, size // P, attributes)
             wanted = f"HYPERCALL MAP_GPA_RANGE {DATA + start:#x} {size // P} {attributes:#x}"
             yield f"{name}: the exit", asked, wanted
