@@ -96,7 +96,8 @@ def pin_pages(patch: pytest.MonkeyPatch) -> None:
 
 def show_a_pinned_file(_: pytest.MonkeyPatch) -> None:
     with memory.memfd_create("pinned") as fd:
-        file = stub(ino=1, order=0, blksize=PAGE_SIZE, sequence=None, memfd=fd, pages=fail)
+        parts = {"blksize": PAGE_SIZE, "sequence": None, "is_guest_memfd": False}
+        file = stub(ino=1, order=0, memfd=fd, pages=fail, **parts)
         window = PageRange(pgoff_t(0), pgoff_t(LARGE >> PAGE_SHIFT))
         memslot.MemfdHalf(file, 1, window, fail)
 
