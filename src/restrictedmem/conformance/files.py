@@ -10,7 +10,7 @@ import resource
 import signal
 import stat
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -376,7 +376,7 @@ class File:
         os.close(self.fd)
 
 
-def answers_of(act: Callable[[int], object], values: range | tuple[int, ...]) -> str:
+def answers_of(act: Callable[[int], object], values: Iterable[int]) -> str:
     """Do something with each value; return the different answers, sorted, as text."""
     found = {spell(outcome(partial(act, value))) for value in values}
     return ", ".join(sorted(found))

@@ -12,6 +12,7 @@ from restrictedmem.abi.kvm import (
 )
 from restrictedmem.abi.memory import memfd_create
 from restrictedmem.conformance.case import Case, Family, NotApplicable, Since
+from restrictedmem.conformance.cases.rows import unaligned
 from restrictedmem.conformance.facts import OVERLAP_IN_FILE, SIGNED_OFFSET
 from restrictedmem.conformance.machines import SLOT, Machine
 from restrictedmem.conformance.outcome import Errno, outcome
@@ -68,10 +69,8 @@ def _of_another_vm(m: Machine) -> object:
 
 
 def _unaligned_offsets(m: Machine) -> object:
-    """Bind at each offset in a page, or at some where a call is a message to another process."""
     fd = m.private_file(_FILE)
-    some = sorted({near for bit in range(12) for near in ((1 << bit), P - (1 << bit))})
-    offsets = some if m.by_message else range(1, P)
+    offsets = unaligned(by_message=m.by_message)
     with m.steps.summed(f"slots at {len(offsets)} offsets from 1 to {P - 1}"):
         answers = {bind(m, fd, offset=offset) for offset in offsets}
     return *answers, bind(m, fd)

@@ -16,6 +16,7 @@ from restrictedmem.conformance.cases.rows import (
     everywhere,
     file,
     only_gmem,
+    unaligned,
 )
 from restrictedmem.conformance.facts import FLAGS_OFFERED
 from restrictedmem.conformance.files import File, answers_of
@@ -24,7 +25,6 @@ from restrictedmem.units import PAGE_SIZE
 
 _FLAGS: Final = f"{POSTING}; memfd_create(2), memfd_secret(2)"
 _SIZES: Final = f"{GMEM_TEST} test_create_guest_memfd_invalid_sizes"
-_LOOP: Final = "each size from 1 to 4095"
 _NO_SIZE: Final = "its creation takes no size"
 _ASSERTED: Final = tuple(f"GM-SIZE-{size}" for size in range(1, PAGE_SIZE))
 
@@ -42,11 +42,11 @@ def _each_flag(file: File) -> tuple[str, str]:
 
 def _each_size(file: File) -> str:
     call = file.creation.says(file.creation.flags, 1)
+    # Where no VM makes it, a service does.
+    sizes = unaligned(by_message=file.creation.vm < 0)
     return file.steps.call(
-        f"{call}, for {_LOOP}",
-        lambda: answers_of(
-            lambda size: file.creation.make(file.creation.flags, size), range(1, PAGE_SIZE)
-        ),
+        f"{call}, for {len(sizes)} sizes from 1 to {PAGE_SIZE - 1}",
+        lambda: answers_of(lambda size: file.creation.make(file.creation.flags, size), sizes),
     )
 
 

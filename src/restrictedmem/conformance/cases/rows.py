@@ -1,11 +1,12 @@
 """Short ways to write a case of a descriptor."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from restrictedmem.conformance.case import Case, Family, NotApplicable
 from restrictedmem.conformance.files import File
 from restrictedmem.conformance.outcome import Errno
+from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE
 
 #: The selftest of guest_memfd.
 GMEM_TEST: Final = "tools/testing/selftests/kvm/guest_memfd_test.c"
@@ -26,6 +27,16 @@ def file(
 ) -> Case:
     """Write a case of a descriptor."""
     return Case(id, Family.FILE, does, expected, source, covers, divergence=divergence)
+
+
+def unaligned(*, by_message: bool) -> Sequence[int]:
+    """Return all numbers below a page, or 24 of them where a call is a message to a process.
+
+    The 24 are the powers of two, and what these lack of a page.
+    """
+    powers = [1 << bit for bit in range(PAGE_SHIFT)]
+    some = sorted({*powers, *(PAGE_SIZE - power for power in powers)})
+    return some if by_message else range(1, PAGE_SIZE)
 
 
 def private(answer: object) -> dict[str, object]:
