@@ -114,6 +114,16 @@ SIGNED_OFFSET: Final = Fact(
     "2026",
 )
 
+ENDLESS_PRE_FAULT: Final = Fact(
+    "endless-pre-fault",
+    "KVM_PRE_FAULT_MEMORY of a slot that is being deleted may retry for ever with page tables that"
+    " are obsolete. Only a signal ends it, and the deletion waits as long.",
+    "7.3 (seen there), and perhaps earlier ones",
+    "runs on 7.3.4; arch/x86/kvm/mmu/mmu.c kvm_tdp_page_prefault, kvm_handle_noslot_fault,"
+    " is_page_fault_stale",
+    "2026",
+)
+
 FACTS: Final = (
     OVERLAP_IN_FILE,
     ANON_FILE,
@@ -127,4 +137,5 @@ FACTS: Final = (
     SECRET_UNLOCKED,
     TMPFS_XATTR,
     SIGNED_OFFSET,
+    ENDLESS_PRE_FAULT,
 )
