@@ -32,10 +32,10 @@ _SWAPPED_BIT: Final = 62
 _FILE: Final = 1 << 20
 _BESIDE: Final = 32 << 20
 _TRIES: Final = 8
-#: How many pages of the file have to be due to move before it is said that they stay.
+#: How many parts of the file have to be due to move before it is said that they stay.
 _DUE: Final = 10
-#: Frames of a block, in which compaction looks at all pages before it goes on.
-_BLOCK: Final = memory.PMD_SIZE // PAGE_SIZE
+#: Frames that lie so close together that compaction looks at all of them or at none.
+_CLOSE: Final = 64
 _COMPACT: Final = Path("/proc/sys/vm/compact_memory")
 
 
@@ -43,7 +43,7 @@ def after_compaction(file: File) -> str:
     """Compact memory; say what became of the file's pages.
 
     Their place in the zone decides which pages move. So a memfd has holes before the file takes its
-    pages, and what has moved of it says how many pages of the file would have moved.
+    pages, and what has moved of it says how much of the file would have moved.
 
     Raises:
         UnsupportedError: without root, or where compaction moves too little.
@@ -71,20 +71,20 @@ def after_compaction(file: File) -> str:
 
 
 def _due(file: list[int], before: list[int], after: list[int]) -> float:
-    """Return how many of a file's frames would be others if they were a memfd's.
+    """Return how many parts of a file would have moved if its frames were a memfd's.
 
-    ``before`` and ``after`` are a memfd's frames. In a block that has some of them, as many of the
-    file's move, in proportion. The kernel puts pages that cannot move in blocks of their own; then
-    all of the memfd's frames count.
+    ``before`` and ``after`` are a memfd's frames. The file's frames of one part are close together,
+    and as much of the part was due to move as of the memfd's frames there. The kernel puts pages
+    that cannot move in blocks of their own. Then all of the memfd's frames count.
     """
     there, moved = Counter[int](), Counter[int]()
     for was, now in zip(before, after, strict=True):
-        there[was // _BLOCK] += 1
-        moved[was // _BLOCK] += was != now
-    near = [frame // _BLOCK for frame in file if frame // _BLOCK in there]
-    if not near:
-        return len(file) * moved.total() / len(before)
-    return sum(moved[block] / there[block] for block in near)
+        there[was // _CLOSE] += 1
+        moved[was // _CLOSE] += was != now
+    parts = {frame // _CLOSE for frame in file}
+    if parts.isdisjoint(there):
+        return len(parts) * moved.total() / len(before)
+    return sum(moved[part] / there[part] for part in parts if part in there)
 
 
 def _compact(file: File) -> None:
