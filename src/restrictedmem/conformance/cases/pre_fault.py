@@ -89,6 +89,10 @@ def _private_without_file(m: Machine) -> object:
     return outcome(lambda: m.pre_fault(DATA, P))
 
 
+def _interrupt(_number: int, _frame: object) -> None:
+    """End a system call with EINTR."""
+
+
 def _beside_deletions(m: Machine) -> object:
     """Map memory while its slot is deleted and made; each call has done something or fails."""
     fd = m.private_file(_SIZE)
@@ -121,7 +125,7 @@ def _beside_deletions(m: Machine) -> object:
     mapper = threading.Thread(target=map_all)
     # The deletion waits for the call. A channel to an engine would not bear the signal.
     watcher = threading.Thread(target=(lambda: None) if m.by_message else watch)
-    handler = signal.signal(signal.SIGUSR1, lambda *_: None)
+    handler = signal.signal(signal.SIGUSR1, _interrupt)
     with m.steps.summed(f"KVM_PRE_FAULT_MEMORY beside {_ROUNDS} deletions of the slot"):
         mapper.start()
         watcher.start()
