@@ -21,14 +21,16 @@ from restrictedmem.service.exec_service import PACKAGE_ROOT
 #: Seconds without a result that are allowed: a case has its own deadline there.
 _SILENCE: Final = DEADLINE + 60.0
 _ASKED: Final = "asked.json"
-#: The standard streams are those of the console.
+#: The standard streams are those of the console. Its last line is the program's, not the kernel's.
 _PROGRAM: Final = """\
 for place in tmp run var/tmp dev/shm sys/fs/cgroup; do /bin/busybox mkdir -p /$place; done
 /bin/busybox mount -t cgroup2 cgroup2 /sys/fs/cgroup 2>/dev/null
 ulimit -Hn 524288
 export HOME=/run LANG=C.UTF-8 PATH=/bin
 {python} -I -c '{start}' {there} /{asked} >/dev/ttyS1
-echo "end $?" >/dev/ttyS1
+status=$?
+echo 0 >/proc/sys/kernel/printk
+echo "end $status" >/dev/ttyS1
 /bin/busybox poweroff -f
 """
 _START: Final = (
