@@ -4,14 +4,14 @@ from dataclasses import replace
 from typing import Final
 
 from restrictedmem.conformance.facts import OVERLAP_IN_FILE
-from restrictedmem.conformance.report import CaseNote, ColumnNote, Report
 from restrictedmem.conformance.result import Result, Verdict
+from restrictedmem.conformance.suite_report import CaseNote, ColumnNote, SuiteReport
 
 #: Text that a terminal or a browser would obey.
 EVIL: Final = "<b>\"'\x1b[2J&\u202e\ud800</script><img src=x onerror=alert(1)>"
 
 
-def a_report() -> Report:
+def a_report() -> SuiteReport:
     """Return a report with each verdict, a column that is lacking, and two that fail alike."""
     steps = ("fd = open() = 3", "read(fd, buf, 64) = -1 EPERM")
     results = (
@@ -24,7 +24,7 @@ def a_report() -> Report:
         Result("bind-again", "two/b", Verdict.UNSUPPORTED, why="no guest runs"),
         Result("bind-again", "none", Verdict.UNSUPPORTED, why="there is none"),
     )
-    return Report(
+    return SuiteReport(
         1,
         "0.1.0",
         "6.18",
@@ -40,9 +40,9 @@ def a_report() -> Report:
     )
 
 
-def evil(report: Report) -> Report:
+def evil(report: SuiteReport) -> SuiteReport:
     """Return a report with hostile text in each field."""
-    return Report(
+    return SuiteReport(
         1,
         EVIL,
         EVIL,
@@ -70,7 +70,7 @@ def evil_result() -> Result:
     return Result(f"read {EVIL}\n", "one", Verdict.FAIL, EVIL, EVIL, EVIL, (EVIL,))
 
 
-def many_columns() -> Report:
+def many_columns() -> SuiteReport:
     """Return a report with sixteen columns and long texts."""
     names = [f"kernel-sw-protected/flags={number}" for number in range(16)]
     name = "a-case-with-a-name-that-is-rather-long"

@@ -17,8 +17,8 @@ from restrictedmem.child import fork
 from restrictedmem.conformance.case import Case, Family, NotApplicable, UnsupportedError
 from restrictedmem.conformance.columns import Column, Ground
 from restrictedmem.conformance.outcome import Errno
-from restrictedmem.conformance.run import run
 from restrictedmem.conformance.steps import Steps
+from restrictedmem.conformance.suite_run import run
 from restrictedmem.conformance.worker import serve
 
 

@@ -29,7 +29,7 @@ import emulation
 import hugetlb
 from restrictedmem.abi import memory, process, seccomp
 from restrictedmem.devkvm import Kvm
-from restrictedmem.emulated.machine import EmulationError, Kernel
+from restrictedmem.emulated.emulated_machine import EmulationError, Kernel
 from restrictedmem.kvm.kernel.kernel_vm import new_vm
 from restrictedmem.service.cgroup import Cgroup
 from turns import Turns

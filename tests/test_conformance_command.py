@@ -23,9 +23,9 @@ from restrictedmem.conformance.cases import CASES, SUBJECTS
 from restrictedmem.conformance.columns import COLUMNS, column_of
 from restrictedmem.conformance.facts import FACTS, OVERLAP_IN_FILE
 from restrictedmem.conformance.outcome import Errno
-from restrictedmem.conformance.report import CaseNote, Report, differences, spans
 from restrictedmem.conformance.result import Result, Verdict
-from restrictedmem.conformance.run import run
+from restrictedmem.conformance.suite_report import CaseNote, SuiteReport, differences, spans
+from restrictedmem.conformance.suite_run import run
 from users import as_user
 from waiting import PATIENCE, wait_until
 
@@ -178,13 +178,13 @@ def test_every_case_has_a_subject_and_an_id_of_its_own() -> None:
 
 def test_a_report_comes_back_as_it_was() -> None:
     report = a_report()
-    assert Report.load(json.dumps(report.dump()).encode()) == report
+    assert SuiteReport.load(json.dumps(report.dump()).encode()) == report
 
 
 def test_a_report_of_a_run() -> None:
     columns, cases = [column_of("memfd"), column_of("posting")], CASES[:2]
     results = list(run(columns, cases, 2))
-    report = Report.of(columns, cases, results[::-1], kernel="x", date="y", seconds=1.23456)
+    report = SuiteReport.of(columns, cases, results[::-1], kernel="x", date="y", seconds=1.23456)
     assert [(each.case, each.column) for each in report.results] == [
         (case.id, column.name) for case in cases for column in columns
     ]
@@ -286,7 +286,7 @@ def test_a_run_as_a_command(tmp_path: Path) -> None:
     page, file = tmp_path / "page.html", tmp_path / "found.json"
     done = command(*MEMFD, "--json", str(file), "--html", str(page))
     assert (done.returncode, done.stderr) == (0, "")
-    report = Report.load(file.read_bytes())
+    report = SuiteReport.load(file.read_bytes())
     assert done.stdout == "\n".join(table.lines(report, colour=False)) + "\n"
     (only,) = report.results
     assert (only.column, only.case, only.verdict) == ("memfd", "read", Verdict.PASS)
@@ -303,7 +303,7 @@ def test_a_terminal_that_has_no_lines_to_draw_with() -> None:
 def test_json_on_stdout_is_alone_there() -> None:
     done = command(*MEMFD, "--json", "-")
     assert (done.returncode, done.stderr) == (0, "")
-    assert Report.load(done.stdout.encode()).results[0].case == "read"
+    assert SuiteReport.load(done.stdout.encode()).results[0].case == "read"
 
 
 def test_tap_on_stdout_is_alone_there() -> None:

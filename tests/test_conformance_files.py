@@ -18,7 +18,7 @@ from restrictedmem.conformance.columns import COLUMNS, Column, column_of
 from restrictedmem.conformance.facts import ANON_NOEXEC, FACTS
 from restrictedmem.conformance.outcome import Errno
 from restrictedmem.conformance.result import Verdict
-from restrictedmem.conformance.run import run
+from restrictedmem.conformance.suite_run import run
 from restrictedmem.conformance.worker import judged, results
 
 TESTS = Path(__file__).parent

@@ -9,7 +9,7 @@ from restrictedmem.conformance.case import Case, NotApplicable
 from restrictedmem.conformance.cases import CASES, SUBJECTS
 from restrictedmem.conformance.columns import column_of
 from restrictedmem.conformance.result import Verdict
-from restrictedmem.conformance.run import run
+from restrictedmem.conformance.suite_run import run
 from test_conformance_vm import keys_of
 
 IN_PLACE: Final = column_of("software/in-place")

@@ -10,7 +10,7 @@ import pytest
 import browser
 from conformance_reports import EVIL, a_report, evil, many_columns
 from restrictedmem.conformance import page
-from restrictedmem.conformance.report import Report
+from restrictedmem.conformance.suite_report import SuiteReport
 from restrictedmem.text import plain
 
 needs_browser = pytest.mark.requires("chromium")
@@ -31,7 +31,7 @@ def shown(tmp_path: Path) -> Path:
     return write(tmp_path, a_report())
 
 
-def write(place: Path, report: Report) -> Path:
+def write(place: Path, report: SuiteReport) -> Path:
     path = place / "page.html"
     path.write_text(page.of(report), encoding="utf-8")
     return path
@@ -56,7 +56,7 @@ class _Text(HTMLParser):
             self.text += data
 
 
-def read(report: Report) -> _Text:
+def read(report: SuiteReport) -> _Text:
     found = _Text()
     found.feed(page.of(report))
     return found

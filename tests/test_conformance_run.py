@@ -19,7 +19,7 @@ from processes import in_session, runs
 from restrictedmem.conformance.case import Case, Family
 from restrictedmem.conformance.columns import Column
 from restrictedmem.conformance.result import Result, Verdict
-from restrictedmem.conformance.run import Body, run
+from restrictedmem.conformance.suite_run import Body, run
 from waiting import PATIENCE, wait_until
 
 ONE, TWO, MISSING, HANGING = COLUMNS

@@ -15,8 +15,8 @@ from restrictedmem.conformance.columns import COLUMNS, Column, column_of, having
 from restrictedmem.conformance.machines import DATA, Machine, spell_exit, uniform
 from restrictedmem.conformance.outcome import Errno, outcome
 from restrictedmem.conformance.result import Verdict
-from restrictedmem.conformance.run import run
 from restrictedmem.conformance.steps import Steps
+from restrictedmem.conformance.suite_run import run
 from restrictedmem.protocol import exits
 
 REFERENCE: Final = Path(__file__).parent.parent / "docs" / "reference"

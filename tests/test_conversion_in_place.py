@@ -20,7 +20,7 @@ from restrictedmem.abi.kvm import (
     KVM_SET_MEMORY_ATTRIBUTES2,
     kvm_memory_attributes2,
 )
-from restrictedmem.conformance.in_place import (
+from restrictedmem.conformance.in_place_machine import (
     SHARED,
     InPlace,
     machine,

@@ -32,7 +32,7 @@ from restrictedmem.abi.kvm import (
 )
 from restrictedmem.abi.process import PR_SET_CHILD_SUBREAPER, prctl
 from restrictedmem.audit.syscalls import io_uring_read, process_vm_readv
-from restrictedmem.conformance.in_place import (
+from restrictedmem.conformance.in_place_machine import (
     PRIVATE,
     SHARED,
     InPlace,

@@ -17,14 +17,19 @@ from typing import Final
 import pytest
 
 from processes import Process, children, wait_gone
-from restrictedmem.conformance import emulated as emulated_run
+from restrictedmem.conformance import emulated_run
 from restrictedmem.conformance.cases import SUBJECTS
 from restrictedmem.conformance.columns import column_of
-from restrictedmem.conformance.emulated import EmulatedRun
+from restrictedmem.conformance.emulated_run import EmulatedRun
 from restrictedmem.conformance.result import Result, Verdict
-from restrictedmem.emulated import machine
+from restrictedmem.emulated import emulated_machine
+from restrictedmem.emulated.emulated_machine import (
+    EmulatedMachine,
+    EmulationError,
+    Kernel,
+    initramfs,
+)
 from restrictedmem.emulated.initramfs import archive
-from restrictedmem.emulated.machine import EmulationError, Kernel, Machine, initramfs
 from restrictedmem.fd import readable
 from waiting import wait_until
 
@@ -45,9 +50,9 @@ def release_of(image: Path) -> str:
 
 
 @contextmanager
-def booted(program: str) -> Generator[Machine]:
+def booted(program: str) -> Generator[EmulatedMachine]:
     kernel = Kernel(IMAGE, memory="512M")
-    with Machine(kernel, initramfs(kernel, program)) as running:
+    with EmulatedMachine(kernel, initramfs(kernel, program)) as running:
         yield running
 
 
@@ -83,13 +88,13 @@ def test_a_kernel_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Kernel(IMAGE, memory="512M")
     # It finds no program to begin with.
     first = b"".join(archive([("nothing", b"")]))
-    with Machine(kernel, first) as running:
+    with EmulatedMachine(kernel, first) as running:
         with pytest.raises(EmulationError, match="the kernel panicked: ") as caught:
             list(running.lines(PATIENCE))
         assert "CONFIG_BLK_DEV_INITRD" in caught.value.hint
-    monkeypatch.setattr(machine, "BOOT_DEADLINE", 0.1)
+    monkeypatch.setattr(emulated_machine, "BOOT_DEADLINE", 0.1)
     with (
-        Machine(kernel, first) as running,
+        EmulatedMachine(kernel, first) as running,
         pytest.raises(EmulationError, match=r"the kernel has said nothing for 0\.1 s"),
     ):
         list(running.lines(PATIENCE))
@@ -99,7 +104,7 @@ def test_a_kernel_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_qemu_says_why_it_does_not_run() -> None:
     kernel = Kernel(IMAGE, memory="nonsense")
     with (
-        Machine(kernel, initramfs(kernel, "")) as running,
+        EmulatedMachine(kernel, initramfs(kernel, "")) as running,
         pytest.raises(EmulationError, match=r"^qemu-system-x86_64: .*nonsense"),
     ):
         list(running.lines(PATIENCE))

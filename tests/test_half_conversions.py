@@ -25,7 +25,7 @@ from restrictedmem.kvm.mmu import Fault, Mmu
 from restrictedmem.kvm.software.software_vm import SoftwareVm
 from restrictedmem.kvm.vm_memory import VmMemory
 from restrictedmem.kvm.whole import begun, whole
-from restrictedmem.mm import attributes as attributes_module
+from restrictedmem.mm import page_attributes
 from restrictedmem.mm.notifier import Api
 from restrictedmem.platform.platform import NoPlatform
 from restrictedmem.protocol.trace_events import Trace
@@ -329,7 +329,7 @@ def test_a_slot_is_known_everywhere_or_nowhere_whatever_fails(
 def test_a_list_that_is_full_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     window = Window()
     before = window.state()
-    monkeypatch.setattr(attributes_module, "_MAX_CHANGES", 1)
+    monkeypatch.setattr(page_attributes, "_MAX_CHANGES", 1)
     with pytest.raises(OSError) as caught:
         window.convert()
     assert caught.value.errno == ENOMEM

@@ -14,10 +14,10 @@ from restrictedmem.abi.kvm import (
     KVM_SET_MEMORY_ATTRIBUTES2_ZERO,
     kvm_memory_attributes2,
 )
-from restrictedmem.conformance.in_place import PRIVATE, SHARED
+from restrictedmem.conformance.in_place_machine import PRIVATE, SHARED
 from restrictedmem.conformance.outcome import Errno, outcome
-from restrictedmem.fs.guest_memfd import Conversion, name_of, parse_name
-from restrictedmem.mm.guest_memfd import GuestMemfd
+from restrictedmem.fs.guest_memfd_requests import AttributesRequest, name_of, parse_name
+from restrictedmem.mm.guest_memfd_file import GuestMemfdFile
 from restrictedmem.mm.inode import Inode
 from restrictedmem.units import PageRange, pgoff_t
 
@@ -26,8 +26,8 @@ NPAGES = 4
 
 
 @contextmanager
-def made(flags: int, limit: int | None = None) -> Generator[GuestMemfd]:
-    file = GuestMemfd(NPAGES * P, flags, Inode.make(0, 0), limit=limit)
+def made(flags: int, limit: int | None = None) -> Generator[GuestMemfdFile]:
+    file = GuestMemfdFile(NPAGES * P, flags, Inode.make(0, 0), limit=limit)
     try:
         yield file
     finally:
@@ -35,7 +35,7 @@ def made(flags: int, limit: int | None = None) -> Generator[GuestMemfd]:
 
 
 @pytest.fixture
-def file() -> Iterator[GuestMemfd]:
+def file() -> Iterator[GuestMemfdFile]:
     with made(SHARED) as file:
         yield file
 
@@ -48,18 +48,20 @@ def nothing(_: PageRange) -> None:
     """Have no page cache."""
 
 
-def content(file: GuestMemfd, page: int) -> object:
+def content(file: GuestMemfdFile, page: int) -> object:
     return outcome(lambda: file.read(page * P, P)[0])
 
 
-def change(file: GuestMemfd, page: int, value: int) -> object:
+def change(file: GuestMemfdFile, page: int, value: int) -> object:
     return outcome(lambda: file.write_back(page * P, bytes([value]) * P))
 
 
 EIO = Errno(errno.EIO)
 
 
-def test_a_page_that_is_about_to_be_private_is_written_back_and_not_read(file: GuestMemfd) -> None:
+def test_a_page_that_is_about_to_be_private_is_written_back_and_not_read(
+    file: GuestMemfdFile,
+) -> None:
     answers: list[object] = []
 
     def drop(pages: PageRange) -> None:
@@ -74,7 +76,7 @@ def test_a_page_that_is_about_to_be_private_is_written_back_and_not_read(file: G
 
 
 @pytest.mark.parametrize("private", [True, False])
-def test_a_conversion_that_fails_changes_nothing(file: GuestMemfd, private: bool) -> None:
+def test_a_conversion_that_fails_changes_nothing(file: GuestMemfdFile, private: bool) -> None:
     def drop(_: PageRange) -> None:
         raise OSError(errno.EIO, "the process is gone")
 
@@ -88,7 +90,7 @@ def test_a_conversion_that_fails_changes_nothing(file: GuestMemfd, private: bool
     assert content(file, 0) == 7
 
 
-def test_only_pages_that_change_are_dropped(file: GuestMemfd) -> None:
+def test_only_pages_that_change_are_dropped(file: GuestMemfdFile) -> None:
     dropped: list[PageRange] = []
     file.convert(span(0, 2), private=True, zero=False, drop=dropped.append)
     file.convert(span(0, 4), private=True, zero=False, drop=dropped.append)
@@ -97,7 +99,7 @@ def test_only_pages_that_change_are_dropped(file: GuestMemfd) -> None:
     assert dropped == [span(0, 2), span(2, 4), span(1, 2)]
 
 
-def test_a_read_of_several_pages_is_refused_for_one_private_page(file: GuestMemfd) -> None:
+def test_a_read_of_several_pages_is_refused_for_one_private_page(file: GuestMemfdFile) -> None:
     """The kernel then asks for the page alone that was touched."""
     file.convert(span(3, 4), private=True, zero=False, drop=nothing)
     assert outcome(lambda: file.read(0, 4 * P)) == EIO
@@ -128,7 +130,7 @@ def test_a_request_is_refused_or_lies_in_the_file(
 ) -> None:
     asked = kvm_memory_attributes2(offset=offset, size=size, attributes=attributes, flags=flags)
     with suppress(OSError):
-        found = Conversion.of(asked, NPAGES * P)
+        found = AttributesRequest.of(asked, NPAGES * P)
         assert 0 <= found.span.start < found.span.end <= NPAGES
         assert (found.span.start * P, len(found.span) * P) == (offset, size)
         assert found.private == (attributes == KVM_MEMORY_ATTRIBUTE_PRIVATE)

@@ -66,7 +66,7 @@ TestPageAttributes.settings = settings(max_examples=40, stateful_step_count=30, 
 
 
 def test_attributes_do_not_grow_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("restrictedmem.mm.attributes._MAX_CHANGES", 8)
+    monkeypatch.setattr("restrictedmem.mm.page_attributes._MAX_CHANGES", 8)
     attributes = Attributes(Api.V10)
     for gfn in range(0, 8, 2):
         attributes.set(gfn_t(gfn), gfn_t(gfn + 1), private=True)

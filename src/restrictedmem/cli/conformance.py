@@ -21,8 +21,8 @@ from restrictedmem.text import Line, duration, plain
 if TYPE_CHECKING:
     from restrictedmem.conformance.case import Case
     from restrictedmem.conformance.columns import Column
-    from restrictedmem.conformance.report import Report
     from restrictedmem.conformance.result import Result
+    from restrictedmem.conformance.suite_report import SuiteReport
 
 _T = TypeVar("_T")
 
@@ -189,12 +189,12 @@ def _chosen(
 
 
 def _run(args: argparse.Namespace, columns: "list[Column]", cases: "list[Case]") -> int:
-    from restrictedmem.conformance.run import run
-    from restrictedmem.emulated.machine import EmulationError, Kernel
+    from restrictedmem.conformance.suite_run import run
+    from restrictedmem.emulated.emulated_machine import EmulationError, Kernel
 
     if args.kernel is None:
         return _report(args, columns, cases, run, lambda: os.uname().release)
-    from restrictedmem.conformance.emulated import EmulatedRun
+    from restrictedmem.conformance.emulated_run import EmulatedRun
 
     try:
         emulated = EmulatedRun(Kernel(args.kernel, args.modules))
@@ -212,7 +212,7 @@ def _report(
 ) -> int:
     """Run cases on columns, and report the results."""
     from restrictedmem.conformance import page, table
-    from restrictedmem.conformance.report import Report
+    from restrictedmem.conformance.suite_report import SuiteReport
 
     jobs = args.jobs or len(os.sched_getaffinity(0))
     count = sum(case.family in column.families for case in cases for column in columns)
@@ -223,7 +223,7 @@ def _report(
         html = None if args.html is None else stack.enter_context(NewFile(args.html))
         results = stack.enter_context(closing(run(columns, cases, jobs)))
         found = list(_as_tap(results, count) if args.tap else _with_progress(results, count))
-        report = Report.of(
+        report = SuiteReport.of(
             columns,
             cases,
             found,
@@ -273,7 +273,7 @@ def _as_tap(results: "Iterable[Result]", count: int) -> "Iterator[Result]":
 
 
 def _diff(before: str, after: str) -> int:
-    from restrictedmem.conformance.report import counted, differences
+    from restrictedmem.conformance.suite_report import counted, differences
 
     one, other = _read(before), _read(after)
     if not one.names() & other.names():
@@ -289,12 +289,12 @@ def _diff(before: str, after: str) -> int:
     return 1 if found else 0
 
 
-def _read(name: str) -> "Report":
-    from restrictedmem.conformance.report import LARGEST, Report
+def _read(name: str) -> "SuiteReport":
+    from restrictedmem.conformance.suite_report import LARGEST, SuiteReport
 
     try:
         with open(name, "rb") as file:
-            return Report.load(file.read(LARGEST + 1))
+            return SuiteReport.load(file.read(LARGEST + 1))
     except OSError as error:
         raise CommandError(line_of(named("open", error, name)), status=2) from None
     except ValueError as error:

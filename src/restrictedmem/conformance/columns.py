@@ -12,7 +12,7 @@ from restrictedmem.conformance import holder
 from restrictedmem.conformance.case import Case, Family, UnsupportedError
 from restrictedmem.conformance.engine_machine import EngineMachine
 from restrictedmem.conformance.files import Creation, File
-from restrictedmem.conformance.in_place import SHARED, InPlaceMachine, creation_of
+from restrictedmem.conformance.in_place_machine import SHARED, InPlaceMachine, creation_of
 from restrictedmem.conformance.kernel_machine import KernelMachine
 from restrictedmem.conformance.machines import Machine
 from restrictedmem.conformance.steps import Steps

@@ -8,7 +8,7 @@ from typing import Final
 from restrictedmem.conformance.case import Case
 from restrictedmem.conformance.cases import SUBJECTS
 from restrictedmem.conformance.columns import Column
-from restrictedmem.conformance.report import alone, counted, spans, spell_expected
+from restrictedmem.conformance.suite_report import alone, counted, spans, spell_expected
 
 _WIDTH: Final = 80
 

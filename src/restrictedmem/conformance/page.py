@@ -9,8 +9,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Final, final
 
-from restrictedmem.conformance.report import CaseNote, Report, counted, spans
 from restrictedmem.conformance.result import Result, Verdict
+from restrictedmem.conformance.suite_report import CaseNote, SuiteReport, counted, spans
 from restrictedmem.text import duration, plain
 
 #: The class of each verdict in page.css and page.js, its mark, and its words.
@@ -25,7 +25,7 @@ _SHOWN: Final = {
 _FIRST: Final = (Verdict.FAIL, Verdict.KNOWN)
 
 
-def of(report: Report) -> str:
+def of(report: SuiteReport) -> str:
     """Return the page of a report, of which every text is escaped."""
     return _Page(report).text()
 
@@ -47,7 +47,7 @@ def _hash(text: str) -> str:
 class _Page:
     """The parts of a page, each a list of lines."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: SuiteReport) -> None:
         self._report = report
         self._lacking = report.lacking()
         self._names = report.present()

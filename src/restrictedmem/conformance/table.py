@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Final
 
-from restrictedmem.conformance.report import Report, alone, counted
 from restrictedmem.conformance.result import Result, Verdict
+from restrictedmem.conformance.suite_report import SuiteReport, alone, counted
 from restrictedmem.text import duration, plain
 
 MARKS: Final = {
@@ -34,7 +34,7 @@ _SCREEN: Final = 40
 _NAMED: Final = 4
 
 
-def lines(report: Report, *, colour: bool) -> Iterator[str]:
+def lines(report: SuiteReport, *, colour: bool) -> Iterator[str]:
     """Yield the lines of a report; with ``colour``, for a terminal."""
     paint = _Paint(colour)
     lacking = report.lacking()
@@ -63,7 +63,7 @@ class _Paint:
         return f"\x1b[{style}m{text}\x1b[0m" if self._colour and style else text
 
 
-def _table(report: Report, names: list[str], paint: _Paint) -> Iterator[str]:
+def _table(report: SuiteReport, names: list[str], paint: _Paint) -> Iterator[str]:
     found = {(result.case, result.column): result for result in report.results}
     shown = [case for case in report.cases if any((case.id, column) in found for column in names)]
     width = max(len(text) for text in (*names, *(case.id for case in shown))) + 4
@@ -96,7 +96,7 @@ def _mark(result: Result | None, paint: _Paint) -> str:
     return paint(MARKS[result.verdict], _COLOURS.get(result.verdict, ""))
 
 
-def _unsupported(report: Report, lacking: dict[str, str]) -> Iterator[str]:
+def _unsupported(report: SuiteReport, lacking: dict[str, str]) -> Iterator[str]:
     """Yield the reasons why single cases could not run."""
     missing = [
         result
@@ -110,7 +110,7 @@ def _unsupported(report: Report, lacking: dict[str, str]) -> Iterator[str]:
         yield ""
 
 
-def _failures(report: Report, paint: _Paint) -> Iterator[str]:
+def _failures(report: SuiteReport, paint: _Paint) -> Iterator[str]:
     """Yield each failure in full; columns that failed in the same way stand together."""
     sources = {case.id: case for case in report.cases}
     alike: dict[object, list[Result]] = defaultdict(list)
@@ -134,7 +134,7 @@ def _failures(report: Report, paint: _Paint) -> Iterator[str]:
         yield ""
 
 
-def _known(report: Report, paint: _Paint) -> Iterator[str]:
+def _known(report: SuiteReport, paint: _Paint) -> Iterator[str]:
     """Yield the facts that explain results."""
     for fact in report.facts:
         those = [
@@ -176,7 +176,7 @@ def _entry(text: str, hanging: int = 4) -> list[str]:
     )
 
 
-def _total(report: Report) -> str:
+def _total(report: SuiteReport) -> str:
     counts = report.counts()
     columns = len(report.present())
     shares = ", ".join(

@@ -16,7 +16,7 @@ from typing import Final, TypeVar, final
 from restrictedmem import sync, threads
 from restrictedmem.failure import FAULT, detail_of, failed
 from restrictedmem.fd import OwnedFd
-from restrictedmem.mm.guest_memfd import Converts
+from restrictedmem.mm.guest_memfd_file import Converts
 from restrictedmem.mm.notifier import Notifier
 from restrictedmem.service import wire
 from restrictedmem.service.wire import BindFlag, Channel, Message

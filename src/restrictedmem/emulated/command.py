@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from restrictedmem.emulated.machine import BUSYBOX, Kernel, Machine, initramfs
+from restrictedmem.emulated.emulated_machine import BUSYBOX, EmulatedMachine, Kernel, initramfs
 
 _NO_9P: Final = "9p: CONFIG_NET_9P_VIRTIO, CONFIG_9P_FS and CONFIG_VIRTIO_PCI, or --modules"
 _PROGRAM: Final = """\
@@ -37,7 +37,8 @@ def run_command(kernel: Kernel, command: Sequence[str], place: Path) -> int:
     """Run a command in a directory, as root; return its exit status. stdout gets what it writes.
 
     Raises:
-        EmulationError: as ``Kernel.check`` and ``Machine.lines``; the command may be silent.
+        EmulationError: as ``Kernel.check`` and ``EmulatedMachine.lines``. The command may be
+            silent.
         OSError: as open(2), memfd_create(2) and fork(2).
     """
     kernel.check()
@@ -45,7 +46,7 @@ def run_command(kernel: Kernel, command: Sequence[str], place: Path) -> int:
         place=shlex.quote(str(place)), command=shlex.join(command), busybox=shutil.which(BUSYBOX)
     )
     program = _PROGRAM.format(lack=_NO_9P, command=shlex.quote(script))
-    with Machine(kernel, initramfs(kernel, program), attached=True) as machine:
+    with EmulatedMachine(kernel, initramfs(kernel, program), attached=True) as machine:
         for _ in machine.lines(float("inf")):
             pass
         # What the console still has to say comes first.

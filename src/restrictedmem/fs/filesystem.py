@@ -32,11 +32,11 @@ from restrictedmem.abi._ioctl import Dir, request_number
 from restrictedmem.abi.fuse import AttrValid, InitFlag, Opcode, OpenFlag
 from restrictedmem.abi.kvm import KVM_SET_MEMORY_ATTRIBUTES2, kvm_memory_attributes2
 from restrictedmem.abi.memory import FallocMode
-from restrictedmem.fs import guest_memfd
+from restrictedmem.fs import guest_memfd_requests
 from restrictedmem.fs.usage import Usage
 from restrictedmem.mm import designs
 from restrictedmem.mm.backing import make_backing
-from restrictedmem.mm.guest_memfd import GuestMemfd
+from restrictedmem.mm.guest_memfd_file import GuestMemfdFile
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange
@@ -202,7 +202,7 @@ class FileSystem:
         reply = fuse.fuse_init_out(
             major=fuse.KERNEL_VERSION,
             minor=min(offered.minor, fuse.KERNEL_MINOR_VERSION),
-            max_readahead=0 if self.drop_pages is None else guest_memfd.READ_AROUND,
+            max_readahead=0 if self.drop_pages is None else guest_memfd_requests.READ_AROUND,
             flags=offered.flags & InitFlag.PARALLEL_DIROPS,
             max_background=16,
             congestion_threshold=12,
@@ -219,7 +219,7 @@ class FileSystem:
     def _create(self, request: Request) -> bytes:
         asked = _decode(fuse.fuse_create_in, request)
         name = request.body[ctypes.sizeof(asked) :].rstrip(b"\0")
-        made = guest_memfd.parse_name(name) if self.drop_pages is not None else None
+        made = guest_memfd_requests.parse_name(name) if self.drop_pages is not None else None
         if request.nodeid != fuse.ROOT_ID or (name != NAME and made is None):
             raise OSError(EACCES, "create: not a name of this file system")
         if asked.flags & os.O_ACCMODE != os.O_RDWR:
@@ -233,13 +233,13 @@ class FileSystem:
             file = (
                 self._make_restricted(asked.mode, inode)
                 if made is None
-                else GuestMemfd(*made, inode, self._account, limit=self.memory_max)
+                else GuestMemfdFile(*made, inode, self._account, limit=self.memory_max)
             )
             self._nodes[nodeid] = _Node(file)
         if self._usage is not None:
             self._usage.create(file)
         entry = fuse.ENTRY_OUT.pack(nodeid, 0, 0, 0, 0, 0)
-        flags = _OPEN_FLAGS if made is None else guest_memfd.OPEN_FLAGS
+        flags = _OPEN_FLAGS if made is None else guest_memfd_requests.OPEN_FLAGS
         return entry + _attributes(nodeid, file) + fuse.OPEN_OUT.pack(0, flags, 0)
 
     def _make_restricted(self, mode: int, inode: Inode) -> RestrictedFile:
@@ -271,7 +271,7 @@ class FileSystem:
     def _setattr(self, request: Request) -> bytes:
         file = self._file(request.nodeid)
         asked = _decode(fuse.fuse_setattr_in, request)
-        if isinstance(file, GuestMemfd):
+        if isinstance(file, GuestMemfdFile):
             raise OSError(EINVAL, "setattr: a guest_memfd's attributes cannot be changed")
         if asked.valid & AttrValid.SIZE:
             file.ftruncate(asked.size)
@@ -329,30 +329,30 @@ class FileSystem:
 
     # A guest_memfd.
 
-    def _guest_memfd(self, request: Request, errno: int) -> GuestMemfd:
+    def _guest_memfd(self, request: Request, errno: int) -> GuestMemfdFile:
         file = self._file(request.nodeid)
-        if not isinstance(file, GuestMemfd):
+        if not isinstance(file, GuestMemfdFile):
             raise OSError(errno, "the file has no such operation")
         return file
 
     def _read(self, request: Request) -> bytes:
-        return guest_memfd.read(self._guest_memfd(request, EINVAL), request.body)
+        return guest_memfd_requests.read(self._guest_memfd(request, EINVAL), request.body)
 
     def _write(self, request: Request) -> bytes:
-        return guest_memfd.write(self._guest_memfd(request, EINVAL), request.body)
+        return guest_memfd_requests.write(self._guest_memfd(request, EINVAL), request.body)
 
     def _set_memory_attributes(self, request: Request) -> bytes | None:
         file = self._guest_memfd(request, ENOTTY)
         asked = _decode(kvm_memory_attributes2, request, ctypes.sizeof(fuse.fuse_ioctl_in))
-        conversion = guest_memfd.Conversion.of(asked, file.size)
+        wanted = guest_memfd_requests.AttributesRequest.of(asked, file.size)
         if not self.before_waiting(file.holder):
             return None
         if self.is_alone():
             raise OSError(ENOMEM, "no other thread would answer the kernel meanwhile")
         file.convert(
-            conversion.span,
-            private=conversion.private,
-            zero=conversion.zero,
+            wanted.span,
+            private=wanted.private,
+            zero=wanted.zero,
             drop=partial(self._drop_pages, request.nodeid),
         )
         return fuse.IOCTL_OUT.pack(0, 0, 0, 0) + bytes(asked)
@@ -447,7 +447,7 @@ def _attributes(nodeid: int, file: RestrictedFile) -> bytes:
     return fuse.ATTR.pack(
         nodeid,
         file.size,
-        0 if isinstance(file, GuestMemfd) else file.backing.resident() // 512,
+        0 if isinstance(file, GuestMemfdFile) else file.backing.resident() // 512,
         atime,
         mtime,
         ctime,
@@ -459,6 +459,6 @@ def _attributes(nodeid: int, file: RestrictedFile) -> bytes:
         inode.uid,
         inode.gid,
         0,
-        PAGE_SIZE if isinstance(file, GuestMemfd) else file.backing.blksize,
+        PAGE_SIZE if isinstance(file, GuestMemfdFile) else file.backing.blksize,
         0,
     )

@@ -5,8 +5,8 @@ This follows v9 5/8 and v10 2/9. KVM keeps the attributes in an xarray, with one
 
 from typing import final
 
-from restrictedmem.mm.attributes import PageAttributes
 from restrictedmem.mm.notifier import Api
+from restrictedmem.mm.page_attributes import PageAttributes
 from restrictedmem.units import gfn_t
 
 

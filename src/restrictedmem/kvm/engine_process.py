@@ -242,7 +242,7 @@ class _Notifier(Generic[_T]):
         self._tell("error", PageRange(start, end), self._engine.error)
 
     def convert(self, start: pgoff_t, end: pgoff_t, *, private: bool) -> None:
-        """Let the engine show another half (``mm.guest_memfd.Converts``)."""
+        """Let the engine show another half (``mm.guest_memfd_file.Converts``)."""
         # The kernel engine binds no guest_memfd.
         assert isinstance(self._engine, SoftwareVm)
         self._engine.convert(self._binding, PageRange(start, end), private=private)

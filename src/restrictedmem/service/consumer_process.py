@@ -15,7 +15,7 @@ from typing import Final, cast, final
 from restrictedmem import sync
 from restrictedmem.burial import bury
 from restrictedmem.fd import MSG_CTRUNC, HasFileno, OwnedFd, readable, receive_flags, refuse_fds
-from restrictedmem.mm.guest_memfd import GuestMemfd
+from restrictedmem.mm.guest_memfd_file import GuestMemfdFile
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.patience import Patience
 from restrictedmem.service import wire
@@ -73,7 +73,7 @@ class Binding:
         self._notify(wire.ERROR, start, end, None)
 
     def convert(self, start: pgoff_t, end: pgoff_t, *, private: bool) -> None:
-        """Tell the consumer, and wait until it has noted it (``mm.guest_memfd.Converts``)."""
+        """Tell the consumer, and wait until it has noted it (``mm.guest_memfd_file.Converts``)."""
         self._notify(wire.PRIVATE if private else wire.SHARED, start, end, None)
 
     def page_count(self, start: pgoff_t, end: pgoff_t) -> int:
@@ -303,7 +303,9 @@ class ConsumerProcess:
         order = file.backing.base_order
         if not 0 <= span.start <= span.end <= _MAX_PAGES >> order << order:
             raise OSError(EINVAL, f"{span} is not a range of a file")
-        if isinstance(file, GuestMemfd) and (self.name != VM or span.end << PAGE_SHIFT > file.size):
+        if isinstance(file, GuestMemfdFile) and (
+            self.name != VM or span.end << PAGE_SHIFT > file.size
+        ):
             raise OSError(EINVAL, "a guest_memfd is bound to VMs, and within its size")
         binding = Binding(self, self._next_binding, ino, file)
         file.get()
@@ -349,7 +351,7 @@ class ConsumerProcess:
             OSError: ENOENT when there is no such binding; EINVAL for another kind of file.
         """
         binding = self.binding(number)
-        if not isinstance(binding.file, GuestMemfd):
+        if not isinstance(binding.file, GuestMemfdFile):
             raise OSError(EINVAL, "the file has no attributes")
         binding.file.tell_attributes(binding, span)
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Final, final
 
 from restrictedmem import sync
-from restrictedmem.mm.guest_memfd import GuestMemfd
+from restrictedmem.mm.guest_memfd_file import GuestMemfdFile
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.service import wire
 from restrictedmem.service.consumer_process import ConsumerProcess
@@ -203,7 +203,7 @@ class Consumers:
                     (_HUGEPAGE if backing.hugepage else 0)
                     | (_PIN if self._options.pin else 0)
                     | (_RANGE if file.design.binds else 0)
-                    | (_GUEST_MEMFD if isinstance(file, GuestMemfd) else 0)
+                    | (_GUEST_MEMFD if isinstance(file, GuestMemfdFile) else 0)
                 )
                 consumer.requests.reply(
                     wire.BINDING.pack(

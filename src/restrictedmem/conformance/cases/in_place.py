@@ -18,7 +18,7 @@ from restrictedmem.conformance import calls
 from restrictedmem.conformance.case import Case, Family, NotApplicable
 from restrictedmem.conformance.cases.conversions import Check, all_right
 from restrictedmem.conformance.files import pipe
-from restrictedmem.conformance.in_place import PRIVATE, SHARED, InPlace
+from restrictedmem.conformance.in_place_machine import PRIVATE, SHARED, InPlace
 from restrictedmem.conformance.outcome import Errno, outcome
 from restrictedmem.devkvm import address_of
 from restrictedmem.units import PAGE_SIZE

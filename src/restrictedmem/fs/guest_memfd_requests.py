@@ -15,7 +15,7 @@ from restrictedmem.abi.kvm import (
     KVM_SET_MEMORY_ATTRIBUTES2_ZERO,
     kvm_memory_attributes2,
 )
-from restrictedmem.mm.guest_memfd import GuestMemfd
+from restrictedmem.mm.guest_memfd_file import GuestMemfdFile
 from restrictedmem.units import PAGE_MASK, PAGE_SIZE, PageRange
 
 _NAME: Final = re.compile(rb"guest_memfd-([0-9a-f]{1,16})-([0-9a-f]{1,16})")
@@ -41,12 +41,12 @@ def parse_name(name: bytes) -> tuple[int, int] | None:
     return None if found is None else (int(found[1], 16), int(found[2], 16))
 
 
-def read(file: GuestMemfd, body: bytes) -> bytes:
+def read(file: GuestMemfdFile, body: bytes) -> bytes:
     """Return pages for the page cache; refuse read(2), as a file without it does.
 
     Raises:
         OSError: EINVAL for a read(2), which a descriptor with O_DIRECT marks; else as
-            ``GuestMemfd.read``.
+            ``GuestMemfdFile.read``.
     """
     _fh, offset, size, read_flags, *_ = fuse.READ_IN.unpack_from(body)
     if read_flags & fuse.FUSE_READ_LOCKOWNER:
@@ -54,11 +54,11 @@ def read(file: GuestMemfd, body: bytes) -> bytes:
     return file.read(offset, size)
 
 
-def write(file: GuestMemfd, body: bytes) -> bytes:
+def write(file: GuestMemfdFile, body: bytes) -> bytes:
     """Take pages that the page cache writes back; refuse write(2).
 
     Raises:
-        OSError: EINVAL for a write(2); else as ``GuestMemfd.write_back``.
+        OSError: EINVAL for a write(2); else as ``GuestMemfdFile.write_back``.
     """
     _fh, offset, size, write_flags, *_ = fuse.WRITE_IN.unpack_from(body)
     if not write_flags & fuse.FUSE_WRITE_CACHE:
@@ -68,7 +68,7 @@ def write(file: GuestMemfd, body: bytes) -> bytes:
 
 
 @final
-class Conversion(NamedTuple):
+class AttributesRequest(NamedTuple):
     """A request of KVM_SET_MEMORY_ATTRIBUTES2."""
 
     span: PageRange

@@ -40,7 +40,7 @@ class CaseNote:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class SuiteReport:
     """A run's results, in the order of columns within that of cases."""
 
     format: int
@@ -184,7 +184,7 @@ def spell_expected(expected: object) -> str:
             return spell(expected)
 
 
-def differences(before: Report, after: Report) -> Iterator[tuple[str, str, str]]:
+def differences(before: SuiteReport, after: SuiteReport) -> Iterator[tuple[str, str, str]]:
     """Yield column, case, and what changed between two reports, where both have a result.
 
     A column that one of the machines lacks is one difference, without a case.

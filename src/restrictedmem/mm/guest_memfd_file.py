@@ -16,11 +16,11 @@ from restrictedmem.abi.kvm import GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG
 from restrictedmem.abi.memory import FallocMode
 from restrictedmem.failure import failed
 from restrictedmem.mm import designs
-from restrictedmem.mm.attributes import PageAttributes
 from restrictedmem.mm.backing import MemfdBacking
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.memfd import never
 from restrictedmem.mm.notifier import Notifier
+from restrictedmem.mm.page_attributes import PageAttributes
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_MASK, PAGE_SHIFT, PageRange, pgoff_t
 
@@ -43,7 +43,7 @@ class Converts(Protocol):
 
 
 @final
-class GuestMemfd(RestrictedFile):
+class GuestMemfdFile(RestrictedFile):
     """A file of a fixed size, whose shared pages its owner can map.
 
     Lock order: ``converting`` comes before all other locks of the file, and ``_content`` after

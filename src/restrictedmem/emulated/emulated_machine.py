@@ -115,7 +115,7 @@ def initramfs(kernel: Kernel, program: str, files: Sequence[tuple[str, bytes]] =
 
 
 @final
-class Machine:
+class EmulatedMachine:
     """A machine that runs. The end of ``with`` ends it, and leaves no process and no file.
 
     The thread that makes it has to outlive it (``child.die_with``).

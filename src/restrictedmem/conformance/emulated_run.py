@@ -13,9 +13,14 @@ from restrictedmem.conformance.case import Case
 from restrictedmem.conformance.cases import CASES
 from restrictedmem.conformance.columns import Column, column_of
 from restrictedmem.conformance.result import Result, load
-from restrictedmem.conformance.run import DEADLINE, run
+from restrictedmem.conformance.suite_run import DEADLINE, run
 from restrictedmem.emulated import interpreter
-from restrictedmem.emulated.machine import EmulationError, Kernel, Machine, initramfs
+from restrictedmem.emulated.emulated_machine import (
+    EmulatedMachine,
+    EmulationError,
+    Kernel,
+    initramfs,
+)
 from restrictedmem.service.exec_service import PACKAGE_ROOT
 
 #: Seconds without a result that are allowed: a case has its own deadline there.
@@ -35,7 +40,7 @@ echo "end $status" >/dev/ttyS1
 """
 _START: Final = (
     "import sys; sys.path.insert(0, sys.argv[1]);"
-    " from restrictedmem.conformance.emulated import main; main(sys.argv[2])"
+    " from restrictedmem.conformance.emulated_run import main; main(sys.argv[2])"
 )
 
 
@@ -59,7 +64,7 @@ class EmulatedRun:
         The machine ends with the iterator, which has to be closed by the thread that began it.
 
         Raises:
-            EmulationError: as ``Machine.lines``.
+            EmulationError: as ``EmulatedMachine.lines``.
             OSError: as open(2), memfd_create(2) and fork(2).
         """
         asked = json.dumps(
@@ -75,7 +80,7 @@ class EmulatedRun:
         files = [(_ASKED, asked), _consumer(), *interpreter.files()]
         kernel = replace(self._kernel, processors=max(jobs, self._kernel.processors))
         unpack = zlib.decompressobj()
-        with Machine(kernel, initramfs(kernel, program, files)) as machine:
+        with EmulatedMachine(kernel, initramfs(kernel, program, files)) as machine:
             for line in machine.lines(_SILENCE):
                 self.release = machine.release
                 try:
