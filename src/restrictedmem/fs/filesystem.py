@@ -447,7 +447,7 @@ def _attributes(nodeid: int, file: RestrictedFile) -> bytes:
     return fuse.ATTR.pack(
         nodeid,
         file.size,
-        0 if isinstance(file, GuestMemfdFile) else file.backing.resident() // 512,
+        file.blocks,
         atime,
         mtime,
         ctime,
@@ -459,6 +459,6 @@ def _attributes(nodeid: int, file: RestrictedFile) -> bytes:
         inode.uid,
         inode.gid,
         0,
-        PAGE_SIZE if isinstance(file, GuestMemfdFile) else file.backing.blksize,
+        file.blksize,
         0,
     )

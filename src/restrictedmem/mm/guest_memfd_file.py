@@ -22,7 +22,7 @@ from restrictedmem.mm.memfd import never
 from restrictedmem.mm.notifier import Notifier
 from restrictedmem.mm.page_attributes import PageAttributes
 from restrictedmem.mm.restrictedmem import RestrictedFile
-from restrictedmem.units import MAX_FILE_BYTES, PAGE_MASK, PAGE_SHIFT, PageRange, pgoff_t
+from restrictedmem.units import MAX_FILE_BYTES, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
 
 _FLAGS: Final = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED
 _KEEP_SIZE: Final = int(FallocMode.KEEP_SIZE)
@@ -85,6 +85,16 @@ class GuestMemfdFile(RestrictedFile):
         self._attributes = PageAttributes[pgoff_t](private=not flags & GUEST_MEMFD_FLAG_INIT_SHARED)
         #: Pages that are about to become private: they are written back, and not read any more.
         self._leaving = _NOTHING
+
+    @property
+    def blocks(self) -> int:
+        """Return 0, as a guest_memfd shows no blocks."""
+        return 0
+
+    @property
+    def blksize(self) -> int:
+        """Return the page size, whatever the machine's policy for memfds."""
+        return PAGE_SIZE
 
     # The owner's operations.
 

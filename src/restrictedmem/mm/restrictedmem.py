@@ -421,6 +421,16 @@ class RestrictedFile:
 
     # Lifetime.
 
+    @property
+    def blocks(self) -> int:
+        """Return what fstat(2) shows as ``st_blocks``: 512 bytes each."""
+        return self.backing.resident() // 512
+
+    @property
+    def blksize(self) -> int:
+        """Return what fstat(2) shows as ``st_blksize``."""
+        return self.backing.blksize
+
     def get(self) -> None:
         """Take a reference (``get_file``)."""
         with self._references_lock:
