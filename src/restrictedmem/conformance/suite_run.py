@@ -72,11 +72,10 @@ def run(
 ) -> Generator[Result]:
     """Run cases on columns, ``jobs`` columns at the same time; yield results as they come.
 
-    Each column runs the cases of its families, in a process of its own (``body``). Those that take
-    longest come first. A case whose
-    process dies, or says nothing for ``deadline`` seconds, has failed; a new process runs the cases
-    after it. When the iterator ends or is closed, all these processes are gone, with everything
-    that they have started.
+    Each column runs the cases of its families, in a process of its own (``body``). Columns that
+    take longest come first. A case whose process dies, or says nothing for ``deadline`` seconds,
+    has failed; a new process runs the cases after it. When the iterator ends or is closed, all
+    these processes are gone, with everything that they have started.
 
     Raises:
         OSError: a process cannot be started.

@@ -92,14 +92,7 @@ def run(
         # The change of uid has reset it.
         process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
         service = ControlThread(
-            spawner,
-            endings,
-            options,
-            origin,
-            way,
-            signer,
-            score,
-            process.raise_fd_limit(),
+            spawner, endings, options, origin, way, signer, score, process.raise_fd_limit()
         )
         service.consumers.device = stat.identity(root.fileno())[0]
         sealing.seal()
