@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from errno import EFAULT, EINVAL, ENOSYS
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, final
 
 from restrictedmem.abi import kvm, memory
 from restrictedmem.conformance import holder
@@ -57,28 +57,50 @@ class Column:
         return self.name.partition("/")[0]
 
 
-class _FileGround:
-    """A ground whose objects are descriptors."""
+@final
+class _Ground:
+    """A ground that makes descriptors as ``creation`` says, and VMs by ``machine``."""
 
     def __init__(
         self,
-        make: Callable[[int], int],
-        says: Callable[[int], str],
-        backing: Callable[[int, int], AbstractContextManager[int]] | None = None,
+        creation: Creation | None = None,
+        machine: Callable[[Steps], Machine] | None = None,
     ) -> None:
-        self._creation = Creation(
-            lambda flags, _: make(flags), lambda flags, _: says(flags), backing=backing
-        )
+        self._creation, self._machine = creation, machine
 
     @contextmanager
-    def subject(self, case: Case, steps: Steps) -> Generator[File]:
-        """Make a descriptor."""
-        assert case.family is Family.FILE
-        file = File(self._creation, steps)
-        try:
-            yield file
-        finally:
-            file.close()
+    def subject(self, case: Case, steps: Steps) -> Generator[Any]:
+        """Make a descriptor or a VM."""
+        if case.family is Family.VM:
+            assert self._machine is not None
+            with self._machine(steps) as machine:
+                yield having(case.needs, machine)
+        else:
+            assert self._creation is not None
+            with closing(File(self._creation, steps)) as file:
+                yield file
+
+
+def having(needs: tuple[str, ...], machine: Machine) -> Machine:
+    """Return a machine that has what a case needs.
+
+    Raises:
+        UnsupportedError: where it lacks something.
+    """
+    for why in filter(None, map(machine.lacks, needs)):
+        raise UnsupportedError(why)
+    return machine
+
+
+def _files(
+    make: Callable[[int], int],
+    says: Callable[[int], str],
+    backing: Callable[[int, int], AbstractContextManager[int]] | None = None,
+) -> Ground:
+    """Return a ground of descriptors that have no size at their creation."""
+    return _Ground(
+        Creation(lambda flags, _: make(flags), lambda flags, _: says(flags), backing=backing)
+    )
 
 
 _FILES: Final = frozenset({Family.FILE})
@@ -101,7 +123,7 @@ def _descriptor(api: str, *, pin: bool = False) -> Column:
     @contextmanager
     def opened() -> Generator[Ground]:
         with _service(api, pin=pin) as service:
-            yield _FileGround(
+            yield _files(
                 service.memfd_restricted,
                 "memfd_restricted({:#x})".format,
                 lambda fd, pages: _held(service, fd, pages),
@@ -147,7 +169,7 @@ def _by_syscall() -> Generator[Ground]:
         return memory.memfd_restricted(flags).detach()
 
     _try(make, "syscall(451, 0) makes no descriptor")
-    yield _FileGround(make, "syscall(451, {:#x})".format)
+    yield _files(make, "syscall(451, {:#x})".format)
 
 
 def _try(make: Callable[[int], int], why: str) -> None:
@@ -166,9 +188,7 @@ def _try(make: Callable[[int], int], why: str) -> None:
 
 @contextmanager
 def _memfd() -> Generator[Ground]:
-    yield _FileGround(
-        lambda flags: os.memfd_create("case", flags), 'memfd_create("case", {:#x})'.format
-    )
+    yield _files(lambda flags: os.memfd_create("case", flags), 'memfd_create("case", {:#x})'.format)
 
 
 @contextmanager
@@ -177,39 +197,21 @@ def _memfd_secret() -> Generator[Ground]:
         return memory.memfd_secret(flags).detach()
 
     _try(make, "memfd_secret is not enabled")
-    yield _FileGround(make, "memfd_secret({:#x})".format)
+    yield _files(make, "memfd_secret({:#x})".format)
 
 
-class KernelGround:
-    """VMs of /dev/kvm of one type, and their guest_memfds with some flags."""
+def _of_kernel(device: Kvm, kind: int, flags: int, vm: VmFd) -> Ground:
+    """Return a ground of VMs of /dev/kvm of one type, and of ``vm``'s guest_memfds."""
 
-    def __init__(self, device: Kvm, kind: int, flags: int, vm: VmFd) -> None:
-        self.device, self.kind, self.flags, self._vm = device, kind, flags, vm
-        self._creation = Creation(
-            self._make,
-            _says_guest_memfd,
-            flags,
-            vm.check_extension(kvm.Cap.GUEST_MEMFD_FLAGS),
-            vm.fileno(),
-        )
-
-    def _make(self, flags: int, size: int) -> int:
+    def make(flags: int, size: int) -> int:
         # ``devkvm`` would make the descriptor close-on-exec; a case asks what the kernel made it.
-        wanted = kvm.kvm_create_guest_memfd(size=size, flags=flags)
-        return kvm.KVM_CREATE_GUEST_MEMFD(self._vm, wanted)
+        return kvm.KVM_CREATE_GUEST_MEMFD(vm, kvm.kvm_create_guest_memfd(size=size, flags=flags))
 
-    @contextmanager
-    def subject(self, case: Case, steps: Steps) -> Generator[Any]:
-        """Make a guest_memfd, or a VM."""
-        if case.family is Family.VM:
-            with KernelMachine(steps, self.device, self.kind, self.flags) as machine:
-                yield having(case.needs, machine)
-            return
-        file = File(self._creation, steps)
-        try:
-            yield file
-        finally:
-            file.close()
+    offered = vm.check_extension(kvm.Cap.GUEST_MEMFD_FLAGS)
+    return _Ground(
+        Creation(make, _says_guest_memfd, flags, offered, vm.fileno()),
+        lambda steps: KernelMachine(steps, device, kind, flags),
+    )
 
 
 def _says_guest_memfd(flags: int, size: int) -> str:
@@ -238,7 +240,7 @@ def _kernel(kind: int, kind_name: str, flags: int) -> Column:
                 raise UnsupportedError(f"no VM of type {kind}: {error.strerror}") from error
             with vm:
                 _needs_flags(vm, flags)
-                yield KernelGround(device, kind, flags, vm)
+                yield _of_kernel(device, kind, flags, vm)
 
     mapped = bool(flags & kvm.GUEST_MEMFD_FLAG_MMAP)
     shared = mapped and bool(flags & kvm.GUEST_MEMFD_FLAG_INIT_SHARED)
@@ -258,40 +260,15 @@ def _kernel(kind: int, kind_name: str, flags: int) -> Column:
     )
 
 
-class _EngineGround:
-    """VMs of one of this project's engines."""
-
-    def __init__(self, service: Service, engine: str) -> None:
-        self._service, self._engine = service, engine
-
-    @contextmanager
-    def subject(self, case: Case, steps: Steps) -> Generator[Any]:
-        """Make a VM."""
-        with EngineMachine(steps, self._service, self._engine) as machine:
-            yield having(case.needs, machine)
-
-
-def having(needs: tuple[str, ...], machine: Machine) -> Machine:
-    """Return a machine that has what a case needs.
-
-    Raises:
-        UnsupportedError: where it lacks something.
-    """
-    for why in filter(None, map(machine.lacks, needs)):
-        raise UnsupportedError(why)
-    return machine
-
-
 def _engine(name: str, engine: str, api: str) -> Column:
     @contextmanager
     def opened() -> Generator[Ground]:
         with _service(api) as service:
-            ground = _EngineGround(service, engine)
             try:
                 Vm(service, engine=engine).close()
             except OSError as error:
                 raise UnsupportedError(f"the engine does not start: {error.strerror}") from error
-            yield ground
+            yield _Ground(machine=lambda steps: EngineMachine(steps, service, engine))
 
     return Column(
         f"{name}/{api}",
@@ -302,36 +279,16 @@ def _engine(name: str, engine: str, api: str) -> Column:
     )
 
 
-class _InPlaceGround:
-    """VMs of the software engine, and guest_memfds of this project."""
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
-        self._creation = Creation(
+@contextmanager
+def _in_place() -> Generator[Ground]:
+    with _service("v10", guest_memfd=True) as service:
+        creation = Creation(
             lambda flags, size: service.create_guest_memfd(size, flags),
             creation_of,
             SHARED,
             SHARED,
         )
-
-    @contextmanager
-    def subject(self, case: Case, steps: Steps) -> Generator[Any]:
-        """Make a guest_memfd, or a VM."""
-        if case.family is Family.VM:
-            with InPlaceMachine(steps, self._service) as machine:
-                yield having(case.needs, machine)
-            return
-        file = File(self._creation, steps)
-        try:
-            yield file
-        finally:
-            file.close()
-
-
-@contextmanager
-def _in_place() -> Generator[Ground]:
-    with _service("v10", guest_memfd=True) as service:
-        yield _InPlaceGround(service)
+        yield _Ground(creation, lambda steps: InPlaceMachine(steps, service))
 
 
 _TYPES: Final = {"": kvm.KVM_X86_DEFAULT_VM, "-sw-protected": kvm.KVM_X86_SW_PROTECTED_VM}

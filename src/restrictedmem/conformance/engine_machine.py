@@ -88,14 +88,6 @@ class EngineMachine(Machine):
             lambda: os.fstat(fd).st_blocks * 512 // PAGE_SIZE,
         )
 
-    def view(self, fd: int) -> mmap.mmap:
-        """Map a restricted file, which no posting allows."""
-        size = os.fstat(fd).st_size
-        return self.steps.call(
-            f"mmap(NULL, {size:#x}, …, MAP_SHARED, {self._name(fd)}, 0)",
-            lambda: mmap.mmap(fd, size),
-        )
-
     def end(self) -> None:
         """End the VM by DESTROY_VM."""
         self.steps.call("DESTROY_VM", self.vm.destroy)
@@ -153,44 +145,25 @@ class EngineMachine(Machine):
         self, gpa: int, size: int, attributes: int = PRIVATE, flags: int = 0
     ) -> None:
         """Make the call of the posting for attributes."""
-        if self._service.info["api"] == "v9":
-            name = vm_wire.ENCRYPT_REG_REGION if attributes else vm_wire.ENCRYPT_UNREG_REGION
-            self.steps.call(
-                f"ioctl(vm, {name.name}, {{{gpa:#x}, {size:#x}}})",
-                lambda: self.vm.memory_encrypt_region(gpa, size, private=bool(attributes)),
-            )
+        if self._service.info["api"] == "v10":
+            super().set_attributes(gpa, size, attributes, flags)
             return
-        request = kvm.kvm_memory_attributes(
-            address=gpa, size=size, attributes=attributes, flags=flags
-        )
+        name = vm_wire.ENCRYPT_REG_REGION if attributes else vm_wire.ENCRYPT_UNREG_REGION
         self.steps.call(
-            f"ioctl(vm, KVM_SET_MEMORY_ATTRIBUTES, {{{gpa:#x}, {size:#x},"
-            f" attributes={attributes:#x}, flags={flags:#x}}})",
-            lambda: self._set_memory_attributes(request),
+            f"ioctl(vm, {name.name}, {{{gpa:#x}, {size:#x}}})",
+            lambda: self.vm.memory_encrypt_region(gpa, size, private=bool(attributes)),
         )
 
-    def _set_memory_attributes(self, request: kvm.kvm_memory_attributes) -> None:
+    def _set_attributes(self, request: kvm.kvm_memory_attributes) -> None:
         self._channel.call(vm_wire.SET_MEMORY_ATTRIBUTES, bytes(request))
 
-    def check_extension(self, capability: int) -> int:
-        """Return the VM's answer for a capability."""
-        return self.steps.call(
-            f"ioctl(vm, KVM_CHECK_EXTENSION, {capability})",
-            lambda: self.vm.check_extension(capability),
-        )
+    def _check_extension(self, capability: int) -> int:
+        return self.vm.check_extension(capability)
 
-    def pre_fault(self, gpa: int, size: int, flags: int = 0) -> int:
-        """Call KVM_PRE_FAULT_MEMORY; return the bytes left."""
-        self._boot_once()
-        request = kvm.kvm_pre_fault_memory(gpa=gpa & U64_MAX, size=size, flags=flags)
+    def _pre_fault(self, request: kvm.kvm_pre_fault_memory) -> int:
         channel = self._running._channel  # pyright: ignore[reportPrivateUsage]
-
-        def call() -> int:
-            body, _ = channel.call(vm_wire.PRE_FAULT_MEMORY, bytes(request))
-            return kvm.kvm_pre_fault_memory.from_buffer_copy(body).size
-
-        text = f"ioctl(vcpu, KVM_PRE_FAULT_MEMORY, {{{gpa:#x}, {size:#x}, flags={flags:#x}}})"
-        return self.steps.call(text, call)
+        body, _ = channel.call(vm_wire.PRE_FAULT_MEMORY, bytes(request))
+        return kvm.kvm_pre_fault_memory.from_buffer_copy(body).size
 
     # The guest.
 

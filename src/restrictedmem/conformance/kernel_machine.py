@@ -1,14 +1,13 @@
 """A VM of /dev/kvm under test, with guest_memfds of one kind."""
 
 import mmap
-import os
 import re
 import struct
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final, final
 
-from restrictedmem.abi import kvm, memory
+from restrictedmem.abi import kvm
 from restrictedmem.abi.kvm import Cap, ExitReason
 from restrictedmem.abi.kvm_x86 import kvm_segment
 from restrictedmem.conformance import guest
@@ -129,21 +128,6 @@ class KernelMachine(Machine):
     def _creation(self, size: int, flags: int) -> str:
         return f"ioctl(vm, KVM_CREATE_GUEST_MEMFD, {{size={size:#x}, flags={flags:#x}}})"
 
-    def held(self, fd: int) -> int:
-        """Count the pages of a guest_memfd by cachestat(2)."""
-        return self.steps.call(
-            f"pages of {self._name(fd)}, by cachestat",
-            lambda: memory.resident_pages(fd, 0, os.fstat(fd).st_size),
-        )
-
-    def view(self, fd: int) -> mmap.mmap:
-        """Map all of a guest_memfd; the machine owns the mapping."""
-        size = os.fstat(fd).st_size
-        return self.steps.call(
-            f"mmap(NULL, {size:#x}, …, MAP_SHARED, {self._name(fd)}, 0)",
-            lambda: mmap.mmap(fd, size),
-        )
-
     def end(self) -> None:
         """Close vCPU and VM."""
         self.steps.note("close(vcpu), close(vm)")
@@ -190,37 +174,15 @@ class KernelMachine(Machine):
             ),
         )
 
-    def set_attributes(
-        self, gpa: int, size: int, attributes: int = PRIVATE, flags: int = 0
-    ) -> None:
-        """Call KVM_SET_MEMORY_ATTRIBUTES."""
-        request = kvm.kvm_memory_attributes(
-            address=gpa, size=size, attributes=attributes, flags=flags
-        )
-        self.steps.call(
-            f"ioctl(vm, KVM_SET_MEMORY_ATTRIBUTES, {{{gpa:#x}, {size:#x},"
-            f" attributes={attributes:#x}, flags={flags:#x}}})",
-            lambda: kvm.KVM_SET_MEMORY_ATTRIBUTES(self._vm, request),
-        )
+    def _set_attributes(self, request: kvm.kvm_memory_attributes) -> None:
+        kvm.KVM_SET_MEMORY_ATTRIBUTES(self._vm, request)
 
-    def check_extension(self, capability: int) -> int:
-        """Return the VM's answer for a capability."""
-        return self.steps.call(
-            f"ioctl(vm, KVM_CHECK_EXTENSION, {capability})",
-            lambda: self._vm.check_extension(capability),
-        )
+    def _check_extension(self, capability: int) -> int:
+        return self._vm.check_extension(capability)
 
-    def pre_fault(self, gpa: int, size: int, flags: int = 0) -> int:
-        """Call KVM_PRE_FAULT_MEMORY until it has done all or fails; return the bytes left."""
-        self._boot_once()
-        request = kvm.kvm_pre_fault_memory(gpa=gpa, size=size, flags=flags)
-
-        def call() -> int:
-            kvm.KVM_PRE_FAULT_MEMORY(self._running, request)
-            return request.size
-
-        text = f"ioctl(vcpu, KVM_PRE_FAULT_MEMORY, {{{gpa:#x}, {size:#x}, flags={flags:#x}}})"
-        return self.steps.call(text, call)
+    def _pre_fault(self, request: kvm.kvm_pre_fault_memory) -> int:
+        kvm.KVM_PRE_FAULT_MEMORY(self._running, request)
+        return request.size
 
     # The guest.
 

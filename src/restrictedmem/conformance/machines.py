@@ -21,7 +21,7 @@ from restrictedmem.conformance.steps import Steps
 from restrictedmem.failure import failed
 from restrictedmem.patience import SLICE, Clock
 from restrictedmem.protocol import exits
-from restrictedmem.units import PAGE_SIZE
+from restrictedmem.units import PAGE_SIZE, U64_MAX
 
 #: Where a guest finds the slots of a case, and how many bytes it can reach there.
 DATA: Final = 4 << 30
@@ -109,22 +109,16 @@ class Machine(ABC):
         """Return an address of this process as a place in ``memory``, for ``set_region``."""
 
     @abstractmethod
-    def set_attributes(
-        self, gpa: int, size: int, attributes: int = PRIVATE, flags: int = 0
-    ) -> None:
-        """Make a range of guest memory private or shared."""
+    def _set_attributes(self, request: kvm.kvm_memory_attributes) -> None:
+        """Call KVM_SET_MEMORY_ATTRIBUTES."""
 
     @abstractmethod
-    def check_extension(self, capability: int) -> int:
-        """Return the VM's answer for a ``KVM_CAP_*``."""
+    def _check_extension(self, capability: int) -> int:
+        """Call KVM_CHECK_EXTENSION."""
 
     @abstractmethod
-    def pre_fault(self, gpa: int, size: int, flags: int = 0) -> int:
-        """Map guest memory before the guest touches it; return the bytes that are left."""
-
-    @abstractmethod
-    def held(self, fd: int) -> int:
-        """Return the number of pages that a private file has."""
+    def _pre_fault(self, request: kvm.kvm_pre_fault_memory) -> int:
+        """Call KVM_PRE_FAULT_MEMORY; return the bytes left."""
 
     @abstractmethod
     def _boot(self) -> None:
@@ -212,7 +206,43 @@ class Machine(ABC):
         )
         return wanted
 
+    def held(self, fd: int) -> int:
+        """Return the number of pages that a private file has, by cachestat(2)."""
+        return self.steps.call(
+            f"pages of {self._name(fd)}, by cachestat",
+            lambda: memory.resident_pages(fd, 0, os.fstat(fd).st_size),
+        )
+
     # Slots and attributes.
+
+    def set_attributes(
+        self, gpa: int, size: int, attributes: int = PRIVATE, flags: int = 0
+    ) -> None:
+        """Make a range of guest memory private or shared."""
+        request = kvm.kvm_memory_attributes(
+            address=gpa, size=size, attributes=attributes, flags=flags
+        )
+        self.steps.call(
+            f"ioctl(vm, KVM_SET_MEMORY_ATTRIBUTES, {{{gpa:#x}, {size:#x},"
+            f" attributes={attributes:#x}, flags={flags:#x}}})",
+            lambda: self._set_attributes(request),
+        )
+
+    def check_extension(self, capability: int) -> int:
+        """Return the VM's answer for a ``KVM_CAP_*``."""
+        return self.steps.call(
+            f"ioctl(vm, KVM_CHECK_EXTENSION, {capability})",
+            lambda: self._check_extension(capability),
+        )
+
+    def pre_fault(self, gpa: int, size: int, flags: int = 0) -> int:
+        """Map guest memory before the guest touches it; return the bytes that are left."""
+        self._boot_once()
+        request = kvm.kvm_pre_fault_memory(gpa=gpa & U64_MAX, size=size, flags=flags)
+        return self.steps.call(
+            f"ioctl(vcpu, KVM_PRE_FAULT_MEMORY, {{{gpa:#x}, {size:#x}, flags={flags:#x}}})",
+            lambda: self._pre_fault(request),
+        )
 
     def delete(self, slot: int = SLOT) -> None:
         """Delete a slot."""
@@ -238,9 +268,17 @@ class Machine(ABC):
 
     # The owner's side of private memory.
 
-    @abstractmethod
     def view(self, fd: int) -> mmap.mmap:
-        """Map all of a private file; the mapping goes with its last reference."""
+        """Map all of a private file; the mapping goes with its last reference.
+
+        Raises:
+            OSError: ENODEV for a restricted descriptor, which no posting maps.
+        """
+        size = os.fstat(fd).st_size
+        return self.steps.call(
+            f"mmap(NULL, {size:#x}, …, MAP_SHARED, {self._name(fd)}, 0)",
+            lambda: mmap.mmap(fd, size),
+        )
 
     def host_fill_file(self, fd: int, byte: int) -> None:
         """Set each byte of a private file by a mapping."""
