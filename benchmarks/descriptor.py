@@ -22,8 +22,8 @@ from benchmarks.faulting import FaultingGuest
 from benchmarks.guest import HEAP_OFFSET
 from restrictedmem.abi import memory
 from restrictedmem.abi.memory import PUNCH, FallocMode
-from restrictedmem.fs.filesystem import NAME
 from restrictedmem.fs.mount_ways import mount_detached
+from restrictedmem.fs.owner_abi import NAME
 from restrictedmem.units import PAGE_SIZE
 
 _ALLOCATE: Final = int(FallocMode.KEEP_SIZE)

@@ -16,9 +16,10 @@ from restrictedmem.abi import fuse, memory
 from restrictedmem.abi.fuse import Opcode
 from restrictedmem.abi.memory import PUNCH, FallocMode
 from restrictedmem.fd import OwnedFd
-from restrictedmem.fs.filesystem import NAME, FileSystem, Request
+from restrictedmem.fs.filesystem import FileSystem, Request
 from restrictedmem.fs.fuse_server import FuseServer
 from restrictedmem.fs.mount_ways import mount_detached
+from restrictedmem.fs.owner_abi import NAME
 from restrictedmem.mm.backing import make_backing
 from restrictedmem.mm.designs import NAMES, make
 from restrictedmem.mm.inode import Inode

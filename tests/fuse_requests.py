@@ -9,7 +9,8 @@ import pytest
 from restrictedmem.abi import fuse
 from restrictedmem.abi.fuse import Opcode
 from restrictedmem.abi.memory import FallocMode
-from restrictedmem.fs.filesystem import NAME, TOKEN_BYTES, FileSystem, Request
+from restrictedmem.fs.filesystem import FileSystem, Request
+from restrictedmem.fs.owner_abi import NAME, TOKEN_BYTES
 from restrictedmem.mm.notifier import Api
 from restrictedmem.mm.restrictedmem import RestrictedFile
 

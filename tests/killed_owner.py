@@ -39,7 +39,7 @@ from restrictedmem.abi import memory
 from restrictedmem.abi.memory import FallocMode
 from restrictedmem.abi.process import PR_SET_CHILD_SUBREAPER, prctl
 from restrictedmem.fd import send_with_fds
-from restrictedmem.fs.filesystem import PROVE, TOKEN_BYTES
+from restrictedmem.fs.owner_abi import PROVE, TOKEN_BYTES
 from restrictedmem.protocol import vm_wire
 from restrictedmem.service.address import address
 from restrictedmem.service.client import Service

@@ -15,9 +15,10 @@ from typing import final
 
 import users
 from restrictedmem.fd import OwnedFd, readable, receive_with_fds
-from restrictedmem.fs.filesystem import NAME, PROVE, TOKEN_BYTES, FileSystem
+from restrictedmem.fs.filesystem import FileSystem
 from restrictedmem.fs.fuse_server import FuseServer
 from restrictedmem.fs.mount_ways import mount_detached
+from restrictedmem.fs.owner_abi import NAME, PROVE, TOKEN_BYTES
 from restrictedmem.mm.notifier import Api
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.units import pgoff_t

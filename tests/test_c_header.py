@@ -10,7 +10,7 @@ import pytest
 
 from c_programs import ROOT, SOURCE, compile_c, compiler, run
 from restrictedmem.abi import kvm
-from restrictedmem.fs import filesystem
+from restrictedmem.fs import owner_abi
 from restrictedmem.protocol import exits, measurement, vm_wire
 from restrictedmem.service import exec_service
 from restrictedmem.service import wire as service_wire
@@ -42,7 +42,7 @@ NUMBERS = {
     "STATISTICS": vm_wire.STATISTICS.number,
     "SET_REGS": vm_wire.SET_REGS.number,
     "RUN": vm_wire.RUN.number,
-    "PROVE": filesystem.PROVE,
+    "PROVE": owner_abi.PROVE,
     "MEM_READONLY": kvm.KVM_MEM_READONLY,
     "MEM_PRIVATE": kvm.KVM_MEM_PRIVATE,
     "MEMORY_ATTRIBUTE_PRIVATE": kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE,
@@ -57,7 +57,7 @@ NUMBERS = {
     "EXIT_INTR": kvm.ExitReason.INTR,
     "EXIT_MEMORY_FAULT": kvm.ExitReason.MEMORY_FAULT,
     "PAGE_SIZE": PAGE_SIZE,
-    "TOKEN_SIZE": filesystem.TOKEN_BYTES,
+    "TOKEN_SIZE": owner_abi.TOKEN_BYTES,
     "MEASUREMENT_SIZE": measurement.MEASUREMENT_BYTES,
     "CONNECT_KEY_SIZE": service_wire.KEY_BYTES,
     "KEY_SIZE": 32,

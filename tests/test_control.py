@@ -19,8 +19,9 @@ from restrictedmem import threads
 from restrictedmem.abi import fuse
 from restrictedmem.abi.fuse import Opcode
 from restrictedmem.fd import OwnedFd, readable, spare
-from restrictedmem.fs.filesystem import NAME, Request
+from restrictedmem.fs.filesystem import Request
 from restrictedmem.fs.mount_ways import Way
+from restrictedmem.fs.owner_abi import NAME
 from restrictedmem.mm.backing import MemfdBacking
 from restrictedmem.mm.designs import make
 from restrictedmem.mm.inode import Inode

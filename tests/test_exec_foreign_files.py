@@ -9,7 +9,7 @@ import pytest
 
 from foreign_fuse import foreign
 from restrictedmem.abi.fuse import Opcode
-from restrictedmem.fs.filesystem import NAME
+from restrictedmem.fs.owner_abi import NAME
 from restrictedmem.syscall import scout
 from waiting_programs import FUSE_MAGIC, MAGIC, WELL, go_on, heard, mark, program, said, stop
 

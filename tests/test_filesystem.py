@@ -13,7 +13,8 @@ from outcomes import Errno, outcome
 from restrictedmem.abi import fuse
 from restrictedmem.abi.fuse import AttrValid, InitFlag, Opcode, OpenFlag
 from restrictedmem.abi.memory import PUNCH, FallocMode
-from restrictedmem.fs.filesystem import NAME, PROVE, FileSystem
+from restrictedmem.fs.filesystem import FileSystem
+from restrictedmem.fs.owner_abi import NAME, PROVE
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SIZE
 
 __all__ = ["mount"]

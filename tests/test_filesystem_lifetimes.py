@@ -16,8 +16,9 @@ from restrictedmem.abi import fuse
 from restrictedmem.abi.fuse import Opcode
 from restrictedmem.fd import OwnedFd
 from restrictedmem.fs import filesystem
-from restrictedmem.fs.filesystem import NAME, PROVE, TOKEN_BYTES, FileSystem, Request
+from restrictedmem.fs.filesystem import FileSystem, Request
 from restrictedmem.fs.fuse_server import FuseServer
+from restrictedmem.fs.owner_abi import NAME, PROVE, TOKEN_BYTES
 from restrictedmem.mm.backing import MemfdBacking
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.units import PAGE_SIZE

@@ -16,7 +16,8 @@ from restrictedmem.abi import fuse, memory, pagemap
 from restrictedmem.abi.fuse import Opcode
 from restrictedmem.abi.memory import PMD_SIZE, PUNCH, Mapping
 from restrictedmem.fd import OwnedFd
-from restrictedmem.fs.filesystem import HUGEPAGE_MODE, NAME, FileSystem, Request
+from restrictedmem.fs.filesystem import FileSystem, Request
+from restrictedmem.fs.owner_abi import HUGEPAGE_MODE, NAME
 from restrictedmem.mm import folios
 from restrictedmem.mm.backing import KINDS, MappedBacking, Memfd, make_backing, take_over
 from restrictedmem.mm.folios import BLOCK

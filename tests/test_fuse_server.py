@@ -20,8 +20,9 @@ from restrictedmem.failure import status_of
 from restrictedmem.fd import OwnedFd, readable
 from restrictedmem.fs import filesystem as filesystem_module
 from restrictedmem.fs import fuse_server as server_module
-from restrictedmem.fs.filesystem import NAME, FileSystem, Request
+from restrictedmem.fs.filesystem import FileSystem, Request
 from restrictedmem.fs.fuse_server import MAX_THREADS, FuseServer
+from restrictedmem.fs.owner_abi import NAME
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.units import PAGE_SIZE, pgoff_t
 from waiting import wait_until

@@ -16,7 +16,8 @@ from restrictedmem.abi.kvm import (
 )
 from restrictedmem.conformance.in_place_machine import PRIVATE, SHARED
 from restrictedmem.conformance.outcome import Errno, outcome
-from restrictedmem.fs.guest_memfd_requests import AttributesRequest, name_of, parse_name
+from restrictedmem.fs.guest_memfd_requests import AttributesRequest
+from restrictedmem.fs.owner_abi import name_of, parse_name
 from restrictedmem.mm.guest_memfd_file import GuestMemfdFile
 from restrictedmem.mm.inode import Inode
 from restrictedmem.units import PageRange, pgoff_t

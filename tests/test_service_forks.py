@@ -11,7 +11,7 @@ import pytest
 from owned_service import in_fork, service, works
 from processes import exists, family, stop, wait_gone
 from restrictedmem.fd import receive_with_fds, send_with_fds
-from restrictedmem.fs.filesystem import TOKEN_BYTES
+from restrictedmem.fs.owner_abi import TOKEN_BYTES
 from restrictedmem.service.client import Service
 from restrictedmem.service.wire import Channel
 from waiting import wait_until

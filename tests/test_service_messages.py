@@ -20,8 +20,8 @@ from outcomes import Errno, outcome
 from processes import descriptors, exists, family, stop, wait_gone
 from restrictedmem.abi import kvm, memory
 from restrictedmem.fd import close_all, receive_with_fds, send_with_fds
-from restrictedmem.fs.filesystem import PROVE, TOKEN_BYTES
 from restrictedmem.fs.fuse_server import MAX_THREADS
+from restrictedmem.fs.owner_abi import PROVE, TOKEN_BYTES
 from restrictedmem.protocol import guest_abi
 from restrictedmem.protocol import vm_wire as kvm_wire
 from restrictedmem.service import wire

@@ -12,7 +12,7 @@ from restrictedmem.abi.memory import PMD_SIZE, Mapping
 from restrictedmem.consumer.consumer import Bound, Consumer
 from restrictedmem.consumer.memfd_file import MemfdFile
 from restrictedmem.failure import failed
-from restrictedmem.fs.filesystem import PROVE, TOKEN_BYTES
+from restrictedmem.fs.owner_abi import PROVE, TOKEN_BYTES
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange, pgoff_t
 
 #: Seconds after which a fault looks again. The service does not tell this consumer of every

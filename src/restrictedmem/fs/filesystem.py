@@ -28,11 +28,11 @@ from typing import Final, NamedTuple, TypeVar, final
 
 from restrictedmem import sync
 from restrictedmem.abi import fuse, process
-from restrictedmem.abi._ioctl import Dir, request_number
 from restrictedmem.abi.fuse import AttrValid, InitFlag, Opcode, OpenFlag
 from restrictedmem.abi.kvm import KVM_SET_MEMORY_ATTRIBUTES2, kvm_memory_attributes2
 from restrictedmem.abi.memory import FallocMode
 from restrictedmem.fs import guest_memfd_requests
+from restrictedmem.fs.owner_abi import HUGEPAGE_MODE, NAME, PROVE, TOKEN_BYTES, parse_name
 from restrictedmem.fs.usage import Usage
 from restrictedmem.mm import designs
 from restrictedmem.mm.backing import make_backing
@@ -40,16 +40,6 @@ from restrictedmem.mm.guest_memfd_file import GuestMemfdFile
 from restrictedmem.mm.inode import Inode
 from restrictedmem.mm.restrictedmem import RestrictedFile
 from restrictedmem.units import PAGE_SHIFT, PAGE_SIZE, PageRange
-
-#: The only name that can be created. /proc/PID/fd shows it as ``/restrictedmem (deleted)``.
-NAME: Final = b"restrictedmem"
-#: The bit of the mode of a create that asks for folios of 2 MiB (``RMFD_HUGEPAGE``). Only the name
-#: and the mode go through open(2) unchanged.
-HUGEPAGE_MODE: Final = stat.S_ISVTX
-#: ioctl(fd, PROVE, token) shows the service that the caller holds this descriptor. The token has 16
-#: bytes, direction write, magic 'R'.
-TOKEN_BYTES: Final = 16
-PROVE: Final = request_number(ord("R"), 1, Dir.WRITE, TOKEN_BYTES)
 
 #: No file reaches this offset (MAX_LFS_FILESIZE); the kernel requests nothing beyond it.
 _FILE_END: Final = 1 << 63
@@ -219,7 +209,7 @@ class FileSystem:
     def _create(self, request: Request) -> bytes:
         asked = _decode(fuse.fuse_create_in, request)
         name = request.body[ctypes.sizeof(asked) :].rstrip(b"\0")
-        made = guest_memfd_requests.parse_name(name) if self.drop_pages is not None else None
+        made = parse_name(name) if self.drop_pages is not None else None
         if request.nodeid != fuse.ROOT_ID or (name != NAME and made is None):
             raise OSError(EACCES, "create: not a name of this file system")
         if asked.flags & os.O_ACCMODE != os.O_RDWR:

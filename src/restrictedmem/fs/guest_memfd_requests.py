@@ -1,9 +1,8 @@
-"""Requests on a guest_memfd: its name, its page cache, and its conversions.
+"""Requests on a guest_memfd: its page cache, and its conversions.
 
 docs/understand/conversion-in-place.md has the design.
 """
 
-import re
 from errno import EINVAL, EOPNOTSUPP
 from typing import Final, NamedTuple, Self, final
 
@@ -18,27 +17,12 @@ from restrictedmem.abi.kvm import (
 from restrictedmem.mm.guest_memfd_file import GuestMemfdFile
 from restrictedmem.units import PAGE_MASK, PAGE_SIZE, PageRange
 
-_NAME: Final = re.compile(rb"guest_memfd-([0-9a-f]{1,16})-([0-9a-f]{1,16})")
 _MODES: Final = KVM_SET_MEMORY_ATTRIBUTES2_ZERO | KVM_SET_MEMORY_ATTRIBUTES2_PRESERVE
 #: Bytes that the kernel reads around a fault, as many as an engine maps at one
 #: (``kvm.page_fault.FAULT_AROUND``). With a page at a time, a first touch takes ten times as long.
 READ_AROUND: Final = 16 * PAGE_SIZE
 #: Without DIRECT_IO there is a page cache, and so the file can be mapped.
 OPEN_FLAGS: Final = OpenFlag.NONSEEKABLE | OpenFlag.STREAM | OpenFlag.NOFLUSH
-
-
-def name_of(size: int, flags: int) -> bytes:
-    """Return the name whose creation makes a guest_memfd of ``size`` bytes.
-
-    A name is all of a request that can carry both numbers.
-    """
-    return f"guest_memfd-{size:x}-{flags:x}".encode()
-
-
-def parse_name(name: bytes) -> tuple[int, int] | None:
-    """Return the size and the flags in a name; None for another name."""
-    found = _NAME.fullmatch(name)
-    return None if found is None else (int(found[1], 16), int(found[2], 16))
 
 
 def read(file: GuestMemfdFile, body: bytes) -> bytes:

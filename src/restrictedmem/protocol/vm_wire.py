@@ -15,7 +15,7 @@ from typing import Final, NamedTuple, Self, final
 
 from restrictedmem.abi import kvm, kvm_x86
 from restrictedmem.abi.stat import Identity
-from restrictedmem.fs.filesystem import TOKEN_BYTES
+from restrictedmem.fs.owner_abi import TOKEN_BYTES
 from restrictedmem.platform import platform
 from restrictedmem.service.wire import Call
 

@@ -34,8 +34,7 @@ from restrictedmem.fd import (
     is_same_peer,
     peer_credentials,
 )
-from restrictedmem.fs.filesystem import HUGEPAGE_MODE, NAME, PROVE
-from restrictedmem.fs.guest_memfd_requests import name_of
+from restrictedmem.fs.owner_abi import HUGEPAGE_MODE, NAME, PROVE, name_of
 from restrictedmem.service import SERVER_VARIABLE, exec_service, wire
 from restrictedmem.service.address import NOBODY, connect
 from restrictedmem.service.ending import words_of

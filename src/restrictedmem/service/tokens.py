@@ -10,7 +10,7 @@ from errno import EACCES
 from typing import Final, final
 
 from restrictedmem import sync
-from restrictedmem.fs.filesystem import TOKEN_BYTES
+from restrictedmem.fs.owner_abi import TOKEN_BYTES
 from restrictedmem.mm.restrictedmem import RestrictedFile
 
 #: Most unused tokens of one connection; a further one takes the oldest one's place.

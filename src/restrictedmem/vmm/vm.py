@@ -14,7 +14,7 @@ from typing import Any, Final, Self, final
 from restrictedmem.abi import kvm, kvm_x86, stat
 from restrictedmem.abi.stat import Identity
 from restrictedmem.failure import failed
-from restrictedmem.fs.filesystem import TOKEN_BYTES
+from restrictedmem.fs.owner_abi import TOKEN_BYTES
 from restrictedmem.protocol import exits, vm_wire
 from restrictedmem.service.client import Service, default_service
 from restrictedmem.service.wire import MAX_BODY, Channel
