@@ -155,6 +155,23 @@ MISTAKES: Final[dict[str, tuple[Mistake, ...]]] = {
             "if node is not None:",
         ),
     ),
+    "guest_memfd": (
+        Mistake(
+            "mm.guest_memfd_file:GuestMemfdFile.convert",
+            "for run in runs if zero",
+            "for run in (hull,) if zero",
+        ),
+        Mistake(
+            "mm.guest_memfd_file:GuestMemfdFile.convert",
+            "self._leave(hull if private else _NOTHING)",
+            "self._leave(_NOTHING)",
+        ),
+        Mistake(
+            "fs.guest_memfd_requests:AttributesRequest.of",
+            "or asked.flags == _MODES",
+            "",
+        ),
+    ),
     "elf": (
         Mistake(
             "vmm.elf:_segment", "len(content) != filesz or memsz < filesz", "len(content) != filesz"

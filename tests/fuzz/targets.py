@@ -10,6 +10,7 @@ from typing import Final
 from fuzz.calls import calls
 from fuzz.engine import vcpu, vm
 from fuzz.files import creation, elf, report, rsp, trace
+from fuzz.guest_memfd import guest_memfd
 from fuzz.service import consumer, control, fuse_bodies
 
 CORPUS: Final = Path(__file__).parent / "corpus"
@@ -23,6 +24,7 @@ TARGETS: Final[dict[str, Target]] = {
     "vm": vm,
     "vcpu": vcpu,
     "fuse": fuse_bodies,
+    "guest_memfd": guest_memfd,
     "elf": elf,
     "rsp": rsp,
     "report": report,
