@@ -14,16 +14,18 @@ from restrictedmem.service.client import Service
 from restrictedmem.units import PAGE_SIZE
 from restrictedmem.vmm.vm import Vcpu, Vm
 
-_STEP: Final = 2 << 20
-_PAGES: Final = _STEP // PAGE_SIZE
+#: Bytes that are converted at a time.
+STEP: Final = 2 << 20
+PAGES: Final = STEP // PAGE_SIZE
 #: Bytes for the guest's code and stack, before the memory that is converted.
-_OWN: Final = 2 << 20
-_MEMORY: Final = guest_abi.PRIVATE_BASE + _OWN
+OWN: Final = 2 << 20
+#: The guest physical address from which on memory is converted.
+MEMORY: Final = guest_abi.PRIVATE_BASE + OWN
 _AIMS: Final = {"kernel": 2, "software": 3}
 
 #: A guest that asks its owner which pages to touch, and touches them, for ever. The answer is an
 #: address and, in its low 12 bits, the number of pages less one.
-_GUEST: Final = bytes.fromhex(
+GUEST: Final = bytes.fromhex(
     "bb00001000"  # mov    ebx, HYPERCALL_PAGE
     "b863000000"  # ask:   mov    eax, 99
     "ffd3"  # call   rbx
@@ -38,6 +40,13 @@ _GUEST: Final = bytes.fromhex(
 )
 
 
+def touch(vcpu: Vcpu, offset: int, pages: int) -> None:
+    """Let the guest touch pages from ``MEMORY + offset`` on, and exit with its next question."""
+    exit_ = vcpu.run(MEMORY + offset + pages - 1)
+    if not isinstance(exit_, exits.Hypercall):
+        raise BenchError(f"the guest ended: {exit_}", "see docs/reference/engines.md")
+
+
 @dataclass
 class _Machine:
     """A VM with ``size`` bytes to convert, and the owner's side of it."""
@@ -48,38 +57,32 @@ class _Machine:
     shared_fd: int
     size: int
 
-    def touch(self, offset: int, pages: int) -> None:
-        """Let the guest touch pages and exit with its next question."""
-        exit_ = self.vcpu.run(_MEMORY + offset + pages - 1)
-        if not isinstance(exit_, exits.Hypercall):
-            raise BenchError(f"the guest ended: {exit_}", "see docs/reference/engines.md")
-
     def populate(self) -> None:
         """Let the guest touch every page of the half that it sees."""
-        for offset in range(0, self.size, _STEP):
-            self.touch(offset, _PAGES)
+        for offset in range(0, self.size, STEP):
+            touch(self.vcpu, offset, PAGES)
 
     def convert(self, offset: int, *, private: bool) -> None:
         """Convert a step, and free its pages in the other half."""
         if not private:
-            memory.fallocate(self.restricted_fd, memory.PUNCH, _OWN + offset, _STEP)
-        self.vm.set_memory_attributes(_MEMORY + offset, _STEP, private=private)
+            memory.fallocate(self.restricted_fd, memory.PUNCH, OWN + offset, STEP)
+        self.vm.set_memory_attributes(MEMORY + offset, STEP, private=private)
         if private:
-            memory.fallocate(self.shared_fd, memory.PUNCH, _OWN + offset, _STEP)
+            memory.fallocate(self.shared_fd, memory.PUNCH, OWN + offset, STEP)
 
     def convert_all(self, *, private: bool, touches: int) -> float:
         """Convert step by step, with ``touches`` pages touched after each; return the seconds."""
         began = time.perf_counter()
-        for offset in range(0, self.size, _STEP):
+        for offset in range(0, self.size, STEP):
             self.convert(offset, private=private)
-            self.touch(offset, touches)
+            touch(self.vcpu, offset, touches)
         return time.perf_counter() - began
 
 
 @contextmanager
 def _machine(started: Service, engine: str, size: int) -> Generator[_Machine]:
     restricted_fd = started.memfd_restricted()
-    os.ftruncate(restricted_fd, _OWN + size)
+    os.ftruncate(restricted_fd, OWN + size)
     try:
         vm = Vm(started, engine=engine)
     except OSError as error:
@@ -88,18 +91,18 @@ def _machine(started: Service, engine: str, size: int) -> Generator[_Machine]:
             f"no {engine} engine: {error.strerror}", "restrictedmem doctor says what is missing"
         ) from None
     with vm, memory.memfd_create("shared") as shared:
-        os.ftruncate(shared.fileno(), _OWN + size)
+        os.ftruncate(shared.fileno(), OWN + size)
         vm.set_user_memory_region(
             slot=0,
             guest_phys_addr=guest_abi.PRIVATE_BASE,
-            memory_size=_OWN + size,
+            memory_size=OWN + size,
             restricted_fd=restricted_fd,
             shared_fd=shared.fileno(),
         )
-        vm.set_memory_attributes(guest_abi.PRIVATE_BASE, _OWN + size, private=True)
-        vm.launch_update(guest_abi.PRIVATE_BASE, _GUEST.ljust(PAGE_SIZE, b"\0"))
+        vm.set_memory_attributes(guest_abi.PRIVATE_BASE, OWN + size, private=True)
+        vm.launch_update(guest_abi.PRIVATE_BASE, GUEST.ljust(PAGE_SIZE, b"\0"))
         with vm.create_vcpu() as vcpu:
-            vcpu.set_regs(rip=guest_abi.PRIVATE_BASE, rsp=guest_abi.PRIVATE_BASE + _OWN)
+            vcpu.set_regs(rip=guest_abi.PRIVATE_BASE, rsp=guest_abi.PRIVATE_BASE + OWN)
             vcpu.run()
             yield _Machine(vm, vcpu, restricted_fd, shared.fileno(), size)
     os.close(restricted_fd)
@@ -110,7 +113,7 @@ def _both_ways(lab: Lab, engine: str, size: int, touches: int) -> tuple[Pairs, P
 
     Returns the pairs of both together, to shared, and to private, in microseconds a step.
     """
-    steps = size // _STEP
+    steps = size // STEP
     floors, ours = list[tuple[float, ...]](), list[tuple[float, ...]]()
     with service() as started:
         for _ in range(lab.rounds(3) + 1):
@@ -145,7 +148,7 @@ def conversion(lab: Lab) -> Iterator[Figure]:
     size = lab.amount(1 << 30, 16 << 20)
     for engine, limit in _AIMS.items():
         yield from _figures(lab, engine, size, 1, within(limit))
-        yield from _figures(lab, engine, size, _PAGES, None)
+        yield from _figures(lab, engine, size, PAGES, None)
 
 
 def _figures(lab: Lab, engine: str, size: int, touches: int, aim: Aim | None) -> Iterator[Figure]:

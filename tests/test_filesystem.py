@@ -14,6 +14,7 @@ from restrictedmem.abi import fuse
 from restrictedmem.abi.fuse import AttrValid, InitFlag, Opcode, OpenFlag
 from restrictedmem.abi.memory import PUNCH, FallocMode
 from restrictedmem.fs.filesystem import FileSystem
+from restrictedmem.fs.guest_memfd_requests import REQUEST_BUFFER
 from restrictedmem.fs.owner_abi import NAME, PROVE
 from restrictedmem.units import MAX_FILE_BYTES, PAGE_SIZE
 
@@ -41,6 +42,23 @@ def test_init_takes_the_older_of_two_minor_versions(mount: Mount) -> None:
             0,
             0,
         )
+
+
+@pytest.mark.parametrize(("cached", "read", "written"), [(False, 0, 1), (True, 16, 32)])
+def test_pages_of_a_page_cache_come_and_go_many_at_a_time(
+    mount: Mount, cached: bool, read: int, written: int
+) -> None:
+    if cached:
+        mount.filesystem.drop_pages = print
+    body = bytes(fuse.fuse_init_in(major=7, minor=45, max_readahead=1 << 20, flags=0))
+    reply = mount.ask(Opcode.INIT, 0, body)
+    assert reply is not None
+    answer = fuse.fuse_init_out.from_buffer_copy(reply)
+    assert answer.max_readahead == read * PAGE_SIZE
+    assert answer.max_write == written * PAGE_SIZE
+    # The kernel reads nothing into a buffer without room for the longest request.
+    longest = max(answer.max_write + fuse.WRITE_IN.size, fuse.MIN_READ_BUFFER + (1 << 14))
+    assert fuse.IN_HEADER.size + longest <= REQUEST_BUFFER
 
 
 def test_init_of_protocol_35_is_16_bytes(mount: Mount) -> None:

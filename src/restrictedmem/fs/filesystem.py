@@ -189,14 +189,15 @@ class FileSystem:
         offered = fuse.fuse_init_in.from_buffer_copy(body)
         if offered.major != fuse.KERNEL_VERSION or offered.minor < fuse.OLDEST_MINOR_VERSION:
             raise OSError(EINVAL, f"FUSE protocol {offered.major}.{offered.minor} is not supported")
+        no_cache = self.drop_pages is None
         reply = fuse.fuse_init_out(
             major=fuse.KERNEL_VERSION,
             minor=min(offered.minor, fuse.KERNEL_MINOR_VERSION),
-            max_readahead=0 if self.drop_pages is None else guest_memfd_requests.READ_AROUND,
+            max_readahead=0 if no_cache else guest_memfd_requests.READ_AROUND,
             flags=offered.flags & InitFlag.PARALLEL_DIROPS,
             max_background=16,
             congestion_threshold=12,
-            max_write=PAGE_SIZE,
+            max_write=PAGE_SIZE if no_cache else guest_memfd_requests.WRITE_BACK,
             time_gran=1,
         )
         return bytes(reply)

@@ -22,6 +22,7 @@ from restrictedmem.abi import fuse, process
 from restrictedmem.failure import status_of
 from restrictedmem.fd import OwnedFd
 from restrictedmem.fs.filesystem import FileSystem, Request
+from restrictedmem.fs.guest_memfd_requests import REQUEST_BUFFER
 from restrictedmem.patience import patiently
 
 log = logging.getLogger(__name__)
@@ -39,9 +40,6 @@ _LAST_ERRNO: Final = 511
 _IN_SIZE: Final = fuse.IN_HEADER.size
 _OUT_SIZE: Final = fuse.OUT_HEADER.size
 _NOTHING: Final = bytes(_IN_SIZE)
-#: The longest request is an ioctl with an argument of 16,383 bytes, the most that an ioctl's number
-#: can encode (_IOC_SIZEBITS).
-_BUFFER: Final = fuse.MIN_READ_BUFFER + (1 << 14)
 
 
 @final
@@ -55,7 +53,7 @@ class FuseServer:
         """
         self._device = device.fileno()
         #: Only the leader uses it.
-        self._buffer = bytearray(_BUFFER)
+        self._buffer = bytearray(REQUEST_BUFFER)
         self._filesystem = filesystem
         filesystem.before_waiting = self._step_aside
         filesystem.is_alone = self._is_leader

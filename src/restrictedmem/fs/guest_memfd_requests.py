@@ -21,6 +21,13 @@ _MODES: Final = KVM_SET_MEMORY_ATTRIBUTES2_ZERO | KVM_SET_MEMORY_ATTRIBUTES2_PRE
 #: Bytes that the kernel reads around a fault, as many as an engine maps at one
 #: (``kvm.page_fault.FAULT_AROUND``). With a page at a time, a first touch takes ten times as long.
 READ_AROUND: Final = 16 * PAGE_SIZE
+#: The most bytes that the kernel writes back at a time: as many pages as it sends if a server does
+#: not negotiate more (FUSE_DEFAULT_MAX_PAGES_PER_REQ). With a page at a time, the conversion of
+#: changed pages to private takes twice as long.
+WRITE_BACK: Final = 32 * PAGE_SIZE
+#: Bytes of a buffer that has room for any request. The longest is a WRITE; an ioctl has an argument
+#: of 16,383 bytes at most (_IOC_SIZEBITS).
+REQUEST_BUFFER: Final = fuse.MIN_READ_BUFFER + WRITE_BACK
 #: Without DIRECT_IO there is a page cache, and so the file can be mapped.
 OPEN_FLAGS: Final = OpenFlag.NONSEEKABLE | OpenFlag.STREAM | OpenFlag.NOFLUSH
 

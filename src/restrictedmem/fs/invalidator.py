@@ -21,6 +21,7 @@ from restrictedmem.abi import fuse
 from restrictedmem.child import fork
 from restrictedmem.failure import FAULT, failed
 from restrictedmem.fd import OwnedFd, receive_with_fds, refuse_fds, send_with_fds
+from restrictedmem.fs.guest_memfd_requests import REQUEST_BUFFER
 
 _NAME: Final = "rmem-invalidate"
 _READY: Final = b"r"
@@ -127,7 +128,7 @@ def _fail_all(device: int) -> None:
     """Fail every request, because nobody else does."""
     while True:
         try:
-            request = os.read(device, fuse.MIN_READ_BUFFER)
+            request = os.read(device, REQUEST_BUFFER)
         except OSError as error:
             if error.errno == ENODEV:
                 return
