@@ -1,5 +1,6 @@
 """Exits of a vCPU of /dev/kvm, and ways to take it out of the guest."""
 
+import ctypes
 import mmap
 import os
 import signal
@@ -7,13 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from errno import EAGAIN, EINTR, EINVAL, ESRCH
+from errno import EAGAIN, EFAULT, EINTR, EINVAL, ESRCH
 
 import pytest
 
 from devkvm_machine import CODE, OUTS, SPIN, Machine, guest
 from outcomes import Errno, outcome
-from restrictedmem.abi.kvm import Cap, ExitReason, kvm_regs
+from planting import stub
+from restrictedmem.abi.kvm import EHWPOISON, Cap, ExitReason, kvm_regs
 from restrictedmem.abi.kvm_x86 import (
     KVM_GUESTDBG_ENABLE,
     KVM_GUESTDBG_SINGLESTEP,
@@ -31,6 +33,23 @@ pytestmark = pytest.mark.requires("kvm")
 
 
 # Exits.
+
+
+@pytest.mark.parametrize("errno", [EFAULT, EINTR, EAGAIN])
+def test_a_failure_without_a_memory_fault_is_an_error(errno: int) -> None:
+    """EFAULT is also the errno of a page that the kernel cannot get for another reason."""
+    ctypes.set_errno(errno)
+    with pytest.raises(OSError, match="KVM_RUN") as found:
+        VcpuFd._run_failed(stub(_thread=0), stub(exit_reason=0))
+    assert found.value.errno == errno
+
+
+@pytest.mark.parametrize("errno", [EFAULT, EHWPOISON])
+def test_a_memory_fault_is_an_exit_with_an_errno(errno: int) -> None:
+    ctypes.set_errno(errno)
+    vcpu = stub(_thread=0)
+    VcpuFd._run_failed(vcpu, stub(exit_reason=ExitReason.MEMORY_FAULT))
+    assert vcpu.run_errno == errno
 
 
 @contextmanager

@@ -199,7 +199,15 @@ def test_a_consumer_has_none_of_the_spawners_sockets() -> None:
     with Service.start() as service, Vm(service) as vm:
         spawners = sockets(family(service)[0].pid)
         assert len(spawners) >= 2
-        assert not spawners & sockets(int(str(vm.statistics()["pid"])))
+        engine = int(str(vm.statistics()["pid"]))
+        assert not spawners & sockets(engine)
+
+
+def test_a_consumer_has_a_session_of_its_own() -> None:
+    """Its guest's processor time is shared with nobody's (sched_autogroup)."""
+    with Service.start() as service, Vm(service) as vm:
+        engine = int(str(vm.statistics()["pid"]))
+        assert os.getsid(engine) == engine
 
 
 def sockets(pid: int) -> set[str]:

@@ -101,7 +101,8 @@ def test_perfetto_gets_tracks_slices_and_a_counter(excerpt: Path, engine: str) -
             value = event[30]
             assert isinstance(value, int)
             counted.append(value)
-            assert 8 in names[track]
+            # A counter of things (UNIT_COUNT).
+            assert message(names[track][8]) == {3: 2}
             continue
         assert 4 in names[track]
         slices += kind == BEGIN

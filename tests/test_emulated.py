@@ -1,0 +1,76 @@
+"""Emulated kernels without QEMU: what a machine says, and a command for it."""
+
+import os
+import shlex
+import shutil
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+
+from planting import always, stub
+from restrictedmem.abi import memory
+from restrictedmem.emulated import command, emulated_machine
+from restrictedmem.emulated.emulated_machine import BUSYBOX, EmulatedMachine, EmulationError, Kernel
+
+
+def test_what_a_machine_says_last_is_read_after_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    with memory.memfd_create("channel") as channel:
+        asked: list[Sequence[object]] = []
+
+        def readable(ends: Sequence[object], _seconds: float) -> Sequence[object]:
+            """Say first that the machine runs, and then that it has ended; it speaks before."""
+            asked.append(ends)
+            os.write(channel.fileno(), b"line %d\r\nhalf" % len(asked))
+            return ends if len(asked) == 2 else []
+
+        monkeypatch.setattr(emulated_machine, "readable", readable)
+        machine = stub(_channel=channel, _pidfd="the machine", release="7.3")
+        assert list(EmulatedMachine._said(machine, 60)) == ["line 1", "halfline 2"]
+        assert asked == [["the machine"]] * 2
+
+
+def test_a_machine_that_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emulated_machine, "readable", always(()))
+    monkeypatch.setattr(emulated_machine, "Clock", always(stub(look=always(7.5))))
+    with memory.memfd_create("channel") as channel:
+        machine = stub(
+            _channel=channel,
+            _pidfd=0,
+            release="7.3",
+            _trouble=EmulationError,
+        )
+        with pytest.raises(EmulationError, match="has said nothing for 7 s"):
+            list(EmulatedMachine._said(machine, 7))
+
+
+def test_a_command_runs_attached_in_its_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, machine = Mock(spec=Kernel), Mock(status=5)
+    machine.lines.return_value = iter(["a line"])
+    made: list[tuple[object, ...]] = []
+
+    @contextmanager
+    def start(*arguments: object, **more: object):  # type: ignore[no-untyped-def]
+        made.append((*arguments, more))
+        yield machine
+
+    monkeypatch.setattr(command, "EmulatedMachine", start)
+
+    def program_of(_: Kernel, program: str) -> str:
+        return program
+
+    monkeypatch.setattr(command, "initramfs", program_of)
+    monkeypatch.setattr(shutil, "which", "/bin/{}".format)
+    assert command.run_command(kernel, ["echo", "it's"], Path("/a place")) == 5
+    kernel.check.assert_called_once_with()
+    machine.lines.assert_called_once_with(float("inf"))
+    machine.wait.assert_called_once_with()
+    ((of, program, more),) = made
+    assert (of, more) == (kernel, {"attached": True})
+    assert isinstance(program, str)
+    # The script is one word at the program's end.
+    script = shlex.split(program.partition(" /bin/sh -c ")[2])[0]
+    assert "cd '/a place' && echo 'it'\"'\"'s'" in script
+    assert f"/bin/{BUSYBOX} poweroff -f" in script
