@@ -1,10 +1,11 @@
 """Small changes of the package's expressions, and the test files of a module (scripts/mutate)."""
 
 import ast
+import errno
 import random
 import re
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -38,6 +39,10 @@ _OPERATORS: Final[dict[type[ast.operator], type[ast.operator]]] = {
     ast.BitOr: ast.BitAnd,
     ast.BitXor: ast.BitOr,
 }
+#: What becomes of a statement that is dropped, and of an errno. No code here has that errno.
+DROPPED: Final = "pass"
+OTHER_ERRNO: Final = str(errno.EDOTDOT)
+_ERRNOS: Final = frozenset(errno.errorcode.values())
 _NAMES: Final = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
 
@@ -165,7 +170,9 @@ def _changes(node: ast.expr | ast.stmt) -> Iterator[str]:
         case ast.Call(ast.Name(name), arguments, keywords) if name in _NAMES:
             yield ast.unparse(ast.Call(ast.Name(_NAMES[name]), arguments, keywords))
         case ast.Raise() | ast.Expr(ast.Call()):
-            yield "pass"
+            yield DROPPED
+        case ast.Name(name) if name in _ERRNOS:
+            yield OTHER_ERRNO
         case _:
             pass
 
@@ -176,10 +183,13 @@ def _is_text(node: ast.expr) -> bool:
     )
 
 
-def choose(root: Path, layers: list[str], count: int, seed: int) -> list[Mutant]:
+def choose(
+    root: Path, layers: list[str], count: int, seed: int, texts: Container[str] | None = None
+) -> list[Mutant]:
     """Choose lines of the package, from each layer in turn, and a change of each.
 
-    There are fewer than ``count`` if there are no more lines.
+    With ``texts``, only changes to one of these texts count. There are fewer than ``count`` if
+    there are no more lines.
     """
     source, chance = root / "src" / PACKAGE, random.Random(seed)
     lines: dict[str, list[list[Mutant]]] = {layer: [] for layer in layers}
@@ -188,6 +198,8 @@ def choose(root: Path, layers: list[str], count: int, seed: int) -> list[Mutant]
         if layer in lines:
             by_line: dict[int, list[Mutant]] = {}
             for mutant in mutants_of(str(path.relative_to(root)), path.read_bytes()):
+                if texts is not None and mutant.text not in texts:
+                    continue
                 by_line.setdefault(mutant.line, []).append(mutant)
             lines[layer] += by_line.values()
     for of_layer in lines.values():

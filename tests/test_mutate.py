@@ -39,6 +39,7 @@ def texts(source: str) -> list[str]:
         ("x = 7", ["8"]),
         ("x = True", ["False"]),
         ("raise error", ["pass"]),
+        ("raise OSError(EINVAL, 'x')", ["73", "pass"]),
         ("file.close()", ["pass"]),
     ],
 )
@@ -92,6 +93,8 @@ def test_layers_take_turns_and_a_seed_says_which_lines() -> None:
     ] == layers * 10
     assert len({(mutant.file, mutant.line) for mutant in chosen}) == 30
     assert mutation.choose(ROOT, layers, 30, 5) == chosen != mutation.choose(ROOT, layers, 30, 6)
+    dropped = mutation.choose(ROOT, layers, 30, 5, texts={mutation.DROPPED})
+    assert {mutant.text for mutant in dropped} == {"pass"}
     # The layer has fewer lines than were asked for.
     assert 0 < len(mutation.choose(ROOT, ["guests"], 1000, 5)) < 100
 
