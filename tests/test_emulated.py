@@ -5,6 +5,7 @@ import shlex
 import shutil
 from collections.abc import Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -13,7 +14,13 @@ import pytest
 from planting import always, stub
 from restrictedmem.abi import memory
 from restrictedmem.emulated import command, emulated_machine
-from restrictedmem.emulated.emulated_machine import BUSYBOX, EmulatedMachine, EmulationError, Kernel
+from restrictedmem.emulated.emulated_machine import (
+    BUSYBOX,
+    QEMU,
+    EmulatedMachine,
+    EmulationError,
+    Kernel,
+)
 
 
 def test_what_a_machine_says_last_is_read_after_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,3 +81,38 @@ def test_a_command_runs_attached_in_its_directory(monkeypatch: pytest.MonkeyPatc
     script = shlex.split(program.partition(" /bin/sh -c ")[2])[0]
     assert "cd '/a place' && echo 'it'\"'\"'s'" in script
     assert f"/bin/{BUSYBOX} poweroff -f" in script
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_the_command_of_qemu(attached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", "/bin/{}".format)
+    kernel = Kernel(Path("/boot/image"), memory="5G", processors=7)
+    words = emulated_machine._command(kernel, 11, 12, 13, attached=attached)
+    assert words[0] == f"/bin/{QEMU}"
+    assert {"-nodefaults", "-no-reboot"} <= set(words)
+    pairs = list(pairwise(words))
+    for pair in (
+        ("-kernel", "/boot/image"),
+        ("-initrd", "/dev/fd/13"),
+        ("-m", "5G"),
+        ("-smp", "7"),
+        ("-cpu", "max,+svm"),
+        ("-accel", "tcg,thread=multi"),
+        ("-display", "none"),
+    ):
+        assert pair in pairs
+    # The first port is the console, the second what the program says.
+    ports = [value for name, value in pairs if name == "-serial"]
+    assert ports == ["stdio" if attached else "file:/dev/fd/11", "file:/dev/fd/12"]
+    shared = [value for name, value in pairs if name == "-virtfs"]
+    assert len(shared) == attached
+    assert all("readonly=on" in value and "path=/," in value for value in shared)
+    # The kernel ends the machine, whatever happens.
+    (append,) = (value for name, value in pairs if name == "-append")
+    assert {"console=ttyS0", "panic=-1", "oops=panic"} <= set(append.split())
+
+
+def test_without_qemu_its_name_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", always(None))
+    words = emulated_machine._command(Kernel(Path("/boot/image")), 11, 12, 13, attached=False)
+    assert words[0] == QEMU

@@ -100,6 +100,17 @@ def test_only_pages_that_change_are_dropped(file: GuestMemfdFile) -> None:
     assert dropped == [span(0, 2), span(2, 4), span(1, 2)]
 
 
+def test_the_size_stays(file: GuestMemfdFile) -> None:
+    for size in (0, P, NPAGES * P, 2 * NPAGES * P):
+        assert outcome(lambda: file.ftruncate(size)) == Errno(errno.EINVAL)  # noqa: B023
+    assert file.size == NPAGES * P
+
+
+def test_a_file_shows_no_blocks(file: GuestMemfdFile) -> None:
+    assert change(file, 0, 7) is None
+    assert (file.blocks, file.blksize) == (0, P)
+
+
 def test_a_read_of_several_pages_is_refused_for_one_private_page(file: GuestMemfdFile) -> None:
     """The kernel then asks for the page alone that was touched."""
     file.convert(span(3, 4), private=True, zero=False, drop=nothing)
