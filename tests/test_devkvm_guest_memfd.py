@@ -3,6 +3,7 @@
 What the kernel answers to each operation is in the cases of ``restrictedmem conformance``.
 """
 
+import mmap
 import os
 from collections.abc import Generator
 from errno import EBADF, EINVAL
@@ -54,6 +55,14 @@ def test_size_and_flags_are_those_of_its_creation(memfd: GuestMemfd, vm: VmFd) -
     with vm.create_guest_memfd(2 * P, memfd.flags) as other:
         assert (other.size, other.flags) == (2 * P, memfd.flags)
     assert outcome(lambda: vm.create_guest_memfd(P + 1, memfd.flags)) == Errno(EINVAL)
+
+
+def test_one_without_flags_has_none(vm: VmFd) -> None:
+    offered(vm, 0)
+    with vm.create_guest_memfd(P) as made:
+        assert made.flags == 0
+        with pytest.raises(OSError, match="No such device"):
+            mmap.mmap(made.fileno(), P)
 
 
 def test_a_mapping_past_the_end_is_refused_before_the_kernel_is_asked(shared: GuestMemfd) -> None:

@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -294,6 +295,13 @@ def test_the_parser_takes_anything(data: bytes) -> None:
     # it is as new.
     list(parser.feed(b"#00" + b"x" * (rsp.PACKET_SIZE + 8)))
     assert [*parser.feed(rsp.frame(b"?"))][-1:] == [b"?"]
+
+
+def test_a_packet_without_an_end_is_dropped_once() -> None:
+    parser = rsp.Parser()
+    assert list(parser.feed(b"$" + b"a" * (rsp.PACKET_SIZE + 2))) == []
+    assert list(islice(parser.feed(b"a"), 2)) == [rsp.Sign.BROKEN]
+    assert list(parser.feed(rsp.frame(b"?"))) == [b"?"]
 
 
 COMMANDS = st.sampled_from(

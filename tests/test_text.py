@@ -10,6 +10,7 @@ import sys
 import termios
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import Mock, call
 
 import pytest
 
@@ -110,6 +111,18 @@ def test_a_line_is_for_terminals_and_fits_them() -> None:
     plain_line.update(lambda: "x")
     plain_line.clear()
     assert file.getvalue() == ""
+
+
+def test_a_line_is_shown_and_cleared_at_once() -> None:
+    """It has no end of line, at which a terminal's file would be flushed by itself."""
+    file = Mock()
+    file.fileno.side_effect = OSError
+    line = Line(file)
+    line.update(lambda: "x")
+    assert file.mock_calls[-2:] == [call.write("\r\x1b[Kx"), call.flush()]
+    file.reset_mock()
+    line.clear()
+    assert file.mock_calls == [call.write("\r\x1b[K"), call.flush()]
 
 
 def test_durations() -> None:
