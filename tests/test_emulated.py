@@ -5,6 +5,7 @@ import shlex
 import shutil
 from collections.abc import Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from unittest.mock import Mock
@@ -20,6 +21,7 @@ from restrictedmem.emulated.emulated_machine import (
     EmulatedMachine,
     EmulationError,
     Kernel,
+    initramfs,
 )
 
 
@@ -51,6 +53,52 @@ def test_a_machine_that_says_nothing_is_not_waited_for(monkeypatch: pytest.Monke
         )
         with pytest.raises(EmulationError, match="has said nothing for 7 s"):
             list(EmulatedMachine._said(machine, 7))
+
+
+@pytest.mark.parametrize(
+    ("console", "words", "release", "said", "hint"),
+    [
+        ("", "qemu: no memory\nmore", "", "qemu: no memory", False),
+        ("booting\nlast words", "", "", "the kernel ended (last words)", True),
+        ("booting\nlast words", "qemu: a warning", "7.3", "Linux 7.3 ended (last words)", False),
+        ("", "", "7.3", "Linux 7.3 ended", False),
+        (
+            "x\n[ 1.2] Kernel panic - not syncing: no init\r\nthe rest",
+            "",
+            "",
+            "the kernel panicked: no init",
+            True,
+        ),
+    ],
+)
+def test_the_trouble_of_a_machine(
+    console: str, words: str, release: str, said: str, hint: bool
+) -> None:
+    with memory.memfd_create("console") as one, memory.memfd_create("words") as other:
+        os.write(one.fileno(), console.encode())
+        os.write(other.fileno(), words.encode())
+        machine = stub(_console=one, _words=other, release=release)
+        machine._last = partial(EmulatedMachine._last, machine)
+        found = EmulatedMachine._trouble(machine, "ended")
+    assert (str(found), bool(found.hint)) == (said, hint)
+
+
+@pytest.mark.parametrize("has_modules", [False, True])
+def test_an_initramfs_has_what_its_kernel_needs(
+    has_modules: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busybox = tmp_path / BUSYBOX
+    busybox.write_bytes(b"a static program")
+    monkeypatch.setattr(shutil, "which", {BUSYBOX: str(busybox)}.get)
+    monkeypatch.setattr(emulated_machine, "needed_modules", always([("lib/a.ko", b"the module")]))
+    kernel = Kernel(Path("image"), modules=tmp_path if has_modules else None)
+    found = initramfs(kernel, "the program", [("more", b"the file")])
+    for part in (b"a static program", b"the program", b"the file"):
+        assert part in found
+    assert (b"the module" in found) is (b"lib/a.ko" in found) is has_modules
+    busybox.write_bytes(b"\x7fELF /lib64/ld-linux.so")
+    with pytest.raises(EmulationError, match="busybox needs shared libraries"):
+        initramfs(kernel, "the program")
 
 
 def test_a_command_runs_attached_in_its_directory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,25 @@ def test_an_order_is_remembered_until_a_part_of_its_block_is_invalidated(thp: Me
     assert window.get_page(pgoff_t(BLOCK + 9)) == 9
 
 
+def test_orders_of_other_blocks_stay_known(
+    thp: MemfdBacking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    window = Pages(thp, span(100, 3 * BLOCK))
+    thp.allocate(0, 3 * BLOCK << PAGE_SHIFT)
+    everywhere = [pgoff_t(page) for page in (150, BLOCK + 1, 2 * BLOCK + 1)]
+    assert [window.get_page(page) for page in everywhere] == [9, 9, 9]
+    asked: list[int] = []
+
+    def order_of(_: MemfdBacking, pgoff: pgoff_t) -> int:
+        asked.append(pgoff)
+        return 0
+
+    monkeypatch.setattr(MemfdBacking, "order_of", order_of)
+    window.invalidate_start(span(2 * BLOCK, 2 * BLOCK + 1))
+    assert [window.get_page(page) for page in everywhere] == [9, 9, 0]
+    assert set(asked) <= {2 * BLOCK + 1}
+
+
 def test_two_invalidations_of_one_block_are_both_waited_for(thp: MemfdBacking) -> None:
     window = Pages(thp, span(0, BLOCK))
     window.get_pages(span(0, BLOCK))
