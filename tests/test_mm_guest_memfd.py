@@ -106,9 +106,9 @@ def test_the_size_stays(file: GuestMemfdFile) -> None:
     assert file.size == NPAGES * P
 
 
-def test_a_file_shows_no_blocks(file: GuestMemfdFile) -> None:
+def test_a_file_shows_no_blocks_and_one_link(file: GuestMemfdFile) -> None:
     assert change(file, 0, 7) is None
-    assert (file.blocks, file.blksize) == (0, P)
+    assert (file.blocks, file.blksize, file.nlink) == (0, P, 1)
 
 
 def test_a_read_of_several_pages_is_refused_for_one_private_page(file: GuestMemfdFile) -> None:

@@ -446,7 +446,7 @@ def _attributes(nodeid: int, file: RestrictedFile) -> bytes:
         mtimensec,
         ctimensec,
         inode.mode,
-        0,
+        file.nlink,
         inode.uid,
         inode.gid,
         0,

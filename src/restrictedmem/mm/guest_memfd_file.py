@@ -92,6 +92,11 @@ class GuestMemfdFile(RestrictedFile):
         return 0
 
     @property
+    def nlink(self) -> int:
+        """Return 1, as for any anonymous inode."""
+        return 1
+
+    @property
     def blksize(self) -> int:
         """Return the page size, whatever the machine's policy for memfds."""
         return PAGE_SIZE

@@ -427,6 +427,11 @@ class RestrictedFile:
         return self.backing.resident() // 512
 
     @property
+    def nlink(self) -> int:
+        """Return what fstat(2) shows as ``st_nlink``: the file has no name, as a memfd has none."""
+        return 0
+
+    @property
     def blksize(self) -> int:
         """Return what fstat(2) shows as ``st_blksize``."""
         return self.backing.blksize

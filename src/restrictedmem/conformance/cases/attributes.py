@@ -28,7 +28,6 @@ CASES: Final[tuple[Case, ...]] = (
             **dict.fromkeys(("proposal", "memfd"), ("-rwxrwxrwx", 0, 0, 0, 0, 0, _P, 0)),
             "secret": ("-rw-------", 1, 0, 0, 0, 0, _P, 0),
             "gmem": ("-rw-------", 1, 0, 0, SIZE, 0, _P, 0),
-            "in-place": ("-rw-------", 0, 0, 0, SIZE, 0, _P, 0),
         },
         _STAT,
         ("GM-STAT-1",),
