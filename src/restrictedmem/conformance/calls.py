@@ -70,6 +70,11 @@ def readahead(fd: int, offset: int, count: int) -> int:
     return syscall("readahead", 187, fd, offset, count)
 
 
+def transfer(call: str, fd: int, address: int, count: int) -> int:
+    """Read or write at an address."""
+    return syscall(call, {"read": 0, "write": 1}[call], fd, address, count)
+
+
 def fstatfs(fd: int) -> tuple[int, int, int]:
     """Return f_type, f_bsize and f_namelen."""
     found = (ctypes.c_long * _STATFS_WORDS)()

@@ -114,6 +114,12 @@ class File:
         data = bytes(count)
         return self.steps.call(f"write(fd, buf, {count})", lambda: os.write(self.fd, data))
 
+    def transfer_at_nothing(self, call: str) -> int:
+        """Read or write at an address where no memory is; return the number of bytes."""
+        return self.steps.call(
+            f"{call}(fd, (void *)8, 64)", lambda: calls.transfer(call, self.fd, 8, 64)
+        )
+
     def writev(self, count: int) -> int:
         """Return the number of bytes written."""
         vector = [bytes(count)]

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from errno import EINVAL, EIO, EOPNOTSUPP, ESPIPE, EXDEV
+from errno import EFAULT, EINVAL, EIO, EOPNOTSUPP, ESPIPE, EXDEV
 from typing import Final
 
 from restrictedmem.conformance import handles
@@ -52,6 +52,13 @@ CASES: Final[tuple[Case, ...]] = (
         _VFS,
         divergence="zero-length",
     ),
+    file(
+        "read-bad-address",
+        lambda f: f.transfer_at_nothing("read"),
+        refused(EINVAL, memfd=0, **by_fuse(Errno(EFAULT))),
+        _VFS,
+        divergence="bad-address",
+    ),
     file("readv", lambda f: f.readv(8), refused(EINVAL, memfd=0), _VFS),
     file(
         "readv-nothing",
@@ -67,6 +74,13 @@ CASES: Final[tuple[Case, ...]] = (
         refused(EINVAL, memfd=0, **by_fuse(0)),
         _VFS,
         divergence="zero-length",
+    ),
+    file(
+        "write-bad-address",
+        lambda f: f.transfer_at_nothing("write"),
+        refused(EINVAL, memfd=Errno(EFAULT), **by_fuse(Errno(EFAULT))),
+        _VFS,
+        divergence="bad-address",
     ),
     file("writev", lambda f: f.writev(8), refused(EINVAL, memfd=8), _VFS),
     file("pread", lambda f: f.pread(64, 0), refused(ESPIPE, memfd=0), _RW, ("GM-RW-3", "SEC-3")),
