@@ -214,6 +214,17 @@ def sockets(pid: int) -> set[str]:
     return {one for one in descriptors(pid) if one.startswith("socket:")}
 
 
+def test_what_has_ended_does_not_count_as_a_consumer() -> None:
+    """A process that a consumer left, or one of a burial, has the place of none."""
+    children = {7, 8, 9}
+
+    def reap_left() -> None:
+        children.discard(9)
+
+    spawner = SimpleNamespace(_reap_left=reap_left, _children=lambda: children, _service=7)
+    assert _Spawner._descendants(cast(_Spawner, spawner)) == 1
+
+
 def test_a_consumer_that_was_reaped_by_its_number_is_forgotten() -> None:
     """A burial reaps by numbers, and a consumer may have one that was a burial's."""
     child = os.fork()
