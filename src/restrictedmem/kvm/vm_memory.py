@@ -174,6 +174,8 @@ class VmMemory:
                 )
             if private is not None and in_place:
                 _check_in_place(region, private, file)
+                if self.slots.shows(private.ino, private.window):
+                    raise OSError(EEXIST, "another slot shows some of these pages of the file")
             if file is not None:
                 shared = SharedHalf(file, region.userspace_addr, region.memory_size)
             rights = READ | EXEC if region.flags & kvm.KVM_MEM_READONLY else ALL

@@ -324,7 +324,7 @@ CASES: Final = (
             _OVERLAP,
             proposal=None,
             kernel_engine=_BAD,
-            in_place=None,
+            in_place=Errno(EEXIST),
             divergence="overlap",
             covers=covers,
         )
