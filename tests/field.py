@@ -4,7 +4,6 @@ It also checks what has to be gone afterwards.
 """
 
 import os
-import signal
 import socket
 import tempfile
 import threading
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Final, Self, final
 
 from mute_server import MuteServer
-from processes import Process, children, descriptors
+from processes import Process, children, descriptors, end_after
 from restrictedmem.abi import memory
 from restrictedmem.abi.process import PR_SET_CHILD_SUBREAPER, prctl
 from restrictedmem.audit.attacker import drop_capabilities
@@ -202,7 +201,7 @@ def carry_out(attack: Attack, uid: int, bystander: Party) -> None:
 
 def _attack(attack: Attack, place: Path) -> None:
     """Run an attack in this process; what it started is below it whoever else ends."""
-    signal.alarm(attack.seconds)
+    end_after(attack.seconds)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
     opened = len(os.listdir("/proc/self/fd"))

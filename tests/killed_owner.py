@@ -156,6 +156,9 @@ class _Owner:
 
     def launch(self) -> None:
         """Launch a VM, and die a moment after the call that the round names has begun."""
+        # Any thread may set the timer of its end, and only this one a handler. Pytest's would
+        # raise an exception.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         self._service = Service.start()
         step = self._round.kind.victim
         honest = Channel.call
@@ -174,7 +177,6 @@ class _Owner:
     def _die_soon(self) -> None:
         self._sock.send(b"ready")
         self._sock.recv(10)
-        # SIGALRM ends the process.
         signal.setitimer(signal.ITIMER_REAL, self._round.delay)
 
     # The owner's calls while the service lives.

@@ -2,12 +2,12 @@
 
 import json
 import os
-import signal
 import socket
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from processes import end_after
 from restrictedmem.abi import memory
 from restrictedmem.service.client import Service
 from restrictedmem.service.options import Options
@@ -32,7 +32,7 @@ def in_fork(body: Callable[[], object]) -> Callable[[], object]:
     if child == 0:
         try:
             ours.close()
-            signal.alarm(60)
+            end_after(60)
             try:
                 answer: object = body()
             except BaseException as error:

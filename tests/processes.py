@@ -203,6 +203,15 @@ def queued(sock: socket.socket) -> int:
     return found[0]
 
 
+def end_after(seconds: float) -> None:
+    """Have a signal end this process, a child of a test, once so much time is over.
+
+    In pytest's own process SIGALRM ends a test that takes too long. A child has that handler, too.
+    """
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
 def be_idle() -> NoReturn:
     """Do nothing, in a child, for as long as its parent is there."""
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

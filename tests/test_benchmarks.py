@@ -19,6 +19,7 @@ COMPARED = (
     "first-touch",
     "first-touch-levels",
     "digest",
+    "in-place",
     "punch-mapped",
     "exit",
     "start",

@@ -24,6 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from in_place_calls import set_memory_attributes
 from owned_service import in_fork
+from processes import end_after
 from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import (
     KVM_SET_MEMORY_ATTRIBUTES2_PRESERVE,
@@ -284,7 +285,7 @@ def die(victim: str, rounds: int) -> str:
     """Kill a party in the middle of a conversion, and wait until all of them have ended."""
     # Everything that loses its parent becomes this process's child.
     prctl(PR_SET_CHILD_SUBREAPER, 1)
-    signal.alarm(30)
+    end_after(30)
     service = Service.start(Options(guest_memfd=True))
     told, tell = os.pipe()
     owner = os.fork()
