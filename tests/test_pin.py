@@ -263,7 +263,7 @@ def test_the_limit_on_locked_memory() -> None:
         try:
             if os.geteuid() == 0:
                 # The kernel counts a user's pinned pages, whichever process has pinned them.
-                nobody_else = 60_000 + os.getpid() % 5_000
+                nobody_else = 1_000_000 + os.getpid()
                 os.setresuid(nobody_else, nobody_else, nobody_else)
             process.set_capabilities(0)
             resource.setrlimit(resource.RLIMIT_MEMLOCK, (3 << 20, 3 << 20))
