@@ -155,6 +155,23 @@ def test_lazy_never_frees_a_page_that_was_taken_again() -> None:
     file.put()
 
 
+def test_lazy_never_frees_a_page_that_was_taken_again_and_told_of_by_a_punch_that_failed() -> None:
+    backing = huge(1)
+    file = make_file("lazy", backing)
+    recorder = register(file)
+    punch(file, 1, 0x200)
+    recorder.take(1)
+    backing.content[1] = 7
+    backing.failures = [True]
+    assert outcome(lambda: punch(file, 0, 3)) == Errno(EIO)
+    assert not recorder.held
+    punch(file, 0, 1)
+    assert (backing.freed, backing.content) == ([], {1: 7})
+    punch(file, 1, 3)
+    assert backing.freed == [(0, 0x200)]
+    file.put()
+
+
 @pytest.mark.parametrize("design", ["lazy", "lazy+teardown"])
 def test_lazy_never_frees_what_a_consumer_that_left_had_taken_again(design: str) -> None:
     backing = huge(2)

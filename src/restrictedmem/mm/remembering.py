@@ -163,10 +163,18 @@ class Lazy(_Remembering):
         )
 
     def punch(self, file: File, offset: int, length: int) -> None:
-        """Free the huge pages that the punch covers, and those whose last part it punches."""
+        """Free the huge pages that the punch covers, and those whose last part it punches.
+
+        Consumers have let go of the pages of a punch that fails. So nobody could tell any more
+        whether they had touched some of them again, and none of them counts as punched.
+        """
         span, order = PageRange.of_bytes(offset, length), file.backing.base_order
         touched = self._blocks(span, order) if order else ()
-        super().punch(file, offset, length)
+        try:
+            super().punch(file, offset, length)
+        except OSError:
+            self._punched.discard(span)
+            raise
         for folio in touched:
             rest = outside(folio, span)
             told = folio.start in self._told or not file.notifiers(folio.start, folio.end)
