@@ -22,8 +22,9 @@ from restrictedmem.units import gfn_t, pgoff_t
 
 EFAULT, EHWPOISON = 14, 133
 
-#: Entries as "is there one", a byte each.
+#: Entries as "is there one" and as "is it of code", a byte each.
 _ANY: Final = bytes([0] + [1] * 255)
+_OF_CODE: Final = bytes(bool(entry & CODE) for entry in range(256))
 
 
 def naive_level(vm: Vm, index: int, order: int) -> Level:
@@ -36,8 +37,8 @@ def naive_level(vm: Vm, index: int, order: int) -> Level:
         if order < level.order or not inside or (half.window.start - slot.base_gfn) % level.pages:
             continue
         lost = any(first <= pgoff - half.window.start < last for pgoff in half.failed)
-        code = any(entry & CODE for entry in slot.entries[first:last])
-        if all(slot.attributes[first:last]) and not lost and not code:
+        code = 1 in slot.entries[first:last].translate(_OF_CODE)
+        if 0 not in slot.attributes[first:last] and not lost and not code:
             return level
     return Level.PAGE
 

@@ -258,7 +258,10 @@ class _Worker:
         return f"the process of the case ended: {how}" + (f"; {last}" if last else "")
 
     def kill(self) -> None:
-        """Kill the process and its group, and close all that is open. ``_end`` reaps it."""
+        """Kill the process and its group, and close all that is open. ``_end`` reaps it.
+
+        The process has ended when this returns, as far as that can be waited for.
+        """
         # It is not reaped yet, so that its id stays that of its session, if it has begun one.
         os.kill(self.pid, signal.SIGKILL)
         with suppress(ProcessLookupError):
@@ -266,6 +269,9 @@ class _Worker:
         self._said.close()
         self._kept.close()
         self._words.close()
+        # Without a free descriptor it cannot be waited for.
+        with suppress(OSError):
+            ends(self.pid, Patience(_ENDING))
 
     def rest(self) -> _Part:
         """Return the cases that have no result."""
