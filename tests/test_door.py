@@ -112,7 +112,7 @@ def test_another_user_has_a_few_connections_and_no_answers(service: Service) -> 
     before = len(descriptors(service.info["pid"]))
     assert as_user(crowd) == (Errno(EACCES), b"")
     wait_until(
-        lambda: len(descriptors(service.info["pid"])) == before, "the crowd's end in the service"
+        lambda: len(descriptors(service.info["pid"])) <= before, "the crowd's end in the service"
     )
     assert works(service)
 

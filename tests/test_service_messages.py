@@ -127,7 +127,7 @@ def test_a_malformed_message_is_answered_and_harms_no_one(service: Service, name
                 # A kernel with SO_PASSRIGHTS refuses descriptors to the sender.
                 assert kinds
         wait_until(
-            lambda: len(descriptors(service.info["pid"])) == before,
+            lambda: len(descriptors(service.info["pid"])) <= before,
             "the connection's end in the service",
         )
         assert serves(other)
