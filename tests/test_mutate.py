@@ -235,6 +235,35 @@ def test_tests_that_end_their_process_have_noticed(tmp_path: Path) -> None:
     assert (status, found["mutants"], len(found["survivors"])) == (0, 1, 0)
 
 
+def test_cases_of_the_suite_are_tests_of_a_vm_and_may_be_the_only_ones(tmp_path: Path) -> None:
+    """They reach the code through other processes; here by a name that is put together."""
+    root = a_tree_to_search(
+        tmp_path,
+        "from errno import EINVAL, ENOENT\n"
+        "def fail(x):\n    if x: raise OSError(EINVAL, '')\n    raise OSError(ENOENT, '')\n",
+        """
+from restrictedmem.mm.limits import fail
+def test_it():
+    try: fail(0)
+    except OSError as error: assert error.errno == 2
+    else: assert False
+""",
+    )
+    (root / "tests/test_conformance_vm.py").write_text("""
+from importlib import import_module
+limits = import_module(".".join(("restrictedmem", "mm", "limits")))
+def test_no_case_fails():
+    try: limits.fail(1)
+    except OSError as error: assert error.errno == 22
+    else: assert False
+""")
+    status, found = mutate(root)
+    assert (status, found["mutants"], found["survivors"]) == (0, 2, [])
+    status, found = mutate(root, "--suite")
+    assert (status, [row["line"] for row in found["survivors"]]) == (1, [4])
+    assert {row["new"] for row in found["survivors"]} <= {"pass", "raise OSError(73, '')"}
+
+
 #: Guarantees, and the test that each names.
 ROWS = (("1.1", "low"), ("1.1a", "high"))
 
