@@ -5,6 +5,7 @@ it learned of the one before, and which actors can go on. The searches are in te
 """
 
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -64,6 +65,11 @@ def wrapped(body: Callable[[], object]) -> Callable[[], None]:
         body()
 
     return act
+
+
+def wait_on(condition: Any) -> None:
+    with condition:
+        condition.wait()
 
 
 @pytest.fixture
@@ -130,63 +136,48 @@ def test_who_waits_is_woken_in_its_turn(stage: Stage) -> None:
     mutex: Any = sync.mutex()
     condition: Any = sync.condition(mutex)
     slot = stage.listener.slots[-1]
+    wait = partial(wait_on, condition)
 
-    def waits() -> None:
-        with mutex:
-            assert condition.wait()
+    waiters: list[object] = []
 
     def wakes() -> None:
         with condition:
-            condition.notify()
-            assert stage.execution.values[slot] == (1,)
-            condition.notify_all()
-            assert stage.execution.values[slot] == ()
+            for notify in (condition.notify, condition.notify_all):
+                waiters.append(stage.execution.values[slot])
+                notify()
+            waiters.append(stage.execution.values[slot])
 
-    # Both wait; then one is woken and has to wait for the mutex, then both.
-    tale = stage.play("aabbc", a=waits, b=waits, c=wakes)
-    assert stage.execution.values[slot] == (0, 1)
-    assert stage.enabled == ["c"]
+    tale = stage.play("aabbccc", a=wait, b=wait, c=wakes)
+    assert waiters == [(0, 1), (1,), ()]
     assert ("a", None, (control.WAITS, mutex.slot, slot)) in tale
     assert ("b", None, (control.WAKES, mutex.slot, slot)) in tale
-    assert tale[-1] == ("c", None, (control.NOTIFIES, mutex.slot, slot))
+    notifies = ("c", None, (control.NOTIFIES, mutex.slot, slot))
+    assert tale[-3:] == [notifies, notifies, ("c", None, (control.RELEASES, mutex.slot, None))]
+
+
+def wake(condition: Any, *counts: int) -> None:
+    with condition:
+        for count in counts:
+            condition.notify(count)
 
 
 @pytest.mark.parametrize(
-    ("schedule", "enabled"), [("aabbcc", ["c"]), ("aabbccc", ["c"]), ("aabbcccc", ["a", "b"])]
+    ("schedule", "counts", "enabled"),
+    [
+        ("aabbcc", (1, 1), ["c"]),
+        ("aabbccc", (1, 1), ["c"]),
+        ("aabbcccc", (1, 1), ["a", "b"]),
+        # The last to come was not woken.
+        ("aabbccc", (1,), ["a"]),
+    ],
 )
 def test_a_waiter_goes_on_when_it_is_woken_and_the_mutex_is_free(
-    stage: Stage, schedule: str, enabled: list[str]
+    stage: Stage, schedule: str, counts: tuple[int, ...], enabled: list[str]
 ) -> None:
-    mutex: Any = sync.mutex()
-    condition: Any = sync.condition(mutex)
-
-    def waits() -> None:
-        with mutex:
-            condition.wait()
-
-    def wakes() -> None:
-        with mutex:
-            condition.notify()
-            condition.notify_all()
-
-    stage.play(schedule, a=waits, b=waits, c=wakes)
+    condition: Any = sync.condition(sync.mutex())
+    wait = partial(wait_on, condition)
+    stage.play(schedule, a=wait, b=wait, c=partial(wake, condition, *counts))
     assert stage.enabled == enabled
-
-
-def test_a_waiter_that_was_not_woken_stays(stage: Stage) -> None:
-    mutex: Any = sync.mutex()
-    condition: Any = sync.condition(mutex)
-
-    def waits() -> None:
-        with mutex:
-            condition.wait()
-
-    def wakes() -> None:
-        with mutex:
-            condition.notify()
-
-    stage.play("aabbccc", a=waits, b=waits, c=wakes)
-    assert stage.enabled == ["a"]
 
 
 def test_a_semaphore_has_readers_or_one_writer(stage: Stage) -> None:
