@@ -47,6 +47,19 @@ def touch(vcpu: Vcpu, offset: int, pages: int) -> None:
         raise BenchError(f"the guest ended: {exit_}", "see docs/reference/engines.md")
 
 
+def show_halves(vm: Vm, restricted_fd: int, shared_fd: int, size: int) -> None:
+    """Size both files, and make a slot of them with ``size`` bytes to convert."""
+    for fd in (restricted_fd, shared_fd):
+        os.ftruncate(fd, OWN + size)
+    vm.set_user_memory_region(
+        slot=0,
+        guest_phys_addr=guest_abi.PRIVATE_BASE,
+        memory_size=OWN + size,
+        restricted_fd=restricted_fd,
+        shared_fd=shared_fd,
+    )
+
+
 @dataclass
 class _Machine:
     """A VM with ``size`` bytes to convert, and the owner's side of it."""
@@ -82,7 +95,6 @@ class _Machine:
 @contextmanager
 def _machine(started: Service, engine: str, size: int) -> Generator[_Machine]:
     restricted_fd = started.memfd_restricted()
-    os.ftruncate(restricted_fd, OWN + size)
     try:
         vm = Vm(started, engine=engine)
     except OSError as error:
@@ -91,14 +103,7 @@ def _machine(started: Service, engine: str, size: int) -> Generator[_Machine]:
             f"no {engine} engine: {error.strerror}", "restrictedmem doctor says what is missing"
         ) from None
     with vm, memory.memfd_create("shared") as shared:
-        os.ftruncate(shared.fileno(), OWN + size)
-        vm.set_user_memory_region(
-            slot=0,
-            guest_phys_addr=guest_abi.PRIVATE_BASE,
-            memory_size=OWN + size,
-            restricted_fd=restricted_fd,
-            shared_fd=shared.fileno(),
-        )
+        show_halves(vm, restricted_fd, shared.fileno(), size)
         vm.set_memory_attributes(guest_abi.PRIVATE_BASE, OWN + size, private=True)
         vm.launch_update(guest_abi.PRIVATE_BASE, GUEST.ljust(PAGE_SIZE, b"\0"))
         with vm.create_vcpu() as vcpu:

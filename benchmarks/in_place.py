@@ -1,7 +1,7 @@
 """Conversion in place: its cost beside that of two halves and a copy, and the memory that it holds.
 
-A VM with two halves loses the content of a page that it converts. So whoever wants to keep it
-copies it. Here the copy is one memcpy of the step between two mappings of this process.
+A VM with two halves loses the content of a page that it converts. A VMM that keeps the content
+copies it. Here that is one copy of the step between the shared half and memory of this process.
 """
 
 import mmap
@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from typing import Final, NamedTuple, final
 
 from benchmarks.common import Figure, Lab, Pairs, one_core, service, within
-from benchmarks.conversion import GUEST, MEMORY, OWN, PAGES, STEP, touch
+from benchmarks.conversion import GUEST, MEMORY, OWN, PAGES, STEP, show_halves, touch
 from restrictedmem.abi import memory
 from restrictedmem.abi.kvm import (
     GUEST_MEMFD_FLAG_INIT_SHARED,
@@ -56,8 +56,10 @@ class _Machine(ABC):
     def both_ways(self, *, dirty: bool) -> tuple[float, float, float]:
         """Convert to private and back; return the seconds of both, and the most bytes held.
 
-        With ``dirty``, the side that gives up a page has written it. Else it has read it. One page
-        of a step is touched after its conversion.
+        With ``dirty``, the side that gives up pages has written each of them before. Else the owner
+        has only read them, and the guest has touched one of a step. After a conversion to private
+        the guest touches one page of the step. After one to shared the owner reads each page:
+        content that nobody reads would not have come over yet.
         """
         spent = [0.0, 0.0]
         most = 0
@@ -69,7 +71,7 @@ class _Machine(ABC):
                 if private:
                     touch(self._vcpu, offset, 1)
                 else:
-                    self.view[offset] = 1
+                    self._read(offset)
                 spent[private] += time.perf_counter() - began
                 most = max(most, self.held())
         return spent[True], spent[False], most
@@ -81,7 +83,11 @@ class _Machine(ABC):
         elif dirty:
             self.view[offset : offset + STEP] = bytes([1]) * STEP
         else:
-            sum(self.view[offset : offset + STEP : PAGE_SIZE])
+            self._read(offset)
+
+    def _read(self, offset: int) -> None:
+        """Read each page of a step as the owner."""
+        sum(self.view[offset : offset + STEP : PAGE_SIZE])
 
     def close(self) -> None:
         """End the vCPU and the mapping."""
@@ -165,15 +171,7 @@ def _halves(size: int) -> Generator[tuple[_Machine, int]]:
         memory.memfd_create("shared") as shared,
     ):
         restricted_fd = started.memfd_restricted()
-        for fd in (restricted_fd, shared.fileno()):
-            os.ftruncate(fd, OWN + size)
-        vm.set_user_memory_region(
-            slot=0,
-            guest_phys_addr=guest_abi.PRIVATE_BASE,
-            memory_size=OWN + size,
-            restricted_fd=restricted_fd,
-            shared_fd=shared.fileno(),
-        )
+        show_halves(vm, restricted_fd, shared.fileno(), size)
         with closing(_Halves(vm, restricted_fd, shared.fileno(), size)) as machine:
             yield machine, int(started.info["pid"])
         os.close(restricted_fd)
